@@ -1,0 +1,95 @@
+"""The labels a conversation may get, read from a YAML file that users replace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from error_handler import ConfigurationError
+
+DEFAULT_TAXONOMY = Path(__file__).with_name("taxonomy.yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One allowed label: its one-line definition, and the phrases the built-in baseline looks for."""
+
+    name: str
+    definition: str
+    phrases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Taxonomy:
+    """The allowed labels, in the order of the file.
+
+    Every group has at least one label; names are unique without regard to case and spacing.
+    """
+
+    intents: tuple[Label, ...]
+    topics: tuple[Label, ...]
+    sentiments: tuple[str, ...]
+
+    def names(self, field: str) -> tuple[str, ...]:
+        """Return the allowed values of *field*: ``intent``, ``topic`` or ``sentiment``."""
+        if field == "sentiment":
+            return self.sentiments
+        return tuple(label.name for label in (self.intents if field == "intent" else self.topics))
+
+
+def fold_label(text: str) -> str:
+    """Return *text* as labels are compared: without case, and without spaces around or inside."""
+    return "".join(text.split()).casefold()
+
+
+def load_taxonomy(path: Path | None = None) -> Taxonomy:
+    """Read the taxonomy from *path*; None means the shipped file.
+
+    Raises:
+        ConfigurationError: The file is missing, not YAML, or not a taxonomy; the message names
+            the file and the entry.
+    """
+    path = path or DEFAULT_TAXONOMY
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)  # noqa: S506 - a safe loader
+    except OSError as exc:
+        raise ConfigurationError(f"The taxonomy {path} cannot be read ({exc.strerror}); see TAXONOMY_FILE.") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"The taxonomy {path} is not valid YAML; compare it with config/taxonomy.yaml.") from exc
+    if not isinstance(content, dict) or set(content) != {"intents", "topics", "sentiments"}:
+        raise ConfigurationError(f"The taxonomy {path} needs exactly the keys intents, topics and sentiments.")
+    sentiments = content["sentiments"]
+    if not isinstance(sentiments, list) or not all(isinstance(name, str) and name.strip() for name in sentiments):
+        raise ConfigurationError(f"In the taxonomy {path}, sentiments must be a list of names.")
+    _require_distinct(path, "sentiments", sentiments)
+    return Taxonomy(
+        intents=_labels(path, "intents", content["intents"]),
+        topics=_labels(path, "topics", content["topics"]),
+        sentiments=tuple(sentiments),
+    )
+
+
+def _labels(path: Path, group: str, entries: Any) -> tuple[Label, ...]:
+    if not isinstance(entries, dict) or not entries:
+        raise ConfigurationError(f"In the taxonomy {path}, {group} must map each label to its definition.")
+    _require_distinct(path, group, list(entries))
+    labels = []
+    for name, entry in entries.items():
+        if isinstance(entry, str):
+            entry = {"definition": entry}
+        if not isinstance(entry, dict) or not isinstance(entry.get("definition"), str):
+            raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} needs a one-line definition.")
+        phrases = entry.get("phrases") or []
+        if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
+            raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} > phrases must be a list of texts.")
+        labels.append(Label(str(name), " ".join(entry["definition"].split()), tuple(phrases)))
+    return tuple(labels)
+
+
+def _require_distinct(path: Path, group: str, names: list[Any]) -> None:
+    folded = [fold_label(str(name)) for name in names]
+    if not names or len(set(folded)) != len(names) or "" in folded:
+        raise ConfigurationError(f"In the taxonomy {path}, {group} must hold distinct, non-empty labels.")
