@@ -1,0 +1,162 @@
+"""The model server, asynchronously (aiohttp): for the batch worker and the service."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import aiohttp
+import tenacity
+
+from classifier import ReplyParser, build_outcome, classification_flow
+from config import Settings
+from error_handler import LLMConnectionError, LLMError, LLMReplyError, LLMTimeoutError, LLMUnavailableError
+from prompt_builder import Message, PromptBuilder
+from utils import ollama_protocol as protocol
+from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
+from utils.classification import Outcome
+from utils.conversation import Conversation
+from utils.ollama_protocol import ChatReply, ChatTarget
+from utils.retry_utils import RetryPolicy, tenacity_options
+
+CONNECT_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 5.0
+
+
+def open_session(max_concurrent: int) -> aiohttp.ClientSession:
+    """Return a session for one model server; whoever opens it closes it.
+
+    No cookies, no proxy from the environment (it would also catch loopback), no decompression
+    (it would hide a body's size).
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=max_concurrent + 2, keepalive_timeout=60),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        auto_decompress=False,
+    )
+
+
+class AsyncLLMClient:
+    """Asks one model; *session* stays the caller's.
+
+    Each call is repeated as *settings* say; while the server is away, calls wait in the breaker
+    and keep their attempts.
+    """
+
+    def __init__(self, settings: Settings, target: ChatTarget, session: aiohttp.ClientSession) -> None:
+        self.target = target
+        self._session = session
+        self._timeout = aiohttp.ClientTimeout(total=settings.llm_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
+        self.breaker = CircuitBreaker(self.is_alive, BreakerPolicy(outage_limit_s=settings.outage_limit_s))
+        self.retries = 0
+
+    async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
+        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
+
+        Raises:
+            LLMError: After the last attempt; see utils.ollama_protocol.parse_chat_response.
+        """
+        characters = sum(len(message["content"]) for message in messages)
+        protocol.require_fit(self.target, characters)
+        body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
+
+        async def send() -> ChatReply:
+            status, reply = await self._request("POST", self.target.url, body)
+            return protocol.parse_chat_response(self.target, status, reply, characters)
+
+        async for trial in tenacity.AsyncRetrying(**tenacity_options(self._policy, "model call", self._count_retry)):
+            with trial:
+                return await self.breaker.call(send)
+        raise AssertionError("tenacity returns or raises")
+
+    async def is_alive(self) -> bool:
+        """Whether the server answers at all; a probe for the breaker that never raises LLMError."""
+        url = protocol.models_url(self.target.protocol, self.target.server_url)
+        try:
+            await self._request("GET", url, timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S))
+        except LLMError:
+            return False
+        return True
+
+    async def prepare(self, settings: Settings) -> ChatTarget:
+        """Ask the server for its models, settle on the one that *settings* name, and return the target.
+
+        Raises:
+            LLMUnavailableError: The server does not answer.
+            ConfigurationError: It does not have the model; the message lists what it has.
+        """
+        target = self.target
+        models = protocol.parse_models(
+            target.protocol, *await self._request("GET", protocol.models_url(target.protocol, target.server_url))
+        )
+        model = protocol.choose_model(settings, models)
+        thinking = False
+        if target.protocol != "openai_chat":
+            show = await self._request("POST", f"{target.server_url}/api/show", protocol.show_body(model.name))
+            thinking = protocol.parse_thinking(*show)
+        self.target = protocol.with_model(target, model, thinking=thinking)
+        return self.target
+
+    def _count_retry(self) -> None:
+        self.retries += 1
+
+    async def _request(
+        self, method: str, url: str, body: bytes | None = None, timeout: aiohttp.ClientTimeout | None = None
+    ) -> tuple[int, bytes]:
+        """Send one request and return status and body.
+
+        TimeoutError comes first: aiohttp's own time-outs are also ClientErrors.
+        """
+        try:
+            async with self._session.request(
+                method,
+                url,
+                data=body,
+                headers=self.target.headers,
+                timeout=timeout or self._timeout,
+                allow_redirects=False,
+            ) as response:
+                return response.status, await _read_bounded(response)
+        except TimeoutError as exc:
+            raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
+            raise LLMConnectionError(f"no connection to the model server at {self.target.server_url}") from exc
+        except aiohttp.ClientError as exc:
+            raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
+
+
+async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
+    if response.content_length is not None and response.content_length <= protocol.MAX_BODY_BYTES:
+        return await response.read()
+    chunks = bytearray()
+    async for chunk in response.content.iter_chunked(65_536):
+        chunks += chunk
+        if len(chunks) > protocol.MAX_BODY_BYTES:
+            raise LLMUnavailableError(f"the model server's answer is larger than {protocol.MAX_BODY_BYTES} bytes")
+    return bytes(chunks)
+
+
+async def ollama_classify_async(
+    conversation: Conversation, client: AsyncLLMClient, prompts: PromptBuilder, parser: ReplyParser, attempt: int = 0
+) -> Outcome:
+    """Return the labels of *conversation*, asking again once where the answer is unusable.
+
+    *attempt* counts earlier rounds of this document (from 0) and varies the seed.
+
+    Raises:
+        LLMError: The server gave no answer, or none that is usable; nothing was stored.
+    """
+    start = time.monotonic()
+    flow = classification_flow(prompts.build(conversation), parser)
+    messages = next(flow)
+    for call in itertools.count(2 * attempt):
+        try:
+            messages = flow.send(await client.chat(messages, parser.schema_json, call))
+        except StopIteration as finished:
+            plan = protocol.plan_fingerprint(client.target, prompts.system_prompt, parser.schema_json)
+            return build_outcome(finished.value, conversation, client.target, plan, time.monotonic() - start)
+        except LLMReplyError as problem:
+            messages = flow.throw(problem)
+    raise AssertionError("the flow returns or raises")

@@ -1,0 +1,187 @@
+"""A model reply becomes a validated Classification. Pure: no I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from config import Taxonomy
+from config.taxonomy import fold_label
+from error_handler import LLMReplyError, Reason
+from utils.classification import Classification, Outcome
+from utils.conversation import Conversation
+from utils.ollama_protocol import ChatReply, ChatTarget
+from utils.safe_text import one_line
+
+FIELDS = ("categorization", "intent", "topic", "sentiment")
+MAX_REPLY_CHARACTERS = 65_536  # num_predict 700 gives a few thousand; more is not an answer
+MAX_CATEGORIZATION_CHARACTERS = 200
+
+_REPAIR = (
+    "Your answer could not be used: {problem}. Answer again for the same conversation with one JSON object with "
+    "exactly the keys categorization, intent, topic and sentiment, and labels from the lists only."
+)
+
+Message = dict[str, str]
+
+
+class ReplyParser:
+    """Parses replies against one taxonomy; *schema_json* is the JSON Schema that asks for such replies."""
+
+    def __init__(self, taxonomy: Taxonomy) -> None:
+        self._labels = {
+            field: {fold_label(name): name for name in taxonomy.names(field)}
+            for field in ("intent", "topic", "sentiment")
+        }
+        self.schema_json = json.dumps(classification_schema(taxonomy), ensure_ascii=False).encode()
+
+    def parse(self, reply: str) -> Classification:
+        """Return the classification in *reply*.
+
+        Takes plain JSON, and the first complete JSON object inside a code fence or prose. Labels
+        are matched without regard to case and spacing, and returned as the taxonomy writes them.
+
+        Raises:
+            LLMReplyError: empty, not_json, wrong_shape or label_outside. The message never quotes
+                the reply.
+        """
+        fields = _first_object(reply)
+        missing = [name for name in FIELDS if not isinstance(fields.get(name), str)]
+        if missing:
+            raise LLMReplyError(f"missing or not a text: {', '.join(missing)}", Reason.WRONG_SHAPE)
+        categorization = one_line(fields["categorization"], MAX_CATEGORIZATION_CHARACTERS)
+        if not categorization:
+            raise LLMReplyError("categorization is empty", Reason.WRONG_SHAPE)
+        return Classification(
+            categorization,
+            self._label("intent", fields["intent"]),
+            self._label("topic", fields["topic"]),
+            self._label("sentiment", fields["sentiment"]),
+        )
+
+    def _label(self, field: str, value: str) -> str:
+        try:
+            return self._labels[field][fold_label(value)]
+        except KeyError:
+            raise LLMReplyError(f"{field} is not a label of the taxonomy", Reason.LABEL_OUTSIDE) from None
+
+
+def parse_classification(reply: str, taxonomy: Taxonomy) -> Classification:
+    """Return the classification in *reply*; see ReplyParser.parse, which callers with many replies keep."""
+    return ReplyParser(taxonomy).parse(reply)
+
+
+def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
+    """Return the JSON Schema of an answer.
+
+    Flat, with enums and nothing that grammar compilers are known to stumble over (pattern, format,
+    unions). The order of the keys makes the model say what the conversation is about before it labels.
+    """
+    return {
+        "type": "object",
+        "properties": {
+            "categorization": {"type": "string", "minLength": 1, "maxLength": MAX_CATEGORIZATION_CHARACTERS},
+            **{
+                field: {"type": "string", "enum": list(taxonomy.names(field))}
+                for field in ("intent", "topic", "sentiment")
+            },
+        },
+        "required": list(FIELDS),
+        "additionalProperties": False,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A usable reply, what it says, and how many model calls it took (from 1)."""
+
+    classification: Classification
+    reply: ChatReply
+    calls: int
+
+
+def classification_flow(messages: list[Message], parser: ReplyParser) -> Generator[list[Message], ChatReply, Answer]:
+    """Yield the messages to send, receive the reply, return the answer.
+
+    A driver, synchronous or not, sends what is yielded and throws in the LLMReplyError that its
+    client raised. One repair turn follows an unusable reply; then the error is raised. A prompt
+    that did not fit is not asked again: it would be cut again.
+    """
+    reply: ChatReply | None = None
+    try:
+        reply = yield messages
+        return Answer(parser.parse(reply.text), reply, 1)
+    except LLMReplyError as problem:
+        if problem.reason is Reason.CONTEXT_OVERFLOW:
+            raise
+        again = repair_messages(messages, reply, problem)
+    reply = yield again
+    return Answer(parser.parse(reply.text), reply, 2)
+
+
+def build_outcome(answer: Answer, conversation: Conversation, target: ChatTarget, plan: str, duration_s: float) -> Outcome:
+    """Return *answer* with how it was made; *plan* is ollama_protocol.plan_fingerprint of the run."""
+    input_sha256 = hashlib.sha256(conversation.transcript.encode()).hexdigest()
+    return Outcome(
+        classification=answer.classification,
+        model_used=target.model,
+        model_digest=target.digest,
+        attempts=answer.calls,
+        duration_ms=round(duration_s * 1000),
+        prompt_tokens=answer.reply.prompt_tokens,
+        reply_tokens=answer.reply.reply_tokens,
+        input_sha256=input_sha256,
+        fingerprint=hashlib.sha256(f"{plan}:{input_sha256}".encode()).hexdigest(),
+    )
+
+
+def repair_messages(messages: list[Message], reply: ChatReply | None, problem: LLMReplyError) -> list[Message]:
+    """Return *messages* with the unusable *reply* and a turn that says what was wrong with it.
+
+    Without a reply (None: cut off, empty) there is nothing to point at, and the question is asked again.
+    """
+    if reply is None:
+        return messages
+    return [
+        *messages,
+        {"role": "assistant", "content": one_line(reply.text, 500)},
+        {"role": "user", "content": _REPAIR.format(problem=problem)},
+    ]
+
+
+def _first_object(reply: str) -> dict[str, Any]:
+    """Return the first complete JSON object in *reply*; duplicate keys and NaN are refused."""
+    text = reply.strip().removeprefix("\ufeff")
+    if not text:
+        raise LLMReplyError("the answer is empty", Reason.EMPTY)
+    if len(text) > MAX_REPLY_CHARACTERS:
+        raise LLMReplyError("the answer is too long to be one", Reason.NOT_JSON)
+    start = text.find("{")
+    # Bounded: a reply of nothing but opening braces would otherwise cost a scan from each of them.
+    for _ in range(20):
+        if start < 0:
+            break
+        try:
+            value, _end = _DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            start = text.find("{", start + 1)
+            continue
+        return value  # type: ignore[no-any-return]
+    raise LLMReplyError("the answer holds no complete JSON object", Reason.NOT_JSON)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise LLMReplyError("the answer names a key twice", Reason.WRONG_SHAPE)
+    return fields
+
+
+def _no_constant(name: str) -> Any:
+    raise LLMReplyError(f"the answer holds {name}", Reason.WRONG_SHAPE)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)

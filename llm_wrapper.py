@@ -1,0 +1,131 @@
+"""The model server, synchronously (requests): for scripts, notebooks and blocking callers."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import requests
+import tenacity
+
+from classifier import ReplyParser, build_outcome, classification_flow
+from config import Settings
+from error_handler import LLMConnectionError, LLMReplyError, LLMTimeoutError, LLMUnavailableError
+from prompt_builder import Message, PromptBuilder
+from utils import ollama_protocol as protocol
+from utils.classification import Outcome
+from utils.conversation import Conversation
+from utils.ollama_protocol import ChatReply, ChatTarget
+from utils.retry_utils import RetryPolicy, tenacity_options
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+def open_session() -> requests.Session:
+    """Return a session for one model server; whoever opens it closes it.
+
+    No proxy or credentials from the environment: they would also catch loopback.
+    """
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
+class LLMClient:
+    """Asks one model; *session* stays the caller's. One call at a time per client."""
+
+    def __init__(self, settings: Settings, target: ChatTarget, session: requests.Session) -> None:
+        self.target = target
+        self._session = session
+        self._timeout_s = settings.llm_timeout_s
+        self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
+
+    def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
+        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
+
+        Raises:
+            LLMError: After the last attempt; see utils.ollama_protocol.parse_chat_response.
+        """
+        characters = sum(len(message["content"]) for message in messages)
+        protocol.require_fit(self.target, characters)
+        body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
+        for trial in tenacity.Retrying(**tenacity_options(self._policy, "model call")):
+            with trial:
+                status, reply = self._request("POST", self.target.url, body)
+                return protocol.parse_chat_response(self.target, status, reply, characters)
+        raise AssertionError("tenacity returns or raises")
+
+    def prepare(self, settings: Settings) -> ChatTarget:
+        """Ask the server for its models, settle on the one that *settings* name, and return the target.
+
+        Raises:
+            LLMUnavailableError: The server does not answer.
+            ConfigurationError: It does not have the model; the message lists what it has.
+        """
+        target = self.target
+        models = protocol.parse_models(
+            target.protocol, *self._request("GET", protocol.models_url(target.protocol, target.server_url))
+        )
+        model = protocol.choose_model(settings, models)
+        thinking = False
+        if target.protocol != "openai_chat":
+            show = self._request("POST", f"{target.server_url}/api/show", protocol.show_body(model.name))
+            thinking = protocol.parse_thinking(*show)
+        self.target = protocol.with_model(target, model, thinking=thinking)
+        return self.target
+
+    def _request(self, method: str, url: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Send one request and return status and body, the whole within the time-out.
+
+        requests bounds only the wait for each byte, so a server that drips is cut off here. Its
+        Timeout comes first: ConnectTimeout is also a ConnectionError.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            with self._session.request(
+                method,
+                url,
+                data=body,
+                headers=self.target.headers,
+                timeout=(CONNECT_TIMEOUT_S, self._timeout_s),
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                received = bytearray()
+                for chunk in response.iter_content(65_536):
+                    received += chunk
+                    if len(received) > protocol.MAX_BODY_BYTES:
+                        raise LLMUnavailableError(f"the model server's answer is larger than {protocol.MAX_BODY_BYTES} bytes")
+                    if time.monotonic() > deadline:
+                        raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)")
+                return response.status_code, bytes(received)
+        except requests.Timeout as exc:
+            raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as exc:
+            raise LLMConnectionError(f"no connection to the model server at {self.target.server_url}") from exc
+        except requests.RequestException as exc:
+            raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
+
+
+def ollama_classify(
+    conversation: Conversation, client: LLMClient, prompts: PromptBuilder, parser: ReplyParser, attempt: int = 0
+) -> Outcome:
+    """Return the labels of *conversation*, asking again once where the answer is unusable.
+
+    *attempt* counts earlier rounds of this document (from 0) and varies the seed.
+
+    Raises:
+        LLMError: The server gave no answer, or none that is usable; nothing was stored.
+    """
+    start = time.monotonic()
+    flow = classification_flow(prompts.build(conversation), parser)
+    messages = next(flow)
+    for call in itertools.count(2 * attempt):
+        try:
+            messages = flow.send(client.chat(messages, parser.schema_json, call))
+        except StopIteration as finished:
+            plan = protocol.plan_fingerprint(client.target, prompts.system_prompt, parser.schema_json)
+            return build_outcome(finished.value, conversation, client.target, plan, time.monotonic() - start)
+        except LLMReplyError as problem:
+            messages = flow.throw(problem)
+    raise AssertionError("the flow returns or raises")

@@ -1,0 +1,116 @@
+"""Stops calling a model server that is away, and starts again when it is back.
+
+Unlike breakers that fail calls while open, this one lets them wait: a batch has nothing better to
+do, and a document must not lose an attempt to an outage that is not its fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from error_handler import LLMConnectionError, LLMError, LLMOutageError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerPolicy:
+    """*threshold* connection failures in a row open the breaker.
+
+    Probes start after *first_probe_s* and slow down to one each *probe_cap_s*, which therefore is
+    the longest a server that is back waits for work. An outage longer than *outage_limit_s* is final.
+    """
+
+    threshold: int = 5
+    first_probe_s: float = 0.5
+    probe_cap_s: float = 30.0
+    outage_limit_s: float = 3600.0
+
+
+class CircuitBreaker:
+    """Guards calls to one server; *probe* says whether the server is alive and never raises LLMError."""
+
+    def __init__(self, probe: Callable[[], Awaitable[bool]], policy: BreakerPolicy) -> None:
+        self._probe = probe
+        self._policy = policy
+        self._failures = 0
+        self._closed = asyncio.Event()
+        self._closed.set()
+        self._prober: asyncio.Task[None] | None = None
+        self._gone = False
+        self.openings = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are waiting for the server to come back."""
+        return not self._closed.is_set()
+
+    async def call(self, send: Callable[[], Awaitable[T]]) -> T:
+        """Return what *send* returns, waiting as long as the server is away.
+
+        A lost connection is repeated without end while the server is dead, because then the
+        request is not at fault; where the server is alive, the error is raised.
+
+        Raises:
+            LLMOutageError: The server stayed away for longer than the limit.
+            LLMError: Whatever else *send* raised.
+        """
+        while True:
+            await self._wait_until_closed()
+            try:
+                result = await send()
+            except LLMConnectionError:
+                self._count_failure()
+                if not self.is_open:
+                    if await self._probe():
+                        raise
+                    await asyncio.sleep(self._policy.first_probe_s * random.uniform(0.5, 1.5))
+            except LLMError:
+                raise
+            else:
+                self._failures = 0
+                return result
+
+    async def close(self) -> None:
+        """Stop probing. Calls that still wait must have been cancelled before."""
+        if self._prober is not None:
+            self._prober.cancel()
+            await asyncio.gather(self._prober, return_exceptions=True)
+
+    async def _wait_until_closed(self) -> None:
+        if self.is_open:
+            await self._closed.wait()
+        if self._gone:
+            raise LLMOutageError(
+                f"the model server was away for more than {self._policy.outage_limit_s:.0f} s; "
+                "start it and run the same command again"
+            )
+
+    def _count_failure(self) -> None:
+        self._failures += 1
+        if self._failures >= self._policy.threshold and not self.is_open:
+            self.openings += 1
+            self._closed.clear()
+            logger.warning("circuit breaker: open after %d connection failures in a row, intake pauses", self._failures)
+            self._prober = asyncio.create_task(self._probe_until_alive(), name="breaker-probe")
+
+    async def _probe_until_alive(self) -> None:
+        start = time.monotonic()
+        wait_s = self._policy.first_probe_s
+        while time.monotonic() - start < self._policy.outage_limit_s:
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            if await self._probe():
+                logger.info("circuit breaker: closed, the server was away for %.1f s", time.monotonic() - start)
+                break
+            wait_s = min(self._policy.probe_cap_s, wait_s * 2)
+        else:
+            self._gone = True
+        self._failures = 0
+        self._closed.set()

@@ -1,0 +1,348 @@
+"""The wire protocols of the model servers, as pure functions: build the request, read the answer.
+
+Three are spoken: Ollama's ``/api/chat`` and ``/api/generate``, and OpenAI's
+``/v1/chat/completions`` (vLLM, llama.cpp, LM Studio). No I/O, no clock, no retries here; both
+wrappers share these functions. Facts about Ollama: github.com/ollama/ollama, api/types.go,
+server/routes.go and docs/api, read at v0.33.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from config.settings import Protocol, Settings
+from error_handler import (
+    ConfigurationError,
+    LLMBusyError,
+    LLMContextError,
+    LLMModelError,
+    LLMRejectedError,
+    LLMReplyError,
+    LLMUnavailableError,
+    Reason,
+)
+
+SEED = 20_250_924
+NUM_PREDICT = 700  # tokens of an answer; without it Ollama lets a runaway answer fill ten windows
+MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply is a few kB; more than this is refused unread
+MAX_CHARACTERS_PER_TOKEN = 6.0  # of whole prompts; English has about 4.5, other scripts fewer
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTarget:
+    """Where and how the model is asked: the same for each call of a run, so it is never reloaded.
+
+    *digest* and *disable_thinking* are known after the server was asked for its models.
+    """
+
+    protocol: Protocol
+    url: str
+    server_url: str
+    model: str
+    api_key: str | None
+    num_ctx: int
+    keep_alive: str
+    digest: str | None = None
+    disable_thinking: bool = False
+
+    def __repr__(self) -> str:
+        return f"ChatTarget({self.protocol}, {self.url}, {self.model})"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of each request. No compression: a compressed answer hides its size."""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        return headers
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """A complete answer; token counts are None where the server does not tell."""
+
+    text: str
+    prompt_tokens: int | None
+    reply_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model the server has; *remote* ones would send the text to another machine."""
+
+    name: str
+    digest: str | None = None
+    remote: bool = False
+
+
+def chat_target(settings: Settings, model: str) -> ChatTarget:
+    """Return the target that *settings* describe, for *model*.
+
+    Raises:
+        ConfigurationError: *model* is a cloud model: customer text would leave the house.
+    """
+    if _is_cloud_name(model):
+        raise ConfigurationError(f"{model} runs in Ollama's cloud, so customer text would leave this house; name a local model.")
+    return ChatTarget(
+        protocol=settings.protocol,
+        url=settings.chat_url,
+        server_url=settings.server_url,
+        model=model,
+        api_key=settings.llm_api_key.get_secret_value() if settings.llm_api_key and settings.llm_api_url else None,
+        num_ctx=settings.ollama_num_ctx,
+        keep_alive=settings.ollama_keep_alive,
+    )
+
+
+def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: bytes, attempt: int = 0) -> bytes:
+    """Return the body of a chat request.
+
+    *schema_json* is the JSON Schema of the answer. *attempt* (from 0) moves the seed, so that asking again is not asking for the same answer.
+    """
+    schema = orjson.Fragment(schema_json)
+    if target.protocol == "openai_chat":
+        body: dict[str, Any] = {
+            "model": target.model,
+            "messages": messages,
+            "stream": False,
+            **_options(target, attempt),
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "triad", "strict": True, "schema": schema},
+            },
+        }
+        return orjson.dumps(body)
+    body = {"model": target.model}
+    if target.protocol == "ollama_chat":
+        body["messages"] = messages
+    else:
+        body["system"] = messages[0]["content"]
+        body["prompt"] = "\n\n".join(message["content"] for message in messages[1:])
+    body |= {
+        "stream": False,
+        "format": schema,
+        "options": _options(target, attempt),
+        "keep_alive": int(target.keep_alive) if target.keep_alive.lstrip("-").isdigit() else target.keep_alive,
+        "truncate": False,
+        "shift": False,
+    }
+    if target.disable_thinking:
+        body["think"] = False
+    return orjson.dumps(body)
+
+
+def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
+    if target.protocol == "openai_chat":
+        return {"temperature": 0, "seed": SEED + attempt, "max_tokens": NUM_PREDICT}
+    return {"temperature": 0, "seed": SEED + attempt, "num_ctx": target.num_ctx, "num_predict": NUM_PREDICT}
+
+
+def require_fit(target: ChatTarget, prompt_characters: int) -> None:
+    """Raise LLMContextError where a prompt of *prompt_characters* surely overflows the window.
+
+    Ollama alone has a window that the request sets; other servers are left to refuse by themselves.
+    """
+    least_tokens = int(prompt_characters / MAX_CHARACTERS_PER_TOKEN)
+    if target.protocol != "openai_chat" and least_tokens + NUM_PREDICT > target.num_ctx:
+        raise LLMContextError(
+            f"the conversation needs at least {least_tokens} tokens and the context window holds {target.num_ctx}; "
+            "raise OLLAMA_NUM_CTX if the model allows it"
+        )
+
+
+def parse_chat_response(target: ChatTarget, status: int, body: bytes, prompt_characters: int) -> ChatReply:
+    """Return the answer in an HTTP response to a prompt of *prompt_characters*.
+
+    Raises:
+        LLMUnavailableError, LLMBusyError: Another attempt may help.
+        LLMRejectedError, LLMContextError, LLMModelError: This request will never be answered.
+        LLMReplyError: Status 200 and still no answer: cut_off, empty or context_overflow.
+    """
+    if status != 200:
+        _raise_for_status(target, status, body)
+    fields = _json_object(body)
+    if isinstance(fields.get("error"), str | dict):
+        raise LLMUnavailableError("the model server answered 200 with an error in the body")
+    if target.protocol == "openai_chat":
+        return _parse_openai(fields)
+    reply = _parse_ollama(target, fields)
+    _require_whole_prompt(target, reply.prompt_tokens, prompt_characters)
+    return reply
+
+
+def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
+    if target.protocol == "ollama_chat":
+        message = fields.get("message")
+        text = message.get("content") if isinstance(message, dict) else None
+    else:
+        text = fields.get("response")
+    if fields.get("done") is not True:
+        # The engine gave up (repeated tokens) and the server still says 200 (ollama/ollama#18359).
+        raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
+    return _finished(text, fields.get("done_reason"), fields.get("prompt_eval_count"), fields.get("eval_count"))
+
+
+def _parse_openai(fields: dict[str, Any]) -> ChatReply:
+    choices = fields.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    usage = fields.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    if choice.get("finish_reason") is None:
+        raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
+    return _finished(
+        message.get("content") if isinstance(message, dict) else None,
+        choice["finish_reason"],
+        usage.get("prompt_tokens"),
+        usage.get("completion_tokens"),
+    )
+
+
+def _finished(text: Any, finish: Any, prompt_tokens: Any, reply_tokens: Any) -> ChatReply:
+    if finish == "length":
+        raise LLMReplyError("the answer was cut off", Reason.CUT_OFF)
+    if not isinstance(text, str) or not text.strip():
+        raise LLMReplyError("the answer is empty", Reason.EMPTY)
+    return ChatReply(text, _count(prompt_tokens), _count(reply_tokens))
+
+
+def _require_whole_prompt(target: ChatTarget, prompt_tokens: int | None, prompt_characters: int) -> None:
+    """Refuse an answer whose token count says that the prompt was cut.
+
+    Servers cut to the whole window (<= 0.24) or to half of it plus the kept tokens (>= 0.30) and
+    answer 200. A whole prompt that leaves no room for the answer is refused as well: what follows
+    it was generated with its beginning shifted out.
+    """
+    if prompt_tokens is None:
+        return
+    half_window = abs(prompt_tokens - target.num_ctx // 2 - 2) <= 2
+    if prompt_tokens + NUM_PREDICT > target.num_ctx or (
+        half_window and prompt_characters > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
+    ):
+        raise LLMReplyError(
+            f"the server saw {prompt_tokens} prompt tokens, which betrays a cut prompt at a window of {target.num_ctx}",
+            Reason.CONTEXT_OVERFLOW,
+        )
+
+
+def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
+    text = body[:4000].decode("utf-8", "replace")
+    lowered = text.lower()
+    if status in (429, 503):
+        raise LLMBusyError(f"the model server is busy (HTTP {status})")
+    if status in (401, 403):
+        raise LLMModelError(f"the model server refuses the credentials (HTTP {status}); check LLM_API_KEY")
+    if status == 404:
+        raise LLMModelError(
+            f"the model server has no model {target.model} at {target.url} (HTTP 404); "
+            "check the model's name and the address"
+        )
+    if any(sign in lowered for sign in ("exceed_context_size", "context length", "context size", "context window")):
+        raise LLMContextError("the conversation is longer than the model's context window; raise OLLAMA_NUM_CTX")
+    if "memory" in lowered and status >= 500:
+        raise LLMBusyError(f"the model server is out of memory (HTTP {status})")
+    if status >= 500 or status in (408, 425, 499):
+        raise LLMUnavailableError(f"the model server failed (HTTP {status})")
+    raise LLMRejectedError(f"the model server refuses the request (HTTP {status})")
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise LLMUnavailableError("the model server's answer is not JSON, or was cut on its way") from exc
+    if not isinstance(fields, dict):
+        raise LLMUnavailableError("the model server's answer is not a JSON object")
+    return fields
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def models_url(target_protocol: Protocol, server_url: str) -> str:
+    """Return the address that lists the server's models; it also tells whether the server is alive."""
+    return f"{server_url}/v1/models" if target_protocol == "openai_chat" else f"{server_url}/api/tags"
+
+
+def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedModel]:
+    """Return the models a server lists.
+
+    Raises:
+        LLMUnavailableError: The answer is not such a list.
+    """
+    if status != 200:
+        raise LLMUnavailableError(f"the model server does not list its models (HTTP {status})")
+    fields = _json_object(body)
+    entries = fields.get("data" if protocol == "openai_chat" else "models")
+    models = []
+    for entry in entries if isinstance(entries, list) else []:
+        name = entry.get("id" if protocol == "openai_chat" else "name") if isinstance(entry, dict) else None
+        if isinstance(name, str):
+            digest = entry.get("digest")
+            remote = bool(entry.get("remote_host")) or _is_cloud_name(name)
+            models.append(ServedModel(name, digest if isinstance(digest, str) else None, remote))
+    return models
+
+
+def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
+    """Return the served model that *settings* name.
+
+    Raises:
+        ConfigurationError: None is named, the server does not have it, or it is a cloud model.
+            The message lists what the server has.
+    """
+    variable = "LLM_MODEL" if settings.llm_api_url else "OLLAMA_MODEL"
+    local = [model.name for model in models if not model.remote]
+    listed = ", ".join(local) if local else "none yet; run: ollama pull llama3.2"
+    if settings.model is None:
+        raise ConfigurationError(f"No model is named: set {variable} or --model to one of the server's models ({listed}).")
+    wanted = settings.model
+    if settings.protocol != "openai_chat" and ":" not in wanted.rsplit("/", 1)[-1]:
+        wanted += ":latest"
+    found = next((model for model in models if model.name in (settings.model, wanted)), None)
+    if _is_cloud_name(settings.model) or (found is not None and found.remote):
+        raise ConfigurationError(
+            f"{settings.model} runs in Ollama's cloud, so customer text would leave this house; name a local model ({listed})."
+        )
+    if found is None:
+        raise ConfigurationError(f"The model server has no model {settings.model}; set {variable} or --model to one of: {listed}.")
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes) -> str:
+    """Return the SHA-256 of everything but the conversation that decides an answer."""
+    options = orjson.dumps(_options(target, 0), option=orjson.OPT_SORT_KEYS)
+    parts = [target.protocol, target.model, target.digest or "", options.decode(), system_prompt, schema_json.decode()]
+    return hashlib.sha256(orjson.dumps(parts)).hexdigest()
+
+
+def show_body(model: str) -> bytes:
+    """Return the body of ``POST /api/show``."""
+    return orjson.dumps({"model": model})
+
+
+def parse_thinking(status: int, body: bytes) -> bool:
+    """Whether ``/api/show`` says that the model can think; False where it says nothing."""
+    if status != 200:
+        return False
+    capabilities = _json_object(body).get("capabilities")
+    return isinstance(capabilities, list) and "thinking" in capabilities
+
+
+def with_model(target: ChatTarget, model: ServedModel, *, thinking: bool) -> ChatTarget:
+    """Return *target* with what the server said about its model."""
+    return replace(target, digest=model.digest, disable_thinking=thinking)
+
+
+def _is_cloud_name(model: str) -> bool:
+    tag = model.rsplit(":", 1)[-1] if ":" in model else ""
+    return tag == "cloud" or tag.endswith("-cloud")
