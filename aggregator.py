@@ -14,7 +14,12 @@ _SENDERS: dict[str, Sender] = {
     **dict.fromkeys(("customer", "user", "client", "consumer", "inbound", "end_user", "end-user"), "customer"),
     **dict.fromkeys(("agent", "support", "assistant", "staff", "operator", "bot", "system", "outbound"), "agent"),
 }
-_MONTHS = {name: number for number, name in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)}
+_MONTHS = {
+    name: number
+    for number, name in enumerate(
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"], 1
+    )
+}
 
 
 def document_shape(document: Mapping[str, Any]) -> Shape | None:

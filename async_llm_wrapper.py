@@ -16,7 +16,7 @@ from utils import ollama_protocol as protocol
 from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
 from utils.classification import Outcome
 from utils.conversation import Conversation
-from utils.ollama_protocol import ChatReply, ChatTarget
+from utils.ollama_protocol import ChatReply, ChatTarget, ServedModel
 from utils.retry_utils import RetryPolicy, tenacity_options
 
 CONNECT_TIMEOUT_S = 5.0
@@ -80,6 +80,15 @@ class AsyncLLMClient:
             return False
         return True
 
+    async def list_models(self) -> list[ServedModel]:
+        """Return the models that the server has, remote ones included.
+
+        Raises:
+            LLMUnavailableError: The server does not answer, or not with such a list.
+        """
+        url = protocol.models_url(self.target.protocol, self.target.server_url)
+        return protocol.parse_models(self.target.protocol, *await self._request("GET", url))
+
     async def prepare(self, settings: Settings) -> ChatTarget:
         """Ask the server for its models, settle on the one that *settings* name, and return the target.
 
@@ -88,10 +97,7 @@ class AsyncLLMClient:
             ConfigurationError: It does not have the model; the message lists what it has.
         """
         target = self.target
-        models = protocol.parse_models(
-            target.protocol, *await self._request("GET", protocol.models_url(target.protocol, target.server_url))
-        )
-        model = protocol.choose_model(settings, models)
+        model = protocol.choose_model(settings, await self.list_models())
         thinking = False
         if target.protocol != "openai_chat":
             show = await self._request("POST", f"{target.server_url}/api/show", protocol.show_body(model.name))

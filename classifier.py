@@ -122,7 +122,9 @@ def classification_flow(messages: list[Message], parser: ReplyParser) -> Generat
     return Answer(parser.parse(reply.text), reply, 2)
 
 
-def build_outcome(answer: Answer, conversation: Conversation, target: ChatTarget, plan: str, duration_s: float) -> Outcome:
+def build_outcome(
+    answer: Answer, conversation: Conversation, target: ChatTarget, plan: str, duration_s: float
+) -> Outcome:
     """Return *answer* with how it was made; *plan* is ollama_protocol.plan_fingerprint of the run."""
     input_sha256 = hashlib.sha256(conversation.transcript.encode()).hexdigest()
     return Outcome(

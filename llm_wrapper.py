@@ -95,7 +95,9 @@ class LLMClient:
                 for chunk in response.iter_content(65_536):
                     received += chunk
                     if len(received) > protocol.MAX_BODY_BYTES:
-                        raise LLMUnavailableError(f"the model server's answer is larger than {protocol.MAX_BODY_BYTES} bytes")
+                        raise LLMUnavailableError(
+                            f"the model server's answer is larger than {protocol.MAX_BODY_BYTES} bytes"
+                        )
                     if time.monotonic() > deadline:
                         raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)")
                 return response.status_code, bytes(received)

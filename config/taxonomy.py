@@ -54,11 +54,13 @@ def load_taxonomy(path: Path | None = None) -> Taxonomy:
     """
     path = path or DEFAULT_TAXONOMY
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)  # noqa: S506 - a safe loader
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     except OSError as exc:
         raise ConfigurationError(f"The taxonomy {path} cannot be read ({exc.strerror}); see TAXONOMY_FILE.") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigurationError(f"The taxonomy {path} is not valid YAML; compare it with config/taxonomy.yaml.") from exc
+        raise ConfigurationError(
+            f"The taxonomy {path} is not valid YAML; compare it with config/taxonomy.yaml."
+        ) from exc
     if not isinstance(content, dict) or set(content) != {"intents", "topics", "sentiments"}:
         raise ConfigurationError(f"The taxonomy {path} needs exactly the keys intents, topics and sentiments.")
     sentiments = content["sentiments"]
@@ -77,9 +79,8 @@ def _labels(path: Path, group: str, entries: Any) -> tuple[Label, ...]:
         raise ConfigurationError(f"In the taxonomy {path}, {group} must map each label to its definition.")
     _require_distinct(path, group, list(entries))
     labels = []
-    for name, entry in entries.items():
-        if isinstance(entry, str):
-            entry = {"definition": entry}
+    for name, given in entries.items():
+        entry = {"definition": given} if isinstance(given, str) else given
         if not isinstance(entry, dict) or not isinstance(entry.get("definition"), str):
             raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} needs a one-line definition.")
         phrases = entry.get("phrases") or []

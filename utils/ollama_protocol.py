@@ -89,7 +89,9 @@ def chat_target(settings: Settings, model: str) -> ChatTarget:
         ConfigurationError: *model* is a cloud model: customer text would leave the house.
     """
     if _is_cloud_name(model):
-        raise ConfigurationError(f"{model} runs in Ollama's cloud, so customer text would leave this house; name a local model.")
+        raise ConfigurationError(
+            f"{model} runs in Ollama's cloud, so customer text would leave this house; name a local model."
+        )
     return ChatTarget(
         protocol=settings.protocol,
         url=settings.chat_url,
@@ -104,7 +106,8 @@ def chat_target(settings: Settings, model: str) -> ChatTarget:
 def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: bytes, attempt: int = 0) -> bytes:
     """Return the body of a chat request.
 
-    *schema_json* is the JSON Schema of the answer. *attempt* (from 0) moves the seed, so that asking again is not asking for the same answer.
+    *schema_json* is the JSON Schema of the answer. *attempt* (from 0) moves the seed, so that
+    asking again is not asking for the same answer.
     """
     schema = orjson.Fragment(schema_json)
     if target.protocol == "openai_chat":
@@ -303,7 +306,9 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
     local = [model.name for model in models if not model.remote]
     listed = ", ".join(local) if local else "none yet; run: ollama pull llama3.2"
     if settings.model is None:
-        raise ConfigurationError(f"No model is named: set {variable} or --model to one of the server's models ({listed}).")
+        raise ConfigurationError(
+            f"No model is named: set {variable} or --model to one of the server's models ({listed})."
+        )
     wanted = settings.model
     if settings.protocol != "openai_chat" and ":" not in wanted.rsplit("/", 1)[-1]:
         wanted += ":latest"
@@ -313,7 +318,9 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
             f"{settings.model} runs in Ollama's cloud, so customer text would leave this house; name a local model ({listed})."
         )
     if found is None:
-        raise ConfigurationError(f"The model server has no model {settings.model}; set {variable} or --model to one of: {listed}.")
+        raise ConfigurationError(
+            f"The model server has no model {settings.model}; set {variable} or --model to one of: {listed}."
+        )
     return found
 
 
