@@ -1,0 +1,200 @@
+"""The batch worker: pages of documents in, exactly one result each out, through any crash.
+
+docs/architecture.md follows one document through this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import runpy
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+import async_llm_wrapper as llm
+from aggregator import aggregate_conversation
+from classifier import Answer, ReplyParser, build_outcome
+from config import Settings, load_settings, load_taxonomy
+from error_handler import LLMUnavailableError
+from mongo_client import DocumentStore
+from prompt_builder import PromptBuilder
+from utils.baseline import BASELINE_MODEL, BaselineClassifier
+from utils.batch_file_manager import BatchFiles
+from utils.batch_run import BatchRun, Classify, Steps
+from utils.batch_work import BatchInWork
+from utils.classification import Outcome
+from utils.conversation import Conversation
+from utils.document_intake import DocumentIntake, RunOptions
+from utils.ollama_protocol import ChatReply, ChatTarget, chat_target
+from utils.progress import Reporter
+from utils.result_document import build_result
+from utils.store_protocol import Document
+
+logger = logging.getLogger(__name__)
+
+BASELINE_TARGET = ChatTarget("ollama_chat", "", "", BASELINE_MODEL, None, 0, "0")
+
+
+class BatchProcessor:
+    """Classifies the documents of one collection; one run at a time.
+
+    *settings* None reads them from the environment; further keyword arguments are fields of
+    Settings and win. *classify* and *client* replace the model server and the MongoDB client: the
+    caller closes what it hands in. Use as ``async with``, or call ``close``.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        options: RunOptions | None = None,
+        classify: Classify | None = None,
+        client: Any = None,
+        reporter: Reporter | None = None,
+        **overrides: Any,
+    ) -> None:
+        base = {} if settings is None else {name: getattr(settings, name) for name in settings.model_fields_set}
+        self.settings = load_settings(**{**base, **overrides}) if settings is None or overrides else settings
+        self.options = replace(options or RunOptions(), batch_size=self.settings.batch_size)
+        self._given_classify = classify
+        self._client = client
+        self._reporter = reporter
+        self._stack = AsyncExitStack()
+        self._connected = False
+        self.stop = asyncio.Event()  # set it to end the run: no new documents, calls in flight get the grace period
+
+    async def __aenter__(self) -> BatchProcessor:
+        try:
+            await self.connect()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def connect(self) -> None:
+        """Take the directory, reach MongoDB and the model server, and create missing indexes.
+
+        Raises:
+            TriadError: The first thing that is wrong, in one sentence; nothing was changed by then.
+        """
+        if self._connected:
+            return
+        self.files = BatchFiles(self.settings.batch_files_dir)
+        self.files.acquire()
+        self._stack.callback(self.files.release)
+        self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client)
+        self._stack.push_async_callback(self.store.close)
+        await self.store.check()
+        self._classify = self._given_classify or await self._connect_model()
+        await self.store.ensure_result_indexes()
+        self._connected = True
+
+    async def _connect_model(self) -> Classify:
+        taxonomy = load_taxonomy(self.settings.taxonomy_file)
+        prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
+        session = await self._stack.enter_async_context(llm.open_session(self.settings.max_concurrent))
+        client = llm.AsyncLLMClient(self.settings, chat_target(self.settings, self.settings.model or ""), session)
+        target = await client.prepare(self.settings)
+        self._stack.push_async_callback(client.breaker.close)
+        logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
+
+        async def classify(conversation: Conversation, rounds: int) -> Outcome:
+            return await llm.ollama_classify_async(conversation, client, prompts, parser, rounds)
+
+        return classify
+
+    async def close(self) -> None:
+        """Close what ``connect`` opened and give the directory back; safe to call twice."""
+        self._connected = False
+        await self._stack.aclose()
+
+    async def fetch_unprocessed_queries(self, limit: int | None = None) -> list[Document]:
+        """Return up to *limit* pending documents (None: one batch) in the order of ids; changes nothing."""
+        await self.connect()
+        return await self.store.read_page("pending", [], [], limit or self.settings.batch_size)
+
+    async def process_document(self, document: Document) -> Document:
+        """Classify one document, store its result and return it; the source is not touched.
+
+        Raises:
+            SkippedDocumentError: There is nothing to classify.
+            LLMError, StoreError: It failed; nothing was stored, and nothing is queued.
+        """
+        await self.connect()
+        conversation = aggregate_conversation(document)
+        outcome = await self._classify(conversation, 0)
+        keep = self.settings.store_original_conversation
+        result = build_result(document, conversation, outcome, "single", keep_original=keep)
+        for problem in (await self.store.write_results([result])).values():
+            raise problem
+        return result
+
+    async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
+        """Classify *documents* with every safeguard of a run; return its statistics, as ``run`` does."""
+        return await self._run(lambda intake: [intake.given(documents)])
+
+    async def run(self) -> dict[str, Any]:
+        """Classify everything that is selected; return the statistics.
+
+        Keys: job_id, documents_processed, successful, failed, skipped, already_done,
+        leased_elsewhere, retried, in_retry_queue, in_quarantine, reasons, interrupted.
+
+        Raises:
+            FailureThresholdError: Too many documents failed.
+            TriadError: MongoDB, the model server or the directory failed for good. In each case
+                the same command goes on where this one ended.
+        """
+        return await self._run(lambda intake: [intake.recovered(), intake.fresh()])
+
+    async def _run(self, sources: Callable[[DocumentIntake], list[AsyncIterator[BatchInWork]]]) -> dict[str, Any]:
+        await self.connect()
+        steps = Steps(aggregate_conversation, self._classify)
+        run = BatchRun(self.settings, self.options, self.store, self.files, steps, stop=self.stop)
+        run.reporter = self._reporter
+        return await run.execute(sources(run.intake))
+
+    def _worker_id(self) -> str:
+        """Return the id under which this directory's worker holds leases, the same after a crash."""
+        saved = self.files.read_state("worker.json") or {}
+        if not isinstance(saved.get("worker_id"), str):
+            saved = {"worker_id": f"worker-{secrets.token_hex(8)}"}
+            self.files.write_state("worker.json", saved)
+        return str(saved["worker_id"])
+
+
+async def find_model(settings: Settings) -> str | None:
+    """Return the model to ask: the one named, else the first local one of the server; None where none answers."""
+    async with llm.open_session(1) as session:
+        client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
+        try:
+            if settings.model is not None:
+                return (await client.prepare(settings)).model
+            return next((model.name for model in await client.list_models() if not model.remote), None)
+        except LLMUnavailableError:
+            return None
+
+
+def baseline_classify(baseline: BaselineClassifier) -> Classify:
+    """Return *baseline* in the form that a run asks, with metadata that says what it is."""
+
+    async def classify(conversation: Conversation, _rounds: int) -> Outcome:
+        await asyncio.sleep(0)  # it computes; let signals and writes have their turn between two documents
+        start = time.monotonic()
+        labels = baseline.classify(conversation)
+        return build_outcome(
+            Answer(labels, ChatReply("", None, None), 1), conversation, BASELINE_TARGET, "baseline", time.monotonic() - start
+        )
+
+    return classify
+
+
+if __name__ == "__main__":
+    # The same command under the name that older scripts call; an import would point upwards.
+    runpy.run_module("cli", run_name="__main__")

@@ -1,0 +1,62 @@
+"""Replace a file so that readers, crashes and power cuts see the old content or the new, never a mixture."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+from error_handler import StateDirectoryError
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Make *content* the content of *path*, durably, with mode 0600.
+
+    Order (fsync(2), rename(2)): write a temporary file in the same folder, fsync it, rename it
+    over *path*, fsync the folder, without which the rename itself may be lost.
+
+    Raises:
+        StateDirectoryError: The disk is full, or the folder is not writable. The old content stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(handle)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+    except OSError as exc:
+        raise StateDirectoryError(
+            f"{path} cannot be written ({exc.strerror}); free space or fix the rights, then run again."
+        ) from exc
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames and removals in *folder* durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_file(path: Path) -> None:
+    """Remove *path*; a file that is not there is fine.
+
+    Raises:
+        StateDirectoryError: The folder does not allow it.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise StateDirectoryError(
+            f"{path} cannot be removed ({exc.strerror}); fix the rights, then run again."
+        ) from exc

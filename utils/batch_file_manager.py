@@ -1,0 +1,352 @@
+"""The local files of one worker: what it is working on, what failed, what is done.
+
+::
+
+    batch_files/
+        .lock                                   held while a worker runs (released by the kernel)
+        checkpoint.json                         contiguous low-water mark, counts, job id
+        pending/batch_001_pending.json          a batch in work, and batch_001_pending.journal beside it
+        retry/batch_001_retry_queue.json        failed documents that get another round
+        quarantine/batch_001_quarantine.json    failed documents that get none
+        completed/batch_001_completed.json      ids and counts, no text
+        progress/                               written by utils.progress
+
+All are Extended JSON with mode 0600 in folders with mode 0700. MongoDB is the truth; these files
+say what a crash interrupted, and keep answers that could not be written yet.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from error_handler import DirectoryLockedError, Reason, StateDirectoryError
+from utils import extended_json
+from utils.atomic_file import remove_file, replace_file
+from utils.batch_journal import BatchJournal, Replay, replay_journal
+
+logger = logging.getLogger(__name__)
+
+FOLDERS = ("pending", "retry", "quarantine", "completed", "progress")
+_NUMBER = re.compile(r"batch_(\d{3,})_")
+
+FailureStatus = Literal["llm_failed", "write_failed"]
+
+
+@dataclass(slots=True)
+class FailedDocument:
+    """An entry of a retry queue or of the quarantine.
+
+    *retry_count* is how many retry rounds it has used; 0 after the first failure. *classification_result* is the finished
+    result document where only the write failed, else None.
+    """
+
+    conversation_id: Any
+    status: FailureStatus
+    conversation_data: dict[str, Any] | None
+    retry_count: int
+    reason: Reason
+    error: str
+    classification_result: dict[str, Any] | None = None
+    failed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entry as the file holds it."""
+        return {
+            "conversation_id": self.conversation_id,
+            "status": self.status,
+            "classification_result": self.classification_result,
+            "conversation_data": self.conversation_data,
+            "retry_count": self.retry_count,
+            "failed_at": self.failed_at,
+            "reason": str(self.reason),
+            "error": self.error,
+        }
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> FailedDocument:
+        """Return the entry in *entry*; raises KeyError, TypeError or ValueError where it is none."""
+        status: FailureStatus = "write_failed" if entry["status"] == "write_failed" else "llm_failed"
+        data, result = entry["conversation_data"], entry.get("classification_result")
+        if not isinstance(data, dict | None) or not isinstance(result, dict | None):
+            raise TypeError("not a document")
+        reason = Reason(entry.get("reason", Reason.TRANSPORT))
+        at = entry.get("failed_at")
+        at = at if isinstance(at, datetime) else datetime.now(UTC)
+        count = int(entry.get("retry_count", 0))
+        return cls(entry["conversation_id"], status, data, count, reason, str(entry.get("error")), result, at)
+
+
+@dataclass(slots=True)
+class BatchFile:
+    """A batch on disk: fresh documents (``pending/``) or failed ones that get another round (``retry/``)."""
+
+    number: int
+    path: Path
+    journal: BatchJournal
+    documents: list[dict[str, Any]]
+    failures: dict[bytes, FailedDocument] = field(default_factory=dict)  # by extended_json.id_key
+    replay: Replay = field(default_factory=Replay)
+
+    @property
+    def name(self) -> str:
+        """``batch_001``: what logs and sibling files call it."""
+        return f"batch_{self.number:03d}"
+
+
+class BatchFiles:
+    """The files under *directory*; created where missing.
+
+    Raises:
+        StateDirectoryError: The directory is a symbolic link, or cannot be created or read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock = FileLock(directory / ".lock", timeout=0, mode=0o600)
+        try:
+            if directory.is_symlink():
+                raise StateDirectoryError(
+                    f"{directory} is a symbolic link; name the real directory with --batch-files-dir."
+                )
+            for folder in FOLDERS:
+                (directory / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._last_number = max((number for number, _ in self._numbered(*FOLDERS)), default=0)
+        except OSError as exc:
+            raise StateDirectoryError(
+                f"{directory} cannot be used ({exc.strerror}); fix its rights or name another with --batch-files-dir."
+            ) from exc
+
+    def acquire(self) -> None:
+        """Take the directory for this process; the kernel gives it back whatever way the process ends.
+
+        Raises:
+            DirectoryLockedError: Another worker holds it.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout as exc:
+            raise DirectoryLockedError(
+                f"another worker is using {self.directory}; wait for it, or give this one its own with --batch-files-dir."
+            ) from exc
+        except OSError as exc:
+            raise StateDirectoryError(
+                f"{self.directory} cannot be locked ({exc.strerror}); fix its rights, then run again."
+            ) from exc
+        for stale in self.directory.rglob(".*.tmp"):
+            remove_file(stale)
+
+    def release(self) -> None:
+        """Give the directory back; harmless where it was never taken."""
+        self._lock.release()
+
+    def save_pending(self, documents: list[dict[str, Any]]) -> BatchFile:
+        """Save fresh *documents* (at least one) as the next batch, durably, before any is worked on."""
+        self._last_number += 1
+        batch = self._batch(self._last_number, "pending", documents)
+        now = datetime.now(UTC)
+        content = {
+            "batch_id": batch.name,
+            "created_at": now,
+            "first_object_id": documents[0].get("_id"),
+            "last_object_id": documents[-1].get("_id"),
+            "conversation_count": len(documents),
+            "conversations": [
+                {"_id": document.get("_id"), "conversation_data": document, "created_at": now} for document in documents
+            ],
+        }
+        replace_file(batch.path, extended_json.dumps(content))
+        return batch
+
+    def save_failed(
+        self, kind: Literal["retry", "quarantine"], number: int, failures: Iterable[FailedDocument]
+    ) -> None:
+        """Add *failures* to the file of batch *number*; an entry for the same document is replaced."""
+        path = self._path(kind, number)
+        entries = {extended_json.id_key(entry.conversation_id): entry for entry in self._read_failures(path)}
+        entries |= {extended_json.id_key(entry.conversation_id): entry for entry in failures}
+        self._write_failures(path, entries.values())
+
+    def save_completed(self, batch: BatchFile, counts: dict[str, int], document_ids: list[Any]) -> None:
+        """Note that every document of *batch* is settled; then its pending file and journal go."""
+        content = {
+            "batch_id": batch.name,
+            "completed_at": datetime.now(UTC),
+            "conversation_count": len(document_ids),
+            **counts,
+            "conversation_ids": document_ids,
+        }
+        replace_file(self._path("completed", batch.number), extended_json.dumps(content))
+        batch.journal.close()
+        remove_file(batch.path)
+        remove_file(batch.journal.path)  # last: a journal alone means nothing
+
+    def finish_retry(self, batch: BatchFile, failures: Iterable[FailedDocument]) -> None:
+        """Make *failures* the whole content of a worked-off retry file; none removes it."""
+        self._write_failures(batch.path, failures)
+        batch.journal.close()
+        remove_file(batch.journal.path)
+
+    def load_pending(self) -> Iterator[BatchFile]:
+        """Yield the batches that a crash or stop interrupted, and files an operator moved to ``pending/``.
+
+        A file that cannot be read is set aside as ``.corrupt`` and logged; its documents are still
+        pending in MongoDB and are found there.
+        """
+        for path in self._own_files("pending"):
+            content = self._read(path)
+            if content is None:
+                continue
+            try:
+                batch = self._parse_pending(path, content)
+            except (KeyError, TypeError, ValueError):
+                self._set_aside(path)
+                continue
+            yield batch
+
+    def load_retry(self) -> Iterator[BatchFile]:
+        """Yield the retry files, each as a batch whose ``failures`` say how often each document failed."""
+        for path in self._own_files("retry"):
+            failures = self._read_failures(path)
+            if failures:
+                yield self._failed_batch(path, failures)
+            elif path.exists():
+                remove_file(path)
+
+    def failed_keys(self) -> set[bytes]:
+        """Return the ``id_key`` of each document in the retry queue or in quarantine."""
+        entries = (
+            entry
+            for kind in ("retry", "quarantine")
+            for path in self._own_files(kind)
+            for entry in self._read_failures(path)
+        )
+        return {extended_json.id_key(entry.conversation_id) for entry in entries}
+
+    def count_failed(self, kind: Literal["retry", "quarantine"]) -> int:
+        """Return how many documents are in the retry queue, or in quarantine."""
+        return sum(len(self._read_failures(path)) for path in self._own_files(kind))
+
+    def release_quarantine(self) -> int:
+        """Move all quarantined documents back to ``pending/`` with fresh attempts; return how many."""
+        moved = 0
+        for path in self._own_files("quarantine"):
+            documents = [entry.conversation_data for entry in self._read_failures(path) if entry.conversation_data]
+            if documents:
+                self.save_pending(documents)
+                moved += len(documents)
+            remove_file(path)
+        return moved
+
+    def read_state(self, name: str) -> dict[str, Any] | None:
+        """Return the object in *name* (``checkpoint.json``); None where it is missing or set aside as corrupt."""
+        content = self._read(self.directory / name)
+        return content if isinstance(content, dict) else None
+
+    def write_state(self, name: str, content: dict[str, Any]) -> None:
+        """Replace *name* with *content*."""
+        replace_file(self.directory / name, extended_json.dumps(content))
+
+    def _batch(self, number: int, kind: str, documents: list[dict[str, Any]]) -> BatchFile:
+        path = self._path(kind, number)
+        return BatchFile(number, path, BatchJournal(path.with_suffix(".journal")), documents)
+
+    def _parse_pending(self, path: Path, content: Any) -> BatchFile:
+        if isinstance(content, list):  # a retry or quarantine file that an operator moved here
+            return self._failed_batch(path, [FailedDocument.from_dict(entry) for entry in content], fresh=True)
+        batch = BatchFile(
+            _number(path) or 0,
+            path,
+            BatchJournal(path.with_suffix(".journal")),
+            [_document(entry) for entry in content["conversations"]],
+        )
+        if not batch.documents or content["conversation_count"] != len(batch.documents):
+            raise ValueError("the count does not match")
+        batch.replay = replay_journal(batch.journal.path)
+        return batch
+
+    def _failed_batch(self, path: Path, failures: list[FailedDocument], *, fresh: bool = False) -> BatchFile:
+        documents = [entry.conversation_data or {"_id": entry.conversation_id} for entry in failures]
+        # Each round has its own journal: what a finished one says must not count against the next.
+        round_name = f"{len(failures)}x{sum(entry.retry_count for entry in failures)}"
+        journal = BatchJournal(path.with_suffix(f".{round_name}.journal"))
+        batch = BatchFile(_number(path) or 0, path, journal, documents)
+        for entry in failures:
+            if fresh:
+                entry.retry_count = 0
+            batch.failures[extended_json.id_key(entry.conversation_id)] = entry
+        batch.replay = replay_journal(batch.journal.path)
+        return batch
+
+    def _path(self, kind: str, number: int) -> Path:
+        suffix = "retry_queue" if kind == "retry" else kind
+        return self.directory / kind / f"batch_{number:03d}_{suffix}.json"
+
+    def _numbered(self, *kinds: str) -> Iterator[tuple[int, Path]]:
+        for kind in kinds:
+            for path in (self.directory / kind).glob("batch_*"):
+                number = _number(path)
+                if number is not None:
+                    yield number, path
+
+    def _own_files(self, kind: str) -> list[Path]:
+        return [path for _, path in sorted(self._numbered(kind)) if path.suffix == ".json" and not path.is_symlink()]
+
+    def _read_failures(self, path: Path) -> list[FailedDocument]:
+        content = self._read(path)
+        if content is None:
+            return []
+        try:
+            return [FailedDocument.from_dict(entry) for entry in content]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            self._set_aside(path)
+            return []
+
+    def _write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
+        entries = [entry.as_dict() for entry in failures]
+        if entries:
+            replace_file(path, extended_json.dumps(entries))
+        else:
+            remove_file(path)
+
+    def _read(self, path: Path) -> Any:
+        try:
+            return extended_json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValueError, json.JSONDecodeError):
+            self._set_aside(path)
+            return None
+        except OSError as exc:
+            raise StateDirectoryError(
+                f"{path} cannot be read ({exc.strerror}); fix its rights, then run again."
+            ) from exc
+
+    def _set_aside(self, path: Path) -> None:
+        aside = path.with_name(path.name + ".corrupt")
+        path.replace(aside)
+        logger.error(
+            "%s is not readable and was set aside as %s; its documents are found again from MongoDB",
+            path.name,
+            aside.name,
+        )
+
+
+def _document(entry: dict[str, Any]) -> dict[str, Any]:
+    document = entry["conversation_data"]
+    if not isinstance(document, dict) or "_id" not in document:
+        raise TypeError("not a document")
+    return document
+
+
+def _number(path: Path) -> int | None:
+    found = _NUMBER.match(path.name)
+    return int(found.group(1)) if found else None

@@ -1,0 +1,295 @@
+"""One run of the batch worker: documents in, exactly one result each out, through any crash.
+
+Knows neither MongoDB nor the model: store and steps are handed in. docs/architecture.md follows
+one document through this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from config import Settings
+from error_handler import (
+    LLMError,
+    LLMModelError,
+    LLMOutageError,
+    PoisonDocumentError,
+    Reason,
+    SkippedDocumentError,
+    StoreUnavailableError,
+    TriadError,
+)
+from utils.batch_file_manager import BatchFiles
+from utils.batch_work import BatchInWork, WorkItem
+from utils.checkpoint import Checkpoint
+from utils.classification import Outcome
+from utils.conversation import Conversation
+from utils.document_intake import MAX_SWEEPS, DocumentIntake, RunOptions
+from utils.group_commit import GroupCommit
+from utils.progress import Reporter
+from utils.result_document import build_result
+from utils.settlement import Settlement
+from utils.store_protocol import Document, Store
+
+logger = logging.getLogger(__name__)
+
+SETTLE_EVERY_S = 1.0  # the longest a source status is late
+MODEL_ERRORS_IN_A_ROW = 5  # answers of "no such model" that end the run
+
+Classify = Callable[[Conversation, int], Awaitable[Outcome]]
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What is done with one document.
+
+    *aggregate* raises SkippedDocumentError. *classify* gets the conversation and how many retry
+    rounds it has had, and raises LLMError.
+    """
+
+    aggregate: Callable[[Document], Conversation]
+    classify: Classify
+
+
+class BatchRun:
+    """One run: feeds documents to *max_concurrent* workers, writes their results, settles them."""
+
+    reporter: Reporter | None = None
+
+    def __init__(
+        self,
+        settings: Settings,
+        options: RunOptions,
+        store: Store,
+        files: BatchFiles,
+        steps: Steps,
+        *,
+        stop: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._files = files
+        self._steps = steps
+        self._stop = stop
+        self._replace = options.reprocess
+        source = f"{settings.db_name}/{settings.source_collection}/{settings.results_collection}"
+        saved = files.read_state("checkpoint.json")
+        self.checkpoint = Checkpoint.resume_or_new(saved, source, reprocess=options.reprocess)
+        self.settlement = Settlement(store, files, self.checkpoint)
+        self.intake = DocumentIntake(store, files, self.checkpoint, options, settlement=self.settlement)
+        self._queue: asyncio.Queue[WorkItem] = asyncio.Queue()
+        self._writes: GroupCommit[tuple[WorkItem, Document]] = GroupCommit(self._write_group)
+        self._progress = asyncio.Event()
+        self._in_flight = 0
+        self._model_errors = 0
+
+    async def execute(self, sources: list[AsyncIterator[BatchInWork]]) -> dict[str, Any]:
+        """Run to the end, to a stop, or to an error; whichever it is, what is settled is saved."""
+        status = "failed"
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                helpers = [
+                    tasks.create_task(self._writes.run(), name="writes"),
+                    tasks.create_task(self._settle_regularly(), name="settlement"),
+                    tasks.create_task(self._renew_leases(), name="leases"),
+                    tasks.create_task(self._watch_stop(), name="stop"),
+                ]
+                preparation = tasks.create_task(self._prepare_source(), name="indexes")
+                workers = [
+                    tasks.create_task(self._work(), name=f"worker-{number}")
+                    for number in range(self._settings.max_concurrent)
+                ]
+                await self._feed(sources)
+                if self._stop.is_set():
+                    await self._let_calls_finish()
+                await self._writes.drained()
+                for task in (*helpers, *workers, preparation):
+                    task.cancel()
+            self.checkpoint.finished = not self._stop.is_set()
+            status = "interrupted" if self._stop.is_set() else "completed"
+        except* TriadError as group:
+            raise _first(group) from group
+        finally:
+            await self._save(status)
+        return self._statistics()
+
+    async def _feed(self, sources: list[AsyncIterator[BatchInWork]]) -> None:
+        for source in sources:
+            await self._admit_all(source)
+        for _ in range(MAX_SWEEPS):
+            if self._stop.is_set() or not await self._admit_all(self.intake.sweep()):
+                break
+        while not self._stop.is_set() and await self._admit_all(self.intake.retry_round()):
+            pass
+
+    async def _admit_all(self, source: AsyncIterator[BatchInWork]) -> int:
+        """Hand every batch of *source* to the workers and wait for the last; return how many documents it had.
+
+        The next batch is read and saved while at least a batch, and twice the slots, are still in work.
+        """
+        await self.settlement.flush()
+        backlog = max(self._settings.batch_size, 2 * self._settings.max_concurrent)
+        admitted = 0
+        async for batch in source:
+            self.settlement.admit(batch)
+            for item in batch.items:
+                self._queue.put_nowait(item)
+            admitted += len(batch.items)
+            await self._until_unsettled(backlog)
+            if self._stop.is_set():
+                return admitted
+        await self._until_unsettled(0)
+        return admitted
+
+    async def _until_unsettled(self, count: int) -> None:
+        while self.settlement.unsettled > count and not self._stop.is_set():
+            self._progress.clear()
+            await self._progress.wait()
+
+    async def _work(self) -> None:
+        while True:
+            item = await self._queue.get()
+            self._in_flight += 1
+            try:
+                await self._process(item)
+            finally:
+                self._in_flight -= 1
+                self._progress.set()
+
+    async def _process(self, item: WorkItem) -> None:
+        """Take one document from the queue to its answer; what was on disk is not done again."""
+        journal, document_id, past = item.batch.file.journal, item.document_id, item.past
+        known = past.result or item.known_result
+        if known is not None:
+            self._writes.submit((item, known))
+        elif past.final and past.reason in (Reason.SKIPPED_NO_TEXT, Reason.SKIPPED_NO_CUSTOMER):
+            self.settlement.skip(item, past.reason, past.problem or "")
+        elif past.is_poison:
+            self.settlement.fail(item, PoisonDocumentError("the worker ended each time it had this document in hand"))
+        else:
+            journal.started(document_id)
+            try:
+                conversation = self._steps.aggregate(item.document)
+            except SkippedDocumentError as exc:
+                journal.skipped(document_id, exc.reason, str(exc))
+                self.settlement.skip(item, exc.reason, str(exc))
+                return
+            journal.asked(document_id)
+            await self._ask(item, conversation)
+
+    async def _ask(self, item: WorkItem, conversation: Conversation) -> None:
+        journal, document_id = item.batch.file.journal, item.document_id
+        try:
+            outcome = await self._steps.classify(conversation, item.rounds)
+        except (asyncio.CancelledError, LLMOutageError):
+            journal.released(document_id)
+            raise
+        except LLMError as exc:
+            self._require_model(exc)
+            journal.failed(document_id, exc.reason, str(exc))
+            self.settlement.fail(item, exc)
+            return
+        self._model_errors = 0
+        keep = self._settings.store_original_conversation
+        result = build_result(item.document, conversation, outcome, self.checkpoint.job_id, keep_original=keep)
+        journal.answered(document_id, result)
+        self._writes.submit((item, result))
+
+    def _require_model(self, error: LLMError) -> None:
+        """End the run where the server says again and again that it has no such model."""
+        self._model_errors = self._model_errors + 1 if isinstance(error, LLMModelError) else 0
+        if self._model_errors >= MODEL_ERRORS_IN_A_ROW:
+            raise LLMModelError(f"{error} - {self._model_errors} answers in a row; the documents wait for the next run")
+
+    async def _write_group(self, group: list[tuple[WorkItem, Document]]) -> None:
+        try:
+            rejected = await self._store.write_results([result for _, result in group], replace=self._replace)
+        except StoreUnavailableError as exc:
+            for item, result in group:
+                self.settlement.fail(item, exc, result)
+            return
+        finally:
+            self._progress.set()
+        for index, (item, result) in enumerate(group):
+            if index in rejected:
+                self.settlement.fail(item, rejected[index], result)
+            else:
+                self.settlement.succeed(item, result)
+
+    async def _let_calls_finish(self) -> None:
+        """After a stop: no new documents, and the grace period for the calls in flight."""
+        logger.info("stopping: %d calls in flight may take %.0f s", self._in_flight, self._settings.shutdown_grace_s)
+        try:
+            async with asyncio.timeout(self._settings.shutdown_grace_s):
+                while self._in_flight:
+                    self._progress.clear()
+                    await self._progress.wait()
+        except TimeoutError:
+            logger.warning("stopping: %d calls did not finish in time and will be asked again", self._in_flight)
+
+    async def _watch_stop(self) -> None:
+        await self._stop.wait()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._progress.set()
+
+    async def _settle_regularly(self) -> None:
+        """Flush each second, and as soon as CHECKPOINT_EVERY documents are settled."""
+        while True:
+            self._report("running")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_EVERY_S):
+                    await self.settlement.due.wait()
+            await self.settlement.flush()
+
+    async def _renew_leases(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_s / 3)
+            await self._store.renew_leases()
+
+    async def _prepare_source(self) -> None:
+        """Count and index beside the first calls: neither may hold up a start on millions of documents."""
+        self.settlement.stats.total += await self._store.count("all" if self._replace else "pending")
+        await self._store.ensure_source_indexes()
+        foreign = await self._store.foreign_statuses()
+        if foreign:
+            logger.warning("documents whose status is none of ours are left alone: %s", ", ".join(foreign[:10]))
+
+    async def _save(self, status: str) -> None:
+        """Flush a last time; an error here must not hide the one that ended the run."""
+        try:
+            await self.settlement.flush()
+        except TriadError as exc:
+            logger.warning("the last state could not be saved (%s); the next run finds it out", exc)
+            if status != "failed":
+                raise
+        finally:
+            self._report(status)
+
+    def _report(self, status: str) -> None:
+        if self.reporter is not None:
+            self.reporter.update(self.checkpoint.job_id, status, self.settlement.stats, self._in_flight)
+
+    def _statistics(self) -> dict[str, Any]:
+        counts = self.settlement.counts()
+        return {
+            "job_id": self.checkpoint.job_id,
+            "documents_processed": counts.pop("processed"),
+            **counts,
+            "in_retry_queue": self._files.count_failed("retry"),
+            "in_quarantine": self._files.count_failed("quarantine"),
+            "interrupted": self._stop.is_set(),
+        }
+
+
+def _first(group: BaseExceptionGroup[TriadError]) -> TriadError:
+    """Return the error that started the fall: the first leaf of the group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, TriadError) else TriadError("the run failed")

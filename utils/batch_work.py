@@ -1,0 +1,97 @@
+"""What the batch worker holds in memory: documents in work, their batches, and the status updates they owe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.batch_file_manager import BatchFile, FailedDocument
+from utils.batch_journal import JournalEntry
+from utils.checkpoint import LowWaterMark
+from utils.extended_json import id_key
+from utils.store_protocol import FinalStatus
+
+MAX_ROUNDS = 3  # retry rounds of one document before it is quarantined
+
+
+@dataclass(slots=True)
+class WorkItem:
+    """One document in work. *rounds* counts its earlier retry rounds; *ticket* is its place in the reading order."""
+
+    document: dict[str, Any]
+    batch: BatchInWork
+    key: bytes
+    past: JournalEntry
+    ticket: int | None = None
+    rounds: int = 0
+    known_result: dict[str, Any] | None = None
+
+    @property
+    def document_id(self) -> Any:
+        """The source ``_id``."""
+        return self.document.get("_id")
+
+
+@dataclass(slots=True)
+class BatchInWork:
+    """A batch whose documents are not all settled yet. *is_retry* tells a round of a retry file."""
+
+    file: BatchFile
+    is_retry: bool = False
+    items: list[WorkItem] = field(default_factory=list)
+    unsettled: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: {"successful": 0, "failed": 0, "skipped": 0})
+    to_retry: list[FailedDocument] = field(default_factory=list)
+    to_quarantine: list[FailedDocument] = field(default_factory=list)
+
+    @property
+    def document_ids(self) -> list[Any]:
+        """The ids of all documents of the batch, in its order."""
+        return [document.get("_id") for document in self.file.documents]
+
+
+def batch_in_work(file: BatchFile, *, is_retry: bool = False, mark: LowWaterMark | None = None) -> BatchInWork:
+    """Return *file* with one WorkItem for each of its documents; with *mark*, they are noted as read."""
+    batch = BatchInWork(file, is_retry)
+    for document in file.documents:
+        key = id_key(document.get("_id"))
+        failure = file.failures.get(key)
+        item = WorkItem(document, batch, key, file.replay.entry(key))
+        if failure is not None:
+            item.rounds = failure.retry_count + 1 if is_retry else 0
+            item.known_result = failure.classification_result
+        if mark is not None:
+            item.ticket = mark.read(document.get("_id"))
+        batch.items.append(item)
+    batch.unsettled = len(batch.items)
+    return batch
+
+
+def is_query(document: dict[str, Any]) -> bool:
+    """Whether *document* has the shape of a single query, whose status fields differ."""
+    return not document.keys() & {"tweets", "messages", "status"} and bool(document.keys() & {"text", "processed"})
+
+
+class StatusUpdates:
+    """Final statuses that the source documents still have to be told, grouped into as few updates as possible."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[FinalStatus, str | None, bool], list[Any]] = {}
+
+    def add(self, item: WorkItem, status: FinalStatus, reason: str | None) -> None:
+        """Note that the document of *item* ended as *status*."""
+        self._groups.setdefault((status, reason, is_query(item.document)), []).append(item.document_id)
+
+    def add_done(self, document: dict[str, Any]) -> None:
+        """Note that *document* has a result, found and not made now."""
+        self._groups.setdefault(("processed", None, is_query(document)), []).append(document.get("_id"))
+
+    def take(self) -> dict[tuple[FinalStatus, str | None, bool], list[Any]]:
+        """Return the groups ``(status, reason, is_query) -> ids`` and start anew."""
+        groups, self._groups = self._groups, {}
+        return groups
+
+    def put_back(self, groups: dict[tuple[FinalStatus, str | None, bool], list[Any]]) -> None:
+        """Keep *groups* that could not be written for the next time."""
+        for group, document_ids in groups.items():
+            self._groups.setdefault(group, []).extend(document_ids)

@@ -1,0 +1,113 @@
+"""How far a run has come: the contiguous low-water mark, and the counts that go with it."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+CHECKPOINT_EVERY = 50  # documents
+
+
+@dataclass(slots=True)
+class RunStats:
+    """Counts of one run; *skipped* counts documents without anything to classify.
+
+    *already_done* are documents whose result was found and not made again, *leased_elsewhere* those
+    that another worker holds. Neither counts as processed.
+    """
+
+    total: int = 0
+    processed: int = 0
+    successful: int = 0
+    failed: int = 0
+    skipped: int = 0
+    already_done: int = 0
+    leased_elsewhere: int = 0
+    quarantined: int = 0
+    retried: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)  # intent, topic, sentiment -> label -> documents
+
+    def count_labels(self, classification: dict[str, str]) -> None:
+        """Count the labels of one stored result."""
+        for name in ("intent", "topic", "sentiment"):
+            counts = self.labels.setdefault(name, {})
+            counts[classification[name]] = counts.get(classification[name], 0) + 1
+
+    def count_reason(self, reason: str) -> None:
+        """Count one document that failed or was skipped for *reason*."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """What ``checkpoint.json`` holds.
+
+    *source* names database, source and results collection: a checkpoint of another source is not
+    used. *finished* tells a run that came to its end from one that was interrupted.
+    """
+
+    source: str
+    job_id: str
+    reprocess: bool = False
+    low_water_mark: Any = None
+    has_mark: bool = False  # because null is an _id like any other
+    finished: bool = False
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the checkpoint as the file holds it."""
+        return {
+            "source": self.source,
+            "job_id": self.job_id,
+            "reprocess": self.reprocess,
+            "low_water_mark": self.low_water_mark,
+            "has_mark": self.has_mark,
+            "finished": self.finished,
+            "counts": self.counts,
+            "updated_at": datetime.now(UTC),
+        }
+
+    @classmethod
+    def resume_or_new(cls, saved: dict[str, Any] | None, source: str, *, reprocess: bool) -> Checkpoint:
+        """Return the interrupted run that *saved* describes, else a new one for *source*."""
+        if (
+            saved is not None
+            and saved.get("source") == source
+            and saved.get("reprocess") is reprocess
+            and saved.get("finished") is False
+            and isinstance(saved.get("job_id"), str)
+        ):
+            return cls(source, saved["job_id"], reprocess, saved.get("low_water_mark"), saved.get("has_mark") is True)
+        now = datetime.now(UTC)
+        return cls(source, f"job_{now:%Y%m%d_%H%M%S}_{secrets.token_hex(3)}", reprocess)
+
+
+class LowWaterMark:
+    """The last id of the longest prefix of documents that are all settled, in the order they were read."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Any]] = deque()
+        self._settled: set[int] = set()
+        self._next = 0
+
+    def read(self, document_id: Any) -> int:
+        """Note a document that was read; return its ticket for ``settle``."""
+        ticket = self._next
+        self._next += 1
+        self._waiting.append((ticket, document_id))
+        return ticket
+
+    def settle(self, ticket: int) -> None:
+        """Note that the document of *ticket* needs nothing more from this run."""
+        self._settled.add(ticket)
+
+    def advance(self, checkpoint: Checkpoint) -> None:
+        """Move the mark of *checkpoint* over everything that is settled without a gap."""
+        while self._waiting and self._waiting[0][0] in self._settled:
+            ticket, document_id = self._waiting.popleft()
+            self._settled.discard(ticket)
+            checkpoint.low_water_mark, checkpoint.has_mark = document_id, True

@@ -1,0 +1,163 @@
+"""Where the documents of a run come from, one batch at a time, each on disk before it is worked on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from utils.batch_file_manager import BatchFiles
+from utils.batch_work import BatchInWork, batch_in_work, is_query
+from utils.checkpoint import Checkpoint
+from utils.extended_json import id_key
+from utils.settlement import Settlement
+from utils.store_protocol import Document, Selection, Store
+
+logger = logging.getLogger(__name__)
+
+MAX_SWEEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What one run shall do. *limit* None takes every document."""
+
+    batch_size: int = 100
+    limit: int | None = None
+    reprocess: bool = False
+    retry_failed: bool = False
+
+
+class DocumentIntake:
+    """Reads, claims and saves documents; yields batches whose every document is this worker's.
+
+    Documents that have a result already only get their status; ones that another worker
+    holds are counted and left alone.
+    """
+
+    def __init__(
+        self, store: Store, files: BatchFiles, checkpoint: Checkpoint, options: RunOptions, *, settlement: Settlement
+    ) -> None:
+        self._store = store
+        self._files = files
+        self._checkpoint = checkpoint
+        self._options = options
+        self._settlement = settlement
+        self._recovered: set[bytes] = set()
+        self._taken = 0
+
+    async def recovered(self) -> AsyncIterator[BatchInWork]:
+        """Yield the batches an earlier run left in ``pending/``, journal replayed, then its retry files."""
+        if self._options.retry_failed:
+            released = await asyncio.to_thread(self._files.release_quarantine)
+            logger.info("%d quarantined documents get fresh attempts", released)
+        for file in await asyncio.to_thread(lambda: list(self._files.load_pending())):
+            batch = batch_in_work(file)
+            logger.info("%s: %d documents from an earlier run", file.name, len(batch.items))
+            self._recovered.update(item.key for item in batch.items)
+            await self._keep_own(batch)
+            yield batch
+        async for batch in self.retry_round():
+            self._recovered.update(item.key for item in batch.items)
+            yield batch
+
+    async def fresh(self) -> AsyncIterator[BatchInWork]:
+        """Yield the selected documents up to the greatest id there is now, in the order of ids."""
+        bound = await self._store.upper_bound()
+        if not bound:
+            return
+        after = [self._checkpoint.low_water_mark] if self._checkpoint.has_mark else []
+        selections: list[Selection] = ["all"] if self._options.reprocess else ["pending"]
+        if self._options.retry_failed:
+            selections.append("failed")
+        for selection in selections:
+            async for batch in self._pages(selection, after if selection != "failed" else [], bound):
+                yield batch
+
+    async def sweep(self) -> AsyncIterator[BatchInWork]:
+        """Yield documents that are pending or were left processing, and have no result: late small ids, lost files."""
+        bound = await self._store.upper_bound()
+        async for batch in self._pages("sweep", [], bound):
+            logger.info("sweep: %d documents found", len(batch.items))
+            yield batch
+
+    async def given(self, documents: list[Document]) -> AsyncIterator[BatchInWork]:
+        """Yield *documents* as one batch, without those that have a result or belong to another worker."""
+        own = await self._claimed(documents)
+        if own:
+            yield batch_in_work(await asyncio.to_thread(self._files.save_pending, own))
+
+    async def retry_round(self) -> AsyncIterator[BatchInWork]:
+        """Yield each retry file once as a batch."""
+        for file in await asyncio.to_thread(lambda: list(self._files.load_retry())):
+            batch = batch_in_work(file, is_retry=True)
+            await self._keep_own(batch)
+            self._settlement.stats.retried += len(batch.items)
+            yield batch
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the limit of documents is reached."""
+        return self._options.limit is not None and self._taken >= self._options.limit
+
+    async def _pages(
+        self, selection: Selection, after: Sequence[Any], bound: Sequence[Any]
+    ) -> AsyncIterator[BatchInWork]:
+        while not self.is_exhausted:
+            page = await self._store.read_page(selection, after, bound, self._options.batch_size)
+            if not page:
+                return
+            after = [page[-1]["_id"]]
+            documents = await self._claimed(page)
+            if self._options.limit is not None:
+                surplus = documents[self._options.limit - self._taken :]
+                documents = documents[: self._options.limit - self._taken]
+                if surplus:
+                    await self._store.release([document["_id"] for document in surplus])
+            if not documents:
+                continue
+            self._taken += len(documents)
+            file = await asyncio.to_thread(self._files.save_pending, documents)
+            await self._store.mark_processing([document["_id"] for document in documents if not is_query(document)])
+            in_order = selection in ("pending", "all")
+            yield batch_in_work(file, mark=self._settlement.mark if in_order else None)
+
+    async def _claimed(self, page: list[Document]) -> list[Document]:
+        """Return the documents of *page* that are nobody's yet and need a result; they are leased now."""
+        page = [document for document in page if id_key(document["_id"]) not in self._recovered]
+        if not page:
+            return []
+        own = await self._store.claim([document["_id"] for document in page])
+        leased = [document for document in page if id_key(document["_id"]) in own]
+        self._settlement.stats.leased_elsewhere += len(page) - len(leased)
+        if not leased:
+            return []
+        # Asked after the lease: a worker that held it before may have stored the result meanwhile.
+        done = await self._done([document["_id"] for document in leased])
+        finished = [document for document in leased if id_key(document["_id"]) in done]
+        if finished:
+            self._report_done(finished)
+            await self._store.release([document["_id"] for document in finished])
+        return [document for document in leased if id_key(document["_id"]) not in done]
+
+    async def _keep_own(self, batch: BatchInWork) -> None:
+        """Take out of a recovered *batch* what others hold or have finished since."""
+        own = await self._store.claim([item.document_id for item in batch.items])
+        done = await self._done([item.document_id for item in batch.items])
+        self._report_done([item.document for item in batch.items if item.key in done])
+        kept = [item for item in batch.items if item.key in own and item.key not in done]
+        self._settlement.stats.leased_elsewhere += sum(
+            item.key not in own and item.key not in done for item in batch.items
+        )
+        batch.items, batch.unsettled = kept, len(kept)
+
+    async def _done(self, document_ids: list[Any]) -> set[bytes]:
+        job_id = self._checkpoint.job_id if self._options.reprocess else None
+        return await self._store.result_keys(document_ids, job_id)
+
+    def _report_done(self, documents: list[Document]) -> None:
+        self._settlement.stats.already_done += len(documents)
+        for document in documents:
+            self._settlement.statuses.add_done(document)

@@ -1,0 +1,48 @@
+"""The document that the results collection gets for one source document. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from utils.classification import Outcome
+from utils.conversation import Conversation
+from utils.extended_json import new_id
+
+PROCESSOR_VERSION = "1.0.0"
+
+
+def build_result(
+    document: Mapping[str, Any], conversation: Conversation, outcome: Outcome, job_id: str, *, keep_original: bool
+) -> dict[str, Any]:
+    """Return the result of *document*; *keep_original* adds a copy of the document itself."""
+    now = datetime.now(UTC)
+    result: dict[str, Any] = {
+        "_id": new_id(),
+        "conversation_number": conversation.conversation_number,
+        "source_conversation_id": document.get("_id"),
+    }
+    if conversation.shape == "query":
+        result["query_id"] = document.get("_id")
+    result["classification"] = outcome.classification.as_dict()
+    result["processing_metadata"] = {
+        "processed_at": now,
+        "model_used": outcome.model_used,
+        "model_digest": outcome.model_digest,
+        "processing_duration_ms": outcome.duration_ms,
+        "processor_version": PROCESSOR_VERSION,
+        "batch_job_id": job_id,
+        "attempts": outcome.attempts,
+        "prompt_tokens": outcome.prompt_tokens,
+        "reply_tokens": outcome.reply_tokens,
+        "input_complete": True,
+        "turns_used": len(conversation.turns),
+        "turns_total": conversation.turns_total,
+        "input_sha256": outcome.input_sha256,
+        "fingerprint": outcome.fingerprint,
+    }
+    result["created_at"] = now
+    if keep_original:
+        result["original_conversation"] = dict(document)
+    return result
