@@ -1,0 +1,191 @@
+"""The command line: reads flags, opens what a run needs, and turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from pydantic import SecretStr
+from rich.console import Console
+from utils.document_files import read_documents
+
+from aggregator import aggregate_conversation
+from batch_processor import BatchProcessor, baseline_classify, find_model
+from config import Settings, load_taxonomy
+from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError, TriadError
+from logger import configure_logging
+from mongo_client import DocumentStore
+from utils import summary
+from utils.atomic_file import replace_file
+from utils.baseline import BASELINE_MODEL, BaselineClassifier
+from utils.checkpoint import RunStats
+from utils.command_line import create_parser, monitoring, settings_from
+from utils.document_intake import RunOptions
+from utils.document_preview import preview
+from utils.embedded_mongod import EmbeddedMongod
+from utils.progress import ConsoleProgress, FileProgress, Reporter, Reporters
+from utils.schedule import seconds_until_next
+from utils.stop_signals import stop_on_signals
+
+EMBEDDED_DATA = Path("data/embedded")
+SAMPLES = Path("data/sample_conversations.jsonl")
+
+logger = logging.getLogger(__name__)
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in *argv* (None: of the process) and return its exit code.
+
+    The one place with a broad except: whatever goes wrong becomes one sentence on stderr.
+    """
+    arguments = create_parser().parse_args(argv)
+    try:
+        settings = settings_from(arguments)
+        _configure_logs(arguments, settings)
+        return uvloop.run(_run(arguments, settings))
+    except TriadError as exc:
+        _explain(str(exc), arguments)
+        return exc.exit_code
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        _explain("Interrupted; the same command goes on where this one ended.", arguments)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        return ExitCode.DONE  # the reader of stdout has gone, as head does
+    except Exception as exc:
+        _explain(f"Internal error ({type(exc).__name__}); run again with --verbose and report the traceback.", arguments)
+        return ExitCode.CONFIGURATION
+
+
+async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        parts: dict[str, Any] = {}
+        if arguments.embedded:
+            settings, parts = await _embedded(stack, settings)
+        options = RunOptions(settings.batch_size, arguments.limit, arguments.reprocess, arguments.retry_failed)
+        if arguments.dry_run:
+            return await _dry_run(arguments, settings, options)
+        processor = BatchProcessor(settings, options=options, reporter=_reporter(arguments, settings), **parts)
+        connected = asyncio.Event()
+        with stop_on_signals(processor.stop, connected.is_set):
+            await stack.enter_async_context(processor)
+            connected.set()
+            return await _passes(arguments, settings, processor)
+
+
+async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any]]:
+    """Start what ``--embedded`` brings: a MongoDB with the samples, and the baseline where no Ollama answers."""
+    console = Console(stderr=True)
+    console.print(f"Starting the embedded MongoDB with its data under {EMBEDDED_DATA} ...")
+    mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATA))
+    settings = settings.model_copy(update={"mongodb_uri": SecretStr(mongod.uri)})
+    store = DocumentStore(settings)
+    try:
+        await store.check()
+        if not await store.upper_bound():
+            added = await store.insert_documents(list(read_documents(SAMPLES)))
+            console.print(f"Imported {added} sample conversations from {SAMPLES} into {settings.source_collection}.")
+    finally:
+        await store.close()
+    model = await find_model(settings)
+    if model is not None:
+        console.print(f"Ollama answers at {settings.server_url}; asking {model}.")
+        return settings.model_copy(update={"ollama_model": model}), {}
+    baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
+    console.print(
+        f"[yellow]No Ollama with a model answers at {settings.server_url}: the built-in baseline ({BASELINE_MODEL}) stands in. "
+        "It knows words, not meaning; docs/baseline.md says how often it is right.[/]"
+    )
+    return settings, {"classify": baseline_classify(baseline)}
+
+
+async def _passes(arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor) -> int:
+    """Run once, or again and again; an outage between passes is waited out."""
+    while True:
+        try:
+            stats = await processor.run()
+        except (StoreUnavailableError, LLMUnavailableError) as exc:
+            if settings.mode == "batch":
+                raise
+            logger.warning("pass failed, the next one follows: %s", exc)
+        else:
+            await _report(arguments, settings, processor, stats)
+            if stats["interrupted"]:
+                raise RunInterruptedError("Stopped; the same command goes on where this one ended.")
+            if settings.mode == "batch":
+                return ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE
+        wait_s = float(arguments.poll_interval)
+        if settings.mode == "scheduled":
+            wait_s = seconds_until_next(arguments.schedule, datetime.now().astimezone())
+            logger.info("next run in %.0f s", wait_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(processor.stop.wait(), wait_s)
+            raise RunInterruptedError("Stopped between two passes; nothing was in work.")
+
+
+async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions) -> int:
+    store = DocumentStore(settings)
+    try:
+        await store.check()
+        report = await preview(store, aggregate_conversation, options)
+    finally:
+        await store.close()
+    text = json.dumps(report, indent=2)
+    if arguments.output:
+        replace_file(arguments.output, text.encode())
+    print(text)
+    return ExitCode.DONE
+
+
+async def _report(
+    arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor, stats: dict[str, Any]
+) -> None:
+    if arguments.output:
+        replace_file(arguments.output, json.dumps(stats, indent=2).encode())
+    console = Console()
+    summary.print_run(console, stats)
+    if arguments.embedded:
+        results = await processor.store.read_results([], 10_000)
+        stored = RunStats()
+        for result in results:
+            stored.count_labels(result["classification"])
+        summary.print_labels(console, stored.labels)
+        summary.print_examples(console, results[:5])
+        summary.print_next_steps(console, settings)
+    else:
+        summary.print_labels(console, stats["labels"])
+        console.print(f"Results: collection {settings.results_collection} in database {settings.db_name}")
+
+
+def _reporter(arguments: argparse.Namespace, settings: Settings) -> Reporter:
+    console, _, files = monitoring(arguments)
+    reporters: list[Reporter] = []
+    if console:
+        reporters.append(ConsoleProgress(sys.stderr))
+    if files:
+        reporters.append(FileProgress(settings.batch_files_dir / "progress"))
+    return Reporters(reporters)
+
+
+def _configure_logs(arguments: argparse.Namespace, settings: Settings) -> None:
+    _, logs, _ = monitoring(arguments)
+    secrets = [settings.llm_api_key.get_secret_value()] if settings.llm_api_key else []
+    configure_logging(settings.log_level if logs else "WARNING", secrets=secrets)
+
+
+def _explain(sentence: str, arguments: argparse.Namespace) -> None:
+    print(f"cli.py: {sentence}", file=sys.stderr)
+    if arguments.verbose:
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""The batch worker under the name that older scripts call; the same as ``python cli.py``."""
+
+from __future__ import annotations
+
+import sys
+
+import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main())

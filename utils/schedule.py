@@ -1,0 +1,21 @@
+"""When the next pass of a run starts: at once and never again, after a pause, or by a cron expression."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from croniter import croniter
+
+from error_handler import ConfigurationError
+
+
+def require_cron(expression: str) -> None:
+    """Raise ConfigurationError where *expression* is not a cron expression of five fields."""
+    if len(expression.split()) != 5 or not croniter.is_valid(expression):
+        raise ConfigurationError(f'--schedule {expression!r} is not a cron expression; "0 2 * * *" is every day at 2:00.')
+
+
+def seconds_until_next(expression: str, now: datetime) -> float:
+    """Return the seconds from *now* (aware, the local zone decides what "2:00" means) to the next time."""
+    following: datetime = croniter(expression, now).get_next(datetime)
+    return max(0.0, (following - now).total_seconds())

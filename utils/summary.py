@@ -1,0 +1,76 @@
+"""What a person reads after a run: counts, shares of labels as bars, example rows, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from config import Settings
+from utils.safe_text import one_line
+
+BAR_WIDTH = 28
+FIELDS = ("intent", "topic", "sentiment")
+
+LabelCounts = dict[str, dict[str, int]]  # intent, topic, sentiment -> label -> documents
+
+
+def print_run(console: Console, stats: dict[str, Any]) -> None:
+    """Print the counts of one run, and why documents failed or were skipped."""
+    console.print(
+        f"[bold]{stats['documents_processed']} documents[/] processed in run {stats['job_id']}: "
+        f"[green]{stats['successful']} classified[/], [red]{stats['failed']} failed[/], {stats['skipped']} skipped"
+    )
+    if stats["already_done"]:
+        console.print(f"{stats['already_done']} had a result already and were not asked again (--reprocess replaces results)")
+    if stats["leased_elsewhere"]:
+        console.print(f"{stats['leased_elsewhere']} are in the hands of another worker")
+    for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
+        console.print(f"  {count} x {reason}")
+    if stats["in_retry_queue"] or stats["in_quarantine"]:
+        console.print(
+            f"{stats['in_retry_queue']} documents wait in the retry queue and {stats['in_quarantine']} are in quarantine; "
+            "the next run takes up the former, --retry-failed both (docs/operations.md)"
+        )
+
+
+def print_labels(console: Console, counts: LabelCounts) -> None:
+    """Print the share of each label as a bar, the most frequent first."""
+    for field in FIELDS:
+        labels = counts.get(field)
+        if not labels:
+            continue
+        total = sum(labels.values())
+        table = Table(title=field.capitalize(), box=None, show_header=False, title_justify="left", title_style="bold")
+        for label, count in sorted(labels.items(), key=lambda pair: -pair[1]):
+            share = count / total
+            bar = "█" * max(1, round(share * BAR_WIDTH))
+            table.add_row(label, f"[cyan]{bar}[/]", f"{count}", f"{share:.0%}")
+        console.print(table)
+
+
+def print_examples(console: Console, results: Sequence[dict[str, Any]]) -> None:
+    """Print one row for each of *results*."""
+    table = Table(title="Examples", title_justify="left", title_style="bold", box=None)
+    for heading in ("conversation", *FIELDS, "categorization"):
+        table.add_column(heading, overflow="fold")
+    for result in results:
+        labels = result["classification"]
+        name = result.get("conversation_number") or result["source_conversation_id"]
+        table.add_row(str(name), *(labels[field] for field in FIELDS), one_line(labels["categorization"], 70))
+    console.print(table)
+
+
+def print_next_steps(console: Console, settings: Settings) -> None:
+    """Print where the results of an embedded run are and how to go on with one's own data and model."""
+    console.print(
+        f"\n[bold]Where the results are[/]: collection {settings.results_collection} in database {settings.db_name} "
+        "of the embedded MongoDB (data/embedded/).\n"
+        "[bold]Next[/]\n"
+        "  your conversations  .venv/bin/python -m utils.mongodb_import --file FILE --mongodb-uri mongodb://HOST:27017\n"
+        "  your model          ollama pull llama3.2\n"
+        "  your run            .venv/bin/python cli.py --mongodb-uri mongodb://HOST:27017 --model llama3.2\n"
+        "  everything else     docs/operations.md"
+    )
