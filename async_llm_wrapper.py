@@ -128,7 +128,7 @@ class AsyncLLMClient:
         except TimeoutError as exc:
             raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
-            raise LLMConnectionError(f"no connection to the model server at {self.target.server_url}") from exc
+            raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
         except aiohttp.ClientError as exc:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 

@@ -68,11 +68,7 @@ class BatchProcessor:
         self.stop = asyncio.Event()  # set it to end the run: no new documents, calls in flight get the grace period
 
     async def __aenter__(self) -> BatchProcessor:
-        try:
-            await self.connect()
-        except BaseException:
-            await self.close()
-            raise
+        await self.connect()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -86,23 +82,25 @@ class BatchProcessor:
         """
         if self._connected:
             return
-        self.files = BatchFiles(self.settings.batch_files_dir)
-        self.files.acquire()
-        self._stack.callback(self.files.release)
-        self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client)
-        self._stack.push_async_callback(self.store.close)
-        await self.store.check()
-        self._classify = self._given_classify or await self._connect_model()
-        await self.store.ensure_result_indexes()
+        async with AsyncExitStack() as stack:
+            self.files = BatchFiles(self.settings.batch_files_dir)
+            self.files.acquire()
+            stack.callback(self.files.release)
+            self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client)
+            stack.push_async_callback(self.store.close)
+            await self.store.check()
+            self._classify = self._given_classify or await self._connect_model(stack)
+            await self.store.ensure_result_indexes()
+            self._stack = stack.pop_all()
         self._connected = True
 
-    async def _connect_model(self) -> Classify:
+    async def _connect_model(self, stack: AsyncExitStack) -> Classify:
         taxonomy = load_taxonomy(self.settings.taxonomy_file)
         prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
-        session = await self._stack.enter_async_context(llm.open_session(self.settings.max_concurrent))
+        session = await stack.enter_async_context(llm.open_session(self.settings.max_concurrent))
         client = llm.AsyncLLMClient(self.settings, chat_target(self.settings, self.settings.model or ""), session)
         target = await client.prepare(self.settings)
-        self._stack.push_async_callback(client.breaker.close)
+        stack.push_async_callback(client.breaker.close)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
 
         async def classify(conversation: Conversation, rounds: int) -> Outcome:

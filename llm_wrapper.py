@@ -104,7 +104,7 @@ class LLMClient:
         except requests.Timeout as exc:
             raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as exc:
-            raise LLMConnectionError(f"no connection to the model server at {self.target.server_url}") from exc
+            raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
         except requests.RequestException as exc:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 

@@ -270,6 +270,12 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
+def unreachable_message(target: ChatTarget) -> str:
+    """Return the sentence for a connection that was refused, reset or cut off."""
+    setting = "LLM_API_URL" if target.protocol == "openai_chat" else "OLLAMA_ENDPOINT"
+    return f"no connection to the model server at {target.server_url}; start it (ollama serve) or correct {setting}"
+
+
 def models_url(target_protocol: Protocol, server_url: str) -> str:
     """Return the address that lists the server's models; it also tells whether the server is alive."""
     return f"{server_url}/v1/models" if target_protocol == "openai_chat" else f"{server_url}/api/tags"

@@ -1,0 +1,165 @@
+"""The layers of docs/architecture.md, drawn from the code. A violation names both modules."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Lower layers first; a module may import from layers below its own. A new module must be given a layer here.
+LAYERS: list[set[str]] = [
+    {"error_handler"},
+    {"config"},
+    {"logger", "utils"},
+    {"aggregator", "prompt_builder", "classifier"},
+    {"mongo_client", "llm_wrapper", "async_llm_wrapper"},
+    {"batch_processor"},
+    {
+        "cli",
+        "run_batch_processor",
+        "check_mongo_connection",
+        "utils.mongodb_import",
+        "utils.demo_batch_processor",
+        "utils.concurrency_check",
+    },
+]
+# A second name for the command line, so it may import it.
+SAME_LAYER_ALLOWED = {("run_batch_processor", "cli")}
+
+OWNERS = {
+    "pymongo": {"mongo_client"},
+    "motor": {"mongo_client"},
+    "bson": {"mongo_client", "utils.extended_json"},
+    "aiohttp": {"async_llm_wrapper"},
+    "requests": {"llm_wrapper"},
+    "mongomock_motor": {"utils.demo_batch_processor"},
+    "vaderSentiment": {"utils.baseline"},
+    "yaml": {"config.taxonomy"},
+    "dotenv": {"config.settings"},
+    "pydantic_settings": {"config.settings"},
+    "filelock": {"utils.batch_file_manager"},
+    "croniter": {"utils.schedule"},
+}
+
+
+def product_files() -> list[Path]:
+    folders = [ROOT, ROOT / "config", ROOT / "utils"]
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield every imported module, late imports inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(module: str) -> int | None:
+    """Return the layer of *module*, None for foreign packages; a listed script wins over its package."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        for number, layer in enumerate(LAYERS):
+            if prefix in layer:
+                return number
+    return None
+
+
+@pytest.mark.parametrize("path", product_files(), ids=module_name)
+def test_imports_point_to_lower_layers(path: Path) -> None:
+    """No module imports its own layer or one above, not even inside a function."""
+    module = module_name(path)
+    own = layer_of(module)
+    assert own is not None, f"{module} has no layer: add it to LAYERS"
+    wrong = []
+    for target in imports(path):
+        other = layer_of(target)
+        if other is None or other < own:
+            continue
+        same_package = other == own and target.split(".")[0] == module.split(".")[0]
+        if not same_package and (module, target.split(".")[0]) not in SAME_LAYER_ALLOWED:
+            wrong.append(target)
+    assert not wrong, f"{module} imports {', '.join(wrong)} from its own layer or above"
+
+
+@pytest.mark.parametrize("path", product_files(), ids=module_name)
+def test_each_library_is_imported_by_its_owner_only(path: Path) -> None:
+    """Replacing a client library touches one file."""
+    module = module_name(path)
+    foreign = {target.split(".")[0] for target in imports(path)}
+    strayed = {library for library in foreign & OWNERS.keys() if module not in OWNERS[library]}
+    assert not strayed, f"{module} imports {', '.join(sorted(strayed))}; the owners are in OWNERS"
+
+
+def test_scripts_that_people_start_are_imported_by_nobody() -> None:
+    """Entry points are the top of the graph."""
+    entry_points = LAYERS[-1] - {"cli"}
+    for path in product_files():
+        for target in imports(path):
+            assert not any(target == name or target.startswith(f"{name}.") for name in entry_points), (path, target)
+
+
+def test_the_packages_have_no_cycles() -> None:
+    """Inside utils/ and config/ imports form a hierarchy as well."""
+    graph: dict[str, set[str]] = {}
+    known = {module_name(path) for path in product_files()}
+    for path in product_files():
+        targets = set()
+        for target in imports(path):
+            targets |= {name for name in (target, target.rpartition(".")[0]) if name in known}
+        graph[module_name(path)] = targets - {module_name(path), "config", "utils"}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for target in graph[module]:
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", product_files(), ids=module_name)
+def test_budgets_hold(path: Path) -> None:
+    """Modules of at most 400 lines, functions of at most 60, at most 6 parameters."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400, f"{path.name} has {text.count(chr(10))} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            parameters = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+            assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines"
+            assert len(parameters) <= 6, f"{path.name}:{node.lineno} {node.name} has {len(parameters)} parameters"
+
+
+@pytest.mark.parametrize("path", product_files(), ids=module_name)
+def test_the_environment_is_read_in_config_only(path: Path) -> None:
+    """os.environ and os.getenv appear nowhere else."""
+    if path.parent.name == "config":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", product_files(), ids=module_name)
+def test_broad_excepts_are_in_cli_main_only(path: Path) -> None:
+    """Errors are caught by name; what nobody named reaches the boundary."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    allowed = {id(node) for f in tree.body if isinstance(f, ast.FunctionDef) and path.name == "cli.py" and f.name == "main" for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler) and id(node) not in allowed:
+            names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {"everything"}
+            assert not names & {"Exception", "BaseException", "everything"}, f"{path.name}:{node.lineno}"
