@@ -1,0 +1,109 @@
+"""What the code offers and what the documentation says are the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from config.settings import Settings, environment_names, known_environment_names
+from error_handler import ExitCode, Reason, TriadError
+from utils.batch_file_manager import FOLDERS
+from utils.command_line import MONITORING, PRESETS, create_parser
+
+ROOT = Path(__file__).parent.parent
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+ENV_EXAMPLE = (ROOT / "config/.env.example").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def flags() -> list[str]:
+    return [option for action in create_parser()._actions for option in action.option_strings if option.startswith("--")]
+
+
+@pytest.mark.parametrize("flag", flags())
+def test_every_flag_is_documented(flag: str) -> None:
+    """docs/operations.md has each flag, its other spellings included."""
+    assert f"`{flag}" in OPERATIONS
+
+
+def test_no_flag_is_documented_that_does_not_exist() -> None:
+    """The table of flags holds nothing invented."""
+    section = OPERATIONS.split("## Flags")[1].split("## Environment")[0]
+    documented = set(re.findall(r"`(--[a-z-]+)", section))
+    assert documented == set(flags())
+
+
+@pytest.mark.parametrize("name", sorted(known_environment_names()))
+def test_every_variable_is_documented(name: str) -> None:
+    """docs/operations.md and config/.env.example have each variable."""
+    assert f"`{name}`" in OPERATIONS
+    assert re.search(rf"^(# other name: )?{name}(=|$)", ENV_EXAMPLE, re.MULTILINE)
+
+
+def test_the_example_holds_the_defaults() -> None:
+    """Copying .env.example unchanged changes nothing."""
+    for line in ENV_EXAMPLE.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        name, _, value = line.partition("=")
+        field = next(f for f in Settings.model_fields if name in environment_names(f))
+        default = Settings.model_fields[field].default
+        default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
+        if value == "":
+            assert default is None, name
+        elif isinstance(default, bool):
+            assert value == str(default).lower(), name
+        elif isinstance(default, int | float):
+            assert float(value) == default, name
+        else:
+            assert value == str(default), name
+
+
+@pytest.mark.parametrize("code", list(ExitCode), ids=lambda code: code.name)
+def test_every_exit_code_is_documented(code: ExitCode) -> None:
+    """The table of exit codes has each one."""
+    section = OPERATIONS.split("## Exit codes")[1].split("\n## ")[0]
+    assert re.search(rf"^\| {code.value} \|", section, re.MULTILINE)
+
+
+def test_every_error_says_an_exit_code_of_the_table() -> None:
+    """No error class ends the process with a code that nobody documented."""
+    def classes(base: type[TriadError]) -> list[type[TriadError]]:
+        return [base, *(c for child in base.__subclasses__() for c in classes(child))]
+
+    tree = (ROOT / "error_handler.py").read_text(encoding="utf-8").split('"""')[1]
+    for error in classes(TriadError):
+        assert isinstance(error.exit_code, ExitCode)
+        if error.__module__ == "error_handler":
+            assert error.__name__ in tree, f"{error.__name__} is missing in the drawing of the tree"
+
+
+@pytest.mark.parametrize("reason", list(Reason), ids=str)
+def test_every_reason_is_documented(reason: Reason) -> None:
+    """The table of failed documents has each reason."""
+    assert f"`{reason}`" in OPERATIONS
+
+
+def test_presets_monitoring_modes_and_folders_are_documented() -> None:
+    """Choices of flags and the local folders."""
+    for name in (*PRESETS, *MONITORING):
+        assert f"`{name}`" in OPERATIONS
+    for folder in FOLDERS:
+        assert f"`{folder}/" in OPERATIONS
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_links_and_files_named_in_the_documentation_exist(page: Path) -> None:
+    """A page names no module, test or page that is not there."""
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:docs|tests|utils|config|benchmarks|data)/[\w./-]+\.(?:py|md|yaml|jsonl|example))`", text):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_readme_shows_the_two_commands() -> None:
+    """The first screen: what it is, and how to see it."""
+    first_screen = "\n".join(README.splitlines()[:40])
+    assert "git clone" in first_screen
+    assert "make run" in first_screen
