@@ -26,6 +26,7 @@ from utils.baseline import BASELINE_MODEL, BaselineClassifier
 from utils.batch_file_manager import BatchFiles
 from utils.batch_run import BatchRun, Classify, Steps
 from utils.batch_work import BatchInWork
+from utils.checkpoint import Checkpoint
 from utils.classification import Outcome
 from utils.conversation import Conversation
 from utils.document_intake import DocumentIntake, RunOptions
@@ -89,6 +90,8 @@ class BatchProcessor:
             self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client)
             stack.push_async_callback(self.store.close)
             await self.store.check()
+            self._source = await self.store.identity()
+            self.files.require_source(self._source)
             self._classify = self._given_classify or await self._connect_model(stack)
             await self.store.ensure_result_indexes()
             self._stack = stack.pop_all()
@@ -154,8 +157,10 @@ class BatchProcessor:
     async def _run(self, sources: Callable[[DocumentIntake], list[AsyncIterator[BatchInWork]]]) -> dict[str, Any]:
         await self.connect()
         steps = Steps(aggregate_conversation, self._classify)
-        run = BatchRun(self.settings, self.options, self.store, self.files, steps, stop=self.stop)
-        run.reporter = self._reporter
+        saved = self.files.read_state("checkpoint.json")
+        checkpoint = Checkpoint.resume_or_new(saved, self._source, reprocess=self.options.reprocess)
+        run = BatchRun(self.settings, self.options, self.store, self.files, steps, checkpoint=checkpoint)
+        run.stop, run.reporter = self.stop, self._reporter
         return await run.execute(sources(run.intake))
 
     def _worker_id(self) -> str:

@@ -37,8 +37,9 @@ from utils.progress import ConsoleProgress, FileProgress, Reporter, Reporters
 from utils.schedule import seconds_until_next
 from utils.stop_signals import stop_on_signals
 
-EMBEDDED_DATA = Path("data/embedded")
-SAMPLES = Path("data/sample_conversations.jsonl")
+DATA = Path(__file__).parent / "data"
+EMBEDDED_DATA = DATA / "embedded"
+SAMPLES = DATA / "sample_conversations.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -84,25 +85,29 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any]]:
     """Start what ``--embedded`` brings: a MongoDB with the samples, and the baseline where no Ollama answers."""
     console = Console(stderr=True)
-    console.print(f"Starting the embedded MongoDB with its data under {EMBEDDED_DATA} ...")
-    mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATA))
-    settings = settings.model_copy(update={"mongodb_uri": SecretStr(mongod.uri)})
+    console.print("Starting the embedded MongoDB with its data under data/embedded/ ...", soft_wrap=True)
+    mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATA / "db"))
+    changes: dict[str, Any] = {"mongodb_uri": SecretStr(mongod.uri)}
+    if "batch_files_dir" not in settings.model_fields_set:
+        changes["batch_files_dir"] = EMBEDDED_DATA / "batch_files"
+    settings = settings.model_copy(update=changes)
     store = DocumentStore(settings)
     try:
         await store.check()
         if not await store.upper_bound():
             added = await store.insert_documents(list(read_documents(SAMPLES)))
-            console.print(f"Imported {added} sample conversations from {SAMPLES} into {settings.source_collection}.")
+            console.print(f"Imported {added} sample conversations into {settings.source_collection}.", soft_wrap=True)
     finally:
         await store.close()
     model = await find_model(settings)
     if model is not None:
-        console.print(f"Ollama answers at {settings.server_url}; asking {model}.")
+        console.print(f"Ollama answers at {settings.server_url}; asking {model}.", soft_wrap=True)
         return settings.model_copy(update={"ollama_model": model}), {}
     baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
     console.print(
         f"[yellow]No Ollama with a model answers at {settings.server_url}: the built-in baseline ({BASELINE_MODEL}) stands in. "
-        "It knows words, not meaning; docs/baseline.md says how often it is right.[/]"
+        "It knows words, not meaning; docs/baseline.md says how often it is right.[/]",
+        soft_wrap=True,
     )
     return settings, {"classify": baseline_classify(baseline)}
 
@@ -150,7 +155,7 @@ async def _report(
 ) -> None:
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
-    console = Console()
+    console = Console(soft_wrap=True)
     summary.print_run(console, stats)
     if arguments.embedded:
         results = await processor.store.read_results([], 10_000)

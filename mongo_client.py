@@ -98,6 +98,17 @@ class DocumentStore:
         if "setName" not in hello and "msg" not in hello:
             logger.info("MongoDB is a standalone server: durable, but without failover or retryable writes")
 
+    async def identity(self) -> str:
+        """Return what tells this pair of collections from all others, on any server.
+
+        MongoDB gives each collection a UUID; one that does not exist yet has none.
+        """
+        command = {"listCollections": 1, "filter": {"name": self._source.name}}
+        answer = await self._call("identify the collection", lambda: self._source.database.command(command))
+        found = answer["cursor"]["firstBatch"]
+        uuid = found[0].get("info", {}).get("uuid") if found else None
+        return f"{self._source.full_name} -> {self._results.name} ({uuid.hex() if uuid else 'new'})"
+
     async def ensure_result_indexes(self) -> None:
         """Create the indexes of the results; the unique one makes a second result impossible.
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from error_handler import DirectoryLockedError, Reason, StateDirectoryError
+from error_handler import ConfigurationError, DirectoryLockedError, Reason, StateDirectoryError
 from utils import extended_json
 from utils.atomic_file import remove_file, replace_file
 from utils.batch_journal import BatchJournal, Replay, replay_journal
@@ -245,6 +245,20 @@ class BatchFiles:
                 moved += len(documents)
             remove_file(path)
         return moved
+
+    def require_source(self, source: str) -> None:
+        """Refuse unfinished work that belongs to another collection; *source* is DocumentStore.identity.
+
+        Raises:
+            ConfigurationError: The directory has pending or retry files of another source.
+        """
+        saved = self.read_state("checkpoint.json") or {}
+        other = saved.get("source")
+        if other is not None and other != source and (self._own_files("pending") or self._own_files("retry")):
+            raise ConfigurationError(
+                f"{self.directory} holds unfinished work of {other}, and this run is for {source}; finish that run first, "
+                "or name another directory with --batch-files-dir."
+            )
 
     def read_state(self, name: str) -> dict[str, Any] | None:
         """Return the object in *name* (``checkpoint.json``); None where it is missing or set aside as corrupt."""

@@ -69,19 +69,17 @@ class BatchRun:
         files: BatchFiles,
         steps: Steps,
         *,
-        stop: asyncio.Event,
+        checkpoint: Checkpoint,
     ) -> None:
         self._settings = settings
         self._store = store
         self._files = files
         self._steps = steps
-        self._stop = stop
         self._replace = options.reprocess
-        source = f"{settings.db_name}/{settings.source_collection}/{settings.results_collection}"
-        saved = files.read_state("checkpoint.json")
-        self.checkpoint = Checkpoint.resume_or_new(saved, source, reprocess=options.reprocess)
+        self.checkpoint = checkpoint
         self.settlement = Settlement(store, files, self.checkpoint)
         self.intake = DocumentIntake(store, files, self.checkpoint, options, settlement=self.settlement)
+        self.stop = asyncio.Event()
         self._queue: asyncio.Queue[WorkItem] = asyncio.Queue()
         self._writes: GroupCommit[tuple[WorkItem, Document]] = GroupCommit(self._write_group)
         self._progress = asyncio.Event()
@@ -105,13 +103,13 @@ class BatchRun:
                     for number in range(self._settings.max_concurrent)
                 ]
                 await self._feed(sources)
-                if self._stop.is_set():
+                if self.stop.is_set():
                     await self._let_calls_finish()
                 await self._writes.drained()
                 for task in (*helpers, *workers, preparation):
                     task.cancel()
-            self.checkpoint.finished = not self._stop.is_set()
-            status = "interrupted" if self._stop.is_set() else "completed"
+            self.checkpoint.finished = not self.stop.is_set()
+            status = "interrupted" if self.stop.is_set() else "completed"
         except* TriadError as group:
             raise _first(group) from group
         finally:
@@ -122,9 +120,9 @@ class BatchRun:
         for source in sources:
             await self._admit_all(source)
         for _ in range(MAX_SWEEPS):
-            if self._stop.is_set() or not await self._admit_all(self.intake.sweep()):
+            if self.stop.is_set() or not await self._admit_all(self.intake.sweep()):
                 break
-        while not self._stop.is_set() and await self._admit_all(self.intake.retry_round()):
+        while not self.stop.is_set() and await self._admit_all(self.intake.retry_round()):
             pass
 
     async def _admit_all(self, source: AsyncIterator[BatchInWork]) -> int:
@@ -141,13 +139,13 @@ class BatchRun:
                 self._queue.put_nowait(item)
             admitted += len(batch.items)
             await self._until_unsettled(backlog)
-            if self._stop.is_set():
+            if self.stop.is_set():
                 return admitted
         await self._until_unsettled(0)
         return admitted
 
     async def _until_unsettled(self, count: int) -> None:
-        while self.settlement.unsettled > count and not self._stop.is_set():
+        while self.settlement.unsettled > count and not self.stop.is_set():
             self._progress.clear()
             await self._progress.wait()
 
@@ -233,7 +231,7 @@ class BatchRun:
             logger.warning("stopping: %d calls did not finish in time and will be asked again", self._in_flight)
 
     async def _watch_stop(self) -> None:
-        await self._stop.wait()
+        await self.stop.wait()
         while not self._queue.empty():
             self._queue.get_nowait()
         self._progress.set()
@@ -283,7 +281,7 @@ class BatchRun:
             **counts,
             "in_retry_queue": self._files.count_failed("retry"),
             "in_quarantine": self._files.count_failed("quarantine"),
-            "interrupted": self._stop.is_set(),
+            "interrupted": self.stop.is_set(),
         }
 
 

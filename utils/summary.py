@@ -19,6 +19,12 @@ LabelCounts = dict[str, dict[str, int]]  # intent, topic, sentiment -> label -> 
 
 def print_run(console: Console, stats: dict[str, Any]) -> None:
     """Print the counts of one run, and why documents failed or were skipped."""
+    if not stats["documents_processed"] and not stats["already_done"] and not stats["leased_elsewhere"]:
+        console.print(
+            "[bold]Nothing to do[/]: no document is pending. What has a result is not asked again; --reprocess replaces "
+            "results, --retry-failed takes up failed documents."
+        )
+        return
     console.print(
         f"[bold]{stats['documents_processed']} documents[/] processed in run {stats['job_id']}: "
         f"[green]{stats['successful']} classified[/], [red]{stats['failed']} failed[/], {stats['skipped']} skipped"
