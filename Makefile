@@ -1,0 +1,82 @@
+# `make` lists the targets. ARGS is handed on: make run ARGS="--limit 10", make test ARGS="-k retry".
+
+SHELL = /bin/sh
+ARGS =
+PYTHON =
+.DEFAULT_GOAL = help
+.DELETE_ON_ERROR:
+.PHONY: help venv run test check torture bench clean
+
+# Relative on purpose: make cannot handle prerequisites with a space, and a checkout may lie in such a folder.
+venv_python = .venv/bin/python
+modules = $(wildcard *.py config utils openai_batch embedding_index)
+
+# Pip's own output is a page per package; this keeps what tells that it goes on. The status goes through
+# a file because a pipe in sh only has that of its last command.
+define install
+{ PYTHONUNBUFFERED=1 $(venv_python) -m pip install --disable-pip-version-check --no-input $(1); echo $$? > .venv/status; } \
+	| sed -n -E -e '/\.metadata/d' -e 's/^(Installing collected packages).*/  \1 .../p' \
+		-e 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^ -]+)-([^ -]+)[^ ]*( .*)?$$/  \3 \4\5/p'; \
+status=$$(cat .venv/status); rm -f .venv/status; exit $$status
+endef
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
+		printf '  make %-8s %s\n' "$$target" "$$text"; done
+
+venv: .venv/run.stamp ## make .venv with what the product needs (again only when requirements.txt changes)
+	@echo '.venv is ready: make run, or . .venv/bin/activate'
+
+run: .venv/run.stamp ## classify the sample conversations with the embedded MongoDB; ARGS goes to cli.py
+	@$(venv_python) cli.py --embedded $(ARGS)
+
+test: .venv/dev.stamp ## run the tests; ARGS goes to pytest
+	$(venv_python) -m pytest $(ARGS)
+
+check: .venv/dev.stamp ## lint, formatting and types
+	$(venv_python) -m ruff check .
+	$(venv_python) -m ruff format --check .
+	$(venv_python) -m mypy --strict $(modules)
+
+torture: .venv/dev.stamp ## kill the worker 200 times in the middle of its work
+	$(venv_python) -m pytest tests/test_crash_loop.py --kills 200 $(ARGS)
+
+bench: .venv/dev.stamp ## measure; ARGS goes to the benchmarks
+	$(venv_python) -m benchmarks $(ARGS)
+
+clean: ## remove .venv and caches; data/ and batch_files/ stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/run.stamp: requirements.txt
+	@if ! $(venv_python) -m pip --version > /dev/null 2>&1; then \
+		usable=; without_venv=; \
+		for python in $(if $(PYTHON),'$(PYTHON)',python3.11 python3 python3.12 python3.13 python3.14); do \
+			"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' > /dev/null 2>&1 || continue; \
+			if "$$python" -c 'import ensurepip, venv' > /dev/null 2>&1; then usable=$$python; break; fi; \
+			without_venv=$$python; \
+		done; \
+		if [ -z "$$usable" ] && [ -n "$$without_venv" ]; then \
+			echo "$$without_venv cannot make a virtual environment: on Debian and Ubuntu run" \
+				'apt-get install python3-venv as root, then make $(MAKECMDGOALS) again.' >&2; \
+			exit 1; \
+		elif [ -z "$$usable" ]; then \
+			echo 'Python 3.11 or later is needed, and $(or $(PYTHON),python3) is missing or older:' \
+				'install it (Debian 12: apt-get install python3 python3-venv)' \
+				'or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; \
+			exit 1; \
+		fi; \
+		echo "Making .venv with $$("$$usable" --version) ..."; \
+		"$$usable" -m venv --clear .venv || exit 1; \
+	fi
+	@echo 'Installing the packages of requirements.txt into .venv: 65 MB, about a minute, only this once ...'
+	@$(call install,-r requirements.txt)
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp requirements-dev.txt
+	@echo 'Installing the packages of requirements-dev.txt for tests and checks: 80 MB, about a minute ...'
+	@$(call install,-r requirements.txt -r requirements-dev.txt)
+	@$(venv_python) -c 'import xllamacpp' || { \
+		echo 'The tests need the library named above: for libgomp.so.1 on Debian and Ubuntu run' \
+			'apt-get install libgomp1 as root, then make $(MAKECMDGOALS) again.' >&2; exit 1; }
+	@touch $@
