@@ -10,7 +10,7 @@ import logging
 import runpy
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -138,8 +138,11 @@ class BatchProcessor:
         return result
 
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
-        """Classify *documents* with every safeguard of a run; return its statistics, as ``run`` does."""
-        return await self._run(lambda intake: [intake.given(documents)])
+        """Classify *documents* with every safeguard of a run; return its statistics, as ``run`` does.
+
+        Nothing else is looked for; documents that fail are in the retry queue afterwards.
+        """
+        return await self._run(lambda intake: [intake.given(documents)], to_the_end=False)
 
     async def run(self) -> dict[str, Any]:
         """Classify everything that is selected; return the statistics.
@@ -152,16 +155,18 @@ class BatchProcessor:
             TriadError: MongoDB, the model server or the directory failed for good. In each case
                 the same command goes on where this one ended.
         """
-        return await self._run(lambda intake: [intake.recovered(), intake.fresh()])
+        return await self._run(lambda intake: [intake.recovered(), intake.fresh()], to_the_end=True)
 
-    async def _run(self, sources: Callable[[DocumentIntake], list[AsyncIterator[BatchInWork]]]) -> dict[str, Any]:
+    async def _run(
+        self, sources: Callable[[DocumentIntake], list[AsyncGenerator[BatchInWork]]], *, to_the_end: bool
+    ) -> dict[str, Any]:
         await self.connect()
         steps = Steps(aggregate_conversation, self._classify)
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(saved, self._source, reprocess=self.options.reprocess)
         run = BatchRun(self.settings, self.options, self.store, self.files, steps, checkpoint=checkpoint)
         run.stop, run.reporter = self.stop, self._reporter
-        return await run.execute(sources(run.intake))
+        return await run.execute(sources(run.intake), to_the_end=to_the_end)
 
     def _worker_id(self) -> str:
         """Return the id under which this directory's worker holds leases, the same after a crash."""
@@ -192,7 +197,11 @@ def baseline_classify(baseline: BaselineClassifier) -> Classify:
         start = time.monotonic()
         labels = baseline.classify(conversation)
         return build_outcome(
-            Answer(labels, ChatReply("", None, None), 1), conversation, BASELINE_TARGET, "baseline", time.monotonic() - start
+            Answer(labels, ChatReply("", None, None), 1),
+            conversation,
+            BASELINE_TARGET,
+            "baseline",
+            time.monotonic() - start,
         )
 
     return classify

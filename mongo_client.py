@@ -75,7 +75,7 @@ class DocumentStore:
         self._worker_id = worker_id
         self._lease = timedelta(seconds=settings.lease_s)
         self._clock_offset = timedelta()
-        database = self._client[settings.db_name]
+        self.database = database = self._client[settings.db_name]  # its errors are the driver's: see translated
         options: CodecOptions[Any] = CodecOptions(tz_aware=True)
         self._source = database.get_collection(settings.source_collection, codec_options=options)
         self._marks = database.get_collection(settings.source_collection, write_concern=DURABLE)

@@ -26,19 +26,23 @@ MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly somebody
 
 @dataclass(slots=True)
 class JournalEntry:
-    """What the journal knows of one document. *reason* goes with *problem*; *result* is the stored document."""
+    """What the journal knows of one document.
+
+    *reason* goes with *problem* and, for failures, with *is_final*; *result* is the document to store.
+    """
 
     in_hand: int = 0
     waiting: int = 0
     result: dict[str, Any] | None = None
     reason: Reason | None = None
-    problem: str | None = None
-    final: bool = False
+    problem: str = ""
+    is_final: bool = False
+    settled: bool = False
 
     @property
     def is_poison(self) -> bool:
         """Whether the document ended the process too often to be tried once more."""
-        return not self.final and (self.in_hand >= MAX_DEATHS_IN_HAND or self.waiting >= MAX_DEATHS_WAITING)
+        return not self.settled and (self.in_hand >= MAX_DEATHS_IN_HAND or self.waiting >= MAX_DEATHS_WAITING)
 
 
 class BatchJournal:
@@ -68,9 +72,9 @@ class BatchJournal:
         """Note that there is nothing to classify."""
         self._append({"e": "skipped", "id": document_id, "reason": reason, "problem": problem})
 
-    def failed(self, document_id: Any, reason: Reason, problem: str) -> None:
-        """Note that this round of the document failed."""
-        self._append({"e": "failed", "id": document_id, "reason": reason, "problem": problem})
+    def failed(self, document_id: Any, reason: Reason, problem: str, *, is_final: bool) -> None:
+        """Note that this round of the document failed, and whether another one can help."""
+        self._append({"e": "failed", "id": document_id, "reason": reason, "problem": problem, "is_final": is_final})
 
     def close(self) -> None:
         """Close the file; it stays."""
@@ -147,6 +151,7 @@ def _apply(replay: Replay, event: dict[str, Any]) -> None:
         case "released":
             entry.waiting -= 1
         case "answered":
-            entry.result, entry.final = event["result"], True
+            entry.result, entry.settled = event["result"], True
         case "skipped" | "failed":
-            entry.reason, entry.problem, entry.final = Reason(event["reason"]), str(event["problem"]), True
+            entry.reason, entry.problem, entry.settled = Reason(event["reason"]), str(event["problem"]), True
+            entry.is_final = event.get("is_final") is True

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from config import Settings
@@ -25,7 +25,7 @@ from error_handler import (
     TriadError,
 )
 from utils.batch_file_manager import BatchFiles
-from utils.batch_work import BatchInWork, WorkItem
+from utils.batch_work import BatchInWork, Failure, WorkItem, failure_of
 from utils.checkpoint import Checkpoint
 from utils.classification import Outcome
 from utils.conversation import Conversation
@@ -86,8 +86,11 @@ class BatchRun:
         self._in_flight = 0
         self._model_errors = 0
 
-    async def execute(self, sources: list[AsyncIterator[BatchInWork]]) -> dict[str, Any]:
-        """Run to the end, to a stop, or to an error; whichever it is, what is settled is saved."""
+    async def execute(self, sources: list[AsyncGenerator[BatchInWork]], *, to_the_end: bool) -> dict[str, Any]:
+        """Run to the end of *sources*, to a stop, or to an error; whichever it is, what is settled is saved.
+
+        *to_the_end* adds the sweeps and the retry rounds.
+        """
         status = "failed"
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -102,10 +105,14 @@ class BatchRun:
                     tasks.create_task(self._work(), name=f"worker-{number}")
                     for number in range(self._settings.max_concurrent)
                 ]
-                await self._feed(sources)
+                for source in sources:
+                    await self._admit_all(source)
+                if to_the_end:
+                    await self._sweep_and_retry()
                 if self.stop.is_set():
                     await self._let_calls_finish()
                 await self._writes.drained()
+                await self.settlement.flush()  # so that nobody is cancelled in the middle of one
                 for task in (*helpers, *workers, preparation):
                     task.cancel()
             self.checkpoint.finished = not self.stop.is_set()
@@ -116,16 +123,14 @@ class BatchRun:
             await self._save(status)
         return self._statistics()
 
-    async def _feed(self, sources: list[AsyncIterator[BatchInWork]]) -> None:
-        for source in sources:
-            await self._admit_all(source)
+    async def _sweep_and_retry(self) -> None:
         for _ in range(MAX_SWEEPS):
             if self.stop.is_set() or not await self._admit_all(self.intake.sweep()):
                 break
         while not self.stop.is_set() and await self._admit_all(self.intake.retry_round()):
             pass
 
-    async def _admit_all(self, source: AsyncIterator[BatchInWork]) -> int:
+    async def _admit_all(self, source: AsyncGenerator[BatchInWork]) -> int:
         """Hand every batch of *source* to the workers and wait for the last; return how many documents it had.
 
         The next batch is read and saved while at least a batch, and twice the slots, are still in work.
@@ -133,14 +138,15 @@ class BatchRun:
         await self.settlement.flush()
         backlog = max(self._settings.batch_size, 2 * self._settings.max_concurrent)
         admitted = 0
-        async for batch in source:
-            self.settlement.admit(batch)
-            for item in batch.items:
-                self._queue.put_nowait(item)
-            admitted += len(batch.items)
-            await self._until_unsettled(backlog)
-            if self.stop.is_set():
-                return admitted
+        async with contextlib.aclosing(source):
+            async for batch in source:
+                if self.stop.is_set():  # saved, and left to the next run
+                    return admitted
+                self.settlement.admit(batch)
+                for item in batch.items:
+                    self._queue.put_nowait(item)
+                admitted += len(batch.items)
+                await self._until_unsettled(backlog)
         await self._until_unsettled(0)
         return admitted
 
@@ -152,6 +158,8 @@ class BatchRun:
     async def _work(self) -> None:
         while True:
             item = await self._queue.get()
+            if self.stop.is_set():
+                continue
             self._in_flight += 1
             try:
                 await self._process(item)
@@ -165,10 +173,13 @@ class BatchRun:
         known = past.result or item.known_result
         if known is not None:
             self._writes.submit((item, known))
-        elif past.final and past.reason in (Reason.SKIPPED_NO_TEXT, Reason.SKIPPED_NO_CUSTOMER):
-            self.settlement.skip(item, past.reason, past.problem or "")
+        elif past.reason in (Reason.SKIPPED_NO_TEXT, Reason.SKIPPED_NO_CUSTOMER):
+            self.settlement.skip(item, past.reason, past.problem)
+        elif past.reason is not None:
+            self.settlement.fail(item, Failure(past.reason, past.problem, past.is_final))
         elif past.is_poison:
-            self.settlement.fail(item, PoisonDocumentError("the worker ended each time it had this document in hand"))
+            error = PoisonDocumentError("the worker ended each time it had this document in hand")
+            self.settlement.fail(item, failure_of(error))
         else:
             journal.started(document_id)
             try:
@@ -189,8 +200,9 @@ class BatchRun:
             raise
         except LLMError as exc:
             self._require_model(exc)
-            journal.failed(document_id, exc.reason, str(exc))
-            self.settlement.fail(item, exc)
+            failure = failure_of(exc)
+            journal.failed(document_id, failure.reason, failure.message, is_final=failure.is_final)
+            self.settlement.fail(item, failure)
             return
         self._model_errors = 0
         keep = self._settings.store_original_conversation
@@ -209,13 +221,13 @@ class BatchRun:
             rejected = await self._store.write_results([result for _, result in group], replace=self._replace)
         except StoreUnavailableError as exc:
             for item, result in group:
-                self.settlement.fail(item, exc, result)
+                self.settlement.fail(item, failure_of(exc), result)
             return
         finally:
             self._progress.set()
         for index, (item, result) in enumerate(group):
             if index in rejected:
-                self.settlement.fail(item, rejected[index], result)
+                self.settlement.fail(item, failure_of(rejected[index]), result)
             else:
                 self.settlement.succeed(item, result)
 
@@ -252,7 +264,7 @@ class BatchRun:
 
     async def _prepare_source(self) -> None:
         """Count and index beside the first calls: neither may hold up a start on millions of documents."""
-        self.settlement.stats.total += await self._store.count("all" if self._replace else "pending")
+        self.settlement.stats.total += await self._store.count("all" if self._replace else "sweep")
         await self._store.ensure_source_indexes()
         foreign = await self._store.foreign_statuses()
         if foreign:
@@ -274,7 +286,7 @@ class BatchRun:
             self.reporter.update(self.checkpoint.job_id, status, self.settlement.stats, self._in_flight)
 
     def _statistics(self) -> dict[str, Any]:
-        counts = self.settlement.counts()
+        counts = asdict(self.settlement.stats)
         return {
             "job_id": self.checkpoint.job_id,
             "documents_processed": counts.pop("processed"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from error_handler import LLMModelError, LLMRejectedError, PoisonDocumentError, Reason, StoreRejectedError, TriadError
 from utils.batch_file_manager import BatchFile, FailedDocument
 from utils.batch_journal import JournalEntry
 from utils.checkpoint import LowWaterMark
@@ -12,6 +13,22 @@ from utils.extended_json import id_key
 from utils.store_protocol import FinalStatus
 
 MAX_ROUNDS = 3  # retry rounds of one document before it is quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one round of a document failed; *is_final* where another round cannot help."""
+
+    reason: Reason
+    message: str
+    is_final: bool
+
+
+def failure_of(error: TriadError) -> Failure:
+    """Return what *error* means for the document it struck."""
+    refused = isinstance(error, LLMRejectedError | PoisonDocumentError | StoreRejectedError)
+    is_final = (refused and not isinstance(error, LLMModelError)) or error.reason is Reason.CONTEXT_OVERFLOW
+    return Failure(error.reason, str(error), is_final)
 
 
 @dataclass(slots=True)

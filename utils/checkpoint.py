@@ -41,6 +41,12 @@ class RunStats:
         """Count one document that failed or was skipped for *reason*."""
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
+    def uncount_reason(self, reason: str) -> None:
+        """Take back one document of *reason*: a later round ended otherwise."""
+        self.reasons[reason] -= 1
+        if not self.reasons[reason]:
+            del self.reasons[reason]
+
 
 @dataclass(slots=True)
 class Checkpoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class DocumentIntake:
         self._recovered: set[bytes] = set()
         self._taken = 0
 
-    async def recovered(self) -> AsyncIterator[BatchInWork]:
+    async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches an earlier run left in ``pending/``, journal replayed, then its retry files."""
         if self._options.retry_failed:
             released = await asyncio.to_thread(self._files.release_quarantine)
@@ -63,7 +63,7 @@ class DocumentIntake:
             self._recovered.update(item.key for item in batch.items)
             yield batch
 
-    async def fresh(self) -> AsyncIterator[BatchInWork]:
+    async def fresh(self) -> AsyncGenerator[BatchInWork]:
         """Yield the selected documents up to the greatest id there is now, in the order of ids."""
         bound = await self._store.upper_bound()
         if not bound:
@@ -76,20 +76,20 @@ class DocumentIntake:
             async for batch in self._pages(selection, after if selection != "failed" else [], bound):
                 yield batch
 
-    async def sweep(self) -> AsyncIterator[BatchInWork]:
+    async def sweep(self) -> AsyncGenerator[BatchInWork]:
         """Yield documents that are pending or were left processing, and have no result: late small ids, lost files."""
         bound = await self._store.upper_bound()
         async for batch in self._pages("sweep", [], bound):
             logger.info("sweep: %d documents found", len(batch.items))
             yield batch
 
-    async def given(self, documents: list[Document]) -> AsyncIterator[BatchInWork]:
+    async def given(self, documents: list[Document]) -> AsyncGenerator[BatchInWork]:
         """Yield *documents* as one batch, without those that have a result or belong to another worker."""
         own = await self._claimed(documents)
         if own:
             yield batch_in_work(await asyncio.to_thread(self._files.save_pending, own))
 
-    async def retry_round(self) -> AsyncIterator[BatchInWork]:
+    async def retry_round(self) -> AsyncGenerator[BatchInWork]:
         """Yield each retry file once as a batch."""
         for file in await asyncio.to_thread(lambda: list(self._files.load_retry())):
             batch = batch_in_work(file, is_retry=True)
@@ -104,7 +104,7 @@ class DocumentIntake:
 
     async def _pages(
         self, selection: Selection, after: Sequence[Any], bound: Sequence[Any]
-    ) -> AsyncIterator[BatchInWork]:
+    ) -> AsyncGenerator[BatchInWork]:
         while not self.is_exhausted:
             page = await self._store.read_page(selection, after, bound, self._options.batch_size)
             if not page:
@@ -138,7 +138,7 @@ class DocumentIntake:
         done = await self._done([document["_id"] for document in leased])
         finished = [document for document in leased if id_key(document["_id"]) in done]
         if finished:
-            self._report_done(finished)
+            self._settlement.found_done(finished)
             await self._store.release([document["_id"] for document in finished])
         return [document for document in leased if id_key(document["_id"]) not in done]
 
@@ -146,7 +146,7 @@ class DocumentIntake:
         """Take out of a recovered *batch* what others hold or have finished since."""
         own = await self._store.claim([item.document_id for item in batch.items])
         done = await self._done([item.document_id for item in batch.items])
-        self._report_done([item.document for item in batch.items if item.key in done])
+        self._settlement.found_done([item.document for item in batch.items if item.key in done])
         kept = [item for item in batch.items if item.key in own and item.key not in done]
         self._settlement.stats.leased_elsewhere += sum(
             item.key not in own and item.key not in done for item in batch.items
@@ -156,8 +156,3 @@ class DocumentIntake:
     async def _done(self, document_ids: list[Any]) -> set[bytes]:
         job_id = self._checkpoint.job_id if self._options.reprocess else None
         return await self._store.result_keys(document_ids, job_id)
-
-    def _report_done(self, documents: list[Document]) -> None:
-        self._settlement.stats.already_done += len(documents)
-        for document in documents:
-            self._settlement.statuses.add_done(document)

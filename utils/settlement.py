@@ -7,20 +7,11 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-from error_handler import (
-    FailureThresholdError,
-    LLMModelError,
-    LLMRejectedError,
-    PoisonDocumentError,
-    Reason,
-    StoreError,
-    StoreRejectedError,
-    TriadError,
-)
+from error_handler import FailureThresholdError
 from utils.batch_file_manager import BatchFiles, FailedDocument
-from utils.batch_work import MAX_ROUNDS, BatchInWork, StatusUpdates, WorkItem
+from utils.batch_work import MAX_ROUNDS, BatchInWork, Failure, StatusUpdates, WorkItem
 from utils.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
-from utils.extended_json import id_text
+from utils.extended_json import id_key, id_text
 from utils.store_protocol import FinalStatus, Store
 
 logger = logging.getLogger(__name__)
@@ -41,7 +32,7 @@ class Settlement:
         self._files = files
         self._checkpoint = checkpoint
         self._finished: list[BatchInWork] = []
-        self._failed: dict[bytes, str] = {}
+        self._failed: dict[bytes, str] = {}  # reason by id_key, of documents that failed in this run
         self._flushing = asyncio.Lock()
         self.stats = RunStats()
         self.statuses = StatusUpdates()
@@ -58,14 +49,20 @@ class Settlement:
 
     def succeed(self, item: WorkItem, result: dict[str, Any]) -> None:
         """The *result* of *item* is stored."""
+        self._count_success(item.key)
         self.stats.count_labels(result["classification"])
-        if self._failed.pop(item.key, None) is None:
-            self.stats.processed += 1
-        else:
-            self.stats.failed -= 1
-        self.stats.successful += 1
         item.batch.counts["successful"] += 1
         self._settle(item, "processed", None)
+
+    def found_done(self, documents: list[dict[str, Any]]) -> None:
+        """*documents* were found to have a result; they only get their status."""
+        for document in documents:
+            key = id_key(document.get("_id"))
+            if key in self._failed:  # its write was stored after all
+                self._count_success(key)
+            else:
+                self.stats.already_done += 1
+            self.statuses.add_done(document)
 
     def skip(self, item: WorkItem, reason: str, explanation: str) -> None:
         """There is nothing in *item* to classify."""
@@ -76,40 +73,54 @@ class Settlement:
         logger.info("document %s skipped: %s", id_text(item.document_id), explanation)
         self._settle(item, "skipped", f"{reason}: {explanation}")
 
-    def fail(self, item: WorkItem, error: TriadError, result: dict[str, Any] | None = None) -> None:
+    def fail(self, item: WorkItem, failure: Failure, result: dict[str, Any] | None = None) -> None:
         """This round of *item* failed; *result* is its finished result where only the write failed.
 
         Raises:
             FailureThresholdError: Too large a share of the documents fails. *item* is settled.
         """
-        if item.key not in self._failed:
+        earlier = self._failed.get(item.key)
+        if earlier is None:
             self.stats.processed += 1
             self.stats.failed += 1
-        self._failed[item.key] = error.reason
+        else:
+            self.stats.uncount_reason(earlier)
+        self._failed[item.key] = failure.reason
+        self.stats.count_reason(failure.reason)
         item.batch.counts["failed"] += 1
-        final = is_final(error) or item.rounds >= MAX_ROUNDS
+        final = failure.is_final or item.rounds >= MAX_ROUNDS
         entry = FailedDocument(
             conversation_id=item.document_id,
             status="write_failed" if result is not None else "llm_failed",
             conversation_data=item.document,
             retry_count=item.rounds,
-            reason=error.reason,
-            error=str(error),
+            reason=failure.reason,
+            error=failure.message,
             classification_result=result,
         )
         (item.batch.to_quarantine if final else item.batch.to_retry).append(entry)
         where = "quarantined" if final else "queued for another round"
-        logger.warning("document %s %s: %s: %s", id_text(item.document_id), where, error.reason, error)
-        self._settle(item, "failed", f"{error.reason}: {error}")
-        if self.stats.processed >= FAILURE_MINIMUM and self.stats.failed > FAILURE_SHARE * self.stats.processed:
+        logger.warning("document %s %s: %s: %s", id_text(item.document_id), where, failure.reason, failure.message)
+        self._settle(item, "failed", f"{failure.reason}: {failure.message}")
+        self._require_few_failures()
+
+    def _count_success(self, key: bytes) -> None:
+        earlier = self._failed.pop(key, None)
+        if earlier is None:
+            self.stats.processed += 1
+        else:
+            self.stats.failed -= 1
+            self.stats.uncount_reason(earlier)
+        self.stats.successful += 1
+
+    def _require_few_failures(self) -> None:
+        stats = self.stats
+        if stats.processed >= FAILURE_MINIMUM and stats.failed > FAILURE_SHARE * stats.processed:
+            reasons = list(self._failed.values())
             raise FailureThresholdError(
-                f"{self.stats.failed} of {self.stats.processed} documents failed, mostly for {self._main_reason()}; "
+                f"{stats.failed} of {stats.processed} documents failed, mostly for {max(set(reasons), key=reasons.count)}; "
                 "remove the cause and run the same command again, the failed ones are in the retry queue."
             )
-
-    def _main_reason(self) -> str:
-        reasons = list(self._failed.values())
-        return max(set(reasons), key=reasons.count)
 
     def _settle(self, item: WorkItem, status: FinalStatus, reason: str | None) -> None:
         self.statuses.add(item, status, reason)
@@ -127,7 +138,8 @@ class Settlement:
         """Bring MongoDB, the files and the checkpoint up to what is settled.
 
         Raises:
-            StoreError, StateDirectoryError: What could not be written is kept for the next time.
+            StoreError, StateDirectoryError: What could not be written is kept for the next time,
+                as it is when this is cancelled.
         """
         async with self._flushing:
             finished, self._finished = self._finished, []
@@ -135,18 +147,13 @@ class Settlement:
             self.due.clear()
             try:
                 await self._flush_statuses()
-            except StoreError:
-                self._finished = finished + self._finished
-                raise
-            while finished:
-                try:
+                while finished:
                     await asyncio.to_thread(self._finish, finished[0])
-                except TriadError:
-                    self._finished = finished + self._finished
-                    raise
-                await self._store.release(finished.pop(0).document_ids)
+                    await self._store.release(finished.pop(0).document_ids)
+            finally:
+                self._finished = finished + self._finished
             self.mark.advance(self._checkpoint)
-            self._checkpoint.counts = self.counts()
+            self._checkpoint.counts = asdict(self.stats)
             await asyncio.to_thread(self._files.write_state, "checkpoint.json", self._checkpoint.as_dict())
 
     async def _flush_statuses(self) -> None:
@@ -171,20 +178,3 @@ class Settlement:
         if batch.to_retry:
             self._files.save_failed("retry", number, batch.to_retry)
         self._files.save_completed(batch.file, batch.counts, batch.document_ids)
-
-    def counts(self) -> dict[str, Any]:
-        """Return the counts so far, reasons of failed documents included."""
-        counts = asdict(self.stats)
-        for reason in self._failed.values():
-            counts["reasons"][reason] = counts["reasons"].get(reason, 0) + 1
-        return counts
-
-
-def is_final(error: TriadError) -> bool:
-    """Whether another round cannot help the document that failed with *error*."""
-    if isinstance(error, LLMModelError):
-        return False
-    return (
-        isinstance(error, LLMRejectedError | PoisonDocumentError | StoreRejectedError)
-        or error.reason is Reason.CONTEXT_OVERFLOW
-    )
