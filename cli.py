@@ -17,7 +17,6 @@ from typing import Any
 import uvloop
 from pydantic import SecretStr
 from rich.console import Console
-from utils.document_files import read_documents
 
 from aggregator import aggregate_conversation
 from batch_processor import BatchProcessor, baseline_classify, find_model
@@ -30,6 +29,7 @@ from utils.atomic_file import replace_file
 from utils.baseline import BASELINE_MODEL, BaselineClassifier
 from utils.checkpoint import RunStats
 from utils.command_line import create_parser, monitoring, settings_from
+from utils.document_files import read_documents
 from utils.document_intake import RunOptions
 from utils.document_preview import preview
 from utils.embedded_mongod import EmbeddedMongod
