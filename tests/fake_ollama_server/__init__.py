@@ -1,0 +1,1 @@
+"""The fake Ollama server itself; start it through ``tests/fake_ollama.py``."""

@@ -1,0 +1,78 @@
+"""The server process: event loop, listening socket, signals, and not outliving the parent."""
+
+import asyncio
+import errno
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import uvloop
+
+from .knobs import Knobs
+from .server import FakeServer
+from .wire import Connection
+
+_BIND_TRIES_S = 5.0
+
+
+def serve(host: str, port: int, knobs: Knobs, *, watch_stdin: bool = False) -> None:
+    """Run until SIGTERM; prints ``{"port", "pid"}`` on stdout once it listens.
+
+    Args:
+        port: 0 lets the kernel choose.
+        watch_stdin: Exit at the end of standard input, which comes when the parent dies.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(_listening_socket(host, port), knobs, watch_stdin))
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    """A bound socket; after a restart the old port may need a moment."""
+    deadline = time.monotonic() + _BIND_TRIES_S
+    while True:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as exc:
+            listener.close()
+            if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return listener
+
+
+async def _serve(listener: socket.socket, knobs: Knobs, watch_stdin: bool) -> None:
+    loop = asyncio.get_running_loop()
+    server = FakeServer(loop, knobs)
+    stopped = asyncio.Event()
+
+    def count_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        server.internal_errors += 1
+        loop.default_exception_handler(context)
+
+    def stdin_readable() -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            os._exit(0)
+
+    loop.set_exception_handler(count_error)
+    loop.add_signal_handler(signal.SIGTERM, stopped.set)
+    if watch_stdin:
+        loop.add_reader(sys.stdin.fileno(), stdin_readable)
+    # Long-lived objects need not be looked at again, and requests leave few cycles behind.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    listening = await loop.create_server(lambda: Connection(server), sock=listener, backlog=1024)
+    print(json.dumps({"port": listener.getsockname()[1], "pid": os.getpid()}), flush=True)
+    await stopped.wait()
+    # As Ollama on SIGTERM: the listener goes at once and every client sees a reset.
+    listening.close()
+    for connection in list(server.connections):
+        connection.reset()
+    await asyncio.sleep(0)
