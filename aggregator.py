@@ -81,6 +81,8 @@ def _sender(value: Any) -> Sender:
 
 def _number(document: Mapping[str, Any]) -> str | None:
     number = document.get("conversation_number")
+    if isinstance(number, float) and number.is_integer():  # older MongoDB shells store every number as a double
+        number = int(number)
     return prompt_text(str(number))[:200] if isinstance(number, str | int) and not isinstance(number, bool) else None
 
 

@@ -113,7 +113,8 @@ class AsyncLLMClient:
     ) -> tuple[int, bytes]:
         """Send one request and return status and body.
 
-        TimeoutError comes first: aiohttp's own time-outs are also ClientErrors.
+        aiohttp's time-outs are also ClientErrors, so they come first. A server that cannot even be
+        reached in time is away, like one that refuses.
         """
         try:
             async with self._session.request(
@@ -125,6 +126,8 @@ class AsyncLLMClient:
                 allow_redirects=False,
             ) as response:
                 return response.status, await _read_bounded(response)
+        except aiohttp.ConnectionTimeoutError as exc:
+            raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
         except TimeoutError as exc:
             raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:

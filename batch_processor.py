@@ -155,7 +155,7 @@ class BatchProcessor:
             TriadError: MongoDB, the model server or the directory failed for good. In each case
                 the same command goes on where this one ended.
         """
-        return await self._run(lambda intake: [intake.recovered(), intake.fresh()], to_the_end=True)
+        return await self._run(lambda intake: [intake.recovered(), intake.retry_round(), intake.fresh()], to_the_end=True)
 
     async def _run(
         self, sources: Callable[[DocumentIntake], list[AsyncGenerator[BatchInWork]]], *, to_the_end: bool

@@ -14,7 +14,7 @@ from error_handler import LLMReplyError, Reason
 from utils.classification import Classification, Outcome
 from utils.conversation import Conversation
 from utils.ollama_protocol import ChatReply, ChatTarget
-from utils.safe_text import one_line
+from utils.safe_text import one_line, prompt_text
 
 FIELDS = ("categorization", "intent", "topic", "sentiment")
 MAX_REPLY_CHARACTERS = 65_536  # num_predict 700 gives a few thousand; more is not an answer
@@ -149,7 +149,7 @@ def repair_messages(messages: list[Message], reply: ChatReply | None, problem: L
         return messages
     return [
         *messages,
-        {"role": "assistant", "content": one_line(reply.text, 500)},
+        {"role": "assistant", "content": one_line(prompt_text(reply.text), 500)},
         {"role": "user", "content": _REPAIR.format(problem=problem)},
     ]
 

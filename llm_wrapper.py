@@ -7,6 +7,7 @@ import time
 
 import requests
 import tenacity
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from classifier import ReplyParser, build_outcome, classification_flow
 from config import Settings
@@ -77,8 +78,9 @@ class LLMClient:
     def _request(self, method: str, url: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Send one request and return status and body, the whole within the time-out.
 
-        requests bounds only the wait for each byte, so a server that drips is cut off here. Its
-        Timeout comes first: ConnectTimeout is also a ConnectionError.
+        requests bounds only the wait for each byte, so a body that drips is cut off here: read1
+        returns what has come, and does not decompress it. A server that cannot even be reached in
+        time is away, like one that refuses.
         """
         deadline = time.monotonic() + self._timeout_s
         try:
@@ -92,7 +94,7 @@ class LLMClient:
                 stream=True,
             ) as response:
                 received = bytearray()
-                for chunk in response.iter_content(65_536):
+                while chunk := response.raw.read1(65_536, decode_content=False):
                     received += chunk
                     if len(received) > protocol.MAX_BODY_BYTES:
                         raise LLMUnavailableError(
@@ -101,9 +103,9 @@ class LLMClient:
                     if time.monotonic() > deadline:
                         raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)")
                 return response.status_code, bytes(received)
-        except requests.Timeout as exc:
+        except (requests.ReadTimeout, ReadTimeoutError) as exc:
             raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as exc:
+        except (requests.ConnectionError, HTTPError) as exc:
             raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
         except requests.RequestException as exc:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from error_handler import ConfigurationError
@@ -24,7 +24,9 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
     "/v1/chat/completions": "openai_chat",
 }
 
-CollectionName = Annotated[str, Field(min_length=1, max_length=120, pattern=r"^[^$\x00]+$")]
+# What MongoDB and its driver take as names.
+CollectionName = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00]+(\.[^$.\x00]+)*$")]
+DatabaseName = Annotated[str, Field(min_length=1, max_length=63, pattern=r'^[^/\\. "$*<>:|?\x00]+$')]
 
 
 def _env(*names: str) -> Any:
@@ -34,14 +36,14 @@ def _env(*names: str) -> Any:
 class Settings(BaseSettings):
     """Everything that can be set. Seconds and tokens, unless the name says otherwise."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
 
     mongodb_uri: SecretStr = Field(
         SecretStr("mongodb://localhost:27017"),
         validation_alias=_env("MONGODB_URI", "MONGODB_CONNECTION_STRING"),
         description="where MongoDB is",
     )
-    db_name: CollectionName = Field(
+    db_name: DatabaseName = Field(
         "customer_support", validation_alias=_env("MONGODB_DB", "MONGODB_DATABASE_NAME"), description="database"
     )
     source_collection: CollectionName = Field(
@@ -86,14 +88,14 @@ class Settings(BaseSettings):
     )
     ollama_num_ctx: int = Field(
         8192,
-        ge=512,
+        ge=2048,  # less has no room for instructions and answer
         le=1_048_576,
         validation_alias=_env("OLLAMA_NUM_CTX"),
         description="context window, tokens: prompt and answer together, one value for the whole run",
     )
     ollama_keep_alive: str = Field(
         "10m",
-        pattern=r"^-?\d+(ns|us|ms|s|m|h)?$",
+        pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$",
         validation_alias=_env("OLLAMA_KEEP_ALIVE"),
         description="how long Ollama keeps the model loaded after the last call",
     )
@@ -171,9 +173,14 @@ class Settings(BaseSettings):
     def _plain_http_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise ValueError("must be http(s)://host[:port][/path], without user name or query")
+        form = "must be http(s)://host[:port][/path], without user name, password or query"
+        try:
+            parts = urlsplit(value)
+            is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError as exc:  # it quotes the address
+            raise ValueError(form) from exc
+        if not is_usable or "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(form)
         return value.rstrip("/")
 
     @field_validator("llm_api_url")
@@ -181,6 +188,21 @@ class Settings(BaseSettings):
     def _known_protocol(cls, value: str | None) -> str | None:
         if value is not None and not any(urlsplit(value).path.endswith(path) for path in PROTOCOL_PATHS):
             raise ValueError("must end in " + ", ".join(PROTOCOL_PATHS))
+        return value
+
+    @field_validator("llm_api_key")
+    @classmethod
+    def _fits_in_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        text = value.get_secret_value() if value else "-"
+        if not text.isascii() or not text.isprintable() or " " in text:
+            raise ValueError("must be printable ASCII without spaces and line ends")
+        return value
+
+    @field_validator("results_collection")
+    @classmethod
+    def _not_the_source(cls, value: str, info: ValidationInfo) -> str:
+        if value == info.data.get("source_collection"):
+            raise ValueError("must be another collection than the source")
         return value
 
     @property
@@ -230,16 +252,26 @@ def load_settings(dotenv: Path | None = DOTENV, **arguments: Any) -> Settings:
     if unknown:
         raise ConfigurationError(f"Unknown setting {_with_suggestion(min(unknown), set(Settings.model_fields))}.")
     if dotenv is not None and dotenv.is_file():
-        for name in dotenv_values(dotenv):
-            if name not in known_environment_names():
-                raise ConfigurationError(
-                    f"{dotenv} sets the unknown variable {_with_suggestion(name, set(known_environment_names()))}; "
-                    "config/.env.example lists all of them."
-                )
+        _require_known_names(dotenv)
+    # By the names of the environment: if fields had a second name, any variable of that name (MODE, DB_NAME) would count.
+    arguments = {environment_names(name)[0]: value for name, value in given.items()}
     try:
-        return Settings(_env_file=dotenv, **given)
+        return Settings(_env_file=dotenv, **arguments)
     except ValidationError as exc:
         raise ConfigurationError(_explain(exc)) from exc
+
+
+def _require_known_names(dotenv: Path) -> None:
+    try:
+        names = list(dotenv_values(dotenv))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{dotenv} cannot be read; make it a UTF-8 file that this user may read.") from exc
+    for name in names:
+        if name not in known_environment_names():
+            raise ConfigurationError(
+                f"{dotenv} sets the unknown variable {_with_suggestion(name, set(known_environment_names()))}; "
+                "config/.env.example lists all of them."
+            )
 
 
 def _with_suggestion(name: str, known: set[str]) -> str:

@@ -80,13 +80,15 @@ def _labels(path: Path, group: str, entries: Any) -> tuple[Label, ...]:
     _require_distinct(path, group, list(entries))
     labels = []
     for name, given in entries.items():
+        if not isinstance(name, str):  # Yes and 404 without quotes
+            raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} is no text for YAML; put it in quotes.")
         entry = {"definition": given} if isinstance(given, str) else given
         if not isinstance(entry, dict) or not isinstance(entry.get("definition"), str):
             raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} needs a one-line definition.")
         phrases = entry.get("phrases") or []
         if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
             raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} > phrases must be a list of texts.")
-        labels.append(Label(str(name), " ".join(entry["definition"].split()), tuple(phrases)))
+        labels.append(Label(name, " ".join(entry["definition"].split()), tuple(phrases)))
     return tuple(labels)
 
 

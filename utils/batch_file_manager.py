@@ -78,6 +78,7 @@ class FailedDocument:
         data, result = entry["conversation_data"], entry.get("classification_result")
         if not isinstance(data, dict | None) or not isinstance(result, dict | None):
             raise TypeError("not a document")
+        extended_json.id_key(entry["conversation_id"])
         reason = Reason(entry.get("reason", Reason.TRANSPORT))
         at = entry.get("failed_at")
         at = at if isinstance(at, datetime) else datetime.now(UTC)
@@ -117,8 +118,9 @@ class BatchFiles:
                 raise StateDirectoryError(
                     f"{directory} is a symbolic link; name the real directory with --batch-files-dir."
                 )
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             for folder in FOLDERS:
-                (directory / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+                (directory / folder).mkdir(exist_ok=True, mode=0o700)
             self._last_number = max((number for number, _ in self._numbered(*FOLDERS)), default=0)
         except OSError as exc:
             raise StateDirectoryError(
@@ -143,6 +145,9 @@ class BatchFiles:
             ) from exc
         for stale in self.directory.rglob(".*.tmp"):
             remove_file(stale)
+        for journal in self.directory.glob("*/batch_*.journal"):
+            if not journal.with_name(journal.name.partition(".")[0] + ".json").exists():
+                remove_file(journal)  # of a batch that is settled: the crash came between the two removals
 
     def release(self) -> None:
         """Give the directory back; harmless where it was never taken."""
@@ -292,6 +297,9 @@ class BatchFiles:
         # Each round has its own journal: what a finished one says must not count against the next.
         round_name = f"{len(failures)}x{sum(entry.retry_count for entry in failures)}"
         journal = BatchJournal(path.with_suffix(f".{round_name}.journal"))
+        for earlier in path.parent.glob(f"{path.stem}.*.journal"):
+            if earlier != journal.path:
+                remove_file(earlier)
         batch = BatchFile(_number(path) or 0, path, journal, documents)
         for entry in failures:
             if fresh:
@@ -333,7 +341,10 @@ class BatchFiles:
 
     def _read(self, path: Path) -> Any:
         try:
-            return extended_json.loads(path.read_bytes())
+            content = extended_json.loads(path.read_bytes())
+            if content is None:  # would pass for a file that is missing
+                raise ValueError("null")
+            return content
         except FileNotFoundError:
             return None
         except (ValueError, json.JSONDecodeError):
@@ -346,7 +357,12 @@ class BatchFiles:
 
     def _set_aside(self, path: Path) -> None:
         aside = path.with_name(path.name + ".corrupt")
-        path.replace(aside)
+        try:
+            path.replace(aside)
+        except OSError as exc:
+            raise StateDirectoryError(
+                f"{path} is not readable and cannot be set aside ({exc.strerror}); fix its rights, then run again."
+            ) from exc
         logger.error(
             "%s is not readable and was set aside as %s; its documents are found again from MongoDB",
             path.name,
@@ -356,8 +372,9 @@ class BatchFiles:
 
 def _document(entry: dict[str, Any]) -> dict[str, Any]:
     document = entry["conversation_data"]
-    if not isinstance(document, dict) or "_id" not in document:
+    if not isinstance(document, dict):
         raise TypeError("not a document")
+    extended_json.id_key(document["_id"])
     return document
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,6 +86,7 @@ class BatchRun:
         self._progress = asyncio.Event()
         self._in_flight = 0
         self._model_errors = 0
+        self._leases_sure_at = self._doubted_before = time.monotonic()
 
     async def execute(self, sources: list[AsyncGenerator[BatchInWork]], *, to_the_end: bool) -> dict[str, Any]:
         """Run to the end of *sources*, to a stop, or to an error; whichever it is, what is settled is saved.
@@ -180,6 +182,8 @@ class BatchRun:
         elif past.is_poison:
             error = PoisonDocumentError("the worker ended each time it had this document in hand")
             self.settlement.fail(item, failure_of(error))
+        elif self._is_doubtful(item) and not await self.intake.is_still_ours(item):
+            self.settlement.drop(item)
         else:
             journal.started(document_id)
             try:
@@ -260,7 +264,20 @@ class BatchRun:
     async def _renew_leases(self) -> None:
         while True:
             await asyncio.sleep(self._settings.lease_s / 3)
+            self._note_delay()
+            asked_at = time.monotonic()
             await self._store.renew_leases()
+            self._leases_sure_at = asked_at
+
+    def _note_delay(self) -> None:
+        now = time.monotonic()
+        if now - self._leases_sure_at > self._settings.lease_s:
+            self._doubted_before = now
+
+    def _is_doubtful(self, item: WorkItem) -> bool:
+        """Whether another worker may have *item*: this one was held up for longer than a lease since it claimed it."""
+        self._note_delay()
+        return item.batch.claimed_at < self._doubted_before
 
     async def _prepare_source(self) -> None:
         """Count and index beside the first calls: neither may hold up a start on millions of documents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,10 @@ class WorkItem:
 
 @dataclass(slots=True)
 class BatchInWork:
-    """A batch whose documents are not all settled yet. *is_retry* tells a round of a retry file."""
+    """A batch whose documents are not all settled yet. *is_retry* tells a round of a retry file.
+
+    *claimed_at* is ``time.monotonic()`` when its documents were this worker's for sure.
+    """
 
     file: BatchFile
     is_retry: bool = False
@@ -60,6 +64,7 @@ class BatchInWork:
     counts: dict[str, int] = field(default_factory=lambda: {"successful": 0, "failed": 0, "skipped": 0})
     to_retry: list[FailedDocument] = field(default_factory=list)
     to_quarantine: list[FailedDocument] = field(default_factory=list)
+    claimed_at: float = field(default_factory=time.monotonic)
 
     @property
     def document_ids(self) -> list[Any]:

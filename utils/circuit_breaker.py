@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from error_handler import LLMConnectionError, LLMError, LLMOutageError
+from error_handler import LLMConnectionError, LLMError, LLMOutageError, LLMTimeoutError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,7 +72,9 @@ class CircuitBreaker:
                     if await self._probe():
                         raise
                     await asyncio.sleep(self._policy.first_probe_s * random.uniform(0.5, 1.5))
-            except LLMError:
+            except LLMError as exc:
+                if not isinstance(exc, LLMTimeoutError):  # any answer is a sign of life
+                    self._failures = 0
                 raise
             else:
                 self._failures = 0

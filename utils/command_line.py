@@ -84,8 +84,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     given = {name: getattr(arguments, name) for name in SETTING_FLAGS}
     if arguments.preset:
         concurrency, size = PRESETS[arguments.preset]
-        given["max_concurrent"] = given["max_concurrent"] or concurrency
-        given["batch_size"] = given["batch_size"] or size
+        given |= {"max_concurrent": concurrency} if given["max_concurrent"] is None else {}
+        given |= {"batch_size": size} if given["batch_size"] is None else {}
     if arguments.verbose:
         given["log_level"] = "DEBUG"
     settings = load_settings(**given)
@@ -109,7 +109,6 @@ def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
+    return int(text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.batch_file_manager import BatchFiles
-from utils.batch_work import BatchInWork, batch_in_work, is_query
+from utils.batch_work import BatchInWork, WorkItem, batch_in_work, is_query
 from utils.checkpoint import Checkpoint
 from utils.extended_json import id_key
 from utils.settlement import Settlement
@@ -49,7 +49,7 @@ class DocumentIntake:
         self._taken = 0
 
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
-        """Yield the batches an earlier run left in ``pending/``, journal replayed, then its retry files."""
+        """Yield the batches an earlier run left in ``pending/``, journal replayed."""
         if self._options.retry_failed:
             released = await asyncio.to_thread(self._files.release_quarantine)
             logger.info("%d quarantined documents get fresh attempts", released)
@@ -58,9 +58,6 @@ class DocumentIntake:
             logger.info("%s: %d documents from an earlier run", file.name, len(batch.items))
             self._recovered.update(item.key for item in batch.items)
             await self._keep_own(batch)
-            yield batch
-        async for batch in self.retry_round():
-            self._recovered.update(item.key for item in batch.items)
             yield batch
 
     async def fresh(self) -> AsyncGenerator[BatchInWork]:
@@ -93,6 +90,7 @@ class DocumentIntake:
         """Yield each retry file once as a batch."""
         for file in await asyncio.to_thread(lambda: list(self._files.load_retry())):
             batch = batch_in_work(file, is_retry=True)
+            self._recovered.update(item.key for item in batch.items)
             await self._keep_own(batch)
             self._settlement.stats.retried += len(batch.items)
             yield batch
@@ -141,6 +139,12 @@ class DocumentIntake:
             self._settlement.found_done(finished)
             await self._store.release([document["_id"] for document in finished])
         return [document for document in leased if id_key(document["_id"]) not in done]
+
+    async def is_still_ours(self, item: WorkItem) -> bool:
+        """Whether *item* still needs a result, and from this worker; one that another finished gets its status."""
+        alone = BatchInWork(item.batch.file, items=[item])
+        await self._keep_own(alone)
+        return bool(alone.items)
 
     async def _keep_own(self, batch: BatchInWork) -> None:
         """Take out of a recovered *batch* what others hold or have finished since."""

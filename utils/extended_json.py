@@ -6,14 +6,18 @@ JSON has no type for. Types survive the round trip: int64 stays int64, dates kee
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import bson
 import orjson
 from bson import json_util
+from bson.codec_options import DatetimeConversion
 from bson.errors import BSONError
 
-_CANONICAL = json_util.JSONOptions(json_mode=json_util.JSONMode.CANONICAL, tz_aware=True)
+_CANONICAL = json_util.JSONOptions(
+    json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
+)
 _ORJSON_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_NON_STR_KEYS
 
 
@@ -24,7 +28,10 @@ def dumps(value: Any) -> bytes:
         ValueError: It holds what MongoDB cannot hold either (a lone surrogate, a foreign type).
     """
     try:
-        return orjson.dumps(value, default=_default, option=_ORJSON_OPTIONS)
+        data = orjson.dumps(value, default=_default, option=_ORJSON_OPTIONS)
+        if b"null" in data:  # what orjson makes of NaN and the infinities, too
+            data = orjson.dumps(_typed_doubles(value), default=_default, option=_ORJSON_OPTIONS)
+        return data
     except (orjson.JSONEncodeError, TypeError) as exc:
         raise ValueError("not representable as Extended JSON") from exc
 
@@ -42,8 +49,15 @@ def loads(data: bytes | str) -> Any:
 
 
 def id_key(document_id: Any) -> bytes:
-    """Return a hashable key of an ``_id`` of any BSON type; equal keys mean the same type and value."""
-    return bson.encode({"": document_id})
+    """Return a hashable key of an ``_id`` of any BSON type; equal keys mean the same type and value.
+
+    Raises:
+        ValueError: MongoDB cannot hold such an id.
+    """
+    try:
+        return bson.encode({"": document_id})
+    except (BSONError, OverflowError) as exc:
+        raise ValueError("not an id") from exc
 
 
 def new_id() -> Any:
@@ -58,9 +72,16 @@ def id_text(document_id: Any) -> str:
     return "".join(character if character.isprintable() else "?" for character in text[:120])
 
 
+def _typed_doubles(value: Any) -> Any:
+    """Return *value* with the doubles that JSON has no number for as Extended JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return json_util.default(value, _CANONICAL)
+    if isinstance(value, dict):
+        return {name: _typed_doubles(item) for name, item in value.items()}
+    return [_typed_doubles(item) for item in value] if isinstance(value, list) else value
+
+
 def _default(value: Any) -> Any:
     if isinstance(value, dict):  # SON and other mappings that are subclasses
         return dict(value)
-    if type(value) is int:
-        return {"$numberLong": str(value)}
     return json_util.default(value, _CANONICAL)

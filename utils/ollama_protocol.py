@@ -166,7 +166,8 @@ def parse_chat_response(target: ChatTarget, status: int, body: bytes, prompt_cha
     Raises:
         LLMUnavailableError, LLMBusyError: Another attempt may help.
         LLMRejectedError, LLMContextError, LLMModelError: This request will never be answered.
-        LLMReplyError: Status 200 and still no answer: cut_off, empty or context_overflow.
+        LLMReplyError: Status 200 and still no answer: cut_off, empty or context_overflow. The last wins where the
+            prompt was cut: asking again would be cut again.
     """
     if status != 200:
         _raise_for_status(target, status, body)
@@ -175,9 +176,8 @@ def parse_chat_response(target: ChatTarget, status: int, body: bytes, prompt_cha
         raise LLMUnavailableError("the model server answered 200 with an error in the body")
     if target.protocol == "openai_chat":
         return _parse_openai(fields)
-    reply = _parse_ollama(target, fields)
-    _require_whole_prompt(target, reply.prompt_tokens, prompt_characters)
-    return reply
+    _require_whole_prompt(target, _count(fields.get("prompt_eval_count")), prompt_characters)
+    return _parse_ollama(target, fields)
 
 
 def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
@@ -235,6 +235,10 @@ def _require_whole_prompt(target: ChatTarget, prompt_tokens: int | None, prompt_
         )
 
 
+# What Ollama says where no document can be answered: the model is an embedding model, or its name is none.
+_MODEL_SIGNS = ("does not support", "invalid model name", "model is required")
+
+
 def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
     text = body[:4000].decode("utf-8", "replace")
     lowered = text.lower()
@@ -242,9 +246,9 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
         raise LLMBusyError(f"the model server is busy (HTTP {status})")
     if status in (401, 403):
         raise LLMModelError(f"the model server refuses the credentials (HTTP {status}); check LLM_API_KEY")
-    if status == 404:
+    if status in (404, 405) or status < 400 or (status == 400 and any(sign in lowered for sign in _MODEL_SIGNS)):
         raise LLMModelError(
-            f"the model server has no model {target.model} at {target.url} (HTTP 404); "
+            f"the model server has no model {target.model} for chats at {target.url} (HTTP {status}); "
             "check the model's name and the address"
         )
     if any(sign in lowered for sign in ("exceed_context_size", "context length", "context size", "context window")):
@@ -296,7 +300,7 @@ def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedMod
         name = entry.get("id" if protocol == "openai_chat" else "name") if isinstance(entry, dict) else None
         if isinstance(name, str):
             digest = entry.get("digest")
-            remote = bool(entry.get("remote_host")) or _is_cloud_name(name)
+            remote = bool(entry.get("remote_host") or entry.get("remote_model")) or _is_cloud_name(name)
             models.append(ServedModel(name, digest if isinstance(digest, str) else None, remote))
     return models
 
@@ -357,5 +361,5 @@ def with_model(target: ChatTarget, model: ServedModel, *, thinking: bool) -> Cha
 
 
 def _is_cloud_name(model: str) -> bool:
-    tag = model.rsplit(":", 1)[-1] if ":" in model else ""
+    tag = model.rsplit(":", 1)[-1].lower() if ":" in model else ""
     return tag == "cloud" or tag.endswith("-cloud")

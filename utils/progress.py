@@ -72,6 +72,8 @@ class ConsoleProgress:
             self._last_line = time.monotonic()
             self._stream.write(f"{job_id} {status}: {self._line(stats, in_flight)}\n")
             self._stream.flush()
+            if status != "running":
+                self._rate = Rate()  # the next run counts from 0 again
 
     def _line(self, stats: RunStats, in_flight: int) -> str:
         total = max(stats.total, stats.processed)
@@ -103,6 +105,7 @@ class ConsoleProgress:
         if status != "running":
             self._bar.stop()
             self._bar = None
+            self._rate = Rate()
 
 
 class FileProgress:
@@ -133,7 +136,7 @@ class FileProgress:
         writer.writerows(self._history)
         replace_file(self._directory / f"{job_id}.csv", table.getvalue().encode())
         if status != "running":
-            self._start, self._history, self._last_write = None, [], 0.0
+            self._start, self._history, self._last_write, self._rate = None, [], 0.0, Rate()
 
     def _state(self, job_id: str, status: str, stats: RunStats, in_flight: int) -> dict[str, Any]:
         total = max(stats.total, stats.processed)

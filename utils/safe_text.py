@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+_LINE_BREAK = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+
 # Control characters except tab and newline, lone surrogates (BSON cannot hold them), zero-width space,
 # bidirectional overrides and Unicode tags (both hide text from people). The zero-width joiner stays:
 # emoji and several scripts need it.
@@ -11,9 +13,11 @@ _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028\u2029\u202a-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
-# Tokens that chat templates of common models read as control tokens, and the fence of our own prompt.
+# Tokens that chat templates of common models read as control tokens, and the fence of our own prompt. Models read
+# a tag with spaces in it like one without.
 _CONTROL_TOKEN = re.compile(
-    r"<\|[^|<>\n]{0,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|</?(?:think|bos|eos|pad|start_of_turn|end_of_turn|conversation)>|<unused\d+>",
+    r"<[|｜][^|｜<>\n]{0,40}[|｜]>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|<unused\d+>"
+    r"|<\s{0,5}/?\s{0,5}(?:s|think|bos|eos|pad|start_of_turn|end_of_turn|conversation)\b[^<>]{0,40}>",
     re.IGNORECASE,
 )
 _LOOKALIKE = str.maketrans({"<": "‹", ">": "›", "[": "⁅", "]": "⁆"})
@@ -21,9 +25,9 @@ _LOOKALIKE = str.maketrans({"<": "‹", ">": "›", "[": "⁅", "]": "⁆"})
 
 def visible_text(text: str) -> str:
     """Return *text* without characters that cannot be stored or seen; line breaks become ``\\n``."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return _INVISIBLE.sub("", text) if _INVISIBLE.search(text) else text
+    if not _INVISIBLE.search(text):
+        return text
+    return _INVISIBLE.sub("", _LINE_BREAK.sub("\n", text))
 
 
 def prompt_text(text: str) -> str:

@@ -11,7 +11,11 @@ from error_handler import ConfigurationError
 
 def require_cron(expression: str) -> None:
     """Raise ConfigurationError where *expression* is not a cron expression of five fields."""
-    if len(expression.split()) != 5 or not croniter.is_valid(expression):
+    try:
+        comes = len(expression.split()) == 5 and bool(croniter(expression).get_next())
+    except ValueError:  # not cron, or a day that no month has
+        comes = False
+    if not comes:
         raise ConfigurationError(f'--schedule {expression!r} is not a cron expression; "0 2 * * *" is every day at 2:00.')
 
 

@@ -33,6 +33,7 @@ class Settlement:
         self._checkpoint = checkpoint
         self._finished: list[BatchInWork] = []
         self._failed: dict[bytes, str] = {}  # reason by id_key, of documents that failed in this run
+        self._failed_before: set[bytes] = set()  # those of them that a journal knew; an earlier threshold had them
         self._flushing = asyncio.Lock()
         self.stats = RunStats()
         self.statuses = StatusUpdates()
@@ -83,6 +84,8 @@ class Settlement:
         if earlier is None:
             self.stats.processed += 1
             self.stats.failed += 1
+            if item.past.reason is not None:
+                self._failed_before.add(item.key)
         else:
             self.stats.uncount_reason(earlier)
         self._failed[item.key] = failure.reason
@@ -106,6 +109,7 @@ class Settlement:
 
     def _count_success(self, key: bytes) -> None:
         earlier = self._failed.pop(key, None)
+        self._failed_before.discard(key)
         if earlier is None:
             self.stats.processed += 1
         else:
@@ -115,7 +119,8 @@ class Settlement:
 
     def _require_few_failures(self) -> None:
         stats = self.stats
-        if stats.processed >= FAILURE_MINIMUM and stats.failed > FAILURE_SHARE * stats.processed:
+        failed_now = len(self._failed) - len(self._failed_before)
+        if stats.processed >= FAILURE_MINIMUM and failed_now > FAILURE_SHARE * stats.processed:
             reasons = list(self._failed.values())
             raise FailureThresholdError(
                 f"{stats.failed} of {stats.processed} documents failed, mostly for {max(set(reasons), key=reasons.count)}; "
@@ -124,6 +129,10 @@ class Settlement:
 
     def _settle(self, item: WorkItem, status: FinalStatus, reason: str | None) -> None:
         self.statuses.add(item, status, reason)
+        self.drop(item)
+
+    def drop(self, item: WorkItem) -> None:
+        """Owe nothing for *item* any more: it is settled, or another worker has it now."""
         if item.ticket is not None:
             self.mark.settle(item.ticket)
         item.batch.unsettled -= 1

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from config import Settings
+from utils.extended_json import id_text
 from utils.safe_text import one_line
 
 BAR_WIDTH = 28
@@ -53,7 +55,7 @@ def print_labels(console: Console, counts: LabelCounts) -> None:
         for label, count in sorted(labels.items(), key=lambda pair: -pair[1]):
             share = count / total
             bar = "█" * max(1, round(share * BAR_WIDTH))
-            table.add_row(label, f"[cyan]{bar}[/]", f"{count}", f"{share:.0%}")
+            table.add_row(escape(label), f"[cyan]{bar}[/]", f"{count}", f"{share:.0%}")
         console.print(table)
 
 
@@ -64,8 +66,9 @@ def print_examples(console: Console, results: Sequence[dict[str, Any]]) -> None:
         table.add_column(heading, overflow="fold")
     for result in results:
         labels = result["classification"]
-        name = result.get("conversation_number") or result["source_conversation_id"]
-        table.add_row(str(name), *(labels[field] for field in FIELDS), one_line(labels["categorization"], 70))
+        name = result.get("conversation_number") or id_text(result["source_conversation_id"])
+        row = (one_line(name, 40), *(labels[field] for field in FIELDS), one_line(labels["categorization"], 70))
+        table.add_row(*(escape(text) for text in row))  # a text such as "[/b]" would be read as markup
     console.print(table)
 
 

@@ -1,0 +1,207 @@
+"""Imports conversations into MongoDB: the shipped samples, or a file in any accepted shape.
+
+Safe to repeat: a document whose ``_id`` is there already is left alone, and one without gets an
+``_id`` made of its content.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file: the modules beside it must not hide packages of the same name
+    _folder = Path(__file__).resolve().parent
+    sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
+
+import argparse
+import asyncio
+import hashlib
+import itertools
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.prompt import Confirm
+
+from config import Settings, load_settings
+from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
+from logger import configure_logging
+from mongo_client import DocumentStore, translated
+from utils.document_files import read_documents
+from utils.extended_json import dumps, id_text
+from utils.store_protocol import Document
+
+SAMPLES = Path(__file__).resolve().parent.parent / "data" / "sample_conversations.jsonl"
+PAGE_SIZE = 500
+_STATUS_FIELDS = frozenset({"status", "status_reason", "last_processed_at", "processed", "processing_attempts"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the import in *argv* (None: of the process) and return its exit code."""
+    arguments = _create_parser().parse_args(argv)
+    console = Console(stderr=True)
+    try:
+        settings = load_settings(
+            mongodb_uri=arguments.mongodb_uri,
+            db_name=arguments.db_name,
+            source_collection=arguments.source_collection,
+        )
+        configure_logging("DEBUG" if arguments.verbose else "WARNING")
+        if arguments.drop and not arguments.yes:
+            _confirm_drop(settings, console)
+        return asyncio.run(_import(arguments, settings, console))
+    except TriadError as exc:
+        print(f"mongodb_import.py: {exc}", file=sys.stderr)
+        if arguments.verbose:
+            traceback.print_exc()
+        return exc.exit_code
+    except KeyboardInterrupt:
+        print("mongodb_import.py: Interrupted; the same command imports the rest.", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+
+
+def _create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mongodb_import.py",
+        description="Import conversations into MongoDB: the shipped samples, or a file. Importing twice adds nothing.",
+        epilog="Exit codes: 0 done, 2 usage, configuration or file, 3 MongoDB is not reachable, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--count", type=_positive, metavar="N", help="import N samples, or the first N of --file (all)")
+    parser.add_argument("--file", type=Path, help="JSON, JSONL or CSV (TWCS included) instead of the samples")
+    parser.add_argument("--mongodb-uri", help="where MongoDB is (MONGODB_URI; mongodb://localhost:27017)")
+    parser.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
+    parser.add_argument(
+        "--source-collection",
+        "--collection",
+        "--queries-collection",
+        help="collection to fill (MONGODB_SOURCE_COLLECTION; conversation_set)",
+    )
+    parser.add_argument("--drop", action="store_true", help="empty the collection first; asks, unless --yes is given")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--verbose", action="store_true", help="log lines, and a traceback with an error")
+    return parser
+
+
+def _confirm_drop(settings: Settings, console: Console) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigurationError("--drop deletes the collection; add --yes where nobody can be asked.")
+    question = f"Delete the collection {settings.source_collection} of the database {settings.db_name}?"
+    if not Confirm.ask(question, console=console, default=False):
+        raise RunInterruptedError("Nothing was deleted and nothing imported.")
+
+
+async def _import(arguments: argparse.Namespace, settings: Settings, console: Console) -> int:
+    documents = read_documents(arguments.file) if arguments.file else _samples(arguments.count, console)
+    pages = _pages(itertools.islice(_with_ids(documents), arguments.count))
+    first = next(pages, [])  # before anything is dropped: the file may be the wrong one
+    store = DocumentStore(settings)
+    try:
+        await store.check()
+        if arguments.drop:
+            with translated("drop the collection"):
+                await store.database.drop_collection(settings.source_collection)
+        read, new = await _insert(store, itertools.chain([first], pages), arguments.file or SAMPLES, console)
+    finally:
+        await store.close()
+    place = f"{settings.db_name}.{settings.source_collection}"
+    print(f"Read {read} documents: {new} new, {read - new} already there, in {place}.")
+    return ExitCode.DONE
+
+
+async def _insert(
+    store: DocumentStore, pages: Iterable[list[Document]], path: Path, console: Console
+) -> tuple[int, int]:
+    """Store every page; return how many documents were read and how many were new."""
+    read = new = 0
+    columns = (TextColumn("Importing"), BarColumn(), TextColumn("{task.completed} documents"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        try:
+            for page in pages:
+                new += await _insert_page(store, page, path, read)
+                read += len(page)
+                progress.update(task, completed=read)
+        except TriadError:
+            console.print(f"Before the error {read} documents were read; they stay, and the same command goes on.")
+            raise
+    return read, new
+
+
+async def _insert_page(store: DocumentStore, page: list[Document], path: Path, before: int) -> int:
+    """Store *page*; return how many were new. *before* counts the documents ahead of it."""
+    if not page:
+        return 0
+    try:
+        return await store.insert_documents(page)
+    except StoreRejectedError:
+        # One document fails its whole page on the way out; alone, it can be named.
+        for number, document in enumerate(page, before + 1):
+            try:
+                await store.insert_documents([document])
+            except StoreRejectedError as exc:
+                raise ConfigurationError(
+                    f"{path}: document {number} cannot be stored in MongoDB (too large, or a value it has no type for); "
+                    "correct or remove it."
+                ) from exc
+        raise
+
+
+def _samples(count: int | None, console: Console) -> Iterator[Document]:
+    """Yield the shipped samples, from the start again as often as *count* needs."""
+    shipped = list(read_documents(SAMPLES))
+    repeats = max(0, (count or 0) - len(shipped))
+    if repeats:
+        console.print(
+            f"{len(shipped)} samples are shipped: {repeats} of the {count} documents repeat them under new ids and numbers."
+        )
+    yield from shipped
+    for number in itertools.count(2) if repeats else ():
+        for document in shipped:
+            repeat = document | {"_id": f"{id_text(document['_id'])}-{number}"}
+            if "conversation_number" in document:
+                repeat["conversation_number"] = f"{document['conversation_number']}-{number}"
+            yield repeat
+
+
+def _with_ids(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield *documents*, those without ``_id`` with one that depends on their content only.
+
+    What has no conversation_number either may be there several times: each of them counts.
+    """
+    seen: Counter[str] = Counter()
+    for number, document in enumerate(documents, 1):
+        if "_id" in document:
+            yield document
+            continue
+        try:
+            content = dumps({name: value for name, value in document.items() if name not in _STATUS_FIELDS})
+        except ValueError as exc:
+            raise ConfigurationError(
+                f"Document {number} holds a character or value that MongoDB cannot store; correct or remove it."
+            ) from exc
+        document_id = f"sha256-{hashlib.sha256(content).hexdigest()[:32]}"
+        if document.get("conversation_number") is None:
+            seen[document_id] += 1
+            if seen[document_id] > 1:
+                document_id += f"-{seen[document_id]}"
+        yield {"_id": document_id, **document}
+
+
+def _pages(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    rest = iter(documents)
+    while page := list(itertools.islice(rest, PAGE_SIZE)):
+        yield page
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
