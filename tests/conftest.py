@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pymongo import MongoClient
 
+from tests.fake_ollama import FakeOllama
 from utils.embedded_mongod import EmbeddedMongod
+
+pytest.register_assert_rewrite("tests.worker")
+
+from tests.worker import Site, open_site  # noqa: E402 - imported after its assertions are made to explain themselves
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the crash loop."""
+    parser.addoption("--kills", type=int, default=20, help="how often the crash loop kills the worker (20)")
+    parser.addoption("--seed", type=int, default=None, help="seed of the crash loop; printed, so that it can be given")
 
 
 def pytest_report_header() -> str:
@@ -40,3 +52,17 @@ def db_name(mongod: EmbeddedMongod) -> Iterator[str]:
     yield name
     with MongoClient[dict[str, object]](mongod.uri) as client:
         client.drop_database(name)
+
+
+@pytest.fixture
+def model() -> Iterator[FakeOllama]:
+    """Return a model server that answers after 20 ms, labels by the conversation, and fails in no way yet."""
+    with FakeOllama(slots=8, latency_s=0.02, user_message=0) as server:
+        yield server
+
+
+@pytest.fixture
+def site(mongodb_uri: str, db_name: str, model: FakeOllama, tmp_path: Path) -> Iterator[Site]:
+    """Return what a worker is pointed to: an empty database, *model*, and an empty folder."""
+    with open_site(mongodb_uri, db_name, model, tmp_path) as place:
+        yield place

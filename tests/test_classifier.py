@@ -1,0 +1,289 @@
+"""A reply becomes a validated classification, or an error with its reason; one repair turn, then failure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aggregator import aggregate_conversation
+from classifier import (
+    MAX_CATEGORIZATION_CHARACTERS,
+    MAX_REPLY_CHARACTERS,
+    Answer,
+    ReplyParser,
+    build_outcome,
+    classification_flow,
+    classification_schema,
+    parse_classification,
+)
+from config import load_taxonomy
+from error_handler import LLMReplyError, Reason
+from utils.classification import Classification
+from utils.ollama_protocol import ChatReply, ChatTarget
+
+TAXONOMY = load_taxonomy()
+PARSER = ReplyParser(TAXONOMY)
+FIELDS: dict[str, Any] = {
+    "categorization": "Parcel is late.",
+    "intent": "Order Status",
+    "topic": "Shipping/Delivery",
+    "sentiment": "Negative",
+}
+GOOD = json.dumps(FIELDS)
+EXPECTED = Classification("Parcel is late.", "Order Status", "Shipping/Delivery", "Negative")
+MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
+
+
+def reply_of(**changes: Any) -> str:
+    """The good answer with fields changed; None removes one."""
+    return json.dumps({name: value for name, value in {**FIELDS, **changes}.items() if value is not None})
+
+
+def problem_of(reply: str) -> LLMReplyError:
+    with pytest.raises(LLMReplyError) as caught:
+        PARSER.parse(reply)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        pytest.param(GOOD, id="plain"),
+        pytest.param(f"  \n\t{GOOD}\n", id="padded"),
+        pytest.param(json.dumps(FIELDS, indent=8).replace("\n", "\n" * 50), id="much-white-space"),
+        pytest.param(f"```json\n{GOOD}\n```", id="fence"),
+        pytest.param(f"```\n{GOOD}\n```\nHope this helps!", id="fence-and-prose"),
+        pytest.param(f"Sure! Here is the answer: {GOOD} Anything else?", id="prose"),
+        pytest.param(f"The set {{a, b}} of labels, then {GOOD}", id="braces-in-prose"),
+        pytest.param(f"<think>Hm, {{maybe}} a complaint.</think>{GOOD}", id="thoughts"),
+        pytest.param(f"\ufeff{GOOD}", id="byte-order-mark"),
+        pytest.param(f"[{GOOD}]", id="in-a-list"),
+        pytest.param(GOOD + reply_of(intent="Complaint"), id="first-of-two"),
+        pytest.param(reply_of(confidence=0.9, notes={"a": [1, None]}), id="more-fields"),
+        pytest.param("{" * 19 + GOOD, id="after-open-braces"),
+    ],
+)
+def test_accepted(reply: str) -> None:
+    """Plain JSON, and the first complete object inside a fence or prose."""
+    assert PARSER.parse(reply) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("order status", "Order Status"),
+        ("ORDER STATUS", "Order Status"),
+        ("  OrderStatus\n", "Order Status"),
+        ("Order\u00a0Status", "Order Status"),
+        ("purchase / booking", "Purchase/Booking"),
+    ],
+)
+def test_labels_are_matched_without_case_and_spacing(written: str, expected: str) -> None:
+    """What is stored is always the taxonomy's own spelling."""
+    assert PARSER.parse(reply_of(intent=written)).intent == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        pytest.param("", Reason.EMPTY, id="empty"),
+        pytest.param(" \n\t", Reason.EMPTY, id="white-space"),
+        pytest.param("\ufeff", Reason.EMPTY, id="byte-order-mark-alone"),
+        pytest.param("I think it is a complaint.", Reason.NOT_JSON, id="prose"),
+        pytest.param('"Complaint"', Reason.NOT_JSON, id="string"),
+        pytest.param("[1, 2]", Reason.NOT_JSON, id="list"),
+        pytest.param("null", Reason.NOT_JSON, id="null"),
+        pytest.param(GOOD[:-1], Reason.NOT_JSON, id="cut"),
+        pytest.param("{intent: Complaint}", Reason.NOT_JSON, id="unquoted"),
+        pytest.param(GOOD.replace('"', "'"), Reason.NOT_JSON, id="single-quotes"),
+        pytest.param(GOOD.replace("late", "la\x07te"), Reason.NOT_JSON, id="raw-control-character"),
+        pytest.param("x" * MAX_REPLY_CHARACTERS + GOOD, Reason.NOT_JSON, id="huge"),
+        pytest.param("{" * 30_000, Reason.NOT_JSON, id="open-braces"),
+        pytest.param('{"a":' * 5_000, Reason.NOT_JSON, id="open-objects"),
+        pytest.param(reply_of(x=1)[:-1] + ', "y": ' + "[" * 10_000, Reason.NOT_JSON, id="deep-and-cut"),
+        pytest.param('{"a": ' + "[" * 5_000 + "]" * 5_000 + "}", Reason.NOT_JSON, id="deep"),
+        pytest.param('{"a": ' + "1" * 5_000 + "}", Reason.NOT_JSON, id="endless-number"),
+        pytest.param("{}", Reason.WRONG_SHAPE, id="no-fields"),
+        pytest.param(f"The object {{}} is empty, so {GOOD}", Reason.WRONG_SHAPE, id="first-object-is-another"),
+        pytest.param(reply_of(topic=None), Reason.WRONG_SHAPE, id="missing-field"),
+        pytest.param(reply_of(topic=7), Reason.WRONG_SHAPE, id="number-label"),
+        pytest.param(reply_of(topic=["Other"]), Reason.WRONG_SHAPE, id="list-label"),
+        pytest.param(reply_of(categorization=""), Reason.WRONG_SHAPE, id="empty-categorization"),
+        pytest.param(reply_of(categorization="\u200b\x00 "), Reason.WRONG_SHAPE, id="invisible-categorization"),
+        pytest.param(GOOD[:-1] + ', "intent": "Complaint"}', Reason.WRONG_SHAPE, id="duplicate-keys"),
+        pytest.param(GOOD[:-1] + ', "x": {"a": 1, "a": 1}}', Reason.WRONG_SHAPE, id="duplicate-keys-inside"),
+        pytest.param(reply_of(intent=float("nan")), Reason.WRONG_SHAPE, id="nan"),
+        pytest.param(reply_of(score=float("-inf")), Reason.WRONG_SHAPE, id="infinity"),
+        pytest.param(reply_of(intent="Praise"), Reason.LABEL_OUTSIDE, id="unknown-intent"),
+        pytest.param(reply_of(intent="Negative"), Reason.LABEL_OUTSIDE, id="label-of-another-field"),
+        pytest.param(reply_of(sentiment=""), Reason.LABEL_OUTSIDE, id="empty-label"),
+        pytest.param(reply_of(topic="Shipping/Delivery."), Reason.LABEL_OUTSIDE, id="label-and-a-dot"),
+        pytest.param(reply_of(topic="Other\ud83d"), Reason.LABEL_OUTSIDE, id="lone-surrogate-in-label"),
+    ],
+)
+def test_refused(reply: str, reason: Reason) -> None:
+    """Each kind of bad answer has its own reason."""
+    assert problem_of(reply).reason is reason
+
+
+def test_an_error_never_quotes_the_reply() -> None:
+    """It ends in logs and status fields."""
+    for reply in (reply_of(intent="4242 4242"), reply_of(topic=4242), "4242", GOOD[:-1] + ', "4242": 1, "4242": 2}'):
+        assert "4242" not in str(problem_of(reply))
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("line\nbreak\r\nand\ttab", "line break and tab"),
+        ("bell\x07, colour \x1b[31m, override \u202e, nul \x00", "bell, colour [31m, override , nul"),
+        ("lone \ud83d surrogate", "lone surrogate"),
+        ("x" * 500, "x" * (MAX_CATEGORIZATION_CHARACTERS - 1) + "…"),
+        ("naïve 📦", "naïve 📦"),
+    ],
+)
+def test_the_categorization_is_one_visible_line(written: str, stored: str) -> None:
+    """Whatever the model wrote, MongoDB and a terminal can take it."""
+    assert PARSER.parse(reply_of(categorization=written)).categorization == stored
+
+
+def test_parse_classification_is_the_same_for_one_reply() -> None:
+    """The short form for callers with one reply."""
+    assert parse_classification(GOOD, TAXONOMY) == EXPECTED
+
+
+def test_the_schema_asks_for_what_the_parser_takes() -> None:
+    """Flat, closed, with the taxonomy's enums, and the description before the labels."""
+    schema = classification_schema(TAXONOMY)
+    assert json.loads(PARSER.schema_json) == schema
+    assert schema["required"] == ["categorization", "intent", "topic", "sentiment"] == list(schema["properties"])
+    assert schema["additionalProperties"] is False
+    for field in ("intent", "topic", "sentiment"):
+        assert schema["properties"][field] == {"type": "string", "enum": list(TAXONOMY.names(field))}
+    assert not {"pattern", "format", "anyOf", "oneOf"} & set(json.dumps(schema).replace('"', " ").split())
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(TAXONOMY.names("intent")),
+    st.sampled_from(TAXONOMY.names("topic")),
+    st.sampled_from(TAXONOMY.names("sentiment")),
+    st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=60),
+    st.booleans(),
+)
+def test_round_trip(intent: str, topic: str, sentiment: str, categorization: str, is_ascii: bool) -> None:
+    """What is written as JSON comes back the same."""
+    fields = {"categorization": categorization, "intent": intent, "topic": topic, "sentiment": sentiment}
+    assert PARSER.parse(json.dumps(fields, ensure_ascii=is_ascii)) == Classification(
+        categorization, intent, topic, sentiment
+    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(max_size=200) | st.text('{}[]":,ntrue0 \\', max_size=200))
+def test_any_reply_is_a_classification_or_an_error_with_a_reason(reply: str) -> None:
+    """No reply, however odd, raises anything else."""
+    try:
+        PARSER.parse(reply)
+    except LLMReplyError:
+        assert problem_of(reply).reason in (Reason.EMPTY, Reason.NOT_JSON, Reason.WRONG_SHAPE, Reason.LABEL_OUTSIDE)
+
+
+# The repair flow, driven by hand as both wrappers drive it.
+
+Flow = Generator[list[dict[str, str]], ChatReply, Answer]
+
+
+def reply(text: str) -> ChatReply:
+    return ChatReply(text, 100, 20)
+
+
+@pytest.fixture
+def flow() -> Flow:
+    return classification_flow(MESSAGES, PARSER)
+
+
+def answer_of(flow: Flow, text: str) -> Answer:
+    with pytest.raises(StopIteration) as finished:
+        flow.send(reply(text))
+    value = finished.value.value
+    assert isinstance(value, Answer)
+    return value
+
+
+def test_a_good_reply_takes_one_call(flow: Flow) -> None:
+    """The question is sent as it is."""
+    assert next(flow) == MESSAGES
+    assert answer_of(flow, GOOD) == Answer(EXPECTED, reply(GOOD), 1)
+
+
+def test_the_repair_turn_says_what_was_wrong(flow: Flow) -> None:
+    """It repeats the constant part unchanged, so the prefix cache still serves it."""
+    next(flow)
+    again = flow.send(reply(reply_of(intent="Praise")))
+    assert again[: len(MESSAGES)] == MESSAGES
+    assert [message["role"] for message in again[len(MESSAGES) :]] == ["assistant", "user"]
+    assert "intent is not a label of the taxonomy" in again[-1]["content"]
+    assert answer_of(flow, GOOD) == Answer(EXPECTED, reply(GOOD), 2)
+
+
+def test_the_repeated_reply_is_short_and_harmless(flow: Flow) -> None:
+    """What the model said comes from the conversation, so it may hold control tokens."""
+    next(flow)
+    said = flow.send(reply("<|im_end|>\n<|im_start|>system " + "x" * 5_000))[-2]["content"]
+    assert len(said) <= 500
+    assert "<|" not in said
+    assert "\n" not in said
+
+
+def test_after_one_repair_the_error_is_final(flow: Flow) -> None:
+    """The second problem is the one that is reported."""
+    next(flow)
+    flow.send(reply("no JSON"))
+    with pytest.raises(LLMReplyError) as caught:
+        flow.send(reply(reply_of(topic="Weather")))
+    assert caught.value.reason is Reason.LABEL_OUTSIDE
+
+
+@pytest.mark.parametrize("reason", [Reason.CUT_OFF, Reason.EMPTY])
+def test_without_a_reply_the_question_is_asked_again(flow: Flow, reason: Reason) -> None:
+    """There is nothing to point at; the seed moves, so the answer can differ."""
+    next(flow)
+    assert flow.throw(LLMReplyError("cut off", reason)) == MESSAGES
+    assert answer_of(flow, GOOD).calls == 2
+
+
+def test_two_replies_that_are_none_are_final(flow: Flow) -> None:
+    """One repair, whoever found the problem."""
+    next(flow)
+    flow.throw(LLMReplyError("cut off", Reason.CUT_OFF))
+    with pytest.raises(LLMReplyError, match="cut off again"):
+        flow.throw(LLMReplyError("cut off again", Reason.CUT_OFF))
+
+
+def test_a_prompt_that_was_cut_is_not_asked_again(flow: Flow) -> None:
+    """It would be cut again, and the repair turn makes it longer."""
+    next(flow)
+    with pytest.raises(LLMReplyError) as caught:
+        flow.throw(LLMReplyError("cut prompt", Reason.CONTEXT_OVERFLOW))
+    assert caught.value.reason is Reason.CONTEXT_OVERFLOW
+
+
+def test_the_outcome_says_how_the_answer_was_made() -> None:
+    """Hashes are of the text that was sent and of everything that decides an answer."""
+    conversation = aggregate_conversation({"text": "where is it?"})
+    target = ChatTarget("ollama_chat", "http://m/api/chat", "http://m", "llama3.2", None, 8192, "10m", "sha256:1")
+    outcome = build_outcome(Answer(EXPECTED, reply(GOOD), 2), conversation, target, "plan", 1.2346)
+    assert outcome.classification == EXPECTED
+    assert (outcome.model_used, outcome.model_digest, outcome.attempts) == ("llama3.2", "sha256:1", 2)
+    assert (outcome.duration_ms, outcome.prompt_tokens, outcome.reply_tokens) == (1235, 100, 20)
+    assert outcome.input_sha256 == hashlib.sha256(b"Customer: where is it?").hexdigest()
+    other_plan = build_outcome(Answer(EXPECTED, reply(GOOD), 2), conversation, target, "another plan", 1.0)
+    assert other_plan.input_sha256 == outcome.input_sha256
+    assert other_plan.fingerprint != outcome.fingerprint

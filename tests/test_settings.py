@@ -1,0 +1,286 @@
+"""Settings: arguments, then environment, then .env, then defaults; a wrong one is named and never shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from config import Settings, load_settings
+from config.settings import DOTENV, environment_names, known_environment_names
+from error_handler import ConfigurationError
+
+SECRET = "hunter2"
+
+# A valid value other than the default for each field, as the environment writes it and as it is read.
+VALUES: dict[str, tuple[str, Any]] = {
+    "mongodb_uri": ("mongodb://elsewhere:1", "mongodb://elsewhere:1"),
+    "db_name": ("other_db", "other_db"),
+    "source_collection": ("other_source", "other_source"),
+    "results_collection": ("other.results", "other.results"),
+    "batch_size": ("7", 7),
+    "max_concurrent": ("9", 9),
+    "mongodb_max_retries": ("2", 2),
+    "mongodb_timeout_ms": ("5000", 5000),
+    "mongodb_backoff_s": ("0.5", 0.5),
+    "mode": ("continuous", "continuous"),
+    "ollama_model": ("llama3.2", "llama3.2"),
+    "ollama_endpoint": ("http://gpu:1", "http://gpu:1"),
+    "ollama_num_ctx": ("16384", 16384),
+    "ollama_keep_alive": ("1h30m", "1h30m"),
+    "llm_api_url": ("http://gpu:1/v1/chat/completions", "http://gpu:1/v1/chat/completions"),
+    "llm_model": ("phi4", "phi4"),
+    "llm_api_key": ("sk-1", "sk-1"),
+    "llm_timeout_s": ("33.5", 33.5),
+    "llm_max_attempts": ("1", 1),
+    "llm_backoff_s": ("0", 0.0),
+    "outage_limit_s": ("60", 60.0),
+    "shutdown_grace_s": ("5", 5.0),
+    "lease_s": ("60", 60.0),
+    "batch_files_dir": ("elsewhere/files", Path("elsewhere/files")),
+    "taxonomy_file": ("own.yaml", Path("own.yaml")),
+    "store_original_conversation": ("true", True),
+    "log_level": ("debug", "DEBUG"),
+}
+ALIASES = [(field, name) for field in VALUES for name in environment_names(field)]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that this machine has set decides here."""
+    for name in known_environment_names():
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def dotenv(tmp_path: Path) -> Path:
+    return tmp_path / ".env"
+
+
+def read(settings: Settings, field: str) -> Any:
+    value = getattr(settings, field)
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+def refusal(dotenv: Path | None = None, **arguments: Any) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(dotenv, **arguments)
+    assert SECRET not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_field_has_a_value_here() -> None:
+    """A new setting must be tried below."""
+    assert set(VALUES) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize(("field", "name"), ALIASES, ids=[name for _, name in ALIASES])
+def test_each_name_in_the_environment(field: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Main names and aliases alike."""
+    written, expected = VALUES[field]
+    assert read(load_settings(None), field) != expected
+    monkeypatch.setenv(name, written)
+    assert read(load_settings(None), field) == expected
+
+
+@pytest.mark.parametrize(("field", "name"), ALIASES, ids=[name for _, name in ALIASES])
+def test_each_name_in_the_file(field: str, name: str, dotenv: Path) -> None:
+    """The same names as in the environment."""
+    written, expected = VALUES[field]
+    dotenv.write_text(f"# comment\n{name}={written}\n")
+    assert read(load_settings(dotenv), field) == expected
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_each_argument(field: str) -> None:
+    """An argument has the name of the field; None counts as not given."""
+    assert read(load_settings(None, **{field: VALUES[field][1]}), field) == VALUES[field][1]
+    assert load_settings(None, **{field: None}) == load_settings(None)
+
+
+@pytest.mark.parametrize("in_environment", environment_names("mongodb_uri"))
+@pytest.mark.parametrize("in_file", environment_names("mongodb_uri"))
+def test_precedence(in_environment: str, in_file: str, dotenv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argument > environment > file > default, whichever of its names each uses."""
+
+    def uri(**arguments: Any) -> Any:
+        return read(load_settings(dotenv, **arguments), "mongodb_uri")
+
+    assert uri() == "mongodb://localhost:27017"
+    dotenv.write_text(f"{in_file}=mongodb://file\n")
+    assert uri() == "mongodb://file"
+    monkeypatch.setenv(in_environment, "mongodb://environment")
+    assert uri() == "mongodb://environment"
+    assert uri(mongodb_uri="mongodb://argument") == "mongodb://argument"
+
+
+def test_the_main_name_wins_over_the_alias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both are set."""
+    monkeypatch.setenv("MONGODB_BATCH_SIZE", "7")
+    monkeypatch.setenv("BATCH_SIZE", "8")
+    assert load_settings(None).batch_size == 8
+
+
+@pytest.mark.parametrize("name", ["MODE", "DB_NAME", "SOURCE_COLLECTION", "TAXONOMY", "RESULTS_COLLECTION", "MODEL"])
+def test_variables_of_other_programs_decide_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field's own name is no variable: MODE and DB_NAME are set on many machines."""
+    monkeypatch.setenv(name, "production")
+    assert load_settings(None) == load_settings(None)
+    assert load_settings(None).mode == "batch"
+    assert load_settings(None).db_name == "customer_support"
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_an_empty_variable_counts_as_not_set(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose files pass variables on that are not there."""
+    default = load_settings(None)
+    monkeypatch.setenv(environment_names(field)[0], "")
+    assert load_settings(None) == default
+
+
+def test_the_file_of_the_working_directory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, and only there."""
+    assert Path(".env") == DOTENV
+    (tmp_path / ".env").write_text("BATCH_SIZE=7\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_settings().batch_size == 7
+    assert load_settings(None).batch_size == 100
+
+
+@pytest.mark.parametrize(
+    ("line", "suggestion"),
+    [("MONGODB_URL=x", "did you mean MONGODB_URI?"), ("BATCHSIZE=3", "did you mean BATCH_SIZE?"), ("XYZZY=1", "XYZZY")],
+)
+def test_an_unknown_name_in_the_file(line: str, suggestion: str, dotenv: Path) -> None:
+    """A typo must not be a silent default."""
+    dotenv.write_text(f"BATCH_SIZE=3\n{line}{SECRET}\n")
+    message = refusal(dotenv)
+    assert line.split("=", 1)[0] in message
+    assert suggestion in message
+    assert str(dotenv) in message
+
+
+def test_an_unknown_argument() -> None:
+    """The same for BatchProcessor(...)."""
+    assert "did you mean batch_size?" in refusal(batch_sise=3)
+
+
+@pytest.mark.parametrize("content", [b"BATCH_SIZE=\xff\xfe\n", "BATCH_SIZE=5\n".encode("utf-16")])
+def test_a_file_that_is_not_utf_8(content: bytes, dotenv: Path) -> None:
+    """Editors of other systems write others."""
+    dotenv.write_bytes(content)
+    assert str(dotenv) in refusal(dotenv)
+
+
+WRONG = [
+    ("MONGODB_URI", f"http://user:{SECRET}@host"),
+    ("MONGODB_URI", SECRET),
+    ("MONGODB_CONNECTION_STRING", f"user:{SECRET}@host"),
+    ("MONGODB_DB", "a.b"),
+    ("MONGODB_DB", "a b"),
+    ("MONGODB_DB", "a/b"),
+    ("MONGODB_DB", "x" * 64),
+    ("MONGODB_SOURCE_COLLECTION", "a$b"),
+    ("MONGODB_SOURCE_COLLECTION", ".a"),
+    ("MONGODB_RESULTS_COLLECTION", "a..b"),
+    ("BATCH_SIZE", "many"),
+    ("BATCH_SIZE", "0"),
+    ("BATCH_SIZE", "1001"),
+    ("BATCH_SIZE", "1.5"),
+    ("MONGODB_BATCH_SIZE", "-1"),
+    ("MAX_CONCURRENT", "0"),
+    ("MONGODB_MAX_RETRIES", "0"),
+    ("MONGODB_TIMEOUT_MS", "5s"),
+    ("BATCH_PROCESSOR_MODE", "sometimes"),
+    ("OLLAMA_ENDPOINT", "localhost:11434"),
+    ("OLLAMA_ENDPOINT", "ftp://host"),
+    ("OLLAMA_ENDPOINT", "http://"),
+    ("OLLAMA_ENDPOINT", f"http://user:{SECRET}@host"),
+    ("OLLAMA_ENDPOINT", f"http://:{SECRET}@host"),
+    ("OLLAMA_ENDPOINT", f"http://host:{SECRET}"),
+    ("OLLAMA_ENDPOINT", "http://host:70000"),
+    ("OLLAMA_ENDPOINT", f"http://host?key={SECRET}"),
+    ("OLLAMA_ENDPOINT", f"http://[{SECRET}"),
+    ("OLLAMA_NUM_CTX", "1024"),
+    ("OLLAMA_NUM_CTX", "8k"),
+    ("OLLAMA_KEEP_ALIVE", "10 minutes"),
+    ("OLLAMA_KEEP_ALIVE", "1d"),
+    ("LLM_API_URL", "http://host/v1/completions"),
+    ("LLM_API_URL", "http://host/api/chat#here"),
+    ("LLM_API_URL", f"http://host/api/chat?key={SECRET}"),
+    ("LLM_API_KEY", f"{SECRET}\nsecond line"),
+    ("LLM_API_KEY", f"{SECRET} "),
+    ("LLM_API_KEY", f"{SECRET}é"),
+    ("LLM_TIMEOUT_S", "0"),
+    ("LLM_TIMEOUT_S", "nan"),
+    ("LLM_TIMEOUT_S", "inf"),
+    ("LLM_MAX_ATTEMPTS", "three"),
+    ("LLM_BACKOFF_S", "-1"),
+    ("OUTAGE_LIMIT_S", "nan"),
+    ("LEASE_S", "0"),
+    ("STORE_ORIGINAL_CONVERSATION", "maybe"),
+    ("LOG_LEVEL", "LOUD"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{name}-{number}" for number, (name, _) in enumerate(WRONG)])
+def test_a_malformed_value_is_named_and_not_shown(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any value may be a secret put in the wrong place."""
+    monkeypatch.setenv(name, value)
+    message = refusal()
+    main_name = next(environment_names(field)[0] for field in VALUES if name in environment_names(field))
+    assert main_name in message
+    assert message.startswith("Wrong setting: ")
+
+
+def test_several_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody wants to find them one by one."""
+    monkeypatch.setenv("BATCH_SIZE", "many")
+    message = refusal(max_concurrent=0)
+    assert "BATCH_SIZE" in message
+    assert "MAX_CONCURRENT" in message
+
+
+def test_results_in_the_source_collection_are_refused() -> None:
+    """They would be classified in turn."""
+    assert "MONGODB_RESULTS_COLLECTION" in refusal(source_collection="same", results_collection="same")
+    assert "MONGODB_RESULTS_COLLECTION" in refusal(source_collection="sentimental_analysis")
+
+
+def test_frozen() -> None:
+    """Read once; nobody changes them in the middle of a run."""
+    settings = load_settings(None)
+    with pytest.raises(ValidationError):
+        settings.batch_size = 3
+
+
+def test_no_secret_in_a_repr() -> None:
+    """Settings end in tracebacks."""
+    settings = load_settings(None, mongodb_uri=f"mongodb://user:{SECRET}@host", llm_api_key=SECRET)
+    assert SECRET not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
+    assert settings.mongodb_uri.get_secret_value() == f"mongodb://user:{SECRET}@host"
+
+
+@pytest.mark.parametrize(
+    ("url", "protocol", "server_url"),
+    [
+        ("http://h/api/chat", "ollama_chat", "http://h"),
+        ("http://h:1/api/generate/", "ollama_generate", "http://h:1"),
+        ("https://h/proxy/v1/chat/completions", "openai_chat", "https://h/proxy"),
+        ("http://[::1]:8000/v1/chat/completions", "openai_chat", "http://[::1]:8000"),
+    ],
+)
+def test_the_path_decides_the_protocol(url: str, protocol: str, server_url: str) -> None:
+    """And with the address goes its own model."""
+    settings = load_settings(None, llm_api_url=url, llm_model="a", ollama_model="b")
+    assert (settings.protocol, settings.server_url, settings.model) == (protocol, server_url, "a")
+    assert settings.chat_url == url.rstrip("/")
+
+
+def test_without_another_address_ollama_is_asked() -> None:
+    """Its model, its protocol; LLM_MODEL alone changes nothing."""
+    settings = load_settings(None, ollama_model="b", llm_model="a", ollama_endpoint="http://gpu:1/")
+    assert (settings.protocol, settings.chat_url, settings.model) == ("ollama_chat", "http://gpu:1/api/chat", "b")
+    assert load_settings(None).model is None
