@@ -17,9 +17,10 @@ from rich.text import Text
 from config import Settings, load_settings
 from error_handler import ExitCode, StoreError, StoreForbiddenError, TriadError
 from logger import configure_logging
-from mongo_client import RESULT_INDEXES, SOURCE_INDEXES, DocumentStore, translated
+from mongo_client import DocumentStore, translated
 from utils.document_selection import selection_filter
 from utils.extended_json import id_text
+from utils.mongo_facts import RESULT_INDEXES, SOURCE_INDEXES
 from utils.safe_text import one_line
 
 KNOWN_STATUSES = frozenset({"pending", "processing", "processed", "failed", "skipped"})

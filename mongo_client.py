@@ -32,6 +32,14 @@ from error_handler import (
 from utils.cancellation import cancellable
 from utils.document_selection import range_filter, selection_filter
 from utils.extended_json import id_key
+from utils.mongo_facts import (
+    DUPLICATE_KEY,
+    FORBIDDEN_CODES,
+    INDEX_CODES,
+    RESULT_INDEXES,
+    SOURCE_INDEXES,
+    TRANSIENT_CODES,
+)
 from utils.retry_utils import RetryPolicy, tenacity_options
 from utils.store_protocol import Document, FinalStatus, Selection
 
@@ -41,24 +49,6 @@ T = TypeVar("T")
 
 MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5
 DURABLE = WriteConcern("majority", j=True)
-
-DUPLICATE_KEY = 11000
-FORBIDDEN_CODES = frozenset({13, 18, 8000})
-INDEX_CODES = frozenset({85, 86})
-# Server states and time limits that pass: NotPrimary, shutdown, stepdown, host unreachable, disk full, ...
-TRANSIENT_CODES = frozenset(
-    {6, 7, 24, 43, 50, 64, 89, 91, 112, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
-)
-
-SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
-RESULT_INDEXES = (
-    "conversation_number",
-    "processing_metadata.batch_job_id",
-    "processing_metadata.processed_at",
-    "classification.intent",
-    "classification.topic",
-    "classification.sentiment",
-)
 
 
 class DocumentStore:
@@ -126,10 +116,10 @@ class DocumentStore:
 
     async def upper_bound(self) -> list[Any]:
         """Return the greatest ``_id`` as a list of one, or an empty list for an empty collection."""
-        cursor = self._source.find({}, {"_id": 1}).sort("_id", -1).limit(1)
-        return [
-            document["_id"] for document in await self._call("read the last id", lambda: cursor.clone().to_list(None))
-        ]
+        last = await self._call(
+            "read the last id", lambda: self._source.find({}, {"_id": 1}).sort("_id", -1).limit(1).to_list(None)
+        )
+        return [document["_id"] for document in last]
 
     async def read_page(
         self, selection: Selection, after: Sequence[Any], bound: Sequence[Any], limit: int
@@ -211,8 +201,8 @@ class DocumentStore:
 
     async def mark_processing(self, document_ids: list[Any]) -> None:
         """Set the status of conversations to processing; single queries have none."""
-        change = {"$set": {"status": "processing"}}
-        await self._call("mark as processing", lambda: self._source.update_many({"_id": {"$in": document_ids}}, change))
+        query, change = {"_id": {"$in": document_ids}}, {"$set": {"status": "processing"}}
+        await self._call("mark as processing", lambda: self._source.update_many(query, change))
 
     async def mark(self, document_ids: list[Any], status: FinalStatus, reason: str | None, *, queries: bool) -> None:
         """Set the final status of conversations, or of single queries, with its *reason* where there is one."""
