@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from error_handler import Reason, SkippedDocumentError
@@ -15,10 +15,7 @@ _SENDERS: dict[str, Sender] = {
     **dict.fromkeys(("agent", "support", "assistant", "staff", "operator", "bot", "system", "outbound"), "agent"),
 }
 _MONTHS = {
-    name: number
-    for number, name in enumerate(
-        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"], 1
-    )
+    name: f"{number:02}" for number, name in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)
 }
 
 
@@ -106,13 +103,4 @@ def parse_time(value: Any) -> datetime | None:
 
 def _twitter_time(value: str) -> datetime:
     """Read by position: strptime takes ten times as long, and this runs for each turn."""
-    offset = timedelta(hours=int(value[20:23]), minutes=int(value[20] + value[23:25]))
-    return datetime(
-        int(value[26:30]),
-        _MONTHS[value[4:7]],
-        int(value[8:10]),
-        int(value[11:13]),
-        int(value[14:16]),
-        int(value[17:19]),
-        tzinfo=UTC if not offset else timezone(offset),
-    )
+    return datetime.fromisoformat(f"{value[26:30]}-{_MONTHS[value[4:7]]}-{value[8:10]}T{value[11:19]}{value[20:25]}")

@@ -6,7 +6,6 @@ import itertools
 import time
 
 import aiohttp
-import tenacity
 
 from classifier import ReplyParser, build_outcome, classification_flow
 from config import Settings
@@ -17,7 +16,8 @@ from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
 from utils.classification import Outcome
 from utils.conversation import Conversation
 from utils.ollama_protocol import ChatReply, ChatTarget, ServedModel
-from utils.retry_utils import RetryPolicy, tenacity_options
+from utils.request_context import REQUEST_ID_HEADER, request_id
+from utils.retry_utils import RetryPolicy, repeated
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 5.0
@@ -44,12 +44,19 @@ class AsyncLLMClient:
     and keep their attempts.
     """
 
-    def __init__(self, settings: Settings, target: ChatTarget, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        target: ChatTarget,
+        session: aiohttp.ClientSession,
+        breaker_policy: BreakerPolicy | None = None,
+    ) -> None:
         self.target = target
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=settings.llm_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
-        self.breaker = CircuitBreaker(self.is_alive, BreakerPolicy(outage_limit_s=settings.outage_limit_s))
+        breaker_policy = breaker_policy or BreakerPolicy(outage_limit_s=settings.outage_limit_s)
+        self.breaker = CircuitBreaker(self.is_alive, breaker_policy)
         self.retries = 0
 
     async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
@@ -66,10 +73,7 @@ class AsyncLLMClient:
             status, reply = await self._request("POST", self.target.url, body)
             return protocol.parse_chat_response(self.target, status, reply, characters)
 
-        async for trial in tenacity.AsyncRetrying(**tenacity_options(self._policy, "model call", self._count_retry)):
-            with trial:
-                return await self.breaker.call(send)
-        raise AssertionError("tenacity returns or raises")
+        return await repeated(lambda: self.breaker.call(send), self._policy, "model call", self._count_retry)
 
     async def is_alive(self) -> bool:
         """Whether the server answers at all; a probe for the breaker that never raises LLMError."""
@@ -108,6 +112,10 @@ class AsyncLLMClient:
     def _count_retry(self) -> None:
         self.retries += 1
 
+    def _headers(self) -> dict[str, str]:
+        current = request_id.get()
+        return self.target.headers if current is None else {**self.target.headers, REQUEST_ID_HEADER: current}
+
     async def _request(
         self, method: str, url: str, body: bytes | None = None, timeout: aiohttp.ClientTimeout | None = None
     ) -> tuple[int, bytes]:
@@ -121,7 +129,7 @@ class AsyncLLMClient:
                 method,
                 url,
                 data=body,
-                headers=self.target.headers,
+                headers=self._headers(),
                 timeout=timeout or self._timeout,
                 allow_redirects=False,
             ) as response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import sys
@@ -43,12 +44,16 @@ SAMPLES = DATA / "sample_conversations.jsonl"
 
 logger = logging.getLogger(__name__)
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (None: of the process) and return its exit code.
 
     The one place with a broad except: whatever goes wrong becomes one sentence on stderr.
     """
     arguments = create_parser().parse_args(argv)
+    # A run makes few reference cycles and keeps all modules: without this a tenth of its CPU goes into looking for them.
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     try:
         settings = settings_from(arguments)
         _configure_logs(arguments, settings)
@@ -62,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return ExitCode.DONE  # the reader of stdout has gone, as head does
     except Exception as exc:
-        _explain(f"Internal error ({type(exc).__name__}); run again with --verbose and report the traceback.", arguments)
+        _explain(
+            f"Internal error ({type(exc).__name__}); run again with --verbose and report the traceback.", arguments
+        )
         return ExitCode.CONFIGURATION
 
 

@@ -10,12 +10,12 @@ lost its connection may be stored, so writes are repeated and duplicates counted
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-import tenacity
 from bson.errors import BSONError
 from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern, errors
 from pymongo.errors import BulkWriteError, PyMongoError
@@ -40,7 +40,7 @@ from utils.mongo_facts import (
     SOURCE_INDEXES,
     TRANSIENT_CODES,
 )
-from utils.retry_utils import RetryPolicy, tenacity_options
+from utils.retry_utils import RetryPolicy, repeated
 from utils.store_protocol import Document, FinalStatus, Selection
 
 logger = logging.getLogger(__name__)
@@ -311,10 +311,11 @@ class DocumentStore:
             return {}
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
-        async for trial in tenacity.AsyncRetrying(**tenacity_options(self._policy, what, self._count_retry)):
-            with trial, translated(what):
+        async def attempt() -> T:
+            with translated(what):
                 return await cancellable(operation)
-        raise AssertionError("tenacity returns or raises")
+
+        return await repeated(attempt, self._policy, what, self._count_retry)
 
     def _count_retry(self) -> None:
         self.retries += 1
@@ -327,18 +328,19 @@ def open_client(settings: Settings) -> AsyncMongoClient[Document]:
         ConfigurationError: MONGODB_URI is not a usable address.
     """
     try:
-        return AsyncMongoClient(
-            settings.mongodb_uri.get_secret_value(),
-            maxPoolSize=MAX_POOL_SIZE,
-            minPoolSize=MIN_POOL_SIZE,
-            serverSelectionTimeoutMS=settings.mongodb_timeout_ms,
-            timeoutMS=settings.mongodb_timeout_ms,
-            appname="customer-support-triad",
-            # One odd document must not end a run: dates beyond the year 9999, texts that are not UTF-8.
-            datetime_conversion="DATETIME_AUTO",
-            unicode_decode_error_handler="replace",
-        )
-    except (PyMongoError, ValueError) as exc:
+        with warnings.catch_warnings(action="error", category=UserWarning):  # else an option with a typo is left out
+            return AsyncMongoClient(
+                settings.mongodb_uri.get_secret_value(),
+                maxPoolSize=MAX_POOL_SIZE,
+                minPoolSize=MIN_POOL_SIZE,
+                serverSelectionTimeoutMS=settings.mongodb_timeout_ms,
+                timeoutMS=settings.mongodb_timeout_ms,
+                appname="customer-support-triad",
+                # One odd document must not end a run: dates beyond the year 9999, texts that are not UTF-8.
+                datetime_conversion="DATETIME_AUTO",
+                unicode_decode_error_handler="replace",
+            )
+    except (PyMongoError, ValueError, UserWarning) as exc:
         raise ConfigurationError("MONGODB_URI is not a usable address; it looks like mongodb://host:27017.") from exc
 
 
@@ -382,10 +384,17 @@ def _require_only_duplicates(exc: BulkWriteError) -> None:
     """Return where every error of the group is a duplicate key: those documents are stored already."""
     if exc.details.get("writeConcernErrors"):
         raise StoreUnavailableError("MongoDB stored the results without the promised durability") from exc
-    codes = {error.get("code") for error in exc.details.get("writeErrors", ())}
-    if codes - {DUPLICATE_KEY}:
+    problems = [error for error in exc.details.get("writeErrors", ()) if not _is_stored(error)]
+    codes = {error.get("code") for error in problems}
+    if problems:
         if codes & FORBIDDEN_CODES:
             raise StoreForbiddenError("MongoDB refuses writes to this user; check the rights of MONGODB_URI.") from exc
         if codes & TRANSIENT_CODES:
             raise StoreUnavailableError("MongoDB cannot serve this now (write results); its log says more.") from exc
         raise StoreRejectedError("MongoDB cannot store the document") from exc
+
+
+def _is_stored(error: Document) -> bool:
+    """Whether *error* is a duplicate of our own keys; one of a foreign unique index means that nothing is stored."""
+    fields = error.get("keyPattern", {"_id": 1}).keys()  # mongomock has no keyPattern
+    return error.get("code") == DUPLICATE_KEY and fields <= {"_id", "source_conversation_id"}

@@ -39,6 +39,22 @@ def replace_file(path: Path, content: bytes) -> None:
         ) from exc
 
 
+def move_file(path: Path, target: Path) -> None:
+    """Move *path* to *target* in another folder of the same disk, durably.
+
+    Raises:
+        StateDirectoryError: A folder does not allow it; the file is where it was.
+    """
+    try:
+        os.rename(path, target)
+        sync_folder(target.parent)
+        sync_folder(path.parent)
+    except OSError as exc:
+        raise StateDirectoryError(
+            f"{path} cannot be moved to {target.parent} ({exc.strerror}); fix the rights, then run again."
+        ) from exc
+
+
 def sync_folder(folder: Path) -> None:
     """Make the renames and removals in *folder* durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from error_handler import ConfigurationError, DirectoryLockedError, Reason, StateDirectoryError
 from utils import extended_json
-from utils.atomic_file import remove_file, replace_file
+from utils.atomic_file import move_file, remove_file, replace_file
 from utils.batch_journal import BatchJournal, Replay, replay_journal
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class BatchFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.lost_failures = False  # a retry file was set aside: in MongoDB its documents only say failed
         self._lock = FileLock(directory / ".lock", timeout=0, mode=0o600)
         try:
             if directory.is_symlink():
@@ -121,6 +122,8 @@ class BatchFiles:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             for folder in FOLDERS:
                 (directory / folder).mkdir(exist_ok=True, mode=0o700)
+                if (directory / folder).is_symlink():
+                    raise StateDirectoryError(f"{directory / folder} is a symbolic link; replace it by a real folder.")
             self._last_number = max((number for number, _ in self._numbered(*FOLDERS)), default=0)
         except OSError as exc:
             raise StateDirectoryError(
@@ -241,14 +244,17 @@ class BatchFiles:
         return sum(len(self._read_failures(path)) for path in self._own_files(kind))
 
     def release_quarantine(self) -> int:
-        """Move all quarantined documents back to ``pending/`` with fresh attempts; return how many."""
+        """Move all quarantine files back to ``pending/``, where they get fresh attempts; return how many documents.
+
+        Answers that could not be written are kept. A file of the same batch that still is in ``pending/`` goes first.
+        """
         moved = 0
         for path in self._own_files("quarantine"):
-            documents = [entry.conversation_data for entry in self._read_failures(path) if entry.conversation_data]
-            if documents:
-                self.save_pending(documents)
-                moved += len(documents)
-            remove_file(path)
+            target = self.directory / "pending" / path.name
+            count = len(self._read_failures(path))
+            if count and not target.exists():
+                move_file(path, target)
+                moved += count
         return moved
 
     def require_source(self, source: str) -> None:
@@ -327,6 +333,8 @@ class BatchFiles:
         if content is None:
             return []
         try:
+            if not isinstance(content, list):
+                raise TypeError("not a list of entries")
             return [FailedDocument.from_dict(entry) for entry in content]
         except (KeyError, TypeError, ValueError, AttributeError):
             self._set_aside(path)
@@ -363,6 +371,7 @@ class BatchFiles:
             raise StateDirectoryError(
                 f"{path} is not readable and cannot be set aside ({exc.strerror}); fix its rights, then run again."
             ) from exc
+        self.lost_failures |= path.parent.name == "retry"
         logger.error(
             "%s is not readable and was set aside as %s; its documents are found again from MongoDB",
             path.name,

@@ -226,7 +226,7 @@ class BatchRun:
         except StoreUnavailableError as exc:
             for item, result in group:
                 self.settlement.fail(item, failure_of(exc), result)
-            return
+            raise  # asking on would only make more answers that cannot be stored
         finally:
             self._progress.set()
         for index, (item, result) in enumerate(group):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,9 +68,11 @@ class DocumentIntake:
             return
         after = [self._checkpoint.low_water_mark] if self._checkpoint.has_mark else []
         selections: list[Selection] = ["all"] if self._options.reprocess else ["pending"]
-        if self._options.retry_failed:
+        if self._options.retry_failed or self._files.lost_failures:
             selections.append("failed")
         for selection in selections:
+            if selection == "failed":  # what is queued has its rounds already
+                self._recovered |= self._settlement.failed_keys | await asyncio.to_thread(self._files.failed_keys)
             async for batch in self._pages(selection, after if selection != "failed" else [], bound):
                 yield batch
 
@@ -108,6 +111,7 @@ class DocumentIntake:
             if not page:
                 return
             after = [page[-1]["_id"]]
+            claimed_at = time.monotonic()
             documents = await self._claimed(page)
             if self._options.limit is not None:
                 surplus = documents[self._options.limit - self._taken :]
@@ -120,7 +124,9 @@ class DocumentIntake:
             file = await asyncio.to_thread(self._files.save_pending, documents)
             await self._store.mark_processing([document["_id"] for document in documents if not is_query(document)])
             in_order = selection in ("pending", "all")
-            yield batch_in_work(file, mark=self._settlement.mark if in_order else None)
+            batch = batch_in_work(file, mark=self._settlement.mark if in_order else None)
+            batch.claimed_at = claimed_at  # this worker may have been held up since
+            yield batch
 
     async def _claimed(self, page: list[Document]) -> list[Document]:
         """Return the documents of *page* that are nobody's yet and need a result; they are leased now."""

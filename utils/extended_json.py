@@ -7,6 +7,7 @@ JSON has no type for. Types survive the round trip: int64 stays int64, dates kee
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import bson
@@ -18,6 +19,7 @@ from bson.errors import BSONError
 _CANONICAL = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
+_EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 _ORJSON_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_NON_STR_KEYS
 
 
@@ -44,7 +46,7 @@ def loads(data: bytes | str) -> Any:
     """
     try:
         return json_util.loads(data, json_options=_CANONICAL)
-    except (TypeError, BSONError, RecursionError) as exc:
+    except (TypeError, LookupError, ArithmeticError, BSONError, RecursionError) as exc:
         raise ValueError("not Extended JSON") from exc
 
 
@@ -82,6 +84,12 @@ def _typed_doubles(value: Any) -> Any:
 
 
 def _default(value: Any) -> Any:
+    # The first two are in every document, and json_util takes its time to find them out.
+    if type(value) is bson.ObjectId:
+        return {"$oid": str(value)}
+    if type(value) is datetime:
+        aware = value if value.tzinfo else value.replace(tzinfo=UTC)
+        return {"$date": {"$numberLong": str((aware - _EPOCH) // _MILLISECOND)}}
     if isinstance(value, dict):  # SON and other mappings that are subclasses
         return dict(value)
     return json_util.default(value, _CANONICAL)

@@ -95,13 +95,13 @@ class ConsoleProgress:
                 console=self._console,
             )
             self._bar.add_task("Classifying", counts="")
-            self._bar.start()
         counts = (
             f"[green]{stats.successful} ok[/] [red]{stats.failed} failed[/] {stats.skipped} skipped "
             f"{self._rate.per_second:.1f}/s {in_flight} in flight"
         )
         total = max(stats.total, stats.processed)
         self._bar.update(self._bar.task_ids[0], completed=stats.processed, total=total, counts=counts)
+        self._bar.start()  # only now, or an empty bar flashes up first; later calls do nothing
         if status != "running":
             self._bar.stop()
             self._bar = None

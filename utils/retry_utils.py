@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import tenacity
 
@@ -16,6 +16,7 @@ CAP_S = 60.0
 JITTER = 0.5  # +-50 %
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +62,24 @@ def tenacity_options(policy: RetryPolicy, what: str, on_retry: Callable[[], None
         "before_sleep": before_sleep,
         "reraise": True,
     }
+
+
+async def repeated(
+    operation: Callable[[], Awaitable[T]], policy: RetryPolicy, what: str, on_retry: Callable[[], None] | None = None
+) -> T:
+    """Return what *operation* returns, repeated as *policy* says; the last error is let through.
+
+    The first attempt goes without tenacity, whose bookkeeping costs as much CPU as a whole insert;
+    nearly all calls need no second one.
+    """
+    first_error: list[TriadError] = []
+    try:
+        return await operation()
+    except TriadError as exc:
+        first_error.append(exc)
+    async for trial in tenacity.AsyncRetrying(**tenacity_options(policy, what, on_retry)):
+        with trial:
+            if first_error:  # counts as attempt 1
+                raise first_error.pop()
+            return await operation()
+    raise AssertionError("tenacity returns or raises")

@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-from error_handler import FailureThresholdError
+from error_handler import FailureThresholdError, Reason
 from utils.batch_file_manager import BatchFiles, FailedDocument
 from utils.batch_work import MAX_ROUNDS, BatchInWork, Failure, StatusUpdates, WorkItem
 from utils.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
@@ -41,6 +41,11 @@ class Settlement:
         self.unsettled = 0
         self.since_flush = 0
         self.due = asyncio.Event()  # set when CHECKPOINT_EVERY documents wait to be flushed
+
+    @property
+    def failed_keys(self) -> set[bytes]:
+        """The ``id_key`` of each document that failed in this run and has no result yet."""
+        return set(self._failed)
 
     def admit(self, batch: BatchInWork) -> None:
         """Take responsibility for every document of *batch*."""
@@ -119,7 +124,10 @@ class Settlement:
 
     def _require_few_failures(self) -> None:
         stats = self.stats
-        failed_now = len(self._failed) - len(self._failed_before)
+        # A database that is away is no fault of the documents, and ends the run by itself.
+        failed_now = sum(
+            reason != Reason.STORE_FAILED and key not in self._failed_before for key, reason in self._failed.items()
+        )
         if stats.processed >= FAILURE_MINIMUM and failed_now > FAILURE_SHARE * stats.processed:
             reasons = list(self._failed.values())
             raise FailureThresholdError(
