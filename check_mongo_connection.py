@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -121,18 +122,19 @@ def _create_parser() -> argparse.ArgumentParser:
 async def _report(settings: Settings) -> int:
     console = Console()
     errors = warnings = 0
-    async for finding in diagnose(settings):
-        line = Text.assemble((f"{finding.level:<9}", STYLES[finding.level]), finding.sentence)
-        console.print(line, soft_wrap=True)
-        if finding.remedy:
-            console.print(Text(f"         -> {finding.remedy}"), soft_wrap=True)
-        errors += finding.level == "error"
-        warnings += finding.level == "warning"
+    async with contextlib.aclosing(diagnose(settings)) as findings:
+        async for finding in findings:
+            line = Text.assemble((f"{finding.level:<9}", STYLES[finding.level]), finding.sentence)
+            console.print(line, soft_wrap=True)
+            if finding.remedy:
+                console.print(Text(f"         -> {finding.remedy}"), soft_wrap=True)
+            errors += finding.level == "error"
+            warnings += finding.level == "warning"
     console.print(f"Errors: {errors}, warnings: {warnings}.", highlight=False)
     return ExitCode.UNREACHABLE if errors else ExitCode.DONE
 
 
-async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
+async def diagnose(settings: Settings) -> AsyncGenerator[Finding]:
     """Yield what there is to say, the connection first; nothing follows a connection that fails.
 
     Raises:

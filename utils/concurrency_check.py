@@ -170,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verbose:
             traceback.print_exc()
         return exc.exit_code
+    except BrokenPipeError:
+        return ExitCode.DONE  # the reader of stdout has gone, as head does
     except KeyboardInterrupt:
         print("concurrency_check.py: Interrupted.", file=sys.stderr)
         return ExitCode.INTERRUPTED
@@ -252,13 +254,8 @@ def levels_up_to(at_most: int) -> list[int]:
 
 async def _round(clients: list[TimingClient]) -> Round:
     start = time.monotonic()
-    # Waits for every call, also after an error: a next round must find an idle server.
-    calls = await asyncio.gather(*(_call(client) for client in clients), return_exceptions=True)
-    duration_s = time.monotonic() - start
-    for call in calls:
-        if isinstance(call, BaseException):
-            raise call
-    return Round(duration_s, tuple(call for call in calls if isinstance(call, Call)))
+    calls = await asyncio.gather(*(_call(client) for client in clients))
+    return Round(time.monotonic() - start, tuple(calls))
 
 
 async def _call(client: TimingClient) -> Call:

@@ -128,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verbose:
             traceback.print_exc()
         return exc.exit_code
+    except BrokenPipeError:
+        return ExitCode.DONE  # the reader of stdout has gone, as head does
     except KeyboardInterrupt:
         print("demo_batch_processor.py: Interrupted.", file=sys.stderr)
         return ExitCode.INTERRUPTED

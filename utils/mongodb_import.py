@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verbose:
             traceback.print_exc()
         return exc.exit_code
+    except BrokenPipeError:
+        return ExitCode.DONE  # the reader of stdout has gone, as head does
     except KeyboardInterrupt:
         print("mongodb_import.py: Interrupted; the same command imports the rest.", file=sys.stderr)
         return ExitCode.INTERRUPTED
