@@ -3,7 +3,8 @@
     python tests/faulty_worker.py '{"seam": "answered", "passage": 3}' --batch-size 10
 
 Keys of the plan: *seam*, one of SEAMS; *passage*, from 1 (1); *poison*, the number of the conversation
-that ends the process when it is aggregated. SIGKILL is what ends it, so nothing is cleaned up.
+that ends the process when it is aggregated; *file_limit*, bytes that a file can grow to. SIGKILL is
+what ends it, so nothing is cleaned up.
 """
 
 from __future__ import annotations
@@ -100,38 +101,30 @@ def arm(name: str, passage: int) -> None:
     original = getattr(seam.owner, seam.name)
     passages = itertools.count(1)
 
-    def passes(arguments: tuple[Any, ...]) -> bool:
+    def is_due(arguments: tuple[Any, ...]) -> bool:
         return seam.matches(arguments) and next(passages) == passage
 
-    def end(arguments: tuple[Any, ...]) -> None:
-        if name == "torn_line":
+    def die_if(due: bool, arguments: tuple[Any, ...]) -> None:
+        if due and name == "torn_line":
             os.write(arguments[0], arguments[1][: len(arguments[1]) // 2])
-        die()
-
-    if inspect.iscoroutinefunction(original):
-
-        async def wrapped_async(*arguments: Any, **named: Any) -> Any:
-            ends = passes(arguments)
-            if ends and seam.before:
-                end(arguments)
-            outcome = await original(*arguments, **named)
-            if ends:
-                end(arguments)
-            return outcome
-
-        setattr(seam.owner, seam.name, wrapped_async)
-        return
+        if due:
+            die()
 
     def wrapped(*arguments: Any, **named: Any) -> Any:
-        ends = passes(arguments)
-        if ends and seam.before:
-            end(arguments)
+        due = is_due(arguments)
+        die_if(due and seam.before, arguments)
         outcome = original(*arguments, **named)
-        if ends:
-            end(arguments)
+        die_if(due, arguments)
         return outcome
 
-    setattr(seam.owner, seam.name, wrapped)
+    async def wrapped_async(*arguments: Any, **named: Any) -> Any:
+        due = is_due(arguments)
+        die_if(due and seam.before, arguments)
+        outcome = await original(*arguments, **named)
+        die_if(due, arguments)
+        return outcome
+
+    setattr(seam.owner, seam.name, wrapped_async if inspect.iscoroutinefunction(original) else wrapped)
 
 
 def poison(conversation_number: str) -> None:
@@ -153,6 +146,8 @@ def main(plan: dict[str, Any], flags: list[str]) -> int:
     batch_journal.os = _APPENDS  # type: ignore[attr-defined]
     if "seam" in plan:
         arm(plan["seam"], plan.get("passage", 1))
+    if "file_limit" in plan:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (plan["file_limit"], plan["file_limit"]))
     if "poison" in plan:
         poison(plan["poison"])
     return cli.main(flags)

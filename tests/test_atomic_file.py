@@ -11,9 +11,9 @@ import pytest
 
 from error_handler import ErrorClass, StateDirectoryError
 from utils import atomic_file
-from utils.atomic_file import remove_file, replace_file, sync_folder
+from utils.atomic_file import move_file, remove_file, replace_file, sync_folder
 
-CALLS = ("open", "fsync", "replace", "close")
+CALLS = ("open", "fsync", "replace", "rename", "close")
 
 
 @pytest.fixture
@@ -180,6 +180,30 @@ def test_remove(folder: Path) -> None:
     path.mkdir()
     with pytest.raises(StateDirectoryError, match="cannot be removed"):
         remove_file(path)
+
+
+def test_move(folder: Path, calls: list[tuple[str, str]]) -> None:
+    """Both folders are made durable: the file must not be in neither of them after a power cut."""
+    source, target = folder / "quarantine/file", folder / "pending/file"
+    for path in (source, target):
+        path.parent.mkdir()
+    source.write_bytes(b"content")
+    move_file(source, target)
+    assert target.read_bytes() == b"content"
+    assert not source.exists()
+    assert [call for call in calls if call[0] in ("rename", "fsync")] == [
+        ("rename", "file"),
+        ("fsync", "pending"),
+        ("fsync", "quarantine"),
+    ]
+
+
+def test_a_move_that_is_not_possible(folder: Path) -> None:
+    """The file stays where it was."""
+    (folder / "file").write_bytes(b"content")
+    with pytest.raises(StateDirectoryError, match="cannot be moved"):
+        move_file(folder / "file", folder / "missing/file")
+    assert (folder / "file").read_bytes() == b"content"
 
 
 def test_sync_folder_wants_a_folder(folder: Path) -> None:

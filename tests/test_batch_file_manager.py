@@ -12,7 +12,7 @@ from typing import Any
 import bson
 import pytest
 
-from error_handler import DirectoryLockedError, Reason, StateDirectoryError
+from error_handler import ConfigurationError, DirectoryLockedError, Reason, StateDirectoryError
 from utils.batch_file_manager import FOLDERS, BatchFile, BatchFiles, FailedDocument
 from utils.extended_json import id_key
 
@@ -287,3 +287,26 @@ def test_a_file_that_cannot_be_read(files: BatchFiles, directory: Path) -> None:
     (directory / "checkpoint.json").mkdir()
     with pytest.raises(StateDirectoryError, match="cannot be read"):
         files.read_state("checkpoint.json")
+
+
+def test_a_folder_inside_that_is_a_link(directory: Path, tmp_path: Path) -> None:
+    """Nobody can lead conversations elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    directory.mkdir()
+    (directory / "pending").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StateDirectoryError, match="symbolic link"):
+        BatchFiles(directory)
+
+
+@pytest.mark.parametrize("kind", ["pending", "retry"])
+def test_unfinished_work_of_another_collection(files: BatchFiles, kind: str) -> None:
+    """It is not mixed with this one's; both are named."""
+    files.write_state("checkpoint.json", {"source": "db.first"})
+    files.require_source("db.second")
+    if kind == "pending":
+        files.save_pending(DOCUMENTS)
+    else:
+        files.save_failed("retry", 1, [failed()])
+    files.require_source("db.first")
+    with pytest.raises(ConfigurationError, match=r"db\.first.*db\.second.*--batch-files-dir"):
+        files.require_source("db.second")

@@ -177,6 +177,22 @@ async def test_other_errors_pass(error: BaseException) -> None:
     assert server.probes == 0
 
 
+async def test_a_breaker_that_fails_fast_lets_nobody_wait() -> None:
+    """A connection failure is raised as it is; once open, calls fail at once until a probe has closed it."""
+    server = Server(alive=False)
+    breaker = CircuitBreaker(server.probe, BreakerPolicy(first_probe_s=0.0, probe_cap_s=0.0, fails_fast=True))
+    for _ in range(5):
+        with pytest.raises(LLMConnectionError):
+            await breaker.call(server.send)
+    with pytest.raises(LLMOutageError):
+        await breaker.call(server.send)
+    assert server.sent == 5
+    server.alive = True
+    while breaker.is_open:
+        await asyncio.sleep(0)
+    assert await breaker.call(server.send) == "answer"
+
+
 async def test_an_outage_beyond_the_limit_is_final() -> None:
     """For the calls that wait and for all that follow; nothing more is sent."""
     server = Server(alive=False)

@@ -69,3 +69,15 @@ def test_the_script_has_a_part_for_each_document_that_reaches_the_model() -> Non
     starts = [aggregate_conversation(document).customer_texts[0] for document in asked]
     assert all(any(text.startswith(words) for words in SCRIPT) for text in starts)
     assert len(starts) == len(SCRIPT)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    """As in ``demo_batch_processor.py | head -1``."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "utils/demo_batch_processor.py"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=clean_environment() | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")

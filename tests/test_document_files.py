@@ -187,9 +187,9 @@ def test_twcs_tweets_become_threads(write: Write, caplog: pytest.LogCaptureFixtu
 
 
 def test_an_answer_follows_what_it_answers(write: Write) -> None:
-    rows = ["4,s,False,,d,,3", "2,s,False,,b,,1", "5,c,True,,c,,2", "1,c,True,,a,,", "3,c,True,,e,,1"]
+    rows = ["3,s,False,,b,,1", "2,s,False,,d,,1", "5,c,True,,e,,2", "4,c,True,,c,,3", "1,c,True,,a,,"]
     (document,) = read_documents(write("twcs.csv", "\n".join([TWCS_HEADER, *rows])))
-    assert [tweet["tweet_id"] for tweet in document["tweets"]] == [1, 2, 5, 3, 4]
+    assert [tweet["tweet_id"] for tweet in document["tweets"]] == [1, 3, 4, 2, 5]
 
 
 def test_odd_tweet_files(write: Write) -> None:

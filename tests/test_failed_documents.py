@@ -163,14 +163,26 @@ def test_a_moved_file_does_not_get_in_the_way_of_its_batch(files: BatchFiles, di
 
 
 def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
-    """As a batch of its own, with fresh attempts."""
-    files.save_failed("quarantine", 1, [failed("a", retry_count=3), failed("b", retry_count=3)])
-    files.save_failed("quarantine", 2, [failed("c", conversation_data=None)])
-    assert files.release_quarantine() == 2
-    assert files.count_failed("quarantine") == 0
-    (batch,) = pending(files)
-    assert [document["_id"] for document in batch.documents] == ["a", "b"]
-    assert batch.failures == {}
+    """All of it, with fresh attempts; answers that could not be written are kept."""
+    result = {"_id": bson.ObjectId()}
+    files.save_failed("quarantine", 1, [failed("a", retry_count=3), failed("b", classification_result=result)])
+    files.save_failed("quarantine", 2, [failed("c", conversation_data=None, retry_count=3)])
+    assert files.release_quarantine() == 3
+    assert (files.count_failed("quarantine"), names(directory / "quarantine")) == (0, [])
+    first, second = pending(files)
+    assert [document["_id"] for document in (*first.documents, *second.documents)] == ["a", "b", "c"]
+    assert {entry.retry_count for batch in (first, second) for entry in batch.failures.values()} == {0}
+    assert first.failures[id_key("b")].classification_result == result
+
+
+def test_a_released_file_does_not_overwrite_one_that_is_in_work(files: BatchFiles, directory: Path) -> None:
+    """It waits in quarantine for the next time."""
+    files.save_failed("quarantine", 1, [failed("a")])
+    assert files.release_quarantine() == 1
+    files.save_failed("quarantine", 1, [failed("b")])
+    assert files.release_quarantine() == 0
+    assert files.failed_keys() == {id_key("b")}
+    assert [document["_id"] for batch in pending(files) for document in batch.documents] == ["a"]
 
 
 def test_failed_keys(files: BatchFiles) -> None:
@@ -189,5 +201,6 @@ def test_a_corrupt_retry_file_is_set_aside(files: BatchFiles, directory: Path, c
     path.write_bytes(content)
     assert list(files.load_retry()) == []
     assert names(directory / "retry") == ["batch_001_retry_queue.json.corrupt"]
+    assert files.lost_failures, "its documents say failed in MongoDB, and only this tells to look for them"
     files.save_failed("retry", 1, [failed("a")])
     assert files.count_failed("retry") == 1

@@ -156,7 +156,9 @@ def test_every_kind_of_bad_answer_is_survived(site: Site) -> None:
     for result in site.results.find():
         assert result["classification"]["categorization"].isprintable()
     changed = {key(documents[2 * place]["_id"]) for place, blow in enumerate(BLOWS) if blow.kind == "control_chars"}
-    site.results.delete_many({"source_conversation_id": {"$in": [d["_id"] for d in documents if key(d["_id"]) in changed]}})
+    site.results.delete_many(
+        {"source_conversation_id": {"$in": [d["_id"] for d in documents if key(d["_id"]) in changed]}}
+    )
     check_results(site, [document for document in documents if key(document["_id"]) not in changed])
     check_statuses(site, documents)
     check_directory(site)

@@ -231,15 +231,12 @@ def test_a_document_that_mongodb_cannot_hold_is_named(
     assert "Traceback" not in done.stderr
 
 
-def test_an_unreachable_server_is_exit_code_3(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MONGODB_TIMEOUT_MS", "100")
-    monkeypatch.setenv("MONGODB_BACKOFF_S", "0")
-    assert mongodb_import.main(["--mongodb-uri", "mongodb://user:secret@127.0.0.1:1"]) == 3
-    captured = capsys.readouterr()
-    assert "MongoDB does not answer" in captured.err
-    assert "secret" not in captured.out + captured.err
+def test_an_unreachable_server_is_exit_code_3(run: Run) -> None:
+    quick = clean_environment() | {"MONGODB_TIMEOUT_MS": "100", "MONGODB_BACKOFF_S": "0"}
+    done = run("--mongodb-uri", "mongodb://user:secret@127.0.0.1:1", env=quick)
+    assert done.returncode == 3
+    assert "mongodb_import.py: MongoDB does not answer" in done.stderr
+    assert "secret" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

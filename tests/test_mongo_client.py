@@ -1,0 +1,338 @@
+"""The document store on a real mongod, through PyMongo's own asyncio API and through Motor."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import bson
+import pytest
+from bson.datetime_ms import DatetimeMS
+from bson.raw_bson import RawBSONDocument
+from mongomock_motor import AsyncMongoMockClient
+from pymongo import MongoClient
+from pymongo.database import Database
+
+from aggregator import aggregate_conversation
+from config import load_settings
+from error_handler import IndexBlockedError, StoreRejectedError
+from mongo_client import DocumentStore
+from tests.stores import DRIVERS, open_store
+from utils.document_selection import range_filter, selection_filter
+from utils.extended_json import id_key
+from utils.store_protocol import Selection
+
+# Ids of many types, in the order in which MongoDB sorts them.
+IDS: list[Any] = [
+    bson.MinKey(),
+    None,
+    -5,
+    1,
+    bson.Int64(2),
+    2.5,
+    bson.Decimal128("3.5"),
+    bson.Int64(2**53),
+    "",
+    "1",
+    "doc0",
+    {"a": 1},
+    {"a": 1, "b": 2},
+    b"\x01",
+    bson.Binary.from_uuid(uuid.UUID(int=5)),
+    bson.ObjectId("000000000000000000000001"),
+    bson.ObjectId("65f0a1b2c3d4e5f6a7b8c9d0"),
+    False,
+    True,
+    datetime(1969, 1, 1, tzinfo=UTC),
+    datetime(2024, 5, 1, tzinfo=UTC),
+    bson.Timestamp(1, 2),
+    bson.MaxKey(),
+]
+
+
+@pytest.fixture
+def database(mongodb_uri: str, db_name: str) -> Iterator[Database[dict[str, Any]]]:
+    """The same database through a plain synchronous client, to prepare it and to see what is in it."""
+    with MongoClient[dict[str, Any]](mongodb_uri, tz_aware=True) as client:
+        yield client[db_name]
+
+
+@pytest.fixture(params=DRIVERS)
+async def store(request: pytest.FixtureRequest, mongodb_uri: str, db_name: str) -> AsyncIterator[DocumentStore]:
+    async with open_store(mongodb_uri, db_name, request.param) as opened:
+        yield opened
+
+
+def keys(values: list[Any]) -> list[bytes]:
+    return [id_key(value) for value in values]
+
+
+async def all_ids(store: DocumentStore, selection: Selection, limit: int, bound: list[Any]) -> list[Any]:
+    """Every id that paging finds, in its order."""
+    found: list[Any] = []
+    after: list[Any] = []
+    while page := await store.read_page(selection, after, bound, limit):
+        assert len(page) <= limit
+        found += [document["_id"] for document in page]
+        after = [page[-1]["_id"]]
+    return found
+
+
+# Reading
+
+
+@pytest.mark.parametrize("limit", [1, 4, 1000])
+async def test_pages_across_id_types(store: DocumentStore, database: Database[dict[str, Any]], limit: int) -> None:
+    """Each document once, in MongoDB's order, whatever type stands at the edge of a page."""
+    database["conversation_set"].insert_many([{"_id": value, "text": "x"} for value in reversed(IDS)])
+    found = await all_ids(store, "pending", limit, await store.upper_bound())
+    assert keys(found) == keys(IDS)
+
+
+async def test_a_page_begins_and_ends_at_any_type(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """After an id and up to an id of any type: no type bracketing."""
+    database["conversation_set"].insert_many([{"_id": value} for value in IDS])
+    for place, value in enumerate(IDS):
+        after = [document["_id"] for document in await store.read_page("all", [value], [], 100)]
+        upto = [document["_id"] for document in await store.read_page("all", [], [value], 100)]
+        assert keys(after) == keys(IDS[place + 1 :]), value
+        assert keys(upto) == keys(IDS[: place + 1]), value
+
+
+async def test_upper_bound(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """Empty for an empty collection; null is a bound like any other."""
+    assert await store.upper_bound() == []
+    database["conversation_set"].insert_one({"_id": None})
+    assert await store.upper_bound() == [None]
+    database["conversation_set"].insert_many([{"_id": "z"}, {"_id": 5}])
+    assert await store.upper_bound() == ["z"]
+
+
+async def test_documents_beyond_the_bound_are_left_for_the_next_run(
+    store: DocumentStore, database: Database[dict[str, Any]]
+) -> None:
+    """A run works on what was there at its start."""
+    database["conversation_set"].insert_many([{"_id": number} for number in range(5)])
+    bound = await store.upper_bound()
+    database["conversation_set"].insert_many([{"_id": 9}, {"_id": "later"}, {"_id": 2.5}])
+    assert await all_ids(store, "pending", 2, bound) == [0, 1, 2, 2.5, 3, 4]
+
+
+SELECTED: list[tuple[dict[str, Any], set[str]]] = [
+    ({"status": "pending"}, {"pending", "sweep"}),
+    ({"tweets": []}, {"pending", "sweep"}),
+    ({"status": None}, {"pending", "sweep"}),
+    ({"status": "processing"}, {"sweep"}),
+    ({"status": "processed"}, set()),
+    ({"status": "skipped"}, set()),
+    ({"status": "failed"}, {"failed"}),
+    ({"status": "archived"}, set()),
+    ({"status": 5}, set()),
+    ({"text": "x", "processed": False}, {"pending", "sweep"}),
+    ({"text": "x"}, {"pending", "sweep"}),
+    ({"text": "x", "processed": None}, {"pending", "sweep"}),
+    ({"text": "x", "processed": True}, set()),
+    ({"text": "x", "processed": True, "status_reason": "skipped_no_text: x"}, set()),
+    ({"text": "x", "processed": False, "status_reason": "empty: x"}, {"failed"}),
+]
+SELECTIONS: tuple[Selection, ...] = ("pending", "sweep", "failed", "all")
+
+
+async def assert_selections(store: DocumentStore) -> None:
+    await store.insert_documents([{"_id": number, **document} for number, (document, _) in enumerate(SELECTED)])
+    for selection in SELECTIONS:
+        expected = [n for n, (_, named) in enumerate(SELECTED) if selection in named or selection == "all"]
+        assert await all_ids(store, selection, 4, await store.upper_bound()) == expected, selection
+        assert await store.count(selection) == len(expected)
+
+
+async def test_selections(store: DocumentStore) -> None:
+    """A document without a status is pending; what is done, or not ours, is never selected."""
+    await assert_selections(store)
+    assert await store.foreign_statuses() == ["5", "archived"]
+
+
+async def test_selections_in_memory(db_name: str) -> None:
+    """The same queries on mongomock, which the demonstration runs on."""
+    client = AsyncMongoMockClient()
+    store = DocumentStore(load_settings(None, db_name=db_name), client=client)
+    await store.check()
+    await store.ensure_result_indexes()
+    await assert_selections(store)
+    await store.close()
+
+
+def test_open_sides_of_a_range_are_no_condition() -> None:
+    """Null is an id, so the absence of a limit is said otherwise."""
+    assert range_filter([], []) == {}
+    assert range_filter([None], []) == {"$expr": {"$and": [{"$gt": ["$_id", {"$literal": None}]}]}}
+    assert selection_filter("all") == {}
+
+
+async def test_an_id_that_looks_like_an_expression(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """It is compared as a value and never computed."""
+    ids = ["$status", {"$gt": 1}]
+    database.command("insert", "conversation_set", documents=[{"_id": "$status"}, {"_id": {"a": "$b"}}])
+    assert await all_ids(store, "pending", 1, await store.upper_bound()) == ["$status", {"a": "$b"}]
+    assert await store.read_page("pending", ids[:1], [{"a": "$b"}], 5) == [{"_id": {"a": "$b"}}]
+
+
+async def test_dates_are_aware(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """So that they compare with the times that texts tell."""
+    at = datetime(2024, 5, 1, 10, 30, tzinfo=UTC)
+    database["conversation_set"].insert_one({"_id": 1, "at": at})
+    (document,) = await store.read_page("pending", [], [], 1)
+    assert document["at"] == at
+
+
+async def test_odd_documents_are_read(mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]) -> None:
+    """A date beyond the year 9999 or a text that is not UTF-8 must not end the run for all the others."""
+    broken = bson.encode({"_id": 2, "text": "caf_"}).replace(b"caf_", b"caf\xff")
+    database["conversation_set"].insert_one({"_id": 1, "text": "hello", "created_at": DatetimeMS(2**60)})
+    database["conversation_set"].insert_one(RawBSONDocument(broken))
+    async with open_store(mongodb_uri, db_name) as store:
+        first, second = await store.read_page("pending", [], await store.upper_bound(), 10)
+    assert aggregate_conversation(first).transcript == "Customer: hello"
+    assert aggregate_conversation(second).transcript == "Customer: caf\ufffd"
+
+
+# Results
+
+
+def result(source: Any, **fields: Any) -> dict[str, Any]:
+    return {"_id": bson.ObjectId(), "source_conversation_id": source, "classification": {"intent": "Other"}, **fields}
+
+
+def stored(database: Database[dict[str, Any]]) -> dict[bytes, dict[str, Any]]:
+    found = list(database["sentimental_analysis"].find())
+    by_source = {id_key(document["source_conversation_id"]): document for document in found}
+    assert len(by_source) == len(found), "a document has two results"
+    return by_source
+
+
+async def test_results_are_found_by_the_exact_id(store: DocumentStore) -> None:
+    """1 and "1" are two documents; a job id narrows the search."""
+    await store.ensure_result_indexes()
+    meta = {"processing_metadata": {"batch_job_id": "job_1"}}
+    assert await store.write_results([result(value, **meta) for value in IDS]) == {}
+    assert await store.result_keys(IDS) == set(keys(IDS))
+    assert await store.result_keys(["1", "2", {"b": 2, "a": 1}]) == {id_key("1")}
+    assert await store.result_keys(IDS, "job_1") == set(keys(IDS))
+    assert await store.result_keys(IDS, "job_2") == set()
+
+
+async def test_a_second_result_is_not_stored(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """The first one stays, the others of the group are written; writing again is harmless."""
+    await store.ensure_result_indexes()
+    assert await store.write_results([result("a", n=1)]) == {}
+    group = [result("a", n=2), result("b", n=2)]
+    for _ in range(2):
+        assert await store.write_results(group) == {}
+    assert {key: document["n"] for key, document in stored(database).items()} == {id_key("a"): 1, id_key("b"): 2}
+
+
+async def test_replace(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """The whole result is replaced under its old id; new ones are added."""
+    await store.ensure_result_indexes()
+    await store.write_results([result(None, n=1, old=True)])
+    old_id = stored(database)[id_key(None)]["_id"]
+    for _ in range(2):
+        assert await store.write_results([result(None, n=2), result({"$a": 1}, n=2)], replace=True) == {}
+    found = stored(database)
+    assert {key: document["n"] for key, document in found.items()} == {id_key(None): 2, id_key({"$a": 1}): 2}
+    assert found[id_key(None)]["_id"] == old_id
+    assert "old" not in found[id_key(None)]
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["insert", "replace"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param({"text": "x" * 17_000_000}, id="17-MB"),
+        pytest.param({"a\x00b": 1}, id="nul-in-key"),
+        pytest.param({"text": "caf\ud83d"}, id="lone-surrogate"),
+        pytest.param({"number": 2**80}, id="number-beyond-64-bit"),
+        pytest.param({"value": object()}, id="foreign-type"),
+    ],
+)
+async def test_one_bad_result_does_not_spoil_its_group(
+    store: DocumentStore, database: Database[dict[str, Any]], bad: dict[str, Any], replace: bool
+) -> None:
+    """It alone is named; the message quotes nothing of it."""
+    await store.ensure_result_indexes()
+    rejected = await store.write_results([result(0), result(1, **bad), result(2)], replace=replace)
+    assert list(rejected) == [1]
+    assert isinstance(rejected[1], StoreRejectedError)
+    assert "caf" not in str(rejected[1])
+    assert set(stored(database)) == {id_key(0), id_key(2)}
+    assert store.retries == 0
+
+
+async def test_what_a_rule_of_the_server_refuses(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """A validator, or a unique index that is not ours: nothing is stored, so it is not taken for done."""
+    database.create_collection("sentimental_analysis", validator={"n": {"$lt": 10}})
+    await store.ensure_result_indexes()
+    database["sentimental_analysis"].create_index("number", unique=True)
+    group = [result("a", n=1, number=1), result("b", n=99, number=2), result("c", n=2, number=1)]
+    assert set(await store.write_results(group)) == {1, 2}
+    assert set(stored(database)) == {id_key("a")}
+
+
+async def test_results_are_read_in_pages(store: DocumentStore) -> None:
+    """In the order of their own ids."""
+    results = [result(number) for number in range(5)]
+    await store.write_results(results)
+    first = await store.read_results([], 3)
+    rest = await store.read_results([first[-1]["_id"]], 3)
+    assert [found["source_conversation_id"] for found in (*first, *rest)] == [0, 1, 2, 3, 4]
+
+
+# Indexes
+
+
+async def test_indexes(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """The documented ones; making them again is harmless."""
+    for _ in range(2):
+        await store.ensure_result_indexes()
+        await store.ensure_source_indexes()
+
+    def fields(collection: str) -> set[str]:
+        return {name for index in database[collection].index_information().values() for name, _ in index["key"]}
+
+    assert fields("conversation_set") == {"_id", "status", "conversation_number", "last_processed_at"}
+    assert fields("sentimental_analysis") == {
+        "_id",
+        "source_conversation_id",
+        "conversation_number",
+        "processing_metadata.batch_job_id",
+        "processing_metadata.processed_at",
+        "classification.intent",
+        "classification.topic",
+        "classification.sentiment",
+    }
+    indexes = database["sentimental_analysis"].index_information()
+    assert [name for name, index in indexes.items() if index.get("unique")] == ["source_conversation_id_1"]
+    assert database["conversation_set_leases"].index_information()["expires_at_1"]["expireAfterSeconds"] == 0
+
+
+async def test_stored_duplicates_block_the_unique_index(
+    store: DocumentStore, database: Database[dict[str, Any]]
+) -> None:
+    """The message holds a query that finds them, and that query works."""
+    database["sentimental_analysis"].insert_many([result("a"), result("a"), result("b")])
+    with pytest.raises(IndexBlockedError) as caught:
+        await store.ensure_result_indexes()
+    assert "db.sentimental_analysis.aggregate([{$group: {_id: '$source_conversation_id'" in str(caught.value)
+    query = [{"$group": {"_id": "$source_conversation_id", "n": {"$sum": 1}}}, {"$match": {"n": {"$gt": 1}}}]
+    assert list(database["sentimental_analysis"].aggregate(query)) == [{"_id": "a", "n": 2}]
+
+
+async def test_an_index_with_other_options_blocks_ours(
+    store: DocumentStore, database: Database[dict[str, Any]]
+) -> None:
+    """Without uniqueness a second result would be possible."""
+    database["sentimental_analysis"].create_index("source_conversation_id")
+    with pytest.raises(IndexBlockedError, match="getIndexes"):
+        await store.ensure_result_indexes()

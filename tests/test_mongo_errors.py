@@ -1,0 +1,190 @@
+"""Errors of the driver become ours: what is worth repeating, what ends the run, and nothing of a secret in any."""
+
+from __future__ import annotations
+
+import gc
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from bson.errors import InvalidBSON, InvalidDocument
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import errors
+
+from config import load_settings
+from error_handler import (
+    ConfigurationError,
+    StoreForbiddenError,
+    StoreRejectedError,
+    StoreUnavailableError,
+    TriadError,
+)
+from mongo_client import DocumentStore, open_client, translated
+from tests.stores import open_store
+from utils.mongo_facts import FORBIDDEN_CODES, TRANSIENT_CODES
+
+SECRET = "mongodb://user:hunter2@host"
+
+
+def failure(code: int) -> errors.OperationFailure:
+    return errors.OperationFailure(f"failed at {SECRET}", code)
+
+
+def bulk(*codes: int, **details: Any) -> errors.BulkWriteError:
+    write_errors = [{"index": n, "code": code, "errmsg": SECRET} for n, code in enumerate(codes)]
+    return errors.BulkWriteError({"writeErrors": write_errors, "writeConcernErrors": [], **details})
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        pytest.param(errors.AutoReconnect(SECRET), StoreUnavailableError, id="connection-lost"),
+        pytest.param(errors.ServerSelectionTimeoutError(SECRET), StoreUnavailableError, id="no-server"),
+        pytest.param(errors.NetworkTimeout(SECRET), StoreUnavailableError, id="network-time-out"),
+        pytest.param(errors.NotPrimaryError(SECRET), StoreUnavailableError, id="not-primary"),
+        pytest.param(errors.WaitQueueTimeoutError(SECRET), StoreUnavailableError, id="pool-exhausted"),
+        pytest.param(errors.ExecutionTimeout(SECRET, 50), StoreUnavailableError, id="operation-time-out"),
+        pytest.param(errors.WTimeoutError(SECRET, 64), StoreUnavailableError, id="write-concern-time-out"),
+        pytest.param(errors.WriteConcernError(SECRET, 91), StoreUnavailableError, id="write-concern-shutdown"),
+        pytest.param(errors.CursorNotFound(SECRET, 43), StoreUnavailableError, id="cursor-lost"),
+        pytest.param(errors.InvalidOperation(SECRET), StoreUnavailableError, id="closed-client"),
+        pytest.param(failure(13), StoreForbiddenError, id="unauthorized"),
+        pytest.param(failure(18), StoreForbiddenError, id="wrong-password"),
+        pytest.param(failure(8000), StoreForbiddenError, id="atlas-password"),
+        pytest.param(failure(112), StoreUnavailableError, id="write-conflict"),
+        pytest.param(failure(11600), StoreUnavailableError, id="shutdown"),
+        pytest.param(failure(10107), StoreUnavailableError, id="stepped-down"),
+        pytest.param(failure(14031), StoreUnavailableError, id="disk-full"),
+        pytest.param(failure(121), StoreRejectedError, id="validator"),
+        pytest.param(failure(2), StoreRejectedError, id="bad-value"),
+        pytest.param(errors.DocumentTooLarge(SECRET), StoreRejectedError, id="too-large"),
+        pytest.param(InvalidDocument(SECRET), StoreRejectedError, id="invalid-document"),
+        pytest.param(InvalidBSON(SECRET), StoreRejectedError, id="invalid-bson"),
+        pytest.param(OverflowError(SECRET), StoreRejectedError, id="number-too-large"),
+        pytest.param(UnicodeEncodeError("utf-8", SECRET, 0, 1, "x"), StoreRejectedError, id="surrogate"),
+        pytest.param(bulk(121), StoreRejectedError, id="bulk"),
+        pytest.param(errors.ConfigurationError(SECRET), ConfigurationError, id="configuration"),
+        pytest.param(errors.InvalidURI(SECRET), ConfigurationError, id="uri"),
+        pytest.param(errors.InvalidName(SECRET), ConfigurationError, id="name"),
+    ],
+)
+def test_translation(raised: Exception, expected: type[TriadError]) -> None:
+    """One of ours, with the cause kept, and a sentence that says what was tried and quotes nobody."""
+    with pytest.raises(TriadError) as caught, translated("read a page"):
+        raise raised
+    assert type(caught.value) is expected
+    assert caught.value.__cause__ is raised
+    assert "hunter2" not in str(caught.value)
+    assert "read a page" in str(caught.value) or isinstance(raised, errors.BulkWriteError)
+
+
+def test_the_codes_do_not_overlap() -> None:
+    """A forbidden operation is never repeated."""
+    assert not FORBIDDEN_CODES & TRANSIENT_CODES
+
+
+def test_our_own_errors_and_bugs_pass() -> None:
+    """Nothing is translated twice, nothing foreign is swallowed."""
+    for raised in (StoreRejectedError("x"), ValueError("x"), KeyError("x")):
+        with pytest.raises(type(raised)) as caught, translated("x"):
+            raise raised
+        assert caught.value is raised
+
+
+class Collection:
+    """Answers writes with the errors it was given, in turn."""
+
+    def __init__(self, *raised: Exception | None) -> None:
+        self.raised = list(raised)
+        self.calls = 0
+
+    async def insert_many(self, *_: Any, **__: Any) -> None:
+        self.calls += 1
+        problem = self.raised.pop(0) if self.raised else None
+        if problem is not None:
+            raise problem
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "calls"),
+    [
+        pytest.param([errors.AutoReconnect("x"), None], None, 2, id="connection-lost"),
+        pytest.param([bulk(11000), None], None, 1, id="stored-already"),
+        pytest.param([bulk(11000, 91), None], None, 2, id="shutdown-in-the-middle"),
+        pytest.param([bulk(writeConcernErrors=[{"code": 64}]), None], None, 2, id="not-durable-yet"),
+        pytest.param([bulk(11000, 13)], StoreForbiddenError, 1, id="rights-lost"),
+        pytest.param([errors.AutoReconnect("x")] * 3, StoreUnavailableError, 3, id="away"),
+    ],
+)
+async def test_groups(
+    mongodb_uri: str, db_name: str, raised: list[Exception | None], expected: type[TriadError] | None, calls: int
+) -> None:
+    """A group is written again where its fate is unknown; duplicates are done; a lost right ends the run."""
+    async with open_store(mongodb_uri, db_name) as store:
+        collection = Collection(*raised)
+        store._results = collection
+        if expected is None:
+            assert await store.write_results([{"source_conversation_id": n} for n in (1, 2)]) == {}
+        else:
+            with pytest.raises(expected):
+                await store.write_results([{"source_conversation_id": n} for n in (1, 2)])
+        assert collection.calls == calls
+        assert store.retries == calls - 1
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Let go of the sockets of interrupted connections while this test's filter of warnings still holds.
+
+    PyMongo's monitor, cancelled while it connects, leaves closing the socket to the garbage collector.
+    """
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+async def test_no_server() -> None:
+    """Tried as often as set, then one sentence without the address."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    uri = f"mongodb://user:hunter2@127.0.0.1:{port}/"
+    async with open_store(uri, "x", mongodb_timeout_ms=100, mongodb_max_retries=2) as store:
+        with pytest.raises(StoreUnavailableError, match="check that it runs and MONGODB_URI") as caught:
+            await store.check()
+        assert store.retries == 1
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_a_client_that_was_handed_in_stays_open(mongodb_uri: str, db_name: str) -> None:
+    """Whoever opened it closes it; one's own is closed."""
+    client = AsyncIOMotorClient(mongodb_uri)
+    settings = load_settings(None, mongodb_uri=mongodb_uri, db_name=db_name, mongodb_backoff_s=0)
+    store = DocumentStore(settings, client=client)
+    await store.close()
+    assert await client.admin.command("ping") == {"ok": 1.0}
+    client.close()
+    own = DocumentStore(settings)
+    await own.check()
+    await own.close()
+    with pytest.raises(StoreUnavailableError):
+        await own.check()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "mongodb://",
+        "mongodb://host:port",
+        "mongodb://user:hunt%er2@host",
+        "mongodb://user:hunter2@host/?tls=perhaps",
+        "mongodb://user:hunter2@host/?tsl=true",
+        "mongodb://user:hunter2@host/?authMechanism=MAGIC",
+    ],
+)
+async def test_an_address_that_is_none(uri: str) -> None:
+    """The setting is named and the address is not shown; an option with a typo is not left out in silence."""
+    with pytest.raises(ConfigurationError, match="MONGODB_URI") as caught:
+        open_client(load_settings(None, mongodb_uri=uri))
+    assert "hunter2" not in str(caught.value)
