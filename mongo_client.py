@@ -36,7 +36,10 @@ from utils.mongo_facts import (
     DUPLICATE_KEY,
     FORBIDDEN_CODES,
     INDEX_CODES,
+    MAX_POOL_SIZE,
+    MIN_POOL_SIZE,
     RESULT_INDEXES,
+    SERVER_SELECTION_MS,
     SOURCE_INDEXES,
     TRANSIENT_CODES,
 )
@@ -47,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5
 DURABLE = WriteConcern("majority", j=True)
 
 
@@ -201,8 +203,8 @@ class DocumentStore:
 
     async def mark_processing(self, document_ids: list[Any]) -> None:
         """Set the status of conversations to processing; single queries have none."""
-        query, change = {"_id": {"$in": document_ids}}, {"$set": {"status": "processing"}}
-        await self._call("mark as processing", lambda: self._source.update_many(query, change))
+        change = {"$set": {"status": "processing"}}
+        await self._call("mark processing", lambda: self._source.update_many({"_id": {"$in": document_ids}}, change))
 
     async def mark(self, document_ids: list[Any], status: FinalStatus, reason: str | None, *, queries: bool) -> None:
         """Set the final status of conversations, or of single queries, with its *reason* where there is one."""
@@ -333,7 +335,7 @@ def open_client(settings: Settings) -> AsyncMongoClient[Document]:
                 settings.mongodb_uri.get_secret_value(),
                 maxPoolSize=MAX_POOL_SIZE,
                 minPoolSize=MIN_POOL_SIZE,
-                serverSelectionTimeoutMS=settings.mongodb_timeout_ms,
+                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, SERVER_SELECTION_MS),
                 timeoutMS=settings.mongodb_timeout_ms,
                 appname="customer-support-triad",
                 # One odd document must not end a run: dates beyond the year 9999, texts that are not UTF-8.

@@ -1,6 +1,9 @@
-"""Numbers and names of MongoDB that the store and the diagnosis share: error codes, indexes."""
+"""Numbers and names of MongoDB that the store and the diagnosis share: limits, error codes, indexes."""
 
 from __future__ import annotations
+
+MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
+SERVER_SELECTION_MS = 10_000  # a wrong address is to be said soon; three attempts bridge half a minute
 
 DUPLICATE_KEY = 11000
 FORBIDDEN_CODES = frozenset({13, 18, 8000})
