@@ -29,20 +29,10 @@ from error_handler import (
     StoreRejectedError,
     StoreUnavailableError,
 )
+from utils import mongo_facts as facts
 from utils.cancellation import cancellable
 from utils.document_selection import range_filter, selection_filter
 from utils.extended_json import id_key
-from utils.mongo_facts import (
-    DUPLICATE_KEY,
-    FORBIDDEN_CODES,
-    INDEX_CODES,
-    MAX_POOL_SIZE,
-    MIN_POOL_SIZE,
-    RESULT_INDEXES,
-    SERVER_SELECTION_MS,
-    SOURCE_INDEXES,
-    TRANSIENT_CODES,
-)
 from utils.retry_utils import RetryPolicy, repeated
 from utils.store_protocol import Document, FinalStatus, Selection
 
@@ -108,12 +98,12 @@ class DocumentStore:
             IndexBlockedError: Stored results have the same source id; the message has the query.
         """
         unique = IndexModel([("source_conversation_id", 1)], unique=True)
-        models = [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)]
+        models = [unique, *(IndexModel([(field, 1)]) for field in facts.RESULT_INDEXES)]
         await self._create_indexes(self._results, models)
 
     async def ensure_source_indexes(self) -> None:
         """Create the indexes of the source and of the leases; may take seconds on millions of documents."""
-        await self._create_indexes(self._source, [IndexModel([(field, 1)]) for field in SOURCE_INDEXES])
+        await self._create_indexes(self._source, [IndexModel([(field, 1)]) for field in facts.SOURCE_INDEXES])
         await self._create_indexes(self._leases, [IndexModel([("expires_at", 1)], expireAfterSeconds=0)])
 
     async def upper_bound(self) -> list[Any]:
@@ -292,13 +282,13 @@ class DocumentStore:
             await self._call("create indexes", lambda: collection.create_indexes(models))
         except StoreError as exc:
             code = getattr(exc.__cause__, "code", None)
-            if code == DUPLICATE_KEY:
+            if code == facts.DUPLICATE_KEY:
                 raise IndexBlockedError(
                     f"{collection.name} holds several results for one document, so its unique index cannot be made; find them "
                     f"with db.{collection.name}.aggregate([{{$group: {{_id: '$source_conversation_id', n: {{$sum: 1}}}}}}, "
                     "{$match: {n: {$gt: 1}}}]) and remove the surplus."
                 ) from exc
-            if code in INDEX_CODES:
+            if code in facts.INDEX_CODES:
                 raise IndexBlockedError(
                     f"{collection.name} has an index on the same field with other options; compare db.{collection.name}.getIndexes() "
                     "with docs/operations.md and drop the odd one."
@@ -333,9 +323,9 @@ def open_client(settings: Settings) -> AsyncMongoClient[Document]:
         with warnings.catch_warnings(action="error", category=UserWarning):  # else an option with a typo is left out
             return AsyncMongoClient(
                 settings.mongodb_uri.get_secret_value(),
-                maxPoolSize=MAX_POOL_SIZE,
-                minPoolSize=MIN_POOL_SIZE,
-                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, SERVER_SELECTION_MS),
+                maxPoolSize=facts.MAX_POOL_SIZE,
+                minPoolSize=facts.MIN_POOL_SIZE,
+                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, facts.SERVER_SELECTION_MS),
                 timeoutMS=settings.mongodb_timeout_ms,
                 appname="customer-support-triad",
                 # One odd document must not end a run: dates beyond the year 9999, texts that are not UTF-8.
@@ -371,11 +361,11 @@ def translated(what: str) -> Iterator[None]:
 def _server_error(what: str, exc: errors.OperationFailure) -> StoreError:
     if isinstance(exc, BulkWriteError):
         return StoreRejectedError("MongoDB cannot store the document")
-    if exc.code in FORBIDDEN_CODES:
+    if exc.code in facts.FORBIDDEN_CODES:
         return StoreForbiddenError(
             f"MongoDB refuses this user ({what}); check user, password and rights in MONGODB_URI."
         )
-    if exc.code in TRANSIENT_CODES or isinstance(
+    if exc.code in facts.TRANSIENT_CODES or isinstance(
         exc, errors.ExecutionTimeout | errors.WTimeoutError | errors.CursorNotFound
     ):
         return StoreUnavailableError(f"MongoDB cannot serve this now ({what}, code {exc.code}); its log says more.")
@@ -389,9 +379,9 @@ def _require_only_duplicates(exc: BulkWriteError) -> None:
     problems = [error for error in exc.details.get("writeErrors", ()) if not _is_stored(error)]
     codes = {error.get("code") for error in problems}
     if problems:
-        if codes & FORBIDDEN_CODES:
+        if codes & facts.FORBIDDEN_CODES:
             raise StoreForbiddenError("MongoDB refuses writes to this user; check the rights of MONGODB_URI.") from exc
-        if codes & TRANSIENT_CODES:
+        if codes & facts.TRANSIENT_CODES:
             raise StoreUnavailableError("MongoDB cannot serve this now (write results); its log says more.") from exc
         raise StoreRejectedError("MongoDB cannot store the document") from exc
 
@@ -399,4 +389,4 @@ def _require_only_duplicates(exc: BulkWriteError) -> None:
 def _is_stored(error: Document) -> bool:
     """Whether *error* is a duplicate of our own keys; one of a foreign unique index means that nothing is stored."""
     fields = error.get("keyPattern", {"_id": 1}).keys()  # mongomock has no keyPattern
-    return error.get("code") == DUPLICATE_KEY and fields <= {"_id", "source_conversation_id"}
+    return error.get("code") == facts.DUPLICATE_KEY and fields <= {"_id", "source_conversation_id"}
