@@ -24,14 +24,15 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
 		printf '  make %-8s %s\n' "$$target" "$$text"; done
 
-venv: .venv/run.stamp ## make .venv with what the product needs (again only when requirements.txt changes)
+venv: .venv/run.stamp ## make .venv with what the product needs (again only when requirements*.txt change)
 	@echo '.venv is ready: make run, or . .venv/bin/activate'
 
 run: .venv/run.stamp ## classify the sample conversations with the embedded MongoDB; ARGS goes to cli.py
 	@$(venv_python) cli.py --embedded $(ARGS)
 
+# The tests of crashes and outages mostly wait, so two at a time take little more than half as long.
 test: .venv/dev.stamp ## run the tests; ARGS goes to pytest
-	$(venv_python) -m pytest $(ARGS)
+	$(venv_python) -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: .venv/dev.stamp ## lint, formatting and types
 	$(venv_python) -m ruff check .
@@ -48,7 +49,7 @@ clean: ## remove .venv and caches; data/ and batch_files/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/run.stamp: requirements.txt
+.venv/run.stamp: requirements.txt requirements-embedded.txt
 	@if ! $(venv_python) -m pip --version > /dev/null 2>&1; then \
 		usable=; without_venv=; \
 		for python in $(if $(PYTHON),'$(PYTHON)',python3.11 python3 python3.12 python3.13 python3.14); do \
@@ -69,13 +70,13 @@ clean: ## remove .venv and caches; data/ and batch_files/ stay
 		echo "Making .venv with $$("$$usable" --version) ..."; \
 		"$$usable" -m venv --clear .venv || exit 1; \
 	fi
-	@echo 'Installing the packages of requirements.txt into .venv: 65 MB, about a minute, only this once ...'
-	@$(call install,-r requirements.txt)
+	@echo 'Installing the packages of requirements.txt and requirements-embedded.txt into .venv: 65 MB, about a minute, only this once ...'
+	@$(call install,-r requirements.txt -r requirements-embedded.txt)
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp requirements-dev.txt
 	@echo 'Installing the packages of requirements-dev.txt for tests and checks: 80 MB, about a minute ...'
-	@$(call install,-r requirements.txt -r requirements-dev.txt)
+	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-dev.txt)
 	@$(venv_python) -c 'import xllamacpp' || { \
 		echo 'The tests need the library named above: for libgomp.so.1 on Debian and Ubuntu run' \
 			'apt-get install libgomp1 as root, then make $(MAKECMDGOALS) again.' >&2; exit 1; }

