@@ -51,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     The one place with a broad except: whatever goes wrong becomes one sentence on stderr.
     """
     arguments = create_parser().parse_args(argv)
-    # A run makes few reference cycles and keeps all modules: without this a tenth of its CPU goes into looking for them.
+    # Modules stay for good and a run makes few reference cycles, so garbage is looked for rarely. With still rarer full
+    # passes (10_000, 20, 20) memory grew by 30 % over 200,000 documents.
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    gc.set_threshold(10_000, 5, 2)
     try:
         settings = settings_from(arguments)
         _configure_logs(arguments, settings)

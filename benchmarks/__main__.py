@@ -1,0 +1,48 @@
+"""``python -m benchmarks``: measure, print one table, and end with 1 where a target is missed.
+
+``python -m benchmarks throughput``, ``latency`` or ``memory`` measures that alone; ``--quick`` takes
+few documents, to see that the benchmarks run: it judges no target. docs/performance.md explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from dataclasses import replace
+
+from benchmarks import latency, memory, throughput
+from benchmarks.table import text
+from benchmarks.worker_process import WorkerFailedError
+
+MEASURES = {"throughput": throughput.measure, "latency": latency.measure, "memory": memory.measure}
+
+
+def main() -> int:
+    """Measure what the arguments name."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the batch worker.")
+    parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"{', '.join(MEASURES)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="few documents: does it run?")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.measures) - set(MEASURES):
+        parser.error(f"there is no measure {min(unknown)}; choose from {', '.join(MEASURES)}")
+    rows = []
+    for name in arguments.measures or MEASURES:
+        load, start = os.getloadavg()[0], time.monotonic()
+        try:
+            rows += MEASURES[name](quick=arguments.quick)
+        except WorkerFailedError as exc:
+            print(f"benchmarks: {name}: {exc}", file=sys.stderr)
+            return 2
+        print(f"{name}: {time.monotonic() - start:.0f} s, load average before {load:.2f}", file=sys.stderr)
+    print(f"Python {platform.python_version()}, {os.cpu_count()} processors, {platform.system()}\n")
+    if arguments.quick:
+        rows = [replace(row, met=None) for row in rows]
+    print(text(rows))
+    return int(any(row.met is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

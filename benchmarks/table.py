@@ -1,0 +1,50 @@
+"""The table that the benchmarks print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+HEAD = ("measure", "product", "yardstick", "ratio", "target", "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line; *met* None where there is no target. Figures are texts, with their units in *measure*."""
+
+    measure: str
+    product: str
+    yardstick: str = ""
+    ratio: str = ""
+    target: str = ""
+    met: bool | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """The texts of the line."""
+        verdict = "" if self.met is None else "met" if self.met else "MISSED"
+        return (self.measure, self.product, self.yardstick, self.ratio, self.target, verdict)
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Return *rows* as an aligned table, which is also one in Markdown."""
+    lines = [HEAD, *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
+    lines.insert(1, tuple("-" * width for width in widths))
+    shown = []
+    for line in lines:
+        pairs = zip(line, widths, strict=True)
+        cells = (cell.rjust(width) if 0 < at < 4 else cell.ljust(width) for at, (cell, width) in enumerate(pairs))
+        shown.append(f"| {' | '.join(cells)} |")
+    return "\n".join(shown)
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Return the median of *ratios* with their range."""
+    shown = f"{median(ratios):.2f}"
+    return f"{shown} ({min(ratios):.2f}-{max(ratios):.2f})" if len(ratios) > 1 else shown
+
+
+def figure(value: float) -> str:
+    """Return *value* with three digits, and all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
