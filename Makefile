@@ -2,10 +2,11 @@
 
 SHELL = /bin/sh
 ARGS =
+EMBEDDED =
 PYTHON =
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help venv run test check torture bench clean
+.PHONY: help venv run serve test check torture bench clean
 
 # Relative on purpose: make cannot handle prerequisites with a space, and a checkout may lie in such a folder.
 venv_python = .venv/bin/python
@@ -31,6 +32,9 @@ run: .venv/run.stamp ## classify the sample conversations with the embedded Mong
 	@$(venv_python) cli.py --embedded $(ARGS)
 
 # The tests of crashes and outages mostly wait, so two at a time take little more than half as long.
+serve: .venv/run.stamp ## start the REST service on 127.0.0.1:8000; EMBEDDED=1 needs no model; ARGS goes to main.py
+	@$(venv_python) main.py $(if $(EMBEDDED),--embedded) $(ARGS)
+
 test: .venv/dev.stamp ## run the tests; ARGS goes to pytest
 	$(venv_python) -m pytest -n 2 --dist worksteal $(ARGS)
 

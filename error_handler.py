@@ -23,6 +23,7 @@
     │   └── LLMReplyError           HTTP 200, and still not an answer                repair, then retry queue
     ├── SkippedDocumentError        nothing in the document to classify              status "skipped"
     ├── PoisonDocumentError         the document ended the worker twice              quarantine
+    ├── RequestError                the REST service refuses or fails one request    HTTP status
     ├── FailureThresholdError       too many documents fail; the run stops           exit 4
     └── RunInterruptedError         SIGINT or SIGTERM                                exit 130
 
@@ -33,6 +34,7 @@ prompt, an answer or a secret, because they end in logs, files and status fields
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
 
@@ -197,6 +199,32 @@ class PoisonDocumentError(TriadError):
     """The worker process died while it handled this document, more than once."""
 
     reason = Reason.POISON
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorKind:
+    """One way in which the REST service does not answer: ``error.type`` of the body, its HTTP status, its sentence."""
+
+    name: str
+    status: int
+    message: str
+
+
+class RequestError(TriadError):
+    """The REST service refuses or fails one request; docs/service.md lists every *kind*.
+
+    *message* None is the sentence of the kind. *retry_after_s* None: waiting alone does not help.
+    """
+
+    def __init__(self, kind: ErrorKind, message: str | None = None, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message or kind.message)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> dict[str, dict[str, str]]:
+        """The body of the answer, the same shape for every error."""
+        return {"error": {"type": self.kind.name, "message": str(self)}}
 
 
 class FailureThresholdError(TriadError):

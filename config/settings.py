@@ -11,6 +11,7 @@ from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from config.service_settings import ServiceSettings, service_environment_names
 from error_handler import ConfigurationError
 
 DOTENV = Path(".env")
@@ -36,7 +37,8 @@ def _env(*names: str) -> Any:
 class Settings(BaseSettings):
     """Everything that can be set. Seconds and tokens, unless the name says otherwise."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
+    # Unknown names are refused by load_settings, which also knows those of the service.
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
     mongodb_uri: SecretStr = Field(
         SecretStr("mongodb://localhost:27017"),
@@ -235,7 +237,9 @@ def environment_names(field: str) -> tuple[str, ...]:
 
 def known_environment_names() -> frozenset[str]:
     """Return every environment variable that this product reads."""
-    return frozenset(name for field in Settings.model_fields for name in environment_names(field))
+    own = {name for field in Settings.model_fields for name in environment_names(field)}
+    of_service = {name for field in ServiceSettings.model_fields for name in service_environment_names(field)}
+    return frozenset(own | of_service)
 
 
 def load_settings(dotenv: Path | None = DOTENV, **arguments: Any) -> Settings:

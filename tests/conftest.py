@@ -32,6 +32,13 @@ def pytest_report_header() -> str:
     return "ollama: OLLAMA_TEST_ENDPOINT is not set, so the test against a running Ollama is left out"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give the crash loop the time that its number of kills takes."""
+    for item in items:
+        if item.name == "test_random_kills":
+            item.add_marker(pytest.mark.timeout(60 + 5 * config.getoption("--kills")))
+
+
 @pytest.fixture(scope="session")
 def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMongod]:
     """Return a standalone mongod that serves every test of this process."""

@@ -77,15 +77,15 @@ def answer(content: Any = None, status: int = 200, **headers: str) -> Step:
 
 
 def chunked(size: int) -> Step:
-    """Send *size* bytes of a body whose length is not told."""
+    """Send a good reply and *size* bytes of white space, in a body whose length is not told."""
+    body = json.dumps(chat_reply()).encode()
 
     def step(handler: Handler) -> None:
         handler.send_response(200)
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
-        for _ in range(size // 65_536 + 1):
-            handler.wfile.write(b"10000\r\n" + b" " * 65_536 + b"\r\n")
-        handler.wfile.write(b"0\r\n\r\n")
+        for piece in (body, *[b" " * 65_536] * (size // 65_536 + 1), b""):
+            handler.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     return step
 

@@ -346,7 +346,7 @@ documents = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(documents)
 def test_any_document_is_understood_or_skipped(document: dict[str, Any]) -> None:
     """There is no third way: a conversation with a customer's turn that can be stored, or a reason."""

@@ -220,12 +220,12 @@ def test_a_file_that_was_cut_at_any_byte_is_never_taken_for_whole(files: BatchFi
 def test_links_and_other_files_are_left_alone(files: BatchFiles, directory: Path, tmp_path: Path) -> None:
     """Notes of an operator are no batches."""
     outside = tmp_path / "batch_001_pending.json"
-    outside.write_bytes(b"{}")
+    files.save_pending(DOCUMENTS).path.rename(outside)
     (directory / "pending/batch_001_pending.json").symlink_to(outside)
     (directory / "pending/README").write_text("mine")
     (directory / "pending/batch_1.json").write_text("mine")
     assert pending(files) == []
-    assert outside.read_bytes() == b"{}"
+    assert outside.exists()
     assert (directory / "pending/batch_1.json").read_text() == "mine"
 
 

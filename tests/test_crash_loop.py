@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -103,6 +104,22 @@ def test_a_chain_of_kills_at_all_points(site: Site) -> None:
     assert killed >= 14, "too few of the points were reached: this proves little"
     check_exactly_once(site, documents)
     check_calls(site, documents, repeated=CONCURRENCY * killed)
+
+
+def test_answers_in_the_journal_are_not_asked_for_again(site: Site) -> None:
+    """What was answered and not yet written when the process died is written from the journal."""
+    documents = [document for document in documents_of_all_shapes(40) if user_message(document) is not None]
+    site.source.insert_many(documents)
+    assert site.run(plan={"seam": "before_write", "passage": 3}).code == -signal.SIGKILL
+    stored = set(site.results.distinct("source_conversation_id"))
+    events = [json.loads(line) for path in site.files("pending/*.journal") for line in path.read_text().splitlines()]
+    kept = {event["id"] for event in events if event["e"] == "answered"} - stored
+    assert kept, "every answer had been written: this proves nothing"
+    assert site.run().code == 0
+    check_exactly_once(site, documents)
+    assert {
+        document["_id"]: calls(site, document) for document in documents if document["_id"] in kept
+    } == dict.fromkeys(kept, 1)
 
 
 def test_what_failed_before_a_crash_is_not_asked_again_in_the_same_round(site: Site) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from config.service_settings import ServiceSettings, service_environment_names
 from config.settings import Settings, environment_names, known_environment_names
 from error_handler import ExitCode, Reason, TriadError
 from utils.batch_file_manager import FOLDERS
@@ -19,7 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def flags() -> list[str]:
-    return [option for action in create_parser()._actions for option in action.option_strings if option.startswith("--")]
+    return [
+        option for action in create_parser()._actions for option in action.option_strings if option.startswith("--")
+    ]
 
 
 @pytest.mark.parametrize("flag", flags())
@@ -48,8 +51,9 @@ def test_the_example_holds_the_defaults() -> None:
         if not line or line.startswith("#"):
             continue
         name, _, value = line.partition("=")
-        field = next(f for f in Settings.model_fields if name in environment_names(f))
-        default = Settings.model_fields[field].default
+        fields = {n: f for key, f in Settings.model_fields.items() for n in environment_names(key)}
+        fields |= {n: f for key, f in ServiceSettings.model_fields.items() for n in service_environment_names(key)}
+        default = fields[name].default
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
         if value == "":
             assert default is None, name
@@ -70,6 +74,7 @@ def test_every_exit_code_is_documented(code: ExitCode) -> None:
 
 def test_every_error_says_an_exit_code_of_the_table() -> None:
     """No error class ends the process with a code that nobody documented."""
+
     def classes(base: type[TriadError]) -> list[type[TriadError]]:
         return [base, *(c for child in base.__subclasses__() for c in classes(child))]
 
@@ -98,7 +103,9 @@ def test_presets_monitoring_modes_and_folders_are_documented() -> None:
 def test_links_and_files_named_in_the_documentation_exist(page: Path) -> None:
     """A page names no module, test or page that is not there."""
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:docs|tests|utils|config|benchmarks|data)/[\w./-]+\.(?:py|md|yaml|jsonl|example))`", text):
+    for name in re.findall(
+        r"`((?:docs|tests|utils|config|benchmarks|data)/[\w./-]+\.(?:py|md|yaml|jsonl|example))`", text
+    ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 

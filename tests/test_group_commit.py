@@ -103,8 +103,23 @@ async def test_drained_waits_for_the_write_to_end(store: Store) -> None:
         writer.cancel()
 
 
-async def test_an_item_submitted_while_the_last_group_ends_is_not_forgotten(store: Store) -> None:
-    """Many submitters at every possible moment; all is written once, in order."""
+@pytest.mark.parametrize("steps", range(12))
+async def test_an_item_submitted_while_the_last_group_ends_is_not_forgotten(store: Store, steps: int) -> None:
+    """At whatever step of the loop it comes: nothing follows that would wake the writer for it."""
+    commit: GroupCommit[int] = GroupCommit(store.write)
+    async with asyncio.TaskGroup() as tasks:
+        writer = tasks.create_task(commit.run())
+        commit.submit(0)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        commit.submit(1)
+        await commit.drained()
+        assert [item for group in store.groups for item in group] == [0, 1]
+        writer.cancel()
+
+
+async def test_many_submitters(store: Store) -> None:
+    """All is written once."""
     commit: GroupCommit[int] = GroupCommit(store.write, max_group=3)
 
     async def submit(first: int) -> None:

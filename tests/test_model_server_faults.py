@@ -14,7 +14,6 @@ from tests.worker import (
     Document,
     Site,
     calls,
-    check_calls,
     check_directory,
     check_exactly_once,
     check_results,
@@ -84,7 +83,7 @@ def test_a_model_that_cannot_be_used(site: Site, name: str, sentence: str) -> No
 def test_an_outage_costs_no_document_an_attempt(site: Site, tmp_path: Path) -> None:
     """The breaker pauses the run; after the restart it goes on, and nothing went through the retry queue."""
     documents = filled(site, 150)
-    with site.start("--output", str(tmp_path / "run.json")) as worker:
+    with site.start("--output", str(tmp_path / "run.json"), LLM_MAX_ATTEMPTS="1") as worker:
         model_of(site).wait_for("answered", at_least=20)
         model_of(site).kill()
         worker.await_text("circuit breaker: open")
@@ -219,16 +218,21 @@ def test_hopeless_documents_end_in_quarantine(site: Site) -> None:
 
 
 def test_too_many_failures_stop_the_run(site: Site) -> None:
-    """More than a tenth: exit code 4. With the cause removed the same command finishes, without a second stop."""
+    """More than a tenth: exit code 4. What failed then does not stop the next run, where a single one fails."""
     documents = filled(site, 200)
-    faults = [{"kind": "wrong_label", "when": {"text": f"Case {number:05d}"}} for number in range(0, 200, 4)]
+    hopeless = [number for number in range(0, 200, 4)]
+    faults = [{"kind": "wrong_label", "when": {"text": f"Case {number:05d}"}} for number in hopeless]
     model_of(site).configure(faults=faults)
     ended = site.run("--batch-size", "100")
     assert ended.code == 4, ended.err
     assert "label_outside" in ended.err.splitlines()[-1]
     assert model_of(site).stats()["answered"] < 150
-    model_of(site).configure(faults=[])
+    model_of(site).configure(faults=[faults[hopeless.index(88)]])  # of the same batch, and not asked for yet
     ended = site.run("--batch-size", "100")
-    assert ended.code == 0, ended.err
+    assert ended.code == 1, ended.err
+    assert [entry["conversation_id"] for entry in site.entries("quarantine")] == [88]
+    check_results(site, [document for document in documents if document["_id"] != 88])
+    check_statuses(site, documents, [88])
+    model_of(site).configure(faults=[])
+    assert site.run("--retry-failed").code == 0
     check_exactly_once(site, documents)
-    check_calls(site, documents, repeated=100)

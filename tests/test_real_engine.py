@@ -20,13 +20,26 @@ OLLAMA = os.environ.get("OLLAMA_TEST_ENDPOINT")  # the report's header says whet
 SAMPLES = ROOT / "data/sample_conversations.jsonl"
 
 
-def run_worker(tmp_path: Path, mongodb_uri: str, db_name: str, environment: dict[str, str], *flags: str) -> dict[str, Any]:
+def run_worker(
+    tmp_path: Path, mongodb_uri: str, db_name: str, environment: dict[str, str], *flags: str
+) -> dict[str, Any]:
     """Run cli.py to its end and return its statistics; a failure shows what it said."""
     output = tmp_path / "stats.json"
-    command = [sys.executable, str(ROOT / "cli.py"), "--mongodb-uri", mongodb_uri, "--db-name", db_name, "--output", str(output)]
+    command = [
+        sys.executable,
+        str(ROOT / "cli.py"),
+        "--mongodb-uri",
+        mongodb_uri,
+        "--db-name",
+        db_name,
+        "--output",
+        str(output),
+    ]
     command += ["--batch-files-dir", str(tmp_path / "batch_files"), *flags]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OLLAMA", "LLM", "MONGODB"))}
-    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=110, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        command, env=clean | environment, capture_output=True, text=True, timeout=110, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text())
 

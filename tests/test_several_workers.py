@@ -12,6 +12,7 @@ from tests.worker import (
     check_directory,
     check_results,
     check_statuses,
+    conversation,
     documents_of_all_shapes,
     until,
     user_message,
@@ -75,5 +76,29 @@ def test_a_lease_that_is_valid_is_respected(site: Site) -> None:
     assert left > 0, "it took documents that another worker holds"
     assert site.run("--logs").code == 0
     check_results(site, [document for document in documents if user_message(document) is not None])
+    check_statuses(site, documents)
+    check_calls(site, documents, repeated=CONCURRENCY)
+
+
+def test_the_dead_one_comes_back_while_its_documents_are_in_other_hands(site: Site) -> None:
+    """Its own files name them, and all the same it leaves them to the worker that holds the leases now."""
+    documents = [conversation(number) for number in range(CONCURRENCY)]
+    site.source.insert_many(documents)
+    assert site.model is not None
+    site.settings["LEASE_S"] = "2"
+    site.model.configure(latency_s=60.0)
+    with site.start() as worker:
+        site.model.wait_for("in_flight", equals=CONCURRENCY, timeout_s=30)
+        worker.send(signal.SIGKILL)
+        worker.ended()
+    site.model.wait_for("in_flight", equals=0)
+    await_expiry(site)
+    site.model.configure(latency_s=4.0)
+    with site.sibling("other_files").start() as other:
+        site.model.wait_for("in_flight", equals=CONCURRENCY, timeout_s=30)
+        assert site.run().code == 0
+        assert site.model.stats()["answered"] == 0, "the other one was done already: this proves nothing"
+        assert other.ended().code == 0
+    check_results(site, documents)
     check_statuses(site, documents)
     check_calls(site, documents, repeated=CONCURRENCY)

@@ -1,7 +1,8 @@
 """Stops calling a model server that is away, and starts again when it is back.
 
 Unlike breakers that fail calls while open, this one lets them wait: a batch has nothing better to
-do, and a document must not lose an attempt to an outage that is not its fault.
+do, and a document must not lose an attempt to an outage that is not its fault. Callers with people
+behind them ask it to fail fast.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ class BreakerPolicy:
 
     Probes start after *first_probe_s* and slow down to one each *probe_cap_s*, which therefore is
     the longest a server that is back waits for work. An outage longer than *outage_limit_s* is final.
+    With *fails_fast* no call waits for the server: an open breaker raises LLMOutageError at once.
     """
 
     threshold: int = 5
     first_probe_s: float = 0.5
     probe_cap_s: float = 30.0
     outage_limit_s: float = 3600.0
+    fails_fast: bool = False
 
 
 class CircuitBreaker:
@@ -68,6 +71,8 @@ class CircuitBreaker:
                 result = await send()
             except LLMConnectionError:
                 self._count_failure()
+                if self._policy.fails_fast:
+                    raise
                 if not self.is_open:
                     if await self._probe():
                         raise
@@ -87,6 +92,8 @@ class CircuitBreaker:
             await asyncio.gather(self._prober, return_exceptions=True)
 
     async def _wait_until_closed(self) -> None:
+        if self.is_open and self._policy.fails_fast:
+            raise LLMOutageError("the model server is away; start it, the service notices by itself")
         if self.is_open:
             await self._closed.wait()
         if self._gone:

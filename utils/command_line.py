@@ -48,28 +48,46 @@ def create_parser() -> argparse.ArgumentParser:
         "--queries-collection",
         help="collection with the conversations (MONGODB_SOURCE_COLLECTION; conversation_set)",
     )
-    what.add_argument("--results-collection", help="collection for results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)")
+    what.add_argument(
+        "--results-collection", help="collection for results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)"
+    )
     what.add_argument("--limit", type=_positive, help="take at most this many documents")
-    what.add_argument("--reprocess", action="store_true", help="ask again for documents that have a result, and replace it")
-    what.add_argument("--retry-failed", action="store_true", help="take up failed and quarantined documents with fresh attempts")
+    what.add_argument(
+        "--reprocess", action="store_true", help="ask again for documents that have a result, and replace it"
+    )
+    what.add_argument(
+        "--retry-failed", action="store_true", help="take up failed and quarantined documents with fresh attempts"
+    )
     what.add_argument("--dry-run", action="store_true", help="report what a run would do, and change nothing")
-    what.add_argument("--embedded", action="store_true", help="bring a MongoDB and sample conversations; nothing to install")
+    what.add_argument(
+        "--embedded", action="store_true", help="bring a MongoDB and sample conversations; nothing to install"
+    )
     how = parser.add_argument_group("how to work")
     how.add_argument("--model", help="model to ask (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
     how.add_argument("--ollama-endpoint", help="where Ollama is (OLLAMA_ENDPOINT; http://localhost:11434)")
     how.add_argument("--batch-size", type=int, help="documents per batch (BATCH_SIZE; 100)")
-    how.add_argument("--max-concurrent", "--concurrent", type=int, help="model calls in flight at once (MAX_CONCURRENT; 5)")
+    how.add_argument(
+        "--max-concurrent", "--concurrent", type=int, help="model calls in flight at once (MAX_CONCURRENT; 5)"
+    )
     how.add_argument("--preset", choices=PRESETS, help="concurrency and batch size: 3/50, 5/100 or 10/200")
-    how.add_argument("--mode", choices=["batch", "continuous", "scheduled"], help="until done, polling, or by --schedule")
+    how.add_argument(
+        "--mode", choices=["batch", "continuous", "scheduled"], help="until done, polling, or by --schedule"
+    )
     how.add_argument("--poll-interval", type=_positive, default=30, metavar="S", help="seconds between polls (30)")
     how.add_argument("--schedule", metavar="CRON", help='when a scheduled run starts, such as "0 2 * * *"')
-    how.add_argument("--batch-files-dir", type=Path, help="run-time files of this worker (BATCH_FILES_DIR; batch_files)")
+    how.add_argument(
+        "--batch-files-dir", type=Path, help="run-time files of this worker (BATCH_FILES_DIR; batch_files)"
+    )
     shown = parser.add_argument_group("what to show")
     shown.add_argument("--monitoring-mode", choices=MONITORING, help="a choice of the three flags that follow")
     shown.add_argument("--console", action="store_true", help="progress on the terminal")
     shown.add_argument("--logs", action="store_true", help="log lines on stderr")
-    shown.add_argument("--progress-files", action="store_true", help="progress as JSON and CSV under batch_files/progress/")
-    shown.add_argument("--log-level", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR"], help="(LOG_LEVEL; INFO)")
+    shown.add_argument(
+        "--progress-files", action="store_true", help="progress as JSON and CSV under batch_files/progress/"
+    )
+    shown.add_argument(
+        "--log-level", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR"], help="(LOG_LEVEL; INFO)"
+    )
     shown.add_argument("--verbose", action="store_true", help="log lines of level DEBUG, and tracebacks")
     shown.add_argument("--output", type=Path, metavar="FILE", help="write the run's statistics as JSON")
     return parser

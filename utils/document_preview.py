@@ -15,9 +15,7 @@ from utils.store_protocol import Document, Selection, Store
 EXAMPLES = 10
 
 
-async def preview(
-    store: Store, aggregate: Callable[[Document], Conversation], options: RunOptions
-) -> dict[str, Any]:
+async def preview(store: Store, aggregate: Callable[[Document], Conversation], options: RunOptions) -> dict[str, Any]:
     """Return what a run with *options* would take up, without changing or asking anything.
 
     Keys: selected, to_classify, already_done, skipped (by reason), shapes, turns, characters (of the

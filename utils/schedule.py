@@ -16,7 +16,9 @@ def require_cron(expression: str) -> None:
     except ValueError:  # not cron, or a day that no month has
         comes = False
     if not comes:
-        raise ConfigurationError(f'--schedule {expression!r} is not a cron expression; "0 2 * * *" is every day at 2:00.')
+        raise ConfigurationError(
+            f'--schedule {expression!r} is not a cron expression; "0 2 * * *" is every day at 2:00.'
+        )
 
 
 def seconds_until_next(expression: str, now: datetime) -> float:

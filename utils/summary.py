@@ -32,7 +32,9 @@ def print_run(console: Console, stats: dict[str, Any]) -> None:
         f"[green]{stats['successful']} classified[/], [red]{stats['failed']} failed[/], {stats['skipped']} skipped"
     )
     if stats["already_done"]:
-        console.print(f"{stats['already_done']} had a result already and were not asked again (--reprocess replaces results)")
+        console.print(
+            f"{stats['already_done']} had a result already and were not asked again (--reprocess replaces results)"
+        )
     if stats["leased_elsewhere"]:
         console.print(f"{stats['leased_elsewhere']} are in the hands of another worker")
     for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):

@@ -1,0 +1,34 @@
+# The REST service; with `python cli.py ...` as command the batch worker. docs/service-clients.md has the commands.
+# Neither needs to write outside /var/lib/triad and /tmp, so --read-only works.
+
+FROM python:3.11-slim-bookworm AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /app
+RUN python -m venv /opt/venv
+COPY requirements.txt ./
+# Wheels only: no code of a package runs while the image is built, and no compiler is needed.
+RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements.txt
+COPY *.py LICENSE ./
+COPY config/ config/
+COPY utils/ utils/
+COPY data/*.jsonl data/
+RUN /opt/venv/bin/python -m compileall -q .
+
+FROM python:3.11-slim-bookworm
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    API_HOST=0.0.0.0 \
+    BATCH_FILES_DIR=/var/lib/triad/batch_files
+# Numbers, not a name: Kubernetes' runAsNonRoot cannot look names up.
+RUN install -d -m 0700 -o 10001 -g 10001 /var/lib/triad /var/lib/triad/batch_files
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /app /app
+WORKDIR /app
+USER 10001:10001
+VOLUME ["/var/lib/triad"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ.get('API_PORT') or 8000}/health\", timeout=2)"]
+CMD ["python", "main.py"]

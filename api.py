@@ -1,0 +1,371 @@
+"""The contract of POST /classify: its bodies, the model behind it, and the same in blocking form.
+
+``classify_conversation`` needs no service: it asks the model server itself, for scripts and notebooks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import async_llm_wrapper
+import llm_wrapper
+from aggregator import aggregate_conversation
+from classifier import ReplyParser
+from config import Settings, load_settings, load_taxonomy
+from config.service_settings import ServiceSettings
+from error_handler import (
+    ConfigurationError,
+    ErrorKind,
+    LLMBusyError,
+    LLMContextError,
+    LLMError,
+    LLMModelError,
+    LLMOutageError,
+    LLMReplyError,
+    LLMTimeoutError,
+    LLMUnavailableError,
+    Reason,
+    RequestError,
+    SkippedDocumentError,
+)
+from prompt_builder import PromptBuilder
+from utils import service_errors as errors
+from utils.baseline import BASELINE_MODEL, BaselineClassifier
+from utils.circuit_breaker import BreakerPolicy
+from utils.conversation import Conversation
+from utils.deadlines import Deadlines
+from utils.ollama_protocol import chat_target
+from utils.place_queue import PlaceQueue
+from utils.service_metrics import ServiceMetrics
+
+logger = logging.getLogger(__name__)
+
+MAX_NUMBER_CHARACTERS = 200
+MAX_TIMESTAMP_CHARACTERS = 64
+
+# With a person waiting, one quick repetition is for a connection that the server closed meanwhile.
+SERVICE_ATTEMPTS, SERVICE_BACKOFF_S = 2, 0.1
+SERVICE_PROBE_CAP_S = 2.0
+
+CHECK_TIMEOUT_S = 5.0
+CHECK_AGAIN_S = 1.0  # also how long the outcome of a check is good for
+UNAVAILABLE_RETRY_AFTER_S = 5
+
+
+class Message(BaseModel):
+    """One message of the conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    sender: Literal["customer", "agent"] = Field(
+        description="who wrote it; sentiment is judged from the customer's alone"
+    )
+    timestamp: str | None = Field(
+        None,
+        max_length=MAX_TIMESTAMP_CHARACTERS,
+        description="when, ISO 8601 (UTC where it names no zone); where every message has a readable one, "
+        "they count in the order of time, else as listed",
+        examples=["2026-11-21T10:00:00Z"],
+    )
+    text: str = Field(description="what was written; a message without visible text is left out")
+
+
+class ClassificationRequest(BaseModel):
+    """One conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    conversation_number: str = Field(
+        min_length=1,
+        max_length=MAX_NUMBER_CHARACTERS,
+        description="the caller's own number; it comes back in the answer",
+    )
+    messages: list[Message] = Field(
+        min_length=1, description="all messages; at least one of the customer with visible text"
+    )
+
+
+class Labels(BaseModel):
+    """What the conversation is about; labels are those of the taxonomy."""
+
+    intent: str = Field(description="what the customer wants")
+    topic: str = Field(description="what it is about")
+    sentiment: str = Field(description="how the customer feels")
+    categorization: str = Field(description="one line in plain words")
+
+
+class ClassificationResponse(BaseModel):
+    """The conversation as it was sent, and its labels."""
+
+    conversation_number: str = Field(description="as sent")
+    messages: list[Message] = Field(description="all of them, as sent")
+    classification: Labels
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, without anything that was sent."""
+
+    type: str = Field(description="one of a closed list")
+    message: str = Field(description="one sentence: what is wrong and what to do")
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def parse_request(fields: Mapping[str, Any], settings: ServiceSettings) -> Conversation:
+    """Return the conversation in a request body within the limits of *settings*.
+
+    Raises:
+        RequestError: INVALID; the message names the place and quotes nothing.
+    """
+    messages = fields.get("messages")
+    if isinstance(messages, list) and len(messages) > settings.max_messages:
+        raise RequestError(errors.INVALID, f"messages: at most {settings.max_messages} are taken; send fewer.")
+    try:
+        request = ClassificationRequest.model_validate(fields)
+    except ValidationError as exc:
+        raise RequestError(errors.INVALID, _places(exc)) from exc
+    if sum(len(message.text) for message in request.messages) > settings.max_text_characters:
+        limit = settings.max_text_characters
+        raise RequestError(
+            errors.INVALID, f"messages: their texts may have {limit} characters together; send less text."
+        )
+    try:
+        return aggregate_conversation(fields)
+    except SkippedDocumentError as exc:
+        raise RequestError(errors.INVALID) from exc
+
+
+def _places(exc: ValidationError) -> str:
+    """Return what is wrong where, of the first three problems. The name of an unknown field is the caller's: left out."""
+    problems = []
+    for error in exc.errors(include_input=False, include_url=False, include_context=False)[:3]:
+        unknown = error["type"] == "extra_forbidden"
+        place = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][: -1 if unknown else None]
+        ).lstrip(".")
+        fault = "there is a field that is not known" if unknown else error["msg"].removeprefix("Input ")
+        if error["type"] == "model_type":
+            fault = "should be an object"
+        problems.append(f"{place or 'body'}: {fault}")
+    return "; ".join(problems) + "."
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The labels of one conversation, what gave them, and how long that took."""
+
+    labels: dict[str, str]
+    model: str
+    queue_s: float
+    model_s: float
+
+
+class ModelService:
+    """The model as the service asks it: bounded, within deadlines, and without waiting for an outage to end.
+
+    Use as ``async with``; inside, one background task looks for the model until it is found.
+    """
+
+    def __init__(self, settings: Settings, service_settings: ServiceSettings, metrics: ServiceMetrics) -> None:
+        """Prepare; nothing is opened yet.
+
+        Raises:
+            ConfigurationError: The taxonomy or the model's name is wrong.
+        """
+        self._settings = settings.model_copy(
+            update={
+                "llm_timeout_s": min(settings.llm_timeout_s, service_settings.request_timeout_s),
+                "llm_max_attempts": min(settings.llm_max_attempts, SERVICE_ATTEMPTS),
+                "llm_backoff_s": min(settings.llm_backoff_s, SERVICE_BACKOFF_S),
+            }
+        )
+        taxonomy = load_taxonomy(settings.taxonomy_file)
+        self._prompts, self._parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
+        self._baseline = BaselineClassifier(taxonomy) if service_settings.embedded else None
+        self._target = chat_target(settings, settings.model or "")
+        self._metrics = metrics
+        self._stack = contextlib.AsyncExitStack()
+        self._client: async_llm_wrapper.AsyncLLMClient | None = None
+        self._checking = asyncio.Lock()
+        self._checked_at = -math.inf
+        self._found = self._baseline is not None
+        self._problem: ErrorKind | None = None if self._found else errors.MODEL_AWAY
+        self.places = PlaceQueue(service_settings.max_concurrent, service_settings.queue_size)
+        self.deadlines = Deadlines()
+        metrics.watch("triad_model_calls_in_flight", "Places taken at the model", lambda: self.places.running)
+        metrics.watch("triad_queue_length", "Requests that wait for a place", lambda: self.places.waiting)
+        metrics.watch("triad_breaker_open", "1 while the model server is away", lambda: float(self.is_breaker_open))
+        metrics.watch(
+            "triad_model_found", "1 after the model server was seen to have the model", lambda: float(self._found)
+        )
+
+    @property
+    def model(self) -> str:
+        """The name of what gives the labels."""
+        return BASELINE_MODEL if self._baseline is not None else self._target.model
+
+    @property
+    def is_breaker_open(self) -> bool:
+        """Whether the model server is known to be away."""
+        return self._client is not None and self._client.breaker.is_open
+
+    async def __aenter__(self) -> ModelService:
+        if self._baseline is None:
+            places = self.places.size
+            session = await self._stack.enter_async_context(async_llm_wrapper.open_session(places))
+            policy = BreakerPolicy(probe_cap_s=SERVICE_PROBE_CAP_S, outage_limit_s=math.inf, fails_fast=True)
+            self._client = async_llm_wrapper.AsyncLLMClient(self._settings, self._target, session, policy)
+            self._stack.push_async_callback(self._client.breaker.close)
+            await self.check()
+            finder = asyncio.create_task(self._find(), name="find-model")
+            self._stack.push_async_callback(_end, finder)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def check(self) -> ErrorKind | None:
+        """Look whether the server answers and has the model; None says yes. At most one look per CHECK_AGAIN_S."""
+        if self._client is None:
+            return None
+        async with self._checking:
+            if time.monotonic() - self._checked_at < CHECK_AGAIN_S:
+                return self._problem
+            problem, reason = await self._look(self._client)
+            if problem is not self._problem or self._checked_at == -math.inf:
+                logger.log(logging.INFO if problem is None else logging.WARNING, "model: %s", reason)
+            self._problem, self._checked_at = problem, time.monotonic()
+            self._found = self._found or problem is None
+            return problem
+
+    async def _look(self, client: async_llm_wrapper.AsyncLLMClient) -> tuple[ErrorKind | None, str]:
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                target = await client.prepare(self._settings)
+        except (ConfigurationError, LLMModelError) as exc:
+            return errors.MODEL_MISSING, str(exc)
+        except (LLMError, TimeoutError) as exc:
+            return errors.MODEL_AWAY, str(exc) or f"no answer within {CHECK_TIMEOUT_S:.0f} s"
+        return None, f"{target.model} at {target.server_url} is ready"
+
+    async def _find(self) -> None:
+        while not self._found:
+            await asyncio.sleep(CHECK_AGAIN_S)
+            await self.check()
+
+    def require_room(self) -> None:
+        """Raise the RequestError that ``classify`` would raise at once, for a caller that is not read yet."""
+        if not self._found:
+            raise RequestError(self._problem or errors.MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+        if self.is_breaker_open:
+            raise RequestError(errors.MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+        self.places.require_room()
+
+    async def classify(self, conversation: Conversation, deadline: float) -> Verdict:
+        """Return the labels of *conversation* before *deadline* (of the running loop's clock).
+
+        Cancelling it ends the model call and frees the place.
+
+        Raises:
+            RequestError: See docs/service.md; nothing is kept.
+        """
+        self.require_room()
+        asked_at = time.monotonic()
+        async with self.deadlines.until(deadline), self.places.place():
+            begun_at = time.monotonic()
+            self._metrics.queue_time.observe(begun_at - asked_at)
+            try:
+                labels = await self._labels(conversation)
+            finally:
+                ended_at = time.monotonic()
+                self._metrics.model_time.observe(ended_at - begun_at)
+        return Verdict(labels, self.model, begun_at - asked_at, ended_at - begun_at)
+
+    async def _labels(self, conversation: Conversation) -> dict[str, str]:
+        if self._baseline is not None:
+            return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict()
+        if self._client is None:
+            raise RequestError(errors.MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+        client, prompts, parser = self._client, self._prompts, self._parser
+        try:
+            outcome = await async_llm_wrapper.ollama_classify_async(conversation, client, prompts, parser)
+        except LLMError as exc:
+            problem = request_error(exc)
+            logger.warning("no classification: %s: %s", problem.kind.name, exc)
+            raise problem from exc
+        self._metrics.tokens.labels("prompt").inc(outcome.prompt_tokens or 0)
+        self._metrics.tokens.labels("reply").inc(outcome.reply_tokens or 0)
+        return outcome.classification.as_dict()
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def request_error(exc: LLMError) -> RequestError:
+    """Return what a caller is told about *exc*."""
+    overflow = isinstance(exc, LLMContextError) or (
+        isinstance(exc, LLMReplyError) and exc.reason is Reason.CONTEXT_OVERFLOW
+    )
+    if overflow:
+        return RequestError(errors.TOO_LONG)
+    if isinstance(exc, LLMTimeoutError):
+        return RequestError(errors.TOO_SLOW)
+    if isinstance(exc, LLMModelError):
+        return RequestError(errors.MODEL_MISSING, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+    if isinstance(exc, LLMBusyError):
+        return RequestError(errors.MODEL_BUSY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+    if isinstance(exc, LLMUnavailableError | LLMOutageError):
+        return RequestError(errors.MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+    return RequestError(errors.UNUSABLE_ANSWER)
+
+
+def classify_conversation(
+    request: ClassificationRequest | Mapping[str, Any], settings: Settings | None = None
+) -> ClassificationResponse:
+    """Return what POST /classify answers, asking the model server from here; blocks until it is there.
+
+    *settings* None reads them from the environment. The limits on sizes are the service's and do not count
+    here. Each call opens its own connection.
+
+    Raises:
+        RequestError: There is nothing to classify.
+        ConfigurationError: The model is not named, or the server does not have it.
+        LLMError: The server gave no answer, or none that is usable.
+        pydantic.ValidationError: *request* does not have the shape of a request.
+    """
+    if not isinstance(request, ClassificationRequest):
+        request = ClassificationRequest.model_validate(request)
+    settings = settings or load_settings()
+    try:
+        conversation = aggregate_conversation(request.model_dump())
+    except SkippedDocumentError as exc:
+        raise RequestError(errors.INVALID) from exc
+    taxonomy = load_taxonomy(settings.taxonomy_file)
+    with llm_wrapper.open_session() as session:
+        client = llm_wrapper.LLMClient(settings, chat_target(settings, settings.model or ""), session)
+        client.prepare(settings)
+        prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
+        outcome = llm_wrapper.ollama_classify(conversation, client, prompts, parser)
+    return ClassificationResponse(
+        conversation_number=request.conversation_number,
+        messages=request.messages,
+        classification=Labels(**outcome.classification.as_dict()),
+    )

@@ -1,0 +1,155 @@
+"""Sends a handful of multi-turn conversations to a running service and shows the labels beside the expected ones."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from error_handler import ConfigurationError, ExitCode, RequestError, TriadError
+from logger import configure_logging
+from utils.client_arguments import add_service_arguments, target_from, whole_number
+from utils.document_files import read_documents
+from utils.extended_json import id_key, loads
+from utils.retry_utils import RetryPolicy
+from utils.safe_text import one_line
+from utils.service_client import Pace, ServiceClient, ServiceTimeoutError, open_session
+from utils.service_protocol import ServiceTarget
+from utils.service_requests import request_for
+from utils.store_protocol import Document
+
+DATA = Path(__file__).parent / "data"
+SAMPLES, EXPECTED = DATA / "sample_conversations.jsonl", DATA / "sample_expected.jsonl"
+FIELDS = ("intent", "topic", "sentiment")
+LEAST_TURNS = 3
+MOST_SAMPLES = 100
+AT_ONCE = 4
+ATTEMPTS, FIRST_WAIT_S = 3, 0.5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in *argv* (None: of the process) and return its exit code."""
+    arguments = _create_parser().parse_args(argv)
+    try:
+        target = target_from(arguments)
+        configure_logging("DEBUG" if arguments.verbose else "WARNING", secrets=target.headers.values())
+        return asyncio.run(_run(target, arguments.count, arguments.timeout))
+    except TriadError as exc:
+        sys.stderr.write(f"api_client.py: {exc}\n")
+        if arguments.verbose:
+            traceback.print_exc()
+        return exc.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("api_client.py: Interrupted; nothing is left behind.\n")
+        return ExitCode.INTERRUPTED
+
+
+def _create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="api_client.py",
+        description="Send shipped multi-turn conversations to a running service and show what it answers.",
+        epilog="Exit codes: 0 each has an answer (right or not), 1 some have none, 2 usage or key, "
+        "3 the service is not reachable, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--count",
+        type=whole_number(1, MOST_SAMPLES),
+        default=8,
+        metavar="N",
+        help="how many conversations (%(default)s)",
+    )
+    add_service_arguments(parser)
+    return parser
+
+
+async def _run(target: ServiceTarget, count: int, timeout_s: float) -> int:
+    documents = list(itertools.islice(choose_samples(), count))
+    async with open_session(AT_ONCE) as session:
+        pace = Pace(AT_ONCE, asyncio.Event())
+        client = ServiceClient(target, session, pace, RetryPolicy(ATTEMPTS, FIRST_WAIT_S), timeout_s)
+        outcomes = await asyncio.gather(*(_ask(client, document) for document in documents), return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    expected = read_expected()
+    rows = [
+        (document, outcome, expected.get(id_key(document["_id"]), {}))
+        for document, outcome in zip(documents, outcomes, strict=True)
+        if not isinstance(outcome, BaseException)
+    ]
+    _print_table(rows)
+    return ExitCode.DONE if all(isinstance(labels, dict) for _, labels, _ in rows) else ExitCode.INCOMPLETE
+
+
+async def _ask(client: ServiceClient, document: Document) -> dict[str, Any] | str:
+    """Return the labels of *document*, or why there are none."""
+    try:
+        answer = await client.classify(request_for(document, 1))
+    except (RequestError, ServiceTimeoutError) as exc:
+        return str(exc)
+    return dict(answer.body["classification"])
+
+
+def choose_samples() -> Iterator[Document]:
+    """Yield the multi-turn samples: first one for each expected intent, then the others in their order."""
+    expected, seen, later = read_expected(), set(), []
+    for document in read_documents(SAMPLES):
+        if len(document.get("tweets") or document.get("messages") or []) < LEAST_TURNS:
+            continue
+        intent = expected.get(id_key(document["_id"]), {}).get("intent")
+        if intent is None or intent in seen:
+            later.append(document)
+            continue
+        seen.add(intent)
+        yield document
+    yield from later
+
+
+def read_expected() -> dict[bytes, dict[str, str]]:
+    """Return the expected labels of the samples by ``extended_json.id_key``."""
+    try:
+        lines = EXPECTED.read_bytes().splitlines()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{EXPECTED} cannot be read ({exc.strerror}); restore it from the repository."
+        ) from exc
+    return {id_key(row["_id"]): row["expected"] for row in map(loads, lines)}
+
+
+def _print_table(rows: Sequence[tuple[Document, dict[str, Any] | str, dict[str, str]]]) -> None:
+    table = Table(title="What the service answers; in brackets what was expected instead", title_justify="left")
+    for heading in ("conversation", "turns", *FIELDS, "categorization"):
+        table.add_column(heading, overflow="fold")
+    right = dict.fromkeys(FIELDS, 0)
+    for document, labels, expected in rows:
+        turns = document.get("tweets") or document.get("messages") or []
+        head = (str(document.get("conversation_number")), str(len(turns)))
+        if isinstance(labels, str):
+            table.add_row(*map(escape, head), "[red]none[/]", "", "", escape(labels))
+            continue
+        cells = []
+        for name in FIELDS:
+            is_right = labels[name] == expected.get(name)
+            right[name] += is_right
+            missed = "" if is_right or name not in expected else f" [yellow]({escape(expected[name])})[/]"
+            cells.append(escape(labels[name]) + missed)
+        table.add_row(*map(escape, head), *cells, escape(one_line(labels["categorization"], 90)))
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console.print(table)
+    answered = sum(isinstance(labels, dict) for _, labels, _ in rows)
+    shares = ", ".join(f"{name} {count}" for name, count in right.items())
+    console.print(f"{answered} of {len(rows)} answered; as expected: {shares}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Settings of the REST service alone; what it shares with the batch worker is in config/settings.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from error_handler import ConfigurationError
+
+Exposure = Literal["public", "key", "off"]
+
+_KEY_ENTRY = re.compile(r"[A-Za-z0-9._-]{1,64}:[!-+\--~]{16,512}")
+
+
+def _env(name: str) -> Any:
+    return AliasChoices(name)
+
+
+class ServiceSettings(BaseSettings):
+    """Everything that can be set for the service. Seconds, unless the name says otherwise."""
+
+    # Unknown names in .env are refused by load_settings, which knows those of both classes.
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    host: str = Field(
+        "127.0.0.1", validation_alias=_env("API_HOST"), description="address that `python main.py` listens on"
+    )
+    port: int = Field(
+        8000, ge=0, le=65_535, validation_alias=_env("API_PORT"), description="its port; 0 lets the system choose"
+    )
+    keys: SecretStr | None = Field(
+        None,
+        validation_alias=_env("API_KEYS"),
+        description="who may ask: name:key,name:key; a name may have several keys while one replaces the other",
+    )
+    allow_unauthenticated: bool = Field(
+        False,
+        validation_alias=_env("API_ALLOW_UNAUTHENTICATED"),
+        description="answer without keys also outside this machine",
+    )
+    max_concurrent: int = Field(
+        5, ge=1, le=1024, validation_alias=_env("API_MAX_CONCURRENT"), description="model calls in flight at once"
+    )
+    queue_size: int = Field(
+        100, ge=0, le=10_000, validation_alias=_env("API_QUEUE_SIZE"), description="requests that may wait for a call"
+    )
+    request_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        validation_alias=_env("API_REQUEST_TIMEOUT_S"),
+        description="longest a request may take, its wait included",
+    )
+    header_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=300,
+        validation_alias=_env("API_HEADER_TIMEOUT_S"),
+        description="longest wait for a request's head",
+    )
+    body_timeout_s: float = Field(
+        10.0, gt=0, le=300, validation_alias=_env("API_BODY_TIMEOUT_S"), description="longest wait for a request's body"
+    )
+    rate_limit_per_minute: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        validation_alias=_env("API_RATE_LIMIT_PER_MINUTE"),
+        description="requests per minute and caller, as many at once; 0 means no limit",
+    )
+    max_body_bytes: int = Field(
+        262_144, ge=1024, le=16_777_216, validation_alias=_env("API_MAX_BODY_BYTES"), description="largest body, bytes"
+    )
+    max_messages: int = Field(
+        500, ge=1, le=100_000, validation_alias=_env("API_MAX_MESSAGES"), description="messages of one conversation"
+    )
+    max_text_characters: int = Field(
+        50_000,
+        ge=1,
+        le=4_194_304,
+        validation_alias=_env("API_MAX_TEXT_CHARACTERS"),
+        description="characters of all its texts together",
+    )
+    idempotency_retention_s: float = Field(
+        86_400.0,
+        ge=0,
+        le=604_800,
+        validation_alias=_env("API_IDEMPOTENCY_RETENTION_S"),
+        description="how long the answer to an Idempotency-Key is kept",
+    )
+    idempotency_max_keys: int = Field(
+        10_000,
+        ge=1,
+        le=1_000_000,
+        validation_alias=_env("API_IDEMPOTENCY_MAX_KEYS"),
+        description="answers that are kept; the oldest go first",
+    )
+    expose_docs: Exposure = Field(
+        "key", validation_alias=_env("API_EXPOSE_DOCS"), description="/docs and /openapi.json: public, key or off"
+    )
+    expose_metrics: Exposure = Field(
+        "key", validation_alias=_env("API_EXPOSE_METRICS"), description="/metrics: public, key or off"
+    )
+    embedded: bool = Field(
+        False, validation_alias=_env("API_EMBEDDED"), description="answer with the built-in baseline, without a model"
+    )
+
+    @field_validator("keys")
+    @classmethod
+    def _well_formed(cls, value: SecretStr | None) -> SecretStr | None:
+        entries = [entry.strip() for entry in value.get_secret_value().split(",")] if value else []
+        if not all(_KEY_ENTRY.fullmatch(entry) for entry in entries):
+            raise ValueError(
+                "must be name:key,name:key with names of letters, digits and ._- and keys of 16 to 512 printable "
+                "ASCII characters without comma (make one: python -c 'import secrets; print(secrets.token_hex(32))')"
+            )
+        keys = [entry.partition(":")[2] for entry in entries]
+        if len(set(keys)) != len(keys):
+            raise ValueError("holds a key twice; give each caller its own")
+        return value
+
+    @property
+    def named_keys(self) -> list[tuple[str, str]]:
+        """The keys as (name, key); empty where none is set."""
+        entries = self.keys.get_secret_value().split(",") if self.keys else []
+        return [(name, key) for name, _, key in (entry.strip().partition(":") for entry in entries)]
+
+
+def service_environment_names(field: str) -> tuple[str, ...]:
+    """Return the environment variables that set *field* of ServiceSettings."""
+    alias = ServiceSettings.model_fields[field].validation_alias
+    return tuple(str(name) for name in alias.choices) if isinstance(alias, AliasChoices) else ()
+
+
+def load_service_settings(dotenv: Path | None = Path(".env"), **arguments: Any) -> ServiceSettings:
+    """Read the settings; *arguments* (field names) win over the environment, that over *dotenv*.
+
+    An argument that is None counts as not given; *dotenv* None reads no file. Unknown names in the
+    file are the business of ``load_settings``, which the service calls as well.
+
+    Raises:
+        ConfigurationError: A value is malformed. The message names each one and never shows a secret.
+    """
+    given = {service_environment_names(name)[0]: value for name, value in arguments.items() if value is not None}
+    try:
+        return ServiceSettings(_env_file=dotenv, **given)
+    except ValidationError as exc:
+        errors = exc.errors(include_input=False, include_url=False)
+        problems = [f"{error['loc'][0]}: {error['msg'].removeprefix('Value error, ')}" for error in errors]
+        raise ConfigurationError("Wrong setting: " + "; ".join(problems) + ".") from exc

@@ -1,0 +1,84 @@
+"""The load test counts what really came back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from error_handler import ExitCode
+from tests.performance_test import Load, conversation, percentile
+from tests.scripted_service import Reply, ScriptedService, error, scripted_service
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_script(service: ScriptedService, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tests/performance_test.py"), "--url", service.url, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_every_answer_is_counted(tmp_path: Path) -> None:
+    """200s and 503s with Retry-After are fine; each request is another one."""
+    output = tmp_path / "load.json"
+    with scripted_service(
+        lambda number, nth: error(503, "QueueFullError", Retry_After="1") if number.endswith("3") else Reply()
+    ) as service:
+        run = run_script(service, "--requests", "40", "--concurrency", "5", "--output", str(output))
+    assert run.returncode == ExitCode.DONE, run.stderr
+    assert len(service.asked) == 40
+    assert service.most_in_flight <= 5
+    measured = json.loads(output.read_text())
+    assert {status: len(values) for status, values in measured["latencies_s"].items()} == {"200": 36, "503": 4}
+    assert measured["health_s"]
+    assert "503: 4 with Retry-After, 0 without" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("reply", "sign"),
+    [
+        (error(503, "QueueFullError"), "0 with Retry-After, 1 without"),
+        (error(500, "InternalError"), "500"),
+        (error(422, "ValidationError"), "422"),
+    ],
+)
+def test_what_a_busy_service_may_not_answer_ends_with_1(reply: Reply, sign: str) -> None:
+    """One in ten is enough."""
+    with scripted_service(lambda number, nth: reply if number == "load-7" else Reply()) as service:
+        run = run_script(service, "--requests", "10", "--concurrency", "2")
+    assert run.returncode == ExitCode.INCOMPLETE
+    assert sign in run.stdout
+
+
+def test_silence_is_no_answer() -> None:
+    """A request beyond the time-out is counted by its reason."""
+    with scripted_service() as service:
+        service.close()
+        run = run_script(service, "--requests", "1", "--concurrency", "1", "--timeout", "0.3")
+    assert run.returncode == ExitCode.INCOMPLETE
+    assert "no answer: 1 x" in run.stdout
+
+
+def test_no_load_is_sent_where_no_service_is() -> None:
+    """One sentence and exit code 3."""
+    with scripted_service() as service:
+        pass
+    run = run_script(service, "--requests", "5")
+    assert run.returncode == ExitCode.UNREACHABLE
+    assert run.stderr.startswith("performance_test.py: No service answers at")
+
+
+def test_failing_health_is_not_clean() -> None:
+    """The load may be fine and the service still look dead to a load balancer."""
+    assert Load(latencies_s={"200": [0.1]}).is_clean
+    assert not Load(latencies_s={"200": [0.1]}, health_failed=1).is_clean
+
+
+def test_bodies_differ_and_can_be_large() -> None:
+    """Nothing can be answered from memory."""
+    assert len({conversation(number, 0) for number in range(2000)}) == 2000
+    assert len(conversation(1, 10_000)) > 10_000
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0

@@ -1,0 +1,56 @@
+"""What the service counts and measures, in Prometheus text. Labels are closed lists; nothing sent becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
+
+
+class ServiceMetrics:
+    """The numbers of one service; docs/service.md lists them."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self.requests = self._counter("triad_http_requests", "Requests answered", "route", "status")
+        self.latency = self._seconds(
+            "triad_http_request_duration_seconds", "From the head to the end of the answer", "route"
+        )
+        self.in_flight = self._gauge("triad_http_requests_in_flight", "Requests being answered")
+        self.model_time = self._seconds("triad_model_duration_seconds", "Time with the model, repair turns included")
+        self.queue_time = self._seconds("triad_queue_duration_seconds", "Wait for a place at the model")
+        self.tokens = self._counter("triad_tokens", "Tokens that the model server counted", "kind")
+        self.rejections = self._counter("triad_rejections", "Requests without a classification", "reason")
+        for kind in ("prompt", "reply"):
+            self.tokens.labels(kind)
+
+    def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
+        """Add a gauge that is *read* when it is asked for."""
+        self._gauge(name, documentation).set_function(read)
+
+    def render(self) -> bytes:
+        """Return everything in the text format 0.0.4."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return Counter(name, documentation, labels, registry=self._registry)
+
+    def _gauge(self, name: str, documentation: str) -> Gauge:
+        return Gauge(name, documentation, registry=self._registry)
+
+    def _seconds(self, name: str, documentation: str, *labels: str) -> Histogram:
+        return Histogram(name, documentation, labels, buckets=SECONDS, registry=self._registry)
