@@ -155,7 +155,9 @@ class BatchProcessor:
             TriadError: MongoDB, the model server or the directory failed for good. In each case
                 the same command goes on where this one ended.
         """
-        return await self._run(lambda intake: [intake.recovered(), intake.retry_round(), intake.fresh()], to_the_end=True)
+        return await self._run(
+            lambda intake: [intake.recovered(), intake.retry_round(), intake.fresh()], to_the_end=True
+        )
 
     async def _run(
         self, sources: Callable[[DocumentIntake], list[AsyncGenerator[BatchInWork]]], *, to_the_end: bool
@@ -164,17 +166,20 @@ class BatchProcessor:
         steps = Steps(aggregate_conversation, self._classify)
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(saved, self._source, reprocess=self.options.reprocess)
+        checkpoint.worker_id = self._worker_id()
         run = BatchRun(self.settings, self.options, self.store, self.files, steps, checkpoint=checkpoint)
         run.stop, run.reporter = self.stop, self._reporter
         return await run.execute(sources(run.intake), to_the_end=to_the_end)
 
     def _worker_id(self) -> str:
         """Return the id under which this directory's worker holds leases, the same after a crash."""
-        saved = self.files.read_state("worker.json") or {}
-        if not isinstance(saved.get("worker_id"), str):
-            saved = {"worker_id": f"worker-{secrets.token_hex(8)}"}
-            self.files.write_state("worker.json", saved)
-        return str(saved["worker_id"])
+        for name in ("worker.json", "checkpoint.json"):
+            worker_id = (self.files.read_state(name) or {}).get("worker_id")
+            if isinstance(worker_id, str):
+                return worker_id
+        worker_id = f"worker-{secrets.token_hex(8)}"
+        self.files.write_state("worker.json", {"worker_id": worker_id})
+        return worker_id
 
 
 async def find_model(settings: Settings) -> str | None:

@@ -134,6 +134,7 @@ def test_a_wrong_flag(argv: list[str], sentence: str, capsys: pytest.CaptureFixt
         (["--db-name", ""], "MONGODB_DB"),
         (["--source-collection", "same", "--results-collection", "same"], "MONGODB_RESULTS_COLLECTION"),
         (["--mode", "scheduled"], "--schedule"),
+        (["--schedule", "0 2 * * *"], "--mode scheduled"),
         (["--mode", "scheduled", "--schedule", "every day"], "--schedule 'every day' is not a cron expression"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

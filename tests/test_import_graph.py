@@ -39,6 +39,7 @@ OWNERS = {
     "bson": {"mongo_client", "utils.extended_json"},
     "aiohttp": {"async_llm_wrapper", "utils.service_client"},  # of the model server; of our own service, by its clients
     "requests": {"llm_wrapper"},
+    "urllib3": {"llm_wrapper"},
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"utils.baseline"},
     "yaml": {"config.taxonomy"},

@@ -26,6 +26,7 @@ from tests.worker import (
     check_results,
     check_statuses,
     conversation,
+    documents_of_all_shapes,
 )
 from utils.batch_file_manager import BatchFiles
 
@@ -370,3 +371,17 @@ def test_documents_that_fail_again_are_queued_once(site: Site) -> None:
     assert ended.code == 1, ended.err
     assert sorted(entry["conversation_id"] for entry in site.entries("quarantine")) == [3, 33]
     assert [calls(site, document) for document in hopeless] == [8, 8]
+
+
+def test_a_worker_that_lost_its_name_goes_on_with_its_own_leases(site: Site) -> None:
+    """Its id stands in the checkpoint too; else its own leases would lock it out until they expire."""
+    documents = documents_of_all_shapes(60)
+    site.source.insert_many(documents)
+    assert site.model is not None
+    with site.start() as worker:
+        site.model.wait_for("answered", at_least=5, timeout_s=30)
+        worker.send(signal.SIGKILL)
+        worker.ended()
+    (site.directory / "worker.json").unlink()
+    assert site.run().code == 0
+    check_exactly_once(site, documents)

@@ -63,6 +63,7 @@ class Checkpoint:
     has_mark: bool = False  # because null is an _id like any other
     finished: bool = False
     counts: dict[str, Any] = field(default_factory=dict)
+    worker_id: str | None = None  # a second copy: who loses worker.json would be locked out by its own leases
 
     def as_dict(self) -> dict[str, Any]:
         """Return the checkpoint as the file holds it."""
@@ -74,6 +75,7 @@ class Checkpoint:
             "has_mark": self.has_mark,
             "finished": self.finished,
             "counts": self.counts,
+            "worker_id": self.worker_id,
             "updated_at": datetime.now(UTC),
         }
 

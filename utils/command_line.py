@@ -110,6 +110,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     if arguments.model:
         field = "llm_model" if settings.llm_api_url else "ollama_model"
         settings = load_settings(**given, **{field: arguments.model})
+    if arguments.schedule and settings.mode != "scheduled":
+        raise ConfigurationError("--schedule needs --mode scheduled.")
     if settings.mode == "scheduled":
         if not arguments.schedule:
             raise ConfigurationError('--mode scheduled needs --schedule, for example --schedule "0 2 * * *".')
