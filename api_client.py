@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import itertools
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from error_handler import ConfigurationError, ExitCode, RequestError, TriadError
+from error_handler import ConfigurationError, ExitCode, RequestError
 from logger import configure_logging
 from utils.client_arguments import add_service_arguments, target_from, whole_number
 from utils.document_files import read_documents
+from utils.exit_boundary import exit_code_of
 from utils.extended_json import id_key, loads
 from utils.retry_utils import RetryPolicy
 from utils.safe_text import one_line
@@ -39,18 +39,15 @@ ATTEMPTS, FIRST_WAIT_S = 3, 0.5
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (None: of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
-    try:
+
+    def run() -> int:
         target = target_from(arguments)
         configure_logging("DEBUG" if arguments.verbose else "WARNING", secrets=target.headers.values())
         return asyncio.run(_run(target, arguments.count, arguments.timeout))
-    except TriadError as exc:
-        sys.stderr.write(f"api_client.py: {exc}\n")
-        if arguments.verbose:
-            traceback.print_exc()
-        return exc.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("api_client.py: Interrupted; nothing is left behind.\n")
-        return ExitCode.INTERRUPTED
+
+    return exit_code_of(
+        run, "api_client.py", verbose=arguments.verbose, interrupted="Interrupted; nothing is left behind."
+    )
 
 
 def _create_parser() -> argparse.ArgumentParser:

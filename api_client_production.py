@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import hashlib
 import sys
-import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -25,6 +24,7 @@ from utils.atomic_file import remove_file
 from utils.client_arguments import add_service_arguments, target_from, whole_number
 from utils.client_run import ClientRun, percentile
 from utils.document_files import read_documents
+from utils.exit_boundary import exit_code_of
 from utils.progress import ConsoleProgress
 from utils.retry_utils import RetryPolicy
 from utils.service_client import Pace, ServiceClient, open_session
@@ -40,18 +40,18 @@ FIRST_WAIT_S = 0.5
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (None: of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
-    try:
+
+    def run() -> int:
         target = target_from(arguments)
         configure_logging("DEBUG" if arguments.verbose else "WARNING", secrets=target.headers.values())
         return asyncio.run(_run(arguments, target))
-    except TriadError as exc:
-        sys.stderr.write(f"api_client_production.py: {exc}\n")
-        if arguments.verbose:
-            traceback.print_exc()
-        return exc.exit_code
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.stderr.write("api_client_production.py: Interrupted; the same command asks for the rest.\n")
-        return ExitCode.INTERRUPTED
+
+    return exit_code_of(
+        run,
+        "api_client_production.py",
+        verbose=arguments.verbose,
+        interrupted="Interrupted; the same command asks for the rest.",
+    )
 
 
 def _create_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import sys
-import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,10 +15,11 @@ from rich.console import Console
 from rich.text import Text
 
 from config import Settings, load_settings
-from error_handler import ExitCode, StoreError, StoreForbiddenError, TriadError
+from error_handler import ExitCode, StoreError, StoreForbiddenError
 from logger import configure_logging
 from mongo_client import DocumentStore, translated
 from utils.document_selection import selection_filter
+from utils.exit_boundary import exit_code_of
 from utils.extended_json import id_text
 from utils.mongo_facts import RESULT_INDEXES, SOURCE_INDEXES
 from utils.safe_text import one_line
@@ -80,7 +80,8 @@ Check = Callable[[DocumentStore, Settings], Awaitable[list[Finding]]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the diagnosis with the flags in *argv* (None: of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
-    try:
+
+    def run() -> int:
         settings = load_settings(
             mongodb_uri=arguments.mongodb_uri,
             db_name=arguments.db_name,
@@ -90,14 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         configure_logging("DEBUG" if arguments.verbose else "ERROR")
         return asyncio.run(_report(settings))
-    except TriadError as exc:
-        print(f"check_mongo_connection.py: {exc}", file=sys.stderr)
-        if arguments.verbose:
-            traceback.print_exc()
-        return exc.exit_code
-    except KeyboardInterrupt:
-        print("check_mongo_connection.py: Interrupted.", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+
+    return exit_code_of(run, "check_mongo_connection.py", verbose=arguments.verbose)
 
 
 def _create_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ import gc
 import json
 import logging
 import sys
-import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.console import Console
 from aggregator import aggregate_conversation
 from batch_processor import BatchProcessor, baseline_classify, find_model
 from config import Settings, load_taxonomy
-from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError, TriadError
+from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
 from utils import summary
@@ -34,6 +33,7 @@ from utils.document_files import read_documents
 from utils.document_intake import RunOptions
 from utils.document_preview import preview
 from utils.embedded_mongod import EmbeddedMongod
+from utils.exit_boundary import exit_code_of, explain
 from utils.progress import ConsoleProgress, FileProgress, Reporter, Reporters
 from utils.schedule import seconds_until_next
 from utils.stop_signals import stop_on_signals
@@ -55,22 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     # passes (10_000, 20, 20) memory grew by 30 % over 200,000 documents.
     gc.freeze()
     gc.set_threshold(10_000, 5, 2)
-    try:
+
+    def run() -> int:
         settings = settings_from(arguments)
         _configure_logs(arguments, settings)
         return uvloop.run(_run(arguments, settings))
-    except TriadError as exc:
-        _explain(str(exc), arguments)
-        return exc.exit_code
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        _explain("Interrupted; the same command goes on where this one ended.", arguments)
-        return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        return ExitCode.DONE  # the reader of stdout has gone, as head does
+
+    interrupted = "Interrupted; the same command goes on where this one ended."
+    try:
+        return exit_code_of(run, "cli.py", verbose=arguments.verbose, interrupted=interrupted)
     except Exception as exc:
-        _explain(
-            f"Internal error ({type(exc).__name__}); run again with --verbose and report the traceback.", arguments
-        )
+        first: BaseException = exc
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        sentence = f"Internal error ({type(first).__name__}); run again with --verbose and report the traceback."
+        explain("cli.py", sentence, verbose=arguments.verbose)
         return ExitCode.CONFIGURATION
 
 
@@ -192,12 +191,6 @@ def _configure_logs(arguments: argparse.Namespace, settings: Settings) -> None:
     _, logs, _ = monitoring(arguments)
     secrets = [settings.llm_api_key.get_secret_value()] if settings.llm_api_key else []
     configure_logging(settings.log_level if logs else "WARNING", secrets=secrets)
-
-
-def _explain(sentence: str, arguments: argparse.Namespace) -> None:
-    print(f"cli.py: {sentence}", file=sys.stderr)
-    if arguments.verbose:
-        traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import contextlib
 import json
 import statistics
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,9 @@ from rich.table import Table
 
 from async_llm_wrapper import AsyncLLMClient, open_session
 from config import Settings, load_settings
-from error_handler import ExitCode, LLMReplyError, LLMUnavailableError, TriadError
+from error_handler import ExitCode, LLMReplyError, LLMUnavailableError
 from logger import configure_logging
+from utils.exit_boundary import exit_code_of
 from utils.ollama_protocol import chat_target
 
 WAIT_SHARE = 0.5  # of the time one call takes alone; waiting for a slot takes about all of it
@@ -162,19 +162,12 @@ def parse_queue_wait(body: bytes) -> float | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement with the flags in *argv* (None: of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
-    try:
+
+    def run() -> int:
         configure_logging("DEBUG" if arguments.verbose else "ERROR")
         return asyncio.run(_check(arguments, _settings(arguments)))
-    except TriadError as exc:
-        print(f"concurrency_check.py: {exc}", file=sys.stderr)
-        if arguments.verbose:
-            traceback.print_exc()
-        return exc.exit_code
-    except BrokenPipeError:
-        return ExitCode.DONE  # the reader of stdout has gone, as head does
-    except KeyboardInterrupt:
-        print("concurrency_check.py: Interrupted.", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+
+    return exit_code_of(run, "concurrency_check.py", verbose=arguments.verbose)
 
 
 def _create_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,12 +25,13 @@ from mongomock_motor import AsyncMongoMockClient
 from batch_processor import BatchProcessor
 from classifier import ReplyParser, build_outcome, classification_flow
 from config import Settings, load_settings, load_taxonomy
-from error_handler import ExitCode, LLMReplyError, TriadError
+from error_handler import ExitCode, LLMReplyError
 from logger import configure_logging
 from prompt_builder import PromptBuilder
 from utils.batch_run import Classify
 from utils.classification import Outcome
 from utils.conversation import Conversation
+from utils.exit_boundary import exit_code_of
 from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.safe_text import one_line
 
@@ -119,21 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration (*argv* None: flags of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
     configure_logging("DEBUG" if arguments.verbose else "ERROR")
-    try:
+
+    def run() -> int:
         with tempfile.TemporaryDirectory(prefix="triad-demo-") as folder:
             settings = load_settings(dotenv=None, batch_files_dir=Path(folder) / "batch_files", max_concurrent=2)
             asyncio.run(_demonstrate(settings))
-    except TriadError as exc:
-        print(f"demo_batch_processor.py: {exc}", file=sys.stderr)
-        if arguments.verbose:
-            traceback.print_exc()
-        return exc.exit_code
-    except BrokenPipeError:
-        return ExitCode.DONE  # the reader of stdout has gone, as head does
-    except KeyboardInterrupt:
-        print("demo_batch_processor.py: Interrupted.", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    return ExitCode.DONE
+        return ExitCode.DONE
+
+    return exit_code_of(run, "demo_batch_processor.py", verbose=arguments.verbose)
 
 
 def _create_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import hashlib
 import itertools
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -30,6 +29,7 @@ from error_handler import ConfigurationError, ExitCode, RunInterruptedError, Sto
 from logger import configure_logging
 from mongo_client import DocumentStore, translated
 from utils.document_files import read_documents
+from utils.exit_boundary import exit_code_of
 from utils.extended_json import dumps, id_text
 from utils.store_protocol import Document
 
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the import in *argv* (None: of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
     console = Console(stderr=True)
-    try:
+
+    def run() -> int:
         settings = load_settings(
             mongodb_uri=arguments.mongodb_uri,
             db_name=arguments.db_name,
@@ -52,16 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.drop and not arguments.yes:
             _confirm_drop(settings, console)
         return asyncio.run(_import(arguments, settings, console))
-    except TriadError as exc:
-        print(f"mongodb_import.py: {exc}", file=sys.stderr)
-        if arguments.verbose:
-            traceback.print_exc()
-        return exc.exit_code
-    except BrokenPipeError:
-        return ExitCode.DONE  # the reader of stdout has gone, as head does
-    except KeyboardInterrupt:
-        print("mongodb_import.py: Interrupted; the same command imports the rest.", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+
+    return exit_code_of(
+        run,
+        "mongodb_import.py",
+        verbose=arguments.verbose,
+        interrupted="Interrupted; the same command imports the rest.",
+    )
 
 
 def _create_parser() -> argparse.ArgumentParser:
