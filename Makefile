@@ -74,7 +74,7 @@ clean: ## remove .venv and caches; data/ and batch_files/ stay
 		echo "Making .venv with $$("$$usable" --version) ..."; \
 		"$$usable" -m venv --clear .venv || exit 1; \
 	fi
-	@echo 'Installing the packages of requirements.txt and requirements-embedded.txt into .venv: 65 MB, about a minute, only this once ...'
+	@echo 'Installing the packages of requirements.txt and requirements-embedded.txt into .venv: 70 MB, about a minute, only this once ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt)
 	@touch $@
 

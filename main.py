@@ -235,6 +235,10 @@ async def _start(given: AllSettings, config: uvicorn.Config | None, stack: Async
     """Open everything that a running service needs, and return the state that requests get."""
     settings, service_settings = given
     _configure_logs(settings, service_settings)
+    if config is None:
+        logger.warning(
+            "this server cannot be guarded against slow clients, nor its address be checked; start uvicorn as usual"
+        )
     _require_safe_address(config, service_settings)
     numbers = ServiceMetrics()
     gate = ServiceGate(service_settings)
@@ -245,9 +249,7 @@ async def _start(given: AllSettings, config: uvicorn.Config | None, stack: Async
         gate.stopping = True
         model.deadlines.stop(grace_s)
 
-    if config is None:
-        logger.warning("this server is not uvicorn: nothing closes slow clients")
-    else:
+    if config is not None:
         limit = _raise_open_files() - FILES_OF_OUR_OWN - service_settings.max_concurrent
         limits = GuardLimits(
             service_settings.header_timeout_s,

@@ -132,10 +132,10 @@ def service_environment(**variables: str) -> dict[str, str]:
 
 
 @contextmanager
-def serve(folder: Path, *flags: str, **variables: str) -> Iterator[ServiceProcess]:
-    """Run plain ``uvicorn main:app`` with *flags* in *folder* until the end of the block."""
+def serve(folder: Path, *flags: str, app: str = "main:app", **variables: str) -> Iterator[ServiceProcess]:
+    """Run plain ``uvicorn`` with *app* and *flags* in *folder* until the end of the block."""
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", str(port), *flags]
+    command = [sys.executable, "-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port), *flags]
     log_path = folder / f"service-{port}.log"
     with log_path.open("wb") as log:
         environment = service_environment(**variables)

@@ -330,6 +330,17 @@ def test_the_blocking_form_gives_the_same(service: ServiceProcess, fake: FakeOll
         )
 
 
+def test_a_fault_of_the_service_tells_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """500 with the request id; the log has the place in the code, and not the message, which may quote a request."""
+    with serve(tmp_path_factory.mktemp("faulty"), app="tests.faulty_service:app", API_EMBEDDED="true") as service:
+        answer = service.classify(conversation(CANARY), X_Request_ID="fault-1")
+        assert (answer.status, answer.error) == (500, "InternalError")
+        assert answer.headers["x-request-id"] == "fault-1"
+        assert service.metric('triad_http_requests_total{route="/classify",status="500"}') == 1
+        assert "CANARY" not in answer.body.decode() + service.log
+        assert "RuntimeError at " in service.log
+
+
 def test_without_a_model_server_it_starts_and_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
     """503 on /ready and /classify, and the model is found when it comes."""
     fake = FakeOllama(latency_s=0)
@@ -340,6 +351,9 @@ def test_without_a_model_server_it_starts_and_says_so(tmp_path_factory: pytest.T
             assert (answer.status, answer.error) == (503, "ModelUnavailableError")
             assert int(answer.headers["retry-after"]) >= 1
         assert service.get("/health").status == 200
+        # It is said before the body is there.
+        head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        assert service.connect(head).recv(12) == b"HTTP/1.1 503"
         with fake:
             service.wait_for_metric("triad_model_found", 1)
             assert service.classify().status == 200

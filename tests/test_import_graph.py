@@ -51,7 +51,6 @@ OWNERS = {
     "starlette": {"main"},
     "uvicorn": {"main", "utils.slow_client_guard"},
     "prometheus_client": {"utils.service_metrics"},
-    "fastapi_offline": {"utils.docs_page"},
 }
 
 

@@ -150,6 +150,7 @@ def _classify(security: list[Json]) -> Json:
         "content": _json("ClassificationResponse", {**EXAMPLE_REQUEST, "classification": EXAMPLE_LABELS}),
     }
     return {
+        "tags": ["classification"],
         "summary": "Label one conversation",
         "operationId": "classify",
         "security": security,
@@ -177,6 +178,7 @@ def _classify(security: list[Json]) -> Json:
 def _get(summary: str, content: Json, security: list[Json], refusals: list[ErrorKind]) -> Json:
     answered = {"description": summary, "headers": _REQUEST_ID, "content": content}
     return {
+        "tags": ["operations"],
         "summary": summary,
         "security": security,
         "responses": {"200": answered, **_errors([*refusals, errors.INTERNAL])},

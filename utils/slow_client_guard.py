@@ -42,7 +42,7 @@ UVICORN_KEEP_ALIVE_S = 5
 AFTER_GRACE_S = 3.0
 
 # How long the rest of a body may take that was refused; a client that is not done hears nothing where it is cut off.
-DISCARD_S = 4.0
+DISCARD_S = 3.0
 MAX_HEAD_BYTES = 65_536  # what h11 allows by itself; httptools takes any size
 
 
