@@ -1,6 +1,6 @@
 """``python -m benchmarks``: measure, print one table, and end with 1 where a target is missed.
 
-``python -m benchmarks throughput``, ``latency`` or ``memory`` measures that alone; ``--quick`` takes
+``python -m benchmarks throughput``, ``latency``, ``memory`` or ``service`` measures that alone; ``--quick`` takes
 few documents, to see that the benchmarks run: it judges no target. docs/performance.md explains.
 """
 
@@ -13,16 +13,23 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks import latency, memory, throughput
+from benchmarks import latency, memory, service, throughput
 from benchmarks.table import text
 from benchmarks.worker_process import WorkerFailedError
 
-MEASURES = {"throughput": throughput.measure, "latency": latency.measure, "memory": memory.measure}
+MEASURES = {
+    "throughput": throughput.measure,
+    "latency": latency.measure,
+    "memory": memory.measure,
+    "service": service.measure,
+}
 
 
 def main() -> int:
     """Measure what the arguments name."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the batch worker.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure the batch worker and the service."
+    )
     parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"{', '.join(MEASURES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="few documents: does it run?")
     arguments = parser.parse_args()
