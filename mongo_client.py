@@ -32,7 +32,7 @@ from error_handler import (
 from utils import mongo_facts as facts
 from utils.cancellation import cancellable
 from utils.document_selection import range_filter, selection_filter
-from utils.extended_json import id_key
+from utils.extended_json import id_key, id_text
 from utils.retry_utils import RetryPolicy, repeated
 from utils.store_protocol import Document, FinalStatus, Selection
 
@@ -194,7 +194,7 @@ class DocumentStore:
     async def mark_processing(self, document_ids: list[Any]) -> None:
         """Set the status of conversations to processing; single queries have none."""
         change = {"$set": {"status": "processing"}}
-        await self._call("mark processing", lambda: self._source.update_many({"_id": {"$in": document_ids}}, change))
+        await self._update(self._source, document_ids, change)
 
     async def mark(self, document_ids: list[Any], status: FinalStatus, reason: str | None, *, queries: bool) -> None:
         """Set the final status of conversations, or of single queries, with its *reason* where there is one."""
@@ -208,7 +208,21 @@ class DocumentStore:
         else:
             change["$set"] |= {"status": status, "last_processed_at": datetime.now(UTC)}
         change = {operator: fields for operator, fields in change.items() if fields}
-        await self._call("update statuses", lambda: self._marks.update_many({"_id": {"$in": document_ids}}, change))
+        await self._update(self._marks, document_ids, change)
+
+    async def _update(self, collection: Any, document_ids: list[Any], change: Document) -> None:
+        """Update *document_ids*; one that has no room left for a status (16 MiB) is left as it is."""
+        query = {"_id": {"$in": document_ids}}
+        try:
+            await self._call("update statuses", lambda: collection.update_many(query, change))
+        except StoreRejectedError as exc:
+            if getattr(exc.__cause__, "code", None) not in facts.TOO_LARGE_CODES:
+                raise
+            if len(document_ids) == 1:
+                logger.warning("document %s is too large to be given its status", id_text(document_ids[0]))
+                return
+            for document_id in document_ids:
+                await self._update(collection, [document_id], change)
 
     async def claim(self, document_ids: list[Any]) -> set[bytes]:
         """Lease *document_ids* to this worker; return the ``id_key`` of those that no other worker holds.
@@ -281,18 +295,9 @@ class DocumentStore:
         try:
             await self._call("create indexes", lambda: collection.create_indexes(models))
         except StoreError as exc:
-            code = getattr(exc.__cause__, "code", None)
-            if code == facts.DUPLICATE_KEY:
-                raise IndexBlockedError(
-                    f"{collection.name} holds several results for one document, so its unique index cannot be made; find them "
-                    f"with db.{collection.name}.aggregate([{{$group: {{_id: '$source_conversation_id', n: {{$sum: 1}}}}}}, "
-                    "{$match: {n: {$gt: 1}}}]) and remove the surplus."
-                ) from exc
-            if code in facts.INDEX_CODES:
-                raise IndexBlockedError(
-                    f"{collection.name} has an index on the same field with other options; compare db.{collection.name}.getIndexes() "
-                    "with docs/operations.md and drop the odd one."
-                ) from exc
+            sentence = facts.index_sentence(getattr(exc.__cause__, "code", None), collection.name)
+            if sentence:
+                raise IndexBlockedError(sentence) from exc
             raise
 
     async def _command(self, what: str, database: Any, command: Document) -> Document:

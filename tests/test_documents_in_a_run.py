@@ -26,6 +26,7 @@ from tests.worker import (
     check_results,
     check_statuses,
     conversation,
+    documents_of_all_shapes,
     key,
 )
 
@@ -274,3 +275,17 @@ def test_documents_with_a_foreign_status_are_left_alone(site: Site) -> None:
     check_results(site, documents)
     assert site.source.find_one({"_id": 99}) == foreign
     assert key(99) not in {key(value) for value in site.results.distinct("source_conversation_id")}
+
+
+def test_a_document_with_no_room_for_a_status_does_not_stop_the_run(site: Site) -> None:
+    """16 MiB but for a few bytes: it cannot take a status, the others can, and the run comes to its end."""
+    others = documents_of_all_shapes(12)
+    large = {"_id": "large", "conversation_number": "1", "messages": [{"sender": "customer", "text": ""}]}
+    large["messages"] = [{"sender": "customer", "text": "x" * (16 * 1024 * 1024 - len(bson.encode(large)) - 8)}]
+    site.source.insert_many([*others, large])
+    assert site.run().code == 1
+    check_statuses(site, others)
+    assert "status" not in site.source.find_one({"_id": "large"}, {"messages": 0})
+    assert [(entry["conversation_id"], entry["reason"]) for entry in site.entries("quarantine")] == [
+        ("large", "context_overflow")
+    ]

@@ -78,6 +78,8 @@ class DocumentIntake:
 
     async def sweep(self) -> AsyncGenerator[BatchInWork]:
         """Yield documents that are pending or were left processing, and have no result: late small ids, lost files."""
+        # A document that failed and could not be given its status still looks pending; it has had its turn.
+        self._recovered |= self._settlement.failed_keys
         bound = await self._store.upper_bound()
         async for batch in self._pages("sweep", [], bound):
             logger.info("sweep: %d documents found", len(batch.items))
