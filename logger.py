@@ -31,6 +31,8 @@ class SafeFormatter(logging.Formatter):
         for secret in self._secrets:
             line = line.replace(secret, "***")
         line = _CREDENTIALS.sub(r"\g<scheme>***@", line)
+        if line.isprintable():
+            return line
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 

@@ -43,6 +43,7 @@ from utils.service_metrics import CONTENT_TYPE, ServiceMetrics
 from utils.service_middleware import ServiceMiddleware
 from utils.slow_client_guard import GuardLimits, SlowClientGuard, server_config
 from utils.strict_json import read_json_object
+from utils.turnstile import Turnstile
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Service:
     settings: ServiceSettings
     model: api.ModelService
     bodies: BodyReader
+    turnstile: Turnstile
     answers: IdempotencyStore[api.Verdict]
     metrics: ServiceMetrics
     openapi: bytes
@@ -98,6 +100,7 @@ async def classify(request: Request) -> Response:
     key = _idempotency_key(headers.get(b"idempotency-key"))
     if key is None:  # a kept answer needs no room
         service.model.require_room()
+    await service.turnstile.enter()
     with service.bodies.hold() as hold:
         body = await service.bodies.read(hold, headers, request.receive)
         fields = read_json_object(body)
@@ -212,7 +215,8 @@ def create_app(load: Callable[[], AllSettings] | None = None) -> ServiceApp:
     app.add_exception_handler(404, _no_such_route)
     app.add_exception_handler(405, _no_such_route)
     app.add_exception_handler(Exception, _internal_error)
-    app.add_api_route(CLASSIFY, classify, methods=["POST"])
+    # Plain routes: these functions read the request themselves, so FastAPI's search for parameters would find none.
+    app.add_route(CLASSIFY, classify, methods=["POST"])
     routes = {
         HEALTH: health,
         READY: ready,
@@ -222,7 +226,7 @@ def create_app(load: Callable[[], AllSettings] | None = None) -> ServiceApp:
         f"{DOCS}/start.js": docs_start,
     }
     for path, route in routes.items():
-        app.add_api_route(path, route, methods=["GET"])
+        app.add_route(path, route, methods=["GET"])
     app.mount(docs_page.ASSETS_PATH, StaticFiles(directory=docs_page.assets_folder()))
     return app
 
@@ -264,6 +268,7 @@ async def _start(given: AllSettings, config: uvicorn.Config | None, stack: Async
         settings=service_settings,
         model=model,
         bodies=BodyReader(service_settings.max_body_bytes, service_settings.body_timeout_s),
+        turnstile=Turnstile(),
         answers=IdempotencyStore(service_settings.idempotency_retention_s, service_settings.idempotency_max_keys),
         metrics=numbers,
         openapi=orjson.dumps(openapi_document(service_settings)),
