@@ -12,10 +12,11 @@ from config import Settings
 from error_handler import LLMConnectionError, LLMError, LLMReplyError, LLMTimeoutError, LLMUnavailableError
 from prompt_builder import Message, PromptBuilder
 from utils import ollama_protocol as protocol
+from utils import served_models
 from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
 from utils.classification import Outcome
 from utils.conversation import Conversation
-from utils.ollama_protocol import ChatReply, ChatTarget, ServedModel
+from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.request_context import REQUEST_ID_HEADER, request_id
 from utils.retry_utils import RetryPolicy, repeated
 
@@ -77,21 +78,21 @@ class AsyncLLMClient:
 
     async def is_alive(self) -> bool:
         """Whether the server answers at all; a probe for the breaker that never raises LLMError."""
-        url = protocol.models_url(self.target.protocol, self.target.server_url)
+        url = served_models.models_url(self.target.protocol, self.target.server_url)
         try:
             await self._request("GET", url, timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S))
         except LLMError:
             return False
         return True
 
-    async def list_models(self) -> list[ServedModel]:
+    async def list_models(self) -> list[served_models.ServedModel]:
         """Return the models that the server has, remote ones included.
 
         Raises:
             LLMUnavailableError: The server does not answer, or not with such a list.
         """
-        url = protocol.models_url(self.target.protocol, self.target.server_url)
-        return protocol.parse_models(self.target.protocol, *await self._request("GET", url))
+        url = served_models.models_url(self.target.protocol, self.target.server_url)
+        return served_models.parse_models(self.target.protocol, *await self._request("GET", url))
 
     async def prepare(self, settings: Settings) -> ChatTarget:
         """Ask the server for its models, settle on the one that *settings* name, and return the target.
@@ -101,12 +102,12 @@ class AsyncLLMClient:
             ConfigurationError: It does not have the model; the message lists what it has.
         """
         target = self.target
-        model = protocol.choose_model(settings, await self.list_models())
-        thinking = False
+        model = served_models.choose_model(settings, await self.list_models())
+        facts = served_models.ModelFacts()
         if target.protocol != "openai_chat":
-            show = await self._request("POST", f"{target.server_url}/api/show", protocol.show_body(model.name))
-            thinking = protocol.parse_thinking(*show)
-        self.target = protocol.with_model(target, model, thinking=thinking)
+            show = await self._request("POST", f"{target.server_url}/api/show", served_models.show_body(model.name))
+            facts = served_models.parse_show(*show)
+        self.target = protocol.with_model(target, model, facts)
         return self.target
 
     def _count_retry(self) -> None:

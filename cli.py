@@ -28,7 +28,14 @@ from utils import summary
 from utils.atomic_file import replace_file
 from utils.baseline import BASELINE_MODEL, BaselineClassifier
 from utils.checkpoint import RunStats
-from utils.command_line import create_parser, monitoring, settings_from
+from utils.command_line import (
+    Command,
+    command_settings,
+    create_command_parser,
+    create_parser,
+    monitoring,
+    settings_from,
+)
 from utils.document_files import read_documents
 from utils.document_intake import RunOptions
 from utils.document_preview import preview
@@ -42,6 +49,9 @@ DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
 SAMPLES = DATA / "sample_conversations.jsonl"
 
+ALL_COMMANDS: tuple[Command, ...] = ()
+COMMANDS = {command.name: command for command in ALL_COMMANDS}
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,26 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The one place with a broad except: whatever goes wrong becomes one sentence on stderr.
     """
-    arguments = create_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(given[0]) if given else None
+    parser = create_command_parser(command) if command else create_parser(COMMANDS.values())
+    arguments = parser.parse_args(given[1:] if command else given)
     # Modules stay for good and a run makes few reference cycles, so garbage is looked for rarely. With still rarer full
     # passes (10_000, 20, 20) memory grew by 30 % over 200,000 documents.
     gc.freeze()
     gc.set_threshold(10_000, 5, 2)
 
     def run() -> int:
-        settings = settings_from(arguments)
+        settings = command_settings(arguments) if command else settings_from(arguments)
         _configure_logs(arguments, settings)
-        return uvloop.run(_run(arguments, settings))
+        work = command.run if command else _run
+        return uvloop.run(work(arguments, settings))
 
-    interrupted = "Interrupted; the same command goes on where this one ended."
+    interrupted = "Interrupted." if command else "Interrupted; the same command goes on where this one ended."
     try:
-        return exit_code_of(run, "cli.py", verbose=arguments.verbose, interrupted=interrupted)
+        return exit_code_of(run, parser.prog, verbose=arguments.verbose, interrupted=interrupted)
     except Exception as exc:
         first: BaseException = exc
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         sentence = f"Internal error ({type(first).__name__}); run again with --verbose and report the traceback."
-        explain("cli.py", sentence, verbose=arguments.verbose)
+        explain(parser.prog, sentence, verbose=arguments.verbose)
         return ExitCode.CONFIGURATION
 
 
@@ -188,7 +202,7 @@ def _reporter(arguments: argparse.Namespace, settings: Settings) -> Reporter:
 
 
 def _configure_logs(arguments: argparse.Namespace, settings: Settings) -> None:
-    _, logs, _ = monitoring(arguments)
+    logs = monitoring(arguments)[1] if hasattr(arguments, "logs") else arguments.verbose
     secrets = [settings.llm_api_key.get_secret_value()] if settings.llm_api_key else []
     configure_logging(settings.log_level if logs else "WARNING", secrets=secrets)
 

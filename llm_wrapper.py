@@ -14,6 +14,7 @@ from config import Settings
 from error_handler import LLMConnectionError, LLMReplyError, LLMTimeoutError, LLMUnavailableError
 from prompt_builder import Message, PromptBuilder
 from utils import ollama_protocol as protocol
+from utils import served_models
 from utils.classification import Outcome
 from utils.conversation import Conversation
 from utils.ollama_protocol import ChatReply, ChatTarget
@@ -64,15 +65,15 @@ class LLMClient:
             ConfigurationError: It does not have the model; the message lists what it has.
         """
         target = self.target
-        models = protocol.parse_models(
-            target.protocol, *self._request("GET", protocol.models_url(target.protocol, target.server_url))
+        models = served_models.parse_models(
+            target.protocol, *self._request("GET", served_models.models_url(target.protocol, target.server_url))
         )
-        model = protocol.choose_model(settings, models)
-        thinking = False
+        model = served_models.choose_model(settings, models)
+        facts = served_models.ModelFacts()
         if target.protocol != "openai_chat":
-            show = self._request("POST", f"{target.server_url}/api/show", protocol.show_body(model.name))
-            thinking = protocol.parse_thinking(*show)
-        self.target = protocol.with_model(target, model, thinking=thinking)
+            show = self._request("POST", f"{target.server_url}/api/show", served_models.show_body(model.name))
+            facts = served_models.parse_show(*show)
+        self.target = protocol.with_model(target, model, facts)
         return self.target
 
     def _request(self, method: str, url: str, body: bytes | None = None) -> tuple[int, bytes]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cli import COMMANDS
 from config.service_settings import ServiceSettings, service_environment_names
 from config.settings import Settings, environment_names, known_environment_names
 from error_handler import ExitCode, Reason, TriadError
 from utils.batch_file_manager import FOLDERS
-from utils.command_line import MONITORING, PRESETS, create_parser
+from utils.command_line import MONITORING, PRESETS, create_command_parser, create_parser
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
@@ -20,9 +21,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def flags() -> list[str]:
-    return [
-        option for action in create_parser()._actions for option in action.option_strings if option.startswith("--")
-    ]
+    """Every flag of the run and of the commands."""
+    parsers = [create_parser(), *(create_command_parser(command) for command in COMMANDS.values())]
+    found = (option for parser in parsers for action in parser._actions for option in action.option_strings)
+    return sorted({option for option in found if option.startswith("--")})
 
 
 @pytest.mark.parametrize("flag", flags())
@@ -36,6 +38,13 @@ def test_no_flag_is_documented_that_does_not_exist() -> None:
     section = OPERATIONS.split("## Flags")[1].split("## Environment")[0]
     documented = set(re.findall(r"`(--[a-z-]+)", section))
     assert documented == set(flags())
+
+
+def test_every_command_is_documented() -> None:
+    """docs/operations.md shows each command, and the help of the run names it."""
+    for command in COMMANDS.values():
+        assert f"cli.py {command.name}" in OPERATIONS
+        assert f"cli.py {command.name}" in create_parser(COMMANDS.values()).format_help()
 
 
 @pytest.mark.parametrize("name", sorted(known_environment_names()))

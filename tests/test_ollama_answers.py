@@ -82,7 +82,27 @@ def problem_of(fields: Any, target: ChatTarget = TARGET, status: int = 200, char
 )
 def test_a_complete_answer(target: ChatTarget, fields: dict[str, Any]) -> None:
     """Text and token counts."""
-    assert parse(fields, target) == ChatReply("{}", 1500, 40)
+    reply = parse(fields, target)
+    assert (reply.text, reply.prompt_tokens, reply.reply_tokens) == ("{}", 1500, 40)
+
+
+@pytest.mark.parametrize(
+    ("durations", "queue_wait_s", "load_s"),
+    [
+        ((9_000_000_000, 2_000_000_000, 1_000_000_000, 3_500_000_000), 2.5, 2.0),
+        ((4_000_000_000, ..., ..., 4_000_000_000), 0.0, 0.0),
+        ((1_000_000, ..., 2_000_000, ...), 0.0, 0.0),
+        ((..., 5, 5, 5), None, None),
+    ],
+    ids=["all", "zeros-left-out", "clock-jump", "no-total"],
+)
+def test_how_long_an_answer_waited_in_the_server(
+    durations: tuple[Any, ...], queue_wait_s: float | None, load_s: float | None
+) -> None:
+    """What is left of the total time after loading, reading and writing was spent waiting for a slot."""
+    names = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
+    reply = parse(chat_reply(**dict(zip(names, durations, strict=True))), TARGET)
+    assert (reply.queue_wait_s, reply.load_s) == (queue_wait_s, load_s)
 
 
 @pytest.mark.parametrize("count", [..., None, "7", -1, True, 1.5])

@@ -14,16 +14,21 @@ from error_handler import ConfigurationError, LLMUnavailableError
 from utils.ollama_protocol import (
     SEED,
     ChatTarget,
-    ServedModel,
     build_chat_body,
     chat_target,
+    plan_fingerprint,
+    with_model,
+)
+from utils.served_models import (
+    LoadedModel,
+    ModelFacts,
+    ServedModel,
     choose_model,
     models_url,
+    parse_loaded,
     parse_models,
-    parse_thinking,
-    plan_fingerprint,
+    parse_show,
     show_body,
-    with_model,
 )
 
 SCHEMA = b'{"type": "object"}'
@@ -273,9 +278,33 @@ def test_other_names_with_cloud_in_them_are_local(named: str) -> None:
         (404, {"error": "model 'x' not found"}, False),
     ],
 )
-def test_parse_thinking(status: int, fields: dict[str, Any], thinks: bool) -> None:
+def test_whether_a_model_thinks(status: int, fields: dict[str, Any], thinks: bool) -> None:
     """/api/show tells what a model can."""
-    assert parse_thinking(status, json.dumps(fields).encode()) is thinks
+    assert parse_show(status, json.dumps(fields).encode()).can_think is thinks
+
+
+def test_what_a_model_is_like() -> None:
+    """/api/show has the model's own limit under the name of its architecture."""
+    fields = {
+        "capabilities": ["completion"],
+        "details": {"quantization_level": "Q4_K_M", "parameter_size": "3.2B"},
+        "model_info": {"general.architecture": "llama", "llama.context_length": 131072},
+    }
+    expected = ModelFacts(frozenset({"completion"}), 131072, "Q4_K_M", "3.2B")
+    assert parse_show(200, json.dumps(fields).encode()) == expected
+    for odd in ({"model_info": [], "details": "?"}, {"model_info": {"llama.context_length": "long"}}):
+        assert parse_show(200, json.dumps(odd).encode()) == ModelFacts()
+
+
+def test_what_is_loaded() -> None:
+    """/api/ps tells the window that the server really gave; size_vram is left out where it is 0."""
+    entry = {"name": "llama3.2:latest", "digest": "abc", "size": 10, "size_vram": 4, "context_length": 8192}
+    body = json.dumps({"models": [entry, {"name": "cpu:latest", "size": 7}, {"name": 3}, None]}).encode()
+    assert parse_loaded(200, body) == [
+        LoadedModel("llama3.2:latest", "abc", 8192, 10, 4),
+        LoadedModel("cpu:latest", None, None, 7, 0),
+    ]
+    assert parse_loaded(500, b"{}") == []
 
 
 def test_addresses() -> None:
@@ -287,7 +316,7 @@ def test_addresses() -> None:
 
 def test_what_the_server_said_of_the_model_joins_the_target() -> None:
     """Nothing else changes, so a run never reloads the model."""
-    target = with_model(TARGET, ServedModel("llama3.2:latest", "sha256:1"), thinking=True)
+    target = with_model(TARGET, ServedModel("llama3.2:latest", "sha256:1"), ModelFacts(frozenset({"thinking"})))
     assert target == replace(TARGET, digest="sha256:1", disable_thinking=True)
 
 

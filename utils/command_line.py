@@ -1,9 +1,15 @@
-"""The flags of ``cli.py`` and what they mean for the settings. Pure: nothing is opened here."""
+"""The flags of ``cli.py`` and what they mean for the settings. Pure: nothing is opened here.
+
+``python cli.py`` is the batch run; ``python cli.py NAME`` is one of the commands, each a module with a ``Command``.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from config import Settings, load_settings
 from error_handler import ConfigurationError
@@ -32,26 +38,75 @@ SETTING_FLAGS = (
 )
 
 
-def create_parser() -> argparse.ArgumentParser:
-    """Return the parser; a flag that was not given is None, so that the environment can decide."""
-    parser = argparse.ArgumentParser(
-        prog="cli.py",
-        description="Label support conversations in MongoDB with intent, topic and sentiment, by a local language model.",
-        epilog="Flags win over the environment, that over .env, that over defaults. Exit codes: docs/operations.md.",
-        allow_abbrev=False,
-    )
-    what = parser.add_argument_group("what to work on")
-    what.add_argument("--mongodb-uri", help="where MongoDB is (MONGODB_URI; mongodb://localhost:27017)")
-    what.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
-    what.add_argument(
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command of ``cli.py``.
+
+    *add_flags* adds its own flags to a parser that has those of ``add_place_flags`` and ``add_log_flags``. *run*
+    returns the exit code, or raises a TriadError, which becomes one sentence.
+    """
+
+    name: str
+    summary: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Settings], Coroutine[Any, Any, int]]
+
+
+def create_command_parser(command: Command) -> argparse.ArgumentParser:
+    """Return the parser of ``cli.py NAME``."""
+    parser = argparse.ArgumentParser(prog=f"cli.py {command.name}", description=command.summary, allow_abbrev=False)
+    add_place_flags(parser.add_argument_group("what to work on"))
+    add_log_flags(parser.add_argument_group("what to show"))
+    command.add_flags(parser)
+    return parser
+
+
+def add_place_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say where the documents are, and the state of the worker."""
+    group.add_argument("--mongodb-uri", help="where MongoDB is (MONGODB_URI; mongodb://localhost:27017)")
+    group.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
+    group.add_argument(
         "--source-collection",
         "--queries-collection",
         help="collection with the conversations (MONGODB_SOURCE_COLLECTION; conversation_set)",
     )
-    what.add_argument(
+    group.add_argument(
         "--results-collection", help="collection for results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)"
     )
-    what.add_argument("--limit", type=_positive, help="take at most this many documents")
+    group.add_argument(
+        "--batch-files-dir", type=Path, help="run-time files of this worker (BATCH_FILES_DIR; batch_files)"
+    )
+
+
+def add_model_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Add the flags that say which model is asked."""
+    group.add_argument("--model", help="model to ask (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
+    group.add_argument("--ollama-endpoint", help="where Ollama is (OLLAMA_ENDPOINT; http://localhost:11434)")
+
+
+def add_log_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how much is told about the work."""
+    group.add_argument(
+        "--log-level", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR"], help="(LOG_LEVEL; INFO)"
+    )
+    group.add_argument("--verbose", action="store_true", help="log lines of level DEBUG, and tracebacks")
+
+
+def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
+    """Return the parser of the run; its help names *commands*.
+
+    A flag that was not given is None, so that the environment can decide.
+    """
+    parser = argparse.ArgumentParser(
+        prog="cli.py",
+        description="Label support conversations in MongoDB with intent, topic and sentiment, by a local language model.",
+        epilog="Flags win over the environment, that over .env, that over defaults. Exit codes: docs/operations.md."
+        + "".join(f" cli.py {command.name}: {command.summary}" for command in commands),
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to work on")
+    add_place_flags(what)
+    what.add_argument("--limit", type=positive, help="take at most this many documents")
     what.add_argument(
         "--reprocess", action="store_true", help="ask again for documents that have a result, and replace it"
     )
@@ -63,8 +118,7 @@ def create_parser() -> argparse.ArgumentParser:
         "--embedded", action="store_true", help="bring a MongoDB and sample conversations; nothing to install"
     )
     how = parser.add_argument_group("how to work")
-    how.add_argument("--model", help="model to ask (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
-    how.add_argument("--ollama-endpoint", help="where Ollama is (OLLAMA_ENDPOINT; http://localhost:11434)")
+    add_model_flags(how)
     how.add_argument("--batch-size", type=int, help="documents per batch (BATCH_SIZE; 100)")
     how.add_argument(
         "--max-concurrent", "--concurrent", type=int, help="model calls in flight at once (MAX_CONCURRENT; 5)"
@@ -73,11 +127,8 @@ def create_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--mode", choices=["batch", "continuous", "scheduled"], help="until done, polling, or by --schedule"
     )
-    how.add_argument("--poll-interval", type=_positive, default=30, metavar="S", help="seconds between polls (30)")
+    how.add_argument("--poll-interval", type=positive, default=30, metavar="S", help="seconds between polls (30)")
     how.add_argument("--schedule", metavar="CRON", help='when a scheduled run starts, such as "0 2 * * *"')
-    how.add_argument(
-        "--batch-files-dir", type=Path, help="run-time files of this worker (BATCH_FILES_DIR; batch_files)"
-    )
     shown = parser.add_argument_group("what to show")
     shown.add_argument("--monitoring-mode", choices=MONITORING, help="a choice of the three flags that follow")
     shown.add_argument("--console", action="store_true", help="progress on the terminal")
@@ -85,31 +136,38 @@ def create_parser() -> argparse.ArgumentParser:
     shown.add_argument(
         "--progress-files", action="store_true", help="progress as JSON and CSV under batch_files/progress/"
     )
-    shown.add_argument(
-        "--log-level", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR"], help="(LOG_LEVEL; INFO)"
-    )
-    shown.add_argument("--verbose", action="store_true", help="log lines of level DEBUG, and tracebacks")
+    add_log_flags(shown)
     shown.add_argument("--output", type=Path, metavar="FILE", help="write the run's statistics as JSON")
     return parser
 
 
-def settings_from(arguments: argparse.Namespace) -> Settings:
-    """Return the settings that *arguments*, environment and ``.env`` make.
+def command_settings(arguments: argparse.Namespace) -> Settings:
+    """Return the settings that *arguments*, environment and ``.env`` make; a flag that a command lacks is not given.
 
     Raises:
         ConfigurationError: One of them is wrong.
     """
-    given = {name: getattr(arguments, name) for name in SETTING_FLAGS}
-    if arguments.preset:
+    given = {name: getattr(arguments, name, None) for name in SETTING_FLAGS}
+    if getattr(arguments, "preset", None):
         concurrency, size = PRESETS[arguments.preset]
         given |= {"max_concurrent": concurrency} if given["max_concurrent"] is None else {}
         given |= {"batch_size": size} if given["batch_size"] is None else {}
     if arguments.verbose:
         given["log_level"] = "DEBUG"
     settings = load_settings(**given)
-    if arguments.model:
+    if getattr(arguments, "model", None):
         field = "llm_model" if settings.llm_api_url else "ollama_model"
         settings = load_settings(**given, **{field: arguments.model})
+    return settings
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """Return the settings of a run; see ``command_settings``.
+
+    Raises:
+        ConfigurationError: One of them is wrong, or mode and schedule do not fit.
+    """
+    settings = command_settings(arguments)
     if arguments.schedule and settings.mode != "scheduled":
         raise ConfigurationError("--schedule needs --mode scheduled.")
     if settings.mode == "scheduled":
@@ -128,7 +186,8 @@ def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:
     return console or flags[0], logs or flags[1] or arguments.verbose, files or flags[2]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return *text* as a whole number of at least 1: a type for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
     return int(text)

@@ -26,9 +26,11 @@ from error_handler import (
     LLMUnavailableError,
     Reason,
 )
+from utils.served_models import ModelFacts, ServedModel, count, is_cloud_name, json_object
 
 SEED = 20_250_924
 NUM_PREDICT = 700  # tokens of an answer; without it Ollama lets a runaway answer fill ten windows
+NANOSECONDS = 1e9
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply is a few kB; more than this is refused unread
 MAX_CHARACTERS_PER_TOKEN = 6.0  # of whole prompts; English has about 4.5, other scripts fewer
 
@@ -66,20 +68,17 @@ class ChatTarget:
 
 @dataclass(frozen=True, slots=True)
 class ChatReply:
-    """A complete answer; token counts are None where the server does not tell."""
+    """A complete answer; None where the server does not tell.
+
+    *queue_wait_s* is how long the request waited for a slot of the server: its total time less loading, reading
+    the prompt and writing the answer. *load_s* above some milliseconds tells that the model was loaded for it.
+    """
 
     text: str
     prompt_tokens: int | None
     reply_tokens: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model the server has; *remote* ones would send the text to another machine."""
-
-    name: str
-    digest: str | None = None
-    remote: bool = False
+    queue_wait_s: float | None = None
+    load_s: float | None = None
 
 
 def chat_target(settings: Settings, model: str) -> ChatTarget:
@@ -88,7 +87,7 @@ def chat_target(settings: Settings, model: str) -> ChatTarget:
     Raises:
         ConfigurationError: *model* is a cloud model: customer text would leave the house.
     """
-    if _is_cloud_name(model):
+    if is_cloud_name(model):
         raise ConfigurationError(
             f"{model} runs in Ollama's cloud, so customer text would leave this house; name a local model."
         )
@@ -171,12 +170,12 @@ def parse_chat_response(target: ChatTarget, status: int, body: bytes, prompt_cha
     """
     if status != 200:
         _raise_for_status(target, status, body)
-    fields = _json_object(body)
+    fields = json_object(body)
     if isinstance(fields.get("error"), str | dict):
         raise LLMUnavailableError("the model server answered 200 with an error in the body")
     if target.protocol == "openai_chat":
         return _parse_openai(fields)
-    _require_whole_prompt(target, _count(fields.get("prompt_eval_count")), prompt_characters)
+    _require_whole_prompt(target, count(fields.get("prompt_eval_count")), prompt_characters)
     return _parse_ollama(target, fields)
 
 
@@ -189,7 +188,14 @@ def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
     if fields.get("done") is not True:
         # The engine gave up (repeated tokens) and the server still says 200 (ollama/ollama#18359).
         raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
-    return _finished(text, fields.get("done_reason"), fields.get("prompt_eval_count"), fields.get("eval_count"))
+    reply = _finished(text, fields.get("done_reason"), fields.get("prompt_eval_count"), fields.get("eval_count"))
+    total_ns = count(fields.get("total_duration"))
+    if total_ns is None:
+        return reply
+    # Ollama leaves out what is zero.
+    load_ns, *rest_ns = (count(fields.get(f"{part}_duration")) or 0 for part in ("load", "prompt_eval", "eval"))
+    queue_wait_ns = max(0, total_ns - load_ns - sum(rest_ns))
+    return replace(reply, queue_wait_s=queue_wait_ns / NANOSECONDS, load_s=load_ns / NANOSECONDS)
 
 
 def _parse_openai(fields: dict[str, Any]) -> ChatReply:
@@ -213,7 +219,7 @@ def _finished(text: Any, finish: Any, prompt_tokens: Any, reply_tokens: Any) -> 
         raise LLMReplyError("the answer was cut off", Reason.CUT_OFF)
     if not isinstance(text, str) or not text.strip():
         raise LLMReplyError("the answer is empty", Reason.EMPTY)
-    return ChatReply(text, _count(prompt_tokens), _count(reply_tokens))
+    return ChatReply(text, count(prompt_tokens), count(reply_tokens))
 
 
 def _require_whole_prompt(target: ChatTarget, prompt_tokens: int | None, prompt_characters: int) -> None:
@@ -260,78 +266,10 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
     raise LLMRejectedError(f"the model server refuses the request (HTTP {status})")
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as exc:
-        raise LLMUnavailableError("the model server's answer is not JSON, or was cut on its way") from exc
-    if not isinstance(fields, dict):
-        raise LLMUnavailableError("the model server's answer is not a JSON object")
-    return fields
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
 def unreachable_message(target: ChatTarget) -> str:
     """Return the sentence for a connection that was refused, reset or cut off."""
     setting = "LLM_API_URL" if target.protocol == "openai_chat" else "OLLAMA_ENDPOINT"
     return f"no connection to the model server at {target.server_url}; start it (ollama serve) or correct {setting}"
-
-
-def models_url(target_protocol: Protocol, server_url: str) -> str:
-    """Return the address that lists the server's models; it also tells whether the server is alive."""
-    return f"{server_url}/v1/models" if target_protocol == "openai_chat" else f"{server_url}/api/tags"
-
-
-def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedModel]:
-    """Return the models a server lists.
-
-    Raises:
-        LLMUnavailableError: The answer is not such a list.
-    """
-    if status != 200:
-        raise LLMUnavailableError(f"the model server does not list its models (HTTP {status})")
-    fields = _json_object(body)
-    entries = fields.get("data" if protocol == "openai_chat" else "models")
-    models = []
-    for entry in entries if isinstance(entries, list) else []:
-        name = entry.get("id" if protocol == "openai_chat" else "name") if isinstance(entry, dict) else None
-        if isinstance(name, str):
-            digest = entry.get("digest")
-            remote = bool(entry.get("remote_host") or entry.get("remote_model")) or _is_cloud_name(name)
-            models.append(ServedModel(name, digest if isinstance(digest, str) else None, remote))
-    return models
-
-
-def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
-    """Return the served model that *settings* name.
-
-    Raises:
-        ConfigurationError: None is named, the server does not have it, or it is a cloud model.
-            The message lists what the server has.
-    """
-    variable = "LLM_MODEL" if settings.llm_api_url else "OLLAMA_MODEL"
-    local = [model.name for model in models if not model.remote]
-    listed = ", ".join(local) if local else "none yet; run: ollama pull llama3.2"
-    if settings.model is None:
-        raise ConfigurationError(
-            f"No model is named: set {variable} or --model to one of the server's models ({listed})."
-        )
-    wanted = settings.model
-    if settings.protocol != "openai_chat" and ":" not in wanted.rsplit("/", 1)[-1]:
-        wanted += ":latest"
-    found = next((model for model in models if model.name in (settings.model, wanted)), None)
-    if _is_cloud_name(settings.model) or (found is not None and found.remote):
-        raise ConfigurationError(
-            f"{settings.model} runs in Ollama's cloud, so customer text would leave this house; name a local model ({listed})."
-        )
-    if found is None:
-        raise ConfigurationError(
-            f"The model server has no model {settings.model}; set {variable} or --model to one of: {listed}."
-        )
-    return found
 
 
 @functools.lru_cache(maxsize=8)
@@ -342,24 +280,6 @@ def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes)
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
 
-def show_body(model: str) -> bytes:
-    """Return the body of ``POST /api/show``."""
-    return orjson.dumps({"model": model})
-
-
-def parse_thinking(status: int, body: bytes) -> bool:
-    """Whether ``/api/show`` says that the model can think; False where it says nothing."""
-    if status != 200:
-        return False
-    capabilities = _json_object(body).get("capabilities")
-    return isinstance(capabilities, list) and "thinking" in capabilities
-
-
-def with_model(target: ChatTarget, model: ServedModel, *, thinking: bool) -> ChatTarget:
+def with_model(target: ChatTarget, model: ServedModel, facts: ModelFacts) -> ChatTarget:
     """Return *target* with what the server said about its model."""
-    return replace(target, digest=model.digest, disable_thinking=thinking)
-
-
-def _is_cloud_name(model: str) -> bool:
-    tag = model.rsplit(":", 1)[-1].lower() if ":" in model else ""
-    return tag == "cloud" or tag.endswith("-cloud")
+    return replace(target, digest=model.digest, disable_thinking=facts.can_think)

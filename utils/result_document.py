@@ -36,12 +36,16 @@ def build_result(
         "attempts": outcome.attempts,
         "prompt_tokens": outcome.prompt_tokens,
         "reply_tokens": outcome.reply_tokens,
-        "input_complete": True,
-        "turns_used": len(conversation.turns),
+        "input_complete": outcome.input_complete,
+        "turns_used": len(conversation.turns) if outcome.turns_used is None else outcome.turns_used,
         "turns_total": conversation.turns_total,
         "input_sha256": outcome.input_sha256,
         "fingerprint": outcome.fingerprint,
     }
+    if outcome.confidence is not None:
+        result["processing_metadata"]["confidence"] = outcome.confidence
+    for origin in outcome.copied_from:
+        result["processing_metadata"]["copied_from"] = origin
     result["created_at"] = now
     if keep_original:
         result["original_conversation"] = dict(document)
