@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import aiohttp
 
@@ -68,11 +69,15 @@ class AsyncLLMClient:
         """
         characters = sum(len(message["content"]) for message in messages)
         protocol.require_fit(self.target, characters)
-        body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
 
         async def send() -> ChatReply:
-            status, reply = await self._request("POST", self.target.url, body)
-            return protocol.parse_chat_response(self.target, status, reply, characters)
+            target = self.target
+            body = protocol.build_chat_body(target, messages, schema_json, attempt)
+            status, reply = await self._request("POST", target.url, body)
+            if protocol.refuses_logprobs(target, status, reply):
+                self.target = replace(self.target, logprobs=False)
+                return await send()
+            return protocol.parse_chat_response(target, status, reply, characters)
 
         return await repeated(lambda: self.breaker.call(send), self._policy, "model call", self._count_retry)
 

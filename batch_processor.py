@@ -101,7 +101,8 @@ class BatchProcessor:
         taxonomy = load_taxonomy(self.settings.taxonomy_file)
         prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
         session = await stack.enter_async_context(llm.open_session(self.settings.max_concurrent))
-        client = llm.AsyncLLMClient(self.settings, chat_target(self.settings, self.settings.model or ""), session)
+        asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
+        client = llm.AsyncLLMClient(self.settings, asked, session)
         target = await client.prepare(self.settings)
         stack.push_async_callback(client.breaker.close)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
@@ -131,8 +132,14 @@ class BatchProcessor:
         await self.connect()
         conversation = aggregate_conversation(document)
         outcome = await self._classify(conversation, 0)
-        keep = self.settings.store_original_conversation
-        result = build_result(document, conversation, outcome, "single", keep_original=keep)
+        result = build_result(
+            document,
+            conversation,
+            outcome,
+            "single",
+            keep_original=self.settings.store_original_conversation,
+            review_below=self.settings.review_below,
+        )
         for problem in (await self.store.write_results([result])).values():
             raise problem
         return result
@@ -148,7 +155,8 @@ class BatchProcessor:
         """Classify everything that is selected; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done,
-        leased_elsewhere, retried, in_retry_queue, in_quarantine, reasons, interrupted.
+        leased_elsewhere, retried, in_retry_queue, in_quarantine, reasons, interrupted, with_confidence,
+        needs_review, review_below.
 
         Raises:
             FailureThresholdError: Too many documents failed.

@@ -12,6 +12,7 @@ from config import Taxonomy
 from config.taxonomy import fold_label
 from error_handler import LLMReplyError, Reason
 from utils.classification import Classification, Outcome
+from utils.confidence import label_confidence
 from utils.conversation import Conversation
 from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.safe_text import one_line, prompt_text
@@ -36,6 +37,7 @@ class ReplyParser:
             field: {fold_label(name): name for name in taxonomy.names(field)}
             for field in ("intent", "topic", "sentiment")
         }
+        self._names = {field: taxonomy.names(field) for field in self._labels}
         self.schema_json = json.dumps(classification_schema(taxonomy), ensure_ascii=False).encode()
 
     def parse(self, reply: str) -> Classification:
@@ -61,6 +63,16 @@ class ReplyParser:
             self._label("topic", fields["topic"]),
             self._label("sentiment", fields["sentiment"]),
         )
+
+    def answer(self, reply: ChatReply, calls: int) -> Answer:
+        """Return *reply*, the one to call number *calls* (from 1), with what it says and how sure it is.
+
+        Raises:
+            LLMReplyError: As ``parse`` does.
+        """
+        classification = self.parse(reply.text)
+        confidence = label_confidence(reply.tokens, reply.text, classification, self._names) if reply.tokens else None
+        return Answer(classification, reply, calls, confidence)
 
     def _label(self, field: str, value: str) -> str:
         try:
@@ -96,11 +108,12 @@ def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A usable reply, what it says, and how many model calls it took (from 1)."""
+    """A usable reply, what it says, and how many model calls it took (from 1); *confidence* as in Outcome."""
 
     classification: Classification
     reply: ChatReply
     calls: int
+    confidence: dict[str, float] | None = None
 
 
 def classification_flow(messages: list[Message], parser: ReplyParser) -> Generator[list[Message], ChatReply, Answer]:
@@ -113,13 +126,13 @@ def classification_flow(messages: list[Message], parser: ReplyParser) -> Generat
     reply: ChatReply | None = None
     try:
         reply = yield messages
-        return Answer(parser.parse(reply.text), reply, 1)
+        return parser.answer(reply, 1)
     except LLMReplyError as problem:
         if problem.reason is Reason.CONTEXT_OVERFLOW:
             raise
         again = repair_messages(messages, reply, problem)
     reply = yield again
-    return Answer(parser.parse(reply.text), reply, 2)
+    return parser.answer(reply, 2)
 
 
 def build_outcome(
@@ -137,6 +150,7 @@ def build_outcome(
         reply_tokens=answer.reply.reply_tokens,
         input_sha256=input_sha256,
         fingerprint=hashlib.sha256(f"{plan}:{input_sha256}".encode()).hexdigest(),
+        confidence=answer.confidence,
     )
 
 

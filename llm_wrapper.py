@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import requests
 import tenacity
@@ -50,10 +51,14 @@ class LLMClient:
         """
         characters = sum(len(message["content"]) for message in messages)
         protocol.require_fit(self.target, characters)
-        body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
         for trial in tenacity.Retrying(**tenacity_options(self._policy, "model call")):
             with trial:
+                body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
                 status, reply = self._request("POST", self.target.url, body)
+                if protocol.refuses_logprobs(self.target, status, reply):
+                    self.target = replace(self.target, logprobs=False)
+                    body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
+                    status, reply = self._request("POST", self.target.url, body)
                 return protocol.parse_chat_response(self.target, status, reply, characters)
         raise AssertionError("tenacity returns or raises")
 

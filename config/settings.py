@@ -149,6 +149,13 @@ class Settings(BaseSettings):
     taxonomy_file: Path | None = Field(
         None, validation_alias=_env("TAXONOMY_FILE"), description="labels to use instead of config/taxonomy.yaml"
     )
+    review_below: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        validation_alias=_env("REVIEW_BELOW"),
+        description="mark results for review where the probability of a label is below this",
+    )
     store_original_conversation: bool = Field(
         False,
         validation_alias=_env("STORE_ORIGINAL_CONVERSATION"),

@@ -42,6 +42,9 @@ Knobs (constructor and `FakeOllama.configure`)
     user_message "longest"   which user message counts: "longest", "last", or its place among the user
                              messages from 0 (with N few-shot examples in the prompt, N is exact even for
                              short conversations and in repair turns)
+    logprobs None            None: requests for log probabilities are answered without; "refuse": they get a 400;
+                             {"Negative": 0.4, "*": 0.95}: the answer has some, each label with the given
+                             probability among the allowed ones ("*": those not named; streams have none)
     check_host True          foreign Host headers get the empty 403
     record True              keep a record per request, at most record_limit (10000); False for benchmarks
     faults []                see below

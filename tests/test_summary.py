@@ -66,6 +66,36 @@ def test_what_else_there_is_to_say(console: Console) -> None:
     assert "--retry-failed" in lines[5]
 
 
+@pytest.mark.parametrize(
+    ("counts", "lines"),
+    [
+        ({}, []),
+        ({"review_below": 0.6, "with_confidence": 45}, ["0 need review: a label with a confidence below 0.6"]),
+        (
+            {"review_below": 0.6, "with_confidence": 40, "needs_review": 7},
+            [
+                "7 need review: a label with a confidence below 0.6",
+                "5 results have no confidence and are not marked: the server gave none for them",
+            ],
+        ),
+        (
+            {"review_below": 0.6},
+            [
+                "No result is marked for review: the model server gave no log probabilities, so no confidence is known "
+                "(docs/local-inference.md)"
+            ],
+        ),
+        ({"review_below": 0.6, "successful": 0}, []),
+    ],
+    ids=["not-asked-for", "none", "some-without", "no-log-probabilities", "no-results"],
+)
+def test_what_a_person_should_look_at(counts: dict[str, Any], lines: list[str]) -> None:
+    """Said only where it was asked for, and never so that silence looks like certainty."""
+    console = Console(file=io.StringIO(), width=160, soft_wrap=True)
+    print_run(console, {**STATS, "review_below": None, "with_confidence": 0, "needs_review": 0, **counts})
+    assert shown(console).splitlines()[1:] == lines
+
+
 def test_shares_of_labels(console: Console) -> None:
     """A bar for each, the most frequent first, never of no length."""
     counts = {"intent": {"Other": 1, "Complaint": 199}, "topic": {}, "sentiment": {"Neutral": 200}}

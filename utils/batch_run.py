@@ -209,8 +209,14 @@ class BatchRun:
             self.settlement.fail(item, failure)
             return
         self._model_errors = 0
-        keep = self._settings.store_original_conversation
-        result = build_result(item.document, conversation, outcome, self.checkpoint.job_id, keep_original=keep)
+        result = build_result(
+            item.document,
+            conversation,
+            outcome,
+            self.checkpoint.job_id,
+            keep_original=self._settings.store_original_conversation,
+            review_below=self._settings.review_below,
+        )
         journal.answered(document_id, result)
         self._writes.submit((item, result))
 
@@ -311,6 +317,7 @@ class BatchRun:
             "in_retry_queue": self._files.count_failed("retry"),
             "in_quarantine": self._files.count_failed("quarantine"),
             "interrupted": self.stop.is_set(),
+            "review_below": self._settings.review_below,
         }
 
 

@@ -16,7 +16,8 @@ class RunStats:
     """Counts of one run; *skipped* counts documents without anything to classify.
 
     *already_done* are documents whose result was found and not made again, *leased_elsewhere* those
-    that another worker holds. Neither counts as processed.
+    that another worker holds. Neither counts as processed. *with_confidence* are results that say how sure the model
+    was, *needs_review* those of them with a label below REVIEW_BELOW.
     """
 
     total: int = 0
@@ -28,6 +29,8 @@ class RunStats:
     leased_elsewhere: int = 0
     quarantined: int = 0
     retried: int = 0
+    with_confidence: int = 0
+    needs_review: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # intent, topic, sentiment -> label -> documents
 
@@ -36,6 +39,11 @@ class RunStats:
         for name in ("intent", "topic", "sentiment"):
             counts = self.labels.setdefault(name, {})
             counts[classification[name]] = counts.get(classification[name], 0) + 1
+
+    def count_confidence(self, metadata: dict[str, Any]) -> None:
+        """Count what the processing_metadata of one stored result says about its confidence."""
+        self.with_confidence += "confidence" in metadata
+        self.needs_review += metadata.get("needs_review") is True
 
     def count_reason(self, reason: str) -> None:
         """Count one document that failed or was skipped for *reason*."""

@@ -35,6 +35,7 @@ SETTING_FLAGS = (
     "mode",
     "batch_files_dir",
     "ollama_endpoint",
+    "review_below",
 )
 
 
@@ -124,6 +125,12 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
         "--max-concurrent", "--concurrent", type=int, help="model calls in flight at once (MAX_CONCURRENT; 5)"
     )
     how.add_argument("--preset", choices=PRESETS, help="concurrency and batch size: 3/50, 5/100 or 10/200")
+    how.add_argument(
+        "--review-below",
+        type=float,
+        metavar="P",
+        help="mark results for review where a label's probability is below P, 0 to 1 (REVIEW_BELOW)",
+    )
     how.add_argument(
         "--mode", choices=["batch", "continuous", "scheduled"], help="until done, polling, or by --schedule"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -30,6 +30,7 @@ from utils.served_models import ModelFacts, ServedModel, count, is_cloud_name, j
 
 SEED = 20_250_924
 NUM_PREDICT = 700  # tokens of an answer; without it Ollama lets a runaway answer fill ten windows
+TOP_LOGPROBS = 20  # the most that Ollama and OpenAI take
 NANOSECONDS = 1e9
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply is a few kB; more than this is refused unread
 MAX_CHARACTERS_PER_TOKEN = 6.0  # of whole prompts; English has about 4.5, other scripts fewer
@@ -41,7 +42,8 @@ Message = dict[str, str]
 class ChatTarget:
     """Where and how the model is asked: the same for each call of a run, so it is never reloaded.
 
-    *digest* and *disable_thinking* are known after the server was asked for its models.
+    *digest* and *disable_thinking* are known after the server was asked for its models. *logprobs* asks for the
+    probabilities of the answer's tokens as well, which costs the server some work and the wire some 100 kB.
     """
 
     protocol: Protocol
@@ -53,6 +55,7 @@ class ChatTarget:
     keep_alive: str
     digest: str | None = None
     disable_thinking: bool = False
+    logprobs: bool = False
 
     def __repr__(self) -> str:
         return f"ChatTarget({self.protocol}, {self.url}, {self.model})"
@@ -72,6 +75,7 @@ class ChatReply:
 
     *queue_wait_s* is how long the request waited for a slot of the server: its total time less loading, reading
     the prompt and writing the answer. *load_s* above some milliseconds tells that the model was loaded for it.
+    *tokens* are the log probabilities as the server sent them, unread; utils.confidence knows their form.
     """
 
     text: str
@@ -79,6 +83,7 @@ class ChatReply:
     reply_tokens: int | None
     queue_wait_s: float | None = None
     load_s: float | None = None
+    tokens: tuple[Any, ...] = field(default=(), repr=False)
 
 
 def chat_target(settings: Settings, model: str) -> ChatTarget:
@@ -119,6 +124,7 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
                 "type": "json_schema",
                 "json_schema": {"name": "triad", "strict": True, "schema": schema},
             },
+            **_logprobs(target),
         }
         return orjson.dumps(body)
     body = {"model": target.model}
@@ -134,10 +140,21 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
         "keep_alive": int(target.keep_alive) if target.keep_alive.lstrip("-").isdigit() else target.keep_alive,
         "truncate": False,
         "shift": False,
+        **_logprobs(target),
     }
     if target.disable_thinking:
         body["think"] = False
     return orjson.dumps(body)
+
+
+def _logprobs(target: ChatTarget) -> dict[str, Any]:
+    """Return the fields that ask for log probabilities, the same in each protocol; servers too old ignore them."""
+    return {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if target.logprobs else {}
+
+
+def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
+    """Whether a response says that the log probabilities that *target* asks for are why it refuses the request."""
+    return target.logprobs and status in (400, 422) and b"logprobs" in body[:4000]
 
 
 def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
@@ -189,6 +206,8 @@ def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
         # The engine gave up (repeated tokens) and the server still says 200 (ollama/ollama#18359).
         raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
     reply = _finished(text, fields.get("done_reason"), fields.get("prompt_eval_count"), fields.get("eval_count"))
+    if "logprobs" in fields:
+        reply = replace(reply, tokens=_tokens(fields))
     total_ns = count(fields.get("total_duration"))
     if total_ns is None:
         return reply
@@ -206,12 +225,19 @@ def _parse_openai(fields: dict[str, Any]) -> ChatReply:
     usage = usage if isinstance(usage, dict) else {}
     if choice.get("finish_reason") is None:
         raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
-    return _finished(
+    reply = _finished(
         message.get("content") if isinstance(message, dict) else None,
         choice["finish_reason"],
         usage.get("prompt_tokens"),
         usage.get("completion_tokens"),
     )
+    logprobs = choice.get("logprobs")
+    return replace(reply, tokens=_tokens(logprobs, "content")) if isinstance(logprobs, dict) else reply
+
+
+def _tokens(fields: dict[str, Any], name: str = "logprobs") -> tuple[Any, ...]:
+    entries = fields.get(name)
+    return tuple(entries) if isinstance(entries, list) else ()
 
 
 def _finished(text: Any, finish: Any, prompt_tokens: Any, reply_tokens: Any) -> ChatReply:

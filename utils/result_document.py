@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from utils.classification import Outcome
+from utils.confidence import needs_review
 from utils.conversation import Conversation
 from utils.extended_json import new_id
 
@@ -14,9 +15,18 @@ PROCESSOR_VERSION = "1.0.0"
 
 
 def build_result(
-    document: Mapping[str, Any], conversation: Conversation, outcome: Outcome, job_id: str, *, keep_original: bool
+    document: Mapping[str, Any],
+    conversation: Conversation,
+    outcome: Outcome,
+    job_id: str,
+    *,
+    keep_original: bool,
+    review_below: float | None = None,
 ) -> dict[str, Any]:
-    """Return the result of *document*; *keep_original* adds a copy of the document itself."""
+    """Return the result of *document*; *keep_original* adds a copy of the document itself.
+
+    With *review_below* (0 to 1) a result with confidence says whether one of its labels is below that.
+    """
     now = datetime.now(UTC)
     result: dict[str, Any] = {
         "_id": new_id(),
@@ -44,6 +54,8 @@ def build_result(
     }
     if outcome.confidence is not None:
         result["processing_metadata"]["confidence"] = outcome.confidence
+        if review_below is not None:
+            result["processing_metadata"]["needs_review"] = needs_review(outcome.confidence, review_below)
     for origin in outcome.copied_from:
         result["processing_metadata"]["copied_from"] = origin
     result["created_at"] = now

@@ -57,6 +57,7 @@ class Settlement:
         """The *result* of *item* is stored."""
         self._count_success(item.key)
         self.stats.count_labels(result["classification"])
+        self.stats.count_confidence(result["processing_metadata"])
         item.batch.counts["successful"] += 1
         self._settle(item, "processed", None)
 

@@ -37,6 +37,7 @@ def print_run(console: Console, stats: dict[str, Any]) -> None:
         )
     if stats["leased_elsewhere"]:
         console.print(f"{stats['leased_elsewhere']} are in the hands of another worker")
+    _print_review(console, stats)
     for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
     if stats["in_retry_queue"] or stats["in_quarantine"]:
@@ -44,6 +45,22 @@ def print_run(console: Console, stats: dict[str, Any]) -> None:
             f"{stats['in_retry_queue']} documents wait in the retry queue and {stats['in_quarantine']} are in quarantine; "
             "the next run takes up the former, --retry-failed both (docs/operations.md)"
         )
+
+
+def _print_review(console: Console, stats: dict[str, Any]) -> None:
+    """Print how many results a person should look at, where it was asked for."""
+    limit, stored, judged = stats.get("review_below"), stats["successful"], stats.get("with_confidence", 0)
+    if limit is None or not stored:
+        return
+    if not judged:
+        console.print(
+            "[yellow]No result is marked for review[/]: the model server gave no log probabilities, so no confidence is "
+            "known (docs/local-inference.md)"
+        )
+        return
+    console.print(f"[yellow]{stats['needs_review']} need review[/]: a label with a confidence below {limit:g}")
+    if judged < stored:
+        console.print(f"{stored - judged} results have no confidence and are not marked: the server gave none for them")
 
 
 def print_labels(console: Console, counts: LabelCounts) -> None:

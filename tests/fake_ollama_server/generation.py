@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import orjson
 
 from .faults import ARRIVAL_KINDS, STATUS_KINDS, STREAM_KINDS, WIRE_KINDS, Fault
 from .labels import answer_from_schema, estimate_tokens, fake_embedding, lognormal_latency, text_digest
+from .logprobs import logprobs_of
 from .models import ModelSpec
 from .payloads import ApiError, Call, check_options
 from .replies import (
@@ -35,6 +37,7 @@ _TOO_LONG_RENDERED = (
     " adjust the context length in settings, or use a model with a longer context length"
 )
 _TOO_LONG_OLD = "the input length exceeds the context length"
+_NO_LOGPROBS = "logprobs is not supported by this runner"
 _THINKING = "The customer's turns decide; one label of each list fits best."
 _PLAIN_KINDS = {"stream_truncate": "truncated_body", "stream_no_final": "done_false"}
 _CUTTING_KINDS = frozenset({"stream_truncate", "truncated_body", "half_json", "reset_after"})
@@ -146,6 +149,8 @@ class Generation(TimedJob):
         """Part of `TimedJob`: the format must be usable and the prompt must fit."""
         call = self.call
         call.check_format()
+        if call.logprobs and self.server.knobs.logprobs == "refuse":
+            raise ApiError(400, _NO_LOGPROBS)
         self.num_ctx = self.runner.num_ctx if self.runner is not None else 0
         self.prompt_tokens = estimate_tokens(call.chars)
         if self.prompt_tokens >= self.num_ctx:
@@ -204,6 +209,9 @@ class Generation(TimedJob):
             apply_reply_fault(kind, reply, fault.params, self.num_ctx)
             if kind == "length" and num_predict > 0:
                 reply.reply_tokens = num_predict
+        probabilities = self.server.knobs.logprobs
+        if call.logprobs and isinstance(probabilities, Mapping):
+            reply.logprobs = logprobs_of(reply.content, call.schema, probabilities, call.top_logprobs)
         return reply
 
     def _fit_prompt(self) -> None:

@@ -37,6 +37,7 @@ class Knobs:
     default_num_ctx: int = 4096
     prompt_eval_count: int | None = None
     user_message: str | int = "longest"
+    logprobs: Mapping[str, float] | str | None = None
     check_host: bool = True
     record: bool = True
     record_limit: int = 10_000

@@ -56,6 +56,7 @@ class Call:
         "json_mode",
         "keep_alive_s",
         "last_text",
+        "logprobs",
         "longest_text",
         "message_count",
         "messages",
@@ -66,6 +67,7 @@ class Call:
         "stream",
         "text",
         "think",
+        "top_logprobs",
         "truncate",
         "user_texts",
     )
@@ -84,6 +86,8 @@ class Call:
         self.schema: dict[str, Any] | None = wanted if isinstance(wanted, dict) else None
         self.json_mode: Any = wanted
         self.include_usage = False
+        self.logprobs = fields.get("logprobs") is True
+        self.top_logprobs: Any = fields.get("top_logprobs") or 0
         self.dimensions = 0
         self.message_count = 0
         self.messages: list[dict[str, Any]] = []
@@ -321,6 +325,8 @@ def parse_openai(body: bytes) -> Call:
             "options": options,
             "think": _think_from_effort(fields),
             "format": _format_from_openai(fields.get("response_format")),
+            "logprobs": fields.get("logprobs"),
+            "top_logprobs": fields.get("top_logprobs"),
         },
     )
     call.messages = _checked_messages([part for message in messages for part in _flattened(message)])

@@ -61,6 +61,7 @@ class Reply:
         "eval_ns",
         "fields",
         "load_ns",
+        "logprobs",
         "message_null",
         "prompt_eval_ns",
         "prompt_tokens",
@@ -80,6 +81,7 @@ class Reply:
         self.reply_tokens: int | None = None
         self.counters = True
         self.created_shift_s = 0.0
+        self.logprobs: list[dict[str, Any]] | None = None
         self.message_null = False
         self.rewrite: Callable[[bytes], bytes] | None = None
         self.total_ns = self.load_ns = self.prompt_eval_ns = self.eval_ns = 0
@@ -169,6 +171,8 @@ def _add_end(call: Call, reply: Reply, body: dict[str, Any]) -> None:
             body["context"] = [1, 2, 3]
     if reply.done is not False:
         body.update(reply.metrics())
+    if reply.logprobs:
+        body["logprobs"] = reply.logprobs
 
 
 def _chat_completion(call: Call, reply: Reply) -> dict[str, Any]:
@@ -176,9 +180,12 @@ def _chat_completion(call: Call, reply: Reply) -> dict[str, Any]:
     if reply.thinking:
         message["reasoning"] = reply.thinking
     reason = reply.done_reason if reply.done else None
+    choice = {"index": 0, "message": None if reply.message_null else message, "finish_reason": reason}
+    if reply.logprobs:
+        choice["logprobs"] = {"content": reply.logprobs}
     return {
         **_openai_head("chat.completion", call),
-        "choices": [{"index": 0, "message": None if reply.message_null else message, "finish_reason": reason}],
+        "choices": [choice],
         "usage": _usage(reply),
     }
 

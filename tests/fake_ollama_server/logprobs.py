@@ -1,0 +1,56 @@
+"""Log probabilities of an answer, in Ollama's shape, with a chosen probability per label.
+
+Each label is one token. As with a real engine the numbers are from before the grammar: half of the probability goes to
+a word that no schema allows.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_LABEL = re.compile(r'"(intent|topic|sentiment)"\s*:\s*"([^"\\]*)"')
+_OUTSIDE = "The"
+_OUTSIDE_SHARE = 0.5
+_PIECE = 4  # characters of a token outside of the labels
+
+
+def logprobs_of(
+    content: str, schema: Mapping[str, Any] | None, probabilities: Mapping[str, float], top: int
+) -> list[dict[str, Any]]:
+    """The entries for *content*.
+
+    Args:
+        content: The answer, as it is sent.
+        schema: The schema of the request; the ``enum`` lists in it are the other labels.
+        probabilities: Probability among the allowed labels by label, and ``"*"`` for all that are not named.
+        top: Alternatives per token, 0 to 20.
+    """
+    entries: list[dict[str, Any]] = []
+    at = 0
+    properties = (schema or {}).get("properties", {})
+    for match in _LABEL.finditer(content):
+        start, end = match.span(2)
+        entries += _plain(content[at:start], top)
+        label = match.group(2)
+        others = [name for name in properties.get(match.group(1), {}).get("enum", []) if name != label]
+        chosen = probabilities.get(label, probabilities.get("*", 1.0))
+        shares = {label: chosen, **{name: (1 - chosen) / len(others) for name in others}}
+        entries.append(_entry(label, {name: share * (1 - _OUTSIDE_SHARE) for name, share in shares.items()}, top))
+        at = end
+    return entries + _plain(content[at:], top) + [{"token": "", "logprob": -0.01, "bytes": [], "top_logprobs": []}]
+
+
+def _plain(text: str, top: int) -> list[dict[str, Any]]:
+    pieces = [text[at : at + _PIECE] for at in range(0, len(text), _PIECE)]
+    return [_entry(piece, {piece: 1 - _OUTSIDE_SHARE}, top) for piece in pieces]
+
+
+def _entry(token: str, shares: Mapping[str, float], top: int) -> dict[str, Any]:
+    ranked = sorted({**shares, _OUTSIDE: _OUTSIDE_SHARE}.items(), key=lambda pair: -pair[1])
+    listed = [_piece(text, share) for text, share in ranked[:top]]
+    return {**_piece(token, shares[token]), "top_logprobs": listed}
+
+
+def _piece(text: str, share: float) -> dict[str, Any]:
+    return {"token": text, "logprob": math.log(max(share, 1e-30)), "bytes": list(text.encode("utf-8", "replace"))}
