@@ -287,14 +287,21 @@ class ModelService:
         """
         self.require_room()
         asked_at = time.monotonic()
-        async with self.deadlines.until(deadline), self.places.place():
-            begun_at = time.monotonic()
-            self._metrics.queue_time.observe(begun_at - asked_at)
-            try:
-                labels = await self._labels(conversation)
-            finally:
-                ended_at = time.monotonic()
-                self._metrics.model_time.observe(ended_at - begun_at)
+        begun_at = math.inf
+        try:
+            async with self.deadlines.until(deadline), self.places.place():
+                begun_at = time.monotonic()
+                self._metrics.queue_time.observe(begun_at - asked_at)
+                try:
+                    labels = await self._labels(conversation)
+                finally:
+                    ended_at = time.monotonic()
+                    self._metrics.model_time.observe(ended_at - begun_at)
+        except RequestError as exc:
+            # The deadline of the request, not that of the call, which _labels has counted.
+            if exc.kind is errors.TOO_SLOW and isinstance(exc.__cause__, TimeoutError) and begun_at < math.inf:
+                self._metrics.model_failures.labels(str(Reason.TIMEOUT)).inc()
+            raise
         return Verdict(labels, self.model, begun_at - asked_at, ended_at - begun_at)
 
     async def _labels(self, conversation: Conversation) -> dict[str, str]:
@@ -306,6 +313,7 @@ class ModelService:
         try:
             outcome = await async_llm_wrapper.ollama_classify_async(conversation, client, prompts, parser)
         except LLMError as exc:
+            self._metrics.model_failures.labels(str(exc.reason)).inc()
             problem = request_error(exc)
             logger.warning("no classification: %s: %s", problem.kind.name, exc)
             raise problem from exc

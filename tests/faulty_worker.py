@@ -2,7 +2,7 @@
 
     python tests/faulty_worker.py '{"seam": "answered", "passage": 3}' --batch-size 10
 
-Keys of the plan: *seam*, one of SEAMS; *passage*, from 1 (1); *poison*, the number of the conversation
+Keys of the plan: *seam*, one of SEAMS or QUARANTINE_SEAMS; *passage*, from 1 (1); *poison*, the number of the conversation
 that ends the process when it is aggregated; *file_limit*, bytes that a file can grow to. SIGKILL is
 what ends it, so nothing is cleaned up.
 """
@@ -57,6 +57,7 @@ def _in_folder(folder: str, suffix: str) -> Matches:
 
 _RENAMES, _APPENDS = PatchedOs(), PatchedOs()
 _RENAMES.replace = os.replace  # type: ignore[attr-defined]
+_RENAMES.rename = os.rename  # type: ignore[attr-defined]
 _APPENDS.write = os.write  # type: ignore[attr-defined]
 
 SEAMS = {
@@ -89,6 +90,14 @@ SEAMS = {
     "torn_line": Seam(_APPENDS, "write", True, lambda arguments: b'"answered"' in arguments[1]),
 }
 
+# What only ``cli.py quarantine`` passes.
+QUARANTINE_SEAMS = {
+    "before_move": Seam(_RENAMES, "rename", before=True),
+    "moved": Seam(_RENAMES, "rename"),
+    "before_removal": Seam(batch_file_manager, "remove_file", True, _in_folder("quarantine", ".json")),
+    "removed": Seam(batch_file_manager, "remove_file", False, _in_folder("quarantine", ".json")),
+}
+
 
 def die() -> None:
     """End this process as ``kill -9`` does."""
@@ -97,7 +106,7 @@ def die() -> None:
 
 def arm(name: str, passage: int) -> None:
     """Let the process die when it passes the seam *name* for the *passage*-th time."""
-    seam = SEAMS[name]
+    seam = {**SEAMS, **QUARANTINE_SEAMS}[name]
     original = getattr(seam.owner, seam.name)
     passages = itertools.count(1)
 

@@ -14,6 +14,7 @@ from error_handler import Reason
 from utils import extended_json
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
 from utils.extended_json import id_key
+from utils.quarantine_files import release
 
 IDS = [bson.ObjectId(), "doc0", bson.Int64(7), 1.5, None, {"a": 1}, b"\x01", datetime(2024, 5, 1, tzinfo=UTC)]
 DOCUMENTS = [{"_id": value, "text": f"text of {place}"} for place, value in enumerate(IDS)]
@@ -167,7 +168,7 @@ def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
     result = {"_id": bson.ObjectId()}
     files.save_failed("quarantine", 1, [failed("a", retry_count=3), failed("b", classification_result=result)])
     files.save_failed("quarantine", 2, [failed("c", conversation_data=None, retry_count=3)])
-    assert files.release_quarantine() == 3
+    assert release(files) == 3
     assert (files.count_failed("quarantine"), names(directory / "quarantine")) == (0, [])
     first, second = pending(files)
     assert [document["_id"] for document in (*first.documents, *second.documents)] == ["a", "b", "c"]
@@ -176,13 +177,13 @@ def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
 
 
 def test_a_released_file_does_not_overwrite_one_that_is_in_work(files: BatchFiles, directory: Path) -> None:
-    """It waits in quarantine for the next time."""
+    """Each release has a file of its own, whatever batch its documents were in."""
     files.save_failed("quarantine", 1, [failed("a")])
-    assert files.release_quarantine() == 1
+    assert release(files) == 1
     files.save_failed("quarantine", 1, [failed("b")])
-    assert files.release_quarantine() == 0
-    assert files.failed_keys() == {id_key("b")}
-    assert [document["_id"] for batch in pending(files) for document in batch.documents] == ["a"]
+    assert release(files) == 1
+    assert files.failed_keys() == set()
+    assert [document["_id"] for batch in pending(files) for document in batch.documents] == ["a", "b"]
 
 
 def test_failed_keys(files: BatchFiles) -> None:

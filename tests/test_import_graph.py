@@ -50,7 +50,7 @@ OWNERS = {
     "fastapi": {"main"},
     "starlette": {"main"},
     "uvicorn": {"main", "utils.slow_client_guard"},
-    "prometheus_client": {"utils.service_metrics"},
+    "prometheus_client": {"utils.service_metrics", "utils.worker_metrics"},  # of the service; of the worker
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from error_handler import Reason
 from utils import progress
 from utils.checkpoint import RunStats
 from utils.progress import ConsoleProgress, FileProgress, Rate, Reporters
@@ -208,7 +209,10 @@ def test_the_csv_history(clock: Clock, tmp_path: Path) -> None:
         "failed",
         "skipped",
         "current_rate",
+        *Reason,
     ]
+    assert {rows[0][reason] for reason in Reason if reason != "empty"} == {"0"}
+    assert rows[0]["empty"] == "2"
     assert [row["processed"] for row in rows] == ["0", "50", "100", "200"]
     assert [row["status"] for row in rows] == ["running", "running", "running", "completed"]
     assert all(datetime.fromisoformat(row["time"]).tzinfo for row in rows)

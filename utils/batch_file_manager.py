@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from error_handler import ConfigurationError, DirectoryLockedError, Reason, StateDirectoryError
 from utils import extended_json
-from utils.atomic_file import move_file, remove_file, replace_file
+from utils.atomic_file import remove_file, replace_file
 from utils.batch_journal import BatchJournal, Replay, replay_journal
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ FOLDERS = ("pending", "retry", "quarantine", "completed", "progress")
 _NUMBER = re.compile(r"batch_(\d{3,})_")
 
 FailureStatus = Literal["llm_failed", "write_failed"]
+FailureKind = Literal["retry", "quarantine"]
 
 
 @dataclass(slots=True)
@@ -124,7 +125,8 @@ class BatchFiles:
                 (directory / folder).mkdir(exist_ok=True, mode=0o700)
                 if (directory / folder).is_symlink():
                     raise StateDirectoryError(f"{directory / folder} is a symbolic link; replace it by a real folder.")
-            self._last_number = max((number for number, _ in self._numbered(*FOLDERS)), default=0)
+            known = (path for folder in FOLDERS for path in (directory / folder).glob("batch_*"))
+            self._last_number = max((_number(path) or 0 for path in known), default=0)
         except OSError as exc:
             raise StateDirectoryError(
                 f"{directory} cannot be used ({exc.strerror}); fix its rights or name another with --batch-files-dir."
@@ -174,14 +176,12 @@ class BatchFiles:
         replace_file(batch.path, extended_json.dumps(content))
         return batch
 
-    def save_failed(
-        self, kind: Literal["retry", "quarantine"], number: int, failures: Iterable[FailedDocument]
-    ) -> None:
+    def save_failed(self, kind: FailureKind, number: int, failures: Iterable[FailedDocument]) -> None:
         """Add *failures* to the file of batch *number*; an entry for the same document is replaced."""
         path = self._path(kind, number)
         entries = {extended_json.id_key(entry.conversation_id): entry for entry in self._read_failures(path)}
         entries |= {extended_json.id_key(entry.conversation_id): entry for entry in failures}
-        self._write_failures(path, entries.values())
+        self.write_failures(path, entries.values())
 
     def save_completed(self, batch: BatchFile, counts: dict[str, int], document_ids: list[Any]) -> None:
         """Note that every document of *batch* is settled; then its pending file and journal go."""
@@ -199,7 +199,7 @@ class BatchFiles:
 
     def finish_retry(self, batch: BatchFile, failures: Iterable[FailedDocument]) -> None:
         """Make *failures* the whole content of a worked-off retry file; none removes it."""
-        self._write_failures(batch.path, failures)
+        self.write_failures(batch.path, failures)
         batch.journal.close()
         remove_file(batch.journal.path)
 
@@ -229,33 +229,33 @@ class BatchFiles:
             elif path.exists():
                 remove_file(path)
 
-    def failed_keys(self) -> set[bytes]:
-        """Return the ``id_key`` of each document in the retry queue or in quarantine."""
-        entries = (
-            entry
-            for kind in ("retry", "quarantine")
-            for path in self._own_files(kind)
-            for entry in self._read_failures(path)
-        )
-        return {extended_json.id_key(entry.conversation_id) for entry in entries}
+    def failure_files(self, kind: FailureKind) -> Iterator[tuple[Path, list[FailedDocument]]]:
+        """Yield the files of *kind* in the order of their numbers; one that cannot be read is set aside."""
+        for path in self._own_files(kind):
+            yield path, self._read_failures(path)
 
-    def count_failed(self, kind: Literal["retry", "quarantine"]) -> int:
+    def failed_keys(self, *kinds: FailureKind) -> set[bytes]:
+        """Return the ``id_key`` of each document in the files of *kinds*; none named means retry queue and quarantine."""
+        files = (entries for kind in kinds or ("retry", "quarantine") for _, entries in self.failure_files(kind))
+        return {extended_json.id_key(entry.conversation_id) for entries in files for entry in entries}
+
+    def count_failed(self, kind: FailureKind) -> int:
         """Return how many documents are in the retry queue, or in quarantine."""
-        return sum(len(self._read_failures(path)) for path in self._own_files(kind))
+        return len(self.failed_keys(kind))
 
-    def release_quarantine(self) -> int:
-        """Move all quarantine files back to ``pending/``, where they get fresh attempts; return how many documents.
+    def new_path(self, kind: str, suffix: str) -> Path:
+        """Return a path in the folder *kind* with a number that no file has had."""
+        self._last_number += 1
+        return self.directory / kind / f"batch_{self._last_number:03d}_{suffix}.json"
 
-        Answers that could not be written are kept. A file of the same batch that still is in ``pending/`` goes first.
-        """
-        moved = 0
-        for path in self._own_files("quarantine"):
-            target = self.directory / "pending" / path.name
-            count = len(self._read_failures(path))
-            if count and not target.exists():
-                move_file(path, target)
-                moved += count
-        return moved
+    def write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
+        """Make *failures* the content of *path*, durably; without any, the file goes."""
+        entries = [entry.as_dict() for entry in failures]
+        if entries:
+            replace_file(path, extended_json.dumps(entries))
+        elif path.exists():
+            replace_file(path, b"[]")  # what a removal that a power cut undoes leaves behind
+            remove_file(path)
 
     def require_source(self, source: str) -> None:
         """Refuse unfinished work that belongs to another collection; *source* is DocumentStore.identity.
@@ -318,34 +318,18 @@ class BatchFiles:
         suffix = "retry_queue" if kind == "retry" else kind
         return self.directory / kind / f"batch_{number:03d}_{suffix}.json"
 
-    def _numbered(self, *kinds: str) -> Iterator[tuple[int, Path]]:
-        for kind in kinds:
-            for path in (self.directory / kind).glob("batch_*"):
-                number = _number(path)
-                if number is not None:
-                    yield number, path
-
     def _own_files(self, kind: str) -> list[Path]:
-        return [path for _, path in sorted(self._numbered(kind)) if path.suffix == ".json" and not path.is_symlink()]
+        return batch_paths(self.directory / kind)
 
     def _read_failures(self, path: Path) -> list[FailedDocument]:
         content = self._read(path)
         if content is None:
             return []
         try:
-            if not isinstance(content, list):
-                raise TypeError("not a list of entries")
-            return [FailedDocument.from_dict(entry) for entry in content]
-        except (KeyError, TypeError, ValueError, AttributeError):
+            return parse_failures(content)
+        except ValueError:
             self._set_aside(path)
             return []
-
-    def _write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
-        entries = [entry.as_dict() for entry in failures]
-        if entries:
-            replace_file(path, extended_json.dumps(entries))
-        else:
-            remove_file(path)
 
     def _read(self, path: Path) -> Any:
         try:
@@ -377,6 +361,26 @@ class BatchFiles:
             path.name,
             aside.name,
         )
+
+
+def batch_paths(folder: Path) -> list[Path]:
+    """Return the batch files in *folder* in the order of their numbers; links and foreign files are left out."""
+    paths = [path for path in folder.glob("batch_*.json") if _number(path) is not None and not path.is_symlink()]
+    return sorted(paths, key=lambda path: (_number(path) or 0, path))
+
+
+def parse_failures(content: Any) -> list[FailedDocument]:
+    """Return the entries of a retry or quarantine file whose *content* was read as Extended JSON.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        if not isinstance(content, list):
+            raise TypeError("not a list of entries")
+        return [FailedDocument.from_dict(entry) for entry in content]
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError("not a file of failed documents") from exc
 
 
 def _document(entry: dict[str, Any]) -> dict[str, Any]:

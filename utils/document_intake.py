@@ -13,6 +13,7 @@ from utils.batch_file_manager import BatchFiles
 from utils.batch_work import BatchInWork, WorkItem, batch_in_work, is_query
 from utils.checkpoint import Checkpoint
 from utils.extended_json import id_key
+from utils.quarantine_files import release
 from utils.settlement import Settlement
 from utils.store_protocol import Document, Selection, Store
 
@@ -52,7 +53,7 @@ class DocumentIntake:
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches an earlier run left in ``pending/``, journal replayed."""
         if self._options.retry_failed:
-            released = await asyncio.to_thread(self._files.release_quarantine)
+            released = await asyncio.to_thread(release, self._files)
             logger.info("%d quarantined documents get fresh attempts", released)
         for file in await asyncio.to_thread(lambda: list(self._files.load_pending())):
             batch = batch_in_work(file)

@@ -6,6 +6,7 @@ JSON has no type for. Types survive the round trip: int64 stays int64, dates kee
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -48,6 +49,27 @@ def loads(data: bytes | str) -> Any:
         return json_util.loads(data, json_options=_CANONICAL)
     except (TypeError, LookupError, ArithmeticError, BSONError, RecursionError) as exc:
         raise ValueError("not Extended JSON") from exc
+
+
+def list_keys(data: bytes, name: str) -> list[bytes]:
+    """Return a key of the value *name* of each object in the list that *data* is, without making types: for counting.
+
+    Raises:
+        ValueError: *data* is not such a list.
+    """
+    try:
+        return [orjson.dumps(entry[name]) for entry in orjson.loads(data)]
+    except (TypeError, LookupError) as exc:
+        raise ValueError("not a list of objects") from exc
+
+
+def pretty(value: Any) -> str:
+    """Return *value* as Extended JSON for people: indented, each character that is not ASCII as it is.
+
+    Raises:
+        ValueError: See ``dumps``.
+    """
+    return json.dumps(json.loads(dumps(value)), indent=2, ensure_ascii=False)
 
 
 def id_key(document_id: Any) -> bytes:

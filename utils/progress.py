@@ -15,13 +15,17 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from error_handler import Reason
 from utils.atomic_file import replace_file
 from utils.checkpoint import RunStats
 
 RATE_WINDOW_S = 30.0
 PLAIN_LINE_EVERY_S = 10.0
 FILE_EVERY_S = 5.0
-CSV_FIELDS = ("time", "status", "total_conversations", "processed", "successful", "failed", "skipped", "current_rate")
+CSV_FIELDS = (
+    *("time", "status", "total_conversations", "processed", "successful", "failed", "skipped", "current_rate"),
+    *map(str, Reason),
+)
 
 
 class Reporter(Protocol):
@@ -127,11 +131,11 @@ class FileProgress:
         self._start = self._start or datetime.now(UTC)
         state = self._state(job_id, status, stats, in_flight)
         replace_file(self._directory / f"{job_id}.json", json.dumps(state, indent=2).encode())
-        self._history.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **state})
+        self._history.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **state, **stats.reasons})
         if len(self._history) > 2000:  # a run of days keeps its shape at half the detail
             self._history = self._history[::2]
         table = io.StringIO()
-        writer = csv.DictWriter(table, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(table, CSV_FIELDS, restval=0, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._history)
         replace_file(self._directory / f"{job_id}.csv", table.getvalue().encode())
@@ -153,7 +157,7 @@ class FileProgress:
             "failed": stats.failed,
             "skipped": stats.skipped,
             "in_flight": in_flight,
-            "reasons": stats.reasons,
+            "reasons": dict(stats.reasons),
             "current_rate": round(rate, 2),
             "estimated_completion": end.isoformat(timespec="seconds") if end else None,
             "percentage_complete": round(100 * stats.processed / total, 1) if total else 100.0,

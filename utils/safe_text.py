@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 _LINE_BREAK = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
@@ -28,6 +29,11 @@ def visible_text(text: str) -> str:
     if not _INVISIBLE.search(text):
         return text
     return _INVISIBLE.sub("", _LINE_BREAK.sub("\n", text))
+
+
+def escaped(text: str) -> str:
+    """Return *text* with what cannot be seen, or would steer a terminal, as JSON escapes; newline and tab stay."""
+    return _INVISIBLE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
 def prompt_text(text: str) -> str:

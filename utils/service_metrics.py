@@ -15,6 +15,8 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from error_handler import Reason
+
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
 
@@ -35,6 +37,11 @@ class ServiceMetrics:
         self.queue_time = self._seconds("triad_queue_duration_seconds", "Wait for a place at the model")
         self.tokens = self._counter("triad_tokens", "Tokens that the model server counted", "kind")
         self.rejections = self._counter("triad_rejections", "Requests without a classification", "reason")
+        self.model_failures = self._counter(
+            "triad_model_failures", "Classifications that failed after the model was asked", "reason"
+        )
+        for reason in Reason:
+            self.model_failures.labels(str(reason))
         for kind in ("prompt", "reply"):
             self.tokens.labels(kind)
 

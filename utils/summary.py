@@ -26,6 +26,7 @@ def print_run(console: Console, stats: dict[str, Any]) -> None:
             "[bold]Nothing to do[/]: no document is pending. What has a result is not asked again; --reprocess replaces "
             "results, --retry-failed takes up failed documents."
         )
+        _print_queues(console, stats)
         return
     console.print(
         f"[bold]{stats['documents_processed']} documents[/] processed in run {stats['job_id']}: "
@@ -40,11 +41,17 @@ def print_run(console: Console, stats: dict[str, Any]) -> None:
     _print_review(console, stats)
     for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
+    _print_queues(console, stats)
+
+
+def _print_queues(console: Console, stats: dict[str, Any]) -> None:
     if stats["in_retry_queue"] or stats["in_quarantine"]:
         console.print(
             f"{stats['in_retry_queue']} documents wait in the retry queue and {stats['in_quarantine']} are in quarantine; "
             "the next run takes up the former, --retry-failed both (docs/operations.md)"
         )
+    if stats["in_quarantine"]:
+        console.print("python cli.py quarantine list says which and why")
 
 
 def _print_review(console: Console, stats: dict[str, Any]) -> None:
