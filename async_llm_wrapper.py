@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import aiohttp
@@ -43,8 +44,10 @@ class AsyncLLMClient:
     """Asks one model; *session* stays the caller's.
 
     Each call is repeated as *settings* say; while the server is away, calls wait in the breaker
-    and keep their attempts.
+    and keep their attempts. *on_answer* is told of each complete answer, in the task that asked.
     """
+
+    on_answer: Callable[[ChatReply], None] | None = None
 
     def __init__(
         self,
@@ -79,7 +82,10 @@ class AsyncLLMClient:
                 return await send()
             return protocol.parse_chat_response(target, status, reply, characters)
 
-        return await repeated(lambda: self.breaker.call(send), self._policy, "model call", self._count_retry)
+        answer = await repeated(lambda: self.breaker.call(send), self._policy, "model call", self._count_retry)
+        if self.on_answer is not None:
+            self.on_answer(answer)
+        return answer
 
     async def is_alive(self) -> bool:
         """Whether the server answers at all; a probe for the breaker that never raises LLMError."""

@@ -33,6 +33,7 @@ from utils.document_intake import DocumentIntake, RunOptions
 from utils.ollama_protocol import ChatReply, ChatTarget, chat_target
 from utils.progress import Reporter
 from utils.result_document import build_result
+from utils.sample_recorder import SampleRecorder
 from utils.store_protocol import Document
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,11 @@ class BatchProcessor:
 
     *settings* None reads them from the environment; further keyword arguments are fields of
     Settings and win. *classify* and *client* replace the model server and the MongoDB client: the
-    caller closes what it hands in. Use as ``async with``, or call ``close``.
+    caller closes what it hands in. Use as ``async with``, or call ``close``. *recorder*, set before
+    ``connect``, is told of each document that is asked and of each answer of the model server.
     """
+
+    recorder: SampleRecorder | None = None
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class BatchProcessor:
         self.options = replace(options or RunOptions(), batch_size=self.settings.batch_size)
         self._given_classify = classify
         self._client = client
-        self._reporter = reporter
+        self.reporter = reporter
         self._stack = AsyncExitStack()
         self._connected = False
         self.stop = asyncio.Event()  # set it to end the run: no new documents, calls in flight get the grace period
@@ -92,7 +96,8 @@ class BatchProcessor:
             await self.store.check()
             self._source = await self.store.identity()
             self.files.require_source(self._source)
-            self._classify = self._given_classify or await self._connect_model(stack)
+            classify = self._given_classify or await self._connect_model(stack)
+            self._classify = self.recorder.recorded(classify) if self.recorder else classify
             await self.store.ensure_result_indexes()
             self._stack = stack.pop_all()
         self._connected = True
@@ -103,6 +108,8 @@ class BatchProcessor:
         session = await stack.enter_async_context(llm.open_session(self.settings.max_concurrent))
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
         client = llm.AsyncLLMClient(self.settings, asked, session)
+        if self.recorder is not None:
+            client.on_answer = self.recorder.note_answer
         target = await client.prepare(self.settings)
         stack.push_async_callback(client.breaker.close)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
@@ -176,7 +183,7 @@ class BatchProcessor:
         checkpoint = Checkpoint.resume_or_new(saved, self._source, reprocess=self.options.reprocess)
         checkpoint.worker_id = self._worker_id()
         run = BatchRun(self.settings, self.options, self.store, self.files, steps, checkpoint=checkpoint)
-        run.stop, run.reporter = self.stop, self._reporter
+        run.stop, run.reporter = self.stop, self.reporter
         return await run.execute(sources(run.intake), to_the_end=to_the_end)
 
     def _worker_id(self) -> str:

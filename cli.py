@@ -40,6 +40,7 @@ from utils.document_files import read_documents
 from utils.document_intake import RunOptions
 from utils.document_preview import preview
 from utils.embedded_mongod import EmbeddedMongod
+from utils.estimate_command import COMMAND as ESTIMATE
 from utils.exit_boundary import exit_code_of, explain
 from utils.progress import ConsoleProgress, FileProgress, Reporter, Reporters
 from utils.schedule import seconds_until_next
@@ -50,7 +51,7 @@ DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
 SAMPLES = DATA / "sample_conversations.jsonl"
 
-ALL_COMMANDS: tuple[Command, ...] = (quarantine_command.COMMAND,)
+ALL_COMMANDS: tuple[Command, ...] = (ESTIMATE, quarantine_command.COMMAND)
 COMMANDS = {command.name: command for command in ALL_COMMANDS}
 
 logger = logging.getLogger(__name__)

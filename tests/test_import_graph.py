@@ -17,7 +17,8 @@ LAYERS: list[set[str]] = [
     {"logger", "utils"},
     {"aggregator", "prompt_builder", "classifier"},
     {"mongo_client", "llm_wrapper", "async_llm_wrapper", "utils.service_requests"},
-    {"batch_processor", "api"},
+    {"batch_processor", "api", "utils.document_sample"},
+    {"utils.estimate_command"},
     {
         "cli",
         "main",
@@ -51,6 +52,7 @@ OWNERS = {
     "starlette": {"main"},
     "uvicorn": {"main", "utils.slow_client_guard"},
     "prometheus_client": {"utils.service_metrics", "utils.worker_metrics"},  # of the service; of the worker
+    "genai_prices": {"utils.batch_prices"},
 }
 
 
