@@ -105,6 +105,19 @@ class AsyncLLMClient:
         url = served_models.models_url(self.target.protocol, self.target.server_url)
         return served_models.parse_models(self.target.protocol, *await self._request("GET", url))
 
+    async def version(self) -> str | None:
+        """Return Ollama's version; None where the server tells none. Raises LLMUnavailableError where it is away."""
+        return served_models.parse_version(*await self._request("GET", f"{self.target.server_url}/api/version"))
+
+    async def show(self, model: str) -> served_models.ModelFacts:
+        """Return what Ollama says about *model*. Raises LLMUnavailableError where it is away."""
+        url = f"{self.target.server_url}/api/show"
+        return served_models.parse_show(*await self._request("POST", url, served_models.show_body(model)))
+
+    async def loaded(self) -> list[served_models.LoadedModel]:
+        """Return the models that Ollama holds in memory now. Raises LLMUnavailableError where it is away."""
+        return served_models.parse_loaded(*await self._request("GET", f"{self.target.server_url}/api/ps"))
+
     async def prepare(self, settings: Settings) -> ChatTarget:
         """Ask the server for its models, settle on the one that *settings* name, and return the target.
 

@@ -24,7 +24,7 @@ from config import Settings, load_taxonomy
 from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
-from utils import quarantine_command, summary
+from utils import doctor_command, quarantine_command, summary
 from utils.atomic_file import replace_file
 from utils.baseline import BASELINE_MODEL, BaselineClassifier
 from utils.checkpoint import RunStats
@@ -51,7 +51,7 @@ DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
 SAMPLES = DATA / "sample_conversations.jsonl"
 
-ALL_COMMANDS: tuple[Command, ...] = (ESTIMATE, quarantine_command.COMMAND)
+ALL_COMMANDS: tuple[Command, ...] = (doctor_command.COMMAND, ESTIMATE, quarantine_command.COMMAND)
 COMMANDS = {command.name: command for command in ALL_COMMANDS}
 
 logger = logging.getLogger(__name__)

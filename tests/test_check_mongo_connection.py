@@ -16,12 +16,13 @@ from pymongo import MongoClient
 from pymongo.database import Database
 from pymongo.errors import OperationFailure
 
-import check_mongo_connection
-from check_mongo_connection import Finding, allowed_actions, diagnose
 from config import load_settings
 from mongo_client import DocumentStore
 from tests.test_mongodb_import import clean_environment
+from utils import mongo_diagnosis
 from utils.embedded_mongod import EmbeddedMongod
+from utils.findings import Finding
+from utils.mongo_diagnosis import allowed_actions, diagnose
 
 ROOT = Path(__file__).parent.parent
 PASSWORD = "p%40ss/w0rd".replace("/", "%2F")
@@ -311,7 +312,7 @@ async def test_a_check_that_takes_too_long_is_a_warning(
 ) -> None:
     database.conversation_set.insert_many([{"tweets": []} for _ in range(10)])
     slow = [{"$match": {"$expr": {"$function": {"body": "function() { while (true) {} }", "args": [], "lang": "js"}}}}]
-    monkeypatch.setattr(check_mongo_connection, "COUNTS", slow)
+    monkeypatch.setattr(mongo_diagnosis, "COUNTS", slow)
     found = await findings(mongodb_uri, db_name, mongodb_timeout_ms=500)
     (warning,) = [finding for finding in found if "count the documents" in finding.sentence]
     assert warning.level == "warning"

@@ -14,7 +14,7 @@ import pytest
 from tests.fake_ollama import FakeOllama
 from tests.test_mongodb_import import clean_environment
 from utils import concurrency_check
-from utils.concurrency_check import Call, Level, Measurement, Round, levels_up_to, parse_queue_wait
+from utils.slot_probe import Call, Level, Measurement, Round, levels_up_to, parse_queue_wait
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "utils" / "concurrency_check.py"

@@ -18,7 +18,13 @@ LAYERS: list[set[str]] = [
     {"aggregator", "prompt_builder", "classifier"},
     {"mongo_client", "llm_wrapper", "async_llm_wrapper", "utils.service_requests"},
     {"batch_processor", "api", "utils.document_sample"},
-    {"utils.estimate_command"},
+    {
+        "utils.estimate_command",
+        "utils.mongo_diagnosis",
+        "utils.slot_probe",
+        "utils.model_diagnosis",
+        "utils.doctor_command",
+    },
     {
         "cli",
         "main",
@@ -44,7 +50,7 @@ OWNERS = {
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"utils.baseline"},
     "yaml": {"config.taxonomy"},
-    "dotenv": {"config.settings"},
+    "dotenv": {"config.settings", "config.settings_origins"},
     "pydantic_settings": {"config.settings", "config.service_settings"},
     "filelock": {"utils.batch_file_manager"},
     "croniter": {"utils.schedule"},

@@ -103,6 +103,11 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
     return found
 
 
+def parse_version(status: int, body: bytes) -> str | None:
+    """Return what ``/api/version`` says; None where the server has no such route."""
+    return _text(json_object(body).get("version")) if status == 200 else None
+
+
 def show_body(model: str) -> bytes:
     """Return the body of ``POST /api/show``."""
     return orjson.dumps({"model": model})

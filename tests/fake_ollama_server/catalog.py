@@ -104,6 +104,6 @@ def _ps_entry(runner: Runner) -> dict[str, Any]:
         "digest": spec.digest,
         "details": spec.details(),
         "expires_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", expires_at),
-        "size_vram": spec.size_bytes,
+        "size_vram": spec.size_bytes if spec.vram_bytes is None else spec.vram_bytes,
         "context_length": runner.num_ctx,
     }

@@ -20,6 +20,7 @@ class ModelSpec:
     family: str = "llama"
     embedding_length: int = 768
     size_bytes: int = 2_019_393_189
+    vram_bytes: int | None = None  # what of it lies in the GPU; None: all
     remote_host: str = ""
     remote_model: str = ""
 
