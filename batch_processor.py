@@ -30,14 +30,16 @@ from utils.checkpoint import Checkpoint
 from utils.classification import Outcome
 from utils.conversation import Conversation
 from utils.document_intake import DocumentIntake, RunOptions
-from utils.ollama_protocol import ChatReply, ChatTarget, chat_target
+from utils.ollama_protocol import ChatReply, ChatTarget, chat_target, plan_fingerprint
 from utils.progress import Reporter
 from utils.result_document import build_result
+from utils.run_plan import work_kinds
 from utils.sample_recorder import SampleRecorder
 from utils.store_protocol import Document
 
 logger = logging.getLogger(__name__)
 
+BASELINE_PLAN = "baseline"
 BASELINE_TARGET = ChatTarget("ollama_chat", "", "", BASELINE_MODEL, None, 0, "0")
 
 
@@ -46,8 +48,9 @@ class BatchProcessor:
 
     *settings* None reads them from the environment; further keyword arguments are fields of
     Settings and win. *classify* and *client* replace the model server and the MongoDB client: the
-    caller closes what it hands in. Use as ``async with``, or call ``close``. *recorder*, set before
-    ``connect``, is told of each document that is asked and of each answer of the model server.
+    caller closes what it hands in. *plan* names how *classify* makes its answers (build_outcome).
+    *recorder*, set before ``connect``, is told of each document that is asked and of each answer of
+    the model server. Use as ``async with``, or call ``close``.
     """
 
     recorder: SampleRecorder | None = None
@@ -58,6 +61,7 @@ class BatchProcessor:
         *,
         options: RunOptions | None = None,
         classify: Classify | None = None,
+        plan: str = "",
         client: Any = None,
         reporter: Reporter | None = None,
         **overrides: Any,
@@ -66,6 +70,7 @@ class BatchProcessor:
         self.settings = load_settings(**{**base, **overrides}) if settings is None or overrides else settings
         self.options = replace(options or RunOptions(), batch_size=self.settings.batch_size)
         self._given_classify = classify
+        self._plan = plan
         self._client = client
         self.reporter = reporter
         self._stack = AsyncExitStack()
@@ -113,6 +118,8 @@ class BatchProcessor:
         target = await client.prepare(self.settings)
         stack.push_async_callback(client.breaker.close)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
+
+        self._plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)
 
         async def classify(conversation: Conversation, rounds: int) -> Outcome:
             return await llm.ollama_classify_async(conversation, client, prompts, parser, rounds)
@@ -162,7 +169,7 @@ class BatchProcessor:
         """Classify everything that is selected; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done,
-        leased_elsewhere, retried, in_retry_queue, in_quarantine, reasons, interrupted, with_confidence,
+        leased_elsewhere, retried, copied, in_retry_queue, in_quarantine, reasons, interrupted, with_confidence,
         needs_review, review_below.
 
         Raises:
@@ -178,9 +185,11 @@ class BatchProcessor:
         self, sources: Callable[[DocumentIntake], list[AsyncGenerator[BatchInWork]]], *, to_the_end: bool
     ) -> dict[str, Any]:
         await self.connect()
-        steps = Steps(aggregate_conversation, self._classify)
+        kinds = work_kinds(self.store, self.settings, self._plan or None) if self.options.only else None
+        steps = Steps(aggregate_conversation, self._classify, self._plan, kinds)
         saved = self.files.read_state("checkpoint.json")
-        checkpoint = Checkpoint.resume_or_new(saved, self._source, reprocess=self.options.reprocess)
+        options = self.options
+        checkpoint = Checkpoint.resume_or_new(saved, self._source, reprocess=options.reprocess, only=options.only)
         checkpoint.worker_id = self._worker_id()
         run = BatchRun(self.settings, self.options, self.store, self.files, steps, checkpoint=checkpoint)
         run.stop, run.reporter = self.stop, self.reporter
@@ -220,7 +229,7 @@ def baseline_classify(baseline: BaselineClassifier) -> Classify:
             Answer(labels, ChatReply("", None, None), 1),
             conversation,
             BASELINE_TARGET,
-            "baseline",
+            BASELINE_PLAN,
             time.monotonic() - start,
         )
 

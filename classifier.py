@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from error_handler import LLMReplyError, Reason
 from utils.classification import Classification, Outcome
 from utils.confidence import label_confidence
 from utils.conversation import Conversation
+from utils.fingerprints import input_sha256, result_fingerprint
 from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.safe_text import one_line, prompt_text
 
@@ -139,7 +139,7 @@ def build_outcome(
     answer: Answer, conversation: Conversation, target: ChatTarget, plan: str, duration_s: float
 ) -> Outcome:
     """Return *answer* with how it was made; *plan* is ollama_protocol.plan_fingerprint of the run."""
-    input_sha256 = hashlib.sha256(conversation.transcript.encode()).hexdigest()
+    input_hash = input_sha256(conversation)
     return Outcome(
         classification=answer.classification,
         model_used=target.model,
@@ -148,8 +148,8 @@ def build_outcome(
         duration_ms=round(duration_s * 1000),
         prompt_tokens=answer.reply.prompt_tokens,
         reply_tokens=answer.reply.reply_tokens,
-        input_sha256=input_sha256,
-        fingerprint=hashlib.sha256(f"{plan}:{input_sha256}".encode()).hexdigest(),
+        input_sha256=input_hash,
+        fingerprint=result_fingerprint(plan, input_hash),
         confidence=answer.confidence,
     )
 

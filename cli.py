@@ -19,12 +19,12 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from aggregator import aggregate_conversation
-from batch_processor import BatchProcessor, baseline_classify, find_model
+from batch_processor import BASELINE_PLAN, BatchProcessor, baseline_classify, find_model
 from config import Settings, load_taxonomy
 from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
-from utils import doctor_command, quarantine_command, summary
+from utils import doctor_command, plan_command, quarantine_command, summary
 from utils.atomic_file import replace_file
 from utils.baseline import BASELINE_MODEL, BaselineClassifier
 from utils.checkpoint import RunStats
@@ -34,6 +34,7 @@ from utils.command_line import (
     create_command_parser,
     create_parser,
     monitoring,
+    run_options,
     settings_from,
 )
 from utils.document_files import read_documents
@@ -43,6 +44,7 @@ from utils.embedded_mongod import EmbeddedMongod
 from utils.estimate_command import COMMAND as ESTIMATE
 from utils.exit_boundary import exit_code_of, explain
 from utils.progress import ConsoleProgress, FileProgress, Reporter, Reporters
+from utils.run_plan import ask_plan, work_kinds
 from utils.schedule import seconds_until_next
 from utils.stop_signals import stop_on_signals
 from utils.worker_metrics import MetricsFile
@@ -51,7 +53,12 @@ DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
 SAMPLES = DATA / "sample_conversations.jsonl"
 
-ALL_COMMANDS: tuple[Command, ...] = (doctor_command.COMMAND, ESTIMATE, quarantine_command.COMMAND)
+ALL_COMMANDS: tuple[Command, ...] = (
+    doctor_command.COMMAND,
+    ESTIMATE,
+    plan_command.COMMAND,
+    quarantine_command.COMMAND,
+)
 COMMANDS = {command.name: command for command in ALL_COMMANDS}
 
 logger = logging.getLogger(__name__)
@@ -95,9 +102,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         parts: dict[str, Any] = {}
         if arguments.embedded:
             settings, parts = await _embedded(stack, settings)
-        options = RunOptions(settings.batch_size, arguments.limit, arguments.reprocess, arguments.retry_failed)
+        options = run_options(arguments, settings)
         if arguments.dry_run:
-            return await _dry_run(arguments, settings, options)
+            return await _dry_run(arguments, settings, options, parts.get("plan"))
         processor = BatchProcessor(settings, options=options, reporter=_reporter(arguments, settings), **parts)
         connected = asyncio.Event()
         with stop_on_signals(processor.stop, connected.is_set):
@@ -133,7 +140,7 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         "It knows words, not meaning; docs/baseline.md says how often it is right.[/]",
         soft_wrap=True,
     )
-    return settings, {"classify": baseline_classify(baseline)}
+    return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}
 
 
 async def _passes(arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor) -> int:
@@ -160,11 +167,14 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
             raise RunInterruptedError("Stopped between two passes; nothing was in work.")
 
 
-async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions) -> int:
+async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
     store = DocumentStore(settings)
     try:
         await store.check()
-        report = await preview(store, aggregate_conversation, options)
+        if options.only in ("stale", "failed") and plan is None:
+            plan = await ask_plan(settings)
+        kinds = work_kinds(store, settings, plan) if options.only else None
+        report = await preview(store, aggregate_conversation, options, kinds)
     finally:
         await store.close()
     text = json.dumps(report, indent=2)

@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"logger", "utils"},
     {"aggregator", "prompt_builder", "classifier"},
     {"mongo_client", "llm_wrapper", "async_llm_wrapper", "utils.service_requests"},
+    {"utils.stored_results", "utils.run_plan", "utils.plan_command"},
     {"batch_processor", "api", "utils.document_sample"},
     {
         "utils.estimate_command",

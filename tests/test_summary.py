@@ -20,6 +20,7 @@ STATS: dict[str, Any] = {
     "skipped": 2,
     "already_done": 0,
     "leased_elsewhere": 0,
+    "copied": 0,
     "in_retry_queue": 0,
     "in_quarantine": 0,
     "reasons": {},

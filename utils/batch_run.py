@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from error_handler import (
     StoreUnavailableError,
     TriadError,
 )
+from utils.asked_before import FILE_NAME, AskedBefore
 from utils.batch_file_manager import BatchFiles
 from utils.batch_work import BatchInWork, Failure, WorkItem, failure_of
 from utils.checkpoint import Checkpoint
@@ -32,10 +34,12 @@ from utils.classification import Outcome
 from utils.conversation import Conversation
 from utils.document_intake import MAX_SWEEPS, DocumentIntake, RunOptions
 from utils.group_commit import GroupCommit
+from utils.identical import Asking, Identical
 from utils.progress import Reporter
 from utils.result_document import build_result
 from utils.settlement import Settlement
 from utils.store_protocol import Document, Store
+from utils.work_kinds import REPLACED, WorkKinds
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +54,14 @@ class Steps:
     """What is done with one document.
 
     *aggregate* raises SkippedDocumentError. *classify* gets the conversation and how many retry
-    rounds it has had, and raises LLMError.
+    rounds it has had, and raises LLMError. *plan* is the plan_fingerprint of the answers; empty where it is not known,
+    and then no answer of an interrupted run is used again. *kinds* judges documents for ``RunOptions.only``.
     """
 
     aggregate: Callable[[Document], Conversation]
     classify: Classify
+    plan: str = ""
+    kinds: WorkKinds | None = None
 
 
 class BatchRun:
@@ -76,10 +83,14 @@ class BatchRun:
         self._store = store
         self._files = files
         self._steps = steps
-        self._replace = options.reprocess
+        self._replace = options.reprocess or options.only in REPLACED
+        self._only = options.only
         self.checkpoint = checkpoint
         self.settlement = Settlement(store, files, self.checkpoint)
         self.intake = DocumentIntake(store, files, self.checkpoint, options, settlement=self.settlement)
+        self.intake.kinds = steps.kinds
+        asked = AskedBefore(files.directory / FILE_NAME, f"{checkpoint.job_id} {steps.plan or secrets.token_hex(8)}")
+        self._identical = Identical(asked if options.dedupe else None)
         self.stop = asyncio.Event()
         self._queue: asyncio.Queue[WorkItem] = asyncio.Queue()
         self._writes: GroupCommit[tuple[WorkItem, Document]] = GroupCommit(self._write_group)
@@ -122,6 +133,7 @@ class BatchRun:
         except* TriadError as group:
             raise _first(group) from group
         finally:
+            self._identical.close(is_finished=status == "completed")
             await self._save(status)
         return self._statistics()
 
@@ -184,6 +196,7 @@ class BatchRun:
             self.settlement.fail(item, failure_of(error))
         elif self._is_doubtful(item) and not await self.intake.is_still_ours(item):
             self.settlement.drop(item)
+            self._put(self._identical.dropped(item))
         else:
             journal.started(document_id)
             try:
@@ -192,13 +205,22 @@ class BatchRun:
                 journal.skipped(document_id, exc.reason, str(exc))
                 self.settlement.skip(item, exc.reason, str(exc))
                 return
-            journal.asked(document_id)
-            await self._ask(item, conversation)
+            asking = self._identical.asking(item, conversation)
+            copies = self._identical.known(asking)
+            for copy in copies:
+                self._keep(*copy)
+            if not copies:
+                journal.asked(document_id)
+                if self._identical.waits(asking):
+                    journal.released(document_id)
+                else:
+                    await self._ask(asking)
 
-    async def _ask(self, item: WorkItem, conversation: Conversation) -> None:
+    async def _ask(self, asking: Asking) -> None:
+        item = asking.item
         journal, document_id = item.batch.file.journal, item.document_id
         try:
-            outcome = await self._steps.classify(conversation, item.rounds)
+            outcome = await self._steps.classify(asking.conversation, item.rounds)
         except (asyncio.CancelledError, LLMOutageError):
             journal.released(document_id)
             raise
@@ -207,18 +229,29 @@ class BatchRun:
             failure = failure_of(exc)
             journal.failed(document_id, failure.reason, failure.message, is_final=failure.is_final)
             self.settlement.fail(item, failure)
+            self._put(self._identical.gave_up(asking))
             return
         self._model_errors = 0
+        self._keep(asking, outcome)
+        for copy in self._identical.answered(asking, outcome):
+            self._keep(*copy)
+
+    def _keep(self, asking: Asking, outcome: Outcome) -> None:
+        item = asking.item
         result = build_result(
             item.document,
-            conversation,
+            asking.conversation,
             outcome,
             self.checkpoint.job_id,
             keep_original=self._settings.store_original_conversation,
             review_below=self._settings.review_below,
         )
-        journal.answered(document_id, result)
+        item.batch.file.journal.answered(item.document_id, result)
         self._writes.submit((item, result))
+
+    def _put(self, items: list[WorkItem]) -> None:
+        for item in items:
+            self._queue.put_nowait(item)
 
     def _require_model(self, error: LLMError) -> None:
         """End the run where the server says again and again that it has no such model."""
@@ -238,6 +271,7 @@ class BatchRun:
         for index, (item, result) in enumerate(group):
             if index in rejected:
                 self.settlement.fail(item, failure_of(rejected[index]), result)
+                self._identical.rejected(result)
             else:
                 self.settlement.succeed(item, result)
 
@@ -287,7 +321,8 @@ class BatchRun:
 
     async def _prepare_source(self) -> None:
         """Count and index beside the first calls: neither may hold up a start on millions of documents."""
-        self.settlement.stats.total += await self._store.count("all" if self._replace else "sweep")
+        if not self._only:
+            self.settlement.stats.total += await self._store.count("all" if self._replace else "sweep")
         await self._store.ensure_source_indexes()
         foreign = await self._store.foreign_statuses()
         if foreign:

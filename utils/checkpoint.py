@@ -17,7 +17,8 @@ class RunStats:
 
     *already_done* are documents whose result was found and not made again, *leased_elsewhere* those
     that another worker holds. Neither counts as processed. *with_confidence* are results that say how sure the model
-    was, *needs_review* those of them with a label below REVIEW_BELOW.
+    was, *needs_review* those of them with a label below REVIEW_BELOW. *copied* counts those of *successful* that have
+    the answer of an identical conversation.
     """
 
     total: int = 0
@@ -31,6 +32,7 @@ class RunStats:
     retried: int = 0
     with_confidence: int = 0
     needs_review: int = 0
+    copied: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # intent, topic, sentiment -> label -> documents
 
@@ -71,6 +73,7 @@ class Checkpoint:
     has_mark: bool = False  # because null is an _id like any other
     finished: bool = False
     counts: dict[str, Any] = field(default_factory=dict)
+    only: str | None = None  # RunOptions.only
     worker_id: str | None = None  # a second copy: who loses worker.json would be locked out by its own leases
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,23 +86,28 @@ class Checkpoint:
             "has_mark": self.has_mark,
             "finished": self.finished,
             "counts": self.counts,
+            "only": self.only,
             "worker_id": self.worker_id,
             "updated_at": datetime.now(UTC),
         }
 
     @classmethod
-    def resume_or_new(cls, saved: dict[str, Any] | None, source: str, *, reprocess: bool) -> Checkpoint:
+    def resume_or_new(
+        cls, saved: dict[str, Any] | None, source: str, *, reprocess: bool, only: str | None = None
+    ) -> Checkpoint:
         """Return the interrupted run that *saved* describes, else a new one for *source*."""
         if (
             saved is not None
             and saved.get("source") == source
             and saved.get("reprocess") is reprocess
+            and saved.get("only") == only
             and saved.get("finished") is False
             and isinstance(saved.get("job_id"), str)
         ):
-            return cls(source, saved["job_id"], reprocess, saved.get("low_water_mark"), saved.get("has_mark") is True)
+            mark, has_mark = saved.get("low_water_mark"), saved.get("has_mark") is True
+            return cls(source, saved["job_id"], reprocess, mark, has_mark, only=only)
         now = datetime.now(UTC)
-        return cls(source, f"job_{now:%Y%m%d_%H%M%S}_{secrets.token_hex(3)}", reprocess)
+        return cls(source, f"job_{now:%Y%m%d_%H%M%S}_{secrets.token_hex(3)}", reprocess, only=only)
 
 
 class LowWaterMark:

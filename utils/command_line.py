@@ -13,7 +13,9 @@ from typing import Any
 
 from config import Settings, load_settings
 from error_handler import ConfigurationError
+from utils.document_intake import RunOptions
 from utils.schedule import require_cron
+from utils.work_kinds import SELECTABLE
 
 PRESETS = {"conservative": (3, 50), "balanced": (5, 100), "aggressive": (10, 200)}  # max_concurrent, batch_size
 
@@ -114,6 +116,12 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     what.add_argument(
         "--retry-failed", action="store_true", help="take up failed and quarantined documents with fresh attempts"
     )
+    what.add_argument(
+        "--only", choices=SELECTABLE, help="take just these documents (python cli.py plan counts them); see the docs"
+    )
+    what.add_argument(
+        "--no-dedupe", dest="dedupe", action="store_false", help="ask for each of several identical conversations"
+    )
     what.add_argument("--dry-run", action="store_true", help="report what a run would do, and change nothing")
     what.add_argument(
         "--embedded", action="store_true", help="bring a MongoDB and sample conversations; nothing to install"
@@ -181,7 +189,22 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         if not arguments.schedule:
             raise ConfigurationError('--mode scheduled needs --schedule, for example --schedule "0 2 * * *".')
         require_cron(arguments.schedule)
+    for flag in ("reprocess", "retry_failed"):
+        if arguments.only and getattr(arguments, flag):
+            raise ConfigurationError(f"--only and --{flag.replace('_', '-')} each choose the documents; leave one out.")
     return settings
+
+
+def run_options(arguments: argparse.Namespace, settings: Settings) -> RunOptions:
+    """Return what the run that *arguments* describe shall do."""
+    return RunOptions(
+        settings.batch_size,
+        arguments.limit,
+        arguments.reprocess,
+        arguments.retry_failed,
+        only=arguments.only,
+        dedupe=arguments.dedupe,
+    )
 
 
 def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:

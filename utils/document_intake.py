@@ -16,6 +16,7 @@ from utils.extended_json import id_key
 from utils.quarantine_files import release
 from utils.settlement import Settlement
 from utils.store_protocol import Document, Selection, Store
+from utils.work_kinds import REPLACED, Only, WorkKinds
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +25,25 @@ MAX_SWEEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What one run shall do. *limit* None takes every document."""
+    """What one run shall do. *limit* None takes every document; so does *only* None, see utils.work_kinds."""
 
     batch_size: int = 100
     limit: int | None = None
     reprocess: bool = False
     retry_failed: bool = False
+    only: Only | None = None
+    dedupe: bool = True
 
 
 class DocumentIntake:
     """Reads, claims and saves documents; yields batches whose every document is this worker's.
 
     Documents that have a result already only get their status; ones that another worker
-    holds are counted and left alone.
+    holds are counted and left alone. With ``options.only``, the documents that an interrupted run left in work are
+    finished first all the same: their answers may be in its journal.
     """
+
+    kinds: WorkKinds | None = None  # set where ``options.only`` is
 
     def __init__(
         self, store: Store, files: BatchFiles, checkpoint: Checkpoint, options: RunOptions, *, settlement: Settlement
@@ -48,11 +54,12 @@ class DocumentIntake:
         self._options = options
         self._settlement = settlement
         self._recovered: set[bytes] = set()
+        self._queued: set[bytes] = set()  # what was in local files when the pages began, with ``options.only``
         self._taken = 0
 
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches an earlier run left in ``pending/``, journal replayed."""
-        if self._options.retry_failed:
+        if self._options.retry_failed or self._options.only == "failed":
             released = await asyncio.to_thread(release, self._files)
             logger.info("%d quarantined documents get fresh attempts", released)
         for file in await asyncio.to_thread(lambda: list(self._files.load_pending())):
@@ -68,8 +75,13 @@ class DocumentIntake:
         if not bound:
             return
         after = [self._checkpoint.low_water_mark] if self._checkpoint.has_mark else []
-        selections: list[Selection] = ["all"] if self._options.reprocess else ["pending"]
-        if self._options.retry_failed or self._files.lost_failures:
+        only = self._options.only
+        if only:
+            self._queued = await asyncio.to_thread(self._files.failed_keys)
+        selections: list[Selection] = ["all"] if self._options.reprocess or only else ["pending"]
+        if only == "failed":
+            selections = ["failed"]
+        elif self._options.retry_failed or (self._files.lost_failures and not only):
             selections.append("failed")
         for selection in selections:
             if selection == "failed":  # what is queued has its rounds already
@@ -79,6 +91,8 @@ class DocumentIntake:
 
     async def sweep(self) -> AsyncGenerator[BatchInWork]:
         """Yield documents that are pending or were left processing, and have no result: late small ids, lost files."""
+        if self._options.only not in (None, "new"):
+            return
         # A document that failed and could not be given its status still looks pending; it has had its turn.
         self._recovered |= self._settlement.failed_keys
         bound = await self._store.upper_bound()
@@ -96,6 +110,8 @@ class DocumentIntake:
         """Yield each retry file once as a batch."""
         for file in await asyncio.to_thread(lambda: list(self._files.load_retry())):
             batch = batch_in_work(file, is_retry=True)
+            if not await self._is_selected(batch):
+                continue
             self._recovered.update(item.key for item in batch.items)
             await self._keep_own(batch)
             self._settlement.stats.retried += len(batch.items)
@@ -115,7 +131,7 @@ class DocumentIntake:
                 return
             after = [page[-1]["_id"]]
             claimed_at = time.monotonic()
-            documents = await self._claimed(page)
+            documents = await self._claimed(await self._of_the_kind(page) if selection == "all" else page)
             if self._options.limit is not None:
                 surplus = documents[self._options.limit - self._taken :]
                 documents = documents[: self._options.limit - self._taken]
@@ -124,6 +140,8 @@ class DocumentIntake:
             if not documents:
                 continue
             self._taken += len(documents)
+            if self._options.only:  # how many there are is not known before the last page
+                self._settlement.stats.total += len(documents)
             file = await asyncio.to_thread(self._files.save_pending, documents)
             await self._store.mark_processing([document["_id"] for document in documents if not is_query(document)])
             in_order = selection in ("pending", "all")
@@ -142,7 +160,7 @@ class DocumentIntake:
         if not leased:
             return []
         # Asked after the lease: a worker that held it before may have stored the result meanwhile.
-        done = await self._done([document["_id"] for document in leased])
+        done = await self._done(leased)
         finished = [document for document in leased if id_key(document["_id"]) in done]
         if finished:
             self._settlement.found_done(finished)
@@ -158,7 +176,7 @@ class DocumentIntake:
     async def _keep_own(self, batch: BatchInWork) -> None:
         """Take out of a recovered *batch* what others hold or have finished since."""
         own = await self._store.claim([item.document_id for item in batch.items])
-        done = await self._done([item.document_id for item in batch.items])
+        done = await self._done([item.document for item in batch.items])
         self._settlement.found_done([item.document for item in batch.items if item.key in done])
         kept = [item for item in batch.items if item.key in own and item.key not in done]
         self._settlement.stats.leased_elsewhere += sum(
@@ -166,6 +184,25 @@ class DocumentIntake:
         )
         batch.items, batch.unsettled = kept, len(kept)
 
-    async def _done(self, document_ids: list[Any]) -> set[bytes]:
+    async def _done(self, documents: list[Document]) -> set[bytes]:
+        if self.kinds is not None and self._options.only in REPLACED:
+            return await self.kinds.settled(documents, self._options.only)
         job_id = self._checkpoint.job_id if self._options.reprocess else None
-        return await self._store.result_keys(document_ids, job_id)
+        return await self._store.result_keys([document["_id"] for document in documents], job_id)
+
+    async def _of_the_kind(self, page: list[Document]) -> list[Document]:
+        """Return the documents of *page* that ``options.only`` selects."""
+        if self.kinds is None or self._options.only is None:
+            return page
+        found = await self.kinds.of(page, self._queued | self._settlement.failed_keys)
+        return [document for document, kind in found if kind == self._options.only]
+
+    async def _is_selected(self, batch: BatchInWork) -> bool:
+        """Whether *batch*, a retry file, is of this run: ``options.only`` leaves the queue of others alone."""
+        only = self._options.only
+        if only in (None, "failed") or self._settlement.failed_keys & {item.key for item in batch.items}:
+            return True
+        if self.kinds is None or only not in REPLACED:
+            return False
+        documents = [item.document for item in batch.items]  # of the same run, before it was interrupted
+        return only in {kind for _, kind in await self.kinds.of(documents, set())}

@@ -58,6 +58,7 @@ class Settlement:
         self._count_success(item.key)
         self.stats.count_labels(result["classification"])
         self.stats.count_confidence(result["processing_metadata"])
+        self.stats.copied += "copied_from" in result["processing_metadata"]
         item.batch.counts["successful"] += 1
         self._settle(item, "processed", None)
 

@@ -32,6 +32,8 @@ def print_run(console: Console, stats: dict[str, Any]) -> None:
         f"[bold]{stats['documents_processed']} documents[/] processed in run {stats['job_id']}: "
         f"[green]{stats['successful']} classified[/], [red]{stats['failed']} failed[/], {stats['skipped']} skipped"
     )
+    if stats["copied"]:
+        console.print(f"{stats['copied']} of them have the answer of an identical conversation (--no-dedupe asks each)")
     if stats["already_done"]:
         console.print(
             f"{stats['already_done']} had a result already and were not asked again (--reprocess replaces results)"
