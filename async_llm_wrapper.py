@@ -17,6 +17,7 @@ from utils import ollama_protocol as protocol
 from utils import served_models
 from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
 from utils.classification import Outcome
+from utils.concurrency_limit import ConcurrencyLimit
 from utils.conversation import Conversation
 from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.request_context import REQUEST_ID_HEADER, request_id
@@ -44,7 +45,8 @@ class AsyncLLMClient:
     """Asks one model; *session* stays the caller's.
 
     Each call is repeated as *settings* say; while the server is away, calls wait in the breaker
-    and keep their attempts. *on_answer* is told of each complete answer, in the task that asked.
+    and keep their attempts. *limit* learns from each request; *on_answer* is told of each complete
+    answer, in the task that asked.
     """
 
     on_answer: Callable[[ChatReply], None] | None = None
@@ -55,8 +57,10 @@ class AsyncLLMClient:
         target: ChatTarget,
         session: aiohttp.ClientSession,
         breaker_policy: BreakerPolicy | None = None,
+        limit: ConcurrencyLimit | None = None,
     ) -> None:
         self.target = target
+        self._limit = limit
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=settings.llm_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
@@ -82,7 +86,9 @@ class AsyncLLMClient:
                 return await send()
             return protocol.parse_chat_response(target, status, reply, characters)
 
-        answer = await repeated(lambda: self.breaker.call(send), self._policy, "model call", self._count_retry)
+        limit = self._limit
+        observed = send if limit is None else lambda: limit.observed(send)
+        answer = await repeated(lambda: self.breaker.call(observed), self._policy, "model call", self._count_retry)
         if self.on_answer is not None:
             self.on_answer(answer)
         return answer

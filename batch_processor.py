@@ -28,6 +28,7 @@ from utils.batch_run import BatchRun, Classify, Steps
 from utils.batch_work import BatchInWork
 from utils.checkpoint import Checkpoint
 from utils.classification import Outcome
+from utils.concurrency_limit import ConcurrencyLimit
 from utils.conversation import Conversation
 from utils.document_intake import DocumentIntake, RunOptions
 from utils.ollama_protocol import ChatReply, ChatTarget, chat_target, plan_fingerprint
@@ -75,6 +76,7 @@ class BatchProcessor:
         self.reporter = reporter
         self._stack = AsyncExitStack()
         self._connected = False
+        self._limit: ConcurrencyLimit | None = None
         self.stop = asyncio.Event()  # set it to end the run: no new documents, calls in flight get the grace period
 
     async def __aenter__(self) -> BatchProcessor:
@@ -110,9 +112,12 @@ class BatchProcessor:
     async def _connect_model(self, stack: AsyncExitStack) -> Classify:
         taxonomy = load_taxonomy(self.settings.taxonomy_file)
         prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
-        session = await stack.enter_async_context(llm.open_session(self.settings.max_concurrent))
+        session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
+        if self.settings.max_concurrent == "auto":
+            self._limit = ConcurrencyLimit(self.settings.most_concurrent)
+            stack.callback(self._limit.close)
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
-        client = llm.AsyncLLMClient(self.settings, asked, session)
+        client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit)
         if self.recorder is not None:
             client.on_answer = self.recorder.note_answer
         target = await client.prepare(self.settings)
@@ -192,7 +197,7 @@ class BatchProcessor:
         checkpoint = Checkpoint.resume_or_new(saved, self._source, reprocess=options.reprocess, only=options.only)
         checkpoint.worker_id = self._worker_id()
         run = BatchRun(self.settings, self.options, self.store, self.files, steps, checkpoint=checkpoint)
-        run.stop, run.reporter = self.stop, self.reporter
+        run.stop, run.reporter, run.limit = self.stop, self.reporter, self._limit
         return await run.execute(sources(run.intake), to_the_end=to_the_end)
 
     def _worker_id(self) -> str:

@@ -1,6 +1,6 @@
 """``python -m benchmarks``: measure, print one table, and end with 1 where a target is missed.
 
-``python -m benchmarks throughput``, ``latency``, ``memory`` or ``service`` measures that alone; ``--quick`` takes
+``python -m benchmarks throughput``, ``latency``, ``memory``, ``service`` or ``concurrency`` measures that alone; ``--quick`` takes
 few documents, to see that the benchmarks run: it judges no target. docs/performance.md explains.
 """
 
@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks import latency, memory, service, throughput
+from benchmarks import concurrency, latency, memory, service, throughput
 from benchmarks.table import text
 from benchmarks.worker_process import WorkerFailedError
 
@@ -22,6 +22,7 @@ MEASURES = {
     "latency": latency.measure,
     "memory": memory.measure,
     "service": service.measure,
+    "concurrency": concurrency.measure,
 }
 
 

@@ -84,7 +84,7 @@ class Stage:
         folder.mkdir()
         return folder
 
-    def start(self, side: Side, folder: Path, concurrency: int) -> WorkerProcess:
+    def start(self, side: Side, folder: Path, concurrency: int | str) -> WorkerProcess:
         """Start *side* in *folder* on the documents that are there."""
         if side == "product":
             arguments = ["--mongodb-uri", self._mongod.uri, "--db-name", DATABASE, "--model", MODEL]

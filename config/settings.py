@@ -15,6 +15,7 @@ from config.service_settings import ServiceSettings, service_environment_names
 from error_handler import ConfigurationError
 
 DOTENV = Path(".env")
+MOST_AUTO = 64  # where MAX_CONCURRENT=auto ends
 
 Protocol = Literal["ollama_chat", "ollama_generate", "openai_chat"]
 
@@ -61,8 +62,8 @@ class Settings(BaseSettings):
     batch_size: int = Field(
         100, ge=1, le=1000, validation_alias=_env("BATCH_SIZE", "MONGODB_BATCH_SIZE"), description="documents per batch"
     )
-    max_concurrent: int = Field(
-        5, ge=1, le=256, validation_alias=_env("MAX_CONCURRENT"), description="model calls in flight at once"
+    max_concurrent: int | Literal["auto"] = Field(
+        5, validation_alias=_env("MAX_CONCURRENT"), description="model calls in flight at once; auto follows the server"
     )
     mongodb_max_retries: int = Field(
         3, ge=1, le=10, validation_alias=_env("MONGODB_MAX_RETRIES"), description="attempts of each MongoDB call"
@@ -165,6 +166,16 @@ class Settings(BaseSettings):
         "INFO", validation_alias=_env("LOG_LEVEL"), description="least severe log line that is written"
     )
 
+    @field_validator("max_concurrent", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        text = str(value).strip().lower()
+        if text == "auto":
+            return text
+        if not text.isdecimal() or not 1 <= int(text) <= 256:
+            raise ValueError("must be a whole number from 1 to 256, or auto")
+        return int(text)
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _upper(cls, value: Any) -> Any:
@@ -213,6 +224,11 @@ class Settings(BaseSettings):
         if value == info.data.get("source_collection"):
             raise ValueError("must be another collection than the source")
         return value
+
+    @property
+    def most_concurrent(self) -> int:
+        """The most model calls that are ever in flight at once."""
+        return MOST_AUTO if self.max_concurrent == "auto" else self.max_concurrent
 
     @property
     def chat_url(self) -> str:

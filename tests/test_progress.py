@@ -164,7 +164,7 @@ def test_the_json_file(clock: Clock, tmp_path: Path) -> None:
     files = FileProgress(tmp_path)
     files.update("job_1", "running", stats(processed=0), 0)
     clock.now_s += 5
-    files.update("job_1", "running", stats(processed=50), 3)
+    files.update("job_1", "running", stats(processed=50), 3, 8)
     state = state_of(tmp_path)
     assert set(state) >= JSON_FIELDS
     start, end = (datetime.fromisoformat(state.pop(name)) for name in ("start_time", "estimated_completion"))
@@ -179,6 +179,7 @@ def test_the_json_file(clock: Clock, tmp_path: Path) -> None:
         "failed": 2,
         "skipped": 1,
         "in_flight": 3,
+        "concurrency_limit": 8,
         "reasons": {"empty": 2},
         "current_rate": 10.0,
         "percentage_complete": 25.0,

@@ -31,6 +31,7 @@ from utils.batch_file_manager import BatchFiles
 from utils.batch_work import BatchInWork, Failure, WorkItem, failure_of
 from utils.checkpoint import Checkpoint
 from utils.classification import Outcome
+from utils.concurrency_limit import ConcurrencyLimit
 from utils.conversation import Conversation
 from utils.document_intake import MAX_SWEEPS, DocumentIntake, RunOptions
 from utils.group_commit import GroupCommit
@@ -65,9 +66,13 @@ class Steps:
 
 
 class BatchRun:
-    """One run: feeds documents to *max_concurrent* workers, writes their results, settles them."""
+    """One run: feeds documents to *max_concurrent* workers, writes their results, settles them.
+
+    With a *limit*, a worker takes a document only when it has one of its places.
+    """
 
     reporter: Reporter | None = None
+    limit: ConcurrencyLimit | None = None
 
     def __init__(
         self,
@@ -116,7 +121,7 @@ class BatchRun:
                 preparation = tasks.create_task(self._prepare_source(), name="indexes")
                 workers = [
                     tasks.create_task(self._work(), name=f"worker-{number}")
-                    for number in range(self._settings.max_concurrent)
+                    for number in range(self._settings.most_concurrent)
                 ]
                 for source in sources:
                     await self._admit_all(source)
@@ -150,7 +155,7 @@ class BatchRun:
         The next batch is read and saved while at least a batch, and twice the slots, are still in work.
         """
         await self.settlement.flush()
-        backlog = max(self._settings.batch_size, 2 * self._settings.max_concurrent)
+        backlog = max(self._settings.batch_size, 2 * self._settings.most_concurrent)
         admitted = 0
         async with contextlib.aclosing(source):
             async for batch in source:
@@ -171,15 +176,16 @@ class BatchRun:
 
     async def _work(self) -> None:
         while True:
-            item = await self._queue.get()
-            if self.stop.is_set():
-                continue
-            self._in_flight += 1
-            try:
-                await self._process(item)
-            finally:
-                self._in_flight -= 1
-                self._progress.set()
+            async with contextlib.nullcontext() if self.limit is None else self.limit.place():
+                item = await self._queue.get()
+                if self.stop.is_set():
+                    continue
+                self._in_flight += 1
+                try:
+                    await self._process(item)
+                finally:
+                    self._in_flight -= 1
+                    self._progress.set()
 
     async def _process(self, item: WorkItem) -> None:
         """Take one document from the queue to its answer; what was on disk is not done again."""
@@ -341,7 +347,8 @@ class BatchRun:
 
     def _report(self, status: str) -> None:
         if self.reporter is not None:
-            self.reporter.update(self.checkpoint.job_id, status, self.settlement.stats, self._in_flight)
+            limit = None if self.limit is None else self.limit.current
+            self.reporter.update(self.checkpoint.job_id, status, self.settlement.stats, self._in_flight, limit)
 
     def _statistics(self) -> dict[str, Any]:
         counts = asdict(self.settlement.stats)

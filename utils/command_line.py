@@ -130,7 +130,11 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     add_model_flags(how)
     how.add_argument("--batch-size", type=int, help="documents per batch (BATCH_SIZE; 100)")
     how.add_argument(
-        "--max-concurrent", "--concurrent", type=int, help="model calls in flight at once (MAX_CONCURRENT; 5)"
+        "--max-concurrent",
+        "--concurrent",
+        type=concurrency,
+        metavar="N",
+        help="model calls in flight at once, or auto: as many as the server runs (MAX_CONCURRENT; 5)",
     )
     how.add_argument("--preset", choices=PRESETS, help="concurrency and batch size: 3/50, 5/100 or 10/200")
     how.add_argument(
@@ -214,6 +218,11 @@ def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:
     if any(flags) and not arguments.monitoring_mode:
         console, logs, files = flags
     return console or flags[0], logs or flags[1] or arguments.verbose, files or flags[2]
+
+
+def concurrency(text: str) -> int | str:
+    """Return *text* as a number or as "auto": a type for argparse; the settings judge the number."""
+    return text if text == "auto" else int(text)
 
 
 def positive(text: str) -> int:

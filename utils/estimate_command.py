@@ -14,10 +14,11 @@ from rich.console import Console
 
 from batch_processor import BatchProcessor
 from config import Settings
-from error_handler import ExitCode, RunInterruptedError
+from error_handler import ConfigurationError, ExitCode, RunInterruptedError
 from utils.batch_prices import batch_prices
 from utils.checkpoint import RunStats
 from utils.command_line import Command, add_model_flags, positive
+from utils.document_intake import RunOptions
 from utils.document_sample import DocumentSample, draw_sample
 from utils.estimate_report import Estimate, SampleFacts, print_estimate
 from utils.progress import ConsoleProgress, Reporter
@@ -36,9 +37,9 @@ class SampleProgress:
         self._reporter = reporter
         self._size = size
 
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int) -> None:
+    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
         """Pass the state on with the sample's size as its total."""
-        self._reporter.update(job_id, status, replace(stats, total=self._size), in_flight)
+        self._reporter.update(job_id, status, replace(stats, total=self._size), in_flight, limit)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +61,17 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     Returns DONE, or INCOMPLETE where documents of the sample failed.
 
     Raises:
+        ConfigurationError: The number of calls in flight is not fixed.
         RunInterruptedError: It was stopped; what was classified by then is kept.
         TriadError: As for a run.
     """
+    if settings.max_concurrent == "auto":
+        raise ConfigurationError(
+            "an estimate is for a fixed number of calls in flight; give one with --max-concurrent."
+        )
     recorder = SampleRecorder()
-    processor = BatchProcessor(settings)
+    # A copy takes no time with the model, and the sample is there to measure that.
+    processor = BatchProcessor(settings, options=RunOptions(dedupe=False))
     processor.recorder = recorder
     connected = asyncio.Event()
     with stop_on_signals(processor.stop, connected.is_set):
@@ -145,13 +152,13 @@ def _estimate(
     return Estimate(
         place=f"{settings.db_name}.{settings.source_collection}",
         model=settings.model or "",
-        calls=settings.max_concurrent,
+        calls=settings.most_concurrent,
         left=sample.left,
         is_exact=sample.is_exact,
         to_classify=to_classify,
         in_retry_queue=stats["in_retry_queue"],
         sample=facts,
-        pace=measure_pace(recorder.timings, settings.max_concurrent),
+        pace=measure_pace(recorder.timings, settings.most_concurrent),
         tokens=tokens,
         prices=batch_prices(tokens[0] * to_classify, tokens[1] * to_classify) if tokens else [],
     )

@@ -84,6 +84,7 @@ class ChatReply:
     queue_wait_s: float | None = None
     load_s: float | None = None
     tokens: tuple[Any, ...] = field(default=(), repr=False)
+    total_s: float | None = None  # from the request's arrival at the server to its answer
 
 
 def chat_target(settings: Settings, model: str) -> ChatTarget:
@@ -214,7 +215,9 @@ def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
     # Ollama leaves out what is zero.
     load_ns, *rest_ns = (count(fields.get(f"{part}_duration")) or 0 for part in ("load", "prompt_eval", "eval"))
     queue_wait_ns = max(0, total_ns - load_ns - sum(rest_ns))
-    return replace(reply, queue_wait_s=queue_wait_ns / NANOSECONDS, load_s=load_ns / NANOSECONDS)
+    return replace(
+        reply, queue_wait_s=queue_wait_ns / NANOSECONDS, load_s=load_ns / NANOSECONDS, total_s=total_ns / NANOSECONDS
+    )
 
 
 def _parse_openai(fields: dict[str, Any]) -> ChatReply:

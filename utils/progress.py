@@ -31,8 +31,8 @@ CSV_FIELDS = (
 class Reporter(Protocol):
     """Gets the state of the run at least once a second, and once at the end with the final status."""
 
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int) -> None:
-        """*status* is running, completed, interrupted or failed."""
+    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
+        """*status* is running, completed, interrupted or failed; *limit* is None where it is a fixed setting."""
 
 
 class Rate:
@@ -67,28 +67,29 @@ class ConsoleProgress:
         self._last_line = 0.0
         self._console = Console(file=stream) if stream.isatty() else None
 
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int) -> None:
+    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
         """Draw the state; the final status ends the bar."""
         self._rate.add(stats.processed)
+        calls = f"{in_flight} in flight" if limit is None else f"{in_flight} in flight, limit {limit}"
         if self._console is not None:
-            self._draw(status, stats, in_flight)
+            self._draw(status, stats, calls)
         elif status != "running" or time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._stream.write(f"{job_id} {status}: {self._line(stats, in_flight)}\n")
+            self._stream.write(f"{job_id} {status}: {self._line(stats, calls)}\n")
             self._stream.flush()
             if status != "running":
                 self._rate = Rate()  # the next run counts from 0 again
 
-    def _line(self, stats: RunStats, in_flight: int) -> str:
+    def _line(self, stats: RunStats, calls: str) -> str:
         total = max(stats.total, stats.processed)
         rate = self._rate.per_second
         left = f", about {timedelta(seconds=round((total - stats.processed) / rate))} left" if rate > 0 else ""
         return (
             f"{stats.processed}/{total} done, {stats.successful} ok, {stats.failed} failed, {stats.skipped} skipped, "
-            f"{rate:.1f}/s, {in_flight} in flight{left}"
+            f"{rate:.1f}/s, {calls}{left}"
         )
 
-    def _draw(self, status: str, stats: RunStats, in_flight: int) -> None:
+    def _draw(self, status: str, stats: RunStats, calls: str) -> None:
         if self._bar is None:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -101,7 +102,7 @@ class ConsoleProgress:
             self._bar.add_task("Classifying", counts="")
         counts = (
             f"[green]{stats.successful} ok[/] [red]{stats.failed} failed[/] {stats.skipped} skipped "
-            f"{self._rate.per_second:.1f}/s {in_flight} in flight"
+            f"{self._rate.per_second:.1f}/s {calls}"
         )
         total = max(stats.total, stats.processed)
         self._bar.update(self._bar.task_ids[0], completed=stats.processed, total=total, counts=counts)
@@ -122,14 +123,14 @@ class FileProgress:
         self._last_write = 0.0
         self._history: list[dict[str, Any]] = []
 
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int) -> None:
+    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
         """Write at most every FILE_EVERY_S while running, and always at the end."""
         self._rate.add(stats.processed)
         if status == "running" and time.monotonic() - self._last_write < FILE_EVERY_S:
             return
         self._last_write = time.monotonic()
         self._start = self._start or datetime.now(UTC)
-        state = self._state(job_id, status, stats, in_flight)
+        state = self._state(job_id, status, stats, in_flight, limit)
         replace_file(self._directory / f"{job_id}.json", json.dumps(state, indent=2).encode())
         self._history.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **state, **stats.reasons})
         if len(self._history) > 2000:  # a run of days keeps its shape at half the detail
@@ -142,7 +143,7 @@ class FileProgress:
         if status != "running":
             self._start, self._history, self._last_write, self._rate = None, [], 0.0, Rate()
 
-    def _state(self, job_id: str, status: str, stats: RunStats, in_flight: int) -> dict[str, Any]:
+    def _state(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None) -> dict[str, Any]:
         total = max(stats.total, stats.processed)
         rate = self._rate.per_second
         left_s = (total - stats.processed) / rate if rate > 0 else None
@@ -157,6 +158,7 @@ class FileProgress:
             "failed": stats.failed,
             "skipped": stats.skipped,
             "in_flight": in_flight,
+            "concurrency_limit": limit,
             "reasons": dict(stats.reasons),
             "current_rate": round(rate, 2),
             "estimated_completion": end.isoformat(timespec="seconds") if end else None,
@@ -170,7 +172,7 @@ class Reporters:
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self._reporters = reporters
 
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int) -> None:
+    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
         """Pass the state on."""
         for reporter in self._reporters:
-            reporter.update(job_id, status, stats, in_flight)
+            reporter.update(job_id, status, stats, in_flight, limit)

@@ -39,7 +39,14 @@ class MetricsFile:
         self._worker = directory.resolve().name
         self._times: dict[str, float] = {}
 
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int) -> None:  # noqa: ARG002 - jobs have no end, labels must
+    def update(
+        self,
+        job_id: str,  # noqa: ARG002 - jobs have no end, labels must
+        status: str,
+        stats: RunStats,
+        in_flight: int,
+        limit: int | None = None,
+    ) -> None:
         """Write at most every FILE_EVERY_S while running, and always at the end."""
         self._times = self._times or _saved_times(self._path)
         if stats.successful > self._successful:
@@ -50,11 +57,11 @@ class MetricsFile:
         if status == "completed":
             self._times[LAST_COMPLETED] = time.time()
         self._last_write = time.monotonic()
-        replace_file(self._path, self._render(status, stats, in_flight))
+        replace_file(self._path, self._render(status, stats, in_flight, limit))
         if status != "running":
             self._last_write, self._successful = 0.0, 0
 
-    def _render(self, status: str, stats: RunStats, in_flight: int) -> bytes:
+    def _render(self, status: str, stats: RunStats, in_flight: int, limit: int | None) -> bytes:
         registry = CollectorRegistry()
 
         def gauge(name: str, documentation: str, values: Iterable[tuple[str, float]], label: str | None = None) -> None:
@@ -74,6 +81,8 @@ class MetricsFile:
         gauge("triad_run_failures", "Documents of this run without a result, by reason", reasons, "reason")
         gauge("triad_run_status", "1 for the status that the run has", states, "status")
         gauge("triad_run_calls_in_flight", "Documents that wait for the model now", [("", in_flight)])
+        if limit is not None:
+            gauge("triad_run_concurrency_limit", "Calls that may be in flight now, found by auto", [("", limit)])
         gauge("triad_retry_queue_documents", "Documents that get another round", [("", self._queues["retry"].count())])
         gauge("triad_quarantine_documents", "Documents in quarantine", [("", self._queues["quarantine"].count())])
         gauge(LAST_SUCCESS, "When a document was last classified; 0: never", [("", self._times[LAST_SUCCESS])])
