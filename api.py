@@ -26,14 +26,8 @@ from config.service_settings import ServiceSettings
 from error_handler import (
     ConfigurationError,
     ErrorKind,
-    LLMBusyError,
-    LLMContextError,
     LLMError,
     LLMModelError,
-    LLMOutageError,
-    LLMReplyError,
-    LLMTimeoutError,
-    LLMUnavailableError,
     Reason,
     RequestError,
     SkippedDocumentError,
@@ -42,11 +36,14 @@ from prompt_builder import PromptBuilder
 from utils import service_errors as errors
 from utils.baseline import BASELINE_MODEL, BaselineClassifier
 from utils.circuit_breaker import BreakerPolicy
+from utils.context_window import choose_window
 from utils.conversation import Conversation
 from utils.deadlines import Deadlines
+from utils.model_warm_up import adopt_any
 from utils.ollama_protocol import chat_target
 from utils.place_queue import PlaceQueue
 from utils.service_metrics import ServiceMetrics
+from utils.shared_window import SharedWindow
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +55,8 @@ SERVICE_ATTEMPTS, SERVICE_BACKOFF_S = 2, 0.1
 SERVICE_PROBE_CAP_S = 2.0
 
 CHECK_TIMEOUT_S = 5.0
+START_WAIT_S = 2.0  # of a start, for the model to load; it goes on in the background
 CHECK_AGAIN_S = 1.0  # also how long the outcome of a check is good for
-UNAVAILABLE_RETRY_AFTER_S = 5
 
 
 class Message(BaseModel):
@@ -172,6 +169,7 @@ class Verdict:
     model: str
     queue_s: float
     model_s: float
+    is_complete: bool = True  # whether the model saw the whole conversation
 
 
 class ModelService:
@@ -200,6 +198,7 @@ class ModelService:
         self._metrics = metrics
         self._stack = contextlib.AsyncExitStack()
         self._client: async_llm_wrapper.AsyncLLMClient | None = None
+        self._window: SharedWindow | None = None
         self._checking = asyncio.Lock()
         self._checked_at = -math.inf
         self._found = self._baseline is not None
@@ -230,9 +229,13 @@ class ModelService:
             policy = BreakerPolicy(probe_cap_s=SERVICE_PROBE_CAP_S, outage_limit_s=math.inf, fails_fast=True)
             self._client = async_llm_wrapper.AsyncLLMClient(self._settings, self._target, session, policy)
             self._stack.push_async_callback(self._client.breaker.close)
+            self._window = SharedWindow(self._client, self._settings.ollama_num_ctx)
+            self._stack.push_async_callback(self._window.close)
             await self.check()
-            finder = asyncio.create_task(self._find(), name="find-model")
+            finder = asyncio.create_task(self._find(self._window), name="find-model")
             self._stack.push_async_callback(_end, finder)
+            if self._problem is errors.MODEL_LOADING:  # a model that is loaded already takes no time
+                await asyncio.wait([finder], timeout=START_WAIT_S)
         return self
 
     async def __aexit__(
@@ -262,19 +265,28 @@ class ModelService:
             return errors.MODEL_MISSING, str(exc)
         except (LLMError, TimeoutError) as exc:
             return errors.MODEL_AWAY, str(exc) or f"no answer within {CHECK_TIMEOUT_S:.0f} s"
+        if self._window is not None and not self._window.is_loaded:
+            return errors.MODEL_LOADING, f"{target.model} at {target.server_url} is there and not loaded yet"
         return None, f"{target.model} at {target.server_url} is ready"
 
-    async def _find(self) -> None:
+    async def _find(self, window: SharedWindow) -> None:
         while not self._found:
-            await asyncio.sleep(CHECK_AGAIN_S)
+            if self._problem is errors.MODEL_LOADING:
+                try:
+                    await window.load()
+                except LLMError as exc:
+                    logger.warning("model: it does not load: %s", exc)
+                self._checked_at = -math.inf if window.is_loaded else self._checked_at
+            if not (self._problem is errors.MODEL_LOADING and window.is_loaded):
+                await asyncio.sleep(CHECK_AGAIN_S)
             await self.check()
 
     def require_room(self) -> None:
         """Raise the RequestError that ``classify`` would raise at once, for a caller that is not read yet."""
         if not self._found:
-            raise RequestError(self._problem or errors.MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+            raise RequestError(self._problem or errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
         if self.is_breaker_open:
-            raise RequestError(errors.MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+            raise RequestError(errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
         self.places.require_room()
 
     async def classify(self, conversation: Conversation, deadline: float) -> Verdict:
@@ -293,7 +305,7 @@ class ModelService:
                 begun_at = time.monotonic()
                 self._metrics.queue_time.observe(begun_at - asked_at)
                 try:
-                    labels = await self._labels(conversation)
+                    labels, is_complete = await self._labels(conversation)
                 finally:
                     ended_at = time.monotonic()
                     self._metrics.model_time.observe(ended_at - begun_at)
@@ -302,47 +314,32 @@ class ModelService:
             if exc.kind is errors.TOO_SLOW and isinstance(exc.__cause__, TimeoutError) and begun_at < math.inf:
                 self._metrics.model_failures.labels(str(Reason.TIMEOUT)).inc()
             raise
-        return Verdict(labels, self.model, begun_at - asked_at, ended_at - begun_at)
+        return Verdict(labels, self.model, begun_at - asked_at, ended_at - begun_at, is_complete)
 
-    async def _labels(self, conversation: Conversation) -> dict[str, str]:
+    async def _labels(self, conversation: Conversation) -> tuple[dict[str, str], bool]:
         if self._baseline is not None:
-            return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict()
-        if self._client is None:
-            raise RequestError(errors.MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+            return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict(), True
+        if self._client is None or self._window is None:
+            raise RequestError(errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
         client, prompts, parser = self._client, self._prompts, self._parser
         try:
+            await self._window.renew()
             outcome = await async_llm_wrapper.ollama_classify_async(conversation, client, prompts, parser)
         except LLMError as exc:
             self._metrics.model_failures.labels(str(exc.reason)).inc()
-            problem = request_error(exc)
+            problem = errors.request_error(exc)
             logger.warning("no classification: %s: %s", problem.kind.name, exc)
             raise problem from exc
+        except SkippedDocumentError as exc:
+            raise RequestError(errors.TOO_LONG) from exc
         self._metrics.tokens.labels("prompt").inc(outcome.prompt_tokens or 0)
         self._metrics.tokens.labels("reply").inc(outcome.reply_tokens or 0)
-        return outcome.classification.as_dict()
+        return outcome.classification.as_dict(), outcome.input_complete
 
 
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait([task])
-
-
-def request_error(exc: LLMError) -> RequestError:
-    """Return what a caller is told about *exc*."""
-    overflow = isinstance(exc, LLMContextError) or (
-        isinstance(exc, LLMReplyError) and exc.reason is Reason.CONTEXT_OVERFLOW
-    )
-    if overflow:
-        return RequestError(errors.TOO_LONG)
-    if isinstance(exc, LLMTimeoutError):
-        return RequestError(errors.TOO_SLOW)
-    if isinstance(exc, LLMModelError):
-        return RequestError(errors.MODEL_MISSING, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
-    if isinstance(exc, LLMBusyError):
-        return RequestError(errors.MODEL_BUSY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
-    if isinstance(exc, LLMUnavailableError | LLMOutageError):
-        return RequestError(errors.MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
-    return RequestError(errors.UNUSABLE_ANSWER)
 
 
 def classify_conversation(
@@ -354,7 +351,7 @@ def classify_conversation(
     here. Each call opens its own connection.
 
     Raises:
-        RequestError: There is nothing to classify.
+        RequestError: There is nothing to classify, or too much of it and ON_LONG says skip.
         ConfigurationError: The model is not named, or the server does not have it.
         LLMError: The server gave no answer, or none that is usable.
         pydantic.ValidationError: *request* does not have the shape of a request.
@@ -370,8 +367,12 @@ def classify_conversation(
     with llm_wrapper.open_session() as session:
         client = llm_wrapper.LLMClient(settings, chat_target(settings, settings.model or ""), session)
         client.prepare(settings)
+        client.warm_up(choose_window([], client.target.context_limit, settings.ollama_num_ctx), logger.info, adopt_any)
         prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
-        outcome = llm_wrapper.ollama_classify(conversation, client, prompts, parser)
+        try:
+            outcome = llm_wrapper.ollama_classify(conversation, client, prompts, parser)
+        except SkippedDocumentError as exc:
+            raise RequestError(errors.TOO_LONG) from exc
     return ClassificationResponse(
         conversation_number=request.conversation_number,
         messages=request.messages,

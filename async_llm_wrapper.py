@@ -9,19 +9,30 @@ from dataclasses import replace
 
 import aiohttp
 
-from classifier import ReplyParser, build_outcome, classification_flow
+from classifier import ReplyParser, build_outcome
 from config import Settings
-from error_handler import LLMConnectionError, LLMError, LLMReplyError, LLMTimeoutError, LLMUnavailableError
+from error_handler import (
+    LLMConnectionError,
+    LLMContextError,
+    LLMError,
+    LLMReplyError,
+    LLMTimeoutError,
+    LLMUnavailableError,
+)
 from prompt_builder import Message, PromptBuilder
 from utils import ollama_protocol as protocol
 from utils import served_models
 from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
 from utils.classification import Outcome
 from utils.concurrency_limit import ConcurrencyLimit
+from utils.context_window import ConversationFitter, WindowChoice
 from utils.conversation import Conversation
+from utils.fitted_flow import FittedAnswer, FlowParts, fitted_flow
+from utils.model_warm_up import Adopt, Say, ServerRequest, adopt_larger, warm_up
 from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.request_context import REQUEST_ID_HEADER, request_id
 from utils.retry_utils import RetryPolicy, repeated
+from utils.token_estimate import least_tokens
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 5.0
@@ -67,6 +78,14 @@ class AsyncLLMClient:
         breaker_policy = breaker_policy or BreakerPolicy(outage_limit_s=settings.outage_limit_s)
         self.breaker = CircuitBreaker(self.is_alive, breaker_policy)
         self.retries = 0
+        self._settings = settings
+        self._fitter: ConversationFitter | None = None
+
+    def fitter(self, prompts: PromptBuilder) -> ConversationFitter:
+        """Return what fits conversations into the window; the first *prompts* decide what it learns about."""
+        if self._fitter is None:
+            self._fitter = ConversationFitter(prompts.system_prompt, self._settings.on_long)
+        return self._fitter
 
     async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
@@ -74,17 +93,19 @@ class AsyncLLMClient:
         Raises:
             LLMError: After the last attempt; see utils.ollama_protocol.parse_chat_response.
         """
+        target = self.target
         characters = sum(len(message["content"]) for message in messages)
-        protocol.require_fit(self.target, characters)
+        least = sum(least_tokens(message["content"]) for message in messages)
+        protocol.require_fit(target, characters)
 
         async def send() -> ChatReply:
-            target = self.target
-            body = protocol.build_chat_body(target, messages, schema_json, attempt)
-            status, reply = await self._request("POST", target.url, body)
-            if protocol.refuses_logprobs(target, status, reply):
+            asked = target if self.target.logprobs else replace(target, logprobs=False)
+            body = protocol.build_chat_body(asked, messages, schema_json, attempt)
+            status, reply = await self._request("POST", asked.url, body)
+            if protocol.refuses_logprobs(asked, status, reply):
                 self.target = replace(self.target, logprobs=False)
                 return await send()
-            return protocol.parse_chat_response(target, status, reply, characters)
+            return protocol.parse_chat_response(asked, status, reply, characters, least)
 
         limit = self._limit
         observed = send if limit is None else lambda: limit.observed(send)
@@ -139,6 +160,30 @@ class AsyncLLMClient:
             facts = served_models.parse_show(*show)
         self.target = protocol.with_model(target, model, facts)
         return self.target
+
+    async def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
+        """Load the model, alone, and return the target with the window it then has; see utils.model_warm_up.
+
+        Raises:
+            LLMError: It does not load, or the server does not answer.
+        """
+        flow = warm_up(self.target, self._settings, choice, say, adopt)
+        try:
+            request = next(flow)
+            while True:
+                request = flow.send(await self.send(request))
+        except StopIteration as finished:
+            self.target = finished.value
+        return self.target
+
+    async def send(self, request: ServerRequest) -> tuple[int, bytes]:
+        """Return status and body of the answer to *request*.
+
+        Raises:
+            LLMUnavailableError: There is none.
+        """
+        timeout = aiohttp.ClientTimeout(total=request.timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        return await self._request(request.method, request.url, request.body, timeout)
 
     def _count_retry(self) -> None:
         self.retries += 1
@@ -195,16 +240,20 @@ async def ollama_classify_async(
 
     Raises:
         LLMError: The server gave no answer, or none that is usable; nothing was stored.
+        SkippedDocumentError: It is longer than the window, and ON_LONG says skip.
     """
     start = time.monotonic()
-    flow = classification_flow(prompts.build(conversation), parser)
+    flow = fitted_flow(conversation, FlowParts(prompts, parser, client.fitter(prompts), lambda: client.target))
     messages = next(flow)
     for call in itertools.count(2 * attempt):
         try:
             messages = flow.send(await client.chat(messages, parser.schema_json, call))
         except StopIteration as finished:
             plan = protocol.plan_fingerprint(client.target, prompts.system_prompt, parser.schema_json)
-            return build_outcome(finished.value, conversation, client.target, plan, time.monotonic() - start)
-        except LLMReplyError as problem:
+            duration_s = time.monotonic() - start
+            outcome = build_outcome(finished.value.answer, conversation, client.target, plan, duration_s)
+            fitted: FittedAnswer = finished.value
+            return fitted.complete(outcome, call - 2 * attempt + 1)
+        except (LLMContextError, LLMReplyError) as problem:
             messages = flow.throw(problem)
     raise AssertionError("the flow returns or raises")

@@ -6,6 +6,7 @@ docs/architecture.md follows one document through this module.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import runpy
 import secrets
@@ -19,7 +20,7 @@ import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from classifier import Answer, ReplyParser, build_outcome
 from config import Settings, load_settings, load_taxonomy
-from error_handler import LLMUnavailableError
+from error_handler import LLMError, LLMUnavailableError
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
 from utils.baseline import BASELINE_MODEL, BaselineClassifier
@@ -29,6 +30,7 @@ from utils.batch_work import BatchInWork
 from utils.checkpoint import Checkpoint
 from utils.classification import Outcome
 from utils.concurrency_limit import ConcurrencyLimit
+from utils.context_window import WindowChoice, choose_window
 from utils.conversation import Conversation
 from utils.document_intake import DocumentIntake, RunOptions
 from utils.ollama_protocol import ChatReply, ChatTarget, chat_target, plan_fingerprint
@@ -36,7 +38,9 @@ from utils.progress import Reporter
 from utils.result_document import build_result
 from utils.run_plan import work_kinds
 from utils.sample_recorder import SampleRecorder
+from utils.shared_window import SharedWindow
 from utils.store_protocol import Document
+from utils.window_sample import sample_needs
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,7 @@ class BatchProcessor:
         self._stack = AsyncExitStack()
         self._connected = False
         self._limit: ConcurrencyLimit | None = None
+        self.announce: Callable[[str], None] = lambda _sentence: None  # gets what an operator should see of a start
         self.stop = asyncio.Event()  # set it to end the run: no new documents, calls in flight get the grace period
 
     async def __aenter__(self) -> BatchProcessor:
@@ -120,16 +125,33 @@ class BatchProcessor:
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit)
         if self.recorder is not None:
             client.on_answer = self.recorder.note_answer
-        target = await client.prepare(self.settings)
         stack.push_async_callback(client.breaker.close)
+        await client.prepare(self.settings)
+        target = await client.warm_up(await self._choose_window(client, prompts), self._tell)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
 
         self._plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)
+        window = SharedWindow(client, target.num_ctx)
+        stack.push_async_callback(window.close)
 
         async def classify(conversation: Conversation, rounds: int) -> Outcome:
+            with contextlib.suppress(LLMError):  # the call says what is wrong
+                await window.renew()
             return await llm.ollama_classify_async(conversation, client, prompts, parser, rounds)
 
         return classify
+
+    async def _choose_window(self, client: llm.AsyncLLMClient, prompts: PromptBuilder) -> WindowChoice:
+        asked, limit = self.settings.ollama_num_ctx, client.target.context_limit
+        if asked is not None or client.target.protocol == "openai_chat":
+            return choose_window([], limit, asked)
+        estimator = client.fitter(prompts).estimator
+        needs = await sample_needs(self.store, self.settings.source_collection, estimator)
+        return choose_window(needs, limit)
+
+    def _tell(self, sentence: str) -> None:
+        logger.info(sentence)
+        self.announce(sentence)
 
     async def close(self) -> None:
         """Close what ``connect`` opened and give the directory back; safe to call twice."""

@@ -106,6 +106,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
         processor = BatchProcessor(settings, options=options, reporter=_reporter(arguments, settings), **parts)
+        if monitoring(arguments)[0]:
+            processor.announce = lambda sentence: print(sentence, file=sys.stderr, flush=True)
         connected = asyncio.Event()
         with stop_on_signals(processor.stop, connected.is_set):
             await stack.enter_async_context(processor)

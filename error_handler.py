@@ -167,9 +167,14 @@ class LLMRejectedError(LLMError):
 
 
 class LLMContextError(LLMRejectedError):
-    """The prompt does not fit in the model's context window."""
+    """The prompt does not fit in the model's context window; the counts are what the server told, or None."""
 
     reason = Reason.CONTEXT_OVERFLOW
+
+    def __init__(self, message: str, *, prompt_tokens: int | None = None, window_tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.window_tokens = window_tokens
 
 
 class LLMModelError(LLMRejectedError):
@@ -188,7 +193,7 @@ class LLMReplyError(LLMError):
 
 
 class SkippedDocumentError(TriadError):
-    """There is nothing in the document to classify; *reason* is one of the ``skipped_`` reasons."""
+    """The document is not to be classified; *reason* is a ``skipped_`` one, or context_overflow with ON_LONG=skip."""
 
     def __init__(self, message: str, reason: Reason) -> None:
         super().__init__(message)

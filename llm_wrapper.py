@@ -10,16 +10,26 @@ import requests
 import tenacity
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from classifier import ReplyParser, build_outcome, classification_flow
+from classifier import ReplyParser, build_outcome
 from config import Settings
-from error_handler import LLMConnectionError, LLMReplyError, LLMTimeoutError, LLMUnavailableError
+from error_handler import (
+    LLMConnectionError,
+    LLMContextError,
+    LLMReplyError,
+    LLMTimeoutError,
+    LLMUnavailableError,
+)
 from prompt_builder import Message, PromptBuilder
 from utils import ollama_protocol as protocol
 from utils import served_models
 from utils.classification import Outcome
+from utils.context_window import ConversationFitter, WindowChoice
 from utils.conversation import Conversation
+from utils.fitted_flow import FittedAnswer, FlowParts, fitted_flow
+from utils.model_warm_up import Adopt, Say, ServerRequest, adopt_larger, warm_up
 from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.retry_utils import RetryPolicy, tenacity_options
+from utils.token_estimate import least_tokens
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -42,6 +52,14 @@ class LLMClient:
         self._session = session
         self._timeout_s = settings.llm_timeout_s
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
+        self._settings = settings
+        self._fitter: ConversationFitter | None = None
+
+    def fitter(self, prompts: PromptBuilder) -> ConversationFitter:
+        """Return what fits conversations into the window; the first *prompts* decide what it learns about."""
+        if self._fitter is None:
+            self._fitter = ConversationFitter(prompts.system_prompt, self._settings.on_long)
+        return self._fitter
 
     def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
@@ -49,17 +67,21 @@ class LLMClient:
         Raises:
             LLMError: After the last attempt; see utils.ollama_protocol.parse_chat_response.
         """
+        target = self.target
         characters = sum(len(message["content"]) for message in messages)
-        protocol.require_fit(self.target, characters)
+        least = sum(least_tokens(message["content"]) for message in messages)
+        protocol.require_fit(target, characters)
         for trial in tenacity.Retrying(**tenacity_options(self._policy, "model call")):
             with trial:
-                body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
-                status, reply = self._request("POST", self.target.url, body)
-                if protocol.refuses_logprobs(self.target, status, reply):
+                asked = target if self.target.logprobs else replace(target, logprobs=False)
+                body = protocol.build_chat_body(asked, messages, schema_json, attempt)
+                status, reply = self._request("POST", asked.url, body)
+                if protocol.refuses_logprobs(asked, status, reply):
                     self.target = replace(self.target, logprobs=False)
-                    body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
-                    status, reply = self._request("POST", self.target.url, body)
-                return protocol.parse_chat_response(self.target, status, reply, characters)
+                    asked = replace(asked, logprobs=False)
+                    body = protocol.build_chat_body(asked, messages, schema_json, attempt)
+                    status, reply = self._request("POST", asked.url, body)
+                return protocol.parse_chat_response(asked, status, reply, characters, least)
         raise AssertionError("tenacity returns or raises")
 
     def prepare(self, settings: Settings) -> ChatTarget:
@@ -81,21 +103,47 @@ class LLMClient:
         self.target = protocol.with_model(target, model, facts)
         return self.target
 
-    def _request(self, method: str, url: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
+        """Load the model, alone, and return the target with the window it then has; see utils.model_warm_up.
+
+        Raises:
+            LLMError: It does not load, or the server does not answer.
+        """
+        flow = warm_up(self.target, self._settings, choice, say, adopt)
+        try:
+            request = next(flow)
+            while True:
+                request = flow.send(self.send(request))
+        except StopIteration as finished:
+            self.target = finished.value
+        return self.target
+
+    def send(self, request: ServerRequest) -> tuple[int, bytes]:
+        """Return status and body of the answer to *request*.
+
+        Raises:
+            LLMUnavailableError: There is none.
+        """
+        return self._request(request.method, request.url, request.body, request.timeout_s)
+
+    def _request(
+        self, method: str, url: str, body: bytes | None = None, timeout_s: float | None = None
+    ) -> tuple[int, bytes]:
         """Send one request and return status and body, the whole within the time-out.
 
         requests bounds only the wait for each byte, so a body that drips is cut off here: read1
         returns what has come, and does not decompress it. A server that cannot even be reached in
         time is away, like one that refuses.
         """
-        deadline = time.monotonic() + self._timeout_s
+        timeout_s = timeout_s or self._timeout_s
+        deadline = time.monotonic() + timeout_s
         try:
             with self._session.request(
                 method,
                 url,
                 data=body,
                 headers=self.target.headers,
-                timeout=(CONNECT_TIMEOUT_S, self._timeout_s),
+                timeout=(CONNECT_TIMEOUT_S, timeout_s),
                 allow_redirects=False,
                 stream=True,
             ) as response:
@@ -126,16 +174,20 @@ def ollama_classify(
 
     Raises:
         LLMError: The server gave no answer, or none that is usable; nothing was stored.
+        SkippedDocumentError: It is longer than the window, and ON_LONG says skip.
     """
     start = time.monotonic()
-    flow = classification_flow(prompts.build(conversation), parser)
+    flow = fitted_flow(conversation, FlowParts(prompts, parser, client.fitter(prompts), lambda: client.target))
     messages = next(flow)
     for call in itertools.count(2 * attempt):
         try:
             messages = flow.send(client.chat(messages, parser.schema_json, call))
         except StopIteration as finished:
             plan = protocol.plan_fingerprint(client.target, prompts.system_prompt, parser.schema_json)
-            return build_outcome(finished.value, conversation, client.target, plan, time.monotonic() - start)
-        except LLMReplyError as problem:
+            duration_s = time.monotonic() - start
+            outcome = build_outcome(finished.value.answer, conversation, client.target, plan, duration_s)
+            fitted: FittedAnswer = finished.value
+            return fitted.complete(outcome, call - 2 * attempt + 1)
+        except (LLMContextError, LLMReplyError) as problem:
             messages = flow.throw(problem)
     raise AssertionError("the flow returns or raises")

@@ -124,6 +124,8 @@ async def classify(request: Request) -> Response:
             "classification": verdict.labels,
         }
         answer_headers = {"X-Model": _HEADER_SAFE.sub("", verdict.model)}
+        if not verdict.is_complete:
+            answer_headers["X-Input-Complete"] = "false"
         if replayed:
             answer_headers["Idempotency-Replayed"] = "true"
         return Response(orjson.dumps(answer), media_type="application/json", headers=answer_headers)
@@ -153,7 +155,7 @@ async def ready(request: Request) -> Response:
     model = _service(request).model
     problem = await model.check()
     if problem is not None:
-        raise RequestError(problem, retry_after_s=api.UNAVAILABLE_RETRY_AFTER_S)
+        raise RequestError(problem, retry_after_s=service_errors.UNAVAILABLE_RETRY_AFTER_S)
     return Response(orjson.dumps({"status": "ready", "model": model.model}), media_type="application/json")
 
 

@@ -84,9 +84,13 @@ class PromptBuilder:
 
     def build(self, conversation: Conversation) -> list[Message]:
         """Return the system message and the conversation as one user message."""
+        return self.build_transcript(conversation.transcript)
+
+    def build_transcript(self, transcript: str) -> list[Message]:
+        """Return the same for *transcript*, a conversation or what fits of it."""
         return [
             {"role": "system", "content": self.system_prompt},
-            {"role": "user", "content": f"<conversation>\n{conversation.transcript}\n</conversation>"},
+            {"role": "user", "content": f"<conversation>\n{transcript}\n</conversation>"},
         ]
 
 

@@ -89,12 +89,22 @@ class Settings(BaseSettings):
     ollama_endpoint: str = Field(
         "http://localhost:11434", validation_alias=_env("OLLAMA_ENDPOINT"), description="where Ollama is"
     )
-    ollama_num_ctx: int = Field(
-        8192,
+    ollama_num_ctx: int | None = Field(
+        None,
         ge=2048,  # less has no room for instructions and answer
         le=1_048_576,
         validation_alias=_env("OLLAMA_NUM_CTX"),
-        description="context window, tokens: prompt and answer together, one value for the whole run",
+        description="context window, tokens: prompt and answer together; unset: chosen once for the whole run",
+    )
+    on_long: Literal["fit", "skip", "fail"] = Field(
+        "fit", validation_alias=_env("ON_LONG"), description="what becomes of a conversation longer than the window"
+    )
+    llm_load_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        le=7200,
+        validation_alias=_env("LLM_LOAD_TIMEOUT_S"),
+        description="longest wait for a model to load",
     )
     ollama_keep_alive: str = Field(
         "10m",

@@ -167,7 +167,7 @@ def test_bad_documents(site: Site, crash: bool) -> None:
     broken = bson.encode({"_id": "not utf-8", **said("abc-" + CANARY)}).replace(b"abc-", b"\xff\xfe\xc3-")
     site.source.insert_one(RawBSONDocument(broken))
     expected["processed"].add("not utf-8")
-    flags = ["--logs", "--progress-files", "--log-level", "INFO", "--batch-size", "8"]
+    flags = ["--on-long", "fail", "--logs", "--progress-files", "--log-level", "INFO", "--batch-size", "8"]
     noise = ""
     if crash:
         killed = site.run(*flags, plan={"seam": "answered", "passage": 8})
@@ -283,7 +283,7 @@ def test_a_document_with_no_room_for_a_status_does_not_stop_the_run(site: Site) 
     large = {"_id": "large", "conversation_number": "1", "messages": [{"sender": "customer", "text": ""}]}
     large["messages"] = [{"sender": "customer", "text": "x" * (16 * 1024 * 1024 - len(bson.encode(large)) - 8)}]
     site.source.insert_many([*others, large])
-    assert site.run().code == 1
+    assert site.run("--on-long", "fail").code == 1
     check_statuses(site, others)
     assert "status" not in site.source.find_one({"_id": "large"}, {"messages": 0})
     assert [(entry["conversation_id"], entry["reason"]) for entry in site.entries("quarantine")] == [

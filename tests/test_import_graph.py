@@ -16,8 +16,9 @@ LAYERS: list[set[str]] = [
     {"config"},
     {"logger", "utils"},
     {"aggregator", "prompt_builder", "classifier"},
+    {"utils.fitted_flow"},
     {"mongo_client", "llm_wrapper", "async_llm_wrapper", "utils.service_requests"},
-    {"utils.stored_results", "utils.run_plan", "utils.plan_command"},
+    {"utils.window_sample", "utils.shared_window", "utils.stored_results", "utils.run_plan", "utils.plan_command"},
     {"batch_processor", "api", "utils.document_sample"},
     {
         "utils.estimate_command",

@@ -29,7 +29,10 @@ from utils.ollama_protocol import (
     NUM_PREDICT,
     ChatReply,
     ChatTarget,
+    build_chat_body,
+    build_load_body,
     parse_chat_response,
+    parse_load_response,
     require_fit,
 )
 
@@ -318,3 +321,62 @@ def test_a_prompt_that_surely_overflows_is_not_sent() -> None:
     require_fit(OPENAI, fits * 100)
     with pytest.raises(LLMContextError, match="OLLAMA_NUM_CTX"):
         require_fit(TARGET, fits + 6)
+
+
+def test_fewer_tokens_than_words_betray_a_cut() -> None:
+    """Whatever the window: no tokenizer makes one token of two words. A tenth is left for odd ones."""
+    cut = chat_reply(prompt_eval_count=1500)
+    with pytest.raises(LLMReplyError) as caught:
+        parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, 1700)
+    assert caught.value.reason is Reason.CONTEXT_OVERFLOW
+    assert parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, 1600).prompt_tokens == 1500
+
+
+@pytest.mark.parametrize(
+    ("body", "counts"),
+    [
+        (BODY_400, (42947, 8192)),
+        (
+            '{"error":{"code":400,"message":"too long","type":"exceed_context_size_error","n_prompt_tokens":9000,"n_ctx":4096}}',
+            (9000, 4096),
+        ),
+        (
+            '{"message":"This model\'s maximum context length is 4096 tokens. However, you requested 5200 tokens '
+            '(4500 in the messages, 700 in the completion)."}',
+            (4500, 4096),
+        ),
+        (said(LONG), (None, None)),
+    ],
+    ids=["ollama", "llama.cpp", "vllm", "without"],
+)
+def test_a_refusal_tells_what_it_counted(body: str, counts: tuple[int | None, int | None]) -> None:
+    """Also where its JSON is a text inside JSON."""
+    problem = problem_of(body.encode(), status=400)
+    assert isinstance(problem, LLMContextError)
+    assert (problem.prompt_tokens, problem.window_tokens) == counts
+
+
+def test_loading_asks_nothing_and_uses_the_options_of_a_call() -> None:
+    """Else the first call would load the model again."""
+    load = json.loads(build_load_body(GENERATE))
+    call = json.loads(build_chat_body(TARGET, [{"role": "user", "content": "x"}], b"{}"))
+    assert load.pop("messages") == []
+    assert load.pop("format") is None
+    del call["messages"], call["format"]
+    assert load == call
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "error"),
+    [
+        (500, {"error": "llama-server process has terminated: exit 1"}, LLMUnavailableError),
+        (500, {"error": "model requires more system memory (9 GiB) than is available (4 GiB)"}, LLMBusyError),
+        (404, {"error": "model 'x' not found"}, LLMModelError),
+        (200, {"done": True, "done_reason": "unload"}, LLMUnavailableError),
+    ],
+)
+def test_a_model_that_was_not_loaded(status: int, fields: dict[str, Any], error: type[LLMError]) -> None:
+    """Only the word of the server counts."""
+    parse_load_response(TARGET, 200, b'{"message": {"content": ""}, "done": true, "done_reason": "load"}')
+    with pytest.raises(error):
+        parse_load_response(TARGET, status, json.dumps(fields).encode())

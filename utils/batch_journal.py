@@ -37,6 +37,7 @@ class JournalEntry:
     reason: Reason | None = None
     problem: str = ""
     is_final: bool = False
+    is_skipped: bool = False
     settled: bool = False
 
     @property
@@ -155,3 +156,4 @@ def _apply(replay: Replay, event: dict[str, Any]) -> None:
         case "skipped" | "failed":
             entry.reason, entry.problem, entry.settled = Reason(event["reason"]), str(event["problem"]), True
             entry.is_final = event.get("is_final") is True
+            entry.is_skipped = event["e"] == "skipped"

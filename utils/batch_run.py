@@ -21,7 +21,6 @@ from error_handler import (
     LLMModelError,
     LLMOutageError,
     PoisonDocumentError,
-    Reason,
     SkippedDocumentError,
     StoreUnavailableError,
     TriadError,
@@ -55,8 +54,9 @@ class Steps:
     """What is done with one document.
 
     *aggregate* raises SkippedDocumentError. *classify* gets the conversation and how many retry
-    rounds it has had, and raises LLMError. *plan* is the plan_fingerprint of the answers; empty where it is not known,
-    and then no answer of an interrupted run is used again. *kinds* judges documents for ``RunOptions.only``.
+    rounds it has had, and raises LLMError, or SkippedDocumentError where it is too long and shall be skipped. *plan* is
+    the plan_fingerprint of the answers; empty where it is not known, and then no answer of an interrupted run is used
+    again. *kinds* judges documents for ``RunOptions.only``.
     """
 
     aggregate: Callable[[Document], Conversation]
@@ -193,7 +193,7 @@ class BatchRun:
         known = past.result or item.known_result
         if known is not None:
             self._writes.submit((item, known))
-        elif past.reason in (Reason.SKIPPED_NO_TEXT, Reason.SKIPPED_NO_CUSTOMER):
+        elif past.reason is not None and past.is_skipped:
             self.settlement.skip(item, past.reason, past.problem)
         elif past.reason is not None:
             self.settlement.fail(item, Failure(past.reason, past.problem, past.is_final))
@@ -208,8 +208,7 @@ class BatchRun:
             try:
                 conversation = self._steps.aggregate(item.document)
             except SkippedDocumentError as exc:
-                journal.skipped(document_id, exc.reason, str(exc))
-                self.settlement.skip(item, exc.reason, str(exc))
+                self._skip(item, exc)
                 return
             asking = self._identical.asking(item, conversation)
             copies = self._identical.known(asking)
@@ -230,6 +229,10 @@ class BatchRun:
         except (asyncio.CancelledError, LLMOutageError):
             journal.released(document_id)
             raise
+        except SkippedDocumentError as exc:
+            self._skip(item, exc)
+            self._put(self._identical.gave_up(asking))
+            return
         except LLMError as exc:
             self._require_model(exc)
             failure = failure_of(exc)
@@ -258,6 +261,10 @@ class BatchRun:
     def _put(self, items: list[WorkItem]) -> None:
         for item in items:
             self._queue.put_nowait(item)
+
+    def _skip(self, item: WorkItem, problem: SkippedDocumentError) -> None:
+        item.batch.file.journal.skipped(item.document_id, problem.reason, str(problem))
+        self.settlement.skip(item, problem.reason, str(problem))
 
     def _require_model(self, error: LLMError) -> None:
         """End the run where the server says again and again that it has no such model."""

@@ -38,6 +38,7 @@ SETTING_FLAGS = (
     "batch_files_dir",
     "ollama_endpoint",
     "review_below",
+    "on_long",
 )
 
 
@@ -126,28 +127,7 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     what.add_argument(
         "--embedded", action="store_true", help="bring a MongoDB and sample conversations; nothing to install"
     )
-    how = parser.add_argument_group("how to work")
-    add_model_flags(how)
-    how.add_argument("--batch-size", type=int, help="documents per batch (BATCH_SIZE; 100)")
-    how.add_argument(
-        "--max-concurrent",
-        "--concurrent",
-        type=concurrency,
-        metavar="N",
-        help="model calls in flight at once, or auto: as many as the server runs (MAX_CONCURRENT; 5)",
-    )
-    how.add_argument("--preset", choices=PRESETS, help="concurrency and batch size: 3/50, 5/100 or 10/200")
-    how.add_argument(
-        "--review-below",
-        type=float,
-        metavar="P",
-        help="mark results for review where a label's probability is below P, 0 to 1 (REVIEW_BELOW)",
-    )
-    how.add_argument(
-        "--mode", choices=["batch", "continuous", "scheduled"], help="until done, polling, or by --schedule"
-    )
-    how.add_argument("--poll-interval", type=positive, default=30, metavar="S", help="seconds between polls (30)")
-    how.add_argument("--schedule", metavar="CRON", help='when a scheduled run starts, such as "0 2 * * *"')
+    _add_work_flags(parser.add_argument_group("how to work"))
     shown = parser.add_argument_group("what to show")
     shown.add_argument("--monitoring-mode", choices=MONITORING, help="a choice of the three flags that follow")
     shown.add_argument("--console", action="store_true", help="progress on the terminal")
@@ -158,6 +138,35 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     add_log_flags(shown)
     shown.add_argument("--output", type=Path, metavar="FILE", help="write the run's statistics as JSON")
     return parser
+
+
+def _add_work_flags(group: argparse._ArgumentGroup) -> None:
+    add_model_flags(group)
+    group.add_argument("--batch-size", type=int, help="documents per batch (BATCH_SIZE; 100)")
+    group.add_argument(
+        "--max-concurrent",
+        "--concurrent",
+        type=concurrency,
+        metavar="N",
+        help="model calls in flight at once, or auto: as many as the server runs (MAX_CONCURRENT; 5)",
+    )
+    group.add_argument("--preset", choices=PRESETS, help="concurrency and batch size: 3/50, 5/100 or 10/200")
+    group.add_argument(
+        "--review-below",
+        type=float,
+        metavar="P",
+        help="mark results for review where a label's probability is below P, 0 to 1 (REVIEW_BELOW)",
+    )
+    group.add_argument(
+        "--mode", choices=["batch", "continuous", "scheduled"], help="until done, polling, or by --schedule"
+    )
+    group.add_argument(
+        "--on-long",
+        choices=["fit", "skip", "fail"],
+        help="a conversation longer than the context window is cut knowingly, skipped, or quarantined (ON_LONG; fit)",
+    )
+    group.add_argument("--poll-interval", type=positive, default=30, metavar="S", help="seconds between polls (30)")
+    group.add_argument("--schedule", metavar="CRON", help='when a scheduled run starts, such as "0 2 * * *"')
 
 
 def command_settings(arguments: argparse.Namespace) -> Settings:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,10 +30,12 @@ from error_handler import (
 from utils.served_models import ModelFacts, ServedModel, count, is_cloud_name, json_object
 
 SEED = 20_250_924
+DEFAULT_NUM_CTX = 8192  # until a window was chosen
 NUM_PREDICT = 700  # tokens of an answer; without it Ollama lets a runaway answer fill ten windows
 TOP_LOGPROBS = 20  # the most that Ollama and OpenAI take
 NANOSECONDS = 1e9
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply is a few kB; more than this is refused unread
+LEAST_SHARE = 0.9  # of the fewest tokens a prompt can have; a count below betrays a cut
 MAX_CHARACTERS_PER_TOKEN = 6.0  # of whole prompts; English has about 4.5, other scripts fewer
 
 Message = dict[str, str]
@@ -42,8 +45,9 @@ Message = dict[str, str]
 class ChatTarget:
     """Where and how the model is asked: the same for each call of a run, so it is never reloaded.
 
-    *digest* and *disable_thinking* are known after the server was asked for its models. *logprobs* asks for the
-    probabilities of the answer's tokens as well, which costs the server some work and the wire some 100 kB.
+    *digest*, *disable_thinking* and *context_limit* (the model's own, in tokens) are known after the server was
+    asked for its models. *logprobs* asks for the probabilities of the answer's tokens as well, which costs the
+    server some work and the wire some 100 kB.
     """
 
     protocol: Protocol
@@ -56,6 +60,7 @@ class ChatTarget:
     digest: str | None = None
     disable_thinking: bool = False
     logprobs: bool = False
+    context_limit: int | None = None
 
     def __repr__(self) -> str:
         return f"ChatTarget({self.protocol}, {self.url}, {self.model})"
@@ -103,9 +108,14 @@ def chat_target(settings: Settings, model: str) -> ChatTarget:
         server_url=settings.server_url,
         model=model,
         api_key=settings.llm_api_key.get_secret_value() if settings.llm_api_key and settings.llm_api_url else None,
-        num_ctx=settings.ollama_num_ctx,
+        num_ctx=settings.ollama_num_ctx or DEFAULT_NUM_CTX,
         keep_alive=settings.ollama_keep_alive,
     )
+
+
+def build_load_body(target: ChatTarget) -> bytes:
+    """Return the body that loads the model for the very requests of ``build_chat_body``, and asks nothing."""
+    return build_chat_body(replace(target, protocol="ollama_chat"), [], b"null")
 
 
 def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: bytes, attempt: int = 0) -> bytes:
@@ -177,8 +187,22 @@ def require_fit(target: ChatTarget, prompt_characters: int) -> None:
         )
 
 
-def parse_chat_response(target: ChatTarget, status: int, body: bytes, prompt_characters: int) -> ChatReply:
-    """Return the answer in an HTTP response to a prompt of *prompt_characters*.
+def parse_load_response(target: ChatTarget, status: int, body: bytes) -> None:
+    """Return where the answer to ``build_load_body`` says that the model is loaded.
+
+    Raises:
+        LLMError: As ``parse_chat_response``.
+    """
+    if status != 200:
+        _raise_for_status(target, status, body)
+    if json_object(body).get("done_reason") != "load":
+        raise LLMUnavailableError("the model server did not say that it loaded the model; see its log")
+
+
+def parse_chat_response(
+    target: ChatTarget, status: int, body: bytes, prompt_characters: int, least_tokens: int = 0
+) -> ChatReply:
+    """Return the answer in an HTTP response to a prompt of *prompt_characters* and surely *least_tokens* or more.
 
     Raises:
         LLMUnavailableError, LLMBusyError: Another attempt may help.
@@ -193,7 +217,13 @@ def parse_chat_response(target: ChatTarget, status: int, body: bytes, prompt_cha
         raise LLMUnavailableError("the model server answered 200 with an error in the body")
     if target.protocol == "openai_chat":
         return _parse_openai(fields)
-    _require_whole_prompt(target, count(fields.get("prompt_eval_count")), prompt_characters)
+    prompt_tokens = count(fields.get("prompt_eval_count"))
+    _require_whole_prompt(target, prompt_tokens, prompt_characters)
+    if prompt_tokens is not None and prompt_tokens < LEAST_SHARE * least_tokens:
+        raise LLMReplyError(
+            f"the server saw {prompt_tokens} prompt tokens of at least {least_tokens}: it cut the prompt",
+            Reason.CONTEXT_OVERFLOW,
+        )
     return _parse_ollama(target, fields)
 
 
@@ -287,12 +317,26 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
             "check the model's name and the address"
         )
     if any(sign in lowered for sign in ("exceed_context_size", "context length", "context size", "context window")):
-        raise LLMContextError("the conversation is longer than the model's context window; raise OLLAMA_NUM_CTX")
+        raise LLMContextError(
+            "the conversation is longer than the model's context window; raise OLLAMA_NUM_CTX",
+            prompt_tokens=_told(_PROMPT_TOKENS, text),
+            window_tokens=_told(_WINDOW_TOKENS, text),
+        )
     if "memory" in lowered and status >= 500:
         raise LLMBusyError(f"the model server is out of memory (HTTP {status})")
     if status >= 500 or status in (408, 425, 499):
         raise LLMUnavailableError(f"the model server failed (HTTP {status})")
     raise LLMRejectedError(f"the model server refuses the request (HTTP {status})")
+
+
+# llama.cpp tells both as JSON, which Ollama passes on as a text inside JSON; vLLM tells them in a sentence.
+_PROMPT_TOKENS = re.compile(r'n_prompt_tokens\\*"\s*:\s*(\d{1,9})|\((\d{1,9}) in the messages')
+_WINDOW_TOKENS = re.compile(r'n_ctx\\*"\s*:\s*(\d{1,9})|maximum context length is (\d{1,9})')
+
+
+def _told(pattern: re.Pattern[str], text: str) -> int | None:
+    found = pattern.search(text)
+    return int(found[1] or found[2]) if found else None
 
 
 def unreachable_message(target: ChatTarget) -> str:
@@ -303,12 +347,15 @@ def unreachable_message(target: ChatTarget) -> str:
 
 @functools.lru_cache(maxsize=8)
 def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes) -> str:
-    """Return the SHA-256 of everything but the conversation that decides an answer."""
-    options = orjson.dumps(_options(target, 0), option=orjson.OPT_SORT_KEYS)
+    """Return the SHA-256 of everything but the conversation that decides an answer.
+
+    The window does not: it is chosen anew for each run, and a conversation it could not hold says so in its result.
+    """
+    options = orjson.dumps({**_options(target, 0), "num_ctx": None}, option=orjson.OPT_SORT_KEYS)
     parts = [target.protocol, target.model, target.digest or "", options.decode(), system_prompt, schema_json.decode()]
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
 
 def with_model(target: ChatTarget, model: ServedModel, facts: ModelFacts) -> ChatTarget:
     """Return *target* with what the server said about its model."""
-    return replace(target, digest=model.digest, disable_thinking=facts.can_think)
+    return replace(target, digest=model.digest, disable_thinking=facts.can_think, context_limit=facts.context_length)

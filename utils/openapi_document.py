@@ -142,6 +142,10 @@ def _classify(security: list[Json]) -> Json:
         "headers": {
             **_REQUEST_ID,
             "X-Model": {"schema": {"type": "string"}, "description": "what gave the labels"},
+            "X-Input-Complete": {
+                "schema": {"const": "false"},
+                "description": "there where the conversation was too long and the model saw only a part of it",
+            },
             "Idempotency-Replayed": {
                 "schema": {"const": "true"},
                 "description": "there where the answer was kept from an earlier request with this Idempotency-Key",

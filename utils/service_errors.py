@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from error_handler import ErrorKind, RequestError
+from error_handler import (
+    ErrorKind,
+    LLMBusyError,
+    LLMContextError,
+    LLMError,
+    LLMModelError,
+    LLMOutageError,
+    LLMReplyError,
+    LLMTimeoutError,
+    LLMUnavailableError,
+    Reason,
+    RequestError,
+)
+
+UNAVAILABLE_RETRY_AFTER_S = 5
 
 MALFORMED = ErrorKind("MalformedRequestError", 400, "This is not an HTTP request; send HTTP/1.1.")
 INVALID_JSON = ErrorKind("InvalidJSONError", 400, "The body is not one JSON object; send UTF-8 JSON.")
@@ -43,6 +57,7 @@ MODEL_MISSING = ErrorKind(
     503,
     "The model server does not have the model that is configured; the service's log says more.",
 )
+MODEL_LOADING = ErrorKind("ModelUnavailableError", 503, "The model is being loaded; try again after Retry-After.")
 MODEL_BUSY = ErrorKind(
     "ModelUnavailableError", 503, "The model server has no room for another request; try again after Retry-After."
 )
@@ -58,3 +73,21 @@ class CallerLeftError(RequestError):
 
     def __init__(self) -> None:
         super().__init__(ErrorKind("CallerLeft", 499, "The caller left."))
+
+
+def request_error(exc: LLMError) -> RequestError:
+    """Return what a caller is told about *exc*."""
+    overflow = isinstance(exc, LLMContextError) or (
+        isinstance(exc, LLMReplyError) and exc.reason is Reason.CONTEXT_OVERFLOW
+    )
+    if overflow:
+        return RequestError(TOO_LONG)
+    if isinstance(exc, LLMTimeoutError):
+        return RequestError(TOO_SLOW)
+    if isinstance(exc, LLMModelError):
+        return RequestError(MODEL_MISSING, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+    if isinstance(exc, LLMBusyError):
+        return RequestError(MODEL_BUSY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+    if isinstance(exc, LLMUnavailableError | LLMOutageError):
+        return RequestError(MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+    return RequestError(UNUSABLE_ANSWER)

@@ -59,6 +59,7 @@ class Admin:
             "loaded_models": len(scheduler.loaded),
             "connections": len(server.connections),
             "chat_requests": totals.chat_requests,
+            "load_requests": totals.load_requests,
             "embed_requests": totals.embed_requests,
             "answered": totals.answered,
             "failed": totals.failed,

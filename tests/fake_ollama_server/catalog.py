@@ -64,7 +64,7 @@ class Catalog:
 
     def _ps(self, exchange: Exchange) -> None:
         runners = sorted(self._server.scheduler.loaded.values(), key=lambda runner: -int(runner.expires_at))
-        _send_json(exchange, {"models": [_ps_entry(runner) for runner in runners]})
+        _send_json(exchange, {"models": [_ps_entry(runner, self._server.knobs.vram_share) for runner in runners]})
 
     def _show(self, exchange: Exchange) -> None:
         try:
@@ -93,7 +93,7 @@ def _v1_entry(name: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": MODIFIED_AT_UNIX, "owned_by": "library"}
 
 
-def _ps_entry(runner: Runner) -> dict[str, Any]:
+def _ps_entry(runner: Runner, vram_share: float) -> dict[str, Any]:
     spec = runner.spec
     # A keep_alive without end lies beyond what gmtime can spell.
     expires_at = time.gmtime(min(runner.expires_at, 200 * 365 * 86_400))
@@ -104,6 +104,6 @@ def _ps_entry(runner: Runner) -> dict[str, Any]:
         "digest": spec.digest,
         "details": spec.details(),
         "expires_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", expires_at),
-        "size_vram": spec.size_bytes if spec.vram_bytes is None else spec.vram_bytes,
+        "size_vram": int(spec.size_bytes * vram_share) if spec.vram_bytes is None else spec.vram_bytes,
         "context_length": runner.num_ctx,
     }

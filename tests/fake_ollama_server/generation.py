@@ -1,6 +1,7 @@
 """One chat or generate request, from its slot to its answer; and one embed request."""
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -152,7 +153,7 @@ class Generation(TimedJob):
         if call.logprobs and self.server.knobs.logprobs == "refuse":
             raise ApiError(400, _NO_LOGPROBS)
         self.num_ctx = self.runner.num_ctx if self.runner is not None else 0
-        self.prompt_tokens = estimate_tokens(call.chars)
+        self.prompt_tokens = self._tokens(call.chars)
         if self.prompt_tokens >= self.num_ctx:
             self._fit_prompt()
         if self.server.knobs.prompt_eval_count is not None:
@@ -217,7 +218,8 @@ class Generation(TimedJob):
     def _fit_prompt(self) -> None:
         """Do what the server does to a prompt that is longer than the window; raises `ApiError`."""
         call, num_ctx = self.call, self.num_ctx
-        truncates = call.truncate is not False
+        obeys = not self.server.knobs.ignore_truncate
+        truncates = call.truncate is not False or not obeys
         if self.server.knobs.era == "old":
             if not truncates:
                 raise ApiError(400, _TOO_LONG_OLD)
@@ -229,10 +231,13 @@ class Generation(TimedJob):
                 return
         if not truncates or self._template_path() == "native":
             raise ApiError(400, overflow_message(self.prompt_tokens, num_ctx))
-        if call.shift is False:
+        if call.shift is False and obeys:
             raise ApiError(400, _TOO_LONG_RENDERED)
         keep = int(call.options.get("num_keep") or 4)
         self._keep_tail(num_ctx - max((num_ctx - keep) // 2, 1))
+
+    def _tokens(self, chars: int) -> int:
+        return math.ceil(chars / self.server.knobs.chars_per_token)
 
     def _template_path(self) -> str:
         return self.server.knobs.template_path or self.spec.template_path
@@ -241,7 +246,7 @@ class Generation(TimedJob):
         messages = self.call.messages
         for first in range(len(messages)):
             kept = [message for message in messages[:first] if message["role"] == "system"] + messages[first:]
-            tokens = estimate_tokens(sum(len(message["content"]) for message in kept))
+            tokens = self._tokens(sum(len(message["content"]) for message in kept))
             if tokens < self.num_ctx or first == len(messages) - 1:
                 self.call.messages = kept
                 self.call.select_text(self.server.knobs.user_message)
@@ -252,7 +257,7 @@ class Generation(TimedJob):
     def _keep_tail(self, kept_tokens: int) -> None:
         """Label by what is left: the end of the text."""
         self.prompt_tokens = kept_tokens
-        self.call.text = self.call.text[-kept_tokens * 4 :]
+        self.call.text = self.call.text[-int(kept_tokens * self.server.knobs.chars_per_token) :]
         self.call.digest = text_digest(self.call.text)
         self.exchange.user_sha = self.call.digest.hex()
 
@@ -318,6 +323,7 @@ class LoadRequest(TimedJob):
         body |= {"done": True, "done_reason": "load"}
         self.exchange.send(200, orjson.dumps(body), JSON_TYPE)
         self.server.scheduler.release(self)
+        self.server.changed()
 
     def _planned_latency_s(self) -> float:
         return 0.0

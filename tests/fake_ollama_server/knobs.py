@@ -36,6 +36,10 @@ class Knobs:
     keep_alive_s: float = 300.0
     default_num_ctx: int = 4096
     prompt_eval_count: int | None = None
+    chars_per_token: float = 4.0
+    most_ctx: int | None = None
+    vram_share: float = 1.0
+    ignore_truncate: bool = False
     user_message: str | int = "longest"
     logprobs: Mapping[str, float] | str | None = None
     check_host: bool = True

@@ -67,6 +67,7 @@ class Totals:
 
     def __init__(self) -> None:
         self.chat_requests = 0
+        self.load_requests = 0
         self.embed_requests = 0
         self.embed_inputs = 0
         self.cloud_requests = 0

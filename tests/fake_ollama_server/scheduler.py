@@ -93,7 +93,8 @@ class Runner:
         self.spec = spec
         self.key = key
         auto_ctx = min(knobs.default_num_ctx, spec.context_length)
-        self.num_ctx: int = auto_ctx if key[0] is _ANY else key[0]
+        wanted: int = auto_ctx if key[0] is _ANY else key[0]
+        self.num_ctx = min(wanted, knobs.most_ctx or wanted)
         self.slots = 1 if spec.is_embedding_only else knobs.slots
         self.session_s = knobs.keep_alive_s
         self.expires_at = time.time() + self.session_s

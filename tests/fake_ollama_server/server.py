@@ -174,7 +174,24 @@ class FakeServer:
                 totals.records.popleft()
         return index
 
+    def _load_only(self, exchange: Exchange) -> bool:
+        """Take a request that asks nothing and only loads the model: counted apart, spared by faults, not recorded."""
+        if exchange.path != "/api/chat":
+            return False
+        try:
+            call = parse_chat(body_of(exchange))
+            if call.messages or call.keep_alive_s == 0:
+                return False
+            spec = self._model_for(call)
+        except ApiError:
+            return False  # the usual way says what is wrong
+        self.totals.load_requests += 1
+        self._submit(LoadRequest(self, exchange, call, spec, -1), None, [])
+        return True
+
     def _generate(self, exchange: Exchange) -> None:
+        if self._load_only(exchange):
+            return
         index = self._begin(exchange, "generation")
         self.totals.chat_requests += 1
         try:

@@ -1,0 +1,40 @@
+"""A random sample of the source documents, as the windows they need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mongo_client import DocumentStore, translated
+from utils.context_window import tokens_needed
+from utils.token_estimate import TokenEstimator
+
+SAMPLE_SIZE = 200
+
+
+async def sample_needs(store: DocumentStore, collection: str, estimator: TokenEstimator) -> list[int]:
+    """Return the window that each of SAMPLE_SIZE random documents of *collection* needs, in tokens.
+
+    Documents of any status count: those that are done tell of those to come. Ones without text are left out.
+
+    Raises:
+        StoreError: MongoDB cannot say.
+    """
+    needs = []
+    with translated("read a sample"):
+        # Without a filter before it, $sample picks by a random cursor and reads no more than it returns.
+        cursor = await store.database[collection].aggregate([{"$sample": {"size": SAMPLE_SIZE}}], batchSize=20)
+        async for document in cursor:
+            if transcript := rough_transcript(document):
+                needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
+    return needs
+
+
+def rough_transcript(document: Mapping[str, Any]) -> str:
+    """Return the texts of *document* as long as their transcript will be.
+
+    Not by the aggregator: a document that kills the worker there must do so in a run, which keeps a journal of it.
+    """
+    entries = document.get("tweets") or document.get("messages") or [document]
+    texts = [entry.get("text") for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    return "\n".join(f"Customer: {text}" for text in texts if isinstance(text, str) and text.strip())
