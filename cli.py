@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import sys
@@ -24,7 +25,7 @@ from config import Settings, load_taxonomy
 from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
-from utils import doctor_command, plan_command, quarantine_command, summary
+from utils import summary
 from utils.atomic_file import replace_file
 from utils.baseline import BASELINE_MODEL, BaselineClassifier
 from utils.checkpoint import RunStats
@@ -41,7 +42,6 @@ from utils.document_files import read_documents
 from utils.document_intake import RunOptions
 from utils.document_preview import preview
 from utils.embedded_mongod import EmbeddedMongod
-from utils.estimate_command import COMMAND as ESTIMATE
 from utils.exit_boundary import exit_code_of, explain
 from utils.progress import ConsoleProgress, FileProgress, Reporter, Reporters
 from utils.run_plan import ask_plan, work_kinds
@@ -53,13 +53,13 @@ DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
 SAMPLES = DATA / "sample_conversations.jsonl"
 
-ALL_COMMANDS: tuple[Command, ...] = (
-    doctor_command.COMMAND,
-    ESTIMATE,
-    plan_command.COMMAND,
-    quarantine_command.COMMAND,
-)
-COMMANDS = {command.name: command for command in ALL_COMMANDS}
+# Loaded when one of them is given: some bring libraries that a run has no use for.
+COMMANDS = {
+    "doctor": "utils.doctor_command",
+    "estimate": "utils.estimate_command",
+    "plan": "utils.plan_command",
+    "quarantine": "utils.quarantine_command",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     The one place with a broad except: whatever goes wrong becomes one sentence on stderr.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(given[0]) if given else None
-    parser = create_command_parser(command) if command else create_parser(COMMANDS.values())
+    command = load_command(given[0]) if given and given[0] in COMMANDS else None
+    shown = COMMANDS if {"-h", "--help"} & set(given) else ()
+    parser = create_command_parser(command) if command else create_parser(load_command(name) for name in shown)
     # Flags may stand before, between and behind what a command takes.
     arguments = parser.parse_intermixed_args(given[1:]) if command else parser.parse_args(given)
     # Modules stay for good and a run makes few reference cycles, so garbage is looked for rarely. With still rarer full
@@ -95,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = f"Internal error ({type(first).__name__}); run again with --verbose and report the traceback."
         explain(parser.prog, sentence, verbose=arguments.verbose)
         return ExitCode.CONFIGURATION
+
+
+def load_command(name: str) -> Command:
+    """Return the command called *name*, one of COMMANDS."""
+    command: Command = importlib.import_module(COMMANDS[name]).COMMAND
+    return command
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import COMMANDS
+from cli import COMMANDS, load_command
 from config.service_settings import ServiceSettings, service_environment_names
 from config.settings import Settings, environment_names, known_environment_names
 from error_handler import ExitCode, Reason, TriadError
@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def flags() -> list[str]:
     """Every flag of the run and of the commands."""
-    parsers = [create_parser(), *(create_command_parser(command) for command in COMMANDS.values())]
+    parsers = [create_parser(), *(create_command_parser(load_command(name)) for name in COMMANDS)]
     found = (option for parser in parsers for action in parser._actions for option in action.option_strings)
     return sorted({option for option in found if option.startswith("--")})
 
@@ -42,9 +42,11 @@ def test_no_flag_is_documented_that_does_not_exist() -> None:
 
 def test_every_command_is_documented() -> None:
     """docs/operations.md shows each command, and the help of the run names it."""
-    for command in COMMANDS.values():
+    commands = [load_command(name) for name in COMMANDS]
+    assert [command.name for command in commands] == list(COMMANDS)
+    for command in commands:
         assert f"cli.py {command.name}" in OPERATIONS
-        assert f"cli.py {command.name}" in create_parser(COMMANDS.values()).format_help()
+        assert f"cli.py {command.name}" in create_parser(commands).format_help()
 
 
 @pytest.mark.parametrize("name", sorted(known_environment_names()))

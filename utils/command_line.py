@@ -103,9 +103,11 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="cli.py",
-        description="Label support conversations in MongoDB with intent, topic and sentiment, by a local language model.",
-        epilog="Flags win over the environment, that over .env, that over defaults. Exit codes: docs/operations.md."
-        + "".join(f" cli.py {command.name}: {command.summary}" for command in commands),
+        description="Label support conversations in MongoDB with intent, topic and sentiment,\nby a local language model.",
+        epilog="commands beside the run, each with its own --help:\n"
+        + "".join(f"  cli.py {command.name:<12} {command.summary}\n" for command in commands)
+        + "\nFlags win over the environment, that over .env, that over defaults. Exit codes: docs/operations.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to work on")

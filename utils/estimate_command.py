@@ -172,5 +172,5 @@ def _say(arguments: argparse.Namespace, sentence: str, fields: dict[str, Any]) -
 
 
 COMMAND = Command(
-    "estimate", "say how long the rest will take, from a random sample whose results are kept", add_flags, run
+    "estimate", "Say how long the rest will take, from a random sample whose results are kept", add_flags, run
 )

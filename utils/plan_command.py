@@ -137,7 +137,7 @@ class _Progress:
 
 COMMAND = Command(
     "plan",
-    "list how many documents are new, changed, stale, failed or done; changes nothing.",
+    "List how many documents are new, changed, stale, failed or done; changes nothing.",
     add_flags,
     run,
 )

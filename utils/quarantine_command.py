@@ -200,5 +200,5 @@ def _documents(count: int) -> str:
 
 
 COMMAND = Command(
-    "quarantine", "look at documents that failed, give them fresh attempts, or give them up", add_flags, run
+    "quarantine", "Look at documents that failed, give them fresh attempts, or give them up", add_flags, run
 )
