@@ -32,7 +32,7 @@ from utils.model_warm_up import Adopt, Say, ServerRequest, adopt_larger, warm_up
 from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.request_context import REQUEST_ID_HEADER, request_id
 from utils.retry_utils import RetryPolicy, repeated
-from utils.token_estimate import least_tokens
+from utils.token_estimate import least_prompt_tokens
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 5.0
@@ -95,7 +95,7 @@ class AsyncLLMClient:
         """
         target = self.target
         characters = sum(len(message["content"]) for message in messages)
-        least = sum(least_tokens(message["content"]) for message in messages)
+        least = least_prompt_tokens(messages)
         protocol.require_fit(target, characters)
 
         async def send() -> ChatReply:

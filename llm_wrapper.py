@@ -29,7 +29,7 @@ from utils.fitted_flow import FittedAnswer, FlowParts, fitted_flow
 from utils.model_warm_up import Adopt, Say, ServerRequest, adopt_larger, warm_up
 from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.retry_utils import RetryPolicy, tenacity_options
-from utils.token_estimate import least_tokens
+from utils.token_estimate import least_prompt_tokens
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -69,7 +69,7 @@ class LLMClient:
         """
         target = self.target
         characters = sum(len(message["content"]) for message in messages)
-        least = sum(least_tokens(message["content"]) for message in messages)
+        least = least_prompt_tokens(messages)
         protocol.require_fit(target, characters)
         for trial in tenacity.Retrying(**tenacity_options(self._policy, "model call")):
             with trial:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 SYSTEM_CHARACTERS_PER_TOKEN = 3.0  # our own English; tokenizers of today make tokens of 4 and more characters of it
@@ -20,7 +22,7 @@ QUANTILE, MARGIN = 0.95, 1.05
 LEAST_FACTOR = 0.45  # of the prior; lower rates come from text that repeats itself, and tell nothing about other text
 SPAN = 60.0  # tokens of the prior by which a text must be longer than the shortest one to tell a rate
 
-_WORD = re.compile(r"[^\W_]+")
+_WORD_PART = re.compile(r"[^\W_]{1,16}")
 _NOT_LETTERS = bytes(byte for byte in range(128) if not (chr(byte).isalpha() or chr(byte) in " \n"))
 _LEADS = {"two": (0xC0, 0xE0), "three": (0xE0, 0xF0), "four": (0xF0, 0xF8)}
 _NOT_LEADS = {
@@ -48,7 +50,16 @@ def least_tokens(text: str) -> int:
 
     No token spans two words, and none holds more than 16 letters of one: so this never exceeds a whole prompt's count.
     """
-    return sum(1 + (len(word) - 1) // 16 for word in _WORD.findall(text))
+    return len(_WORD_PART.findall(text))
+
+
+def least_prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:
+    """Return ``least_tokens`` of all *messages*, the first of which is the same in each prompt of a run."""
+    first, *others = (message["content"] for message in messages)
+    return _least_of_system_prompt(first) + sum(least_tokens(text) for text in others)
+
+
+_least_of_system_prompt = functools.lru_cache(maxsize=2)(least_tokens)
 
 
 @dataclass(slots=True)
@@ -58,6 +69,7 @@ class _Script:
     anchor: tuple[float, int] | None = None
     slopes: deque[float] = field(default_factory=lambda: deque(maxlen=400))
     factor: float = 1.0
+    learnt: int = 0
 
     def learn(self, weight: float, prompt_tokens: int) -> None:
         if self.anchor is None or weight < self.anchor[0]:
@@ -67,7 +79,9 @@ class _Script:
             return
         # A difference of two prompts: what they have in common, the system prompt, falls out of it.
         self.slopes.append((prompt_tokens - self.anchor[1]) / (weight - self.anchor[0]))
-        if len(self.slopes) >= LEARN_FROM:
+        self.learnt += 1
+        # The rate of hundreds of answers does not move by one more.
+        if len(self.slopes) >= LEARN_FROM and (self.learnt < 10 * LEARN_FROM or self.learnt % LEARN_FROM == 0):
             ordered = sorted(self.slopes)
             rate = ordered[math.ceil(QUANTILE * len(ordered)) - 1] * MARGIN
             self.factor = min(2.0, max(LEAST_FACTOR, rate))
