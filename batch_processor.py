@@ -127,7 +127,11 @@ class BatchProcessor:
             client.on_answer = self.recorder.note_answer
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
-        target = await client.warm_up(await self._choose_window(client, prompts), self._tell)
+        choice = await self._choose_window(client, prompts)
+        start_s = time.monotonic()
+        target = await client.warm_up(choice, self._tell)
+        if self.recorder is not None:
+            self.recorder.load_s = time.monotonic() - start_s
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
 
         self._plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,20 +120,20 @@ def test_what_a_run_would_refuse_is_an_error(
     assert the_one(found, "open as many files")
 
 
-def test_a_directory_of_somebody_else_is_an_error(tmp_path: Path) -> None:
+def test_a_directory_of_somebody_else_is_an_error() -> None:
     """Without the right to write; where root runs the tests, an effective user without rights stands in."""
-    directory = tmp_path / "theirs"
-    directory.mkdir(mode=0o555)
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(folder.stat().st_mode | 0o055)
     is_root = os.geteuid() == 0
-    if is_root:
-        os.seteuid(65_534)
-    try:
-        found = findings(directory)
-    finally:
+    with tempfile.TemporaryDirectory() as folder:  # that of pytest is closed to others
+        Path(folder).chmod(0o755)
+        directory = Path(folder) / "theirs"
+        directory.mkdir(mode=0o555)
         if is_root:
-            os.seteuid(0)
+            os.seteuid(65_534)
+        try:
+            found = findings(directory)
+        finally:
+            if is_root:
+                os.seteuid(0)
     assert the_one(found, f"may not write to {directory}").level == "error"
 
 

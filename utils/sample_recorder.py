@@ -16,7 +16,7 @@ from utils.run_estimate import DocumentTiming
 class SampleRecorder:
     """Wraps what asks the model; *timings* are of the documents that were answered or failed, in the order they ended.
 
-    *load_s* is the longest that a request waited for the model to be loaded, in seconds.
+    *load_s* is the longest that the model took to be loaded, in seconds: at the start of the run, or before an answer.
     """
 
     def __init__(self) -> None:
