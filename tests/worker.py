@@ -28,6 +28,7 @@ from config.settings import known_environment_names
 from error_handler import SkippedDocumentError
 from prompt_builder import PromptBuilder
 from tests.fake_ollama import FakeOllama, expected_labels, text_sha256
+from tests.forked_process import ForkedProcess
 from utils import extended_json
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,10 @@ class WorkerProcess:
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path, **popen: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / f"{time.monotonic_ns()}.out", folder / f"{time.monotonic_ns()}.err"
+        self.process: subprocess.Popen[bytes] | ForkedProcess
+        if command[1].endswith(".py") and not popen:
+            self.process = ForkedProcess(command[1:], environment, folder, (self._out, self._err))
+            return
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 command,
