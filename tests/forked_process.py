@@ -32,7 +32,10 @@ class ForkedProcess:
     """What ``subprocess.Popen`` is for the other processes, as far as the tests need it."""
 
     def __init__(self, script: list[str], env: dict[str, str], cwd: Path, files: tuple[Path, Path]) -> None:
-        """Start *script* (its file and arguments) in a session of its own; *files* get its stdout and stderr."""
+        """Start *script* in a session of its own; *files* get its stdout and stderr.
+
+        Its first entry is a file, or ``-m`` with the name of a module behind it; arguments follow.
+        """
         connection, answers = _started_nursery()
         order = {"script": script, "env": env, "cwd": str(cwd), "files": [str(path) for path in files]}
         connection.sendall(json.dumps(order).encode() + b"\n")
@@ -129,12 +132,16 @@ def _become(order: dict[str, Any]) -> None:
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
     for path, number in zip(("/dev/null", *order["files"]), (0, 1, 2), strict=True):
-        handle = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        handle = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, number)
         os.close(handle)
-    sys.argv = order["script"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if order["script"][0] == "-m":
+        sys.argv = order["script"][1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = order["script"]
+        sys.path[0] = str(Path(sys.argv[0]).parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.forked_process import ForkedProcess
+
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 30.0
 
@@ -52,7 +54,7 @@ class Answer:
 
 @dataclass
 class ServiceProcess:
-    process: subprocess.Popen[bytes]
+    process: ForkedProcess
     port: int
     log_path: Path
     sockets: list[socket.socket] = field(default_factory=list)
@@ -135,13 +137,10 @@ def service_environment(**variables: str) -> dict[str, str]:
 def serve(folder: Path, *flags: str, app: str = "main:app", **variables: str) -> Iterator[ServiceProcess]:
     """Run plain ``uvicorn`` with *app* and *flags* in *folder* until the end of the block."""
     port = free_port()
-    command = [sys.executable, "-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port), *flags]
+    command = ["-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port), *flags]
     log_path = folder / f"service-{port}.log"
-    with log_path.open("wb") as log:
-        environment = service_environment(**variables)
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-        )
+    log_path.touch()
+    process = ForkedProcess(command, service_environment(**variables), folder, (log_path, log_path))
     service = ServiceProcess(process, port, log_path)
     try:
         wait_until_it_answers(service)
