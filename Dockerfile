@@ -11,6 +11,8 @@ RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --req
 COPY *.py LICENSE ./
 COPY config/ config/
 COPY utils/ utils/
+COPY openai_batch/ openai_batch/
+COPY schema_examples/ schema_examples/
 COPY data/*.jsonl data/
 RUN /opt/venv/bin/python -m compileall -q .
 

@@ -43,8 +43,8 @@ check: .venv/dev.stamp ## lint, formatting and types
 	$(venv_python) -m ruff format --check .
 	$(venv_python) -m mypy --strict $(modules)
 
-torture: .venv/dev.stamp ## kill the worker 200 times in the middle of its work
-	$(venv_python) -m pytest tests/test_crash_loop.py --kills 200 $(ARGS)
+torture: .venv/dev.stamp ## kill the worker 200 times in the middle of its work, and a document job at each step
+	$(venv_python) -m pytest tests/test_crash_loop.py tests/test_openai_job_crashes.py --kills 200 $(ARGS)
 
 bench: .venv/dev.stamp ## measure; ARGS goes to the benchmarks
 	$(venv_python) -m benchmarks $(ARGS)

@@ -59,6 +59,7 @@ COMMANDS = {
     "estimate": "utils.estimate_command",
     "plan": "utils.plan_command",
     "quarantine": "utils.quarantine_command",
+    "openai-batch": "openai_batch.command",
 }
 
 logger = logging.getLogger(__name__)

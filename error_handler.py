@@ -23,6 +23,13 @@
     │   └── LLMReplyError           HTTP 200, and still not an answer                repair, then retry queue
     ├── SkippedDocumentError        nothing in the document to classify              status "skipped"
     ├── PoisonDocumentError         the document ended the worker twice              quarantine
+    ├── JobError                    document jobs on the OpenAI Batch API
+    │   ├── JobConnectionError      OpenAI or the webhook cannot be reached          exit 3
+    │   ├── JobTimeoutError         no end before the deadline; the batch goes on    exit 1
+    │   ├── JobValidationError      a schema, a document or a batch is not usable    exit 2
+    │   │   └── JobCostError        the job would cost more than --max-cost          exit 2
+    │   ├── JobTemplateError        a template cannot be rendered                    exit 2
+    │   └── JobProcessingError      a document or its answer cannot be processed     status "failed"
     ├── RequestError                the REST service refuses or fails one request    HTTP status
     ├── FailureThresholdError       too many documents fail; the run stops           exit 4
     └── RunInterruptedError         SIGINT or SIGTERM                                exit 130
@@ -204,6 +211,48 @@ class PoisonDocumentError(TriadError):
     """The worker process died while it handled this document, more than once."""
 
     reason = Reason.POISON
+
+
+class JobError(TriadError):
+    """A document job on the OpenAI Batch API; what was billed is in the ledger, so the same command goes on."""
+
+
+class JobConnectionError(JobError):
+    """OpenAI (or another server of the job) gives no usable answer; the batches there go on."""
+
+    exit_code = ExitCode.UNREACHABLE
+    error_class = ErrorClass.TRANSIENT
+
+
+class JobTimeoutError(JobError):
+    """The job is not done before its deadline; its batches go on and are found by the next run."""
+
+    exit_code = ExitCode.INCOMPLETE
+    error_class = ErrorClass.TRANSIENT
+
+
+class JobValidationError(JobError):
+    """A schema, a document or a batch is not what it must be; the message names the place."""
+
+
+class JobCostError(JobValidationError):
+    """The job would cost more than it may; nothing was sent."""
+
+
+class JobTemplateError(JobError):
+    """A template cannot be parsed or rendered; the message names the template and the field, never a value."""
+
+
+class JobProcessingError(JobError):
+    """One document cannot be prepared, or its answer not be used; the others go on.
+
+    *is_final* where another attempt cannot help; *is_skip* where there is nothing in the document to ask about.
+    """
+
+    def __init__(self, message: str, *, is_final: bool = False, is_skip: bool = False) -> None:
+        super().__init__(message)
+        self.is_final = is_final
+        self.is_skip = is_skip
 
 
 @dataclass(frozen=True, slots=True)

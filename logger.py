@@ -15,7 +15,7 @@ MAX_LOG_BYTES, KEPT_LOGS = 10_000_000, 5
 
 _CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s]*@", re.IGNORECASE)
 # Libraries that may log addresses or documents; theirs are not our lines.
-_QUIET = ("pymongo", "asyncio", "aiohttp", "urllib3", "filelock")
+_QUIET = ("pymongo", "asyncio", "aiohttp", "urllib3", "filelock", "openai", "httpx2", "httpcore2")
 
 
 class SafeFormatter(logging.Formatter):

@@ -11,6 +11,7 @@ from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from config.openai_settings import OpenAISettings, openai_environment_names
 from config.service_settings import ServiceSettings, service_environment_names
 from error_handler import ConfigurationError
 
@@ -272,7 +273,8 @@ def known_environment_names() -> frozenset[str]:
     """Return every environment variable that this product reads."""
     own = {name for field in Settings.model_fields for name in environment_names(field)}
     of_service = {name for field in ServiceSettings.model_fields for name in service_environment_names(field)}
-    return frozenset(own | of_service)
+    of_openai = {name for field in OpenAISettings.model_fields for name in openai_environment_names(field)}
+    return frozenset(own | of_service | of_openai)
 
 
 def load_settings(dotenv: Path | None = DOTENV, **arguments: Any) -> Settings:

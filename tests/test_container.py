@@ -104,6 +104,7 @@ def test_every_product_module_is_in_the_image() -> None:
     assert product_modules() - copied() == set()
     assert "config/taxonomy.yaml" in copied()
     assert "data/sample_conversations.jsonl" in copied()
+    assert "schema_examples/customer_service_schema.py" in copied()
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,8 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):
                 distributions = {re.sub(r"[-_.]+", "-", name).lower() for name in providers.get(top, [top])}
-                # Starlette, bson and urllib3 come with the package that the module uses them for.
-                if not distributions & (installed | {"starlette", "urllib3"}):
+                # Starlette, bson, urllib3 and httpx2 come with the package that the module uses them for.
+                if not distributions & (installed | {"starlette", "urllib3", "httpx2"}):
                     missing[top] = path
     assert missing == {}
 

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"utils.fitted_flow"},
     {"mongo_client", "llm_wrapper", "async_llm_wrapper", "utils.service_requests"},
     {"utils.window_sample", "utils.shared_window", "utils.stored_results", "utils.run_plan", "utils.plan_command"},
-    {"batch_processor", "api", "utils.document_sample"},
+    {"batch_processor", "api", "utils.document_sample", "openai_batch"},
     {
         "utils.estimate_command",
         "utils.mongo_diagnosis",
@@ -46,16 +46,23 @@ OWNERS = {
     "pymongo": {"mongo_client"},
     "motor": {"mongo_client"},
     "bson": {"mongo_client", "utils.extended_json"},
-    "aiohttp": {"async_llm_wrapper", "utils.service_client"},  # of the model server; of our own service, by its clients
-    "requests": {"llm_wrapper"},
+    # of the model server; of our own service, by its clients; of webhooks
+    "aiohttp": {"async_llm_wrapper", "utils.service_client", "openai_batch.webhook"},
+    "requests": {"llm_wrapper"},  # of the model server
     "urllib3": {"llm_wrapper"},
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"utils.baseline"},
     "yaml": {"config.taxonomy"},
     "dotenv": {"config.settings", "config.settings_origins"},
-    "pydantic_settings": {"config.settings", "config.service_settings"},
-    "filelock": {"utils.batch_file_manager"},
+    "pydantic_settings": {"config.settings", "config.service_settings", "config.openai_settings"},
+    "filelock": {"utils.directory_lock"},
     "croniter": {"utils.schedule"},
+    "openai": {"openai_batch.openai_client"},
+    "httpx2": {"openai_batch.openai_client"},  # what the openai package is made of
+    "jinja2": {"openai_batch.templates"},
+    "phonenumbers": {"openai_batch.masking"},
+    "stdnum": {"openai_batch.masking"},
+    "smtplib": {"openai_batch.mail"},
     "fastapi": {"main"},
     "starlette": {"main"},
     "uvicorn": {"main", "utils.slow_client_guard"},
@@ -65,7 +72,7 @@ OWNERS = {
 
 
 def product_files() -> list[Path]:
-    folders = [ROOT, ROOT / "config", ROOT / "utils"]
+    folders = [ROOT, ROOT / "config", ROOT / "utils", ROOT / "openai_batch"]
     return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 

@@ -26,12 +26,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from error_handler import ConfigurationError, DirectoryLockedError, Reason, StateDirectoryError
+from error_handler import ConfigurationError, Reason, StateDirectoryError
 from utils import extended_json
 from utils.atomic_file import remove_file, replace_file
 from utils.batch_journal import BatchJournal, Replay, replay_journal
+from utils.directory_lock import DirectoryLock
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class BatchFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.lost_failures = False  # a retry file was set aside: in MongoDB its documents only say failed
-        self._lock = FileLock(directory / ".lock", timeout=0, mode=0o600)
+        self._lock = DirectoryLock(directory)
         try:
             if directory.is_symlink():
                 raise StateDirectoryError(
@@ -138,16 +137,7 @@ class BatchFiles:
         Raises:
             DirectoryLockedError: Another worker holds it.
         """
-        try:
-            self._lock.acquire()
-        except Timeout as exc:
-            raise DirectoryLockedError(
-                f"another worker is using {self.directory}; wait for it, or give this one its own with --batch-files-dir."
-            ) from exc
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{self.directory} cannot be locked ({exc.strerror}); fix its rights, then run again."
-            ) from exc
+        self._lock.acquire("wait for it, or give this one its own with --batch-files-dir.")
         for stale in self.directory.rglob(".*.tmp"):
             remove_file(stale)
         for journal in self.directory.glob("*/batch_*.journal"):

@@ -20,6 +20,9 @@ from bson.errors import BSONError
 _CANONICAL = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
+_BSON_OPTIONS: bson.CodecOptions[dict[str, Any]] = bson.CodecOptions(
+    tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
+)
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 _ORJSON_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_NON_STR_KEYS
 
@@ -37,6 +40,33 @@ def dumps(value: Any) -> bytes:
         return data
     except (orjson.JSONEncodeError, TypeError) as exc:
         raise ValueError("not representable as Extended JSON") from exc
+
+
+def canonical(value: Any) -> str:
+    """Return *value* as canonical Extended JSON: equal texts mean the same type and value, and ``loads`` gives it back.
+
+    Raises:
+        ValueError: MongoDB cannot hold it.
+    """
+    try:
+        return json_util.dumps(value, json_options=_CANONICAL)
+    except (TypeError, ArithmeticError, BSONError) as exc:
+        raise ValueError("not representable as Extended JSON") from exc
+
+
+def plain(value: Any) -> Any:
+    """Return *value* without BSON types, for templates: ids and binary data as texts, dates in ISO 8601, decimals as texts."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, int | float):  # bson.Int64 is an int
+        return int(value) if isinstance(value, int) else value
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return (
+        value.isoformat() if isinstance(value, datetime) else id_text(value) if isinstance(value, bytes) else str(value)
+    )
 
 
 def loads(data: bytes | str) -> Any:
@@ -82,6 +112,23 @@ def id_key(document_id: Any) -> bytes:
         return bson.encode({"": document_id})
     except (BSONError, OverflowError) as exc:
         raise ValueError("not an id") from exc
+
+
+def packed(value: dict[str, Any]) -> bytes:
+    """Return *value* as BSON: unlike JSON it takes no key for a type, and no text for anything else.
+
+    Raises:
+        ValueError: MongoDB cannot hold it.
+    """
+    try:
+        return bson.encode(value)
+    except (BSONError, OverflowError, RecursionError, TypeError) as exc:
+        raise ValueError("not representable as BSON") from exc
+
+
+def unpacked(data: bytes) -> dict[str, Any]:
+    """Return the value of *data*, which ``packed`` made; dates are aware, in UTC."""
+    return bson.decode(data, _BSON_OPTIONS)
 
 
 def new_id() -> Any:

@@ -1,0 +1,13 @@
+"""What processes that run functions of users must not find in their environment."""
+
+from __future__ import annotations
+
+import os
+
+from config.settings import known_environment_names
+
+
+def forget_settings() -> None:
+    """Remove every variable of this product, keys and addresses among them, from the environment of this process."""
+    for name in known_environment_names():
+        os.environ.pop(name, None)

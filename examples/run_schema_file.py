@@ -1,0 +1,16 @@
+"""Run the medical schema from Python: the same as ``cli.py openai-batch run --schema``.
+
+Needs the environment of examples/summarise_tickets.py; text may leave the machine with names and numbers masked.
+"""
+
+from pathlib import Path
+
+from openai_batch import DocumentBatchProcessor
+from openai_batch.schema_file import load_schema_file
+
+SCHEMA = Path(__file__).parent.parent / "schema_examples/medical_schema.py"
+
+if __name__ == "__main__":
+    processor = DocumentBatchProcessor(schema_file=load_schema_file(SCHEMA), mask_pii=True)
+    result = processor.process_pending_documents()
+    print(f"{result.succeeded} of {result.total_processed} patients have talking points")

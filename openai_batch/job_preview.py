@@ -1,0 +1,117 @@
+"""What a job would send, and what it would cost: reads only, sends nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from error_handler import JobCostError, JobProcessingError
+from openai_batch.answers import Handling
+from openai_batch.job_config import AppConfig
+from openai_batch.job_store import JobStore
+from openai_batch.ledger import Shard
+from openai_batch.shards import estimated_tokens, request_line
+from utils.batch_prices import BatchPrice, batch_prices, price_source
+from utils.extended_json import id_text
+
+EXAMPLES, PROBLEMS = 3, 10  # documents that are shown: as they would be sent, and why not
+
+
+@dataclass(slots=True)
+class Preview:
+    """What all pending documents make together, and those that *waiting* counts: they lie in files not sent yet.
+
+    *prompt_tokens* is an estimate, rather too many than too few; *most_reply_tokens* is the limit of every answer.
+    *usd* is the price at the batch rate if every answer were as long as it may be, None where the model's price is not
+    known. *examples* holds the bodies of the first documents, exactly as they would be sent; *problems* says of the
+    first of the *refused* ones why they would not be.
+    """
+
+    documents: int = 0
+    waiting: int = 0
+    refused: int = 0
+    problems: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
+    prompt_tokens: int = 0
+    most_reply_tokens: int = 0
+    price: BatchPrice | None = None
+    examples: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def usd(self) -> float | None:
+        """The most that it costs, in US dollars."""
+        return None if self.price is None else self.price.usd
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values, without the examples' texts."""
+        return {
+            "documents": self.documents,
+            "waiting": self.waiting,
+            "refused": self.refused,
+            "bytes": self.bytes,
+            "prompt_tokens": self.prompt_tokens,
+            "most_reply_tokens": self.most_reply_tokens,
+            "most_usd": None if self.usd is None else round(self.usd, 6),
+            "price_is_assumed": None if self.price is None else self.price.is_assumed,
+            "prices_from": price_source(),
+        }
+
+
+async def preview(
+    config: AppConfig,
+    store: JobStore,
+    handling: Handling,
+    on_progress: Callable[[str], None],
+    limit: int | None = None,
+    waiting: Sequence[Shard] = (),
+) -> Preview:
+    """Return what the pending documents (at most *limit*) would make; nothing is claimed, written or sent.
+
+    *waiting* are the shards of earlier starts that would be sent as well.
+    """
+    made = Preview(waiting=sum(shard.lines for shard in waiting))
+    made.bytes = sum(shard.bytes for shard in waiting)
+    made.prompt_tokens = sum(shard.tokens for shard in waiting)
+    made.most_reply_tokens = made.waiting * config.openai.max_tokens
+    async with contextlib.aclosing(store.pages(config.batch.batch_size)) as pages:
+        async for page in pages:
+            for document in page:
+                if limit is not None and made.documents >= limit:
+                    break
+                try:
+                    body = handling.request(document)
+                except JobProcessingError as exc:
+                    made.refused += 1
+                    if len(made.problems) < PROBLEMS:
+                        made.problems[id_text(document["_id"])] = str(exc)
+                    continue
+                made.documents += 1
+                made.bytes += len(request_line("0" * 42, config.batch.endpoint, body))
+                made.prompt_tokens += estimated_tokens(body)
+                made.most_reply_tokens += config.openai.max_tokens
+                if len(made.examples) < EXAMPLES:
+                    made.examples.append((id_text(document["_id"]), body))
+            on_progress(f"{made.documents} documents read")
+            if limit is not None and made.documents >= limit:
+                break
+    prices = batch_prices(made.prompt_tokens, made.most_reply_tokens, [config.openai.model])
+    made.price = prices[0] if prices else None
+    return made
+
+
+def dollars(usd: float) -> str:
+    """Return *usd* with as many digits as say something."""
+    return f"{usd:.2f}" if usd >= 10 else f"{usd:.4f}" if usd >= 0.01 else f"{usd:.6f}"
+
+
+def require_affordable(made: Preview, most_usd: float, model: str) -> None:
+    """Raise JobCostError where *made* may cost more than *most_usd*, or nobody knows."""
+    if made.usd is None:
+        raise JobCostError(f"the price of {model} is not known, so --max-cost cannot be kept; leave it out to go on.")
+    if made.usd > most_usd:
+        raise JobCostError(
+            f"{made.documents + made.waiting} documents may cost up to {dollars(made.usd)} US dollars, more than --max-cost {most_usd:g}; "
+            "take fewer with --limit, shorten the answers with OPENAI_MAX_TOKENS, or allow more."
+        )

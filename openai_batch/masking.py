@@ -1,0 +1,233 @@
+"""Personal data becomes placeholders before it leaves the house, and comes back in the answer. Pure.
+
+The owner of phonenumbers and stdnum. A placeholder such as ``<EMAIL_K7Q>`` names a kind and carries a tag made of the
+value and the document's id: the same value has the same one within a document, and nothing needs to be kept until the
+answer comes, because the same document makes the same placeholders again. Had the document changed meanwhile, an old
+placeholder fits no value of today and stays as it is, where a plain number would bring back somebody else's value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import phonenumbers
+from stdnum import iban, luhn
+
+from error_handler import JobProcessingError, JobValidationError
+
+EMAIL, PHONE, CARD, IBAN, NAME = "EMAIL", "PHONE", "CARD", "IBAN", "NAME"
+
+# No vowels, nothing that looks like something else: a tag is never a word, and copied without mistakes.
+_LETTERS = "BCDFGHJKLMNPQRSTVWXZ2345679"
+_TAG_LENGTH = 3
+_KINDS = "|".join((EMAIL, PHONE, CARD, IBAN, NAME))
+# As it was given; or as models write it: in another case, with a space for the underscore, without brackets.
+_PLACEHOLDER = re.compile(
+    rf"<(?:{_KINDS})_\w{{{_TAG_LENGTH}}}>"
+    rf"|(?:<\s?|(?<![^\W_]))(?:{_KINDS})[_\s-][{_LETTERS}]{{{_TAG_LENGTH}}}(?:\s?>|(?![^\W_]))",
+    re.IGNORECASE | re.ASCII,
+)
+_EXACT = re.compile(rf"<(?:{_KINDS})_[{_LETTERS}]{{{_TAG_LENGTH}}}>")
+
+_DOMAIN = re.compile(r"[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
+_LOCAL_EXTRA = frozenset("._!#$%&'*+/=?^`{|}~-")
+_LONGEST_LOCAL = 64
+# Digits in groups; what may stand between them in a card number.
+_DIGIT_GROUPS = re.compile(r"\d+(?:[ \u00a0\u202f.\u2010-\u2013-]\d+)*")
+_GROUP = re.compile(r"\d+")
+_CARD_LENGTHS = range(13, 20)
+# Visa, American Express, Diners, JCB, Mastercard (twice), Maestro, and Discover, UnionPay and Maestro again.
+_CARD = re.compile(
+    r"4\d{12}(\d{3}){0,2}|3[47]\d{13}|3[0689]\d{12}|35\d{14}|5[1-5]\d{14}|2[2-7]\d{14}|5[06-8]\d{14}|6\d{15,18}"
+)
+_FIRST_DIGITS = range(2, 7)
+_MOST_CARD_GROUPS = 5
+_IBAN_START = re.compile(r"(?<![^\W_])[A-Za-z]{2}\d{2}(?=[ \u00a0-]?[A-Za-z0-9])")
+_IBAN_NEXT = re.compile(r"[ \u00a0-]?([A-Za-z0-9])")
+_IBAN_LENGTHS = range(15, 35)
+
+MAX_CHARACTERS = 500_000  # of one prompt, more than models read; more than a second of search
+
+Span = tuple[int, int, str]
+
+
+class Masking:
+    """Finds personal data. *region* (ISO 3166, such as ``US``) reads national phone numbers; None: only ``+...`` ones."""
+
+    def __init__(self, region: str | None = None) -> None:
+        """Check *region*.
+
+        Raises:
+            JobValidationError: There is none of that name.
+        """
+        if region is not None and region not in phonenumbers.SUPPORTED_REGIONS:
+            raise JobValidationError(f"phone_region: there is no region {region!r}; give an ISO code such as US or DE.")
+        self._region = region
+
+    def of(self, texts: Iterable[str], salt: str, names: Iterable[str] = ()) -> Mask:
+        """Return the mask of a document whose prompt has *texts*; *salt* is its id, *names* are values to hide whole.
+
+        Raises:
+            JobProcessingError: The texts have more than MAX_CHARACTERS.
+        """
+        texts = list(texts)
+        if sum(map(len, texts)) > MAX_CHARACTERS:
+            raise JobProcessingError(
+                f"the prompt has more than {MAX_CHARACTERS} characters, too many for --mask-pii", is_final=True
+            )
+        pattern = _any_of(names)
+        return Mask({text: self._spans(text, pattern) for text in texts}, salt)
+
+    def _spans(self, text: str, names: re.Pattern[str] | None) -> list[Span]:
+        spans = [*_emails(text), *_ibans(text), *_cards(text), *self._phones(text)]
+        if names is not None:
+            spans += ((*match.span(), NAME) for match in names.finditer(text))
+        return _merged(spans)
+
+    def _phones(self, text: str) -> Iterator[Span]:
+        if self._region is None and "+" not in text and "\uff0b" not in text:
+            return
+        for match in phonenumbers.PhoneNumberMatcher(text, self._region, max_tries=len(text)):
+            yield match.start, match.end, PHONE
+
+
+class Mask:
+    """The placeholders of one document."""
+
+    def __init__(self, found: Mapping[str, list[Span]], salt: str) -> None:
+        """*found* has the places of personal data in each text."""
+        self._found = found
+        self._everything = re.sub(r"[\s-]", "_", "\n".join(found).upper())
+        self._by_value: dict[str, str] = {}
+        self._by_name: dict[str, str] = {}
+        for text, spans in found.items():
+            for start, end, kind in spans:
+                value = text[start:end]
+                if value not in self._by_value:
+                    name = self._free_name(kind, value, salt)
+                    self._by_value[value], self._by_name[name] = f"<{name}>", value
+
+    def _free_name(self, kind: str, value: str, salt: str) -> str:
+        """Return a name that neither another value has nor the document itself writes somewhere."""
+        names = (f"{kind}_{_tag(f'{salt}|{kind}|{value}|{count}')}" for count in itertools.count())
+        return next(name for name in names if name not in self._by_name and name not in self._everything)
+
+    def __len__(self) -> int:
+        return len(self._by_value)
+
+    def hide(self, text: str) -> str:
+        """Return *text*, one of the texts the mask was made of, with placeholders."""
+        parts, last = [], 0
+        for start, end, _ in self._found[text]:
+            parts += [text[last:start], self._by_value[text[start:end]]]
+            last = end
+        return "".join([*parts, text[last:]])
+
+    def restore(self, value: Any) -> Any:
+        """Return *value* with the personal data put back into its texts, at any depth; keys stay as they are."""
+        if isinstance(value, str):
+            return self._restored(value, str)
+        if isinstance(value, dict):
+            return {key: self.restore(inner) for key, inner in value.items()}
+        return [self.restore(inner) for inner in value] if isinstance(value, list) else value
+
+    def restore_json(self, text: str) -> str:
+        """Return *text*, which is JSON not yet parsed, with the personal data put back into its strings."""
+        return self._restored(text, lambda value: json.dumps(value, ensure_ascii=False)[1:-1])
+
+    def _restored(self, text: str, written: Callable[[str], str]) -> str:
+        def original(match: re.Match[str]) -> str:
+            name = re.sub(r"[\s-]", "_", match[0].strip("< \t\r\n\f\v>")).upper()
+            value = self._by_name.get(name)
+            return match[0] if value is None else written(value)
+
+        return _PLACEHOLDER.sub(original, text) if self._by_name else text
+
+    def strangers(self, value: Any) -> int:
+        """Return how many placeholders *value* has that belong to nothing in this document; after ``restore``."""
+        if isinstance(value, str):
+            return sum(match[0][1:-1] not in self._everything for match in _EXACT.finditer(value))
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return sum(self.strangers(inner) for inner in values)
+
+
+def _tag(text: str) -> str:
+    number = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8])
+    letters = []
+    for _ in range(_TAG_LENGTH):
+        number, place = divmod(number, len(_LETTERS))
+        letters.append(_LETTERS[place])
+    return "".join(letters)
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Return what finds each of *names* as whole words, in any case and with any spaces between its words."""
+    words = sorted({" ".join(name.split()) for name in names} - {""}, key=len, reverse=True)
+    if not words:
+        return None
+    either = "|".join(r"\s+".join(re.escape(word) for word in name.split(" ")) for name in words)
+    return re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
+
+
+def _emails(text: str) -> Iterator[Span]:
+    # From each @ to both sides: one pattern for all would try a long word from every letter of it.
+    for at in re.finditer("@", text):
+        domain = _DOMAIN.match(text, at.end())
+        start = at.start()
+        while start > max(0, at.start() - _LONGEST_LOCAL) and _is_local(text[start - 1]):
+            start -= 1
+        if domain is not None and start < at.start():
+            yield start, domain.end(), EMAIL
+
+
+def _is_local(character: str) -> bool:
+    return character.isalnum() or character in _LOCAL_EXTRA
+
+
+def _ibans(text: str) -> Iterator[Span]:
+    for match in _IBAN_START.finditer(text):
+        number, place = match[0], match.end()
+        while len(number) < _IBAN_LENGTHS.stop and (following := _IBAN_NEXT.match(text, place)):
+            number, place = number + following[1], following.end()
+            is_end = place == len(text) or not text[place].isalnum()
+            if is_end and len(number) in _IBAN_LENGTHS and iban.is_valid(number):
+                yield match.start(), place, IBAN
+                break
+
+
+def _cards(text: str) -> Iterator[Span]:
+    for run in _DIGIT_GROUPS.finditer(text):
+        groups = [group.span() for group in _GROUP.finditer(text, *run.span())]
+        for first, (start, _) in enumerate(groups):
+            digits = ""
+            if int(text[start]) not in _FIRST_DIGITS:
+                continue
+            for group_start, end in groups[first : first + _MOST_CARD_GROUPS]:
+                digits += text[group_start:end]
+                if len(digits) >= _CARD_LENGTHS.stop:
+                    break
+                if len(digits) in _CARD_LENGTHS and _is_card(digits):
+                    yield start, end, CARD
+
+
+def _is_card(digits: str) -> bool:
+    plain = "".join(str(int(digit)) for digit in digits)  # other scripts have digits of their own
+    return _CARD.fullmatch(plain) is not None and bool(luhn.is_valid(plain))
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """Return *spans* without overlaps: what overlaps becomes one, so that no part of either is left over."""
+    merged: list[Span] = []
+    for start, end, kind in sorted(spans):
+        if not merged or start >= merged[-1][1]:
+            merged.append((start, end, kind))
+            continue
+        before_start, before_end, before_kind = merged[-1]
+        longer = kind if end - start > before_end - before_start else before_kind
+        merged[-1] = (before_start, max(end, before_end), longer)
+    return merged

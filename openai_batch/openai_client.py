@@ -1,0 +1,275 @@
+"""Files and batches at OpenAI, or at any server that speaks the same; the only owner of the openai package.
+
+The package repeats calls by itself, also ``POST /batches`` whose answer was lost, without an idempotency key
+(openai 3.x, _base_client.py): that would be a second batch and a second bill. So create and upload are sent once
+here, and what happened is found out by looking (``find_batch``, ``find_file``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+
+from error_handler import (
+    ConfigurationError,
+    JobConnectionError,
+    JobProcessingError,
+    JobValidationError,
+    StateDirectoryError,
+)
+from openai_batch.batch_protocol import BatchState, is_ours, loaded, parse_batch
+from openai_batch.job_config import BatchConfig, OpenAIConfig
+from openai_batch.shards import UNFINISHED
+from utils.atomic_file import sync_folder
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 120.0
+UPLOAD_TIMEOUT_S = 900.0
+CLOCKS_APART_S = 86_400.0  # how much the server's clock may differ from ours
+MAX_DOWNLOAD_BYTES = 8_000_000_000  # 50,000 answers of 128,000 tokens are less
+
+
+class NotThereError(JobProcessingError):
+    """The server knows no such file or batch (any more, or not yet)."""
+
+
+class EndedError(JobConnectionError):
+    """The server says that the state of the thing does not allow it: 409."""
+
+
+class NotNowError(JobConnectionError):
+    """The server takes nothing now, and has taken nothing: it is asked again after *wait_s*, where it says one."""
+
+    def __init__(self, message: str, wait_s: float | None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class OpenAIFiles:
+    """The API of one key; use as ``async with``."""
+
+    def __init__(self, config: OpenAIConfig, batch: BatchConfig) -> None:
+        """Prepare; nothing is sent.
+
+        Raises:
+            ConfigurationError: There is no key.
+        """
+        if config.api_key is None:
+            raise ConfigurationError("OPENAI_API_KEY is not set; the Batch API needs one.")
+        self._batch = batch
+        self._client = openai.AsyncOpenAI(
+            api_key=config.api_key.get_secret_value(), base_url=config.base_url, timeout=TIMEOUT_S, max_retries=3
+        )
+        self._once = self._client.with_options(max_retries=0)
+
+    async def __aenter__(self) -> OpenAIFiles:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def upload(self, path: Path, name: str) -> str:
+        """Upload *path* under *name* and return the file's id.
+
+        Raises:
+            JobConnectionError: Whether the file is there is unknown; ``find_file`` tells.
+            JobValidationError: The server will not take it.
+        """
+        try:
+            with translated("upload a file"), path.open("rb") as file:
+                created = await self._once.files.create(
+                    file=(name, file, "application/jsonl"), purpose="batch", timeout=UPLOAD_TIMEOUT_S
+                )
+        except OSError as exc:
+            raise StateDirectoryError(
+                f"{path} cannot be read ({exc.strerror}); fix the rights, then run again."
+            ) from exc
+        return str(_fields(created, "upload a file")["id"])
+
+    async def find_file(self, name: str, since: float) -> str | None:
+        """Return the id of a file for batches called *name* and not much older than *since* (unix seconds)."""
+        async for file in self._entries(self._client.files, "list the files", purpose="batch", limit=1000):
+            if file.get("filename") == name:
+                return str(file["id"])
+            if int(file.get("created_at") or 0) < since - CLOCKS_APART_S:
+                break
+        return None
+
+    async def create(self, file_id: str, metadata: Mapping[str, str]) -> BatchState:
+        """Ask for a batch of file *file_id*.
+
+        Raises:
+            NotThereError: The server does not see the file yet. No batch was made.
+            JobValidationError: It refuses. No batch was made.
+            JobConnectionError: Whether a batch was made is unknown; ``find_batch`` tells.
+        """
+        with translated("create a batch"):
+            batch = await self._once.batches.create(
+                input_file_id=file_id,
+                endpoint=self._batch.endpoint,
+                completion_window=self._batch.completion_window,
+                metadata=dict(metadata),
+            )
+        return parse_batch(_fields(batch, "create a batch"))
+
+    async def find_batch(self, metadata: Mapping[str, str], file_id: str) -> BatchState | None:
+        """Return the batch that was asked for with *metadata* and file *file_id*.
+
+        Batches older than the file are not looked at; that is the server's clock, so a wrong one here hides no batch.
+        """
+        since = await self._made_at(file_id)
+        async for batch in self._entries(self._client.batches, "list the batches", limit=100):
+            state = parse_batch(batch)
+            if is_ours(state, metadata):
+                return state
+            if since is not None and int(batch.get("created_at") or 0) < since:
+                break
+        return None
+
+    async def _entries(self, resource: Any, what: str, **query: Any) -> AsyncGenerator[dict[str, Any]]:
+        """Yield what *resource* lists, newest first. The package's own pages fail on what is no list."""
+        while True:
+            with translated(what):
+                answer = await resource.with_raw_response.list(**query)
+            page = loaded(answer.content)
+            entries = page.get("data") if isinstance(page, dict) else None
+            if not isinstance(entries, list) or not all(
+                isinstance(entry, dict) and entry.get("id") for entry in entries
+            ):
+                raise JobConnectionError(f"the server answers in an unknown form ({what}); check OPENAI_BASE_URL")
+            for entry in entries:
+                yield entry
+            if not entries or not page.get("has_more"):
+                return
+            query["after"] = entries[-1]["id"]
+
+    async def has_file(self, file_id: str) -> bool:
+        """Whether the server knows file *file_id*, for this key."""
+        return await self._made_at(file_id) is not None
+
+    async def _made_at(self, file_id: str) -> int | None:
+        """Return when the server took file *file_id*, in its unix seconds; None where it knows none."""
+        try:
+            with translated("look at a file"):
+                file = _fields(await self._client.files.retrieve(file_id), "look at a file")
+                return int(file.get("created_at") or 0)
+        except NotThereError:
+            return None
+
+    async def get(self, batch_id: str) -> BatchState:
+        """Return the state of a batch.
+
+        Raises:
+            NotThereError: The server knows no such batch.
+            JobConnectionError: It does not answer; the batch goes on.
+        """
+        with translated("look at a batch"):
+            return parse_batch(_fields(await self._client.batches.retrieve(batch_id), "look at a batch"))
+
+    async def cancel(self, batch_id: str) -> BatchState:
+        """Ask the server to end a batch; what has run is kept and billed. One that has ended stays as it is."""
+        try:
+            with translated("cancel a batch"):
+                return parse_batch(_fields(await self._once.batches.cancel(batch_id), "cancel a batch"))
+        except (JobValidationError, EndedError):
+            return await self.get(batch_id)
+
+    async def download(self, file_id: str, target: Path) -> int:
+        """Stream a file to *target*, durably and whole or not at all; return its bytes.
+
+        Raises:
+            NotThereError: The file is not there (any more).
+            JobConnectionError: It came only in part; nothing is kept.
+            StateDirectoryError: The disk is full.
+        """
+        temporary = target.with_name(f"{target.name}{UNFINISHED}")
+        received = 0
+        try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(handle, "wb") as file, translated("download a file"):
+                async with self._client.files.with_streaming_response.content(file_id) as response:
+                    declared = response.headers.get("content-length")
+                    encoded = response.headers.get("content-encoding") not in (None, "", "identity")
+                    async for chunk in response.iter_bytes(1 << 18):
+                        received += len(chunk)
+                        if received > MAX_DOWNLOAD_BYTES:
+                            raise JobProcessingError(f"file {file_id} is larger than {MAX_DOWNLOAD_BYTES} bytes")
+                        await asyncio.to_thread(file.write, chunk)
+                if declared is not None and not encoded and int(declared) != received:
+                    raise JobConnectionError(f"file {file_id} came only in part; it is downloaded again.")
+                file.flush()
+                await asyncio.to_thread(os.fsync, file.fileno())
+            os.replace(temporary, target)
+            sync_folder(target.parent)
+        except OSError as exc:
+            raise StateDirectoryError(
+                f"{target} cannot be written ({exc.strerror}); free space or fix the rights, then run again."
+            ) from exc
+        finally:
+            temporary.unlink(missing_ok=True)
+        return received
+
+    async def delete_file(self, file_id: str) -> None:
+        """Delete a file at the server; one that is not there is fine."""
+        try:
+            with translated("delete a file"):
+                await self._client.files.delete(file_id)
+        except NotThereError:
+            logger.debug("file %s was deleted already", file_id)
+
+
+def _fields(answer: Any, what: str) -> dict[str, Any]:
+    """Return the object that the server sent; the package hands on a page of a proxy as the text that it is."""
+    fields = answer.model_dump() if isinstance(answer, openai.BaseModel) else {}
+    if not fields.get("id"):
+        raise JobConnectionError(f"the server answers in an unknown form ({what}); check OPENAI_BASE_URL")
+    return fields
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Raise the package's errors as ours. Messages of the server are left out: they may quote a request."""
+    try:
+        yield
+    except openai.NotFoundError as exc:
+        raise NotThereError(f"the server knows no such thing ({what})") from exc
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as exc:
+        raise ConfigurationError(
+            f"OpenAI refuses the key ({what}, HTTP {exc.status_code}); check OPENAI_API_KEY and OPENAI_BASE_URL."
+        ) from exc
+    except openai.RateLimitError as exc:
+        if exc.code == "insufficient_quota":
+            raise JobValidationError(f"the OpenAI account has no quota left ({what}); add credit, then go on.") from exc
+        raise NotNowError(f"OpenAI asks to wait ({what}, HTTP 429)", _retry_after_s(exc)) from exc
+    except openai.APIStatusError as exc:
+        raise _refusal(what, exc) from exc
+    except openai.APIConnectionError as exc:  # time-outs among them
+        raise JobConnectionError(f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL") from exc
+    except httpx2.HTTPError as exc:  # in the middle of a stream the package lets them through
+        raise JobConnectionError(f"the connection to OpenAI broke ({what})") from exc
+    except openai.OpenAIError as exc:
+        raise JobConnectionError(f"OpenAI answers in an unknown form ({what}, {type(exc).__name__})") from exc
+
+
+def _refusal(what: str, exc: openai.APIStatusError) -> JobConnectionError | JobValidationError:
+    if isinstance(exc, openai.ConflictError):
+        return EndedError(f"OpenAI says that this cannot be now ({what}, HTTP 409)")
+    if isinstance(exc, openai.InternalServerError):
+        return JobConnectionError(f"OpenAI failed ({what}, HTTP {exc.status_code})")
+    code = f", {exc.code}" if exc.code else ""
+    return JobValidationError(f"OpenAI refuses the request ({what}, HTTP {exc.status_code}{code})")
+
+
+def _retry_after_s(exc: openai.APIStatusError) -> float | None:
+    """Return the seconds of ``Retry-After``, at least 1 and at most an hour; None where it says none."""
+    value = exc.response.headers.get("retry-after", "")
+    return min(3600.0, max(1.0, float(value))) if value.isdigit() else None

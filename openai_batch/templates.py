@@ -1,0 +1,107 @@
+"""Jinja2 for prompts, and response templates in which the model's text is only ever a value. Pure.
+
+The owner of jinja2: an immutable sandbox with strict undefined, without the globals that lead out of it
+(``cycler.__init__.__globals__``), and with a limit of size. It does not bound time and memory by itself: a template
+such as ``{{ 'x' * 10 ** 9 }}`` passes any sandbox; ``render_process.py`` gives it a process of its own for that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from error_handler import JobProcessingError, JobTemplateError
+
+MAX_TEMPLATE_CHARACTERS = 100_000
+MAX_PROMPT_CHARACTERS = 2_000_000
+_UNWANTED_GLOBALS = ("cycler", "lipsum", "joiner", "namespace", "range", "dict")
+
+_WORD = re.compile(r"\w+")
+
+CONTENT, DATE, BATCH = "{{response_content}}", "{{current_date}}", "{{batch_id}}"
+
+
+def create_environment() -> ImmutableSandboxedEnvironment:
+    """Return the environment of all prompt templates."""
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    for name in _UNWANTED_GLOBALS:
+        environment.globals.pop(name, None)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False, default=str)
+    return environment
+
+
+class PromptTemplate:
+    """One template, parsed once; *name* is what errors call it."""
+
+    def __init__(self, name: str, source: str) -> None:
+        """Parse *source*.
+
+        Raises:
+            JobTemplateError: It is too long or malformed.
+        """
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise JobTemplateError(f"{name} has more than {MAX_TEMPLATE_CHARACTERS} characters; shorten it.")
+        self._name = name
+        self._words = frozenset(_WORD.findall(source))
+        try:
+            self._template = create_environment().from_string(source)
+        except TemplateSyntaxError as exc:
+            raise JobTemplateError(f"{name}, line {exc.lineno}: no template ({exc.message})") from exc
+        except (TemplateError, MemoryError, OverflowError, RecursionError) as exc:
+            raise JobTemplateError(f"{name} is no usable template ({type(exc).__name__})") from exc
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Return the text; values are put in as they are and never read as templates themselves.
+
+        Raises:
+            JobProcessingError: A variable is missing, or what the template does with this document fails.
+        """
+        try:
+            text = self._template.render(variables)
+        except UndefinedError as exc:
+            raise JobProcessingError(
+                f"{self._name} uses a name that no field has: {self._name_in(exc)}", is_final=True
+            ) from exc
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError, RecursionError) as exc:
+            raise JobProcessingError(f"{self._name} cannot be rendered ({type(exc).__name__})", is_final=True) from exc
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise JobProcessingError(f"{self._name} makes more than {MAX_PROMPT_CHARACTERS} characters", is_final=True)
+        return text
+
+    def _name_in(self, exc: UndefinedError) -> str:
+        """Return the name that Jinja calls undefined, and nothing else of its message, which may quote a value."""
+        parts = (exc.message or "").split("'")
+        # A name that the template does not write was computed, from a value perhaps.
+        return next((part for part in parts if part.isidentifier() and part in self._words), "an attribute")
+
+
+def fill(template: Any, content: Any, now: datetime, batch_id: str) -> Any:
+    """Return *template*, an update, with the three placeholders as values.
+
+    A text that is a placeholder and nothing else becomes the value itself, with its type; inside a longer text the
+    value is put in as text. Keys stay as the template has them, whatever the model wrote.
+    """
+    if isinstance(template, Mapping):
+        return {key: fill(value, content, now, batch_id) for key, value in template.items()}
+    if isinstance(template, list | tuple):
+        return [fill(value, content, now, batch_id) for value in template]
+    if not isinstance(template, str):
+        return template
+    values = {CONTENT: content, DATE: now, BATCH: batch_id}
+    compact = template.replace(" ", "")
+    if compact in values:
+        return values[compact]
+    # The content last: a placeholder in the model's text is text.
+    for placeholder, value in ((DATE, now.isoformat()), (BATCH, batch_id), (CONTENT, _as_text(content))):
+        template = template.replace(placeholder, value)
+    return template
+
+
+def _as_text(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)

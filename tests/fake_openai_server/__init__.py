@@ -1,0 +1,1 @@
+"""The server process behind ``tests/fake_openai.py``."""

@@ -1,0 +1,236 @@
+"""Templates: nothing leads out of the sandbox (AT-7), bombs end (AT-8), and model text is only ever a value (AT-4)."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from error_handler import JobError, JobProcessingError, JobTemplateError
+from openai_batch.documents import TemplateHandling
+from openai_batch.job_config import AppConfig, DatabaseConfig, DocumentFields, PromptConfig, SchemaConfig
+from openai_batch.templates import MAX_PROMPT_CHARACTERS, MAX_TEMPLATE_CHARACTERS, PromptTemplate, fill
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+CANARY = "canary-of-the-file-system"
+
+# {path} is a file with the canary, {touch} one that a successful command would make.
+PAYLOADS = [
+    "{{ cycler.__init__.__globals__.os.popen('touch {touch}').read() }}",
+    "{{ lipsum.__globals__['os'].popen('touch {touch}').read() }}",
+    "{{ joiner.__init__.__globals__.os.system('touch {touch}') }}",
+    "{{ namespace.__init__.__globals__.os.system('touch {touch}') }}",
+    "{{ range.__class__.__mro__ }}",
+    "{{ dict.__class__ }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ [].__class__.__base__.__subclasses__() }}",
+    "{{ ().__class__.__bases__[0].__subclasses__() }}",
+    "{{ {}.__class__.__base__ }}",
+    "{{ text.__class__ }}",
+    "{{ text['__class__'] }}",
+    "{{ text|attr('__class__') }}",
+    "{{ text|attr('_' ~ '_class_' ~ '_') }}",
+    "{{ text|attr(['__cl', 'ass__']|join) }}",
+    "{{ text|attr('\\x5f\\x5fclass\\x5f\\x5f') }}",
+    "{{ [text]|map(attribute='__class__')|list }}",
+    "{{ [text]|map('attr', '__class__')|list }}",
+    "{{ [text]|groupby('__class__') }}",
+    "{{ [text]|sort(attribute='__class__') }}",
+    "{{ [text]|sum(attribute='__class__') }}",
+    "{{ [text]|selectattr('__class__')|list }}",
+    "{{ '{0.__class__}'.format(text) }}",
+    "{{ '{0.__class__.__mro__}'|format(text) }}{{ '%s'|format(text.__class__) }}",
+    "{{ ['{0.__class__}']|map('format', text)|list }}{{ text.__len__ }}",
+    "{% set f = '{0.__class__}'.format %}{{ f(text) }}",
+    "{{ '{x.__class__}'.format_map({'x': text}) }}",
+    "{{ text.format.__self__ }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ self._TemplateReference__context }}",
+    "{{ self.__dict__ }}",
+    "{{ loop.__class__ }}",
+    "{% for x in [1] %}{{ loop.__init__.__globals__ }}{% endfor %}",
+    "{% macro m() %}{% endmacro %}{{ m.__globals__ }}",
+    "{% macro m() %}{{ caller.__init__ }}{% endmacro %}{% call m() %}{% endcall %}",
+    "{% macro m() %}{% endmacro %}{{ m._func.__globals__ }}",
+    "{{ config.items() }}",
+    "{{ request.application.__globals__ }}",
+    "{{ url_for.__globals__.os.popen('touch {touch}') }}",
+    "{{ get_flashed_messages.__globals__ }}",
+    "{{ __builtins__ }}",
+    "{{ __import__('os').system('touch {touch}') }}",
+    "{{ open('{path}').read() }}",
+    "{% include '{path}' %}",
+    "{% import '{path}' as x %}{{ x }}",
+    "{% extends '{path}' %}",
+    "{% from '{path}' import x %}",
+    "{{ (1).__class__.__base__ }}",
+    "{{ (g for g in [1]).gi_frame }}",
+    "{{ none.__class__.__base__ }}",
+    "{{ numbers.append(4) }}",
+    "{{ data.update({'x': 1}) }}",
+    "{{ data.pop('x') }}{{ data.clear() }}",
+    "{% do numbers.append(4) %}",
+]
+# Filters that look an attribute up and do not print it: Jinja puts its undefined value there.
+HARMLESS = ("[Undefined]", "[(Undefined, ['seven'])]", "['seven']")
+BOMBS = [
+    "{{ 'x' * 10 ** 9 }}",
+    "{{ text * 10 ** 9 }}",
+    "{{ 10 ** (10 ** 8) }}",
+    "{{ 'x'|center(10 ** 9) }}",
+    "{{ text.ljust(10 ** 10) }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '{:>1000000000}'.format(text) }}",
+    "{{ (['x'] * 10 ** 9)|join }}",
+    "{% for a in 'x' * 10 ** 4 %}{% for b in 'x' * 10 ** 4 %}{% for c in 'x' * 10 ** 4 %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() if text else '' }}",
+    "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    "{{ text|replace('', 'x' * 10 ** 8) }}",
+    "{{ [[1] * 10 ** 4] * 10 ** 4 }}",
+    "{{ 'x' * 3000000 }}",
+]
+
+
+def config_of(**prompts: Any) -> AppConfig:
+    return AppConfig(
+        schema_config=SchemaConfig(),
+        fields=DocumentFields(field_map={"text": "text", "numbers": "numbers", "data": "data"}),
+        prompts=PromptConfig(**prompts),
+        database=DatabaseConfig(uri=SecretStr("mongodb://nowhere"), name="d", collection="c"),
+    )
+
+
+def document(text: str = "seven") -> dict[str, Any]:
+    return {"_id": 1, "text": text, "numbers": [1, 2, 3], "data": {"x": "y"}}
+
+
+def outcome(document: dict[str, Any], **prompts: Any) -> str:
+    """Return what *document* makes of the prompts: their texts, or the error's."""
+    try:
+        with TemplateHandling(config_of(**prompts)) as handling:
+            body = handling.request(document)
+    except JobError as exc:
+        return f"{type(exc).__name__}: {exc}"
+    return "\n".join(message["content"] for message in body["messages"])
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[dict[str, str]]:
+    (tmp_path / "file").write_text(CANARY)
+    yield {"path": str(tmp_path / "file"), "touch": str(tmp_path / "touched")}
+    assert not (tmp_path / "touched").exists()
+
+
+def filled(payload: str, canary: dict[str, str]) -> str:
+    return payload.replace("{path}", canary["path"]).replace("{touch}", canary["touch"])
+
+
+@pytest.mark.parametrize("setting", ["system_prompt", "user_prompt_template"])
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_no_payload_leads_out_through_a_template(payload: str, setting: str, canary: dict[str, str]) -> None:
+    """AT-7: an error, or a text that shows nothing of Python; no file, no command, no changed document."""
+    source = document()
+    prompts = {"user_prompt_template": "{{ text }}"} | {setting: filled(payload, canary)}
+    text = outcome(source, **prompts)
+    for leak in (CANARY, "<class", "<function", "<built-in", "<module", "__globals__'", "<slot", "<method"):
+        assert leak not in text
+    shown = text.removesuffix("\nseven")
+    assert shown.startswith(("JobProcessingError: ", "JobTemplateError: ")) or shown in HARMLESS
+    assert source == document()
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_data_is_never_a_template(payload: str, canary: dict[str, str]) -> None:
+    """AT-7: what a customer writes stays as they wrote it."""
+    text = filled(payload, canary)
+    assert outcome(document(text), user_prompt_template="{{ text }}") == text
+    template = {"$set": {"a": "{{response_content}}", "b": "says {{response_content}}."}}
+    assert fill(template, text, NOW, "batch_1") == {"$set": {"a": text, "b": f"says {text}."}}
+
+
+@pytest.mark.parametrize("setting", ["system_prompt", "user_prompt_template"])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_end(bomb: str, setting: str) -> None:
+    """AT-8: a clear error; this process has not grown by what the template asked for."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    text = outcome(document(), **({"user_prompt_template": "{{ text }}"} | {setting: bomb}))
+    assert text.startswith(("JobProcessingError: ", "JobTemplateError: ")), text[:100]
+    assert len(text) < 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    assert time.monotonic() - started < 20  # two seconds of its own, on whatever machine
+
+
+def test_a_bomb_ends_one_document_only() -> None:
+    """The document that sets it off fails, the next is rendered by a new process."""
+    template = "{% for a in text %}{% for b in text %}{% for c in text %}{% endfor %}{% endfor %}{% endfor %}{{ text }}"
+    with TemplateHandling(config_of(user_prompt_template=template)) as handling:
+        for _ in range(2):
+            with pytest.raises(JobProcessingError, match="the prompt takes longer than 2 s"):
+                handling.request(document("x" * 5000))
+            assert handling.request(document())["messages"] == [{"role": "user", "content": "seven"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ nme }}", "nme"),
+        ("{{ data.nme }}", "nme"),
+        ("{{ data[text] }}", "an attribute"),
+        ("{{ text.nme.other }}", "nme"),
+        ("{% if nme %}x{% endif %}", "nme"),
+    ],
+)
+def test_undefined_names_are_errors_that_quote_no_value(template: str, name: str) -> None:
+    """A misspelt variable never becomes an empty text, and the message shows what the template says, not the data."""
+    text = outcome(document("secret"), user_prompt_template=template)
+    assert text == f"JobProcessingError: user_prompt_template uses a name that no field has: {name}"
+
+
+@pytest.mark.parametrize("template", ["{{ text + 1 }}", "{{ data.x.y() }}", "{{ 1 / 0 }}", "{{ numbers[text] }}"])
+def test_failing_templates_quote_no_value(template: str) -> None:
+    """The kind of the error is enough."""
+    text = outcome(document("secret"), user_prompt_template=template)
+    assert text.startswith("JobProcessingError: user_prompt_template ")
+    assert "secret" not in text
+
+
+def test_limits_of_size() -> None:
+    """Of a template, and of what it makes."""
+    with pytest.raises(JobTemplateError, match="more than 100000 characters"):
+        PromptTemplate("system_prompt", "x" * (MAX_TEMPLATE_CHARACTERS + 1))
+    with pytest.raises(JobProcessingError, match="more than 2000000 characters"):
+        PromptTemplate("system_prompt", "{{ t }}").render({"t": "x" * (MAX_PROMPT_CHARACTERS + 1)})
+    with pytest.raises(JobTemplateError, match="system_prompt, line 2"):
+        PromptTemplate("system_prompt", "x\n{{ x")
+
+
+def test_fill_keeps_types_and_keys() -> None:
+    """A placeholder alone is the value; in a longer text it is text; placeholders of the model stay text."""
+    content = {"points": [1, {"deep": "{{current_date}}"}], "n": None}
+    template = {
+        "$set": {
+            "a": "{{response_content}}",
+            "b": {"c": ["{{ response_content }}", "{{current_date}}", 5, None, True]},
+            "d": "batch {{batch_id}} of {{current_date}}: {{response_content}}",
+        },
+        "$inc": {"n": 1},
+    }
+    made = fill(template, content, NOW, "batch_1")
+    assert made == {
+        "$set": {
+            "a": content,
+            "b": {"c": [content, NOW, 5, None, True]},
+            "d": f"batch batch_1 of 2026-01-02T00:00:00+00:00: {json.dumps(content)}",
+        },
+        "$inc": {"n": 1},
+    }
+    assert fill("{{response_content}}", "{{batch_id}} $set", NOW, "b") == "{{batch_id}} $set"
+    assert fill("x {{response_content}}", "{{batch_id}}", NOW, "b") == "x {{batch_id}}"
