@@ -67,6 +67,9 @@ def choose_window(needs: Sequence[int], limit: int | None, asked: int | None = N
     return WindowChoice(num_ctx, sum(need <= num_ctx for need in needs) / len(needs), len(needs))
 
 
+LEARN_FROM_ALL, LEARN_FROM_EACH = 300, 20  # answers: every one at first, then each n-th
+
+
 class ConversationFitter:
     """Fits conversations into the window of a target, and learns from what the server says about them.
 
@@ -76,6 +79,7 @@ class ConversationFitter:
     def __init__(self, system_prompt: str, on_long: OnLong = "fit") -> None:
         self.estimator = TokenEstimator(system_prompt)
         self._on_long = on_long
+        self._answers = 0
 
     def fit(self, conversation: Conversation, target: ChatTarget) -> Fitted:
         """Return what of *conversation* is sent: all of it where it fits, or where the window is unknown.
@@ -139,7 +143,9 @@ class ConversationFitter:
 
     def learn(self, sent: Fitted, prompt_tokens: int | None) -> None:
         """Note what the server counted for the prompt with *sent* in it."""
-        if prompt_tokens is not None:
+        self._answers += 1
+        # What hundreds have taught, thousands do not change; to look at each costs as much as to parse its answer.
+        if prompt_tokens is not None and (self._answers <= LEARN_FROM_ALL or self._answers % LEARN_FROM_EACH == 0):
             self.estimator.learn(sent.transcript, prompt_tokens)
 
     def _fit(self, conversation: Conversation, window: int, factor: float, refusal: LLMError | None) -> Fitted:
@@ -149,6 +155,9 @@ class ConversationFitter:
         def tokens_of(text: str) -> float:
             return estimator.text_tokens(text) * factor
 
+        # No character has more than four bytes, and no byte is more than one token.
+        if refusal is None and 4 * len(conversation.transcript) <= room:
+            return Fitted(conversation.transcript)
         if refusal is None and tokens_of(conversation.transcript) <= room:
             return Fitted(conversation.transcript)
         if self._on_long == "fit":
