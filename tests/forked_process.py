@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 ROOT = Path(__file__).parent.parent
 PR_SET_CHILD_SUBREAPER = 36
@@ -36,6 +36,7 @@ class ForkedProcess:
 
         Its first entry is a file, or ``-m`` with the name of a module behind it; arguments follow.
         """
+        self.files = files
         connection, answers = _started_nursery()
         order = {"script": script, "env": env, "cwd": str(cwd), "files": [str(path) for path in files]}
         connection.sendall(json.dumps(order).encode() + b"\n")
@@ -66,9 +67,26 @@ class ForkedProcess:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end and return what it wrote to stdout and stderr."""
+        self.wait(timeout)
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self.files)
+        return out, err
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.wait()
 
     def _collect(self, options: int) -> None:
         pid, status = os.waitpid(self.pid, options)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from pymongo import MongoClient
 
 from config.settings import known_environment_names
 from tests.fake_openai import FakeOpenAI
+from tests.forked_process import ForkedProcess
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = """
@@ -76,7 +75,7 @@ class JobSite:
     def command(self, action: str, *flags: str) -> list[str]:
         """Return the command line."""
         return [
-            *(sys.executable, str(ROOT / "cli.py"), "openai-batch", action),
+            *(str(ROOT / "cli.py"), "openai-batch", action),
             *("--schema", str(self.schema), "--state-dir", "state", *flags),
         ]
 
@@ -84,27 +83,14 @@ class JobSite:
         """Run one action to its end; *changes* are variables of its own."""
         with self.started(action, *flags, **changes) as process:
             out, err = process.communicate(timeout=END_S)
-        return Ended(process.returncode, out, err)
+        return Ended(process.wait(), out, err)
 
     @contextmanager
-    def started(self, action: str, *flags: str, **changes: str) -> Iterator[subprocess.Popen[str]]:
+    def started(self, action: str, *flags: str, **changes: str) -> Iterator[ForkedProcess]:
         """Start one action; what is left of it is killed at the end."""
-        process = subprocess.Popen(
-            self.command(action, *flags),
-            cwd=self.folder,
-            env=self.environment | changes,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            with process:
-                yield process
-                if process.poll() is None:
-                    process.kill()
-        finally:
-            if process.poll() is None:
-                process.kill()
+        files = tuple(self.folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
+        with ForkedProcess(self.command(action, *flags), self.environment | changes, self.folder, files) as process:
+            yield process
 
     def counted(self) -> Mapping[str, int]:
         """Return how many documents have each status."""
@@ -114,11 +100,11 @@ class JobSite:
 _AS_N = {"$project": {"n": "$count"}}
 
 
-def stopped(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> Ended:
+def stopped(process: ForkedProcess, number: int = signal.SIGTERM) -> Ended:
     """Send *process* a signal and wait for its end."""
     process.send_signal(number)
     out, err = process.communicate(timeout=END_S)
-    return Ended(process.returncode, out, err)
+    return Ended(process.wait(), out, err)
 
 
 def until(met: Any, what: str) -> None:

@@ -367,7 +367,7 @@ def test_progress_on_a_terminal_is_drawn_in_place(job: JobSite) -> None:
     """One line for each batch that is redrawn, and nothing of it is left at the end."""
     controller, terminal = os.openpty()
     process = subprocess.Popen(
-        job.command("run"),
+        [sys.executable, *job.command("run")],
         cwd=job.folder,
         env=job.environment | {"TERM": "xterm", "COLUMNS": "100", "POLL_INTERVAL": "0.5"},
         stdout=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from openai_batch import answers
 from openai_batch.job_store import JobStore
 from tests.fake_openai import FakeOpenAI
 from tests.faulty_job import run_killed
+from tests.forked_process import ForkedProcess
 from tests.openai_job import Job
 
 ROOT = Path(__file__).parent.parent
@@ -173,24 +174,18 @@ class CommandLine:
             "POLL_INTERVAL": "0.05",
         }
 
-    def start(self, action: str = "run", *flags: str) -> subprocess.Popen[str]:
+    def start(self, action: str = "run", *flags: str) -> ForkedProcess:
         """Start one action."""
         command = [str(ROOT / "cli.py"), "openai-batch", action, "--schema", "schema.py"]
         given = () if "--state-dir" in flags else ("--state-dir", "state")
-        return subprocess.Popen(
-            [sys.executable, *command, *given, *flags],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        files = (self.folder / f"{time.monotonic_ns()}.out", self.folder / f"{time.monotonic_ns()}.err")
+        return ForkedProcess([*command, *given, *flags], self.environment, self.folder, files)
 
     def run(self, action: str = "run", *flags: str) -> subprocess.CompletedProcess[str]:
         """Run one action to its end."""
         with self.start(action, *flags) as process:
             out, err = process.communicate(timeout=100)
-            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+            return subprocess.CompletedProcess([], process.wait(), out, err)
 
 
 SCHEMA = """
