@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from error_handler import ConfigurationError
 from tests.fake_openai import FakeOpenAI
 from tests.openai_job import MAX_ATTEMPTS, Job
 
@@ -245,3 +246,18 @@ def test_scenario(case: Case, job: Job, openai: FakeOpenAI) -> None:
     )
     sent = Counter(dict(job.rows("SELECT document_id, COUNT(*) FROM items GROUP BY document_id")))
     assert max(sent.values()) <= MAX_ATTEMPTS
+
+
+def test_a_key_that_is_withdrawn_while_a_batch_runs(job: Job, openai: FakeOpenAI) -> None:
+    """The run ends and says what to do; with a key that is let in, the next one takes the answers that were paid for."""
+    job.fill(DOCUMENTS)
+    openai.configure(faults=[{"kind": "unauthorized_401", "when": {"route": "batches.retrieve", "from": 1}}])
+    with pytest.raises(ConfigurationError, match="OPENAI_API_KEY"):
+        job.run()
+    made = openai.stats()["batches_created"]
+    assert job.statuses() == {"in_progress": DOCUMENTS}
+    openai.configure(faults=[])
+    result = job.run()
+    assert (result.succeeded, result.failed) == (DOCUMENTS, 0)
+    assert openai.stats()["batches_created"] == made == 3
+    assert openai.stats()["max_billed_per_body"] == 1
