@@ -31,12 +31,12 @@ venv: .venv/run.stamp ## make .venv with what the product needs (again only when
 run: .venv/run.stamp ## classify the sample conversations with the embedded MongoDB; ARGS goes to cli.py
 	@$(venv_python) cli.py --embedded $(ARGS)
 
-# The tests of crashes and outages mostly wait, so two at a time take little more than half as long.
 serve: .venv/run.stamp ## start the REST service on 127.0.0.1:8000; EMBEDDED=1 needs no model; ARGS goes to main.py
 	@$(venv_python) main.py $(if $(EMBEDDED),--embedded) $(ARGS)
 
+# Many tests wait, for processes, time-outs and outages: two processors have enough to do with four at a time.
 test: .venv/dev.stamp ## run the tests; ARGS goes to pytest
-	$(venv_python) -m pytest -n 2 --dist worksteal $(ARGS)
+	$(venv_python) -m pytest -n 4 --dist worksteal $(ARGS)
 
 check: .venv/dev.stamp ## lint, formatting and types
 	$(venv_python) -m ruff check .
