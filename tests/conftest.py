@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -37,6 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.name == "test_random_kills":
             item.add_marker(pytest.mark.timeout(60 + 5 * config.getoption("--kills")))
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """What one test sets up for its own log lines hides none of another's."""
+    root = logging.getLogger()
+    before = root.level
+    yield
+    root.setLevel(before)
 
 
 @pytest.fixture(scope="session")
