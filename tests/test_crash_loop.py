@@ -51,15 +51,15 @@ def test_random_kills(site: Site, request: pytest.FixtureRequest) -> None:
     seed = random.randrange(1_000_000) if seed is None else seed
     print(f"seed {seed}, {kills} kills")
     moments = random.Random(seed)
-    documents = documents_of_all_shapes(300 + 12 * kills)
+    documents = documents_of_all_shapes(300 + 40 * kills)
     site.source.insert_many(documents)
     assert site.model is not None
     site.model.configure(latency_s=0.04, faults=faults_of(documents))
     killed = 0
     for _ in range(kills):
         with site.start("--logs") as worker:
-            # From before it has read anything to the middle of its work; it starts within half a second.
-            time.sleep(moments.choice([moments.uniform(0.0, 0.6), moments.uniform(0.5, 1.6)]))
+            # From before it has read anything to the middle of its work; it starts within some tenths of a second.
+            time.sleep(moments.choice([moments.uniform(0.0, 0.4), moments.uniform(0.3, 1.2)]))
             worker.send(signal.SIGKILL)
             killed += worker.ended().code == -signal.SIGKILL
     ended = site.run("--logs")
