@@ -216,7 +216,7 @@ def test_random_kills(site: Site) -> None:
     killed = 0
     for _ in range(8):
         with site.start("--batch-size", "25") as worker:
-            time.sleep(moments.uniform(0.4, 1.4))
+            time.sleep(moments.uniform(0.2, 0.9))
             worker.send(signal.SIGKILL)
             killed += worker.ended().code == -signal.SIGKILL
     ended = site.run("--batch-size", "25")
