@@ -310,3 +310,18 @@ def test_unfinished_work_of_another_collection(files: BatchFiles, kind: str) -> 
     files.require_source("db.first")
     with pytest.raises(ConfigurationError, match=r"db\.first.*db\.second.*--batch-files-dir"):
         files.require_source("db.second")
+
+
+def test_a_crash_while_a_worked_off_retry_file_is_removed_leaves_nothing(tmp_path: Path) -> None:
+    """Its content is gone first, then the file, then the journal of its round: the next start finishes that."""
+    files = BatchFiles(tmp_path / "batch_files")
+    files.acquire()
+    folder = files.directory / "retry"
+    (folder / "batch_032_retry_queue.json").write_bytes(b"[]")
+    (folder / "batch_032_retry_queue.1x0.journal").write_bytes(b"")
+    files.release()
+    again = BatchFiles(files.directory)
+    again.acquire()
+    assert list(again.load_retry()) == []
+    assert list(folder.iterdir()) == []
+    again.release()

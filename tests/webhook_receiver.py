@@ -25,6 +25,7 @@ class Receiver(ThreadingHTTPServer):
         self.arrived = threading.Event()
         self.released = threading.Event()  # ends those that hang
         self.flooded = 0
+        self.cut_off = threading.Event()  # the client left in the middle of a flood
         self.behaviours = list(behaviours) or [status(200)]
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -93,7 +94,7 @@ def flood(handler: BaseHTTPRequestHandler) -> None:
         while receiver.flooded < FLOOD_BYTES:
             receiver.flooded += handler.wfile.write(b"x" * 65536)
     except OSError:
-        receiver.arrived.set()
+        receiver.cut_off.set()
     handler.close_connection = True
 
 

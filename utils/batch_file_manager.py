@@ -216,8 +216,9 @@ class BatchFiles:
             failures = self._read_failures(path)
             if failures:
                 yield self._failed_batch(path, failures)
-            elif path.exists():
+            elif path.exists():  # a crash in the middle of its removal, before that of its journal
                 remove_file(path)
+                self._remove_rounds(path)
 
     def failure_files(self, kind: FailureKind) -> Iterator[tuple[Path, list[FailedDocument]]]:
         """Yield the files of *kind* in the order of their numbers; one that cannot be read is set aside."""
@@ -293,9 +294,7 @@ class BatchFiles:
         # Each round has its own journal: what a finished one says must not count against the next.
         round_name = f"{len(failures)}x{sum(entry.retry_count for entry in failures)}"
         journal = BatchJournal(path.with_suffix(f".{round_name}.journal"))
-        for earlier in path.parent.glob(f"{path.stem}.*.journal"):
-            if earlier != journal.path:
-                remove_file(earlier)
+        self._remove_rounds(path, but=journal.path)
         batch = BatchFile(_number(path) or 0, path, journal, documents)
         for entry in failures:
             if fresh:
@@ -303,6 +302,11 @@ class BatchFiles:
             batch.failures[extended_json.id_key(entry.conversation_id)] = entry
         batch.replay = replay_journal(batch.journal.path)
         return batch
+
+    def _remove_rounds(self, path: Path, but: Path | None = None) -> None:
+        for earlier in path.parent.glob(f"{path.stem}.*.journal"):
+            if earlier != but:
+                remove_file(earlier)
 
     def _path(self, kind: str, number: int) -> Path:
         suffix = "retry_queue" if kind == "retry" else kind
