@@ -30,6 +30,15 @@
     │   │   └── JobCostError        the job would cost more than --max-cost          exit 2
     │   ├── JobTemplateError        a template cannot be rendered                    exit 2
     │   └── JobProcessingError      a document or its answer cannot be processed     status "failed"
+    ├── IndexingError               the embedding index; vectors that were paid for are kept
+    │   ├── ProviderUnavailableError  the embedding provider gives no usable answer  exit 3
+    │   │   └── ProviderBusyError   it asks to wait, and took nothing                waits
+    │   ├── ProviderRejectedError   it will never take this request                  item "failed"
+    │   ├── UnusableVectorsError    its answer is not the vectors asked for          item "failed"
+    │   ├── EmbeddingCostError      embedding would cost more than --max-cost        exit 2
+    │   ├── MixedIndexError         the index holds vectors of another model         exit 2
+    │   ├── VectorStoreError        ChromaDB cannot read or write its files          exit 2
+    │   └── DatabaseUnavailableError  DATABASE_URL cannot be read                    exit 3
     ├── RequestError                the REST service refuses or fails one request    HTTP status
     ├── FailureThresholdError       too many documents fail; the run stops           exit 4
     └── RunInterruptedError         SIGINT or SIGTERM                                exit 130
@@ -253,6 +262,56 @@ class JobProcessingError(JobError):
         super().__init__(message)
         self.is_final = is_final
         self.is_skip = is_skip
+
+
+class IndexingError(TriadError):
+    """The embedding index; every vector that was paid for is kept, so the same command goes on."""
+
+
+class ProviderUnavailableError(IndexingError):
+    """The embedding provider gives no usable answer; whether it billed the call is unknown."""
+
+    exit_code = ExitCode.UNREACHABLE
+    error_class = ErrorClass.TRANSIENT
+
+
+class ProviderBusyError(ProviderUnavailableError):
+    """The provider takes nothing now, and has taken nothing; *wait_s* is what it says, None where it says nothing."""
+
+    error_class = ErrorClass.RESOURCE
+
+    def __init__(self, message: str, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class ProviderRejectedError(IndexingError):
+    """The provider refuses this request; in halves, what is not at fault passes."""
+
+
+class UnusableVectorsError(IndexingError):
+    """An answer without the vectors that were asked for: count, dimension, NaN, zero."""
+
+
+class EmbeddingCostError(IndexingError):
+    """Embedding would cost more than it may; nothing was sent."""
+
+
+class MixedIndexError(IndexingError):
+    """The index holds vectors of another model or dimension; they cannot be compared."""
+
+
+class VectorStoreError(IndexingError):
+    """ChromaDB cannot read or write its files; they can be made again from the stored vectors, for nothing."""
+
+    error_class = ErrorClass.RESOURCE
+
+
+class DatabaseUnavailableError(IndexingError):
+    """The database of DATABASE_URL cannot be reached or read."""
+
+    exit_code = ExitCode.UNREACHABLE
+    error_class = ErrorClass.TRANSIENT
 
 
 @dataclass(frozen=True, slots=True)

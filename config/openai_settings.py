@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from error_handler import ConfigurationError
+from config.loading import env, load_part, variables_of
 
 _MAIL_SERVER = re.compile(r"[A-Za-z0-9.-]{1,253}:\d{1,5}")
 _ADDRESS = re.compile(r"[^@\s<>]{1,64}@[^@\s<>]{1,253}")
-
-
-def _env(name: str) -> Any:
-    return AliasChoices(name)
 
 
 class OpenAISettings(BaseSettings):
@@ -26,51 +22,51 @@ class OpenAISettings(BaseSettings):
     # Unknown names in .env are refused by load_settings, which knows those of all classes.
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
-    api_key: SecretStr | None = Field(None, validation_alias=_env("OPENAI_API_KEY"), description="key of OpenAI")
+    api_key: SecretStr | None = Field(None, validation_alias=env("OPENAI_API_KEY"), description="key of OpenAI")
     base_url: str = Field(
-        "https://api.openai.com/v1", validation_alias=_env("OPENAI_BASE_URL"), description="where the API is"
+        "https://api.openai.com/v1", validation_alias=env("OPENAI_BASE_URL"), description="where the API is"
     )
-    model: str = Field("gpt-4o-mini", min_length=1, validation_alias=_env("OPENAI_MODEL"), description="model to ask")
+    model: str = Field("gpt-4o-mini", min_length=1, validation_alias=env("OPENAI_MODEL"), description="model to ask")
     temperature: float = Field(
-        0.1, ge=0, le=2, validation_alias=_env("OPENAI_TEMP"), description="0 for the likeliest answer"
+        0.1, ge=0, le=2, validation_alias=env("OPENAI_TEMP"), description="0 for the likeliest answer"
     )
     max_tokens: int = Field(
-        500, ge=1, le=128_000, validation_alias=_env("OPENAI_MAX_TOKENS"), description="tokens of one answer"
+        500, ge=1, le=128_000, validation_alias=env("OPENAI_MAX_TOKENS"), description="tokens of one answer"
     )
     batch_size: int = Field(
-        100, ge=1, le=50_000, validation_alias=_env("BATCH_SIZE"), description="documents read and claimed at once"
+        100, ge=1, le=50_000, validation_alias=env("BATCH_SIZE"), description="documents read and claimed at once"
     )
     completion_window: Literal["24h"] = Field(
-        "24h", validation_alias=_env("COMPLETION_WINDOW"), description="within what time a batch ends"
+        "24h", validation_alias=env("COMPLETION_WINDOW"), description="within what time a batch ends"
     )
     poll_interval_s: float = Field(
-        300.0, gt=0, le=86_400, validation_alias=_env("POLL_INTERVAL"), description="between two looks at a batch"
+        300.0, gt=0, le=86_400, validation_alias=env("POLL_INTERVAL"), description="between two looks at a batch"
     )
     max_retries: int = Field(
-        3, ge=1, le=20, validation_alias=_env("MAX_RETRIES"), description="attempts of one document"
+        3, ge=1, le=20, validation_alias=env("MAX_RETRIES"), description="attempts of one document"
     )
     system_prompt: str | None = Field(
-        None, validation_alias=_env("SYSTEM_PROMPT"), description="system prompt where a schema brings none"
+        None, validation_alias=env("SYSTEM_PROMPT"), description="system prompt where a schema brings none"
     )
     user_prompt_template: str | None = Field(
-        None, validation_alias=_env("USER_PROMPT_TEMPLATE"), description="prompt template where a schema brings none"
+        None, validation_alias=env("USER_PROMPT_TEMPLATE"), description="prompt template where a schema brings none"
     )
     webhook_url: SecretStr | None = Field(
-        None, validation_alias=_env("NOTIFICATION_WEBHOOK"), description="gets a POST for each batch that ends"
+        None, validation_alias=env("NOTIFICATION_WEBHOOK"), description="gets a POST for each batch that ends"
     )
     webhook_secret: SecretStr | None = Field(
-        None, validation_alias=_env("NOTIFICATION_WEBHOOK_SECRET"), description="signs it (HMAC-SHA256)"
+        None, validation_alias=env("NOTIFICATION_WEBHOOK_SECRET"), description="signs it (HMAC-SHA256)"
     )
     email: str | None = Field(
-        None, validation_alias=_env("NOTIFICATION_EMAIL"), description="gets a mail for each batch that ends"
+        None, validation_alias=env("NOTIFICATION_EMAIL"), description="gets a mail for each batch that ends"
     )
-    smtp_server: str | None = Field(None, validation_alias=_env("SMTP_SERVER"), description="mail server as host:port")
+    smtp_server: str | None = Field(None, validation_alias=env("SMTP_SERVER"), description="mail server as host:port")
     smtp_login: SecretStr | None = Field(
-        None, validation_alias=_env("SMTP_LOGIN"), description="user:password of the mail server"
+        None, validation_alias=env("SMTP_LOGIN"), description="user:password of the mail server"
     )
-    smtp_from: str | None = Field(None, validation_alias=_env("SMTP_FROM"), description="sender of the mails")
+    smtp_from: str | None = Field(None, validation_alias=env("SMTP_FROM"), description="sender of the mails")
     allow_external: bool = Field(
-        False, validation_alias=_env("ALLOW_EXTERNAL_LLM"), description="customer text may leave the house"
+        False, validation_alias=env("ALLOW_EXTERNAL_LLM"), description="customer text may leave the house"
     )
 
     @field_validator("base_url")
@@ -118,23 +114,13 @@ class OpenAISettings(BaseSettings):
 
 def openai_environment_names(field: str) -> tuple[str, ...]:
     """Return the environment variables that set *field* of OpenAISettings."""
-    alias = OpenAISettings.model_fields[field].validation_alias
-    return tuple(str(name) for name in alias.choices) if isinstance(alias, AliasChoices) else ()
+    return variables_of(OpenAISettings, field)
 
 
 def load_openai_settings(dotenv: Path | None = Path(".env"), **arguments: Any) -> OpenAISettings:
-    """Read the settings; *arguments* (field names) win over the environment, that over *dotenv*.
-
-    An argument that is None counts as not given; *dotenv* None reads no file. Unknown names in the
-    file are the business of ``load_settings``, which every command calls as well.
+    """Return the settings; see ``load_part``.
 
     Raises:
-        ConfigurationError: A value is malformed. The message names each one and never shows a secret.
+        ConfigurationError: A value is malformed.
     """
-    given = {openai_environment_names(name)[0]: value for name, value in arguments.items() if value is not None}
-    try:
-        return OpenAISettings(_env_file=dotenv, **given)
-    except ValidationError as exc:
-        errors = exc.errors(include_input=False, include_url=False)
-        problems = [f"{error['loc'][0]}: {error['msg'].removeprefix('Value error, ')}" for error in errors]
-        raise ConfigurationError("Wrong setting: " + "; ".join(problems) + ".") from exc
+    return load_part(OpenAISettings, dotenv, arguments)

@@ -6,18 +6,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from error_handler import ConfigurationError
+from config.loading import env, load_part, variables_of
 
 Exposure = Literal["public", "key", "off"]
 
 _KEY_ENTRY = re.compile(r"[A-Za-z0-9._-]{1,64}:[!-+\--~]{16,512}")
-
-
-def _env(name: str) -> Any:
-    return AliasChoices(name)
 
 
 class ServiceSettings(BaseSettings):
@@ -27,86 +23,86 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
     host: str = Field(
-        "127.0.0.1", validation_alias=_env("API_HOST"), description="address that `python main.py` listens on"
+        "127.0.0.1", validation_alias=env("API_HOST"), description="address that `python main.py` listens on"
     )
     port: int = Field(
-        8000, ge=0, le=65_535, validation_alias=_env("API_PORT"), description="its port; 0 lets the system choose"
+        8000, ge=0, le=65_535, validation_alias=env("API_PORT"), description="its port; 0 lets the system choose"
     )
     keys: SecretStr | None = Field(
         None,
-        validation_alias=_env("API_KEYS"),
+        validation_alias=env("API_KEYS"),
         description="who may ask: name:key,name:key; a name may have several keys while one replaces the other",
     )
     allow_unauthenticated: bool = Field(
         False,
-        validation_alias=_env("API_ALLOW_UNAUTHENTICATED"),
+        validation_alias=env("API_ALLOW_UNAUTHENTICATED"),
         description="answer without keys also outside this machine",
     )
     max_concurrent: int = Field(
-        5, ge=1, le=1024, validation_alias=_env("API_MAX_CONCURRENT"), description="model calls in flight at once"
+        5, ge=1, le=1024, validation_alias=env("API_MAX_CONCURRENT"), description="model calls in flight at once"
     )
     queue_size: int = Field(
-        100, ge=0, le=10_000, validation_alias=_env("API_QUEUE_SIZE"), description="requests that may wait for a call"
+        100, ge=0, le=10_000, validation_alias=env("API_QUEUE_SIZE"), description="requests that may wait for a call"
     )
     request_timeout_s: float = Field(
         60.0,
         gt=0,
         le=3600,
-        validation_alias=_env("API_REQUEST_TIMEOUT_S"),
+        validation_alias=env("API_REQUEST_TIMEOUT_S"),
         description="longest a request may take, its wait included",
     )
     header_timeout_s: float = Field(
         10.0,
         gt=0,
         le=300,
-        validation_alias=_env("API_HEADER_TIMEOUT_S"),
+        validation_alias=env("API_HEADER_TIMEOUT_S"),
         description="longest wait for a request's head",
     )
     body_timeout_s: float = Field(
-        10.0, gt=0, le=300, validation_alias=_env("API_BODY_TIMEOUT_S"), description="longest wait for a request's body"
+        10.0, gt=0, le=300, validation_alias=env("API_BODY_TIMEOUT_S"), description="longest wait for a request's body"
     )
     rate_limit_per_minute: int = Field(
         0,
         ge=0,
         le=1_000_000,
-        validation_alias=_env("API_RATE_LIMIT_PER_MINUTE"),
+        validation_alias=env("API_RATE_LIMIT_PER_MINUTE"),
         description="requests per minute and caller, as many at once; 0 means no limit",
     )
     max_body_bytes: int = Field(
-        262_144, ge=1024, le=16_777_216, validation_alias=_env("API_MAX_BODY_BYTES"), description="largest body, bytes"
+        262_144, ge=1024, le=16_777_216, validation_alias=env("API_MAX_BODY_BYTES"), description="largest body, bytes"
     )
     max_messages: int = Field(
-        500, ge=1, le=100_000, validation_alias=_env("API_MAX_MESSAGES"), description="messages of one conversation"
+        500, ge=1, le=100_000, validation_alias=env("API_MAX_MESSAGES"), description="messages of one conversation"
     )
     max_text_characters: int = Field(
         50_000,
         ge=1,
         le=4_194_304,
-        validation_alias=_env("API_MAX_TEXT_CHARACTERS"),
+        validation_alias=env("API_MAX_TEXT_CHARACTERS"),
         description="characters of all its texts together",
     )
     idempotency_retention_s: float = Field(
         86_400.0,
         ge=0,
         le=604_800,
-        validation_alias=_env("API_IDEMPOTENCY_RETENTION_S"),
+        validation_alias=env("API_IDEMPOTENCY_RETENTION_S"),
         description="how long the answer to an Idempotency-Key is kept",
     )
     idempotency_max_keys: int = Field(
         10_000,
         ge=1,
         le=1_000_000,
-        validation_alias=_env("API_IDEMPOTENCY_MAX_KEYS"),
+        validation_alias=env("API_IDEMPOTENCY_MAX_KEYS"),
         description="answers that are kept; the oldest go first",
     )
     expose_docs: Exposure = Field(
-        "key", validation_alias=_env("API_EXPOSE_DOCS"), description="/docs and /openapi.json: public, key or off"
+        "key", validation_alias=env("API_EXPOSE_DOCS"), description="/docs and /openapi.json: public, key or off"
     )
     expose_metrics: Exposure = Field(
-        "key", validation_alias=_env("API_EXPOSE_METRICS"), description="/metrics: public, key or off"
+        "key", validation_alias=env("API_EXPOSE_METRICS"), description="/metrics: public, key or off"
     )
     embedded: bool = Field(
-        False, validation_alias=_env("API_EMBEDDED"), description="answer with the built-in baseline, without a model"
+        False, validation_alias=env("API_EMBEDDED"), description="answer with the built-in baseline, without a model"
     )
 
     @field_validator("keys")
@@ -132,23 +128,13 @@ class ServiceSettings(BaseSettings):
 
 def service_environment_names(field: str) -> tuple[str, ...]:
     """Return the environment variables that set *field* of ServiceSettings."""
-    alias = ServiceSettings.model_fields[field].validation_alias
-    return tuple(str(name) for name in alias.choices) if isinstance(alias, AliasChoices) else ()
+    return variables_of(ServiceSettings, field)
 
 
 def load_service_settings(dotenv: Path | None = Path(".env"), **arguments: Any) -> ServiceSettings:
-    """Read the settings; *arguments* (field names) win over the environment, that over *dotenv*.
-
-    An argument that is None counts as not given; *dotenv* None reads no file. Unknown names in the
-    file are the business of ``load_settings``, which the service calls as well.
+    """Return the settings; see ``load_part``.
 
     Raises:
-        ConfigurationError: A value is malformed. The message names each one and never shows a secret.
+        ConfigurationError: A value is malformed.
     """
-    given = {service_environment_names(name)[0]: value for name, value in arguments.items() if value is not None}
-    try:
-        return ServiceSettings(_env_file=dotenv, **given)
-    except ValidationError as exc:
-        errors = exc.errors(include_input=False, include_url=False)
-        problems = [f"{error['loc'][0]}: {error['msg'].removeprefix('Value error, ')}" for error in errors]
-        raise ConfigurationError("Wrong setting: " + "; ".join(problems) + ".") from exc
+    return load_part(ServiceSettings, dotenv, arguments)

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from config.index_settings import IndexSettings, index_environment_names
+from config.loading import env, variables_of
 from config.openai_settings import OpenAISettings, openai_environment_names
 from config.service_settings import ServiceSettings, service_environment_names
 from error_handler import ConfigurationError
@@ -32,10 +34,6 @@ CollectionName = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00]+(\.[^
 DatabaseName = Annotated[str, Field(min_length=1, max_length=63, pattern=r'^[^/\\. "$*<>:|?\x00]+$')]
 
 
-def _env(*names: str) -> Any:
-    return AliasChoices(*names)
-
-
 class Settings(BaseSettings):
     """Everything that can be set. Seconds and tokens, unless the name says otherwise."""
 
@@ -44,137 +42,137 @@ class Settings(BaseSettings):
 
     mongodb_uri: SecretStr = Field(
         SecretStr("mongodb://localhost:27017"),
-        validation_alias=_env("MONGODB_URI", "MONGODB_CONNECTION_STRING"),
+        validation_alias=env("MONGODB_URI", "MONGODB_CONNECTION_STRING"),
         description="where MongoDB is",
     )
     db_name: DatabaseName = Field(
-        "customer_support", validation_alias=_env("MONGODB_DB", "MONGODB_DATABASE_NAME"), description="database"
+        "customer_support", validation_alias=env("MONGODB_DB", "MONGODB_DATABASE_NAME"), description="database"
     )
     source_collection: CollectionName = Field(
         "conversation_set",
-        validation_alias=_env("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION"),
+        validation_alias=env("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION"),
         description="collection that holds the conversations",
     )
     results_collection: CollectionName = Field(
         "sentimental_analysis",
-        validation_alias=_env("MONGODB_RESULTS_COLLECTION"),
+        validation_alias=env("MONGODB_RESULTS_COLLECTION"),
         description="collection that gets one result per conversation",
     )
     batch_size: int = Field(
-        100, ge=1, le=1000, validation_alias=_env("BATCH_SIZE", "MONGODB_BATCH_SIZE"), description="documents per batch"
+        100, ge=1, le=1000, validation_alias=env("BATCH_SIZE", "MONGODB_BATCH_SIZE"), description="documents per batch"
     )
     max_concurrent: int | Literal["auto"] = Field(
-        5, validation_alias=_env("MAX_CONCURRENT"), description="model calls in flight at once; auto follows the server"
+        5, validation_alias=env("MAX_CONCURRENT"), description="model calls in flight at once; auto follows the server"
     )
     mongodb_max_retries: int = Field(
-        3, ge=1, le=10, validation_alias=_env("MONGODB_MAX_RETRIES"), description="attempts of each MongoDB call"
+        3, ge=1, le=10, validation_alias=env("MONGODB_MAX_RETRIES"), description="attempts of each MongoDB call"
     )
     mongodb_timeout_ms: int = Field(
         20_000,
         ge=100,
         le=600_000,
-        validation_alias=_env("MONGODB_TIMEOUT_MS"),
+        validation_alias=env("MONGODB_TIMEOUT_MS"),
         description="longest wait of one MongoDB call, milliseconds",
     )
     mongodb_backoff_s: float = Field(
         1.0,
         ge=0,
         le=60,
-        validation_alias=_env("MONGODB_BACKOFF_S"),
+        validation_alias=env("MONGODB_BACKOFF_S"),
         description="wait after the first failed MongoDB attempt; it doubles each time",
     )
     mode: Literal["batch", "continuous", "scheduled"] = Field(
-        "batch", validation_alias=_env("BATCH_PROCESSOR_MODE"), description="run until done, poll, or follow a schedule"
+        "batch", validation_alias=env("BATCH_PROCESSOR_MODE"), description="run until done, poll, or follow a schedule"
     )
-    ollama_model: str | None = Field(None, validation_alias=_env("OLLAMA_MODEL"), description="model to ask")
+    ollama_model: str | None = Field(None, validation_alias=env("OLLAMA_MODEL"), description="model to ask")
     ollama_endpoint: str = Field(
-        "http://localhost:11434", validation_alias=_env("OLLAMA_ENDPOINT"), description="where Ollama is"
+        "http://localhost:11434", validation_alias=env("OLLAMA_ENDPOINT"), description="where Ollama is"
     )
     ollama_num_ctx: int | None = Field(
         None,
         ge=2048,  # less has no room for instructions and answer
         le=1_048_576,
-        validation_alias=_env("OLLAMA_NUM_CTX"),
+        validation_alias=env("OLLAMA_NUM_CTX"),
         description="context window, tokens: prompt and answer together; unset: chosen once for the whole run",
     )
     on_long: Literal["fit", "skip", "fail"] = Field(
-        "fit", validation_alias=_env("ON_LONG"), description="what becomes of a conversation longer than the window"
+        "fit", validation_alias=env("ON_LONG"), description="what becomes of a conversation longer than the window"
     )
     llm_load_timeout_s: float = Field(
         600.0,
         gt=0,
         le=7200,
-        validation_alias=_env("LLM_LOAD_TIMEOUT_S"),
+        validation_alias=env("LLM_LOAD_TIMEOUT_S"),
         description="longest wait for a model to load",
     )
     ollama_keep_alive: str = Field(
         "10m",
         pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$",
-        validation_alias=_env("OLLAMA_KEEP_ALIVE"),
+        validation_alias=env("OLLAMA_KEEP_ALIVE"),
         description="how long Ollama keeps the model loaded after the last call",
     )
     llm_api_url: str | None = Field(
         None,
-        validation_alias=_env("LLM_API_URL"),
+        validation_alias=env("LLM_API_URL"),
         description="another model server; its path decides the protocol: " + ", ".join(PROTOCOL_PATHS),
     )
-    llm_model: str | None = Field(None, validation_alias=_env("LLM_MODEL"), description="model for LLM_API_URL")
+    llm_model: str | None = Field(None, validation_alias=env("LLM_MODEL"), description="model for LLM_API_URL")
     llm_api_key: SecretStr | None = Field(
-        None, validation_alias=_env("LLM_API_KEY"), description="sent to LLM_API_URL as a bearer token"
+        None, validation_alias=env("LLM_API_KEY"), description="sent to LLM_API_URL as a bearer token"
     )
     llm_timeout_s: float = Field(
-        120.0, gt=0, le=3600, validation_alias=_env("LLM_TIMEOUT_S"), description="longest wait of one model call"
+        120.0, gt=0, le=3600, validation_alias=env("LLM_TIMEOUT_S"), description="longest wait of one model call"
     )
     llm_max_attempts: int = Field(
-        3, ge=1, le=10, validation_alias=_env("LLM_MAX_ATTEMPTS"), description="attempts of each model call"
+        3, ge=1, le=10, validation_alias=env("LLM_MAX_ATTEMPTS"), description="attempts of each model call"
     )
     llm_backoff_s: float = Field(
         2.0,
         ge=0,
         le=60,
-        validation_alias=_env("LLM_BACKOFF_S"),
+        validation_alias=env("LLM_BACKOFF_S"),
         description="wait after the first failed model attempt; it doubles each time",
     )
     outage_limit_s: float = Field(
         3600.0,
         gt=0,
-        validation_alias=_env("OUTAGE_LIMIT_S"),
+        validation_alias=env("OUTAGE_LIMIT_S"),
         description="a model server that stays away for longer ends the run with exit code 3",
     )
     shutdown_grace_s: float = Field(
         30.0,
         ge=0,
         le=600,
-        validation_alias=_env("SHUTDOWN_GRACE_S"),
+        validation_alias=env("SHUTDOWN_GRACE_S"),
         description="how long calls in flight may take to finish after SIGTERM",
     )
     lease_s: float = Field(
         300.0,
         ge=1,
         le=86_400,
-        validation_alias=_env("LEASE_S"),
+        validation_alias=env("LEASE_S"),
         description="a worker that is silent for longer loses its documents to the others",
     )
     batch_files_dir: Path = Field(
-        Path("batch_files"), validation_alias=_env("BATCH_FILES_DIR"), description="run-time state of one worker"
+        Path("batch_files"), validation_alias=env("BATCH_FILES_DIR"), description="run-time state of one worker"
     )
     taxonomy_file: Path | None = Field(
-        None, validation_alias=_env("TAXONOMY_FILE"), description="labels to use instead of config/taxonomy.yaml"
+        None, validation_alias=env("TAXONOMY_FILE"), description="labels to use instead of config/taxonomy.yaml"
     )
     review_below: float | None = Field(
         None,
         ge=0,
         le=1,
-        validation_alias=_env("REVIEW_BELOW"),
+        validation_alias=env("REVIEW_BELOW"),
         description="mark results for review where the probability of a label is below this",
     )
     store_original_conversation: bool = Field(
         False,
-        validation_alias=_env("STORE_ORIGINAL_CONVERSATION"),
+        validation_alias=env("STORE_ORIGINAL_CONVERSATION"),
         description="keep a copy of the conversation in its result",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", validation_alias=_env("LOG_LEVEL"), description="least severe log line that is written"
+        "INFO", validation_alias=env("LOG_LEVEL"), description="least severe log line that is written"
     )
 
     @field_validator("max_concurrent", mode="before")
@@ -265,8 +263,7 @@ class Settings(BaseSettings):
 
 def environment_names(field: str) -> tuple[str, ...]:
     """Return the environment variables that set *field* of Settings, the main one first."""
-    alias = Settings.model_fields[field].validation_alias
-    return tuple(str(name) for name in alias.choices) if isinstance(alias, AliasChoices) else ()
+    return variables_of(Settings, field)
 
 
 def known_environment_names() -> frozenset[str]:
@@ -274,7 +271,8 @@ def known_environment_names() -> frozenset[str]:
     own = {name for field in Settings.model_fields for name in environment_names(field)}
     of_service = {name for field in ServiceSettings.model_fields for name in service_environment_names(field)}
     of_openai = {name for field in OpenAISettings.model_fields for name in openai_environment_names(field)}
-    return frozenset(own | of_service | of_openai)
+    of_index = {name for field in IndexSettings.model_fields for name in index_environment_names(field)}
+    return frozenset(own | of_service | of_openai | of_index)
 
 
 def load_settings(dotenv: Path | None = DOTENV, **arguments: Any) -> Settings:

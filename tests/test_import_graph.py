@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "utils.model_diagnosis",
         "utils.doctor_command",
     },
+    {"embedding_index"},
     {
         "cli",
         "main",
@@ -48,17 +49,30 @@ OWNERS = {
     "bson": {"mongo_client", "utils.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
     "aiohttp": {"async_llm_wrapper", "utils.service_client", "openai_batch.webhook"},
-    "requests": {"llm_wrapper"},  # of the model server
-    "urllib3": {"llm_wrapper"},
+    # of the model server, for chat and for embeddings
+    "requests": {"llm_wrapper", "embedding_index.providers.ollama_embeddings"},
+    "urllib3": {"llm_wrapper", "embedding_index.providers.ollama_embeddings"},
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"utils.baseline"},
     "yaml": {"config.taxonomy"},
     "dotenv": {"config.settings", "config.settings_origins"},
-    "pydantic_settings": {"config.settings", "config.service_settings", "config.openai_settings"},
+    "pydantic_settings": {
+        "config.settings",
+        "config.service_settings",
+        "config.openai_settings",
+        "config.index_settings",
+        "config.loading",
+    },
     "filelock": {"utils.directory_lock"},
     "croniter": {"utils.schedule"},
-    "openai": {"openai_batch.openai_client"},
-    "httpx2": {"openai_batch.openai_client"},  # what the openai package is made of
+    "openai": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
+    # what the openai package is made of
+    "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
+    "chromadb": {"embedding_index.chroma_index"},
+    "sqlalchemy": {"embedding_index.introspection"},
+    "bpe_openai": {"embedding_index.token_counts"},
+    "tokenizers": {"embedding_index.providers.local_embeddings"},
+    "safetensors": {"embedding_index.providers.local_embeddings"},
     "jinja2": {"openai_batch.templates"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
@@ -72,7 +86,8 @@ OWNERS = {
 
 
 def product_files() -> list[Path]:
-    folders = [ROOT, ROOT / "config", ROOT / "utils", ROOT / "openai_batch"]
+    packages = ["config", "utils", "openai_batch", "embedding_index", "embedding_index/providers"]
+    folders = [ROOT, *(ROOT / package for package in packages)]
     return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 

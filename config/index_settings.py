@@ -1,0 +1,81 @@
+"""Settings of the embedding index; keys and addresses of the providers are in the settings of what else asks them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from config.loading import env, load_part, variables_of
+
+ProviderName = Literal["openai", "ollama", "local"]
+
+# The package of the local one carries this model; the others are what their servers are usually asked for.
+DEFAULT_MODELS: dict[ProviderName, str] = {
+    "openai": "text-embedding-3-small",
+    "ollama": "nomic-embed-text",
+    "local": "all-MiniLM-L6-v2",
+}
+
+
+class IndexSettings(BaseSettings):
+    """Everything that can be set for the embedding index. Seconds and tokens, unless the name says otherwise."""
+
+    # Unknown names in .env are refused by load_settings, which knows those of all classes.
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    provider: ProviderName = Field(
+        "ollama", validation_alias=env("EMBEDDING_PROVIDER"), description="who makes the vectors: openai, ollama, local"
+    )
+    embedding_model: str | None = Field(
+        None, min_length=1, validation_alias=env("EMBEDDING_MODEL"), description="unset: the usual one of the provider"
+    )
+    dimensions: int | None = Field(
+        None,
+        ge=1,
+        le=8192,
+        validation_alias=env("EMBEDDING_DIMENSIONS"),
+        description="length of the vectors, for models of OpenAI that can shorten them; unset: the model's own",
+    )
+    batch_size: int = Field(
+        100, ge=1, le=2048, validation_alias=env("EMBEDDING_BATCH_SIZE"), description="most inputs of one call"
+    )
+    max_retries: int = Field(
+        3, ge=0, le=20, validation_alias=env("EMBEDDING_MAX_RETRIES"), description="repetitions of one failed call"
+    )
+    max_concurrent: int = Field(
+        4, ge=1, le=64, validation_alias=env("EMBEDDING_CONCURRENCY"), description="calls in flight at once"
+    )
+    timeout_s: float = Field(
+        120.0, gt=0, le=3600, validation_alias=env("EMBEDDING_TIMEOUT_S"), description="longest wait of one call"
+    )
+    database_url: SecretStr | None = Field(
+        None, validation_alias=env("DATABASE_URL"), description="database to document, as SQLAlchemy writes addresses"
+    )
+    index_dir: Path = Field(
+        Path("data/index"), validation_alias=env("INDEX_DIR"), description="where the index and its state are"
+    )
+    log_file: Path | None = Field(
+        None, validation_alias=env("LOG_FILE"), description="log lines go there too, rotated at 10 MB"
+    )
+
+    @property
+    def model(self) -> str:
+        """The embedding model that is asked."""
+        return self.embedding_model or DEFAULT_MODELS[self.provider]
+
+
+def index_environment_names(field: str) -> tuple[str, ...]:
+    """Return the environment variables that set *field* of IndexSettings."""
+    return variables_of(IndexSettings, field)
+
+
+def load_index_settings(dotenv: Path | None = Path(".env"), **arguments: Any) -> IndexSettings:
+    """Return the settings; see ``load_part``.
+
+    Raises:
+        ConfigurationError: A value is malformed.
+    """
+    return load_part(IndexSettings, dotenv, arguments)

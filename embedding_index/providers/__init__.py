@@ -1,0 +1,1 @@
+"""The embedding providers: OpenAI, Ollama, and one inside this process."""
