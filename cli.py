@@ -60,6 +60,7 @@ COMMANDS = {
     "plan": "utils.plan_command",
     "quarantine": "utils.quarantine_command",
     "openai-batch": "openai_batch.command",
+    "index": "embedding_index.command",
 }
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from config import Settings
-from utils.command_line import Command, positive
+from utils.command_line import Command, dollars, positive
 
 ACTIONS = {
     "run": "send, wait and apply until nothing is pending; can be stopped and started again",
@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schema", type=Path, required=True, help="Python file with the parts of the job")
     parser.add_argument("--limit", type=positive, help="take at most this many documents")
     parser.add_argument("--dry-run", action="store_true", help="show what would be sent and its price; send nothing")
-    parser.add_argument("--max-cost", type=_dollars, metavar="USD", help="send nothing that may cost more, US dollars")
+    parser.add_argument("--max-cost", type=dollars, metavar="USD", help="send nothing that may cost more, US dollars")
     parser.add_argument("--allow-external", action="store_true", help="customer text may be sent to OpenAI")
     parser.add_argument("--mask-pii", action="store_true", help="replace personal data by placeholders before sending")
     parser.add_argument("--poll-interval", type=_seconds, metavar="S", help="seconds between two looks (POLL_INTERVAL)")
@@ -38,18 +38,8 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     return await actions.run(arguments, settings)
 
 
-def _dollars(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError("must be a sum of US dollars, 0 or more")
-    return value
-
-
 def _seconds(text: str) -> float:
-    value = _dollars(text)
+    value = dollars(text)
     if not value:
         raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return value

@@ -241,3 +241,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
     return int(text)
+
+
+def dollars(text: str) -> float:
+    """Return *text* as US dollars, 0 or more: a type for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError("must be a sum of US dollars, 0 or more")
+    return value

@@ -1,0 +1,30 @@
+"""The embedding index; docs/embedding-index.md says more.
+
+Names are loaded when they are used: they need the packages of requirements-index.txt.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedding_index.batch_indexing import BatchIndexingManager
+    from embedding_index.documentation_store import DocumentationStore
+    from embedding_index.indexer_agent import SQLIndexerAgent
+    from embedding_index.vector_store import SQLVectorStore
+
+_HOMES = {
+    "BatchIndexingManager": "embedding_index.batch_indexing",
+    "DocumentationStore": "embedding_index.documentation_store",
+    "SQLIndexerAgent": "embedding_index.indexer_agent",
+    "SQLVectorStore": "embedding_index.vector_store",
+}
+
+__all__ = ["BatchIndexingManager", "DocumentationStore", "SQLIndexerAgent", "SQLVectorStore"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"embedding_index has no {name}")

@@ -1,0 +1,188 @@
+"""The vectors of the index: what makes them, where they are kept for good, and where they are searched, as one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from config.index_settings import IndexSettings, load_index_settings
+from embedding_index.chroma_index import ChromaIndex, Entry
+from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
+from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
+from embedding_index.providers.contract import Provider, Vectors
+from embedding_index.providers.opening import open_provider
+from embedding_index.query import query_vector
+from embedding_index.vector_ledger import VectorLedger
+from error_handler import StateDirectoryError
+from utils.directory_lock import DirectoryLock
+
+logger = logging.getLogger(__name__)
+
+LEDGER_FILE = "vectors.sqlite3"
+WRITE_AT = 1000  # entries written to ChromaDB at once: it is slow with small writes
+PATIENCE_S = 600.0  # how long a run waits for a provider that is away or busy, all its waits together
+
+OnResult = Callable[[IndexItem, str | None], None]
+
+
+class SQLVectorStore:
+    """Vectors of database documentation and of conversations; one process at a time may hold one per directory.
+
+    Use as ``with``, or call ``close``. *settings* None reads them from the environment; *provider* None opens the one
+    that they name, and is closed with the store.
+
+    Raises:
+        DirectoryLockedError: Another process holds the index.
+        MixedIndexError: It holds vectors of another model.
+        ConfigurationError: A setting is wrong, or a package is missing.
+    """
+
+    def __init__(
+        self, settings: IndexSettings | None = None, *, provider: Provider | None = None, rebuild: bool = False
+    ) -> None:
+        self.settings = settings or load_index_settings()
+        self.batch_size = self.settings.batch_size
+        self.max_retries = self.settings.max_retries
+        self.stop = threading.Event()  # once set, no new call starts and what is in flight is stored
+        self.counts = RunCounts()  # of all calls through this store
+        self.directory = self.settings.index_dir
+        _make_private(self.directory)
+        self._lock = DirectoryLock(self.directory)
+        self._lock.acquire("wait for it to end, or set INDEX_DIR to another directory.")
+        self._closing: list[Callable[[], None]] = [self._lock.release]
+        try:
+            self.provider = provider or open_provider(self.settings)
+            if provider is None:
+                self._closing.append(self.provider.close)
+            self.ledger = VectorLedger(self.directory / LEDGER_FILE)
+            self._closing.append(self.ledger.close)
+            self._chroma = ChromaIndex(self.directory, self.identity, discard=rebuild)
+            self._closing.append(self._chroma.close)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> SQLVectorStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish what is on disk and let other processes in."""
+        while self._closing:
+            self._closing.pop()()
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What makes the vectors, with their length where an answer has told it."""
+        known = (other for other in self.ledger.identities() if other.is_same_model(self.provider.identity))
+        return next(known, self.provider.identity)
+
+    @property
+    def needs_remake(self) -> bool:
+        """Whether ChromaDB's files are damaged, missing, or were being written when a process died."""
+        return self._chroma.needs_rebuild
+
+    def ids(self) -> set[str]:
+        """Return the ids of everything that can be found."""
+        return set(self._chroma.ids())
+
+    def known(self, hashes: Collection[str]) -> set[str]:
+        """Return those of *hashes* whose vector is stored: they cost nothing."""
+        return self.ledger.known(self.identity, hashes)
+
+    def remake(self, items: Iterable[tuple[IndexItem, str]], progress: Callable[[int], None] | None = None) -> None:
+        """Make ChromaDB's files anew from *items* with their content hashes; asks no provider.
+
+        An item whose vector is not stored is left out.
+        """
+        self._chroma.remake(self._entries(items), progress)
+
+    def index(self, items: Sequence[IndexItem], on_result: OnResult) -> None:
+        """Make *items* findable; *on_result* gets each one, with None or why it failed, when that is durable.
+
+        Items of equal text are embedded once. After ``stop`` is set some get no result.
+
+        Raises:
+            ProviderUnavailableError: The provider stayed away too long; everything it answered is stored.
+            VectorStoreError: ChromaDB cannot be written.
+        """
+        by_hash: dict[str, list[IndexItem]] = {}
+        for item in items:
+            by_hash.setdefault(item.content_hash, []).append(item)
+        options = RunOptions(self.batch_size, self.max_retries, PATIENCE_S)
+        run = EmbeddingRun(self.provider, self.ledger, options, stop=self.stop)
+        waiting: list[tuple[IndexItem, Vectors]] = []
+        try:
+            for embedded in run.run({found: same[0].text for found, same in by_hash.items()}):
+                for item in by_hash[embedded.content_hash]:
+                    if embedded.vector is None:
+                        on_result(item, embedded.problem)
+                    else:
+                        waiting.append((item, embedded.vector))
+                if len(waiting) >= WRITE_AT:
+                    self._write(waiting, on_result)
+        finally:
+            self.counts.add(run.counts)
+            self._write(waiting, on_result)
+
+    def _write(self, waiting: list[tuple[IndexItem, Vectors]], on_result: OnResult) -> None:
+        if not waiting:
+            return
+        self._chroma.upsert([_entry(item, vector) for item, vector in waiting])
+        for item, _ in waiting:
+            on_result(item, None)
+        waiting.clear()
+
+    def update_metadata(self, items: Sequence[IndexItem]) -> None:
+        """Replace the metadata of *items*, which are in the index with the same text."""
+        self._chroma.update_metadata([(item.id, {**item.metadata, "name": item.name}) for item in items])
+
+    def delete(self, kind: Kind, names: Collection[str]) -> None:
+        """Take items out of the index; names that are not there are fine."""
+        self._chroma.delete([f"{kind}:{name}" for name in names])
+
+    def forget_others(self, hashes: Collection[str]) -> None:
+        """Delete every stored vector but those of *hashes*: of texts that no item has any more."""
+        self.ledger.keep_only(hashes)
+
+    def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:
+        """Return at most *limit* items most like *text*, the best first; *kinds* None searches all.
+
+        Raises:
+            ProviderUnavailableError: The provider gives no vector for *text*.
+        """
+        return self._chroma.search(query_vector(self.provider, text), kinds, limit)
+
+    def _entries(self, items: Iterable[tuple[IndexItem, str]]) -> Iterable[Entry]:
+        page: list[tuple[IndexItem, str]] = []
+        for pair in items:
+            page.append(pair)
+            if len(page) >= WRITE_AT:
+                yield from self._stored(page)
+                page = []
+        yield from self._stored(page)
+
+    def _stored(self, page: Sequence[tuple[IndexItem, str]]) -> Iterable[Entry]:
+        vectors = self.ledger.vectors(self.identity, {found for _, found in page})
+        return [_entry(item, vectors[found]) for item, found in page if found in vectors]
+
+
+def _make_private(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise StateDirectoryError(
+            f"{directory} cannot be made ({exc.strerror}); fix its rights, or set INDEX_DIR to another directory."
+        ) from exc
+
+
+def _entry(item: IndexItem, vector: Vectors) -> Entry:
+    text = None if item.kind is Kind.CONVERSATION else item.text
+    return Entry(item.id, vector, {**item.metadata, "name": item.name}, text)
