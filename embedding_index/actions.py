@@ -33,12 +33,13 @@ from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, EmbeddingCostError, ExitCode, RunInterruptedError
 from logger import configure_logging
 from mongo_client import DocumentStore
+from utils.atomic_file import replace_file
 from utils.batch_prices import price_source
 from utils.stop_signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_DATABASE = Path("data/embedded/support.sqlite3")
+SAMPLE_DATABASE, SAMPLE_INDEX = Path("data/embedded/support.sqlite3"), Path("data/embedded/index")
 HITS = 5
 KINDS = {"database": (Kind.TABLE, Kind.RELATIONSHIP), "conversations": (Kind.CONVERSATION,)}
 
@@ -78,7 +79,10 @@ def _index_settings(arguments: argparse.Namespace) -> IndexSettings:
     if not arguments.sample:
         return chosen
     make_sample_database(SAMPLE_DATABASE)
-    return chosen.model_copy(update={"database_url": SecretStr(f"sqlite:///{SAMPLE_DATABASE}")})
+    changes: dict[str, Any] = {"database_url": SecretStr(f"sqlite:///{SAMPLE_DATABASE}")}
+    if "index_dir" not in chosen.model_fields_set:  # what is tried out does not mix with what is in use
+        changes["index_dir"] = SAMPLE_INDEX
+    return chosen.model_copy(update=changes)
 
 
 def _secrets(chosen: IndexSettings) -> list[str]:
