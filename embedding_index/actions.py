@@ -167,7 +167,11 @@ async def _conversations(arguments: argparse.Namespace, index: Index) -> int:
         index.documents, index.states, index.vectors, limit=arguments.limit
     )
     usd = index.manager.price(estimate.tokens)
-    stats = {"pending_conversations": estimate.pending, "total_estimated_cost": usd, "batch_size": index.manager.batch_size}
+    stats = {
+        "pending_conversations": estimate.pending,
+        "total_estimated_cost": usd,
+        "batch_size": index.manager.batch_size,
+    }
     if arguments.estimate_costs:
         return _show_estimate(arguments, index, stats, estimate.tokens)
     await asyncio.to_thread(_require_affordable, arguments, index, usd, estimate.tokens)
@@ -192,7 +196,9 @@ async def _conversations(arguments: argparse.Namespace, index: Index) -> int:
 def _show_estimate(arguments: argparse.Namespace, index: Index, stats: dict[str, Any], tokens: int) -> int:
     identity = index.vectors.identity
     if arguments.json or arguments.output:
-        text = json.dumps({**stats, "estimated_tokens": tokens, "model": identity.model, "prices_from": price_source()}, indent=2)
+        text = json.dumps(
+            {**stats, "estimated_tokens": tokens, "model": identity.model, "prices_from": price_source()}, indent=2
+        )
         if arguments.output:
             replace_file(arguments.output, text.encode())
         if arguments.json:

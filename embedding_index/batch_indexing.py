@@ -110,7 +110,8 @@ class BatchIndexingManager:
             "estimated_relationship_cost": costs[1],
             "total_estimated_cost": None if None in costs else math.fsum(costs),
             "batch_size": self.batch_size,
-            "estimated_batches": math.ceil(len(tables) / self.batch_size) + math.ceil(len(relationships) / self.batch_size),
+            "estimated_batches": math.ceil(len(tables) / self.batch_size)
+            + math.ceil(len(relationships) / self.batch_size),
         }
 
     def estimate_embedding_costs(self, texts: Sequence[str]) -> dict[str, Any]:

@@ -18,15 +18,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--batch", action="store_true", help="index what is new or changed, many texts in one call")
     action.add_argument("--individual", action="store_true", help="the same with one text in each call")
-    action.add_argument("--estimate-costs", action="store_true", help="say what --batch would send and cost; send nothing")
     action.add_argument(
-        "--rebuild", action="store_true", help="make the index anew, after another model or damage; known vectors cost nothing"
+        "--estimate-costs", action="store_true", help="say what --batch would send and cost; send nothing"
+    )
+    action.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="make the index anew, after another model or damage; known vectors cost nothing",
     )
     action.add_argument("--search", metavar="TEXT", help="show what is most like TEXT")
     parser.add_argument(
-        "--source", choices=("database", "conversations"), default="database", help="what to index or to search (database)"
+        "--source",
+        choices=("database", "conversations"),
+        default="database",
+        help="what to index or to search (database)",
     )
-    parser.add_argument("--sample", action="store_true", help="document a small sample database instead of DATABASE_URL")
+    parser.add_argument(
+        "--sample", action="store_true", help="document a small sample database instead of DATABASE_URL"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="show N hits (5); index at most N conversations")
     parser.add_argument("--max-cost", type=dollars, metavar="USD", help="ask before spending more, US dollars")
     parser.add_argument("--yes", action="store_true", help="spend it without asking")

@@ -170,7 +170,13 @@ def show_hits(hits: Sequence[Hit], *, as_json: bool) -> None:
     """Print *hits*, the best first."""
     if as_json:
         rows = [
-            {"kind": hit.kind, "name": hit.name, "similarity": round(hit.similarity, 4), **hit.metadata, "text": hit.text}
+            {
+                "kind": hit.kind,
+                "name": hit.name,
+                "similarity": round(hit.similarity, 4),
+                **hit.metadata,
+                "text": hit.text,
+            }
             for hit in hits
         ]
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

@@ -23,6 +23,9 @@ from tests.scripted_service import scripted_service
 
 ROOT = Path(__file__).parent.parent
 NOT_PRODUCT = {"tests", "benchmarks"}
+INDEX_PACKAGE = (
+    "embedding_index/"  # loaded only where requirements-index.txt is installed as well: --build-arg INDEX=yes
+)
 EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which the image leaves out
 
 
@@ -126,10 +129,16 @@ def test_secrets_state_and_results_never_reach_the_build(path: str) -> None:
     assert not is_in_context(path)
 
 
+def named_in(requirements: str) -> set[str]:
+    """The normalised names of the packages that a file of requirements pins; extras do not count."""
+    text = (ROOT / requirements).read_text()
+    names = re.findall(r"^([A-Za-z0-9_.-]+)(?:\[[a-z]+\])?==", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
 def test_what_is_copied_needs_only_what_is_installed() -> None:
-    """Each package that the modules of the image import is in requirements.txt, which is all that it installs."""
-    named = re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    installed = {re.sub(r"[-_.]+", "-", name).lower() for name in named}
+    """Each package that the modules of the image import is in requirements.txt, or for the index in its own file."""
+    installed = named_in("requirements.txt")
     own = {Path(path).parts[0].removesuffix(".py") for path in product_modules()}
     providers = packages_distributions()
     missing = {}
@@ -139,8 +148,9 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):
                 distributions = {re.sub(r"[-_.]+", "-", name).lower() for name in providers.get(top, [top])}
+                allowed = installed | (named_in("requirements-index.txt") if path.startswith(INDEX_PACKAGE) else set())
                 # Starlette, bson, urllib3 and httpx2 come with the package that the module uses them for.
-                if not distributions & (installed | {"starlette", "urllib3", "httpx2"}):
+                if not distributions & (allowed | {"starlette", "urllib3", "httpx2"}):
                     missing[top] = path
     assert missing == {}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli import COMMANDS, load_command
+from config.index_settings import IndexSettings, index_environment_names
 from config.openai_settings import OpenAISettings, openai_environment_names
 from config.service_settings import ServiceSettings, service_environment_names
 from config.settings import Settings, environment_names, known_environment_names
@@ -66,6 +67,7 @@ def test_the_example_holds_the_defaults() -> None:
         fields = {n: f for key, f in Settings.model_fields.items() for n in environment_names(key)}
         fields |= {n: f for key, f in ServiceSettings.model_fields.items() for n in service_environment_names(key)}
         fields |= {n: f for key, f in OpenAISettings.model_fields.items() for n in openai_environment_names(key)}
+        fields |= {n: f for key, f in IndexSettings.model_fields.items() for n in index_environment_names(key)}
         default = fields[name].default
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
         if value == "":
