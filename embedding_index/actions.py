@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager
-from embedding_index.chroma_copy import IndexCopy
 from embedding_index.documentation_store import DocumentationStore
+from embedding_index.index_reader import IndexReader
 from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.introspection import read_database
 from embedding_index.items import Kind
-from embedding_index.providers.opening import open_provider
-from embedding_index.query import query_vector
+from embedding_index.item_states import Synchronized
+from embedding_index.mending import mend
 from embedding_index.sample_database import make_sample_database
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, EmbeddingCostError, ExitCode, RunInterruptedError
@@ -65,7 +65,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     stop, connected = asyncio.Event(), asyncio.Event()
     with stop_on_signals(stop, connected.is_set):
         async with _opened(arguments, settings, chosen, stop) as index:
-            await asyncio.to_thread(_mend, arguments, index)
+            await asyncio.to_thread(_mend, index)
             connected.set()
             if arguments.source == "conversations":
                 return await _conversations(arguments, index)
@@ -114,13 +114,9 @@ async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
     vectors.stop.set()
 
 
-def _mend(arguments: argparse.Namespace, index: Index) -> None:
-    """Make ChromaDB's files and the states agree: after damage, a crash, or for ``--rebuild``. Costs nothing."""
-    indexed = index.states.counts_of("indexed")
-    if index.vectors.needs_remake or indexed != index.vectors.count():
-        logger.warning("making the index anew from the stored vectors (%d items)", indexed)
-        with report.IndexProgress("Making the index anew", indexed) as progress:
-            index.vectors.remake(index.states, progress)
+def _mend(index: Index) -> None:
+    with report.IndexProgress("Making the index anew") as progress:
+        mend(index.vectors, index.states, progress.reached)
 
 
 async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSettings) -> int:
@@ -129,7 +125,7 @@ async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSe
             "DATABASE_URL is not set; set it to the database to document, or try --sample for a small one."
         )
     facts = await asyncio.to_thread(read_database, chosen.database_url)
-    gone = await asyncio.to_thread(index.states.sync_database, facts)
+    done = await asyncio.to_thread(index.states.sync_database, facts.tables, facts.relationships)
     before = index.manager.get_processing_stats(index.states)
     unpaid = [text for texts in index.manager.pending_texts(index.states) for text in texts]
     tokens = index.manager.estimate_embedding_costs(index.manager.unpaid(unpaid))["estimated_tokens"]
@@ -137,14 +133,15 @@ async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSe
         return _show_estimate(arguments, index, before, tokens)
     await asyncio.to_thread(_require_affordable, arguments, index, before["total_estimated_cost"], tokens)
     outcome = _outcome(arguments, index, before)
-    outcome.removed = await asyncio.to_thread(_forget, index, gone)
+    outcome.removed = await asyncio.to_thread(_renew, index, done)
     with report.IndexProgress("Indexing", before["total_pending"]) as progress:
 
-        def note(kind: Kind, name: str, problem: str | None) -> None:
-            outcome.count(kind, name, problem)
-            progress.ended(failed=problem is not None)
+        def note(kind: Kind, ended: Sequence[tuple[str, str | None]]) -> None:
+            for name, problem in ended:
+                outcome.count(kind, name, problem)
+            progress.ended(ended)
 
-        index.manager.on_item = note
+        index.manager.on_items = note
         await asyncio.to_thread(_index_pending, index, outcome)
     return _finish(arguments, index, outcome)
 
@@ -226,12 +223,17 @@ def _outcome(arguments: argparse.Namespace, index: Index, before: dict[str, Any]
     return report.Outcome(arguments.source, identity.provider, identity.model, identity.dimensions, before)
 
 
-def _forget(index: Index, gone: dict[Kind, list[str]]) -> int:
-    """Take what the source no longer has out of the index, then out of the states."""
-    for kind, names in gone.items():
+def _renew(index: Index, done: Synchronized) -> int:
+    """Take what the database no longer has out of the index, then out of the states; return how many that were."""
+    for kind, names in done.removed.items():
         index.vectors.delete(kind, names)
         index.states.remove(kind, names)
-    return sum(map(len, gone.values()))
+    if done.changed:
+        index.vectors.update_metadata(done.changed)
+        for kind in {item.kind for item in done.changed}:
+            same = [(item.name, item.content_hash) for item in done.changed if item.kind is kind]
+            index.states.mark_indexed_many(kind, same)
+    return sum(map(len, done.removed.values()))
 
 
 def _finish(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) -> int:
@@ -247,13 +249,7 @@ def _finish(arguments: argparse.Namespace, index: Index, outcome: report.Outcome
 
 
 def _search(arguments: argparse.Namespace, chosen: IndexSettings) -> int:
-    provider = open_provider(chosen)
-    try:
-        with IndexCopy(chosen.index_dir) as index:
-            index.refresh()
-            vector = query_vector(provider, arguments.search)
-            hits = index.search(vector, KINDS[arguments.source], arguments.limit or HITS)
-    finally:
-        provider.close()
+    with IndexReader(chosen) as index:
+        hits = index.search(arguments.search, KINDS[arguments.source], arguments.limit or HITS)
     report.show_hits(hits, as_json=arguments.json)
     return ExitCode.DONE

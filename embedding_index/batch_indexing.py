@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 FREE = ("ollama", "local")  # providers on machines of one's own
 UNREADABLE = "the documentation store has nothing under this name"
 
-OnItem = Callable[[Kind, str, str | None], None]
+OnItems = Callable[[Kind, Sequence[tuple[str, str | None]]], None]
 
 
 class BatchIndexingManager:
     """Indexes through *indexer_agent*.
 
     *batch_size* is the most inputs of one call, *max_retries* how often a failed one is repeated; both may be set.
-    *on_item* (None at first) is called with kind, name, and None or the problem of each item when that is durable.
+    *on_items* (None at first) is called with the kind and (name, None or the problem) of items when that is durable.
     """
 
     def __init__(self, indexer_agent: SQLIndexerAgent) -> None:
         self.indexer = indexer_agent
-        self.on_item: OnItem | None = None
+        self.on_items: OnItems | None = None
 
     @property
     def batch_size(self) -> int:
@@ -63,7 +63,7 @@ class BatchIndexingManager:
         for name in doc_store.get_pending_tables():
             info = doc_store.get_table_info(name)
             if info is None:
-                note(name, UNREADABLE)
+                note([(name, UNREADABLE)])
                 continue
             tables.append({**_common(info), "name": name, "schema": info.get("schema_data", {})})
         note.texts = {table["name"]: table["documentation"] for table in tables}
@@ -80,7 +80,7 @@ class BatchIndexingManager:
             name = str(pending["id"])
             info = doc_store.get_relationship_info(name)
             if info is None:
-                note(name, UNREADABLE)
+                note([(name, UNREADABLE)])
                 continue
             ends = [pending.get("constrained_table"), pending.get("referred_table")]
             kind = info.get("relationship_type", "")
@@ -149,33 +149,35 @@ class BatchIndexingManager:
         return [text for found, text in hashes.items() if found not in known]
 
     def _note(self, doc_store: DocumentationStore, kind: Kind, results: dict[str, bool]) -> _Note:
-        return _Note(doc_store, kind, results, self.on_item)
+        return _Note(doc_store, kind, results, self.on_items)
 
 
 class _Note:
     """Notes the outcome of one item after another in the store and in *results*."""
 
     def __init__(
-        self, doc_store: DocumentationStore, kind: Kind, results: dict[str, bool], on_item: OnItem | None
+        self, doc_store: DocumentationStore, kind: Kind, results: dict[str, bool], on_items: OnItems | None
     ) -> None:
-        self._doc_store, self._kind, self._results, self._on_item = doc_store, kind, results, on_item
+        self._doc_store, self._kind, self._results, self._on_items = doc_store, kind, results, on_items
         self.texts: dict[str, str] = {}
 
-    def __call__(self, name: str, problem: str | None) -> None:
-        if problem is None:
-            self._doc_store.mark_indexed(self._kind, name, content_hash(self.texts[name]))
-        else:
-            logger.warning("%s %s is not indexed: %s", self._kind, name, problem)
-            self._doc_store.mark_failed(self._kind, name, problem)
-        self._results[name] = problem is None
-        if self._on_item is not None:
-            self._on_item(self._kind, name, problem)
+    def __call__(self, ended: Sequence[tuple[str, str | None]]) -> None:
+        indexed = [(name, content_hash(self.texts[name])) for name, problem in ended if problem is None]
+        self._doc_store.mark_indexed_many(self._kind, indexed)
+        for name, problem in ended:
+            if problem is not None:
+                logger.warning("%s %s is not indexed: %s", self._kind, name, problem)
+                self._doc_store.mark_failed(self._kind, name, problem)
+            self._results[name] = problem is None
+        if self._on_items is not None:
+            self._on_items(self._kind, ended)
 
 
 def _common(info: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "business_purpose": info.get("business_purpose", ""),
         "documentation": str(info.get("documentation") or ""),
+        "metadata": info.get("metadata") or {},
     }
 
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from embedding_index.items import IndexItem, Kind
-from embedding_index.vector_store import OnResult, SQLVectorStore
+from embedding_index.vector_store import Ended, OnEnded, SQLVectorStore
 
-OnDocumented = Callable[[str, str | None], None]
+OnDocumented = Callable[[Sequence[tuple[str, str | None]]], None]
 
 
 class SQLIndexerAgent:
     """Indexes into *vector_store*, which stays the caller's.
 
-    A table is ``{"name", "documentation", "business_purpose"?, "schema"?}``, a relationship ``{"id", "documentation",
-    "type"?, "tables"?}``. What is found later is the documentation; where it is empty, it is made of the rest.
+    A table is ``{"name", "documentation", "business_purpose"?, "schema"?, "metadata"?}``, a relationship ``{"id",
+    "documentation", "type"?, "tables"?, "metadata"?}``. What is found later is the documentation; where it is empty, it is made of the rest.
     """
 
     def __init__(self, vector_store: SQLVectorStore) -> None:
@@ -31,35 +31,35 @@ class SQLIndexerAgent:
         return self.batch_index_relationships([relationship])[str(relationship["id"])]
 
     def batch_index_tables(
-        self, tables: Sequence[Mapping[str, Any]], on_result: OnDocumented | None = None
+        self, tables: Sequence[Mapping[str, Any]], on_ended: OnDocumented | None = None
     ) -> dict[str, bool]:
         """Index *tables* in the fewest calls and return whether each succeeded, by name.
 
-        A bad one fails alone. *on_result* gets each name, with None or the reason, when that is durable. A table that
+        A bad one fails alone. *on_ended* gets each name, some at a time, with None or the reason, when that is durable. A table that
         no call was made for, because the store was told to stop, is not in the result.
 
         Raises:
             IndexingError: The provider or ChromaDB ended the work; what is done is stored.
         """
-        return self._index([table_item(table) for table in tables], on_result)
+        return self._index([table_item(table) for table in tables], on_ended)
 
     def batch_index_relationships(
-        self, relationships: Sequence[Mapping[str, Any]], on_result: OnDocumented | None = None
+        self, relationships: Sequence[Mapping[str, Any]], on_ended: OnDocumented | None = None
     ) -> dict[str, bool]:
         """Index *relationships* by id; see ``batch_index_tables``."""
-        return self._index([relationship_item(relationship) for relationship in relationships], on_result)
+        return self._index([relationship_item(relationship) for relationship in relationships], on_ended)
 
-    def index_items(self, items: Sequence[IndexItem], on_result: OnResult) -> None:
+    def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
         """Index *items* of any kind; see ``SQLVectorStore.index``."""
-        self.vector_store.index(items, on_result)
+        self.vector_store.index(items, on_ended)
 
-    def _index(self, items: Sequence[IndexItem], on_result: OnDocumented | None) -> dict[str, bool]:
+    def _index(self, items: Sequence[IndexItem], on_ended: OnDocumented | None) -> dict[str, bool]:
         results: dict[str, bool] = {}
 
-        def note(item: IndexItem, problem: str | None) -> None:
-            results[item.name] = problem is None
-            if on_result is not None:
-                on_result(item.name, problem)
+        def note(ended: Ended) -> None:
+            results.update((item.name, problem is None) for item, problem in ended)
+            if on_ended is not None:
+                on_ended([(item.name, problem) for item, problem in ended])
 
         self.vector_store.index(items, note)
         return results
@@ -68,14 +68,13 @@ class SQLIndexerAgent:
 def table_item(table: Mapping[str, Any]) -> IndexItem:
     """Return *table* as the item it is in the index."""
     name = str(table["name"])
-    return IndexItem(Kind.TABLE, name, _text(f"Table {name}", table, "schema"), {})
+    return IndexItem(Kind.TABLE, name, _text(f"Table {name}", table, "schema"), table.get("metadata") or {})
 
 
 def relationship_item(relationship: Mapping[str, Any]) -> IndexItem:
     """Return *relationship* as the item it is in the index."""
     name = str(relationship["id"])
-    tables = " ".join(str(table) for table in relationship.get("tables") or ())
-    metadata = {"type": str(relationship.get("type") or ""), "tables": tables}
+    metadata = relationship.get("metadata") or {}
     return IndexItem(Kind.RELATIONSHIP, name, _text(f"Relationship {name}", relationship, "type"), metadata)
 
 

@@ -88,7 +88,7 @@ class Outcome:
 class IndexProgress:
     """How many items of how many have ended, on stderr: a bar on a terminal, else a line now and then; use as ``with``."""
 
-    def __init__(self, what: str, total: int | None, console: Console | None = None) -> None:
+    def __init__(self, what: str, total: int | None = None, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, soft_wrap=True)
         self._what, self._total = what, total
         self._ended = self._failed = 0
@@ -96,11 +96,6 @@ class IndexProgress:
         self._bar: Progress | None = None
 
     def __enter__(self) -> IndexProgress:
-        if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console)
-            self._bar.add_task(self._what, total=self._total)
-            self._bar.start()
         return self
 
     def __exit__(
@@ -111,24 +106,28 @@ class IndexProgress:
         elif self._ended:
             self._write()
 
-    def expect(self, more: int) -> None:
-        """Add *more* items to those that are waited for."""
-        self._total = (self._total or 0) + more
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], total=self._total)
+    def ended(self, ended: Sequence[tuple[object, str | None]]) -> None:
+        """Count items that ended, each with None or its problem."""
+        self._failed += sum(problem is not None for _, problem in ended)
+        self.reached(self._ended + len(ended))
 
-    def ended(self, *, failed: bool) -> None:
-        """Count one item."""
-        self._ended += 1
-        self._failed += failed
+    def reached(self, number: int, of: int | None = None) -> None:
+        """Show that *number* items have ended, of *of* where that has changed."""
+        self._ended, self._total = number, self._total if of is None else of
+        if self._bar is None and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._bar.add_task(self._what, total=self._total)
+            self._bar.start()
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._ended)
+            self._bar.update(self._bar.task_ids[0], completed=number, total=self._total)
         elif time.monotonic() - self._written_at >= LINE_EVERY_S:
             self._write()
 
     def _write(self) -> None:
         self._written_at = time.monotonic()
-        self._console.print(Text(f"{self._what}: {self._ended} of {self._total}, {self._failed} failed"))
+        of = "" if self._total is None else f" of {self._total}"
+        self._console.print(Text(f"{self._what}: {self._ended}{of}, {self._failed} failed"))
 
 
 def show_outcome(outcome: Outcome, *, as_json: bool, output: Path | None) -> None:

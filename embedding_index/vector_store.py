@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from config.index_settings import IndexSettings, load_index_settings
 from embedding_index.chroma_index import ChromaIndex, Entry
 from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
+from embedding_index.items import Hit, IndexItem, Kind, MetadataValue, ModelIdentity
 from embedding_index.providers.contract import Provider, Vectors
 from embedding_index.providers.opening import open_provider
 from embedding_index.query import query_vector
@@ -25,7 +28,22 @@ LEDGER_FILE = "vectors.sqlite3"
 WRITE_AT = 1000  # entries written to ChromaDB at once: it is slow with small writes
 PATIENCE_S = 600.0  # how long a run waits for a provider that is away or busy, all its waits together
 
-OnResult = Callable[[IndexItem, str | None], None]
+# What is done with items that ended: each with None, or with why it is not in the index.
+Ended = Sequence[tuple[IndexItem, str | None]]
+OnEnded = Callable[[Ended], None]
+
+
+class Indexed(Protocol):
+    """An item that is offered, or as the documentation store knows it."""
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def metadata(self) -> Mapping[str, MetadataValue]: ...
+    @property
+    def text(self) -> str | None: ...
 
 
 class SQLVectorStore:
@@ -85,27 +103,31 @@ class SQLVectorStore:
         return next(known, self.provider.identity)
 
     @property
-    def needs_remake(self) -> bool:
-        """Whether ChromaDB's files are damaged, missing, or were being written when a process died."""
+    def needs_remake(self) -> str | None:
+        """Why ChromaDB's files cannot be used as they are; None where they can."""
         return self._chroma.needs_rebuild
+
+    def count(self) -> int:
+        """Return how many items can be found."""
+        return self._chroma.count()
 
     def ids(self) -> set[str]:
         """Return the ids of everything that can be found."""
-        return set(self._chroma.ids())
+        return self._chroma.ids()
 
     def known(self, hashes: Collection[str]) -> set[str]:
         """Return those of *hashes* whose vector is stored: they cost nothing."""
         return self.ledger.known(self.identity, hashes)
 
-    def remake(self, items: Iterable[tuple[IndexItem, str]], progress: Callable[[int], None] | None = None) -> None:
+    def remake(self, items: Iterable[tuple[Indexed, str]], progress: Callable[[int], None] | None = None) -> None:
         """Make ChromaDB's files anew from *items* with their content hashes; asks no provider.
 
         An item whose vector is not stored is left out.
         """
         self._chroma.remake(self._entries(items), progress)
 
-    def index(self, items: Sequence[IndexItem], on_result: OnResult) -> None:
-        """Make *items* findable; *on_result* gets each one, with None or why it failed, when that is durable.
+    def index(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
+        """Make *items* findable; *on_ended* gets each one, some at a time, with None or why it failed, when that is durable.
 
         Items of equal text are embedded once. After ``stop`` is set some get no result.
 
@@ -123,30 +145,30 @@ class SQLVectorStore:
             for embedded in run.run({found: same[0].text for found, same in by_hash.items()}):
                 for item in by_hash[embedded.content_hash]:
                     if embedded.vector is None:
-                        on_result(item, embedded.problem)
+                        on_ended([(item, embedded.problem)])
                     else:
                         waiting.append((item, embedded.vector))
                 if len(waiting) >= WRITE_AT:
-                    self._write(waiting, on_result)
+                    self._write(waiting, on_ended)
         finally:
-            self.counts.add(run.counts)
-            self._write(waiting, on_result)
+            self.counts = _sum(self.counts, run.counts)
+            self._write(waiting, on_ended)
 
-    def _write(self, waiting: list[tuple[IndexItem, Vectors]], on_result: OnResult) -> None:
+    def _write(self, waiting: list[tuple[IndexItem, Vectors]], on_ended: OnEnded) -> None:
         if not waiting:
             return
         self._chroma.upsert([_entry(item, vector) for item, vector in waiting])
-        for item, _ in waiting:
-            on_result(item, None)
+        on_ended([(item, None) for item, _ in waiting])
         waiting.clear()
 
     def update_metadata(self, items: Sequence[IndexItem]) -> None:
         """Replace the metadata of *items*, which are in the index with the same text."""
-        self._chroma.update_metadata([(item.id, {**item.metadata, "name": item.name}) for item in items])
+        self._chroma.update_metadata({item.id: item.metadata for item in items})
 
     def delete(self, kind: Kind, names: Collection[str]) -> None:
         """Take items out of the index; names that are not there are fine."""
-        self._chroma.delete([f"{kind}:{name}" for name in names])
+        if names:
+            self._chroma.delete([f"{kind}:{name}" for name in names])
 
     def forget_others(self, hashes: Collection[str]) -> None:
         """Delete every stored vector but those of *hashes*: of texts that no item has any more."""
@@ -160,16 +182,12 @@ class SQLVectorStore:
         """
         return self._chroma.search(query_vector(self.provider, text), kinds, limit)
 
-    def _entries(self, items: Iterable[tuple[IndexItem, str]]) -> Iterable[Entry]:
-        page: list[tuple[IndexItem, str]] = []
-        for pair in items:
-            page.append(pair)
-            if len(page) >= WRITE_AT:
-                yield from self._stored(page)
-                page = []
-        yield from self._stored(page)
+    def _entries(self, items: Iterable[tuple[Indexed, str]]) -> Iterable[Entry]:
+        pairs = iter(items)
+        while page := list(itertools.islice(pairs, WRITE_AT)):
+            yield from self._stored(page)
 
-    def _stored(self, page: Sequence[tuple[IndexItem, str]]) -> Iterable[Entry]:
+    def _stored(self, page: Sequence[tuple[Indexed, str]]) -> Iterable[Entry]:
         vectors = self.ledger.vectors(self.identity, {found for _, found in page})
         return [_entry(item, vectors[found]) for item, found in page if found in vectors]
 
@@ -183,6 +201,11 @@ def _make_private(directory: Path) -> None:
         ) from exc
 
 
-def _entry(item: IndexItem, vector: Vectors) -> Entry:
-    text = None if item.kind is Kind.CONVERSATION else item.text
-    return Entry(item.id, vector, {**item.metadata, "name": item.name}, text)
+def _entry(item: Indexed, vector: Vectors) -> Entry:
+    return Entry(item.id, vector, item.metadata, None if item.kind is Kind.CONVERSATION else item.text)
+
+
+def _sum(first: RunCounts, second: RunCounts) -> RunCounts:
+    return RunCounts(
+        **{field.name: getattr(first, field.name) + getattr(second, field.name) for field in fields(RunCounts)}
+    )
