@@ -109,6 +109,15 @@ class ClassificationResponse(BaseModel):
     classification: Labels
 
 
+class ConversationAnswer(ClassificationResponse):
+    """What ``classify_conversation`` returns: dumped, it is the response, and it has what HTTP tells in a header."""
+
+    input_complete: bool = Field(
+        exclude=True,
+        description="False where the conversation is longer than the model's window: the labels are of what fits of it",
+    )
+
+
 class ErrorDetail(BaseModel):
     """What went wrong, without anything that was sent."""
 
@@ -344,8 +353,11 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 def classify_conversation(
     request: ClassificationRequest | Mapping[str, Any], settings: Settings | None = None
-) -> ClassificationResponse:
+) -> ConversationAnswer:
     """Return what POST /classify answers, asking the model server from here; blocks until it is there.
+
+    Its ``input_complete`` is False where the model saw only a part of the conversation (``X-Input-Complete``); it is
+    no part of the dumped answer.
 
     *settings* None reads them from the environment. The limits on sizes are the service's and do not count
     here. Each call opens its own connection.
@@ -373,8 +385,9 @@ def classify_conversation(
             outcome = llm_wrapper.ollama_classify(conversation, client, prompts, parser)
         except SkippedDocumentError as exc:
             raise RequestError(errors.TOO_LONG) from exc
-    return ClassificationResponse(
+    return ConversationAnswer(
         conversation_number=request.conversation_number,
         messages=request.messages,
         classification=Labels(**outcome.classification.as_dict()),
+        input_complete=outcome.input_complete,
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
@@ -30,17 +30,18 @@ from utils.batch_work import BatchInWork
 from utils.checkpoint import Checkpoint
 from utils.classification import Outcome
 from utils.concurrency_limit import ConcurrencyLimit
-from utils.context_window import WindowChoice, choose_window
 from utils.conversation import Conversation
 from utils.document_intake import DocumentIntake, RunOptions
 from utils.ollama_protocol import ChatReply, ChatTarget, chat_target, plan_fingerprint
 from utils.progress import Reporter
 from utils.result_document import build_result
 from utils.run_plan import work_kinds
-from utils.sample_recorder import SampleRecorder
 from utils.shared_window import SharedWindow
 from utils.store_protocol import Document
-from utils.window_sample import sample_needs
+from utils.window_sample import run_window, sample_needs
+
+if TYPE_CHECKING:  # of an estimate; a run has none
+    from utils.sample_recorder import SampleRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,11 @@ class BatchProcessor:
             client.on_answer = self.recorder.note_answer
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
-        choice = await self._choose_window(client, prompts)
+        choice = await run_window(
+            client,
+            self.settings.ollama_num_ctx,
+            lambda client: sample_needs(self.store, self.settings.source_collection, client.fitter(prompts).estimator),
+        )
         start_s = time.monotonic()
         target = await client.warm_up(choice, self._tell)
         if self.recorder is not None:
@@ -144,14 +149,6 @@ class BatchProcessor:
             return await llm.ollama_classify_async(conversation, client, prompts, parser, rounds)
 
         return classify
-
-    async def _choose_window(self, client: llm.AsyncLLMClient, prompts: PromptBuilder) -> WindowChoice:
-        asked, limit = self.settings.ollama_num_ctx, client.target.context_limit
-        if asked is not None or client.target.protocol == "openai_chat":
-            return choose_window([], limit, asked)
-        estimator = client.fitter(prompts).estimator
-        needs = await sample_needs(self.store, self.settings.source_collection, estimator)
-        return choose_window(needs, limit)
 
     def _tell(self, sentence: str) -> None:
         logger.info(sentence)

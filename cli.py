@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    # Modules stay for good: looking for garbage between their imports took a tenth of a start. ``main`` switches it on.
+    gc.disable()
+
 import argparse
 import asyncio
 import contextlib
-import gc
 import importlib
 import json
 import logging
@@ -27,7 +32,6 @@ from logger import configure_logging
 from mongo_client import DocumentStore
 from utils import summary
 from utils.atomic_file import replace_file
-from utils.baseline import BASELINE_MODEL, BaselineClassifier
 from utils.checkpoint import RunStats
 from utils.command_line import (
     Command,
@@ -38,10 +42,7 @@ from utils.command_line import (
     run_options,
     settings_from,
 )
-from utils.document_files import read_documents
 from utils.document_intake import RunOptions
-from utils.document_preview import preview
-from utils.embedded_mongod import EmbeddedMongod
 from utils.exit_boundary import exit_code_of, explain
 from utils.progress import ConsoleProgress, FileProgress, Reporter, Reporters
 from utils.run_plan import ask_plan, work_kinds
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # passes (10_000, 20, 20) memory grew by 30 % over 200,000 documents.
     gc.freeze()
     gc.set_threshold(10_000, 5, 2)
+    gc.enable()
 
     def run() -> int:
         settings = command_settings(arguments) if command else settings_from(arguments)
@@ -126,6 +128,10 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any]]:
     """Start what ``--embedded`` brings: a MongoDB with the samples, and the baseline where no Ollama answers."""
+    from utils.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - a plain run needs none of these
+    from utils.document_files import read_documents  # noqa: PLC0415
+    from utils.embedded_mongod import EmbeddedMongod  # noqa: PLC0415
+
     console = Console(stderr=True)
     console.print("Starting the embedded MongoDB with its data under data/embedded/ ...", soft_wrap=True)
     mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATA / "db"))
@@ -179,6 +185,8 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
+    from utils.document_preview import preview  # noqa: PLC0415 - of no use to a run
+
     store = DocumentStore(settings)
     try:
         await store.check()
@@ -200,7 +208,7 @@ async def _report(
 ) -> None:
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, emoji=False)  # a label is shown as it is, and no table of emoji is loaded
     summary.print_run(console, stats)
     if arguments.embedded:
         results = await processor.store.read_results([], 10_000)

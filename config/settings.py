@@ -11,10 +11,7 @@ from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from config.index_settings import IndexSettings, index_environment_names
 from config.loading import env, variables_of
-from config.openai_settings import OpenAISettings, openai_environment_names
-from config.service_settings import ServiceSettings, service_environment_names
 from error_handler import ConfigurationError
 
 DOTENV = Path(".env")
@@ -268,6 +265,11 @@ def environment_names(field: str) -> tuple[str, ...]:
 
 def known_environment_names() -> frozenset[str]:
     """Return every environment variable that this product reads."""
+    # Only a .env is compared with all of them, and to make a class of settings takes milliseconds of each start.
+    from config.index_settings import IndexSettings, index_environment_names  # noqa: PLC0415
+    from config.openai_settings import OpenAISettings, openai_environment_names  # noqa: PLC0415
+    from config.service_settings import ServiceSettings, service_environment_names  # noqa: PLC0415
+
     own = {name for field in Settings.model_fields for name in environment_names(field)}
     of_service = {name for field in ServiceSettings.model_fields for name in service_environment_names(field)}
     of_openai = {name for field in OpenAISettings.model_fields for name in openai_environment_names(field)}

@@ -330,6 +330,22 @@ def test_the_blocking_form_gives_the_same(service: ServiceProcess, fake: FakeOll
         )
 
 
+@pytest.mark.parametrize(("turns", "is_complete"), [(2, True), (300, False)])
+def test_the_blocking_form_tells_whether_the_model_saw_all_of_it(turns: int, is_complete: bool) -> None:
+    """As the service does in a header; the answer itself has the three fields and all messages, whatever was cut."""
+    messages = [{"sender": "customer", "text": f"{number}: {'my parcel is late ' * 4}"} for number in range(turns)]
+    sent = {"conversation_number": "123", "messages": messages}
+    with FakeOllama(latency_s=0, user_message=0) as model:
+        settings = load_settings(None, ollama_endpoint=model.url, ollama_model="llama3.2", ollama_num_ctx=4096)
+        answer = api.classify_conversation(sent, settings)
+    assert answer.input_complete is is_complete
+    body = json.loads(answer.model_dump_json(exclude_unset=True))
+    assert body == answer.model_dump(exclude_unset=True)
+    assert list(body) == ["conversation_number", "messages", "classification"]
+    assert body["messages"] == messages
+    assert list(body["classification"]) == ["intent", "topic", "sentiment", "categorization"]
+
+
 def test_a_fault_of_the_service_tells_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     """500 with the request id; the log has the place in the code, and not the message, which may quote a request."""
     with serve(tmp_path_factory.mktemp("faulty"), app="tests.faulty_service:app", API_EMBEDDED="true") as service:

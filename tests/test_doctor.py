@@ -13,6 +13,7 @@ import pytest
 
 from config import load_settings
 from config.settings import Settings
+from tests.test_long_conversations import long_conversation
 from tests.worker import Site, conversation
 from utils.embedded_mongod import EmbeddedMongod
 from utils.findings import Finding
@@ -211,3 +212,27 @@ def test_files_it_looks_at_keep_their_modes(site: Site) -> None:
     before = {path: stat.S_IMODE(path.stat().st_mode) for path in site.directory.rglob("*")}
     report(site, "--no-probe")
     assert {path: stat.S_IMODE(path.stat().st_mode) for path in site.directory.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("turns", "window"), [(1, 4096), (200, 16_384)])
+def test_it_loads_the_window_that_the_next_run_takes(site: Site, turns: int, window: int) -> None:
+    """Chosen by the same sample; the run finds the model loaded as it needs it."""
+    assert site.model is not None
+    site.source.insert_many([long_conversation(number, turns) for number in range(12)])
+    found = report(site, "--max-probe", "2")
+    chosen = next(finding for finding in found if finding["sentence"].startswith("A run takes a window of"))
+    assert chosen["numbers"] == {"num_ctx": window, "asked": None, "sample": 12, "held": 1.0}
+    assert {record["options"]["num_ctx"] for record in site.model.requests()} == {window}
+    assert site.run().code == 0
+    assert {record["options"]["num_ctx"] for record in site.model.requests()} == {window}
+    stats = site.model.stats()
+    assert (stats["loads"], stats["reloads"]) == (1, 0)
+
+
+def test_without_mongodb_the_model_is_looked_at_all_the_same(site: Site) -> None:
+    """In the window of one who knows no documents, and it says why."""
+    found = report(site, code=3, MONGODB_URI="mongodb://127.0.0.1:1", MONGODB_TIMEOUT_MS="300")
+    assert set(of_level(found, "error")) == {"mongodb"}
+    asked = next(finding for finding in found if "could not be asked which window" in finding["sentence"])
+    assert (asked["level"], asked["area"]) == ("warning", "model")
+    assert any("gives the whole window of 8192" in finding["sentence"] for finding in found)

@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
         "utils.mongo_diagnosis",
         "utils.slot_probe",
         "utils.model_diagnosis",
+        "utils.window_diagnosis",
         "utils.doctor_command",
     },
     {"embedding_index"},

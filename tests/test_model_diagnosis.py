@@ -135,26 +135,38 @@ def test_text_that_crosses_the_network_unencrypted_is_a_warning(url: str, level:
 # Window, memory, load
 
 
-async def test_a_window_beyond_the_model_is_a_warning_twice(fake: FakeOllama) -> None:
-    """Before the load by what the model says, after it by what the server gave."""
+async def test_a_window_beyond_the_model_is_a_warning_before_the_load(fake: FakeOllama) -> None:
+    """A run takes no more than the model has, and so does the diagnosis; without a setting there is nothing to say."""
     fake.configure(models=[{"name": "small", "context_length": 4096}])
-    found = await findings(settings_for(fake, ollama_model="small"), at_most=1)
-    assert the_one(found, "was made for 4096").level == "warning"
-    given = the_one(found, "gives a window of 4096 tokens where 8192 are asked for")
+    found = await findings(settings_for(fake, ollama_model="small", ollama_num_ctx=8192), at_most=1)
+    set_too_high = the_one(found, "was made for 4096")
+    assert (set_too_high.level, set_too_high.numbers["asked"]) == ("warning", 8192)
+    assert "OLLAMA_NUM_CTX=4096" in set_too_high.remedy
+    assert the_one(found, "whole window of 4096").level == "ok"
+    chosen = await findings(settings_for(fake, ollama_model="small"), at_most=1)
+    assert "window" not in " ".join(finding.sentence for finding in chosen if finding.level != "ok")
+
+
+async def test_a_window_that_the_server_does_not_give_is_a_warning_after_the_load(fake: FakeOllama) -> None:
+    fake.configure(most_ctx=5000)
+    found = await findings(settings_for(fake), at_most=1)
+    given = the_one(found, "gives a window of 5000 tokens where 8192 are asked for")
     assert given.level == "warning"
-    assert given.numbers == {"asked": 8192, "given": 4096, "limit": 4096}
-    assert "OLLAMA_NUM_CTX=4096" in given.remedy
-    followed = await findings(settings_for(fake, ollama_model="small", ollama_num_ctx=4096), at_most=1)
-    assert "window" not in " ".join(finding.sentence for finding in followed if finding.level != "ok")
+    assert given.numbers == {"asked": 8192, "given": 5000, "limit": 131_072}
+    assert "OLLAMA_NUM_CTX=5000" in given.remedy
+    assert the_one(await findings(settings_for(fake)), "loaded with 5000 tokens; with 8192 it is loaded again")
 
 
-async def test_a_model_that_others_loaded_with_another_window_is_a_warning(fake: FakeOllama) -> None:
-    """Each change between the two loads it again."""
-    chat(fake, options={"num_ctx": 16_384})
-    found = await findings(settings_for(fake))
-    assert the_one(found, "loaded with 16384 tokens").level == "warning"
-    await findings(settings_for(fake), at_most=1)
-    assert the_one(await findings(settings_for(fake)), "whole window of 8192").level == "ok"
+async def test_a_larger_window_that_others_loaded_is_taken_over_as_in_a_run(fake: FakeOllama) -> None:
+    """Only a window that the operator set is insisted on; each change between two loads the model again."""
+    chat(fake, options={"num_ctx": 16_384}, shift=False)
+    found = await findings(settings_for(fake), at_most=2)
+    assert the_one(found, "loaded with a window of 16384 tokens, which a run uses as it is").level == "ok"
+    assert (fake.stats()["loads"], fake.stats()["reloads"]) == (1, 0)
+    insisted = settings_for(fake, ollama_num_ctx=8192)
+    assert the_one(await findings(insisted), "loaded with 16384 tokens; with 8192").level == "warning"
+    await findings(insisted, at_most=1)
+    assert the_one(await findings(insisted), "whole window of 8192").level == "ok"
 
 
 @pytest.mark.parametrize(

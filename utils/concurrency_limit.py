@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from error_handler import LLMBusyError, LLMTimeoutError
-from utils.concurrency_controller import LimitController
 from utils.ollama_protocol import ChatReply
 
 LOG_EVERY_S = 15.0
@@ -27,6 +26,8 @@ class ConcurrencyLimit:
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        from utils.concurrency_controller import LimitController  # noqa: PLC0415 - a run with a fixed setting has none
+
         self.controller = LimitController(most)
         self._clock = clock
         self._taken = 0

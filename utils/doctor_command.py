@@ -13,16 +13,21 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from config import Settings
+from async_llm_wrapper import AsyncLLMClient
+from config import Settings, load_taxonomy
 from error_handler import ExitCode, TriadError
+from mongo_client import DocumentStore
+from prompt_builder import PromptBuilder
 from utils.command_line import Command, add_model_flags, positive
 from utils.disk_diagnosis import diagnose_disk
 from utils.findings import Finding, print_finding
 from utils.model_diagnosis import Probing, diagnose_model
 from utils.mongo_diagnosis import clock_check, diagnose
 from utils.settings_diagnosis import diagnose_labels, diagnose_settings
+from utils.window_sample import sample_needs
 
 DEFAULT_MAX_PROBE = 8
+SAMPLE_TIMEOUT_MS = 5000
 
 Tell = Callable[[str], None]
 
@@ -84,11 +89,23 @@ def _areas(arguments: argparse.Namespace, settings: Settings, tell: Tell) -> lis
     clock = clock_check(lambda: datetime.now(UTC))
     return [
         Area("mongodb", "MongoDB", diagnose(once, clock)),
-        Area("model", "Model server", diagnose_model(settings, probing)),
+        Area("model", "Model server", diagnose_model(settings, probing, lambda client: _sample(once, client))),
         Area("disk", "Disk and process", _in_turn(diagnose_disk(settings))),
         Area("labels", "Labels", _in_turn(diagnose_labels(settings))),
         Area("settings", "Settings", _in_turn(diagnose_settings(settings, given_flags(arguments, settings)))),
     ]
+
+
+async def _sample(settings: Settings, client: AsyncLLMClient) -> list[int]:
+    """Return what a run would learn about the documents of *settings*; the connection is open for that long."""
+    prompts = PromptBuilder.from_taxonomy(load_taxonomy(settings.taxonomy_file))
+    # One that is away was waited for before, at the length that was set.
+    patience_ms = min(settings.mongodb_timeout_ms, SAMPLE_TIMEOUT_MS)
+    store = DocumentStore(settings.model_copy(update={"mongodb_timeout_ms": patience_ms}))
+    try:
+        return await sample_needs(store, settings.source_collection, client.fitter(prompts).estimator)
+    finally:
+        await store.close()
 
 
 async def examine(areas: Iterable[Area], tell: Tell) -> AsyncGenerator[tuple[str, Finding]]:

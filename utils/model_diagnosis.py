@@ -27,6 +27,8 @@ from utils.findings import Finding, counted
 from utils.ollama_protocol import chat_target, with_model
 from utils.served_models import LoadedModel, ModelFacts, ServedModel, choose_model
 from utils.slot_probe import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
+from utils.window_diagnosis import given_window, loaded_entry, settle_window
+from utils.window_sample import Sample
 
 LOAD_TIMEOUT_S = 600.0  # Ollama gives up a load after 5 minutes without progress; leaving earlier would abort it
 ROUNDS = 2
@@ -70,9 +72,16 @@ class Asked:
         return self.client.target.num_ctx
 
 
-async def diagnose_model(settings: Settings, probing: Probing) -> AsyncGenerator[Finding]:
+async def _no_documents(_client: AsyncLLMClient) -> list[int]:
+    return []
+
+
+async def diagnose_model(
+    settings: Settings, probing: Probing, sample: Sample = _no_documents
+) -> AsyncGenerator[Finding]:
     """Yield what there is to say about the model server of *settings*.
 
+    *sample* tells which windows the documents of a run need; the one of a run is asked for.
     What follows from a failed check is left out: nothing is asked of a server that is away, or of a model it lacks.
     Every request is sent once.
     """
@@ -100,14 +109,23 @@ async def diagnose_model(settings: Settings, probing: Probing) -> AsyncGenerator
             facts = await client.show(model.name)
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
         asked = Asked(client, settings, model, facts)
-        for finding in _describe(asked):
+        async for finding in _look(asked, probing, sample):
             yield finding
-        if probing.at_most:
-            async for finding in _ask(asked, probing):
-                yield finding
-        elif settings.protocol != "openai_chat":
-            for finding in _memory(asked, await client.loaded()):
-                yield finding
+
+
+async def _look(asked: Asked, probing: Probing, sample: Sample) -> AsyncGenerator[Finding]:
+    """Yield what there is to say about a model that the server has."""
+    for finding in _describe(asked):
+        yield finding
+    if asked.settings.protocol != "openai_chat":
+        async for finding in settle_window(asked.client, asked.settings, sample):
+            yield finding
+    if probing.at_most:
+        async for finding in _ask(asked, probing):
+            yield finding
+    elif asked.settings.protocol != "openai_chat":
+        for finding in _memory(asked, await asked.client.loaded(), by_us=False):
+            yield finding
 
 
 def _endpoint(settings: Settings) -> Iterator[Finding]:
@@ -133,7 +151,7 @@ def _answers(settings: Settings, version: str | None, models: list[ServedModel])
 
 def _describe(asked: Asked) -> Iterator[Finding]:
     """Yield what the server says about the model without being asked to load it."""
-    model, facts, num_ctx = asked.model, asked.facts, asked.num_ctx
+    model, facts = asked.model, asked.facts
     numbers = {
         "model": model.name,
         "digest": model.digest,
@@ -155,13 +173,6 @@ def _describe(asked: Asked) -> Iterator[Finding]:
         yield Finding("error", f"{model.name} cannot chat: it is for embeddings.", "Name another with --model.")
     if facts.can_think:
         yield Finding("ok", "It can think aloud; every request switches that off (think: false).")
-    if facts.context_length is None:
-        yield Finding("ok", "The server does not tell the model's own context limit.")
-    elif facts.context_length < num_ctx:
-        sentence = f"A window of {num_ctx} tokens is asked for, and the model was made for {facts.context_length}."
-        yield Finding("warning", sentence, f"OLLAMA_NUM_CTX={facts.context_length}, or another model.")
-    else:
-        yield Finding("ok", f"The model's own limit is {facts.context_length} tokens; {num_ctx} are asked for.")
 
 
 async def _ask(asked: Asked, probing: Probing) -> AsyncGenerator[Finding]:
@@ -179,12 +190,13 @@ async def _ask(asked: Asked, probing: Probing) -> AsyncGenerator[Finding]:
         except LLMError as exc:
             yield Finding("error", _sentence(exc), _remedy(exc, settings))
         else:
-            for finding in _memory(asked, loaded):
+            for finding in _memory(asked, loaded, by_us=True):
                 yield finding
     probing.tell("Classifying a test conversation ...")
     yield await _classify(asked)
     probing.tell("Asking with more and more requests at once ...")
-    once = without_second_attempts(settings)
+    # With another window, the server would load the model again for the probe.
+    once = without_second_attempts(settings).model_copy(update={"ollama_num_ctx": asked.num_ctx})
     try:
         measured = await measure(once, probing.at_most, ROUNDS, probing.tell, until_one_waits=True)
     except LLMError as exc:
@@ -215,25 +227,13 @@ async def _load(asked: Asked) -> Finding:
     )
 
 
-def _memory(asked: Asked, loaded: list[LoadedModel]) -> Iterator[Finding]:
-    """Yield the window that the server really gives, and where the model lies."""
-    num_ctx = asked.num_ctx
-    entry = next((one for one in loaded if one.name == asked.model.name), None)
+def _memory(asked: Asked, loaded: list[LoadedModel], *, by_us: bool) -> Iterator[Finding]:
+    """Yield the window that the server really gives, and where the model lies; *by_us*: it was loaded for this."""
+    entry = loaded_entry(asked.client, loaded)
     if entry is None:
         yield Finding("ok", f"{asked.model.name} is not loaded now; the first call of a run loads it.")
         return
-    numbers = {"asked": num_ctx, "given": entry.context_length, "limit": asked.facts.context_length}
-    if entry.context_length is None:
-        yield Finding("ok", "The server does not tell the window that it gives.", numbers=numbers)
-    elif entry.context_length == num_ctx:
-        yield Finding("ok", f"The server gives the whole window of {num_ctx} tokens.", numbers=numbers)
-    elif entry.context_length < num_ctx:
-        sentence = f"The server gives a window of {entry.context_length} tokens where {num_ctx} are asked for."
-        remedy = f"OLLAMA_NUM_CTX={entry.context_length}: else longer conversations are refused or cut."
-        yield Finding("warning", sentence, remedy, numbers)
-    else:
-        sentence = f"The model is loaded with {entry.context_length} tokens; with {num_ctx} it is loaded again."
-        yield Finding("warning", sentence, "Let all clients of this model ask for the same window.", numbers)
+    yield from given_window(asked.num_ctx, asked.facts.context_length, entry, by_us=by_us)
     if entry.size_bytes and entry.vram_bytes is not None:
         yield _spill(entry.size_bytes, entry.vram_bytes)
 

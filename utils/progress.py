@@ -10,14 +10,16 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from error_handler import Reason
 from utils.atomic_file import replace_file
 from utils.checkpoint import RunStats
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 RATE_WINDOW_S = 30.0
 PLAIN_LINE_EVERY_S = 10.0
@@ -91,12 +93,14 @@ class ConsoleProgress:
 
     def _draw(self, status: str, stats: RunStats, calls: str) -> None:
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[counts]}"),
-                TimeRemainingColumn(),
+            from rich import progress  # noqa: PLC0415 - a run without a terminal starts sooner without it
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[counts]}"),
+                progress.TimeRemainingColumn(),
                 console=self._console,
             )
             self._bar.add_task("Classifying", counts="")

@@ -1,15 +1,32 @@
-"""A random sample of the source documents, as the windows they need."""
+"""The window of a run, by a random sample of the source documents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from async_llm_wrapper import AsyncLLMClient
 from mongo_client import DocumentStore, translated
-from utils.context_window import tokens_needed
+from utils.context_window import WindowChoice, choose_window, tokens_needed
 from utils.token_estimate import TokenEstimator
 
 SAMPLE_SIZE = 200
+
+Sample = Callable[[AsyncLLMClient], Awaitable[list[int]]]
+
+
+async def run_window(client: AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:
+    """Return the window that a run takes with the model of *client*, which is prepared.
+
+    *asked* is what the operator set; without it, *sample* tells what documents need, as ``sample_needs`` does.
+
+    Raises:
+        TriadError: Whatever *sample* raises.
+    """
+    limit = client.target.context_limit
+    if asked is not None or client.target.protocol == "openai_chat":
+        return choose_window([], limit, asked)
+    return choose_window(await sample(client), limit)
 
 
 async def sample_needs(store: DocumentStore, collection: str, estimator: TokenEstimator) -> list[int]:

@@ -1,0 +1,63 @@
+"""What the start of a run costs: it loads no library that only another command needs, and looks for no garbage meanwhile."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from tests.worker import ROOT, Site, WorkerProcess, conversation
+
+# Each is loaded where it is used: by --embedded, by a command of its own, by the service, by the drawing of a bar.
+OF_OTHERS = {
+    *(
+        "chromadb",
+        "croniter",
+        "dns",
+        "fastapi",
+        "genai_prices",
+        "httpx2",
+        "jinja2",
+        "mongomock_motor",
+        "motor",
+        "openai",
+    ),
+    *("phonenumbers", "requests", "sqlalchemy", "starlette", "statistics", "stdnum", "urllib3"),
+    *("uvicorn", "vaderSentiment", "api", "main", "llm_wrapper", "openai_batch", "rich.progress"),
+    *("config.openai_settings", "config.service_settings", "utils.concurrency_controller", "utils.document_files"),
+    *("utils.document_preview", "utils.embedded_mongod", "utils.run_estimate"),
+}
+LOADED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", ["cli.py", "run_batch_processor.py"])
+def test_a_plain_run_loads_no_library_of_others(site: Site, script: str) -> None:
+    """From its first line to its summary, as the interpreter itself tells it."""
+    site.source.insert_many([conversation(number) for number in range(3)])
+    command = [sys.executable, "-X", "importtime", str(ROOT / script)]
+    with WorkerProcess(command, site.environment(), site.folder) as worker:
+        ended = worker.ended()
+    loaded = set(LOADED.findall(ended.err))
+    assert (ended.code, site.results.count_documents({})) == (0, 3)
+    assert {"aiohttp", "pymongo", "rich.console", "utils.batch_run"} <= loaded  # they are listed at all
+    assert not loaded & OF_OTHERS
+
+
+def test_garbage_is_looked_for_again_once_a_run_is_under_way(site: Site) -> None:
+    """A process that never looks grows with each cycle; only the imports are free of it."""
+    site.source.insert_many([conversation(number) for number in range(3)])
+    watch = (
+        "import gc, runpy, sys, uvloop\n"
+        "run = uvloop.run\n"
+        "def told(main):\n"
+        "    print('in the run:', gc.isenabled(), gc.get_threshold())\n"
+        "    return run(main)\n"
+        "uvloop.run = told\n"
+        f"sys.argv = [{str(ROOT / 'cli.py')!r}]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    with WorkerProcess([sys.executable, "-c", watch], site.environment(PYTHONPATH=str(ROOT)), site.folder) as worker:
+        ended = worker.ended()
+    assert ended.code == 0, ended.err
+    assert "in the run: True (10000, 5, 2)" in ended.out
