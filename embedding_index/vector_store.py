@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -68,20 +69,16 @@ class SQLVectorStore:
         self.counts = RunCounts()  # of all calls through this store
         self.directory = self.settings.index_dir
         _make_private(self.directory)
-        self._lock = DirectoryLock(self.directory)
-        self._lock.acquire("wait for it to end, or set INDEX_DIR to another directory.")
-        self._closing: list[Callable[[], None]] = [self._lock.release]
-        try:
+        with contextlib.ExitStack() as stack:
+            lock = DirectoryLock(self.directory)
+            lock.acquire("wait for it to end, or set INDEX_DIR to another directory.")
+            stack.callback(lock.release)
             self.provider = provider or open_provider(self.settings)
             if provider is None:
-                self._closing.append(self.provider.close)
-            self.ledger = VectorLedger(self.directory / LEDGER_FILE)
-            self._closing.append(self.ledger.close)
-            self._chroma = ChromaIndex(self.directory, self.identity, discard=rebuild)
-            self._closing.append(self._chroma.close)
-        except BaseException:
-            self.close()
-            raise
+                stack.callback(self.provider.close)
+            self.ledger = stack.enter_context(VectorLedger(self.directory / LEDGER_FILE))
+            self._chroma = stack.enter_context(ChromaIndex(self.directory, self.identity, discard=rebuild))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> SQLVectorStore:
         return self
@@ -93,8 +90,7 @@ class SQLVectorStore:
 
     def close(self) -> None:
         """Finish what is on disk and let other processes in."""
-        while self._closing:
-            self._closing.pop()()
+        self._stack.close()
 
     @property
     def identity(self) -> ModelIdentity:
