@@ -7,12 +7,16 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from pymongo import MongoClient
 
 from tests.fake_ollama import FakeOllama
 from utils.embedded_mongod import EmbeddedMongod
+
+if TYPE_CHECKING:
+    from tests.postgres_server import Postgres
 
 pytest.register_assert_rewrite("tests.worker")
 
@@ -69,6 +73,15 @@ def db_name(mongod: EmbeddedMongod) -> Iterator[str]:
     yield name
     with MongoClient[dict[str, object]](mongod.uri) as client:
         client.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """Return a PostgreSQL server that serves every test of this process; skips where Debian's packages are not there."""
+    from tests.postgres_server import PostgresServer
+
+    with PostgresServer() as server:
+        yield server.postgres
 
 
 @pytest.fixture

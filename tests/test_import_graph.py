@@ -70,7 +70,7 @@ OWNERS = {
     # what the openai package is made of
     "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     "chromadb": {"embedding_index.chroma_index"},
-    "sqlalchemy": {"embedding_index.introspection"},
+    "sqlalchemy": {"embedding_index.introspection", "embedding_index.database_connection"},
     "bpe_openai": {"embedding_index.token_counts"},
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},

@@ -1,0 +1,213 @@
+"""Tables and relationships as texts, for people and for embeddings. Pure: equal facts give equal texts."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts, column_list, quoted
+from embedding_index.items import IndexItem, Kind, MetadataValue
+
+# Where a word ends inside a name: order_items, orderItems, HTTPLog, line2.
+_WORD_END = re.compile(
+    r"[\W_]+|(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])"
+)
+_SPACES = re.compile(r"\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Documentation:
+    """One item with what is known of it besides its text: *details* are JSON, their keys those of the store's answers."""
+
+    item: IndexItem
+    details: Mapping[str, Any]
+
+
+def document_database(
+    tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]
+) -> tuple[list[Documentation], list[Documentation]]:
+    """Return one documentation for each of *tables* and each of *relationships*, in their order."""
+    by_name = {table.full_name: table for table in tables}
+    outgoing: defaultdict[str, list[RelationshipFacts]] = defaultdict(list)
+    incoming: defaultdict[str, list[RelationshipFacts]] = defaultdict(list)
+    for relationship in relationships:
+        outgoing[relationship.constrained_table].append(relationship)
+        incoming[relationship.referred_table].append(relationship)
+    documented = [_document_table(t, outgoing[t.full_name], incoming[t.full_name]) for t in tables]
+    return documented, [_document_relationship(relationship, by_name) for relationship in relationships]
+
+
+def words(name: str) -> str:
+    """Return *name* as words in lower case: ``OrderItems`` and ``order_items`` are "order items"."""
+    return _WORD_END.sub(" ", name).strip().lower() or name
+
+
+def linked_tables(table: TableFacts, outgoing: Sequence[RelationshipFacts]) -> tuple[str, str] | None:
+    """Return the two tables that *table* links many-to-many: its primary key is made of two foreign keys; else None."""
+    parts = [key for key in outgoing if set(key.constrained_columns) <= set(table.primary_key)]
+    if len(parts) != 2 or not table.primary_key:
+        return None
+    first, second = (set(key.constrained_columns) for key in parts)
+    if first & second or first | second != set(table.primary_key):
+        return None
+    return parts[0].referred_table, parts[1].referred_table
+
+
+def business_purpose(table: TableFacts, outgoing: Sequence[RelationshipFacts]) -> str:
+    """Return what *table* is for: its comment, or one sentence that says it is derived."""
+    if table.comment:
+        return _one_line(table.comment)
+    subject = words(table.name)
+    derived = "(derived: it has no comment)"
+    linked = linked_tables(table, outgoing)
+    if linked:
+        return f"Links {_table_words(linked[0])} with {_table_words(linked[1])}, many-to-many {derived}."
+    if table.kind != "table":
+        return f"Shows {subject} {derived}."
+    referred = list(dict.fromkeys(_table_words(key.referred_table) for key in outgoing if not key.is_self_reference))
+    if referred:
+        return f"Keeps {subject}, which refer to {_enumeration(referred)} {derived}."
+    return f"Keeps {subject} {derived}."
+
+
+def _document_table(
+    table: TableFacts, outgoing: Sequence[RelationshipFacts], incoming: Sequence[RelationshipFacts]
+) -> Documentation:
+    purpose = business_purpose(table, outgoing)
+    metadata: dict[str, MetadataValue] = {"table_type": table.kind, "purpose": purpose}
+    if table.schema is not None:
+        metadata["schema"] = table.schema
+    text = "\n".join(_table_lines(table, purpose, outgoing, incoming))
+    details = {"schema_data": asdict(table), "business_purpose": purpose}
+    return Documentation(IndexItem(Kind.TABLE, table.full_name, text, metadata), details)
+
+
+def _table_lines(
+    table: TableFacts, purpose: str, outgoing: Sequence[RelationshipFacts], incoming: Sequence[RelationshipFacts]
+) -> Iterator[str]:
+    where = f" of schema {quoted(table.schema)}" if table.schema is not None else ""
+    partitioned = ", kept in partitions" if table.is_partitioned else ""
+    yield f"{table.kind.capitalize()} {table.full_name}: {words(table.name)}{where}{partitioned}."
+    yield f"Purpose: {purpose}"
+    if table.problem:
+        yield f"Nothing more is known of it: {table.problem}."
+        return
+    if linked := linked_tables(table, outgoing):
+        yield f"Junction table: each row links one row of {linked[0]} with one of {linked[1]} (many-to-many)."
+    yield "Columns:"
+    targets = _targets(outgoing)
+    yield from (f"- {_column_line(column, table, targets.get(column.name))}" for column in table.columns)
+    yield from _key_lines(table, outgoing, incoming)
+
+
+def _key_lines(
+    table: TableFacts, outgoing: Sequence[RelationshipFacts], incoming: Sequence[RelationshipFacts]
+) -> Iterator[str]:
+    if len(table.primary_key) > 1:
+        yield f"Primary key: {column_list(table.primary_key)} together."
+    for key in table.unique_keys:
+        if len(key) > 1:
+            yield f"Unique: {column_list(key)} together."
+    for key_columns, target in _composite_targets(outgoing):
+        yield f"Refers by {key_columns} together to {target}."
+    if incoming:
+        names = dict.fromkeys(f"{key.constrained_table} ({column_list(key.constrained_columns)})" for key in incoming)
+        yield f"Referred to by: {', '.join(names)}."
+    if table.checks:
+        yield f"Checks: {'; '.join(map(_one_line, table.checks))}."
+    if table.indexes:
+        yield f"Indexed by: {'; '.join(', '.join(index) for index in table.indexes)}."
+
+
+def _targets(outgoing: Sequence[RelationshipFacts]) -> dict[str, str]:
+    """What single columns refer to."""
+    targets: defaultdict[str, list[str]] = defaultdict(list)
+    for key in outgoing:
+        if len(key.constrained_columns) == 1:
+            targets[key.constrained_columns[0]].append(_referred(key))
+    return {column: " and ".join(dict.fromkeys(found)) for column, found in targets.items()}
+
+
+def _composite_targets(outgoing: Sequence[RelationshipFacts]) -> Iterator[tuple[str, str]]:
+    for key in outgoing:
+        if len(key.constrained_columns) > 1:
+            yield column_list(key.constrained_columns), _referred(key)
+
+
+def _referred(key: RelationshipFacts) -> str:
+    columns = f"({column_list(key.referred_columns)})" if key.referred_columns else ""
+    return f"{key.referred_table}{columns}"
+
+
+def _column_line(column: ColumnFacts, table: TableFacts, target: str | None) -> str:
+    facts = [column.type] if column.type else []
+    if table.primary_key == (column.name,):
+        facts.append("primary key")
+    elif (column.name,) in table.unique_keys:
+        facts.append("unique")
+    if not column.is_nullable and table.primary_key != (column.name,):
+        facts.append("required")
+    if column.is_automatic:
+        facts.append("filled by the database")
+    if column.default is not None:
+        facts.append(f"default {_one_line(column.default)}")
+    line = f"{quoted(column.name)} ({', '.join(facts)})" if facts else quoted(column.name)
+    if column.choices:
+        line += f": one of {', '.join(column.choices)}"
+    if target:
+        line += f", refers to {target}"
+    return f"{line}. {_one_line(column.comment)}" if column.comment else f"{line}."
+
+
+def _document_relationship(key: RelationshipFacts, tables: Mapping[str, TableFacts]) -> Documentation:
+    details = asdict(key)
+    metadata: dict[str, MetadataValue] = {
+        "constrained_table": key.constrained_table,
+        "referred_table": key.referred_table,
+        "relationship_type": key.relationship_type,
+    }
+    text = "\n".join(_relationship_lines(key, tables))
+    return Documentation(IndexItem(Kind.RELATIONSHIP, key.id, text, metadata), details)
+
+
+def _relationship_lines(key: RelationshipFacts, tables: Mapping[str, TableFacts]) -> Iterator[str]:
+    of, to = _table_words(key.constrained_table), _table_words(key.referred_table)
+    of, to = _table_words(key.constrained_table), _table_words(key.referred_table)
+    yield f"Relationship {key.id}: from {of} to {to}, {key.relationship_type}."
+    if key.comment:
+        yield f"Purpose: {_one_line(key.comment)}"
+    one = "one row" if key.is_required else "at most one row"
+    many = "at most one row" if key.relationship_type == "one-to-one" else "any number of rows"
+    if key.is_self_reference:
+        yield f"Each row of {key.constrained_table} refers to {one} of the same table, to which {many} can refer."
+    else:
+        yield (
+            f"Each row of {key.constrained_table} refers to {one} of {key.referred_table}; "
+            f"to one row of {key.referred_table} {many} of {key.constrained_table} can refer."
+        )
+    columns = f"{column_list(key.constrained_columns)} of {key.constrained_table}"
+    yield f"Joined by {columns} = {column_list(key.referred_columns) or 'the primary key'} of {key.referred_table}."
+    if key.on_delete:
+        yield f"When the referred row is deleted: {key.on_delete}."
+    for name in dict.fromkeys((key.constrained_table, key.referred_table)):
+        table = tables.get(name)
+        if table is None:
+            yield f"{name} was not read: it is missing, or hidden from the user of the database."
+        elif table.comment:
+            yield f"{name}: {_one_line(table.comment)}"
+
+
+def _table_words(name: str) -> str:
+    """Words of the table in a full name."""
+    return words(re.split(r'\.(?=(?:[^"]*"[^"]*")*[^"]*$)', name)[-1].strip('"'))
+
+
+def _enumeration(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _one_line(value: str) -> str:
+    return _SPACES.sub(" ", value).strip()

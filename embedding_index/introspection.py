@@ -1,0 +1,317 @@
+"""What a database has, read through SQLAlchemy's inspector: its catalogue only, never a row."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, Inspector, inspect, text
+from sqlalchemy.dialects.postgresql import DOMAIN
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.engine.reflection import ObjectKind
+from sqlalchemy.exc import CompileError, DBAPIError, NoSuchTableError, SAWarning
+from sqlalchemy.types import ARRAY, Enum, NullType, TypeEngine
+
+from embedding_index.database_connection import connected
+from embedding_index.database_facts import (
+    ColumnFacts,
+    DatabaseFacts,
+    RelationshipFacts,
+    TableFacts,
+    TableKind,
+    column_list,
+    full_name,
+)
+
+# Of the databases that show them as schemas like any other.
+_SYSTEM_SCHEMAS = {"information_schema", "sys", "performance_schema", "mysql", "pg_catalog"}
+# Here a schema is a database of its own; the one of the URL is meant.
+_ONE_SCHEMA_DIALECTS = ("sqlite", "mysql", "mariadb")
+
+# Partitions hold what their partitioned table documents.
+_PARTITIONS = """
+SELECT n.nspname, c.relname, c.relispartition FROM pg_catalog.pg_class c
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.relispartition OR c.relkind = 'p'"""
+# A foreign key to a partitioned table has a copy for each of its partitions.
+_COPIED_KEYS = """
+SELECT n.nspname, c.relname, k.conname FROM pg_catalog.pg_constraint k
+JOIN pg_catalog.pg_class c ON c.oid = k.conrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE k.contype = 'f' AND k.conparentid <> 0"""
+_HIDDEN_SCHEMAS = """
+SELECT nspname FROM pg_catalog.pg_namespace WHERE NOT has_schema_privilege(oid, 'USAGE') AND nspname !~ '^pg_'"""
+_POSTGRESQL_TYPES = """
+SELECT n.nspname, c.relname, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod) FROM pg_catalog.pg_attribute a
+JOIN pg_catalog.pg_class c ON c.oid = a.attrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE a.attnum > 0 AND NOT a.attisdropped AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname = :schema"""
+_SQLITE_TYPES = """
+SELECT NULL, m.name, c.name, c.type FROM sqlite_master m JOIN pragma_table_xinfo(m.name) c
+WHERE m.type = 'table' AND m.sql NOT LIKE 'CREATE VIRTUAL%'"""
+# SQLAlchemy sees them where the foreign key stands apart from its column only.
+_SQLITE_ACTIONS = """
+SELECT m.name, k.id, k."from", k.on_delete FROM sqlite_master m JOIN pragma_foreign_key_list(m.name) k
+WHERE m.type = 'table' AND m.sql NOT LIKE 'CREATE VIRTUAL%' ORDER BY m.name, k.id, k.seq"""
+
+Row = Mapping[str, Any]
+Key = tuple[str | None, str]
+
+
+def read_database(url: SecretStr) -> DatabaseFacts:
+    """Return the tables, views and foreign keys of the database at *url*, all schemas but the system's.
+
+    Views and virtual tables that the database itself cannot open are there with their ``problem``.
+
+    Raises:
+        ConfigurationError: *url* is malformed, or its driver is not installed.
+        DatabaseUnavailableError: The database cannot be reached or read. No message shows the password.
+    """
+    with connected(url) as connection, warnings.catch_warnings():
+        # Of types and indexes that SQLAlchemy does not know: what is missing is read below, or left out.
+        warnings.simplefilter("ignore", SAWarning)
+        return _read(connection)
+
+
+@dataclass(frozen=True, slots=True)
+class _Catalogue:
+    """What SQLAlchemy's inspector does not tell."""
+
+    partitions: set[Key] = field(default_factory=set)
+    partitioned: set[Key] = field(default_factory=set)
+    copied_keys: set[tuple[str, str, str]] = field(default_factory=set)
+    hidden_schemas: tuple[str, ...] = ()
+    unreadable: set[str] = field(default_factory=set)
+    shadow_tables: set[str] = field(default_factory=set)
+
+
+def _catalogue(connection: Connection, inspector: Inspector) -> _Catalogue:
+    if connection.dialect.name == "postgresql":
+        partitions = connection.execute(text(_PARTITIONS)).all()
+        return _Catalogue(
+            partitions={(schema, table) for schema, table, is_partition in partitions if is_partition},
+            partitioned={(schema, table) for schema, table, is_partition in partitions if not is_partition},
+            copied_keys={(schema, table, name) for schema, table, name in connection.execute(text(_COPIED_KEYS))},
+            hidden_schemas=tuple(sorted(connection.execute(text(_HIDDEN_SCHEMAS)).scalars())),
+        )
+    if connection.dialect.name == "sqlite":
+        kinds = connection.execute(text("SELECT name, type FROM pragma_table_list WHERE schema = 'main'"))
+        shadows = {name for name, kind in kinds if kind == "shadow"}
+        names = {*inspector.get_table_names(), *inspector.get_view_names()} - shadows
+        return _Catalogue(unreadable=set(_unreadable(inspector, names)), shadow_tables=shadows)
+    return _Catalogue()
+
+
+def _unreadable(inspector: Inspector, names: Iterable[str]) -> Iterator[str]:
+    """Yield views over what is gone and virtual tables without their module; the inspector keeps what it read."""
+    for name in names:
+        try:
+            inspector.get_columns(name)
+        except (DBAPIError, NoSuchTableError) as exc:
+            if re.search(r"locked|not a database|malformed|disk", str(exc)):
+                raise
+            yield name
+
+
+def _read(connection: Connection) -> DatabaseFacts:
+    if connection.dialect.name == "postgresql":
+        # Then foreign keys, types and defaults name their schemas, whatever path the user has.
+        connection.execute(text("SET LOCAL search_path = ''"))
+    inspector = inspect(connection)
+    catalogue = _catalogue(connection, inspector)
+    schemas: list[str | None] = [None]
+    if connection.dialect.name not in _ONE_SCHEMA_DIALECTS:
+        hidden = {*_SYSTEM_SCHEMAS, *catalogue.hidden_schemas}
+        schemas = [name for name in sorted(inspector.get_schema_names()) if name.lower() not in hidden]
+    tables = [table for schema in schemas for table in _tables(connection, inspector, schema, catalogue)]
+    by_name = {table.full_name: table for table in tables}
+    keys = [key for schema in schemas for key in _foreign_keys(inspector, schema, catalogue)]
+    if connection.dialect.name == "sqlite":
+        keys = list(_with_actions(connection, keys))
+    relationships = sorted(_relationships(keys, by_name), key=lambda relationship: relationship.id)
+    tables.sort(key=lambda table: table.full_name)
+    return DatabaseFacts(tuple(tables), tuple(relationships), catalogue.hidden_schemas)
+
+
+def _tables(
+    connection: Connection, inspector: Inspector, schema: str | None, catalogue: _Catalogue
+) -> Iterator[TableFacts]:
+    """Yield the tables and views of *schema*; one query for each kind of facts where the dialect can."""
+    kinds: dict[str, TableKind] = dict.fromkeys(inspector.get_table_names(schema), "table")
+    kinds |= dict.fromkeys(inspector.get_view_names(schema), "view")
+    if connection.dialect.name == "postgresql":
+        kinds |= dict.fromkeys(inspector.get_materialized_view_names(schema), "materialized view")
+    kinds = {name: kind for name, kind in kinds.items() if name not in catalogue.shadow_tables}
+    readable = [name for name in kinds if name not in catalogue.unreadable]
+    facts = _Reader(inspector, schema, readable)
+    columns = facts.of("columns")
+    keys, uniques, indexes = facts.of("pk_constraint"), facts.of("unique_constraints"), facts.of("indexes")
+    checks, comments = facts.of("check_constraints"), facts.of("table_comment")
+    types = _declared_types(connection, schema, columns)
+    for name, kind in kinds.items():
+        place = (schema, name)
+        if place in catalogue.partitions:
+            continue
+        if name in catalogue.unreadable:
+            yield TableFacts(schema, name, kind, problem="the database cannot open it")
+            continue
+        found = indexes.get(place, [])
+        yield TableFacts(
+            schema,
+            name,
+            kind,
+            columns=tuple(_column(row, (*place, row["name"]), types, connection.dialect) for row in columns[place]),
+            primary_key=tuple(keys.get(place, {}).get("constrained_columns", ())),
+            unique_keys=tuple(sorted(_unique_keys(uniques.get(place, []), found))),
+            indexes=tuple(sorted(_other_indexes(found))),
+            checks=tuple(sorted(str(row["sqltext"]) for row in checks.get(place, []))),
+            comment=(comments.get(place) or {}).get("text") or None,
+            is_partitioned=place in catalogue.partitioned,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Facts of several tables at once."""
+
+    inspector: Inspector
+    schema: str | None
+    names: list[str]
+
+    def of(self, what: str) -> dict[Key, Any]:
+        """Return one kind of facts by table; empty where the dialect has none of that kind."""
+        if not self.names:
+            return {}
+        # Names only where some are left out: a condition over thousands of names is slow.
+        names = self.names if self.inspector.dialect.name == "sqlite" else None
+        try:
+            read = getattr(self.inspector, f"get_multi_{what}")
+            return dict(read(schema=self.schema, filter_names=names, kind=ObjectKind.ANY))
+        except NotImplementedError:
+            return {}
+
+
+def _declared_types(
+    connection: Connection, schema: str | None, columns: Mapping[Key, list[Row]]
+) -> dict[tuple[str | None, str, str], str]:
+    """Return the types as the database writes them, by column, where SQLAlchemy knows less."""
+    dialect = connection.dialect.name
+    if dialect == "sqlite":
+        query = _SQLITE_TYPES
+    elif dialect == "postgresql" and any(
+        isinstance(row["type"], NullType) for rows in columns.values() for row in rows
+    ):
+        query = _POSTGRESQL_TYPES
+    else:
+        return {}
+    rows = connection.execute(text(query), {"schema": schema} if schema else {})
+    return {(schema, table, column): declared for schema, table, column, declared in rows}
+
+
+def _column(row: Row, place: tuple[str | None, str, str], types: Mapping[Any, str], dialect: Dialect) -> ColumnFacts:
+    default = row.get("default")
+    is_automatic = bool(row.get("identity") or row.get("computed") or "nextval(" in str(default))
+    kind: TypeEngine[Any] = row["type"]
+    choices: tuple[str, ...] = ()
+    known = "" if isinstance(kind, NullType) else _type_text(kind, dialect)
+    declared = types.get(place) or known if dialect.name == "sqlite" else known or types.get(place, "")
+    while isinstance(kind, ARRAY):
+        kind = kind.item_type
+    if isinstance(kind, Enum):
+        choices = tuple(kind.enums)
+    return ColumnFacts(
+        row["name"],
+        declared,
+        is_nullable=bool(row["nullable"]),
+        default=None if is_automatic or default is None else str(default),
+        comment=row.get("comment") or None,
+        is_automatic=is_automatic,
+        choices=choices,
+    )
+
+
+def _type_text(kind: TypeEngine[Any], dialect: Dialect) -> str:
+    if isinstance(kind, ARRAY):
+        return _type_text(kind.item_type, dialect) + "[]" * (kind.dimensions or 1)
+    if isinstance(kind, DOMAIN):
+        return f"{kind.name} ({_type_text(kind.data_type, dialect)})"
+    if isinstance(kind, Enum) and kind.name:
+        return str(kind.name)
+    try:
+        return kind.compile(dialect=dialect)
+    except CompileError:
+        return type(kind).__name__
+
+
+def _is_partial(index: Row) -> bool:
+    return any(option.endswith("_where") and value is not None for option, value in _options(index).items())
+
+
+def _options(index: Row) -> Mapping[str, Any]:
+    options: Mapping[str, Any] = index.get("dialect_options") or {}
+    return options
+
+
+def _unique_keys(constraints: Iterable[Row], indexes: Iterable[Row]) -> set[tuple[str, ...]]:
+    keys = {tuple(row["column_names"]) for row in constraints}
+    whole = (row for row in indexes if row["unique"] and not _is_partial(row) and not row.get("expressions"))
+    return keys | {tuple(row["column_names"]) for row in whole}
+
+
+def _other_indexes(indexes: Iterable[Row]) -> set[tuple[str, ...]]:
+    others = (row for row in indexes if not row["unique"] or _is_partial(row) or row.get("expressions"))
+    return {tuple(str(part) for part in row.get("expressions") or row["column_names"]) for row in others}
+
+
+def _foreign_keys(inspector: Inspector, schema: str | None, catalogue: _Catalogue) -> Iterator[tuple[Key, Row]]:
+    names = inspector.get_table_names(schema)
+    readable = [name for name in names if name not in catalogue.unreadable | catalogue.shadow_tables]
+    for place, rows in _Reader(inspector, schema, readable).of("foreign_keys").items():
+        if place in catalogue.partitions:
+            continue
+        for row in rows:
+            if (*place, row["name"]) not in catalogue.copied_keys:
+                yield place, row
+
+
+def _with_actions(connection: Connection, keys: Iterable[tuple[Key, Row]]) -> Iterator[tuple[Key, Row]]:
+    columns: defaultdict[tuple[str, int, str], list[str]] = defaultdict(list)
+    for table, number, column, action in connection.execute(text(_SQLITE_ACTIONS)):
+        columns[table, number, action].append(column)
+    actions = {(table, tuple(names)): action for (table, _, action), names in columns.items()}
+    for place, row in keys:
+        yield place, {**row, "options": {"ondelete": actions.get((place[1], tuple(row["constrained_columns"])))}}
+
+
+def _relationships(keys: Iterable[tuple[Key, Row]], tables: Mapping[str, TableFacts]) -> Iterator[RelationshipFacts]:
+    seen: Counter[str] = Counter()
+    spelled = {name.lower(): name for name in tables}
+    for place, row in sorted(keys, key=lambda key: (*map(str, key[0]), str(key[1]["name"]), str(key[1]))):
+        table, columns = tables.get(full_name(*place)), tuple(row["constrained_columns"])
+        if table is None:  # made since the tables were read, where the database has no snapshot
+            continue
+        referred, referred_columns = full_name(row["referred_schema"], row["referred_table"]), row["referred_columns"]
+        if place[0] is None:  # SQLite does not tell upper from lower case
+            referred = spelled.get(referred.lower(), referred)
+        if not referred_columns and referred in tables:
+            referred_columns = tables[referred].primary_key
+        target = f"{referred}({column_list(referred_columns)})" if referred_columns else referred
+        name = f"{table.full_name}({column_list(columns)}) -> {target}"
+        seen[name] += 1
+        if seen[name] > 1:
+            name = f"{name} [{row['name'] or seen[name]}]"
+        nullable = {column.name for column in table.columns if column.is_nullable} - set(table.primary_key)
+        action = (row.get("options") or {}).get("ondelete")
+        yield RelationshipFacts(
+            id=name,
+            constrained_table=table.full_name,
+            constrained_columns=columns,
+            referred_table=referred,
+            referred_columns=tuple(referred_columns),
+            relationship_type="one-to-one" if table.is_unique(columns) else "many-to-one",
+            is_required=not nullable & set(columns),
+            on_delete=None if action in (None, "NO ACTION", "RESTRICT") else str(action),
+            comment=row.get("comment") or None,
+        )

@@ -1,0 +1,53 @@
+"""A small database to try the index on: a shop with a support desk, tables without rows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from error_handler import ConfigurationError
+
+# Written into the file (sqlite.org/fileformat.html, offset 68): a database that somebody else made is never replaced.
+APPLICATION_ID = 0x7472_6961
+SAMPLE_SCHEMA = Path(__file__).parent.parent / "schema_examples/support_database.sql"
+
+
+def make_sample_database(path: Path) -> None:
+    """Make the SQLite file *path* with the tables of ``schema_examples/support_database.sql``; replaces an older one
+    of them, and nothing else.
+
+    Readers see the old file or the new one, never a part.
+
+    Raises:
+        ConfigurationError: *path* cannot be written, or is another file.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _refuse_other_files(path)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with closing(sqlite3.connect(beside)) as database:
+            database.executescript(
+                f"PRAGMA application_id = {APPLICATION_ID}; BEGIN;\n{SAMPLE_SCHEMA.read_text(encoding='utf-8')}\nCOMMIT;"
+            )
+        os.replace(beside, path)
+    except (OSError, sqlite3.Error) as exc:
+        raise ConfigurationError(
+            f"the sample database {path} cannot be written ({type(exc).__name__}); free space or fix the rights."
+        ) from exc
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _refuse_other_files(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file:
+        header = file.read(72)
+    if header[:16] != b"SQLite format 3\0" or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise ConfigurationError(f"{path} is there and is not the sample database; name another file for it.")

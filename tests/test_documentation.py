@@ -1,0 +1,129 @@
+"""Facts as texts: what people read, and what is embedded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts, full_name
+from embedding_index.documentation import document_database, words
+
+ID = ColumnFacts("id", "BIGINT", is_nullable=False, is_automatic=True)
+ORDER_ID = ColumnFacts("order_id", "BIGINT", is_nullable=False, comment="What was\nbought")
+REASON = ColumnFacts("reason", "TEXT", is_nullable=True, default="'other'", choices=("broken", "other"))
+REFUNDS = TableFacts(
+    "billing",
+    "refunds",
+    columns=(ID, ORDER_ID, REASON),
+    primary_key=("id",),
+    unique_keys=(("order_id", "reason"),),
+    indexes=(("order_id",),),
+    checks=("reason <> ''",),
+    comment="Money given back",
+)
+ORDERS = TableFacts("public", "CustomerOrders", columns=(ID,), primary_key=("id",))
+REFUND_OF_ORDER = RelationshipFacts(
+    "billing.refunds(order_id) -> public.CustomerOrders(id)",
+    "billing.refunds",
+    ("order_id",),
+    "public.CustomerOrders",
+    ("id",),
+    "many-to-one",
+    is_required=True,
+    on_delete="CASCADE",
+)
+
+
+def texts(tables: list[TableFacts], relationships: list[RelationshipFacts]) -> dict[str, str]:
+    documented = document_database(tables, relationships)
+    return {documentation.item.name: documentation.item.text for part in documented for documentation in part}
+
+
+def test_a_table_with_everything() -> None:
+    """The whole text, because all of it is embedded."""
+    assert texts([REFUNDS, ORDERS], [REFUND_OF_ORDER])["billing.refunds"] == (
+        "Table billing.refunds: refunds of schema billing.\n"
+        "Purpose: Money given back\n"
+        "Columns:\n"
+        "- id (BIGINT, primary key, filled by the database).\n"
+        "- order_id (BIGINT, required), refers to public.CustomerOrders(id). What was bought\n"
+        "- reason (TEXT, default 'other'): one of broken, other.\n"
+        "Unique: order_id, reason together.\n"
+        "Checks: reason <> ''.\n"
+        "Indexed by: order_id."
+    )
+
+
+def test_a_table_knows_who_refers_to_it() -> None:
+    """Without a comment its purpose is derived, and says so."""
+    text = texts([REFUNDS, ORDERS], [REFUND_OF_ORDER])["public.CustomerOrders"]
+    assert "Referred to by: billing.refunds (order_id)." in text
+    assert "Purpose: Keeps customer orders (derived: it has no comment)." in text
+
+
+def test_a_relationship() -> None:
+    """Both directions, how to join, and what a deletion does."""
+    assert texts([REFUNDS, ORDERS], [REFUND_OF_ORDER])[REFUND_OF_ORDER.id] == (
+        "Relationship billing.refunds(order_id) -> public.CustomerOrders(id): from refunds to customer orders, "
+        "many-to-one.\n"
+        "Each row of billing.refunds refers to one row of public.CustomerOrders; to one row of public.CustomerOrders "
+        "any number of rows of billing.refunds can refer.\n"
+        "Joined by order_id of billing.refunds = id of public.CustomerOrders.\n"
+        "When the referred row is deleted: CASCADE.\n"
+        "billing.refunds: Money given back"
+    )
+
+
+def test_a_junction_table_says_what_it_links() -> None:
+    """Two foreign keys that are the primary key together; not where they are only a part of it."""
+    columns = tuple(ColumnFacts(name, "INT", is_nullable=False) for name in ("tag_id", "order_id", "at"))
+    junction = TableFacts(None, "tags_of_orders", columns=columns, primary_key=("tag_id", "order_id"))
+    keys = [
+        RelationshipFacts(name, "tags_of_orders", (column,), table, ("id",), "many-to-one", is_required=True)
+        for name, column, table in (("a", "tag_id", "tags"), ("b", "order_id", "orders"))
+    ]
+    sentence = "each row links one row of tags with one of orders (many-to-many)"
+    assert sentence in texts([junction], keys)["tags_of_orders"]
+    assert "Purpose: Links tags with orders, many-to-many (derived" in texts([junction], keys)["tags_of_orders"]
+    wider = replace(junction, primary_key=("tag_id", "order_id", "at"))
+    assert "many-to-many" not in texts([wider], keys)["tags_of_orders"]
+    assert "many-to-many" not in texts([junction], keys[:1])["tags_of_orders"]
+
+
+def test_what_the_store_keeps_can_be_written_as_json() -> None:
+    """The facts themselves come back with the documentation."""
+    tables, relationships = document_database([REFUNDS], [REFUND_OF_ORDER])
+    details = json.loads(json.dumps(tables[0].details))
+    assert details["business_purpose"] == "Money given back"
+    assert details["schema_data"]["columns"][1]["name"] == "order_id"
+    assert json.loads(json.dumps(relationships[0].details))["relationship_type"] == "many-to-one"
+    assert tables[0].item.metadata == {"table_type": "table", "purpose": "Money given back", "schema": "billing"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("order_items", "order items"),
+        ("OrderItems", "order items"),
+        ("HTTPLogLine2", "http log line 2"),
+        ("Order Items", "order items"),
+        ("straßenName", "straßen name"),
+        ("___", "___"),
+        ("注文", "注文"),
+    ],
+)
+def test_names_become_words(name: str, expected: str) -> None:
+    assert words(name) == expected
+
+
+NAMES = st.text('a."', min_size=1, max_size=4)
+
+
+@given(st.lists(st.tuples(st.none() | NAMES, NAMES), max_size=20, unique=True))
+def test_full_names_are_unique(places: list[tuple[str | None, str]]) -> None:
+    """Whatever dots, quotes and spaces the names have."""
+    assert len({full_name(schema, table) for schema, table in places}) == len(places)
