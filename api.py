@@ -143,7 +143,7 @@ def parse_request(fields: Mapping[str, Any], settings: ServiceSettings) -> Conve
     try:
         request = ClassificationRequest.model_validate(fields)
     except ValidationError as exc:
-        raise RequestError(errors.INVALID, _places(exc)) from exc
+        raise RequestError(errors.INVALID, places_of(exc)) from exc
     if sum(len(message.text) for message in request.messages) > settings.max_text_characters:
         limit = settings.max_text_characters
         raise RequestError(
@@ -155,7 +155,7 @@ def parse_request(fields: Mapping[str, Any], settings: ServiceSettings) -> Conve
         raise RequestError(errors.INVALID) from exc
 
 
-def _places(exc: ValidationError) -> str:
+def places_of(exc: ValidationError) -> str:
     """Return what is wrong where, of the first three problems. The name of an unknown field is the caller's: left out."""
     problems = []
     for error in exc.errors(include_input=False, include_url=False, include_context=False)[:3]:

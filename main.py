@@ -28,6 +28,8 @@ from starlette.types import Message, Receive, Scope, Send
 import api
 from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
+from embedding_index.similar import OpenIndex, SimilarConversations, open_index
+from embedding_index.similar_contract import SimilarRequest, SimilarResponse, parse_query, parse_search
 from error_handler import ConfigurationError, ExitCode, RequestError, TriadError
 from logger import configure_logging
 from utils import docs_page, service_errors
@@ -37,7 +39,7 @@ from utils.idempotency import IdempotencyStore
 from utils.openapi_document import build_openapi
 from utils.request_body import BodyReader
 from utils.request_context import REQUEST_ID_HEADER, RequestIdFilter, request_id
-from utils.service_gate import CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, ServiceGate
+from utils.service_gate import CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, SIMILAR, ServiceGate
 from utils.service_log import WithoutMessages, adopt_server_logs
 from utils.service_metrics import CONTENT_TYPE, ServiceMetrics
 from utils.service_middleware import ServiceMiddleware
@@ -65,6 +67,7 @@ class Service:
 
     settings: ServiceSettings
     model: api.ModelService
+    similar: SimilarConversations
     bodies: BodyReader
     turnstile: Turnstile
     answers: IdempotencyStore[api.Verdict]
@@ -105,8 +108,7 @@ async def classify(request: Request) -> Response:
         body = await service.bodies.read(hold, headers, request.receive)
         fields = read_json_object(body)
         conversation = api.parse_request(fields, service.settings)
-        left_s = service.settings.request_timeout_s - (time.monotonic() - state["started_at"])
-        deadline = get_running_loop().time() + left_s
+        deadline = _deadline(service, state)
 
         async def ask() -> api.Verdict:
             return await service.model.classify(conversation, deadline)
@@ -129,6 +131,28 @@ async def classify(request: Request) -> Response:
         if replayed:
             answer_headers["Idempotency-Replayed"] = "true"
         return Response(orjson.dumps(answer), media_type="application/json", headers=answer_headers)
+
+
+async def similar(request: Request) -> Response:
+    """GET and POST /similar: past conversations like a text."""
+    service, state = _service(request), request.scope["state"]
+    service.similar.require_room()
+    await service.turnstile.enter()
+    if request.method == "POST":
+        with service.bodies.hold() as hold:
+            body = await service.bodies.read(hold, state["headers"], request.receive)
+            wanted = parse_search(read_json_object(body), service.settings)
+    else:
+        wanted = parse_query(request.scope["query_string"], service.settings)
+    search = service.similar.find(wanted, _deadline(service, state))
+    found = await while_caller_waits(search, request.receive)
+    state["note"] = f", waited {found.queue_s * 1000:.0f} ms, search {found.search_s * 1000:.0f} ms"
+    return Response(orjson.dumps(found.response.model_dump()), media_type="application/json")
+
+
+def _deadline(service: Service, state: dict[str, Any]) -> float:
+    spent_s: float = time.monotonic() - state["started_at"]
+    return get_running_loop().time() + service.settings.request_timeout_s - spent_s
 
 
 def _idempotency_key(value: bytes | None) -> str | None:
@@ -198,14 +222,17 @@ async def _internal_error(_request: Request, _exc: Exception) -> Response:
     return Response(body, service_errors.INTERNAL.status, headers, "application/json")
 
 
-def create_app(load: Callable[[], AllSettings] | None = None) -> ServiceApp:
-    """Return the application; *load* reads the settings when it starts, None from the environment."""
+def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenIndex = open_index) -> ServiceApp:
+    """Return the application; *load* reads the settings when it starts, None from the environment.
+
+    *open_search* opens the index of past conversations at the first request that asks for it.
+    """
 
     @asynccontextmanager
     async def lifespan(app: ServiceApp) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             try:
-                state = await _start((load or _load)(), app.server_config, stack)
+                state = await _start((load or _load)(), app.server_config, stack, open_search)
             except TriadError as exc:
                 app.problem = str(exc)
                 raise
@@ -219,6 +246,7 @@ def create_app(load: Callable[[], AllSettings] | None = None) -> ServiceApp:
     app.add_exception_handler(Exception, _internal_error)
     # Plain routes: these functions read the request themselves, so FastAPI's search for parameters would find none.
     app.add_route(CLASSIFY, classify, methods=["POST"])
+    app.add_route(SIMILAR, similar, methods=["GET", "POST"])
     routes = {
         HEALTH: health,
         READY: ready,
@@ -237,7 +265,9 @@ def _load() -> AllSettings:
     return load_settings(), load_service_settings()
 
 
-async def _start(given: AllSettings, config: uvicorn.Config | None, stack: AsyncExitStack) -> dict[str, Any]:
+async def _start(
+    given: AllSettings, config: uvicorn.Config | None, stack: AsyncExitStack, open_search: OpenIndex
+) -> dict[str, Any]:
     """Open everything that a running service needs, and return the state that requests get."""
     settings, service_settings = given
     _configure_logs(settings, service_settings)
@@ -249,6 +279,8 @@ async def _start(given: AllSettings, config: uvicorn.Config | None, stack: Async
     numbers = ServiceMetrics()
     gate = ServiceGate(service_settings)
     model = await stack.enter_async_context(api.ModelService(settings, service_settings, numbers))
+    searches = SimilarConversations(service_settings, numbers, model.deadlines, open_search)
+    stack.push_async_callback(searches.close)
 
     def stop(grace_s: float) -> None:
         logger.info("stopping: requests in hand have %.1f s to finish", grace_s)
@@ -269,6 +301,7 @@ async def _start(given: AllSettings, config: uvicorn.Config | None, stack: Async
     service = Service(
         settings=service_settings,
         model=model,
+        similar=searches,
         bodies=BodyReader(service_settings.max_body_bytes, service_settings.body_timeout_s),
         turnstile=Turnstile(),
         answers=IdempotencyStore(service_settings.idempotency_retention_s, service_settings.idempotency_max_keys),
@@ -286,6 +319,8 @@ def openapi_document(settings: ServiceSettings) -> dict[str, Any]:
         (api.ClassificationRequest, "validation"),
         (api.ClassificationResponse, "validation"),
         (api.ErrorResponse, "validation"),
+        (SimilarRequest, "validation"),
+        (SimilarResponse, "validation"),
     ]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     return build_openapi(definitions["$defs"], settings, VERSION)

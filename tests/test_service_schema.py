@@ -13,11 +13,13 @@ import pytest
 
 import main
 from config.service_settings import ServiceSettings, load_service_settings
+from embedding_index.similar_contract import SimilarResponse
 from error_handler import ErrorKind
 from tests.fake_ollama import FakeOllama
 from tests.service_process import serve
+from tests.test_similar_service import APP, write_index
 from utils import service_errors
-from utils.openapi_document import EXAMPLE_REQUEST
+from utils.openapi_document import EXAMPLE_HITS, EXAMPLE_REQUEST, MAX_QUERY_CHARACTERS
 
 EXAMPLES = 40
 
@@ -30,9 +32,10 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     """Statuses, headers, content types, bodies and methods: what is wrong is refused, what is right is answered."""
     # Answers are not kept, because a key that comes twice with two bodies is refused, and rightly.
     limits = {"API_MAX_MESSAGES": "20", "API_MAX_TEXT_CHARACTERS": "20000", "API_IDEMPOTENCY_RETENTION_S": "0"}
+    write_index(tmp_path)
     with (
         FakeOllama(slots=8, user_message=0, record=False) as fake,
-        serve(tmp_path, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2", **limits) as service,
+        serve(tmp_path, app=APP, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2", **limits) as service,
     ):
         command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{service.url}/openapi.json"]
         command += ["--checks", "all", "--max-examples", str(EXAMPLES), "--seed", "1", "--generation-deterministic"]
@@ -49,6 +52,8 @@ def test_the_document_shows_the_limits_that_are_set() -> None:
     schemas = document(max_messages=7, max_text_characters=99)["components"]["schemas"]
     assert schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] == 7
     assert schemas["Message"]["properties"]["text"]["maxLength"] == 99
+    assert schemas["SimilarRequest"]["properties"]["text"]["maxLength"] == 99
+    assert document()["paths"]["/similar"]["get"]["parameters"][0]["schema"]["maxLength"] == MAX_QUERY_CHARACTERS
     assert schemas["ClassificationRequest"]["additionalProperties"] is False
 
 
@@ -59,6 +64,11 @@ def test_the_document_shows_keys_where_there_are_keys() -> None:
     assert document()["paths"]["/classify"]["post"]["security"] == []
     assert "/metrics" not in document(expose_metrics="off")["paths"]
     assert "0123456789abcdef" not in json.dumps(keyed)
+
+
+def test_the_example_of_an_answer_is_one() -> None:
+    """What /docs shows of /similar has the fields of the real answers."""
+    assert SimilarResponse.model_validate(EXAMPLE_HITS).model_dump() == EXAMPLE_HITS
 
 
 KINDS = [kind for kind in vars(service_errors).values() if isinstance(kind, ErrorKind)]
@@ -72,9 +82,13 @@ def test_every_error_is_in_the_document_and_on_the_page(kind: ErrorKind) -> None
     page = (Path(__file__).parent.parent / "docs/service.md").read_text(encoding="utf-8")
     assert re.search(rf"^\| {kind.status} \| `{kind.name}` \|", page, re.MULTILINE)
     if kind.name not in ELSEWHERE:
-        responses = document()["paths"]["/classify"]["post"]["responses"]
-        examples = responses[str(kind.status)]["content"]["application/json"]["examples"]
-        assert examples[kind.name]["value"]["error"]["type"] == kind.name
+        paths = document()["paths"]
+        operations = [paths["/classify"]["post"], paths["/similar"]["get"], paths["/similar"]["post"]]
+        answers = [operation["responses"].get(str(kind.status)) for operation in operations]
+        examples = [answer["content"]["application/json"]["examples"] for answer in answers if answer]
+        shown = [example[kind.name] for example in examples if kind.name in example]
+        assert shown
+        assert all(example["value"]["error"]["type"] == kind.name for example in shown)
     assert kind.message.endswith(".")
 
 

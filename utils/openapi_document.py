@@ -36,6 +36,24 @@ EXAMPLE_LABELS: Json = {
     "categorization": "The customer asks where a parcel is that is late for the second time.",
 }
 
+EXAMPLE_SEARCH: Json = {"text": "My parcel has not come, and nobody answers.", "limit": 5}
+EXAMPLE_HITS: Json = {
+    "model": "all-MiniLM-L6-v2",
+    "hits": [
+        {
+            "source_id": '{"$oid": "65f1c0ffee65f1c0ffee65f1"}',
+            "conversation_number": "123",
+            "similarity": 0.7421,
+            "classification": EXAMPLE_LABELS,
+            "classified_at": "2026-11-21T10:02:00+00:00",
+            "classified_by": "llama3.2",
+        }
+    ],
+}
+DEFAULT_HITS, MAX_HITS = 5, 50
+# Of a text to look for. A URL has at most 64 KiB, and a character up to twelve of them.
+MAX_SEARCH_CHARACTERS, MAX_QUERY_CHARACTERS = 10_000, 2000
+
 _CLASSIFY_ERRORS = (
     errors.INVALID_JSON,
     errors.BAD_HEADER,
@@ -55,6 +73,23 @@ _CLASSIFY_ERRORS = (
     errors.STOPPING,
     errors.TOO_SLOW,
 )
+_SIMILAR_ERRORS = (
+    errors.UNAUTHENTICATED,
+    errors.WRONG_HOST,
+    errors.INVALID,
+    errors.TOO_MANY,
+    errors.INTERNAL,
+    errors.UNUSABLE_ANSWER,
+    errors.INDEX_NOT_INSTALLED,
+    errors.INDEX_EMPTY,
+    errors.INDEX_UNUSABLE,
+    errors.TEXT_STAYS,
+    errors.EMBEDDING_AWAY,
+    errors.QUEUE_FULL,
+    errors.STOPPING,
+    errors.TOO_SLOW,
+)
+_BODY_ERRORS = (errors.INVALID_JSON, errors.BODY_TOO_SLOW, errors.TOO_LARGE, errors.NOT_JSON)
 _REQUEST_ID: Json = {"X-Request-ID": {"schema": {"type": "string"}, "description": "the request's id, also in the log"}}
 _RETRY_AFTER: Json = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds to wait"}}
 
@@ -62,13 +97,14 @@ _RETRY_AFTER: Json = {"Retry-After": {"schema": {"type": "integer", "minimum": 1
 def build_openapi(schemas: Json, settings: ServiceSettings, version: str) -> Json:
     """Return the document.
 
-    *schemas* are the JSON Schemas of ClassificationRequest, ClassificationResponse, ErrorResponse
-    and what they refer to, by name, with references to ``#/components/schemas/``.
+    *schemas* are the JSON Schemas of ClassificationRequest, ClassificationResponse, SimilarRequest, SimilarResponse,
+    ErrorResponse and what they refer to, by name, with references to ``#/components/schemas/``.
     """
     security: list[Json] = [{"bearer": []}, {"header": []}] if settings.keys else []
     exposed = security if settings.expose_metrics == "key" else []
     paths: Json = {
         "/classify": {"post": _classify(security)},
+        "/similar": {"get": _similar_get(security, settings), "post": _similar_post(security)},
         "/health": {
             "get": _get("Alive; asks nobody", _json("HealthResponse", {"status": "ok"}), [], [errors.WRONG_HOST])
         },
@@ -128,12 +164,25 @@ def _limited(schemas: Json, settings: ServiceSettings) -> Json:
     text = {**message["properties"]["text"], "maxLength": settings.max_text_characters}
     request = schemas["ClassificationRequest"]
     said = {"properties": {"sender": {"const": "customer"}, "text": {"pattern": VISIBLE}}}
+    search = schemas["SimilarRequest"]
+    wanted = {**search["properties"]["text"], "maxLength": search_characters(settings), "pattern": VISIBLE}
     messages = {**request["properties"]["messages"], "maxItems": settings.max_messages, "contains": said}
     return {
         **schemas,
         "Message": {**message, "properties": {**message["properties"], "text": text}},
         "ClassificationRequest": {**request, "properties": {**request["properties"], "messages": messages}},
+        "SimilarRequest": {**search, "properties": {**search["properties"], "text": wanted}},
     }
+
+
+def search_characters(settings: ServiceSettings) -> int:
+    """Return how long a text to look for may be."""
+    return min(MAX_SEARCH_CHARACTERS, settings.max_text_characters)
+
+
+def query_characters(settings: ServiceSettings) -> int:
+    """Return how long it may be in a URL."""
+    return min(MAX_QUERY_CHARACTERS, settings.max_text_characters)
 
 
 def _classify(security: list[Json]) -> Json:
@@ -176,6 +225,41 @@ def _classify(security: list[Json]) -> Json:
         ],
         "requestBody": {"required": True, "content": _json("ClassificationRequest", EXAMPLE_REQUEST)},
         "responses": {"200": answered, **_errors(_CLASSIFY_ERRORS)},
+    }
+
+
+def _similar_get(security: list[Json], settings: ServiceSettings) -> Json:
+    text = {"type": "string", "minLength": 1, "maxLength": query_characters(settings), "pattern": VISIBLE}
+    limit = {"type": "integer", "minimum": 1, "maximum": MAX_HITS, "default": DEFAULT_HITS}
+    return {
+        **_similar(security, "similarByUrl", _SIMILAR_ERRORS),
+        "description": "URLs, and the text in them, end in the logs of proxies: POST /similar keeps it in the body.",
+        "parameters": [
+            {"name": "text", "in": "query", "required": True, "schema": text, "example": EXAMPLE_SEARCH["text"]},
+            {"name": "limit", "in": "query", "required": False, "schema": limit},
+        ],
+    }
+
+
+def _similar_post(security: list[Json]) -> Json:
+    return {
+        **_similar(security, "similar", (*_SIMILAR_ERRORS, *_BODY_ERRORS)),
+        "requestBody": {"required": True, "content": _json("SimilarRequest", EXAMPLE_SEARCH)},
+    }
+
+
+def _similar(security: list[Json], operation: str, refusals: Iterable[ErrorKind]) -> Json:
+    answered = {
+        "description": "Past conversations, the most similar one first",
+        "headers": _REQUEST_ID,
+        "content": _json("SimilarResponse", EXAMPLE_HITS),
+    }
+    return {
+        "tags": ["similar conversations"],
+        "summary": "Find past conversations like a text",
+        "operationId": operation,
+        "security": security,
+        "responses": {"200": answered, **_errors(refusals)},
     }
 
 

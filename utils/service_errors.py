@@ -65,6 +65,30 @@ QUEUE_FULL = ErrorKind(
     "QueueFullError", 503, "All places are taken and the queue is full; try again after Retry-After."
 )
 STOPPING = ErrorKind("ShuttingDownError", 503, "The service is being stopped; try again after Retry-After.")
+INDEX_NOT_INSTALLED = ErrorKind(
+    "IndexNotInstalledError",
+    503,
+    "The packages of the embedding index are missing here; install requirements-index.txt and start the service again.",
+)
+INDEX_EMPTY = ErrorKind(
+    "IndexEmptyError",
+    503,
+    "There are no conversations in the index yet; run python cli.py index --batch --source conversations.",
+)
+INDEX_UNUSABLE = ErrorKind(
+    "IndexUnusableError",
+    503,
+    "The index is damaged, not finished, of another model, or not set up right; the service's log says what to do.",
+)
+TEXT_STAYS = ErrorKind(
+    "ExternalProviderError",
+    503,
+    "The text would be sent to an embedding provider outside this house; set ALLOW_EXTERNAL_LLM=true, or "
+    "EMBEDDING_PROVIDER to ollama or local.",
+)
+EMBEDDING_AWAY = ErrorKind(
+    "EmbeddingUnavailableError", 503, "The embedding provider does not answer; try again after Retry-After."
+)
 TOO_SLOW = ErrorKind("DeadlineError", 504, "The model did not answer within the time of a request; try again later.")
 
 

@@ -12,14 +12,16 @@ from utils.api_keys import Headers, KeyRing, presented_key
 from utils.rate_limit import RateLimiter
 from utils.service_errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG_HOST
 
-CLASSIFY, HEALTH, READY, METRICS, DOCS, OPENAPI = (
+CLASSIFY, SIMILAR, HEALTH, READY, METRICS, DOCS, OPENAPI = (
     "/classify",
+    "/similar",
     "/health",
     "/ready",
     "/metrics",
     "/docs",
     "/openapi.json",
 )
+ASKED = (CLASSIFY, SIMILAR)  # what people ask for; the other routes are for operators
 ANONYMOUS = "anonymous"
 WRONG_KEYS_PER_MINUTE = 60  # of one address; guessing 16 characters this way has no end
 STOPPING_RETRY_AFTER_S = 5
@@ -31,7 +33,7 @@ def route_of(path: str) -> str:
     """Return the route that *path* belongs to: one of a closed list, fit for metrics and logs."""
     if path.startswith("/docs/"):
         return DOCS
-    return path if path in (CLASSIFY, HEALTH, READY, METRICS, DOCS, OPENAPI) else "other"
+    return path if path in (*ASKED, HEALTH, READY, METRICS, DOCS, OPENAPI) else "other"
 
 
 class ServiceGate:
@@ -42,6 +44,7 @@ class ServiceGate:
         self._is_local_only = not self._keys and not settings.allow_unauthenticated
         self._exposure: dict[str, Exposure] = {
             CLASSIFY: "key",
+            SIMILAR: "key",
             DOCS: settings.expose_docs,
             OPENAPI: settings.expose_docs,
             METRICS: settings.expose_metrics,
@@ -70,7 +73,7 @@ class ServiceGate:
         caller = ANONYMOUS
         if self._keys and exposure == "key":
             caller = self._require_key(headers, address)
-        if route == CLASSIFY:
+        if route in ASKED:
             self._require_pace(self._rates, caller if self._keys else address)
             if self.stopping:
                 raise RequestError(STOPPING, retry_after_s=STOPPING_RETRY_AFTER_S)

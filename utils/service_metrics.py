@@ -35,8 +35,11 @@ class ServiceMetrics:
         self.in_flight = self._gauge("triad_http_requests_in_flight", "Requests being answered")
         self.model_time = self._seconds("triad_model_duration_seconds", "Time with the model, repair turns included")
         self.queue_time = self._seconds("triad_queue_duration_seconds", "Wait for a place at the model")
+        self.search_time = self._seconds(
+            "triad_search_duration_seconds", "Embedding the text of GET /similar and looking in the index"
+        )
         self.tokens = self._counter("triad_tokens", "Tokens that the model server counted", "kind")
-        self.rejections = self._counter("triad_rejections", "Requests without a classification", "reason")
+        self.rejections = self._counter("triad_rejections", "Requests that were refused or failed", "reason")
         self.model_failures = self._counter(
             "triad_model_failures", "Classifications that failed after the model was asked", "reason"
         )

@@ -12,7 +12,7 @@ import orjson
 from error_handler import RequestError
 from utils.request_context import REQUEST_ID_HEADER, begin_request
 from utils.service_errors import BODY_TOO_SLOW, UNAUTHENTICATED, CallerLeftError
-from utils.service_gate import CLASSIFY, ServiceGate, route_of
+from utils.service_gate import ASKED, ServiceGate, route_of
 from utils.service_metrics import ServiceMetrics
 
 Scope = MutableMapping[str, Any]
@@ -74,7 +74,7 @@ class ServiceMiddleware:
             duration_s = time.monotonic() - started_at
             metrics.requests.labels(route, str(status or 500)).inc()
             metrics.latency.labels(route).observe(duration_s)
-            level = logging.INFO if route == CLASSIFY or status >= 500 else logging.DEBUG
+            level = logging.INFO if route in ASKED or status >= 500 else logging.DEBUG
             logger.log(
                 level,
                 "%s %d in %.0f ms for %s%s",

@@ -18,6 +18,14 @@ _FIELDS = {
     "processing_metadata.fingerprint": 1,
 }
 
+_LABELLED = {
+    "_id": 0,
+    "source_conversation_id": 1,
+    "classification": 1,
+    "processing_metadata.processed_at": 1,
+    "processing_metadata.model_used": 1,
+}
+
 
 class StoredResults:
     """The results that *store* has; each call is repeated as *settings* say before it raises."""
@@ -40,6 +48,21 @@ class StoredResults:
 
         found = await repeated(attempt, self._policy, "read how results were made")
         return {id_key(result["source_conversation_id"]): _made(result) for result in found}
+
+    async def labelled(self, document_ids: list[Any]) -> dict[bytes, dict[str, Any]]:
+        """Return, by ``id_key``, the results of those *document_ids* that have one: their labels, by what and when.
+
+        Raises:
+            StoreError: After the last attempt.
+        """
+        query = {"source_conversation_id": {"$in": document_ids}}
+
+        async def attempt() -> list[dict[str, Any]]:
+            with translated("read classifications"):
+                return await cancellable(lambda: self._results.find(query, _LABELLED).to_list(None))
+
+        found = await repeated(attempt, self._policy, "read classifications")
+        return {id_key(result["source_conversation_id"]): result for result in found}
 
 
 def _made(result: dict[str, Any]) -> Made:

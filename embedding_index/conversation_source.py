@@ -1,0 +1,356 @@
+"""Past conversations and their classifications as items of the index.
+
+Only conversations with a stored result are taken. Their text is what the customer said, in order: people search for a
+customer's problem, and the turns of agents (greetings, apologies, requests for a number) are much alike everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from aggregator import aggregate_conversation
+from config import Settings
+from embedding_index.items import IndexItem, Kind, MetadataValue
+from error_handler import ConfigurationError, SkippedDocumentError
+from mongo_client import DocumentStore, translated
+from utils.extended_json import canonical, id_key
+from utils.stored_results import StoredResults
+
+PAGE_DOCUMENTS = 200
+WINDOW_CHARACTERS = 20_000_000  # of the texts of one window, which are held in memory
+LABELS = ("intent", "topic", "sentiment", "categorization")
+
+
+Ended = Sequence[tuple[IndexItem, str | None]]
+OnEnded = Callable[[Ended], None]
+OnResult = Callable[[str, str | None], None]
+
+
+class Provider(Protocol):
+    """What makes the vectors; see ``embedding_index.providers.contract``."""
+
+    leaves_house: bool
+
+    def count_tokens(self, text: str) -> int: ...
+
+
+class VectorStore(Protocol):
+    """See ``embedding_index.vector_store``."""
+
+    @property
+    def provider(self) -> Provider: ...
+    def known(self, hashes: Collection[str]) -> set[str]: ...
+    def update_metadata(self, items: Sequence[IndexItem]) -> None: ...
+    def delete(self, kind: Kind, names: Collection[str]) -> None: ...
+
+
+class Agent(Protocol):
+    """See ``embedding_index.indexer_agent``."""
+
+    @property
+    def vector_store(self) -> VectorStore: ...
+    def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> object: ...
+
+
+class Offered(Protocol):
+    """What the state store says of a page of items."""
+
+    @property
+    def pending(self) -> Sequence[IndexItem]: ...
+    @property
+    def changed(self) -> Sequence[IndexItem]: ...
+
+
+class StateStore(Protocol):
+    """See ``embedding_index.documentation_store``. Called from several threads, by one at a time."""
+
+    def begin_pass(self, kind: Kind) -> None: ...
+    def offer(self, items: Sequence[IndexItem], keep_text: bool = True) -> Offered: ...
+    def end_pass(self, kind: Kind) -> list[str]: ...
+    def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None: ...
+    def mark_failed(self, kind: Kind, name: str, problem: str) -> None: ...
+    def remove(self, kind: Kind, names: Sequence[str]) -> None: ...
+
+
+class Stop(Protocol):
+    """A ``threading.Event``, or one of asyncio."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """*settings* name the collections; *limit* is the most conversations to embed, None for all; *window* how many at once.
+
+    *allow_external*: their texts may be sent to a provider outside this house. *on_read* is told after each page, in the
+    running loop.
+    """
+
+    settings: Settings
+    limit: int | None = None
+    window: int = 2000
+    allow_external: bool = False
+    on_read: Callable[[ConversationCounts], None] | None = None
+
+
+@dataclass(slots=True)
+class ConversationCounts:
+    """What one pass met and did. *expected* is about how many there are to read; *is_complete*: all were read."""
+
+    expected: int = 0
+    read: int = 0
+    unclassified: int = 0
+    without_text: int = 0
+    pending: int = 0
+    indexed: int = 0
+    failed: int = 0
+    changed: int = 0
+    removed: int = 0
+    is_complete: bool = False
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the numbers that a report shows."""
+        return {name: value for name, value in asdict(self).items() if name not in ("expected", "is_complete")}
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationEstimate:
+    """What a run would send: *unpaid* texts of *tokens*, for *pending* conversations; the others have a vector."""
+
+    pending: int
+    unpaid: int
+    tokens: int
+    counts: ConversationCounts
+
+
+def require_allowed(provider: Provider, *, allowed: bool) -> None:
+    """Raise ConfigurationError where texts of customers would leave this house and nobody allowed it."""
+    if provider.leaves_house and not allowed:
+        raise ConfigurationError(
+            "the texts of customers would be sent to an embedding provider outside this house; allow it with "
+            "--allow-external or ALLOW_EXTERNAL_LLM=true, or set EMBEDDING_PROVIDER to ollama or local."
+        )
+
+
+def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) -> IndexItem:
+    """Return the item of *document*, labelled as *result* says, which ``is_labelled``.
+
+    The metadata hold no text of the customer, but the one line that the model made of it, as the results do.
+
+    Raises:
+        SkippedDocumentError: There is nothing that the customer said.
+    """
+    conversation = aggregate_conversation(document)
+    source_id = canonical(document["_id"])
+    metadata: dict[str, MetadataValue] = {"source_id": source_id}
+    if conversation.conversation_number is not None:
+        metadata["conversation_number"] = conversation.conversation_number
+    metadata |= {label: result["classification"][label] for label in LABELS}
+    made = result.get("processing_metadata")
+    made = made if isinstance(made, Mapping) else {}
+    if isinstance(at := made.get("processed_at"), datetime):
+        metadata["classified_at"] = (at if at.tzinfo else at.replace(tzinfo=UTC)).isoformat()
+    if isinstance(model := made.get("model_used"), str):
+        metadata["classified_by"] = model
+    return IndexItem(Kind.CONVERSATION, source_id, "\n".join(conversation.customer_texts), metadata)
+
+
+def is_labelled(result: Mapping[str, Any] | None) -> bool:
+    """Whether *result* is there and has all of LABELS."""
+    labels = result.get("classification") if result is not None else None
+    return isinstance(labels, Mapping) and all(isinstance(labels.get(label), str) for label in LABELS)
+
+
+async def conversation_pages(
+    store: DocumentStore, options: Options, counts: ConversationCounts, stop: Stop | None = None
+) -> AsyncGenerator[list[IndexItem], None]:
+    """Yield the items of all classified conversations, page by page; count in *counts*, ``is_complete`` at the end.
+
+    Conversations that come during the reading may be missed; the next pass has them.
+
+    Raises:
+        ConfigurationError: One of the collections is not there, so nothing can be concluded from it.
+        StoreError: MongoDB cannot be read.
+    """
+    await _require_collections(store, options.settings)
+    results = StoredResults(store, options.settings)
+    counts.expected = await store.count("all")
+    bound = await store.upper_bound()
+    after: list[Any] = []
+    while bound and not _is_set(stop):
+        page = await store.read_page("all", after, bound, PAGE_DOCUMENTS)
+        if not page:
+            break
+        labelled = await results.labelled([document["_id"] for document in page])
+        yield _items(page, labelled, counts)
+        if options.on_read is not None:
+            options.on_read(counts)
+        after = [page[-1]["_id"]]
+    counts.is_complete = not _is_set(stop)
+
+
+def _items(
+    page: Sequence[Mapping[str, Any]], labelled: Mapping[bytes, Mapping[str, Any]], counts: ConversationCounts
+) -> list[IndexItem]:
+    items = []
+    for document in page:
+        counts.read += 1
+        result = labelled.get(id_key(document["_id"]))
+        if result is None or not is_labelled(result):
+            counts.unclassified += 1
+            continue
+        try:
+            items.append(conversation_item(document, result))
+        except SkippedDocumentError:
+            counts.without_text += 1
+    return items
+
+
+async def _require_collections(store: DocumentStore, settings: Settings) -> None:
+    """A name with a typo would look like a collection whose conversations are all gone."""
+    with translated("look for the conversations"):
+        found = await store.database.list_collection_names()
+    for name, variable in (
+        (settings.source_collection, "MONGODB_SOURCE_COLLECTION"),
+        (settings.results_collection, "MONGODB_RESULTS_COLLECTION"),
+    ):
+        if name not in found:
+            raise ConfigurationError(
+                f"there is no collection {name} in the database {settings.db_name}; check MONGODB_DB and {variable}, "
+                "and classify conversations with cli.py first."
+            )
+
+
+async def index_conversations(
+    store: DocumentStore,
+    doc_store: StateStore,
+    agent: Agent,
+    options: Options,
+    stop: Stop | None = None,
+    on_result: OnResult | None = None,
+) -> ConversationCounts:
+    """Bring the conversations of *store* into the index, and take those that are gone from MongoDB out of it.
+
+    A text that is in the index is not embedded again; where only the labels differ, they are replaced. Items leave the
+    index after a pass that was neither limited nor stopped. *on_result* gets each name, with None or the problem, from
+    the thread that indexes.
+
+    Raises:
+        ConfigurationError: The texts may not leave the house, or a collection is not there.
+        StoreError: MongoDB cannot be read. What is indexed stays so; the same command goes on.
+        IndexingError: The provider or the index fails; likewise.
+    """
+    require_allowed(agent.vector_store.provider, allowed=options.allow_external)
+    run = _Pass(doc_store, agent, options, stop, on_result)
+    await asyncio.to_thread(doc_store.begin_pass, Kind.CONVERSATION)
+    async with contextlib.aclosing(conversation_pages(store, options, run.counts, stop)) as pages:
+        async for items in pages:
+            await run.take(items)
+            if run.is_cut_short:
+                break
+    await run.finish()
+    return run.counts
+
+
+async def estimate_conversations(
+    store: DocumentStore, doc_store: StateStore, vectors: VectorStore, options: Options, stop: Stop | None = None
+) -> ConversationEstimate:
+    """Read all conversations and return what ``index_conversations`` would send for them; nothing is sent.
+
+    Raises:
+        ConfigurationError, StoreError: As there.
+    """
+    counts, tokens = ConversationCounts(), 0
+    unpaid: set[str] = set()
+    async with contextlib.aclosing(conversation_pages(store, options, counts, stop)) as pages:
+        async for items in pages:
+            offered = await asyncio.to_thread(doc_store.offer, items, keep_text=False)
+            left = len(offered.pending) if options.limit is None else options.limit - counts.pending
+            pending = offered.pending[:left]
+            counts.pending += len(pending)
+            counts.changed += len(offered.changed)
+            texts = {item.content_hash: item.text for item in pending if item.content_hash not in unpaid}
+            tokens += await asyncio.to_thread(_unpaid_tokens, vectors, texts)
+            unpaid |= texts.keys()
+            if counts.pending == options.limit:
+                break
+    return ConversationEstimate(counts.pending, len(unpaid), tokens, counts)
+
+
+def _unpaid_tokens(vectors: VectorStore, texts: dict[str, str]) -> int:
+    """Leave those with a vector out of *texts*, and return the tokens of the others."""
+    for known in vectors.known(texts.keys()):
+        texts.pop(known, None)
+    return sum(vectors.provider.count_tokens(text) for text in texts.values())
+
+
+@dataclass
+class _Pass:
+    """One way through all conversations; *window* waits to be embedded."""
+
+    doc_store: StateStore
+    agent: Agent
+    options: Options
+    stop: Stop | None
+    on_result: OnResult | None
+    counts: ConversationCounts = field(default_factory=ConversationCounts)
+    window: list[IndexItem] = field(default_factory=list)
+    is_cut_short: bool = False
+
+    async def take(self, items: list[IndexItem]) -> None:
+        """Tell the state store of one page, and embed the window where it is full."""
+        offered = await asyncio.to_thread(self.doc_store.offer, items, keep_text=False)
+        if offered.changed:
+            await asyncio.to_thread(self._relabel, offered.changed)
+        pending = list(offered.pending)
+        if self.options.limit is not None and len(pending) > (left := self.options.limit - self.counts.pending):
+            pending, self.is_cut_short = pending[:left], True
+        self.counts.pending += len(pending)
+        self.window += pending
+        is_heavy = sum(len(item.text) for item in self.window) >= WINDOW_CHARACTERS
+        await self._embed(at_least=1 if is_heavy else self.options.window)
+
+    async def finish(self) -> None:
+        """Embed what waits, and take out what is gone where everything was seen."""
+        await self._embed(at_least=1)
+        if self.counts.is_complete:
+            await asyncio.to_thread(self._remove)
+
+    async def _embed(self, *, at_least: int) -> None:
+        while len(self.window) >= at_least and not _is_set(self.stop):
+            part, self.window = self.window[: self.options.window], self.window[self.options.window :]
+            await asyncio.to_thread(self.agent.index_items, part, self._record)
+
+    def _record(self, ended: Ended) -> None:
+        """Mark what is searchable now; a crash before it costs nothing, because the vectors are stored."""
+        done = [(item.name, item.content_hash) for item, problem in ended if problem is None]
+        self.doc_store.mark_indexed_many(Kind.CONVERSATION, done)
+        self.counts.indexed += len(done)
+        for item, problem in ended:
+            if problem is not None:
+                self.doc_store.mark_failed(item.kind, item.name, problem)
+                self.counts.failed += 1
+            if self.on_result is not None:
+                self.on_result(item.name, problem)
+
+    def _relabel(self, changed: Sequence[IndexItem]) -> None:
+        self.agent.vector_store.update_metadata(changed)
+        self.doc_store.mark_indexed_many(Kind.CONVERSATION, [(item.name, item.content_hash) for item in changed])
+        self.counts.changed += len(changed)
+
+    def _remove(self) -> None:
+        """Out of the index first: a crash between the two is found by the next pass."""
+        names = self.doc_store.end_pass(Kind.CONVERSATION)
+        if names:
+            self.agent.vector_store.delete(Kind.CONVERSATION, names)
+            self.doc_store.remove(Kind.CONVERSATION, names)
+        self.counts.removed = len(names)
+
+
+def _is_set(stop: Stop | None) -> bool:
+    return stop is not None and stop.is_set()
