@@ -1,7 +1,7 @@
 """``python -m benchmarks``: measure, print one table, and end with 1 where a target is missed.
 
-``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency`` or ``openai`` measures that alone; ``--quick``
-takes few documents, to see that the benchmarks run: it judges no target. docs/performance.md explains.
+``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai`` or ``index`` measures that
+alone; ``--quick`` takes few documents, to see that the benchmarks run: it judges no target. docs/performance.md explains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks import concurrency, document_jobs, latency, memory, service, throughput
+from benchmarks import concurrency, document_jobs, embedding, latency, memory, service, throughput
 from benchmarks.table import text
 from benchmarks.worker_process import WorkerFailedError
 
@@ -24,13 +24,15 @@ MEASURES = {
     "service": service.measure,
     "concurrency": concurrency.measure,
     "openai": document_jobs.measure,
+    "index": embedding.measure,
 }
 
 
 def main() -> int:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measure the batch worker, the service and document jobs."
+        prog="python -m benchmarks",
+        description="Measure the batch worker, the service, document jobs and the embedding index.",
     )
     parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"{', '.join(MEASURES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="few documents: does it run?")

@@ -1,0 +1,117 @@
+"""Whether 10,000 texts are embedded in the least number of calls, and in no more time than those calls take."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from benchmarks.table import Row, figure
+from benchmarks.worker_process import WorkerFailedError
+from embedding_index.embedding_run import EmbeddingRun, RunOptions
+from embedding_index.vector_ledger import VectorLedger
+from tests.embedding_site import FakeProvider, keyed, short_texts
+from tests.fake_openai import FakeOpenAI
+
+LATENCY_S = 0.05
+CONCURRENCY = 4
+BATCH_SIZE = 100
+DIMENSIONS = (8, 1536)  # the first leaves the time to the run itself, the second is what OpenAI sends
+MOST_OF_IDEAL = 1.1
+ROUNDS = 3
+
+
+def measure(*, quick: bool) -> list[Row]:
+    """Embed with a server that answers each call after 50 ms; the best of some rounds, since others use the machine."""
+    count = 1000 if quick else 10_000
+    rows = []
+    for dimensions in DIMENSIONS:
+        rounds = [_round(count, dimensions) for _ in range(1 if quick else ROUNDS)]
+        calls, window_s, cpu_s = min(each[:3] for each in rounds)
+        bare_s = min(each[3] for each in rounds)
+        ideal_s = calls * LATENCY_S / CONCURRENCY
+        fewest = -(-count // BATCH_SIZE)
+        target = f"<= {MOST_OF_IDEAL:g}" if dimensions == DIMENSIONS[0] else ""
+        met = window_s <= MOST_OF_IDEAL * ideal_s if target else None
+        name = f"embedding {count} texts, {dimensions} dimensions"
+        rows += [
+            Row(f"{name}: calls", str(calls), str(fewest), "", f"= {fewest}", calls == fewest),
+            Row(
+                f"  seconds from first to last call, {CONCURRENCY} at once, 50 ms each",
+                figure(window_s),
+                figure(ideal_s),
+                f"{window_s / ideal_s:.2f}",
+                target,
+                met,
+            ),
+            Row(
+                "  the same, beside bare threads that only post",
+                figure(window_s),
+                figure(bare_s),
+                f"{window_s / bare_s:.2f}",
+            ),
+            Row("  processor time of a call, ms", figure(1000 * cpu_s / calls)),
+        ]
+    return rows
+
+
+def _round(count: int, dimensions: int) -> tuple[int, float, float, float]:
+    """Return the calls, the seconds from the first to the end of the last as the server saw them, CPU seconds, and the
+    seconds of as many calls by threads that send finished bodies and throw the answers away.
+
+    Raises:
+        WorkerFailedError: Some text was not embedded exactly once.
+    """
+    texts = keyed(short_texts(count))
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
+        FakeOpenAI(latency_s=LATENCY_S, dimensions=dimensions) as fake,
+        VectorLedger(Path(folder) / "vectors.sqlite3") as ledger,
+    ):
+        provider = FakeProvider(fake.url, max_concurrent=CONCURRENCY)
+        cpu_s = time.process_time()
+        run = EmbeddingRun(provider, ledger, RunOptions(batch_size=BATCH_SIZE))
+        embedded = sum(end.vector is not None for end in run.run(texts))
+        cpu_s = time.process_time() - cpu_s
+        provider.close()
+        calls, window_s = _window(fake)
+        billed = {counts["billed"] for counts in fake.embedded().values()}
+        fake.reset()
+        _post_only(fake, list(texts.values()))
+        bare_s = _window(fake)[1]
+    if embedded != count or billed != {1}:
+        raise WorkerFailedError(f"{embedded} of {count} texts were embedded, each paid for {sorted(billed)} times")
+    return calls, window_s, cpu_s, bare_s
+
+
+def _window(fake: FakeOpenAI) -> tuple[int, float]:
+    """Return how many calls there were, and the seconds from the start of the first to the end of the last."""
+    records = [record for record in fake.requests() if record["route"] == "embeddings.create"]
+    return len(records), max(record["end_s"] for record in records) - min(record["start_s"] for record in records)
+
+
+def _post_only(fake: FakeOpenAI, texts: list[str]) -> None:
+    headers = {"Authorization": "Bearer sk-any", "Content-Type": "application/json"}
+    bodies = deque(
+        json.dumps({"model": "m", "input": texts[start : start + BATCH_SIZE], "encoding_format": "base64"})
+        for start in range(0, len(texts), BATCH_SIZE)
+    )
+
+    def post() -> None:
+        connection = http.client.HTTPConnection(fake.host, fake.port)
+        with contextlib.suppress(IndexError):
+            while True:
+                connection.request("POST", "/v1/embeddings", bodies.popleft(), headers)
+                connection.getresponse().read()
+        connection.close()
+
+    threads = [threading.Thread(target=post) for _ in range(CONCURRENCY)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,110 @@
+"""The calls that are still to be made: who makes the next one, when, and how many run at once."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+POLL_S = 0.1  # how soon a stop is seen by who waits
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A text that is sent as one input: a whole one, or a part of a long one; *tokens* by the provider's count."""
+
+    content_hash: str
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is sent at once. *attempt* counts from 1; *failed_at_s* is the ``time.monotonic`` of its first failure, or of
+    that of the larger one of which it is a part.
+
+    *is_repeat*: all of it was sent before.
+    """
+
+    pieces: tuple[Piece, ...]
+    attempt: int = 1
+    failed_at_s: float | None = None
+    is_repeat: bool = False
+
+
+class CallQueue:
+    """Calls for the threads of one run. The run is over when none is waiting and none is being worked on."""
+
+    def __init__(self, calls: Iterable[Call], slots: int, stop: threading.Event) -> None:
+        """Prepare; at most *slots* calls are with the provider at once. After *stop* no new one starts."""
+        self._ready = deque(calls)
+        self._later: list[tuple[float, int, Call]] = []
+        self._numbers = itertools.count()
+        self._slots = slots
+        self._in_slot: set[int] = set()
+        self._taken = 0
+        self._gate_s = 0.0
+        self._stop = stop
+        self._is_aborted = False
+        self._changed = threading.Condition()
+        self.gate_wait_s = 0.0
+
+    def take(self) -> Call | None:
+        """Return the next call as soon as it may start, which holds a slot from now on; None when the run is over."""
+        with self._changed:
+            while not self._is_over():
+                now_s = time.monotonic()
+                while self._later and self._later[0][0] <= now_s:
+                    self._ready.append(heapq.heappop(self._later)[2])
+                if self._ready and self._gate_s <= now_s and len(self._in_slot) < self._slots:
+                    call = self._ready.popleft()
+                    self._in_slot.add(id(call))
+                    self._taken += 1
+                    return call
+                due_s = self._later[0][0] if self._later else now_s
+                self._changed.wait(
+                    min(POLL_S, *(at_s - now_s for at_s in (due_s, self._gate_s) if at_s > now_s), POLL_S)
+                )
+            self._changed.notify_all()
+            return None
+
+    def free_slot(self, call: Call) -> None:
+        """The answer of *call* has come: another one may go while this one is being stored."""
+        with self._changed:
+            self._in_slot.discard(id(call))
+            self._changed.notify_all()
+
+    def settle(self, call: Call, first: Iterable[Call] = (), later: Iterable[Call] = (), wait_s: float = 0.0) -> None:
+        """*call* is done with; the calls *first* are next, those *later* in *wait_s* seconds, behind all others."""
+        with self._changed:
+            self._in_slot.discard(id(call))
+            self._taken -= 1
+            self._ready.extendleft(reversed(list(first)))
+            for each in later:
+                heapq.heappush(self._later, (time.monotonic() + wait_s, next(self._numbers), each))
+            self._changed.notify_all()
+
+    def close_gate(self, wait_s: float) -> None:
+        """No call starts for *wait_s* seconds from now."""
+        with self._changed:
+            now_s = time.monotonic()
+            self.gate_wait_s += max(0.0, now_s + wait_s - max(self._gate_s, now_s))
+            self._gate_s = max(self._gate_s, now_s + wait_s)
+
+    def unsettled(self) -> int:
+        """Return how many calls wait or are being worked on."""
+        with self._changed:
+            return len(self._ready) + len(self._later) + self._taken
+
+    def abort(self) -> None:
+        """No new call starts."""
+        with self._changed:
+            self._is_aborted = True
+            self._changed.notify_all()
+
+    def _is_over(self) -> bool:
+        return self._is_aborted or self._stop.is_set() or not (self._ready or self._later or self._taken)

@@ -1,0 +1,199 @@
+"""What becomes of a call that brought no vectors: again, later, in halves, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from embedding_index.call_queue import Call, CallQueue, Piece
+from embedding_index.providers.contract import RequestLimits
+from error_handler import (
+    IndexingError,
+    ProviderBusyError,
+    ProviderRejectedError,
+    ProviderUnavailableError,
+    UnusableVectorsError,
+)
+from utils.retry_utils import RetryPolicy
+
+# So many texts, each alone, are refused before anything was taken: then no other will be.
+MOST_LONE_FAILURES = 8
+# A call without an answer is divided to find out whether its texts are the reason only while so few are left: in an
+# outage, thousands would be.
+MOST_PROBES = 8
+SHORTEST_WAIT_S = 0.05
+# A count is trusted to be wrong by no more than this factor.
+WORST_ESTIMATE = 8
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a run asks. *batch_size*: most inputs of a call. *max_retries*: repetitions of one that failed, or of one text.
+
+    *patience_s*: longest time without any answer before the run ends. *first_wait_s*: before the first repetition; the
+    others as in ``RetryPolicy``.
+    """
+
+    batch_size: int = 100
+    max_retries: int = 3
+    patience_s: float = 300.0
+    first_wait_s: float = 1.0
+
+
+class CallRepetition:
+    """Decides for all calls of one run; any thread may ask. Each method settles its call in the queue.
+
+    Those that return a text return the problem of a call's only piece, which gets no vector; else None.
+    """
+
+    def __init__(self, options: RunOptions, queue: CallQueue) -> None:
+        self._options = options
+        self._policy = RetryPolicy(options.max_retries + 1, options.first_wait_s)
+        self._queue = queue
+        self._lock = threading.Lock()
+        self._silent_since_s: float | None = None
+        self._heard_of_s = float("-inf")
+        self._busy_in_a_row = 0
+        self._busy_until_s = float("-inf")
+        self._has_vectors = False
+        self._lone_failures = 0
+
+    def heard(self, started_s: float) -> None:
+        """The provider answered, in whatever way, a call that started at *started_s* (``time.monotonic``): it is there."""
+        with self._lock:
+            self._silent_since_s = None
+            self._busy_in_a_row = 0
+            self._heard_of_s = max(self._heard_of_s, started_s)
+
+    def wait_as_told(self, call: Call, exc: ProviderBusyError) -> None:
+        """No call starts before the time that the provider asks for; it took nothing, so no attempt is used up.
+
+        Raises:
+            ProviderBusyError: That would be longer than the patience.
+        """
+        now_s = time.monotonic()
+        with self._lock:
+            self._busy_in_a_row += now_s >= self._busy_until_s  # calls that were in flight together count as one
+            wait_s = exc.wait_s if exc.wait_s is not None else self._policy.wait_s(self._busy_in_a_row)
+            wait_s = max(SHORTEST_WAIT_S, wait_s)
+            self._busy_until_s = now_s + wait_s
+        if self._is_patience_over(wait_s):
+            raise ProviderBusyError(
+                f"the embedding provider asks to wait {wait_s:.0f} s, beyond the {self._options.patience_s:.0f} s without an "
+                f"answer that a run allows ({exc}); what was embedded is kept: run the same command again later.",
+                exc.wait_s,
+            ) from exc
+        logger.warning("the embedding provider is busy (%s); next call in %.1f s", exc, wait_s)
+        self._queue.close_gate(wait_s)
+        self._queue.settle(call, first=[call])
+
+    def after_no_answer(self, call: Call, exc: ProviderUnavailableError) -> str | None:
+        """Repeat *call* some times; then, if others are answered, its texts are the reason, else wait for the provider.
+
+        Raises:
+            ProviderUnavailableError: There was no answer at all for longer than the patience.
+        """
+        failed_at_s = time.monotonic() if call.failed_at_s is None else call.failed_at_s
+        wait_s = self._policy.wait_s(call.attempt)
+        is_over = self._is_patience_over(wait_s)  # asked each time: the silence begins with the first failure
+        if call.attempt > self._options.max_retries:
+            with self._lock:
+                is_provider_there = self._heard_of_s > failed_at_s
+            if is_provider_there:
+                problem = f"the provider answers for others, and not for it, {call.attempt} times: {exc}"
+                return self._halve(call, problem, failed_at_s)
+            if is_over:
+                raise ProviderUnavailableError(
+                    f"the embedding provider gave no usable answer for {self._options.patience_s:.0f} s ({exc}); what was "
+                    "embedded is kept: run the same command again when it is there."
+                ) from exc
+            if len(call.pieces) > 1 and self._queue.unsettled() <= MOST_PROBES:
+                return self._halve(call, str(exc), failed_at_s)
+        logger.warning(
+            "a call of %d texts failed at attempt %d (%s), next in %.1f s", len(call.pieces), call.attempt, exc, wait_s
+        )
+        again = replace(call, attempt=call.attempt + 1, failed_at_s=failed_at_s, is_repeat=True)
+        self._queue.settle(call, later=[again], wait_s=wait_s)
+        return None
+
+    def after_refusal(self, call: Call, exc: ProviderRejectedError) -> str | None:
+        """Send *call* in halves; a single text has failed.
+
+        Raises:
+            ProviderRejectedError: The first texts of the run were all refused, each alone.
+        """
+        if len(call.pieces) == 1:
+            self._count_lone_failure(exc)
+        return self._halve(call, f"the provider refuses it: {exc}")
+
+    def after_distrust(self, call: Call, exc: UnusableVectorsError) -> str | None:
+        """Send *call* in halves; a single text again, until its retries are used up.
+
+        Raises:
+            UnusableVectorsError: Nothing usable came from the start of the run.
+        """
+        if len(call.pieces) == 1 and call.attempt <= self._options.max_retries:
+            self._queue.settle(call, first=[replace(call, attempt=call.attempt + 1, is_repeat=True)])
+            return None
+        if len(call.pieces) == 1:
+            self._count_lone_failure(exc)
+        return self._halve(call, f"no usable vector came in {call.attempt} attempts: {exc}")
+
+    def after_check(self, call: Call, problems: Mapping[Piece, str], *, has_good: bool) -> dict[Piece, str]:
+        """Ask again, one by one, for the pieces with *problems*; return those that have failed for good.
+
+        Raises:
+            UnusableVectorsError: Nothing usable came from the start of the run.
+        """
+        with self._lock:
+            self._has_vectors |= has_good
+        attempt = call.attempt if len(call.pieces) == 1 else 1
+        if attempt <= self._options.max_retries:
+            again = [Call((piece,), attempt + 1, is_repeat=True) for piece in problems]
+            self._queue.settle(call, first=again)
+            return {}
+        for problem in problems.values():
+            self._count_lone_failure(UnusableVectorsError(f"{problem}; check the model at the provider's address."))
+        self._queue.settle(call)
+        return {piece: f"{problem}, in {attempt} attempts" for piece, problem in problems.items()}
+
+    def is_perhaps_too_long(self, piece: Piece, limits: RequestLimits) -> bool:
+        """Whether a wrong count of *piece*, refused alone, may be the reason."""
+        return piece.tokens > limits.input_tokens // WORST_ESTIMATE
+
+    def _halve(self, call: Call, problem: str, failed_at_s: float | None = None) -> str | None:
+        """Send *call* in halves; *failed_at_s* where it had no answer: a half without one is halved again at once."""
+        if len(call.pieces) == 1:
+            self._queue.settle(call)
+            return problem
+        last = self._options.max_retries + 1
+        halves = [
+            Call(half, 1 if failed_at_s is None or len(half) == 1 else last, failed_at_s, is_repeat=True)
+            for half in (call.pieces[::2], call.pieces[1::2])
+        ]
+        logger.warning("a call of %d texts failed; it is sent in halves: %s", len(call.pieces), problem)
+        self._queue.settle(call, first=halves)
+        return None
+
+    def _count_lone_failure(self, exc: IndexingError) -> None:
+        with self._lock:
+            self._lone_failures += 1
+            is_hopeless = not self._has_vectors and self._lone_failures >= MOST_LONE_FAILURES
+        if is_hopeless:
+            raise type(exc)(
+                f"the provider took none of the first {MOST_LONE_FAILURES} texts, each sent alone, so the others were not "
+                f"sent; it says: {exc}"
+            ) from exc
+
+    def _is_patience_over(self, wait_s: float) -> bool:
+        """Whether the provider, silent from now on if it was not before, would be so for too long in *wait_s*."""
+        now_s = time.monotonic()
+        with self._lock:
+            if self._silent_since_s is None:
+                self._silent_since_s = now_s
+            return now_s + wait_s - self._silent_since_s > self._options.patience_s

@@ -1,0 +1,328 @@
+"""Texts become vectors: the least number of calls, each answer stored before it counts, no bad text in the way of others.
+
+Threads of its own make the calls and store the answers, independent of how fast the results are taken. What is sent and
+not yet stored is all that a crash can make be sent again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+
+from embedding_index.call_queue import Call, CallQueue, Piece
+from embedding_index.call_repetition import CallRepetition, RunOptions
+from embedding_index.items import content_hash
+from embedding_index.long_texts import LongTexts
+from embedding_index.packing import pack
+from embedding_index.providers.contract import Answer, Provider
+from embedding_index.splitting import split_text
+from embedding_index.vector_checks import Vector, checked_vectors, weighted_mean
+from embedding_index.vector_ledger import VectorLedger
+from error_handler import (
+    MixedIndexError,
+    ProviderBusyError,
+    ProviderRejectedError,
+    ProviderUnavailableError,
+    UnusableVectorsError,
+)
+
+__all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
+
+# Threads beyond the calls in flight: they store answers, so that no slot of the provider stands empty meanwhile.
+STORING_THREADS = 2
+RESULTS_PAGE = 256
+LONGEST_COUNTED = 8  # characters per token that an input may have
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """How one text ended: with its vector (length 1), or with a *problem* in one sentence, which never quotes it.
+
+    *is_new*: the vector was made in this run. False where it was stored before, and with a problem.
+    """
+
+    content_hash: str
+    vector: Vector | None
+    problem: str | None
+    is_new: bool
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """What a run did so far. *embedded*, *reused* and *failed* count texts; *calls* HTTP requests, *repeated* of them
+    carried only texts that had been sent before; *tokens* are as billed; *wait_s* is how long the provider made all wait.
+    """
+
+    calls: int = 0
+    repeated: int = 0
+    tokens: int = 0
+    embedded: int = 0
+    reused: int = 0
+    failed: int = 0
+    wait_s: float = 0.0
+
+
+class EmbeddingRun:
+    """Embeds texts with one provider; one ``run`` at a time."""
+
+    def __init__(
+        self,
+        provider: Provider,
+        ledger: VectorLedger,
+        options: RunOptions | None = None,
+        stop: threading.Event | None = None,
+        on_progress: Callable[[RunCounts], None] | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            stop: Once set, no new call starts; those in flight end and are stored.
+            on_progress: Called with the counts after each call, from the threads of the run, never by two at once.
+        """
+        self._provider = provider
+        self._ledger = ledger
+        self._options = options or RunOptions()
+        self._stop = stop or threading.Event()
+        self._on_progress = on_progress
+        self._progress_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._counts = RunCounts()
+
+    @property
+    def counts(self) -> RunCounts:
+        """A copy of the counts as they are now."""
+        with self._lock:
+            return replace(self._counts)
+
+    def run(self, texts: Mapping[str, str]) -> Iterator[Embedded]:
+        """Yield how each of *texts* (content hash: text) ended, in the order in which they end.
+
+        Whatever happens, every vector that was paid for is in the ledger, and has been yielded before an error is raised.
+        After a stop, texts without a vector are not yielded. Leaving the iterator early stops the run in the same way.
+
+        Raises:
+            ProviderUnavailableError: No usable answer for *patience_s*.
+            ProviderRejectedError, UnusableVectorsError: Nothing but refusals from the start; the rest was not asked.
+            ConfigurationError: As the provider says.
+            MixedIndexError: The vectors have another dimension than those stored.
+            StateDirectoryError: The ledger cannot be read or written.
+        """
+        self._identity = self._provider.identity
+        self._texts = texts
+        self._results: SimpleQueue[tuple[str, str | None] | None] = SimpleQueue()
+        self._long = LongTexts()
+        self._problems: dict[str, str] = {}
+        self._asked: set[str] = set()
+        self._dimensions = self._ledger.dimensions(self._identity)
+        known = self._ledger.known(self._identity, texts)
+        self._open = set(texts) - known
+        self._counts.reused += len(known)
+        pieces = self._planned([key for key in texts if key not in known])
+        calls = pack([piece.tokens for piece in pieces], self._provider.limits, self._options.batch_size)
+        slots = self._provider.max_concurrent
+        self._queue = CallQueue((Call(tuple(pieces[place] for place in places)) for places in calls), slots, self._stop)
+        self._repetition = CallRepetition(self._options, self._queue)
+        with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
+            workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
+            try:
+                yield from self._stored(sorted(known), is_new=False)
+                yield from self._ended(workers)
+            finally:
+                self._queue.abort()
+
+    def _ended(self, workers: Sequence[Future[None]]) -> Iterator[Embedded]:
+        """Yield the texts as they end, until all *workers* have; raise what ended one of them."""
+        left = len(workers)
+        while left:
+            page = [self._results.get()]
+            while len(page) < RESULTS_PAGE:
+                try:
+                    page.append(self._results.get_nowait())
+                except Empty:
+                    break
+            left -= page.count(None)
+            endings = dict(entry for entry in page if entry is not None)
+            for key, problem in endings.items():
+                if problem is not None:
+                    yield Embedded(key, None, problem, is_new=False)
+            yield from self._stored([key for key, problem in endings.items() if problem is None], is_new=True)
+        for worker in workers:
+            worker.result()
+
+    def _stored(self, hashes: Sequence[str], *, is_new: bool) -> Iterator[Embedded]:
+        for start in range(0, len(hashes), RESULTS_PAGE):
+            for key, vector in self._ledger.vectors(self._identity, hashes[start : start + RESULTS_PAGE]).items():
+                yield Embedded(key, vector, None, is_new)
+
+    # What is to be sent
+
+    def _planned(self, hashes: Sequence[str]) -> list[Piece]:
+        """Return what is to be sent for the texts *hashes*; what needs no call has ended afterwards."""
+        planned: dict[str, Piece] = {}
+        divided: dict[str, list[Piece]] = {}
+        limit = self._provider.limits.input_tokens
+        for key in hashes:
+            text = self._texts[key]
+            if not text.strip():
+                self._fail(key, "its text is empty, and there is nothing to embed; give it a text, or leave it out")
+                continue
+            if len(text) > LONGEST_COUNTED * limit:
+                # Tokenizers are slow with megabytes in one piece, or refuse them; splitting counts stretches.
+                pieces = self._divided(text, limit)
+                whole = Piece(key, text, sum(piece.tokens for piece in pieces))
+            else:
+                whole = Piece(key, text, self._provider.count_tokens(text))
+                pieces = self._divided(text, limit) if whole.tokens > limit else [whole]
+            if whole in pieces:
+                planned[key] = whole
+            else:
+                divided[key] = pieces
+        self._asked |= planned.keys()
+        self._ledger.note_parts({key: [piece.content_hash for piece in pieces] for key, pieces in divided.items()})
+        for key, pieces in divided.items():
+            planned |= {piece.content_hash: piece for piece in self._awaited(key, pieces)}
+        return list(planned.values())
+
+    def _divided(self, text: str, limit_tokens: int) -> list[Piece]:
+        """Return *text* in pieces of at most *limit_tokens*; those of nothing but white space have no meaning."""
+        texts = split_text(text, limit_tokens, self._provider.count_tokens)
+        return [Piece(content_hash(each), each, self._provider.count_tokens(each)) for each in texts if each.strip()]
+
+    def _awaited(self, whole: str, pieces: Sequence[Piece]) -> list[Piece]:
+        """Let *whole* wait for its *pieces*; return those that nobody has asked for, each once."""
+        hashes = {piece.content_hash for piece in pieces}
+        with self._lock:
+            # Inside the lock: a piece that is stored by another thread is either known here or arrives afterwards.
+            missing = hashes - self._ledger.known(self._identity, hashes)
+            self._long.add(whole, pieces, missing)
+            problem = next((self._problems[key] for key in missing if key in self._problems), None)
+            fresh = missing - self._asked
+            self._asked |= fresh
+        if problem is not None:
+            self._fail(whole, problem)
+        elif not missing:
+            self._store_mean(whole)
+        return list({piece.content_hash: piece for piece in pieces if piece.content_hash in fresh}.values())
+
+    # In the threads
+
+    def _work(self) -> None:
+        is_regular = False
+        try:
+            while (call := self._queue.take()) is not None:
+                self._perform(call)
+                with self._lock:
+                    self._counts.wait_s = self._queue.gate_wait_s
+                if self._on_progress is not None:
+                    with self._progress_lock:
+                        self._on_progress(self.counts)
+            is_regular = True
+        finally:
+            # Nobody would answer the others, whatever ended this one.
+            if not is_regular:
+                self._queue.abort()
+            self._results.put(None)
+
+    def _perform(self, call: Call) -> None:
+        """Make one call, and do what its outcome asks for; *call* is settled afterwards."""
+        with self._lock:
+            self._counts.calls += 1
+            self._counts.repeated += call.is_repeat
+        started_s = time.monotonic()
+        try:
+            answer = self._provider.embed([piece.text for piece in call.pieces])
+            self._queue.free_slot(call)
+            self._repetition.heard(started_s)
+            self._keep(call, answer)
+        except ProviderBusyError as exc:
+            self._repetition.wait_as_told(call, exc)
+        except ProviderUnavailableError as exc:
+            self._fail_single(call, self._repetition.after_no_answer(call, exc))
+        except ProviderRejectedError as exc:
+            self._repetition.heard(started_s)
+            if not self._divide_further(call):
+                self._fail_single(call, self._repetition.after_refusal(call, exc))
+        except UnusableVectorsError as exc:
+            self._repetition.heard(started_s)
+            self._fail_single(call, self._repetition.after_distrust(call, exc))
+
+    def _keep(self, call: Call, answer: Answer) -> None:
+        """Store the good vectors of *answer*, then let the texts end that are complete; ask again for the others."""
+        with self._lock:
+            self._counts.tokens += answer.tokens or 0
+            dimensions = self._dimensions
+        try:
+            checked = checked_vectors(answer.vectors, len(call.pieces), dimensions)
+        except (UnusableVectorsError, MixedIndexError):
+            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed all the same
+            raise
+        good = {call.pieces[place].content_hash: vector for place, vector in checked.good.items()}
+        self._ledger.add(self._identity, good, answer.tokens)
+        with self._lock:
+            self._dimensions = checked.dimensions
+        for key in good:
+            self._arrived(key)
+        problems = {call.pieces[place]: problem for place, problem in checked.problems.items()}
+        for piece, problem in self._repetition.after_check(call, problems, has_good=bool(good)).items():
+            self._fail(piece.content_hash, problem)
+
+    def _divide_further(self, call: Call) -> bool:
+        """Whether *call* is one long piece, which then is sent in smaller ones: its count was only estimated."""
+        piece = call.pieces[0]
+        if len(call.pieces) > 1 or not self._repetition.is_perhaps_too_long(piece, self._provider.limits):
+            return False
+        pieces = self._divided(piece.text, -(-piece.tokens // 2))
+        if piece in pieces:
+            return False
+        logger.warning("a text of about %d tokens was refused; it is sent in %d pieces", piece.tokens, len(pieces))
+        self._ledger.note_parts({piece.content_hash: [each.content_hash for each in pieces]})
+        missing = self._awaited(piece.content_hash, pieces)
+        self._queue.settle(call, first=[Call((each,), is_repeat=True) for each in missing])
+        return True
+
+    # How texts end
+
+    def _fail_single(self, call: Call, problem: str | None) -> None:
+        if problem is not None:
+            self._fail(call.pieces[0].content_hash, problem)
+
+    def _arrived(self, key: str) -> None:
+        """The text or piece *key* has its vector in the ledger."""
+        with self._lock:
+            complete = self._long.arrived(key)
+            self._end(key, None)
+        for whole in complete:
+            self._store_mean(whole)
+
+    def _store_mean(self, whole: str) -> None:
+        pieces = self._long.pieces(whole)
+        vectors = self._ledger.vectors(self._identity, {piece.content_hash for piece in pieces})
+        mean = weighted_mean([vectors[piece.content_hash] for piece in pieces], [piece.tokens for piece in pieces])
+        if mean is None:
+            self._fail(whole, "the vectors of its pieces cancel each other out; shorten its text")
+            return
+        self._ledger.add(self._identity, {whole: mean}, calls=0)
+        self._arrived(whole)
+
+    def _fail(self, key: str, problem: str) -> None:
+        """The text or piece *key* gets no vector in this run, nor does a long text of which it is one."""
+        with self._lock:
+            self._problems[key] = problem
+            self._end(key, problem)
+            wholes = self._long.failed(key)
+        for whole in wholes:
+            self._fail(whole, f"a piece of it failed: {problem}")
+
+    def _end(self, key: str, problem: str | None) -> None:
+        if key in self._open:
+            self._open.discard(key)
+            self._counts.embedded += problem is None
+            self._counts.failed += problem is not None
+            self._results.put((key, problem))

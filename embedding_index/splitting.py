@@ -1,0 +1,127 @@
+"""Texts that are too long for one input, cut into pieces that are not. Pure: no I/O."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+
+Count = Callable[[str], int]
+
+# From the best place for a cut to the worst; each match ends where the next piece begins.
+_CUTS = (
+    re.compile(r"\n[^\S\n]*\n\s*"),  # paragraphs
+    # Sentences and lines; looking back instead of matching the marks, since a row of 10,000 dots is tried 10,000 times.
+    re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[」』”’）]*|\n+"),
+    re.compile(r"\s+"),  # words
+)
+_EARLIEST_CUT = 0.5  # of the longest piece that fits: a paragraph before that does not count
+_FULL = 0.8
+_FIRST_GUESS = 4.0  # characters of one token
+_CLUSTER_LIMIT = 64  # no cluster of characters that means anything is longer
+
+
+def split_text(text: str, limit_tokens: int, count: Count) -> list[str]:
+    """Return *text* in pieces of at most *limit_tokens* (from 1) by *count*; joined, they are *text* again.
+
+    Cuts are at ends of paragraphs, else of sentences, else of words, else between characters that people see as two.
+    A single character of more tokens than the limit is a piece of its own. *count* is asked for stretches of about a
+    piece only, some times each, so that the time grows with the length and no faster; it need not be additive.
+    """
+    pieces: list[str] = []
+    start, guess = 0, _FIRST_GUESS
+    while start < len(text):
+        end = _cut(text, start, max(1, int(limit_tokens * guess)), limit_tokens, count)
+        piece = text[start:end]
+        pieces.append(piece)
+        guess = max(1.0, len(piece) / max(1, count(piece)))
+        start = end
+    return pieces
+
+
+def _cut(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
+    """Return the end of the piece that begins at *start*; *length* is a guess of how long one is."""
+    end = _longest(text, start, length, limit_tokens, count)
+    while end < len(text):
+        cut = _best_cut(text, start, end)
+        if count(text[start:cut]) <= limit_tokens:
+            return cut
+        # A beginning may have more tokens than the whole of which it is one, by the word that the cut tears.
+        shorter = start + int((cut - start) * 0.9)
+        if shorter <= start + 1:
+            return _first_cluster(text, start, limit_tokens, count)
+        end = shorter
+    return end
+
+
+def _longest(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
+    """Return an end up to which the text from *start* fits, nearly the furthest; the next character where none does."""
+    fits, fails = start, None
+    end = min(len(text), start + length)
+    while True:
+        tokens = count(text[start:end])
+        share = 0.95 * limit_tokens / max(1, tokens)
+        if tokens <= limit_tokens:
+            fits = end
+            if end == len(text) or tokens >= _FULL * limit_tokens:
+                return end
+        else:
+            fails = end
+        if fails is None:
+            end = min(len(text), end + max(1, int((end - start) * min(3.0, share - 1))))
+        elif fails - fits <= max(1, (fits - start) // 8):
+            return max(fits, start + 1)
+        elif fits == start:
+            end = start + max(1, int((end - start) * min(0.9, share)))
+        else:
+            end = (fits + fails) // 2
+
+
+def _best_cut(text: str, start: int, end: int) -> int:
+    """Return the best place for a cut at most at *end*, which is inside the text; past *start*."""
+    earliest = start + int((end - start) * _EARLIEST_CUT)
+    for pattern in _CUTS:
+        cut = start
+        for match in pattern.finditer(text, earliest, end):
+            if not _belong_together(text[match.end() - 1], text[match.end()]):
+                cut = match.end()
+        if cut > start:
+            return cut
+    for cut in range(end, max(start, end - _CLUSTER_LIMIT), -1):
+        if not _belong_together(text[cut - 1], text[cut]):
+            return cut
+    return end - 1 if end - 1 > start and _is_surrogate_pair(text[end - 1], text[end]) else end
+
+
+def _first_cluster(text: str, start: int, limit_tokens: int, count: Count) -> int:
+    """Return the end of the character at *start* with what belongs to it, as far as that fits."""
+    end = start + 1
+    if end < len(text) and _is_surrogate_pair(text[start], text[end]):
+        end += 1
+    while (
+        end < len(text) and _belong_together(text[end - 1], text[end]) and count(text[start : end + 1]) <= limit_tokens
+    ):
+        end += 1
+    return end
+
+
+def _belong_together(left: str, right: str) -> bool:
+    """Whether a cut between the two characters would tear what people see as one."""
+    if right < "\u0300":
+        return left == "\r" and right == "\n"
+    return (
+        unicodedata.category(right) in ("Mn", "Me", "Mc")
+        or "\u200d" in (left, right)
+        or "\U0001f3fb" <= right <= "\U0001f3ff"  # skin
+        or (_is_flag_letter(left) and _is_flag_letter(right))
+        or _is_surrogate_pair(left, right)
+    )
+
+
+def _is_flag_letter(character: str) -> bool:
+    return "\U0001f1e6" <= character <= "\U0001f1ff"
+
+
+def _is_surrogate_pair(left: str, right: str) -> bool:
+    """Whether they are halves of one character; only texts that were decoded carelessly hold such."""
+    return "\ud800" <= left <= "\udbff" and "\udc00" <= right <= "\udfff"

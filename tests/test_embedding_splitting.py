@@ -1,0 +1,106 @@
+"""Long texts are cut without loss, within the limit, at places where people would cut them."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+import warnings
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from embedding_index.splitting import split_text
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # it opens its tables in an old way
+    import bpe_openai  # type: ignore[import-untyped]
+
+BPE = bpe_openai.get_encoding("cl100k_base")
+
+
+def quarter_bytes(text: str) -> int:
+    return -(-len(text.encode("utf-8", "surrogatepass")) // 4)
+
+
+def words(text: str) -> int:
+    """Nothing below a word counts, so the count of a beginning is no share of the whole."""
+    return max(1, len(text.split()))
+
+
+def tokens(text: str) -> int:
+    return max(1, len(BPE.encode(text)))
+
+
+COUNTS = {"characters": len, "bytes": quarter_bytes, "words": words}
+TEXTS = st.one_of(
+    st.text(),
+    st.text(alphabet=st.sampled_from("ab. \n\r\u0301\u200dé。」\U0001f1e9\U0001f1ea\U0001f44d\U0001f3fd")),
+    st.lists(st.sampled_from(["word ", "End. ", "\n\n", "x" * 30, "\n", "...", '." ', "  ", "\r\n"])).map("".join),
+)
+
+
+@given(text=TEXTS, limit=st.integers(1, 40), name=st.sampled_from(sorted(COUNTS)))
+@example(text="\ud83d\ude00" * 20, limit=3, name="characters")
+@example(text="e" + "\u0301" * 500, limit=7, name="characters")
+def test_nothing_is_lost_and_the_limit_holds(text: str, limit: int, name: str) -> None:
+    count = COUNTS[name]
+    pieces = split_text(text, limit, count)
+    assert "".join(pieces) == text
+    assert all(pieces), "an empty piece"
+    for piece in pieces:
+        is_one_character = len(piece) == 1 or (len(piece) == 2 and "\ud800" <= piece[0] <= "\udbff")
+        assert count(piece) <= limit or is_one_character, (piece, limit)
+
+
+@given(
+    text=st.lists(st.sampled_from(["a", "e\u0301\u0323", "\r\n", "\ud83d\ude00", "👍🏽", "👩\u200d🚒", "🇩🇪", " "])).map(
+        "".join
+    )
+)
+def test_no_character_is_torn(text: str) -> None:
+    for piece in split_text(text, 6, len)[1:]:
+        assert not unicodedata.combining(piece[0])
+        assert piece[0] not in "\n\u200d\U0001f3fd"
+        assert not "\udc00" <= piece[0] <= "\udfff"
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("One two. Three.\n\nFour five. Six", ["One two. Three.\n\n", "Four five. Six"]),
+        ("One two three. Four five six", ["One two three. ", "Four five six"]),
+        ("one two three four five six", ["one two three four ", "five six"]),
+        ("abcdefghijklmnopqrstuvwxyz", ["abcdefghijklmnopqrs", "tuvwxyz"]),  # nearly 20: a guess that fits
+        ("ひとつです。ふたつです。みっつです。よっつです。", ["ひとつです。ふたつです。みっつです。", "よっつです。"]),
+    ],
+)
+def test_the_cut_is_where_people_would_cut(text: str, pieces: list[str]) -> None:
+    assert split_text(text, 20, len) == pieces
+
+
+def test_pieces_of_real_tokens_are_full() -> None:
+    rng = random.Random(3)
+    vocabulary = ["refund", "card", "I", "was", "charged", "twice", "naïve", "Zürich", "ありがとう", "4711-AB", "é"]
+    text = "".join(rng.choice(vocabulary) + rng.choice([" ", " ", " ", ". ", "\n\n"]) for _ in range(30_000))
+    pieces = split_text(text, 256, tokens)
+    assert "".join(pieces) == text
+    assert max(map(tokens, pieces)) <= 256
+    assert len(pieces) <= 1.6 * tokens(text) / 256
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["word ", "x", ".", " ", "\n", "e\u0301", "。", "A sentence, of some words. ", "x" * 999 + " ", '."', "\u0301"],
+)
+def test_a_long_text_is_not_counted_again_and_again(unit: str) -> None:
+    text = unit * (2_000_000 // len(unit))
+    counted = 0
+
+    def count(stretch: str) -> int:
+        nonlocal counted
+        counted += len(stretch)
+        return quarter_bytes(stretch)
+
+    assert "".join(split_text(text, 2048, count)) == text
+    assert counted < 6 * len(text)
