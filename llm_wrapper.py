@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import requests
@@ -42,6 +43,48 @@ def open_session() -> requests.Session:
     session = requests.Session()
     session.trust_env = False
     return session
+
+
+def exchange(
+    session: requests.Session,
+    request: ServerRequest,
+    headers: Mapping[str, str],
+    most_bytes: int = protocol.MAX_BODY_BYTES,
+) -> tuple[int, bytes]:
+    """Send *request* and return status and body, the whole within its time-out; redirects are not followed.
+
+    requests bounds only the wait for each byte, so a body that drips is cut off here: read1
+    returns what has come, and does not decompress it. A server that cannot even be reached in
+    time is away, like one that refuses.
+
+    Raises:
+        LLMTimeoutError, LLMConnectionError, LLMUnavailableError: There is no whole answer.
+    """
+    deadline = time.monotonic() + request.timeout_s
+    try:
+        with session.request(
+            request.method,
+            request.url,
+            data=request.body,
+            headers=headers,
+            timeout=(CONNECT_TIMEOUT_S, request.timeout_s),
+            allow_redirects=False,
+            stream=True,
+        ) as response:
+            received = bytearray()
+            while chunk := response.raw.read1(65_536, decode_content=False):
+                received += chunk
+                if len(received) > most_bytes:
+                    raise LLMUnavailableError(f"the model server's answer is larger than {most_bytes} bytes")
+                if time.monotonic() > deadline:
+                    raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)")
+            return response.status_code, bytes(received)
+    except (requests.ReadTimeout, ReadTimeoutError) as exc:
+        raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
+    except (requests.ConnectionError, HTTPError) as exc:
+        raise LLMConnectionError("no connection to the model server") from exc
+    except requests.RequestException as exc:
+        raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 
 
 class LLMClient:
@@ -129,40 +172,12 @@ class LLMClient:
     def _request(
         self, method: str, url: str, body: bytes | None = None, timeout_s: float | None = None
     ) -> tuple[int, bytes]:
-        """Send one request and return status and body, the whole within the time-out.
-
-        requests bounds only the wait for each byte, so a body that drips is cut off here: read1
-        returns what has come, and does not decompress it. A server that cannot even be reached in
-        time is away, like one that refuses.
-        """
-        timeout_s = timeout_s or self._timeout_s
-        deadline = time.monotonic() + timeout_s
+        """Send one request and return status and body; see ``exchange``."""
+        request = ServerRequest(method, url, body, timeout_s or self._timeout_s)
         try:
-            with self._session.request(
-                method,
-                url,
-                data=body,
-                headers=self.target.headers,
-                timeout=(CONNECT_TIMEOUT_S, timeout_s),
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                received = bytearray()
-                while chunk := response.raw.read1(65_536, decode_content=False):
-                    received += chunk
-                    if len(received) > protocol.MAX_BODY_BYTES:
-                        raise LLMUnavailableError(
-                            f"the model server's answer is larger than {protocol.MAX_BODY_BYTES} bytes"
-                        )
-                    if time.monotonic() > deadline:
-                        raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)")
-                return response.status_code, bytes(received)
-        except (requests.ReadTimeout, ReadTimeoutError) as exc:
-            raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
-        except (requests.ConnectionError, HTTPError) as exc:
+            return exchange(self._session, request, self.target.headers)
+        except LLMConnectionError as exc:
             raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
-        except requests.RequestException as exc:
-            raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 
 
 def ollama_classify(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,6 +28,7 @@ from openai_batch.openai_client import OpenAIFiles
 from openai_batch.schema_file import SchemaFile, explain
 from openai_batch.shard_sending import Times
 from openai_batch.triad import TriadHandling, result_store, worker_schema
+from utils.bind_address import is_this_machine
 from utils.directory_lock import DirectoryLock
 
 STATE_FOLDER = "openai_batch"
@@ -201,19 +201,12 @@ class DocumentBatchProcessor:
 
 def require_permission(config: AppConfig) -> None:
     """Raise ConfigurationError where documents would leave this machine and nobody allowed it."""
-    if config.allow_external or _is_this_machine(urlsplit(config.openai.base_url).hostname or ""):
+    if config.allow_external or is_this_machine(urlsplit(config.openai.base_url).hostname or ""):
         return
     raise ConfigurationError(
         f"the documents would be sent to {urlsplit(config.openai.base_url).hostname}; allow it with --allow-external or "
         "ALLOW_EXTERNAL_LLM=true (--dry-run shows what would be sent, --mask-pii replaces personal data)."
     )
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def job_slug(config: AppConfig) -> str:

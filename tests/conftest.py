@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tests.postgres_server import Postgres
 
 pytest.register_assert_rewrite("tests.worker")
+# Before numpy is loaded: on busy cores the threads of its matrix products wait for each other by spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tests.worker import Site, open_site  # noqa: E402 - imported after its assertions are made to explain themselves
 

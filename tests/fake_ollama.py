@@ -40,7 +40,7 @@ Knobs (constructor and `FakeOllama.configure`)
     default_num_ctx 4096
     prompt_eval_count None   number to report; None = characters of all messages / chars_per_token (4), rounded up
     most_ctx None            window that loads get at most, vram_share 1.0 of them in video memory
-    ignore_truncate False    True: prompts are cut although the request forbids it
+    ignore_truncate False    True: prompts and inputs of /api/embed are cut although the request forbids it
     user_message "longest"   which user message counts: "longest", "last", or its place among the user
                              messages from 0 (with N few-shot examples in the prompt, N is exact even for
                              short conversations and in repair turns)

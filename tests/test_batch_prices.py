@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from utils.batch_prices import MODELS, batch_prices, price_source
+from utils.batch_prices import MODELS, batch_prices, embedding_price, price_source
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +40,11 @@ def test_half_the_usual_price_where_no_batch_rate_is_known() -> None:
 def test_a_model_the_package_lacks_is_left_out() -> None:
     """It is no reason to have no estimate."""
     assert batch_prices(1, 1, ["no-such-model"]) == []
+
+
+def test_embedding_prices_of_the_package() -> None:
+    """US dollars for a million tokens; None, not 0, where nobody knows."""
+    assert embedding_price("text-embedding-3-small", 1_000_000) == pytest.approx(0.02)
+    assert embedding_price("text-embedding-3-large", 1_000_000) == pytest.approx(0.13)
+    assert embedding_price("text-embedding-3-small", 0) == 0
+    assert embedding_price("no-such-model", 1_000_000) is None

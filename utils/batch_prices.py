@@ -1,4 +1,4 @@
-"""What the same tokens would cost on the OpenAI Batch API; the only owner of genai_prices.
+"""What tokens cost at OpenAI, by its Batch API and as embeddings; the only owner of genai_prices.
 
 The prices are those inside the installed package: nothing is downloaded.
 """
@@ -61,3 +61,11 @@ def batch_prices(prompt_tokens: float, reply_tokens: float, models: Sequence[str
             batch = calc_price(usage, model, provider_id=PROVIDER, price_context=BATCH)
             prices.append(BatchPrice(model, float(batch.total_price), since))
     return prices
+
+
+def embedding_price(model: str, tokens: int) -> float | None:
+    """Return what embedding *tokens* with OpenAI's *model* costs in US dollars; None where the package has no price."""
+    try:
+        return float(calc_price(Usage(input_tokens=tokens), model, provider_id=PROVIDER).total_price)
+    except LookupError:
+        return None

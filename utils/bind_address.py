@@ -39,3 +39,11 @@ def inherited_host(descriptor: int) -> str | None:
     with socket.socket(fileno=os.dup(descriptor)) as listener:
         name = listener.getsockname()
     return str(name[0]) if isinstance(name, tuple) else "localhost"
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether *host* can be nothing but this machine, without asking for its name: that could be answered otherwise later."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

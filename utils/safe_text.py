@@ -48,3 +48,8 @@ def one_line(text: str, limit: int) -> str:
     """Return *text* as one visible line of at most *limit* characters, cut with an ellipsis."""
     line = " ".join(visible_text(text).split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def encodable(text: str) -> str:
+    """Return *text* with ``?`` for lone surrogates, which are no characters and which no server or tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")

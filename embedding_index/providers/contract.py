@@ -38,11 +38,15 @@ class Answer:
 
 
 class Provider(Protocol):
-    """A source of vectors. ``embed`` may be called from *max_concurrent* threads at once."""
+    """A source of vectors. ``embed`` may be called from *max_concurrent* threads at once.
+
+    *leaves_house* where texts go to an address outside this machine.
+    """
 
     identity: ModelIdentity
     limits: RequestLimits
     max_concurrent: int
+    leaves_house: bool
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens *text* has, or the most that it may have where that is only estimated; at least 1."""

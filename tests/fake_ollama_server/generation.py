@@ -346,7 +346,7 @@ class Embedding(TimedJob):
         for place, text in enumerate(self.texts):
             tokens = estimate_tokens(len(text))
             if tokens > limit:
-                if self.call.truncate is False:
+                if self.call.truncate is False and not self.server.knobs.ignore_truncate:
                     raise ApiError(400, _TOO_LONG_OLD)
                 self.texts[place] = text[: limit * 4]
                 tokens = limit

@@ -1,0 +1,218 @@
+"""Embeddings of Ollama's ``/api/embed``.
+
+Facts: github.com/ollama/ollama, server/routes.go (EmbedHandler, ShowHandler), read at v0.33. One input at fault fails the
+whole call; the route answers 400 for faults inside the server as well; without ``truncate: false`` it cuts in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import numpy as np
+import orjson
+
+from config.index_settings import IndexSettings
+from config.settings import Settings
+from embedding_index.items import ModelIdentity
+from embedding_index.providers.contract import Answer, RequestLimits, Vectors
+from embedding_index.token_counts import EstimatedCounter
+from error_handler import (
+    ConfigurationError,
+    LLMConnectionError,
+    LLMTimeoutError,
+    LLMUnavailableError,
+    ProviderBusyError,
+    ProviderRejectedError,
+    ProviderUnavailableError,
+    UnusableVectorsError,
+)
+from llm_wrapper import exchange, open_session
+from utils.bind_address import is_this_machine
+from utils.model_warm_up import ServerRequest
+from utils.safe_text import encodable
+from utils.served_models import count, is_cloud_name, json_object, parse_show, show_body
+from utils.token_estimate import least_tokens
+
+MOST_INPUTS = 2048  # Ollama has no limit of its own
+UNKNOWN_CONTEXT = 2048  # tokens, where the server does not tell the model's
+MOST_CONTEXT = 8192  # tokens; models that could hold more take memory for all of it
+SHOW_TIMEOUT_S = 30.0
+MAX_ANSWER_BYTES = 512 * 1024 * 1024
+CONCURRENT = 2  # Ollama computes one call at a time per embedding model: the second waits there instead of here
+
+# What is left of a cut input: fewer tokens than words. Short inputs are never cut, and round badly.
+LEAST_SHARE, LEAST_CHECKED = 0.9, 256
+_LONG_RUN = re.compile(r"[^\W_]{48,}")  # WordPiece makes one token of what is no word at all
+
+_TOO_LONG = ("input length exceeds", "context length", "exceed_context_size", "context size")
+_INPUT_FAULTS = ("nan or inf", "invalid input type", *_TOO_LONG)
+_MODEL_FAULTS = ("does not support", "invalid model name", "model is required")
+_SERVER_FAULTS = ("runner", "eof", "terminated", "memory", "connection", "load", "timed out", "canceled", "busy")
+
+HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+
+
+class OllamaProvider:
+    """Vectors of one model of an Ollama server; thread-safe. ``close`` it.
+
+    *identity.dimensions* is None: who checks the answers learns it.
+    """
+
+    def __init__(self, index: IndexSettings, settings: Settings) -> None:
+        """Ask the server for the model and its longest input.
+
+        Raises:
+            ConfigurationError: It does not have the model, or the model runs elsewhere.
+            ProviderUnavailableError: It does not answer.
+        """
+        if index.dimensions is not None:
+            raise ConfigurationError(
+                "EMBEDDING_DIMENSIONS is only for models of OpenAI; leave it out, Ollama's vectors keep the model's length."
+            )
+        self._url = settings.ollama_endpoint
+        self._model = index.model
+        self._timeout_s = index.timeout_s
+        # The default of EMBEDDING_CONCURRENCY is made for OpenAI.
+        was_set = "max_concurrent" in index.model_fields_set
+        self.max_concurrent = index.max_concurrent if was_set else min(CONCURRENT, index.max_concurrent)
+        self.leaves_house = not is_this_machine(urlsplit(self._url).hostname or "")
+        self.identity = ModelIdentity("ollama", index.model.removesuffix(":latest"))
+        self._estimate = EstimatedCounter()
+        keep_alive = settings.ollama_keep_alive
+        self._session = open_session()
+        context = self._context_length()
+        self.limits = RequestLimits(MOST_INPUTS, context, None)
+        # The same for each call: a change of it reloads the model.
+        self._fields: dict[str, Any] = {
+            "model": self._model,
+            "truncate": False,
+            "keep_alive": int(keep_alive) if keep_alive.lstrip("-").isdigit() else keep_alive,
+            "options": {"num_ctx": context},
+        }
+
+    def count_tokens(self, text: str) -> int:
+        """Return the most tokens that *text* is likely to have."""
+        return self._estimate(text)
+
+    def embed(self, texts: Sequence[str]) -> Answer:
+        """Return the vectors of *texts*; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds the whole answer.
+
+        Raises:
+            UnusableVectorsError: The answer is not made of numbers, or the server cut an input.
+        """
+        inputs = [encodable(text) for text in texts]
+        body = orjson.dumps({**self._fields, "input": inputs})
+        status, answer = self._request("/api/embed", body, self._timeout_s)
+        if status != 200:
+            self._refuse(status, answer)
+        fields = _fields(answer)
+        vectors = fields.get("embeddings")
+        if not isinstance(vectors, list):
+            raise ProviderUnavailableError("Ollama answers in an unknown form; check OLLAMA_ENDPOINT")
+        tokens = count(fields.get("prompt_eval_count"))
+        if tokens is not None:
+            least = sum(least_tokens(_LONG_RUN.sub("x", text)) for text in inputs)
+            if least >= LEAST_CHECKED and tokens < LEAST_SHARE * least:
+                raise UnusableVectorsError(
+                    f"Ollama saw {tokens} tokens of at least {least}: it cut an input although it was told not to; update it"
+                )
+            self._estimate.learn(inputs, tokens)
+        return Answer([_vector(vector) for vector in vectors], tokens)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def _context_length(self) -> int:
+        """Return how many tokens an input may have."""
+        model = self._model
+        if is_cloud_name(model):
+            raise _elsewhere(model)
+        try:
+            status, body = self._request("/api/show", show_body(model), min(SHOW_TIMEOUT_S, self._timeout_s))
+            if status == 404 or (status == 400 and b"invalid model name" in body[:4000]):
+                raise ConfigurationError(
+                    f"Ollama at {self._url} has no model {model}; run: ollama pull {model} (or set EMBEDDING_MODEL)."
+                )
+            if status != 200:
+                self._refuse(status, body)
+            shown = _fields(body)
+        except (ConfigurationError, ProviderUnavailableError, ProviderRejectedError):
+            self.close()
+            raise
+        if shown.get("remote_host") or shown.get("remote_model"):
+            self.close()
+            raise _elsewhere(model)
+        return min(MOST_CONTEXT, parse_show(status, body).context_length or UNKNOWN_CONTEXT)
+
+    def _request(self, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        request = ServerRequest("POST", f"{self._url}{path}", body, timeout_s)
+        try:
+            return exchange(self._session, request, HEADERS, MAX_ANSWER_BYTES)
+        except LLMTimeoutError as exc:
+            raise ProviderUnavailableError(
+                f"Ollama did not answer within {timeout_s:g} s; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
+            ) from exc
+        except LLMConnectionError as exc:
+            raise ProviderUnavailableError(
+                f"no connection to Ollama at {self._url}; start it (ollama serve) or correct OLLAMA_ENDPOINT"
+            ) from exc
+        except LLMUnavailableError as exc:
+            raise ProviderUnavailableError(
+                f"what answers at {self._url} does not speak as Ollama does; check OLLAMA_ENDPOINT"
+            ) from exc
+
+    def _refuse(self, status: int, body: bytes) -> NoReturn:
+        """Raise what the answer means. Its text is left out: it may quote an input."""
+        text = body[:4000].decode("utf-8", "replace").lower()
+        if status in (429, 503):
+            raise ProviderBusyError(f"Ollama is busy (HTTP {status})")
+        if status == 404 and "model" in text:
+            raise ConfigurationError(
+                f"Ollama at {self._url} has no model {self._model} any more; run: ollama pull {self._model}."
+            )
+        if status == 400 and any(sign in text for sign in _MODEL_FAULTS):
+            raise ConfigurationError(
+                f"{self._model} makes no embeddings in Ollama; set EMBEDDING_MODEL to one that does, such as nomic-embed-text."
+            )
+        if status == 400 and any(sign in text for sign in _INPUT_FAULTS):
+            is_long = any(sign in text for sign in _TOO_LONG)
+            why = "an input is longer than the model's context" if is_long else "it makes no vector of an input"
+            raise ProviderRejectedError(f"Ollama refuses the request: {why}")
+        if (
+            status >= 500
+            or status in (408, 425, 499)
+            or (status == 400 and any(sign in text for sign in _SERVER_FAULTS))
+        ):
+            raise ProviderUnavailableError(f"Ollama failed (HTTP {status}); its log says why")
+        if status in (401, 403, 404, 405) or status < 400:
+            raise ConfigurationError(
+                f"{self._url}/api/embed is refused (HTTP {status}); check OLLAMA_ENDPOINT and who may ask there."
+            )
+        raise ProviderRejectedError(f"Ollama refuses the request (HTTP {status})")
+
+
+def _elsewhere(model: str) -> ConfigurationError:
+    return ConfigurationError(f"{model} runs in Ollama's cloud, so texts would leave this house; name a local model.")
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    try:
+        return json_object(body)
+    except LLMUnavailableError as exc:
+        raise ProviderUnavailableError(
+            "Ollama's answer is not JSON, or was cut on its way; check OLLAMA_ENDPOINT"
+        ) from exc
+
+
+def _vector(numbers: Any) -> Vectors:
+    try:
+        vector = np.asarray(numbers, np.float32)
+    except (ValueError, TypeError, OverflowError) as exc:
+        raise UnusableVectorsError("a vector of the answer cannot be read") from exc
+    if vector.ndim != 1:
+        raise UnusableVectorsError("a vector of the answer is no list of numbers")
+    return vector

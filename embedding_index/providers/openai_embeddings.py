@@ -1,0 +1,249 @@
+"""Embeddings of OpenAI, or of any server that speaks the same.
+
+The package bounds each wait for bytes, not the whole call, in its synchronous client; an asyncio time-out bounds all of
+it: name, connection, header, body. So its asynchronous client is used, on a loop in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+import numpy as np
+import openai
+import orjson
+
+from config.index_settings import IndexSettings
+from config.openai_settings import OpenAISettings
+from embedding_index.items import ModelIdentity
+from embedding_index.providers.contract import Answer, RequestLimits, Vectors
+from embedding_index.token_counts import EstimatedCounter, openai_counter
+from error_handler import (
+    ConfigurationError,
+    IndexingError,
+    ProviderBusyError,
+    ProviderRejectedError,
+    ProviderUnavailableError,
+    UnusableVectorsError,
+)
+from utils.bind_address import is_this_machine
+from utils.safe_text import encodable
+
+LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
+SHORTENED = "text-embedding-3"  # models whose vectors can be shortened begin so
+CONNECT_TIMEOUT_S = 10.0
+MAX_ANSWER_BYTES = 512 * 1024 * 1024  # 2048 vectors of 8192 numbers, written in decimal, are 350 MB
+MOST_WAIT_S = 3600.0
+
+# What a request may carry, beside the package's own x-stainless-*, by which it knows how to hand on the answer. It adds
+# those of OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS; settings of this product are read in config/ only.
+HEADERS = frozenset(
+    {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "authorization", "user-agent"}
+)
+
+_NOT_A_NUMBER = re.compile(rb"[\[,]\s*-?(?:NaN|Infinity)")
+T = TypeVar("T")
+
+
+class OpenAIProvider:
+    """Vectors of one model; thread-safe. ``close`` it.
+
+    *identity.dimensions* is None unless EMBEDDING_DIMENSIONS says it: who checks the answers learns it.
+    """
+
+    def __init__(self, index: IndexSettings, access: OpenAISettings) -> None:
+        """Prepare; nothing is sent.
+
+        Raises:
+            ConfigurationError: There is no key, or the model's vectors cannot be shortened.
+        """
+        if access.api_key is None:
+            raise ConfigurationError(
+                "OPENAI_API_KEY is not set; EMBEDDING_PROVIDER=openai needs one (a server of your own that asks for none "
+                "takes any value)."
+            )
+        if index.dimensions is not None and not index.model.startswith(SHORTENED):
+            raise ConfigurationError(
+                f"vectors of {index.model} cannot be shortened: leave EMBEDDING_DIMENSIONS out, or choose a model "
+                f"{SHORTENED}-... with EMBEDDING_MODEL."
+            )
+        self.identity = ModelIdentity("openai", index.model, index.dimensions)
+        self.limits = LIMITS
+        self.max_concurrent = index.max_concurrent
+        self.leaves_house = not is_this_machine(urlsplit(access.base_url).hostname or "")
+        self._estimate = EstimatedCounter()
+        self._count = openai_counter(index.model) or self._estimate
+        self._timeout_s = index.timeout_s
+        key = access.api_key.get_secret_value()
+        self._client = openai.AsyncOpenAI(
+            api_key=key,
+            base_url=access.base_url,
+            max_retries=0,  # the package would repeat a call whose answer was lost, and that is billed twice
+            default_headers={"Authorization": f"Bearer {key}"},  # else OPENAI_CUSTOM_HEADERS can replace it
+            http_client=httpx2.AsyncClient(
+                timeout=httpx2.Timeout(index.timeout_s, connect=min(CONNECT_TIMEOUT_S, index.timeout_s)),
+                limits=httpx2.Limits(max_connections=index.max_concurrent),
+                trust_env=self.leaves_house,  # a proxy of the environment would also catch loopback
+                follow_redirects=False,  # it would send the texts to an address that nobody set
+                event_hooks={"request": [_keep_own_headers]},
+            ),
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="openai-embeddings", daemon=True)
+        self._thread.start()
+
+    def count_tokens(self, text: str) -> int:
+        """Return the tokens of *text*: as they are billed where the tokenizer is installed, else the most."""
+        return self._count(text)
+
+    def embed(self, texts: Sequence[str]) -> Answer:
+        """Return the vectors of *texts* in their order; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds it whole.
+
+        Raises:
+            UnusableVectorsError: Which vector is of which text cannot be told, or one is not readable. It was billed.
+        """
+        inputs = [encodable(text) for text in texts]
+        answer = _parse(self._run(self._ask(inputs)), len(inputs))
+        if answer.tokens is not None:
+            self._estimate.learn(texts, answer.tokens)
+        return answer
+
+    def close(self) -> None:
+        """Close the connections and end the thread. Calls in flight end with ProviderUnavailableError."""
+        if self._loop.is_closed():
+            return
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _close(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
+
+    async def _ask(self, inputs: list[str]) -> bytes:
+        """Return the body of the answer to one request."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._exchange(inputs)
+        except TimeoutError as exc:
+            raise ProviderUnavailableError(
+                "OpenAI did not answer within the time-out; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
+            ) from exc
+        except asyncio.CancelledError as exc:
+            raise ProviderUnavailableError("the call to OpenAI was given up because the provider was closed") from exc
+        except openai.APIStatusError as exc:
+            raise _refusal(exc, self.identity.model) from exc
+        except (openai.OpenAIError, httpx2.HTTPError, httpx2.StreamError) as exc:
+            raise ProviderUnavailableError(
+                f"no whole answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
+            ) from exc
+
+    async def _exchange(self, inputs: list[str]) -> bytes:
+        received = bytearray()
+        # Base64 is a third of the bytes of decimal numbers; the package would make lists of it.
+        async with self._client.embeddings.with_streaming_response.create(
+            model=self.identity.model,
+            input=inputs,
+            encoding_format="base64",
+            dimensions=openai.omit if self.identity.dimensions is None else self.identity.dimensions,
+        ) as response:
+            async for chunk in response.iter_bytes(1 << 18):
+                received += chunk
+                if len(received) > MAX_ANSWER_BYTES:
+                    raise ProviderUnavailableError(f"OpenAI's answer is larger than {MAX_ANSWER_BYTES} bytes")
+        return bytes(received)
+
+
+async def _keep_own_headers(request: httpx2.Request) -> None:
+    for name in set(request.headers) - HEADERS:
+        if not name.startswith("x-stainless-"):
+            del request.headers[name]
+
+
+def _refusal(exc: openai.APIStatusError, model: str) -> IndexingError | ConfigurationError:
+    """Return what the status means. Messages of the server are left out: they may quote an input."""
+    status = exc.status_code
+    if status == 429 and "insufficient_quota" in (exc.code, exc.type):
+        return ConfigurationError("the OpenAI account has no quota left; add credit, then run the same command again.")
+    if status == 429:
+        return ProviderBusyError("OpenAI asks to wait (HTTP 429)", _wait_s(exc.response.headers))
+    if status in (401, 403):
+        return ConfigurationError(
+            f"OpenAI refuses the key, or the model {model} for it (HTTP {status}); check OPENAI_API_KEY, EMBEDDING_MODEL "
+            "and OPENAI_BASE_URL."
+        )
+    if exc.param == "dimensions":
+        return ConfigurationError(f"{model} does not take this EMBEDDING_DIMENSIONS; choose less, or leave it out.")
+    if status in (404, 405) or status < 400:
+        return ConfigurationError(
+            f"OpenAI has no embedding model {model} at this address (HTTP {status}); check EMBEDDING_MODEL and OPENAI_BASE_URL."
+        )
+    return _failure(exc)
+
+
+def _failure(exc: openai.APIStatusError) -> IndexingError:
+    status = exc.status_code
+    if status >= 500 or status in (408, 409, 425):
+        return ProviderUnavailableError(f"OpenAI failed (HTTP {status})")
+    code = f", {exc.code}" if exc.code and re.fullmatch(r"[a-z_]{1,60}", exc.code) else ""
+    return ProviderRejectedError(f"OpenAI refuses the request (HTTP {status}{code})")
+
+
+def _wait_s(headers: httpx2.Headers) -> float | None:
+    """Return how long the server asks to wait, at most an hour; None where it does not say."""
+    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
+            return min(MOST_WAIT_S, float(value) * unit_s)
+    return None
+
+
+def _parse(body: bytes, inputs: int) -> Answer:
+    """Return the vectors in *body* in the order of the *inputs*, by their index."""
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        if _NOT_A_NUMBER.search(body):
+            raise UnusableVectorsError("a vector of the answer holds what is no number") from exc
+        raise ProviderUnavailableError("OpenAI's answer is not JSON; check OPENAI_BASE_URL") from exc
+    data = fields.get("data") if isinstance(fields, dict) else None
+    if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
+        raise ProviderUnavailableError("OpenAI answers in an unknown form; check OPENAI_BASE_URL")
+    by_index = {entry["index"]: entry.get("embedding") for entry in data if type(entry.get("index")) is int}
+    if len(data) != inputs or by_index.keys() != set(range(inputs)):
+        raise UnusableVectorsError(
+            f"the answer has {len(data)} vectors, {len(by_index)} numbers of inputs, for {inputs}"
+        )
+    usage = fields.get("usage")
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return Answer(
+        [_vector(by_index[place]) for place in range(inputs)], tokens if type(tokens) is int and tokens >= 0 else None
+    )
+
+
+def _vector(embedding: Any) -> Vectors:
+    """Return the numbers of *embedding*: base64 of little-endian floats, or a list from servers that know no base64."""
+    try:
+        if isinstance(embedding, str):
+            return np.frombuffer(base64.b64decode(embedding), "<f4").astype(np.float32, copy=False)
+        if isinstance(embedding, list):
+            vector = np.asarray(embedding, np.float32)
+            if vector.ndim == 1:
+                return vector
+    except (binascii.Error, ValueError, TypeError, OverflowError) as exc:
+        raise UnusableVectorsError("a vector of the answer cannot be read") from exc
+    raise UnusableVectorsError("a vector of the answer is no list of numbers")
