@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -25,8 +26,8 @@ from embedding_index.documentation_store import DocumentationStore
 from embedding_index.index_reader import IndexReader
 from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.introspection import read_database
-from embedding_index.items import Kind
 from embedding_index.item_states import Synchronized
+from embedding_index.items import Kind
 from embedding_index.mending import mend
 from embedding_index.sample_database import make_sample_database
 from embedding_index.vector_store import SQLVectorStore
@@ -68,7 +69,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
             await asyncio.to_thread(_mend, index)
             connected.set()
             if arguments.source == "conversations":
-                return await _conversations(arguments, index)
+                return await _conversations(arguments, settings, index)
             return await _database(arguments, index, chosen)
 
 
@@ -155,39 +156,51 @@ def _index_pending(index: Index, outcome: report.Outcome) -> None:
         outcome.duration_s = time.monotonic() - started
 
 
-async def _conversations(arguments: argparse.Namespace, index: Index) -> int:
+async def _conversations(arguments: argparse.Namespace, settings: Settings, index: Index) -> int:
     """Index conversations that have a classification, or say what that would cost."""
     allowed = arguments.allow_external or load_openai_settings().allow_external
-    conversation_source.require_allowed(index.vectors.provider, allowed=allowed)
     await index.documents.check()
-    estimate = await conversation_source.estimate_conversations(
-        index.documents, index.states, index.vectors, limit=arguments.limit
-    )
-    usd = index.manager.price(estimate.tokens)
-    stats = {
-        "pending_conversations": estimate.pending,
-        "total_estimated_cost": usd,
-        "batch_size": index.manager.batch_size,
-    }
-    if arguments.estimate_costs:
-        return _show_estimate(arguments, index, stats, estimate.tokens)
-    await asyncio.to_thread(_require_affordable, arguments, index, usd, estimate.tokens)
-    outcome = _outcome(arguments, index, stats)
-    started = time.monotonic()
-    with report.IndexProgress("Indexing", estimate.pending) as progress:
-
-        def note(name: str, problem: str | None) -> None:
-            outcome.count(Kind.CONVERSATION, name, problem)
-            progress.ended(failed=problem is not None)
-
-        options = conversation_source.Options(limit=arguments.limit)
-        counts = await conversation_source.index_conversations(
-            index.documents, index.states, index.manager.indexer, options, stop=index.stop, on_result=note
+    with report.IndexProgress("Reading conversations") as progress:
+        options = conversation_source.Options(
+            settings,
+            limit=arguments.limit,
+            allow_external=allowed,
+            on_read=lambda counts: progress.reached(counts.read, of=counts.expected),
         )
+        stats: dict[str, Any] = {}
+        if arguments.estimate_costs or arguments.max_cost is not None:  # a whole reading of its own
+            made = await conversation_source.estimate_conversations(
+                index.documents, index.states, index.vectors, options, stop=index.stop
+            )
+            stats = _conversation_stats(index, made)
+            if arguments.estimate_costs:
+                return _show_estimate(arguments, index, stats, made.tokens)
+            await asyncio.to_thread(_require_affordable, arguments, index, stats["total_estimated_cost"], made.tokens)
+        outcome = _outcome(arguments, index, stats)
+        started = time.monotonic()
+        counts = await conversation_source.index_conversations(
+            index.documents,
+            index.states,
+            index.manager.indexer,
+            options,
+            stop=index.stop,
+            on_result=lambda name, problem: outcome.count(Kind.CONVERSATION, name, problem),
+        )
+    if counts.is_complete:
+        await asyncio.to_thread(index.vectors.forget_others, index.states.content_hashes())
     outcome.duration_s = time.monotonic() - started
     outcome.removed = counts.removed
-    outcome.more = counts.as_dict()
+    outcome.more = {name: getattr(counts, name) for name in ("read", "unclassified", "without_text", "changed")}
     return _finish(arguments, index, outcome)
+
+
+def _conversation_stats(index: Index, made: conversation_source.ConversationEstimate) -> dict[str, Any]:
+    return {
+        "pending_conversations": made.pending,
+        "total_estimated_cost": index.manager.price(made.tokens),
+        "batch_size": index.manager.batch_size,
+        "estimated_batches": math.ceil(made.unpaid / index.manager.batch_size),
+    }
 
 
 def _show_estimate(arguments: argparse.Namespace, index: Index, stats: dict[str, Any], tokens: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.indexer_agent import OnDocumented, SQLIndexerAgent
+from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.items import Kind, content_hash
 from utils.batch_prices import embedding_price
 

@@ -15,8 +15,9 @@ OnDocumented = Callable[[Sequence[tuple[str, str | None]]], None]
 class SQLIndexerAgent:
     """Indexes into *vector_store*, which stays the caller's.
 
-    A table is ``{"name", "documentation", "business_purpose"?, "schema"?, "metadata"?}``, a relationship ``{"id",
-    "documentation", "type"?, "tables"?, "metadata"?}``. What is found later is the documentation; where it is empty, it is made of the rest.
+    A table is ``{"name", "documentation", "business_purpose"?, "schema"?, "metadata"?}``; a relationship is
+    ``{"id", "documentation", "type"?, "tables"?, "metadata"?}``. What is found later is the documentation; where it is
+    empty, it is made of the rest.
     """
 
     def __init__(self, vector_store: SQLVectorStore) -> None:
