@@ -10,6 +10,8 @@ PYTHON =
 
 # Relative on purpose: make cannot handle prerequisites with a space, and a checkout may lie in such a folder.
 venv_python = .venv/bin/python
+# Where there is more of the same: tests marked thorough, and random examples.
+thorough = $(shell grep -lE 'mark\.thorough|^@given' tests/test_*.py)
 modules = $(wildcard *.py config utils openai_batch embedding_index)
 
 # Pip's own output is a page per package; this keeps what tells that it goes on. The status goes through
@@ -48,8 +50,9 @@ check: .venv/dev.stamp ## lint, formatting and types
 	$(venv_python) -m ruff format --check .
 	$(venv_python) -m mypy --strict $(modules)
 
-torture: .venv/dev.stamp ## kill the worker 200 times in the middle of its work, and a document job at each step
-	$(venv_python) -m pytest tests/test_crash_loop.py tests/test_openai_job_crashes.py --kills 200 $(ARGS)
+torture: .venv/dev.stamp ## kill the worker 200 times, a document job at each step, and run what make test leaves out
+	$(venv_python) -m pytest -m '' --kills 200 --timeout 600 \
+		tests/test_crash_loop.py tests/test_openai_job_crashes.py $(thorough) $(ARGS)
 
 bench: .venv/dev.stamp ## measure; ARGS goes to the benchmarks
 	$(venv_python) -m benchmarks $(ARGS)

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from pymongo import MongoClient
 
 from tests.fake_ollama import FakeOllama
+from tests.forked_process import fork_script
+from tests.server_process import ServerProcess
 from utils.embedded_mongod import EmbeddedMongod
 
 if TYPE_CHECKING:
@@ -24,11 +27,25 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from tests.worker import Site, open_site  # noqa: E402 - imported after its assertions are made to explain themselves
 
+ServerProcess.start_script = staticmethod(fork_script)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the crash loop."""
     parser.addoption("--kills", type=int, default=20, help="how often the crash loop kills the worker (20)")
     parser.addoption("--seed", type=int, default=None, help="seed of the crash loop; printed, so that it can be given")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let slow machines be slow, and have more examples where the tests marked thorough are run, too."""
+    is_thorough = "not thorough" not in config.option.markexpr
+    settings.register_profile(
+        "suite",
+        deadline=None,
+        max_examples=1000 if is_thorough else 100,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("suite")
 
 
 def pytest_report_header() -> str:

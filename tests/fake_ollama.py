@@ -142,17 +142,10 @@ after the latency, in the slot, and ``delay_s`` waits before they act. A connect
 """
 
 import argparse
-import http.client
 import json
-import os
-import select
-import signal
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 if not __package__:  # started as a script, or imported as plain fake_ollama
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -167,6 +160,7 @@ from tests.fake_ollama_server.labels import (
     probability_hit,
     text_sha256,
 )
+from tests.server_process import ServerProcess
 
 __all__ = [
     "INTENTS",
@@ -181,20 +175,18 @@ __all__ = [
     "text_sha256",
 ]
 
-_START_TIMEOUT_S = 20.0
-_ADMIN_TIMEOUT_S = 20.0
-_STOP_TIMEOUT_S = 5.0
-
 
 class FakeOllamaError(Exception):
     """The fake did not start, refused an admin request, or a waited-for state did not come."""
 
 
-class FakeOllama:
+class FakeOllama(ServerProcess):
     """One fake server process, steered from tests that need no event loop for it.
 
     The process dies with the one that started it, however that ends.
     """
+
+    error = FakeOllamaError
 
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0, **knobs: Any) -> None:
         """Prepare; `start` or ``with`` starts it.
@@ -203,99 +195,12 @@ class FakeOllama:
             port: 0 lets the kernel choose; `restart` keeps the port.
             knobs: See the module docstring. An unknown one fails in `start`.
         """
-        self.host = host
-        self.port = port
-        self._knobs = knobs
-        self._process: subprocess.Popen[bytes] | None = None
-        self._paused = False
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+        super().__init__(str(Path(__file__).resolve()), host, port, knobs)
 
     @property
     def url(self) -> str:
         """Base address, without a slash at its end."""
         return f"http://{self.host}:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        """Process id of the running server; raises `FakeOllamaError` when it does not run."""
-        if self._process is None:
-            raise FakeOllamaError("the fake does not run: call start() first")
-        return self._process.pid
-
-    def start(self) -> None:
-        """Start the process and wait until it listens.
-
-        Raises:
-            FakeOllamaError: It ended or said nothing; its reason is on standard error.
-        """
-        if self._process is not None:
-            raise FakeOllamaError("the fake runs already: call stop() or restart()")
-        command = [sys.executable, str(Path(__file__).resolve()), "--watch-stdin", "--host", self.host]
-        command += ["--port", str(self.port), "--knobs", json.dumps(self._knobs)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
-        )
-        self._process = process
-        assert process.stdout is not None
-        readable, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
-        line = process.stdout.readline() if readable else b""
-        if not line:
-            self.kill()
-            raise FakeOllamaError("the fake did not start: see its message on standard error")
-        self.port = json.loads(line)["port"]
-
-    def stop(self) -> None:
-        """SIGTERM: no new connections, resets for open ones; waits for the end."""
-        if self._process is None:
-            return
-        if self._paused:
-            self.resume()
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._reap()
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end. Nothing if it does not run."""
-        if self._process is not None:
-            self._process.kill()
-            self._reap()
-
-    def restart(self) -> None:
-        """Stop if it runs, then start on the same port with the knobs configured last, but new statistics."""
-        self.stop()
-        self.start()
-
-    def pause(self) -> None:
-        """SIGSTOP: the kernel goes on accepting connections, nobody answers."""
-        # While it is stopped it cannot see its standard input end; from here on the kernel ends it with us.
-        self._call("POST", "/__fake__/die_with_parent", {})
-        os.kill(self.pid, signal.SIGSTOP)
-        self._paused = True
-
-    def resume(self) -> None:
-        """SIGCONT after `pause`."""
-        os.kill(self.pid, signal.SIGCONT)
-        self._paused = False
-
-    def configure(self, **knobs: Any) -> None:
-        """Change knobs, the others stay; a new ``faults`` list replaces the old one and its ``times`` counts.
-
-        Raises:
-            FakeOllamaError: A knob, fault kind or condition is unknown; nothing has changed.
-        """
-        self._call("POST", "/__fake__/configure", knobs)
-        self._knobs |= knobs
 
     def stats(self) -> dict[str, Any]:
         """Totals since the start or `reset`.
@@ -308,7 +213,7 @@ class FakeOllama:
         (SHA-256 of the selected user message -> number of calls), ``internal_errors`` (bugs of the fake:
         must be 0).
         """
-        return self._call("GET", "/__fake__/stats")  # type: ignore[no-any-return]
+        return self._call("stats")  # type: ignore[no-any-return]
 
     def requests(self) -> list[dict[str, Any]]:
         """The records of the inference requests, oldest first; empty with ``record=False``.
@@ -318,52 +223,11 @@ class FakeOllama:
         `time.monotonic` seconds, comparable with those of other processes of the machine. ``outcome`` is
         "open", the status, "dropped" (closed or reset by a fault) or "client_disconnected".
         """
-        return self._call("GET", "/__fake__/requests")  # type: ignore[no-any-return]
+        return self._call("requests")  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         """Back to the knobs given to the constructor, counters and records empty, no model loaded."""
-        self._call("POST", "/__fake__/reset", {})
-
-    def wait_for(
-        self, gauge: str, at_least: int | None = None, *, equals: int | None = None, timeout_s: float = 10.0
-    ) -> None:
-        """Return as soon as a number of `stats` is *at_least*, or *equals*, what is given; give one.
-
-        Raises:
-            FakeOllamaError: It did not happen within *timeout_s*, or the gauge is unknown.
-        """
-        wanted: dict[str, Any] = {"gauge": gauge, "timeout_s": timeout_s}
-        wanted |= {"at_least": at_least} if equals is None else {"equals": equals}
-        answer = self._call("POST", "/__fake__/wait", wanted, timeout_s + _ADMIN_TIMEOUT_S)
-        if not answer["reached"]:
-            raise FakeOllamaError(f"{gauge} did not get there in {timeout_s} s: {answer['gauges']}")
-
-    def _call(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        timeout_s: float = _ADMIN_TIMEOUT_S,
-    ) -> Any:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body))
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise FakeOllamaError(answer["error"])
-        return answer
-
-    def _reap(self) -> None:
-        process, self._process = self._process, None
-        self._paused = False
-        if process is not None:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+        self._call("reset")
 
 
 def main(argv: list[str] | None = None) -> int:

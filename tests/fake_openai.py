@@ -135,42 +135,34 @@ Faults: ``{"kind": ..., "when": {...}, "times": n, ...parameters}``. There are t
     content_filter           finish_reason content_filter, content null
 """
 
-import http.client
-import json
-import os
-import select
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 if not __package__:  # started as a script, or imported as plain fake_openai
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.fake_openai_server.answers import estimate_tokens, expected_content, expected_embedding
+from tests.server_process import ServerProcess
 
 __all__ = ["FakeOpenAI", "FakeOpenAIError", "estimate_tokens", "expected_content", "expected_embedding"]
 
-_START_TIMEOUT_S = 20.0
-_CONTROL_TIMEOUT_S = 30.0
 _ADVANCE_TIMEOUT_S = 600.0
-_STOP_TIMEOUT_S = 5.0
 
 
 class FakeOpenAIError(Exception):
     """The fake did not start, refused a control request, or a waited-for state did not come."""
 
 
-class FakeOpenAI:
+class FakeOpenAI(ServerProcess):
     """One fake server process, steered from tests that need no event loop for it.
 
     The process dies with the one that started it, however that ends.
     """
+
+    error = FakeOpenAIError
 
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0, directory: Path | None = None, **knobs: Any) -> None:
         """Prepare; `start` or ``with`` starts it.
@@ -180,35 +172,15 @@ class FakeOpenAI:
             directory: Where its state lies and stays; None means a temporary one, removed by `stop`.
             knobs: See the module docstring. An unknown one fails in `start`.
         """
-        self.host = host
-        self.port = port
+        super().__init__(str(Path(__file__).resolve()), host, port, knobs)
         self._given_directory = directory
         self._directory: Path | None = directory
-        self._knobs = knobs
         self._started_knobs = dict(knobs)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._paused = False
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     @property
     def url(self) -> str:
         """Base address of the API, as for ``OPENAI_BASE_URL``: ends in ``/v1``."""
         return f"http://{self.host}:{self.port}/v1"
-
-    @property
-    def pid(self) -> int:
-        """Process id of the running server; raises `FakeOpenAIError` when it does not run."""
-        if self._process is None:
-            raise FakeOpenAIError("the fake does not run: call start() first")
-        return self._process.pid
 
     def start(self) -> None:
         """Start the process and wait until it listens.
@@ -216,64 +188,20 @@ class FakeOpenAI:
         Raises:
             FakeOpenAIError: It ended or said nothing; its reason is on standard error.
         """
-        if self._process is not None:
-            raise FakeOpenAIError("the fake runs already: call stop() or restart()")
         if self._directory is None:
             self._directory = Path(tempfile.mkdtemp(prefix="fake_openai_"))
-        command = [sys.executable, str(Path(__file__).resolve()), "--watch-stdin", "--host", self.host]
-        command += ["--port", str(self.port), "--knobs", json.dumps(self._knobs), "--directory", str(self._directory)]
-        if self._given_directory is None:
-            command.append("--temporary")
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
-        )
-        self._process = process
+        try:
+            super().start()
+        except FakeOpenAIError:
+            if self._process is None:
+                self._remove_directory()
+            raise
         self._started_knobs = dict(self._knobs)
-        assert process.stdout is not None
-        readable, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
-        line = process.stdout.readline() if readable else b""
-        if not line:
-            self.kill()
-            self._remove_directory()
-            raise FakeOpenAIError("the fake did not start: see its message on standard error")
-        self.port = json.loads(line)["port"]
 
     def stop(self) -> None:
         """SIGTERM, wait for the end, remove a temporary directory."""
-        self._terminate()
+        super().stop()
         self._remove_directory()
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end; the state stays for `restart`. Nothing if it does not run."""
-        if self._process is not None:
-            self._process.kill()
-            self._reap()
-
-    def restart(self) -> None:
-        """Stop if it runs, then start on the same port with the knobs configured last and all its state."""
-        self._terminate()
-        self.start()
-
-    def pause(self) -> None:
-        """SIGSTOP: the kernel goes on accepting connections, nobody answers."""
-        # While it is stopped it cannot see its standard input end; from here on the kernel ends it with us.
-        self._call("die_with_parent")
-        os.kill(self.pid, signal.SIGSTOP)
-        self._paused = True
-
-    def resume(self) -> None:
-        """SIGCONT after `pause`."""
-        os.kill(self.pid, signal.SIGCONT)
-        self._paused = False
-
-    def configure(self, **knobs: Any) -> None:
-        """Change knobs, the others stay; a new ``faults`` list replaces the old one and its ``times`` counts.
-
-        Raises:
-            FakeOpenAIError: A knob, fault kind or condition is unknown; nothing has changed.
-        """
-        self._call("configure", knobs)
-        self._knobs |= knobs
 
     def advance(self, seconds: float) -> float:
         """Let virtual time pass; returns the new unix time when all batches due by then have their files."""
@@ -330,54 +258,8 @@ class FakeOpenAI:
         self._call("reset")
         self._knobs = dict(self._started_knobs)
 
-    def wait_for(
-        self, gauge: str, at_least: int | None = None, *, equals: int | None = None, timeout_s: float = 10.0
-    ) -> None:
-        """Return as soon as a number of `stats` is *at_least*, or *equals*, what is given; give one.
-
-        Names with a colon, as ``faults:answer_lost`` or ``requests:batches.create``, count from 0.
-
-        Raises:
-            FakeOpenAIError: It did not happen within *timeout_s*, or the gauge is unknown.
-        """
-        wanted: dict[str, Any] = {"gauge": gauge, "timeout_s": timeout_s}
-        wanted |= {"at_least": at_least} if equals is None else {"equals": equals}
-        answer = self._call("wait", wanted, timeout_s + _CONTROL_TIMEOUT_S)
-        if not answer["reached"]:
-            raise FakeOpenAIError(f"{gauge} did not get there in {timeout_s} s: {answer['gauges']}")
-
-    def _call(self, name: str, body: Mapping[str, Any] | None = None, timeout_s: float = _CONTROL_TIMEOUT_S) -> Any:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
-        try:
-            connection.request("POST", f"/__fake__/{name}", json.dumps(body))
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise FakeOpenAIError(answer["error"])
-        return answer
-
-    def _terminate(self) -> None:
-        if self._process is None:
-            return
-        if self._paused:
-            self.resume()
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._reap()
-
-    def _reap(self) -> None:
-        process, self._process = self._process, None
-        self._paused = False
-        if process is not None:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+    def _more_arguments(self) -> list[str]:
+        return ["--directory", str(self._directory), *([] if self._given_directory else ["--temporary"])]
 
     def _remove_directory(self) -> None:
         if self._given_directory is None and self._directory is not None:

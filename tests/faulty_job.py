@@ -6,16 +6,20 @@ A point is ``MODULE.CLASS.METHOD:before`` or ``:after``, with ``[STATE]`` for a 
 
 from __future__ import annotations
 
+import base64
 import functools
 import importlib
 import inspect
-import multiprocessing
 import os
+import pickle
 import re
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from tests.forked_process import run_forked
 from tests.openai_job import Place
 
 _POINT = re.compile(r"(?P<module>\w+)\.(?P<owner>\w+)\.(?P<method>\w+)(\[(?P<state>\w+)\])?:(?P<when>before|after)")
@@ -58,24 +62,16 @@ def arm(point: str, nth: int) -> None:
     setattr(owner, found["method"], synchronous)
 
 
-def _run(place: Place, point: str, nth: int) -> None:
-    arm(point, nth)
-    place.processor().process_pending_documents()
-
-
 def run_killed(place: Place, point: str, nth: int) -> int:
-    """Run the job of *place* until it is killed at *point*; return its exit code, negative for a signal.
+    """Run the job of *place* until it is killed at *point*; return its exit code, negative for a signal."""
+    plan = base64.b64encode(pickle.dumps((place, point, nth))).decode()
+    root = Path(__file__).parent.parent
+    done = run_forked([__file__, plan], os.environ | {"PYTHONPATH": str(root)}, root)
+    print(done.stdout, done.stderr)
+    return done.returncode
 
-    It is forked from a server that has the packages loaded already: they take longer to load than a job takes.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faulty_job", "openai_batch.processor"])
-    process = context.Process(target=_run, args=(place, point, nth))
-    process.start()
-    process.join(60)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        raise AssertionError(f"the job neither died nor ended: {point}")
-    assert process.exitcode is not None
-    return process.exitcode
+
+if __name__ == "__main__":
+    _place, _point, _nth = pickle.loads(base64.b64decode(sys.argv[1]))
+    arm(_point, _nth)
+    _place.processor().process_pending_documents()

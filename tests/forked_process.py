@@ -1,16 +1,21 @@
-"""Scripts of the product as processes of their own, at the price of a fork.
+"""Programs of the project as processes of their own, at the price of a fork.
 
 Most of the time of a short ``python cli.py`` goes into importing what it needs. A *nursery* process has done that
 once; for each start it forks a child that becomes the script: own process id and group, environment, folder and
 files, killed and waited for like any other child of the test. (The nursery forks twice, so that the child's parent is
 the test, which has made itself a subreaper: prctl(2).) Nothing else differs: a script that does something on import, or
-keeps state in modules, would show here.
+keeps state in modules, would show here. Only what Python reads before it reads a script does not count (``-W``, ``-u``,
+variables as PYTHONWARNINGS), and no module is taken apart at the end, so tests/test_entry_points.py starts each entry
+point with an interpreter of its own.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import fcntl
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -19,29 +24,58 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import termios
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import IO, Any, NoReturn, Self
 
 ROOT = Path(__file__).parent.parent
 PR_SET_CHILD_SUBREAPER = 36
+NUMBER_BYTES = 12
+# What the programs import, at once or when they need it. No script with an `if __name__` of its own but cli and main.
+PRELOADED = (
+    *("cli", "main", "openai_batch.actions", "utils.doctor_command", "utils.estimate_command"),
+    *("utils.plan_command", "utils.quarantine_command", "utils.service_client", "uvicorn.main"),
+    *("tests.fake_ollama_server.process", "tests.fake_openai_server.process", "tests.openai_job"),
+)
 
-_nursery: tuple[int, socket.socket, TextIO] | None = None
+_nursery: tuple[int, socket.socket] | None = None
+_one_start_at_a_time = threading.Lock()
 
 
 class ForkedProcess:
     """What ``subprocess.Popen`` is for the other processes, as far as the tests need it."""
 
-    def __init__(self, script: list[str], env: dict[str, str], cwd: Path, files: tuple[Path, Path]) -> None:
+    def __init__(
+        self,
+        script: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path,
+        files: tuple[Path, Path] | None,
+        *,
+        streams: Sequence[int] = (),
+    ) -> None:
         """Start *script* in a session of its own; *files* get its stdout and stderr.
 
-        Its first entry is a file, or ``-m`` with the name of a module behind it; arguments follow.
+        *streams* are its descriptors 0, 1 and 2 instead, as far as given; with all three *files* may be None.
+
+        Its first entry is a file, ``-m`` with the name of a module behind it, or ``-c`` with a program; arguments
+        follow. Where 0 is a terminal, it becomes the one that the process has Ctrl-C from.
         """
         self.files = files
-        connection, answers = _started_nursery()
-        order = {"script": script, "env": env, "cwd": str(cwd), "files": [str(path) for path in files]}
-        connection.sendall(json.dumps(order).encode() + b"\n")
-        self.pid = int(answers.readline())
         self.returncode: int | None = None
+        order = json.dumps({"script": list(script), "env": dict(env), "cwd": str(cwd)}).encode()
+        with ExitStack() as opened, _one_start_at_a_time:
+            usual = ((Path(os.devnull), "rb"), *((path, "ab") for path in files or ()))
+            own = [opened.enter_context(path.open(mode)).fileno() for path, mode in usual[len(streams) :]]
+            connection = _started_nursery()
+            socket.send_fds(connection, [_number(len(order))], [*streams, *own])
+            connection.sendall(order)
+            self.pid = int(connection.recv(NUMBER_BYTES, socket.MSG_WAITALL))
 
     def poll(self) -> int | None:
         """Return the exit code (negative: the signal), None while it runs."""
@@ -62,7 +96,7 @@ class ForkedProcess:
         assert self.returncode is not None
         return self.returncode
 
-    def send_signal(self, number: signal.Signals) -> None:
+    def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
@@ -77,6 +111,7 @@ class ForkedProcess:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end and return what it wrote to stdout and stderr."""
+        assert self.files is not None
         self.wait(timeout)
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self.files)
         return out, err
@@ -94,7 +129,34 @@ class ForkedProcess:
             self.returncode = os.waitstatus_to_exitcode(status)
 
 
-def _started_nursery() -> tuple[socket.socket, TextIO]:
+def run_forked(
+    script: Sequence[str | Path],
+    env: Mapping[str, str],
+    cwd: Path,
+    timeout_s: float = 60.0,
+    *,
+    streams: Sequence[int] = (),
+) -> subprocess.CompletedProcess[str]:
+    """Run *script* to its end, as ``subprocess.run`` with captured output does; kill it after *timeout_s*."""
+    command = [str(part) for part in script]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ForkedProcess(command, env, cwd, (Path(folder, "out"), Path(folder, "err")), streams=streams) as process,
+    ):
+        out, err = process.communicate(timeout_s)
+    return subprocess.CompletedProcess(command, process.wait(), out, err)
+
+
+def fork_script(command: list[str], stdin: IO[bytes], stdout: IO[bytes]) -> ForkedProcess:
+    """Start a script as ``server_process.start_interpreter`` does."""
+    return ForkedProcess(command, os.environ, Path.cwd(), None, streams=[stdin.fileno(), stdout.fileno(), 2])
+
+
+def _number(value: int) -> bytes:
+    return b"%*d" % (NUMBER_BYTES, value)
+
+
+def _started_nursery() -> socket.socket:
     global _nursery  # noqa: PLW0603 - one for each process that runs tests
     if _nursery is None or _nursery[0] != os.getpid():
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -103,65 +165,109 @@ def _started_nursery() -> tuple[socket.socket, TextIO]:
             [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT
         )
         theirs.close()
-        answers = ours.makefile()
-        assert answers.readline() == "ready\n"
-        _nursery = (os.getpid(), ours, answers)
+        assert int(ours.recv(NUMBER_BYTES, socket.MSG_WAITALL)) == process.pid
+        _nursery = (os.getpid(), ours)
 
         def end() -> None:
-            answers.close()
             ours.close()
             process.wait()
 
         atexit.register(end)
-    return _nursery[1:]
+    return _nursery[1]
 
 
 def _serve(connection: socket.socket) -> dict[str, Any]:
     """Fork a child for each order; return, in the child alone, what it was ordered."""
-    import cli  # noqa: F401 - what each child would have to import
-
-    lines = connection.makefile()
-    connection.sendall(b"ready\n")
-    for line in lines:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    assert threading.active_count() == 1, "a fork would not take the threads along"
+    gc.collect()
+    gc.freeze()
+    connection.sendall(_number(os.getpid()))
+    while True:
+        length, streams, _, _ = socket.recv_fds(connection, NUMBER_BYTES, 3)
+        if not length:
+            os._exit(0)
+        order = connection.recv(int(length), socket.MSG_WAITALL)
         read_end, write_end = os.pipe()
         middle = os.fork()
         if middle == 0:
             child = os.fork()
             if child == 0:
+                connection.close()
                 os.close(read_end)
                 os.close(write_end)
-                lines.close()
-                connection.close()
-                order: dict[str, Any] = json.loads(line)
-                return order
-            os.write(write_end, str(child).encode())
+                return {"streams": streams, **json.loads(order)}
+            os.write(write_end, _number(child))
             os._exit(0)
-        os.close(write_end)
-        child_id = os.read(read_end, 20)
+        for handle in (write_end, *streams):
+            os.close(handle)
+        child_id = os.read(read_end, NUMBER_BYTES)
         os.close(read_end)
         os.waitpid(middle, 0)
-        connection.sendall(child_id + b"\n")
-    os._exit(0)
+        connection.sendall(child_id)
 
 
 def _become(order: dict[str, Any]) -> None:
+    """Give the process what was ordered."""
     os.setsid()
     os.environ.clear()
     os.environ.update(order["env"])
+    time.tzset()
     os.chdir(order["cwd"])
-    for path, number in zip(("/dev/null", *order["files"]), (0, 1, 2), strict=True):
-        handle = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number, handle in enumerate(order["streams"]):
         os.dup2(handle, number)
         os.close(handle)
-    if order["script"][0] == "-m":
-        sys.argv = order["script"][1:]
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    if os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _run(script: Sequence[str], cwd: str, usual_path: list[str]) -> None:
+    """Run *script* as an interpreter does: the first of the path is its folder, or for ``-m`` the current one."""
+    first, *arguments = script
+    is_file = first not in ("-c", "-m")
+    given_path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.path[:] = [str(Path(first).resolve().parent) if is_file else cwd, *given_path, *usual_path]
+    sys.argv = [first, *arguments[not is_file :]]
+    if first == "-c":
+        exec(arguments[0], {"__name__": "__main__"})
+    elif first == "-m":
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = order["script"]
-        sys.path[0] = str(Path(sys.argv[0]).parent)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        runpy.run_path(first, run_name="__main__")
+
+
+def _end(problem: BaseException | None) -> NoReturn:
+    """End as an interpreter does, but for taking every loaded module apart, which takes ten times as long as all else."""
+    code = 0
+    if isinstance(problem, SystemExit):
+        code = problem.code if isinstance(problem.code, int) else int(problem.code is not None)
+        if isinstance(problem.code, str):
+            print(problem.code, file=sys.stderr)
+    elif problem is not None:
+        sys.excepthook(type(problem), problem, problem.__traceback__)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError:  # as Python does it
+        code = 120
+    with suppress(OSError):
+        sys.stderr.flush()
+    if isinstance(problem, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code & 0xFF)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    _usual_path = [entry for entry in sys.path[1:] if entry not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.path[:] = [str(ROOT), *_usual_path]
+    _order = _serve(socket.socket(fileno=int(sys.argv[1])))
+    _become(_order)
+    try:
+        _run(_order["script"], _order["cwd"], _usual_path)
+    except BaseException as _problem:  # noqa: BLE001 - it ends the process, as it would end any
+        _end(_problem)
+    _end(None)

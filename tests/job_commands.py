@@ -27,7 +27,7 @@ fields = DocumentFields(field_map={"text": "text"})
 prompts = PromptConfig(system_prompt="Be short.", user_prompt_template="Summarise: {{ text }}")
 batch = BatchConfig(batch_size=7, max_lines=10)
 """
-END_S = 60.0
+END_S = 90.0
 
 
 @dataclass(frozen=True)

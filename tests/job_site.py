@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from pymongo import MongoClient
 
 from config.settings import known_environment_names
 from tests.fake_openai import FakeOpenAI
+from tests.forked_process import run_forked
 
 SENT = "sent.jsonl"
 ROOT = Path(__file__).parent.parent
@@ -50,15 +50,8 @@ class JobSite:
     def run(self, *command: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run a Python program of the project with the site's environment, to its end."""
         own = {name: value for name, value in os.environ.items() if name not in known_environment_names()}
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env=own | self.settings | settings | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
+        environment = own | self.settings | settings | {"PYTHONPATH": str(ROOT)}
+        return run_forked(command, environment, self.folder, 100.0)
 
     def bodies(self) -> list[dict[str, Any]]:
         """Return the body of each line that reached the model; the fake was started with ``reply`` of job_replies."""

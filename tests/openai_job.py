@@ -33,7 +33,7 @@ LINES_PER_SHARD = 10
 MAX_ATTEMPTS = 3
 # Waits of a test, not of production.
 TIMES = Times(
-    poll_s=0.02, adopt_wait_s=0.3, token_wait_s=0.1, files_late_s=0.4, unreachable_limit_s=20.0, rate_wait_s=0.3
+    poll_s=0.02, adopt_wait_s=1.5, token_wait_s=0.1, files_late_s=0.4, unreachable_limit_s=20.0, rate_wait_s=0.3
 )
 
 Document = dict[str, Any]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 GOOD_CONTENT = json.dumps(
     {

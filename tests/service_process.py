@@ -19,7 +19,7 @@ from typing import Any
 from tests.forked_process import ForkedProcess
 
 ROOT = Path(__file__).parent.parent
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 
 CONVERSATION = {
     "conversation_number": "123",
@@ -106,7 +106,7 @@ class ServiceProcess:
                 return float(line.rsplit(" ", 1)[1])
         return 0.0
 
-    def wait_for_metric(self, name: str, value: float, timeout_s: float = 10.0) -> None:
+    def wait_for_metric(self, name: str, value: float, timeout_s: float = 30.0) -> None:
         """Return as soon as the series has *value*."""
         end = time.monotonic() + timeout_s
         while self.metric(name) != value:

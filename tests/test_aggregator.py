@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from bson import Int64, ObjectId
 from bson.datetime_ms import DatetimeMS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import aggregate_conversation, document_shape, parse_time
@@ -346,7 +346,6 @@ documents = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=150)
 @given(documents)
 def test_any_document_is_understood_or_skipped(document: dict[str, Any]) -> None:
     """There is no third way: a conversation with a customer's turn that can be stored, or a reason."""

@@ -253,7 +253,6 @@ texts = st.text(max_size=200) | st.sampled_from([p for label in SHIPPED.intents 
 turns = st.lists(st.tuples(st.sampled_from(["customer", "agent", "unknown"]), texts), max_size=8)
 
 
-@settings(deadline=None)
 @given(turns)
 def test_labels_are_always_of_the_taxonomy_and_categorization_holds_nothing_else(
     said: list[tuple[Sender, str]],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ from pymongo.errors import OperationFailure
 
 from config import load_settings
 from mongo_client import DocumentStore
+from tests.forked_process import run_forked
 from tests.test_mongodb_import import clean_environment
 from utils import mongo_diagnosis
 from utils.embedded_mongod import EmbeddedMongod
@@ -51,11 +51,8 @@ async def finding_with(words: str, mongodb_uri: str, db_name: str = "customer_su
 
 def run(mongodb_uri: str, *arguments: str, timeout_ms: int = 20_000) -> subprocess.CompletedProcess[str]:
     """Start the script in a process of its own: a driver that gives up in the middle of connecting leaks a socket."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "check_mongo_connection.py"), "--mongodb-uri", mongodb_uri, *arguments],
-        capture_output=True, text=True, check=False, timeout=60,
-        env=clean_environment() | {"MONGODB_TIMEOUT_MS": str(timeout_ms)},
-    )  # fmt: skip
+    command = [ROOT / "check_mongo_connection.py", "--mongodb-uri", mongodb_uri, *arguments]
+    return run_forked(command, clean_environment() | {"MONGODB_TIMEOUT_MS": str(timeout_ms)}, Path.cwd())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import aggregate_conversation
@@ -169,7 +169,6 @@ def test_the_schema_asks_for_what_the_parser_takes() -> None:
     assert not {"pattern", "format", "anyOf", "oneOf"} & set(json.dumps(schema).replace('"', " ").split())
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(TAXONOMY.names("intent")),
     st.sampled_from(TAXONOMY.names("topic")),
@@ -185,7 +184,6 @@ def test_round_trip(intent: str, topic: str, sentiment: str, categorization: str
     )
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.text(max_size=200) | st.text('{}[]":,ntrue0 \\', max_size=200))
 def test_any_reply_is_a_classification_or_an_error_with_a_reason(reply: str) -> None:
     """No reply, however odd, raises anything else."""

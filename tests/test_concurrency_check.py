@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fake_ollama import FakeOllama
+from tests.forked_process import run_forked
 from tests.test_mongodb_import import clean_environment
 from utils import concurrency_check
 from utils.slot_probe import Call, Level, Measurement, Round, levels_up_to, parse_queue_wait
@@ -28,11 +29,9 @@ def fake() -> Iterator[FakeOllama]:
 
 def run(server: FakeOllama, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Return what the script prints with --json."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", *arguments],
-        capture_output=True, text=True, check=True, timeout=60,
-        env=clean_environment() | (environment or {"OLLAMA_ENDPOINT": server.url, "OLLAMA_MODEL": "llama3.2"}),
-    )  # fmt: skip
+    place = environment or {"OLLAMA_ENDPOINT": server.url, "OLLAMA_MODEL": "llama3.2"}
+    done = run_forked([SCRIPT, "--json", *arguments], clean_environment() | place, ROOT)
+    assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert isinstance(measured, dict)
     return measured

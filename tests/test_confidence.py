@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from classifier import ReplyParser, classification_flow
@@ -223,13 +223,11 @@ entries_like = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300)
 @given(st.lists(entries_like | json_values, max_size=12), st.text(max_size=40) | st.just(REPLY))
 def test_odd_tokens_never_raise(tokens: list[Any], reply: str) -> None:
     label_confidence(tokens, reply, LABELLED, LABELS)
 
 
-@settings(max_examples=300)
 @given(st.data())
 def test_any_cut_of_the_answer_into_tokens_gives_probabilities(data: st.DataObject) -> None:
     """Whatever the tokenizer and the alternatives: nothing, or numbers from 0 to 1."""

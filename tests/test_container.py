@@ -199,7 +199,7 @@ def run_health_check(port: int) -> int:
     _, *arguments = json.loads(command)
     environment = {"PATH": os.environ["PATH"], "API_PORT": str(port)}
     return subprocess.run(
-        [sys.executable, *arguments], check=False, env=environment, stderr=subprocess.DEVNULL, timeout=20
+        [sys.executable, *arguments], check=False, env=environment, stderr=subprocess.DEVNULL, timeout=60
     ).returncode
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 
 from config import load_settings
 from config.settings import Settings
+from tests.forked_process import ForkedProcess
 from tests.test_long_conversations import long_conversation
-from tests.worker import Site, conversation
+from tests.worker import ROOT, Site, conversation
 from utils.embedded_mongod import EmbeddedMongod
 from utils.findings import Finding
 from utils.mongo_diagnosis import MAX_CLOCK_DIFFERENCE_S, clock_check, diagnose
@@ -157,29 +159,23 @@ def test_a_replica_set_is_told_from_a_standalone_server(site: Site, tmp_path: Pa
 
 def test_progress_is_shown_on_a_terminal_only(site: Site) -> None:
     """Stderr is a terminal here, stdout is not: one JSON object, and a spinner that says what is looked at."""
-    import pty
-    import subprocess
-    import sys
-
-    from tests.worker import ROOT
-
     assert site.model is not None
     site.model.configure(latency_s=0.5)
     leader, follower = pty.openpty()
     with os.fdopen(leader, "rb", buffering=0) as terminal:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), "doctor", "--json", "--max-probe", "2"],
-            stdout=subprocess.PIPE, stderr=follower, check=True, timeout=60, cwd=site.folder,
-            env=site.environment(TERM="xterm"),
-        )  # fmt: skip
-        os.close(follower)
+        out, command = site.folder / "out", [str(ROOT / "cli.py"), "doctor", "--json", "--max-probe", "2"]
+        with out.open("wb") as file, open(os.devnull, "rb") as nothing:
+            streams = [nothing.fileno(), file.fileno(), follower]
+            with ForkedProcess(command, site.environment(TERM="xterm"), site.folder, None, streams=streams) as process:
+                os.close(follower)
+                assert process.wait(60) == 0
         shown = b""
         try:
             while piece := terminal.read(65_536):
                 shown += piece
         except OSError:  # Linux says so where the other end is closed
             pass
-    assert json.loads(done.stdout)["errors"] == 0
+    assert json.loads(out.read_text())["errors"] == 0
     for words in ("2 at once, 2 rounds", "Looking at Settings"):
         assert words in shown.decode()
 

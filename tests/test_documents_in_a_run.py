@@ -224,7 +224,7 @@ def test_a_limit(site: Site) -> None:
 
 def test_reprocessing_goes_on_after_a_crash(site: Site) -> None:
     """Every result is replaced by one of the new job, once; what was replaced before the crash is not asked again."""
-    documents = [conversation(number) for number in range(60)]
+    documents = [conversation(number) for number in range(150)]
     site.source.insert_many(documents)
     assert site.run().code == 0
     first = {result["source_conversation_id"]: result["processing_metadata"] for result in site.results.find()}

@@ -49,13 +49,13 @@ def insert(mongod: EmbeddedMongod) -> None:
 
 
 def await_end(pid: int) -> None:
-    """Return when the process has ended; fail after 10 s."""
+    """Return when the process has ended; fail after a minute."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        assert select.select([handle], [], [], 10)[0], f"process {pid} is still there"
+        assert select.select([handle], [], [], 60)[0], f"process {pid} is still there"
     finally:
         os.close(handle)
 

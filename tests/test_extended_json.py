@@ -11,7 +11,7 @@ from typing import Any
 import bson
 import pytest
 from bson.datetime_ms import DatetimeMS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.extended_json import dumps, id_key, id_text, loads, new_id
@@ -86,7 +86,6 @@ bson_values: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
 @given(bson_values)
 def test_any_document_round_trips(value: Any) -> None:
     """To the byte, as BSON; in one line, as JSON."""

@@ -86,7 +86,7 @@ time.sleep(60)
         assert parent.stdout is not None
         server = os.pidfd_open(int(parent.stdout.readline()))
         os.kill(parent.pid, signal.SIGKILL)
-    ended, _, _ = select.select([server], [], [], 10)
+    ended, _, _ = select.select([server], [], [], 60)
     os.close(server)
     assert ended
 

@@ -101,7 +101,7 @@ def test_the_client_itself_waits_and_comes_back(fake: FakeOpenAI) -> None:
 
 @pytest.mark.parametrize("how", ["close", "reset", "hang"])
 def test_a_batch_is_created_but_nobody_is_told(fake: FakeOpenAI, how: str) -> None:
-    with client_of(fake, timeout=0.5) as client:
+    with client_of(fake, timeout=2.0) as client:
         file_id = upload(client, jsonl(documents(1)))
         strike(fake, "answer_lost", when={"route": "batches.create"}, times=1, how=how)
         with pytest.raises(openai.APIConnectionError):

@@ -119,7 +119,7 @@ def test_it_dies_with_its_parent_and_leaves_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     pid, directory = done.stdout.split()
-    psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=10)
+    psutil.wait_procs([psutil.Process(int(pid))] if psutil.pid_exists(int(pid)) else [], timeout=60)
     assert not psutil.pid_exists(int(pid))
     assert not Path(directory).exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,9 +98,14 @@ def module_name(path: Path) -> str:
     return name.removesuffix(".__init__")
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Yield every imported module, late imports inside functions included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -178,7 +184,7 @@ def test_budgets_hold(path: Path) -> None:
     """Modules of at most 400 lines, functions of at most 60, at most 6 parameters."""
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 400, f"{path.name} has {text.count(chr(10))} lines"
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             parameters = [
@@ -195,7 +201,7 @@ def test_the_environment_is_read_in_config_only(path: Path) -> None:
     """os.environ and os.getenv appear nowhere else."""
     if path.parent.name == "config":
         return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), (
             f"{path.name}:{node.lineno}"
         )
@@ -204,7 +210,7 @@ def test_the_environment_is_read_in_config_only(path: Path) -> None:
 @pytest.mark.parametrize("path", product_files(), ids=module_name)
 def test_broad_excepts_are_in_cli_main_only(path: Path) -> None:
     """Errors are caught by name; what nobody named reaches the boundary."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     boundary = [f for f in functions if (path.name, f.name) == ("cli.py", "main")]
     allowed = {id(node) for function in boundary for node in ast.walk(function)}

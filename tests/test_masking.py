@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from error_handler import JobProcessingError, JobValidationError
@@ -189,7 +189,6 @@ FRAGMENTS = st.sampled_from(
 TEXTS = st.lists(st.one_of(FRAGMENTS, st.text(max_size=6)), max_size=12).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
 @given(TEXTS, TEXTS, st.sampled_from([None, "US", "DE"]), st.lists(st.text(max_size=8), max_size=2))
 def test_the_way_back_is_the_text(text: str, other: str, region: str | None, names: list[str]) -> None:
     """unmask(mask(x)) == x, for all texts of a document."""

@@ -188,8 +188,8 @@ async def test_a_model_that_does_not_fit_into_the_gpu_is_a_warning(
 
 async def test_a_load_longer_than_the_time_out_is_a_warning_and_is_not_aborted(fake: FakeOllama) -> None:
     """A client that leaves aborts the load it began; the doctor waits, and says what a run would do."""
-    fake.configure(load_delay_s=1.0)
-    found = await findings(settings_for(fake, llm_timeout_s=0.8), at_most=1)
+    fake.configure(load_delay_s=3.0)
+    found = await findings(settings_for(fake, llm_timeout_s=2.0), at_most=1)
     slow = the_one(found, "to load the model")
     assert slow.level == "warning"
     assert slow.numbers["load_s"] >= 0.9

@@ -16,6 +16,7 @@ from pymongo import MongoClient
 from pymongo.collection import Collection
 
 from config.settings import known_environment_names
+from tests.forked_process import run_forked
 from utils import mongodb_import
 
 ROOT = Path(__file__).parent.parent
@@ -40,17 +41,9 @@ def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Run:
     """Start the script as a file, in a folder without .env."""
 
     def start(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            "--mongodb-uri",
-            mongodb_uri,
-            "--db-name",
-            db_name,
-            *map(str, arguments),
-        ]
-        defaults: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment(), "stdin": subprocess.DEVNULL}
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **(defaults | options))
+        place = ["--mongodb-uri", mongodb_uri, "--db-name", db_name]
+        defaults: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment()}
+        return run_forked([SCRIPT, *place, *arguments], **(defaults | options))
 
     return start
 
@@ -177,7 +170,7 @@ def test_drop_asks_on_a_terminal(
     person, terminal = pty.openpty()
     try:
         os.write(person, f"{answer}\n".encode())
-        done = run("--drop", "--count", "2", stdin=terminal)
+        done = run("--drop", "--count", "2", streams=[terminal])
     finally:
         os.close(person)
         os.close(terminal)

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from openai_batch.job_progress import LINE_EVERY_S, JobProgress
 from tests.fake_openai import FakeOpenAI
-from tests.job_commands import ROOT, JobSite, open_job_site, stopped, until
+from tests.forked_process import ForkedProcess
+from tests.job_commands import END_S, ROOT, JobSite, open_job_site, stopped, until
 
 ELSEWHERE = "http://192.0.2.1:9/v1"  # a documentation address: nobody is there, and nothing may ask
 
@@ -104,7 +105,8 @@ def test_a_stop_before_mongodb_answers(job: JobSite) -> None:
     with FakeOpenAI() as silent:
         # A server that accepts and says nothing stands for a MongoDB that hangs.
         silent.pause()
-        uri = f"mongodb://127.0.0.1:{silent.port}"
+        # What the driver has begun ends with its own time-out of a connection, 20 s by default.
+        uri = f"mongodb://127.0.0.1:{silent.port}/?connectTimeoutMS=3000"
         with job.started("run", MONGODB_URI=uri, MONGODB_TIMEOUT_MS="60000") as running:
             until((job.folder / "state/.lock").exists, "the run never took its directory")
             ended = stopped(running)
@@ -289,16 +291,24 @@ def test_a_schema_file_that_cannot_be_used(text: str, named: str, job: JobSite) 
     assert "Traceback" not in refused.err
 
 
-def test_openai_away(job: JobSite, openai: FakeOpenAI) -> None:
-    """Exit code 3 when it stays away; the next start goes on."""
+def test_openai_away(job: JobSite, openai: FakeOpenAI, mongodb_uri: str, db_name: str) -> None:
+    """Exit code 3 when it stays away, for a run and for a step; the next start goes on."""
     openai.kill()
-    for action in ("run", "submit"):
-        ended = job.run(action, OUTAGE_LIMIT_S="0.5")
-        assert ended.code == 3, ended.err
+    (job.folder / "step").mkdir()
+    settings = {"OUTAGE_LIMIT_S": "0.5", "MONGODB_SOURCE_COLLECTION": "others"}
+    with open_job_site(mongodb_uri, db_name, job.folder / "step", openai) as other:
+        other.documents = other.client[db_name]["others"]
+        other.fill(5)
+        with other.started("submit", **settings) as submitting:  # both wait for it at the same time
+            ended = job.run("run", OUTAGE_LIMIT_S="0.5")
+            _, err = submitting.communicate(END_S)
+        assert (submitting.returncode, ended.code) == (3, 3), err + ended.err
+        assert "no answer from OpenAI" in err
         assert "no answer from OpenAI" in ended.err
-    openai.restart()
-    assert job.run("run").code == 0
-    assert job.counted() == {"completed": 25}
+        openai.restart()
+        assert job.run("run").code == 0
+        assert other.run("run", **settings).code == 0
+        assert (job.counted(), other.counted()) == ({"completed": 25}, {"completed": 5})
 
 
 def test_mongodb_away(job: JobSite) -> None:
@@ -325,8 +335,9 @@ def test_no_secret_and_no_text_in_what_is_printed(job: JobSite, openai: FakeOpen
             {"kind": "line_status", "status": 400, "message": "CANARY-TEXT-3", "when": {"from": 2, "to": 3}},
         ]
     )
-    with job.started("run", "--verbose", **secrets) as running:
-        out, err = running.communicate(timeout=60)
+    # One batch: each takes seconds until its notifications are given up.
+    with job.started("run", "--verbose", "--limit", "7", **secrets) as running:
+        out, err = running.communicate(timeout=END_S)
     assert running.returncode == 1, err
     openai.configure(faults=[{"kind": "unauthorized_401", "message": "CANARY-SECRET-5"}])
     job.documents.update_many({}, {"$set": {"ai_status": "pending"}})
@@ -366,13 +377,10 @@ def test_progress_in_a_file_is_a_line_now_and_then() -> None:
 def test_progress_on_a_terminal_is_drawn_in_place(job: JobSite) -> None:
     """One line for each batch that is redrawn, and nothing of it is left at the end."""
     controller, terminal = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, *job.command("run")],
-        cwd=job.folder,
-        env=job.environment | {"TERM": "xterm", "COLUMNS": "100", "POLL_INTERVAL": "0.5"},
-        stdout=subprocess.DEVNULL,
-        stderr=terminal,
-    )
+    environment = job.environment | {"TERM": "xterm", "COLUMNS": "100", "POLL_INTERVAL": "0.5"}
+    with open(os.devnull, "r+b") as nothing:
+        streams = [nothing.fileno(), nothing.fileno(), terminal]
+        process = ForkedProcess(job.command("run"), environment, job.folder, None, streams=streams)
     os.close(terminal)
     seen = b""
     try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +27,7 @@ from openai_batch import (
 from openai_batch.ledger import ShardState
 from openai_batch.webhook import signature
 from tests.fake_openai import FakeOpenAI
+from tests.forked_process import run_forked
 from tests.job_commands import ROOT, JobSite
 
 PAGE = (ROOT / "docs/openai-batch.md").read_text(encoding="utf-8")
@@ -74,15 +73,7 @@ def test_the_tutorial(mongodb_uri: str, db_name: str, tmp_path: Path, fake: Fake
     )
 
     def run(command: list[str], **changes: str) -> str:
-        ended = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=site.environment | changes,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        ended = run_forked(command, site.environment | changes, ROOT)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 

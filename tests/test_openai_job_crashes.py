@@ -240,7 +240,7 @@ def test_a_second_run_with_the_same_state_is_turned_away(job: Job, openai: FakeO
         assert "another" in second.stderr
         openai.configure(faults=[])
         first.terminate()
-        first.communicate(timeout=20)
+        first.communicate(timeout=60)
 
 
 # What is under way -> the count of the fake that tells so, and what keeps it there.
@@ -268,7 +268,7 @@ def test_stopped_in_a_phase_and_started_again(phase: str, job: Job, openai: Fake
     with CommandLine(job).start() as process:
         openai.wait_for(gauge, at_least=1, timeout_s=60)
         process.send_signal(number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
     openai.configure(faults=[])
     job.run()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from error_handler import ExitCode
+from tests.forked_process import run_forked
 from tests.performance_test import Load, conversation, percentile
 from tests.scripted_service import Reply, ScriptedService, error, scripted_service
 
@@ -17,8 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_script(service: ScriptedService, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tests/performance_test.py"), "--url", service.url, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return run_forked([ROOT / "tests/performance_test.py", "--url", service.url, *flags], os.environ, ROOT)
 
 
 def test_every_answer_is_counted(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import aggregate_conversation
@@ -71,7 +71,6 @@ def test_the_fence_cannot_be_closed_from_inside(text: str, taxonomy: Taxonomy) -
     assert [found.start() for found in FENCE.finditer(content)] == [0, len(content) - len("</conversation>")]
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.lists(st.text("</ >cConversation\n\t\u200b|", min_size=1, max_size=40), min_size=1, max_size=3))
 def test_no_text_closes_the_fence(texts: list[str]) -> None:
     """Whatever is put together from the letters of the tag."""

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import pty
 import re
 import signal
-import subprocess
-import sys
-import termios
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +19,7 @@ import pytest
 from config import Settings
 from error_handler import ConfigurationError, DirectoryLockedError, Reason, StateDirectoryError
 from tests.faulty_worker import QUARANTINE_SEAMS
+from tests.forked_process import ForkedProcess
 from tests.worker import ROOT, Site, calls, check_results, check_statuses, conversation
 from utils import extended_json
 from utils.batch_file_manager import BatchFiles, FailedDocument
@@ -400,19 +397,8 @@ def test_a_release_of_all_after_a_kill(site: Site) -> None:
 def test_a_person_is_asked(files: BatchFiles, directory: Path, answer: bytes, code: int, left: int) -> None:
     """At a terminal; only yes drops, and Ctrl-C ends it at once."""
     main, terminal = pty.openpty()
-    command = [sys.executable, str(ROOT / "cli.py"), "quarantine", "drop", "--all", "--batch-files-dir", str(directory)]
-
-    def take_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    process = subprocess.Popen(
-        command,
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        preexec_fn=take_terminal,  # noqa: PLW1509 - Ctrl-C reaches a process through its own terminal only
-    )
+    command = [str(ROOT / "cli.py"), "quarantine", "drop", "--all", "--batch-files-dir", str(directory)]
+    process = ForkedProcess(command, os.environ, directory.parent, None, streams=[terminal] * 3)
     try:
         os.close(terminal)
         shown = b""
@@ -420,7 +406,7 @@ def test_a_person_is_asked(files: BatchFiles, directory: Path, answer: bytes, co
             shown += os.read(main, 4096)
         assert b"Drop 4 documents from quarantine for good?" in shown
         os.write(main, answer)
-        assert process.wait(20) == code
+        assert process.wait(60) == code
     finally:
         process.kill()
         process.wait()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pymongo import MongoClient
 
 from config import load_taxonomy
+from tests.forked_process import run_forked
 from tests.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
 from utils.document_files import read_documents
 
@@ -25,21 +25,10 @@ def run_worker(
 ) -> dict[str, Any]:
     """Run cli.py to its end and return its statistics; a failure shows what it said."""
     output = tmp_path / "stats.json"
-    command = [
-        sys.executable,
-        str(ROOT / "cli.py"),
-        "--mongodb-uri",
-        mongodb_uri,
-        "--db-name",
-        db_name,
-        "--output",
-        str(output),
-    ]
-    command += ["--batch-files-dir", str(tmp_path / "batch_files"), *flags]
+    command = [ROOT / "cli.py", "--mongodb-uri", mongodb_uri, "--db-name", db_name, "--output", output]
+    command += ["--batch-files-dir", tmp_path / "batch_files", *flags]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OLLAMA", "LLM", "MONGODB"))}
-    done = subprocess.run(
-        command, env=clean | environment, capture_output=True, text=True, timeout=110, cwd=tmp_path, check=False
-    )
+    done = run_forked(command, clean | environment, tmp_path, 110.0)
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text())
 
@@ -57,16 +46,19 @@ def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:
         assert result["processing_metadata"]["prompt_tokens"] > 500
 
 
-def test_llama_cpp_labels_the_samples_over_the_openai_protocol(tmp_path: Path, mongodb_uri: str, db_name: str) -> None:
+@pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.thorough)])
+def test_llama_cpp_labels_the_samples_over_the_openai_protocol(
+    count: int, tmp_path: Path, mongodb_uri: str, db_name: str
+) -> None:
     """LLM_API_URL ending in /v1/chat/completions: with the schema as grammar each answer is valid."""
-    documents = list(read_documents(SAMPLES))[:24]
+    documents = list(read_documents(SAMPLES))[:count]
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client[db_name].conversation_set.insert_many(documents)
     with TinyEngine(build_tiny_model(tmp_path / "tiny.gguf"), slots=2) as engine:
         environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
         stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
-    assert (stats["successful"], stats["failed"]) == (24, 0)
-    require_valid_labels(mongodb_uri, db_name, 24)
+    assert (stats["successful"], stats["failed"]) == (count, 0)
+    require_valid_labels(mongodb_uri, db_name, count)
 
 
 if OLLAMA:

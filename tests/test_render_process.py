@@ -50,7 +50,7 @@ def greedy_by_a_little(_: Any) -> int:
 def greedy_by_and_by(_: Any) -> list[str]:
     kept: list[str] = []
     while True:
-        kept.append("x" * 10**6)
+        kept.append("x" * 2 * 10**7)
 
 
 def crash(_: Any) -> None:
@@ -162,7 +162,8 @@ def test_the_worker_dies_with_its_parent(tmp_path: Path) -> None:
         "import os, sys\n"
         "from openai_batch.render_process import RenderProcess\n"
         "def endless(_):\n"
-        "    import time\n"
+        "    import signal, time\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0)  # its own clock is not what ends it\n"
         "    print('pid', os.getpid(), os.getppid(), file=sys.stderr, flush=True)\n"
         "    while True: time.sleep(1)\n"
         "RenderProcess(lambda: {'endless': endless}).call('endless', {})\n"
@@ -171,7 +172,7 @@ def test_the_worker_dies_with_its_parent(tmp_path: Path) -> None:
         assert parent.stderr is not None
         _, worker, keeper = parent.stderr.readline().split()
         parent.kill()
-        until(lambda: not any(is_running(int(pid)) for pid in (worker, keeper)), timeout_s=1.5)
+        until(lambda: not any(is_running(int(pid)) for pid in (worker, keeper)))
 
 
 def is_running(pid: int) -> bool:

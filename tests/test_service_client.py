@@ -640,9 +640,9 @@ def real_service() -> Iterator[str]:
     try:
         while True:
             try:
-                urllib.request.urlopen(f"{url}/health", timeout=1).close()
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
                 break
-            except urllib.error.URLError:
+            except OSError:
                 assert process.poll() is None, "the service ended"
                 assert time.monotonic() < deadline, "the service did not start"
                 time.sleep(0.05)

@@ -100,8 +100,8 @@ def test_the_deadline_holds_for_wait_and_call_together(tmp_path: Path) -> None:
 def test_a_stop_finishes_what_runs_whoever_else_is_connected(tmp_path: Path) -> None:
     """Running and waiting requests get their answer; slow and idle clients do not keep the process."""
     with FakeOllama(slots=4, latency_s=1, user_message=0) as fake:
-        waits = {"API_HEADER_TIMEOUT_S": "60", "API_BODY_TIMEOUT_S": "60"}
-        settings = {"API_MAX_CONCURRENT": "2", "SHUTDOWN_GRACE_S": "20", **waits}
+        waits = {"API_HEADER_TIMEOUT_S": "300", "API_BODY_TIMEOUT_S": "300"}
+        settings = {"API_MAX_CONCURRENT": "2", "SHUTDOWN_GRACE_S": "90", **waits}
         with serve(tmp_path, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2", **settings) as service:
             for sent, _ in list(SLOW.values()) * 5:
                 service.connect(sent)
@@ -111,9 +111,9 @@ def test_a_stop_finishes_what_runs_whoever_else_is_connected(tmp_path: Path) -> 
                 answers = [pool.submit(service.classify) for _ in range(4)]
                 service.wait_for_metric("triad_queue_length", 2)
                 start = time.monotonic()
-                service.terminate(15)
+                service.terminate(60)
                 assert [answer.result().status for answer in answers] == [200] * 4
-            assert time.monotonic() - start < 15
+            assert time.monotonic() - start < 60
             assert "Traceback" not in service.log
             assert "Cancel" not in service.log
 

@@ -110,7 +110,7 @@ class WorkerProcess:
         """Return what it wrote to stderr until now."""
         return self._err.read_text(errors="replace")
 
-    def await_text(self, text: str, timeout_s: float = 30.0) -> None:
+    def await_text(self, text: str, timeout_s: float = 60.0) -> None:
         """Return as soon as *text* is on stderr."""
         until(lambda: text in self.err_so_far() or self.process.poll() is not None, timeout_s)
         assert text in self.err_so_far(), self.err_so_far()
@@ -179,7 +179,7 @@ def open_site(uri: str, db_name: str, model: FakeOllama | None, folder: Path) ->
         yield Site(uri, client[db_name], model, folder)
 
 
-def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Return as soon as *condition* holds; fail after *timeout_s*."""
     deadline = time.monotonic() + timeout_s
     while not condition():

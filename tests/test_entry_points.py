@@ -1,0 +1,56 @@
+"""Each program of the project with an interpreter of its own, where every warning is an error; other tests fork them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.forked_process import run_forked
+from tests.test_import_graph import LAYERS
+from tests.test_mongodb_import import clean_environment
+
+ROOT = Path(__file__).parent.parent
+FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted(LAYERS[-1])]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_it_starts(file: Path, tmp_path: Path) -> None:
+    """From any folder; forked, it says the same."""
+    command = [ROOT / file, "--help"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *command],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    forked = run_forked(command, clean_environment(), tmp_path)
+    assert (forked.returncode, forked.stdout, forked.stderr) == (0, done.stdout, "")
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("pass", 0),
+        ("import sys; sys.exit(5)", 5),
+        ("import sys; sys.exit('no')", 1),
+        ("raise KeyError('x')", 1),
+        ("raise KeyboardInterrupt", -2),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9),
+        ("import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()", 0),
+        ("import atexit; atexit.register(print, 'at exit'); print('before')", 0),
+        ("import sys; print(sys.argv, __name__, len(sys.stdin.read()))", 0),
+    ],
+)
+def test_a_forked_program_ends_as_any_other(program: str, code: int, tmp_path: Path) -> None:
+    """The fork is a way to save time, and nothing else."""
+    command = ["-c", program, "an argument"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    forked = run_forked(command, clean_environment(), tmp_path)
+    assert (forked.returncode, forked.stdout) == (done.returncode, done.stdout)
+    assert code == done.returncode
+    assert forked.stderr.splitlines()[-1:] == done.stderr.splitlines()[-1:]
