@@ -11,11 +11,16 @@ import time
 from collections import deque
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from benchmarks.table import Row, figure
 from benchmarks.worker_process import WorkerFailedError
+from config.index_settings import IndexSettings
+from config.openai_settings import OpenAISettings
 from embedding_index.embedding_run import EmbeddingRun, RunOptions
+from embedding_index.providers.openai_embeddings import OpenAIProvider
 from embedding_index.vector_ledger import VectorLedger
-from tests.embedding_site import FakeProvider, keyed, short_texts
+from tests.embedding_site import keyed, short_texts
 from tests.fake_openai import FakeOpenAI
 
 LATENCY_S = 0.05
@@ -36,8 +41,7 @@ def measure(*, quick: bool) -> list[Row]:
         bare_s = min(each[3] for each in rounds)
         ideal_s = calls * LATENCY_S / CONCURRENCY
         fewest = -(-count // BATCH_SIZE)
-        target = f"<= {MOST_OF_IDEAL:g}" if dimensions == DIMENSIONS[0] else ""
-        met = window_s <= MOST_OF_IDEAL * ideal_s if target else None
+        target, met = f"<= {MOST_OF_IDEAL:g}", window_s <= MOST_OF_IDEAL * ideal_s
         name = f"embedding {count} texts, {dimensions} dimensions"
         rows += [
             Row(f"{name}: calls", str(calls), str(fewest), "", f"= {fewest}", calls == fewest),
@@ -73,7 +77,12 @@ def _round(count: int, dimensions: int) -> tuple[int, float, float, float]:
         FakeOpenAI(latency_s=LATENCY_S, dimensions=dimensions) as fake,
         VectorLedger(Path(folder) / "vectors.sqlite3") as ledger,
     ):
-        provider = FakeProvider(fake.url, max_concurrent=CONCURRENCY)
+        index = IndexSettings.model_construct(
+            provider="openai", max_concurrent=CONCURRENCY, batch_size=BATCH_SIZE, timeout_s=60.0, dimensions=None
+        )
+        access = OpenAISettings.model_construct(api_key=SecretStr("sk-any"), base_url=fake.url)
+        provider = OpenAIProvider(index, access)
+        provider.count_tokens(next(iter(texts.values())))  # loads the tokenizer
         cpu_s = time.process_time()
         run = EmbeddingRun(provider, ledger, RunOptions(batch_size=BATCH_SIZE))
         embedded = sum(end.vector is not None for end in run.run(texts))

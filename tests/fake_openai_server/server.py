@@ -164,6 +164,7 @@ class FakeServer:
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         record = self._record(request, route, index)
+        request["arrived_s"] = record["start_s"]
         self.changed()
         try:
             response = await self._answer(request, route, index, record)
