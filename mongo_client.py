@@ -30,7 +30,7 @@ from error_handler import (
     StoreUnavailableError,
 )
 from utils import mongo_facts as facts
-from utils.cancellation import cancellable
+from utils.cancellation import cancellable, close_within
 from utils.document_selection import range_filter, selection_filter
 from utils.extended_json import id_key, id_text
 from utils.retry_utils import RetryPolicy, repeated
@@ -286,7 +286,7 @@ class DocumentStore:
     async def close(self) -> None:
         """Close the client if it was opened here."""
         if self._opened_here:
-            await self._client.close()
+            await close_within(self._client.close(), facts.CLOSE_WAIT_S)
 
     def _server_time(self) -> datetime:
         return datetime.now(UTC) + self._clock_offset

@@ -18,8 +18,10 @@ from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError
 from mongo_client import DURABLE, open_client, translated
 from openai_batch.job_config import AppConfig, Document
+from utils.cancellation import close_within
 from utils.document_selection import range_filter
 from utils.extended_json import canonical, id_text, loads
+from utils.mongo_facts import CLOSE_WAIT_S
 from utils.retry_utils import RetryPolicy, repeated
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ class JobStore:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._client.close()
+        await close_within(self._client.close(), CLOSE_WAIT_S)
 
     @property
     def source(self) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -22,3 +22,14 @@ async def cancellable(operation: Callable[[], Awaitable[T]]) -> T:
     if task is not None and task.cancelling() > requests:
         raise asyncio.CancelledError
     return outcome
+
+
+async def close_within(closing: Coroutine[Any, Any, None], wait_s: float) -> None:
+    """Wait for *closing*, at most *wait_s*: what it waits for then is ended with the event loop.
+
+    A client of pymongo waits for its monitor to be done with a server that accepts connections and says nothing: 20 s.
+    """
+    task = asyncio.create_task(closing)
+    await asyncio.wait([task], timeout=wait_s)
+    if task.done():
+        task.result()

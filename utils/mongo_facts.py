@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
+CLOSE_WAIT_S = 2.0  # for the driver to end its connections
 SERVER_SELECTION_MS = 10_000  # a wrong address is to be said soon; three attempts bridge half a minute
 
 DUPLICATE_KEY = 11000
