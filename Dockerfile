@@ -9,6 +9,7 @@ COPY requirements.txt requirements-index.txt requirements-local-embedding.txt ./
 # Wheels only: no code of a package runs while the image is built, and no compiler is needed.
 RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements.txt
 # --build-arg INDEX=yes: the embedding index and GET /similar as well; INDEX=local: and the model that needs no server.
+# No container engine was at hand when this was written: no image was ever built, with or without INDEX.
 ARG INDEX=
 RUN if [ -n "$INDEX" ]; then \
         /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-index.txt; fi \

@@ -14,12 +14,12 @@ venv_python = .venv/bin/python
 thorough = $(shell grep -lE 'mark\.thorough|^@given' tests/test_*.py)
 modules = $(wildcard *.py config utils openai_batch embedding_index)
 
-# Pip's own output is a page per package; this keeps what tells that it goes on. The status goes through
-# a file because a pipe in sh only has that of its last command.
+# Pip's own output is a page per package; this keeps what tells that it goes on, and of packages those of a megabyte and
+# more. The status goes through a file because a pipe in sh only has that of its last command.
 define install
 { PYTHONUNBUFFERED=1 $(venv_python) -m pip install --disable-pip-version-check --no-input $(1); echo $$? > .venv/status; } \
 	| sed -n -E -e '/\.metadata/d' -e 's/^(Installing collected packages).*/  \1 .../p' \
-		-e 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^ -]+)-([^ -]+)[^ ]*( .*)?$$/  \3 \4\5/p'; \
+		-e 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^ -]+)-([^ -]+)[^ ]*( .* [GM]B.*)$$/  \3 \4\5/p'; \
 status=$$(cat .venv/status); rm -f .venv/status; exit $$status
 endef
 
@@ -38,8 +38,13 @@ serve: .venv/run.stamp ## start the REST service on 127.0.0.1:8000; EMBEDDED=1 n
 
 index: .venv/index.stamp ## document a sample database, make it findable with the local model, and search it; or ARGS for cli.py index
 	@$(venv_python) cli.py index --sample --provider local $(if $(ARGS),$(ARGS),--batch)
-	@$(if $(ARGS),,echo && echo 'cli.py index --search "where are refunds stored":' && \
-		$(venv_python) cli.py index --sample --provider local --search 'where are refunds stored')
+	@$(if $(ARGS),,echo && echo 'cli.py index --search "where are refunds stored"' && \
+		$(venv_python) cli.py index --sample --provider local --search 'where are refunds stored' && \
+		printf '%s\n' 'Next' \
+			'  ask something else      make index ARGS="--search \"who approved a refund\""' \
+			'  your own database       DATABASE_URL=postgresql://USER:PASSWORD@HOST/NAME $(venv_python) cli.py index --batch --provider local' \
+			'  past conversations      $(venv_python) cli.py index --batch --source conversations --mongodb-uri mongodb://HOST:27017 --provider local' \
+			'  everything else         docs/embedding-index.md')
 
 # Many tests wait, for processes, time-outs and outages: two processors have enough to do with four at a time.
 test: .venv/dev.stamp ## run the tests; ARGS goes to pytest

@@ -1,7 +1,8 @@
 """``python -m benchmarks``: measure, print one table, and end with 1 where a target is missed.
 
-``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai`` or ``index`` measures that
-alone; ``--quick`` takes few documents, to see that the benchmarks run: it judges no target. docs/performance.md explains.
+``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index`` or
+``search`` measures that alone; ``--quick`` takes few documents, to see that the benchmarks run: it judges no target.
+docs/performance.md explains.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks import concurrency, document_jobs, embedding, latency, memory, service, throughput
+from benchmarks import concurrency, document_jobs, embedding, latency, memory, search_quality, service, throughput
 from benchmarks.table import text
 from benchmarks.worker_process import WorkerFailedError
 
@@ -25,6 +26,7 @@ MEASURES = {
     "concurrency": concurrency.measure,
     "openai": document_jobs.measure,
     "index": embedding.measure,
+    "search": search_quality.measure,
 }
 
 

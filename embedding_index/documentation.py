@@ -88,10 +88,12 @@ def _document_table(
 def _table_lines(
     table: TableFacts, purpose: str, outgoing: Sequence[RelationshipFacts], incoming: Sequence[RelationshipFacts]
 ) -> Iterator[str]:
-    where = f" of schema {quoted(table.schema)}" if table.schema is not None else ""
+    subject = words(table.name)
+    called = "" if subject == table.name else f": {subject}"
     partitioned = ", kept in partitions" if table.is_partitioned else ""
-    yield f"{table.kind.capitalize()} {table.full_name}: {words(table.name)}{where}{partitioned}."
-    yield f"Purpose: {purpose}"
+    yield f"{table.kind.capitalize()} {table.full_name}{called}{partitioned}."
+    if table.comment:  # a derived purpose says nothing that the rest does not, and makes all tables alike
+        yield f"Purpose: {purpose}"
     if table.problem:
         yield f"Nothing more is known of it: {table.problem}."
         return
@@ -99,7 +101,7 @@ def _table_lines(
         yield f"Junction table: each row links one row of {linked[0]} with one of {linked[1]} (many-to-many)."
     yield "Columns:"
     targets = _targets(outgoing)
-    yield from (f"- {_column_line(column, table, targets.get(column.name))}" for column in table.columns)
+    yield from (f"- {_column_line(column, targets.get(column.name))}" for column in table.columns)
     yield from _key_lines(table, outgoing, incoming)
 
 
@@ -142,24 +144,16 @@ def _referred(key: RelationshipFacts) -> str:
     return f"{key.referred_table}{columns}"
 
 
-def _column_line(column: ColumnFacts, table: TableFacts, target: str | None) -> str:
-    facts = [column.type] if column.type else []
-    if table.primary_key == (column.name,):
-        facts.append("primary key")
-    elif (column.name,) in table.unique_keys:
-        facts.append("unique")
-    if not column.is_nullable and table.primary_key != (column.name,):
-        facts.append("required")
-    if column.is_automatic:
-        facts.append("filled by the database")
-    if column.default is not None:
-        facts.append(f"default {_one_line(column.default)}")
-    line = f"{quoted(column.name)} ({', '.join(facts)})" if facts else quoted(column.name)
+def _column_line(column: ColumnFacts, target: str | None) -> str:
+    """Return what tells one column from others: types, defaults and the like are in the details, and blur the search."""
+    line = quoted(column.name)
     if column.choices:
         line += f": one of {', '.join(column.choices)}"
     if target:
         line += f", refers to {target}"
-    return f"{line}. {_one_line(column.comment)}" if column.comment else f"{line}."
+    if column.comment:
+        return f"{line}{'; ' if column.choices else ': '}{_one_line(column.comment)}"
+    return f"{line}."
 
 
 def _document_relationship(key: RelationshipFacts, tables: Mapping[str, TableFacts]) -> Documentation:
@@ -174,24 +168,12 @@ def _document_relationship(key: RelationshipFacts, tables: Mapping[str, TableFac
 
 
 def _relationship_lines(key: RelationshipFacts, tables: Mapping[str, TableFacts]) -> Iterator[str]:
-    of, to = _table_words(key.constrained_table), _table_words(key.referred_table)
-    of, to = _table_words(key.constrained_table), _table_words(key.referred_table)
-    yield f"Relationship {key.id}: from {of} to {to}, {key.relationship_type}."
+    yield f"Relationship {key.id}: {key.relationship_type}."
     if key.comment:
         yield f"Purpose: {_one_line(key.comment)}"
-    one = "one row" if key.is_required else "at most one row"
-    many = "at most one row" if key.relationship_type == "one-to-one" else "any number of rows"
-    if key.is_self_reference:
-        yield f"Each row of {key.constrained_table} refers to {one} of the same table, to which {many} can refer."
-    else:
-        yield (
-            f"Each row of {key.constrained_table} refers to {one} of {key.referred_table}; "
-            f"to one row of {key.referred_table} {many} of {key.constrained_table} can refer."
-        )
-    columns = f"{column_list(key.constrained_columns)} of {key.constrained_table}"
-    yield f"Joined by {columns} = {column_list(key.referred_columns) or 'the primary key'} of {key.referred_table}."
-    if key.on_delete:
-        yield f"When the referred row is deleted: {key.on_delete}."
+    other = "itself" if key.is_self_reference else _table_words(key.referred_table)
+    columns = f"{column_list(key.constrained_columns)} = {column_list(key.referred_columns) or 'the primary key'}"
+    yield f"Join {_table_words(key.constrained_table)} with {other} by {columns}."
     for name in dict.fromkeys((key.constrained_table, key.referred_table)):
         table = tables.get(name)
         if table is None:

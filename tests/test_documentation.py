@@ -46,12 +46,12 @@ def texts(tables: list[TableFacts], relationships: list[RelationshipFacts]) -> d
 def test_a_table_with_everything() -> None:
     """The whole text, because all of it is embedded."""
     assert texts([REFUNDS, ORDERS], [REFUND_OF_ORDER])["billing.refunds"] == (
-        "Table billing.refunds: refunds of schema billing.\n"
+        "Table billing.refunds.\n"
         "Purpose: Money given back\n"
         "Columns:\n"
-        "- id (BIGINT, primary key, filled by the database).\n"
-        "- order_id (BIGINT, required), refers to public.CustomerOrders(id). What was bought\n"
-        "- reason (TEXT, default 'other'): one of broken, other.\n"
+        "- id.\n"
+        "- order_id, refers to public.CustomerOrders(id): What was bought\n"
+        "- reason: one of broken, other.\n"
         "Unique: order_id, reason together.\n"
         "Checks: reason <> ''.\n"
         "Indexed by: order_id."
@@ -59,21 +59,18 @@ def test_a_table_with_everything() -> None:
 
 
 def test_a_table_knows_who_refers_to_it() -> None:
-    """Without a comment its purpose is derived, and says so."""
-    text = texts([REFUNDS, ORDERS], [REFUND_OF_ORDER])["public.CustomerOrders"]
-    assert "Referred to by: billing.refunds (order_id)." in text
-    assert "Purpose: Keeps customer orders (derived: it has no comment)." in text
+    """Without a comment its purpose is derived, says so, and is not embedded."""
+    orders = document_database([REFUNDS, ORDERS], [REFUND_OF_ORDER])[0][1]
+    assert orders.item.text.startswith("Table public.CustomerOrders: customer orders.\nColumns:\n")
+    assert "Referred to by: billing.refunds (order_id)." in orders.item.text
+    assert orders.details["business_purpose"] == "Keeps customer orders (derived: it has no comment)."
 
 
 def test_a_relationship() -> None:
-    """Both directions, how to join, and what a deletion does."""
+    """What it joins, and how; the comments of both tables."""
     assert texts([REFUNDS, ORDERS], [REFUND_OF_ORDER])[REFUND_OF_ORDER.id] == (
-        "Relationship billing.refunds(order_id) -> public.CustomerOrders(id): from refunds to customer orders, "
-        "many-to-one.\n"
-        "Each row of billing.refunds refers to one row of public.CustomerOrders; to one row of public.CustomerOrders "
-        "any number of rows of billing.refunds can refer.\n"
-        "Joined by order_id of billing.refunds = id of public.CustomerOrders.\n"
-        "When the referred row is deleted: CASCADE.\n"
+        "Relationship billing.refunds(order_id) -> public.CustomerOrders(id): many-to-one.\n"
+        "Join refunds with customer orders by order_id = id.\n"
         "billing.refunds: Money given back"
     )
 
@@ -88,7 +85,8 @@ def test_a_junction_table_says_what_it_links() -> None:
     ]
     sentence = "each row links one row of tags with one of orders (many-to-many)"
     assert sentence in texts([junction], keys)["tags_of_orders"]
-    assert "Purpose: Links tags with orders, many-to-many (derived" in texts([junction], keys)["tags_of_orders"]
+    purpose = document_database([junction], keys)[0][0].details["business_purpose"]
+    assert purpose == "Links tags with orders, many-to-many (derived: it has no comment)."
     wider = replace(junction, primary_key=("tag_id", "order_id", "at"))
     assert "many-to-many" not in texts([wider], keys)["tags_of_orders"]
     assert "many-to-many" not in texts([junction], keys[:1])["tags_of_orders"]
@@ -98,6 +96,8 @@ def test_what_the_store_keeps_can_be_written_as_json() -> None:
     """The facts themselves come back with the documentation."""
     tables, relationships = document_database([REFUNDS], [REFUND_OF_ORDER])
     details = json.loads(json.dumps(tables[0].details))
+    assert details["schema_data"]["columns"][2]["default"] == "'other'"
+    assert json.loads(json.dumps(relationships[0].details))["on_delete"] == "CASCADE"
     assert details["business_purpose"] == "Money given back"
     assert details["schema_data"]["columns"][1]["name"] == "order_id"
     assert json.loads(json.dumps(relationships[0].details))["relationship_type"] == "many-to-one"
