@@ -176,9 +176,9 @@ def test_old_copies_cost_nothing(index_dir: Path, work_dir: Path) -> None:
             assert copy.search(vector_of(1), limit=1)[0].metadata["turn"] == turn
             after.append(used())
         files, threads, memory = (list(column) for column in zip(*after, strict=True))
-        print(files, threads, memory)
-        assert max(files[4:]) <= files[3] + 2
-        assert max(threads[4:]) <= threads[3] + 2
+        # What the libraries open for a moment comes and goes; 20 copies that stay open would be at least 20 files more.
+        assert max(files[4:]) <= files[3] + 10
+        assert max(threads[4:]) <= threads[3] + 10
         assert memory[-1] <= memory[3] * 1.3
 
 
