@@ -23,6 +23,7 @@ from config.openai_settings import load_openai_settings
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager
 from embedding_index.documentation_store import DocumentationStore
+from embedding_index.forgetting import forget_others
 from embedding_index.index_reader import IndexReader
 from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.introspection import read_database
@@ -30,6 +31,7 @@ from embedding_index.item_states import Synchronized
 from embedding_index.items import Kind
 from embedding_index.mending import mend
 from embedding_index.sample_database import make_sample_database
+from embedding_index.vector_recovery import recover_vectors
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, EmbeddingCostError, ExitCode, RunInterruptedError
 from logger import configure_logging
@@ -116,6 +118,7 @@ async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
 
 
 def _mend(index: Index) -> None:
+    recover_vectors(index.vectors, index.states)
     with report.IndexProgress("Making the index anew") as progress:
         mend(index.vectors, index.states, progress.reached)
 
@@ -187,7 +190,7 @@ async def _conversations(arguments: argparse.Namespace, settings: Settings, inde
             on_result=lambda name, problem: outcome.count(Kind.CONVERSATION, name, problem),
         )
     if counts.is_complete:
-        await asyncio.to_thread(index.vectors.forget_others, index.states.content_hashes())
+        await asyncio.to_thread(forget_others, index.vectors, index.states)
     outcome.duration_s = time.monotonic() - started
     outcome.removed = counts.removed
     outcome.more = {name: getattr(counts, name) for name in ("read", "unclassified", "without_text", "changed")}

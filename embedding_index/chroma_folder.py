@@ -285,7 +285,10 @@ class _Translated:
         foreign = (ChromaError, OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError)
         if isinstance(exc, foreign) or kind.__name__ == "PanicException":
             # Only the class: the text may quote what was to be stored.
-            raise VectorStoreError(f"ChromaDB cannot read or write {self._path} ({kind.__name__}); {REMEDY}.") from exc
+            raise VectorStoreError(
+                f"ChromaDB cannot read or write {self._path} ({kind.__name__}); free space or fix its rights, then run "
+                f"again; {REMEDY}."
+            ) from exc
 
 
 def chromadb_version() -> str:

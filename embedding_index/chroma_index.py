@@ -35,10 +35,12 @@ from embedding_index.finished_state import (
     is_unfinished,
     read_state,
     remove_marker,
+    remove_unfinished_writes,
     set_marker,
     unfinished_identity,
     write_state,
 )
+from embedding_index.graph_files import blank_unused
 from embedding_index.items import Hit, Kind, MetadataValue, ModelIdentity
 from error_handler import MixedIndexError, UnusableVectorsError, VectorStoreError
 from utils.atomic_file import sync_folder
@@ -70,6 +72,7 @@ class ChromaIndex:
             MixedIndexError: It holds vectors of another model, and not *discard*.
         """
         self._folder = folder
+        self._remove_leftovers()
         self._state = read_state(folder)
         recorded = unfinished_identity(folder) or (self._state.identity if self._state else None)
         if recorded is not None and not discard:
@@ -81,6 +84,7 @@ class ChromaIndex:
         self._ids: set[str] = set()
         self._written: set[str] = set()
         self._is_changed = False
+        self._has_remains = False
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +99,11 @@ class ChromaIndex:
         """The number of the last finished state; 0: there is none."""
         return self._state.generation if self._state else 0
 
+    @property
+    def has_remains(self) -> bool:
+        """Whether the files still have what was deleted or replaced: ChromaDB only marks it, until ``remake``."""
+        return self._has_remains or (self._state is not None and self._state.has_remains)
+
     def upsert(self, entries: Sequence[Entry]) -> None:
         """Store *entries*, durably; of two with one id, the later. Large lots are much faster than small ones.
 
@@ -106,6 +115,7 @@ class ChromaIndex:
             chroma.upsert(entries)
             self.identity = chroma.identity
             ids = {entry.id for entry in entries}
+            self._has_remains |= not ids.isdisjoint(self._ids)
             self._ids |= ids
             self._written |= ids
 
@@ -113,12 +123,14 @@ class ChromaIndex:
         """Replace the metadata of the ids in *metadata*; vectors and texts stay, ids that are not there are left out."""
         with self._changing() as chroma:
             chroma.update_metadata(metadata)
+            self._has_remains |= not self._ids.isdisjoint(metadata)
 
     def delete(self, ids: Iterable[str]) -> None:
         """Remove *ids*; those that are not there are fine."""
         gone = set(ids)
         with self._changing() as chroma:
             chroma.delete(gone)
+            self._has_remains |= not gone.isdisjoint(self._ids)
             self._ids -= gone
             self._written -= gone
 
@@ -176,7 +188,7 @@ class ChromaIndex:
         counts = _verified(new, self.identity, ids, ids)
         set_marker(self._folder, self.identity)
         self._swap_in(new)
-        self._publish(counts, is_new=True)
+        self._publish(counts, is_new=True, has_remains=False)
         self.needs_rebuild = None
 
     def finish(self) -> None:
@@ -187,12 +199,12 @@ class ChromaIndex:
         """
         if (chroma := self._chroma) is None or self.needs_rebuild is not None:
             return
-        ids, written, is_changed = self._ids, self._written, self._is_changed
+        ids, written, is_changed, has_remains = self._ids, self._written, self._is_changed, self.has_remains
         self.needs_rebuild = "it was not finished"
         chroma.sync_at(2)
         self._drop()
         counts = _verified(self._folder / CHROMA, self.identity, ids, written)
-        self._publish(counts, is_new=is_changed)
+        self._publish(counts, is_new=is_changed, has_remains=has_remains)
         self.needs_rebuild = None
 
     def close(self) -> None:
@@ -240,7 +252,8 @@ class ChromaIndex:
 
     def _drop(self) -> None:
         chroma, self._chroma = self._chroma, None
-        self._ids, self._written, self._is_changed = set(), set(), False
+        self._ids, self._written = set(), set()
+        self._is_changed = self._has_remains = False
         if chroma is not None:
             chroma.close()
 
@@ -260,14 +273,17 @@ class ChromaIndex:
     def _remove_leftovers(self) -> None:
         for name in (NEW, OLD):
             shutil.rmtree(self._folder / name, ignore_errors=True)
+        remove_unfinished_writes(self._folder)
 
-    def _publish(self, counts: Mapping[Kind, int], *, is_new: bool) -> None:
+    def _publish(self, counts: Mapping[Kind, int], *, is_new: bool, has_remains: bool) -> None:
+        blank_unused(self._folder / CHROMA)
         state = FinishedState(
             generation=self.generation + 1,
             identity=self.identity,
             chromadb=chromadb_version(),
             counts={kind.value: count for kind, count in counts.items()},
             files=file_hashes(self._folder / CHROMA, sync=True),
+            has_remains=has_remains,
         )
         if not is_new and self._state is not None:
             state = replace(state, generation=self._state.generation, token=self._state.token)

@@ -102,6 +102,7 @@ class DocumentationStore:
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA secure_delete=ON")  # labels of conversations that are gone are overwritten
             version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if version == 0:
                 version = self._make_tables()

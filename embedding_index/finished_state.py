@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class FinishedState:
 
     *generation* grows with each; *token* tells two of one number apart, where the folder was made anew. *counts* is the
     vectors of each kind, *files* the SHA-256 of each file by its path in ``chroma/``, *chromadb* the version that wrote.
+    *has_remains*: the files still have what was deleted or replaced.
     """
 
     generation: int
@@ -37,6 +39,7 @@ class FinishedState:
     counts: Mapping[str, int]
     files: Mapping[str, str]
     token: str = field(default_factory=lambda: secrets.token_hex(8))
+    has_remains: bool = False
 
     def is_content_of(self, other: FinishedState | None) -> bool:
         """Whether both are the same vectors; the files may differ, since opening changes them."""
@@ -82,6 +85,14 @@ def remove_marker(folder: Path) -> None:
         StateDirectoryError: The folder does not allow it.
     """
     remove_file(folder / MARKER)
+
+
+def remove_unfinished_writes(folder: Path) -> None:
+    """Remove what a process that was killed left of a file that it had not given its name yet."""
+    for name in (GENERATION, MARKER):
+        for path in folder.glob(f".{name}.*.tmp"):
+            with suppress(OSError):
+                path.unlink()
 
 
 def is_unfinished(folder: Path) -> bool:

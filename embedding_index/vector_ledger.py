@@ -224,6 +224,7 @@ class VectorLedger:
             )
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA secure_delete=ON")  # what is removed is overwritten, not only forgotten where it was
         if is_new:
             with self._step() as db:
                 for statement in _TABLES.split(";\n"):
@@ -293,5 +294,6 @@ class VectorLedger:
     def _damaged(self, how: str) -> StateDirectoryError:
         return StateDirectoryError(
             f"the stored vectors in {self._path} are damaged ({how}); put back a copy of the file, or delete it with its -wal "
-            "and -shm, and everything is embedded (and paid for) again."
+            "and -shm and run `python cli.py index --batch`, which takes them from ChromaDB's files where those are whole, "
+            "and embeds (and pays for) the others again."
         )

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+import numpy as np
+
 from config.index_settings import IndexSettings, load_index_settings
 from embedding_index.chroma_index import ChromaIndex, Entry
 from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
@@ -103,6 +105,11 @@ class SQLVectorStore:
         """Why ChromaDB's files cannot be used as they are; None where they can."""
         return self._chroma.needs_rebuild
 
+    @property
+    def has_remains(self) -> bool:
+        """Whether ChromaDB's files still have what was deleted or replaced, until ``remake``."""
+        return self._chroma.has_remains
+
     def count(self) -> int:
         """Return how many items can be found."""
         return self._chroma.count()
@@ -121,6 +128,11 @@ class SQLVectorStore:
         An item whose vector is not stored is left out.
         """
         self._chroma.remake(self._entries(items), progress)
+
+    def refill(self, hashes: Mapping[str, str]) -> None:
+        """Store the vectors of items (id: content hash) again that were lost but can be found; not where ``needs_remake``."""
+        found = self._chroma.vectors(hashes)
+        self.ledger.add(self.identity, {hashes[id_]: vector / np.linalg.norm(vector) for id_, vector in found}, calls=0)
 
     def index(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
         """Make *items* findable; *on_ended* gets each one, some at a time, with None or why it failed, when that is durable.

@@ -21,7 +21,7 @@ from utils.embedded_mongod import EmbeddedMongod
 if TYPE_CHECKING:
     from tests.postgres_server import Postgres
 
-pytest.register_assert_rewrite("tests.worker")
+pytest.register_assert_rewrite("tests.worker", "tests.index_site")
 # Before numpy is loaded: on busy cores the threads of its matrix products wait for each other by spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -59,7 +59,7 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give the crash loop the time that its number of kills takes."""
     for item in items:
-        if item.name == "test_random_kills":
+        if item.name.startswith("test_random_kills"):
             item.add_marker(pytest.mark.timeout(60 + 5 * config.getoption("--kills")))
 
 

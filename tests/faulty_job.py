@@ -22,14 +22,14 @@ from typing import Any
 from tests.forked_process import run_forked
 from tests.openai_job import Place
 
-_POINT = re.compile(r"(?P<module>\w+)\.(?P<owner>\w+)\.(?P<method>\w+)(\[(?P<state>\w+)\])?:(?P<when>before|after)")
+_POINT = re.compile(r"(?P<module>[\w.]+)\.(?P<owner>\w+)\.(?P<method>\w+)(\[(?P<state>\w+)\])?:(?P<when>before|after)")
 
 
-def arm(point: str, nth: int) -> None:
-    """Let this process die at *point*."""
+def arm(point: str, nth: int, package: str = "openai_batch") -> None:
+    """Let this process die at *point* of *package*."""
     found = _POINT.fullmatch(point)
     assert found is not None, point
-    owner = getattr(importlib.import_module(f"openai_batch.{found['module']}"), found["owner"])
+    owner = getattr(importlib.import_module(f"{package}.{found['module']}"), found["owner"])
     method: Callable[..., Any] = getattr(owner, found["method"])
     hits = [0]
 

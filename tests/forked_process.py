@@ -58,9 +58,11 @@ class ForkedProcess:
         files: tuple[Path, Path] | None,
         *,
         streams: Sequence[int] = (),
+        preload: Sequence[str] = (),
     ) -> None:
         """Start *script* in a session of its own; *files* get its stdout and stderr.
 
+        *preload* names modules that take long to import and that not all tests need: the nursery keeps them from now on.
         *streams* are its descriptors 0, 1 and 2 instead, as far as given; with all three *files* may be None.
 
         Its first entry is a file, ``-m`` with the name of a module behind it, or ``-c`` with a program; arguments
@@ -68,7 +70,8 @@ class ForkedProcess:
         """
         self.files = files
         self.returncode: int | None = None
-        order = json.dumps({"script": list(script), "env": dict(env), "cwd": str(cwd)}).encode()
+        wanted = {"script": list(script), "env": dict(env), "cwd": str(cwd), "preload": list(preload)}
+        order = json.dumps(wanted).encode()
         with ExitStack() as opened, _one_start_at_a_time:
             usual = ((Path(os.devnull), "rb"), *((path, "ab") for path in files or ()))
             own = [opened.enter_context(path.open(mode)).fileno() for path, mode in usual[len(streams) :]]
@@ -178,17 +181,14 @@ def _started_nursery() -> socket.socket:
 
 def _serve(connection: socket.socket) -> dict[str, Any]:
     """Fork a child for each order; return, in the child alone, what it was ordered."""
-    for name in PRELOADED:
-        importlib.import_module(name)
-    assert threading.active_count() == 1, "a fork would not take the threads along"
-    gc.collect()
-    gc.freeze()
+    _preload(PRELOADED)
     connection.sendall(_number(os.getpid()))
     while True:
         length, streams, _, _ = socket.recv_fds(connection, NUMBER_BYTES, 3)
         if not length:
             os._exit(0)
-        order = connection.recv(int(length), socket.MSG_WAITALL)
+        order = json.loads(connection.recv(int(length), socket.MSG_WAITALL))
+        _preload(order["preload"])
         read_end, write_end = os.pipe()
         middle = os.fork()
         if middle == 0:
@@ -197,7 +197,7 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
                 connection.close()
                 os.close(read_end)
                 os.close(write_end)
-                return {"streams": streams, **json.loads(order)}
+                return {"streams": streams, **order}
             os.write(write_end, _number(child))
             os._exit(0)
         for handle in (write_end, *streams):
@@ -206,6 +206,15 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
         os.close(read_end)
         os.waitpid(middle, 0)
         connection.sendall(child_id)
+
+
+def _preload(names: Sequence[str]) -> None:
+    if not all(name in sys.modules for name in names):
+        for name in names:
+            importlib.import_module(name)
+        assert threading.active_count() == 1, "a fork would not take the threads along"
+        gc.collect()
+        gc.freeze()
 
 
 def _become(order: dict[str, Any]) -> None:

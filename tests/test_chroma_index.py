@@ -297,6 +297,24 @@ def test_no_text_of_a_conversation_is_on_disk(tmp_path: Path) -> None:
     assert words.encode() not in content
 
 
+@pytest.mark.parametrize("number", [3, 60])
+def test_no_memory_of_the_process_is_on_disk(tmp_path: Path, number: int) -> None:
+    """ChromaDB writes room for 100 vectors as its memory is: what is behind the last one is overwritten."""
+    make_index(tmp_path, range(number))
+    for name in ("data_level0.bin", "length.bin"):
+        (path,) = (tmp_path / "chroma").rglob(name)
+        content = path.read_bytes()
+        assert len(content) % 100 == 0, "it has no room to spare: this proves nothing"
+        used = len(content) // 100 * number
+        assert any(content[:used])
+        assert not any(content[used:])
+    with ChromaIndex(tmp_path, MODEL) as index:
+        index.upsert(entries(range(number, 150)))
+        assert_holds(index, range(150))
+    with ChromaIndex(tmp_path, MODEL) as index:
+        assert_holds(index, range(150))
+
+
 # A filter of system calls (seccomp(2)): the process dies with SIGSYS where it opens a socket of the internet, in
 # whichever language; then the code. x86-64: socket is call 41.
 GUARD = """
