@@ -44,11 +44,13 @@ class BatchIndexingManager:
 
     @property
     def max_retries(self) -> int:
-        """How often a failed call is repeated."""
+        """How often a failed call is repeated, 0 to 20."""
         return self.indexer.vector_store.max_retries
 
     @max_retries.setter
     def max_retries(self, number: int) -> None:
+        if not 0 <= number <= 20:
+            raise ValueError("max_retries must be 0 to 20")
         self.indexer.vector_store.max_retries = number
 
     def batch_process_pending_tables(self, doc_store: DocumentationStore) -> dict[str, bool]:

@@ -19,17 +19,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedding_index.exact_search import ExactSearch
 from embedding_index.items import Hit, Kind, MetadataValue, ModelIdentity
+from embedding_index.vector_checks import Vector
 from error_handler import ConfigurationError, MixedIndexError, TriadError, UnusableVectorsError, VectorStoreError
 
 if TYPE_CHECKING:
     from chromadb.api.client import Client
     from chromadb.api.models.Collection import Collection
 
-Vector = NDArray[np.float32]
 T = TypeVar("T")
 
 REMEDY = "`python cli.py index --rebuild` makes it anew from the stored vectors, for nothing"

@@ -23,7 +23,6 @@ from embedding_index.chroma_folder import (
     SYNC_THRESHOLD,
     ChromaFolder,
     Entry,
-    Vector,
     batched,
     chromadb_version,
     mixed_message,
@@ -42,6 +41,7 @@ from embedding_index.finished_state import (
 )
 from embedding_index.graph_files import blank_unused
 from embedding_index.items import Hit, Kind, MetadataValue, ModelIdentity
+from embedding_index.vector_checks import Vector
 from error_handler import MixedIndexError, UnusableVectorsError, VectorStoreError
 from utils.atomic_file import sync_folder
 

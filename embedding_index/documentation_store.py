@@ -274,11 +274,6 @@ class DocumentationStore:
                 ((kind, name) for name in names),
             )
 
-    def mark_all_pending(self) -> None:
-        """Make every item pending, with its attempts and problem forgotten: the index is to be made anew."""
-        with self._step() as db:
-            db.execute("UPDATE items SET state = 'pending', is_outdated = 0, attempts = 0, problem = NULL")
-
     def remove(self, kind: Kind, names: Iterable[str]) -> None:
         """Forget the items *names*, which are not in the index any more."""
         rows = [(kind, name) for name in names]

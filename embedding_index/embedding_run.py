@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -101,7 +101,7 @@ class EmbeddingRun:
         with self._lock:
             return replace(self._counts)
 
-    def run(self, texts: Mapping[str, str]) -> Iterator[Embedded]:
+    def run(self, texts: Mapping[str, str]) -> Generator[Embedded]:
         """Yield how each of *texts* (content hash: text) ended, in the order in which they end.
 
         Whatever happens, every vector that was paid for is in the ledger, and has been yielded before an error is raised.
@@ -266,7 +266,7 @@ class EmbeddingRun:
         good = {call.pieces[place].content_hash: vector for place, vector in checked.good.items()}
         self._ledger.add(self._identity, good, answer.tokens)
         with self._lock:
-            self._dimensions = checked.dimensions
+            self._dimensions = self._dimensions or checked.dimensions
         for key in good:
             self._arrived(key)
         problems = {call.pieces[place]: problem for place, problem in checked.problems.items()}

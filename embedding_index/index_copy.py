@@ -19,10 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from embedding_index.chroma_folder import REMEDY, ChromaFolder, Vector
+from embedding_index.chroma_folder import REMEDY, ChromaFolder
 from embedding_index.chroma_index import check_identity
 from embedding_index.finished_state import CHROMA, FinishedState, file_hashes, is_unfinished, read_state
 from embedding_index.items import Hit, Kind, ModelIdentity
+from embedding_index.vector_checks import Vector
 from error_handler import VectorStoreError
 
 PREFIX = "embedding-index-copy-"
@@ -62,6 +63,7 @@ class IndexCopy:
         self._current: _Copy | None = None
         self._lock = threading.Lock()  # of _current and of the counts in it
         self._refreshing = threading.Lock()
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +85,8 @@ class IndexCopy:
         if not self._refreshing.acquire(blocking=self._current is None):
             return False
         try:
+            if self._is_closed:  # a copy made now would have nobody to remove it
+                raise VectorStoreError(f"the copy of the index in {self._folder} was closed; open another.")
             newest = self._newest()
             if newest is None:
                 return False
@@ -110,7 +114,8 @@ class IndexCopy:
 
     def close(self) -> None:
         """Remove the copy, when the searches under way are done. A second time does nothing."""
-        with self._lock:
+        with self._refreshing, self._lock:
+            self._is_closed = True
             old, self._current = self._current, None
         self._retire(old)
 

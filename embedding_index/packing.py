@@ -22,9 +22,7 @@ def pack(sizes: Sequence[int], limits: RequestLimits, batch_size: int) -> list[l
     longest_first = sorted(range(len(sizes)), key=lambda place: -sizes[place])
     fewest = -(-len(sizes) // most_inputs)
     if most_tokens is not None:
-        # Of inputs over half a call no two share one.
-        halves = sum(2 * size > most_tokens for size in sizes)
-        fewest = max(fewest, -(-sum(sizes) // most_tokens), halves)
+        fewest = max(fewest, -(-sum(sizes) // most_tokens))
     failed, step = fewest - 1, 0
     while (calls := _spread(sizes, longest_first, min(fewest + step, len(sizes)), most_inputs, most_tokens)) is None:
         failed, step = fewest + step, 2 * step + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from embedding_index.packing import pack
 from embedding_index.providers.contract import Provider
 from embedding_index.splitting import split_text
 from embedding_index.vector_checks import Vector, checked_vectors, weighted_mean
@@ -18,14 +19,19 @@ def query_vector(provider: Provider, text: str) -> Vector:
     """
     if not text.strip():
         raise ConfigurationError("The text to search for is empty; give some words.")
-    pieces = split_text(text, provider.limits.input_tokens, provider.count_tokens)
-    checked = checked_vectors(provider.embed(pieces).vectors, len(pieces), provider.identity.dimensions)
-    if checked.problems:
-        raise UnusableVectorsError(
-            f"The provider gives no vector for the text: {next(iter(checked.problems.values()))}; try again."
-        )
-    vectors = [checked.good[place] for place in range(len(pieces))]
-    mean = weighted_mean(vectors, [provider.count_tokens(piece) for piece in pieces])
+    count, limits = provider.count_tokens, provider.limits
+    pieces = [piece for piece in split_text(text, limits.input_tokens, count) if piece.strip()]
+    sizes = [count(piece) for piece in pieces]
+    vectors: dict[int, Vector] = {}
+    for places in pack(sizes, limits, limits.inputs):
+        answer = provider.embed([pieces[place] for place in places])
+        checked = checked_vectors(answer.vectors, len(places), provider.identity.dimensions)
+        if checked.problems:
+            raise UnusableVectorsError(
+                f"The provider gives no vector for the text: {next(iter(checked.problems.values()))}; try again."
+            )
+        vectors |= {places[place]: vector for place, vector in checked.good.items()}
+    mean = weighted_mean([vectors[place] for place in range(len(pieces))], sizes)
     if mean is None:
         raise UnusableVectorsError("The parts of the text cancel each other out; search for less at once.")
     return mean

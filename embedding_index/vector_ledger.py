@@ -73,8 +73,8 @@ class Totals:
 class VectorLedger:
     """The ledger at one path; any threads of one process (whose caller holds the lock of the folder). Use as ``with``.
 
-    An identity whose dimensions are not known yet means the vectors of the model's default length; where there are none,
-    those of the only length that there is.
+    An identity whose dimensions are not known yet means the vectors of the model's default length. Those of a length that
+    was asked for are others: with EMBEDDING_DIMENSIONS unset again, none of them must be taken for one of the default.
     """
 
     def __init__(self, path: Path) -> None:
@@ -249,7 +249,7 @@ class VectorLedger:
         ).fetchall()
         if identity.dimensions is not None:
             return next((row[0] for row in rows if row[1] == identity.dimensions), None)
-        return rows[0][0] if rows and (rows[0][2] or len(rows) == 1) else None
+        return rows[0][0] if rows and rows[0][2] else None
 
     def _dimensions(self, identity: ModelIdentity) -> int | None:
         if identity.dimensions is not None:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 LEDGER_FILE = "vectors.sqlite3"
 WRITE_AT = 1000  # entries written to ChromaDB at once: it is slow with small writes
-PATIENCE_S = 600.0  # how long a run waits for a provider that is away or busy, all its waits together
 
 # What is done with items that ended: each with None, or with why it is not in the index.
 Ended = Sequence[tuple[IndexItem, str | None]]
@@ -97,8 +96,8 @@ class SQLVectorStore:
     @property
     def identity(self) -> ModelIdentity:
         """What makes the vectors, with their length where an answer has told it."""
-        known = (other for other in self.ledger.identities() if other.is_same_model(self.provider.identity))
-        return next(known, self.provider.identity)
+        asked = self.provider.identity
+        return replace(asked, dimensions=self.ledger.dimensions(asked))
 
     @property
     def needs_remake(self) -> str | None:
@@ -146,7 +145,7 @@ class SQLVectorStore:
         by_hash: dict[str, list[IndexItem]] = {}
         for item in items:
             by_hash.setdefault(item.content_hash, []).append(item)
-        options = RunOptions(self.batch_size, self.max_retries, PATIENCE_S)
+        options = RunOptions(self.batch_size, self.max_retries)
         run = EmbeddingRun(self.provider, self.ledger, options, stop=self.stop)
         waiting: list[tuple[IndexItem, Vectors]] = []
         try:
@@ -163,11 +162,10 @@ class SQLVectorStore:
             self._write(waiting, on_ended)
 
     def _write(self, waiting: list[tuple[IndexItem, Vectors]], on_ended: OnEnded) -> None:
-        if not waiting:
-            return
-        self._chroma.upsert([_entry(item, vector) for item, vector in waiting])
-        on_ended([(item, None) for item, _ in waiting])
-        waiting.clear()
+        part, waiting[:] = waiting.copy(), []  # what fails here is not tried a second time on the way out
+        if part:
+            self._chroma.upsert([_entry(item, vector) for item, vector in part])
+            on_ended([(item, None) for item, _ in part])
 
     def update_metadata(self, items: Sequence[IndexItem]) -> None:
         """Replace the metadata of *items*, which are in the index with the same text."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import re
 import smtplib
 import ssl
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from error_handler import ConfigurationError, JobConnectionError
+from utils.bind_address import is_this_machine
 from utils.safe_text import one_line
 
 TIMEOUT_S = 10.0  # of one step of the dialogue
@@ -102,7 +102,7 @@ class Mailbox:
 
     def _talk(self, server: smtplib.SMTP, message: EmailMessage, *, is_encrypted: bool) -> None:
         if self._login is not None:
-            if not is_encrypted and not _is_this_machine(self._host):
+            if not is_encrypted and not is_this_machine(self._host):
                 raise smtplib.SMTPNotSupportedError("no STARTTLS: the password is not sent in clear")
             user, _, password = self._login.get_secret_value().partition(":")
             server.login(user, password)
@@ -114,10 +114,3 @@ def _address(name: str, text: str) -> Address:
         return Address(addr_spec=text)
     except (ValueError, MessageError, IndexError) as exc:
         raise ConfigurationError(f"{name} must be one mail address, name@host.") from exc
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

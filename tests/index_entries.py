@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_index.chroma_index import ChromaIndex, Entry, Vector
+from embedding_index.chroma_index import ChromaIndex, Entry
 from embedding_index.items import Kind, ModelIdentity
+from embedding_index.vector_checks import Vector
 
 DIMENSIONS = 32
 MODEL = ModelIdentity("ollama", "nomic-embed-text", DIMENSIONS)

@@ -215,16 +215,6 @@ def test_a_database_that_changes(store: DocumentationStore) -> None:
     assert store.get_relationship_info(KEY.id) is None
 
 
-def test_a_rebuild_begins_with_everything_pending(store: DocumentationStore) -> None:
-    items = talks(2)
-    store.offer(items)
-    index_all(store, items[:1])
-    store.mark_failed(TALK, "talk-1", "odd")
-    store.mark_all_pending()
-    assert states(store) == {"talk-0": State.PENDING, "talk-1": State.PENDING}
-    assert {(item.attempts, item.problem) for item in store.items(TALK)} == {(0, None)}
-
-
 def test_hashes_of_all_kinds(store: DocumentationStore) -> None:
     """Equal texts have one."""
     store.offer([IndexItem(TALK, "a", "x"), IndexItem(TALK, "b", "x"), IndexItem(Kind.TABLE, "c", "y")])

@@ -72,6 +72,11 @@ def test_large_inputs_that_leave_no_room_are_packed_in_reasonable_time() -> None
     assert time.process_time() - start < 20
 
 
+def test_calls_keep_the_order_of_their_inputs() -> None:
+    calls = pack([1, 3, 2, 5, 4], RequestLimits(10, 10, None), 10)
+    assert calls == [[0, 1, 2, 3, 4]]
+
+
 def test_an_input_larger_than_a_call_has_its_own() -> None:
     assert sorted(map(len, pack([500, 1, 1], RequestLimits(10, 500, 300), 10))) == [1, 2]
 

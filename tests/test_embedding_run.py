@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from embedding_index.embedding_run import STORING_THREADS, Embedded, EmbeddingRun, RunCounts, RunOptions
-from embedding_index.items import content_hash
+from embedding_index.items import ModelIdentity, content_hash
 from embedding_index.providers.contract import Answer, RequestLimits
 from embedding_index.splitting import split_text
 from embedding_index.vector_checks import Vector
@@ -186,7 +186,8 @@ def test_equal_pieces_are_sent_once(runs: Runs) -> None:
     ends, counts = runs.embed(texts, runs.provider(limits=SMALL))
     assert not [end.problem for end in ends.values() if end.problem]
     assert set(runs.billed().values()) == {1}
-    assert counts.calls == 1
+    assert counts.calls == runs.ledger.totals(ModelIdentity("openai", "text-embedding-3-small")).calls == 1
+    assert runs.ledger.keep_only(map(content_hash, texts)) == 0, "pieces are paid for as well"
     assert ends[paragraph * 5].vector == pytest.approx(ends[paragraph].vector, abs=1e-6)
 
 
@@ -202,6 +203,7 @@ def test_a_wrong_estimate_is_found_and_nothing_is_cut_in_silence(runs: Runs, fac
     stored = runs.ledger.known(provider.identity, runs.billed())
     assert stored == runs.billed().keys(), "a piece was billed and not stored"
     assert sum(len(piece) for piece in _texts_of(runs.billed(), text)) == len(text)
+    assert runs.ledger.keep_only([content_hash(text), content_hash("short")]) == 0, "pieces of pieces as well"
 
 
 def test_equal_pieces_of_refused_pieces_are_sent_once(runs: Runs) -> None:
@@ -211,6 +213,96 @@ def test_equal_pieces_of_refused_pieces_are_sent_once(runs: Runs) -> None:
     ends, _ = runs.embed([text], provider)
     assert ends[text].problem is None
     assert set(runs.billed().values()) == {1}
+
+
+class Strict:
+    """Refuses calls with a text of more than *most* words, or with "bad" in it; counts words, and believes in 100."""
+
+    identity = ModelIdentity("openai", "text-embedding-3-small")
+    limits = SMALL
+    leaves_house = False
+
+    def __init__(self, most: int, max_concurrent: int = 1) -> None:
+        self.max_concurrent = max_concurrent
+        self.most = most
+        self.asked: list[list[str]] = []
+
+    def count_tokens(self, text: str) -> int:
+        return max(1, len(text.split()))
+
+    def embed(self, texts: Sequence[str]) -> Answer:
+        self.asked.append(list(texts))
+        if any(self.count_tokens(text) > self.most or "bad" in text for text in texts):
+            raise ProviderRejectedError("it does not like that")
+        return Answer([expected_embedding(text, DIMENSIONS) for text in texts], None)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_a_piece_that_failed_before_fails_what_is_divided_later(runs: Runs) -> None:
+    """The same words were a text of their own: nobody sends them again, and nobody waits for them."""
+    bad = "bad one two three four five six seven eight nine\n\n"
+    long = bad + "here are ten more words that nobody would refuse today"
+    provider = Strict(most=15)
+    ends, counts = runs.embed([bad, long, "fine"], provider)
+    assert ends["fine"].problem is None
+    assert "refuses" in str(ends[bad].problem)
+    assert "a piece of it failed" in str(ends[long].problem)
+    assert provider.asked.count([bad]) == 1
+    assert counts.failed == 2
+
+
+def test_stretches_of_white_space_are_not_sent(runs: Runs) -> None:
+    provider = Strict(most=1000)
+    provider.limits = RequestLimits(2048, 8, None)
+    ends, _ = runs.embed([" " * 1000 + "\n" * 1000 + "word " * 20], provider)
+    assert [end.problem for end in ends.values()] == [None]
+    assert all(text.strip() for call in provider.asked for text in call)
+
+
+def test_the_next_call_is_made_while_an_answer_is_stored(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider with one slot never waits for the disk."""
+    second_call, add = threading.Event(), runs.ledger.add
+    stored_beside_it: list[bool] = []
+
+    class Noted(Strict):
+        def embed(self, inputs: Sequence[str]) -> Answer:
+            if self.asked:
+                second_call.set()
+            return super().embed(inputs)
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        stored_beside_it.append(second_call.wait(timeout=10))
+        add(*arguments, **named)
+
+    monkeypatch.setattr(runs.ledger, "add", slow)
+    ends, _ = runs.embed(["one", "two"], Noted(most=15), batch_size=1)
+    assert not [end.problem for end in ends.values() if end.problem]
+    assert stored_beside_it == [True, True]
+
+
+def test_a_piece_of_two_texts_that_are_divided_at_once_is_sent_once(runs: Runs) -> None:
+    """It is still on its way when the second of them asks for it."""
+    texts = [f"one two three four five six seven eight nine ten {which} text has these words too" for which in "ab"]
+    shared, own = split_text(texts[0], 8, Strict(15).count_tokens)[0], [f"ten {which} text" for which in "ab"]
+    assert all(text.startswith(shared) for text in texts)
+    both_refused, both_divided = threading.Barrier(2, timeout=20), threading.Semaphore(0)
+
+    class Together(Strict):
+        def embed(self, inputs: Sequence[str]) -> Answer:
+            if len(inputs) == 1 and inputs[0] in texts:
+                both_refused.wait()
+            if len(inputs) == 1 and inputs[0] not in texts and any(words in inputs[0] for words in own):
+                both_divided.release()
+            if inputs[0] == shared:
+                assert all(both_divided.acquire(timeout=5) for _ in own)
+            return super().embed(inputs)
+
+    provider = Together(most=15, max_concurrent=2)
+    ends, _ = runs.embed(texts, provider)
+    assert not [end.problem for end in ends.values() if end.problem]
+    assert provider.asked.count([shared]) == 1
 
 
 def _texts_of(hashes: Mapping[str, int], text: str) -> list[str]:

@@ -71,6 +71,24 @@ def test_no_character_is_torn(text: str) -> None:
         assert not "\udc00" <= piece[0] <= "\udfff"
 
 
+def test_no_pair_of_surrogates_is_torn() -> None:
+    """In a cluster that is longer than any that means something."""
+    for limit in range(65, 71):
+        for piece in split_text("\ud83d\ude00\u200d" * 80, limit, len):
+            assert not "\udc00" <= piece[0] <= "\udfff"
+
+
+def test_a_cut_that_makes_a_beginning_dearer_is_moved() -> None:
+    """The beginning of a stretch that fits need not fit: here each piece that ends with a space has ten tokens more."""
+
+    def count(text: str) -> int:
+        return len(text) + 10 * text.endswith(" ")
+
+    pieces = split_text("four word " * 30, 20, count)
+    assert "".join(pieces) == "four word " * 30
+    assert max(map(count, pieces)) <= 20
+
+
 @pytest.mark.parametrize(
     ("text", "pieces"),
     [
@@ -110,3 +128,16 @@ def test_a_long_text_is_not_counted_again_and_again(unit: str) -> None:
 
     assert "".join(split_text(text, 2048, count)) == text
     assert counted < 6 * len(text)
+
+
+def test_the_length_of_a_piece_is_learnt_from_the_last_one() -> None:
+    """Where characters have as many tokens as nowhere else, each piece would be tried four times too long."""
+    text, counted = "x" * 100_000, 0
+
+    def count(stretch: str) -> int:
+        nonlocal counted
+        counted += len(stretch)
+        return len(stretch)
+
+    split_text(text, 1000, count)
+    assert counted < 4 * len(text)

@@ -75,6 +75,7 @@ OWNERS = {
     "bpe_openai": {"embedding_index.token_counts"},
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
+    "threadpoolctl": {"embedding_index.providers.local_embeddings"},
     "jinja2": {"openai_batch.templates"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},

@@ -74,6 +74,9 @@ def test_no_state_is_told_with_what_to_do(index_dir: Path, work_dir: Path) -> No
     assert copy.search(vector_of(1), limit=1)[0].name == "1"
     copy.close()
     copy.close()
+    with pytest.raises(VectorStoreError, match="was closed"):
+        copy.search(vector_of(1))
+    assert list(work_dir.iterdir()) == []
 
 
 def test_damage_and_another_model_leave_the_state_at_hand(index_dir: Path, work_dir: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,9 @@ from error_handler import ConfigurationError, ProviderRejectedError
 
 pytest.importorskip("safetensors", reason="requirements-index.txt is not installed")
 pytest.importorskip("tokenizers", reason="requirements-index.txt is not installed")
+pytest.importorskip("threadpoolctl", reason="requirements-index.txt is not installed")
+
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from embedding_index.items import ModelIdentity
 from embedding_index.providers import local_embeddings
@@ -46,10 +51,26 @@ needs_model = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def provider() -> LocalProvider:
+def provider() -> Iterator[LocalProvider]:
     if importlib.util.find_spec(local_embeddings.PACKAGE) is None:
         pytest.skip("requirements-local-embedding.txt is not installed")
-    return LocalProvider(load_index_settings(None, **LOCAL))
+    with contextlib.closing(LocalProvider(load_index_settings(None, **LOCAL))) as opened:
+        yield opened
+
+
+@needs_model
+def test_matrix_products_do_not_spin_while_it_is_open() -> None:
+    """They have one thread each; afterwards as many as before."""
+
+    def blas_threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    with threadpool_limits(2, user_api="blas"):
+        provider = LocalProvider(load_index_settings(None, **LOCAL))
+        assert set(blas_threads()) == {1}
+        provider.close()
+        provider.close()
+        assert set(blas_threads()) == {2}
 
 
 def test_the_vectors_are_those_of_sentence_transformers(provider: LocalProvider) -> None:

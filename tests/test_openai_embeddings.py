@@ -75,6 +75,13 @@ def test_shortened_vectors(fake: FakeOpenAI) -> None:
     provider.close()
 
 
+def test_the_whole_length_by_its_number_is_the_same_index(fake: FakeOpenAI) -> None:
+    """Else EMBEDDING_DIMENSIONS=1536, set or left out later, would pay for everything again."""
+    with closing(open_openai(fake.url, dimensions=1536)) as provider:
+        assert provider.identity == ModelIdentity("openai", "text-embedding-3-small", None)
+        assert len(provider.embed(["a"]).vectors[0]) == 1536
+
+
 def test_models_that_cannot_be_shortened_are_refused_before_anything_is_sent(fake: FakeOpenAI) -> None:
     with pytest.raises(ConfigurationError, match="EMBEDDING_DIMENSIONS"):
         open_openai(fake.url, dimensions=64, embedding_model="text-embedding-ada-002")

@@ -81,6 +81,16 @@ def test_another_dimension_is_refused_and_nothing_is_added(path: Path) -> None:
         assert ledger.totals(MODEL) == Totals(1, 1, 0)
 
 
+def test_what_fails_half_way_leaves_nothing(path: Path) -> None:
+    """Neither vectors nor usage."""
+    with VectorLedger(path) as ledger:
+        with pytest.raises(ValueError, match="hex"):
+            ledger.add(MODEL, {**entries("a"), "no hash": vector(1, 2, 3)}, 7)
+        assert not ledger.known(MODEL, [content_hash("a")])
+        assert ledger.identities() == []
+        assert ledger.totals(MODEL).tokens == 0
+
+
 def test_models_and_dimensions_stand_beside_each_other(path: Path) -> None:
     short = ModelIdentity("openai", "small", 2)
     large = ModelIdentity("openai", "large")
@@ -96,14 +106,15 @@ def test_models_and_dimensions_stand_beside_each_other(path: Path) -> None:
         assert ledger.known(ModelIdentity("openai", "small", 3), [key]) == {key}, "the default length, by its number"
 
 
-def test_the_only_length_is_meant_where_none_is_named(path: Path) -> None:
+def test_vectors_of_a_length_that_was_asked_for_are_not_those_of_the_default(path: Path) -> None:
+    """Until an answer tells that the default is of that length."""
     key = content_hash("a")
     with VectorLedger(path) as ledger:
         assert ledger.dimensions(MODEL) is None
         ledger.add(ModelIdentity("openai", "small", 3), entries("a"))
-        assert ledger.known(MODEL, [key]) == {key}
+        assert ledger.dimensions(MODEL) is None
+        assert not ledger.known(MODEL, [key])
         ledger.add(ModelIdentity("openai", "small", 2), entries("a", length=2))
-        assert not ledger.known(MODEL, [key]), "which of two is meant is not known"
         ledger.add(MODEL, entries("b"))
         assert ledger.known(MODEL, [key]) == {key}
 

@@ -7,7 +7,10 @@ same (https://arxiv.org/abs/1810.04805, section 3, and the model's own 1_Pooling
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import orjson
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tokenizers import Tokenizer
 
 from config.index_settings import IndexSettings
@@ -52,7 +56,12 @@ class _Layer:
 
 
 class LocalProvider:
-    """The model of the installed package; it needs no server, no key and no network, and costs nothing."""
+    """The model of the installed package; it needs no server, no key and no network, and costs nothing. ``close`` it.
+
+    It computes parts of a call side by side, each on one core. While it is open, numpy's matrix products have one thread
+    each in the whole process: threads inside of a small product wait for each other by spinning, for seconds where other
+    programs keep the cores busy.
+    """
 
     leaves_house = False
 
@@ -72,7 +81,7 @@ class LocalProvider:
         folder = _model_folder()
         self.identity = ModelIdentity("local", MODEL, DIMENSIONS)
         self.limits = RequestLimits(MOST_INPUTS, INPUT_TOKENS, None)
-        self.max_concurrent = 1  # the matrix products use every core by themselves
+        self.max_concurrent = 1  # one call uses every core by itself
         try:
             self._tokenizer = Tokenizer.from_str(_tokenizer_json(folder / "tokenizer.json"))
             weights = load_file(folder / "model.safetensors")
@@ -85,6 +94,10 @@ class LocalProvider:
         # The file says 128 for both: long texts would be cut in silence, short ones computed as if they were long.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        with ExitStack() as stack:
+            stack.enter_context(threadpool_limits(1, user_api="blas"))
+            self._threads = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), "local-embeddings"))
+            self._stack = stack.pop_all()
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens *text* has; the two that mark its ends are among them."""
@@ -101,12 +114,15 @@ class LocalProvider:
         if longest > INPUT_TOKENS:
             raise ProviderRejectedError(f"a text of {longest} tokens is longer than the model takes ({INPUT_TOKENS})")
         vectors = np.empty((len(ids), DIMENSIONS), np.float32)
-        for places in _chunks([len(tokens) for tokens in ids]):
-            vectors[places] = self._forward([ids[place] for place in places])
+        chunks = list(_chunks([len(tokens) for tokens in ids]))
+        computed = self._threads.map(lambda places: self._forward([ids[place] for place in places]), chunks)
+        for places, found in zip(chunks, computed, strict=True):
+            vectors[places] = found
         return Answer(list(vectors), sum(map(len, ids)))
 
     def close(self) -> None:
-        """Nothing is held that the interpreter does not give back."""
+        """End the threads, and let numpy have its own again."""
+        self._stack.close()
 
     def _forward(self, ids: Sequence[Sequence[int]]) -> Vectors:
         """Return one vector for each of *ids*, padded to the longest."""

@@ -37,6 +37,7 @@ from utils.safe_text import encodable
 
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # models whose vectors can be shortened begin so
+WHOLE = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072}  # to ask for that is to ask for nothing
 CONNECT_TIMEOUT_S = 10.0
 STREAMED = {"X-Stainless-Raw-Response": "stream"}  # tells the package, not the server, to hand over the open answer
 MAX_ANSWER_BYTES = 512 * 1024 * 1024  # 2048 vectors of 8192 numbers, written in decimal, are 350 MB
@@ -74,7 +75,8 @@ class OpenAIProvider:
                 f"vectors of {index.model} cannot be shortened: leave EMBEDDING_DIMENSIONS out, or choose a model "
                 f"{SHORTENED}-... with EMBEDDING_MODEL."
             )
-        self.identity = ModelIdentity("openai", index.model, index.dimensions)
+        dimensions = None if index.dimensions == WHOLE.get(index.model) else index.dimensions
+        self.identity = ModelIdentity("openai", index.model, dimensions)
         self.limits = LIMITS
         self.max_concurrent = index.max_concurrent
         self.leaves_house = not is_this_machine(urlsplit(access.base_url).hostname or "")
