@@ -15,7 +15,7 @@ MAX_LOG_BYTES, KEPT_LOGS = 10_000_000, 5
 
 _CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s]*@", re.IGNORECASE)
 # Libraries that may log addresses or documents; theirs are not our lines.
-_QUIET = ("pymongo", "asyncio", "aiohttp", "urllib3", "filelock", "openai", "httpx2", "httpcore2")
+_QUIET = ("pymongo", "asyncio", "aiohttp", "urllib3", "filelock", "openai", "httpx2", "httpcore2", "chromadb")
 
 
 class SafeFormatter(logging.Formatter):
@@ -49,12 +49,25 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def configure_logging(
-    level: str, *, to_stderr: bool = True, file: Path | None = None, secrets: Iterable[str] = ()
+    level: str,
+    *,
+    to_stderr: bool = True,
+    file: Path | None = None,
+    secrets: Iterable[str] = (),
+    stderr_level: str | None = None,
 ) -> None:
     """Send log lines of *level* and above to stderr and, rotated, to *file*; neither is needed.
 
-    Replaces what an earlier call set up. Call it once, from an entry point.
+    *stderr_level* is for stderr alone; None: *level*. Replaces what an earlier call set up. Call it once, from an entry
+    point.
+
+    Raises:
+        OSError: *file* cannot be written; nothing was changed.
     """
+    to_file: list[logging.Handler] = []
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        to_file.append(RotatingFileHandler(file, maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8"))
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -62,9 +75,8 @@ def configure_logging(
     handlers: list[logging.Handler] = []
     if to_stderr:
         handlers.append(StderrHandler())
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(RotatingFileHandler(file, maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8"))
+        handlers[0].setLevel(stderr_level or logging.NOTSET)
+    handlers += to_file
     formatter = SafeFormatter(list(secrets))
     for handler in handlers or [logging.NullHandler()]:
         handler.setFormatter(formatter)

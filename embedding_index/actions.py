@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
-import math
-import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +22,75 @@ from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager
 from embedding_index.documentation_store import DocumentationStore
 from embedding_index.forgetting import forget_others
+from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
 from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.introspection import read_database
 from embedding_index.item_states import Synchronized
 from embedding_index.items import Kind
-from embedding_index.mending import mend
+from embedding_index.mending import Mending, StatesAfterMending, sweep
+from embedding_index.price_consent import Spending, require_affordable
 from embedding_index.sample_database import make_sample_database
 from embedding_index.vector_recovery import recover_vectors
 from embedding_index.vector_store import SQLVectorStore
-from error_handler import ConfigurationError, EmbeddingCostError, ExitCode, RunInterruptedError
-from logger import configure_logging
+from error_handler import (
+    ConfigurationError,
+    ExitCode,
+    IndexingError,
+    MixedIndexError,
+    RunInterruptedError,
+    StateDirectoryError,
+)
 from mongo_client import DocumentStore
-from utils.atomic_file import replace_file
 from utils.batch_prices import price_source
-from utils.stop_signals import stop_on_signals
+from utils.stop_signals import end_soon, stop_on_signals
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_DATABASE, SAMPLE_INDEX = Path("data/embedded/support.sqlite3"), Path("data/embedded/index")
 HITS = 5
-KINDS = {"database": (Kind.TABLE, Kind.RELATIONSHIP), "conversations": (Kind.CONVERSATION,)}
+STOPPED = "Stopped; the same command goes on where this one ended."
 
 
 @dataclass(slots=True)
 class Index:
-    """What the actions work with; *documents* is MongoDB."""
+    """What the actions work with. *works* is set while a signal must wait for calls in flight; else it ends the process."""
 
     vectors: SQLVectorStore
     states: DocumentationStore
     manager: BatchIndexingManager
-    documents: DocumentStore
+    mending: Mending
+    spending: Spending
     stop: asyncio.Event
+    works: asyncio.Event
+    removed: dict[Kind, list[str]] = field(default_factory=dict)
+
+    @property
+    def pending(self) -> StatesAfterMending:
+        """What is pending, that which ``mending`` makes pending included."""
+        return StatesAfterMending(self.states, self.lost)
+
+    @property
+    def lost(self) -> dict[Kind, Collection[str]]:
+        """See ``Mending``; without what the source no longer has."""
+        return {kind: set(names) - set(self.removed.get(kind, ())) for kind, names in self.mending.lost.items()}
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Do one action; see ``Command``."""
     chosen = _index_settings(arguments)
-    if chosen.log_file is not None:
-        configure_logging(settings.log_level, file=chosen.log_file, secrets=_secrets(chosen))
-    if arguments.search is not None:
-        return await asyncio.to_thread(_search, arguments, chosen)
-    stop, connected = asyncio.Event(), asyncio.Event()
-    with stop_on_signals(stop, connected.is_set):
-        async with _opened(arguments, settings, chosen, stop) as index:
-            await asyncio.to_thread(_mend, index)
-            connected.set()
+    log_to(chosen, settings, verbose=arguments.verbose)
+    stop, works = asyncio.Event(), asyncio.Event()
+
+    def is_working() -> bool:
+        if not works.is_set():
+            end_soon()  # a thread may wait for an answer
+        return works.is_set()
+
+    with stop_on_signals(stop, is_working):
+        if arguments.search is not None:
+            return await asyncio.to_thread(_search, arguments, chosen)
+        async with _opened(arguments, chosen, stop, works) as index:
             if arguments.source == "conversations":
                 return await _conversations(arguments, settings, index)
             return await _database(arguments, index, chosen)
@@ -83,33 +104,48 @@ def _index_settings(arguments: argparse.Namespace) -> IndexSettings:
         return chosen
     make_sample_database(SAMPLE_DATABASE)
     changes: dict[str, Any] = {"database_url": SecretStr(f"sqlite:///{SAMPLE_DATABASE}")}
-    if "index_dir" not in chosen.model_fields_set:  # what is tried out does not mix with what is in use
+    if arguments.index_dir is None:  # not INDEX_DIR: what is tried out does not mix with what is in use
         changes["index_dir"] = SAMPLE_INDEX
     return chosen.model_copy(update=changes)
 
 
-def _secrets(chosen: IndexSettings) -> list[str]:
-    given = (chosen.database_url, load_openai_settings().api_key)
-    return [secret.get_secret_value() for secret in given if secret is not None]
-
-
 @asynccontextmanager
 async def _opened(
-    arguments: argparse.Namespace, settings: Settings, chosen: IndexSettings, stop: asyncio.Event
+    arguments: argparse.Namespace, chosen: IndexSettings, stop: asyncio.Event, works: asyncio.Event
 ) -> AsyncIterator[Index]:
-    vectors = await asyncio.to_thread(SQLVectorStore, chosen, rebuild=arguments.rebuild)
+    vectors = await asyncio.to_thread(_open_vectors, arguments, chosen)
     watch = asyncio.create_task(_hand_on(stop, vectors))
-    documents = DocumentStore(settings)
     try:
         if arguments.individual:
             vectors.batch_size = 1
         with DocumentationStore(chosen.index_dir / "index.sqlite3") as states:
             manager = BatchIndexingManager(SQLIndexerAgent(vectors))
-            yield Index(vectors, states, manager, documents, stop)
+            await asyncio.to_thread(recover_vectors, vectors, states)
+            mending = await asyncio.to_thread(Mending, vectors, states)
+            spending = Spending(arguments.max_cost, arguments.yes)
+            index = Index(vectors, states, manager, mending, spending, stop, works)
+            try:
+                works.set()
+                if not arguments.estimate_costs and (mending.is_free or not spending.has_limit):
+                    await _mend(index)
+                yield index
+            finally:
+                vectors.stop.set()
+                await asyncio.get_running_loop().shutdown_default_executor()  # no thread works with what is closed next
     finally:
         watch.cancel()
-        await documents.close()
-        await asyncio.to_thread(vectors.close)
+        with ThreadPoolExecutor(1) as thread:
+            await asyncio.get_running_loop().run_in_executor(thread, vectors.close)
+
+
+def _open_vectors(arguments: argparse.Namespace, chosen: IndexSettings) -> SQLVectorStore:
+    try:
+        return SQLVectorStore(chosen, rebuild=arguments.rebuild)
+    except MixedIndexError as exc:
+        if not arguments.estimate_costs:
+            raise
+        report.say(f"{exc} This is what --rebuild costs.")
+        return SQLVectorStore(chosen, rebuild=True)  # without ``Mending.mend`` nothing is replaced
 
 
 async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
@@ -117,25 +153,26 @@ async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
     vectors.stop.set()
 
 
-def _mend(index: Index) -> None:
-    recover_vectors(index.vectors, index.states)
+async def _mend(index: Index) -> None:
     with report.IndexProgress("Making the index anew") as progress:
-        mend(index.vectors, index.states, progress.reached)
+        await asyncio.to_thread(index.mending.mend, progress.reached)
 
 
 async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSettings) -> int:
     if chosen.database_url is None:
         raise ConfigurationError(
-            "DATABASE_URL is not set; set it to the database to document, or try --sample for a small one."
+            "DATABASE_URL is not set; set it to the database to document, try --sample for a small one, or index "
+            "--source conversations."
         )
     facts = await asyncio.to_thread(read_database, chosen.database_url)
     done = await asyncio.to_thread(index.states.sync_database, facts.tables, facts.relationships)
-    before = index.manager.get_processing_stats(index.states)
-    unpaid = [text for texts in index.manager.pending_texts(index.states) for text in texts]
-    tokens = index.manager.estimate_embedding_costs(index.manager.unpaid(unpaid))["estimated_tokens"]
+    index.removed = done.removed
+    logger.info("the database has %d tables and %d relationships", len(facts.tables), len(facts.relationships))
+    before = await asyncio.to_thread(index.manager.get_processing_stats, index.pending)
+    tokens = await asyncio.to_thread(_tokens, index)
     if arguments.estimate_costs:
         return _show_estimate(arguments, index, before, tokens)
-    await asyncio.to_thread(_require_affordable, arguments, index, before["total_estimated_cost"], tokens)
+    await _require_affordable(index, before["total_estimated_cost"], tokens)
     outcome = _outcome(arguments, index, before)
     outcome.removed = await asyncio.to_thread(_renew, index, done)
     with report.IndexProgress("Indexing", before["total_pending"]) as progress:
@@ -143,58 +180,110 @@ async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSe
         def note(kind: Kind, ended: Sequence[tuple[str, str | None]]) -> None:
             for name, problem in ended:
                 outcome.count(kind, name, problem)
-            progress.ended(ended)
+            progress.failed(sum(problem is not None for _, problem in ended))
 
         index.manager.on_items = note
-        await asyncio.to_thread(_index_pending, index, outcome)
+        await _timed(arguments, index, outcome, lambda: _index_pending(index, outcome, progress))
     return _finish(arguments, index, outcome)
 
 
-def _index_pending(index: Index, outcome: report.Outcome) -> None:
+def _tokens(index: Index) -> int:
+    texts = [text for texts in index.manager.pending_texts(index.pending) for text in texts]
+    return int(index.manager.estimate_embedding_costs(index.manager.unpaid(texts))["estimated_tokens"])
+
+
+async def _index_pending(index: Index, outcome: report.Outcome, progress: report.IndexProgress) -> None:
+    manager, before = index.manager, 0
+
+    def reached(number: int) -> None:
+        progress.reached(before + number)
+
+    index.vectors.on_embedded = reached
+    outcome.results["tables"] = await asyncio.to_thread(manager.batch_process_pending_tables, index.states)
+    before = len(outcome.results["tables"])
+    outcome.results["relationships"] = await asyncio.to_thread(
+        manager.batch_process_pending_relationships, index.states
+    )
+
+
+async def _timed(arguments: argparse.Namespace, index: Index, outcome: report.Outcome, work: Callable[[], Any]) -> Any:
+    """Do *work*; where it ends with an error, say first what was done by then."""
     started = time.monotonic()
     try:
-        outcome.results["tables"] = index.manager.batch_process_pending_tables(index.states)
-        outcome.results["relationships"] = index.manager.batch_process_pending_relationships(index.states)
+        return await work()
+    except (IndexingError, StateDirectoryError) as exc:
+        outcome.error = str(exc)
+        outcome.duration_s = time.monotonic() - started
+        _show(arguments, index, outcome)
+        raise
     finally:
         outcome.duration_s = time.monotonic() - started
 
 
 async def _conversations(arguments: argparse.Namespace, settings: Settings, index: Index) -> int:
     """Index conversations that have a classification, or say what that would cost."""
-    allowed = arguments.allow_external or load_openai_settings().allow_external
-    await index.documents.check()
-    with report.IndexProgress("Reading conversations") as progress:
-        options = conversation_source.Options(
+    documents = DocumentStore(settings)
+    try:
+        await documents.check()
+        return await _index_conversations(arguments, settings, index, documents)
+    finally:
+        await documents.close()
+
+
+async def _index_conversations(
+    arguments: argparse.Namespace, settings: Settings, index: Index, documents: DocumentStore
+) -> int:
+    allowed = _is_allowed(arguments)
+
+    def options(progress: report.IndexProgress) -> conversation_source.Options:
+        return conversation_source.Options(
             settings,
             limit=arguments.limit,
             allow_external=allowed,
             on_read=lambda counts: progress.reached(counts.read, of=counts.expected),
         )
-        stats: dict[str, Any] = {}
-        if arguments.estimate_costs or arguments.max_cost is not None:  # a whole reading of its own
+
+    conversation_source.require_allowed(index.vectors.provider, allowed=allowed)
+    stats: dict[str, Any] = {}
+    if arguments.estimate_costs or index.spending.has_limit:  # a whole reading of its own
+        with report.IndexProgress("Reading conversations") as progress:
             made = await conversation_source.estimate_conversations(
-                index.documents, index.states, index.vectors, options, stop=index.stop
+                documents, index.pending, index.vectors, options(progress), stop=index.stop
             )
-            stats = _conversation_stats(index, made)
-            if arguments.estimate_costs:
-                return _show_estimate(arguments, index, stats, made.tokens)
-            await asyncio.to_thread(_require_affordable, arguments, index, stats["total_estimated_cost"], made.tokens)
-        outcome = _outcome(arguments, index, stats)
-        started = time.monotonic()
-        counts = await conversation_source.index_conversations(
-            index.documents,
-            index.states,
-            index.manager.indexer,
-            options,
-            stop=index.stop,
-            on_result=lambda name, problem: outcome.count(Kind.CONVERSATION, name, problem),
+        stats = _conversation_stats(index, made)
+        if arguments.estimate_costs:
+            return _show_estimate(arguments, index, stats, made.tokens)
+        await _require_affordable(index, stats["total_estimated_cost"], made.tokens)
+    outcome = _outcome(arguments, index, stats)
+    with report.IndexProgress("Reading and indexing conversations") as progress:
+
+        def note(name: str, problem: str | None) -> None:
+            outcome.count(Kind.CONVERSATION, name, problem)
+            progress.failed(problem is not None)
+
+        counts = await _timed(
+            arguments,
+            index,
+            outcome,
+            lambda: conversation_source.index_conversations(
+                documents, index.states, index.manager.indexer, options(progress), stop=index.stop, on_result=note
+            ),
         )
     if counts.is_complete:
-        await asyncio.to_thread(forget_others, index.vectors, index.states)
-    outcome.duration_s = time.monotonic() - started
+        await asyncio.to_thread(_forget, index)
     outcome.removed = counts.removed
     outcome.more = {name: getattr(counts, name) for name in ("read", "unclassified", "without_text", "changed")}
     return _finish(arguments, index, outcome)
+
+
+def _forget(index: Index) -> None:
+    """Delete vectors that no item has any more; not where states were lost: what they do not know may be paid for."""
+    if sweep(index.vectors, index.states, report.KINDS["conversations"]):
+        forget_others(index.vectors, index.states)
+
+
+def _is_allowed(arguments: argparse.Namespace) -> bool:
+    return arguments.allow_external or load_openai_settings().allow_external
 
 
 def _conversation_stats(index: Index, made: conversation_source.ConversationEstimate) -> dict[str, Any]:
@@ -202,36 +291,34 @@ def _conversation_stats(index: Index, made: conversation_source.ConversationEsti
         "pending_conversations": made.pending,
         "total_estimated_cost": index.manager.price(made.tokens),
         "batch_size": index.manager.batch_size,
-        "estimated_batches": math.ceil(made.unpaid / index.manager.batch_size),
+        "estimated_batches": -(-made.unpaid // index.manager.batch_size),
     }
 
 
 def _show_estimate(arguments: argparse.Namespace, index: Index, stats: dict[str, Any], tokens: int) -> int:
+    if index.stop.is_set():
+        raise RunInterruptedError("Stopped; nothing was sent.")
     identity = index.vectors.identity
-    if arguments.json or arguments.output:
-        text = json.dumps(
-            {**stats, "estimated_tokens": tokens, "model": identity.model, "prices_from": price_source()}, indent=2
-        )
-        if arguments.output:
-            replace_file(arguments.output, text.encode())
-        if arguments.json:
-            sys.stdout.write(text + "\n")
-            return ExitCode.DONE
-    report.show_estimate(stats, tokens, str(identity), price_source())
+    more = {
+        "estimated_tokens": tokens,
+        "provider": identity.provider,
+        "model": identity.model,
+        "prices_from": price_source(),
+    }
+    if not report.give_json({**stats, **more}, as_json=arguments.json, output=arguments.output):
+        report.show_estimate(stats, tokens, str(identity), price_source())
     return ExitCode.DONE
 
 
-def _require_affordable(arguments: argparse.Namespace, index: Index, usd: float | None, tokens: int) -> None:
-    """Ask, or refuse where nobody can be asked, before more than ``--max-cost`` is spent."""
-    if arguments.max_cost is None or arguments.yes or (usd is not None and usd <= arguments.max_cost):
-        return
+async def _require_affordable(index: Index, usd: float | None, tokens: int) -> None:
+    """Let pass what may be spent; then mend what waited for that."""
+    if index.stop.is_set():
+        raise RunInterruptedError("Stopped; nothing was sent.")
     price = f"{report.in_dollars(usd)} for about {tokens:,} tokens with {index.vectors.identity.model}"
-    if sys.stdin.isatty() and sys.stderr.isatty():
-        sys.stderr.write(f"This costs {price}, more than --max-cost {arguments.max_cost}. Go on? [y/N] ")
-        sys.stderr.flush()
-        if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            return
-    raise EmbeddingCostError(f"Nothing was sent: {price}; raise --max-cost, or give --yes to spend it.")
+    index.works.clear()
+    await require_affordable(index.spending, usd, price)
+    index.works.set()
+    await _mend(index)
 
 
 def _outcome(arguments: argparse.Namespace, index: Index, before: dict[str, Any]) -> report.Outcome:
@@ -244,6 +331,7 @@ def _renew(index: Index, done: Synchronized) -> int:
     for kind, names in done.removed.items():
         index.vectors.delete(kind, names)
         index.states.remove(kind, names)
+    sweep(index.vectors, index.states, report.KINDS["database"])
     if done.changed:
         index.vectors.update_metadata(done.changed)
         for kind in {item.kind for item in done.changed}:
@@ -253,19 +341,30 @@ def _renew(index: Index, done: Synchronized) -> int:
 
 
 def _finish(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) -> int:
+    outcome.is_interrupted = index.stop.is_set()
+    _show(arguments, index, outcome)
+    if outcome.is_interrupted:
+        raise RunInterruptedError(STOPPED)
+    return ExitCode.INCOMPLETE if outcome.failed else ExitCode.DONE
+
+
+def _show(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) -> None:
     counts = index.vectors.counts
     outcome.dimensions = index.vectors.identity.dimensions
     outcome.calls, outcome.tokens, outcome.reused = counts.calls, counts.tokens, counts.reused
     outcome.cost_usd = index.manager.price(counts.tokens)
-    outcome.is_interrupted = index.stop.is_set()
+    outcome.states = index.states.counts()
+    logger.info(
+        "%d items indexed, %d failed, %d removed in %.1f s: %d calls, %d tokens",
+        *(outcome.indexed, outcome.failed, outcome.removed, outcome.duration_s, outcome.calls, outcome.tokens),
+    )
     report.show_outcome(outcome, as_json=arguments.json, output=arguments.output)
-    if outcome.is_interrupted:
-        raise RunInterruptedError("Stopped; the same command goes on where this one ended.")
-    return ExitCode.INCOMPLETE if outcome.failed else ExitCode.DONE
 
 
 def _search(arguments: argparse.Namespace, chosen: IndexSettings) -> int:
     with IndexReader(chosen) as index:
-        hits = index.search(arguments.search, KINDS[arguments.source], arguments.limit or HITS)
-    report.show_hits(hits, as_json=arguments.json)
+        if arguments.source == "conversations":  # what is searched for is most often what a customer wrote
+            conversation_source.require_allowed(index.provider, allowed=_is_allowed(arguments))
+        hits = index.search(arguments.search, report.KINDS[arguments.source], arguments.limit or HITS)
+    report.show_hits(hits, arguments.source, as_json=arguments.json, output=arguments.output)
     return ExitCode.DONE

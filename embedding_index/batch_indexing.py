@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from embedding_index.documentation_store import DocumentationStore
 from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.items import Kind, content_hash
+from embedding_index.packing import pack
 from utils.batch_prices import embedding_price
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,15 @@ FREE = ("ollama", "local")  # providers on machines of one's own
 UNREADABLE = "the documentation store has nothing under this name"
 
 OnItems = Callable[[Kind, Sequence[tuple[str, str | None]]], None]
+
+
+class PendingItems(Protocol):
+    """What is pending; see ``DocumentationStore``."""
+
+    def get_pending_tables(self) -> list[str]: ...
+    def get_pending_relationships(self) -> list[dict[str, str]]: ...
+    def get_table_info(self, name: str) -> dict[str, Any] | None: ...
+    def get_relationship_info(self, relationship_id: str) -> dict[str, Any] | None: ...
 
 
 class BatchIndexingManager:
@@ -92,17 +102,16 @@ class BatchIndexingManager:
             self.indexer.batch_index_relationships(relationships, note)
         return results
 
-    def get_processing_stats(self, doc_store: DocumentationStore) -> dict[str, Any]:
+    def get_processing_stats(self, doc_store: PendingItems) -> dict[str, Any]:
         """Return what is pending and what it costs; sends nothing.
 
         Keys: pending_tables, pending_relationships, total_pending (numbers of items); estimated_table_cost,
-        estimated_relationship_cost, total_estimated_cost (US dollars, None where the price of the model is not known;
-        texts whose vector is stored cost nothing); batch_size; estimated_batches (calls at that size).
+        estimated_relationship_cost, total_estimated_cost (US dollars, None where the price of the model is not known);
+        batch_size; estimated_batches (calls). Texts whose vector is stored cost nothing and need no call.
         """
         tables, relationships = self.pending_texts(doc_store)
-        costs = [
-            self.estimate_embedding_costs(self.unpaid(texts))["estimated_cost_usd"] for texts in (tables, relationships)
-        ]
+        unpaid = [self.unpaid(texts) for texts in (tables, relationships)]
+        costs = [self.estimate_embedding_costs(texts)["estimated_cost_usd"] for texts in unpaid]
         total = len(tables) + len(relationships)
         return {
             "pending_tables": len(tables),
@@ -112,8 +121,7 @@ class BatchIndexingManager:
             "estimated_relationship_cost": costs[1],
             "total_estimated_cost": None if None in costs else math.fsum(costs),
             "batch_size": self.batch_size,
-            "estimated_batches": math.ceil(len(tables) / self.batch_size)
-            + math.ceil(len(relationships) / self.batch_size),
+            "estimated_batches": sum(map(self.calls, unpaid)),
         }
 
     def estimate_embedding_costs(self, texts: Sequence[str]) -> dict[str, Any]:
@@ -135,9 +143,18 @@ class BatchIndexingManager:
     def price(self, tokens: int) -> float | None:
         """Return the price of *tokens* in US dollars; None where it is not known."""
         identity = self.indexer.vector_store.provider.identity
-        return 0.0 if identity.provider in FREE else embedding_price(identity.model, tokens)
+        return 0.0 if not tokens or identity.provider in FREE else embedding_price(identity.model, tokens)
 
-    def pending_texts(self, doc_store: DocumentationStore) -> tuple[list[str], list[str]]:
+    def calls(self, texts: Sequence[str]) -> int:
+        """Return how many calls *texts* need, where none fails; long ones go in pieces."""
+        provider = self.indexer.vector_store.provider
+        longest = provider.limits.input_tokens
+        sizes: list[int] = []
+        for tokens in map(provider.count_tokens, texts):
+            sizes += [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+        return len(pack(sizes, provider.limits, self.batch_size))
+
+    def pending_texts(self, doc_store: PendingItems) -> tuple[list[str], list[str]]:
         """Return the texts of all pending tables and relationships."""
         tables = [(name, doc_store.get_table_info(name)) for name in doc_store.get_pending_tables()]
         pending = [str(relationship["id"]) for relationship in doc_store.get_pending_relationships()]

@@ -49,6 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Do one action; see ``Command``."""
+    _check_flags(arguments)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(
@@ -58,6 +59,23 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     from embedding_index import actions  # noqa: PLC0415 - a run of the batch worker must not wait for it
 
     return await actions.run(arguments, settings)
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """A flag that would do nothing, or fail at the very end, is a mistake of whoever gave it."""
+    is_search, is_database = arguments.search is not None, arguments.source == "database"
+    sends = not is_search and not arguments.estimate_costs
+    useless = {
+        "--limit is for --search and for --source conversations": arguments.limit and is_database and not is_search,
+        "--sample is a database: leave out --source conversations": arguments.sample and not is_database,
+        "--max-cost is for what sends texts to be indexed": arguments.max_cost is not None and not sends,
+        "--allow-external is for --source conversations": arguments.allow_external and is_database,
+    }
+    for sentence, is_so in useless.items():
+        if is_so:
+            raise ConfigurationError(f"{sentence}.")
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise ConfigurationError(f"--output {arguments.output}: there is no such folder; make it, or name another.")
 
 
 COMMAND = Command(

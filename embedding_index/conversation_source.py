@@ -66,11 +66,16 @@ class Offered(Protocol):
     def changed(self) -> Sequence[IndexItem]: ...
 
 
-class StateStore(Protocol):
+class KnownStates(Protocol):
+    """See ``embedding_index.documentation_store``. Called from several threads, by one at a time."""
+
+    def offer(self, items: Sequence[IndexItem], keep_text: bool = True) -> Offered: ...
+
+
+class StateStore(KnownStates, Protocol):
     """See ``embedding_index.documentation_store``. Called from several threads, by one at a time."""
 
     def begin_pass(self, kind: Kind) -> None: ...
-    def offer(self, items: Sequence[IndexItem], keep_text: bool = True) -> Offered: ...
     def end_pass(self, kind: Kind) -> list[str]: ...
     def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None: ...
     def mark_failed(self, kind: Kind, name: str, problem: str) -> None: ...
@@ -258,7 +263,7 @@ async def index_conversations(
 
 
 async def estimate_conversations(
-    store: DocumentStore, doc_store: StateStore, vectors: VectorStore, options: Options, stop: Stop | None = None
+    store: DocumentStore, doc_store: KnownStates, vectors: VectorStore, options: Options, stop: Stop | None = None
 ) -> ConversationEstimate:
     """Read all conversations and return what ``index_conversations`` would send for them; nothing is sent.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,21 +16,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from embedding_index.item_states import State
 from embedding_index.items import Hit, Kind
 from utils.atomic_file import replace_file
+from utils.safe_text import encodable, escaped
 
 LINE_EVERY_S = 5.0
 SHOWN_PROBLEMS = 10
-TABLE_WIDTH = 120
+PIPE_WIDTH = 120  # where no terminal says how wide it is
 EXCERPT_CHARACTERS = 200
+
+
+KINDS = {"database": (Kind.TABLE, Kind.RELATIONSHIP), "conversations": (Kind.CONVERSATION,)}
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one run did. Tokens are those that were billed or, where the provider does not tell, estimated.
+    """What one run did. Tokens are those that were billed, 0 where the provider does not tell.
 
     *results* holds for each kind name -> whether it is indexed now, as BatchIndexingManager returns it; conversations
-    are too many to be named, so they are only counted. *before* is ``get_processing_stats`` before the run.
+    are too many to be named, so they are only counted. *before* is ``get_processing_stats`` before the run. *states* is
+    how many items there are now by kind and state. *error* is why the run ended early, None where it did not.
     """
 
     source: str
@@ -50,6 +56,8 @@ class Outcome:
     duration_s: float = 0.0
     is_interrupted: bool = False
     more: dict[str, int] = field(default_factory=dict)
+    states: Mapping[Kind, Mapping[State, int]] = field(default_factory=dict)
+    error: str | None = None
 
     def count(self, kind: Kind, name: str, problem: str | None) -> None:
         """Count one item that ended; *problem* None says that it is indexed."""
@@ -80,7 +88,9 @@ class Outcome:
             "cost_usd": self.cost_usd,
             "duration_s": round(self.duration_s, 3),
             "items_per_s": round(ended / self.duration_s, 1) if ended and self.duration_s else None,
+            "states": self.states,
             "interrupted": self.is_interrupted,
+            "error": self.error,
             "problems": self.problems,
         }
 
@@ -93,6 +103,7 @@ class IndexProgress:
         self._what, self._total = what, total
         self._ended = self._failed = 0
         self._written_at = time.monotonic()
+        self._written = -1
         self._bar: Progress | None = None
 
     def __enter__(self) -> IndexProgress:
@@ -103,13 +114,12 @@ class IndexProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._ended:
+        elif self._ended > max(self._written, 0):
             self._write()
 
-    def ended(self, ended: Sequence[tuple[object, str | None]]) -> None:
-        """Count items that ended, each with None or its problem."""
-        self._failed += sum(problem is not None for _, problem in ended)
-        self.reached(self._ended + len(ended))
+    def failed(self, number: int = 1) -> None:
+        """Count items that ended without being indexed; ``reached`` counts them, too."""
+        self._failed += number
 
     def reached(self, number: int, of: int | None = None) -> None:
         """Show that *number* items have ended, of *of* where that has changed."""
@@ -125,21 +135,17 @@ class IndexProgress:
             self._write()
 
     def _write(self) -> None:
-        self._written_at = time.monotonic()
+        self._written_at, self._written = time.monotonic(), self._ended
         of = "" if self._total is None else f" of {self._total}"
         self._console.print(Text(f"{self._what}: {self._ended}{of}, {self._failed} failed"))
 
 
 def show_outcome(outcome: Outcome, *, as_json: bool, output: Path | None) -> None:
     """Print *outcome*, and write it to *output*."""
-    text = json.dumps(outcome.as_dict(), indent=2, ensure_ascii=False)
-    if output is not None:
-        replace_file(output, text.encode())
-    if as_json:
-        sys.stdout.write(text + "\n")
+    facts = outcome.as_dict()
+    if give_json(facts, as_json=as_json, output=output):
         return
     console = Console(soft_wrap=True, highlight=False)
-    facts = outcome.as_dict()
     console.print(f"{outcome.indexed} indexed, {outcome.failed} failed, {outcome.removed} removed.", markup=False)
     for name, count in outcome.more.items():
         console.print(f"  {name.replace('_', ' ')}: {count}", markup=False)
@@ -151,9 +157,38 @@ def show_outcome(outcome: Outcome, *, as_json: bool, output: Path | None) -> Non
         markup=False,
     )
     for name, problem in list(outcome.problems.items())[:SHOWN_PROBLEMS]:
-        console.print(Text(f"  {name}: {problem}"))
+        console.print(Text(escaped(f"  {name}: {problem}")))
     if len(outcome.problems) > SHOWN_PROBLEMS:
         console.print(f"  ... and {len(outcome.problems) - SHOWN_PROBLEMS} more: --json shows all", markup=False)
+    for sentence in _elsewhere(outcome):
+        console.print(sentence, markup=False)
+
+
+def _elsewhere(outcome: Outcome) -> Iterator[str]:
+    """Yield what is to be done for the other source, whose items may have left the index when it was made anew."""
+    for source, kinds in KINDS.items():
+        left = sum(outcome.states.get(kind, {}).get(State.PENDING, 0) for kind in kinds)
+        if left and source != outcome.source:
+            flag = "" if source == "database" else f" --source {source}"
+            what = "tables and relationships are" if source == "database" else f"{source} are"
+            yield f"{left} {what} not in the index, or with an older text: cli.py index --batch{flag} indexes them."
+
+
+def say(sentence: str) -> None:
+    """Print *sentence* to stderr, beside what is printed as the outcome."""
+    sys.stderr.write(f"{sentence}\n")
+
+
+def give_json(value: object, *, as_json: bool, output: Path | None) -> bool:
+    """Write *value* to *output* and, with *as_json*, print it; return whether it was printed."""
+    if output is None and not as_json:
+        return False
+    text = encodable(json.dumps(value, indent=2, ensure_ascii=False))
+    if output is not None:
+        replace_file(output, text.encode())
+    if as_json:
+        sys.stdout.write(text + "\n")
+    return as_json
 
 
 def show_estimate(stats: dict[str, Any], tokens: int, model: str, source: str) -> None:
@@ -165,38 +200,39 @@ def show_estimate(stats: dict[str, Any], tokens: int, model: str, source: str) -
     console.print(f"About {tokens:,} tokens for {model}; prices from {source}. Nothing was sent.", markup=False)
 
 
-def show_hits(hits: Sequence[Hit], *, as_json: bool) -> None:
-    """Print *hits*, the best first."""
-    if as_json:
-        rows = [
-            {
-                "kind": hit.kind,
-                "name": hit.name,
-                "similarity": round(hit.similarity, 4),
-                **hit.metadata,
-                "text": hit.text,
-            }
-            for hit in hits
-        ]
-        sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+def show_hits(hits: Sequence[Hit], source: str, *, as_json: bool, output: Path | None) -> None:
+    """Print *hits* of *source*, the best first, and write them to *output*."""
+    rows = [
+        {"kind": hit.kind, "name": hit.name, "similarity": round(hit.similarity, 4), **hit.metadata, "text": hit.text}
+        for hit in hits
+    ]
+    if give_json(rows, as_json=as_json, output=output):
         return
-    console = Console(highlight=False)
-    console.width = max(console.width, TABLE_WIDTH)  # elsewhere than on a terminal it is 80
-    table = Table(box=None, title_justify="left")
-    table.add_column("like", justify="right")
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    if not hits:
+        flag = "" if source == "database" else f" --source {source}"
+        console.print(
+            f"Nothing is indexed yet that could be found: run cli.py index --batch{flag} first.", markup=False
+        )
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("like", justify="right", no_wrap=True)
     table.add_column("what", no_wrap=True)
-    table.add_column("name", overflow="fold")
+    table.add_column("name", overflow="fold", max_width=console.width * 2 // 5)
     table.add_column("about", overflow="fold")
     for hit in hits:
-        table.add_row(f"{hit.similarity:.2f}", Text(hit.kind.value), Text(hit.name), Text(_about(hit)))
-    console.print(table if hits else "Nothing is indexed yet that could be found: run cli.py index --batch first.")
+        table.add_row(f"{hit.similarity:.2f}", hit.kind.value, Text(escaped(hit.name)), Text(escaped(_about(hit))))
+    console.print(table)
 
 
 def _about(hit: Hit) -> str:
     if hit.kind is Kind.CONVERSATION:
         labels = (str(hit.metadata.get(name) or "") for name in ("intent", "topic", "sentiment", "categorization"))
         return ", ".join(label for label in labels if label)
-    text = " ".join((hit.text or "").split())
+    # Its first line is the name once more.
+    text = " ".join((hit.text or "").partition("\n")[2].split())
     return text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 3] + "..."
 
 

@@ -68,6 +68,9 @@ class SQLVectorStore:
         self.max_retries = self.settings.max_retries
         self.stop = threading.Event()  # once set, no new call starts and what is in flight is stored
         self.counts = RunCounts()  # of all calls through this store
+        self.on_embedded: Callable[[int], None] | None = (
+            None  # told how many items of one ``index`` are embedded so far
+        )
         self.directory = self.settings.index_dir
         _make_private(self.directory)
         with contextlib.ExitStack() as stack:
@@ -148,9 +151,14 @@ class SQLVectorStore:
         options = RunOptions(self.batch_size, self.max_retries)
         run = EmbeddingRun(self.provider, self.ledger, options, stop=self.stop)
         waiting: list[tuple[IndexItem, Vectors]] = []
+        number = 0
         try:
             for embedded in run.run({found: same[0].text for found, same in by_hash.items()}):
-                for item in by_hash[embedded.content_hash]:
+                same = by_hash[embedded.content_hash]
+                number += len(same)
+                if self.on_embedded is not None:
+                    self.on_embedded(number)
+                for item in same:
                     if embedded.vector is None:
                         on_ended([(item, embedded.problem)])
                     else:

@@ -17,6 +17,13 @@ logger = logging.getLogger(__name__)
 HARD_STOP_S = 1.5  # a second signal ends the process within this time, whatever hangs
 
 
+def end_soon() -> None:
+    """End the process within HARD_STOP_S, whatever hangs."""
+    killer = threading.Timer(HARD_STOP_S, os._exit, (ExitCode.INTERRUPTED,))
+    killer.daemon = True
+    killer.start()
+
+
 @contextmanager
 def stop_on_signals(stop: asyncio.Event, is_running: Callable[[], bool]) -> Iterator[None]:
     """While inside, the first signal sets *stop* and the second cancels the current task.
@@ -34,9 +41,7 @@ def stop_on_signals(stop: asyncio.Event, is_running: Callable[[], bool]) -> Iter
             logger.warning("%s: finishing the calls in flight; a second signal stops at once", name)
             return
         if not first:
-            killer = threading.Timer(HARD_STOP_S, os._exit, (ExitCode.INTERRUPTED,))
-            killer.daemon = True
-            killer.start()
+            end_soon()
         if task is not None:
             task.cancel()
 
