@@ -253,6 +253,12 @@ class FakeOpenAI(ServerProcess):
         assert self._directory is not None
         return self._directory / "files" / file_id
 
+    def renew(self) -> None:
+        """`reset`, when the requests of an earlier test have ended: they would be billed in this one."""
+        self.configure(faults=[], latency_s=0)
+        self.wait_for("in_flight", equals=0)
+        self.reset()
+
     def reset(self) -> None:
         """No files, no batches, all counts at zero, the knobs of the last start."""
         self._call("reset")

@@ -76,7 +76,7 @@ class Crashes:
 
 @pytest.fixture
 def crashes(running: FakeOpenAI, tmp_path: Path) -> Iterator[Crashes]:
-    running.reset()
+    running.renew()
     running.configure(latency_s=0.01)
     yield Crashes(running, tmp_path)
     assert running.stats()["internal_errors"] == 0

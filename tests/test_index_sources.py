@@ -41,7 +41,7 @@ def running() -> Iterator[FakeOpenAI]:
 
 @pytest.fixture
 def site(running: FakeOpenAI, tmp_path: Path) -> Iterator[IndexSite]:
-    running.reset()
+    running.renew()
     yield IndexSite(tmp_path, running)
     assert running.stats()["internal_errors"] == 0
 

@@ -46,7 +46,7 @@ def running() -> Iterator[FakeOpenAI]:
 
 @pytest.fixture
 def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.reset()
+    running.renew()
     yield running
     assert running.stats()["internal_errors"] == 0
 
