@@ -102,7 +102,7 @@ def test_kills_at_any_moment(crashes: Crashes) -> None:
         asked = crashes.asked()
         process = crashes.start()
         try:
-            number = asked + moments.randint(1, 3)
+            number = asked + moments.randint(2, 5)
             ended = process.poll
             until(
                 lambda n=number, ended=ended: crashes.asked() >= n or ended() is not None, "it neither asked nor ended"

@@ -135,8 +135,11 @@ class BatchRun:
                     task.cancel()
             self.checkpoint.finished = not self.stop.is_set()
             status = "interrupted" if self.stop.is_set() else "completed"
-        except* TriadError as group:
-            raise _first(group) from group
+        except BaseExceptionGroup as group:  # before 3.11.4, what ``except*`` raises is wrapped in a group again
+            ours, others = group.split(TriadError)
+            if ours is None or others is not None:
+                raise
+            raise _first(ours) from group
         finally:
             self._identical.close(is_finished=status == "completed")
             await self._save(status)
