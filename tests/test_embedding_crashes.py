@@ -69,7 +69,9 @@ class Crashes:
 
     def check_complete(self) -> None:
         assert self.run() == 0, (self._folder / "err").read_text()
-        assert json.loads((self._folder / "out").read_text())["problems"] == []
+        assert (
+            json.loads((self._folder / "out").read_text().splitlines()[-1])["problems"] == []
+        )  # earlier runs stand before
         with VectorLedger(self.path) as ledger:
             assert len(ledger.known(MODEL, keyed(texts_with_long_ones(COUNT)))) == COUNT
 
@@ -98,11 +100,12 @@ def test_kills_at_any_moment(crashes: Crashes) -> None:
     """Killed again and again, some answers on: each step forward is kept."""
     moments = random.Random(11)
     kills = 0
-    for _ in range(6):
+    crashes.fake.configure(latency_s=0.2)
+    for _ in range(4):
         asked = crashes.asked()
         process = crashes.start()
         try:
-            number = asked + moments.randint(2, 5)
+            number = asked + CONCURRENCY + moments.randint(0, 1)
             ended = process.poll
             until(
                 lambda n=number, ended=ended: crashes.asked() >= n or ended() is not None, "it neither asked nor ended"
@@ -110,8 +113,9 @@ def test_kills_at_any_moment(crashes: Crashes) -> None:
         finally:
             process.kill()
         kills += process.wait() == -signal.SIGKILL
-    assert kills >= 4, "most runs ended before they were killed: this proves little"
+    assert kills >= 2, "most runs ended before they were killed: this proves little"
     crashes.fake.wait_for("sync_in_flight", equals=0)
+    crashes.fake.configure(latency_s=0)
     before, stored = crashes.billed(), crashes.stored()
     assert stored
     crashes.check_complete()
