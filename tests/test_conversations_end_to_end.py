@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +17,6 @@ from config.index_settings import IndexSettings, load_index_settings
 from embedding_index.conversation_source import ConversationCounts, Options, index_conversations
 from tests.service_process import ServiceProcess, conversation, serve
 from tests.stores import open_store
-
-PARTS = ("vector_store", "indexer_agent", "documentation_store", "index_copy", "index_reader", "providers.opening")
-absent = [name for name in PARTS if importlib.util.find_spec(f"embedding_index.{name}") is None]
-pytestmark = pytest.mark.skipif(bool(absent), reason=f"embedding_index lacks {', '.join(absent)}")
 
 KEY = "sk-not-a-real-key-0123456789"
 PROBLEMS = {

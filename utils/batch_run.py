@@ -135,7 +135,7 @@ class BatchRun:
                     task.cancel()
             self.checkpoint.finished = not self.stop.is_set()
             status = "interrupted" if self.stop.is_set() else "completed"
-        except BaseExceptionGroup as group:  # before 3.11.4, what ``except*`` raises is wrapped in a group again
+        except ExceptionGroup as group:  # before 3.11.4, what ``except*`` raises is wrapped in a group again
             ours, others = group.split(TriadError)
             if ours is None or others is not None:
                 raise
