@@ -18,6 +18,7 @@ from types import TracebackType
 
 import uvloop
 
+TIMER_S = 0.002  # the most that a timer of the loop is late
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
 
@@ -55,6 +56,7 @@ async def _serve(latency_s: float, inputs: int, dimensions: int) -> None:
     usage = {"prompt_tokens": inputs, "total_tokens": inputs}
     body = json.dumps({"object": "list", "data": data, "model": "m", "usage": usage}).encode()
     head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    answered = head + body
     calls: list[tuple[float, float]] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -67,8 +69,10 @@ async def _serve(latency_s: float, inputs: int, dimensions: int) -> None:
             start_s = time.monotonic()
             found = _LENGTH.search(request)
             await reader.readexactly(int(found[1]) if found else 0)
-            await asyncio.sleep(latency_s - (time.monotonic() - start_s))
-            writer.write(head + body)
+            await asyncio.sleep(latency_s - TIMER_S - (time.monotonic() - start_s))
+            while time.monotonic() - start_s < latency_s:
+                await asyncio.sleep(0)
+            writer.write(answered)
             calls.append((start_s, time.monotonic()))
             await writer.drain()
 

@@ -40,7 +40,7 @@ class CallQueue:
     """Calls for the threads of one run. The run is over when none is waiting and none is being worked on."""
 
     def __init__(self, calls: Iterable[Call], slots: int, stop: threading.Event) -> None:
-        """Prepare; at most *slots* calls are with the provider at once. After *stop* no new one starts."""
+        """Prepare; the provider works on at most *slots* calls at once. After *stop* no new one starts."""
         self._ready = deque(calls)
         self._later: list[tuple[float, int, Call]] = []
         self._numbers = itertools.count()
@@ -73,10 +73,10 @@ class CallQueue:
             return None
 
     def free_slot(self, call: Call) -> None:
-        """The answer of *call* has come: another one may go while this one is being stored."""
+        """The answer of *call* begins to arrive: another one may go while this one is being read and stored."""
         with self._changed:
             self._in_slot.discard(id(call))
-            self._changed.notify_all()
+            self._changed.notify()
 
     def settle(self, call: Call, first: Iterable[Call] = (), later: Iterable[Call] = (), wait_s: float = 0.0) -> None:
         """*call* is done with; the calls *first* are next, those *later* in *wait_s* seconds, behind all others."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
+
+import numpy as np
 
 from embedding_index.call_queue import Call, CallQueue, Piece
 from embedding_index.call_repetition import CallRepetition, RunOptions
@@ -33,9 +35,10 @@ from error_handler import (
 
 __all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
 
-# Threads beyond the calls in flight: they store answers, so that no slot of the provider stands empty meanwhile.
+# Threads beyond the calls that the provider works on: they read and store answers, so that no slot stands empty meanwhile.
 STORING_THREADS = 2
 RESULTS_PAGE = 256
+HANDED_ON_BYTES = 32 * 1024 * 1024  # of vectors that wait for who takes the results; those beyond are read back
 LONGEST_COUNTED = 8  # characters per token that an input may have
 
 logger = logging.getLogger(__name__)
@@ -43,15 +46,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """How one text ended: with its vector (length 1), or with a *problem* in one sentence, which never quotes it.
-
-    *is_new*: the vector was made in this run. False where it was stored before, and with a problem.
-    """
+    """How one text ended: with its vector (length 1), or with a *problem* in one sentence, which never quotes it."""
 
     content_hash: str
     vector: Vector | None
     problem: str | None
-    is_new: bool
+
+
+_Ending = Vector | str | None
+"""A vector, a problem, or None: the vector is to be read from the ledger."""
 
 
 @dataclass(slots=True)
@@ -78,20 +81,12 @@ class EmbeddingRun:
         ledger: VectorLedger,
         options: RunOptions | None = None,
         stop: threading.Event | None = None,
-        on_progress: Callable[[RunCounts], None] | None = None,
     ) -> None:
-        """Prepare.
-
-        Args:
-            stop: Once set, no new call starts; those in flight end and are stored.
-            on_progress: Called with the counts after each call, from the threads of the run, never by two at once.
-        """
+        """Prepare. Once *stop* is set, no new call starts; those in flight end and are stored."""
         self._provider = provider
         self._ledger = ledger
         self._options = options or RunOptions()
         self._stop = stop or threading.Event()
-        self._on_progress = on_progress
-        self._progress_lock = threading.Lock()
         self._lock = threading.Lock()
         self._counts = RunCounts()
 
@@ -116,7 +111,8 @@ class EmbeddingRun:
         """
         self._identity = self._provider.identity
         self._texts = texts
-        self._results: SimpleQueue[tuple[str, str | None] | None] = SimpleQueue()
+        self._results: SimpleQueue[Mapping[str, _Ending] | None] = SimpleQueue()
+        self._handed_on_bytes = 0
         self._long = LongTexts()
         self._problems: dict[str, str] = {}
         self._asked: set[str] = set()
@@ -132,7 +128,7 @@ class EmbeddingRun:
         with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
             workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
             try:
-                yield from self._stored(sorted(known), is_new=False)
+                yield from self._stored(sorted(known))
                 yield from self._ended(workers)
             finally:
                 self._queue.abort()
@@ -141,25 +137,28 @@ class EmbeddingRun:
         """Yield the texts as they end, until all *workers* have; raise what ended one of them."""
         left = len(workers)
         while left:
-            page = [self._results.get()]
-            while len(page) < RESULTS_PAGE:
-                try:
-                    page.append(self._results.get_nowait())
-                except Empty:
-                    break
-            left -= page.count(None)
-            endings = dict(entry for entry in page if entry is not None)
-            for key, problem in endings.items():
-                if problem is not None:
-                    yield Embedded(key, None, problem, is_new=False)
-            yield from self._stored([key for key, problem in endings.items() if problem is None], is_new=True)
+            endings = self._results.get()
+            if endings is None:
+                left -= 1
+                continue
+            stored: list[str] = []
+            for key, ending in endings.items():
+                if ending is None:
+                    stored.append(key)
+                elif isinstance(ending, str):
+                    yield Embedded(key, None, ending)
+                else:
+                    yield Embedded(key, ending, None)
+            yield from self._stored(stored)
+            with self._lock:
+                self._handed_on_bytes -= sum(each.nbytes for each in endings.values() if isinstance(each, np.ndarray))
         for worker in workers:
             worker.result()
 
-    def _stored(self, hashes: Sequence[str], *, is_new: bool) -> Iterator[Embedded]:
+    def _stored(self, hashes: Sequence[str]) -> Iterator[Embedded]:
         for start in range(0, len(hashes), RESULTS_PAGE):
             for key, vector in self._ledger.vectors(self._identity, hashes[start : start + RESULTS_PAGE]).items():
-                yield Embedded(key, vector, None, is_new)
+                yield Embedded(key, vector, None)
 
     # What is to be sent
 
@@ -220,9 +219,6 @@ class EmbeddingRun:
                 self._perform(call)
                 with self._lock:
                     self._counts.wait_s = self._queue.gate_wait_s
-                if self._on_progress is not None:
-                    with self._progress_lock:
-                        self._on_progress(self.counts)
             is_regular = True
         finally:
             # Nobody would answer the others, whatever ended this one.
@@ -237,7 +233,7 @@ class EmbeddingRun:
             self._counts.repeated += call.is_repeat
         started_s = time.monotonic()
         try:
-            answer = self._provider.embed([piece.text for piece in call.pieces])
+            answer = self._provider.embed([piece.text for piece in call.pieces], lambda: self._queue.free_slot(call))
             self._queue.free_slot(call)
             self._repetition.heard(started_s)
             self._keep(call, answer)
@@ -267,8 +263,7 @@ class EmbeddingRun:
         self._ledger.add(self._identity, good, answer.tokens)
         with self._lock:
             self._dimensions = self._dimensions or checked.dimensions
-        for key in good:
-            self._arrived(key)
+        self._arrived(good)
         problems = {call.pieces[place]: problem for place, problem in checked.problems.items()}
         for piece, problem in self._repetition.after_check(call, problems, has_good=bool(good)).items():
             self._fail(piece.content_hash, problem)
@@ -293,11 +288,11 @@ class EmbeddingRun:
         if problem is not None:
             self._fail(call.pieces[0].content_hash, problem)
 
-    def _arrived(self, key: str) -> None:
-        """The text or piece *key* has its vector in the ledger."""
+    def _arrived(self, vectors: Mapping[str, Vector]) -> None:
+        """These texts and pieces have their vectors in the ledger."""
         with self._lock:
-            complete = self._long.arrived(key)
-            self._end(key, None)
+            complete = [whole for key in vectors for whole in self._long.arrived(key)]
+            self._end(vectors)
         for whole in complete:
             self._store_mean(whole)
 
@@ -309,20 +304,31 @@ class EmbeddingRun:
             self._fail(whole, "the vectors of its pieces cancel each other out; shorten its text")
             return
         self._ledger.add(self._identity, {whole: mean}, calls=0)
-        self._arrived(whole)
+        self._arrived({whole: mean})
 
     def _fail(self, key: str, problem: str) -> None:
         """The text or piece *key* gets no vector in this run, nor does a long text of which it is one."""
         with self._lock:
             self._problems[key] = problem
-            self._end(key, problem)
+            self._end({key: problem})
             wholes = self._long.failed(key)
         for whole in wholes:
             self._fail(whole, f"a piece of it failed: {problem}")
 
-    def _end(self, key: str, problem: str | None) -> None:
-        if key in self._open:
+    def _end(self, endings: Mapping[str, Vector | str]) -> None:
+        """Hand on how texts ended; pieces, and what has ended before, are left out. Called with the lock held."""
+        ended: dict[str, _Ending] = {}
+        for key, ending in endings.items():
+            if key not in self._open:
+                continue
             self._open.discard(key)
-            self._counts.embedded += problem is None
-            self._counts.failed += problem is not None
-            self._results.put((key, problem))
+            if isinstance(ending, str):
+                self._counts.failed += 1
+                ended[key] = ending
+            else:
+                self._counts.embedded += 1
+                is_handed_on = self._handed_on_bytes + ending.nbytes <= HANDED_ON_BYTES
+                self._handed_on_bytes += ending.nbytes if is_handed_on else 0
+                ended[key] = ending if is_handed_on else None
+        if ended:
+            self._results.put(ended)

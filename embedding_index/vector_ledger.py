@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +26,8 @@ from error_handler import StateDirectoryError
 _FORMAT = 1
 _APPLICATION = 0x54524456  # marks the file as ours: "TRDV"
 _MARKS = 500
+_ROWS = 500  # of one statement, which has four values in each; SQLite takes 32,766
+_PAGE_BYTES = 16_384  # of SQLite's 4,096 a vector of 1536 numbers fills one and a half
 _BUSY_TIMEOUT_S = 30.0
 _TABLES = """
 CREATE TABLE models (
@@ -154,11 +156,9 @@ class VectorLedger:
                 if wanted != length:
                     raise mixed_dimensions(wanted, length)
                 number = self._model(identity, length)
-                rows = ((key, np.ascontiguousarray(vector, dtype="<f4").tobytes()) for key, vector in vectors.items())
-                db.executemany(
-                    "INSERT INTO vectors (model, hash, vector, checksum) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                    ((number, bytes.fromhex(key), stored, zlib.crc32(stored)) for key, stored in rows),
-                )
+                left = iter(vectors.items())
+                while page := list(islice(left, _ROWS)):
+                    _insert(db, number, page)
             if calls or tokens:
                 db.execute(
                     "INSERT INTO usage VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
@@ -222,6 +222,7 @@ class VectorLedger:
                 f"{self._path} was written by a later version of this program (format {version}, this one knows "
                 f"{_FORMAT}); use that version, or set INDEX_DIR to another folder, where everything is embedded again."
             )
+        self._db.execute(f"PRAGMA page_size={_PAGE_BYTES}")  # does nothing to a file that has pages
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA secure_delete=ON")  # what is removed is overwritten, not only forgotten where it was
@@ -297,3 +298,13 @@ class VectorLedger:
             "and -shm and run `python cli.py index --batch`, which takes them from ChromaDB's files where those are whole, "
             "and embeds (and pays for) the others again."
         )
+
+
+def _insert(db: sqlite3.Connection, number: int, page: Sequence[tuple[str, Vector]]) -> None:
+    """Add the vectors of *page* (content hash, vector), all in one statement: other threads run until it is done."""
+    values: list[object] = []
+    for key, vector in page:
+        stored = np.ascontiguousarray(vector, dtype="<f4").data
+        values += (number, bytes.fromhex(key), stored, zlib.crc32(stored))
+    query = "INSERT INTO vectors (model, hash, vector, checksum) VALUES {rows} ON CONFLICT DO NOTHING"
+    db.execute(query.format(rows=", ".join(["(?, ?, ?, ?)"] * len(page))), values)

@@ -22,9 +22,12 @@ import openai
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config.index_settings import load_index_settings
+from config.openai_settings import load_openai_settings
 from embedding_index.embedding_run import EmbeddingRun, RunOptions
 from embedding_index.items import ModelIdentity, content_hash
 from embedding_index.providers.contract import Answer, RequestLimits
+from embedding_index.providers.openai_embeddings import OpenAIProvider
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import (
     ConfigurationError,
@@ -36,6 +39,12 @@ from error_handler import (
 from tests.fake_openai_server.answers import estimate_tokens
 
 OPENAI_LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
+
+
+def open_openai(url: str, access: dict[str, Any] | None = None, **settings: Any) -> OpenAIProvider:
+    """The real provider, for the server at *url*; close it."""
+    index = load_index_settings(None, provider="openai", **settings)
+    return OpenAIProvider(index, load_openai_settings(None, base_url=url, **({"api_key": "sk-test"} | (access or {}))))
 
 
 class FakeProvider:
@@ -57,7 +66,7 @@ class FakeProvider:
         self.count_tokens = count
         self._client = openai.OpenAI(base_url=url, api_key="sk-test", max_retries=0, timeout=timeout_s)
 
-    def embed(self, texts: Sequence[str]) -> Answer:
+    def embed(self, texts: Sequence[str], on_answer: Any = None) -> Answer:
         """One call; vectors in the order of their index, as many as came."""
         try:
             # The raw answer: the package would make a Python number of each number of each vector.

@@ -222,6 +222,11 @@ class ScriptedServer:
         with self._arrival:
             assert self._arrival.wait_for(lambda: len(self.chats) >= count, WAIT_S), f"{len(self.chats)} requests came"
 
+    def wait_for_requests(self, count: int) -> bool:
+        """Return whether *count* requests of any kind have come; False after some seconds."""
+        with self._arrival:
+            return self._arrival.wait_for(lambda: len(self.requests) >= count, WAIT_S / 3)
+
     def start(self) -> None:
         """Listen, on the port it had before where there was one."""
         while self._server is None:

@@ -49,7 +49,7 @@ class LetterProvider:
     def count_tokens(self, text: str) -> int:
         return max(1, len(text) // 4)
 
-    def embed(self, texts: Any) -> Answer:
+    def embed(self, texts: Any, on_answer: Any = None) -> Answer:
         self.sizes.append(len(texts))
         if self.poison and any(self.poison in text for text in texts):
             raise ProviderRejectedError("HTTP 400")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from embedding_index import embedding_run
 from embedding_index.embedding_run import STORING_THREADS, Embedded, EmbeddingRun, RunCounts, RunOptions
 from embedding_index.items import ModelIdentity, content_hash
 from embedding_index.providers.contract import Answer, RequestLimits
@@ -24,8 +27,9 @@ from error_handler import (
     ProviderUnavailableError,
     UnusableVectorsError,
 )
-from tests.embedding_site import FakeProvider, keyed, short_texts, texts_with_long_ones
+from tests.embedding_site import FakeProvider, keyed, open_openai, short_texts, texts_with_long_ones
 from tests.fake_openai import FakeOpenAI, estimate_tokens, expected_embedding
+from tests.scripted_server import Handler, scripted_server
 from tests.test_embedding_packing import OPENAI, bound
 
 DIMENSIONS = 8
@@ -63,15 +67,21 @@ class Runs:
         self.providers.append(FakeProvider(self.fake.url, **options))
         return self.providers[-1]
 
-    def prepare(self, provider: Any = None, stop: Any = None, on_progress: Any = None, **options: Any) -> EmbeddingRun:
+    def prepare(self, provider: Any = None, stop: Any = None, **options: Any) -> EmbeddingRun:
         chosen = RunOptions(**({"first_wait_s": 0.01} | options))
-        return EmbeddingRun(provider or self.provider(), self.ledger, chosen, stop, on_progress)
+        return EmbeddingRun(provider or self.provider(), self.ledger, chosen, stop)
 
-    def embed(self, texts: list[str], provider: Any = None, **options: Any) -> tuple[dict[str, Embedded], RunCounts]:
-        """How each text ended, by the text."""
+    def embed(
+        self, texts: list[str], provider: Any = None, watch: Any = None, **options: Any
+    ) -> tuple[dict[str, Embedded], RunCounts]:
+        """How each text ended, by the text; *watch* is shown the counts at each of them."""
         run = self.prepare(provider, **options)
         by_hash = keyed(texts)
-        ends = list(run.run(by_hash))
+        ends = []
+        for end in run.run(by_hash):
+            ends.append(end)
+            if watch is not None:
+                watch(run.counts)
         assert len({end.content_hash for end in ends}) == len(ends), "a text ended twice"
         return {by_hash[end.content_hash]: end for end in ends}, run.counts
 
@@ -133,8 +143,6 @@ def test_what_is_stored_costs_nothing(runs: Runs) -> None:
     again, counts = runs.embed(texts, provider)
     assert runs.fake.stats()["requests"] == before
     assert (counts.calls, counts.reused, counts.embedded) == (0, 60, 0)
-    assert not any(end.is_new for end in again.values())
-    assert all(end.is_new for end in first.values())
     for text, end in again.items():
         assert end.vector is not None
         assert (end.vector == first[text].vector).all()
@@ -230,7 +238,7 @@ class Strict:
     def count_tokens(self, text: str) -> int:
         return max(1, len(text.split()))
 
-    def embed(self, texts: Sequence[str]) -> Answer:
+    def embed(self, texts: Sequence[str], on_answer: Any = None) -> Answer:
         self.asked.append(list(texts))
         if any(self.count_tokens(text) > self.most or "bad" in text for text in texts):
             raise ProviderRejectedError("it does not like that")
@@ -267,7 +275,7 @@ def test_the_next_call_is_made_while_an_answer_is_stored(runs: Runs, monkeypatch
     stored_beside_it: list[bool] = []
 
     class Noted(Strict):
-        def embed(self, inputs: Sequence[str]) -> Answer:
+        def embed(self, inputs: Sequence[str], on_answer: Any = None) -> Answer:
             if self.asked:
                 second_call.set()
             return super().embed(inputs)
@@ -282,6 +290,55 @@ def test_the_next_call_is_made_while_an_answer_is_stored(runs: Runs, monkeypatch
     assert stored_beside_it == [True, True]
 
 
+def test_the_next_call_is_made_while_an_answer_is_on_its_way(ledger: VectorLedger) -> None:
+    """With one slot, and a server that keeps the vectors until it has been asked again."""
+    asked_again: list[bool] = []
+
+    def answer_late(handler: Handler) -> None:
+        body = json.dumps({"data": [{"index": 0, "embedding": [1.0, 2.0]}]}).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.flush()
+        asked_again.append(handler.server_state.wait_for_requests(2))
+        handler.wfile.write(body)
+
+    with (
+        scripted_server(answer_late, answer_late) as server,
+        closing(open_openai(f"{server.url}/v1", embedding_model="any", max_concurrent=1)) as provider,
+    ):
+        run = EmbeddingRun(provider, ledger, RunOptions(batch_size=1))
+        ends = list(run.run(keyed(["one", "two"])))
+    assert asked_again == [True, True]
+    assert [end.problem for end in ends] == [None, None]
+
+
+def test_vectors_are_handed_on_while_they_are_few(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who takes the results slowly does not fill the memory: the other vectors are read back."""
+    monkeypatch.setattr(embedding_run, "HANDED_ON_BYTES", 700 * 4 * DIMENSIONS)
+    read_back: list[int] = []
+    read = runs.ledger.vectors
+
+    def vectors(identity: ModelIdentity, hashes: Sequence[str]) -> dict[str, Vector]:
+        read_back.append(len(hashes))
+        return read(identity, hashes)
+
+    monkeypatch.setattr(runs.ledger, "vectors", vectors)
+    texts = short_texts(3000)
+    results = runs.prepare().run(keyed(texts))
+    ends = [next(results)]
+    while len(runs.ledger.known(runs.providers[0].identity, keyed(texts))) < 3000:
+        threading.Event().wait(0.01)
+    ends += results
+    assert sum(read_back) == 3000 - 700
+    by_hash = keyed(texts)
+    assert_right({by_hash[end.content_hash]: end for end in ends}, texts)
+    read_back.clear()
+    runs.fake.configure(latency_s=0.05)
+    runs.embed([f"{text} again" for text in texts])
+    assert sum(read_back) < 3000 - 700, "what was taken makes room"
+
+
 def test_a_piece_of_two_texts_that_are_divided_at_once_is_sent_once(runs: Runs) -> None:
     """It is still on its way when the second of them asks for it."""
     texts = [f"one two three four five six seven eight nine ten {which} text has these words too" for which in "ab"]
@@ -290,7 +347,7 @@ def test_a_piece_of_two_texts_that_are_divided_at_once_is_sent_once(runs: Runs) 
     both_refused, both_divided = threading.Barrier(2, timeout=20), threading.Semaphore(0)
 
     class Together(Strict):
-        def embed(self, inputs: Sequence[str]) -> Answer:
+        def embed(self, inputs: Sequence[str], on_answer: Any = None) -> Answer:
             if len(inputs) == 1 and inputs[0] in texts:
                 both_refused.wait()
             if len(inputs) == 1 and inputs[0] not in texts and any(words in inputs[0] for words in own):
@@ -522,13 +579,13 @@ def test_a_server_that_comes_back_is_waited_for(runs: Runs) -> None:
         runs.fake.restart()
         restarted.set()
 
-    def on_progress(counts: RunCounts) -> None:
+    def watch(counts: RunCounts) -> None:
         if counts.calls >= 6 and not threads:
             threads.append(threading.Thread(target=restart))
             threads[0].start()
 
     threads: list[threading.Thread] = []
-    ends, _ = runs.embed(texts, on_progress=on_progress, patience_s=60.0, max_retries=1)
+    ends, _ = runs.embed(texts, watch=watch, patience_s=60.0, max_retries=1)
     threads[0].join()
     assert restarted.is_set()
     assert_right(ends, texts)
@@ -553,7 +610,7 @@ def test_after_a_stop_calls_in_flight_are_stored_and_no_other_is_made(runs: Runs
         if counts.calls >= 8:
             stop.set()
 
-    ends, counts = runs.embed(texts, stop=stop, on_progress=stop_after_some)
+    ends, counts = runs.embed(texts, stop=stop, watch=stop_after_some)
     assert 8 <= counts.calls <= 8 + 2 * 4
     assert len(ends) == counts.embedded == len(runs.billed()) == 100 * counts.calls
     stop.clear()
@@ -592,32 +649,15 @@ class BrokenProvider:
         self._provider = provider
         self._calls = 0
 
-    def embed(self, texts: Any) -> Answer:
+    def embed(self, texts: Any, on_answer: Any = None) -> Answer:
         self._calls += 1
         if self._calls == 3:
             raise KeyError("a mistake")
         return self._provider.embed(texts)
 
 
-def mistaken_progress(counts: RunCounts) -> None:
-    if counts.calls >= 3:
-        raise KeyError("a mistake")
-
-
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("where", ["provider", "progress"])
-def test_a_mistake_in_a_thread_ends_the_run_and_never_hangs_it(runs: Runs, where: str) -> None:
-    provider: Any = runs.provider()
-    progress: Callable[[RunCounts], None] | None = mistaken_progress
-    if where == "provider":
-        provider, progress = BrokenProvider(provider), None
+def test_a_mistake_in_a_thread_ends_the_run_and_never_hangs_it(runs: Runs) -> None:
     with pytest.raises(KeyError, match="a mistake"):
-        runs.embed(short_texts(3000), provider, on_progress=progress)
+        runs.embed(short_texts(3000), BrokenProvider(runs.provider()))
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("embedding")]
-
-
-def test_progress_counts_up_to_the_whole(runs: Runs) -> None:
-    seen: list[RunCounts] = []
-    _, counts = runs.embed(short_texts(1000), on_progress=seen.append)
-    assert [each.calls for each in seen] == sorted(each.calls for each in seen)
-    assert max(each.embedded for each in seen) == counts.embedded == 1000

@@ -50,7 +50,12 @@ OWNERS = {
     "motor": {"mongo_client"},
     "bson": {"mongo_client", "utils.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {"async_llm_wrapper", "utils.service_client", "openai_batch.webhook"},
+    "aiohttp": {
+        "async_llm_wrapper",
+        "utils.service_client",
+        "openai_batch.webhook",
+        "embedding_index.providers.openai_embeddings",
+    },
     # of the model server, for chat and for embeddings
     "requests": {"llm_wrapper", "embedding_index.providers.ollama_embeddings"},
     "urllib3": {"llm_wrapper", "embedding_index.providers.ollama_embeddings"},

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.index_settings import load_index_settings
-from config.openai_settings import load_openai_settings
 from embedding_index.items import ModelIdentity
 from embedding_index.providers.openai_embeddings import OpenAIProvider
 from error_handler import (
@@ -26,16 +24,12 @@ from error_handler import (
     TriadError,
     UnusableVectorsError,
 )
+from tests.embedding_site import open_openai
 from tests.fake_openai import FakeOpenAI, expected_embedding
 from tests.scripted_server import ScriptedServer, answer, scripted_server
 
 TEXTS = ["my red card", "Rückerstattung 💶", "orders: id integer"]
 SECRET = "Ms Smith of 12 Hill Road"
-
-
-def open_openai(url: str, access: dict[str, Any] | None = None, **settings: Any) -> OpenAIProvider:
-    index = load_index_settings(None, provider="openai", **settings)
-    return OpenAIProvider(index, load_openai_settings(None, base_url=url, **({"api_key": "sk-test"} | (access or {}))))
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +175,7 @@ def test_vectors_of_servers_that_know_no_base64() -> None:
     assert got.tokens is None
 
 
-@pytest.mark.parametrize("embedding", ["no base64!", "AAA=", [[1.0]], ["x"], None, 7], ids=str)
+@pytest.mark.parametrize("embedding", ["no base64!", "AAA=", "AAAA!AA==", [[1.0]], ["x"], None, 7], ids=str)
 def test_what_is_no_vector(embedding: Any) -> None:
     with (
         answered({"data": [{"index": 0, "embedding": embedding}]}) as (_, provider),
@@ -222,6 +216,27 @@ def test_nothing_of_the_environment_goes_along(monkeypatch: pytest.MonkeyPatch) 
     headers = {name.lower(): value for name, value in server.requests[-1].headers.items()}
     assert headers["authorization"] == "Bearer sk-test"
     assert not any("other" in value or name == "x-other" for name, value in headers.items())
+
+
+def test_what_a_server_sets_is_not_sent_back() -> None:
+    good = {"data": [{"index": 0, "embedding": [1.0]}]}
+    with (
+        scripted_server(answer(good, Set_Cookie="who=you; Path=/"), answer(good)) as server,
+        closing(open_openai(f"http://localhost:{server.port}/v1")) as provider,
+    ):
+        provider.embed(["a"])
+        provider.embed(["b"])
+    assert "Cookie" not in server.requests[-1].headers
+
+
+def test_it_says_when_a_good_answer_begins(provider: OpenAIProvider, fake: FakeOpenAI) -> None:
+    """While its body is on its way; a refusal may be about to close the gate for the next call."""
+    begun: list[str] = []
+    provider.embed(TEXTS, lambda: begun.append("good"))
+    fake.configure(faults=[{"kind": "rate_limit_429", "when": {"route": "embeddings.create"}}])
+    with pytest.raises(ProviderBusyError):
+        provider.embed(TEXTS, lambda: begun.append("busy"))
+    assert begun == ["good"]
 
 
 def test_lone_surrogates_are_sent_as_question_marks(fake: FakeOpenAI, provider: OpenAIProvider) -> None:

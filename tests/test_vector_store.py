@@ -43,7 +43,7 @@ class Words:
     def count_tokens(self, text: str) -> int:
         return max(1, len(text.split()), len(text) // 100)
 
-    def embed(self, texts: Sequence[str]) -> Answer:
+    def embed(self, texts: Sequence[str], on_answer: object = None) -> Answer:
         self.calls.append(list(texts))
         if self.stop is not None:
             self.stop.set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +51,11 @@ class Provider(Protocol):
     def count_tokens(self, text: str) -> int:
         """Return how many tokens *text* has, or the most that it may have where that is only estimated; at least 1."""
 
-    def embed(self, texts: Sequence[str]) -> Answer:
+    def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
         """Return the vectors of *texts*, which are within the limits and not empty. One HTTP request, no repetition.
+
+        *on_answer* is called, from any thread, where a good answer begins to arrive: the provider has done its work, and
+        another call may be made while this answer is being read. Where it is not called, the return says the same.
 
         Raises:
             ProviderBusyError: Nothing was done; it says how long to wait.

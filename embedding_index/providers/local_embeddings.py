@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class LocalProvider:
         """Return how many tokens *text* has; the two that mark its ends are among them."""
         return len(self._tokenizer.encode(encodable(text)).ids)
 
-    def embed(self, texts: Sequence[str]) -> Answer:
+    def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
         """Return the vectors of *texts*, of length 1. A vector does not depend on what else is in *texts* (1e-5).
 
         Raises:
@@ -118,6 +118,8 @@ class LocalProvider:
         computed = self._threads.map(lambda places: self._forward([ids[place] for place in places]), chunks)
         for places, found in zip(chunks, computed, strict=True):
             vectors[places] = found
+        if on_answer is not None:
+            on_answer()
         return Answer(list(vectors), sum(map(len, ids)))
 
     def close(self) -> None:

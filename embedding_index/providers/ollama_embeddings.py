@@ -7,7 +7,7 @@ whole call; the route answers 400 for faults inside the server as well; without 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -97,7 +97,7 @@ class OllamaProvider:
         """Return the most tokens that *text* is likely to have."""
         return self._estimate(text)
 
-    def embed(self, texts: Sequence[str]) -> Answer:
+    def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
         """Return the vectors of *texts*; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds the whole answer.
 
         Raises:
@@ -108,6 +108,8 @@ class OllamaProvider:
         status, answer = self._request("/api/embed", body, self._timeout_s)
         if status != 200:
             self._refuse(status, answer)
+        if on_answer is not None:
+            on_answer()
         fields = _fields(answer)
         vectors = fields.get("embeddings")
         if not isinstance(vectors, list):

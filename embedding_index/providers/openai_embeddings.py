@@ -10,14 +10,16 @@ import asyncio
 import binascii
 import re
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import aiohttp
 import httpx2
 import numpy as np
 import openai
 import orjson
+import pybase64
 
 from config.index_settings import IndexSettings
 from config.openai_settings import OpenAISettings
@@ -39,7 +41,10 @@ LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # models whose vectors can be shortened begin so
 WHOLE = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072}  # to ask for that is to ask for nothing
 CONNECT_TIMEOUT_S = 10.0
-STREAMED = {"X-Stainless-Raw-Response": "stream"}  # tells the package, not the server, to hand over the open answer
+STREAMED = {
+    "Content-Type": "application/json",
+    "X-Stainless-Raw-Response": "stream",  # tells the package, not the server, to hand over the open answer
+}
 MAX_ANSWER_BYTES = 512 * 1024 * 1024  # 2048 vectors of 8192 numbers, written in decimal, are 350 MB
 MOST_WAIT_S = 3600.0
 
@@ -88,9 +93,9 @@ class OpenAIProvider:
             base_url=access.base_url,
             max_retries=0,  # the package would repeat a call whose answer was lost, and that is billed twice
             default_headers={"Authorization": f"Bearer {key}"},  # else OPENAI_CUSTOM_HEADERS can replace it
-            http_client=httpx2.AsyncClient(
+            # The package's own transport over aiohttp: with 100 vectors of 1536 numbers a call takes a third less CPU.
+            http_client=openai.DefaultAioHttpClient(
                 timeout=httpx2.Timeout(index.timeout_s, connect=min(CONNECT_TIMEOUT_S, index.timeout_s)),
-                limits=httpx2.Limits(max_connections=index.max_concurrent),
                 trust_env=self.leaves_house,  # a proxy of the environment would also catch loopback
                 follow_redirects=False,  # it would send the texts to an address that nobody set
                 event_hooks={"request": [_keep_own_headers]},
@@ -104,14 +109,18 @@ class OpenAIProvider:
         """Return the tokens of *text*: as they are billed where the tokenizer is installed, else the most."""
         return self._count(text)
 
-    def embed(self, texts: Sequence[str]) -> Answer:
+    def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
         """Return the vectors of *texts* in their order; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds it whole.
 
         Raises:
             UnusableVectorsError: Which vector is of which text cannot be told, or one is not readable. It was billed.
         """
-        inputs = [encodable(text) for text in texts]
-        answer = _parse(self._run(self._ask(inputs)), len(inputs))
+        # Base64 is a third of the bytes of decimal numbers; the package would make lists of it.
+        request: dict[str, object] = {"model": self.identity.model, "encoding_format": "base64"}
+        if self.identity.dimensions is not None:
+            request["dimensions"] = self.identity.dimensions
+        content = orjson.dumps({**request, "input": [encodable(text) for text in texts]})
+        answer = _parse(self._run(self._ask(content, on_answer)), len(texts))
         if answer.tokens is not None and isinstance(self._count, EstimatedCounter):
             self._count.learn(texts, answer.tokens)
         return answer
@@ -135,11 +144,11 @@ class OpenAIProvider:
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.close()
 
-    async def _ask(self, inputs: list[str]) -> bytes:
+    async def _ask(self, content: bytes, on_answer: Callable[[], None] | None) -> bytes:
         """Return the body of the answer to one request."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._exchange(inputs)
+                return await self._exchange(content, on_answer)
         except TimeoutError as exc:
             raise ProviderUnavailableError(
                 "OpenAI did not answer within the time-out; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
@@ -148,20 +157,19 @@ class OpenAIProvider:
             raise ProviderUnavailableError("the call to OpenAI was given up because the provider was closed") from exc
         except openai.APIStatusError as exc:
             raise _refusal(exc, self.identity.model) from exc
-        except (openai.OpenAIError, httpx2.HTTPError, httpx2.StreamError) as exc:
+        except (openai.OpenAIError, httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError) as exc:
             raise ProviderUnavailableError(
                 f"no whole answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
             ) from exc
 
-    async def _exchange(self, inputs: list[str]) -> bytes:
-        # Base64 is a third of the bytes of decimal numbers; the package would make lists of it. By ``post``, because
-        # ``embeddings.create`` looks at the type of each input: 100 of them cost more than all the rest of a call.
-        body: dict[str, object] = {"model": self.identity.model, "input": inputs, "encoding_format": "base64"}
-        if self.identity.dimensions is not None:
-            body["dimensions"] = self.identity.dimensions
+    async def _exchange(self, content: bytes, on_answer: Callable[[], None] | None) -> bytes:
+        # By ``post``, because ``embeddings.create`` looks at the type of each input: 100 of them cost more than all the
+        # rest of a call.
         response = await self._client.post(
-            "/embeddings", body=body, cast_to=httpx2.Response, options={"headers": STREAMED}
+            "/embeddings", content=content, cast_to=httpx2.Response, options={"headers": STREAMED}
         )
+        if on_answer is not None:
+            on_answer()
         received = bytearray()
         try:
             async for chunk in response.aiter_bytes():
@@ -244,7 +252,7 @@ def _vector(embedding: Any) -> Vectors:
     """Return the numbers of *embedding*: base64 of little-endian floats, or a list from servers that know no base64."""
     try:
         if isinstance(embedding, str):
-            return np.frombuffer(binascii.a2b_base64(embedding), "<f4").astype(np.float32, copy=False)
+            return np.frombuffer(pybase64.b64decode(embedding, validate=True), "<f4").astype(np.float32, copy=False)
         if isinstance(embedding, list):
             vector = np.asarray(embedding, np.float32)
             if vector.ndim == 1:
