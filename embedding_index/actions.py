@@ -353,6 +353,8 @@ def _show(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) 
     outcome.dimensions = index.vectors.identity.dimensions
     outcome.calls, outcome.tokens, outcome.reused = counts.calls, counts.tokens, counts.reused
     outcome.cost_usd = index.manager.price(counts.tokens)
+    spent = index.vectors.ledger.totals(index.vectors.identity)
+    outcome.all_runs = report.Spent(spent.calls, spent.tokens, index.manager.price(spent.tokens))
     outcome.states = index.states.counts()
     logger.info(
         "%d items indexed, %d failed, %d removed in %.1f s: %d calls, %d tokens",

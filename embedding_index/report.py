@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,13 +30,23 @@ EXCERPT_CHARACTERS = 200
 KINDS = {"database": (Kind.TABLE, Kind.RELATIONSHIP), "conversations": (Kind.CONVERSATION,)}
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Calls that were answered, the tokens billed for them, and their price in US dollars (None: not known)."""
+
+    calls: int
+    tokens: int
+    cost_usd: float | None
+
+
 @dataclass(slots=True)
 class Outcome:
     """What one run did. Tokens are those that were billed, 0 where the provider does not tell.
 
     *results* holds for each kind name -> whether it is indexed now, as BatchIndexingManager returns it; conversations
-    are too many to be named, so they are only counted. *before* is ``get_processing_stats`` before the run. *states* is
-    how many items there are now by kind and state. *error* is why the run ended early, None where it did not.
+    are too many to be named, so they are only counted. *before* is ``get_processing_stats`` before the run, *all_runs* what
+    this model was paid since the index was made, *states* how many items there are now by kind and state. *error* is why
+    the run ended early, None where it did not.
     """
 
     source: str
@@ -53,6 +63,7 @@ class Outcome:
     calls: int = 0
     tokens: int = 0
     cost_usd: float | None = 0.0
+    all_runs: Spent = field(default_factory=lambda: Spent(0, 0, 0.0))
     duration_s: float = 0.0
     is_interrupted: bool = False
     more: dict[str, int] = field(default_factory=dict)
@@ -86,6 +97,7 @@ class Outcome:
             "calls": self.calls,
             "tokens": self.tokens,
             "cost_usd": self.cost_usd,
+            "all_runs": asdict(self.all_runs),
             "duration_s": round(self.duration_s, 3),
             "items_per_s": round(ended / self.duration_s, 1) if ended and self.duration_s else None,
             "states": self.states,
@@ -156,6 +168,12 @@ def show_outcome(outcome: Outcome, *, as_json: bool, output: Path | None) -> Non
         f"{outcome.reused} vectors were there already ({outcome.model} of {outcome.provider}).",
         markup=False,
     )
+    spent = outcome.all_runs
+    if spent.calls > outcome.calls:
+        console.print(
+            f"Since the index was made: {spent.calls} calls, {spent.tokens:,} tokens, {in_dollars(spent.cost_usd)}.",
+            markup=False,
+        )
     for name, problem in list(outcome.problems.items())[:SHOWN_PROBLEMS]:
         console.print(Text(escaped(f"  {name}: {problem}")))
     if len(outcome.problems) > SHOWN_PROBLEMS:

@@ -52,6 +52,7 @@ def test_only_what_is_new_or_changed_is_sent(site: IndexSite) -> None:
 
     again = site.run("--batch", "--json")
     assert (again.code, again.json["indexed"], again.json["calls"], site.calls) == (0, 0, 0, 2), again.err
+    assert again.json["all_runs"] == {"calls": 2, "tokens": facts["tokens"], "cost_usd": facts["cost_usd"]}
 
     site.change("ALTER TABLE refunds ADD COLUMN reason TEXT", "DROP TABLE shipments")
     changed = site.run("--batch", "--json")
