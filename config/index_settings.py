@@ -46,7 +46,11 @@ class IndexSettings(BaseSettings):
         3, ge=0, le=20, validation_alias=env("EMBEDDING_MAX_RETRIES"), description="repetitions of one failed call"
     )
     max_concurrent: int = Field(
-        4, ge=1, le=64, validation_alias=env("EMBEDDING_CONCURRENCY"), description="calls that the provider works on at once"
+        4,
+        ge=1,
+        le=64,
+        validation_alias=env("EMBEDDING_CONCURRENCY"),
+        description="calls that the provider works on at once",
     )
     timeout_s: float = Field(
         120.0, gt=0, le=3600, validation_alias=env("EMBEDDING_TIMEOUT_S"), description="longest wait of one call"
