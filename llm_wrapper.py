@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
+import io
 import itertools
+import math
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import requests
 import tenacity
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from classifier import ReplyParser, build_outcome
@@ -35,13 +43,65 @@ from utils.token_estimate import least_prompt_tokens
 CONNECT_TIMEOUT_S = 5.0
 
 
+class _UntilDeadline(io.RawIOBase):
+    """What comes from *connection* until its time-out is over, which else would begin anew with each byte that comes."""
+
+    def __init__(self, connection: socket.socket, source: io.RawIOBase) -> None:
+        self._connection = connection
+        self._source = source
+        timeout_s = connection.gettimeout()
+        self._deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the whole answer did not come in time")
+        self._connection.settimeout(None if left_s == math.inf else left_s)
+        return self._source.readinto(buffer)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
+class _BoundedResponse(http.client.HTTPResponse):
+    """An answer whose header and body together take no longer than the time-out that its connection has at its begin."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp = io.BufferedReader(_UntilDeadline(sock, self.fp.detach()))
+
+
+class _Connection(HTTPConnection):
+    response_class = _BoundedResponse
+
+
+class _TLSConnection(HTTPSConnection):
+    response_class = _BoundedResponse
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TLSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TLSConnection
+
+
 def open_session() -> requests.Session:
-    """Return a session for one model server; whoever opens it closes it.
+    """Return a session for one model server, in which time-outs are of whole answers; whoever opens it closes it.
 
     No proxy or credentials from the environment: they would also catch loopback.
     """
     session = requests.Session()
     session.trust_env = False
+    for prefix in ("http://", "https://"):
+        adapter = HTTPAdapter()
+        adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        session.mount(prefix, adapter)
     return session
 
 
@@ -53,21 +113,20 @@ def exchange(
 ) -> tuple[int, bytes]:
     """Send *request* and return status and body, the whole within its time-out; redirects are not followed.
 
-    requests bounds only the wait for each byte, so a body that drips is cut off here: read1
-    returns what has come, and does not decompress it. A server that cannot even be reached in
-    time is away, like one that refuses.
+    *session* is of ``open_session``. read1 returns what has come, and does not decompress it. A server that cannot even
+    be reached in time is away, like one that refuses.
 
     Raises:
         LLMTimeoutError, LLMConnectionError, LLMUnavailableError: There is no whole answer.
     """
-    deadline = time.monotonic() + request.timeout_s
     try:
         with session.request(
             request.method,
             request.url,
             data=request.body,
             headers=headers,
-            timeout=(CONNECT_TIMEOUT_S, request.timeout_s),
+            # requests hands it on as it is: what the answer may take is what connecting and sending have left of it.
+            timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, total=request.timeout_s),  # type: ignore[arg-type]
             allow_redirects=False,
             stream=True,
         ) as response:
@@ -76,8 +135,6 @@ def exchange(
                 received += chunk
                 if len(received) > most_bytes:
                     raise LLMUnavailableError(f"the model server's answer is larger than {most_bytes} bytes")
-                if time.monotonic() > deadline:
-                    raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)")
             return response.status_code, bytes(received)
     except (requests.ReadTimeout, ReadTimeoutError) as exc:
         raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from aggregator import aggregate_conversation
 from config import Settings
+from embedding_index.documentation_store import DocumentationStore
+from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.items import IndexItem, Kind, MetadataValue
+from embedding_index.mending import StatesAfterMending
+from embedding_index.providers.contract import Provider
+from embedding_index.vector_store import Ended, SQLVectorStore
 from error_handler import ConfigurationError, SkippedDocumentError
 from mongo_client import DocumentStore, translated
 from utils.extended_json import canonical, id_key
@@ -25,67 +31,8 @@ PAGE_DOCUMENTS = 200
 WINDOW_CHARACTERS = 20_000_000  # of the texts of one window, which are held in memory
 LABELS = ("intent", "topic", "sentiment", "categorization")
 
-
-Ended = Sequence[tuple[IndexItem, str | None]]
-OnEnded = Callable[[Ended], None]
 OnResult = Callable[[str, str | None], None]
-
-
-class Provider(Protocol):
-    """What makes the vectors; see ``embedding_index.providers.contract``."""
-
-    leaves_house: bool
-
-    def count_tokens(self, text: str) -> int: ...
-
-
-class VectorStore(Protocol):
-    """See ``embedding_index.vector_store``."""
-
-    @property
-    def provider(self) -> Provider: ...
-    def known(self, hashes: Collection[str]) -> set[str]: ...
-    def update_metadata(self, items: Sequence[IndexItem]) -> None: ...
-    def delete(self, kind: Kind, names: Collection[str]) -> None: ...
-
-
-class Agent(Protocol):
-    """See ``embedding_index.indexer_agent``."""
-
-    @property
-    def vector_store(self) -> VectorStore: ...
-    def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> object: ...
-
-
-class Offered(Protocol):
-    """What the state store says of a page of items."""
-
-    @property
-    def pending(self) -> Sequence[IndexItem]: ...
-    @property
-    def changed(self) -> Sequence[IndexItem]: ...
-
-
-class KnownStates(Protocol):
-    """See ``embedding_index.documentation_store``. Called from several threads, by one at a time."""
-
-    def offer(self, items: Sequence[IndexItem], keep_text: bool = True) -> Offered: ...
-
-
-class StateStore(KnownStates, Protocol):
-    """See ``embedding_index.documentation_store``. Called from several threads, by one at a time."""
-
-    def begin_pass(self, kind: Kind) -> None: ...
-    def end_pass(self, kind: Kind) -> list[str]: ...
-    def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None: ...
-    def mark_failed(self, kind: Kind, name: str, problem: str) -> None: ...
-    def remove(self, kind: Kind, names: Sequence[str]) -> None: ...
-
-
-class Stop(Protocol):
-    """A ``threading.Event``, or one of asyncio."""
-
-    def is_set(self) -> bool: ...
+Stop = asyncio.Event | threading.Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +180,8 @@ async def _require_collections(store: DocumentStore, settings: Settings) -> None
 
 async def index_conversations(
     store: DocumentStore,
-    doc_store: StateStore,
-    agent: Agent,
+    doc_store: DocumentationStore,
+    agent: SQLIndexerAgent,
     options: Options,
     stop: Stop | None = None,
     on_result: OnResult | None = None,
@@ -263,7 +210,11 @@ async def index_conversations(
 
 
 async def estimate_conversations(
-    store: DocumentStore, doc_store: KnownStates, vectors: VectorStore, options: Options, stop: Stop | None = None
+    store: DocumentStore,
+    doc_store: DocumentationStore | StatesAfterMending,
+    vectors: SQLVectorStore,
+    options: Options,
+    stop: Stop | None = None,
 ) -> ConversationEstimate:
     """Read all conversations and return what ``index_conversations`` would send for them; nothing is sent.
 
@@ -287,7 +238,7 @@ async def estimate_conversations(
     return ConversationEstimate(counts.pending, len(unpaid), tokens, counts)
 
 
-def _unpaid_tokens(vectors: VectorStore, texts: dict[str, str]) -> int:
+def _unpaid_tokens(vectors: SQLVectorStore, texts: dict[str, str]) -> int:
     """Leave those with a vector out of *texts*, and return the tokens of the others."""
     for known in vectors.known(texts.keys()):
         texts.pop(known, None)
@@ -298,8 +249,8 @@ def _unpaid_tokens(vectors: VectorStore, texts: dict[str, str]) -> int:
 class _Pass:
     """One way through all conversations; *window* waits to be embedded."""
 
-    doc_store: StateStore
-    agent: Agent
+    doc_store: DocumentationStore
+    agent: SQLIndexerAgent
     options: Options
     stop: Stop | None
     on_result: OnResult | None

@@ -6,15 +6,15 @@ import asyncio
 import importlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from config.index_settings import load_index_settings
 from config.openai_settings import load_openai_settings
 from config.service_settings import ServiceSettings
-from embedding_index.items import Hit, Kind, ModelIdentity
+from embedding_index.items import Kind
 from embedding_index.similar_contract import SimilarRequest, SimilarResponse, similar_response
 from error_handler import (
     ConfigurationError,
@@ -33,30 +33,16 @@ from utils.deadlines import Deadlines
 from utils.place_queue import PlaceQueue
 from utils.service_metrics import ServiceMetrics
 
+if TYPE_CHECKING:  # it needs numpy and chromadb, which may be missing
+    from embedding_index.index_reader import IndexReader
+
 logger = logging.getLogger(__name__)
 
 EMBEDDING_TIMEOUT_S = 20.0  # of one call, with a person waiting
 CLOSE_WAIT_S = 2.0  # a copy of the index is removed meanwhile
 LOOK_AGAIN_S = 5.0  # after the index could not be opened; meanwhile all are told the same
 
-
-class SearchProvider(Protocol):
-    """What makes the vector of a text."""
-
-    identity: ModelIdentity
-    leaves_house: bool
-
-
-class SearchIndex(Protocol):
-    """An open index; ``search`` sees what was finished since it was opened. Used by one thread at a time."""
-
-    @property
-    def provider(self) -> SearchProvider: ...
-    def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]: ...
-    def close(self) -> None: ...
-
-
-OpenIndex = Callable[[ServiceSettings], SearchIndex]
+OpenIndex = Callable[[ServiceSettings], "IndexReader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +54,7 @@ class Found:
     search_s: float
 
 
-def open_index(service_settings: ServiceSettings) -> SearchIndex:
+def open_index(service_settings: ServiceSettings) -> IndexReader:
     """Return the index that EMBEDDING_* and INDEX_DIR name now, for reading.
 
     Raises:
@@ -83,7 +69,7 @@ def open_index(service_settings: ServiceSettings) -> SearchIndex:
     state = importlib.import_module("embedding_index.finished_state")
     if state.read_state(settings.index_dir) is None and not state.is_unfinished(settings.index_dir):
         raise RequestError(errors.INDEX_EMPTY)
-    index: SearchIndex = reader.IndexReader(settings.model_copy(update={"timeout_s": timeout_s}))
+    index: IndexReader = reader.IndexReader(settings.model_copy(update={"timeout_s": timeout_s}))
     return index
 
 
@@ -107,7 +93,7 @@ class SimilarConversations:
         self._deadlines = deadlines
         self._open = open_search
         self._thread = ThreadPoolExecutor(1, "similar")
-        self._index: SearchIndex | None = None  # touched by the thread alone, like the next one
+        self._index: IndexReader | None = None  # touched by the thread alone, like the next one
         self._problem: tuple[RequestError, float] | None = None
         self.places = PlaceQueue(1, service_settings.queue_size)
         metrics.watch("triad_search_queue_length", "Searches that wait for their turn", lambda: self.places.waiting)
@@ -153,7 +139,7 @@ class SimilarConversations:
             raise RequestError(errors.INDEX_EMPTY)
         return similar_response(index.provider.identity.model, hits)
 
-    def _opened(self) -> SearchIndex:
+    def _opened(self) -> IndexReader:
         if self._index is not None:
             return self._index
         if self._problem is not None and time.monotonic() < self._problem[1]:
@@ -168,7 +154,7 @@ class SimilarConversations:
         self._problem = None
         return self._index
 
-    def _open_within_house(self) -> SearchIndex:
+    def _open_within_house(self) -> IndexReader:
         try:
             index = self._open(self._settings)
             is_allowed = not index.provider.leaves_house or load_openai_settings().allow_external

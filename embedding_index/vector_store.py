@@ -152,19 +152,22 @@ class SQLVectorStore:
         run = EmbeddingRun(self.provider, self.ledger, options, stop=self.stop)
         waiting: list[tuple[IndexItem, Vectors]] = []
         number = 0
+        texts = {found: same[0].text for found, same in by_hash.items()}
         try:
-            for embedded in run.run({found: same[0].text for found, same in by_hash.items()}):
-                same = by_hash[embedded.content_hash]
-                number += len(same)
-                if self.on_embedded is not None:
-                    self.on_embedded(number)
-                for item in same:
-                    if embedded.vector is None:
-                        on_ended([(item, embedded.problem)])
-                    else:
-                        waiting.append((item, embedded.vector))
-                if len(waiting) >= WRITE_AT:
-                    self._write(waiting, on_ended)
+            # Closed by us, so that its threads have ended before the calls are counted, also where a line below raises.
+            with contextlib.closing(run.run(texts)) as ended:
+                for embedded in ended:
+                    same = by_hash[embedded.content_hash]
+                    number += len(same)
+                    if self.on_embedded is not None:
+                        self.on_embedded(number)
+                    for item in same:
+                        if embedded.vector is None:
+                            on_ended([(item, embedded.problem)])
+                        else:
+                            waiting.append((item, embedded.vector))
+                    if len(waiting) >= WRITE_AT:
+                        self._write(waiting, on_ended)
         finally:
             self.counts = _sum(self.counts, run.counts)
             self._write(waiting, on_ended)

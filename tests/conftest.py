@@ -19,6 +19,9 @@ from tests.server_process import ServerProcess
 from utils.embedded_mongod import EmbeddedMongod
 
 if TYPE_CHECKING:
+    import openai
+
+    from tests.fake_openai import FakeOpenAI
     from tests.postgres_server import Postgres
 
 pytest.register_assert_rewrite("tests.worker", "tests.index_site")
@@ -115,3 +118,29 @@ def site(mongodb_uri: str, db_name: str, model: FakeOllama, tmp_path: Path) -> I
     """Return what a worker is pointed to: an empty database, *model*, and an empty folder."""
     with open_site(mongodb_uri, db_name, model, tmp_path) as place:
         yield place
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[FakeOpenAI]:
+    """Return a fake OpenAI that serves every test of a module; tests ask for ``fake``."""
+    from tests.fake_openai import FakeOpenAI
+
+    with FakeOpenAI() as started:
+        yield started
+
+
+@pytest.fixture
+def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
+    """Return the fake OpenAI as if it had just started. Modules about another server have a ``fake`` of their own."""
+    running.reset()
+    yield running
+    assert running.stats()["internal_errors"] == 0
+
+
+@pytest.fixture
+def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
+    """Return the official client of ``fake``."""
+    from tests.fake_openai_client import client_of
+
+    with client_of(fake) as opened:
+        yield opened

@@ -108,6 +108,22 @@ def drip(pause_s: float) -> Step:
     return step
 
 
+def drip_header(pause_s: float, count: int) -> Step:
+    """Send a header one byte at a time, *count* of them, until the client has enough of it; then a good reply."""
+
+    def step(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        for _ in range(count):
+            handler.wfile.write(b"a")
+            if handler.client_leaves_within(pause_s):
+                return
+        handler.server_state.dripped_to_the_end = True
+        body = json.dumps(chat_reply(embeddings=[[1.0, 0.0]])).encode()
+        handler.wfile.write(b"\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    return step
+
+
 def hang(handler: Handler) -> None:
     """Say nothing until the client leaves."""
     handler.client_leaves_within(WAIT_S)

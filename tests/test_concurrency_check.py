@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fake_ollama import FakeOllama
+from tests.fake_ollama_client import chat
 from tests.forked_process import run_forked
 from tests.test_mongodb_import import clean_environment
 from utils import concurrency_check
@@ -68,6 +69,29 @@ def test_a_server_that_does_not_tell_its_queue_is_judged_by_latency() -> None:
 def test_it_warms_up_first_and_sends_as_many_as_it_says(fake: FakeOllama) -> None:
     run(fake, "--max", "4", "--rounds", "2")
     assert fake.stats()["chat_requests"] == 1 + 2 * (1 + 2 + 4)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "set_to", "asked"),
+    [(16_384, None, 16_384), (4096, None, 4096), (None, None, 8192), (16_384, 4096, 4096)],
+    ids=["larger", "smaller", "not loaded", "set"],
+)
+def test_it_asks_with_the_window_that_is_loaded(
+    fake: FakeOllama, loaded: int | None, set_to: int | None, asked: int
+) -> None:
+    """With another one the server would load the model again, under the worker that uses it. What is set is taken."""
+    if loaded is not None:
+        assert chat(fake, options={"num_ctx": loaded}, shift=False).status == 200
+    before = len(fake.requests())
+    environment = {"OLLAMA_ENDPOINT": fake.url, "OLLAMA_MODEL": "llama3.2"}
+    if set_to is not None:
+        environment["OLLAMA_NUM_CTX"] = str(set_to)
+    measured = run(fake, "--max", "2", "--rounds", "1", environment=environment)
+    sent = fake.requests()[before:]
+    assert sent
+    assert {request["options"]["num_ctx"] for request in sent} == {asked}
+    assert measured["num_ctx"] == asked
+    assert fake.stats()["loads"] == (2 if loaded not in (None, asked) else 1)
 
 
 def test_the_table_is_for_people(fake: FakeOllama) -> None:

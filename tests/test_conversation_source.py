@@ -27,6 +27,7 @@ from embedding_index.conversation_source import (
     require_allowed,
 )
 from embedding_index.items import IndexItem, Kind, content_hash
+from embedding_index.vector_store import OnEnded
 from error_handler import ConfigurationError, ProviderUnavailableError
 from tests.stores import DRIVERS, open_store
 from utils.extended_json import canonical
@@ -149,7 +150,7 @@ class Vectors:
     def known(self, hashes: Collection[str]) -> set[str]:
         return set(hashes) & self.embedded.keys()
 
-    def index_items(self, items: Sequence[IndexItem], on_ended: conversation_source.OnEnded) -> None:
+    def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.calls.append(len(items))
         for item in items:
@@ -425,7 +426,7 @@ async def test_the_loop_is_free_while_texts_are_embedded(site: Site, monkeypatch
     ticked = threading.Event()
     given = site.vectors.index_items
 
-    def wait_for_the_loop(items: Sequence[IndexItem], on_ended: conversation_source.OnEnded) -> None:
+    def wait_for_the_loop(items: Sequence[IndexItem], on_ended: OnEnded) -> None:
         assert ticked.wait(20)
         given(items, on_ended)
 

@@ -1,7 +1,6 @@
 """The fake OpenAI as the official client sees it: files, the life of batches, validation, and the process."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -12,7 +11,6 @@ from tests.fake_openai_client import (
     A_DAY_S,
     CHAT,
     chat_body,
-    client_of,
     documents,
     finished,
     ids,
@@ -22,26 +20,6 @@ from tests.fake_openai_client import (
     text_of,
     upload,
 )
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as started:
-        yield started
-
-
-@pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.reset()
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
-def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
-    with client_of(fake) as opened:
-        yield opened
-
 
 # The life of a batch
 

@@ -3,7 +3,6 @@
 import base64
 import json
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -15,29 +14,8 @@ from tests.fake_ollama import INTENTS, SENTIMENTS, TOPICS, expected_labels
 from tests.fake_openai import FakeOpenAI, expected_content, expected_embedding
 from tests.fake_openai_client import (
     chat_body,
-    client_of,
 )
 from tests.fake_openai_server.answers import instance_of
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as started:
-        yield started
-
-
-@pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.reset()
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
-def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
-    with client_of(fake) as opened:
-        yield opened
-
 
 _TRIAD = {
     "type": "object",

@@ -1,7 +1,6 @@
 """The faults of the fake OpenAI that strike batches and their lines, as the official client sees them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,6 @@ from tests.fake_openai_client import (
     submit,
     text_of,
 )
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as started:
-        yield started
-
-
-@pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.reset()
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
-def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
-    with client_of(fake) as opened:
-        yield opened
 
 
 def strike(fake: FakeOpenAI, kind: str, **params: Any) -> None:

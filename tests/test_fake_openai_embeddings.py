@@ -3,7 +3,6 @@
 import math
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
@@ -17,24 +16,10 @@ from tests.fake_openai_client import client_of, finished, jsonl, results
 _MODEL = "text-embedding-3-small"
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as started:
-        yield started
-
-
 @pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.reset()
-    running.configure(dimensions=8)
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
-def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
-    with client_of(fake) as opened:
-        yield opened
+def fake(fake: FakeOpenAI) -> FakeOpenAI:
+    fake.configure(dimensions=8)
+    return fake
 
 
 def vectors(client: openai.OpenAI, texts: Any, **fields: Any) -> list[list[float]]:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -20,25 +19,6 @@ from tests.fake_openai_client import (
     submit,
     upload,
 )
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as started:
-        yield started
-
-
-@pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.reset()
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
-def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
-    with client_of(fake) as opened:
-        yield opened
 
 
 def strike(fake: FakeOpenAI, kind: str, **params: Any) -> None:

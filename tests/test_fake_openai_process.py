@@ -22,26 +22,6 @@ from tests.fake_openai_client import (
     submit,
 )
 
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as started:
-        yield started
-
-
-@pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.reset()
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
-def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
-    with client_of(fake) as opened:
-        yield opened
-
-
 # The door
 
 

@@ -57,8 +57,8 @@ OWNERS = {
         "embedding_index.providers.openai_embeddings",
     },
     # of the model server, for chat and for embeddings
-    "requests": {"llm_wrapper", "embedding_index.providers.ollama_embeddings"},
-    "urllib3": {"llm_wrapper", "embedding_index.providers.ollama_embeddings"},
+    "requests": {"llm_wrapper"},
+    "urllib3": {"llm_wrapper"},
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"utils.baseline"},
     "yaml": {"config.taxonomy"},

@@ -39,6 +39,7 @@ from tests.scripted_server import (
     chat_reply,
     chunked,
     drip,
+    drip_header,
     hang,
     reset,
     say,
@@ -225,6 +226,14 @@ def test_what_is_asked_once(wrapper: type[Asker], server: ScriptedServer, step: 
 def test_the_time_out_is_of_the_whole_call(wrapper: type[Asker], server: ScriptedServer, step: Step) -> None:
     """A byte now and then does not prolong it, and the connection is given up."""
     server.script.append(step)
+    with pytest.raises(LLMTimeoutError):
+        wrapper(settings_for(server.url, llm_timeout_s=0.3, llm_max_attempts=1)).chat()
+    assert server.client_left.wait(30)
+    assert not server.dripped_to_the_end
+
+
+def test_a_header_that_drips_is_given_up(wrapper: type[Asker], server: ScriptedServer) -> None:
+    server.script.append(drip_header(0.05, 100))
     with pytest.raises(LLMTimeoutError):
         wrapper(settings_for(server.url, llm_timeout_s=0.3, llm_max_attempts=1)).chat()
     assert server.client_left.wait(30)

@@ -24,7 +24,7 @@ from error_handler import (
     UnusableVectorsError,
 )
 from tests.fake_ollama import FakeOllama, fake_embedding
-from tests.scripted_server import answer, scripted_server
+from tests.scripted_server import Handler, answer, drip_header, scripted_server
 
 TEXTS = ["my red card", "Rückerstattung 💶", "orders: id integer"]
 SECRET = "Ms Smith of 12 Hill Road"
@@ -195,6 +195,32 @@ def test_the_time_out_is_of_the_whole_answer(fake: FakeOllama, fault: dict[str, 
         with pytest.raises(ProviderUnavailableError, match="EMBEDDING_TIMEOUT_S"):
             provider.embed(TEXTS)
     assert time.monotonic() - start < 30, "the body takes half an hour"
+
+
+def test_a_header_that_drips_is_given_up() -> None:
+    with scripted_server(drip_header(0.05, 100)) as server:
+        with (
+            closing(open_ollama(server.url, timeout_s=0.5)) as provider,
+            pytest.raises(ProviderUnavailableError, match="EMBEDDING_TIMEOUT_S"),
+        ):
+            provider.embed(["a"])
+        assert server.client_left.wait(30)
+        assert not server.dripped_to_the_end
+
+
+def test_one_connection_carries_one_call_after_the_other() -> None:
+    """The time-out of an answer ends with it: the next one has its own."""
+    peers = []
+
+    def noted(handler: Handler) -> None:
+        peers.append(handler.client_address)
+        answer({"embeddings": [[1.0]], "prompt_eval_count": 1})(handler)
+
+    with scripted_server(noted, noted, noted) as server, closing(open_ollama(server.url)) as provider:
+        for text in "abc":
+            provider.embed([text])
+    assert len(peers) == 3
+    assert len(set(peers)) == 1
 
 
 def test_too_long_an_input_is_refused_and_not_cut(fake: FakeOllama, provider: OllamaProvider) -> None:

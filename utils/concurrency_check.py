@@ -73,10 +73,11 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def as_json(measurement: Measurement) -> dict[str, Any]:
-    """Return *measurement* as plain values; waits are null where the server does not tell them."""
+    """Return *measurement* as plain values; waits and window are null where the server does not tell them."""
     return {
         "model": measurement.model,
         "server_url": measurement.server_url,
+        "num_ctx": measurement.num_ctx,
         "slots": measurement.slots,
         "slots_is_minimum": measurement.is_minimum,
         "queue_wait_from": "server" if measurement.levels[-1].queue_waits_s else "latency",
@@ -101,7 +102,8 @@ def _rounded(reduce: Any, values: list[float]) -> float | None:
 
 
 def _print_table(measurement: Measurement, console: Console) -> None:
-    table = Table(title=f"{measurement.model} at {measurement.server_url}", title_justify="left")
+    window = f", context window {measurement.num_ctx} tokens" if measurement.num_ctx else ""
+    table = Table(title=f"{measurement.model} at {measurement.server_url}{window}", title_justify="left")
     for heading in ("at once", "answers/s", "s per answer", "s in queue, median", "s in queue, most", "waited"):
         table.add_column(heading, justify="right")
     for level in measurement.levels:

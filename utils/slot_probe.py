@@ -20,6 +20,8 @@ from typing import Any
 from async_llm_wrapper import AsyncLLMClient, open_session
 from config import Settings
 from error_handler import LLMReplyError, LLMUnavailableError
+from utils.context_window import choose_window
+from utils.model_warm_up import adopt_any
 from utils.ollama_protocol import chat_target
 
 WAIT_SHARE = 0.5  # of the time one call takes alone; waiting for a slot takes about all of it
@@ -106,6 +108,7 @@ class Measurement:
     server_url: str
     levels: tuple[Level, ...]
     stopped: str | None
+    num_ctx: int | None = None  # the window of all calls, tokens; None where the server sets it
 
     @property
     def slots(self) -> int:
@@ -158,10 +161,11 @@ async def measure(
 
     A level that the server cannot serve (busy, time-out, connection lost) ends the measurement; with
     *until_one_waits*, so does the first level at which a call waits for a slot. *settings* are those of
-    ``without_second_attempts``.
+    ``without_second_attempts``. The window is the one they name, else that of the loaded model, else the one of a run
+    that has no documents.
 
     Raises:
-        LLMError: The server is not there, or does not even serve one request at a time.
+        LLMError: The server is not there, does not load the model, or does not even serve one request at a time.
         ConfigurationError: The model is not named, or the server does not have it.
     """
     async with open_session(at_most) as session, contextlib.AsyncExitStack() as stack:
@@ -170,6 +174,11 @@ async def measure(
         for client in clients:
             stack.push_async_callback(client.breaker.close)
         target = await clients[0].prepare(settings)
+        # What is loaded is measured as it is: with another window, the server would load the model again, for us and
+        # then back for whoever uses it.
+        target = await clients[0].warm_up(
+            choose_window([], target.context_limit, settings.ollama_num_ctx), tell, adopt_any
+        )
         for client in clients:
             client.target = target
         levels: list[Level] = []
@@ -188,7 +197,8 @@ async def measure(
             levels.append(Level(at_once, tuple(done)))
             if until_one_waits and levels[-1].waited:
                 break
-    return Measurement(target.model, target.server_url, tuple(levels), stopped)
+    num_ctx = None if target.protocol == "openai_chat" else target.num_ctx
+    return Measurement(target.model, target.server_url, tuple(levels), stopped, num_ctx)
 
 
 def levels_up_to(at_most: int) -> list[int]:
