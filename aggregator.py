@@ -69,7 +69,7 @@ def _turn(shape: Shape, entry: Any) -> Turn | None:
 def _inbound(value: Any) -> Sender:
     if isinstance(value, str):  # a CSV import leaves texts
         value = {"true": True, "false": False}.get(value.strip().lower())
-    return {True: "customer", False: "agent"}.get(value, "unknown") if isinstance(value, bool) else "unknown"  # type: ignore[return-value]
+    return "customer" if value is True else "agent" if value is False else "unknown"
 
 
 def _sender(value: Any) -> Sender:

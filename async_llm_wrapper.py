@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -95,16 +96,19 @@ class AsyncLLMClient:
         """
         target = self.target
         characters = sum(len(message["content"]) for message in messages)
-        least = least_prompt_tokens(messages)
+        least = functools.partial(least_prompt_tokens, messages)
         protocol.require_fit(target, characters)
 
         async def send() -> ChatReply:
+            # Not by calling itself: it would hold on to itself, and each prompt stay until garbage is looked for.
             asked = target if self.target.logprobs else replace(target, logprobs=False)
             body = protocol.build_chat_body(asked, messages, schema_json, attempt)
             status, reply = await self._request("POST", asked.url, body)
             if protocol.refuses_logprobs(asked, status, reply):
                 self.target = replace(self.target, logprobs=False)
-                return await send()
+                asked = replace(asked, logprobs=False)
+                body = protocol.build_chat_body(asked, messages, schema_json, attempt)
+                status, reply = await self._request("POST", asked.url, body)
             return protocol.parse_chat_response(asked, status, reply, characters, least)
 
         limit = self._limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import io
 import itertools
@@ -169,7 +170,7 @@ class LLMClient:
         """
         target = self.target
         characters = sum(len(message["content"]) for message in messages)
-        least = least_prompt_tokens(messages)
+        least = functools.partial(least_prompt_tokens, messages)
         protocol.require_fit(target, characters)
         for trial in tenacity.Retrying(**tenacity_options(self._policy, "model call")):
             with trial:

@@ -361,3 +361,11 @@ def test_any_document_is_understood_or_skipped(document: dict[str, Any]) -> None
     conversation.transcript.encode()
     speakers = [line for line in conversation.transcript.split("\n") if not line.startswith("    ")]
     assert len(speakers) == len(conversation.turns)
+
+
+def test_no_character_is_invisible_and_printable() -> None:
+    """A text that Python calls printable is passed on unsearched: nothing that is to be taken out may be among it."""
+    everything = "".join(map(chr, range(0x110000)))
+    taken_out = set(everything) - set(visible_text("\x00" + everything))
+    assert {"\x00", "\u200b", "\u202e", "\ufeff", "\ud800", "\U000e0041"} <= taken_out
+    assert not [character for character in taken_out if character.isprintable()]

@@ -160,6 +160,7 @@ def test_id_keys_are_exact_in_type_and_order() -> None:
     """Two keys are equal only for the same type and value; each is hashable."""
     assert len({id_key(value) for value in IDS}) == len(IDS)
     assert [id_key(value) for value in IDS] == [id_key(value) for value in IDS]
+    assert [id_key(value) for value in IDS] == [bson.encode({"": value}) for value in IDS]
 
 
 @pytest.mark.parametrize("value", [2**80, "\ud83d", object(), {1: 2}, {"a\x00": 1}])

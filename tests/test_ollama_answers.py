@@ -327,9 +327,9 @@ def test_fewer_tokens_than_words_betray_a_cut() -> None:
     """Whatever the window: no tokenizer makes one token of two words. A tenth is left for odd ones."""
     cut = chat_reply(prompt_eval_count=1500)
     with pytest.raises(LLMReplyError) as caught:
-        parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, 1700)
+        parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, lambda _enough: 1700)
     assert caught.value.reason is Reason.CONTEXT_OVERFLOW
-    assert parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, 1600).prompt_tokens == 1500
+    assert parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, lambda _enough: 1600).prompt_tokens == 1500
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the start of a run costs: it loads no library that only another command needs, and looks for no garbage meanwhile."""
+"""What a run does without: libraries that only another command needs, the garbage collector while it starts, garbage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OF_OTHERS = {
         "motor",
         "openai",
     ),
-    *("phonenumbers", "requests", "sqlalchemy", "starlette", "statistics", "stdnum", "urllib3"),
+    *("phonenumbers", "requests", "sqlalchemy", "starlette", "statistics", "stdnum", "tenacity", "urllib3"),
     *("uvicorn", "vaderSentiment", "api", "main", "llm_wrapper", "openai_batch", "rich.progress"),
     *("config.openai_settings", "config.service_settings", "utils.concurrency_controller", "utils.document_files"),
     *("utils.document_preview", "utils.embedded_mongod", "utils.run_estimate"),
@@ -42,6 +42,28 @@ def test_a_plain_run_loads_no_library_of_others(site: Site, script: str) -> None
     assert (ended.code, site.results.count_documents({})) == (0, 3)
     assert {"aiohttp", "pymongo", "rich.console", "utils.batch_run"} <= loaded  # they are listed at all
     assert not loaded & OF_OTHERS
+
+
+def test_a_document_leaves_no_garbage(site: Site) -> None:
+    """What refers to itself in a circle keeps its prompt or its document until the collector looks, which is rarely."""
+    count = 1000
+    site.source.insert_many([conversation(number) for number in range(count)])
+    watch = (
+        "import gc, runpy, sys, uvloop\n"
+        "run = uvloop.run\n"
+        "def told(main):\n"
+        "    gc.disable()\n"
+        "    code = run(main)\n"
+        "    print('in circles:', gc.collect())\n"
+        "    return code\n"
+        "uvloop.run = told\n"
+        f"sys.argv = [{str(ROOT / 'cli.py')!r}, '--batch-size', '100']\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    with WorkerProcess([sys.executable, "-c", watch], site.environment(PYTHONPATH=str(ROOT)), site.folder) as worker:
+        ended = worker.ended()
+    assert (ended.code, site.results.count_documents({})) == (0, count), ended.err
+    assert int(re.findall(r"in circles: (\d+)", ended.out)[0]) < count  # of the run's own parts there are a few hundred
 
 
 def test_garbage_is_looked_for_again_once_a_run_is_under_way(site: Site) -> None:

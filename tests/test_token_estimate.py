@@ -17,7 +17,7 @@ from prompt_builder import PromptBuilder
 from tests.test_real_engine import run_worker
 from tests.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
 from utils.ollama_protocol import ChatTarget, parse_chat_response
-from utils.token_estimate import LEARN_FROM, TokenEstimator, least_tokens, most_tokens
+from utils.token_estimate import LEARN_FROM, TokenEstimator, least_prompt_tokens, least_tokens, most_tokens
 
 SYSTEM = PromptBuilder.from_taxonomy(load_taxonomy()).system_prompt
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 32_768, "10m")
@@ -84,9 +84,23 @@ def test_no_whole_prompt_is_refused(engine: TinyEngine, text: str) -> None:
     reply = {"message": {"content": "{}"}, "done": True, "done_reason": "stop", "prompt_eval_count": count}
     messages = PromptBuilder(SYSTEM).build_transcript(text)
     least = sum(least_tokens(message["content"]) for message in messages)
+    assert least_prompt_tokens(messages) == least
     characters = sum(len(message["content"]) for message in messages)
-    answered = parse_chat_response(TARGET, 200, json.dumps(reply).encode(), characters, least)
+    answered = parse_chat_response(TARGET, 200, json.dumps(reply).encode(), characters, lambda _enough: least)
     assert answered.prompt_tokens == count
+
+
+@pytest.mark.parametrize(
+    "text", [*ODD.values(), "a b c d e", "abcdefghijklmnop" * 9 + "q", *map(text_of, WORDS, [40] * 9)]
+)
+def test_what_is_surely_enough_is_not_counted(text: str) -> None:
+    """And whatever is told as enough, the verdict is that of a count."""
+    messages = PromptBuilder(SYSTEM).build_transcript(text)
+    counted = sum(least_tokens(message["content"]) for message in messages)
+    many = sum(len(message["content"]) for message in messages)
+    assert least_prompt_tokens(messages, many) == many
+    for enough in (counted - 1, counted, counted + 1):
+        assert (least_prompt_tokens(messages, enough) > enough) == (counted > enough)
 
 
 @pytest.mark.parametrize("script", ["english", "russian", "chinese"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -41,6 +42,11 @@ class Conversation:
         Further lines of a turn are indented, so that no text can pass for a turn of its own.
         """
         return "\n".join(f"{SPEAKER[turn.sender]}: {turn.text}".replace("\n", "\n    ") for turn in self.turns)
+
+    @cached_property
+    def transcript_sha256(self) -> str:
+        """The SHA-256 of ``transcript``, 64 hexadecimal digits: asked for before the model is, and again for the result."""
+        return hashlib.sha256(self.transcript.encode()).hexdigest()
 
     @property
     def customer_texts(self) -> list[str]:

@@ -12,7 +12,7 @@ def input_sha256(conversation: Conversation) -> str:
 
     The whole transcript, before anything is cut: who said what, in order; neither ids nor times.
     """
-    return hashlib.sha256(conversation.transcript.encode()).hexdigest()
+    return conversation.transcript_sha256
 
 
 def result_fingerprint(plan: str, input_hash: str) -> str:

@@ -25,6 +25,8 @@ class FittedAnswer:
     def complete(self, outcome: Outcome, calls: int) -> Outcome:
         """Return *outcome* with what was seen, and with all *calls* that were made, refused ones included."""
         fitted = self.fitted
+        if calls == outcome.attempts and fitted.is_complete and fitted.turns_used is None:
+            return outcome  # it says so already, as nearly all do
         return replace(outcome, attempts=calls, input_complete=fitted.is_complete, turns_used=fitted.turns_used)
 
 

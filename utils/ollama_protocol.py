@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -200,9 +201,15 @@ def parse_load_response(target: ChatTarget, status: int, body: bytes) -> None:
 
 
 def parse_chat_response(
-    target: ChatTarget, status: int, body: bytes, prompt_characters: int, least_tokens: int = 0
+    target: ChatTarget,
+    status: int,
+    body: bytes,
+    prompt_characters: int,
+    least_tokens: Callable[[int], int] = lambda _enough: 0,
 ) -> ChatReply:
-    """Return the answer in an HTTP response to a prompt of *prompt_characters* and surely *least_tokens* or more.
+    """Return the answer in an HTTP response to a prompt of *prompt_characters*.
+
+    *least_tokens* tells how many tokens the prompt has at least: token_estimate.least_prompt_tokens with its messages.
 
     Raises:
         LLMUnavailableError, LLMBusyError: Another attempt may help.
@@ -219,12 +226,17 @@ def parse_chat_response(
         return _parse_openai(fields)
     prompt_tokens = count(fields.get("prompt_eval_count"))
     _require_whole_prompt(target, prompt_tokens, prompt_characters)
-    if prompt_tokens is not None and prompt_tokens < LEAST_SHARE * least_tokens:
-        raise LLMReplyError(
-            f"the server saw {prompt_tokens} prompt tokens of at least {least_tokens}: it cut the prompt",
-            Reason.CONTEXT_OVERFLOW,
-        )
+    if prompt_tokens is not None:
+        least = least_tokens(int(prompt_tokens / LEAST_SHARE))
+        if prompt_tokens < LEAST_SHARE * least:
+            raise LLMReplyError(
+                f"the server saw {prompt_tokens} prompt tokens of at least {least}: it cut the prompt",
+                Reason.CONTEXT_OVERFLOW,
+            )
     return _parse_ollama(target, fields)
+
+
+_DURATIONS = ("load_duration", "prompt_eval_duration", "eval_duration")
 
 
 def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
@@ -236,18 +248,16 @@ def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
     if fields.get("done") is not True:
         # The engine gave up (repeated tokens) and the server still says 200 (ollama/ollama#18359).
         raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
-    reply = _finished(text, fields.get("done_reason"), fields.get("prompt_eval_count"), fields.get("eval_count"))
-    if "logprobs" in fields:
-        reply = replace(reply, tokens=_tokens(fields))
+    text = _whole_text(text, fields.get("done_reason"))
+    counts = count(fields.get("prompt_eval_count")), count(fields.get("eval_count"))
+    tokens = _tokens(fields)
     total_ns = count(fields.get("total_duration"))
     if total_ns is None:
-        return reply
+        return ChatReply(text, *counts, tokens=tokens)
     # Ollama leaves out what is zero.
-    load_ns, *rest_ns = (count(fields.get(f"{part}_duration")) or 0 for part in ("load", "prompt_eval", "eval"))
+    load_ns, *rest_ns = (count(fields.get(name)) or 0 for name in _DURATIONS)
     queue_wait_ns = max(0, total_ns - load_ns - sum(rest_ns))
-    return replace(
-        reply, queue_wait_s=queue_wait_ns / NANOSECONDS, load_s=load_ns / NANOSECONDS, total_s=total_ns / NANOSECONDS
-    )
+    return ChatReply(text, *counts, queue_wait_ns / NANOSECONDS, load_ns / NANOSECONDS, tokens, total_ns / NANOSECONDS)
 
 
 def _parse_openai(fields: dict[str, Any]) -> ChatReply:
@@ -258,14 +268,10 @@ def _parse_openai(fields: dict[str, Any]) -> ChatReply:
     usage = usage if isinstance(usage, dict) else {}
     if choice.get("finish_reason") is None:
         raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
-    reply = _finished(
-        message.get("content") if isinstance(message, dict) else None,
-        choice["finish_reason"],
-        usage.get("prompt_tokens"),
-        usage.get("completion_tokens"),
-    )
+    text = _whole_text(message.get("content") if isinstance(message, dict) else None, choice["finish_reason"])
     logprobs = choice.get("logprobs")
-    return replace(reply, tokens=_tokens(logprobs, "content")) if isinstance(logprobs, dict) else reply
+    tokens = _tokens(logprobs, "content") if isinstance(logprobs, dict) else ()
+    return ChatReply(text, count(usage.get("prompt_tokens")), count(usage.get("completion_tokens")), tokens=tokens)
 
 
 def _tokens(fields: dict[str, Any], name: str = "logprobs") -> tuple[Any, ...]:
@@ -273,12 +279,12 @@ def _tokens(fields: dict[str, Any], name: str = "logprobs") -> tuple[Any, ...]:
     return tuple(entries) if isinstance(entries, list) else ()
 
 
-def _finished(text: Any, finish: Any, prompt_tokens: Any, reply_tokens: Any) -> ChatReply:
+def _whole_text(text: Any, finish: Any) -> str:
     if finish == "length":
         raise LLMReplyError("the answer was cut off", Reason.CUT_OFF)
     if not isinstance(text, str) or not text.strip():
         raise LLMReplyError("the answer is empty", Reason.EMPTY)
-    return ChatReply(text, count(prompt_tokens), count(reply_tokens))
+    return text
 
 
 def _require_whole_prompt(target: ChatTarget, prompt_tokens: int | None, prompt_characters: int) -> None:

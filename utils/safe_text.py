@@ -26,7 +26,8 @@ _LOOKALIKE = str.maketrans({"<": "‹", ">": "›", "[": "⁅", "]": "⁆"})
 
 def visible_text(text: str) -> str:
     """Return *text* without characters that cannot be stored or seen; line breaks become ``\\n``."""
-    if not _INVISIBLE.search(text):
+    # All that is invisible is unprintable; the other way round it is not so: a newline, most kinds of space.
+    if text.isprintable() or not _INVISIBLE.search(text):
         return text
     return _INVISIBLE.sub("", _LINE_BREAK.sub("\n", text))
 

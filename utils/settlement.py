@@ -168,7 +168,9 @@ class Settlement:
                 await self._flush_statuses()
                 while finished:
                     await asyncio.to_thread(self._finish, finished[0])
-                    await self._store.release(finished.pop(0).document_ids)
+                    batch = finished.pop(0)
+                    batch.items.clear()  # each knows its batch: in a circle, they would wait for the garbage collector
+                    await self._store.release(batch.document_ids)
             finally:
                 self._finished = finished + self._finished
             self.mark.advance(self._checkpoint)

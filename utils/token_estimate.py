@@ -53,10 +53,17 @@ def least_tokens(text: str) -> int:
     return len(_WORD_PART.findall(text))
 
 
-def least_prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:
-    """Return ``least_tokens`` of all *messages*, the first of which is the same in each prompt of a run."""
+def least_prompt_tokens(messages: Sequence[Mapping[str, str]], enough: int = 0) -> int:
+    """Return ``least_tokens`` of all *messages*, the first of which is the same in each prompt of a run.
+
+    Where that is surely not more than *enough*, it is not counted, and *enough* is returned.
+    """
     first, *others = (message["content"] for message in messages)
-    return _least_of_system_prompt(first) + sum(least_tokens(text) for text in others)
+    least_of_first = _least_of_system_prompt(first)
+    # Between the beginnings of two of them are two characters or more: a letter and what ends the word, or sixteen letters.
+    if least_of_first + sum((len(text) + 1) // 2 for text in others) <= enough:
+        return enough
+    return least_of_first + sum(least_tokens(text) for text in others)
 
 
 _least_of_system_prompt = functools.lru_cache(maxsize=2)(least_tokens)

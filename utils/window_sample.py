@@ -10,7 +10,7 @@ from mongo_client import DocumentStore, translated
 from utils.context_window import WindowChoice, choose_window, tokens_needed
 from utils.token_estimate import TokenEstimator
 
-SAMPLE_SIZE = 200
+SAMPLE_SIZE, PAGE_SIZE = 200, 100  # documents; of a page no more are in memory than a batch has
 
 Sample = Callable[[AsyncLLMClient], Awaitable[list[int]]]
 
@@ -40,7 +40,7 @@ async def sample_needs(store: DocumentStore, collection: str, estimator: TokenEs
     needs = []
     with translated("read a sample"):
         # Without a filter before it, $sample picks by a random cursor and reads no more than it returns.
-        cursor = await store.database[collection].aggregate([{"$sample": {"size": SAMPLE_SIZE}}], batchSize=20)
+        cursor = await store.database[collection].aggregate([{"$sample": {"size": SAMPLE_SIZE}}], batchSize=PAGE_SIZE)
         async for document in cursor:
             if transcript := rough_transcript(document):
                 needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
