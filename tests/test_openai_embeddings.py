@@ -218,17 +218,6 @@ def test_nothing_of_the_environment_goes_along(monkeypatch: pytest.MonkeyPatch) 
     assert not any("other" in value or name == "x-other" for name, value in headers.items())
 
 
-def test_what_a_server_sets_is_not_sent_back() -> None:
-    good = {"data": [{"index": 0, "embedding": [1.0]}]}
-    with (
-        scripted_server(answer(good, Set_Cookie="who=you; Path=/"), answer(good)) as server,
-        closing(open_openai(f"http://localhost:{server.port}/v1")) as provider,
-    ):
-        provider.embed(["a"])
-        provider.embed(["b"])
-    assert "Cookie" not in server.requests[-1].headers
-
-
 def test_it_says_when_a_good_answer_begins(provider: OpenAIProvider, fake: FakeOpenAI) -> None:
     """While its body is on its way; a refusal may be about to close the gate for the next call."""
     begun: list[str] = []

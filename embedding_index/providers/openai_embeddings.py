@@ -47,9 +47,11 @@ STREAMED = {
 }
 MAX_ANSWER_BYTES = 512 * 1024 * 1024  # 2048 vectors of 8192 numbers, written in decimal, are 350 MB
 MOST_WAIT_S = 3600.0
+READ_AFTER_S = 0.005  # the next call goes out first: to build it and to read this answer take the same thread
 
 # What a request may carry, beside the package's own x-stainless-*, by which it knows how to hand on the answer. It adds
 # those of OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS; settings of this product are read in config/ only.
+# Cookies that the server sets (OpenAI's proxy does) go back to it: they are added below this, by aiohttp.
 HEADERS = frozenset(
     {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "authorization", "user-agent"}
 )
@@ -170,6 +172,7 @@ class OpenAIProvider:
         )
         if on_answer is not None:
             on_answer()
+            await asyncio.sleep(READ_AFTER_S)
         received = bytearray()
         try:
             async for chunk in response.aiter_bytes():
