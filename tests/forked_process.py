@@ -42,6 +42,13 @@ PRELOADED = (
     *("utils.plan_command", "utils.quarantine_command", "utils.service_client", "uvicorn.main"),
     *("tests.fake_ollama_server.process", "tests.fake_openai_server.process", "tests.openai_job"),
 )
+# The same for `cli.py index`, which not all processes that run tests start.
+OF_THE_INDEX = (
+    *("embedding_index.actions", "embedding_index.command", "embedding_index.providers.openai_embeddings"),
+    *("chromadb.api.client", "chromadb.api.rust", "chromadb.config", "chromadb.telemetry.product.posthog"),
+    *("sqlalchemy.dialects.sqlite", "anyio._backends._asyncio", "httpcore2", "genai_prices.data"),
+    *("rich._emoji_codes", "bpe_openai"),
+)
 
 _nursery: tuple[int, socket.socket] | None = None
 _one_start_at_a_time = threading.Lock()
@@ -132,6 +139,30 @@ class ForkedProcess:
             self.returncode = os.waitstatus_to_exitcode(status)
 
 
+class PipedProcess(ForkedProcess):
+    """A program that is told things, and says things, line by line."""
+
+    def __init__(self, script: Sequence[str], cwd: Path = ROOT, *, preload: Sequence[str] = ()) -> None:
+        """Start *script* with the environment of this process; its stderr is that of this process."""
+        (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+        super().__init__(script, os.environ, cwd, None, streams=[read_in, write_out, 2], preload=preload)
+        os.close(read_in)
+        os.close(write_out)
+        self.stdin = open(write_in, "w", encoding="utf-8")  # noqa: SIM115 - closed by finish
+        self.stdout = open(read_out, encoding="utf-8")  # noqa: SIM115 - closed by finish
+
+    def finish(self, said: str = "") -> str:
+        """Say *said* and no more; wait for its end and return what it said until then."""
+        with self.stdin, self.stdout:
+            if said:
+                self.stdin.write(said)
+            with suppress(BrokenPipeError):
+                self.stdin.close()
+            rest = self.stdout.read()
+        self.wait()
+        return rest
+
+
 def run_forked(
     script: Sequence[str | Path],
     env: Mapping[str, str],
@@ -139,12 +170,15 @@ def run_forked(
     timeout_s: float = 60.0,
     *,
     streams: Sequence[int] = (),
+    preload: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run *script* to its end, as ``subprocess.run`` with captured output does; kill it after *timeout_s*."""
     command = [str(part) for part in script]
     with (
         tempfile.TemporaryDirectory() as folder,
-        ForkedProcess(command, env, cwd, (Path(folder, "out"), Path(folder, "err")), streams=streams) as process,
+        ForkedProcess(
+            command, env, cwd, (Path(folder, "out"), Path(folder, "err")), streams=streams, preload=preload
+        ) as process,
     ):
         out, err = process.communicate(timeout_s)
     return subprocess.CompletedProcess(command, process.wait(), out, err)
@@ -210,11 +244,13 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
 
 def _preload(names: Sequence[str]) -> None:
     if not all(name in sys.modules for name in names):
+        gc.disable()  # what is imported stays
         for name in names:
             importlib.import_module(name)
         assert threading.active_count() == 1, "a fork would not take the threads along"
         gc.collect()
         gc.freeze()
+        gc.enable()
 
 
 def _become(order: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from pymongo.database import Database
 
 from config.settings import known_environment_names
 from tests.fake_openai import FakeOpenAI
-from tests.forked_process import ForkedProcess
+from tests.forked_process import OF_THE_INDEX, ForkedProcess
 from tests.service_process import conversation
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,9 @@ class IndexSite:
     def started(self, *flags: str, **changes: str) -> Iterator[ForkedProcess]:
         """Start ``cli.py index``; what is left of it is killed at the end."""
         files = tuple(self.folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
-        with ForkedProcess(self._command(flags), self.environment | changes, self.folder, files) as process:
+        with ForkedProcess(
+            self._command(flags), self.environment | changes, self.folder, files, preload=OF_THE_INDEX
+        ) as process:
             yield process
 
     def run(self, *flags: str, **changes: str) -> Ended:
@@ -127,7 +129,9 @@ class IndexSite:
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         environment = self.environment | {"TERM": "xterm"} | changes
-        with ForkedProcess(self._command(flags), environment, self.folder, None, streams=[theirs] * 3) as process:
+        with ForkedProcess(
+            self._command(flags), environment, self.folder, None, streams=[theirs] * 3, preload=OF_THE_INDEX
+        ) as process:
             os.close(theirs)
             shown = _read(ours, answer)
             code = process.wait(END_S)

@@ -12,11 +12,13 @@ from pathlib import Path
 from embedding_index.index_copy import IndexCopy
 from tests.index_entries import MODEL, vector_of
 
+PAUSE_S = 0.02  # the writer has a processor to itself where there are two
+
 
 def main(folder: Path, work_dir: Path) -> None:
     seen = 0
     with IndexCopy(folder, identity=MODEL, work_dir=work_dir) as copy:
-        while not select.select([sys.stdin], [], [], 0)[0]:
+        while not select.select([sys.stdin], [], [], PAUSE_S)[0]:
             copy.refresh()
             assert copy.state is not None
             count = sum(copy.state.counts.values())

@@ -26,16 +26,13 @@ from config.settings import known_environment_names
 from embedding_index.index_copy import IndexCopy
 from embedding_index.items import ModelIdentity, content_hash
 from tests.fake_openai import FakeOpenAI
-from tests.forked_process import ForkedProcess
+from tests.forked_process import OF_THE_INDEX, ForkedProcess
 from utils.extended_json import canonical
 
 ROOT = Path(__file__).parent.parent
 MODEL = "text-embedding-3-small"
 CONCURRENCY, BATCH_SIZE, WRITE_AT = 2, 3, 4
-PRELOADED = (
-    *("embedding_index.actions", "chromadb.api.client", "chromadb.api.rust", "chromadb.config"),
-    *("chromadb.telemetry.product.posthog", "tests.faulty_job", "sqlalchemy.dialects.sqlite"),
-)
+PRELOADED = (*OF_THE_INDEX, "tests.faulty_job")
 FILES = {".lock", "chroma", "generation", "index.sqlite3", "vectors.sqlite3"}
 LABELS = {"intent": "Order Status", "topic": "Shipping/Delivery", "sentiment": "Negative", "categorization": "Late."}
 END_TIMEOUT_S = 100.0

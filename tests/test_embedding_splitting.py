@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import unicodedata
-import warnings
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 
 from embedding_index.splitting import split_text
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # it opens its tables in an old way
-    import bpe_openai  # type: ignore[import-untyped]
 
-BPE = bpe_openai.get_encoding("cl100k_base")
+@functools.cache
+def bpe() -> Any:
+    """Return the encoding; its tables take a second, which no process needs for its other tests."""
+    import bpe_openai
+
+    return bpe_openai.get_encoding("cl100k_base")
 
 
 def quarter_bytes(text: str) -> int:
@@ -29,7 +32,7 @@ def words(text: str) -> int:
 
 
 def tokens(text: str) -> int:
-    return max(1, len(BPE.encode(text)))
+    return max(1, len(bpe().encode(text)))
 
 
 def ragged(text: str) -> int:

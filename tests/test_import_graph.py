@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,13 +108,21 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield every imported module, late imports inside functions included."""
-    for node in ast.walk(tree_of(path)):
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree_of(path)))
+
+
+@functools.cache
+def imports(path: Path) -> list[str]:
+    """Return every imported module, late imports inside functions included."""
+    found: list[str] = []
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += (f"{node.module}.{alias.name}" for alias in node.names)
+    return found
 
 
 def layer_of(module: str) -> int | None:
@@ -190,7 +197,7 @@ def test_budgets_hold(path: Path) -> None:
     """Modules of at most 400 lines, functions of at most 60, at most 6 parameters."""
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 400, f"{path.name} has {text.count(chr(10))} lines"
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             parameters = [
@@ -207,7 +214,7 @@ def test_the_environment_is_read_in_config_only(path: Path) -> None:
     """os.environ and os.getenv appear nowhere else."""
     if path.parent.name == "config":
         return
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), (
             f"{path.name}:{node.lineno}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ from embedding_index.token_counts import openai_counter
 from tests.fake_openai import FakeOpenAI
 from tests.index_commands import KEY, RELATIONSHIPS, ROOT, TABLES, IndexSite
 
-pytest.importorskip("bpe_openai", reason="requirements-index.txt is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("bpe_openai") is None, reason="requirements-index.txt is not installed"
+)
 ITEMS = TABLES + RELATIONSHIPS
 
 

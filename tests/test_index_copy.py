@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -15,9 +13,8 @@ from embedding_index.chroma_index import ChromaIndex
 from embedding_index.finished_state import MARKER, FinishedState
 from embedding_index.index_copy import PREFIX, IndexCopy
 from error_handler import MixedIndexError, VectorStoreError
+from tests.forked_process import OF_THE_INDEX, PipedProcess
 from tests.index_entries import MODEL, OTHER_MODEL, entries, entry, make_index, vector_of
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -30,6 +27,10 @@ def index_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def work_dir(tmp_path: Path) -> Path:
     return tmp_path / "work"
+
+
+def start_reader(index_dir: Path, work_dir: Path) -> PipedProcess:
+    return PipedProcess(["-m", "tests.index_reader", str(index_dir), str(work_dir)], preload=OF_THE_INDEX)
 
 
 def count_of(copy: IndexCopy) -> int:
@@ -134,26 +135,20 @@ def test_copies_are_private_and_those_of_the_dead_are_removed(index_dir: Path, w
     make_index(index_dir, range(3))
     readers = []
     for _ in range(2):
-        reader = subprocess.Popen(
-            [sys.executable, "-m", "tests.index_reader", str(index_dir), str(work_dir)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == b"1 3\n"
+        reader = start_reader(index_dir, work_dir)
+        assert reader.stdout.readline() == "1 3\n"
         readers.append(reader)
     foreign = work_dir / f"{PREFIX}link"
     foreign.symlink_to(index_dir)
     assert {folder.stat().st_mode & 0o777 for folder in work_dir.iterdir() if not folder.is_symlink()} == {0o700}
     assert len(list(work_dir.iterdir())) == 3
     readers[0].kill()
-    readers[0].communicate()
+    readers[0].finish()
     with IndexCopy(index_dir, work_dir=work_dir) as copy:
         copy.refresh()
         assert len(list(work_dir.iterdir())) == 3
     assert len(list(work_dir.iterdir())) == 2
-    readers[1].communicate(b"end\n")
+    readers[1].finish("end\n")
     assert readers[1].returncode == 0
     assert list(work_dir.iterdir()) == [foreign]
     assert (index_dir / "generation").exists()
@@ -235,28 +230,16 @@ def test_a_search_that_is_under_way_keeps_its_copy(index_dir: Path, work_dir: Pa
 def test_a_writer_beside_readers_in_processes_of_their_own(index_dir: Path, work_dir: Path) -> None:
     """Each reader sees states in their order, each whole; the last one in the end."""
     make_index(index_dir, range(500))
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.index_reader", str(index_dir), str(work_dir)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    readers = [start_reader(index_dir, work_dir) for _ in range(2)]
     for reader in readers:
-        assert reader.stdout is not None
         assert reader.stdout.readline() == "1 500\n"
     for turn in range(1, 6):
         make_index(index_dir, range(500 * turn, 500 * (turn + 1)))
     with ChromaIndex(index_dir, MODEL) as index:
         index.remake(entries(range(3500)))
     for reader in readers:
-        assert reader.stdout is not None
         while (line := reader.stdout.readline()) != "7 3500\n":
             generation, count = map(int, line.split())
             assert count == 500 * generation
-        out, _ = reader.communicate("end\n")
-        assert (out, reader.returncode) == ("", 0)
+        assert (reader.finish("end\n"), reader.returncode) == ("", 0)
     assert list(work_dir.iterdir()) == []

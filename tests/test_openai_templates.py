@@ -133,8 +133,21 @@ def filled(payload: str, canary: dict[str, str]) -> str:
     return payload.replace("{path}", canary["path"]).replace("{touch}", canary["touch"])
 
 
-@pytest.mark.parametrize("setting", ["system_prompt", "user_prompt_template"])
-@pytest.mark.parametrize("payload", PAYLOADS)
+def in_both_prompts(templates: list[str], usual: int) -> list[Any]:
+    """Each of *templates* in the prompt of the user, and in that of the system, which is rendered the same way.
+
+    There, only each *usual*-th is of each run of the tests.
+    """
+    in_one = [pytest.param(template, "user_prompt_template", id=f"user-{template}") for template in templates]
+    return in_one + [
+        pytest.param(
+            template, "system_prompt", id=f"system-{template}", marks=pytest.mark.thorough if place % usual else ()
+        )
+        for place, template in enumerate(templates)
+    ]
+
+
+@pytest.mark.parametrize(("payload", "setting"), in_both_prompts(PAYLOADS, usual=9))
 def test_no_payload_leads_out_through_a_template(payload: str, setting: str, canary: dict[str, str]) -> None:
     """AT-7: an error, or a text that shows nothing of Python; no file, no command, no changed document."""
     source = document()
@@ -162,8 +175,7 @@ def test_data_is_never_a_template(payload: str, canary: dict[str, str], plain: T
     assert fill(template, text, NOW, "batch_1") == {"$set": {"a": text, "b": f"says {text}."}}
 
 
-@pytest.mark.parametrize("setting", ["system_prompt", "user_prompt_template"])
-@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize(("bomb", "setting"), in_both_prompts(BOMBS, usual=8))
 def test_bombs_end(bomb: str, setting: str) -> None:
     """AT-8: a clear error; this process has not grown by what the template asked for."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()

@@ -191,7 +191,9 @@ def test_only_failed(site: Site) -> None:
     assert "failed" not in counts(site)
 
 
-@pytest.mark.parametrize("kind", ["new", "changed", "stale", "failed"])
+@pytest.mark.parametrize(
+    "kind", ["new", "stale", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("changed", "failed"))]
+)
 def test_a_dry_run_reports_that_selection(site: Site, kind: str) -> None:
     """The number that plan says, and nothing is changed."""
     kinds = mixed(site)
@@ -214,7 +216,13 @@ def test_two_choices_are_refused(site: Site, flag: str) -> None:
     assert "leave one out" in ended.err
 
 
-@pytest.mark.parametrize("seam", ["pending_saved", "answered", "before_write", "results_written", "marked", "released"])
+@pytest.mark.parametrize(
+    "seam",
+    [
+        *("pending_saved", "answered", "results_written"),
+        *(pytest.param(seam, marks=pytest.mark.thorough) for seam in ("before_write", "marked", "released")),
+    ],
+)
 def test_only_stale_goes_on_after_a_crash(site: Site, seam: str) -> None:
     """What was replaced is not asked again; in the end each document has one result, of the new model."""
     documents = filled(site, 60)
@@ -256,7 +264,9 @@ def test_a_plain_run_takes_up_an_interrupted_only_stale(site: Site) -> None:
     assert counts(site, **OTHER_MODEL) == {"done": 40}
 
 
-@pytest.mark.parametrize("kind", ["stale", "changed", "failed", "new"])
+@pytest.mark.parametrize(
+    "kind", ["stale", "failed", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("changed", "new"))]
+)
 def test_only_finishes_what_a_plain_run_left_in_work(site: Site, kind: str) -> None:
     """Its answers are in the journal; the documents that were only pending are left to a plain run."""
     documents = filled(site, 40)

@@ -349,7 +349,11 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize(("action", "seam", "passage"), KILLS, ids=str)
+@pytest.mark.parametrize(
+    ("action", "seam", "passage"),
+    [pytest.param(*kill, marks=pytest.mark.thorough if kill[-1] in (2, 4) else ()) for kill in KILLS],
+    ids=str,
+)
 def test_a_kill_in_the_middle(site: Site, action: str, seam: str, passage: int) -> None:
     """Each document is in exactly one place, whatever the command had done; said again, it does the rest."""
     assert seam in QUARANTINE_SEAMS or seam in ("before_rename", "renamed")

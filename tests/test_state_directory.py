@@ -243,7 +243,9 @@ def test_a_journal_that_is_cut_anywhere(site: Site) -> None:
         assert answered == sum(is_json(line) for line in lines)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"hello": 1}', "cut", "foreign id"], ids=str)
+@pytest.mark.parametrize(
+    "damage", [b"{", b'{"hello": 1}', "cut", "foreign id", pytest.param(b"", marks=pytest.mark.thorough)], ids=str
+)
 def test_a_corrupt_batch_is_found_again_in_mongodb(site: Site, damage: bytes | str) -> None:
     """It is set aside with a message, and every document of it gets its result all the same."""
     documents = filled(site, 60)
@@ -279,7 +281,13 @@ def test_a_corrupt_retry_file(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"source": 5, "job_id": 7, "low_water_mark": {"$oid": "x"}}'], ids=str
+    "content",
+    [
+        *(pytest.param(content, marks=pytest.mark.thorough) for content in (b"", b"[]")),
+        b"{",
+        b'{"source": 5, "job_id": 7, "low_water_mark": {"$oid": "x"}}',
+    ],
+    ids=str,
 )
 def test_a_corrupt_checkpoint(site: Site, content: bytes) -> None:
     """It only knew a short cut."""

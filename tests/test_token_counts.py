@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -11,7 +12,9 @@ import pytest
 
 from embedding_index.token_counts import COUNTED_CHARACTERS, OPENAI_ENCODINGS, EstimatedCounter, openai_counter
 
-pytest.importorskip("bpe_openai", reason="requirements-index.txt is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("bpe_openai") is None, reason="requirements-index.txt is not installed"
+)
 
 SAMPLES = Path(__file__).parent.parent / "data/sample_conversations.jsonl"
 SCRIPTS = {
