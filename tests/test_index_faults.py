@@ -181,13 +181,13 @@ def test_the_index_is_locked(site: IndexSite) -> None:
     """By one process at a time; searching needs no lock."""
     assert site.run("--batch").code == 0
     site.change("CREATE TABLE tickets (id INTEGER PRIMARY KEY)")
-    site.fake.configure(latency_s=30)
+    site.fake.configure(faults=[{"kind": "hang"}])
     with site.started("--batch"):
-        site.fake.wait_for("sync_in_flight", at_least=1)
+        site.fake.wait_for("in_flight", at_least=1)
         said = sentence(site.run("--batch"), 5)
         assert "another worker is using" in said
         assert "INDEX_DIR" in said
-        site.fake.configure(latency_s=0)
+        site.fake.configure(faults=[])
         assert site.run("--search", "refunds").code == 0
 
 
