@@ -113,6 +113,13 @@ class ServiceProcess:
             assert time.monotonic() < end, f"{name} is {self.metric(name)}, not {value}"
             time.sleep(0.02)
 
+    def wait_for_log(self, text: str, timeout_s: float = 30.0) -> None:
+        """Return as soon as *text* is in the log: a request is written down when its answer is on its way already."""
+        end = time.monotonic() + timeout_s
+        while text not in self.log:
+            assert time.monotonic() < end, self.log
+            time.sleep(0.02)
+
     def terminate(self, timeout_s: float) -> int:
         """Send SIGTERM and return how the process ended."""
         self.process.send_signal(signal.SIGTERM)

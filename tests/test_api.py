@@ -66,7 +66,7 @@ def test_a_sane_request_id_is_in_the_answer_the_log_and_the_model_call(
     """Another form is replaced, and never shown."""
     assert service.classify(X_Request_ID="helpdesk-77.b_1").headers["x-request-id"] == "helpdesk-77.b_1"
     assert fake.requests()[-1]["request_id"] == "helpdesk-77.b_1"
-    assert "request_id=helpdesk-77.b_1" in service.log
+    service.wait_for_log("request_id=helpdesk-77.b_1")
     for wild in ("two words", "x" * 65, "<b>", "caf\u00e9"):
         given = service.classify(X_Request_ID=wild).headers["x-request-id"]
         assert given != wild
@@ -354,7 +354,7 @@ def test_a_fault_of_the_service_tells_nothing(tmp_path_factory: pytest.TempPathF
         assert answer.headers["x-request-id"] == "fault-1"
         assert service.metric('triad_http_requests_total{route="/classify",status="500"}') == 1
         assert "CANARY" not in answer.body.decode() + service.log
-        assert "RuntimeError at " in service.log
+        service.wait_for_log("RuntimeError at ")
 
 
 def test_without_a_model_server_it_starts_and_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
