@@ -31,7 +31,7 @@ def test_the_limit_follows_the_slots_up_and_down(site: Site) -> None:
     """4 slots, then 12, then 3: within one run, as the progress file and the log tell; nothing is lost on the way."""
     assert site.model is not None
     site.model.configure(slots=4, latency="lognormal", mean_s=0.15, sigma=0.8)
-    documents = [conversation(number) for number in range(2000)]
+    documents = [conversation(number) for number in range(1200)]
     site.source.insert_many(documents)
     with site.start("--max-concurrent", "auto", "--progress-files", "--logs", "--console") as worker:
         await_limit(site, worker, 4, 5)

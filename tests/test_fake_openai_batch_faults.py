@@ -262,6 +262,7 @@ def test_parts_of_a_line_are_null(fake: FakeOpenAI, kind: str, path: list[str]) 
 # Size
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_fifty_thousand_lines_stream_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "big.jsonl"

@@ -204,6 +204,7 @@ def test_a_kill_at_each_point(site: Site, seam: str) -> None:
     assert requests(site) <= 7 + CONCURRENCY
 
 
+@pytest.mark.thorough
 def test_random_kills(site: Site) -> None:
     """``kill -9`` at random moments of a run with many copies: one result each, no copy of a copy, few calls repeated."""
     assert site.model is not None

@@ -255,7 +255,7 @@ def test_a_kill_in_a_rebuild_with_another_model(site: IndexSite, point: str, nth
     site.check()
 
 
-@pytest.mark.parametrize("source", ["database", "conversations"])
+@pytest.mark.parametrize("source", ["database", pytest.param("conversations", marks=pytest.mark.thorough)])
 def test_random_kills(site: IndexSite, source: str, request: pytest.FixtureRequest) -> None:
     """``kill -9`` again and again in one job: each call that was answered and stored was paid for once."""
     kills = request.config.getoption("--kills") * (6 if source == "database" else 3) // 10

@@ -227,10 +227,11 @@ USUAL_CALLS = {
     *("rate_limit_429 of files.create", "server_error_500 of batches.retrieve", "close of files.content"),
     *("not_json of files.delete", "server_error_500 of files.list", "close of batches.list"),
 }
-# Each is another in little: half of a batch expired or cancelled, other statuses of the same sort, lists that lag.
+# Each is another in little: half of a batch expired or cancelled, other statuses and forms of the same sort, lists that lag.
 MORE = {
-    *("all expired", "all cancelled by somebody", "status 503 once", "status 404", "status 422"),
-    *("lists lag behind", "in order"),
+    *("all expired", "all cancelled by somebody", "status 408 once", "status 503 once", "status 404", "status 422"),
+    *("lists lag behind", "in order", "twice the same", "no choices", "answer of blanks", "blank lines"),
+    *("empty texts for ids", "ids that come late", "download slow", "long in finalizing"),
 }
 assert CASES.keys() >= USUAL_CALLS | MORE
 
