@@ -66,8 +66,11 @@ def database(postgres: Postgres) -> str:
     name = f"Shop {uuid.uuid4().hex[:8]}"
     postgres.run(f'CREATE DATABASE "{name}"')
     postgres.run(*POSTGRESQL_SCHEMA, database=name)
+    # Roles belong to the server, and tests of this module may be run in two parts.
     postgres.run(
-        f"CREATE ROLE reader LOGIN PASSWORD '{SECRET}'", "GRANT USAGE ON SCHEMA billing TO reader", database=name
+        f"DO $$ BEGIN CREATE ROLE reader LOGIN PASSWORD '{SECRET}'; EXCEPTION WHEN duplicate_object THEN NULL; END $$",
+        "GRANT USAGE ON SCHEMA billing TO reader",
+        database=name,
     )
     return name
 
