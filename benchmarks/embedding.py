@@ -28,7 +28,7 @@ CONCURRENCY = 4
 BATCH_SIZE = 100
 DIMENSIONS = (8, 1536)  # the first leaves the time to the run itself, the second is what OpenAI sends
 MOST_OF_IDEAL = 1.1
-ROUNDS = 3
+ROUNDS = 5
 
 
 def measure(*, quick: bool) -> list[Row]:
