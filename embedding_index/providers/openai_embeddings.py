@@ -170,11 +170,11 @@ class OpenAIProvider:
         response = await self._client.post(
             "/embeddings", content=content, cast_to=httpx2.Response, options={"headers": STREAMED}
         )
-        if on_answer is not None:
-            on_answer()
-            await asyncio.sleep(READ_AFTER_S)
         received = bytearray()
         try:
+            if on_answer is not None:
+                on_answer()
+                await asyncio.sleep(READ_AFTER_S)
             async for chunk in response.aiter_bytes():
                 received += chunk
                 if len(received) > MAX_ANSWER_BYTES:
