@@ -240,6 +240,23 @@ def test_a_header_that_drips_is_given_up(wrapper: type[Asker], server: ScriptedS
     assert not server.dripped_to_the_end
 
 
+def test_a_byte_does_not_begin_the_time_out_anew(server: ScriptedServer) -> None:
+    """It comes late, and then none: the synchronous client waits for what is left, not for a whole time-out more."""
+    left: list[bool] = []
+
+    def late(handler: Any) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+        left.append(handler.client_leaves_within(2.4))
+        handler.wfile.write(b" ")
+        left.append(handler.client_leaves_within(2.4))
+
+    server.script.append(late)
+    with pytest.raises(LLMTimeoutError):
+        Sync(settings_for(server.url, llm_timeout_s=3.0, llm_max_attempts=1)).chat()
+    assert server.client_left.wait(30)
+    assert left == [False, True]
+
+
 def test_silence_in_the_middle_of_an_answer_is_a_time_out(wrapper: type[Asker], server: ScriptedServer) -> None:
     """Not a lost connection, which would open the breaker."""
 

@@ -23,7 +23,7 @@ OF_OTHERS = {
         "motor",
         "openai",
     ),
-    *("phonenumbers", "requests", "sqlalchemy", "starlette", "statistics", "stdnum", "tenacity", "urllib3"),
+    *("phonenumbers", "requests", "sqlalchemy", "starlette", "statistics", "stdnum", "urllib3"),
     *("uvicorn", "vaderSentiment", "api", "main", "llm_wrapper", "openai_batch", "rich.progress"),
     *("config.openai_settings", "config.service_settings", "utils.concurrency_controller", "utils.document_files"),
     *("utils.document_preview", "utils.embedded_mongod", "utils.run_estimate"),

@@ -91,7 +91,7 @@ def test_no_whole_prompt_is_refused(engine: TinyEngine, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [*ODD.values(), "a b c d e", "abcdefghijklmnop" * 9 + "q", *map(text_of, WORDS, [40] * 9)]
+    "text", [*ODD.values(), "a b c d e", "a " * 2000, "abcdefghijklmnop" * 9 + "q", *map(text_of, WORDS, [40] * 9)]
 )
 def test_what_is_surely_enough_is_not_counted(text: str) -> None:
     """And whatever is told as enough, the verdict is that of a count."""

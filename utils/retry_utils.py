@@ -6,12 +6,12 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+# Not where something is repeated for the first time: without a free file descriptor it could not be loaded there.
+import tenacity
 
 from error_handler import ErrorClass, TriadError
-
-if TYPE_CHECKING:
-    import tenacity
 
 CAP_S = 60.0
 JITTER = 0.5  # +-50 %
@@ -48,7 +48,6 @@ def tenacity_options(policy: RetryPolicy, what: str, on_retry: Callable[[], None
     The last error is let through. *what* names the operation in the log; *on_retry* is called
     before each repetition.
     """
-    import tenacity  # noqa: PLC0415 - most runs repeat nothing and start sooner without it
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
         exc = state.outcome.exception() if state.outcome else None
@@ -79,8 +78,6 @@ async def repeated(
         return await operation()
     except TriadError as exc:
         first_error.append(exc)
-    import tenacity  # noqa: PLC0415 - see tenacity_options
-
     async for trial in tenacity.AsyncRetrying(**tenacity_options(policy, what, on_retry)):
         with trial:
             if first_error:  # counts as attempt 1

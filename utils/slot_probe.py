@@ -174,8 +174,8 @@ async def measure(
         for client in clients:
             stack.push_async_callback(client.breaker.close)
         target = await clients[0].prepare(settings)
-        # What is loaded is measured as it is: with another window, the server would load the model again, for us and
-        # then back for whoever uses it.
+        # What is loaded is measured as it is (from 4096 tokens on, as the service takes it): with another window, the server
+        # would load the model again, for us and then back for whoever uses it.
         target = await clients[0].warm_up(
             choose_window([], target.context_limit, settings.ollama_num_ctx), tell, adopt_any
         )

@@ -10,7 +10,7 @@ from mongo_client import DocumentStore, translated
 from utils.context_window import WindowChoice, choose_window, tokens_needed
 from utils.token_estimate import TokenEstimator
 
-SAMPLE_SIZE, PAGE_SIZE = 200, 100  # documents; of a page no more are in memory than a batch has
+SAMPLE_SIZE, PAGE_SIZE = 200, 100  # documents; a page is in memory as a whole, at most 16 MB
 
 Sample = Callable[[AsyncLLMClient], Awaitable[list[int]]]
 
