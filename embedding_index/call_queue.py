@@ -73,7 +73,7 @@ class CallQueue:
             return None
 
     def free_slot(self, call: Call) -> None:
-        """The answer of *call* begins to arrive: another one may go while this one is being read and stored."""
+        """The body of the answer of *call* begins to arrive: another one may go while this one is being read and stored."""
         with self._changed:
             self._in_slot.discard(id(call))
             self._changed.notify()

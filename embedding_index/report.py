@@ -45,7 +45,7 @@ class Outcome:
 
     *results* holds for each kind name -> whether it is indexed now, as BatchIndexingManager returns it; conversations
     are too many to be named, so they are only counted. *before* is ``get_processing_stats`` before the run, *all_runs* what
-    this model was paid since the index was made, *states* how many items there are now by kind and state. *error* is why
+    runs paid this model since the index was made, *states* how many items there are now by kind and state. *error* is why
     the run ended early, None where it did not.
     """
 
@@ -169,7 +169,7 @@ def show_outcome(outcome: Outcome, *, as_json: bool, output: Path | None) -> Non
         markup=False,
     )
     spent = outcome.all_runs
-    if spent.calls > outcome.calls:
+    if spent.tokens > outcome.tokens:
         console.print(
             f"Since the index was made: {spent.calls} calls, {spent.tokens:,} tokens, {in_dollars(spent.cost_usd)}.",
             markup=False,

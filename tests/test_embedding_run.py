@@ -299,9 +299,10 @@ def test_the_next_call_is_made_while_an_answer_is_on_its_way(ledger: VectorLedge
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
+        handler.wfile.write(body[:1])
         handler.wfile.flush()
         asked_again.append(handler.server_state.wait_for_requests(2))
-        handler.wfile.write(body)
+        handler.wfile.write(body[1:])
 
     with (
         scripted_server(answer_late, answer_late) as server,

@@ -47,12 +47,7 @@ OWNERS = {
     "motor": {"mongo_client"},
     "bson": {"mongo_client", "utils.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {
-        "async_llm_wrapper",
-        "utils.service_client",
-        "openai_batch.webhook",
-        "embedding_index.providers.openai_embeddings",
-    },
+    "aiohttp": {"async_llm_wrapper", "utils.service_client", "openai_batch.webhook"},
     # of the model server, for chat and for embeddings
     "requests": {"llm_wrapper"},
     "urllib3": {"llm_wrapper"},

@@ -218,6 +218,32 @@ def test_nothing_of_the_environment_goes_along(monkeypatch: pytest.MonkeyPatch) 
     assert not any("other" in value or name == "x-other" for name, value in headers.items())
 
 
+def test_what_a_server_sets_is_not_sent_back() -> None:
+    good = {"data": [{"index": 0, "embedding": [1.0]}]}
+    with (
+        scripted_server(answer(good, Set_Cookie="who=you; Path=/"), answer(good)) as server,
+        closing(open_openai(f"http://localhost:{server.port}/v1")) as provider,
+    ):
+        provider.embed(["a"])
+        provider.embed(["b"])
+    assert "cookie" not in {name.lower() for name in server.requests[-1].headers}
+
+
+@pytest.mark.parametrize("url", ["http://a..b/v1", f"http://{'a' * 64}.invalid/v1"])
+def test_an_address_that_is_none(url: str) -> None:
+    with closing(open_openai(url)) as provider, pytest.raises(ProviderUnavailableError, match="OPENAI_BASE_URL"):
+        provider.embed(["a"])
+
+
+def test_a_long_header_does_not_cost_the_answer() -> None:
+    good = {"data": [{"index": 0, "embedding": [1.0]}]}
+    with (
+        scripted_server(answer(good, X_Policy="a" * 30_000)) as server,
+        closing(open_openai(f"{server.url}/v1")) as provider,
+    ):
+        assert len(provider.embed(["a"]).vectors) == 1
+
+
 def test_it_says_when_a_good_answer_begins(provider: OpenAIProvider, fake: FakeOpenAI) -> None:
     """While its body is on its way; a refusal may be about to close the gate for the next call."""
     begun: list[str] = []

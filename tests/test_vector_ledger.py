@@ -36,6 +36,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "index" / "vectors.sqlite3"
 
 
+def test_more_than_one_statement_takes_are_added_at_once(path: Path) -> None:
+    many = {content_hash(str(number)): vector(number, 1.0) for number in range(9000)}
+    with VectorLedger(path) as ledger:
+        ledger.add(MODEL, many, 70)
+        found = ledger.vectors(MODEL, many)
+    assert found.keys() == many.keys()
+    assert all((found[key] == many[key]).all() for key in many)
+
+
 def test_what_was_added_is_there_after_reopening(path: Path) -> None:
     added = entries("a", "b")
     with VectorLedger(path) as ledger:

@@ -38,7 +38,7 @@ class Answer:
 
 
 class Provider(Protocol):
-    """A source of vectors. ``embed`` may be called from *max_concurrent* threads at once.
+    """A source of vectors. It works on *max_concurrent* calls of ``embed`` at once; some more threads may be reading answers.
 
     *leaves_house* where texts go to an address outside this machine.
     """
@@ -54,7 +54,7 @@ class Provider(Protocol):
     def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
         """Return the vectors of *texts*, which are within the limits and not empty. One HTTP request, no repetition.
 
-        *on_answer* is called, from any thread, where a good answer begins to arrive: the provider has done its work, and
+        *on_answer* is called, from any thread, where the body of a good answer begins: the provider has done its work, and
         another call may be made while this answer is being read. Where it is not called, the return says the same.
 
         Raises:
