@@ -72,7 +72,7 @@ OF_CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI(dimensions=64) as started:
+    with FakeOpenAI(dimensions=512) as started:
         yield started
 
 
