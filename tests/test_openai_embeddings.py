@@ -32,14 +32,9 @@ TEXTS = ["my red card", "Rückerstattung 💶", "orders: id integer"]
 SECRET = "Ms Smith of 12 Hill Road"
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as started:
-        yield started
-
-
 @pytest.fixture
 def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
+    """Calls that a test gave up have ended before the next one."""
     running.renew()
     yield running
     assert running.stats()["internal_errors"] == 0
