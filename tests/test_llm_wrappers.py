@@ -7,6 +7,7 @@ import gc
 import gzip
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from tests.scripted_server import (
 )
 from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
 from utils.classification import Classification, Outcome
+from utils.model_warm_up import ServerRequest
 from utils.ollama_protocol import SEED, ChatReply, ChatTarget, chat_target
 
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
@@ -255,6 +257,32 @@ def test_a_byte_does_not_begin_the_time_out_anew(server: ScriptedServer) -> None
         Sync(settings_for(server.url, llm_timeout_s=3.0, llm_max_attempts=1)).chat()
     assert server.client_left.wait(30)
     assert left == [False, True]
+
+
+def test_what_sending_takes_is_part_of_the_time_out() -> None:
+    """A server takes the request after four fifths of the time, and says nothing: only the rest is waited for."""
+    left: list[bool] = []
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            assert not threading.Event().wait(2.4)
+            connection.settimeout(2.4)
+            try:
+                while connection.recv(1 << 20):
+                    pass
+                left.append(True)
+            except TimeoutError:
+                left.append(False)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, llm_wrapper.open_session() as session:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        request = ServerRequest("POST", f"http://127.0.0.1:{listener.getsockname()[1]}/", bytes(40_000_000), 3.0)
+        with pytest.raises(LLMTimeoutError):
+            llm_wrapper.exchange(session, request, {})
+        thread.join()
+    assert left == [True]
 
 
 def test_silence_in_the_middle_of_an_answer_is_a_time_out(wrapper: type[Asker], server: ScriptedServer) -> None:

@@ -69,6 +69,16 @@ def test_vectors_and_what_is_known_of_the_model(provider: OllamaProvider) -> Non
     assert not provider.leaves_house
 
 
+def test_it_says_when_a_good_answer_is_there(fake: FakeOllama, provider: OllamaProvider) -> None:
+    """Before its numbers are read; a refusal frees no slot."""
+    said: list[str] = []
+    provider.embed(TEXTS, lambda: said.append("good"))
+    strike(fake, "busy_503")
+    with pytest.raises(ProviderBusyError):
+        provider.embed(TEXTS, lambda: said.append("busy"))
+    assert said == ["good"]
+
+
 def test_each_call_asks_for_the_same_window_and_for_no_cut() -> None:
     """Another window would reload the model; without ``truncate: false`` Ollama cuts in silence."""
     vectors = answer({"embeddings": [[1.0]], "prompt_eval_count": 3})

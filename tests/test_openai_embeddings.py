@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from embedding_index.items import ModelIdentity
+from embedding_index.providers import openai_embeddings
 from embedding_index.providers.openai_embeddings import OpenAIProvider
 from error_handler import (
     ConfigurationError,
@@ -26,7 +27,7 @@ from error_handler import (
 )
 from tests.embedding_site import open_openai
 from tests.fake_openai import FakeOpenAI, expected_embedding
-from tests.scripted_server import ScriptedServer, answer, scripted_server
+from tests.scripted_server import ScriptedServer, answer, drip, scripted_server
 
 TEXTS = ["my red card", "Rückerstattung 💶", "orders: id integer"]
 SECRET = "Ms Smith of 12 Hill Road"
@@ -237,6 +238,16 @@ def test_a_long_header_does_not_cost_the_answer() -> None:
         closing(open_openai(f"{server.url}/v1")) as provider,
     ):
         assert len(provider.embed(["a"]).vectors) == 1
+
+
+def test_the_connection_of_an_answer_that_is_too_large_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it would be sent all the same."""
+    monkeypatch.setattr(openai_embeddings, "MAX_ANSWER_BYTES", 10)
+    with scripted_server(drip(0.05)) as server, closing(open_openai(f"{server.url}/v1")) as provider:
+        with pytest.raises(ProviderUnavailableError, match="larger than 10 bytes"):
+            provider.embed(["a"])
+        assert server.client_left.wait(10)
+        assert not server.dripped_to_the_end
 
 
 def test_it_says_when_a_good_answer_begins(provider: OpenAIProvider, fake: FakeOpenAI) -> None:

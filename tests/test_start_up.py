@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.worker import ROOT, Site, WorkerProcess, conversation
+from tests.worker import ROOT, Ended, Site, WorkerProcess, conversation
 
 # Each is loaded where it is used: by --embedded, by a command of its own, by the service, by the drawing of a bar.
 OF_OTHERS = {
@@ -44,24 +44,29 @@ def test_a_plain_run_loads_no_library_of_others(site: Site, script: str) -> None
     assert not loaded & OF_OTHERS
 
 
+def run_watched(site: Site, told: str, *arguments: str) -> Ended:
+    """Run cli.py to its end with *told* in place of ``uvloop.run``; it calls ``run(main)`` and returns what that does."""
+    watch = (
+        f"import gc, runpy, sys, uvloop\nrun = uvloop.run\n{told}\nuvloop.run = told\n"
+        f"sys.argv = [{str(ROOT / 'cli.py')!r}, *{arguments!r}]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    with WorkerProcess([sys.executable, "-c", watch], site.environment(PYTHONPATH=str(ROOT)), site.folder) as worker:
+        return worker.ended()
+
+
 def test_a_document_leaves_no_garbage(site: Site) -> None:
     """What refers to itself in a circle keeps its prompt or its document until the collector looks, which is rarely."""
     count = 1000
     site.source.insert_many([conversation(number) for number in range(count)])
-    watch = (
-        "import gc, runpy, sys, uvloop\n"
-        "run = uvloop.run\n"
+    told = (
         "def told(main):\n"
         "    gc.disable()\n"
         "    code = run(main)\n"
         "    print('in circles:', gc.collect())\n"
-        "    return code\n"
-        "uvloop.run = told\n"
-        f"sys.argv = [{str(ROOT / 'cli.py')!r}, '--batch-size', '100']\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "    return code"
     )
-    with WorkerProcess([sys.executable, "-c", watch], site.environment(PYTHONPATH=str(ROOT)), site.folder) as worker:
-        ended = worker.ended()
+    ended = run_watched(site, told, "--batch-size", "100")
     assert (ended.code, site.results.count_documents({})) == (0, count), ended.err
     assert int(re.findall(r"in circles: (\d+)", ended.out)[0]) < count  # of the run's own parts there are a few hundred
 
@@ -69,17 +74,7 @@ def test_a_document_leaves_no_garbage(site: Site) -> None:
 def test_garbage_is_looked_for_again_once_a_run_is_under_way(site: Site) -> None:
     """A process that never looks grows with each cycle; only the imports are free of it."""
     site.source.insert_many([conversation(number) for number in range(3)])
-    watch = (
-        "import gc, runpy, sys, uvloop\n"
-        "run = uvloop.run\n"
-        "def told(main):\n"
-        "    print('in the run:', gc.isenabled(), gc.get_threshold())\n"
-        "    return run(main)\n"
-        "uvloop.run = told\n"
-        f"sys.argv = [{str(ROOT / 'cli.py')!r}]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    with WorkerProcess([sys.executable, "-c", watch], site.environment(PYTHONPATH=str(ROOT)), site.folder) as worker:
-        ended = worker.ended()
+    told = "def told(main):\n    print('in the run:', gc.isenabled(), gc.get_threshold())\n    return run(main)"
+    ended = run_watched(site, told)
     assert ended.code == 0, ended.err
     assert "in the run: True (10000, 5, 2)" in ended.out
