@@ -17,9 +17,16 @@ RUN if [ -n "$INDEX" ]; then \
         /opt/venv/bin/python -m pip install --no-cache-dir --no-deps --requirement requirements-local-embedding.txt; fi
 COPY *.py LICENSE ./
 COPY config/ config/
+COPY storage/ storage/
 COPY utils/ utils/
+COPY domain/ domain/
+COPY model_server/ model_server/
+COPY worker/ worker/
+COPY service/ service/
 COPY openai_batch/ openai_batch/
 COPY embedding_index/ embedding_index/
+COPY embedded/ embedded/
+COPY commands/ commands/
 COPY schema_examples/ schema_examples/
 COPY data/*.jsonl data/
 RUN /opt/venv/bin/python -m compileall -q .

@@ -11,8 +11,9 @@ PYTHON =
 # Relative on purpose: make cannot handle prerequisites with a space, and a checkout may lie in such a folder.
 venv_python = .venv/bin/python
 # Where there is more of the same: tests marked thorough, and random examples.
-thorough = $(shell grep -lE 'mark\.thorough|^@given' tests/test_*.py)
-modules = $(wildcard *.py config utils openai_batch embedding_index)
+thorough = $(shell grep -lE 'mark\.thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
+packages = config storage utils domain model_server worker service openai_batch embedding_index embedded commands
+modules = $(wildcard *.py) $(packages)
 
 # Pip's own output is a page per package; this keeps what tells that it goes on, and of packages those of a megabyte and
 # more. The status goes through a file because a pipe in sh only has that of its last command.
@@ -57,7 +58,7 @@ check: .venv/dev.stamp ## lint, formatting and types
 
 torture: .venv/dev.stamp ## kill the worker 200 times, a document job at each step, and run what make test leaves out
 	$(venv_python) -m pytest -m '' --kills 200 --timeout 600 \
-		tests/test_crash_loop.py tests/test_openai_job_crashes.py $(thorough) $(ARGS)
+		tests/crash/test_crash_loop.py tests/crash/test_openai_job_crashes.py $(thorough) $(ARGS)
 
 bench: .venv/dev.stamp ## measure; ARGS goes to the benchmarks
 	$(venv_python) -m benchmarks $(ARGS)

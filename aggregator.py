@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from domain.conversation import Conversation, Sender, Shape, Turn
+from domain.text import prompt_text
 from error_handler import Reason, SkippedDocumentError
-from utils.conversation import Conversation, Sender, Shape, Turn
-from utils.safe_text import prompt_text
 
 _SENDERS: dict[str, Sender] = {
     **dict.fromkeys(("customer", "user", "client", "consumer", "inbound", "end_user", "end-user"), "customer"),

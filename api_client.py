@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from domain.document_files import read_documents
+from domain.text import one_line
 from error_handler import ConfigurationError, ExitCode, RequestError
 from logger import configure_logging
-from utils.client_arguments import add_service_arguments, target_from, whole_number
-from utils.document_files import read_documents
-from utils.exit_boundary import exit_code_of
-from utils.extended_json import id_key, loads
+from service.client.arguments import add_service_arguments, target_from, whole_number
+from service.client.client import Pace, ServiceClient, ServiceTimeoutError, open_session
+from service.client.documents import request_for
+from service.client.protocol import ServiceTarget
+from storage.contract import Document
+from storage.extended_json import id_key, loads
+from utils.process import exit_code_of
 from utils.retry_utils import RetryPolicy
-from utils.safe_text import one_line
-from utils.service_client import Pace, ServiceClient, ServiceTimeoutError, open_session
-from utils.service_protocol import ServiceTarget
-from utils.service_requests import request_for
-from utils.store_protocol import Document
 
 DATA = Path(__file__).parent / "data"
 SAMPLES, EXPECTED = DATA / "sample_conversations.jsonl", DATA / "sample_expected.jsonl"

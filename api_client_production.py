@@ -17,21 +17,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from commands.summary import print_labels
+from domain.document_files import read_documents
 from error_handler import ExitCode, RunInterruptedError, StateDirectoryError, TriadError
 from logger import configure_logging
-from utils.answer_journal import AnswerJournal
-from utils.atomic_file import remove_file
-from utils.client_arguments import add_service_arguments, target_from, whole_number
-from utils.client_run import ClientRun, percentile
-from utils.document_files import read_documents
-from utils.exit_boundary import exit_code_of
-from utils.progress import ConsoleProgress
+from service.client.arguments import add_service_arguments, target_from, whole_number
+from service.client.client import Pace, ServiceClient, open_session
+from service.client.documents import request_for
+from service.client.journal import AnswerJournal
+from service.client.protocol import ServiceTarget
+from service.client.run import ClientRun, percentile
+from storage.files import remove_file
+from utils.process import exit_code_of, stop_on_signals
 from utils.retry_utils import RetryPolicy
-from utils.service_client import Pace, ServiceClient, open_session
-from utils.service_protocol import ServiceTarget
-from utils.service_requests import request_for
-from utils.stop_signals import stop_on_signals
-from utils.summary import print_labels
+from worker.progress import ConsoleProgress
 
 DATA = Path(__file__).parent / "data"
 FIRST_WAIT_S = 0.5

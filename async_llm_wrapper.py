@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
+import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import aiohttp
 
-from classifier import ReplyParser, build_outcome
+from classifier import FittedAnswer, FlowParts, ReplyParser, build_outcome, fitted_flow
 from config import Settings
+from domain.conversation import Conversation, Outcome
 from error_handler import (
     LLMConnectionError,
     LLMContextError,
@@ -20,20 +24,26 @@ from error_handler import (
     LLMTimeoutError,
     LLMUnavailableError,
 )
+from logger import REQUEST_ID_HEADER, request_id
+from model_server import models as served_models
+from model_server import protocol
+from model_server.breaker import BreakerPolicy, CircuitBreaker
+from model_server.concurrency import ConcurrencyLimit
+from model_server.protocol import ChatReply, ChatTarget
+from model_server.tokens import least_prompt_tokens
+from model_server.warm_up import (
+    Adopt,
+    Say,
+    ServerRequest,
+    adopt_larger,
+    find_loaded,
+    look,
+    reuse_loaded_window,
+    warm_up,
+)
+from model_server.window import TranscriptTruncator, WindowChoice, choose_window
 from prompt_builder import Message, PromptBuilder
-from utils import ollama_protocol as protocol
-from utils import served_models
-from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
-from utils.classification import Outcome
-from utils.concurrency_limit import ConcurrencyLimit
-from utils.context_window import ConversationFitter, WindowChoice
-from utils.conversation import Conversation
-from utils.fitted_flow import FittedAnswer, FlowParts, fitted_flow
-from utils.model_warm_up import Adopt, Say, ServerRequest, adopt_larger, warm_up
-from utils.ollama_protocol import ChatReply, ChatTarget
-from utils.request_context import REQUEST_ID_HEADER, request_id
 from utils.retry_utils import RetryPolicy, repeated
-from utils.token_estimate import least_prompt_tokens
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 5.0
@@ -80,19 +90,19 @@ class AsyncLLMClient:
         self.breaker = CircuitBreaker(self.is_alive, breaker_policy)
         self.retries = 0
         self._settings = settings
-        self._fitter: ConversationFitter | None = None
+        self._fitter: TranscriptTruncator | None = None
 
-    def fitter(self, prompts: PromptBuilder) -> ConversationFitter:
+    def fitter(self, prompts: PromptBuilder) -> TranscriptTruncator:
         """Return what fits conversations into the window; the first *prompts* decide what it learns about."""
         if self._fitter is None:
-            self._fitter = ConversationFitter(prompts.system_prompt, self._settings.on_long)
+            self._fitter = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
         return self._fitter
 
     async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
 
         Raises:
-            LLMError: After the last attempt; see utils.ollama_protocol.parse_chat_response.
+            LLMError: After the last attempt; see model_server.protocol.parse_chat_response.
         """
         target = self.target
         characters = sum(len(message["content"]) for message in messages)
@@ -166,7 +176,7 @@ class AsyncLLMClient:
         return self.target
 
     async def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
-        """Load the model, alone, and return the target with the window it then has; see utils.model_warm_up.
+        """Load the model, alone, and return the target with the window it then has; see model_server.warm_up.
 
         Raises:
             LLMError: It does not load, or the server does not answer.
@@ -261,3 +271,77 @@ async def ollama_classify_async(
         except (LLMContextError, LLMReplyError) as problem:
             messages = flow.throw(problem)
     raise AssertionError("the flow returns or raises")
+
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 10.0  # also how long a reload by somebody else goes unnoticed
+
+
+class SharedWindow:
+    """Keeps the target of *client* in step with what is loaded; *asked* is the window an operator set, or None."""
+
+    def __init__(self, client: AsyncLLMClient, asked: int | None) -> None:
+        self._client = client
+        self._asked = asked
+        self._looked_at = -math.inf
+        self._loading: asyncio.Task[None] | None = None
+        self.is_loaded = False
+
+    async def load(self) -> None:
+        """Load the model, however long that takes, or find it loaded.
+
+        Raises:
+            LLMError: It does not load.
+        """
+        await self._client.warm_up(self._choice(), logger.info, reuse_loaded_window)
+        self._looked_at = time.monotonic()
+        self.is_loaded = True
+
+    async def renew(self) -> None:
+        """Look, at most every LOOK_EVERY_S, whether the model is still loaded, and with which window; to be awaited
+        before a call.
+
+        A model that was unloaded is loaded again first, by one task for all callers: one that leaves does not end it.
+
+        Raises:
+            LLMError: It does not load.
+        """
+        if self._client.target.protocol == "openai_chat":
+            return
+        if self._loading is None and time.monotonic() - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            await self._look()
+        if self._loading is not None:
+            await asyncio.shield(self._loading)
+
+    async def close(self) -> None:
+        """End a load that is under way."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
+
+    def _choice(self) -> WindowChoice:
+        return choose_window([], self._client.target.context_limit, self._asked)
+
+    async def _look(self) -> None:
+        target = self._client.target
+        try:
+            status, body = await self._client.send(look(target))
+            loaded = find_loaded(target, status, body)
+        except LLMError:
+            return  # the call that follows says what is wrong
+        if status == 200 and loaded is None:
+            if self._loading is None:
+                self._loading = asyncio.create_task(self.load(), name="load-model")
+                self._loading.add_done_callback(self._loaded)
+            return
+        num_ctx = reuse_loaded_window(self._choice(), loaded)
+        if num_ctx != target.num_ctx:
+            logger.info("the model is loaded with a window of %d tokens, which is used from now on", num_ctx)
+            self._client.target = replace(self._client.target, num_ctx=num_ctx)
+
+    def _loaded(self, task: asyncio.Task[None]) -> None:
+        self._loading = None
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            logger.warning("model: it does not load: %s", problem)

@@ -18,30 +18,29 @@ from typing import TYPE_CHECKING, Any
 
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
+from async_llm_wrapper import SharedWindow
 from classifier import Answer, ReplyParser, build_outcome
 from config import Settings, load_settings, load_taxonomy
+from domain.conversation import Conversation, Outcome
+from domain.result import build_result
+from embedded.baseline import BASELINE_MODEL, BaselineClassifier
 from error_handler import LLMError, LLMUnavailableError
+from model_server.concurrency import ConcurrencyLimit
+from model_server.protocol import ChatReply, ChatTarget, chat_target, plan_fingerprint
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
-from utils.baseline import BASELINE_MODEL, BaselineClassifier
+from storage.contract import Document
 from utils.batch_file_manager import BatchFiles
-from utils.batch_run import BatchRun, Classify, Steps
-from utils.batch_work import BatchInWork
-from utils.checkpoint import Checkpoint
-from utils.classification import Outcome
-from utils.concurrency_limit import ConcurrencyLimit
-from utils.conversation import Conversation
-from utils.document_intake import DocumentIntake, RunOptions
-from utils.ollama_protocol import ChatReply, ChatTarget, chat_target, plan_fingerprint
-from utils.progress import Reporter
-from utils.result_document import build_result
-from utils.run_plan import work_kinds
-from utils.shared_window import SharedWindow
-from utils.store_protocol import Document
-from utils.window_sample import run_window, sample_needs
+from worker.checkpoint import Checkpoint
+from worker.intake import DocumentIntake, RunOptions
+from worker.items import BatchInWork
+from worker.plan import work_kinds
+from worker.progress import Reporter
+from worker.run import BatchRun, Classify, Steps
+from worker.window_sample import run_window, sample_needs
 
 if TYPE_CHECKING:  # of an estimate; a run has none
-    from utils.sample_recorder import SampleRecorder
+    from worker.timing import SampleRecorder
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from commands.diagnosis.findings import print_finding
+from commands.diagnosis.mongo import diagnose
 from config import Settings, load_settings
 from error_handler import ExitCode
 from logger import configure_logging
-from utils.exit_boundary import exit_code_of
-from utils.findings import print_finding
-from utils.mongo_diagnosis import diagnose
+from utils.process import exit_code_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from config import Taxonomy
 from config.taxonomy import fold_label
-from error_handler import LLMReplyError, Reason
-from utils.classification import Classification, Outcome
-from utils.confidence import label_confidence
-from utils.conversation import Conversation
-from utils.fingerprints import input_sha256, result_fingerprint
-from utils.ollama_protocol import ChatReply, ChatTarget
-from utils.safe_text import one_line, prompt_text
+from domain.confidence import label_confidence
+from domain.conversation import Classification, Conversation, Outcome, input_sha256, result_fingerprint
+from domain.text import one_line, prompt_text
+from error_handler import LLMContextError, LLMReplyError, Reason
+from model_server.protocol import ChatReply, ChatTarget
+from model_server.truncation import Fitted
+from model_server.window import TranscriptTruncator
+from prompt_builder import Message, PromptBuilder
 
 FIELDS = ("categorization", "intent", "topic", "sentiment")
 MAX_REPLY_CHARACTERS = 65_536  # num_predict 700 gives a few thousand; more is not an answer
@@ -25,8 +26,6 @@ _REPAIR = (
     "Your answer could not be used: {problem}. Answer again for the same conversation with one JSON object with "
     "exactly the keys categorization, intent, topic and sentiment, and labels from the lists only."
 )
-
-Message = dict[str, str]
 
 
 class ReplyParser:
@@ -201,3 +200,56 @@ def _no_constant(name: str) -> Any:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)
+
+
+@dataclass(frozen=True, slots=True)
+class FittedAnswer:
+    """A usable answer, and what of the conversation it is about."""
+
+    answer: Answer
+    fitted: Fitted
+
+    def complete(self, outcome: Outcome, calls: int) -> Outcome:
+        """Return *outcome* with what was seen, and with all *calls* that were made, refused ones included."""
+        fitted = self.fitted
+        if calls == outcome.attempts and fitted.is_complete and fitted.turns_used is None:
+            return outcome  # it says so already, as nearly all do
+        return replace(outcome, attempts=calls, input_complete=fitted.is_complete, turns_used=fitted.turns_used)
+
+
+@dataclass(frozen=True, slots=True)
+class FlowParts:
+    """What each conversation of a run is asked with; *target* returns the one of the moment."""
+
+    prompts: PromptBuilder
+    parser: ReplyParser
+    fitter: TranscriptTruncator
+    target: Callable[[], ChatTarget]
+
+
+def fitted_flow(conversation: Conversation, parts: FlowParts) -> Generator[list[Message], ChatReply, FittedAnswer]:
+    """Yield the messages to send, receive the reply, return the answer; see ``classifier.classification_flow``.
+
+    Where the server refuses the prompt as too long, or its count betrays that it cut it, the conversation is fitted
+    once more with what that taught; LLMReplyError and LLMContextError are to be thrown in.
+
+    Raises:
+        LLMContextError, SkippedDocumentError: It does not fit and shall not be cut.
+        LLMError: It did not fit at the second time either, or there was no usable answer.
+    """
+    fitted = parts.fitter.fit(conversation, parts.target())
+    try:
+        return (yield from _ask(fitted, parts))
+    except (LLMContextError, LLMReplyError) as problem:
+        if problem.reason is not Reason.CONTEXT_OVERFLOW:
+            raise
+        fitted = parts.fitter.fit_again(conversation, fitted, parts.target(), problem)
+    return (yield from _ask(fitted, parts))
+
+
+def _ask(fitted: Fitted, parts: FlowParts) -> Generator[list[Message], ChatReply, FittedAnswer]:
+    answer = yield from classification_flow(parts.prompts.build_transcript(fitted.transcript), parts.parser)
+    if answer.calls == 1:  # a repair turn makes the prompt longer
+        parts.fitter.require_whole(fitted, parts.target(), answer.reply.prompt_tokens)
+        parts.fitter.learn(fitted, answer.reply.prompt_tokens)
+    return FittedAnswer(answer, fitted)

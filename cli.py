@@ -26,14 +26,8 @@ from rich.console import Console
 
 from aggregator import aggregate_conversation
 from batch_processor import BASELINE_PLAN, BatchProcessor, baseline_classify, find_model
-from config import Settings, load_taxonomy
-from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
-from logger import configure_logging
-from mongo_client import DocumentStore
-from utils import summary
-from utils.atomic_file import replace_file
-from utils.checkpoint import RunStats
-from utils.command_line import (
+from commands import summary
+from commands.flags import (
     Command,
     command_settings,
     create_command_parser,
@@ -42,13 +36,18 @@ from utils.command_line import (
     run_options,
     settings_from,
 )
-from utils.document_intake import RunOptions
-from utils.exit_boundary import exit_code_of, explain
-from utils.progress import ConsoleProgress, FileProgress, Reporter, Reporters
-from utils.run_plan import ask_plan, work_kinds
+from config import Settings, load_taxonomy
+from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
+from logger import configure_logging
+from mongo_client import DocumentStore
+from storage.files import replace_file
+from utils.process import exit_code_of, explain, stop_on_signals
 from utils.schedule import seconds_until_next
-from utils.stop_signals import stop_on_signals
-from utils.worker_metrics import MetricsFile
+from worker.checkpoint import RunStats
+from worker.intake import RunOptions
+from worker.metrics import MetricsFile
+from worker.plan import ask_plan, work_kinds
+from worker.progress import ConsoleProgress, FileProgress, Reporter, Reporters
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
@@ -56,12 +55,12 @@ SAMPLES = DATA / "sample_conversations.jsonl"
 
 # Loaded when one of them is given: some bring libraries that a run has no use for.
 COMMANDS = {
-    "doctor": "utils.doctor_command",
-    "estimate": "utils.estimate_command",
-    "plan": "utils.plan_command",
-    "quarantine": "utils.quarantine_command",
-    "openai-batch": "openai_batch.command",
-    "index": "embedding_index.command",
+    "doctor": "commands.doctor",
+    "estimate": "commands.estimate",
+    "plan": "commands.plan",
+    "quarantine": "commands.quarantine",
+    "openai-batch": "commands.openai_batch",
+    "index": "commands.index",
 }
 
 logger = logging.getLogger(__name__)
@@ -128,9 +127,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any]]:
     """Start what ``--embedded`` brings: a MongoDB with the samples, and the baseline where no Ollama answers."""
-    from utils.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - a plain run needs none of these
-    from utils.document_files import read_documents  # noqa: PLC0415
-    from utils.embedded_mongod import EmbeddedMongod  # noqa: PLC0415
+    from domain.document_files import read_documents  # noqa: PLC0415
+    from embedded.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - a plain run needs none of these
+    from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
 
     console = Console(stderr=True)
     console.print("Starting the embedded MongoDB with its data under data/embedded/ ...", soft_wrap=True)
@@ -185,7 +184,7 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
-    from utils.document_preview import preview  # noqa: PLC0415 - of no use to a run
+    from worker.preview import preview  # noqa: PLC0415 - of no use to a run
 
     store = DocumentStore(settings)
     try:

@@ -20,8 +20,9 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from classifier import ReplyParser, build_outcome
+from classifier import FittedAnswer, FlowParts, ReplyParser, build_outcome, fitted_flow
 from config import Settings
+from domain.conversation import Conversation, Outcome
 from error_handler import (
     LLMConnectionError,
     LLMContextError,
@@ -29,17 +30,14 @@ from error_handler import (
     LLMTimeoutError,
     LLMUnavailableError,
 )
+from model_server import models as served_models
+from model_server import protocol
+from model_server.protocol import ChatReply, ChatTarget
+from model_server.tokens import least_prompt_tokens
+from model_server.warm_up import Adopt, Say, ServerRequest, adopt_larger, warm_up
+from model_server.window import TranscriptTruncator, WindowChoice
 from prompt_builder import Message, PromptBuilder
-from utils import ollama_protocol as protocol
-from utils import served_models
-from utils.classification import Outcome
-from utils.context_window import ConversationFitter, WindowChoice
-from utils.conversation import Conversation
-from utils.fitted_flow import FittedAnswer, FlowParts, fitted_flow
-from utils.model_warm_up import Adopt, Say, ServerRequest, adopt_larger, warm_up
-from utils.ollama_protocol import ChatReply, ChatTarget
 from utils.retry_utils import RetryPolicy, tenacity_options
-from utils.token_estimate import least_prompt_tokens
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -154,19 +152,19 @@ class LLMClient:
         self._timeout_s = settings.llm_timeout_s
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
         self._settings = settings
-        self._fitter: ConversationFitter | None = None
+        self._fitter: TranscriptTruncator | None = None
 
-    def fitter(self, prompts: PromptBuilder) -> ConversationFitter:
+    def fitter(self, prompts: PromptBuilder) -> TranscriptTruncator:
         """Return what fits conversations into the window; the first *prompts* decide what it learns about."""
         if self._fitter is None:
-            self._fitter = ConversationFitter(prompts.system_prompt, self._settings.on_long)
+            self._fitter = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
         return self._fitter
 
     def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
 
         Raises:
-            LLMError: After the last attempt; see utils.ollama_protocol.parse_chat_response.
+            LLMError: After the last attempt; see model_server.protocol.parse_chat_response.
         """
         target = self.target
         characters = sum(len(message["content"]) for message in messages)
@@ -205,7 +203,7 @@ class LLMClient:
         return self.target
 
     def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
-        """Load the model, alone, and return the target with the window it then has; see utils.model_warm_up.
+        """Load the model, alone, and return the target with the window it then has; see model_server.warm_up.
 
         Raises:
             LLMError: It does not load, or the server does not answer.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import sys
+import traceback
 from collections.abc import Iterable
+from contextvars import ContextVar
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TextIO
@@ -84,3 +87,51 @@ def configure_logging(
     root.setLevel(level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+REQUEST_ID_HEADER = "X-Request-ID"
+
+_SANE = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+
+def begin_request(proposed: bytes | None) -> str:
+    """Make *proposed* the id of this task's request, or a new one where it is missing or not sane; return it."""
+    sane = proposed is not None and _SANE.fullmatch(proposed)
+    chosen = proposed.decode() if sane and proposed is not None else secrets.token_hex(16)
+    request_id.set(chosen)
+    return chosen
+
+
+class RequestIdFilter(logging.Filter):
+    """Appends the request id to the message of each record that belongs to a request."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; keep all of them."""
+        current = request_id.get()
+        if current is not None:
+            record.msg = f"{record.msg} request_id={current}"
+        return True
+
+
+class TracebackRedactor(logging.Filter):
+    """Replaces a traceback by the type of the exception and the lines of code: its message may quote a request."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record; keep all of them."""
+        if record.exc_info and record.exc_info[1] is not None:
+            exc = record.exc_info[1]
+            frames = traceback.extract_tb(exc.__traceback__)[-6:]
+            where = ", ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames)
+            record.msg, record.args = f"{type(exc).__name__} at {where}", ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+def adopt_server_logs() -> None:
+    """Send uvicorn's lines where ours go, except the access lines: they hold paths and queries as they were sent."""
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access"):
+        log = logging.getLogger(name)
+        log.handlers = []
+        log.propagate = name != "uvicorn.access"

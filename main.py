@@ -31,21 +31,26 @@ from config.service_settings import ServiceSettings, load_service_settings
 from embedding_index.similar import OpenIndex, SimilarConversations, open_index
 from embedding_index.similar_contract import SimilarRequest, SimilarResponse, parse_query, parse_search
 from error_handler import ConfigurationError, ExitCode, RequestError, TriadError
-from logger import configure_logging
-from utils import docs_page, service_errors
-from utils.bind_address import inherited_host, require_keys_outside_this_machine
-from utils.caller_presence import while_caller_waits
-from utils.idempotency import IdempotencyStore
-from utils.openapi_document import build_openapi
-from utils.request_body import BodyReader
-from utils.request_context import REQUEST_ID_HEADER, RequestIdFilter, request_id
-from utils.service_gate import CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, SIMILAR, ServiceGate
-from utils.service_log import WithoutMessages, adopt_server_logs
-from utils.service_metrics import CONTENT_TYPE, ServiceMetrics
-from utils.service_middleware import ServiceMiddleware
-from utils.slow_client_guard import GuardLimits, SlowClientGuard, server_config
-from utils.strict_json import read_json_object
-from utils.turnstile import Turnstile
+from logger import (
+    REQUEST_ID_HEADER,
+    RequestIdFilter,
+    TracebackRedactor,
+    adopt_server_logs,
+    configure_logging,
+    request_id,
+)
+from service import docs_page
+from service import errors as service_errors
+from service.access import CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, SIMILAR, ServiceGate
+from service.admission import cancel_on_disconnect
+from service.body_limits import BodyReader, read_json_object
+from service.idempotency import IdempotencyStore
+from service.metrics import CONTENT_TYPE, ServiceMetrics
+from service.middleware import ServiceMiddleware
+from service.openapi_document import build_openapi
+from service.slow_clients import GuardLimits, SlowClientGuard, server_config
+from service.turnstile import Turnstile
+from utils.network import inherited_host, require_keys_outside_this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +119,11 @@ async def classify(request: Request) -> Response:
             return await service.model.classify(conversation, deadline)
 
         if key is None:
-            verdict, replayed = await while_caller_waits(ask(), request.receive), False
+            verdict, replayed = await cancel_on_disconnect(ask(), request.receive), False
         else:
             fingerprint = hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)).digest()
             kept = service.answers.answer((state["caller"], key), fingerprint, ask)
-            verdict, replayed = await while_caller_waits(kept, request.receive)
+            verdict, replayed = await cancel_on_disconnect(kept, request.receive)
         state["note"] = _note(verdict, replayed)
         answer = {
             "conversation_number": fields["conversation_number"],
@@ -145,7 +150,7 @@ async def similar(request: Request) -> Response:
     else:
         wanted = parse_query(request.scope["query_string"], service.settings)
     search = service.similar.find(wanted, _deadline(service, state))
-    found = await while_caller_waits(search, request.receive)
+    found = await cancel_on_disconnect(search, request.receive)
     state["note"] = f", waited {found.queue_s * 1000:.0f} ms, search {found.search_s * 1000:.0f} ms"
     return Response(orjson.dumps(found.response.model_dump()), media_type="application/json")
 
@@ -333,7 +338,7 @@ def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> No
     configure_logging(settings.log_level, secrets=secrets)
     adopt_server_logs()
     for handler in logging.getLogger().handlers:
-        handler.addFilter(WithoutMessages())
+        handler.addFilter(TracebackRedactor())
         handler.addFilter(RequestIdFilter())
 
 

@@ -29,12 +29,11 @@ from error_handler import (
     StoreRejectedError,
     StoreUnavailableError,
 )
-from utils import mongo_facts as facts
-from utils.cancellation import cancellable, close_within
-from utils.document_selection import range_filter, selection_filter
-from utils.extended_json import id_key, id_text
+from storage import contract as facts
+from storage.contract import Document, FinalStatus, Selection, range_filter, selection_filter
+from storage.extended_json import id_key, id_text
+from utils.aio import cancellable, close_within
 from utils.retry_utils import RetryPolicy, repeated
-from utils.store_protocol import Document, FinalStatus, Selection
 
 logger = logging.getLogger(__name__)
 

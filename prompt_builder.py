@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import Taxonomy
-from utils.conversation import Conversation
+from domain.conversation import Conversation
 
 Message = dict[str, str]
 

@@ -20,10 +20,10 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from aggregator import aggregate_conversation
 from config.taxonomy import load_taxonomy
+from domain.conversation import Conversation
+from embedded.baseline import BASELINE_MODEL, BaselineClassifier
 from error_handler import SkippedDocumentError
-from utils.baseline import BASELINE_MODEL, BaselineClassifier
-from utils.conversation import Conversation
-from utils.extended_json import loads
+from storage.extended_json import loads
 
 FIELDS = ("intent", "topic", "sentiment")
 

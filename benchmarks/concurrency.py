@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from benchmarks.documents import short_conversations
 from benchmarks.stage import START_LIMIT_S, Stage, open_stage
 from benchmarks.table import Row
-from tests.fake_ollama import lognormal_latency
+from tests.fakes.fake_ollama import lognormal_latency
 
 SLOTS = (4, 8, 16)
 MEAN_S, SIGMA, SEED = 0.2, 0.8, 1

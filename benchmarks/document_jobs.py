@@ -13,8 +13,8 @@ from benchmarks.documents import short_conversations
 from benchmarks.stage import DATABASE, ROOT, SOURCE
 from benchmarks.table import Row
 from benchmarks.worker_process import WorkerFailedError, WorkerProcess
-from tests.fake_openai import FakeOpenAI
-from utils.embedded_mongod import EmbeddedMongod
+from embedded.mongod import EmbeddedMongod
+from tests.fakes.fake_openai import FakeOpenAI
 
 MOST_MB = 200.0
 RUN_LIMIT_S = 1500.0

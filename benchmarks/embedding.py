@@ -21,7 +21,7 @@ from config.openai_settings import OpenAISettings
 from embedding_index.embedding_run import EmbeddingRun, RunOptions
 from embedding_index.providers.openai_embeddings import OpenAIProvider
 from embedding_index.vector_ledger import VectorLedger
-from tests.embedding_site import keyed, short_texts
+from tests.embedding_index.embedding_site import keyed, short_texts
 
 LATENCY_S = 0.05
 CONCURRENCY = 4

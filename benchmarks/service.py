@@ -14,8 +14,8 @@ import orjson
 
 from benchmarks.table import Row
 from benchmarks.worker_process import WorkerFailedError
-from tests.fake_ollama import FakeOllama
-from tests.service_process import CONVERSATION, serve
+from tests.fakes.fake_ollama import FakeOllama
+from tests.service.service_process import CONVERSATION, serve
 
 CONCURRENCY = 32
 MODEL_S = 0.2

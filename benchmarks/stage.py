@@ -17,10 +17,10 @@ from pymongo import MongoClient
 from benchmarks.worker_process import WorkerFailedError, WorkerProcess
 from classifier import ReplyParser
 from config import load_settings, load_taxonomy
+from embedded.mongod import EmbeddedMongod
+from model_server.protocol import build_chat_body, chat_target
 from prompt_builder import PromptBuilder
-from tests.fake_ollama import FakeOllama, FakeOllamaError
-from utils.embedded_mongod import EmbeddedMongod
-from utils.ollama_protocol import build_chat_body, chat_target
+from tests.fakes.fake_ollama import FakeOllama, FakeOllamaError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "llama3.2:latest"

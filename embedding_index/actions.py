@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from config import Settings
 from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
+from domain.prices import price_source
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager
 from embedding_index.documentation_store import DocumentationStore
@@ -42,8 +43,7 @@ from error_handler import (
     StateDirectoryError,
 )
 from mongo_client import DocumentStore
-from utils.batch_prices import price_source
-from utils.stop_signals import end_soon, stop_on_signals
+from utils.process import end_soon, stop_on_signals
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from domain.prices import embedding_price
 from embedding_index.documentation_store import DocumentationStore
 from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.items import Kind, content_hash
 from embedding_index.packing import pack
-from utils.batch_prices import embedding_price
 
 logger = logging.getLogger(__name__)
 

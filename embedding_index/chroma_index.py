@@ -43,7 +43,7 @@ from embedding_index.graph_files import blank_unused
 from embedding_index.items import Hit, Kind, MetadataValue, ModelIdentity
 from embedding_index.vector_checks import Vector
 from error_handler import MixedIndexError, UnusableVectorsError, VectorStoreError
-from utils.atomic_file import sync_folder
+from storage.files import sync_folder
 
 __all__ = ["ChromaIndex", "Entry", "check_identity"]
 

@@ -24,8 +24,8 @@ from embedding_index.providers.contract import Provider
 from embedding_index.vector_store import Ended, SQLVectorStore
 from error_handler import ConfigurationError, SkippedDocumentError
 from mongo_client import DocumentStore, translated
-from utils.extended_json import canonical, id_key
-from utils.stored_results import StoredResults
+from storage.extended_json import canonical, id_key
+from worker.stored_results import StoredResults
 
 PAGE_DOCUMENTS = 200
 WINDOW_CHARACTERS = 20_000_000  # of the texts of one window, which are held in memory

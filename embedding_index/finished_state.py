@@ -17,7 +17,7 @@ from pathlib import Path
 
 from embedding_index.items import ModelIdentity
 from error_handler import VectorStoreError
-from utils.atomic_file import remove_file, replace_file
+from storage.files import remove_file, replace_file
 
 CHROMA = "chroma"
 MARKER = "chroma.unfinished"

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from domain.text import encodable, escaped
 from embedding_index.item_states import State
 from embedding_index.items import Hit, Kind
-from utils.atomic_file import replace_file
-from utils.safe_text import encodable, escaped
+from storage.files import replace_file
 
 LINE_EVERY_S = 5.0
 SHOWN_PROBLEMS = 10

@@ -28,10 +28,9 @@ from error_handler import (
     TriadError,
     UnusableVectorsError,
 )
-from utils import service_errors as errors
-from utils.deadlines import Deadlines
-from utils.place_queue import PlaceQueue
-from utils.service_metrics import ServiceMetrics
+from service import errors
+from service.admission import AdmissionQueue, Deadlines
+from service.metrics import ServiceMetrics
 
 if TYPE_CHECKING:  # it needs numpy and chromadb, which may be missing
     from embedding_index.index_reader import IndexReader
@@ -95,7 +94,7 @@ class SimilarConversations:
         self._thread = ThreadPoolExecutor(1, "similar")
         self._index: IndexReader | None = None  # touched by the thread alone, like the next one
         self._problem: tuple[RequestError, float] | None = None
-        self.places = PlaceQueue(1, service_settings.queue_size)
+        self.places = AdmissionQueue(1, service_settings.queue_size)
         metrics.watch("triad_search_queue_length", "Searches that wait for their turn", lambda: self.places.waiting)
 
     def require_room(self) -> None:

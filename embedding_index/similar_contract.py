@@ -8,13 +8,13 @@ from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from api import Labels, places_of
 from config.service_settings import ServiceSettings
+from domain.text import prompt_text
 from embedding_index.items import Hit
 from error_handler import RequestError
-from utils import service_errors as errors
-from utils.openapi_document import DEFAULT_HITS, MAX_HITS, query_characters, search_characters
-from utils.safe_text import prompt_text
+from service import errors
+from service.contract import Labels, places_of
+from service.openapi_document import DEFAULT_HITS, MAX_HITS, query_characters, search_characters
 
 
 class SimilarRequest(BaseModel):

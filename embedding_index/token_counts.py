@@ -9,8 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from utils.safe_text import encodable
-from utils.token_estimate import LEARN_FROM, LEAST_FACTOR, most_tokens
+from domain.text import encodable
+from model_server.tokens import LEARN_FROM, LEAST_FACTOR, most_tokens
 
 OPENAI_ENCODINGS = {
     "text-embedding-3-small": "cl100k_base",

@@ -23,7 +23,7 @@ from embedding_index.providers.opening import open_provider
 from embedding_index.query import query_vector
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import StateDirectoryError
-from utils.directory_lock import DirectoryLock
+from storage.files import DirectoryLock
 
 logger = logging.getLogger(__name__)
 

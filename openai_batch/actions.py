@@ -20,7 +20,7 @@ from openai_batch.job_progress import JobProgress
 from openai_batch.ledger import ItemState, Ledger, Shard, ShardState
 from openai_batch.processor import DocumentBatchProcessor, JobResult, OpenJob
 from openai_batch.schema_file import load_schema_file
-from utils.stop_signals import stop_on_signals
+from utils.process import stop_on_signals
 
 STEP_PATIENCE_S = 60.0  # how long a single step waits for an OpenAI that is away; ``run`` waits OUTAGE_LIMIT_S
 SENDING_FLAGS = ("limit", "dry_run", "max_cost")

@@ -18,7 +18,7 @@ from openai_batch.batch_protocol import Line, parse_line
 from openai_batch.job_config import Document
 from openai_batch.job_store import Ending, JobStore
 from openai_batch.ledger import Item, ItemState, Ledger, Shard
-from utils.extended_json import id_text, loads
+from storage.extended_json import id_text, loads
 
 logger = logging.getLogger(__name__)
 

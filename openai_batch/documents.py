@@ -23,7 +23,7 @@ from openai_batch.job_config import (
 from openai_batch.render_process import RenderProcess
 from openai_batch.templates import PromptTemplate, fill
 from openai_batch.user_functions import FUNCTION_ERRORS, resolve_function
-from utils.extended_json import canonical, id_text, packed, plain
+from storage.extended_json import canonical, id_text, packed, plain
 
 if TYPE_CHECKING:
     from openai_batch.masking import Mask, Masking

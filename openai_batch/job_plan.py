@@ -14,7 +14,7 @@ from openai_batch.job_config import BatchConfig, Document
 from openai_batch.job_store import Claim, JobStore
 from openai_batch.ledger import Item, Ledger, Shard, ShardState
 from openai_batch.shards import UNFINISHED, ShardWriter, custom_id_of, estimated_tokens, request_line, require_room
-from utils.extended_json import canonical, id_text
+from storage.extended_json import canonical, id_text
 
 logger = logging.getLogger(__name__)
 

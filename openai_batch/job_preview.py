@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from domain.prices import BatchPrice, batch_prices, price_source
 from error_handler import JobCostError, JobProcessingError
 from openai_batch.answers import Handling
 from openai_batch.job_config import AppConfig
 from openai_batch.job_store import JobStore
 from openai_batch.ledger import Shard
 from openai_batch.shards import estimated_tokens, request_line
-from utils.batch_prices import BatchPrice, batch_prices, price_source
-from utils.extended_json import id_text
+from storage.extended_json import id_text
 
 EXAMPLES, PROBLEMS = 3, 10  # documents that are shown: as they would be sent, and why not
 

@@ -18,10 +18,9 @@ from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError
 from mongo_client import DURABLE, open_client, translated
 from openai_batch.job_config import AppConfig, Document
-from utils.cancellation import close_within
-from utils.document_selection import range_filter
-from utils.extended_json import canonical, id_text, loads
-from utils.mongo_facts import CLOSE_WAIT_S
+from storage.contract import CLOSE_WAIT_S, range_filter
+from storage.extended_json import canonical, id_text, loads
+from utils.aio import close_within
 from utils.retry_utils import RetryPolicy, repeated
 
 logger = logging.getLogger(__name__)

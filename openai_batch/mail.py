@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from domain.text import one_line
 from error_handler import ConfigurationError, JobConnectionError
-from utils.bind_address import is_this_machine
-from utils.safe_text import one_line
+from utils.network import is_this_machine
 
 TIMEOUT_S = 10.0  # of one step of the dialogue
 MAIL_TIMEOUT_S = 30.0  # of the whole of it

@@ -28,7 +28,7 @@ from error_handler import (
 from openai_batch.batch_protocol import BatchState, is_ours, loaded, parse_batch
 from openai_batch.job_config import BatchConfig, OpenAIConfig
 from openai_batch.shards import UNFINISHED
-from utils.atomic_file import sync_folder
+from storage.files import sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from openai_batch.openai_client import OpenAIFiles
 from openai_batch.schema_file import SchemaFile, explain
 from openai_batch.shard_sending import Times
 from openai_batch.triad import TriadHandling, result_store, worker_schema
-from utils.bind_address import is_this_machine
-from utils.directory_lock import DirectoryLock
+from storage.files import DirectoryLock
+from utils.network import is_this_machine
 
 STATE_FOLDER = "openai_batch"
 PREVIEW = "preview"

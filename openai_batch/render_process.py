@@ -29,7 +29,7 @@ from typing import Any, Self
 
 from config.child_environment import forget_settings
 from error_handler import JobProcessingError, JobTemplateError
-from utils.extended_json import packed, unpacked
+from storage.extended_json import packed, unpacked
 
 TIME_LIMIT_S = 2.0  # of one document
 MEMORY_BYTES = 100_000_000  # that one document may take ...

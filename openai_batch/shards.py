@@ -15,7 +15,7 @@ import orjson
 
 from error_handler import JobProcessingError, StateDirectoryError
 from openai_batch.job_config import BatchConfig
-from utils.atomic_file import sync_folder
+from storage.files import sync_folder
 
 BYTES_PER_TOKEN = 3.0  # on the safe side: English has about 4.5, code fewer
 TOKENS_PER_MESSAGE = 4

@@ -17,17 +17,17 @@ from aggregator import aggregate_conversation, document_shape
 from classifier import Answer as ModelAnswer
 from classifier import ReplyParser, build_outcome
 from config import Settings, load_taxonomy
+from domain.conversation import Conversation
+from domain.result import build_result
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
+from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
 from mongo_client import DocumentStore
 from openai_batch.answers import Answer
 from openai_batch.documents import Variables, hidden, mask_of, masking_of, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
 from prompt_builder import PromptBuilder
-from utils.conversation import Conversation
-from utils.document_selection import selection_filter
-from utils.extended_json import canonical, id_key, loads
-from utils.ollama_protocol import ChatReply, ChatTarget, plan_fingerprint
-from utils.result_document import build_result
+from storage.contract import selection_filter
+from storage.extended_json import canonical, id_key, loads
 
 LEASE_S = 30 * 86_400.0  # renewed with each start; a batch takes a day, and may wait for tokens for some
 IDS_AT_ONCE = 500

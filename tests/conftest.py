@@ -14,24 +14,24 @@ import pytest
 from hypothesis import HealthCheck, settings
 from pymongo import MongoClient
 
-from tests.fake_ollama import FakeOllama
+from embedded.mongod import EmbeddedMongod
+from tests.fakes.fake_ollama import FakeOllama
 from tests.forked_process import fork_script
 from tests.server_process import ServerProcess
-from utils.embedded_mongod import EmbeddedMongod
 
 if TYPE_CHECKING:
     import openai
 
-    from tests.fake_openai import FakeOpenAI
-    from tests.postgres_server import Postgres
+    from tests.fakes.fake_openai import FakeOpenAI
+    from tests.fakes.postgres_server import Postgres
 
 # What is made while the tests are collected stays; to look through it for garbage takes a third of that time.
 gc.disable()
-pytest.register_assert_rewrite("tests.worker", "tests.index_site")
+pytest.register_assert_rewrite("tests.worker.site", "tests.embedding_index.index_site")
 # Before numpy is loaded: on busy cores the threads of its matrix products wait for each other by spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from tests.worker import Site, open_site  # noqa: E402 - imported after its assertions are made to explain themselves
+from tests.worker.site import Site, open_site  # noqa: E402 - imported after its assertions are made to explain themselves
 
 ServerProcess.start_script = staticmethod(fork_script)
 
@@ -110,7 +110,7 @@ def db_name(mongod: EmbeddedMongod) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """Return a PostgreSQL server that serves every test of this process; skips where Debian's packages are not there."""
-    from tests.postgres_server import PostgresServer
+    from tests.fakes.postgres_server import PostgresServer
 
     with PostgresServer() as server:
         yield server.postgres
@@ -133,7 +133,7 @@ def site(mongodb_uri: str, db_name: str, model: FakeOllama, tmp_path: Path) -> I
 @pytest.fixture(scope="module")
 def running() -> Iterator[FakeOpenAI]:
     """Return a fake OpenAI that serves every test of a module; tests ask for ``fake``."""
-    from tests.fake_openai import FakeOpenAI
+    from tests.fakes.fake_openai import FakeOpenAI
 
     with FakeOpenAI() as started:
         yield started
@@ -150,7 +150,7 @@ def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
 @pytest.fixture
 def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
     """Return the official client of ``fake``."""
-    from tests.fake_openai_client import client_of
+    from tests.fakes.fake_openai_client import client_of
 
     with client_of(fake) as opened:
         yield opened

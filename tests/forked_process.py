@@ -38,13 +38,17 @@ PR_SET_CHILD_SUBREAPER = 36
 NUMBER_BYTES = 12
 # What the programs import, at once or when they need it. No script with an `if __name__` of its own but cli and main.
 PRELOADED = (
-    *("cli", "main", "openai_batch.actions", "utils.doctor_command", "utils.estimate_command"),
-    *("utils.plan_command", "utils.quarantine_command", "utils.service_client", "uvicorn.main"),
-    *("tests.fake_ollama_server.process", "tests.fake_openai_server.process", "tests.openai_job"),
+    *("cli", "main", "openai_batch.actions", "commands.doctor", "commands.estimate"),
+    *("commands.plan", "commands.quarantine", "service.client.client", "uvicorn.main"),
+    *(
+        "tests.fakes.fake_ollama_server.process",
+        "tests.fakes.fake_openai_server.process",
+        "tests.openai_batch.openai_job",
+    ),
 )
 # The same for `cli.py index`, which not all processes that run tests start.
 OF_THE_INDEX = (
-    *("embedding_index.actions", "embedding_index.command", "embedding_index.providers.openai_embeddings"),
+    *("embedding_index.actions", "commands.index", "embedding_index.providers.openai_embeddings"),
     *("chromadb.api.client", "chromadb.api.rust", "chromadb.config", "chromadb.telemetry.product.posthog"),
     *("sqlalchemy.dialects.sqlite", "anyio._backends._asyncio", "httpcore2", "genai_prices.data"),
     *("rich._emoji_codes", "bpe_openai"),

@@ -36,7 +36,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from error_handler import ConfigurationError, ExitCode
-from utils.service_protocol import ServiceTarget, service_target
+from service.client.protocol import ServiceTarget, service_target
 
 HEALTH_EVERY_S = 0.05
 HEALTH_TIMEOUT_S = 10.0

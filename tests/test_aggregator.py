@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import aggregate_conversation, document_shape, parse_time
+from domain.conversation import Conversation
+from domain.text import one_line, prompt_text, visible_text
 from error_handler import Reason, SkippedDocumentError
-from utils.conversation import Conversation
-from utils.safe_text import one_line, prompt_text, visible_text
 
 TWEETS: dict[str, Any] = {
     "_id": ObjectId(),

@@ -12,9 +12,9 @@ import pytest
 from async_llm_wrapper import AsyncLLMClient, open_session
 from config import load_settings
 from error_handler import LLMConnectionError
-from tests.scripted_server import GOOD_CONTENT, ScriptedServer, Step, answer, hang, reset, say, scripted_server
-from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
-from utils.ollama_protocol import chat_target
+from model_server.breaker import BreakerPolicy, CircuitBreaker
+from model_server.protocol import chat_target
+from tests.fakes.scripted_server import GOOD_CONTENT, ScriptedServer, Step, answer, hang, reset, say, scripted_server
 
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
 SCHEMA = b"{}"

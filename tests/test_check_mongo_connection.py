@@ -15,14 +15,14 @@ from pymongo import MongoClient
 from pymongo.database import Database
 from pymongo.errors import OperationFailure
 
+from commands.diagnosis import mongo as mongo_diagnosis
+from commands.diagnosis.findings import Finding
+from commands.diagnosis.mongo import allowed_actions, diagnose
 from config import load_settings
+from embedded.mongod import EmbeddedMongod
 from mongo_client import DocumentStore
 from tests.forked_process import run_forked
-from tests.test_mongodb_import import clean_environment
-from utils import mongo_diagnosis
-from utils.embedded_mongod import EmbeddedMongod
-from utils.findings import Finding
-from utils.mongo_diagnosis import allowed_actions, diagnose
+from tests.utils.test_mongodb_import import clean_environment
 
 ROOT = Path(__file__).parent.parent
 PASSWORD = "p%40ss/w0rd".replace("/", "%2F")

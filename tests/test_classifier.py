@@ -23,9 +23,9 @@ from classifier import (
     parse_classification,
 )
 from config import load_taxonomy
+from domain.conversation import Classification
 from error_handler import LLMReplyError, Reason
-from utils.classification import Classification
-from utils.ollama_protocol import ChatReply, ChatTarget
+from model_server.protocol import ChatReply, ChatTarget
 
 TAXONOMY = load_taxonomy()
 PARSER = ReplyParser(TAXONOMY)

@@ -19,7 +19,7 @@ import yaml
 
 from config import Settings
 from config.settings import known_environment_names
-from tests.scripted_service import scripted_service
+from tests.fakes.scripted_service import scripted_service
 
 ROOT = Path(__file__).parent.parent
 NOT_PRODUCT = {"tests", "benchmarks"}

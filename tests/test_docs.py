@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from cli import COMMANDS, load_command
+from commands.flags import MONITORING, PRESETS, create_command_parser, create_parser
 from config.index_settings import IndexSettings, index_environment_names
 from config.openai_settings import OpenAISettings, openai_environment_names
 from config.service_settings import ServiceSettings, service_environment_names
 from config.settings import Settings, environment_names, known_environment_names
 from error_handler import ExitCode, Reason, TriadError
 from utils.batch_file_manager import FOLDERS
-from utils.command_line import MONITORING, PRESETS, create_command_parser, create_parser
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.forked_process import run_forked
-from tests.test_import_graph import LAYERS
-from tests.test_mongodb_import import clean_environment
+from tests.test_import_graph import ENTRY_POINTS
+from tests.utils.test_mongodb_import import clean_environment
 
 ROOT = Path(__file__).parent.parent
-FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted(LAYERS[-1])]
+FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted({"cli", *ENTRY_POINTS})]
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

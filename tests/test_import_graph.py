@@ -8,51 +8,42 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# Lower layers first; a module may import from layers below its own. A new module must be given a layer here.
-LAYERS: list[set[str]] = [
-    {"error_handler"},
-    {"config"},
-    {"logger", "utils"},
-    {"aggregator", "prompt_builder", "classifier"},
-    {"utils.fitted_flow"},
-    {"mongo_client", "llm_wrapper", "async_llm_wrapper", "utils.service_requests"},
-    {"utils.window_sample", "utils.shared_window", "utils.stored_results", "utils.run_plan", "utils.plan_command"},
-    {"batch_processor", "api", "utils.document_sample", "openai_batch"},
-    {
-        "utils.estimate_command",
-        "utils.mongo_diagnosis",
-        "utils.slot_probe",
-        "utils.model_diagnosis",
-        "utils.window_diagnosis",
-        "utils.doctor_command",
-    },
-    {"embedding_index"},
-    {
-        "cli",
-        "main",
-        "run_batch_processor",
-        "check_mongo_connection",
-        "api_client",
-        "api_client_production",
-        "utils.mongodb_import",
-        "utils.demo_batch_processor",
-        "utils.concurrency_check",
-    },
-]
-# A second name for the command line, so it may import it.
-SAME_LAYER_ALLOWED = {("run_batch_processor", "cli")}
+# Lowest first. A module may import from the layers below its own; a package may import from itself as well.
+LAYERS = (
+    "error_handler",
+    "config",
+    "logger",
+    "storage",
+    "utils",
+    "domain",
+    "model_server",
+    "aggregator prompt_builder",
+    "classifier",
+    "mongo_client llm_wrapper async_llm_wrapper",
+    "worker",
+    "openai_batch",
+    "service",
+    "embedding_index",
+    "embedded",
+    "batch_processor api",
+    "commands",
+    "cli",
+    "main run_batch_processor check_mongo_connection api_client api_client_production",
+)
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 
 OWNERS = {
     "pymongo": {"mongo_client"},
     "motor": {"mongo_client"},
-    "bson": {"mongo_client", "utils.extended_json"},
+    "bson": {"mongo_client", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {"async_llm_wrapper", "utils.service_client", "openai_batch.webhook"},
+    "aiohttp": {"async_llm_wrapper", "service.client.client", "openai_batch.webhook"},
     # of the model server, for chat and for embeddings
     "requests": {"llm_wrapper"},
     "urllib3": {"llm_wrapper"},
     "mongomock_motor": {"utils.demo_batch_processor"},
-    "vaderSentiment": {"utils.baseline"},
+    "vaderSentiment": {"embedded.baseline"},
     "yaml": {"config.taxonomy"},
     "dotenv": {"config.settings", "config.settings_origins"},
     "pydantic_settings": {
@@ -62,7 +53,7 @@ OWNERS = {
         "config.index_settings",
         "config.loading",
     },
-    "filelock": {"utils.directory_lock"},
+    "filelock": {"storage.files"},
     "croniter": {"utils.schedule"},
     "openai": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     # what the openai package is made of
@@ -79,16 +70,14 @@ OWNERS = {
     "smtplib": {"openai_batch.mail"},
     "fastapi": {"main"},
     "starlette": {"main"},
-    "uvicorn": {"main", "utils.slow_client_guard"},
-    "prometheus_client": {"utils.service_metrics", "utils.worker_metrics"},  # of the service; of the worker
-    "genai_prices": {"utils.batch_prices"},
+    "uvicorn": {"main", "service.slow_clients"},
+    "prometheus_client": {"service.metrics", "worker.metrics"},  # of the service; of the worker
+    "genai_prices": {"domain.prices"},
 }
 
 
 def product_files() -> list[Path]:
-    packages = ["config", "utils", "openai_batch", "embedding_index", "embedding_index/providers"]
-    folders = [ROOT, *(ROOT / package for package in packages)]
-    return sorted(path for folder in folders for path in folder.glob("*.py"))
+    return sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))])
 
 
 def module_name(path: Path) -> str:
@@ -118,30 +107,34 @@ def imports(path: Path) -> list[str]:
     return found
 
 
-def layer_of(module: str) -> int | None:
-    """Return the layer of *module*, None for foreign packages; a listed script wins over its package."""
-    parts = module.split(".")
-    for length in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:length])
-        for number, layer in enumerate(LAYERS):
-            if prefix in layer:
-                return number
-    return None
+def is_script_of_a_package(path: Path) -> bool:
+    """Whether *path* is started by people as ``python -m PACKAGE.NAME``: its own guard says so."""
+    return path.parent != ROOT and any(
+        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree_of(path).body
+    )
+
+
+ENTRY_POINTS = [*LAYERS[-1].split(), *(module_name(path) for path in product_files() if is_script_of_a_package(path))]
+
+
+def test_every_module_has_a_layer() -> None:
+    """A new package or top-level module is placed in LAYERS, and no folder of the product is forgotten."""
+    top = {path.stem for path in ROOT.glob("*.py")}
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert top | folders == RANKS.keys()
 
 
 def test_imports_point_to_lower_layers() -> None:
-    """No module imports its own layer or one above, not even inside a function."""
+    """No package imports a package of its own layer or above, not even inside a function; scripts import anything."""
     wrong = []
     for path in product_files():
         module = module_name(path)
-        own = layer_of(module)
-        assert own is not None, f"{module} has no layer: add it to LAYERS"
+        package = module.split(".")[0]
+        if is_script_of_a_package(path):
+            continue
         for target in imports(path):
-            other = layer_of(target)
-            if other is None or other < own:
-                continue
-            same_package = other == own and target.split(".")[0] == module.split(".")[0]
-            if not same_package and (module, target.split(".")[0]) not in SAME_LAYER_ALLOWED:
+            other = target.split(".")[0]
+            if other in RANKS and other != package and RANKS[other] >= RANKS[package]:
                 wrong.append(f"{module} imports {target} from its own layer or above")
     assert not wrong
 
@@ -159,21 +152,20 @@ def test_each_library_is_imported_by_its_owner_only() -> None:
 
 def test_scripts_that_people_start_are_imported_by_nobody() -> None:
     """Entry points are the top of the graph."""
-    entry_points = LAYERS[-1] - {"cli"}
     for path in product_files():
         for target in imports(path):
-            assert not any(target == name or target.startswith(f"{name}.") for name in entry_points), (path, target)
+            assert not any(target == name or target.startswith(f"{name}.") for name in ENTRY_POINTS), (path, target)
 
 
 def test_the_packages_have_no_cycles() -> None:
-    """Inside utils/ and config/ imports form a hierarchy as well."""
+    """Inside a package imports form a hierarchy as well."""
     graph: dict[str, set[str]] = {}
     known = {module_name(path) for path in product_files()}
     for path in product_files():
         targets = set()
         for target in imports(path):
             targets |= {name for name in (target, target.rpartition(".")[0]) if name in known}
-        graph[module_name(path)] = targets - {module_name(path), "config", "utils"}
+        graph[module_name(path)] = targets - {module_name(path), *PACKAGES}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:

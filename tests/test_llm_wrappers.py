@@ -19,6 +19,7 @@ import llm_wrapper
 from aggregator import aggregate_conversation
 from classifier import ReplyParser
 from config import Settings, load_settings, load_taxonomy
+from domain.conversation import Classification, Outcome
 from error_handler import (
     ConfigurationError,
     LLMConnectionError,
@@ -31,8 +32,11 @@ from error_handler import (
     LLMUnavailableError,
     Reason,
 )
+from model_server.breaker import BreakerPolicy, CircuitBreaker
+from model_server.protocol import SEED, ChatReply, ChatTarget, chat_target
+from model_server.warm_up import ServerRequest
 from prompt_builder import PromptBuilder
-from tests.scripted_server import (
+from tests.fakes.scripted_server import (
     GOOD_CONTENT,
     ScriptedServer,
     Step,
@@ -46,10 +50,6 @@ from tests.scripted_server import (
     say,
     scripted_server,
 )
-from utils.circuit_breaker import BreakerPolicy, CircuitBreaker
-from utils.classification import Classification, Outcome
-from utils.model_warm_up import ServerRequest
-from utils.ollama_protocol import SEED, ChatReply, ChatTarget, chat_target
 
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
 SCHEMA = b"{}"
@@ -147,7 +147,7 @@ def collected() -> Iterator[None]:
 
 
 def test_an_answer(wrapper: type[Asker], server: ScriptedServer) -> None:
-    """One POST with everything that utils.ollama_protocol builds."""
+    """One POST with everything that model_server.protocol builds."""
     assert wrapper(settings_for(server.url)).chat() == ChatReply(GOOD_CONTENT, 1500, 40)
     (request,) = server.chats
     assert (request.method, request.path) == ("POST", "/api/chat")

@@ -109,11 +109,11 @@ def test_level(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("batch_processor").debug("left out")
     logging.getLogger("pymongo.command").info("left out: it may hold a document")
     logging.getLogger("pymongo").warning("kept")
-    logging.getLogger("utils.batch_run").info("kept too")
+    logging.getLogger("worker.run").info("kept too")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" - ", 1)[1] for line in lines] == [
         "WARNING - pymongo - kept",
-        "INFO - utils.batch_run - kept too",
+        "INFO - worker.run - kept too",
     ]
 
 

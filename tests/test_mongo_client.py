@@ -19,10 +19,9 @@ from aggregator import aggregate_conversation
 from config import load_settings
 from error_handler import IndexBlockedError, StoreRejectedError
 from mongo_client import DocumentStore
-from tests.stores import DRIVERS, open_store
-from utils.document_selection import range_filter, selection_filter
-from utils.extended_json import id_key
-from utils.store_protocol import Selection
+from storage.contract import Selection, range_filter, selection_filter
+from storage.extended_json import id_key
+from tests.embedding_index.stores import DRIVERS, open_store
 
 # Ids of many types, in the order in which MongoDB sorts them.
 IDS: list[Any] = [

@@ -18,8 +18,8 @@ from error_handler import (
     TriadError,
 )
 from mongo_client import DocumentStore, open_client, translated
-from tests.stores import open_store
-from utils.mongo_facts import FORBIDDEN_CODES, TRANSIENT_CODES
+from storage.contract import FORBIDDEN_CODES, TRANSIENT_CODES
+from tests.embedding_index.stores import open_store
 
 SECRET = "mongodb://user:hunter2@host"
 

@@ -15,9 +15,9 @@ from pymongo.database import Database
 
 from error_handler import StoreRejectedError
 from mongo_client import DocumentStore
-from tests.stores import DRIVERS, open_store
-from utils.extended_json import id_key
-from utils.store_protocol import FinalStatus
+from storage.contract import FinalStatus
+from storage.extended_json import id_key
+from tests.embedding_index.stores import DRIVERS, open_store
 
 CONVERSATION = {
     "conversation_number": "1",

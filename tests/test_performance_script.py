@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from error_handler import ExitCode
+from tests.fakes.scripted_service import Reply, ScriptedService, error, scripted_service
 from tests.forked_process import run_forked
 from tests.performance_test import Load, conversation, percentile
-from tests.scripted_service import Reply, ScriptedService, error, scripted_service
 
 ROOT = Path(__file__).parent.parent
 

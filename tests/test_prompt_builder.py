@@ -14,8 +14,8 @@ from aggregator import aggregate_conversation
 from classifier import parse_classification
 from config import Taxonomy, load_taxonomy
 from config.taxonomy import Label
+from domain.conversation import Conversation
 from prompt_builder import PromptBuilder, build_prompt, build_system_prompt
-from utils.conversation import Conversation
 
 FENCE = re.compile(r"<\s*/?\s*conversation\b", re.IGNORECASE)
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from aggregator import aggregate_conversation, document_shape
-from utils import extended_json
+from storage import extended_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS_FILE = ROOT / "data" / "sample_conversations.jsonl"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.worker import ROOT, Ended, Site, WorkerProcess, conversation
+from tests.worker.site import ROOT, Ended, Site, WorkerProcess, conversation
 
 # Each is loaded where it is used: by --embedded, by a command of its own, by the service, by the drawing of a bar.
 OF_OTHERS = {
@@ -25,8 +25,13 @@ OF_OTHERS = {
     ),
     *("phonenumbers", "requests", "sqlalchemy", "starlette", "statistics", "stdnum", "urllib3"),
     *("uvicorn", "vaderSentiment", "api", "main", "llm_wrapper", "openai_batch", "rich.progress"),
-    *("config.openai_settings", "config.service_settings", "utils.concurrency_controller", "utils.document_files"),
-    *("utils.document_preview", "utils.embedded_mongod", "utils.run_estimate"),
+    *(
+        "config.openai_settings",
+        "config.service_settings",
+        "model_server.concurrency_controller",
+        "domain.document_files",
+    ),
+    *("worker.preview", "embedded.mongod", "worker.timing"),
 }
 LOADED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
 
@@ -40,7 +45,7 @@ def test_a_plain_run_loads_no_library_of_others(site: Site, script: str) -> None
         ended = worker.ended()
     loaded = set(LOADED.findall(ended.err))
     assert (ended.code, site.results.count_documents({})) == (0, 3)
-    assert {"aiohttp", "pymongo", "rich.console", "utils.batch_run"} <= loaded  # they are listed at all
+    assert {"aiohttp", "pymongo", "rich.console", "worker.run"} <= loaded  # they are listed at all
     assert not loaded & OF_OTHERS
 
 

@@ -9,7 +9,7 @@
         retry/batch_001_retry_queue.json        failed documents that get another round
         quarantine/batch_001_quarantine.json    failed documents that get none
         completed/batch_001_completed.json      ids and counts, no text
-        progress/                               written by utils.progress
+        progress/                               written by worker.progress
 
 All are Extended JSON with mode 0600 in folders with mode 0700. MongoDB is the truth; these files
 say what a crash interrupted, and keep answers that could not be written yet.
@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
-from utils import extended_json
-from utils.atomic_file import remove_file, replace_file
-from utils.batch_journal import BatchJournal, Replay, replay_journal
-from utils.directory_lock import DirectoryLock
+from storage import extended_json
+from storage.files import DirectoryLock, remove_file, replace_file
+from storage.journal import BatchJournal, Replay, replay_journal
 
 logger = logging.getLogger(__name__)
 

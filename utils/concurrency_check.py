@@ -1,4 +1,4 @@
-"""Says how many calls the model server really runs at once; utils/slot_probe.py measures it."""
+"""Says how many calls the model server really runs at once; commands/diagnosis/slots.py measures it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from commands.diagnosis.slots import Measurement, measure, without_second_attempts
 from config import Settings, load_settings
 from error_handler import ExitCode
 from logger import configure_logging
-from utils.exit_boundary import exit_code_of
-from utils.slot_probe import Measurement, measure, without_second_attempts
+from utils.process import exit_code_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:

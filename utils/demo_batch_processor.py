@@ -25,15 +25,14 @@ from mongomock_motor import AsyncMongoMockClient
 from batch_processor import BatchProcessor
 from classifier import ReplyParser, build_outcome, classification_flow
 from config import Settings, load_settings, load_taxonomy
+from domain.conversation import Conversation, Outcome
+from domain.text import one_line
 from error_handler import ExitCode, LLMReplyError
 from logger import configure_logging
+from model_server.protocol import ChatReply, ChatTarget
 from prompt_builder import PromptBuilder
-from utils.batch_run import Classify
-from utils.classification import Outcome
-from utils.conversation import Conversation
-from utils.exit_boundary import exit_code_of
-from utils.ollama_protocol import ChatReply, ChatTarget
-from utils.safe_text import one_line
+from utils.process import exit_code_of
+from worker.run import Classify
 
 TARGET = ChatTarget("ollama_chat", "", "", "scripted-demo", None, 8192, "0")
 

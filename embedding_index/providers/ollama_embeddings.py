@@ -16,6 +16,7 @@ import orjson
 
 from config.index_settings import IndexSettings
 from config.settings import Settings
+from domain.text import encodable
 from embedding_index.items import ModelIdentity
 from embedding_index.providers.contract import Answer, RequestLimits, Vectors
 from embedding_index.token_counts import EstimatedCounter
@@ -30,11 +31,10 @@ from error_handler import (
     UnusableVectorsError,
 )
 from llm_wrapper import exchange, open_session
-from utils.bind_address import is_this_machine
-from utils.model_warm_up import ServerRequest
-from utils.safe_text import encodable
-from utils.served_models import count, is_cloud_name, json_object, parse_show, show_body
-from utils.token_estimate import least_tokens
+from model_server.models import count, is_cloud_name, json_object, parse_show, show_body
+from model_server.tokens import least_tokens
+from model_server.warm_up import ServerRequest
+from utils.network import is_this_machine
 
 MOST_INPUTS = 2048  # Ollama has no limit of its own
 UNKNOWN_CONTEXT = 2048  # tokens, where the server does not tell the model's

@@ -23,6 +23,7 @@ import uvloop
 
 from config.index_settings import IndexSettings
 from config.openai_settings import OpenAISettings
+from domain.text import encodable
 from embedding_index.items import ModelIdentity
 from embedding_index.providers.contract import Answer, RequestLimits, Vectors
 from embedding_index.token_counts import EstimatedCounter, openai_counter
@@ -34,8 +35,7 @@ from error_handler import (
     ProviderUnavailableError,
     UnusableVectorsError,
 )
-from utils.bind_address import is_this_machine
-from utils.safe_text import encodable
+from utils.network import is_this_machine
 
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # models whose vectors can be shortened begin so

@@ -1,0 +1,237 @@
+"""How sure the model was of its labels, from the log probabilities that came with its answer. Pure; never raises.
+
+Servers report probabilities from before the grammar that the answer had to follow, of the chosen token and of at most
+20 others. So at each token of a label only those are weighed that begin, or go on with, an allowed label:
+
+* for: they lead to the label of the answer, and settle as much of it as the chosen token does;
+* open: they might still lead there and settle less (the ``"`` before a label, ``A`` where ``Account`` was chosen).
+  They tell nothing and are left out;
+* against: they lead to other labels only.
+
+The probability of a label is the product of for / (for + against) over its tokens; once a single label is possible it
+stays as it is. A label that none of the listed tokens leads to counts against, as much as the least listed token could
+have weighed: at temperature 0 not more than the chosen one either. So a value is rather too low than too high.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from domain.conversation import Classification
+
+FIELDS = ("intent", "topic", "sentiment")
+MAX_TOKENS = 20_000  # an answer has some hundred; more is not one
+_MAX_STARTS = 20
+_DECODER = json.JSONDecoder()
+_WHITESPACE = " \t\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """One token of the answer: where it begins in the joined bytes, and its entry as the server sent it."""
+
+    start: int
+    content: bytes
+    entry: Mapping[str, Any]
+
+
+def label_confidence(
+    tokens: Iterable[Any], reply: str, classification: Classification, labels: Mapping[str, Iterable[str]]
+) -> dict[str, float] | None:
+    """Return the probability of each label of *classification*: intent, topic, sentiment -> 0 to 1, 4 digits.
+
+    *tokens* are the entries of Ollama's ``logprobs`` or of OpenAI's ``choices[0].logprobs.content``, *reply* is the
+    text that *classification* was parsed from, *labels* maps each of the three fields to the allowed labels.
+
+    None where there are no entries, or where anything about them is unclear: they are not those of *reply*, a label
+    is not written as the taxonomy has it, or a token of a label comes without its alternatives.
+    """
+    read = _read_tokens(tokens)
+    spans = _value_spans(reply) if read else None
+    if not read or spans is None:
+        return None
+    joined = b"".join(token.content for token in read)
+    place = _place_of(reply, spans, joined)
+    if place is None:
+        return None
+    found = {}
+    for field in FIELDS:
+        start, end = (place + len(_encoded(reply[:at])) for at in spans[field])
+        probability = _probability(read, (start, end), getattr(classification, field), labels.get(field, ()), joined)
+        if probability is None:
+            return None
+        found[field] = round(probability, 4)
+    return found
+
+
+def needs_review(confidence: Mapping[str, float], review_below: float) -> bool:
+    """Whether the least sure label of *confidence* is below *review_below*."""
+    return min(confidence.values()) < review_below
+
+
+def _read_tokens(entries: Iterable[Any]) -> list[_Token]:
+    """Return *entries* with their bytes and places; nothing where one of them is malformed."""
+    tokens: list[_Token] = []
+    start = 0
+    for entry in entries:
+        content = _content(entry)
+        if content is None or len(tokens) >= MAX_TOKENS:
+            return []
+        tokens.append(_Token(start, content, entry))
+        start += len(content)
+    return tokens
+
+
+def _content(entry: Any) -> bytes | None:
+    """Return the bytes of a token; its text is only read where it has none: parts of a character have no text."""
+    if not isinstance(entry, Mapping):
+        return None
+    values, text = entry.get("bytes"), entry.get("token")
+    if isinstance(values, list):
+        is_bytes = all(type(value) is int and 0 <= value <= 255 for value in values)
+        return bytes(values) if is_bytes else None
+    return _encoded(text) if isinstance(text, str) else None
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _value_spans(reply: str) -> dict[str, tuple[int, int]] | None:
+    """Return where in *reply* the text of each label stands, from after its first quote to after its last."""
+    start = reply.find("{")
+    for _ in range(_MAX_STARTS):  # the same object that classifier.ReplyParser takes
+        if start < 0:
+            return None
+        try:
+            _DECODER.raw_decode(reply, start)
+            spans = {key: (begin + 1, end) for key, begin, end in _strings_of(reply, start)}
+        except (ValueError, IndexError, RecursionError):
+            start = reply.find("{", start + 1)
+            continue
+        return spans if spans.keys() >= set(FIELDS) else None
+    return None
+
+
+def _strings_of(reply: str, start: int) -> Iterator[tuple[str, int, int]]:
+    """Yield key, begin and end of each string value of the object that begins at *start*."""
+    at = _next(reply, start + 1)
+    while reply[at] != "}":
+        key, at = _DECODER.raw_decode(reply, at)
+        begin = _next(reply, _next(reply, at) + 1)  # over the colon
+        value, at = _DECODER.raw_decode(reply, begin)
+        if isinstance(value, str):
+            yield key, begin, at
+        at = _next(reply, at)
+        if reply[at] == ",":
+            at = _next(reply, at + 1)
+
+
+def _next(reply: str, at: int) -> int:
+    """Return the first place from *at* on that is not white space."""
+    while reply[at] in _WHITESPACE:
+        at += 1
+    return at
+
+
+def _place_of(reply: str, spans: Mapping[str, tuple[int, int]], joined: bytes) -> int | None:
+    """Return where in *joined* the first character of *reply* would be.
+
+    Thoughts come before an answer, so its last occurrence counts. Servers cut fences and white space off, or leave
+    them; then the part with the labels has to be there exactly once.
+    """
+    place = joined.rfind(_encoded(reply))
+    if place >= 0:
+        return place
+    first, last = min(begin for begin, _ in spans.values()), max(end for _, end in spans.values())
+    core = _encoded(reply[first:last])
+    return joined.find(core) - len(_encoded(reply[:first])) if joined.count(core) == 1 else None
+
+
+def _probability(
+    tokens: list[_Token], span: tuple[int, int], label: str, allowed: Iterable[str], joined: bytes
+) -> float | None:
+    """Return the probability of *label*, whose text and closing quote are *span* of the *joined* tokens."""
+    start, end = span
+    written = joined[start:end]
+    possible = {name: _encoded(json.dumps(name, ensure_ascii=False)[1:]) for name in allowed}
+    if possible.get(label) != written:
+        return None
+    probability = 1.0
+    for token in tokens:
+        if token.start + len(token.content) <= start or token.start >= end or not token.content:
+            continue
+        if len(possible) == 1:
+            break
+        done = max(0, token.start - start)
+        lead = joined[token.start : start]  # what the token holds before the label begins
+        rest = {name: form[done:] for name, form in possible.items()}
+        share = _share(token, lead, rest, label)
+        if share is None:
+            return None
+        probability *= share
+        possible = {name: possible[name] for name in _leads_to(token.content, lead, rest)}
+    return probability
+
+
+def _leads_to(content: bytes, lead: bytes, rest: Mapping[str, bytes]) -> set[str]:
+    """Return the labels, each with what is left to write of it, that a token of *content* begins or goes on with."""
+    if len(content) <= len(lead):
+        return set(rest) if content and lead.startswith(content) else set()
+    if not content.startswith(lead):
+        return set()
+    content = content[len(lead) :]
+    return {name for name, form in rest.items() if form.startswith(content) or content.startswith(form)}
+
+
+def _share(token: _Token, lead: bytes, rest: Mapping[str, bytes], label: str) -> float | None:
+    """Return what *token* leaves of the probability of *label*; None where its entry does not tell."""
+    chosen = _weight(token.entry)
+    others = _alternatives(token)
+    if not chosen or not others:
+        return None
+    settled = _leads_to(token.content, lead, rest)
+    weight_for, weight_against, covered = chosen, 0.0, set(settled)
+    for content, weight in others:
+        leads_to = _leads_to(content, lead, rest)
+        if label in leads_to and not leads_to <= settled:
+            continue
+        covered |= leads_to
+        if label in leads_to:
+            weight_for += weight
+        elif leads_to:
+            weight_against += weight
+    least = min(chosen, *(weight for _, weight in others))
+    weight_against += least * len(rest.keys() - covered)
+    return weight_for / (weight_for + weight_against)
+
+
+def _alternatives(token: _Token) -> list[tuple[bytes, float]] | None:
+    """Return bytes and probability of each listed alternative to *token*; None where one is malformed."""
+    listed = token.entry.get("top_logprobs")
+    if not isinstance(listed, list):
+        return None
+    others = []
+    is_chosen_seen = False
+    for entry in listed:
+        content = _content(entry)
+        weight = None if content is None else _weight(entry)
+        if content is None or weight is None:
+            return None
+        if content == token.content and not is_chosen_seen:
+            is_chosen_seen = True  # the list names the chosen token as well
+            continue
+        others.append((content, weight))
+    return others
+
+
+def _weight(entry: Any) -> float | None:
+    """Return the probability that *entry* states; None where it states none."""
+    value = entry.get("logprob")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e6 <= value <= 0.01:
+        return None  # NaN is in no range
+    return math.exp(min(0.0, value))

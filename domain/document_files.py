@@ -1,0 +1,287 @@
+"""Source documents from files: JSON, JSONL (Extended JSON) and CSV, in any accepted shape.
+
+JSONL and CSV of single queries are streamed. Rows of one conversation can lie anywhere in a CSV, so
+those are put together in a temporary SQLite table, which goes to disk when it outgrows a few
+megabytes. Only a JSON array is held in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import itertools
+import json
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from error_handler import ConfigurationError
+from storage import extended_json
+from storage.contract import Document
+
+logger = logging.getLogger(__name__)
+
+JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
+CSV_SUFFIXES = frozenset({".csv", ".tsv"})
+DELIMITERS = ",;\t|"
+
+TWCS_COLUMNS = ("tweet_id", "author_id", "inbound", "created_at", "text", "in_response_to_tweet_id")
+MESSAGE_COLUMNS = ("conversation_number", "sender", "text")
+QUERY_COLUMNS = ("text",)
+
+_CONVERSATION_FIELDS = frozenset({"_id", "conversation_number", "status", "last_processed_at", "status_reason"})
+_QUERY_FIELDS = frozenset({"_id", "text", "metadata", "processed", "processing_attempts", "status_reason"})
+_SHAPES = "an object with tweets (a list), messages (a list) or text"
+
+# A conversation starts where a customer answers nobody, or somebody whose tweet is not in the file.
+_THREAD_STARTS = """
+    SELECT place FROM entries WHERE inbound AND (parent = '' OR parent NOT IN (SELECT name FROM entries)) ORDER BY place
+"""
+# Depth first: an answer follows what it answers.
+_THREAD = """
+    WITH RECURSIVE thread (name, entry, place, depth) AS (
+        SELECT name, entry, place, 0 FROM entries WHERE place = ?
+        UNION ALL
+        SELECT entries.name, entries.entry, entries.place, depth + 1
+        FROM entries JOIN thread ON entries.parent = thread.name
+        ORDER BY 4 DESC, 3
+    )
+    SELECT entry FROM thread
+"""
+_GROUPS = """
+    SELECT name, entry FROM entries JOIN (SELECT name, MIN(place) AS first FROM entries GROUP BY name) USING (name)
+    ORDER BY first, place
+"""
+
+Row = dict[str, str]
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Yield the documents of *path*, ready for MongoDB; those without ``_id`` stay without.
+
+    JSON holds one array or one object, JSONL one object per line. A CSV has a header with the columns
+    of TWCS_COLUMNS (threads of tweets), MESSAGE_COLUMNS (rows of one conversation_number make one
+    document; optional timestamp) or QUERY_COLUMNS (optional id, source, timestamp). Other suffixes are
+    told apart by their first character. A missing status becomes pending, a missing ``processed``
+    False. Documents of labelled data sets (``gold``, or ``source`` with ``license``) lose what is not
+    of their shape.
+
+    Raises:
+        ConfigurationError: While iterating; names the file, the line, and what is expected there.
+            Documents already yielded stay valid.
+    """
+    suffix = path.suffix.lower()
+    is_json = suffix in JSON_SUFFIXES or (suffix not in CSV_SUFFIXES and _starts_like_json(path))
+    yield from _read_json(path) if is_json else _read_csv(path)
+
+
+def _read_json(path: Path) -> Iterator[Document]:
+    with _opened(path) as file:
+        first = next((line for line in _without_bom(file) if line.strip()), b"")
+    if _is_object(first):
+        yield from _read_lines(path)
+        return
+    with _opened(path) as file:
+        value = _loads(path, file.read().removeprefix(codecs.BOM_UTF8), None)
+    if isinstance(value, list):
+        for number, document in enumerate(value, 1):
+            yield _ready(document, f"{path}, element {number}")
+    else:
+        yield _ready(value, f"{path}, line 1")
+
+
+def _read_lines(path: Path) -> Iterator[Document]:
+    with _opened(path) as file:
+        for number, line in enumerate(_without_bom(file), 1):
+            if line.strip():
+                yield _ready(_loads(path, line, number), f"{path}, line {number}")
+
+
+def _read_csv(path: Path) -> Iterator[Document]:
+    with _opened(path) as file:
+        lines = _text_lines(path, file)
+        first = next(lines, "")
+        reader = csv.reader(itertools.chain([first], lines), delimiter=max(DELIMITERS, key=first.count), strict=True)
+        rows = _rows(path, reader)
+        header = next(rows, (0, []))[1]
+        columns = [name.strip().lower() for name in header]
+        if "tweet_id" in columns:
+            documents = _twcs(path, _fields(path, rows, columns, TWCS_COLUMNS))
+        elif "conversation_number" in columns or "sender" in columns:
+            documents = _messages(path, _fields(path, rows, columns, MESSAGE_COLUMNS))
+        else:
+            documents = (_query(row) for _, row in _fields(path, rows, columns, QUERY_COLUMNS))
+        yield from documents
+
+
+def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
+    def entries() -> Iterator[tuple[str, str, bool, str]]:
+        for line, row in rows:
+            inbound = {"true": True, "false": False}.get(row["inbound"].strip().lower())
+            name = _tweet_name(row["tweet_id"])
+            if inbound is None or not name:
+                expected = "True or False in the column inbound" if name else "a number in the column tweet_id"
+                raise ConfigurationError(f"{path}, line {line}: expected {expected}.")
+            tweet = {
+                "tweet_id": int(name) if name.isdecimal() and len(name) < 19 else name,
+                "author_id": row["author_id"],
+                "inbound": inbound,
+                "created_at": row["created_at"],
+                "text": row["text"],
+            }
+            yield name, _tweet_name(row["in_response_to_tweet_id"]), inbound, json.dumps(tweet)
+
+    with _table(path) as table:
+        # A tweet that is listed twice counts once.
+        table.executemany("INSERT OR IGNORE INTO entries (name, parent, inbound, entry) VALUES (?, ?, ?, ?)", entries())
+        table.execute("CREATE INDEX replies ON entries (parent)")
+        threaded = 0
+        for number, (place,) in enumerate(table.execute(_THREAD_STARTS), 1):
+            tweets = [json.loads(entry) for (entry,) in table.execute(_THREAD, (place,))]
+            threaded += len(tweets)
+            yield {"conversation_number": str(number), "tweets": tweets, "status": "pending"}
+        left_out = table.execute("SELECT COUNT(*) FROM entries").fetchone()[0] - threaded
+    if left_out:
+        logger.warning("%s: %d tweets belong to no thread that a customer started; they were left out", path, left_out)
+
+
+def _messages(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
+    def entries() -> Iterator[tuple[str, str]]:
+        for line, row in rows:
+            number = row["conversation_number"].strip()
+            if not number:
+                raise ConfigurationError(f"{path}, line {line}: expected a value in the column conversation_number.")
+            message = {name: row[name] for name in ("sender", "timestamp", "text") if row.get(name) or name == "text"}
+            yield number, json.dumps(message)
+
+    with _table(path, unique_names=False) as table:
+        table.executemany("INSERT INTO entries (name, entry) VALUES (?, ?)", entries())
+        for number, group in itertools.groupby(table.execute(_GROUPS), key=lambda pair: pair[0]):
+            messages = [json.loads(entry) for _, entry in group]
+            yield {"conversation_number": number, "messages": messages, "status": "pending"}
+
+
+def _query(row: Row) -> Document:
+    document_id = row.get("_id") or row.get("id")
+    metadata = {name: row[name] for name in ("source", "timestamp") if row.get(name)}
+    document: Document = {"_id": document_id} if document_id else {}
+    return {**document, "text": row["text"], "metadata": metadata, "processed": False, "processing_attempts": 0}
+
+
+def _ready(document: Any, place: str) -> Document:
+    """Return *document* with its status fields; *place* names it where it has none of the accepted shapes."""
+    fields: Document = document if isinstance(document, dict) else {}
+    turns = next((name for name in ("tweets", "messages") if isinstance(fields.get(name), list)), None)
+    if turns is None and not isinstance(fields.get("text"), str):
+        raise ConfigurationError(f"{place}: expected {_SHAPES}.")
+    if "gold" in fields or {"source", "license"} <= fields.keys():
+        kept = _CONVERSATION_FIELDS | {turns} if turns else _QUERY_FIELDS
+        fields = {name: value for name, value in fields.items() if name in kept}
+    if "status" in fields or "processed" in fields:
+        return fields
+    return fields | ({"status": "pending"} if turns else {"processed": False, "processing_attempts": 0})
+
+
+def _fields(
+    path: Path, rows: Iterator[tuple[int, list[str]]], columns: list[str], needed: tuple[str, ...]
+) -> Iterator[tuple[int, Row]]:
+    """Yield each row by column name, with its line."""
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        layouts = "; ".join(",".join(layout) for layout in (TWCS_COLUMNS, MESSAGE_COLUMNS, QUERY_COLUMNS))
+        raise ConfigurationError(
+            f"{path}, line 1: the column {', '.join(missing)} is missing; expected the columns of one of: {layouts}."
+        )
+    for line, row in rows:
+        if len(row) != len(columns):
+            raise ConfigurationError(
+                f"{path}, line {line}: expected {len(columns)} values, as the header has, and found {len(row)}."
+            )
+        yield line, dict(zip(columns, row, strict=True))
+
+
+def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a csv reader that are not blank, each with the line it starts on."""
+    start = 1
+    try:
+        for row in reader:
+            if row:
+                yield start, row
+            start = reader.line_num + 1
+    except csv.Error as exc:
+        raise ConfigurationError(
+            f"{path}, the row from line {start}: expected CSV with texts in double quotes, quotes inside doubled."
+        ) from exc
+
+
+def _text_lines(path: Path, file: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(_without_bom(file), 1):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as exc:
+            raise ConfigurationError(f"{path}, line {number}: expected UTF-8; save the file in that encoding.") from exc
+
+
+def _loads(path: Path, data: bytes, line: int | None) -> Any:
+    """Return the value of *data*, which is *line* of the file, or the whole file where None."""
+    try:
+        return extended_json.loads(data.decode())
+    except UnicodeDecodeError as exc:
+        line = line or data[: exc.start].count(b"\n") + 1
+        raise ConfigurationError(f"{path}, line {line}: expected UTF-8; save the file in that encoding.") from exc
+    except ValueError as exc:
+        line = line or getattr(exc, "lineno", 1)
+        raise ConfigurationError(
+            f"{path}, line {line}: expected (Extended) JSON: one array, one object, or one object per line."
+        ) from exc
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether *line* is a whole JSON object, so that the file is JSONL."""
+    try:
+        return line.lstrip().startswith(b"{") and isinstance(extended_json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _starts_like_json(path: Path) -> bool:
+    with _opened(path) as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
+
+
+def _without_bom(file: BinaryIO) -> Iterator[bytes]:
+    yield file.readline().removeprefix(codecs.BOM_UTF8)
+    yield from file
+
+
+def _tweet_name(value: str) -> str:
+    return value.strip().removesuffix(".0")  # a column with gaps that went through pandas has become floats
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as exc:
+        raise ConfigurationError(f"{path} cannot be read ({exc.strerror}); name a file of documents.") from exc
+
+
+@contextmanager
+def _table(path: Path, *, unique_names: bool = True) -> Iterator[sqlite3.Connection]:
+    """Open a temporary table that SQLite keeps in a file without a name, gone when it is closed."""
+    unique = "UNIQUE" if unique_names else ""
+    try:
+        # Pages may be read by one thread after another, never by two at once.
+        with closing(sqlite3.connect("", check_same_thread=False)) as table:
+            table.execute(
+                f"CREATE TABLE entries (place INTEGER PRIMARY KEY, name TEXT {unique}, parent TEXT, inbound, entry TEXT)"
+            )
+            yield table
+    except sqlite3.Error as exc:
+        raise ConfigurationError(
+            f"{path} cannot be put together in the temporary folder ({exc}); free space, or set TMPDIR to a larger disk."
+        ) from exc

@@ -1,0 +1,101 @@
+"""What a document needs, told from the document, its result, and the plan of a run. Nothing is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from domain.conversation import Conversation, input_sha256, result_fingerprint
+from error_handler import SkippedDocumentError
+from storage.contract import Document
+from storage.extended_json import id_key
+
+Kind = Literal["new", "changed", "stale", "failed", "skipped", "done", "unjudged", "foreign"]
+Only = Literal["new", "changed", "stale", "failed"]
+
+SELECTABLE: tuple[Only, ...] = ("new", "changed", "stale", "failed")
+REPLACED: tuple[Only, ...] = ("changed", "stale")  # those of them whose result is replaced
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How a stored result was made; None where it does not say, as those of earlier versions."""
+
+    input_sha256: str | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StalenessChecker:
+    """Judges documents.
+
+    *plan* is the plan_fingerprint of a run now; None where the model server was not asked. *made* returns, by
+    ``id_key``, how the results of the ids it gets were made. *queued* returns the ``id_key`` of each document in the
+    retry queue or in quarantine.
+    """
+
+    aggregate: Callable[[Document], Conversation]
+    plan: str | None
+    made: Callable[[list[Any]], Awaitable[dict[bytes, Made]]]
+    queued: Callable[[], set[bytes]] = set
+
+    async def of(self, documents: list[Document], queued: set[bytes]) -> list[tuple[Document, Kind]]:
+        """Return *documents*, each with its kind; *queued* are the keys of those that wait in local files."""
+        made = await self.made([document["_id"] for document in documents])
+        keys = [id_key(document["_id"]) for document in documents]
+        return [
+            (document, self.kind(document, made.get(key), is_queued=key in queued))
+            for key, document in zip(keys, documents, strict=True)
+        ]
+
+    async def settled(self, documents: list[Document], only: Only) -> set[bytes]:
+        """Return the ``id_key`` of those *documents* that have a result and are not of the kind *only*.
+
+        Failures are passed over: whether a document failed says nothing about its result.
+        """
+        made = await self.made([document["_id"] for document in documents])
+        found = ((document, made.get(id_key(document["_id"]))) for document in documents)
+        return {
+            id_key(document["_id"])
+            for document, result in found
+            if result is not None and self._fits(document, result) != only
+        }
+
+    def kind(self, document: Document, made: Made | None, *, is_queued: bool = False) -> Kind:
+        """Return what *document* needs, *made* telling of its result (None: it has none)."""
+        state = _state(document)
+        if state == "foreign":
+            return "foreign"
+        fit = "new" if made is None else self._fits(document, made)
+        if fit in ("done", "skipped"):
+            return fit
+        if is_queued or state == "failed":
+            return "failed"
+        return "skipped" if made is None and state == "skipped" else fit
+
+    def _fits(self, document: Document, made: Made) -> Kind:
+        """Return whether the result is that of the document now: done, changed, stale, unjudged, or nothing to ask."""
+        try:
+            input_hash = input_sha256(self.aggregate(document))
+        except SkippedDocumentError:
+            return "skipped"
+        if made.input_sha256 is not None and made.input_sha256 != input_hash:
+            return "changed"
+        if self.plan is None:
+            return "unjudged"
+        return "done" if made.fingerprint == result_fingerprint(self.plan, input_hash) else "stale"
+
+
+def _state(document: Document) -> Literal["open", "failed", "skipped", "foreign"]:
+    """Return what *document* says of itself; single queries have no status, theirs are two other fields."""
+    status = document.get("status")
+    if status is None:
+        if document.get("status_reason") is None:
+            return "open"
+        return "skipped" if document.get("processed") is True else "failed"
+    if status == "failed":
+        return "failed"
+    if status == "skipped":
+        return "skipped"
+    return "open" if status in ("pending", "processing", "processed") else "foreign"

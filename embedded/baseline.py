@@ -1,0 +1,169 @@
+"""A classifier without a model: word lists and VADER, for ``--embedded`` where no model server answers.
+
+docs/baseline.md says how well it does, and how its constants were chosen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from config.taxonomy import Label, Taxonomy, fold_label
+from domain.conversation import Classification, Conversation
+from error_handler import ConfigurationError
+
+BASELINE_MODEL = "baseline-vader-1"
+
+# VADER's usual limits are +-0.05; "Thanks" and "Cheers" at the end of a request make the upper one too low.
+POSITIVE_FROM = 0.4
+NEGATIVE_TO = -0.05
+
+# People say what they want in their first message, and agents repeat what it is about.
+FIRST_TURN, LATER_TURN, AGENT_TURN = 2.0, 1.0, 0.5
+
+# VADER rates words as people do on social media; in a support conversation these are neither good nor bad news.
+_NO_FEELING = (
+    "accept alert cancel care careful chance credit dear free help helped helping helps hope interest join like "
+    "number ok okay play playing please pls pray secure security share shared sharing support supported supporting "
+    "supports sure top united want well yes"
+)
+_FEELING = {
+    1.0: "thank thanks thx ty",
+    -0.8: "hold hour hours issue issues still wait",
+    -1.2: "canceled delays disconnected dropped frozen incorrect joke late outage slow unable waited waiting",
+    -1.6: "crashed crashes crashing glitch glitches glitchy ignored overbooked undelivered unresolved unresponsive",
+    -2.2: "nightmare overcharged stranded unhelpful unprofessional unreliable",
+}
+
+# VADER needs time in the square of a text's words: it gets pieces, and not more of them than a long complaint has.
+_PIECE = re.compile(r"\S.{0,299}(?!\S)|\S{1,300}", re.DOTALL)
+_PIECES_READ = 200
+
+_NOT_PROSE = re.compile(r"https?://\S+|@\w+")
+_WORD = re.compile(r"\w+")
+_APOSTROPHES = str.maketrans("", "", "'\N{RIGHT SINGLE QUOTATION MARK}")
+_IGNORED = frozenset(_WORD.findall("a an the this that these those my your our his her their"))
+
+# Words that questions and requests of every kind share say little about which kind it is.
+_FUNCTION_WORD_WEIGHT = 0.25
+_FUNCTION_WORDS = frozenset(
+    _WORD.findall(
+        "about am and any anyone are at be been by can check could did didnt do does doesnt dont for from get got had "
+        "has have help how i id if ill im in is isnt it its ive just know let like me need no not of on or please "
+        "possible see so some tell than there they to up us very wanna want was we what whats when where wheres which "
+        "who why will with would you"
+    )
+)
+
+
+class BaselineClassifier:
+    """Labels by the taxonomy's phrases (English in the shipped file) and VADER's English lexicon.
+
+    Raises:
+        ConfigurationError: The taxonomy lacks Positive, Neutral or Negative; other names mean nothing to VADER.
+    """
+
+    def __init__(self, taxonomy: Taxonomy) -> None:
+        # A run that asks a model takes no more than the baseline's name from this module.
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415
+
+        self._intents = _PhraseIndex(taxonomy.intents)
+        self._topics = _PhraseIndex(taxonomy.topics)
+        self._sentiments = {fold_label(name): name for name in taxonomy.sentiments}
+        if missing := {"positive", "neutral", "negative"} - self._sentiments.keys():
+            raise ConfigurationError(
+                f"The built-in baseline needs the sentiment {min(missing).capitalize()} in the taxonomy; "
+                "add it, or start a model server."
+            )
+        self._vader = SentimentIntensityAnalyzer()
+        self._vader.lexicon.update(dict.fromkeys(_NO_FEELING.split(), 0.0))
+        for valence, words in _FEELING.items():
+            self._vader.lexicon.update(dict.fromkeys(words.split(), valence))
+        # Written out here, emoji count towards the length of a piece; VADER would do it inside one.
+        self._emoji = {ord(emoji): f" {name} " for emoji, name in self._vader.emojis.items() if len(emoji) == 1}
+
+    def classify(self, conversation: Conversation) -> Classification:
+        """Return the labels: intent and sentiment from the customer's turns, topic from all of them.
+
+        Time is linear in the length of the texts; sentiment reads their first 60,000 characters. No
+        phrase found, or two labels equally strong, makes Other (without one, the group's last label).
+        """
+        customer: list[tuple[str, float]] = []
+        others: list[tuple[str, float]] = []
+        for turn in conversation.turns:
+            words = _normalised(turn.text)
+            if turn.sender == "customer":
+                customer.append((words, LATER_TURN if customer else FIRST_TURN))
+            else:
+                others.append((words, AGENT_TURN))
+        intent = self._intents.strongest(customer)
+        topic = self._topics.strongest(customer + others)
+        return Classification(
+            categorization=f"Baseline: {intent} about {topic}",
+            intent=intent,
+            topic=topic,
+            sentiment=self._sentiment(conversation.customer_texts),
+        )
+
+    def _sentiment(self, texts: list[str]) -> str:
+        """Judge by the mean compound of the pieces that show a feeling, so that plain answers do not dilute it."""
+        compounds = (
+            self._vader.polarity_scores(piece)["compound"] for piece in islice(self._pieces(texts), _PIECES_READ)
+        )
+        felt = [compound for compound in compounds if compound]
+        mean = sum(felt) / len(felt) if felt else 0.0
+        if mean >= POSITIVE_FROM:
+            return self._sentiments["positive"]
+        return self._sentiments["negative" if mean <= NEGATIVE_TO else "neutral"]
+
+    def _pieces(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            for match in _PIECE.finditer(_NOT_PROSE.sub(" ", text).translate(self._emoji)):
+                yield match.group()
+
+
+class _PhraseIndex:
+    """The phrases of one group of labels, found in one pass."""
+
+    def __init__(self, labels: tuple[Label, ...]) -> None:
+        names = [label.name for label in labels]
+        self._other = next((name for name in names if fold_label(name) == "other"), names[-1])
+        self._labels: defaultdict[str, set[str]] = defaultdict(set)
+        for label in labels:
+            for phrase in label.phrases:
+                if words := _normalised(phrase):
+                    self._labels[words].add(label.name)
+        # Longest first, so that "refund policy" is not also a "refund".
+        phrases = sorted(self._labels, key=len, reverse=True)
+        self._regex = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b") if phrases else None
+
+    def strongest(self, texts: Iterable[tuple[str, float]]) -> str:
+        """Return the label with the most weight in *texts* (normalised text, weight); see ``classify`` for ties.
+
+        A phrase counts once, where it weighs most, so that repeating it wins nothing.
+        """
+        if self._regex is None:
+            return self._other
+        found: dict[str, float] = {}
+        for text, weight in texts:
+            for phrase in set(self._regex.findall(text)):
+                found[phrase] = max(found.get(phrase, 0.0), weight)
+        scores: defaultdict[str, float] = defaultdict(float)
+        for phrase, weight in found.items():
+            for name in self._labels[phrase]:
+                scores[name] += weight * _specificity(phrase)
+        best = max(scores.values(), default=0.0)
+        names = [name for name, score in scores.items() if score == best]
+        return names[0] if len(names) == 1 else self._other
+
+
+def _specificity(phrase: str) -> float:
+    return sum(_FUNCTION_WORD_WEIGHT if word in _FUNCTION_WORDS else 1.0 for word in phrase.split())
+
+
+def _normalised(text: str) -> str:
+    """Return the words of *text*, case-folded, one space between; addresses, articles and possessives left out."""
+    words = _WORD.findall(_NOT_PROSE.sub(" ", text).casefold().translate(_APOSTROPHES))
+    return " ".join(word for word in words if word not in _IGNORED)

@@ -1,0 +1,174 @@
+"""Who may ask what: host names, API keys, rates, and whether the service is still open."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import math
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from config.service_settings import Exposure, ServiceSettings
+from error_handler import RequestError
+from service.errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG_HOST
+
+CLASSIFY, SIMILAR, HEALTH, READY, METRICS, DOCS, OPENAPI = (
+    "/classify",
+    "/similar",
+    "/health",
+    "/ready",
+    "/metrics",
+    "/docs",
+    "/openapi.json",
+)
+ASKED = (CLASSIFY, SIMILAR)  # what people ask for; the other routes are for operators
+ANONYMOUS = "anonymous"
+WRONG_KEYS_PER_MINUTE = 60  # of one address; guessing 16 characters this way has no end
+STOPPING_RETRY_AFTER_S = 5
+
+_THIS_MACHINE = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+
+
+def route_of(path: str) -> str:
+    """Return the route that *path* belongs to: one of a closed list, fit for metrics and logs."""
+    if path.startswith("/docs/"):
+        return DOCS
+    return path if path in (*ASKED, HEALTH, READY, METRICS, DOCS, OPENAPI) else "other"
+
+
+class ServiceGate:
+    """Decides about a request by its head alone."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._keys = KeyRing(settings.named_keys)
+        self._is_local_only = not self._keys and not settings.allow_unauthenticated
+        self._exposure: dict[str, Exposure] = {
+            CLASSIFY: "key",
+            SIMILAR: "key",
+            DOCS: settings.expose_docs,
+            OPENAPI: settings.expose_docs,
+            METRICS: settings.expose_metrics,
+        }
+        self._rates = RateLimiter(settings.rate_limit_per_minute)
+        self._wrong_keys = RateLimiter(WRONG_KEYS_PER_MINUTE)
+        self.stopping = False
+
+    def admit(self, route: str, headers: Headers, client: Any) -> str:
+        """Return the caller's name: that of the key, else ANONYMOUS.
+
+        Args:
+            route: From ``route_of``.
+            headers: Names in lower case.
+            client: (address, port), or None where the server does not know.
+
+        Raises:
+            RequestError: WRONG_HOST, NOT_FOUND, UNAUTHENTICATED, TOO_MANY or STOPPING.
+        """
+        if self._is_local_only and not _THIS_MACHINE.fullmatch(headers.get(b"host", b"localhost")):
+            raise RequestError(WRONG_HOST)  # a page in a browser here that calls itself by another name
+        exposure = self._exposure.get(route, "public")
+        if exposure == "off":
+            raise RequestError(NOT_FOUND)
+        address = str(client[0]) if client else ""
+        caller = ANONYMOUS
+        if self._keys and exposure == "key":
+            caller = self._require_key(headers, address)
+        if route in ASKED:
+            self._require_pace(self._rates, caller if self._keys else address)
+            if self.stopping:
+                raise RequestError(STOPPING, retry_after_s=STOPPING_RETRY_AFTER_S)
+        return caller
+
+    def _require_key(self, headers: Headers, address: str) -> str:
+        caller = self._keys.caller(headers)
+        if caller is None:
+            if presented_key(headers):
+                self._require_pace(self._wrong_keys, address)
+            raise RequestError(UNAUTHENTICATED)
+        return caller
+
+    def _require_pace(self, limiter: RateLimiter, caller: str) -> None:
+        wait_s = limiter.take(caller)
+        if wait_s:
+            raise RequestError(TOO_MANY, retry_after_s=max(1, math.ceil(wait_s)))
+
+
+Headers = Mapping[bytes, bytes]
+
+
+class KeyRing:
+    """The keys that are let in, as (name, key) pairs; empty where everybody is."""
+
+    def __init__(self, named_keys: Iterable[tuple[str, str]]) -> None:
+        self._digests = [(name, hashlib.sha256(key.encode()).digest()) for name, key in named_keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def caller(self, headers: Headers) -> str | None:
+        """Return the name that belongs to the key in *headers* (names in lower case); None where it is none of ours.
+
+        Every key is compared, whichever matches, so that the time tells nothing.
+        """
+        presented = hashlib.sha256(presented_key(headers)).digest()
+        found = None
+        for name, digest in self._digests:
+            if hmac.compare_digest(presented, digest):
+                found = name
+        return found
+
+
+def presented_key(headers: Headers) -> bytes:
+    """Return the key in ``X-API-Key`` or ``Authorization`` (Bearer, or the password of Basic); empty without one.
+
+    Basic is there for browsers and scrapers, which have no other way to show a key.
+    """
+    if b"x-api-key" in headers:
+        return headers[b"x-api-key"]
+    scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        return credentials.strip()
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return b""
+
+
+MAX_CALLERS = 10_000
+
+
+class RateLimiter:
+    """Lets each caller send *per_minute* requests a minute, and as many at once after a quiet minute.
+
+    0 means no limit. Remembers MAX_CALLERS callers; the one that was silent longest is forgotten,
+    which can only give it tokens back. *clock* counts seconds.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._capacity = float(per_minute)
+        self._per_s = per_minute / 60
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # caller -> tokens, at
+
+    def take(self, caller: str) -> float:
+        """Count one request of *caller*; return 0.0, or the seconds until the next one is allowed.
+
+        A refused request costs nothing.
+        """
+        if not self._capacity:
+            return 0.0
+        now = self._clock()
+        tokens, at = self._buckets.pop(caller, (self._capacity, now))
+        tokens = min(self._capacity, tokens + (now - at) * self._per_s)
+        allowed = tokens >= 1.0
+        self._buckets[caller] = (tokens - 1.0 if allowed else tokens, now)
+        if len(self._buckets) > MAX_CALLERS:
+            self._buckets.popitem(last=False)
+        return 0.0 if allowed else (1.0 - tokens) / self._per_s

@@ -1,0 +1,94 @@
+"""One answer for each Idempotency-Key, however often and however parallel it is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from error_handler import RequestError
+from service.errors import KEY_REUSED
+
+T = TypeVar("T")
+Key = tuple[str, str]  # caller, Idempotency-Key
+
+
+@dataclass(slots=True)
+class _Entry(Generic[T]):
+    fingerprint: bytes
+    task: asyncio.Task[T]
+    started_at: float
+    askers: int = 0
+
+
+class IdempotencyStore(Generic[T]):
+    """Keeps answers in memory for *retention_s* seconds, *max_keys* of them; a restart forgets them.
+
+    Failures are not kept: the next request with the key asks again. *clock* counts seconds.
+    """
+
+    def __init__(self, retention_s: float, max_keys: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._retention_s = retention_s
+        self._max_keys = max_keys
+        self._clock = clock
+        self._entries: OrderedDict[Key, _Entry[T]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    async def answer(self, key: Key, fingerprint: bytes, ask: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, bool]:
+        """Return the answer to *key*, and whether it was asked for before.
+
+        The first asker starts *ask*; who comes while it runs waits for the same. It is cancelled
+        when all of them have left.
+
+        Raises:
+            RequestError: KEY_REUSED where *fingerprint*, of the request, is not that of the first; or
+                whatever *ask* raises.
+        """
+        self._forget_old()
+        entry = self._entries.get(key)
+        replayed = entry is not None
+        if entry is None:
+            entry = self._entries[key] = _Entry(fingerprint, asyncio.create_task(ask()), self._clock())
+            self._forget_surplus()
+        elif entry.fingerprint != fingerprint:
+            raise RequestError(KEY_REUSED)
+        entry.askers += 1
+        try:
+            return await asyncio.shield(entry.task), replayed
+        finally:
+            entry.askers -= 1
+            await self._leave(key, entry)
+
+    async def _leave(self, key: Key, entry: _Entry[T]) -> None:
+        """Drop what is no answer; end the work that nobody waits for, and wait until it has ended."""
+        task = entry.task
+        if not task.done() and not entry.askers:
+            self._drop(key, entry)
+            task.cancel()
+            await asyncio.wait([task])
+        if task.done() and (task.cancelled() or task.exception() is not None):
+            self._drop(key, entry)
+
+    def _drop(self, key: Key, entry: _Entry[T]) -> None:
+        if self._entries.get(key) is entry:
+            del self._entries[key]
+
+    def _forget_old(self) -> None:
+        before = self._clock() - self._retention_s
+        while self._entries:
+            key, entry = next(iter(self._entries.items()))
+            if entry.started_at > before or not entry.task.done():
+                break
+            del self._entries[key]
+
+    def _forget_surplus(self) -> None:
+        """Drop the oldest answer; work that runs is never dropped, and places bound how much there is."""
+        if len(self._entries) > self._max_keys:
+            oldest = next((key for key, entry in self._entries.items() if entry.task.done()), None)
+            if oldest is not None:
+                del self._entries[oldest]

@@ -1,0 +1,185 @@
+"""``cli.py estimate`` as a real process, against a real MongoDB and a fake model server that keeps time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bson import ObjectId
+from pydantic import SecretStr
+
+from batch_processor import BatchProcessor
+from config import Settings, load_settings
+from tests.fakes.fake_ollama import FakeOllama
+from tests.worker.site import Site, conversation, documents_of_all_shapes, open_site, until
+
+SAMPLE = 40
+
+
+def settings_of(site: Site, calls: int) -> Settings:
+    assert site.model is not None
+    return load_settings(
+        mongodb_uri=SecretStr(site.uri),
+        db_name=site.database.name,
+        ollama_endpoint=site.model.url,
+        ollama_model="llama3.2",
+        max_concurrent=calls,
+        batch_files_dir=site.directory,
+    )
+
+
+def estimated(site: Site, *flags: str, code: int = 0) -> dict[str, Any]:
+    ended = site.run("estimate", "--json", *flags)
+    assert ended.code == code, ended.said
+    answer: dict[str, Any] = json.loads(ended.out)
+    return answer
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("calls", "slots"), [(10, 4), (5, 16)], ids=["busy server", "free slots"])
+async def test_the_time_is_near_that_of_the_real_run(
+    calls: int, slots: int, mongodb_uri: str, db_name: str, tmp_path: Path
+) -> None:
+    """The rest of the collection, run afterwards; sampling errs by some percent here, a busy machine by more."""
+    timing = {"latency": "lognormal", "mean_s": 0.15, "sigma": 0.3, "latency_key": "text", "seed": 4}
+    with (
+        FakeOllama(slots=slots, load_delay_s=1.5, user_message=0, **timing) as model,
+        open_site(mongodb_uri, db_name, model, tmp_path) as site,
+    ):
+        site.source.insert_many([conversation(number) for number in range(200)])
+        answer = estimated(site, "--sample", str(SAMPLE), "--max-concurrent", str(calls))
+        assert site.results.count_documents({}) == SAMPLE
+        assert answer["left"] == answer["to_classify"] == 200 - SAMPLE
+        async with BatchProcessor(settings_of(site, calls)) as processor:
+            start_s = time.monotonic()
+            stats = await processor.run()
+            truth_s = time.monotonic() - start_s
+        assert stats["successful"] == 200 - SAMPLE
+    quote = answer["time"]
+    assert 0.7 <= quote["expected_s"] / truth_s <= 1.4, (quote, truth_s)
+    assert quote["low_s"] < quote["expected_s"] < quote["high_s"]
+    assert answer["server"]["is_busy"] is (calls > slots)
+    assert answer["server"]["slots"] == (slots if calls > slots else None)
+    more = answer["concurrency"][1]
+    assert more["is_at_best"] is (calls < slots)
+    assert more["expected_s"] / quote["expected_s"] == pytest.approx(1.0 if calls > slots else 0.5, abs=0.1)
+    assert 1.2 <= answer["sample"]["load_s"] <= 5.0
+
+
+def test_the_table_says_everything_and_the_sample_is_spread_and_kept(site: Site) -> None:
+    """Ids of several types, documents of all shapes, some with nothing to classify, some done before."""
+    documents = documents_of_all_shapes(130)
+    documents += [conversation(1000 + number, _id=f"text-{number:04}") for number in range(60)]
+    documents += [conversation(2000 + number, _id=ObjectId()) for number in range(60)]
+    site.source.insert_many(documents)
+    ended = site.run("estimate", "--sample", "60", "--concurrent", "4")
+    assert ended.code == 0, ended.said
+    for word in ("time", "90 % confidence", "tokens", "more at once", "genai-prices", "leave the house", "at best"):
+        assert word in " ".join(ended.out.split()), ended.out
+    assert "60/60 done" in ended.err
+    kept = [result["source_conversation_id"] for result in site.results.find()]
+    assert {type(value) for value in kept} == {int, str, ObjectId}
+    assert kept != sorted(kept, key=str)
+    skipped = site.source.count_documents({"status": "skipped"})
+    assert len(kept) + skipped == 60
+    assert site.files("pending/*") == []
+    assert site.run().code == 0
+    assert site.results.count_documents({}) == 240
+
+
+def test_documents_that_would_be_skipped_or_have_a_result_are_not_counted(site: Site) -> None:
+    """Of 200, 40 have a result and lost their status, and 80 have nothing to classify."""
+    silent = [{"sender": "agent", "text": "Anything else?"}]
+    site.source.insert_many([conversation(number) for number in range(120)])
+    assert site.run("--limit", "40").code == 0
+    site.source.update_many({}, {"$set": {"status": "pending"}})
+    site.source.insert_many([conversation(500 + number, messages=silent) for number in range(80)])
+    answer = estimated(site, "--sample", "80")
+    assert answer["is_left_exact"]
+    assert answer["left"] == 160 - 80
+    assert answer["sample"]["classified"] + answer["sample"]["skipped"] == 80
+    assert answer["to_classify"] == 80 - answer["sample"]["classified"]
+    assert site.results.count_documents({}) == 40 + answer["sample"]["classified"]
+
+
+def test_a_sample_that_is_all_there_was_says_that_the_work_is_done(site: Site) -> None:
+    """And a second time that nothing is left."""
+    site.source.insert_many([conversation(number) for number in range(7)])
+    ended = site.run("estimate")
+    assert (ended.code, site.results.count_documents({})) == (0, 7)
+    assert "all that was left: 7 documents are done now" in ended.out
+    assert estimated(site) == {"left": 0, "sample": None, "message": "Nothing is left to classify."}
+
+
+def test_an_interrupted_sample_keeps_what_is_classified(site: Site) -> None:
+    """Ctrl-C says how far it came; the results stay."""
+    assert site.model is not None
+    site.model.configure(latency_s=0.2)
+    site.source.insert_many([conversation(number) for number in range(100)])
+    with site.start("estimate", "--sample", "60", "--max-concurrent", "2") as worker:
+        until(lambda: site.results.count_documents({}) >= 3)
+        worker.send(signal.SIGINT)
+        ended = worker.ended()
+    assert ended.code == 130
+    kept = site.results.count_documents({})
+    assert 3 <= kept < 60
+    assert f"Stopped after {kept} of the 60 documents of the sample; their results are kept" in ended.err
+    assert site.run().code == 0
+    assert site.results.count_documents({}) == 100
+
+
+def test_documents_of_another_worker_are_left_alone(site: Site) -> None:
+    """What is leased elsewhere is not asked, and said."""
+    site.source.insert_many([conversation(number) for number in range(30)])
+    leases = site.database.get_collection("conversation_set_leases")
+    until_then = datetime.now(UTC) + timedelta(minutes=10)
+    leases.insert_many([{"_id": number, "worker": "other", "expires_at": until_then} for number in range(15)])
+    answer = estimated(site, "--sample", "30")
+    assert answer["sample"]["leased_elsewhere"] == 15
+    assert answer["left"] == 15
+    assert sorted(result["source_conversation_id"] for result in site.results.find()) == list(range(15, 30))
+
+
+def test_failures_of_the_sample_are_told_by_the_exit_code(site: Site) -> None:
+    """Some failed: a quote and 1; all failed: no quote and 1."""
+    assert site.model is not None
+    site.model.configure(faults=[{"kind": "unconstrained"}])
+    site.source.insert_many([conversation(number) for number in range(30)])
+    answer = estimated(site, "--sample", "10", code=1)
+    assert "no estimate" in answer["message"]
+    site.model.configure(faults=[{"kind": "unconstrained", "when": {"text": "Case 0001"}}])
+    answer = estimated(site, "--sample", "18", code=1)
+    assert answer["sample"]["failed"] > 0
+    assert answer["in_retry_queue"] >= 10
+    assert answer["time"]["expected_s"] > 0
+
+
+def test_an_interrupted_reprocess_goes_on_where_it_was(site: Site) -> None:
+    """An estimate in between does not make it begin again."""
+    assert site.model is not None
+    site.source.insert_many([conversation(number) for number in range(90)])
+    assert site.run("--limit", "60").code == 0
+    site.model.configure(latency_s=0.1)
+    with site.start("--reprocess", "--batch-size", "5", MAX_CONCURRENT="2") as worker:
+        until(lambda: len(site.files("completed/*")) > 6)
+        worker.send(signal.SIGINT)
+        assert worker.ended().code == 130
+    before = (site.directory / "checkpoint.json").read_bytes()
+    assert estimated(site, "--sample", "10")["left"] == 20
+    assert (site.directory / "checkpoint.json").read_bytes() == before
+
+
+def test_a_model_server_that_is_away_ends_it_with_3(site: Site) -> None:
+    """One sentence, nothing classified."""
+    assert site.model is not None
+    site.source.insert_one(conversation(1))
+    site.model.stop()
+    ended = site.run("estimate")
+    assert ended.code == 3
+    assert "ollama serve" in ended.err
+    assert site.results.count_documents({}) == 0

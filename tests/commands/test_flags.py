@@ -1,0 +1,203 @@
+"""Flags become settings, or one sentence; nothing is opened and no process is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from commands.flags import SETTING_FLAGS, create_parser, monitoring, settings_from
+from config.settings import Settings, known_environment_names
+from error_handler import ConfigurationError
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the environment nor in a file."""
+    for name in known_environment_names():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def settings_of(*argv: str) -> Settings:
+    return settings_from(create_parser().parse_args(argv))
+
+
+def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        create_parser().parse_args(argv)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "expected"),
+    [
+        (["--mongodb-uri", "mongodb://h:1"], "mongodb_uri", "mongodb://h:1"),
+        (["--db-name", "d"], "db_name", "d"),
+        (["--source-collection", "s"], "source_collection", "s"),
+        (["--queries-collection", "s"], "source_collection", "s"),
+        (["--results-collection", "r"], "results_collection", "r"),
+        (["--batch-size", "7"], "batch_size", 7),
+        (["--max-concurrent", "8"], "max_concurrent", 8),
+        (["--concurrent", "8"], "max_concurrent", 8),
+        (["--log-level", "warning"], "log_level", "WARNING"),
+        (["--verbose"], "log_level", "DEBUG"),
+        (["--verbose", "--log-level", "ERROR"], "log_level", "DEBUG"),
+        (["--mode", "continuous"], "mode", "continuous"),
+        (["--batch-files-dir", "x/y"], "batch_files_dir", Path("x/y")),
+        (["--ollama-endpoint", "http://gpu:1"], "ollama_endpoint", "http://gpu:1"),
+        (["--model", "phi4"], "ollama_model", "phi4"),
+        (["--preset", "conservative"], "max_concurrent", 3),
+        (["--preset", "conservative"], "batch_size", 50),
+        (["--preset", "balanced"], "max_concurrent", 5),
+        (["--preset", "balanced"], "batch_size", 100),
+        (["--preset", "aggressive"], "max_concurrent", 10),
+        (["--preset", "aggressive"], "batch_size", 200),
+        (["--preset", "aggressive", "--max-concurrent", "4"], "max_concurrent", 4),
+        (["--preset", "aggressive", "--max-concurrent", "4"], "batch_size", 200),
+        (["--preset", "aggressive", "--batch-size", "4"], "batch_size", 4),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_flag_sets_a_setting(argv: list[str], field: str, expected: Any) -> None:
+    """Each flag, its other spellings, and the presets."""
+    value = getattr(settings_of(*argv), field)
+    assert (value.get_secret_value() if isinstance(value, SecretStr) else value) == expected
+
+
+def test_without_flags_the_defaults_hold() -> None:
+    """The documented ones."""
+    settings = settings_of()
+    assert settings.mongodb_uri.get_secret_value() == "mongodb://localhost:27017"
+    assert (settings.db_name, settings.source_collection) == ("customer_support", "conversation_set")
+    assert (settings.results_collection, settings.batch_size, settings.max_concurrent) == (
+        "sentimental_analysis",
+        100,
+        5,
+    )
+    assert (settings.mode, settings.log_level, settings.ollama_model) == ("batch", "INFO", None)
+
+
+def test_a_flag_that_is_not_given_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags > environment > .env > defaults; a preset is a flag."""
+    Path(".env").write_text("BATCH_SIZE=11\nMAX_CONCURRENT=12\nOLLAMA_MODEL=from-file\n")
+    monkeypatch.setenv("BATCH_SIZE", "21")
+    settings = settings_of()
+    assert (settings.batch_size, settings.max_concurrent, settings.ollama_model) == (21, 12, "from-file")
+    assert settings_of("--batch-size", "31").batch_size == 31
+    assert settings_of("--preset", "conservative").batch_size == 50
+
+
+def test_the_model_belongs_to_the_server_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LLM_API_URL it is that server's."""
+    monkeypatch.setenv("LLM_API_URL", "http://h/v1/chat/completions")
+    settings = settings_of("--model", "phi4")
+    assert (settings.llm_model, settings.ollama_model, settings.model) == ("phi4", None, "phi4")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+        (["--limit", "0"], "argument --limit: must be a whole number, 1 or more"),
+        (["--limit", "-5"], "argument --limit: must be a whole number, 1 or more"),
+        (["--limit", "ten"], "argument --limit: must be a whole number, 1 or more"),
+        (["--poll-interval", "0.5"], "argument --poll-interval: must be a whole number, 1 or more"),
+        (["--preset", "wild"], "argument --preset: invalid choice: 'wild' (choose from "),
+        (["--mode", "sometimes"], "argument --mode: invalid choice: 'sometimes' (choose from "),
+        (["--monitoring-mode", "all"], "argument --monitoring-mode: invalid choice: 'all' (choose from "),
+        (["--log-level", "LOUD"], "argument --log-level: invalid choice: 'LOUD' (choose from "),
+        (["--batch"], "unrecognized arguments: --batch"),
+        (["run"], "unrecognized arguments: run"),
+        (["--model"], "argument --model: expected one argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_flag(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line names the flag; abbreviations are not guessed; exit code 2."""
+    assert said(capsys, *argv).splitlines()[-1].startswith(f"cli.py: error: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--batch-size", "0"], "BATCH_SIZE"),
+        (["--max-concurrent", "0"], "MAX_CONCURRENT"),
+        (["--max-concurrent", "0", "--preset", "balanced"], "MAX_CONCURRENT"),
+        (["--batch-size", "0", "--preset", "balanced"], "BATCH_SIZE"),
+        (["--mongodb-uri", "localhost"], "MONGODB_URI"),
+        (["--ollama-endpoint", "localhost"], "OLLAMA_ENDPOINT"),
+        (["--db-name", ""], "MONGODB_DB"),
+        (["--source-collection", "same", "--results-collection", "same"], "MONGODB_RESULTS_COLLECTION"),
+        (["--mode", "scheduled"], "--schedule"),
+        (["--schedule", "0 2 * * *"], "--mode scheduled"),
+        (["--mode", "scheduled", "--schedule", "every day"], "--schedule 'every day' is not a cron expression"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_value(argv: list[str], named: str) -> None:
+    """The setting is named, as the environment calls it."""
+    with pytest.raises(ConfigurationError) as caught:
+        settings_of(*argv)
+    assert named in str(caught.value)
+
+
+def test_a_scheduled_run() -> None:
+    """With a cron expression."""
+    assert settings_of("--mode", "scheduled", "--schedule", "0 2 * * *").mode == "scheduled"
+
+
+@pytest.mark.parametrize(
+    ("argv", "console", "logs", "files"),
+    [
+        ([], True, False, True),
+        (["--monitoring-mode", "development"], True, True, False),
+        (["--monitoring-mode", "production"], False, True, True),
+        (["--monitoring-mode", "interactive"], True, False, True),
+        (["--console"], True, False, False),
+        (["--logs"], False, True, False),
+        (["--progress-files"], False, False, True),
+        (["--console", "--logs", "--progress-files"], True, True, True),
+        (["--monitoring-mode", "production", "--console"], True, True, True),
+        (["--verbose"], True, True, True),
+        (["--verbose", "--console"], True, True, False),
+    ],
+    ids=lambda value: (" ".join(value) or "none") if isinstance(value, list) else "",
+)
+def test_monitoring(argv: list[str], console: bool, logs: bool, files: bool) -> None:
+    """A mode, or exactly the flags given; --verbose always brings log lines."""
+    assert monitoring(create_parser().parse_args(argv)) == (console, logs, files)
+
+
+def test_what_is_not_a_setting() -> None:
+    """Flags that mean something for one run only."""
+    arguments = create_parser().parse_args(
+        [
+            "--limit",
+            "5",
+            "--dry-run",
+            "--reprocess",
+            "--retry-failed",
+            "--embedded",
+            "--poll-interval",
+            "7",
+            "--output",
+            "f",
+        ]
+    )
+    assert (arguments.limit, arguments.poll_interval, arguments.output) == (5, 7, Path("f"))
+    assert arguments.dry_run
+    assert arguments.reprocess
+    assert arguments.retry_failed
+    assert arguments.embedded
+    assert create_parser().parse_args([]).poll_interval == 30
+
+
+def test_every_setting_flag_is_a_field() -> None:
+    """None of them is silently dropped."""
+    assert set(SETTING_FLAGS) <= set(Settings.model_fields)
+    assert set(SETTING_FLAGS) <= set(vars(create_parser().parse_args([])))

@@ -1,0 +1,344 @@
+"""What the doctor says about a model server, against the fake Ollama and a real llama.cpp."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator import aggregate_conversation
+from commands.diagnosis.findings import Finding
+from commands.diagnosis.model import LOAD_TIMEOUT_S, TEST_DOCUMENT, Probing, diagnose_model
+from config import Settings, load_settings, load_taxonomy
+from prompt_builder import PromptBuilder
+from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
+from tests.fakes.fake_ollama_client import chat
+from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOllama]:
+    with FakeOllama(slots=4, latency_s=0.1) as server:
+        yield server
+
+
+async def findings(settings: Settings, at_most: int = 0) -> list[Finding]:
+    """Return what is said; the model is asked only where *at_most* is given."""
+    return [finding async for finding in diagnose_model(settings, Probing(at_most, lambda _: None))]
+
+
+def settings_for(fake: FakeOllama, **given: Any) -> Settings:
+    return load_settings(None, **{"ollama_endpoint": fake.url, "ollama_model": "llama3.2", **given})
+
+
+def the_one(found: list[Finding], words: str) -> Finding:
+    """Return the one finding that has *words*."""
+    matching = [finding for finding in found if words in finding.sentence]
+    assert len(matching) == 1, found
+    return matching[0]
+
+
+def levels(found: list[Finding]) -> set[str]:
+    return {finding.level for finding in found}
+
+
+# Reaching it, and the model
+
+
+async def test_a_healthy_server_has_no_remedies(fake: FakeOllama) -> None:
+    found = await findings(settings_for(fake), at_most=8)
+    assert levels(found) == {"ok"}, found
+    assert the_one(found, "answers at").numbers == {"version": "0.33.0", "local_models": 3, "remote_models": 1}
+    described = the_one(found, "It has llama3.2:latest")
+    assert described.sentence.startswith("It has llama3.2:latest: 3.2B parameters, quantisation Q4_K_M, digest ")
+    assert described.numbers["context_length"] == 131_072
+    assert len(described.numbers["digest"]) == 64
+
+
+async def test_a_server_that_is_down_is_one_error(fake: FakeOllama) -> None:
+    settings = settings_for(fake)
+    fake.stop()
+    (only,) = await findings(settings, at_most=4)
+    assert only.level == "error"
+    assert only.sentence.startswith(f"No connection to the model server at {fake.url}")
+    assert "ollama serve" in only.remedy
+
+
+async def test_a_server_elsewhere_that_is_down_is_looked_for_elsewhere() -> None:
+    found = await findings(load_settings(None, ollama_endpoint="http://gpu.example.invalid:11434"))
+    assert [finding.level for finding in found] == ["warning", "error"]
+    assert "firewall" in found[-1].remedy
+
+
+async def test_a_port_of_another_program_is_an_error(fake: FakeOllama) -> None:
+    (only,) = await findings(load_settings(None, ollama_endpoint=f"{fake.url}/elsewhere", ollama_model="llama3.2"))
+    assert only.level == "error"
+    assert "does not list its models (HTTP 404)" in only.sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (None, "No model is named"),
+        ("mistral", "has no model mistral"),
+        ("gpt-oss:120b-cloud", "runs in Ollama's cloud"),
+        ("x:cloud", "runs in Ollama's cloud"),
+        ("disguised", "runs in Ollama's cloud"),
+    ],
+)
+async def test_a_model_that_cannot_be_asked_is_an_error_and_is_not_asked(
+    fake: FakeOllama, model: str | None, words: str
+) -> None:
+    remote = {"name": "disguised", "remote_host": "https://ollama.com:443", "remote_model": "large"}
+    fake.configure(models=["llama3.2", "gpt-oss:120b-cloud", remote])
+    found = await findings(load_settings(None, ollama_endpoint=fake.url, ollama_model=model), at_most=4)
+    assert [finding.level for finding in found] == ["ok", "error"]
+    assert words in found[-1].sentence
+    assert found[-1].remedy
+    assert "2 in a cloud, which are refused" in found[0].sentence
+    assert (fake.stats()["chat_requests"], fake.stats()["cloud_requests"]) == (0, 0)
+
+
+async def test_a_model_for_embeddings_is_an_error(fake: FakeOllama) -> None:
+    found = await findings(settings_for(fake, ollama_model="nomic-embed-text"))
+    assert the_one(found, "cannot chat").level == "error"
+
+
+async def test_a_model_that_thinks_is_told_not_to(fake: FakeOllama) -> None:
+    found = await findings(settings_for(fake, ollama_model="qwen3:8b"), at_most=2)
+    assert "think: false" in the_one(found, "think aloud").sentence
+    assert {request["think"] for request in fake.requests()} == {False}
+    assert not [one for one in await findings(settings_for(fake)) if "think" in one.sentence]
+
+
+@pytest.mark.parametrize(
+    ("url", "level"),
+    [
+        ("http://192.0.2.7:11434", "warning"),
+        ("https://192.0.2.7:11434", None),
+        ("http://127.0.0.1:1", None),
+        ("http://localhost:1", None),
+        ("http://[::1]:1", None),
+    ],
+)
+def test_text_that_crosses_the_network_unencrypted_is_a_warning(url: str, level: str | None) -> None:
+    from commands.diagnosis.model import _endpoint
+
+    found = list(_endpoint(load_settings(None, ollama_endpoint=url)))
+    assert [finding.level for finding in found] == ([level] if level else [])
+
+
+# Window, memory, load
+
+
+async def test_a_window_beyond_the_model_is_a_warning_before_the_load(fake: FakeOllama) -> None:
+    """A run takes no more than the model has, and so does the diagnosis; without a setting there is nothing to say."""
+    fake.configure(models=[{"name": "small", "context_length": 4096}])
+    found = await findings(settings_for(fake, ollama_model="small", ollama_num_ctx=8192), at_most=1)
+    set_too_high = the_one(found, "was made for 4096")
+    assert (set_too_high.level, set_too_high.numbers["asked"]) == ("warning", 8192)
+    assert "OLLAMA_NUM_CTX=4096" in set_too_high.remedy
+    assert the_one(found, "whole window of 4096").level == "ok"
+    chosen = await findings(settings_for(fake, ollama_model="small"), at_most=1)
+    assert "window" not in " ".join(finding.sentence for finding in chosen if finding.level != "ok")
+
+
+async def test_a_window_that_the_server_does_not_give_is_a_warning_after_the_load(fake: FakeOllama) -> None:
+    fake.configure(most_ctx=5000)
+    found = await findings(settings_for(fake), at_most=1)
+    given = the_one(found, "gives a window of 5000 tokens where 8192 are asked for")
+    assert given.level == "warning"
+    assert given.numbers == {"asked": 8192, "given": 5000, "limit": 131_072}
+    assert "OLLAMA_NUM_CTX=5000" in given.remedy
+    assert the_one(await findings(settings_for(fake)), "loaded with 5000 tokens; with 8192 it is loaded again")
+
+
+async def test_a_larger_window_that_others_loaded_is_taken_over_as_in_a_run(fake: FakeOllama) -> None:
+    """Only a window that the operator set is insisted on; each change between two loads the model again."""
+    chat(fake, options={"num_ctx": 16_384}, shift=False)
+    found = await findings(settings_for(fake), at_most=2)
+    assert the_one(found, "loaded with a window of 16384 tokens, which a run uses as it is").level == "ok"
+    assert (fake.stats()["loads"], fake.stats()["reloads"]) == (1, 0)
+    insisted = settings_for(fake, ollama_num_ctx=8192)
+    assert the_one(await findings(insisted), "loaded with 16384 tokens; with 8192").level == "warning"
+    await findings(insisted, at_most=1)
+    assert the_one(await findings(insisted), "whole window of 8192").level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("vram_bytes", "level", "words"),
+    [
+        (4_000_000_000, "ok", "lies in the GPU's memory (4.0 GB)"),
+        (3_000_000_000, "warning", "25% of the model (4.0 GB) lies outside"),
+        (0, "warning", "runs on the CPU alone"),
+    ],
+)
+async def test_a_model_that_does_not_fit_into_the_gpu_is_a_warning(
+    fake: FakeOllama, vram_bytes: int, level: str, words: str
+) -> None:
+    fake.configure(models=[{"name": "m", "size_bytes": 4_000_000_000, "vram_bytes": vram_bytes}])
+    finding = the_one(await findings(settings_for(fake, ollama_model="m"), at_most=1), words)
+    assert finding.level == level
+    assert finding.numbers == {"size_bytes": 4_000_000_000, "vram_bytes": vram_bytes}
+
+
+async def test_a_load_longer_than_the_time_out_is_a_warning_and_is_not_aborted(fake: FakeOllama) -> None:
+    """A client that leaves aborts the load it began; the doctor waits, and says what a run would do."""
+    fake.configure(load_delay_s=3.0)
+    found = await findings(settings_for(fake, llm_timeout_s=2.0), at_most=1)
+    slow = the_one(found, "to load the model")
+    assert slow.level == "warning"
+    assert slow.numbers["load_s"] >= 0.9
+    assert "LLM_TIMEOUT_S" in slow.remedy
+    stats = fake.stats()
+    assert (stats["loads"], stats["load_aborts"]) == (1, 0)
+    assert LOAD_TIMEOUT_S > 300
+
+
+async def test_a_model_that_does_not_load_is_an_error_with_nothing_after_it(fake: FakeOllama) -> None:
+    fake.configure(load_error="llama-server process has terminated: exit status 2")
+    found = await findings(settings_for(fake), at_most=4)
+    assert "does not answer" in found[-1].sentence
+    assert found[-1].level == "error"
+    assert fake.stats()["chat_requests"] == 1
+
+
+async def test_a_server_without_memory_says_so(fake: FakeOllama) -> None:
+    fake.configure(load_error="model requires more system memory (20 GiB) than is available (8 GiB)")
+    assert "smaller model" in (await findings(settings_for(fake), at_most=4))[-1].remedy
+
+
+async def test_without_a_probe_the_model_is_neither_asked_nor_loaded(fake: FakeOllama) -> None:
+    found = await findings(settings_for(fake))
+    assert "not loaded now" in the_one(found, "loaded").sentence
+    assert (fake.stats()["chat_requests"], fake.stats()["loads"]) == (0, 0)
+
+
+# The test conversation
+
+
+async def test_a_test_conversation_is_asked_as_in_a_run(fake: FakeOllama) -> None:
+    finding = the_one(await findings(settings_for(fake), at_most=1), "test conversation got valid labels")
+    assert set(finding.numbers) >= {"intent", "topic", "sentiment", "prompt_tokens", "duration_s"}
+    assert finding.numbers["attempts"] == 1
+    message = PromptBuilder("").build(aggregate_conversation(TEST_DOCUMENT))[-1]["content"]
+    assert fake.stats()["calls_by_sha"][text_sha256(message)] == 1
+    assert all(request["options"]["num_ctx"] == 8192 for request in fake.requests())
+    labels = expected_labels(message, *(load_taxonomy().names(name) for name in ("intent", "topic", "sentiment")))
+    assert {name: finding.numbers[name] for name in ("intent", "topic", "sentiment")}.items() <= labels.items()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("wrong_label", "label_outside"), ("missing_field", "wrong_shape"), ("length", "cut_off")]
+)
+async def test_unusable_answers_are_an_error_with_the_reason(fake: FakeOllama, kind: str, reason: str) -> None:
+    fake.configure(faults=[{"kind": kind, "when": {"indexes": [1, 2]}}])
+    finding = the_one(await findings(settings_for(fake), at_most=1), "unusable, twice")
+    assert finding.level == "error"
+    assert f"({reason}: " in finding.sentence
+
+
+async def test_an_answer_that_had_to_be_asked_again_is_a_warning(fake: FakeOllama) -> None:
+    fake.configure(faults=[{"kind": "wrong_label", "when": {"indexes": [1]}}])
+    finding = the_one(await findings(settings_for(fake), at_most=1), "only when asked again")
+    assert (finding.level, finding.numbers["attempts"]) == ("warning", 2)
+
+
+async def test_no_answer_to_the_test_conversation_does_not_hide_the_slots(fake: FakeOllama) -> None:
+    fake.configure(faults=[{"kind": "html_502", "when": {"indexes": [1]}}])
+    found = await findings(settings_for(fake), at_most=2)
+    assert the_one(found, "test conversation got no answer").level == "error"
+    assert the_one(found, "The server runs")
+
+
+# Slots
+
+
+@pytest.mark.parametrize(
+    ("slots", "max_concurrent", "level", "advice"),
+    [
+        (1, 5, "warning", "--max-concurrent 2"),
+        (4, 5, "ok", ""),
+        (4, 4, "ok", ""),
+        (4, 2, "warning", "--max-concurrent 5"),
+        (4, 6, "warning", "--max-concurrent 5"),
+    ],
+)
+async def test_slots_are_measured_and_judged_by_the_setting(
+    fake: FakeOllama, slots: int, max_concurrent: int, level: str, advice: str
+) -> None:
+    fake.configure(slots=slots, latency_s=0.3)
+    finding = the_one(await findings(settings_for(fake, max_concurrent=max_concurrent), at_most=8), "The server runs")
+    assert (finding.numbers["slots"], finding.numbers["slots_is_minimum"]) == (slots, False)
+    assert (finding.numbers["queue_wait_from"], finding.numbers["max_concurrent"]) == ("server", max_concurrent)
+    assert finding.level == level, finding
+    assert finding.remedy.startswith(advice)
+
+
+async def test_more_slots_than_were_tried_are_a_minimum(fake: FakeOllama) -> None:
+    fake.configure(slots=8)
+    finding = the_one(await findings(settings_for(fake, max_concurrent=5), at_most=2), "at least 2 at once")
+    assert finding.level == "ok"
+
+
+async def test_the_probe_ends_where_the_first_call_waits(fake: FakeOllama) -> None:
+    """With one slot: load, test conversation, warm-up, and two rounds each of 1 and 2."""
+    fake.configure(slots=1)
+    await findings(settings_for(fake), at_most=8)
+    assert fake.stats()["chat_requests"] == 3 + 2 * (1 + 2)
+
+
+async def test_a_server_that_others_keep_busy_is_said_to_be_busy(fake: FakeOllama) -> None:
+    """With one slot and two other clients that ask again and again, each request of the probe waits for both."""
+    fake.configure(slots=1)
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            chat(fake, options={"num_ctx": 8192}, shift=False)
+
+    with ThreadPoolExecutor(2) as others:
+        for _ in range(2):
+            others.submit(ask)
+        try:
+            fake.wait_for("chat_requests", 2)
+            found = await findings(settings_for(fake), at_most=4)
+        finally:
+            stop.set()
+    assert the_one(found, "other clients are using the server").level == "warning"
+    assert not [finding for finding in found if "The server runs" in finding.sentence]
+
+
+async def test_a_server_that_gives_up_under_the_probe_is_a_warning(fake: FakeOllama) -> None:
+    fake.configure(faults=[{"kind": "busy_503", "when": {"indexes": [6]}}])
+    found = await findings(settings_for(fake), at_most=8)
+    assert the_one(found, "The probe stopped with 2 at once").level == "warning"
+
+
+# OpenAI's protocol
+
+
+async def test_a_server_of_openais_protocol_is_judged_by_what_it_tells(tmp_path: Path) -> None:
+    with TinyEngine(build_tiny_model(tmp_path / "tiny.gguf"), slots=2) as engine:
+        url = f"{engine.url}/v1/chat/completions"
+        found = await findings(load_settings(None, llm_api_url=url, llm_model=MODEL_NAME, max_concurrent=2), at_most=2)
+    assert the_one(found, "The model server answers").numbers["version"] is None
+    assert the_one(found, f"It has {MODEL_NAME}: this protocol tells nothing more").level == "ok"
+    assert the_one(found, "test conversation").level == "ok"
+    assert the_one(found, "The server runs").numbers["queue_wait_from"] == "latency"
+    assert "window" not in str(found)
+
+
+async def test_a_server_that_wants_a_key_says_so(tmp_path: Path) -> None:
+    with TinyEngine(build_tiny_model(tmp_path / "tiny.gguf"), api_key="a-key-of-the-test") as engine:
+        url = f"{engine.url}/v1/chat/completions"
+        given: dict[str, Any] = {"llm_api_url": url, "llm_model": MODEL_NAME}
+        found = await findings(load_settings(None, **given, llm_api_key="a-wrong-key"), at_most=1)
+        assert found[-1].level == "error"
+        assert "LLM_API_KEY" in found[-1].remedy
+        assert "a-wrong-key" not in str(found)
+        assert "error" not in levels(await findings(load_settings(None, **given, llm_api_key="a-key-of-the-test"), 1))

@@ -1,0 +1,210 @@
+"""Each setting with its origin, secrets masked; and the labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from commands.diagnosis.findings import Finding
+from commands.diagnosis.settings import diagnose_labels, diagnose_settings
+from config import load_settings
+from config.masked_settings import hosts_of, shown
+from config.settings import Settings, environment_names, known_environment_names
+from config.settings_origins import Origin, settings_origins
+from config.taxonomy import DEFAULT_TAXONOMY
+
+PASSWORDS = [
+    "x@sec/ret",
+    "secret",
+    "s3cr3t%40%2F",
+    "sec@ret",
+    "sec/ret",
+    "sec?ret",
+    "sec#ret",
+    "sec:ret@",
+    "@secret",
+    "se,cret",
+    "sec\nret",
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the environment nor in a file."""
+    for name in known_environment_names():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def findings(flags: dict[str, str] | None = None, **given: Any) -> dict[str, Finding]:
+    """Return what is said about the settings, by field; what is about none of them has the key of its sentence."""
+    found = diagnose_settings(load_settings(**given), flags or {})
+    return {finding.numbers.get("setting", finding.sentence): finding for finding in found}
+
+
+def test_every_setting_is_listed_with_its_value_and_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("BATCH_SIZE=7\nLEASE_S=60\n")
+    Path(".env").chmod(0o600)
+    monkeypatch.setenv("MONGODB_BATCH_SIZE", "")  # empty counts as not set
+    monkeypatch.setenv("LEASE_S", "90")
+    found = findings({"db_name": "--db-name"}, db_name="shop")
+    assert set(found) == set(Settings.model_fields)
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert found["db_name"].sentence == "MONGODB_DB = shop (flag --db-name)"
+    assert found["batch_size"].sentence == "BATCH_SIZE = 7 (BATCH_SIZE in .env)"
+    assert found["lease_s"].sentence == (
+        "LEASE_S = 90.0 (environment variable LEASE_S, which overrules LEASE_S in .env)"
+    )
+    assert found["llm_timeout_s"].sentence == "LLM_TIMEOUT_S = 120.0 (default)"
+    assert found["ollama_model"].sentence == "OLLAMA_MODEL = not set (default)"
+    assert found["batch_size"].numbers == {
+        "setting": "batch_size",
+        "variable": "BATCH_SIZE",
+        "value": "7",
+        "origin": "dotenv",
+        "origin_name": "BATCH_SIZE",
+    }
+
+
+PLACES = [
+    ("environment", "dotenv"),
+    ("dotenv",),
+    ("environment",),
+    (),
+]
+
+
+@pytest.mark.parametrize("places", PLACES, ids=lambda places: "+".join(places) or "none")
+@pytest.mark.parametrize("is_argument", [False, True])
+@pytest.mark.parametrize("lower", [False, True])
+def test_the_origin_is_the_one_that_counts(
+    places: tuple[str, ...], is_argument: bool, lower: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a setting with two names, each place with each choice of names: the value is that of the origin named."""
+    names = environment_names("db_name")
+    for mask in range(1, 4 ** len(places)) if places else [0]:
+        values: dict[tuple[str, str], str] = {}
+        for position, place in enumerate(places):
+            for bit, name in enumerate(names):
+                if mask >> (2 * position + bit) & 1:
+                    values[place, name] = f"{place}{bit}"
+        Path(".env").write_text("".join(f"{n}={v}\n" for (place, n), v in values.items() if place == "dotenv"))
+        with monkeypatch.context() as context:
+            for (place, name), value in values.items():
+                if place == "environment":
+                    context.setenv(name.lower() if lower else name, value)
+            settings = load_settings(db_name="flag" if is_argument else None)
+            origin = settings_origins({"db_name": "--db-name"} if is_argument else {})["db_name"]
+        wanted = {"argument": "flag", "default": "customer_support"}.get(origin.kind)
+        assert settings.db_name == (wanted or values[origin.kind, str(origin.name)])
+        assert len(origin.overruled) == len(values) - (origin.kind in ("environment", "dotenv"))
+
+
+def test_fields_that_come_later_have_an_origin_as_well() -> None:
+    assert set(settings_origins({})) == set(Settings.model_fields)
+    assert settings_origins({"lease_s": "--lease"})["lease_s"] == Origin("argument", "--lease")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("environment", "environment"), ("environment", "dotenv"), ("dotenv", "dotenv")]
+)
+def test_two_names_of_one_setting_are_a_warning(first: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ""
+    for name, place in zip(environment_names("batch_size"), (first, second), strict=True):
+        if place == "environment":
+            monkeypatch.setenv(name, "50")
+        else:
+            lines += f"{name}=50\n"
+    Path(".env").write_text(lines)
+    warning = findings()["batch_size"]
+    assert warning.level == "warning"
+    assert "BATCH_SIZE" in warning.sentence
+    assert warning.remedy == "Remove MONGODB_BATCH_SIZE."
+    assert findings({"batch_size": "--batch-size"}, batch_size=9)["batch_size"].level == "warning"
+
+
+@pytest.mark.parametrize(("mode", "is_said"), [(0o644, True), (0o640, True), (0o600, False)])
+def test_a_dotenv_that_others_may_read_is_a_warning(mode: int, is_said: bool) -> None:
+    Path(".env").write_text("LLM_API_KEY=a-key\n")
+    Path(".env").chmod(mode)
+    found = findings().get("Others on this machine may read .env.")
+    assert (found is not None) == is_said
+    assert found is None or (found.level, found.remedy) == ("warning", "chmod 600 .env")
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("password", PASSWORDS)
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "mongodb://user:{}@db.example:27017/?x=y",
+        "mongodb+srv://user:{}@db.example/shop",
+        "mongodb://user:{}@db.example",
+    ],
+)
+def test_no_part_of_a_password_is_shown(password: str, uri: str) -> None:
+    text = shown("mongodb_uri", SecretStr(uri.format(password)))
+    assert text.startswith(("mongodb://***@", "mongodb+srv://***@"))
+    for part in ("sec", "ret", "s3cr3t", "user", "se,", "cret"):
+        assert part not in text
+        assert part not in hosts_of(uri.format(password))
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("mongodb://localhost:27017", "mongodb://localhost:27017"),
+        ("mongodb://u:p@a:1,b:2,[::1]:3/db?replicaSet=rs", "mongodb://***@a:1,b:2,[::1]:3/?***"),
+        ("mongodb://h/?authMechanismProperties=AWS_SESSION_TOKEN:abc", "mongodb://h/?***"),
+        ("mongodb://h/?authMechanismProperties=AWS_SESSION_TOKEN:abc@def", "mongodb://***@***/?***"),
+        ("mongodb://user:half-typed", "mongodb://***"),
+    ],
+)
+def test_hosts_stay_visible(uri: str, text: str) -> None:
+    assert shown("mongodb_uri", SecretStr(uri)) == text
+
+
+def test_every_other_secret_is_masked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_API_KEY", "a-key-of-the-test")
+    monkeypatch.setenv("MONGODB_URI", "mongodb://user:p%40ssword@h:1/?authSource=admin")
+    found = str(findings())
+    assert "a-key-of-the-test" not in found
+    assert "p%40ssword" not in found
+    assert "mongodb://***@h:1/?***" in found
+    assert findings()["llm_api_key"].numbers["value"] == "***"
+
+
+# Labels
+
+
+def test_the_shipped_labels_load() -> None:
+    (only,) = diagnose_labels(load_settings())
+    assert only.level == "ok"
+    assert only.numbers["sentiment"] == 3
+
+
+@pytest.mark.parametrize(
+    ("intents", "topics", "words"),
+    [("Other", "Delivery", "for topic:"), ("Refund", "Other", "for intent:"), ("A", "B", "for intent and topic:")],
+)
+def test_labels_without_other_are_a_warning(intents: str, topics: str, words: str) -> None:
+    Path("t.yaml").write_text(f"intents: {{{intents}: x}}\ntopics: {{{topics}: x}}\nsentiments: [Negative]\n")
+    found = list(diagnose_labels(load_settings(taxonomy_file="t.yaml")))
+    assert [finding.level for finding in found] == ["ok", "warning"]
+    assert words in found[1].sentence
+    assert "Other" in DEFAULT_TAXONOMY.read_text()
+
+
+@pytest.mark.parametrize("content", [None, "intents: [", "intents: {}\n"])
+def test_labels_that_do_not_load_are_an_error(content: str | None) -> None:
+    if content is not None:
+        Path("t.yaml").write_text(content)
+    (only,) = diagnose_labels(load_settings(taxonomy_file="t.yaml"))
+    assert only.level == "error"
+    assert "t.yaml" in only.sentence
+    assert "TAXONOMY_FILE" in only.remedy

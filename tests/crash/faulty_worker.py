@@ -1,0 +1,168 @@
+"""``cli.py`` with a weak spot: the process dies where it passes a named seam for the n-th time.
+
+    python tests/crash/faulty_worker.py '{"seam": "answered", "passage": 3}' --batch-size 10
+
+Keys of the plan: *seam*, one of SEAMS or QUARANTINE_SEAMS; *passage*, from 1 (1); *poison*, the number of the conversation
+that ends the process when it is aggregated; *file_limit*, bytes that a file can grow to. SIGKILL is
+what ends it, so nothing is cleaned up.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import async_llm_wrapper
+import batch_processor
+import cli
+from mongo_client import DocumentStore
+from storage import files as atomic_file
+from storage import journal as batch_journal
+from storage.journal import BatchJournal
+from utils import batch_file_manager
+from utils.batch_file_manager import BatchFiles
+
+Matches = Callable[[tuple[Any, ...]], bool]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of ours, and whether the process dies before or after it; *matches* looks at its arguments."""
+
+    owner: Any
+    name: str
+    before: bool = False
+    matches: Matches = lambda arguments: True
+
+
+class PatchedOs:
+    """The module ``os`` as one module of ours sees it, so that its own functions alone can be replaced."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+def _in_folder(folder: str, suffix: str) -> Matches:
+    return lambda arguments: arguments[0].parent.name == folder and arguments[0].suffix == suffix
+
+
+_RENAMES, _APPENDS = PatchedOs(), PatchedOs()
+_RENAMES.replace = os.replace  # type: ignore[attr-defined]
+_RENAMES.rename = os.rename  # type: ignore[attr-defined]
+_APPENDS.write = os.write  # type: ignore[attr-defined]
+
+SEAMS = {
+    "indexes_made": Seam(DocumentStore, "ensure_result_indexes"),
+    "page_read": Seam(DocumentStore, "read_page"),
+    "claimed": Seam(DocumentStore, "claim"),
+    "pending_saved": Seam(BatchFiles, "save_pending"),
+    "processing_marked": Seam(DocumentStore, "mark_processing"),
+    "started": Seam(BatchJournal, "started"),
+    "asked": Seam(BatchJournal, "asked"),
+    "answer_received": Seam(async_llm_wrapper.AsyncLLMClient, "chat"),
+    "answered": Seam(BatchJournal, "answered"),
+    "failure_noted": Seam(BatchJournal, "failed"),
+    "skip_noted": Seam(BatchJournal, "skipped"),
+    "before_write": Seam(DocumentStore, "write_results", before=True),
+    "results_written": Seam(DocumentStore, "write_results"),
+    "before_mark": Seam(DocumentStore, "mark", before=True),
+    "marked": Seam(DocumentStore, "mark"),
+    "before_rename": Seam(_RENAMES, "replace", before=True),
+    "renamed": Seam(_RENAMES, "replace"),
+    "retry_saved": Seam(BatchFiles, "save_failed"),
+    "completed_written": Seam(batch_file_manager, "remove_file", True, _in_folder("pending", ".json")),
+    "pending_removed": Seam(batch_file_manager, "remove_file", False, _in_folder("pending", ".json")),
+    "completed": Seam(BatchFiles, "save_completed"),
+    "released": Seam(DocumentStore, "release"),
+    "before_retry_rewrite": Seam(BatchFiles, "finish_retry", before=True),
+    "retry_rewritten": Seam(batch_file_manager, "remove_file", True, _in_folder("retry", ".journal")),
+    "retry_finished": Seam(BatchFiles, "finish_retry"),
+    "state_written": Seam(BatchFiles, "write_state"),
+    "torn_line": Seam(_APPENDS, "write", True, lambda arguments: b'"answered"' in arguments[1]),
+}
+
+# What only ``cli.py quarantine`` passes.
+QUARANTINE_SEAMS = {
+    "before_move": Seam(_RENAMES, "rename", before=True),
+    "moved": Seam(_RENAMES, "rename"),
+    "before_removal": Seam(batch_file_manager, "remove_file", True, _in_folder("quarantine", ".json")),
+    "removed": Seam(batch_file_manager, "remove_file", False, _in_folder("quarantine", ".json")),
+}
+
+
+def die() -> None:
+    """End this process as ``kill -9`` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(name: str, passage: int) -> None:
+    """Let the process die when it passes the seam *name* for the *passage*-th time."""
+    seam = {**SEAMS, **QUARANTINE_SEAMS}[name]
+    original = getattr(seam.owner, seam.name)
+    passages = itertools.count(1)
+
+    def is_due(arguments: tuple[Any, ...]) -> bool:
+        return seam.matches(arguments) and next(passages) == passage
+
+    def die_if(due: bool, arguments: tuple[Any, ...]) -> None:
+        if due and name == "torn_line":
+            os.write(arguments[0], arguments[1][: len(arguments[1]) // 2])
+        if due:
+            die()
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        due = is_due(arguments)
+        die_if(due and seam.before, arguments)
+        outcome = original(*arguments, **named)
+        die_if(due, arguments)
+        return outcome
+
+    async def wrapped_async(*arguments: Any, **named: Any) -> Any:
+        due = is_due(arguments)
+        die_if(due and seam.before, arguments)
+        outcome = await original(*arguments, **named)
+        die_if(due, arguments)
+        return outcome
+
+    setattr(seam.owner, seam.name, wrapped_async if inspect.iscoroutinefunction(original) else wrapped)
+
+
+def poison(conversation_number: str) -> None:
+    """Let the process abort, as a crashing C extension does, when this conversation is aggregated."""
+    original = batch_processor.aggregate_conversation
+
+    def aggregate(document: Any) -> Any:
+        if document.get("conversation_number") == conversation_number:
+            os.abort()
+        return original(document)
+
+    batch_processor.aggregate_conversation = aggregate
+
+
+def main(plan: dict[str, Any], flags: list[str]) -> int:
+    """Arm what *plan* says and run the command line."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    atomic_file.os = _RENAMES  # type: ignore[attr-defined]
+    batch_journal.os = _APPENDS  # type: ignore[attr-defined]
+    if "seam" in plan:
+        arm(plan["seam"], plan.get("passage", 1))
+    if "file_limit" in plan:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (plan["file_limit"], plan["file_limit"]))
+    if "poison" in plan:
+        poison(plan["poison"])
+    return cli.main(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1]), sys.argv[2:]))

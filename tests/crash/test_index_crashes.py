@@ -1,0 +1,479 @@
+"""``cli.py index`` is killed (SIGKILL) at each step, and run again: nothing is lost, and nothing stored is paid for twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pymongo import MongoClient
+
+from embedding_index.embedding_run import STORING_THREADS
+from embedding_index.index_copy import IndexCopy
+from tests.embedding_index.index_site import BATCH_SIZE, CONCURRENCY, ROOT, WRITE_AT, IndexSite
+from tests.fakes.fake_openai import FakeOpenAI, FakeOpenAIError
+
+TABLES = 8  # and 7 relationships: 3 + 3 calls, 2 + 2 writes to ChromaDB
+CONVERSATIONS = 14
+VECTORS = "SELECT hash, vector FROM vectors"
+IN_FLIGHT = (CONCURRENCY + STORING_THREADS) * BATCH_SIZE
+
+STATES, LEDGER = "documentation_store.DocumentationStore", "vector_ledger.VectorLedger"
+CHROMA, PROVIDER = "chroma_index.ChromaIndex", "providers.openai_embeddings.OpenAIProvider"
+
+# Where the process dies, and at which passage. Those of the first list die in each run of the tests.
+FIRST = [
+    (f"{PROVIDER}.embed:after", 3),
+    (f"{LEDGER}.add:after", 2),
+]
+ALWAYS = [(f"{STATES}.mark_indexed_many:after", 1), (f"{CHROMA}._publish:before", 1)]
+MORE = [
+    (f"{PROVIDER}.embed:before", 2),
+    (f"{CHROMA}.upsert:after", 1),
+    (f"{STATES}._make_tables:before", 1),
+    (f"{STATES}._make_tables:after", 1),
+    (f"{LEDGER}._prepare:before", 1),
+    (f"{LEDGER}._prepare:after", 1),
+    (f"{PROVIDER}.embed:before", 1),
+    (f"{PROVIDER}.embed:after", 1),
+    (f"{PROVIDER}.embed:after", 5),
+    (f"{LEDGER}.add:before", 1),
+    (f"{LEDGER}.add:before", 4),
+    (f"{LEDGER}.add:after", 5),
+    (f"{CHROMA}._open:before", 1),
+    (f"{CHROMA}._open:after", 1),
+    (f"{CHROMA}.upsert:before", 1),
+    (f"{CHROMA}.upsert:before", 2),
+    (f"{CHROMA}.upsert:after", 2),
+    (f"{CHROMA}.upsert:after", 3),
+    (f"{STATES}.mark_indexed_many:before", 2),
+    (f"{STATES}.mark_indexed_many:after", 3),
+    (f"{CHROMA}.finish:before", 1),
+    (f"{CHROMA}._publish:after", 1),
+]
+OF_DATABASES = [(f"{STATES}.sync_database:before", 1), (f"{STATES}.sync_database:after", 1)]
+OF_CONVERSATIONS = [
+    (f"{STATES}.begin_pass:after", 1),
+    (f"{STATES}.offer:after", 1),
+    (f"{STATES}.end_pass:after", 1),
+    (f"{LEDGER}.keep_only:before", 1),
+    (f"{LEDGER}.keep_only:after", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI(dimensions=512) as started:
+        yield started
+
+
+@pytest.fixture
+def site(running: FakeOpenAI, mongodb_uri: str, db_name: str, tmp_path: Path) -> Iterator[IndexSite]:
+    running.renew()
+    with MongoClient[dict[str, Any]](mongodb_uri, tz_aware=True) as client:
+        yield IndexSite(tmp_path, running, mongodb_uri, client[db_name])
+
+
+def fill(site: IndexSite, source: str) -> None:
+    if source == "conversations":
+        site.flags = ("--source", "conversations")
+        site.add_conversations(range(CONVERSATIONS))
+    else:
+        site.make_database(TABLES)
+
+
+def die(site: IndexSite, point: str, nth: int, *flags: str) -> None:
+    """Let a run die at *point*."""
+    ended = site.run(*(flags or ("--batch",)), plan={"point": point, "nth": nth, "write_at": WRITE_AT})
+    assert ended.code == -signal.SIGKILL, f"it never came to {point}: {ended.err}"
+
+
+def finish(site: IndexSite, *flags: str, kills: int = 1) -> None:
+    """Run to the end: what was stored is not paid again, and what is paid twice was in flight at a kill."""
+    before, stored = site.billed(), site.stored()
+    assert len(before.keys() - stored) <= kills * IN_FLIGHT
+    site.run_well(*flags)
+    after = site.billed()
+    repeated = {key for key, times in after.items() if times > before.get(key, 0) and key in before}
+    assert repeated.isdisjoint(stored), "what was stored was paid for again"
+    assert sum(after.values()) - len(after) <= kills * IN_FLIGHT
+    if kills == 1:
+        assert max(after.values()) <= 2
+    site.check()
+
+
+def cases() -> Iterator[Any]:
+    for source, own in (("database", OF_DATABASES), ("conversations", OF_CONVERSATIONS)):
+        first = FIRST if source == "database" else FIRST[:0]
+        rest = [point for point in FIRST if point not in first]
+        for point, nth in [*first, *ALWAYS]:
+            yield pytest.param(source, point, nth, id=f"{source}-{point}-{nth}")
+        for point, nth in [*rest, *MORE, *own]:
+            yield pytest.param(source, point, nth, id=f"{source}-{point}-{nth}", marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize(("source", "point", "nth"), list(cases()))
+def test_a_kill_at_each_step(site: IndexSite, source: str, point: str, nth: int) -> None:
+    """The same command finishes the work, whichever step was the last; only what was in flight is paid for twice."""
+    fill(site, source)
+    die(site, point, nth)
+    finish(site)
+
+
+CHANGES = [
+    (f"{CHROMA}.delete:before", 1),
+    (f"{CHROMA}.delete:after", 1),
+    (f"{STATES}.remove:before", 1),
+    (f"{STATES}.remove:after", 1),
+]
+REMAKES = [
+    (f"{CHROMA}.remake:before", 1),
+    ("chroma_index.ChromaFolder.sync_at:after", 1),  # the new folder stands beside the old one, which is whole
+    (f"{CHROMA}._swap_in:before", 1),
+    ("chroma_index.os.rename:after", 1),
+    ("chroma_index.os.rename:after", 2),
+    (f"{CHROMA}._publish:before", 1),
+    (f"{CHROMA}._publish:after", 1),
+    (f"{CHROMA}.remake:after", 1),
+]
+
+
+def thoroughly(points: list[tuple[str, int]], *always: int) -> list[Any]:
+    """*points* as parameters, of which only those at the places *always* are of each run of the tests."""
+    return [
+        pytest.param(*point, marks=() if place in always else pytest.mark.thorough)
+        for place, point in enumerate(points)
+    ]
+
+
+@pytest.mark.parametrize(("point", "nth"), thoroughly(CHANGES, 0))
+def test_a_kill_while_tables_leave_the_index(site: IndexSite, point: str, nth: int) -> None:
+    """What is no longer in the database is gone afterwards, whichever step was the last."""
+    site.make_database(TABLES)
+    site.run_well()
+    site.make_database(TABLES - 3)
+    die(site, point, nth)
+    finish(site)
+    assert max(site.billed().values()) == 1
+
+
+FORGETTING = [*CHANGES, (f"{CHROMA}.upsert:after", 1), (f"{LEDGER}.keep_only:before", 1), *REMAKES]
+
+
+@pytest.mark.parametrize(("point", "nth"), thoroughly(FORGETTING, 5, 9))
+def test_what_customers_took_back_leaves_every_file(site: IndexSite, point: str, nth: int) -> None:
+    """Deleted or changed: neither vector nor labels are in any file after a pass, even where one was killed within."""
+    fill(site, "conversations")
+    site.mongo["sentimental_analysis"].update_one(
+        {"source_conversation_id": 3}, {"$set": {"classification.categorization": "A quokka of Perth is angry."}}
+    )
+    site.run_well()
+    old = {row["hash"].hex(): row["vector"] for row in site.rows("vectors.sqlite3", "SELECT hash, vector FROM vectors")}
+    assert all(site.files_with(vector) for vector in old.values()), "the rest would prove nothing"
+    assert site.files_with(b"quokka") == ["chroma.sqlite3", "index.sqlite3"]
+    before = set(site.hashes())
+    site.remove_conversations([3, 4])
+    site.say(5, "I never said that.")
+    site.add_conversations([CONVERSATIONS])
+    die(site, point, nth)
+    finish(site)
+    gone = before - set(site.hashes())
+    assert len(gone) == 3
+    for key in gone:
+        assert site.files_with(old[key]) == []
+        assert site.files_with(bytes.fromhex(key)) == []
+    assert site.files_with(b"quokka") == []
+    assert all(site.files_with(vector) for key, vector in old.items() if key not in gone)
+
+
+def test_a_changed_text_that_fails_leaves_no_old_vector(site: IndexSite) -> None:
+    """It is not found by what was said before; once it can be embedded, by what is said now."""
+    fill(site, "conversations")
+    site.run_well()
+    old = {row["hash"].hex(): row["vector"] for row in site.rows("vectors.sqlite3", VECTORS)}
+    before = site.hashes()
+    site.say(5, "poison")
+    site.fake.configure(faults=[{"kind": "bad_request_400", "when": {"text": "poison"}}])
+    assert site.run("--batch").code == 1
+    (gone,) = before - site.hashes()
+    assert site.files_with(old[gone]) == []
+    site.fake.configure(faults=[])
+    finish(site)
+
+
+@pytest.mark.parametrize(("point", "nth"), thoroughly(REMAKES, 1, 3))
+def test_a_kill_in_rebuild_and_in_mending(site: IndexSite, point: str, nth: int) -> None:
+    """Nothing is paid for: the vectors are stored, however often the search structure must be made of them."""
+    site.make_database(TABLES)
+    site.run_well()
+    paid = site.billed()
+    die(site, point, nth, "--rebuild")
+    finish(site)
+    (site.index / "chroma.unfinished").touch()  # as a killed writer leaves it
+    die(site, point, nth)
+    finish(site)
+    assert site.billed() == paid
+
+
+WITH_ANOTHER_MODEL = [
+    *((f"{STATES}.mark_pending:before", 1), (f"{STATES}.mark_pending:after", 1)),
+    *((f"{PROVIDER}.embed:after", 2), *REMAKES),
+]
+
+
+@pytest.mark.parametrize(("point", "nth"), thoroughly(WITH_ANOTHER_MODEL, 2))
+def test_a_kill_in_a_rebuild_with_another_model(site: IndexSite, point: str, nth: int) -> None:
+    """Each text is paid for once with each model, but for the calls in flight; the way back costs nothing."""
+    site.make_database(TABLES)
+    site.run_well()
+    texts = site.billed().keys()
+    site.settings["EMBEDDING_MODEL"] = "text-embedding-3-large"
+    assert site.run("--batch").code == 2
+    die(site, point, nth, "--rebuild")
+    ended = site.run("--batch")
+    assert ended.code in (0, 2), ended.err
+    if ended.code == 2:
+        assert "--rebuild" in ended.err
+        site.run_well("--rebuild")
+    billed = site.billed()
+    assert billed.keys() == texts
+    assert all(2 <= times <= 3 for times in billed.values())
+    assert sum(times == 3 for times in billed.values()) <= IN_FLIGHT
+    site.check()
+    del site.settings["EMBEDDING_MODEL"]
+    site.run_well("--rebuild")
+    assert site.billed() == billed
+    site.check()
+
+
+@pytest.mark.parametrize("source", ["database", pytest.param("conversations", marks=pytest.mark.thorough)])
+def test_random_kills(site: IndexSite, source: str, request: pytest.FixtureRequest) -> None:
+    """``kill -9`` again and again in one job: each call that was answered and stored was paid for once."""
+    kills = request.config.getoption("--kills") * (6 if source == "database" else 3) // 10
+    seed = request.config.getoption("--seed")
+    seed = random.randrange(1_000_000) if seed is None else seed
+    print(f"seed {seed}, {kills} kills")
+    moments = random.Random(seed)
+    fill(site, source)
+    if source == "database":
+        site.make_database(4 * kills)
+    else:
+        site.add_conversations(range(8 * kills))
+    site.fake.configure(latency_s=0.05)
+    killed = 0
+    for _ in range(kills):
+        asked = site.fake.stats().get("requests:embeddings.create", 0)
+        stored = site.stored()
+        paid = site.billed()
+        with site.start("--batch") as process:
+            if moments.random() < 0.7:
+                with suppress(FakeOpenAIError):
+                    site.fake.wait_for("requests:embeddings.create", asked + moments.randint(1, 4), timeout_s=2)
+            time.sleep(moments.uniform(0, 0.1))
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+        now = site.billed()
+        assert all(now[key] == paid[key] for key in stored), "what was stored was paid for again"
+        assert len(now.keys() - site.stored()) <= IN_FLIGHT
+    assert killed > kills // 2, "most runs ended before they were killed: this proves little"
+    site.fake.configure(latency_s=0.0)
+    finish(site, kills=killed)
+
+
+def test_a_killed_holder_lets_the_next_one_in(site: IndexSite) -> None:
+    """Of two at once the second is refused and changes nothing; a dead one, killed in the middle of its calls, holds nothing."""
+    site.make_database(TABLES)
+    site.fake.configure(faults=[{"kind": "hang", "when": {"route": "embeddings.create", "from": 2}}])
+    with site.start("--batch") as first:
+        site.fake.wait_for("faults:hang", 1)
+        second = site.run("--batch")
+        assert second.code == 5
+        assert (
+            second.err.strip().splitlines()[-1].endswith("wait for it to end, or set INDEX_DIR to another directory.")
+        )
+        first.kill()
+        first.wait()
+    site.fake.configure(faults=[])
+    finish(site)
+
+
+def test_a_search_beside_a_writer_that_is_killed(site: IndexSite) -> None:
+    """A reader has the old state throughout; a new one is told what to do; the next run mends it, for nothing."""
+    site.make_database(TABLES)
+    site.run_well()
+    vectors = {row["hash"].hex(): np.frombuffer(row["vector"], "<f4") for row in site.rows("vectors.sqlite3", VECTORS)}
+    wanted = {item["name"]: item["hash"].hex() for item in site.rows("index.sqlite3", "SELECT * FROM items")}
+    with IndexCopy(site.index, work_dir=site.folder / "reader") as reader:
+
+        def first(name: str) -> str:
+            return reader.search(vectors[wanted[name]], limit=1)[0].name
+
+        assert first("t007") == "t007"
+        site.make_database(TABLES - 1)
+        die(site, f"{CHROMA}.delete:after", 1)
+        assert (reader.refresh(), first("t007")) == (False, "t007")
+        told = site.run("--search", "notes")
+        assert told.code == 2
+        assert "`python cli.py index --batch`, which repairs it" in told.err
+        finish(site)
+        assert max(site.billed().values()) == 1
+        assert (reader.refresh(), first("t007") == "t007", first("t005")) == (True, False, "t005")
+    found = json.loads(site.run("--search", "notes", "--json").out)
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize(
+    "file_bytes",
+    [60_000, 200_000, *(pytest.param(size, marks=pytest.mark.thorough) for size in (2_000, 10_000, 260_000))],
+)
+@pytest.mark.parametrize("source", ["database", pytest.param("conversations", marks=pytest.mark.thorough)])
+def test_no_room_on_the_disk(site: IndexSite, source: str, file_bytes: int) -> None:
+    """One sentence and exit code 2, wherever the room ends; with room again the same command goes on."""
+    fill(site, source)
+    for is_first in (True, False):
+        full = site.run("--batch", plan={"file_bytes": file_bytes})
+        if not is_first and full.code == 0:
+            break  # the first one left little enough to be written
+        assert full.code == 2, full.err
+        last = full.err.strip().splitlines()[-1]
+        assert "Traceback" not in full.err
+        assert "free space" in last
+        billed = site.billed()
+    assert sum(billed.values()) - len(billed) <= 2 * IN_FLIGHT
+    finish(site, kills=2)
+
+
+def test_a_directory_that_cannot_be_written(site: IndexSite) -> None:
+    """Nothing is sent where nothing can be kept."""
+    site.make_database(2)
+    (site.folder / "file").write_text("")
+    ended = site.run("--batch", "--index-dir", str(site.folder / "file" / "index"))
+    assert ended.code == 2
+    assert "fix its rights, or set INDEX_DIR to another directory" in ended.err
+    assert site.billed() == {}
+
+
+def spoil(path: Path, how: str) -> None:
+    """Damage the file *path*, or the largest one of the folder, so that it was closed well before."""
+    if path.is_dir():
+        if how == "deleted":
+            shutil.rmtree(path)
+            return
+        path = path / "chroma.sqlite3"
+    if how == "deleted":
+        path.unlink()
+    elif how == "overwritten":
+        path.write_bytes(random.Random(1).randbytes(path.stat().st_size))
+    elif how == "emptied":
+        path.write_bytes(b"")
+    else:
+        os.truncate(path, path.stat().st_size // 3)
+
+
+# What the user is told: nothing, or why not; and then the file is removed, as told.
+DAMAGE = {
+    ("index.sqlite3", "deleted"): None,
+    ("index.sqlite3", "emptied"): None,
+    ("index.sqlite3", "overwritten"): "remove it with its -wal and -shm, and index again",
+    ("index.sqlite3", "truncated"): "remove it with its -wal and -shm, and index again",
+    ("vectors.sqlite3", "deleted"): "15 stored vectors were missing; they are taken from ChromaDB's files",
+    ("vectors.sqlite3", "emptied"): "15 stored vectors were missing; they are taken from ChromaDB's files",
+    ("vectors.sqlite3", "overwritten"): "delete it with its -wal and -shm and run `python cli.py index --batch`",
+    ("vectors.sqlite3", "truncated"): "delete it with its -wal and -shm and run `python cli.py index --batch`",
+    ("chroma", "deleted"): "made anew from the stored vectors",
+    ("chroma", "emptied"): "made anew from the stored vectors",
+    ("chroma", "overwritten"): "made anew from the stored vectors",
+    ("chroma", "truncated"): "made anew from the stored vectors",
+    ("generation", "deleted"): "made anew from the stored vectors",
+    ("generation", "overwritten"): "made anew from the stored vectors",
+    ("generation", "truncated"): "made anew from the stored vectors",
+    (".lock", "deleted"): None,
+}
+USUAL_DAMAGE = {("index.sqlite3", "truncated"), ("vectors.sqlite3", "overwritten"), ("chroma", "truncated")}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [pytest.param(*damage, marks=() if damage in USUAL_DAMAGE else pytest.mark.thorough) for damage in DAMAGE],
+)
+def test_a_damaged_file_costs_nothing(site: IndexSite, name: str, how: str) -> None:
+    """Of whichever file: what the user is told works, nothing is paid for again, and all is found as before."""
+    site.make_database(TABLES)
+    site.run_well()
+    paid, stored = site.billed(), site.stored()
+    spoil(site.index / name, how)
+    told = DAMAGE[name, how]
+    ended = site.run("--batch")
+    assert told is None or told in ended.err
+    if "remove it" in (told or "") or "delete it" in (told or ""):
+        assert ended.code == 2
+        assert len(ended.err.strip().splitlines()) == 1
+        for path in site.index.glob(f"{name}*"):
+            path.unlink()
+        ended = site.run("--batch")
+    assert ended.code == 0, ended.err
+    assert (site.billed(), site.stored()) == (paid, stored)
+    site.check()
+
+
+def test_what_is_lost_with_the_vectors_is_paid_for_again(site: IndexSite) -> None:
+    """Both the stored vectors and ChromaDB's files: the next run embeds all of it, and says how many."""
+    site.make_database(TABLES)
+    site.run_well()
+    spoil(site.index / "vectors.sqlite3", "deleted")
+    spoil(site.index / "chroma", "deleted")
+    report = site.run_well()
+    assert (report["indexed"], report["failed"]) == (15, 0)
+    assert set(site.billed().values()) == {2}
+    site.check()
+
+
+def test_the_states_of_both_sources_are_lost(site: IndexSite) -> None:
+    """Both are read again, the database first, and no vector of either is lost or paid for."""
+    site.make_database(3)
+    site.run_well()
+    fill(site, "conversations")
+    site.run_well()
+    expected = site.database_ids() | set(site.conversations())
+    paid = site.billed()
+    site.check(expected)
+    spoil(site.index / "index.sqlite3", "deleted")
+    site.flags = ()
+    site.run_well()
+    site.flags = ("--source", "conversations")
+    site.run_well()
+    assert site.billed() == paid
+    site.check(expected)
+
+
+ROWS = {
+    "the process was killed": test_random_kills,
+    "killed within `--rebuild`, or while the index is made anew": test_a_kill_in_rebuild_and_in_mending,
+    "another process writes the index (exit 5)": test_a_killed_holder_lets_the_next_one_in,
+    "`--search` says that the index is being written": test_a_search_beside_a_writer_that_is_killed,
+    "the disk is full (exit 2)": test_no_room_on_the_disk,
+    "`INDEX_DIR` cannot be made or written (exit 2)": test_a_directory_that_cannot_be_written,
+    "`chroma/` or `generation` is damaged or gone": test_a_damaged_file_costs_nothing,
+    "`index.sqlite3` is gone": test_the_states_of_both_sources_are_lost,
+    "`index.sqlite3` is damaged (exit 2)": test_a_damaged_file_costs_nothing,
+    "`vectors.sqlite3` is gone": test_a_damaged_file_costs_nothing,
+    "`vectors.sqlite3` is damaged (exit 2)": test_a_damaged_file_costs_nothing,
+    "`vectors.sqlite3` and `chroma/` are gone": test_what_is_lost_with_the_vectors_is_paid_for_again,
+    "another model is set (exit 2)": test_a_kill_in_a_rebuild_with_another_model,
+}
+
+
+def test_each_row_of_the_recovery_table_has_a_test() -> None:
+    page = (ROOT / "docs/embedding-index.md").read_text(encoding="utf-8")
+    table = page.split("### Crashes, disks and files")[1].split("###")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert rows[2:] == list(ROWS)

@@ -1,0 +1,217 @@
+"""SIGTERM, SIGINT, a second one, and SIGSTOP: what was begun is finished or begun again, and never twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from embedded.mongod import EmbeddedMongod
+from tests.fakes.fake_ollama import FakeOllama
+from tests.worker.site import (
+    Document,
+    Site,
+    check_calls,
+    check_directory,
+    check_exactly_once,
+    documents_of_all_shapes,
+    open_site,
+    until,
+)
+from utils.aio import cancellable
+
+CONCURRENCY = 6
+PROMISED_S = 2.0  # a second signal ends the worker within this time
+SLACK_S = 23.0  # for a machine with other things to do; the grace period is far longer
+LONG_S = 60.0  # an answer that takes this long never comes in these tests
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Hold a process by SIGSTOP while inside."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def filled(site: Site, count: int = 60) -> list[Document]:
+    documents = documents_of_all_shapes(count)
+    site.source.insert_many(documents)
+    return documents
+
+
+def model_of(site: Site) -> FakeOllama:
+    assert site.model is not None
+    return site.model
+
+
+def await_all_slots_busy(site: Site) -> None:
+    model_of(site).wait_for("in_flight", equals=CONCURRENCY, timeout_s=30)
+
+
+def finish(site: Site, documents: list[Document], *, repeated: int) -> None:
+    """Run the same command again and judge the whole."""
+    model_of(site).configure(latency_s=0.02)
+    ended = site.run("--logs")
+    assert ended.code == 0, ended.err
+    check_exactly_once(site, documents)
+    check_calls(site, documents, repeated=repeated)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_lets_calls_in_flight_finish(site: Site, number: signal.Signals) -> None:
+    """No new call after it; those in flight are answered and stored; nothing is asked twice."""
+    documents = filled(site)
+    model_of(site).configure(latency_s=1.0)
+    with site.start("--logs") as worker:
+        await_all_slots_busy(site)
+        worker.send(number)
+        ended = worker.ended()
+    assert ended.code == 130, ended.err
+    assert "same command" in ended.err
+    assert model_of(site).stats()["chat_requests"] == CONCURRENCY
+    assert site.results.count_documents({}) == CONCURRENCY
+    check_directory(site, clean=False)
+    finish(site, documents, repeated=0)
+
+
+def test_a_stop_while_earlier_work_is_recovered_takes_no_new_work(site: Site) -> None:
+    """Neither the rest of the recovered batch nor a fresh page is begun after the signal."""
+    documents = filled(site)
+    model_of(site).configure(latency_s=1.0)
+    with site.start() as worker:
+        await_all_slots_busy(site)
+        worker.send(signal.SIGKILL)
+        worker.ended()
+    model_of(site).wait_for("in_flight", equals=0)
+    with site.start("--logs") as worker:
+        await_all_slots_busy(site)
+        worker.send(signal.SIGTERM)
+        ended = worker.ended()
+    assert ended.code == 130, ended.err
+    assert model_of(site).stats()["chat_requests"] == 2 * CONCURRENCY
+    finish(site, documents, repeated=CONCURRENCY)
+
+
+def test_a_second_signal_ends_the_worker_at_once(site: Site) -> None:
+    """It does not wait for the calls in flight, which are asked again by the next run."""
+    documents = filled(site)
+    model_of(site).configure(latency_s=LONG_S)
+    with site.start("--logs") as worker:
+        await_all_slots_busy(site)
+        worker.send(signal.SIGTERM)
+        worker.await_text("a second signal stops at once")
+        start = time.monotonic()
+        worker.send(signal.SIGTERM)
+        ended = worker.ended()
+        assert time.monotonic() - start < PROMISED_S + SLACK_S
+    assert ended.code == 130, ended.err
+    check_directory(site, clean=False)
+    finish(site, documents, repeated=CONCURRENCY)
+
+
+def test_a_second_signal_wins_over_a_hanging_database(tmp_path: Path, model: FakeOllama) -> None:
+    """Where even the last writes hang, the process ends all the same, and the journal has the answers."""
+    with EmbeddedMongod(tmp_path / "mongod") as server, open_site(server.uri, "hanging", model, tmp_path) as site:
+        documents = filled(site)
+        model.configure(latency_s=0.3)
+        with site.start("--logs", MONGODB_TIMEOUT_MS="60000") as worker:
+            await_all_slots_busy(site)
+            assert server.pid is not None
+            # The answers come while nobody stores them, so the last writes of the run hang.
+            with stopped(server.pid):
+                model.wait_for("answered", at_least=CONCURRENCY)
+                worker.send(signal.SIGTERM)
+                worker.await_text("a second signal stops at once")
+                worker.send(signal.SIGTERM)
+                ended = worker.ended(PROMISED_S + SLACK_S)
+        assert ended.code == 130, ended.err
+        check_directory(site, clean=False)
+        finish(site, documents, repeated=CONCURRENCY)
+
+
+def test_the_grace_period_ends_and_stops_make_no_poison(site: Site) -> None:
+    """Calls that do not finish in time are given up, and however often that happens, it is not their fault."""
+    documents = filled(site, 20)
+    model_of(site).configure(latency_s=LONG_S)
+    stops = 6
+    for _ in range(stops):
+        with site.start("--logs", SHUTDOWN_GRACE_S="0") as worker:
+            await_all_slots_busy(site)
+            worker.send(signal.SIGTERM)
+            assert worker.ended().code == 130
+        model_of(site).wait_for("in_flight", equals=0)
+    finish(site, documents, repeated=stops * CONCURRENCY)
+    assert site.entries("quarantine") == []
+
+
+def test_a_signal_while_it_connects(site: Site) -> None:
+    """Nothing is in work yet, so nothing is waited for."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"mongodb://127.0.0.1:{silent.getsockname()[1]}"
+        with site.start(MONGODB_URI=address, MONGODB_TIMEOUT_MS="60000") as worker:
+            silent.settimeout(30)
+            connection, _ = silent.accept()
+            with connection:
+                connection.settimeout(30)
+                assert connection.recv(16)
+                worker.send(signal.SIGTERM)
+                assert worker.ended(SLACK_S).code == 130
+
+
+def test_a_pause_is_no_harm(site: Site) -> None:
+    """After SIGSTOP and SIGCONT the run goes on where it was."""
+    documents = filled(site)
+    model_of(site).configure(latency_s=0.2)
+    with site.start("--logs") as worker:
+        await_all_slots_busy(site)
+        worker.send(signal.SIGSTOP)
+        model_of(site).wait_for("in_flight", equals=0)
+        worker.send(signal.SIGCONT)
+        assert worker.ended().code == 0
+    check_exactly_once(site, documents)
+    check_calls(site, documents, repeated=0)
+
+
+def test_a_pause_longer_than_the_lease(site: Site) -> None:
+    """Another worker takes over meanwhile; the first one wakes up, finds it out, and stores nothing twice."""
+    documents = filled(site)
+    site.settings["LEASE_S"] = "2"
+    model_of(site).configure(latency_s=0.2)
+    leases = site.database["conversation_set_leases"]
+    with site.start("--logs") as worker:
+        await_all_slots_busy(site)
+        until(lambda: site.results.count_documents({}))
+        worker.send(signal.SIGSTOP)
+        until(lambda: leases.count_documents({"expires_at": {"$gt": datetime.now(UTC)}}) == 0)
+        other = site.sibling("other_files").run("--logs")
+        assert other.code == 0, other.err
+        worker.send(signal.SIGCONT)
+        assert worker.ended().code == 0
+    check_exactly_once(site, documents)
+    # Those in flight, and those whose answers it had not written yet.
+    check_calls(site, documents, repeated=2 * CONCURRENCY)
+
+
+async def test_a_cancellation_that_a_library_swallows() -> None:
+    """``asyncio.wait_for`` of Python 3.11 does, inside pymongo: a task of a stopped run would never end."""
+
+    async def swallows() -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(cancellable(swallows))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -1,0 +1,50 @@
+"""Prices of the OpenAI Batch API come from the package that is pinned, without a network."""
+
+from __future__ import annotations
+
+import socket
+from datetime import date
+
+import pytest
+
+from domain.prices import MODELS, batch_prices, embedding_price, price_source
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail on any connection."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a price was asked for on the network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_batch_rates_of_the_package() -> None:
+    """A million tokens each of prompt and reply: 0.075 + 0.30 dollars since 14 October 2026."""
+    prices = {price.model: price for price in batch_prices(1_000_000, 1_000_000)}
+    assert set(prices) == set(MODELS)
+    assert prices["gpt-4o-mini"].usd == pytest.approx(0.375)
+    assert prices["gpt-4o-mini"].since == date(2026, 10, 14)
+    assert price_source() == "genai-prices 0.2.3"
+
+
+def test_half_the_usual_price_where_no_batch_rate_is_known() -> None:
+    """And it says so."""
+    (price,) = batch_prices(1_000_000, 0, ["gpt-4o-search-preview"])
+    assert price.is_assumed
+    assert price.usd == pytest.approx(1.25)
+
+
+def test_a_model_the_package_lacks_is_left_out() -> None:
+    """It is no reason to have no estimate."""
+    assert batch_prices(1, 1, ["no-such-model"]) == []
+
+
+def test_embedding_prices_of_the_package() -> None:
+    """US dollars for a million tokens; None, not 0, where nobody knows."""
+    assert embedding_price("text-embedding-3-small", 1_000_000) == pytest.approx(0.02)
+    assert embedding_price("text-embedding-3-large", 1_000_000) == pytest.approx(0.13)
+    assert embedding_price("text-embedding-3-small", 0) == 0
+    assert embedding_price("no-such-model", 1_000_000) is None

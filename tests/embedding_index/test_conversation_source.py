@@ -1,0 +1,438 @@
+"""Conversations of a real mongod on their way into the index: which, with what text and labels, and out of it again.
+
+The index is a small one of dictionaries; ``test_conversations_end_to_end.py`` has the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import bson
+import pytest
+from pymongo import MongoClient
+from pymongo.database import Database
+
+from config import Settings, load_settings
+from embedding_index import conversation_source
+from embedding_index.conversation_source import (
+    Options,
+    conversation_item,
+    estimate_conversations,
+    index_conversations,
+    require_allowed,
+)
+from embedding_index.items import IndexItem, Kind, content_hash
+from embedding_index.vector_store import OnEnded
+from error_handler import ConfigurationError, ProviderUnavailableError
+from storage.extended_json import canonical
+from tests.embedding_index.stores import DRIVERS, open_store
+
+LABELS = {"intent": "Order Status", "topic": "Shipping/Delivery", "sentiment": "Negative", "categorization": "Late."}
+AT = datetime(2026, 11, 21, 10, 0, 0, 123000, tzinfo=UTC)
+ODD_IDS: list[Any] = [
+    7,
+    bson.Int64(2**40),
+    7.5,
+    "7",
+    '"7"',
+    bson.ObjectId("65f1c0ffee65f1c0ffee65f1"),
+    {"b": 1, "a": [2]},
+    None,
+    True,
+    AT,
+    b"\x00\x01",
+    bson.Decimal128("7.10"),
+]
+
+
+def conversation(document_id: Any, text: str = "Where is my parcel?", **more: Any) -> dict[str, Any]:
+    messages = [
+        {"sender": "agent", "text": "Hello, how can I help?"},
+        {"sender": "customer", "text": text},
+        {"sender": "agent", "text": "I am sorry."},
+        {"sender": "customer", "text": "It is late."},
+    ]
+    return {"_id": document_id, "messages": messages, **more}
+
+
+def result(document_id: Any, **labels: Any) -> dict[str, Any]:
+    made = {"processed_at": AT, "model_used": "llama3.2"}
+    return {
+        "source_conversation_id": document_id,
+        "classification": {**LABELS, **labels},
+        "processing_metadata": made,
+    }
+
+
+@dataclass
+class States:
+    """What DocumentationStore does, in dictionaries."""
+
+    items: dict[str, tuple[str, dict[str, Any], str]] = field(default_factory=dict)  # hash, metadata, state
+    outdated: set[str] = field(default_factory=set)
+    met: set[str] = field(default_factory=set)
+    offers: int = 0
+
+    def begin_pass(self, kind: Kind) -> None:
+        assert kind is Kind.CONVERSATION
+        self.met = set()
+
+    def offer(self, items: Sequence[IndexItem], keep_text: bool = True) -> States.Offered:
+        assert not keep_text
+        self.offers += 1
+        offered = States.Offered([], [])
+        for item in items:
+            self.met.add(item.name)
+            text_hash, metadata, state = self.items.get(item.name, ("", {}, "new"))
+            if (text_hash, state) != (item.content_hash, "indexed"):
+                self.items[item.name] = item.content_hash, dict(item.metadata), "pending"
+                offered.pending.append(item)
+            elif metadata != item.metadata or item.name in self.outdated:
+                self.items[item.name] = item.content_hash, dict(item.metadata), "indexed"
+                self.outdated.add(item.name)
+                offered.changed.append(item)
+        return offered
+
+    def end_pass(self, kind: Kind) -> list[str]:
+        return sorted(self.items.keys() - self.met)
+
+    def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None:
+        for name, text_hash in entries:
+            if self.items[name][0] == text_hash:
+                self.items[name] = (*self.items[name][:2], "indexed")
+                self.outdated.discard(name)
+
+    def mark_failed(self, kind: Kind, name: str, problem: str) -> None:
+        self.items[name] = (*self.items[name][:2], "failed")
+
+    def remove(self, kind: Kind, names: Collection[str]) -> None:
+        for name in names:
+            del self.items[name]
+
+    def of(self, state: str) -> set[str]:
+        return {name for name, facts in self.items.items() if facts[2] == state}
+
+    @dataclass
+    class Offered:
+        pending: list[IndexItem]
+        changed: list[IndexItem]
+
+
+@dataclass
+class Vectors:
+    """What SQLVectorStore and its agent do, in dictionaries."""
+
+    leaves_house: bool = False
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    embedded: dict[str, str] = field(default_factory=dict)  # content hash -> text
+    calls: list[int] = field(default_factory=list)
+    bad: str = "never in a text"
+    stop_after: int = 10**9
+    stop: threading.Event = field(default_factory=threading.Event)
+    away: bool = False
+
+    @property
+    def provider(self) -> Vectors:
+        return self
+
+    @property
+    def vector_store(self) -> Vectors:
+        return self
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+    def known(self, hashes: Collection[str]) -> set[str]:
+        return set(hashes) & self.embedded.keys()
+
+    def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.calls.append(len(items))
+        for item in items:
+            if self.stop.is_set():
+                return
+            if self.away:
+                raise ProviderUnavailableError("away")
+            if self.bad in item.text:
+                on_ended([(item, "the provider refuses it")])
+                continue
+            self.embedded[item.content_hash] = item.text
+            self.found[item.name] = dict(item.metadata)
+            on_ended([(item, None)])
+            if len(self.found) >= self.stop_after:
+                self.stop.set()
+
+    def update_metadata(self, items: Sequence[IndexItem]) -> None:
+        for item in items:
+            self.found[item.name] = dict(item.metadata)
+
+    def delete(self, kind: Kind, names: Collection[str]) -> None:
+        assert kind is Kind.CONVERSATION
+        for name in names:
+            self.found.pop(name, None)
+
+
+@dataclass
+class Site:
+    uri: str
+    db_name: str
+    database: Database[dict[str, Any]]
+    driver: str = "pymongo"
+    states: States = field(default_factory=States)
+    vectors: Vectors = field(default_factory=Vectors)
+    results: list[tuple[str, str | None]] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        return load_settings(None, mongodb_uri=self.uri, db_name=self.db_name, mongodb_backoff_s=0)
+
+    def fill(self, *document_ids: Any, text: str = "Where is my parcel?") -> None:
+        self.database["conversation_set"].insert_many([conversation(value, text) for value in document_ids])
+        self.database["sentimental_analysis"].insert_many([result(value) for value in document_ids])
+
+    async def run(self, stop: threading.Event | None = None, **options: Any) -> dict[str, int]:
+        async with open_store(self.uri, self.db_name, self.driver) as store:
+            counts = await index_conversations(
+                store,
+                self.states,
+                self.vectors,
+                Options(self.settings, **options),
+                stop,
+                lambda name, problem: self.results.append((name, problem)),
+            )
+        return {name: value for name, value in counts.as_dict().items() if value}
+
+    async def estimate(self, **options: Any) -> conversation_source.ConversationEstimate:
+        async with open_store(self.uri, self.db_name, self.driver) as store:
+            return await estimate_conversations(store, self.states, self.vectors, Options(self.settings, **options))
+
+
+@pytest.fixture
+def site(mongodb_uri: str, db_name: str) -> Iterator[Site]:
+    with MongoClient[dict[str, Any]](mongodb_uri, tz_aware=True) as client:
+        yield Site(mongodb_uri, db_name, client[db_name])
+
+
+def test_an_item_is_what_the_customer_said_with_the_labels() -> None:
+    """Agents' turns are left out; what is not there is not in the metadata; no text of a turn is."""
+    item = conversation_item(conversation(7, conversation_number=17), result(7))
+    assert (item.kind, item.name) == (Kind.CONVERSATION, '{"$numberInt": "7"}')
+    assert item.text == "Where is my parcel?\nIt is late."
+    assert item.metadata == {
+        "source_id": '{"$numberInt": "7"}',
+        "conversation_number": "17",
+        **LABELS,
+        "classified_at": "2026-11-21T10:00:00.123000+00:00",
+        "classified_by": "llama3.2",
+    }
+    bare = conversation_item({"_id": "doc0", "text": "Hello"}, {"classification": LABELS, "processing_metadata": None})
+    assert (bare.name, bare.text, bare.metadata) == ('"doc0"', "Hello", {"source_id": '"doc0"', **LABELS})
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_ids_of_all_types_are_told_apart(site: Site, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pages smaller than any type has ids."""
+    monkeypatch.setattr(conversation_source, "PAGE_DOCUMENTS", 5)
+    site.driver = driver
+    site.fill(*ODD_IDS)
+    counts = await site.run()
+    assert counts == {"read": len(ODD_IDS), "pending": len(ODD_IDS), "indexed": len(ODD_IDS)}
+    assert site.vectors.found.keys() == {canonical(value) for value in ODD_IDS} == site.states.of("indexed")
+    assert all(metadata["source_id"] == name for name, metadata in site.vectors.found.items())
+    assert sorted(name for name, _ in site.results) == sorted(site.vectors.found)
+
+
+async def test_only_classified_conversations_with_text_are_taken(site: Site) -> None:
+    """The others are counted; half a classification is none."""
+    site.fill(1, 2, 3, 4)
+    site.database["conversation_set"].insert_many(
+        [conversation(5), {"_id": 6, "messages": [{"sender": "agent", "text": "Hello"}]}, conversation(7)]
+    )
+    incomplete = {**result(7), "classification": {"intent": "Order Status"}}
+    site.database["sentimental_analysis"].insert_many([result(6), incomplete])
+    assert await site.run() == {"read": 7, "unclassified": 2, "without_text": 1, "pending": 4, "indexed": 4}
+
+
+async def test_what_is_unchanged_is_not_embedded_again(site: Site) -> None:
+    """Another text is, other labels are only replaced."""
+    site.fill(1, 2, 3)
+    await site.run()
+    assert await site.run() == {"read": 3}
+    assert site.vectors.calls == [3]
+    source, results = site.database["conversation_set"], site.database["sentimental_analysis"]
+    source.update_one({"_id": 1}, {"$set": {"messages.1.text": "I want my money back."}})
+    source.update_one({"_id": 3}, {"$set": {"messages.0.text": "Another greeting of the agent", "status": "processed"}})
+    results.update_one({"source_conversation_id": 2}, {"$set": {"classification.intent": "Complaint"}})
+    assert await site.run() == {"read": 3, "pending": 1, "indexed": 1, "changed": 1}
+    assert site.vectors.calls == [3, 1]
+    assert site.vectors.found['{"$numberInt": "2"}']["intent"] == "Complaint"
+    assert site.vectors.embedded[content_hash("I want my money back.\nIt is late.")]
+    assert await site.run() == {"read": 3}
+
+
+async def test_labels_that_were_not_replaced_are_offered_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is written after the index, so a failure in between is mended by the next run."""
+    site.fill(1)
+    await site.run()
+    site.database["sentimental_analysis"].update_one({}, {"$set": {"classification.topic": "Other"}})
+
+    def fail(items: Sequence[IndexItem]) -> None:
+        raise ProviderUnavailableError("not now")
+
+    monkeypatch.setattr(site.vectors, "update_metadata", fail, raising=False)
+    with pytest.raises(ProviderUnavailableError):
+        await site.run()
+    monkeypatch.undo()
+    assert await site.run() == {"read": 1, "changed": 1}
+    assert site.vectors.found['{"$numberInt": "1"}']["topic"] == "Other"
+
+
+async def test_what_is_gone_from_mongodb_leaves_the_index(site: Site) -> None:
+    """Deleted, no longer classified, or emptied: after a whole pass nothing of it can be found."""
+    site.fill(1, 2, 3, 4)
+    await site.run()
+    site.database["conversation_set"].delete_one({"_id": 1})
+    site.database["sentimental_analysis"].delete_one({"source_conversation_id": 2})
+    site.database["conversation_set"].update_one({"_id": 3}, {"$set": {"messages": []}})
+    assert await site.run() == {"read": 3, "unclassified": 1, "without_text": 1, "removed": 3}
+    assert list(site.vectors.found) == list(site.states.items) == ['{"$numberInt": "4"}']
+
+
+async def test_a_part_of_a_pass_removes_nothing(site: Site) -> None:
+    """What a limited or stopped pass has not met may still be there."""
+    site.fill(*range(10))
+    await site.run()
+    site.database["conversation_set"].delete_one({"_id": 0})
+    site.database["conversation_set"].update_many({}, {"$set": {"messages.1.text": "Now about something else"}})
+    assert await site.run(limit=2) == {"read": 9, "pending": 2, "indexed": 2}
+    stop = threading.Event()
+    stop.set()
+    assert await site.run(stop) == {}
+    assert len(site.vectors.found) == 10
+    assert await site.run() == {"read": 9, "pending": 7, "indexed": 7, "removed": 1}
+
+
+async def test_a_removal_that_was_cut_off_is_repeated(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of the index before it is forgotten that it was in."""
+    site.fill(1, 2)
+    await site.run()
+    site.database["conversation_set"].delete_one({"_id": 1})
+
+    def fail(kind: Kind, names: Collection[str]) -> None:
+        raise ProviderUnavailableError("not now")
+
+    monkeypatch.setattr(site.vectors, "delete", fail, raising=False)
+    with pytest.raises(ProviderUnavailableError):
+        await site.run()
+    monkeypatch.undo()
+    assert len(site.vectors.found) == 2
+    assert await site.run() == {"read": 1, "removed": 1}
+    assert list(site.vectors.found) == ['{"$numberInt": "2"}']
+
+
+@pytest.mark.parametrize("missing", ["conversation_set", "sentimental_analysis"])
+async def test_a_wrong_name_empties_no_index(site: Site, missing: str) -> None:
+    """A collection that is not there says nothing about what is gone; an empty one does."""
+    site.fill(1, 2)
+    await site.run()
+    site.database[missing].rename("elsewhere")
+    with pytest.raises(ConfigurationError, match=missing):
+        await site.run()
+    assert len(site.vectors.found) == 2
+    site.database.create_collection(missing)
+    await site.run()
+    assert site.vectors.found == {}
+
+
+async def test_windows_are_handed_over_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full ones while it is read, the rest at the end; a window is also full by its characters."""
+    monkeypatch.setattr(conversation_source, "PAGE_DOCUMENTS", 30)
+    site.fill(*range(100))
+    read: list[int] = []
+    await site.run(window=50, on_read=lambda counts: read.append(counts.read))
+    assert site.vectors.calls == [50, 50]
+    assert read == [30, 60, 90, 100]
+    site.vectors.calls.clear()
+    site.states.items.clear()
+    monkeypatch.setattr(conversation_source, "WINDOW_CHARACTERS", 900)
+    await site.run(window=50)
+    assert site.vectors.calls == [30, 30, 30, 10]
+    assert site.states.of("indexed") == site.vectors.found.keys()
+
+
+async def test_a_bad_conversation_fails_alone_and_is_tried_again(site: Site) -> None:
+    """It is named with its problem."""
+    site.fill(1, 2)
+    site.fill(3, text="xyzzy")
+    site.vectors.bad = "xyzzy"
+    assert await site.run() == {"read": 3, "pending": 3, "indexed": 2, "failed": 1}
+    assert ('{"$numberInt": "3"}', "the provider refuses it") in site.results
+    site.vectors.bad = "never in a text"
+    assert await site.run() == {"read": 3, "pending": 1, "indexed": 1}
+
+
+async def test_a_stopped_pass_keeps_what_it_has_and_goes_on(site: Site) -> None:
+    """Also where the provider ends it."""
+    site.fill(*range(8))
+    for number in range(8):
+        site.database["conversation_set"].update_one({"_id": number}, {"$set": {"messages.1.text": f"Number {number}"}})
+    site.vectors.stop_after = 3
+    assert await site.run(site.vectors.stop, window=2) == {"read": 8, "pending": 8, "indexed": 3}
+    assert len(site.states.of("indexed")) == 3
+    site.vectors.stop.clear()
+    site.vectors.away = True
+    with pytest.raises(ProviderUnavailableError):
+        await site.run()
+    site.vectors.away, site.vectors.stop_after = False, 10**9
+    assert await site.run() == {"read": 8, "pending": 5, "indexed": 5}
+    assert len(site.vectors.embedded) == 8
+
+
+async def test_no_text_leaves_the_house_without_permission(site: Site) -> None:
+    """Nothing is even read."""
+    site.fill(1)
+    site.vectors.leaves_house = True
+    with pytest.raises(ConfigurationError, match="--allow-external or ALLOW_EXTERNAL_LLM=true"):
+        await site.run()
+    assert (site.vectors.calls, site.states.offers) == ([], 0)
+    assert await site.run(allow_external=True) == {"read": 1, "pending": 1, "indexed": 1}
+    require_allowed(site.vectors, allowed=True)
+
+
+async def test_an_estimate_sends_nothing_and_is_what_a_run_sends(site: Site) -> None:
+    """Equal texts and texts with a vector cost nothing; a limit counts."""
+    site.fill(1, 2)
+    site.fill(3, text="Please cancel my order today")
+    site.vectors.leaves_house = True
+    estimate = await site.estimate()
+    assert (estimate.pending, estimate.unpaid, estimate.tokens) == (3, 2, 4 + 5 + 2 * 3)
+    assert site.vectors.calls == []
+    assert (await site.estimate(limit=2)).pending == 2
+    await site.run(allow_external=True)
+    assert len(site.vectors.embedded) == estimate.unpaid
+    site.states.items.clear()
+    again = await site.estimate()
+    assert (again.pending, again.unpaid, again.tokens) == (3, 0, 0)
+
+
+async def test_the_loop_is_free_while_texts_are_embedded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals and progress are handled meanwhile."""
+    site.fill(1)
+    ticked = threading.Event()
+    given = site.vectors.index_items
+
+    def wait_for_the_loop(items: Sequence[IndexItem], on_ended: OnEnded) -> None:
+        assert ticked.wait(20)
+        given(items, on_ended)
+
+    monkeypatch.setattr(site.vectors, "index_items", wait_for_the_loop, raising=False)
+    run = asyncio.create_task(site.run())
+    while not site.states.items:
+        await asyncio.sleep(0.01)
+    ticked.set()
+    assert (await run)["indexed"] == 1

@@ -1,0 +1,277 @@
+"""``cli.py index`` where something is missing, wrong, away or in the way: one sentence, a remedy, the right exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.embedding_index.index_commands import (
+    CALLS,
+    KEY,
+    RELATIONSHIPS,
+    ROOT,
+    TABLES,
+    Ended,
+    IndexSite,
+    stopped,
+    until,
+)
+from tests.fakes.fake_ollama import FakeOllama
+from tests.fakes.fake_openai import FakeOpenAI
+from tests.forked_process import ForkedProcess
+
+ITEMS = TABLES + RELATIONSHIPS
+# A finder before all others stands for packages that are not installed.
+WITHOUT = """
+import importlib.abc, runpy, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {names!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Absent())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in {names!r} else find(name, package)
+sys.argv = [{script!r}, 'index', *{flags!r}]
+sys.path[0] = {root!r}
+runpy.run_path({script!r}, run_name='__main__')
+"""
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI() as fake:
+        yield fake
+
+
+@pytest.fixture
+def site(running: FakeOpenAI, tmp_path: Path) -> Iterator[IndexSite]:
+    running.renew()
+    yield IndexSite(tmp_path, running)
+    assert running.stats()["internal_errors"] == 0
+
+
+def sentence(ended: Ended, code: int) -> str:
+    """Return the last line, which is all that is said."""
+    assert ended.code == code, ended.said
+    assert "Traceback" not in ended.said
+    return ended.err.strip().splitlines()[-1]
+
+
+def said_by(process: ForkedProcess) -> str:
+    """Return what a running command wrote to stderr until now."""
+    assert process.files is not None
+    return process.files[1].read_text()
+
+
+def without(site: IndexSite, names: tuple[str, ...], *flags: str) -> Ended:
+    """Run the command where the packages *names* are missing."""
+    program = WITHOUT.format(names=names, flags=list(flags), script=str(ROOT / "cli.py"), root=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=site.environment, cwd=site.folder, capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "remedy"),
+    [
+        ("chromadb", ["--batch"], "requirements-index.txt"),
+        ("numpy", ["--search", "x"], "requirements-index.txt"),
+        ("sqlalchemy", ["--batch"], "requirements-index.txt"),
+        ("tokenizers", ["--batch", "--provider", "local"], "requirements-index.txt"),
+        ("psycopg", ["--batch"], "requirements-index.txt"),
+    ],
+)
+def test_a_missing_package_is_named(site: IndexSite, name: str, flags: list[str], remedy: str) -> None:
+    """With what to install."""
+    if name == "psycopg":
+        site.environment["DATABASE_URL"] = "postgresql://user@127.0.0.1:9/name"
+    said = sentence(without(site, (name,), *flags), 2)
+    assert name in said
+    assert remedy in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "code", "parts"),
+    [
+        ({"DATABASE_URL": ""}, ["--batch"], 2, ["DATABASE_URL is not set", "--sample"]),
+        ({"DATABASE_URL": "sqlite:///nowhere.db"}, ["--batch"], 3, ["there is no SQLite file", "DATABASE_URL"]),
+        ({"DATABASE_URL": "no address"}, ["--batch"], 2, ["cannot be read as an address"]),
+        ({"OPENAI_API_KEY": ""}, ["--batch"], 2, ["OPENAI_API_KEY is not set"]),
+        ({"EMBEDDING_BATCH_SIZE": "0"}, ["--batch"], 2, ["EMBEDDING_BATCH_SIZE"]),
+        ({"EMBEDDING_MODEL": "x", "EMBEDDING_PROVIDER": "local"}, ["--batch"], 2, ["all-MiniLM-L6-v2"]),
+        (
+            {"EMBEDDING_PROVIDER": "ollama", "OLLAMA_ENDPOINT": "http://127.0.0.1:9"},
+            ["--batch"],
+            3,
+            ["127.0.0.1:9"],
+        ),
+        ({"INDEX_DIR": "/proc/none"}, ["--batch"], 2, ["INDEX_DIR"]),
+        ({}, ["--batch", "--output", "nowhere/out.json"], 2, ["nowhere/out.json"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(
+    site: IndexSite, changes: dict[str, str], flags: list[str], code: int, parts: list[str]
+) -> None:
+    """And nothing is sent."""
+    said = sentence(site.run(*flags, **changes), code)
+    for part in parts:
+        assert part in said
+    assert site.calls == 0
+
+
+def test_the_key_is_refused(site: IndexSite) -> None:
+    """After one call, with exit code 2; the key is not shown."""
+    site.fake.configure(faults=[{"kind": "unauthorized_401"}])
+    ended = site.run("--batch")
+    said = sentence(ended, 2)
+    assert "OPENAI_API_KEY" in said
+    assert KEY not in ended.said
+    assert site.calls == 1
+
+
+def test_a_rate_limit_is_waited_for_and_shown(site: IndexSite) -> None:
+    """It uses up no attempt."""
+    site.fake.configure(faults=[{"kind": "rate_limit_429", "retry_after_ms": 300, "times": 5}])
+    ended = site.run("--batch", EMBEDDING_MAX_RETRIES="0")
+    assert ended.code == 0, ended.err
+    assert "is busy" in ended.err
+    assert "next call in 0.3 s" in ended.err
+    assert site.calls == 7
+
+
+def test_a_provider_that_goes_away(site: IndexSite) -> None:
+    """What was answered is kept and said; exit code 3; the same command goes on and pays for the rest only."""
+    faults = [{"kind": "rate_limit_429", "retry_after": 1000, "when": {"from": 2}}]
+    site.fake.configure(faults=faults)
+    output = site.folder / "out.json"
+    environment = {"EMBEDDING_BATCH_SIZE": "2", "EMBEDDING_CONCURRENCY": "1"}
+    ended = site.run("--batch", "--json", "--output", str(output), **environment)
+    said = sentence(ended, 3)
+    assert "asks to wait 1000 s" in said
+    assert "same command" in said
+    facts = ended.json
+    assert (facts["indexed"], facts["error"]) == (TABLES, said.partition(": ")[2])
+    assert facts["tokens"] > 0
+    site.fake.configure(faults=[])
+    again = site.run("--batch", "--json", **environment)
+    assert (again.code, again.json["indexed"], again.json["error"]) == (0, RELATIONSHIPS, None), again.err
+    assert max(entry["billed"] for entry in site.fake.embedded().values()) == 1
+
+
+def test_an_item_that_fails_is_named_and_tried_again_next_time(site: IndexSite) -> None:
+    """The others are kept; exit code 1."""
+    site.fake.configure(faults=[{"kind": "bad_request_400", "when": {"text": "Table customers"}}])
+    ended = site.run("--batch")
+    assert ended.code == 1, ended.err
+    assert "table:customers: the provider refuses it" in ended.out
+    assert f"{ITEMS - 1} indexed, 1 failed" in ended.out
+    assert site.states() == {"indexed": ITEMS - 1, "failed": 1}
+    again = site.run("--batch", "--json")
+    assert again.code == 1
+    assert list(again.json["problems"]) == ["table:customers"]
+    assert again.json["tables"] == {"customers": False}
+    assert again.json["success_rate"] == 0
+    site.fake.configure(faults=[])
+    healed = site.run("--batch", "--json")
+    assert (healed.code, healed.json["tables"]) == (0, {"customers": True})
+    assert site.states() == {"indexed": ITEMS}
+
+
+def test_the_index_is_locked(site: IndexSite) -> None:
+    """By one process at a time; searching needs no lock."""
+    assert site.run("--batch").code == 0
+    site.change("CREATE TABLE tickets (id INTEGER PRIMARY KEY)")
+    site.fake.configure(faults=[{"kind": "hang"}])
+    with site.started("--batch"):
+        site.fake.wait_for("in_flight", at_least=1)
+        said = sentence(site.run("--batch"), 5)
+        assert "another worker is using" in said
+        assert "INDEX_DIR" in said
+        site.fake.configure(faults=[])
+        assert site.run("--search", "refunds").code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: int) -> None:
+    """Exit code 130; the same command goes on and pays nothing twice."""
+    site.fake.configure(faults=[{"kind": "delay", "delay_s": 2, "when": {"from": 1}}])
+    environment = {"EMBEDDING_BATCH_SIZE": "1", "EMBEDDING_CONCURRENCY": "2"}
+    with site.started("--batch", "--json", **environment) as process:
+        site.fake.wait_for("in_flight", at_least=2)
+        ended = stopped(process, number)
+    assert ended.code == 130, ended.err
+    assert "the same command goes on where this one ended" in ended.err
+    assert ended.json["interrupted"]
+    billed = {key for key, entry in site.fake.embedded().items() if entry["billed"]}
+    assert 0 < len(billed) < ITEMS
+    with contextlib.closing(sqlite3.connect(site.index / "vectors.sqlite3")) as ledger:
+        assert {row[0].hex() for row in ledger.execute("SELECT hash FROM vectors")} == billed, ended.said
+    assert not (site.index / "chroma.unfinished").exists()
+    site.fake.configure(faults=[])
+    assert site.run("--batch").code == 0
+    assert site.states() == {"indexed": ITEMS}
+    assert max(entry["billed"] for entry in site.fake.embedded().values()) == 1
+
+
+def test_a_second_signal_ends_it_at_once(site: IndexSite) -> None:
+    """Whatever hangs; what was stored stays, and the next run goes on."""
+    site.fake.configure(faults=[{"kind": "hang"}])
+    with site.started("--batch") as process:
+        site.fake.wait_for(CALLS, at_least=1)
+        process.send_signal(signal.SIGINT)
+        until(lambda: "finishing the calls in flight" in said_by(process), "the first signal was not seen")
+        ended = stopped(process, signal.SIGINT)
+    assert ended.code == 130, ended.err
+    site.fake.configure(faults=[])
+    assert site.run("--batch").code == 0
+    assert site.states() == {"indexed": ITEMS}
+
+
+def test_a_signal_ends_a_search_and_an_opening(site: IndexSite) -> None:
+    """There is nothing to finish, so the first one does."""
+    assert site.run("--batch").code == 0
+    site.fake.configure(faults=[{"kind": "hang"}])
+    calls = site.calls
+    with site.started("--search", "refunds") as process:
+        site.fake.wait_for(CALLS, at_least=calls + 1)
+        assert stopped(process, signal.SIGTERM).code == 130
+    with FakeOllama() as ollama:
+        ollama.pause()
+        endpoint = f"http://127.0.0.1:{ollama.port}"
+        place = {"EMBEDDING_PROVIDER": "ollama", "OLLAMA_ENDPOINT": endpoint, "INDEX_DIR": "other"}
+        with site.started("--batch", **place) as process:
+            until((site.folder / "other/.lock").exists, "it never took its folder")
+            assert stopped(process, signal.SIGTERM).code == 130
+
+
+def test_ollama(site: IndexSite) -> None:
+    """Another provider, for nothing; tokens as the server counts them."""
+    with FakeOllama() as ollama:
+        variables = {"EMBEDDING_PROVIDER": "ollama", "OLLAMA_ENDPOINT": f"http://127.0.0.1:{ollama.port}"}
+        ended = site.run("--batch", "--json", "--max-cost", "0", **variables)
+        assert ended.code == 0, ended.err
+        assert (ended.json["indexed"], ended.json["cost_usd"], ended.json["calls"]) == (ITEMS, 0.0, 2)
+        assert ended.json["tokens"] > 0
+        assert site.run("--search", "refunds", **variables).code == 0
+    assert site.calls == 0
+    away = site.run("--search", "refunds", **variables)
+    assert "Ollama" in sentence(away, 3)
+
+
+def test_the_vector_of_a_dropped_table_stays(site: IndexSite) -> None:
+    """It costs nothing when the table comes back."""
+    assert site.run("--batch").code == 0
+    before = site.vectors()
+    site.change("DROP TABLE shipments")
+    assert site.run("--batch").code == 0
+    assert site.vectors() == before + 1, "of orders the text has changed"

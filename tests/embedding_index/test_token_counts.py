@@ -1,0 +1,149 @@
+"""Token counts: OpenAI's own where its tokenizer is installed, and an estimate that is not too low."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from embedding_index.token_counts import COUNTED_CHARACTERS, OPENAI_ENCODINGS, EstimatedCounter, openai_counter
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("bpe_openai") is None, reason="requirements-index.txt is not installed"
+)
+
+SAMPLES = Path(__file__).parents[2] / "data/sample_conversations.jsonl"
+SCRIPTS = {
+    "German": "Sehr geehrte Damen und Herren, bitte überweisen Sie mir das Geld für die Größe XL zurück.",
+    "Polish": "Dzień dobry, z mojej karty pobrano pieniądze dwa razy, proszę o zwrot.",
+    "Turkish": "Merhaba, kartımdan iki kez para çekildi, lütfen iade edin.",
+    "Finnish": "Hyvää päivää, korttiani on veloitettu kaksi kertaa, pyydän palauttamaan rahat tilille.",
+    "Vietnamese": "Xin chào, thẻ của tôi bị trừ tiền hai lần, vui lòng hoàn tiền lại.",
+    "Russian": "Здравствуйте, моя карта заблокирована, и я не могу оплатить заказ. Помогите, пожалуйста!",
+    "Greek": "Καλησπέρα, η κάρτα μου χρεώθηκε δύο φορές, παρακαλώ επιστρέψτε τα χρήματα.",
+    "Arabic": "مرحبا، تم خصم المبلغ مرتين من بطاقتي، أرجو إعادة المال.",
+    "Hebrew": "שלום, הכרטיס שלי חויב פעמיים, אנא החזירו את הכסף.",
+    "Chinese": "您好，我的信用卡被重复扣款，请尽快退款。",
+    "Japanese": "カードが二重に請求されました。返金をお願いします。",
+    "Korean": "안녕하세요, 카드가 두 번 결제되었습니다. 환불해 주세요.",
+    "Hindi": "नमस्ते, मेरे कार्ड से दो बार पैसे कट गए हैं, कृपया वापस करें।",
+    "Thai": "สวัสดีครับ บัตรของผมถูกตัดเงินสองครั้ง กรุณาคืนเงินด้วยครับ",
+    "Georgian": "გამარჯობა, ჩემი ბარათიდან თანხა ორჯერ ჩამოიჭრა",
+    "Tamil": "வணக்கம், என் அட்டையிலிருந்து இரண்டு முறை பணம் எடுக்கப்பட்டது",
+    "emoji": "😀😀🎉🙏🏽 thanks 👩‍👩‍👧",
+    "tables": "CREATE TABLE public.refunds (id bigint NOT NULL, order_id bigint REFERENCES orders(id), amount numeric(10,2));",
+    "names": "customer_id, shipping_addr_line2, is_deleted, utm_campaign_src, fk_acct_id, tx_hash_sha256",
+    "numbers": "order 8f14e45f-ceea-467f-a2d1-9c0e4b6f3a21, ref ZXQ-77121-KJ, +44 20 7946 0958",
+    "slang": "wnat my mony bakc plz thx brb asap fyi tbh",
+    "one word": "hi",
+    "nothing": "",
+}
+
+
+@pytest.fixture(scope="module")
+def real() -> Callable[[str], int]:
+    counter = openai_counter("text-embedding-3-small")
+    assert counter is not None
+    return counter
+
+
+def sample_texts() -> list[str]:
+    """Every message and every conversation of the samples."""
+    texts = []
+    for line in SAMPLES.read_text(encoding="utf-8").splitlines():
+        messages = [tweet["text"] for tweet in json.loads(line).get("tweets", [])]
+        texts += [*messages, "\n".join(messages)]
+    assert len(texts) > 200
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("tiktoken is great!", 6),  # README of tiktoken
+        ("antidisestablishmentarianism", 6),  # OpenAI's cookbook, "How to count tokens with tiktoken", cl100k_base
+        ("2 + 2 = 4", 7),
+        ("お誕生日おめでとう", 9),
+        ("", 1),
+        ("<|endoftext|>", 7),  # as text: the API takes no special tokens
+        ("\ud83d", 1),
+    ],
+)
+def test_counts_of_cl100k_base(real: Callable[[str], int], text: str, tokens: int) -> None:
+    assert real(text) == tokens
+
+
+def test_long_texts_are_counted(real: Callable[[str], int]) -> None:
+    """The package refuses more than 200,000 tokens; what it counts in pieces is the sum."""
+    text = "words and more " * (2 * COUNTED_CHARACTERS // 15)
+    assert real(text) == pytest.approx(3 * 2 * COUNTED_CHARACTERS // 15, rel=0.001)
+    assert real("値" * 250_000) >= 250_000
+
+
+def test_no_counter_for_models_that_others_tokenize() -> None:
+    assert openai_counter("bge-m3") is None
+    assert {model for model in OPENAI_ENCODINGS if openai_counter(model) is None} == set()
+
+
+def test_no_counter_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bpe_openai", None)
+    assert openai_counter("text-embedding-3-small") is None
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_estimate_is_not_too_low(real: Callable[[str], int], name: str) -> None:
+    assert EstimatedCounter()(SCRIPTS[name]) >= real(SCRIPTS[name])
+
+
+def test_the_estimate_is_not_too_low_for_conversations(real: Callable[[str], int]) -> None:
+    counter = EstimatedCounter()
+    assert [text for text in sample_texts() if counter(text) < real(text)] == []
+
+
+def learnt(real: Callable[[str], int]) -> EstimatedCounter:
+    """A counter that saw forty calls of conversations and forty of each script."""
+    counter = EstimatedCounter()
+    texts = sample_texts()
+    for start in range(40):
+        call = texts[start::40]
+        counter.learn(call, sum(map(real, call)))
+    for text in SCRIPTS.values():
+        for _ in range(40):
+            counter.learn([text] * 10, 10 * real(text))
+    return counter
+
+
+def test_what_it_learns_makes_it_sharper_and_still_not_too_low(real: Callable[[str], int]) -> None:
+    """Averages of calls hide the dense texts in them, so it keeps a distance."""
+    counter = learnt(real)
+    texts = [*sample_texts(), *SCRIPTS.values()]
+    assert [text for text in texts if counter(text) < real(text)] == []
+    assert sum(map(counter, sample_texts())) < sum(map(EstimatedCounter(), sample_texts()))
+
+
+@pytest.mark.parametrize("name", ["Russian", "Chinese", "Hindi"])
+def test_calls_in_one_script_make_it_sharper(real: Callable[[str], int], name: str) -> None:
+    counter, text = EstimatedCounter(), SCRIPTS[name]
+    for _ in range(40):
+        counter.learn([text] * 10, 10 * real(text))
+    assert real(text) <= counter(text) < 0.8 * EstimatedCounter()(text)
+
+
+def test_what_was_denser_than_it_said_counts_at_once() -> None:
+    counter = EstimatedCounter()
+    text = "QmFzZTY0IGVuY29kZWQgc3RyaW5nIHRoYXQgaXMgbG9uZw" * 20
+    first = counter(text)
+    counter.learn([text], 2 * first)
+    assert counter(text) >= 1.9 * first
+
+
+def test_short_and_mixed_calls_teach_nothing() -> None:
+    counter = EstimatedCounter()
+    for _ in range(100):
+        counter.learn(["hi"], 500)
+        counter.learn([SCRIPTS["Russian"] * 5, SCRIPTS["German"] * 10], 1)
+    assert counter(SCRIPTS["German"]) == EstimatedCounter()(SCRIPTS["German"])

@@ -1,1 +1,0 @@
-"""The fake Ollama server itself; start it through ``tests/fake_ollama.py``."""

@@ -1,1 +1,0 @@
-"""The server process behind ``tests/fake_openai.py``."""

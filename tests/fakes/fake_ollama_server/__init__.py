@@ -1,0 +1,1 @@
+"""The fake Ollama server itself; start it through ``tests/fakes/fake_ollama.py``."""

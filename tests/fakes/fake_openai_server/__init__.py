@@ -1,0 +1,1 @@
+"""The server process behind ``tests/fakes/fake_openai.py``."""

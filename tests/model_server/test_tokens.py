@@ -1,0 +1,159 @@
+"""Estimates of tokens against a real tokenizer, in scripts it was made for and in others."""
+
+from __future__ import annotations
+
+import json
+import random
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+
+from config import load_taxonomy
+from model_server.protocol import ChatTarget, parse_chat_response
+from model_server.tokens import LEARN_FROM, TokenEstimator, least_prompt_tokens, least_tokens, most_tokens
+from prompt_builder import PromptBuilder
+from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
+from tests.worker.test_real_engine import run_worker
+
+SYSTEM = PromptBuilder.from_taxonomy(load_taxonomy()).system_prompt
+TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 32_768, "10m")
+
+WORDS = {
+    "english": "my parcel is late and nobody at the support answers so please tell me when it will come",
+    "russian": "моя посылка опаздывает и никто из поддержки не отвечает скажите пожалуйста когда она придёт",
+    "greek": "το δέμα μου άργησε και κανείς δεν απαντά πείτε μου πότε θα έρθει",
+    "arabic": "طردي متأخر ولا أحد يجيب من فضلك أخبرني متى سيصل",
+    "hindi": "मेरा पार्सल देर से आ रहा है और कोई जवाब नहीं देता कृपया बताएं कब आएगा",
+    "chinese": "我的 包裹 迟到了 客服 没有人 回答 请 告诉我 什么时候 到",
+    "thai": "พัสดุของฉันล่าช้า และไม่มีใครตอบ กรุณาบอกฉันว่าจะมาถึงเมื่อไร",
+    "korean": "제 소포가 늦었는데 아무도 대답하지 않아요 언제 도착하는지 알려주세요",
+    "emoji": "😡 😡😡 📦 ❓ 🙏🏽 👨‍👩‍👧 💸",
+}
+ODD = {
+    "digits": "DE89370400440532013000 4111111111111111 2026-11-21 10:00:00 " * 8,
+    "one-word": "congratulations " * 200,
+    "line": "=" * 3000,
+    "spaces": "late" + " " * 3000 + "parcel",
+    "one-letter": "a" * 3000,
+    "nothing": "",
+    "mixed": "Order № 4711 ist noch nicht da 😡 我的包裹在哪里? где посылка?",
+}
+
+
+def text_of(script: str, words: int, seed: int = 0) -> str:
+    chance = random.Random(seed)
+    return " ".join(chance.choice(WORDS[script].split()) for _ in range(words))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def engine(model_path: Path) -> Iterator[TinyEngine]:
+    with TinyEngine(model_path, slots=1) as running:
+        yield running
+
+
+def tokens(engine: TinyEngine, text: str, *, prompt: bool = False) -> int:
+    """Count the tokens of *text*, or of the whole prompt with it, as the engine's own tokenizer does."""
+    content = f"<|system|>{SYSTEM}<|end|><|user|><conversation>\n{text}\n</conversation><|end|><|assistant|>"
+    body = json.dumps({"content": content if prompt else text, "parse_special": True}).encode()
+    request = urllib.request.Request(f"{engine.url}/tokenize", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as response:
+        return len(json.load(response)["tokens"])
+
+
+@pytest.mark.parametrize("script", [script for script in WORDS if script != "english"])
+def test_before_anything_was_learnt_no_text_has_more(engine: TinyEngine, script: str) -> None:
+    """This tokenizer learnt a little English only: in other scripts it makes the most there can be, a token of each byte."""
+    for words in (3, 40, 400):
+        text = text_of(script, words)
+        assert least_tokens(text) <= tokens(engine, text) <= sum(most_tokens(text).values())
+
+
+@pytest.mark.parametrize("text", [*ODD.values(), *(text_of(script, 300) for script in WORDS)], ids=[*ODD, *WORDS])
+def test_no_whole_prompt_is_refused(engine: TinyEngine, text: str) -> None:
+    """Its own count never betrays a cut, whatever the text: the least is less than any tokenizer's count."""
+    count = tokens(engine, text, prompt=True)
+    reply = {"message": {"content": "{}"}, "done": True, "done_reason": "stop", "prompt_eval_count": count}
+    messages = PromptBuilder(SYSTEM).build_transcript(text)
+    least = sum(least_tokens(message["content"]) for message in messages)
+    assert least_prompt_tokens(messages) == least
+    characters = sum(len(message["content"]) for message in messages)
+    answered = parse_chat_response(TARGET, 200, json.dumps(reply).encode(), characters, lambda _enough: least)
+    assert answered.prompt_tokens == count
+
+
+@pytest.mark.parametrize(
+    "text", [*ODD.values(), "a b c d e", "a " * 2000, "abcdefghijklmnop" * 9 + "q", *map(text_of, WORDS, [40] * 9)]
+)
+def test_what_is_surely_enough_is_not_counted(text: str) -> None:
+    """And whatever is told as enough, the verdict is that of a count."""
+    messages = PromptBuilder(SYSTEM).build_transcript(text)
+    counted = sum(least_tokens(message["content"]) for message in messages)
+    many = sum(len(message["content"]) for message in messages)
+    assert least_prompt_tokens(messages, many) == many
+    for enough in (counted - 1, counted, counted + 1):
+        assert (least_prompt_tokens(messages, enough) > enough) == (counted > enough)
+
+
+@pytest.mark.parametrize("script", ["english", "russian", "chinese"])
+def test_earlier_answers_sharpen_the_estimate(engine: TinyEngine, script: str) -> None:
+    """From twenty answers on it is close above the truth, also for texts ten times as long as those it learnt from."""
+    estimator = TokenEstimator(SYSTEM)
+    for seed in range(2 * LEARN_FROM):
+        text = text_of(script, 5 + 4 * seed, seed)
+        estimator.learn(text, tokens(engine, text, prompt=True))
+    for seed in range(20):
+        text = text_of(script, 1500, 100 + seed)
+        truth = tokens(engine, text, prompt=True)
+        assert truth <= estimator.prompt_tokens(text) <= 1.2 * truth
+
+
+def test_a_denser_tokenizer_than_expected_is_learnt_at_once() -> None:
+    """A first count above the estimate raises the part that all prompts share."""
+    estimator = TokenEstimator("x" * 3000)
+    estimator.learn("hello there", 2500)
+    assert 2480 <= estimator.system_tokens <= 2500
+
+
+def test_scripts_are_learnt_apart(engine: TinyEngine) -> None:
+    """Twenty English answers say nothing about Thai."""
+    estimator = TokenEstimator(SYSTEM)
+    before = estimator.text_tokens(text_of("thai", 100))
+    for seed in range(2 * LEARN_FROM):
+        text = text_of("english", 5 + 4 * seed, seed)
+        estimator.learn(text, tokens(engine, text, prompt=True))
+    truth = tokens(engine, text_of("english", 100))
+    assert truth <= estimator.text_tokens(text_of("english", 100)) <= 1.2 * truth
+    assert estimator.text_tokens(text_of("thai", 100)) == pytest.approx(before, rel=0.1)
+
+
+def test_a_real_engine_that_refuses_teaches_its_window(
+    model_path: Path, tmp_path: Path, mongodb_uri: str, db_name: str
+) -> None:
+    """llama.cpp over OpenAI's protocol: its window is unknown until it refuses and tells; what fits then is labelled."""
+    messages = [{"sender": "customer", "text": f"{number} {WORDS['russian']}"} for number in range(120)]
+    documents: list[dict[str, Any]] = [
+        {"_id": 1, "messages": messages, "status": "pending"},
+        {"_id": 2, "messages": messages[:2], "status": "pending"},
+    ]
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client[db_name].conversation_set.insert_many(documents)
+        with TinyEngine(model_path, slots=2) as engine:
+            environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
+            stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
+        assert (stats["successful"], stats["failed"]) == (2, 0)
+        made = {
+            r["source_conversation_id"]: r["processing_metadata"] for r in client[db_name].sentimental_analysis.find()
+        }
+    assert (made[2]["input_complete"], made[2]["turns_used"]) == (True, 2)
+    assert made[1]["input_complete"] is False
+    assert 5 < made[1]["turns_used"] < 120
+    assert made[1]["prompt_tokens"] + 700 <= 8192

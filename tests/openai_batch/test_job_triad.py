@@ -1,0 +1,192 @@
+"""Conversations through the Batch API: the same results as the worker's, and never the same work twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import load_settings, load_taxonomy
+from openai_batch.processor import DocumentBatchProcessor
+from openai_batch.schema_file import load_schema_file
+from tests.fakes.fake_openai import FakeOpenAI
+from tests.openai_batch.openai_job import MAX_ATTEMPTS, TIMES
+from tests.worker.site import Site, check_statuses, conversation, documents_of_all_shapes, user_message
+
+SCHEMA = Path(__file__).parents[2] / "schema_examples/customer_service_schema.py"
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI(polls_until_done=2) as fake:
+        yield fake
+
+
+@pytest.fixture
+def openai(running: FakeOpenAI) -> FakeOpenAI:
+    running.reset()
+    taxonomy = load_taxonomy(None)
+    labels = {
+        "categorization": "a parcel that is late",
+        **{field: taxonomy.names(field)[0] for field in ("intent", "topic", "sentiment")},
+    }
+    running.configure(reply=json.dumps(labels))
+    return running
+
+
+@dataclass
+class Lane:
+    """The conversations of *site*, sent to *openai*."""
+
+    site: Site
+    openai: FakeOpenAI
+
+    def processor(self, monkeypatch: pytest.MonkeyPatch) -> DocumentBatchProcessor:
+        """Return the job as the command line makes it."""
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+        monkeypatch.setenv("OPENAI_BASE_URL", self.openai.url)
+        settings = load_settings(
+            None, mongodb_uri=self.site.uri, db_name=self.site.database.name, mongodb_backoff_s=0.05
+        )
+        processor = DocumentBatchProcessor(
+            settings=settings, schema_file=load_schema_file(SCHEMA), state_dir=self.site.folder / "job"
+        )
+        processor.times = TIMES
+        return processor
+
+
+@pytest.fixture
+def lane(site: Site, openai: FakeOpenAI) -> Lane:
+    return Lane(site, openai)
+
+
+def keys(value: Any, path: str = "") -> set[str]:
+    """Return the paths of all fields and the types of their values."""
+    if isinstance(value, dict):
+        return {inner for name, item in value.items() for inner in keys(item, f"{path}.{name}")}
+    return {path if path.endswith("model_digest") else f"{path}: {type(value).__name__}"}  # OpenAI has no digests
+
+
+def test_results_have_the_fields_of_the_workers(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same documents through both: the same fields, the same types, the same input; statuses likewise."""
+    documents = documents_of_all_shapes(40)
+    lane.site.source.insert_many(documents)
+    lane.processor(monkeypatch).process_pending_documents()
+    sent = {json.dumps(result["source_conversation_id"], default=str): result for result in lane.site.results.find()}
+    check_lane_statuses(lane.site, documents)
+    lane.site.results.delete_many({})
+    lane.site.source.delete_many({})
+    lane.site.source.insert_many(documents)
+    assert lane.site.run().code == 0
+    own = {json.dumps(result["source_conversation_id"], default=str): result for result in lane.site.results.find()}
+    assert own.keys() == sent.keys()
+    for name, result in own.items():
+        assert keys(result) == keys(sent[name])
+        for field in ("input_sha256", "turns_used", "turns_total", "input_complete", "processor_version"):
+            assert result["processing_metadata"][field] == sent[name]["processing_metadata"][field]
+
+
+def test_a_document_with_a_result_is_not_paid_for(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that is there already ends its document."""
+    lane.site.source.insert_many([conversation(number) for number in range(6)])
+    lane.site.results.insert_many([{"source_conversation_id": id_} for id_ in lane.site.source.distinct("_id")[:4]])
+    lane.processor(monkeypatch).process_pending_documents()
+    assert lane.openai.stats()["lines_billed"] == 2
+    assert lane.site.source.count_documents({"status": "processed"}) == 6
+    assert lane.site.database["conversation_set_leases"].count_documents({}) == 0
+
+
+@pytest.mark.parametrize("answer", ['{"intent": "nonsense"}', "not json at all"])
+def test_an_answer_that_is_no_label_is_tried_again_and_then_failed(
+    answer: str, lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as max_retries says, and the document tells why."""
+    lane.site.source.insert_many([conversation(number) for number in range(4)])
+    bad = lane.site.source.find_one({"_id": 2})
+    lane.openai.configure(faults=[{"kind": "content", "when": {"text": text_of(bad)}, "content": answer}])
+    lane.processor(monkeypatch).process_pending_documents()
+    failed = list(lane.site.source.find({"status": "failed"}))
+    assert [document["_id"] for document in failed] == [2]
+    assert failed[0]["processing_info"]["attempts"] == MAX_ATTEMPTS
+    assert failed[0]["processing_info"]["error"]
+    assert failed[0]["status_reason"] in ("not_json", "wrong_shape")
+    assert failed[0]["last_processed_at"]
+    assert lane.site.results.count_documents({}) == 3
+
+
+def check_lane_statuses(site: Site, documents: list[dict[str, Any]]) -> None:
+    """As the worker leaves them, but for ``processing_info``, and a status beside ``processed`` in single queries."""
+    site.source.update_many({}, {"$unset": {"processing_info": ""}})
+    site.source.update_many({"processed": True}, {"$unset": {"status": ""}})
+    check_statuses(site, documents)
+
+
+def text_of(document: dict[str, Any]) -> str:
+    """Return what no other conversation has in its request."""
+    return f"Case {document['_id']:05d}"
+
+
+def test_single_queries_say_processed(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no status: done ones and failed ones are left alone, new ones are marked as the worker marks them."""
+    lane.site.source.insert_many(
+        [
+            {"_id": 1, "text": "where is my parcel?"},
+            {"_id": 2, "text": "where is my refund?", "processed": True},
+            {"_id": 3, "text": "where is my order?", "status_reason": "label_invalid"},
+        ]
+    )
+    lane.processor(monkeypatch).process_pending_documents()
+    assert lane.openai.stats()["lines_billed"] == 1
+    assert lane.site.results.distinct("source_conversation_id") == [1]
+    done = lane.site.source.find_one({"_id": 1})
+    assert (done["processed"], done["processing_attempts"]) == (True, 1)
+    assert lane.site.run().code == 0
+    assert lane.site.results.distinct("source_conversation_id") == [1]
+
+
+def test_the_worker_leaves_alone_what_is_sent(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both on one collection: while the batches run, the worker takes the other conversations only."""
+    lane.site.source.insert_many([conversation(number) for number in range(30)])
+    processor = lane.processor(monkeypatch)
+
+    async def submit() -> None:
+        async with processor.opened() as job:
+            await job.planner.recover()
+            await job.planner.plan(job.run.stop, job.run.on_progress, 20)
+            await job.run.send(job.files)
+
+    asyncio.run(submit())
+    assert lane.site.source.count_documents({"status": "processing"}) == 20
+    worker = lane.site.run()
+    assert worker.code == 0, worker.err
+    assert lane.site.results.count_documents({}) == 10
+    assert lane.site.source.count_documents({"status": "processing"}) == 20
+    processor.process_pending_documents()
+    assert lane.site.results.count_documents({}) == 30
+    assert lane.site.source.count_documents({"status": "processed"}) == 30
+    assert lane.openai.stats()["lines_billed"] == 20
+    assert lane.site.database["conversation_set_leases"].count_documents({}) == 0
+
+
+def test_both_at_once(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker and the lane race for the same conversations: each is labelled by one of them."""
+    documents = [document for document in documents_of_all_shapes(300) if user_message(document) is not None]
+    lane.site.source.insert_many(documents)
+    processor = lane.processor(monkeypatch)
+    with lane.site.start() as worker:
+        assert lane.site.model is not None
+        lane.site.model.wait_for("chat_requests", at_least=20)
+        processor.process_pending_documents()
+        assert worker.ended().code == 0
+    assert lane.site.run().code == 0
+    check_lane_statuses(lane.site, documents)
+    assert lane.site.results.count_documents({}) == len(documents)
+    billed = lane.openai.stats()["lines_billed"]
+    asked = sum(lane.site.model.stats()["calls_by_sha"].values())
+    assert billed > 0, "the worker did everything: this proves nothing"
+    assert billed + asked == len(documents)

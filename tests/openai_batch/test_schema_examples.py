@@ -1,0 +1,144 @@
+"""The shipped schemas and examples, run as a user runs them: by the environment, against MongoDB and the fake OpenAI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openai_batch import DocumentBatchProcessor, SchemaConfig
+from openai_batch.job_config import AppConfig
+from openai_batch.schema_file import load_schema_file
+from tests.openai_batch.job_site import ROOT, JobSite, open_job_site
+
+MEDICAL = ROOT / "schema_examples/medical_schema.py"
+SERVICE = ROOT / "schema_examples/customer_service_schema.py"
+
+
+def patient(number: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "_id": number,
+        "ai_status": "pending",
+        "event_type": "visit",
+        "needs_preparation": True,
+        "patient_details": {"first_name": "Anna Schmidt", "date_of_birth": "1961-03-07"},
+        "notes": [{"text": f"Anna Schmidt complains, mail anna{number}@example.org"}],
+        **fields,
+    }
+
+
+@pytest.fixture
+def site(mongodb_uri: str, db_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobSite]:
+    reply = getattr(request, "param", "talking_points")
+    with open_job_site(mongodb_uri, db_name, tmp_path, reply=f"@tests.openai_batch.job_replies:{reply}") as site:
+        yield site
+
+
+@pytest.mark.parametrize("path", [MEDICAL, SERVICE], ids=lambda path: path.stem)
+def test_the_schema_loads(path: Path, site: JobSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the environment it makes a whole job."""
+    site.enter(monkeypatch)
+    assert isinstance(AppConfig.from_env(**load_schema_file(path).parts), AppConfig)
+
+
+@pytest.mark.parametrize("site", ["echo"], indirect=True)
+def test_the_usage_of_the_contract(site: JobSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three lines of Python; everything else is environment."""
+    site.enter(
+        monkeypatch,
+        SYSTEM_PROMPT="You are brief.",
+        USER_PROMPT_TEMPLATE="{{ patient_details.first_name }}: {{ notes[0].text }}",
+    )
+    site.documents.insert_many([patient(number) for number in range(3)])
+    medical_schema_config: SchemaConfig = load_schema_file(MEDICAL).parts["schema_config"]
+
+    def custom_response_processor(response: Any, document: dict[str, Any]) -> dict[str, Any]:
+        return {"text": response.upper(), "of": document["_id"]}
+
+    processor = DocumentBatchProcessor(schema_config=medical_schema_config)
+    processor.set_response_processor(custom_response_processor)
+    result = processor.process_pending_documents()
+
+    assert (result.total_processed, result.succeeded, result.failed) == (3, 3, 0)
+    for document in site.documents.find():
+        text = f"Anna Schmidt: Anna Schmidt complains, mail anna{document['_id']}@example.org".upper()
+        assert document["event_response"]["talking_points"] == {"text": text, "of": document["_id"]}
+        assert document["ai_status"] == "completed"
+    assert {body["messages"][0]["content"] for body in site.bodies()} == {"You are brief."}
+
+
+def test_the_medical_schema_on_the_command_line(site: JobSite) -> None:
+    """Masked on the way out, whole on the way back; a visit that is none of ours stays."""
+    site.documents.insert_many([patient(1), patient(2), patient(3, event_type="birthday")])
+    ended = site.run(str(ROOT / "cli.py"), "openai-batch", "run", "--schema", str(MEDICAL), "--mask-pii")
+    assert ended.returncode == 0, ended.stderr
+    assert len(site.bodies()) == 2
+    for body in site.bodies():
+        assert "Anna" not in str(body)
+        assert "@" not in str(body)
+        assert "born in 1961," in body["messages"][-1]["content"]
+    for document in site.documents.find({"ai_status": "completed"}):
+        answer = document["event_response"]["talking_points"]
+        assert answer["event"] == "visit"
+        assert f"Note: Anna Schmidt complains, mail anna{document['_id']}@example.org" in answer["points"][0]
+        assert "needs_preparation" not in document
+        assert "placeholders_left" not in document["processing_info"]
+    assert site.documents.count_documents({"ai_status": "pending", "needs_preparation": True}) == 1
+
+
+@pytest.mark.parametrize("site", ["labels"], indirect=True)
+def test_conversations_with_masked_text(site: JobSite) -> None:
+    """The labels land in the results collection, with the customer's own words in the categorization."""
+    text = "Call me on (415) 555-2671 or mail bob@example.org about order 1234567"
+    site.documents.insert_one({"_id": 1, "messages": [{"sender": "customer", "text": text}]})
+    ended = site.run(str(ROOT / "cli.py"), "openai-batch", "run", "--schema", str(SERVICE), "--mask-pii")
+    assert ended.returncode == 0, ended.stderr
+    (body,) = site.bodies()
+    assert "555-2671" not in str(body)
+    assert "bob@" not in str(body)
+    assert "1234567" in str(body)
+    (result,) = site.documents.database["sentimental_analysis"].find()
+    assert text in result["classification"]["categorization"]
+
+
+def test_a_dry_run_shows_the_masked_text(site: JobSite) -> None:
+    """What is shown is what would be sent."""
+    site.documents.insert_one(patient(1))
+    command = ("openai-batch", "run", "--schema", str(MEDICAL), "--mask-pii", "--dry-run")
+    ended = site.run(str(ROOT / "cli.py"), *command)
+    assert ended.returncode == 0, ended.stderr
+    assert "<NAME_" in ended.stdout
+    assert "Anna" not in ended.stdout
+    assert site.bodies() == []
+
+
+@pytest.mark.parametrize("site", ["echo"], indirect=True)
+def test_the_ticket_example(site: JobSite) -> None:
+    """The script runs as it is; the one that reads results finds what it left."""
+    site.documents.insert_many([{"_id": n, "ai_status": "pending", "text": f"ticket {n}"} for n in range(2)])
+    site.documents.insert_one({"_id": 9, "ai_status": "pending"})
+    ended = site.run(str(ROOT / "examples/summarise_tickets.py"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "3 documents: 2 completed, 1 failed"
+    summary = site.documents.find_one({"_id": 1})["summary"]  # type: ignore[index]
+    assert summary["text"]["sentence"] == "Subject: no subject\n\nticket 1"
+    read = site.run(
+        str(ROOT / "examples/read_results.py"), site.settings["MONGODB_URI"], site.documents.database.name, "items"
+    )
+    assert read.returncode == 0, read.stderr
+    assert read.stdout.splitlines() == [
+        "       2 completed",
+        "       1 failed",
+        "       1 failed: document 9 has no field text (variable text); give a default",
+    ]
+
+
+def test_the_example_of_a_schema_file(site: JobSite) -> None:
+    """It masks, too."""
+    site.documents.insert_one(patient(1))
+    ended = site.run(str(ROOT / "examples/run_schema_file.py"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "1 of 1 patients have talking points"
+    assert "Anna" not in str(site.bodies())

@@ -1,0 +1,155 @@
+"""Who may ask: keys, rates, host names, exposure, and where the service agrees to listen."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.service_process import ServiceProcess, free_port, run_to_the_end, serve
+
+KEY, NEW_KEY, OTHER = "helpdesk-key-0123456789", "helpdesk-key-9876543210", "crm-key-0123456789abcdef"
+KEYS = f"helpdesk:{KEY},helpdesk:{NEW_KEY},crm:{OTHER}"
+OUTSIDE = "0.0.0.0"
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    settings = {"API_KEYS": KEYS, "API_EMBEDDED": "true", "API_RATE_LIMIT_PER_MINUTE": "8", "LOG_LEVEL": "DEBUG"}
+    with serve(tmp_path_factory.mktemp("keyed"), **settings) as process:
+        yield process
+
+
+def basic(key: str) -> str:
+    return "Basic " + base64.b64encode(f"any:{key}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/docs", "/openapi.json", "/docs/assets/swagger-ui.css", "/docs/start.js"]
+)
+@pytest.mark.parametrize(
+    ("headers", "is_let_in"),
+    [
+        ({}, False),
+        ({"Authorization": "Bearer wrong-key-0123456789"}, False),
+        ({"Authorization": f"Bearer {KEY}x"}, False),
+        ({"Authorization": f"Bearer {KEY[:-1]}"}, False),
+        ({"Authorization": KEY}, False),
+        ({"Authorization": "Basic !!!"}, False),
+        ({"X-API-Key": "helpdesk"}, False),
+        ({"X-API-Key": KEY}, True),
+        ({"Authorization": f"Bearer {NEW_KEY}"}, True),
+        ({"Authorization": f"bearer {OTHER}"}, True),
+        ({"Authorization": basic(OTHER)}, True),
+    ],
+    ids=str,
+)
+def test_pages_need_a_key_where_there_are_keys(
+    keyed: ServiceProcess, path: str, headers: dict[str, str], is_let_in: bool
+) -> None:
+    """/docs, /openapi.json and /metrics; a browser may show the key as a password."""
+    answer = keyed.get(path, headers)
+    if is_let_in:
+        assert answer.status == 200
+    else:
+        assert (answer.status, answer.error) == (401, "AuthenticationError")
+        assert "Bearer" in answer.headers["www-authenticate"]
+
+
+def test_health_and_readiness_are_for_everybody(keyed: ServiceProcess) -> None:
+    """Orchestrators have no key."""
+    assert keyed.get("/health").status == 200
+    assert keyed.get("/ready").status == 200
+
+
+def test_idempotency_keys_of_two_callers_do_not_meet(keyed: ServiceProcess) -> None:
+    """The scope is the name of the API key; the same request of another caller is another request."""
+    replays = [keyed.classify(X_API_Key=key, Idempotency_Key="1") for key in (OTHER, OTHER, KEY, NEW_KEY)]
+    assert [answer.status for answer in replays] == [200] * 4
+    assert [answer.headers.get("idempotency-replayed") for answer in replays] == [None, "true", None, "true"]
+
+
+def test_classify_needs_a_key_and_counts_by_its_name(keyed: ServiceProcess) -> None:
+    """A rate for each name, however many keys it has; the others are not touched."""
+    assert keyed.classify().error == "AuthenticationError"
+    answers = [keyed.classify(X_API_Key=key) for key in (KEY, NEW_KEY) * 5]
+    assert [answer.status for answer in answers[:6]] == [200] * 6
+    refused = answers[-1]
+    assert (refused.status, refused.error) == (429, "RateLimitError")
+    assert 1 <= int(refused.headers["retry-after"]) <= 10
+    assert keyed.classify(X_API_Key=OTHER).status == 200
+    assert "for helpdesk" in keyed.log
+
+
+def test_no_key_is_logged_or_counted(keyed: ServiceProcess) -> None:
+    """Neither right nor wrong ones."""
+    keyed.classify(X_API_Key="wrong-key-0123456789")
+    everything = keyed.log + keyed.get("/metrics", {"X-API-Key": OTHER}).body.decode()
+    for key in (KEY, NEW_KEY, OTHER, "wrong-key"):
+        assert key not in everything
+
+
+def test_pages_can_be_switched_off(tmp_path: Path) -> None:
+    """404, as for any path that is not there; also without keys."""
+    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_DOCS="off", API_EXPOSE_METRICS="off") as service:
+        for path in ("/docs", "/openapi.json", "/metrics", "/docs/assets/swagger-ui.css"):
+            assert (service.get(path).status, service.get(path).error) == (404, "NotFoundError")
+        # A page that calls this machine by its own name (DNS rebinding) is not answered without keys.
+        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example"):
+            answer = service.request("GET", "/ready", headers={"Host": host})
+            assert (answer.status, answer.error) == (421, "MisdirectedRequestError")
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.2:1", "[::1]:8000"):
+            assert service.request("GET", "/ready", headers={"Host": host}).status == 200
+
+
+@pytest.mark.parametrize("start", [("-m", "uvicorn", "main:app"), ("main.py",)], ids=["uvicorn", "main.py"])
+def test_it_does_not_listen_outside_without_keys(tmp_path: Path, start: tuple[str, ...]) -> None:
+    """One sentence that names the settings, and no listening socket."""
+    command = (*start[:-1], str(Path(__file__).parents[2] / "main.py")) if start == ("main.py",) else start
+    ended = run_to_the_end(tmp_path, *command, "--host", OUTSIDE, "--port", str(free_port()), API_EMBEDDED="true")
+    assert ended.returncode == (2 if start == ("main.py",) else 3)  # 3 is uvicorn's
+    assert (
+        "API_KEYS is empty: set API_KEYS, listen on 127.0.0.1, or say API_ALLOW_UNAUTHENTICATED=true." in ended.stderr
+    )
+    assert "Traceback" not in ended.stderr
+    assert "running on" not in ended.stderr
+
+
+@pytest.mark.parametrize("settings", [{"API_KEYS": KEYS}, {"API_ALLOW_UNAUTHENTICATED": "true"}], ids=["keys", "said"])
+def test_it_listens_outside_with_keys_or_when_told(tmp_path: Path, settings: dict[str, str]) -> None:
+    """And then any host name is answered."""
+    with serve(tmp_path, "--host", OUTSIDE, API_EMBEDDED="true", **settings) as service:
+        assert service.request("GET", "/health", headers={"Host": "triad.example"}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"API_KEYS": "helpdesk:short-SECRET"}, "API_KEYS"),
+        ({"OLLAMA_MODEL": "gpt-oss:120b-cloud"}, "cloud"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wrong_setting_ends_the_start_with_one_sentence(
+    tmp_path: Path, variables: dict[str, str], named: str
+) -> None:
+    """It is named, and its value, which may be a secret, is not shown."""
+    ended = run_to_the_end(tmp_path, "-m", "uvicorn", "main:app", "--port", str(free_port()), **variables)
+    assert ended.returncode != 0
+    assert named in ended.stderr
+    assert "SECRET" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_env_file_may_set_both_kinds_of_settings(tmp_path: Path) -> None:
+    """One .env for the worker and the service; an unknown name in it is an error."""
+    (tmp_path / ".env").write_text("API_EMBEDDED=true\nAPI_MAX_MESSAGES=1\nBATCH_SIZE=7\n", encoding="utf-8")
+    with serve(tmp_path) as service:
+        message = {"sender": "customer", "text": "a"}
+        assert service.classify({"conversation_number": "1", "messages": [message]}).status == 200
+        assert service.classify({"conversation_number": "1", "messages": [message, message]}).status == 422
+    (tmp_path / ".env").write_text("API_MAX_MESAGES=1\n", encoding="utf-8")
+    ended = run_to_the_end(tmp_path, "-m", "uvicorn", "main:app", "--port", str(free_port()))
+    assert "did you mean API_MAX_MESSAGES" in ended.stderr

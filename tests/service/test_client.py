@@ -1,0 +1,667 @@
+"""The clients of the REST service against a real HTTP server, and against the real service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from array import array
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import api_client
+import api_client_production
+from domain.document_files import read_documents
+from error_handler import ConfigurationError, ExitCode, RequestError, RunInterruptedError, SkippedDocumentError
+from service.client.client import Pace
+from service.client.documents import request_for
+from service.client.protocol import build_request, parse_answer, parse_retry_after, service_target
+from service.client.run import percentile
+from tests.fakes.scripted_service import WAIT_S, Reply, ScriptedService, error, good, scripted_service
+
+ROOT = Path(__file__).parents[2]
+SECRET_TEXT = "the colour of my front door is vermilion"
+NOW = datetime(2026, 11, 21, 10, 0, tzinfo=UTC)
+
+
+def document(number: int) -> dict[str, Any]:
+    return {
+        "conversation_number": str(number),
+        "messages": [
+            {"sender": "customer", "timestamp": "2026-11-21T10:00:00Z", "text": f"{SECRET_TEXT} {number}"},
+            {"sender": "agent", "text": "One moment."},
+        ],
+    }
+
+
+def write_file(folder: Path, count: int) -> Path:
+    path = folder / "conversations.jsonl"
+    path.write_text("".join(json.dumps(document(number)) + "\n" for number in range(1, count + 1)))
+    return path
+
+
+def run_production(service: ScriptedService, file: Path, *flags: str) -> int:
+    output = str(file.parent / "out")
+    return api_client_production.main(["--file", str(file), "--url", service.url, "--output-dir", output, *flags])
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The results of the last run."""
+    names = [path for path in (folder / "out").glob("classified_results_*.json") if "failures" not in path.name]
+    return list(json.loads(max(names).read_bytes()))
+
+
+def failures(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads(max((folder / "out").glob("*.failures.json")).read_bytes()))
+
+
+def journals(folder: Path) -> list[Path]:
+    return list((folder / "out").glob("*.journal.jsonl"))
+
+
+def kept_numbers(folder: Path) -> list[str]:
+    """The conversations whose answers the journal has, torn lines left out."""
+    lines = [line for path in journals(folder) for line in path.read_bytes().splitlines(keepends=True)[1:]]
+    return [json.loads(line)["answer"]["conversation_number"] for line in lines if line.endswith(b"\n")]
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7.0),
+        (" 0 ", 0.0),
+        (format_datetime(NOW + timedelta(seconds=90), usegmt=True), 90.0),
+        (format_datetime(NOW - timedelta(seconds=90), usegmt=True), 0.0),
+        (None, None),
+        ("", None),
+        ("-3", None),
+        ("1.5", None),
+        ("soon", None),
+        ("٣", None),
+        ("9" * 400, None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_date(value: str | None, seconds: float | None) -> None:
+    """Both forms of the header; nonsense counts as not given."""
+    assert parse_retry_after(value, NOW) == seconds
+
+
+def test_a_request_holds_the_original_texts_in_their_order() -> None:
+    """What the aggregator makes harmless for the prompt is sent untouched; who spoke is the aggregator's decision."""
+    text = "  <b>line one</b>\r\n\tCustomer: line two \u202e"
+    request = request_for(
+        {
+            "_id": 7,
+            "messages": [
+                {"sender": "Client", "timestamp": "2026-11-21T11:00:00Z", "text": text, "seen_by": ["x"]},
+                {"sender": "bot", "timestamp": "2026-11-21T10:00:00Z", "text": "Hello"},
+                {"sender": "somebody", "text": "Hm"},
+                {"sender": "agent", "text": None},
+                "nonsense",
+            ],
+        },
+        3,
+    )
+    assert json.loads(request.body) == {
+        "conversation_number": "7",
+        "messages": [
+            {"sender": "customer", "timestamp": "2026-11-21T11:00:00Z", "text": text},
+            {"sender": "agent", "timestamp": "2026-11-21T10:00:00Z", "text": "Hello"},
+            {"sender": "agent", "text": "Hm"},
+        ],
+    }
+
+
+def test_tweets_and_queries_become_requests() -> None:
+    """The two other shapes."""
+    at = "Tue Oct 31 21:45:10 +0000 2017"
+    tweets = [{"inbound": True, "created_at": at, "text": "@x help"}, {"inbound": "False", "text": "We do"}]
+    body = json.loads(request_for({"conversation_number": 5.0, "tweets": tweets}, 1).body)
+    assert body["conversation_number"] == "5"
+    assert body["messages"] == [
+        {"sender": "customer", "timestamp": "2017-10-31T21:45:10+00:00", "text": "@x help"},
+        {"sender": "agent", "text": "We do"},
+    ]
+    query = json.loads(request_for({"text": "Where is it?", "processed": False}, 12).body)
+    assert query == {"conversation_number": "12", "messages": [{"sender": "customer", "text": "Where is it?"}]}
+
+
+def test_what_cannot_be_asked_is_told_apart() -> None:
+    """Nothing from the customer is skipped, half a character is refused."""
+    with pytest.raises(SkippedDocumentError):
+        request_for({"messages": [{"sender": "agent", "text": "Hello"}]}, 1)
+    with pytest.raises(RequestError, match="surrogate"):
+        request_for({"text": "caf\ud83d"}, 1)
+
+
+def test_the_key_depends_on_the_content_alone() -> None:
+    """A status written by another run changes nothing; another text does."""
+    first, second = document(1), document(1) | {"status": "processed"}
+    assert request_for(first, 1).key == request_for(second, 9).key
+    assert request_for(first, 1).key != request_for(document(2), 1).key
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"url": "ftp://x"}, {"url": "http://u:p@x"}, {"url": "http://x:99999"}, {"url": "http://x", "api_key": "a b"}],
+)
+def test_a_target_that_cannot_be_is_refused(arguments: dict[str, str]) -> None:
+    """Addresses with credentials would end in logs; a key with a space would split the header."""
+    with pytest.raises(ConfigurationError):
+        service_target(**arguments)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>", b"[]", b"{}", b'{"conversation_number": "2", "classification": {}}', json.dumps({
+        "conversation_number": "other",
+        "classification": dict.fromkeys(("intent", "topic", "sentiment", "categorization"), "x"),
+    }).encode()],
+)  # fmt: skip
+def test_a_200_that_is_no_answer_is_an_error(body: bytes) -> None:
+    """A page of a proxy, another service, or the answer to somebody else's conversation."""
+    with pytest.raises(RequestError, match="not one of this service"):
+        parse_answer(build_request("2", []), 200, body, None)
+
+
+def test_percentiles_are_nearest_ranks() -> None:
+    """Of 1 to 100 the 95th percentile is 95."""
+    values = array("d", reversed(range(1, 101)))
+    assert (percentile(values, 0.5), percentile(values, 0.95), percentile(values, 1.0)) == (50, 95, 100)
+    assert percentile(array("d"), 0.5) is None
+
+
+async def test_being_told_to_wait_narrows_and_answers_widen_again() -> None:
+    """Half as many at once after each Retry-After, at least one; a tenth more with each answer."""
+    pace = Pace(4, asyncio.Event())
+    pace.slow_down(0)
+    pace.slow_down(0)
+    pace.slow_down(0)
+
+    async def hold(entered: asyncio.Event, leave: asyncio.Event) -> None:
+        async with pace.place():
+            entered.set()
+            await leave.wait()
+
+    leave = asyncio.Event()
+    entered = [asyncio.Event() for _ in range(2)]
+    tasks = [asyncio.create_task(hold(event, leave)) for event in entered]
+    await entered[0].wait()
+    assert not entered[1].is_set()
+    assert pace.in_flight == 1
+    for _ in range(11):
+        pace.speed_up()
+    leave.set()
+    await asyncio.gather(*tasks)
+    leave.clear()
+    entered = [asyncio.Event() for _ in range(2)]
+    tasks = [asyncio.create_task(hold(event, leave)) for event in entered]
+    await asyncio.gather(*(event.wait() for event in entered))
+    leave.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_a_stop_ends_every_wait() -> None:
+    """A run that waits for minutes, as it was told, stops at once."""
+    stop = asyncio.Event()
+    pace = Pace(1, stop)
+    pace.slow_down(500)
+    waiting = asyncio.create_task(pace.wait(500))
+    await asyncio.sleep(0)
+    stop.set()
+    with pytest.raises(RunInterruptedError):
+        await waiting
+    with pytest.raises(RunInterruptedError):
+        async with pace.place():
+            pytest.fail("a place was given after the stop")
+
+
+def test_a_file_goes_through_in_its_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answers in the order of the file, the key and an id in each request, and no journal left."""
+    file = write_file(tmp_path, 20)
+    (tmp_path / "key").write_text("s3cret-s3cret-s3cret\n")
+    with scripted_service() as service:
+        assert (
+            run_production(service, file, "--concurrency", "4", "--api-key-file", str(tmp_path / "key"))
+            == ExitCode.DONE
+        )
+        assert service.most_in_flight <= 4
+    assert [row["conversation_number"] for row in results(tmp_path)] == [str(number) for number in range(1, 21)]
+    assert all(row["messages"] and row["classification"]["intent"] == "Order Status" for row in results(tmp_path))
+    assert journals(tmp_path) == []
+    assert {request["headers"]["Authorization"] for request in service.requests} == {"Bearer s3cret-s3cret-s3cret"}
+    assert len({request["headers"]["Idempotency-Key"] for request in service.requests}) == 20
+    assert len({request["headers"]["X-Request-ID"] for request in service.requests}) == 20
+    output = capsys.readouterr()
+    assert "20 conversations: 20 classified now" in output.out
+    assert "s3cret" not in output.out + output.err
+
+
+def test_as_many_are_in_flight_as_asked_for_and_no_more(tmp_path: Path) -> None:
+    """The bound holds from both sides."""
+    file = write_file(tmp_path, 12)
+    with scripted_service() as service:
+        service.close()
+        process = start_production(service, file, "--concurrency", "3")
+        service.wait_until(lambda: service.held == 3)
+        service.open.set()
+        process.communicate(timeout=WAIT_S)
+        assert process.returncode == ExitCode.DONE
+        assert service.most_in_flight == 3
+
+
+@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("as_date", [False, True], ids=["seconds", "date"])
+def test_a_busy_service_is_asked_again_when_it_says(tmp_path: Path, status: int, as_date: bool) -> None:
+    """Not before: the request that is told to wait comes again after that time, and with the same key."""
+    times: list[float] = []
+
+    def busy_once(_number: str, nth: int) -> Reply:
+        times.append(time.time())
+        value = format_datetime(datetime.fromtimestamp(time.time() + 2, UTC), usegmt=True) if as_date else "1"
+        return error(status, "QueueFullError", Retry_After=value) if nth == 1 else Reply()
+
+    with scripted_service(busy_once) as service:
+        assert run_production(service, write_file(tmp_path, 1)) == ExitCode.DONE
+    first, second = times
+    assert second >= (int(first + 2) if as_date else first + 1)
+    assert len({request["headers"]["Idempotency-Key"] for request in service.requests}) == 1
+    assert [request["headers"]["X-Request-ID"][-2:] for request in service.requests] == ["-1", "-2"]
+
+
+def test_all_requests_wait_when_one_is_told_to(tmp_path: Path) -> None:
+    """The service that is full is left alone: nobody goes on meanwhile."""
+    times: list[float] = []
+    refused: list[float] = []
+
+    def full_at_first(_number: str, _nth: int) -> Reply:
+        times.append(time.monotonic())
+        if len(times) == 3:
+            refused.append(time.monotonic())
+            return error(503, "QueueFullError", Retry_After="1")
+        return Reply()
+
+    with scripted_service(full_at_first) as service:
+        assert run_production(service, write_file(tmp_path, 9), "--concurrency", "1") == ExitCode.DONE
+    assert all(at >= refused[0] + 1 for at in times[3:])
+
+
+def test_a_wait_of_hours_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 3 and when to come back, in place of a process that sleeps for a day."""
+    with scripted_service(lambda number, nth: error(503, "ModelUnavailableError", Retry_After="86400")) as service:
+        assert run_production(service, write_file(tmp_path, 3), "--concurrency", "1") == ExitCode.UNREACHABLE
+        assert len(service.requests) == 1
+    assert "come back in 86400 s" in capsys.readouterr().err
+
+
+def test_failures_are_listed_without_texts_and_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """422 is not repeated, 502 is; the second run asks only for what has no answer."""
+    healed = False
+
+    def some_fail(number: str, _nth: int) -> Reply:
+        if number == "2":
+            return Reply() if healed else error(422, "ValidationError", "messages[0].text: it is too long.")
+        if number == "4":
+            return Reply() if healed else error(502, "ModelAnswerError", "The model gave no usable answer.")
+        return Reply()
+
+    file = write_file(tmp_path, 5)
+    with scripted_service(some_fail) as service:
+        assert run_production(service, file, "--retries", "1") == ExitCode.INCOMPLETE
+        assert service.asked == {"1": 1, "2": 1, "3": 1, "4": 2, "5": 1}
+        assert [row["conversation_number"] for row in results(tmp_path)] == ["1", "3", "5"]
+        lost = failures(tmp_path)
+        assert [(row["position"], row["conversation_number"], row["type"], row["status"]) for row in lost] == [
+            (2, "2", "ValidationError", 422),
+            (4, "4", "ModelAnswerError", 502),
+        ]
+        assert lost[0]["message"] == "messages[0].text: it is too long."
+        assert SECRET_TEXT not in json.dumps(lost)
+        healed = True
+        assert run_production(service, file) == ExitCode.DONE
+        assert service.asked == {"1": 1, "2": 2, "3": 1, "4": 3, "5": 1}
+    assert [row["conversation_number"] for row in results(tmp_path)] == ["1", "2", "3", "4", "5"]
+    assert journals(tmp_path) == []
+    assert SECRET_TEXT not in "".join(capsys.readouterr())
+
+
+def test_what_a_foreign_server_says_is_not_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A proxy may quote the request in its error; only the service's own sentences are kept."""
+    quoting = Reply(400, {"error": {"type": "BadRequest", "message": f"cannot handle {SECRET_TEXT}"}})
+    with scripted_service(lambda number, nth: quoting) as service:
+        assert run_production(service, write_file(tmp_path, 1)) == ExitCode.INCOMPLETE
+    assert failures(tmp_path)[0]["message"] == "Status 400, and not from this service; check what is between."
+    assert SECRET_TEXT not in "".join(capsys.readouterr()) + json.dumps(failures(tmp_path))
+
+
+def test_a_redirect_gets_neither_key_nor_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever can redirect would get both; the final address is to be given."""
+    with scripted_service() as other:
+        redirect = error(307, "AuthenticationError", Location=f"{other.url}/classify")
+        with scripted_service(lambda number, nth: redirect) as service:
+            flags = ("--api-key", "0123456789abcdef")
+            assert run_production(service, write_file(tmp_path, 1), *flags) == ExitCode.CONFIGURATION
+    assert not other.requests
+    assert "--url" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "--api-key-file"), (404, "--url")])
+def test_what_no_conversation_causes_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, hint: str
+) -> None:
+    """A wrong key is one sentence, not ten thousand failures."""
+    with scripted_service(lambda number, nth: error(status, "AuthenticationError")) as service:
+        flags = ("--concurrency", "1", "--api-key", "not-this-one-no")
+        assert run_production(service, write_file(tmp_path, 50), *flags) == ExitCode.CONFIGURATION
+        assert len(service.requests) == 1
+    message = capsys.readouterr().err
+    assert hint in message
+    assert "not-this-one-no" not in message
+    assert journals(tmp_path) == []
+
+
+def test_a_service_that_is_not_there_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 3, and the address in the sentence."""
+    with scripted_service() as service:
+        pass
+    assert run_production(service, write_file(tmp_path, 3), "--retries", "0") == ExitCode.UNREACHABLE
+    assert service.url in capsys.readouterr().err
+
+
+def test_a_silent_service_fails_one_conversation_at_a_time(tmp_path: Path) -> None:
+    """A time-out is the failure of that conversation, and is repeated first."""
+    with scripted_service() as service:
+        service.close()
+        flags = ("--timeout", "1", "--retries", "1")
+        assert run_production(service, write_file(tmp_path, 1), *flags) == ExitCode.INCOMPLETE
+        assert len(service.requests) == 2
+    assert failures(tmp_path)[0]["type"] == "TimeoutError"
+
+
+def test_skipped_documents_are_listed_and_no_failure(tmp_path: Path) -> None:
+    """Nothing to ask is an answer; the file beside the results says which and why."""
+    file = tmp_path / "conversations.json"
+    silent = {"conversation_number": "9", "messages": [{"sender": "agent", "text": "Hello?"}]}
+    file.write_text(json.dumps([document(1), silent, document(3)]))
+    with scripted_service() as service:
+        assert run_production(service, file) == ExitCode.DONE
+        assert set(service.asked) == {"1", "3"}
+    assert [(row["position"], row["skipped"]) for row in failures(tmp_path)] == [(2, "skipped_no_customer")]
+
+
+def test_the_same_conversation_twice_is_never_in_flight_twice(tmp_path: Path) -> None:
+    """The second of two places goes to the next conversation that is another one."""
+    file = tmp_path / "conversations.json"
+    file.write_text(json.dumps([document(1), document(1), document(2)]))
+    with scripted_service() as service:
+        service.close()
+        process = start_production(service, file, "--concurrency", "2")
+        service.wait_until(lambda: service.held == 2)
+        assert service.asked == {"1": 1, "2": 1}
+        service.open.set()
+        process.communicate(timeout=WAIT_S)
+    assert process.returncode == ExitCode.DONE
+
+
+def test_what_ends_the_run_ends_it_for_all(tmp_path: Path) -> None:
+    """The other places finish what they have in flight, keep it, and take nothing new."""
+    first_is_told = threading.Event()
+
+    def first_is_sent_away(number: str, _nth: int) -> Reply:
+        if number == "1":
+            first_is_told.set()
+            return error(503, "ModelUnavailableError", Retry_After="86400")
+        first_is_told.wait(WAIT_S)
+        return Reply()
+
+    with scripted_service(first_is_sent_away) as service:
+        assert run_production(service, write_file(tmp_path, 60), "--concurrency", "2") == ExitCode.UNREACHABLE
+        assert len(service.requests) < 60
+        assert len(kept_numbers(tmp_path)) == len(service.requests) - 1
+
+
+def test_the_same_conversation_twice_is_asked_once(tmp_path: Path) -> None:
+    """Both places of the file get the answer."""
+    file = tmp_path / "conversations.json"
+    file.write_text(json.dumps([document(1), document(2), document(1)]))
+    with scripted_service() as service:
+        assert run_production(service, file, "--concurrency", "1") == ExitCode.DONE
+        assert service.asked == {"1": 1, "2": 1}
+    assert [row["conversation_number"] for row in results(tmp_path)] == ["1", "2", "1"]
+
+
+def test_a_mistake_on_the_last_line_shows_before_the_first_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file is checked as a whole."""
+    file = write_file(tmp_path, 5)
+    file.write_text(file.read_text() + "{broken\n")
+    with scripted_service() as service:
+        assert run_production(service, file) == ExitCode.CONFIGURATION
+        assert not service.requests
+    assert "line 6" in capsys.readouterr().err
+
+
+def start_production(service: ScriptedService, file: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "api_client_production.py"), "--file", str(file), "--url", service.url]
+    command += ["--output-dir", str(file.parent / "out"), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def stuck_after(count: int, file: Path, concurrency: int) -> Iterator[tuple[ScriptedService, subprocess.Popen[str]]]:
+    """Run the client until *count* answers and a few are given, and *concurrency* more requests are held."""
+    answered = 0
+
+    def close_after(_number: str, _nth: int) -> Reply:
+        nonlocal answered
+        answered += 1
+        if answered == count:
+            service.close()
+        return Reply()
+
+    with scripted_service(close_after) as service:
+        process = start_production(service, file, "--concurrency", str(concurrency))
+        try:
+            service.wait_until(lambda: service.held == concurrency)
+            yield service, process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def test_a_killed_run_goes_on_without_asking_twice(tmp_path: Path) -> None:
+    """What the journal has is not asked again; at most what was in flight is, with the same key."""
+    file = write_file(tmp_path, 40)
+    with stuck_after(15, file, 3) as (service, process):
+        process.kill()
+        process.wait(WAIT_S)
+        kept = kept_numbers(tmp_path)
+        assert len(kept) >= 12  # answers on their way at the very end may be lost
+        assert list((tmp_path / "out").glob("classified_results_*Z.json")) == []
+        service.behave = good
+        service.open.set()
+        assert run_production(service, file) == ExitCode.DONE
+        assert {number for number, count in service.asked.items() if count > 1}.isdisjoint(kept)
+        assert sum(service.asked.values()) <= 40 + 3 + (15 - len(kept))
+        keys: dict[str, set[str]] = {}
+        for request in service.requests:
+            keys.setdefault(request["body"]["conversation_number"], set()).add(request["headers"]["Idempotency-Key"])
+        assert all(len(values) == 1 for values in keys.values())
+    assert [row["conversation_number"] for row in results(tmp_path)] == [str(number) for number in range(1, 41)]
+    assert journals(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_finishes_what_is_in_flight(tmp_path: Path, number: signal.Signals) -> None:
+    """No new request after the signal, the answers in flight are kept, and the message says how to go on."""
+    file = write_file(tmp_path, 40)
+    with stuck_after(6, file, 2) as (service, process):
+        asked = len(service.requests)
+        process.send_signal(number)
+        assert process.stderr is not None
+        seen = ""
+        while "finishing the calls in flight" not in seen:  # the log line of the first signal
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        service.open.set()
+        _, rest = process.communicate(timeout=WAIT_S)
+        assert process.returncode == ExitCode.INTERRUPTED
+        assert len(service.requests) == asked
+    assert len(kept_numbers(tmp_path)) == asked
+    assert f"{asked} answers are kept in" in rest
+    assert "the same command" in rest
+    assert list((tmp_path / "out").glob("classified_results_*Z.json")) == []
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    """A folder with a file of 3 conversations and the journal of a run that has 2 of them."""
+    file = write_file(tmp_path, 3)
+
+    def third_fails(number: str, _nth: int) -> Reply:
+        return error(422, "ValidationError") if number == "3" else Reply()
+
+    with scripted_service(third_fails) as service:
+        assert run_production(service, file) == ExitCode.INCOMPLETE
+    lines = journals(tmp_path)[0].read_bytes().splitlines(keepends=True)
+    head = json.dumps({"service": "http://127.0.0.1:1"}).encode() + b"\n"
+    journals(tmp_path)[0].write_bytes(head + b"".join(lines[1:]))
+    return tmp_path
+
+
+def test_a_torn_line_is_asked_again(interrupted: Path) -> None:
+    """A write that a power cut tore costs one question, and nothing after it is lost."""
+    journal, file = journals(interrupted)[0], interrupted / "conversations.jsonl"
+    with scripted_service() as service:
+        lines = journal.read_bytes().splitlines(keepends=True)
+        head = json.dumps({"service": service.url}).encode() + b"\n"
+        journal.write_bytes(head + lines[1] + lines[2][:40])
+        kept = json.loads(lines[1])["answer"]["conversation_number"]
+        assert run_production(service, file) == ExitCode.DONE
+        assert set(service.asked) == {"1", "2", "3"} - {kept}
+    assert len(results(interrupted)) == 3
+
+
+def test_what_comes_after_a_torn_line_is_kept(interrupted: Path) -> None:
+    """The next answer begins a line of its own, so that the run after that finds it."""
+    journal, file = journals(interrupted)[0], interrupted / "conversations.jsonl"
+    broken = True
+    with scripted_service(
+        lambda number, nth: error(422, "ValidationError") if broken and number == "3" else Reply()
+    ) as service:
+        head = json.dumps({"service": service.url}).encode() + b"\n"
+        journal.write_bytes(head + b'{"key": "ab')
+        assert run_production(service, file, "--concurrency", "1") == ExitCode.INCOMPLETE
+        broken = False
+        assert run_production(service, file) == ExitCode.DONE
+        assert service.asked == {"1": 1, "2": 1, "3": 2}
+
+
+def test_answers_of_another_service_are_not_mixed_in(interrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another service may have another model; --restart is the deliberate way."""
+    file = interrupted / "conversations.jsonl"
+    with scripted_service() as service:
+        assert run_production(service, file) == ExitCode.CONFIGURATION
+        assert "--restart" in capsys.readouterr().err
+        assert not service.requests
+        assert run_production(service, file, "--restart") == ExitCode.DONE
+        assert service.asked == {"1": 1, "2": 1, "3": 1}
+
+
+def test_two_runs_of_one_file_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second says so and asks nothing."""
+    file = write_file(tmp_path, 40)
+    with stuck_after(1, file, 2) as (service, process):
+        asked = len(service.requests)
+        assert run_production(service, file) == ExitCode.LOCKED
+        assert len(service.requests) == asked
+        service.open.set()
+        assert process.wait(WAIT_S) == ExitCode.DONE
+    assert "Another run" in capsys.readouterr().err
+
+
+def test_the_results_are_for_their_owner_only(tmp_path: Path) -> None:
+    """They hold conversations."""
+    with scripted_service() as service:
+        run_production(service, write_file(tmp_path, 1))
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o600}
+
+
+def test_the_small_client_shows_labels_beside_the_expected_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """A right label stands alone, a wrong one has the expected one in brackets."""
+    with scripted_service() as service:
+        assert api_client.main(["--url", service.url, "--count", "3"]) == ExitCode.DONE
+        assert all(len(request["body"]["messages"]) >= api_client.LEAST_TURNS for request in service.requests)
+    output = capsys.readouterr().out
+    assert "Order Status" in output
+    assert "(Technical" in output
+    assert "3 of 3 answered" in output
+
+
+def test_the_small_client_shows_refusals_and_says_it_in_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    """One refused, one answered: exit code 1."""
+    with scripted_service(lambda number, nth: error(422, "ValidationError") if number == "1" else Reply()) as service:
+        assert api_client.main(["--url", service.url, "--count", "2"]) == ExitCode.INCOMPLETE
+    assert "1 of 2 answered" in capsys.readouterr().out
+
+
+def test_the_small_client_names_a_wrong_key_and_an_absent_service(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit codes 2 and 3."""
+    with scripted_service(lambda number, nth: error(401, "AuthenticationError")) as service:
+        assert api_client.main(["--url", service.url]) == ExitCode.CONFIGURATION
+    assert "--api-key-file" in capsys.readouterr().err
+    assert api_client.main(["--url", service.url, "--count", "1"]) == ExitCode.UNREACHABLE
+
+
+@pytest.fixture(scope="module")
+def real_service() -> Iterator[str]:
+    """The real service with its baseline, and a key."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "API_KEYS": "tests:0123456789abcdef", "API_PORT": str(port), "LOG_LEVEL": "WARNING"}
+    process = subprocess.Popen([sys.executable, "main.py", "--embedded"], cwd=ROOT, env=environment)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + WAIT_S
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, "the service ended"
+                assert time.monotonic() < deadline, "the service did not start"
+                time.sleep(0.05)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(WAIT_S)
+
+
+def test_the_real_service_takes_every_sample(real_service: str, tmp_path: Path) -> None:
+    """All shipped shapes pass its strict contract, and come back as sent."""
+    samples = ROOT / "data" / "sample_conversations.jsonl"
+    flags = ["--file", str(samples), "--url", real_service, "--output-dir", str(tmp_path / "out")]
+    assert api_client_production.main([*flags, "--api-key", "0123456789abcdef"]) == ExitCode.DONE
+    sent = [json.loads(request_for(row, place).body) for place, row in enumerate(read_documents(samples), 1)]
+    assert [row["messages"] for row in results(tmp_path)] == [row["messages"] for row in sent]
+
+
+def test_the_real_service_refuses_a_wrong_key(real_service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sentence names the flag."""
+    assert api_client.main(["--url", real_service, "--api-key", "0123456789abcdeX"]) == ExitCode.CONFIGURATION
+    assert "--api-key-file" in capsys.readouterr().err

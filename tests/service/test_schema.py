@@ -1,0 +1,113 @@
+"""The OpenAPI document is exact: schemathesis makes right and wrong requests of it and checks every answer."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from config.service_settings import ServiceSettings, load_service_settings
+from embedding_index.similar_contract import SimilarResponse
+from error_handler import ErrorKind
+from service import errors as service_errors
+from service.openapi_document import EXAMPLE_HITS, EXAMPLE_REQUEST, MAX_QUERY_CHARACTERS
+from tests.fakes.fake_ollama import FakeOllama
+from tests.service.service_process import serve
+from tests.service.test_similar_service import APP, write_index
+
+
+def document(**settings: Any) -> dict[str, Any]:
+    return main.openapi_document(load_service_settings(None, **settings))
+
+
+@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.thorough)])
+def test_schemathesis_finds_nothing(tmp_path: Path, examples: int) -> None:
+    """Statuses, headers, content types, bodies and methods: what is wrong is refused, what is right is answered."""
+    # Answers are not kept, because a key that comes twice with two bodies is refused, and rightly.
+    limits = {"API_MAX_MESSAGES": "20", "API_MAX_TEXT_CHARACTERS": "20000", "API_IDEMPOTENCY_RETENTION_S": "0"}
+    write_index(tmp_path)
+    with (
+        FakeOllama(slots=8, user_message=0, record=False) as fake,
+        serve(tmp_path, app=APP, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2", **limits) as service,
+    ):
+        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{service.url}/openapi.json"]
+        command += ["--checks", "all", "--max-examples", str(examples), "--seed", "1", "--generation-deterministic"]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
+        assert ended.returncode == 0, ended.stdout
+        generated = re.search(r"(\d+) generated, (\d+) passed", ended.stdout)
+        assert generated is not None, ended.stdout
+        assert int(generated[1]) > examples
+        assert "Traceback" not in service.log
+
+
+def test_the_document_shows_the_limits_that_are_set() -> None:
+    """A client that reads them is never refused for a size."""
+    schemas = document(max_messages=7, max_text_characters=99)["components"]["schemas"]
+    assert schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] == 7
+    assert schemas["Message"]["properties"]["text"]["maxLength"] == 99
+    assert schemas["SimilarRequest"]["properties"]["text"]["maxLength"] == 99
+    assert document()["paths"]["/similar"]["get"]["parameters"][0]["schema"]["maxLength"] == MAX_QUERY_CHARACTERS
+    assert schemas["ClassificationRequest"]["additionalProperties"] is False
+
+
+def test_the_document_shows_keys_where_there_are_keys() -> None:
+    """Both ways to send one; none without."""
+    keyed = document(keys="helpdesk:0123456789abcdef")
+    assert keyed["paths"]["/classify"]["post"]["security"] == [{"bearer": []}, {"header": []}]
+    assert document()["paths"]["/classify"]["post"]["security"] == []
+    assert "/metrics" not in document(expose_metrics="off")["paths"]
+    assert "0123456789abcdef" not in json.dumps(keyed)
+
+
+def test_the_example_of_an_answer_is_one() -> None:
+    """What /docs shows of /similar has the fields of the real answers."""
+    assert SimilarResponse.model_validate(EXAMPLE_HITS).model_dump() == EXAMPLE_HITS
+
+
+KINDS = [kind for kind in vars(service_errors).values() if isinstance(kind, ErrorKind)]
+# Not of a route: what is no request, paths and methods that are not there.
+ELSEWHERE = {"MalformedRequestError", "HeadTooLargeError", "NotFoundError", "MethodNotAllowedError"}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))
+def test_every_error_is_in_the_document_and_on_the_page(kind: ErrorKind) -> None:
+    """With its status, and an example of its body."""
+    page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| {kind.status} \| `{kind.name}` \|", page, re.MULTILINE)
+    if kind.name not in ELSEWHERE:
+        paths = document()["paths"]
+        operations = [paths["/classify"]["post"], paths["/similar"]["get"], paths["/similar"]["post"]]
+        answers = [operation["responses"].get(str(kind.status)) for operation in operations]
+        examples = [answer["content"]["application/json"]["examples"] for answer in answers if answer]
+        shown = [example[kind.name] for example in examples if kind.name in example]
+        assert shown
+        assert all(example["value"]["error"]["type"] == kind.name for example in shown)
+    assert kind.message.endswith(".")
+
+
+def test_what_the_pages_show_is_so(tmp_path: Path) -> None:
+    """The example of /docs is answered when it is sent as it is; docs/service.md names the numbers that there are."""
+    page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
+    with serve(tmp_path, API_EMBEDDED="true") as service:
+        operation = service.get("/openapi.json").json["paths"]["/classify"]["post"]
+        shown = operation["requestBody"]["content"]["application/json"]["example"]
+        assert shown == EXAMPLE_REQUEST
+        answer = service.classify(shown)
+        assert answer.status == 200
+        assert answer.json["messages"] == shown["messages"]
+        numbers = set(re.findall(r"^# TYPE (triad_\w+)", service.get("/metrics").body.decode(), re.MULTILINE))
+    assert {name.removesuffix("_bucket") for name in re.findall(r"triad_[a-z_]+", page)} == numbers
+
+
+def test_every_setting_of_the_service_is_explained_on_its_page() -> None:
+    """docs/service.md has each variable."""
+    page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
+    for field in ServiceSettings.model_fields.values():
+        for name in getattr(field.validation_alias, "choices", []):
+            assert f"`{name}`" in page

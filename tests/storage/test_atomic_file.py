@@ -1,0 +1,216 @@
+"""Files are replaced as a whole and durably, or stay as they were."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from error_handler import ErrorClass, StateDirectoryError
+from storage import files as atomic_file
+from storage.files import move_file, remove_file, replace_file, sync_folder
+
+CALLS = ("open", "fsync", "replace", "rename", "close")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Record what reaches the system, by name of the file: each call goes on to the real one."""
+    recorded: list[tuple[str, str]] = []
+    names: dict[int, str] = {}
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            real = getattr(os, name)
+            if name not in CALLS:
+                return real
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                result = real(*arguments, **options)
+                if name == "open":
+                    names[result] = Path(arguments[0]).name
+                target = (
+                    names.get(arguments[0])
+                    if isinstance(arguments[0], int)
+                    else Path(arguments[-1] if name == "replace" else arguments[0]).name
+                )
+                if name == "fsync" and not stat.S_ISDIR(os.fstat(arguments[0]).st_mode):
+                    recorded.append(("size at fsync", str(os.fstat(arguments[0]).st_size)))
+                recorded.append((name, str(target)))
+                return result
+
+            return call
+
+    monkeypatch.setattr(atomic_file, "os", Recorder())
+    return recorded
+
+
+def test_the_order_that_survives_a_power_cut(folder: Path, calls: list[tuple[str, str]]) -> None:
+    """All bytes to a file beside it, fsync, rename, fsync of the folder: without any of these content can be lost."""
+    replace_file(folder / "state.json", b"content")
+    (_, temporary), *_ = calls
+    assert temporary.startswith(".state.json.")
+    assert [call for call in calls if call[0] != "close"] == [
+        ("open", temporary),
+        ("size at fsync", "7"),
+        ("fsync", temporary),
+        ("replace", "state.json"),
+        ("open", folder.name),
+        ("fsync", folder.name),
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\x00\xff" * 500_000], ids=["empty", "short", "1-MB"])
+def test_replace(folder: Path, content: bytes) -> None:
+    """New or not, the file has the content, is its owner's alone, and nothing is left beside it."""
+    path = folder / "state.json"
+    for expected in (content, b"second " + content):
+        replace_file(path, expected)
+        assert path.read_bytes() == expected
+        assert mode_of(path) == 0o600
+        assert list(folder.iterdir()) == [path]
+
+
+def test_a_file_that_others_could_read_is_closed_to_them(folder: Path) -> None:
+    """Whatever mode it had."""
+    path = folder / "state.json"
+    path.write_bytes(b"old")
+    path.chmod(0o644)
+    old_umask = os.umask(0)
+    try:
+        replace_file(path, b"new")
+    finally:
+        os.umask(old_umask)
+    assert mode_of(path) == 0o600
+
+
+def test_readers_of_the_old_file_keep_it(folder: Path) -> None:
+    """Never a mixture: who has it open reads on in the old one."""
+    path = folder / "state.json"
+    replace_file(path, b"old content")
+    with path.open("rb") as reader:
+        assert reader.read(3) == b"old"
+        replace_file(path, b"new")
+        assert reader.read() == b" content"
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_the_old_content_stays_when_the_disk_fails(folder: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the file; the temporary one is removed."""
+    path = folder / "state.json"
+    replace_file(path, b"old")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_file.os, failing, fail)
+    with pytest.raises(
+        StateDirectoryError, match=r"state\.json cannot be written \(No space left on device\)"
+    ) as caught:
+        replace_file(path, b"new")
+    assert caught.value.error_class is ErrorClass.RESOURCE
+    assert path.read_bytes() == b"old"
+    assert list(folder.iterdir()) == [path]
+
+
+def test_a_full_disk(folder: Path) -> None:
+    """The real thing: a limit of this process on the size of files."""
+    import resource
+    import signal
+
+    path = folder / "state.json"
+    replace_file(path, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(StateDirectoryError):
+            replace_file(path, b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == b"old"
+    assert list(folder.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there(folder: Path) -> None:
+    """Nothing is made on the way."""
+    with pytest.raises(StateDirectoryError):
+        replace_file(folder / "missing" / "state.json", b"x")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_path_that_is_a_folder(folder: Path) -> None:
+    """It stays one."""
+    (folder / "state.json").mkdir()
+    with pytest.raises(StateDirectoryError):
+        replace_file(folder / "state.json", b"x")
+    assert [path.name for path in folder.iterdir()] == ["state.json"]
+
+
+def test_a_link_is_replaced_and_not_followed(folder: Path) -> None:
+    """What it points to stays as it is."""
+    target = folder / "precious"
+    target.write_bytes(b"precious")
+    (folder / "state.json").symlink_to(target)
+    replace_file(folder / "state.json", b"new")
+    assert target.read_bytes() == b"precious"
+    assert not (folder / "state.json").is_symlink()
+
+
+def test_remove(folder: Path) -> None:
+    """A file that is not there is fine."""
+    path = folder / "state.json"
+    replace_file(path, b"x")
+    remove_file(path)
+    remove_file(path)
+    assert list(folder.iterdir()) == []
+    path.mkdir()
+    with pytest.raises(StateDirectoryError, match="cannot be removed"):
+        remove_file(path)
+
+
+def test_move(folder: Path, calls: list[tuple[str, str]]) -> None:
+    """Both folders are made durable: the file must not be in neither of them after a power cut."""
+    source, target = folder / "quarantine/file", folder / "pending/file"
+    for path in (source, target):
+        path.parent.mkdir()
+    source.write_bytes(b"content")
+    move_file(source, target)
+    assert target.read_bytes() == b"content"
+    assert not source.exists()
+    assert [call for call in calls if call[0] in ("rename", "fsync")] == [
+        ("rename", "file"),
+        ("fsync", "pending"),
+        ("fsync", "quarantine"),
+    ]
+
+
+def test_a_move_that_is_not_possible(folder: Path) -> None:
+    """The file stays where it was."""
+    (folder / "file").write_bytes(b"content")
+    with pytest.raises(StateDirectoryError, match="cannot be moved"):
+        move_file(folder / "file", folder / "missing/file")
+    assert (folder / "file").read_bytes() == b"content"
+
+
+def test_sync_folder_wants_a_folder(folder: Path) -> None:
+    """It leaves no descriptor open either way."""
+    (folder / "file").write_bytes(b"")
+    before = len(os.listdir("/proc/self/fd"))
+    sync_folder(folder)
+    with pytest.raises(NotADirectoryError):
+        sync_folder(folder / "file")
+    assert len(os.listdir("/proc/self/fd")) == before

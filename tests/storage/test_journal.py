@@ -1,0 +1,224 @@
+"""The journal of a batch: what it says after a crash at any byte, and whose fault a crash was."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import bson
+import pytest
+
+from error_handler import Reason, StateDirectoryError
+from storage.extended_json import id_key
+from storage.journal import MAX_DEATHS_IN_HAND, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, replay_journal
+
+RESULT = {
+    "_id": bson.ObjectId(),
+    "source_conversation_id": "a",
+    "classification": {"intent": "Other"},
+    "n": bson.Int64(1),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "batch_001_pending.journal"
+
+
+@pytest.fixture
+def journal(path: Path) -> Iterator[BatchJournal]:
+    journal = BatchJournal(path)
+    yield journal
+    journal.close()
+
+
+def entry(path: Path, document_id: object = "a") -> JournalEntry:
+    return replay_journal(path).entry(id_key(document_id))
+
+
+def test_a_journal_that_is_not_there_is_empty(path: Path) -> None:
+    """And a journal without events is not made."""
+    assert replay_journal(path).entries == {}
+    assert entry(path) == JournalEntry()
+    BatchJournal(path).close()
+    assert not path.exists()
+
+
+def test_an_answer_is_kept_with_its_types(journal: BatchJournal, path: Path) -> None:
+    """From there a crash costs nothing: the result is written without asking again."""
+    journal.started("a")
+    journal.asked("a")
+    journal.answered("a", RESULT)
+    found = entry(path)
+    assert found.result == RESULT
+    assert bson.encode(found.result or {}) == bson.encode(RESULT)
+    assert found.settled
+    assert not found.is_poison
+
+
+def test_how_documents_ended(journal: BatchJournal, path: Path) -> None:
+    """Skipped and failed ones with reason and problem; whether another round can help."""
+    journal.skipped("a", Reason.SKIPPED_NO_TEXT, "no turn with usable text")
+    journal.failed("b", Reason.EMPTY, "the answer is empty", is_final=False)
+    journal.failed("c", Reason.CONTEXT_OVERFLOW, "too long", is_final=True)
+    skipped, failed, final = (entry(path, name) for name in "abc")
+    assert (skipped.reason, skipped.problem, skipped.settled) == (
+        Reason.SKIPPED_NO_TEXT,
+        "no turn with usable text",
+        True,
+    )
+    assert (failed.reason, failed.problem, failed.settled, failed.is_final) == (
+        Reason.EMPTY,
+        "the answer is empty",
+        True,
+        False,
+    )
+    assert final.is_final
+
+
+def test_ids_are_told_apart_by_type(journal: BatchJournal, path: Path) -> None:
+    """1 and "1" are two documents."""
+    for document_id in (1, "1", bson.Int64(1), None, {"a": 1}):
+        journal.started(document_id)
+    assert len(replay_journal(path).entries) == 5
+    assert entry(path, 1.0) == JournalEntry()
+
+
+def test_a_document_in_hand_at_two_crashes_is_poison(path: Path) -> None:
+    """A crash is a start without what should follow it."""
+    for deaths in range(1, MAX_DEATHS_IN_HAND + 1):
+        crashed = BatchJournal(path)
+        crashed.started("a")
+        crashed.close()
+        assert entry(path).is_poison == (deaths >= MAX_DEATHS_IN_HAND)
+    assert MAX_DEATHS_IN_HAND == 2
+
+
+def test_a_document_that_merely_waited_is_given_five_tries(path: Path) -> None:
+    """The crash was mostly the fault of another one."""
+    for deaths in range(1, MAX_DEATHS_WAITING + 1):
+        crashed = BatchJournal(path)
+        crashed.started("a")
+        crashed.asked("a")
+        crashed.close()
+        assert entry(path).is_poison == (deaths >= MAX_DEATHS_WAITING)
+        assert entry(path).in_hand == 0
+    assert MAX_DEATHS_WAITING == 5
+
+
+def test_a_stop_is_no_crash(path: Path) -> None:
+    """A document that was released may be asked as often as the operator stops the worker."""
+    for _ in range(20):
+        stopped = BatchJournal(path)
+        stopped.started("a")
+        stopped.asked("a")
+        stopped.released("a")
+        stopped.close()
+    assert (entry(path).waiting, entry(path).is_poison) == (0, False)
+
+
+def test_an_answered_document_is_never_poison(path: Path) -> None:
+    """However many crashes came before its answer."""
+    journal = BatchJournal(path)
+    for _ in range(10):
+        journal.started("a")
+    journal.answered("a", RESULT)
+    journal.close()
+    assert not entry(path).is_poison
+
+
+def test_a_crash_at_any_byte_loses_at_most_the_event_being_written(journal: BatchJournal, path: Path) -> None:
+    """Everything before it is still known, and the next event is written on a line of its own."""
+    journal.started("a")
+    journal.asked("a")
+    journal.answered("a", RESULT)
+    journal.started("b")
+    journal.close()
+    whole = path.read_bytes()
+    ends = [position + 1 for position, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        found = entry(path)
+        complete = sum(cut >= end - 1 for end in ends)  # the line end itself may be missing
+        assert (found.result is not None) == (complete >= 3)
+        assert found.in_hand == (1 if complete == 1 else 0)
+        after = BatchJournal(path)
+        after.started("c")
+        after.close()
+        assert entry(path, "c").in_hand == 1
+        assert (entry(path).result is not None) == (complete >= 3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"\x00" * 50,
+        b"\xff\xfe",
+        b"{",
+        b"[]",
+        b"5",
+        b'"started"',
+        b"{}",
+        b'{"e": "started"}',
+        b'{"id": "a"}',
+        b'{"e": "failed", "id": "a", "reason": "unheard of", "problem": "x"}',
+        b'{"e": "answered", "id": "a"}',
+        b'{"e": "unheard of", "id": "a"}',
+        b'{"e": "started", "id": 99999999999999999999999999}',
+        b'{"e": "started", "id": {"$oid": "x"}}',
+    ],
+)
+def test_a_line_that_is_no_event_is_passed_over(path: Path, line: bytes) -> None:
+    """A power cut leaves zeros and halves; what follows still counts."""
+    path.write_bytes(line + b'\n{"e":"started","id":"a"}\n')
+    assert (entry(path).in_hand, entry(path).settled) == (1, False)
+
+
+def test_it_is_its_owners_alone(journal: BatchJournal, path: Path) -> None:
+    """It holds answers."""
+    journal.started("a")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_each_event_is_on_disk_when_the_call_returns(journal: BatchJournal, path: Path) -> None:
+    """Nothing waits in a buffer of this process for the crash."""
+    for number in range(5):
+        journal.started(number)
+        assert path.read_bytes().count(b"\n") == number + 1
+
+
+def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
+    """Nobody can make the worker write elsewhere."""
+    target = tmp_path / "precious"
+    target.write_bytes(b"")
+    path.symlink_to(target)
+    with pytest.raises(StateDirectoryError, match="cannot be written"):
+        BatchJournal(path).started("a")
+    assert target.read_bytes() == b""
+
+
+def test_a_full_disk_is_said(journal: BatchJournal, path: Path) -> None:
+    """In part or not at all; what was complete stays readable."""
+    journal.started("a")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        for expected in ("in part", "cannot be written"):
+            with pytest.raises(StateDirectoryError, match=expected):
+                journal.answered("a", {**RESULT, "text": "x" * 500})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (entry(path).in_hand, entry(path).result) == (1, None)
+
+
+def test_a_journal_that_cannot_be_read(path: Path) -> None:
+    """The error names it."""
+    path.mkdir()
+    with pytest.raises(StateDirectoryError, match=r"batch_001_pending\.journal cannot be read"):
+        replay_journal(path)

@@ -1,0 +1,207 @@
+"""Retry queue and quarantine on disk: their documented form, rounds, and what an operator moves by hand."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import bson
+import pytest
+
+from error_handler import Reason
+from storage import extended_json
+from storage.extended_json import id_key
+from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
+from worker.quarantine import release
+
+IDS = [bson.ObjectId(), "doc0", bson.Int64(7), 1.5, None, {"a": 1}, b"\x01", datetime(2024, 5, 1, tzinfo=UTC)]
+DOCUMENTS = [{"_id": value, "text": f"text of {place}"} for place, value in enumerate(IDS)]
+AT = datetime(2024, 5, 1, 10, 30, tzinfo=UTC)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "batch_files"
+
+
+@pytest.fixture
+def files(directory: Path) -> BatchFiles:
+    return BatchFiles(directory)
+
+
+def failed(document_id: Any = "a", **changes: Any) -> FailedDocument:
+    fields: dict[str, Any] = {
+        "conversation_id": document_id,
+        "status": "llm_failed",
+        "conversation_data": {"_id": document_id, "text": "hello"},
+        "retry_count": 0,
+        "reason": Reason.EMPTY,
+        "error": "the answer is empty",
+        "failed_at": AT,
+    }
+    return FailedDocument(**{**fields, **changes})
+
+
+def content_of(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def pending(files: BatchFiles) -> list[BatchFile]:
+    return list(files.load_pending())
+
+
+def test_a_retry_file(files: BatchFiles, directory: Path) -> None:
+    """As documented; where only the write failed, the classification is kept."""
+    result = {"_id": bson.ObjectId("0" * 24), "classification": {"intent": "Other"}}
+    files.save_failed("retry", 1, [failed("a"), failed("b", status="write_failed", classification_result=result)])
+    common = {"retry_count": 0, "failed_at": {"$date": {"$numberLong": str(int(AT.timestamp() * 1000))}}}
+    common |= {"reason": "empty", "error": "the answer is empty"}
+    assert content_of(directory / "retry/batch_001_retry_queue.json") == [
+        {
+            "conversation_id": "a",
+            "status": "llm_failed",
+            "classification_result": None,
+            "conversation_data": {"_id": "a", "text": "hello"},
+            **common,
+        },
+        {
+            "conversation_id": "b",
+            "status": "write_failed",
+            "classification_result": {"_id": {"$oid": "0" * 24}, "classification": {"intent": "Other"}},
+            "conversation_data": {"_id": "b", "text": "hello"},
+            **common,
+        },
+    ]
+
+
+@pytest.mark.parametrize("document_id", IDS, ids=lambda value: type(value).__name__)
+def test_a_failed_document_round_trips(document_id: Any) -> None:
+    """With all it knows, id types included."""
+    entry = failed(document_id, status="write_failed", classification_result={"_id": bson.ObjectId()}, retry_count=2)
+    read = FailedDocument.from_dict(extended_json.loads(extended_json.dumps(entry.as_dict())))
+    assert read == entry
+    assert id_key(read.conversation_id) == id_key(document_id)
+
+
+def test_a_hand_written_entry_needs_little() -> None:
+    """What is missing gets a sensible value."""
+    read = FailedDocument.from_dict({"conversation_id": "a", "status": "?", "conversation_data": None})
+    assert (read.status, read.retry_count, read.reason) == ("llm_failed", 0, Reason.TRANSPORT)
+
+
+def test_entries_for_one_document_replace_each_other(files: BatchFiles, directory: Path) -> None:
+    """One queue entry per document; others of the same batch stay."""
+    files.save_failed("retry", 1, [failed("a"), failed(1), failed("1")])
+    files.save_failed("retry", 1, [failed("a", retry_count=1), failed("b")])
+    (batch,) = files.load_retry()
+    assert {key: entry.retry_count for key, entry in batch.failures.items()} == {
+        id_key("a"): 1,
+        id_key(1): 0,
+        id_key("1"): 0,
+        id_key("b"): 0,
+    }
+    assert files.count_failed("retry") == 4
+    assert files.count_failed("quarantine") == 0
+
+
+def test_a_retry_round(files: BatchFiles, directory: Path) -> None:
+    """What fails again stays with its count; each round has a journal of its own; in the end the file goes."""
+    files.save_failed("retry", 1, [failed("a"), failed("b")])
+    (batch,) = files.load_retry()
+    batch.journal.failed("a", Reason.EMPTY, "x", is_final=False)
+    files.finish_retry(batch, [failed("a", retry_count=1)])
+    assert names(directory / "retry") == ["batch_001_retry_queue.json"]
+    (batch,) = files.load_retry()
+    assert [entry.retry_count for entry in batch.failures.values()] == [1]
+    assert batch.replay.entries == {}
+    files.finish_retry(batch, [])
+    assert names(directory / "retry") == []
+    assert list(files.load_retry()) == []
+
+
+def test_a_journal_of_an_interrupted_round_counts_for_that_round_alone(files: BatchFiles, directory: Path) -> None:
+    """The same round goes on where it was; the next one starts anew."""
+    files.save_failed("retry", 1, [failed("a"), failed("b")])
+    (batch,) = files.load_retry()
+    batch.journal.started("a")
+    batch.journal.close()
+    (again,) = files.load_retry()
+    assert again.replay.entry(id_key("a")).in_hand == 1
+    files.save_failed("retry", 1, [failed("a", retry_count=1)])
+    (later,) = files.load_retry()
+    assert later.replay.entries == {}
+
+
+@pytest.mark.parametrize("kind", ["retry", "quarantine"])
+def test_an_operator_moves_failed_documents_back(files: BatchFiles, directory: Path, kind: Any) -> None:
+    """From retry/ or quarantine/ to pending/, by hand: fresh attempts, finished results kept."""
+    result = {"_id": bson.ObjectId()}
+    files.save_failed(kind, 3, [failed("a", retry_count=3), failed("b", classification_result=result, retry_count=2)])
+    (source,) = (directory / kind).iterdir()
+    source.rename(directory / "pending" / source.name)
+    (batch,) = pending(files)
+    assert [document["_id"] for document in batch.documents] == ["a", "b"]
+    assert [entry.retry_count for entry in batch.failures.values()] == [0, 0]
+    assert batch.failures[id_key("b")].classification_result == result
+    files.save_completed(batch, {"successful": 2}, ["a", "b"])
+    assert names(directory / "pending") == []
+
+
+def test_a_moved_file_does_not_get_in_the_way_of_its_batch(files: BatchFiles, directory: Path) -> None:
+    """Both are loaded, each with its own journal."""
+    files.save_pending(DOCUMENTS)
+    files.save_failed("retry", 1, [failed("z")])
+    (directory / "retry/batch_001_retry_queue.json").rename(directory / "pending/batch_001_retry_queue.json")
+    first, second = pending(files)
+    assert first.journal.path != second.journal.path
+    assert {len(first.documents), len(second.documents)} == {len(DOCUMENTS), 1}
+
+
+def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
+    """All of it, with fresh attempts; answers that could not be written are kept."""
+    result = {"_id": bson.ObjectId()}
+    files.save_failed("quarantine", 1, [failed("a", retry_count=3), failed("b", classification_result=result)])
+    files.save_failed("quarantine", 2, [failed("c", conversation_data=None, retry_count=3)])
+    assert release(files) == 3
+    assert (files.count_failed("quarantine"), names(directory / "quarantine")) == (0, [])
+    first, second = pending(files)
+    assert [document["_id"] for document in (*first.documents, *second.documents)] == ["a", "b", "c"]
+    assert {entry.retry_count for batch in (first, second) for entry in batch.failures.values()} == {0}
+    assert first.failures[id_key("b")].classification_result == result
+
+
+def test_a_released_file_does_not_overwrite_one_that_is_in_work(files: BatchFiles, directory: Path) -> None:
+    """Each release has a file of its own, whatever batch its documents were in."""
+    files.save_failed("quarantine", 1, [failed("a")])
+    assert release(files) == 1
+    files.save_failed("quarantine", 1, [failed("b")])
+    assert release(files) == 1
+    assert files.failed_keys() == set()
+    assert [document["_id"] for batch in pending(files) for document in batch.documents] == ["a", "b"]
+
+
+def test_failed_keys(files: BatchFiles) -> None:
+    """Those of both folders, by type."""
+    files.save_failed("retry", 1, [failed(1)])
+    files.save_failed("quarantine", 2, [failed("1")])
+    assert files.failed_keys() == {id_key(1), id_key("1")}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}x", b'{"a": 1}', b"[5]", b'[{"conversation_id": 1}]', b"5", b'["x"]', b"null"]
+)
+def test_a_corrupt_retry_file_is_set_aside(files: BatchFiles, directory: Path, content: bytes) -> None:
+    """New entries of that batch start a new file."""
+    path = directory / "retry/batch_001_retry_queue.json"
+    path.write_bytes(content)
+    assert list(files.load_retry()) == []
+    assert names(directory / "retry") == ["batch_001_retry_queue.json.corrupt"]
+    assert files.lost_failures, "its documents say failed in MongoDB, and only this tells to look for them"
+    files.save_failed("retry", 1, [failed("a")])
+    assert files.count_failed("retry") == 1

@@ -1,0 +1,240 @@
+"""The import script as people start it, against a real MongoDB."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+from pymongo.collection import Collection
+
+from config.settings import known_environment_names
+from tests.forked_process import run_forked
+from utils import mongodb_import
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "utils" / "mongodb_import.py"
+COLLECTION = "conversation_set"
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in known_environment_names()}
+
+
+@pytest.fixture
+def source(mongodb_uri: str, db_name: str) -> Iterator[Collection[dict[str, Any]]]:
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        yield client[db_name][COLLECTION]
+
+
+@pytest.fixture
+def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Run:
+    """Start the script as a file, in a folder without .env."""
+
+    def start(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        place = ["--mongodb-uri", mongodb_uri, "--db-name", db_name]
+        defaults: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment()}
+        return run_forked([SCRIPT, *place, *arguments], **(defaults | options))
+
+    return start
+
+
+def lines_of(path: Path, documents: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    return path
+
+
+# Starting it
+
+
+@pytest.mark.parametrize(
+    "command", [["utils/mongodb_import.py"], ["-m", "utils.mongodb_import"]], ids=["as a file", "as a module"]
+)
+def test_it_starts_from_the_repository(
+    command: list[str], mongodb_uri: str, db_name: str, source: Collection[dict[str, Any]]
+) -> None:
+    environment = clean_environment() | {"MONGODB_URI": mongodb_uri, "MONGODB_DB": db_name}
+    done = subprocess.run(
+        [sys.executable, *command, "--count", "5"],
+        capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"Read 5 documents: 5 new, 0 already there, in {db_name}.{COLLECTION}.\n"
+    assert source.count_documents({}) == 5
+
+
+@pytest.mark.parametrize("name", ["mongodb_import", "concurrency_check", "demo_batch_processor"])
+def test_modules_beside_a_script_hide_no_package(name: str) -> None:
+    """Started as a file, the script's own folder does not stay on sys.path."""
+    script = ROOT / "utils" / f"{name}.py"
+    probe = (
+        "import runpy, sys\n"
+        f"sys.path[0], sys.argv = {str(script.parent)!r}, ['x', '--help']\n"
+        f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        "except SystemExit: print('PATH', *sys.path, sep='\\n')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT / "tests"
+    )
+    path = done.stdout.partition("PATH\n")[2].splitlines()
+    assert path[0] == str(ROOT)
+    assert str(script.parent) not in path
+
+
+# Samples
+
+
+def test_samples_go_in_once(run: Run, source: Collection[dict[str, Any]]) -> None:
+    assert "Read 96 documents: 96 new, 0 already there" in run().stdout
+    source.update_many({}, {"$set": {"status": "processed"}})
+    assert "Read 96 documents: 0 new, 96 already there" in run().stdout
+    assert source.count_documents({"status": "processed"}) == 96
+
+
+def test_more_samples_than_there_are_repeat_under_new_ids_and_numbers(
+    run: Run, source: Collection[dict[str, Any]]
+) -> None:
+    done = run("--count", "200")
+    assert "Read 200 documents: 200 new" in done.stdout
+    assert "96 samples are shipped: 104 of the 200" in done.stderr
+    numbers = [document["conversation_number"] for document in source.find({"conversation_number": {"$exists": True}})]
+    assert len(numbers) == len(set(numbers))
+    assert "Read 200 documents: 0 new, 200 already there" in run("--count", "200").stdout
+
+
+# Files
+
+
+def test_documents_without_id_are_recognised_by_their_content(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    conversation = {"conversation_number": "7", "messages": [{"sender": "customer", "text": "hi"}]}
+    same_again = [conversation, conversation | {"status": "processed"}]
+    queries = [{"text": "thanks"}, {"text": "thanks"}]  # two people said so
+    path = lines_of(tmp_path / "a.jsonl", [*same_again, *queries])
+    assert "Read 4 documents: 3 new, 1 already there" in run("--file", path).stdout
+    assert source.count_documents({"text": "thanks"}) == 2
+    assert "Read 4 documents: 0 new, 4 already there" in run("--file", path).stdout
+    assert all(str(document["_id"]).startswith("sha256-") for document in source.find())
+
+
+def test_count_takes_the_first_of_a_file_and_collection_has_two_names(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text("id,text\n" + "".join(f"doc{number},hello\n" for number in range(1200)))
+    assert "Read 1100 documents: 1100 new" in run("--file", path, "--count", "1100", "--collection", "queries").stdout
+    assert "Read 1200 documents: 100 new" in run("--file", path, "--source-collection", "queries").stdout
+    assert source.database["queries"].find_one({"_id": "doc7"}) == {
+        "_id": "doc7",
+        "text": "hello",
+        "metadata": {},
+        "processed": False,
+        "processing_attempts": 0,
+    }
+
+
+# Emptying first
+
+
+def test_drop_empties_the_collection_and_nothing_else(run: Run, source: Collection[dict[str, Any]]) -> None:
+    source.insert_one({"_id": "old"})
+    source.database["other"].insert_one({"_id": "old"})
+    assert "2 new" in run("--count", "2", "--drop", "--yes").stdout
+    assert source.count_documents({}) == 2
+    assert source.database["other"].count_documents({}) == 1
+
+
+def test_drop_without_a_terminal_needs_yes(run: Run, source: Collection[dict[str, Any]]) -> None:
+    source.insert_one({"_id": "old"})
+    done = run("--drop")
+    assert done.returncode == 2
+    assert "add --yes" in done.stderr
+    assert source.count_documents({}) == 1
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("y", 0, 2), ("n", 130, 1)])
+def test_drop_asks_on_a_terminal(
+    run: Run, source: Collection[dict[str, Any]], answer: str, code: int, left: int
+) -> None:
+    source.insert_one({"_id": "old"})
+    person, terminal = pty.openpty()
+    try:
+        os.write(person, f"{answer}\n".encode())
+        done = run("--drop", "--count", "2", streams=[terminal])
+    finally:
+        os.close(person)
+        os.close(terminal)
+    assert done.returncode == code
+    assert f"Delete the collection {COLLECTION}" in done.stderr
+    assert source.count_documents({}) == left
+
+
+def test_a_wrong_file_is_found_before_anything_is_dropped(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    source.insert_one({"_id": "old"})
+    done = run("--drop", "--yes", "--file", lines_of(tmp_path / "a.jsonl", [{"body": "no shape"}]))
+    assert done.returncode == 2
+    assert "a.jsonl, line 1: expected" in done.stderr
+    assert source.count_documents({}) == 1
+
+
+# What goes wrong
+
+
+def test_an_error_in_the_middle_keeps_what_was_read(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = lines_of(tmp_path / "a.jsonl", [{"_id": number, "text": "hi"} for number in range(600)])
+    with path.open("a") as file:
+        file.write("{broken\n")
+    done = run("--file", path)
+    assert done.returncode == 2
+    assert "Before the error 500 documents were read" in done.stderr
+    assert f"{path}, line 601" in done.stderr
+    assert source.count_documents({}) == 500
+
+
+@pytest.mark.parametrize(
+    ("document", "named"),
+    [
+        pytest.param({"_id": 2, "text": "x" * 17_000_000}, "document 2 cannot be stored", id="larger than 16 MB"),
+        pytest.param({"_id": 2, "text": "a", "n": 2**70}, "document 2 cannot be stored", id="number too large"),
+        pytest.param({"_id": 2, "text": "\ud83d"}, "document 2 cannot be stored", id="half a character"),
+        pytest.param({"text": "\ud83d"}, "Document 2 holds a character", id="half a character, no id"),
+    ],
+)
+def test_a_document_that_mongodb_cannot_hold_is_named(
+    run: Run, tmp_path: Path, document: dict[str, Any], named: str
+) -> None:
+    path = lines_of(tmp_path / "a.jsonl", [{"_id": 1, "text": "ok"}, document, {"_id": 3, "text": "ok"}])
+    done = run("--file", path)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unreachable_server_is_exit_code_3(run: Run) -> None:
+    quick = clean_environment() | {"MONGODB_TIMEOUT_MS": "100", "MONGODB_BACKOFF_S": "0"}
+    done = run("--mongodb-uri", "mongodb://user:secret@127.0.0.1:1", env=quick)
+    assert done.returncode == 3
+    assert "mongodb_import.py: MongoDB does not answer" in done.stderr
+    assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [(["--mongodb-uri", "http://x"], "MONGODB_URI"), (["--file", "/none"], "/none")]
+)
+def test_usage_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
+    assert mongodb_import.main(arguments) == 2
+    assert named in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""The whole worker against engines that really infer: llama.cpp always, an Ollama where one is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+
+from config import load_taxonomy
+from domain.document_files import read_documents
+from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
+from tests.forked_process import run_forked
+
+ROOT = Path(__file__).parents[2]
+OLLAMA = os.environ.get("OLLAMA_TEST_ENDPOINT")  # the report's header says whether it is set
+SAMPLES = ROOT / "data/sample_conversations.jsonl"
+
+
+def run_worker(
+    tmp_path: Path, mongodb_uri: str, db_name: str, environment: dict[str, str], *flags: str
+) -> dict[str, Any]:
+    """Run cli.py to its end and return its statistics; a failure shows what it said."""
+    output = tmp_path / "stats.json"
+    command = [ROOT / "cli.py", "--mongodb-uri", mongodb_uri, "--db-name", db_name, "--output", output]
+    command += ["--batch-files-dir", tmp_path / "batch_files", *flags]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OLLAMA", "LLM", "MONGODB"))}
+    done = run_forked(command, clean | environment, tmp_path, 110.0)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text())
+
+
+def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:
+    """Every result has labels of the taxonomy and says what made it."""
+    taxonomy = load_taxonomy()
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        results = list(client[db_name].sentimental_analysis.find())
+    assert len(results) == count
+    for result in results:
+        for field in ("intent", "topic", "sentiment"):
+            assert result["classification"][field] in taxonomy.names(field)
+        assert result["classification"]["categorization"].strip()
+        assert result["processing_metadata"]["prompt_tokens"] > 500
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.thorough)])
+def test_llama_cpp_labels_the_samples_over_the_openai_protocol(
+    count: int, tmp_path: Path, mongodb_uri: str, db_name: str
+) -> None:
+    """LLM_API_URL ending in /v1/chat/completions: with the schema as grammar each answer is valid."""
+    documents = list(read_documents(SAMPLES))[:count]
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client[db_name].conversation_set.insert_many(documents)
+    with TinyEngine(build_tiny_model(tmp_path / "tiny.gguf"), slots=2) as engine:
+        environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
+        stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
+    assert (stats["successful"], stats["failed"]) == (count, 0)
+    require_valid_labels(mongodb_uri, db_name, count)
+
+
+if OLLAMA:
+
+    def test_a_running_ollama_labels_the_samples(tmp_path: Path, mongodb_uri: str, db_name: str) -> None:
+        """Against the Ollama named by OLLAMA_TEST_ENDPOINT, with OLLAMA_TEST_MODEL (llama3.2)."""
+        documents = list(read_documents(SAMPLES))[:5]
+        with MongoClient[dict[str, Any]](mongodb_uri) as client:
+            client[db_name].conversation_set.insert_many(documents)
+        environment = {
+            "OLLAMA_ENDPOINT": OLLAMA,
+            "OLLAMA_MODEL": os.environ.get("OLLAMA_TEST_MODEL", "llama3.2"),
+        }
+        stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "1")
+        assert stats["successful"] == 5
+        require_valid_labels(mongodb_uri, db_name, 5)
