@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import aiohttp
 
-from classifier import FittedAnswer, FlowParts, ReplyParser, build_outcome, fitted_flow
+from classifier import FittedAnswer, FlowParts, ReplyParser, build_outcome, classify_with_truncation
 from config import Settings
 from domain.conversation import Conversation, Outcome
 from error_handler import (
@@ -43,7 +43,7 @@ from model_server.warm_up import (
 )
 from model_server.window import TranscriptTruncator, WindowChoice, choose_window
 from prompt_builder import Message, PromptBuilder
-from utils.retry_utils import RetryPolicy, repeated
+from utils.retry_utils import RetryPolicy, retry_async
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 5.0
@@ -123,7 +123,7 @@ class AsyncLLMClient:
 
         limit = self._limit
         observed = send if limit is None else lambda: limit.observed(send)
-        answer = await repeated(lambda: self.breaker.call(observed), self._policy, "model call", self._count_retry)
+        answer = await retry_async(lambda: self.breaker.call(observed), self._policy, "model call", self._count_retry)
         if self.on_answer is not None:
             self.on_answer(answer)
         return answer
@@ -257,7 +257,9 @@ async def ollama_classify_async(
         SkippedDocumentError: It is longer than the window, and ON_LONG says skip.
     """
     start = time.monotonic()
-    flow = fitted_flow(conversation, FlowParts(prompts, parser, client.fitter(prompts), lambda: client.target))
+    flow = classify_with_truncation(
+        conversation, FlowParts(prompts, parser, client.fitter(prompts), lambda: client.target)
+    )
     messages = next(flow)
     for call in itertools.count(2 * attempt):
         try:

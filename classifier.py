@@ -227,7 +227,9 @@ class FlowParts:
     target: Callable[[], ChatTarget]
 
 
-def fitted_flow(conversation: Conversation, parts: FlowParts) -> Generator[list[Message], ChatReply, FittedAnswer]:
+def classify_with_truncation(
+    conversation: Conversation, parts: FlowParts
+) -> Generator[list[Message], ChatReply, FittedAnswer]:
     """Yield the messages to send, receive the reply, return the answer; see ``classifier.classification_flow``.
 
     Where the server refuses the prompt as too long, or its count betrays that it cut it, the conversation is fitted

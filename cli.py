@@ -41,7 +41,7 @@ from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, St
 from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file
-from utils.process import exit_code_of, explain, stop_on_signals
+from utils.process import exit_code_of, print_error, stop_on_signals
 from utils.schedule import seconds_until_next
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         sentence = f"Internal error ({type(first).__name__}); run again with --verbose and report the traceback."
-        explain(parser.prog, sentence, verbose=arguments.verbose)
+        print_error(parser.prog, sentence, verbose=arguments.verbose)
         return ExitCode.CONFIGURATION
 
 

@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from classifier import FittedAnswer, FlowParts, ReplyParser, build_outcome, fitted_flow
+from classifier import FittedAnswer, FlowParts, ReplyParser, build_outcome, classify_with_truncation
 from config import Settings
 from domain.conversation import Conversation, Outcome
 from error_handler import (
@@ -248,7 +248,9 @@ def ollama_classify(
         SkippedDocumentError: It is longer than the window, and ON_LONG says skip.
     """
     start = time.monotonic()
-    flow = fitted_flow(conversation, FlowParts(prompts, parser, client.fitter(prompts), lambda: client.target))
+    flow = classify_with_truncation(
+        conversation, FlowParts(prompts, parser, client.fitter(prompts), lambda: client.target)
+    )
     messages = next(flow)
     for call in itertools.count(2 * attempt):
         try:

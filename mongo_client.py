@@ -33,7 +33,7 @@ from storage import contract as facts
 from storage.contract import Document, FinalStatus, Selection, range_filter, selection_filter
 from storage.extended_json import id_key, id_text
 from utils.aio import cancellable, close_within
-from utils.retry_utils import RetryPolicy, repeated
+from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ class DocumentStore:
             with translated(what):
                 return await cancellable(operation)
 
-        return await repeated(attempt, self._policy, what, self._count_retry)
+        return await retry_async(attempt, self._policy, what, self._count_retry)
 
     def _count_retry(self) -> None:
         self.retries += 1

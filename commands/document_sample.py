@@ -11,7 +11,7 @@ from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore, translated
 from storage.contract import Document, selection_filter
 from storage.extended_json import id_key
-from utils.retry_utils import RetryPolicy, repeated
+from utils.retry_utils import RetryPolicy, retry_async
 
 READ = 300  # documents that are read at least, to see how many have nothing to classify: that takes no model
 CANDIDATES = 1000  # ids that are drawn at least, to see how many of the pending documents have a result already
@@ -54,13 +54,13 @@ async def draw_sample(store: DocumentStore, settings: Settings, size: int) -> Do
             return [document async for document in found]
 
     count = await store.count("sweep")
-    drawn = {id_key(value): value for value in await repeated(draw, policy, "draw a sample")}
+    drawn = {id_key(value): value for value in await retry_async(draw, policy, "draw a sample")}
     done = await store.result_keys(list(drawn.values()))
     undone = [value for key, value in drawn.items() if key not in done]
     is_exact = len(drawn) >= count
     left = len(undone) if is_exact else round(count * len(undone) / max(1, len(drawn)))
     wanted = undone[: max(READ, size)]
-    documents = {id_key(document["_id"]): document for document in await repeated(read, policy, "read the sample")}
+    documents = {id_key(document["_id"]): document for document in await retry_async(read, policy, "read the sample")}
     # In the order drawn: that of ids would tell the first workers the oldest documents.
     in_order = [documents[key] for key in map(id_key, wanted) if key in documents]
     askable = sum(map(_is_askable, in_order))

@@ -19,7 +19,7 @@ REPLACED: tuple[Only, ...] = ("changed", "stale")  # those of them whose result 
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class ResultProvenance:
     """How a stored result was made; None where it does not say, as those of earlier versions."""
 
     input_sha256: str | None
@@ -37,7 +37,7 @@ class StalenessChecker:
 
     aggregate: Callable[[Document], Conversation]
     plan: str | None
-    made: Callable[[list[Any]], Awaitable[dict[bytes, Made]]]
+    made: Callable[[list[Any]], Awaitable[dict[bytes, ResultProvenance]]]
     queued: Callable[[], set[bytes]] = set
 
     async def of(self, documents: list[Document], queued: set[bytes]) -> list[tuple[Document, Kind]]:
@@ -62,7 +62,7 @@ class StalenessChecker:
             if result is not None and self._fits(document, result) != only
         }
 
-    def kind(self, document: Document, made: Made | None, *, is_queued: bool = False) -> Kind:
+    def kind(self, document: Document, made: ResultProvenance | None, *, is_queued: bool = False) -> Kind:
         """Return what *document* needs, *made* telling of its result (None: it has none)."""
         state = _state(document)
         if state == "foreign":
@@ -74,7 +74,7 @@ class StalenessChecker:
             return "failed"
         return "skipped" if made is None and state == "skipped" else fit
 
-    def _fits(self, document: Document, made: Made) -> Kind:
+    def _fits(self, document: Document, made: ResultProvenance) -> Kind:
         """Return whether the result is that of the document now: done, changed, stale, unjudged, or nothing to ask."""
         try:
             input_hash = input_sha256(self.aggregate(document))

@@ -23,7 +23,7 @@ from openai_batch.job_config import (
 from openai_batch.render_process import RenderProcess
 from openai_batch.templates import PromptTemplate, fill
 from openai_batch.user_functions import FUNCTION_ERRORS, resolve_function
-from storage.extended_json import canonical, id_text, packed, plain
+from storage.extended_json import bson_encode, canonical, id_text, plain
 
 if TYPE_CHECKING:
     from openai_batch.masking import Mask, Masking
@@ -329,7 +329,7 @@ def require_storable(content: Any) -> None:
     """Raise JobProcessingError where MongoDB would not take *content*, or its keys for names only."""
     _require_plain_keys(content)
     try:
-        packed({"": content})
+        bson_encode({"": content})
     except ValueError as exc:
         raise JobProcessingError("the answer holds a number or a text that MongoDB cannot hold") from exc
 

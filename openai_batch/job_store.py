@@ -21,7 +21,7 @@ from openai_batch.job_config import AppConfig, Document
 from storage.contract import CLOSE_WAIT_S, range_filter
 from storage.extended_json import canonical, id_text, loads
 from utils.aio import close_within
-from utils.retry_utils import RetryPolicy, repeated
+from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +307,7 @@ class JobStore:
             with translated(what):
                 return await operation()
 
-        return await repeated(attempt, self._policy, what)
+        return await retry_async(attempt, self._policy, what)
 
 
 def _has(document: Mapping[str, Any], path: str) -> bool:

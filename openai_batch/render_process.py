@@ -29,7 +29,7 @@ from typing import Any, Self
 
 from config.child_environment import forget_settings
 from error_handler import JobProcessingError, JobTemplateError
-from storage.extended_json import packed, unpacked
+from storage.extended_json import bson_decode, bson_encode
 
 TIME_LIMIT_S = 2.0  # of one document
 MEMORY_BYTES = 100_000_000  # that one document may take ...
@@ -88,7 +88,7 @@ class RenderProcess:
             JobProcessingError: It raised it, took too long or too much, or ended its process; the worker is new then.
             JobTemplateError: This happened MOST_DEATHS_IN_A_ROW times, so it is not the documents.
         """
-        frame = packed({"name": name, "value": value})
+        frame = bson_encode({"name": name, "value": value})
         with self._lock:
             reply = self._exchange(frame)
             if reply is None:
@@ -119,7 +119,7 @@ class RenderProcess:
             answer = _receive(self._channel, MAX_REPLY_BYTES)
         except OSError:  # it is gone, or a time-out of the socket: the worker's own clock did not end it
             return None
-        return None if answer is None else unpacked(answer)
+        return None if answer is None else bson_decode(answer)
 
     def _replace(self) -> int:
         """End the worker, start another; return how the old one ended, as ``subprocess`` says it."""
@@ -141,7 +141,7 @@ class RenderProcess:
             raise JobTemplateError(
                 f"the templates take longer than {TIME_LIMIT_S:g} s or too much memory to be parsed."
             )
-        problem = unpacked(hello).get("problem")
+        problem = bson_decode(hello).get("problem")
         if problem is not None:
             raise JobTemplateError(problem)
         return status
@@ -232,35 +232,35 @@ def _work(channel: socket.socket, make: Callable[[], Mapping[str, Function]]) ->
         with _limits(0, most):
             functions = make()
     except JobTemplateError as exc:
-        _send(channel, packed({"problem": str(exc)}))
+        _send(channel, bson_encode({"problem": str(exc)}))
         return
-    _send(channel, packed({}))
+    _send(channel, bson_encode({}))
     while (frame := _receive(channel, 2**32)) is not None:
         reply = None
         name = "the function"
         try:
             with _limits(len(frame), most):
-                request = unpacked(frame)
+                request = bson_decode(frame)
                 name = request["name"]
                 reply = _reply(functions[name], request["value"], name)
         finally:
             if reply is None:  # whatever it raised, this process ends now
                 kind = sys.exc_info()[0]
-                reply = packed({"error": f"{name} failed ({kind.__name__ if kind else 'end'})", "is_final": True})
+                reply = bson_encode({"error": f"{name} failed ({kind.__name__ if kind else 'end'})", "is_final": True})
             _send(channel, reply)
 
 
 def _reply(function: Function, value: Any, name: str) -> bytes:
     try:
-        reply = packed({"value": function(value)})
+        reply = bson_encode({"value": function(value)})
     except JobProcessingError as exc:
-        return packed({"error": str(exc), "is_final": exc.is_final})
+        return bson_encode({"error": str(exc), "is_final": exc.is_final})
     except MemoryError:
-        return packed({"error": f"{name} takes more than {MEMORY_BYTES // 10**6} MB of memory", "is_final": True})
+        return bson_encode({"error": f"{name} takes more than {MEMORY_BYTES // 10**6} MB of memory", "is_final": True})
     except ValueError:
-        return packed({"error": f"{name} makes what MongoDB cannot hold", "is_final": True})
+        return bson_encode({"error": f"{name} makes what MongoDB cannot hold", "is_final": True})
     if len(reply) > MAX_REPLY_BYTES:
-        return packed({"error": f"{name} makes more than {MAX_REPLY_BYTES // 10**6} MB", "is_final": True})
+        return bson_encode({"error": f"{name} makes more than {MAX_REPLY_BYTES // 10**6} MB", "is_final": True})
     return reply
 
 

@@ -117,7 +117,7 @@ def id_key(document_id: Any) -> bytes:
         raise ValueError("not an id") from exc
 
 
-def packed(value: dict[str, Any]) -> bytes:
+def bson_encode(value: dict[str, Any]) -> bytes:
     """Return *value* as BSON: unlike JSON it takes no key for a type, and no text for anything else.
 
     Raises:
@@ -129,8 +129,8 @@ def packed(value: dict[str, Any]) -> bytes:
         raise ValueError("not representable as BSON") from exc
 
 
-def unpacked(data: bytes) -> dict[str, Any]:
-    """Return the value of *data*, which ``packed`` made; dates are aware, in UTC."""
+def bson_decode(data: bytes) -> dict[str, Any]:
+    """Return the value of *data*, which ``bson_encode`` made; dates are aware, in UTC."""
     return bson.decode(data, _BSON_OPTIONS)
 
 

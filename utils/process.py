@@ -56,7 +56,7 @@ def stop_on_signals(stop: asyncio.Event, is_running: Callable[[], bool]) -> Iter
             loop.remove_signal_handler(number)
 
 
-def explain(program: str, sentence: str, *, verbose: bool) -> None:
+def print_error(program: str, sentence: str, *, verbose: bool) -> None:
     """Write *sentence* to stderr; *verbose* adds the traceback of the error in work."""
     sys.stderr.write(f"{program}: {sentence}\n")
     if verbose:
@@ -71,10 +71,10 @@ def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interru
     try:
         return run()
     except TriadError as exc:
-        explain(program, str(exc), verbose=verbose)
+        print_error(program, str(exc), verbose=verbose)
         return exc.exit_code
     except (KeyboardInterrupt, asyncio.CancelledError):
-        explain(program, interrupted, verbose=verbose)
+        print_error(program, interrupted, verbose=verbose)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         return ExitCode.DONE  # the reader of stdout has gone, as head does

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-# Not where something is repeated for the first time: without a free file descriptor it could not be loaded there.
+# Not where something is retry_async for the first time: without a free file descriptor it could not be loaded there.
 import tenacity
 
 from error_handler import ErrorClass, TriadError
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how slowly one operation is repeated.
+    """How often and how slowly one operation is retry_async.
 
     ``wait(n) = min(CAP_S, first_wait_s * 2 ** (n - 1)) * U(0.5, 1.5)`` seconds after failed attempt
     *n* (from 1). *attempts* counts the first one.
@@ -65,10 +65,10 @@ def tenacity_options(policy: RetryPolicy, what: str, on_retry: Callable[[], None
     }
 
 
-async def repeated(
+async def retry_async(
     operation: Callable[[], Awaitable[T]], policy: RetryPolicy, what: str, on_retry: Callable[[], None] | None = None
 ) -> T:
-    """Return what *operation* returns, repeated as *policy* says; the last error is let through.
+    """Return what *operation* returns, retry_async as *policy* says; the last error is let through.
 
     The first attempt goes without tenacity, whose bookkeeping costs as much CPU as a whole insert;
     nearly all calls need no second one.

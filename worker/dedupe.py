@@ -35,7 +35,7 @@ class Asking:
 Copy = tuple[Asking, Outcome]
 
 
-class Identical:
+class Deduplicator:
     """Decides who is asked; *asked* None: everybody.
 
     Memory is bounded by the documents in work: those who wait are among them, the rest is in *asked*. Retry rounds are

@@ -33,7 +33,7 @@ from storage.contract import Document, Store
 from utils.aio import GroupCommit
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
-from worker.dedupe import FILE_NAME, Asking, Identical, ReplyCache
+from worker.dedupe import FILE_NAME, Asking, Deduplicator, ReplyCache
 from worker.intake import MAX_SWEEPS, DocumentIntake, RunOptions
 from worker.items import BatchInWork, Failure, WorkItem, failure_of
 from worker.progress import Reporter
@@ -93,7 +93,7 @@ class BatchRun:
         self.intake = DocumentIntake(store, files, self.checkpoint, options, settlement=self.settlement)
         self.intake.kinds = steps.kinds
         asked = ReplyCache(files.directory / FILE_NAME, f"{checkpoint.job_id} {steps.plan or secrets.token_hex(8)}")
-        self._identical = Identical(asked if options.dedupe else None)
+        self._identical = Deduplicator(asked if options.dedupe else None)
         self.stop = asyncio.Event()
         self._queue: asyncio.Queue[WorkItem] = asyncio.Queue()
         self._writes: GroupCommit[tuple[WorkItem, Document]] = GroupCommit(self._write_group)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from config import Settings
-from domain.staleness import Made
+from domain.staleness import ResultProvenance
 from mongo_client import DocumentStore, translated
 from storage.extended_json import id_key
 from utils.aio import cancellable
-from utils.retry_utils import RetryPolicy, repeated
+from utils.retry_utils import RetryPolicy, retry_async
 
 _FIELDS = {
     "_id": 0,
@@ -34,7 +34,7 @@ class StoredResults:
         self._results = store.database[settings.results_collection]
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
 
-    async def made(self, document_ids: list[Any]) -> dict[bytes, Made]:
+    async def made(self, document_ids: list[Any]) -> dict[bytes, ResultProvenance]:
         """Return, by ``id_key``, how the results of those *document_ids* that have one were made.
 
         Raises:
@@ -46,7 +46,7 @@ class StoredResults:
             with translated("read how results were made"):
                 return await cancellable(lambda: self._results.find(query, _FIELDS).to_list(None))
 
-        found = await repeated(attempt, self._policy, "read how results were made")
+        found = await retry_async(attempt, self._policy, "read how results were made")
         return {id_key(result["source_conversation_id"]): _made(result) for result in found}
 
     async def labelled(self, document_ids: list[Any]) -> dict[bytes, dict[str, Any]]:
@@ -61,14 +61,14 @@ class StoredResults:
             with translated("read classifications"):
                 return await cancellable(lambda: self._results.find(query, _LABELLED).to_list(None))
 
-        found = await repeated(attempt, self._policy, "read classifications")
+        found = await retry_async(attempt, self._policy, "read classifications")
         return {id_key(result["source_conversation_id"]): result for result in found}
 
 
-def _made(result: dict[str, Any]) -> Made:
+def _made(result: dict[str, Any]) -> ResultProvenance:
     metadata = result.get("processing_metadata")
     fields = metadata if isinstance(metadata, dict) else {}
-    return Made(_text(fields.get("input_sha256")), _text(fields.get("fingerprint")))
+    return ResultProvenance(_text(fields.get("input_sha256")), _text(fields.get("fingerprint")))
 
 
 def _text(value: Any) -> str | None:

@@ -47,7 +47,7 @@ class Crashes:
         self._folder = folder
 
     def start(self, *kill: str) -> ForkedProcess:
-        script = [str(ROOT / "tests" / "embedding_site.py"), self.fake.url, str(self.path)]
+        script = [str(ROOT / "tests/embedding_index/embedding_site.py"), self.fake.url, str(self.path)]
         script += [str(COUNT), str(CONCURRENCY), str(BATCH_SIZE), *kill]
         files = (self._folder / "out", self._folder / "err")
         return ForkedProcess(script, dict(os.environ), ROOT, files)

@@ -95,7 +95,7 @@ def test_it_dies_with_its_parent_and_leaves_nothing() -> None:
         "import os; from tests.fakes.fake_openai import FakeOpenAI; fake = FakeOpenAI(); fake.start();"
         "print(fake.pid, fake.path_of('x').parent.parent, flush=True); os.kill(os.getpid(), 9)"
     )
-    root = Path(fake_openai.__file__).parent.parent
+    root = Path(fake_openai.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     pid, directory = done.stdout.split()

@@ -81,7 +81,7 @@ def test_the_waits_are_those_of_the_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "repeated"),
+    ("error", "retry_async"),
     [
         (LLMUnavailableError("x"), True),
         (LLMConnectionError("x"), True),
@@ -104,16 +104,16 @@ def test_the_waits_are_those_of_the_policy() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
-def test_which_errors_are_repeated(error: BaseException, repeated: bool) -> None:
+def test_which_errors_are_repeated(error: BaseException, retry_async: bool) -> None:
     """Transient and resource errors of ours; a foreign error is a bug, and repeating bugs hides them."""
-    assert is_worth_repeating(error) is repeated
+    assert is_worth_repeating(error) is retry_async
     operation = Flaky(error)
-    if repeated:
+    if retry_async:
         assert run(operation) == "done"
     else:
         with pytest.raises(type(error)):
             run(operation)
-    assert operation.calls == (2 if repeated else 1)
+    assert operation.calls == (2 if retry_async else 1)
 
 
 def test_the_last_error_is_let_through() -> None:
