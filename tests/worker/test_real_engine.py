@@ -46,7 +46,7 @@ def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:
         assert result["processing_metadata"]["prompt_tokens"] > 500
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("count", [2, pytest.param(24, marks=pytest.mark.thorough)])
 def test_llama_cpp_labels_the_samples_over_the_openai_protocol(
     count: int, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:
