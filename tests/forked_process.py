@@ -260,6 +260,8 @@ def _preload(names: Sequence[str]) -> None:
 def _become(order: dict[str, Any]) -> None:
     """Give the process what was ordered."""
     os.setsid()
+    # A suite started in the background of a script ignores Ctrl-C, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(order["env"])
     time.tzset()
