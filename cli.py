@@ -208,7 +208,7 @@ async def _report(
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
     console = Console(soft_wrap=True, emoji=False)  # a label is shown as it is, and no table of emoji is loaded
-    summary.print_run(console, stats)
+    summary.print_run(console, stats, settings.lease_s)
     if arguments.embedded:
         results = await processor.store.read_results([], 10_000)
         stored = RunStats()

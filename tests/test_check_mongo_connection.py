@@ -74,7 +74,7 @@ def test_the_command_prints_every_line_and_exits_with_0(mongodb_uri: str, db_nam
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"ok       MongoDB [0-9.]+ answers at 127\.0\.0\.1:[0-9]+\.", lines[0])
     assert f"warning  {db_name}.conversation_set is empty." in done.stdout
-    assert "         -> python utils/mongodb_import.py" in done.stdout
+    assert "         -> Import documents with python -m utils.mongodb_import" in done.stdout
     assert lines[-1] == "Errors: 0, warnings: 2."
 
 
@@ -97,7 +97,7 @@ async def test_a_replica_set_is_explained(tmp_path: Path) -> None:
     with EmbeddedMongod(tmp_path, replica_set="rs0") as server:
         finding = await finding_with("replica set", server.uri)
         assert finding.level == "ok"
-        assert "(rs0, 1 members)" in finding.sentence
+        assert "(rs0, 1 member)" in finding.sentence
         with MongoClient[dict[str, Any]](server.uri) as client:
             # With one member, nobody else can be elected: it stays a secondary.
             client.admin.command("replSetStepDown", 60, force=True)
@@ -235,7 +235,7 @@ async def test_documents_are_counted_by_shape_and_state(
     assert "shape messages: 1 done, 1 pending, 1 processing." in found
     assert "shape query: 1 failed, 1 pending, 1 processed, 1 skipped." in found
     assert found["of no accepted shape: 1 pending."].level == "warning"
-    (foreign,) = [finding for sentence, finding in found.items() if "another status" in sentence]
+    (foreign,) = [finding for sentence, finding in found.items() if "unrecognised status" in sentence]
     assert foreign.level == "warning"
     assert foreign.sentence.endswith(": done.")
     assert any("died" in sentence for sentence in found)
@@ -273,7 +273,7 @@ async def test_missing_indexes_are_named_and_those_of_the_store_are_enough(mongo
         await store.ensure_result_indexes()
     finally:
         await store.close()
-    assert (await finding_with("All indexes", mongodb_uri, db_name)).level == "ok"
+    assert (await finding_with("All indexes exist", mongodb_uri, db_name)).level == "ok"
 
 
 async def test_several_results_of_one_document_are_found(

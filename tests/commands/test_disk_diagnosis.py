@@ -58,8 +58,8 @@ def test_a_directory_in_order_has_no_remedies(directory: Path) -> None:
     found = findings(directory)
     assert {finding.level for finding in found} == {"ok"}, found
     assert the_one(found, "GB are free").numbers["free_bytes"] > 0
-    assert the_one(found, "may write to")
-    assert the_one(found, "Nobody else may read")
+    assert the_one(found, "can write to")
+    assert the_one(found, "Only this user can read")
     assert the_one(found, "No worker is using").numbers == {"locked": False}
 
 
@@ -67,13 +67,13 @@ def test_a_relative_directory_is_the_one_in_the_current_folder(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(directory.parent)
-    assert the_one(findings(Path("batch_files")), "This user may write to batch_files.")
+    assert the_one(findings(Path("batch_files")), "This user can write to batch_files.")
 
 
 def test_a_directory_that_is_not_there_yet_is_fine_and_is_not_made(tmp_path: Path) -> None:
     found = findings(tmp_path / "not" / "yet")
     assert {finding.level for finding in found} == {"ok"}, found
-    assert the_one(found, f"a run makes it in {tmp_path}")
+    assert the_one(found, f"a run creates it in {tmp_path}")
     assert the_one(found, "No worker has used")
     assert list(tmp_path.iterdir()) == []
 
@@ -103,8 +103,8 @@ def a_link(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "name", "words"),
     [
-        (a_file, "x", "is not a folder"),
-        (below_a_file, "file/x", "is not a folder"),
+        (a_file, "x", "is not a directory"),
+        (below_a_file, "file/x", "is not a directory"),
         (a_link, "x", "is a symbolic link"),
     ],
 )
@@ -134,17 +134,17 @@ def test_a_directory_of_somebody_else_is_an_error() -> None:
         finally:
             if is_root:
                 os.seteuid(0)
-    assert the_one(found, f"may not write to {directory}").level == "error"
+    assert the_one(found, f"cannot write to {directory}").level == "error"
 
 
 def test_files_that_others_may_read_are_a_warning(directory: Path) -> None:
     (directory / "pending").chmod(0o750)
     BatchFiles(directory).write_state("checkpoint.json", {})
     (directory / "checkpoint.json").chmod(0o644)
-    found = the_one(findings(directory), "Others may use 2 paths")
+    found = the_one(findings(directory), "Other users can access 2 paths")
     assert (found.level, found.numbers) == ("warning", {"paths": 2})
     subprocess.run(found.remedy.split(), check=True)
-    assert the_one(findings(directory), "Nobody else may read")
+    assert the_one(findings(directory), "Only this user can read")
 
 
 def test_a_lock_that_a_worker_holds_is_seen_and_left_to_it(directory: Path) -> None:
@@ -188,7 +188,7 @@ def test_files_that_cannot_be_read_are_a_warning_and_stay(directory: Path, lefto
     before = snapshot(directory)
     found = findings(directory)
     assert the_one(found, "1 of 2 files in").level == "warning"
-    assert the_one(found, "Set aside as .corrupt: 1 file;").level == "warning"
+    assert the_one(found, "Renamed to .corrupt: 1 file;").level == "warning"
     assert snapshot(directory) == before
 
 
@@ -202,7 +202,7 @@ def test_too_few_open_files_are_a_warning(directory: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
     try:
-        found = the_one(findings(directory, max_concurrent=256), "may open 300 files at once")
+        found = the_one(findings(directory, max_concurrent=256), "can open 300 files")
         assert the_one(findings(directory, max_concurrent=5), "open as many files")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -64,7 +64,7 @@ def test_the_report_for_people_has_a_heading_for_each_area_and_a_remedy_below(si
     headings = [line for line in lines if not line.startswith(("ok ", "warning ", "error ", " ", "Errors:"))]
     assert headings == ["MongoDB", "Model server", "Disk and process", "Labels", "Settings"]
     place = lines.index(f"warning  {site.database.name}.conversation_set is empty.")
-    assert lines[place + 1].startswith("         -> python utils/mongodb_import.py")
+    assert lines[place + 1].startswith("         -> Import documents with python -m utils.mongodb_import")
     assert lines[-1] == "Errors: 0, warnings: 2."
 
 
@@ -153,7 +153,7 @@ def test_a_replica_set_is_told_from_a_standalone_server(site: Site, tmp_path: Pa
     with EmbeddedMongod(tmp_path / "db", replica_set="rs0") as server:
         found = report(site, "--no-probe", MONGODB_URI=server.uri)
         server.kill()
-    assert any("It is a replica set (rs0, 1 members)" in finding["sentence"] for finding in found)
+    assert any("It is a replica set (rs0, 1 member)" in finding["sentence"] for finding in found)
     assert any("standalone" in finding["sentence"] for finding in report(site, "--no-probe"))
 
 
@@ -176,7 +176,7 @@ def test_progress_is_shown_on_a_terminal_only(site: Site) -> None:
         except OSError:  # Linux says so where the other end is closed
             pass
     assert json.loads(out.read_text())["errors"] == 0
-    for words in ("2 at once, 2 rounds", "Looking at Settings"):
+    for words in ("2 at once, 2 rounds", "Checking Settings"):
         assert words in shown.decode()
 
 
@@ -198,7 +198,7 @@ async def test_clocks_that_differ_are_a_warning(mongodb_uri: str, shift_s: int, 
 
 def test_the_doctor_looks_at_the_clock(site: Site) -> None:
     assert any(
-        finding["sentence"].startswith("The clocks here and of MongoDB") for finding in report(site, "--no-probe")
+        finding["sentence"].startswith("The local clock and MongoDB's clock") for finding in report(site, "--no-probe")
     )
 
 

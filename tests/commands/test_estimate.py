@@ -79,7 +79,7 @@ def test_the_table_says_everything_and_the_sample_is_spread_and_kept(site: Site)
     site.source.insert_many(documents)
     ended = site.run("estimate", "--sample", "60", "--concurrent", "4")
     assert ended.code == 0, ended.said
-    for word in ("time", "90 % confidence", "tokens", "more at once", "genai-prices", "leave the house", "at best"):
+    for word in ("time", "90 % confidence", "tokens", "concurrency", "genai-prices", "leave your network", "at best"):
         assert word in " ".join(ended.out.split()), ended.out
     assert "60/60 done" in ended.err
     kept = [result["source_conversation_id"] for result in site.results.find()]
@@ -128,7 +128,7 @@ def test_an_interrupted_sample_keeps_what_is_classified(site: Site) -> None:
     assert ended.code == 130
     kept = site.results.count_documents({})
     assert 3 <= kept < 60
-    assert f"Stopped after {kept} of the 60 documents of the sample; their results are kept" in ended.err
+    assert f"Stopped after {kept} of 60 documents of the sample. Their results are kept" in ended.err
     assert site.run().code == 0
     assert site.results.count_documents({}) == 100
 

@@ -55,9 +55,7 @@ def test_every_setting_is_listed_with_its_value_and_origin(monkeypatch: pytest.M
     assert {finding.level for finding in found.values()} == {"ok"}
     assert found["db_name"].sentence == "MONGODB_DB = shop (flag --db-name)"
     assert found["batch_size"].sentence == "BATCH_SIZE = 7 (BATCH_SIZE in .env)"
-    assert found["lease_s"].sentence == (
-        "LEASE_S = 90.0 (environment variable LEASE_S, which overrules LEASE_S in .env)"
-    )
+    assert found["lease_s"].sentence == ("LEASE_S = 90.0 (environment variable LEASE_S, overrides LEASE_S in .env)")
     assert found["llm_timeout_s"].sentence == "LLM_TIMEOUT_S = 120.0 (default)"
     assert found["ollama_model"].sentence == "OLLAMA_MODEL = not set (default)"
     assert found["batch_size"].numbers == {
@@ -130,7 +128,7 @@ def test_two_names_of_one_setting_are_a_warning(first: str, second: str, monkeyp
 def test_a_dotenv_that_others_may_read_is_a_warning(mode: int, is_said: bool) -> None:
     Path(".env").write_text("LLM_API_KEY=a-key\n")
     Path(".env").chmod(mode)
-    found = findings().get("Others on this machine may read .env.")
+    found = findings().get("Other users of this machine can read .env.")
     assert (found is not None) == is_said
     assert found is None or (found.level, found.remedy) == ("warning", "chmod 600 .env")
 
@@ -190,7 +188,7 @@ def test_the_shipped_labels_load() -> None:
 
 @pytest.mark.parametrize(
     ("intents", "topics", "words"),
-    [("Other", "Delivery", "for topic:"), ("Refund", "Other", "for intent:"), ("A", "B", "for intent and topic:")],
+    [("Other", "Delivery", "for topic;"), ("Refund", "Other", "for intent;"), ("A", "B", "for intent and topic;")],
 )
 def test_labels_without_other_are_a_warning(intents: str, topics: str, words: str) -> None:
     Path("t.yaml").write_text(f"intents: {{{intents}: x}}\ntopics: {{{topics}: x}}\nsentiments: [Negative]\n")
