@@ -1,4 +1,4 @@
-"""Check whether MongoDB is ready for a run, and tell how to fix problems. Changes nothing."""
+"""Check whether MongoDB is ready for a run, and show how to fix problems. Changes nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="check_mongo_connection.py",
-        description="Check whether MongoDB is ready for a run, and tell how to fix problems. Changes nothing.",
+        description="Check whether MongoDB is ready for a run, and show how to fix problems. Changes nothing.",
         epilog="Exit codes: 0 ready (perhaps with warnings), 2 usage or configuration, 3 at least one error.",
         allow_abbrev=False,
     )

@@ -141,7 +141,7 @@ async def _in_turn(findings: Iterable[Finding]) -> AsyncGenerator[Finding]:
 
 COMMAND = Command(
     "doctor",
-    "Check MongoDB, the model server, disk and settings, and tell how to fix problems.",
+    "Check MongoDB, the model server, disk and settings, and show how to fix problems.",
     _add_flags,
     _run,
 )

@@ -94,7 +94,7 @@ def test_a_list(files: BatchFiles, said: Callable[..., str]) -> None:
         "4 documents in quarantine: 2 x label_outside, 1 x empty, 1 x store_failed\n"
     )
     assert said("list", "--reason", "empty").splitlines()[1:] == ["1 document in quarantine for empty: 1 x empty"]
-    assert said("list", "--reason", "poison") == "No document is in quarantine for poison.\n"
+    assert said("list", "--reason", "poison") == "No documents in quarantine for poison.\n"
     assert said("list", "--retry").splitlines()[-1] == "1 document in the retry queue: 1 x label_outside"
 
 
@@ -185,16 +185,16 @@ def test_an_id_of_any_type_is_named_as_extended_json(tmp_path: Path, document_id
     [
         (["show", "zz"], "no document 'zz' is there"),
         (["show", "e"], "no document 'e' is there"),
-        (["show"], "show needs the id"),
-        (["show", "a", "--all"], "show needs the id"),
+        (["show"], "show requires document ids"),
+        (["show", "a", "--all"], "show requires document ids"),
         (["list", "a"], "list takes no ids"),
-        (["replay"], "needs ids, or --reason R, or --all"),
-        (["replay", "a", "--all"], "only one of them"),
+        (["replay"], "requires ids, --reason R or --all"),
+        (["replay", "a", "--all"], "only one of these"),
         (["replay", "a", "zz"], "no document 'zz' is there"),
-        (["replay", "--all", "--retry"], "without --retry"),
-        (["drop", "--reason", "empty", "a", "--yes"], "only one of them"),
+        (["replay", "--all", "--retry"], "does not accept --retry"),
+        (["drop", "--reason", "empty", "a", "--yes"], "only one of these"),
         (["drop", "a"], "add --yes"),
-        (["list", "--yes"], "--yes is for drop alone"),
+        (["list", "--yes"], "--yes is only for drop"),
     ],
     ids=" ".join,
 )
@@ -210,15 +210,15 @@ def test_what_makes_no_sense_changes_nothing(
 
 def test_replay(files: BatchFiles, directory: Path, said: Callable[..., str]) -> None:
     """The named ones alone move to pending, with fresh attempts; known answers stay known."""
-    assert "2 documents left quarantine" in said("replay", "a", "d")
+    assert "2 documents moved from quarantine" in said("replay", "a", "d")
     assert places(directory) == {"pending": ["a", "d"], "quarantine": ["b", "c"], "retry": ["e"]}
     entries = {key: entry for batch in files.load_pending() for key, entry in batch.failures.items()}
     assert {entry.retry_count for entry in entries.values()} == {0}
     assert entries[id_key("d")].classification_result == {"classification": LABELS}
-    assert "1 document left quarantine" in said("replay", "--reason", "empty")
-    assert "1 document left quarantine" in said("replay", "--all")
+    assert "1 document moved from quarantine" in said("replay", "--reason", "empty")
+    assert "1 document moved from quarantine" in said("replay", "--all")
     assert places(directory) == {"pending": ["a", "b", "c", "d"], "quarantine": [], "retry": ["e"]}
-    assert said("replay", "--all") == "No document is in quarantine.\n"
+    assert said("replay", "--all") == "No documents in quarantine.\n"
 
 
 def test_drop(files: BatchFiles, directory: Path, said: Callable[..., str]) -> None:
@@ -229,7 +229,7 @@ def test_drop(files: BatchFiles, directory: Path, said: Callable[..., str]) -> N
     assert [path.name for path in (directory / "quarantine").iterdir()] == ["batch_001_quarantine.json"]
     assert "2 documents dropped" in said("drop", "--all", "--yes")
     assert places(directory) == {"pending": [], "quarantine": [], "retry": ["e"]}
-    assert said("drop", "--all", "--yes") == "No document is in quarantine.\n"
+    assert said("drop", "--all", "--yes") == "No documents in quarantine.\n"
 
 
 def test_a_document_whose_batch_is_still_in_work_stays(
@@ -247,7 +247,7 @@ def test_a_document_that_was_quarantined_twice_is_one(files: BatchFiles, directo
     files.save_failed("quarantine", 9, [failed("a", 60, reason=Reason.BUSY), failed("b", 60)])
     assert said("list").splitlines()[-1] == "4 documents in quarantine: 2 x label_outside, 1 x busy, 1 x store_failed"
     assert files.count_failed("quarantine") == 4
-    assert "1 document left" in said("replay", "--reason", "busy")
+    assert "1 document moved" in said("replay", "--reason", "busy")
     assert "1 document dropped" in said("drop", "b", "--yes")
     assert places(directory) == {"pending": ["a"], "quarantine": ["c", "d"], "retry": ["e"]}
 
@@ -284,7 +284,7 @@ def test_a_worker_holds_the_directory(files: BatchFiles, said: Callable[..., str
                 said(*argv)
     finally:
         files.release()
-    assert "1 document left" in said("replay", "a")
+    assert "1 document moved" in said("replay", "a")
 
 
 # In real processes
@@ -320,7 +320,7 @@ def test_there_and_back(site: Site) -> None:
     assert calls(site, documents[8]) == 8, "a dropped document is not asked again"
     assert places(site.directory) == {"pending": [], "quarantine": [2], "retry": []}
     nothing = site.run()
-    assert (nothing.code, "1 are in quarantine" in nothing.out, "quarantine list" in nothing.out) == (1, True, True)
+    assert (nothing.code, "Quarantine: 1" in nothing.out, "quarantine list" in nothing.out) == (1, True, True)
 
 
 def test_exit_codes_while_a_worker_runs(site: Site) -> None:
