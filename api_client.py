@@ -1,4 +1,4 @@
-"""Sends a handful of multi-turn conversations to a running service and shows the labels beside the expected ones."""
+"""Send a few multi-turn conversations to a running service and compare the labels with the expected ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from domain.document_files import read_documents
 from domain.text import one_line
 from error_handler import ConfigurationError, ExitCode, RequestError
 from logger import configure_logging
-from service.client.arguments import add_service_arguments, target_from, whole_number
-from service.client.client import Pace, ServiceClient, ServiceTimeoutError, open_session
-from service.client.documents import request_for
-from service.client.protocol import ServiceTarget
+from service.client.client import (
+    Pace,
+    ServiceClient,
+    ServiceTimeoutError,
+    add_service_arguments,
+    open_session,
+    target_from,
+    whole_number,
+)
+from service.client.protocol import ServiceTarget, request_for
 from storage.contract import Document
 from storage.extended_json import id_key, loads
 from utils.process import exit_code_of
@@ -46,15 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return asyncio.run(_run(target, arguments.count, arguments.timeout))
 
     return exit_code_of(
-        run, "api_client.py", verbose=arguments.verbose, interrupted="Interrupted; nothing is left behind."
+        run, "api_client.py", verbose=arguments.verbose, interrupted="Interrupted; no files were written."
     )
 
 
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="api_client.py",
-        description="Send shipped multi-turn conversations to a running service and show what it answers.",
-        epilog="Exit codes: 0 each has an answer (right or not), 1 some have none, 2 usage or key, "
+        description="Send sample multi-turn conversations to a running service and compare its labels with the expected ones.",
+        epilog="Exit codes: 0 all answered (right or wrong), 1 some have no answer, 2 usage or key, "
         "3 the service is not reachable, 130 interrupted.",
         allow_abbrev=False,
     )
@@ -63,7 +69,7 @@ def _create_parser() -> argparse.ArgumentParser:
         type=whole_number(1, MOST_SAMPLES),
         default=8,
         metavar="N",
-        help="how many conversations (%(default)s)",
+        help="number of conversations (%(default)s)",
     )
     add_service_arguments(parser)
     return parser
@@ -89,7 +95,7 @@ async def _run(target: ServiceTarget, count: int, timeout_s: float) -> int:
 
 
 async def _ask(client: ServiceClient, document: Document) -> dict[str, Any] | str:
-    """Return the labels of *document*, or why there are none."""
+    """Return the labels of *document*, or the error message."""
     try:
         answer = await client.classify(request_for(document, 1))
     except (RequestError, ServiceTimeoutError) as exc:
@@ -98,7 +104,7 @@ async def _ask(client: ServiceClient, document: Document) -> dict[str, Any] | st
 
 
 def choose_samples() -> Iterator[Document]:
-    """Yield the multi-turn samples: first one for each expected intent, then the others in their order."""
+    """Yield the multi-turn samples: one for each expected intent, then the others in file order."""
     expected, seen, later = read_expected(), set(), []
     for document in read_documents(SAMPLES):
         if len(document.get("tweets") or document.get("messages") or []) < LEAST_TURNS:
@@ -117,14 +123,12 @@ def read_expected() -> dict[bytes, dict[str, str]]:
     try:
         lines = EXPECTED.read_bytes().splitlines()
     except OSError as exc:
-        raise ConfigurationError(
-            f"{EXPECTED} cannot be read ({exc.strerror}); restore it from the repository."
-        ) from exc
+        raise ConfigurationError(f"Cannot read {EXPECTED} ({exc.strerror}); restore it from the repository.") from exc
     return {id_key(row["_id"]): row["expected"] for row in map(loads, lines)}
 
 
 def _print_table(rows: Sequence[tuple[Document, dict[str, Any] | str, dict[str, str]]]) -> None:
-    table = Table(title="What the service answers; in brackets what was expected instead", title_justify="left")
+    table = Table(title="Labels of the service; the expected label in brackets if it differs", title_justify="left")
     for heading in ("conversation", "turns", *FIELDS, "categorization"):
         table.add_column(heading, overflow="fold")
     right = dict.fromkeys(FIELDS, 0)

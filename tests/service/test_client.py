@@ -28,8 +28,7 @@ import api_client_production
 from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RequestError, RunInterruptedError, SkippedDocumentError
 from service.client.client import Pace
-from service.client.documents import request_for
-from service.client.protocol import build_request, parse_answer, parse_retry_after, service_target
+from service.client.protocol import build_request, parse_answer, parse_retry_after, request_for, service_target
 from service.client.run import percentile
 from tests.fakes.scripted_service import WAIT_S, Reply, ScriptedService, error, good, scripted_service
 
@@ -174,7 +173,7 @@ def test_a_target_that_cannot_be_is_refused(arguments: dict[str, str]) -> None:
 )  # fmt: skip
 def test_a_200_that_is_no_answer_is_an_error(body: bytes) -> None:
     """A page of a proxy, another service, or the answer to somebody else's conversation."""
-    with pytest.raises(RequestError, match="not one of this service"):
+    with pytest.raises(RequestError, match="not from this service"):
         parse_answer(build_request("2", []), 200, body, None)
 
 
@@ -193,7 +192,7 @@ async def test_being_told_to_wait_narrows_and_answers_widen_again() -> None:
     pace.slow_down(0)
 
     async def hold(entered: asyncio.Event, leave: asyncio.Event) -> None:
-        async with pace.place():
+        async with pace.slot():
             entered.set()
             await leave.wait()
 
@@ -226,7 +225,7 @@ async def test_a_stop_ends_every_wait() -> None:
     with pytest.raises(RunInterruptedError):
         await waiting
     with pytest.raises(RunInterruptedError):
-        async with pace.place():
+        async with pace.slot():
             pytest.fail("a place was given after the stop")
 
 
@@ -305,7 +304,7 @@ def test_a_wait_of_hours_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixt
     with scripted_service(lambda number, nth: error(503, "ModelUnavailableError", Retry_After="86400")) as service:
         assert run_production(service, write_file(tmp_path, 3), "--concurrency", "1") == ExitCode.UNREACHABLE
         assert len(service.requests) == 1
-    assert "come back in 86400 s" in capsys.readouterr().err
+    assert "retry after 86400 s" in capsys.readouterr().err
 
 
 def test_failures_are_listed_without_texts_and_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,7 +343,7 @@ def test_what_a_foreign_server_says_is_not_written_down(tmp_path: Path, capsys: 
     quoting = Reply(400, {"error": {"type": "BadRequest", "message": f"cannot handle {SECRET_TEXT}"}})
     with scripted_service(lambda number, nth: quoting) as service:
         assert run_production(service, write_file(tmp_path, 1)) == ExitCode.INCOMPLETE
-    assert failures(tmp_path)[0]["message"] == "Status 400, and not from this service; check what is between."
+    assert failures(tmp_path)[0]["message"] == "Status 400 from another server; check --url and any proxy."
     assert SECRET_TEXT not in "".join(capsys.readouterr()) + json.dumps(failures(tmp_path))
 
 
@@ -525,7 +524,7 @@ def test_an_interrupted_run_finishes_what_is_in_flight(tmp_path: Path, number: s
         assert len(service.requests) == asked
     assert len(kept_numbers(tmp_path)) == asked
     assert f"{asked} answers are kept in" in rest
-    assert "the same command" in rest
+    assert "run the same command again to resume" in rest
     assert list((tmp_path / "out").glob("classified_results_*Z.json")) == []
 
 
