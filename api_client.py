@@ -17,20 +17,18 @@ from rich.table import Table
 from domain.document_files import read_documents
 from domain.text import one_line
 from error_handler import ConfigurationError, ExitCode, RequestError
-from logger import configure_logging
 from service.client.client import (
     Pace,
     ServiceClient,
     ServiceTimeoutError,
     add_service_arguments,
     open_session,
-    target_from,
+    run_client,
     whole_number,
 )
 from service.client.protocol import ServiceTarget, request_for
 from storage.contract import Document
 from storage.extended_json import id_key, loads
-from utils.process import exit_code_of
 from utils.retry_utils import RetryPolicy
 
 DATA = Path(__file__).parent / "data"
@@ -45,14 +43,11 @@ ATTEMPTS, FIRST_WAIT_S = 3, 0.5
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (None: of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
-
-    def run() -> int:
-        target = target_from(arguments)
-        configure_logging("DEBUG" if arguments.verbose else "WARNING", secrets=target.headers.values())
-        return asyncio.run(_run(target, arguments.count, arguments.timeout))
-
-    return exit_code_of(
-        run, "api_client.py", verbose=arguments.verbose, interrupted="Interrupted; no files were written."
+    return run_client(
+        "api_client.py",
+        arguments,
+        lambda target: _run(target, arguments.count, arguments.timeout),
+        "Interrupted; no files were written.",
     )
 
 
@@ -80,18 +75,9 @@ async def _run(target: ServiceTarget, count: int, timeout_s: float) -> int:
     async with open_session(AT_ONCE) as session:
         pace = Pace(AT_ONCE, asyncio.Event())
         client = ServiceClient(target, session, pace, RetryPolicy(ATTEMPTS, FIRST_WAIT_S), timeout_s)
-        outcomes = await asyncio.gather(*(_ask(client, document) for document in documents), return_exceptions=True)
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    expected = read_expected()
-    rows = [
-        (document, outcome, expected.get(id_key(document["_id"]), {}))
-        for document, outcome in zip(documents, outcomes, strict=True)
-        if not isinstance(outcome, BaseException)
-    ]
-    _print_table(rows)
-    return ExitCode.DONE if all(isinstance(labels, dict) for _, labels, _ in rows) else ExitCode.INCOMPLETE
+        answers = await asyncio.gather(*(_ask(client, document) for document in documents))
+    _print_table(documents, answers, read_expected())
+    return ExitCode.INCOMPLETE if any(isinstance(answer, str) for answer in answers) else ExitCode.DONE
 
 
 async def _ask(client: ServiceClient, document: Document) -> dict[str, Any] | str:
@@ -127,12 +113,15 @@ def read_expected() -> dict[bytes, dict[str, str]]:
     return {id_key(row["_id"]): row["expected"] for row in map(loads, lines)}
 
 
-def _print_table(rows: Sequence[tuple[Document, dict[str, Any] | str, dict[str, str]]]) -> None:
+def _print_table(
+    documents: Sequence[Document], answers: Sequence[dict[str, Any] | str], expected: dict[bytes, dict[str, str]]
+) -> None:
     table = Table(title="Labels of the service; the expected label in brackets if it differs", title_justify="left")
     for heading in ("conversation", "turns", *FIELDS, "categorization"):
         table.add_column(heading, overflow="fold")
     right = dict.fromkeys(FIELDS, 0)
-    for document, labels, expected in rows:
+    for document, labels in zip(documents, answers, strict=True):
+        wanted = expected.get(id_key(document["_id"]), {})
         turns = document.get("tweets") or document.get("messages") or []
         head = (str(document.get("conversation_number")), str(len(turns)))
         if isinstance(labels, str):
@@ -140,16 +129,16 @@ def _print_table(rows: Sequence[tuple[Document, dict[str, Any] | str, dict[str, 
             continue
         cells = []
         for name in FIELDS:
-            is_right = labels[name] == expected.get(name)
+            is_right = labels[name] == wanted.get(name)
             right[name] += is_right
-            missed = "" if is_right or name not in expected else f" [yellow]({escape(expected[name])})[/]"
+            missed = "" if is_right or name not in wanted else f" [yellow]({escape(wanted[name])})[/]"
             cells.append(escape(labels[name]) + missed)
         table.add_row(*map(escape, head), *cells, escape(one_line(labels["categorization"], 90)))
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table)
-    answered = sum(isinstance(labels, dict) for _, labels, _ in rows)
+    answered = sum(isinstance(answer, dict) for answer in answers)
     shares = ", ".join(f"{name} {count}" for name, count in right.items())
-    console.print(f"{answered} of {len(rows)} answered; as expected: {shares}", soft_wrap=True)
+    console.print(f"{answered} of {len(answers)} answered; as expected: {shares}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ from commands.summary import print_labels
 from domain.document_files import read_documents
 from domain.text import counted
 from error_handler import ExitCode, RunInterruptedError, StateDirectoryError, TriadError
-from logger import configure_logging
-from service.client.client import Pace, ServiceClient, add_service_arguments, open_session, target_from, whole_number
+from service.client.client import Pace, ServiceClient, add_service_arguments, open_session, run_client, whole_number
 from service.client.journal import AnswerJournal
 from service.client.protocol import ServiceTarget
 from service.client.run import ClientRun, percentile
 from storage.files import remove_file
-from utils.process import exit_code_of, stop_on_signals
+from utils.process import stop_on_signals
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
 
@@ -38,17 +37,11 @@ FIRST_WAIT_S = 0.5
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (None: of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
-
-    def run() -> int:
-        target = target_from(arguments)
-        configure_logging("DEBUG" if arguments.verbose else "WARNING", secrets=target.headers.values())
-        return asyncio.run(_run(arguments, target))
-
-    return exit_code_of(
-        run,
+    return run_client(
         "api_client_production.py",
-        verbose=arguments.verbose,
-        interrupted="Interrupted; run the same command again to resume.",
+        arguments,
+        lambda target: _run(arguments, target),
+        "Interrupted; run the same command again to resume.",
     )
 
 

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import Any
 import aiohttp
 
 from error_handler import ErrorClass, ExitCode, Reason, RequestError, RunInterruptedError, TriadError
+from logger import configure_logging
 from service.client import protocol
 from service.client.protocol import ServiceRequest, ServiceTarget, service_target
+from utils.process import exit_code_of
 from utils.retry_utils import RetryPolicy
 
 CONNECT_TIMEOUT_S = 5.0
@@ -214,9 +216,20 @@ def add_service_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="log at level DEBUG and print tracebacks")
 
 
-def target_from(arguments: argparse.Namespace) -> ServiceTarget:
-    """Return the service that *arguments* name; raise ConfigurationError if they are invalid."""
-    return service_target(arguments.url, arguments.api_key, arguments.api_key_file)
+def run_client(
+    prog: str,
+    arguments: argparse.Namespace,
+    work: Callable[[ServiceTarget], Coroutine[Any, Any, int]],
+    interrupted: str,
+) -> int:
+    """Run *work* with the service that *arguments* name, and return the exit code; *interrupted* is for Ctrl-C."""
+
+    def run() -> int:
+        target = service_target(arguments.url, arguments.api_key, arguments.api_key_file)
+        configure_logging("DEBUG" if arguments.verbose else "WARNING", secrets=target.headers.values())
+        return asyncio.run(work(target))
+
+    return exit_code_of(run, prog, verbose=arguments.verbose, interrupted=interrupted)
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:

@@ -107,7 +107,7 @@ def test_a_server_that_refuses_them_is_asked_without(site: Site, documents: list
     configure(site, "refuse")
     stats, ended = statistics(site, "--review-below", "0.6", "--max-concurrent", "3", **address(site, path))
     assert (stats["successful"], stats["failed"]) == (COUNT, 0)
-    assert "gave no log probabilities" in ended.out
+    assert "returned no log probabilities" in ended.out
     assert site.model is not None
     refused = [entry for entry in site.model.requests() if entry["outcome"] == "400"]
     assert 1 <= len(refused) <= 3
