@@ -106,7 +106,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
         return code
     estimate = _estimate(settings, recorder.timings, sample, facts, stats["in_retry_queue"], left)
     if arguments.json:
-        print(json.dumps(estimate.as_dict(), indent=2))
+        print(json.dumps(estimate.as_dict(), indent=2, default=str))  # dates of prices
     else:
         print_estimate(Console(), estimate)
     return code

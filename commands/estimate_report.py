@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -65,13 +65,12 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate for ``--json``: times in seconds, money in US dollars."""
-        quotes = self.quotes()
-        asked = quotes[0][2]
+        pace, quotes = self.pace, self.quotes()
         tokens = None
         if self.tokens is not None:
             prompt, reply = self.tokens
-            totals = {"prompt_total": round(prompt * self.to_classify), "reply_total": round(reply * self.to_classify)}
-            tokens = {"prompt_mean": round(prompt, 1), "reply_mean": round(reply, 1), **totals}
+            totals = {"prompt_total": prompt * self.to_classify, "reply_total": reply * self.to_classify}
+            tokens = {"prompt_mean": prompt, "reply_mean": reply, **totals}
         return {
             "place": self.place,
             "model": self.model,
@@ -80,39 +79,27 @@ class Estimate:
             "is_left_exact": self.is_exact,
             "to_classify": self.to_classify,
             "in_retry_queue": self.in_retry_queue,
-            "sample": {
-                "asked_for": self.sample.asked_for,
-                "classified": self.sample.classified,
-                "failed": self.sample.failed,
-                "skipped": self.sample.skipped,
-                "leased_elsewhere": self.sample.leased_elsewhere,
-                "seconds": round(self.sample.seconds, 3),
-                "load_s": round(self.sample.load_s, 3),
-                "is_rough": self.is_rough,
-            },
-            "time": {
-                "expected_s": round(asked.expected_s, 3),
-                "low_s": _rounded(asked.low_s),
-                "high_s": _rounded(asked.high_s),
-                "level": 0.9,
-                "method": METHOD,
-            },
-            "documents_per_s": round(self.pace.documents_per_s, 3),
+            "sample": {**asdict(self.sample), "is_rough": self.is_rough},
+            "time": {**asdict(quotes[0][2]), "level": 0.9, "method": METHOD},
+            "documents_per_s": pace.documents_per_s,
             "server": {
-                "wait_share": _rounded(self.pace.wait_share),
-                "is_busy": self.pace.is_server_busy,
-                "slots": self.pace.slots if self.pace.is_server_busy else None,
+                "wait_share": pace.wait_share,
+                "is_busy": pace.is_server_busy,
+                "slots": pace.slots if pace.is_server_busy else None,
             },
             "concurrency": [
                 {
                     "calls": calls,
-                    "expected_s": round(quote.expected_s, 3),
-                    "is_at_best": not pace.is_server_busy and calls > self.calls,
+                    "expected_s": quote.expected_s,
+                    "is_at_best": not each.is_server_busy and calls > self.calls,
                 }
-                for calls, pace, quote in quotes
+                for calls, each, quote in quotes
             ],
             "tokens": tokens,
-            "openai_batch": {"source": price_source(), "prices": [_price_fields(price) for price in self.prices]},
+            "openai_batch": {
+                "source": price_source(),
+                "prices": [{**asdict(price), "is_assumed": price.is_assumed} for price in self.prices],
+            },
         }
 
 
@@ -151,15 +138,6 @@ def duration_text(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(round(seconds / 3600), 24)
     return f"{days} d {hours} h"
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
-
-
-def _price_fields(price: BatchPrice) -> dict[str, Any]:
-    since = price.since.isoformat() if price.since else None
-    return {"model": price.model, "usd": round(price.usd, 6), "since": since, "is_assumed": price.is_assumed}
 
 
 def _left(estimate: Estimate) -> str:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
-from typing import Any, TextIO, get_args
+from typing import Any, get_args
 
 from commands.flags import Command, add_model_flags
 from config import Settings
@@ -62,14 +62,15 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
         await store.check()
         plan = None if arguments.offline else await ask_plan(settings)
         kinds = work_kinds(store, settings, plan)
-        progress = _Progress(sys.stderr, await store.count("all"))
+        total, shown_s = await store.count("all"), time.monotonic()
         counts: Counter[str] = Counter()
         async for document, kind in _judged(store, kinds, settings.batch_size):
             counts[kind] += 1
-            progress.show(counts.total())
+            if time.monotonic() - shown_s >= LINE_EVERY_S:
+                shown_s = time.monotonic()
+                sys.stderr.write(f"plan: {counts.total():,} of {max(total, counts.total()):,} documents read\n")
             if kind == arguments.ids:
                 sys.stdout.write(_id_line(document["_id"], as_json=arguments.json) + "\n")
-        progress.end()
     finally:
         await store.close()
     if arguments.ids is None:
@@ -119,30 +120,6 @@ def _as_text(counts: Counter[str], settings: Settings, plan: str | None) -> str:
     width = max(len(f"{counts.total():,}"), 5)
     lines = [f"{kind:<9} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
     return "\n".join([f"{counted(counts.total(), 'document')}, {place}", *lines])
-
-
-class _Progress:
-    """A progress line on *stream*: rewritten on a terminal, a new line every LINE_EVERY_S elsewhere."""
-
-    def __init__(self, stream: TextIO, total: int) -> None:
-        self._stream = stream
-        self._total = total
-        self._end = "\r" if stream.isatty() else "\n"
-        self._last_s = time.monotonic()
-        self._has_shown = False
-
-    def show(self, read: int) -> None:
-        """Report that *read* documents have been read."""
-        now = time.monotonic()
-        if now - self._last_s >= (0.5 if self._end == "\r" else LINE_EVERY_S):
-            self._last_s, self._has_shown = now, True
-            self._stream.write(f"plan: {read:,} of {max(self._total, read):,} documents read{self._end}")
-            self._stream.flush()
-
-    def end(self) -> None:
-        """End the rewritten line."""
-        if self._has_shown and self._end == "\r":
-            self._stream.write("\n")
 
 
 COMMAND = Command(

@@ -20,41 +20,27 @@ LOOPBACK = ("127.", "localhost", "[::1]")
 UNIQUE_FIELD = "source_conversation_id"
 MAX_CLOCK_DIFFERENCE_S = 5.0
 
-_IS_PROCESSED = {"$eq": ["$processed", True]}
-_HAS_REASON = {"$gt": ["$status_reason", None]}
 
-# Documents by shape and state. Single queries have no status; other fields hold their state.
-COUNTS = [
-    {
-        "$group": {
-            "_id": {
-                "shape": {
-                    "$switch": {
-                        "branches": [
-                            {"case": {"$isArray": ["$tweets"]}, "then": "tweets"},
-                            {"case": {"$isArray": ["$messages"]}, "then": "messages"},
-                            {"case": {"$eq": [{"$type": "$text"}, "string"]}, "then": "query"},
-                        ],
-                        "default": "unknown",
-                    }
-                },
-                "state": {
-                    "$switch": {
-                        "branches": [
-                            {"case": {"$gt": ["$status", None]}, "then": "$status"},
-                            {"case": {"$and": [_IS_PROCESSED, _HAS_REASON]}, "then": "skipped"},
-                            {"case": _IS_PROCESSED, "then": "processed"},
-                            {"case": _HAS_REASON, "then": "failed"},
-                        ],
-                        "default": "pending",
-                    }
-                },
-            },
-            "count": {"$sum": 1},
-        }
-    }
-]
+def _switch(default: str, *cases: tuple[dict[str, Any], str]) -> dict[str, Any]:
+    return {"$switch": {"branches": [{"case": case, "then": then} for case, then in cases], "default": default}}
 
+
+_SHAPE = _switch(
+    "unknown",
+    ({"$isArray": ["$tweets"]}, "tweets"),
+    ({"$isArray": ["$messages"]}, "messages"),
+    ({"$eq": [{"$type": "$text"}, "string"]}, "query"),
+)
+# Single queries have no status; other fields hold their state.
+_IS_PROCESSED, _HAS_REASON = {"$eq": ["$processed", True]}, {"$gt": ["$status_reason", None]}
+_STATE = _switch(
+    "pending",
+    ({"$gt": ["$status", None]}, "$status"),
+    ({"$and": [_IS_PROCESSED, _HAS_REASON]}, "skipped"),
+    (_IS_PROCESSED, "processed"),
+    (_HAS_REASON, "failed"),
+)
+COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": _STATE}, "count": {"$sum": 1}}}]
 
 Check = Callable[[DocumentStore, Settings], AsyncGenerator[Finding]]
 
@@ -138,10 +124,9 @@ async def _rights(store: DocumentStore, settings: Settings) -> AsyncGenerator[Fi
         settings.results_collection: {"find", "insert", "update", "createIndex"},
         f"{settings.source_collection}_leases": {"find", "insert", "update", "remove", "createIndex"},
     }
-    has_all = True
+    privileges, has_all = auth["authenticatedUserPrivileges"], True
     for collection, actions in needed.items():
-        missing = actions - allowed_actions(auth["authenticatedUserPrivileges"], settings.db_name, collection)
-        if missing:
+        if missing := actions - allowed_actions(privileges, settings.db_name, collection):
             has_all = False
             sentence = f"The user lacks {', '.join(sorted(missing))} on {settings.db_name}.{collection}."
             remedy = f"Grant them with db.grantRolesToUser(USER, [{{role: 'readWrite', db: '{settings.db_name}'}}])."
