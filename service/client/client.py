@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -142,7 +141,9 @@ class ServiceClient:
             ConfigurationError: The service would reject every conversation.
             RunInterruptedError: The run was stopped before the service answered.
         """
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 async with self._pace.slot():
                     started = time.monotonic()
@@ -152,7 +153,6 @@ class ServiceClient:
             else:
                 self._pace.speed_up()
                 return ServiceAnswer(body, time.monotonic() - started, attempt)
-        raise AssertionError("the loop returns or raises")
 
     async def _before_next(self, exc: RequestError | ServiceTimeoutError | ServiceAwayError, attempt: int) -> None:
         """Wait for the next attempt; raise *exc* if there is none."""

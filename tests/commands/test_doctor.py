@@ -29,14 +29,14 @@ def report(site: Site, *flags: str, code: int = 0, **settings: str) -> list[dict
     ended = site.run("doctor", "--json", *flags, **settings)
     assert ended.code == code, ended.said
     assert ended.err == "" or "--verbose" in flags
-    told = json.loads(ended.out)
-    assert set(told) == {"errors", "warnings", "findings"}
+    answer = json.loads(ended.out)
+    assert set(answer) == {"errors", "warnings", "findings"}
     for level in ("error", "warning"):
-        assert told[f"{level}s"] == sum(finding["level"] == level for finding in told["findings"])
-    for finding in told["findings"]:
+        assert answer[f"{level}s"] == sum(finding["level"] == level for finding in answer["findings"])
+    for finding in answer["findings"]:
         assert set(finding) == {"level", "sentence", "remedy", "numbers", "area"}
         assert finding["remedy"] or finding["level"] == "ok", finding
-    return list(told["findings"])
+    return list(answer["findings"])
 
 
 def of_level(found: list[dict[str, Any]], level: str) -> dict[str, str]:
@@ -129,7 +129,7 @@ def test_flags_take_effect_and_are_reported_as_origins(site: Site) -> None:
         site, "--no-probe", "--verbose", "--ollama-endpoint", site.model.url, "--model", "qwen3:8b", **settings
     )
     numbers = {finding["numbers"]["setting"]: finding["numbers"] for finding in found if finding["area"] == "settings"}
-    origins = {field: (told["origin"], told["origin_name"]) for field, told in numbers.items()}
+    origins = {field: (each["origin"], each["origin_name"]) for field, each in numbers.items()}
     assert origins["ollama_endpoint"] == ("argument", "--ollama-endpoint")
     assert origins["ollama_model"] == ("argument", "--model")
     assert origins["log_level"] == ("argument", "--verbose")
