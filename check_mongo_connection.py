@@ -49,7 +49,9 @@ def _create_parser() -> argparse.ArgumentParser:
         "--queries-collection",
         help="collection of the conversations (MONGODB_SOURCE_COLLECTION; conversation_set)",
     )
-    parser.add_argument("--results-collection", help="collection of the results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)")
+    parser.add_argument(
+        "--results-collection", help="collection of the results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)"
+    )
     parser.add_argument("--verbose", action="store_true", help="log at level DEBUG and print tracebacks")
     return parser
 
