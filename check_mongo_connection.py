@@ -1,4 +1,4 @@
-"""Says in plain words whether MongoDB is ready for a run, and what to do where it is not. Changes nothing."""
+"""Check whether MongoDB is ready for a run, and show how to fix problems. Changes nothing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from commands.diagnosis.findings import print_finding
+from commands.diagnosis.findings import Finding, exit_code, print_finding, print_totals
 from commands.diagnosis.mongo import diagnose
 from config import Settings, load_settings
-from error_handler import ExitCode
 from logger import configure_logging
 from utils.process import exit_code_of
 
@@ -39,32 +38,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="check_mongo_connection.py",
-        description="Say whether MongoDB is ready for a run, and what to do where it is not. Changes nothing.",
-        epilog="Exit codes: 0 ready (warnings included), 2 usage or configuration, 3 an error was found.",
+        description="Check whether MongoDB is ready for a run, and show how to fix problems. Changes nothing.",
+        epilog="Exit codes: 0 ready (perhaps with warnings), 2 usage or configuration, 3 at least one error.",
         allow_abbrev=False,
     )
-    parser.add_argument("--mongodb-uri", help="where MongoDB is (MONGODB_URI; mongodb://localhost:27017)")
+    parser.add_argument("--mongodb-uri", help="MongoDB connection string (MONGODB_URI; mongodb://localhost:27017)")
     parser.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
     parser.add_argument(
         "--source-collection",
         "--queries-collection",
-        help="conversations (MONGODB_SOURCE_COLLECTION; conversation_set)",
+        help="collection of the conversations (MONGODB_SOURCE_COLLECTION; conversation_set)",
     )
-    parser.add_argument("--results-collection", help="results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)")
-    parser.add_argument("--verbose", action="store_true", help="log lines, and a traceback with an error")
+    parser.add_argument(
+        "--results-collection", help="collection of the results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log at level DEBUG and print tracebacks")
     return parser
 
 
 async def _report(settings: Settings) -> int:
     console = Console()
-    errors = warnings = 0
+    found: list[Finding] = []
     async with contextlib.aclosing(diagnose(settings)) as findings:
         async for finding in findings:
             print_finding(console, finding)
-            errors += finding.level == "error"
-            warnings += finding.level == "warning"
-    console.print(f"Errors: {errors}, warnings: {warnings}.", highlight=False)
-    return ExitCode.UNREACHABLE if errors else ExitCode.DONE
+            found.append(finding)
+    print_totals(console, found)
+    return exit_code(found)
 
 
 if __name__ == "__main__":

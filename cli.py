@@ -1,4 +1,4 @@
-"""The command line: reads flags, opens what a run needs, and turns errors into one sentence and an exit code."""
+"""The command line: reads flags, runs a command, and turns errors into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = command.run if command else _run
         return uvloop.run(work(arguments, settings))
 
-    interrupted = "Interrupted." if command else "Interrupted; the same command goes on where this one ended."
+    interrupted = "Interrupted." if command else "Interrupted; run the same command again to resume."
     try:
         return exit_code_of(run, parser.prog, verbose=arguments.verbose, interrupted=interrupted)
     except Exception as exc:
@@ -148,12 +148,12 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         await store.close()
     model = await find_model(settings)
     if model is not None:
-        console.print(f"Ollama answers at {settings.server_url}; asking {model}.", soft_wrap=True)
+        console.print(f"Using {model} of the Ollama at {settings.server_url}.", soft_wrap=True)
         return settings.model_copy(update={"ollama_model": model}), {}
     baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
     console.print(
-        f"[yellow]No Ollama with a model answers at {settings.server_url}: the built-in baseline ({BASELINE_MODEL}) stands in. "
-        "It knows words, not meaning; docs/baseline.md says how often it is right.[/]",
+        f"[yellow]No Ollama found at {settings.server_url}; using the built-in baseline classifier ({BASELINE_MODEL}). "
+        "Accuracy: docs/baseline.md.[/]",
         soft_wrap=True,
     )
     return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}
@@ -171,7 +171,7 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
         else:
             await _report(arguments, settings, processor, stats)
             if stats["interrupted"]:
-                raise RunInterruptedError("Stopped; the same command goes on where this one ended.")
+                raise RunInterruptedError("Stopped; run the same command again to resume.")
             if settings.mode == "batch":
                 return ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
@@ -180,7 +180,7 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
             logger.info("next run in %.0f s", wait_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(processor.stop.wait(), wait_s)
-            raise RunInterruptedError("Stopped between two passes; nothing was in work.")
+            raise RunInterruptedError("Stopped between two passes; no call was in flight.")
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
@@ -208,7 +208,7 @@ async def _report(
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
     console = Console(soft_wrap=True, emoji=False)  # a label is shown as it is, and no table of emoji is loaded
-    summary.print_run(console, stats)
+    summary.print_run(console, stats, settings.lease_s)
     if arguments.embedded:
         results = await processor.store.read_results([], 10_000)
         stored = RunStats()

@@ -1,8 +1,8 @@
-"""``python -m benchmarks``: measure, print one table, and end with 1 where a target is missed.
+"""``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index`` or
-``search`` measures that alone; ``--quick`` takes few documents, to see that the benchmarks run: it judges no target.
-docs/performance.md explains.
+``search`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without targets. See
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ MEASURES = {
 
 
 def main() -> int:
-    """Measure what the arguments name."""
+    """Run the benchmarks in *argv* and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure the batch worker, the service, document jobs and the embedding index.",
     )
     parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"{', '.join(MEASURES)}; all by default")
-    parser.add_argument("--quick", action="store_true", help="few documents: does it run?")
+    parser.add_argument("--quick", action="store_true", help="use few documents and check no targets")
     arguments = parser.parse_args()
     if unknown := set(arguments.measures) - set(MEASURES):
         parser.error(f"there is no measure {min(unknown)}; choose from {', '.join(MEASURES)}")

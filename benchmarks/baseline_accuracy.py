@@ -27,7 +27,7 @@ from storage.extended_json import loads
 
 FIELDS = ("intent", "topic", "sentiment")
 
-# Phrases, thresholds and weights were chosen on the even lines (the first line is line 0) of these files only.
+# Phrases, thresholds and weights were tuned on the even lines (from 0) of these files only.
 TUNED_ON_EVEN_LINES = ("airline", "bitext", "multidogo", "star", "twacs", "xlmt")
 NEVER_SEEN = ("cfpb", "queries_c")
 
@@ -66,16 +66,16 @@ TOPICS = {
 }
 OURS = {"intent": INTENTS, "topic": TOPICS, "sentiment": {s.lower(): s for s in ("Positive", "Neutral", "Negative")}}
 
-# Where the files and the map name one source differently.
+# Sources with different names in the files and the map.
 SOURCE_IN_MAP = {"nlu_eval_corpora": "nlu_eval", "dstc11_track2": "dstc11", "twcs_ericsson": "ericsson"}
 
 Key = tuple[str, str, str]  # file, field, part
-Answer = tuple[str | None, str]  # gold (None: no label of ours maps), answer
+Answer = tuple[str | None, str]  # gold (None: no matching label), answer
 
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled conversation; *gold* lacks the fields that have no label, and holds None where none maps."""
+    """One labelled conversation; *gold* has no entry for an unlabelled field, and None if no label of the taxonomy matches."""
 
     conversation: Conversation
     part: str
@@ -83,18 +83,18 @@ class Example:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Return the documents of *path*, one per line, Extended JSON understood."""
+    """Return the documents of *path*, one line of Extended JSON each."""
     return [loads(line) for line in path.read_bytes().splitlines() if line.strip()]
 
 
 def directory_examples(directory: Path) -> Iterator[tuple[str, Example]]:
-    """Yield the labelled conversations in *directory* with the name of their file, none of them twice."""
+    """Yield the labelled conversations in *directory* with the name of their file, without duplicates."""
     label_map = json.loads((directory / "label_map.json").read_text(encoding="utf-8"))["map"]
     seen: set[str] = set()
     for name in TUNED_ON_EVEN_LINES + NEVER_SEEN:
         path = directory / f"{name}.public.jsonl"
         if not path.exists():
-            print(f"{path.name} is not there: left out", file=sys.stderr)
+            print(f"{path.name} is missing and was skipped", file=sys.stderr)
             continue
         documents = read_jsonl(path)
         apart = directory / f"{name}.public.gold.jsonl"
@@ -111,7 +111,7 @@ def directory_examples(directory: Path) -> Iterator[tuple[str, Example]]:
 
 
 def sample_examples(directory: Path) -> Iterator[tuple[str, Example]]:
-    """Yield the sample conversations that ship with this repository, with their expected labels."""
+    """Yield the sample conversations of this repository with their expected labels."""
     expected = {repr(row["_id"]): row for row in read_jsonl(directory / "sample_expected.jsonl")}
     for document in read_jsonl(directory / "sample_conversations.jsonl"):
         row = expected[repr(document["_id"])]
@@ -121,12 +121,12 @@ def sample_examples(directory: Path) -> Iterator[tuple[str, Example]]:
 
 
 def gold_labels(record: dict[str, Any], label_map: dict[str, Any]) -> dict[str, str | None]:
-    """Return our labels for the *record*'s own: several of its fields may each tell intent and topic."""
+    """Map the labels of *record* to the taxonomy; several of its fields may give the intent and the topic."""
     gold = record["gold"]
     tables = label_map.get(SOURCE_IN_MAP.get(record["source"], record["source"]), {})
     mapped: dict[str, str] = {}
     for field, table in tables.items():
-        if field.startswith("intents "):  # several per text: the map's order decides
+        if field.startswith("intents "):  # several per text; the order of the map decides
             entry: dict[str, str | None] = next((table[name] for name in table if name in gold.get("intents", [])), {})
         else:
             entry = table.get(gold.get(field)) or {}
@@ -150,7 +150,7 @@ def _language(record: dict[str, Any]) -> str:
 
 
 def macro_f1(pairs: list[tuple[str, str]]) -> float:
-    """Return the mean F1 over the labels that occur in the gold of *pairs* (gold, answer)."""
+    """Return the mean F1 over the gold labels of *pairs* (gold, answer)."""
     golds = Counter(gold for gold, _ in pairs)
     answers = Counter(answer for _, answer in pairs)
     hits = Counter(gold for gold, answer in pairs if gold == answer)
@@ -158,7 +158,7 @@ def macro_f1(pairs: list[tuple[str, str]]) -> float:
 
 
 def add_vader_alone(examples: list[tuple[str, Example]], results: defaultdict[Key, list[Answer]]) -> None:
-    """Add what VADER answers as published: all customer turns as one text, limits of 0.05, its own lexicon."""
+    """Add the answers of VADER as published: all customer turns as one text, thresholds of 0.05, its own lexicon."""
     vader = SentimentIntensityAnalyzer()
     for name, example in examples:
         if "sentiment" in example.gold:
@@ -168,7 +168,7 @@ def add_vader_alone(examples: list[tuple[str, Example]], results: defaultdict[Ke
 
 
 def print_table(results: dict[Key, list[Answer]]) -> None:
-    """Print one line per file, field and part; *results* holds (gold or None, answer) of each."""
+    """Print one line per file, field and part; *results* has their (gold or None, answer) pairs."""
     print("| file | field | part | n | left out | accuracy | majority class | macro-F1 |")
     print("|---|---|---|---:|---:|---:|---:|---:|")
     for (name, field, part), answers in sorted(results.items(), key=lambda item: item[0]):
@@ -182,7 +182,7 @@ def print_table(results: dict[Key, list[Answer]]) -> None:
 
 
 def print_confusion(results: dict[Key, list[Answer]]) -> None:
-    """Print, for sentiment, how often each gold label got which answer."""
+    """Print the confusion matrix of the sentiment."""
     labels = list(OURS["sentiment"].values())
     print(f"\n| file | part | gold | {' | '.join(f'answered {label}' for label in labels)} |")
     print("|---|---|---|" + "---:|" * len(labels))
@@ -195,7 +195,7 @@ def print_confusion(results: dict[Key, list[Answer]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; return 0, or 2 where there is nothing to measure on."""
+    """Measure and print; return 0, or 2 if there are no files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.baseline_accuracy", description=__doc__)
     parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="directory with the labelled files")
     parser.add_argument("--samples", action="store_true", help="measure on data/sample_conversations.jsonl")
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.samples:
             examples += sample_examples(Path(__file__).parents[1] / "data")
     except OSError as exc:
-        print(f"{exc.filename} cannot be read ({exc.strerror}); docs/baseline.md names the files.", file=sys.stderr)
+        print(f"Cannot read {exc.filename} ({exc.strerror}); docs/baseline.md lists the files.", file=sys.stderr)
         return 2
     classifier = BaselineClassifier(load_taxonomy())
     results: defaultdict[Key, list[Answer]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""What ``--max-concurrent auto`` makes of a server with 4, 8 and 16 slots, beside fixed settings on the same server."""
+"""``--max-concurrent auto`` on servers with 4, 8 and 16 slots, compared with fixed settings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tests.fakes.fake_ollama import lognormal_latency
 
 SLOTS = (4, 8, 16)
 MEAN_S, SIGMA, SEED = 0.2, 0.8, 1
-SETTLED_S = 30.0  # after its first call the limit has to be right
-UNDER_WAY_S = 5.0  # a fixed setting needs no time to settle
+SETTLED_S = 30.0  # the limit must be right this long after the first call
+UNDER_WAY_S = 5.0  # a fixed setting does not need to settle
 MEASURED_S = 30.0
-LAST_ANSWERS_S = 2.0  # those under way at the end count with their part
+LAST_ANSWERS_S = 2.0  # calls in flight at the end count in part
 LEAST_THROUGHPUT, MOST_P95 = 0.95, 1.25
-AS_GOOD = 0.99  # of the best throughput: among such settings the one with the shortest latency is the best
+AS_GOOD = 0.99  # share of the best throughput; among such settings the shortest latency wins
 
 
 class Measured(NamedTuple):
-    """One run: *busy* are the slots in use on average, *in_flight* the requests under way at once in that time."""
+    """One run; *busy* is the mean number of busy slots, *in_flight* the mean number of requests in flight."""
 
     answers_per_s: float
     busy: float
@@ -31,7 +31,7 @@ class Measured(NamedTuple):
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Run each fixed setting, then auto. Answer times are log-normal: 0.2 s on average, the 95th percentile 0.54 s."""
+    """Run each fixed setting, then auto. Answer times are log-normal: mean 0.2 s, 95th percentile 0.54 s."""
     settled_s, measured_s = (4.0, 3.0) if quick else (SETTLED_S, MEASURED_S)
     knobs = {"latency": "lognormal", "mean_s": MEAN_S, "sigma": SIGMA, "seed": SEED, "record_limit": 1_000_000}
     rows = []
@@ -80,7 +80,7 @@ def _ratio(product: float, yardstick: float, target: str) -> tuple[str, str, str
 
 
 def _run(stage: Stage, slots: int, concurrency: str, settled_s: float, measured_s: float) -> Measured:
-    """Start the worker on more documents than it can do, measure from *settled_s* after its first call on, and kill it."""
+    """Give the worker more documents than it can finish, measure from *settled_s* after its first call, and kill it."""
     stage.fake.reset()
     stage.fake.configure(slots=slots)
     stage.fill(short_conversations(round(slots / MEAN_S * (settled_s + measured_s + LAST_ANSWERS_S) * 1.3)))

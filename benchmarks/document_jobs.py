@@ -1,4 +1,4 @@
-"""Whether a document job with many documents costs memory, and how fast it is beside the time that OpenAI takes."""
+"""Memory and speed of a large document job, without the time that OpenAI takes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ openai = OpenAIConfig(base_url={url!r}, api_key="sk-benchmark")
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Run ``cli.py openai-batch run`` over a small collection and over a large one."""
+    """Run ``cli.py openai-batch run`` on a small and on a large collection."""
     small, large = (200, 2000) if quick else (2000, 100_000)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))

@@ -1,4 +1,4 @@
-"""Made-up support conversations, the same on every machine: a pure function of their number."""
+"""Synthetic support conversations, computed from their number, so equal on every machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from bson import ObjectId
 
 START = datetime(2017, 10, 31, 22, 10, tzinfo=UTC)
-TWEETS = (2, 3, 3, 4, 4, 4, 5, 6, 7, 8)  # equally likely: 4.6 on average
+TWEETS = (2, 3, 3, 4, 4, 4, 5, 6, 7, 8)  # equally likely; mean 4.6
 
 _OPENINGS = (
     "my parcel for order {order} was marked delivered yesterday but nothing has arrived and nobody answers the phone",
@@ -63,7 +63,7 @@ def conversations(count: int) -> Iterator[dict[str, Any]]:
 
 
 def short_conversations(count: int) -> Iterator[dict[str, Any]]:
-    """Yield *count* conversations of two short tweets, for collections that are large by their number."""
+    """Yield *count* conversations of two short tweets, for collections with many documents."""
     for number in range(count):
         at = START + timedelta(seconds=number)
         question = _tweet(2 * number, str(number), True, at, f"where is order NW-{number:07d}?")

@@ -1,4 +1,4 @@
-"""The yardstick: the least that reads, asks, parses and writes, on the libraries that the product uses.
+"""The baseline of the comparison: the smallest loop that reads, calls, parses and writes, with the product's libraries.
 
 ``python benchmarks/floor.py JOB.json``; the benchmarks write the job. One cursor, a queue, a number of
 workers, nothing else: no checks, retries, time-outs, files, leases, statuses or indexes. An error of

@@ -1,4 +1,4 @@
-"""The yardstick of the service: a bare FastAPI route that only forwards the conversation to the model."""
+"""The baseline of the service benchmark: a bare FastAPI route that forwards the conversation to the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request, Response
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Keep one session to the model server for the whole life of the process."""
+    """Keep one session to the model server for the lifetime of the process."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as app.state.session:
         yield
 
@@ -24,13 +24,13 @@ app = FastAPI(lifespan=lifespan)
 
 @app.get("/health")
 async def health() -> dict[str, str]:
-    """Tell that the process runs."""
+    """Report that the process is running."""
     return {"status": "ok"}
 
 
 @app.post("/classify")
 async def classify(request: Request) -> Response:
-    """Ask the model with the conversation as it is, and hand its answer on unread."""
+    """Send the conversation to the model unchanged and return its answer unparsed."""
     session: aiohttp.ClientSession = request.app.state.session
     messages: Any = orjson.loads(await request.body())["messages"]
     prompt = "\n".join(f"{message['sender']}: {message['text']}" for message in messages)

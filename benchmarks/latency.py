@@ -1,4 +1,4 @@
-"""Whether the model's slots ever wait for the product: answers take log-normal times, as a model's do."""
+"""Idle time of the model's slots, with log-normal answer times like those of a model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from benchmarks.table import Row
 
 SLOTS = 8
 MEAN_S, SIGMA, SEED = 0.2, 0.8, 1
-MOST = 1.03  # of the time that the answers alone take
+MOST = 1.03  # times the duration of the answers alone
 RUN_LIMIT_S = 600.0
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Run both sides once; the time of an answer follows from its prompt, so both wait for the same."""
+    """Run both sides once; answer times depend on the prompts, so both sides wait equally."""
     documents = 240 if quick else 2000
     runs: dict[Side, Run] = {}
     knobs = {"latency": "lognormal", "latency_key": "text", "mean_s": MEAN_S, "sigma": SIGMA, "seed": SEED}

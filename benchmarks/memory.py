@@ -1,4 +1,4 @@
-"""Whether a large collection costs memory or a late start, and how soon a killed run is back at work."""
+"""Memory and start time with a large collection, and the restart time of a killed run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ RUN_LIMIT_S = 1500.0
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Work off a small collection, then a large one whose run is killed at 90 % and started again.
+    """Process a small collection, then a large one whose run is killed at 90 % and restarted.
 
-    The large one is so large that the killed process has done all of *large* documents by then.
+    The killed process has finished *large* documents by then.
     """
     small, large = (400, 4000) if quick else (2000, 200_000)
     with open_stage(slots=2 * CONCURRENCY, record_limit=1) as stage:
@@ -58,7 +58,7 @@ def _killed_run(stage: Stage, large: int, collection: int, small_mb: float) -> l
 
 
 def _require_complete(stage: Stage, collection: int) -> None:
-    """A run that lost documents, or asked too much again, has no numbers worth printing."""
+    """Reject the figures of a run that lost documents or repeated too many calls."""
     calls = stage.fake.stats()["calls_by_sha"]
     repeated = sum(calls.values()) - len(calls)
     if stage.results_count != collection or len(calls) != collection or repeated > CONCURRENCY:

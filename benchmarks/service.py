@@ -1,4 +1,4 @@
-"""What the service adds to the model's time, beside a bare route that only forwards."""
+"""Latency that the service adds to the model, compared with a bare forwarding route."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.service.service_process import CONVERSATION, serve
 
 CONCURRENCY = 32
 MODEL_S = 0.2
-ROUNDS = 3  # of each side, in turn
+ROUNDS = 3  # of each side, alternating
 MOST_MEDIAN_MS, MOST_P99_MS = 5.0, 15.0
-DIRECT, PRODUCT, BARE = "the model", "main:app", "benchmarks.forward:app"  # the last two are what uvicorn runs
+DIRECT, PRODUCT, BARE = "the model", "main:app", "benchmarks.forward:app"  # the last two run under uvicorn
 BODY = orjson.dumps(CONVERSATION)
 CHAT = orjson.dumps(  # as long as the product's prompt with the conversation
     {"model": "llama3.2", "messages": [{"role": "user", "content": "x" * 4000}], "stream": False}
@@ -29,14 +29,14 @@ CHAT = orjson.dumps(  # as long as the product's prompt with the conversation
 
 
 class Beyond(NamedTuple):
-    """What callers waited beyond the model's own time, in ms."""
+    """Latency beyond the model's own time, in ms."""
 
     median_ms: float
     p99_ms: float
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Keep CONCURRENCY requests in flight, the model's slots always free; added is what asking directly does not cost."""
+    """Keep CONCURRENCY requests in flight with free slots; "added" is the latency above that of a direct call."""
     requests = CONCURRENCY * (10 if quick else 40)
     figures: dict[tuple[str, bool], list[Beyond]] = {
         (asked, spread): [] for spread in (True, False) for asked in (DIRECT, PRODUCT, BARE)
@@ -63,7 +63,7 @@ def measure(*, quick: bool) -> list[Row]:
 
 
 def _beyond_model(fake: FakeOllama, asked: str, requests: int, *, spread: bool) -> Beyond:
-    """Return how much longer than the model's own time the callers of *asked* waited."""
+    """Return the latency of *asked* beyond the model's own time."""
     if asked == DIRECT:
         latencies_ms = asyncio.run(_latencies_ms(f"{fake.url}/api/chat", CHAT, requests, spread=spread))
     else:
@@ -78,7 +78,7 @@ def _beyond_model(fake: FakeOllama, asked: str, requests: int, *, spread: bool) 
 
 
 async def _latencies_ms(url: str, body: bytes, requests: int, *, spread: bool) -> list[float]:
-    """Return the latencies of *requests*, after one round that opens the connections."""
+    """Return the latencies of *requests* after a warm-up that opens the connections."""
     latencies: list[float] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -94,8 +94,8 @@ async def _latencies_ms(url: str, body: bytes, requests: int, *, spread: bool) -
                     latencies.append(1000 * (time.perf_counter() - start))
 
         await asyncio.gather(*(caller(1, counted=False) for _ in range(CONCURRENCY)))
-        # Callers who start together stay in step, as the model takes the same time for all: 32 requests in one moment
-        # and none for the rest of it. Both are measured; help desks are nearer to the one that is spread.
+        # Callers that start together stay in step, because every answer takes the same time: 32 requests arrive at
+        # once, then none. Both patterns are measured; the spread one is closer to a help desk.
         step_s = MODEL_S / CONCURRENCY if spread else 0.0
         await asyncio.gather(
             *(caller(requests // CONCURRENCY, counted=True, after_s=step_s * number) for number in range(CONCURRENCY))

@@ -1,4 +1,4 @@
-"""Both sides of a comparison on the same stage: one mongod, one fake model server, the same documents."""
+"""The environment of a comparison: one mongod, one fake model server, and the same documents for both sides."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Run:
     cpu_s: float
     cpu_from_first_s: float
     peak_mb: float
-    prompts: dict[str, int]  # SHA-256 of a prompt -> how often it was asked
+    prompts: dict[str, int]  # SHA-256 of a prompt -> number of calls
     simulated_s: float
     longest_s: float
 
@@ -64,11 +64,11 @@ class Stage:
 
     @property
     def results_count(self) -> int:
-        """How many results are stored now."""
+        """The number of stored results."""
         return int(self._client[DATABASE][RESULTS].estimated_document_count())
 
     def fill(self, documents: Iterable[dict[str, Any]]) -> int:
-        """Start anew with an empty database that holds *documents*; return how many."""
+        """Replace the database by *documents*; return their number."""
         self._client.drop_database(DATABASE)
         left, count = iter(documents), 0
         while page := list(islice(left, 2000)):
@@ -78,14 +78,14 @@ class Stage:
         return count
 
     def new_folder(self) -> Path:
-        """Return an empty folder for a process; one that is used again goes on where the last one ended."""
+        """Return an empty folder for a process; a reused folder resumes the last run."""
         self._runs += 1
         folder = self._folder / f"run_{self._runs:03d}"
         folder.mkdir()
         return folder
 
     def start(self, side: Side, folder: Path, concurrency: int | str) -> WorkerProcess:
-        """Start *side* in *folder* on the documents that are there."""
+        """Start *side* in *folder* on the current documents."""
         if side == "product":
             arguments = ["--mongodb-uri", self._mongod.uri, "--db-name", DATABASE, "--model", MODEL]
             arguments += ["--ollama-endpoint", self.fake.url, "--max-concurrent", str(concurrency)]
@@ -104,7 +104,7 @@ class Stage:
         return WorkerProcess([ROOT / "benchmarks" / "floor.py", folder / "job.json"], folder)
 
     def measure(self, side: Side, count: int, concurrency: int, limit_s: float) -> Run:
-        """Run *side* over the *count* documents that are there, to its end.
+        """Run *side* on the *count* current documents to its end.
 
         Raises:
             WorkerFailedError: It failed, or some document was not asked and stored exactly once.
@@ -153,7 +153,7 @@ class Stage:
 
 @contextlib.contextmanager
 def open_stage(**knobs: Any) -> Iterator[Stage]:
-    """Open a stage whose model server has *knobs*; everything is gone afterwards, also after an error."""
+    """Open a stage whose model server has *knobs*; clean up afterwards, even after an error."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         mongod = stack.enter_context(EmbeddedMongod(folder / "mongod"))
@@ -163,13 +163,13 @@ def open_stage(**knobs: Any) -> Iterator[Stage]:
 
 
 def require_same_prompts(one: Run, other: Run) -> None:
-    """Raise WorkerFailedError where the two sides did not ask exactly the same."""
+    """Raise WorkerFailedError if the two sides sent different prompts."""
     if one.prompts != other.prompts:
-        raise WorkerFailedError("the two sides asked different prompts, so their numbers cannot be compared")
+        raise WorkerFailedError("the two sides sent different prompts, so their figures cannot be compared")
 
 
 def _constant_part() -> dict[str, Any]:
-    """What each request of the product has in common, taken from the product's own code."""
+    """Return the constant part of the product's requests, built by its own code."""
     taxonomy = load_taxonomy(None)
     target = chat_target(load_settings(None, ollama_model=MODEL), MODEL)
     body = json.loads(build_chat_body(target, [], ReplyParser(taxonomy).schema_json))

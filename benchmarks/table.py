@@ -1,4 +1,4 @@
-"""The table that the benchmarks print."""
+"""The result table of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEAD = ("measure", "product", "yardstick", "ratio", "target", "")
 
 @dataclass(frozen=True)
 class Row:
-    """One line; *met* None where there is no target. Figures are texts, with their units in *measure*."""
+    """One line; *met* is None without a target. Figures are texts; their units are in *measure*."""
 
     measure: str
     product: str
@@ -21,13 +21,13 @@ class Row:
     met: bool | None = None
 
     def cells(self) -> tuple[str, ...]:
-        """The texts of the line."""
+        """The cells of the line."""
         verdict = "" if self.met is None else "met" if self.met else "MISSED"
         return (self.measure, self.product, self.yardstick, self.ratio, self.target, verdict)
 
 
 def text(rows: Sequence[Row]) -> str:
-    """Return *rows* as an aligned table, which is also one in Markdown."""
+    """Return *rows* as an aligned Markdown table."""
     lines = [HEAD, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
     lines.insert(1, tuple("-" * width for width in widths))
@@ -46,5 +46,5 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def figure(value: float) -> str:
-    """Return *value* with three digits, and all of those before the point."""
+    """Return *value* with three significant digits and all digits before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""How much the safety of the product costs where the model costs nothing: it answers at once."""
+"""The overhead of the product's safeguards, with a model that answers immediately."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from benchmarks.stage import Run, Side, Stage, open_stage, require_same_prompts
 from benchmarks.table import Row, figure, spread
 
 CONCURRENCY = 32
-LEAST_SPEED, MOST_CPU = 0.8, 1.3  # of the floor's
+LEAST_SPEED, MOST_CPU = 0.8, 1.3  # relative to the floor
 RUN_LIMIT_S = 300.0
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Run both sides in turns and return the medians, and those of the ratios of neighbours."""
+    """Alternate both sides; return the medians of the figures and of the ratios of adjacent runs."""
     documents, pairs = (400, 2) if quick else (2000, 7)
     product: list[Run] = []
     floor: list[Run] = []
     asyncio_floor: list[Run] = []
     with open_stage(slots=2 * CONCURRENCY) as stage:
-        for side in ("product", "floor"):  # the first run of each pays for cold caches, and is not counted
+        for side in ("product", "floor"):  # warm-up; not counted
             _run(stage, side, documents // 4)
         for pair in range(pairs):
             product.append(_run(stage, "product", documents))

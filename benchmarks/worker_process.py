@@ -1,4 +1,4 @@
-"""One measured process: its start, its processor time, its peak memory, its end. Linux only."""
+"""A measured process: start, CPU time, peak memory and exit. Linux only."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import Self
 from config.settings import known_environment_names
 
 SAMPLE_S = 0.02
-# With it, each start compiles every module of ours anew, and those of libraries do not: an installation keeps both.
+# Removed, because with it every start compiles the product's modules again, unlike in an installation.
 NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
 _HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 
 
 class WorkerFailedError(Exception):
-    """A measured process ended in a way that makes its numbers worthless; the message quotes its stderr."""
+    """A measured process failed, so its figures are invalid; the message quotes its stderr."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process has used: from its start to its end, user and system time of all its threads."""
+    """Resource usage of a process from start to exit; user and system time of all threads."""
 
     exit_code: int
     wall_s: float
@@ -36,7 +36,7 @@ class Usage:
 
 
 class WorkerProcess:
-    """A Python process started in *folder*, without the settings of the environment; killed on leaving ``with``.
+    """A Python process in *folder* without the product's environment variables; killed on leaving ``with``.
 
     ``start_s`` is a ``time.monotonic`` reading just before it was started.
     """
@@ -64,30 +64,30 @@ class WorkerProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has come to its end, by itself or not."""
+        """Whether the process has exited."""
         return self._usage is not None or bool(select.select([self._handle], [], [], 0)[0])
 
     @property
     def cpu_s(self) -> float:
-        """User and system time of all its threads so far, in seconds, to the nanosecond."""
-        # The clock id of another process, as clock_getcpuclockid(3) makes it.
+        """User and system time of all threads so far, in seconds."""
+        # The clock id of another process, computed like clock_getcpuclockid(3).
         return time.clock_gettime((~self._process.pid << 3) | 2)
 
     def sample_peak(self) -> float:
-        """Read, keep and return the most memory it has had resident so far, in MB of 2**20 bytes.
+        """Read and return the peak resident memory so far, in MB of 2**20 bytes.
 
-        Not ru_maxrss: Linux starts that of a child at the size of the process that started it.
+        Not ru_maxrss: for a child, Linux initialises it with the size of the parent.
         """
         found = _HIGH_WATER.search(Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii"))
-        if found:  # a process that has ended has no memory
+        if found:  # an exited process has no entry
             self.peak_mb = max(self.peak_mb, int(found.group(1)) / 1024)
         return self.peak_mb
 
     def wait(self, timeout_s: float) -> Usage:
-        """Wait for its end, with the peak memory sampled meanwhile, and return what it has used.
+        """Wait for the exit, sample the peak memory, and return the usage.
 
         Raises:
-            WorkerFailedError: It did not end in time, or not with exit code 0.
+            WorkerFailedError: It did not exit in time, or not with exit code 0.
         """
         deadline = time.monotonic() + timeout_s
         while not select.select([self._handle], [], [], SAMPLE_S)[0]:
@@ -100,13 +100,13 @@ class WorkerProcess:
         return usage
 
     def kill(self) -> Usage:
-        """End it with SIGKILL where it still runs, and return what it has used."""
+        """Kill the process if it is running, and return its usage."""
         if self._usage is None:
-            signal.pidfd_send_signal(self._handle, signal.SIGKILL)  # Popen.kill would reap it without its usage
+            signal.pidfd_send_signal(self._handle, signal.SIGKILL)  # Popen.kill would lose the usage
         return self._reap()
 
     def last_words(self) -> str:
-        """The end of its stderr."""
+        """Return the end of its stderr."""
         return self._log.read_text(encoding="utf-8", errors="replace")[-2000:]
 
     def _reap(self) -> Usage:

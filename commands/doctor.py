@@ -1,4 +1,4 @@
-"""``python cli.py doctor``: is everything ready for a run, and what to do where it is not."""
+"""``cli.py doctor``: check MongoDB, the model server, the disk and the settings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.console import Console
 
 from async_llm_wrapper import AsyncLLMClient
 from commands.diagnosis.disk import diagnose_disk
-from commands.diagnosis.findings import Finding, print_finding
+from commands.diagnosis.findings import Finding, count_levels, error, exit_code, print_finding, print_totals
 from commands.diagnosis.model import Probing, diagnose_model
 from commands.diagnosis.mongo import clock_check, diagnose
 from commands.diagnosis.settings import diagnose_labels, diagnose_settings
 from commands.flags import Command, add_model_flags, positive
 from config import Settings, load_taxonomy
-from error_handler import ExitCode, TriadError
+from error_handler import TriadError
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
 from worker.window_sample import sample_needs
@@ -34,7 +34,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """A part of the diagnosis; *title* heads its lines."""
+    """One part of the diagnosis; *title* is its heading."""
 
     name: str
     title: str
@@ -43,28 +43,28 @@ class Area:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
-        "--no-probe", action="store_true", help="do not ask the model: no load, no test conversation, no slots"
+        "--no-probe", action="store_true", help="send the model no requests: no load, no test conversation, no slots"
     )
     parser.add_argument(
         "--max-probe",
         type=positive,
         default=DEFAULT_MAX_PROBE,
         metavar="N",
-        help=f"most requests at once when the slots are looked for ({DEFAULT_MAX_PROBE})",
+        help=f"maximum concurrent requests when probing for slots ({DEFAULT_MAX_PROBE})",
     )
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     talk, out = Console(stderr=True), Console()
-    findings: list[Finding] = []
+    found: list[Finding] = []
     title = ""
-    with talk.status("Looking at MongoDB ...") as status:
+    with talk.status("Checking MongoDB ...") as status:
         areas = _areas(arguments, settings, status.update)
-        async with contextlib.aclosing(examine(areas, status.update)) as found:
-            async for heading, finding in found:
-                findings.append(finding)
+        async with contextlib.aclosing(examine(areas, status.update)) as findings:
+            async for heading, finding in findings:
+                found.append(finding)
                 if arguments.json:
                     continue
                 status.stop()  # both may be the same terminal
@@ -73,14 +73,12 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
                     title = heading
                 print_finding(out, finding)
                 status.start()
-    errors = sum(finding.level == "error" for finding in findings)
-    warnings = sum(finding.level == "warning" for finding in findings)
     if arguments.json:
-        listed = [asdict(finding) for finding in findings]
-        sys.stdout.write(json.dumps({"errors": errors, "warnings": warnings, "findings": listed}, indent=2) + "\n")
+        report = {**count_levels(found), "findings": [asdict(finding) for finding in found]}
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        out.print(f"Errors: {errors}, warnings: {warnings}.", highlight=False)
-    return ExitCode.UNREACHABLE if errors else ExitCode.DONE
+        print_totals(out, found)
+    return exit_code(found)
 
 
 def _areas(arguments: argparse.Namespace, settings: Settings, tell: Tell) -> list[Area]:
@@ -97,11 +95,11 @@ def _areas(arguments: argparse.Namespace, settings: Settings, tell: Tell) -> lis
 
 
 async def _sample(settings: Settings, client: AsyncLLMClient) -> list[int]:
-    """Return what a run would learn about the documents of *settings*; the connection is open for that long."""
+    """Return the token counts of the documents that a run would sample to choose its window."""
     prompts = PromptBuilder.from_taxonomy(load_taxonomy(settings.taxonomy_file))
-    # One that is away was waited for before, at the length that was set.
-    patience_ms = min(settings.mongodb_timeout_ms, SAMPLE_TIMEOUT_MS)
-    store = DocumentStore(settings.model_copy(update={"mongodb_timeout_ms": patience_ms}))
+    # The diagnosis of MongoDB has already waited for the full timeout.
+    timeout_ms = min(settings.mongodb_timeout_ms, SAMPLE_TIMEOUT_MS)
+    store = DocumentStore(settings.model_copy(update={"mongodb_timeout_ms": timeout_ms}))
     try:
         return await sample_needs(store, settings.source_collection, client.fitter(prompts).estimator)
     finally:
@@ -109,20 +107,20 @@ async def _sample(settings: Settings, client: AsyncLLMClient) -> list[int]:
 
 
 async def examine(areas: Iterable[Area], tell: Tell) -> AsyncGenerator[tuple[str, Finding]]:
-    """Yield (title, finding) of each area in turn; an area that fails ends with an error of its own."""
+    """Yield (title, finding) of each area in turn; an area that fails ends with an error finding."""
     for area in areas:
-        tell(f"Looking at {area.title} ...")
+        tell(f"Checking {area.title} ...")
         try:
             async with contextlib.aclosing(area.findings) as findings:
                 async for finding in findings:
                     yield area.title, replace(finding, area=area.name)
         except (TriadError, OSError) as exc:
             sentence = str(exc) if isinstance(exc, TriadError) else f"{exc.filename}: {exc.strerror}."
-            yield area.title, Finding("error", sentence, "Correct that; then look again.", area=area.name)
+            yield area.title, replace(error(sentence, "Fix this, then run the diagnosis again."), area=area.name)
 
 
 def given_flags(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:
-    """Return the fields of Settings that flags gave, each with its flag."""
+    """Return the fields of Settings that were set by flags, each with its flag."""
     given = {
         field: f"--{field.replace('_', '-')}"
         for field in type(settings).model_fields
@@ -137,10 +135,13 @@ def given_flags(arguments: argparse.Namespace, settings: Settings) -> dict[str, 
 
 async def _in_turn(findings: Iterable[Finding]) -> AsyncGenerator[Finding]:
     for finding in findings:
-        await asyncio.sleep(0)  # a signal has its turn between two lines
+        await asyncio.sleep(0)  # so that Ctrl-C is handled between two findings
         yield finding
 
 
 COMMAND = Command(
-    "doctor", "Say whether everything is ready for a run, and what to do where it is not.", _add_flags, _run
+    "doctor",
+    "Check MongoDB, the model server, disk and settings, and show how to fix problems.",
+    _add_flags,
+    _run,
 )

@@ -1,4 +1,4 @@
-"""``cli.py estimate``: what the rest of the work will take, from a random sample whose results are kept."""
+"""``cli.py estimate``: classify a random sample, keep its results, and estimate the time for the rest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,58 +19,57 @@ from commands.estimate_report import Estimate, SampleFacts, print_estimate
 from commands.flags import Command, add_model_flags, positive
 from config import Settings
 from domain.prices import batch_prices
+from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError
 from utils.process import stop_on_signals
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions
 from worker.progress import ConsoleProgress, Reporter
-from worker.timing import SampleRecorder, mean_tokens, measure_pace
+from worker.timing import DocumentTiming, SampleRecorder, mean_tokens, measure_pace
 
 SAMPLE = 20
 CHECKPOINT = "checkpoint.json"
 
 
 class SampleProgress:
-    """Shows a run over *size* documents: the sample, not everything that is pending."""
+    """Reports the progress of a run over *size* documents instead of all pending ones."""
 
     def __init__(self, reporter: Reporter, size: int) -> None:
         self._reporter = reporter
         self._size = size
 
     def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
-        """Pass the state on with the sample's size as its total."""
+        """Pass the state on with the size of the sample as its total."""
         self._reporter.update(job_id, status, replace(stats, total=self._size), in_flight, limit)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the command."""
-    group = parser.add_argument_group("how to estimate")
+    """Add the flags of ``estimate``."""
+    group = parser.add_argument_group("estimate")
     group.add_argument(
-        "--sample", type=positive, default=SAMPLE, metavar="N", help=f"documents to classify for it ({SAMPLE})"
+        "--sample", type=positive, default=SAMPLE, metavar="N", help=f"number of documents to classify ({SAMPLE})"
     )
     group.add_argument(
-        "--max-concurrent", "--concurrent", type=int, help="model calls in flight at once (MAX_CONCURRENT; 5)"
+        "--max-concurrent", "--concurrent", type=int, metavar="N", help="concurrent model calls (MAX_CONCURRENT; 5)"
     )
     add_model_flags(group)
-    group.add_argument("--json", action="store_true", help="the estimate as JSON")
+    group.add_argument("--json", action="store_true", help="print the estimate as JSON")
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Draw, classify and keep a sample, and print what the rest will take.
+    """Classify and keep a sample, and print the estimate for the rest.
 
-    Returns DONE, or INCOMPLETE where documents of the sample failed.
+    Returns DONE, or INCOMPLETE if documents of the sample failed.
 
     Raises:
-        ConfigurationError: The number of calls in flight is not fixed.
-        RunInterruptedError: It was stopped; what was classified by then is kept.
+        ConfigurationError: The number of concurrent calls is not fixed.
+        RunInterruptedError: It was stopped; the results so far are kept.
         TriadError: As for a run.
     """
     if settings.max_concurrent == "auto":
-        raise ConfigurationError(
-            "an estimate is for a fixed number of calls in flight; give one with --max-concurrent."
-        )
+        raise ConfigurationError("an estimate requires a fixed concurrency; set --max-concurrent to a number.")
     recorder = SampleRecorder()
-    # A copy takes no time with the model, and the sample is there to measure that.
+    # Copies take no model time, which is what the sample measures.
     processor = BatchProcessor(settings, options=RunOptions(dedupe=False))
     processor.recorder = recorder
     connected = asyncio.Event()
@@ -78,17 +78,16 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
             connected.set()
             sample = await draw_sample(processor.store, settings, arguments.sample)
             if not sample.documents:
-                _say(arguments, "Nothing is left to classify.", {"left": sample.left, "sample": None})
+                _print_message(arguments, "Nothing is left to classify.", {"left": sample.left, "sample": None})
                 return ExitCode.DONE
             start_s = time.monotonic()
             stats = await _classify(processor, sample)
             seconds = time.monotonic() - start_s
     if stats["interrupted"]:
         raise RunInterruptedError(
-            f"Stopped after {stats['documents_processed']} of the {len(sample.documents)} documents of the sample; their "
-            "results are kept, and there is no estimate."
+            f"Stopped after {stats['documents_processed']} of {counted(len(sample.documents), 'document')} of the "
+            "sample. Their results are kept; there is no estimate."
         )
-    code = ExitCode.INCOMPLETE if stats["failed"] else ExitCode.DONE
     facts = SampleFacts(
         asked_for=arguments.sample,
         classified=stats["successful"],
@@ -99,21 +98,22 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
         load_s=recorder.load_s,
     )
     left = max(0, sample.left - stats["documents_processed"] - stats["already_done"])
+    code = ExitCode.INCOMPLETE if facts.failed else ExitCode.DONE
     missing = _why_no_estimate(facts, left)
     if missing:
-        _say(arguments, missing, {"left": left, "sample": {"classified": facts.classified, "failed": facts.failed}})
+        counts = {"classified": facts.classified, "failed": facts.failed}
+        _print_message(arguments, missing, {"left": left, "sample": counts})
         return code
-    askable = round(sample.left * sample.askable_share) - facts.classified - facts.failed
-    estimate = _estimate(settings, recorder, facts, stats, replace(sample, left=left), min(left, max(0, askable)))
+    estimate = _estimate(settings, recorder.timings, sample, facts, stats["in_retry_queue"], left)
     if arguments.json:
-        print(json.dumps(estimate.as_dict(), indent=2))
+        print(json.dumps(estimate.as_dict(), indent=2, default=str))  # dates of prices
     else:
         print_estimate(Console(), estimate)
     return code
 
 
 async def _classify(processor: BatchProcessor, sample: DocumentSample) -> dict[str, Any]:
-    """Classify the sample with every safeguard of a run, and leave an interrupted run's checkpoint as it was."""
+    """Classify the sample with every safeguard of a run; keep the checkpoint of an interrupted run."""
     processor.reporter = SampleProgress(ConsoleProgress(sys.stderr), len(sample.documents))
     before = processor.files.read_state(CHECKPOINT)
     try:
@@ -124,52 +124,51 @@ async def _classify(processor: BatchProcessor, sample: DocumentSample) -> dict[s
 
 
 def _why_no_estimate(facts: SampleFacts, left: int) -> str | None:
-    """Return the sentence for a sample that leaves nothing to quote, or tells nothing; None where there is a quote."""
-    done = facts.classified + facts.skipped
+    """Return why the sample allows no estimate; None if it does."""
+    done = counted(facts.classified + facts.skipped, "document is", "documents are")
     if not left and not facts.failed:
-        return f"The sample was all that was left: {done} documents are done now ({facts.skipped} had nothing to classify)."
+        return f"The sample was all that was left: {done} done now ({facts.skipped} without text)."
     if not facts.classified:
         return (
-            f"No document of the sample could be classified ({facts.failed} failed, {facts.skipped} had nothing to "
-            f"classify, {facts.leased_elsewhere} are in the hands of another worker), so there is no estimate; "
-            "python cli.py doctor tells what is wrong with the servers."
+            f"There is no estimate: no document of the sample could be classified ({facts.failed} failed, {facts.skipped} "
+            f"without text, {facts.leased_elsewhere} leased by another worker). Run python cli.py doctor."
         )
     if not left:
-        return f"Nothing but the retry queue is left: {done} documents are done now, and {facts.failed} failed."
+        return f"Only the retry queue is left: {done} done now, {facts.failed} failed."
     return None
 
 
 def _estimate(
     settings: Settings,
-    recorder: SampleRecorder,
-    facts: SampleFacts,
-    stats: dict[str, Any],
+    timings: Sequence[DocumentTiming],
     sample: DocumentSample,
-    to_classify: int,
+    facts: SampleFacts,
+    in_retry_queue: int,
+    left: int,
 ) -> Estimate:
-    tokens = mean_tokens(recorder.timings)
+    askable = round(sample.left * sample.askable_share) - facts.classified - facts.failed
+    to_classify = min(left, max(0, askable))
+    tokens = mean_tokens(timings)
     return Estimate(
         place=f"{settings.db_name}.{settings.source_collection}",
         model=settings.model or "",
         calls=settings.most_concurrent,
-        left=sample.left,
+        left=left,
         is_exact=sample.is_exact,
         to_classify=to_classify,
-        in_retry_queue=stats["in_retry_queue"],
+        in_retry_queue=in_retry_queue,
         sample=facts,
-        pace=measure_pace(recorder.timings, settings.most_concurrent),
+        pace=measure_pace(timings, settings.most_concurrent),
         tokens=tokens,
         prices=batch_prices(tokens[0] * to_classify, tokens[1] * to_classify) if tokens else [],
     )
 
 
-def _say(arguments: argparse.Namespace, sentence: str, fields: dict[str, Any]) -> None:
+def _print_message(arguments: argparse.Namespace, sentence: str, fields: dict[str, Any]) -> None:
     if arguments.json:
         print(json.dumps({**fields, "message": sentence}, indent=2))
     else:
         Console(soft_wrap=True).print(sentence, markup=False, highlight=False)
 
 
-COMMAND = Command(
-    "estimate", "Say how long the rest will take, from a random sample whose results are kept", add_flags, run
-)
+COMMAND = Command("estimate", "Estimate the remaining time from a random sample; its results are kept.", add_flags, run)

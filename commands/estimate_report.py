@@ -1,8 +1,8 @@
-"""What an estimate says, as JSON and as a table for people. Pure, but for printing."""
+"""The report of ``cli.py estimate``, as JSON and as a table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -10,19 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from domain.prices import BatchPrice, price_source
-from worker.timing import RESAMPLES, Pace, TimeQuote, quote_time
+from domain.text import counted
+from worker.timing import Pace, TimeQuote, quote_time
 
-FACTORS = (1, 2, 4)  # of the concurrency asked, for which a time is told
-COLD_LOAD_S = 0.5  # shorter loads are what servers report for a model that is loaded
+FACTORS = (1, 2, 4)  # of the requested concurrency
+COLD_LOAD_S = 0.5  # servers report shorter loads for a model that is already loaded
 METHOD = (
-    f"bootstrap of the sample's times per document, {RESAMPLES} resamples laid into the slots, 5th to 95th percentile, "
-    "widened by Student's t"
+    "prediction interval of the mean time per document (Student's t), with the sample's times assigned to the slots"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SampleFacts:
-    """How the sample went, in documents. *load_s* is what loading the model took, *seconds* the whole sample."""
+    """Counts of the sample, in documents. *seconds* is its duration, *load_s* the load time of the model."""
 
     asked_for: int
     classified: int
@@ -35,11 +35,10 @@ class SampleFacts:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The quote for what is left after the sample.
+    """The estimate for the documents that remain after the sample.
 
-    *left* counts documents without a result, *to_classify* those of them that have something to classify; *left* is
-    counted where *is_exact*, else by their share of what was drawn. *tokens* are means of prompt and reply per
-    document, None where the server does not tell.
+    *left* is the number of documents without a result, extrapolated unless *is_exact*; *to_classify* of them have text
+    to classify. *tokens* are the mean prompt and reply tokens per document, None if the server does not report them.
     """
 
     place: str
@@ -56,23 +55,22 @@ class Estimate:
 
     @property
     def is_rough(self) -> bool:
-        """Whether most of the sample was the first documents of each slot, which take longer on most servers."""
+        """Whether the sample has few documents beyond the first of each call, which are slower on most servers."""
         return self.sample.classified + self.sample.failed < 3 * self.calls
 
     def quotes(self) -> list[tuple[int, Pace, TimeQuote]]:
-        """Return calls at once, pace and time for each of FACTORS; the first is the concurrency asked."""
+        """Return calls, pace and time for each of FACTORS; the first is the requested concurrency."""
         paces = [(factor * self.calls, self.pace.with_calls(factor * self.calls)) for factor in FACTORS]
         return [(calls, pace, quote_time(pace, self.to_classify)) for calls, pace in paces]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate for ``--json``: times in seconds, money in US dollars."""
-        quotes = self.quotes()
-        asked = quotes[0][2]
+        pace, quotes = self.pace, self.quotes()
         tokens = None
         if self.tokens is not None:
             prompt, reply = self.tokens
-            totals = {"prompt_total": round(prompt * self.to_classify), "reply_total": round(reply * self.to_classify)}
-            tokens = {"prompt_mean": round(prompt, 1), "reply_mean": round(reply, 1), **totals}
+            totals = {"prompt_total": prompt * self.to_classify, "reply_total": reply * self.to_classify}
+            tokens = {"prompt_mean": prompt, "reply_mean": reply, **totals}
         return {
             "place": self.place,
             "model": self.model,
@@ -81,47 +79,35 @@ class Estimate:
             "is_left_exact": self.is_exact,
             "to_classify": self.to_classify,
             "in_retry_queue": self.in_retry_queue,
-            "sample": {
-                "asked_for": self.sample.asked_for,
-                "classified": self.sample.classified,
-                "failed": self.sample.failed,
-                "skipped": self.sample.skipped,
-                "leased_elsewhere": self.sample.leased_elsewhere,
-                "seconds": round(self.sample.seconds, 3),
-                "load_s": round(self.sample.load_s, 3),
-                "is_rough": self.is_rough,
-            },
-            "time": {
-                "expected_s": round(asked.expected_s, 3),
-                "low_s": _rounded(asked.low_s),
-                "high_s": _rounded(asked.high_s),
-                "level": 0.9,
-                "method": METHOD,
-            },
-            "documents_per_s": round(self.pace.documents_per_s, 3),
+            "sample": {**asdict(self.sample), "is_rough": self.is_rough},
+            "time": {**asdict(quotes[0][2]), "level": 0.9, "method": METHOD},
+            "documents_per_s": pace.documents_per_s,
             "server": {
-                "wait_share": _rounded(self.pace.wait_share),
-                "is_busy": self.pace.is_server_busy,
-                "slots": self.pace.slots if self.pace.is_server_busy else None,
+                "wait_share": pace.wait_share,
+                "is_busy": pace.is_server_busy,
+                "slots": pace.slots if pace.is_server_busy else None,
             },
             "concurrency": [
                 {
                     "calls": calls,
-                    "expected_s": round(quote.expected_s, 3),
-                    "is_at_best": not pace.is_server_busy and calls > self.calls,
+                    "expected_s": quote.expected_s,
+                    "is_at_best": not each.is_server_busy and calls > self.calls,
                 }
-                for calls, pace, quote in quotes
+                for calls, each, quote in quotes
             ],
             "tokens": tokens,
-            "openai_batch": {"source": price_source(), "prices": [_price_fields(price) for price in self.prices]},
+            "openai_batch": {
+                "source": price_source(),
+                "prices": [{**asdict(price), "is_assumed": price.is_assumed} for price in self.prices],
+            },
         }
 
 
 def print_estimate(console: Console, estimate: Estimate) -> None:
-    """Print *estimate* in plain words."""
+    """Print *estimate* as a table."""
     quotes = estimate.quotes()
     asked = quotes[0][2]
-    title = f"{estimate.place}, with {estimate.model}, {estimate.calls} calls at once"
+    title = f"{estimate.place}, with {estimate.model}, {counted(estimate.calls, 'concurrent call')}"
     table = Table(title=escape(title), box=None, show_header=False, title_justify="left", title_style="bold")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -130,8 +116,8 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
         ("time", f"[bold]{duration_text(asked.expected_s)}[/]; {_interval(asked)}"),
         ("speed", f"{estimate.pace.documents_per_s:.3g} documents per second"),
         ("tokens", _tokens(estimate)),
-        ("more at once", _concurrency(estimate, quotes)),
-        ("elsewhere", _elsewhere(estimate)),
+        ("concurrency", _concurrency(estimate, quotes)),
+        ("OpenAI", _openai(estimate)),
         ("sample", _sample(estimate)),
     ):
         table.add_row(name, text)
@@ -139,7 +125,7 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
 
 
 def duration_text(seconds: float) -> str:
-    """Return *seconds* as a person says it: two units at most."""
+    """Return *seconds* with one or two units, such as ``2 h 15 min``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 100:
@@ -154,22 +140,13 @@ def duration_text(seconds: float) -> str:
     return f"{days} d {hours} h"
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
-
-
-def _price_fields(price: BatchPrice) -> dict[str, Any]:
-    since = price.since.isoformat() if price.since else None
-    return {"model": price.model, "usd": round(price.usd, 6), "since": since, "is_assumed": price.is_assumed}
-
-
 def _left(estimate: Estimate) -> str:
     about = "" if estimate.is_exact else "about "
-    text = f"{about}{estimate.left:,} documents without a result"
+    text = f"{about}{counted(estimate.left, 'document')} without a result"
     if estimate.to_classify != estimate.left:
-        text += f", about {estimate.to_classify:,} of them with something to classify"
+        text += f", about {estimate.to_classify:,} of them with text to classify"
     if estimate.in_retry_queue:
-        text += f"; {estimate.in_retry_queue:,} failed ones in the retry queue come on top"
+        text += f"; plus {counted(estimate.in_retry_queue, 'failed document')} in the retry queue"
     return text
 
 
@@ -181,11 +158,11 @@ def _interval(quote: TimeQuote) -> str:
 
 def _tokens(estimate: Estimate) -> str:
     if estimate.tokens is None:
-        return "the server does not tell"
+        return "not reported by the server"
     prompt, reply = estimate.tokens
     return (
         f"{prompt:,.0f} prompt and {reply:,.0f} reply per document; {prompt * estimate.to_classify:,.0f} and "
-        f"{reply * estimate.to_classify:,.0f} in all"
+        f"{reply * estimate.to_classify:,.0f} in total"
     )
 
 
@@ -193,26 +170,26 @@ def _concurrency(estimate: Estimate, quotes: list[tuple[int, Pace, TimeQuote]]) 
     pace = estimate.pace
     if pace.is_server_busy and pace.wait_share is not None:
         return (
-            f"would not help: the server works on {pace.slots} at once and is busy to its limit; calls spend "
+            f"more calls would not help: the server has {counted(pace.slots, 'slot')} and all are busy; calls spend "
             f"{pace.wait_share:.0%} of their time waiting. --max-concurrent {pace.slots} is as fast."
         )
     times = ", ".join(f"{calls} calls: {duration_text(quote.expected_s)}" for calls, _, quote in quotes[1:])
     if pace.wait_share is None:
-        return f"at best {times}. Whether calls wait for a slot, this server does not tell."
-    return f"at best {times}, if the server has the slots. Now calls wait {pace.wait_share:.0%} of their time."
+        return f"at best {times}. This server does not report whether calls wait for a slot."
+    return f"at best {times}, if the server has enough slots. Calls now wait {pace.wait_share:.0%} of their time."
 
 
-def _elsewhere(estimate: Estimate) -> str:
+def _openai(estimate: Estimate) -> str:
     if not estimate.prices:
-        return "what the OpenAI Batch API would cost is not known: it goes by tokens"
+        return "the cost of the OpenAI Batch API is unknown: it depends on the tokens"
     costs = ", ".join(f"{price.model} {_dollars(price.usd)}" for price in estimate.prices)
     assumed = [price.model for price in estimate.prices if price.is_assumed]
     since = max((price.since for price in estimate.prices if price.since), default=None)
     dates = [f"batch rates of {since}"] if since else []
     dates += [f"half the usual price assumed for {', '.join(assumed)}"] if assumed else []
     return (
-        f"the same tokens on the OpenAI Batch API: {costs} ({price_source()}, {'; '.join(dates)}; its tokenizer counts "
-        "somewhat differently). [bold]Customer text would leave the house.[/]"
+        f"the same tokens on the OpenAI Batch API: {costs} ({price_source()}, {'; '.join(dates)}; its tokenizer differs "
+        "slightly). [bold]Customer text would leave your network.[/]"
     )
 
 
@@ -223,11 +200,12 @@ def _dollars(usd: float) -> str:
 def _sample(estimate: Estimate) -> str:
     facts = estimate.sample
     text = f"{facts.classified} classified in {duration_text(facts.seconds)}, kept as results"
-    text += f"; {facts.skipped} had nothing to classify" if facts.skipped else ""
-    text += f"; [red]{facts.failed} failed[/] and will be tried again by the run" if facts.failed else ""
-    text += f"; {facts.leased_elsewhere} in the hands of another worker" if facts.leased_elsewhere else ""
+    text += f"; {facts.skipped} without text" if facts.skipped else ""
+    text += f"; [red]{facts.failed} failed[/], retried by the next run" if facts.failed else ""
+    text += f"; {facts.leased_elsewhere} leased by another worker" if facts.leased_elsewhere else ""
     if facts.load_s >= COLD_LOAD_S:
-        text += f"; loading the model took {duration_text(facts.load_s)}, which is not in the time above"
+        text += f"; loading the model took {duration_text(facts.load_s)}, not included in the time above"
     if estimate.is_rough:
-        text += f". It is small for {estimate.calls} calls at once; --sample {4 * estimate.calls} tells more."
+        calls = counted(estimate.calls, "concurrent call")
+        text += f". The sample is too small for {calls}; use --sample {4 * estimate.calls}."
     return text

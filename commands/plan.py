@@ -1,4 +1,4 @@
-"""``python cli.py plan``: what a run would find to do, and which documents. Changes nothing."""
+"""``cli.py plan``: count the documents that a run would process, or list their ids. Changes nothing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
-from typing import Any, TextIO, get_args
+from typing import Any, get_args
 
 from commands.flags import Command, add_model_flags
 from config import Settings
 from domain.staleness import Kind, StalenessChecker
+from domain.text import counted
 from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
 from storage import extended_json
@@ -22,46 +23,54 @@ from worker.plan import ask_plan, work_kinds
 
 MEANINGS: dict[Kind, str] = {
     "new": "no result yet",
-    "changed": "the conversation is not the one that was labelled",
+    "changed": "conversation changed since it was labelled",
     "stale": "labelled by another prompt, taxonomy, model or options",
     "failed": "failed, or in the retry queue or quarantine",
     "skipped": "nothing to classify",
-    "done": "nothing to do",
-    "unjudged": "done or stale: the model server was not asked (--offline)",
-    "foreign": "a status that is none of ours: never selected",
+    "done": "up to date",
+    "unjudged": "done or stale; unknown without the model server (--offline)",
+    "foreign": "unrecognised status; ignored",
 }
-OFFLINE_KINDS = ("stale", "done", "unjudged")  # which of them cannot be told apart
+OFFLINE_KINDS = ("stale", "done", "unjudged")  # --offline cannot distinguish the first two
 LINE_EVERY_S = 5.0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of this command alone."""
-    add_model_flags(parser.add_argument_group("what would be asked"))
-    shown = parser.add_argument_group("what to list")
-    shown.add_argument("--json", action="store_true", help="counts, or with --ids the ids, as JSON")
-    shown.add_argument("--ids", choices=get_args(Kind), metavar="KIND", help="print the ids of one kind, one per line")
+    """Add the flags of ``plan``."""
+    add_model_flags(parser.add_argument_group("model"))
+    shown = parser.add_argument_group("report")
+    shown.add_argument("--json", action="store_true", help="print the counts, or with --ids the ids, as JSON")
     shown.add_argument(
-        "--offline", action="store_true", help="do not ask the model server; stale cannot be judged then"
+        "--ids",
+        choices=get_args(Kind),
+        metavar="KIND",
+        help=f"print the ids of one kind, one per line: {', '.join(get_args(Kind))}",
+    )
+    shown.add_argument(
+        "--offline",
+        action="store_true",
+        help="do not contact the model server; stale and done documents are not distinguished",
     )
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Count the documents by kind and print the counts, or print the ids of one kind."""
     if arguments.offline and arguments.ids in OFFLINE_KINDS[:2]:
-        raise ConfigurationError(f"--offline cannot tell which documents are {arguments.ids}; leave it out.")
+        raise ConfigurationError(f"--offline cannot find documents that are {arguments.ids}; remove --offline.")
     store = DocumentStore(settings)
     try:
         await store.check()
         plan = None if arguments.offline else await ask_plan(settings)
         kinds = work_kinds(store, settings, plan)
-        progress = _Progress(sys.stderr, await store.count("all"))
+        total, shown_s = await store.count("all"), time.monotonic()
         counts: Counter[str] = Counter()
         async for document, kind in _judged(store, kinds, settings.batch_size):
             counts[kind] += 1
-            progress.show(counts.total())
+            if time.monotonic() - shown_s >= LINE_EVERY_S:
+                shown_s = time.monotonic()
+                sys.stderr.write(f"plan: {counts.total():,} of {max(total, counts.total()):,} documents read\n")
             if kind == arguments.ids:
                 sys.stdout.write(_id_line(document["_id"], as_json=arguments.json) + "\n")
-        progress.end()
     finally:
         await store.close()
     if arguments.ids is None:
@@ -73,7 +82,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
 async def _judged(
     store: DocumentStore, kinds: StalenessChecker, page_size: int
 ) -> AsyncGenerator[tuple[Document, Kind]]:
-    """Yield each document up to the greatest id there is now, with its kind; one page is in memory at a time."""
+    """Yield each document up to the current greatest id with its kind; hold one page in memory."""
     bound = await store.upper_bound()
     queued = await asyncio.to_thread(kinds.queued)
     after: list[Any] = []
@@ -91,7 +100,7 @@ def _id_line(document_id: Any, *, as_json: bool) -> str:
 
 
 def _shown(plan: str | None) -> list[Kind]:
-    """Return the kinds that can be told, in the order they are listed."""
+    """Return the kinds that can be distinguished, in the order of the report."""
     left_out = OFFLINE_KINDS[:2] if plan is None else OFFLINE_KINDS[2:]
     return [kind for kind in MEANINGS if kind not in left_out]
 
@@ -110,36 +119,12 @@ def _as_text(counts: Counter[str], settings: Settings, plan: str | None) -> str:
     place = f"{settings.db_name}.{settings.source_collection} -> {settings.results_collection}"
     width = max(len(f"{counts.total():,}"), 5)
     lines = [f"{kind:<9} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
-    return "\n".join([f"{counts.total():,} documents, {place}", *lines])
-
-
-class _Progress:
-    """A line on *stream* each LINE_EVERY_S: rewritten on a terminal, a new one elsewhere."""
-
-    def __init__(self, stream: TextIO, total: int) -> None:
-        self._stream = stream
-        self._total = total
-        self._end = "\r" if stream.isatty() else "\n"
-        self._last_s = time.monotonic()
-        self._has_shown = False
-
-    def show(self, read: int) -> None:
-        """Note that *read* documents are read by now."""
-        now = time.monotonic()
-        if now - self._last_s >= (0.5 if self._end == "\r" else LINE_EVERY_S):
-            self._last_s, self._has_shown = now, True
-            self._stream.write(f"plan: {read:,} of {max(self._total, read):,} documents read{self._end}")
-            self._stream.flush()
-
-    def end(self) -> None:
-        """Leave the line that was rewritten."""
-        if self._has_shown and self._end == "\r":
-            self._stream.write("\n")
+    return "\n".join([f"{counted(counts.total(), 'document')}, {place}", *lines])
 
 
 COMMAND = Command(
     "plan",
-    "List how many documents are new, changed, stale, failed or done; changes nothing.",
+    "Count new, changed, stale, failed and done documents; changes nothing.",
     add_flags,
     run,
 )

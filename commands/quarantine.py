@@ -1,6 +1,6 @@
-"""``cli.py quarantine``: which documents failed and why, and their way back or out.
+"""``cli.py quarantine``: list failed documents, show one, replay or drop them.
 
-Conversation text is printed by ``show`` alone.
+Only ``show`` prints conversation text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from commands.flags import Command
 from config import Settings
-from domain.text import escaped, one_line
+from domain.text import counted, escaped, one_line
 from error_handler import ConfigurationError, ExitCode, Reason
 from storage import extended_json
 from storage.extended_json import id_key, id_text
@@ -26,19 +26,19 @@ ERROR_WIDTH = 160
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the action, the ids and the flags."""
+    """Add the action, the ids and the flags of ``quarantine``."""
     parser.add_argument(
         "action",
         choices=["list", "show", "replay", "drop"],
-        help="list them; show one with its text; give them fresh attempts at the next run; give them up",
+        help="list the documents; show one with its text; replay: retry in the next run; drop: remove from quarantine",
     )
-    parser.add_argument("ids", nargs="*", metavar="ID", help="documents, as list shows them or as Extended JSON")
-    which = parser.add_argument_group("which documents")
-    which.add_argument("--reason", type=_reason, help="those that failed for this reason")
-    which.add_argument("--all", action="store_true", help="all of them")
-    which.add_argument("--retry", action="store_true", help="look at the retry queue instead (list and show)")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="document ids, as list shows them or as Extended JSON")
+    which = parser.add_argument_group("selection")
+    which.add_argument("--reason", type=_reason, help="documents that failed for this reason")
+    which.add_argument("--all", action="store_true", help="all documents")
+    which.add_argument("--retry", action="store_true", help="list or show the retry queue instead")
     parser.add_argument("--json", action="store_true", help="print JSON (list and show)")
-    parser.add_argument("--yes", action="store_true", help="drop without asking")
+    parser.add_argument("--yes", action="store_true", help="drop without confirmation")
 
 
 def _reason(text: str) -> Reason:
@@ -49,19 +49,17 @@ def _reason(text: str) -> Reason:
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Do what *arguments* say.
+    """List, show, replay or drop documents.
 
     Raises:
-        ConfigurationError: The arguments do not fit together, or an id is unknown or ambiguous.
-        DirectoryLockedError: A worker holds the directory, and the documents are to be moved or dropped.
+        ConfigurationError: The arguments contradict each other, or an id is unknown or ambiguous.
+        DirectoryLockedError: A worker holds the directory; replay and drop need it.
     """
     _require_sense(arguments)
     kind: FailureKind = "retry" if arguments.retry else "quarantine"
     found = look(settings.batch_files_dir, kind)
     for name in found.unreadable:
-        sys.stderr.write(
-            f"{kind}/{name} cannot be read and is left out; the next run sets it aside as {name}.corrupt\n"
-        )
+        sys.stderr.write(f"{kind}/{name} cannot be read and is skipped; the next run renames it to {name}.corrupt\n")
     if arguments.action == "list":
         _print_list(found, arguments.reason, kind, as_json=arguments.json)
     elif arguments.action == "show":
@@ -75,16 +73,16 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
 def _require_sense(arguments: argparse.Namespace) -> None:
     action, ways = arguments.action, [bool(arguments.ids), arguments.reason is not None, arguments.all]
     if action == "list" and (arguments.ids or arguments.all):
-        raise ConfigurationError("list takes no ids; it shows all, or those of --reason R.")
+        raise ConfigurationError("list takes no ids; it shows all documents, or those of --reason R.")
     if action == "show" and (not arguments.ids or sum(ways) > 1):
-        raise ConfigurationError("show needs the id of a document, and nothing else; list shows the ids.")
+        raise ConfigurationError("show requires document ids and no other selection; list shows the ids.")
     if action in ("replay", "drop"):
         if sum(ways) != 1:
-            raise ConfigurationError(f"{action} needs ids, or --reason R, or --all, and only one of them.")
+            raise ConfigurationError(f"{action} requires ids, --reason R or --all, and only one of these.")
         if arguments.retry or arguments.json:
-            raise ConfigurationError(f"{action} works on quarantine and prints a sentence: without --retry and --json.")
+            raise ConfigurationError(f"{action} does not accept --retry or --json.")
     if arguments.yes and action != "drop":
-        raise ConfigurationError("--yes is for drop alone; nothing else asks.")
+        raise ConfigurationError("--yes is only for drop.")
 
 
 def _print_list(found: FailedDocuments, reason: Reason | None, kind: FailureKind, *, as_json: bool) -> None:
@@ -96,20 +94,20 @@ def _print_list(found: FailedDocuments, reason: Reason | None, kind: FailureKind
         return
     of_reason = f" for {reason}" if reason else ""
     if not entries:
-        print(f"No document is in {PLACES[kind]}{of_reason}.")
+        print(f"No documents in {PLACES[kind]}{of_reason}.")
         return
     width = max(len(id_text(entry.conversation_id)) for entry in entries)
     for entry in entries:
         print(
             f"{id_text(entry.conversation_id):{width}}  {entry.reason:19}  {entry.failed_at:%Y-%m-%d %H:%M:%SZ}  "
-            f"{_rounds(entry):9}  {one_line(entry.error, ERROR_WIDTH)}"
+            f"{counted(entry.retry_count, 'round'):9}  {one_line(entry.error, ERROR_WIDTH)}"
         )
     shares = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
-    print(f"{_documents(len(entries))} in {PLACES[kind]}{of_reason}: {shares}")
+    print(f"{counted(len(entries), 'document')} in {PLACES[kind]}{of_reason}: {shares}")
 
 
 def _facts(entry: FailedDocument) -> dict[str, Any]:
-    """Return what is known of *entry* but its text."""
+    """Return everything about *entry* except its text."""
     return {
         "id": id_text(entry.conversation_id),
         "_id": entry.conversation_id,
@@ -131,12 +129,12 @@ def _everything(entry: FailedDocument, *, as_json: bool) -> str:
         f"as JSON         {extended_json.dumps(entry.conversation_id).decode()}",
         f"reason          {entry.reason}",
         f"error           {facts['error']}",
-        f"failed at       {entry.failed_at:%Y-%m-%d %H:%M:%SZ}, after {_rounds(entry)}",
+        f"failed at       {entry.failed_at:%Y-%m-%d %H:%M:%SZ}, after {counted(entry.retry_count, 'round')}",
     ]
     if entry.status == "write_failed":
-        lines.append("classification  is known, only its write failed: the model is not asked again")
+        lines.append("classification  known; only the write failed, so the model is not called again")
         lines += [f"  {name:16}{value}" for name, value in (classification or {}).items()]
-    text = "not in the file" if entry.conversation_data is None else extended_json.pretty(entry.conversation_data)
+    text = "not stored" if entry.conversation_data is None else extended_json.pretty(entry.conversation_data)
     return escaped("\n".join([*lines, f"conversation    {text}"]))
 
 
@@ -144,61 +142,54 @@ async def _move(arguments: argparse.Namespace, settings: Settings) -> int:
     files = BatchFiles(settings.batch_files_dir)
     files.acquire()
     try:
-        found = look(settings.batch_files_dir, "quarantine")  # again: nobody changes it from here on
+        found = look(settings.batch_files_dir, "quarantine")  # read again under the lock
         entries = found.named(arguments.ids) if arguments.ids else found.of_reason(arguments.reason)
         if not entries:
-            print(f"No document is in quarantine{f' for {arguments.reason}' if arguments.reason else ''}.")
+            print(f"No documents in quarantine{f' for {arguments.reason}' if arguments.reason else ''}.")
             return ExitCode.DONE
         keys = {id_key(entry.conversation_id) for entry in entries}
         if arguments.action == "replay":
             done = release(files, keys)
             print(
-                f"{_documents(done)} left quarantine with fresh attempts; the next python cli.py takes them up, and until then "
-                "their status stays failed."
+                f"{counted(done, 'document')} moved from quarantine to pending with a full set of attempts. Run python cli.py to "
+                "retry; until then the status in MongoDB stays failed."
             )
         else:
             await _require_consent(entries, yes=arguments.yes)
             done = drop(files, keys)
-            print(f"{_documents(done)} dropped from quarantine; in MongoDB their status stays failed, with its reason.")
+            print(
+                f"{counted(done, 'document')} dropped from quarantine; in MongoDB the status stays failed, with its reason."
+            )
         if done < len(keys):
-            print(f"{_documents(len(keys) - done)} stayed: their batch is still in work. Run python cli.py first.")
+            stayed = counted(len(keys) - done, "document")
+            print(f"{stayed} stayed in quarantine because the batch is not finished. Run python cli.py first.")
     finally:
         files.release()
     return ExitCode.DONE
 
 
 async def _require_consent(entries: Sequence[FailedDocument], *, yes: bool) -> None:
-    """Ask the person at the terminal whether to drop *entries*.
+    """Ask at the terminal whether to drop *entries*.
 
     Raises:
-        ConfigurationError: There is no person, or the answer is not yes; nothing is dropped.
+        ConfigurationError: There is no terminal, or the answer is not yes; nothing is dropped.
     """
     if yes:
         return
     if not sys.stdin.isatty():
         raise ConfigurationError(
-            f"drop removes {_documents(len(entries))} for good; add --yes to do so without a terminal."
+            f"drop removes {counted(len(entries), 'document')} for good; without a terminal, add --yes."
         )
-    sys.stderr.write(f"Drop {_documents(len(entries))} from quarantine for good? [y/N] ")
+    sys.stderr.write(f"Drop {counted(len(entries), 'document')} from quarantine for good? [y/N] ")
     sys.stderr.flush()
     loop, answered = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(sys.stdin, answered.set)  # a plain input() would not be ended by Ctrl-C
+    loop.add_reader(sys.stdin, answered.set)  # Ctrl-C does not interrupt input()
     try:
         await answered.wait()
     finally:
         loop.remove_reader(sys.stdin)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise ConfigurationError("nothing was dropped.")
+        raise ConfigurationError("Not confirmed; nothing was dropped.")
 
 
-def _rounds(entry: FailedDocument) -> str:
-    return "1 round" if entry.retry_count == 1 else f"{entry.retry_count} rounds"
-
-
-def _documents(count: int) -> str:
-    return "1 document" if count == 1 else f"{count} documents"
-
-
-COMMAND = Command(
-    "quarantine", "Look at documents that failed, give them fresh attempts, or give them up", add_flags, run
-)
+COMMAND = Command("quarantine", "List failed documents with reasons, show one, replay or drop them.", add_flags, run)

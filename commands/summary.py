@@ -1,4 +1,4 @@
-"""What a person reads after a run: counts, shares of labels as bars, example rows, what to do next."""
+"""The summary of a run for people: counts, shares of labels as bars, example rows, next steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from config import Settings
-from domain.text import one_line
+from domain.text import counted, one_line
 from storage.extended_json import id_text
 
 BAR_WIDTH = 28
@@ -19,27 +19,29 @@ FIELDS = ("intent", "topic", "sentiment")
 LabelCounts = dict[str, dict[str, int]]  # intent, topic, sentiment -> label -> documents
 
 
-def print_run(console: Console, stats: dict[str, Any]) -> None:
-    """Print the counts of one run, and why documents failed or were skipped."""
+def print_run(console: Console, stats: dict[str, Any], lease_s: float) -> None:
+    """Print the counts of one run, the reasons of failed and skipped documents, and the state of the queues.
+
+    *lease_s* is the longest time that another worker keeps a document after a crash.
+    """
     if not stats["documents_processed"] and not stats["already_done"] and not stats["leased_elsewhere"]:
         console.print(
-            "[bold]Nothing to do[/]: no document is pending. What has a result is not asked again; --reprocess replaces "
-            "results, --retry-failed takes up failed documents."
+            "[bold]Nothing to do[/]: no documents are pending. Documents with results are skipped; --reprocess replaces "
+            "their results, --retry-failed retries failed documents."
         )
         _print_queues(console, stats)
         return
     console.print(
-        f"[bold]{stats['documents_processed']} documents[/] processed in run {stats['job_id']}: "
+        f"[bold]{counted(stats['documents_processed'], 'document')}[/] processed in run {stats['job_id']}: "
         f"[green]{stats['successful']} classified[/], [red]{stats['failed']} failed[/], {stats['skipped']} skipped"
     )
     if stats["copied"]:
-        console.print(f"{stats['copied']} of them have the answer of an identical conversation (--no-dedupe asks each)")
+        console.print(f"{stats['copied']} reused the result of an identical conversation (--no-dedupe disables this)")
     if stats["already_done"]:
-        console.print(
-            f"{stats['already_done']} had a result already and were not asked again (--reprocess replaces results)"
-        )
+        console.print(f"{stats['already_done']} already had a result (--reprocess replaces results)")
     if stats["leased_elsewhere"]:
-        console.print(f"{stats['leased_elsewhere']} are in the hands of another worker")
+        leased = counted(stats["leased_elsewhere"], "document is", "documents are")
+        console.print(f"{leased} leased by another worker (leases expire after {lease_s:g} s)")
     _print_review(console, stats)
     for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
@@ -47,29 +49,32 @@ def print_run(console: Console, stats: dict[str, Any]) -> None:
 
 
 def _print_queues(console: Console, stats: dict[str, Any]) -> None:
-    if stats["in_retry_queue"] or stats["in_quarantine"]:
-        console.print(
-            f"{stats['in_retry_queue']} documents wait in the retry queue and {stats['in_quarantine']} are in quarantine; "
-            "the next run takes up the former, --retry-failed both (docs/operations.md)"
-        )
+    if not stats["in_retry_queue"] and not stats["in_quarantine"]:
+        return
+    console.print(
+        f"Retry queue: {stats['in_retry_queue']} (retried by the next run). Quarantine: {stats['in_quarantine']}"
+        + (" (--retry-failed retries them)" if stats["in_quarantine"] else "")
+    )
     if stats["in_quarantine"]:
-        console.print("python cli.py quarantine list says which and why")
+        console.print("python cli.py quarantine list lists them with reasons")
 
 
 def _print_review(console: Console, stats: dict[str, Any]) -> None:
-    """Print how many results a person should look at, where it was asked for."""
+    """Print how many results a person should review, if REVIEW_BELOW is set."""
     limit, stored, judged = stats.get("review_below"), stats["successful"], stats.get("with_confidence", 0)
     if limit is None or not stored:
         return
     if not judged:
         console.print(
-            "[yellow]No result is marked for review[/]: the model server gave no log probabilities, so no confidence is "
-            "known (docs/local-inference.md)"
+            "[yellow]No result is marked for review[/]: the model server returned no log probabilities, so there is no "
+            "confidence to compare (docs/local-inference.md)"
         )
         return
-    console.print(f"[yellow]{stats['needs_review']} need review[/]: a label with a confidence below {limit:g}")
+    needing = counted(stats["needs_review"], "result needs", "results need")
+    console.print(f"[yellow]{needing} review[/]: the confidence of a label is below {limit:g}")
     if judged < stored:
-        console.print(f"{stored - judged} results have no confidence and are not marked: the server gave none for them")
+        without = counted(stored - judged, "result has", "results have")
+        console.print(f"{without} no confidence and no review mark: the server returned no log probabilities")
 
 
 def print_labels(console: Console, counts: LabelCounts) -> None:
@@ -96,14 +101,14 @@ def print_examples(console: Console, results: Sequence[dict[str, Any]]) -> None:
         labels = result["classification"]
         name = result.get("conversation_number") or id_text(result["source_conversation_id"])
         row = (one_line(name, 40), *(labels[field] for field in FIELDS), one_line(labels["categorization"], 70))
-        table.add_row(*(escape(text) for text in row))  # a text such as "[/b]" would be read as markup
+        table.add_row(*(escape(text) for text in row))  # rich would read "[/b]" as markup
     console.print(table)
 
 
 def print_next_steps(console: Console, settings: Settings) -> None:
-    """Print where the results of an embedded run are and how to go on with one's own data and model."""
+    """Print where the results of an embedded run are, and how to use your own data and model."""
     console.print(
-        f"\n[bold]Where the results are[/]: collection {settings.results_collection} in database {settings.db_name} "
+        f"\n[bold]Results[/]: collection {settings.results_collection} in database {settings.db_name} "
         "of the embedded MongoDB (data/embedded/).\n"
         "[bold]Next[/]\n"
         "  your conversations  .venv/bin/python -m utils.mongodb_import --file FILE --mongodb-uri mongodb://HOST:27017\n"

@@ -51,6 +51,11 @@ def one_line(text: str, limit: int) -> str:
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return *number* with its noun: ``1 file``, ``2,000 files``. *many* is the plural if it is not *one* with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def encodable(text: str) -> str:
     """Return *text* with ``?`` for lone surrogates, which are no characters and which no server or tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")

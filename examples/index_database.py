@@ -1,7 +1,6 @@
-"""Document a database and make it findable, from Python.
+"""Index a database from Python and search it.
 
-Needs DATABASE_URL, and EMBEDDING_PROVIDER with what that one needs. It may be stopped and started again: nothing is paid
-for twice.
+Requires DATABASE_URL, and EMBEDDING_PROVIDER with its settings. It can be stopped and restarted; nothing is paid twice.
 """
 
 from config.index_settings import load_index_settings

@@ -1,4 +1,4 @@
-"""Print how far a job is, and what failed and why; reads MongoDB only.
+"""Print the status counts of a job and its most frequent errors; reads only MongoDB.
 
 python examples/read_results.py mongodb://localhost:27017 clinic events
 """
@@ -11,7 +11,7 @@ from pymongo import MongoClient
 
 
 def main(uri: str, database: str, collection: str) -> None:
-    """Count the statuses, then list the errors by how often they happened."""
+    """Print the statuses, then the errors by frequency."""
     with MongoClient[dict[str, Any]](uri) as client:
         documents = client[database][collection]
         for status, count in sorted(

@@ -1,6 +1,6 @@
-"""Run the medical schema from Python: the same as ``cli.py openai-batch run --schema``.
+"""Run the medical schema from Python, like ``cli.py openai-batch run --schema``.
 
-Needs the environment of examples/summarise_tickets.py; text may leave the machine with names and numbers masked.
+Requires the environment variables of examples/summarise_tickets.py. Text is sent to OpenAI with names and numbers masked.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Summarise the pending documents of a collection from Python, without a schema file.
 
-Needs OPENAI_API_KEY, MONGODB_URI, MONGODB_DB, MONGODB_SOURCE_COLLECTION and ALLOW_EXTERNAL_LLM=true. It may be stopped and
-started again: nothing is paid for twice.
+Requires OPENAI_API_KEY, MONGODB_URI, MONGODB_DB, MONGODB_SOURCE_COLLECTION and ALLOW_EXTERNAL_LLM=true. It can be stopped
+and restarted; nothing is paid twice.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ prompts = PromptConfig(
 
 
 def with_length(response: Any, document: dict[str, Any]) -> dict[str, Any]:
-    """Return what is stored of an answer: its text, and how much shorter it is than the ticket."""
+    """Return the stored form of an answer: its text, and its length relative to the ticket."""
     return {"sentence": response.strip(), "share": len(response) / max(1, len(document["text"]))}
 
 

@@ -1,16 +1,15 @@
-"""Load on a running service: sends many conversations at once and shows what came back, and how fast.
+"""A load test for a running service: sends many conversations concurrently and prints statuses and latencies.
 
     python tests/performance_test.py --url http://127.0.0.1:8000 --requests 1000 --concurrency 100
 
-Every conversation is another one, so that nothing is answered from memory. Meanwhile a second process
-asks /health twenty times a second, as a load balancer would, whether the last answer is there or not:
-otherwise a stalled service would keep the requests that show it from being sent. Its own machine counts
-as well: where load, service and model share a few cores, all of them wait for each other.
+All conversations differ, so that no answer comes from a cache. A second process requests /health twenty times a second,
+like a load balancer, without waiting for the previous answer, so that a stalled service is noticed. If load, service and
+model share a few cores, they slow each other down.
 
-Requests are sent once: a 503 is an answer here. Ends with 0 when each request got 200, or 429 or 503
-with Retry-After; with 1 when anything else happened; with 3 when no service answers.
+Requests are not retried: a 503 is an answer. Exit code 0 if every request got 200, or 429 or 503 with Retry-After; 1 after
+anything else; 3 if no service answers.
 
-A script to be started, not a module of tests: pytest finds nothing in it.
+This is a script; pytest collects no tests from it.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ SUBJECTS = ("parcel", "invoice", "password", "refund", "router", "booking", "car
 
 @dataclass
 class Load:
-    """What came back; latencies in seconds by status, "no answer" for broken connections and time-outs."""
+    """The results; latencies in seconds by status, with "no answer" for lost connections and timeouts."""
 
     duration_s: float = 0.0
     latencies_s: dict[str, list[float]] = field(default_factory=dict)
@@ -57,14 +56,14 @@ class Load:
 
     @property
     def is_clean(self) -> bool:
-        """Whether each request got an answer of those that a busy service may give."""
+        """Whether every answer is one that a busy service may give."""
         statuses = {status for status in self.latencies_s if status.isdecimal()}
         only_accepted = {int(status) for status in statuses} <= ACCEPTED
         return only_accepted and not self.no_answer and not self.without_retry_after and not self.health_failed
 
 
 def conversation(number: int, padding: int) -> bytes:
-    """Return a request body that no other number has, with *padding* more characters of text."""
+    """Return the request body of *number*, unlike any other, with *padding* more characters of text."""
     subject = SUBJECTS[number % len(SUBJECTS)]
     text = f"Hello, this is customer {number}: my {subject} is not as it should be. " + "I wrote before. " * (
         padding // 16
@@ -78,7 +77,7 @@ def conversation(number: int, padding: int) -> bytes:
 
 
 async def run_load(target: ServiceTarget, arguments: argparse.Namespace) -> Load:
-    """Send the requests, as many at once as *arguments* say; the connections are kept open."""
+    """Send the requests at the concurrency in *arguments*; connections are kept open."""
     load = Load()
     numbers = iter(range(arguments.requests))
     timeout = aiohttp.ClientTimeout(total=arguments.timeout)
@@ -137,15 +136,15 @@ async def _watch(url: str, pipe: Connection) -> None:
 
 
 def watch_health(url: str, pipe: Connection) -> None:
-    """Ask /health until *pipe* has something, telling after the first time that it works; send latencies and failures."""
+    """Request /health until *pipe* has data; report the first result at once, and latencies and failures at the end."""
     asyncio.run(_watch(url, pipe))
 
 
 def measure(target: ServiceTarget, arguments: argparse.Namespace) -> Load:
-    """Return the load's outcome with that of /health meanwhile.
+    """Return the results of the load and of the /health requests during it.
 
     Raises:
-        ConfigurationError: Nothing answers /health; no load was sent.
+        ConfigurationError: /health does not answer; no load was sent.
     """
     here, there = multiprocessing.Pipe()
     # Its own process: this one's event loop is busy with the load.
@@ -153,7 +152,7 @@ def measure(target: ServiceTarget, arguments: argparse.Namespace) -> Load:
     watcher.start()
     if here.recv():
         here.send("stop")
-        raise ConfigurationError(f"No service answers at {target.url}/health; start it, or correct --url.")
+        raise ConfigurationError(f"No service answers at {target.url}/health; start it (make serve) or correct --url.")
     load = asyncio.run(run_load(target, arguments))
     here.send("stop")
     load.health_s, load.health_failed = here.recv()
@@ -162,13 +161,13 @@ def measure(target: ServiceTarget, arguments: argparse.Namespace) -> Load:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest of *values* that *share* of them do not exceed."""
+    """Return the nearest-rank percentile of *values*, *share* from 0 to 1."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def print_table(load: Load, arguments: argparse.Namespace, console: Console) -> None:
-    """Print one row per status and one for /health, then what is wrong."""
+    """Print one row per status and one for /health, then the problems."""
     count = sum(map(len, load.latencies_s.values()))
     table = Table(
         title=f"{count} requests, {arguments.concurrency} at once, {load.duration_s:.1f} s", title_justify="left"
@@ -194,18 +193,18 @@ def print_table(load: Load, arguments: argparse.Namespace, console: Console) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (None: of the process) and return its exit code."""
-    parser = argparse.ArgumentParser(prog="performance_test.py", description="Put load on a running service.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the service is (%(default)s)")
-    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="requests in all (%(default)s)")
-    parser.add_argument("--concurrency", type=int, default=100, metavar="N", help="requests at once (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest wait of one (%(default)g)")
+    parser = argparse.ArgumentParser(prog="performance_test.py", description="Load test for a running service.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the service (%(default)s)")
+    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="number of requests (%(default)s)")
+    parser.add_argument("--concurrency", type=int, default=100, metavar="N", help="concurrent requests (%(default)s)")
     parser.add_argument(
-        "--padding", type=int, default=0, metavar="N", help="characters more in each request (%(default)s)"
+        "--timeout", type=float, default=120.0, metavar="S", help="timeout of one request, seconds (%(default)g)"
     )
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="file with the key, where the service wants one"
+        "--padding", type=int, default=0, metavar="N", help="additional characters per request (%(default)s)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write all that was measured as JSON")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the API key")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all measurements as JSON")
     arguments = parser.parse_args(argv)
     if arguments.requests < 1 or arguments.concurrency < 1:
         parser.error("--requests and --concurrency must be 1 or more")

@@ -1,4 +1,4 @@
-"""The diagnosis against real servers: standalone, replica set, with access control, and none."""
+"""The diagnosis of real servers: standalone, replica set, with access control, and unreachable."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def finding_with(words: str, mongodb_uri: str, db_name: str = "customer_su
 
 
 def run(mongodb_uri: str, *arguments: str, timeout_ms: int = 20_000) -> subprocess.CompletedProcess[str]:
-    """Start the script in a process of its own: a driver that gives up in the middle of connecting leaks a socket."""
+    """Run the script in its own process, because a driver that gives up while connecting leaks a socket."""
     command = [ROOT / "check_mongo_connection.py", "--mongodb-uri", mongodb_uri, *arguments]
     return run_forked(command, clean_environment() | {"MONGODB_TIMEOUT_MS": str(timeout_ms)}, Path.cwd())
 
@@ -58,7 +58,7 @@ def run(mongodb_uri: str, *arguments: str, timeout_ms: int = 20_000) -> subproce
 @pytest.mark.parametrize(
     ("host", "remedy"), [("127.0.0.1:1", "systemctl start mongod"), ("mongo.example.invalid:27017", "firewall")]
 )
-def test_a_server_that_does_not_answer_ends_the_diagnosis_with_a_remedy(host: str, remedy: str) -> None:
+def test_unreachable_server_ends_the_diagnosis_with_a_remedy(host: str, remedy: str) -> None:
     done = run(f"mongodb://user:secret@{host}/", timeout_ms=300)
     assert done.returncode == 3
     error, shown, summary = done.stdout.splitlines()
@@ -68,17 +68,17 @@ def test_a_server_that_does_not_answer_ends_the_diagnosis_with_a_remedy(host: st
     assert "secret" not in done.stdout + done.stderr
 
 
-def test_the_command_prints_every_line_and_exits_with_0(mongodb_uri: str, db_name: str) -> None:
+def test_command_prints_every_finding_and_exits_with_0(mongodb_uri: str, db_name: str) -> None:
     done = run(mongodb_uri, "--db-name", db_name)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"ok       MongoDB [0-9.]+ answers at 127\.0\.0\.1:[0-9]+\.", lines[0])
     assert f"warning  {db_name}.conversation_set is empty." in done.stdout
-    assert "         -> python utils/mongodb_import.py" in done.stdout
+    assert "         -> Import documents with python -m utils.mongodb_import" in done.stdout
     assert lines[-1] == "Errors: 0, warnings: 2."
 
 
-def test_a_wrong_setting_is_exit_code_2() -> None:
+def test_invalid_setting_exits_with_2() -> None:
     done = run("localhost")
     assert done.returncode == 2
     assert "MONGODB_URI" in done.stderr
@@ -87,25 +87,25 @@ def test_a_wrong_setting_is_exit_code_2() -> None:
 # What kind of server
 
 
-async def test_a_standalone_server_is_explained(mongodb_uri: str) -> None:
+async def test_standalone_server_is_explained(mongodb_uri: str) -> None:
     finding = await finding_with("standalone", mongodb_uri)
     assert finding.level == "ok"
     assert "no failover" in finding.sentence
 
 
-async def test_a_replica_set_is_explained(tmp_path: Path) -> None:
+async def test_replica_set_is_explained(tmp_path: Path) -> None:
     with EmbeddedMongod(tmp_path, replica_set="rs0") as server:
         finding = await finding_with("replica set", server.uri)
         assert finding.level == "ok"
-        assert "(rs0, 1 members)" in finding.sentence
+        assert "(rs0, 1 member)" in finding.sentence
         with MongoClient[dict[str, Any]](server.uri) as client:
-            # With one member, nobody else can be elected: it stays a secondary.
+            # No other member can be elected, so it stays a secondary.
             client.admin.command("replSetStepDown", 60, force=True)
         secondary = f"mongodb://127.0.0.1:{server.port}/?directConnection=true&readPreference=secondaryPreferred"
         finding = await finding_with("takes no writes", secondary)
         assert finding.level == "error"
         assert "replicaSet" in finding.remedy
-        server.kill()  # a secondary takes 15 s to say goodbye
+        server.kill()  # a secondary takes 15 s to shut down
 
 
 # Rights
@@ -113,7 +113,7 @@ async def test_a_replica_set_is_explained(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMongod]:
-    """A server with access control: root may do all, reader may read, worker has the least rights."""
+    """A server with access control and four users: root, reader, nobody, and worker with the minimal rights."""
     with EmbeddedMongod(tmp_path_factory.mktemp("guarded"), extra_arguments=["--auth"]) as server:
         with MongoClient[dict[str, Any]](server.uri) as client:
             client.admin.command("createUser", "root", pwd="p@ss/w0rd", roles=["root"])
@@ -140,15 +140,15 @@ def uri_of(server: EmbeddedMongod, user: str) -> str:
 
 
 @pytest.mark.parametrize("user", ["root", "worker"])
-async def test_a_user_with_the_rights_is_told_so(guarded: EmbeddedMongod, user: str) -> None:
+async def test_sufficient_rights_are_ok(guarded: EmbeddedMongod, user: str) -> None:
     finding = await finding_with("The user may read the source", uri_of(guarded, user))
     assert finding.level == "ok"
     assert "error" not in {finding.level for finding in await findings(uri_of(guarded, user))}
 
 
 @pytest.mark.parametrize("user", ["root", "worker"])
-async def test_the_rights_asked_for_are_those_that_a_run_needs(guarded: EmbeddedMongod, user: str) -> None:
-    """What the diagnosis calls enough is enough for the store, and what it calls missing is refused."""
+async def test_required_rights_are_those_of_a_run(guarded: EmbeddedMongod, user: str) -> None:
+    """The store works with the rights that the diagnosis accepts."""
     store = DocumentStore(load_settings(dotenv=None, mongodb_uri=uri_of(guarded, user)))
     try:
         await store.check()
@@ -163,7 +163,7 @@ async def test_the_rights_asked_for_are_those_that_a_run_needs(guarded: Embedded
         await store.close()
 
 
-async def test_a_reader_is_told_what_is_missing(guarded: EmbeddedMongod) -> None:
+async def test_missing_rights_are_listed(guarded: EmbeddedMongod) -> None:
     found = [finding for finding in await findings(uri_of(guarded, "reader")) if finding.level == "error"]
     assert [finding.sentence for finding in found] == [
         "The user lacks createIndex, update on customer_support.conversation_set.",
@@ -175,7 +175,7 @@ async def test_a_reader_is_told_what_is_missing(guarded: EmbeddedMongod) -> None
         client.customer_support.sentimental_analysis.insert_one({})
 
 
-async def test_a_user_who_may_not_even_read(guarded: EmbeddedMongod) -> None:
+async def test_user_without_any_rights_is_an_error(guarded: EmbeddedMongod) -> None:
     found = await findings(uri_of(guarded, "nobody"))
     refused = [finding for finding in found if finding.level == "error"]
     assert refused
@@ -183,19 +183,19 @@ async def test_a_user_who_may_not_even_read(guarded: EmbeddedMongod) -> None:
 
 
 @pytest.mark.parametrize("uri", ["mongodb://root:wrong@{}/?authSource=admin", "mongodb://root:p%40ss%2Fw0rd@{}/other"])
-async def test_a_wrong_password_or_database_of_the_user(guarded: EmbeddedMongod, uri: str) -> None:
+async def test_wrong_password_or_auth_database_is_an_error(guarded: EmbeddedMongod, uri: str) -> None:
     (only,) = await findings(uri.format(f"127.0.0.1:{guarded.port}"))
     assert only.level == "error"
     assert "refuses this user" in only.sentence
     assert "authSource=admin" in only.remedy
 
 
-async def test_no_access_control_is_said(mongodb_uri: str) -> None:
+async def test_missing_access_control_is_reported(mongodb_uri: str) -> None:
     finding = await finding_with("No access control", mongodb_uri)
     assert finding.level == "ok"
 
 
-def test_privileges_on_all_collections_and_databases_count() -> None:
+def test_wildcard_privileges_count() -> None:
     privileges = [
         {"resource": {"db": "shop", "collection": ""}, "actions": ["find"]},
         {"resource": {"db": "", "collection": "orders"}, "actions": ["insert"]},
@@ -235,13 +235,13 @@ async def test_documents_are_counted_by_shape_and_state(
     assert "shape messages: 1 done, 1 pending, 1 processing." in found
     assert "shape query: 1 failed, 1 pending, 1 processed, 1 skipped." in found
     assert found["of no accepted shape: 1 pending."].level == "warning"
-    (foreign,) = [finding for sentence, finding in found.items() if "another status" in sentence]
+    (foreign,) = [finding for sentence, finding in found.items() if "unrecognised status" in sentence]
     assert foreign.level == "warning"
     assert foreign.sentence.endswith(": done.")
     assert any("died" in sentence for sentence in found)
 
 
-async def test_the_oldest_pending_document_is_told_by_its_id(
+async def test_age_of_the_oldest_pending_document_comes_from_its_id(
     mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]
 ) -> None:
     now = datetime.now(UTC)
@@ -254,7 +254,7 @@ async def test_the_oldest_pending_document_is_told_by_its_id(
     assert finding.sentence.endswith("3 days ago.")
 
 
-async def test_pending_documents_without_a_time_and_none(
+async def test_pending_documents_without_a_time_in_their_id(
     mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]
 ) -> None:
     assert await finding_with("Nothing is pending", mongodb_uri, db_name)
@@ -262,7 +262,7 @@ async def test_pending_documents_without_a_time_and_none(
     assert "chat-7" in (await finding_with("first pending document", mongodb_uri, db_name)).sentence
 
 
-async def test_missing_indexes_are_named_and_those_of_the_store_are_enough(mongodb_uri: str, db_name: str) -> None:
+async def test_missing_indexes_are_listed_and_the_store_creates_them(mongodb_uri: str, db_name: str) -> None:
     finding = await finding_with("Indexes are missing", mongodb_uri, db_name)
     assert finding.level == "warning"
     assert "sentimental_analysis.source_conversation_id (unique)" in finding.sentence
@@ -273,10 +273,10 @@ async def test_missing_indexes_are_named_and_those_of_the_store_are_enough(mongo
         await store.ensure_result_indexes()
     finally:
         await store.close()
-    assert (await finding_with("All indexes", mongodb_uri, db_name)).level == "ok"
+    assert (await finding_with("All indexes exist", mongodb_uri, db_name)).level == "ok"
 
 
-async def test_several_results_of_one_document_are_found(
+async def test_several_results_of_one_document_are_an_error(
     mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]
 ) -> None:
     database.sentimental_analysis.insert_many([{"source_conversation_id": 1}, {"source_conversation_id": 1}])
@@ -285,9 +285,7 @@ async def test_several_results_of_one_document_are_found(
     assert "db.sentimental_analysis.aggregate(" in finding.remedy
 
 
-async def test_an_index_that_is_not_unique_is_an_error(
-    mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]
-) -> None:
+async def test_non_unique_index_is_an_error(mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]) -> None:
     database.sentimental_analysis.create_index("source_conversation_id")
     finding = await finding_with("not unique", mongodb_uri, db_name)
     assert finding.level == "error"
@@ -295,20 +293,18 @@ async def test_an_index_that_is_not_unique_is_an_error(
     assert "not unique" not in str(await findings(mongodb_uri, db_name))
 
 
-async def test_the_diagnosis_changes_nothing(
-    mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]
-) -> None:
+async def test_diagnosis_changes_nothing(mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]) -> None:
     database.conversation_set.insert_one({"_id": 1, "tweets": []})
     await findings(mongodb_uri, db_name)
     assert list(database.conversation_set.find()) == [{"_id": 1, "tweets": []}]
     assert database.list_collection_names() == ["conversation_set"]
 
 
-async def test_a_check_that_takes_too_long_is_a_warning(
+async def test_slow_check_is_a_warning(
     mongodb_uri: str, db_name: str, database: Database[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database.conversation_set.insert_many([{"tweets": []} for _ in range(10)])
-    # Not for ever: MongoDB does not end a function, and a mongod that serves the other tests would be busy with it.
+    # Limited to 2 s, because MongoDB does not stop a function and other tests use the same mongod.
     body = "function() { const end = Date.now() + 2000; while (Date.now() < end) {} }"
     slow = [{"$match": {"$expr": {"$function": {"body": body, "args": [], "lang": "js"}}}}]
     monkeypatch.setattr(mongo_diagnosis, "COUNTS", slow)

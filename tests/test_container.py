@@ -1,4 +1,4 @@
-"""What can be known of the image and of compose.yaml without a container engine."""
+"""Checks of the image and of compose.yaml that need no container engine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ from tests.fakes.scripted_service import scripted_service
 
 ROOT = Path(__file__).parent.parent
 NOT_PRODUCT = {"tests", "benchmarks"}
-INDEX_PACKAGE = (
-    "embedding_index/"  # loaded only where requirements-index.txt is installed as well: --build-arg INDEX=yes
-)
-EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which the image leaves out
+INDEX_PACKAGE = "embedding_index/"  # loaded only if requirements-index.txt is installed as well: --build-arg INDEX=yes
+EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which is not in the image
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The instructions of the Dockerfile, in order: (name, arguments), lines joined, comments gone."""
+    """Return the instructions of the Dockerfile as (name, arguments), with joined lines and without comments."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [
@@ -44,7 +42,7 @@ def final_stage() -> list[tuple[str, str]]:
 
 
 def last(name: str) -> str:
-    """The arguments of the last instruction *name* of the final stage; the one that counts."""
+    """Return the arguments of the last, effective instruction *name* of the final stage."""
     return [rest for found, rest in final_stage() if found == name][-1]
 
 
@@ -54,7 +52,7 @@ def environment_of_the_image() -> dict[str, str]:
 
 
 def tracked_or_new() -> list[str]:
-    """Every file of the working tree that a build would look at, apart from folders of tools."""
+    """Return every file of the working tree that a build would read, without the folders of tools."""
     found = []
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in {".git", ".venv", "__pycache__"} and "cache" not in name]
@@ -63,12 +61,12 @@ def tracked_or_new() -> list[str]:
 
 
 def is_in_context(path: str) -> bool:
-    """Whether .dockerignore lets *path* into the build; the last pattern that matches decides."""
+    """Return whether .dockerignore includes *path*; the last matching pattern decides."""
     included = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if line and not line.startswith("#"):
             pattern = line.removeprefix("!")
-            # A pattern covers a file, or the folder that it lies in; * stops at a slash.
+            # A pattern matches a file or its folder; * stops at a slash.
             parts = path.split("/")
             heads = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
             if any(h.count("/") == pattern.count("/") and fnmatch.fnmatchcase(h, pattern) for h in heads):
@@ -77,7 +75,7 @@ def is_in_context(path: str) -> bool:
 
 
 def copied() -> set[str]:
-    """The files of the project that end in the image."""
+    """Return the files of the project that are in the image."""
     sources = []
     for name, rest in instructions():
         if name == "COPY" and "--from" not in rest:
@@ -96,14 +94,14 @@ def copied() -> set[str]:
 
 
 def product_modules() -> set[str]:
-    """Every module of the flat layout and of its packages, those added later included."""
+    """Return every module of the product, also those added later."""
     packages = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in NOT_PRODUCT]
     files = [*ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]
     return {str(path.relative_to(ROOT)) for path in files}
 
 
 def test_every_product_module_is_in_the_image() -> None:
-    """A new module or package that nobody copies would be missing at its first import."""
+    """A new module that is not copied would fail at its first import."""
     assert product_modules() - copied() == set()
     assert "config/taxonomy.yaml" in copied()
     assert "data/sample_conversations.jsonl" in copied()
@@ -125,19 +123,19 @@ def test_every_product_module_is_in_the_image() -> None:
     ],
 )
 def test_secrets_state_and_results_never_reach_the_build(path: str) -> None:
-    """The context is a list of what belongs in it, so what is new stays out."""
+    """The build context is a list of included files, so new files stay out."""
     assert not is_in_context(path)
 
 
 def named_in(requirements: str) -> set[str]:
-    """The normalised names of the packages that a file of requirements pins; extras do not count."""
+    """Return the normalised package names in a requirements file, without extras."""
     text = (ROOT / requirements).read_text()
     names = re.findall(r"^([A-Za-z0-9_.-]+)(?:\[[a-z]+\])?==", text, re.MULTILINE)
     return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
 
 
 def test_what_is_copied_needs_only_what_is_installed() -> None:
-    """Each package that the modules of the image import is in requirements.txt, or for the index in its own file."""
+    """Every imported package is in requirements.txt, or in requirements-index.txt for the index."""
     installed = named_in("requirements.txt")
     own = {Path(path).parts[0].removesuffix(".py") for path in product_modules()}
     providers = packages_distributions()
@@ -149,34 +147,34 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
             for top in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):
                 distributions = {re.sub(r"[-_.]+", "-", name).lower() for name in providers.get(top, [top])}
                 allowed = installed | (named_in("requirements-index.txt") if path.startswith(INDEX_PACKAGE) else set())
-                # Starlette, bson, urllib3 and httpx2 come with the package that the module uses them for.
+                # Starlette, bson, urllib3 and httpx2 are dependencies of packages that the module uses.
                 if not distributions & (allowed | {"starlette", "urllib3", "httpx2"}):
                     missing[top] = path
     assert missing == {}
 
 
 def test_the_image_installs_no_database() -> None:
-    """The embedded mongod and what imitates MongoDB are 60 MB that a container has no use for."""
+    """The embedded mongod and the MongoDB mock are 60 MB that a container does not need."""
     text = (ROOT / "requirements.txt").read_text()
     assert not re.search(r"^(fiftyone|pycurl|mongomock|motor)", text, re.MULTILINE)
 
 
 def test_nothing_runs_as_root() -> None:
-    """A number other than 0, for the group too."""
+    """The user and group ids are numbers other than 0."""
     user = re.fullmatch(r"(\d+):(\d+)", last("USER"))
     assert user
     assert min(map(int, user.groups())) >= 1000
 
 
 def test_signals_reach_python() -> None:
-    """A shell in between would swallow SIGTERM, and an entry point would stand before `python cli.py`."""
+    """A shell would swallow SIGTERM, and an entry point would precede `python cli.py`."""
     assert last("STOPSIGNAL") == "SIGTERM"
     assert json.loads(last("CMD")) == ["python", "main.py"]
     assert not [rest for name, rest in final_stage() if name == "ENTRYPOINT"]
 
 
 def test_the_build_takes_no_secret_and_no_moving_tag() -> None:
-    """What is given as ARG or ENV stays readable in the image; `latest` is another image tomorrow."""
+    """ARG and ENV values stay readable in the image; `latest` can change."""
     for name, rest in instructions():
         if name in ("ARG", "ENV"):
             assert not re.search(r"KEY|SECRET|PASSWORD|TOKEN|URI", rest), rest
@@ -187,7 +185,7 @@ def test_the_build_takes_no_secret_and_no_moving_tag() -> None:
 
 
 def test_the_state_of_the_worker_lies_in_the_volume() -> None:
-    """With a read-only root everything else is out of reach."""
+    """The root file system is read-only."""
     environment = environment_of_the_image()
     volumes = json.loads(last("VOLUME"))
     assert any(environment["BATCH_FILES_DIR"].startswith(f"{volume}/") for volume in volumes)
@@ -204,7 +202,7 @@ def run_health_check(port: int) -> int:
 
 
 def test_the_health_check_tells_alive_from_dead() -> None:
-    """The very command of the Dockerfile, against a server and against none."""
+    """The command of the Dockerfile, with and without a server."""
     with scripted_service() as service:
         port = int(service.url.rpartition(":")[2])
         assert run_health_check(port) == 0
@@ -221,7 +219,7 @@ def own_services(compose: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_compose_has_the_parts(compose: dict[str, Any]) -> None:
-    """The worker only when asked for."""
+    """The worker starts only with its profile."""
     assert {"mongo", "ollama", "api", "worker"} <= compose["services"].keys()
     assert own_services(compose).keys() == {"api", "worker"}
     assert compose["services"]["worker"]["profiles"] == ["worker"]
@@ -230,7 +228,7 @@ def test_compose_has_the_parts(compose: dict[str, Any]) -> None:
 
 
 def test_compose_names_only_variables_that_exist(compose: dict[str, Any]) -> None:
-    """A misspelt one would be ignored; and .env is read by compose and by the product alike, which refuses unknown names."""
+    """A misspelt name would be ignored; compose and the product read the same .env, and the product rejects unknown names."""
     for service in own_services(compose).values():
         assert service["environment"].keys() <= known_environment_names()
     text = (ROOT / "compose.yaml").read_text()
@@ -240,7 +238,7 @@ def test_compose_names_only_variables_that_exist(compose: dict[str, Any]) -> Non
 
 
 def test_compose_holds_no_secret(compose: dict[str, Any]) -> None:
-    """What is secret comes from outside and has no default; no address has credentials."""
+    """Secrets come from the environment without defaults; no address has credentials."""
     for service in compose["services"].values():
         for name, value in service.get("environment", {}).items():
             if re.search(r"KEY|SECRET|PASSWORD|TOKEN", name):
@@ -249,14 +247,14 @@ def test_compose_holds_no_secret(compose: dict[str, Any]) -> None:
 
 
 def test_compose_publishes_on_this_machine_only(compose: dict[str, Any]) -> None:
-    """MongoDB has no password here, and Ollama never has one."""
+    """MongoDB and Ollama have no passwords here."""
     ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
     assert len(ports) == 3
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
 def test_compose_waits_for_what_is_needed(compose: dict[str, Any]) -> None:
-    """Each dependency has a condition, and where that is health, a health check."""
+    """Each dependency has a condition; a dependency on health has a health check."""
     for service in compose["services"].values():
         for name, how in service.get("depends_on", {}).items():
             assert how["condition"] in {"service_healthy", "service_started", "service_completed_successfully"}
@@ -266,7 +264,7 @@ def test_compose_waits_for_what_is_needed(compose: dict[str, Any]) -> None:
 
 
 def test_compose_locks_our_containers_down(compose: dict[str, Any]) -> None:
-    """No capability, no new rights, nothing to write to but /tmp and the volume; time to finish what is in flight."""
+    """No capabilities, no new privileges, writable only /tmp and the volume, and time to finish calls in flight."""
     for service in own_services(compose).values():
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
@@ -279,6 +277,6 @@ def test_compose_locks_our_containers_down(compose: dict[str, Any]) -> None:
 
 
 def test_images_of_others_have_a_version(compose: dict[str, Any]) -> None:
-    """`latest` would be another program tomorrow."""
+    """`latest` can change."""
     images = {service["image"] for service in compose["services"].values() if "build" not in service}
     assert all(re.fullmatch(r"[\w./-]+:(?!latest)[\w.-]+", image) for image in images)

@@ -1,4 +1,4 @@
-"""What the code offers and what the documentation says are the same."""
+"""The documentation and the code agree."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_flag_is_documented(flag: str) -> None:
 
 
 def test_no_flag_is_documented_that_does_not_exist() -> None:
-    """The table of flags holds nothing invented."""
+    """The table of flags lists no flag that does not exist."""
     section = OPERATIONS.split("## Flags")[1].split("## Environment")[0]
     documented = set(re.findall(r"`(--[a-z-]+)", section))
     assert documented == set(flags())
@@ -87,8 +87,8 @@ def test_every_exit_code_is_documented(code: ExitCode) -> None:
     assert re.search(rf"^\| {code.value} \|", section, re.MULTILINE)
 
 
-def test_every_error_says_an_exit_code_of_the_table() -> None:
-    """No error class ends the process with a code that nobody documented."""
+def test_every_error_has_a_documented_exit_code() -> None:
+    """No error class has an undocumented exit code."""
 
     def classes(base: type[TriadError]) -> list[type[TriadError]]:
         return [base, *(c for child in base.__subclasses__() for c in classes(child))]
@@ -116,7 +116,7 @@ def test_presets_monitoring_modes_and_folders_are_documented() -> None:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_links_and_files_named_in_the_documentation_exist(page: Path) -> None:
-    """A page names no module, test or page that is not there."""
+    """A page names no module, test or page that does not exist."""
     text = page.read_text(encoding="utf-8")
     for name in re.findall(
         r"`((?:docs|tests|utils|config|benchmarks|data)/[\w./-]+\.(?:py|md|yaml|jsonl|example))`", text
@@ -124,8 +124,8 @@ def test_links_and_files_named_in_the_documentation_exist(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
-def test_the_readme_shows_the_two_commands() -> None:
-    """The first screen: what it is, and how to see it."""
+def test_readme_names_run_and_test_on_the_first_screen() -> None:
     first_screen = "\n".join(README.splitlines()[:40])
     assert "git clone" in first_screen
     assert "make run" in first_screen
+    assert "make test" in first_screen

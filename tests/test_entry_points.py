@@ -1,4 +1,4 @@
-"""Each program of the project with an interpreter of its own, where every warning is an error; other tests fork them."""
+"""Each program in its own interpreter with warnings as errors; other tests fork them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted({"cli", *E
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_it_starts(file: Path, tmp_path: Path) -> None:
-    """From any folder; forked, it says the same."""
+def test_program_starts_in_any_folder(file: Path, tmp_path: Path) -> None:
+    """A forked process prints the same."""
     command = [ROOT / file, "--help"]
     done = subprocess.run(
         [sys.executable, "-W", "error", *command],
@@ -44,8 +44,8 @@ def test_it_starts(file: Path, tmp_path: Path) -> None:
         ("import sys; print(sys.argv, __name__, len(sys.stdin.read()))", 0),
     ],
 )
-def test_a_forked_program_ends_as_any_other(program: str, code: int, tmp_path: Path) -> None:
-    """The fork is a way to save time, and nothing else."""
+def test_forked_program_behaves_like_a_started_one(program: str, code: int, tmp_path: Path) -> None:
+    """The fork only saves time."""
     command = ["-c", program, "an argument"]
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""The load test counts what really came back."""
+"""The load test script counts every kind of answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_script(service: ScriptedService, *flags: str) -> subprocess.CompletedPro
 
 
 def test_every_answer_is_counted(tmp_path: Path) -> None:
-    """200s and 503s with Retry-After are fine; each request is another one."""
+    """200, and 503 with Retry-After, are accepted; all requests differ."""
     output = tmp_path / "load.json"
     with scripted_service(
         lambda number, nth: error(503, "QueueFullError", Retry_After="1") if number.endswith("3") else Reply()
@@ -45,16 +45,15 @@ def test_every_answer_is_counted(tmp_path: Path) -> None:
         (error(422, "ValidationError"), "422"),
     ],
 )
-def test_what_a_busy_service_may_not_answer_ends_with_1(reply: Reply, sign: str) -> None:
-    """One in ten is enough."""
+def test_unexpected_answer_exits_with_1(reply: Reply, sign: str) -> None:
+    """One of ten requests suffices."""
     with scripted_service(lambda number, nth: reply if number == "load-7" else Reply()) as service:
         run = run_script(service, "--requests", "10", "--concurrency", "2")
     assert run.returncode == ExitCode.INCOMPLETE
     assert sign in run.stdout
 
 
-def test_silence_is_no_answer() -> None:
-    """A request beyond the time-out is counted by its reason."""
+def test_timeout_counts_as_no_answer() -> None:
     with scripted_service() as service:
         service.close()
         run = run_script(service, "--requests", "1", "--concurrency", "1", "--timeout", "0.3")
@@ -62,8 +61,7 @@ def test_silence_is_no_answer() -> None:
     assert "no answer: 1 x" in run.stdout
 
 
-def test_no_load_is_sent_where_no_service_is() -> None:
-    """One sentence and exit code 3."""
+def test_unreachable_service_exits_with_3() -> None:
     with scripted_service() as service:
         pass
     run = run_script(service, "--requests", "5")
@@ -72,13 +70,13 @@ def test_no_load_is_sent_where_no_service_is() -> None:
 
 
 def test_failing_health_is_not_clean() -> None:
-    """The load may be fine and the service still look dead to a load balancer."""
+    """A load balancer would consider the service dead."""
     assert Load(latencies_s={"200": [0.1]}).is_clean
     assert not Load(latencies_s={"200": [0.1]}, health_failed=1).is_clean
 
 
 def test_bodies_differ_and_can_be_large() -> None:
-    """Nothing can be answered from memory."""
+    """No answer can come from a cache."""
     assert len({conversation(number, 0) for number in range(2000)}) == 2000
     assert len(conversation(1, 10_000)) > 10_000
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0

@@ -1,4 +1,4 @@
-"""What a run would do: the report of ``--dry-run``. Reads only."""
+"""The report of ``--dry-run``: what a run would do. Reads only."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ async def preview(
     options: RunOptions,
     kinds: StalenessChecker | None = None,
 ) -> dict[str, Any]:
-    """Return what a run with *options* would take up, without changing or asking anything.
+    """Return counts of the documents that a run with *options* would process; call no model and write nothing.
 
-    *kinds* is needed where ``options.only`` is given; then to_classify counts what that kind has, result or not.
+    *kinds* is required with ``options.only``; to_classify then includes documents that have a result.
 
-    Keys: selected, to_classify, already_done, skipped (by reason), shapes, turns, characters (of the
-    transcripts), first_ids (at most EXAMPLES, as text).
+    Keys: selected, to_classify, already_done, skipped (by reason), shapes, turns, characters (of the transcripts),
+    first_ids (at most EXAMPLES, as text).
     """
     bound = await store.upper_bound()
     queued = await asyncio.to_thread(kinds.queued) if kinds else set()

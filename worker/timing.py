@@ -1,13 +1,13 @@
-"""Keeps when each document of a sample was asked, and what the model server told about its answers."""
+"""Timings of a sample of documents, and the arithmetic of ``cli.py estimate`` on them."""
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -16,21 +16,54 @@ from error_handler import LLMError
 from model_server.protocol import ChatReply
 from worker.run import Classify
 
+BUSY_SHARE = 0.1  # of a document's time; servers report a few milliseconds of overhead as queue wait
+LEAST_TIMED = 8  # documents, without the first one of each call, which reads the whole prompt uncached
+LEAST_FOR_INTERVAL = 5
+SCHEDULED = 400  # documents assigned to slots one by one, for the idle slots at the end; the rest takes the mean
+Z_90 = 1.645
+
+
+@dataclass(slots=True)
+class DocumentTiming:
+    """When one document of the sample was classified; seconds of one monotonic clock.
+
+    *gap_s* is the time since the same worker finished its previous document, None for the first. *queue_wait_s* and the
+    token counts are sums over the calls of the document, None if the server does not report them.
+    """
+
+    started_s: float
+    ended_s: float = 0.0
+    gap_s: float | None = None
+    queue_wait_s: float | None = None
+    load_s: float = 0.0
+    prompt_tokens: int | None = None
+    reply_tokens: int | None = None
+
+    @property
+    def cycle_s(self) -> float:
+        """The time that the document kept one of our calls busy, without the model's load."""
+        return max(0.0, self.ended_s - self.started_s - self.load_s) + (self.gap_s or 0.0)
+
+    @property
+    def service_s(self) -> float:
+        """The time that the document held a slot of the server."""
+        return max(0.0, self.ended_s - self.started_s - self.load_s - (self.queue_wait_s or 0.0))
+
 
 class SampleRecorder:
-    """Wraps what asks the model; *timings* are of the documents that were answered or failed, in the order they ended.
+    """Records *timings* of the documents that were answered or failed, in the order they ended.
 
-    *load_s* is the longest that the model took to be loaded, in seconds: at the start of the run, or before an answer.
+    *load_s* is the longest load of the model, in seconds: at the start of the run, or before an answer.
     """
 
     def __init__(self) -> None:
         self.timings: list[DocumentTiming] = []
         self.load_s = 0.0
-        # Each worker of a run is a task with a context of its own, so this is the worker's latest document.
+        # Each worker is a task with its own context, so this is the worker's latest document.
         self._latest: ContextVar[DocumentTiming | None] = ContextVar("latest", default=None)
 
     def recorded(self, classify: Classify) -> Classify:
-        """Return *classify*, recorded; one that is cancelled leaves no timing."""
+        """Return *classify* with recording; a cancelled call leaves no timing."""
 
         async def recorded_classify(conversation: Conversation, rounds: int) -> Outcome:
             before = self._latest.get()
@@ -53,7 +86,7 @@ class SampleRecorder:
         self.timings.append(timing)
 
     def note_answer(self, reply: ChatReply) -> None:
-        """Add *reply* to the document that the calling task asks; without one it was asked for itself, to warm up."""
+        """Add *reply* to the calling task's document; the warm-up has none."""
         self.load_s = max(self.load_s, reply.load_s or 0.0)
         timing = self._latest.get()
         if timing is None:
@@ -66,48 +99,12 @@ class SampleRecorder:
             timing.reply_tokens = (timing.reply_tokens or 0) + reply.reply_tokens
 
 
-BUSY_SHARE = 0.1  # of a document's time; servers report some milliseconds of overhead as waiting
-LEAST_TIMED = 8  # documents to be timed without the first of each slot, which read the whole prompt uncached
-LEAST_FOR_INTERVAL = 5
-RESAMPLES = 500
-SCHEDULED = 400  # documents laid into slots one by one, for the idle slots at the end; the rest follows the mean
-Z_90 = 1.645
-SEED = 20_250_924
-
-
-@dataclass(slots=True)
-class DocumentTiming:
-    """When one document of the sample was asked; seconds of one monotonic clock.
-
-    *gap_s* is the time since its worker had finished the document before, None for the first. *queue_wait_s* and the
-    token counts are sums over its calls, None where the server does not tell.
-    """
-
-    started_s: float
-    ended_s: float = 0.0
-    gap_s: float | None = None
-    queue_wait_s: float | None = None
-    load_s: float = 0.0
-    prompt_tokens: int | None = None
-    reply_tokens: int | None = None
-
-    @property
-    def cycle_s(self) -> float:
-        """How long it kept one of our calls from the next document, without the loading of the model."""
-        return max(0.0, self.ended_s - self.started_s - self.load_s) + (self.gap_s or 0.0)
-
-    @property
-    def service_s(self) -> float:
-        """How long it held a slot of the server; its wait is known."""
-        return max(0.0, self.ended_s - self.started_s - self.load_s - (self.queue_wait_s or 0.0))
-
-
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast documents go: *slots* at once, each for one of *holds_s*.
+    """The throughput of a sample: *slots* documents at once, each taking one of *holds_s* (seconds).
 
-    *wait_share* is the part of a document's time that it waited for a slot of the server (0 to 1), None where the
-    server does not tell. *is_server_busy* says that more calls at once would only wait.
+    *wait_share* is the share of a document's time spent in the server's queue (0 to 1), None if the server does not
+    report it. If *is_server_busy*, additional calls would only wait.
     """
 
     slots: int
@@ -117,50 +114,41 @@ class Pace:
 
     @property
     def documents_per_s(self) -> float:
-        """The rate while every slot is taken; infinite where no time could be measured."""
+        """The rate while every slot is busy; infinite if no time could be measured."""
         mean_s = statistics.fmean(self.holds_s)
         return self.slots / mean_s if mean_s > 0 else math.inf
 
     def with_calls(self, calls: int) -> Pace:
-        """Return the pace with *calls* at once: the most it can be where the server is not busy to its limit."""
+        """Return the pace with *calls* concurrent calls; an upper bound unless the server is busy."""
         slots = min(calls, self.slots) if self.is_server_busy else calls
         return Pace(slots, self.holds_s, self.wait_share, self.is_server_busy and calls >= self.slots)
 
 
-@dataclass(frozen=True, slots=True)
-class TimeQuote:
-    """Seconds; 90 % of the outcomes lie from *low_s* to *high_s*, None where the sample is too small to say."""
-
-    expected_s: float
-    low_s: float | None
-    high_s: float | None
-
-
 def measure_pace(timings: Sequence[DocumentTiming], max_concurrent: int) -> Pace:
-    """Return the pace of a sample (one document or more) that was asked with *max_concurrent* calls at once."""
+    """Return the pace of a sample (one document or more) taken with *max_concurrent* calls."""
     later = [timing for timing in timings if timing.gap_s is not None]
     timed = later if len(later) >= LEAST_TIMED else list(timings)
-    waits = [timing.queue_wait_s for timing in timed if timing.queue_wait_s is not None]
+    waiting = [timing for timing in timed if timing.queue_wait_s is not None]
     share = None
-    if waits:
-        told = [timing for timing in timed if timing.queue_wait_s is not None]
-        share = sum(waits) / max(sum(waits) + sum(timing.service_s for timing in told), 1e-9)
+    if waiting:
+        wait_s = sum(timing.queue_wait_s or 0.0 for timing in waiting)
+        share = wait_s / max(wait_s + sum(timing.service_s for timing in waiting), 1e-9)
     if share is not None and share > BUSY_SHARE:
         held = slots_held_while_waiting(timings)
         if held > 0 and round(held) < max_concurrent:
             slots = max(1, round(held))
-            # Both numbers were taken by our clock, network included; their ratio is what the server does.
+            # Both were measured by our clock, network included; their ratio is the server's rate.
             holds_s = tuple(timing.service_s * slots / held for timing in timed)
             return Pace(slots, holds_s, share, is_server_busy=True)
     return Pace(max_concurrent, tuple(timing.cycle_s for timing in timed), share, is_server_busy=False)
 
 
 def slots_held_while_waiting(timings: Sequence[DocumentTiming]) -> float:
-    """Return how many documents the server worked on, on average, while another one waited; 0.0 where none did.
+    """Return the mean number of documents in service while another one waited; 0.0 if none waited.
 
-    While one waits no slot is free, so this is the number of slots that this client gets.
+    No slot is free while a document waits, so this is the number of slots that this client gets.
     """
-    changes: list[tuple[float, int, int]] = []  # when, change of the waiting, change of the served
+    changes: list[tuple[float, int, int]] = []  # time, change in waiting, change in service
     for timing in timings:
         arrived_s = timing.started_s + timing.load_s
         served_s = arrived_s + (timing.queue_wait_s or 0.0)
@@ -175,36 +163,37 @@ def slots_held_while_waiting(timings: Sequence[DocumentTiming]) -> float:
     return slot_s / busy_s if busy_s > 0 else 0.0
 
 
-def quote_time(pace: Pace, documents: int) -> TimeQuote:
-    """Return how long *documents* take at *pace*.
+@dataclass(frozen=True, slots=True)
+class TimeQuote:
+    """Seconds; the 90 % prediction interval is None if the sample is too small."""
 
-    The interval is a bootstrap: RESAMPLES times a sample is drawn from the sample, with replacement, and the documents
-    are laid into the slots with times from it; the 5th and 95th percentile are told. Its means are spread by
-    sqrt(n / (n - 1)) and Student's t over z, without which an interval from 20 documents is too narrow.
+    expected_s: float
+    low_s: float | None
+    high_s: float | None
+
+
+def quote_time(pace: Pace, documents: int) -> TimeQuote:
+    """Return the time that *documents* take at *pace*.
+
+    The expected time assigns the sample's times to the slots, in turn. The interval is the usual prediction interval of
+    a mean: Student's t times the standard error of the sample and of the documents to come.
     """
-    source = random.Random(SEED)
     holds_s, size = pace.holds_s, len(pace.holds_s)
     mean_s = statistics.fmean(holds_s)
     scheduled = min(documents, SCHEDULED)
-    student_over_z = 1 + (Z_90**2 + 1) / (4 * max(1, size - 1))
-    spread = student_over_z * math.sqrt(size / max(1, size - 1))
-    outcomes = []
-    for _ in range(RESAMPLES):
-        drawn = source.choices(holds_s, k=size)
-        drawn_mean_s = statistics.fmean(drawn)
-        in_slots_s = _laid_into_slots(source.choices(drawn, k=scheduled), pace.slots)
-        outcome_s = in_slots_s + (documents - scheduled) * drawn_mean_s / pace.slots
-        factor = max(0.0, mean_s + spread * (drawn_mean_s - mean_s)) / drawn_mean_s if drawn_mean_s > 0 else 1.0
-        outcomes.append(outcome_s * factor)
-    expected_s = statistics.fmean(outcomes)
+    expected_s = _makespan(itertools.islice(itertools.cycle(holds_s), scheduled), pace.slots)
+    expected_s += (documents - scheduled) * mean_s / pace.slots
     if size < LEAST_FOR_INTERVAL:
         return TimeQuote(expected_s, None, None)
-    twentieths = statistics.quantiles(outcomes, n=20)
-    return TimeQuote(expected_s, twentieths[0], twentieths[-1])
+    if not expected_s:
+        return TimeQuote(0.0, 0.0, 0.0)
+    student_t = Z_90 * (1 + (Z_90**2 + 1) / (4 * (size - 1)))
+    margin = student_t * statistics.stdev(holds_s) / mean_s * math.sqrt(1 / size + 1 / documents)
+    return TimeQuote(expected_s, expected_s * max(0.0, 1 - margin), expected_s * (1 + margin))
 
 
-def _laid_into_slots(holds_s: Sequence[float], slots: int) -> float:
-    """Return when the last of *holds_s* ends, each beginning as soon as one of *slots* is free."""
+def _makespan(holds_s: Iterable[float], slots: int) -> float:
+    """Return when the last of *holds_s* ends if each starts as soon as one of *slots* is free."""
     free_at_s = [0.0] * slots
     for hold_s in holds_s:
         heapq.heapreplace(free_at_s, free_at_s[0] + hold_s)
@@ -212,12 +201,12 @@ def _laid_into_slots(holds_s: Sequence[float], slots: int) -> float:
 
 
 def mean_tokens(timings: Sequence[DocumentTiming]) -> tuple[float, float] | None:
-    """Return the mean tokens of prompt and reply per document, repair turns included; None where nobody tells."""
-    told = [
+    """Return the mean prompt and reply tokens per document, repair turns included; None if the server reports none."""
+    counts = [
         (timing.prompt_tokens, timing.reply_tokens)
         for timing in timings
         if timing.prompt_tokens is not None and timing.reply_tokens is not None
     ]
-    if not told:
+    if not counts:
         return None
-    return statistics.fmean(pair[0] for pair in told), statistics.fmean(pair[1] for pair in told)
+    return statistics.fmean(pair[0] for pair in counts), statistics.fmean(pair[1] for pair in counts)

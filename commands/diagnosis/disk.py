@@ -1,4 +1,4 @@
-"""Can a worker keep its files? Findings about ``batch_files/`` and this process. Reads only; no lock is kept."""
+"""Checks of the state directory and of this process for ``cli.py doctor``. They only read; no lock is kept."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from commands.diagnosis.findings import Finding, counted
+from commands.diagnosis.findings import Finding, error, ok, warning
 from config import Settings
+from domain.text import counted
 from storage import extended_json
 from storage.contract import MAX_POOL_SIZE
 
@@ -19,55 +20,55 @@ LITTLE_SPACE_BYTES = 1_000_000_000
 FILES_OF_A_RUN = 64  # libraries, logs, journals, progress
 LEFTOVERS = {
     "pending": "an interrupted run; the next run finishes it",
-    "retry": "failed documents; the next run tries them again",
-    "quarantine": "documents that failed for good; python cli.py --retry-failed takes them up again",
+    "retry": "failed documents; the next run retries them",
+    "quarantine": "documents that failed for good; python cli.py --retry-failed retries them",
 }
 
 Check = Callable[[Settings], Iterator[Finding]]
 
 
 def diagnose_disk(settings: Settings) -> Iterator[Finding]:
-    """Yield what there is to say about the directory of *settings*; a check that fails does not hide the others."""
+    """Yield the findings about the directory of *settings*; a failed check does not hide the others."""
     checks: list[Check] = [_space, _rights_to_write, _privacy, _lock, _leftovers, _open_files]
     for check in checks:
         try:
             yield from check(settings)
         except OSError as exc:
             place = exc.filename or settings.batch_files_dir
-            sentence = f"{place} cannot be looked at ({exc.strerror})."
-            yield Finding("error", sentence, "Fix its rights, or name another directory with --batch-files-dir.")
+            remedy = "Fix its permissions, or choose another directory with --batch-files-dir."
+            yield error(f"Cannot read {place} ({exc.strerror}).", remedy)
 
 
 def _space(settings: Settings) -> Iterator[Finding]:
     place = _nearest(settings.batch_files_dir)
     free = shutil.disk_usage(place).free
-    sentence, numbers = f"{free / 1e9:,.1f} GB are free where {settings.batch_files_dir} lives.", {"free_bytes": free}
+    sentence = f"{free / 1e9:,.1f} GB are free on the disk of {settings.batch_files_dir}."
     if free >= LITTLE_SPACE_BYTES:
-        yield Finding("ok", sentence, numbers=numbers)
+        yield ok(sentence, free_bytes=free)
     else:
-        remedy = "Free some, or name a directory on another disk with --batch-files-dir: a full disk stops a run."
-        yield Finding("warning", sentence, remedy, numbers)
+        remedy = "Free some space, or choose another disk with --batch-files-dir: a full disk stops a run."
+        yield warning(sentence, remedy, free_bytes=free)
 
 
 def _rights_to_write(settings: Settings) -> Iterator[Finding]:
     directory = settings.batch_files_dir
-    remedy = "Fix it, or name another directory with --batch-files-dir."
+    remedy = "Fix this, or choose another directory with --batch-files-dir."
     if directory.is_symlink():
-        yield Finding("error", f"{directory} is a symbolic link, which a run refuses.", remedy)
+        yield error(f"{directory} is a symbolic link; a run refuses those.", remedy)
         return
     place = _nearest(directory)
     if not place.is_dir():
-        yield Finding("error", f"{place} is not a folder, so {directory} cannot be one.", remedy)
+        yield error(f"{place} is not a directory, so {directory} cannot be created.", remedy)
         return
     exists = place == directory.absolute()
     folders = [place, *(path for path in place.iterdir() if path.is_dir())] if exists else [place]
     closed = [path for path in folders if not os.access(path, os.W_OK | os.X_OK, effective_ids=True)]
     if closed:
-        yield Finding("error", f"This user may not write to {closed[0]}.", remedy)
+        yield error(f"This user cannot write to {closed[0]}.", remedy)
     elif exists:
-        yield Finding("ok", f"This user may write to {directory}.")
+        yield ok(f"This user can write to {directory}.")
     else:
-        yield Finding("ok", f"{directory} is not there yet; a run makes it in {place}.")
+        yield ok(f"{directory} does not exist yet; a run creates it in {place}.")
 
 
 def _privacy(settings: Settings) -> Iterator[Finding]:
@@ -77,29 +78,29 @@ def _privacy(settings: Settings) -> Iterator[Finding]:
     paths = [directory, *(path for path in directory.rglob("*") if not path.is_symlink())]
     open_paths = [path for path in paths if path.stat().st_mode & 0o077]
     if open_paths:
-        sentence = f"Others may use {counted(len(open_paths), 'path')} of {directory}, which holds customer text."
-        numbers = {"paths": len(open_paths)}
-        yield Finding("warning", sentence, f"chmod -R go-rwx {directory}", numbers)
+        sentence = (
+            f"Other users can access {counted(len(open_paths), 'path')} in {directory}, which holds customer text."
+        )
+        yield warning(sentence, f"chmod -R go-rwx {directory}", paths=len(open_paths))
     else:
-        yield Finding("ok", f"Nobody else may read {directory} (folders 0700, files 0600).")
+        yield ok(f"Only this user can read {directory} (directories 0700, files 0600).")
 
 
 def _lock(settings: Settings) -> Iterator[Finding]:
-    """Ask for a shared lock and give it back at once: it is refused exactly where a worker holds its own."""
+    """Try to take a shared lock and release it; this fails exactly if a worker holds its exclusive lock."""
     path = settings.batch_files_dir / ".lock"
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        yield Finding("ok", "No worker has used this directory yet.", numbers={"locked": False})
+        yield ok("No worker has used this directory yet.", locked=False)
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        remedy = "A second worker needs a --batch-files-dir of its own; this one ends with exit code 5."
-        sentence = f"A worker is using {settings.batch_files_dir} now."
-        yield Finding("warning", sentence, remedy, {"locked": True})
+        remedy = "Give a second worker its own --batch-files-dir; with this one it ends with exit code 5."
+        yield warning(f"A worker is using {settings.batch_files_dir}.", remedy, locked=True)
     else:
-        yield Finding("ok", "No worker is using this directory now.", numbers={"locked": False})
+        yield ok("No worker is using this directory.", locked=False)
     finally:
         os.close(handle)
 
@@ -110,26 +111,29 @@ def _leftovers(settings: Settings) -> Iterator[Finding]:
         paths = sorted((directory / kind).glob("batch_*.json"))
         counts = [_documents_in(path) for path in paths]
         unreadable = sum(count is None for count in counts)
-        numbers = {"files": len(paths), "documents": sum(count or 0 for count in counts), "unreadable": unreadable}
+        documents = sum(count or 0 for count in counts)
+        numbers = {"files": len(paths), "documents": documents, "unreadable": unreadable}
         if unreadable:
-            sentence = f"{unreadable} of {counted(len(paths), 'file')} in {directory / kind} cannot be read as what it should be."
-            remedy = "The next run sets them aside as .corrupt and finds their documents again in MongoDB."
-            yield Finding("warning", sentence, remedy, numbers)
+            remedy = "The next run renames them to .corrupt and reads their documents from MongoDB again."
+            files = counted(len(paths), "file")
+            yield Finding("warning", f"{unreadable} of {files} in {directory / kind} cannot be read.", remedy, numbers)
         elif paths:
-            sentence = f"{kind}/ holds {counted(numbers['documents'], 'document')} in {counted(len(paths), 'file')}: {meaning}."
-            remedy = "Their reasons are in those files." if kind == "quarantine" else ""
-            yield Finding("warning" if kind == "quarantine" else "ok", sentence, remedy, numbers)
+            sentence = f"{kind}/ holds {counted(documents, 'document')} in {counted(len(paths), 'file')}: {meaning}."
+            if kind == "quarantine":
+                yield Finding("warning", sentence, "python cli.py quarantine list lists them with reasons.", numbers)
+            else:
+                yield Finding("ok", sentence, numbers=numbers)
     corrupt = len(list(directory.glob("**/*.corrupt")))
     if corrupt:
-        sentence = f"Set aside as .corrupt: {counted(corrupt, 'file')}; the documents were found again in MongoDB."
-        yield Finding("warning", sentence, "Delete them when you have looked at them.", {"corrupt": corrupt})
+        sentence = f"Renamed to .corrupt: {counted(corrupt, 'file')}; their documents were read from MongoDB again."
+        yield warning(sentence, "Inspect the files, then delete them.", corrupt=corrupt)
 
 
 def _documents_in(path: Path) -> int | None:
-    """Return how many documents *path* holds; None where it is not one of the worker's files."""
+    """Return how many documents *path* holds; None if it is not a file of the worker."""
     try:
         content: Any = extended_json.loads(path.read_bytes())
-    except FileNotFoundError:  # settled meanwhile by a worker
+    except FileNotFoundError:  # a worker has just finished it
         return 0
     except ValueError:
         return None
@@ -139,20 +143,16 @@ def _documents_in(path: Path) -> int | None:
 
 def _open_files(settings: Settings) -> Iterator[Finding]:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = FILES_OF_A_RUN + MAX_POOL_SIZE + _calls_at_once(settings.max_concurrent)
-    numbers = {"limit": limit, "needed": needed}
+    needed = FILES_OF_A_RUN + MAX_POOL_SIZE + settings.most_concurrent
     if limit == resource.RLIM_INFINITY or limit >= needed:
-        yield Finding("ok", "This process may open as many files as a run needs.", numbers=numbers)
+        yield ok("This process can open as many files as a run needs.", limit=limit, needed=needed)
     else:
-        sentence = f"This process may open {limit} files at once, and a run may need {needed}."
-        yield Finding("warning", sentence, f"ulimit -n {max(1024, needed)} (systemd: LimitNOFILE=).", numbers)
-
-
-def _calls_at_once(setting: object) -> int:
-    return setting if isinstance(setting, int) else 256  # the most that may be set
+        sentence = f"This process can open {limit} files, and a run may need {needed}."
+        remedy = f"Raise the limit: ulimit -n {max(1024, needed)} (systemd: LimitNOFILE=)."
+        yield warning(sentence, remedy, limit=limit, needed=needed)
 
 
 def _nearest(path: Path) -> Path:
-    """Return *path*, or the nearest folder above it that exists."""
+    """Return *path* or its nearest parent that exists."""
     path = path.absolute()
     return next((place for place in (path, *path.parents) if os.path.lexists(place)), Path("/"))

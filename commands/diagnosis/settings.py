@@ -1,11 +1,11 @@
-"""What is set, where it comes from, and whether the labels are usable. Secrets are masked."""
+"""Checks of the settings, with their origins, and of the labels. Secrets are masked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from commands.diagnosis.findings import Finding
+from commands.diagnosis.findings import Finding, error, ok, warning
 from config import Settings, load_taxonomy
 from config.masked_settings import shown
 from config.settings import DOTENV, environment_names
@@ -14,7 +14,7 @@ from error_handler import ConfigurationError
 
 
 def diagnose_settings(settings: Settings, flags: Mapping[str, str], dotenv: Path | None = DOTENV) -> Iterator[Finding]:
-    """Yield one finding for each setting; *flags* maps the fields that flags gave to the flags."""
+    """Yield one finding for each setting; *flags* maps the fields that were set by flags to the flags."""
     for field, origin in settings_origins(flags, dotenv).items():
         value = shown(field, getattr(settings, field))
         name = environment_names(field)[0]
@@ -27,35 +27,35 @@ def diagnose_settings(settings: Settings, flags: Mapping[str, str], dotenv: Path
         }
         surplus = _other_name(origin)
         if surplus:
-            sentence = f"{name} = {value} ({_words(origin, dotenv)}): both names of the setting are set."
+            sentence = f"{name} = {value} ({_words(origin, dotenv)}): both names of this setting are set."
             yield Finding("warning", sentence, f"Remove {surplus}.", numbers)
         else:
             yield Finding("ok", f"{name} = {value} ({_words(origin, dotenv)})", numbers=numbers)
     if dotenv is not None and dotenv.is_file() and dotenv.stat().st_mode & 0o077:
-        yield Finding("warning", f"Others on this machine may read {dotenv}.", f"chmod 600 {dotenv}")
+        yield warning(f"Other users of this machine can read {dotenv}.", f"chmod 600 {dotenv}")
 
 
 def diagnose_labels(settings: Settings) -> Iterator[Finding]:
-    """Yield whether the taxonomy loads, and whether it has the label that the prompt falls back on."""
+    """Yield whether the taxonomy loads, and whether it has the fallback label of the prompt."""
     try:
         taxonomy = load_taxonomy(settings.taxonomy_file)
     except ConfigurationError as exc:
-        yield Finding("error", str(exc), "Correct the file, or unset TAXONOMY_FILE to use the shipped labels.")
+        yield error(str(exc), "Fix the file, or unset TAXONOMY_FILE to use the shipped labels.")
         return
     fields = ("intent", "topic", "sentiment")
     numbers = {field: len(taxonomy.names(field)) for field in fields}
     counts = ", ".join(f"{count} {field}s" for field, count in numbers.items())
-    yield Finding("ok", f"The labels load: {counts}.", numbers=numbers)
+    yield ok(f"The labels load: {counts}.", **numbers)
     lacking = [field for field in ("intent", "topic") if "Other" not in taxonomy.names(field)]
     if lacking:
-        sentence = f"No label Other for {' and '.join(lacking)}: the prompt tells the model to take it when none fits."
-        yield Finding("warning", sentence, "Add Other to the taxonomy; else the model must take a wrong label.")
+        sentence = f"There is no label Other for {' and '.join(lacking)}; the prompt names it for anything else."
+        yield warning(sentence, "Add Other to the taxonomy; without it the model has to choose a wrong label.")
 
 
 def _other_name(origin: Origin) -> str | None:
-    """Return another name of the setting that is set beside the one that counts; None where there is none.
+    """Return a second name of the setting that is set as well, or None.
 
-    The same name set in two places is how one overrules the other; two names are an accident.
+    One name set in two places is an override; two names are a mistake.
     """
     names = [name for kind, name in ((origin.kind, origin.name), *origin.overruled) if kind != "argument"]
     return next((name for name in names if name != names[0]), None)
@@ -75,4 +75,4 @@ def _words(origin: Origin, dotenv: Path | None) -> str:
         f"{name} in {dotenv}" if kind == "dotenv" else f"environment variable {name}"
         for kind, name in overruled.items()
     )
-    return f"{place}, which overrules {also}"
+    return f"{place}, overrides {also}"

@@ -1,33 +1,36 @@
-"""The REST service as a caller asks it: bounded, repeated where that helps, at the pace the service names (aiohttp)."""
+"""A client of the REST service (aiohttp): concurrency limit, retries, Retry-After; and its command-line flags."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from error_handler import ErrorClass, ExitCode, Reason, RequestError, RunInterruptedError, TriadError
+from logger import configure_logging
 from service.client import protocol
-from service.client.protocol import ServiceRequest, ServiceTarget
+from service.client.protocol import ServiceRequest, ServiceTarget, service_target
+from utils.process import exit_code_of
 from utils.retry_utils import RetryPolicy
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_TOLD_WAIT_S = 600.0
-GROWTH = 0.1  # slow, or half of all calls would be the ones too many while a rate limit holds
+GROWTH = 0.1  # slots per answer; faster growth makes half of all calls exceed a rate limit
 
 logger = logging.getLogger(__name__)
 
 
 class ServiceAwayError(TriadError):
-    """The service is not reachable, or asks to come back much later."""
+    """The service is not reachable, or asks for a very long wait."""
 
     exit_code = ExitCode.UNREACHABLE
     error_class = ErrorClass.TRANSIENT
@@ -44,7 +47,7 @@ class ServiceTimeoutError(TriadError):
 
 @dataclass(frozen=True, slots=True)
 class ServiceAnswer:
-    """The body of a 200, and the seconds that the attempt which brought it took; *attempts* counts all."""
+    """The body of a 200, the duration of its attempt in seconds, and the number of attempts."""
 
     body: dict[str, Any]
     latency_s: float
@@ -52,9 +55,9 @@ class ServiceAnswer:
 
 
 class Pace:
-    """Lets at most *concurrency* requests out at once; fewer, and later, while the service asks to wait.
+    """A concurrency limit that adapts to the service.
 
-    Each request to wait halves the number, each answer adds a tenth of a place.
+    Each Retry-After halves the limit and blocks all requests for that time; each answer raises the limit by GROWTH.
     """
 
     def __init__(self, concurrency: int, stop: asyncio.Event) -> None:
@@ -65,11 +68,11 @@ class Pace:
         self.in_flight = 0
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Wait for a place and for the time that the service named, and hold the place.
+    async def slot(self) -> AsyncIterator[None]:
+        """Hold a slot; wait until one is free and Retry-After has passed.
 
         Raises:
-            RunInterruptedError: The run was stopped meanwhile.
+            RunInterruptedError: The run was stopped.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self.in_flight < int(self._limit))
@@ -83,7 +86,7 @@ class Pace:
                 self._changed.notify_all()
 
     async def wait(self, seconds: float) -> None:
-        """Wait; raises RunInterruptedError as soon as the run is stopped."""
+        """Wait; raise RunInterruptedError as soon as the run is stopped."""
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), seconds)
@@ -91,19 +94,19 @@ class Pace:
             raise RunInterruptedError("Stopped before the request was sent.")
 
     def slow_down(self, seconds: float) -> None:
-        """Let nothing out for *seconds*, and fewer at once from then on."""
+        """Block all requests for *seconds* and halve the limit."""
         self._limit = max(1.0, self._limit / 2)
         self._open_at = max(self._open_at, time.monotonic() + seconds)
 
     def speed_up(self) -> None:
-        """Note an answer."""
+        """Raise the limit after an answer."""
         self._limit = min(self._most, self._limit + GROWTH)
 
 
 def open_session(concurrency: int) -> aiohttp.ClientSession:
-    """Return a session for one service; whoever opens it closes it.
+    """Return a session for one service; the caller closes it.
 
-    No cookies, no proxy from the environment (it would also catch loopback), no compression (it hides a body's size).
+    No cookies, no proxy from the environment (it would apply to loopback), no compression (it hides the size).
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=concurrency),
@@ -115,12 +118,12 @@ def open_session(concurrency: int) -> aiohttp.ClientSession:
 
 
 class ServiceClient:
-    """Asks one service; *session* stays the caller's."""
+    """Client of one service; the caller owns *session*."""
 
     def __init__(
         self, target: ServiceTarget, session: aiohttp.ClientSession, pace: Pace, policy: RetryPolicy, timeout_s: float
     ) -> None:
-        """*timeout_s* bounds one attempt, *policy* how often and how slowly one is repeated."""
+        """*timeout_s* limits one attempt; *policy* sets the number of attempts and the waits between them."""
         self._target = target
         self._session = session
         self._pace = pace
@@ -129,20 +132,20 @@ class ServiceClient:
         self.retries = 0
 
     async def classify(self, request: ServiceRequest) -> ServiceAnswer:
-        """Return the service's answer to *request*.
-
-        Where it says Retry-After, all requests wait as long as it asks.
+        """Return the answer to *request*; Retry-After delays all requests.
 
         Raises:
-            RequestError: The service refuses or fails this conversation, the last attempt included.
-            ServiceTimeoutError: It did not answer in time, the last attempt included.
-            ServiceAwayError: It is not reachable, or asks to wait for longer than MAX_TOLD_WAIT_S.
-            ConfigurationError: It would refuse every conversation.
-            RunInterruptedError: The run was stopped before the service had answered.
+            RequestError: The service rejected this conversation, or the last attempt failed.
+            ServiceTimeoutError: The last attempt timed out.
+            ServiceAwayError: The service is not reachable, or Retry-After exceeds MAX_TOLD_WAIT_S.
+            ConfigurationError: The service would reject every conversation.
+            RunInterruptedError: The run was stopped before the service answered.
         """
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
-                async with self._pace.place():
+                async with self._pace.slot():
                     started = time.monotonic()
                     body = await self._post(request, attempt)
             except (RequestError, ServiceTimeoutError, ServiceAwayError) as exc:
@@ -150,13 +153,12 @@ class ServiceClient:
             else:
                 self._pace.speed_up()
                 return ServiceAnswer(body, time.monotonic() - started, attempt)
-        raise AssertionError("the loop returns or raises")
 
     async def _before_next(self, exc: RequestError | ServiceTimeoutError | ServiceAwayError, attempt: int) -> None:
-        """Wait until the next attempt is due; raise *exc* where none is."""
+        """Wait for the next attempt; raise *exc* if there is none."""
         told_s = exc.retry_after_s if isinstance(exc, RequestError) else None
         if told_s is not None and told_s > MAX_TOLD_WAIT_S:
-            raise ServiceAwayError(f"The service asks to come back in {told_s} s; run the same command then.") from exc
+            raise ServiceAwayError(f"The service asks to retry after {told_s} s; run the same command then.") from exc
         if told_s is not None:
             self._pace.slow_down(told_s)
         is_final = isinstance(exc, RequestError) and exc.kind.status not in protocol.REPEATED_STATUSES
@@ -168,7 +170,7 @@ class ServiceClient:
         await self._pace.wait(wait_s)
 
     async def _post(self, request: ServiceRequest, attempt: int) -> dict[str, Any]:
-        """Send one request. aiohttp's time-outs are also ClientErrors, so they come first."""
+        """Send one request. aiohttp's timeouts are also ClientErrors, so they are handled first."""
         headers = self._target.headers | request.headers | {"X-Request-ID": request_id(request, attempt)}
         url = f"{self._target.url}/classify"
         try:
@@ -186,11 +188,11 @@ class ServiceClient:
 
     @property
     def _away(self) -> str:
-        return f"No service answers at {self._target.url}; start it (uvicorn main:app) or correct --url."
+        return f"No service answers at {self._target.url}; start it (make serve) or correct --url."
 
 
 def request_id(request: ServiceRequest, attempt: int) -> str:
-    """Return the X-Request-ID of one attempt, by which the service's log names it."""
+    """Return the X-Request-ID of one attempt, which appears in the log of the service."""
     return f"{request.key.hex()[:24]}-{attempt}"
 
 
@@ -201,3 +203,51 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
         if len(received) > protocol.MAX_ANSWER_BYTES:
             raise ServiceAwayError(f"The answer is larger than {protocol.MAX_ANSWER_BYTES} bytes; check --url.")
     return bytes(received)
+
+
+def add_service_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --url, --api-key-file, --api-key, --timeout and --verbose to *parser*."""
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the service (%(default)s)")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the API key")
+    parser.add_argument("--api-key", metavar="KEY", help="the API key; other users of this machine can see it in ps")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=90.0, metavar="S", help="timeout of one attempt, seconds (%(default)g)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log at level DEBUG and print tracebacks")
+
+
+def run_client(
+    prog: str,
+    arguments: argparse.Namespace,
+    work: Callable[[ServiceTarget], Coroutine[Any, Any, int]],
+    interrupted: str,
+) -> int:
+    """Run *work* with the service that *arguments* name, and return the exit code; *interrupted* is for Ctrl-C."""
+
+    def run() -> int:
+        target = service_target(arguments.url, arguments.api_key, arguments.api_key_file)
+        configure_logging("DEBUG" if arguments.verbose else "WARNING", secrets=target.headers.values())
+        return asyncio.run(work(target))
+
+    return exit_code_of(run, prog, verbose=arguments.verbose, interrupted=interrupted)
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return an argparse type for whole numbers from *least* to *most*."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError("must be a number of seconds, more than 0 and at most 3600")
+    return value

@@ -1,8 +1,8 @@
-"""The answers of a client run that are there already: an append-only file, so that none is asked for twice.
+"""The answers of a client run: an append-only file, so that a resumed run requests no answer twice.
 
-One line per answer, in one ``write`` each, so that a killed process leaves whole lines. The first
-line names the service. It is not fsynced: after a power cut its last answers are asked for again.
-Memory holds only where each answer lies.
+One line per answer, each in one ``write``, so that a killed process leaves whole lines. The first line names the
+service. The file is not fsynced: after a power failure the last answers are requested again. Memory holds only the
+position of each answer.
 """
 
 from __future__ import annotations
@@ -20,86 +20,77 @@ from storage.files import remove_file
 
 
 class AnswerJournal:
-    """The journal at *path*, of answers by the service at *url*; whoever makes it calls ``close``."""
+    """The journal at *path* with the answers of the service at *url*; the caller closes it."""
 
     def __init__(self, path: Path, url: str) -> None:
-        """Open the journal, or start one, and read what it has.
+        """Open or create the journal and read its answers.
 
         Raises:
-            DirectoryLockedError: Another run writes it.
+            DirectoryLockedError: Another run has it open.
             ConfigurationError: It holds the answers of another service.
             StateDirectoryError: It cannot be read or written.
         """
         self.path = path
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._spans: dict[bytes, tuple[int, int]] = {}  # offset and length by key
         try:
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         except OSError as exc:
             raise self._unusable(exc) from exc
         with contextlib.ExitStack() as on_error:
             on_error.callback(os.close, self._handle)
-            self._lock()
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise DirectoryLockedError(f"Another run is using {path}; wait until it ends.") from exc
             self._replay(url)
             on_error.pop_all()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._spans)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+        return key in self._spans
 
     def keep(self, key: bytes, answer: dict[str, Any]) -> None:
         """Append *answer*.
 
         Raises:
-            StateDirectoryError: The disk is full or gone; what was kept before stays.
+            StateDirectoryError: The disk is full or gone; earlier answers are kept.
         """
-        self._places[key] = self._append({"key": key.hex(), "answer": answer})
+        self._spans[key] = self._append({"key": key.hex(), "answer": answer})
 
     def read(self, key: bytes) -> bytes:
-        """Return the answer kept for *key*, as JSON.
-
-        Raises:
-            KeyError: There is none.
-        """
-        offset, length = self._places[key]
+        """Return the answer for *key* as JSON; raise KeyError if there is none."""
+        offset, length = self._spans[key]
         try:
             return orjson.dumps(orjson.loads(os.pread(self._handle, length, offset))["answer"])
         except (OSError, orjson.JSONDecodeError) as exc:
-            raise StateDirectoryError(f"{self.path} was changed during the run; run again.") from exc
+            raise StateDirectoryError(f"{self.path} was changed during the run; run the same command again.") from exc
 
     def close(self, *, remove: bool = False) -> None:
-        """Close the file, which gives the lock back; *remove* it where it is needed no more."""
+        """Close the file and release its lock; *remove* deletes it."""
         if remove:
             remove_file(self.path)
         os.close(self._handle)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise DirectoryLockedError(f"Another run writes {self.path}; wait for its end.") from exc
-
     def _replay(self, url: str) -> None:
-        offset, head, torn = 0, None, False
+        offset, head, is_torn = 0, None, False
         with os.fdopen(os.dup(self._handle), "rb") as file:
             for line in file:
-                try:
+                # A torn line is skipped: its answer is requested again.
+                with contextlib.suppress(orjson.JSONDecodeError, ValueError, KeyError, TypeError):
                     event = orjson.loads(line)
                     if head is None:
                         head = str(event["service"])
-                    else:
-                        event["answer"]["classification"]
-                        self._places[bytes.fromhex(event["key"])] = (offset, len(line))
-                except (orjson.JSONDecodeError, ValueError, KeyError, TypeError):
-                    pass  # a torn line: its answer is asked for again
+                    elif event["answer"]["classification"]:
+                        self._spans[bytes.fromhex(event["key"])] = (offset, len(line))
                 offset += len(line)
-                torn = not line.endswith(b"\n")
+                is_torn = not line.endswith(b"\n")
         if head is not None and head != url:
             raise ConfigurationError(
                 f"{self.path} holds answers of {head}; finish that run with --url {head}, or discard them with --restart."
             )
-        if torn:
+        if is_torn:
             self._write(b"\n")
         if head is None:
             self._append({"service": url})
@@ -115,11 +106,9 @@ class AnswerJournal:
         except OSError as exc:
             raise self._unusable(exc) from exc
         if written != len(data):
-            raise StateDirectoryError(
-                f"{self.path} could only be written in part (disk full?); free space, then run again."
-            )
+            raise StateDirectoryError(f"{self.path} was written only in part (disk full?); free space, then run again.")
 
     def _unusable(self, exc: OSError) -> StateDirectoryError:
         return StateDirectoryError(
-            f"{self.path} cannot be written ({exc.strerror}); free space or fix the rights, then run again."
+            f"Cannot write {self.path} ({exc.strerror}); free space or fix its permissions, then run again."
         )

@@ -1,10 +1,11 @@
-"""What clients of the REST service send and how they read its answers. Pure: no I/O, no clock of its own."""
+"""Requests to the REST service and its answers. Pure: no network, no clock."""
 
 from __future__ import annotations
 
 import email.utils
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -14,30 +15,34 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from aggregator import aggregate_conversation, document_shape
 from domain.text import one_line
 from error_handler import ConfigurationError, ErrorKind, RequestError
 from service import errors as service_errors
+from storage.extended_json import id_text
 
-MAX_ANSWER_BYTES = 33_554_432  # the service takes at most half of it, and sends the messages back
+MAX_ANSWER_BYTES = 33_554_432  # twice the largest request; an answer repeats the messages
+MAX_NUMBER_CHARACTERS = 200
+MAX_TIMESTAMP_CHARACTERS = 64
 LABELS = ("intent", "topic", "sentiment", "categorization")
 
-# Another attempt can help; with the same Idempotency-Key it never asks the model twice for one answer.
+# Worth another attempt; the Idempotency-Key prevents a second model call for the same answer.
 REPEATED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
-# Nothing that a conversation holds causes these, so all others would get the same.
+# Not caused by the conversation, so every other request would fail the same way.
 _SET_UP_WRONG = {
-    401: "the service refuses the key; name the file with the right one by --api-key-file",
-    403: "the service, or something before it, refuses access; check --url and the key",
+    401: "the service rejects the key; check --api-key-file or --api-key",
+    403: "the service or a proxy denies access; check --url and the key",
     404: "there is no /classify at this address; check --url",
     405: "there is no POST /classify at this address; check --url",
-    421: "the service does not answer to this host name without keys; use 127.0.0.1 in --url, or give the service API_KEYS",
+    421: "without API_KEYS the service rejects this host name; use 127.0.0.1 in --url or set API_KEYS",
 }
 _KNOWN_TYPES = frozenset(kind.name for kind in vars(service_errors).values() if isinstance(kind, ErrorKind))
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceTarget:
-    """Where the service is, and who asks; *url* has no slash at its end, *headers* hold the key."""
+    """The address of the service, without a trailing slash, and the headers with the key."""
 
     url: str
     headers: dict[str, str]
@@ -45,7 +50,7 @@ class ServiceTarget:
 
 @dataclass(frozen=True, slots=True)
 class ServiceRequest:
-    """One conversation ready to be sent; *key* is the SHA-256 of *body*."""
+    """One conversation, encoded; *key* is the SHA-256 of *body*."""
 
     number: str
     body: bytes
@@ -53,17 +58,17 @@ class ServiceRequest:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that go with *body*, in every attempt the same."""
+        """The headers of *body*, the same in every attempt."""
         return {"Content-Type": "application/json", "Idempotency-Key": self.key.hex()}
 
 
 def service_target(url: str, api_key: str | None = None, api_key_file: Path | None = None) -> ServiceTarget:
-    """Return the target that command-line arguments name; a file wins over the bare key.
+    """Return the target; *api_key_file* takes precedence over *api_key*.
 
     Raises:
-        ConfigurationError: The address or the key cannot be one, or the file cannot be read.
+        ConfigurationError: The address or the key is invalid, or the file cannot be read.
     """
-    form = "--url must be http(s)://host[:port][/path], without user name, password or query"
+    form = "--url must be http(s)://host[:port][/path] without user name, password or query"
     try:
         parts = urlsplit(url)
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -75,7 +80,9 @@ def service_target(url: str, api_key: str | None = None, api_key_file: Path | No
         try:
             api_key = api_key_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigurationError(f"{api_key_file} cannot be read; name a file that holds the key alone.") from exc
+            raise ConfigurationError(
+                f"Cannot read {api_key_file}; --api-key-file must name a file that holds only the key."
+            ) from exc
     if api_key is None:
         return ServiceTarget(url.rstrip("/"), {})
     if not api_key or not api_key.isascii() or not api_key.isprintable() or " " in api_key:
@@ -86,30 +93,65 @@ def service_target(url: str, api_key: str | None = None, api_key_file: Path | No
 
 
 def build_request(number: str, messages: list[dict[str, str]]) -> ServiceRequest:
-    """Return the request for one conversation; the same content makes the same key.
+    """Return the request for one conversation; equal content has an equal key.
 
     Raises:
-        RequestError: A text holds half of a surrogate pair, which JSON cannot carry.
+        RequestError: A text holds half of a surrogate pair, which JSON cannot encode.
     """
     try:
         body = orjson.dumps({"conversation_number": number, "messages": messages})
     except orjson.JSONEncodeError as exc:
-        kind = ErrorKind("TextError", 0, "A text holds half of a surrogate pair; mend the file it comes from.")
+        kind = ErrorKind("TextError", 0, "A text holds half of a surrogate pair; repair the file.")
         raise RequestError(kind) from exc
     return ServiceRequest(number, body, hashlib.sha256(body).digest())
 
 
-def parse_answer(request: ServiceRequest, status: int, body: bytes, retry_after_s: float | None) -> dict[str, Any]:
-    """Return the service's answer to *request*.
+def request_for(document: Mapping[str, Any], position: int) -> ServiceRequest:
+    """Return the request for *document* of any accepted shape, number *position* (from 1) of its file.
+
+    Texts are sent unchanged, in the listed order. An unknown sender is sent as the agent, because sentiment is judged
+    from the customer's turns. The conversation number falls back to the ``_id``, then to *position*.
 
     Raises:
-        RequestError: The service refuses or failed this conversation; the message holds nothing of it.
-        ConfigurationError: The service would refuse every conversation.
+        SkippedDocumentError: There is no usable text, or none of the customer.
+        RequestError: A text cannot be encoded as JSON.
+    """
+    conversation = aggregate_conversation(document)
+    shape = document_shape(document)
+    entries = [document] if shape == "query" else document[str(shape)]
+    listed = [entry for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("text"), str)]
+    # The aggregator rewrites texts, so it gets numbers instead and only returns sender and time.
+    numbered = [{**entry, "text": str(index)} for index, entry in enumerate(listed)]
+    turns = aggregate_conversation(numbered[0] if shape == "query" else {str(shape): numbered}).turns
+    senders = {int(turn.text): (turn.sender, turn.at) for turn in turns}
+    messages = []
+    for index, entry in enumerate(listed):
+        sender, at = senders[index]
+        message = {"sender": "customer" if sender == "customer" else "agent"}
+        timestamp = _timestamp(entry.get("timestamp") if shape == "messages" else None, at)
+        messages.append(message | ({"timestamp": timestamp} if timestamp else {}) | {"text": entry["text"]})
+    number = conversation.conversation_number or ("_id" in document and id_text(document["_id"])) or str(position)
+    return build_request(number[:MAX_NUMBER_CHARACTERS], messages)
+
+
+def _timestamp(given: Any, at: datetime | None) -> str | None:
+    """Return *given* if the service accepts it, else *at*."""
+    if isinstance(given, str) and 0 < len(given) <= MAX_TIMESTAMP_CHARACTERS:
+        return given
+    return at.isoformat() if at is not None else None
+
+
+def parse_answer(request: ServiceRequest, status: int, body: bytes, retry_after_s: float | None) -> dict[str, Any]:
+    """Return the answer to *request*.
+
+    Raises:
+        RequestError: The service rejected or failed this conversation; the message holds none of its text.
+        ConfigurationError: The service would reject every conversation.
     """
     if status == HTTPStatus.OK:
         return _parse_success(request, body)
     if 300 <= status < 400:
-        raise ConfigurationError(f"The service redirects (status {status}); give the final address by --url.")
+        raise ConfigurationError(f"The service redirects (status {status}); set --url to the final address.")
     if status in _SET_UP_WRONG:
         raise ConfigurationError(f"Status {status}: {_SET_UP_WRONG[status]}.")
     raise RequestError(
@@ -118,9 +160,7 @@ def parse_answer(request: ServiceRequest, status: int, body: bytes, retry_after_
 
 
 def _parse_success(request: ServiceRequest, body: bytes) -> dict[str, Any]:
-    kind = ErrorKind(
-        "ForeignAnswerError", 200, "The answer is not one of this service; check --url, and what is between."
-    )
+    kind = ErrorKind("ForeignAnswerError", 200, "The answer is not from this service; check --url and any proxy.")
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
@@ -128,13 +168,13 @@ def _parse_success(request: ServiceRequest, body: bytes) -> dict[str, Any]:
     labels = answer.get("classification") if isinstance(answer, dict) else None
     if not isinstance(labels, dict) or not all(isinstance(labels.get(name), str) for name in LABELS):
         raise RequestError(kind)
-    if answer.get("conversation_number") != request.number:  # a cache between that knows no bodies
+    if answer.get("conversation_number") != request.number:  # a cache that ignores request bodies
         raise RequestError(kind)
     return dict(answer)
 
 
 def _parse_error(status: int, body: bytes) -> ErrorKind:
-    """Return what the body says, where it is the service's own: another server may quote what it was sent."""
+    """Return the error of the body if it is the service's own; another server may quote customer text."""
     try:
         error = orjson.loads(body)["error"]
         name, message = str(error["type"]), one_line(str(error["message"]), 300)
@@ -142,13 +182,11 @@ def _parse_error(status: int, body: bytes) -> ErrorKind:
         name, message = "", ""
     if name in _KNOWN_TYPES and message:
         return ErrorKind(name, status, message)
-    return ErrorKind(
-        "ForeignAnswerError", status, f"Status {status}, and not from this service; check what is between."
-    )
+    return ErrorKind("ForeignAnswerError", status, f"Status {status} from another server; check --url and any proxy.")
 
 
 def parse_retry_after(value: str | None, now: datetime) -> float | None:
-    """Return the seconds that the header Retry-After asks for (a number or an HTTP date); None where it asks for none."""
+    """Return the seconds of a Retry-After header (a number or an HTTP date), or None."""
     text = (value or "").strip()
     if text.isascii() and text.isdecimal() and len(text) < 10:
         return float(text)

@@ -1,4 +1,4 @@
-"""What the doctor says about batch_files/ and the process; nothing there may change by being looked at."""
+"""Checks of batch_files/ and of the process; they change nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.batch_file_manager import BatchFiles
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A directory as a worker makes it."""
+    """A directory as a worker creates it."""
     files = BatchFiles(tmp_path / "batch_files")
     files.acquire()
     files.release()
@@ -46,7 +46,7 @@ def the_one(found: list[Finding], words: str) -> Finding:
 
 
 def snapshot(directory: Path) -> list[tuple[str, int, int, bytes]]:
-    """Return names, modes, times and contents."""
+    """Return the names, modes, times and contents of all files."""
     paths = sorted(directory.rglob("*"))
     return [
         (str(p), p.stat().st_mode, p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
@@ -54,32 +54,30 @@ def snapshot(directory: Path) -> list[tuple[str, int, int, bytes]]:
     ]
 
 
-def test_a_directory_in_order_has_no_remedies(directory: Path) -> None:
+def test_intact_directory_has_no_remedies(directory: Path) -> None:
     found = findings(directory)
     assert {finding.level for finding in found} == {"ok"}, found
     assert the_one(found, "GB are free").numbers["free_bytes"] > 0
-    assert the_one(found, "may write to")
-    assert the_one(found, "Nobody else may read")
+    assert the_one(found, "can write to")
+    assert the_one(found, "Only this user can read")
     assert the_one(found, "No worker is using").numbers == {"locked": False}
 
 
-def test_a_relative_directory_is_the_one_in_the_current_folder(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_directory_is_resolved_in_the_current_folder(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(directory.parent)
-    assert the_one(findings(Path("batch_files")), "This user may write to batch_files.")
+    assert the_one(findings(Path("batch_files")), "This user can write to batch_files.")
 
 
-def test_a_directory_that_is_not_there_yet_is_fine_and_is_not_made(tmp_path: Path) -> None:
+def test_missing_directory_is_ok_and_is_not_created(tmp_path: Path) -> None:
     found = findings(tmp_path / "not" / "yet")
     assert {finding.level for finding in found} == {"ok"}, found
-    assert the_one(found, f"a run makes it in {tmp_path}")
+    assert the_one(found, f"a run creates it in {tmp_path}")
     assert the_one(found, "No worker has used")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_little_space_is_a_warning(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk of the test is not filled: the limit is set above what it has."""
+def test_low_disk_space_is_a_warning(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is raised above the free space instead of filling the disk."""
     assert disk_diagnosis.LITTLE_SPACE_BYTES == 1e9
     monkeypatch.setattr(disk_diagnosis, "LITTLE_SPACE_BYTES", 10**18)
     found = the_one(findings(directory), "GB are free")
@@ -103,14 +101,12 @@ def a_link(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "name", "words"),
     [
-        (a_file, "x", "is not a folder"),
-        (below_a_file, "file/x", "is not a folder"),
+        (a_file, "x", "is not a directory"),
+        (below_a_file, "file/x", "is not a directory"),
         (a_link, "x", "is a symbolic link"),
     ],
 )
-def test_what_a_run_would_refuse_is_an_error(
-    tmp_path: Path, make: Callable[[Path], None], name: str, words: str
-) -> None:
+def test_unusable_directory_is_an_error(tmp_path: Path, make: Callable[[Path], None], name: str, words: str) -> None:
     make(tmp_path / name)
     found = findings(tmp_path / name)
     (error,) = [finding for finding in found if finding.level == "error"]
@@ -120,10 +116,10 @@ def test_what_a_run_would_refuse_is_an_error(
     assert the_one(found, "open as many files")
 
 
-def test_a_directory_of_somebody_else_is_an_error() -> None:
-    """Without the right to write; where root runs the tests, an effective user without rights stands in."""
+def test_directory_without_write_permission_is_an_error() -> None:
+    """If root runs the tests, the effective user is changed to one without permissions."""
     is_root = os.geteuid() == 0
-    with tempfile.TemporaryDirectory() as folder:  # that of pytest is closed to others
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot enter pytest's folder
         Path(folder).chmod(0o755)
         directory = Path(folder) / "theirs"
         directory.mkdir(mode=0o555)
@@ -134,20 +130,20 @@ def test_a_directory_of_somebody_else_is_an_error() -> None:
         finally:
             if is_root:
                 os.seteuid(0)
-    assert the_one(found, f"may not write to {directory}").level == "error"
+    assert the_one(found, f"cannot write to {directory}").level == "error"
 
 
-def test_files_that_others_may_read_are_a_warning(directory: Path) -> None:
+def test_files_readable_by_others_are_a_warning(directory: Path) -> None:
     (directory / "pending").chmod(0o750)
     BatchFiles(directory).write_state("checkpoint.json", {})
     (directory / "checkpoint.json").chmod(0o644)
-    found = the_one(findings(directory), "Others may use 2 paths")
+    found = the_one(findings(directory), "Other users can access 2 paths")
     assert (found.level, found.numbers) == ("warning", {"paths": 2})
     subprocess.run(found.remedy.split(), check=True)
-    assert the_one(findings(directory), "Nobody else may read")
+    assert the_one(findings(directory), "Only this user can read")
 
 
-def test_a_lock_that_a_worker_holds_is_seen_and_left_to_it(directory: Path) -> None:
+def test_lock_of_a_worker_is_reported_and_kept(directory: Path) -> None:
     holder = BatchFiles(directory)
     holder.acquire()
     found = the_one(findings(directory), "A worker is using")
@@ -163,7 +159,7 @@ def test_a_lock_that_a_worker_holds_is_seen_and_left_to_it(directory: Path) -> N
 
 @pytest.fixture
 def leftovers(directory: Path) -> BatchFiles:
-    """Files that an interrupted run left behind."""
+    """Files of an interrupted run."""
     files = BatchFiles(directory)
     batch = files.save_pending([{"_id": 1, "text": "secret words"}, {"_id": 2, "text": "secret words"}])
     batch.journal.close()
@@ -172,7 +168,7 @@ def leftovers(directory: Path) -> BatchFiles:
     return files
 
 
-def test_what_a_run_left_behind_is_counted_without_its_text(directory: Path, leftovers: BatchFiles) -> None:
+def test_leftover_documents_are_counted_without_their_text(directory: Path, leftovers: BatchFiles) -> None:
     found = findings(directory)
     pending = the_one(found, "pending/ holds 2 documents in 1 file")
     assert (pending.level, pending.numbers) == ("ok", {"files": 1, "documents": 2, "unreadable": 0})
@@ -182,27 +178,27 @@ def test_what_a_run_left_behind_is_counted_without_its_text(directory: Path, lef
     assert "secret" not in str(found)
 
 
-def test_files_that_cannot_be_read_are_a_warning_and_stay(directory: Path, leftovers: BatchFiles) -> None:
+def test_unreadable_files_are_a_warning_and_stay(directory: Path, leftovers: BatchFiles) -> None:
     (directory / "retry/batch_009_retry_queue.json").write_bytes(b'{"cut')
     (directory / "pending/batch_007_pending.json.corrupt").write_bytes(b"\xff")
     before = snapshot(directory)
     found = findings(directory)
     assert the_one(found, "1 of 2 files in").level == "warning"
-    assert the_one(found, "Set aside as .corrupt: 1 file;").level == "warning"
+    assert the_one(found, "Renamed to .corrupt: 1 file;").level == "warning"
     assert snapshot(directory) == before
 
 
-def test_looking_changes_nothing(directory: Path, leftovers: BatchFiles) -> None:
+def test_diagnosis_changes_no_file(directory: Path, leftovers: BatchFiles) -> None:
     before = snapshot(directory)
     findings(directory)
     assert snapshot(directory) == before
 
 
-def test_too_few_open_files_are_a_warning(directory: Path) -> None:
+def test_low_open_file_limit_is_a_warning(directory: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
     try:
-        found = the_one(findings(directory, max_concurrent=256), "may open 300 files at once")
+        found = the_one(findings(directory, max_concurrent=256), "can open 300 files")
         assert the_one(findings(directory, max_concurrent=5), "open as many files")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -210,8 +206,8 @@ def test_too_few_open_files_are_a_warning(directory: Path) -> None:
     assert "ulimit -n 1024" in found.remedy
 
 
-def test_the_needed_open_files_are_no_less_than_a_worker_has_open() -> None:
-    """Beside connections to MongoDB and the model server, a worker has its libraries and journals open."""
+def test_required_open_files_exceed_those_of_a_worker() -> None:
+    """In addition to its connections, a worker has its libraries and journals open."""
     done = subprocess.run(
         [sys.executable, "-c", "import os, batch_processor; print(len(os.listdir('/proc/self/fd')))"],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],

@@ -1,4 +1,4 @@
-"""``cli.py estimate`` as a real process, against a real MongoDB and a fake model server that keeps time."""
+"""``cli.py estimate`` as a process, with a real MongoDB and a fake model server with realistic times."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def estimated(site: Site, *flags: str, code: int = 0) -> dict[str, Any]:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("calls", "slots"), [(10, 4), (5, 16)], ids=["busy server", "free slots"])
-async def test_the_time_is_near_that_of_the_real_run(
+async def test_estimated_time_matches_the_following_run(
     calls: int, slots: int, mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
-    """The rest of the collection, run afterwards; sampling errs by some percent here, a busy machine by more."""
+    """The tolerance covers the sampling error of a few percent, and a busy machine."""
     timing = {"latency": "lognormal", "mean_s": 0.15, "sigma": 0.3, "latency_key": "text", "seed": 4}
     with (
         FakeOllama(slots=slots, load_delay_s=1.5, user_message=0, **timing) as model,
@@ -71,15 +71,15 @@ async def test_the_time_is_near_that_of_the_real_run(
     assert 1.2 <= answer["sample"]["load_s"] <= 5.0
 
 
-def test_the_table_says_everything_and_the_sample_is_spread_and_kept(site: Site) -> None:
-    """Ids of several types, documents of all shapes, some with nothing to classify, some done before."""
+def test_estimate_prints_a_table_and_keeps_a_random_sample(site: Site) -> None:
+    """Ids of several types, documents of all shapes, some without text."""
     documents = documents_of_all_shapes(130)
     documents += [conversation(1000 + number, _id=f"text-{number:04}") for number in range(60)]
     documents += [conversation(2000 + number, _id=ObjectId()) for number in range(60)]
     site.source.insert_many(documents)
     ended = site.run("estimate", "--sample", "60", "--concurrent", "4")
     assert ended.code == 0, ended.said
-    for word in ("time", "90 % confidence", "tokens", "more at once", "genai-prices", "leave the house", "at best"):
+    for word in ("time", "90 % confidence", "tokens", "concurrency", "genai-prices", "leave your network", "at best"):
         assert word in " ".join(ended.out.split()), ended.out
     assert "60/60 done" in ended.err
     kept = [result["source_conversation_id"] for result in site.results.find()]
@@ -92,8 +92,8 @@ def test_the_table_says_everything_and_the_sample_is_spread_and_kept(site: Site)
     assert site.results.count_documents({}) == 240
 
 
-def test_documents_that_would_be_skipped_or_have_a_result_are_not_counted(site: Site) -> None:
-    """Of 200, 40 have a result and lost their status, and 80 have nothing to classify."""
+def test_documents_with_a_result_or_without_text_are_excluded(site: Site) -> None:
+    """Of 200 documents, 40 have a result but a reset status, and 80 have no text of the customer."""
     silent = [{"sender": "agent", "text": "Anything else?"}]
     site.source.insert_many([conversation(number) for number in range(120)])
     assert site.run("--limit", "40").code == 0
@@ -107,8 +107,8 @@ def test_documents_that_would_be_skipped_or_have_a_result_are_not_counted(site: 
     assert site.results.count_documents({}) == 40 + answer["sample"]["classified"]
 
 
-def test_a_sample_that_is_all_there_was_says_that_the_work_is_done(site: Site) -> None:
-    """And a second time that nothing is left."""
+def test_sample_of_all_remaining_documents_reports_completion(site: Site) -> None:
+    """A second estimate reports that nothing is left."""
     site.source.insert_many([conversation(number) for number in range(7)])
     ended = site.run("estimate")
     assert (ended.code, site.results.count_documents({})) == (0, 7)
@@ -116,8 +116,8 @@ def test_a_sample_that_is_all_there_was_says_that_the_work_is_done(site: Site) -
     assert estimated(site) == {"left": 0, "sample": None, "message": "Nothing is left to classify."}
 
 
-def test_an_interrupted_sample_keeps_what_is_classified(site: Site) -> None:
-    """Ctrl-C says how far it came; the results stay."""
+def test_interrupted_sample_keeps_its_results(site: Site) -> None:
+    """The message after Ctrl-C has the number of results."""
     assert site.model is not None
     site.model.configure(latency_s=0.2)
     site.source.insert_many([conversation(number) for number in range(100)])
@@ -128,13 +128,13 @@ def test_an_interrupted_sample_keeps_what_is_classified(site: Site) -> None:
     assert ended.code == 130
     kept = site.results.count_documents({})
     assert 3 <= kept < 60
-    assert f"Stopped after {kept} of the 60 documents of the sample; their results are kept" in ended.err
+    assert f"Stopped after {kept} of 60 documents of the sample. Their results are kept" in ended.err
     assert site.run().code == 0
     assert site.results.count_documents({}) == 100
 
 
-def test_documents_of_another_worker_are_left_alone(site: Site) -> None:
-    """What is leased elsewhere is not asked, and said."""
+def test_documents_leased_by_another_worker_are_not_classified(site: Site) -> None:
+    """The report counts them."""
     site.source.insert_many([conversation(number) for number in range(30)])
     leases = site.database.get_collection("conversation_set_leases")
     until_then = datetime.now(UTC) + timedelta(minutes=10)
@@ -145,8 +145,8 @@ def test_documents_of_another_worker_are_left_alone(site: Site) -> None:
     assert sorted(result["source_conversation_id"] for result in site.results.find()) == list(range(15, 30))
 
 
-def test_failures_of_the_sample_are_told_by_the_exit_code(site: Site) -> None:
-    """Some failed: a quote and 1; all failed: no quote and 1."""
+def test_failed_documents_in_the_sample_exit_with_1(site: Site) -> None:
+    """There is an estimate if some failed, and none if all failed."""
     assert site.model is not None
     site.model.configure(faults=[{"kind": "unconstrained"}])
     site.source.insert_many([conversation(number) for number in range(30)])
@@ -159,8 +159,7 @@ def test_failures_of_the_sample_are_told_by_the_exit_code(site: Site) -> None:
     assert answer["time"]["expected_s"] > 0
 
 
-def test_an_interrupted_reprocess_goes_on_where_it_was(site: Site) -> None:
-    """An estimate in between does not make it begin again."""
+def test_estimate_keeps_the_checkpoint_of_an_interrupted_reprocess(site: Site) -> None:
     assert site.model is not None
     site.source.insert_many([conversation(number) for number in range(90)])
     assert site.run("--limit", "60").code == 0
@@ -174,8 +173,7 @@ def test_an_interrupted_reprocess_goes_on_where_it_was(site: Site) -> None:
     assert (site.directory / "checkpoint.json").read_bytes() == before
 
 
-def test_a_model_server_that_is_away_ends_it_with_3(site: Site) -> None:
-    """One sentence, nothing classified."""
+def test_unreachable_model_server_exits_with_3(site: Site) -> None:
     assert site.model is not None
     site.source.insert_one(conversation(1))
     site.model.stop()

@@ -1,4 +1,4 @@
-"""Flags become settings, or one sentence; nothing is opened and no process is started."""
+"""Flags become settings or one error; nothing is opened and no process is started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from error_handler import ConfigurationError
 
 @pytest.fixture(autouse=True)
 def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the environment nor in a file."""
+    """No setting in the environment or in a .env file."""
     for name in known_environment_names():
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -63,14 +63,13 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_a_flag_sets_a_setting(argv: list[str], field: str, expected: Any) -> None:
-    """Each flag, its other spellings, and the presets."""
+def test_flag_sets_its_setting(argv: list[str], field: str, expected: Any) -> None:
+    """Every flag, its other spellings, and the presets."""
     value = getattr(settings_of(*argv), field)
     assert (value.get_secret_value() if isinstance(value, SecretStr) else value) == expected
 
 
-def test_without_flags_the_defaults_hold() -> None:
-    """The documented ones."""
+def test_defaults_without_flags() -> None:
     settings = settings_of()
     assert settings.mongodb_uri.get_secret_value() == "mongodb://localhost:27017"
     assert (settings.db_name, settings.source_collection) == ("customer_support", "conversation_set")
@@ -82,8 +81,8 @@ def test_without_flags_the_defaults_hold() -> None:
     assert (settings.mode, settings.log_level, settings.ollama_model) == ("batch", "INFO", None)
 
 
-def test_a_flag_that_is_not_given_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flags > environment > .env > defaults; a preset is a flag."""
+def test_missing_flag_leaves_the_environment_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Precedence: flags, environment, .env, defaults; a preset is a flag."""
     Path(".env").write_text("BATCH_SIZE=11\nMAX_CONCURRENT=12\nOLLAMA_MODEL=from-file\n")
     monkeypatch.setenv("BATCH_SIZE", "21")
     settings = settings_of()
@@ -92,8 +91,7 @@ def test_a_flag_that_is_not_given_leaves_the_environment_alone(monkeypatch: pyte
     assert settings_of("--preset", "conservative").batch_size == 50
 
 
-def test_the_model_belongs_to_the_server_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With LLM_API_URL it is that server's."""
+def test_model_flag_sets_llm_model_with_llm_api_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_API_URL", "http://h/v1/chat/completions")
     settings = settings_of("--model", "phi4")
     assert (settings.llm_model, settings.ollama_model, settings.model) == ("phi4", None, "phi4")
@@ -117,7 +115,7 @@ def test_the_model_belongs_to_the_server_that_is_asked(monkeypatch: pytest.Monke
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_flag(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flag_is_one_usage_error(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One line names the flag; abbreviations are not guessed; exit code 2."""
     assert said(capsys, *argv).splitlines()[-1].startswith(f"cli.py: error: {sentence}")
 
@@ -139,15 +137,14 @@ def test_a_wrong_flag(argv: list[str], sentence: str, capsys: pytest.CaptureFixt
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_value(argv: list[str], named: str) -> None:
-    """The setting is named, as the environment calls it."""
+def test_invalid_value_names_the_setting(argv: list[str], named: str) -> None:
+    """By the name of its environment variable."""
     with pytest.raises(ConfigurationError) as caught:
         settings_of(*argv)
     assert named in str(caught.value)
 
 
-def test_a_scheduled_run() -> None:
-    """With a cron expression."""
+def test_scheduled_mode_with_a_cron_expression() -> None:
     assert settings_of("--mode", "scheduled", "--schedule", "0 2 * * *").mode == "scheduled"
 
 
@@ -168,13 +165,12 @@ def test_a_scheduled_run() -> None:
     ],
     ids=lambda value: (" ".join(value) or "none") if isinstance(value, list) else "",
 )
-def test_monitoring(argv: list[str], console: bool, logs: bool, files: bool) -> None:
-    """A mode, or exactly the flags given; --verbose always brings log lines."""
+def test_monitoring_flags_choose_the_outputs(argv: list[str], console: bool, logs: bool, files: bool) -> None:
+    """A mode, or exactly the given flags; --verbose always adds log lines."""
     assert monitoring(create_parser().parse_args(argv)) == (console, logs, files)
 
 
-def test_what_is_not_a_setting() -> None:
-    """Flags that mean something for one run only."""
+def test_flags_of_a_single_run_are_not_settings() -> None:
     arguments = create_parser().parse_args(
         [
             "--limit",
@@ -198,6 +194,6 @@ def test_what_is_not_a_setting() -> None:
 
 
 def test_every_setting_flag_is_a_field() -> None:
-    """None of them is silently dropped."""
+    """No flag is dropped silently."""
     assert set(SETTING_FLAGS) <= set(Settings.model_fields)
     assert set(SETTING_FLAGS) <= set(vars(create_parser().parse_args([])))

@@ -1,4 +1,4 @@
-"""``cli.py quarantine``: looking, the way back and the way out; crashes in the middle, and a worker meanwhile."""
+"""``cli.py quarantine``: list, show, replay and drop, with crashes and a running worker."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def files(directory: Path) -> BatchFiles:
 
 @pytest.fixture
 def said(directory: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return what runs the command in this process and returns what it printed to stdout."""
+    """Return a function that runs the command in this process and returns its stdout."""
 
     def run(*argv: str) -> str:
         arguments = create_command_parser(COMMAND).parse_intermixed_args(argv)
@@ -75,7 +75,7 @@ def said(directory: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
 
 
 def places(directory: Path) -> dict[str, list[Any]]:
-    """Return the ids in each folder, read as a worker reads them."""
+    """Return the ids in each folder as a worker reads them."""
     files = BatchFiles(directory)
     waiting = [document["_id"] for batch in files.load_pending() for document in batch.documents]
     kinds = {
@@ -84,8 +84,8 @@ def places(directory: Path) -> dict[str, list[Any]]:
     return {"pending": sorted(waiting), **{kind: sorted(ids) for kind, ids in kinds.items()}}
 
 
-def test_a_list(files: BatchFiles, said: Callable[..., str]) -> None:
-    """One line each, the newest first, counts at the end; never text."""
+def test_list_is_sorted_and_ends_with_counts(files: BatchFiles, said: Callable[..., str]) -> None:
+    """One line per document, the newest first, without text."""
     assert said("list") == (
         "b  empty                2026-05-01 10:33:00Z  3 rounds   the label is not in the list\n"
         "c  label_outside        2026-05-01 10:32:00Z  3 rounds   the label is not in the list\n"
@@ -94,12 +94,11 @@ def test_a_list(files: BatchFiles, said: Callable[..., str]) -> None:
         "4 documents in quarantine: 2 x label_outside, 1 x empty, 1 x store_failed\n"
     )
     assert said("list", "--reason", "empty").splitlines()[1:] == ["1 document in quarantine for empty: 1 x empty"]
-    assert said("list", "--reason", "poison") == "No document is in quarantine for poison.\n"
+    assert said("list", "--reason", "poison") == "No documents in quarantine for poison.\n"
     assert said("list", "--retry").splitlines()[-1] == "1 document in the retry queue: 1 x label_outside"
 
 
-def test_a_list_as_json(files: BatchFiles, said: Callable[..., str]) -> None:
-    """Ids with their type."""
+def test_list_as_json_keeps_id_types(files: BatchFiles, said: Callable[..., str]) -> None:
     files.save_failed("quarantine", 3, [failed(bson.Int64(7), 9)])
     report = json.loads(said("list", "--json", "--reason", "label_outside"))
     assert [document["id"] for document in report["documents"]] == ["7", "c", "a"]
@@ -115,8 +114,7 @@ def test_a_list_as_json(files: BatchFiles, said: Callable[..., str]) -> None:
     assert report["counts"] == {"label_outside": 3}
 
 
-def test_text_is_shown_by_show_alone(files: BatchFiles, said: Callable[..., str]) -> None:
-    """With the labels where they are known."""
+def test_only_show_prints_text(files: BatchFiles, said: Callable[..., str]) -> None:
     quiet = said("list"), said("list", "--json"), said("replay", "a"), said("drop", "b", "--yes")
     assert not any(CANARY in text for text in quiet)
     shown = said("show", "d", "c")
@@ -129,8 +127,8 @@ def test_text_is_shown_by_show_alone(files: BatchFiles, said: Callable[..., str]
     assert f"{CANARY} of e" in said("show", "--retry", "e")
 
 
-def test_nothing_that_is_shown_steers_a_terminal(files: BatchFiles, said: Callable[..., str]) -> None:
-    """Control characters, hidden text and reversed text are shown as escapes, in every field; readable JSON remains."""
+def test_control_characters_are_escaped(files: BatchFiles, said: Callable[..., str]) -> None:
+    """Control characters, hidden and reversed text in every field; the JSON remains valid."""
     wild = "red \x1b[31m\x07 \x9b2J \u202edesrever\u2066 tag\U000e0041 zero\u200bwidth 📦 Grüße"
     labels = {**LABELS, "categorization": wild}
     entry = failed("w\x1b[2J", conversation_data={"_id": 1, wild: wild}, error=wild, status="write_failed")
@@ -162,8 +160,8 @@ IDS = [
 
 
 @pytest.mark.parametrize("document_id", IDS, ids=lambda value: type(value).__name__)
-def test_an_id_of_any_type_is_named_as_extended_json(tmp_path: Path, document_id: Any) -> None:
-    """And as it is listed, where that names one document."""
+def test_id_of_any_type_can_be_given_as_extended_json(tmp_path: Path, document_id: Any) -> None:
+    """The listed text works as well if it is unambiguous."""
     BatchFiles(tmp_path).save_failed("quarantine", 1, [failed(value) for value in IDS])
     found = look(tmp_path, "quarantine")
     texts = [extended_json.dumps(document_id).decode()]
@@ -185,75 +183,73 @@ def test_an_id_of_any_type_is_named_as_extended_json(tmp_path: Path, document_id
     [
         (["show", "zz"], "no document 'zz' is there"),
         (["show", "e"], "no document 'e' is there"),
-        (["show"], "show needs the id"),
-        (["show", "a", "--all"], "show needs the id"),
+        (["show"], "show requires document ids"),
+        (["show", "a", "--all"], "show requires document ids"),
         (["list", "a"], "list takes no ids"),
-        (["replay"], "needs ids, or --reason R, or --all"),
-        (["replay", "a", "--all"], "only one of them"),
+        (["replay"], "requires ids, --reason R or --all"),
+        (["replay", "a", "--all"], "only one of these"),
         (["replay", "a", "zz"], "no document 'zz' is there"),
-        (["replay", "--all", "--retry"], "without --retry"),
-        (["drop", "--reason", "empty", "a", "--yes"], "only one of them"),
+        (["replay", "--all", "--retry"], "does not accept --retry"),
+        (["drop", "--reason", "empty", "a", "--yes"], "only one of these"),
         (["drop", "a"], "add --yes"),
-        (["list", "--yes"], "--yes is for drop alone"),
+        (["list", "--yes"], "--yes is only for drop"),
     ],
     ids=" ".join,
 )
-def test_what_makes_no_sense_changes_nothing(
+def test_invalid_arguments_change_nothing(
     files: BatchFiles, directory: Path, said: Callable[..., str], argv: list[str], words: str
 ) -> None:
-    """One sentence; no file is touched."""
     before = {path: path.read_bytes() for path in directory.rglob("*.json")}
     with pytest.raises(ConfigurationError, match=re.escape(words)):
         said(*argv)
     assert {path: path.read_bytes() for path in directory.rglob("*.json")} == before
 
 
-def test_replay(files: BatchFiles, directory: Path, said: Callable[..., str]) -> None:
-    """The named ones alone move to pending, with fresh attempts; known answers stay known."""
-    assert "2 documents left quarantine" in said("replay", "a", "d")
+def test_replay_moves_the_selected_documents_to_pending(
+    files: BatchFiles, directory: Path, said: Callable[..., str]
+) -> None:
+    """With a full set of attempts; known answers are kept."""
+    assert "2 documents moved from quarantine" in said("replay", "a", "d")
     assert places(directory) == {"pending": ["a", "d"], "quarantine": ["b", "c"], "retry": ["e"]}
     entries = {key: entry for batch in files.load_pending() for key, entry in batch.failures.items()}
     assert {entry.retry_count for entry in entries.values()} == {0}
     assert entries[id_key("d")].classification_result == {"classification": LABELS}
-    assert "1 document left quarantine" in said("replay", "--reason", "empty")
-    assert "1 document left quarantine" in said("replay", "--all")
+    assert "1 document moved from quarantine" in said("replay", "--reason", "empty")
+    assert "1 document moved from quarantine" in said("replay", "--all")
     assert places(directory) == {"pending": ["a", "b", "c", "d"], "quarantine": [], "retry": ["e"]}
-    assert said("replay", "--all") == "No document is in quarantine.\n"
+    assert said("replay", "--all") == "No documents in quarantine.\n"
 
 
-def test_drop(files: BatchFiles, directory: Path, said: Callable[..., str]) -> None:
-    """The named ones are nowhere any more; the others are where they were."""
+def test_drop_removes_the_selected_documents(files: BatchFiles, directory: Path, said: Callable[..., str]) -> None:
     assert "1 document dropped" in said("drop", "--yes", "c")
     assert places(directory) == {"pending": [], "quarantine": ["a", "b", "d"], "retry": ["e"]}
     assert "1 document dropped" in said("drop", "--reason", "store_failed", "--yes")
     assert [path.name for path in (directory / "quarantine").iterdir()] == ["batch_001_quarantine.json"]
     assert "2 documents dropped" in said("drop", "--all", "--yes")
     assert places(directory) == {"pending": [], "quarantine": [], "retry": ["e"]}
-    assert said("drop", "--all", "--yes") == "No document is in quarantine.\n"
+    assert said("drop", "--all", "--yes") == "No documents in quarantine.\n"
 
 
-def test_a_document_whose_batch_is_still_in_work_stays(
-    files: BatchFiles, directory: Path, said: Callable[..., str]
-) -> None:
-    """A crash came between the two files: the next run goes on there, and would work on it twice."""
+def test_document_of_an_unfinished_batch_stays(files: BatchFiles, directory: Path, said: Callable[..., str]) -> None:
+    """After a crash between two files the next run resumes the batch; a replay would process the document twice."""
     files.save_pending([{"_id": "a", "text": CANARY}])
     assert "1 document stayed" in said("replay", "--reason", "label_outside")
     assert "1 document stayed" in said("drop", "a", "--yes")
     assert places(directory) == {"pending": ["a", "c"], "quarantine": ["a", "b", "d"], "retry": ["e"]}
 
 
-def test_a_document_that_was_quarantined_twice_is_one(files: BatchFiles, directory: Path, said: Any) -> None:
-    """As --reprocess leaves it: the newest entry counts, and no copy comes back after it is dropped or replayed."""
+def test_document_quarantined_twice_is_listed_once(files: BatchFiles, directory: Path, said: Any) -> None:
+    """Possible with --reprocess: the newest entry counts, and replay and drop remove all copies."""
     files.save_failed("quarantine", 9, [failed("a", 60, reason=Reason.BUSY), failed("b", 60)])
     assert said("list").splitlines()[-1] == "4 documents in quarantine: 2 x label_outside, 1 x busy, 1 x store_failed"
     assert files.count_failed("quarantine") == 4
-    assert "1 document left" in said("replay", "--reason", "busy")
+    assert "1 document moved" in said("replay", "--reason", "busy")
     assert "1 document dropped" in said("drop", "b", "--yes")
     assert places(directory) == {"pending": ["a"], "quarantine": ["c", "d"], "retry": ["e"]}
 
 
-def test_a_file_that_cannot_be_read(files: BatchFiles, directory: Path, said: Any, capsys: Any) -> None:
-    """Looking says so, shows the rest and changes nothing; the next run sets it aside."""
+def test_unreadable_file_is_reported_and_kept(files: BatchFiles, directory: Path, said: Any, capsys: Any) -> None:
+    """The other files are listed; the next run renames the unreadable one."""
     path = directory / "quarantine/batch_001_quarantine.json"
     path.write_bytes(b"[{")
     arguments = create_command_parser(COMMAND).parse_intermixed_args(["list"])
@@ -265,16 +261,15 @@ def test_a_file_that_cannot_be_read(files: BatchFiles, directory: Path, said: An
     assert path.read_bytes() == b"[{"
 
 
-def test_a_directory_that_is_not_there(directory: Path, said: Any) -> None:
-    """A wrong name is said, and not made."""
+def test_missing_directory_is_an_error_and_is_not_created(directory: Path, said: Any) -> None:
     for argv in (["list"], ["replay", "--all"], ["drop", "--all", "--yes"]):
         with pytest.raises(StateDirectoryError, match="there is no directory"):
             said(*argv)
     assert not directory.exists()
 
 
-def test_a_worker_holds_the_directory(files: BatchFiles, said: Callable[..., str]) -> None:
-    """Looking works; moving and dropping do not."""
+def test_running_worker_prevents_replay_and_drop(files: BatchFiles, said: Callable[..., str]) -> None:
+    """List and show still work."""
     files.acquire()
     try:
         assert "4 documents" in said("list")
@@ -284,14 +279,14 @@ def test_a_worker_holds_the_directory(files: BatchFiles, said: Callable[..., str
                 said(*argv)
     finally:
         files.release()
-    assert "1 document left" in said("replay", "a")
+    assert "1 document moved" in said("replay", "a")
 
 
 # In real processes
 
 
 def quarantined(site: Site, numbers: tuple[int, ...] = (1, 2, 7, 8)) -> list[Any]:
-    """Run 12 documents in batches of 6, of which *numbers* end in quarantine; return the documents."""
+    """Process 12 documents in batches of 6, quarantine *numbers* of them, and return all."""
     documents = [conversation(number) for number in range(12)]
     site.source.insert_many(documents)
     assert site.model is not None
@@ -303,8 +298,8 @@ def quarantined(site: Site, numbers: tuple[int, ...] = (1, 2, 7, 8)) -> list[Any
     return documents
 
 
-def test_there_and_back(site: Site) -> None:
-    """Replayed ones are taken up by the plain command, dropped ones by none; sources say failed until then."""
+def test_replayed_documents_are_processed_and_dropped_ones_are_not(site: Site) -> None:
+    """The status in MongoDB stays failed until the next run."""
     documents = quarantined(site)
     ended = site.run("quarantine", "replay", "1", "7")
     assert ended.code == 0, ended.err
@@ -320,11 +315,11 @@ def test_there_and_back(site: Site) -> None:
     assert calls(site, documents[8]) == 8, "a dropped document is not asked again"
     assert places(site.directory) == {"pending": [], "quarantine": [2], "retry": []}
     nothing = site.run()
-    assert (nothing.code, "1 are in quarantine" in nothing.out, "quarantine list" in nothing.out) == (1, True, True)
+    assert (nothing.code, "Quarantine: 1" in nothing.out, "quarantine list" in nothing.out) == (1, True, True)
 
 
-def test_exit_codes_while_a_worker_runs(site: Site) -> None:
-    """0 for looking, 5 for moving, 2 for an id that is not there; all as one sentence."""
+def test_exit_codes_during_a_run(site: Site) -> None:
+    """0 for list and show, 5 for replay and drop, 2 for an unknown id; each error is one sentence."""
     quarantined(site)
     site.source.insert_many([conversation(number) for number in range(100, 112)])
     assert site.model is not None
@@ -354,8 +349,8 @@ KILLS = [
     [pytest.param(*kill, marks=pytest.mark.thorough if kill[-1] in (2, 4) else ()) for kill in KILLS],
     ids=str,
 )
-def test_a_kill_in_the_middle(site: Site, action: str, seam: str, passage: int) -> None:
-    """Each document is in exactly one place, whatever the command had done; said again, it does the rest."""
+def test_killed_command_leaves_each_document_in_one_place(site: Site, action: str, seam: str, passage: int) -> None:
+    """The same command finishes the rest."""
     assert seam in QUARANTINE_SEAMS or seam in ("before_rename", "renamed")
     files = BatchFiles(site.directory)
     files.save_failed("quarantine", 1, [failed(1), failed(2)])
@@ -380,8 +375,8 @@ def test_a_kill_in_the_middle(site: Site, action: str, seam: str, passage: int) 
     assert sorted(raw) == expected["quarantine"], "no copy is left behind"
 
 
-def test_a_release_of_all_after_a_kill(site: Site) -> None:
-    """--retry-failed after a split that was cut off: nobody is asked twice."""
+def test_retry_failed_after_a_killed_replay(site: Site) -> None:
+    """No model call is repeated."""
     documents = quarantined(site)
     assert site.run("quarantine", "replay", "1", plan={"seam": "renamed", "passage": 1}).code == -signal.SIGKILL
     assert len(site.entries("quarantine")) == 5
@@ -398,8 +393,8 @@ def test_a_release_of_all_after_a_kill(site: Site) -> None:
     [(b"y\n", 0, 0), (b"n\n", 2, 4), (b"\n", 2, 4), (b"\x04", 2, 4), (b"\x03", 130, 4)],
     ids=repr,
 )
-def test_a_person_is_asked(files: BatchFiles, directory: Path, answer: bytes, code: int, left: int) -> None:
-    """At a terminal; only yes drops, and Ctrl-C ends it at once."""
+def test_drop_asks_for_confirmation(files: BatchFiles, directory: Path, answer: bytes, code: int, left: int) -> None:
+    """Only yes drops; Ctrl-C ends the command at once."""
     main, terminal = pty.openpty()
     command = [str(ROOT / "cli.py"), "quarantine", "drop", "--all", "--batch-files-dir", str(directory)]
     process = ForkedProcess(command, os.environ, directory.parent, None, streams=[terminal] * 3)
@@ -418,7 +413,7 @@ def test_a_person_is_asked(files: BatchFiles, directory: Path, answer: bytes, co
     assert len(places(directory)["quarantine"]) == left
 
 
-def test_all_released_as_the_flag_does(files: BatchFiles, directory: Path) -> None:
-    """--retry-failed and replay are one function."""
+def test_release_without_keys_moves_all_documents(files: BatchFiles, directory: Path) -> None:
+    """As --retry-failed does."""
     assert release(files) == 4
     assert places(directory)["pending"] == ["a", "b", "c", "d"]

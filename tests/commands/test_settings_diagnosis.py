@@ -33,14 +33,14 @@ PASSWORDS = [
 
 @pytest.fixture(autouse=True)
 def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the environment nor in a file."""
+    """No setting in the environment or in a .env file."""
     for name in known_environment_names():
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
 
 def findings(flags: dict[str, str] | None = None, **given: Any) -> dict[str, Finding]:
-    """Return what is said about the settings, by field; what is about none of them has the key of its sentence."""
+    """Return the findings by field; a finding without a field by its sentence."""
     found = diagnose_settings(load_settings(**given), flags or {})
     return {finding.numbers.get("setting", finding.sentence): finding for finding in found}
 
@@ -55,9 +55,7 @@ def test_every_setting_is_listed_with_its_value_and_origin(monkeypatch: pytest.M
     assert {finding.level for finding in found.values()} == {"ok"}
     assert found["db_name"].sentence == "MONGODB_DB = shop (flag --db-name)"
     assert found["batch_size"].sentence == "BATCH_SIZE = 7 (BATCH_SIZE in .env)"
-    assert found["lease_s"].sentence == (
-        "LEASE_S = 90.0 (environment variable LEASE_S, which overrules LEASE_S in .env)"
-    )
+    assert found["lease_s"].sentence == ("LEASE_S = 90.0 (environment variable LEASE_S, overrides LEASE_S in .env)")
     assert found["llm_timeout_s"].sentence == "LLM_TIMEOUT_S = 120.0 (default)"
     assert found["ollama_model"].sentence == "OLLAMA_MODEL = not set (default)"
     assert found["batch_size"].numbers == {
@@ -80,10 +78,10 @@ PLACES = [
 @pytest.mark.parametrize("places", PLACES, ids=lambda places: "+".join(places) or "none")
 @pytest.mark.parametrize("is_argument", [False, True])
 @pytest.mark.parametrize("lower", [False, True])
-def test_the_origin_is_the_one_that_counts(
+def test_reported_origin_is_the_effective_one(
     places: tuple[str, ...], is_argument: bool, lower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a setting with two names, each place with each choice of names: the value is that of the origin named."""
+    """For a setting with two names, every combination of places and names."""
     names = environment_names("db_name")
     for mask in range(1, 4 ** len(places)) if places else [0]:
         values: dict[tuple[str, str], str] = {}
@@ -103,7 +101,7 @@ def test_the_origin_is_the_one_that_counts(
         assert len(origin.overruled) == len(values) - (origin.kind in ("environment", "dotenv"))
 
 
-def test_fields_that_come_later_have_an_origin_as_well() -> None:
+def test_every_field_has_an_origin() -> None:
     assert set(settings_origins({})) == set(Settings.model_fields)
     assert settings_origins({"lease_s": "--lease"})["lease_s"] == Origin("argument", "--lease")
 
@@ -127,10 +125,10 @@ def test_two_names_of_one_setting_are_a_warning(first: str, second: str, monkeyp
 
 
 @pytest.mark.parametrize(("mode", "is_said"), [(0o644, True), (0o640, True), (0o600, False)])
-def test_a_dotenv_that_others_may_read_is_a_warning(mode: int, is_said: bool) -> None:
+def test_dotenv_readable_by_others_is_a_warning(mode: int, is_said: bool) -> None:
     Path(".env").write_text("LLM_API_KEY=a-key\n")
     Path(".env").chmod(mode)
-    found = findings().get("Others on this machine may read .env.")
+    found = findings().get("Other users of this machine can read .env.")
     assert (found is not None) == is_said
     assert found is None or (found.level, found.remedy) == ("warning", "chmod 600 .env")
 
@@ -147,7 +145,7 @@ def test_a_dotenv_that_others_may_read_is_a_warning(mode: int, is_said: bool) ->
         "mongodb://user:{}@db.example",
     ],
 )
-def test_no_part_of_a_password_is_shown(password: str, uri: str) -> None:
+def test_passwords_are_masked_completely(password: str, uri: str) -> None:
     text = shown("mongodb_uri", SecretStr(uri.format(password)))
     assert text.startswith(("mongodb://***@", "mongodb+srv://***@"))
     for part in ("sec", "ret", "s3cr3t", "user", "se,", "cret"):
@@ -169,7 +167,7 @@ def test_hosts_stay_visible(uri: str, text: str) -> None:
     assert shown("mongodb_uri", SecretStr(uri)) == text
 
 
-def test_every_other_secret_is_masked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_secrets_are_masked_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_API_KEY", "a-key-of-the-test")
     monkeypatch.setenv("MONGODB_URI", "mongodb://user:p%40ssword@h:1/?authSource=admin")
     found = str(findings())
@@ -182,7 +180,7 @@ def test_every_other_secret_is_masked_whole(monkeypatch: pytest.MonkeyPatch) -> 
 # Labels
 
 
-def test_the_shipped_labels_load() -> None:
+def test_shipped_labels_load() -> None:
     (only,) = diagnose_labels(load_settings())
     assert only.level == "ok"
     assert only.numbers["sentiment"] == 3
@@ -190,7 +188,7 @@ def test_the_shipped_labels_load() -> None:
 
 @pytest.mark.parametrize(
     ("intents", "topics", "words"),
-    [("Other", "Delivery", "for topic:"), ("Refund", "Other", "for intent:"), ("A", "B", "for intent and topic:")],
+    [("Other", "Delivery", "for topic;"), ("Refund", "Other", "for intent;"), ("A", "B", "for intent and topic;")],
 )
 def test_labels_without_other_are_a_warning(intents: str, topics: str, words: str) -> None:
     Path("t.yaml").write_text(f"intents: {{{intents}: x}}\ntopics: {{{topics}: x}}\nsentiments: [Negative]\n")
@@ -201,7 +199,7 @@ def test_labels_without_other_are_a_warning(intents: str, topics: str, words: st
 
 
 @pytest.mark.parametrize("content", [None, "intents: [", "intents: {}\n"])
-def test_labels_that_do_not_load_are_an_error(content: str | None) -> None:
+def test_invalid_labels_are_an_error(content: str | None) -> None:
     if content is not None:
         Path("t.yaml").write_text(content)
     (only,) = diagnose_labels(load_settings(taxonomy_file="t.yaml"))

@@ -1,4 +1,4 @@
-"""What a person reads after a run."""
+"""The summary of a run."""
 
 from __future__ import annotations
 
@@ -47,58 +47,78 @@ def result(**changes: Any) -> dict[str, Any]:
     return {"conversation_number": "42", "source_conversation_id": 1, "classification": {**labels, **changes}}
 
 
-def test_the_counts_of_a_run(console: Console) -> None:
-    """One line when all went well."""
-    print_run(console, STATS)
+def test_summary_of_a_clean_run_is_one_line(console: Console) -> None:
+    print_run(console, STATS, 300.0)
     assert shown(console) == (
         "50 documents processed in run job_20250924_103000_ab12cd: 45 classified, 3 failed, 2 skipped\n"
     )
 
 
-def test_what_else_there_is_to_say(console: Console) -> None:
-    """Why documents failed, most frequent first, where they are, and what to do."""
-    extras = {"already_done": 7, "leased_elsewhere": 8, "in_retry_queue": 2, "in_quarantine": 1}
-    print_run(console, {**STATS, **extras, "reasons": {"skipped_no_text": 2, "empty": 3}})
+def test_summary_lists_reasons_by_frequency_then_the_queues(console: Console) -> None:
+    extras = {"copied": 4, "already_done": 7, "leased_elsewhere": 8, "in_retry_queue": 2, "in_quarantine": 1}
+    print_run(console, {**STATS, **extras, "reasons": {"skipped_no_text": 2, "empty": 3}}, 300.0)
+    assert shown(console).splitlines()[1:] == [
+        "4 reused the result of an identical conversation (--no-dedupe disables this)",
+        "7 already had a result (--reprocess replaces results)",
+        "8 documents are leased by another worker (leases expire after 300 s)",
+        "  3 x empty",
+        "  2 x skipped_no_text",
+        "Retry queue: 2 (retried by the next run). Quarantine: 1 (--retry-failed retries them)",
+        "python cli.py quarantine list lists them with reasons",
+    ]
+
+
+def test_summary_of_one_document_uses_the_singular(console: Console) -> None:
+    one = {"documents_processed": 1, "successful": 1, "failed": 0, "skipped": 0, "leased_elsewhere": 1}
+    print_run(console, {**STATS, **one}, 300.0)
     lines = shown(console).splitlines()
-    assert lines[1] == "7 had a result already and were not asked again (--reprocess replaces results)"
-    assert lines[2] == "8 are in the hands of another worker"
-    assert lines[3:5] == ["  3 x empty", "  2 x skipped_no_text"]
-    assert lines[5].startswith("2 documents wait in the retry queue and 1 are in quarantine; ")
-    assert "--retry-failed" in lines[5]
+    assert lines[0].startswith("1 document processed in run ")
+    assert lines[1] == "1 document is leased by another worker (leases expire after 300 s)"
+
+
+def test_summary_of_an_empty_run_says_what_to_do(console: Console) -> None:
+    nothing = {"documents_processed": 0, "successful": 0, "failed": 0, "skipped": 0, "in_retry_queue": 1}
+    print_run(console, {**STATS, **nothing}, 300.0)
+    text = " ".join(shown(console).split())
+    assert text.startswith("Nothing to do: no documents are pending. Documents with results are skipped;")
+    assert text.endswith("Retry queue: 1 (retried by the next run). Quarantine: 0")
 
 
 @pytest.mark.parametrize(
     ("counts", "lines"),
     [
         ({}, []),
-        ({"review_below": 0.6, "with_confidence": 45}, ["0 need review: a label with a confidence below 0.6"]),
+        (
+            {"review_below": 0.6, "with_confidence": 45},
+            ["0 results need review: the confidence of a label is below 0.6"],
+        ),
         (
             {"review_below": 0.6, "with_confidence": 40, "needs_review": 7},
             [
-                "7 need review: a label with a confidence below 0.6",
-                "5 results have no confidence and are not marked: the server gave none for them",
+                "7 results need review: the confidence of a label is below 0.6",
+                "5 results have no confidence and no review mark: the server returned no log probabilities",
             ],
         ),
         (
             {"review_below": 0.6},
             [
-                "No result is marked for review: the model server gave no log probabilities, so no confidence is known "
-                "(docs/local-inference.md)"
+                "No result is marked for review: the model server returned no log probabilities, so there is no "
+                "confidence to compare (docs/local-inference.md)"
             ],
         ),
         ({"review_below": 0.6, "successful": 0}, []),
     ],
     ids=["not-asked-for", "none", "some-without", "no-log-probabilities", "no-results"],
 )
-def test_what_a_person_should_look_at(counts: dict[str, Any], lines: list[str]) -> None:
-    """Said only where it was asked for, and never so that silence looks like certainty."""
+def test_review_lines_appear_only_if_review_is_enabled(counts: dict[str, Any], lines: list[str]) -> None:
+    """Results without a confidence are named, so that their silence does not look like certainty."""
     console = Console(file=io.StringIO(), width=160, soft_wrap=True)
-    print_run(console, {**STATS, "review_below": None, "with_confidence": 0, "needs_review": 0, **counts})
+    print_run(console, {**STATS, "review_below": None, "with_confidence": 0, "needs_review": 0, **counts}, 300.0)
     assert shown(console).splitlines()[1:] == lines
 
 
-def test_shares_of_labels(console: Console) -> None:
-    """A bar for each, the most frequent first, never of no length."""
+def test_label_shares_are_sorted_bars(console: Console) -> None:
+    """The shortest bar still has one character."""
     counts = {"intent": {"Other": 1, "Complaint": 199}, "topic": {}, "sentiment": {"Neutral": 200}}
     print_labels(console, counts)
     lines = [line.rstrip() for line in shown(console).splitlines()]
@@ -109,8 +129,7 @@ def test_shares_of_labels(console: Console) -> None:
     assert "Topic" not in lines
 
 
-def test_examples(console: Console) -> None:
-    """One row each; an id stands in for a number that is not there."""
+def test_examples_show_the_id_if_there_is_no_number(console: Console) -> None:
     second = {**result(), "conversation_number": None, "source_conversation_id": bson.ObjectId("0" * 24)}
     print_examples(console, [result(), second])
     rows = shown(console).splitlines()[2:]
@@ -119,24 +138,22 @@ def test_examples(console: Console) -> None:
 
 
 @pytest.mark.parametrize("text", ["[/b] is bold", "[red]", "[bold]x[/bold]", "[link=http://x]", "\\[a]", "[/]"])
-def test_texts_are_no_markup(console: Console, text: str) -> None:
-    """Brackets in what the model or a customer wrote neither end the program nor vanish."""
+def test_texts_are_not_read_as_markup(console: Console, text: str) -> None:
+    """Brackets in text of the model or a customer neither raise an error nor vanish."""
     print_examples(console, [{**result(categorization=text, intent=text), "conversation_number": text}])
     assert shown(console).count(text) == 3
     print_labels(console, {"intent": {text: 1}})
     assert shown(console).count(text) == 4
 
 
-def test_ids_do_not_steer_the_terminal(console: Console) -> None:
-    """Escape sequences in an id or number are not printed."""
+def test_escape_sequences_in_ids_are_not_printed(console: Console) -> None:
     hostile = {**result(), "conversation_number": None, "source_conversation_id": "\x1b[31mred\x07\n"}
     print_examples(console, [hostile, {**result(), "conversation_number": "\x1b[31mred\x07"}])
     assert "\x1b" not in shown(console)
     assert "\x07" not in shown(console)
 
 
-def test_what_to_do_next(console: Console) -> None:
-    """Where the results are, and the three commands that lead on."""
+def test_next_steps_name_the_results_and_three_commands(console: Console) -> None:
     print_next_steps(console, load_settings(None, db_name="d", results_collection="r"))
     assert "collection r in database d" in shown(console)
     for command in ("utils.mongodb_import --file", "ollama pull", "cli.py --mongodb-uri"):

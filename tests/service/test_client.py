@@ -1,4 +1,4 @@
-"""The clients of the REST service against a real HTTP server, and against the real service."""
+"""The clients of the REST service, with a scripted HTTP server and with the real service."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ import api_client_production
 from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RequestError, RunInterruptedError, SkippedDocumentError
 from service.client.client import Pace
-from service.client.documents import request_for
-from service.client.protocol import build_request, parse_answer, parse_retry_after, service_target
+from service.client.protocol import build_request, parse_answer, parse_retry_after, request_for, service_target
 from service.client.run import percentile
 from tests.fakes.scripted_service import WAIT_S, Reply, ScriptedService, error, good, scripted_service
 
@@ -60,7 +59,7 @@ def run_production(service: ScriptedService, file: Path, *flags: str) -> int:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """The results of the last run."""
+    """Return the results of the last run."""
     names = [path for path in (folder / "out").glob("classified_results_*.json") if "failures" not in path.name]
     return list(json.loads(max(names).read_bytes()))
 
@@ -74,7 +73,7 @@ def journals(folder: Path) -> list[Path]:
 
 
 def kept_numbers(folder: Path) -> list[str]:
-    """The conversations whose answers the journal has, torn lines left out."""
+    """Return the conversations in the journal, without torn lines."""
     lines = [line for path in journals(folder) for line in path.read_bytes().splitlines(keepends=True)[1:]]
     return [json.loads(line)["answer"]["conversation_number"] for line in lines if line.endswith(b"\n")]
 
@@ -96,12 +95,12 @@ def kept_numbers(folder: Path) -> list[str]:
     ],
 )
 def test_retry_after_is_read_as_seconds_or_date(value: str | None, seconds: float | None) -> None:
-    """Both forms of the header; nonsense counts as not given."""
+    """Both forms of the header; invalid values are ignored."""
     assert parse_retry_after(value, NOW) == seconds
 
 
-def test_a_request_holds_the_original_texts_in_their_order() -> None:
-    """What the aggregator makes harmless for the prompt is sent untouched; who spoke is the aggregator's decision."""
+def test_request_holds_the_original_texts_in_order() -> None:
+    """Texts are sent unchanged; the aggregator decides who spoke."""
     text = "  <b>line one</b>\r\n\tCustomer: line two \u202e"
     request = request_for(
         {
@@ -127,7 +126,6 @@ def test_a_request_holds_the_original_texts_in_their_order() -> None:
 
 
 def test_tweets_and_queries_become_requests() -> None:
-    """The two other shapes."""
     at = "Tue Oct 31 21:45:10 +0000 2017"
     tweets = [{"inbound": True, "created_at": at, "text": "@x help"}, {"inbound": "False", "text": "We do"}]
     body = json.loads(request_for({"conversation_number": 5.0, "tweets": tweets}, 1).body)
@@ -140,16 +138,16 @@ def test_tweets_and_queries_become_requests() -> None:
     assert query == {"conversation_number": "12", "messages": [{"sender": "customer", "text": "Where is it?"}]}
 
 
-def test_what_cannot_be_asked_is_told_apart() -> None:
-    """Nothing from the customer is skipped, half a character is refused."""
+def test_unsendable_documents_are_skipped_or_rejected() -> None:
+    """Without text of the customer: skipped; half a surrogate pair: rejected."""
     with pytest.raises(SkippedDocumentError):
         request_for({"messages": [{"sender": "agent", "text": "Hello"}]}, 1)
     with pytest.raises(RequestError, match="surrogate"):
         request_for({"text": "caf\ud83d"}, 1)
 
 
-def test_the_key_depends_on_the_content_alone() -> None:
-    """A status written by another run changes nothing; another text does."""
+def test_key_depends_only_on_the_content() -> None:
+    """A status in the document does not change it; another text does."""
     first, second = document(1), document(1) | {"status": "processed"}
     assert request_for(first, 1).key == request_for(second, 9).key
     assert request_for(first, 1).key != request_for(document(2), 1).key
@@ -159,8 +157,8 @@ def test_the_key_depends_on_the_content_alone() -> None:
     "arguments",
     [{"url": "ftp://x"}, {"url": "http://u:p@x"}, {"url": "http://x:99999"}, {"url": "http://x", "api_key": "a b"}],
 )
-def test_a_target_that_cannot_be_is_refused(arguments: dict[str, str]) -> None:
-    """Addresses with credentials would end in logs; a key with a space would split the header."""
+def test_invalid_target_is_rejected(arguments: dict[str, str]) -> None:
+    """An address with credentials would appear in logs; a key with a space is no valid header."""
     with pytest.raises(ConfigurationError):
         service_target(**arguments)
 
@@ -172,28 +170,27 @@ def test_a_target_that_cannot_be_is_refused(arguments: dict[str, str]) -> None:
         "classification": dict.fromkeys(("intent", "topic", "sentiment", "categorization"), "x"),
     }).encode()],
 )  # fmt: skip
-def test_a_200_that_is_no_answer_is_an_error(body: bytes) -> None:
-    """A page of a proxy, another service, or the answer to somebody else's conversation."""
-    with pytest.raises(RequestError, match="not one of this service"):
+def test_foreign_answer_with_status_200_is_an_error(body: bytes) -> None:
+    """A page of a proxy, another service, or the answer to another conversation."""
+    with pytest.raises(RequestError, match="not from this service"):
         parse_answer(build_request("2", []), 200, body, None)
 
 
 def test_percentiles_are_nearest_ranks() -> None:
-    """Of 1 to 100 the 95th percentile is 95."""
     values = array("d", reversed(range(1, 101)))
     assert (percentile(values, 0.5), percentile(values, 0.95), percentile(values, 1.0)) == (50, 95, 100)
     assert percentile(array("d"), 0.5) is None
 
 
-async def test_being_told_to_wait_narrows_and_answers_widen_again() -> None:
-    """Half as many at once after each Retry-After, at least one; a tenth more with each answer."""
+async def test_retry_after_lowers_the_limit_and_answers_raise_it() -> None:
+    """Each Retry-After halves the limit, down to one; each answer adds a tenth."""
     pace = Pace(4, asyncio.Event())
     pace.slow_down(0)
     pace.slow_down(0)
     pace.slow_down(0)
 
     async def hold(entered: asyncio.Event, leave: asyncio.Event) -> None:
-        async with pace.place():
+        async with pace.slot():
             entered.set()
             await leave.wait()
 
@@ -215,8 +212,8 @@ async def test_being_told_to_wait_narrows_and_answers_widen_again() -> None:
     await asyncio.gather(*tasks)
 
 
-async def test_a_stop_ends_every_wait() -> None:
-    """A run that waits for minutes, as it was told, stops at once."""
+async def test_stop_ends_every_wait() -> None:
+    """Even a Retry-After of minutes."""
     stop = asyncio.Event()
     pace = Pace(1, stop)
     pace.slow_down(500)
@@ -226,12 +223,12 @@ async def test_a_stop_ends_every_wait() -> None:
     with pytest.raises(RunInterruptedError):
         await waiting
     with pytest.raises(RunInterruptedError):
-        async with pace.place():
-            pytest.fail("a place was given after the stop")
+        async with pace.slot():
+            pytest.fail("a slot was granted after the stop")
 
 
-def test_a_file_goes_through_in_its_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Answers in the order of the file, the key and an id in each request, and no journal left."""
+def test_results_are_in_file_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each request has the key and an id; no journal remains."""
     file = write_file(tmp_path, 20)
     (tmp_path / "key").write_text("s3cret-s3cret-s3cret\n")
     with scripted_service() as service:
@@ -251,8 +248,7 @@ def test_a_file_goes_through_in_its_order(tmp_path: Path, capsys: pytest.Capture
     assert "s3cret" not in output.out + output.err
 
 
-def test_as_many_are_in_flight_as_asked_for_and_no_more(tmp_path: Path) -> None:
-    """The bound holds from both sides."""
+def test_concurrency_is_reached_and_not_exceeded(tmp_path: Path) -> None:
     file = write_file(tmp_path, 12)
     with scripted_service() as service:
         service.close()
@@ -266,8 +262,8 @@ def test_as_many_are_in_flight_as_asked_for_and_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [503, 429])
 @pytest.mark.parametrize("as_date", [False, True], ids=["seconds", "date"])
-def test_a_busy_service_is_asked_again_when_it_says(tmp_path: Path, status: int, as_date: bool) -> None:
-    """Not before: the request that is told to wait comes again after that time, and with the same key."""
+def test_retry_waits_for_retry_after(tmp_path: Path, status: int, as_date: bool) -> None:
+    """The retry has the same Idempotency-Key."""
     times: list[float] = []
 
     def busy_once(_number: str, nth: int) -> Reply:
@@ -283,8 +279,7 @@ def test_a_busy_service_is_asked_again_when_it_says(tmp_path: Path, status: int,
     assert [request["headers"]["X-Request-ID"][-2:] for request in service.requests] == ["-1", "-2"]
 
 
-def test_all_requests_wait_when_one_is_told_to(tmp_path: Path) -> None:
-    """The service that is full is left alone: nobody goes on meanwhile."""
+def test_retry_after_delays_all_requests(tmp_path: Path) -> None:
     times: list[float] = []
     refused: list[float] = []
 
@@ -300,16 +295,18 @@ def test_all_requests_wait_when_one_is_told_to(tmp_path: Path) -> None:
     assert all(at >= refused[0] + 1 for at in times[3:])
 
 
-def test_a_wait_of_hours_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 3 and when to come back, in place of a process that sleeps for a day."""
+def test_very_long_retry_after_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 3 and the time to wait."""
     with scripted_service(lambda number, nth: error(503, "ModelUnavailableError", Retry_After="86400")) as service:
         assert run_production(service, write_file(tmp_path, 3), "--concurrency", "1") == ExitCode.UNREACHABLE
         assert len(service.requests) == 1
-    assert "come back in 86400 s" in capsys.readouterr().err
+    assert "retry after 86400 s" in capsys.readouterr().err
 
 
-def test_failures_are_listed_without_texts_and_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """422 is not repeated, 502 is; the second run asks only for what has no answer."""
+def test_failures_are_listed_without_text_and_retried_by_the_next_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """422 is not retried, 502 is; the second run requests only missing answers."""
     healed = False
 
     def some_fail(number: str, _nth: int) -> Reply:
@@ -339,17 +336,17 @@ def test_failures_are_listed_without_texts_and_asked_again(tmp_path: Path, capsy
     assert SECRET_TEXT not in "".join(capsys.readouterr())
 
 
-def test_what_a_foreign_server_says_is_not_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A proxy may quote the request in its error; only the service's own sentences are kept."""
+def test_error_text_of_a_foreign_server_is_not_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A proxy may quote customer text; only the service's own messages are kept."""
     quoting = Reply(400, {"error": {"type": "BadRequest", "message": f"cannot handle {SECRET_TEXT}"}})
     with scripted_service(lambda number, nth: quoting) as service:
         assert run_production(service, write_file(tmp_path, 1)) == ExitCode.INCOMPLETE
-    assert failures(tmp_path)[0]["message"] == "Status 400, and not from this service; check what is between."
+    assert failures(tmp_path)[0]["message"] == "Status 400 from another server; check --url and any proxy."
     assert SECRET_TEXT not in "".join(capsys.readouterr()) + json.dumps(failures(tmp_path))
 
 
-def test_a_redirect_gets_neither_key_nor_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever can redirect would get both; the final address is to be given."""
+def test_redirect_is_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The target would receive the key and the conversation."""
     with scripted_service() as other:
         redirect = error(307, "AuthenticationError", Location=f"{other.url}/classify")
         with scripted_service(lambda number, nth: redirect) as service:
@@ -360,10 +357,10 @@ def test_a_redirect_gets_neither_key_nor_conversation(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "--api-key-file"), (404, "--url")])
-def test_what_no_conversation_causes_ends_the_run(
+def test_configuration_error_ends_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, hint: str
 ) -> None:
-    """A wrong key is one sentence, not ten thousand failures."""
+    """One error instead of ten thousand failures."""
     with scripted_service(lambda number, nth: error(status, "AuthenticationError")) as service:
         flags = ("--concurrency", "1", "--api-key", "not-this-one-no")
         assert run_production(service, write_file(tmp_path, 50), *flags) == ExitCode.CONFIGURATION
@@ -374,16 +371,15 @@ def test_what_no_conversation_causes_ends_the_run(
     assert journals(tmp_path) == []
 
 
-def test_a_service_that_is_not_there_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 3, and the address in the sentence."""
+def test_unreachable_service_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 3; the message has the address."""
     with scripted_service() as service:
         pass
     assert run_production(service, write_file(tmp_path, 3), "--retries", "0") == ExitCode.UNREACHABLE
     assert service.url in capsys.readouterr().err
 
 
-def test_a_silent_service_fails_one_conversation_at_a_time(tmp_path: Path) -> None:
-    """A time-out is the failure of that conversation, and is repeated first."""
+def test_timeout_fails_one_conversation_after_its_retries(tmp_path: Path) -> None:
     with scripted_service() as service:
         service.close()
         flags = ("--timeout", "1", "--retries", "1")
@@ -392,8 +388,7 @@ def test_a_silent_service_fails_one_conversation_at_a_time(tmp_path: Path) -> No
     assert failures(tmp_path)[0]["type"] == "TimeoutError"
 
 
-def test_skipped_documents_are_listed_and_no_failure(tmp_path: Path) -> None:
-    """Nothing to ask is an answer; the file beside the results says which and why."""
+def test_skipped_documents_are_listed_and_are_not_failures(tmp_path: Path) -> None:
     file = tmp_path / "conversations.json"
     silent = {"conversation_number": "9", "messages": [{"sender": "agent", "text": "Hello?"}]}
     file.write_text(json.dumps([document(1), silent, document(3)]))
@@ -403,8 +398,8 @@ def test_skipped_documents_are_listed_and_no_failure(tmp_path: Path) -> None:
     assert [(row["position"], row["skipped"]) for row in failures(tmp_path)] == [(2, "skipped_no_customer")]
 
 
-def test_the_same_conversation_twice_is_never_in_flight_twice(tmp_path: Path) -> None:
-    """The second of two places goes to the next conversation that is another one."""
+def test_equal_conversations_are_never_in_flight_together(tmp_path: Path) -> None:
+    """The second slot takes the next different conversation."""
     file = tmp_path / "conversations.json"
     file.write_text(json.dumps([document(1), document(1), document(2)]))
     with scripted_service() as service:
@@ -417,8 +412,8 @@ def test_the_same_conversation_twice_is_never_in_flight_twice(tmp_path: Path) ->
     assert process.returncode == ExitCode.DONE
 
 
-def test_what_ends_the_run_ends_it_for_all(tmp_path: Path) -> None:
-    """The other places finish what they have in flight, keep it, and take nothing new."""
+def test_fatal_error_stops_all_workers(tmp_path: Path) -> None:
+    """The others finish and keep their requests in flight and start no new ones."""
     first_is_told = threading.Event()
 
     def first_is_sent_away(number: str, _nth: int) -> Reply:
@@ -434,8 +429,8 @@ def test_what_ends_the_run_ends_it_for_all(tmp_path: Path) -> None:
         assert len(kept_numbers(tmp_path)) == len(service.requests) - 1
 
 
-def test_the_same_conversation_twice_is_asked_once(tmp_path: Path) -> None:
-    """Both places of the file get the answer."""
+def test_equal_conversations_are_requested_once(tmp_path: Path) -> None:
+    """Both entries of the file get the answer."""
     file = tmp_path / "conversations.json"
     file.write_text(json.dumps([document(1), document(2), document(1)]))
     with scripted_service() as service:
@@ -444,10 +439,9 @@ def test_the_same_conversation_twice_is_asked_once(tmp_path: Path) -> None:
     assert [row["conversation_number"] for row in results(tmp_path)] == ["1", "2", "1"]
 
 
-def test_a_mistake_on_the_last_line_shows_before_the_first_request(
+def test_invalid_last_line_is_reported_before_the_first_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file is checked as a whole."""
     file = write_file(tmp_path, 5)
     file.write_text(file.read_text() + "{broken\n")
     with scripted_service() as service:
@@ -464,7 +458,7 @@ def start_production(service: ScriptedService, file: Path, *flags: str) -> subpr
 
 @contextlib.contextmanager
 def stuck_after(count: int, file: Path, concurrency: int) -> Iterator[tuple[ScriptedService, subprocess.Popen[str]]]:
-    """Run the client until *count* answers and a few are given, and *concurrency* more requests are held."""
+    """Run the client until at least *count* requests are answered and *concurrency* more are held."""
     answered = 0
 
     def close_after(_number: str, _nth: int) -> Reply:
@@ -484,14 +478,14 @@ def stuck_after(count: int, file: Path, concurrency: int) -> Iterator[tuple[Scri
             process.communicate()
 
 
-def test_a_killed_run_goes_on_without_asking_twice(tmp_path: Path) -> None:
-    """What the journal has is not asked again; at most what was in flight is, with the same key."""
+def test_killed_run_resumes_without_repeating_answers(tmp_path: Path) -> None:
+    """Only requests in flight are repeated, with the same key."""
     file = write_file(tmp_path, 40)
     with stuck_after(15, file, 3) as (service, process):
         process.kill()
         process.wait(WAIT_S)
         kept = kept_numbers(tmp_path)
-        assert len(kept) >= 12  # answers on their way at the very end may be lost
+        assert len(kept) >= 12  # answers in transit at the kill may be lost
         assert list((tmp_path / "out").glob("classified_results_*Z.json")) == []
         service.behave = good
         service.open.set()
@@ -507,15 +501,15 @@ def test_a_killed_run_goes_on_without_asking_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_finishes_what_is_in_flight(tmp_path: Path, number: signal.Signals) -> None:
-    """No new request after the signal, the answers in flight are kept, and the message says how to go on."""
+def test_interrupted_run_finishes_requests_in_flight(tmp_path: Path, number: signal.Signals) -> None:
+    """No new request after the signal; the message tells how to resume."""
     file = write_file(tmp_path, 40)
     with stuck_after(6, file, 2) as (service, process):
         asked = len(service.requests)
         process.send_signal(number)
         assert process.stderr is not None
         seen = ""
-        while "finishing the calls in flight" not in seen:  # the log line of the first signal
+        while "finishing the calls in flight" not in seen:  # logged at the first signal
             line = process.stderr.readline()
             assert line, seen
             seen += line
@@ -525,13 +519,13 @@ def test_an_interrupted_run_finishes_what_is_in_flight(tmp_path: Path, number: s
         assert len(service.requests) == asked
     assert len(kept_numbers(tmp_path)) == asked
     assert f"{asked} answers are kept in" in rest
-    assert "the same command" in rest
+    assert "run the same command again to resume" in rest
     assert list((tmp_path / "out").glob("classified_results_*Z.json")) == []
 
 
 @pytest.fixture
 def interrupted(tmp_path: Path) -> Path:
-    """A folder with a file of 3 conversations and the journal of a run that has 2 of them."""
+    """A folder with a file of 3 conversations and a journal with 2 of their answers."""
     file = write_file(tmp_path, 3)
 
     def third_fails(number: str, _nth: int) -> Reply:
@@ -545,8 +539,8 @@ def interrupted(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_torn_line_is_asked_again(interrupted: Path) -> None:
-    """A write that a power cut tore costs one question, and nothing after it is lost."""
+def test_answer_of_a_torn_line_is_requested_again(interrupted: Path) -> None:
+    """A power failure can tear a line; only its answer is lost."""
     journal, file = journals(interrupted)[0], interrupted / "conversations.jsonl"
     with scripted_service() as service:
         lines = journal.read_bytes().splitlines(keepends=True)
@@ -558,8 +552,8 @@ def test_a_torn_line_is_asked_again(interrupted: Path) -> None:
     assert len(results(interrupted)) == 3
 
 
-def test_what_comes_after_a_torn_line_is_kept(interrupted: Path) -> None:
-    """The next answer begins a line of its own, so that the run after that finds it."""
+def test_answers_after_a_torn_line_are_kept(interrupted: Path) -> None:
+    """The next answer starts a new line, so that the next run finds it."""
     journal, file = journals(interrupted)[0], interrupted / "conversations.jsonl"
     broken = True
     with scripted_service(
@@ -573,8 +567,8 @@ def test_what_comes_after_a_torn_line_is_kept(interrupted: Path) -> None:
         assert service.asked == {"1": 1, "2": 1, "3": 2}
 
 
-def test_answers_of_another_service_are_not_mixed_in(interrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another service may have another model; --restart is the deliberate way."""
+def test_journal_of_another_service_is_rejected(interrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another service may use another model; --restart discards the journal."""
     file = interrupted / "conversations.jsonl"
     with scripted_service() as service:
         assert run_production(service, file) == ExitCode.CONFIGURATION
@@ -585,7 +579,6 @@ def test_answers_of_another_service_are_not_mixed_in(interrupted: Path, capsys: 
 
 
 def test_two_runs_of_one_file_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second says so and asks nothing."""
     file = write_file(tmp_path, 40)
     with stuck_after(1, file, 2) as (service, process):
         asked = len(service.requests)
@@ -596,15 +589,14 @@ def test_two_runs_of_one_file_exclude_each_other(tmp_path: Path, capsys: pytest.
     assert "Another run" in capsys.readouterr().err
 
 
-def test_the_results_are_for_their_owner_only(tmp_path: Path) -> None:
-    """They hold conversations."""
+def test_result_files_are_private(tmp_path: Path) -> None:
     with scripted_service() as service:
         run_production(service, write_file(tmp_path, 1))
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o600}
 
 
-def test_the_small_client_shows_labels_beside_the_expected_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    """A right label stands alone, a wrong one has the expected one in brackets."""
+def test_api_client_compares_labels_with_expected_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """The expected label is in brackets if it differs."""
     with scripted_service() as service:
         assert api_client.main(["--url", service.url, "--count", "3"]) == ExitCode.DONE
         assert all(len(request["body"]["messages"]) >= api_client.LEAST_TURNS for request in service.requests)
@@ -614,14 +606,13 @@ def test_the_small_client_shows_labels_beside_the_expected_ones(capsys: pytest.C
     assert "3 of 3 answered" in output
 
 
-def test_the_small_client_shows_refusals_and_says_it_in_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    """One refused, one answered: exit code 1."""
+def test_api_client_exits_with_1_if_an_answer_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     with scripted_service(lambda number, nth: error(422, "ValidationError") if number == "1" else Reply()) as service:
         assert api_client.main(["--url", service.url, "--count", "2"]) == ExitCode.INCOMPLETE
     assert "1 of 2 answered" in capsys.readouterr().out
 
 
-def test_the_small_client_names_a_wrong_key_and_an_absent_service(capsys: pytest.CaptureFixture[str]) -> None:
+def test_api_client_reports_a_wrong_key_and_an_unreachable_service(capsys: pytest.CaptureFixture[str]) -> None:
     """Exit codes 2 and 3."""
     with scripted_service(lambda number, nth: error(401, "AuthenticationError")) as service:
         assert api_client.main(["--url", service.url]) == ExitCode.CONFIGURATION
@@ -631,7 +622,7 @@ def test_the_small_client_names_a_wrong_key_and_an_absent_service(capsys: pytest
 
 @pytest.fixture(scope="module")
 def real_service() -> Iterator[str]:
-    """The real service with its baseline, and a key."""
+    """The real service with the baseline classifier and a key."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "API_KEYS": "tests:0123456789abcdef", "API_PORT": str(port), "LOG_LEVEL": "WARNING"}
@@ -652,8 +643,8 @@ def real_service() -> Iterator[str]:
         process.wait(WAIT_S)
 
 
-def test_the_real_service_takes_every_sample(real_service: str, tmp_path: Path) -> None:
-    """All shipped shapes pass its strict contract, and come back as sent."""
+def test_real_service_accepts_every_sample(real_service: str, tmp_path: Path) -> None:
+    """All shapes pass validation and come back as sent."""
     samples = ROOT / "data" / "sample_conversations.jsonl"
     flags = ["--file", str(samples), "--url", real_service, "--output-dir", str(tmp_path / "out")]
     assert api_client_production.main([*flags, "--api-key", "0123456789abcdef"]) == ExitCode.DONE
@@ -661,7 +652,6 @@ def test_the_real_service_takes_every_sample(real_service: str, tmp_path: Path) 
     assert [row["messages"] for row in results(tmp_path)] == [row["messages"] for row in sent]
 
 
-def test_the_real_service_refuses_a_wrong_key(real_service: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The sentence names the flag."""
+def test_real_service_rejects_a_wrong_key(real_service: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert api_client.main(["--url", real_service, "--api-key", "0123456789abcdeX"]) == ExitCode.CONFIGURATION
     assert "--api-key-file" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from domain.text import counted
 from tests.worker.site import Document, Ended, Site, calls, check_exactly_once, conversation
 
 COUNT = 30
@@ -71,7 +72,8 @@ def test_unsure_labels_are_marked(site: Site, documents: list[Document], path: s
     stats, ended = statistics(site, "--review-below", "0.6", **address(site, path))
     marked = check_marked(site)
     assert (stats["with_confidence"], stats["needs_review"], stats["review_below"]) == (COUNT, marked, 0.6)
-    assert f"{marked} need review: a label with a confidence below 0.6" in ended.out
+    needing = counted(marked, "result needs", "results need")
+    assert f"{needing} review: the confidence of a label is below 0.6" in ended.out
     check_exactly_once(site, documents)
 
 
@@ -95,7 +97,7 @@ def test_a_server_without_log_probabilities(site: Site, documents: list[Document
     stats, ended = statistics(site, "--review-below", "0.6")
     assert all("confidence" not in entry and "needs_review" not in entry for _, entry in metadata(site))
     assert (stats["with_confidence"], stats["needs_review"]) == (0, 0)
-    assert "No result is marked for review: the model server gave no log probabilities" in ended.out
+    assert "No result is marked for review: the model server returned no log probabilities" in ended.out
     check_exactly_once(site, documents)
 
 
@@ -105,7 +107,7 @@ def test_a_server_that_refuses_them_is_asked_without(site: Site, documents: list
     configure(site, "refuse")
     stats, ended = statistics(site, "--review-below", "0.6", "--max-concurrent", "3", **address(site, path))
     assert (stats["successful"], stats["failed"]) == (COUNT, 0)
-    assert "gave no log probabilities" in ended.out
+    assert "returned no log probabilities" in ended.out
     assert site.model is not None
     refused = [entry for entry in site.model.requests() if entry["outcome"] == "400"]
     assert 1 <= len(refused) <= 3

@@ -67,7 +67,7 @@ def test_each_text_is_asked_once(site: Site, tmp_path: Path) -> None:
     assert requests(site) == 10
     run = json.loads((tmp_path / "run.json").read_text())
     assert (run["successful"], run["copied"]) == (120, 110)
-    assert "110 of them have the answer of an identical conversation" in ended.out
+    assert "110 reused the result of an identical conversation" in ended.out
     assert site.files(f"{FILE_NAME}*") == [], "it goes with the run"
 
 

@@ -146,11 +146,11 @@ def test_the_retry_queue_tells_the_reason_too(site: Site) -> None:
     listed = site.run("quarantine", "list", "--retry").out.splitlines()
     assert listed[0].split()[:2] == [str(BAD), "label_outside"]
     assert listed[-1] == "1 document in the retry queue: 1 x label_outside"
-    assert site.run("quarantine", "list").out == "No document is in quarantine.\n"
+    assert site.run("quarantine", "list").out == "No documents in quarantine.\n"
     assert site.run("--progress-files").code == 0
     check_results(site, documents)
     assert metrics(site)[("triad_run_failures", "label_outside")] == 0  # it has a result after all
-    assert site.run("quarantine", "list", "--retry").out == "No document is in the retry queue.\n"
+    assert site.run("quarantine", "list", "--retry").out == "No documents in the retry queue.\n"
 
 
 def test_metrics_of_a_run_that_is_stopped(site: Site) -> None:

@@ -34,7 +34,7 @@ JSON_FIELDS = {
 
 
 class Clock:
-    """Seconds that pass only when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -51,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -66,8 +66,8 @@ def stats(processed: int = 50, total: int = 200) -> RunStats:
 # The rate
 
 
-def test_the_rate_is_that_of_the_last_half_minute(clock: Clock) -> None:
-    """What was before does not count; nothing is known before two points."""
+def test_rate_covers_the_last_half_minute(clock: Clock) -> None:
+    """Older points do not count; the rate is 0 before two points."""
     rate = Rate()
     assert rate.per_second == 0.0
     rate.add(0)
@@ -78,8 +78,7 @@ def test_the_rate_is_that_of_the_last_half_minute(clock: Clock) -> None:
     assert rate.per_second == pytest.approx(10.0)
 
 
-def test_two_points_at_the_same_moment(clock: Clock) -> None:
-    """No division by nothing."""
+def test_rate_of_two_points_at_the_same_time_is_zero(clock: Clock) -> None:
     rate = Rate()
     rate.add(0)
     rate.add(5)
@@ -89,8 +88,8 @@ def test_two_points_at_the_same_moment(clock: Clock) -> None:
 # Plain lines
 
 
-def test_plain_lines_where_there_is_no_terminal(clock: Clock) -> None:
-    """One each ten seconds, and one at the end; no escape sequences."""
+def test_plain_lines_without_a_terminal(clock: Clock) -> None:
+    """One every ten seconds and one at the end, without escape sequences."""
     stream = io.StringIO()
     console = ConsoleProgress(stream)
     for second in range(25):
@@ -105,15 +104,15 @@ def test_plain_lines_where_there_is_no_terminal(clock: Clock) -> None:
     assert "\x1b" not in stream.getvalue()
 
 
-def test_more_documents_than_were_counted(clock: Clock) -> None:
-    """The total grows with them: never 105 of 100."""
+def test_total_grows_with_more_documents_than_counted(clock: Clock) -> None:
+    """Never 105 of 100."""
     stream = io.StringIO()
     ConsoleProgress(stream).update("job_1", "completed", stats(processed=105, total=100), 0)
     assert "105/105 done" in stream.getvalue()
 
 
-def test_the_next_run_starts_with_a_fresh_rate(clock: Clock, tmp_path: Path) -> None:
-    """In continuous mode the counts begin at 0 again; a rate must not become negative."""
+def test_next_run_resets_the_rate(clock: Clock, tmp_path: Path) -> None:
+    """In continuous mode the counts restart at 0; the rate must not become negative."""
     stream = io.StringIO()
     console, files = ConsoleProgress(stream), FileProgress(tmp_path)
     for processed, job, status in (
@@ -132,8 +131,8 @@ def test_the_next_run_starts_with_a_fresh_rate(clock: Clock, tmp_path: Path) -> 
 # The bar
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With done/total, counts, rate and time left; the final status ends it, and the next run has its own."""
+def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final status ends the bar, and the next run gets a new one."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     terminal = Terminal()
@@ -159,8 +158,8 @@ def state_of(folder: Path, job: str = "job_1") -> dict[str, Any]:
     return content
 
 
-def test_the_json_file(clock: Clock, tmp_path: Path) -> None:
-    """The documented fields; times are ISO 8601 with a zone."""
+def test_json_file_has_the_documented_fields(clock: Clock, tmp_path: Path) -> None:
+    """Times are ISO 8601 with a time zone."""
     files = FileProgress(tmp_path)
     files.update("job_1", "running", stats(processed=0), 0)
     clock.now_s += 5
@@ -186,15 +185,14 @@ def test_the_json_file(clock: Clock, tmp_path: Path) -> None:
     }
 
 
-def test_what_is_not_known_yet(clock: Clock, tmp_path: Path) -> None:
-    """No end can be estimated without a rate; an empty run is complete."""
+def test_unknown_values_are_null(clock: Clock, tmp_path: Path) -> None:
+    """There is no estimated completion without a rate; an empty run is complete."""
     FileProgress(tmp_path).update("job_1", "completed", RunStats(), 0)
     state = state_of(tmp_path)
     assert (state["estimated_completion"], state["percentage_complete"], state["current_rate"]) == (None, 100.0, 0.0)
 
 
-def test_the_csv_history(clock: Clock, tmp_path: Path) -> None:
-    """One row per write, with a header."""
+def test_csv_has_one_row_per_write(clock: Clock, tmp_path: Path) -> None:
     files = FileProgress(tmp_path)
     for processed in (0, 50, 100):
         files.update("job_1", "running", stats(processed=processed), 1)
@@ -219,8 +217,7 @@ def test_the_csv_history(clock: Clock, tmp_path: Path) -> None:
     assert all(datetime.fromisoformat(row["time"]).tzinfo for row in rows)
 
 
-def test_written_every_five_seconds_and_at_the_end(clock: Clock, tmp_path: Path) -> None:
-    """Updates in between cost nothing."""
+def test_files_are_written_every_five_seconds_and_at_the_end(clock: Clock, tmp_path: Path) -> None:
     files = FileProgress(tmp_path)
     written = []
     for second in range(11):
@@ -232,8 +229,8 @@ def test_written_every_five_seconds_and_at_the_end(clock: Clock, tmp_path: Path)
     assert (state_of(tmp_path)["processed"], state_of(tmp_path)["status"]) == (11, "interrupted")
 
 
-def test_files_are_replaced_and_never_rewritten(clock: Clock, tmp_path: Path) -> None:
-    """Who reads one while it is written gets the whole of the old one; both are their owner's alone."""
+def test_files_are_replaced_atomically(clock: Clock, tmp_path: Path) -> None:
+    """A concurrent reader sees the whole old file; only the owner can read the files."""
     files = FileProgress(tmp_path)
     files.update("job_1", "running", stats(), 1)
     with (tmp_path / "job_1.json").open() as reader:
@@ -245,8 +242,8 @@ def test_files_are_replaced_and_never_rewritten(clock: Clock, tmp_path: Path) ->
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
 
 
-def test_a_run_of_days_keeps_a_bounded_history(clock: Clock, tmp_path: Path) -> None:
-    """Its shape at half the detail, from the first row to the last."""
+def test_history_of_a_long_run_is_bounded(clock: Clock, tmp_path: Path) -> None:
+    """Half of the rows remain, from the first to the last."""
     files = FileProgress(tmp_path)
     files._history = [{"processed": number} for number in range(2000)]
     files.update("job_1", "completed", stats(), 0)
@@ -254,8 +251,7 @@ def test_a_run_of_days_keeps_a_bounded_history(clock: Clock, tmp_path: Path) -> 
     assert [row["processed"] for row in rows] == [str(number) for number in range(0, 2000, 2)] + ["50"]
 
 
-def test_several_reporters() -> None:
-    """Each gets every update."""
+def test_reporters_all_get_each_update() -> None:
     streams = [io.StringIO(), io.StringIO()]
     Reporters([ConsoleProgress(stream) for stream in streams]).update("job_1", "completed", stats(), 0)
     assert streams[0].getvalue() == streams[1].getvalue() != ""

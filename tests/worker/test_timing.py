@@ -1,4 +1,4 @@
-"""The arithmetic of the estimate, against queues that are simulated here."""
+"""The arithmetic of the estimate, checked with simulated queues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OVERHEAD_S = 0.002  # network, and our own part
 
 
 def served(seed: int, count: int, calls: int, slots: int, *, load_s: float = 0.0) -> list[DocumentTiming]:
-    """Return the timings of *count* documents of 1 s on average, from *calls* at once; the server has *slots* and a queue."""
+    """Simulate *count* documents of 1 s on average with *calls* concurrent calls, on a server with *slots* and a queue."""
     source = random.Random(seed)
     free_at_s = [load_s] * slots
     workers = [(0.0, number) for number in range(calls)]
@@ -55,10 +55,8 @@ def duration_s(timings: list[DocumentTiming]) -> float:
         *(pytest.param(*counts, marks=pytest.mark.thorough) for counts in [(5, 1), (5, 4), (16, 8)]),
     ],
 )
-def test_the_quote_is_right_whatever_concurrency_and_slots(
-    calls: int, slots: int, samples: int, documents: int
-) -> None:
-    """On average over many samples; one sample alone errs by its own chance."""
+def test_expected_time_is_unbiased_for_any_concurrency(calls: int, slots: int, samples: int, documents: int) -> None:
+    """On average over many samples."""
     ratios = []
     for seed in range(samples):
         pace = measure_pace(served(seed, documents, calls, slots), calls)
@@ -69,8 +67,8 @@ def test_the_quote_is_right_whatever_concurrency_and_slots(
 
 
 @pytest.mark.parametrize("samples", [50, pytest.param(150, marks=pytest.mark.thorough)])
-def test_the_interval_holds_the_truth_nine_times_in_ten(samples: int) -> None:
-    """Measured over samples of 20 documents."""
+def test_interval_covers_the_true_time_in_nine_of_ten_samples(samples: int) -> None:
+    """Samples of 20 documents."""
     hits = 0
     for seed in range(samples):
         quote = quote_time(measure_pace(served(seed, 20, 5, 4), 5), 500)
@@ -80,14 +78,14 @@ def test_the_interval_holds_the_truth_nine_times_in_ten(samples: int) -> None:
     assert 0.84 <= hits / samples <= 0.96
 
 
-def test_the_slots_are_counted_while_a_document_waits() -> None:
-    """Also with the network's time in it, and for a server that is never waited for."""
+def test_slots_are_counted_while_a_document_waits() -> None:
+    """With network time included, and for a server without waits."""
     assert slots_held_while_waiting(served(1, 60, 9, 4)) == pytest.approx(4, abs=0.1)
     assert slots_held_while_waiting(served(1, 60, 3, 8)) == 0.0
 
 
-def test_a_few_milliseconds_of_overhead_are_not_waiting() -> None:
-    """Servers report such; a busy server would be announced for each of them."""
+def test_small_queue_waits_are_not_a_busy_server() -> None:
+    """Servers report a few milliseconds of overhead as queue wait."""
     timings = served(3, 40, 4, 8)
     for timing in timings:
         timing.queue_wait_s = 0.03
@@ -96,15 +94,15 @@ def test_a_few_milliseconds_of_overhead_are_not_waiting() -> None:
     assert pace.slots == 4
 
 
-def test_loading_the_model_is_no_part_of_the_time_per_document() -> None:
-    """A sample too small to leave out the first documents, and a load of ten times a document."""
+def test_load_time_is_excluded() -> None:
+    """The sample is too small to exclude the first documents, and the load takes ten times a document."""
     cold, warm = served(7, 6, 3, 3, load_s=10.0), served(7, 6, 3, 3)
     expected_s = quote_time(measure_pace(warm, 3), 100).expected_s
     assert quote_time(measure_pace(cold, 3), 100).expected_s == pytest.approx(expected_s)
 
 
-def test_the_first_document_of_each_slot_is_left_out_where_enough_are_left() -> None:
-    """Servers read the constant part of the prompt once per slot."""
+def test_first_document_of_each_call_is_excluded_if_enough_remain() -> None:
+    """Servers read the constant part of the prompt only once per slot."""
     timings = served(5, 40, 4, 4)
     usual = measure_pace(timings, 4)
     for timing in timings:
@@ -115,8 +113,8 @@ def test_the_first_document_of_each_slot_is_left_out_where_enough_are_left() -> 
     assert len(measure_pace(few, 4).holds_s) == 5
 
 
-def test_a_server_that_tells_no_waits_is_quoted_by_what_a_document_takes() -> None:
-    """Its waits are in the time of each call, so the rate is right and the slots are unknown."""
+def test_server_without_queue_waits_is_estimated_by_call_time() -> None:
+    """The call time includes the waits, so the rate is right although the slots are unknown."""
     timings = served(2, 60, 8, 4)
     for timing in timings:
         timing.queue_wait_s = None
@@ -126,8 +124,8 @@ def test_a_server_that_tells_no_waits_is_quoted_by_what_a_document_takes() -> No
     assert quote_time(pace, 300).expected_s == pytest.approx(duration_s(served(9, 300, 8, 4)), rel=0.15)
 
 
-def test_more_calls_help_only_where_the_server_has_slots() -> None:
-    """A busy server takes as long with four times the calls, and twice as long with half its slots."""
+def test_more_calls_help_only_with_free_slots() -> None:
+    """A busy server is no faster with four times the calls, and half as fast with half its slots."""
     busy = measure_pace(served(1, 60, 8, 4), 8)
     assert busy.with_calls(32).documents_per_s == busy.documents_per_s
     assert busy.with_calls(2).documents_per_s == pytest.approx(busy.documents_per_s / 2)
@@ -135,21 +133,20 @@ def test_more_calls_help_only_where_the_server_has_slots() -> None:
     assert idle.with_calls(8).documents_per_s == pytest.approx(2 * idle.documents_per_s)
 
 
-def test_few_documents_end_with_idle_slots() -> None:
+def test_idle_slots_at_the_end_are_included() -> None:
     """Five documents in four slots take two rounds, not one and a quarter."""
     quote = quote_time(Pace(4, (1.0,) * 20, None, is_server_busy=False), 5)
     assert (quote.expected_s, quote.low_s, quote.high_s) == (2.0, 2.0, 2.0)
 
 
-def test_a_sample_too_small_gets_no_interval() -> None:
-    """Four documents say a time, and nothing about how sure it is."""
+def test_small_sample_has_no_interval() -> None:
+    """Four documents give an expected time only."""
     quote = quote_time(measure_pace(served(1, 4, 2, 2), 2), 50)
     assert quote.expected_s > 0
     assert (quote.low_s, quote.high_s) == (None, None)
 
 
-def test_tokens_are_means_of_what_was_told() -> None:
-    """A document whose server told nothing counts for neither."""
+def test_mean_tokens_ignore_documents_without_counts() -> None:
     told = [DocumentTiming(0, 1, prompt_tokens=100, reply_tokens=20), DocumentTiming(0, 1, None, None, 0, 300, 40)]
     assert mean_tokens([*told, DocumentTiming(0, 1)]) == (200.0, 30.0)
     assert mean_tokens([DocumentTiming(0, 1)]) is None
@@ -159,6 +156,5 @@ def test_tokens_are_means_of_what_was_told() -> None:
     ("seconds", "text"),
     [(0.26, "0.3 s"), (99.4, "99 s"), (100, "2 min"), (3590, "1 h 0 min"), (8100, "2 h 15 min"), (266_400, "3 d 2 h")],
 )
-def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> None:
-    """Two units at most."""
+def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
