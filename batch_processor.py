@@ -120,7 +120,6 @@ class BatchProcessor:
         session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
         if self.settings.max_concurrent == "auto":
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
-            stack.callback(self._limit.close)
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit)
         if self.recorder is not None:
