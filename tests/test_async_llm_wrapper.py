@@ -12,7 +12,7 @@ import pytest
 from async_llm_wrapper import AsyncLLMClient, open_session
 from config import load_settings
 from error_handler import LLMConnectionError
-from model_server.breaker import BreakerPolicy, CircuitBreaker
+from model_server.breaker import BreakerPolicy
 from model_server.protocol import chat_target
 from tests.fakes.scripted_server import GOOD_CONTENT, ScriptedServer, Step, answer, hang, reset, say, scripted_server
 
@@ -30,9 +30,8 @@ def server() -> Iterator[ScriptedServer]:
 def client_of(server: ScriptedServer, session: aiohttp.ClientSession, **given: Any) -> AsyncLLMClient:
     """A client that loses no time with waits, whose breaker never gives up."""
     settings = load_settings(None, **{"ollama_endpoint": server.url, "llm_backoff_s": 0, **given})
-    client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
-    client.breaker = CircuitBreaker(client.is_alive, BreakerPolicy(first_probe_s=0.01, probe_cap_s=0.02))
-    return client
+    policy = BreakerPolicy(first_probe_s=0.01, probe_cap_s=0.02)
+    return AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session, policy)
 
 
 async def test_cancelled_during_the_request(server: ScriptedServer) -> None:

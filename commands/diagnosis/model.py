@@ -13,7 +13,7 @@ from async_llm_wrapper import AsyncLLMClient, ollama_classify_async, open_sessio
 from classifier import ReplyParser
 from commands.diagnosis.findings import Finding, counted
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
-from commands.diagnosis.window import given_window, loaded_entry, settle_window
+from commands.diagnosis.window import given_window, settle_window
 from config import Settings, load_taxonomy
 from error_handler import (
     ConfigurationError,
@@ -24,7 +24,7 @@ from error_handler import (
     LLMReplyError,
     LLMTimeoutError,
 )
-from model_server.models import LoadedModel, ModelFacts, ServedModel, choose_model
+from model_server.models import LoadedModel, ModelFacts, ServedModel, choose_model, find_loaded
 from model_server.protocol import chat_target, with_model
 from prompt_builder import PromptBuilder
 from utils.network import is_loopback
@@ -229,7 +229,7 @@ async def _load(asked: Asked) -> Finding:
 
 def _memory(asked: Asked, loaded: list[LoadedModel], *, by_us: bool) -> Iterator[Finding]:
     """Yield the window that the server really gives, and where the model lies; *by_us*: it was loaded for this."""
-    entry = loaded_entry(asked.client, loaded)
+    entry = find_loaded(asked.client.target.model, loaded)
     if entry is None:
         yield Finding("ok", f"{asked.model.name} is not loaded now; the first call of a run loads it.")
         return

@@ -77,13 +77,13 @@ async def test_a_server_elsewhere_that_is_down_is_looked_for_elsewhere() -> None
 async def test_a_port_of_another_program_is_an_error(fake: FakeOllama) -> None:
     (only,) = await findings(load_settings(None, ollama_endpoint=f"{fake.url}/elsewhere", ollama_model="llama3.2"))
     assert only.level == "error"
-    assert "does not list its models (HTTP 404)" in only.sentence
+    assert "did not list its models (HTTP 404)" in only.sentence
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (None, "No model is named"),
+        (None, "No model is set"),
         ("mistral", "has no model mistral"),
         ("gpt-oss:120b-cloud", "runs in Ollama's cloud"),
         ("x:cloud", "runs in Ollama's cloud"),
@@ -139,7 +139,7 @@ async def test_a_window_beyond_the_model_is_a_warning_before_the_load(fake: Fake
     """A run takes no more than the model has, and so does the diagnosis; without a setting there is nothing to say."""
     fake.configure(models=[{"name": "small", "context_length": 4096}])
     found = await findings(settings_for(fake, ollama_model="small", ollama_num_ctx=8192), at_most=1)
-    set_too_high = the_one(found, "was made for 4096")
+    set_too_high = the_one(found, "the model's limit is 4096")
     assert (set_too_high.level, set_too_high.numbers["asked"]) == ("warning", 8192)
     assert "OLLAMA_NUM_CTX=4096" in set_too_high.remedy
     assert the_one(found, "whole window of 4096").level == "ok"
@@ -150,21 +150,21 @@ async def test_a_window_beyond_the_model_is_a_warning_before_the_load(fake: Fake
 async def test_a_window_that_the_server_does_not_give_is_a_warning_after_the_load(fake: FakeOllama) -> None:
     fake.configure(most_ctx=5000)
     found = await findings(settings_for(fake), at_most=1)
-    given = the_one(found, "gives a window of 5000 tokens where 8192 are asked for")
+    given = the_one(found, "gives a window of 5000 tokens instead of 8192")
     assert given.level == "warning"
     assert given.numbers == {"asked": 8192, "given": 5000, "limit": 131_072}
     assert "OLLAMA_NUM_CTX=5000" in given.remedy
-    assert the_one(await findings(settings_for(fake)), "loaded with 5000 tokens; with 8192 it is loaded again")
+    assert the_one(await findings(settings_for(fake)), "loaded with 5000 tokens; a window of 8192 loads it again")
 
 
 async def test_a_larger_window_that_others_loaded_is_taken_over_as_in_a_run(fake: FakeOllama) -> None:
     """Only a window that the operator set is insisted on; each change between two loads the model again."""
     chat(fake, options={"num_ctx": 16_384}, shift=False)
     found = await findings(settings_for(fake), at_most=2)
-    assert the_one(found, "loaded with a window of 16384 tokens, which a run uses as it is").level == "ok"
+    assert the_one(found, "loaded with a window of 16384 tokens; a run uses that").level == "ok"
     assert (fake.stats()["loads"], fake.stats()["reloads"]) == (1, 0)
     insisted = settings_for(fake, ollama_num_ctx=8192)
-    assert the_one(await findings(insisted), "loaded with 16384 tokens; with 8192").level == "warning"
+    assert the_one(await findings(insisted), "loaded with 16384 tokens; a window of 8192").level == "warning"
     await findings(insisted, at_most=1)
     assert the_one(await findings(insisted), "whole window of 8192").level == "ok"
 

@@ -11,22 +11,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregator import aggregate_conversation
 from classifier import ReplyParser, classification_flow
 from config import load_taxonomy
 from domain.confidence import label_confidence, needs_review
 from domain.conversation import Classification
-from error_handler import LLMReplyError
-from model_server.protocol import ChatReply
+from model_server.protocol import ChatReply, ChatTarget
+from model_server.truncation import TranscriptTruncator
+from prompt_builder import PromptBuilder
 
 TAXONOMY = load_taxonomy()
 LABELS = {field: TAXONOMY.names(field) for field in ("intent", "topic", "sentiment")}
 PARSER = ReplyParser(TAXONOMY)
+PROMPTS = PromptBuilder("Label it.")
+CONVERSATION = aggregate_conversation({"text": "where is it?"})
 LABELLED = Classification("Parcel is late.", "Order Status", "Account Access", "Neutral")
 HEAD = '{"categorization":"Parcel is late.","intent":"'
 MIDDLE, LATER, TAIL = '","topic":"', '","sentiment":"', '"}'
 REPLY = f"{HEAD}Order Status{MIDDLE}Account Access{LATER}Neutral{TAIL}"
 
 Entry = dict[str, Any]
+
+
+class Client:
+    """The part of a client that the flow needs."""
+
+    target = ChatTarget("ollama_chat", "http://m/api/chat", "http://m", "llama3.2", None, 8192, "10m")
+
+    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
+        return TranscriptTruncator(prompts.system_prompt)
 
 
 def token(text: str, weight: float = 0.5, others: Mapping[str, float] | None = None, **changes: Any) -> Entry:
@@ -260,20 +273,18 @@ def test_the_answer_to_a_repair_turn_counts() -> None:
         (*certain(REPLY[:start]), token("Neutral", share, {"Negative": 1 - share}), *certain(REPLY[start + 7 :]))
         for share in (0.1, 0.8)
     )
-    flow = classification_flow([], PARSER)
+    flow = classification_flow(CONVERSATION, Client(), PROMPTS, PARSER)
     next(flow)
     flow.send(ChatReply(REPLY.replace('"Account Access"', "7"), None, None, tokens=wrong))
     with pytest.raises(StopIteration) as finished:
         flow.send(ChatReply(REPLY, None, None, tokens=right))
     answer = finished.value.value
-    assert (answer.calls, answer.confidence["sentiment"]) == (2, round(0.8 / 1.2, 4))
+    assert (answer.attempts, answer.confidence["sentiment"]) == (2, round(0.8 / 1.2, 4))
 
 
 def test_without_tokens_there_is_none() -> None:
-    flow = classification_flow([], PARSER)
+    flow = classification_flow(CONVERSATION, Client(), PROMPTS, PARSER)
     next(flow)
     with pytest.raises(StopIteration) as finished:
         flow.send(ChatReply(REPLY, None, None))
     assert finished.value.value.confidence is None
-    with pytest.raises(LLMReplyError):
-        PARSER.answer(ChatReply("{}", None, None, tokens=tuple(GOOD)), 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from domain.conversation import Message
 from error_handler import (
     ErrorClass,
     LLMBusyError,
@@ -33,6 +34,7 @@ from model_server.protocol import (
     build_load_body,
     parse_chat_response,
     parse_load_response,
+    queue_wait_s,
     require_fit,
 )
 
@@ -64,9 +66,13 @@ def openai_reply(**choice: Any) -> dict[str, Any]:
     return {"id": "x", "choices": [fields], "usage": {"prompt_tokens": 1500, "completion_tokens": 40}}
 
 
+def prompt_of(text: str) -> list[Message]:
+    return [{"role": "system", "content": ""}, {"role": "user", "content": text}]
+
+
 def parse(fields: Any, target: ChatTarget = TARGET, status: int = 200, characters: int = 6000) -> ChatReply:
     raw = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    return parse_chat_response(target, status, raw, characters)
+    return parse_chat_response(target, status, raw, prompt_of("." * characters))
 
 
 def problem_of(fields: Any, target: ChatTarget = TARGET, status: int = 200, characters: int = 6000) -> LLMError:
@@ -327,9 +333,10 @@ def test_fewer_tokens_than_words_betray_a_cut() -> None:
     """Whatever the window: no tokenizer makes one token of two words. A tenth is left for odd ones."""
     cut = chat_reply(prompt_eval_count=1500)
     with pytest.raises(LLMReplyError) as caught:
-        parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, lambda _enough: 1700)
+        parse_chat_response(TARGET, 200, json.dumps(cut).encode(), prompt_of("word " * 1700))
     assert caught.value.reason is Reason.CONTEXT_OVERFLOW
-    assert parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, lambda _enough: 1600).prompt_tokens == 1500
+    enough = prompt_of("word " * 1600)
+    assert parse_chat_response(TARGET, 200, json.dumps(cut).encode(), enough).prompt_tokens == 1500
 
 
 @pytest.mark.parametrize(
@@ -380,3 +387,26 @@ def test_a_model_that_was_not_loaded(status: int, fields: dict[str, Any], error:
     parse_load_response(TARGET, 200, b'{"message": {"content": ""}, "done": true, "done_reason": "load"}')
     with pytest.raises(error):
         parse_load_response(TARGET, status, json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "wait_s"),
+    [
+        (
+            {
+                "total_duration": 5_000_000_000,
+                "load_duration": 1_000_000_000,
+                "prompt_eval_duration": 1_000_000_000,
+                "eval_duration": 1_000_000_000,
+            },
+            2.0,
+        ),
+        ({"total_duration": 5_000_000_000}, 5.0),
+        ({"total_duration": 1, "eval_duration": 2}, 0.0),
+        ({}, None),
+        ({"total_duration": "x"}, None),
+    ],
+)
+def test_queue_wait_is_the_rest_of_the_total_time(fields: dict[str, Any], wait_s: float | None) -> None:
+    """Total time minus loading, reading the prompt and writing the answer; never negative."""
+    assert queue_wait_s(fields) == wait_s

@@ -62,14 +62,14 @@ def reply_of(target: ChatTarget, logprobs: Any) -> dict[str, Any]:
 def test_they_are_handed_on_unread(target: ChatTarget) -> None:
     logprobs = {"content": ENTRIES} if target.protocol == "openai_chat" else ENTRIES
     body = json.dumps(reply_of(target, logprobs)).encode()
-    assert parse_chat_response(target, 200, body, 100).tokens == tuple(ENTRIES)
+    assert parse_chat_response(target, 200, body, MESSAGES).tokens == tuple(ENTRIES)
 
 
 @every_protocol
 @pytest.mark.parametrize("logprobs", [None, 7, "x", {}, {"content": None}, {"content": "x"}], ids=str)
 def test_odd_ones_are_none(target: ChatTarget, logprobs: Any) -> None:
     body = json.dumps(reply_of(target, logprobs)).encode()
-    assert parse_chat_response(target, 200, body, 100).tokens == ()
+    assert parse_chat_response(target, 200, body, MESSAGES).tokens == ()
 
 
 @pytest.mark.parametrize(

@@ -249,8 +249,8 @@ def test_a_server_without_models_gets_a_command() -> None:
 
 @pytest.mark.parametrize("named", ["gpt-oss:120b-cloud", "x:cloud", "x:CLOUD", "x:1b-Cloud", "looks-local"])
 def test_cloud_models_are_refused(named: str) -> None:
-    """By name or by what the server says of them: customer text must not leave the house."""
-    with pytest.raises(ConfigurationError, match="leave this house"):
+    """By name or by what the server says of them: customer text must not leave the network."""
+    with pytest.raises(ConfigurationError, match="leave your network"):
         choose_model(settings_for(ollama_model=named), LISTED)
 
 
@@ -258,7 +258,7 @@ def test_cloud_models_are_refused(named: str) -> None:
 def test_cloud_names_are_refused_before_anything_is_asked(protocol: str) -> None:
     """A target for such a model cannot even be made."""
     given = {} if protocol == "ollama_chat" else {"llm_api_url": TARGETS[protocol].url}
-    with pytest.raises(ConfigurationError, match="leave this house"):
+    with pytest.raises(ConfigurationError, match="leave your network"):
         chat_target(settings_for(**given), "gpt-oss:120b-cloud")
 
 

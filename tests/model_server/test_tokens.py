@@ -83,10 +83,8 @@ def test_no_whole_prompt_is_refused(engine: TinyEngine, text: str) -> None:
     count = tokens(engine, text, prompt=True)
     reply = {"message": {"content": "{}"}, "done": True, "done_reason": "stop", "prompt_eval_count": count}
     messages = PromptBuilder(SYSTEM).build_transcript(text)
-    least = sum(least_tokens(message["content"]) for message in messages)
-    assert least_prompt_tokens(messages) == least
-    characters = sum(len(message["content"]) for message in messages)
-    answered = parse_chat_response(TARGET, 200, json.dumps(reply).encode(), characters, lambda _enough: least)
+    assert least_prompt_tokens(messages) == sum(least_tokens(message["content"]) for message in messages)
+    answered = parse_chat_response(TARGET, 200, json.dumps(reply).encode(), messages)
     assert answered.prompt_tokens == count
 
 

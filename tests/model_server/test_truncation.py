@@ -10,8 +10,8 @@ import pytest
 from domain.conversation import Conversation, Sender, Turn
 from error_handler import LLMContextError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget
-from model_server.truncation import fit_conversation
-from model_server.window import TranscriptTruncator, choose_window, tokens_needed
+from model_server.truncation import TranscriptTruncator, fit_conversation
+from model_server.window import choose_window, tokens_needed
 
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 8192, "10m")
 MARKER = re.compile(r"^\[\.\.\. (\d+) (turns?|characters) left out \.\.\.\]$")
@@ -124,7 +124,7 @@ def test_the_smallest_window_that_holds_nearly_all() -> None:
     assert choose_window([], None).num_ctx == 8192
     assert choose_window([], 2048).num_ctx == 2048
     assert choose_window([], 131_072, 20_000).num_ctx == 20_000
-    assert "16384 were asked for" in str(choose_window([], 8192, 16_384))
+    assert "16384 were set" in str(choose_window([], 8192, 16_384))
 
 
 def test_a_window_holds_prompt_answer_and_repair() -> None:
@@ -136,44 +136,44 @@ def test_a_window_holds_prompt_answer_and_repair() -> None:
 @pytest.mark.parametrize(("mode", "error"), [("skip", SkippedDocumentError), ("fail", LLMContextError)])
 def test_what_shall_not_be_cut(mode: str, error: type[Exception]) -> None:
     """The reason is context_overflow either way."""
-    fitter = TranscriptTruncator(SYSTEM, mode)  # type: ignore[arg-type]
+    truncator = TranscriptTruncator(SYSTEM, mode)  # type: ignore[arg-type]
     with pytest.raises(error) as caught:
-        fitter.fit(long_talk(900), TARGET)
+        truncator.fit(long_talk(900), TARGET)
     assert caught.value.reason is Reason.CONTEXT_OVERFLOW  # type: ignore[attr-defined]
-    assert fitter.fit(long_talk(9), TARGET).is_complete
+    assert truncator.fit(long_talk(9), TARGET).is_complete
 
 
 def test_a_refusal_that_tells_its_counts_teaches() -> None:
     """Three times the tokens that were expected: less is sent, and that fits."""
-    fitter = TranscriptTruncator(SYSTEM)
+    truncator = TranscriptTruncator(SYSTEM)
     conversation = long_talk(100)
-    sent = fitter.fit(conversation, TARGET)
+    sent = truncator.fit(conversation, TARGET)
     assert sent.is_complete
-    counted = 3 * fitter.estimator.prompt_tokens(sent.transcript)
+    counted = 3 * truncator.estimator.prompt_tokens(sent.transcript)
     refusal = LLMContextError("too long", prompt_tokens=counted, window_tokens=8192)
-    again = fitter.fit_again(conversation, sent, TARGET, refusal)
+    again = truncator.fit_again(conversation, sent, TARGET, refusal)
     assert not again.is_complete
-    real_rate = (counted - fitter.estimator.system_tokens) / len(sent.transcript)
-    assert fitter.estimator.system_tokens + real_rate * len(again.transcript) + 700 <= 8192
+    real_rate = (counted - truncator.estimator.system_tokens) / len(sent.transcript)
+    assert truncator.estimator.system_tokens + real_rate * len(again.transcript) + 700 <= 8192
 
 
 def test_a_refusal_that_cannot_be_about_the_length_is_passed_on() -> None:
     """A short prompt is too long for no tokenizer: cutting it would not help."""
-    fitter = TranscriptTruncator(SYSTEM)
+    truncator = TranscriptTruncator(SYSTEM)
     conversation = long_talk(4)
-    sent = fitter.fit(conversation, TARGET)
+    sent = truncator.fit(conversation, TARGET)
     refusal = LLMReplyError("cut", Reason.CONTEXT_OVERFLOW)
     with pytest.raises(LLMReplyError) as caught:
-        fitter.fit_again(conversation, sent, TARGET, refusal)
+        truncator.fit_again(conversation, sent, TARGET, refusal)
     assert caught.value is refusal
 
 
 def test_half_a_window_is_suspicious_only_where_more_was_sent() -> None:
     """A whole prompt may well have that many tokens."""
-    fitter = TranscriptTruncator(SYSTEM)
-    sent = fitter.fit(long_talk(150), TARGET)
-    assert fitter.estimator.prompt_tokens(sent.transcript) > 1.4 * 4098
+    truncator = TranscriptTruncator(SYSTEM)
+    sent = truncator.fit(long_talk(150), TARGET)
+    assert truncator.estimator.prompt_tokens(sent.transcript) > 1.4 * 4098
     with pytest.raises(LLMReplyError):
-        fitter.require_whole(sent, TARGET, 4098)
-    fitter.require_whole(sent, TARGET, 4200)
-    fitter.require_whole(fitter.fit(long_talk(50), TARGET), TARGET, 4098)
+        truncator.require_whole(sent, TARGET, 4098)
+    truncator.require_whole(sent, TARGET, 4200)
+    truncator.require_whole(truncator.fit(long_talk(50), TARGET), TARGET, 4098)

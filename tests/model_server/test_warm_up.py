@@ -69,12 +69,12 @@ def test_a_worker_takes_over_the_larger_window_of_the_service(site: Site, tmp_pa
     with serve_beside(site, tmp_path) as service:
         assert service.classify().status == 200
         ended = site.run()
-        assert "is loaded with a window of 8192 tokens, which is used as it is" in ended.err
+        assert "is already loaded with a window of 8192 tokens; using that" in ended.err
         assert model_of(site).stats()["loads"] == 1
         site.source.insert_many([long_conversation(number, 200) for number in range(100, 110)])
         ended = site.run()
         assert ended.code == 0, ended.err
-        assert "is loaded with 8192 tokens and this needs 16384: it is loaded again" in ended.err
+        assert "is loaded with 8192 tokens, but 16384 are needed: loading it again" in ended.err
     assert model_of(site).stats()["loads"] == 2
 
 
@@ -149,8 +149,8 @@ def test_a_server_that_gives_less_than_asked(site: Site) -> None:
     model_of(site).configure(most_ctx=5000, vram_share=0.6)
     ended = site.run(OLLAMA_NUM_CTX="8192")
     assert ended.code == 0, ended.err
-    assert "the server gave a window of 5000 tokens instead of 8192; 5000 are used" in ended.err
-    assert "40 % of llama3.2 is not in the GPU's memory" in ended.err
+    assert "the server gave a window of 5000 tokens instead of 8192; using 5000" in ended.err
+    assert "40 % of llama3.2 is outside GPU memory" in ended.err
     results = check_labels_are_of_what_was_sent(site)
     assert {result["processing_metadata"]["input_complete"] for result in results.values()} == {False}
     assert model_of(site).stats()["loads"] == 1
