@@ -16,8 +16,8 @@ from commands.diagnosis.findings import Finding
 from commands.diagnosis.mongo import MAX_CLOCK_DIFFERENCE_S, clock_check, diagnose
 from config import load_settings
 from config.settings import Settings
-from embedded.mongod import EmbeddedMongod
 from tests.forked_process import ForkedProcess
+from tests.replica_set import ReplicaSetMongod
 from tests.worker.site import ROOT, Site, conversation
 from tests.worker.test_long_conversations import long_conversation
 
@@ -150,7 +150,7 @@ def test_the_probe_asks_no_more_at_once_than_it_may(site: Site) -> None:
 
 
 def test_a_replica_set_is_told_from_a_standalone_server(site: Site, tmp_path: Path) -> None:
-    with EmbeddedMongod(tmp_path / "db", replica_set="rs0") as server:
+    with ReplicaSetMongod(tmp_path / "db") as server:
         found = report(site, "--no-probe", MONGODB_URI=server.uri)
         server.kill()
     assert any("It is a replica set (rs0, 1 members)" in finding["sentence"] for finding in found)
