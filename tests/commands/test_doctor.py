@@ -216,7 +216,7 @@ def test_it_loads_the_window_that_the_next_run_takes(site: Site, turns: int, win
     assert site.model is not None
     site.source.insert_many([long_conversation(number, turns) for number in range(12)])
     found = report(site, "--max-probe", "2")
-    chosen = next(finding for finding in found if finding["sentence"].startswith("A run takes a window of"))
+    chosen = next(finding for finding in found if finding["sentence"].startswith("A run uses a window of"))
     assert chosen["numbers"] == {"num_ctx": window, "asked": None, "sample": 12, "held": 1.0}
     assert {record["options"]["num_ctx"] for record in site.model.requests()} == {window}
     assert site.run().code == 0
@@ -229,6 +229,6 @@ def test_without_mongodb_the_model_is_looked_at_all_the_same(site: Site) -> None
     """In the window of one who knows no documents, and it says why."""
     found = report(site, code=3, MONGODB_URI="mongodb://127.0.0.1:1", MONGODB_TIMEOUT_MS="300")
     assert set(of_level(found, "error")) == {"mongodb"}
-    asked = next(finding for finding in found if "could not be asked which window" in finding["sentence"])
+    asked = next(finding for finding in found if "Could not measure the documents" in finding["sentence"])
     assert (asked["level"], asked["area"]) == ("warning", "model")
     assert any("gives the whole window of 8192" in finding["sentence"] for finding in found)
