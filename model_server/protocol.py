@@ -305,7 +305,8 @@ def _require_whole_prompt(target: ChatTarget, prompt_tokens: int, messages: Sequ
     is_too_short = prompt_characters(messages) > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
     if prompt_tokens + NUM_PREDICT > target.num_ctx or (is_half_window(target, prompt_tokens) and is_too_short):
         raise LLMReplyError(
-            f"the server counted {prompt_tokens} prompt tokens for a window of {target.num_ctx}: it cut the prompt",
+            f"the server counted {prompt_tokens} prompt tokens for a window of {target.num_ctx}: the prompt was cut, or it "
+            "leaves no room for the answer",
             Reason.CONTEXT_OVERFLOW,
         )
     least = least_prompt_tokens(messages, int(prompt_tokens / LEAST_SHARE))

@@ -72,7 +72,7 @@ def problem_of(reply: str) -> LLMReplyError:
         pytest.param("{" * 19 + GOOD, id="after-open-braces"),
     ],
 )
-def test_accepted(reply: str) -> None:
+def test_usable_replies_are_parsed(reply: str) -> None:
     """Plain JSON, and the first complete object inside a fence or prose."""
     assert PARSER.parse(reply) == EXPECTED
 
@@ -130,7 +130,7 @@ def test_labels_are_matched_without_case_and_spacing(written: str, expected: str
         pytest.param(reply_of(topic="Other\ud83d"), Reason.LABEL_OUTSIDE, id="lone-surrogate-in-label"),
     ],
 )
-def test_refused(reply: str, reason: Reason) -> None:
+def test_unusable_replies_are_refused_with_a_reason(reply: str, reason: Reason) -> None:
     """Each kind of bad answer has its own reason."""
     assert problem_of(reply).reason is reason
 
@@ -161,7 +161,7 @@ def test_parse_classification_is_the_same_for_one_reply() -> None:
     assert parse_classification(GOOD, TAXONOMY) == EXPECTED
 
 
-def test_the_schema_asks_for_what_the_parser_takes() -> None:
+def test_schema_matches_the_parser() -> None:
     """Flat, closed, with the taxonomy's enums, and the description before the labels."""
     schema = classification_schema(TAXONOMY)
     assert json.loads(PARSER.schema_json) == schema
@@ -264,14 +264,14 @@ def test_after_one_repair_the_error_is_final(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("reason", [Reason.CUT_OFF, Reason.EMPTY])
-def test_without_a_reply_the_question_is_asked_again(flow: Flow, reason: Reason) -> None:
+def test_messages_are_sent_again_without_a_reply(flow: Flow, reason: Reason) -> None:
     """There is nothing to point at; the seed moves, so the answer can differ."""
     next(flow)
     assert flow.throw(LLMReplyError("cut off", reason)) == MESSAGES
     assert outcome_of(flow, GOOD).attempts == 2
 
 
-def test_two_replies_that_are_none_are_final(flow: Flow) -> None:
+def test_second_reply_error_is_final(flow: Flow) -> None:
     """One repair, whoever found the problem."""
     next(flow)
     flow.throw(LLMReplyError("cut off", Reason.CUT_OFF))
@@ -309,7 +309,7 @@ def test_a_refused_prompt_is_truncated_once() -> None:
         flow.throw(refusal)
 
 
-def test_the_outcome_says_how_the_answer_was_made(flow: Flow) -> None:
+def test_outcome_records_how_the_answer_was_made(flow: Flow) -> None:
     """Hashes are of the text that was sent and of everything that decides an answer."""
     next(flow)
     flow.send(reply("no JSON"))

@@ -141,7 +141,7 @@ def test_folder_of_a_running_server_is_refused(tmp_path: Path) -> None:
         insert(first)
 
 
-def test_folder_of_a_server_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
+def test_start_waits_for_a_server_that_is_ending(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     with EmbeddedMongod(data_dir) as first:
         insert(first)
@@ -162,7 +162,7 @@ def test_port_lost_between_choice_and_start_is_replaced(tmp_path: Path, monkeypa
             assert count(mongod) == 0
 
 
-def test_named_port_in_use_is_refused_even_if_mongodb_answers_there(tmp_path: Path) -> None:
+def test_given_port_in_use_is_refused_even_if_mongodb_answers_there(tmp_path: Path) -> None:
     with (
         EmbeddedMongod(tmp_path / "a") as first,
         pytest.raises(ConfigurationError, match=f"Port {first.port} is in use"),
@@ -178,7 +178,7 @@ def test_log_never_quotes_a_slow_command(tmp_path: Path) -> None:
     assert "my card number" not in (tmp_path / "mongod.log").read_text()
 
 
-def test_large_log_is_set_aside(tmp_path: Path) -> None:
+def test_large_log_is_rotated(tmp_path: Path) -> None:
     log = tmp_path / "mongod.log"
     log.write_text("x" * (embedded_mongod.LOG_LIMIT_BYTES + 1))
     with EmbeddedMongod(tmp_path):
@@ -232,7 +232,7 @@ def test_end_while_starting_is_explained(tmp_path: Path, command: str, message: 
     assert mongod.pid is None
 
 
-def test_a_server_that_never_listens_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_never_listens_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_mongod, "START_TIMEOUT_S", 0.2)
     mongod = EmbeddedMongod(tmp_path / "data", binary=script(tmp_path / "mongod", "exec tail -f /dev/null"))
     with pytest.raises(ConfigurationError, match="not ready after"):
