@@ -130,7 +130,7 @@ def ask_too_much(service: ServiceProcess) -> Answer:
 
 @pytest.mark.parametrize("mode", ["fit", "skip", "fail"])
 def test_service_truncates_a_long_conversation(site: Site, tmp_path: Path, mode: str) -> None:
-    """A truncated conversation is answered with a header; with ON_LONG=fail it is refused without a model call."""
+    """A truncated conversation is answered with a header; with ON_LONG skip or fail it is refused without a model call."""
     with serve_beside(site, tmp_path, ON_LONG=mode) as service:
         assert "x-input-complete" not in service.classify().headers
         answer = ask_too_much(service)
