@@ -1,4 +1,4 @@
-"""A document of any accepted shape becomes a Conversation. Pure: no I/O."""
+"""Turns a document of any accepted shape into a Conversation. No I/O."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MONTHS = {
 
 
 def document_shape(document: Mapping[str, Any]) -> Shape | None:
-    """Return which of the accepted shapes *document* has; None where it has none of them."""
+    """Return the shape of *document*; None if it has none of the accepted shapes."""
     if isinstance(document.get("tweets"), list):
         return "tweets"
     if isinstance(document.get("messages"), list):
@@ -29,13 +29,13 @@ def document_shape(document: Mapping[str, Any]) -> Shape | None:
 
 
 def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
-    """Return the conversation in *document*: turns in the order they were held, texts made safe.
+    """Return the conversation in *document*, with safe texts.
 
-    The order is that of time where every usable turn has a readable time, else the order listed.
-    A turn whose text is missing, empty or not a string is left out.
+    The turns are sorted by time if each usable turn has a readable time; otherwise they keep their order. Turns
+    without text are left out.
 
     Raises:
-        SkippedDocumentError: There is no usable text, or nothing that the customer said.
+        SkippedDocumentError: There is no usable text, or no turn of the customer.
     """
     shape = document_shape(document)
     if shape is None:
@@ -67,7 +67,7 @@ def _turn(shape: Shape, entry: Any) -> Turn | None:
 
 
 def _inbound(value: Any) -> Sender:
-    if isinstance(value, str):  # a CSV import leaves texts
+    if isinstance(value, str):  # a CSV import leaves strings
         value = {"true": True, "false": False}.get(value.strip().lower())
     return "customer" if value is True else "agent" if value is False else "unknown"
 
@@ -84,9 +84,9 @@ def _number(document: Mapping[str, Any]) -> str | None:
 
 
 def parse_time(value: Any) -> datetime | None:
-    """Return *value* as an aware time; None where it is not readable. Without a zone it counts as UTC.
+    """Return *value* as an aware time (UTC if it has no zone); None if it is not readable.
 
-    Reads datetimes, ISO 8601 texts, and Twitter's ``Tue Oct 31 21:45:10 +0000 2017``.
+    Accepts datetimes, ISO 8601, and Twitter's ``Tue Oct 31 21:45:10 +0000 2017``.
     """
     if isinstance(value, datetime):
         return value if value.tzinfo else value.replace(tzinfo=UTC)
@@ -102,5 +102,5 @@ def parse_time(value: Any) -> datetime | None:
 
 
 def _twitter_time(value: str) -> datetime:
-    """Read by position: strptime takes ten times as long, and this runs for each turn."""
+    """Parse by position, because strptime takes ten times as long and this runs for each turn."""
     return datetime.fromisoformat(f"{value[26:30]}-{_MONTHS[value[4:7]]}-{value[8:10]}T{value[11:19]}{value[20:25]}")

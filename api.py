@@ -35,8 +35,7 @@ from error_handler import (
 )
 from model_server.breaker import BreakerPolicy
 from model_server.protocol import chat_target
-from model_server.warm_up import reuse_loaded_window
-from model_server.window import choose_window
+from model_server.window import choose_window, reuse_loaded_window
 from prompt_builder import PromptBuilder
 from service import errors
 from service.admission import AdmissionQueue, Deadlines

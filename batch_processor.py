@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
-from classifier import Answer, ReplyParser, build_outcome
+from classifier import ReplyParser
 from config import Settings, load_settings, load_taxonomy
-from domain.conversation import Conversation, Outcome
+from domain.conversation import Conversation, Outcome, result_fingerprint
 from domain.result import build_result
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
 from error_handler import LLMError, LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
-from model_server.protocol import ChatReply, ChatTarget, chat_target, plan_fingerprint
+from model_server.protocol import chat_target, plan_fingerprint
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
 from storage.contract import Document
@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # of an estimate; a run has none
 logger = logging.getLogger(__name__)
 
 BASELINE_PLAN = "baseline"
-BASELINE_TARGET = ChatTarget("ollama_chat", "", "", BASELINE_MODEL, None, 0, "0")
 
 
 class BatchProcessor:
@@ -53,7 +52,7 @@ class BatchProcessor:
 
     *settings* None reads them from the environment; further keyword arguments are fields of
     Settings and win. *classify* and *client* replace the model server and the MongoDB client: the
-    caller closes what it hands in. *plan* names how *classify* makes its answers (build_outcome).
+    caller closes what it hands in. *plan* names how *classify* makes its answers (result_fingerprint).
     *recorder*, set before ``connect``, is told of each document that is asked and of each answer of
     the model server. Use as ``async with``, or call ``close``.
     """
@@ -120,17 +119,17 @@ class BatchProcessor:
         session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
         if self.settings.max_concurrent == "auto":
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
-            stack.callback(self._limit.close)
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
-        client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit)
-        if self.recorder is not None:
-            client.on_answer = self.recorder.note_answer
+        on_answer = self.recorder.note_answer if self.recorder else None
+        client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
         choice = await run_window(
             client,
             self.settings.ollama_num_ctx,
-            lambda client: sample_needs(self.store, self.settings.source_collection, client.fitter(prompts).estimator),
+            lambda client: sample_needs(
+                self.store, self.settings.source_collection, client.truncator(prompts).estimator
+            ),
         )
         start_s = time.monotonic()
         target = await client.warm_up(choice, self._tell)
@@ -252,12 +251,13 @@ def baseline_classify(baseline: BaselineClassifier) -> Classify:
         await asyncio.sleep(0)  # it computes; let signals and writes have their turn between two documents
         start = time.monotonic()
         labels = baseline.classify(conversation)
-        return build_outcome(
-            Answer(labels, ChatReply("", None, None), 1),
-            conversation,
-            BASELINE_TARGET,
-            BASELINE_PLAN,
-            time.monotonic() - start,
+        return Outcome(
+            labels,
+            model_used=BASELINE_MODEL,
+            model_digest=None,
+            input_sha256=conversation.transcript_sha256,
+            fingerprint=result_fingerprint(BASELINE_PLAN, conversation.transcript_sha256),
+            duration_ms=round((time.monotonic() - start) * 1000),
         )
 
     return classify

@@ -1,25 +1,24 @@
-"""A model reply becomes a validated Classification. Pure: no I/O."""
+"""Parses and validates model replies, and drives one conversation to its outcome. No I/O."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
-from typing import Any
+import time
+from collections.abc import Generator
+from typing import Any, Protocol
 
 from config import Taxonomy
 from config.taxonomy import fold_label
 from domain.confidence import label_confidence
-from domain.conversation import Classification, Conversation, Outcome, input_sha256, result_fingerprint
+from domain.conversation import Classification, Conversation, Message, Outcome, result_fingerprint
 from domain.text import one_line, prompt_text
-from error_handler import LLMContextError, LLMReplyError, Reason
-from model_server.protocol import ChatReply, ChatTarget
-from model_server.truncation import Fitted
-from model_server.window import TranscriptTruncator
-from prompt_builder import Message, PromptBuilder
+from error_handler import LLMContextError, LLMError, LLMReplyError, Reason
+from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
+from model_server.truncation import TranscriptTruncator
+from prompt_builder import PromptBuilder
 
 FIELDS = ("categorization", "intent", "topic", "sentiment")
-MAX_REPLY_CHARACTERS = 65_536  # num_predict 700 gives a few thousand; more is not an answer
+MAX_REPLY_CHARACTERS = 65_536  # an answer has a few thousand (num_predict is 700)
 MAX_CATEGORIZATION_CHARACTERS = 200
 
 _REPAIR = (
@@ -29,7 +28,7 @@ _REPAIR = (
 
 
 class ReplyParser:
-    """Parses replies against one taxonomy; *schema_json* is the JSON Schema that asks for such replies."""
+    """Parses replies against one taxonomy; *schema_json* is the JSON Schema of such a reply."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         self._labels = {
@@ -42,12 +41,11 @@ class ReplyParser:
     def parse(self, reply: str) -> Classification:
         """Return the classification in *reply*.
 
-        Takes plain JSON, and the first complete JSON object inside a code fence or prose. Labels
-        are matched without regard to case and spacing, and returned as the taxonomy writes them.
+        Accepts plain JSON, or the first complete JSON object inside a code fence or prose. Labels match without
+        regard to case and spacing, and are returned as the taxonomy spells them.
 
         Raises:
-            LLMReplyError: empty, not_json, wrong_shape or label_outside. The message never quotes
-                the reply.
+            LLMReplyError: empty, not_json, wrong_shape or label_outside. The message never quotes the reply.
         """
         fields = _first_object(reply)
         missing = [name for name in FIELDS if not isinstance(fields.get(name), str)]
@@ -63,15 +61,9 @@ class ReplyParser:
             self._label("sentiment", fields["sentiment"]),
         )
 
-    def answer(self, reply: ChatReply, calls: int) -> Answer:
-        """Return *reply*, the one to call number *calls* (from 1), with what it says and how sure it is.
-
-        Raises:
-            LLMReplyError: As ``parse`` does.
-        """
-        classification = self.parse(reply.text)
-        confidence = label_confidence(reply.tokens, reply.text, classification, self._names) if reply.tokens else None
-        return Answer(classification, reply, calls, confidence)
+    def confidence(self, reply: ChatReply, classification: Classification) -> dict[str, float] | None:
+        """Return the probability of each label that was parsed from *reply*; None if it has no log probabilities."""
+        return label_confidence(reply.tokens, reply.text, classification, self._names) if reply.tokens else None
 
     def _label(self, field: str, value: str) -> str:
         try:
@@ -81,15 +73,15 @@ class ReplyParser:
 
 
 def parse_classification(reply: str, taxonomy: Taxonomy) -> Classification:
-    """Return the classification in *reply*; see ReplyParser.parse, which callers with many replies keep."""
+    """Return the classification in one *reply*; see ``ReplyParser.parse``. For many replies, keep a ReplyParser."""
     return ReplyParser(taxonomy).parse(reply)
 
 
 def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
     """Return the JSON Schema of an answer.
 
-    Flat, with enums and nothing that grammar compilers are known to stumble over (pattern, format,
-    unions). The order of the keys makes the model say what the conversation is about before it labels.
+    It is flat and uses only enums, because grammar compilers fail on patterns, formats and unions. The order of the
+    keys makes the model describe the conversation before it labels it.
     """
     return {
         "type": "object",
@@ -105,58 +97,77 @@ def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A usable reply, what it says, and how many model calls it took (from 1); *confidence* as in Outcome."""
+class ModelClient(Protocol):
+    """The client that asks the model. Its target may change between two requests, so it is read for each."""
 
-    classification: Classification
-    reply: ChatReply
-    calls: int
-    confidence: dict[str, float] | None = None
+    @property
+    def target(self) -> ChatTarget:
+        """The model, its options and its window, as they are now."""
+
+    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
+        """Return the truncator for prompts of *prompts*."""
 
 
-def classification_flow(messages: list[Message], parser: ReplyParser) -> Generator[list[Message], ChatReply, Answer]:
-    """Yield the messages to send, receive the reply, return the answer.
+def classification_flow(
+    conversation: Conversation, client: ModelClient, prompts: PromptBuilder, parser: ReplyParser
+) -> Generator[list[Message], ChatReply, Outcome]:
+    """Classify *conversation*: yield the messages to send, receive the reply, return the outcome.
 
-    A driver, synchronous or not, sends what is yielded and throws in the LLMReplyError that its
-    client raised. One repair turn follows an unusable reply; then the error is raised. A prompt
-    that did not fit is not asked again: it would be cut again.
+    The driver, synchronous or not, sends what is yielded. It throws in the LLMReplyError or LLMContextError of its
+    client. One repair turn follows an unusable reply. If the prompt was too long, or was cut by the server, the
+    conversation is truncated once more with what that taught.
+
+    Raises:
+        LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.
+        LLMError: The second attempt failed as well.
     """
-    reply: ChatReply | None = None
-    try:
-        reply = yield messages
-        return parser.answer(reply, 1)
-    except LLMReplyError as problem:
-        if problem.reason is Reason.CONTEXT_OVERFLOW:
-            raise
-        again = repair_messages(messages, reply, problem)
-    reply = yield again
-    return parser.answer(reply, 2)
-
-
-def build_outcome(
-    answer: Answer, conversation: Conversation, target: ChatTarget, plan: str, duration_s: float
-) -> Outcome:
-    """Return *answer* with how it was made; *plan* is ollama_protocol.plan_fingerprint of the run."""
-    input_hash = input_sha256(conversation)
+    start_s = time.monotonic()
+    truncator = client.truncator(prompts)
+    fitted = truncator.fit(conversation, client.target)
+    messages = prompts.build_transcript(fitted.transcript)
+    calls, is_repair, is_truncated_again = 0, False, False
+    while True:
+        calls += 1
+        reply: ChatReply | None = None
+        try:
+            reply = yield messages
+            classification = parser.parse(reply.text)
+            if not is_repair:  # a repair turn makes the prompt longer
+                truncator.require_whole(fitted, client.target, reply.prompt_tokens)
+                truncator.learn(fitted, reply.prompt_tokens)
+            break
+        except (LLMContextError, LLMReplyError) as problem:
+            if problem.reason is Reason.CONTEXT_OVERFLOW and not is_truncated_again:
+                is_truncated_again, is_repair = True, False
+                fitted = truncator.fit_again(conversation, fitted, client.target, problem)
+                messages = prompts.build_transcript(fitted.transcript)
+            elif problem.reason is Reason.CONTEXT_OVERFLOW or is_repair:
+                raise
+            else:
+                is_repair = True
+                messages = repair_messages(messages, reply, problem)
+    target = client.target
+    plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)
     return Outcome(
-        classification=answer.classification,
+        classification,
         model_used=target.model,
         model_digest=target.digest,
-        attempts=answer.calls,
-        duration_ms=round(duration_s * 1000),
-        prompt_tokens=answer.reply.prompt_tokens,
-        reply_tokens=answer.reply.reply_tokens,
-        input_sha256=input_hash,
-        fingerprint=result_fingerprint(plan, input_hash),
-        confidence=answer.confidence,
+        input_sha256=conversation.transcript_sha256,
+        fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
+        attempts=calls,
+        duration_ms=round((time.monotonic() - start_s) * 1000),
+        prompt_tokens=reply.prompt_tokens,
+        reply_tokens=reply.reply_tokens,
+        input_complete=fitted.is_complete,
+        turns_used=fitted.turns_used,
+        confidence=parser.confidence(reply, classification),
     )
 
 
-def repair_messages(messages: list[Message], reply: ChatReply | None, problem: LLMReplyError) -> list[Message]:
-    """Return *messages* with the unusable *reply* and a turn that says what was wrong with it.
+def repair_messages(messages: list[Message], reply: ChatReply | None, problem: LLMError) -> list[Message]:
+    """Return *messages* with the unusable *reply* and a turn that says what is wrong with it.
 
-    Without a reply (None: cut off, empty) there is nothing to point at, and the question is asked again.
+    If there is no reply (cut off, empty), *messages* are returned to be sent again.
     """
     if reply is None:
         return messages
@@ -168,14 +179,14 @@ def repair_messages(messages: list[Message], reply: ChatReply | None, problem: L
 
 
 def _first_object(reply: str) -> dict[str, Any]:
-    """Return the first complete JSON object in *reply*; duplicate keys and NaN are refused."""
+    """Return the first complete JSON object in *reply*; refuse duplicate keys and NaN."""
     text = reply.strip().removeprefix("\ufeff")
     if not text:
         raise LLMReplyError("the answer is empty", Reason.EMPTY)
     if len(text) > MAX_REPLY_CHARACTERS:
-        raise LLMReplyError("the answer is too long to be one", Reason.NOT_JSON)
+        raise LLMReplyError("the answer is too long", Reason.NOT_JSON)
     start = text.find("{")
-    # Bounded: a reply of nothing but opening braces would otherwise cost a scan from each of them.
+    # The limit keeps a reply of opening braces from costing a scan for each of them.
     for _ in range(20):
         if start < 0:
             break
@@ -191,7 +202,7 @@ def _first_object(reply: str) -> dict[str, Any]:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise LLMReplyError("the answer names a key twice", Reason.WRONG_SHAPE)
+        raise LLMReplyError("the answer has a key twice", Reason.WRONG_SHAPE)
     return fields
 
 
@@ -200,58 +211,3 @@ def _no_constant(name: str) -> Any:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)
-
-
-@dataclass(frozen=True, slots=True)
-class FittedAnswer:
-    """A usable answer, and what of the conversation it is about."""
-
-    answer: Answer
-    fitted: Fitted
-
-    def complete(self, outcome: Outcome, calls: int) -> Outcome:
-        """Return *outcome* with what was seen, and with all *calls* that were made, refused ones included."""
-        fitted = self.fitted
-        if calls == outcome.attempts and fitted.is_complete and fitted.turns_used is None:
-            return outcome  # it says so already, as nearly all do
-        return replace(outcome, attempts=calls, input_complete=fitted.is_complete, turns_used=fitted.turns_used)
-
-
-@dataclass(frozen=True, slots=True)
-class FlowParts:
-    """What each conversation of a run is asked with; *target* returns the one of the moment."""
-
-    prompts: PromptBuilder
-    parser: ReplyParser
-    fitter: TranscriptTruncator
-    target: Callable[[], ChatTarget]
-
-
-def classify_with_truncation(
-    conversation: Conversation, parts: FlowParts
-) -> Generator[list[Message], ChatReply, FittedAnswer]:
-    """Yield the messages to send, receive the reply, return the answer; see ``classifier.classification_flow``.
-
-    Where the server refuses the prompt as too long, or its count betrays that it cut it, the conversation is fitted
-    once more with what that taught; LLMReplyError and LLMContextError are to be thrown in.
-
-    Raises:
-        LLMContextError, SkippedDocumentError: It does not fit and shall not be cut.
-        LLMError: It did not fit at the second time either, or there was no usable answer.
-    """
-    fitted = parts.fitter.fit(conversation, parts.target())
-    try:
-        return (yield from _ask(fitted, parts))
-    except (LLMContextError, LLMReplyError) as problem:
-        if problem.reason is not Reason.CONTEXT_OVERFLOW:
-            raise
-        fitted = parts.fitter.fit_again(conversation, fitted, parts.target(), problem)
-    return (yield from _ask(fitted, parts))
-
-
-def _ask(fitted: Fitted, parts: FlowParts) -> Generator[list[Message], ChatReply, FittedAnswer]:
-    answer = yield from classification_flow(parts.prompts.build_transcript(fitted.transcript), parts.parser)
-    if answer.calls == 1:  # a repair turn makes the prompt longer
-        parts.fitter.require_whole(fitted, parts.target(), answer.reply.prompt_tokens)
-        parts.fitter.learn(fitted, answer.reply.prompt_tokens)
-    return FittedAnswer(answer, fitted)

@@ -1,4 +1,4 @@
-"""Every error of the product, in one tree.
+"""The errors of the product, in one tree, and what follows from each.
 
 ::
 
@@ -10,31 +10,31 @@
     ├── StoreError                  MongoDB
     │   ├── StoreUnavailableError   not reachable, or away for too long              exit 3
     │   ├── StoreForbiddenError     credentials or rights are missing                exit 3
-    │   └── StoreRejectedError      MongoDB will never take this document            quarantine
+    │   └── StoreRejectedError      MongoDB will never accept this document          quarantine
     ├── LLMError                    the model server
     │   ├── LLMUnavailableError     no usable HTTP answer; another attempt may help  retry
     │   │   ├── LLMConnectionError  refused, reset or cut off                        circuit breaker
     │   │   ├── LLMBusyError        429, 503, or the server is out of memory         retry
     │   │   └── LLMTimeoutError     no answer within the time-out                    retry
     │   ├── LLMOutageError          the server stayed away beyond the limit          exit 3
-    │   ├── LLMRejectedError        the server will never take this request          quarantine
+    │   ├── LLMRejectedError        the server will never accept this request        quarantine
     │   │   ├── LLMContextError     the prompt is longer than the context window     quarantine
     │   │   └── LLMModelError       the model is missing or not allowed              exit 2 or 3
-    │   └── LLMReplyError           HTTP 200, and still not an answer                repair, then retry queue
-    ├── SkippedDocumentError        nothing in the document to classify              status "skipped"
-    ├── PoisonDocumentError         the document ended the worker twice              quarantine
+    │   └── LLMReplyError           HTTP 200 without a usable answer                 repair turn, then retry queue
+    ├── SkippedDocumentError        nothing to classify in the document              status "skipped"
+    ├── PoisonDocumentError         the document killed the worker twice             quarantine
     ├── JobError                    document jobs on the OpenAI Batch API
     │   ├── JobConnectionError      OpenAI or the webhook cannot be reached          exit 3
-    │   ├── JobTimeoutError         no end before the deadline; the batch goes on    exit 1
-    │   ├── JobValidationError      a schema, a document or a batch is not usable    exit 2
+    │   ├── JobTimeoutError         not done by the deadline; the batch continues    exit 1
+    │   ├── JobValidationError      a schema, document or batch is not valid         exit 2
     │   │   └── JobCostError        the job would cost more than --max-cost          exit 2
     │   ├── JobTemplateError        a template cannot be rendered                    exit 2
     │   └── JobProcessingError      a document or its answer cannot be processed     status "failed"
-    ├── IndexingError               the embedding index; vectors that were paid for are kept
+    ├── IndexingError               the embedding index; paid vectors are kept
     │   ├── ProviderUnavailableError  the embedding provider gives no usable answer  exit 3
-    │   │   └── ProviderBusyError   it asks to wait, and took nothing                waits
-    │   ├── ProviderRejectedError   it will never take this request                  item "failed"
-    │   ├── UnusableVectorsError    its answer is not the vectors asked for          item "failed"
+    │   │   └── ProviderBusyError   it took nothing and asks to wait                 waits
+    │   ├── ProviderRejectedError   it will never accept this request                item "failed"
+    │   ├── UnusableVectorsError    its answer does not hold the requested vectors   item "failed"
     │   ├── EmbeddingCostError      embedding would cost more than --max-cost        exit 2
     │   ├── MixedIndexError         the index holds vectors of another model         exit 2
     │   ├── VectorStoreError        ChromaDB cannot read or write its files          exit 2
@@ -43,9 +43,8 @@
     ├── FailureThresholdError       too many documents fail; the run stops           exit 4
     └── RunInterruptedError         SIGINT or SIGTERM                                exit 130
 
-A foreign exception is translated in the module that owns its library (``raise ... from exc``).
-Messages are one sentence that says what is wrong and what to do; they never quote a document, a
-prompt, an answer or a secret, because they end in logs, files and status fields.
+The module that owns a library translates its exceptions (``raise ... from exc``). A message says what happened and what
+to do. It never quotes a document, a prompt, an answer or a secret, because it ends in logs, files and status fields.
 """
 
 from __future__ import annotations
@@ -67,15 +66,15 @@ class ExitCode(IntEnum):
 
 
 class ErrorClass(StrEnum):
-    """What another attempt can do about an error."""
+    """Whether another attempt can help."""
 
-    TRANSIENT = "transient"  # the same attempt may work in a moment
-    RESOURCE = "resource"  # it may work when something is freed: slots, memory, disk
-    PERMANENT = "permanent"  # it will fail the same way each time
+    TRANSIENT = "transient"  # another attempt may succeed soon
+    RESOURCE = "resource"  # another attempt may succeed when slots, memory or disk are free
+    PERMANENT = "permanent"  # each attempt fails in the same way
 
 
 class Reason(StrEnum):
-    """Why a document has no result: a closed list, counted in summaries and files."""
+    """Why a document has no result. A closed list, counted in summaries and files."""
 
     TRANSPORT = "transport"
     BUSY = "busy"
@@ -94,7 +93,7 @@ class Reason(StrEnum):
 
 
 class TriadError(Exception):
-    """Base of everything this product raises on purpose."""
+    """Base class of all errors that this product raises on purpose."""
 
     exit_code = ExitCode.CONFIGURATION
     error_class = ErrorClass.PERMANENT
@@ -106,7 +105,7 @@ class ConfigurationError(TriadError):
 
 
 class IndexBlockedError(ConfigurationError):
-    """Existing data prevents a needed index; the message holds the query that finds it."""
+    """Existing data prevents an index; the message holds the query that finds the data."""
 
 
 class StateDirectoryError(TriadError):
@@ -122,28 +121,28 @@ class DirectoryLockedError(TriadError):
 
 
 class StoreError(TriadError):
-    """MongoDB; the precise driver error is in ``__cause__``."""
+    """MongoDB failed; the driver's error is in ``__cause__``."""
 
     exit_code = ExitCode.UNREACHABLE
     reason = Reason.STORE_FAILED
 
 
 class StoreUnavailableError(StoreError):
-    """MongoDB is not reachable. Whether a write in flight was stored is unknown."""
+    """MongoDB is not reachable. It is unknown whether a write in flight was stored."""
 
     error_class = ErrorClass.TRANSIENT
 
 
 class StoreForbiddenError(StoreError):
-    """MongoDB refuses the credentials, or they lack a right."""
+    """MongoDB refuses the credentials, or a permission is missing."""
 
 
 class StoreRejectedError(StoreError):
-    """MongoDB will never take this document (too large, not encodable)."""
+    """MongoDB will never accept this document (too large, not encodable)."""
 
 
 class LLMError(TriadError):
-    """The model server."""
+    """The model server failed."""
 
     exit_code = ExitCode.UNREACHABLE
 
@@ -156,7 +155,7 @@ class LLMUnavailableError(LLMError):
 
 
 class LLMConnectionError(LLMUnavailableError):
-    """The connection was refused, reset or cut off; counted by the circuit breaker."""
+    """The connection was refused, reset or cut off. The circuit breaker counts it."""
 
 
 class LLMBusyError(LLMUnavailableError):
@@ -173,17 +172,17 @@ class LLMTimeoutError(LLMUnavailableError):
 
 
 class LLMOutageError(LLMError):
-    """The server stayed away for longer than OUTAGE_LIMIT_S; the run ends, its documents wait."""
+    """The server was away for longer than OUTAGE_LIMIT_S. The run ends; its documents stay pending."""
 
     reason = Reason.TRANSPORT
 
 
 class LLMRejectedError(LLMError):
-    """The server will never take this request as it is."""
+    """The server will never accept this request."""
 
 
 class LLMContextError(LLMRejectedError):
-    """The prompt does not fit in the model's context window; the counts are what the server told, or None."""
+    """The prompt does not fit into the context window; the counts are those of the server, None if unknown."""
 
     reason = Reason.CONTEXT_OVERFLOW
 
@@ -198,10 +197,7 @@ class LLMModelError(LLMRejectedError):
 
 
 class LLMReplyError(LLMError):
-    """The server answered 200, and it is still not an answer.
-
-    *reason* is one of cut_off, empty, not_json, wrong_shape, label_outside, context_overflow.
-    """
+    """Status 200 without a usable answer: cut_off, empty, not_json, wrong_shape, label_outside, context_overflow."""
 
     def __init__(self, message: str, reason: Reason) -> None:
         super().__init__(message)
@@ -209,7 +205,7 @@ class LLMReplyError(LLMError):
 
 
 class SkippedDocumentError(TriadError):
-    """The document is not to be classified; *reason* is a ``skipped_`` one, or context_overflow with ON_LONG=skip."""
+    """The document is not classified. *reason* starts with ``skipped_``, or is context_overflow with ON_LONG=skip."""
 
     def __init__(self, message: str, reason: Reason) -> None:
         super().__init__(message)
@@ -217,35 +213,35 @@ class SkippedDocumentError(TriadError):
 
 
 class PoisonDocumentError(TriadError):
-    """The worker process died while it handled this document, more than once."""
+    """The worker process died more than once while it handled this document."""
 
     reason = Reason.POISON
 
 
 class JobError(TriadError):
-    """A document job on the OpenAI Batch API; what was billed is in the ledger, so the same command goes on."""
+    """A document job on the OpenAI Batch API failed. The ledger keeps billed work, so the same command resumes."""
 
 
 class JobConnectionError(JobError):
-    """OpenAI (or another server of the job) gives no usable answer; the batches there go on."""
+    """OpenAI, or another server of the job, gives no usable answer. Its batches continue."""
 
     exit_code = ExitCode.UNREACHABLE
     error_class = ErrorClass.TRANSIENT
 
 
 class JobTimeoutError(JobError):
-    """The job is not done before its deadline; its batches go on and are found by the next run."""
+    """The job is not done by its deadline. Its batches continue, and the next run finds them."""
 
     exit_code = ExitCode.INCOMPLETE
     error_class = ErrorClass.TRANSIENT
 
 
 class JobValidationError(JobError):
-    """A schema, a document or a batch is not what it must be; the message names the place."""
+    """A schema, a document or a batch is not valid; the message names the place."""
 
 
 class JobCostError(JobValidationError):
-    """The job would cost more than it may; nothing was sent."""
+    """The job would cost more than ``--max-cost``; nothing was sent."""
 
 
 class JobTemplateError(JobError):
@@ -253,9 +249,9 @@ class JobTemplateError(JobError):
 
 
 class JobProcessingError(JobError):
-    """One document cannot be prepared, or its answer not be used; the others go on.
+    """One document or its answer cannot be processed; the other documents continue.
 
-    *is_final* where another attempt cannot help; *is_skip* where there is nothing in the document to ask about.
+    *is_final*: another attempt cannot help. *is_skip*: there is nothing to process in the document.
     """
 
     def __init__(self, message: str, *, is_final: bool = False, is_skip: bool = False) -> None:
@@ -265,18 +261,18 @@ class JobProcessingError(JobError):
 
 
 class IndexingError(TriadError):
-    """The embedding index; every vector that was paid for is kept, so the same command goes on."""
+    """The embedding index failed. Paid vectors are kept, so the same command resumes."""
 
 
 class ProviderUnavailableError(IndexingError):
-    """The embedding provider gives no usable answer; whether it billed the call is unknown."""
+    """The embedding provider gives no usable answer. It is unknown whether it billed the call."""
 
     exit_code = ExitCode.UNREACHABLE
     error_class = ErrorClass.TRANSIENT
 
 
 class ProviderBusyError(ProviderUnavailableError):
-    """The provider takes nothing now, and has taken nothing; *wait_s* is what it says, None where it says nothing."""
+    """The provider is busy and took nothing. *wait_s* is the wait it asks for, None if it names none."""
 
     error_class = ErrorClass.RESOURCE
 
@@ -286,23 +282,23 @@ class ProviderBusyError(ProviderUnavailableError):
 
 
 class ProviderRejectedError(IndexingError):
-    """The provider refuses this request; in halves, what is not at fault passes."""
+    """The provider refuses this request. Split in halves, the valid part passes."""
 
 
 class UnusableVectorsError(IndexingError):
-    """An answer without the vectors that were asked for: count, dimension, NaN, zero."""
+    """The answer does not hold the requested vectors: wrong count or dimension, NaN, or zero."""
 
 
 class EmbeddingCostError(IndexingError):
-    """Embedding would cost more than it may; nothing was sent."""
+    """Embedding would cost more than ``--max-cost``; nothing was sent."""
 
 
 class MixedIndexError(IndexingError):
-    """The index holds vectors of another model or dimension; they cannot be compared."""
+    """The index holds vectors of another model or dimension, which cannot be compared."""
 
 
 class VectorStoreError(IndexingError):
-    """ChromaDB cannot read or write its files; they can be made again from the stored vectors, for nothing."""
+    """ChromaDB cannot read or write its files. They can be rebuilt from the stored vectors without a call."""
 
     error_class = ErrorClass.RESOURCE
 
@@ -316,7 +312,7 @@ class DatabaseUnavailableError(IndexingError):
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """One way in which the REST service does not answer: ``error.type`` of the body, its HTTP status, its sentence."""
+    """One kind of error of the REST service: ``error.type`` in the body, the HTTP status, and the message."""
 
     name: str
     status: int
@@ -326,7 +322,7 @@ class ErrorKind:
 class RequestError(TriadError):
     """The REST service refuses or fails one request; docs/service.md lists every *kind*.
 
-    *message* None is the sentence of the kind. *retry_after_s* None: waiting alone does not help.
+    *message* None means that of the kind. *retry_after_s* None means that waiting does not help.
     """
 
     def __init__(self, kind: ErrorKind, message: str | None = None, *, retry_after_s: int | None = None) -> None:
@@ -336,17 +332,17 @@ class RequestError(TriadError):
 
     @property
     def body(self) -> dict[str, dict[str, str]]:
-        """The body of the answer, the same shape for every error."""
+        """The response body. All errors have the same shape."""
         return {"error": {"type": self.kind.name, "message": str(self)}}
 
 
 class FailureThresholdError(TriadError):
-    """Too large a share of the documents fails; the run was stopped to save the rest."""
+    """Too many documents failed, so the run stopped."""
 
     exit_code = ExitCode.FAILURE_THRESHOLD
 
 
 class RunInterruptedError(TriadError):
-    """A signal asked the run to stop; everything is saved."""
+    """A signal stopped the run; everything is saved."""
 
     exit_code = ExitCode.INTERRUPTED

@@ -1,8 +1,7 @@
-"""The model server, synchronously (requests): for scripts, notebooks and blocking callers."""
+"""The synchronous client of the model server (requests), for scripts, notebooks and blocking callers."""
 
 from __future__ import annotations
 
-import functools
 import http.client
 import io
 import itertools
@@ -20,9 +19,9 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from classifier import FittedAnswer, FlowParts, ReplyParser, build_outcome, classify_with_truncation
+from classifier import ReplyParser, classification_flow
 from config import Settings
-from domain.conversation import Conversation, Outcome
+from domain.conversation import Conversation, Message, Outcome
 from error_handler import (
     LLMConnectionError,
     LLMContextError,
@@ -30,20 +29,19 @@ from error_handler import (
     LLMTimeoutError,
     LLMUnavailableError,
 )
-from model_server import models as served_models
 from model_server import protocol
-from model_server.protocol import ChatReply, ChatTarget
-from model_server.tokens import least_prompt_tokens
-from model_server.warm_up import Adopt, Say, ServerRequest, adopt_larger, warm_up
-from model_server.window import TranscriptTruncator, WindowChoice
-from prompt_builder import Message, PromptBuilder
+from model_server.models import ServerRequest
+from model_server.protocol import ChatReply, ChatTarget, TargetFlow
+from model_server.truncation import TranscriptTruncator
+from model_server.window import Adopt, Say, WindowChoice, adopt_larger, warm_up
+from prompt_builder import PromptBuilder
 from utils.retry_utils import RetryPolicy, tenacity_options
 
 CONNECT_TIMEOUT_S = 5.0
 
 
-class _UntilDeadline(io.RawIOBase):
-    """What comes from *connection* until its time-out is over, which else would begin anew with each byte that comes."""
+class _DeadlineReader(io.RawIOBase):
+    """Socket reader with a total deadline instead of a time-out for each read: the time-out *connection* has now."""
 
     def __init__(self, connection: socket.socket, source: io.RawIOBase) -> None:
         self._connection = connection
@@ -57,7 +55,7 @@ class _UntilDeadline(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
-            raise TimeoutError("the whole answer did not come in time")
+            raise TimeoutError("the answer did not arrive in full before the deadline")
         self._connection.settimeout(None if left_s == math.inf else left_s)
         return self._source.readinto(buffer)
 
@@ -67,11 +65,11 @@ class _UntilDeadline(io.RawIOBase):
 
 
 class _BoundedResponse(http.client.HTTPResponse):
-    """An answer whose header and body together take no longer than the time-out that its connection has at its begin."""
+    """A response whose header and body share one deadline."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
-        self.fp = io.BufferedReader(_UntilDeadline(sock, self.fp.detach()))
+        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp.detach()))
 
 
 class _Connection(HTTPConnection):
@@ -91,9 +89,9 @@ class _TLSPool(urllib3.HTTPSConnectionPool):
 
 
 def open_session() -> requests.Session:
-    """Return a session for one model server, in which time-outs are of whole answers; whoever opens it closes it.
+    """Return a session for one model server, whose time-outs limit whole answers. The caller closes it.
 
-    No proxy or credentials from the environment: they would also catch loopback.
+    It ignores proxies and credentials of the environment, which would also apply to loopback.
     """
     session = requests.Session()
     session.trust_env = False
@@ -110,13 +108,12 @@ def exchange(
     headers: Mapping[str, str],
     most_bytes: int = protocol.MAX_BODY_BYTES,
 ) -> tuple[int, bytes]:
-    """Send *request* and return status and body, the whole within its time-out; redirects are not followed.
+    """Send *request* and return status and body, within its time-out. Redirects are not followed.
 
-    *session* is of ``open_session``. read1 returns what has come, and does not decompress it. A server that cannot even
-    be reached in time is away, like one that refuses.
+    *session* comes from ``open_session``. A connection that times out counts as refused.
 
     Raises:
-        LLMTimeoutError, LLMConnectionError, LLMUnavailableError: There is no whole answer.
+        LLMTimeoutError, LLMConnectionError, LLMUnavailableError: There is no complete answer.
     """
     try:
         with session.request(
@@ -124,12 +121,13 @@ def exchange(
             request.url,
             data=request.body,
             headers=headers,
-            # requests hands it on as it is: what the answer may take is what connecting and sending have left of it.
+            # requests passes this on to urllib3: connecting, sending and receiving share the total.
             timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, total=request.timeout_s),  # type: ignore[arg-type]
             allow_redirects=False,
             stream=True,
         ) as response:
             received = bytearray()
+            # read1 returns what has arrived, without decompressing it.
             while chunk := response.raw.read1(65_536, decode_content=False):
                 received += chunk
                 if len(received) > most_bytes:
@@ -144,21 +142,20 @@ def exchange(
 
 
 class LLMClient:
-    """Asks one model; *session* stays the caller's. One call at a time per client."""
+    """Asks one model. The caller owns *session*. One call at a time per client."""
 
     def __init__(self, settings: Settings, target: ChatTarget, session: requests.Session) -> None:
         self.target = target
         self._session = session
-        self._timeout_s = settings.llm_timeout_s
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
         self._settings = settings
-        self._fitter: TranscriptTruncator | None = None
+        self._truncator: TranscriptTruncator | None = None
 
-    def fitter(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return what fits conversations into the window; the first *prompts* decide what it learns about."""
-        if self._fitter is None:
-            self._fitter = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
-        return self._fitter
+    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
+        """Return the truncator of this client; it learns about the first *prompts* it is asked for."""
+        if self._truncator is None:
+            self._truncator = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
+        return self._truncator
 
     def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
@@ -166,49 +163,51 @@ class LLMClient:
         Raises:
             LLMError: After the last attempt; see model_server.protocol.parse_chat_response.
         """
-        target = self.target
-        characters = sum(len(message["content"]) for message in messages)
-        least = functools.partial(least_prompt_tokens, messages)
-        protocol.require_fit(target, characters)
-        for trial in tenacity.Retrying(**tenacity_options(self._policy, "model call")):
-            with trial:
-                asked = target if self.target.logprobs else replace(target, logprobs=False)
-                body = protocol.build_chat_body(asked, messages, schema_json, attempt)
-                status, reply = self._request("POST", asked.url, body)
-                if protocol.refuses_logprobs(asked, status, reply):
-                    self.target = replace(self.target, logprobs=False)
-                    asked = replace(asked, logprobs=False)
-                    body = protocol.build_chat_body(asked, messages, schema_json, attempt)
-                    status, reply = self._request("POST", asked.url, body)
-                return protocol.parse_chat_response(asked, status, reply, characters, least)
-        raise AssertionError("tenacity returns or raises")
+        protocol.require_fit(self.target, protocol.prompt_characters(messages))
+        retrying = tenacity.Retrying(**tenacity_options(self._policy, "model call"))
+        return retrying(self._ask, messages, schema_json, attempt)
 
     def prepare(self, settings: Settings) -> ChatTarget:
-        """Ask the server for its models, settle on the one that *settings* name, and return the target.
+        """Find the model that *settings* name on the server, and return the target.
 
         Raises:
             LLMUnavailableError: The server does not answer.
-            ConfigurationError: It does not have the model; the message lists what it has.
+            ConfigurationError: The server does not have the model; the message lists its models.
         """
-        target = self.target
-        models = served_models.parse_models(
-            target.protocol, *self._request("GET", served_models.models_url(target.protocol, target.server_url))
-        )
-        model = served_models.choose_model(settings, models)
-        facts = served_models.ModelFacts()
-        if target.protocol != "openai_chat":
-            show = self._request("POST", f"{target.server_url}/api/show", served_models.show_body(model.name))
-            facts = served_models.parse_show(*show)
-        self.target = protocol.with_model(target, model, facts)
-        return self.target
+        return self._drive(protocol.find_target(self.target, settings))
 
     def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
-        """Load the model, alone, and return the target with the window it then has; see model_server.warm_up.
+        """Load the model and return the target with the window it then has; see model_server.window.warm_up.
 
         Raises:
-            LLMError: It does not load, or the server does not answer.
+            LLMError: The model does not load, or the server does not answer.
         """
-        flow = warm_up(self.target, self._settings, choice, say, adopt)
+        return self._drive(warm_up(self.target, self._settings, choice, say, adopt))
+
+    def send(self, request: ServerRequest) -> tuple[int, bytes]:
+        """Return status and body of the answer to *request*.
+
+        Raises:
+            LLMUnavailableError: There is none; see ``exchange``.
+        """
+        try:
+            return exchange(self._session, request, self.target.headers)
+        except LLMConnectionError as exc:
+            raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
+
+    def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
+        """Send one chat request; if the server refuses log probabilities, ask for none from now on."""
+        answer = self._post(protocol.build_chat_body(self.target, messages, schema_json, attempt))
+        if protocol.refuses_logprobs(self.target, *answer):
+            self.target = replace(self.target, logprobs=False)
+            answer = self._post(protocol.build_chat_body(self.target, messages, schema_json, attempt))
+        return protocol.parse_chat_response(self.target, *answer, messages)
+
+    def _post(self, body: bytes) -> tuple[int, bytes]:
+        return self.send(ServerRequest("POST", self.target.url, body, self._settings.llm_timeout_s))
+
+    def _drive(self, flow: TargetFlow) -> ChatTarget:
+        """Send what *flow* yields, and take the target that it returns."""
         try:
             request = next(flow)
             while True:
@@ -217,50 +216,26 @@ class LLMClient:
             self.target = finished.value
         return self.target
 
-    def send(self, request: ServerRequest) -> tuple[int, bytes]:
-        """Return status and body of the answer to *request*.
-
-        Raises:
-            LLMUnavailableError: There is none.
-        """
-        return self._request(request.method, request.url, request.body, request.timeout_s)
-
-    def _request(
-        self, method: str, url: str, body: bytes | None = None, timeout_s: float | None = None
-    ) -> tuple[int, bytes]:
-        """Send one request and return status and body; see ``exchange``."""
-        request = ServerRequest(method, url, body, timeout_s or self._timeout_s)
-        try:
-            return exchange(self._session, request, self.target.headers)
-        except LLMConnectionError as exc:
-            raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
-
 
 def ollama_classify(
     conversation: Conversation, client: LLMClient, prompts: PromptBuilder, parser: ReplyParser, attempt: int = 0
 ) -> Outcome:
-    """Return the labels of *conversation*, asking again once where the answer is unusable.
+    """Return the labels of *conversation*; an unusable answer is followed by one repair turn.
 
-    *attempt* counts earlier rounds of this document (from 0) and varies the seed.
+    *attempt* counts earlier attempts of this document (from 0) and varies the seed.
 
     Raises:
-        LLMError: The server gave no answer, or none that is usable; nothing was stored.
-        SkippedDocumentError: It is longer than the window, and ON_LONG says skip.
+        LLMError: The server gave no answer, or no usable one.
+        SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
     """
-    start = time.monotonic()
-    flow = classify_with_truncation(
-        conversation, FlowParts(prompts, parser, client.fitter(prompts), lambda: client.target)
-    )
+    flow = classification_flow(conversation, client, prompts, parser)
     messages = next(flow)
     for call in itertools.count(2 * attempt):
         try:
             messages = flow.send(client.chat(messages, parser.schema_json, call))
         except StopIteration as finished:
-            plan = protocol.plan_fingerprint(client.target, prompts.system_prompt, parser.schema_json)
-            duration_s = time.monotonic() - start
-            outcome = build_outcome(finished.value.answer, conversation, client.target, plan, duration_s)
-            fitted: FittedAnswer = finished.value
-            return fitted.complete(outcome, call - 2 * attempt + 1)
+            outcome: Outcome = finished.value
+            return outcome
         except (LLMContextError, LLMReplyError) as problem:
             messages = flow.throw(problem)
-    raise AssertionError("the flow returns or raises")
+    raise AssertionError("itertools.count never ends")

@@ -1,4 +1,4 @@
-"""Logging set-up: one line per event, no secrets, no control characters."""
+"""Logging: one line per event, without secrets and control characters."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ FORMAT = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
 MAX_LOG_BYTES, KEPT_LOGS = 10_000_000, 5
 
 _CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s]*@", re.IGNORECASE)
-# Libraries that may log addresses or documents; theirs are not our lines.
+# Libraries whose log lines may hold addresses or documents.
 _QUIET = ("pymongo", "asyncio", "aiohttp", "urllib3", "filelock", "openai", "httpx2", "httpcore2", "chromadb")
 
 
 class SafeFormatter(logging.Formatter):
-    """Formats a record as one line without credentials in URLs, *secrets*, or control characters."""
+    """Formats a record as one line, without *secrets*, credentials in URLs, and control characters."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__(FORMAT)
         self._secrets = [secret for secret in secrets if secret]
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; a traceback becomes part of it, its line ends escaped."""
+        """Return the line, with the traceback in it; line ends are escaped."""
         line = super().format(record)
         for secret in self._secrets:
             line = line.replace(secret, "***")
@@ -40,7 +40,7 @@ class SafeFormatter(logging.Formatter):
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is at that moment: a progress bar replaces it while it is drawn."""
+    """Writes to the current ``sys.stderr``, which a progress bar replaces while it is shown."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -59,13 +59,12 @@ def configure_logging(
     secrets: Iterable[str] = (),
     stderr_level: str | None = None,
 ) -> None:
-    """Send log lines of *level* and above to stderr and, rotated, to *file*; neither is needed.
+    """Send log lines of *level* and above to stderr and to the rotated *file*. Call it once, from an entry point.
 
-    *stderr_level* is for stderr alone; None: *level*. Replaces what an earlier call set up. Call it once, from an entry
-    point.
+    *stderr_level* applies to stderr only; None means *level*. The handlers of an earlier call are replaced.
 
     Raises:
-        OSError: *file* cannot be written; nothing was changed.
+        OSError: *file* cannot be written. Nothing was changed.
     """
     to_file: list[logging.Handler] = []
     if file is not None:
@@ -97,7 +96,7 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 def begin_request(proposed: bytes | None) -> str:
-    """Make *proposed* the id of this task's request, or a new one where it is missing or not sane; return it."""
+    """Set and return the request id of this task: *proposed*, or a new one if it is missing or malformed."""
     sane = proposed is not None and _SANE.fullmatch(proposed)
     chosen = proposed.decode() if sane and proposed is not None else secrets.token_hex(16)
     request_id.set(chosen)
@@ -108,7 +107,7 @@ class RequestIdFilter(logging.Filter):
     """Appends the request id to the message of each record that belongs to a request."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record; keep all of them."""
+        """Change the record; keep every record."""
         current = request_id.get()
         if current is not None:
             record.msg = f"{record.msg} request_id={current}"
@@ -116,10 +115,10 @@ class RequestIdFilter(logging.Filter):
 
 
 class TracebackRedactor(logging.Filter):
-    """Replaces a traceback by the type of the exception and the lines of code: its message may quote a request."""
+    """Replaces a traceback by the exception type and code lines, because its message may quote a request."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record; keep all of them."""
+        """Change the record; keep every record."""
         if record.exc_info and record.exc_info[1] is not None:
             exc = record.exc_info[1]
             frames = traceback.extract_tb(exc.__traceback__)[-6:]
@@ -130,7 +129,7 @@ class TracebackRedactor(logging.Filter):
 
 
 def adopt_server_logs() -> None:
-    """Send uvicorn's lines where ours go, except the access lines: they hold paths and queries as they were sent."""
+    """Send uvicorn's lines to our handlers, except access lines, which hold paths and queries as sent."""
     for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access"):
         log = logging.getLogger(name)
         log.handlers = []

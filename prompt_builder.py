@@ -1,8 +1,8 @@
-"""A Conversation becomes chat messages. Pure: no I/O.
+"""Builds the chat messages for a conversation. No I/O.
 
-The system message is constant and comes first, byte for byte the same for each conversation of a
-run, so the server's prefix cache pays for it once. The conversation is one user message, so a
-server that drops whole old messages has nothing to drop (ollama/ollama: rendered path, truncate).
+The system message comes first and is byte for byte the same for each conversation of a run, so the server's prefix
+cache holds it. The conversation is one user message, so a server that drops whole old messages to make room cannot drop
+a part of it (ollama/ollama: rendered path, truncate).
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import Taxonomy
-from domain.conversation import Conversation
-
-Message = dict[str, str]
+from domain.conversation import Conversation, Message
 
 _RULES = """\
 You label customer-support conversations. Read the whole conversation and answer with one JSON object and nothing else:
@@ -30,7 +28,7 @@ Rules:
 7. The conversation may be in any language; the labels stay in English.
 """
 
-# Each: transcript, categorization, intent, topic, sentiment. One whose labels are not in the taxonomy is left out.
+# Transcript, categorization, intent, topic, sentiment. Examples whose labels are not in the taxonomy are left out.
 _EXAMPLES = [
     (
         "Customer: my parcel says delivered but there is nothing here\n"
@@ -73,7 +71,7 @@ _EXAMPLES = [
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Builds the messages of one run; *system_prompt* is its constant part."""
+    """Builds the messages of one run; *system_prompt* is their constant part."""
 
     system_prompt: str
 
@@ -87,7 +85,7 @@ class PromptBuilder:
         return self.build_transcript(conversation.transcript)
 
     def build_transcript(self, transcript: str) -> list[Message]:
-        """Return the same for *transcript*, a conversation or what fits of it."""
+        """Return the same messages for *transcript*, which may be truncated."""
         return [
             {"role": "system", "content": self.system_prompt},
             {"role": "user", "content": f"<conversation>\n{transcript}\n</conversation>"},
@@ -97,13 +95,13 @@ class PromptBuilder:
 def build_prompt(conversation: Conversation, taxonomy: Taxonomy) -> list[Message]:
     """Return the chat messages that ask for the labels of *conversation*.
 
-    For one conversation; a caller with many keeps a PromptBuilder.
+    For many conversations, keep a PromptBuilder.
     """
     return PromptBuilder.from_taxonomy(taxonomy).build(conversation)
 
 
 def build_system_prompt(taxonomy: Taxonomy) -> str:
-    """Return instructions, taxonomy and examples: the part that is the same for each conversation."""
+    """Return the constant part of the prompt: instructions, taxonomy and examples."""
     parts = [_RULES]
     for title, labels in (("INTENTS", taxonomy.intents), ("TOPICS", taxonomy.topics)):
         parts.append(f"{title}:\n" + "".join(f"- {label.name}: {label.definition}\n" for label in labels))

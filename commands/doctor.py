@@ -101,7 +101,7 @@ async def _sample(settings: Settings, client: AsyncLLMClient) -> list[int]:
     timeout_ms = min(settings.mongodb_timeout_ms, SAMPLE_TIMEOUT_MS)
     store = DocumentStore(settings.model_copy(update={"mongodb_timeout_ms": timeout_ms}))
     try:
-        return await sample_needs(store, settings.source_collection, client.fitter(prompts).estimator)
+        return await sample_needs(store, settings.source_collection, client.truncator(prompts).estimator)
     finally:
         await store.close()
 

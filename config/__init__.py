@@ -1,4 +1,7 @@
-"""Settings and taxonomy: the only readers of the environment, ``.env`` and ``taxonomy.yaml``."""
+"""Settings and taxonomy: the only code that reads the environment, ``.env`` and ``taxonomy.yaml``.
+
+Import any module of it. Imports only ``error_handler``.
+"""
 
 from config.settings import Settings, load_settings
 from config.taxonomy import Taxonomy, load_taxonomy

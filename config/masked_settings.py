@@ -1,4 +1,4 @@
-"""Settings as people may see them: no passwords, keys or tokens. Pure."""
+"""Shows settings without passwords, keys or tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
 
 
 def hosts_of(uri: str) -> str:
-    """Return the hosts of the MongoDB address *uri*, without user and password; masked where that is not sure.
+    """Return the hosts of the MongoDB address *uri*, without user and password; masked if they are not certain.
 
-    An ``@`` behind the first slash may belong to a password that nobody escaped, and then nothing tells its end.
+    An ``@`` after the first slash may belong to an unescaped password, whose end cannot be found.
     """
     authority, *rest = re.split("[/?#]", uri.partition("://")[2], maxsplit=1)
     hosts = authority.rpartition("@")[2]
@@ -25,7 +25,7 @@ def hosts_of(uri: str) -> str:
 
 
 def shown(field: str, value: Any) -> str:
-    """Return the text for the setting *field*; secrets are masked, and so are the options of a MongoDB address."""
+    """Return the text for the setting *field*, with secrets and the options of a MongoDB address masked."""
     if value is None:
         return "not set"
     if not isinstance(value, SecretStr):

@@ -1,4 +1,4 @@
-"""Where each setting comes from: a flag, the environment, ``.env``, or its default."""
+"""Finds the origin of each setting: a flag, the environment, ``.env``, or the default."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OriginKind = Literal["argument", "environment", "dotenv", "default"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What decided a setting: *name* is the flag or variable, None for a default.
+    """The origin of a setting: *name* is the flag or variable, None for a default.
 
-    *overruled* lists what was set as well and did not count, nearest first: (kind, name).
+    *overruled* lists the other places that set it, highest precedence first: (kind, name).
     """
 
     kind: OriginKind
@@ -31,8 +31,8 @@ class Origin:
 def settings_origins(arguments: Mapping[str, str], dotenv: Path | None = DOTENV) -> dict[str, Origin]:
     """Return the origin of each field of Settings, by the rules of ``load_settings``.
 
-    *arguments* maps each field that was given to the flag that gave it. Empty variables count as not set; the first
-    name of a setting wins over its other names; names are compared without regard to case, as pydantic-settings does.
+    *arguments* maps each given field to its flag. As in pydantic-settings, empty variables count as not set, the first
+    name of a setting wins over its other names, and names are compared without regard to case.
 
     Raises:
         ConfigurationError: *dotenv* cannot be read.
@@ -53,4 +53,4 @@ def _names_in(dotenv: Path) -> set[str]:
     try:
         return {name.lower() for name, value in dotenv_values(dotenv).items() if value}
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigurationError(f"{dotenv} cannot be read; make it a UTF-8 file that this user may read.") from exc
+        raise ConfigurationError(f"Cannot read {dotenv}; it must be a UTF-8 file that this user may read.") from exc

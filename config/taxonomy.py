@@ -1,4 +1,4 @@
-"""The labels a conversation may get, read from a YAML file that users replace."""
+"""The taxonomy: the allowed labels, read from a YAML file that users can replace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_TAXONOMY = Path(__file__).with_name("taxonomy.yaml")
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """One allowed label: its one-line definition, and the phrases the built-in baseline looks for."""
+    """One allowed label, its one-line definition, and the phrases that the built-in baseline searches for."""
 
     name: str
     definition: str
@@ -26,7 +26,7 @@ class Label:
 class Taxonomy:
     """The allowed labels, in the order of the file.
 
-    Every group has at least one label; names are unique without regard to case and spacing.
+    Each group has at least one label. Names are unique without regard to case and spacing.
     """
 
     intents: tuple[Label, ...]
@@ -41,7 +41,7 @@ class Taxonomy:
 
 
 def fold_label(text: str) -> str:
-    """Return *text* as labels are compared: without case, and without spaces around or inside."""
+    """Return the form of *text* for comparing labels: case-folded and without spaces."""
     return "".join(text.split()).casefold()
 
 
@@ -49,14 +49,13 @@ def load_taxonomy(path: Path | None = None) -> Taxonomy:
     """Read the taxonomy from *path*; None means the shipped file.
 
     Raises:
-        ConfigurationError: The file is missing, not YAML, or not a taxonomy; the message names
-            the file and the entry.
+        ConfigurationError: The file is missing, not YAML, or not a taxonomy. The message names the file and the entry.
     """
     path = path or DEFAULT_TAXONOMY
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     except OSError as exc:
-        raise ConfigurationError(f"The taxonomy {path} cannot be read ({exc.strerror}); see TAXONOMY_FILE.") from exc
+        raise ConfigurationError(f"Cannot read the taxonomy {path} ({exc.strerror}); check TAXONOMY_FILE.") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         raise ConfigurationError(
             f"The taxonomy {path} is not valid YAML; compare it with config/taxonomy.yaml."
@@ -80,8 +79,10 @@ def _labels(path: Path, group: str, entries: Any) -> tuple[Label, ...]:
     _require_distinct(path, group, list(entries))
     labels = []
     for name, given in entries.items():
-        if not isinstance(name, str):  # Yes and 404 without quotes
-            raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} is no text for YAML; put it in quotes.")
+        if not isinstance(name, str):  # Yes or 404 without quotes
+            raise ConfigurationError(
+                f"In the taxonomy {path}, {group} > {name} is not a string in YAML; put it in quotes."
+            )
         entry = {"definition": given} if isinstance(given, str) else given
         if not isinstance(entry, dict) or not isinstance(entry.get("definition"), str):
             raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} needs a one-line definition.")

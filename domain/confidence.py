@@ -1,16 +1,16 @@
-"""How sure the model was of its labels, from the log probabilities that came with its answer. Pure; never raises.
+"""Computes the probability of each label from the log probabilities of an answer. Never raises.
 
-Servers report probabilities from before the grammar that the answer had to follow, of the chosen token and of at most
-20 others. So at each token of a label only those are weighed that begin, or go on with, an allowed label:
+Servers report the probabilities of the chosen token and of at most 20 alternatives, before the grammar of the answer
+was applied. So at each token of a label, only tokens that continue an allowed label count:
 
-* for: they lead to the label of the answer, and settle as much of it as the chosen token does;
-* open: they might still lead there and settle less (the ``"`` before a label, ``A`` where ``Account`` was chosen).
-  They tell nothing and are left out;
+* for: they lead to the label of the answer and settle at least as much of it as the chosen token;
+* open: they could still lead there but settle less (the ``"`` before a label, or ``A`` if ``Account`` was chosen).
+  They carry no information and are left out;
 * against: they lead to other labels only.
 
-The probability of a label is the product of for / (for + against) over its tokens; once a single label is possible it
-stays as it is. A label that none of the listed tokens leads to counts against, as much as the least listed token could
-have weighed: at temperature 0 not more than the chosen one either. So a value is rather too low than too high.
+The probability of a label is the product of for / (for + against) over its tokens, until only one label is possible. A
+label that no listed token leads to counts against, with the weight of the least likely listed token, which is the most
+it can have. So a value is rather too low than too high.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from domain.conversation import Classification
 
 FIELDS = ("intent", "topic", "sentiment")
-MAX_TOKENS = 20_000  # an answer has some hundred; more is not one
+MAX_TOKENS = 20_000  # an answer has a few hundred
 _MAX_STARTS = 20
 _DECODER = json.JSONDecoder()
 _WHITESPACE = " \t\r\n"
@@ -32,7 +32,7 @@ _WHITESPACE = " \t\r\n"
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """One token of the answer: where it begins in the joined bytes, and its entry as the server sent it."""
+    """One token of the answer: its start in the joined bytes, and the server's entry."""
 
     start: int
     content: bytes
@@ -44,11 +44,11 @@ def label_confidence(
 ) -> dict[str, float] | None:
     """Return the probability of each label of *classification*: intent, topic, sentiment -> 0 to 1, 4 digits.
 
-    *tokens* are the entries of Ollama's ``logprobs`` or of OpenAI's ``choices[0].logprobs.content``, *reply* is the
-    text that *classification* was parsed from, *labels* maps each of the three fields to the allowed labels.
+    *tokens* are the entries of Ollama's ``logprobs`` or OpenAI's ``choices[0].logprobs.content``. *classification* was
+    parsed from *reply*. *labels* maps each of the three fields to its allowed labels.
 
-    None where there are no entries, or where anything about them is unclear: they are not those of *reply*, a label
-    is not written as the taxonomy has it, or a token of a label comes without its alternatives.
+    Returns None if there are no entries, or if they are unclear: they do not spell *reply*, a label is not spelled as
+    in the taxonomy, or a token of a label has no alternatives.
     """
     read = _read_tokens(tokens)
     spans = _value_spans(reply) if read else None
@@ -69,12 +69,12 @@ def label_confidence(
 
 
 def needs_review(confidence: Mapping[str, float], review_below: float) -> bool:
-    """Whether the least sure label of *confidence* is below *review_below*."""
+    """Whether the least certain label of *confidence* is below *review_below*."""
     return min(confidence.values()) < review_below
 
 
 def _read_tokens(entries: Iterable[Any]) -> list[_Token]:
-    """Return *entries* with their bytes and places; nothing where one of them is malformed."""
+    """Return *entries* with their bytes and positions; empty if one is malformed."""
     tokens: list[_Token] = []
     start = 0
     for entry in entries:
@@ -87,7 +87,7 @@ def _read_tokens(entries: Iterable[Any]) -> list[_Token]:
 
 
 def _content(entry: Any) -> bytes | None:
-    """Return the bytes of a token; its text is only read where it has none: parts of a character have no text."""
+    """Return the bytes of a token, or of its text if it has no bytes. Parts of a character have no text."""
     if not isinstance(entry, Mapping):
         return None
     values, text = entry.get("bytes"), entry.get("token")
@@ -102,9 +102,9 @@ def _encoded(text: str) -> bytes:
 
 
 def _value_spans(reply: str) -> dict[str, tuple[int, int]] | None:
-    """Return where in *reply* the text of each label stands, from after its first quote to after its last."""
+    """Return the span of each label in *reply*, from after its first quote to after its last."""
     start = reply.find("{")
-    for _ in range(_MAX_STARTS):  # the same object that classifier.ReplyParser takes
+    for _ in range(_MAX_STARTS):  # finds the same object as classifier.ReplyParser
         if start < 0:
             return None
         try:
@@ -118,7 +118,7 @@ def _value_spans(reply: str) -> dict[str, tuple[int, int]] | None:
 
 
 def _strings_of(reply: str, start: int) -> Iterator[tuple[str, int, int]]:
-    """Yield key, begin and end of each string value of the object that begins at *start*."""
+    """Yield key, begin and end of each string value of the object at *start*."""
     at = _next(reply, start + 1)
     while reply[at] != "}":
         key, at = _DECODER.raw_decode(reply, at)
@@ -132,17 +132,17 @@ def _strings_of(reply: str, start: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _next(reply: str, at: int) -> int:
-    """Return the first place from *at* on that is not white space."""
+    """Return the first position from *at* on that is not white space."""
     while reply[at] in _WHITESPACE:
         at += 1
     return at
 
 
 def _place_of(reply: str, spans: Mapping[str, tuple[int, int]], joined: bytes) -> int | None:
-    """Return where in *joined* the first character of *reply* would be.
+    """Return the position in *joined* of the first character of *reply*; None if it is not unique.
 
-    Thoughts come before an answer, so its last occurrence counts. Servers cut fences and white space off, or leave
-    them; then the part with the labels has to be there exactly once.
+    Reasoning comes before an answer, so the last occurrence counts. Some servers strip fences and white space; then the
+    part with the labels must occur exactly once.
     """
     place = joined.rfind(_encoded(reply))
     if place >= 0:
@@ -155,7 +155,7 @@ def _place_of(reply: str, spans: Mapping[str, tuple[int, int]], joined: bytes) -
 def _probability(
     tokens: list[_Token], span: tuple[int, int], label: str, allowed: Iterable[str], joined: bytes
 ) -> float | None:
-    """Return the probability of *label*, whose text and closing quote are *span* of the *joined* tokens."""
+    """Return the probability of *label*, whose text and closing quote are at *span* in the *joined* tokens."""
     start, end = span
     written = joined[start:end]
     possible = {name: _encoded(json.dumps(name, ensure_ascii=False)[1:]) for name in allowed}
@@ -168,7 +168,7 @@ def _probability(
         if len(possible) == 1:
             break
         done = max(0, token.start - start)
-        lead = joined[token.start : start]  # what the token holds before the label begins
+        lead = joined[token.start : start]  # the part of the token before the label
         rest = {name: form[done:] for name, form in possible.items()}
         share = _share(token, lead, rest, label)
         if share is None:
@@ -179,7 +179,7 @@ def _probability(
 
 
 def _leads_to(content: bytes, lead: bytes, rest: Mapping[str, bytes]) -> set[str]:
-    """Return the labels, each with what is left to write of it, that a token of *content* begins or goes on with."""
+    """Return the labels of *rest* (label -> bytes still to come) that a token of *content* continues."""
     if len(content) <= len(lead):
         return set(rest) if content and lead.startswith(content) else set()
     if not content.startswith(lead):
@@ -189,7 +189,7 @@ def _leads_to(content: bytes, lead: bytes, rest: Mapping[str, bytes]) -> set[str
 
 
 def _share(token: _Token, lead: bytes, rest: Mapping[str, bytes], label: str) -> float | None:
-    """Return what *token* leaves of the probability of *label*; None where its entry does not tell."""
+    """Return the factor of *token* in the probability of *label*; None if its entry does not allow it."""
     chosen = _weight(token.entry)
     others = _alternatives(token)
     if not chosen or not others:
@@ -211,7 +211,7 @@ def _share(token: _Token, lead: bytes, rest: Mapping[str, bytes], label: str) ->
 
 
 def _alternatives(token: _Token) -> list[tuple[bytes, float]] | None:
-    """Return bytes and probability of each listed alternative to *token*; None where one is malformed."""
+    """Return bytes and probability of each listed alternative to *token*; None if one is malformed."""
     listed = token.entry.get("top_logprobs")
     if not isinstance(listed, list):
         return None
@@ -230,7 +230,7 @@ def _alternatives(token: _Token) -> list[tuple[bytes, float]] | None:
 
 
 def _weight(entry: Any) -> float | None:
-    """Return the probability that *entry* states; None where it states none."""
+    """Return the probability in *entry*; None if there is none."""
     value = entry.get("logprob")
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1e6 <= value <= 0.01:
         return None  # NaN is in no range

@@ -1,4 +1,4 @@
-"""What a document becomes before it is classified."""
+"""Conversations, their labels, and the outcome of a classification."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ from typing import Any, Literal
 Sender = Literal["customer", "agent", "unknown"]
 Shape = Literal["tweets", "messages", "query"]
 
+Message = dict[str, str]  # of a chat: role and content
+
 SPEAKER = {"customer": "Customer", "agent": "Agent", "unknown": "Unknown"}
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message; *at* is aware (UTC offset kept) or None where the document has no readable time."""
+    """One message; *at* is an aware time (UTC offset kept), or None if the document has no readable time."""
 
     sender: Sender
     text: str
     at: datetime | None = None
 
+    @property
+    def line(self) -> str:
+        """The text after its speaker. Further lines are indented, so that no text can pass for another turn."""
+        return f"{SPEAKER[self.sender]}: {self.text}".replace("\n", "\n    ")
+
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation in the order it was held, with at least one customer turn.
+    """A conversation in order, with at least one customer turn.
 
-    *turns_total* counts the turns of the document, those without usable text included.
+    *turns_total* counts the turns of the document, including those without usable text.
     """
 
     shape: Shape
@@ -37,15 +44,12 @@ class Conversation:
 
     @cached_property
     def transcript(self) -> str:
-        """The turns, each with who said it.
-
-        Further lines of a turn are indented, so that no text can pass for a turn of its own.
-        """
-        return "\n".join(f"{SPEAKER[turn.sender]}: {turn.text}".replace("\n", "\n    ") for turn in self.turns)
+        """The turns with their speakers, in order."""
+        return "\n".join(turn.line for turn in self.turns)
 
     @cached_property
     def transcript_sha256(self) -> str:
-        """The SHA-256 of ``transcript``, 64 hexadecimal digits: asked for before the model is, and again for the result."""
+        """The SHA-256 of ``transcript``, 64 hexadecimal digits; cached, because a lookup and a result both need it."""
         return hashlib.sha256(self.transcript.encode()).hexdigest()
 
     @property
@@ -56,7 +60,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """The triad and its one-line categorization; every label is one of the taxonomy's."""
+    """The three labels, all of the taxonomy, and a one-line categorization."""
 
     categorization: str
     intent: str
@@ -64,7 +68,7 @@ class Classification:
     sentiment: str
 
     def as_dict(self) -> dict[str, str]:
-        """Return the fields in the order results store them."""
+        """Return the fields in the order in which results store them."""
         return {
             "intent": self.intent,
             "topic": self.topic,
@@ -77,23 +81,23 @@ class Classification:
 class Outcome:
     """A classification and how it was made.
 
-    *attempts* counts model calls from 1, repair turns included; *duration_ms* is from the first
-    call to the last answer. Token counts and the digest are None where the server does not tell.
-    *input_sha256* is of the whole transcript; *fingerprint* covers transcript, prompt, schema, model and options.
-    *input_complete* is False where the model saw only *turns_used* of the turns, or a part of one (None: all that have
-    text). *confidence* maps intent, topic and sentiment to the probability of the label (0 to 1), None where the server
-    gives none. *copied_from* holds the source id of the identical conversation that was asked instead, or nothing.
+    *input_sha256* covers the whole transcript; *fingerprint* covers transcript, prompt, schema, model and options.
+    *attempts* counts model calls, repair turns included (0: none, the labels were copied). *duration_ms* spans from the
+    first call to the last answer. Token counts and digest are None if the server does not report them.
+    *input_complete* is False if the model saw only *turns_used* of the turns, or a part of one (None: all of them).
+    *confidence* maps intent, topic and sentiment to the probability of the label (0 to 1), None if unknown.
+    *copied_from* holds the source id of the identical conversation whose labels were copied, or is empty.
     """
 
     classification: Classification
     model_used: str
     model_digest: str | None
-    attempts: int
-    duration_ms: int
-    prompt_tokens: int | None
-    reply_tokens: int | None
     input_sha256: str
     fingerprint: str
+    attempts: int = 1
+    duration_ms: int = 0
+    prompt_tokens: int | None = None
+    reply_tokens: int | None = None
     input_complete: bool = True
     turns_used: int | None = None
     confidence: dict[str, float] | None = None
@@ -101,13 +105,13 @@ class Outcome:
 
 
 def input_sha256(conversation: Conversation) -> str:
-    """Return the SHA-256 of what the model is shown of *conversation*, 64 hexadecimal digits.
+    """Return the SHA-256 of the whole transcript, before any truncation: 64 hexadecimal digits.
 
-    The whole transcript, before anything is cut: who said what, in order; neither ids nor times.
+    It covers speakers, texts and their order, but neither ids nor times.
     """
     return conversation.transcript_sha256
 
 
 def result_fingerprint(plan: str, input_hash: str) -> str:
-    """Return the fingerprint of a result: *plan* is ollama_protocol.plan_fingerprint, *input_hash* of input_sha256."""
+    """Return the fingerprint of a result from a ``protocol.plan_fingerprint`` and an ``input_sha256``."""
     return hashlib.sha256(f"{plan}:{input_hash}".encode()).hexdigest()

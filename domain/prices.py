@@ -1,7 +1,4 @@
-"""What tokens cost at OpenAI, by its Batch API and as embeddings; the only owner of genai_prices.
-
-The prices are those inside the installed package: nothing is downloaded.
-"""
+"""Prices of OpenAI's Batch API and embeddings, from the genai-prices package. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,15 +10,15 @@ from importlib.metadata import version
 from genai_prices import Usage, calc_price
 
 PROVIDER = "openai"
-# Models that answer without reasoning tokens of their own, so that token counts carry over.
+# Models without reasoning tokens, so that token counts of other models apply to them.
 MODELS = ("gpt-4o-mini", "gpt-4.1-mini", "gpt-4.1-nano")
 BATCH = {"processing": "batch"}
-BATCH_FACTOR = 0.5  # what OpenAI has asked for batches of every model so far, where the package names no rate
+BATCH_FACTOR = 0.5  # OpenAI's batch rate for every model so far; used if the package has no rate
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPrice:
-    """US dollars for all tokens. *since* is the date from which the package knows the batch rate, None where it is assumed."""
+    """A price in US dollars. *since* is the start date of the batch rate in the package, None if the rate is assumed."""
 
     model: str
     usd: float
@@ -29,19 +26,19 @@ class BatchPrice:
 
     @property
     def is_assumed(self) -> bool:
-        """Whether the price is half the usual one because the package names no batch rate."""
+        """Whether the price is half the usual one because the package has no batch rate."""
         return self.since is None
 
 
 def price_source() -> str:
-    """Return the name and version of the package that the prices come from."""
+    """Return name and version of the package with the prices."""
     return f"genai-prices {version('genai-prices')}"
 
 
 def batch_prices(prompt_tokens: float, reply_tokens: float, models: Sequence[str] = MODELS) -> list[BatchPrice]:
-    """Return what *prompt_tokens* and *reply_tokens* of many calls cost with each of *models*.
+    """Return the batch price of *prompt_tokens* and *reply_tokens*, summed over many calls, for each of *models*.
 
-    One the package lacks is left out. None of them may have another price for long prompts: this is one sum.
+    Models that the package does not have are left out. Models with another price for long prompts give wrong sums.
     """
     prices = []
     now = datetime.now(UTC)
@@ -64,7 +61,7 @@ def batch_prices(prompt_tokens: float, reply_tokens: float, models: Sequence[str
 
 
 def embedding_price(model: str, tokens: int) -> float | None:
-    """Return what embedding *tokens* with OpenAI's *model* costs in US dollars; None where the package has no price."""
+    """Return the price of embedding *tokens* with OpenAI's *model* in US dollars; None if the package has no price."""
     try:
         return float(calc_price(Usage(input_tokens=tokens), model, provider_id=PROVIDER).total_price)
     except LookupError:

@@ -1,4 +1,4 @@
-"""Make text from outside harmless for prompts, MongoDB and terminals."""
+"""Makes text from outside safe for prompts, MongoDB and terminals."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import re
 
 _LINE_BREAK = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 
-# Control characters except tab and newline, lone surrogates (BSON cannot hold them), zero-width space,
-# bidirectional overrides and Unicode tags (both hide text from people). The zero-width joiner stays:
-# emoji and several scripts need it.
+# Control characters except tab and newline, lone surrogates (BSON cannot hold them), zero-width space, bidirectional
+# overrides and Unicode tags (both can hide text). The zero-width joiner stays: emoji and several scripts need it.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028\u2029\u202a-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
-# Tokens that chat templates of common models read as control tokens, and the fence of our own prompt. Models read
-# a tag with spaces in it like one without.
+# Control tokens in the chat templates of common models, and the fence of our own prompt. Models ignore spaces in tags.
 _CONTROL_TOKEN = re.compile(
     r"<[|｜][^|｜<>\n]{0,40}[|｜]>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|<unused\d+>"
     r"|<\s{0,5}/?\s{0,5}(?:s|think|bos|eos|pad|start_of_turn|end_of_turn|conversation)\b[^<>]{0,40}>",
@@ -26,19 +24,19 @@ _LOOKALIKE = str.maketrans({"<": "‹", ">": "›", "[": "⁅", "]": "⁆"})
 
 def visible_text(text: str) -> str:
     """Return *text* without characters that cannot be stored or seen; line breaks become ``\\n``."""
-    # All that is invisible is unprintable; the other way round it is not so: a newline, most kinds of space.
+    # The fast test first: invisible characters are unprintable (but so are newlines and most spaces).
     if text.isprintable() or not _INVISIBLE.search(text):
         return text
     return _INVISIBLE.sub("", _LINE_BREAK.sub("\n", text))
 
 
 def escaped(text: str) -> str:
-    """Return *text* with what cannot be seen, or would steer a terminal, as JSON escapes; newline and tab stay."""
+    """Return *text* with invisible and terminal control characters as JSON escapes; newline and tab stay."""
     return _INVISIBLE.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
 def prompt_text(text: str) -> str:
-    """Return *text* fit for a prompt: visible, stripped, its control tokens replaced by look-alikes."""
+    """Return *text* for a prompt: visible, stripped, with look-alikes instead of control tokens."""
     text = visible_text(text).strip()
     if "<" in text or "[" in text:
         text = _CONTROL_TOKEN.sub(lambda match: match.group().translate(_LOOKALIKE), text)
@@ -46,7 +44,7 @@ def prompt_text(text: str) -> str:
 
 
 def one_line(text: str, limit: int) -> str:
-    """Return *text* as one visible line of at most *limit* characters, cut with an ellipsis."""
+    """Return *text* as one visible line of at most *limit* characters, shortened with an ellipsis."""
     line = " ".join(visible_text(text).split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
@@ -57,5 +55,5 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 
 def encodable(text: str) -> str:
-    """Return *text* with ``?`` for lone surrogates, which are no characters and which no server or tokenizer takes."""
+    """Return *text* with ``?`` for lone surrogates, which servers and tokenizers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""What ``--embedded`` brings: a real mongod and the built-in baseline classifier.
+"""A real mongod and the built-in baseline classifier, for ``--embedded``.
 
 ``cli``, ``api`` and ``batch_processor`` import it. Imports ``domain`` and what is below it.
 """

@@ -1,6 +1,6 @@
-"""A classifier without a model: word lists and VADER, for ``--embedded`` where no model server answers.
+"""A classifier without a model, from word lists and VADER, for ``--embedded`` without a model server.
 
-docs/baseline.md says how well it does, and how its constants were chosen.
+docs/baseline.md reports its accuracy and how its constants were chosen.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from error_handler import ConfigurationError
 
 BASELINE_MODEL = "baseline-vader-1"
 
-# VADER's usual limits are +-0.05; "Thanks" and "Cheers" at the end of a request make the upper one too low.
+# VADER's usual limits are +-0.05. The upper one is higher here, because "Thanks" often ends a neutral request.
 POSITIVE_FROM = 0.4
 NEGATIVE_TO = -0.05
 
-# People say what they want in their first message, and agents repeat what it is about.
+# Weights of turns. Customers state their problem in the first message; agents repeat its topic.
 FIRST_TURN, LATER_TURN, AGENT_TURN = 2.0, 1.0, 0.5
 
-# VADER rates words as people do on social media; in a support conversation these are neither good nor bad news.
+# VADER rates words as social media use them; in support conversations these are neutral.
 _NO_FEELING = (
     "accept alert cancel care careful chance credit dear free help helped helping helps hope interest join like "
     "number ok okay play playing please pls pray secure security share shared sharing support supported supporting "
@@ -37,7 +37,7 @@ _FEELING = {
     -2.2: "nightmare overcharged stranded unhelpful unprofessional unreliable",
 }
 
-# VADER needs time in the square of a text's words: it gets pieces, and not more of them than a long complaint has.
+# VADER takes quadratic time in the number of words, so it gets short pieces, and a limited number of them.
 _PIECE = re.compile(r"\S.{0,299}(?!\S)|\S{1,300}", re.DOTALL)
 _PIECES_READ = 200
 
@@ -46,7 +46,7 @@ _WORD = re.compile(r"\w+")
 _APOSTROPHES = str.maketrans("", "", "'\N{RIGHT SINGLE QUOTATION MARK}")
 _IGNORED = frozenset(_WORD.findall("a an the this that these those my your our his her their"))
 
-# Words that questions and requests of every kind share say little about which kind it is.
+# Words that occur in requests of every kind carry little information.
 _FUNCTION_WORD_WEIGHT = 0.25
 _FUNCTION_WORDS = frozenset(
     _WORD.findall(
@@ -59,14 +59,14 @@ _FUNCTION_WORDS = frozenset(
 
 
 class BaselineClassifier:
-    """Labels by the taxonomy's phrases (English in the shipped file) and VADER's English lexicon.
+    """Labels conversations by the phrases of the taxonomy (English as shipped) and VADER's English lexicon.
 
     Raises:
-        ConfigurationError: The taxonomy lacks Positive, Neutral or Negative; other names mean nothing to VADER.
+        ConfigurationError: The taxonomy lacks Positive, Neutral or Negative, the only sentiments VADER can tell.
     """
 
     def __init__(self, taxonomy: Taxonomy) -> None:
-        # A run that asks a model takes no more than the baseline's name from this module.
+        # Imported late: a run with a model needs only the name of the baseline.
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415
 
         self._intents = _PhraseIndex(taxonomy.intents)
@@ -75,20 +75,20 @@ class BaselineClassifier:
         if missing := {"positive", "neutral", "negative"} - self._sentiments.keys():
             raise ConfigurationError(
                 f"The built-in baseline needs the sentiment {min(missing).capitalize()} in the taxonomy; "
-                "add it, or start a model server."
+                "add it, or use a model server."
             )
         self._vader = SentimentIntensityAnalyzer()
         self._vader.lexicon.update(dict.fromkeys(_NO_FEELING.split(), 0.0))
         for valence, words in _FEELING.items():
             self._vader.lexicon.update(dict.fromkeys(words.split(), valence))
-        # Written out here, emoji count towards the length of a piece; VADER would do it inside one.
+        # Emoji are replaced here, so that their names count towards the length of a piece.
         self._emoji = {ord(emoji): f" {name} " for emoji, name in self._vader.emojis.items() if len(emoji) == 1}
 
     def classify(self, conversation: Conversation) -> Classification:
-        """Return the labels: intent and sentiment from the customer's turns, topic from all of them.
+        """Return the labels: intent and sentiment from the customer's turns, topic from all turns.
 
-        Time is linear in the length of the texts; sentiment reads their first 60,000 characters. No
-        phrase found, or two labels equally strong, makes Other (without one, the group's last label).
+        Without a phrase, or with two equally strong labels, the label is Other (or the last of the group). Time is
+        linear in the length of the texts; sentiment reads the first 60,000 characters.
         """
         customer: list[tuple[str, float]] = []
         others: list[tuple[str, float]] = []
@@ -108,7 +108,7 @@ class BaselineClassifier:
         )
 
     def _sentiment(self, texts: list[str]) -> str:
-        """Judge by the mean compound of the pieces that show a feeling, so that plain answers do not dilute it."""
+        """Return the sentiment of the mean score of all pieces that show a feeling; neutral pieces do not dilute it."""
         compounds = (
             self._vader.polarity_scores(piece)["compound"] for piece in islice(self._pieces(texts), _PIECES_READ)
         )
@@ -125,7 +125,7 @@ class BaselineClassifier:
 
 
 class _PhraseIndex:
-    """The phrases of one group of labels, found in one pass."""
+    """The phrases of one group of labels, searched in one pass."""
 
     def __init__(self, labels: tuple[Label, ...]) -> None:
         names = [label.name for label in labels]
@@ -135,14 +135,14 @@ class _PhraseIndex:
             for phrase in label.phrases:
                 if words := _normalised(phrase):
                     self._labels[words].add(label.name)
-        # Longest first, so that "refund policy" is not also a "refund".
+        # Longest first, so that "refund policy" does not match "refund".
         phrases = sorted(self._labels, key=len, reverse=True)
         self._regex = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b") if phrases else None
 
     def strongest(self, texts: Iterable[tuple[str, float]]) -> str:
         """Return the label with the most weight in *texts* (normalised text, weight); see ``classify`` for ties.
 
-        A phrase counts once, where it weighs most, so that repeating it wins nothing.
+        A phrase counts once, with its highest weight, so that repetition has no effect.
         """
         if self._regex is None:
             return self._other
@@ -164,6 +164,6 @@ def _specificity(phrase: str) -> float:
 
 
 def _normalised(text: str) -> str:
-    """Return the words of *text*, case-folded, one space between; addresses, articles and possessives left out."""
+    """Return the words of *text* in lower case, without links, handles, articles and possessives."""
     words = _WORD.findall(_NOT_PROSE.sub(" ", text).casefold().translate(_APOSTROPHES))
     return " ".join(word for word in words if word not in _IGNORED)

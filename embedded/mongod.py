@@ -1,4 +1,4 @@
-"""A real mongod as a child process: the database of ``--embedded`` and of the tests."""
+"""A real mongod as a child process, for ``--embedded`` and the tests."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from embedded.mongod_binary import FOLDER_IN_USE, PORT_IN_USE, bundled_libraries, explain_end, find_mongod
-from embedded.mongod_command import error_name, is_primary, run_command
 from error_handler import ConfigurationError
 
 START_TIMEOUT_S = 120.0  # recovery after a crash replays the journal
@@ -30,12 +29,12 @@ POLL_S = 0.02
 START_ATTEMPTS = 5
 LOG_LIMIT_BYTES = 5_000_000
 
-# Below the kernel's range for outgoing connections: a client that keeps calling a port of that range
-# while its server is down can be connected to itself, and then the server never gets the port back.
+# Below the kernel's range for outgoing connections. A client that keeps calling a port in that range while the server
+# is down can connect to itself, and then the server cannot bind the port again.
 PORTS = range(20_000, 32_000)
 
-# Runs in the child: die with the parent, even if that is killed. A preexec_fn would do it in a copy of
-# a process with threads, which can deadlock.
+# Runs in the child, so that it dies with its parent even if that is killed. A preexec_fn could deadlock: it runs in a
+# copy of a process with threads.
 _LAUNCHER = """\
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -46,18 +45,16 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 class EmbeddedMongod:
-    """A mongod on 127.0.0.1 that lives no longer than this process; use it in ``with``.
+    """A mongod on 127.0.0.1 that ends with this process; use it in ``with``.
 
-    It has no access control: whoever may run programs on this machine can read it.
+    It has no access control: everybody who may run programs on this machine can read it.
 
     Args:
-        data_dir: Its data; made when missing, then readable by its owner only. Kept when it stops.
-        port: 0 takes a free one at the first start and keeps it.
-        replica_set: Name of a replica set of one; None gives a standalone server. A folder that was
-            served on another port is adapted to the new one.
-        log_path: Where the server's own log goes; None means ``mongod.log`` in *data_dir*.
+        data_dir: Its data, readable by the owner only. Created if missing, and kept when the server stops.
+        port: 0 chooses a free port at the first start and keeps it.
+        log_path: The server's own log; None means ``mongod.log`` in *data_dir*.
         extra_arguments: Added to mongod's command line.
-        binary: The mongod to run; None means the one of ``find_mongod``.
+        binary: The mongod to run; None means the one that ``find_mongod`` finds.
     """
 
     def __init__(
@@ -65,14 +62,12 @@ class EmbeddedMongod:
         data_dir: Path,
         *,
         port: int = 0,
-        replica_set: str | None = None,
         log_path: Path | None = None,
         extra_arguments: Sequence[str] = (),
         binary: Path | None = None,
     ) -> None:
         self._data_dir = data_dir.absolute()
         self._port = port
-        self._replica_set = replica_set
         self._log_path = (log_path or data_dir / "mongod.log").absolute()
         self._extra_arguments = tuple(extra_arguments)
         self._binary = binary
@@ -91,24 +86,24 @@ class EmbeddedMongod:
 
     @property
     def port(self) -> int:
-        """The port it listens on; 0 before the first start where none was given."""
+        """The port it listens on; 0 before the first start if none was given."""
         return self._port
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None while it does not run."""
+        """Its process id; None if it does not run."""
         return self._process.pid if self._process and self._keeper.is_alive() else None
 
     @property
     def uri(self) -> str:
-        """Its connection string; valid from the first start on."""
-        return f"mongodb://127.0.0.1:{self._port}/" + (f"?replicaSet={self._replica_set}" if self._replica_set else "")
+        """Its connection string; valid after the first start."""
+        return f"mongodb://127.0.0.1:{self._port}/"
 
     def start(self) -> None:
-        """Start it and return when it takes commands (writes too); does nothing while it runs.
+        """Start it and return when it accepts commands. Does nothing if it runs.
 
         Raises:
-            ConfigurationError: It cannot run here, or not with this folder or port. Nothing is left running.
+            ConfigurationError: It cannot run on this machine, or not with this folder or port. Nothing is left running.
         """
         if self.pid is not None:
             return
@@ -120,22 +115,20 @@ class EmbeddedMongod:
                 self._log_path.replace(f"{self._log_path}.1")
         except OSError as exc:
             raise ConfigurationError(
-                f"The folder for MongoDB's data cannot be used ({exc}); choose another or correct its rights."
+                f"Cannot use the folder for MongoDB's data ({exc}); choose another or fix its permissions."
             ) from exc
         with contextlib.ExitStack() as undo:
             undo.callback(self.kill)
             self._start_server()
-            if self._replica_set:
-                self._await_primary(self._replica_set)
             undo.pop_all()
 
     def stop(self) -> None:
-        """End it cleanly, or with SIGKILL after 30 s; does nothing when it does not run."""
+        """Stop it, with SIGKILL after 30 s. Does nothing if it does not run."""
         self._signal(signal.SIGTERM, STOP_TIMEOUT_S)
         self.kill()
 
     def kill(self) -> None:
-        """End it at once with SIGKILL, as a crash would."""
+        """Stop it at once with SIGKILL, as a crash would."""
         self._signal(signal.SIGKILL, STOP_TIMEOUT_S)
 
     def restart(self) -> None:
@@ -151,7 +144,7 @@ class EmbeddedMongod:
     def _start_server(self) -> None:
         binary = self._binary or find_mongod()
         log = ""
-        with tempfile.TemporaryDirectory() as folder:  # the loader needs it only until the server is up
+        with tempfile.TemporaryDirectory() as folder:  # the loader needs the folder only until the server is up
             libraries = ""
             for _ in range(START_ATTEMPTS):
                 port = self._port or _free_port()
@@ -175,8 +168,6 @@ class EmbeddedMongod:
         command += ["--nounixsocket", "--quiet", "--wiredTigerCacheSizeGB", "0.25"]
         command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
         command += ["--slowms", "86400000"]  # the log of a slow command quotes the document
-        if self._replica_set:
-            command += ["--replSet", self._replica_set, "--oplogSize", "256"]
         command += self._extra_arguments
         if libraries:
             command = ["env", f"LD_LIBRARY_PATH={libraries}", *command]
@@ -186,9 +177,8 @@ class EmbeddedMongod:
         failures: list[OSError] = []
 
         def keep(log: int) -> None:
-            # The kernel counts the end of the thread that forked as the end of the parent, so the
-            # thread stays as long as the child. A session of its own keeps Ctrl-C from the server
-            # while the results of calls in flight are still being written.
+            # The kernel treats the end of the forking thread as the end of the parent, so this thread lives as long as
+            # the child. A session of its own protects the server from Ctrl-C while the last results are written.
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - fixed arguments, no shell
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -204,17 +194,17 @@ class EmbeddedMongod:
         try:
             log = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as exc:
-            raise ConfigurationError(f"MongoDB's log cannot be written ({exc}); correct its rights.") from exc
+            raise ConfigurationError(f"Cannot write MongoDB's log ({exc}); fix its permissions.") from exc
         self._log_start = os.fstat(log).st_size
         self._keeper = threading.Thread(target=keep, args=(log,), name="embedded-mongod", daemon=True)
         self._keeper.start()
         started.wait()
         if failures:
-            raise ConfigurationError(f"{binary} cannot be started ({failures[0]}); install it again.") from failures[0]
+            raise ConfigurationError(f"Cannot start {binary} ({failures[0]}); reinstall it.") from failures[0]
 
     def _follow_log(self, port: int) -> tuple[bool, str]:
         """Wait until the server listens (True) or has ended (False), and return what it logged."""
-        # Not by calling the port: another server may hold it, and would answer in place of this one.
+        # It does not call the port: another server could hold the port and answer instead.
         listens = re.compile(rf"aiting for connections.*\b{port}\b")
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -227,17 +217,17 @@ class EmbeddedMongod:
             if listens.search(log) and self._holder() == self.pid:
                 return True, log
             self._keeper.join(POLL_S)
-        raise ConfigurationError(f"mongod was not ready after {START_TIMEOUT_S:.0f} s; {self._log_path} says why.")
+        raise ConfigurationError(f"mongod was not ready after {START_TIMEOUT_S:.0f} s; see {self._log_path}.")
 
     def _holder(self) -> int | None:
-        """Process id of the server that has, or last had, the data folder."""
+        """Return the process id of the server that uses, or last used, the data folder."""
         try:
             return int((self._data_dir / "mongod.lock").read_text())
         except (OSError, ValueError):
             return None
 
     def _holder_ends(self) -> bool:
-        """Whether the server that has the folder is just ending: its own run was killed a moment ago."""
+        """Whether the server that uses the folder ends within HOLDER_TIMEOUT_S, because its run was just killed."""
         holder = self._holder()
         if sys.platform != "linux" or not holder:
             return False
@@ -250,27 +240,6 @@ class EmbeddedMongod:
         finally:
             os.close(handle)
 
-    def _await_primary(self, name: str) -> None:
-        config = {"_id": name, "version": 1, "members": [{"_id": 0, "host": f"127.0.0.1:{self._port}"}]}
-        cures: dict[str, dict[str, Any]] = {
-            "NotYetInitialized": {"replSetInitiate": config},
-            "InvalidReplicaSetConfig": {"replSetReconfig": config, "force": True},  # it had another port
-        }
-        problem = "no answer"
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self._keeper.is_alive():
-            with contextlib.suppress(OSError):
-                if is_primary(run_command(self._port, {"hello": 1})):
-                    return
-                problem = error_name(run_command(self._port, {"replSetGetStatus": 1})) or "no election yet"
-                if problem in cures:
-                    run_command(self._port, cures[problem])
-            self._keeper.join(POLL_S)
-        raise ConfigurationError(
-            f"mongod did not become primary of the replica set {name} ({problem}); {self._log_path} says why, "
-            "and an empty data folder cures it if the old data is not needed."
-        )
-
 
 def _free_port() -> int:
     for _ in range(100):
@@ -279,4 +248,4 @@ def _free_port() -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             return port
-    raise ConfigurationError(f"No port between {PORTS.start} and {PORTS.stop} is free: name one that is.")
+    raise ConfigurationError(f"No port between {PORTS.start} and {PORTS.stop} is free; set one that is.")

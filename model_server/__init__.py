@@ -1,4 +1,4 @@
-"""How to talk to a model server, without I/O: protocols, models, context window, tokens, breaker, concurrency.
+"""The model server without I/O: protocols, models, context window, truncation, tokens, breaker, concurrency.
 
 Import any module of it. Imports ``domain`` and what is below it.
 """

@@ -1,8 +1,7 @@
-"""Stops calling a model server that is away, and starts again when it is back.
+"""A circuit breaker for the model server.
 
-Unlike breakers that fail calls while open, this one lets them wait: a batch has nothing better to
-do, and a document must not lose an attempt to an outage that is not its fault. Callers with people
-behind them ask it to fail fast.
+While it is open, calls wait instead of failing: a batch can wait, and a document must not lose an attempt because of an
+outage. The service, whose callers cannot wait, lets it fail fast.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ T = TypeVar("T")
 class BreakerPolicy:
     """*threshold* connection failures in a row open the breaker.
 
-    Probes start after *first_probe_s* and slow down to one each *probe_cap_s*, which therefore is
-    the longest a server that is back waits for work. An outage longer than *outage_limit_s* is final.
-    With *fails_fast* no call waits for the server: an open breaker raises LLMOutageError at once.
+    Probes start after *first_probe_s* and slow down to one every *probe_cap_s*. An outage longer than *outage_limit_s*
+    is final. With *fails_fast*, an open breaker raises LLMOutageError at once.
     """
 
     threshold: int = 5
@@ -38,7 +36,7 @@ class BreakerPolicy:
 
 
 class CircuitBreaker:
-    """Guards calls to one server; *probe* says whether the server is alive and never raises LLMError."""
+    """Guards calls to one server. *probe* returns whether the server is alive and never raises LLMError."""
 
     def __init__(self, probe: Callable[[], Awaitable[bool]], policy: BreakerPolicy) -> None:
         self._probe = probe
@@ -52,18 +50,18 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls are waiting for the server to come back."""
+        """Whether calls wait for the server to come back."""
         return not self._closed.is_set()
 
     async def call(self, send: Callable[[], Awaitable[T]]) -> T:
-        """Return what *send* returns, waiting as long as the server is away.
+        """Return the result of *send*; wait while the server is away.
 
-        A lost connection is repeated without end while the server is dead, because then the
-        request is not at fault; where the server is alive, the error is raised.
+        After a lost connection the server is probed. If it is dead, the request is not at fault and is repeated without
+        limit. If it is alive, the error is raised.
 
         Raises:
             LLMOutageError: The server stayed away for longer than the limit.
-            LLMError: Whatever else *send* raised.
+            LLMError: Any other error of *send*.
         """
         while True:
             await self._wait_until_closed()
@@ -78,7 +76,7 @@ class CircuitBreaker:
                         raise
                     await asyncio.sleep(self._policy.first_probe_s * random.uniform(0.5, 1.5))
             except LLMError as exc:
-                if not isinstance(exc, LLMTimeoutError):  # any answer is a sign of life
+                if not isinstance(exc, LLMTimeoutError):  # any answer shows that the server is alive
                     self._failures = 0
                 raise
             else:
@@ -86,14 +84,14 @@ class CircuitBreaker:
                 return result
 
     async def close(self) -> None:
-        """Stop probing. Calls that still wait must have been cancelled before."""
+        """Stop probing. Cancel waiting calls before."""
         if self._prober is not None:
             self._prober.cancel()
             await asyncio.gather(self._prober, return_exceptions=True)
 
     async def _wait_until_closed(self) -> None:
         if self.is_open and self._policy.fails_fast:
-            raise LLMOutageError("the model server is away; start it, the service notices by itself")
+            raise LLMOutageError("the model server is away; start it, and the service continues by itself")
         if self.is_open:
             await self._closed.wait()
         if self._gone:
@@ -107,7 +105,7 @@ class CircuitBreaker:
         if self._failures >= self._policy.threshold and not self.is_open:
             self.openings += 1
             self._closed.clear()
-            logger.warning("circuit breaker: open after %d connection failures in a row, intake pauses", self._failures)
+            logger.warning("circuit breaker: open after %d connection failures in a row; intake pauses", self._failures)
             self._prober = asyncio.create_task(self._probe_until_alive(), name="breaker-probe")
 
     async def _probe_until_alive(self) -> None:

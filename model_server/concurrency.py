@@ -1,4 +1,11 @@
-"""The gate before the model server for ``--max-concurrent auto``: as many places as its answers show to be right."""
+"""``--max-concurrent auto``: a concurrency limit that follows the model server.
+
+A server that runs k requests at once queues the next one, and Ollama reports how long each request was queued. The
+controller therefore counts, over a window of answers, how many requests were queued on average (Little's law). It
+doubles the limit until requests queue, goes back to what fits, and from then on tries one more at intervals.
+
+Servers that report no queue time are judged by latency, compared with the latency at the lowest limit.
+"""
 
 from __future__ import annotations
 
@@ -7,106 +14,221 @@ import contextlib
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 from error_handler import LLMBusyError, LLMTimeoutError
 from model_server.protocol import ChatReply
 
+START = 2
+LOAD_S = 0.5  # an answer that loaded the model for longer than this says nothing about the queue
+NOISE_S, NOISE_SHARE = 0.003, 0.02  # a wait below this, or below this share of the latency, is no queue
+MOST_QUEUED, MOST_IDLE = 0.6, 0.3  # mean number of requests queued, less those on the network: lower or raise the limit
+HOLD_WINDOWS = 6  # windows without a queue before the limit is raised by one
+LEAST_WINDOW = 8  # answers
+LATENCY_WINDOW = 32  # answers, if latency is all there is
+LEAST_RISE, SPREADS = 0.10, 2.5  # of the mean log latency: a smaller rise is noise
 LOG_EVERY_S = 15.0
 
 logger = logging.getLogger(__name__)
 
 
-class ConcurrencyLimit:
-    """A gate with as many places as the controller finds right; one for each model server.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request; *in_flight* counts the requests in flight when it was sent, itself included."""
 
-    ``place`` is what a worker holds while it has a document in hand, ``observed`` sends one request and learns from it.
-    For one event loop.
+    sent_at_s: float
+    in_flight: int
+
+
+@dataclass(slots=True)
+class _Window:
+    """Sums over the answers to requests that were sent after *since_s*."""
+
+    since_s: float
+    answers: int = 0
+    in_flight: int = 0
+    latency_s: float = 0.0
+    wait_s: float = 0.0
+    network_s: float = 0.0
+    log_sum: float = 0.0
+    log_squares: float = 0.0
+
+    def add(self, call: Call, latency_s: float, wait_s: float, network_s: float) -> None:
+        self.answers += 1
+        self.in_flight += call.in_flight
+        self.latency_s += latency_s
+        self.wait_s += wait_s
+        self.network_s += network_s
+        log = math.log(latency_s)
+        self.log_sum += log
+        self.log_squares += log * log
+
+    @property
+    def mean_in_flight(self) -> float:
+        return self.in_flight / self.answers
+
+    @property
+    def excess(self) -> float:
+        """Mean number of queued requests, less those on the network: they fill the slots that become free."""
+        return self.mean_in_flight * (self.wait_s - self.network_s) / self.latency_s
+
+    def slower_than(self, baseline: _Window) -> float:
+        """Mean number of requests that the rise in latency over *baseline* shows to be too many."""
+        rise = self.log_sum / self.answers - baseline.log_sum / baseline.answers
+        spread = math.sqrt(self.log_variance / self.answers + baseline.log_variance / baseline.answers)
+        return self.mean_in_flight * -math.expm1(spread - rise) if rise > max(LEAST_RISE, SPREADS * spread) else 0.0
+
+    @property
+    def log_variance(self) -> float:
+        return max(0.0, self.log_squares / self.answers - (self.log_sum / self.answers) ** 2)
+
+
+class LimitController:
+    """Finds the limit, from 1 to *most*. It has no clock and does no I/O.
+
+    Report each request with ``sent`` and its end with ``answered``, ``congested`` or ``lost``. Times are seconds of one
+    monotonic clock.
+    """
+
+    def __init__(self, most: int, start: int = START) -> None:
+        self.limit = min(start, most)
+        self.in_flight = 0
+        self._most = most
+        self._step = self.limit  # added to the limit if no request queues; doubles each time
+        self._hold = 0  # windows to wait before the next step
+        self._proven = 1  # the limit before the last step, at which no request queued
+        self._changed_at_s = -math.inf
+        self._least_wait_s = math.inf
+        self._window = _Window(-math.inf)
+        self._baseline: _Window | None = None
+
+    def sent(self, now_s: float) -> Call:
+        """Return the record of a request that is sent now."""
+        self.in_flight += 1
+        return Call(now_s, self.in_flight)
+
+    def lost(self) -> None:
+        """Note the end of a request that says nothing about load: no connection, cancelled, or refused."""
+        self.in_flight -= 1
+
+    def congested(self, call: Call, now_s: float) -> None:
+        """Note a 503 or a time-out: halve the limit, once for all requests sent before that."""
+        self.in_flight -= 1
+        if call.sent_at_s >= self._changed_at_s:
+            self._lower(max(1, self.limit // 2), now_s, hold=1)
+
+    def answered(self, call: Call, now_s: float, reply: ChatReply) -> None:
+        """Note the answer to *call* and what the server reported about it."""
+        self.in_flight -= 1
+        if call.sent_at_s < self._window.since_s or (reply.load_s is not None and reply.load_s > LOAD_S):
+            return
+        latency_s = max(now_s - call.sent_at_s, 1e-6)
+        wait_s = network_s = 0.0
+        if reply.queue_wait_s is not None and reply.total_s is not None:
+            network_s = max(0.0, latency_s - reply.total_s)
+            self._least_wait_s = min(self._least_wait_s, reply.queue_wait_s)
+            above_s = reply.queue_wait_s - self._least_wait_s
+            if above_s > max(NOISE_S, NOISE_SHARE * (latency_s - above_s)):
+                wait_s = above_s
+            else:  # the server was about to begin
+                network_s += above_s
+        window = self._window
+        window.add(call, latency_s, wait_s, network_s)
+        if reply.queue_wait_s is None:
+            if window.answers >= max(self.limit, LATENCY_WINDOW if self.limit > START else LATENCY_WINDOW // 2):
+                self._judge(now_s, self._slower_by(window))
+        elif window.answers >= max(self.limit, LEAST_WINDOW if self._hold else 1):
+            self._judge(now_s, window.excess)
+
+    def _slower_by(self, window: _Window) -> float:
+        """Return how many requests are too many, judged by latency. Answers at the lowest limit set the baseline."""
+        if self._baseline is None or self.limit <= START:
+            self._baseline = window
+        return window.slower_than(self._baseline)
+
+    def _judge(self, now_s: float, excess: float) -> None:
+        """Set the limit after a full window, in which *excess* more requests were queued than on the network."""
+        in_flight = self._window.mean_in_flight
+        self._window = _Window(now_s)
+        if excess > MOST_QUEUED and in_flight > 1:
+            # Short answers come first and overstate the queue, so a limit that was right before the step stays so.
+            fitting = max(self._proven, min(self.limit - 1, round(in_flight - excess)))
+            self._lower(fitting, now_s, hold=HOLD_WINDOWS)
+        elif 2 * in_flight < self.limit:
+            return  # too little work to fill the limit
+        elif self._hold and excess > -MOST_IDLE:
+            self._hold -= 1
+        elif self.limit < self._most:
+            self._proven = self.limit
+            self.limit = min(self._most, self.limit + self._step)
+            self._step *= 2
+            self._changed_at_s = now_s
+
+    def _lower(self, limit: int, now_s: float, *, hold: int) -> None:
+        """Lower the limit; the next steps up begin with one again."""
+        self.limit, self._hold = limit, hold
+        self._step = self._proven = 1
+        self._changed_at_s = now_s
+        self._window = _Window(now_s)
+
+
+class ConcurrencyLimit:
+    """The slots of one model server, as many as the controller finds right. For one event loop.
+
+    A worker holds a ``slot`` while it works on a document; ``observed`` sends one request and learns from it.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        from model_server.concurrency_controller import LimitController  # noqa: PLC0415 - a run with a fixed setting has none
-
         self.controller = LimitController(most)
         self._clock = clock
-        self._taken = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._probing: asyncio.TimerHandle | None = None
-        self._logged, self._logged_at_s = self.controller.settled, -math.inf
+        self._permits = self.controller.limit  # issued: free ones and those that are held
+        self._slots = asyncio.Semaphore(self._permits)
+        self._logged, self._logged_at_s = self._permits, -math.inf
 
     @property
     def current(self) -> int:
-        """The limit of this moment, without the one request too many that probes for more."""
-        return self.controller.settled
+        """The limit now."""
+        return self.controller.limit
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Wait for a place, first come first served, and hold it."""
-        if self._waiting or self._taken >= self.controller.limit:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():  # it had just got the place
-                    self._taken -= 1
-                    self._let_in()
-                raise
-        else:
-            self._taken += 1
+    async def slot(self) -> AsyncIterator[None]:
+        """Wait for a slot, first come, first served, and hold it."""
+        await self._slots.acquire()
+        while self._permits > self.controller.limit:  # the limit fell while this permit was free
+            self._permits -= 1
+            await self._slots.acquire()
         try:
             yield
         finally:
-            self._taken -= 1
-            self._let_in()
+            self._slots.release()
+            self._issue_permits()
 
     async def observed(self, send: Callable[[], Awaitable[ChatReply]]) -> ChatReply:
-        """Return what *send* returns; whatever it raises is let through."""
-        call, is_told = self.controller.sent(self._clock()), False
+        """Return what *send* returns; its errors pass through."""
+        call, is_reported = self.controller.sent(self._clock()), False
         try:
             reply = await send()
-            now_s, is_told = self._clock(), True
-            self.controller.answered(
-                call, now_s, queue_wait_s=reply.queue_wait_s, load_s=reply.load_s, total_s=reply.total_s
-            )
-            self._plan_probe(now_s)
+            is_reported = True
+            self.controller.answered(call, self._clock(), reply)
             return reply
         except (LLMBusyError, LLMTimeoutError):
-            is_told = True
+            is_reported = True
             self.controller.congested(call, self._clock())
             raise
         finally:
-            if not is_told:  # an outage, a cancellation, a useless answer: no sign of too many
-                self.controller.lost(call)
+            if not is_reported:  # an outage, a cancellation or an unusable answer is no sign of load
+                self.controller.lost()
+            self._issue_permits()
             self._log()
-            self._let_in()
 
-    def close(self) -> None:
-        """Stop probing."""
-        if self._probing is not None:
-            self._probing.cancel()
-
-    def _let_in(self) -> None:
-        while self._waiting and self._taken < self.controller.limit:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                self._taken += 1
-                turn.set_result(None)
-
-    def _plan_probe(self, now_s: float) -> None:
-        if self._probing is None:
-            in_s = self.controller.probe_in_s(now_s)
-            if in_s is not None:
-                self._probing = asyncio.get_running_loop().call_later(in_s, self._probe)
-
-    def _probe(self) -> None:
-        self._probing = None
-        if self.controller.probe():
-            self._let_in()
+    def _issue_permits(self) -> None:
+        while self._permits < self.controller.limit:
+            self._permits += 1
+            self._slots.release()
 
     def _log(self) -> None:
-        now_s, limit = self._clock(), self.controller.settled
+        now_s, limit = self._clock(), self.controller.limit
         if limit != self._logged and now_s - self._logged_at_s >= LOG_EVERY_S:
             logger.info("model calls in flight: at most %d now, %d before", limit, self._logged)
             self._logged, self._logged_at_s = limit, now_s

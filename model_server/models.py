@@ -1,4 +1,4 @@
-"""What a model server says about itself and its models, as pure functions.
+"""Parses what a model server reports about itself and its models. No I/O.
 
 Facts about Ollama: github.com/ollama/ollama, server/routes.go (``/api/tags``, ``/api/show``, ``/api/ps``), read at v0.33.
 """
@@ -13,10 +13,22 @@ import orjson
 from config.settings import Protocol, Settings
 from error_handler import ConfigurationError, LLMUnavailableError
 
+LOADED_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRequest:
+    """One request to the model server; *timeout_s* limits all of it."""
+
+    method: str
+    url: str
+    body: bytes | None
+    timeout_s: float
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model the server has; *remote* ones would send the text to another machine."""
+    """A model on the server; a *remote* one would send the text to another machine."""
 
     name: str
     digest: str | None = None
@@ -25,7 +37,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What ``/api/show`` says; None and empty where it says nothing. *context_length* in tokens is the model's own limit."""
+    """The answer of ``/api/show``; None or empty if unknown. *context_length* is the model's own limit, tokens."""
 
     capabilities: frozenset[str] = field(default_factory=frozenset)
     context_length: int | None = None
@@ -34,13 +46,13 @@ class ModelFacts:
 
     @property
     def can_think(self) -> bool:
-        """Whether the model writes down its thoughts unless it is told not to."""
+        """Whether the model writes its reasoning unless the request disables that."""
         return "thinking" in self.capabilities
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """One entry of ``/api/ps``. *context_length* is the window that the server really gave, in tokens."""
+    """One entry of ``/api/ps``. *context_length* is the window that the server gave, tokens."""
 
     name: str
     digest: str | None
@@ -50,18 +62,18 @@ class LoadedModel:
 
 
 def models_url(target_protocol: Protocol, server_url: str) -> str:
-    """Return the address that lists the server's models; it also tells whether the server is alive."""
+    """Return the address that lists the server's models, which also shows whether the server is alive."""
     return f"{server_url}/v1/models" if target_protocol == "openai_chat" else f"{server_url}/api/tags"
 
 
 def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedModel]:
-    """Return the models a server lists.
+    """Return the models that a server lists.
 
     Raises:
-        LLMUnavailableError: The answer is not such a list.
+        LLMUnavailableError: The answer is not a list of models.
     """
     if status != 200:
-        raise LLMUnavailableError(f"the model server does not list its models (HTTP {status})")
+        raise LLMUnavailableError(f"the model server did not list its models (HTTP {status})")
     fields = json_object(body)
     entries = fields.get("data" if protocol == "openai_chat" else "models")
     models = []
@@ -78,33 +90,39 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
     """Return the served model that *settings* name.
 
     Raises:
-        ConfigurationError: None is named, the server does not have it, or it is a cloud model.
-            The message lists what the server has.
+        ConfigurationError: No model is set, the server does not have it, or it is a cloud model. The message lists
+            the server's models.
     """
     variable = "LLM_MODEL" if settings.llm_api_url else "OLLAMA_MODEL"
     local = [model.name for model in models if not model.remote]
     listed = ", ".join(local) if local else "none yet; run: ollama pull llama3.2"
     if settings.model is None:
         raise ConfigurationError(
-            f"No model is named: set {variable} or --model to one of the server's models ({listed})."
+            f"No model is set. Set {variable} or --model to one of the server's models ({listed})."
         )
     wanted = settings.model
     if settings.protocol != "openai_chat" and ":" not in wanted.rsplit("/", 1)[-1]:
         wanted += ":latest"
     found = next((model for model in models if model.name in (settings.model, wanted)), None)
-    if is_cloud_name(settings.model) or (found is not None and found.remote):
-        raise ConfigurationError(
-            f"{settings.model} runs in Ollama's cloud, so customer text would leave this house; name a local model ({listed})."
-        )
+    is_remote = is_cloud_name(settings.model) or (found is not None and found.remote)
+    require_local(settings.model, is_remote=is_remote, hint=f" ({listed})")
     if found is None:
         raise ConfigurationError(
-            f"The model server has no model {settings.model}; set {variable} or --model to one of: {listed}."
+            f"The model server has no model {settings.model}. Set {variable} or --model to one of: {listed}."
         )
     return found
 
 
+def require_local(model: str, *, is_remote: bool, hint: str = "") -> None:
+    """Raise ConfigurationError if *model* runs on another machine; *hint* lists the local ones."""
+    if is_remote:
+        raise ConfigurationError(
+            f"{model} runs in Ollama's cloud: customer text would leave your network. Use a local model{hint}."
+        )
+
+
 def parse_version(status: int, body: bytes) -> str | None:
-    """Return what ``/api/version`` says; None where the server has no such route."""
+    """Return the version from ``/api/version``; None if the server has no such route."""
     return _text(json_object(body).get("version")) if status == 200 else None
 
 
@@ -113,8 +131,13 @@ def show_body(model: str) -> bytes:
     return orjson.dumps({"model": model})
 
 
+def show_request(server_url: str, model: str, timeout_s: float) -> ServerRequest:
+    """Return the request that asks Ollama about *model*."""
+    return ServerRequest("POST", f"{server_url}/api/show", show_body(model), timeout_s)
+
+
 def parse_show(status: int, body: bytes) -> ModelFacts:
-    """Return what ``/api/show`` says; nothing where it refuses to say."""
+    """Return the facts from ``/api/show``; empty if the server refuses."""
     if status != 200:
         return ModelFacts()
     fields = json_object(body)
@@ -134,7 +157,7 @@ def parse_show(status: int, body: bytes) -> ModelFacts:
 
 
 def parse_loaded(status: int, body: bytes) -> list[LoadedModel]:
-    """Return the models that ``/api/ps`` says are loaded; none where it refuses to say."""
+    """Return the loaded models from ``/api/ps``; empty if the server refuses."""
     entries = json_object(body).get("models") if status == 200 else None
     return [
         LoadedModel(
@@ -149,24 +172,34 @@ def parse_loaded(status: int, body: bytes) -> list[LoadedModel]:
     ]
 
 
+def loaded_request(server_url: str) -> ServerRequest:
+    """Return the request that lists Ollama's loaded models."""
+    return ServerRequest("GET", f"{server_url}/api/ps", None, LOADED_TIMEOUT_S)
+
+
+def find_loaded(model: str, loaded: list[LoadedModel]) -> LoadedModel | None:
+    """Return the entry of *model* in *loaded*; None if it is not loaded."""
+    return next((entry for entry in loaded if entry.name in (model, f"{model}:latest")), None)
+
+
 def json_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in *body*; raise LLMUnavailableError where there is none."""
+    """Return the JSON object in *body*; raise LLMUnavailableError if there is none."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
-        raise LLMUnavailableError("the model server's answer is not JSON, or was cut on its way") from exc
+        raise LLMUnavailableError("the model server's answer is not JSON, or was cut off") from exc
     if not isinstance(fields, dict):
         raise LLMUnavailableError("the model server's answer is not a JSON object")
     return fields
 
 
 def count(value: Any) -> int | None:
-    """Return *value* where it is a whole number of at least 0, else None."""
+    """Return *value* if it is a whole number of at least 0, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def is_cloud_name(model: str) -> bool:
-    """Whether Ollama would send what *model* is asked to its cloud."""
+    """Whether Ollama would send requests for *model* to its cloud."""
     tag = model.rsplit(":", 1)[-1].lower() if ":" in model else ""
     return tag == "cloud" or tag.endswith("-cloud")
 

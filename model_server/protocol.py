@@ -1,9 +1,7 @@
-"""The wire protocols of the model servers, as pure functions: build the request, read the answer.
+"""Builds chat requests and parses their answers, for both wrappers. No I/O, no clock, no retries.
 
-Three are spoken: Ollama's ``/api/chat`` and ``/api/generate``, and OpenAI's
-``/v1/chat/completions`` (vLLM, llama.cpp, LM Studio). No I/O, no clock, no retries here; both
-wrappers share these functions. Facts about Ollama: github.com/ollama/ollama, api/types.go,
-server/routes.go and docs/api, read at v0.33.
+Protocols: Ollama's ``/api/chat`` and ``/api/generate``, and OpenAI's ``/v1/chat/completions`` (vLLM, llama.cpp,
+LM Studio). Facts about Ollama: github.com/ollama/ollama, api/types.go, server/routes.go and docs/api, read at v0.33.
 """
 
 from __future__ import annotations
@@ -11,15 +9,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from config.settings import Protocol, Settings
+from domain.conversation import Message
 from error_handler import (
-    ConfigurationError,
     LLMBusyError,
     LLMContextError,
     LLMModelError,
@@ -28,27 +26,38 @@ from error_handler import (
     LLMUnavailableError,
     Reason,
 )
-from model_server.models import ModelFacts, ServedModel, count, is_cloud_name, json_object
+from model_server.models import (
+    ModelFacts,
+    ServedModel,
+    ServerRequest,
+    choose_model,
+    count,
+    is_cloud_name,
+    json_object,
+    models_url,
+    parse_models,
+    parse_show,
+    require_local,
+    show_request,
+)
+from model_server.tokens import least_prompt_tokens
 
 SEED = 20_250_924
-DEFAULT_NUM_CTX = 8192  # until a window was chosen
-NUM_PREDICT = 700  # tokens of an answer; without it Ollama lets a runaway answer fill ten windows
-TOP_LOGPROBS = 20  # the most that Ollama and OpenAI take
+DEFAULT_NUM_CTX = 8192  # until a window is chosen
+NUM_PREDICT = 700  # most tokens of an answer; without a limit Ollama lets a runaway answer fill ten windows
+TOP_LOGPROBS = 20  # the maximum of Ollama and OpenAI
 NANOSECONDS = 1e9
-MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply is a few kB; more than this is refused unread
-LEAST_SHARE = 0.9  # of the fewest tokens a prompt can have; a count below betrays a cut
-MAX_CHARACTERS_PER_TOKEN = 6.0  # of whole prompts; English has about 4.5, other scripts fewer
-
-Message = dict[str, str]
+MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply has a few kB; a larger one is refused
+LEAST_SHARE = 0.9  # of the fewest tokens a prompt can have; a lower count proves a cut prompt
+MAX_CHARACTERS_PER_TOKEN = 6.0  # of a whole prompt; English has about 4.5, other scripts fewer
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTarget:
-    """Where and how the model is asked: the same for each call of a run, so it is never reloaded.
+    """The server, the model and its options: constant during a run, so that Ollama never reloads the model.
 
-    *digest*, *disable_thinking* and *context_limit* (the model's own, in tokens) are known after the server was
-    asked for its models. *logprobs* asks for the probabilities of the answer's tokens as well, which costs the
-    server some work and the wire some 100 kB.
+    *digest*, *disable_thinking* and *context_limit* (the model's own limit, tokens) come from the server. *logprobs*
+    requests the probabilities of the answer's tokens, which adds about 100 kB to an answer.
     """
 
     protocol: Protocol
@@ -68,7 +77,7 @@ class ChatTarget:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of each request. No compression: a compressed answer hides its size."""
+        """Headers of each request. They refuse compression, which would hide the size of an answer."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -77,11 +86,10 @@ class ChatTarget:
 
 @dataclass(frozen=True, slots=True)
 class ChatReply:
-    """A complete answer; None where the server does not tell.
+    """A complete answer. Fields are None if the server does not report them.
 
-    *queue_wait_s* is how long the request waited for a slot of the server: its total time less loading, reading
-    the prompt and writing the answer. *load_s* above some milliseconds tells that the model was loaded for it.
-    *tokens* are the log probabilities as the server sent them, unread; domain.confidence knows their form.
+    *queue_wait_s* is the time in the server's queue, *load_s* the time to load the model, *total_s* the time from the
+    request's arrival at the server to its answer. *tokens* are the server's log probabilities, for domain.confidence.
     """
 
     text: str
@@ -90,19 +98,20 @@ class ChatReply:
     queue_wait_s: float | None = None
     load_s: float | None = None
     tokens: tuple[Any, ...] = field(default=(), repr=False)
-    total_s: float | None = None  # from the request's arrival at the server to its answer
+    total_s: float | None = None
+
+
+# Yields requests, receives status and body of each answer, and returns the target to use. Both wrappers drive it.
+TargetFlow = Generator[ServerRequest, tuple[int, bytes], ChatTarget]
 
 
 def chat_target(settings: Settings, model: str) -> ChatTarget:
-    """Return the target that *settings* describe, for *model*.
+    """Return the target for *model* that *settings* describe.
 
     Raises:
-        ConfigurationError: *model* is a cloud model: customer text would leave the house.
+        ConfigurationError: *model* is a cloud model.
     """
-    if is_cloud_name(model):
-        raise ConfigurationError(
-            f"{model} runs in Ollama's cloud, so customer text would leave this house; name a local model."
-        )
+    require_local(model, is_remote=is_cloud_name(model))
     return ChatTarget(
         protocol=settings.protocol,
         url=settings.chat_url,
@@ -115,15 +124,14 @@ def chat_target(settings: Settings, model: str) -> ChatTarget:
 
 
 def build_load_body(target: ChatTarget) -> bytes:
-    """Return the body that loads the model for the very requests of ``build_chat_body``, and asks nothing."""
+    """Return the body that loads the model with the options of ``build_chat_body``, without a question."""
     return build_chat_body(replace(target, protocol="ollama_chat"), [], b"null")
 
 
 def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: bytes, attempt: int = 0) -> bytes:
-    """Return the body of a chat request.
+    """Return the body of a chat request. *schema_json* is the JSON Schema of the answer.
 
-    *schema_json* is the JSON Schema of the answer. *attempt* (from 0) moves the seed, so that
-    asking again is not asking for the same answer.
+    *attempt* (from 0) changes the seed, so that a repeated request can get another answer.
     """
     schema = orjson.Fragment(schema_json)
     if target.protocol == "openai_chat":
@@ -160,12 +168,12 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
 
 
 def _logprobs(target: ChatTarget) -> dict[str, Any]:
-    """Return the fields that ask for log probabilities, the same in each protocol; servers too old ignore them."""
+    """Return the fields that request log probabilities: the same in each protocol, ignored by older servers."""
     return {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if target.logprobs else {}
 
 
 def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
-    """Whether a response says that the log probabilities that *target* asks for are why it refuses the request."""
+    """Whether a response refuses the request because of the log probabilities that *target* asks for."""
     return target.logprobs and status in (400, 422) and b"logprobs" in body[:4000]
 
 
@@ -176,9 +184,9 @@ def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
 
 
 def require_fit(target: ChatTarget, prompt_characters: int) -> None:
-    """Raise LLMContextError where a prompt of *prompt_characters* surely overflows the window.
+    """Raise LLMContextError if a prompt of *prompt_characters* cannot fit the window.
 
-    Ollama alone has a window that the request sets; other servers are left to refuse by themselves.
+    Only Ollama's window is set by the request; other servers refuse long prompts themselves.
     """
     least_tokens = int(prompt_characters / MAX_CHARACTERS_PER_TOKEN)
     if target.protocol != "openai_chat" and least_tokens + NUM_PREDICT > target.num_ctx:
@@ -189,33 +197,29 @@ def require_fit(target: ChatTarget, prompt_characters: int) -> None:
 
 
 def parse_load_response(target: ChatTarget, status: int, body: bytes) -> None:
-    """Return where the answer to ``build_load_body`` says that the model is loaded.
+    """Check that the answer to ``build_load_body`` confirms the load.
 
     Raises:
-        LLMError: As ``parse_chat_response``.
+        LLMError: It does not; see ``parse_chat_response``.
     """
     if status != 200:
         _raise_for_status(target, status, body)
     if json_object(body).get("done_reason") != "load":
-        raise LLMUnavailableError("the model server did not say that it loaded the model; see its log")
+        raise LLMUnavailableError("the model server did not confirm that it loaded the model; see its log")
 
 
-def parse_chat_response(
-    target: ChatTarget,
-    status: int,
-    body: bytes,
-    prompt_characters: int,
-    least_tokens: Callable[[int], int] = lambda _enough: 0,
-) -> ChatReply:
-    """Return the answer in an HTTP response to a prompt of *prompt_characters*.
+def prompt_characters(messages: Sequence[Message]) -> int:
+    """Return the number of characters in *messages*."""
+    return sum(len(message["content"]) for message in messages)
 
-    *least_tokens* tells how many tokens the prompt has at least: token_estimate.least_prompt_tokens with its messages.
+
+def parse_chat_response(target: ChatTarget, status: int, body: bytes, messages: Sequence[Message]) -> ChatReply:
+    """Return the answer in an HTTP response to *messages*.
 
     Raises:
         LLMUnavailableError, LLMBusyError: Another attempt may help.
-        LLMRejectedError, LLMContextError, LLMModelError: This request will never be answered.
-        LLMReplyError: Status 200 and still no answer: cut_off, empty or context_overflow. The last wins where the
-            prompt was cut: asking again would be cut again.
+        LLMRejectedError, LLMContextError, LLMModelError: The server will never answer this request.
+        LLMReplyError: Status 200 without a usable answer: context_overflow (the prompt was cut), cut_off or empty.
     """
     if status != 200:
         _raise_for_status(target, status, body)
@@ -225,18 +229,21 @@ def parse_chat_response(
     if target.protocol == "openai_chat":
         return _parse_openai(fields)
     prompt_tokens = count(fields.get("prompt_eval_count"))
-    _require_whole_prompt(target, prompt_tokens, prompt_characters)
     if prompt_tokens is not None:
-        least = least_tokens(int(prompt_tokens / LEAST_SHARE))
-        if prompt_tokens < LEAST_SHARE * least:
-            raise LLMReplyError(
-                f"the server saw {prompt_tokens} prompt tokens of at least {least}: it cut the prompt",
-                Reason.CONTEXT_OVERFLOW,
-            )
+        _require_whole_prompt(target, prompt_tokens, messages)
     return _parse_ollama(target, fields)
 
 
-_DURATIONS = ("load_duration", "prompt_eval_duration", "eval_duration")
+def queue_wait_s(fields: dict[str, Any]) -> float | None:
+    """Return how long Ollama queued the request whose answer holds *fields*; None if it does not report its times.
+
+    It is the total time minus loading, reading the prompt and writing the answer. Ollama leaves out times of zero.
+    """
+    total_ns = count(fields.get("total_duration"))
+    if total_ns is None:
+        return None
+    parts = (count(fields.get(f"{part}_duration")) or 0 for part in ("load", "prompt_eval", "eval"))
+    return max(0, total_ns - sum(parts)) / NANOSECONDS
 
 
 def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
@@ -246,18 +253,15 @@ def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
     else:
         text = fields.get("response")
     if fields.get("done") is not True:
-        # The engine gave up (repeated tokens) and the server still says 200 (ollama/ollama#18359).
-        raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
+        # The engine aborted (repeated tokens) and the server still answers 200 (ollama/ollama#18359).
+        raise LLMReplyError("the server aborted the answer", Reason.CUT_OFF)
     text = _whole_text(text, fields.get("done_reason"))
     counts = count(fields.get("prompt_eval_count")), count(fields.get("eval_count"))
-    tokens = _tokens(fields)
-    total_ns = count(fields.get("total_duration"))
+    wait_s, total_ns = queue_wait_s(fields), count(fields.get("total_duration"))
     if total_ns is None:
-        return ChatReply(text, *counts, tokens=tokens)
-    # Ollama leaves out what is zero.
-    load_ns, *rest_ns = (count(fields.get(name)) or 0 for name in _DURATIONS)
-    queue_wait_ns = max(0, total_ns - load_ns - sum(rest_ns))
-    return ChatReply(text, *counts, queue_wait_ns / NANOSECONDS, load_ns / NANOSECONDS, tokens, total_ns / NANOSECONDS)
+        return ChatReply(text, *counts, tokens=_tokens(fields))
+    load_s = (count(fields.get("load_duration")) or 0) / NANOSECONDS
+    return ChatReply(text, *counts, wait_s, load_s, _tokens(fields), total_ns / NANOSECONDS)
 
 
 def _parse_openai(fields: dict[str, Any]) -> ChatReply:
@@ -267,7 +271,7 @@ def _parse_openai(fields: dict[str, Any]) -> ChatReply:
     usage = fields.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     if choice.get("finish_reason") is None:
-        raise LLMReplyError("the server ended the generation before it was done", Reason.CUT_OFF)
+        raise LLMReplyError("the server aborted the answer", Reason.CUT_OFF)
     text = _whole_text(message.get("content") if isinstance(message, dict) else None, choice["finish_reason"])
     logprobs = choice.get("logprobs")
     tokens = _tokens(logprobs, "content") if isinstance(logprobs, dict) else ()
@@ -287,26 +291,33 @@ def _whole_text(text: Any, finish: Any) -> str:
     return text
 
 
-def _require_whole_prompt(target: ChatTarget, prompt_tokens: int | None, prompt_characters: int) -> None:
-    """Refuse an answer whose token count says that the prompt was cut.
+def is_half_window(target: ChatTarget, prompt_tokens: int) -> bool:
+    """Whether *prompt_tokens* is what Ollama (from 0.30 on) leaves of a prompt that it cuts: half of the window."""
+    return abs(prompt_tokens - target.num_ctx // 2 - 2) <= 2
 
-    Servers cut to the whole window (<= 0.24) or to half of it plus the kept tokens (>= 0.30) and
-    answer 200. A whole prompt that leaves no room for the answer is refused as well: what follows
-    it was generated with its beginning shifted out.
+
+def _require_whole_prompt(target: ChatTarget, prompt_tokens: int, messages: Sequence[Message]) -> None:
+    """Refuse an answer if its token count proves that the prompt was cut.
+
+    Ollama cuts to the whole window (up to 0.24) or to half of it (from 0.30 on) and answers 200. A whole prompt that
+    leaves no room for the answer is refused as well: its beginning was shifted out during generation.
     """
-    if prompt_tokens is None:
-        return
-    half_window = abs(prompt_tokens - target.num_ctx // 2 - 2) <= 2
-    if prompt_tokens + NUM_PREDICT > target.num_ctx or (
-        half_window and prompt_characters > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
-    ):
+    is_too_short = prompt_characters(messages) > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
+    if prompt_tokens + NUM_PREDICT > target.num_ctx or (is_half_window(target, prompt_tokens) and is_too_short):
         raise LLMReplyError(
-            f"the server saw {prompt_tokens} prompt tokens, which betrays a cut prompt at a window of {target.num_ctx}",
+            f"the server counted {prompt_tokens} prompt tokens for a window of {target.num_ctx}: the prompt was cut, or it "
+            "leaves no room for the answer",
+            Reason.CONTEXT_OVERFLOW,
+        )
+    least = least_prompt_tokens(messages, int(prompt_tokens / LEAST_SHARE))
+    if prompt_tokens < LEAST_SHARE * least:
+        raise LLMReplyError(
+            f"the server counted {prompt_tokens} prompt tokens instead of at least {least}: it cut the prompt",
             Reason.CONTEXT_OVERFLOW,
         )
 
 
-# What Ollama says where no document can be answered: the model is an embedding model, or its name is none.
+# Ollama's errors if the model can never answer: it is an embedding model, or the name is not valid.
 _MODEL_SIGNS = ("does not support", "invalid model name", "model is required")
 
 
@@ -316,7 +327,7 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
     if status in (429, 503):
         raise LLMBusyError(f"the model server is busy (HTTP {status})")
     if status in (401, 403):
-        raise LLMModelError(f"the model server refuses the credentials (HTTP {status}); check LLM_API_KEY")
+        raise LLMModelError(f"the model server refused the credentials (HTTP {status}); check LLM_API_KEY")
     if status in (404, 405) or status < 400 or (status == 400 and any(sign in lowered for sign in _MODEL_SIGNS)):
         raise LLMModelError(
             f"the model server has no model {target.model} for chats at {target.url} (HTTP {status}); "
@@ -325,43 +336,58 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
     if any(sign in lowered for sign in ("exceed_context_size", "context length", "context size", "context window")):
         raise LLMContextError(
             "the conversation is longer than the model's context window; raise OLLAMA_NUM_CTX",
-            prompt_tokens=_told(_PROMPT_TOKENS, text),
-            window_tokens=_told(_WINDOW_TOKENS, text),
+            prompt_tokens=_number(_PROMPT_TOKENS, text),
+            window_tokens=_number(_WINDOW_TOKENS, text),
         )
     if "memory" in lowered and status >= 500:
         raise LLMBusyError(f"the model server is out of memory (HTTP {status})")
     if status >= 500 or status in (408, 425, 499):
         raise LLMUnavailableError(f"the model server failed (HTTP {status})")
-    raise LLMRejectedError(f"the model server refuses the request (HTTP {status})")
+    raise LLMRejectedError(f"the model server refused the request (HTTP {status})")
 
 
-# llama.cpp tells both as JSON, which Ollama passes on as a text inside JSON; vLLM tells them in a sentence.
+# llama.cpp reports both as JSON, which Ollama quotes as a string inside JSON; vLLM reports them in a sentence.
 _PROMPT_TOKENS = re.compile(r'n_prompt_tokens\\*"\s*:\s*(\d{1,9})|\((\d{1,9}) in the messages')
 _WINDOW_TOKENS = re.compile(r'n_ctx\\*"\s*:\s*(\d{1,9})|maximum context length is (\d{1,9})')
 
 
-def _told(pattern: re.Pattern[str], text: str) -> int | None:
+def _number(pattern: re.Pattern[str], text: str) -> int | None:
     found = pattern.search(text)
     return int(found[1] or found[2]) if found else None
 
 
 def unreachable_message(target: ChatTarget) -> str:
-    """Return the sentence for a connection that was refused, reset or cut off."""
+    """Return the error message for a connection that was refused, reset or cut off."""
     setting = "LLM_API_URL" if target.protocol == "openai_chat" else "OLLAMA_ENDPOINT"
     return f"no connection to the model server at {target.server_url}; start it (ollama serve) or correct {setting}"
 
 
 @functools.lru_cache(maxsize=8)
 def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes) -> str:
-    """Return the SHA-256 of everything but the conversation that decides an answer.
+    """Return the SHA-256 of everything except the conversation that decides an answer.
 
-    The window does not: it is chosen anew for each run, and a conversation it could not hold says so in its result.
+    The window is left out: each run chooses it, and a result says if its conversation was truncated.
     """
     options = orjson.dumps({**_options(target, 0), "num_ctx": None}, option=orjson.OPT_SORT_KEYS)
     parts = [target.protocol, target.model, target.digest or "", options.decode(), system_prompt, schema_json.decode()]
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
 
+def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
+    """Find the model that *settings* name: yield each request, receive its answer, return the target for the model.
+
+    Raises:
+        ConfigurationError: The server does not have the model; the message lists its models.
+    """
+    url = models_url(target.protocol, target.server_url)
+    models = parse_models(target.protocol, *(yield ServerRequest("GET", url, None, settings.llm_timeout_s)))
+    model = choose_model(settings, models)
+    if target.protocol == "openai_chat":
+        return with_model(target, model, ModelFacts())
+    facts = parse_show(*(yield show_request(target.server_url, model.name, settings.llm_timeout_s)))
+    return with_model(target, model, facts)
+
+
 def with_model(target: ChatTarget, model: ServedModel, facts: ModelFacts) -> ChatTarget:
-    """Return *target* with what the server said about its model."""
+    """Return *target* with what the server reported about its model."""
     return replace(target, digest=model.digest, disable_thinking=facts.can_think, context_limit=facts.context_length)

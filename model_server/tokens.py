@@ -1,4 +1,4 @@
-"""How many tokens a text will be, before it is sent, learnt from the counts of earlier answers. Pure: no I/O."""
+"""Estimates the tokens of a text before it is sent, and learns from the counts of earlier answers. No I/O."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-SYSTEM_CHARACTERS_PER_TOKEN = 3.0  # our own English; tokenizers of today make tokens of 4 and more characters of it
-TEMPLATE_TOKENS = 32  # what a chat template adds to two messages
+SYSTEM_CHARACTERS_PER_TOKEN = 3.0  # of our English prompt; current tokenizers have 4 or more
+TEMPLATE_TOKENS = 32  # added by a chat template to two messages
 
-# Most tokens that one character makes: a byte-level tokenizer falls back to one token per byte in scripts it was not
-# made for. ASCII letters are never that many; digits and signs may be.
+# Most tokens of one character. A byte-level tokenizer uses one token per byte in scripts it was not trained on. ASCII
+# letters have fewer; digits and signs may have one each.
 LETTER_RATE = 0.4
 MOST_PER_CHARACTER = {"marks": 1.0, "two": 2.0, "three": 3.0, "four": 4.0}
 
-LEARN_FROM = 20  # answers of a script before its own rate counts
+LEARN_FROM = 20  # answers in a script before its learnt rate is used
 QUANTILE, MARGIN = 0.95, 1.05
-LEAST_FACTOR = 0.45  # of the prior; lower rates come from text that repeats itself, and tell nothing about other text
-SPAN = 60.0  # tokens of the prior by which a text must be longer than the shortest one to tell a rate
+LEAST_FACTOR = 0.45  # of the prior; lower rates come from repetitive text and do not apply to other text
+SPAN = 60.0  # tokens by which a text must be longer than the shortest one to yield a rate
 
 _WORD_PART = re.compile(r"[^\W_]{1,16}")
 _NOT_LETTERS = bytes(byte for byte in range(128) if not (chr(byte).isalpha() or chr(byte) in " \n"))
@@ -31,7 +31,7 @@ _NOT_LEADS = {
 
 
 def most_tokens(text: str) -> dict[str, float]:
-    """Return the most tokens that *text* makes by script: ``latin`` is ASCII, the others go by their length in UTF-8."""
+    """Return the most tokens of *text* for each script: ``latin`` is ASCII, the others are named for their UTF-8 length."""
     raw = text.encode("utf-8", "replace")
     ascii_bytes = raw if text.isascii() else text.encode("ascii", "ignore")
     letters = len(ascii_bytes.translate(None, _NOT_LETTERS))
@@ -40,27 +40,27 @@ def most_tokens(text: str) -> dict[str, float]:
         found = {name: len(raw.translate(None, delete)) for name, delete in _NOT_LEADS.items()}
         weights |= {name: number * MOST_PER_CHARACTER[name] for name, number in found.items() if number}
         main = max(found, key=lambda name: found[name])
-        # A space before a word of English is part of its token; before bytes it is a token of its own.
+        # A space before an English word is part of its token; before other scripts it is a token of its own.
         weights[main] = weights.get(main, 0.0) + min(raw.count(b" "), sum(found.values())) * (1 - LETTER_RATE)
     return weights
 
 
 def least_tokens(text: str) -> int:
-    """Return how many tokens *text* has at least, in any script and with any tokenizer in use.
+    """Return the fewest tokens of *text*, in any script and with any common tokenizer.
 
-    No token spans two words, and none holds more than 16 letters of one: so this never exceeds a whole prompt's count.
+    No token spans two words or holds more than 16 letters, so this never exceeds the count of a whole prompt.
     """
     return len(_WORD_PART.findall(text))
 
 
 def least_prompt_tokens(messages: Sequence[Mapping[str, str]], enough: int = 0) -> int:
-    """Return ``least_tokens`` of all *messages*, the first of which is the same in each prompt of a run.
+    """Return ``least_tokens`` of all *messages*. The first one is the same in each prompt of a run, and is cached.
 
-    Where that is surely not more than *enough*, it is not counted, and *enough* is returned.
+    If the result cannot exceed *enough*, the words are not counted and *enough* is returned.
     """
     first, *others = (message["content"] for message in messages)
     least_of_first = _least_of_system_prompt(first)
-    # Between the beginnings of two of them are two characters or more: a letter and what ends the word, or sixteen letters.
+    # Each word part takes at least two characters: a letter and a separator, or sixteen letters.
     if least_of_first + sum((len(text) + 1) // 2 for text in others) <= enough:
         return enough
     return least_of_first + sum(least_tokens(text) for text in others)
@@ -71,7 +71,7 @@ _least_of_system_prompt = functools.lru_cache(maxsize=2)(least_tokens)
 
 @dataclass(slots=True)
 class _Script:
-    """What answers to texts of mainly one script told. *anchor* is the shortest: (tokens of the prior, tokens counted)."""
+    """What was learnt about one script. *anchor* is the shortest text: (tokens of the prior, tokens counted)."""
 
     anchor: tuple[float, int] | None = None
     slopes: deque[float] = field(default_factory=lambda: deque(maxlen=400))
@@ -84,10 +84,10 @@ class _Script:
             return
         if weight - self.anchor[0] < SPAN:
             return
-        # A difference of two prompts: what they have in common, the system prompt, falls out of it.
+        # The system prompt is in both prompts, so it cancels out in the difference.
         self.slopes.append((prompt_tokens - self.anchor[1]) / (weight - self.anchor[0]))
         self.learnt += 1
-        # The rate of hundreds of answers does not move by one more.
+        # After hundreds of answers, one more hardly changes the rate.
         if len(self.slopes) >= LEARN_FROM and (self.learnt < 10 * LEARN_FROM or self.learnt % LEARN_FROM == 0):
             ordered = sorted(self.slopes)
             rate = ordered[math.ceil(QUANTILE * len(ordered)) - 1] * MARGIN
@@ -95,10 +95,10 @@ class _Script:
 
 
 class TokenEstimator:
-    """Estimates the tokens of prompts that begin with one system prompt: rather too many than too few.
+    """Estimates the tokens of prompts that share one system prompt: rather too many than too few.
 
-    Before anything was learnt it counts what no tokenizer exceeds in scripts other than Latin. Each answer to a whole
-    prompt makes it sharper: the part that all prompts have in common, and the rate of each script, are learnt apart.
+    At first it assumes one token per byte in scripts other than Latin, which no tokenizer exceeds. From each answer to a
+    whole prompt it learns the size of the system prompt and the rate of each script.
     """
 
     def __init__(self, system_prompt: str) -> None:
@@ -108,22 +108,22 @@ class TokenEstimator:
 
     @property
     def system_tokens(self) -> int:
-        """The most that system prompt and template take."""
+        """The most tokens of system prompt and template."""
         return math.ceil(self._system_tokens)
 
     def text_tokens(self, text: str) -> float:
-        """Return the most tokens that *text*, a part of the user message, is likely to be."""
+        """Return the most tokens that *text*, a part of the user message, is likely to have."""
         weights = most_tokens(text)
         return sum(weight * self._factor(script) for script, weight in weights.items())
 
     def prompt_tokens(self, text: str) -> int:
-        """Return the most tokens that the whole prompt with *text* in it is likely to be."""
+        """Return the most tokens that the whole prompt with *text* in it is likely to have."""
         return math.ceil(self._system_tokens + self.text_tokens(text))
 
     def learn(self, text: str, prompt_tokens: int) -> None:
         """Note that the server counted *prompt_tokens* for the whole prompt with *text* in it."""
         self.has_learnt = True
-        # The text is between its words and its bytes; the rest is the common part.
+        # The text has between one token per word and one per byte; the rest is the system prompt.
         most = prompt_tokens - least_tokens(text)
         least = prompt_tokens - len(text.encode("utf-8", "replace"))
         self._system_tokens = max(min(self._system_tokens, most), least, 0.0)

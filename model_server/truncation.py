@@ -1,51 +1,166 @@
-"""A conversation that is too long becomes one that fits, knowingly: marked, counted, in its order. Pure: no I/O."""
+"""Truncates long conversations so that they fit the context window: marked, counted, in order. No I/O."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from domain.conversation import SPEAKER, Conversation, Turn
+from domain.conversation import Conversation
+from error_handler import LLMContextError, LLMError, LLMReplyError, Reason, SkippedDocumentError
+from model_server.protocol import NUM_PREDICT, ChatTarget, is_half_window
+from model_server.tokens import TokenEstimator
+from model_server.window import REPAIR_TOKENS
 
-FIRST_SHARE = 0.5  # of the room, the most that the first customer turn takes: it tells the problem
-LAST_SHARE = 0.5  # of what is left then, for the last turns: they tell how it ended
+SUSPECT_RATIO = 1.4  # estimate to reported tokens
+LEARN_FROM_ALL, LEARN_FROM_EACH = 300, 20  # learn from the first 300 answers, then from every 20th
+FIRST_SHARE = 0.5  # of the room: the most that the first customer turn, which states the problem, may take
+LAST_SHARE = 0.5  # of the remaining room: the most for the last turns, which tell how it ended
 
 Count = Callable[[str], float]
+OnLong = Literal["fit", "skip", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What the model gets to see. *turns_used* counts turns that are there, in whole or in part; None: all of them."""
+    """The part of a conversation that is sent. *turns_used* counts its whole or shortened turns; None means all."""
 
     transcript: str
     is_complete: bool = True
     turns_used: int | None = None
 
 
-def turns_marker(count: int) -> str:
-    """Return the line that stands for *count* turns.
+class TranscriptTruncator:
+    """Fits conversations into the window of a target, and learns from the token counts of the server.
 
-    It begins in the first column, where each line of a conversation has its speaker or an indent: no text can forge it.
+    One for each system prompt and model. *on_long*: truncate a long conversation ("fit"), or "skip" or "fail" it.
+    """
+
+    def __init__(self, system_prompt: str, on_long: OnLong = "fit") -> None:
+        self.estimator = TokenEstimator(system_prompt)
+        self._on_long = on_long
+        self._answers = 0
+
+    def fit(self, conversation: Conversation, target: ChatTarget) -> Fitted:
+        """Return what to send of *conversation*: all of it if it fits or if the window is unknown.
+
+        Raises:
+            LLMContextError, SkippedDocumentError: It does not fit, and ON_LONG forbids truncation.
+        """
+        if target.protocol == "openai_chat":
+            return Fitted(conversation.transcript)
+        return self._fit(conversation, target.num_ctx, 1.0, None)
+
+    def fit_again(self, conversation: Conversation, sent: Fitted, target: ChatTarget, refusal: LLMError) -> Fitted:
+        """Return what to send of *conversation* after the server refused *sent* with *refusal*.
+
+        Raises:
+            LLMContextError, SkippedDocumentError: ON_LONG forbids truncation.
+            LLMError: *refusal* itself, if it leaves nothing to calculate with.
+        """
+        told = refusal if isinstance(refusal, LLMContextError) else LLMContextError("")
+        window = told.window_tokens
+        if target.protocol != "openai_chat":  # this window is one we set
+            window = target.num_ctx if window is None else min(window, target.num_ctx)
+        if window is None:
+            raise refusal
+        system_tokens, text_tokens = self.estimator.system_tokens, self.estimator.text_tokens(sent.transcript)
+        if told.prompt_tokens is not None and self._on_long == "fit" and not self.estimator.has_learnt:
+            # Either part may be larger than estimated: scale both, with a margin.
+            factor = max(1.0, 1.08 * told.prompt_tokens / (system_tokens + text_tokens))
+            return self._fit(conversation, window - math.ceil(system_tokens * (factor - 1)), factor, refusal)
+        if told.prompt_tokens is not None:
+            real = 1.02 * (told.prompt_tokens - system_tokens)
+        else:
+            # No count was reported, so assume one token per byte, which no tokenizer exceeds.
+            real = len(sent.transcript.encode("utf-8", "replace"))
+            if system_tokens + real + NUM_PREDICT <= window:
+                raise refusal  # it did fit: the server has another window than it was asked for
+            real = max(real, window - system_tokens)
+        fitted = self._fit(conversation, window, max(1.0, real / max(1.0, text_tokens)), refusal)
+        if fitted.transcript == sent.transcript:
+            raise refusal
+        return fitted
+
+    def require_whole(self, sent: Fitted, target: ChatTarget, prompt_tokens: int | None) -> None:
+        """Refuse a token count of half the window if the estimate is much higher: the server cut the prompt.
+
+        model_server.protocol refuses the counts that prove a cut without an estimate.
+
+        Raises:
+            LLMReplyError: context_overflow.
+        """
+        if target.protocol == "openai_chat" or prompt_tokens is None or not is_half_window(target, prompt_tokens):
+            return
+        estimate = self.estimator.prompt_tokens(sent.transcript)
+        if estimate > SUSPECT_RATIO * prompt_tokens:
+            raise LLMReplyError(
+                f"the server counted {prompt_tokens} prompt tokens, half of its window, for an estimated {estimate}: "
+                "it cut the prompt",
+                Reason.CONTEXT_OVERFLOW,
+            )
+
+    def learn(self, sent: Fitted, prompt_tokens: int | None) -> None:
+        """Note that the server counted *prompt_tokens* for the prompt with *sent* in it."""
+        self._answers += 1
+        # Learning costs as much as parsing the answer, and changes little after some hundred answers.
+        if prompt_tokens is not None and (self._answers <= LEARN_FROM_ALL or self._answers % LEARN_FROM_EACH == 0):
+            self.estimator.learn(sent.transcript, prompt_tokens)
+
+    def _fit(self, conversation: Conversation, window: int, factor: float, refusal: LLMError | None) -> Fitted:
+        """Return what fits into *window* if text has *factor* times the estimated tokens."""
+        estimator = self.estimator
+        room = window - NUM_PREDICT - REPAIR_TOKENS - estimator.system_tokens
+
+        def tokens_of(text: str) -> float:
+            return estimator.text_tokens(text) * factor
+
+        # A character has at most four bytes, and a byte is at most one token.
+        if refusal is None and 4 * len(conversation.transcript) <= room:
+            return Fitted(conversation.transcript)
+        if refusal is None and tokens_of(conversation.transcript) <= room:
+            return Fitted(conversation.transcript)
+        if self._on_long == "fit":
+            fitted = fit_conversation(conversation, room, tokens_of)
+            if fitted is not None:
+                return fitted
+            if refusal is not None:
+                raise refusal
+        needed = math.ceil(estimator.system_tokens + tokens_of(conversation.transcript)) + NUM_PREDICT
+        sentence = (
+            f"the conversation needs about {needed} tokens and the context window holds {window}; "
+            "raise OLLAMA_NUM_CTX if the model allows it"
+        )
+        if self._on_long == "skip":
+            raise SkippedDocumentError(sentence, Reason.CONTEXT_OVERFLOW) from refusal
+        raise LLMContextError(sentence) from refusal
+
+
+def turns_marker(count: int) -> str:
+    """Return the line that replaces *count* turns.
+
+    It starts in the first column, where a conversation has a speaker or an indent, so no customer text can forge it.
     """
     return f"[... {count} turn{'' if count == 1 else 's'} left out ...]"
 
 
 def cut_marker(count: int) -> str:
-    """Return the line that stands for *count* characters in the middle of a turn."""
+    """Return the line that replaces *count* characters in the middle of a turn."""
     return f"[... {count} characters left out ...]"
 
 
 def fit_conversation(conversation: Conversation, room_tokens: float, tokens_of: Count) -> Fitted | None:
-    """Return *conversation* in at most *room_tokens*, as *tokens_of* counts; None where not even a piece of it fits.
+    """Return *conversation* in at most *room_tokens*, counted by *tokens_of*; None if not even a piece fits.
 
-    Kept are the first customer turn (its middle cut where it is long), the last turns, then as many customer turns as
-    fit, then other turns, the later ones first. They stay in their order.
+    Kept are the first customer turn (its middle is cut if it is long), the last turns, then as many customer turns as
+    fit, then other turns, later ones first. The order stays.
     """
     if tokens_of(conversation.transcript) <= room_tokens:
         return Fitted(conversation.transcript)
     turns = conversation.turns
     first = next(index for index, turn in enumerate(turns) if turn.sender == "customer")
-    selection = _Selection([_line(turn) for turn in turns], room_tokens, tokens_of)
+    selection = _Selection([turn.line for turn in turns], room_tokens, tokens_of)
     if not selection.keep_part(first, selection.left * (FIRST_SHARE if len(turns) > 1 else 1.0)):
         return None
     selection.keep_end(first, selection.left * LAST_SHARE)
@@ -55,29 +170,29 @@ def fit_conversation(conversation: Conversation, room_tokens: float, tokens_of: 
 
 
 class _Selection:
-    """The turns that are kept so far, and the room that is *left* in tokens."""
+    """The turns that are kept so far, and the room that is *left*, in tokens."""
 
     def __init__(self, lines: list[str], room_tokens: float, tokens_of: Count) -> None:
         self._lines = lines
         self._tokens_of = tokens_of
-        # One marker before each turn that is kept and one at the end cover every gap there can be.
+        # One marker before each kept turn and one at the end cover every possible gap.
         self._marker_tokens = tokens_of("\n" + turns_marker(len(lines)) + "\n")
         self.left = room_tokens - self._marker_tokens
         self.kept: dict[int, str] = {}
 
     def keep(self, index: int, most_tokens: float) -> bool:
-        """Keep a whole turn where that takes at most *most_tokens*."""
+        """Keep a whole turn if it takes at most *most_tokens*."""
         if index in self.kept or self.left <= self._marker_tokens:
             return index in self.kept
         return self._take(index, self._lines[index], most_tokens)
 
     def keep_part(self, index: int, most_tokens: float) -> bool:
-        """Keep a turn whole, or with its middle cut out, where either fits in *most_tokens*."""
+        """Keep a turn, whole or with its middle cut out, if that fits into *most_tokens*."""
         part = _within(self._lines[index], most_tokens - self._marker_tokens, self._tokens_of)
         return part is not None and self._take(index, part, self.left)
 
     def keep_end(self, first: int, most_tokens: float) -> None:
-        """Keep the turns after *first*, from the last one back, that together take at most *most_tokens*."""
+        """Keep the last turns after *first* that together take at most *most_tokens*."""
         end_at = self.left - most_tokens
         last = len(self._lines) - 1
         for index in range(last, first, -1):
@@ -88,7 +203,7 @@ class _Selection:
 
     @property
     def transcript(self) -> str:
-        """What is kept, in its order, with a marker for each gap."""
+        """The kept turns in order, with a marker for each gap."""
         parts, expected = [], 0
         for index in sorted(self.kept):
             if index > expected:
@@ -108,13 +223,9 @@ class _Selection:
         return True
 
 
-def _line(turn: Turn) -> str:
-    return f"{SPEAKER[turn.sender]}: {turn.text}".replace("\n", "\n    ")
-
-
 def _within(line: str, room_tokens: float, tokens_of: Count) -> str | None:
-    """Return *line* whole, or with its middle cut out; None where there is no room for anything of it."""
-    # No token holds more than this of ordinary text: what is beyond is not even counted.
+    """Return *line*, whole or with its middle cut out; None if there is too little room."""
+    # Ordinary text has at most 16 characters per token, so longer text need not be counted.
     most = max(0, int(room_tokens * 16))
     if len(line) <= most and tokens_of(line + "\n") <= room_tokens:
         return line

@@ -14,13 +14,12 @@ from typing import Any
 import orjson
 
 from aggregator import aggregate_conversation, document_shape
-from classifier import Answer as ModelAnswer
-from classifier import ReplyParser, build_outcome
+from classifier import ReplyParser
 from config import Settings, load_taxonomy
-from domain.conversation import Conversation
+from domain.conversation import Conversation, Outcome, result_fingerprint
 from domain.result import build_result
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
-from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
+from model_server.protocol import ChatTarget, plan_fingerprint
 from mongo_client import DocumentStore
 from openai_batch.answers import Answer
 from openai_batch.documents import Variables, hidden, mask_of, masking_of, request_body
@@ -144,9 +143,16 @@ class TriadHandling:
             return JobProcessingError(f"{exc.reason}: {exc}", is_final=True)
         except LLMReplyError as exc:
             return JobProcessingError(f"{exc.reason}: {exc}")
-        line = answer.line
-        reply = ModelAnswer(labels, ChatReply(content, line.prompt_tokens, line.reply_tokens), answer.attempt)
-        outcome = build_outcome(reply, conversation, self._target, self._plan, 0.0)
+        outcome = Outcome(
+            labels,
+            model_used=self._target.model,
+            model_digest=self._target.digest,
+            input_sha256=conversation.transcript_sha256,
+            fingerprint=result_fingerprint(self._plan, conversation.transcript_sha256),
+            attempts=answer.attempt,
+            prompt_tokens=answer.line.prompt_tokens,
+            reply_tokens=answer.line.reply_tokens,
+        )
         return build_result(answer.document, conversation, outcome, self._job_id, keep_original=self._keep_original)
 
 

@@ -102,7 +102,7 @@ def test_shape(document: dict[str, Any], shape: str | None) -> None:
     assert document_shape(document) == shape
 
 
-def test_turns_are_put_in_the_order_of_time() -> None:
+def test_turns_are_sorted_by_time() -> None:
     """Where every turn has a readable time, the order listed does not matter; equal times keep it."""
     document = messages(
         ("customer", "third", "2024-05-01T12:00:00+02:00"),
@@ -116,7 +116,7 @@ def test_turns_are_put_in_the_order_of_time() -> None:
 @pytest.mark.parametrize(
     "time", [None, "yesterday", "", 1714557600, "Tue Oct 99 21:45:10 +0000 2017", DatetimeMS(2**60)]
 )
-def test_one_unreadable_time_keeps_the_order_listed(time: Any) -> None:
+def test_one_unreadable_time_keeps_the_listed_order(time: Any) -> None:
     """Sorting some turns and not others would tear questions from their answers."""
     document = messages(
         ("customer", "second", "2024-05-02"), ("agent", "unknown", time), ("customer", "first", "2024-05-01")
@@ -152,7 +152,7 @@ def test_times_of_turns_without_text_do_not_count() -> None:
         (True, None),
     ],
 )
-def test_times(value: Any, expected: datetime | None) -> None:
+def test_readable_times(value: Any, expected: datetime | None) -> None:
     """Datetimes, ISO 8601 and Twitter's format are read; without a zone they are UTC; the rest is None."""
     read = parse_time(value)
     assert read == expected
@@ -301,7 +301,7 @@ def test_emoji_and_scripts_stay_whole() -> None:
 @pytest.mark.parametrize(
     "invisible", ["\x00", "\x1b", "\x7f", "\u200b", "\u202e", "\u2066", "\ufeff", "\ud83d", "\U000e0041"]
 )
-def test_invisible_characters_go(invisible: str) -> None:
+def test_invisible_characters_are_removed(invisible: str) -> None:
     """Neither MongoDB nor a person could take them."""
     assert visible_text(f"a{invisible}b") == "ab"
 
@@ -313,7 +313,7 @@ def test_one_line() -> None:
     assert one_line("x" * 20, 20) == "x" * 20
 
 
-def test_a_long_run_of_spaces_after_a_bracket_costs_no_time() -> None:
+def test_many_spaces_after_a_bracket_are_fast() -> None:
     """The search for tokens is linear: this would take hours if each space were tried as a beginning and an end."""
     text = "<" + " " * 200_000 + "<" * 200_000
     assert prompt_text(text) == text
@@ -347,7 +347,7 @@ documents = st.fixed_dictionaries(
 
 
 @given(documents)
-def test_any_document_is_understood_or_skipped(document: dict[str, Any]) -> None:
+def test_any_document_is_aggregated_or_skipped(document: dict[str, Any]) -> None:
     """There is no third way: a conversation with a customer's turn that can be stored, or a reason."""
     try:
         conversation = aggregate_conversation(document)

@@ -12,7 +12,7 @@ import pytest
 from async_llm_wrapper import AsyncLLMClient, open_session
 from config import load_settings
 from error_handler import LLMConnectionError
-from model_server.breaker import BreakerPolicy, CircuitBreaker
+from model_server.breaker import BreakerPolicy
 from model_server.protocol import chat_target
 from tests.fakes.scripted_server import GOOD_CONTENT, ScriptedServer, Step, answer, hang, reset, say, scripted_server
 
@@ -30,12 +30,11 @@ def server() -> Iterator[ScriptedServer]:
 def client_of(server: ScriptedServer, session: aiohttp.ClientSession, **given: Any) -> AsyncLLMClient:
     """A client that loses no time with waits, whose breaker never gives up."""
     settings = load_settings(None, **{"ollama_endpoint": server.url, "llm_backoff_s": 0, **given})
-    client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
-    client.breaker = CircuitBreaker(client.is_alive, BreakerPolicy(first_probe_s=0.01, probe_cap_s=0.02))
-    return client
+    policy = BreakerPolicy(first_probe_s=0.01, probe_cap_s=0.02)
+    return AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session, policy)
 
 
-async def test_cancelled_during_the_request(server: ScriptedServer) -> None:
+async def test_cancelled_request_frees_the_slot(server: ScriptedServer) -> None:
     """The server sees the client leave, so its slot is free again."""
     server.script.append(hang)
     async with open_session(1) as session:
@@ -48,7 +47,7 @@ async def test_cancelled_during_the_request(server: ScriptedServer) -> None:
     assert len(server.chats) == 1
 
 
-async def test_cancelled_during_the_backoff(server: ScriptedServer) -> None:
+async def test_cancelled_backoff_sends_nothing_more(server: ScriptedServer) -> None:
     """The wait is given up at once, and no further request follows."""
     server.script.append(BUSY)
     async with open_session(1) as session:
@@ -63,7 +62,7 @@ async def test_cancelled_during_the_backoff(server: ScriptedServer) -> None:
     assert len(server.chats) == 1
 
 
-async def test_calls_wait_for_a_server_that_is_away_and_keep_their_attempts(server: ScriptedServer) -> None:
+async def test_calls_wait_during_an_outage_and_keep_their_attempts(server: ScriptedServer) -> None:
     """With one attempt each, all of them are answered after the outage."""
     server.stop()
     async with open_session(8) as session:
@@ -79,7 +78,7 @@ async def test_calls_wait_for_a_server_that_is_away_and_keep_their_attempts(serv
     assert (client.breaker.openings, client.retries, len(server.chats)) == (1, 0, 8)
 
 
-async def test_a_server_that_lives_and_breaks_off_costs_attempts(server: ScriptedServer) -> None:
+async def test_lost_connection_to_a_live_server_costs_attempts(server: ScriptedServer) -> None:
     """Then the request may be at fault, and must not be repeated without end."""
     server.script.extend([reset] * 3)
     async with open_session(1) as session:
@@ -99,7 +98,7 @@ async def test_a_server_that_lives_and_breaks_off_costs_attempts(server: Scripte
         pytest.param(say(b"SSH-2.0\r\n"), False, id="not-http"),
     ],
 )
-async def test_the_probe(server: ScriptedServer, step: Step, alive: bool) -> None:
+async def test_any_answer_counts_as_alive(server: ScriptedServer, step: Step, alive: bool) -> None:
     """Any answer is a sign of life; whatever else happens is none, and no error."""
     server.models = step
     async with open_session(1) as session:

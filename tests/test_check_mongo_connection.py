@@ -22,6 +22,7 @@ from config import load_settings
 from embedded.mongod import EmbeddedMongod
 from mongo_client import DocumentStore
 from tests.forked_process import run_forked
+from tests.replica_set import ReplicaSetMongod
 from tests.utils.test_mongodb_import import clean_environment
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,7 @@ async def test_standalone_server_is_explained(mongodb_uri: str) -> None:
 
 
 async def test_replica_set_is_explained(tmp_path: Path) -> None:
-    with EmbeddedMongod(tmp_path, replica_set="rs0") as server:
+    with ReplicaSetMongod(tmp_path) as server:
         finding = await finding_with("replica set", server.uri)
         assert finding.level == "ok"
         assert "(rs0, 1 member)" in finding.sentence

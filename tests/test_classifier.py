@@ -15,17 +15,17 @@ from aggregator import aggregate_conversation
 from classifier import (
     MAX_CATEGORIZATION_CHARACTERS,
     MAX_REPLY_CHARACTERS,
-    Answer,
     ReplyParser,
-    build_outcome,
     classification_flow,
     classification_schema,
     parse_classification,
 )
 from config import load_taxonomy
-from domain.conversation import Classification
-from error_handler import LLMReplyError, Reason
-from model_server.protocol import ChatReply, ChatTarget
+from domain.conversation import Classification, Outcome, result_fingerprint
+from error_handler import LLMContextError, LLMReplyError, Reason
+from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
+from model_server.truncation import TranscriptTruncator
+from prompt_builder import PromptBuilder
 
 TAXONOMY = load_taxonomy()
 PARSER = ReplyParser(TAXONOMY)
@@ -37,7 +37,10 @@ FIELDS: dict[str, Any] = {
 }
 GOOD = json.dumps(FIELDS)
 EXPECTED = Classification("Parcel is late.", "Order Status", "Shipping/Delivery", "Negative")
-MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
+PROMPTS = PromptBuilder("Label it.")
+CONVERSATION = aggregate_conversation({"text": "where is it?"})
+MESSAGES = PROMPTS.build(CONVERSATION)
+TARGET = ChatTarget("ollama_chat", "http://m/api/chat", "http://m", "llama3.2", None, 8192, "10m", "sha256:1")
 
 
 def reply_of(**changes: Any) -> str:
@@ -69,7 +72,7 @@ def problem_of(reply: str) -> LLMReplyError:
         pytest.param("{" * 19 + GOOD, id="after-open-braces"),
     ],
 )
-def test_accepted(reply: str) -> None:
+def test_usable_replies_are_parsed(reply: str) -> None:
     """Plain JSON, and the first complete object inside a fence or prose."""
     assert PARSER.parse(reply) == EXPECTED
 
@@ -127,7 +130,7 @@ def test_labels_are_matched_without_case_and_spacing(written: str, expected: str
         pytest.param(reply_of(topic="Other\ud83d"), Reason.LABEL_OUTSIDE, id="lone-surrogate-in-label"),
     ],
 )
-def test_refused(reply: str, reason: Reason) -> None:
+def test_unusable_replies_are_refused_with_a_reason(reply: str, reason: Reason) -> None:
     """Each kind of bad answer has its own reason."""
     assert problem_of(reply).reason is reason
 
@@ -158,7 +161,7 @@ def test_parse_classification_is_the_same_for_one_reply() -> None:
     assert parse_classification(GOOD, TAXONOMY) == EXPECTED
 
 
-def test_the_schema_asks_for_what_the_parser_takes() -> None:
+def test_schema_matches_the_parser() -> None:
     """Flat, closed, with the taxonomy's enums, and the description before the labels."""
     schema = classification_schema(TAXONOMY)
     assert json.loads(PARSER.schema_json) == schema
@@ -195,7 +198,16 @@ def test_any_reply_is_a_classification_or_an_error_with_a_reason(reply: str) -> 
 
 # The repair flow, driven by hand as both wrappers drive it.
 
-Flow = Generator[list[dict[str, str]], ChatReply, Answer]
+Flow = Generator[list[dict[str, str]], ChatReply, Outcome]
+
+
+class Client:
+    """The part of a client that the flow needs."""
+
+    target = TARGET
+
+    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
+        return TranscriptTruncator(prompts.system_prompt)
 
 
 def reply(text: str) -> ChatReply:
@@ -204,21 +216,22 @@ def reply(text: str) -> ChatReply:
 
 @pytest.fixture
 def flow() -> Flow:
-    return classification_flow(MESSAGES, PARSER)
+    return classification_flow(CONVERSATION, Client(), PROMPTS, PARSER)
 
 
-def answer_of(flow: Flow, text: str) -> Answer:
+def outcome_of(flow: Flow, text: str) -> Outcome:
     with pytest.raises(StopIteration) as finished:
         flow.send(reply(text))
     value = finished.value.value
-    assert isinstance(value, Answer)
+    assert isinstance(value, Outcome)
     return value
 
 
 def test_a_good_reply_takes_one_call(flow: Flow) -> None:
     """The question is sent as it is."""
     assert next(flow) == MESSAGES
-    assert answer_of(flow, GOOD) == Answer(EXPECTED, reply(GOOD), 1)
+    outcome = outcome_of(flow, GOOD)
+    assert (outcome.classification, outcome.attempts) == (EXPECTED, 1)
 
 
 def test_the_repair_turn_says_what_was_wrong(flow: Flow) -> None:
@@ -228,7 +241,8 @@ def test_the_repair_turn_says_what_was_wrong(flow: Flow) -> None:
     assert again[: len(MESSAGES)] == MESSAGES
     assert [message["role"] for message in again[len(MESSAGES) :]] == ["assistant", "user"]
     assert "intent is not a label of the taxonomy" in again[-1]["content"]
-    assert answer_of(flow, GOOD) == Answer(EXPECTED, reply(GOOD), 2)
+    outcome = outcome_of(flow, GOOD)
+    assert (outcome.classification, outcome.attempts) == (EXPECTED, 2)
 
 
 def test_the_repeated_reply_is_short_and_harmless(flow: Flow) -> None:
@@ -250,14 +264,14 @@ def test_after_one_repair_the_error_is_final(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("reason", [Reason.CUT_OFF, Reason.EMPTY])
-def test_without_a_reply_the_question_is_asked_again(flow: Flow, reason: Reason) -> None:
+def test_messages_are_sent_again_without_a_reply(flow: Flow, reason: Reason) -> None:
     """There is nothing to point at; the seed moves, so the answer can differ."""
     next(flow)
     assert flow.throw(LLMReplyError("cut off", reason)) == MESSAGES
-    assert answer_of(flow, GOOD).calls == 2
+    assert outcome_of(flow, GOOD).attempts == 2
 
 
-def test_two_replies_that_are_none_are_final(flow: Flow) -> None:
+def test_second_reply_error_is_final(flow: Flow) -> None:
     """One repair, whoever found the problem."""
     next(flow)
     flow.throw(LLMReplyError("cut off", Reason.CUT_OFF))
@@ -265,23 +279,45 @@ def test_two_replies_that_are_none_are_final(flow: Flow) -> None:
         flow.throw(LLMReplyError("cut off again", Reason.CUT_OFF))
 
 
-def test_a_prompt_that_was_cut_is_not_asked_again(flow: Flow) -> None:
-    """It would be cut again, and the repair turn makes it longer."""
+def test_a_cut_prompt_that_cannot_be_shortened_is_not_sent_again(flow: Flow) -> None:
+    """The server would cut it again, and a repair turn makes it longer."""
     next(flow)
     with pytest.raises(LLMReplyError) as caught:
         flow.throw(LLMReplyError("cut prompt", Reason.CONTEXT_OVERFLOW))
     assert caught.value.reason is Reason.CONTEXT_OVERFLOW
 
 
-def test_the_outcome_says_how_the_answer_was_made() -> None:
+def test_a_refused_prompt_is_truncated_once() -> None:
+    """The second prompt is shorter, counts as a call, and still gets a repair turn; a second refusal is final."""
+    conversation = aggregate_conversation(
+        {"messages": [{"sender": "customer", "text": f"{number} {'word ' * 100}"} for number in range(40)]}
+    )
+    refusal = LLMContextError("too long", prompt_tokens=6000, window_tokens=4096)
+    flow = classification_flow(conversation, Client(), PROMPTS, PARSER)
+    first = next(flow)
+    second = flow.throw(refusal)
+    assert len(second[1]["content"]) < len(first[1]["content"])
+    flow.send(reply("no JSON"))
+    outcome = outcome_of(flow, GOOD)
+    assert (outcome.attempts, outcome.input_complete) == (3, False)
+    assert outcome.turns_used is not None
+    assert outcome.turns_used < 40
+    flow = classification_flow(conversation, Client(), PROMPTS, PARSER)
+    next(flow)
+    flow.throw(refusal)
+    with pytest.raises(LLMContextError):
+        flow.throw(refusal)
+
+
+def test_outcome_records_how_the_answer_was_made(flow: Flow) -> None:
     """Hashes are of the text that was sent and of everything that decides an answer."""
-    conversation = aggregate_conversation({"text": "where is it?"})
-    target = ChatTarget("ollama_chat", "http://m/api/chat", "http://m", "llama3.2", None, 8192, "10m", "sha256:1")
-    outcome = build_outcome(Answer(EXPECTED, reply(GOOD), 2), conversation, target, "plan", 1.2346)
+    next(flow)
+    flow.send(reply("no JSON"))
+    outcome = outcome_of(flow, GOOD)
     assert outcome.classification == EXPECTED
     assert (outcome.model_used, outcome.model_digest, outcome.attempts) == ("llama3.2", "sha256:1", 2)
-    assert (outcome.duration_ms, outcome.prompt_tokens, outcome.reply_tokens) == (1235, 100, 20)
+    assert (outcome.prompt_tokens, outcome.reply_tokens) == (100, 20)
+    assert 0 <= outcome.duration_ms < 60_000
     assert outcome.input_sha256 == hashlib.sha256(b"Customer: where is it?").hexdigest()
-    other_plan = build_outcome(Answer(EXPECTED, reply(GOOD), 2), conversation, target, "another plan", 1.0)
-    assert other_plan.input_sha256 == outcome.input_sha256
-    assert other_plan.fingerprint != outcome.fingerprint
+    plan = plan_fingerprint(TARGET, "Label it.", PARSER.schema_json)
+    assert outcome.fingerprint == result_fingerprint(plan, outcome.input_sha256)

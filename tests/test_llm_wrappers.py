@@ -33,8 +33,8 @@ from error_handler import (
     Reason,
 )
 from model_server.breaker import BreakerPolicy, CircuitBreaker
+from model_server.models import ServerRequest
 from model_server.protocol import SEED, ChatReply, ChatTarget, chat_target
-from model_server.warm_up import ServerRequest
 from prompt_builder import PromptBuilder
 from tests.fakes.scripted_server import (
     GOOD_CONTENT,
@@ -146,7 +146,7 @@ def collected() -> Iterator[None]:
     gc.collect()
 
 
-def test_an_answer(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_complete_answer_is_returned(wrapper: type[Asker], server: ScriptedServer) -> None:
     """One POST with everything that model_server.protocol builds."""
     assert wrapper(settings_for(server.url)).chat() == ChatReply(GOOD_CONTENT, 1500, 40)
     (request,) = server.chats
@@ -163,7 +163,7 @@ def test_calls_share_a_connection(wrapper: type[Asker], server: ScriptedServer) 
     assert wrapper(settings_for(server.url, llm_max_attempts=1)).chat(times=4).text == GOOD_CONTENT
 
 
-def test_a_busy_server_is_asked_again(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_busy_server_is_retried(wrapper: type[Asker], server: ScriptedServer) -> None:
     """503, then 429, then an answer: three requests with the same body."""
     server.script.extend([BUSY, answer({"error": "slow down"}, 429), answer()])
     assert wrapper(settings_for(server.url)).chat().text == GOOD_CONTENT
@@ -194,9 +194,7 @@ def test_a_busy_server_is_asked_again(wrapper: type[Asker], server: ScriptedServ
         pytest.param(say(b""), id="closed"),
     ],
 )
-def test_no_usable_answer_is_asked_for_as_often_as_set(
-    wrapper: type[Asker], server: ScriptedServer, step: Step
-) -> None:
+def test_transient_errors_are_retried_up_to_the_limit(wrapper: type[Asker], server: ScriptedServer, step: Step) -> None:
     """Then the last error is raised as it was; nothing of it counts as an answer."""
     server.script.extend([step] * 3)
     with pytest.raises(LLMUnavailableError):
@@ -216,7 +214,9 @@ def test_no_usable_answer_is_asked_for_as_often_as_set(
         pytest.param(answer(b"", 307, Location="/api/generate"), LLMModelError, id="redirect-of-a-post"),
     ],
 )
-def test_what_is_asked_once(wrapper: type[Asker], server: ScriptedServer, step: Step, error: type[LLMError]) -> None:
+def test_permanent_errors_are_not_retried(
+    wrapper: type[Asker], server: ScriptedServer, step: Step, error: type[LLMError]
+) -> None:
     """Another attempt would get the same, and a redirect is not followed."""
     server.script.append(step)
     with pytest.raises(error):
@@ -225,7 +225,7 @@ def test_what_is_asked_once(wrapper: type[Asker], server: ScriptedServer, step: 
 
 
 @pytest.mark.parametrize("step", [hang, drip(0.05)], ids=["silent", "dripping"])
-def test_the_time_out_is_of_the_whole_call(wrapper: type[Asker], server: ScriptedServer, step: Step) -> None:
+def test_timeout_limits_the_whole_call(wrapper: type[Asker], server: ScriptedServer, step: Step) -> None:
     """A byte now and then does not prolong it, and the connection is given up."""
     server.script.append(step)
     with pytest.raises(LLMTimeoutError):
@@ -234,7 +234,7 @@ def test_the_time_out_is_of_the_whole_call(wrapper: type[Asker], server: Scripte
     assert not server.dripped_to_the_end
 
 
-def test_a_header_that_drips_is_given_up(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_dripping_header_times_out(wrapper: type[Asker], server: ScriptedServer) -> None:
     server.script.append(drip_header(0.05, 100))
     with pytest.raises(LLMTimeoutError):
         wrapper(settings_for(server.url, llm_timeout_s=0.3, llm_max_attempts=1)).chat()
@@ -242,7 +242,7 @@ def test_a_header_that_drips_is_given_up(wrapper: type[Asker], server: ScriptedS
     assert not server.dripped_to_the_end
 
 
-def test_a_byte_does_not_begin_the_time_out_anew(server: ScriptedServer) -> None:
+def test_single_bytes_do_not_restart_the_timeout(server: ScriptedServer) -> None:
     """It comes late, and then none: the synchronous client waits for what is left, not for a whole time-out more."""
     left: list[bool] = []
 
@@ -259,7 +259,7 @@ def test_a_byte_does_not_begin_the_time_out_anew(server: ScriptedServer) -> None
     assert left == [False, True]
 
 
-def test_what_sending_takes_is_part_of_the_time_out() -> None:
+def test_sending_counts_towards_the_timeout() -> None:
     """A server takes the request after four fifths of the time, and says nothing: only the rest is waited for."""
     left: list[bool] = []
 
@@ -285,7 +285,7 @@ def test_what_sending_takes_is_part_of_the_time_out() -> None:
     assert left == [True]
 
 
-def test_silence_in_the_middle_of_an_answer_is_a_time_out(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_silence_within_an_answer_times_out(wrapper: type[Asker], server: ScriptedServer) -> None:
     """Not a lost connection, which would open the breaker."""
 
     def stall(handler: Any) -> None:
@@ -297,7 +297,7 @@ def test_silence_in_the_middle_of_an_answer_is_a_time_out(wrapper: type[Asker], 
         wrapper(settings_for(server.url, llm_timeout_s=0.3, llm_max_attempts=1)).chat()
 
 
-def test_no_server(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_refused_connection_is_a_connection_error(wrapper: type[Asker], server: ScriptedServer) -> None:
     """The synchronous wrapper says so after its attempts, the asynchronous one after the limit of an outage."""
     server.stop()
     with pytest.raises((LLMConnectionError, LLMOutageError)) as caught:
@@ -305,7 +305,7 @@ def test_no_server(wrapper: type[Asker], server: ScriptedServer) -> None:
     assert isinstance(caught.value, LLMOutageError) == (wrapper is Async)
 
 
-def test_a_server_that_cannot_be_reached_in_time_is_away(wrapper: type[Asker], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_timeout_is_a_connection_error(wrapper: type[Asker], monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is switched off refuses nothing; that must count for the breaker all the same."""
     for module in (llm_wrapper, async_llm_wrapper):
         monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0.05)
@@ -319,7 +319,7 @@ def test_a_server_that_cannot_be_reached_in_time_is_away(wrapper: type[Asker], m
         wrapper(settings_for(f"http://127.0.0.1:{deaf.getsockname()[1]}")).chat()
 
 
-def test_the_environment_decides_nothing(
+def test_proxies_of_the_environment_are_ignored(
     wrapper: type[Asker], server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Neither its proxies nor its passwords: customer text goes where the settings say."""
@@ -334,7 +334,7 @@ def test_the_environment_decides_nothing(
 
 
 @pytest.mark.parametrize("path", ["/api/generate", "/v1/chat/completions"])
-def test_another_address(wrapper: type[Asker], server: ScriptedServer, path: str) -> None:
+def test_llm_api_url_is_used(wrapper: type[Asker], server: ScriptedServer, path: str) -> None:
     """Its path decides the protocol, and the key goes along."""
     choice = {"message": {"content": GOOD_CONTENT}, "finish_reason": "stop"}
     server.script.append(answer({"response": GOOD_CONTENT, "done": True, "choices": [choice]}))
@@ -356,14 +356,14 @@ def test_prepare(wrapper: type[Asker], server: ScriptedServer) -> None:
     assert server.requests[1].json == {"model": "qwen3:8b"}
 
 
-def test_prepare_with_a_model_that_is_not_there(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_prepare_with_a_missing_model_lists_the_models(wrapper: type[Asker], server: ScriptedServer) -> None:
     """The message lists what is there; nothing is asked of a model."""
     with pytest.raises(ConfigurationError, match=r"llama3\.2:latest, qwen3:8b"):
         wrapper(settings_for(server.url, ollama_model="missing")).prepare()
     assert not server.chats
 
 
-def test_prepare_without_a_server(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_prepare_without_a_server_is_an_error(wrapper: type[Asker], server: ScriptedServer) -> None:
     """At once: nobody waits for a server at the start of a run."""
     server.stop()
     with pytest.raises(LLMUnavailableError):
@@ -390,7 +390,7 @@ def test_classify_repairs_once(wrapper: type[Asker], server: ScriptedServer) -> 
     assert (first["options"]["seed"], second["options"]["seed"]) == (SEED, SEED + 1)
 
 
-def test_classify_asks_again_where_the_answer_was_cut_off(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_classify_repeats_a_cut_off_answer(wrapper: type[Asker], server: ScriptedServer) -> None:
     """The client's own refusal of a reply goes through the same repair."""
     server.script.append(answer(chat_reply("{", done_reason="length")))
     assert wrapper(settings_for(server.url)).classify().attempts == 2
@@ -415,7 +415,7 @@ def test_classify_does_not_repair_a_cut_prompt(wrapper: type[Asker], server: Scr
     assert len(server.chats) == 1
 
 
-def test_a_later_round_has_other_seeds(wrapper: type[Asker], server: ScriptedServer) -> None:
+def test_each_attempt_has_its_own_seeds(wrapper: type[Asker], server: ScriptedServer) -> None:
     """A document of the retry queue gets another chance, not the same one."""
     server.script.append(answer(chat_reply("no JSON")))
     wrapper(settings_for(server.url)).classify(rounds=2)

@@ -39,7 +39,7 @@ def message_of(message: str, *args: object, secrets: tuple[str, ...] = ()) -> st
     return line_of(message, *args, secrets=secrets).split(" - ", 3)[3]
 
 
-def test_the_form_of_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_format(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly as documented: scripts cut it apart."""
     configure_logging("INFO")
     record = logging.LogRecord("batch_processor", logging.INFO, "x.py", 1, "message", None, None)
@@ -71,7 +71,7 @@ def test_two_addresses_in_one_line() -> None:
     assert message_of("http://a:b@c and http://d:e@f") == "http://***@c and http://***@f"
 
 
-def test_secrets_are_masked_wherever_they_stand() -> None:
+def test_secrets_are_masked_everywhere() -> None:
     """In messages, arguments and tracebacks; an empty secret masks nothing."""
     assert message_of("key %s, key=sk-123x", "sk-123", secrets=("sk-123", "")) == "key ***, key=***x"
     try:
@@ -133,7 +133,7 @@ def test_without_stderr_and_file_nothing_is_printed(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
 
 
-def test_the_file_is_made_with_its_folder_and_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_created_with_its_folder_and_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same lines as on stderr, a bounded number of files."""
     monkeypatch.setattr("logger.MAX_LOG_BYTES", 200)
     file = tmp_path / "logs" / "run.log"
@@ -144,7 +144,7 @@ def test_the_file_is_made_with_its_folder_and_rotated(tmp_path: Path, monkeypatc
     assert len(list(file.parent.iterdir())) == KEPT_LOGS + 1
 
 
-def test_lines_go_to_what_stderr_is_at_that_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_go_to_the_current_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     """A progress bar replaces it while it is drawn."""
     configure_logging("INFO")
     bar = io.StringIO()

@@ -88,7 +88,7 @@ def test_every_label_with_its_definition_is_in_the_prompt(taxonomy: Taxonomy) ->
     assert "keeps crashing" not in prompt
 
 
-def test_the_examples_are_answers_that_would_be_accepted(taxonomy: Taxonomy) -> None:
+def test_few_shot_answers_match_the_schema(taxonomy: Taxonomy) -> None:
     """Each shown answer passes the parser, and shows a conversation of several turns with both sides."""
     section = build_system_prompt(taxonomy).split("EXAMPLES:\n")[1]
     answers = [line for line in section.splitlines() if line.startswith("{")]
@@ -100,7 +100,7 @@ def test_the_examples_are_answers_that_would_be_accepted(taxonomy: Taxonomy) -> 
     assert {json.loads(answer)["sentiment"] for answer in answers} == set(taxonomy.sentiments)
 
 
-def test_an_example_whose_label_was_replaced_is_left_out(taxonomy: Taxonomy) -> None:
+def test_examples_with_unknown_labels_are_left_out(taxonomy: Taxonomy) -> None:
     """An example must never teach a label that would then be refused."""
     renamed = tuple(
         replace(label, name="Late Order") if label.name == "Order Status" else label for label in taxonomy.intents
@@ -111,7 +111,7 @@ def test_an_example_whose_label_was_replaced_is_left_out(taxonomy: Taxonomy) -> 
     assert "oh brilliant" in prompt
 
 
-def test_a_taxonomy_of_ones_own_has_no_examples() -> None:
+def test_custom_taxonomy_has_no_examples() -> None:
     """Then the heading goes as well."""
     own = Taxonomy((Label("A", "first"),), (Label("B", "second"),), ("Good", "Bad"))
     prompt = build_system_prompt(own)

@@ -28,7 +28,6 @@ OF_OTHERS = {
     *(
         "config.openai_settings",
         "config.service_settings",
-        "model_server.concurrency_controller",
         "domain.document_files",
     ),
     *("worker.preview", "embedded.mongod", "worker.timing"),

@@ -1,11 +1,11 @@
-"""Says how many calls the model server really runs at once; commands/diagnosis/slots.py measures it."""
+"""Measures how many calls the model server runs at once; see commands/diagnosis/slots.py."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file: the modules beside it must not hide packages of the same name
+if not __package__:  # started as a file: modules in this folder must not hide packages of the same name
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
@@ -27,7 +27,7 @@ from utils.process import exit_code_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the measurement with the flags in *argv* (None: of the process) and return its exit code."""
+    """Measure with the flags in *argv* (None: those of the process) and return the exit code."""
     arguments = _create_parser().parse_args(argv)
 
     def run() -> int:
@@ -40,21 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="concurrency_check.py",
-        description="Measure how many calls the model server really runs at once, to choose --max-concurrent by.",
+        description="Measure how many calls the model server runs at once, to choose --max-concurrent.",
         epilog="Exit codes: 0 measured, 2 usage, configuration or model, 3 the server is not reachable.",
         allow_abbrev=False,
     )
-    parser.add_argument("--max", type=_positive, default=16, metavar="K", help="most requests at once (16)")
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="rounds with each number (3)")
+    parser.add_argument(
+        "--max", type=_positive, default=16, metavar="K", help="maximum concurrent requests when probing for slots (16)"
+    )
+    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="rounds per number of requests (3)")
     parser.add_argument("--json", action="store_true", help="print the measurement as JSON")
-    parser.add_argument("--model", help="model to ask (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
-    parser.add_argument("--ollama-endpoint", help="where Ollama is (OLLAMA_ENDPOINT; http://localhost:11434)")
-    parser.add_argument("--verbose", action="store_true", help="log lines, and a traceback with an error")
+    parser.add_argument("--model", help="model (default: OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
+    parser.add_argument(
+        "--ollama-endpoint", help="address of Ollama (default: OLLAMA_ENDPOINT or http://localhost:11434)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show log lines, and a traceback after an error")
     return parser
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    """Return the settings that *arguments* make."""
+    """Return the settings for *arguments*."""
     settings = without_second_attempts(load_settings(ollama_endpoint=arguments.ollama_endpoint))
     if arguments.model:
         return settings.model_copy(update={"llm_model" if settings.llm_api_url else "ollama_model": arguments.model})
@@ -63,7 +67,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 async def _check(arguments: argparse.Namespace, settings: Settings) -> int:
     talk = Console(stderr=True)
-    with talk.status("Asking for the model ...") as status:
+    with talk.status("Looking up the model ...") as status:
         measurement = await measure(settings, arguments.max, arguments.rounds, status.update)
     if arguments.json:
         print(json.dumps(as_json(measurement), indent=2))
@@ -73,7 +77,7 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def as_json(measurement: Measurement) -> dict[str, Any]:
-    """Return *measurement* as plain values; waits and window are null where the server does not tell them."""
+    """Return *measurement* as plain values; waits and window are null if the server does not report them."""
     return {
         "model": measurement.model,
         "server_url": measurement.server_url,
@@ -112,8 +116,8 @@ def _print_table(measurement: Measurement, console: Console) -> None:
             str(level.at_once),
             f"{level.requests_per_s:.2f}",
             f"{level.latency_s:.2f}",
-            f"{statistics.median(waits):.2f}" if waits else "not told",
-            f"{max(waits):.2f}" if waits else "not told",
+            f"{statistics.median(waits):.2f}" if waits else "unknown",
+            f"{max(waits):.2f}" if waits else "unknown",
             f"{level.waited} of {level.at_once}",
         )
     console.print(table)
@@ -121,16 +125,16 @@ def _print_table(measurement: Measurement, console: Console) -> None:
         console.print(f"Stopped {measurement.stopped}", soft_wrap=True, markup=False)
     slots, enough = measurement.slots, measurement.enough
     if not measurement.levels[-1].queue_waits_s:
-        console.print("The server does not tell its queue; who waited is judged by latency.", soft_wrap=True)
+        console.print("The server does not report queue times; latency shows which calls waited.", soft_wrap=True)
     if measurement.is_minimum:
-        sentence = f"The server runs at least {slots} at once: nobody waited. --max {2 * slots} looks further."
+        sentence = f"The server runs at least {slots} at once: no call waited. Use --max {2 * slots} to probe further."
     else:
         sentence = (
             f"The server runs {slots} at once; --max-concurrent {slots + 1} keeps one call ready for a free slot."
         )
     console.print(sentence, soft_wrap=True)
     if 2 * enough <= slots:
-        console.print(f"More than {enough} at once gives hardly more answers per second.", soft_wrap=True)
+        console.print(f"More than {enough} at once hardly increases throughput.", soft_wrap=True)
 
 
 def _positive(text: str) -> int:

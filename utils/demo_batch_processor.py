@@ -23,18 +23,28 @@ from typing import Any
 from mongomock_motor import AsyncMongoMockClient
 
 from batch_processor import BatchProcessor
-from classifier import ReplyParser, build_outcome, classification_flow
+from classifier import ReplyParser, classification_flow
 from config import Settings, load_settings, load_taxonomy
 from domain.conversation import Conversation, Outcome
 from domain.text import one_line
 from error_handler import ExitCode, LLMReplyError
 from logger import configure_logging
 from model_server.protocol import ChatReply, ChatTarget
+from model_server.truncation import TranscriptTruncator
 from prompt_builder import PromptBuilder
 from utils.process import exit_code_of
 from worker.run import Classify
 
-TARGET = ChatTarget("ollama_chat", "", "", "scripted-demo", None, 8192, "0")
+
+class ScriptedClient:
+    """What ``classification_flow`` needs of a client; the answers come from SCRIPT."""
+
+    target = ChatTarget("ollama_chat", "", "", "scripted-demo", None, 8192, "0")
+
+    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
+        """Return a new truncator; the conversations of the demo are short."""
+        return TranscriptTruncator(prompts.system_prompt)
+
 
 DOCUMENTS: list[dict[str, Any]] = [
     {
@@ -188,7 +198,7 @@ def scripted_model() -> Classify:
     async def classify(conversation: Conversation, rounds: int) -> Outcome:
         await asyncio.sleep(0)
         start = next(words for words in SCRIPT if conversation.customer_texts[0].startswith(words))
-        flow = classification_flow(prompts.build(conversation), parser)
+        flow = classification_flow(conversation, ScriptedClient(), prompts, parser)
         next(flow)
         try:
             for reply in _endless(SCRIPT[start]):
@@ -196,8 +206,9 @@ def scripted_model() -> Classify:
                 flow.send(ChatReply(reply, None, None))
                 print("      not usable: asked again, with what was wrong")
         except StopIteration as finished:
-            print(f"      accepted as {finished.value.classification.intent}")
-            return build_outcome(finished.value, conversation, TARGET, "demo", 0.0)
+            outcome: Outcome = finished.value
+            print(f"      accepted as {outcome.classification.intent}")
+            return outcome
         except LLMReplyError as problem:
             print(f"      not usable again ({problem}): this round failed")
             raise

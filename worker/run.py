@@ -177,7 +177,7 @@ class BatchRun:
 
     async def _work(self) -> None:
         while True:
-            async with contextlib.nullcontext() if self.limit is None else self.limit.place():
+            async with contextlib.nullcontext() if self.limit is None else self.limit.slot():
                 item = await self._queue.get()
                 if self.stop.is_set():
                     continue

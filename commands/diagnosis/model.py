@@ -13,7 +13,7 @@ from async_llm_wrapper import AsyncLLMClient, ollama_classify_async, open_sessio
 from classifier import ReplyParser
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
-from commands.diagnosis.window import given_window, loaded_entry, settle_window
+from commands.diagnosis.window import given_window, settle_window
 from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import (
@@ -25,7 +25,7 @@ from error_handler import (
     LLMReplyError,
     LLMTimeoutError,
 )
-from model_server.models import ModelFacts, ServedModel, choose_model
+from model_server.models import ModelFacts, ServedModel, choose_model, find_loaded
 from model_server.protocol import chat_target, with_model
 from prompt_builder import PromptBuilder
 from utils.network import is_loopback
@@ -218,7 +218,7 @@ async def _load(asked: Asked) -> Finding:
 async def _memory(asked: Asked, *, by_us: bool) -> AsyncGenerator[Finding]:
     """Yield the real window of the loaded model, and whether it fits into the GPU; *by_us*: the probe loaded it."""
     try:
-        entry = loaded_entry(asked.client, await asked.client.loaded())
+        entry = find_loaded(asked.client.target.model, await asked.client.loaded())
     except LLMError as exc:
         yield error(_sentence(exc), _remedy(exc, asked.settings))
         return

@@ -1,9 +1,8 @@
-"""Measures how many calls a model server really runs at once, for ``concurrency_check`` and ``cli.py doctor``.
+"""Measures how many calls a model server runs at once, for ``concurrency_check`` and ``cli.py doctor``.
 
-Sends 1, 2, 4, ... identical small requests at the same moment and looks who had to wait. Ollama tells
-it: what is left of its total time after loading, reading the prompt and writing the answer was spent
-in the queue. Where a server does not tell, a call that took half as long again as the fastest of its
-round counts as one that waited. The first wave of a round that is too large for the server is its slots.
+It sends 1, 2, 4, ... identical small requests at the same moment and counts those that waited. Ollama reports how long
+each request was queued. If a server does not, a call waited if it took 1.5 times as long as the fastest of its round.
+The calls of a round that did not wait are the slots.
 """
 
 from __future__ import annotations
@@ -15,18 +14,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from async_llm_wrapper import AsyncLLMClient, open_session
 from config import Settings
 from error_handler import LLMReplyError, LLMUnavailableError
-from model_server.protocol import chat_target
-from model_server.warm_up import reuse_loaded_window
-from model_server.window import choose_window
+from model_server.models import ServerRequest, json_object
+from model_server.protocol import build_chat_body, chat_target, parse_chat_response, queue_wait_s
+from model_server.window import choose_window, reuse_loaded_window
 
-WAIT_SHARE = 0.5  # of the time one call takes alone; waiting for a slot takes about all of it
+WAIT_SHARE = 0.5  # of the time that one call takes alone; a call that waits for a slot waits about that long
 NEARLY = 0.9
-NANOSECONDS = 1e9
 
 MESSAGES = [
     {"role": "system", "content": "Answer with one JSON object."},
@@ -44,7 +41,7 @@ SCHEMA_JSON = json.dumps(
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: how long it took, and how long of that it waited in the server, None where that is unknown."""
+    """One request: its latency, and the part of it that the server queued it, None if unknown."""
 
     latency_s: float
     queue_wait_s: float | None
@@ -61,14 +58,14 @@ class Round:
     def waited(self) -> int:
         """How many of the calls waited for a slot."""
         fastest_s = min(call.latency_s for call in self.calls)
-        if self.is_told:
+        if self.is_reported:
             service_s = min(call.latency_s - (call.queue_wait_s or 0.0) for call in self.calls)
             return sum((call.queue_wait_s or 0.0) > WAIT_SHARE * service_s for call in self.calls)
         return sum(call.latency_s > (1 + WAIT_SHARE) * fastest_s for call in self.calls)
 
     @property
-    def is_told(self) -> bool:
-        """Whether the server told the wait of every call."""
+    def is_reported(self) -> bool:
+        """Whether the server reported the wait of every call."""
         return all(call.queue_wait_s is not None for call in self.calls)
 
 
@@ -91,7 +88,7 @@ class Level:
 
     @property
     def queue_waits_s(self) -> list[float]:
-        """The waits that the server told; empty where it tells none."""
+        """The waits that the server reported; empty if it reports none."""
         return [call.queue_wait_s for one in self.rounds for call in one.calls if call.queue_wait_s is not None]
 
     @property
@@ -102,93 +99,64 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What was measured; *stopped* says why the last levels are missing."""
+    """The measured levels; *stopped* says why the last ones are missing."""
 
     model: str
     server_url: str
     levels: tuple[Level, ...]
     stopped: str | None
-    num_ctx: int | None = None  # the window of all calls, tokens; None where the server sets it
+    num_ctx: int | None = None  # the window of all calls, tokens; None if the server sets it
 
     @property
     def slots(self) -> int:
-        """How many calls the server runs at once; at least as many where nobody waited."""
+        """How many calls the server runs at once; at least as many if no call waited."""
         return self.levels[-1].at_once - self.levels[-1].waited
 
     @property
     def is_minimum(self) -> bool:
-        """Whether the server may run more than *slots*: nobody waited."""
+        """Whether the server may run more than *slots*, because no call waited."""
         return self.levels[-1].waited == 0
 
     @property
     def enough(self) -> int:
-        """The fewest requests at once that give nearly as many answers per second as any number does."""
+        """The fewest requests at once with nearly the highest throughput."""
         most = max(level.requests_per_s for level in self.levels)
         return next(level.at_once for level in self.levels if level.requests_per_s >= NEARLY * most)
 
 
-class TimingClient(AsyncLLMClient):
-    """Notes the queue wait of each answer; one call at a time per client."""
-
-    queue_wait_s: float | None = None
-
-    async def _request(self, *arguments: Any, **options: Any) -> tuple[int, bytes]:
-        status, body = await super()._request(*arguments, **options)
-        self.queue_wait_s = parse_queue_wait(body)
-        return status, body
-
-
-def parse_queue_wait(body: bytes) -> float | None:
-    """Return the seconds that an answer of Ollama waited for a slot; None where the body does not tell."""
-    try:
-        fields = json.loads(body)
-        total = fields["total_duration"]
-        spent = (fields.get(name, 0) for name in ("load_duration", "prompt_eval_duration", "eval_duration"))
-        return max(0.0, float(total - sum(spent)) / NANOSECONDS)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def without_second_attempts(settings: Settings) -> Settings:
-    """Return *settings* with nothing in them that would hide what the server does."""
+    """Return *settings* without retries, which would hide what the server does."""
     return settings.model_copy(update={"llm_max_attempts": 1, "outage_limit_s": 1.0})
 
 
 async def measure(
     settings: Settings, at_most: int, rounds: int, tell: Callable[[str], None], *, until_one_waits: bool = False
 ) -> Measurement:
-    """Measure with 1, 2, 4, ... up to *at_most* requests at once; *tell* hears what is going on.
+    """Measure with 1, 2, 4, ... up to *at_most* requests at once; *tell* gets the progress, one sentence each.
 
-    A level that the server cannot serve (busy, time-out, connection lost) ends the measurement; with
-    *until_one_waits*, so does the first level at which a call waits for a slot. *settings* are those of
-    ``without_second_attempts``. The window is the one they name, else that of the loaded model, else the one of a run
-    that has no documents.
+    The measurement ends at a level that the server cannot serve (busy, time-out, connection lost) and, with
+    *until_one_waits*, at the first level at which a call waits. *settings* come from ``without_second_attempts``. The
+    window is the one they set, otherwise that of the loaded model, otherwise the default of a run without documents.
 
     Raises:
-        LLMError: The server is not there, does not load the model, or does not even serve one request at a time.
-        ConfigurationError: The model is not named, or the server does not have it.
+        LLMError: The server is away, does not load the model, or cannot serve even one request at a time.
+        ConfigurationError: No model is set, or the server does not have it.
     """
     async with open_session(at_most) as session, contextlib.AsyncExitStack() as stack:
-        target = chat_target(settings, settings.model or "")
-        clients = [TimingClient(settings, target, session) for _ in range(at_most)]
-        for client in clients:
-            stack.push_async_callback(client.breaker.close)
-        target = await clients[0].prepare(settings)
-        # What is loaded is measured as it is (from 4096 tokens on, as the service takes it): with another window, the server
-        # would load the model again, for us and then back for whoever uses it.
-        target = await clients[0].warm_up(
-            choose_window([], target.context_limit, settings.ollama_num_ctx), tell, reuse_loaded_window
-        )
-        for client in clients:
-            client.target = target
+        client = AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
+        stack.push_async_callback(client.breaker.close)
+        target = await client.prepare(settings)
+        # Another window would make the server reload the model, and again for the next client.
+        choice = choose_window([], target.context_limit, settings.ollama_num_ctx)
+        target = await client.warm_up(choice, tell, reuse_loaded_window)
+        tell(f"Warming up {target.model} at {target.server_url} ...")
+        await _call(client, settings.llm_timeout_s)
         levels: list[Level] = []
         stopped = None
-        tell(f"Warming up {target.model} at {target.server_url} ...")
-        await _call(clients[0])
         for at_once in levels_up_to(at_most):
             tell(f"{at_once} at once, {rounds} rounds ...")
             try:
-                done = [await _round(clients[:at_once]) for _ in range(rounds)]
+                done = [await _round(client, settings.llm_timeout_s, at_once) for _ in range(rounds)]
             except LLMUnavailableError as exc:
                 if not levels:
                     raise
@@ -207,14 +175,19 @@ def levels_up_to(at_most: int) -> list[int]:
     return [*powers, at_most]
 
 
-async def _round(clients: list[TimingClient]) -> Round:
-    start = time.monotonic()
-    calls = await asyncio.gather(*(_call(client) for client in clients))
-    return Round(time.monotonic() - start, tuple(calls))
+async def _round(client: AsyncLLMClient, timeout_s: float, at_once: int) -> Round:
+    start_s = time.monotonic()
+    calls = await asyncio.gather(*(_call(client, timeout_s) for _ in range(at_once)))
+    return Round(time.monotonic() - start_s, tuple(calls))
 
 
-async def _call(client: TimingClient) -> Call:
-    start = time.monotonic()
-    with contextlib.suppress(LLMReplyError):  # an answer that is no use still took its time
-        await client.chat(MESSAGES, SCHEMA_JSON)
-    return Call(time.monotonic() - start, client.queue_wait_s)
+async def _call(client: AsyncLLMClient, timeout_s: float) -> Call:
+    """Time one request. An unusable answer took its time as well, so it counts."""
+    target = client.target
+    body = build_chat_body(target, MESSAGES, SCHEMA_JSON)
+    start_s = time.monotonic()
+    status, answer = await client.send(ServerRequest("POST", target.url, body, timeout_s))
+    latency_s = time.monotonic() - start_s
+    with contextlib.suppress(LLMReplyError):
+        parse_chat_response(target, status, answer, MESSAGES)
+    return Call(latency_s, queue_wait_s(json_object(answer)))

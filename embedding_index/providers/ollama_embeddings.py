@@ -31,9 +31,8 @@ from error_handler import (
     UnusableVectorsError,
 )
 from llm_wrapper import exchange, open_session
-from model_server.models import count, is_cloud_name, json_object, parse_show, show_body
+from model_server.models import ServerRequest, count, is_cloud_name, json_object, parse_show, show_body
 from model_server.tokens import least_tokens
-from model_server.warm_up import ServerRequest
 from utils.network import is_this_machine
 
 MOST_INPUTS = 2048  # Ollama has no limit of its own

@@ -16,8 +16,8 @@ from commands.diagnosis.findings import Finding
 from commands.diagnosis.mongo import MAX_CLOCK_DIFFERENCE_S, clock_check, diagnose
 from config import load_settings
 from config.settings import Settings
-from embedded.mongod import EmbeddedMongod
 from tests.forked_process import ForkedProcess
+from tests.replica_set import ReplicaSetMongod
 from tests.worker.site import ROOT, Site, conversation
 from tests.worker.test_long_conversations import long_conversation
 
@@ -150,7 +150,7 @@ def test_max_probe_limits_concurrent_requests(site: Site) -> None:
 
 
 def test_replica_set_and_standalone_server_are_distinguished(site: Site, tmp_path: Path) -> None:
-    with EmbeddedMongod(tmp_path / "db", replica_set="rs0") as server:
+    with ReplicaSetMongod(tmp_path / "db") as server:
         found = report(site, "--no-probe", MONGODB_URI=server.uri)
         server.kill()
     assert any("It is a replica set (rs0, 1 member)" in finding["sentence"] for finding in found)
@@ -216,7 +216,7 @@ def test_doctor_loads_the_window_of_the_next_run(site: Site, turns: int, window:
     assert site.model is not None
     site.source.insert_many([long_conversation(number, turns) for number in range(12)])
     found = report(site, "--max-probe", "2")
-    chosen = next(finding for finding in found if finding["sentence"].startswith("A run takes a window of"))
+    chosen = next(finding for finding in found if finding["sentence"].startswith("A run uses a window of"))
     assert chosen["numbers"] == {"num_ctx": window, "asked": None, "sample": 12, "held": 1.0}
     assert {record["options"]["num_ctx"] for record in site.model.requests()} == {window}
     assert site.run().code == 0
@@ -229,6 +229,6 @@ def test_model_is_checked_without_mongodb(site: Site) -> None:
     """With the default window, and a warning that says why."""
     found = report(site, code=3, MONGODB_URI="mongodb://127.0.0.1:1", MONGODB_TIMEOUT_MS="300")
     assert set(of_level(found, "error")) == {"mongodb"}
-    asked = next(finding for finding in found if "could not be asked which window" in finding["sentence"])
+    asked = next(finding for finding in found if "Could not measure the documents" in finding["sentence"])
     assert (asked["level"], asked["area"]) == ("warning", "model")
     assert any("gives the whole window of 8192" in finding["sentence"] for finding in found)

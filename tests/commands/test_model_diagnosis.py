@@ -70,7 +70,7 @@ async def test_a_server_that_is_down_is_one_error(fake: FakeOllama) -> None:
     assert "ollama serve" in only.remedy
 
 
-async def test_a_server_elsewhere_that_is_down_is_looked_for_elsewhere() -> None:
+async def test_remedy_for_a_remote_server_that_is_down() -> None:
     found = await findings(load_settings(None, ollama_endpoint="http://gpu.example.invalid:11434"))
     assert [finding.level for finding in found] == ["warning", "error"]
     assert "firewall" in found[-1].remedy
@@ -79,22 +79,20 @@ async def test_a_server_elsewhere_that_is_down_is_looked_for_elsewhere() -> None
 async def test_a_port_of_another_program_is_an_error(fake: FakeOllama) -> None:
     (only,) = await findings(load_settings(None, ollama_endpoint=f"{fake.url}/elsewhere", ollama_model="llama3.2"))
     assert only.level == "error"
-    assert "does not list its models (HTTP 404)" in only.sentence
+    assert "did not list its models (HTTP 404)" in only.sentence
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (None, "No model is named"),
+        (None, "No model is set"),
         ("mistral", "has no model mistral"),
         ("gpt-oss:120b-cloud", "runs in Ollama's cloud"),
         ("x:cloud", "runs in Ollama's cloud"),
         ("disguised", "runs in Ollama's cloud"),
     ],
 )
-async def test_a_model_that_cannot_be_asked_is_an_error_and_is_not_asked(
-    fake: FakeOllama, model: str | None, words: str
-) -> None:
+async def test_unusable_model_is_an_error_without_a_request(fake: FakeOllama, model: str | None, words: str) -> None:
     remote = {"name": "disguised", "remote_host": "https://ollama.com:443", "remote_model": "large"}
     fake.configure(models=["llama3.2", "gpt-oss:120b-cloud", remote])
     found = await findings(load_settings(None, ollama_endpoint=fake.url, ollama_model=model), at_most=4)
@@ -110,7 +108,7 @@ async def test_a_model_for_embeddings_is_an_error(fake: FakeOllama) -> None:
     assert the_one(found, "cannot chat").level == "error"
 
 
-async def test_a_model_that_thinks_is_told_not_to(fake: FakeOllama) -> None:
+async def test_thinking_is_disabled(fake: FakeOllama) -> None:
     found = await findings(settings_for(fake, ollama_model="qwen3:8b"), at_most=2)
     assert "think: false" in the_one(found, "can reason").sentence
     assert {request["think"] for request in fake.requests()} == {False}
@@ -139,7 +137,7 @@ async def test_a_window_beyond_the_model_is_a_warning_before_the_load(fake: Fake
     """A run takes no more than the model has, and so does the diagnosis; without a setting there is nothing to say."""
     fake.configure(models=[{"name": "small", "context_length": 4096}])
     found = await findings(settings_for(fake, ollama_model="small", ollama_num_ctx=8192), at_most=1)
-    set_too_high = the_one(found, "was made for 4096")
+    set_too_high = the_one(found, "the model's limit is 4096")
     assert (set_too_high.level, set_too_high.numbers["asked"]) == ("warning", 8192)
     assert "OLLAMA_NUM_CTX=4096" in set_too_high.remedy
     assert the_one(found, "whole window of 4096").level == "ok"
@@ -147,24 +145,24 @@ async def test_a_window_beyond_the_model_is_a_warning_before_the_load(fake: Fake
     assert "window" not in " ".join(finding.sentence for finding in chosen if finding.level != "ok")
 
 
-async def test_a_window_that_the_server_does_not_give_is_a_warning_after_the_load(fake: FakeOllama) -> None:
+async def test_smaller_window_of_the_server_is_a_warning(fake: FakeOllama) -> None:
     fake.configure(most_ctx=5000)
     found = await findings(settings_for(fake), at_most=1)
-    given = the_one(found, "gives a window of 5000 tokens where 8192 are asked for")
+    given = the_one(found, "gives a window of 5000 tokens instead of 8192")
     assert given.level == "warning"
     assert given.numbers == {"asked": 8192, "given": 5000, "limit": 131_072}
     assert "OLLAMA_NUM_CTX=5000" in given.remedy
-    assert the_one(await findings(settings_for(fake)), "loaded with 5000 tokens; with 8192 it is loaded again")
+    assert the_one(await findings(settings_for(fake)), "loaded with 5000 tokens; a window of 8192 loads it again")
 
 
-async def test_a_larger_window_that_others_loaded_is_taken_over_as_in_a_run(fake: FakeOllama) -> None:
+async def test_larger_loaded_window_is_reused_as_in_a_run(fake: FakeOllama) -> None:
     """Only a window that the operator set is insisted on; each change between two loads the model again."""
     chat(fake, options={"num_ctx": 16_384}, shift=False)
     found = await findings(settings_for(fake), at_most=2)
-    assert the_one(found, "loaded with a window of 16384 tokens, which a run uses as it is").level == "ok"
+    assert the_one(found, "loaded with a window of 16384 tokens; a run uses that").level == "ok"
     assert (fake.stats()["loads"], fake.stats()["reloads"]) == (1, 0)
     insisted = settings_for(fake, ollama_num_ctx=8192)
-    assert the_one(await findings(insisted), "loaded with 16384 tokens; with 8192").level == "warning"
+    assert the_one(await findings(insisted), "loaded with 16384 tokens; a window of 8192").level == "warning"
     await findings(insisted, at_most=1)
     assert the_one(await findings(insisted), "whole window of 8192").level == "ok"
 
@@ -207,7 +205,7 @@ async def test_a_model_that_does_not_load_is_an_error_with_nothing_after_it(fake
     assert fake.stats()["chat_requests"] == 1
 
 
-async def test_a_server_without_memory_says_so(fake: FakeOllama) -> None:
+async def test_server_without_memory_is_reported(fake: FakeOllama) -> None:
     fake.configure(load_error="model requires more system memory (20 GiB) than is available (8 GiB)")
     assert "smaller model" in (await findings(settings_for(fake), at_most=4))[-1].remedy
 
@@ -242,7 +240,7 @@ async def test_unusable_answers_are_an_error_with_the_reason(fake: FakeOllama, k
     assert f"({reason}: " in finding.sentence
 
 
-async def test_an_answer_that_had_to_be_asked_again_is_a_warning(fake: FakeOllama) -> None:
+async def test_repeated_test_call_is_a_warning(fake: FakeOllama) -> None:
     fake.configure(faults=[{"kind": "wrong_label", "when": {"indexes": [1]}}])
     finding = the_one(await findings(settings_for(fake), at_most=1), "only on the second attempt")
     assert (finding.level, finding.numbers["attempts"]) == ("warning", 2)
@@ -285,14 +283,14 @@ async def test_more_slots_than_were_tried_are_a_minimum(fake: FakeOllama) -> Non
     assert finding.level == "ok"
 
 
-async def test_the_probe_ends_where_the_first_call_waits(fake: FakeOllama) -> None:
+async def test_probe_ends_at_the_first_call_that_waits(fake: FakeOllama) -> None:
     """With one slot: load, test conversation, warm-up, and two rounds each of 1 and 2."""
     fake.configure(slots=1)
     await findings(settings_for(fake), at_most=8)
     assert fake.stats()["chat_requests"] == 3 + 2 * (1 + 2)
 
 
-async def test_a_server_that_others_keep_busy_is_said_to_be_busy(fake: FakeOllama) -> None:
+async def test_busy_server_is_reported(fake: FakeOllama) -> None:
     """With one slot and two other clients that ask again and again, each request of the probe waits for both."""
     fake.configure(slots=1)
     stop = threading.Event()
@@ -313,7 +311,7 @@ async def test_a_server_that_others_keep_busy_is_said_to_be_busy(fake: FakeOllam
     assert not [finding for finding in found if "The server runs" in finding.sentence]
 
 
-async def test_a_server_that_gives_up_under_the_probe_is_a_warning(fake: FakeOllama) -> None:
+async def test_server_that_fails_under_the_probe_is_a_warning(fake: FakeOllama) -> None:
     fake.configure(faults=[{"kind": "busy_503", "when": {"indexes": [6]}}])
     found = await findings(settings_for(fake), at_most=8)
     assert the_one(found, "The probe stopped with 2 at once").level == "warning"
@@ -322,7 +320,7 @@ async def test_a_server_that_gives_up_under_the_probe_is_a_warning(fake: FakeOll
 # OpenAI's protocol
 
 
-async def test_a_server_of_openais_protocol_is_judged_by_what_it_tells(tmp_path: Path) -> None:
+async def test_openai_server_is_judged_by_latency(tmp_path: Path) -> None:
     with TinyEngine(build_tiny_model(tmp_path / "tiny.gguf"), slots=2) as engine:
         url = f"{engine.url}/v1/chat/completions"
         found = await findings(load_settings(None, llm_api_url=url, llm_model=MODEL_NAME, max_concurrent=2), at_most=2)
@@ -333,7 +331,7 @@ async def test_a_server_of_openais_protocol_is_judged_by_what_it_tells(tmp_path:
     assert "window" not in str(found)
 
 
-async def test_a_server_that_wants_a_key_says_so(tmp_path: Path) -> None:
+async def test_missing_key_is_reported(tmp_path: Path) -> None:
     with TinyEngine(build_tiny_model(tmp_path / "tiny.gguf"), api_key="a-key-of-the-test") as engine:
         url = f"{engine.url}/v1/chat/completions"
         given: dict[str, Any] = {"llm_api_url": url, "llm_model": MODEL_NAME}

@@ -105,7 +105,9 @@ def test_each_argument(field: str) -> None:
 
 @pytest.mark.parametrize("in_environment", environment_names("mongodb_uri"))
 @pytest.mark.parametrize("in_file", environment_names("mongodb_uri"))
-def test_precedence(in_environment: str, in_file: str, dotenv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precedence_is_argument_environment_file_default(
+    in_environment: str, in_file: str, dotenv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Argument > environment > file > default, whichever of its names each uses."""
 
     def uri(**arguments: Any) -> Any:
@@ -156,7 +158,7 @@ def test_the_file_of_the_working_directory_is_read(tmp_path: Path, monkeypatch: 
     ("line", "suggestion"),
     [("MONGODB_URL=x", "did you mean MONGODB_URI?"), ("BATCHSIZE=3", "did you mean BATCH_SIZE?"), ("XYZZY=1", "XYZZY")],
 )
-def test_an_unknown_name_in_the_file(line: str, suggestion: str, dotenv: Path) -> None:
+def test_unknown_name_in_the_file_is_refused(line: str, suggestion: str, dotenv: Path) -> None:
     """A typo must not be a silent default."""
     dotenv.write_text(f"BATCH_SIZE=3\n{line}{SECRET}\n")
     message = refusal(dotenv)
@@ -165,13 +167,13 @@ def test_an_unknown_name_in_the_file(line: str, suggestion: str, dotenv: Path) -
     assert str(dotenv) in message
 
 
-def test_an_unknown_argument() -> None:
+def test_unknown_argument_is_refused() -> None:
     """The same for BatchProcessor(...)."""
     assert "did you mean batch_size?" in refusal(batch_sise=3)
 
 
 @pytest.mark.parametrize("content", [b"BATCH_SIZE=\xff\xfe\n", "BATCH_SIZE=5\n".encode("utf-16")])
-def test_a_file_that_is_not_utf_8(content: bytes, dotenv: Path) -> None:
+def test_file_that_is_not_utf_8_is_refused(content: bytes, dotenv: Path) -> None:
     """Editors of other systems write others."""
     dotenv.write_bytes(content)
     assert str(dotenv) in refusal(dotenv)
@@ -254,7 +256,7 @@ def test_results_in_the_source_collection_are_refused() -> None:
     assert "MONGODB_RESULTS_COLLECTION" in refusal(source_collection="sentimental_analysis")
 
 
-def test_frozen() -> None:
+def test_settings_are_frozen() -> None:
     """Read once; nobody changes them in the middle of a run."""
     settings = load_settings(None)
     with pytest.raises(ValidationError):
@@ -284,7 +286,7 @@ def test_the_path_decides_the_protocol(url: str, protocol: str, server_url: str)
     assert settings.chat_url == url.rstrip("/")
 
 
-def test_without_another_address_ollama_is_asked() -> None:
+def test_ollama_is_the_default_server() -> None:
     """Its model, its protocol; LLM_MODEL alone changes nothing."""
     settings = load_settings(None, ollama_model="b", llm_model="a", ollama_endpoint="http://gpu:1/")
     assert (settings.protocol, settings.chat_url, settings.model) == ("ollama_chat", "http://gpu:1/api/chat", "b")

@@ -86,7 +86,7 @@ def test_names_are_those_of_the_file_in_its_order(own: Path) -> None:
         pytest.param("Bill: money", "'': money", "topics", id="empty-label"),
     ],
 )
-def test_what_is_wrong_is_named(own: Path, old: str, new: str, named: str) -> None:
+def test_error_names_file_and_entry(own: Path, old: str, new: str, named: str) -> None:
     """The file and the entry."""
     assert old in OWN
     own.write_text(OWN.replace(old, new))
@@ -96,19 +96,19 @@ def test_what_is_wrong_is_named(own: Path, old: str, new: str, named: str) -> No
 @pytest.mark.parametrize(
     "content", [b"intents: [", b"\xff\xfe", b"", b"- a", b"!!python/object:os.system {}", b"a: &a [*a"]
 )
-def test_a_file_that_is_no_taxonomy(own: Path, content: bytes) -> None:
+def test_file_without_a_taxonomy_is_refused(own: Path, content: bytes) -> None:
     """YAML is read without the power to make objects."""
     own.write_bytes(content)
     assert "taxonomy" in refusal(own)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_refused(tmp_path: Path) -> None:
     """The variable that names it is named."""
     assert "TAXONOMY_FILE" in refusal(tmp_path / "missing.yaml")
 
 
 @pytest.mark.parametrize("name", ["Yes", "404", "2024-01-01", "null"])
-def test_a_label_that_yaml_does_not_read_as_text(own: Path, name: str) -> None:
+def test_label_that_is_not_a_string_in_yaml_is_refused(own: Path, name: str) -> None:
     """Results would hold True for Yes; in quotes it is a label like any other."""
     own.write_text(OWN.replace("Bill: money", f"{name}: agreed"))
     assert "quotes" in refusal(own)

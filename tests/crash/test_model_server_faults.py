@@ -63,8 +63,8 @@ def test_a_server_that_is_down_at_the_start(site: Site) -> None:
     ("name", "sentence"),
     [
         ("llama9", "has no model llama9"),
-        ("gpt-oss:120b-cloud", "customer text would leave this house"),
-        ("", "No model is named"),
+        ("gpt-oss:120b-cloud", "customer text would leave your network"),
+        ("", "No model is set"),
     ],
     ids=["missing", "cloud", "none"],
 )

@@ -13,6 +13,7 @@ from pymongo import MongoClient
 
 from embedded.mongod import EmbeddedMongod
 from tests.fakes.fake_ollama import FakeOllama
+from tests.replica_set import ReplicaSetMongod
 from tests.worker.site import (
     Document,
     Site,
@@ -36,9 +37,8 @@ TEST_COMMANDS = ("--setParameter", "enableTestCommands=1")
 @pytest.fixture(scope="module", params=["standalone", "replica set"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMongod]:
     """A mongod of this module alone, because it is killed, and because it obeys fail points."""
-    name = "rs0" if request.param == "replica set" else None
-    folder = tmp_path_factory.mktemp("mongod")
-    with EmbeddedMongod(folder, replica_set=name, extra_arguments=TEST_COMMANDS) as mongod:
+    kind = ReplicaSetMongod if request.param == "replica set" else EmbeddedMongod
+    with kind(tmp_path_factory.mktemp("mongod"), extra_arguments=TEST_COMMANDS) as mongod:
         yield mongod
 
 

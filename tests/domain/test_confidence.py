@@ -11,22 +11,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregator import aggregate_conversation
 from classifier import ReplyParser, classification_flow
 from config import load_taxonomy
 from domain.confidence import label_confidence, needs_review
 from domain.conversation import Classification
-from error_handler import LLMReplyError
-from model_server.protocol import ChatReply
+from model_server.protocol import ChatReply, ChatTarget
+from model_server.truncation import TranscriptTruncator
+from prompt_builder import PromptBuilder
 
 TAXONOMY = load_taxonomy()
 LABELS = {field: TAXONOMY.names(field) for field in ("intent", "topic", "sentiment")}
 PARSER = ReplyParser(TAXONOMY)
+PROMPTS = PromptBuilder("Label it.")
+CONVERSATION = aggregate_conversation({"text": "where is it?"})
 LABELLED = Classification("Parcel is late.", "Order Status", "Account Access", "Neutral")
 HEAD = '{"categorization":"Parcel is late.","intent":"'
 MIDDLE, LATER, TAIL = '","topic":"', '","sentiment":"', '"}'
 REPLY = f"{HEAD}Order Status{MIDDLE}Account Access{LATER}Neutral{TAIL}"
 
 Entry = dict[str, Any]
+
+
+class Client:
+    """The part of a client that the flow needs."""
+
+    target = ChatTarget("ollama_chat", "http://m/api/chat", "http://m", "llama3.2", None, 8192, "10m")
+
+    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
+        return TranscriptTruncator(prompts.system_prompt)
 
 
 def token(text: str, weight: float = 0.5, others: Mapping[str, float] | None = None, **changes: Any) -> Entry:
@@ -83,11 +96,11 @@ def test_other_ways_to_write_the_same_label_count_for_it() -> None:
     assert found == 0.6
 
 
-def test_tokens_that_leave_the_label_open_say_nothing() -> None:
+def test_tokens_that_leave_the_label_open_do_not_count() -> None:
     assert sentiment_of(token("Neutral", 0.3, {"N": 0.5, "Negative": 0.1, "P": 0.1})) == 0.6
 
 
-def test_a_label_that_is_not_listed_counts_as_the_least_that_is() -> None:
+def test_unlisted_label_has_the_weight_of_the_least_likely_token() -> None:
     """Positive is missing, and 0.01 is the least of the list."""
     assert sentiment_of(token("Neutral", 0.9, {"Negative": 0.09, "The": 0.01})) == 0.9
 
@@ -110,7 +123,7 @@ def test_a_token_with_the_end_and_what_follows() -> None:
     assert found == 0.6
 
 
-def test_a_label_that_another_one_begins_with() -> None:
+def test_label_that_is_a_prefix_of_another() -> None:
     """The closing quote is what decides."""
     labels = {**LABELS, "sentiment": ("Good", "Good Enough")}
     reply = REPLY.replace("Neutral", "Good")
@@ -203,7 +216,7 @@ GOOD = certain(REPLY)
         pytest.param([*GOOD, "x"], REPLY, LABELLED, id="no-object"),
     ],
 )
-def test_what_is_unclear_gives_nothing(tokens: list[Any], reply: str, labelled: Classification) -> None:
+def test_unclear_tokens_give_no_confidence(tokens: list[Any], reply: str, labelled: Classification) -> None:
     assert label_confidence(GOOD, REPLY, LABELLED, LABELS) is not None
     assert label_confidence(tokens, reply, labelled, LABELS) is None
 
@@ -229,7 +242,7 @@ def test_odd_tokens_never_raise(tokens: list[Any], reply: str) -> None:
 
 
 @given(st.data())
-def test_any_cut_of_the_answer_into_tokens_gives_probabilities(data: st.DataObject) -> None:
+def test_any_tokenization_gives_probabilities(data: st.DataObject) -> None:
     """Whatever the tokenizer and the alternatives: nothing, or numbers from 0 to 1."""
     cuts = sorted(data.draw(st.sets(st.integers(1, len(REPLY) - 1), max_size=30)))
     tokens = []
@@ -246,7 +259,7 @@ def test_odd_replies_never_raise(reply: str) -> None:
     label_confidence(certain(reply), reply, LABELLED, LABELS)
 
 
-def test_the_least_sure_label_decides_about_the_review() -> None:
+def test_least_certain_label_decides_about_review() -> None:
     confidence = {"intent": 0.9, "topic": 0.6, "sentiment": 0.99}
     assert not needs_review(confidence, 0.6)
     assert needs_review(confidence, 0.61)
@@ -260,20 +273,18 @@ def test_the_answer_to_a_repair_turn_counts() -> None:
         (*certain(REPLY[:start]), token("Neutral", share, {"Negative": 1 - share}), *certain(REPLY[start + 7 :]))
         for share in (0.1, 0.8)
     )
-    flow = classification_flow([], PARSER)
+    flow = classification_flow(CONVERSATION, Client(), PROMPTS, PARSER)
     next(flow)
     flow.send(ChatReply(REPLY.replace('"Account Access"', "7"), None, None, tokens=wrong))
     with pytest.raises(StopIteration) as finished:
         flow.send(ChatReply(REPLY, None, None, tokens=right))
     answer = finished.value.value
-    assert (answer.calls, answer.confidence["sentiment"]) == (2, round(0.8 / 1.2, 4))
+    assert (answer.attempts, answer.confidence["sentiment"]) == (2, round(0.8 / 1.2, 4))
 
 
-def test_without_tokens_there_is_none() -> None:
-    flow = classification_flow([], PARSER)
+def test_no_tokens_give_no_confidence() -> None:
+    flow = classification_flow(CONVERSATION, Client(), PROMPTS, PARSER)
     next(flow)
     with pytest.raises(StopIteration) as finished:
         flow.send(ChatReply(REPLY, None, None))
     assert finished.value.value.confidence is None
-    with pytest.raises(LLMReplyError):
-        PARSER.answer(ChatReply("{}", None, None, tokens=tuple(GOOD)), 1)

@@ -30,14 +30,14 @@ def test_batch_rates_of_the_package() -> None:
     assert price_source() == "genai-prices 0.2.3"
 
 
-def test_half_the_usual_price_where_no_batch_rate_is_known() -> None:
+def test_half_the_usual_price_if_no_batch_rate_is_known() -> None:
     """And it says so."""
     (price,) = batch_prices(1_000_000, 0, ["gpt-4o-search-preview"])
     assert price.is_assumed
     assert price.usd == pytest.approx(1.25)
 
 
-def test_a_model_the_package_lacks_is_left_out() -> None:
+def test_unknown_model_is_left_out() -> None:
     """It is no reason to have no estimate."""
     assert batch_prices(1, 1, ["no-such-model"]) == []
 

@@ -107,7 +107,7 @@ class TestShippedTaxonomy:
         ("Shout out to the staff, amazing customer service", "Feedback/Praise", "Service Quality"),
     ],
 )
-def test_plain_requests_get_the_label_a_reader_would_give(text: str, intent: str, topic: str) -> None:
+def test_plain_requests_get_the_expected_label(text: str, intent: str, topic: str) -> None:
     assert classified(text)[:2] == (intent, topic)
 
 
@@ -284,7 +284,7 @@ def test_customer_text_is_not_repeated_in_the_categorization() -> None:
     assert answer.categorization == "Baseline: Cancellation about Shipping/Delivery"
 
 
-def test_import_and_construction_warn_about_nothing() -> None:
+def test_import_and_construction_give_no_warning() -> None:
     code = "from config.taxonomy import load_taxonomy; from embedded.baseline import *; BaselineClassifier(load_taxonomy())"
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -21,6 +21,7 @@ from embedded import mongod as embedded_mongod
 from embedded.mongod import PORTS, EmbeddedMongod
 from embedded.mongod_binary import find_mongod
 from error_handler import ConfigurationError
+from tests.replica_set import ReplicaSetMongod
 
 ROOT = Path(__file__).parents[2]
 LOADER_ERROR = "mongod: error while loading shared libraries: {}: cannot open shared object file: No such file"
@@ -84,7 +85,7 @@ def test_standalone_takes_writes_on_loopback_only(tmp_path: Path) -> None:
 
 
 def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path: Path) -> None:
-    with EmbeddedMongod(tmp_path / "data", replica_set="rs0", log_path=tmp_path / "logs" / "m.log") as mongod:
+    with ReplicaSetMongod(tmp_path / "data", log_path=tmp_path / "logs" / "m.log") as mongod:
         insert(mongod)
         port = mongod.port
         mongod.restart()
@@ -97,7 +98,7 @@ def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path
         assert mongod.port == port
         insert(mongod)
         mongod.kill()
-    with EmbeddedMongod(tmp_path / "data", replica_set="rs0") as moved:
+    with ReplicaSetMongod(tmp_path / "data") as moved:
         assert moved.port != port
         assert count(moved) == 3
         insert(moved)
@@ -135,12 +136,12 @@ def test_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
 
 def test_folder_of_a_running_server_is_refused(tmp_path: Path) -> None:
     with EmbeddedMongod(tmp_path) as first:
-        with pytest.raises(ConfigurationError, match=rf"in use by another mongod, process {first.pid}:"):
+        with pytest.raises(ConfigurationError, match=rf"in use by another mongod \(process {first.pid}\)"):
             EmbeddedMongod(tmp_path).start()
         insert(first)
 
 
-def test_folder_of_a_server_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
+def test_start_waits_for_a_server_that_is_ending(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     with EmbeddedMongod(data_dir) as first:
         insert(first)
@@ -161,7 +162,7 @@ def test_port_lost_between_choice_and_start_is_replaced(tmp_path: Path, monkeypa
             assert count(mongod) == 0
 
 
-def test_named_port_in_use_is_refused_even_if_mongodb_answers_there(tmp_path: Path) -> None:
+def test_given_port_in_use_is_refused_even_if_mongodb_answers_there(tmp_path: Path) -> None:
     with (
         EmbeddedMongod(tmp_path / "a") as first,
         pytest.raises(ConfigurationError, match=f"Port {first.port} is in use"),
@@ -177,7 +178,7 @@ def test_log_never_quotes_a_slow_command(tmp_path: Path) -> None:
     assert "my card number" not in (tmp_path / "mongod.log").read_text()
 
 
-def test_large_log_is_set_aside(tmp_path: Path) -> None:
+def test_large_log_is_rotated(tmp_path: Path) -> None:
     log = tmp_path / "mongod.log"
     log.write_text("x" * (embedded_mongod.LOG_LIMIT_BYTES + 1))
     with EmbeddedMongod(tmp_path):
@@ -217,11 +218,11 @@ def test_missing_library_is_named_with_its_package(tmp_path: Path, library: str,
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (f"echo '{DISK_FULL}'; exit 14", "disk of .* is full: make room"),
+        (f"echo '{DISK_FULL}'; exit 14", "disk of .* is full. Free some space"),
         ('echo "mongod: libc.so.6: version \\`GLIBC_2.34\' not found" >&2; exit 1', "needs GLIBC_2.34"),
         ('echo \'{"msg":"Shutting down","attr":{"exitCode":62}}\'; exit 62', "written by another version"),
         ("kill -ILL $$", "processor with AVX"),
-        ("echo 'Error parsing command line: frob'; exit 2", "ended with code 2 .*mongod.log says why: .*frob"),
+        ("echo 'Error parsing command line: frob'; exit 2", "ended with code 2 .*see its log .*mongod.log: .*frob"),
     ],
 )
 def test_end_while_starting_is_explained(tmp_path: Path, command: str, message: str) -> None:
@@ -231,7 +232,7 @@ def test_end_while_starting_is_explained(tmp_path: Path, command: str, message: 
     assert mongod.pid is None
 
 
-def test_a_server_that_never_listens_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_never_listens_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_mongod, "START_TIMEOUT_S", 0.2)
     mongod = EmbeddedMongod(tmp_path / "data", binary=script(tmp_path / "mongod", "exec tail -f /dev/null"))
     with pytest.raises(ConfigurationError, match="not ready after"):
@@ -241,14 +242,14 @@ def test_a_server_that_never_listens_is_ended(tmp_path: Path, monkeypatch: pytes
 
 def test_unusable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigurationError, match="cannot be used"):
+    with pytest.raises(ConfigurationError, match="Cannot use the folder"):
         EmbeddedMongod(tmp_path / "file").start()
 
 
 def test_other_platforms_take_mongod_from_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigurationError, match="There is no mongod here"):
+    with pytest.raises(ConfigurationError, match="No mongod found"):
         find_mongod()
     binary = script(tmp_path / "mongod", "exit 0")
     assert find_mongod() == binary

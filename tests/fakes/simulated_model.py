@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from model_server.concurrency_controller import Call, LimitController
+from model_server.concurrency import Call, LimitController
+from model_server.protocol import ChatReply
 
 Service = Callable[[random.Random], float]
 
@@ -114,10 +115,6 @@ class Simulation:
         if self.controller and (not self.limits or self.limits[-1][1] != self.controller.limit):
             self.limits.append((self.now_s, self.controller.limit))
 
-    def _probe(self) -> None:
-        if self.controller is not None and self.controller.probe():
-            self._fill()
-
     def _arrive(self, call: Call | None, sent_s: float) -> None:
         if self.busy_between[0] <= self.now_s < self.busy_between[1]:
             self._at(0.001, lambda: self._end(call, sent_s, "busy"))
@@ -160,17 +157,10 @@ class Simulation:
             self.documents += 1
         if self.controller is not None and call is not None:
             if how == "answered":
-                told = {"queue_wait_s": wait_s, "load_s": load_s, "total_s": wait_s + takes_s}
-                self.controller.answered(
-                    call,
-                    self.now_s,
-                    **(told if self.tells else dict.fromkeys(told)),
-                )
+                times = (wait_s, load_s, (), wait_s + takes_s) if self.tells else ()
+                self.controller.answered(call, self.now_s, ChatReply("{}", None, None, *times))
             elif how == "busy":
                 self.controller.congested(call, self.now_s)
             else:
-                self.controller.lost(call)
-            in_s = self.controller.probe_in_s(self.now_s)
-            if in_s is not None:
-                self._at(in_s, self._probe)
+                self.controller.lost()
         self._at(0.5 if how != "answered" else self._noise() / 2, self._fill)

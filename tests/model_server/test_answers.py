@@ -1,4 +1,4 @@
-"""Answers of model servers: what is one, what is an error of which class, what only looks like an answer.
+"""Answers of model servers: usable answers, error classes, and unusable answers with status 200.
 
 Statuses and bodies are those of Ollama's own source (github.com/ollama/ollama, server/routes.go and
 server/sched.go, read at v0.33).
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from domain.conversation import Message
 from error_handler import (
     ErrorClass,
     LLMBusyError,
@@ -33,6 +34,7 @@ from model_server.protocol import (
     build_load_body,
     parse_chat_response,
     parse_load_response,
+    queue_wait_s,
     require_fit,
 )
 
@@ -64,9 +66,13 @@ def openai_reply(**choice: Any) -> dict[str, Any]:
     return {"id": "x", "choices": [fields], "usage": {"prompt_tokens": 1500, "completion_tokens": 40}}
 
 
+def prompt_of(text: str) -> list[Message]:
+    return [{"role": "system", "content": ""}, {"role": "user", "content": text}]
+
+
 def parse(fields: Any, target: ChatTarget = TARGET, status: int = 200, characters: int = 6000) -> ChatReply:
     raw = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
-    return parse_chat_response(target, status, raw, characters)
+    return parse_chat_response(target, status, raw, prompt_of("." * characters))
 
 
 def problem_of(fields: Any, target: ChatTarget = TARGET, status: int = 200, characters: int = 6000) -> LLMError:
@@ -99,10 +105,10 @@ def test_a_complete_answer(target: ChatTarget, fields: dict[str, Any]) -> None:
     ],
     ids=["all", "zeros-left-out", "clock-jump", "no-total"],
 )
-def test_how_long_an_answer_waited_in_the_server(
+def test_queue_wait_is_total_time_minus_the_work(
     durations: tuple[Any, ...], queue_wait_s: float | None, load_s: float | None
 ) -> None:
-    """What is left of the total time after loading, reading and writing was spent waiting for a slot."""
+    """The rest of the total time after loading, reading and writing was spent in the queue."""
     names = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
     reply = parse(chat_reply(**dict(zip(names, durations, strict=True))), TARGET)
     assert (reply.queue_wait_s, reply.load_s) == (queue_wait_s, load_s)
@@ -110,7 +116,7 @@ def test_how_long_an_answer_waited_in_the_server(
 
 @pytest.mark.parametrize("count", [..., None, "7", -1, True, 1.5])
 def test_counters_that_are_missing_or_odd_are_none(count: Any) -> None:
-    """Ollama leaves out zeros; nobody may sum up a text."""
+    """Ollama leaves out zeros; values of another type are ignored."""
     reply = parse(chat_reply(prompt_eval_count=count, eval_count=count))
     assert (reply.prompt_tokens, reply.reply_tokens) == (None, None)
 
@@ -193,8 +199,10 @@ def said(text: str) -> str:
     ],
 )
 @pytest.mark.parametrize("target", [TARGET, OPENAI], ids=["ollama", "openai"])
-def test_statuses(status: int, body: str | bytes, error: type[LLMError], target: ChatTarget) -> None:
-    """Each status and body has the one class that says what to do about it."""
+def test_http_status_decides_the_error(
+    status: int, body: str | bytes, error: type[LLMError], target: ChatTarget
+) -> None:
+    """Each status and body maps to the error class that decides what follows."""
     problem = problem_of(body if isinstance(body, bytes) else body.encode(), target, status)
     assert type(problem) is error
 
@@ -216,8 +224,8 @@ def test_error_classes(error: type[LLMError], kind: ErrorClass) -> None:
     assert error.error_class is kind
 
 
-def test_an_error_of_the_server_is_not_quoted() -> None:
-    """It may hold the prompt."""
+def test_error_message_does_not_quote_the_server() -> None:
+    """The server's message may hold the prompt."""
     for status in (400, 404, 500, 503):
         assert "4242" not in str(problem_of(said("no: 4242 4242").encode(), status=status))
 
@@ -240,7 +248,7 @@ def test_an_error_of_the_server_is_not_quoted() -> None:
         pytest.param(chat_reply(message={"content": ""}, done_reason="unload"), Reason.EMPTY, id="7-unload"),
     ],
 )
-def test_200_but_not_an_answer(fields: dict[str, Any], reason: Reason) -> None:
+def test_unusable_200_is_a_reply_error(fields: dict[str, Any], reason: Reason) -> None:
     """Each is a failure with its own reason, never an answer."""
     problem = problem_of(fields, characters=40_000)
     assert isinstance(problem, LLMReplyError)
@@ -259,7 +267,7 @@ def test_200_but_not_an_answer(fields: dict[str, Any], reason: Reason) -> None:
         pytest.param({"choices": None, "usage": 3}, Reason.CUT_OFF, id="null-choices"),
     ],
 )
-def test_200_but_not_an_answer_from_the_other_protocol(fields: dict[str, Any], reason: Reason) -> None:
+def test_unusable_200_of_openai_is_a_reply_error(fields: dict[str, Any], reason: Reason) -> None:
     """The same for /v1/chat/completions."""
     problem = problem_of(fields, OPENAI)
     assert isinstance(problem, LLMReplyError)
@@ -282,8 +290,8 @@ def test_200_but_not_an_answer_from_the_other_protocol(fields: dict[str, Any], r
         pytest.param(b'{"message": {"content": "\xff"}}', id="not-utf-8"),
     ],
 )
-def test_200_with_another_body_is_worth_repeating(body: bytes, protocol: str) -> None:
-    """Something between server and client went wrong; the document is not at fault."""
+def test_unreadable_200_is_retried(body: bytes, protocol: str) -> None:
+    """The transport failed, not the document."""
     assert type(problem_of(body, TARGETS[protocol])) is LLMUnavailableError
 
 
@@ -308,14 +316,14 @@ def test_a_prompt_cut_to_the_whole_window_is_refused() -> None:
     assert parse(chat_reply(prompt_eval_count=8192 - NUM_PREDICT)).prompt_tokens == 8192 - NUM_PREDICT
 
 
-def test_a_full_window_is_the_reason_where_the_answer_was_cut_off_by_it() -> None:
-    """Asking again would make the prompt longer still."""
+def test_answer_cut_off_by_a_full_window_is_context_overflow() -> None:
+    """A repair turn would make the prompt even longer."""
     fields = chat_reply(prompt_eval_count=8000, done_reason="length", eval_count=192)
     assert problem_of(fields).reason is Reason.CONTEXT_OVERFLOW
 
 
-def test_a_prompt_that_surely_overflows_is_not_sent() -> None:
-    """Only where the window is ours to set."""
+def test_prompt_that_cannot_fit_is_not_sent() -> None:
+    """Only if the request sets the window."""
     fits = int((8192 - NUM_PREDICT) * MAX_CHARACTERS_PER_TOKEN)
     require_fit(TARGET, fits)
     require_fit(OPENAI, fits * 100)
@@ -323,13 +331,14 @@ def test_a_prompt_that_surely_overflows_is_not_sent() -> None:
         require_fit(TARGET, fits + 6)
 
 
-def test_fewer_tokens_than_words_betray_a_cut() -> None:
-    """Whatever the window: no tokenizer makes one token of two words. A tenth is left for odd ones."""
+def test_fewer_tokens_than_words_prove_a_cut_prompt() -> None:
+    """No token spans two words; the limit leaves a margin of 10 %."""
     cut = chat_reply(prompt_eval_count=1500)
     with pytest.raises(LLMReplyError) as caught:
-        parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, lambda _enough: 1700)
+        parse_chat_response(TARGET, 200, json.dumps(cut).encode(), prompt_of("word " * 1700))
     assert caught.value.reason is Reason.CONTEXT_OVERFLOW
-    assert parse_chat_response(TARGET, 200, json.dumps(cut).encode(), 9000, lambda _enough: 1600).prompt_tokens == 1500
+    enough = prompt_of("word " * 1600)
+    assert parse_chat_response(TARGET, 200, json.dumps(cut).encode(), enough).prompt_tokens == 1500
 
 
 @pytest.mark.parametrize(
@@ -349,15 +358,15 @@ def test_fewer_tokens_than_words_betray_a_cut() -> None:
     ],
     ids=["ollama", "llama.cpp", "vllm", "without"],
 )
-def test_a_refusal_tells_what_it_counted(body: str, counts: tuple[int | None, int | None]) -> None:
-    """Also where its JSON is a text inside JSON."""
+def test_refusal_of_a_long_prompt_keeps_the_reported_counts(body: str, counts: tuple[int | None, int | None]) -> None:
+    """Also if its JSON is quoted inside JSON."""
     problem = problem_of(body.encode(), status=400)
     assert isinstance(problem, LLMContextError)
     assert (problem.prompt_tokens, problem.window_tokens) == counts
 
 
-def test_loading_asks_nothing_and_uses_the_options_of_a_call() -> None:
-    """Else the first call would load the model again."""
+def test_load_request_has_the_options_of_a_call_and_no_messages() -> None:
+    """Otherwise the first call would load the model again."""
     load = json.loads(build_load_body(GENERATE))
     call = json.loads(build_chat_body(TARGET, [{"role": "user", "content": "x"}], b"{}"))
     assert load.pop("messages") == []
@@ -375,8 +384,31 @@ def test_loading_asks_nothing_and_uses_the_options_of_a_call() -> None:
         (200, {"done": True, "done_reason": "unload"}, LLMUnavailableError),
     ],
 )
-def test_a_model_that_was_not_loaded(status: int, fields: dict[str, Any], error: type[LLMError]) -> None:
-    """Only the word of the server counts."""
+def test_unconfirmed_load_is_an_error(status: int, fields: dict[str, Any], error: type[LLMError]) -> None:
+    """Only ``done_reason: load`` confirms a load."""
     parse_load_response(TARGET, 200, b'{"message": {"content": ""}, "done": true, "done_reason": "load"}')
     with pytest.raises(error):
         parse_load_response(TARGET, status, json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "wait_s"),
+    [
+        (
+            {
+                "total_duration": 5_000_000_000,
+                "load_duration": 1_000_000_000,
+                "prompt_eval_duration": 1_000_000_000,
+                "eval_duration": 1_000_000_000,
+            },
+            2.0,
+        ),
+        ({"total_duration": 5_000_000_000}, 5.0),
+        ({"total_duration": 1, "eval_duration": 2}, 0.0),
+        ({}, None),
+        ({"total_duration": "x"}, None),
+    ],
+)
+def test_queue_wait_is_the_rest_of_the_total_time(fields: dict[str, Any], wait_s: float | None) -> None:
+    """Total time minus loading, reading the prompt and writing the answer; never negative."""
+    assert queue_wait_s(fields) == wait_s

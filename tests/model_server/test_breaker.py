@@ -23,7 +23,7 @@ AT_ONCE = BreakerPolicy(first_probe_s=0.0, probe_cap_s=0.0)
 
 
 class Server:
-    """Answers, or refuses the connection, as *alive* says; counts what it is asked."""
+    """A server that answers if *alive*, otherwise refuses the connection; counts the calls."""
 
     def __init__(self, *, alive: bool = True) -> None:
         self.alive = alive
@@ -67,15 +67,15 @@ async def opened(server: Server, policy: BreakerPolicy = AT_ONCE) -> tuple[Circu
 
 
 async def test_a_call_passes_while_closed() -> None:
-    """Nothing is probed."""
+    """No probe is sent."""
     server = Server()
     breaker = CircuitBreaker(server.probe, AT_ONCE)
     assert await breaker.call(server.send) == "answer"
     assert (server.sent, server.probes, breaker.is_open) == (1, 0, False)
 
 
-async def test_it_opens_after_five_connection_failures_in_a_row() -> None:
-    """Not before."""
+async def test_breaker_opens_after_five_connection_failures_in_a_row() -> None:
+    """Four failures do not open it."""
     server = Server(alive=False)
     breaker, call = await opened(server)
     assert server.sent == 5
@@ -84,8 +84,8 @@ async def test_it_opens_after_five_connection_failures_in_a_row() -> None:
     assert await call == "answer"
 
 
-async def test_while_it_is_open_nothing_is_sent() -> None:
-    """However many calls wait; all of them are sent when a probe has closed it."""
+async def test_open_breaker_sends_nothing() -> None:
+    """All waiting calls are sent after a probe has closed the breaker."""
     server = Server(alive=False)
     breaker, first = await opened(server)
     others = [asyncio.create_task(breaker.call(server.send)) for _ in range(20)]
@@ -98,7 +98,7 @@ async def test_while_it_is_open_nothing_is_sent() -> None:
     assert (server.sent, breaker.is_open, breaker.openings) == (26, False, 1)
 
 
-async def test_it_opens_again() -> None:
+async def test_breaker_opens_again_after_it_closed() -> None:
     """Five new failures are needed after it closed."""
     server = Server(alive=False)
     breaker, call = await opened(server)
@@ -114,8 +114,8 @@ async def test_it_opens_again() -> None:
     assert breaker.openings == 2
 
 
-async def test_a_server_that_lives_gets_the_error_raised() -> None:
-    """The request may be at fault: its attempts are counted by whoever called."""
+async def test_error_is_raised_if_the_server_is_alive() -> None:
+    """The request may be at fault, so the caller counts the attempt."""
     server = Server()
     server.failing = [LLMConnectionError("reset")]
     breaker = CircuitBreaker(server.probe, AT_ONCE)
@@ -136,8 +136,8 @@ async def failures_of(breaker: CircuitBreaker, server: Server, *errors: LLMError
     [None, LLMBusyError("503"), LLMReplyError("no JSON", Reason.NOT_JSON), LLMModelError("404")],
     ids=["answer", "busy", "unusable", "no-model"],
 )
-async def test_any_answer_starts_the_count_anew(answer: LLMError | None) -> None:
-    """A server that says anything at all is not away."""
+async def test_any_answer_resets_the_failure_count(answer: LLMError | None) -> None:
+    """A server that answers is not away."""
     server = Server()
     breaker = CircuitBreaker(server.probe, AT_ONCE)
     lost = [LLMConnectionError("reset")] * 4
@@ -150,8 +150,8 @@ async def test_any_answer_starts_the_count_anew(answer: LLMError | None) -> None
     assert breaker.openings == 0
 
 
-async def test_a_time_out_neither_counts_nor_starts_the_count_anew() -> None:
-    """A slow server is not away, and silence is no sign of life."""
+async def test_timeout_neither_counts_nor_resets_the_count() -> None:
+    """A slow server is not away, but silence does not show that it is alive."""
     server = Server()
     breaker = CircuitBreaker(server.probe, AT_ONCE)
     lost, slow = LLMConnectionError("reset"), LLMTimeoutError("slow")
@@ -164,8 +164,8 @@ async def test_a_time_out_neither_counts_nor_starts_the_count_anew() -> None:
 
 
 @pytest.mark.parametrize("error", [LLMBusyError("x"), LLMTimeoutError("x"), ValueError("x"), asyncio.CancelledError()])
-async def test_other_errors_pass(error: BaseException) -> None:
-    """At once, and without a probe."""
+async def test_other_errors_pass_through(error: BaseException) -> None:
+    """They are raised at once, without a probe."""
     server = Server()
     breaker = CircuitBreaker(server.probe, AT_ONCE)
 
@@ -177,7 +177,7 @@ async def test_other_errors_pass(error: BaseException) -> None:
     assert server.probes == 0
 
 
-async def test_a_breaker_that_fails_fast_lets_nobody_wait() -> None:
+async def test_open_breaker_that_fails_fast_raises_at_once() -> None:
     """A connection failure is raised as it is; once open, calls fail at once until a probe has closed it."""
     server = Server(alive=False)
     breaker = CircuitBreaker(server.probe, BreakerPolicy(first_probe_s=0.0, probe_cap_s=0.0, fails_fast=True))
@@ -194,7 +194,7 @@ async def test_a_breaker_that_fails_fast_lets_nobody_wait() -> None:
 
 
 async def test_an_outage_beyond_the_limit_is_final() -> None:
-    """For the calls that wait and for all that follow; nothing more is sent."""
+    """For waiting and for later calls; nothing more is sent."""
     server = Server(alive=False)
     breaker, first = await opened(server, BreakerPolicy(first_probe_s=0.0, probe_cap_s=0.0, outage_limit_s=0.05))
     second = asyncio.create_task(breaker.call(server.send))
@@ -207,8 +207,8 @@ async def test_an_outage_beyond_the_limit_is_final() -> None:
     assert server.sent == 5
 
 
-async def test_a_call_that_waits_can_be_cancelled() -> None:
-    """The others go on waiting."""
+async def test_waiting_call_can_be_cancelled() -> None:
+    """The other calls keep waiting."""
     server = Server(alive=False)
     breaker, first = await opened(server)
     second = asyncio.create_task(breaker.call(server.send))
@@ -220,7 +220,7 @@ async def test_a_call_that_waits_can_be_cancelled() -> None:
     assert await first == "answer"
 
 
-async def test_close_ends_the_probing() -> None:
+async def test_close_stops_the_probes() -> None:
     """A run that was cancelled leaves no task behind; closing twice is harmless."""
     server = Server(alive=False)
     breaker, call = await opened(server)

@@ -44,8 +44,8 @@ def fake() -> Iterator[FakeOllama]:
 
 
 @every_protocol
-def test_two_fields_ask_for_them(target: ChatTarget) -> None:
-    """And nothing else changes, so that answers and fingerprints stay what they were."""
+def test_two_fields_request_logprobs(target: ChatTarget) -> None:
+    """Nothing else in the body changes, so answers and fingerprints stay the same."""
     asked, plain = (json.loads(build_chat_body(t, MESSAGES, b"{}")) for t in (target, replace(target, logprobs=False)))
     assert asked == {**plain, "logprobs": True, "top_logprobs": 20}
     assert plan_fingerprint(target, "p", b"{}") == plan_fingerprint(replace(target, logprobs=False), "p", b"{}")
@@ -59,17 +59,17 @@ def reply_of(target: ChatTarget, logprobs: Any) -> dict[str, Any]:
 
 
 @every_protocol
-def test_they_are_handed_on_unread(target: ChatTarget) -> None:
+def test_logprobs_are_returned_unchanged(target: ChatTarget) -> None:
     logprobs = {"content": ENTRIES} if target.protocol == "openai_chat" else ENTRIES
     body = json.dumps(reply_of(target, logprobs)).encode()
-    assert parse_chat_response(target, 200, body, 100).tokens == tuple(ENTRIES)
+    assert parse_chat_response(target, 200, body, MESSAGES).tokens == tuple(ENTRIES)
 
 
 @every_protocol
 @pytest.mark.parametrize("logprobs", [None, 7, "x", {}, {"content": None}, {"content": "x"}], ids=str)
-def test_odd_ones_are_none(target: ChatTarget, logprobs: Any) -> None:
+def test_malformed_logprobs_are_ignored(target: ChatTarget, logprobs: Any) -> None:
     body = json.dumps(reply_of(target, logprobs)).encode()
-    assert parse_chat_response(target, 200, body, 100).tokens == ()
+    assert parse_chat_response(target, 200, body, MESSAGES).tokens == ()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_odd_ones_are_none(target: ChatTarget, logprobs: Any) -> None:
         (200, b'{"logprobs":[]}', True, False),
     ],
 )
-def test_what_counts_as_a_refusal(status: int, body: bytes, asked: bool, refused: bool) -> None:
+def test_refusal_of_logprobs_is_recognised(status: int, body: bytes, asked: bool, refused: bool) -> None:
     assert refuses_logprobs(replace(TARGET, logprobs=asked), status, body) is refused
 
 
@@ -109,8 +109,8 @@ def ask(server: ScriptedServer, *, is_async: bool, times: int) -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_after_a_refusal_they_are_never_asked_for_again(is_async: bool) -> None:
-    """One request more, without a wait or an attempt lost; another client asks for itself."""
+def test_logprobs_are_not_requested_after_a_refusal(is_async: bool) -> None:
+    """It takes one more request, but no wait and no attempt; other clients find out themselves."""
     with scripted_server(answer(REFUSAL, 400)) as server:
         ask(server, is_async=is_async, times=3)
         assert ["logprobs" in request.json for request in server.chats] == [True, False, False, False]
@@ -119,15 +119,15 @@ def test_after_a_refusal_they_are_never_asked_for_again(is_async: bool) -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_a_refusal_for_another_reason_stays_one(is_async: bool) -> None:
-    """Also where it comes to the second request."""
+def test_refusal_for_another_reason_is_raised(is_async: bool) -> None:
+    """Also if it answers the second request."""
     with scripted_server(answer(REFUSAL, 400), answer({"error": "logprobs or something"}, 400)) as server:
         with pytest.raises(LLMRejectedError):
             ask(server, is_async=is_async, times=1)
         assert len(server.chats) == 2
 
 
-def test_the_service_does_not_ask_for_them(fake: FakeOllama, tmp_path: Path) -> None:
+def test_service_does_not_request_logprobs(fake: FakeOllama, tmp_path: Path) -> None:
     """It would store nothing of it: a server that refuses them sees no reason to."""
     fake.configure(logprobs="refuse")
     with serve(tmp_path, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2") as process:
@@ -135,14 +135,14 @@ def test_the_service_does_not_ask_for_them(fake: FakeOllama, tmp_path: Path) -> 
     assert [request["outcome"] for request in fake.requests()] == ["200"]
 
 
-def test_the_fake_gives_none_unless_it_is_told_to(fake: FakeOllama) -> None:
+def test_fake_returns_logprobs_only_if_configured(fake: FakeOllama) -> None:
     assert "logprobs" not in chat(fake, logprobs=True, top_logprobs=20).json
     fake.configure(logprobs={"*": 0.9})
     assert "logprobs" not in chat(fake).json
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
-def test_the_fake_has_the_shape_of_ollama(fake: FakeOllama, path: str) -> None:
+def test_fake_logprobs_have_the_shape_of_ollama(fake: FakeOllama, path: str) -> None:
     """The bytes of the tokens are the answer, and no list is longer than was asked for."""
     fake.configure(logprobs={"*": 0.9})
     body = post(fake, path, chat_body(logprobs=True, top_logprobs=5)).json

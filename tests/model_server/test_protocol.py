@@ -49,7 +49,7 @@ def body_of(target: ChatTarget, attempt: int = 0) -> dict[str, Any]:
 
 
 def test_chat_body() -> None:
-    """Every load option and limit is said, so that no default of the server decides."""
+    """Each option is explicit, so that no default of the server applies."""
     assert body_of(TARGET) == {
         "model": "llama3.2",
         "messages": MESSAGES,
@@ -78,7 +78,7 @@ def test_generate_body_of_a_repair_turn() -> None:
 
 
 def test_openai_body() -> None:
-    """What the other protocol has no name for is left out."""
+    """Options that the protocol does not have are left out."""
     assert body_of(OPENAI) == {
         "model": "llama3.2",
         "messages": MESSAGES,
@@ -94,16 +94,16 @@ def test_openai_body() -> None:
 
 
 @pytest.mark.parametrize("protocol", TARGETS)
-def test_another_attempt_is_another_seed_and_nothing_else(protocol: str) -> None:
-    """Asking again must not be asking for the same answer, nor reload the model."""
+def test_attempt_changes_only_the_seed(protocol: str) -> None:
+    """A repeated request can get another answer and does not reload the model."""
     first, second = (json.dumps(body_of(TARGETS[protocol], attempt)) for attempt in (0, 3))
     assert first != second
     assert first.replace(str(SEED), str(SEED + 3)) == second
 
 
 @pytest.mark.parametrize("protocol", ["ollama_chat", "ollama_generate"])
-def test_thinking_is_switched_off_where_the_model_can_think(protocol: str) -> None:
-    """A model that cannot is not told about it."""
+def test_thinking_is_disabled_if_the_model_can_think(protocol: str) -> None:
+    """Other models get no such option."""
     target = TARGETS[protocol]
     assert "think" not in body_of(target)
     assert body_of(replace(target, disable_thinking=True))["think"] is False
@@ -111,19 +111,19 @@ def test_thinking_is_switched_off_where_the_model_can_think(protocol: str) -> No
 
 @pytest.mark.parametrize(("setting", "sent"), [("10m", "10m"), ("300", 300), ("-1", -1), ("0", 0), ("-5m", "-5m")])
 def test_keep_alive_is_a_number_or_a_duration(setting: str, sent: Any) -> None:
-    """A number in quotes would be a duration without a unit, which the server refuses."""
+    """The server refuses a number in quotes: a duration without a unit."""
     assert body_of(replace(TARGET, keep_alive=setting))["keep_alive"] == sent
 
 
 def test_headers() -> None:
-    """The key is sent as a bearer token; a compressed answer is not asked for."""
+    """The key is sent as a bearer token; compression is refused."""
     assert OPENAI.headers["Authorization"] == "Bearer sk-secret"
     assert "Authorization" not in TARGET.headers
     assert TARGET.headers["Accept-Encoding"] == "identity"
 
 
 def test_no_secret_in_a_repr() -> None:
-    """Targets end in tracebacks and debug lines."""
+    """Targets appear in tracebacks and debug lines."""
     assert "sk-secret" not in repr(OPENAI)
     assert "sk-secret" not in f"{OPENAI} {[OPENAI]}"
 
@@ -165,7 +165,7 @@ LISTED = [
 
 
 def test_parse_models_of_ollama() -> None:
-    """A model that runs elsewhere is known by its host, whatever it is called."""
+    """A remote model is recognised by its host, whatever its name."""
     fields = {
         "models": [
             {"name": "llama3.2:latest", "model": "llama3.2:latest", "digest": "abc", "size": 1},
@@ -194,15 +194,15 @@ def test_parse_models_of_openai() -> None:
 @pytest.mark.parametrize(
     "models", [None, [], {}, "x", [None, 3, "x", [], {}, {"name": None}, {"name": 5}, {"digest": "a"}]]
 )
-def test_odd_entries_of_a_list_are_passed_over(models: Any) -> None:
+def test_malformed_models_are_ignored(models: Any) -> None:
     """An empty server says null."""
     assert parse_models("ollama_chat", 200, json.dumps({"models": models}).encode()) == []
 
 
 @pytest.mark.parametrize(("status", "body"), [(500, b"{}"), (404, b""), (200, b"<html>"), (200, b"[]"), (200, b"")])
 @pytest.mark.parametrize("protocol", TARGETS)
-def test_an_answer_that_is_no_list_of_models(status: int, body: bytes, protocol: Protocol) -> None:
-    """Then there is no model server."""
+def test_unreadable_model_list_is_an_error(status: int, body: bytes, protocol: Protocol) -> None:
+    """The server at this address is not a model server."""
     with pytest.raises(LLMUnavailableError):
         parse_models(protocol, status, body)
 
@@ -216,13 +216,13 @@ def test_an_answer_that_is_no_list_of_models(status: int, body: bytes, protocol:
         ("library/phi4", "library/phi4:latest"),
     ],
 )
-def test_choose_model(named: str, found: str) -> None:
-    """Without a tag, latest is meant."""
+def test_model_without_a_tag_means_latest(named: str, found: str) -> None:
+    """Names with a tag or a namespace are matched as well."""
     assert choose_model(settings_for(ollama_model=named), LISTED).name == found
 
 
-def test_choose_model_of_another_server() -> None:
-    """There, a name is the whole name."""
+def test_model_name_of_an_openai_server_is_exact() -> None:
+    """No tag is added."""
     settings = settings_for(llm_api_url="http://x/v1/chat/completions", llm_model="a", ollama_model="b")
     assert choose_model(settings, [ServedModel("a:latest"), ServedModel("a")]).name == "a"
     with pytest.raises(ConfigurationError, match="LLM_MODEL"):
@@ -230,8 +230,8 @@ def test_choose_model_of_another_server() -> None:
 
 
 @pytest.mark.parametrize("named", [None, "qwen3", "missing"])
-def test_a_model_that_is_not_there_gets_a_list_of_those_that_are(named: str | None) -> None:
-    """Remote ones are not offered."""
+def test_missing_model_error_lists_the_local_models(named: str | None) -> None:
+    """Remote models are not listed."""
     with pytest.raises(ConfigurationError) as caught:
         choose_model(settings_for(ollama_model=named), LISTED)
     message = str(caught.value)
@@ -241,30 +241,30 @@ def test_a_model_that_is_not_there_gets_a_list_of_those_that_are(named: str | No
     assert "looks-local" not in message
 
 
-def test_a_server_without_models_gets_a_command() -> None:
-    """What to do next."""
+def test_missing_model_error_shows_ollama_pull_if_there_are_none() -> None:
+    """The message has the command to run."""
     with pytest.raises(ConfigurationError, match="ollama pull"):
         choose_model(settings_for(ollama_model="llama3.2"), [])
 
 
 @pytest.mark.parametrize("named", ["gpt-oss:120b-cloud", "x:cloud", "x:CLOUD", "x:1b-Cloud", "looks-local"])
 def test_cloud_models_are_refused(named: str) -> None:
-    """By name or by what the server says of them: customer text must not leave the house."""
-    with pytest.raises(ConfigurationError, match="leave this house"):
+    """By name or by the server's report: customer text must not leave the network."""
+    with pytest.raises(ConfigurationError, match="leave your network"):
         choose_model(settings_for(ollama_model=named), LISTED)
 
 
 @pytest.mark.parametrize("protocol", TARGETS)
-def test_cloud_names_are_refused_before_anything_is_asked(protocol: str) -> None:
-    """A target for such a model cannot even be made."""
+def test_cloud_names_are_refused_before_any_request(protocol: str) -> None:
+    """No target can be created for them."""
     given = {} if protocol == "ollama_chat" else {"llm_api_url": TARGETS[protocol].url}
-    with pytest.raises(ConfigurationError, match="leave this house"):
+    with pytest.raises(ConfigurationError, match="leave your network"):
         chat_target(settings_for(**given), "gpt-oss:120b-cloud")
 
 
 @pytest.mark.parametrize("named", ["cloudy:7b", "cloud", "my-cloud:7b", "host:5000/cloud"])
-def test_other_names_with_cloud_in_them_are_local(named: str) -> None:
-    """The tag alone tells."""
+def test_names_that_contain_cloud_are_local_without_the_tag(named: str) -> None:
+    """Only the tag counts."""
     assert chat_target(settings_for(), named).model == named
 
 
@@ -278,12 +278,12 @@ def test_other_names_with_cloud_in_them_are_local(named: str) -> None:
         (404, {"error": "model 'x' not found"}, False),
     ],
 )
-def test_whether_a_model_thinks(status: int, fields: dict[str, Any], thinks: bool) -> None:
-    """/api/show tells what a model can."""
+def test_show_reports_whether_a_model_can_think(status: int, fields: dict[str, Any], thinks: bool) -> None:
+    """From the capabilities in /api/show."""
     assert parse_show(status, json.dumps(fields).encode()).can_think is thinks
 
 
-def test_what_a_model_is_like() -> None:
+def test_show_reports_limit_and_size() -> None:
     """/api/show has the model's own limit under the name of its architecture."""
     fields = {
         "capabilities": ["completion"],
@@ -296,8 +296,8 @@ def test_what_a_model_is_like() -> None:
         assert parse_show(200, json.dumps(odd).encode()) == ModelFacts()
 
 
-def test_what_is_loaded() -> None:
-    """/api/ps tells the window that the server really gave; size_vram is left out where it is 0."""
+def test_loaded_models_have_window_and_memory() -> None:
+    """/api/ps reports the window that the server gave; it leaves out size_vram if it is 0."""
     entry = {"name": "llama3.2:latest", "digest": "abc", "size": 10, "size_vram": 4, "context_length": 8192}
     body = json.dumps({"models": [entry, {"name": "cpu:latest", "size": 7}, {"name": 3}, None]}).encode()
     assert parse_loaded(200, body) == [
@@ -307,21 +307,21 @@ def test_what_is_loaded() -> None:
     assert parse_loaded(500, b"{}") == []
 
 
-def test_addresses() -> None:
-    """Where models are listed, and what asks for one."""
+def test_model_list_address_and_show_body() -> None:
+    """The address that lists models, and the body that asks about one."""
     assert models_url("ollama_chat", "http://m:1") == "http://m:1/api/tags"
     assert models_url("openai_chat", "http://m:1") == "http://m:1/v1/models"
     assert json.loads(show_body("llama3.2")) == {"model": "llama3.2"}
 
 
-def test_what_the_server_said_of_the_model_joins_the_target() -> None:
+def test_target_gets_the_facts_of_its_model() -> None:
     """Nothing else changes, so a run never reloads the model."""
     target = with_model(TARGET, ServedModel("llama3.2:latest", "sha256:1"), ModelFacts(frozenset({"thinking"})))
     assert target == replace(TARGET, digest="sha256:1", disable_thinking=True)
 
 
-def test_the_fingerprint_covers_what_decides_an_answer() -> None:
-    """Model, digest, options, prompt and schema; not the address, the key, or the window, which each run chooses anew."""
+def test_fingerprint_covers_everything_that_decides_an_answer() -> None:
+    """Model, digest, options, prompt and schema; not the address, the key, or the window, which each run chooses."""
     base = plan_fingerprint(TARGET, "prompt", SCHEMA)
     assert plan_fingerprint(replace(TARGET, num_ctx=4096, context_limit=4096), "prompt", SCHEMA) == base
     assert plan_fingerprint(replace(TARGET, server_url="http://other", api_key="k"), "prompt", SCHEMA) == base

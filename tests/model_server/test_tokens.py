@@ -70,7 +70,7 @@ def tokens(engine: TinyEngine, text: str, *, prompt: bool = False) -> int:
 
 
 @pytest.mark.parametrize("script", [script for script in WORDS if script != "english"])
-def test_before_anything_was_learnt_no_text_has_more(engine: TinyEngine, script: str) -> None:
+def test_first_estimate_is_never_too_low(engine: TinyEngine, script: str) -> None:
     """This tokenizer learnt a little English only: in other scripts it makes the most there can be, a token of each byte."""
     for words in (3, 40, 400):
         text = text_of(script, words)
@@ -78,23 +78,21 @@ def test_before_anything_was_learnt_no_text_has_more(engine: TinyEngine, script:
 
 
 @pytest.mark.parametrize("text", [*ODD.values(), *(text_of(script, 300) for script in WORDS)], ids=[*ODD, *WORDS])
-def test_no_whole_prompt_is_refused(engine: TinyEngine, text: str) -> None:
-    """Its own count never betrays a cut, whatever the text: the least is less than any tokenizer's count."""
+def test_whole_prompt_is_never_taken_for_a_cut_one(engine: TinyEngine, text: str) -> None:
+    """The fewest tokens of a text are fewer than any tokenizer's count."""
     count = tokens(engine, text, prompt=True)
     reply = {"message": {"content": "{}"}, "done": True, "done_reason": "stop", "prompt_eval_count": count}
     messages = PromptBuilder(SYSTEM).build_transcript(text)
-    least = sum(least_tokens(message["content"]) for message in messages)
-    assert least_prompt_tokens(messages) == least
-    characters = sum(len(message["content"]) for message in messages)
-    answered = parse_chat_response(TARGET, 200, json.dumps(reply).encode(), characters, lambda _enough: least)
+    assert least_prompt_tokens(messages) == sum(least_tokens(message["content"]) for message in messages)
+    answered = parse_chat_response(TARGET, 200, json.dumps(reply).encode(), messages)
     assert answered.prompt_tokens == count
 
 
 @pytest.mark.parametrize(
     "text", [*ODD.values(), "a b c d e", "a " * 2000, "abcdefghijklmnop" * 9 + "q", *map(text_of, WORDS, [40] * 9)]
 )
-def test_what_is_surely_enough_is_not_counted(text: str) -> None:
-    """And whatever is told as enough, the verdict is that of a count."""
+def test_least_tokens_are_not_counted_if_they_are_surely_few_enough(text: str) -> None:
+    """The result compares with *enough* as a full count would."""
     messages = PromptBuilder(SYSTEM).build_transcript(text)
     counted = sum(least_tokens(message["content"]) for message in messages)
     many = sum(len(message["content"]) for message in messages)
@@ -104,7 +102,7 @@ def test_what_is_surely_enough_is_not_counted(text: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["english", "russian", "chinese"])
-def test_earlier_answers_sharpen_the_estimate(engine: TinyEngine, script: str) -> None:
+def test_estimate_improves_with_answers(engine: TinyEngine, script: str) -> None:
     """From twenty answers on it is close above the truth, also for texts ten times as long as those it learnt from."""
     estimator = TokenEstimator(SYSTEM)
     for seed in range(2 * LEARN_FROM):
@@ -116,14 +114,14 @@ def test_earlier_answers_sharpen_the_estimate(engine: TinyEngine, script: str) -
         assert truth <= estimator.prompt_tokens(text) <= 1.2 * truth
 
 
-def test_a_denser_tokenizer_than_expected_is_learnt_at_once() -> None:
+def test_dense_tokenizer_is_learnt_at_once() -> None:
     """A first count above the estimate raises the part that all prompts share."""
     estimator = TokenEstimator("x" * 3000)
     estimator.learn("hello there", 2500)
     assert 2480 <= estimator.system_tokens <= 2500
 
 
-def test_scripts_are_learnt_apart(engine: TinyEngine) -> None:
+def test_scripts_are_learnt_separately(engine: TinyEngine) -> None:
     """Twenty English answers say nothing about Thai."""
     estimator = TokenEstimator(SYSTEM)
     before = estimator.text_tokens(text_of("thai", 100))
@@ -135,7 +133,7 @@ def test_scripts_are_learnt_apart(engine: TinyEngine) -> None:
     assert estimator.text_tokens(text_of("thai", 100)) == pytest.approx(before, rel=0.1)
 
 
-def test_a_real_engine_that_refuses_teaches_its_window(
+def test_refusal_of_a_real_engine_leads_to_a_fitting_prompt(
     model_path: Path, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:
     """llama.cpp over OpenAI's protocol: its window is unknown until it refuses and tells; what fits then is labelled."""

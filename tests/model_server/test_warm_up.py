@@ -26,8 +26,8 @@ def serve_beside(site: Site, folder: Path, **settings: str) -> AbstractContextMa
     return serve(folder, OLLAMA_ENDPOINT=model_of(site).url, OLLAMA_MODEL="llama3.2", **settings)
 
 
-def test_a_load_that_takes_longer_than_a_call_may(site: Site) -> None:
-    """One load, never aborted, and no call before it has ended; the console says what it waits for."""
+def test_load_may_take_longer_than_a_call(site: Site) -> None:
+    """There is one load, it is not aborted, and no call precedes its end; the console shows it."""
     documents = [document(number) for number in range(30)]
     site.source.insert_many(documents)
     model_of(site).configure(load_delay_s=3.0)
@@ -39,8 +39,8 @@ def test_a_load_that_takes_longer_than_a_call_may(site: Site) -> None:
     assert (stats["chat_requests"], stats["failed"]) == (30, 0)
 
 
-def test_a_model_that_does_not_load(site: Site) -> None:
-    """One sentence and exit code 3, before anything was touched."""
+def test_model_that_does_not_load_ends_the_run(site: Site) -> None:
+    """One message and exit code 3; nothing was changed."""
     site.source.insert_one(document(1))
     model_of(site).configure(load_error="llama-server process has terminated: exit status 1")
     ended = site.run()
@@ -50,7 +50,7 @@ def test_a_model_that_does_not_load(site: Site) -> None:
 
 
 def test_worker_service_and_worker_load_the_model_once(site: Site, tmp_path: Path) -> None:
-    """Each takes the window that is there: the worker's own choice, then the service's, are as large as needed."""
+    """Each reuses the loaded window, because it is large enough."""
     site.source.insert_many([document(number) for number in range(10)])
     assert site.run().code == 0
     with serve_beside(site, tmp_path) as service:
@@ -63,22 +63,22 @@ def test_worker_service_and_worker_load_the_model_once(site: Site, tmp_path: Pat
     assert {record["options"]["num_ctx"] for record in model_of(site).requests()} == {4096}
 
 
-def test_a_worker_takes_over_the_larger_window_of_the_service(site: Site, tmp_path: Path) -> None:
-    """8192 where the service was first; one that needs more says that the model is loaded again."""
+def test_worker_reuses_the_larger_window_of_the_service(site: Site, tmp_path: Path) -> None:
+    """It keeps the 8192 tokens of the service; a worker that needs more reloads the model and says so."""
     site.source.insert_many([document(number) for number in range(10)])
     with serve_beside(site, tmp_path) as service:
         assert service.classify().status == 200
         ended = site.run()
-        assert "is loaded with a window of 8192 tokens, which is used as it is" in ended.err
+        assert "is already loaded with a window of 8192 tokens; using that" in ended.err
         assert model_of(site).stats()["loads"] == 1
         site.source.insert_many([long_conversation(number, 200) for number in range(100, 110)])
         ended = site.run()
         assert ended.code == 0, ended.err
-        assert "is loaded with 8192 tokens and this needs 16384: it is loaded again" in ended.err
+        assert "is loaded with 8192 tokens, but 16384 are needed: loading it again" in ended.err
     assert model_of(site).stats()["loads"] == 2
 
 
-def test_the_service_takes_over_a_larger_window_and_loads_what_was_unloaded(site: Site, tmp_path: Path) -> None:
+def test_service_reuses_a_larger_window_and_reloads_an_unloaded_model(site: Site, tmp_path: Path) -> None:
     """It looks before a call, at most every ten seconds; callers that come while it loads wait for that one load."""
     folder = tmp_path / "quick"
     folder.mkdir()
@@ -104,7 +104,7 @@ def test_the_service_takes_over_a_larger_window_and_loads_what_was_unloaded(site
 
 
 def test_the_service_is_ready_when_the_model_is_loaded(tmp_path: Path) -> None:
-    """Alive at once; 503 on both routes until then, although the model is there."""
+    """It is alive at once, but both routes answer 503 until the model is loaded."""
     with (
         FakeOllama(load_delay_s=6.0, user_message=0) as fake,
         serve(tmp_path, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2", LLM_TIMEOUT_S="1") as service,
@@ -129,8 +129,8 @@ def ask_too_much(service: ServiceProcess) -> Answer:
 
 
 @pytest.mark.parametrize("mode", ["fit", "skip", "fail"])
-def test_a_long_conversation_at_the_service(site: Site, tmp_path: Path, mode: str) -> None:
-    """Fitted, it is answered with a header that says so; else it is refused, and the model is not asked."""
+def test_service_truncates_a_long_conversation(site: Site, tmp_path: Path, mode: str) -> None:
+    """A truncated conversation is answered with a header; with ON_LONG skip or fail it is refused without a model call."""
     with serve_beside(site, tmp_path, ON_LONG=mode) as service:
         assert "x-input-complete" not in service.classify().headers
         answer = ask_too_much(service)
@@ -143,21 +143,21 @@ def test_a_long_conversation_at_the_service(site: Site, tmp_path: Path, mode: st
         assert model_of(site).stats()["chat_requests"] == (2 if mode == "fit" else 1)
 
 
-def test_a_server_that_gives_less_than_asked(site: Site) -> None:
+def test_smaller_window_of_the_server_is_used(site: Site) -> None:
     """The smaller window is used, and said; so is a model that does not fit in the GPU. It is loaded once all the same."""
     site.source.insert_many([long_conversation(number, 60) for number in range(10)])
     model_of(site).configure(most_ctx=5000, vram_share=0.6)
     ended = site.run(OLLAMA_NUM_CTX="8192")
     assert ended.code == 0, ended.err
-    assert "the server gave a window of 5000 tokens instead of 8192; 5000 are used" in ended.err
-    assert "40 % of llama3.2 is not in the GPU's memory" in ended.err
+    assert "the server gave a window of 5000 tokens instead of 8192; using 5000" in ended.err
+    assert "40 % of llama3.2 is outside GPU memory" in ended.err
     results = check_labels_are_of_what_was_sent(site)
     assert {result["processing_metadata"]["input_complete"] for result in results.values()} == {False}
     assert model_of(site).stats()["loads"] == 1
 
 
-def test_a_model_that_is_unloaded_in_mid_run_is_loaded_alone_again(site: Site) -> None:
-    """As before the first call: no call with its short time-out starts a load, and aborts it."""
+def test_model_unloaded_during_a_run_is_loaded_by_one_request(site: Site) -> None:
+    """No call starts a load that its own short time-out would abort."""
     site.source.insert_many([document(number) for number in range(20)])
     program = "import sys, cli, async_llm_wrapper as window; window.LOOK_EVERY_S = 0; sys.exit(cli.main())"
     model_of(site).configure(faults=[{"kind": "unload", "when": {"indexes": [9]}}], load_delay_s=2.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from commands.diagnosis.slots import Call, Level, Measurement, Round, levels_up_to, parse_queue_wait
+from commands.diagnosis.slots import Call, Level, Measurement, Round, levels_up_to
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_ollama_client import chat
 from tests.forked_process import run_forked
@@ -183,19 +183,3 @@ def test_more_at_once_is_not_enough_if_answers_do_not_come_faster() -> None:
 @pytest.mark.parametrize(("at_most", "levels"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
 def test_levels(at_most: int, levels: list[int]) -> None:
     assert levels_up_to(at_most) == levels
-
-
-@pytest.mark.parametrize(
-    ("body", "wait_s"),
-    [
-        (b'{"total_duration": 5e9, "load_duration": 1e9, "prompt_eval_duration": 1e9, "eval_duration": 1e9}', 2.0),
-        (b'{"total_duration": 5000000000}', 5.0),
-        (b'{"total_duration": 1, "eval_duration": 2}', 0.0),
-        (b"{}", None),
-        (b"[]", None),
-        (b"<html>", None),
-        (b'{"total_duration": "x"}', None),
-    ],
-)
-def test_queue_wait_is_what_is_left_of_the_total(body: bytes, wait_s: float | None) -> None:
-    assert parse_queue_wait(body) == wait_s

@@ -134,7 +134,7 @@ def test_the_window_is_chosen_from_a_sample_and_the_models_limit(site: Site) -> 
     assert model_of(site).requests()[0]["options"]["num_ctx"] == 4096
     site.source.insert_many([long_conversation(100 + number, 200) for number in range(50)])
     ended = site.run("--logs")
-    assert "it is loaded again" in ended.err
+    assert "loading it again" in ended.err
     assert "INFO - batch_processor - context window: 16384 tokens" in ended.err
     assert all(metadata(result)[0] for result in site.results.find())
     model_of(site).configure(models=[{"name": "llama3.2:latest", "context_length": 6000}])

@@ -1,0 +1,49 @@
+"""A replica set with one member, for tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pymongo import MongoClient
+from pymongo.errors import OperationFailure
+
+from embedded.mongod import POLL_S, START_TIMEOUT_S, EmbeddedMongod
+
+NAME = "rs0"
+
+
+class ReplicaSetMongod(EmbeddedMongod):
+    """An EmbeddedMongod that is the only member of the replica set ``rs0``; it takes writes after ``start``."""
+
+    def __init__(self, data_dir: Path, *, log_path: Path | None = None, extra_arguments: Sequence[str] = ()) -> None:
+        arguments = ("--replSet", NAME, "--oplogSize", "256", *extra_arguments)
+        super().__init__(data_dir, log_path=log_path, extra_arguments=arguments)
+
+    @property
+    def uri(self) -> str:
+        """Its connection string; valid after the first start."""
+        return f"{super().uri}?replicaSet={NAME}"
+
+    def start(self) -> None:
+        """Start it and wait until it is primary; a data folder of another port is reconfigured."""
+        if self.pid is not None:
+            return
+        super().start()
+        members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
+        config: dict[str, Any] = {"_id": NAME, "version": 1, "members": members}
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with MongoClient[dict[str, Any]](f"{super().uri}?directConnection=true") as client:
+            while not client.admin.command("hello")["isWritablePrimary"]:
+                assert time.monotonic() < deadline, "no primary in time"
+                try:
+                    client.admin.command("replSetGetStatus")
+                except OperationFailure as exc:
+                    name = (exc.details or {}).get("codeName")
+                    if name == "NotYetInitialized":
+                        client.admin.command("replSetInitiate", config)
+                    elif name == "InvalidReplicaSetConfig":  # it had another port
+                        client.admin.command("replSetReconfig", config, force=True)
+                time.sleep(POLL_S)
