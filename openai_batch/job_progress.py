@@ -1,4 +1,4 @@
-"""Where a job is, on stderr: a display that is redrawn on a terminal, a line now and then elsewhere."""
+"""Progress of a job on stderr: a live display on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.live import Live
 from rich.text import Text
 
 LINE_EVERY_S = 5.0
-SHOWN = 8  # subjects on a terminal: those that changed last
+SHOWN = 8  # subjects on a terminal, the last changed ones
 
 
 class JobProgress:
-    """Call it with texts such as ``shard 3: in_progress, 5 of 10 done``; use as ``with``.
+    """Shows texts such as ``shard 3: in_progress, 5 of 10 done``. Use in ``with``, and call it.
 
-    What stands before the colon is the subject; a terminal shows the last text of each. Elsewhere a text is written
-    where it is new and the last line is LINE_EVERY_S old; the last one of all is written at the end.
+    The part before the colon is the subject. A terminal shows the last text of each subject. Elsewhere a new text is
+    printed if the last line is LINE_EVERY_S old; the final text is always printed.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:

@@ -23,8 +23,7 @@ from openai_batch.job_config import (
     SchemaConfig,
     StatusConfig,
 )
-from openai_batch.schema_file import explain, load_schema_file
-from openai_batch.user_functions import resolve_function
+from openai_batch.schema_file import explain, load_schema_file, resolve_function
 
 
 def refusal(kind: Any, **fields: Any) -> str:
@@ -66,12 +65,12 @@ def test_a_query_that_does_more_than_ask_is_refused(query: Any, path: str) -> No
         ({"$rename": {"a": "b"}}, "$rename is not allowed"),
         ({"name": 5}, "name is not allowed"),
         ({"$set": "{{response_content}}"}, "$set is not allowed"),
-        ({"$set": {"$x": 1}}, "$set.$x is no field"),
-        ({"$set": {"a.$[].b": 1}}, "$set.a.$[].b is no field"),
-        ({"$set": {"_id": 1}}, "$set._id is no field"),
-        ({"$set": {"_id.x": 1}}, "$set._id.x is no field"),
-        ({"$set": {"a\n": 1}}, "$set.a\n is no field"),
-        ({"$set": {"{{response_content}}": 1}}, "$set.{{response_content}} is no field"),
+        ({"$set": {"$x": 1}}, "$set.$x is not a field"),
+        ({"$set": {"a.$[].b": 1}}, "$set.a.$[].b is not a field"),
+        ({"$set": {"_id": 1}}, "$set._id is not a field"),
+        ({"$set": {"_id.x": 1}}, "$set._id.x is not a field"),
+        ({"$set": {"a\n": 1}}, "$set.a\n is not a field"),
+        ({"$set": {"{{response_content}}": 1}}, "$set.{{response_content}} is not a field"),
         ({"$set": {"a": {"$function": {"body": "x"}}}}, "$set.a.$function is not allowed"),
         ({"$set": {"a": [{"$where": 1}]}}, "$set.a[0].$where is not allowed"),
         ({"$set": {"a": {"$each": [1]}}}, "$set.a.$each is not allowed"),
@@ -146,8 +145,8 @@ def test_status_values_are_distinct() -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"field_map": {"a b": "x"}}, "'a b' is no name"),
-        ({"field_map": {"__class__": "x"}}, "'__class__' is no name"),
+        ({"field_map": {"a b": "x"}}, "'a b' is not a variable name"),
+        ({"field_map": {"__class__": "x"}}, "'__class__' is not a variable name"),
         ({"field_map": {"a": "x.$y"}}, "the path of a must be"),
         ({"field_map": {"a": ""}}, "the path of a must be"),
         ({"field_map": {"a": "x"}, "defaults": {"b": 1}}, "defaults: b is not in field_map"),
@@ -300,13 +299,13 @@ def test_code_that_everybody_can_change_is_refused(own_module: Path, tmp_path: P
     ("text", "problem"),
     [
         ("", "defines no SchemaConfig"),
-        ("schema_config = 5 +", "line 1: this is no Python"),
+        ("schema_config = 5 +", "line 1: not valid Python"),
         ("import nowhere", "cannot be run"),
         ("1 / 0", "cannot be run"),
         ("assert False", "cannot be run"),
         (
             "from openai_batch import SchemaConfig\na = SchemaConfig()\nb = SchemaConfig()",
-            "defines two of SchemaConfig",
+            "defines two objects of type SchemaConfig",
         ),
         (
             "from openai_batch import SchemaConfig\nx = SchemaConfig(query_template={'$where': '1'})",

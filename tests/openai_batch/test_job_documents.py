@@ -6,8 +6,6 @@ import dataclasses
 import datetime as dt
 import re
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +14,9 @@ from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 from error_handler import JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
 from openai_batch.ledger import ItemState, Shard, ShardState
-from openai_batch.shard_sending import wait_left_s
+from openai_batch.sending import wait_left_s
 from tests.fakes.fake_openai import FakeOpenAI
-from tests.openai_batch.openai_job import Job
+from tests.openai_batch.openai_job import Job, times_with
 
 ODD_IDS: list[Any] = [
     None,
@@ -38,25 +36,6 @@ ODD_IDS: list[Any] = [
     Timestamp(5, 6),
     "näme\nwith lines",
 ]
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI(polls_until_done=2) as fake:
-        yield fake
-
-
-@pytest.fixture
-def openai(running: FakeOpenAI) -> FakeOpenAI:
-    running.reset()
-    return running
-
-
-@pytest.fixture
-def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> Iterator[Job]:
-    job = Job(mongodb_uri, db_name, openai.url, tmp_path).open()
-    yield job
-    job.close()
 
 
 def test_ids_of_every_type(job: Job, openai: FakeOpenAI) -> None:
@@ -129,6 +108,7 @@ def test_documents_that_are_deleted_meanwhile(job: Job, openai: FakeOpenAI, monk
 def test_another_key_does_not_pay_for_everything_again(job: Job, openai: FakeOpenAI) -> None:
     """A server that knows neither batch nor file is another account: one sentence, and nothing is sent."""
     job.fill(5)
+    job.times = times_with(files_late_s=0.2)
     openai.configure(
         faults=[{"kind": "not_found_404", "when": {"route": ["batches.retrieve", "files.retrieve"]}, "times": 10_000}]
     )

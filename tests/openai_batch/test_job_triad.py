@@ -53,11 +53,9 @@ class Lane:
         settings = load_settings(
             None, mongodb_uri=self.site.uri, db_name=self.site.database.name, mongodb_backoff_s=0.05
         )
-        processor = DocumentBatchProcessor(
-            settings=settings, schema_file=load_schema_file(SCHEMA), state_dir=self.site.folder / "job"
+        return DocumentBatchProcessor(
+            settings=settings, schema_file=load_schema_file(SCHEMA), state_dir=self.site.folder / "job", times=TIMES
         )
-        processor.times = TIMES
-        return processor
 
 
 @pytest.fixture
@@ -156,9 +154,8 @@ def test_the_worker_leaves_alone_what_is_sent(lane: Lane, monkeypatch: pytest.Mo
 
     async def submit() -> None:
         async with processor.opened() as job:
-            await job.planner.recover()
-            await job.planner.plan(job.run.stop, job.run.on_progress, 20)
-            await job.run.send(job.files)
+            await job.recover()
+            await job.submit(20)
 
     asyncio.run(submit())
     assert lane.site.source.count_documents({"status": "processing"}) == 20

@@ -28,11 +28,11 @@ from error_handler import ConfigurationError, JobConnectionError, JobValidationE
 from openai_batch import mail, webhook
 from openai_batch.job_config import NotificationConfig
 from openai_batch.mail import Mailbox
-from openai_batch.notifications import QUEUE_SIZE, Notifier, Payload, ways_of
+from openai_batch.notifications import QUEUE_SIZE, Notifier, Payload, channels_of
 from openai_batch.webhook import Webhook, require_webhook
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.fakes.webhook_receiver import Canary, Receiver, flood, hang, receiving, status, trickle
-from tests.openai_batch.job_commands import END_S, JobSite, open_job_site
+from tests.openai_batch.openai_job import END_S, Job
 from utils.retry_utils import RetryPolicy
 
 KEYS = ["batch_id", "status", "total", "succeeded", "failed", "timestamp", "error_summary"]
@@ -54,19 +54,6 @@ def canary() -> Iterator[Canary]:
     listener = Canary()
     yield listener
     listener.close()
-
-
-@pytest.fixture
-def openai() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI(polls_until_done=1) as fake:
-        yield fake
-
-
-@pytest.fixture
-def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> Iterator[JobSite]:
-    with open_job_site(mongodb_uri, db_name, tmp_path, openai) as site:
-        site.fill(20)
-        yield site
 
 
 class Letterbox:
@@ -103,9 +90,9 @@ async def letterbox(**options: Any) -> AsyncIterator[tuple[Letterbox, str]]:
         server.close()
 
 
-def test_what_a_run_tells(job: JobSite, openai: FakeOpenAI) -> None:
+def test_what_a_run_tells(job: Job, openai: FakeOpenAI) -> None:
     """Completed, retried and failed batches, with exactly these keys; their counts add up; no text, no secret."""
-    job.documents.update_many({}, {"$set": {"text": "CANARY-TEXT"}})
+    job.fill(20, text="CANARY-TEXT")
     openai.configure(
         faults=[
             {"kind": "line_status", "status": 500, "when": {"batches": [0], "from": 1, "to": 2}},
@@ -114,7 +101,7 @@ def test_what_a_run_tells(job: JobSite, openai: FakeOpenAI) -> None:
     )
     with receiving() as receiver:
         changes = {"NOTIFICATION_WEBHOOK": receiver.url, "NOTIFICATION_WEBHOOK_SECRET": "CANARY-SECRET"}
-        ended = job.run("run", "--verbose", **changes)
+        ended = job.cli("run", "--verbose", **changes)
     assert ended.code == 1, ended.err
     assert [list(told) for told in receiver.payloads] == [KEYS] * 3
     facts = [(told["status"], told["total"], told["succeeded"], told["failed"]) for told in receiver.payloads]
@@ -144,7 +131,7 @@ async def test_a_receiver_checks_the_signature() -> None:
 
 async def told(receiver: Receiver, **options: Any) -> Notifier:
     async with Notifier([webhook_of(receiver.url)], policy=FAST, **options) as notifier:
-        notifier.tell(payload())
+        notifier.notify(payload())
     return notifier
 
 
@@ -240,17 +227,15 @@ def test_runs_end_whatever_webhook_and_mail_server_do(
         for name, settings in changes.items():
             folder = tmp_path / name.replace(" ", "_")
             folder.mkdir()
-            job = stack.enter_context(open_job_site(mongodb_uri, db_name, folder, openai))
-            job.documents = job.client[db_name][folder.name]
+            job = stack.enter_context(Job(mongodb_uri, db_name, openai.url, folder, collection=folder.name))
             job.fill(20)
-            settings |= {"MONGODB_SOURCE_COLLECTION": folder.name}
             running[name] = (job, stack.enter_context(job.started("run", **settings)))
         for name, (job, process) in running.items():
             _, err = process.communicate(timeout=END_S)
             assert process.returncode == 0, (name, err)
-            assert job.counted() == {"completed": 20}, name
+            assert job.statuses() == {"completed": 20}, name
             # A flood is cut off, and its status was 200.
-            assert ("notifications that nobody got" in err) is (name != "flood"), (name, err)
+            assert ("undelivered notifications" in err) is (name != "flood"), (name, err)
         assert not any(receiver.released.is_set() for receiver in receivers.values())
         assert all(receiver.received for receiver in receivers.values())
 
@@ -261,7 +246,7 @@ async def test_one_way_that_hangs_does_not_hold_up_the_other() -> None:
         with receiving(hang) as receiver:
             ways = [webhook_of(receiver.url), Mailbox("ops@example.com", server, None, None)]
             async with Notifier(ways, closing_s=0.5) as notifier:
-                notifier.tell(payload())
+                notifier.notify(payload())
                 async with asyncio.timeout(30):
                     while not box.letters:
                         await asyncio.sleep(0.01)
@@ -274,9 +259,9 @@ async def test_too_many_are_dropped_and_counted(caplog: pytest.LogCaptureFixture
     with receiving(hang) as receiver:
         async with Notifier([webhook_of(receiver.url)], closing_s=0.1) as notifier:
             for number in range(QUEUE_SIZE + 7):
-                notifier.tell(payload(number))
+                notifier.notify(payload(number))
         assert notifier.dropped == 7
-    assert "7 too many at once" in caplog.text
+    assert "7 dropped" in caplog.text
 
 
 REFUSED = [
@@ -321,7 +306,7 @@ def test_addresses_that_no_webhook_has(form: str, canary: Canary) -> None:
     """Refused when they are read, without a connection and without being shown."""
     url = form.format(port=canary.port)
     with pytest.raises(ConfigurationError) as caught:
-        ways_of(NotificationConfig(webhook_url=SecretStr(url)))
+        channels_of(NotificationConfig(webhook_url=SecretStr(url)))
     assert str(caught.value).startswith("NOTIFICATION_WEBHOOK")
     assert "127.0.0.1" not in str(caught.value)
     assert canary.visits() == 0
@@ -414,7 +399,7 @@ def test_mail_settings_that_cannot_be_used(parts: dict[str, Any]) -> None:
     """Also where a schema file and not the environment brings them."""
     given = {"email": "ops@example.com", "smtp_server": "localhost:25"} | parts
     with pytest.raises(ConfigurationError, match=r"SMTP|EMAIL"):
-        ways_of(NotificationConfig(**given))
+        channels_of(NotificationConfig(**given))
 
 
 @pytest.fixture
@@ -479,7 +464,7 @@ async def test_no_password_without_encryption() -> None:
 async def test_no_address_and_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """Addresses of webhooks are secrets: whoever has them can post."""
     caplog.set_level(logging.DEBUG)
-    ways = ways_of(
+    ways = channels_of(
         NotificationConfig(
             webhook_url=SecretStr("http://127.0.0.1:1/CANARY-URL"),
             webhook_secret=SecretStr("CANARY-SECRET"),
@@ -489,7 +474,8 @@ async def test_no_address_and_no_secret_in_the_log(caplog: pytest.LogCaptureFixt
         )
     )
     async with Notifier(ways, policy=FAST) as notifier:
-        notifier.tell(payload())
+        notifier.notify(payload())
     assert notifier.given_up == 2
-    assert "attempt 3" in caplog.text
+    assert "attempt 2 failed" in caplog.text
+    assert "given up" in caplog.text
     assert "CANARY" not in caplog.text

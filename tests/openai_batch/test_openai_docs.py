@@ -28,7 +28,7 @@ from openai_batch.ledger import ShardState
 from openai_batch.webhook import signature
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import run_forked
-from tests.openai_batch.job_commands import ROOT, JobSite
+from tests.openai_batch.openai_job import ROOT, Job
 
 PAGE = (ROOT / "docs/openai-batch.md").read_text(encoding="utf-8")
 TUTORIAL = PAGE.split("## From zero to a finished batch")[1].split("\n## ")[0]
@@ -62,23 +62,18 @@ def fake() -> Iterator[FakeOpenAI]:
 
 def test_the_tutorial(mongodb_uri: str, db_name: str, tmp_path: Path, fake: FakeOpenAI) -> None:
     """Every command and every Python block, in their order; what a dry run shows is what the page shows."""
-    site = JobSite(mongodb_uri, db_name, tmp_path, fake.url)
-    site.environment |= {
-        "MONGODB_DB": db_name,
-        "MONGODB_SOURCE_COLLECTION": "events",
-        "BATCH_FILES_DIR": str(tmp_path / "files"),
-    }
     insert, in_python = (
         block.replace(URI, mongodb_uri).replace('"clinic"', f'"{db_name}"') for block in python_blocks()
     )
 
-    def run(command: list[str], **changes: str) -> str:
-        ended = run_forked(command, site.environment | changes, ROOT)
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
+    with Job(mongodb_uri, db_name, fake.url, tmp_path, collection="events") as job:
 
-    with site.client:
-        database = site.client[db_name]
+        def run(command: list[str], **changes: str) -> str:
+            ended = run_forked(command, job.environment(**changes), ROOT)
+            assert ended.returncode == 0, ended.stderr
+            return ended.stdout
+
+        database = job.client[db_name]
         run(["-c", insert])
         (dry_run, lines), *steps = shown_commands()
         out = run(shlex.split(dry_run)[1:], OPENAI_BASE_URL="", OPENAI_API_KEY="")

@@ -209,7 +209,7 @@ def test_a_bomb_ends_one_document_only() -> None:
 def test_undefined_names_are_errors_that_quote_no_value(template: str, name: str) -> None:
     """A misspelt variable never becomes an empty text, and the message shows what the template says, not the data."""
     text = outcome(document("secret"), user_prompt_template=template)
-    assert text == f"JobProcessingError: user_prompt_template uses a name that no field has: {name}"
+    assert text == f"JobProcessingError: user_prompt_template uses an undefined name: {name}"
 
 
 @pytest.mark.parametrize("template", ["{{ text + 1 }}", "{{ data.x.y() }}", "{{ 1 / 0 }}", "{{ numbers[text] }}"])
