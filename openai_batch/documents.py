@@ -109,40 +109,6 @@ def _texts_of(value: Any) -> list[str]:
     return [] if value is None or isinstance(value, bool) else [str(value)]
 
 
-class PromptMaker:
-    """Makes the chat messages of documents, from templates or with the schema's ``build_messages``."""
-
-    def __init__(self, config: AppConfig, variables: Variables) -> None:
-        """Parse the templates.
-
-        Raises:
-            JobTemplateError: A template is malformed, or there is none.
-        """
-        prompts = config.prompts
-        if prompts.build_messages is None and not prompts.user_prompt_template:
-            raise JobTemplateError("the job has no prompt: give a PromptConfig, or set USER_PROMPT_TEMPLATE.")
-        self._build = prompts.build_messages
-        self._variables = variables
-        self._system = PromptTemplate("system_prompt", prompts.system_prompt)
-        self._user = PromptTemplate("user_prompt_template", prompts.user_prompt_template)
-
-    def messages(self, document: Document) -> Messages:
-        """Return the messages for *document*.
-
-        Raises:
-            JobProcessingError: There are none; the message says why and quotes no value.
-        """
-        if self._build is not None:
-            try:
-                return _checked(self._build(document))
-            except FUNCTION_ERRORS as exc:
-                raise JobProcessingError(f"build_messages failed ({type(exc).__name__})", is_final=True) from exc
-        values = self._variables.of(document)
-        system, user = self._system.render(values), self._user.render(values)
-        messages = [{"role": "system", "content": system}] if system.strip() else []
-        return [*messages, {"role": "user", "content": user}]
-
-
 def _checked(messages: Any) -> Messages:
     is_list = isinstance(messages, list) and bool(messages)
     if not is_list or not all(
@@ -182,28 +148,45 @@ def masking_of(config: AppConfig, variables: Variables) -> DocumentMasking | Non
 
 
 class ChildFunctions:
-    """The functions that run in the child process, which ends them if they do not."""
+    """The functions that run in the child process, where an endless one can be ended."""
 
     def __init__(self, config: AppConfig, variables: Variables, processor: ResponseProcessor | None) -> None:
-        """Parse the templates; see PromptMaker."""
-        self._maker = PromptMaker(config, variables)
+        """Parse the templates; raise JobTemplateError if one is malformed or missing."""
+        prompts = config.prompts
+        if prompts.build_messages is None and not prompts.user_prompt_template:
+            raise JobTemplateError("the job has no prompt: give a PromptConfig, or set USER_PROMPT_TEMPLATE.")
+        self._build = prompts.build_messages
+        self._system = PromptTemplate("system_prompt", prompts.system_prompt)
+        self._user = PromptTemplate("user_prompt_template", prompts.user_prompt_template)
+        self._variables = variables
         self._masking = masking_of(config, variables)
         self._processor = processor
 
     def by_name(self) -> dict[str, Callable[[Any], Any]]:
         """Return the functions by the names that errors use."""
-        return {PROMPT: self._messages, PROCESSOR: self._processed}
+        return {PROMPT: self._prompt, PROCESSOR: self._processed}
+
+    def _prompt(self, document: Document) -> Messages:
+        messages = self._messages(document)
+        return messages if self._masking is None else self._masking.hide(document, messages)
 
     def _messages(self, document: Document) -> Messages:
-        messages = self._maker.messages(document)
-        return messages if self._masking is None else self._masking.hide(document, messages)
+        if self._build is not None:
+            try:
+                return _checked(self._build(document))
+            except FUNCTION_ERRORS as exc:
+                raise JobProcessingError(f"build_messages failed ({type(exc).__name__})", is_final=True) from exc
+        values = self._variables.of(document)
+        system, user = self._system.render(values), self._user.render(values)
+        messages = [{"role": "system", "content": system}] if system.strip() else []
+        return [*messages, {"role": "user", "content": user}]
 
     def _processed(self, value: dict[str, Any]) -> dict[str, Any]:
         """Return what is stored of ``value["content"]`` and how many placeholders are left in it."""
         document, content, left = value["document"], value["content"], 0
         if self._masking is not None:
             try:
-                mask = self._masking.mask(document, self._maker.messages(document))
+                mask = self._masking.mask(document, self._messages(document))
             except JobProcessingError:  # the document has changed and has no prompt: placeholders stay and are counted
                 mask = self._masking.mask(document, [])
             content = mask.restore(content)

@@ -288,19 +288,18 @@ class AppConfig(_Frozen):
             "allow_external": given.allow_external,
             **parts,
         }
-        for name, kind in _ENVIRONMENT_PARTS.items():
+        for kind, name in PARTS.items():
             part = made.get(name, kind())
             if type(part) is kind:
                 made[name] = _with_defaults(part, values)
         return cls(**made)
 
 
-_ENVIRONMENT_PARTS: dict[str, type[BaseModel]] = {
-    "database": DatabaseConfig,
-    "openai": OpenAIConfig,
-    "batch": BatchConfig,
-    "notifications": NotificationConfig,
-    "prompts": PromptConfig,
+# The names in AppConfig of the objects that a job consists of.
+PARTS: dict[type[BaseModel], str] = {
+    field.annotation: name
+    for name, field in AppConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Frozen)
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import smtplib
 import ssl
@@ -35,11 +36,9 @@ class Mailbox:
         Raises:
             ConfigurationError: One of them is malformed, or *server* is None.
         """
-        if server is None:
-            raise ConfigurationError("NOTIFICATION_EMAIL needs a mail server: set SMTP_SERVER to host:port.")
-        found = _SERVER.fullmatch(server)
+        found = _SERVER.fullmatch(server or "")
         if found is None or not 0 < int(found[2]) < 65536:
-            raise ConfigurationError("SMTP_SERVER must be host:port, such as mail.example.com:587.")
+            raise ConfigurationError("NOTIFICATION_EMAIL needs SMTP_SERVER as host:port, such as mail.example.com:587.")
         self._host, self._port = found[1], int(found[2])
         self._to = _address("NOTIFICATION_EMAIL", to)
         self._from = _address("SMTP_FROM", sender or to)
@@ -82,27 +81,21 @@ class Mailbox:
             raise JobConnectionError(f"the mail server did not accept it ({problem})")
 
     def _deliver(self, message: EmailMessage) -> None:
-        # smtplib's default context accepts every certificate.
-        context = ssl.create_default_context()
-        if self._port == TLS_PORT:
-            with smtplib.SMTP_SSL(self._host, self._port, timeout=TIMEOUT_S, context=context) as server:
-                self._talk(server, message, is_encrypted=True)
-            return
-        with smtplib.SMTP(self._host, self._port, timeout=TIMEOUT_S) as server:
+        context = ssl.create_default_context()  # smtplib's own accepts every certificate
+        is_encrypted = self._port == TLS_PORT
+        connect = functools.partial(smtplib.SMTP_SSL, context=context) if is_encrypted else smtplib.SMTP
+        with connect(self._host, self._port, timeout=TIMEOUT_S) as server:
             server.ehlo()
-            is_encrypted = server.has_extn("starttls")
-            if is_encrypted:
+            if not is_encrypted and server.has_extn("starttls"):
                 server.starttls(context=context)
                 server.ehlo()
-            self._talk(server, message, is_encrypted=is_encrypted)
-
-    def _talk(self, server: smtplib.SMTP, message: EmailMessage, *, is_encrypted: bool) -> None:
-        if self._login is not None:
-            if not is_encrypted and not is_this_machine(self._host):
-                raise smtplib.SMTPNotSupportedError("no STARTTLS, and the password is not sent unencrypted")
-            user, _, password = self._login.get_secret_value().partition(":")
-            server.login(user, password)
-        server.send_message(message)
+                is_encrypted = True
+            if self._login is not None:
+                if not is_encrypted and not is_this_machine(self._host):
+                    raise smtplib.SMTPNotSupportedError("no STARTTLS, and the password is not sent unencrypted")
+                user, _, password = self._login.get_secret_value().partition(":")
+                server.login(user, password)
+            server.send_message(message)
 
 
 def _address(name: str, text: str) -> Address:

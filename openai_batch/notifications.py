@@ -63,11 +63,7 @@ def payload_of(end: ShardEnd) -> Payload:
 
 
 def channels_of(config: NotificationConfig) -> list[Channel]:
-    """Return the channels that *config* names.
-
-    Raises:
-        ConfigurationError: An address cannot be used.
-    """
+    """Return the channels that *config* names; raise ConfigurationError if an address cannot be used."""
     channels: list[Channel] = []
     if config.webhook_url is not None:
         channels.append(Webhook(config.webhook_url, config.webhook_secret))

@@ -8,10 +8,9 @@ and ``find_batch`` and ``find_file`` tell whether they succeeded.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ from error_handler import (
 from openai_batch.batch_protocol import BatchState, load_json, parse_batch
 from openai_batch.job_config import BatchConfig, OpenAIConfig
 from storage.files import sync_folder
-
-logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
@@ -86,15 +83,15 @@ class OpenAIFiles:
             JobValidationError: The server refuses it.
         """
         try:
-            with translated("upload a file"), path.open("rb") as file:
-                created = await self._once.files.create(
+            with path.open("rb") as file:
+                upload = self._once.files.create(
                     file=(name, file, "application/jsonl"), purpose="batch", timeout=UPLOAD_TIMEOUT_S
                 )
+                return str((await _object("upload a file", upload))["id"])
         except OSError as exc:
             raise StateDirectoryError(
                 f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
             ) from exc
-        return str(_fields(created, "upload a file")["id"])
 
     async def find_file(self, name: str, since: float) -> str | None:
         """Return the id of a batch file called *name*, uploaded after *since* (unix seconds, clock skew allowed)."""
@@ -114,14 +111,13 @@ class OpenAIFiles:
             JobValidationError: The server refuses. No batch exists.
             JobConnectionError: The batch may or may not exist; ``find_batch`` tells.
         """
-        with translated("create a batch"):
-            batch = await self._once.batches.create(
-                input_file_id=file_id,
-                endpoint=self._batch.endpoint,
-                completion_window=self._batch.completion_window,
-                metadata=dict(metadata),
-            )
-        return parse_batch(_fields(batch, "create a batch"))
+        creation = self._once.batches.create(
+            input_file_id=file_id,
+            endpoint=self._batch.endpoint,
+            completion_window=self._batch.completion_window,
+            metadata=dict(metadata),
+        )
+        return parse_batch(await _object("create a batch", creation))
 
     async def find_batch(self, metadata: Mapping[str, str], file_id: str) -> BatchState | None:
         """Return the batch that was created with *metadata* and file *file_id*; None if the list has none.
@@ -161,9 +157,8 @@ class OpenAIFiles:
     async def _made_at(self, file_id: str) -> int | None:
         """Return when file *file_id* was uploaded, in the server's unix seconds; None if it knows no such file."""
         try:
-            with translated("look at a file"):
-                file = _fields(await self._client.files.retrieve(file_id), "look at a file")
-                return int(file.get("created_at") or 0)
+            file = await _object("get a file", self._client.files.retrieve(file_id))
+            return int(file.get("created_at") or 0)
         except NotThereError:
             return None
 
@@ -174,14 +169,12 @@ class OpenAIFiles:
             NotThereError: The server knows no such batch.
             JobConnectionError: The server cannot be reached; the batch goes on.
         """
-        with translated("look at a batch"):
-            return parse_batch(_fields(await self._client.batches.retrieve(batch_id), "look at a batch"))
+        return parse_batch(await _object("get a batch", self._client.batches.retrieve(batch_id)))
 
     async def cancel(self, batch_id: str) -> BatchState:
         """Cancel a batch; answers that exist are kept and billed. A batch that has ended is left alone."""
         try:
-            with translated("cancel a batch"):
-                return parse_batch(_fields(await self._once.batches.cancel(batch_id), "cancel a batch"))
+            return parse_batch(await _object("cancel a batch", self._once.batches.cancel(batch_id)))
         except (JobValidationError, EndedError):
             return await self.get(batch_id)
 
@@ -222,15 +215,14 @@ class OpenAIFiles:
 
     async def delete_file(self, file_id: str) -> None:
         """Delete a file at the server; a missing file is no error."""
-        try:
-            with translated("delete a file"):
-                await self._client.files.delete(file_id)
-        except NotThereError:
-            logger.debug("file %s was deleted already", file_id)
+        with suppress(NotThereError), translated("delete a file"):
+            await self._client.files.delete(file_id)
 
 
-def _fields(answer: Any, what: str) -> dict[str, Any]:
-    """Return the object that the server sent; the package returns the HTML page of a proxy as text."""
+async def _object(what: str, call: Awaitable[Any]) -> dict[str, Any]:
+    """Return the object that *call* yields; the package yields the HTML page of a proxy as text."""
+    with translated(what):
+        answer = await call
     fields = answer.model_dump() if isinstance(answer, openai.BaseModel) else {}
     if not fields.get("id"):
         raise _malformed(what)

@@ -42,11 +42,7 @@ def custom_id_of(job_id: str, document_id: str, sending: int) -> str:
 
 
 def request_line(custom_id: str, endpoint: str, body: Mapping[str, Any]) -> bytes:
-    """Return one line, including its line end.
-
-    Raises:
-        JobProcessingError: *body* cannot be written as JSON.
-    """
+    """Return one line, including its line end; raise JobProcessingError if *body* cannot be written as JSON."""
     fields = {"custom_id": custom_id, "method": "POST", "url": endpoint, "body": body}
     try:
         return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
@@ -96,11 +92,7 @@ class ShardWriter:
         )
 
     def add(self, item: Item, line: bytes, tokens: int) -> None:
-        """Append the *line* of *item*.
-
-        Raises:
-            StateDirectoryError: The disk is full.
-        """
+        """Append the *line* of *item*; raise StateDirectoryError if the disk is full."""
         try:
             self._file.write(line)
         except OSError as exc:

@@ -17,29 +17,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from error_handler import JobValidationError
-from openai_batch.job_config import (
-    BatchConfig,
-    DatabaseConfig,
-    Document,
-    DocumentFields,
-    NotificationConfig,
-    OpenAIConfig,
-    PromptConfig,
-    SchemaConfig,
-)
+from openai_batch.job_config import PARTS, Document
 
 ResponseProcessor = Callable[[Any, Document], Mapping[str, Any]]
 
-# A part is recognised by its type, whatever the file calls it.
-_PARTS: dict[type, str] = {
-    SchemaConfig: "schema_config",
-    DocumentFields: "fields",
-    PromptConfig: "prompts",
-    DatabaseConfig: "database",
-    OpenAIConfig: "openai",
-    BatchConfig: "batch",
-    NotificationConfig: "notifications",
-}
 # No name may begin with an underscore: such names lead to the internals of Python.
 _FUNCTION = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
 
@@ -88,7 +69,7 @@ def load_schema_file(path: Path) -> SchemaFile:
         raise JobValidationError(f"{path} cannot be run ({type(exc).__name__}: {exc})") from exc
     parts: dict[str, Any] = {}
     for name, value in names.items():
-        kind = _PARTS.get(type(value))
+        kind = PARTS.get(type(value))  # the type tells what it is, whatever its name
         if kind is None or name.startswith("_"):
             continue
         if kind in parts and parts[kind] is not value:

@@ -40,11 +40,7 @@ class PromptTemplate:
     """One template, parsed once; errors call it *name*."""
 
     def __init__(self, name: str, source: str) -> None:
-        """Parse *source*.
-
-        Raises:
-            JobTemplateError: It is too long or malformed.
-        """
+        """Parse *source*; raise JobTemplateError if it is too long or malformed."""
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise JobTemplateError(f"{name} has more than {MAX_TEMPLATE_CHARACTERS} characters; shorten it.")
         self._name = name

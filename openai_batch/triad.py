@@ -49,11 +49,7 @@ class TriadHandling:
     """Labels conversations and leases them; their results go to *store*."""
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:
-        """Make the prompt and the parser.
-
-        Raises:
-            ConfigurationError: The taxonomy is malformed.
-        """
+        """Make the prompt and the parser; raise ConfigurationError if the taxonomy is malformed."""
         taxonomy = load_taxonomy(settings.taxonomy_file)
         self._prompts, self._parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
         schema = {"name": "triad", "strict": True, "schema": orjson.loads(self._parser.schema_json)}
@@ -69,11 +65,7 @@ class TriadHandling:
         self._masking = masking_of(config, Variables(config.fields))
 
     def request(self, document: Document) -> dict[str, Any]:
-        """Return the body for *document*.
-
-        Raises:
-            JobProcessingError: It has nothing to label.
-        """
+        """Return the body for *document*; raise JobProcessingError if it has nothing to label."""
         try:
             conversation = aggregate_conversation(document)
         except SkippedDocumentError as exc:
