@@ -1,4 +1,4 @@
-"""A job that is killed at every step of its protocol, and started again: one batch per shard, every document ended."""
+"""A job that is killed at every step and started again: one batch per shard, every document ended."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def documents(job: Job) -> None:
         for place, kill in enumerate(POINTS)
     ],
 )
-def test_killed_at_a_step_and_started_again(point: str, nth: int, job: Job, openai: FakeOpenAI) -> None:
-    """Batches made = shards, each body billed once, every document completed."""
+def test_run_resumes_after_kill_at_any_step(point: str, nth: int, job: Job, openai: FakeOpenAI) -> None:
+    """One batch per shard, each body billed once, every document completed."""
     assert run_killed(job.place(), point, nth) == -signal.SIGKILL
     job.run()
     job.check_complete(openai)
@@ -107,10 +107,10 @@ def test_killed_at_a_step_and_started_again(point: str, nth: int, job: Job, open
         for name, case in COMBINED.items()
     ],
 )
-def test_killed_again_and_again_among_faults(
+def test_run_resumes_after_repeated_kills_and_faults(
     faults: list[dict[str, Any]], points: list[tuple[str, int]], job: Job, openai: FakeOpenAI
 ) -> None:
-    """The start after a crash may crash, too."""
+    """A start after a crash may crash as well."""
     openai.configure(faults=faults, list_lag=1)
     job.times = times_with(adopt_wait_s=20.0)  # each batch exists and is found earlier
     for point, nth in points:
@@ -119,8 +119,8 @@ def test_killed_again_and_again_among_faults(
     job.check_complete(openai)
 
 
-def test_killed_in_the_middle_of_a_page_of_answers(job: Job, openai: FakeOpenAI) -> None:
-    """Half of the lines of a shard are in their documents, and the ledger knows of none."""
+def test_run_resumes_after_kill_inside_a_page_of_answers(job: Job, openai: FakeOpenAI) -> None:
+    """Half of a shard is in the documents, and nothing of it in the ledger."""
     assert run_killed(job.place(), "job_store.JobStore._update:after", DOCUMENTS + 5) == -signal.SIGKILL
     states = dict(job.rows("SELECT state, COUNT(*) FROM items GROUP BY state"))
     assert 0 < job.documents.count_documents({"ai_status": "completed"}) <= 10
@@ -129,8 +129,8 @@ def test_killed_in_the_middle_of_a_page_of_answers(job: Job, openai: FakeOpenAI)
     job.check_complete(openai)
 
 
-def test_two_runs_with_state_of_their_own_share_the_documents(job: Job, openai: FakeOpenAI) -> None:
-    """No document is sent by both, and none by nobody."""
+def test_two_runs_share_the_documents(job: Job, openai: FakeOpenAI) -> None:
+    """Each document is sent by exactly one of them."""
     job.documents.insert_many(
         [{"_id": number, "ai_status": "pending", "text": f"text {number}"} for number in range(DOCUMENTS, 600)]
     )
@@ -161,8 +161,8 @@ PHASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_stopped_in_a_phase_and_started_again(phase: str, job: Job, openai: FakeOpenAI) -> None:
-    """SIGTERM ends it soon, with 130; the same command goes on."""
+def test_run_resumes_after_a_signal_in_any_phase(phase: str, job: Job, openai: FakeOpenAI) -> None:
+    """SIGTERM exits soon, with 130."""
     gauge, faults = PHASES[phase]
     openai.configure(faults=faults)
     number = signal.SIGINT if phase == "waiting" else signal.SIGTERM
@@ -177,10 +177,10 @@ def test_stopped_in_a_phase_and_started_again(phase: str, job: Job, openai: Fake
 
 
 @pytest.mark.parametrize(("owner", "method"), [(JobStore, "claim"), (JobStore, "end")], ids=["planning", "applying"])
-def test_stopped_among_the_documents(
+def test_stop_begins_nothing_new(
     owner: type, method: str, job: Job, openai: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``stop`` in the middle of planning or applying: nothing more is begun, and the next run goes on."""
+    """In the middle of planning or applying; the next run resumes."""
     original = getattr(owner, method)
 
     async def interrupted() -> None:

@@ -39,8 +39,8 @@ def uploaded_lines(fake: FakeOpenAI) -> list[bytes]:
     return [line for file in files for line in fake.path_of(file["id"]).read_bytes().splitlines()]
 
 
-def test_the_steps_apart(job: Job, openai: FakeOpenAI) -> None:
-    """submit, status, poll, each in its own process, with a restart of OpenAI in between."""
+def test_steps_run_one_by_one(job: Job, openai: FakeOpenAI) -> None:
+    """submit, status and poll resume from the ledger, also after a restart of OpenAI."""
     submitted = job.cli("submit", "--json")
     assert submitted.code == 0, submitted.err
     assert [batch["submitted"] for batch in submitted.json["batches"]] == [10, 10, 5]
@@ -63,16 +63,16 @@ def test_the_steps_apart(job: Job, openai: FakeOpenAI) -> None:
     assert openai.stats()["batches_created"] == 3
 
 
-def test_status_of_a_job_that_has_sent_nothing(job: Job, openai: FakeOpenAI) -> None:
-    """Without a ledger, and without making one."""
+def test_status_without_ledger_creates_none(job: Job, openai: FakeOpenAI) -> None:
+    """It reports that nothing was sent."""
     assert "sent nothing yet" in job.cli("status").out
     assert job.cli("status", "--json").json == {"batches": []}
     assert not (job.folder / "state").exists()
     assert openai.requests() == []
 
 
-def test_a_run_is_locked_watched_stopped_and_started_again(job: Job, openai: FakeOpenAI) -> None:
-    """One run at a time; status beside it; SIGTERM ends it with 130; the next goes on and pays nothing twice."""
+def test_run_is_exclusive_and_resumes_after_sigterm(job: Job, openai: FakeOpenAI) -> None:
+    """status works during a run; SIGTERM exits with 130; the next run pays for nothing twice."""
     openai.configure(polls_until_done=0)
     with job.started("run") as running:
         openai.wait_for("requests:batches.retrieve", at_least=6)
@@ -92,8 +92,8 @@ def test_a_run_is_locked_watched_stopped_and_started_again(job: Job, openai: Fak
     assert (stats["batches_created"], stats["max_billed_per_body"], stats["lines_billed"]) == (3, 1, 25)
 
 
-def test_a_stop_before_mongodb_answers(job: Job) -> None:
-    """Nothing is in work then, so the first signal ends it."""
+def test_sigterm_before_mongodb_answers_ends_at_once(job: Job) -> None:
+    """There is nothing to finish yet."""
     with FakeOpenAI() as silent:
         # A server that accepts and says nothing stands for a MongoDB that hangs.
         silent.pause()
@@ -108,7 +108,7 @@ def test_a_stop_before_mongodb_answers(job: Job) -> None:
 
 
 def test_failed_documents_are_exit_code_1(job: Job, openai: FakeOpenAI) -> None:
-    """The run is done, and some documents are not."""
+    """The run completes all other documents."""
     openai.configure(
         faults=[
             {"kind": "line_status", "status": 400, "code": "invalid_request", "when": {"text": '"Summarise: text 3"'}}
@@ -120,8 +120,8 @@ def test_failed_documents_are_exit_code_1(job: Job, openai: FakeOpenAI) -> None:
     assert job.statuses() == {"completed": 24, "failed": 1}
 
 
-def test_cancel_keeps_what_ran_and_gives_the_rest_back(job: Job, openai: FakeOpenAI) -> None:
-    """Nothing that was paid for is lost; a later run sends the rest only."""
+def test_cancel_keeps_answers_and_returns_the_rest(job: Job, openai: FakeOpenAI) -> None:
+    """Answers that were paid for are applied; a later run sends the other documents only."""
     openai.configure(polls_until_done=0, faults=[{"kind": "cancel", "done": 0.4, "when": {"batches": []}}])
     job.cli("submit")
     openai.advance(300)  # half of run_s
@@ -142,8 +142,8 @@ def test_cancel_keeps_what_ran_and_gives_the_rest_back(job: Job, openai: FakeOpe
     assert openai.stats()["max_billed_per_body"] == 1
 
 
-def test_a_dry_run_shows_what_a_later_run_sends(job: Job, openai: FakeOpenAI) -> None:
-    """To the byte; without key and permission, without a request, without a change anywhere."""
+def test_dry_run_shows_the_exact_bodies(job: Job, openai: FakeOpenAI) -> None:
+    """Without a key, a request or any change."""
     job.documents.update_one({"_id": 1}, {"$set": {"text": 'Ünïcode "quoted"\n<b>€</b>'}})
     job.documents.update_one({"_id": 20}, {"$unset": {"text": ""}})
     before = snapshot(job)
@@ -166,8 +166,8 @@ def test_a_dry_run_shows_what_a_later_run_sends(job: Job, openai: FakeOpenAI) ->
     assert abs(shown["bytes"] - sum(len(line) + 1 for line in lines)) < 4 * len(lines)
 
 
-def test_a_dry_run_for_people(job: Job, openai: FakeOpenAI) -> None:
-    """The texts themselves, the price, where they would go, and what would not be sent and why."""
+def test_dry_run_prints_bodies_price_address_and_refusals(job: Job, openai: FakeOpenAI) -> None:
+    """Without --json."""
     job.documents.update_one({"_id": 1}, {"$unset": {"text": ""}})
     made = job.cli("submit", "--dry-run", "--limit", "5", OPENAI_BASE_URL=ELSEWHERE)
     assert made.code == 0, made.err
@@ -179,8 +179,8 @@ def test_a_dry_run_for_people(job: Job, openai: FakeOpenAI) -> None:
     assert openai.requests() == []
 
 
-def test_a_dry_run_counts_what_lies_in_files_not_sent_yet(job: Job, openai: FakeOpenAI) -> None:
-    """A start that could not send has planned; the next one sends that, too."""
+def test_dry_run_counts_unsent_files(job: Job, openai: FakeOpenAI) -> None:
+    """A start that could not send has planned files; the next start sends them as well."""
     openai.configure(faults=[{"kind": "bad_request_400", "when": {"route": "files.create"}}])
     assert job.cli("submit").code == 2
     shown = job.cli("run", "--dry-run", "--json").json
@@ -190,8 +190,8 @@ def test_a_dry_run_counts_what_lies_in_files_not_sent_yet(job: Job, openai: Fake
     assert "25 documents may cost up to" in refused.err
 
 
-def test_max_cost_refuses_before_anything_is_sent(job: Job, openai: FakeOpenAI) -> None:
-    """And nothing is claimed; within the sum it goes on."""
+def test_max_cost_refuses_before_sending(job: Job, openai: FakeOpenAI) -> None:
+    """Nothing is claimed either; below the limit the run completes."""
     price = job.cli("run", "--dry-run", "--json").json["most_usd"]
     before = snapshot(job)
     for action in ("run", "submit"):
@@ -205,7 +205,7 @@ def test_max_cost_refuses_before_anything_is_sent(job: Job, openai: FakeOpenAI) 
 
 
 def test_max_cost_holds_for_the_whole_run(job: Job, openai: FakeOpenAI) -> None:
-    """Documents that are to be sent again were not in the sum: another start takes them."""
+    """Documents that become pending again were not in the sum, so they wait for another start."""
     openai.configure(faults=[{"kind": "line_status", "status": 500, "when": {"from": 1, "to": 1}, "times": 3}])
     ended = job.cli("run", "--max-cost", "1", "--json")
     assert ended.code == 0, ended.err
@@ -215,8 +215,8 @@ def test_max_cost_holds_for_the_whole_run(job: Job, openai: FakeOpenAI) -> None:
     assert job.statuses() == {"completed": 25}
 
 
-def test_max_cost_with_a_model_of_unknown_price(job: Job, openai: FakeOpenAI) -> None:
-    """Nobody knows what it would cost, so nothing is sent."""
+def test_max_cost_refuses_model_of_unknown_price(job: Job, openai: FakeOpenAI) -> None:
+    """Nothing is sent."""
     refused = job.cli("run", "--max-cost", "1000", OPENAI_MODEL="nobody-knows-it")
     assert refused.code == 2
     assert "the price of nobody-knows-it is not known" in refused.err
@@ -224,15 +224,15 @@ def test_max_cost_with_a_model_of_unknown_price(job: Job, openai: FakeOpenAI) ->
     assert "price unknown" in job.cli("run", "--dry-run", OPENAI_MODEL="nobody-knows-it").out
 
 
-def test_limit(job: Job, openai: FakeOpenAI) -> None:
-    """No more than so many are taken."""
+def test_limit_bounds_sent_documents(job: Job, openai: FakeOpenAI) -> None:
+    """The other documents stay pending."""
     assert job.cli("run", "--limit", "12").code == 0
     assert job.statuses() == {"completed": 12, "pending": 13}
     assert openai.stats()["lines_billed"] == 12
 
 
-def test_customer_text_stays_here_unless_allowed(job: Job, openai: FakeOpenAI) -> None:
-    """The flag or the variable; a loopback address needs neither."""
+def test_external_address_needs_permission(job: Job, openai: FakeOpenAI) -> None:
+    """The flag or the variable gives it; a loopback address needs none."""
     for action in ("run", "submit", "poll", "cancel"):
         refused = job.cli(action, OPENAI_BASE_URL=ELSEWHERE)
         assert refused.code == 2, refused.err
@@ -257,8 +257,8 @@ def test_customer_text_stays_here_unless_allowed(job: Job, openai: FakeOpenAI) -
         ("start", (), "start"),
     ],
 )
-def test_flags_that_do_not_fit(action: str, flags: tuple[str, ...], named: str, job: Job) -> None:
-    """An option that would do nothing is refused, by name."""
+def test_flag_without_effect_is_refused(action: str, flags: tuple[str, ...], named: str, job: Job) -> None:
+    """The message names the flag."""
     refused = job.cli(action, *flags)
     assert refused.code == 2
     assert named in refused.err
@@ -276,8 +276,8 @@ def test_flags_that_do_not_fit(action: str, flags: tuple[str, ...], named: str, 
         ),
     ],
 )
-def test_a_schema_file_that_cannot_be_used(text: str, named: str, job: Job) -> None:
-    """One sentence and exit code 2."""
+def test_unusable_schema_file_is_exit_code_2(text: str, named: str, job: Job) -> None:
+    """With one sentence and no traceback."""
     job.schema_file.write_text(text)
     refused = job.cli("run")
     assert refused.code == 2
@@ -285,8 +285,8 @@ def test_a_schema_file_that_cannot_be_used(text: str, named: str, job: Job) -> N
     assert "Traceback" not in refused.err
 
 
-def test_openai_away(job: Job, openai: FakeOpenAI, mongodb_uri: str, db_name: str) -> None:
-    """Exit code 3 when it stays away, for a run and for a step; the next start goes on."""
+def test_openai_away_is_exit_code_3_and_resumes(job: Job, openai: FakeOpenAI, mongodb_uri: str, db_name: str) -> None:
+    """For a run and for a single step."""
     openai.kill()
     (job.folder / "step").mkdir()
     settings = {"OUTAGE_LIMIT_S": "0.5"}
@@ -313,8 +313,8 @@ def test_mongodb_away_is_exit_code_3(job: Job) -> None:
             assert process.returncode == 3, err
 
 
-def test_no_secret_and_no_text_in_what_is_printed(job: Job, openai: FakeOpenAI) -> None:
-    """Failures, tracebacks and the lines of --verbose included; only a dry run shows texts, for that is its purpose."""
+def test_output_has_no_secret_and_no_document_text(job: Job, openai: FakeOpenAI) -> None:
+    """Also for failures, tracebacks and --verbose. Only a dry run prints texts."""
     job.documents.update_many({}, {"$set": {"text": "CANARY-TEXT-1"}})
     secrets = {
         "OPENAI_API_KEY": "sk-CANARY-SECRET-1",
@@ -343,8 +343,8 @@ def test_no_secret_and_no_text_in_what_is_printed(job: Job, openai: FakeOpenAI) 
     assert "CANARY" not in out + err + refused.out + refused.err + own
 
 
-def test_the_command_line_does_not_load_what_it_does_not_use() -> None:
-    """A run of the batch worker must not wait for libraries of document jobs."""
+def test_cli_import_loads_no_library_of_document_jobs() -> None:
+    """A run of the batch worker must not wait for them."""
     code = (
         "import sys, cli; print(sorted({'openai', 'httpx2', 'jinja2', 'genai_prices', 'smtplib'} & set(sys.modules)))"
     )
@@ -352,8 +352,8 @@ def test_the_command_line_does_not_load_what_it_does_not_use() -> None:
     assert ended.stdout == "[]\n"
 
 
-def test_progress_in_a_file_is_a_line_now_and_then() -> None:
-    """Where the text has changed and the last line is old enough; the last text is always written."""
+def test_progress_without_terminal_prints_occasional_lines() -> None:
+    """A new text is printed if the last line is old enough; the final text is always printed."""
     now, out = [0.0], io.StringIO()
     with JobProgress(Console(file=out), clock=lambda: now[0]) as progress:
         for step in range(100):
@@ -369,8 +369,8 @@ def test_progress_in_a_file_is_a_line_now_and_then() -> None:
     assert 100 * 0.3 / LINE_EVERY_S - 1 <= len(lines) <= 100 * 0.3 / LINE_EVERY_S + 2
 
 
-def test_progress_on_a_terminal_is_drawn_in_place(job: Job) -> None:
-    """One line for each batch that is redrawn, and nothing of it is left at the end."""
+def test_progress_on_terminal_is_redrawn(job: Job) -> None:
+    """One line for each batch."""
     controller, terminal = os.openpty()
     environment = job.environment(TERM="xterm", COLUMNS="100", POLL_INTERVAL="0.5")
     with open(os.devnull, "r+b") as nothing:
@@ -397,8 +397,8 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-def test_interrupt_from_the_keyboard(job: Job, openai: FakeOpenAI) -> None:
-    """Ctrl-C is the same as SIGTERM."""
+def test_sigint_ends_like_sigterm(job: Job, openai: FakeOpenAI) -> None:
+    """With 130 and no traceback."""
     openai.configure(polls_until_done=0)
     with job.started("run") as running:
         openai.wait_for("requests:batches.retrieve", at_least=3)

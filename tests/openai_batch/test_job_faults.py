@@ -1,4 +1,4 @@
-"""Every way in which a batch, its files and its lines can go wrong: nothing is lost, nothing is paid for twice.
+"""Every fault of a batch, its files and its lines: nothing is lost, nothing is paid for twice.
 
 Each scenario runs a job of 25 documents in shards of 10, 10 and 5 lines against the fake OpenAI and a real MongoDB.
 """
@@ -22,10 +22,10 @@ SECOND = {"batches": [1]}
 
 @dataclass(frozen=True)
 class Case:
-    """One scenario: what the fake does, and how the lines of all shards end.
+    """One scenario: the faults of the fake, and how the lines of all shards end.
 
-    *billed* is how many lines were paid for; each of them over DOCUMENTS is one whose answer never came or was not
-    usable. *failed* documents end as failed, all others as completed. *shards* counts them all.
+    *billed* counts the lines that were paid for; those beyond DOCUMENTS are lines whose answer was lost or unusable.
+    *failed* documents fail, the others are completed. *shards* counts all shards.
     """
 
     faults: list[dict[str, Any]]
@@ -216,12 +216,12 @@ CASES = {
 }
 
 
-# Of the failed calls all are of each run of the tests where one could be paid for twice, and else one for each route.
+# Of the failed calls, the usual run has those that could be paid for twice, and one of each other route.
 USUAL_CALLS = {
     *("rate_limit_429 of files.create", "server_error_500 of batches.retrieve", "close of files.content"),
     *("not_json of files.delete", "server_error_500 of files.list", "close of batches.list"),
 }
-# Each is another in little: half of a batch expired or cancelled, other statuses and forms of the same sort, lists that lag.
+# Variants of other scenarios.
 MORE = {
     *("all expired", "all cancelled by somebody", "status 408 once", "status 503 once", "status 404", "status 422"),
     *("lists lag behind", "in order", "twice the same", "no choices", "answer of blanks", "blank lines"),
@@ -242,7 +242,7 @@ def is_usual(name: str) -> bool:
     [pytest.param(case, id=name, marks=() if is_usual(name) else pytest.mark.thorough) for name, case in CASES.items()],
 )
 def test_scenario(case: Case, job: Job, openai: FakeOpenAI) -> None:
-    """Each shard adds up exactly, every document ends, and only what failed to come is paid for again."""
+    """Each shard adds up, every document ends, and only missing answers are paid for again."""
     job.fill(DOCUMENTS)
     job.times = times_with(**case.times)
     openai.configure(faults=case.faults, **case.knobs)
@@ -267,8 +267,8 @@ def test_scenario(case: Case, job: Job, openai: FakeOpenAI) -> None:
     assert max(sent.values()) <= MAX_ATTEMPTS
 
 
-def test_a_key_that_is_withdrawn_while_a_batch_runs(job: Job, openai: FakeOpenAI) -> None:
-    """The run ends and says what to do; with a key that is let in, the next one takes the answers that were paid for."""
+def test_withdrawn_key_ends_run_and_new_key_resumes(job: Job, openai: FakeOpenAI) -> None:
+    """The answers that were paid for are applied."""
     job.fill(DOCUMENTS)
     openai.configure(faults=[{"kind": "unauthorized_401", "when": {"route": "batches.retrieve", "from": 1}}])
     with pytest.raises(ConfigurationError, match="OPENAI_API_KEY"):

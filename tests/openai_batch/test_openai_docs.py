@@ -1,4 +1,4 @@
-"""The tutorial of document jobs is run as it is written, against the fake OpenAI and a real MongoDB."""
+"""The tutorial of document jobs runs as written, against the fake OpenAI and a real MongoDB."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def fake() -> Iterator[FakeOpenAI]:
         yield server
 
 
-def test_the_tutorial(mongodb_uri: str, db_name: str, tmp_path: Path, fake: FakeOpenAI) -> None:
-    """Every command and every Python block, in their order; what a dry run shows is what the page shows."""
+def test_tutorial_runs_as_written(mongodb_uri: str, db_name: str, tmp_path: Path, fake: FakeOpenAI) -> None:
+    """Every command and Python block in order; the outputs are those of the page."""
     insert, in_python = (
         block.replace(URI, mongodb_uri).replace('"clinic"', f'"{db_name}"') for block in python_blocks()
     )
@@ -107,8 +107,8 @@ def _names(value: Any) -> set[str]:
     return set(value) | {name for inner in value.values() for name in _names(inner)}
 
 
-def test_the_recipe_for_the_signature() -> None:
-    """It knows a genuine one from one that was changed, is old, or has another key."""
+def test_signature_recipe_accepts_genuine_ones_only() -> None:
+    """It refuses changed and old bodies and other keys."""
     (recipe,) = (block for block in python_blocks(PAGE) if "is_genuine" in block)
     names: dict[str, Any] = {}
     exec(recipe, names)
@@ -134,8 +134,8 @@ def test_the_recipe_for_the_signature() -> None:
         StatusConfig,
     ],
 )
-def test_every_field_of_the_configuration_is_documented(part: Any) -> None:
-    """The reference has each object and, in its rows, each field; of AppConfig those that are no object."""
+def test_every_configuration_field_is_documented(part: Any) -> None:
+    """In the row of its object."""
     section = PAGE.split("## Configuration")[1].split("\n## ")[0]
     rows = section.split(f"| `{part.__name__}` |")[1].split("\n| `")[0]
     objects = {"schema_config", "fields", "prompts", "database", "openai", "batch", "notifications"}
@@ -143,8 +143,8 @@ def test_every_field_of_the_configuration_is_documented(part: Any) -> None:
     assert {name for name in fields if f"`{name}`" not in rows} == set()
 
 
-def test_every_state_is_in_the_drawing_and_in_the_recovery_table() -> None:
-    """And every exit code in the table of exit codes."""
+def test_every_state_and_exit_code_is_documented() -> None:
+    """In the drawing and in the tables."""
     section = PAGE.split("## States and recovery")[1].split("\n## ")[0]
     drawing = section.split("```mermaid")[1].split("```")[0]
     for state in ShardState:

@@ -1,4 +1,4 @@
-"""Templates and functions that do not end, or take all memory: one document fails, the next goes on."""
+"""Templates and functions that do not end or take all memory: one document fails, the next one succeeds."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def process() -> Iterator[RenderProcess]:
 
 
 @pytest.mark.parametrize("function", BAD, ids=lambda function: function.__name__)
-def test_a_bad_function_ends_one_document(function: Callable[[Any], Any], process: RenderProcess) -> None:
-    """AT-20: an error in one sentence without the document's text, and the next document is done."""
+def test_bad_function_fails_one_document(function: Callable[[Any], Any], process: RenderProcess) -> None:
+    """AT-20: with one sentence without the document's text; the next document succeeds."""
     before = time.monotonic()
     with pytest.raises(JobProcessingError) as caught:
         process.call(function.__name__, {"text": "secret"})
@@ -134,7 +134,7 @@ def test_a_bad_function_ends_one_document(function: Callable[[Any], Any], proces
 
 
 def test_values_keep_their_types(process: RenderProcess) -> None:
-    """What looks like Extended JSON stays what it is."""
+    """Values that look like Extended JSON stay as they are."""
     document = {
         "_id": ObjectId(),
         "long": Int64(5),
@@ -148,8 +148,8 @@ def test_values_keep_their_types(process: RenderProcess) -> None:
     assert type(process.call("same", document)["long"]) is Int64
 
 
-def test_no_setting_and_no_file_is_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keys are not in the environment of the child, and no lock of the parent lives on in it."""
+def test_child_inherits_no_setting_and_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No key in its environment, and no lock of the parent."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     monkeypatch.setenv("MONGODB_URI", "mongodb://user:canary@host")
     monkeypatch.setenv("OF_SOMEBODY_ELSE", "stays")
@@ -201,8 +201,8 @@ def test_killed_child_is_replaced_and_no_document_fails(process: RenderProcess) 
     assert process.call("pid", {}) != child
 
 
-def test_started_beside_threads(recwarn: pytest.WarningsRecorder) -> None:
-    """No warning of Python 3.12 and later, and no hang."""
+def test_fork_beside_threads_works_without_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """Python 3.12 and later warn of it."""
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
@@ -215,8 +215,8 @@ def test_started_beside_threads(recwarn: pytest.WarningsRecorder) -> None:
     assert list(recwarn) == []
 
 
-def test_one_bad_document_after_the_other_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function that never ends would cost two seconds for each of 100,000 documents."""
+def test_many_deaths_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless function would cost two seconds for each of 100,000 documents."""
     monkeypatch.setattr(render_process, "TIME_LIMIT_S", 0.05)
     with RenderProcess(lambda: {"endless": endless, "same": same}) as process:
         for _ in range(MAX_DEATHS_IN_A_ROW - 1):
@@ -230,8 +230,8 @@ def test_one_bad_document_after_the_other_ends_the_run(monkeypatch: pytest.Monke
             process.call("endless", {})
 
 
-def test_parts_that_cannot_be_made() -> None:
-    """The parent hears why, and nothing is left behind."""
+def test_failing_setup_raises_in_the_parent() -> None:
+    """With the reason; no process is left behind."""
 
     def refused() -> dict[str, Any]:
         raise JobTemplateError("system_prompt, line 1: no template")

@@ -1,4 +1,4 @@
-"""The shipped schemas and examples, run as a user runs them: by the environment, against MongoDB and the fake OpenAI."""
+"""The shipped schemas and examples run as users run them, against a real MongoDB and the fake OpenAI."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def site(mongodb_uri: str, db_name: str, tmp_path: Path, request: pytest.Fixture
 
 
 @pytest.mark.parametrize("path", [MEDICAL, SERVICE], ids=lambda path: path.stem)
-def test_the_schema_loads(path: Path, site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the environment it makes a whole job."""
+def test_schema_example_makes_a_config(path: Path, site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the environment."""
     site.enter(monkeypatch)
     assert isinstance(AppConfig.from_env(**load_schema_file(path).parts), AppConfig)
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_the_usage_of_the_contract(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three lines of Python; everything else is environment."""
+def test_three_lines_of_python_run_a_job(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else comes from the environment."""
     site.enter(
         monkeypatch,
         SYSTEM_PROMPT="You are brief.",
@@ -68,8 +68,8 @@ def test_the_usage_of_the_contract(site: Job, monkeypatch: pytest.MonkeyPatch) -
     assert {body["messages"][0]["content"] for body in site.bodies()} == {"You are brief."}
 
 
-def test_the_medical_schema_on_the_command_line(site: Job) -> None:
-    """Masked on the way out, whole on the way back; a visit that is none of ours stays."""
+def test_medical_schema_masks_and_restores(site: Job) -> None:
+    """Documents outside the query stay pending."""
     site.documents.insert_many([patient(1), patient(2), patient(3, event_type="birthday")])
     ended = site.cli("run", "--schema", str(MEDICAL), "--mask-pii")
     assert ended.code == 0, ended.err
@@ -88,8 +88,8 @@ def test_the_medical_schema_on_the_command_line(site: Job) -> None:
 
 
 @pytest.mark.parametrize("site", ["labels"], indirect=True)
-def test_conversations_with_masked_text(site: Job) -> None:
-    """The labels land in the results collection, with the customer's own words in the categorization."""
+def test_conversation_labels_are_restored_in_results(site: Job) -> None:
+    """The categorization has the customer's own words."""
     text = "Call me on (415) 555-2671 or mail bob@example.org about order 1234567"
     site.documents.insert_one({"_id": 1, "messages": [{"sender": "customer", "text": text}]})
     ended = site.cli("run", "--schema", str(SERVICE), "--mask-pii")
@@ -102,8 +102,8 @@ def test_conversations_with_masked_text(site: Job) -> None:
     assert text in result["classification"]["categorization"]
 
 
-def test_a_dry_run_shows_the_masked_text(site: Job) -> None:
-    """What is shown is what would be sent."""
+def test_dry_run_shows_masked_text(site: Job) -> None:
+    """As it would be sent."""
     site.documents.insert_one(patient(1))
     ended = site.cli("run", "--schema", str(MEDICAL), "--mask-pii", "--dry-run")
     assert ended.code == 0, ended.err
@@ -113,8 +113,8 @@ def test_a_dry_run_shows_the_masked_text(site: Job) -> None:
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_the_ticket_example(site: Job) -> None:
-    """The script runs as it is; the one that reads results finds what it left."""
+def test_ticket_and_results_examples_run(site: Job) -> None:
+    """As they are shipped."""
     site.documents.insert_many([{"_id": n, "ai_status": "pending", "text": f"ticket {n}"} for n in range(2)])
     site.documents.insert_one({"_id": 9, "ai_status": "pending"})
     ended = site.script(str(ROOT / "examples/summarise_tickets.py"))
@@ -133,8 +133,8 @@ def test_the_ticket_example(site: Job) -> None:
     ]
 
 
-def test_the_example_of_a_schema_file(site: Job) -> None:
-    """It masks, too."""
+def test_schema_file_example_runs_masked(site: Job) -> None:
+    """As it is shipped."""
     site.documents.insert_one(patient(1))
     ended = site.script(str(ROOT / "examples/run_schema_file.py"))
     assert ended.returncode == 0, ended.stderr

@@ -52,8 +52,8 @@ def processor_of(site: Job, monkeypatch: pytest.MonkeyPatch, **parts: Any) -> Do
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_values_stay_values(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the prompt, the answer and a response processor: one document each, no new field, the value as it was."""
+def test_hostile_values_stay_values(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One document each, no new field, and the value unchanged through prompt, answer and processor."""
     documents = [{"_id": number, "ai_status": "pending", "text": value} for number, value in enumerate(VALUES)]
     documents += [{"_id": own, "ai_status": "pending", "text": f"id {own}"} for own in IDS]
     other = {"_id": "other", "ai_status": "someone else's", "text": "stays"}
@@ -80,10 +80,10 @@ def test_values_stay_values(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "template", [None, {"$set": {"answer": "{{response_content}}"}}, {"$push": {"answers": "{{response_content}}"}}]
 )
-def test_keys_that_are_more_than_names_fail_their_document(
+def test_hostile_key_of_answer_fails_document(
     site: Job, monkeypatch: pytest.MonkeyPatch, template: dict[str, Any] | None, with_processor: bool
 ) -> None:
-    """No key of an answer becomes an operator, a path or a field; the document says why it failed."""
+    """No key becomes an operator, a path or a field; the document has the reason."""
     site.documents.insert_many(
         [{"_id": n, "ai_status": "pending", "text": f"answer {n}"} for n in range(len(HOSTILE_ANSWERS))]
     )
@@ -102,8 +102,8 @@ def test_keys_that_are_more_than_names_fail_their_document(
 
 
 @pytest.mark.parametrize("site", ["talking_points"], indirect=True)
-def test_harmless_keys_are_stored_below_the_response_field(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parsed JSON keeps its shape, one level below."""
+def test_plain_keys_are_stored_below_the_response_field(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed JSON keeps its shape."""
     site.documents.insert_one({"_id": 1, "ai_status": "pending", "text": "ai_status"})
     assert processor_of(site, monkeypatch, openai=JSON_ANSWERS).process_pending_documents().succeeded == 1
     document = site.documents.find_one()
@@ -112,8 +112,8 @@ def test_harmless_keys_are_stored_below_the_response_field(site: Job, monkeypatc
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_an_endless_processor_fails_its_document_only(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AT-20, whole: the others are completed in the same run."""
+def test_endless_processor_fails_its_document_only(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AT-20: the other documents are completed in the same run."""
     site.documents.insert_many([{"_id": n, "ai_status": "pending", "text": f"text {n}"} for n in range(5)])
 
     def process(response: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def test_an_endless_processor_fails_its_document_only(site: Job, monkeypatch: py
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_a_document_that_changed_meanwhile_says_so(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A placeholder of yesterday's text stays; it never becomes today's address."""
+def test_changed_document_counts_old_placeholders(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are never restored to a new value."""
     site.documents.insert_one({"_id": 1, "ai_status": "pending", "text": "from bob@example.org"})
     processor = processor_of(site, monkeypatch, mask_pii=True)
     first: list[str] = []
