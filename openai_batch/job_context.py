@@ -48,13 +48,11 @@ class Handling(Protocol):
 
     def request(self, document: Document) -> dict[str, Any]:
         """Return the body of the request for *document*; raise JobProcessingError if there is none."""
-        ...
 
     async def deliver(
         self, answers: Sequence[Answer], batch_id: str, /
     ) -> list[Mapping[str, Any] | JobProcessingError]:
         """Return, for each of *answers*, the update of its document, or why there is none."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,23 +74,24 @@ async def preview(
     async with contextlib.aclosing(store.pages(config.batch.batch_size)) as pages:
         async for page in pages:
             for document in page:
-                if limit is not None and made.documents >= limit:
+                if made.documents == limit:
                     break
                 try:
                     body = handling.request(document)
+                    line = request_line("0" * 42, config.batch.endpoint, body)
                 except JobProcessingError as exc:
                     made.refused += 1
                     if len(made.problems) < PROBLEMS:
                         made.problems[id_text(document["_id"])] = str(exc)
                     continue
                 made.documents += 1
-                made.bytes += len(request_line("0" * 42, config.batch.endpoint, body))
+                made.bytes += len(line)
                 made.prompt_tokens += estimated_tokens(body)
                 made.most_reply_tokens += config.openai.max_tokens
                 if len(made.examples) < EXAMPLES:
                     made.examples.append((id_text(document["_id"]), body))
             on_progress(f"{made.documents} documents read")
-            if limit is not None and made.documents >= limit:
+            if made.documents == limit:
                 break
     prices = batch_prices(made.prompt_tokens, made.most_reply_tokens, [config.openai.model])
     made.price = prices[0] if prices else None

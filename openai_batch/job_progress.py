@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,13 +30,11 @@ class JobProgress:
 
     def __enter__(self) -> JobProgress:
         if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self._drawn, transient=True)
+            self._live = Live(console=self._console, transient=True)
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
         self._write()
@@ -49,13 +46,12 @@ class JobProgress:
         self._texts[subject] = self._last = text
         if len(self._texts) > SHOWN:
             del self._texts[next(iter(self._texts))]
-        if self._live is None and self._clock() - self._written_at >= LINE_EVERY_S:
+        if self._live is not None:
+            self._live.update(Group(*(Text(shown) for shown in self._texts.values())))
+        elif self._clock() - self._written_at >= LINE_EVERY_S:
             self._write()
 
     def _write(self) -> None:
         if self._last != self._written:
             self._written, self._written_at = self._last, self._clock()
             self._console.print(Text(self._last))
-
-    def _drawn(self) -> Group:
-        return Group(*(Text(text) for text in self._texts.values()))

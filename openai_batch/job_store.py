@@ -66,19 +66,15 @@ class Leases(Protocol):
 
     async def acquire(self, documents: Sequence[Document], /) -> set[str]:
         """Lease *documents*; return the canonical ids of those that are leased now."""
-        ...
 
     async def release(self, document_ids: Sequence[str], /) -> None:
         """End the leases of *document_ids*."""
-        ...
 
     def failure_fields(self, error: str, /) -> dict[str, Any]:
         """Return the fields to set, beside its status, on a document that ends with *error*."""
-        ...
 
     async def done(self, documents: Sequence[Document], /) -> dict[str, Mapping[str, Any]]:
         """Return the updates of those of *documents* that need no request, by canonical id."""
-        ...
 
 
 class JobStore:

@@ -114,9 +114,6 @@ class Mask:
         names = (f"{kind}_{_tag(f'{salt}|{kind}|{value}|{count}')}" for count in itertools.count())
         return next(name for name in names if name not in self._by_name and name not in self._everything)
 
-    def __len__(self) -> int:
-        return len(self._by_value)
-
     def hide(self, text: str) -> str:
         """Return *text*, one of the mask's texts, with placeholders."""
         parts, last = [], 0

@@ -88,15 +88,18 @@ class DocumentBatchProcessor:
         """
         self._processor = processor
 
-    def process_pending_documents(self, limit: int | None = None) -> JobResult:
+    def process_pending_documents(
+        self, limit: int | None = None, on_progress: Callable[[str], None] = logger.debug
+    ) -> JobResult:
         """Work until no document is pending and every batch is applied; blocks, for hours if necessary.
 
-        It may be killed at any moment: the next call resumes and pays for nothing twice.
+        It may be killed at any moment: the next call resumes and pays for nothing twice. At most *limit* documents
+        are sent. *on_progress* gets texts such as ``shard 3: in_progress, 5 of 10 done``.
 
         Raises:
             TriadError: The cause in one sentence. Batches that exist go on at OpenAI.
         """
-        return asyncio.run(self.process_pending_documents_async(limit))
+        return asyncio.run(self.process_pending_documents_async(limit, on_progress))
 
     async def process_pending_documents_async(
         self, limit: int | None = None, on_progress: Callable[[str], None] = logger.debug

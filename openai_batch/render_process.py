@@ -127,11 +127,11 @@ class RenderProcess:
                     _serve(far_end, self._make)
                 finally:
                     os._exit(0)
-        hello = self._receive()
-        problem = f"the templates exceed {TIME_LIMIT_S:g} s or the memory limit when they are parsed."
-        if hello is None or "problem" in hello:
+        too_much = f"the templates exceed {TIME_LIMIT_S:g} s or the memory limit when they are parsed."
+        hello = self._receive() or {"problem": too_much}
+        if hello["problem"] is not None:
             self._end()
-            raise JobTemplateError(problem if hello is None else hello["problem"])
+            raise JobTemplateError(hello["problem"])
 
     def _end(self) -> int:
         self._channel.close()
@@ -160,6 +160,7 @@ def _isolate(channel: int, parent: int) -> None:
     os.closerange(3, channel)  # an inherited lock would outlive the parent
     os.closerange(channel + 1, os.sysconf("SC_OPEN_MAX"))
     if sys.platform == "linux":
+        # Linux also sends it when the forking thread ends; the next call then starts another child.
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the call
             os._exit(0)
@@ -170,13 +171,14 @@ def _isolate(channel: int, parent: int) -> None:
 def _serve(channel: Connection, make: Callable[[], Mapping[str, Function]]) -> None:
     """Reply to each frame until the parent closes the channel."""
     most = _address_space() + TOTAL_MEMORY_BYTES
+    functions: Mapping[str, Function] = {}
+    problem = None
     try:
         with _limits(0, most):
             functions = make()
     except JobTemplateError as exc:
-        channel.send_bytes(bson_encode({"problem": str(exc)}))
-        return
-    channel.send_bytes(bson_encode({}))
+        problem = str(exc)
+    channel.send_bytes(bson_encode({"problem": problem}))
     while True:
         try:
             frame = channel.recv_bytes()

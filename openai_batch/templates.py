@@ -27,8 +27,7 @@ _WORD = re.compile(r"\w+")
 CONTENT, DATE, BATCH = "{{response_content}}", "{{current_date}}", "{{batch_id}}"
 
 
-def create_environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment of all prompt templates."""
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     for name in _UNWANTED_GLOBALS:
         environment.globals.pop(name, None)
@@ -46,7 +45,7 @@ class PromptTemplate:
         self._name = name
         self._words = frozenset(_WORD.findall(source))
         try:
-            self._template = create_environment().from_string(source)
+            self._template = _environment().from_string(source)
         except TemplateSyntaxError as exc:
             raise JobTemplateError(f"{name}, line {exc.lineno}: not a valid template ({exc.message})") from exc
         except (TemplateError, MemoryError, OverflowError, RecursionError) as exc:

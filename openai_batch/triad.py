@@ -102,7 +102,7 @@ class TriadHandling:
 
     async def deliver(self, answers: Sequence[Answer], _batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
         """Store a result for each usable answer; a result that exists already is kept."""
-        made: list[dict[str, Any] | JobProcessingError] = [self._result(answer) for answer in answers]
+        made = [self._result(answer) for answer in answers]
         results = [result for result in made if not isinstance(result, JobProcessingError)]
         rejected = await self._store.write_results(results) if results else {}
         unstored = {id(results[place]) for place in rejected}

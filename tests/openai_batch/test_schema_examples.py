@@ -119,6 +119,7 @@ def test_ticket_and_results_examples_run(site: Job) -> None:
     site.documents.insert_one({"_id": 9, "ai_status": "pending"})
     ended = site.script(str(ROOT / "examples/summarise_tickets.py"))
     assert ended.returncode == 0, ended.stderr
+    assert "2 documents prepared" in ended.stdout.splitlines()
     assert ended.stdout.splitlines()[-1] == "3 documents: 2 completed, 1 failed"
     summary = site.documents.find_one({"_id": 1})["summary"]  # type: ignore[index]
     assert summary["text"]["sentence"] == "Subject: no subject\n\nticket 1"

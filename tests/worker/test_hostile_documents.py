@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,7 @@ def test_changed_document_counts_old_placeholders(site: Job, monkeypatch: pytest
             first.append(progress)
             site.documents.update_one({"_id": 1}, {"$set": {"text": "from eve@example.org"}})
 
-    assert asyncio.run(processor.process_pending_documents_async(on_progress=change)).succeeded == 1
+    assert processor.process_pending_documents(on_progress=change).succeeded == 1
     document = site.documents.find_one()
     assert document is not None
     assert document["event_response"]["talking_points"].startswith("from <EMAIL_")
