@@ -1,4 +1,4 @@
-"""Whether a document job with many documents costs memory, and how fast it is beside the time that OpenAI takes."""
+"""Memory and throughput of a document job, with the fake OpenAI."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ openai = OpenAIConfig(base_url={url!r}, api_key="sk-benchmark")
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Run ``cli.py openai-batch run`` over a small collection and over a large one."""
+    """Run ``cli.py openai-batch run`` on a small and on a large collection."""
     small, large = (200, 2000) if quick else (2000, 100_000)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
@@ -62,7 +62,7 @@ def _job(
     """Return peak MB and seconds of one whole job.
 
     Raises:
-        WorkerFailedError: It failed, or some document was not sent and completed exactly once.
+        WorkerFailedError: The job failed, or a document was not sent and completed exactly once.
     """
     folder.mkdir()
     (folder / "schema.py").write_text(SCHEMA.format(**schema), encoding="utf-8")

@@ -20,7 +20,7 @@ ACTIONS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``openai-batch``."""
     parser.add_argument("action", choices=ACTIONS, help="; ".join(f"{name}: {text}" for name, text in ACTIONS.items()))
-    parser.add_argument("--schema", type=Path, required=True, help="Python file with the parts of the job")
+    parser.add_argument("--schema", type=Path, required=True, help="Python file that defines the job")
     parser.add_argument("--limit", type=positive, help="send at most this many documents")
     parser.add_argument("--dry-run", action="store_true", help="show the requests and their price; send nothing")
     parser.add_argument(
