@@ -1,4 +1,4 @@
-"""Memory and speed of a large document job, without the time that OpenAI takes."""
+"""Memory and throughput of a document job, with the fake OpenAI."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _job(
     """Return peak MB and seconds of one whole job.
 
     Raises:
-        WorkerFailedError: It failed, or some document was not sent and completed exactly once.
+        WorkerFailedError: The job failed, or a document was not sent and completed exactly once.
     """
     folder.mkdir()
     (folder / "schema.py").write_text(SCHEMA.format(**schema), encoding="utf-8")

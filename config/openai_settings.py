@@ -1,4 +1,4 @@
-"""Settings of the document jobs on the OpenAI Batch API; what they share with the batch worker is in config/settings.py."""
+"""Settings of document jobs on the OpenAI Batch API; those shared with the batch worker are in config/settings.py."""
 
 from __future__ import annotations
 
@@ -17,48 +17,56 @@ _ADDRESS = re.compile(r"[^@\s<>]{1,64}@[^@\s<>]{1,253}")
 
 
 class OpenAISettings(BaseSettings):
-    """Everything that can be set for document jobs. Seconds and tokens, unless the name says otherwise."""
+    """The settings of document jobs. Times are in seconds, lengths in tokens."""
 
-    # Unknown names in .env are refused by load_settings, which knows those of all classes.
+    # load_settings refuses unknown names in .env; it knows those of all settings classes.
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
-    api_key: SecretStr | None = Field(None, validation_alias=env("OPENAI_API_KEY"), description="key of OpenAI")
+    api_key: SecretStr | None = Field(None, validation_alias=env("OPENAI_API_KEY"), description="API key")
     base_url: str = Field(
-        "https://api.openai.com/v1", validation_alias=env("OPENAI_BASE_URL"), description="where the API is"
+        "https://api.openai.com/v1", validation_alias=env("OPENAI_BASE_URL"), description="address of the API"
     )
-    model: str = Field("gpt-4o-mini", min_length=1, validation_alias=env("OPENAI_MODEL"), description="model to ask")
+    model: str = Field("gpt-4o-mini", min_length=1, validation_alias=env("OPENAI_MODEL"), description="model")
     temperature: float = Field(
-        0.1, ge=0, le=2, validation_alias=env("OPENAI_TEMP"), description="0 for the likeliest answer"
+        0.1,
+        ge=0,
+        le=2,
+        validation_alias=env("OPENAI_TEMP"),
+        description="sampling temperature; 0 for the most likely answer",
     )
     max_tokens: int = Field(
-        500, ge=1, le=128_000, validation_alias=env("OPENAI_MAX_TOKENS"), description="tokens of one answer"
+        500, ge=1, le=128_000, validation_alias=env("OPENAI_MAX_TOKENS"), description="maximum tokens of one answer"
     )
     batch_size: int = Field(
-        100, ge=1, le=50_000, validation_alias=env("BATCH_SIZE"), description="documents read and claimed at once"
+        100, ge=1, le=50_000, validation_alias=env("BATCH_SIZE"), description="documents read and claimed at a time"
     )
     completion_window: Literal["24h"] = Field(
-        "24h", validation_alias=env("COMPLETION_WINDOW"), description="within what time a batch ends"
+        "24h", validation_alias=env("COMPLETION_WINDOW"), description="time limit of a batch"
     )
     poll_interval_s: float = Field(
-        300.0, gt=0, le=86_400, validation_alias=env("POLL_INTERVAL"), description="between two looks at a batch"
+        300.0,
+        gt=0,
+        le=86_400,
+        validation_alias=env("POLL_INTERVAL"),
+        description="seconds between two checks of the batches",
     )
-    max_retries: int = Field(
-        3, ge=1, le=20, validation_alias=env("MAX_RETRIES"), description="attempts of one document"
-    )
+    max_retries: int = Field(3, ge=1, le=20, validation_alias=env("MAX_RETRIES"), description="attempts per document")
     system_prompt: str | None = Field(
-        None, validation_alias=env("SYSTEM_PROMPT"), description="system prompt where a schema brings none"
+        None, validation_alias=env("SYSTEM_PROMPT"), description="system prompt for schemas without one"
     )
     user_prompt_template: str | None = Field(
-        None, validation_alias=env("USER_PROMPT_TEMPLATE"), description="prompt template where a schema brings none"
+        None, validation_alias=env("USER_PROMPT_TEMPLATE"), description="prompt template for schemas without one"
     )
     webhook_url: SecretStr | None = Field(
-        None, validation_alias=env("NOTIFICATION_WEBHOOK"), description="gets a POST for each batch that ends"
+        None, validation_alias=env("NOTIFICATION_WEBHOOK"), description="URL that gets a POST for each batch that ends"
     )
     webhook_secret: SecretStr | None = Field(
-        None, validation_alias=env("NOTIFICATION_WEBHOOK_SECRET"), description="signs it (HMAC-SHA256)"
+        None, validation_alias=env("NOTIFICATION_WEBHOOK_SECRET"), description="key of its signature (HMAC-SHA256)"
     )
     email: str | None = Field(
-        None, validation_alias=env("NOTIFICATION_EMAIL"), description="gets a mail for each batch that ends"
+        None,
+        validation_alias=env("NOTIFICATION_EMAIL"),
+        description="address that gets a mail for each batch that ends",
     )
     smtp_server: str | None = Field(None, validation_alias=env("SMTP_SERVER"), description="mail server as host:port")
     smtp_login: SecretStr | None = Field(
@@ -66,7 +74,7 @@ class OpenAISettings(BaseSettings):
     )
     smtp_from: str | None = Field(None, validation_alias=env("SMTP_FROM"), description="sender of the mails")
     allow_external: bool = Field(
-        False, validation_alias=env("ALLOW_EXTERNAL_LLM"), description="customer text may leave the house"
+        False, validation_alias=env("ALLOW_EXTERNAL_LLM"), description="allow sending customer text to an external API"
     )
 
     @field_validator("base_url")
@@ -76,7 +84,7 @@ class OpenAISettings(BaseSettings):
         try:
             parts = urlsplit(value)
             is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError as exc:  # it quotes the address
+        except ValueError as exc:  # its message quotes the address
             raise ValueError(form) from exc
         if not is_usable or "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(form)

@@ -24,6 +24,5 @@ def with_length(response: Any, document: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     processor = DocumentBatchProcessor(schema_config=schema, fields=fields, prompts=prompts)
     processor.set_response_processor(with_length)
-    processor.on_progress = print
-    result = processor.process_pending_documents()
+    result = processor.process_pending_documents(on_progress=print)
     print(f"{result.total_processed} documents: {result.succeeded} completed, {result.failed} failed")

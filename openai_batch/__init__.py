@@ -1,56 +1,32 @@
-"""Document jobs on the OpenAI Batch API; docs/openai-batch.md is the tutorial.
+"""Document jobs on the OpenAI Batch API: any MongoDB collection through prompt templates, and back.
 
-Names are loaded when they are used: the openai package takes longer to load than the rest of the product.
+Import the names below from outside, ``openai_batch.actions`` for the command line, and ``openai_batch.schema_file``.
+It imports the layers below ``worker`` only. docs/openai-batch.md is the tutorial and names the modules.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from error_handler import JobConnectionError as ConnectionError  # noqa: A004 - the names of the contract
-    from error_handler import JobProcessingError as ProcessingError
-    from error_handler import JobTemplateError as TemplateError
-    from error_handler import JobTimeoutError as TimeoutError  # noqa: A004
-    from error_handler import JobValidationError as ValidationError
-    from openai_batch.job_config import (
-        AppConfig,
-        BatchConfig,
-        DatabaseConfig,
-        DocumentFields,
-        NotificationConfig,
-        OpenAIConfig,
-        PromptConfig,
-        SchemaConfig,
-        StatusConfig,
-    )
-    from openai_batch.processor import DocumentBatchProcessor, JobResult
+from error_handler import JobConnectionError as ConnectionError  # noqa: A004 - the names of the contract
+from error_handler import JobProcessingError as ProcessingError
+from error_handler import JobTemplateError as TemplateError
+from error_handler import JobTimeoutError as TimeoutError  # noqa: A004
+from error_handler import JobValidationError as ValidationError
+from openai_batch.job_config import (
+    AppConfig,
+    BatchConfig,
+    DatabaseConfig,
+    DocumentFields,
+    NotificationConfig,
+    OpenAIConfig,
+    PromptConfig,
+    SchemaConfig,
+    StatusConfig,
+)
 
-_HOMES = {
-    "error_handler": {
-        "ConnectionError": "JobConnectionError",
-        "ProcessingError": "JobProcessingError",
-        "TemplateError": "JobTemplateError",
-        "TimeoutError": "JobTimeoutError",
-        "ValidationError": "JobValidationError",
-    },
-    "openai_batch.job_config": {
-        name: name
-        for name in (
-            "AppConfig",
-            "BatchConfig",
-            "DatabaseConfig",
-            "DocumentFields",
-            "NotificationConfig",
-            "OpenAIConfig",
-            "PromptConfig",
-            "SchemaConfig",
-            "StatusConfig",
-        )
-    },
-    "openai_batch.processor": {"DocumentBatchProcessor": "DocumentBatchProcessor", "JobResult": "JobResult"},
-}
+if TYPE_CHECKING:
+    from openai_batch.processor import DocumentBatchProcessor, JobResult
 
 __all__ = [
     "AppConfig",
@@ -73,7 +49,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(home), names[name])
-    raise AttributeError(f"openai_batch has no {name}")
+    """Import the processor on first use: the openai package takes longer to load than the rest of the product."""
+    if name not in ("DocumentBatchProcessor", "JobResult"):
+        raise AttributeError(f"openai_batch has no {name}")
+    from openai_batch import processor  # noqa: PLC0415
+
+    return getattr(processor, name)

@@ -1,4 +1,4 @@
-"""The actions of ``cli.py openai-batch``: the steps of a document job, together or apart."""
+"""The actions of ``cli.py openai-batch``: the steps of a document job, together or one by one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import json
 import sys
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -15,121 +14,100 @@ from rich.text import Text
 
 from config import Settings
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError
+from openai_batch.job_context import Times
 from openai_batch.job_preview import Preview, dollars, preview, require_affordable
 from openai_batch.job_progress import JobProgress
-from openai_batch.ledger import ItemState, Ledger, Shard, ShardState
-from openai_batch.processor import DocumentBatchProcessor, JobResult, OpenJob
+from openai_batch.job_run import JobResult, JobRun
+from openai_batch.ledger import ENDED, NOT_SENT, ItemState, Ledger, Shard
+from openai_batch.processor import DocumentBatchProcessor
 from openai_batch.schema_file import load_schema_file
 from utils.process import stop_on_signals
 
-STEP_PATIENCE_S = 60.0  # how long a single step waits for an OpenAI that is away; ``run`` waits OUTAGE_LIMIT_S
+STEP_PATIENCE_S = 60.0  # how long a single step waits for OpenAI; ``run`` waits OUTAGE_LIMIT_S
 SENDING_FLAGS = ("limit", "dry_run", "max_cost")
-NOT_SENT = (ShardState.PLANNED, ShardState.UPLOADED, ShardState.CREATING)
 SHOWN_BATCHES = 50
 TABLE_WIDTH = 120
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Do one action; see ``Command``."""
+    """Run one action; see ``Command``."""
     for name in SENDING_FLAGS:
-        if arguments.action not in ("run", "submit") and getattr(arguments, name) not in (None, False):
-            raise ConfigurationError(f"--{name.replace('_', '-')} goes with run and submit.")
+        value = getattr(arguments, name)
+        if arguments.action not in ("run", "submit") and value is not None and value is not False:
+            raise ConfigurationError(f"--{name.replace('_', '-')} applies to run and submit only.")
     processor = _processor(arguments, settings)
     if arguments.action == "status":
         return _status(arguments, processor)
     stop, connected = asyncio.Event(), asyncio.Event()
-    with stop_on_signals(stop, connected.is_set):
+    with stop_on_signals(stop, connected.is_set), JobProgress() as progress:
         if arguments.dry_run:
-            return await _dry_run(arguments, processor)
-        result = await _steps(arguments, processor, stop, connected)
+            made = await _dry_run(arguments, processor, progress)
+        else:
+            async with processor.opened(stop, progress) as job:
+                await job.recover()  # until MongoDB has answered, a signal has nothing to wait for
+                connected.set()
+                await _do(arguments, job)
+                result = job.result
+    if arguments.dry_run:
+        return _report_preview(arguments, made, processor)
+    with Ledger(processor.ledger_path) as ledger:
+        _report(arguments, result, ledger)
     if stop.is_set():
-        raise RunInterruptedError("Stopped; the batches go on at OpenAI, and the same command goes on here.")
+        raise RunInterruptedError("Stopped. The batches go on at OpenAI; run the same command again to resume.")
     return ExitCode.INCOMPLETE if result.failed else ExitCode.DONE
 
 
 def _processor(arguments: argparse.Namespace, settings: Settings) -> DocumentBatchProcessor:
-    processor = DocumentBatchProcessor(
-        settings=settings, schema_file=load_schema_file(arguments.schema), state_dir=arguments.state_dir
+    is_run = arguments.action == "run"
+    patience_s = settings.outage_limit_s if is_run else min(settings.outage_limit_s, STEP_PATIENCE_S)
+    given: dict[str, Any] = {name: True for name in ("allow_external", "mask_pii") if getattr(arguments, name)}
+    return DocumentBatchProcessor(
+        settings=settings,
+        schema_file=load_schema_file(arguments.schema),
+        state_dir=arguments.state_dir,
+        times=Times(poll_s=arguments.poll_interval or 0.0, unreachable_limit_s=patience_s),
+        **given,
     )
-    changes: dict[str, Any] = {}
-    if arguments.allow_external:
-        changes["allow_external"] = True
-    if arguments.mask_pii:
-        changes["mask_pii"] = True
-    processor.config = processor.config.model_copy(update=changes)
-    patience_s = settings.outage_limit_s
-    if arguments.action != "run":
-        patience_s = min(patience_s, STEP_PATIENCE_S)
-    processor.times = replace(processor.times, unreachable_limit_s=patience_s)
-    if arguments.poll_interval is not None:
-        processor.times = replace(processor.times, poll_s=arguments.poll_interval)
-    return processor
 
 
-async def _steps(
-    arguments: argparse.Namespace, processor: DocumentBatchProcessor, stop: asyncio.Event, connected: asyncio.Event
-) -> JobResult:
-    with JobProgress() as progress:
-        processor.on_progress = progress
-        async with processor.opened() as job:
-            job.run.stop = stop
-            await job.planner.recover()  # until MongoDB has answered there is nothing that a signal could interrupt
-            connected.set()
-            limit = await _affordable(arguments, processor, job)
-            await ACTIONS[arguments.action](job, limit)
-            result = processor.counted(job)
-    with Ledger(processor.ledger_path) as ledger:
-        _report(arguments, result, ledger)
-    return result
+async def _do(arguments: argparse.Namespace, job: JobRun) -> None:
+    if arguments.action == "poll":
+        await job.poll()
+    elif arguments.action == "cancel":
+        await job.cancel()
+    else:
+        limit = await _affordable(arguments, job)
+        await (job.run(limit) if arguments.action == "run" else job.submit(limit))
 
 
-async def _affordable(arguments: argparse.Namespace, processor: DocumentBatchProcessor, job: OpenJob) -> int | None:
-    """Return how many documents may be taken; raise JobCostError where they may cost too much.
+async def _affordable(arguments: argparse.Namespace, job: JobRun) -> int | None:
+    """Return how many documents may be sent; raise JobCostError if they may cost more than ``--max-cost``.
 
-    Documents that come later, or that are tried again, were not in the sum: they are left for another start.
+    Documents that arrive later or become pending again were not in the sum, so they wait for another start.
     """
+    limit: int | None = arguments.limit
     if arguments.max_cost is None:
-        return arguments.limit  # type: ignore[no-any-return]
-    waiting = _not_sent(job.ledger)
-    made = await preview(processor.config, job.store, job.handling, job.run.on_progress, arguments.limit, waiting)
-    require_affordable(made, arguments.max_cost, processor.config.openai.model)
+        return limit
+    context, waiting = job.context, _not_sent(job.context.ledger)
+    made = await preview(context.config, context.store, context.handling, context.on_progress, limit, waiting)
+    require_affordable(made, arguments.max_cost, context.config.openai.model)
     return made.documents
 
 
-async def _run(job: OpenJob, limit: int | None) -> None:
-    await job.run.run(job.files, limit)
-
-
-async def _submit(job: OpenJob, limit: int | None) -> None:
-    await job.planner.plan(job.run.stop, job.run.on_progress, limit)
-    await job.run.patiently(lambda: job.run.send(job.files))
-
-
-async def _poll(job: OpenJob, _limit: int | None) -> None:
-    # Sends, too, what waited, or was asked for and not noted; a refusal there keeps no answer away.
-    await job.run.patiently(lambda: job.run.round(job.files))
-
-
-async def _cancel(job: OpenJob, _limit: int | None) -> None:
-    await job.run.patiently(lambda: job.run.cancel(job.files))
-    await job.run.patiently(lambda: job.run.poll(job.files))
-
-
-ACTIONS = {"run": _run, "submit": _submit, "poll": _poll, "cancel": _cancel}
-
-
 def _not_sent(ledger: Ledger) -> list[Shard]:
-    return [shard for shard in ledger.open_shards() if shard.state in NOT_SENT]
+    return [shard for shard in ledger.shards() if shard.state in NOT_SENT]
 
 
-async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProcessor) -> int:
+async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProcessor, progress: JobProgress) -> Preview:
     waiting: list[Shard] = []
     if processor.ledger_path.exists():
         with Ledger(processor.ledger_path) as ledger:
             waiting = _not_sent(ledger)
-    with JobProgress() as progress:
-        async with processor.reading() as (store, handling):
-            made = await preview(processor.config, store, handling, progress, arguments.limit, waiting)
+    async with processor.reading() as (store, handling):
+        return await preview(processor.config, store, handling, progress, arguments.limit, waiting)
+
+
+def _report_preview(arguments: argparse.Namespace, made: Preview, processor: DocumentBatchProcessor) -> int:
     if arguments.json:
         bodies = [{"document": name, "body": body} for name, body in made.examples]
         sys.stdout.write(json.dumps({**made.as_dict(), "examples": bodies}, indent=2, ensure_ascii=False) + "\n")
@@ -143,24 +121,28 @@ async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProces
 def _print_preview(made: Preview, processor: DocumentBatchProcessor) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for name, body in made.examples:
-        console.print(Text(f"Document {name} would be sent as", style="bold"))
+        console.print(Text(f"Request for document {name}:", style="bold"))
         console.print(Text(json.dumps(body, indent=2, ensure_ascii=False)))
     config = processor.config
     price = "price unknown"
     if made.price is not None:
-        rate = "half the usual price, as OpenAI asks for batches" if made.price.is_assumed else "the batch rate"
+        rate = "half the usual price, OpenAI's discount for batches" if made.price.is_assumed else "the batch rate"
         price = f"at most {dollars(made.price.usd)} US dollars at {rate}"
     console.print(
-        f"{made.documents + made.waiting} documents, {made.bytes:,} bytes, about {made.prompt_tokens:,} prompt tokens "
-        f"and at most {made.most_reply_tokens:,} tokens of answers with {config.openai.model}: {price}."
+        f"{_counted(made.documents + made.waiting)}, {made.bytes:,} bytes, about {made.prompt_tokens:,} prompt tokens "
+        f"and at most {made.most_reply_tokens:,} answer tokens with {config.openai.model}: {price}."
     )
     if made.waiting:
-        console.print(f"{made.waiting} of them lie in files of an earlier start that are not sent yet.")
+        console.print(f"{made.waiting} of them are in files of an earlier start that are not sent yet.")
     for name, problem in made.problems.items():
         console.print(Text(f"Document {name} would not be sent: {problem}"))
     if made.refused > len(made.problems):
         console.print(f"... and {made.refused - len(made.problems)} more")
-    console.print(Text(f"They would go to {config.openai.base_url}. Nothing was sent."))
+    console.print(Text(f"The requests would go to {config.openai.base_url}. Nothing was sent."))
+
+
+def _counted(documents: int) -> str:
+    return "1 document" if documents == 1 else f"{documents} documents"
 
 
 def _status(arguments: argparse.Namespace, processor: DocumentBatchProcessor) -> int:
@@ -178,23 +160,23 @@ def _report(arguments: argparse.Namespace, result: JobResult | None, ledger: Led
         sys.stdout.write(json.dumps(_as_dict(result, rows), indent=2) + "\n")
         return
     console = Console(soft_wrap=True, highlight=False)
-    console.width = max(console.width, TABLE_WIDTH)  # elsewhere than on a terminal it is 80, and ids would be cut
+    console.width = max(console.width, TABLE_WIDTH)  # without a terminal it is 80, which would cut ids
     console.print(_table(rows[-SHOWN_BATCHES:]))
     if len(rows) > SHOWN_BATCHES:
-        console.print(f"and {len(rows) - SHOWN_BATCHES} earlier ones: --json shows all")
-    open_batches = sum(shard.state not in (ShardState.APPLIED, ShardState.CLEANED) for shard, _ in rows)
+        console.print(f"and {len(rows) - SHOWN_BATCHES} earlier batches; --json shows all of them")
+    open_batches = sum(shard.state not in ENDED for shard, _ in rows)
     if result is not None and (result.total_processed or result.retried or not open_batches):
         console.print(
-            f"{result.total_processed} documents ended: {result.succeeded} completed, {result.failed} failed, "
-            f"{result.skipped} skipped; {result.retried} go back to be sent again."
+            f"{_counted(result.total_processed)} ended: {result.succeeded} completed, {result.failed} failed, "
+            f"{result.skipped} skipped. {result.retried} pending again."
         )
     if open_batches:
-        console.print(f"Open batches: {open_batches}; cli.py openai-batch poll looks at them.")
+        console.print(f"Open batches: {open_batches}. Check them with cli.py openai-batch poll.")
 
 
 def _table(rows: list[tuple[Shard, dict[ItemState, int]]]) -> Table:
     table = Table(title="Batches", title_justify="left", box=None)
-    for heading in ("shard", "batch", "here", "at OpenAI", "lines", "of which"):
+    for heading in ("shard", "batch", "state", "at OpenAI", "lines", "results"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("shard", "lines") else "left")
     for shard, counts in rows:
         parts = [
@@ -222,11 +204,5 @@ def _as_dict(result: JobResult | None, rows: list[tuple[Shard, dict[ItemState, i
     ]
     if result is None:
         return {"batches": batches}
-    return {
-        "total_processed": result.total_processed,
-        "succeeded": result.succeeded,
-        "failed": result.failed,
-        "skipped": result.skipped,
-        "retried": result.retried,
-        "batches": batches,
-    }
+    names = ("total_processed", "succeeded", "failed", "skipped", "retried")
+    return {**{name: getattr(result, name) for name in names}, "batches": batches}

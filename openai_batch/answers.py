@@ -1,130 +1,97 @@
-"""From a document to its request, and from the lines of a batch to changes of the documents."""
+"""Applies the lines of a batch to the documents and to the ledger. Safe to repeat at any point."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from error_handler import JobProcessingError, StateDirectoryError
 from openai_batch.batch_protocol import Line, parse_line
-from openai_batch.job_config import Document
-from openai_batch.job_store import Ending, JobStore
-from openai_batch.ledger import Item, ItemState, Ledger, Shard
+from openai_batch.job_context import Answer, JobContext
+from openai_batch.job_store import Ending
+from openai_batch.ledger import Item, ItemState, Shard
 from storage.extended_json import id_text, loads
 
 logger = logging.getLogger(__name__)
 
 LINES_AT_ONCE = 200
-MAX_LINE_BYTES = 16_000_000  # a longer one fits in no document
+MAX_LINE_BYTES = 16_000_000  # a longer line fits in no document
 
-# How the items end that are in neither file, by the status of the batch. The rest is missing.
-_UNTOLD = {"expired": ItemState.EXPIRED, "cancelled": ItemState.CANCELLED, "never_sent": ItemState.CANCELLED}
-# Batches that were never run, and what their items are noted with.
+# How items end that have no line, by the status of their batch; for any other status they are missing.
+_WITHOUT_LINE = {"expired": ItemState.EXPIRED, "cancelled": ItemState.CANCELLED, "never_sent": ItemState.CANCELLED}
+# Statuses of batches that never ran, and the codes of their items; such a sending is no attempt.
 _NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
+# The text of ``processing_info.error``. The API's own message may quote the prompt and is left out.
+_ERRORS = {
+    ItemState.EXPIRED: "the batch expired before this request ran",
+    ItemState.CANCELLED: "the batch was cancelled before this request ran",
+    ItemState.MISSING: "the batch ended without a result for this request",
+}
 
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A usable line, the document as it is now, and how often it was sent (from 1)."""
-
-    document: Document
-    line: Line
-    attempt: int
-
-
-class Handling(Protocol):
-    """What a job does with its documents; ``documents.py`` has the one for templates, ``triad.py`` that for labels."""
-
-    def request(self, document: Document) -> dict[str, Any]:
-        """Return the body of the request for *document*; raise JobProcessingError where there is none."""
-        ...
-
-    async def deliver(
-        self, answers: Sequence[Answer], batch_id: str, /
-    ) -> list[Mapping[str, Any] | JobProcessingError]:
-        """Return, for each of *answers*, the update of its document, or why there is none."""
-        ...
+End = tuple[Item, Line, Ending]
 
 
 class Answers:
-    """Makes the requests of a job and applies its answers. *max_attempts* counts the first sending."""
+    """Applies the answers of one job."""
 
-    def __init__(self, handling: Handling, store: JobStore, ledger: Ledger, max_attempts: int) -> None:
-        self.request: Callable[[Document], dict[str, Any]] = handling.request
-        self._deliver: Callable[[Sequence[Answer], str], Awaitable[list[Mapping[str, Any] | JobProcessingError]]] = (
-            handling.deliver
-        )
-        self._store = store
-        self._ledger = ledger
-        self._max_attempts = max_attempts
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
 
-    async def apply(
-        self,
-        shard: Shard,
-        paths: Sequence[Path],
-        bad: Set[str],
-        stop: asyncio.Event,
-        on_progress: Callable[[str], None],
-    ) -> bool:
-        """Bring the documents of *shard* up to the lines in *paths*; *bad* are the custom ids it was refused for.
+    async def apply(self, shard: Shard, paths: Sequence[Path], bad_ids: Set[str]) -> bool:
+        """Apply the lines in *paths* to the documents of *shard*; *bad_ids* are the lines its file was refused for.
 
-        Safe to repeat. Documents are changed before the ledger says so. Returns whether all is done and no item of
-        the shard SUBMITTED any more; not where *stop* was set meanwhile.
+        Documents are updated before the ledger. Returns whether every item of the shard has ended; False if the
+        run is told to stop meanwhile.
         """
-        done = 0
+        stop, applied = self._context.stop, 0
         for path in paths:
             lines = _lines(path)
             while chunk := list(islice(lines, LINES_AT_ONCE)):
                 if stop.is_set():
                     return False
                 await self._apply_lines(shard, chunk)
-                done += len(chunk)
-                on_progress(f"shard {shard.number}: {done} of {shard.lines} answers applied")
-        untold = self._ledger.items(shard.number, ItemState.SUBMITTED)
-        while rest := list(islice(untold, LINES_AT_ONCE)):
+                applied += len(chunk)
+                self._context.on_progress(f"shard {shard.number}: {applied} of {shard.lines} answers applied")
+        rest = self._context.ledger.items(shard.number, ItemState.SUBMITTED)
+        while items := list(islice(rest, LINES_AT_ONCE)):
             if stop.is_set():
                 return False
-            await self._end_untold(shard, rest, bad)
+            await self._end([self._failure(shard, item, _line_for(shard, item, bad_ids)) for item in items])
         return True
 
     async def _apply_lines(self, shard: Shard, lines: list[Line]) -> None:
-        wanted = self._wanted(shard, lines)
-        documents = await self._store.read([item.document_id for item, _ in wanted])
-        present = [
-            (item, line) for item, line in wanted if line.state is ItemState.OK and item.document_id in documents
-        ]
-        updates = await self._deliver(
+        new = self._new_lines(shard, lines)
+        usable = [(item, line) for item, line in new if line.state is ItemState.OK]
+        documents = await self._context.store.read([item.document_id for item, _ in usable])
+        present = [(item, line) for item, line in usable if item.document_id in documents]
+        updates = await self._context.handling.deliver(
             [Answer(documents[item.document_id], line, item.attempt) for item, line in present], shard.batch_id or ""
         )
-        ends: list[tuple[Item, Line, Ending]] = []
+        ends = [self._failure(shard, item, line) for item, line in new if line.state is not ItemState.OK]
         for (item, line), update in zip(present, updates, strict=True):
             if isinstance(update, JobProcessingError):
-                problem = Line(
+                unusable = Line(
                     line.custom_id, ItemState.FAILED, code="unusable_answer", is_retryable=not update.is_final
                 )
-                ends.append((item, problem, self._failure(shard, item, problem, str(update))))
+                ends.append(self._failure(shard, item, unusable, str(update)))
             else:
-                ends.append((item, line, self._success(shard, item, line, update)))
-        for item, line in wanted:
-            if line.state is not ItemState.OK:
-                ends.append((item, line, self._failure(shard, item, line, _sentence(line))))
+                ends.append(_success(shard, item, line, update))
         await self._end(ends)
-        gone = [item for item, line in wanted if line.state is ItemState.OK and item.document_id not in documents]
-        self._ledger.settle(replace(item, state=ItemState.FAILED, code="document_gone") for item in gone)
+        gone = [item for item, _ in usable if item.document_id not in documents]
+        self._context.ledger.settle(replace(item, state=ItemState.FAILED, code="document_gone") for item in gone)
 
-    async def _end(self, ends: Sequence[tuple[Item, Line, Ending]]) -> None:
-        """Write the ends of the documents, and then of their items: in this order a crash in between loses nothing."""
-        rejected = await self._store.end([ending for _, _, ending in ends])
-        self._ledger.settle(
-            replace(item, state=ItemState.FAILED, code="not_stored", retryable=False)
+    async def _end(self, ends: Sequence[End]) -> None:
+        """Write the ends to the documents, then to the ledger: in this order a crash in between loses nothing."""
+        rejected = await self._context.store.end([ending for _, _, ending in ends])
+        self._context.ledger.settle(
+            replace(item, state=ItemState.FAILED, code="not_stored")
             if item.custom_id in rejected
             else replace(
                 item, state=line.state, code=line.code, retryable=ending.update is None and not ending.is_final
@@ -132,73 +99,54 @@ class Answers:
             for item, line, ending in ends
         )
 
-    def _wanted(self, shard: Shard, lines: list[Line]) -> list[tuple[Item, Line]]:
-        """Return the lines that tell something new, each with its item; of several for one item a usable one."""
-        known = self._ledger.find([line.custom_id for line in lines], shard.number)
-        wanted: dict[str, tuple[Item, Line]] = {}
+    def _new_lines(self, shard: Shard, lines: list[Line]) -> list[tuple[Item, Line]]:
+        """Return the lines of items that have not ended, one for each item; of several lines a usable one wins."""
+        known = self._context.ledger.find([line.custom_id for line in lines])
+        new: dict[str, tuple[Item, Line]] = {}
         for line in lines:
-            item = known.get(line.custom_id)
-            if item is None:
-                logger.warning("shard %d: a line with an id that was not sent is left out", shard.number)
+            number, item = known.get(line.custom_id, (None, None))
+            if item is None or number != shard.number:
+                logger.warning("shard %d: ignored a line with an unknown custom_id", shard.number)
             elif item.state is ItemState.SUBMITTED:
-                before = wanted.get(line.custom_id)
+                before = new.get(line.custom_id)
                 if before is None or (before[1].state is not ItemState.OK and line.state is ItemState.OK):
-                    wanted[line.custom_id] = (item, line)
-        return list(wanted.values())
+                    new[line.custom_id] = (item, line)
+        return list(new.values())
 
-    async def _end_untold(self, shard: Shard, items: list[Item], bad: Set[str]) -> None:
-        """End items that no line speaks of, as the status of their batch says."""
-        state = _UNTOLD.get(shard.status or "", ItemState.MISSING)
-        code, retryable = _NOT_RUN.get(shard.status or "", state.value), True
-        if shard.status == "failed":
-            # Where the API names lines, the others are fit to be sent again: none of them ran.
-            state, code, retryable = ItemState.FAILED, shard.problem or "batch_failed", bool(bad)
-        lines = [
-            Line(item.custom_id, state, code=code, is_retryable=retryable and item.custom_id not in bad)
-            for item in items
-        ]
-        await self._end(
-            [
-                (item, line, self._failure(shard, item, line, _sentence(line)))
-                for item, line in zip(items, lines, strict=True)
-            ]
-        )
-
-    def _success(self, shard: Shard, item: Item, line: Line, update: Mapping[str, Any]) -> Ending:
-        info = {
-            "batch_id": shard.batch_id,
-            "model": line.model,
-            "prompt_tokens": line.prompt_tokens,
-            "reply_tokens": line.reply_tokens,
-            "completed_at": datetime.now(UTC),
-        }
-        return Ending(item.document_id, item.custom_id, update, is_final=False, info=info)
-
-    def _failure(self, shard: Shard, item: Item, line: Line, error: str) -> Ending:
-        exhausted = item.attempt >= self._max_attempts and shard.status not in _NOT_RUN
-        is_final = not line.is_retryable or exhausted
-        logger.warning(
-            "document %s %s: %s",
-            id_text(loads(item.document_id)),
-            "failed" if is_final else "is tried again",
-            line.code,
-        )
-        info: dict[str, Any] = {"batch_id": shard.batch_id, "error": error, "failed_at": datetime.now(UTC)}
-        return Ending(item.document_id, item.custom_id, None, is_final, info)
+    def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None) -> End:
+        is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in _NOT_RUN
+        is_final = not line.is_retryable or is_exhausted
+        outcome = "failed" if is_final else "is pending again"
+        logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, line.code)
+        error = error or _ERRORS.get(line.state, f"OpenAI answered with an error ({line.code})")
+        info = {"batch_id": shard.batch_id, "error": error, "failed_at": datetime.now(UTC)}
+        return item, line, Ending(item.document_id, item.custom_id, None, is_final, info)
 
 
-def _sentence(line: Line) -> str:
-    """Return what ``processing_info.error`` says; the API's own message may quote the prompt and stays out."""
-    meanings = {
-        ItemState.EXPIRED: "the batch's time was over before it was run",
-        ItemState.CANCELLED: "the batch was cancelled before it was run",
-        ItemState.MISSING: "the batch ended without a word about it",
+def _success(shard: Shard, item: Item, line: Line, update: Mapping[str, Any]) -> End:
+    info = {
+        "batch_id": shard.batch_id,
+        "model": line.model,
+        "prompt_tokens": line.prompt_tokens,
+        "reply_tokens": line.reply_tokens,
+        "completed_at": datetime.now(UTC),
     }
-    return meanings.get(line.state, f"OpenAI answered with an error ({line.code})")
+    return item, line, Ending(item.document_id, item.custom_id, update, is_final=False, info=info)
+
+
+def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
+    """Return the line of an item that has none in the files, as the status of its batch says."""
+    is_retryable = item.custom_id not in bad_ids
+    if shard.status == "failed":
+        # If the API names bad lines, the others can be sent again: none of them ran.
+        is_retryable = is_retryable and bool(bad_ids)
+        return Line(item.custom_id, ItemState.FAILED, code=shard.problem or "batch_failed", is_retryable=is_retryable)
+    state = _WITHOUT_LINE.get(shard.status or "", ItemState.MISSING)
+    return Line(item.custom_id, state, code=_NOT_RUN.get(shard.status or "", state.value), is_retryable=is_retryable)
 
 
 def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:
-    """Yield the lines of a downloaded file; what is no line of ours is logged by its number and left out."""
+    """Yield the lines of a downloaded file; log the numbers of malformed ones and skip them."""
     try:
         with path.open("rb") as file:
             number = 0
@@ -208,27 +156,25 @@ def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:
                 if line is not None:
                     yield line
                 elif raw.strip() and not is_quiet:
-                    logger.warning("%s:%d is no line of an answer", path.name, number)
+                    logger.warning("%s:%d is not a line of a result file; ignored", path.name, number)
     except OSError as exc:
-        raise StateDirectoryError(f"{path} cannot be read ({exc.strerror}); fix the rights, then run again.") from exc
+        raise StateDirectoryError(
+            f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
+        ) from exc
 
 
 def count_lines(path: Path) -> int:
-    """Return how many lines of answers *path* holds; a broken one counts none."""
+    """Return the number of well-formed lines of the result file *path*."""
     return sum(1 for _ in _lines(path, is_quiet=True))
 
 
 def ids_at(path: Path, numbers: str) -> frozenset[str]:
     """Return the custom ids of the lines *numbers* (from 1, joined by commas) of the request file *path*.
 
-    None where the file is gone: then nobody knows which lines they were.
+    Empty if the file is gone.
     """
     wanted = {int(number) for number in numbers.split(",") if number}
     if not wanted or not path.is_file():
         return frozenset()
-    found = set()
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number in wanted:
-                found.add(str(orjson.loads(raw)["custom_id"]))
-    return frozenset(found)
+        return frozenset(str(orjson.loads(raw)["custom_id"]) for number, raw in enumerate(file, 1) if number in wanted)

@@ -1,4 +1,4 @@
-"""What a document job is made of: frozen objects that a schema file builds, checked when they are built."""
+"""The configuration of a document job: frozen pydantic models that a schema file builds."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from config.openai_settings import OpenAISettings, load_openai_settings
 Document = dict[str, Any]
 Messages = list[dict[str, str]]
 
-MAX_LINES, MAX_FILE_BYTES = 50_000, 200_000_000  # of one batch (OpenAI API reference, files and batches)
+MAX_LINES, MAX_FILE_BYTES = 50_000, 200_000_000  # limits of one batch (OpenAI API reference, files and batches)
 
 _FIELD_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-# pydantic looks for a pattern anywhere in the text, and its $ does not forgive a line end.
+# Anchored, because pydantic searches for a pattern anywhere in the text; its $ does not match before a line end.
 _WHOLE_NAME, _WHOLE_PATH = r"^[A-Za-z0-9_]+$", rf"^{_FIELD_PATH.pattern}$"
 _VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-# What a query may hold: everything else runs code on the server, writes, or reads elsewhere.
+# Operators of queries; the others run code on the server, write, or read other collections.
 QUERY_OPERATORS = frozenset(
     "$and $or $nor $not $eq $ne $gt $gte $lt $lte $in $nin $exists $type $all $elemMatch $size $mod $regex $options".split()
 )
 UPDATE_OPERATORS = frozenset("$set $unset $inc $min $max $push $addToSet $currentDate".split())
-# What stands below the fields of these; elsewhere a key with $ would be a value that nothing can be asked for.
+# Operators allowed below a field; anywhere else a key with $ would become a value that no query can match.
 _ALLOWED_BELOW = {
     "$push": frozenset({"$each", "$position", "$slice"}),
     "$addToSet": frozenset({"$each"}),
@@ -35,15 +35,15 @@ _ALLOWED_BELOW = {
 
 
 class _Frozen(BaseModel):
-    # Errors without the values: one of them may be a key.
+    # Errors omit the values: one of them may be an API key.
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True)
 
 
 class StatusConfig(_Frozen):
-    """The status field of the documents and its values; all distinct.
+    """The status field of the documents and its distinct values.
 
-    *missing_is_pending* takes documents without the field, too. *skipped_value* None fails documents that have
-    nothing to ask about.
+    *missing_is_pending* also takes documents without the field. Documents with nothing to ask about get
+    *skipped_value*; if it is None, they fail.
     """
 
     field_name: str = Field("ai_status", pattern=_WHOLE_PATH)
@@ -56,13 +56,7 @@ class StatusConfig(_Frozen):
 
     @model_validator(mode="after")
     def _distinct(self) -> StatusConfig:
-        values = [
-            self.pending_value,
-            self.in_progress_value,
-            self.completed_value,
-            self.failed_value,
-            self.skipped_value,
-        ]
+        values = [value for name, value in self if name.endswith("_value")]
         if len(set(values)) != len(values):
             raise ValueError("the status values must differ")
         return self
@@ -72,13 +66,12 @@ class SchemaConfig(_Frozen):
     """Which documents a job takes and what it writes to them.
 
     Args:
-        query_template: Narrows the pending documents; only the operators of QUERY_OPERATORS.
-        update_template: Further changes of a completed document, written as they are: an update with
-            operators of UPDATE_OPERATORS.
-        response_template: The update of a completed document, in which the texts ``{{response_content}}``,
-            ``{{current_date}}`` and ``{{batch_id}}`` stand for values. None sets ``response_field`` to
+        query_template: Narrows the pending documents; only operators of QUERY_OPERATORS.
+        update_template: A further update of completed documents, written as it is; only UPDATE_OPERATORS.
+        response_template: The update of completed documents, with the values of ``{{response_content}}``,
+            ``{{current_date}}`` and ``{{batch_id}}`` filled in. None sets ``response_field`` to
             ``{response_content_field: answer, response_date_field: now}``.
-        document_id_field: By which field messages call a document.
+        document_id_field: The field by which messages identify a document.
     """
 
     status: StatusConfig = StatusConfig()
@@ -99,21 +92,21 @@ class SchemaConfig(_Frozen):
             self.processing_info_field: "processing_info_field",
         }
         if len(own) < 3 or any(overlap(path, other) for path in own for other in own if path != other):
-            raise ValueError("status.field_name and processing_info_field must be fields of their own, and not _id")
+            raise ValueError("status.field_name and processing_info_field must be two separate fields other than _id")
         written: dict[str, str] = {}
         for name, path in self._written():
             if any(overlap(path, field) for field in own):
-                raise ValueError(f"{name}: the job itself writes this field")
+                raise ValueError(f"{name}: the job itself writes this field; choose another one")
             twice = next((other for field, other in written.items() if overlap(path, field)), None)
             if twice is not None:
-                raise ValueError(f"{name}: {twice} writes this field, too; MongoDB takes one change of it")
+                raise ValueError(f"{name}: {twice} writes this field as well; MongoDB accepts one change per field")
             written[path] = name
         if self.response_content_field == self.response_date_field:
             raise ValueError("response_content_field and response_date_field must differ")
         return self
 
     def _written(self) -> Iterator[tuple[str, str]]:
-        """Yield the name in the schema and the path of everything a completed document gets."""
+        """Yield the name in the schema and the path of each field that is written to a completed document."""
         if self.response_template is None:
             yield f"response_field {self.response_field}", self.response_field
         for kind in ("response_template", "update_template"):
@@ -124,7 +117,7 @@ class SchemaConfig(_Frozen):
     @classmethod
     def _harmless_query(cls, value: dict[str, Any]) -> dict[str, Any]:
         require_operators(value, QUERY_OPERATORS, "query_template")
-        return deepcopy(value)  # what the caller changes later was not checked
+        return deepcopy(value)  # later changes by the caller would be unchecked
 
     @field_validator("update_template", "response_template")
     @classmethod
@@ -139,14 +132,14 @@ class DocumentFields(_Frozen):
 
     Args:
         field_map: variable -> path, such as ``{"patient_name": "patient_details.first_name"}``; a number in
-            a path is a place in a list. Empty: the variables are the fields of the document itself.
-        defaults: variable -> value where the document has none. Without a default, a missing one is an error
-            that names document and field.
+            a path is an index of a list. Empty: the variables are the document's own fields.
+        defaults: variable -> value for documents without the field. Without a default a missing field is an error
+            that names the document and the field.
         preprocess_functions: variable -> function of its value, or ``module:function``.
-        masked: The variables in which ``--mask-pii`` replaces whole values as names of people, beside the
-            patterns that it finds in all of them.
-        phone_region: The country (ISO 3166, such as ``US``) whose national phone numbers ``--mask-pii`` finds; None:
-            only numbers that begin with ``+``, since elsewhere the same digits are orders and dates.
+        masked: The variables whose whole values ``--mask-pii`` replaces as names of people, in addition to the
+            patterns it finds in every prompt.
+        phone_region: The country (ISO 3166, such as ``US``) whose national phone numbers ``--mask-pii`` finds. None:
+            only numbers that begin with ``+``, because the same digits may be order numbers or dates.
     """
 
     field_map: dict[str, str] = Field(default_factory=dict)
@@ -159,7 +152,7 @@ class DocumentFields(_Frozen):
     def _known_names(self) -> DocumentFields:
         for variable, path in self.field_map.items():
             if not _VARIABLE.fullmatch(variable):
-                raise ValueError(f"field_map: {variable!r} is no name for a variable")
+                raise ValueError(f"field_map: {variable!r} is not a variable name")
             if not _FIELD_PATH.fullmatch(path):
                 raise ValueError(f"field_map: the path of {variable} must be names and numbers joined by dots")
         for group in ("defaults", "preprocess_functions", "masked"):
@@ -170,7 +163,7 @@ class DocumentFields(_Frozen):
 
 
 class DatabaseConfig(_Frozen):
-    """Where the documents are; what is left out comes from the environment."""
+    """The collection of the documents; values that are left out come from the environment."""
 
     uri: SecretStr = SecretStr("")
     name: str = ""
@@ -178,7 +171,7 @@ class DatabaseConfig(_Frozen):
 
 
 class OpenAIConfig(_Frozen):
-    """Which model is asked, and how. *response_format* is that of the API, None for free text."""
+    """The model and its parameters. *response_format* is the API's; None for free text."""
 
     model: str = "gpt-4o-mini"
     temperature: float = Field(0.1, ge=0, le=2)
@@ -190,16 +183,16 @@ class OpenAIConfig(_Frozen):
     @field_validator("base_url")
     @classmethod
     def _without_password(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")) or "@" in value:  # it is shown and logged
+        if not value.startswith(("http://", "https://")) or "@" in value:  # the address is printed and logged
             raise ValueError("must be http(s)://host[:port][/path], without user name and password")
         return value
 
 
 class BatchConfig(_Frozen):
-    """How documents become batches. Seconds, bytes and tokens.
+    """How documents become batches. Units: seconds, bytes and tokens.
 
-    *batch_size* documents are read and claimed at once; a shard is closed at *max_lines*, *max_file_bytes* or
-    when the next document would pass *enqueued_token_limit* (None: as OpenAI says when it refuses).
+    *batch_size* documents are read and claimed at a time. A shard is closed at *max_lines*, at *max_file_bytes*, or
+    before *enqueued_token_limit* is exceeded (None: learned from OpenAI's refusals).
     """
 
     batch_size: int = Field(100, ge=1, le=MAX_LINES)
@@ -213,9 +206,9 @@ class BatchConfig(_Frozen):
 
 
 class PromptConfig(_Frozen):
-    """The prompts: Jinja2 over the variables of DocumentFields.
+    """The prompts: Jinja2 templates over the variables of DocumentFields.
 
-    *build_messages* replaces both templates by a function of the whole document.
+    *build_messages*, a function of the whole document, replaces both templates.
     """
 
     system_prompt: str = ""
@@ -230,7 +223,7 @@ class PromptConfig(_Frozen):
 
 
 class NotificationConfig(_Frozen):
-    """Who is told that a batch completed, failed or is tried again; None: nobody."""
+    """The receivers of a notification for each batch that ends; None: nobody."""
 
     webhook_url: SecretStr | None = None
     webhook_secret: SecretStr | None = None
@@ -241,7 +234,7 @@ class NotificationConfig(_Frozen):
 
 
 class AppConfig(_Frozen):
-    """One job, whole. *state_dir* holds its ledger and files; two jobs never share a collection and a name."""
+    """The whole configuration of one job."""
 
     schema_config: SchemaConfig
     fields: DocumentFields
@@ -256,8 +249,13 @@ class AppConfig(_Frozen):
     @model_validator(mode="after")
     def _knows_its_documents(self) -> AppConfig:
         if not (self.database.uri.get_secret_value() and self.database.name and self.database.collection):
-            raise ValueError("database: give uri, name and collection, or take AppConfig.from_env")
+            raise ValueError("database: give uri, name and collection, or use AppConfig.from_env")
         return self
+
+    @property
+    def source(self) -> str:
+        """The database, collection and status field that the ledger of this job belongs to."""
+        return f"{self.database.name}.{self.database.collection} by {self.schema_config.status.field_name}"
 
     @classmethod
     def from_env(
@@ -268,7 +266,7 @@ class AppConfig(_Frozen):
         openai_settings: OpenAISettings | None = None,
         **parts: Any,
     ) -> AppConfig:
-        """Return the job that the environment describes; what *parts* (fields of AppConfig) set wins over it.
+        """Return the job that the environment describes; *parts* (fields of AppConfig) take precedence.
 
         Raises:
             ConfigurationError: A variable is malformed.
@@ -276,59 +274,51 @@ class AppConfig(_Frozen):
         """
         settings = settings or load_settings()
         given = openai_settings or load_openai_settings()
+        values = dict(given) | {
+            "uri": settings.mongodb_uri,
+            "name": settings.db_name,
+            "collection": settings.source_collection,
+            "poll_interval": given.poll_interval_s,
+            "system_prompt": given.system_prompt or "",
+            "user_prompt_template": given.user_prompt_template or "",
+        }
         made: dict[str, Any] = {
             "schema_config": schema_config or SchemaConfig(),
-            "fields": fields or DocumentFields(field_map={}),
-            "database": DatabaseConfig(
-                uri=settings.mongodb_uri, name=settings.db_name, collection=settings.source_collection
-            ),
-            "openai": OpenAIConfig(
-                model=given.model,
-                temperature=given.temperature,
-                max_tokens=given.max_tokens,
-                api_key=given.api_key,
-                base_url=given.base_url,
-            ),
-            "batch": BatchConfig(
-                batch_size=given.batch_size,
-                completion_window=given.completion_window,
-                poll_interval=given.poll_interval_s,
-                max_retries=given.max_retries,
-            ),
-            "notifications": NotificationConfig(
-                **{name: getattr(given, name) for name in NotificationConfig.model_fields}
-            ),
-            "prompts": PromptConfig(
-                system_prompt=given.system_prompt or "", user_prompt_template=given.user_prompt_template or ""
-            ),
+            "fields": fields or DocumentFields(),
             "allow_external": given.allow_external,
+            **parts,
         }
-        for name, part in parts.items():
-            base = made.get(name)
-            # What a part leaves open, such as the key, comes from the environment.
-            made[name] = _filled(part, base) if isinstance(base, _OPEN_PARTS) and type(part) is type(base) else part
+        for kind, name in PARTS.items():
+            part = made.get(name, kind())
+            if type(part) is kind:
+                made[name] = _with_defaults(part, values)
         return cls(**made)
 
 
-_OPEN_PARTS = (OpenAIConfig, BatchConfig, NotificationConfig, PromptConfig, DatabaseConfig)
+# The names in AppConfig of the objects that a job consists of.
+PARTS: dict[type[BaseModel], str] = {
+    field.annotation: name
+    for name, field in AppConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Frozen)
+}
 
 
-def _filled(part: BaseModel, base: BaseModel) -> BaseModel:
-    """Return *part*, checked, with the fields of *base* where it says nothing itself."""
-    fields = {name: getattr(base, name) for name in type(base).model_fields}
+def _with_defaults(part: BaseModel, values: Mapping[str, Any]) -> BaseModel:
+    """Return a checked copy of *part* with the fields that it does not set taken from *values*, if they are there."""
+    fields = {name: values[name] for name in type(part).model_fields if name in values}
     own = {name: getattr(part, name) for name in part.model_fields_set}
     if own.get("build_messages") is not None:
-        fields["user_prompt_template"] = ""  # a function takes its place
+        fields["user_prompt_template"] = ""  # replaced by the function
     return type(part)(**{**fields, **own})
 
 
 def overlap(path: str, other: str) -> bool:
-    """Whether one of two field paths lies in the other: MongoDB cannot change both in one update."""
+    """Whether one of two field paths contains the other: MongoDB cannot change both in one update."""
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
 def require_operators(value: Any, allowed: frozenset[str], path: str) -> None:
-    """Raise ValueError with the path of the first key in *value* that begins with $ and is not *allowed*."""
+    """Raise ValueError, naming its path, for a key in *value* that begins with $ and is not *allowed*."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str) or (key.startswith("$") and key not in allowed) or "\x00" in key:
@@ -340,12 +330,12 @@ def require_operators(value: Any, allowed: frozenset[str], path: str) -> None:
 
 
 def require_update(value: Mapping[str, Any], name: str = "update") -> None:
-    """Raise ValueError where *value*, called *name*, is no update of harmless operators over plain field paths."""
+    """Raise ValueError if *value*, called *name*, is not an update with UPDATE_OPERATORS over plain field paths."""
     for operator, changes in value.items():
         if operator not in UPDATE_OPERATORS or not isinstance(changes, Mapping):
-            raise ValueError(f"{name}.{operator} is not allowed; an update has {', '.join(sorted(UPDATE_OPERATORS))}")
+            raise ValueError(f"{name}.{operator} is not allowed; use {', '.join(sorted(UPDATE_OPERATORS))}")
         for path, inner in changes.items():
             if not isinstance(path, str) or not _FIELD_PATH.fullmatch(path) or overlap(path, "_id"):
-                raise ValueError(f"{name}.{operator}.{path!s} is no field that may be written")
+                raise ValueError(f"{name}.{operator}.{path!s} is not a field that may be written")
             allowed = _ALLOWED_BELOW.get(operator, frozenset())
             require_operators(inner, allowed, f"{name}.{operator}.{path}")

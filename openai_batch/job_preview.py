@@ -1,4 +1,4 @@
-"""What a job would send, and what it would cost: reads only, sends nothing."""
+"""What a job would send and what it would cost. Reads documents; sends and changes nothing."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from typing import Any
 
 from domain.prices import BatchPrice, batch_prices, price_source
 from error_handler import JobCostError, JobProcessingError
-from openai_batch.answers import Handling
 from openai_batch.job_config import AppConfig
+from openai_batch.job_context import Handling
 from openai_batch.job_store import JobStore
 from openai_batch.ledger import Shard
-from openai_batch.shards import estimated_tokens, request_line
+from openai_batch.planning import estimated_tokens, request_line
 from storage.extended_json import id_text
 
-EXAMPLES, PROBLEMS = 3, 10  # documents that are shown: as they would be sent, and why not
+EXAMPLES, PROBLEMS = 3, 10  # shown documents: requests, and reasons for refusals
 
 
 @dataclass(slots=True)
 class Preview:
-    """What all pending documents make together, and those that *waiting* counts: they lie in files not sent yet.
+    """The requests of the pending documents, and of those in files that are not sent yet (*waiting*).
 
-    *prompt_tokens* is an estimate, rather too many than too few; *most_reply_tokens* is the limit of every answer.
-    *usd* is the price at the batch rate if every answer were as long as it may be, None where the model's price is not
-    known. *examples* holds the bodies of the first documents, exactly as they would be sent; *problems* says of the
-    first of the *refused* ones why they would not be.
+    *prompt_tokens* is an upper estimate, *most_reply_tokens* the limit of all answers together. *usd* is the price at
+    the batch rate if every answer had the maximum length; None if the model's price is unknown. *examples* are the
+    exact bodies of the first documents, *problems* the reasons of the first *refused* ones.
     """
 
     documents: int = 0
@@ -41,11 +40,11 @@ class Preview:
 
     @property
     def usd(self) -> float | None:
-        """The most that it costs, in US dollars."""
+        """The upper bound of the price in US dollars."""
         return None if self.price is None else self.price.usd
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain values, without the examples' texts."""
+        """Return it as plain values, without the examples."""
         return {
             "documents": self.documents,
             "waiting": self.waiting,
@@ -67,10 +66,7 @@ async def preview(
     limit: int | None = None,
     waiting: Sequence[Shard] = (),
 ) -> Preview:
-    """Return what the pending documents (at most *limit*) would make; nothing is claimed, written or sent.
-
-    *waiting* are the shards of earlier starts that would be sent as well.
-    """
+    """Return the preview of the pending documents (at most *limit*) and of *waiting*, the shards not sent yet."""
     made = Preview(waiting=sum(shard.lines for shard in waiting))
     made.bytes = sum(shard.bytes for shard in waiting)
     made.prompt_tokens = sum(shard.tokens for shard in waiting)
@@ -78,23 +74,24 @@ async def preview(
     async with contextlib.aclosing(store.pages(config.batch.batch_size)) as pages:
         async for page in pages:
             for document in page:
-                if limit is not None and made.documents >= limit:
+                if made.documents == limit:
                     break
                 try:
                     body = handling.request(document)
+                    line = request_line("0" * 42, config.batch.endpoint, body)
                 except JobProcessingError as exc:
                     made.refused += 1
                     if len(made.problems) < PROBLEMS:
                         made.problems[id_text(document["_id"])] = str(exc)
                     continue
                 made.documents += 1
-                made.bytes += len(request_line("0" * 42, config.batch.endpoint, body))
+                made.bytes += len(line)
                 made.prompt_tokens += estimated_tokens(body)
                 made.most_reply_tokens += config.openai.max_tokens
                 if len(made.examples) < EXAMPLES:
                     made.examples.append((id_text(document["_id"]), body))
             on_progress(f"{made.documents} documents read")
-            if limit is not None and made.documents >= limit:
+            if made.documents == limit:
                 break
     prices = batch_prices(made.prompt_tokens, made.most_reply_tokens, [config.openai.model])
     made.price = prices[0] if prices else None
@@ -102,16 +99,18 @@ async def preview(
 
 
 def dollars(usd: float) -> str:
-    """Return *usd* with as many digits as say something."""
+    """Return *usd* with as many digits as are significant."""
     return f"{usd:.2f}" if usd >= 10 else f"{usd:.4f}" if usd >= 0.01 else f"{usd:.6f}"
 
 
 def require_affordable(made: Preview, most_usd: float, model: str) -> None:
-    """Raise JobCostError where *made* may cost more than *most_usd*, or nobody knows."""
+    """Raise JobCostError if *made* may cost more than *most_usd*, or its price is unknown."""
     if made.usd is None:
-        raise JobCostError(f"the price of {model} is not known, so --max-cost cannot be kept; leave it out to go on.")
+        raise JobCostError(
+            f"the price of {model} is not known, so --max-cost cannot be checked; leave it out to send anyway."
+        )
     if made.usd > most_usd:
         raise JobCostError(
             f"{made.documents + made.waiting} documents may cost up to {dollars(made.usd)} US dollars, more than --max-cost {most_usd:g}; "
-            "take fewer with --limit, shorten the answers with OPENAI_MAX_TOKENS, or allow more."
+            "reduce --limit or OPENAI_MAX_TOKENS, or raise --max-cost."
         )

@@ -1,24 +1,23 @@
-"""Where a job is, on stderr: a display that is redrawn on a terminal, a line now and then elsewhere."""
+"""Progress of a job on stderr: a live display on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 LINE_EVERY_S = 5.0
-SHOWN = 8  # subjects on a terminal: those that changed last
+SHOWN = 8  # subjects on a terminal, the last changed ones
 
 
 class JobProgress:
-    """Call it with texts such as ``shard 3: in_progress, 5 of 10 done``; use as ``with``.
+    """Shows texts such as ``shard 3: in_progress, 5 of 10 done``. Use in ``with``, and call it.
 
-    What stands before the colon is the subject; a terminal shows the last text of each. Elsewhere a text is written
-    where it is new and the last line is LINE_EVERY_S old; the last one of all is written at the end.
+    The part before the colon is the subject. A terminal shows the last text of each subject. Elsewhere a new text is
+    printed if the last line is LINE_EVERY_S old; the final text is always printed.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -31,13 +30,11 @@ class JobProgress:
 
     def __enter__(self) -> JobProgress:
         if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self._drawn, transient=True)
+            self._live = Live(console=self._console, transient=True)
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
         self._write()
@@ -49,13 +46,12 @@ class JobProgress:
         self._texts[subject] = self._last = text
         if len(self._texts) > SHOWN:
             del self._texts[next(iter(self._texts))]
-        if self._live is None and self._clock() - self._written_at >= LINE_EVERY_S:
+        if self._live is not None:
+            self._live.update(Group(*(Text(shown) for shown in self._texts.values())))
+        elif self._clock() - self._written_at >= LINE_EVERY_S:
             self._write()
 
     def _write(self) -> None:
         if self._last != self._written:
             self._written, self._written_at = self._last, self._clock()
             self._console.print(Text(self._last))
-
-    def _drawn(self) -> Group:
-        return Group(*(Text(text) for text in self._texts.values()))

@@ -1,7 +1,7 @@
-"""The steps of a job, from whatever state it was left in. docs/openai-batch.md draws them.
+"""The steps of a job, from whatever state it was left in; docs/openai-batch.md draws them.
 
-Each step is written to the ledger before or after it as the table there says, so that a process that dies anywhere
-is followed by one that goes on: a batch is made once, an answer is applied once.
+Each step is recorded in the ledger before or after it as the table there says. After a crash at any point the next
+run resumes: a batch is created once, an answer is applied once.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import Any
 from error_handler import JobConnectionError, JobProcessingError, JobValidationError
 from openai_batch.answers import Answers, count_lines, ids_at
 from openai_batch.batch_protocol import BatchState
-from openai_batch.job_plan import JobPlanner
-from openai_batch.job_store import JobStore
-from openai_batch.ledger import ItemState, Ledger, Shard, ShardState
-from openai_batch.openai_client import NotThereError, OpenAIFiles
-from openai_batch.shard_sending import ShardSender, Times, all_of, wait_left_s
+from openai_batch.job_context import JobContext
+from openai_batch.ledger import NOT_SENT, ItemState, Shard, ShardState
+from openai_batch.openai_client import NotThereError
+from openai_batch.planning import JobPlanner
+from openai_batch.sending import ShardSender, for_each, wait_left_s
 from utils.retry_utils import CAP_S
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKEN_WAIT_S = 1800.0  # at most, before a batch that was over the enqueued-token limit is asked for again
+MAX_TOKEN_WAIT_S = 1800.0  # before a batch over the enqueued-token limit is created again
 MAX_TRIES = 50
-DOWNLOADS = 3  # of results with fewer lines than the shard
-UPLOADS = 5  # of one file at most, whose answers were lost
+DOWNLOADS = 3  # of result files with fewer lines than the shard
+MAX_SURPLUS_FILES = 5  # copies of a file whose upload was repeated because the response was lost
 STOP_GRACE_S = 3.0
 
 _LIMIT = re.compile(r"[Ll]imit:?\s*([\d,]{4,15})")
@@ -40,72 +40,122 @@ _LIMIT = re.compile(r"[Ll]imit:?\s*([\d,]{4,15})")
 
 @dataclass(frozen=True, slots=True)
 class ShardEnd:
-    """What is told when a shard is applied: its counts satisfy lines = ok + failed + expired + cancelled + missing."""
+    """An applied shard. Its counts satisfy lines = ok + failed + expired + cancelled + missing."""
 
     shard: Shard
     counts: dict[ItemState, int]
     retried: int
 
 
+@dataclass(slots=True)
+class JobResult:
+    """What one call of a job did.
+
+    *total_processed* = *succeeded* + *failed* + *skipped*; *retried* documents became pending again meanwhile.
+    """
+
+    total_processed: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    skipped: int = 0
+    retried: int = 0
+    batches: int = 0
+
+
 class JobRun:
-    """One job at work; its caller holds the lock of *folder*."""
+    """One open job. Each step resumes where the ledger stands, and retries while OpenAI cannot be reached."""
 
-    def __init__(
-        self, planner: JobPlanner, store: JobStore, ledger: Ledger, answers: Answers, times: Times, *, folder: Path
-    ) -> None:
-        self._planner = planner
-        self._store = store
-        self._ledger = ledger
-        self._answers = answers
-        self._times = times
-        self._folder = folder
-        self.job_id = planner.job_id
-        self.on_end: Callable[[ShardEnd], None] | None = None
-        self.on_progress: Callable[[str], None] = logger.debug
-        self.stop = asyncio.Event()
-        self._sender = ShardSender(planner, ledger, times, self, folder=folder)
+    def __init__(self, context: JobContext, on_end: Callable[[ShardEnd], None]) -> None:
+        """*on_end* is called once for each applied shard."""
+        self.context = context
+        self._ledger, self._files, self._times = context.ledger, context.files, context.times
+        self._on_end = on_end
+        self._planner = JobPlanner(context)
+        self._sender = ShardSender(context, self._planner)
+        self._answers = Answers(context)
+        self._ended = JobResult()
 
-    async def send(self, files: OpenAIFiles) -> int:
-        """Upload and create what is planned and has room among the enqueued tokens; return how many batches were made."""
-        return await self._sender.send(files)
+    @property
+    def result(self) -> JobResult:
+        """What has ended so far."""
+        ended, planner = self._ended, self._planner
+        failed, skipped = ended.failed + planner.failed, planner.skipped
+        total = ended.succeeded + failed + skipped
+        return JobResult(total, ended.succeeded, failed, skipped, ended.retried, ended.batches)
 
-    async def poll(self, files: OpenAIFiles) -> None:
-        """Look at every batch once, and take what has ended as far as it goes.
+    async def recover(self) -> None:
+        """Give back what a killed process claimed without finishing its file; call it before any other step."""
+        await self._planner.recover()
 
-        A shard whose batch cannot be had holds up no other; the first reason is raised at the end.
+    async def run(self, limit: int | None = None) -> None:
+        """Work until no document is pending and no batch is open, or the run is told to stop.
+
+        Raises:
+            JobConnectionError: OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches go on.
         """
-        await all_of(self._ledger.open_shards(), lambda shard: self._take_in(files, shard))
-        await all_of(self._ledger.shards("state = ?", (ShardState.APPLIED,)), lambda shard: self._clean(files, shard))
+        taken = 0
+        while not self.context.stop.is_set():
+            refused = self._planner.failed + self._planner.skipped
+            planned = 0
+            if limit is None or taken < limit:
+                planned = await self._planner.plan(None if limit is None else limit - taken)
+                taken += planned
+            if not (planned or self._ledger.open_shards() or refused < self._planner.failed + self._planner.skipped):
+                await self._report_pending(limit)
+                await self._patiently(self._poll)  # there may be files to delete
+                return
+            await self.poll()
+            await self._pause(self._poll_wait_s())
 
-    async def round(self, files: OpenAIFiles) -> None:
-        """``send`` and ``poll``: what cannot be sent keeps no answer away that was paid for."""
-        steps: tuple[Callable[[OpenAIFiles], Awaitable[Any]], ...] = (self._sender.send, self.poll)
-        await all_of(steps, lambda step: step(files))
+    async def submit(self, limit: int | None = None) -> None:
+        """Send the pending documents (at most *limit*)."""
+        await self._planner.plan(limit)
+        await self._patiently(self._sender.send)
 
-    async def _take_in(self, files: OpenAIFiles, shard: Shard) -> None:
-        if self.stop.is_set():
+    async def poll(self) -> None:
+        """Send what is planned, check each batch once and apply what has ended.
+
+        A batch that cannot be sent does not delay answers that were paid for.
+        """
+        await self._patiently(lambda: for_each((self._sender.send, self._poll), lambda step: step()))
+
+    async def cancel(self) -> None:
+        """Cancel every batch; what has run by then is billed and applied.
+
+        The documents of batches that OpenAI does not know, or that were never sent, become pending again.
+        """
+        await self._patiently(self._cancel)
+        await self._patiently(self._poll)
+
+    async def _poll(self) -> None:
+        await for_each(self._ledger.open_shards(), self._collect)
+        applied = [shard for shard in self._ledger.shards() if shard.state is ShardState.APPLIED]
+        await for_each(applied, self._delete_files)
+
+    async def _collect(self, shard: Shard) -> None:
+        """Take *shard* as far as it goes: check its batch, download its files, apply its answers."""
+        if self.context.stop.is_set():
             return
         if shard.state is ShardState.CREATED:
-            shard = await self._look(files, shard)
+            shard = await self._check(shard)
         if shard.state is ShardState.TERMINAL:
-            shard = await self._download(files, shard)
+            shard = await self._download(shard)
         if shard.state is ShardState.DOWNLOADED:
             await self._apply(shard)
 
-    async def _look(self, files: OpenAIFiles, shard: Shard) -> Shard:
+    async def _check(self, shard: Shard) -> Shard:
         try:
-            state = await files.get(shard.batch_id or "")
+            state = await self._files.get(shard.batch_id or "")
         except NotThereError:
-            return await self._miss(files, shard)
+            return await self._check_missing(shard)
         if state.is_unknown:
-            logger.warning("batch %s says %s, which is not known here; waiting", state.batch_id, state.status)
-        self.on_progress(
-            f"shard {shard.number}: {state.status}, {state.completed or 0} of {state.total or shard.lines} done"
-        )
+            logger.warning("batch %s has the unknown status %s; waiting", state.batch_id, state.status)
+        progress = f"{state.completed or 0} of {state.total or shard.lines} done"
+        self.context.on_progress(f"shard {shard.number}: {state.status}, {progress}")
         if not state.has_ended:
             return self._ledger.advance(shard.number, ShardState.CREATED, status=state.status, ended_at=None)
         if state.is_over_token_limit:
-            return await self._wait_for_tokens(shard, state)
+            return self._wait_for_tokens(shard, state)
         ended_at = _ended_at(shard)
         if state.lacks_files and time.time() - ended_at < self._times.files_late_s:
             return self._ledger.advance(shard.number, ShardState.CREATED, status=state.status, ended_at=ended_at)
@@ -120,36 +170,38 @@ class JobRun:
             ended_at=ended_at,
         )
 
-    async def _miss(self, files: OpenAIFiles, shard: Shard) -> Shard:
-        """The server knows no batch of *shard*. That is believed only after a while, and of a server that knows its file.
+    async def _check_missing(self, shard: Shard) -> Shard:
+        """Give up a batch that the server does not know, after a while and only if the server knows its file.
 
-        Another key, project or address knows neither: to send all again then would be to pay for all again.
+        A server that knows neither is another account or address: sending everything again would pay for it again.
         """
         ended_at = _ended_at(shard)
         if time.time() - ended_at < self._times.files_late_s:
-            logger.warning("batch %s of shard %d is not there; looking again", shard.batch_id, shard.number)
+            logger.warning("OpenAI does not find batch %s of shard %d; checking again", shard.batch_id, shard.number)
             return self._ledger.advance(shard.number, ShardState.CREATED, status="not_found", ended_at=ended_at)
-        if not await files.has_file(shard.file_id or ""):
+        if not await self._files.has_file(shard.file_id or ""):
             raise JobValidationError(
-                f"OpenAI knows neither batch {shard.batch_id} nor its file; check that OPENAI_API_KEY and OPENAI_BASE_URL "
-                "are those it was made with, or give it up with cli.py openai-batch cancel."
+                f"OpenAI knows neither batch {shard.batch_id} nor its file. Check that OPENAI_API_KEY and OPENAI_BASE_URL "
+                "are the ones it was created with, or give it up with cli.py openai-batch cancel."
             )
-        logger.warning("batch %s of shard %d is gone; its documents are sent again", shard.batch_id, shard.number)
+        logger.warning("batch %s of shard %d is lost; its documents are sent again", shard.batch_id, shard.number)
         return self._ledger.advance(shard.number, ShardState.TERMINAL, status="gone")
 
-    async def _wait_for_tokens(self, shard: Shard, state: BatchState) -> Shard:
-        """Nothing of *shard* ran. Ask again later, or, where it alone is over the limit, make smaller ones of it."""
+    def _wait_for_tokens(self, shard: Shard, state: BatchState) -> Shard:
+        """Create the batch again later, since nothing of it ran; split a shard that exceeds the limit by itself."""
+        planner = self._planner
         found = _LIMIT.search(state.message or "")
         limit = int(found.group(1).replace(",", "")) if found else None
-        alone = self._ledger.live_tokens() <= shard.tokens
+        is_alone = self._ledger.live_tokens() <= shard.tokens
         if limit is not None:
-            self._planner.token_limit = min(self._planner.token_limit or limit, limit)
-        if (limit is not None and shard.tokens > limit) or (alone and shard.tries >= 3) or shard.tries >= MAX_TRIES:
+            planner.token_limit = min(planner.token_limit or limit, limit)
+        if (limit is not None and shard.tokens > limit) or (is_alone and shard.tries >= 3) or shard.tries >= MAX_TRIES:
             if limit is None:
-                self._planner.token_limit = max(1000, shard.tokens // 2)
-            logger.warning("shard %d is over the enqueued-token limit by itself; smaller ones are made", shard.number)
+                planner.token_limit = max(1000, shard.tokens // 2)
+            logger.warning("shard %d exceeds the enqueued-token limit by itself; splitting it", shard.number)
+            ended_at = time.time()
             return self._ledger.advance(
-                shard.number, ShardState.TERMINAL, status="token_limit", problem=None, ended_at=time.time()
+                shard.number, ShardState.TERMINAL, status="token_limit", problem=None, ended_at=ended_at
             )
         wait_s = min(MAX_TOKEN_WAIT_S, self._times.token_wait_s * 2 ** (shard.tries - 1)) * random.uniform(0.75, 1.25)
         logger.info("shard %d waits %.0f s: too many tokens are enqueued", shard.number, wait_s)
@@ -162,120 +214,82 @@ class JobRun:
             problem="token_limit_exceeded",
         )
 
-    async def _download(self, files: OpenAIFiles, shard: Shard) -> Shard:
-        wanted = [(file_id, kind) for file_id, kind in _result_files(shard) if file_id is not None]
+    async def _download(self, shard: Shard) -> Shard:
         for _ in range(DOWNLOADS):
             lines = 0
-            for file_id, kind in wanted:
-                target = self._result_path(shard, kind)
+            for file_id, name in shard.result_files.items():
+                target = self.context.folder / name
                 try:
-                    received = await files.download(file_id, target)
+                    received = await self._files.download(file_id, target)
                 except NotThereError:
                     target.unlink(missing_ok=True)
                     if time.time() - _ended_at(shard) < self._times.files_late_s:
-                        logger.warning("the %s file of shard %d is not there; looking again", kind, shard.number)
+                        logger.warning("OpenAI does not find %s of shard %d; checking again", file_id, shard.number)
                         return shard
-                    logger.warning("the %s file of shard %d is gone; what it held is sent again", kind, shard.number)
+                    logger.warning("file %s of shard %d is lost; its lines are sent again", file_id, shard.number)
                     continue
                 lines += await asyncio.to_thread(count_lines, target)
-                logger.info("shard %d: %s file of %d bytes", shard.number, kind, received)
-            if lines >= shard.lines or not wanted:
+                logger.info("shard %d: %s has %d bytes", shard.number, name, received)
+            if lines >= shard.lines or not shard.result_files:
                 break
-            # What lacks here is sent and paid for again: a download that was cut must not be the cause.
-            logger.info("shard %d: %d of %d lines came", shard.number, lines, shard.lines)
+            # Missing lines are sent and paid for again, so make sure that the download was not cut.
+            logger.info("shard %d: received %d of %d lines", shard.number, lines, shard.lines)
         return self._ledger.advance(shard.number, ShardState.DOWNLOADED)
 
-    def _result_path(self, shard: Shard, kind: str) -> Path:
-        return self._folder / f"{self.job_id}_{shard.number:05d}.{kind}.jsonl"
+    async def _apply(self, shard: Shard) -> None:
+        paths = [path for path in self._result_paths(shard) if path.exists()]
+        bad_ids = await asyncio.to_thread(ids_at, self.context.folder / shard.file_name, shard.bad_lines)
+        if not await self._answers.apply(shard, paths, bad_ids):
+            return
+        end = ShardEnd(shard, self._ledger.counts(shard.number), self._ledger.retried(shard.number))
+        self._ledger.advance(shard.number, ShardState.APPLIED)
+        if end.counts[ItemState.SUBMITTED] or sum(end.counts.values()) != shard.lines:
+            raise JobProcessingError(f"the counts of shard {shard.number} do not add up; please report this as a bug.")
+        counts = " + ".join(f"{end.counts[state]} {state}" for state in ItemState if state is not ItemState.SUBMITTED)
+        logger.info("shard %d (%s): %d submitted = %s", shard.number, shard.status, shard.lines, counts)
+        succeeded = end.counts[ItemState.OK]
+        self._ended.batches += 1
+        self._ended.succeeded += succeeded
+        self._ended.retried += end.retried
+        self._ended.failed += shard.lines - succeeded - end.retried
+        self._on_end(end)
 
-    async def _apply(self, shard: Shard) -> Shard:
-        # A file that this batch does not have is none of it, whatever lies there.
-        paths = [self._result_path(shard, kind) for file_id, kind in _result_files(shard) if file_id is not None]
-        bad = await asyncio.to_thread(ids_at, self._folder / shard.file_name, shard.bad_lines)
-        present = [path for path in paths if path.exists()]
-        if not await self._answers.apply(shard, present, bad, self.stop, self.on_progress):
-            return shard
-        retried, counts = self._ledger.retried(shard.number), self._ledger.counts(shard.number)
-        shard = self._ledger.advance(shard.number, ShardState.APPLIED)
-        if counts[ItemState.SUBMITTED] or sum(counts.values()) != shard.lines:
-            raise JobProcessingError(f"the counts of shard {shard.number} do not add up; please report this")
-        logger.info(
-            "shard %d (%s): %d submitted = %s",
-            shard.number,
-            shard.status,
-            shard.lines,
-            " + ".join(f"{counts[state]} {state}" for state in ItemState if state is not ItemState.SUBMITTED),
-        )
-        if self.on_end is not None:
-            self.on_end(ShardEnd(shard, counts, retried))
-        return shard
+    def _result_paths(self, shard: Shard) -> list[Path]:
+        return [self.context.folder / name for name in shard.result_files.values()]
 
-    async def _clean(self, files: OpenAIFiles, shard: Shard) -> None:
-        """Remove what holds customer text, there and here."""
-        for file_id in (shard.file_id, shard.output_file_id, shard.error_file_id):
+    async def _delete_files(self, shard: Shard) -> None:
+        """Delete the files with customer text, at OpenAI and here."""
+        for file_id in (shard.file_id, *shard.result_files):
             if file_id:
-                await files.delete_file(file_id)
-        for _ in range(UPLOADS):  # one more where the answer to an upload was lost
-            surplus = await files.find_file(shard.file_name, shard.created_at)
+                await self._files.delete_file(file_id)
+        for _ in range(MAX_SURPLUS_FILES):
+            surplus = await self._files.find_file(shard.file_name, shard.created_at)
             if surplus is None:
                 break
-            await files.delete_file(surplus)
-        for path in (self._folder / shard.file_name, *(self._result_path(shard, kind) for kind in ("output", "error"))):
+            await self._files.delete_file(surplus)
+        for path in (self.context.folder / shard.file_name, *self._result_paths(shard)):
             path.unlink(missing_ok=True)
         self._ledger.advance(shard.number, ShardState.CLEANED)
 
-    async def cancel(self, files: OpenAIFiles) -> int:
-        """Ask OpenAI to end every batch that runs; return how many. What ran by then is billed and applied.
-
-        Batches that the server does not know are given up: their documents become pending again.
-        """
-        count = 0
-        for number in [shard.number for shard in self._ledger.open_shards()]:
-            shard = self._ledger.shard(number)
-            if shard.state is ShardState.CREATING and not await self._sender.found(files, shard):
-                self._ledger.advance(number, ShardState.UPLOADED)
-            shard = self._ledger.shard(number)
-            if shard.state is ShardState.CREATED:
+    async def _cancel(self) -> None:
+        for shard in self._ledger.open_shards():
+            is_created = shard.state is ShardState.CREATED
+            if shard.state is ShardState.CREATING:
+                is_created = await self._sender.find_batch(shard)
+            if is_created:
                 try:
-                    await files.cancel(shard.batch_id or "")
-                    count += 1
+                    await self._files.cancel(self._ledger.shard(shard.number).batch_id or "")
                 except NotThereError:
-                    self._ledger.advance(number, ShardState.TERMINAL, status="gone", ended_at=time.time())
-            elif shard.state in (ShardState.PLANNED, ShardState.UPLOADED):
-                self._ledger.advance(number, ShardState.TERMINAL, status="never_sent", ended_at=time.time())
-        return count
+                    self._ledger.advance(shard.number, ShardState.TERMINAL, status="gone", ended_at=time.time())
+            elif shard.state in NOT_SENT:
+                self._ledger.advance(shard.number, ShardState.TERMINAL, status="never_sent", ended_at=time.time())
 
-    async def run(self, files: OpenAIFiles, limit: int | None = None) -> None:
-        """Work until no document is pending and no batch open, or ``stop`` is set; it goes on where it ended.
-
-        Raises:
-            JobConnectionError: OpenAI was not there for *times.unreachable_limit_s*; the batches go on.
-        """
-        await self._planner.recover()
-        taken = 0
-        while not self.stop.is_set():
-            planned, ended = 0, self._planner.refused + self._planner.skipped
-            if limit is None or taken < limit:
-                left = None if limit is None else limit - taken
-                planned = await self._planner.plan(self.stop, self.on_progress, left)
-                taken += planned
-            if (
-                not self._ledger.open_shards()
-                and not planned
-                and ended == self._planner.refused + self._planner.skipped
-            ):
-                await self._tell_left(limit)
-                await self.patiently(lambda: self.poll(files))  # there may be files to delete
-                return
-            await self.patiently(lambda: self.round(files))
-            await self._pause(self._next_look_s())
-
-    async def _tell_left(self, limit: int | None) -> None:
-        left = await self._store.count_pending() if limit is None else 0
+    async def _report_pending(self, limit: int | None) -> None:
+        left = await self.context.store.count_pending() if limit is None else 0
         if left:
-            logger.warning("%d documents stay pending: others hold them, or MongoDB lets nobody change them", left)
+            logger.warning("%d documents stay pending: leased by a worker, or MongoDB rejected their update", left)
 
-    def _next_look_s(self) -> float:
+    def _poll_wait_s(self) -> float:
         shards = self._ledger.open_shards()
         if not shards:
             return 0.0
@@ -284,21 +298,17 @@ class JobRun:
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.stop.wait(), seconds)
+            await asyncio.wait_for(self.context.stop.wait(), seconds)
 
-    async def patiently(self, step: Callable[[], Awaitable[Any]]) -> None:
-        """Do *step*, again and again while OpenAI is away; each time it goes on where the ledger stands.
-
-        Once ``stop`` is set a step has STOP_GRACE_S left. It may be cut off anywhere: that is what the ledger is for.
-        """
-        since = time.monotonic()
-        wait_s = min(1.0, self._times.poll_s)
-        while not self.stop.is_set():
+    async def _patiently(self, step: Callable[[], Awaitable[Any]]) -> None:
+        """Await *step*, repeated while OpenAI cannot be reached for at most ``Times.unreachable_limit_s``."""
+        started, wait_s = time.monotonic(), min(1.0, self._times.poll_s)
+        while not self.context.stop.is_set():
             try:
                 await self._until_stopped(step)
                 return
             except JobConnectionError as exc:
-                if time.monotonic() - since > self._times.unreachable_limit_s:
+                if time.monotonic() - started > self._times.unreachable_limit_s:
                     raise
                 asked_s = self._times.wait_s(exc)
                 logger.warning("%s; trying again in %.0f s", exc, max(wait_s, asked_s))
@@ -306,7 +316,8 @@ class JobRun:
                 wait_s = min(CAP_S, wait_s * 2)
 
     async def _until_stopped(self, step: Callable[[], Awaitable[Any]]) -> None:
-        work, stopped = asyncio.ensure_future(step()), asyncio.ensure_future(self.stop.wait())
+        """Await *step*; STOP_GRACE_S after the run is told to stop, cancel it. The ledger makes that safe anywhere."""
+        work, stopped = asyncio.ensure_future(step()), asyncio.ensure_future(self.context.stop.wait())
         try:
             await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -319,11 +330,7 @@ class JobRun:
             await asyncio.gather(work, stopped, return_exceptions=True)
 
 
-def _result_files(shard: Shard) -> tuple[tuple[str | None, str], ...]:
-    return (shard.output_file_id, "output"), (shard.error_file_id, "error")
-
-
 def _ended_at(shard: Shard) -> float:
-    """Return when the end of its batch was seen first, in unix seconds; now, where the clock was set back since."""
+    """Return when its batch was first seen ended, in unix seconds; now if that lies in the future."""
     now = time.time()
     return now if shard.ended_at is None else min(now, shard.ended_at)

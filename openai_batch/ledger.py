@@ -1,7 +1,7 @@
-"""What was sent, durable before each step: the reason why nothing is billed twice and nothing is lost.
+"""The ledger of one job: what was sent and what came back, written durably before each step.
 
-One SQLite file for one job, in WAL mode with ``synchronous=FULL``: a committed step survives a power cut
-(sqlite.org/pragma.html#pragma_synchronous). It holds ids, hashes, counts and error codes; no text of a document.
+One SQLite file in WAL mode with ``synchronous=FULL``, so that a committed step survives a power cut
+(sqlite.org/pragma.html#pragma_synchronous). It holds ids, hashes, counts and error codes, and no text of a document.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ CREATE INDEX IF NOT EXISTS items_by_shard ON items (shard, state);
 CREATE INDEX IF NOT EXISTS items_by_document ON items (document_id);
 """
 
-
-# Codes of items whose shard was never run: no attempt of the document.
+# Codes of items whose batch never ran; such a sending is no attempt of the document.
 NOT_RUN_CODES = ("token_limit_exceeded", "never_sent")
+PAGE = 500  # rows read, and ids looked up, at once
 
 
 class ShardState(StrEnum):
-    """How far a shard has come; docs/openai-batch.md says what a start does with each."""
+    """The step that a shard has reached; docs/openai-batch.md says how a run resumes from each."""
 
     PLANNED = "planned"
     UPLOADED = "uploaded"
@@ -77,8 +77,9 @@ class ShardState(StrEnum):
     CLEANED = "cleaned"
 
 
-LIVE = (ShardState.CREATING, ShardState.CREATED)  # its tokens may be enqueued
-OPEN = tuple(state for state in ShardState if state not in (ShardState.APPLIED, ShardState.CLEANED))
+NOT_SENT = (ShardState.PLANNED, ShardState.UPLOADED, ShardState.CREATING)
+LIVE = (ShardState.CREATING, ShardState.CREATED)  # their tokens may be enqueued at OpenAI
+ENDED = (ShardState.APPLIED, ShardState.CLEANED)
 
 
 class ItemState(StrEnum):
@@ -96,9 +97,9 @@ class ItemState(StrEnum):
 class Shard:
     """One JSONL file and its batch.
 
-    Times are unix seconds; *not_before* holds back a shard that has to wait. *tries* counts the batches that were
-    asked for: more than one only after one that was refused whole, of which nothing ran. *bad_lines* are the lines
-    of the file, joined by commas, for which the API refused it.
+    Times are unix seconds; a shard is not sent before *not_before*. *tries* counts the create calls: more than one
+    only if OpenAI refused the whole batch and ran nothing of it. *bad_lines* are the line numbers, joined by commas,
+    that OpenAI named when it refused the file.
     """
 
     number: int
@@ -124,7 +125,7 @@ class Shard:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What marks its batch at OpenAI as ours; a batch with the same is never made a second time."""
+        """The metadata of its batch at OpenAI; no second batch is created with the same metadata."""
         return {"job": self.job_id, "shard": str(self.number), "try": str(self.tries), "sha256": self.sha256[:32]}
 
     @property
@@ -132,12 +133,18 @@ class Shard:
         """The name of its file, here and at OpenAI."""
         return f"{self.job_id}_{self.number:05d}_{self.sha256[:16]}.jsonl"
 
+    @property
+    def result_files(self) -> dict[str, str]:
+        """The local names of its result files, by their ids at OpenAI."""
+        files = {self.output_file_id: "output", self.error_file_id: "error"}
+        return {file_id: f"{self.job_id}_{self.number:05d}.{kind}.jsonl" for file_id, kind in files.items() if file_id}
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One line of a shard. *document_id* is canonical Extended JSON; *attempt* counts from 1.
 
-    *retryable* says of an ended one that its document was made pending again.
+    *retryable*: the item has ended and its document is pending again.
     """
 
     custom_id: str
@@ -149,13 +156,13 @@ class Item:
 
 
 class Ledger:
-    """The ledger of one job; one process at a time (its caller holds the lock). Use as ``with``."""
+    """The ledger of one job, for one process at a time: the caller holds the lock. Use in ``with``."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file *path*, mode 0600.
+        """Open or create the file *path* with mode 0600.
 
         Raises:
-            StateDirectoryError: It cannot be opened, or is no ledger.
+            StateDirectoryError: It cannot be opened, or is not a ledger.
         """
         self._path = path
         try:
@@ -173,42 +180,41 @@ class Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; what was written is durable already."""
         self._db.close()
 
     @contextmanager
-    def _step(self) -> Iterator[sqlite3.Connection]:
-        """Make everything inside one durable step, or nothing of it."""
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            with self._db:  # ends the transaction, one way or the other
+            with self._db:  # commits, or rolls back on an error
                 yield self._db
         except sqlite3.Error as exc:
             raise self._unusable(exc) from exc
 
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as exc:
+            raise self._unusable(exc) from exc
+
     def _unusable(self, exc: Exception) -> StateDirectoryError:
-        if isinstance(exc, ValueError | LookupError) or type(exc) is sqlite3.DatabaseError:
-            return StateDirectoryError(
-                f"the ledger {self._path} is damaged ({type(exc).__name__}); put back a copy of it, and never delete it "
-                "while batches run: it alone knows what was paid for."
-            )
+        is_damaged = isinstance(exc, ValueError) or type(exc) is sqlite3.DatabaseError
+        problem = "is damaged" if is_damaged else "cannot be used"
+        remedy = "restore it from a copy" if is_damaged else "free disk space or fix the file's permissions"
         return StateDirectoryError(
-            f"the ledger {self._path} cannot be used ({type(exc).__name__}); free space or fix the rights, and never "
-            "delete it while batches run: it alone knows what was paid for."
+            f"the ledger {self._path} {problem} ({type(exc).__name__}); {remedy}. Do not delete it while batches run: "
+            "it is the only record of what was paid for."
         )
 
     def job_id(self, source: str) -> str:
-        """Return the id of this job, made on the first call; *source* names what it works on.
+        """Return the id of this job, created on the first call; *source* names the documents it works on.
 
         Raises:
             JobValidationError: The ledger belongs to another source.
         """
         rows = self._rows("SELECT job_id, source FROM job")
         if not rows:
-            with self._step() as db:
+            with self._transaction() as db:
                 db.execute("INSERT INTO job VALUES (?, ?)", (f"job{secrets.token_hex(6)}", source))
             rows = self._rows("SELECT job_id, source FROM job")
         if rows[0]["source"] != source:
@@ -218,9 +224,9 @@ class Ledger:
         return str(rows[0]["job_id"])
 
     def plan(self, shard: Shard, items: Iterable[Item]) -> None:
-        """Write a complete *shard* and its *items*, state PLANNED; its file is durable by now."""
-        row = (shard.number, shard.job_id, ShardState.PLANNED, shard.sha256, shard.lines, shard.bytes, shard.tokens)
-        with self._step() as db:
+        """Add *shard*, whose file is complete and durable, and its *items* in one transaction."""
+        row = (shard.number, shard.job_id, shard.state, shard.sha256, shard.lines, shard.bytes, shard.tokens)
+        with self._transaction() as db:
             db.execute(
                 "INSERT INTO shards (number, job_id, state, sha256, lines, bytes, tokens, model, created_at) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -228,113 +234,91 @@ class Ledger:
             )
             db.executemany(
                 "INSERT INTO items (custom_id, shard, document_id, attempt, state) VALUES (?, ?, ?, ?, ?)",
-                ((item.custom_id, shard.number, item.document_id, item.attempt, ItemState.SUBMITTED) for item in items),
+                ((item.custom_id, shard.number, item.document_id, item.attempt, item.state) for item in items),
             )
 
     def advance(self, number: int, state: ShardState, **fields: Any) -> Shard:
-        """Write that shard *number* is now in *state*, with columns of Shard in *fields*; return it."""
+        """Set the *state* of shard *number* and the columns in *fields*; return the shard."""
         names = ["state", *fields]
-        with self._step() as db:
+        with self._transaction() as db:
             db.execute(
-                f"UPDATE shards SET {', '.join(f'{name} = ?' for name in names)} WHERE number = ?",  # noqa: S608 - names are ours
+                f"UPDATE shards SET {', '.join(f'{name} = ?' for name in names)} WHERE number = ?",  # noqa: S608 - our own names
                 (state, *fields.values(), number),
             )
         return self.shard(number)
 
     def shard(self, number: int) -> Shard:
         """Return shard *number*."""
-        return self.shards("number = ?", (number,))[0]
+        return self._shard(self._rows("SELECT * FROM shards WHERE number = ?", (number,))[0])
 
-    def shards(self, where: str = "1", values: Sequence[Any] = ()) -> list[Shard]:
-        """Return the shards for which *where* (SQL over the columns of Shard) holds, in their order."""
-        rows = self._rows(f"SELECT * FROM shards WHERE {where} ORDER BY number", values)  # noqa: S608 - no caller hands in text
+    def shards(self) -> list[Shard]:
+        """Return all shards, by number."""
+        return [self._shard(row) for row in self._rows("SELECT * FROM shards ORDER BY number")]
+
+    def _shard(self, row: sqlite3.Row) -> Shard:
         try:
-            return [Shard(**{**dict(row), "state": ShardState(row["state"])}) for row in rows]
+            return Shard(**{**dict(row), "state": ShardState(row["state"])})
         except ValueError as exc:
             raise self._unusable(exc) from exc
 
     def open_shards(self) -> list[Shard]:
         """Return the shards that are not applied yet."""
-        return self.shards(f"state IN ({', '.join('?' * len(OPEN))})", OPEN)
+        return [shard for shard in self.shards() if shard.state not in ENDED]
 
     def next_number(self) -> int:
-        """Return the number of the next shard, from 1; numbers are never used twice."""
+        """Return the number of the next shard, from 1; numbers are never reused."""
         return int(self._rows("SELECT COALESCE(MAX(number), 0) + 1 FROM shards")[0][0])
 
     def live_tokens(self) -> int:
-        """Return the estimated prompt tokens that are enqueued at OpenAI now."""
-        query = f"SELECT COALESCE(SUM(tokens), 0) FROM shards WHERE state IN ({', '.join('?' * len(LIVE))})"  # noqa: S608 - no text
+        """Return the estimated prompt tokens enqueued at OpenAI now."""
+        query = f"SELECT COALESCE(SUM(tokens), 0) FROM shards WHERE state IN ({_marks(LIVE)})"  # noqa: S608 - marks only
         return int(self._rows(query, LIVE)[0][0])
 
-    def items(self, number: int, state: ItemState | None = None) -> Iterator[Item]:
-        """Yield the items of shard *number* (in *state*), some hundred at a time in memory."""
+    def items(self, number: int, state: ItemState) -> Iterator[Item]:
+        """Yield the items of shard *number* in *state*, PAGE rows in memory at a time."""
         last = ""
-        while True:
-            rows = self._rows(
-                "SELECT * FROM items WHERE shard = ? AND (? IS NULL OR state = ?) AND custom_id > ? "
-                "ORDER BY custom_id LIMIT 500",
-                (number, state, state, last),
-            )
-            for row in rows:
-                yield Item(
-                    row["custom_id"],
-                    row["document_id"],
-                    row["attempt"],
-                    ItemState(row["state"]),
-                    row["code"],
-                    bool(row["retryable"]),
-                )
-            if len(rows) < 500:
-                return
+        query = "SELECT * FROM items WHERE shard = ? AND state = ? AND custom_id > ? ORDER BY custom_id LIMIT ?"
+        while rows := self._rows(query, (number, state, last, PAGE)):
+            yield from map(_item, rows)
             last = rows[-1]["custom_id"]
 
-    def find(self, custom_ids: Sequence[str], number: int | None = None) -> dict[str, Item]:
-        """Return those of *custom_ids* (at most 500) that are known, of shard *number* alone where it is given."""
-        marks = ", ".join("?" * len(custom_ids))
-        rows = self._rows(
-            f"SELECT * FROM items WHERE (? IS NULL OR shard = ?) AND custom_id IN ({marks})",  # noqa: S608 - marks only
-            (number, number, *custom_ids),
-        )
-        return {
-            row["custom_id"]: Item(
-                row["custom_id"], row["document_id"], row["attempt"], ItemState(row["state"]), row["code"]
-            )
-            for row in rows
-        }
+    def find(self, custom_ids: Sequence[str]) -> dict[str, tuple[int, Item]]:
+        """Return the shard number and the item of each of *custom_ids* (at most PAGE) that is known."""
+        rows = self._rows(f"SELECT * FROM items WHERE custom_id IN ({_marks(custom_ids)})", custom_ids)  # noqa: S608 - marks only
+        return {row["custom_id"]: (row["shard"], _item(row)) for row in rows}
 
     def settle(self, items: Iterable[Item]) -> None:
-        """Write how *items* ended; one that ended before keeps its first end."""
-        with self._step() as db:
+        """Record how *items* ended; an item that has ended already is left alone."""
+        with self._transaction() as db:
             db.executemany(
                 "UPDATE items SET state = ?, code = ?, retryable = ? WHERE custom_id = ? AND state = 'submitted'",
                 ((item.state, item.code, item.retryable, item.custom_id) for item in items),
             )
 
-    def counts(self, number: int | None = None) -> dict[ItemState, int]:
-        """Return how many items of shard *number* (None: of all) are in each state; states without any are 0."""
-        rows = self._rows(
-            "SELECT state, COUNT(*) FROM items WHERE ? IS NULL OR shard = ? GROUP BY state", (number, number)
-        )
-        found = {ItemState(state): count for state, count in rows}
+    def counts(self, number: int) -> dict[ItemState, int]:
+        """Return how many items of shard *number* are in each state."""
+        found = dict(self._rows("SELECT state, COUNT(*) FROM items WHERE shard = ? GROUP BY state", (number,)))
         return {state: found.get(state, 0) for state in ItemState}
 
     def sendings(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Return how often each of *document_ids* (at most 500) was put in a shard, and how often that counts.
+        """Return, for each of *document_ids* (at most PAGE) that was sent, its sendings and its attempts.
 
-        A shard that was never run does not count as an attempt. Documents that were never sent are absent.
+        A sending whose batch never ran is no attempt.
         """
-        marks = ", ".join("?" * len(document_ids))
         counted = "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?)) FROM items"
-        query = f"{counted} WHERE document_id IN ({marks}) GROUP BY document_id"
+        query = f"{counted} WHERE document_id IN ({_marks(document_ids)}) GROUP BY document_id"
         rows = self._rows(query, (*NOT_RUN_CODES, *document_ids))
         return {row[0]: (row[1], row[2]) for row in rows}
 
     def retried(self, number: int) -> int:
-        """Return how many items of shard *number* ended so that their documents are pending again."""
+        """Return how many documents of shard *number* became pending again."""
         return int(self._rows("SELECT COUNT(*) FROM items WHERE shard = ? AND retryable", (number,))[0][0])
 
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        try:
-            return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as exc:
-            raise self._unusable(exc) from exc
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def _item(row: sqlite3.Row) -> Item:
+    fields = (row["custom_id"], row["document_id"], row["attempt"], ItemState(row["state"]), row["code"])
+    return Item(*fields, retryable=bool(row["retryable"]))

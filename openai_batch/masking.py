@@ -1,9 +1,9 @@
-"""Personal data becomes placeholders before it leaves the house, and comes back in the answer. Pure.
+"""Replaces personal data by placeholders before it is sent, and restores it in answers. Pure.
 
-The owner of phonenumbers and stdnum. A placeholder such as ``<EMAIL_K7Q>`` names a kind and carries a tag made of the
-value and the document's id: the same value has the same one within a document, and nothing needs to be kept until the
-answer comes, because the same document makes the same placeholders again. Had the document changed meanwhile, an old
-placeholder fits no value of today and stays as it is, where a plain number would bring back somebody else's value.
+The owner of phonenumbers and stdnum. A placeholder such as ``<EMAIL_K7Q>`` has a kind and a tag derived from the value
+and the document's id. The same document always yields the same placeholders, so no mapping has to be stored until the
+answer comes. If the document changes meanwhile, an old placeholder matches no value and stays as it is; a plain number
+would restore another person's value.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from error_handler import JobProcessingError, JobValidationError
 
 EMAIL, PHONE, CARD, IBAN, NAME = "EMAIL", "PHONE", "CARD", "IBAN", "NAME"
 
-# No vowels, nothing that looks like something else: a tag is never a word, and copied without mistakes.
+# No vowels and no look-alikes: a tag is never a word and is copied without mistakes.
 _LETTERS = "BCDFGHJKLMNPQRSTVWXZ2345679"
 _TAG_LENGTH = 3
 _KINDS = "|".join((EMAIL, PHONE, CARD, IBAN, NAME))
-# As it was given; or as models write it: in another case, with a space for the underscore, without brackets.
+# Exact, or as models rewrite it: in another case, with a space for the underscore, without brackets.
 _PLACEHOLDER = re.compile(
     rf"<(?:{_KINDS})_\w{{{_TAG_LENGTH}}}>"
     rf"|(?:<\s?|(?<![^\W_]))(?:{_KINDS})[_\s-][{_LETTERS}]{{{_TAG_LENGTH}}}(?:\s?>|(?![^\W_]))",
@@ -34,14 +34,13 @@ _PLACEHOLDER = re.compile(
 )
 _EXACT = re.compile(rf"<(?:{_KINDS})_[{_LETTERS}]{{{_TAG_LENGTH}}}>")
 
-_DOMAIN = re.compile(r"[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}")
-_LOCAL_EXTRA = frozenset("._!#$%&'*+/=?^`{|}~-")
-_LONGEST_LOCAL = 64
-# Digits in groups; what may stand between them in a card number.
+# The bound of the first part keeps the search linear: a long word is not tried from every letter to its end.
+_EMAIL = re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}+@[\w-]{1,63}+(?:\.[\w-]{1,63}+){1,8}")
+# Groups of digits, and the separators that a card number may have.
 _DIGIT_GROUPS = re.compile(r"\d+(?:[ \u00a0\u202f.\u2010-\u2013-]\d+)*")
 _GROUP = re.compile(r"\d+")
 _CARD_LENGTHS = range(13, 20)
-# Visa, American Express, Diners, JCB, Mastercard (twice), Maestro, and Discover, UnionPay and Maestro again.
+# Visa, American Express, Diners, JCB, Mastercard (twice), Maestro; Discover, UnionPay and Maestro.
 _CARD = re.compile(
     r"4\d{12}(\d{3}){0,2}|3[47]\d{13}|3[0689]\d{12}|35\d{14}|5[1-5]\d{14}|2[2-7]\d{14}|5[06-8]\d{14}|6\d{15,18}"
 )
@@ -51,26 +50,22 @@ _IBAN_START = re.compile(r"(?<![^\W_])[A-Za-z]{2}\d{2}(?=[ \u00a0-]?[A-Za-z0-9])
 _IBAN_NEXT = re.compile(r"[ \u00a0-]?([A-Za-z0-9])")
 _IBAN_LENGTHS = range(15, 35)
 
-MAX_CHARACTERS = 500_000  # of one prompt, more than models read; more than a second of search
+MAX_CHARACTERS = 500_000  # per document; more than models read, and more than a second of search
 
 Span = tuple[int, int, str]
 
 
 class Masking:
-    """Finds personal data. *region* (ISO 3166, such as ``US``) reads national phone numbers; None: only ``+...`` ones."""
+    """Finds personal data. *region* (ISO 3166, such as ``US``) adds national phone numbers; None: only ``+...``."""
 
     def __init__(self, region: str | None = None) -> None:
-        """Check *region*.
-
-        Raises:
-            JobValidationError: There is none of that name.
-        """
+        """Check *region*; raise JobValidationError if there is no such region."""
         if region is not None and region not in phonenumbers.SUPPORTED_REGIONS:
             raise JobValidationError(f"phone_region: there is no region {region!r}; give an ISO code such as US or DE.")
         self._region = region
 
     def of(self, texts: Iterable[str], salt: str, names: Iterable[str] = ()) -> Mask:
-        """Return the mask of a document whose prompt has *texts*; *salt* is its id, *names* are values to hide whole.
+        """Return the mask of a document. *texts* are its messages, *salt* is its id, *names* are whole values to hide.
 
         Raises:
             JobProcessingError: The texts have more than MAX_CHARACTERS.
@@ -78,13 +73,15 @@ class Masking:
         texts = list(texts)
         if sum(map(len, texts)) > MAX_CHARACTERS:
             raise JobProcessingError(
-                f"the prompt has more than {MAX_CHARACTERS} characters, too many for --mask-pii", is_final=True
+                f"the prompt has more than {MAX_CHARACTERS} characters, too many for --mask-pii; shorten it",
+                is_final=True,
             )
         pattern = _any_of(names)
         return Mask({text: self._spans(text, pattern) for text in texts}, salt)
 
     def _spans(self, text: str, names: re.Pattern[str] | None) -> list[Span]:
-        spans = [*_emails(text), *_ibans(text), *_cards(text), *self._phones(text)]
+        spans = [(*match.span(), EMAIL) for match in _EMAIL.finditer(text)]
+        spans += (*_ibans(text), *_cards(text), *self._phones(text))
         if names is not None:
             spans += ((*match.span(), NAME) for match in names.finditer(text))
         return _merged(spans)
@@ -100,7 +97,7 @@ class Mask:
     """The placeholders of one document."""
 
     def __init__(self, found: Mapping[str, list[Span]], salt: str) -> None:
-        """*found* has the places of personal data in each text."""
+        """*found* has the spans of personal data in each text."""
         self._found = found
         self._everything = re.sub(r"[\s-]", "_", "\n".join(found).upper())
         self._by_value: dict[str, str] = {}
@@ -113,15 +110,12 @@ class Mask:
                     self._by_value[value], self._by_name[name] = f"<{name}>", value
 
     def _free_name(self, kind: str, value: str, salt: str) -> str:
-        """Return a name that neither another value has nor the document itself writes somewhere."""
+        """Return a name that no other value has and that the document itself does not contain."""
         names = (f"{kind}_{_tag(f'{salt}|{kind}|{value}|{count}')}" for count in itertools.count())
         return next(name for name in names if name not in self._by_name and name not in self._everything)
 
-    def __len__(self) -> int:
-        return len(self._by_value)
-
     def hide(self, text: str) -> str:
-        """Return *text*, one of the texts the mask was made of, with placeholders."""
+        """Return *text*, one of the mask's texts, with placeholders."""
         parts, last = [], 0
         for start, end, _ in self._found[text]:
             parts += [text[last:start], self._by_value[text[start:end]]]
@@ -129,7 +123,7 @@ class Mask:
         return "".join([*parts, text[last:]])
 
     def restore(self, value: Any) -> Any:
-        """Return *value* with the personal data put back into its texts, at any depth; keys stay as they are."""
+        """Return *value* with personal data restored in its texts at any depth; keys are not changed."""
         if isinstance(value, str):
             return self._restored(value, str)
         if isinstance(value, dict):
@@ -137,7 +131,7 @@ class Mask:
         return [self.restore(inner) for inner in value] if isinstance(value, list) else value
 
     def restore_json(self, text: str) -> str:
-        """Return *text*, which is JSON not yet parsed, with the personal data put back into its strings."""
+        """Return the JSON text *text* with personal data restored in its strings."""
         return self._restored(text, lambda value: json.dumps(value, ensure_ascii=False)[1:-1])
 
     def _restored(self, text: str, written: Callable[[str], str]) -> str:
@@ -149,7 +143,7 @@ class Mask:
         return _PLACEHOLDER.sub(original, text) if self._by_name else text
 
     def strangers(self, value: Any) -> int:
-        """Return how many placeholders *value* has that belong to nothing in this document; after ``restore``."""
+        """Return how many placeholders are left in *value* after ``restore`` that match nothing in this document."""
         if isinstance(value, str):
             return sum(match[0][1:-1] not in self._everything for match in _EXACT.finditer(value))
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -166,27 +160,12 @@ def _tag(text: str) -> str:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
-    """Return what finds each of *names* as whole words, in any case and with any spaces between its words."""
+    """Return a pattern for each of *names* as whole words, in any case and with any spaces between its words."""
     words = sorted({" ".join(name.split()) for name in names} - {""}, key=len, reverse=True)
     if not words:
         return None
     either = "|".join(r"\s+".join(re.escape(word) for word in name.split(" ")) for name in words)
     return re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
-
-
-def _emails(text: str) -> Iterator[Span]:
-    # From each @ to both sides: one pattern for all would try a long word from every letter of it.
-    for at in re.finditer("@", text):
-        domain = _DOMAIN.match(text, at.end())
-        start = at.start()
-        while start > max(0, at.start() - _LONGEST_LOCAL) and _is_local(text[start - 1]):
-            start -= 1
-        if domain is not None and start < at.start():
-            yield start, domain.end(), EMAIL
-
-
-def _is_local(character: str) -> bool:
-    return character.isalnum() or character in _LOCAL_EXTRA
 
 
 def _ibans(text: str) -> Iterator[Span]:
@@ -216,12 +195,12 @@ def _cards(text: str) -> Iterator[Span]:
 
 
 def _is_card(digits: str) -> bool:
-    plain = "".join(str(int(digit)) for digit in digits)  # other scripts have digits of their own
+    plain = "".join(str(int(digit)) for digit in digits)  # digits of other scripts
     return _CARD.fullmatch(plain) is not None and bool(luhn.is_valid(plain))
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:
-    """Return *spans* without overlaps: what overlaps becomes one, so that no part of either is left over."""
+    """Return *spans* with overlapping ones merged, so that no part of either is left visible."""
     merged: list[Span] = []
     for start, end, kind in sorted(spans):
         if not merged or start >= merged[-1][1]:

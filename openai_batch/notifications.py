@@ -1,46 +1,48 @@
-"""Tells a webhook and a mail address how batches end, beside the run: it never waits for them, and never fails by them.
+"""Notifies a webhook and a mail address of each batch that ends, in the background of the run.
 
-A payload holds ids and counts, no text of a document.
+The run never waits for a notification and never fails because of one. A payload holds ids and counts, and no text of
+a document.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from error_handler import JobConnectionError, JobValidationError
+from error_handler import JobError
 from openai_batch.job_config import NotificationConfig
 from openai_batch.job_run import ShardEnd
 from openai_batch.ledger import ItemState
 from openai_batch.mail import Mailbox
 from openai_batch.webhook import Webhook
-from utils.retry_utils import RetryPolicy
+from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
 
 QUEUE_SIZE = 100
 POLICY = RetryPolicy(attempts=4, first_wait_s=1.0)
-CLOSING_S = 15.0  # how long the end of a run waits for what is not told yet
+CLOSING_S = 15.0  # how long the end of a run waits for the rest of the queue
 
 Payload = dict[str, Any]
 
 
-class Way(Protocol):
-    """How a payload goes out: ``Webhook`` or ``Mailbox``."""
+class Channel(Protocol):
+    """A way to send a payload: ``Webhook`` or ``Mailbox``."""
 
     async def send(self, payload: Payload) -> None:
-        """Send *payload*; JobConnectionError where another attempt may help, JobValidationError where none can."""
+        """Send *payload*; JobConnectionError if a retry may help, JobValidationError if none can."""
 
 
 def payload_of(end: ShardEnd) -> Payload:
-    """Return what is told of one applied batch.
+    """Return the payload for one applied batch.
 
-    Keys: batch_id, status (completed, failed, or retried where documents are sent again), total, succeeded,
-    failed, timestamp (ISO 8601, UTC), error_summary (counts by what went wrong, None where nothing did).
+    Keys: batch_id, status (completed, failed, or retried if documents are sent again), total, succeeded,
+    failed, timestamp (ISO 8601, UTC), error_summary (counts by kind of error, None if there is none).
     """
     succeeded = end.counts[ItemState.OK]
     wrong = {
@@ -60,89 +62,66 @@ def payload_of(end: ShardEnd) -> Payload:
     }
 
 
-def ways_of(config: NotificationConfig) -> list[Way]:
-    """Return where *config* wants payloads to go.
-
-    Raises:
-        ConfigurationError: An address cannot be used.
-    """
-    ways: list[Way] = []
+def channels_of(config: NotificationConfig) -> list[Channel]:
+    """Return the channels that *config* names; raise ConfigurationError if an address cannot be used."""
+    channels: list[Channel] = []
     if config.webhook_url is not None:
-        ways.append(Webhook(config.webhook_url, config.webhook_secret))
+        channels.append(Webhook(config.webhook_url, config.webhook_secret))
     if config.email is not None:
-        ways.append(Mailbox(config.email, config.smtp_server, config.smtp_login, config.smtp_from))
-    return ways
+        channels.append(Mailbox(config.email, config.smtp_server, config.smtp_login, config.smtp_from))
+    return channels
 
 
 class Notifier:
-    """Sends payloads in the background, each way by itself: one that hangs does not hold up the other.
+    """Sends payloads in the background, each channel with a queue of its own. Use as ``async with``.
 
-    Use as ``async with``; the end waits *closing_s* for what is left. *dropped* counts the payloads that found too
-    many before them, *given_up* those that no attempt could deliver; both for each way.
+    The end of the block waits *closing_s* for the queues. *dropped* counts payloads that found a full queue,
+    *given_up* those that no attempt could deliver.
     """
 
-    def __init__(self, ways: Sequence[Way], *, policy: RetryPolicy = POLICY, closing_s: float = CLOSING_S) -> None:
-        self._ways = ways
+    def __init__(
+        self, channels: Sequence[Channel], *, policy: RetryPolicy = POLICY, closing_s: float = CLOSING_S
+    ) -> None:
         self._policy = policy
         self._closing_s = closing_s
-        self._queues = [asyncio.Queue[Payload](QUEUE_SIZE) for _ in ways]
+        self._queues = [(channel, asyncio.Queue[Payload](QUEUE_SIZE)) for channel in channels]
         self._tasks: list[asyncio.Task[None]] = []
         self.dropped = self.given_up = 0
 
     async def __aenter__(self) -> Notifier:
-        self._tasks = [
-            asyncio.create_task(self._work(way, queue), name="notifications")
-            for way, queue in zip(self._ways, self._queues, strict=True)
-        ]
+        self._tasks = [asyncio.create_task(self._work(*pair), name="notifications") for pair in self._queues]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._closing_s):
-                for queue in self._queues:
+                for _channel, queue in self._queues:
                     await queue.join()
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        unsent = sum(queue.qsize() for queue in self._queues)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        unsent = sum(queue.qsize() for _channel, queue in self._queues)
         if unsent or self.dropped or self.given_up:
-            logger.warning(
-                "notifications that nobody got: %d given up, %d too many at once, %d unsent at the end",
-                self.given_up,
-                self.dropped,
-                unsent,
-            )
+            counts = (self.given_up, self.dropped, unsent)
+            logger.warning("undelivered notifications: %d given up, %d dropped, %d unsent at the end", *counts)
 
-    def tell(self, payload: Payload) -> None:
-        """Send *payload* when its turn comes; where too many wait, it is dropped and counted."""
-        for queue in self._queues:
+    def notify(self, payload: Payload) -> None:
+        """Queue *payload* for every channel; drop and count it if a queue is full."""
+        for _channel, queue in self._queues:
             try:
                 queue.put_nowait(payload)
             except asyncio.QueueFull:
                 self.dropped += 1
 
-    async def _work(self, way: Way, queue: asyncio.Queue[Payload]) -> None:
+    async def _work(self, channel: Channel, queue: asyncio.Queue[Payload]) -> None:
         while True:
             payload = await queue.get()
-            delivered = False
+            what = f"notification of batch {payload['batch_id']}"
+            self.given_up += 1  # until it is delivered, so that a cancelled one counts
             try:
-                delivered = await self._send(way, payload)
+                await retry_async(functools.partial(channel.send, payload), self._policy, what)
+                self.given_up -= 1
+            except JobError as exc:
+                logger.warning("%s given up: %s", what, exc)
             finally:
-                self.given_up += not delivered
                 queue.task_done()
-
-    async def _send(self, way: Way, payload: Payload) -> bool:
-        for attempt in range(1, self._policy.attempts + 1):
-            try:
-                await way.send(payload)
-                return True
-            except JobValidationError as exc:
-                logger.warning("notification of batch %s: %s", payload["batch_id"], exc)
-                return False
-            except JobConnectionError as exc:
-                logger.warning("notification of batch %s, attempt %d: %s", payload["batch_id"], attempt, exc)
-                if attempt < self._policy.attempts:
-                    await asyncio.sleep(self._policy.wait_s(attempt))
-        return False

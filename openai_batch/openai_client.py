@@ -1,17 +1,16 @@
-"""Files and batches at OpenAI, or at any server that speaks the same; the only owner of the openai package.
+"""Files and batches at OpenAI, or at a server with the same API; the only owner of the openai package.
 
-The package repeats calls by itself, also ``POST /batches`` whose answer was lost, without an idempotency key
-(openai 3.x, _base_client.py): that would be a second batch and a second bill. So create and upload are sent once
-here, and what happened is found out by looking (``find_batch``, ``find_file``).
+The package retries calls by itself, also a ``POST /batches`` whose response was lost, and sends no idempotency key
+(openai 3.x, _base_client.py): that would be a second batch and a second bill. So create and upload are sent once,
+and ``find_batch`` and ``find_file`` tell whether they succeeded.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +24,28 @@ from error_handler import (
     JobValidationError,
     StateDirectoryError,
 )
-from openai_batch.batch_protocol import BatchState, is_ours, loaded, parse_batch
+from openai_batch.batch_protocol import BatchState, load_json, parse_batch
 from openai_batch.job_config import BatchConfig, OpenAIConfig
-from openai_batch.shards import UNFINISHED
 from storage.files import sync_folder
-
-logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
-CLOCKS_APART_S = 86_400.0  # how much the server's clock may differ from ours
+MAX_WAIT_S = 3600.0  # the longest Retry-After that is honoured
+CLOCK_SKEW_S = 86_400.0  # how much the server's clock may differ from ours
 MAX_DOWNLOAD_BYTES = 8_000_000_000  # 50,000 answers of 128,000 tokens are less
+UNFINISHED = ".part"  # the suffix of a file that is not complete yet
 
 
 class NotThereError(JobProcessingError):
-    """The server knows no such file or batch (any more, or not yet)."""
+    """The server knows no such file or batch, not yet or not any more."""
 
 
 class EndedError(JobConnectionError):
-    """The server says that the state of the thing does not allow it: 409."""
+    """HTTP 409: the state of the file or batch does not allow the call."""
 
 
 class NotNowError(JobConnectionError):
-    """The server takes nothing now, and has taken nothing: it is asked again after *wait_s*, where it says one."""
+    """HTTP 429: the server did nothing. *wait_s* is its Retry-After, None if it sent none."""
 
     def __init__(self, message: str, wait_s: float | None) -> None:
         super().__init__(message)
@@ -55,16 +53,16 @@ class NotNowError(JobConnectionError):
 
 
 class OpenAIFiles:
-    """The API of one key; use as ``async with``."""
+    """The API for one key. Use as ``async with``."""
 
     def __init__(self, config: OpenAIConfig, batch: BatchConfig) -> None:
-        """Prepare; nothing is sent.
+        """Make the client; nothing is sent.
 
         Raises:
             ConfigurationError: There is no key.
         """
         if config.api_key is None:
-            raise ConfigurationError("OPENAI_API_KEY is not set; the Batch API needs one.")
+            raise ConfigurationError("OPENAI_API_KEY is not set; set it, because the Batch API needs a key.")
         self._batch = batch
         self._client = openai.AsyncOpenAI(
             api_key=config.api_key.get_secret_value(), base_url=config.base_url, timeout=TIMEOUT_S, max_retries=3
@@ -78,74 +76,74 @@ class OpenAIFiles:
         await self._client.close()
 
     async def upload(self, path: Path, name: str) -> str:
-        """Upload *path* under *name* and return the file's id.
+        """Upload *path* under *name*; return the id of the file.
 
         Raises:
-            JobConnectionError: Whether the file is there is unknown; ``find_file`` tells.
-            JobValidationError: The server will not take it.
+            JobConnectionError: The file may or may not exist; ``find_file`` tells.
+            JobValidationError: The server refuses it.
         """
         try:
-            with translated("upload a file"), path.open("rb") as file:
-                created = await self._once.files.create(
+            with path.open("rb") as file:
+                upload = self._once.files.create(
                     file=(name, file, "application/jsonl"), purpose="batch", timeout=UPLOAD_TIMEOUT_S
                 )
+                return str((await _object("upload a file", upload))["id"])
         except OSError as exc:
             raise StateDirectoryError(
-                f"{path} cannot be read ({exc.strerror}); fix the rights, then run again."
+                f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
             ) from exc
-        return str(_fields(created, "upload a file")["id"])
 
     async def find_file(self, name: str, since: float) -> str | None:
-        """Return the id of a file for batches called *name* and not much older than *since* (unix seconds)."""
+        """Return the id of a batch file called *name*, uploaded after *since* (unix seconds, clock skew allowed)."""
         async for file in self._entries(self._client.files, "list the files", purpose="batch", limit=1000):
             if file.get("filename") == name:
                 return str(file["id"])
-            if int(file.get("created_at") or 0) < since - CLOCKS_APART_S:
+            if int(file.get("created_at") or 0) < since - CLOCK_SKEW_S:
                 break
         return None
 
     async def create(self, file_id: str, metadata: Mapping[str, str]) -> BatchState:
-        """Ask for a batch of file *file_id*.
+        """Create a batch of file *file_id*.
 
         Raises:
-            NotThereError: The server does not see the file yet. No batch was made.
-            JobValidationError: It refuses. No batch was made.
-            JobConnectionError: Whether a batch was made is unknown; ``find_batch`` tells.
+            NotThereError: The server does not find the file yet. No batch exists.
+            NotNowError: The server asks to wait. No batch exists.
+            JobValidationError: The server refuses. No batch exists.
+            JobConnectionError: The batch may or may not exist; ``find_batch`` tells.
         """
-        with translated("create a batch"):
-            batch = await self._once.batches.create(
-                input_file_id=file_id,
-                endpoint=self._batch.endpoint,
-                completion_window=self._batch.completion_window,
-                metadata=dict(metadata),
-            )
-        return parse_batch(_fields(batch, "create a batch"))
+        creation = self._once.batches.create(
+            input_file_id=file_id,
+            endpoint=self._batch.endpoint,
+            completion_window=self._batch.completion_window,
+            metadata=dict(metadata),
+        )
+        return parse_batch(await _object("create a batch", creation))
 
     async def find_batch(self, metadata: Mapping[str, str], file_id: str) -> BatchState | None:
-        """Return the batch that was asked for with *metadata* and file *file_id*.
+        """Return the batch that was created with *metadata* and file *file_id*; None if the list has none.
 
-        Batches older than the file are not looked at; that is the server's clock, so a wrong one here hides no batch.
+        Stops at batches older than the file. Both times are of the server's clock, so a wrong clock here is harmless.
         """
         since = await self._made_at(file_id)
         async for batch in self._entries(self._client.batches, "list the batches", limit=100):
             state = parse_batch(batch)
-            if is_ours(state, metadata):
+            if state.is_of(metadata):
                 return state
             if since is not None and int(batch.get("created_at") or 0) < since:
                 break
         return None
 
     async def _entries(self, resource: Any, what: str, **query: Any) -> AsyncGenerator[dict[str, Any]]:
-        """Yield what *resource* lists, newest first. The package's own pages fail on what is no list."""
+        """Yield the entries that *resource* lists, newest first. The package's own paging fails on malformed lists."""
         while True:
             with translated(what):
                 answer = await resource.with_raw_response.list(**query)
-            page = loaded(answer.content)
+            page = load_json(answer.content)
             entries = page.get("data") if isinstance(page, dict) else None
             if not isinstance(entries, list) or not all(
                 isinstance(entry, dict) and entry.get("id") for entry in entries
             ):
-                raise JobConnectionError(f"the server answers in an unknown form ({what}); check OPENAI_BASE_URL")
+                raise _malformed(what)
             for entry in entries:
                 yield entry
             if not entries or not page.get("has_more"):
@@ -153,15 +151,14 @@ class OpenAIFiles:
             query["after"] = entries[-1]["id"]
 
     async def has_file(self, file_id: str) -> bool:
-        """Whether the server knows file *file_id*, for this key."""
+        """Whether the server knows file *file_id* for this key."""
         return await self._made_at(file_id) is not None
 
     async def _made_at(self, file_id: str) -> int | None:
-        """Return when the server took file *file_id*, in its unix seconds; None where it knows none."""
+        """Return when file *file_id* was uploaded, in the server's unix seconds; None if it knows no such file."""
         try:
-            with translated("look at a file"):
-                file = _fields(await self._client.files.retrieve(file_id), "look at a file")
-                return int(file.get("created_at") or 0)
+            file = await _object("get a file", self._client.files.retrieve(file_id))
+            return int(file.get("created_at") or 0)
         except NotThereError:
             return None
 
@@ -170,25 +167,23 @@ class OpenAIFiles:
 
         Raises:
             NotThereError: The server knows no such batch.
-            JobConnectionError: It does not answer; the batch goes on.
+            JobConnectionError: The server cannot be reached; the batch goes on.
         """
-        with translated("look at a batch"):
-            return parse_batch(_fields(await self._client.batches.retrieve(batch_id), "look at a batch"))
+        return parse_batch(await _object("get a batch", self._client.batches.retrieve(batch_id)))
 
     async def cancel(self, batch_id: str) -> BatchState:
-        """Ask the server to end a batch; what has run is kept and billed. One that has ended stays as it is."""
+        """Cancel a batch; answers that exist are kept and billed. A batch that has ended is left alone."""
         try:
-            with translated("cancel a batch"):
-                return parse_batch(_fields(await self._once.batches.cancel(batch_id), "cancel a batch"))
+            return parse_batch(await _object("cancel a batch", self._once.batches.cancel(batch_id)))
         except (JobValidationError, EndedError):
             return await self.get(batch_id)
 
     async def download(self, file_id: str, target: Path) -> int:
-        """Stream a file to *target*, durably and whole or not at all; return its bytes.
+        """Stream a file to *target*, durably, complete or not at all; return its size in bytes.
 
         Raises:
-            NotThereError: The file is not there (any more).
-            JobConnectionError: It came only in part; nothing is kept.
+            NotThereError: The server does not find the file.
+            JobConnectionError: The transfer was cut; *target* is unchanged.
             StateDirectoryError: The disk is full.
         """
         temporary = target.with_name(f"{target.name}{UNFINISHED}")
@@ -205,64 +200,69 @@ class OpenAIFiles:
                             raise JobProcessingError(f"file {file_id} is larger than {MAX_DOWNLOAD_BYTES} bytes")
                         await asyncio.to_thread(file.write, chunk)
                 if declared is not None and not encoded and int(declared) != received:
-                    raise JobConnectionError(f"file {file_id} came only in part; it is downloaded again.")
+                    raise JobConnectionError(f"file {file_id} arrived only in part; downloading it again")
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
             os.replace(temporary, target)
             sync_folder(target.parent)
         except OSError as exc:
             raise StateDirectoryError(
-                f"{target} cannot be written ({exc.strerror}); free space or fix the rights, then run again."
+                f"{target} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
             ) from exc
         finally:
             temporary.unlink(missing_ok=True)
         return received
 
     async def delete_file(self, file_id: str) -> None:
-        """Delete a file at the server; one that is not there is fine."""
-        try:
-            with translated("delete a file"):
-                await self._client.files.delete(file_id)
-        except NotThereError:
-            logger.debug("file %s was deleted already", file_id)
+        """Delete a file at the server; a missing file is no error."""
+        with suppress(NotThereError), translated("delete a file"):
+            await self._client.files.delete(file_id)
 
 
-def _fields(answer: Any, what: str) -> dict[str, Any]:
-    """Return the object that the server sent; the package hands on a page of a proxy as the text that it is."""
+async def _object(what: str, call: Awaitable[Any]) -> dict[str, Any]:
+    """Return the object that *call* yields; the package yields the HTML page of a proxy as text."""
+    with translated(what):
+        answer = await call
     fields = answer.model_dump() if isinstance(answer, openai.BaseModel) else {}
     if not fields.get("id"):
-        raise JobConnectionError(f"the server answers in an unknown form ({what}); check OPENAI_BASE_URL")
+        raise _malformed(what)
     return fields
+
+
+def _malformed(what: str) -> JobConnectionError:
+    return JobConnectionError(f"the server's response is not that of the Batch API ({what}); check OPENAI_BASE_URL")
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise the package's errors as ours. Messages of the server are left out: they may quote a request."""
+    """Raise the package's errors as ours, without the server's messages, which may quote a request."""
     try:
         yield
     except openai.NotFoundError as exc:
-        raise NotThereError(f"the server knows no such thing ({what})") from exc
+        raise NotThereError(f"the server does not find it ({what})") from exc
     except (openai.AuthenticationError, openai.PermissionDeniedError) as exc:
         raise ConfigurationError(
             f"OpenAI refuses the key ({what}, HTTP {exc.status_code}); check OPENAI_API_KEY and OPENAI_BASE_URL."
         ) from exc
     except openai.RateLimitError as exc:
         if exc.code == "insufficient_quota":
-            raise JobValidationError(f"the OpenAI account has no quota left ({what}); add credit, then go on.") from exc
+            raise JobValidationError(
+                f"the OpenAI account has no quota left ({what}); add credit, then run again."
+            ) from exc
         raise NotNowError(f"OpenAI asks to wait ({what}, HTTP 429)", _retry_after_s(exc)) from exc
     except openai.APIStatusError as exc:
         raise _refusal(what, exc) from exc
-    except openai.APIConnectionError as exc:  # time-outs among them
+    except openai.APIConnectionError as exc:  # timeouts as well
         raise JobConnectionError(f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL") from exc
-    except httpx2.HTTPError as exc:  # in the middle of a stream the package lets them through
+    except httpx2.HTTPError as exc:  # the package does not wrap errors inside a stream
         raise JobConnectionError(f"the connection to OpenAI broke ({what})") from exc
     except openai.OpenAIError as exc:
-        raise JobConnectionError(f"OpenAI answers in an unknown form ({what}, {type(exc).__name__})") from exc
+        raise JobConnectionError(f"OpenAI sent a malformed response ({what}, {type(exc).__name__})") from exc
 
 
 def _refusal(what: str, exc: openai.APIStatusError) -> JobConnectionError | JobValidationError:
     if isinstance(exc, openai.ConflictError):
-        return EndedError(f"OpenAI says that this cannot be now ({what}, HTTP 409)")
+        return EndedError(f"OpenAI reports a conflict ({what}, HTTP 409)")
     if isinstance(exc, openai.InternalServerError):
         return JobConnectionError(f"OpenAI failed ({what}, HTTP {exc.status_code})")
     code = f", {exc.code}" if exc.code else ""
@@ -270,6 +270,6 @@ def _refusal(what: str, exc: openai.APIStatusError) -> JobConnectionError | JobV
 
 
 def _retry_after_s(exc: openai.APIStatusError) -> float | None:
-    """Return the seconds of ``Retry-After``, at least 1 and at most an hour; None where it says none."""
+    """Return the seconds of ``Retry-After``, from 1 to MAX_WAIT_S; None if there are none."""
     value = exc.response.headers.get("retry-after", "")
-    return min(3600.0, max(1.0, float(value))) if value.isdigit() else None
+    return min(MAX_WAIT_S, max(1.0, float(value))) if value.isdigit() else None

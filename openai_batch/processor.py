@@ -1,13 +1,14 @@
-"""The Python face of document jobs: ``DocumentBatchProcessor``."""
+"""The Python interface of document jobs: ``DocumentBatchProcessor``."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,68 +17,28 @@ from pydantic import ValidationError
 
 from config import Settings, load_settings
 from error_handler import ConfigurationError, JobValidationError
-from openai_batch.answers import Answers, Handling
-from openai_batch.documents import ResponseProcessor, TemplateHandling
+from openai_batch.documents import TemplateHandling
 from openai_batch.job_config import AppConfig, SchemaConfig
-from openai_batch.job_plan import JobPlanner
-from openai_batch.job_run import JobRun, ShardEnd
+from openai_batch.job_context import Handling, JobContext, Times
+from openai_batch.job_run import JobResult, JobRun
 from openai_batch.job_store import JobStore
-from openai_batch.ledger import ItemState, Ledger
-from openai_batch.notifications import Notifier, payload_of, ways_of
+from openai_batch.ledger import Ledger
+from openai_batch.notifications import Notifier, channels_of, payload_of
 from openai_batch.openai_client import OpenAIFiles
-from openai_batch.schema_file import SchemaFile, explain
-from openai_batch.shard_sending import Times
+from openai_batch.schema_file import ResponseProcessor, SchemaFile, explain
 from openai_batch.triad import TriadHandling, result_store, worker_schema
 from storage.files import DirectoryLock
 from utils.network import is_this_machine
 
+__all__ = ["DocumentBatchProcessor", "JobResult", "job_slug"]
+
+logger = logging.getLogger(__name__)
+
 STATE_FOLDER = "openai_batch"
-PREVIEW = "preview"
-
-
-@dataclass(slots=True)
-class JobResult:
-    """What one call of a job did.
-
-    *total_processed* = *succeeded* + *failed* + *skipped*; *retried* were sent again meanwhile, or will be.
-    """
-
-    total_processed: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    skipped: int = 0
-    retried: int = 0
-    batches: int = 0
-
-    def add(self, end: ShardEnd) -> None:
-        """Count one applied shard."""
-        ended = sum(end.counts.values()) - end.retried
-        self.batches += 1
-        self.succeeded += end.counts[ItemState.OK]
-        self.failed += ended - end.counts[ItemState.OK]
-        self.retried += end.retried
-        self.total_processed += ended
-
-
-@dataclass(slots=True)
-class OpenJob:
-    """A job whose parts are open: *run* does the steps with *files*, *result* counts what they end."""
-
-    run: JobRun
-    planner: JobPlanner
-    ledger: Ledger
-    store: JobStore
-    handling: Handling
-    files: OpenAIFiles
-    result: JobResult
 
 
 class DocumentBatchProcessor:
-    """Runs one job over the pending documents of a collection.
-
-    What is not given comes from the environment (see ``AppConfig.from_env``); *parts* are fields of AppConfig.
-    *state_dir* holds the ledger: keep it, and give each job its own.
-    """
+    """Runs one job over the pending documents of a collection."""
 
     def __init__(
         self,
@@ -87,64 +48,76 @@ class DocumentBatchProcessor:
         settings: Settings | None = None,
         state_dir: Path | None = None,
         schema_file: SchemaFile | None = None,
+        times: Times | None = None,
         **parts: Any,
     ) -> None:
+        """Make the configuration; nothing is opened or sent.
+
+        Args:
+            schema_config: Which documents the job takes and what it writes to them.
+            config: The complete configuration; None makes it of *schema_config*, *schema_file* and *parts*.
+            settings: None loads them from the environment.
+            state_dir: Holds the ledger. Keep it, and give each job its own. None makes one below ``BATCH_FILES_DIR``.
+            schema_file: A loaded schema file; see ``load_schema_file``.
+            times: Waits of the run.
+            parts: Fields of AppConfig; the environment fills in what they leave open.
+
+        Raises:
+            JobValidationError: A part is not usable.
+        """
         self._settings = settings or load_settings()
-        given = {**(schema_file.parts if schema_file else {}), **parts}
-        if schema_config is not None:
-            given["schema_config"] = schema_config
+        file = schema_file or SchemaFile()
+        given = file.parts | parts | ({"schema_config": schema_config} if schema_config is not None else {})
         try:
-            self.config = config or AppConfig.from_env(settings=self._settings, **given)
+            config = config or AppConfig.from_env(settings=self._settings, **given)
         except ValidationError as exc:
             raise JobValidationError(explain(exc)) from exc
-        self._state_dir = state_dir or self._settings.batch_files_dir / STATE_FOLDER / job_slug(self.config)
-        self._processor: ResponseProcessor | None = schema_file.response_processor if schema_file else None
-        self._labels_conversations = schema_file.results_of_conversations if schema_file else False
+        self._state_dir = state_dir or self._settings.batch_files_dir / STATE_FOLDER / job_slug(config)
+        self._processor: ResponseProcessor | None = file.response_processor
+        self._labels_conversations = file.results_of_conversations
         if self._labels_conversations:
-            narrowed = worker_schema(self.config.schema_config)
-            self.config = self.config.model_copy(update={"schema_config": narrowed})
-        self.times = Times(self.config.batch.poll_interval)
-        self.on_progress: Callable[[str], None] | None = None
+            config = config.model_copy(update={"schema_config": worker_schema(config.schema_config)})
+        self.config: AppConfig = config
+        times = times or Times()
+        self._times = times if times.poll_s else replace(times, poll_s=config.batch.poll_interval)
 
     def set_response_processor(self, processor: ResponseProcessor) -> None:
-        """Let *processor*, ``(response, document) -> dict``, make what is stored of each answer.
+        """Store what *processor*, ``(response, document) -> dict``, returns for each answer.
 
-        *response* is the text, or the parsed JSON where a response_format is set.
+        *response* is the text, or the parsed JSON if a response_format is set.
         """
         self._processor = processor
 
-    def process_pending_documents(self, limit: int | None = None) -> JobResult:
-        """Work until no document is pending and every batch is applied; blocks, for hours where it must.
+    def process_pending_documents(
+        self, limit: int | None = None, on_progress: Callable[[str], None] = logger.debug
+    ) -> JobResult:
+        """Work until no document is pending and every batch is applied; blocks, for hours if necessary.
 
-        It may be stopped at any moment: the next call goes on, and pays for nothing twice.
+        It may be killed at any moment: the next call resumes and pays for nothing twice. At most *limit* documents
+        are sent. *on_progress* gets texts such as ``shard 3: in_progress, 5 of 10 done``.
 
         Raises:
-            TriadError: What is wrong, in one sentence. Batches that were made go on at OpenAI.
+            TriadError: The cause in one sentence. Batches that exist go on at OpenAI.
         """
-        return asyncio.run(self.process_pending_documents_async(limit))
+        return asyncio.run(self.process_pending_documents_async(limit, on_progress))
 
-    async def process_pending_documents_async(self, limit: int | None = None) -> JobResult:
+    async def process_pending_documents_async(
+        self, limit: int | None = None, on_progress: Callable[[str], None] = logger.debug
+    ) -> JobResult:
         """Do what ``process_pending_documents`` does, inside a running event loop."""
-        async with self.opened() as job:
-            await job.run.run(job.files, limit)
-            return self.counted(job)
-
-    @staticmethod
-    def counted(job: OpenJob) -> JobResult:
-        """Return the counts of *job*, with the documents that no request was made of."""
-        planner, result = job.planner, job.result
-        result.failed += planner.refused
-        result.skipped += planner.skipped
-        result.total_processed += planner.refused + planner.skipped
-        planner.refused = planner.skipped = 0
-        return result
+        async with self.opened(on_progress=on_progress) as job:
+            await job.recover()
+            await job.run(limit)
+            return job.result
 
     @asynccontextmanager
-    async def opened(self) -> AsyncGenerator[OpenJob]:
-        """Take the job's directory and open what its steps need.
+    async def opened(
+        self, stop: asyncio.Event | None = None, on_progress: Callable[[str], None] = logger.debug
+    ) -> AsyncGenerator[JobRun]:
+        """Lock the state directory and open the job. Setting *stop* ends its steps soon.
 
         Raises:
-            ConfigurationError: Text may not leave this machine, or there is no key.
+            ConfigurationError: Documents may not leave this machine, or there is no key.
             DirectoryLockedError: Another process runs this job.
         """
         require_permission(self.config)
@@ -153,59 +126,59 @@ class DocumentBatchProcessor:
             lock = DirectoryLock(self._state_dir)
             lock.acquire("wait for it; two would pay twice.")
             stack.callback(lock.release)
-            store = await stack.enter_async_context(JobStore(self.config, self._settings))
             ledger = stack.enter_context(Ledger(self.ledger_path))
             files = await stack.enter_async_context(OpenAIFiles(self.config.openai, self.config.batch))
-            notifier = await stack.enter_async_context(Notifier(ways_of(self.config.notifications)))
-            handling = await self._handling(stack, ledger.job_id(store.source))
-            if isinstance(handling, TriadHandling):
-                await handling.keep()
-                store.leases = handling
-            answers = Answers(handling, store, ledger, self.config.batch.max_retries)
-            planner = JobPlanner(
-                self.config.batch, self.config.openai.model, store, ledger, answers, folder=self._state_dir
+            notifier = await stack.enter_async_context(Notifier(channels_of(self.config.notifications)))
+            job_id = ledger.job_id(self.config.source)
+            store, handling = await self._open_documents(stack, job_id)
+            context = JobContext(
+                config=self.config,
+                job_id=job_id,
+                folder=self._state_dir,
+                store=store,
+                ledger=ledger,
+                files=files,
+                handling=handling,
+                times=self._times,
+                stop=stop or asyncio.Event(),
+                on_progress=on_progress,
             )
-            run = JobRun(planner, store, ledger, answers, self.times, folder=self._state_dir)
-            result = JobResult()
-
-            def on_end(end: ShardEnd) -> None:
-                result.add(end)
-                notifier.tell(payload_of(end))
-
-            run.on_end = on_end
-            run.on_progress = self.on_progress or run.on_progress
-            yield OpenJob(run, planner, ledger, store, handling, files, result)
+            yield JobRun(context, on_end=lambda end: notifier.notify(payload_of(end)))
 
     @property
     def ledger_path(self) -> Path:
-        """Where the ledger of this job is."""
+        """The path of the ledger of this job."""
         return self._state_dir / "ledger.sqlite"
 
     @asynccontextmanager
     async def reading(self) -> AsyncGenerator[tuple[JobStore, Handling]]:
-        """Open what looks at the documents and changes nothing; neither key nor permission is needed."""
+        """Open the parts that only read documents; they need neither a key nor the permission to send."""
         async with AsyncExitStack() as stack:
-            store = await stack.enter_async_context(JobStore(self.config, self._settings))
-            yield store, await self._handling(stack, PREVIEW)
+            yield await self._open_documents(stack, job_id=None)
 
-    async def _handling(self, stack: AsyncExitStack, job_id: str) -> Handling:
+    async def _open_documents(self, stack: AsyncExitStack, job_id: str | None) -> tuple[JobStore, Handling]:
+        """Open the documents and what the job does with them; *job_id* None: for reading only."""
         if not self._labels_conversations:
-            return stack.enter_context(TemplateHandling(self.config, self._processor))
-        results = result_store(self.config, self._settings, job_id)
+            store = await stack.enter_async_context(JobStore(self.config, self._settings))
+            return store, stack.enter_context(TemplateHandling(self.config, self._processor))
+        results = result_store(self.config, self._settings, job_id or "preview")
         stack.push_async_callback(results.close)
-        if job_id != PREVIEW:
-            await results.check()  # leases are kept by the server's clock
+        handling = TriadHandling(self.config, self._settings, results, job_id or "preview")
+        if job_id is not None:
+            await results.check()  # leases are measured by the server's clock
             await results.ensure_result_indexes()
-        return TriadHandling(self.config, self._settings, results, job_id)
+            await results.renew_leases()
+        return await stack.enter_async_context(JobStore(self.config, self._settings, leases=handling)), handling
 
 
 def require_permission(config: AppConfig) -> None:
-    """Raise ConfigurationError where documents would leave this machine and nobody allowed it."""
-    if config.allow_external or is_this_machine(urlsplit(config.openai.base_url).hostname or ""):
+    """Raise ConfigurationError if documents would leave this machine without permission."""
+    host = urlsplit(config.openai.base_url).hostname or ""
+    if config.allow_external or is_this_machine(host):
         return
     raise ConfigurationError(
-        f"the documents would be sent to {urlsplit(config.openai.base_url).hostname}; allow it with --allow-external or "
-        "ALLOW_EXTERNAL_LLM=true (--dry-run shows what would be sent, --mask-pii replaces personal data)."
+        f"the documents would be sent to {host}; allow it with --allow-external or ALLOW_EXTERNAL_LLM=true "
+        "(--dry-run shows what would be sent, --mask-pii replaces personal data)."
     )
 
 

@@ -1,8 +1,8 @@
-"""Jinja2 for prompts, and response templates in which the model's text is only ever a value. Pure.
+"""Jinja2 prompts, and response templates in which the model's text is only a value. Pure; the owner of jinja2.
 
-The owner of jinja2: an immutable sandbox with strict undefined, without the globals that lead out of it
-(``cycler.__init__.__globals__``), and with a limit of size. It does not bound time and memory by itself: a template
-such as ``{{ 'x' * 10 ** 9 }}`` passes any sandbox; ``render_process.py`` gives it a process of its own for that.
+Prompts run in an immutable sandbox with strict undefined names, without the globals that lead out of it
+(``cycler.__init__.__globals__``), and with size limits. A sandbox bounds neither time nor memory:
+``{{ 'x' * 10 ** 9 }}`` passes it. ``render_process.py`` does that.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ _WORD = re.compile(r"\w+")
 CONTENT, DATE, BATCH = "{{response_content}}", "{{current_date}}", "{{batch_id}}"
 
 
-def create_environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment of all prompt templates."""
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     for name in _UNWANTED_GLOBALS:
         environment.globals.pop(name, None)
@@ -37,55 +36,53 @@ def create_environment() -> ImmutableSandboxedEnvironment:
 
 
 class PromptTemplate:
-    """One template, parsed once; *name* is what errors call it."""
+    """One template, parsed once; errors call it *name*."""
 
     def __init__(self, name: str, source: str) -> None:
-        """Parse *source*.
-
-        Raises:
-            JobTemplateError: It is too long or malformed.
-        """
+        """Parse *source*; raise JobTemplateError if it is too long or malformed."""
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise JobTemplateError(f"{name} has more than {MAX_TEMPLATE_CHARACTERS} characters; shorten it.")
         self._name = name
         self._words = frozenset(_WORD.findall(source))
         try:
-            self._template = create_environment().from_string(source)
+            self._template = _environment().from_string(source)
         except TemplateSyntaxError as exc:
-            raise JobTemplateError(f"{name}, line {exc.lineno}: no template ({exc.message})") from exc
+            raise JobTemplateError(f"{name}, line {exc.lineno}: not a valid template ({exc.message})") from exc
         except (TemplateError, MemoryError, OverflowError, RecursionError) as exc:
-            raise JobTemplateError(f"{name} is no usable template ({type(exc).__name__})") from exc
+            raise JobTemplateError(f"{name} cannot be used as a template ({type(exc).__name__})") from exc
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Return the text; values are put in as they are and never read as templates themselves.
+        """Return the rendered text; values are inserted as they are, never as templates.
 
         Raises:
-            JobProcessingError: A variable is missing, or what the template does with this document fails.
+            JobProcessingError: A variable is missing, or the template fails for this document.
         """
         try:
             text = self._template.render(variables)
         except UndefinedError as exc:
             raise JobProcessingError(
-                f"{self._name} uses a name that no field has: {self._name_in(exc)}", is_final=True
+                f"{self._name} uses an undefined name: {self._name_in(exc)}", is_final=True
             ) from exc
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError, RecursionError) as exc:
             raise JobProcessingError(f"{self._name} cannot be rendered ({type(exc).__name__})", is_final=True) from exc
         if len(text) > MAX_PROMPT_CHARACTERS:
-            raise JobProcessingError(f"{self._name} makes more than {MAX_PROMPT_CHARACTERS} characters", is_final=True)
+            raise JobProcessingError(
+                f"{self._name} renders more than {MAX_PROMPT_CHARACTERS} characters", is_final=True
+            )
         return text
 
     def _name_in(self, exc: UndefinedError) -> str:
-        """Return the name that Jinja calls undefined, and nothing else of its message, which may quote a value."""
+        """Return the undefined name in Jinja's message, and nothing else of it: it may quote a value."""
         parts = (exc.message or "").split("'")
-        # A name that the template does not write was computed, from a value perhaps.
+        # A name that the template does not contain was computed, perhaps from a value.
         return next((part for part in parts if part.isidentifier() and part in self._words), "an attribute")
 
 
 def fill(template: Any, content: Any, now: datetime, batch_id: str) -> Any:
-    """Return *template*, an update, with the three placeholders as values.
+    """Return the update *template* with the three placeholders filled in.
 
-    A text that is a placeholder and nothing else becomes the value itself, with its type; inside a longer text the
-    value is put in as text. Keys stay as the template has them, whatever the model wrote.
+    A text that consists of one placeholder becomes the value itself, with its type; inside a longer text the value is
+    inserted as text. Keys are never changed.
     """
     if isinstance(template, Mapping):
         return {key: fill(value, content, now, batch_id) for key, value in template.items()}
@@ -97,7 +94,7 @@ def fill(template: Any, content: Any, now: datetime, batch_id: str) -> Any:
     compact = template.replace(" ", "")
     if compact in values:
         return values[compact]
-    # The content last: a placeholder in the model's text is text.
+    # The content last, so that placeholders in the model's text stay text.
     for placeholder, value in ((DATE, now.isoformat()), (BATCH, batch_id), (CONTENT, _as_text(content))):
         template = template.replace(placeholder, value)
     return template

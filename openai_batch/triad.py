@@ -1,8 +1,8 @@
-"""Conversations through the Batch API: the classification core's prompt and parser, and the results collection of the worker.
+"""Conversations through the Batch API, with the worker's prompt, parser and results collection.
 
-The batch worker may run on the same collection. It takes what says pending, and also what says processing where no
-lease speaks against it; so each conversation that is sent is leased in ``<source>_leases`` as the worker does, for
-longer than any batch takes: no process of ours has to be alive to keep it.
+The batch worker may run on the same collection. It takes pending documents, and documents in processing without a
+lease. So each conversation that is sent is leased in ``<source>_leases``, for longer than any batch takes: no process
+has to stay alive to renew the lease.
 """
 
 from __future__ import annotations
@@ -16,45 +16,40 @@ import orjson
 from aggregator import aggregate_conversation, document_shape
 from classifier import ReplyParser
 from config import Settings, load_taxonomy
-from domain.conversation import Conversation, Outcome, result_fingerprint
+from domain.conversation import Outcome, result_fingerprint
 from domain.result import build_result
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget, plan_fingerprint
 from mongo_client import DocumentStore
-from openai_batch.answers import Answer
-from openai_batch.documents import Variables, hidden, mask_of, masking_of, request_body
+from openai_batch.documents import Variables, masking_of, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
+from openai_batch.job_context import Answer
 from prompt_builder import PromptBuilder
 from storage.contract import selection_filter
 from storage.extended_json import canonical, id_key, loads
 
-LEASE_S = 30 * 86_400.0  # renewed with each start; a batch takes a day, and may wait for tokens for some
-IDS_AT_ONCE = 500
+LEASE_S = 30 * 86_400.0  # renewed by each start; a batch takes a day and may wait several days for tokens
 
 
 def worker_schema(schema: SchemaConfig) -> SchemaConfig:
-    """Return *schema* narrowed to what the worker takes for pending; single queries say ``processed``, not a status."""
+    """Return *schema* narrowed to what the worker selects; single queries have ``processed`` and no status."""
     own = selection_filter("pending")
     given = [schema.query_template] if schema.query_template else []
     return schema.model_copy(update={"query_template": {"$and": [own, *given]}})
 
 
 def result_store(config: AppConfig, settings: Settings, job_id: str) -> DocumentStore:
-    """Open the store of results and leases for *job_id*; whoever opens it closes it."""
+    """Return the store of results and leases for *job_id*; the caller closes it."""
     database = config.database
     place = {"mongodb_uri": database.uri, "db_name": database.name, "source_collection": database.collection}
     return DocumentStore(settings.model_copy(update={**place, "lease_s": LEASE_S}), worker_id=job_id)
 
 
 class TriadHandling:
-    """Labels conversations; *store* is where their results go."""
+    """Labels conversations and leases them; their results go to *store*."""
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:
-        """Prepare prompt and parser.
-
-        Raises:
-            ConfigurationError: The taxonomy is wrong.
-        """
+        """Make the prompt and the parser; raise ConfigurationError if the taxonomy is malformed."""
         taxonomy = load_taxonomy(settings.taxonomy_file)
         self._prompts, self._parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
         schema = {"name": "triad", "strict": True, "schema": orjson.loads(self._parser.schema_json)}
@@ -67,77 +62,65 @@ class TriadHandling:
         self._store = store
         self._job_id = job_id
         self._keep_original = settings.store_original_conversation
-        self._masking, self._variables = masking_of(config), Variables(config.fields)
+        self._masking = masking_of(config, Variables(config.fields))
 
     def request(self, document: Document) -> dict[str, Any]:
-        """Return the body for *document*.
-
-        Raises:
-            JobProcessingError: There is nothing in it to label.
-        """
+        """Return the body for *document*; raise JobProcessingError if it has nothing to label."""
         try:
             conversation = aggregate_conversation(document)
         except SkippedDocumentError as exc:
             raise JobProcessingError(f"{exc.reason}: {exc}", is_final=True, is_skip=True) from exc
         messages = self._prompts.build(conversation)
         if self._masking is not None:
-            messages = hidden(messages, mask_of(self._masking, document, messages, self._variables))
+            messages = self._masking.hide(document, messages)
         return request_body(self._openai, messages)
 
-    def _restored(self, document: Document, conversation: Conversation, content: str) -> str:
-        """Return *content* with the personal data put back that ``request`` had hidden."""
-        if self._masking is None:
-            return content
-        return mask_of(self._masking, document, self._prompts.build(conversation), self._variables).restore_json(
-            content
-        )
-
-    async def hold(self, documents: Sequence[Document]) -> set[str]:
-        """Lease *documents*; return the ids (canonical) of those that no worker has."""
+    async def acquire(self, documents: Sequence[Document]) -> set[str]:
+        """Lease *documents*; return the canonical ids of those that no worker holds."""
         keys = await self._store.claim([document["_id"] for document in documents])
         return {canonical(document["_id"]) for document in documents if id_key(document["_id"]) in keys}
 
-    async def let_go(self, document_ids: Sequence[str]) -> None:
+    async def release(self, document_ids: Sequence[str]) -> None:
         """End the leases of *document_ids* (canonical)."""
         if document_ids:
             await self._store.release([loads(document_id) for document_id in document_ids])
 
     async def done(self, documents: Sequence[Document]) -> dict[str, Mapping[str, Any]]:
-        """Return the update of those of *documents* that have a result already, by canonical id."""
+        """Return the updates of those of *documents* that have a result already, by canonical id."""
         keys = await self._store.result_keys([document["_id"] for document in documents])
         return {
-            canonical(document["_id"]): _ended(document) for document in documents if id_key(document["_id"]) in keys
+            canonical(document["_id"]): _final_update(document)
+            for document in documents
+            if id_key(document["_id"]) in keys
         }
 
-    def noted(self, error: str) -> dict[str, Any]:
-        """Return what the worker writes to a document that ends with *error*, beside its status."""
+    def failure_fields(self, error: str) -> dict[str, Any]:
+        """Return the fields that the worker sets, beside the status, on a document that ends with *error*."""
         reason = error.partition(":")[0]
         known = reason if reason in set(Reason) else Reason.REFUSED
         return {"status_reason": str(known), "last_processed_at": datetime.now(UTC)}
 
-    async def keep(self) -> None:
-        """Make the leases of this job last again."""
-        await self._store.renew_leases()
-
     async def deliver(self, answers: Sequence[Answer], _batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
-        """Store a result for each usable answer; one that is there already stays as it is."""
-        made: list[dict[str, Any] | JobProcessingError] = [self._result(answer) for answer in answers]
+        """Store a result for each usable answer; a result that exists already is kept."""
+        made = [self._result(answer) for answer in answers]
         results = [result for result in made if not isinstance(result, JobProcessingError)]
         rejected = await self._store.write_results(results) if results else {}
         unstored = {id(results[place]) for place in rejected}
         return [
             result
             if isinstance(result, JobProcessingError)
-            else JobProcessingError("MongoDB cannot hold the result", is_final=True)
+            else JobProcessingError("MongoDB cannot store the result", is_final=True)
             if id(result) in unstored
-            else _ended(answer.document)
+            else _final_update(answer.document)
             for answer, result in zip(answers, made, strict=True)
         ]
 
     def _result(self, answer: Answer) -> dict[str, Any] | JobProcessingError:
         try:
             conversation = aggregate_conversation(answer.document)
-            content = self._restored(answer.document, conversation, answer.line.content or "")
+            content = answer.line.content or ""
+            if self._masking is not None:
+                content = self._masking.mask(answer.document, self._prompts.build(conversation)).restore_json(content)
             labels = self._parser.parse(content)
         except SkippedDocumentError as exc:
             return JobProcessingError(f"{exc.reason}: {exc}", is_final=True)
@@ -156,10 +139,10 @@ class TriadHandling:
         return build_result(answer.document, conversation, outcome, self._job_id, keep_original=self._keep_original)
 
 
-def _ended(document: Document) -> dict[str, Any]:
-    """Return what the worker writes to a document that has its result."""
+def _final_update(document: Document) -> dict[str, Any]:
+    """Return the update with which the worker completes a document."""
     update: dict[str, Any] = {"$set": {"last_processed_at": datetime.now(UTC)}, "$unset": {"status_reason": ""}}
-    if document_shape(document) == "query":  # whose status is nobody's but this lane's
+    if document_shape(document) == "query":  # the worker sets no status on these
         update["$set"]["processed"] = True
         update["$inc"] = {"processing_attempts": 1}
     return update

@@ -1,8 +1,8 @@
-"""Posts notifications to the operator's webhook, and nowhere else.
+"""Posts notifications to the operator's webhook, and to no other address.
 
-The address comes from the settings, never from a document. It is looked up for each connection, judged, and that very
-address is connected to, so that a name cannot lead elsewhere between the two. Redirects are not followed and the
-body of the answer is not read: its status is all that counts.
+The address comes from the settings, never from a document. Each connection resolves and checks it once and connects
+to that very result, so that DNS rebinding cannot redirect it. Redirects are not followed, and only the status of the
+response is read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pydantic import SecretStr
 
 from error_handler import ConfigurationError, JobConnectionError, JobValidationError
 
-TIMEOUT_S = 10.0  # of one POST from its look-up to the status, however slowly bytes trickle
+TIMEOUT_S = 10.0  # per POST, from the lookup to the status
 
-_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")  # what is not ASCII would be read differently by different libraries
-# Where clouds give out credentials, beside the link-local 169.254.169.254.
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")  # libraries disagree on other characters
+# Addresses of cloud credentials, in addition to the link-local 169.254.169.254.
 _METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "192.0.0.192")))
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _MAY_CHANGE = frozenset({408, 425, 429})
@@ -35,19 +35,19 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def signature(secret: str, at: int, body: bytes) -> str:
-    """Return the value of ``X-Signature`` for *body*, sent *at* (unix seconds): ``t=AT,v1=HEX``."""
+    """Return the ``X-Signature`` header for *body* sent *at* (unix seconds): ``t=AT,v1=HEX``."""
     digest = hmac.new(secret.encode(), f"{at}.".encode() + body, hashlib.sha256).hexdigest()
     return f"t={at},v1={digest}"
 
 
 class Webhook:
-    """One address that gets POSTs."""
+    """One URL that receives POSTs."""
 
     def __init__(self, url: SecretStr, secret: SecretStr | None, resolver: AbstractResolver | None = None) -> None:
-        """Check *url*; *secret* signs what is sent. *resolver* None asks the system for addresses.
+        """Check *url*. *secret* signs the body; *resolver* None uses the system's.
 
         Raises:
-            ConfigurationError: It is no address that a webhook has.
+            ConfigurationError: *url* is malformed or not allowed.
         """
         require_webhook(url.get_secret_value())
         self._url, self._secret = url, secret
@@ -57,8 +57,8 @@ class Webhook:
         """Post *payload* as JSON.
 
         Raises:
-            JobConnectionError: No answer within TIMEOUT_S, or one that another attempt may change.
-            JobValidationError: The receiver refuses it, or the address is not allowed.
+            JobConnectionError: No response within TIMEOUT_S, or one that a retry may change.
+            JobValidationError: The receiver refused it, or its address is not allowed.
         """
         body = orjson.dumps(payload)
         headers = {"Content-Type": "application/json"}
@@ -74,17 +74,17 @@ class Webhook:
             ):
                 status = answer.status
                 answer.close()
-        except (aiohttp.ClientError, OSError, ValueError) as exc:  # a time-out is an OSError
-            # Names of classes only: the texts of these errors hold the address, and addresses hold tokens.
-            raise JobConnectionError(f"the webhook does not answer ({type(exc).__name__})") from exc
+        except (aiohttp.ClientError, OSError, ValueError) as exc:  # a timeout is an OSError
+            # Only the class: the error's text holds the URL, and URLs hold tokens.
+            raise JobConnectionError(f"the webhook did not respond ({type(exc).__name__})") from exc
         if 300 <= status < 500 and status not in _MAY_CHANGE:
-            raise JobValidationError(f"the webhook answers HTTP {status}, so it is not asked again")
+            raise JobValidationError(f"the webhook refused it (HTTP {status})")
         if not 200 <= status < 300:
-            raise JobConnectionError(f"the webhook answers HTTP {status}")
+            raise JobConnectionError(f"the webhook failed (HTTP {status})")
 
 
 class GuardedResolver(AbstractResolver):
-    """Lets through what *resolver* finds where a webhook may be there; see ``require_allowed``."""
+    """Resolves names with *resolver* and refuses addresses that are not allowed; see ``is_allowed``."""
 
     def __init__(self, resolver: AbstractResolver) -> None:
         self._resolver = resolver
@@ -92,20 +92,20 @@ class GuardedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Return the addresses of *host*; the connection goes to one of them."""
+        """Return the addresses of *host*; raise JobValidationError if one is not allowed."""
         found = await self._resolver.resolve(host, port, family)
         for entry in found:
             if not is_allowed(host, ipaddress.ip_address(entry["host"])):
-                raise JobValidationError("the webhook's name leads to an address that is not allowed")
+                raise JobValidationError("the webhook's name resolves to an address that is not allowed")
         return found
 
     async def close(self) -> None:
-        """Close the resolver inside."""
+        """Close the wrapped resolver."""
         await self._resolver.close()
 
 
 def require_webhook(url: str) -> None:
-    """Raise ConfigurationError where *url* is no plain http(s) address, or leads to one that no webhook has."""
+    """Raise ConfigurationError if *url* is not a plain http(s) URL, or its address is not allowed."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -118,16 +118,16 @@ def require_webhook(url: str) -> None:
     literal = _literal(host)
     if literal is not None:
         if not is_allowed(host, literal):
-            raise ConfigurationError("NOTIFICATION_WEBHOOK leads to an address that no webhook has.")
+            raise ConfigurationError("NOTIFICATION_WEBHOOK has an address that is not allowed; use the receiver's own.")
     elif not _HOST.fullmatch(host) or _is_disguised(host):
-        raise ConfigurationError("NOTIFICATION_WEBHOOK: write the host as a name, 192.0.2.1 or [2001:db8::1].")
+        raise ConfigurationError("NOTIFICATION_WEBHOOK: write the host as a name, as 192.0.2.1 or as [2001:db8::1].")
 
 
 def is_allowed(host: str, address: Address) -> bool:
-    """Whether a webhook called *host* may be at *address*.
+    """Whether a webhook with the name *host* may have *address*.
 
-    Private networks are fine, for the operator has set the webhook. This machine is fine where the host says so
-    (localhost, 127.0.0.1); a name that leads here has been turned.
+    Private networks are allowed, because the operator chose the webhook. This machine is allowed under its own name
+    (localhost, 127.0.0.1) only: another name that resolves to it is an attack.
     """
     meant = _inside(address)
     if meant.is_link_local or meant.is_multicast or meant.is_unspecified or meant in _METADATA:
@@ -136,7 +136,7 @@ def is_allowed(host: str, address: Address) -> bool:
 
 
 def _inside(address: Address) -> Address:
-    """Return the IPv4 address that some IPv6 ones stand for."""
+    """Return the IPv4 address that *address* embeds, or *address* itself."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in _NAT64:
@@ -152,7 +152,7 @@ def _literal(host: str) -> Address | None:
 
 
 def _is_disguised(host: str) -> bool:
-    """Whether the system reads *host* as an IPv4 address: 0x7f000001, 2130706433, 127.1."""
+    """Whether the system reads *host* as an IPv4 address, such as 0x7f000001, 2130706433 or 127.1."""
     try:
         socket.inet_aton(host)
     except OSError:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from tests.fakes.fake_openai import FakeOpenAI
     from tests.fakes.postgres_server import Postgres
+    from tests.openai_batch.openai_job import Job
 
 # What is made while the tests are collected stays; to look through it for garbage takes a third of that time.
 gc.disable()
@@ -145,6 +146,23 @@ def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
     running.reset()
     yield running
     assert running.stats()["internal_errors"] == 0
+
+
+@pytest.fixture(name="openai")
+def openai_of_jobs(running: FakeOpenAI) -> FakeOpenAI:
+    """Return the fake OpenAI as document jobs use it: the second look at a batch shows its end."""
+    running.reset()
+    running.configure(polls_until_done=2)
+    return running
+
+
+@pytest.fixture
+def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> Iterator[Job]:
+    """Return a document job on an empty collection and the fake OpenAI."""
+    from tests.openai_batch.openai_job import Job
+
+    with Job(mongodb_uri, db_name, openai.url, tmp_path) as opened:
+        yield opened
 
 
 @pytest.fixture

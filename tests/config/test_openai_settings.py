@@ -52,18 +52,18 @@ def read(settings: OpenAISettings, field: str) -> Any:
     return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
-def test_every_field_has_a_value_here_and_one_name() -> None:
-    """A new setting must be tried below, and is known to the check of .env."""
+def test_every_setting_is_tried_below() -> None:
+    """And has one variable that the check of .env knows."""
     assert set(VALUES) == set(OpenAISettings.model_fields)
     assert {name for field in VALUES for name in openai_environment_names(field)} <= known_environment_names()
     assert all(len(openai_environment_names(field)) == 1 for field in VALUES)
 
 
 @pytest.mark.parametrize(("field", "name"), NAMES, ids=[name for _, name in NAMES])
-def test_each_name_in_environment_file_and_arguments(
+def test_precedence_is_argument_environment_file_default(
     field: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Argument > environment > file > default."""
+    """For each setting."""
     written, expected = VALUES[field]
     if field != "completion_window":  # OpenAI has one value only
         assert read(load_openai_settings(None), field) != expected
@@ -79,8 +79,8 @@ def test_each_name_in_environment_file_and_arguments(
     assert load_openai_settings(None) == load_openai_settings(None, **{field: None})
 
 
-def test_the_file_of_one_class_is_no_typo_for_the_other(tmp_path: Path) -> None:
-    """Both read the same .env; a real typo is still named."""
+def test_settings_of_other_classes_in_env_file_are_accepted(tmp_path: Path) -> None:
+    """Both classes read the same .env; a typo is still reported."""
     (tmp_path / ".env").write_text("OPENAI_MODEL=gpt-4.1-mini\nMONGODB_DB=clinic\n")
     assert load_settings().db_name == "clinic"
     assert load_openai_settings().model == "gpt-4.1-mini"
@@ -127,8 +127,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{name}-{number}" for number, (name, _) in enumerate(WRONG)])
-def test_a_malformed_value_is_named_and_not_shown(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any value may be a secret put in the wrong place."""
+def test_malformed_value_is_named_but_not_shown(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any value may be a secret in the wrong place."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError) as caught:
         load_openai_settings(None)
@@ -137,22 +137,22 @@ def test_a_malformed_value_is_named_and_not_shown(name: str, value: str, monkeyp
     assert SECRET not in str(caught.value)
 
 
-def test_several_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody wants to find them one by one."""
+def test_all_malformed_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one message."""
     monkeypatch.setenv("MAX_RETRIES", "0")
     monkeypatch.setenv("OPENAI_TEMP", "9")
     with pytest.raises(ConfigurationError, match=r"(?s)OPENAI_TEMP.*MAX_RETRIES"):
         load_openai_settings(None)
 
 
-def test_frozen() -> None:
-    """Read once; nobody changes them in the middle of a job."""
+def test_settings_are_frozen() -> None:
+    """Nothing changes them during a job."""
     with pytest.raises(ValidationError):
         load_openai_settings(None).model = "other"
 
 
-def test_no_secret_in_a_repr() -> None:
-    """Settings end in tracebacks."""
+def test_repr_shows_no_secret() -> None:
+    """Settings appear in tracebacks."""
     secrets = {
         "api_key": SECRET,
         "webhook_url": f"https://h.example/{SECRET}",
@@ -168,8 +168,8 @@ def test_no_secret_in_a_repr() -> None:
     assert config.openai.api_key.get_secret_value() == SECRET
 
 
-def test_a_job_takes_what_its_parts_leave_open_from_the_environment() -> None:
-    """A schema file says the length of answers; the key and the mail server are the operator's."""
+def test_job_fills_unset_fields_from_the_environment() -> None:
+    """A schema file sets the length of answers; the key and the mail server are the operator's."""
     given = {field: expected for field, (_, expected) in VALUES.items()}
     config = AppConfig.from_env(
         settings=load_settings(None, db_name="clinic"),

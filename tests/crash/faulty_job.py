@@ -1,7 +1,7 @@
-"""A job that is killed (SIGKILL) at a named point, in a process of its own: `run_killed`.
+"""A job in a process of its own that is killed (SIGKILL) at a named point: `run_killed`.
 
 A point is ``MODULE.CLASS.METHOD:before`` or ``:after``, with ``[STATE]`` for a step of the ledger, such as
-``ledger.Ledger.advance[created]:before``; the N-th time (from 1) that it is reached ends the process.
+``ledger.Ledger.advance[created]:before``; the process is killed when the point is reached for the N-th time (from 1).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _POINT = re.compile(r"(?P<module>[\w.]+)\.(?P<owner>\w+)\.(?P<method>\w+)(\[(?P<
 
 
 def arm(point: str, nth: int, package: str = "openai_batch") -> None:
-    """Let this process die at *point* of *package*."""
+    """Kill this process at *point* of *package*."""
     found = _POINT.fullmatch(point)
     assert found is not None, point
     owner = getattr(importlib.import_module(f"{package}.{found['module']}"), found["owner"])

@@ -17,7 +17,7 @@ from embedding_index.vector_ledger import VectorLedger
 from tests.embedding_index.embedding_site import keyed, texts_with_long_ones
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import ForkedProcess
-from tests.openai_batch.job_commands import until
+from tests.worker.site import until
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelIdentity("openai", "text-embedding-3-small")
@@ -107,9 +107,7 @@ def test_kills_at_any_moment(crashes: Crashes) -> None:
         try:
             number = asked + CONCURRENCY + moments.randint(0, 1)
             ended = process.poll
-            until(
-                lambda n=number, ended=ended: crashes.asked() >= n or ended() is not None, "it neither asked nor ended"
-            )
+            until(lambda n=number, ended=ended: crashes.asked() >= n or ended() is not None)
         finally:
             process.kill()
         kills += process.wait() == -signal.SIGKILL

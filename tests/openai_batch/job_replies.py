@@ -1,4 +1,4 @@
-"""Answers of the fake OpenAI for the tests of document jobs; each notes the body that it was asked with."""
+"""Answers of the fake OpenAI for the tests of document jobs; each records the request body."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def _note(body: dict[str, Any]) -> str:
 
 
 def echo(body: dict[str, Any]) -> str:
-    """The prompt itself."""
+    """Return the prompt itself."""
     return _note(body)
 
 
 def careless_echo(body: dict[str, Any]) -> str:
-    """The prompt as models repeat placeholders: in lower case, without brackets."""
+    """Return the prompt with placeholders as models rewrite them: in lower case, without brackets."""
     return _note(body).lower().replace("<", "").replace(">", "")
 
 
 def talking_points(body: dict[str, Any]) -> str:
-    """JSON with the prompt in it."""
+    """Return JSON with the prompt in it."""
     return json.dumps({"points": [_note(body)], "urgency": "soon"})
 
 
 def hostile(body: dict[str, Any]) -> str:
-    """The JSON whose number the prompt ends in."""
+    """Return the hostile JSON whose number the prompt ends with."""
     return json.dumps(HOSTILE_ANSWERS[int(_note(body).rsplit(" ", 1)[1])])
 
 
 def labels(body: dict[str, Any]) -> str:
-    """Labels, with the whole prompt as categorization."""
+    """Return labels, with the whole prompt as categorization."""
     properties = body["response_format"]["json_schema"]["schema"]["properties"]
     text = _note(body).replace("\n", " ")
     return json.dumps(

@@ -1,4 +1,4 @@
-"""``cli.py openai-batch``: every action as a real process against the fake OpenAI and a real MongoDB."""
+"""``cli.py openai-batch``: every action against the fake OpenAI and a real MongoDB; processes only where signals go."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -20,25 +18,18 @@ from rich.console import Console
 from openai_batch.job_progress import LINE_EVERY_S, JobProgress
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import ForkedProcess
-from tests.openai_batch.job_commands import END_S, ROOT, JobSite, open_job_site, stopped, until
+from tests.openai_batch.openai_job import END_S, ROOT, Job, stopped
+from tests.worker.site import until
 
 ELSEWHERE = "http://192.0.2.1:9/v1"  # a documentation address: nobody is there, and nothing may ask
 
 
-@pytest.fixture
-def openai() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI(polls_until_done=2) as fake:
-        yield fake
+@pytest.fixture(autouse=True)
+def documents(job: Job) -> None:
+    job.fill(25)
 
 
-@pytest.fixture
-def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> Iterator[JobSite]:
-    with open_job_site(mongodb_uri, db_name, tmp_path, openai) as site:
-        site.fill(25)
-        yield site
-
-
-def snapshot(job: JobSite) -> list[dict[str, Any]]:
+def snapshot(job: Job) -> list[dict[str, Any]]:
     return list(job.documents.find().sort("_id"))
 
 
@@ -48,115 +39,115 @@ def uploaded_lines(fake: FakeOpenAI) -> list[bytes]:
     return [line for file in files for line in fake.path_of(file["id"]).read_bytes().splitlines()]
 
 
-def test_the_steps_apart(job: JobSite, openai: FakeOpenAI) -> None:
-    """submit, status, poll, each in its own process, with a restart of OpenAI in between."""
-    submitted = job.run("submit", "--json")
+def test_steps_run_one_by_one(job: Job, openai: FakeOpenAI) -> None:
+    """submit, status and poll resume from the ledger, also after a restart of OpenAI."""
+    submitted = job.cli("submit", "--json")
     assert submitted.code == 0, submitted.err
     assert [batch["submitted"] for batch in submitted.json["batches"]] == [10, 10, 5]
-    assert job.counted() == {"in_progress": 25}
+    assert job.statuses() == {"in_progress": 25}
     openai.restart()
     seen = len(openai.requests())
-    status = job.run("status", "--json")
+    status = job.cli("status", "--json")
     assert [batch["state"] for batch in status.json["batches"]] == ["created"] * 3
     assert len(openai.requests()) == seen, "status asked somebody"
-    polled = job.run("poll")
+    polled = job.cli("poll")
     assert polled.code == 0, polled.err
-    assert "Open batches: 3;" in polled.out
-    last = job.run("poll", "--json")
+    assert "Open batches: 3." in polled.out
+    last = job.cli("poll", "--json")
     assert last.code == 0, last.err
     assert last.json["succeeded"] == last.json["total_processed"] == 25
-    assert job.counted() == {"completed": 25}
+    assert job.statuses() == {"completed": 25}
     assert openai.stats()["batches_created"] == 3
-    again = job.run("run", "--json")
+    again = job.cli("run", "--json")
     assert (again.code, again.json["total_processed"]) == (0, 0)
     assert openai.stats()["batches_created"] == 3
 
 
-def test_status_of_a_job_that_has_sent_nothing(job: JobSite, openai: FakeOpenAI) -> None:
-    """Without a ledger, and without making one."""
-    assert "sent nothing yet" in job.run("status").out
-    assert job.run("status", "--json").json == {"batches": []}
+def test_status_without_ledger_creates_none(job: Job, openai: FakeOpenAI) -> None:
+    """It reports that nothing was sent."""
+    assert "sent nothing yet" in job.cli("status").out
+    assert job.cli("status", "--json").json == {"batches": []}
     assert not (job.folder / "state").exists()
     assert openai.requests() == []
 
 
-def test_a_run_is_locked_watched_stopped_and_started_again(job: JobSite, openai: FakeOpenAI) -> None:
-    """One run at a time; status beside it; SIGTERM ends it with 130; the next goes on and pays nothing twice."""
+def test_run_is_exclusive_and_resumes_after_sigterm(job: Job, openai: FakeOpenAI) -> None:
+    """status works during a run; SIGTERM exits with 130; the next run pays for nothing twice."""
     openai.configure(polls_until_done=0)
     with job.started("run") as running:
         openai.wait_for("requests:batches.retrieve", at_least=6)
-        second = job.run("run")
+        second = job.cli("run")
         assert second.code == 5, second.err
-        status = job.run("status", "--json")
+        status = job.cli("status", "--json")
         assert status.code == 0, status.err
         assert {batch["state"] for batch in status.json["batches"]} == {"created"}
         ended = stopped(running)
     assert ended.code == 130, ended.err
-    assert "the same command goes on here" in ended.err
+    assert "run the same command again to resume" in ended.err
     openai.advance(4000)
-    again = job.run("run", "--json")
+    again = job.cli("run", "--json")
     assert again.code == 0, again.err
     assert again.json["succeeded"] == 25
     stats = openai.stats()
     assert (stats["batches_created"], stats["max_billed_per_body"], stats["lines_billed"]) == (3, 1, 25)
 
 
-def test_a_stop_before_mongodb_answers(job: JobSite) -> None:
-    """Nothing is in work then, so the first signal ends it."""
+def test_sigterm_before_mongodb_answers_ends_at_once(job: Job) -> None:
+    """There is nothing to finish yet."""
     with FakeOpenAI() as silent:
         # A server that accepts and says nothing stands for a MongoDB that hangs.
         silent.pause()
         # The driver's own time-out of a connection is 20 s, and closing must not wait for it.
         uri = f"mongodb://127.0.0.1:{silent.port}/"
         with job.started("run", MONGODB_URI=uri, MONGODB_TIMEOUT_MS="60000") as running:
-            until((job.folder / "state/.lock").exists, "the run never took its directory")
+            until((job.folder / "state/.lock").exists)
             begun_s = time.monotonic()
             ended = stopped(running)
     assert ended.code == 130, ended.err
     assert time.monotonic() - begun_s < 15
 
 
-def test_failed_documents_are_exit_code_1(job: JobSite, openai: FakeOpenAI) -> None:
-    """The run is done, and some documents are not."""
+def test_failed_documents_are_exit_code_1(job: Job, openai: FakeOpenAI) -> None:
+    """The run completes all other documents."""
     openai.configure(
         faults=[
             {"kind": "line_status", "status": 400, "code": "invalid_request", "when": {"text": '"Summarise: text 3"'}}
         ]
     )
-    ended = job.run("run", "--json")
+    ended = job.cli("run", "--json")
     assert ended.code == 1, ended.err
     assert (ended.json["succeeded"], ended.json["failed"]) == (24, 1)
-    assert job.counted() == {"completed": 24, "failed": 1}
+    assert job.statuses() == {"completed": 24, "failed": 1}
 
 
-def test_cancel_keeps_what_ran_and_gives_the_rest_back(job: JobSite, openai: FakeOpenAI) -> None:
-    """Nothing that was paid for is lost; a later run sends the rest only."""
+def test_cancel_keeps_answers_and_returns_the_rest(job: Job, openai: FakeOpenAI) -> None:
+    """Answers that were paid for are applied; a later run sends the other documents only."""
     openai.configure(polls_until_done=0, faults=[{"kind": "cancel", "done": 0.4, "when": {"batches": []}}])
-    job.run("submit")
+    job.cli("submit")
     openai.advance(300)  # half of run_s
-    cancelled = job.run("cancel", "--json")
+    cancelled = job.cli("cancel", "--json")
     assert cancelled.code == 0, cancelled.err
     openai.advance(1000)
-    polled = job.run("poll", "--json")
+    polled = job.cli("poll", "--json")
     assert polled.code == 0, polled.err
     for batch in polled.json["batches"]:
         ended = sum(batch[state] for state in ("ok", "failed", "expired", "cancelled", "missing"))
         assert (batch["status"], ended) == ("cancelled", batch["submitted"])
     kept = polled.json["succeeded"]
     assert 0 < kept < 25
-    assert job.counted() == {"completed": kept, "pending": 25 - kept}
+    assert job.statuses() == {"completed": kept, "pending": 25 - kept}
     openai.configure(polls_until_done=2)
-    assert job.run("run").code == 0
-    assert job.counted() == {"completed": 25}
+    assert job.cli("run").code == 0
+    assert job.statuses() == {"completed": 25}
     assert openai.stats()["max_billed_per_body"] == 1
 
 
-def test_a_dry_run_shows_what_a_later_run_sends(job: JobSite, openai: FakeOpenAI) -> None:
-    """To the byte; without key and permission, without a request, without a change anywhere."""
+def test_dry_run_shows_the_exact_bodies(job: Job, openai: FakeOpenAI) -> None:
+    """Without a key, a request or any change."""
     job.documents.update_one({"_id": 1}, {"$set": {"text": 'Ünïcode "quoted"\n<b>€</b>'}})
     job.documents.update_one({"_id": 20}, {"$unset": {"text": ""}})
     before = snapshot(job)
-    made = job.run("run", "--dry-run", "--json", OPENAI_API_KEY="", OPENAI_BASE_URL=ELSEWHERE)
+    made = job.cli("run", "--dry-run", "--json", OPENAI_API_KEY="", OPENAI_BASE_URL=ELSEWHERE)
     assert made.code == 0, made.err
     assert openai.requests() == []
     assert snapshot(job) == before
@@ -165,91 +156,91 @@ def test_a_dry_run_shows_what_a_later_run_sends(job: JobSite, openai: FakeOpenAI
     assert (shown["documents"], shown["refused"], len(shown["examples"])) == (24, 1, 3)
     assert shown["most_reply_tokens"] == 24 * 500
     assert shown["most_usd"] > 0
-    submitted = job.run("submit")
+    submitted = job.cli("submit")
     assert submitted.code == 1, submitted.err  # of the document without text
     lines = uploaded_lines(openai)
-    bodies = {json.loads(line)["body"]["messages"][1]["content"]: line for line in lines}
+    bodies = {json.loads(line)["body"]["messages"][-1]["content"]: line for line in lines}
     for example in shown["examples"]:
-        line = bodies[example["body"]["messages"][1]["content"]]
+        line = bodies[example["body"]["messages"][-1]["content"]]
         assert b'"body":' + orjson.dumps(example["body"]) + b"}" in line
     assert abs(shown["bytes"] - sum(len(line) + 1 for line in lines)) < 4 * len(lines)
 
 
-def test_a_dry_run_for_people(job: JobSite, openai: FakeOpenAI) -> None:
-    """The texts themselves, the price, where they would go, and what would not be sent and why."""
+def test_dry_run_prints_bodies_price_address_and_refusals(job: Job, openai: FakeOpenAI) -> None:
+    """Without --json."""
     job.documents.update_one({"_id": 1}, {"$unset": {"text": ""}})
-    made = job.run("submit", "--dry-run", "--limit", "5", OPENAI_BASE_URL=ELSEWHERE)
+    made = job.cli("submit", "--dry-run", "--limit", "5", OPENAI_BASE_URL=ELSEWHERE)
     assert made.code == 0, made.err
     assert "Summarise: text 0" in made.out
     assert "5 documents" in made.out
     assert "US dollars at" in made.out
     assert "Document 1 would not be sent: document 1 has no field text" in made.out
-    assert f"They would go to {ELSEWHERE}. Nothing was sent." in made.out
+    assert f"The requests would go to {ELSEWHERE}. Nothing was sent." in made.out
     assert openai.requests() == []
 
 
-def test_a_dry_run_counts_what_lies_in_files_not_sent_yet(job: JobSite, openai: FakeOpenAI) -> None:
-    """A start that could not send has planned; the next one sends that, too."""
+def test_dry_run_counts_unsent_files(job: Job, openai: FakeOpenAI) -> None:
+    """A start that could not send has planned files; the next start sends them as well."""
     openai.configure(faults=[{"kind": "bad_request_400", "when": {"route": "files.create"}}])
-    assert job.run("submit").code == 2
-    shown = job.run("run", "--dry-run", "--json").json
+    assert job.cli("submit").code == 2
+    shown = job.cli("run", "--dry-run", "--json").json
     assert (shown["documents"], shown["waiting"]) == (0, 25)
-    refused = job.run("run", "--max-cost", "0")
+    refused = job.cli("run", "--max-cost", "0")
     assert refused.code == 2
     assert "25 documents may cost up to" in refused.err
 
 
-def test_max_cost_refuses_before_anything_is_sent(job: JobSite, openai: FakeOpenAI) -> None:
-    """And nothing is claimed; within the sum it goes on."""
-    price = job.run("run", "--dry-run", "--json").json["most_usd"]
+def test_max_cost_refuses_before_sending(job: Job, openai: FakeOpenAI) -> None:
+    """Nothing is claimed either; below the limit the run completes."""
+    price = job.cli("run", "--dry-run", "--json").json["most_usd"]
     before = snapshot(job)
     for action in ("run", "submit"):
-        refused = job.run(action, "--max-cost", f"{price * 0.9:.6f}")
+        refused = job.cli(action, "--max-cost", f"{price * 0.9:.6f}")
         assert refused.code == 2, refused.err
         assert "--max-cost" in refused.err
     assert openai.requests() == []
     assert snapshot(job) == before
-    assert job.run("run", "--max-cost", f"{price * 1.1:.6f}").code == 0
-    assert job.counted() == {"completed": 25}
+    assert job.cli("run", "--max-cost", f"{price * 1.1:.6f}").code == 0
+    assert job.statuses() == {"completed": 25}
 
 
-def test_max_cost_holds_for_the_whole_run(job: JobSite, openai: FakeOpenAI) -> None:
-    """Documents that are to be sent again were not in the sum: another start takes them."""
+def test_max_cost_holds_for_the_whole_run(job: Job, openai: FakeOpenAI) -> None:
+    """Documents that become pending again were not in the sum, so they wait for another start."""
     openai.configure(faults=[{"kind": "line_status", "status": 500, "when": {"from": 1, "to": 1}, "times": 3}])
-    ended = job.run("run", "--max-cost", "1", "--json")
+    ended = job.cli("run", "--max-cost", "1", "--json")
     assert ended.code == 0, ended.err
-    assert job.counted() == {"completed": 22, "pending": 3}
+    assert job.statuses() == {"completed": 22, "pending": 3}
     assert openai.stats()["lines_submitted"] == 25
-    assert job.run("run", "--max-cost", "1").code == 0
-    assert job.counted() == {"completed": 25}
+    assert job.cli("run", "--max-cost", "1").code == 0
+    assert job.statuses() == {"completed": 25}
 
 
-def test_max_cost_with_a_model_of_unknown_price(job: JobSite, openai: FakeOpenAI) -> None:
-    """Nobody knows what it would cost, so nothing is sent."""
-    refused = job.run("run", "--max-cost", "1000", OPENAI_MODEL="nobody-knows-it")
+def test_max_cost_refuses_model_of_unknown_price(job: Job, openai: FakeOpenAI) -> None:
+    """Nothing is sent."""
+    refused = job.cli("run", "--max-cost", "1000", OPENAI_MODEL="nobody-knows-it")
     assert refused.code == 2
     assert "the price of nobody-knows-it is not known" in refused.err
     assert openai.requests() == []
-    assert "price unknown" in job.run("run", "--dry-run", OPENAI_MODEL="nobody-knows-it").out
+    assert "price unknown" in job.cli("run", "--dry-run", OPENAI_MODEL="nobody-knows-it").out
 
 
-def test_limit(job: JobSite, openai: FakeOpenAI) -> None:
-    """No more than so many are taken."""
-    assert job.run("run", "--limit", "12").code == 0
-    assert job.counted() == {"completed": 12, "pending": 13}
+def test_limit_bounds_sent_documents(job: Job, openai: FakeOpenAI) -> None:
+    """The other documents stay pending."""
+    assert job.cli("run", "--limit", "12").code == 0
+    assert job.statuses() == {"completed": 12, "pending": 13}
     assert openai.stats()["lines_billed"] == 12
 
 
-def test_customer_text_stays_here_unless_allowed(job: JobSite, openai: FakeOpenAI) -> None:
-    """The flag or the variable; a loopback address needs neither."""
+def test_external_address_needs_permission(job: Job, openai: FakeOpenAI) -> None:
+    """The flag or the variable gives it; a loopback address needs none."""
     for action in ("run", "submit", "poll", "cancel"):
-        refused = job.run(action, OPENAI_BASE_URL=ELSEWHERE)
+        refused = job.cli(action, OPENAI_BASE_URL=ELSEWHERE)
         assert refused.code == 2, refused.err
         assert "--allow-external" in refused.err
-    assert job.counted() == {"pending": 25}
+    assert job.statuses() == {"pending": 25}
     # Allowed, it gets as far as the missing key, which comes before any request.
     for flags, allowed in ((("--allow-external",), {}), ((), {"ALLOW_EXTERNAL_LLM": "true"})):
-        without_key = job.run("run", *flags, OPENAI_BASE_URL=ELSEWHERE, OPENAI_API_KEY="", **allowed)
+        without_key = job.cli("run", *flags, OPENAI_BASE_URL=ELSEWHERE, OPENAI_API_KEY="", **allowed)
         assert without_key.code == 2
         assert "OPENAI_API_KEY" in without_key.err
 
@@ -266,9 +257,9 @@ def test_customer_text_stays_here_unless_allowed(job: JobSite, openai: FakeOpenA
         ("start", (), "start"),
     ],
 )
-def test_flags_that_do_not_fit(action: str, flags: tuple[str, ...], named: str, job: JobSite) -> None:
-    """An option that would do nothing is refused, by name."""
-    refused = job.run(action, *flags)
+def test_flag_without_effect_is_refused(action: str, flags: tuple[str, ...], named: str, job: Job) -> None:
+    """The message names the flag."""
+    refused = job.cli(action, *flags)
     assert refused.code == 2
     assert named in refused.err
 
@@ -277,7 +268,7 @@ def test_flags_that_do_not_fit(action: str, flags: tuple[str, ...], named: str, 
     ("text", "named"),
     [
         ("x = 1", "SchemaConfig"),
-        ("def f(:", "no Python"),
+        ("def f(:", "not valid Python"),
         ("import nowhere_at_all", "nowhere_at_all"),
         (
             "from openai_batch import SchemaConfig\nschema = SchemaConfig(query_template={'$where': 'sleep(1)'})",
@@ -285,44 +276,45 @@ def test_flags_that_do_not_fit(action: str, flags: tuple[str, ...], named: str, 
         ),
     ],
 )
-def test_a_schema_file_that_cannot_be_used(text: str, named: str, job: JobSite) -> None:
-    """One sentence and exit code 2."""
-    job.schema.write_text(text)
-    refused = job.run("run")
+def test_unusable_schema_file_is_exit_code_2(text: str, named: str, job: Job) -> None:
+    """With one sentence and no traceback."""
+    job.schema_file.write_text(text)
+    refused = job.cli("run")
     assert refused.code == 2
     assert named in refused.err
     assert "Traceback" not in refused.err
 
 
-def test_openai_away(job: JobSite, openai: FakeOpenAI, mongodb_uri: str, db_name: str) -> None:
-    """Exit code 3 when it stays away, for a run and for a step; the next start goes on."""
+def test_openai_away_is_exit_code_3_and_resumes(job: Job, openai: FakeOpenAI, mongodb_uri: str, db_name: str) -> None:
+    """For a run and for a single step."""
     openai.kill()
     (job.folder / "step").mkdir()
-    settings = {"OUTAGE_LIMIT_S": "0.5", "MONGODB_SOURCE_COLLECTION": "others"}
-    with open_job_site(mongodb_uri, db_name, job.folder / "step", openai) as other:
-        other.documents = other.client[db_name]["others"]
+    settings = {"OUTAGE_LIMIT_S": "0.5"}
+    with Job(mongodb_uri, db_name, openai.url, job.folder / "step", collection="others") as other:
         other.fill(5)
         with other.started("submit", **settings) as submitting:  # both wait for it at the same time
-            ended = job.run("run", OUTAGE_LIMIT_S="0.5")
+            ended = job.cli("run", OUTAGE_LIMIT_S="0.5")
             _, err = submitting.communicate(END_S)
         assert (submitting.returncode, ended.code) == (3, 3), err + ended.err
         assert "no answer from OpenAI" in err
         assert "no answer from OpenAI" in ended.err
         openai.restart()
-        assert job.run("run").code == 0
-        assert other.run("run", **settings).code == 0
-        assert (job.counted(), other.counted()) == ({"completed": 25}, {"completed": 5})
+        assert job.cli("run").code == 0
+        assert other.cli("run", **settings).code == 0
+        assert (job.statuses(), other.statuses()) == ({"completed": 25}, {"completed": 5})
 
 
-def test_mongodb_away(job: JobSite) -> None:
-    """Exit code 3."""
-    ended = job.run("run", MONGODB_URI="mongodb://127.0.0.1:1", MONGODB_TIMEOUT_MS="300", MONGODB_BACKOFF_S="0.01")
-    assert ended.code == 3, ended.err
-    assert job.run("run", "--dry-run", MONGODB_URI="mongodb://127.0.0.1:1", MONGODB_TIMEOUT_MS="300").code == 3
+def test_mongodb_away_is_exit_code_3(job: Job) -> None:
+    """For a run and for a dry run. The driver leaves a socket behind, so both are processes of their own."""
+    settings = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "300", "MONGODB_BACKOFF_S": "0.01"}
+    with job.started("run", **settings) as run, job.started("run", "--dry-run", **settings) as dry_run:
+        for process in (run, dry_run):
+            _, err = process.communicate(END_S)
+            assert process.returncode == 3, err
 
 
-def test_no_secret_and_no_text_in_what_is_printed(job: JobSite, openai: FakeOpenAI) -> None:
-    """Failures, tracebacks and the lines of --verbose included; only a dry run shows texts, for that is its purpose."""
+def test_output_has_no_secret_and_no_document_text(job: Job, openai: FakeOpenAI) -> None:
+    """Also for failures, tracebacks and --verbose. Only a dry run prints texts."""
     job.documents.update_many({}, {"$set": {"text": "CANARY-TEXT-1"}})
     secrets = {
         "OPENAI_API_KEY": "sk-CANARY-SECRET-1",
@@ -344,15 +336,15 @@ def test_no_secret_and_no_text_in_what_is_printed(job: JobSite, openai: FakeOpen
     assert running.returncode == 1, err
     openai.configure(faults=[{"kind": "unauthorized_401", "message": "CANARY-SECRET-5"}])
     job.documents.update_many({}, {"$set": {"ai_status": "pending"}})
-    refused = job.run("run", **secrets)
+    refused = job.cli("run", **secrets)
     assert refused.code == 2
     assert "OPENAI_API_KEY" in refused.err
     own = "".join(path.read_text("latin-1") for path in (job.folder / "state").iterdir() if "ledger" in path.name)
     assert "CANARY" not in out + err + refused.out + refused.err + own
 
 
-def test_the_command_line_does_not_load_what_it_does_not_use() -> None:
-    """A run of the batch worker must not wait for libraries of document jobs."""
+def test_cli_import_loads_no_library_of_document_jobs() -> None:
+    """A run of the batch worker must not wait for them."""
     code = (
         "import sys, cli; print(sorted({'openai', 'httpx2', 'jinja2', 'genai_prices', 'smtplib'} & set(sys.modules)))"
     )
@@ -360,8 +352,8 @@ def test_the_command_line_does_not_load_what_it_does_not_use() -> None:
     assert ended.stdout == "[]\n"
 
 
-def test_progress_in_a_file_is_a_line_now_and_then() -> None:
-    """Where the text has changed and the last line is old enough; the last text is always written."""
+def test_progress_without_terminal_prints_occasional_lines() -> None:
+    """A new text is printed if the last line is old enough; the final text is always printed."""
     now, out = [0.0], io.StringIO()
     with JobProgress(Console(file=out), clock=lambda: now[0]) as progress:
         for step in range(100):
@@ -377,10 +369,10 @@ def test_progress_in_a_file_is_a_line_now_and_then() -> None:
     assert 100 * 0.3 / LINE_EVERY_S - 1 <= len(lines) <= 100 * 0.3 / LINE_EVERY_S + 2
 
 
-def test_progress_on_a_terminal_is_drawn_in_place(job: JobSite) -> None:
-    """One line for each batch that is redrawn, and nothing of it is left at the end."""
+def test_progress_on_terminal_is_redrawn(job: Job) -> None:
+    """One line for each batch."""
     controller, terminal = os.openpty()
-    environment = job.environment | {"TERM": "xterm", "COLUMNS": "100", "POLL_INTERVAL": "0.5"}
+    environment = job.environment(TERM="xterm", COLUMNS="100", POLL_INTERVAL="0.5")
     with open(os.devnull, "r+b") as nothing:
         streams = [nothing.fileno(), nothing.fileno(), terminal]
         process = ForkedProcess(job.command("run"), environment, job.folder, None, streams=streams)
@@ -405,8 +397,8 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-def test_interrupt_from_the_keyboard(job: JobSite, openai: FakeOpenAI) -> None:
-    """Ctrl-C is the same as SIGTERM."""
+def test_sigint_ends_like_sigterm(job: Job, openai: FakeOpenAI) -> None:
+    """With 130 and no traceback."""
     openai.configure(polls_until_done=0)
     with job.started("run") as running:
         openai.wait_for("requests:batches.retrieve", at_least=3)

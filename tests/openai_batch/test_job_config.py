@@ -1,4 +1,4 @@
-"""The objects of a document job: what they refuse when they are built, and what they never show."""
+"""The configuration objects of a document job: what they refuse, and the secrets that they never show."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from openai_batch.job_config import (
     SchemaConfig,
     StatusConfig,
 )
-from openai_batch.schema_file import explain, load_schema_file
-from openai_batch.user_functions import resolve_function
+from openai_batch.schema_file import explain, load_schema_file, resolve_function
 
 
 def refusal(kind: Any, **fields: Any) -> str:
@@ -53,8 +52,8 @@ def refusal(kind: Any, **fields: Any) -> str:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_query_that_does_more_than_ask_is_refused(query: Any, path: str) -> None:
-    """AT-5: the path of the key is named."""
+def test_query_with_forbidden_operator_is_refused(query: Any, path: str) -> None:
+    """AT-5: the message names the path of the key."""
     assert f"{path} is not allowed" in refusal(SchemaConfig, query_template=query)
 
 
@@ -66,12 +65,12 @@ def test_a_query_that_does_more_than_ask_is_refused(query: Any, path: str) -> No
         ({"$rename": {"a": "b"}}, "$rename is not allowed"),
         ({"name": 5}, "name is not allowed"),
         ({"$set": "{{response_content}}"}, "$set is not allowed"),
-        ({"$set": {"$x": 1}}, "$set.$x is no field"),
-        ({"$set": {"a.$[].b": 1}}, "$set.a.$[].b is no field"),
-        ({"$set": {"_id": 1}}, "$set._id is no field"),
-        ({"$set": {"_id.x": 1}}, "$set._id.x is no field"),
-        ({"$set": {"a\n": 1}}, "$set.a\n is no field"),
-        ({"$set": {"{{response_content}}": 1}}, "$set.{{response_content}} is no field"),
+        ({"$set": {"$x": 1}}, "$set.$x is not a field"),
+        ({"$set": {"a.$[].b": 1}}, "$set.a.$[].b is not a field"),
+        ({"$set": {"_id": 1}}, "$set._id is not a field"),
+        ({"$set": {"_id.x": 1}}, "$set._id.x is not a field"),
+        ({"$set": {"a\n": 1}}, "$set.a\n is not a field"),
+        ({"$set": {"{{response_content}}": 1}}, "$set.{{response_content}} is not a field"),
         ({"$set": {"a": {"$function": {"body": "x"}}}}, "$set.a.$function is not allowed"),
         ({"$set": {"a": [{"$where": 1}]}}, "$set.a[0].$where is not allowed"),
         ({"$set": {"a": {"$each": [1]}}}, "$set.a.$each is not allowed"),
@@ -83,7 +82,7 @@ def test_a_query_that_does_more_than_ask_is_refused(query: Any, path: str) -> No
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("field", ["update_template", "response_template"])
-def test_an_update_that_is_not_harmless_is_refused(update: Any, path: str, field: str) -> None:
+def test_update_with_forbidden_operator_or_field_is_refused(update: Any, path: str, field: str) -> None:
     """AT-5: operators, paths and the job's own fields."""
     assert f"{field}.{path}" in refusal(SchemaConfig, **{field: update})
 
@@ -111,13 +110,13 @@ def test_an_update_that_is_not_harmless_is_refused(update: Any, path: str, field
     ],
     ids=str,
 )
-def test_fields_that_cannot_be_written_together_are_refused(fields: dict[str, Any]) -> None:
-    """At load, not when the first answer was paid for."""
+def test_conflicting_fields_are_refused(fields: dict[str, Any]) -> None:
+    """When the schema is loaded, not when the first answer has been paid for."""
     refusal(SchemaConfig, **fields)
 
 
-def test_harmless_templates_are_taken() -> None:
-    """What section 5 is for."""
+def test_allowed_templates_are_accepted() -> None:
+    """Queries and updates with every kind of allowed operator."""
     schema = SchemaConfig(
         query_template={"$or": [{"kind": {"$in": ["a"]}}, {"n": {"$gte": 5}}], "notes": {"$elemMatch": {"x": 1}}},
         response_template={"$set": {"out.text": "{{response_content}}"}, "$push": {"log": {"$each": ["{{batch_id}}"]}}},
@@ -126,8 +125,8 @@ def test_harmless_templates_are_taken() -> None:
     assert schema.query_template["notes"] == {"$elemMatch": {"x": 1}}
 
 
-def test_what_was_checked_stays() -> None:
-    """Neither the object nor what it was made of can be changed into something unchecked."""
+def test_checked_schema_cannot_be_changed() -> None:
+    """Neither the object nor the values it was built from."""
     query: dict[str, Any] = {"a": {"$in": [1]}}
     schema = SchemaConfig(query_template=query)
     query["$where"] = "1"
@@ -137,8 +136,8 @@ def test_what_was_checked_stays() -> None:
         schema.response_field = "other"  # type: ignore[misc]
 
 
-def test_status_values_are_distinct() -> None:
-    """Two that are alike would send documents in circles."""
+def test_equal_status_values_are_refused() -> None:
+    """Equal values would process a document forever."""
     assert "the status values must differ" in refusal(StatusConfig, pending_value="x", completed_value="x")
     assert "the status values must differ" in refusal(StatusConfig, failed_value="x", skipped_value="x")
 
@@ -146,8 +145,8 @@ def test_status_values_are_distinct() -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"field_map": {"a b": "x"}}, "'a b' is no name"),
-        ({"field_map": {"__class__": "x"}}, "'__class__' is no name"),
+        ({"field_map": {"a b": "x"}}, "'a b' is not a variable name"),
+        ({"field_map": {"__class__": "x"}}, "'__class__' is not a variable name"),
         ({"field_map": {"a": "x.$y"}}, "the path of a must be"),
         ({"field_map": {"a": ""}}, "the path of a must be"),
         ({"field_map": {"a": "x"}, "defaults": {"b": 1}}, "defaults: b is not in field_map"),
@@ -156,8 +155,8 @@ def test_status_values_are_distinct() -> None:
     ],
     ids=str,
 )
-def test_fields_that_are_not_usable_are_refused(fields: dict[str, Any], problem: str) -> None:
-    """Each with its name."""
+def test_unusable_document_fields_are_refused(fields: dict[str, Any], problem: str) -> None:
+    """The message names the field."""
     assert problem in refusal(DocumentFields, **fields)
 
 
@@ -176,8 +175,8 @@ CANARY = "CANARY-SECRET-1"
     ],
     ids=str,
 )
-def test_errors_show_no_secret(kind: Any, fields: dict[str, Any]) -> None:
-    """Neither as pydantic writes it nor as we do."""
+def test_validation_errors_show_no_secret(kind: Any, fields: dict[str, Any]) -> None:
+    """Neither pydantic's text nor ours."""
     with pytest.raises(ValidationError) as caught:
         kind(**fields)
     assert CANARY not in f"{caught.value} {caught.value!r} {explain(caught.value)}"
@@ -205,8 +204,8 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
     return monkeypatch
 
 
-def test_the_environment_fills_what_a_part_leaves_open(environment: pytest.MonkeyPatch) -> None:
-    """What a part says wins, field by field."""
+def test_environment_fills_unset_fields_of_parts(environment: pytest.MonkeyPatch) -> None:
+    """Fields that a part sets take precedence."""
     config = AppConfig.from_env(
         openai=OpenAIConfig(model="gpt-own"),
         batch=BatchConfig(batch_size=3),
@@ -225,15 +224,15 @@ def test_the_environment_fills_what_a_part_leaves_open(environment: pytest.Monke
     assert "CANARY" not in f"{config!r} {config}"
 
 
-def test_a_function_takes_the_place_of_the_template(environment: pytest.MonkeyPatch) -> None:
-    """USER_PROMPT_TEMPLATE is no quarrel then, in a schema itself it is."""
+def test_build_messages_replaces_template_of_environment(environment: pytest.MonkeyPatch) -> None:
+    """A schema with both is refused."""
     config = AppConfig.from_env(prompts=PromptConfig(build_messages=lambda _: []))
     assert config.prompts.user_prompt_template == ""
     assert "not both" in refusal(PromptConfig, build_messages=lambda _: [], user_prompt_template="x")
 
 
-def test_a_job_needs_its_documents() -> None:
-    """Parts may be left open, the whole may not."""
+def test_config_without_collection_is_refused() -> None:
+    """uri, name and collection are needed."""
     parts = {"schema_config": SchemaConfig(), "fields": DocumentFields(), "prompts": PromptConfig()}
     assert "give uri, name and collection" in refusal(AppConfig, **parts, database=DatabaseConfig(name="x"))
 
@@ -265,26 +264,26 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "", "own functions:year", "own_functions:year\n", "öwn:f"])
-def test_functions_that_are_not_ones_own_are_refused(name: str, own_module: Path) -> None:
-    """AT-20: also where a module of one's own has them under its name."""
+def test_foreign_functions_are_refused(name: str, own_module: Path) -> None:
+    """AT-20: also under the name of a module of the operator."""
     with pytest.raises(JobValidationError):
         Variables(DocumentFields(field_map={"a": "a"}, preprocess_functions={"a": name}))
 
 
-def test_modules_of_python_are_not_even_loaded() -> None:
-    """Some do things when they are."""
+def test_modules_of_python_are_not_imported() -> None:
+    """Some have side effects."""
     with pytest.raises(JobValidationError):
         resolve_function("this:c", "a")
     assert "this" not in sys.modules
 
 
-def test_a_function_of_ones_own(own_module: Path) -> None:
-    """By its name."""
+def test_own_function_is_resolved_by_name(own_module: Path) -> None:
+    """As module:function."""
     assert resolve_function("own_functions:year", "a")("1961-03-07") == "1961"
 
 
-def test_code_that_everybody_can_change_is_refused(own_module: Path, tmp_path: Path) -> None:
-    """Neither a function nor a schema file is loaded from it."""
+def test_world_writable_code_is_refused(own_module: Path, tmp_path: Path) -> None:
+    """For functions and for schema files."""
     schema = tmp_path / "schema.py"
     schema.write_text("from openai_batch import SchemaConfig\nschema_config = SchemaConfig()\n")
     load_schema_file(schema)
@@ -300,13 +299,13 @@ def test_code_that_everybody_can_change_is_refused(own_module: Path, tmp_path: P
     ("text", "problem"),
     [
         ("", "defines no SchemaConfig"),
-        ("schema_config = 5 +", "line 1: this is no Python"),
+        ("schema_config = 5 +", "line 1: not valid Python"),
         ("import nowhere", "cannot be run"),
         ("1 / 0", "cannot be run"),
         ("assert False", "cannot be run"),
         (
             "from openai_batch import SchemaConfig\na = SchemaConfig()\nb = SchemaConfig()",
-            "defines two of SchemaConfig",
+            "defines two objects of type SchemaConfig",
         ),
         (
             "from openai_batch import SchemaConfig\nx = SchemaConfig(query_template={'$where': '1'})",
@@ -315,8 +314,8 @@ def test_code_that_everybody_can_change_is_refused(own_module: Path, tmp_path: P
         ("from openai_batch import SchemaConfig\na = SchemaConfig()\nresponse_processor = 5", "must be a function"),
     ],
 )
-def test_schema_files_that_are_not_usable(text: str, problem: str, tmp_path: Path) -> None:
-    """One sentence with the file and what is wrong."""
+def test_unusable_schema_file_is_explained(text: str, problem: str, tmp_path: Path) -> None:
+    """One sentence with the file and the problem."""
     path = tmp_path / "schema.py"
     path.write_text(text)
     with pytest.raises(JobValidationError, match=problem):

@@ -1,13 +1,15 @@
-"""Documents, keys, clocks and ledgers that a job must survive; each is one that ended or confused a run before."""
+"""Documents, keys, clocks and ledgers that once ended or confused a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import hashlib
+import json
 import re
+import sqlite3
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 from error_handler import JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
 from openai_batch.ledger import ItemState, Shard, ShardState
-from openai_batch.shard_sending import wait_left_s
+from openai_batch.sending import wait_left_s
 from tests.fakes.fake_openai import FakeOpenAI
-from tests.openai_batch.openai_job import Job
+from tests.openai_batch.openai_job import Job, times_with
 
 ODD_IDS: list[Any] = [
     None,
@@ -40,26 +42,7 @@ ODD_IDS: list[Any] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI(polls_until_done=2) as fake:
-        yield fake
-
-
-@pytest.fixture
-def openai(running: FakeOpenAI) -> FakeOpenAI:
-    running.reset()
-    return running
-
-
-@pytest.fixture
-def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> Iterator[Job]:
-    job = Job(mongodb_uri, db_name, openai.url, tmp_path).open()
-    yield job
-    job.close()
-
-
-def test_ids_of_every_type(job: Job, openai: FakeOpenAI) -> None:
+def test_ids_of_every_type_are_processed_once(job: Job, openai: FakeOpenAI) -> None:
     """1 and "1" are two documents, and null is one."""
     ids = [value for value in ODD_IDS if value != {"b": 1, "a": {"$oid": 5}}]
     job.documents.insert_many([{"_id": id_, "ai_status": "pending", "text": f"t {n}"} for n, id_ in enumerate(ids)])
@@ -70,8 +53,8 @@ def test_ids_of_every_type(job: Job, openai: FakeOpenAI) -> None:
 
 
 @pytest.mark.parametrize("present", [None, "text", [], 5])
-def test_another_value_in_the_place_of_processing_info(present: Any, job: Job, openai: FakeOpenAI) -> None:
-    """It is replaced; it neither ends the run nor keeps the document pending for ever."""
+def test_other_value_of_processing_info_is_replaced(present: Any, job: Job, openai: FakeOpenAI) -> None:
+    """It neither ends the run nor keeps the document pending."""
     job.fill(3)
     job.documents.update_one({"_id": 1}, {"$set": {"processing_info": present}})
     job.run()
@@ -79,8 +62,8 @@ def test_another_value_in_the_place_of_processing_info(present: Any, job: Job, o
     assert job.statuses() == {"completed": 3}
 
 
-def test_a_document_that_nobody_can_mark_ends_no_run(job: Job) -> None:
-    """Its place for processing_info lies in a text: it fails, the others are completed."""
+def test_document_that_cannot_be_claimed_fails_alone(job: Job) -> None:
+    """Its processing_info would lie inside a text."""
     job.schema = {"processing_info_field": "meta.info"}
     job.fill(3)
     job.documents.update_one({"_id": 1}, {"$set": {"meta": "text"}})
@@ -88,8 +71,8 @@ def test_a_document_that_nobody_can_mark_ends_no_run(job: Job) -> None:
     assert job.statuses() == {"completed": 2, "failed": 1}
 
 
-def test_a_request_that_no_batch_may_hold_fails_alone(job: Job, openai: FakeOpenAI) -> None:
-    """It used to end each run at the same place."""
+def test_oversized_request_fails_alone(job: Job, openai: FakeOpenAI) -> None:
+    """The other documents are completed."""
     job.batch = {"max_file_bytes": 10_000}
     job.fill(6)
     job.documents.update_one({"_id": 2}, {"$set": {"text": "long " * 3000}})
@@ -98,8 +81,8 @@ def test_a_request_that_no_batch_may_hold_fails_alone(job: Job, openai: FakeOpen
     assert job.statuses() == {"completed": 5, "failed": 1}
 
 
-def test_an_answer_that_mongodb_does_not_take(job: Job, openai: FakeOpenAI) -> None:
-    """The path of the response lies in a text: the document fails, and the ledger and the result say so, too."""
+def test_answer_rejected_by_mongodb_fails_document_and_item(job: Job, openai: FakeOpenAI) -> None:
+    """The response field would lie inside a text."""
     job.schema = {"response_field": "out.answer"}
     job.fill(3)
     job.documents.update_one({"_id": 1}, {"$set": {"out": "text"}})
@@ -109,8 +92,8 @@ def test_an_answer_that_mongodb_does_not_take(job: Job, openai: FakeOpenAI) -> N
     assert job.statuses() == {"completed": 2, "failed": 1}
 
 
-def test_documents_that_are_deleted_meanwhile(job: Job, openai: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They end in the ledger; nothing is made of their answers."""
+def test_deleted_documents_end_in_the_ledger(job: Job, openai: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their answers are dropped."""
     from openai_batch.openai_client import OpenAIFiles
 
     job.fill(5)
@@ -126,9 +109,10 @@ def test_documents_that_are_deleted_meanwhile(job: Job, openai: FakeOpenAI, monk
     assert job.statuses() == {"completed": 3}
 
 
-def test_another_key_does_not_pay_for_everything_again(job: Job, openai: FakeOpenAI) -> None:
-    """A server that knows neither batch nor file is another account: one sentence, and nothing is sent."""
+def test_other_account_resends_nothing(job: Job, openai: FakeOpenAI) -> None:
+    """A server that knows neither batch nor file is another account."""
     job.fill(5)
+    job.times = times_with(files_late_s=0.2)
     openai.configure(
         faults=[{"kind": "not_found_404", "when": {"route": ["batches.retrieve", "files.retrieve"]}, "times": 10_000}]
     )
@@ -141,8 +125,8 @@ def test_another_key_does_not_pay_for_everything_again(job: Job, openai: FakeOpe
     assert openai.stats()["lines_billed"] == 5
 
 
-def test_a_file_that_was_lost_before_it_was_sent(job: Job, openai: FakeOpenAI) -> None:
-    """Its documents are pending again, without an attempt more."""
+def test_lost_unsent_file_costs_no_attempt(job: Job, openai: FakeOpenAI) -> None:
+    """Its documents become pending again."""
     job.fill(5)
     openai.configure(faults=[{"kind": "insufficient_quota_429", "when": {"route": "files.create"}, "times": 1}])
     with pytest.raises(JobValidationError, match="quota"):
@@ -154,8 +138,8 @@ def test_a_file_that_was_lost_before_it_was_sent(job: Job, openai: FakeOpenAI) -
     assert job.documents.count_documents({"ai_status": "completed", "processing_info.attempts": 1}) == 5
 
 
-def test_one_shard_over_the_token_limit_is_split(job: Job, openai: FakeOpenAI) -> None:
-    """The limit is learnt from the message, and nothing is paid for meanwhile."""
+def test_shard_over_token_limit_is_split(job: Job, openai: FakeOpenAI) -> None:
+    """The limit is learned from the refusal; nothing is paid for meanwhile."""
     openai.configure(enqueued_token_limit=1200)
     job.documents.insert_many(
         [{"_id": number, "ai_status": "pending", "text": f"{number} " + "word " * 200} for number in range(10)]
@@ -168,8 +152,8 @@ def test_one_shard_over_the_token_limit_is_split(job: Job, openai: FakeOpenAI) -
     assert len(job.shards()) > 2
 
 
-def test_a_ledger_that_is_damaged(job: Job) -> None:
-    """One sentence, and nothing is sent."""
+def test_damaged_ledger_sends_nothing(job: Job) -> None:
+    """One sentence."""
     job.fill(2)
     (job.folder / "state").mkdir()
     (job.folder / "state/ledger.sqlite").write_bytes(b"this is no database" * 500)
@@ -178,15 +162,68 @@ def test_a_ledger_that_is_damaged(job: Job) -> None:
     assert job.statuses() == {"pending": 2}
 
 
-def test_a_clock_that_was_set_holds_nothing_back() -> None:
-    """A shard that waits longer than is ever waited was written by a clock in the future."""
+def test_wait_longer_than_the_maximum_is_ignored() -> None:
+    """It was written by a clock that was wrong."""
     shard = Shard(1, "job", ShardState.UPLOADED, "0", 1, 1, 1, "m", not_before=time.time() + 90_000)
     assert wait_left_s(shard) == 0
     assert wait_left_s(dataclasses.replace(shard, not_before=time.time() + 90)) > 60
 
 
-def test_half_an_emoji_is_an_answer() -> None:
-    """Paid for and usable, but no text for a strict parser; a stored text has none of it."""
+# The ledger as the version before the packages wrote it.
+OLD_LEDGER = """
+CREATE TABLE job (job_id TEXT NOT NULL, source TEXT NOT NULL) STRICT;
+CREATE TABLE shards (
+    number INTEGER PRIMARY KEY, job_id TEXT NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL, lines INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, tokens INTEGER NOT NULL, model TEXT NOT NULL, file_id TEXT, batch_id TEXT, status TEXT,
+    output_file_id TEXT, error_file_id TEXT, problem TEXT, bad_lines TEXT NOT NULL DEFAULT '',
+    tries INTEGER NOT NULL DEFAULT 1, not_before REAL NOT NULL DEFAULT 0, created_at REAL NOT NULL,
+    create_asked_at REAL, ended_at REAL
+) STRICT;
+CREATE TABLE items (
+    custom_id TEXT PRIMARY KEY, shard INTEGER NOT NULL, document_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+    state TEXT NOT NULL, code TEXT, retryable INTEGER NOT NULL DEFAULT 0
+) STRICT;
+INSERT INTO job VALUES ('job6e25eaad402c', '{source}');
+INSERT INTO shards (number, job_id, state, sha256, lines, bytes, tokens, model, created_at)
+VALUES (1, 'job6e25eaad402c', 'planned', '{sha256}', 2, {bytes}, 30, 'gpt-4o-mini', 1795000000.5);
+INSERT INTO items (custom_id, shard, document_id, attempt, state)
+VALUES ('{first}', 1, '{{"$numberInt": "0"}}', 1, 'submitted'), ('{second}', 1, '{{"$numberInt": "1"}}', 1, 'submitted');
+"""
+
+
+def test_state_directory_of_the_version_before_is_resumed(job: Job, openai: FakeOpenAI) -> None:
+    """Its planned file is sent under its own name, and its claims are honoured."""
+    job.fill(2)
+    custom_ids = [f"job6e25eaad402c:{'A' * 21}{number}:1" for number in range(2)]
+    lines = []
+    for number, custom_id in enumerate(custom_ids):
+        info = {
+            "job_id": "job6e25eaad402c",
+            "custom_id": custom_id,
+            "attempts": 1,
+            "claimed_at": dt.datetime.now(dt.UTC),
+        }
+        change = {"$set": {"ai_status": "in_progress", "processing_info": info}}
+        job.documents.update_one({"_id": number}, change)
+        body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": f"Summarise: text {number}"}]}
+        line = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+        lines.append(json.dumps(line) + "\n")
+    content = "".join(lines).encode()
+    sha256 = hashlib.sha256(content).hexdigest()
+    state = job.folder / "state"
+    state.mkdir()
+    (state / f"job6e25eaad402c_00001_{sha256[:16]}.jsonl").write_bytes(content)
+    values = {"source": f"{job.database}.items by ai_status", "sha256": sha256, "bytes": len(content)}
+    with closing(sqlite3.connect(state / "ledger.sqlite")) as ledger:
+        ledger.executescript(OLD_LEDGER.format(**values, first=custom_ids[0], second=custom_ids[1]))
+    job.run()
+    job.check_complete(openai, 2)
+    assert sorted(job.documents.distinct("processing_info.custom_id")) == custom_ids
+    assert [batch["metadata"]["job"] for batch in openai.batches()] == ["job6e25eaad402c"]
+
+
+def test_lone_surrogate_in_answer_is_replaced() -> None:
+    """The answer was paid for and is usable."""
     body = rb'{"choices": [{"message": {"content": "good \ud83d day"}, "finish_reason": "stop"}]}'
     line = parse_line(b'{"custom_id": "a", "response": {"status_code": 200, "body": ' + body + b'}, "error": null}')
     assert line is not None

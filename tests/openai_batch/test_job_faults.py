@@ -1,4 +1,4 @@
-"""Every way in which a batch, its files and its lines can go wrong: nothing is lost, nothing is paid for twice.
+"""Every fault of a batch, its files and its lines: nothing is lost, nothing is paid for twice.
 
 Each scenario runs a job of 25 documents in shards of 10, 10 and 5 lines against the fake OpenAI and a real MongoDB.
 """
@@ -6,47 +6,26 @@ Each scenario runs a job of 25 documents in shards of 10, 10 and 5 lines against
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from error_handler import ConfigurationError
 from tests.fakes.fake_openai import FakeOpenAI
-from tests.openai_batch.openai_job import MAX_ATTEMPTS, Job
+from tests.openai_batch.openai_job import MAX_ATTEMPTS, Job, times_with
 
 DOCUMENTS = 25
 FIRST = {"batches": [0]}
 SECOND = {"batches": [1]}
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI(polls_until_done=2) as fake:
-        yield fake
-
-
-@pytest.fixture
-def openai(running: FakeOpenAI) -> FakeOpenAI:
-    running.reset()
-    return running
-
-
-@pytest.fixture
-def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> Iterator[Job]:
-    job = Job(mongodb_uri, db_name, openai.url, tmp_path).open()
-    yield job
-    job.close()
-
-
 @dataclass(frozen=True)
 class Case:
-    """One scenario: what the fake does, and how the lines of all shards end.
+    """One scenario: the faults of the fake, and how the lines of all shards end.
 
-    *billed* is how many lines were paid for; each of them over DOCUMENTS is one whose answer never came or was not
-    usable. *failed* documents end as failed, all others as completed. *shards* counts them all.
+    *billed* counts the lines that were paid for; those beyond DOCUMENTS are lines whose answer was lost or unusable.
+    *failed* documents fail, the others are completed. *shards* counts all shards.
     """
 
     faults: list[dict[str, Any]]
@@ -55,6 +34,7 @@ class Case:
     failed: int = 0
     shards: int = 3
     knobs: dict[str, Any] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)  # waits that the scenario needs short or long
     refused: int = 0  # batches that failed whole and were asked for again, beside those of the shards
 
 
@@ -69,6 +49,10 @@ def again(state: str = "failed", count: int = 1) -> dict[str, int]:
 
 
 GOOD = {"ok": DOCUMENTS}
+# For files and batches that never come; elsewhere the run waits for as long as a busy machine needs.
+GIVE_UP = {"files_late_s": 0.2}
+# For batches that exist and are found; elsewhere the run soon creates what does not exist.
+KEEP_LOOKING = {"adopt_wait_s": 30.0}
 CASES = {
     # Order and content of the files
     "shuffled": Case([], GOOD, knobs={"shuffle": True, "seed": 5}),
@@ -128,7 +112,7 @@ CASES = {
     "empty texts for ids": Case([{"kind": "empty_id"}], GOOD),
     "error file of zero bytes": Case([{"kind": "empty_error_file"}], GOOD),
     "no output file": Case(
-        [{"kind": "no_output_file", "when": SECOND}], again("missing", 10), billed=DOCUMENTS + 10, shards=4
+        [{"kind": "no_output_file", "when": SECOND}], again("missing", 10), DOCUMENTS + 10, shards=4, times=GIVE_UP
     ),
     "no error file": Case(
         [line("line_status", status=500), {"kind": "no_error_file", "when": FIRST}], again("missing"), shards=4
@@ -136,7 +120,7 @@ CASES = {
     "ids that come late": Case([{"kind": "late_output", "polls": 3}], GOOD),
     "ids that come late, without counts": Case([{"kind": "late_output", "polls": 3}, {"kind": "counts"}], GOOD),
     "output file gone": Case(
-        [{"kind": "output_gone", "when": SECOND}], again("missing", 10), billed=DOCUMENTS + 10, shards=4
+        [{"kind": "output_gone", "when": SECOND}], again("missing", 10), DOCUMENTS + 10, shards=4, times=GIVE_UP
     ),
     "no counts": Case([{"kind": "counts"}], GOOD),
     "counts of zero and late ids": Case(
@@ -155,7 +139,11 @@ CASES = {
     "unknown status": Case([{"kind": "status_value", "when": FIRST, "polls": 4}], GOOD),
     "long in finalizing": Case([{"kind": "hold", "when": FIRST, "polls": 5}], GOOD),
     "vanished": Case(
-        [{"kind": "vanish", "when": FIRST, "after_polls": 1}], again("missing", 10), billed=DOCUMENTS + 10, shards=4
+        [{"kind": "vanish", "when": FIRST, "after_polls": 1}],
+        again("missing", 10),
+        DOCUMENTS + 10,
+        shards=4,
+        times=GIVE_UP,
     ),
     "refused without lines": Case(
         [{"kind": "fail", "when": FIRST, "errors": [{"code": "model_not_found"}]}],
@@ -179,13 +167,19 @@ CASES = {
     "too many tokens twice": Case([{"kind": "token_limit_exceeded", "when": FIRST}], GOOD, refused=1),
     # Calls
     "create answered and lost": Case(
-        [{"kind": "answer_lost", "when": {"route": "batches.create"}, "times": 2}], GOOD, knobs={"list_lag": 2}
+        [{"kind": "answer_lost", "when": {"route": "batches.create"}, "times": 2}],
+        GOOD,
+        knobs={"list_lag": 2},
+        times=KEEP_LOOKING,
     ),
     "upload answered and lost": Case([{"kind": "answer_lost", "when": {"route": "files.create"}, "times": 2}], GOOD),
     "create answered with a page": Case(
-        [{"kind": "not_json", "when": {"route": "batches.create"}, "times": 1}], GOOD, knobs={"list_lag": 1}
+        [{"kind": "not_json", "when": {"route": "batches.create"}, "times": 1}],
+        GOOD,
+        knobs={"list_lag": 1},
+        times=KEEP_LOOKING,
     ),
-    "lists lag behind": Case([], GOOD, knobs={"list_lag": 3}),
+    "lists lag behind": Case([], GOOD, knobs={"list_lag": 3}, times=KEEP_LOOKING),
     "file not visible at once": Case(
         [{"kind": "not_found_404", "when": {"route": "batches.create"}, "times": 2}], GOOD
     ),
@@ -222,12 +216,12 @@ CASES = {
 }
 
 
-# Of the failed calls all are of each run of the tests where one could be paid for twice, and else one for each route.
+# Of the failed calls, the usual run has those that could be paid for twice, and one of each other route.
 USUAL_CALLS = {
     *("rate_limit_429 of files.create", "server_error_500 of batches.retrieve", "close of files.content"),
     *("not_json of files.delete", "server_error_500 of files.list", "close of batches.list"),
 }
-# Each is another in little: half of a batch expired or cancelled, other statuses and forms of the same sort, lists that lag.
+# Variants of other scenarios.
 MORE = {
     *("all expired", "all cancelled by somebody", "status 408 once", "status 503 once", "status 404", "status 422"),
     *("lists lag behind", "in order", "twice the same", "no choices", "answer of blanks", "blank lines"),
@@ -248,8 +242,9 @@ def is_usual(name: str) -> bool:
     [pytest.param(case, id=name, marks=() if is_usual(name) else pytest.mark.thorough) for name, case in CASES.items()],
 )
 def test_scenario(case: Case, job: Job, openai: FakeOpenAI) -> None:
-    """Each shard adds up exactly, every document ends, and only what failed to come is paid for again."""
+    """Each shard adds up, every document ends, and only missing answers are paid for again."""
     job.fill(DOCUMENTS)
+    job.times = times_with(**case.times)
     openai.configure(faults=case.faults, **case.knobs)
     result = job.run()
     job.check(openai)
@@ -272,8 +267,8 @@ def test_scenario(case: Case, job: Job, openai: FakeOpenAI) -> None:
     assert max(sent.values()) <= MAX_ATTEMPTS
 
 
-def test_a_key_that_is_withdrawn_while_a_batch_runs(job: Job, openai: FakeOpenAI) -> None:
-    """The run ends and says what to do; with a key that is let in, the next one takes the answers that were paid for."""
+def test_withdrawn_key_ends_run_and_new_key_resumes(job: Job, openai: FakeOpenAI) -> None:
+    """The answers that were paid for are applied."""
     job.fill(DOCUMENTS)
     openai.configure(faults=[{"kind": "unauthorized_401", "when": {"route": "batches.retrieve", "from": 1}}])
     with pytest.raises(ConfigurationError, match="OPENAI_API_KEY"):

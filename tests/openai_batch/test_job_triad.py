@@ -1,4 +1,4 @@
-"""Conversations through the Batch API: the same results as the worker's, and never the same work twice."""
+"""Conversations through the Batch API: the results are those of the worker, and no work is done twice."""
 
 from __future__ import annotations
 
@@ -53,11 +53,9 @@ class Lane:
         settings = load_settings(
             None, mongodb_uri=self.site.uri, db_name=self.site.database.name, mongodb_backoff_s=0.05
         )
-        processor = DocumentBatchProcessor(
-            settings=settings, schema_file=load_schema_file(SCHEMA), state_dir=self.site.folder / "job"
+        return DocumentBatchProcessor(
+            settings=settings, schema_file=load_schema_file(SCHEMA), state_dir=self.site.folder / "job", times=TIMES
         )
-        processor.times = TIMES
-        return processor
 
 
 @pytest.fixture
@@ -72,8 +70,8 @@ def keys(value: Any, path: str = "") -> set[str]:
     return {path if path.endswith("model_digest") else f"{path}: {type(value).__name__}"}  # OpenAI has no digests
 
 
-def test_results_have_the_fields_of_the_workers(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same documents through both: the same fields, the same types, the same input; statuses likewise."""
+def test_results_match_those_of_the_worker(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same fields, types, input hashes and statuses for the same documents."""
     documents = documents_of_all_shapes(40)
     lane.site.source.insert_many(documents)
     lane.processor(monkeypatch).process_pending_documents()
@@ -91,8 +89,8 @@ def test_results_have_the_fields_of_the_workers(lane: Lane, monkeypatch: pytest.
             assert result["processing_metadata"][field] == sent[name]["processing_metadata"][field]
 
 
-def test_a_document_with_a_result_is_not_paid_for(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result that is there already ends its document."""
+def test_document_with_result_is_completed_without_request(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease is released."""
     lane.site.source.insert_many([conversation(number) for number in range(6)])
     lane.site.results.insert_many([{"source_conversation_id": id_} for id_ in lane.site.source.distinct("_id")[:4]])
     lane.processor(monkeypatch).process_pending_documents()
@@ -102,10 +100,8 @@ def test_a_document_with_a_result_is_not_paid_for(lane: Lane, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("answer", ['{"intent": "nonsense"}', "not json at all"])
-def test_an_answer_that_is_no_label_is_tried_again_and_then_failed(
-    answer: str, lane: Lane, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As often as max_retries says, and the document tells why."""
+def test_answer_without_labels_is_retried_then_failed(answer: str, lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as max_retries says; the document has the reason."""
     lane.site.source.insert_many([conversation(number) for number in range(4)])
     bad = lane.site.source.find_one({"_id": 2})
     lane.openai.configure(faults=[{"kind": "content", "when": {"text": text_of(bad)}, "content": answer}])
@@ -131,8 +127,8 @@ def text_of(document: dict[str, Any]) -> str:
     return f"Case {document['_id']:05d}"
 
 
-def test_single_queries_say_processed(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have no status: done ones and failed ones are left alone, new ones are marked as the worker marks them."""
+def test_single_query_is_marked_processed(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completed and failed ones are left alone."""
     lane.site.source.insert_many(
         [
             {"_id": 1, "text": "where is my parcel?"},
@@ -149,16 +145,15 @@ def test_single_queries_say_processed(lane: Lane, monkeypatch: pytest.MonkeyPatc
     assert lane.site.results.distinct("source_conversation_id") == [1]
 
 
-def test_the_worker_leaves_alone_what_is_sent(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both on one collection: while the batches run, the worker takes the other conversations only."""
+def test_worker_skips_sent_conversations(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It processes the other conversations of the collection while the batches run."""
     lane.site.source.insert_many([conversation(number) for number in range(30)])
     processor = lane.processor(monkeypatch)
 
     async def submit() -> None:
         async with processor.opened() as job:
-            await job.planner.recover()
-            await job.planner.plan(job.run.stop, job.run.on_progress, 20)
-            await job.run.send(job.files)
+            await job.recover()
+            await job.submit(20)
 
     asyncio.run(submit())
     assert lane.site.source.count_documents({"status": "processing"}) == 20
@@ -173,8 +168,8 @@ def test_the_worker_leaves_alone_what_is_sent(lane: Lane, monkeypatch: pytest.Mo
     assert lane.site.database["conversation_set_leases"].count_documents({}) == 0
 
 
-def test_both_at_once(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker and the lane race for the same conversations: each is labelled by one of them."""
+def test_worker_and_job_race_without_double_work(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each conversation is labelled by one of them."""
     documents = [document for document in documents_of_all_shapes(300) if user_message(document) is not None]
     lane.site.source.insert_many(documents)
     processor = lane.processor(monkeypatch)

@@ -1,4 +1,4 @@
-"""Personal data leaves as placeholders and comes back; what only looks like it stays."""
+"""Personal data becomes placeholders and is restored; look-alikes stay."""
 
 from __future__ import annotations
 
@@ -65,40 +65,40 @@ FALSE = [
 
 
 @pytest.mark.parametrize(("text", "wanted"), TRUE)
-def test_personal_data_is_found(text: str, wanted: str) -> None:
-    """All of it, and nothing beside it."""
+def test_personal_data_is_masked(text: str, wanted: str) -> None:
+    """Completely, and nothing beside it."""
     assert masked(text) == wanted
 
 
 @pytest.mark.parametrize("text", FALSE)
-def test_what_only_looks_like_it_stays(text: str) -> None:
+def test_look_alikes_are_not_masked(text: str) -> None:
     """Orders, versions, dates, addresses of machines."""
     assert masked(text) == text
 
 
-def test_national_numbers_need_a_country() -> None:
-    """Without one only numbers with a + are surely numbers."""
+def test_national_numbers_need_a_region() -> None:
+    """Without one only numbers with a + are masked."""
     assert masked("call 030 901820", "DE") == "call <PHONE>"
     assert masked("call 030 901820 or +49 30 901820", None) == "call 030 901820 or <PHONE>"
     with pytest.raises(JobValidationError, match="no region 'ZZ'"):
         Masking("ZZ")
 
 
-def test_names_are_whole_words_in_any_case() -> None:
-    """With whatever spaces are between their words; a name in a longer word is none."""
+def test_names_match_whole_words_in_any_case() -> None:
+    """With any spaces between their words."""
     names = ("Anna Schmidt", "Al", " ", "")
     assert masked("ANNA\n SCHMIDT's Al-Al, also Alan", names=names) == "<NAME>'s <NAME>-<NAME>, also Alan"
     assert masked("anna.schmidt@example.org", names=("anna",)) == "<EMAIL>"
     assert masked("a.b? (x)", names=("a.b?",)) == "<NAME> (x)"
 
 
-def test_what_overlaps_leaves_nothing_over() -> None:
-    """A name that reaches into an address takes it along."""
+def test_overlapping_spans_are_merged() -> None:
+    """A name that reaches into an address."""
     assert masked("Dr bob@example.org x", names=("Dr bob",)) == "<EMAIL> x"
 
 
 def test_placeholders_are_stable_within_a_document() -> None:
-    """The same value has the same one in all messages, other documents have others."""
+    """The same value has the same one in all messages; other documents have others."""
     texts = ["from bob@example.org", "to eve@example.org, not bob@example.org"]
     mask = Masking().of(texts, "1")
     first, second = map(mask.hide, texts)
@@ -112,8 +112,8 @@ def test_placeholders_are_stable_within_a_document() -> None:
 @pytest.mark.parametrize("change", ["{}", "<{}>", "< {} >", "**{}**", '"{}"', "({}).", "{}'s", "{}\n"])
 @pytest.mark.parametrize("case", [str, str.lower, str.title])
 @pytest.mark.parametrize("gap", ["_", " ", "-"])
-def test_models_are_careless(change: str, case: Any, gap: str) -> None:
-    """Another case, another separator, no brackets: it is still the placeholder."""
+def test_rewritten_placeholder_is_restored(change: str, case: Any, gap: str) -> None:
+    """In another case, with another separator, without brackets."""
     mask = Masking().of(["bob@example.org"], "1")
     name = mask.hide("bob@example.org")[1:-1].replace("_", gap)
     assert mask.restore(change.format(case(name))).strip(" *\"().'s\n") == "bob@example.org"
@@ -122,15 +122,15 @@ def test_models_are_careless(change: str, case: Any, gap: str) -> None:
 @pytest.mark.parametrize(
     "text", ["EMAIL_", "EMAIL {}Q", "XEMAIL_{}", "EMAIL_{}X", "NAME_{}", "EMAIL{}", "{}", "EMAIL  {}"]
 )
-def test_other_words_are_left_alone(text: str) -> None:
-    """Only its own placeholders are matched tolerantly."""
+def test_similar_words_are_not_restored(text: str) -> None:
+    """Only the document's own placeholders are matched tolerantly."""
     mask = Masking().of(["bob@example.org"], "1")
     text = text.format(mask.hide("bob@example.org")[-4:-1])
     assert mask.restore(text) == text
 
 
-def test_placeholders_in_the_document_itself_are_avoided() -> None:
-    """Somebody wrote the very placeholder: the value gets another, theirs stays text."""
+def test_placeholder_written_by_customer_is_avoided() -> None:
+    """The value gets another one, and theirs stays text."""
     name = Masking().of(["bob@example.org"], "1").hide("bob@example.org")
     for theirs in (name, name.lower(), name[1:-1], name.replace("_", " ")):
         text = f"{theirs} bob@example.org"
@@ -142,8 +142,8 @@ def test_placeholders_in_the_document_itself_are_avoided() -> None:
         assert mask.strangers(mask.restore(hidden)) == 0
 
 
-def test_letters_that_only_fold_to_a_placeholder_stay() -> None:
-    """The Kelvin sign is no K, although Unicode says that their lower case is the same."""
+def test_unicode_case_folding_does_not_match() -> None:
+    """The Kelvin sign is not K, although both have the same lower case."""
     for salt in map(str, range(200)):
         name = Masking().of(["bob@example.org"], salt).hide("bob@example.org")
         if "K" in name:
@@ -154,8 +154,8 @@ def test_letters_that_only_fold_to_a_placeholder_stay() -> None:
     raise AssertionError("no tag with a K")
 
 
-def test_a_document_that_changed_says_so() -> None:
-    """An old placeholder never becomes a new value."""
+def test_placeholder_of_changed_document_is_counted() -> None:
+    """It is never restored to a new value."""
     before = Masking().of(["bob@example.org"], "1").hide("bob@example.org")
     mask = Masking().of(["eve@example.org"], "1")
     answer = {"to": [before, "x"], "n": 5}
@@ -163,8 +163,8 @@ def test_a_document_that_changed_says_so() -> None:
     assert mask.strangers(answer) == 1
 
 
-def test_answers_of_any_shape() -> None:
-    """Texts at any depth; keys stay; in JSON that is not parsed yet, the value is written as JSON wants it."""
+def test_answers_of_any_shape_are_restored() -> None:
+    """Texts at any depth; keys stay; unparsed JSON gets escaped values."""
     name = 'Anna "Annie"\nSchmidt\\'
     mask = Masking().of([name], "1", [name])
     hidden = mask.hide(name)
@@ -176,8 +176,8 @@ def test_answers_of_any_shape() -> None:
     assert json.loads(mask.restore_json(json.dumps({"a": hidden}))) == {"a": name}
 
 
-def test_a_prompt_that_is_too_long_to_search_fails() -> None:
-    """It does not leave unsearched."""
+def test_too_long_prompt_fails() -> None:
+    """It is not sent unsearched."""
     with pytest.raises(JobProcessingError, match="too many for --mask-pii"):
         Masking().of(["x" * MAX_CHARACTERS, "y"], "1")
 
@@ -190,7 +190,7 @@ TEXTS = st.lists(st.one_of(FRAGMENTS, st.text(max_size=6)), max_size=12).map("".
 
 
 @given(TEXTS, TEXTS, st.sampled_from([None, "US", "DE"]), st.lists(st.text(max_size=8), max_size=2))
-def test_the_way_back_is_the_text(text: str, other: str, region: str | None, names: list[str]) -> None:
-    """unmask(mask(x)) == x, for all texts of a document."""
+def test_restore_inverts_hide(text: str, other: str, region: str | None, names: list[str]) -> None:
+    """For all texts of a document."""
     mask = Masking(region).of([text, other], "1", ["Anna", *names])
     assert mask.restore([mask.hide(text), mask.hide(other)]) == [text, other]

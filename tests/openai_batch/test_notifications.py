@@ -1,4 +1,4 @@
-"""Notifications: a real HTTP server and a real SMTP server hear of every batch, and cannot disturb the run."""
+"""Notifications to a real HTTP server and a real SMTP server, which cannot disturb the run."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from error_handler import ConfigurationError, JobConnectionError, JobValidationE
 from openai_batch import mail, webhook
 from openai_batch.job_config import NotificationConfig
 from openai_batch.mail import Mailbox
-from openai_batch.notifications import QUEUE_SIZE, Notifier, Payload, ways_of
+from openai_batch.notifications import QUEUE_SIZE, Notifier, Payload, channels_of
 from openai_batch.webhook import Webhook, require_webhook
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.fakes.webhook_receiver import Canary, Receiver, flood, hang, receiving, status, trickle
-from tests.openai_batch.job_commands import END_S, JobSite, open_job_site
+from tests.openai_batch.openai_job import END_S, Job
 from utils.retry_utils import RetryPolicy
 
 KEYS = ["batch_id", "status", "total", "succeeded", "failed", "timestamp", "error_summary"]
@@ -54,19 +54,6 @@ def canary() -> Iterator[Canary]:
     listener = Canary()
     yield listener
     listener.close()
-
-
-@pytest.fixture
-def openai() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI(polls_until_done=1) as fake:
-        yield fake
-
-
-@pytest.fixture
-def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> Iterator[JobSite]:
-    with open_job_site(mongodb_uri, db_name, tmp_path, openai) as site:
-        site.fill(20)
-        yield site
 
 
 class Letterbox:
@@ -103,9 +90,9 @@ async def letterbox(**options: Any) -> AsyncIterator[tuple[Letterbox, str]]:
         server.close()
 
 
-def test_what_a_run_tells(job: JobSite, openai: FakeOpenAI) -> None:
-    """Completed, retried and failed batches, with exactly these keys; their counts add up; no text, no secret."""
-    job.documents.update_many({}, {"$set": {"text": "CANARY-TEXT"}})
+def test_run_notifies_of_completed_retried_and_failed_batches(job: Job, openai: FakeOpenAI) -> None:
+    """With exactly these keys, counts that add up, no text and no secret."""
+    job.fill(20, text="CANARY-TEXT")
     openai.configure(
         faults=[
             {"kind": "line_status", "status": 500, "when": {"batches": [0], "from": 1, "to": 2}},
@@ -114,7 +101,7 @@ def test_what_a_run_tells(job: JobSite, openai: FakeOpenAI) -> None:
     )
     with receiving() as receiver:
         changes = {"NOTIFICATION_WEBHOOK": receiver.url, "NOTIFICATION_WEBHOOK_SECRET": "CANARY-SECRET"}
-        ended = job.run("run", "--verbose", **changes)
+        ended = job.cli("run", "--verbose", **changes)
     assert ended.code == 1, ended.err
     assert [list(told) for told in receiver.payloads] == [KEYS] * 3
     facts = [(told["status"], told["total"], told["succeeded"], told["failed"]) for told in receiver.payloads]
@@ -125,8 +112,8 @@ def test_what_a_run_tells(job: JobSite, openai: FakeOpenAI) -> None:
     assert "CANARY" not in ended.out + ended.err
 
 
-async def test_a_receiver_checks_the_signature() -> None:
-    """With the recipe of docs/openai-batch.md, over the bytes as they came."""
+async def test_signature_verifies() -> None:
+    """With the recipe of docs/openai-batch.md."""
     with receiving() as receiver:
         before = int(time.time())
         await webhook_of(receiver.url, secret=SecretStr(SECRET)).send(payload())
@@ -144,12 +131,12 @@ async def test_a_receiver_checks_the_signature() -> None:
 
 async def told(receiver: Receiver, **options: Any) -> Notifier:
     async with Notifier([webhook_of(receiver.url)], policy=FAST, **options) as notifier:
-        notifier.tell(payload())
+        notifier.notify(payload())
     return notifier
 
 
-async def test_bounded_retries() -> None:
-    """An error of the server is tried again, so often and not more."""
+async def test_server_errors_are_retried_a_few_times() -> None:
+    """Then the payload is given up."""
     with receiving(status(500), status(503), status(204)) as receiver:
         assert (await told(receiver)).given_up == 0
     assert len(receiver.received) == 3
@@ -159,8 +146,8 @@ async def test_bounded_retries() -> None:
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 410])
-async def test_what_the_receiver_refuses_is_not_repeated(code: int) -> None:
-    """It would refuse it again."""
+async def test_refusals_are_not_retried(code: int) -> None:
+    """The receiver would refuse again."""
     with receiving(status(code)) as receiver:
         assert (await told(receiver)).given_up == 1
     assert len(receiver.received) == 1
@@ -168,14 +155,14 @@ async def test_what_the_receiver_refuses_is_not_repeated(code: int) -> None:
 
 @pytest.mark.parametrize("code", [301, 302, 307, 308])
 async def test_redirects_are_not_followed(code: int, canary: Canary) -> None:
-    """They are how a harmless address becomes that of the cloud's metadata."""
+    """They could lead to the cloud's metadata."""
     with receiving(status(code, Location=f"http://127.0.0.1:{canary.port}/latest/meta-data")) as receiver:
         assert (await told(receiver)).given_up == 1
     assert canary.visits() == 0
 
 
-async def test_the_body_of_an_answer_is_not_taken_in() -> None:
-    """2 GB of it: the status counts, the connection ends."""
+async def test_response_body_is_not_read() -> None:
+    """2 GB of it: the status counts, and the connection is closed."""
     with receiving(flood) as receiver:
         assert (await told(receiver)).given_up == 0
         assert await asyncio.to_thread(receiver.cut_off.wait, 30), "the receiver still sends"
@@ -183,16 +170,16 @@ async def test_the_body_of_an_answer_is_not_taken_in() -> None:
 
 
 @pytest.mark.parametrize("behaviour", [hang, trickle])
-async def test_one_deadline_for_the_whole_answer(behaviour: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However bytes trickle."""
+async def test_deadline_covers_the_whole_response(behaviour: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if bytes trickle."""
     monkeypatch.setattr(webhook, "TIMEOUT_S", 0.3)
     with receiving(behaviour) as receiver:
         assert (await told(receiver)).given_up == 1
         assert len(receiver.received) == FAST.attempts
 
 
-async def test_the_end_waits_no_longer_than_it_may() -> None:
-    """The block ends while the webhook still hangs, and nothing of it is left behind."""
+async def test_closing_waits_no_longer_than_its_limit() -> None:
+    """Also while the webhook hangs; no task is left behind."""
     with receiving(hang) as receiver:
         threads = set(asyncio.all_tasks())
         await told(receiver, closing_s=0.2)
@@ -223,13 +210,10 @@ def endless_mail_server() -> Iterator[str]:
             thread.join()
 
 
-def test_runs_end_whatever_webhook_and_mail_server_do(
+def test_run_ends_while_webhook_or_mail_server_hangs(
     mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI
 ) -> None:
-    """All documents are completed and the process ends while the receiver still hangs.
-
-    Each run waits for it as long as it may, so they wait at the same time.
-    """
+    """All documents are completed. Each run waits for its receiver up to the limit, so the runs are concurrent."""
     behaviours = {"hang": hang, "trickle": trickle, "flood": flood, "status 500": status(500)}
     with ExitStack() as stack:
         receivers = {name: stack.enter_context(receiving(behaviour)) for name, behaviour in behaviours.items()}
@@ -240,28 +224,26 @@ def test_runs_end_whatever_webhook_and_mail_server_do(
         for name, settings in changes.items():
             folder = tmp_path / name.replace(" ", "_")
             folder.mkdir()
-            job = stack.enter_context(open_job_site(mongodb_uri, db_name, folder, openai))
-            job.documents = job.client[db_name][folder.name]
+            job = stack.enter_context(Job(mongodb_uri, db_name, openai.url, folder, collection=folder.name))
             job.fill(20)
-            settings |= {"MONGODB_SOURCE_COLLECTION": folder.name}
             running[name] = (job, stack.enter_context(job.started("run", **settings)))
         for name, (job, process) in running.items():
             _, err = process.communicate(timeout=END_S)
             assert process.returncode == 0, (name, err)
-            assert job.counted() == {"completed": 20}, name
+            assert job.statuses() == {"completed": 20}, name
             # A flood is cut off, and its status was 200.
-            assert ("notifications that nobody got" in err) is (name != "flood"), (name, err)
+            assert ("undelivered notifications" in err) is (name != "flood"), (name, err)
         assert not any(receiver.released.is_set() for receiver in receivers.values())
         assert all(receiver.received for receiver in receivers.values())
 
 
-async def test_one_way_that_hangs_does_not_hold_up_the_other() -> None:
-    """The webhook says nothing, and the mail is there."""
+async def test_hanging_webhook_does_not_delay_mail() -> None:
+    """Each channel has a queue of its own."""
     async with letterbox() as (box, server):
         with receiving(hang) as receiver:
             ways = [webhook_of(receiver.url), Mailbox("ops@example.com", server, None, None)]
             async with Notifier(ways, closing_s=0.5) as notifier:
-                notifier.tell(payload())
+                notifier.notify(payload())
                 async with asyncio.timeout(30):
                     while not box.letters:
                         await asyncio.sleep(0.01)
@@ -269,14 +251,14 @@ async def test_one_way_that_hangs_does_not_hold_up_the_other() -> None:
     assert len(box.letters) == 1
 
 
-async def test_too_many_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """The queue is bounded; telling never waits."""
+async def test_full_queue_drops_and_counts(caplog: pytest.LogCaptureFixture) -> None:
+    """notify never waits."""
     with receiving(hang) as receiver:
         async with Notifier([webhook_of(receiver.url)], closing_s=0.1) as notifier:
             for number in range(QUEUE_SIZE + 7):
-                notifier.tell(payload(number))
+                notifier.notify(payload(number))
         assert notifier.dropped == 7
-    assert "7 too many at once" in caplog.text
+    assert "7 dropped" in caplog.text
 
 
 REFUSED = [
@@ -317,11 +299,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("form", REFUSED)
-def test_addresses_that_no_webhook_has(form: str, canary: Canary) -> None:
-    """Refused when they are read, without a connection and without being shown."""
+def test_forbidden_webhook_urls_are_refused(form: str, canary: Canary) -> None:
+    """When they are read, without a connection and without being shown."""
     url = form.format(port=canary.port)
     with pytest.raises(ConfigurationError) as caught:
-        ways_of(NotificationConfig(webhook_url=SecretStr(url)))
+        channels_of(NotificationConfig(webhook_url=SecretStr(url)))
     assert str(caught.value).startswith("NOTIFICATION_WEBHOOK")
     assert "127.0.0.1" not in str(caught.value)
     assert canary.visits() == 0
@@ -330,8 +312,8 @@ def test_addresses_that_no_webhook_has(form: str, canary: Canary) -> None:
 @pytest.mark.parametrize(
     "url", ["https://hooks.example.com/a/b?c=d", "http://10.1.2.3:8080/", "http://[fd12::1]/x", "http://localhost:1/"]
 )
-def test_addresses_that_webhooks_have(url: str) -> None:
-    """Private networks and this machine, where the operator says so."""
+def test_allowed_webhook_urls_are_accepted(url: str) -> None:
+    """Private networks, and this machine under its own name."""
     require_webhook(url)
 
 
@@ -355,8 +337,8 @@ class Turning(AbstractResolver):
 
 
 @pytest.mark.parametrize("answer", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "100.100.100.200"])
-async def test_a_name_that_turns_to_this_machine(answer: str, canary: Canary) -> None:
-    """What was looked up is judged, and nothing else is connected to."""
+async def test_name_that_resolves_to_this_machine_is_refused(answer: str, canary: Canary) -> None:
+    """Nothing is connected to."""
     names = Turning(answer)
     hook = webhook_of(f"http://hooks.example.com:{canary.port}/", resolver=names)
     with pytest.raises(JobValidationError, match="not allowed"):
@@ -365,8 +347,8 @@ async def test_a_name_that_turns_to_this_machine(answer: str, canary: Canary) ->
     assert canary.visits() == 0
 
 
-async def test_what_was_judged_is_what_is_connected_to(canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second answer of the name server comes too late: nobody asks for it within one POST."""
+async def test_checked_address_is_the_connected_one(canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is resolved once per POST."""
     monkeypatch.setattr(webhook, "TIMEOUT_S", 0.5)
     names = Turning("192.0.2.1", "127.0.0.1")  # a documentation address; nobody is there
     with pytest.raises(JobConnectionError):
@@ -375,8 +357,8 @@ async def test_what_was_judged_is_what_is_connected_to(canary: Canary, monkeypat
     assert canary.visits() == 0
 
 
-async def test_a_mail() -> None:
-    """Subject, addresses and a line for each entry of the payload."""
+async def test_mail_has_subject_addresses_and_payload() -> None:
+    """One line per entry."""
     async with letterbox() as (box, server):
         await Mailbox("ops@example.com", server, None, "triad@example.com").send(payload())
     _, message = box.letters[0]
@@ -385,7 +367,7 @@ async def test_a_mail() -> None:
     assert [line.partition(":")[0] for line in message.get_content().splitlines()] == KEYS
 
 
-async def test_no_entry_of_a_payload_becomes_a_header() -> None:
+async def test_payload_cannot_inject_headers() -> None:
     """The id of a batch comes from a server."""
     async with letterbox() as (box, server):
         bad = payload() | {"batch_id": "x\r\nBcc: all@example.com\r\n\r\nbody", "error_summary": "a\r\n.\r\nQUIT"}
@@ -410,11 +392,11 @@ async def test_no_entry_of_a_payload_becomes_a_header() -> None:
         {"smtp_server": None},
     ],
 )
-def test_mail_settings_that_cannot_be_used(parts: dict[str, Any]) -> None:
-    """Also where a schema file and not the environment brings them."""
+def test_unusable_mail_settings_are_refused(parts: dict[str, Any]) -> None:
+    """Also if a schema file brings them."""
     given = {"email": "ops@example.com", "smtp_server": "localhost:25"} | parts
     with pytest.raises(ConfigurationError, match=r"SMTP|EMAIL"):
-        ways_of(NotificationConfig(**given))
+        channels_of(NotificationConfig(**given))
 
 
 @pytest.fixture
@@ -439,8 +421,8 @@ def server_side(certificate: Path) -> ssl.SSLContext:
     return context
 
 
-async def test_starttls_and_login(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is offered it is used, and the password goes through it."""
+async def test_login_goes_through_starttls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the server offers it."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     async with letterbox(tls_context=server_side(certificate)) as (box, server):
         await Mailbox("ops@example.com", server, SecretStr("triad:right"), None).send(payload())
@@ -454,16 +436,16 @@ async def test_starttls_and_login(certificate: Path, monkeypatch: pytest.MonkeyP
     assert len(box.letters) == 1
 
 
-async def test_a_certificate_that_nobody_signed(certificate: Path) -> None:
-    """Somebody in the middle gets neither password nor mail."""
+async def test_unsigned_certificate_is_refused(certificate: Path) -> None:
+    """A man in the middle gets neither password nor mail."""
     async with letterbox(tls_context=server_side(certificate)) as (box, server):
         with pytest.raises(JobConnectionError, match="SSLCertVerificationError"):
             await Mailbox("ops@example.com", server, SecretStr("triad:right"), None).send(payload())
         assert (box.logins, box.letters) == ([], [])
 
 
-async def test_no_password_without_encryption() -> None:
-    """Only on this machine itself; elsewhere, somebody may have taken STARTTLS out of the answer."""
+async def test_password_is_not_sent_unencrypted() -> None:
+    """Except on this machine: an attacker may have removed STARTTLS from the reply."""
     name = socket.gethostname()
     async with letterbox(auth_require_tls=False) as (box, server):
         await Mailbox("ops@example.com", server, SecretStr("triad:right"), None).send(payload())
@@ -476,10 +458,10 @@ async def test_no_password_without_encryption() -> None:
         assert len(box.logins) == 1
 
 
-async def test_no_address_and_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """Addresses of webhooks are secrets: whoever has them can post."""
+async def test_log_has_no_webhook_url_and_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever knows the URL can post."""
     caplog.set_level(logging.DEBUG)
-    ways = ways_of(
+    ways = channels_of(
         NotificationConfig(
             webhook_url=SecretStr("http://127.0.0.1:1/CANARY-URL"),
             webhook_secret=SecretStr("CANARY-SECRET"),
@@ -489,7 +471,8 @@ async def test_no_address_and_no_secret_in_the_log(caplog: pytest.LogCaptureFixt
         )
     )
     async with Notifier(ways, policy=FAST) as notifier:
-        notifier.tell(payload())
+        notifier.notify(payload())
     assert notifier.given_up == 2
-    assert "attempt 3" in caplog.text
+    assert "attempt 2 failed" in caplog.text
+    assert "given up" in caplog.text
     assert "CANARY" not in caplog.text

@@ -1,4 +1,4 @@
-"""The tutorial of document jobs is run as it is written, against the fake OpenAI and a real MongoDB."""
+"""The tutorial of document jobs runs as written, against the fake OpenAI and a real MongoDB."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from openai_batch.ledger import ShardState
 from openai_batch.webhook import signature
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import run_forked
-from tests.openai_batch.job_commands import ROOT, JobSite
+from tests.openai_batch.openai_job import ROOT, Job
 
 PAGE = (ROOT / "docs/openai-batch.md").read_text(encoding="utf-8")
 TUTORIAL = PAGE.split("## From zero to a finished batch")[1].split("\n## ")[0]
@@ -60,25 +60,20 @@ def fake() -> Iterator[FakeOpenAI]:
         yield server
 
 
-def test_the_tutorial(mongodb_uri: str, db_name: str, tmp_path: Path, fake: FakeOpenAI) -> None:
-    """Every command and every Python block, in their order; what a dry run shows is what the page shows."""
-    site = JobSite(mongodb_uri, db_name, tmp_path, fake.url)
-    site.environment |= {
-        "MONGODB_DB": db_name,
-        "MONGODB_SOURCE_COLLECTION": "events",
-        "BATCH_FILES_DIR": str(tmp_path / "files"),
-    }
+def test_tutorial_runs_as_written(mongodb_uri: str, db_name: str, tmp_path: Path, fake: FakeOpenAI) -> None:
+    """Every command and Python block in order; the outputs are those of the page."""
     insert, in_python = (
         block.replace(URI, mongodb_uri).replace('"clinic"', f'"{db_name}"') for block in python_blocks()
     )
 
-    def run(command: list[str], **changes: str) -> str:
-        ended = run_forked(command, site.environment | changes, ROOT)
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
+    with Job(mongodb_uri, db_name, fake.url, tmp_path, collection="events") as job:
 
-    with site.client:
-        database = site.client[db_name]
+        def run(command: list[str], **changes: str) -> str:
+            ended = run_forked(command, job.environment(**changes), ROOT)
+            assert ended.returncode == 0, ended.stderr
+            return ended.stdout
+
+        database = job.client[db_name]
         run(["-c", insert])
         (dry_run, lines), *steps = shown_commands()
         out = run(shlex.split(dry_run)[1:], OPENAI_BASE_URL="", OPENAI_API_KEY="")
@@ -112,8 +107,8 @@ def _names(value: Any) -> set[str]:
     return set(value) | {name for inner in value.values() for name in _names(inner)}
 
 
-def test_the_recipe_for_the_signature() -> None:
-    """It knows a genuine one from one that was changed, is old, or has another key."""
+def test_signature_recipe_accepts_genuine_ones_only() -> None:
+    """It refuses changed and old bodies and other keys."""
     (recipe,) = (block for block in python_blocks(PAGE) if "is_genuine" in block)
     names: dict[str, Any] = {}
     exec(recipe, names)
@@ -139,8 +134,8 @@ def test_the_recipe_for_the_signature() -> None:
         StatusConfig,
     ],
 )
-def test_every_field_of_the_configuration_is_documented(part: Any) -> None:
-    """The reference has each object and, in its rows, each field; of AppConfig those that are no object."""
+def test_every_configuration_field_is_documented(part: Any) -> None:
+    """In the row of its object."""
     section = PAGE.split("## Configuration")[1].split("\n## ")[0]
     rows = section.split(f"| `{part.__name__}` |")[1].split("\n| `")[0]
     objects = {"schema_config", "fields", "prompts", "database", "openai", "batch", "notifications"}
@@ -148,8 +143,8 @@ def test_every_field_of_the_configuration_is_documented(part: Any) -> None:
     assert {name for name in fields if f"`{name}`" not in rows} == set()
 
 
-def test_every_state_is_in_the_drawing_and_in_the_recovery_table() -> None:
-    """And every exit code in the table of exit codes."""
+def test_every_state_and_exit_code_is_documented() -> None:
+    """In the drawing and in the tables."""
     section = PAGE.split("## States and recovery")[1].split("\n## ")[0]
     drawing = section.split("```mermaid")[1].split("```")[0]
     for state in ShardState:

@@ -1,4 +1,4 @@
-"""Templates and functions that do not end, or take all memory: one document fails, the next goes on."""
+"""Templates and functions that do not end or take all memory: one document fails, the next one succeeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bson import Decimal128, Int64, ObjectId, Regex
 
 from error_handler import JobProcessingError, JobTemplateError
 from openai_batch import render_process
-from openai_batch.render_process import MOST_DEATHS_IN_A_ROW, RenderProcess
+from openai_batch.render_process import MAX_DEATHS_IN_A_ROW, RenderProcess
 from tests.worker.site import ROOT, until
 
 
@@ -93,6 +93,10 @@ def same(value: Any) -> Any:
     return value
 
 
+def pid(_: Any) -> int:
+    return os.getpid()
+
+
 BAD: dict[Callable[[Any], Any], str] = {
     endless: "takes longer than 2 s",
     endless_in_c: "takes longer than 2 s",
@@ -104,21 +108,21 @@ BAD: dict[Callable[[Any], Any], str] = {
     leave: "failed (SystemExit)",
     foreign: "failed (ForeignError)",
     interrupted: "failed (KeyboardInterrupt)",
-    unstorable: "makes what MongoDB cannot hold",
-    too_long: "makes more than 20 MB",
+    unstorable: "returns a value that MongoDB cannot store",
+    too_long: "returns more than 20 MB",
 }
 
 
 @pytest.fixture
 def process() -> Iterator[RenderProcess]:
-    functions = {function.__name__: function for function in (*BAD, environment, open_files, same)}
+    functions = {function.__name__: function for function in (*BAD, environment, open_files, same, pid)}
     with RenderProcess(lambda: functions) as process:
         yield process
 
 
 @pytest.mark.parametrize("function", BAD, ids=lambda function: function.__name__)
-def test_a_bad_function_ends_one_document(function: Callable[[Any], Any], process: RenderProcess) -> None:
-    """AT-20: an error in one sentence without the document's text, and the next document is done."""
+def test_bad_function_fails_one_document(function: Callable[[Any], Any], process: RenderProcess) -> None:
+    """AT-20: with one sentence without the document's text; the next document succeeds."""
     before = time.monotonic()
     with pytest.raises(JobProcessingError) as caught:
         process.call(function.__name__, {"text": "secret"})
@@ -130,7 +134,7 @@ def test_a_bad_function_ends_one_document(function: Callable[[Any], Any], proces
 
 
 def test_values_keep_their_types(process: RenderProcess) -> None:
-    """What looks like Extended JSON stays what it is."""
+    """Values that look like Extended JSON stay as they are."""
     document = {
         "_id": ObjectId(),
         "long": Int64(5),
@@ -144,8 +148,8 @@ def test_values_keep_their_types(process: RenderProcess) -> None:
     assert type(process.call("same", document)["long"]) is Int64
 
 
-def test_no_setting_and_no_file_is_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keys are not in the environment of the child, and no lock of the parent lives on in it."""
+def test_child_inherits_no_setting_and_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No key in its environment, and no lock of the parent."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     monkeypatch.setenv("MONGODB_URI", "mongodb://user:canary@host")
     monkeypatch.setenv("OF_SOMEBODY_ELSE", "stays")
@@ -156,23 +160,23 @@ def test_no_setting_and_no_file_is_inherited(monkeypatch: pytest.MonkeyPatch, tm
         assert "lock" not in str(own.call("open", {}))
 
 
-def test_the_worker_dies_with_its_parent(tmp_path: Path) -> None:
-    """Also when the parent is killed in the middle of an endless document: the lock of a directory is free at once."""
+def test_child_dies_with_its_killed_parent() -> None:
+    """In the middle of an endless document as well."""
     script = (
         "import os, sys\n"
         "from openai_batch.render_process import RenderProcess\n"
         "def endless(_):\n"
         "    import signal, time\n"
         "    signal.setitimer(signal.ITIMER_REAL, 0)  # its own clock is not what ends it\n"
-        "    print('pid', os.getpid(), os.getppid(), file=sys.stderr, flush=True)\n"
+        "    print(os.getpid(), file=sys.stderr, flush=True)\n"
         "    while True: time.sleep(1)\n"
         "RenderProcess(lambda: {'endless': endless}).call('endless', {})\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True) as parent:
         assert parent.stderr is not None
-        _, worker, keeper = parent.stderr.readline().split()
+        child = int(parent.stderr.readline())
         parent.kill()
-        until(lambda: not any(is_running(int(pid)) for pid in (worker, keeper)))
+        until(lambda: not is_running(child))
 
 
 def is_running(pid: int) -> bool:
@@ -182,27 +186,23 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_signals_of_the_terminal_leave_it_alone(process: RenderProcess) -> None:
-    """Ctrl-C reaches the whole group; the parent decides what is finished first."""
-    keeper = process._keeper
+def test_terminal_signals_do_not_end_the_child(process: RenderProcess) -> None:
+    """Ctrl-C reaches the whole process group; the parent decides when to stop."""
+    child = process.call("pid", {})
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        os.kill(keeper, number)
-    with pytest.raises(JobProcessingError):
-        process.call("leave", {})
-    assert process.call("same", {"a": 1}) == {"a": 1}
-    assert process._keeper == keeper
+        os.kill(child, number)
+    assert process.call("pid", {}) == child
 
 
-def test_killed_processes_are_replaced_without_a_loss(process: RenderProcess) -> None:
-    """The system takes memory where it wants; no document pays for it."""
-    os.kill(process._keeper, signal.SIGKILL)
-    with pytest.raises(JobProcessingError):
-        process.call("leave", {})
-    assert process.call("same", {"a": 1}) == {"a": 1}
+def test_killed_child_is_replaced_and_no_document_fails(process: RenderProcess) -> None:
+    """As the system kills it when memory runs out."""
+    child = process.call("pid", {})
+    os.kill(child, signal.SIGKILL)
+    assert process.call("pid", {}) != child
 
 
-def test_started_beside_threads(recwarn: pytest.WarningsRecorder) -> None:
-    """No warning of Python 3.12 and later, and no hang."""
+def test_fork_beside_threads_works_without_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """Python 3.12 and later warn of it."""
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
@@ -215,23 +215,23 @@ def test_started_beside_threads(recwarn: pytest.WarningsRecorder) -> None:
     assert list(recwarn) == []
 
 
-def test_one_bad_document_after_the_other_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function that never ends would cost two seconds for each of 100,000 documents."""
+def test_many_deaths_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless function would cost two seconds for each of 100,000 documents."""
     monkeypatch.setattr(render_process, "TIME_LIMIT_S", 0.05)
     with RenderProcess(lambda: {"endless": endless, "same": same}) as process:
-        for _ in range(MOST_DEATHS_IN_A_ROW - 1):
+        for _ in range(MAX_DEATHS_IN_A_ROW - 1):
             with pytest.raises(JobProcessingError):
                 process.call("endless", {})
         process.call("same", {})
-        for _ in range(MOST_DEATHS_IN_A_ROW - 1):
+        for _ in range(MAX_DEATHS_IN_A_ROW - 1):
             with pytest.raises(JobProcessingError):
                 process.call("endless", {})
         with pytest.raises(JobTemplateError, match="20 documents in a row"):
             process.call("endless", {})
 
 
-def test_parts_that_cannot_be_made() -> None:
-    """The parent hears why, and nothing is left behind."""
+def test_failing_setup_raises_in_the_parent() -> None:
+    """With the reason; no process is left behind."""
 
     def refused() -> dict[str, Any]:
         raise JobTemplateError("system_prompt, line 1: no template")

@@ -1,4 +1,4 @@
-"""The shipped schemas and examples, run as a user runs them: by the environment, against MongoDB and the fake OpenAI."""
+"""The shipped schemas and examples run as users run them, against a real MongoDB and the fake OpenAI."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from openai_batch import DocumentBatchProcessor, SchemaConfig
 from openai_batch.job_config import AppConfig
 from openai_batch.schema_file import load_schema_file
-from tests.openai_batch.job_site import ROOT, JobSite, open_job_site
+from tests.openai_batch.openai_job import ROOT, Job, replying_job
 
 MEDICAL = ROOT / "schema_examples/medical_schema.py"
 SERVICE = ROOT / "schema_examples/customer_service_schema.py"
@@ -30,22 +30,21 @@ def patient(number: int, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def site(mongodb_uri: str, db_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobSite]:
-    reply = getattr(request, "param", "talking_points")
-    with open_job_site(mongodb_uri, db_name, tmp_path, reply=f"@tests.openai_batch.job_replies:{reply}") as site:
-        yield site
+def site(mongodb_uri: str, db_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
+    with replying_job(mongodb_uri, db_name, tmp_path, getattr(request, "param", "talking_points")) as (job, _):
+        yield job
 
 
 @pytest.mark.parametrize("path", [MEDICAL, SERVICE], ids=lambda path: path.stem)
-def test_the_schema_loads(path: Path, site: JobSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the environment it makes a whole job."""
+def test_schema_example_makes_a_config(path: Path, site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the environment."""
     site.enter(monkeypatch)
     assert isinstance(AppConfig.from_env(**load_schema_file(path).parts), AppConfig)
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_the_usage_of_the_contract(site: JobSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three lines of Python; everything else is environment."""
+def test_three_lines_of_python_run_a_job(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else comes from the environment."""
     site.enter(
         monkeypatch,
         SYSTEM_PROMPT="You are brief.",
@@ -69,11 +68,11 @@ def test_the_usage_of_the_contract(site: JobSite, monkeypatch: pytest.MonkeyPatc
     assert {body["messages"][0]["content"] for body in site.bodies()} == {"You are brief."}
 
 
-def test_the_medical_schema_on_the_command_line(site: JobSite) -> None:
-    """Masked on the way out, whole on the way back; a visit that is none of ours stays."""
+def test_medical_schema_masks_and_restores(site: Job) -> None:
+    """Documents outside the query stay pending."""
     site.documents.insert_many([patient(1), patient(2), patient(3, event_type="birthday")])
-    ended = site.run(str(ROOT / "cli.py"), "openai-batch", "run", "--schema", str(MEDICAL), "--mask-pii")
-    assert ended.returncode == 0, ended.stderr
+    ended = site.cli("run", "--schema", str(MEDICAL), "--mask-pii")
+    assert ended.code == 0, ended.err
     assert len(site.bodies()) == 2
     for body in site.bodies():
         assert "Anna" not in str(body)
@@ -89,12 +88,12 @@ def test_the_medical_schema_on_the_command_line(site: JobSite) -> None:
 
 
 @pytest.mark.parametrize("site", ["labels"], indirect=True)
-def test_conversations_with_masked_text(site: JobSite) -> None:
-    """The labels land in the results collection, with the customer's own words in the categorization."""
+def test_conversation_labels_are_restored_in_results(site: Job) -> None:
+    """The categorization has the customer's own words."""
     text = "Call me on (415) 555-2671 or mail bob@example.org about order 1234567"
     site.documents.insert_one({"_id": 1, "messages": [{"sender": "customer", "text": text}]})
-    ended = site.run(str(ROOT / "cli.py"), "openai-batch", "run", "--schema", str(SERVICE), "--mask-pii")
-    assert ended.returncode == 0, ended.stderr
+    ended = site.cli("run", "--schema", str(SERVICE), "--mask-pii")
+    assert ended.code == 0, ended.err
     (body,) = site.bodies()
     assert "555-2671" not in str(body)
     assert "bob@" not in str(body)
@@ -103,28 +102,28 @@ def test_conversations_with_masked_text(site: JobSite) -> None:
     assert text in result["classification"]["categorization"]
 
 
-def test_a_dry_run_shows_the_masked_text(site: JobSite) -> None:
-    """What is shown is what would be sent."""
+def test_dry_run_shows_masked_text(site: Job) -> None:
+    """As it would be sent."""
     site.documents.insert_one(patient(1))
-    command = ("openai-batch", "run", "--schema", str(MEDICAL), "--mask-pii", "--dry-run")
-    ended = site.run(str(ROOT / "cli.py"), *command)
-    assert ended.returncode == 0, ended.stderr
-    assert "<NAME_" in ended.stdout
-    assert "Anna" not in ended.stdout
+    ended = site.cli("run", "--schema", str(MEDICAL), "--mask-pii", "--dry-run")
+    assert ended.code == 0, ended.err
+    assert "<NAME_" in ended.out
+    assert "Anna" not in ended.out
     assert site.bodies() == []
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_the_ticket_example(site: JobSite) -> None:
-    """The script runs as it is; the one that reads results finds what it left."""
+def test_ticket_and_results_examples_run(site: Job) -> None:
+    """As they are shipped."""
     site.documents.insert_many([{"_id": n, "ai_status": "pending", "text": f"ticket {n}"} for n in range(2)])
     site.documents.insert_one({"_id": 9, "ai_status": "pending"})
-    ended = site.run(str(ROOT / "examples/summarise_tickets.py"))
+    ended = site.script(str(ROOT / "examples/summarise_tickets.py"))
     assert ended.returncode == 0, ended.stderr
+    assert "2 documents prepared" in ended.stdout.splitlines()
     assert ended.stdout.splitlines()[-1] == "3 documents: 2 completed, 1 failed"
     summary = site.documents.find_one({"_id": 1})["summary"]  # type: ignore[index]
     assert summary["text"]["sentence"] == "Subject: no subject\n\nticket 1"
-    read = site.run(
+    read = site.script(
         str(ROOT / "examples/read_results.py"), site.settings["MONGODB_URI"], site.documents.database.name, "items"
     )
     assert read.returncode == 0, read.stderr
@@ -135,10 +134,10 @@ def test_the_ticket_example(site: JobSite) -> None:
     ]
 
 
-def test_the_example_of_a_schema_file(site: JobSite) -> None:
-    """It masks, too."""
+def test_schema_file_example_runs_masked(site: Job) -> None:
+    """As it is shipped."""
     site.documents.insert_one(patient(1))
-    ended = site.run(str(ROOT / "examples/run_schema_file.py"))
+    ended = site.script(str(ROOT / "examples/run_schema_file.py"))
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == "1 of 1 patients have talking points"
     assert "Anna" not in str(site.bodies())

@@ -1,4 +1,4 @@
-"""Templates: nothing leads out of the sandbox (AT-7), bombs end (AT-8), and model text is only ever a value (AT-4)."""
+"""Templates: no escape from the sandbox (AT-7), bombs end (AT-8), model text is only a value (AT-4)."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def in_both_prompts(templates: list[str], usual: int) -> list[Any]:
 
 
 @pytest.mark.parametrize(("payload", "setting"), in_both_prompts(PAYLOADS, usual=9))
-def test_no_payload_leads_out_through_a_template(payload: str, setting: str, canary: dict[str, str]) -> None:
-    """AT-7: an error, or a text that shows nothing of Python; no file, no command, no changed document."""
+def test_payload_in_template_does_not_escape_the_sandbox(payload: str, setting: str, canary: dict[str, str]) -> None:
+    """AT-7: an error or harmless text; no file, no command, no changed document."""
     source = document()
     prompts = {"user_prompt_template": "{{ text }}"} | {setting: filled(payload, canary)}
     text = outcome(source, **prompts)
@@ -167,8 +167,8 @@ def plain() -> Iterator[TemplateHandling]:
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_data_is_never_a_template(payload: str, canary: dict[str, str], plain: TemplateHandling) -> None:
-    """AT-7: what a customer writes stays as they wrote it."""
+def test_payload_in_data_stays_text(payload: str, canary: dict[str, str], plain: TemplateHandling) -> None:
+    """AT-7: values are never rendered."""
     text = filled(payload, canary)
     assert [message["content"] for message in plain.request(document(text))["messages"]] == [text]
     template = {"$set": {"a": "{{response_content}}", "b": "says {{response_content}}."}}
@@ -177,7 +177,7 @@ def test_data_is_never_a_template(payload: str, canary: dict[str, str], plain: T
 
 @pytest.mark.parametrize(("bomb", "setting"), in_both_prompts(BOMBS, usual=8))
 def test_bombs_end(bomb: str, setting: str) -> None:
-    """AT-8: a clear error; this process has not grown by what the template asked for."""
+    """AT-8: with a clear error, and without memory of this process."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     text = outcome(document(), **({"user_prompt_template": "{{ text }}"} | {setting: bomb}))
     assert text.startswith(("JobProcessingError: ", "JobTemplateError: ")), text[:100]
@@ -186,8 +186,8 @@ def test_bombs_end(bomb: str, setting: str) -> None:
     assert time.monotonic() - started < 60  # two seconds of its own, on whatever machine
 
 
-def test_a_bomb_ends_one_document_only() -> None:
-    """The document that sets it off fails, the next is rendered by a new process."""
+def test_bomb_fails_one_document_only() -> None:
+    """The next one is rendered by a new child."""
     template = "{% for a in text %}{% for b in text %}{% for c in text %}{% endfor %}{% endfor %}{% endfor %}{{ text }}"
     with TemplateHandling(config_of(user_prompt_template=template)) as handling:
         for _ in range(2):
@@ -206,22 +206,22 @@ def test_a_bomb_ends_one_document_only() -> None:
         ("{% if nme %}x{% endif %}", "nme"),
     ],
 )
-def test_undefined_names_are_errors_that_quote_no_value(template: str, name: str) -> None:
-    """A misspelt variable never becomes an empty text, and the message shows what the template says, not the data."""
+def test_undefined_name_is_an_error_without_values(template: str, name: str) -> None:
+    """The message has the name in the template, and no data."""
     text = outcome(document("secret"), user_prompt_template=template)
-    assert text == f"JobProcessingError: user_prompt_template uses a name that no field has: {name}"
+    assert text == f"JobProcessingError: user_prompt_template uses an undefined name: {name}"
 
 
 @pytest.mark.parametrize("template", ["{{ text + 1 }}", "{{ data.x.y() }}", "{{ 1 / 0 }}", "{{ numbers[text] }}"])
-def test_failing_templates_quote_no_value(template: str) -> None:
-    """The kind of the error is enough."""
+def test_failing_template_is_an_error_without_values(template: str) -> None:
+    """The message has the class of the error."""
     text = outcome(document("secret"), user_prompt_template=template)
     assert text.startswith("JobProcessingError: user_prompt_template ")
     assert "secret" not in text
 
 
-def test_limits_of_size() -> None:
-    """Of a template, and of what it makes."""
+def test_size_limits_of_templates_and_prompts() -> None:
+    """A template that is too long, and one that renders too much."""
     with pytest.raises(JobTemplateError, match="more than 100000 characters"):
         PromptTemplate("system_prompt", "x" * (MAX_TEMPLATE_CHARACTERS + 1))
     with pytest.raises(JobProcessingError, match="more than 2000000 characters"):
@@ -231,7 +231,7 @@ def test_limits_of_size() -> None:
 
 
 def test_fill_keeps_types_and_keys() -> None:
-    """A placeholder alone is the value; in a longer text it is text; placeholders of the model stay text."""
+    """A placeholder alone is the value, inside a text it is text; placeholders in the answer stay text."""
     content = {"points": [1, {"deep": "{{current_date}}"}], "n": None}
     template = {
         "$set": {

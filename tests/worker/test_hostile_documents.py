@@ -16,7 +16,7 @@ from openai_batch import (
     SchemaConfig,
 )
 from tests.openai_batch.job_replies import HOSTILE_ANSWERS
-from tests.openai_batch.job_site import JobSite, open_job_site
+from tests.openai_batch.openai_job import Job, replying_job
 
 JSON_ANSWERS = OpenAIConfig(response_format={"type": "json_object"})
 VALUES: list[Any] = [
@@ -38,14 +38,12 @@ OWN = {"_id", "ai_status", "text", "event_response", "processing_info"}
 
 
 @pytest.fixture
-def site(mongodb_uri: str, db_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobSite]:
-    with open_job_site(
-        mongodb_uri, db_name, tmp_path, reply=f"@tests.openai_batch.job_replies:{request.param}"
-    ) as site:
-        yield site
+def site(mongodb_uri: str, db_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
+    with replying_job(mongodb_uri, db_name, tmp_path, request.param) as (job, _):
+        yield job
 
 
-def processor_of(site: JobSite, monkeypatch: pytest.MonkeyPatch, **parts: Any) -> DocumentBatchProcessor:
+def processor_of(site: Job, monkeypatch: pytest.MonkeyPatch, **parts: Any) -> DocumentBatchProcessor:
     site.enter(monkeypatch, MAX_RETRIES="1")
     fields = DocumentFields(field_map={"text": "text"})
     prompts = PromptConfig(user_prompt_template="{{ text }}")
@@ -53,8 +51,8 @@ def processor_of(site: JobSite, monkeypatch: pytest.MonkeyPatch, **parts: Any) -
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_values_stay_values(site: JobSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the prompt, the answer and a response processor: one document each, no new field, the value as it was."""
+def test_hostile_values_stay_values(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One document each, no new field, and the value unchanged through prompt, answer and processor."""
     documents = [{"_id": number, "ai_status": "pending", "text": value} for number, value in enumerate(VALUES)]
     documents += [{"_id": own, "ai_status": "pending", "text": f"id {own}"} for own in IDS]
     other = {"_id": "other", "ai_status": "someone else's", "text": "stays"}
@@ -81,10 +79,10 @@ def test_values_stay_values(site: JobSite, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "template", [None, {"$set": {"answer": "{{response_content}}"}}, {"$push": {"answers": "{{response_content}}"}}]
 )
-def test_keys_that_are_more_than_names_fail_their_document(
-    site: JobSite, monkeypatch: pytest.MonkeyPatch, template: dict[str, Any] | None, with_processor: bool
+def test_hostile_key_of_answer_fails_document(
+    site: Job, monkeypatch: pytest.MonkeyPatch, template: dict[str, Any] | None, with_processor: bool
 ) -> None:
-    """No key of an answer becomes an operator, a path or a field; the document says why it failed."""
+    """No key becomes an operator, a path or a field; the document has the reason."""
     site.documents.insert_many(
         [{"_id": n, "ai_status": "pending", "text": f"answer {n}"} for n in range(len(HOSTILE_ANSWERS))]
     )
@@ -103,8 +101,8 @@ def test_keys_that_are_more_than_names_fail_their_document(
 
 
 @pytest.mark.parametrize("site", ["talking_points"], indirect=True)
-def test_harmless_keys_are_stored_below_the_response_field(site: JobSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parsed JSON keeps its shape, one level below."""
+def test_plain_keys_are_stored_below_the_response_field(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed JSON keeps its shape."""
     site.documents.insert_one({"_id": 1, "ai_status": "pending", "text": "ai_status"})
     assert processor_of(site, monkeypatch, openai=JSON_ANSWERS).process_pending_documents().succeeded == 1
     document = site.documents.find_one()
@@ -113,8 +111,8 @@ def test_harmless_keys_are_stored_below_the_response_field(site: JobSite, monkey
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_an_endless_processor_fails_its_document_only(site: JobSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AT-20, whole: the others are completed in the same run."""
+def test_endless_processor_fails_its_document_only(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AT-20: the other documents are completed in the same run."""
     site.documents.insert_many([{"_id": n, "ai_status": "pending", "text": f"text {n}"} for n in range(5)])
 
     def process(response: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +132,8 @@ def test_an_endless_processor_fails_its_document_only(site: JobSite, monkeypatch
 
 
 @pytest.mark.parametrize("site", ["echo"], indirect=True)
-def test_a_document_that_changed_meanwhile_says_so(site: JobSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A placeholder of yesterday's text stays; it never becomes today's address."""
+def test_changed_document_counts_old_placeholders(site: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are never restored to a new value."""
     site.documents.insert_one({"_id": 1, "ai_status": "pending", "text": "from bob@example.org"})
     processor = processor_of(site, monkeypatch, mask_pii=True)
     first: list[str] = []
@@ -145,8 +143,7 @@ def test_a_document_that_changed_meanwhile_says_so(site: JobSite, monkeypatch: p
             first.append(progress)
             site.documents.update_one({"_id": 1}, {"$set": {"text": "from eve@example.org"}})
 
-    processor.on_progress = change
-    assert processor.process_pending_documents().succeeded == 1
+    assert processor.process_pending_documents(on_progress=change).succeeded == 1
     document = site.documents.find_one()
     assert document is not None
     assert document["event_response"]["talking_points"].startswith("from <EMAIL_")

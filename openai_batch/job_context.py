@@ -1,0 +1,74 @@
+"""What the steps of one job share: its parts, its waits, and what it does with documents."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from error_handler import JobProcessingError
+from openai_batch.batch_protocol import Line
+from openai_batch.job_config import AppConfig, Document
+from openai_batch.job_store import JobStore
+from openai_batch.ledger import Ledger
+from openai_batch.openai_client import NotNowError, OpenAIFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The waits of a run in seconds; tests shorten them. *poll_s* 0 means ``BatchConfig.poll_interval``."""
+
+    poll_s: float = 0.0
+    adopt_wait_s: float = 60.0  # how long a new batch may be missing from the list of batches
+    token_wait_s: float = 120.0  # before a batch over the enqueued-token limit is created again; doubled each time
+    files_late_s: float = 600.0  # how long an ended batch, or one of its files, may be missing
+    unreachable_limit_s: float = 3600.0
+    rate_wait_s: float = 20.0  # after a 429 without Retry-After
+
+    def wait_s(self, problem: Exception) -> float:
+        """Return how long the server asks to wait after *problem*; 0 if it asks for no wait."""
+        if not isinstance(problem, NotNowError):
+            return 0.0
+        return self.rate_wait_s if problem.wait_s is None else problem.wait_s
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A usable line, the document as it is now, and which attempt it was (from 1)."""
+
+    document: Document
+    line: Line
+    attempt: int
+
+
+class Handling(Protocol):
+    """What a job does with documents: ``documents.TemplateHandling`` or ``triad.TriadHandling``."""
+
+    def request(self, document: Document) -> dict[str, Any]:
+        """Return the body of the request for *document*; raise JobProcessingError if there is none."""
+
+    async def deliver(
+        self, answers: Sequence[Answer], batch_id: str, /
+    ) -> list[Mapping[str, Any] | JobProcessingError]:
+        """Return, for each of *answers*, the update of its document, or why there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """The open parts of one job. The caller holds the lock of *folder*, which has the ledger and the JSONL files.
+
+    Once *stop* is set no step begins anything new. *on_progress* gets texts such as ``shard 3: in_progress``.
+    """
+
+    config: AppConfig
+    job_id: str
+    folder: Path
+    store: JobStore
+    ledger: Ledger
+    files: OpenAIFiles
+    handling: Handling
+    times: Times
+    stop: asyncio.Event
+    on_progress: Callable[[str], None]

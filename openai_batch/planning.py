@@ -1,0 +1,229 @@
+"""From pending documents to complete JSONL files: rendered, claimed, written, durable, in the ledger.
+
+Lines are written as they come, so memory does not grow with the size of a file.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from error_handler import JobProcessingError, StateDirectoryError
+from openai_batch.job_config import BatchConfig, Document
+from openai_batch.job_context import JobContext
+from openai_batch.job_store import Claim
+from openai_batch.ledger import PAGE, Item, Shard, ShardState
+from openai_batch.openai_client import UNFINISHED
+from storage.extended_json import canonical, id_text
+from storage.files import sync_folder
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_TOKEN = 3.0  # a low estimate: English has about 4.5, code fewer
+TOKENS_PER_MESSAGE = 4
+
+
+def custom_id_of(job_id: str, document_id: str, sending: int) -> str:
+    """Return the id of one line: at most 64 ASCII characters, with no text of the document.
+
+    *document_id* is canonical Extended JSON, so that 1 and "1" differ; *sending* makes each line unique.
+    """
+    digest = hashlib.sha256(document_id.encode()).digest()
+    return f"{job_id}:{base64.urlsafe_b64encode(digest)[:22].decode()}:{sending}"
+
+
+def request_line(custom_id: str, endpoint: str, body: Mapping[str, Any]) -> bytes:
+    """Return one line, including its line end; raise JobProcessingError if *body* cannot be written as JSON."""
+    fields = {"custom_id": custom_id, "method": "POST", "url": endpoint, "body": body}
+    try:
+        return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError as exc:
+        raise JobProcessingError(
+            "the request cannot be written as JSON, for example because of half an emoji", is_final=True
+        ) from exc
+
+
+def estimated_tokens(body: Mapping[str, Any]) -> int:
+    """Return an upper estimate of the prompt tokens of *body*."""
+    messages = body.get("messages", ())
+    # Bytes, not characters: other scripts have up to one token per character.
+    size = sum(len(str(message.get("content", "")).encode(errors="replace")) for message in messages)
+    schema = orjson.dumps(body["response_format"]) if body.get("response_format") else b""
+    return int((size + len(schema)) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE * len(messages) + 1
+
+
+class ShardWriter:
+    """Writes one JSONL file: ``add`` while it ``has_room``, then ``finish`` or ``discard``."""
+
+    def __init__(self, folder: Path, config: BatchConfig, token_limit: int | None) -> None:
+        """Open a temporary file in *folder* with mode 0600.
+
+        Raises:
+            StateDirectoryError: The folder is not writable.
+        """
+        self._folder = folder
+        self._config = config
+        self._token_limit = token_limit
+        self._path = folder / f"{secrets.token_hex(8)}{UNFINISHED}"
+        self._digest = hashlib.sha256()
+        self._items: list[Item] = []
+        self._bytes = self._tokens = 0
+        try:
+            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        except OSError as exc:
+            raise self._unwritable(exc) from exc
+        self._file = os.fdopen(handle, "wb", buffering=1 << 20)
+
+    def has_room(self, line: bytes, tokens: int) -> bool:
+        """Whether *line* fits; an empty file takes any line."""
+        return not self._items or (
+            len(self._items) < self._config.max_lines
+            and self._bytes + len(line) <= self._config.max_file_bytes
+            and (self._token_limit is None or self._tokens + tokens <= self._token_limit)
+        )
+
+    def add(self, item: Item, line: bytes, tokens: int) -> None:
+        """Append the *line* of *item*; raise StateDirectoryError if the disk is full."""
+        try:
+            self._file.write(line)
+        except OSError as exc:
+            raise self._unwritable(exc) from exc
+        self._digest.update(line)
+        self._items.append(item)
+        self._bytes += len(line)
+        self._tokens += tokens
+
+    def finish(self, number: int, job_id: str, model: str) -> tuple[Shard, list[Item]]:
+        """Make the file durable under the name of shard *number*; return the shard and its items.
+
+        Raises:
+            StateDirectoryError: The disk is full; no file of that name exists.
+        """
+        sha256 = self._digest.hexdigest()
+        sizes = (len(self._items), self._bytes, self._tokens)
+        shard = Shard(number, job_id, ShardState.PLANNED, sha256, *sizes, model)
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._path, self._folder / shard.file_name)
+            sync_folder(self._folder)
+        except OSError as exc:
+            raise self._unwritable(exc) from exc
+        return shard, self._items
+
+    def discard(self) -> None:
+        """Remove the temporary file; after ``finish`` this does nothing."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _unwritable(self, exc: OSError) -> StateDirectoryError:
+        return StateDirectoryError(
+            f"{self._folder} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
+        )
+
+
+class JobPlanner:
+    """Makes the shards of one job.
+
+    *token_limit* is lowered when OpenAI names a lower one. *failed* and *skipped* count the documents that ended
+    without a request.
+    """
+
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
+        self._batch = context.config.batch
+        self.token_limit = self._batch.enqueued_token_limit
+        self.failed = self.skipped = 0
+
+    async def recover(self) -> None:
+        """Give back the documents that a killed process claimed without finishing their file; remove such files."""
+        context = self._context
+        for unfinished in context.folder.glob(f"*{UNFINISHED}"):
+            unfinished.unlink(missing_ok=True)
+        async for page in context.store.claims_of(context.job_id):
+            known = context.ledger.find([custom_id for _, custom_id in page])
+            left = [(document_id, custom_id) for document_id, custom_id in page if custom_id not in known]
+            if left:
+                logger.info("%d documents of an unfinished file are pending again", len(left))
+                await context.store.give_back(left)
+
+    async def plan(self, limit: int | None = None) -> int:
+        """Make shards of the pending documents (at most *limit*) until told to stop; return how many they hold."""
+        context = self._context
+        writer: ShardWriter | None = None
+        planned = 0
+        try:
+            async with contextlib.aclosing(context.store.pages(self._batch.batch_size)) as pages:
+                async for page in pages:
+                    for item, line, tokens in await self._claimed(page if limit is None else page[: limit - planned]):
+                        if writer is not None and not writer.has_room(line, tokens):
+                            self._finish(writer)
+                            writer = None
+                        if writer is None:
+                            writer = ShardWriter(context.folder, self._batch, self.token_limit)
+                        writer.add(item, line, tokens)
+                        planned += 1
+                    context.on_progress(f"{planned} documents prepared")
+                    if context.stop.is_set() or (limit is not None and planned >= limit):
+                        break
+            if writer is not None:
+                self._finish(writer)
+        finally:
+            if writer is not None:
+                writer.discard()
+        return planned
+
+    async def _claimed(self, page: list[Document]) -> list[tuple[Item, bytes, int]]:
+        """Render and claim the documents of *page*; return the item, line and tokens of each claimed one."""
+        context = self._context
+        ids = [canonical(document["_id"]) for document in page]
+        sent: dict[str, tuple[int, int]] = {}
+        for start in range(0, len(ids), PAGE):
+            sent |= context.ledger.sendings(ids[start : start + PAGE])
+        made: dict[str, tuple[Claim, bytes, int]] = {}
+        for document_id, document in zip(ids, page, strict=True):
+            sendings, attempts = sent.get(document_id, (0, 0))
+            claim = Claim(document, custom_id_of(context.job_id, document_id, sendings + 1), attempts + 1)
+            try:
+                body = context.handling.request(document)
+                line, tokens = request_line(claim.custom_id, self._batch.endpoint, body), estimated_tokens(body)
+                self._require_room(line, tokens)
+            except JobProcessingError as exc:
+                await self._refuse(document, exc)
+                continue
+            made[claim.custom_id] = (claim, line, tokens)
+        own = await context.store.claim([claim for claim, _, _ in made.values()], context.job_id)
+        return [(Item(claim.custom_id, claim.document_id, claim.attempt), *made[claim.custom_id][1:]) for claim in own]
+
+    def _require_room(self, line: bytes, tokens: int) -> None:
+        """Raise JobProcessingError if *line* exceeds a limit even alone in its file."""
+        if len(line) > self._batch.max_file_bytes or (self.token_limit is not None and tokens > self.token_limit):
+            raise JobProcessingError(
+                f"the request has {len(line)} bytes and about {tokens} tokens, more than a batch may hold; shorten the prompt",
+                is_final=True,
+            )
+
+    async def _refuse(self, document: Document, problem: JobProcessingError) -> None:
+        logger.warning(
+            "document %s %s: %s", id_text(document["_id"]), "skipped" if problem.is_skip else "failed", problem
+        )
+        if await self._context.store.refuse(document, problem):
+            self.skipped += problem.is_skip
+            self.failed += not problem.is_skip
+
+    def _finish(self, writer: ShardWriter) -> None:
+        context = self._context
+        shard, items = writer.finish(context.ledger.next_number(), context.job_id, context.config.openai.model)
+        context.ledger.plan(shard, items)
+        sizes = (shard.number, shard.lines, shard.bytes, shard.tokens)
+        logger.info("shard %d planned: %d lines, %d bytes, about %d tokens", *sizes)
