@@ -71,8 +71,6 @@ class AsyncLLMClient:
     answer, in the task that asked.
     """
 
-    on_answer: Callable[[ChatReply], None] | None = None
-
     def __init__(
         self,
         settings: Settings,
@@ -80,9 +78,11 @@ class AsyncLLMClient:
         session: aiohttp.ClientSession,
         breaker_policy: BreakerPolicy | None = None,
         limit: ConcurrencyLimit | None = None,
+        on_answer: Callable[[ChatReply], None] | None = None,
     ) -> None:
         self.target = target
         self._limit = limit
+        self._on_answer = on_answer
         self._session = session
         self._timeout = aiohttp.ClientTimeout(total=settings.llm_timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
@@ -124,8 +124,8 @@ class AsyncLLMClient:
         limit = self._limit
         observed = send if limit is None else lambda: limit.observed(send)
         answer = await retry_async(lambda: self.breaker.call(observed), self._policy, "model call", self._count_retry)
-        if self.on_answer is not None:
-            self.on_answer(answer)
+        if self._on_answer is not None:
+            self._on_answer(answer)
         return answer
 
     async def is_alive(self) -> bool:

@@ -24,7 +24,7 @@ from config import Settings, load_taxonomy
 from error_handler import ExitCode, TriadError
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
-from worker.window_sample import sample_needs
+from worker.plan import sample_needs
 
 DEFAULT_MAX_PROBE = 8
 SAMPLE_TIMEOUT_MS = 5000
@@ -103,7 +103,7 @@ async def _sample(settings: Settings, client: AsyncLLMClient) -> list[int]:
     patience_ms = min(settings.mongodb_timeout_ms, SAMPLE_TIMEOUT_MS)
     store = DocumentStore(settings.model_copy(update={"mongodb_timeout_ms": patience_ms}))
     try:
-        return await sample_needs(store, settings.source_collection, client.fitter(prompts).estimator)
+        return await sample_needs(store, client.fitter(prompts).estimator)
     finally:
         await store.close()
 

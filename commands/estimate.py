@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from batch_processor import BatchProcessor
+from batch_processor import BatchProcessor, Observers
 from commands.document_sample import DocumentSample, draw_sample
 from commands.estimate_report import Estimate, SampleFacts, print_estimate
 from commands.flags import Command, add_model_flags, positive
@@ -20,25 +20,12 @@ from config import Settings
 from domain.prices import batch_prices
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError
 from utils.process import stop_on_signals
-from worker.checkpoint import RunStats
 from worker.intake import RunOptions
-from worker.progress import ConsoleProgress, Reporter
+from worker.progress import ConsoleProgress
 from worker.timing import SampleRecorder, mean_tokens, measure_pace
 
 SAMPLE = 20
 CHECKPOINT = "checkpoint.json"
-
-
-class SampleProgress:
-    """Shows a run over *size* documents: the sample, not everything that is pending."""
-
-    def __init__(self, reporter: Reporter, size: int) -> None:
-        self._reporter = reporter
-        self._size = size
-
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
-        """Pass the state on with the sample's size as its total."""
-        self._reporter.update(job_id, status, replace(stats, total=self._size), in_flight, limit)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +57,13 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
         )
     recorder = SampleRecorder()
     # A copy takes no time with the model, and the sample is there to measure that.
-    processor = BatchProcessor(settings, options=RunOptions(dedupe=False))
-    processor.recorder = recorder
+    observers = Observers(ConsoleProgress(sys.stderr), recorder)
+    processor = BatchProcessor(settings, options=RunOptions(dedupe=False), observers=observers)
     connected = asyncio.Event()
     with stop_on_signals(processor.stop, connected.is_set):
         async with processor:
             connected.set()
-            sample = await draw_sample(processor.store, settings, arguments.sample)
+            sample = await draw_sample(processor.store, arguments.sample)
             if not sample.documents:
                 _say(arguments, "Nothing is left to classify.", {"left": sample.left, "sample": None})
                 return ExitCode.DONE
@@ -114,7 +101,6 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _classify(processor: BatchProcessor, sample: DocumentSample) -> dict[str, Any]:
     """Classify the sample with every safeguard of a run, and leave an interrupted run's checkpoint as it was."""
-    processor.reporter = SampleProgress(ConsoleProgress(sys.stderr), len(sample.documents))
     before = processor.files.read_state(CHECKPOINT)
     try:
         return await processor.process_batch(sample.documents)

@@ -19,7 +19,7 @@ from error_handler import ConfigurationError, ExitCode, Reason
 from storage import extended_json
 from storage.extended_json import id_key, id_text
 from utils.batch_file_manager import BatchFiles, FailedDocument, FailureKind
-from worker.quarantine import FailedDocuments, drop, look, release
+from worker.quarantine import FailedDocuments, discard, list_failed, requeue
 
 PLACES: dict[FailureKind, str] = {"quarantine": "quarantine", "retry": "the retry queue"}
 ERROR_WIDTH = 160
@@ -57,7 +57,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """
     _require_sense(arguments)
     kind: FailureKind = "retry" if arguments.retry else "quarantine"
-    found = look(settings.batch_files_dir, kind)
+    found = list_failed(settings.batch_files_dir, kind)
     for name in found.unreadable:
         sys.stderr.write(
             f"{kind}/{name} cannot be read and is left out; the next run sets it aside as {name}.corrupt\n"
@@ -144,21 +144,21 @@ async def _move(arguments: argparse.Namespace, settings: Settings) -> int:
     files = BatchFiles(settings.batch_files_dir)
     files.acquire()
     try:
-        found = look(settings.batch_files_dir, "quarantine")  # again: nobody changes it from here on
+        found = list_failed(settings.batch_files_dir, "quarantine")  # again: nobody changes it from here on
         entries = found.named(arguments.ids) if arguments.ids else found.of_reason(arguments.reason)
         if not entries:
             print(f"No document is in quarantine{f' for {arguments.reason}' if arguments.reason else ''}.")
             return ExitCode.DONE
         keys = {id_key(entry.conversation_id) for entry in entries}
         if arguments.action == "replay":
-            done = release(files, keys)
+            done = requeue(files, keys)
             print(
                 f"{_documents(done)} left quarantine with fresh attempts; the next python cli.py takes them up, and until then "
                 "their status stays failed."
             )
         else:
             await _require_consent(entries, yes=arguments.yes)
-            done = drop(files, keys)
+            done = discard(files, keys)
             print(f"{_documents(done)} dropped from quarantine; in MongoDB their status stays failed, with its reason.")
         if done < len(keys):
             print(f"{_documents(len(keys) - done)} stayed: their batch is still in work. Run python cli.py first.")

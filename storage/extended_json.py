@@ -82,18 +82,6 @@ def loads(data: bytes | str) -> Any:
         raise ValueError("not Extended JSON") from exc
 
 
-def list_keys(data: bytes, name: str) -> list[bytes]:
-    """Return a key of the value *name* of each object in the list that *data* is, without making types: for counting.
-
-    Raises:
-        ValueError: *data* is not such a list.
-    """
-    try:
-        return [orjson.dumps(entry[name]) for entry in orjson.loads(data)]
-    except (TypeError, LookupError) as exc:
-        raise ValueError("not a list of objects") from exc
-
-
 def pretty(value: Any) -> str:
     """Return *value* as Extended JSON for people: indented, each character that is not ASCII as it is.
 
@@ -132,11 +120,6 @@ def bson_encode(value: dict[str, Any]) -> bytes:
 def bson_decode(data: bytes) -> dict[str, Any]:
     """Return the value of *data*, which ``bson_encode`` made; dates are aware, in UTC."""
     return bson.decode(data, _BSON_OPTIONS)
-
-
-def new_id() -> Any:
-    """Return a fresh ObjectId."""
-    return bson.ObjectId()
 
 
 def id_text(document_id: Any) -> str:

@@ -1,4 +1,4 @@
-"""Replace a file so that readers, crashes and power cuts see the old content or the new, never a mixture."""
+"""Atomic file replacement and the directory lock: a crash or power cut leaves the old content or the new one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from error_handler import DirectoryLockedError, StateDirectoryError
 def replace_file(path: Path, content: bytes) -> None:
     """Make *content* the content of *path*, durably, with mode 0600.
 
-    Order (fsync(2), rename(2)): write a temporary file in the same folder, fsync it, rename it
-    over *path*, fsync the folder, without which the rename itself may be lost.
+    Write a temporary file in the same folder, fsync it, rename it over *path*, then fsync the folder, without which
+    a power cut may undo the rename.
 
     Raises:
         StateDirectoryError: The disk is full, or the folder is not writable. The old content stays.
@@ -37,7 +37,7 @@ def replace_file(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{path} cannot be written ({exc.strerror}); free space or fix the rights, then run again."
+            f"{path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
         ) from exc
 
 
@@ -45,7 +45,7 @@ def move_file(path: Path, target: Path) -> None:
     """Move *path* to *target* in another folder of the same disk, durably.
 
     Raises:
-        StateDirectoryError: A folder does not allow it; the file is where it was.
+        StateDirectoryError: A folder does not allow it; the file has not moved.
     """
     try:
         os.rename(path, target)
@@ -53,7 +53,7 @@ def move_file(path: Path, target: Path) -> None:
         sync_folder(path.parent)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{path} cannot be moved to {target.parent} ({exc.strerror}); fix the rights, then run again."
+            f"{path} cannot be moved to {target.parent} ({exc.strerror}); fix the permissions, then run again."
         ) from exc
 
 
@@ -67,7 +67,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove *path*; a file that is not there is fine.
+    """Remove *path*, if it exists.
 
     Raises:
         StateDirectoryError: The folder does not allow it.
@@ -76,19 +76,19 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{path} cannot be removed ({exc.strerror}); fix the rights, then run again."
+            f"{path} cannot be removed ({exc.strerror}); fix the permissions, then run again."
         ) from exc
 
 
 class DirectoryLock:
-    """The lock of *directory*, a file ``.lock`` in it."""
+    """The lock of *directory*: a file ``.lock`` in it."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = FileLock(directory / ".lock", timeout=0, mode=0o600)
 
     def acquire(self, remedy: str) -> None:
-        """Take the lock, at once or not at all; *remedy* is what to do where another process holds it.
+        """Take the lock without waiting; *remedy* is the end of the message if another process holds it.
 
         Raises:
             DirectoryLockedError: Another process holds it.
@@ -100,9 +100,9 @@ class DirectoryLock:
             raise DirectoryLockedError(f"another worker is using {self._directory}; {remedy}") from exc
         except OSError as exc:
             raise StateDirectoryError(
-                f"{self._directory} cannot be locked ({exc.strerror}); fix its rights, then run again."
+                f"{self._directory} cannot be locked ({exc.strerror}); fix its permissions, then run again."
             ) from exc
 
     def release(self) -> None:
-        """Give the lock back; without it, this does nothing."""
+        """Release the lock, if it is held."""
         self._lock.release()

@@ -28,9 +28,10 @@ from config import Settings, load_settings
 from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
 from logger import configure_logging
-from mongo_client import DocumentStore, translated
+from mongo_client import DocumentStore
 from storage.contract import Document
 from storage.extended_json import dumps, id_text
+from storage.mongo_errors import translated
 from utils.process import exit_code_of
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data" / "sample_conversations.jsonl"

@@ -1,4 +1,4 @@
-"""Keeps when each document of a sample was asked, and what the model server told about its answers."""
+"""Timings of a sample of documents, and what they predict for the rest: the arithmetic of ``cli.py estimate``."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from worker.run import Classify
 
 
 class SampleRecorder:
-    """Wraps what asks the model; *timings* are of the documents that were answered or failed, in the order they ended.
+    """Records the *timings* of documents that were answered or failed, in the order in which they ended.
 
-    *load_s* is the longest that the model took to be loaded, in seconds: at the start of the run, or before an answer.
+    *load_s* is the longest time that loading the model took, in seconds: at the start of the run, or before an answer.
     """
 
     def __init__(self) -> None:
         self.timings: list[DocumentTiming] = []
         self.load_s = 0.0
-        # Each worker of a run is a task with a context of its own, so this is the worker's latest document.
+        # Each worker of a run is a task with its own context, so this is the latest document of one worker.
         self._latest: ContextVar[DocumentTiming | None] = ContextVar("latest", default=None)
 
     def recorded(self, classify: Classify) -> Classify:
-        """Return *classify*, recorded; one that is cancelled leaves no timing."""
+        """Return *classify* with recording; a cancelled call leaves no timing."""
 
         async def recorded_classify(conversation: Conversation, rounds: int) -> Outcome:
             before = self._latest.get()
@@ -52,9 +52,13 @@ class SampleRecorder:
         timing.ended_s = time.monotonic()
         self.timings.append(timing)
 
+    def note_load(self, seconds: float) -> None:
+        """Record that loading the model took *seconds*."""
+        self.load_s = max(self.load_s, seconds)
+
     def note_answer(self, reply: ChatReply) -> None:
-        """Add *reply* to the document that the calling task asks; without one it was asked for itself, to warm up."""
-        self.load_s = max(self.load_s, reply.load_s or 0.0)
+        """Add *reply* to the document of the calling task; a warm-up call has no document."""
+        self.note_load(reply.load_s or 0.0)
         timing = self._latest.get()
         if timing is None:
             return
@@ -67,20 +71,20 @@ class SampleRecorder:
 
 
 BUSY_SHARE = 0.1  # of a document's time; servers report some milliseconds of overhead as waiting
-LEAST_TIMED = 8  # documents to be timed without the first of each slot, which read the whole prompt uncached
+LEAST_TIMED = 8  # documents, apart from the first of each slot, whose prompt was not cached
 LEAST_FOR_INTERVAL = 5
 RESAMPLES = 500
-SCHEDULED = 400  # documents laid into slots one by one, for the idle slots at the end; the rest follows the mean
+SCHEDULED = 400  # documents simulated one by one, to count idle slots at the end; the others take the mean
 Z_90 = 1.645
 SEED = 20_250_924
 
 
 @dataclass(slots=True)
 class DocumentTiming:
-    """When one document of the sample was asked; seconds of one monotonic clock.
+    """When one document of the sample was asked, in seconds of one monotonic clock.
 
-    *gap_s* is the time since its worker had finished the document before, None for the first. *queue_wait_s* and the
-    token counts are sums over its calls, None where the server does not tell.
+    *gap_s* is the time since its worker finished the previous document, None for the first. *queue_wait_s* and the
+    token counts are sums over its calls, None if the server does not report them.
     """
 
     started_s: float
@@ -93,21 +97,21 @@ class DocumentTiming:
 
     @property
     def cycle_s(self) -> float:
-        """How long it kept one of our calls from the next document, without the loading of the model."""
+        """How long it occupied one of our concurrent calls, without the loading of the model."""
         return max(0.0, self.ended_s - self.started_s - self.load_s) + (self.gap_s or 0.0)
 
     @property
     def service_s(self) -> float:
-        """How long it held a slot of the server; its wait is known."""
+        """How long it held a slot of the server; its queue wait must be known."""
         return max(0.0, self.ended_s - self.started_s - self.load_s - (self.queue_wait_s or 0.0))
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast documents go: *slots* at once, each for one of *holds_s*.
+    """The rate of documents: *slots* at once, each for one of *holds_s*.
 
-    *wait_share* is the part of a document's time that it waited for a slot of the server (0 to 1), None where the
-    server does not tell. *is_server_busy* says that more calls at once would only wait.
+    *wait_share* is the part of a document's time in the queue of the server (0 to 1), None if the server does not
+    report it. *is_server_busy* means that more concurrent calls would only wait.
     """
 
     slots: int
@@ -117,19 +121,19 @@ class Pace:
 
     @property
     def documents_per_s(self) -> float:
-        """The rate while every slot is taken; infinite where no time could be measured."""
+        """The rate while every slot is taken; infinite if no time could be measured."""
         mean_s = statistics.fmean(self.holds_s)
         return self.slots / mean_s if mean_s > 0 else math.inf
 
     def with_calls(self, calls: int) -> Pace:
-        """Return the pace with *calls* at once: the most it can be where the server is not busy to its limit."""
+        """Return the pace with *calls* at once; an upper bound if the server is not busy."""
         slots = min(calls, self.slots) if self.is_server_busy else calls
         return Pace(slots, self.holds_s, self.wait_share, self.is_server_busy and calls >= self.slots)
 
 
 @dataclass(frozen=True, slots=True)
 class TimeQuote:
-    """Seconds; 90 % of the outcomes lie from *low_s* to *high_s*, None where the sample is too small to say."""
+    """Seconds; 90 % of the outcomes lie between *low_s* and *high_s*, None if the sample is too small."""
 
     expected_s: float
     low_s: float | None
@@ -137,7 +141,7 @@ class TimeQuote:
 
 
 def measure_pace(timings: Sequence[DocumentTiming], max_concurrent: int) -> Pace:
-    """Return the pace of a sample (one document or more) that was asked with *max_concurrent* calls at once."""
+    """Return the pace of a sample (at least one document) that was asked with *max_concurrent* calls at once."""
     later = [timing for timing in timings if timing.gap_s is not None]
     timed = later if len(later) >= LEAST_TIMED else list(timings)
     waits = [timing.queue_wait_s for timing in timed if timing.queue_wait_s is not None]
@@ -149,16 +153,16 @@ def measure_pace(timings: Sequence[DocumentTiming], max_concurrent: int) -> Pace
         held = slots_held_while_waiting(timings)
         if held > 0 and round(held) < max_concurrent:
             slots = max(1, round(held))
-            # Both numbers were taken by our clock, network included; their ratio is what the server does.
+            # Our clock measures both, network included; their ratio is the server's own rate.
             holds_s = tuple(timing.service_s * slots / held for timing in timed)
             return Pace(slots, holds_s, share, is_server_busy=True)
     return Pace(max_concurrent, tuple(timing.cycle_s for timing in timed), share, is_server_busy=False)
 
 
 def slots_held_while_waiting(timings: Sequence[DocumentTiming]) -> float:
-    """Return how many documents the server worked on, on average, while another one waited; 0.0 where none did.
+    """Return how many documents the server processed, on average, while another one waited; 0.0 if none waited.
 
-    While one waits no slot is free, so this is the number of slots that this client gets.
+    While a document waits, no slot is free, so this is the number of slots that this client gets.
     """
     changes: list[tuple[float, int, int]] = []  # when, change of the waiting, change of the served
     for timing in timings:
@@ -178,9 +182,9 @@ def slots_held_while_waiting(timings: Sequence[DocumentTiming]) -> float:
 def quote_time(pace: Pace, documents: int) -> TimeQuote:
     """Return how long *documents* take at *pace*.
 
-    The interval is a bootstrap: RESAMPLES times a sample is drawn from the sample, with replacement, and the documents
-    are laid into the slots with times from it; the 5th and 95th percentile are told. Its means are spread by
-    sqrt(n / (n - 1)) and Student's t over z, without which an interval from 20 documents is too narrow.
+    The interval is a bootstrap: RESAMPLES times, a sample is drawn from the sample with replacement, and the documents
+    are scheduled into the slots with times from it. The interval is from the 5th to the 95th percentile. The means are
+    spread by sqrt(n / (n - 1)) and Student's t over z; without that, an interval from 20 documents is too narrow.
     """
     source = random.Random(SEED)
     holds_s, size = pace.holds_s, len(pace.holds_s)
@@ -192,7 +196,7 @@ def quote_time(pace: Pace, documents: int) -> TimeQuote:
     for _ in range(RESAMPLES):
         drawn = source.choices(holds_s, k=size)
         drawn_mean_s = statistics.fmean(drawn)
-        in_slots_s = _laid_into_slots(source.choices(drawn, k=scheduled), pace.slots)
+        in_slots_s = _makespan(source.choices(drawn, k=scheduled), pace.slots)
         outcome_s = in_slots_s + (documents - scheduled) * drawn_mean_s / pace.slots
         factor = max(0.0, mean_s + spread * (drawn_mean_s - mean_s)) / drawn_mean_s if drawn_mean_s > 0 else 1.0
         outcomes.append(outcome_s * factor)
@@ -203,8 +207,8 @@ def quote_time(pace: Pace, documents: int) -> TimeQuote:
     return TimeQuote(expected_s, twentieths[0], twentieths[-1])
 
 
-def _laid_into_slots(holds_s: Sequence[float], slots: int) -> float:
-    """Return when the last of *holds_s* ends, each beginning as soon as one of *slots* is free."""
+def _makespan(holds_s: Sequence[float], slots: int) -> float:
+    """Return when the last of *holds_s* ends if each begins as soon as one of *slots* is free."""
     free_at_s = [0.0] * slots
     for hold_s in holds_s:
         heapq.heapreplace(free_at_s, free_at_s[0] + hold_s)
@@ -212,7 +216,7 @@ def _laid_into_slots(holds_s: Sequence[float], slots: int) -> float:
 
 
 def mean_tokens(timings: Sequence[DocumentTiming]) -> tuple[float, float] | None:
-    """Return the mean tokens of prompt and reply per document, repair turns included; None where nobody tells."""
+    """Return the mean tokens of prompt and reply per document, with repair turns; None if the server reports none."""
     told = [
         (timing.prompt_tokens, timing.reply_tokens)
         for timing in timings

@@ -28,7 +28,7 @@ from model_server.models import LoadedModel, ModelFacts, ServedModel, choose_mod
 from model_server.protocol import chat_target, with_model
 from prompt_builder import PromptBuilder
 from utils.network import is_loopback
-from worker.window_sample import Sample
+from worker.plan import Sample
 
 LOAD_TIMEOUT_S = 600.0  # Ollama gives up a load after 5 minutes without progress; leaving earlier would abort it
 ROUNDS = 2

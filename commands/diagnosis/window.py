@@ -12,7 +12,7 @@ from error_handler import TriadError
 from model_server.models import LoadedModel
 from model_server.warm_up import adopt_larger
 from model_server.window import SHARE, WindowChoice, choose_window
-from worker.window_sample import Sample, run_window
+from worker.plan import Sample, run_window
 
 
 async def settle_window(client: AsyncLLMClient, settings: Settings, sample: Sample) -> AsyncGenerator[Finding]:

@@ -26,7 +26,7 @@ from tests.crash.faulty_worker import QUARANTINE_SEAMS
 from tests.forked_process import ForkedProcess
 from tests.worker.site import ROOT, Site, calls, check_results, check_statuses, conversation
 from utils.batch_file_manager import BatchFiles, FailedDocument
-from worker.quarantine import look, release
+from worker.quarantine import list_failed, requeue
 
 CANARY = "canary-4711"
 AT = datetime(2026, 5, 1, 10, 30, tzinfo=UTC)
@@ -79,7 +79,8 @@ def places(directory: Path) -> dict[str, list[Any]]:
     files = BatchFiles(directory)
     waiting = [document["_id"] for batch in files.load_pending() for document in batch.documents]
     kinds = {
-        kind: [entry.conversation_id for entry in look(directory, kind).entries] for kind in ("retry", "quarantine")
+        kind: [entry.conversation_id for entry in list_failed(directory, kind).entries]
+        for kind in ("retry", "quarantine")
     }
     return {"pending": sorted(waiting), **{kind: sorted(ids) for kind, ids in kinds.items()}}
 
@@ -165,7 +166,7 @@ IDS = [
 def test_an_id_of_any_type_is_named_as_extended_json(tmp_path: Path, document_id: Any) -> None:
     """And as it is listed, where that names one document."""
     BatchFiles(tmp_path).save_failed("quarantine", 1, [failed(value) for value in IDS])
-    found = look(tmp_path, "quarantine")
+    found = list_failed(tmp_path, "quarantine")
     texts = [extended_json.dumps(document_id).decode()]
     if str(document_id) != "7":
         texts.append(extended_json.id_text(document_id))
@@ -420,5 +421,5 @@ def test_a_person_is_asked(files: BatchFiles, directory: Path, answer: bytes, co
 
 def test_all_released_as_the_flag_does(files: BatchFiles, directory: Path) -> None:
     """--retry-failed and replay are one function."""
-    assert release(files) == 4
+    assert requeue(files) == 4
     assert places(directory)["pending"] == ["a", "b", "c", "d"]

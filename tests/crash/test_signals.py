@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from embedded.mongod import EmbeddedMongod
+from tests.embedding_index.stores import open_store
 from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import (
     Document,
@@ -26,7 +27,6 @@ from tests.worker.site import (
     open_site,
     until,
 )
-from utils.aio import cancellable
 
 CONCURRENCY = 6
 PROMISED_S = 2.0  # a second signal ends the worker within this time
@@ -203,15 +203,16 @@ def test_a_pause_longer_than_the_lease(site: Site) -> None:
     check_calls(site, documents, repeated=2 * CONCURRENCY)
 
 
-async def test_a_cancellation_that_a_library_swallows() -> None:
-    """``asyncio.wait_for`` of Python 3.11 does, inside pymongo: a task of a stopped run would never end."""
+async def test_call_whose_library_swallows_a_cancellation_still_ends(mongodb_uri: str, db_name: str) -> None:
+    """``asyncio.wait_for`` of Python 3.11 swallows one inside PyMongo; a task of a stopped run would never end."""
 
     async def swallows() -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
 
-    task = asyncio.create_task(cancellable(swallows))
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    async with open_store(mongodb_uri, db_name) as store:
+        task = asyncio.create_task(store._call("wait", swallows))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task

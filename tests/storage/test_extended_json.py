@@ -14,7 +14,7 @@ from bson.datetime_ms import DatetimeMS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.extended_json import dumps, id_key, id_text, loads, new_id
+from storage.extended_json import dumps, id_key, id_text, loads
 
 TYPES = {
     "string": "naïve 📦\n\x00",
@@ -168,12 +168,6 @@ def test_an_id_that_mongodb_cannot_hold(value: Any) -> None:
     """A file that was edited by hand must not end the worker."""
     with pytest.raises(ValueError):  # noqa: PT011 - some of the messages are the driver's
         id_key(value)
-
-
-def test_new_id() -> None:
-    """A fresh ObjectId each time."""
-    assert isinstance(new_id(), bson.ObjectId)
-    assert new_id() != new_id()
 
 
 @pytest.mark.parametrize(

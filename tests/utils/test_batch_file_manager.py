@@ -141,7 +141,7 @@ def test_a_pending_batch_is_loaded_as_it_was_saved(files: BatchFiles, directory:
     (loaded,) = pending(BatchFiles(directory))
     assert bson.encode({"all": loaded.documents}) == bson.encode({"all": DOCUMENTS})
     assert (loaded.number, loaded.name, loaded.failures) == (1, "batch_001", {})
-    assert loaded.replay.entry(id_key("doc0")).in_hand == 1
+    assert loaded.replay[id_key("doc0")].in_hand == 1
 
 
 def test_numbers_go_on_after_all_files_that_are_there(files: BatchFiles, directory: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_corrupt_pending_file_is_set_aside(
     with caplog.at_level(logging.ERROR):
         assert [batch.number for batch in pending(files)] == [2]
     (record,) = caplog.records
-    assert "batch_001_pending.json is not readable and was set aside" in record.getMessage()
+    assert "batch_001_pending.json is corrupt and was renamed" in record.getMessage()
     assert path.with_name("batch_001_pending.json.corrupt").read_bytes() == content
     caplog.clear()
     assert [batch.number for batch in pending(files)] == [2]

@@ -14,7 +14,7 @@ from error_handler import Reason
 from storage import extended_json
 from storage.extended_json import id_key
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
-from worker.quarantine import release
+from worker.quarantine import requeue
 
 IDS = [bson.ObjectId(), "doc0", bson.Int64(7), 1.5, None, {"a": 1}, b"\x01", datetime(2024, 5, 1, tzinfo=UTC)]
 DOCUMENTS = [{"_id": value, "text": f"text of {place}"} for place, value in enumerate(IDS)]
@@ -119,7 +119,7 @@ def test_a_retry_round(files: BatchFiles, directory: Path) -> None:
     assert names(directory / "retry") == ["batch_001_retry_queue.json"]
     (batch,) = files.load_retry()
     assert [entry.retry_count for entry in batch.failures.values()] == [1]
-    assert batch.replay.entries == {}
+    assert batch.replay == {}
     files.finish_retry(batch, [])
     assert names(directory / "retry") == []
     assert list(files.load_retry()) == []
@@ -132,10 +132,10 @@ def test_a_journal_of_an_interrupted_round_counts_for_that_round_alone(files: Ba
     batch.journal.started("a")
     batch.journal.close()
     (again,) = files.load_retry()
-    assert again.replay.entry(id_key("a")).in_hand == 1
+    assert again.replay[id_key("a")].in_hand == 1
     files.save_failed("retry", 1, [failed("a", retry_count=1)])
     (later,) = files.load_retry()
-    assert later.replay.entries == {}
+    assert later.replay == {}
 
 
 @pytest.mark.parametrize("kind", ["retry", "quarantine"])
@@ -168,7 +168,7 @@ def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
     result = {"_id": bson.ObjectId()}
     files.save_failed("quarantine", 1, [failed("a", retry_count=3), failed("b", classification_result=result)])
     files.save_failed("quarantine", 2, [failed("c", conversation_data=None, retry_count=3)])
-    assert release(files) == 3
+    assert requeue(files) == 3
     assert (files.count_failed("quarantine"), names(directory / "quarantine")) == (0, [])
     first, second = pending(files)
     assert [document["_id"] for document in (*first.documents, *second.documents)] == ["a", "b", "c"]
@@ -179,9 +179,9 @@ def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
 def test_a_released_file_does_not_overwrite_one_that_is_in_work(files: BatchFiles, directory: Path) -> None:
     """Each release has a file of its own, whatever batch its documents were in."""
     files.save_failed("quarantine", 1, [failed("a")])
-    assert release(files) == 1
+    assert requeue(files) == 1
     files.save_failed("quarantine", 1, [failed("b")])
-    assert release(files) == 1
+    assert requeue(files) == 1
     assert files.failed_keys() == set()
     assert [document["_id"] for batch in pending(files) for document in batch.documents] == ["a", "b"]
 

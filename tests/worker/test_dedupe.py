@@ -125,7 +125,7 @@ def test_one_that_fails_fails_alone(site: Site) -> None:
     site.model.configure(latency_s=0.2, faults=[{"kind": "wrong_label", "when": {"indexes": [0, 1]}}])
     ended = site.run("--logs", "--batch-size", "40")
     assert ended.code == 0, ended.err
-    assert ended.err.count("queued for another round") == 1
+    assert ended.err.count("queued for retry") == 1
     check_exactly_once(site, documents)
     check_origins(site, documents)
     assert requests(site) == 2 + 1 + 1

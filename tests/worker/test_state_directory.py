@@ -238,7 +238,7 @@ def test_a_journal_that_is_cut_anywhere(site: Site) -> None:
     for size in range(0, len(whole), 53):
         path.write_bytes(whole[:size])
         batch = next(BatchFiles(site.directory).load_pending())
-        answered = sum(entry.result is not None for entry in batch.replay.entries.values())
+        answered = sum(entry.result is not None for entry in batch.replay.values())
         lines = [line for line in whole[:size].splitlines() if b'"answered"' in line]
         assert answered == sum(is_json(line) for line in lines)
 

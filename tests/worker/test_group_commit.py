@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from utils.aio import GroupCommit
+from worker.settlement import GroupCommit
 
 
 class Store:
