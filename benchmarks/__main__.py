@@ -1,7 +1,7 @@
 """``python -m benchmarks``: measure, print one table, and end with 1 where a target is missed.
 
-``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index`` or
-``search`` measures that alone; ``--quick`` takes few documents, to see that the benchmarks run: it judges no target.
+``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
+``search`` or ``walk`` measures that alone; ``--quick`` takes few documents, to see that the benchmarks run: it judges no target.
 docs/performance.md explains.
 """
 
@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks import concurrency, document_jobs, embedding, latency, memory, search_quality, service, throughput
+from benchmarks import concurrency, document_jobs, embedding, latency, memory, search_quality, service, throughput, walk
 from benchmarks.table import text
 from benchmarks.worker_process import WorkerFailedError
 
@@ -27,6 +27,7 @@ MEASURES = {
     "openai": document_jobs.measure,
     "index": embedding.measure,
     "search": search_quality.measure,
+    "walk": walk.measure,
 }
 
 

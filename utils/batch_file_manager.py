@@ -98,6 +98,11 @@ class BatchFile:
     replay: dict[bytes, JournalEntry] = field(default_factory=dict)  # by extended_json.id_key
 
     @property
+    def keyed(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """The documents with their ``id_key``."""
+        return [(extended_json.id_key(document.get("_id")), document) for document in self.documents]
+
+    @property
     def name(self) -> str:
         """``batch_001``: its name in logs and in sibling files."""
         return f"batch_{self.number:03d}"

@@ -58,7 +58,9 @@ class FailedDocuments:
         if text.startswith(("{", '"')) or not found:
             found = [entry for entry in self.entries if id_key(entry.conversation_id) == _json_key(text)] or found
         if not found:
-            raise ConfigurationError(f"no document {text[:120]!r} is there; python cli.py quarantine list shows the ids.")
+            raise ConfigurationError(
+                f"no document {text[:120]!r} is there; python cli.py quarantine list shows the ids."
+            )
         if len(found) > 1:
             ids = " or ".join(extended_json.dumps(entry.conversation_id).decode() for entry in found[:5])
             raise ConfigurationError(

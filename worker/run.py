@@ -25,7 +25,6 @@ from error_handler import (
     LLMOutageError,
     PoisonDocumentError,
     SkippedDocumentError,
-    StoreUnavailableError,
     TriadError,
 )
 from model_server.concurrency import ConcurrencyLimit
@@ -35,7 +34,7 @@ from worker.checkpoint import Checkpoint
 from worker.dedupe import FILE_NAME, Deduplicator, ReplyCache
 from worker.intake import MAX_SWEEPS, DocumentIntake, RunOptions
 from worker.progress import Reporter
-from worker.settlement import BatchInWork, Failure, GroupCommit, Settlement, WorkItem
+from worker.settlement import BatchInWork, Failure, Settlement, WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +96,16 @@ class BatchRun:
         self._only = parts.options.only
         self._job_id = parts.checkpoint.job_id
         self._checkpoint = parts.checkpoint
-        self._settlement = Settlement(parts.store, parts.files, parts.checkpoint)
+        cache = ReplyCache(parts.files.directory / FILE_NAME, f"{self._job_id} {steps.plan or secrets.token_hex(8)}")
+        self._dedupe = Deduplicator(cache if parts.options.dedupe else None)
+        self._settlement = Settlement(
+            parts.store, parts.files, parts.checkpoint, replaces=self._replace, on_rejected=self._dedupe.rejected
+        )
+        self._progress = self._settlement.progress
         self.intake = DocumentIntake(
             parts.store, parts.files, parts.checkpoint, parts.options, settlement=self._settlement, kinds=steps.kinds
         )
-        cache = ReplyCache(parts.files.directory / FILE_NAME, f"{self._job_id} {steps.plan or secrets.token_hex(8)}")
-        self._dedupe = Deduplicator(cache if parts.options.dedupe else None)
         self._queue: asyncio.Queue[WorkItem] = asyncio.Queue()
-        self._writes: GroupCommit[tuple[WorkItem, Document]] = GroupCommit(self._write_group)
-        self._progress = asyncio.Event()
         self._in_flight = 0
         self._model_errors = 0
         self._leases_sure_at = self._doubted_before = time.monotonic()
@@ -119,7 +119,7 @@ class BatchRun:
         try:
             async with asyncio.TaskGroup() as tasks:
                 helpers = [
-                    tasks.create_task(self._writes.run(), name="writes"),
+                    tasks.create_task(self._settlement.writes.run(), name="writes"),
                     tasks.create_task(self._settle_regularly(), name="settlement"),
                     tasks.create_task(self._renew_leases(), name="leases"),
                     tasks.create_task(self._watch_stop(), name="stop"),
@@ -137,7 +137,7 @@ class BatchRun:
                     await self._sweep_and_retry()
                 if self._stop.is_set():
                     await self._finish_calls()
-                await self._writes.drained()
+                await self._settlement.writes.drained()
                 await self._settlement.flush()  # before the tasks that flush are cancelled
                 for task in (*helpers, *workers, preparation):
                     task.cancel()
@@ -203,7 +203,7 @@ class BatchRun:
         past = item.past
         known = past.result or item.known_result
         if known is not None:
-            self._writes.submit((item, known))
+            self._settlement.writes.submit((item, known))
         elif past.reason is not None and past.is_skipped:
             self._settlement.skip(item, past.reason, past.problem)
         elif past.reason is not None:
@@ -263,7 +263,7 @@ class BatchRun:
                 review_below=self._settings.review_below,
             )
             item.journal.answered(item.document_id, result)
-            self._writes.submit((item, result))
+            self._settlement.writes.submit((item, result))
 
     def _ask_instead(self, item: WorkItem) -> None:
         """Queue the next document with the text of *item*, which gets no answer."""
@@ -281,22 +281,6 @@ class BatchRun:
             raise LLMModelError(
                 f"{error} - {self._model_errors} such replies in a row; the next run continues with the remaining documents"
             )
-
-    async def _write_group(self, group: list[tuple[WorkItem, Document]]) -> None:
-        try:
-            rejected = await self._store.write_results([result for _, result in group], replace=self._replace)
-        except StoreUnavailableError as exc:
-            for item, result in group:
-                self._settlement.fail(item, Failure.of(exc), result)
-            raise  # more answers could not be stored either
-        finally:
-            self._progress.set()
-        for index, (item, result) in enumerate(group):
-            if index in rejected:
-                self._settlement.fail(item, Failure.of(rejected[index]), result)
-                self._dedupe.rejected(result)
-            else:
-                self._settlement.succeed(item, result)
 
     async def _finish_calls(self) -> None:
         """Wait for the calls in flight, at most for the shutdown grace period."""

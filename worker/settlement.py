@@ -18,6 +18,7 @@ from error_handler import (
     PoisonDocumentError,
     Reason,
     StoreRejectedError,
+    StoreUnavailableError,
     TriadError,
 )
 from storage.contract import Document, FinalStatus, Store
@@ -105,8 +106,7 @@ class BatchInWork:
         self.to_retry: list[FailedDocument] = []
         self.to_quarantine: list[FailedDocument] = []
         self.items: list[WorkItem] = []
-        for document in file.documents:
-            key = id_key(document.get("_id"))
+        for key, document in file.keyed:
             item = WorkItem(document, self, key, file.replay.get(key) or JournalEntry())
             failure = file.failures.get(key)
             if failure is not None:
@@ -164,16 +164,29 @@ class GroupCommit(Generic[T]):
 
 
 class Settlement:
-    """Settles documents in memory at once, and in MongoDB and the files when ``flush`` is called.
+    """Writes results, and settles documents: in memory at once, in MongoDB and the files when ``flush`` is called.
 
     The order of ``flush`` makes a crash harmless: source statuses first, then retry and quarantine entries, then the
-    batch is completed, its leases are released, and the checkpoint moves.
+    batch is completed, its leases are released, and the checkpoint moves. *replaces* means that results replace stored
+    ones. *on_rejected* gets each result that MongoDB rejects for good.
     """
 
-    def __init__(self, store: Store, files: BatchFiles, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        store: Store,
+        files: BatchFiles,
+        checkpoint: Checkpoint,
+        *,
+        replaces: bool,
+        on_rejected: Callable[[Document], None],
+    ) -> None:
         self._store = store
         self._files = files
         self._checkpoint = checkpoint
+        self._replaces = replaces
+        self._on_rejected = on_rejected
+        self.writes: GroupCommit[tuple[WorkItem, Document]] = GroupCommit(self._write)
+        self.progress = asyncio.Event()  # set when documents were settled
         self._saved: Document = {}  # the content of checkpoint.json, if this run wrote it
         self._finished: list[BatchInWork] = []
         self._failed: dict[bytes, str] = {}  # reason by id_key, of documents that failed in this run
@@ -197,8 +210,23 @@ class Settlement:
         if batch.unsettled == 0:
             self._finished.append(batch)
 
-    def succeed(self, item: WorkItem, result: Document) -> None:
-        """Settle *item*, whose *result* is stored."""
+    async def _write(self, group: list[tuple[WorkItem, Document]]) -> None:
+        try:
+            rejected = await self._store.write_results([result for _, result in group], replace=self._replaces)
+        except StoreUnavailableError as exc:
+            for item, result in group:
+                self.fail(item, Failure.of(exc), result)
+            raise  # more answers could not be stored either
+        finally:
+            self.progress.set()
+        for index, (item, result) in enumerate(group):
+            if index in rejected:
+                self.fail(item, Failure.of(rejected[index]), result)
+                self._on_rejected(result)
+            else:
+                self._succeed(item, result)
+
+    def _succeed(self, item: WorkItem, result: Document) -> None:
         self._count_success(item.key)
         self.stats.count_result(result)
         item.batch.counts["successful"] += 1

@@ -108,7 +108,7 @@ async def test_checkpoint_is_written_only_when_it_changed(tmp_path: Path) -> Non
     """A flush without progress does not touch the file; each change of counts, mark or end does."""
     files = BatchFiles(tmp_path / "batch_files")
     checkpoint = Checkpoint(SOURCE, "job_1")
-    settlement = Settlement(NoStore(), files, checkpoint)
+    settlement = Settlement(NoStore(), files, checkpoint, replaces=False, on_rejected=lambda _result: None)
     path = files.directory / "checkpoint.json"
 
     async def flushed() -> int:
