@@ -6,7 +6,6 @@ It connects MongoDB, the model server and the local files, and starts worker.run
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import runpy
 import secrets
@@ -14,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import async_llm_wrapper as llm
@@ -24,7 +24,7 @@ from config import Settings, load_settings, load_taxonomy
 from domain.conversation import Conversation, Outcome
 from domain.result import build_result
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
-from error_handler import LLMError, LLMUnavailableError
+from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, chat_target, plan_fingerprint
 from mongo_client import DocumentStore
@@ -151,12 +151,7 @@ class BatchProcessor:
         window = SharedWindow(client, target.num_ctx)
         stack.push_async_callback(window.close)
 
-        async def classify(conversation: Conversation, rounds: int) -> Outcome:
-            with contextlib.suppress(LLMError):  # the call that follows reports it
-                await window.renew()
-            return await llm.ollama_classify_async(conversation, client, prompts, parser, rounds)
-
-        return classify
+        return partial(window.classify, prompts, parser)
 
     def _tell(self, sentence: str) -> None:
         logger.info(sentence)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import dis
+import itertools
 import sys
 import tempfile
 import threading
@@ -70,7 +71,7 @@ class Walk:
     def raw_changes(self) -> tuple[int, int]:
         """How often the next call is in another module, and in another folder."""
         entered = [module for _, _, module, _ in self.calls]
-        pairs = list(zip(entered, entered[1:], strict=False))
+        pairs = list(itertools.pairwise(entered))
         return sum(a != b for a, b in pairs), sum(_folder(a) != _folder(b) for a, b in pairs)
 
 

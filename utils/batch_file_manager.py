@@ -28,8 +28,7 @@ from typing import Any, Literal, get_args
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
 from storage import extended_json
-from storage.files import DirectoryLock, remove_file, replace_file
-from storage.journal import BatchJournal, JournalEntry, replay_journal
+from storage.files import BatchJournal, DirectoryLock, JournalEntry, remove_file, replace_file, replay_journal
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ class BatchFiles:
     def save_pending(self, documents: list[dict[str, Any]]) -> BatchFile:
         """Save new *documents* (at least one) as the next batch, durably, before any of them is processed."""
         self._last_number += 1
-        batch = self._batch(self._last_number, "pending", documents)
+        batch = _batch_at(self._path("pending", self._last_number), documents)
         now = datetime.now(UTC)
         content = {
             "batch_id": batch.name,
@@ -205,7 +204,7 @@ class BatchFiles:
 
         A corrupt file is renamed to ``.corrupt`` and logged; its documents are still pending in MongoDB.
         """
-        for path in self._own_files("pending"):
+        for path in batch_paths(self.directory / "pending"):
             content = self._read(path)
             if content is None:
                 continue
@@ -218,7 +217,7 @@ class BatchFiles:
 
     def load_retry(self) -> Iterator[BatchFile]:
         """Yield each retry file as a batch whose ``failures`` hold the entries."""
-        for path in self._own_files("retry"):
+        for path in batch_paths(self.directory / "retry"):
             failures = self._read_failures(path)
             if failures:
                 yield self._failed_batch(path, failures)
@@ -228,7 +227,7 @@ class BatchFiles:
 
     def failure_files(self, kind: FailureKind) -> Iterator[tuple[Path, list[FailedDocument]]]:
         """Yield the files of *kind* in the order of their numbers; a corrupt one is set aside. Needs the lock."""
-        for path in self._own_files(kind):
+        for path in batch_paths(self.directory / kind):
             yield path, self._read_failures(path)
 
     def failed_keys(self, *kinds: FailureKind) -> set[bytes]:
@@ -262,7 +261,11 @@ class BatchFiles:
         """
         saved = self.read_state("checkpoint.json") or {}
         other = saved.get("source")
-        if other is not None and other != source and (self._own_files("pending") or self._own_files("retry")):
+        if (
+            other is not None
+            and other != source
+            and any(batch_paths(self.directory / kind) for kind in ("pending", "retry"))
+        ):
             raise ConfigurationError(
                 f"{self.directory} holds unfinished work of {other}, and this run is for {source}; finish that run first, "
                 "or name another directory with --batch-files-dir."
@@ -277,19 +280,10 @@ class BatchFiles:
         """Replace *name* with *content*."""
         replace_file(self.directory / name, extended_json.dumps(content))
 
-    def _batch(self, number: int, kind: str, documents: list[dict[str, Any]]) -> BatchFile:
-        path = self._path(kind, number)
-        return BatchFile(number, path, BatchJournal(path.with_suffix(".journal")), documents)
-
     def _parse_pending(self, path: Path, content: Any) -> BatchFile:
         if isinstance(content, list):  # a retry or quarantine file that an operator moved here
             return self._failed_batch(path, [FailedDocument.from_dict(entry) for entry in content], fresh=True)
-        batch = BatchFile(
-            _number(path) or 0,
-            path,
-            BatchJournal(path.with_suffix(".journal")),
-            [_document(entry) for entry in content["conversations"]],
-        )
+        batch = _batch_at(path, [_document(entry) for entry in content["conversations"]])
         if not batch.documents or content["conversation_count"] != len(batch.documents):
             raise ValueError("the count does not match")
         batch.replay = replay_journal(batch.journal.path)
@@ -299,9 +293,8 @@ class BatchFiles:
         documents = [entry.conversation_data or {"_id": entry.conversation_id} for entry in failures]
         # Each round has its own journal: events of a finished round must not count against the next.
         round_name = f"{len(failures)}x{sum(entry.retry_count for entry in failures)}"
-        journal = BatchJournal(path.with_suffix(f".{round_name}.journal"))
-        self._remove_rounds(path, but=journal.path)
-        batch = BatchFile(_number(path) or 0, path, journal, documents)
+        batch = _batch_at(path, documents, f".{round_name}.journal")
+        self._remove_rounds(path, but=batch.journal.path)
         for entry in failures:
             if fresh:
                 entry.retry_count = 0
@@ -317,9 +310,6 @@ class BatchFiles:
     def _path(self, kind: str, number: int) -> Path:
         suffix = "retry_queue" if kind == "retry" else kind
         return self.directory / kind / f"batch_{number:03d}_{suffix}.json"
-
-    def _own_files(self, kind: str) -> list[Path]:
-        return batch_paths(self.directory / kind)
 
     def _read_failures(self, path: Path) -> list[FailedDocument]:
         try:
@@ -388,6 +378,10 @@ def read_failures(path: Path) -> list[FailedDocument]:
         raise StateDirectoryError(
             f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
         ) from exc
+
+
+def _batch_at(path: Path, documents: list[dict[str, Any]], suffix: str = ".journal") -> BatchFile:
+    return BatchFile(_number(path) or 0, path, BatchJournal(path.with_suffix(suffix)), documents)
 
 
 def _document(entry: dict[str, Any]) -> dict[str, Any]:

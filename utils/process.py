@@ -41,7 +41,7 @@ def stop_on_signals(stop: asyncio.Event, is_running: Callable[[], bool]) -> Iter
         first = not stop.is_set()
         stop.set()
         if first and is_running():
-            logger.warning("%s: finishing the calls in flight; a second signal stops immediately", name)
+            logger.warning("%s: finishing the calls in flight; a second signal stops at once", name)
             return
         if not first:
             end_soon()

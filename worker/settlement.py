@@ -23,7 +23,7 @@ from error_handler import (
 )
 from storage.contract import Document, FinalStatus, Store
 from storage.extended_json import id_key, id_text
-from storage.journal import BatchJournal, JournalEntry
+from storage.files import BatchJournal, JournalEntry
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
 

@@ -13,7 +13,7 @@ import pytest
 
 from error_handler import Reason, StateDirectoryError
 from storage.extended_json import id_key
-from storage.journal import MAX_DEATHS_IN_HAND, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, replay_journal
+from storage.files import MAX_DEATHS_IN_HAND, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, replay_journal
 
 RESULT = {
     "_id": bson.ObjectId(),
