@@ -1,4 +1,4 @@
-"""What a run would do: the report of ``--dry-run``. Reads only."""
+"""The report of ``--dry-run``: what a run would do. It changes nothing."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ async def preview(
     options: RunOptions,
     kinds: StalenessChecker | None = None,
 ) -> dict[str, Any]:
-    """Return what a run with *options* would take up, without changing or asking anything.
+    """Return what a run with *options* would process, without changing or asking anything.
 
-    *kinds* is needed where ``options.only`` is given; then to_classify counts what that kind has, result or not.
+    *kinds* is needed if ``options.only`` is given; then to_classify counts the documents of that kind.
 
     Keys: selected, to_classify, already_done, skipped (by reason), shapes, turns, characters (of the
     transcripts), first_ids (at most EXAMPLES, as text).

@@ -1,4 +1,4 @@
-"""Shows how a run goes: a progress bar or plain lines, and files that other programs can read."""
+"""Progress of a run: a progress bar or plain lines, and files for other programs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CSV_FIELDS = (
 
 
 class Reporter(Protocol):
-    """Gets the state of the run at least once a second, and once at the end with the final status."""
+    """Receives the state of the run at least once a second, and at the end with the final status."""
 
     def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
-        """*status* is running, completed, interrupted or failed; *limit* is None where it is a fixed setting."""
+        """*status* is running, completed, interrupted or failed; *limit* is None if concurrency is a fixed setting."""
 
 
 class Rate:
@@ -44,7 +44,7 @@ class Rate:
         self._points: deque[tuple[float, int]] = deque()
 
     def add(self, count: int) -> None:
-        """Note that *count* documents are processed by now."""
+        """Record that *count* documents have been processed so far."""
         now = time.monotonic()
         self._points.append((now, count))
         while len(self._points) > 2 and now - self._points[0][0] > RATE_WINDOW_S:
@@ -52,7 +52,7 @@ class Rate:
 
     @property
     def per_second(self) -> float:
-        """The rate; 0.0 before two points are known."""
+        """The rate; 0.0 with fewer than two points."""
         if len(self._points) < 2:
             return 0.0
         (start, first), (end, last) = self._points[0], self._points[-1]
@@ -60,7 +60,7 @@ class Rate:
 
 
 class ConsoleProgress:
-    """A progress bar where *stream* is a terminal, else a plain line each PLAIN_LINE_EVERY_S."""
+    """A progress bar if *stream* is a terminal, else a plain line every PLAIN_LINE_EVERY_S."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -93,7 +93,7 @@ class ConsoleProgress:
 
     def _draw(self, status: str, stats: RunStats, calls: str) -> None:
         if self._bar is None:
-            from rich import progress  # noqa: PLC0415 - a run without a terminal starts sooner without it
+            from rich import progress  # noqa: PLC0415 - only for terminals; other runs start faster without it
 
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
@@ -110,7 +110,7 @@ class ConsoleProgress:
         )
         total = max(stats.total, stats.processed)
         self._bar.update(self._bar.task_ids[0], completed=stats.processed, total=total, counts=counts)
-        self._bar.start()  # only now, or an empty bar flashes up first; later calls do nothing
+        self._bar.start()  # not earlier, or an empty bar flashes up; later calls do nothing
         if status != "running":
             self._bar.stop()
             self._bar = None
@@ -137,7 +137,7 @@ class FileProgress:
         state = self._state(job_id, status, stats, in_flight, limit)
         replace_file(self._directory / f"{job_id}.json", json.dumps(state, indent=2).encode())
         self._history.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **state, **stats.reasons})
-        if len(self._history) > 2000:  # a run of days keeps its shape at half the detail
+        if len(self._history) > 2000:  # for runs of several days: keep every second point
             self._history = self._history[::2]
         table = io.StringIO()
         writer = csv.DictWriter(table, CSV_FIELDS, restval=0, extrasaction="ignore", lineterminator="\n")
@@ -171,7 +171,7 @@ class FileProgress:
 
 
 class Reporters:
-    """Hands each update to several reporters."""
+    """Passes each update to several reporters."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self._reporters = reporters
