@@ -89,7 +89,7 @@ def test_a_failed_document_round_trips(document_id: Any) -> None:
     assert id_key(read.conversation_id) == id_key(document_id)
 
 
-def test_a_hand_written_entry_needs_little() -> None:
+def test_missing_fields_of_an_entry_get_defaults() -> None:
     """What is missing gets a sensible value."""
     read = FailedDocument.from_dict({"conversation_id": "a", "status": "?", "conversation_data": None})
     assert (read.status, read.retry_count, read.reason) == ("llm_failed", 0, Reason.TRANSPORT)
@@ -139,7 +139,7 @@ def test_a_journal_of_an_interrupted_round_counts_for_that_round_alone(files: Ba
 
 
 @pytest.mark.parametrize("kind", ["retry", "quarantine"])
-def test_an_operator_moves_failed_documents_back(files: BatchFiles, directory: Path, kind: Any) -> None:
+def test_failure_file_moved_to_pending_gets_fresh_attempts(files: BatchFiles, directory: Path, kind: Any) -> None:
     """From retry/ or quarantine/ to pending/, by hand: fresh attempts, finished results kept."""
     result = {"_id": bson.ObjectId()}
     files.save_failed(kind, 3, [failed("a", retry_count=3), failed("b", classification_result=result, retry_count=2)])
@@ -163,7 +163,7 @@ def test_a_moved_file_does_not_get_in_the_way_of_its_batch(files: BatchFiles, di
     assert {len(first.documents), len(second.documents)} == {len(DOCUMENTS), 1}
 
 
-def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
+def test_requeue_moves_quarantined_documents_to_pending(files: BatchFiles, directory: Path) -> None:
     """All of it, with fresh attempts; answers that could not be written are kept."""
     result = {"_id": bson.ObjectId()}
     files.save_failed("quarantine", 1, [failed("a", retry_count=3), failed("b", classification_result=result)])
@@ -176,7 +176,7 @@ def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
     assert first.failures[id_key("b")].classification_result == result
 
 
-def test_a_released_file_does_not_overwrite_one_that_is_in_work(files: BatchFiles, directory: Path) -> None:
+def test_requeue_does_not_overwrite_a_batch_in_work(files: BatchFiles, directory: Path) -> None:
     """Each release has a file of its own, whatever batch its documents were in."""
     files.save_failed("quarantine", 1, [failed("a")])
     assert requeue(files) == 1

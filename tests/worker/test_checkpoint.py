@@ -20,7 +20,7 @@ SOURCE, WORKER = "db/source/results", "worker-1"
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=120))
-def test_the_mark_is_always_the_end_of_a_settled_prefix(steps: list[tuple[bool, int]]) -> None:
+def test_mark_is_the_end_of_the_settled_prefix(steps: list[tuple[bool, int]]) -> None:
     """Whatever the order in which documents are read, settled and flushed."""
     mark, checkpoint = LowWaterMark(), Checkpoint(SOURCE, "job")
     tickets: list[int] = []
@@ -41,7 +41,7 @@ def test_the_mark_is_always_the_end_of_a_settled_prefix(steps: list[tuple[bool, 
     assert checkpoint.low_water_mark == (f"id-{prefix - 1}" if prefix else None)
 
 
-def test_a_gap_holds_the_mark() -> None:
+def test_unsettled_document_holds_the_mark() -> None:
     """Until it is closed; then it jumps over all that was waiting."""
     mark, checkpoint = LowWaterMark(), Checkpoint(SOURCE, "job")
     tickets = [mark.read(value) for value in "abcd"]
@@ -54,7 +54,7 @@ def test_a_gap_holds_the_mark() -> None:
     assert checkpoint.low_water_mark == "d"
 
 
-def test_null_is_an_id_like_any_other() -> None:
+def test_null_is_a_valid_mark() -> None:
     """So a mark at null is not the same as no mark."""
     mark, checkpoint = LowWaterMark(), Checkpoint(SOURCE, "job")
     assert checkpoint.has_mark is False
@@ -77,7 +77,7 @@ def saved(**changes: Any) -> dict[str, Any]:
     return {**content, **changes}
 
 
-def test_an_interrupted_run_is_resumed() -> None:
+def test_interrupted_run_is_resumed() -> None:
     """Under its job id, from its mark; the counts start anew."""
     resumed = Checkpoint.resume_or_new(saved(), SOURCE, WORKER, reprocess=False)
     assert (resumed.job_id, resumed.low_water_mark, resumed.has_mark) == ("job_1", "m", True)
@@ -96,7 +96,7 @@ def test_an_interrupted_run_is_resumed() -> None:
         pytest.param(saved(job_id=5), id="odd-job-id"),
     ],
 )
-def test_otherwise_a_new_run_starts(content: dict[str, Any] | None) -> None:
+def test_unusable_checkpoint_starts_a_new_run(content: dict[str, Any] | None) -> None:
     """From the beginning, under a job id of its own."""
     first, second = (Checkpoint.resume_or_new(content, SOURCE, WORKER, reprocess=False) for _ in range(2))
     assert re.fullmatch(r"job_\d{8}_\d{6}_[0-9a-f]{6}", first.job_id)

@@ -66,7 +66,7 @@ def stats(processed: int = 50, total: int = 200) -> RunStats:
 # The rate
 
 
-def test_the_rate_is_that_of_the_last_half_minute(clock: Clock) -> None:
+def test_rate_covers_the_last_half_minute(clock: Clock) -> None:
     """What was before does not count; nothing is known before two points."""
     rate = Rate()
     assert rate.per_second == 0.0
@@ -78,7 +78,7 @@ def test_the_rate_is_that_of_the_last_half_minute(clock: Clock) -> None:
     assert rate.per_second == pytest.approx(10.0)
 
 
-def test_two_points_at_the_same_moment(clock: Clock) -> None:
+def test_rate_of_two_points_at_the_same_time_is_zero(clock: Clock) -> None:
     """No division by nothing."""
     rate = Rate()
     rate.add(0)
@@ -89,7 +89,7 @@ def test_two_points_at_the_same_moment(clock: Clock) -> None:
 # Plain lines
 
 
-def test_plain_lines_where_there_is_no_terminal(clock: Clock) -> None:
+def test_plain_lines_without_a_terminal(clock: Clock) -> None:
     """One each ten seconds, and one at the end; no escape sequences."""
     stream = io.StringIO()
     console = ConsoleProgress(stream)
@@ -105,14 +105,14 @@ def test_plain_lines_where_there_is_no_terminal(clock: Clock) -> None:
     assert "\x1b" not in stream.getvalue()
 
 
-def test_more_documents_than_were_counted(clock: Clock) -> None:
+def test_total_grows_with_processed_documents(clock: Clock) -> None:
     """The total grows with them: never 105 of 100."""
     stream = io.StringIO()
     ConsoleProgress(stream).update("job_1", "completed", stats(processed=105, total=100), 0)
     assert "105/105 done" in stream.getvalue()
 
 
-def test_the_next_run_starts_with_a_fresh_rate(clock: Clock, tmp_path: Path) -> None:
+def test_next_run_resets_the_rate(clock: Clock, tmp_path: Path) -> None:
     """In continuous mode the counts begin at 0 again; a rate must not become negative."""
     stream = io.StringIO()
     console, files = ConsoleProgress(stream), FileProgress(tmp_path)
@@ -132,7 +132,7 @@ def test_the_next_run_starts_with_a_fresh_rate(clock: Clock, tmp_path: Path) -> 
 # The bar
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """With done/total, counts, rate and time left; the final status ends it, and the next run has its own."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
@@ -159,7 +159,7 @@ def state_of(folder: Path, job: str = "job_1") -> dict[str, Any]:
     return content
 
 
-def test_the_json_file(clock: Clock, tmp_path: Path) -> None:
+def test_json_file_has_the_state(clock: Clock, tmp_path: Path) -> None:
     """The documented fields; times are ISO 8601 with a zone."""
     files = FileProgress(tmp_path)
     files.update("job_1", "running", stats(processed=0), 0)
@@ -186,14 +186,14 @@ def test_the_json_file(clock: Clock, tmp_path: Path) -> None:
     }
 
 
-def test_what_is_not_known_yet(clock: Clock, tmp_path: Path) -> None:
+def test_unknown_values_are_null(clock: Clock, tmp_path: Path) -> None:
     """No end can be estimated without a rate; an empty run is complete."""
     FileProgress(tmp_path).update("job_1", "completed", RunStats(), 0)
     state = state_of(tmp_path)
     assert (state["estimated_completion"], state["percentage_complete"], state["current_rate"]) == (None, 100.0, 0.0)
 
 
-def test_the_csv_history(clock: Clock, tmp_path: Path) -> None:
+def test_csv_file_has_the_history(clock: Clock, tmp_path: Path) -> None:
     """One row per write, with a header."""
     files = FileProgress(tmp_path)
     for processed in (0, 50, 100):
@@ -245,7 +245,7 @@ def test_files_are_replaced_and_never_rewritten(clock: Clock, tmp_path: Path) ->
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
 
 
-def test_a_run_of_days_keeps_a_bounded_history(clock: Clock, tmp_path: Path) -> None:
+def test_history_of_a_long_run_is_bounded(clock: Clock, tmp_path: Path) -> None:
     """Its shape at half the detail, from the first row to the last."""
     files = FileProgress(tmp_path)
     files._history = [{"processed": number} for number in range(2000)]
@@ -254,7 +254,7 @@ def test_a_run_of_days_keeps_a_bounded_history(clock: Clock, tmp_path: Path) -> 
     assert [row["processed"] for row in rows] == [str(number) for number in range(0, 2000, 2)] + ["50"]
 
 
-def test_several_reporters() -> None:
+def test_reporters_pass_updates_on() -> None:
     """Each gets every update."""
     streams = [io.StringIO(), io.StringIO()]
     Reporters([ConsoleProgress(stream) for stream in streams]).update("job_1", "completed", stats(), 0)

@@ -55,9 +55,7 @@ def duration_s(timings: list[DocumentTiming]) -> float:
         *(pytest.param(*counts, marks=pytest.mark.thorough) for counts in [(5, 1), (5, 4), (16, 8)]),
     ],
 )
-def test_the_quote_is_right_whatever_concurrency_and_slots(
-    calls: int, slots: int, samples: int, documents: int
-) -> None:
+def test_quote_is_right_for_any_concurrency_and_slots(calls: int, slots: int, samples: int, documents: int) -> None:
     """On average over many samples; one sample alone errs by its own chance."""
     ratios = []
     for seed in range(samples):
@@ -69,7 +67,7 @@ def test_the_quote_is_right_whatever_concurrency_and_slots(
 
 
 @pytest.mark.parametrize("samples", [50, pytest.param(150, marks=pytest.mark.thorough)])
-def test_the_interval_holds_the_truth_nine_times_in_ten(samples: int) -> None:
+def test_interval_contains_the_truth_nine_times_in_ten(samples: int) -> None:
     """Measured over samples of 20 documents."""
     hits = 0
     for seed in range(samples):
@@ -86,7 +84,7 @@ def test_the_slots_are_counted_while_a_document_waits() -> None:
     assert slots_held_while_waiting(served(1, 60, 3, 8)) == 0.0
 
 
-def test_a_few_milliseconds_of_overhead_are_not_waiting() -> None:
+def test_overhead_of_milliseconds_is_not_queue_wait() -> None:
     """Servers report such; a busy server would be announced for each of them."""
     timings = served(3, 40, 4, 8)
     for timing in timings:
@@ -96,14 +94,14 @@ def test_a_few_milliseconds_of_overhead_are_not_waiting() -> None:
     assert pace.slots == 4
 
 
-def test_loading_the_model_is_no_part_of_the_time_per_document() -> None:
+def test_load_time_is_not_part_of_the_time_per_document() -> None:
     """A sample too small to leave out the first documents, and a load of ten times a document."""
     cold, warm = served(7, 6, 3, 3, load_s=10.0), served(7, 6, 3, 3)
     expected_s = quote_time(measure_pace(warm, 3), 100).expected_s
     assert quote_time(measure_pace(cold, 3), 100).expected_s == pytest.approx(expected_s)
 
 
-def test_the_first_document_of_each_slot_is_left_out_where_enough_are_left() -> None:
+def test_first_document_of_each_slot_is_excluded_if_enough_remain() -> None:
     """Servers read the constant part of the prompt once per slot."""
     timings = served(5, 40, 4, 4)
     usual = measure_pace(timings, 4)
@@ -115,7 +113,7 @@ def test_the_first_document_of_each_slot_is_left_out_where_enough_are_left() -> 
     assert len(measure_pace(few, 4).holds_s) == 5
 
 
-def test_a_server_that_tells_no_waits_is_quoted_by_what_a_document_takes() -> None:
+def test_quote_without_queue_waits_uses_the_cycle_time() -> None:
     """Its waits are in the time of each call, so the rate is right and the slots are unknown."""
     timings = served(2, 60, 8, 4)
     for timing in timings:
@@ -126,7 +124,7 @@ def test_a_server_that_tells_no_waits_is_quoted_by_what_a_document_takes() -> No
     assert quote_time(pace, 300).expected_s == pytest.approx(duration_s(served(9, 300, 8, 4)), rel=0.15)
 
 
-def test_more_calls_help_only_where_the_server_has_slots() -> None:
+def test_more_calls_help_only_if_the_server_has_slots() -> None:
     """A busy server takes as long with four times the calls, and twice as long with half its slots."""
     busy = measure_pace(served(1, 60, 8, 4), 8)
     assert busy.with_calls(32).documents_per_s == busy.documents_per_s
@@ -135,20 +133,20 @@ def test_more_calls_help_only_where_the_server_has_slots() -> None:
     assert idle.with_calls(8).documents_per_s == pytest.approx(2 * idle.documents_per_s)
 
 
-def test_few_documents_end_with_idle_slots() -> None:
+def test_quote_for_few_documents_counts_idle_slots() -> None:
     """Five documents in four slots take two rounds, not one and a quarter."""
     quote = quote_time(Pace(4, (1.0,) * 20, None, is_server_busy=False), 5)
     assert (quote.expected_s, quote.low_s, quote.high_s) == (2.0, 2.0, 2.0)
 
 
-def test_a_sample_too_small_gets_no_interval() -> None:
+def test_small_sample_gets_no_interval() -> None:
     """Four documents say a time, and nothing about how sure it is."""
     quote = quote_time(measure_pace(served(1, 4, 2, 2), 2), 50)
     assert quote.expected_s > 0
     assert (quote.low_s, quote.high_s) == (None, None)
 
 
-def test_tokens_are_means_of_what_was_told() -> None:
+def test_mean_tokens_ignores_unreported_counts() -> None:
     """A document whose server told nothing counts for neither."""
     told = [DocumentTiming(0, 1, prompt_tokens=100, reply_tokens=20), DocumentTiming(0, 1, None, None, 0, 300, 40)]
     assert mean_tokens([*told, DocumentTiming(0, 1)]) == (200.0, 30.0)
