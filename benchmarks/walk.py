@@ -135,6 +135,7 @@ class Recorder:
 
 
 _HANDED_OVER_BY: ContextVar[str] = ContextVar("handed_over_by", default="")
+_RETURNS = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name in dis.opmap}
 _READ_PAGE, _RELEASE = DocumentStore.read_page.__code__, DocumentStore.release.__code__
 
 
@@ -214,7 +215,4 @@ def _task_name() -> str:
 
 def _is_finished(frame: FrameType) -> bool:
     """Whether a coroutine's "return" event is its end, not an ``await`` that suspends it."""
-    return frame.f_code.co_code[frame.f_lasti] == _RETURN_VALUE
-
-
-_RETURN_VALUE = dis.opmap["RETURN_VALUE"]
+    return frame.f_code.co_code[frame.f_lasti] in _RETURNS
