@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
@@ -286,6 +287,14 @@ class SharedWindow:
             await self._look()
         if self._loading is not None:
             await asyncio.shield(self._loading)
+
+    async def classify(
+        self, prompts: PromptBuilder, parser: ReplyParser, conversation: Conversation, attempt: int
+    ) -> Outcome:
+        """Renew the window, then return what ``ollama_classify_async`` returns."""
+        with contextlib.suppress(LLMError):  # the call that follows reports it
+            await self.renew()
+        return await ollama_classify_async(conversation, self._client, prompts, parser, attempt)
 
     async def close(self) -> None:
         """Cancel a load that is under way."""

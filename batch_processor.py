@@ -1,19 +1,19 @@
-"""The batch worker: pages of documents in, exactly one result each out, through any crash.
+"""The batch worker as a class: ``BatchProcessor(...).run()`` classifies a collection.
 
-docs/architecture.md follows one document through this module.
+It connects MongoDB, the model server and the local files, and starts worker.run.BatchRun.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import runpy
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import async_llm_wrapper as llm
@@ -24,7 +24,7 @@ from config import Settings, load_settings, load_taxonomy
 from domain.conversation import Conversation, Outcome, result_fingerprint
 from domain.result import build_result
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
-from error_handler import LLMError, LLMUnavailableError
+from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import chat_target, plan_fingerprint
 from mongo_client import DocumentStore
@@ -33,13 +33,12 @@ from storage.contract import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import DocumentIntake, RunOptions
-from worker.items import BatchInWork
-from worker.plan import work_kinds
+from worker.plan import run_window, sample_needs, work_kinds
 from worker.progress import Reporter
-from worker.run import BatchRun, Classify, Steps
-from worker.window_sample import run_window, sample_needs
+from worker.run import BatchRun, Classify, RunParts, Steps
+from worker.settlement import BatchInWork
 
-if TYPE_CHECKING:  # of an estimate; a run has none
+if TYPE_CHECKING:  # only an estimate has one
     from worker.timing import SampleRecorder
 
 logger = logging.getLogger(__name__)
@@ -47,17 +46,27 @@ logger = logging.getLogger(__name__)
 BASELINE_PLAN = "baseline"
 
 
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """Who is told about a run.
+
+    *reporter* gets its progress. *recorder* gets each document that is asked and each reply of the model server.
+    *announce* gets the sentences that an operator should see while the run starts.
+    """
+
+    reporter: Reporter | None = None
+    recorder: SampleRecorder | None = None
+    announce: Callable[[str], None] | None = None
+
+
 class BatchProcessor:
     """Classifies the documents of one collection; one run at a time.
 
-    *settings* None reads them from the environment; further keyword arguments are fields of
-    Settings and win. *classify* and *client* replace the model server and the MongoDB client: the
-    caller closes what it hands in. *plan* names how *classify* makes its answers (result_fingerprint).
-    *recorder*, set before ``connect``, is told of each document that is asked and of each answer of
-    the model server. Use as ``async with``, or call ``close``.
+    *settings* None reads them from the environment; further keyword arguments are fields of Settings and take
+    precedence. *classify* and *client* replace the model server and the MongoDB client; the caller closes what it
+    passes in. *plan* identifies how *classify* produces its answers (see result_fingerprint). Use as ``async with``, or
+    call ``close``.
     """
-
-    recorder: SampleRecorder | None = None
 
     def __init__(
         self,
@@ -67,7 +76,7 @@ class BatchProcessor:
         classify: Classify | None = None,
         plan: str = "",
         client: Any = None,
-        reporter: Reporter | None = None,
+        observers: Observers | None = None,
         **overrides: Any,
     ) -> None:
         base = {} if settings is None else {name: getattr(settings, name) for name in settings.model_fields_set}
@@ -76,12 +85,11 @@ class BatchProcessor:
         self._given_classify = classify
         self._plan = plan
         self._client = client
-        self.reporter = reporter
+        self._observers = observers or Observers()
         self._stack = AsyncExitStack()
         self._connected = False
         self._limit: ConcurrencyLimit | None = None
-        self.announce: Callable[[str], None] = lambda _sentence: None  # gets what an operator should see of a start
-        self.stop = asyncio.Event()  # set it to end the run: no new documents, calls in flight get the grace period
+        self.stop = asyncio.Event()  # set it to end the run: no new documents, a grace period for calls in flight
 
     async def __aenter__(self) -> BatchProcessor:
         await self.connect()
@@ -91,10 +99,10 @@ class BatchProcessor:
         await self.close()
 
     async def connect(self) -> None:
-        """Take the directory, reach MongoDB and the model server, and create missing indexes.
+        """Lock the directory, connect to MongoDB and the model server, and create missing indexes.
 
         Raises:
-            TriadError: The first thing that is wrong, in one sentence; nothing was changed by then.
+            TriadError: The first problem; nothing was changed.
         """
         if self._connected:
             return
@@ -108,7 +116,8 @@ class BatchProcessor:
             self._source = await self.store.identity()
             self.files.require_source(self._source)
             classify = self._given_classify or await self._connect_model(stack)
-            self._classify = self.recorder.recorded(classify) if self.recorder else classify
+            recorder = self._observers.recorder
+            self._classify = recorder.recorded(classify) if recorder else classify
             await self.store.ensure_result_indexes()
             self._stack = stack.pop_all()
         self._connected = True
@@ -120,54 +129,49 @@ class BatchProcessor:
         if self.settings.max_concurrent == "auto":
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
-        on_answer = self.recorder.note_answer if self.recorder else None
+        recorder = self._observers.recorder
+        on_answer = recorder.note_answer if recorder else None
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
         choice = await run_window(
             client,
             self.settings.ollama_num_ctx,
-            lambda client: sample_needs(
-                self.store, self.settings.source_collection, client.truncator(prompts).estimator
-            ),
+            lambda client: sample_needs(self.store, client.truncator(prompts).estimator),
         )
         start_s = time.monotonic()
         target = await client.warm_up(choice, self._tell)
-        if self.recorder is not None:
-            self.recorder.load_s = time.monotonic() - start_s
+        if recorder is not None:
+            recorder.note_load(time.monotonic() - start_s)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
 
         self._plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)
         window = SharedWindow(client, target.num_ctx)
         stack.push_async_callback(window.close)
 
-        async def classify(conversation: Conversation, rounds: int) -> Outcome:
-            with contextlib.suppress(LLMError):  # the call says what is wrong
-                await window.renew()
-            return await llm.ollama_classify_async(conversation, client, prompts, parser, rounds)
-
-        return classify
+        return partial(window.classify, prompts, parser)
 
     def _tell(self, sentence: str) -> None:
         logger.info(sentence)
-        self.announce(sentence)
+        if self._observers.announce is not None:
+            self._observers.announce(sentence)
 
     async def close(self) -> None:
-        """Close what ``connect`` opened and give the directory back; safe to call twice."""
+        """Close what ``connect`` opened and release the directory; safe to call twice."""
         self._connected = False
         await self._stack.aclose()
 
     async def fetch_unprocessed_queries(self, limit: int | None = None) -> list[Document]:
-        """Return up to *limit* pending documents (None: one batch) in the order of ids; changes nothing."""
+        """Return up to *limit* pending documents (None: one batch) in the order of ids, and change nothing."""
         await self.connect()
         return await self.store.read_page("pending", [], [], limit or self.settings.batch_size)
 
     async def process_document(self, document: Document) -> Document:
-        """Classify one document, store its result and return it; the source is not touched.
+        """Classify one document, store its result and return it; the source document does not change.
 
         Raises:
             SkippedDocumentError: There is nothing to classify.
-            LLMError, StoreError: It failed; nothing was stored, and nothing is queued.
+            LLMError, StoreError: It failed; nothing was stored or queued for retry.
         """
         await self.connect()
         conversation = aggregate_conversation(document)
@@ -185,14 +189,14 @@ class BatchProcessor:
         return result
 
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
-        """Classify *documents* with every safeguard of a run; return its statistics, as ``run`` does.
+        """Classify only *documents*, with every safeguard of a run; return statistics as ``run`` does.
 
-        Nothing else is looked for; documents that fail are in the retry queue afterwards.
+        Documents that fail are in the retry queue afterwards.
         """
         return await self._run(lambda intake: [intake.given(documents)], to_the_end=False)
 
     async def run(self) -> dict[str, Any]:
-        """Classify everything that is selected; return the statistics.
+        """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done,
         leased_elsewhere, retried, copied, in_retry_queue, in_quarantine, reasons, interrupted, with_confidence,
@@ -200,8 +204,8 @@ class BatchProcessor:
 
         Raises:
             FailureThresholdError: Too many documents failed.
-            TriadError: MongoDB, the model server or the directory failed for good. In each case
-                the same command goes on where this one ended.
+            TriadError: MongoDB, the model server or the directory failed for good. In each case, the next run
+                resumes where this one stopped.
         """
         return await self._run(
             lambda intake: [intake.recovered(), intake.retry_round(), intake.fresh()], to_the_end=True
@@ -215,14 +219,24 @@ class BatchProcessor:
         steps = Steps(aggregate_conversation, self._classify, self._plan, kinds)
         saved = self.files.read_state("checkpoint.json")
         options = self.options
-        checkpoint = Checkpoint.resume_or_new(saved, self._source, reprocess=options.reprocess, only=options.only)
-        checkpoint.worker_id = self._worker_id()
-        run = BatchRun(self.settings, self.options, self.store, self.files, steps, checkpoint=checkpoint)
-        run.stop, run.reporter, run.limit = self.stop, self.reporter, self._limit
+        checkpoint = Checkpoint.resume_or_new(
+            saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
+        )
+        parts = RunParts(
+            self.settings,
+            options,
+            self.store,
+            self.files,
+            checkpoint,
+            self.stop,
+            reporter=self._observers.reporter,
+            limit=self._limit,
+        )
+        run = BatchRun(parts, steps)
         return await run.execute(sources(run.intake), to_the_end=to_the_end)
 
     def _worker_id(self) -> str:
-        """Return the id under which this directory's worker holds leases, the same after a crash."""
+        """Return the id under which the worker of this directory holds leases, the same after a crash."""
         for name in ("worker.json", "checkpoint.json"):
             worker_id = (self.files.read_state(name) or {}).get("worker_id")
             if isinstance(worker_id, str):
@@ -233,7 +247,7 @@ class BatchProcessor:
 
 
 async def find_model(settings: Settings) -> str | None:
-    """Return the model to ask: the one named, else the first local one of the server; None where none answers."""
+    """Return the model to ask: the configured one, or the first local one of the server; None if it does not answer."""
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
         try:
@@ -245,10 +259,10 @@ async def find_model(settings: Settings) -> str | None:
 
 
 def baseline_classify(baseline: BaselineClassifier) -> Classify:
-    """Return *baseline* in the form that a run asks, with metadata that says what it is."""
+    """Return *baseline* as the classify step of a run; the results name it as their model."""
 
     async def classify(conversation: Conversation, _rounds: int) -> Outcome:
-        await asyncio.sleep(0)  # it computes; let signals and writes have their turn between two documents
+        await asyncio.sleep(0)  # the baseline never waits: let signals and writes run between two documents
         start = time.monotonic()
         labels = baseline.classify(conversation)
         return Outcome(
@@ -264,5 +278,5 @@ def baseline_classify(baseline: BaselineClassifier) -> Classify:
 
 
 if __name__ == "__main__":
-    # The same command under the name that older scripts call; an import would point upwards.
+    # The same command under its older name; an import would point upwards.
     runpy.run_module("cli", run_name="__main__")

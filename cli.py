@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
-if __name__ == "__main__":
-    # Modules stay for good: looking for garbage between their imports took a tenth of a start. ``main`` switches it on.
-    gc.disable()
-
 import argparse
 import asyncio
 import contextlib
@@ -17,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,7 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from aggregator import aggregate_conversation
-from batch_processor import BASELINE_PLAN, BatchProcessor, baseline_classify, find_model
+from batch_processor import BASELINE_PLAN, BatchProcessor, Observers, baseline_classify, find_model
 from commands import summary
 from commands.flags import (
     Command,
@@ -41,7 +36,7 @@ from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, St
 from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file
-from utils.process import exit_code_of, print_error, stop_on_signals
+from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from utils.schedule import seconds_until_next
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions
@@ -53,7 +48,7 @@ DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
 SAMPLES = DATA / "sample_conversations.jsonl"
 
-# Loaded when one of them is given: some bring libraries that a run has no use for.
+# Imported on demand: some need libraries that a run does not.
 COMMANDS = {
     "doctor": "commands.doctor",
     "estimate": "commands.estimate",
@@ -69,19 +64,15 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (None: of the process) and return its exit code.
 
-    The one place with a broad except: whatever goes wrong becomes one sentence on stderr.
+    The only broad except: any error becomes one line on stderr.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     command = load_command(given[0]) if given and given[0] in COMMANDS else None
     shown = COMMANDS if {"-h", "--help"} & set(given) else ()
     parser = create_command_parser(command) if command else create_parser(load_command(name) for name in shown)
-    # Flags may stand before, between and behind what a command takes.
+    # Intermixed: flags may stand before, between and after the arguments of a command.
     arguments = parser.parse_intermixed_args(given[1:]) if command else parser.parse_args(given)
-    # Modules stay for good and a run makes few reference cycles, so garbage is looked for rarely. With still rarer full
-    # passes (10_000, 20, 20) memory grew by 30 % over 200,000 documents.
-    gc.freeze()
-    gc.set_threshold(10_000, 5, 2)
-    gc.enable()
+    tune_garbage_collection()
 
     def run() -> int:
         settings = command_settings(arguments) if command else settings_from(arguments)
@@ -115,9 +106,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         options = run_options(arguments, settings)
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
-        processor = BatchProcessor(settings, options=options, reporter=_reporter(arguments, settings), **parts)
-        if monitoring(arguments)[0]:
-            processor.announce = lambda sentence: print(sentence, file=sys.stderr, flush=True)
+        processor = BatchProcessor(settings, options=options, observers=_observers(arguments, settings), **parts)
         connected = asyncio.Event()
         with stop_on_signals(processor.stop, connected.is_set):
             await stack.enter_async_context(processor)
@@ -126,9 +115,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any]]:
-    """Start what ``--embedded`` brings: a MongoDB with the samples, and the baseline where no Ollama answers."""
+    """Start the embedded MongoDB with the samples, and select the baseline if no Ollama answers."""
     from domain.document_files import read_documents  # noqa: PLC0415
-    from embedded.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - a plain run needs none of these
+    from embedded.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - only for --embedded
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
 
     console = Console(stderr=True)
@@ -148,26 +137,26 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         await store.close()
     model = await find_model(settings)
     if model is not None:
-        console.print(f"Using {model} of the Ollama at {settings.server_url}.", soft_wrap=True)
+        console.print(f"Found Ollama at {settings.server_url}; using {model}.", soft_wrap=True)
         return settings.model_copy(update={"ollama_model": model}), {}
     baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
     console.print(
-        f"[yellow]No Ollama found at {settings.server_url}; using the built-in baseline classifier ({BASELINE_MODEL}). "
-        "Accuracy: docs/baseline.md.[/]",
+        f"[yellow]No Ollama with a model found at {settings.server_url}; using the built-in baseline classifier "
+        f"({BASELINE_MODEL}). Accuracy: docs/baseline.md.[/]",
         soft_wrap=True,
     )
     return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}
 
 
 async def _passes(arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor) -> int:
-    """Run once, or again and again; an outage between passes is waited out."""
+    """Run once, or repeatedly as the mode says; a pass that fails because of an outage does not end the loop."""
     while True:
         try:
             stats = await processor.run()
         except (StoreUnavailableError, LLMUnavailableError) as exc:
             if settings.mode == "batch":
                 raise
-            logger.warning("pass failed, the next one follows: %s", exc)
+            logger.warning("this pass failed; waiting for the next one: %s", exc)
         else:
             await _report(arguments, settings, processor, stats)
             if stats["interrupted"]:
@@ -184,7 +173,7 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
-    from worker.preview import preview  # noqa: PLC0415 - of no use to a run
+    from worker.preview import preview  # noqa: PLC0415 - a run does not need it
 
     store = DocumentStore(settings)
     try:
@@ -207,7 +196,7 @@ async def _report(
 ) -> None:
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
-    console = Console(soft_wrap=True, emoji=False)  # a label is shown as it is, and no table of emoji is loaded
+    console = Console(soft_wrap=True, emoji=False)  # labels are printed literally, and the emoji table is not loaded
     summary.print_run(console, stats, settings.lease_s)
     if arguments.embedded:
         results = await processor.store.read_results([], 10_000)
@@ -222,7 +211,7 @@ async def _report(
         console.print(f"Results: collection {settings.results_collection} in database {settings.db_name}")
 
 
-def _reporter(arguments: argparse.Namespace, settings: Settings) -> Reporter:
+def _observers(arguments: argparse.Namespace, settings: Settings) -> Observers:
     console, _, files = monitoring(arguments)
     reporters: list[Reporter] = []
     if console:
@@ -230,7 +219,8 @@ def _reporter(arguments: argparse.Namespace, settings: Settings) -> Reporter:
     if files:
         reporters.append(FileProgress(settings.batch_files_dir / "progress"))
         reporters.append(MetricsFile(settings.batch_files_dir))
-    return Reporters(reporters)
+    announce = partial(print, file=sys.stderr, flush=True) if console else None
+    return Observers(Reporters(reporters), announce=announce)
 
 
 def _configure_logs(arguments: argparse.Namespace, settings: Settings) -> None:

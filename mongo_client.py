@@ -1,52 +1,87 @@
-"""Everything that talks to MongoDB; the only owner of pymongo.
+"""The MongoDB client: source documents, leases, results, and the samples that commands draw.
 
-PyMongo's own asyncio API is used, and only calls that Motor has too, so a Motor client (or
-``mongomock_motor`` in unit tests and the demo) can be handed in. Facts that decide the design, all
-measured on mongod 6.0: ``{_id: {$gt: x}}`` sees only ids of x's BSON type, ``$expr`` sees all; an
-acknowledged write survives a killed server only with ``j: true``; an insert that was cancelled or
-lost its connection may be stored, so writes are repeated and duplicates counted as done.
+It uses PyMongo's asyncio API, and only calls that Motor has as well, so tests and the demo can pass a Motor or
+``mongomock_motor`` client. Three facts decide the design, all measured on mongod 6.0: ``{_id: {$gt: x}}`` sees only
+ids of the BSON type of x, ``$expr`` sees all; an acknowledged write survives a killed server only with ``j: true``; an
+insert that was cancelled or lost its connection may be stored, so writes are repeated and duplicates count as done.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import warnings
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from bson.errors import BSONError
-from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern, errors
-from pymongo.errors import BulkWriteError, PyMongoError
+from pymongo import IndexModel, ReplaceOne
+from pymongo.errors import BulkWriteError
 
 from config import Settings
-from error_handler import (
-    ConfigurationError,
-    IndexBlockedError,
-    StoreError,
-    StoreForbiddenError,
-    StoreRejectedError,
-    StoreUnavailableError,
-)
-from storage import contract as facts
-from storage.contract import Document, FinalStatus, Selection, range_filter, selection_filter
+from domain.staleness import ResultProvenance
+from error_handler import IndexBlockedError, StoreError, StoreRejectedError
+from storage.contract import Document, FinalStatus, Selection
 from storage.extended_json import id_key, id_text
-from utils.aio import cancellable, close_within
+from storage.mongo_connection import DURABLE, close_client, open_client
+from storage.mongo_errors import (
+    DRIVER_ERRORS,
+    TOO_LARGE_CODES,
+    index_problem,
+    require_only_duplicates,
+    store_error,
+    translated,
+)
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DURABLE = WriteConcern("majority", j=True)
+SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
+
+SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
+RESULT_INDEXES = (
+    "conversation_number",
+    "processing_metadata.batch_job_id",
+    "processing_metadata.processed_at",
+    "classification.intent",
+    "classification.topic",
+    "classification.sentiment",
+)
+_PROVENANCE = ("processing_metadata.input_sha256", "processing_metadata.fingerprint")
+_LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
+
+
+def selection_filter(selection: Selection) -> Document:
+    """Return the query for the documents of *selection*; a missing status counts as pending.
+
+    ``sweep`` adds documents with the status processing: their worker died, unless a lease says otherwise.
+    Single queries have no status but ``processed`` and ``status_reason``.
+    """
+    undone = {"status": None, "processed": {"$ne": True}}
+    if selection == "all":
+        return {}
+    if selection == "failed":
+        return {"$or": [{"status": "failed"}, {**undone, "status_reason": {"$ne": None}}]}
+    statuses = ["pending", "processing"] if selection == "sweep" else ["pending"]
+    return {"$or": [{"status": {"$in": statuses}}, {**undone, "status_reason": None}]}
+
+
+def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
+    """Return the query for ids after *after* up to *bound*, across BSON types.
+
+    Each holds one id, or none if that side is open; None would not do, because null is a valid id.
+    """
+    limits = [{"$gt": ["$_id", {"$literal": value}]} for value in after]
+    limits += [{"$lte": ["$_id", {"$literal": value}]} for value in bound]
+    return {"$expr": {"$and": limits}} if limits else {}
 
 
 class DocumentStore:
     """The source documents, the results and the leases of one database.
 
-    Opens its own client inside the running event loop unless *client* is handed in; ``close``
-    closes only what was opened here. Every call is repeated as *settings* say before it raises.
+    Opens its own client in the running event loop unless *client* is given; ``close`` closes only a client that was
+    opened here. Every call is retried as *settings* say before it raises.
     """
 
     def __init__(self, settings: Settings, *, worker_id: str = "worker", client: Any = None) -> None:
@@ -64,10 +99,9 @@ class DocumentStore:
             settings.results_collection, codec_options=options, write_concern=DURABLE
         )
         self._leases = database.get_collection(f"{settings.source_collection}_leases")
-        self.retries = 0
 
     async def check(self) -> None:
-        """Reach the server and learn its clock, by which leases are kept.
+        """Connect to the server and read its clock, which decides when leases expire.
 
         Raises:
             StoreUnavailableError, StoreForbiddenError: One sentence for the operator.
@@ -77,12 +111,12 @@ class DocumentStore:
         if isinstance(server_time, datetime):
             self._clock_offset = server_time.replace(tzinfo=UTC) - datetime.now(UTC)
         if hello and "setName" not in hello and "msg" not in hello:
-            logger.info("MongoDB is a standalone server: durable, but without failover or retryable writes")
+            logger.info("MongoDB is a standalone server: writes are durable, but there is no failover")
 
     async def identity(self) -> str:
-        """Return what tells this pair of collections from all others, on any server.
+        """Return a text that identifies this pair of collections among all servers.
 
-        MongoDB gives each collection a UUID; one that does not exist yet has none.
+        MongoDB gives each collection a UUID; a collection that does not exist yet has none.
         """
         command = {"listCollections": 1, "filter": {"name": self._source.name}}
         answer = await self._command("identify the collection", self.database, command)
@@ -91,18 +125,18 @@ class DocumentStore:
         return f"{self._source.full_name} -> {self._results.name} ({uuid.hex() if uuid else 'new'})"
 
     async def ensure_result_indexes(self) -> None:
-        """Create the indexes of the results; the unique one makes a second result impossible.
+        """Create the indexes of the results; the unique index makes a second result impossible.
 
         Raises:
-            IndexBlockedError: Stored results have the same source id; the message has the query.
+            IndexBlockedError: Stored results share a source id; the message contains the query that finds them.
         """
         unique = IndexModel([("source_conversation_id", 1)], unique=True)
-        models = [unique, *(IndexModel([(field, 1)]) for field in facts.RESULT_INDEXES)]
+        models = [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)]
         await self._create_indexes(self._results, models)
 
     async def ensure_source_indexes(self) -> None:
-        """Create the indexes of the source and of the leases; may take seconds on millions of documents."""
-        await self._create_indexes(self._source, [IndexModel([(field, 1)]) for field in facts.SOURCE_INDEXES])
+        """Create the indexes of the source and of the leases; takes seconds on millions of documents."""
+        await self._create_indexes(self._source, [IndexModel([(field, 1)]) for field in SOURCE_INDEXES])
         await self._create_indexes(self._leases, [IndexModel([("expires_at", 1)], expireAfterSeconds=0)])
 
     async def upper_bound(self) -> list[Any]:
@@ -133,70 +167,59 @@ class DocumentStore:
         return await self._call("count", lambda: self._source.count_documents(query))
 
     async def foreign_statuses(self) -> list[str]:
-        """Return the values of ``status`` that are not of this product; such documents are never selected."""
+        """Return the values of ``status`` that this product does not know; it ignores such documents."""
         known = {None, "pending", "processing", "processed", "failed", "skipped"}
         values = await self._call("read statuses", lambda: self._source.distinct("status"))
         return sorted(
-            str(value) for value in values if not isinstance(value, str) or value not in known if value is not None
+            str(value) for value in values if value is not None and (not isinstance(value, str) or value not in known)
         )
 
     async def result_keys(self, document_ids: list[Any], job_id: str | None = None) -> set[bytes]:
-        """Return the ``id_key`` of those *document_ids* that have a result (of *job_id* where given)."""
-        query: Document = {"source_conversation_id": {"$in": document_ids}}
-        if job_id is not None:
-            query["processing_metadata.batch_job_id"] = job_id
-        found = await self._call(
-            "look for results",
-            lambda: self._results.find(query, {"_id": 0, "source_conversation_id": 1}).to_list(None),
-        )
-        return {id_key(result["source_conversation_id"]) for result in found}
+        """Return the ``id_key`` of those *document_ids* that have a result, of *job_id* if given."""
+        of_job = {} if job_id is None else {"processing_metadata.batch_job_id": job_id}
+        return set(await self._result_fields(document_ids, (), of_job))
 
     async def write_results(self, results: list[Document], *, replace: bool = False) -> dict[int, StoreRejectedError]:
-        """Store *results* durably; return, by index, those that MongoDB will never take.
+        """Store *results* durably; return, by index, those that MongoDB rejects for good.
 
-        A document that already has a result keeps it, unless *replace*. Safe to repeat.
+        A document that already has a result keeps it, unless *replace*. Idempotent.
 
         Raises:
-            StoreError: Which of them are stored is unknown; write all of them again.
+            StoreError: Some may be stored; write all of them again.
         """
         try:
             await self._call("write results", lambda: self._write(results, replace))
         except StoreRejectedError as exc:
             if len(results) == 1:
                 return {0: exc}
-            # One bad document fails its whole group on the way out; alone, it fails alone.
-            rejected: dict[int, StoreRejectedError] = {}
-            for index, result in enumerate(results):
-                alone = await self.write_results([result], replace=replace)
-                if alone:
-                    rejected[index] = alone[0]
-            return rejected
+            # One invalid document fails the whole group before it is sent; written alone, only that one fails.
+            alone = [await self.write_results([result], replace=replace) for result in results]
+            return {index: rejected[0] for index, rejected in enumerate(alone) if rejected}
         return {}
 
     async def _write(self, results: list[Document], replace: bool) -> None:
+        if not replace:
+            await _insert_new(self._results, results)
+            return
+        operations = [
+            ReplaceOne(
+                {"source_conversation_id": {"$eq": result["source_conversation_id"]}},
+                {name: value for name, value in result.items() if name != "_id"},
+                upsert=True,
+            )
+            for result in results
+        ]
         try:
-            if replace:
-                operations = [
-                    ReplaceOne(
-                        {"source_conversation_id": {"$eq": result["source_conversation_id"]}},
-                        {name: value for name, value in result.items() if name != "_id"},
-                        upsert=True,
-                    )
-                    for result in results
-                ]
-                await self._results.bulk_write(operations, ordered=False)
-            else:
-                await self._results.insert_many(results, ordered=False)
+            await self._results.bulk_write(operations, ordered=False)
         except BulkWriteError as exc:
-            _require_only_duplicates(exc)
+            require_only_duplicates(exc)
 
     async def mark_processing(self, document_ids: list[Any]) -> None:
         """Set the status of conversations to processing; single queries have none."""
-        change = {"$set": {"status": "processing"}}
-        await self._update(self._source, document_ids, change)
+        await self._update(self._source, document_ids, {"$set": {"status": "processing"}})
 
     async def mark(self, document_ids: list[Any], status: FinalStatus, reason: str | None, *, queries: bool) -> None:
-        """Set the final status of conversations, or of single queries, with its *reason* where there is one."""
+        """Set the final status of conversations, or of single queries, and its *reason* if any."""
         change: Document = (
             {"$set": {"status_reason": reason}} if reason else {"$set": {}, "$unset": {"status_reason": ""}}
         )
@@ -210,27 +233,27 @@ class DocumentStore:
         await self._update(self._marks, document_ids, change)
 
     async def _update(self, collection: Any, document_ids: list[Any], change: Document) -> None:
-        """Update *document_ids*; one that has no room left for a status (16 MiB) is left as it is."""
+        """Update *document_ids*, except documents that have no room left for a status (16 MiB)."""
         query = {"_id": {"$in": document_ids}}
         try:
             await self._call("update statuses", lambda: collection.update_many(query, change))
         except StoreRejectedError as exc:
-            if getattr(exc.__cause__, "code", None) not in facts.TOO_LARGE_CODES:
+            if getattr(exc.__cause__, "code", None) not in TOO_LARGE_CODES:
                 raise
             if len(document_ids) == 1:
-                logger.warning("document %s is too large to be given its status", id_text(document_ids[0]))
+                logger.warning("document %s is too large (16 MiB) to store its status", id_text(document_ids[0]))
                 return
             for document_id in document_ids:
                 await self._update(collection, [document_id], change)
 
     async def claim(self, document_ids: list[Any]) -> set[bytes]:
-        """Lease *document_ids* to this worker; return the ``id_key`` of those that no other worker holds.
+        """Lease *document_ids* to this worker; return the ``id_key`` of those it holds now.
 
-        A lease that expired, by the server's clock, is taken over.
+        A lease that has expired, by the server's clock, is taken over.
         """
         expires_at = self._server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
-        taken = await self._call("claim documents", lambda: self._insert_leases(leases))
+        taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))
         if not taken:
             return {id_key(value) for value in document_ids}
         free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self._server_time()}}]}
@@ -242,16 +265,8 @@ class DocumentStore:
             "read leases",
             lambda: self._leases.find({"_id": {"$in": contested}, "worker": self._worker_id}, {"_id": 1}).to_list(None),
         )
-        first_hand = [value for index, value in enumerate(document_ids) if index not in taken]
-        return {id_key(value) for value in (*first_hand, *(lease["_id"] for lease in own))}
-
-    async def _insert_leases(self, leases: list[Document]) -> set[int]:
-        try:
-            await self._leases.insert_many(leases, ordered=False)
-        except BulkWriteError as exc:
-            _require_only_duplicates(exc)
-            return {error["index"] for error in exc.details["writeErrors"]}
-        return set()
+        new = [value for index, value in enumerate(document_ids) if index not in taken]
+        return {id_key(value) for value in (*new, *(lease["_id"] for lease in own))}
 
     async def renew_leases(self) -> None:
         """Move the expiry of every lease of this worker."""
@@ -263,17 +278,50 @@ class DocumentStore:
         query = {"_id": {"$in": document_ids}, "worker": self._worker_id}
         await self._call("release leases", lambda: self._leases.delete_many(query))
 
-    async def insert_documents(self, documents: list[Document]) -> int:
-        """Store source *documents*; return how many were new. One whose ``_id`` is taken is left alone."""
-        return await self._call("import documents", lambda: self._insert_new(documents))
+    async def result_provenance(self, document_ids: list[Any]) -> dict[bytes, ResultProvenance]:
+        """Return, by ``id_key``, how the results of those *document_ids* that have one were made."""
+        results = await self._result_fields(document_ids, _PROVENANCE)
+        return {key: ResultProvenance.of(result) for key, result in results.items()}
 
-    async def _insert_new(self, documents: list[Document]) -> int:
-        try:
-            await self._marks.insert_many(documents, ordered=False)
-        except BulkWriteError as exc:
-            _require_only_duplicates(exc)
-            return int(exc.details["nInserted"])
-        return len(documents)
+    async def result_labels(self, document_ids: list[Any]) -> dict[bytes, Document]:
+        """Return, by ``id_key``, the labels of those *document_ids* that have a result, with their model and time."""
+        return await self._result_fields(document_ids, _LABELS)
+
+    async def _result_fields(
+        self, document_ids: list[Any], fields: Sequence[str], more: Document | None = None
+    ) -> dict[bytes, Document]:
+        query = {"source_conversation_id": {"$in": document_ids}, **(more or {})}
+        projection = {"_id": 0, "source_conversation_id": 1, **dict.fromkeys(fields, 1)}
+        found = await self._call("read results", lambda: self._results.find(query, projection).to_list(None))
+        return {id_key(result["source_conversation_id"]): result for result in found}
+
+    async def sample(self, size: int) -> AsyncIterator[Document]:
+        """Yield up to *size* random source documents of any status."""
+        with translated("read a sample"):
+            # Without a filter before it, $sample uses a random cursor and reads no more than it returns.
+            cursor = await self._source.aggregate([{"$sample": {"size": size}}], batchSize=SAMPLE_PAGE)
+            async for document in cursor:
+                yield document
+
+    async def sample_ids(self, selection: Selection, size: int) -> list[Any]:
+        """Return the ids of up to *size* random documents of *selection*."""
+        stages = [{"$match": selection_filter(selection)}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
+
+        async def draw() -> list[Any]:
+            cursor = await self._source.aggregate(stages, allowDiskUse=True)
+            return [document["_id"] async for document in cursor]
+
+        return await self._call("draw a sample", draw)
+
+    async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
+        """Return those *document_ids* that *selection* has."""
+        query = {"_id": {"$in": document_ids}, **selection_filter(selection)}
+        return await self._call("read documents", lambda: self._source.find(query).to_list(None))
+
+    async def insert_documents(self, documents: list[Document]) -> int:
+        """Store source *documents*; return how many were new. An existing ``_id`` is left unchanged."""
+        known = await self._call("import documents", lambda: _insert_new(self._marks, documents))
+        return len(documents) - len(known)
 
     async def read_results(self, after: Sequence[Any], limit: int) -> list[Document]:
         """Return up to *limit* results in the order of their ``_id``, after the one given."""
@@ -285,7 +333,7 @@ class DocumentStore:
     async def close(self) -> None:
         """Close the client if it was opened here."""
         if self._opened_here:
-            await close_within(self._client.close(), facts.CLOSE_WAIT_S)
+            await close_client(self._client)
 
     def _server_time(self) -> datetime:
         return datetime.now(UTC) + self._clock_offset
@@ -294,103 +342,41 @@ class DocumentStore:
         try:
             await self._call("create indexes", lambda: collection.create_indexes(models))
         except StoreError as exc:
-            sentence = facts.index_sentence(getattr(exc.__cause__, "code", None), collection.name)
-            if sentence:
-                raise IndexBlockedError(sentence) from exc
+            problem = index_problem(getattr(exc.__cause__, "code", None), collection.name)
+            if problem:
+                raise IndexBlockedError(problem) from exc
             raise
 
     async def _command(self, what: str, database: Any, command: Document) -> Document:
-        """Return the answer to *command*; empty from mongomock, which has no commands."""
+        """Return the reply to *command*; empty from mongomock, which has no commands."""
         try:
             return await self._call(what, lambda: database.command(command))
         except NotImplementedError:
             return {}
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
+        task = asyncio.current_task()
+
         async def attempt() -> T:
-            with translated(what):
-                return await cancellable(operation)
+            cancellations = task.cancelling() if task is not None else 0
+            try:
+                result = await operation()
+            except DRIVER_ERRORS as exc:
+                raise store_error(what, exc) from exc
+            # ``asyncio.wait_for`` of Python 3.11 swallows a cancellation that comes as its future is done
+            # (python/cpython#86296), and PyMongo sends with it. A run that has ended would wait for this task forever.
+            if task is not None and task.cancelling() > cancellations:
+                raise asyncio.CancelledError
+            return result
 
-        return await retry_async(attempt, self._policy, what, self._count_retry)
-
-    def _count_retry(self) -> None:
-        self.retries += 1
+        return await retry_async(attempt, self._policy, what)
 
 
-def open_client(settings: Settings) -> AsyncMongoClient[Document]:
-    """Return a client for the running event loop; whoever opens it closes it.
-
-    Raises:
-        ConfigurationError: MONGODB_URI is not a usable address.
-    """
+async def _insert_new(collection: Any, documents: list[Document]) -> set[int]:
+    """Insert *documents*; return the indexes of those that were stored already."""
     try:
-        with warnings.catch_warnings(action="error", category=UserWarning):  # else an option with a typo is left out
-            return AsyncMongoClient(
-                settings.mongodb_uri.get_secret_value(),
-                maxPoolSize=facts.MAX_POOL_SIZE,
-                minPoolSize=facts.MIN_POOL_SIZE,
-                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, facts.SERVER_SELECTION_MS),
-                timeoutMS=settings.mongodb_timeout_ms,
-                appname="customer-support-triad",
-                # One odd document must not end a run: dates beyond the year 9999, texts that are not UTF-8.
-                datetime_conversion="DATETIME_AUTO",
-                unicode_decode_error_handler="replace",
-            )
-    except (PyMongoError, ValueError, UserWarning) as exc:
-        raise ConfigurationError("MONGODB_URI is not a usable address; it looks like mongodb://host:27017.") from exc
-
-
-@contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Raise the driver's errors as this product's, with one sentence for the operator and the cause kept.
-
-    Driver messages are left out: they may hold the address with its password, or a document.
-    """
-    try:
-        yield
-    except errors.OperationFailure as exc:
-        raise _server_error(what, exc) from exc
-    except (errors.DocumentTooLarge, BSONError, OverflowError, UnicodeEncodeError) as exc:
-        raise StoreRejectedError(f"MongoDB cannot hold the document ({what}: {type(exc).__name__})") from exc
-    except errors.ConnectionFailure as exc:
-        raise StoreUnavailableError(f"MongoDB does not answer ({what}); check that it runs and MONGODB_URI.") from exc
-    except (errors.ConfigurationError, errors.InvalidName) as exc:
-        raise ConfigurationError(
-            f"MongoDB cannot be used as configured ({what}); check MONGODB_URI and the names."
-        ) from exc
-    except PyMongoError as exc:
-        raise StoreUnavailableError(f"MongoDB failed ({what}: {type(exc).__name__}); its log says more.") from exc
-
-
-def _server_error(what: str, exc: errors.OperationFailure) -> StoreError:
-    if isinstance(exc, BulkWriteError):
-        return StoreRejectedError("MongoDB cannot store the document")
-    if exc.code in facts.FORBIDDEN_CODES:
-        return StoreForbiddenError(
-            f"MongoDB refuses this user ({what}); check user, password and rights in MONGODB_URI."
-        )
-    if exc.code in facts.TRANSIENT_CODES or isinstance(
-        exc, errors.ExecutionTimeout | errors.WTimeoutError | errors.CursorNotFound
-    ):
-        return StoreUnavailableError(f"MongoDB cannot serve this now ({what}, code {exc.code}); its log says more.")
-    return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {exc.code})")
-
-
-def _require_only_duplicates(exc: BulkWriteError) -> None:
-    """Return where every error of the group is a duplicate key: those documents are stored already."""
-    if exc.details.get("writeConcernErrors"):
-        raise StoreUnavailableError("MongoDB stored the results without the promised durability") from exc
-    problems = [error for error in exc.details.get("writeErrors", ()) if not _is_stored(error)]
-    codes = {error.get("code") for error in problems}
-    if problems:
-        if codes & facts.FORBIDDEN_CODES:
-            raise StoreForbiddenError("MongoDB refuses writes to this user; check the rights of MONGODB_URI.") from exc
-        if codes & facts.TRANSIENT_CODES:
-            raise StoreUnavailableError("MongoDB cannot serve this now (write results); its log says more.") from exc
-        raise StoreRejectedError("MongoDB cannot store the document") from exc
-
-
-def _is_stored(error: Document) -> bool:
-    """Whether *error* is a duplicate of our own keys; one of a foreign unique index means that nothing is stored."""
-    fields = error.get("keyPattern", {"_id": 1}).keys()  # mongomock has no keyPattern
-    return error.get("code") == facts.DUPLICATE_KEY and fields <= {"_id", "source_conversation_id"}
+        await collection.insert_many(documents, ordered=False)
+    except BulkWriteError as exc:
+        require_only_duplicates(exc)
+        return {error["index"] for error in exc.details["writeErrors"]}
+    return set()

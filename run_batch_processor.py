@@ -1,11 +1,6 @@
-"""The batch worker under the name that older scripts call; the same as ``python cli.py``."""
+"""The batch worker under its older name; the same as ``python cli.py``."""
 
 from __future__ import annotations
-
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # as cli.py does
 
 import sys
 

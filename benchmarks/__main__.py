@@ -1,8 +1,8 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
-``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index`` or
-``search`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without targets. See
-docs/performance.md.
+``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
+``search`` or ``walk`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without
+targets. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks import concurrency, document_jobs, embedding, latency, memory, search_quality, service, throughput
+from benchmarks import concurrency, document_jobs, embedding, latency, memory, search_quality, service, throughput, walk
 from benchmarks.table import text
 from benchmarks.worker_process import WorkerFailedError
 
@@ -27,6 +27,7 @@ MEASURES = {
     "openai": document_jobs.measure,
     "index": embedding.measure,
     "search": search_quality.measure,
+    "walk": walk.measure,
 }
 
 

@@ -24,7 +24,7 @@ from config import Settings, load_taxonomy
 from error_handler import TriadError
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
-from worker.window_sample import sample_needs
+from worker.plan import sample_needs
 
 DEFAULT_MAX_PROBE = 8
 SAMPLE_TIMEOUT_MS = 5000
@@ -101,7 +101,7 @@ async def _sample(settings: Settings, client: AsyncLLMClient) -> list[int]:
     timeout_ms = min(settings.mongodb_timeout_ms, SAMPLE_TIMEOUT_MS)
     store = DocumentStore(settings.model_copy(update={"mongodb_timeout_ms": timeout_ms}))
     try:
-        return await sample_needs(store, settings.source_collection, client.truncator(prompts).estimator)
+        return await sample_needs(store, client.truncator(prompts).estimator)
     finally:
         await store.close()
 

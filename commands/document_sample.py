@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from aggregator import aggregate_conversation
-from config import Settings
 from error_handler import SkippedDocumentError
-from mongo_client import DocumentStore, translated
-from storage.contract import Document, selection_filter
+from mongo_client import DocumentStore
+from storage.contract import Document
 from storage.extended_json import id_key
-from utils.retry_utils import RetryPolicy, retry_async
 
 READ = 300  # documents that are read at least, to see how many have nothing to classify: that takes no model
 CANDIDATES = 1000  # ids that are drawn at least, to see how many of the pending documents have a result already
@@ -31,36 +28,20 @@ class DocumentSample:
     askable_share: float
 
 
-async def draw_sample(store: DocumentStore, settings: Settings, size: int) -> DocumentSample:
+async def draw_sample(store: DocumentStore, size: int) -> DocumentSample:
     """Return up to *size* documents that are pending, or were left processing, and have no result.
 
     Raises:
         StoreError: MongoDB does not answer, or refuses.
     """
-    policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
-    options = store.database.codec_options.with_options(tz_aware=True)
-    source: Any = store.database.get_collection(settings.source_collection, codec_options=options)
-    pending = selection_filter("sweep")
-
-    async def draw() -> list[Any]:
-        stages = [{"$match": pending}, {"$sample": {"size": max(CANDIDATES, size)}}, {"$project": {"_id": 1}}]
-        with translated("draw a sample"):
-            cursor = await source.aggregate(stages, allowDiskUse=True)
-            return [document["_id"] async for document in cursor]
-
-    async def read() -> list[Document]:
-        with translated("read the sample"):
-            found = source.find({"_id": {"$in": wanted}, **pending})
-            return [document async for document in found]
-
     count = await store.count("sweep")
-    drawn = {id_key(value): value for value in await retry_async(draw, policy, "draw a sample")}
+    drawn = {id_key(value): value for value in await store.sample_ids("sweep", max(CANDIDATES, size))}
     done = await store.result_keys(list(drawn.values()))
     undone = [value for key, value in drawn.items() if key not in done]
     is_exact = len(drawn) >= count
     left = len(undone) if is_exact else round(count * len(undone) / max(1, len(drawn)))
     wanted = undone[: max(READ, size)]
-    documents = {id_key(document["_id"]): document for document in await retry_async(read, policy, "read the sample")}
+    documents = {id_key(document["_id"]): document for document in await store.read_documents("sweep", wanted)}
     # In the order drawn: that of ids would tell the first workers the oldest documents.
     in_order = [documents[key] for key in map(id_key, wanted) if key in documents]
     askable = sum(map(_is_askable, in_order))

@@ -8,12 +8,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
-from batch_processor import BatchProcessor
+from batch_processor import BatchProcessor, Observers
 from commands.document_sample import DocumentSample, draw_sample
 from commands.estimate_report import Estimate, SampleFacts, print_estimate
 from commands.flags import Command, add_model_flags, positive
@@ -22,25 +21,12 @@ from domain.prices import batch_prices
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError
 from utils.process import stop_on_signals
-from worker.checkpoint import RunStats
 from worker.intake import RunOptions
-from worker.progress import ConsoleProgress, Reporter
+from worker.progress import ConsoleProgress
 from worker.timing import DocumentTiming, SampleRecorder, mean_tokens, measure_pace
 
 SAMPLE = 20
 CHECKPOINT = "checkpoint.json"
-
-
-class SampleProgress:
-    """Reports the progress of a run over *size* documents instead of all pending ones."""
-
-    def __init__(self, reporter: Reporter, size: int) -> None:
-        self._reporter = reporter
-        self._size = size
-
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
-        """Pass the state on with the size of the sample as its total."""
-        self._reporter.update(job_id, status, replace(stats, total=self._size), in_flight, limit)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +56,13 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
         raise ConfigurationError("an estimate requires a fixed concurrency; set --max-concurrent to a number.")
     recorder = SampleRecorder()
     # Copies take no model time, which is what the sample measures.
-    processor = BatchProcessor(settings, options=RunOptions(dedupe=False))
-    processor.recorder = recorder
+    observers = Observers(ConsoleProgress(sys.stderr), recorder)
+    processor = BatchProcessor(settings, options=RunOptions(dedupe=False), observers=observers)
     connected = asyncio.Event()
     with stop_on_signals(processor.stop, connected.is_set):
         async with processor:
             connected.set()
-            sample = await draw_sample(processor.store, settings, arguments.sample)
+            sample = await draw_sample(processor.store, arguments.sample)
             if not sample.documents:
                 _print_message(arguments, "Nothing is left to classify.", {"left": sample.left, "sample": None})
                 return ExitCode.DONE
@@ -114,7 +100,6 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _classify(processor: BatchProcessor, sample: DocumentSample) -> dict[str, Any]:
     """Classify the sample with every safeguard of a run; keep the checkpoint of an interrupted run."""
-    processor.reporter = SampleProgress(ConsoleProgress(sys.stderr), len(sample.documents))
     before = processor.files.read_state(CHECKPOINT)
     try:
         return await processor.process_batch(sample.documents)

@@ -19,7 +19,7 @@ from error_handler import ConfigurationError, ExitCode, Reason
 from storage import extended_json
 from storage.extended_json import id_key, id_text
 from utils.batch_file_manager import BatchFiles, FailedDocument, FailureKind
-from worker.quarantine import FailedDocuments, drop, look, release
+from worker.quarantine import FailedDocuments, discard, list_failed, requeue
 
 PLACES: dict[FailureKind, str] = {"quarantine": "quarantine", "retry": "the retry queue"}
 ERROR_WIDTH = 160
@@ -57,7 +57,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """
     _require_sense(arguments)
     kind: FailureKind = "retry" if arguments.retry else "quarantine"
-    found = look(settings.batch_files_dir, kind)
+    found = list_failed(settings.batch_files_dir, kind)
     for name in found.unreadable:
         sys.stderr.write(f"{kind}/{name} cannot be read and is skipped; the next run renames it to {name}.corrupt\n")
     if arguments.action == "list":
@@ -142,21 +142,21 @@ async def _move(arguments: argparse.Namespace, settings: Settings) -> int:
     files = BatchFiles(settings.batch_files_dir)
     files.acquire()
     try:
-        found = look(settings.batch_files_dir, "quarantine")  # read again under the lock
+        found = list_failed(settings.batch_files_dir, "quarantine")  # read again under the lock
         entries = found.named(arguments.ids) if arguments.ids else found.of_reason(arguments.reason)
         if not entries:
             print(f"No documents in quarantine{f' for {arguments.reason}' if arguments.reason else ''}.")
             return ExitCode.DONE
         keys = {id_key(entry.conversation_id) for entry in entries}
         if arguments.action == "replay":
-            done = release(files, keys)
+            done = requeue(files, keys)
             print(
                 f"{counted(done, 'document')} moved from quarantine to pending with a full set of attempts. Run python cli.py to "
                 "retry; until then the status in MongoDB stays failed."
             )
         else:
             await _require_consent(entries, yes=arguments.yes)
-            done = drop(files, keys)
+            done = discard(files, keys)
             print(
                 f"{counted(done, 'document')} dropped from quarantine; in MongoDB the status stays failed, with its reason."
             )

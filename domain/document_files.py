@@ -1,8 +1,8 @@
 """Source documents from files: JSON, JSONL (Extended JSON) and CSV, in any accepted shape.
 
-JSONL and CSV of single queries are streamed. Rows of one conversation can lie anywhere in a CSV, so
-those are put together in a temporary SQLite table, which goes to disk when it outgrows a few
-megabytes. Only a JSON array is held in memory as a whole.
+JSONL and CSV of single queries are streamed. The rows of one conversation can be anywhere in a CSV, so they are grouped
+in a temporary SQLite table, which moves to disk when it exceeds a few megabytes. Only a JSON array is read into memory
+as a whole.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _CONVERSATION_FIELDS = frozenset({"_id", "conversation_number", "status", "last_
 _QUERY_FIELDS = frozenset({"_id", "text", "metadata", "processed", "processing_attempts", "status_reason"})
 _SHAPES = "an object with tweets (a list), messages (a list) or text"
 
-# A conversation starts where a customer answers nobody, or somebody whose tweet is not in the file.
+# A conversation starts with a tweet of a customer that answers no tweet in the file.
 _THREAD_STARTS = """
     SELECT place FROM entries WHERE inbound AND (parent = '' OR parent NOT IN (SELECT name FROM entries)) ORDER BY place
 """
-# Depth first: an answer follows what it answers.
+# Depth first: a reply follows the tweet that it answers.
 _THREAD = """
     WITH RECURSIVE thread (name, entry, place, depth) AS (
         SELECT name, entry, place, 0 FROM entries WHERE place = ?
@@ -60,17 +60,16 @@ Row = dict[str, str]
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Yield the documents of *path*, ready for MongoDB; those without ``_id`` stay without.
+    """Yield the documents of *path*, ready for MongoDB; missing ``_id`` fields are not added.
 
     JSON holds one array or one object, JSONL one object per line. A CSV has a header with the columns
     of TWCS_COLUMNS (threads of tweets), MESSAGE_COLUMNS (rows of one conversation_number make one
-    document; optional timestamp) or QUERY_COLUMNS (optional id, source, timestamp). Other suffixes are
-    told apart by their first character. A missing status becomes pending, a missing ``processed``
-    False. Documents of labelled data sets (``gold``, or ``source`` with ``license``) lose what is not
-    of their shape.
+    document; optional timestamp) or QUERY_COLUMNS (optional id, source, timestamp). For other suffixes, the first
+    character of the file decides. A missing status becomes pending, a missing ``processed`` False. Documents of
+    labelled data sets (``gold``, or ``source`` with ``license``) lose the fields that are not part of their shape.
 
     Raises:
-        ConfigurationError: While iterating; names the file, the line, and what is expected there.
+        ConfigurationError: While iterating; the message names the file, the line, and the expected content.
             Documents already yielded stay valid.
     """
     suffix = path.suffix.lower()
@@ -145,7 +144,7 @@ def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
             yield {"conversation_number": str(number), "tweets": tweets, "status": "pending"}
         left_out = table.execute("SELECT COUNT(*) FROM entries").fetchone()[0] - threaded
     if left_out:
-        logger.warning("%s: %d tweets belong to no thread that a customer started; they were left out", path, left_out)
+        logger.warning("%s: skipped %d tweets that belong to no thread started by a customer", path, left_out)
 
 
 def _messages(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
@@ -172,7 +171,7 @@ def _query(row: Row) -> Document:
 
 
 def _ready(document: Any, place: str) -> Document:
-    """Return *document* with its status fields; *place* names it where it has none of the accepted shapes."""
+    """Return *document* with its status fields; *place* names it in the error if it has no accepted shape."""
     fields: Document = document if isinstance(document, dict) else {}
     turns = next((name for name in ("tweets", "messages") if isinstance(fields.get(name), list)), None)
     if turns is None and not isinstance(fields.get("text"), str):
@@ -188,7 +187,7 @@ def _ready(document: Any, place: str) -> Document:
 def _fields(
     path: Path, rows: Iterator[tuple[int, list[str]]], columns: list[str], needed: tuple[str, ...]
 ) -> Iterator[tuple[int, Row]]:
-    """Yield each row by column name, with its line."""
+    """Yield each row as a dict by column name, with its line number."""
     missing = [name for name in needed if name not in columns]
     if missing:
         layouts = "; ".join(",".join(layout) for layout in (TWCS_COLUMNS, MESSAGE_COLUMNS, QUERY_COLUMNS))
@@ -198,13 +197,13 @@ def _fields(
     for line, row in rows:
         if len(row) != len(columns):
             raise ConfigurationError(
-                f"{path}, line {line}: expected {len(columns)} values, as the header has, and found {len(row)}."
+                f"{path}, line {line}: expected {len(columns)} values as in the header, found {len(row)}."
             )
         yield line, dict(zip(columns, row, strict=True))
 
 
 def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a csv reader that are not blank, each with the line it starts on."""
+    """Yield the rows of a csv reader that are not blank, each with the line on which it starts."""
     start = 1
     try:
         for row in reader:
@@ -213,7 +212,7 @@ def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             start = reader.line_num + 1
     except csv.Error as exc:
         raise ConfigurationError(
-            f"{path}, the row from line {start}: expected CSV with texts in double quotes, quotes inside doubled."
+            f"{path}, the row from line {start}: expected CSV with texts in double quotes, and quotes inside them doubled."
         ) from exc
 
 
@@ -226,7 +225,7 @@ def _text_lines(path: Path, file: BinaryIO) -> Iterator[str]:
 
 
 def _loads(path: Path, data: bytes, line: int | None) -> Any:
-    """Return the value of *data*, which is *line* of the file, or the whole file where None."""
+    """Return the value of *data*, which is *line* of the file, or the whole file if *line* is None."""
     try:
         return extended_json.loads(data.decode())
     except UnicodeDecodeError as exc:
@@ -240,7 +239,7 @@ def _loads(path: Path, data: bytes, line: int | None) -> Any:
 
 
 def _is_object(line: bytes) -> bool:
-    """Whether *line* is a whole JSON object, so that the file is JSONL."""
+    """Whether *line* is a complete JSON object, so the file is JSONL."""
     try:
         return line.lstrip().startswith(b"{") and isinstance(extended_json.loads(line), dict)
     except ValueError:
@@ -258,7 +257,7 @@ def _without_bom(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _tweet_name(value: str) -> str:
-    return value.strip().removesuffix(".0")  # a column with gaps that went through pandas has become floats
+    return value.strip().removesuffix(".0")  # pandas turns a column with gaps into floats
 
 
 @contextmanager
@@ -272,10 +271,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _table(path: Path, *, unique_names: bool = True) -> Iterator[sqlite3.Connection]:
-    """Open a temporary table that SQLite keeps in a file without a name, gone when it is closed."""
+    """Open a temporary table, which SQLite keeps in an unnamed file and deletes on close."""
     unique = "UNIQUE" if unique_names else ""
     try:
-        # Pages may be read by one thread after another, never by two at once.
+        # Several threads may read pages, but never two at the same time.
         with closing(sqlite3.connect("", check_same_thread=False)) as table:
             table.execute(
                 f"CREATE TABLE entries (place INTEGER PRIMARY KEY, name TEXT {unique}, parent TEXT, inbound, entry TEXT)"
@@ -283,5 +282,5 @@ def _table(path: Path, *, unique_names: bool = True) -> Iterator[sqlite3.Connect
             yield table
     except sqlite3.Error as exc:
         raise ConfigurationError(
-            f"{path} cannot be put together in the temporary folder ({exc}); free space, or set TMPDIR to a larger disk."
+            f"{path} cannot be grouped in the temporary folder ({exc}); free space, or set TMPDIR to a larger disk."
         ) from exc

@@ -1,4 +1,4 @@
-"""The document that the results collection gets for one source document. Pure."""
+"""The result document of one source document. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from domain.confidence import needs_review
 from domain.conversation import Conversation, Outcome
-from storage.extended_json import new_id
 
 PROCESSOR_VERSION = "1.0.0"
 
@@ -22,13 +21,12 @@ def build_result(
     keep_original: bool,
     review_below: float | None = None,
 ) -> dict[str, Any]:
-    """Return the result of *document*; *keep_original* adds a copy of the document itself.
+    """Return the result of *document*, without an ``_id``; *keep_original* adds a copy of the document.
 
-    With *review_below* (0 to 1) a result with confidence says whether one of its labels is below that.
+    With *review_below* (0 to 1), a result with confidence says whether one of its labels is below that.
     """
     now = datetime.now(UTC)
     result: dict[str, Any] = {
-        "_id": new_id(),
         "conversation_number": conversation.conversation_number,
         "source_conversation_id": document.get("_id"),
     }

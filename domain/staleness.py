@@ -1,4 +1,4 @@
-"""What a document needs, told from the document, its result, and the plan of a run. Nothing is remembered."""
+"""Which documents are new, changed, stale or failed: decided by document, result and plan, without any memory."""
 
 from __future__ import annotations
 
@@ -15,34 +15,42 @@ Kind = Literal["new", "changed", "stale", "failed", "skipped", "done", "unjudged
 Only = Literal["new", "changed", "stale", "failed"]
 
 SELECTABLE: tuple[Only, ...] = ("new", "changed", "stale", "failed")
-REPLACED: tuple[Only, ...] = ("changed", "stale")  # those of them whose result is replaced
+REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results of these
 
 
 @dataclass(frozen=True, slots=True)
 class ResultProvenance:
-    """How a stored result was made; None where it does not say, as those of earlier versions."""
+    """How a stored result was made; None if it does not say, as in results of earlier versions."""
 
     input_sha256: str | None
     fingerprint: str | None
 
+    @classmethod
+    def of(cls, result: Document) -> ResultProvenance:
+        """Return what the stored *result* says about itself."""
+        metadata = result.get("processing_metadata")
+        fields = metadata if isinstance(metadata, dict) else {}
+        values = (fields.get("input_sha256"), fields.get("fingerprint"))
+        return cls(*(value if isinstance(value, str) else None for value in values))
+
 
 @dataclass(frozen=True, slots=True)
 class StalenessChecker:
-    """Judges documents.
+    """Decides what each document needs.
 
-    *plan* is the plan_fingerprint of a run now; None where the model server was not asked. *made* returns, by
-    ``id_key``, how the results of the ids it gets were made. *queued* returns the ``id_key`` of each document in the
+    *plan* is the plan_fingerprint of a run now; None if the model server was not asked. *provenance* returns, by
+    ``id_key``, how the results of the given ids were made. *queued* returns the ``id_key`` of each document in the
     retry queue or in quarantine.
     """
 
     aggregate: Callable[[Document], Conversation]
     plan: str | None
-    made: Callable[[list[Any]], Awaitable[dict[bytes, ResultProvenance]]]
+    provenance: Callable[[list[Any]], Awaitable[dict[bytes, ResultProvenance]]]
     queued: Callable[[], set[bytes]] = set
 
     async def of(self, documents: list[Document], queued: set[bytes]) -> list[tuple[Document, Kind]]:
-        """Return *documents*, each with its kind; *queued* are the keys of those that wait in local files."""
-        made = await self.made([document["_id"] for document in documents])
+        """Return each of *documents* with its kind; *queued* are the keys of those in the local failure files."""
+        made = await self.provenance([document["_id"] for document in documents])
         keys = [id_key(document["_id"]) for document in documents]
         return [
             (document, self.kind(document, made.get(key), is_queued=key in queued))
@@ -52,9 +60,9 @@ class StalenessChecker:
     async def settled(self, documents: list[Document], only: Only) -> set[bytes]:
         """Return the ``id_key`` of those *documents* that have a result and are not of the kind *only*.
 
-        Failures are passed over: whether a document failed says nothing about its result.
+        Failures do not count: whether a document failed says nothing about its result.
         """
-        made = await self.made([document["_id"] for document in documents])
+        made = await self.provenance([document["_id"] for document in documents])
         found = ((document, made.get(id_key(document["_id"]))) for document in documents)
         return {
             id_key(document["_id"])
@@ -63,7 +71,7 @@ class StalenessChecker:
         }
 
     def kind(self, document: Document, made: ResultProvenance | None, *, is_queued: bool = False) -> Kind:
-        """Return what *document* needs, *made* telling of its result (None: it has none)."""
+        """Return what *document* needs; *made* is the provenance of its result, None if it has none."""
         state = _state(document)
         if state == "foreign":
             return "foreign"
@@ -75,7 +83,7 @@ class StalenessChecker:
         return "skipped" if made is None and state == "skipped" else fit
 
     def _fits(self, document: Document, made: ResultProvenance) -> Kind:
-        """Return whether the result is that of the document now: done, changed, stale, unjudged, or nothing to ask."""
+        """Compare *made* with *document* as it is now: done, changed, stale, unjudged, or skipped (nothing to ask)."""
         try:
             input_hash = input_sha256(self.aggregate(document))
         except SkippedDocumentError:
@@ -88,7 +96,7 @@ class StalenessChecker:
 
 
 def _state(document: Document) -> Literal["open", "failed", "skipped", "foreign"]:
-    """Return what *document* says of itself; single queries have no status, theirs are two other fields."""
+    """Return the state that *document* itself records; single queries have two fields instead of a status."""
     status = document.get("status")
     if status is None:
         if document.get("status_reason") is None:

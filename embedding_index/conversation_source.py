@@ -23,9 +23,9 @@ from embedding_index.mending import StatesAfterMending
 from embedding_index.providers.contract import Provider
 from embedding_index.vector_store import Ended, SQLVectorStore
 from error_handler import ConfigurationError, SkippedDocumentError
-from mongo_client import DocumentStore, translated
+from mongo_client import DocumentStore
 from storage.extended_json import canonical, id_key
-from worker.stored_results import StoredResults
+from storage.mongo_errors import translated
 
 PAGE_DOCUMENTS = 200
 WINDOW_CHARACTERS = 20_000_000  # of the texts of one window, which are held in memory
@@ -130,7 +130,6 @@ async def conversation_pages(
         StoreError: MongoDB cannot be read.
     """
     await _require_collections(store, options.settings)
-    results = StoredResults(store, options.settings)
     counts.expected = await store.count("all")
     bound = await store.upper_bound()
     after: list[Any] = []
@@ -138,7 +137,7 @@ async def conversation_pages(
         page = await store.read_page("all", after, bound, PAGE_DOCUMENTS)
         if not page:
             break
-        labelled = await results.labelled([document["_id"] for document in page])
+        labelled = await store.result_labels([document["_id"] for document in page])
         yield _items(page, labelled, counts)
         if options.on_read is not None:
             options.on_read(counts)

@@ -16,11 +16,11 @@ from typing import Any, Protocol, TypeVar
 
 from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError
-from mongo_client import DURABLE, open_client, translated
+from mongo_client import range_filter
 from openai_batch.job_config import AppConfig, Document
-from storage.contract import CLOSE_WAIT_S, range_filter
 from storage.extended_json import canonical, id_text, loads
-from utils.aio import close_within
+from storage.mongo_connection import DURABLE, close_client, open_client
+from storage.mongo_errors import translated
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class JobStore:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await close_within(self._client.close(), CLOSE_WAIT_S)
+        await close_client(self._client)
 
     async def count_pending(self) -> int:
         """Return how many documents are pending now."""

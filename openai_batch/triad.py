@@ -20,12 +20,11 @@ from domain.conversation import Outcome, result_fingerprint
 from domain.result import build_result
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget, plan_fingerprint
-from mongo_client import DocumentStore
+from mongo_client import DocumentStore, selection_filter
 from openai_batch.documents import Variables, masking_of, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
 from openai_batch.job_context import Answer
 from prompt_builder import PromptBuilder
-from storage.contract import selection_filter
 from storage.extended_json import canonical, id_key, loads
 
 LEASE_S = 30 * 86_400.0  # renewed by each start; a batch takes a day and may wait several days for tokens

@@ -1,4 +1,4 @@
-"""Durable local files and the formats in them: atomic replacement, journals, Extended JSON, the store's contract.
+"""Durable local files and MongoDB basics: atomic replacement, journals, Extended JSON, connections, driver errors.
 
-Import any module of it. Imports ``error_handler``, ``config`` and ``logger`` only.
+Import any module of it. It imports ``error_handler``, ``config`` and ``logger`` only.
 """

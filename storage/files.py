@@ -1,22 +1,31 @@
-"""Replace a file so that readers, crashes and power cuts see the old content or the new, never a mixture."""
+"""Durable local files: atomic replacement, the directory lock, and the journal of a batch.
+
+A crash or power cut leaves the old content of a replaced file or the new one, and whole lines of a journal.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from error_handler import DirectoryLockedError, StateDirectoryError
+from error_handler import DirectoryLockedError, Reason, StateDirectoryError
+from storage import extended_json
+
+MAX_DEATHS_IN_HAND = 2  # crashes while the process worked on this document
+MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly not its fault
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Make *content* the content of *path*, durably, with mode 0600.
 
-    Order (fsync(2), rename(2)): write a temporary file in the same folder, fsync it, rename it
-    over *path*, fsync the folder, without which the rename itself may be lost.
+    Write a temporary file in the same folder, fsync it, rename it over *path*, then fsync the folder, without which
+    a power cut may undo the rename.
 
     Raises:
         StateDirectoryError: The disk is full, or the folder is not writable. The old content stays.
@@ -37,7 +46,7 @@ def replace_file(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{path} cannot be written ({exc.strerror}); free space or fix the rights, then run again."
+            f"{path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
         ) from exc
 
 
@@ -45,7 +54,7 @@ def move_file(path: Path, target: Path) -> None:
     """Move *path* to *target* in another folder of the same disk, durably.
 
     Raises:
-        StateDirectoryError: A folder does not allow it; the file is where it was.
+        StateDirectoryError: A folder does not allow it; the file has not moved.
     """
     try:
         os.rename(path, target)
@@ -53,7 +62,7 @@ def move_file(path: Path, target: Path) -> None:
         sync_folder(path.parent)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{path} cannot be moved to {target.parent} ({exc.strerror}); fix the rights, then run again."
+            f"{path} cannot be moved to {target.parent} ({exc.strerror}); fix the permissions, then run again."
         ) from exc
 
 
@@ -67,7 +76,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove *path*; a file that is not there is fine.
+    """Remove *path*, if it exists.
 
     Raises:
         StateDirectoryError: The folder does not allow it.
@@ -76,19 +85,19 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{path} cannot be removed ({exc.strerror}); fix the rights, then run again."
+            f"{path} cannot be removed ({exc.strerror}); fix the permissions, then run again."
         ) from exc
 
 
 class DirectoryLock:
-    """The lock of *directory*, a file ``.lock`` in it."""
+    """The lock of *directory*: a file ``.lock`` in it."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = FileLock(directory / ".lock", timeout=0, mode=0o600)
 
     def acquire(self, remedy: str) -> None:
-        """Take the lock, at once or not at all; *remedy* is what to do where another process holds it.
+        """Take the lock without waiting; *remedy* is the end of the message if another process holds it.
 
         Raises:
             DirectoryLockedError: Another process holds it.
@@ -100,9 +109,145 @@ class DirectoryLock:
             raise DirectoryLockedError(f"another worker is using {self._directory}; {remedy}") from exc
         except OSError as exc:
             raise StateDirectoryError(
-                f"{self._directory} cannot be locked ({exc.strerror}); fix its rights, then run again."
+                f"{self._directory} cannot be locked ({exc.strerror}); fix its permissions, then run again."
             ) from exc
 
     def release(self) -> None:
-        """Give the lock back; without it, this does nothing."""
+        """Release the lock, if it is held."""
         self._lock.release()
+
+
+@dataclass(slots=True)
+class JournalEntry:
+    """What the journal recorded about one document.
+
+    *in_hand* and *waiting* count the crashes while it was processed, and while it waited for the model. *reason* goes
+    with *problem* and, for failures, with *is_final*; *result* is the document to store.
+    """
+
+    in_hand: int = 0
+    waiting: int = 0
+    result: dict[str, Any] | None = None
+    reason: Reason | None = None
+    problem: str = ""
+    is_final: bool = False
+    is_skipped: bool = False
+    settled: bool = False
+
+    @property
+    def is_poison(self) -> bool:
+        """Whether the document ended the process too often to be tried again."""
+        return not self.settled and (self.in_hand >= MAX_DEATHS_IN_HAND or self.waiting >= MAX_DEATHS_WAITING)
+
+
+class BatchJournal:
+    """The append-only journal of one batch at *path*; opened at the first event, closed by ``close``.
+
+    Each event is one line of Extended JSON in one ``write``, so a killed process leaves whole lines. The journal is not
+    fsynced: after a power cut the model is asked again, and nothing is lost.
+
+    Events: ``started`` before a document is processed, ``asked`` before it waits for the model, ``released`` if the run
+    stops meanwhile, ``answered`` with the result, ``skipped`` and ``failed`` with the reason. Replaying them shows what
+    a crash interrupted and whether the document is a suspect: one that was *started* but not *asked* was being
+    processed by this process; one that was *asked* was only waiting.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+
+    def started(self, document_id: Any) -> None:
+        """Record that processing of the document begins."""
+        self._append({"e": "started", "id": document_id})
+
+    def asked(self, document_id: Any) -> None:
+        """Record that the document now waits for the model."""
+        self._append({"e": "asked", "id": document_id})
+
+    def released(self, document_id: Any) -> None:
+        """Record that the run stopped while the document waited."""
+        self._append({"e": "released", "id": document_id})
+
+    def answered(self, document_id: Any, result: dict[str, Any]) -> None:
+        """Record the finished result, which is kept until MongoDB has it."""
+        self._append({"e": "answered", "id": document_id, "result": result})
+
+    def skipped(self, document_id: Any, reason: Reason, problem: str) -> None:
+        """Record that there is nothing to classify."""
+        self._append({"e": "skipped", "id": document_id, "reason": reason, "problem": problem})
+
+    def failed(self, document_id: Any, reason: Reason, problem: str, *, is_final: bool) -> None:
+        """Record that this round of the document failed; *is_final* if another round cannot help."""
+        self._append({"e": "failed", "id": document_id, "reason": reason, "problem": problem, "is_final": is_final})
+
+    def close(self) -> None:
+        """Close the file, which stays."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _append(self, event: dict[str, Any]) -> None:
+        line = extended_json.dumps(event) + b"\n"
+        try:
+            if self._handle is None:
+                self._handle = _open_on_new_line(self.path)
+            written = os.write(self._handle, line)
+        except OSError as exc:
+            raise StateDirectoryError(
+                f"{self.path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
+            ) from exc
+        if written != len(line):
+            raise StateDirectoryError(
+                f"{self.path} could only be written in part (disk full?); free space, then run again."
+            )
+
+
+def _open_on_new_line(path: Path) -> int:
+    """Open *path* for appending; first end a line that a full disk truncated."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        os.write(handle, b"\n")
+    return handle
+
+
+def replay_journal(path: Path) -> dict[bytes, JournalEntry]:
+    """Return the entries of the journal at *path* by ``id_key``; a missing journal is empty, torn lines are ignored.
+
+    Raises:
+        StateDirectoryError: The file exists but cannot be read.
+    """
+    entries: dict[bytes, JournalEntry] = {}
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    event = extended_json.loads(line)
+                    _apply(entries, event)
+                except (ValueError, KeyError, TypeError):
+                    continue
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        raise StateDirectoryError(
+            f"{path} cannot be read ({exc.strerror}); fix the permissions, then run again."
+        ) from exc
+    return entries
+
+
+def _apply(entries: dict[bytes, JournalEntry], event: dict[str, Any]) -> None:
+    entry = entries.setdefault(extended_json.id_key(event["id"]), JournalEntry())
+    match event["e"]:
+        case "started":
+            entry.in_hand += 1
+        case "asked":
+            entry.in_hand -= 1
+            entry.waiting += 1
+        case "released":
+            entry.waiting -= 1
+        case "answered":
+            entry.result, entry.settled = event["result"], True
+        case "skipped" | "failed":
+            entry.reason, entry.problem, entry.settled = Reason(event["reason"]), str(event["problem"]), True
+            entry.is_final = event.get("is_final") is True
+            entry.is_skipped = event["e"] == "skipped"

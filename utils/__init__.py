@@ -1,4 +1,4 @@
-"""Small process helpers, and the modules whose file names are documented.
+"""Small process helpers, and the modules with documented file names.
 
-Import any module except the scripts. Imports ``storage`` and what is below it; the scripts import anything.
+Import any module except the scripts. It imports ``storage`` and the layers below; the scripts import anything.
 """

@@ -1,4 +1,4 @@
-"""The local files of one worker: what it is working on, what failed, what is done.
+"""The local files of one worker: batches in work, failed documents, completed batches.
 
 ::
 
@@ -11,8 +11,8 @@
         completed/batch_001_completed.json      ids and counts, no text
         progress/                               written by worker.progress
 
-All are Extended JSON with mode 0600 in folders with mode 0700. MongoDB is the truth; these files
-say what a crash interrupted, and keep answers that could not be written yet.
+All are Extended JSON with mode 0600 in folders with mode 0700. MongoDB is the source of truth; these files record
+what a crash interrupted, and keep results that could not be written yet.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
 from storage import extended_json
-from storage.files import DirectoryLock, remove_file, replace_file
-from storage.journal import BatchJournal, Replay, replay_journal
+from storage.files import BatchJournal, DirectoryLock, JournalEntry, remove_file, replace_file, replay_journal
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +37,15 @@ _NUMBER = re.compile(r"batch_(\d{3,})_")
 
 FailureStatus = Literal["llm_failed", "write_failed"]
 FailureKind = Literal["retry", "quarantine"]
+FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
 
 @dataclass(slots=True)
 class FailedDocument:
-    """An entry of a retry queue or of the quarantine.
+    """An entry of the retry queue or of the quarantine.
 
-    *retry_count* is how many retry rounds it has used; 0 after the first failure. *classification_result* is the finished
-    result document where only the write failed, else None.
+    *retry_count* is the number of retry rounds so far; 0 after the first failure. *classification_result* is the
+    finished result if only its write failed, else None.
     """
 
     conversation_id: Any
@@ -58,7 +58,7 @@ class FailedDocument:
     failed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the entry as the file holds it."""
+        """Return the entry as the file stores it."""
         return {
             "conversation_id": self.conversation_id,
             "status": self.status,
@@ -72,7 +72,7 @@ class FailedDocument:
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> FailedDocument:
-        """Return the entry in *entry*; raises KeyError, TypeError or ValueError where it is none."""
+        """Return the entry stored as *entry*; raise KeyError, TypeError or ValueError if it is not one."""
         status: FailureStatus = "write_failed" if entry["status"] == "write_failed" else "llm_failed"
         data, result = entry["conversation_data"], entry.get("classification_result")
         if not isinstance(data, dict | None) or not isinstance(result, dict | None):
@@ -87,23 +87,28 @@ class FailedDocument:
 
 @dataclass(slots=True)
 class BatchFile:
-    """A batch on disk: fresh documents (``pending/``) or failed ones that get another round (``retry/``)."""
+    """A batch on disk: new documents (``pending/``) or failed ones for another round (``retry/``)."""
 
     number: int
     path: Path
     journal: BatchJournal
     documents: list[dict[str, Any]]
     failures: dict[bytes, FailedDocument] = field(default_factory=dict)  # by extended_json.id_key
-    replay: Replay = field(default_factory=Replay)
+    replay: dict[bytes, JournalEntry] = field(default_factory=dict)  # by extended_json.id_key
+
+    @property
+    def keyed(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """The documents with their ``id_key``."""
+        return [(extended_json.id_key(document.get("_id")), document) for document in self.documents]
 
     @property
     def name(self) -> str:
-        """``batch_001``: what logs and sibling files call it."""
+        """``batch_001``: its name in logs and in sibling files."""
         return f"batch_{self.number:03d}"
 
 
 class BatchFiles:
-    """The files under *directory*; created where missing.
+    """The files under *directory*; missing folders are created.
 
     Raises:
         StateDirectoryError: The directory is a symbolic link, or cannot be created or read.
@@ -111,7 +116,7 @@ class BatchFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.lost_failures = False  # a retry file was set aside: in MongoDB its documents only say failed
+        self.lost_failures = False  # a retry file was set aside: only the status in MongoDB still says failed
         self._lock = DirectoryLock(directory)
         try:
             if directory.is_symlink():
@@ -122,35 +127,37 @@ class BatchFiles:
             for folder in FOLDERS:
                 (directory / folder).mkdir(exist_ok=True, mode=0o700)
                 if (directory / folder).is_symlink():
-                    raise StateDirectoryError(f"{directory / folder} is a symbolic link; replace it by a real folder.")
+                    raise StateDirectoryError(
+                        f"{directory / folder} is a symbolic link; replace it with a real folder."
+                    )
             known = (path for folder in FOLDERS for path in (directory / folder).glob("batch_*"))
             self._last_number = max((_number(path) or 0 for path in known), default=0)
         except OSError as exc:
             raise StateDirectoryError(
-                f"{directory} cannot be used ({exc.strerror}); fix its rights or name another with --batch-files-dir."
+                f"{directory} cannot be used ({exc.strerror}); fix its permissions or name another directory with --batch-files-dir."
             ) from exc
 
     def acquire(self) -> None:
-        """Take the directory for this process; the kernel gives it back whatever way the process ends.
+        """Lock the directory for this process; the kernel releases the lock however the process ends.
 
         Raises:
             DirectoryLockedError: Another worker holds it.
         """
-        self._lock.acquire("wait for it, or give this one its own with --batch-files-dir.")
+        self._lock.acquire("wait for it, or name another directory with --batch-files-dir.")
         for stale in self.directory.rglob(".*.tmp"):
             remove_file(stale)
         for journal in self.directory.glob("*/batch_*.journal"):
             if not journal.with_name(journal.name.partition(".")[0] + ".json").exists():
-                remove_file(journal)  # of a batch that is settled: the crash came between the two removals
+                remove_file(journal)  # of a settled batch: the crash came between the two removals
 
     def release(self) -> None:
-        """Give the directory back; harmless where it was never taken."""
+        """Release the lock, if it is held."""
         self._lock.release()
 
     def save_pending(self, documents: list[dict[str, Any]]) -> BatchFile:
-        """Save fresh *documents* (at least one) as the next batch, durably, before any is worked on."""
+        """Save new *documents* (at least one) as the next batch, durably, before any of them is processed."""
         self._last_number += 1
-        batch = self._batch(self._last_number, "pending", documents)
+        batch = _batch_at(self._path("pending", self._last_number), documents)
         now = datetime.now(UTC)
         content = {
             "batch_id": batch.name,
@@ -166,14 +173,14 @@ class BatchFiles:
         return batch
 
     def save_failed(self, kind: FailureKind, number: int, failures: Iterable[FailedDocument]) -> None:
-        """Add *failures* to the file of batch *number*; an entry for the same document is replaced."""
+        """Add *failures* to the file of batch *number*; they replace entries of the same documents."""
         path = self._path(kind, number)
         entries = {extended_json.id_key(entry.conversation_id): entry for entry in self._read_failures(path)}
         entries |= {extended_json.id_key(entry.conversation_id): entry for entry in failures}
         self.write_failures(path, entries.values())
 
     def save_completed(self, batch: BatchFile, counts: dict[str, int], document_ids: list[Any]) -> None:
-        """Note that every document of *batch* is settled; then its pending file and journal go."""
+        """Record that every document of *batch* is settled, then remove its pending file and journal."""
         content = {
             "batch_id": batch.name,
             "completed_at": datetime.now(UTC),
@@ -184,21 +191,20 @@ class BatchFiles:
         replace_file(self._path("completed", batch.number), extended_json.dumps(content))
         batch.journal.close()
         remove_file(batch.path)
-        remove_file(batch.journal.path)  # last: a journal alone means nothing
+        remove_file(batch.journal.path)  # last: a journal without its batch is ignored
 
     def finish_retry(self, batch: BatchFile, failures: Iterable[FailedDocument]) -> None:
-        """Make *failures* the whole content of a worked-off retry file; none removes it."""
+        """Make *failures* the content of a finished retry file; none removes it."""
         self.write_failures(batch.path, failures)
         batch.journal.close()
         remove_file(batch.journal.path)
 
     def load_pending(self) -> Iterator[BatchFile]:
-        """Yield the batches that a crash or stop interrupted, and files an operator moved to ``pending/``.
+        """Yield the batches that a crash or stop interrupted, and files that an operator moved to ``pending/``.
 
-        A file that cannot be read is set aside as ``.corrupt`` and logged; its documents are still
-        pending in MongoDB and are found there.
+        A corrupt file is renamed to ``.corrupt`` and logged; its documents are still pending in MongoDB.
         """
-        for path in self._own_files("pending"):
+        for path in batch_paths(self.directory / "pending"):
             content = self._read(path)
             if content is None:
                 continue
@@ -210,59 +216,63 @@ class BatchFiles:
             yield batch
 
     def load_retry(self) -> Iterator[BatchFile]:
-        """Yield the retry files, each as a batch whose ``failures`` say how often each document failed."""
-        for path in self._own_files("retry"):
+        """Yield each retry file as a batch whose ``failures`` hold the entries."""
+        for path in batch_paths(self.directory / "retry"):
             failures = self._read_failures(path)
             if failures:
                 yield self._failed_batch(path, failures)
-            elif path.exists():  # a crash in the middle of its removal, before that of its journal
+            elif path.exists():  # a crash during its removal, before that of its journal
                 remove_file(path)
                 self._remove_rounds(path)
 
     def failure_files(self, kind: FailureKind) -> Iterator[tuple[Path, list[FailedDocument]]]:
-        """Yield the files of *kind* in the order of their numbers; one that cannot be read is set aside."""
-        for path in self._own_files(kind):
+        """Yield the files of *kind* in the order of their numbers; a corrupt one is set aside. Needs the lock."""
+        for path in batch_paths(self.directory / kind):
             yield path, self._read_failures(path)
 
     def failed_keys(self, *kinds: FailureKind) -> set[bytes]:
-        """Return the ``id_key`` of each document in the files of *kinds*; none named means retry queue and quarantine."""
-        files = (entries for kind in kinds or ("retry", "quarantine") for _, entries in self.failure_files(kind))
+        """Return the ``id_key`` of each document in the files of *kinds*; by default in both."""
+        files = (entries for kind in kinds or FAILURE_KINDS for _, entries in self.failure_files(kind))
         return {extended_json.id_key(entry.conversation_id) for entries in files for entry in entries}
 
     def count_failed(self, kind: FailureKind) -> int:
-        """Return how many documents are in the retry queue, or in quarantine."""
+        """Return the number of documents in the retry queue, or in quarantine."""
         return len(self.failed_keys(kind))
 
     def new_path(self, kind: str, suffix: str) -> Path:
-        """Return a path in the folder *kind* with a number that no file has had."""
+        """Return a path in the folder *kind* with a new batch number."""
         self._last_number += 1
         return self.directory / kind / f"batch_{self._last_number:03d}_{suffix}.json"
 
     def write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
-        """Make *failures* the content of *path*, durably; without any, the file goes."""
+        """Make *failures* the content of *path*, durably; none removes the file."""
         entries = [entry.as_dict() for entry in failures]
         if entries:
             replace_file(path, extended_json.dumps(entries))
         elif path.exists():
-            replace_file(path, b"[]")  # what a removal that a power cut undoes leaves behind
+            replace_file(path, b"[]")  # if a power cut undoes the removal, the file is empty
             remove_file(path)
 
     def require_source(self, source: str) -> None:
-        """Refuse unfinished work that belongs to another collection; *source* is DocumentStore.identity.
+        """Check that unfinished work belongs to *source*, as DocumentStore.identity returns it.
 
         Raises:
             ConfigurationError: The directory has pending or retry files of another source.
         """
         saved = self.read_state("checkpoint.json") or {}
         other = saved.get("source")
-        if other is not None and other != source and (self._own_files("pending") or self._own_files("retry")):
+        if (
+            other is not None
+            and other != source
+            and any(batch_paths(self.directory / kind) for kind in ("pending", "retry"))
+        ):
             raise ConfigurationError(
                 f"{self.directory} holds unfinished work of {other}, and this run is for {source}; finish that run first, "
                 "or name another directory with --batch-files-dir."
             )
 
     def read_state(self, name: str) -> dict[str, Any] | None:
-        """Return the object in *name* (``checkpoint.json``); None where it is missing or set aside as corrupt."""
+        """Return the object in *name* (``checkpoint.json``); None if it is missing, or was corrupt and set aside."""
         content = self._read(self.directory / name)
         return content if isinstance(content, dict) else None
 
@@ -270,19 +280,10 @@ class BatchFiles:
         """Replace *name* with *content*."""
         replace_file(self.directory / name, extended_json.dumps(content))
 
-    def _batch(self, number: int, kind: str, documents: list[dict[str, Any]]) -> BatchFile:
-        path = self._path(kind, number)
-        return BatchFile(number, path, BatchJournal(path.with_suffix(".journal")), documents)
-
     def _parse_pending(self, path: Path, content: Any) -> BatchFile:
         if isinstance(content, list):  # a retry or quarantine file that an operator moved here
             return self._failed_batch(path, [FailedDocument.from_dict(entry) for entry in content], fresh=True)
-        batch = BatchFile(
-            _number(path) or 0,
-            path,
-            BatchJournal(path.with_suffix(".journal")),
-            [_document(entry) for entry in content["conversations"]],
-        )
+        batch = _batch_at(path, [_document(entry) for entry in content["conversations"]])
         if not batch.documents or content["conversation_count"] != len(batch.documents):
             raise ValueError("the count does not match")
         batch.replay = replay_journal(batch.journal.path)
@@ -290,11 +291,10 @@ class BatchFiles:
 
     def _failed_batch(self, path: Path, failures: list[FailedDocument], *, fresh: bool = False) -> BatchFile:
         documents = [entry.conversation_data or {"_id": entry.conversation_id} for entry in failures]
-        # Each round has its own journal: what a finished one says must not count against the next.
+        # Each round has its own journal: events of a finished round must not count against the next.
         round_name = f"{len(failures)}x{sum(entry.retry_count for entry in failures)}"
-        journal = BatchJournal(path.with_suffix(f".{round_name}.journal"))
-        self._remove_rounds(path, but=journal.path)
-        batch = BatchFile(_number(path) or 0, path, journal, documents)
+        batch = _batch_at(path, documents, f".{round_name}.journal")
+        self._remove_rounds(path, but=batch.journal.path)
         for entry in failures:
             if fresh:
                 entry.retry_count = 0
@@ -311,15 +311,9 @@ class BatchFiles:
         suffix = "retry_queue" if kind == "retry" else kind
         return self.directory / kind / f"batch_{number:03d}_{suffix}.json"
 
-    def _own_files(self, kind: str) -> list[Path]:
-        return batch_paths(self.directory / kind)
-
     def _read_failures(self, path: Path) -> list[FailedDocument]:
-        content = self._read(path)
-        if content is None:
-            return []
         try:
-            return parse_failures(content)
+            return read_failures(path)
         except ValueError:
             self._set_aside(path)
             return []
@@ -327,7 +321,7 @@ class BatchFiles:
     def _read(self, path: Path) -> Any:
         try:
             content = extended_json.loads(path.read_bytes())
-            if content is None:  # would pass for a file that is missing
+            if content is None:  # would look like a missing file
                 raise ValueError("null")
             return content
         except FileNotFoundError:
@@ -337,7 +331,7 @@ class BatchFiles:
             return None
         except OSError as exc:
             raise StateDirectoryError(
-                f"{path} cannot be read ({exc.strerror}); fix its rights, then run again."
+                f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
             ) from exc
 
     def _set_aside(self, path: Path) -> None:
@@ -346,34 +340,48 @@ class BatchFiles:
             path.replace(aside)
         except OSError as exc:
             raise StateDirectoryError(
-                f"{path} is not readable and cannot be set aside ({exc.strerror}); fix its rights, then run again."
+                f"{path} is corrupt and cannot be renamed ({exc.strerror}); fix its permissions, then run again."
             ) from exc
         self.lost_failures |= path.parent.name == "retry"
         logger.error(
-            "%s is not readable and was set aside as %s; its documents are found again from MongoDB",
+            "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB",
             path.name,
             aside.name,
         )
 
 
 def batch_paths(folder: Path) -> list[Path]:
-    """Return the batch files in *folder* in the order of their numbers; links and foreign files are left out."""
+    """Return the batch files in *folder* in the order of their numbers, without links and other files."""
     paths = [path for path in folder.glob("batch_*.json") if _number(path) is not None and not path.is_symlink()]
     return sorted(paths, key=lambda path: (_number(path) or 0, path))
 
 
-def parse_failures(content: Any) -> list[FailedDocument]:
-    """Return the entries of a retry or quarantine file whose *content* was read as Extended JSON.
+def read_failures(path: Path) -> list[FailedDocument]:
+    """Return the entries of a retry or quarantine file; none if the file is gone.
+
+    Needs no lock: files are replaced as a whole, so this is safe beside a running worker.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The content is not a list of failed documents.
+        StateDirectoryError: The file cannot be read.
     """
     try:
+        content = extended_json.loads(path.read_bytes())
         if not isinstance(content, list):
             raise TypeError("not a list of entries")
         return [FailedDocument.from_dict(entry) for entry in content]
+    except FileNotFoundError:
+        return []
     except (KeyError, TypeError, AttributeError) as exc:
         raise ValueError("not a file of failed documents") from exc
+    except OSError as exc:
+        raise StateDirectoryError(
+            f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
+        ) from exc
+
+
+def _batch_at(path: Path, documents: list[dict[str, Any]], suffix: str = ".journal") -> BatchFile:
+    return BatchFile(_number(path) or 0, path, BatchJournal(path.with_suffix(suffix)), documents)
 
 
 def _document(entry: dict[str, Any]) -> dict[str, Any]:

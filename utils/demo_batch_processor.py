@@ -1,7 +1,7 @@
-"""The batch worker from import to results with no server at all: MongoDB in memory, a model with scripted replies.
+"""A demonstration of the batch worker without servers: MongoDB in memory, and a model with scripted replies.
 
-Everything between the two is the real code: intake, batch files, aggregator, reply parser with its
-repair turn, retry queue, quarantine, statuses and results.
+Everything between them is the real code: intake, batch files, aggregator, reply parser with its repair turn, retry
+queue, quarantine, statuses and results.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file: the modules beside it must not hide packages of the same name
+if not __package__:  # started as a file: modules in this folder must not hide packages of the same name
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
@@ -115,7 +115,7 @@ _WRONG = _reply("Customer wants a refund.", "Wants Money", "Returns/Refunds", "N
 _REFUND = _reply("Customer wants a refund for a flickering lamp.", "refund request", "Returns/Refunds", "Negative")
 _CARD = _reply("Customer asks how to get a spare card.", "Information Request", "Banking/Cards", "Neutral")
 
-# What the model says, by the first words of the customer: in turn, the last again and again.
+# The replies of the model by the first words of the customer, in order; the last one repeats.
 SCRIPT = {
     "@Lumo my parcel": [f"Here you are:\n```json\n{_LATE}\n```"],
     "Please send": [_WRONG, _REFUND],
@@ -144,7 +144,7 @@ def _create_parser() -> argparse.ArgumentParser:
         description="Show the batch worker on five conversations, without MongoDB and without a model.",
         allow_abbrev=False,
     )
-    parser.add_argument("--verbose", action="store_true", help="the worker's own log lines as well")
+    parser.add_argument("--verbose", action="store_true", help="show the log lines of the worker")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Imports conversations into MongoDB: the shipped samples, or a file in any accepted shape.
+"""Import conversations into MongoDB: the shipped samples, or a file in any accepted shape.
 
-Safe to repeat: a document whose ``_id`` is there already is left alone, and one without gets an
-``_id`` made of its content.
+The import is idempotent: documents with an existing ``_id`` are skipped, and a document without one gets an ``_id``
+derived from its content.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file: the modules beside it must not hide packages of the same name
+if not __package__:  # started as a file: modules in this folder must not hide packages of the same name
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != _folder)]
 
@@ -28,9 +28,10 @@ from config import Settings, load_settings
 from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
 from logger import configure_logging
-from mongo_client import DocumentStore, translated
+from mongo_client import DocumentStore
 from storage.contract import Document
 from storage.extended_json import dumps, id_text
+from storage.mongo_errors import translated
 from utils.process import exit_code_of
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data" / "sample_conversations.jsonl"
@@ -71,7 +72,7 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--count", type=_positive, metavar="N", help="import N samples, or the first N of --file (all)")
     parser.add_argument("--file", type=Path, help="JSON, JSONL or CSV (TWCS included) instead of the samples")
-    parser.add_argument("--mongodb-uri", help="where MongoDB is (MONGODB_URI; mongodb://localhost:27017)")
+    parser.add_argument("--mongodb-uri", help="MongoDB address (MONGODB_URI; mongodb://localhost:27017)")
     parser.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
     parser.add_argument(
         "--source-collection",
@@ -79,24 +80,26 @@ def _create_parser() -> argparse.ArgumentParser:
         "--queries-collection",
         help="collection to fill (MONGODB_SOURCE_COLLECTION; conversation_set)",
     )
-    parser.add_argument("--drop", action="store_true", help="empty the collection first; asks, unless --yes is given")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
-    parser.add_argument("--verbose", action="store_true", help="log lines, and a traceback with an error")
+    parser.add_argument(
+        "--drop", action="store_true", help="delete the collection first; asks for confirmation unless --yes is given"
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+    parser.add_argument("--verbose", action="store_true", help="show log lines, and the traceback of an error")
     return parser
 
 
 def _confirm_drop(settings: Settings, console: Console) -> None:
     if not sys.stdin.isatty():
-        raise ConfigurationError("--drop deletes the collection; add --yes where nobody can be asked.")
+        raise ConfigurationError("--drop deletes the collection; add --yes to confirm without a terminal.")
     question = f"Delete the collection {settings.source_collection} of the database {settings.db_name}?"
     if not Confirm.ask(question, console=console, default=False):
-        raise RunInterruptedError("Nothing was deleted and nothing imported.")
+        raise RunInterruptedError("Nothing was deleted or imported.")
 
 
 async def _import(arguments: argparse.Namespace, settings: Settings, console: Console) -> int:
     documents = read_documents(arguments.file) if arguments.file else _samples(arguments.count, console)
     pages = _pages(itertools.islice(_with_ids(documents), arguments.count))
-    first = next(pages, [])  # before anything is dropped: the file may be the wrong one
+    first = next(pages, [])  # before the collection is dropped: the file may be invalid
     store = DocumentStore(settings)
     try:
         await store.check()
@@ -125,7 +128,7 @@ async def _insert(
                 read += len(page)
                 progress.update(task, completed=read)
         except TriadError:
-            console.print(f"Before the error {read} documents were read; they stay, and the same command goes on.")
+            console.print(f"{read} documents were imported before the error; the same command imports the rest.")
             raise
     return read, new
 
@@ -137,20 +140,20 @@ async def _insert_page(store: DocumentStore, page: list[Document], path: Path, b
     try:
         return await store.insert_documents(page)
     except StoreRejectedError:
-        # One document fails its whole page on the way out; alone, it can be named.
+        # One invalid document fails the whole page; inserted alone, it can be named.
         for number, document in enumerate(page, before + 1):
             try:
                 await store.insert_documents([document])
             except StoreRejectedError as exc:
                 raise ConfigurationError(
-                    f"{path}: document {number} cannot be stored in MongoDB (too large, or a value it has no type for); "
-                    "correct or remove it."
+                    f"{path}: document {number} cannot be stored in MongoDB (too large, or an unsupported value); correct "
+                    "or remove it."
                 ) from exc
         raise
 
 
 def _samples(count: int | None, console: Console) -> Iterator[Document]:
-    """Yield the shipped samples, from the start again as often as *count* needs."""
+    """Yield the shipped samples, repeated as often as *count* needs."""
     shipped = list(read_documents(SAMPLES))
     repeats = max(0, (count or 0) - len(shipped))
     if repeats:
@@ -167,9 +170,9 @@ def _samples(count: int | None, console: Console) -> Iterator[Document]:
 
 
 def _with_ids(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yield *documents*, those without ``_id`` with one that depends on their content only.
+    """Yield *documents*; one without ``_id`` gets an ``_id`` derived from its content.
 
-    What has no conversation_number either may be there several times: each of them counts.
+    Documents without a conversation_number may repeat: each repetition gets its own ``_id``.
     """
     seen: Counter[str] = Counter()
     for number, document in enumerate(documents, 1):
@@ -180,7 +183,7 @@ def _with_ids(documents: Iterable[Document]) -> Iterator[Document]:
             content = dumps({name: value for name, value in document.items() if name not in _STATUS_FIELDS})
         except ValueError as exc:
             raise ConfigurationError(
-                f"Document {number} holds a character or value that MongoDB cannot store; correct or remove it."
+                f"Document {number} contains a value that MongoDB cannot store; correct or remove it."
             ) from exc
         document_id = f"sha256-{hashlib.sha256(content).hexdigest()[:32]}"
         if document.get("conversation_number") is None:

@@ -1,4 +1,4 @@
-"""Whether the service would listen outside this machine."""
+"""Which addresses are reachable from other machines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from error_handler import ConfigurationError
 
 
 def require_keys_outside_this_machine(host: str | None, settings: ServiceSettings) -> None:
-    """Refuse to listen on *host* (empty or None: everywhere) where others reach it and nobody needs a key.
+    """Check that clients need an API key if other machines can reach *host* (empty or None: every address).
 
     Raises:
-        ConfigurationError: It says which setting to add.
+        ConfigurationError: They need none; the message names the setting to add.
     """
     if settings.keys is None and not settings.allow_unauthenticated and not is_loopback(host):
         raise ConfigurationError(
@@ -24,7 +24,7 @@ def require_keys_outside_this_machine(host: str | None, settings: ServiceSetting
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether only this machine reaches *host*, a name or an address; not where it cannot be found out."""
+    """Whether only this machine reaches *host*, a name or an address; False if it cannot be resolved."""
     if not host:
         return False
     try:
@@ -35,14 +35,14 @@ def is_loopback(host: str | None) -> bool:
 
 
 def inherited_host(descriptor: int) -> str | None:
-    """Return the address of the listening socket *descriptor*; ``localhost`` for a socket in the file system."""
+    """Return the address of the listening socket *descriptor*; ``localhost`` for a Unix socket."""
     with socket.socket(fileno=os.dup(descriptor)) as listener:
         name = listener.getsockname()
     return str(name[0]) if isinstance(name, tuple) else "localhost"
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether *host* can be nothing but this machine, without asking for its name: that could be answered otherwise later."""
+    """Whether *host* is this machine for sure. Names are not resolved, because the answer may change later."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

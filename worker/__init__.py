@@ -1,4 +1,4 @@
-"""The batch run: intake, journal, settlement, retries, quarantine, progress and metrics.
+"""The batch run: intake, deduplication, settlement, retries, quarantine, progress and metrics.
 
-``batch_processor`` and ``commands`` import it. Imports the LLM wrappers, ``mongo_client`` and what is below them.
+Import any module of it. It imports the LLM wrappers, ``mongo_client`` and the layers below them.
 """

@@ -1,4 +1,4 @@
-"""How far a run has come: the contiguous low-water mark, and the counts that go with it."""
+"""The progress of a run: its counts, its checkpoint, and the low-water mark of settled documents."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CHECKPOINT_EVERY = 50  # documents
 
 @dataclass(slots=True)
 class RunStats:
-    """Counts of one run; *skipped* counts documents without anything to classify.
+    """Counts of one run.
 
-    *already_done* are documents whose result was found and not made again, *leased_elsewhere* those
-    that another worker holds. Neither counts as processed. *with_confidence* are results that say how sure the model
-    was, *needs_review* those of them with a label below REVIEW_BELOW. *copied* counts those of *successful* that have
-    the answer of an identical conversation.
+    *skipped* documents have nothing to classify. *already_done* documents had a result, *leased_elsewhere* ones belong
+    to another worker; neither counts as processed. *with_confidence* counts results with the model's confidence,
+    *needs_review* those of them with a label below REVIEW_BELOW. *copied* is the part of *successful* that reused the
+    result of an identical conversation.
     """
 
     total: int = 0
@@ -42,17 +42,20 @@ class RunStats:
             counts = self.labels.setdefault(name, {})
             counts[classification[name]] = counts.get(classification[name], 0) + 1
 
-    def count_confidence(self, metadata: dict[str, Any]) -> None:
-        """Count what the processing_metadata of one stored result says about its confidence."""
+    def count_result(self, result: dict[str, Any]) -> None:
+        """Count the labels, the confidence and the origin of one stored result."""
+        self.count_labels(result["classification"])
+        metadata = result["processing_metadata"]
         self.with_confidence += "confidence" in metadata
         self.needs_review += metadata.get("needs_review") is True
+        self.copied += "copied_from" in metadata
 
     def count_reason(self, reason: str) -> None:
-        """Count one document that failed or was skipped for *reason*."""
+        """Count one document that failed or was skipped because of *reason*."""
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def uncount_reason(self, reason: str) -> None:
-        """Take back one document of *reason*: a later round ended otherwise."""
+        """Uncount one document of *reason*, because a later round ended differently."""
         self.reasons[reason] -= 1
         if not self.reasons[reason]:
             del self.reasons[reason]
@@ -60,24 +63,24 @@ class RunStats:
 
 @dataclass(slots=True)
 class Checkpoint:
-    """What ``checkpoint.json`` holds.
+    """The content of ``checkpoint.json``.
 
-    *source* names database, source and results collection: a checkpoint of another source is not
-    used. *finished* tells a run that came to its end from one that was interrupted.
+    *source* names database, source and results collection; a checkpoint of another source is ignored. *finished* is
+    False for a run that was interrupted.
     """
 
     source: str
     job_id: str
     reprocess: bool = False
     low_water_mark: Any = None
-    has_mark: bool = False  # because null is an _id like any other
+    has_mark: bool = False  # null is a valid _id, so None cannot say so
     finished: bool = False
     counts: dict[str, Any] = field(default_factory=dict)
     only: str | None = None  # RunOptions.only
-    worker_id: str | None = None  # a second copy: who loses worker.json would be locked out by its own leases
+    worker_id: str | None = None  # a copy: without worker.json, a worker would be locked out by its own leases
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the checkpoint as the file holds it."""
+        """Return the checkpoint as the file stores it, without the time of writing."""
         return {
             "source": self.source,
             "job_id": self.job_id,
@@ -88,14 +91,13 @@ class Checkpoint:
             "counts": self.counts,
             "only": self.only,
             "worker_id": self.worker_id,
-            "updated_at": datetime.now(UTC),
         }
 
     @classmethod
     def resume_or_new(
-        cls, saved: dict[str, Any] | None, source: str, *, reprocess: bool, only: str | None = None
+        cls, saved: dict[str, Any] | None, source: str, worker_id: str, *, reprocess: bool, only: str | None = None
     ) -> Checkpoint:
-        """Return the interrupted run that *saved* describes, else a new one for *source*."""
+        """Return the interrupted run in *saved*, or a new run for *source*."""
         if (
             saved is not None
             and saved.get("source") == source
@@ -105,13 +107,14 @@ class Checkpoint:
             and isinstance(saved.get("job_id"), str)
         ):
             mark, has_mark = saved.get("low_water_mark"), saved.get("has_mark") is True
-            return cls(source, saved["job_id"], reprocess, mark, has_mark, only=only)
+            return cls(source, saved["job_id"], reprocess, mark, has_mark, only=only, worker_id=worker_id)
         now = datetime.now(UTC)
-        return cls(source, f"job_{now:%Y%m%d_%H%M%S}_{secrets.token_hex(3)}", reprocess, only=only)
+        job_id = f"job_{now:%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
+        return cls(source, job_id, reprocess, only=only, worker_id=worker_id)
 
 
 class LowWaterMark:
-    """The last id of the longest prefix of documents that are all settled, in the order they were read."""
+    """The last id of the longest prefix of settled documents, in the order they were read."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, Any]] = deque()
@@ -119,18 +122,18 @@ class LowWaterMark:
         self._next = 0
 
     def read(self, document_id: Any) -> int:
-        """Note a document that was read; return its ticket for ``settle``."""
+        """Record a document that was read; return its ticket for ``settle``."""
         ticket = self._next
         self._next += 1
         self._waiting.append((ticket, document_id))
         return ticket
 
     def settle(self, ticket: int) -> None:
-        """Note that the document of *ticket* needs nothing more from this run."""
+        """Record that this run is done with the document of *ticket*."""
         self._settled.add(ticket)
 
     def advance(self, checkpoint: Checkpoint) -> None:
-        """Move the mark of *checkpoint* over everything that is settled without a gap."""
+        """Move the mark of *checkpoint* to the end of the settled prefix."""
         while self._waiting and self._waiting[0][0] in self._settled:
             ticket, document_id = self._waiting.popleft()
             self._settled.discard(ticket)

@@ -1,4 +1,4 @@
-"""Asks one of several identical conversations, and lets the others have its answer."""
+"""Deduplication: one of several identical conversations is asked, the others reuse its answer."""
 
 from __future__ import annotations
 
@@ -7,117 +7,16 @@ import logging
 import os
 import sqlite3
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from domain.conversation import Classification, Conversation, Outcome, input_sha256
+from domain.conversation import Classification, Outcome
 from storage import extended_json
-from worker.items import WorkItem
-
-
-@dataclass(slots=True)
-class Asking:
-    """A document whose answer is wanted, and those with the same text that wait for it.
-
-    *input_hash* is empty where it is asked for itself, whatever others were told.
-    """
-
-    item: WorkItem
-    conversation: Conversation
-    input_hash: str
-    followers: list[Asking] = field(default_factory=list)
-    since_s: float = field(default_factory=time.monotonic)
-
-
-Copy = tuple[Asking, Outcome]
-
-
-class Deduplicator:
-    """Decides who is asked; *asked* None: everybody.
-
-    Memory is bounded by the documents in work: those who wait are among them, the rest is in *asked*. Retry rounds are
-    asked themselves, with another seed.
-    """
-
-    def __init__(self, asked: ReplyCache | None) -> None:
-        self._asked = asked
-        self._leaders: dict[str, Asking] = {}  # in flight, by input_sha256
-        self._carried: dict[bytes, list[Asking]] = {}  # by id_key of the one who is to ask next: who waits for it
-
-    def asking(self, item: WorkItem, conversation: Conversation) -> Asking:
-        """Return *item* as somebody who wants an answer, with those who wait for it already."""
-        is_shared = self._asked is not None and item.rounds == 0
-        input_hash = input_sha256(conversation) if is_shared else ""
-        return Asking(item, conversation, input_hash, self._carried.pop(item.key, []))
-
-    def known(self, asking: Asking) -> list[Copy]:
-        """Return copies of an answer that is known, for *asking* and for who waits for it; none where it is not known."""
-        found = self._asked.find(asking.input_hash) if self._asked is not None and asking.input_hash else None
-        if found is None or found[0] == asking.item.document_id:
-            return []
-        return [(one, _copy(found[1], found[0], one)) for one in (asking, *asking.followers)]
-
-    def waits(self, asking: Asking) -> bool:
-        """Whether another one with the same text is in flight: then ``answered`` or ``gave_up`` of that one decides."""
-        if not asking.input_hash:
-            return False
-        leader = self._leaders.setdefault(asking.input_hash, asking)
-        if leader is asking:
-            return False
-        leader.followers += [asking, *asking.followers]
-        asking.followers = []
-        return True
-
-    def answered(self, asking: Asking, outcome: Outcome) -> list[Copy]:
-        """Keep the *outcome* of *asking*; return who waited for it, each with its own copy."""
-        if self._asked is not None and asking.input_hash:
-            del self._leaders[asking.input_hash]
-            self._asked.add(asking.item.document_id, outcome)
-        return [(one, _copy(outcome, asking.item.document_id, one)) for one in asking.followers]
-
-    def gave_up(self, asking: Asking) -> list[WorkItem]:
-        """Note that *asking* got no answer; return who has to be asked now: the first of those who waited, or nobody."""
-        if asking.input_hash:
-            del self._leaders[asking.input_hash]
-        return self._hand_on(asking.followers)
-
-    def dropped(self, item: WorkItem) -> list[WorkItem]:
-        """Note that *item* is not asked after all; return as ``gave_up`` does."""
-        return self._hand_on(self._carried.pop(item.key, []))
-
-    def rejected(self, result: dict[str, Any]) -> None:
-        """Note that *result* cannot be stored: no further copy shall name its document."""
-        made = result["processing_metadata"]
-        if self._asked is not None and "copied_from" not in made and "input_sha256" in made:
-            self._asked.forget(made["input_sha256"])
-
-    def close(self, *, is_finished: bool) -> None:
-        """Give back the file; it goes with a run that *is_finished*, and waits for the one that goes on."""
-        if self._asked is not None:
-            if is_finished:
-                self._asked.remove()
-            else:
-                self._asked.close()
-
-    def _hand_on(self, waiting: list[Asking]) -> list[WorkItem]:
-        if not waiting:
-            return []
-        heir, *others = waiting
-        if others:
-            self._carried[heir.item.key] = others
-        return [heir.item]
-
-
-def _copy(outcome: Outcome, source_id: Any, asking: Asking) -> Outcome:
-    """Return *outcome* as that of a document that was not asked itself."""
-    duration_ms = round((time.monotonic() - asking.since_s) * 1000)
-    return replace(
-        outcome, attempts=0, duration_ms=duration_ms, prompt_tokens=None, reply_tokens=None, copied_from=(source_id,)
-    )
-
+from storage.contract import Document
+from worker.settlement import WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +24,89 @@ FILE_NAME = "asked_before.sqlite"
 _SIBLINGS = ("", "-wal", "-shm", "-journal")  # of SQLite, beside the file
 _CACHE_KB = 1024
 
+Copy = tuple[WorkItem, Outcome]
+
+
+class Deduplicator:
+    """Decides which document is asked; with *cache* None, each is.
+
+    Memory is bounded by the documents in work: followers are among them, earlier answers are in *cache*. Documents of
+    a retry round are always asked, with another seed.
+    """
+
+    def __init__(self, cache: ReplyCache | None) -> None:
+        self._cache = cache
+        self._leaders: dict[str, WorkItem] = {}  # in flight, by input hash
+
+    def known(self, item: WorkItem) -> list[Copy]:
+        """Return copies of an earlier answer for *item* and its followers; empty if it must be asked."""
+        item.since_s = time.monotonic()
+        if self._cache is None or item.rounds > 0:
+            return []
+        item.input_hash = item.conversation.transcript_sha256
+        found = self._cache.find(item.input_hash)
+        if found is None or found[0] == item.document_id:
+            return []
+        followers, item.followers = item.followers, []
+        return [(one, _copy(found[1], found[0], one)) for one in (item, *followers)]
+
+    def follows(self, item: WorkItem) -> bool:
+        """Whether an identical conversation is in flight; then *item* waits for its ``answered`` or ``gave_up``."""
+        if not item.input_hash:
+            return False
+        leader = self._leaders.setdefault(item.input_hash, item)
+        if leader is item:
+            return False
+        leader.followers += [item, *item.followers]
+        item.followers = []
+        return True
+
+    def answered(self, item: WorkItem, outcome: Outcome) -> list[Copy]:
+        """Keep the *outcome* of *item*; return its followers, each with a copy."""
+        if self._cache is not None and item.input_hash:
+            del self._leaders[item.input_hash]
+            self._cache.add(item.document_id, outcome)
+        followers, item.followers = item.followers, []
+        return [(one, _copy(outcome, item.document_id, one)) for one in followers]
+
+    def gave_up(self, item: WorkItem) -> list[WorkItem]:
+        """Record that *item* gets no answer; return the document to ask instead: its first follower, if any."""
+        if self._leaders.get(item.input_hash) is item:
+            del self._leaders[item.input_hash]
+        if not item.followers:
+            return []
+        heir, *others = item.followers
+        heir.followers, item.followers = others, []
+        return [heir]
+
+    def rejected(self, result: Document) -> None:
+        """Forget *result*, which cannot be stored: no copy may refer to its document."""
+        made = result["processing_metadata"]
+        if self._cache is not None and "copied_from" not in made and "input_sha256" in made:
+            self._cache.forget(made["input_sha256"])
+
+    def close(self, *, is_finished: bool) -> None:
+        """Close the cache; remove its file if the run is finished, keep it for a run that resumes."""
+        if self._cache is not None:
+            if is_finished:
+                self._cache.remove()
+            else:
+                self._cache.close()
+
+
+def _copy(outcome: Outcome, source_id: Any, item: WorkItem) -> Outcome:
+    """Return *outcome*, which is that of *source_id*, for *item*."""
+    duration_ms = round((time.monotonic() - item.since_s) * 1000)
+    return replace(
+        outcome, attempts=0, duration_ms=duration_ms, prompt_tokens=None, reply_tokens=None, copied_from=(source_id,)
+    )
+
 
 class ReplyCache:
-    """The answers of one run by ``input_sha256``, in *path*; opened at the first use.
+    """The answers of one run by ``input_sha256``, in the SQLite file *path*; opened at first use.
 
-    *run* names the run and its plan: answers of another run are thrown away, because its labels may be others and its
-    results may since be replaced. A file that cannot be used is given up with one warning; then nothing is found.
+    *run* names the run and its plan. Answers of another run are discarded, because its labels may differ and its
+    results may have been replaced. A file that cannot be used is removed with one warning; then nothing is found.
     """
 
     def __init__(self, path: Path, run: str) -> None:
@@ -140,7 +116,7 @@ class ReplyCache:
         self._is_usable = True
 
     def find(self, input_hash: str) -> tuple[Any, Outcome] | None:
-        """Return the source id of the conversation that was asked, and its outcome; None where there is none."""
+        """Return the source id and the outcome of the identical conversation; None if there is none."""
         query = "SELECT source, outcome FROM asked WHERE input_sha256 = ?"
         row = self._execute(query, (bytes.fromhex(input_hash),))
         return None if row is None else (extended_json.loads(row[0])[0], _outcome(row[1], input_hash))
@@ -151,25 +127,25 @@ class ReplyCache:
         self._execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", values)
 
     def forget(self, input_hash: str) -> None:
-        """Take out an answer that will not be stored as a result."""
+        """Remove an answer that will not be stored as a result."""
         self._execute("DELETE FROM asked WHERE input_sha256 = ?", (bytes.fromhex(input_hash),))
 
     def close(self) -> None:
-        """Close the file and leave it to the run that goes on."""
+        """Close the file and keep it."""
         if self._database is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._database.close()
             self._database = None
 
     def remove(self) -> None:
-        """Remove the file, also one that this run never opened."""
+        """Remove the file, even if this run never opened it."""
         self.close()
         for sibling in _SIBLINGS:
             with contextlib.suppress(OSError):
                 os.unlink(f"{self._path}{sibling}")
 
     def _execute(self, statement: str, values: tuple[Any, ...]) -> Any:
-        """Return the first row of *statement*; None where there is none, or the file cannot be used."""
+        """Return the first row of *statement*; None if there is none, or the file cannot be used."""
         if not self._is_usable:
             return None
         try:
@@ -185,16 +161,16 @@ class ReplyCache:
     def _open(self) -> sqlite3.Connection:
         try:
             return self._connected()
-        except sqlite3.DatabaseError:  # of another run, or not whole: a power cut may do that to it
+        except sqlite3.DatabaseError:  # of another run, or damaged by a power cut
             self.remove()
             return self._connected()
 
     def _connected(self) -> sqlite3.Connection:
-        # SQLite gives its own files the rights of this one.
+        # SQLite gives its other files the mode of this one.
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
         database = sqlite3.connect(self._path, isolation_level=None, timeout=0)
         try:
-            # Without fsync: a killed process leaves a whole file all the same, and a power cut may take it.
+            # No fsync: the file survives a killed process, and losing it in a power cut costs only calls.
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=OFF", f"cache_size=-{_CACHE_KB}"):
                 database.execute(f"PRAGMA {pragma}")
             database.execute("CREATE TABLE IF NOT EXISTS run (name TEXT)")

@@ -1,4 +1,4 @@
-"""The state of a run in Prometheus text, for the textfile collector of node_exporter. Labels are closed lists."""
+"""The state of a run as Prometheus text, for the textfile collector of node_exporter. Label values are closed lists."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from error_handler import Reason, StateDirectoryError
-from storage.extended_json import list_keys
+from error_handler import Reason
+from storage.extended_json import id_key
 from storage.files import replace_file
-from utils.batch_file_manager import FailureKind, batch_paths
+from utils.batch_file_manager import FAILURE_KINDS, FailureKind, batch_paths, read_failures
 from worker.checkpoint import RunStats
 from worker.progress import FILE_EVERY_S
 
@@ -24,16 +24,14 @@ LAST_COMPLETED = "triad_last_completed_timestamp_seconds"
 
 
 class MetricsFile:
-    """Writes ``progress/metrics.prom`` in *directory*, replaced atomically; the label ``worker`` is the directory's name.
+    """Writes ``progress/metrics.prom`` in *directory* atomically; the label ``worker`` is the directory's name.
 
-    The two times outlive a restart: they are read back from the file that is there.
+    The two times survive a restart: they are read from the existing file.
     """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "progress" / NAME
-        self._queues: dict[FailureKind, QueueSize] = {
-            kind: QueueSize(directory / kind) for kind in ("retry", "quarantine")
-        }
+        self._queues: dict[FailureKind, QueueSize] = {kind: QueueSize(directory / kind) for kind in FAILURE_KINDS}
         self._last_write = 0.0
         self._successful = 0
         self._worker = directory.resolve().name
@@ -41,7 +39,7 @@ class MetricsFile:
 
     def update(
         self,
-        job_id: str,  # noqa: ARG002 - jobs have no end, labels must
+        job_id: str,  # noqa: ARG002 - job ids are not a closed list
         status: str,
         stats: RunStats,
         in_flight: int,
@@ -72,49 +70,51 @@ class MetricsFile:
         outcomes = [(name, float(getattr(stats, name))) for name in OUTCOMES]
         reasons = [(str(reason), float(stats.reasons.get(reason, 0))) for reason in Reason]
         states = [(name, float(name == status)) for name in STATUSES]
-        gauge("triad_run_documents", "Documents of this run by how they ended", outcomes, "outcome")
+        gauge("triad_run_documents", "Documents of this run by outcome", outcomes, "outcome")
         gauge(
             "triad_run_documents_expected",
-            "Documents that this run has to do",
+            "Documents that this run has to process",
             [("", max(stats.total, stats.processed))],
         )
         gauge("triad_run_failures", "Documents of this run without a result, by reason", reasons, "reason")
-        gauge("triad_run_status", "1 for the status that the run has", states, "status")
-        gauge("triad_run_calls_in_flight", "Documents that wait for the model now", [("", in_flight)])
+        gauge("triad_run_status", "1 for the current status of the run", states, "status")
+        gauge("triad_run_calls_in_flight", "Documents that wait for the model", [("", in_flight)])
         if limit is not None:
-            gauge("triad_run_concurrency_limit", "Calls that may be in flight now, found by auto", [("", limit)])
-        gauge("triad_retry_queue_documents", "Documents that get another round", [("", self._queues["retry"].count())])
+            gauge("triad_run_concurrency_limit", "Calls that may be in flight, found by auto", [("", limit)])
+        gauge("triad_retry_queue_documents", "Documents in the retry queue", [("", self._queues["retry"].count())])
         gauge("triad_quarantine_documents", "Documents in quarantine", [("", self._queues["quarantine"].count())])
-        gauge(LAST_SUCCESS, "When a document was last classified; 0: never", [("", self._times[LAST_SUCCESS])])
-        gauge(LAST_COMPLETED, "When a run last came to its end; 0: never", [("", self._times[LAST_COMPLETED])])
+        gauge(LAST_SUCCESS, "Time of the last classified document; 0: never", [("", self._times[LAST_SUCCESS])])
+        gauge(LAST_COMPLETED, "Time of the last completed run; 0: never", [("", self._times[LAST_COMPLETED])])
         return generate_latest(registry)
 
 
 class QueueSize:
-    """Counts the documents in the files of *folder*; reads again only what has changed since it last looked."""
+    """Counts the documents in the failure files of *folder*; only reads files that changed since the last count."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: dict[tuple[str, int, int], frozenset[bytes]] = {}
 
     def count(self) -> int:
-        """Return how many documents there are; a file that cannot be read counts as empty.
+        """Return the number of documents; a corrupt file counts as empty.
 
         Raises:
-            StateDirectoryError: A file may not be read.
+            StateDirectoryError: A file cannot be read.
         """
         known: dict[tuple[str, int, int], frozenset[bytes]] = {}
         for path in batch_paths(self._folder):
             try:
                 state = path.stat()
-                version = (path.name, state.st_ino, state.st_mtime_ns)
-                known[version] = self._known.get(version) or frozenset(list_keys(path.read_bytes(), "conversation_id"))
-            except FileNotFoundError:
+            except FileNotFoundError:  # the worker has finished it
                 continue
+            version = (path.name, state.st_ino, state.st_mtime_ns)
+            if version in self._known:
+                known[version] = self._known[version]
+                continue
+            try:
+                known[version] = frozenset(id_key(entry.conversation_id) for entry in read_failures(path))
             except ValueError:
                 known[version] = frozenset()
-            except OSError as exc:
-                raise StateDirectoryError(f"{path} cannot be read ({exc.strerror}); fix its rights.") from exc
         self._known = known
         return len(frozenset().union(*known.values()))
 
@@ -125,6 +125,6 @@ def _saved_times(path: Path) -> dict[str, float]:
         for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
             if family.name in times:
                 times[family.name] = max((sample.value for sample in family.samples), default=0.0)
-    except (OSError, ValueError, IndexError):  # missing, or somebody else's
+    except (OSError, ValueError, IndexError):  # missing, or not ours
         return {LAST_SUCCESS: 0.0, LAST_COMPLETED: 0.0}
     return times

@@ -1,9 +1,9 @@
-"""How a run would make its results now, and what each document needs then."""
+"""What a run would do now: the plan of its answers, its context window, and the documents that need work."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
@@ -12,18 +12,23 @@ from config import Settings, load_taxonomy
 from domain.staleness import StalenessChecker
 from error_handler import LLMUnavailableError
 from model_server.protocol import chat_target, plan_fingerprint
+from model_server.tokens import TokenEstimator
+from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
-from storage import extended_json
-from worker.stored_results import StoredResults
+from worker.quarantine import failed_keys
+
+SAMPLE_SIZE = 200  # documents
+
+Sample = Callable[[llm.AsyncLLMClient], Awaitable[list[int]]]
 
 
 async def ask_plan(settings: Settings) -> str:
-    """Return the plan_fingerprint of a run with *settings* now; the server is asked for its models alone.
+    """Return the plan_fingerprint of a run with *settings* now; the server is only asked for its models.
 
     Raises:
-        LLMUnavailableError: It does not answer.
-        ConfigurationError: It does not have the model.
+        LLMUnavailableError: The server does not answer.
+        ConfigurationError: The server does not have the model.
     """
     taxonomy = load_taxonomy(settings.taxonomy_file)
     async with llm.open_session(1) as session:
@@ -31,32 +36,52 @@ async def ask_plan(settings: Settings) -> str:
         try:
             target = await client.prepare(settings)
         except LLMUnavailableError as exc:
-            raise LLMUnavailableError(f"{exc}; what can be told without it: python cli.py plan --offline") from exc
+            raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
     prompt, schema = PromptBuilder.from_taxonomy(taxonomy).system_prompt, ReplyParser(taxonomy).schema_json
     return plan_fingerprint(target, prompt, schema)
 
 
 def work_kinds(store: DocumentStore, settings: Settings, plan: str | None) -> StalenessChecker:
-    """Return the judge of the documents of *store*; *plan* None where the model server was not asked."""
-    made = StoredResults(store, settings).made
-    return StalenessChecker(aggregate_conversation, plan, made, lambda: queued_keys(settings.batch_files_dir))
+    """Return the checker for the documents of *store*; *plan* is None if the model server was not asked."""
+    directory = settings.batch_files_dir
+    return StalenessChecker(aggregate_conversation, plan, store.result_provenance, lambda: failed_keys(directory))
 
 
-logger = logging.getLogger(__name__)
+async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:
+    """Return the context window for a run with the model of *client*, which is prepared.
 
+    *asked* is the window that the operator set. Without it, *sample* returns the tokens that documents need, as
+    ``sample_needs`` does.
 
-def queued_keys(directory: Path) -> set[bytes]:
-    """Return the ``id_key`` of each document in the retry queue or in quarantine under *directory*.
-
-    A file that cannot be read is passed over with a warning; in MongoDB its documents say failed as well.
+    Raises:
+        TriadError: Whatever *sample* raises.
     """
-    keys: set[bytes] = set()
-    for path in sorted(path for kind in ("retry", "quarantine") for path in (directory / kind).glob("batch_*.json")):
-        try:
-            entries = extended_json.loads(path.read_bytes())
-            keys |= {extended_json.id_key(entry["conversation_id"]) for entry in entries}
-        except FileNotFoundError:
-            continue  # worked off in this moment
-        except (OSError, ValueError, KeyError, TypeError):
-            logger.warning("%s cannot be read; its documents count by their status alone", path)
-    return keys
+    limit = client.target.context_limit
+    if asked is not None or client.target.protocol == "openai_chat":
+        return choose_window([], limit, asked)
+    return choose_window(await sample(client), limit)
+
+
+async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[int]:
+    """Return the window that each of SAMPLE_SIZE random documents needs, in tokens.
+
+    Documents of any status count, because those that are done predict those to come. Documents without text do not.
+
+    Raises:
+        StoreError: MongoDB does not answer, or refuses.
+    """
+    needs = []
+    async for document in store.sample(SAMPLE_SIZE):
+        if transcript := rough_transcript(document):
+            needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
+    return needs
+
+
+def rough_transcript(document: Mapping[str, Any]) -> str:
+    """Return the texts of *document*, about as long as its transcript.
+
+    The aggregator is not used: a document that crashes it must do so in a run, which has a journal to notice it.
+    """
+    entries = document.get("tweets") or document.get("messages") or [document]
+    texts = [entry.get("text") for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    return "\n".join(f"Customer: {text}" for text in texts if isinstance(text, str) and text.strip())

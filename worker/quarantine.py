@@ -1,7 +1,7 @@
-"""The documents that failed, as an operator deals with them: look, choose, give fresh attempts, give up.
+"""Failed documents: list them, requeue them with a full set of attempts, or discard them.
 
-Looking needs no lock and changes nothing. ``release`` and ``drop`` need the directory's lock, and each of their steps
-is the replacement or the rename of one file: whenever the process dies, every document is in exactly one folder.
+``requeue`` and ``discard`` need the lock of the directory. Each of their steps replaces or renames one file, so every
+document is in exactly one folder whenever the process dies.
 """
 
 from __future__ import annotations
@@ -16,29 +16,37 @@ from error_handler import ConfigurationError, Reason, StateDirectoryError
 from storage import extended_json
 from storage.extended_json import id_key, id_text
 from storage.files import move_file
-from utils.batch_file_manager import BatchFiles, FailedDocument, FailureKind, batch_paths, parse_failures
+from utils.batch_file_manager import (
+    FAILURE_KINDS,
+    BatchFiles,
+    FailedDocument,
+    FailureKind,
+    batch_paths,
+    read_failures,
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class FailedDocuments:
-    """What is in the retry queue or in quarantine: one entry per document, the newest first.
+    """The documents in the retry queue or in quarantine: one entry each, the newest first.
 
-    *unreadable* names the files that were passed over.
+    *unreadable* names the corrupt files, whose documents are missing here.
     """
 
     entries: list[FailedDocument]
     unreadable: list[str] = field(default_factory=list)
 
     def of_reason(self, reason: Reason | None) -> list[FailedDocument]:
-        """Return the entries that failed for *reason*; None takes all."""
+        """Return the entries that failed because of *reason*; None returns all."""
         return [entry for entry in self.entries if reason is None or entry.reason is reason]
 
     def named(self, texts: Iterable[str]) -> list[FailedDocument]:
-        """Return the entries of the documents that *texts* name, each once, in their order.
+        """Return the entries of the documents that *texts* name, each once, in the order of *texts*.
 
-        A text is what ``id_text`` shows, or the id as Extended JSON, which wins: it can tell 7 from "7".
+        A text is what ``id_text`` shows, or the id as Extended JSON. The latter takes precedence, because it
+        distinguishes 7 from "7".
 
         Raises:
             ConfigurationError: A text names no document, or more than one.
@@ -50,7 +58,9 @@ class FailedDocuments:
         if text.startswith(("{", '"')) or not found:
             found = [entry for entry in self.entries if id_key(entry.conversation_id) == _json_key(text)] or found
         if not found:
-            raise ConfigurationError(f"no document {text[:120]!r} is there; cli.py quarantine list shows the ids.")
+            raise ConfigurationError(
+                f"no document {text[:120]!r} is there; python cli.py quarantine list shows the ids."
+            )
         if len(found) > 1:
             ids = " or ".join(extended_json.dumps(entry.conversation_id).decode() for entry in found[:5])
             raise ConfigurationError(
@@ -66,41 +76,50 @@ def _json_key(text: str) -> bytes | None:
         return None
 
 
-def look(directory: Path, kind: FailureKind) -> FailedDocuments:
-    """Return what is in the retry queue, or in quarantine, of *directory*; a worker may hold it meanwhile.
+def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:
+    """Return the documents in the retry queue, or in quarantine, of *directory*. Needs no lock.
 
     Raises:
-        StateDirectoryError: The directory is not there, or a file may not be read.
+        StateDirectoryError: The directory does not exist, or a file cannot be read.
     """
     if not directory.is_dir():
         raise StateDirectoryError(f"there is no directory {directory}; name the worker's with --batch-files-dir.")
     newest: dict[bytes, FailedDocument] = {}
     unreadable = []
-    try:
-        for path in batch_paths(directory / kind):
-            try:
-                entries = parse_failures(extended_json.loads(path.read_bytes()))
-            except FileNotFoundError:  # the worker has moved on
-                continue
-            except ValueError:
-                unreadable.append(path.name)
-                continue
-            for entry in entries:
-                key = id_key(entry.conversation_id)
-                if key not in newest or newest[key].failed_at < entry.failed_at:
-                    newest[key] = entry
-    except OSError as exc:
-        raise StateDirectoryError(f"{directory / kind} cannot be read ({exc.strerror}); fix its rights.") from exc
+    for path in batch_paths(directory / kind):
+        try:
+            entries = read_failures(path)
+        except ValueError:
+            unreadable.append(path.name)
+            continue
+        for entry in entries:
+            key = id_key(entry.conversation_id)
+            if key not in newest or newest[key].failed_at < entry.failed_at:
+                newest[key] = entry
     return FailedDocuments(sorted(newest.values(), key=lambda entry: entry.failed_at, reverse=True), unreadable)
 
 
-def release(files: BatchFiles, keys: set[bytes] | None = None) -> int:
-    """Move the quarantined documents of *keys* (None: all) to ``pending/``, where they get fresh attempts; return how many.
+def failed_keys(directory: Path) -> set[bytes]:
+    """Return the ``id_key`` of each document in the retry queue or in quarantine of *directory*. Needs no lock.
 
-    Answers that could not be written are kept. A document whose batch is still in work stays where it is.
+    Corrupt files are ignored with a warning; the status of their documents in MongoDB is failed as well.
+    """
+    keys: set[bytes] = set()
+    for kind in FAILURE_KINDS if directory.is_dir() else ():
+        found = list_failed(directory, kind)
+        for name in found.unreadable:
+            logger.warning("%s/%s is corrupt; its documents count by their status in MongoDB only", kind, name)
+        keys |= {id_key(entry.conversation_id) for entry in found.entries}
+    return keys
+
+
+def requeue(files: BatchFiles, keys: set[bytes] | None = None) -> int:
+    """Move the quarantined documents of *keys* (None: all) to ``pending/`` with a full set of attempts; return their number.
+
+    Results that could not be written are kept. Documents of a batch that is still in work stay in quarantine.
 
     Raises:
-        StateDirectoryError: A file cannot be written; the documents before it are moved.
+        StateDirectoryError: A file cannot be written; documents of earlier files have been moved.
     """
     _remove_older_copies(files)
     in_work = _keys_in_work(files)
@@ -113,7 +132,7 @@ def release(files: BatchFiles, keys: set[bytes] | None = None) -> int:
             continue
         staged = path
         if len(chosen) < len(entries):
-            # Two files cannot change at once, so the chosen ones are split off inside the folder, then moved whole.
+            # Two files cannot change atomically: split the chosen entries off inside the folder, then rename that file.
             staged = files.new_path("quarantine", "replay")
             files.write_failures(staged, chosen)
             left = {id_key(entry.conversation_id) for entry in chosen}
@@ -123,23 +142,23 @@ def release(files: BatchFiles, keys: set[bytes] | None = None) -> int:
     return moved
 
 
-def drop(files: BatchFiles, keys: set[bytes]) -> int:
-    """Remove the documents of *keys* from quarantine for good; return how many. Their sources keep saying failed.
+def discard(files: BatchFiles, keys: set[bytes]) -> int:
+    """Remove the documents of *keys* from quarantine for good; return their number. Their status stays failed.
 
-    A document whose batch is still in work stays: its run would only put it back.
+    Documents of a batch that is still in work stay, because its run would quarantine them again.
 
     Raises:
-        StateDirectoryError: A file cannot be written; what was in the files before it is removed.
+        StateDirectoryError: A file cannot be written; documents of earlier files have been removed.
     """
     _remove_older_copies(files)
-    going = keys - _keys_in_work(files)
-    dropped = 0
+    chosen = keys - _keys_in_work(files)
+    discarded = 0
     for path, entries in files.failure_files("quarantine"):
-        kept = [entry for entry in entries if id_key(entry.conversation_id) not in going]
+        kept = [entry for entry in entries if id_key(entry.conversation_id) not in chosen]
         if len(kept) < len(entries):
             files.write_failures(path, kept)
-            dropped += len(entries) - len(kept)
-    return dropped
+            discarded += len(entries) - len(kept)
+    return discarded
 
 
 def _is_chosen(entry: FailedDocument, keys: set[bytes] | None) -> bool:
@@ -147,12 +166,12 @@ def _is_chosen(entry: FailedDocument, keys: set[bytes] | None) -> bool:
 
 
 def _keys_in_work(files: BatchFiles) -> set[bytes]:
-    """Return what a crash left in ``pending/``: the next run takes it up there, and may quarantine it again."""
+    """Return the documents that a crash left in ``pending/``: the next run resumes them, and may quarantine them again."""
     return {id_key(document.get("_id")) for batch in files.load_pending() for document in batch.documents}
 
 
 def _remove_older_copies(files: BatchFiles) -> None:
-    """Leave the newest entry of each document: a crash during ``release`` and a ``--reprocess`` leave two."""
+    """Keep only the newest entry of each document: a crash during ``requeue``, and ``--reprocess``, leave two."""
     newest: dict[bytes, tuple[datetime, Path]] = {}
     for path, entries in files.failure_files("quarantine"):
         for entry in entries:

@@ -1,46 +1,203 @@
-"""How documents end: their counts, their source status, their place in the local files, the checkpoint."""
+"""Documents in work and how they end: counts, source status, retry or quarantine entry, checkpoint."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import asdict
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
 
-from error_handler import FailureThresholdError, Reason
-from storage.contract import FinalStatus, Store
+from domain.conversation import Conversation
+from error_handler import (
+    FailureThresholdError,
+    LLMModelError,
+    LLMRejectedError,
+    PoisonDocumentError,
+    Reason,
+    StoreRejectedError,
+    StoreUnavailableError,
+    TriadError,
+)
+from storage.contract import Document, FinalStatus, Store
 from storage.extended_json import id_key, id_text
-from utils.batch_file_manager import BatchFiles, FailedDocument
+from storage.files import BatchJournal, JournalEntry
+from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
-from worker.items import MAX_ROUNDS, BatchInWork, Failure, StatusUpdates, WorkItem
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+MAX_ROUNDS = 3  # retry rounds of one document before it is quarantined
 FAILURE_SHARE, FAILURE_MINIMUM = 0.10, 50  # the run stops above this share, from this many documents on
 IDS_PER_UPDATE = 1000
 
 
-class Settlement:
-    """Settles documents in memory at once, and in MongoDB and the files when ``flush`` is called.
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one round of a document failed; *is_final* if another round cannot help."""
 
-    The order of ``flush`` is what makes a crash harmless: source statuses, then retry and
-    quarantine entries, then the batch is completed, its leases end, and the checkpoint moves.
+    reason: Reason
+    message: str
+    is_final: bool
+
+    @classmethod
+    def of(cls, error: TriadError) -> Failure:
+        """Return what *error* means for its document."""
+        refused = isinstance(error, LLMRejectedError | PoisonDocumentError | StoreRejectedError)
+        is_final = (refused and not isinstance(error, LLMModelError)) or error.reason is Reason.CONTEXT_OVERFLOW
+        return cls(error.reason, str(error), is_final)
+
+
+@dataclass(slots=True)
+class WorkItem:
+    """One document in work.
+
+    *past* is what the journal of an interrupted run says about it. *rounds* counts its earlier retry rounds; *ticket*
+    is its place in the reading order. *conversation* is set by aggregation. *input_hash* is empty if the document must be
+    asked itself; *followers* are documents with the same text that wait for its answer.
     """
 
-    def __init__(self, store: Store, files: BatchFiles, checkpoint: Checkpoint) -> None:
+    document: Document
+    batch: BatchInWork
+    key: bytes
+    past: JournalEntry
+    ticket: int | None = None
+    rounds: int = 0
+    known_result: Document | None = None
+    conversation: Conversation = field(init=False)
+    input_hash: str = ""
+    followers: list[WorkItem] = field(default_factory=list)
+    since_s: float = 0.0
+
+    @property
+    def document_id(self) -> Any:
+        """The source ``_id``."""
+        return self.document.get("_id")
+
+    @property
+    def journal(self) -> BatchJournal:
+        """The journal of its batch."""
+        return self.batch.file.journal
+
+
+class BatchInWork:
+    """A batch of *file* with one WorkItem for each of its documents.
+
+    *is_retry* marks a round of a retry file. With *mark*, the documents are recorded as read. *claimed_at* is a
+    ``time.monotonic()`` at which this worker surely held the leases; by default now.
+    """
+
+    def __init__(
+        self,
+        file: BatchFile,
+        *,
+        is_retry: bool = False,
+        mark: LowWaterMark | None = None,
+        claimed_at: float | None = None,
+    ) -> None:
+        self.file = file
+        self.is_retry = is_retry
+        self.claimed_at = time.monotonic() if claimed_at is None else claimed_at
+        self.counts = {"successful": 0, "failed": 0, "skipped": 0}
+        self.to_retry: list[FailedDocument] = []
+        self.to_quarantine: list[FailedDocument] = []
+        self.items: list[WorkItem] = []
+        for key, document in file.keyed:
+            item = WorkItem(document, self, key, file.replay.get(key) or JournalEntry())
+            failure = file.failures.get(key)
+            if failure is not None:
+                item.rounds = failure.retry_count + 1 if is_retry else 0
+                item.known_result = failure.classification_result
+            if mark is not None:
+                item.ticket = mark.read(document.get("_id"))
+            self.items.append(item)
+        self.unsettled = len(self.items)
+
+    @property
+    def document_ids(self) -> list[Any]:
+        """The ids of all documents of the file, in its order."""
+        return [document.get("_id") for document in self.file.documents]
+
+
+def is_query(document: Document) -> bool:
+    """Whether *document* has the shape of a single query, whose status fields differ."""
+    return not document.keys() & {"tweets", "messages", "status"} and bool(document.keys() & {"text", "processed"})
+
+
+class GroupCommit(Generic[T]):
+    """Passes submitted items to *write* in groups of at most *max_group*, one group at a time.
+
+    *write* settles each item itself, and raises only errors that end the run.
+    """
+
+    def __init__(self, write: Callable[[list[T]], Awaitable[None]], max_group: int = 200) -> None:
+        self._write = write
+        self._max_group = max_group
+        self._ready: list[T] = []
+        self._arrived = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def submit(self, item: T) -> None:
+        """Write *item* as soon as possible; return at once."""
+        self._ready.append(item)
+        self._empty.clear()
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Write submitted items until cancelled; raise what *write* raises."""
+        while True:
+            await self._arrived.wait()
+            while self._ready:
+                group, self._ready = self._ready[: self._max_group], self._ready[self._max_group :]
+                await self._write(group)
+            self._arrived.clear()
+            self._empty.set()
+
+    async def drained(self) -> None:
+        """Wait until every submitted item is settled, while ``run`` runs."""
+        await self._empty.wait()
+
+
+class Settlement:
+    """Writes results, and settles documents: in memory at once, in MongoDB and the files when ``flush`` is called.
+
+    The order of ``flush`` makes a crash harmless: source statuses first, then retry and quarantine entries, then the
+    batch is completed, its leases are released, and the checkpoint moves. *replaces* means that results replace stored
+    ones. *on_rejected* gets each result that MongoDB rejects for good.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        files: BatchFiles,
+        checkpoint: Checkpoint,
+        *,
+        replaces: bool,
+        on_rejected: Callable[[Document], None],
+    ) -> None:
         self._store = store
         self._files = files
         self._checkpoint = checkpoint
+        self._replaces = replaces
+        self._on_rejected = on_rejected
+        self.writes: GroupCommit[tuple[WorkItem, Document]] = GroupCommit(self._write)
+        self.progress = asyncio.Event()  # set when documents were settled
+        self._saved: Document = {}  # the content of checkpoint.json, if this run wrote it
         self._finished: list[BatchInWork] = []
         self._failed: dict[bytes, str] = {}  # reason by id_key, of documents that failed in this run
-        self._failed_before: set[bytes] = set()  # those of them that a journal knew; an earlier threshold had them
+        self._failed_before: set[bytes] = set()  # those that a journal knew: an earlier run counted them
+        self._statuses: dict[tuple[FinalStatus, str | None, bool], list[Any]] = {}  # (status, reason, is_query) -> ids
         self._flushing = asyncio.Lock()
         self.stats = RunStats()
-        self.statuses = StatusUpdates()
         self.mark = LowWaterMark()
         self.unsettled = 0
         self.since_flush = 0
-        self.due = asyncio.Event()  # set when CHECKPOINT_EVERY documents wait to be flushed
+        self.due = asyncio.Event()  # set when CHECKPOINT_EVERY documents wait for a flush
 
     @property
     def failed_keys(self) -> set[bytes]:
@@ -53,27 +210,40 @@ class Settlement:
         if batch.unsettled == 0:
             self._finished.append(batch)
 
-    def succeed(self, item: WorkItem, result: dict[str, Any]) -> None:
-        """The *result* of *item* is stored."""
+    async def _write(self, group: list[tuple[WorkItem, Document]]) -> None:
+        try:
+            rejected = await self._store.write_results([result for _, result in group], replace=self._replaces)
+        except StoreUnavailableError as exc:
+            for item, result in group:
+                self.fail(item, Failure.of(exc), result)
+            raise  # more answers could not be stored either
+        finally:
+            self.progress.set()
+        for index, (item, result) in enumerate(group):
+            if index in rejected:
+                self.fail(item, Failure.of(rejected[index]), result)
+                self._on_rejected(result)
+            else:
+                self._succeed(item, result)
+
+    def _succeed(self, item: WorkItem, result: Document) -> None:
         self._count_success(item.key)
-        self.stats.count_labels(result["classification"])
-        self.stats.count_confidence(result["processing_metadata"])
-        self.stats.copied += "copied_from" in result["processing_metadata"]
+        self.stats.count_result(result)
         item.batch.counts["successful"] += 1
         self._settle(item, "processed", None)
 
-    def found_done(self, documents: list[dict[str, Any]]) -> None:
-        """*documents* were found to have a result; they only get their status."""
+    def found_done(self, documents: list[Document]) -> None:
+        """Queue the final status of *documents*, which already have a result."""
         for document in documents:
             key = id_key(document.get("_id"))
             if key in self._failed:  # its write was stored after all
                 self._count_success(key)
             else:
                 self.stats.already_done += 1
-            self.statuses.add_done(document)
+            self._add_status(document, "processed", None)
 
     def skip(self, item: WorkItem, reason: str, explanation: str) -> None:
-        """There is nothing in *item* to classify."""
+        """Settle *item*, which has nothing to classify."""
         self.stats.processed += 1
         self.stats.skipped += 1
         self.stats.count_reason(reason)
@@ -81,11 +251,11 @@ class Settlement:
         logger.info("document %s skipped: %s", id_text(item.document_id), explanation)
         self._settle(item, "skipped", f"{reason}: {explanation}")
 
-    def fail(self, item: WorkItem, failure: Failure, result: dict[str, Any] | None = None) -> None:
-        """This round of *item* failed; *result* is its finished result where only the write failed.
+    def fail(self, item: WorkItem, failure: Failure, result: Document | None = None) -> None:
+        """Settle this round of *item*, which failed; *result* is its finished result if only the write failed.
 
         Raises:
-            FailureThresholdError: Too large a share of the documents fails. *item* is settled.
+            FailureThresholdError: Too many documents fail. *item* is settled.
         """
         earlier = self._failed.get(item.key)
         if earlier is None:
@@ -109,8 +279,8 @@ class Settlement:
             classification_result=result,
         )
         (item.batch.to_quarantine if final else item.batch.to_retry).append(entry)
-        where = "quarantined" if final else "queued for another round"
-        logger.warning("document %s %s: %s: %s", id_text(item.document_id), where, failure.reason, failure.message)
+        outcome = "quarantined" if final else "queued for retry"
+        logger.warning("document %s %s: %s: %s", id_text(item.document_id), outcome, failure.reason, failure.message)
         self._settle(item, "failed", f"{failure.reason}: {failure.message}")
         self._require_few_failures()
 
@@ -126,23 +296,27 @@ class Settlement:
 
     def _require_few_failures(self) -> None:
         stats = self.stats
-        # A database that is away is no fault of the documents, and ends the run by itself.
+        # An outage of MongoDB is not the documents' fault, and ends the run by itself.
         failed_now = sum(
             reason != Reason.STORE_FAILED and key not in self._failed_before for key, reason in self._failed.items()
         )
         if stats.processed >= FAILURE_MINIMUM and failed_now > FAILURE_SHARE * stats.processed:
             reasons = list(self._failed.values())
             raise FailureThresholdError(
-                f"{stats.failed} of {stats.processed} documents failed, mostly for {max(set(reasons), key=reasons.count)}; "
-                "remove the cause and run the same command again, the failed ones are in the retry queue."
+                f"{stats.failed} of {stats.processed} documents failed, mostly because of "
+                f"{max(set(reasons), key=reasons.count)}; fix the cause and run the same command again. The failed "
+                "documents are in the retry queue."
             )
 
     def _settle(self, item: WorkItem, status: FinalStatus, reason: str | None) -> None:
-        self.statuses.add(item, status, reason)
+        self._add_status(item.document, status, reason)
         self.drop(item)
 
+    def _add_status(self, document: Document, status: FinalStatus, reason: str | None) -> None:
+        self._statuses.setdefault((status, reason, is_query(document)), []).append(document.get("_id"))
+
     def drop(self, item: WorkItem) -> None:
-        """Owe nothing for *item* any more: it is settled, or another worker has it now."""
+        """Give up responsibility for *item*: it is settled, or another worker has it."""
         if item.ticket is not None:
             self.mark.settle(item.ticket)
         item.batch.unsettled -= 1
@@ -154,11 +328,10 @@ class Settlement:
             self._finished.append(item.batch)
 
     async def flush(self) -> None:
-        """Bring MongoDB, the files and the checkpoint up to what is settled.
+        """Bring MongoDB, the files and the checkpoint up to date with what is settled.
 
         Raises:
-            StoreError, StateDirectoryError: What could not be written is kept for the next time,
-                as it is when this is cancelled.
+            StoreError, StateDirectoryError: What could not be written is kept for the next flush, also on cancellation.
         """
         async with self._flushing:
             finished, self._finished = self._finished, []
@@ -169,16 +342,21 @@ class Settlement:
                 while finished:
                     await asyncio.to_thread(self._finish, finished[0])
                     batch = finished.pop(0)
-                    batch.items.clear()  # each knows its batch: in a circle, they would wait for the garbage collector
+                    batch.items.clear()  # break the reference cycle, or they wait for the garbage collector
                     await self._store.release(batch.document_ids)
             finally:
                 self._finished = finished + self._finished
             self.mark.advance(self._checkpoint)
             self._checkpoint.counts = asdict(self.stats)
-            await asyncio.to_thread(self._files.write_state, "checkpoint.json", self._checkpoint.as_dict())
+            content = self._checkpoint.as_dict()
+            if content != self._saved:
+                await asyncio.to_thread(
+                    self._files.write_state, "checkpoint.json", content | {"updated_at": datetime.now(UTC)}
+                )
+                self._saved = content
 
     async def _flush_statuses(self) -> None:
-        groups = self.statuses.take()
+        groups, self._statuses = self._statuses, {}
         try:
             for (status, reason, queries), document_ids in list(groups.items()):
                 for start in range(0, len(document_ids), IDS_PER_UPDATE):
@@ -186,7 +364,8 @@ class Settlement:
                     await self._store.mark(chunk, status, reason, queries=queries)
                 del groups[(status, reason, queries)]
         finally:
-            self.statuses.put_back(groups)
+            for group, document_ids in groups.items():
+                self._statuses.setdefault(group, []).extend(document_ids)
 
     def _finish(self, batch: BatchInWork) -> None:
         number = batch.file.number

@@ -85,9 +85,13 @@ class SampleRecorder:
         timing.ended_s = time.monotonic()
         self.timings.append(timing)
 
+    def note_load(self, seconds: float) -> None:
+        """Record that loading the model took *seconds*."""
+        self.load_s = max(self.load_s, seconds)
+
     def note_answer(self, reply: ChatReply) -> None:
         """Add *reply* to the calling task's document; the warm-up has none."""
-        self.load_s = max(self.load_s, reply.load_s or 0.0)
+        self.note_load(reply.load_s or 0.0)
         timing = self._latest.get()
         if timing is None:
             return

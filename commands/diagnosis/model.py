@@ -29,7 +29,7 @@ from model_server.models import ModelFacts, ServedModel, choose_model, find_load
 from model_server.protocol import chat_target, with_model
 from prompt_builder import PromptBuilder
 from utils.network import is_loopback
-from worker.window_sample import Sample
+from worker.plan import Sample
 
 LOAD_TIMEOUT_S = 600.0  # Ollama gives up after 5 minutes without progress; an earlier timeout here would abort the load
 ROUNDS = 2

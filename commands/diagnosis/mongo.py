@@ -11,9 +11,9 @@ from config import Settings
 from config.masked_settings import hosts_of
 from domain.text import counted, one_line
 from error_handler import StoreError, StoreForbiddenError
-from mongo_client import DocumentStore, translated
-from storage.contract import RESULT_INDEXES, SOURCE_INDEXES, selection_filter
+from mongo_client import RESULT_INDEXES, SOURCE_INDEXES, DocumentStore, selection_filter
 from storage.extended_json import id_text
+from storage.mongo_errors import translated
 
 KNOWN_STATUSES = frozenset({"pending", "processing", "processed", "failed", "skipped"})
 LOOPBACK = ("127.", "localhost", "[::1]")

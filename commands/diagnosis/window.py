@@ -11,7 +11,7 @@ from config import Settings
 from error_handler import TriadError
 from model_server.models import LoadedModel, find_loaded
 from model_server.window import SHARE, WindowChoice, adopt_larger, choose_window
-from worker.window_sample import Sample, run_window
+from worker.plan import Sample, run_window
 
 
 async def settle_window(client: AsyncLLMClient, settings: Settings, sample: Sample) -> AsyncGenerator[Finding]:

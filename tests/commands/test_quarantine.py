@@ -26,7 +26,7 @@ from tests.crash.faulty_worker import QUARANTINE_SEAMS
 from tests.forked_process import ForkedProcess
 from tests.worker.site import ROOT, Site, calls, check_results, check_statuses, conversation
 from utils.batch_file_manager import BatchFiles, FailedDocument
-from worker.quarantine import look, release
+from worker.quarantine import list_failed, requeue
 
 CANARY = "canary-4711"
 AT = datetime(2026, 5, 1, 10, 30, tzinfo=UTC)
@@ -79,7 +79,8 @@ def places(directory: Path) -> dict[str, list[Any]]:
     files = BatchFiles(directory)
     waiting = [document["_id"] for batch in files.load_pending() for document in batch.documents]
     kinds = {
-        kind: [entry.conversation_id for entry in look(directory, kind).entries] for kind in ("retry", "quarantine")
+        kind: [entry.conversation_id for entry in list_failed(directory, kind).entries]
+        for kind in ("retry", "quarantine")
     }
     return {"pending": sorted(waiting), **{kind: sorted(ids) for kind, ids in kinds.items()}}
 
@@ -163,7 +164,7 @@ IDS = [
 def test_id_of_any_type_can_be_given_as_extended_json(tmp_path: Path, document_id: Any) -> None:
     """The listed text works as well if it is unambiguous."""
     BatchFiles(tmp_path).save_failed("quarantine", 1, [failed(value) for value in IDS])
-    found = look(tmp_path, "quarantine")
+    found = list_failed(tmp_path, "quarantine")
     texts = [extended_json.dumps(document_id).decode()]
     if str(document_id) != "7":
         texts.append(extended_json.id_text(document_id))
@@ -413,7 +414,7 @@ def test_drop_asks_for_confirmation(files: BatchFiles, directory: Path, answer: 
     assert len(places(directory)["quarantine"]) == left
 
 
-def test_release_without_keys_moves_all_documents(files: BatchFiles, directory: Path) -> None:
+def test_requeue_without_keys_moves_all_documents(files: BatchFiles, directory: Path) -> None:
     """As --retry-failed does."""
-    assert release(files) == 4
+    assert requeue(files) == 4
     assert places(directory)["pending"] == ["a", "b", "c", "d"]

@@ -1,10 +1,10 @@
-"""``cli.py`` with a weak spot: the process dies where it passes a named seam for the n-th time.
+"""``cli.py`` that kills itself when it passes a named seam for the n-th time.
 
     python tests/crash/faulty_worker.py '{"seam": "answered", "passage": 3}' --batch-size 10
 
-Keys of the plan: *seam*, one of SEAMS or QUARANTINE_SEAMS; *passage*, from 1 (1); *poison*, the number of the conversation
-that ends the process when it is aggregated; *file_limit*, bytes that a file can grow to. SIGKILL is
-what ends it, so nothing is cleaned up.
+Keys of the plan: *seam*, one of SEAMS or QUARANTINE_SEAMS; *passage*, from 1 (default 1); *poison*, the number of the
+conversation that aborts the process when it is aggregated; *file_limit*, the largest size of a file in bytes. The
+process ends by SIGKILL, so nothing is cleaned up.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ import async_llm_wrapper
 import batch_processor
 import cli
 from mongo_client import DocumentStore
-from storage import files as atomic_file
-from storage import journal as batch_journal
-from storage.journal import BatchJournal
+from storage import files as storage_files
+from storage.files import BatchJournal
 from utils import batch_file_manager
 from utils.batch_file_manager import BatchFiles
 
@@ -38,7 +37,7 @@ Matches = Callable[[tuple[Any, ...]], bool]
 
 @dataclass(frozen=True)
 class Seam:
-    """A function of ours, and whether the process dies before or after it; *matches* looks at its arguments."""
+    """A function, and whether the process dies before or after it; *matches* filters calls by their arguments."""
 
     owner: Any
     name: str
@@ -47,7 +46,7 @@ class Seam:
 
 
 class PatchedOs:
-    """The module ``os`` as one module of ours sees it, so that its own functions alone can be replaced."""
+    """The module ``os`` for one module under test, so that only its calls can be patched."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
@@ -57,10 +56,10 @@ def _in_folder(folder: str, suffix: str) -> Matches:
     return lambda arguments: arguments[0].parent.name == folder and arguments[0].suffix == suffix
 
 
-_RENAMES, _APPENDS = PatchedOs(), PatchedOs()
-_RENAMES.replace = os.replace  # type: ignore[attr-defined]
-_RENAMES.rename = os.rename  # type: ignore[attr-defined]
-_APPENDS.write = os.write  # type: ignore[attr-defined]
+_FILES_OS = PatchedOs()
+_FILES_OS.replace = os.replace  # type: ignore[attr-defined]
+_FILES_OS.rename = os.rename  # type: ignore[attr-defined]
+_FILES_OS.write = os.write  # type: ignore[attr-defined]
 
 SEAMS = {
     "indexes_made": Seam(DocumentStore, "ensure_result_indexes"),
@@ -78,8 +77,8 @@ SEAMS = {
     "results_written": Seam(DocumentStore, "write_results"),
     "before_mark": Seam(DocumentStore, "mark", before=True),
     "marked": Seam(DocumentStore, "mark"),
-    "before_rename": Seam(_RENAMES, "replace", before=True),
-    "renamed": Seam(_RENAMES, "replace"),
+    "before_rename": Seam(_FILES_OS, "replace", before=True),
+    "renamed": Seam(_FILES_OS, "replace"),
     "retry_saved": Seam(BatchFiles, "save_failed"),
     "completed_written": Seam(batch_file_manager, "remove_file", True, _in_folder("pending", ".json")),
     "pending_removed": Seam(batch_file_manager, "remove_file", False, _in_folder("pending", ".json")),
@@ -89,13 +88,13 @@ SEAMS = {
     "retry_rewritten": Seam(batch_file_manager, "remove_file", True, _in_folder("retry", ".journal")),
     "retry_finished": Seam(BatchFiles, "finish_retry"),
     "state_written": Seam(BatchFiles, "write_state"),
-    "torn_line": Seam(_APPENDS, "write", True, lambda arguments: b'"answered"' in arguments[1]),
+    "torn_line": Seam(_FILES_OS, "write", True, lambda arguments: b'"answered"' in arguments[1]),
 }
 
-# What only ``cli.py quarantine`` passes.
+# Only ``cli.py quarantine`` passes these.
 QUARANTINE_SEAMS = {
-    "before_move": Seam(_RENAMES, "rename", before=True),
-    "moved": Seam(_RENAMES, "rename"),
+    "before_move": Seam(_FILES_OS, "rename", before=True),
+    "moved": Seam(_FILES_OS, "rename"),
     "before_removal": Seam(batch_file_manager, "remove_file", True, _in_folder("quarantine", ".json")),
     "removed": Seam(batch_file_manager, "remove_file", False, _in_folder("quarantine", ".json")),
 }
@@ -107,7 +106,7 @@ def die() -> None:
 
 
 def arm(name: str, passage: int) -> None:
-    """Let the process die when it passes the seam *name* for the *passage*-th time."""
+    """Kill the process when it passes the seam *name* for the *passage*-th time."""
     seam = {**SEAMS, **QUARANTINE_SEAMS}[name]
     original = getattr(seam.owner, seam.name)
     passages = itertools.count(1)
@@ -139,7 +138,7 @@ def arm(name: str, passage: int) -> None:
 
 
 def poison(conversation_number: str) -> None:
-    """Let the process abort, as a crashing C extension does, when this conversation is aggregated."""
+    """Abort the process, as a crashing C extension does, when this conversation is aggregated."""
     original = batch_processor.aggregate_conversation
 
     def aggregate(document: Any) -> Any:
@@ -151,10 +150,9 @@ def poison(conversation_number: str) -> None:
 
 
 def main(plan: dict[str, Any], flags: list[str]) -> int:
-    """Arm what *plan* says and run the command line."""
+    """Apply *plan* and run the command line."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    atomic_file.os = _RENAMES  # type: ignore[attr-defined]
-    batch_journal.os = _APPENDS  # type: ignore[attr-defined]
+    storage_files.os = _FILES_OS  # type: ignore[attr-defined]
     if "seam" in plan:
         arm(plan["seam"], plan.get("passage", 1))
     if "file_limit" in plan:

@@ -95,7 +95,7 @@ def test_an_outage_costs_no_document_an_attempt(site: Site, tmp_path: Path) -> N
     assert run["successful"] == len(documents)
     assert run["retried"] == run["failed"] == 0
     assert site.results.count_documents({"processing_metadata.attempts": {"$ne": 1}}) == 0
-    assert "queued for another round" not in ended.err
+    assert "queued for retry" not in ended.err
 
 
 def test_an_outage_beyond_the_limit(site: Site) -> None:
@@ -161,7 +161,7 @@ def test_every_kind_of_bad_answer_is_survived(site: Site) -> None:
     check_results(site, [document for document in documents if key(document["_id"]) not in changed])
     check_statuses(site, documents)
     check_directory(site)
-    assert "queued for another round" not in ended.err
+    assert "queued for retry" not in ended.err
 
 
 @pytest.mark.parametrize(

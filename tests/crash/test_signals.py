@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from embedded.mongod import EmbeddedMongod
+from tests.embedding_index.stores import open_store
 from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import (
     Document,
@@ -26,7 +27,6 @@ from tests.worker.site import (
     open_site,
     until,
 )
-from utils.aio import cancellable
 
 CONCURRENCY = 6
 PROMISED_S = 2.0  # a second signal ends the worker within this time
@@ -69,7 +69,7 @@ def finish(site: Site, documents: list[Document], *, repeated: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_lets_calls_in_flight_finish(site: Site, number: signal.Signals) -> None:
+def test_first_signal_lets_calls_in_flight_finish(site: Site, number: signal.Signals) -> None:
     """No new call after it; those in flight are answered and stored; nothing is asked twice."""
     documents = filled(site)
     model_of(site).configure(latency_s=1.0)
@@ -155,7 +155,7 @@ def test_the_grace_period_ends_and_stops_make_no_poison(site: Site) -> None:
     assert site.entries("quarantine") == []
 
 
-def test_a_signal_while_it_connects(site: Site) -> None:
+def test_signal_during_connect_ends_at_once(site: Site) -> None:
     """Nothing is in work yet, so nothing is waited for."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"mongodb://127.0.0.1:{silent.getsockname()[1]}"
@@ -169,7 +169,7 @@ def test_a_signal_while_it_connects(site: Site) -> None:
                 assert worker.ended(SLACK_S).code == 130
 
 
-def test_a_pause_is_no_harm(site: Site) -> None:
+def test_short_pause_is_harmless(site: Site) -> None:
     """After SIGSTOP and SIGCONT the run goes on where it was."""
     documents = filled(site)
     model_of(site).configure(latency_s=0.2)
@@ -183,7 +183,7 @@ def test_a_pause_is_no_harm(site: Site) -> None:
     check_calls(site, documents, repeated=0)
 
 
-def test_a_pause_longer_than_the_lease(site: Site) -> None:
+def test_pause_longer_than_the_lease_repeats_no_document_of_others(site: Site) -> None:
     """Another worker takes over meanwhile; the first one wakes up, finds it out, and stores nothing twice."""
     documents = filled(site)
     site.settings["LEASE_S"] = "2"
@@ -203,15 +203,16 @@ def test_a_pause_longer_than_the_lease(site: Site) -> None:
     check_calls(site, documents, repeated=2 * CONCURRENCY)
 
 
-async def test_a_cancellation_that_a_library_swallows() -> None:
-    """``asyncio.wait_for`` of Python 3.11 does, inside pymongo: a task of a stopped run would never end."""
+async def test_call_whose_library_swallows_a_cancellation_still_ends(mongodb_uri: str, db_name: str) -> None:
+    """``asyncio.wait_for`` of Python 3.11 swallows one inside PyMongo; a task of a stopped run would never end."""
 
     async def swallows() -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
 
-    task = asyncio.create_task(cancellable(swallows))
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    async with open_store(mongodb_uri, db_name) as store:
+        task = asyncio.create_task(store._call("wait", swallows))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task

@@ -183,7 +183,7 @@ def test_twcs_tweets_become_threads(write: Write, caplog: pytest.LogCaptureFixtu
     # What it answers is not in the file, so this tweet of a customer starts a conversation; it has two answers.
     assert [tweet["tweet_id"] for tweet in second["tweets"]] == [9, 8, 10]
     assert second["conversation_number"] == "2"
-    assert "2 tweets belong to no thread that a customer started" in caplog.text
+    assert "skipped 2 tweets that belong to no thread started by a customer" in caplog.text
 
 
 def test_an_answer_follows_what_it_answers(write: Write) -> None:
@@ -281,7 +281,7 @@ def test_a_file_can_be_read_in_part_and_by_several_threads(write: Write) -> None
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}', "line 2: expected UTF-8"),
         ("a.json", b'[\n{"text": "ok"},\n{"text": "\xff"}]', "line 3: expected UTF-8"),
         ("a.csv", b"text\nok\n\xff\n", "line 3: expected UTF-8"),
-        ("a.csv", f"text\nok\n{SECRET},b\n", "line 3: expected 1 values, as the header has, and found 2"),
+        ("a.csv", f"text\nok\n{SECRET},b\n", "line 3: expected 1 values as in the header, found 2"),
         ("a.csv", f'text\n"a\nb"\n"{SECRET}', "line 4: expected CSV with texts in double quotes"),
         ("a.csv", f'text\n"{SECRET}" b\n', "line 2: expected CSV with texts in double quotes"),
         ("a.csv", "body\nok\n", "line 1: the column text is missing; expected the columns of one of: tweet_id,"),

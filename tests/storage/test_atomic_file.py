@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return recorded
 
 
-def test_the_order_that_survives_a_power_cut(folder: Path, calls: list[tuple[str, str]]) -> None:
+def test_replace_order_survives_a_power_cut(folder: Path, calls: list[tuple[str, str]]) -> None:
     """All bytes to a file beside it, fsync, rename, fsync of the folder: without any of these content can be lost."""
     replace_file(folder / "state.json", b"content")
     (_, temporary), *_ = calls
@@ -83,7 +83,7 @@ def test_replace(folder: Path, content: bytes) -> None:
         assert list(folder.iterdir()) == [path]
 
 
-def test_a_file_that_others_could_read_is_closed_to_them(folder: Path) -> None:
+def test_replaced_file_is_private(folder: Path) -> None:
     """Whatever mode it had."""
     path = folder / "state.json"
     path.write_bytes(b"old")
@@ -96,7 +96,7 @@ def test_a_file_that_others_could_read_is_closed_to_them(folder: Path) -> None:
     assert mode_of(path) == 0o600
 
 
-def test_readers_of_the_old_file_keep_it(folder: Path) -> None:
+def test_open_readers_keep_the_old_content(folder: Path) -> None:
     """Never a mixture: who has it open reads on in the old one."""
     path = folder / "state.json"
     replace_file(path, b"old content")
@@ -107,7 +107,7 @@ def test_readers_of_the_old_file_keep_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_the_old_content_stays_when_the_disk_fails(folder: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_content_stays_if_the_disk_fails(folder: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the file; the temporary one is removed."""
     path = folder / "state.json"
     replace_file(path, b"old")
@@ -125,7 +125,7 @@ def test_the_old_content_stays_when_the_disk_fails(folder: Path, failing: str, m
     assert list(folder.iterdir()) == [path]
 
 
-def test_a_full_disk(folder: Path) -> None:
+def test_full_disk_ends_with_a_message(folder: Path) -> None:
     """The real thing: a limit of this process on the size of files."""
     import resource
     import signal
@@ -145,14 +145,14 @@ def test_a_full_disk(folder: Path) -> None:
     assert list(folder.iterdir()) == [path]
 
 
-def test_a_folder_that_is_not_there(folder: Path) -> None:
+def test_missing_folder_raises(folder: Path) -> None:
     """Nothing is made on the way."""
     with pytest.raises(StateDirectoryError):
         replace_file(folder / "missing" / "state.json", b"x")
     assert list(folder.iterdir()) == []
 
 
-def test_a_path_that_is_a_folder(folder: Path) -> None:
+def test_path_that_is_a_folder_raises(folder: Path) -> None:
     """It stays one."""
     (folder / "state.json").mkdir()
     with pytest.raises(StateDirectoryError):
@@ -160,7 +160,7 @@ def test_a_path_that_is_a_folder(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["state.json"]
 
 
-def test_a_link_is_replaced_and_not_followed(folder: Path) -> None:
+def test_link_is_replaced_and_not_followed(folder: Path) -> None:
     """What it points to stays as it is."""
     target = folder / "precious"
     target.write_bytes(b"precious")
@@ -198,7 +198,7 @@ def test_move(folder: Path, calls: list[tuple[str, str]]) -> None:
     ]
 
 
-def test_a_move_that_is_not_possible(folder: Path) -> None:
+def test_impossible_move_leaves_the_file(folder: Path) -> None:
     """The file stays where it was."""
     (folder / "file").write_bytes(b"content")
     with pytest.raises(StateDirectoryError, match="cannot be moved"):

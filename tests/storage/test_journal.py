@@ -13,7 +13,7 @@ import pytest
 
 from error_handler import Reason, StateDirectoryError
 from storage.extended_json import id_key
-from storage.journal import MAX_DEATHS_IN_HAND, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, replay_journal
+from storage.files import MAX_DEATHS_IN_HAND, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, replay_journal
 
 RESULT = {
     "_id": bson.ObjectId(),
@@ -36,18 +36,18 @@ def journal(path: Path) -> Iterator[BatchJournal]:
 
 
 def entry(path: Path, document_id: object = "a") -> JournalEntry:
-    return replay_journal(path).entry(id_key(document_id))
+    return replay_journal(path).get(id_key(document_id), JournalEntry())
 
 
-def test_a_journal_that_is_not_there_is_empty(path: Path) -> None:
+def test_missing_journal_is_empty(path: Path) -> None:
     """And a journal without events is not made."""
-    assert replay_journal(path).entries == {}
+    assert replay_journal(path) == {}
     assert entry(path) == JournalEntry()
     BatchJournal(path).close()
     assert not path.exists()
 
 
-def test_an_answer_is_kept_with_its_types(journal: BatchJournal, path: Path) -> None:
+def test_answer_keeps_its_types(journal: BatchJournal, path: Path) -> None:
     """From there a crash costs nothing: the result is written without asking again."""
     journal.started("a")
     journal.asked("a")
@@ -59,7 +59,7 @@ def test_an_answer_is_kept_with_its_types(journal: BatchJournal, path: Path) -> 
     assert not found.is_poison
 
 
-def test_how_documents_ended(journal: BatchJournal, path: Path) -> None:
+def test_outcomes_are_replayed(journal: BatchJournal, path: Path) -> None:
     """Skipped and failed ones with reason and problem; whether another round can help."""
     journal.skipped("a", Reason.SKIPPED_NO_TEXT, "no turn with usable text")
     journal.failed("b", Reason.EMPTY, "the answer is empty", is_final=False)
@@ -79,15 +79,15 @@ def test_how_documents_ended(journal: BatchJournal, path: Path) -> None:
     assert final.is_final
 
 
-def test_ids_are_told_apart_by_type(journal: BatchJournal, path: Path) -> None:
+def test_ids_of_different_types_are_distinct(journal: BatchJournal, path: Path) -> None:
     """1 and "1" are two documents."""
     for document_id in (1, "1", bson.Int64(1), None, {"a": 1}):
         journal.started(document_id)
-    assert len(replay_journal(path).entries) == 5
+    assert len(replay_journal(path)) == 5
     assert entry(path, 1.0) == JournalEntry()
 
 
-def test_a_document_in_hand_at_two_crashes_is_poison(path: Path) -> None:
+def test_document_processed_at_two_crashes_is_poison(path: Path) -> None:
     """A crash is a start without what should follow it."""
     for deaths in range(1, MAX_DEATHS_IN_HAND + 1):
         crashed = BatchJournal(path)
@@ -97,7 +97,7 @@ def test_a_document_in_hand_at_two_crashes_is_poison(path: Path) -> None:
     assert MAX_DEATHS_IN_HAND == 2
 
 
-def test_a_document_that_merely_waited_is_given_five_tries(path: Path) -> None:
+def test_waiting_document_is_poison_after_five_crashes(path: Path) -> None:
     """The crash was mostly the fault of another one."""
     for deaths in range(1, MAX_DEATHS_WAITING + 1):
         crashed = BatchJournal(path)
@@ -109,7 +109,7 @@ def test_a_document_that_merely_waited_is_given_five_tries(path: Path) -> None:
     assert MAX_DEATHS_WAITING == 5
 
 
-def test_a_stop_is_no_crash(path: Path) -> None:
+def test_stop_does_not_count_as_a_crash(path: Path) -> None:
     """A document that was released may be asked as often as the operator stops the worker."""
     for _ in range(20):
         stopped = BatchJournal(path)
@@ -120,7 +120,7 @@ def test_a_stop_is_no_crash(path: Path) -> None:
     assert (entry(path).waiting, entry(path).is_poison) == (0, False)
 
 
-def test_an_answered_document_is_never_poison(path: Path) -> None:
+def test_answered_document_is_never_poison(path: Path) -> None:
     """However many crashes came before its answer."""
     journal = BatchJournal(path)
     for _ in range(10):
@@ -172,13 +172,13 @@ def test_a_crash_at_any_byte_loses_at_most_the_event_being_written(journal: Batc
         b'{"e": "started", "id": {"$oid": "x"}}',
     ],
 )
-def test_a_line_that_is_no_event_is_passed_over(path: Path, line: bytes) -> None:
+def test_invalid_line_is_ignored(path: Path, line: bytes) -> None:
     """A power cut leaves zeros and halves; what follows still counts."""
     path.write_bytes(line + b'\n{"e":"started","id":"a"}\n')
     assert (entry(path).in_hand, entry(path).settled) == (1, False)
 
 
-def test_it_is_its_owners_alone(journal: BatchJournal, path: Path) -> None:
+def test_journal_is_private(journal: BatchJournal, path: Path) -> None:
     """It holds answers."""
     journal.started("a")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -201,7 +201,7 @@ def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
     assert target.read_bytes() == b""
 
 
-def test_a_full_disk_is_said(journal: BatchJournal, path: Path) -> None:
+def test_full_disk_raises(journal: BatchJournal, path: Path) -> None:
     """In part or not at all; what was complete stays readable."""
     journal.started("a")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -217,7 +217,7 @@ def test_a_full_disk_is_said(journal: BatchJournal, path: Path) -> None:
     assert (entry(path).in_hand, entry(path).result) == (1, None)
 
 
-def test_a_journal_that_cannot_be_read(path: Path) -> None:
+def test_unreadable_journal_raises(path: Path) -> None:
     """The error names it."""
     path.mkdir()
     with pytest.raises(StateDirectoryError, match=r"batch_001_pending\.journal cannot be read"):

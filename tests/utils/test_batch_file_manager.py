@@ -108,7 +108,7 @@ def test_a_completed_file(files: BatchFiles, directory: Path) -> None:
     assert names(directory / "pending") == []
 
 
-def test_everything_is_its_owners_alone(files: BatchFiles, directory: Path) -> None:
+def test_files_and_folders_are_private(files: BatchFiles, directory: Path) -> None:
     """Conversations of customers: files 0600, folders 0700."""
     batch = files.save_pending(DOCUMENTS)
     batch.journal.started(1)
@@ -141,7 +141,7 @@ def test_a_pending_batch_is_loaded_as_it_was_saved(files: BatchFiles, directory:
     (loaded,) = pending(BatchFiles(directory))
     assert bson.encode({"all": loaded.documents}) == bson.encode({"all": DOCUMENTS})
     assert (loaded.number, loaded.name, loaded.failures) == (1, "batch_001", {})
-    assert loaded.replay.entry(id_key("doc0")).in_hand == 1
+    assert loaded.replay[id_key("doc0")].in_hand == 1
 
 
 def test_numbers_go_on_after_all_files_that_are_there(files: BatchFiles, directory: Path) -> None:
@@ -199,14 +199,14 @@ def test_a_corrupt_pending_file_is_set_aside(
     with caplog.at_level(logging.ERROR):
         assert [batch.number for batch in pending(files)] == [2]
     (record,) = caplog.records
-    assert "batch_001_pending.json is not readable and was set aside" in record.getMessage()
+    assert "batch_001_pending.json is corrupt and was renamed" in record.getMessage()
     assert path.with_name("batch_001_pending.json.corrupt").read_bytes() == content
     caplog.clear()
     assert [batch.number for batch in pending(files)] == [2]
     assert not caplog.records
 
 
-def test_a_file_that_was_cut_at_any_byte_is_never_taken_for_whole(files: BatchFiles, directory: Path) -> None:
+def test_truncated_pending_file_is_never_loaded(files: BatchFiles, directory: Path) -> None:
     """Were it, documents would be lost."""
     batch = files.save_pending(DOCUMENTS[:3])
     whole = batch.path.read_bytes()
@@ -217,7 +217,7 @@ def test_a_file_that_was_cut_at_any_byte_is_never_taken_for_whole(files: BatchFi
     assert len(pending(files)) == 1
 
 
-def test_links_and_other_files_are_left_alone(files: BatchFiles, directory: Path, tmp_path: Path) -> None:
+def test_links_and_other_files_are_ignored(files: BatchFiles, directory: Path, tmp_path: Path) -> None:
     """Notes of an operator are no batches."""
     outside = tmp_path / "batch_001_pending.json"
     files.save_pending(DOCUMENTS).path.rename(outside)
@@ -272,7 +272,7 @@ def test_leftovers_of_a_crash_are_removed(files: BatchFiles, directory: Path) ->
     assert ".checkpoint.json.ab12.tmp" not in names(directory)
 
 
-def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_directory_raises(tmp_path: Path) -> None:
     """A file, a link, a place below a file: the flag that names another is named."""
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "real").mkdir()
@@ -282,14 +282,14 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
             BatchFiles(tmp_path / name)
 
 
-def test_a_file_that_cannot_be_read(files: BatchFiles, directory: Path) -> None:
+def test_unreadable_state_file_raises(files: BatchFiles, directory: Path) -> None:
     """It is not taken for corrupt: its content may be fine."""
     (directory / "checkpoint.json").mkdir()
     with pytest.raises(StateDirectoryError, match="cannot be read"):
         files.read_state("checkpoint.json")
 
 
-def test_a_folder_inside_that_is_a_link(directory: Path, tmp_path: Path) -> None:
+def test_linked_folder_is_refused(directory: Path, tmp_path: Path) -> None:
     """Nobody can lead conversations elsewhere."""
     (tmp_path / "elsewhere").mkdir()
     directory.mkdir()
@@ -299,7 +299,7 @@ def test_a_folder_inside_that_is_a_link(directory: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["pending", "retry"])
-def test_unfinished_work_of_another_collection(files: BatchFiles, kind: str) -> None:
+def test_unfinished_work_of_another_collection_is_refused(files: BatchFiles, kind: str) -> None:
     """It is not mixed with this one's; both are named."""
     files.write_state("checkpoint.json", {"source": "db.first"})
     files.require_source("db.second")

@@ -71,7 +71,7 @@ def test_the_script_has_a_part_for_each_document_that_reaches_the_model() -> Non
     assert len(starts) == len(SCRIPT)
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+def test_closed_stdout_is_not_an_error(tmp_path: Path) -> None:
     """As in ``demo_batch_processor.py | head -1``."""
     process = subprocess.Popen(
         [sys.executable, "-u", "utils/demo_batch_processor.py"],

@@ -14,7 +14,7 @@ from error_handler import Reason
 from storage import extended_json
 from storage.extended_json import id_key
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
-from worker.quarantine import release
+from worker.quarantine import requeue
 
 IDS = [bson.ObjectId(), "doc0", bson.Int64(7), 1.5, None, {"a": 1}, b"\x01", datetime(2024, 5, 1, tzinfo=UTC)]
 DOCUMENTS = [{"_id": value, "text": f"text of {place}"} for place, value in enumerate(IDS)]
@@ -89,7 +89,7 @@ def test_a_failed_document_round_trips(document_id: Any) -> None:
     assert id_key(read.conversation_id) == id_key(document_id)
 
 
-def test_a_hand_written_entry_needs_little() -> None:
+def test_missing_fields_of_an_entry_get_defaults() -> None:
     """What is missing gets a sensible value."""
     read = FailedDocument.from_dict({"conversation_id": "a", "status": "?", "conversation_data": None})
     assert (read.status, read.retry_count, read.reason) == ("llm_failed", 0, Reason.TRANSPORT)
@@ -119,7 +119,7 @@ def test_a_retry_round(files: BatchFiles, directory: Path) -> None:
     assert names(directory / "retry") == ["batch_001_retry_queue.json"]
     (batch,) = files.load_retry()
     assert [entry.retry_count for entry in batch.failures.values()] == [1]
-    assert batch.replay.entries == {}
+    assert batch.replay == {}
     files.finish_retry(batch, [])
     assert names(directory / "retry") == []
     assert list(files.load_retry()) == []
@@ -132,14 +132,14 @@ def test_a_journal_of_an_interrupted_round_counts_for_that_round_alone(files: Ba
     batch.journal.started("a")
     batch.journal.close()
     (again,) = files.load_retry()
-    assert again.replay.entry(id_key("a")).in_hand == 1
+    assert again.replay[id_key("a")].in_hand == 1
     files.save_failed("retry", 1, [failed("a", retry_count=1)])
     (later,) = files.load_retry()
-    assert later.replay.entries == {}
+    assert later.replay == {}
 
 
 @pytest.mark.parametrize("kind", ["retry", "quarantine"])
-def test_an_operator_moves_failed_documents_back(files: BatchFiles, directory: Path, kind: Any) -> None:
+def test_failure_file_moved_to_pending_gets_fresh_attempts(files: BatchFiles, directory: Path, kind: Any) -> None:
     """From retry/ or quarantine/ to pending/, by hand: fresh attempts, finished results kept."""
     result = {"_id": bson.ObjectId()}
     files.save_failed(kind, 3, [failed("a", retry_count=3), failed("b", classification_result=result, retry_count=2)])
@@ -163,12 +163,12 @@ def test_a_moved_file_does_not_get_in_the_way_of_its_batch(files: BatchFiles, di
     assert {len(first.documents), len(second.documents)} == {len(DOCUMENTS), 1}
 
 
-def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
+def test_requeue_moves_quarantined_documents_to_pending(files: BatchFiles, directory: Path) -> None:
     """All of it, with fresh attempts; answers that could not be written are kept."""
     result = {"_id": bson.ObjectId()}
     files.save_failed("quarantine", 1, [failed("a", retry_count=3), failed("b", classification_result=result)])
     files.save_failed("quarantine", 2, [failed("c", conversation_data=None, retry_count=3)])
-    assert release(files) == 3
+    assert requeue(files) == 3
     assert (files.count_failed("quarantine"), names(directory / "quarantine")) == (0, [])
     first, second = pending(files)
     assert [document["_id"] for document in (*first.documents, *second.documents)] == ["a", "b", "c"]
@@ -176,12 +176,12 @@ def test_released_from_quarantine(files: BatchFiles, directory: Path) -> None:
     assert first.failures[id_key("b")].classification_result == result
 
 
-def test_a_released_file_does_not_overwrite_one_that_is_in_work(files: BatchFiles, directory: Path) -> None:
+def test_requeue_does_not_overwrite_a_batch_in_work(files: BatchFiles, directory: Path) -> None:
     """Each release has a file of its own, whatever batch its documents were in."""
     files.save_failed("quarantine", 1, [failed("a")])
-    assert release(files) == 1
+    assert requeue(files) == 1
     files.save_failed("quarantine", 1, [failed("b")])
-    assert release(files) == 1
+    assert requeue(files) == 1
     assert files.failed_keys() == set()
     assert [document["_id"] for batch in pending(files) for document in batch.documents] == ["a", "b"]
 

@@ -27,7 +27,7 @@ def await_limit(site: Site, worker: WorkerProcess, least: int, most: int) -> Non
 
 
 @pytest.mark.timeout(400)
-def test_the_limit_follows_the_slots_up_and_down(site: Site) -> None:
+def test_auto_limit_follows_the_slots_up_and_down(site: Site) -> None:
     """4 slots, then 12, then 3: within one run, as the progress file and the log tell; nothing is lost on the way."""
     assert site.model is not None
     site.model.configure(slots=4, latency="lognormal", mean_s=0.15, sigma=0.8)

@@ -113,7 +113,7 @@ class Asked:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_with_every_alternative_known_it_is_what_the_engine_would_draw(engine: TinyEngine, number: int) -> None:
+def test_confidence_with_all_alternatives_equals_the_engines_probability(engine: TinyEngine, number: int) -> None:
     """Exactly, where no token that leaves the label open is likely; near it elsewhere."""
     asked = Asked(engine, number)
     entries, text, classification = asked.answer(WHOLE_VOCABULARY)
@@ -126,7 +126,7 @@ def test_with_every_alternative_known_it_is_what_the_engine_would_draw(engine: T
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_with_20_alternatives_it_promises_no_more_than_the_engine_keeps(engine: TinyEngine, number: int) -> None:
+def test_confidence_with_20_alternatives_is_no_higher_than_the_engines(engine: TinyEngine, number: int) -> None:
     """What is not listed counts against a label: this model's random words crowd the labels out of the 20."""
     asked = Asked(engine, number)
     entries, text, classification = asked.answer()
@@ -137,7 +137,7 @@ def test_with_20_alternatives_it_promises_no_more_than_the_engine_keeps(engine: 
         assert 0 < found[field] <= truth + 1e-3, field
 
 
-def test_the_probabilities_of_all_labels_add_up(engine: TinyEngine) -> None:
+def test_probabilities_of_all_labels_sum_to_one(engine: TinyEngine) -> None:
     """The judge of the tests above is sound."""
     asked = Asked(engine, 0)
     entries, _, _ = asked.answer()
@@ -145,7 +145,7 @@ def test_the_probabilities_of_all_labels_add_up(engine: TinyEngine) -> None:
         assert sum(asked.true_probability(field, entries, label) for label in LABELS[field]) == pytest.approx(1)
 
 
-def test_the_worker_stores_it(tmp_path: Path, mongodb_uri: str, db_name: str, engine: TinyEngine) -> None:
+def test_worker_stores_confidence(tmp_path: Path, mongodb_uri: str, db_name: str, engine: TinyEngine) -> None:
     """Over the OpenAI protocol: each result has it, no two conversations need have the same, and the least decides."""
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client[db_name].conversation_set.insert_many(list(itertools.islice(read_documents(SAMPLES), 12)))

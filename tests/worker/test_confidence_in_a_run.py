@@ -67,7 +67,7 @@ def address(site: Site, path: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_unsure_labels_are_marked(site: Site, documents: list[Document], path: str) -> None:
+def test_low_confidence_results_are_marked_for_review(site: Site, documents: list[Document], path: str) -> None:
     """Stored, marked and counted, whichever protocol the server speaks."""
     stats, ended = statistics(site, "--review-below", "0.6", **address(site, path))
     marked = check_marked(site)
@@ -77,7 +77,7 @@ def test_unsure_labels_are_marked(site: Site, documents: list[Document], path: s
     check_exactly_once(site, documents)
 
 
-def test_without_the_setting_nothing_is_marked(site: Site, documents: list[Document]) -> None:
+def test_no_review_marks_without_review_below(site: Site, documents: list[Document]) -> None:
     stats, ended = statistics(site)
     found = metadata(site)
     assert len(found) == len(documents)
@@ -86,12 +86,12 @@ def test_without_the_setting_nothing_is_marked(site: Site, documents: list[Docum
     assert "review" not in ended.out
 
 
-def test_the_setting_may_come_from_the_environment(site: Site, documents: list[Document]) -> None:
+def test_review_below_is_read_from_the_environment(site: Site, documents: list[Document]) -> None:
     stats, _ = statistics(site, REVIEW_BELOW="1")
     assert stats["needs_review"] == len(documents)
 
 
-def test_a_server_without_log_probabilities(site: Site, documents: list[Document]) -> None:
+def test_server_without_log_probabilities_gives_no_confidence(site: Site, documents: list[Document]) -> None:
     """The fields are absent, and the summary says why nothing is marked."""
     configure(site, None)
     stats, ended = statistics(site, "--review-below", "0.6")
@@ -102,7 +102,9 @@ def test_a_server_without_log_probabilities(site: Site, documents: list[Document
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_server_that_refuses_them_is_asked_without(site: Site, documents: list[Document], path: str) -> None:
+def test_server_that_refuses_log_probabilities_is_asked_without_them(
+    site: Site, documents: list[Document], path: str
+) -> None:
     """Once per call in flight at that moment; no document fails for it."""
     configure(site, "refuse")
     stats, ended = statistics(site, "--review-below", "0.6", "--max-concurrent", "3", **address(site, path))
@@ -116,7 +118,7 @@ def test_a_server_that_refuses_them_is_asked_without(site: Site, documents: list
 
 
 @pytest.mark.parametrize("seam", ["answered", "before_write", "results_written"])
-def test_a_crash_loses_neither(site: Site, documents: list[Document], seam: str) -> None:
+def test_confidence_survives_a_crash(site: Site, documents: list[Document], seam: str) -> None:
     """What the journal holds is stored as it was; the rest is asked with the same care."""
     killed = site.run("--review-below", "0.6", plan={"seam": seam, "passage": 2})
     assert killed.code == -signal.SIGKILL, killed.err
@@ -128,7 +130,7 @@ def test_a_crash_loses_neither(site: Site, documents: list[Document], seam: str)
     assert all(entry["needs_review"] is (sentiment == "Negative") for sentiment, entry in kept)
 
 
-def test_a_result_that_could_not_be_written_keeps_its_mark(site: Site, documents: list[Document]) -> None:
+def test_unwritten_result_keeps_its_review_mark(site: Site, documents: list[Document]) -> None:
     """It is written later without asking again, and counted then."""
     site.database.create_collection("sentimental_analysis", validator={"classification.sentiment": {"$ne": "Negative"}})
     ended = site.run("--review-below", "0.6")

@@ -57,7 +57,7 @@ def check_origins(site: Site, documents: list[Document]) -> None:
         assert (how["prompt_tokens"] is None) is is_copy
 
 
-def test_each_text_is_asked_once(site: Site, tmp_path: Path) -> None:
+def test_identical_conversations_are_asked_once(site: Site, tmp_path: Path) -> None:
     """In flight and long after; every document has its own result and its own status."""
     documents = filled(site, 120, distinct=10)
     ended = site.run("--batch-size", "30", "--output", str(tmp_path / "run.json"))
@@ -71,7 +71,7 @@ def test_each_text_is_asked_once(site: Site, tmp_path: Path) -> None:
     assert site.files(f"{FILE_NAME}*") == [], "it goes with the run"
 
 
-def test_those_who_wait_hold_no_slot(site: Site) -> None:
+def test_waiting_duplicates_hold_no_slot(site: Site) -> None:
     """While the first of many is in flight, the others of other texts are asked beside it."""
     assert site.model is not None
     documents = [same(number, 0) for number in range(50)] + [same(number, number) for number in range(50, 50 + 5)]
@@ -84,7 +84,7 @@ def test_those_who_wait_hold_no_slot(site: Site) -> None:
     assert requests(site) == CONCURRENCY
 
 
-def test_no_dedupe_asks_each(site: Site) -> None:
+def test_no_dedupe_asks_each_document(site: Site) -> None:
     """The flag turns it off."""
     documents = filled(site, 24, distinct=4)
     assert site.run("--no-dedupe").code == 0
@@ -93,7 +93,7 @@ def test_no_dedupe_asks_each(site: Site) -> None:
     assert not any("copied_from" in how for how in made(site).values())
 
 
-def test_the_next_run_asks_again(site: Site) -> None:
+def test_next_run_does_not_reuse_answers(site: Site) -> None:
     """Nothing is kept beyond a run: another run may have another prompt or model."""
     filled(site, 12, distinct=3)
     assert site.run().code == 0
@@ -106,7 +106,7 @@ def test_the_next_run_asks_again(site: Site) -> None:
     }
 
 
-def test_reprocessing_asks_each_text_once_more(site: Site) -> None:
+def test_reprocess_asks_each_text_once(site: Site) -> None:
     """All results are of the new job, and the copies name documents of it."""
     documents = filled(site, 30, distinct=5)
     assert site.run().code == 0
@@ -117,7 +117,7 @@ def test_reprocessing_asks_each_text_once_more(site: Site) -> None:
     assert len({how["batch_job_id"] for how in made(site).values()}) == 1
 
 
-def test_one_that_fails_fails_alone(site: Site) -> None:
+def test_failure_of_the_asked_document_does_not_fail_its_duplicates(site: Site) -> None:
     """The next of the same text is asked itself; the one that failed gets its retry round."""
     assert site.model is not None
     documents = filled(site, 40, distinct=1)
@@ -125,14 +125,14 @@ def test_one_that_fails_fails_alone(site: Site) -> None:
     site.model.configure(latency_s=0.2, faults=[{"kind": "wrong_label", "when": {"indexes": [0, 1]}}])
     ended = site.run("--logs", "--batch-size", "40")
     assert ended.code == 0, ended.err
-    assert ended.err.count("queued for another round") == 1
+    assert ended.err.count("queued for retry") == 1
     check_exactly_once(site, documents)
     check_origins(site, documents)
     assert requests(site) == 2 + 1 + 1
     assert Counter(how["attempts"] for how in made(site).values()) == {0: 38, 1: 2}
 
 
-def test_all_of_one_text_fail_each_by_itself(site: Site) -> None:
+def test_duplicates_that_all_fail_get_their_own_rounds(site: Site) -> None:
     """Nobody is failed by the failure of another: every one has had its own calls."""
     assert site.model is not None
     hopeless = [same(number, 0) for number in range(3)]
@@ -146,7 +146,7 @@ def test_all_of_one_text_fail_each_by_itself(site: Site) -> None:
     check_directory(site)
 
 
-def test_a_resumed_run_still_asks_once(site: Site) -> None:
+def test_resumed_run_reuses_earlier_answers(site: Site) -> None:
     """What was asked before the crash is not asked after it, although its batch is long settled."""
     documents = filled(site, 400, distinct=8)
     killed = site.run("--batch-size", "20", plan={"seam": "completed", "passage": 5})
@@ -162,7 +162,7 @@ def test_a_resumed_run_still_asks_once(site: Site) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"not a database", b""], ids=["lost", "corrupt", "empty"])
-def test_its_file_may_be_lost(site: Site, content: bytes | None) -> None:
+def test_lost_reply_cache_costs_only_calls(site: Site, content: bytes | None) -> None:
     """Then the texts are asked once more, and nothing else is different."""
     documents = filled(site, 200, distinct=8)
     assert site.run("--batch-size", "20", plan={"seam": "completed", "passage": 3}).code == -signal.SIGKILL
@@ -177,7 +177,7 @@ def test_its_file_may_be_lost(site: Site, content: bytes | None) -> None:
     assert requests(site) <= 2 * 8
 
 
-def test_another_model_does_not_use_the_answers_of_the_first(site: Site) -> None:
+def test_other_model_does_not_reuse_answers(site: Site) -> None:
     """A run that goes on with another model asks that one."""
     documents = filled(site, 200, distinct=8)
     assert site.run("--batch-size", "20", plan={"seam": "completed", "passage": 3}).code == -signal.SIGKILL
@@ -228,7 +228,7 @@ def test_random_kills(site: Site) -> None:
     assert requests(site) <= distinct + CONCURRENCY * killed
 
 
-def test_nobody_is_a_copy_of_itself(site: Site) -> None:
+def test_document_is_never_a_copy_of_itself(site: Site) -> None:
     """A power cut may take the journal with the answer and leave the file that says it was asked: it is asked again."""
     documents = filled(site, 30, distinct=30)
     assert site.run("--batch-size", "30", plan={"seam": "before_write", "passage": 3}).code == -signal.SIGKILL

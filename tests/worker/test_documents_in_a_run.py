@@ -68,7 +68,7 @@ def with_odd_ids() -> list[Document]:
     return [conversation(place) | {"_id": document_id} for place, document_id in enumerate(IDS)]
 
 
-def test_ids_of_every_type(site: Site) -> None:
+def test_ids_of_every_bson_type(site: Site) -> None:
     """Each document is processed, and its result has the id with its type, also after a crash in the middle."""
     documents = with_odd_ids()
     site.source.insert_many(documents)
@@ -80,7 +80,7 @@ def test_ids_of_every_type(site: Site) -> None:
     check_calls(site, documents, repeated=CONCURRENCY)
 
 
-def test_documents_that_arrive_during_the_run(site: Site) -> None:
+def test_documents_inserted_during_the_run_are_processed(site: Site) -> None:
     """Smaller and greater ids than those read: the sweep at the end finds them."""
     documents = [conversation(number) for number in range(1000, 1060)]
     site.source.insert_many(documents)
@@ -160,7 +160,7 @@ def check_no_canary(site: Site, said_by_worker: str) -> None:
 
 
 @pytest.mark.parametrize("crash", [False, True], ids=["one run", "after a crash"])
-def test_bad_documents(site: Site, crash: bool) -> None:
+def test_malformed_documents_are_skipped_or_fail_alone(site: Site, crash: bool) -> None:
     """Each is classified, skipped or quarantined with its reason; the run ends; no log or report quotes them."""
     documents, expected = bad_documents()
     site.source.insert_many(documents)
@@ -190,7 +190,7 @@ def test_bad_documents(site: Site, crash: bool) -> None:
     check_directory(site, clean=not crash)
 
 
-def test_a_document_that_kills_the_worker(site: Site) -> None:
+def test_document_that_kills_the_worker_is_quarantined(site: Site) -> None:
     """It gets two chances; then it is quarantined as poison, and everything else has its result."""
     documents = [conversation(number) for number in range(40)]
     site.source.insert_many(documents)
@@ -207,7 +207,7 @@ def test_a_document_that_kills_the_worker(site: Site) -> None:
     check_calls(site, [document for document in documents if document["_id"] != 7], repeated=2 * CONCURRENCY)
 
 
-def test_a_limit(site: Site) -> None:
+def test_limit_stops_after_that_many_documents(site: Site) -> None:
     """Each run takes that many documents and no more; what it did not take stays pending and free."""
     documents = [conversation(number) for number in range(50)]
     site.source.insert_many(documents)
@@ -222,7 +222,7 @@ def test_a_limit(site: Site) -> None:
     check_calls(site, documents, repeated=0)
 
 
-def test_reprocessing_goes_on_after_a_crash(site: Site) -> None:
+def test_reprocess_resumes_after_a_crash(site: Site) -> None:
     """Every result is replaced by one of the new job, once; what was replaced before the crash is not asked again."""
     documents = [conversation(number) for number in range(150)]
     site.source.insert_many(documents)
@@ -242,7 +242,7 @@ def test_reprocessing_goes_on_after_a_crash(site: Site) -> None:
     assert model_of(site).stats()["chat_requests"] == asked + len(documents)
 
 
-def test_a_dry_run_changes_nothing(site: Site, tmp_path: Path) -> None:
+def test_dry_run_changes_nothing(site: Site, tmp_path: Path) -> None:
     """Neither in MongoDB nor on the disk, and the model is not asked."""
     documents = [conversation(number) for number in range(30)] + [{"_id": "skip", "text": None, "processed": False}]
     site.source.insert_many(documents)
@@ -264,7 +264,7 @@ def test_a_dry_run_changes_nothing(site: Site, tmp_path: Path) -> None:
     assert not fresh.directory.exists()
 
 
-def test_documents_with_a_foreign_status_are_left_alone(site: Site) -> None:
+def test_unrecognised_status_is_ignored(site: Site) -> None:
     """A status that is not of this product is somebody else's business."""
     documents = [conversation(number) for number in range(10)]
     foreign = conversation(99, status="archived")
@@ -277,7 +277,7 @@ def test_documents_with_a_foreign_status_are_left_alone(site: Site) -> None:
     assert key(99) not in {key(value) for value in site.results.distinct("source_conversation_id")}
 
 
-def test_a_document_with_no_room_for_a_status_does_not_stop_the_run(site: Site) -> None:
+def test_document_too_large_for_a_status_does_not_stop_the_run(site: Site) -> None:
     """16 MiB but for a few bytes: it cannot take a status, the others can, and the run comes to its end."""
     others = documents_of_all_shapes(12)
     large = {"_id": "large", "conversation_number": "1", "messages": [{"sender": "customer", "text": ""}]}

@@ -83,13 +83,13 @@ WAYS = (
 )
 
 
-def test_every_reason_is_provoked_here() -> None:
+def test_all_reasons_are_covered() -> None:
     """A new reason needs a row."""
     assert [way.reason for way in WAYS] == list(Reason)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.reason))
-def test_a_reason_is_the_same_everywhere(site: Site, way: Way, tmp_path: Path) -> None:
+def test_reason_is_the_same_in_all_places(site: Site, way: Way, tmp_path: Path) -> None:
     """Summary, --output, progress JSON and CSV, metrics, the source, quarantine, and the command that lists it."""
     documents = [conversation(number) for number in range(9)]
     documents[BAD] |= way.changes
@@ -136,7 +136,7 @@ def check_metrics(site: Site, reason: Reason, status: str) -> None:
     assert numbers[("triad_last_completed_timestamp_seconds", "")] > 1e9
 
 
-def test_the_retry_queue_tells_the_reason_too(site: Site) -> None:
+def test_retry_queue_has_the_reason(site: Site) -> None:
     """A run that dies before its rounds leaves the file; list --retry shows it, metrics.prom the size of the queue."""
     documents = [conversation(number) for number in range(20)]
     site.source.insert_many(documents)
@@ -153,7 +153,7 @@ def test_the_retry_queue_tells_the_reason_too(site: Site) -> None:
     assert site.run("quarantine", "list", "--retry").out == "No documents in the retry queue.\n"
 
 
-def test_metrics_of_a_run_that_is_stopped(site: Site) -> None:
+def test_metrics_of_a_stopped_run(site: Site) -> None:
     """Interrupted, and not completed; the times outlive the restart; no text."""
     documents: list[Document] = [conversation(number) for number in range(12)]
     site.source.insert_many(documents)
@@ -175,7 +175,7 @@ def test_metrics_of_a_run_that_is_stopped(site: Site) -> None:
     assert user_message(documents[0]) not in site_metrics.read_text()
 
 
-def test_a_run_that_ends_because_mongodb_is_away(model: FakeOllama, tmp_path: Path) -> None:
+def test_metrics_of_a_run_ended_by_a_mongodb_outage(model: FakeOllama, tmp_path: Path) -> None:
     """Status failed, and the same reason for each answer that was not stored; after the next run there is none."""
     documents = [conversation(number) for number in range(60)]
     with EmbeddedMongod(tmp_path / "mongod") as mongod, open_site(mongod.uri, "support", model, tmp_path) as site:
@@ -200,7 +200,7 @@ def test_a_run_that_ends_because_mongodb_is_away(model: FakeOllama, tmp_path: Pa
 SERVICE_WAYS = [way for way in WAYS if way.kind]
 
 
-def test_the_service_counts_each_failed_classification_by_reason(model: FakeOllama, tmp_path: Path) -> None:
+def test_service_counts_failures_by_reason(model: FakeOllama, tmp_path: Path) -> None:
     """From 0 for each reason of the list; one failure is one more of one reason."""
     settings = {"OLLAMA_ENDPOINT": model.url, "OLLAMA_MODEL": "llama3.2", "LLM_TIMEOUT_S": "1"}
     with serve(tmp_path, **settings) as service:
@@ -220,7 +220,7 @@ def test_the_service_counts_each_failed_classification_by_reason(model: FakeOlla
         assert all(f'triad_model_failures_total{{reason="{reason}"}}' in text for reason in Reason)
 
 
-def test_the_deadline_of_a_request_counts_as_a_time_out(model: FakeOllama, tmp_path: Path) -> None:
+def test_request_deadline_counts_as_timeout(model: FakeOllama, tmp_path: Path) -> None:
     """Once, where the model had the request: the second of two waits for its place until little time is left."""
     model.configure(latency_s=2.0)
     settings = {"OLLAMA_ENDPOINT": model.url, "OLLAMA_MODEL": "llama3.2", "API_MAX_CONCURRENT": "1"}

@@ -122,7 +122,7 @@ def test_a_skip_survives_a_crash(site: Site) -> None:
     ended = site.run(*flags, OLLAMA_NUM_CTX="8192")
     assert ended.code == 0, ended.err
     assert site.source.count_documents({"status": "skipped"}) == 4
-    assert "queued for another round" not in ended.err
+    assert "queued for retry" not in ended.err
     assert site.results.count_documents({}) == 4
 
 

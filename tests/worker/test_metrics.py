@@ -50,7 +50,7 @@ def numbers(files: BatchFiles) -> dict[str, float]:
     return found
 
 
-def test_every_series_is_there_from_the_start(files: BatchFiles, clock: BothClocks) -> None:
+def test_all_series_exist_from_the_start(files: BatchFiles, clock: BothClocks) -> None:
     """All reasons with 0, so that an alert has something to compare; private like its neighbours."""
     metrics = MetricsFile(files.directory)
     metrics.update("job_1", "running", RunStats(total=9, processed=3, successful=2, failed=1, reasons={"busy": 1}), 4)
@@ -84,7 +84,7 @@ def test_written_every_five_seconds_and_at_the_end(files: BatchFiles, clock: Bot
     assert numbers(files)["triad_run_status failed"] == 1
 
 
-def test_the_times_of_the_last_success_and_the_last_run(files: BatchFiles, clock: BothClocks) -> None:
+def test_last_success_and_last_completion_survive_a_restart(files: BatchFiles, clock: BothClocks) -> None:
     """They stand still while nothing succeeds, in the next process as well."""
     start = clock.time()
     metrics = MetricsFile(files.directory)
@@ -101,14 +101,14 @@ def test_the_times_of_the_last_success_and_the_last_run(files: BatchFiles, clock
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"# TYPE {", b"triad_last_success_timestamp_seconds x\n"])
-def test_somebody_elses_file_is_replaced(files: BatchFiles, clock: BothClocks, content: bytes) -> None:
+def test_foreign_metrics_file_is_replaced(files: BatchFiles, clock: BothClocks, content: bytes) -> None:
     """Nothing in it stops a run."""
     (files.directory / "progress/metrics.prom").write_bytes(content)
     MetricsFile(files.directory).update("job_1", "completed", RunStats(), 0)
     assert numbers(files)[LAST_SUCCESS] == 0
 
 
-def test_the_size_of_a_queue(files: BatchFiles) -> None:
+def test_queue_size_counts_documents_as_files_change(files: BatchFiles) -> None:
     """Documents, not entries or files; followed as files change, come, go and break."""
     size = QueueSize(files.directory / "quarantine")
     assert size.count() == 0
@@ -124,7 +124,7 @@ def test_the_size_of_a_queue(files: BatchFiles) -> None:
     assert size.count() == 3
 
 
-def test_only_what_has_changed_is_read_again(files: BatchFiles) -> None:
+def test_queue_size_reads_only_changed_files(files: BatchFiles) -> None:
     """A quarantine of many files costs a look at their dates."""
     size = QueueSize(files.directory / "quarantine")
     files.save_failed("quarantine", 1, [failed("a")])
@@ -137,7 +137,7 @@ def test_only_what_has_changed_is_read_again(files: BatchFiles) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(files: BatchFiles) -> None:
+def test_unreadable_failure_file_raises(files: BatchFiles) -> None:
     """One sentence."""
     files.save_failed("quarantine", 1, [failed("a")])
     (files.directory / "quarantine/batch_001_quarantine.json").chmod(0)

@@ -92,7 +92,7 @@ def state_of(site: Site) -> Any:
     return site.database.command("dbHash")["md5"], {path: path.read_bytes() for path in site.files()}
 
 
-def test_every_kind_is_told(site: Site) -> None:
+def test_plan_counts_every_kind(site: Site) -> None:
     """Counts and ids; nothing is changed, nothing is asked."""
     kinds = mixed(site)
     before, asked = state_of(site), requests(site)
@@ -109,7 +109,7 @@ def test_every_kind_is_told(site: Site) -> None:
     assert not elsewhere.directory.exists()
 
 
-def test_another_model_or_taxonomy_makes_results_stale(site: Site, tmp_path: Path) -> None:
+def test_other_model_or_taxonomy_makes_results_stale(site: Site, tmp_path: Path) -> None:
     """Whatever decides an answer; a larger time-out does not."""
     filled(site, 8)
     assert site.run().code == 0
@@ -120,7 +120,7 @@ def test_another_model_or_taxonomy_makes_results_stale(site: Site, tmp_path: Pat
     assert counts(site, TAXONOMY_FILE=str(taxonomy)) == {"stale": 8}
 
 
-def test_ids_of_every_type(site: Site) -> None:
+def test_ids_of_every_bson_type(site: Site) -> None:
     """Pages go on across types; each id comes out with its type, and once."""
     documents = with_odd_ids()
     site.source.insert_many(documents)
@@ -131,7 +131,7 @@ def test_ids_of_every_type(site: Site) -> None:
     assert plan(site, BATCH_SIZE="3")["new"] == len(documents) + 1
 
 
-def test_without_the_model_server(site: Site) -> None:
+def test_offline_plan_needs_no_model_server(site: Site) -> None:
     """Exit code 3 and the way out; --offline tells everything but stale from done."""
     assert site.model is not None
     kinds = mixed(site)
@@ -160,7 +160,7 @@ def test_only_new(site: Site) -> None:
 
 
 @pytest.mark.parametrize("kind", ["changed", "stale"])
-def test_only_what_was_made_otherwise(site: Site, kind: str) -> None:
+def test_only_changed_and_only_stale_replace_results(site: Site, kind: str) -> None:
     """Those results are replaced, no other is touched, and a second time there is nothing to do."""
     kinds = mixed(site)
     before = {result["source_conversation_id"]: result for result in site.results.find()}
@@ -194,7 +194,7 @@ def test_only_failed(site: Site) -> None:
 @pytest.mark.parametrize(
     "kind", ["new", "stale", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("changed", "failed"))]
 )
-def test_a_dry_run_reports_that_selection(site: Site, kind: str) -> None:
+def test_dry_run_reports_the_only_selection(site: Site, kind: str) -> None:
     """The number that plan says, and nothing is changed."""
     kinds = mixed(site)
     before = state_of(site)
@@ -209,7 +209,7 @@ def test_a_dry_run_reports_that_selection(site: Site, kind: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--reprocess", "--retry-failed"])
-def test_two_choices_are_refused(site: Site, flag: str) -> None:
+def test_conflicting_selections_are_refused(site: Site, flag: str) -> None:
     """Each chooses the documents."""
     ended = site.run("--only", "stale", flag)
     assert ended.code == 2
@@ -223,7 +223,7 @@ def test_two_choices_are_refused(site: Site, flag: str) -> None:
         *(pytest.param(seam, marks=pytest.mark.thorough) for seam in ("before_write", "marked", "released")),
     ],
 )
-def test_only_stale_goes_on_after_a_crash(site: Site, seam: str) -> None:
+def test_only_stale_resumes_after_a_crash(site: Site, seam: str) -> None:
     """What was replaced is not asked again; in the end each document has one result, of the new model."""
     documents = filled(site, 60)
     assert site.run().code == 0
@@ -248,7 +248,7 @@ def interrupted_only_stale(site: Site) -> list[Document]:
     return documents
 
 
-def test_a_plain_run_takes_up_an_interrupted_only_stale(site: Site) -> None:
+def test_plain_run_finishes_an_interrupted_only_stale(site: Site) -> None:
     """Results stay as they are and the sources say processed again; --only stale does the rest later."""
     documents = interrupted_only_stale(site)
     asked = requests(site)
@@ -267,7 +267,7 @@ def test_a_plain_run_takes_up_an_interrupted_only_stale(site: Site) -> None:
 @pytest.mark.parametrize(
     "kind", ["stale", "failed", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("changed", "new"))]
 )
-def test_only_finishes_what_a_plain_run_left_in_work(site: Site, kind: str) -> None:
+def test_only_run_finishes_batches_of_an_interrupted_plain_run(site: Site, kind: str) -> None:
     """Its answers are in the journal; the documents that were only pending are left to a plain run."""
     documents = filled(site, 40)
     killed = site.run("--batch-size", "10", plan={"seam": "before_write", "passage": 2})
@@ -281,7 +281,7 @@ def test_only_finishes_what_a_plain_run_left_in_work(site: Site, kind: str) -> N
     assert requests(site) <= 40 + CONCURRENCY
 
 
-def test_stale_ones_that_fail_keep_their_result_and_get_their_rounds(site: Site) -> None:
+def test_stale_documents_that_fail_keep_their_result_and_are_retried(site: Site) -> None:
     """Also when the run dies between two of them; until another answer is there, the old result stays."""
     assert site.model is not None
     documents = filled(site, 30)
@@ -299,7 +299,7 @@ def test_stale_ones_that_fail_keep_their_result_and_get_their_rounds(site: Site)
     assert counts(site, **OTHER_MODEL) == {"done": 30}
 
 
-def test_an_edit_in_the_middle_of_a_run_is_found_by_the_next_plan(site: Site) -> None:
+def test_edit_during_a_run_is_changed_in_the_next_plan(site: Site) -> None:
     """The result says which text it is of."""
     assert site.model is not None
     documents = filled(site, 6)
@@ -317,7 +317,7 @@ def test_an_edit_in_the_middle_of_a_run_is_found_by_the_next_plan(site: Site) ->
     assert user_message(edited) != user_message(documents[2])
 
 
-def test_only_stale_does_not_begin_where_a_plain_run_ended(site: Site) -> None:
+def test_only_stale_ignores_the_mark_of_a_plain_run(site: Site) -> None:
     """The low-water mark of an interrupted run is of its own selection."""
     stale = filled(site, 10)
     assert site.run().code == 0
@@ -332,7 +332,7 @@ def test_only_stale_does_not_begin_where_a_plain_run_ended(site: Site) -> None:
     check_exactly_once(site, stale + later)
 
 
-def test_a_stale_one_that_failed_for_good_keeps_its_result(site: Site) -> None:
+def test_quarantined_stale_document_keeps_its_result(site: Site) -> None:
     """It is failed until --only failed gives it up as that; then it is stale again, and can be asked."""
     assert site.model is not None
     documents = filled(site, 20)
@@ -348,7 +348,7 @@ def test_a_stale_one_that_failed_for_good_keeps_its_result(site: Site) -> None:
     check_exactly_once(site, documents)
 
 
-def test_the_retry_queue_of_an_earlier_run_is_left_to_only_failed(site: Site) -> None:
+def test_only_stale_leaves_the_retry_queue_of_other_runs_alone(site: Site) -> None:
     """Neither new nor changed takes from it."""
     assert site.model is not None
     documents = filled(site, 20)

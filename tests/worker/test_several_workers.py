@@ -27,7 +27,7 @@ def await_expiry(site: Site) -> None:
     until(lambda: leases.count_documents({"expires_at": {"$gt": datetime.now(UTC)}}) == 0)
 
 
-def test_three_workers_and_one_dies(site: Site) -> None:
+def test_other_workers_take_over_after_a_death(site: Site) -> None:
     """Each document is asked for once, but for those in flight at the death; none has two results."""
     documents = documents_of_all_shapes(360)
     site.source.insert_many(documents)
@@ -62,7 +62,7 @@ def test_three_workers_and_one_dies(site: Site) -> None:
     check_calls(site, documents, repeated=2 * CONCURRENCY)
 
 
-def test_a_lease_that_is_valid_is_respected(site: Site) -> None:
+def test_valid_lease_is_respected(site: Site) -> None:
     """What a dead worker had claimed stays its own until the lease ends, and it takes it up again at once."""
     documents = documents_of_all_shapes(60)
     site.source.insert_many(documents)
@@ -80,7 +80,7 @@ def test_a_lease_that_is_valid_is_respected(site: Site) -> None:
     check_calls(site, documents, repeated=CONCURRENCY)
 
 
-def test_the_dead_one_comes_back_while_its_documents_are_in_other_hands(site: Site) -> None:
+def test_worker_that_returns_respects_leases_taken_over_meanwhile(site: Site) -> None:
     """Its own files name them, and all the same it leaves them to the worker that holds the leases now."""
     documents = [conversation(number) for number in range(CONCURRENCY)]
     site.source.insert_many(documents)

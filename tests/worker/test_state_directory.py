@@ -119,7 +119,7 @@ def check_refused(ended: Any, *words: str) -> None:
         assert word in sentence, sentence
 
 
-def test_a_full_disk(site: Site) -> None:
+def test_full_disk_ends_with_a_message(site: Site) -> None:
     """The run ends with a clear sentence; after space is freed the same command finishes, and nothing is lost."""
     documents = filled(site, 200)
     with small_disk(site.directory, "size=96k,mode=700"):
@@ -133,7 +133,7 @@ def test_a_full_disk(site: Site) -> None:
 
 
 @pytest.mark.parametrize("limit", [2_000, 7_000, 12_000])
-def test_a_file_cannot_grow(site: Site, limit: int) -> None:
+def test_file_size_limit_ends_with_a_message(site: Site, limit: int) -> None:
     """The same for a limit of the file size, which cuts a line of the journal in its middle."""
     documents = filled(site, 60)
     check_refused(site.run(plan={"file_limit": limit}), "space")
@@ -143,7 +143,7 @@ def test_a_file_cannot_grow(site: Site, limit: int) -> None:
     check_calls(site, documents, repeated=CONCURRENCY)
 
 
-def test_a_directory_that_cannot_be_written(site: Site) -> None:
+def test_unwritable_directory_ends_with_a_message(site: Site) -> None:
     """Exit code 2 before anything is read or asked."""
     documents = filled(site, 10)
     if os.geteuid() == 0:
@@ -182,7 +182,7 @@ def test_files_are_private(site: Site) -> None:
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
 
 
-def test_two_workers_on_one_directory(site: Site) -> None:
+def test_second_worker_on_a_directory_is_refused(site: Site) -> None:
     """The second exits with 5 and harms nothing; a killed holder gives the directory back."""
     documents = filled(site, 60)
     model_of(site).configure(latency_s=0.5)
@@ -215,7 +215,7 @@ def test_unusable_files_do_no_harm(tmp_path: Path, name: str, content: bytes) ->
     assert path.with_name(path.name + ".corrupt").read_bytes() == content
 
 
-def test_a_file_that_is_cut_anywhere_is_set_aside(site: Site) -> None:
+def test_truncated_file_is_set_aside(site: Site) -> None:
     """No beginning of a batch file passes for a whole one."""
     filled(site, 20)
     killed_in_the_middle(site)
@@ -229,7 +229,7 @@ def test_a_file_that_is_cut_anywhere_is_set_aside(site: Site) -> None:
         aside.unlink()
 
 
-def test_a_journal_that_is_cut_anywhere(site: Site) -> None:
+def test_truncated_journal_is_replayed_up_to_the_cut(site: Site) -> None:
     """Every whole line counts, and what follows a torn one is read too."""
     filled(site, 20)
     killed_in_the_middle(site)
@@ -238,7 +238,7 @@ def test_a_journal_that_is_cut_anywhere(site: Site) -> None:
     for size in range(0, len(whole), 53):
         path.write_bytes(whole[:size])
         batch = next(BatchFiles(site.directory).load_pending())
-        answered = sum(entry.result is not None for entry in batch.replay.entries.values())
+        answered = sum(entry.result is not None for entry in batch.replay.values())
         lines = [line for line in whole[:size].splitlines() if b'"answered"' in line]
         assert answered == sum(is_json(line) for line in lines)
 
@@ -246,7 +246,7 @@ def test_a_journal_that_is_cut_anywhere(site: Site) -> None:
 @pytest.mark.parametrize(
     "damage", [b"{", b'{"hello": 1}', "cut", "foreign id", pytest.param(b"", marks=pytest.mark.thorough)], ids=str
 )
-def test_a_corrupt_batch_is_found_again_in_mongodb(site: Site, damage: bytes | str) -> None:
+def test_documents_of_a_corrupt_batch_are_found_in_mongodb(site: Site, damage: bytes | str) -> None:
     """It is set aside with a message, and every document of it gets its result all the same."""
     documents = filled(site, 60)
     killed_in_the_middle(site)
@@ -263,7 +263,7 @@ def test_a_corrupt_batch_is_found_again_in_mongodb(site: Site, damage: bytes | s
     assert site.files("pending/*.corrupt")
 
 
-def test_a_corrupt_retry_file(site: Site) -> None:
+def test_documents_of_a_corrupt_retry_file_are_found_in_mongodb(site: Site) -> None:
     """Its documents are found again from MongoDB, where they say failed."""
     documents = filled(site, 40)
     faults = [{"kind": "wrong_label", "when": {"text": f"Case {number:05d}"}, "times": 2} for number in (3, 25)]
@@ -289,7 +289,7 @@ def test_a_corrupt_retry_file(site: Site) -> None:
     ],
     ids=str,
 )
-def test_a_corrupt_checkpoint(site: Site, content: bytes) -> None:
+def test_corrupt_checkpoint_starts_a_new_run(site: Site, content: bytes) -> None:
     """It only knew a short cut."""
     documents = filled(site, 60)
     killed_in_the_middle(site)
@@ -300,7 +300,7 @@ def test_a_corrupt_checkpoint(site: Site, content: bytes) -> None:
     check_calls(site, documents, repeated=CONCURRENCY)
 
 
-def test_foreign_files_are_left_alone(site: Site) -> None:
+def test_foreign_files_are_ignored(site: Site) -> None:
     """What is not a batch file by its name is neither read nor removed."""
     documents = filled(site, 30)
     killed_in_the_middle(site)
@@ -313,7 +313,7 @@ def test_foreign_files_are_left_alone(site: Site) -> None:
     assert left == ["batch_900_pending.json", "batch_abc_pending.json", "notes.txt"]
 
 
-def test_an_operator_moves_a_retry_file(site: Site) -> None:
+def test_retry_file_moved_to_pending_gets_fresh_attempts(site: Site) -> None:
     """From ``retry/`` to ``pending/``: it is worked off like any batch, and its entries get fresh rounds."""
     documents = filled(site, 40)
     faults = [{"kind": "wrong_label", "when": {"text": f"Case {number:05d}"}, "times": 2} for number in (3, 25)]
@@ -328,7 +328,7 @@ def test_an_operator_moves_a_retry_file(site: Site) -> None:
 
 
 @pytest.mark.parametrize("way", ["operator", "--retry-failed"])
-def test_quarantined_documents_get_another_chance(site: Site, way: str) -> None:
+def test_retry_failed_requeues_quarantined_documents(site: Site, way: str) -> None:
     """Moved to ``pending/`` by hand or by the flag, they are asked again, and nothing else is."""
     documents = filled(site, 60)
     hopeless = [documents[3], documents[33]]
@@ -350,7 +350,7 @@ def test_quarantined_documents_get_another_chance(site: Site, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["operator", "--retry-failed"])
-def test_an_answer_that_could_not_be_written_is_not_asked_for_again(site: Site, way: str) -> None:
+def test_unwritten_answer_is_not_asked_again(site: Site, way: str) -> None:
     """MongoDB refused the result; with the cause removed, the kept answer is written."""
     documents = filled(site, 30)
     refused = {"conversation_number": {"$ne": "7"}}
@@ -381,7 +381,7 @@ def test_documents_that_fail_again_are_queued_once(site: Site) -> None:
     assert [calls(site, document) for document in hopeless] == [8, 8]
 
 
-def test_a_worker_that_lost_its_name_goes_on_with_its_own_leases(site: Site) -> None:
+def test_worker_without_worker_json_keeps_its_leases(site: Site) -> None:
     """Its id stands in the checkpoint too; else its own leases would lock it out until they expire."""
     documents = documents_of_all_shapes(60)
     site.source.insert_many(documents)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from utils.aio import GroupCommit
+from worker.settlement import GroupCommit
 
 
 class Store:
@@ -44,7 +44,7 @@ async def until_begun(store: Store, groups: int) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_single_item_is_written_at_once(store: Store) -> None:
+async def test_single_item_is_written_at_once(store: Store) -> None:
     """No timer delays it."""
     commit: GroupCommit[int] = GroupCommit(store.write)
     async with asyncio.TaskGroup() as tasks:
@@ -56,7 +56,7 @@ async def test_a_single_item_is_written_at_once(store: Store) -> None:
     assert store.groups == [[0], [1], [2]]
 
 
-async def test_what_arrives_during_a_write_goes_together(store: Store) -> None:
+async def test_items_submitted_during_a_write_form_the_next_group(store: Store) -> None:
     """In the order submitted, and one group at a time."""
     commit: GroupCommit[int] = GroupCommit(store.write)
     async with asyncio.TaskGroup() as tasks:
@@ -72,7 +72,7 @@ async def test_what_arrives_during_a_write_goes_together(store: Store) -> None:
     assert store.groups == [[0], [1, 2, 3, 4, 5]]
 
 
-async def test_a_group_has_a_limit(store: Store) -> None:
+async def test_group_size_is_limited(store: Store) -> None:
     """One message to MongoDB holds so many documents and no more."""
     commit: GroupCommit[int] = GroupCommit(store.write, max_group=4)
     async with asyncio.TaskGroup() as tasks:
@@ -104,7 +104,7 @@ async def test_drained_waits_for_the_write_to_end(store: Store) -> None:
 
 
 @pytest.mark.parametrize("steps", range(12))
-async def test_an_item_submitted_while_the_last_group_ends_is_not_forgotten(store: Store, steps: int) -> None:
+async def test_item_submitted_as_the_last_group_ends_is_written(store: Store, steps: int) -> None:
     """At whatever step of the loop it comes: nothing follows that would wake the writer for it."""
     commit: GroupCommit[int] = GroupCommit(store.write)
     async with asyncio.TaskGroup() as tasks:
@@ -118,7 +118,7 @@ async def test_an_item_submitted_while_the_last_group_ends_is_not_forgotten(stor
         writer.cancel()
 
 
-async def test_many_submitters(store: Store) -> None:
+async def test_many_submitters_write_each_item_once(store: Store) -> None:
     """All is written once."""
     commit: GroupCommit[int] = GroupCommit(store.write, max_group=3)
 
@@ -136,7 +136,7 @@ async def test_many_submitters(store: Store) -> None:
     assert sorted(item for group in store.groups for item in group) == list(range(150))
 
 
-async def test_what_a_write_raises_ends_run(store: Store) -> None:
+async def test_error_of_write_ends_run(store: Store) -> None:
     """Whoever runs it hears of it."""
     store.error = RuntimeError("the store is gone")
     commit: GroupCommit[int] = GroupCommit(store.write)
