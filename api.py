@@ -34,7 +34,7 @@ from error_handler import (
     SkippedDocumentError,
 )
 from model_server.breaker import BreakerPolicy
-from model_server.protocol import chat_target
+from model_server.models import chat_target
 from model_server.window import choose_window, reuse_loaded_window
 from prompt_builder import PromptBuilder
 from service import errors

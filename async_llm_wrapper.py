@@ -30,8 +30,8 @@ from model_server import models as served_models
 from model_server import protocol
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.concurrency import ConcurrencyLimit
-from model_server.models import ServerRequest
-from model_server.protocol import ChatReply, ChatTarget, TargetFlow
+from model_server.models import TargetFlow
+from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.truncation import TranscriptTruncator
 from model_server.window import Adopt, Say, WindowChoice, adopt_larger, choose_window, reuse_loaded_window, warm_up
 from prompt_builder import PromptBuilder
@@ -146,7 +146,7 @@ class AsyncLLMClient:
             LLMUnavailableError: The server does not answer.
             ConfigurationError: The server does not have the model; the message lists its models.
         """
-        return await self._drive(protocol.find_target(self.target, settings))
+        return await self._drive(served_models.find_target(self.target, settings))
 
     async def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
         """Load the model and return the target with the window it then has; see model_server.window.warm_up.

@@ -21,12 +21,12 @@ from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
 from classifier import ReplyParser
 from config import Settings, load_settings, load_taxonomy
-from domain.conversation import Conversation, Outcome, result_fingerprint
-from domain.result import build_result
+from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
 from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
-from model_server.protocol import chat_target, plan_fingerprint
+from model_server.models import chat_target
+from model_server.protocol import plan_fingerprint
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
 from storage.contract import Document

@@ -66,6 +66,8 @@ class ReplyParser:
         return label_confidence(reply.tokens, reply.text, classification, self._names) if reply.tokens else None
 
     def _label(self, field: str, value: str) -> str:
+        if value in self._names[field]:  # as the schema enforces it
+            return value
         try:
             return self._labels[field][fold_label(value)]
         except KeyError:

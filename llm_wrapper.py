@@ -30,8 +30,8 @@ from error_handler import (
     LLMUnavailableError,
 )
 from model_server import protocol
-from model_server.models import ServerRequest
-from model_server.protocol import ChatReply, ChatTarget, TargetFlow
+from model_server.models import TargetFlow, find_target
+from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.truncation import TranscriptTruncator
 from model_server.window import Adopt, Say, WindowChoice, adopt_larger, warm_up
 from prompt_builder import PromptBuilder
@@ -174,7 +174,7 @@ class LLMClient:
             LLMUnavailableError: The server does not answer.
             ConfigurationError: The server does not have the model; the message lists its models.
         """
-        return self._drive(protocol.find_target(self.target, settings))
+        return self._drive(find_target(self.target, settings))
 
     def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
         """Load the model and return the target with the window it then has; see model_server.window.warm_up.

@@ -18,7 +18,8 @@ from benchmarks.worker_process import WorkerFailedError, WorkerProcess
 from classifier import ReplyParser
 from config import load_settings, load_taxonomy
 from embedded.mongod import EmbeddedMongod
-from model_server.protocol import build_chat_body, chat_target
+from model_server.models import chat_target
+from model_server.protocol import build_chat_body
 from prompt_builder import PromptBuilder
 from tests.fakes.fake_ollama import FakeOllama, FakeOllamaError
 

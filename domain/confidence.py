@@ -68,11 +68,6 @@ def label_confidence(
     return found
 
 
-def needs_review(confidence: Mapping[str, float], review_below: float) -> bool:
-    """Whether the least certain label of *confidence* is below *review_below*."""
-    return min(confidence.values()) < review_below
-
-
 def _read_tokens(entries: Iterable[Any]) -> list[_Token]:
     """Return *entries* with their bytes and positions; empty if one is malformed."""
     tokens: list[_Token] = []

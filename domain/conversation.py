@@ -1,15 +1,18 @@
-"""Conversations, their labels, and the outcome of a classification."""
+"""Conversations, their labels, the outcome of a classification, and the result document made of it."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal
 
 Sender = Literal["customer", "agent", "unknown"]
 Shape = Literal["tweets", "messages", "query"]
+
+PROCESSOR_VERSION = "1.0.0"
 
 Message = dict[str, str]  # of a chat: role and content
 
@@ -115,3 +118,52 @@ def input_sha256(conversation: Conversation) -> str:
 def result_fingerprint(plan: str, input_hash: str) -> str:
     """Return the fingerprint of a result from a ``protocol.plan_fingerprint`` and an ``input_sha256``."""
     return hashlib.sha256(f"{plan}:{input_hash}".encode()).hexdigest()
+
+
+def build_result(
+    document: Mapping[str, Any],
+    conversation: Conversation,
+    outcome: Outcome,
+    job_id: str,
+    *,
+    keep_original: bool,
+    review_below: float | None = None,
+) -> dict[str, Any]:
+    """Return the result of *document*, without an ``_id``; *keep_original* adds a copy of the document.
+
+    With *review_below* (0 to 1), a result with confidence says whether one of its labels is below that.
+    """
+    now = datetime.now(UTC)
+    result: dict[str, Any] = {
+        "conversation_number": conversation.conversation_number,
+        "source_conversation_id": document.get("_id"),
+    }
+    if conversation.shape == "query":
+        result["query_id"] = document.get("_id")
+    result["classification"] = outcome.classification.as_dict()
+    result["processing_metadata"] = {
+        "processed_at": now,
+        "model_used": outcome.model_used,
+        "model_digest": outcome.model_digest,
+        "processing_duration_ms": outcome.duration_ms,
+        "processor_version": PROCESSOR_VERSION,
+        "batch_job_id": job_id,
+        "attempts": outcome.attempts,
+        "prompt_tokens": outcome.prompt_tokens,
+        "reply_tokens": outcome.reply_tokens,
+        "input_complete": outcome.input_complete,
+        "turns_used": len(conversation.turns) if outcome.turns_used is None else outcome.turns_used,
+        "turns_total": conversation.turns_total,
+        "input_sha256": outcome.input_sha256,
+        "fingerprint": outcome.fingerprint,
+    }
+    if outcome.confidence is not None:
+        result["processing_metadata"]["confidence"] = outcome.confidence
+        if review_below is not None:
+            result["processing_metadata"]["needs_review"] = min(outcome.confidence.values()) < review_below
+    for origin in outcome.copied_from:
+        result["processing_metadata"]["copied_from"] = origin
+    result["created_at"] = now
+    if keep_original:
+        result["original_conversation"] = dict(document)
+    return result

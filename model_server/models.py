@@ -1,29 +1,21 @@
-"""Parses what a model server reports about itself and its models. No I/O.
+"""Chooses the model to ask, and parses what a model server reports about its models. No I/O.
 
 Facts about Ollama: github.com/ollama/ollama, server/routes.go (``/api/tags``, ``/api/show``, ``/api/ps``), read at v0.33.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from config.settings import Protocol, Settings
 from error_handler import ConfigurationError, LLMUnavailableError
+from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget, ServerRequest, count, json_object
 
 LOADED_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServerRequest:
-    """One request to the model server; *timeout_s* limits all of it."""
-
-    method: str
-    url: str
-    body: bytes | None
-    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +51,48 @@ class LoadedModel:
     context_length: int | None
     size_bytes: int | None
     vram_bytes: int | None
+
+
+# Yields requests, receives status and body of each answer, and returns the target to use. Both wrappers drive it.
+TargetFlow = Generator[ServerRequest, tuple[int, bytes], ChatTarget]
+
+
+def chat_target(settings: Settings, model: str) -> ChatTarget:
+    """Return the target for *model* that *settings* describe.
+
+    Raises:
+        ConfigurationError: *model* is a cloud model.
+    """
+    require_local(model, is_remote=is_cloud_name(model))
+    return ChatTarget(
+        protocol=settings.protocol,
+        url=settings.chat_url,
+        server_url=settings.server_url,
+        model=model,
+        api_key=settings.llm_api_key.get_secret_value() if settings.llm_api_key and settings.llm_api_url else None,
+        num_ctx=settings.ollama_num_ctx or DEFAULT_NUM_CTX,
+        keep_alive=settings.ollama_keep_alive,
+    )
+
+
+def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
+    """Find the model that *settings* name: yield each request, receive its answer, return the target for the model.
+
+    Raises:
+        ConfigurationError: The server does not have the model; the message lists its models.
+    """
+    url = models_url(target.protocol, target.server_url)
+    models = parse_models(target.protocol, *(yield ServerRequest("GET", url, None, settings.llm_timeout_s)))
+    model = choose_model(settings, models)
+    if target.protocol == "openai_chat":
+        return with_model(target, model, ModelFacts())
+    facts = parse_show(*(yield show_request(target.server_url, model.name, settings.llm_timeout_s)))
+    return with_model(target, model, facts)
+
+
+def with_model(target: ChatTarget, model: ServedModel, facts: ModelFacts) -> ChatTarget:
+    """Return *target* with what the server reported about its model."""
+    return replace(target, digest=model.digest, disable_thinking=facts.can_think, context_limit=facts.context_length)
 
 
 def models_url(target_protocol: Protocol, server_url: str) -> str:
@@ -180,22 +214,6 @@ def loaded_request(server_url: str) -> ServerRequest:
 def find_loaded(model: str, loaded: list[LoadedModel]) -> LoadedModel | None:
     """Return the entry of *model* in *loaded*; None if it is not loaded."""
     return next((entry for entry in loaded if entry.name in (model, f"{model}:latest")), None)
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in *body*; raise LLMUnavailableError if there is none."""
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as exc:
-        raise LLMUnavailableError("the model server's answer is not JSON, or was cut off") from exc
-    if not isinstance(fields, dict):
-        raise LLMUnavailableError("the model server's answer is not a JSON object")
-    return fields
-
-
-def count(value: Any) -> int | None:
-    """Return *value* if it is a whole number of at least 0, else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def is_cloud_name(model: str) -> bool:

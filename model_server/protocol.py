@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
-from config.settings import Protocol, Settings
+from config.settings import Protocol
 from domain.conversation import Message
 from error_handler import (
     LLMBusyError,
@@ -25,20 +25,6 @@ from error_handler import (
     LLMReplyError,
     LLMUnavailableError,
     Reason,
-)
-from model_server.models import (
-    ModelFacts,
-    ServedModel,
-    ServerRequest,
-    choose_model,
-    count,
-    is_cloud_name,
-    json_object,
-    models_url,
-    parse_models,
-    parse_show,
-    require_local,
-    show_request,
 )
 from model_server.tokens import least_prompt_tokens
 
@@ -50,6 +36,16 @@ NANOSECONDS = 1e9
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply has a few kB; a larger one is refused
 LEAST_SHARE = 0.9  # of the fewest tokens a prompt can have; a lower count proves a cut prompt
 MAX_CHARACTERS_PER_TOKEN = 6.0  # of a whole prompt; English has about 4.5, other scripts fewer
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRequest:
+    """One request to the model server; *timeout_s* limits all of it."""
+
+    method: str
+    url: str
+    body: bytes | None
+    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +95,6 @@ class ChatReply:
     load_s: float | None = None
     tokens: tuple[Any, ...] = field(default=(), repr=False)
     total_s: float | None = None
-
-
-# Yields requests, receives status and body of each answer, and returns the target to use. Both wrappers drive it.
-TargetFlow = Generator[ServerRequest, tuple[int, bytes], ChatTarget]
-
-
-def chat_target(settings: Settings, model: str) -> ChatTarget:
-    """Return the target for *model* that *settings* describe.
-
-    Raises:
-        ConfigurationError: *model* is a cloud model.
-    """
-    require_local(model, is_remote=is_cloud_name(model))
-    return ChatTarget(
-        protocol=settings.protocol,
-        url=settings.chat_url,
-        server_url=settings.server_url,
-        model=model,
-        api_key=settings.llm_api_key.get_secret_value() if settings.llm_api_key and settings.llm_api_url else None,
-        num_ctx=settings.ollama_num_ctx or DEFAULT_NUM_CTX,
-        keep_alive=settings.ollama_keep_alive,
-    )
 
 
 def build_load_body(target: ChatTarget) -> bytes:
@@ -373,21 +347,17 @@ def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes)
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
 
-def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
-    """Find the model that *settings* name: yield each request, receive its answer, return the target for the model.
-
-    Raises:
-        ConfigurationError: The server does not have the model; the message lists its models.
-    """
-    url = models_url(target.protocol, target.server_url)
-    models = parse_models(target.protocol, *(yield ServerRequest("GET", url, None, settings.llm_timeout_s)))
-    model = choose_model(settings, models)
-    if target.protocol == "openai_chat":
-        return with_model(target, model, ModelFacts())
-    facts = parse_show(*(yield show_request(target.server_url, model.name, settings.llm_timeout_s)))
-    return with_model(target, model, facts)
+def json_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in *body*; raise LLMUnavailableError if there is none."""
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise LLMUnavailableError("the model server's answer is not JSON, or was cut off") from exc
+    if not isinstance(fields, dict):
+        raise LLMUnavailableError("the model server's answer is not a JSON object")
+    return fields
 
 
-def with_model(target: ChatTarget, model: ServedModel, facts: ModelFacts) -> ChatTarget:
-    """Return *target* with what the server reported about its model."""
-    return replace(target, digest=model.digest, disable_thinking=facts.can_think, context_limit=facts.context_length)
+def count(value: Any) -> int | None:
+    """Return *value* if it is a whole number of at least 0, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

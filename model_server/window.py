@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from config import Settings
-from model_server.models import LoadedModel, ServerRequest, find_loaded, loaded_request, parse_loaded
-from model_server.protocol import NUM_PREDICT, ChatTarget, TargetFlow, build_load_body, parse_load_response
+from model_server.models import LoadedModel, TargetFlow, find_loaded, loaded_request, parse_loaded
+from model_server.protocol import NUM_PREDICT, ChatTarget, ServerRequest, build_load_body, parse_load_response
 
 SIZES = (4096, 8192, 16_384, 32_768)
 DEFAULT_SIZE = 8192  # without documents to measure: the service, an empty collection

@@ -16,8 +16,7 @@ import orjson
 from aggregator import aggregate_conversation, document_shape
 from classifier import ReplyParser
 from config import Settings, load_taxonomy
-from domain.conversation import Outcome, result_fingerprint
-from domain.result import build_result
+from domain.conversation import Outcome, build_result, result_fingerprint
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget, plan_fingerprint
 from mongo_client import DocumentStore, selection_filter

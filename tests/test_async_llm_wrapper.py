@@ -13,7 +13,7 @@ from async_llm_wrapper import AsyncLLMClient, open_session
 from config import load_settings
 from error_handler import LLMConnectionError
 from model_server.breaker import BreakerPolicy
-from model_server.protocol import chat_target
+from model_server.models import chat_target
 from tests.fakes.scripted_server import GOOD_CONTENT, ScriptedServer, Step, answer, hang, reset, say, scripted_server
 
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]

@@ -33,8 +33,8 @@ from error_handler import (
     Reason,
 )
 from model_server.breaker import BreakerPolicy, CircuitBreaker
-from model_server.models import ServerRequest
-from model_server.protocol import SEED, ChatReply, ChatTarget, chat_target
+from model_server.models import chat_target
+from model_server.protocol import SEED, ChatReply, ChatTarget, ServerRequest
 from prompt_builder import PromptBuilder
 from tests.fakes.scripted_server import (
     GOOD_CONTENT,

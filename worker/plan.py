@@ -11,7 +11,8 @@ from classifier import ReplyParser
 from config import Settings, load_taxonomy
 from domain.staleness import StalenessChecker
 from error_handler import LLMUnavailableError
-from model_server.protocol import chat_target, plan_fingerprint
+from model_server.models import chat_target
+from model_server.protocol import plan_fingerprint
 from model_server.tokens import TokenEstimator
 from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from config import Settings
-from domain.conversation import Conversation, Outcome
-from domain.result import build_result
+from domain.conversation import Conversation, Outcome, build_result
 from domain.staleness import REPLACED, StalenessChecker
 from error_handler import (
     LLMError,

@@ -25,8 +25,7 @@ from error_handler import (
     LLMReplyError,
     LLMTimeoutError,
 )
-from model_server.models import ModelFacts, ServedModel, choose_model, find_loaded
-from model_server.protocol import chat_target, with_model
+from model_server.models import ModelFacts, ServedModel, chat_target, choose_model, find_loaded, with_model
 from prompt_builder import PromptBuilder
 from utils.network import is_loopback
 from worker.plan import Sample

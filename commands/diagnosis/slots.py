@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from async_llm_wrapper import AsyncLLMClient, open_session
 from config import Settings
 from error_handler import LLMReplyError, LLMUnavailableError
-from model_server.models import ServerRequest, json_object
-from model_server.protocol import build_chat_body, chat_target, parse_chat_response, queue_wait_s
+from model_server.models import chat_target
+from model_server.protocol import ServerRequest, build_chat_body, json_object, parse_chat_response, queue_wait_s
 from model_server.window import choose_window, reuse_loaded_window
 
 WAIT_SHARE = 0.5  # of the time that one call takes alone; a call that waits for a slot waits about that long

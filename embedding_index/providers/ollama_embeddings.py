@@ -31,7 +31,8 @@ from error_handler import (
     UnusableVectorsError,
 )
 from llm_wrapper import exchange, open_session
-from model_server.models import ServerRequest, count, is_cloud_name, json_object, parse_show, show_body
+from model_server.models import is_cloud_name, parse_show, show_body
+from model_server.protocol import ServerRequest, count, json_object
 from model_server.tokens import least_tokens
 from utils.network import is_this_machine
 

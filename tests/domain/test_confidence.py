@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from aggregator import aggregate_conversation
 from classifier import ReplyParser, classification_flow
 from config import load_taxonomy
-from domain.confidence import label_confidence, needs_review
-from domain.conversation import Classification
+from domain.confidence import label_confidence
+from domain.conversation import Classification, Outcome, build_result
 from model_server.protocol import ChatReply, ChatTarget
 from model_server.truncation import TranscriptTruncator
 from prompt_builder import PromptBuilder
@@ -259,11 +259,15 @@ def test_odd_replies_never_raise(reply: str) -> None:
     label_confidence(certain(reply), reply, LABELLED, LABELS)
 
 
-def test_least_certain_label_decides_about_review() -> None:
+@pytest.mark.parametrize(("review_below", "expected"), [(0.6, False), (0.61, True), (0.0, False), (None, None)])
+def test_least_certain_label_decides_about_review(review_below: float | None, expected: bool | None) -> None:
+    document = {"_id": 1, "text": "Where is my parcel?"}
     confidence = {"intent": 0.9, "topic": 0.6, "sentiment": 0.99}
-    assert not needs_review(confidence, 0.6)
-    assert needs_review(confidence, 0.61)
-    assert not needs_review(confidence, 0)
+    outcome = Outcome(LABELLED, "model", None, "", "", confidence=confidence)
+    result = build_result(
+        document, aggregate_conversation(document), outcome, "job", keep_original=False, review_below=review_below
+    )
+    assert result["processing_metadata"].get("needs_review") is expected
 
 
 def test_the_answer_to_a_repair_turn_counts() -> None:

@@ -15,21 +15,16 @@ from model_server.models import (
     LoadedModel,
     ModelFacts,
     ServedModel,
+    chat_target,
     choose_model,
     models_url,
     parse_loaded,
     parse_models,
     parse_show,
     show_body,
-)
-from model_server.protocol import (
-    SEED,
-    ChatTarget,
-    build_chat_body,
-    chat_target,
-    plan_fingerprint,
     with_model,
 )
+from model_server.protocol import SEED, ChatTarget, build_chat_body, plan_fingerprint
 
 SCHEMA = b'{"type": "object"}'
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
