@@ -302,7 +302,7 @@ class MixedIndexError(IndexingError):
 
 
 class VectorStoreError(IndexingError):
-    """ChromaDB cannot read or write its files; they can be made again from the stored vectors, for nothing."""
+    """There is no index to search, or ChromaDB cannot read or write its files, which are built from the stored vectors."""
 
     error_class = ErrorClass.RESOURCE
 

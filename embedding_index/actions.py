@@ -22,7 +22,6 @@ from domain.prices import price_source
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.forgetting import forget_others
 from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
 from embedding_index.indexer_agent import SQLIndexerAgent
@@ -32,7 +31,6 @@ from embedding_index.items import Kind
 from embedding_index.mending import Mending, StatesAfterMending, sweep
 from embedding_index.price_consent import Spending, require_affordable
 from embedding_index.sample_database import make_sample_database
-from embedding_index.vector_recovery import recover_vectors
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
     ConfigurationError,
@@ -120,14 +118,15 @@ async def _opened(
             vectors.batch_size = 1
         with DocumentationStore(chosen.index_dir / "index.sqlite3") as states:
             manager = BatchIndexingManager(SQLIndexerAgent(vectors))
-            await asyncio.to_thread(recover_vectors, vectors, states)
-            mending = await asyncio.to_thread(Mending, vectors, states)
+            mending = await asyncio.to_thread(
+                Mending, vectors, states, rebuild=arguments.rebuild or vectors.is_other_model
+            )
             spending = Spending(arguments.max_cost, arguments.yes)
             index = Index(vectors, states, manager, mending, spending, stop, works)
             try:
                 works.set()
                 if not arguments.estimate_costs and (mending.is_free or not spending.has_limit):
-                    await _mend(index)
+                    await asyncio.to_thread(mending.mend)
                 yield index
             finally:
                 vectors.stop.set()
@@ -151,11 +150,6 @@ def _open_vectors(arguments: argparse.Namespace, chosen: IndexSettings) -> SQLVe
 async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
     await stop.wait()
     vectors.stop.set()
-
-
-async def _mend(index: Index) -> None:
-    with report.IndexProgress("Making the index anew") as progress:
-        await asyncio.to_thread(index.mending.mend, progress.reached)
 
 
 async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSettings) -> int:
@@ -279,7 +273,7 @@ async def _index_conversations(
 def _forget(index: Index) -> None:
     """Delete vectors that no item has any more; not where states were lost: what they do not know may be paid for."""
     if sweep(index.vectors, index.states, report.KINDS["conversations"]):
-        forget_others(index.vectors, index.states)
+        index.vectors.forget_others(index.states.content_hashes())
 
 
 def _is_allowed(arguments: argparse.Namespace) -> bool:
@@ -318,7 +312,7 @@ async def _require_affordable(index: Index, usd: float | None, tokens: int) -> N
     index.works.clear()
     await require_affordable(index.spending, usd, price)
     index.works.set()
-    await _mend(index)
+    await asyncio.to_thread(index.mending.mend)
 
 
 def _outcome(arguments: argparse.Namespace, index: Index, before: dict[str, Any]) -> report.Outcome:

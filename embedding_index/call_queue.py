@@ -89,11 +89,15 @@ class CallQueue:
             self._changed.notify_all()
 
     def close_gate(self, wait_s: float) -> None:
-        """No call starts for *wait_s* seconds from now."""
+        """Let no call start for *wait_s* seconds from now; a gate that is closed for longer stays so."""
         with self._changed:
             now_s = time.monotonic()
-            self.gate_wait_s += max(0.0, now_s + wait_s - max(self._gate_s, now_s))
-            self._gate_s = max(self._gate_s, now_s + wait_s)
+            opens_at_s = now_s + wait_s
+            if self._gate_s <= now_s:
+                self.gate_wait_s += wait_s  # as it was asked for: a difference of two clock times would be rounded
+            elif opens_at_s > self._gate_s:
+                self.gate_wait_s += opens_at_s - self._gate_s
+            self._gate_s = max(self._gate_s, opens_at_s)
 
     def unsettled(self) -> int:
         """Return how many calls wait or are being worked on."""

@@ -1,17 +1,13 @@
-"""How far each item is: pending, indexed, failed; and the documentation of tables and relationships.
+"""The state of each item (pending, indexed, failed), and the documentation of tables and relationships.
 
-One SQLite file in WAL mode with ``synchronous=FULL``: what a method has returned from survives a power cut. Losing the
-file costs no money: it is filled again from the sources, and the vectors are in another one.
+Losing the file costs no money: it is filled again from the sources, and the vectors are in another one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +16,9 @@ from embedding_index.database_facts import RelationshipFacts, TableFacts
 from embedding_index.documentation import Documentation, document_database
 from embedding_index.item_states import Offered, State, StoredItem, Synchronized
 from embedding_index.items import IndexItem, Kind
-from error_handler import ConfigurationError, StateDirectoryError
+from embedding_index.state_file import Schema, StateFile
 
 FILE_NAME = "index.sqlite3"
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 30.0
 # Names in one query, and rows that are read at once.
 CHUNK = 5_000
 
@@ -52,8 +46,7 @@ CREATE TABLE documentation (
     text TEXT NOT NULL,
     details TEXT NOT NULL,
     PRIMARY KEY (kind, name)
-) STRICT;
-"""
+) STRICT"""
 # What a pass has met. Of this connection only: a pass that is cut off begins anew.
 _MET_TABLE = "CREATE TEMP TABLE IF NOT EXISTS met (kind TEXT, name TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
 
@@ -69,103 +62,28 @@ ON CONFLICT (kind, name) DO UPDATE SET text = :text, details = :details
 WHERE text <> :text OR details <> :details"""
 
 
-class DocumentationStore:
-    """The state of every item in one file; any thread may call, one at a time is served. Use as ``with``, or close it.
+_SCHEMA = Schema(
+    what="the state of the items",
+    tables=_TABLES,
+    version=1,
+    if_damaged="remove it with its -wal and -shm, and index again: stored vectors are not paid for twice.",
+)
 
-    One process may write (its caller holds the lock of the folder); others may read at the same time.
-    """
+
+class DocumentationStore(StateFile):
+    """The state of every item. One process may write (its caller holds the lock of the folder); others may read."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """Open or make the file *path*, mode 0600; None: ``index.sqlite3`` in INDEX_DIR.
-
-        Raises:
-            ConfigurationError: A newer version of this product made it.
-            StateDirectoryError: It cannot be opened, or is not such a file.
-        """
-        self.path = path if path is not None else load_index_settings().index_dir / FILE_NAME
-        self._lock = threading.RLock()
+        """Open or make the file *path*; None: ``index.sqlite3`` in INDEX_DIR. See ``StateFile``."""
+        super().__init__(path if path is not None else load_index_settings().index_dir / FILE_NAME, _SCHEMA)
         self._begun: set[Kind] = set()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-            self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as exc:
-            raise self._unusable(exc) from exc
-        try:
-            self._prepare()
-        except (ConfigurationError, StateDirectoryError):
-            self._db.close()
-            raise
-
-    def _prepare(self) -> None:
-        try:
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA secure_delete=ON")  # labels of conversations that are gone are overwritten
-            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-            if version == 0:
-                version = self._make_tables()
-        except sqlite3.Error as exc:
-            raise self._unusable(exc) from exc
-        if version > SCHEMA_VERSION:
-            raise ConfigurationError(
-                f"{self.path} was made by a newer version of this program ({version}, here {SCHEMA_VERSION}); "
-                "use that version, or another INDEX_DIR."
-            )
-
-    def _make_tables(self) -> int:
-        with self._step() as db:
-            version = int(db.execute("PRAGMA user_version").fetchone()[0])
-            if version:  # made by another process since
-                return version
-            for statement in _TABLES.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            return SCHEMA_VERSION
 
     def __enter__(self) -> DocumentationStore:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; what was written is durable already."""
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def _step(self) -> Iterator[sqlite3.Connection]:
-        """Make everything inside one durable step, or nothing of it."""
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                with self._db:  # ends the transaction, one way or the other
-                    yield self._db
-            except sqlite3.Error as exc:
-                raise self._unusable(exc) from exc
-
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._lock:
-            try:
-                return self._db.execute(query, values).fetchall()
-            except sqlite3.Error as exc:
-                raise self._unusable(exc) from exc
-
-    def _unusable(self, exc: Exception) -> StateDirectoryError:
-        if type(exc) is sqlite3.DatabaseError:
-            return StateDirectoryError(
-                f"{self.path} is damaged, or not a file of this program; remove it with its -wal and -shm, and index again: "
-                "stored vectors are not paid for twice."
-            )
-        return StateDirectoryError(
-            f"{self.path} cannot be used ({type(exc).__name__}: {exc}); free space, or fix the rights of its folder."
-        )
-
     def begin_pass(self, kind: Kind) -> None:
         """Begin to read the source of *kind* as a whole: from now on it is noted what is offered."""
-        with self._step() as db:
+        with self.transaction() as db:
             db.execute(_MET_TABLE)
             db.execute("DELETE FROM met WHERE kind = ?", (kind,))
         self._begun.add(kind)
@@ -180,7 +98,7 @@ class DocumentationStore:
 
     def _offer(self, documented: Sequence[Documentation], keep_text: bool) -> Offered:
         offered = Offered([], [])
-        with self._step() as db:
+        with self.transaction() as db:
             for start in range(0, len(documented), CHUNK):
                 self._offer_chunk(db, documented[start : start + CHUNK], keep_text, offered)
         return offered
@@ -251,7 +169,7 @@ class DocumentationStore:
 
     def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None:
         """Do ``mark_indexed`` for each (name, content hash) in one durable step."""
-        with self._step() as db:
+        with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'indexed', is_outdated = 0, problem = NULL, attempts = attempts + (state <> 'indexed') "
                 "WHERE kind = ? AND name = ? AND hash = ?",
@@ -260,7 +178,7 @@ class DocumentationStore:
 
     def mark_failed(self, kind: Kind, name: str, problem: str) -> None:
         """Note one more attempt that failed, and why (one sentence without text of the item)."""
-        with self._step() as db:
+        with self.transaction() as db:
             db.execute(
                 "UPDATE items SET state = 'failed', problem = ?, attempts = attempts + 1 WHERE kind = ? AND name = ?",
                 (problem, kind, name),
@@ -268,7 +186,7 @@ class DocumentationStore:
 
     def mark_pending(self, kind: Kind, names: Iterable[str]) -> None:
         """Note that the index does not hold the items *names* any more."""
-        with self._step() as db:
+        with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'pending', is_outdated = 0 WHERE kind = ? AND name = ?",
                 ((kind, name) for name in names),
@@ -277,7 +195,7 @@ class DocumentationStore:
     def remove(self, kind: Kind, names: Iterable[str]) -> None:
         """Forget the items *names*, which are not in the index any more."""
         rows = [(kind, name) for name in names]
-        with self._step() as db:
+        with self.transaction() as db:
             db.executemany("DELETE FROM items WHERE kind = ? AND name = ?", rows)
             db.executemany("DELETE FROM documentation WHERE kind = ? AND name = ?", rows)
 
@@ -299,6 +217,11 @@ class DocumentationStore:
         while rows := self._rows(query, (kind, first, last, state, CHUNK)):
             yield from map(_stored_item, rows)
             first = last = rows[-1]["name"]
+
+    def indexed_hashes(self) -> dict[str, str]:
+        """Return the content hash of each indexed item by its id."""
+        rows = self._rows("SELECT kind, name, hash FROM items WHERE state = 'indexed'")
+        return {f"{row['kind']}:{row['name']}": row["hash"].hex() for row in rows}
 
     def content_hashes(self) -> set[str]:
         """Return the hashes of all texts that are known here: whose vectors are still of use."""
@@ -333,6 +256,10 @@ class DocumentationStore:
         ``content_hash`` and ``status`` of one relationship; None where there is none of that id.
         """
         return self._info(Kind.RELATIONSHIP, relationship_id, "id")
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        with self.reading() as db:
+            return db.execute(query, values).fetchall()
 
     def _info(self, kind: Kind, name: str, name_key: str) -> dict[str, Any] | None:
         query = (

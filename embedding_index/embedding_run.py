@@ -1,7 +1,7 @@
-"""Texts become vectors: the least number of calls, each answer stored before it counts, no bad text in the way of others.
+"""Embeds texts in as few calls as possible and stores each answer before it counts.
 
-Threads of its own make the calls and store the answers, independent of how fast the results are taken. What is sent and
-not yet stored is all that a crash can make be sent again.
+Its own threads make the calls and store the answers. After a crash, only what was sent and not yet stored is sent again.
+A text that the provider refuses does not hold up the others.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-
-import numpy as np
 
 from embedding_index.call_queue import Call, CallQueue, Piece
 from embedding_index.call_repetition import CallRepetition, RunOptions
@@ -23,7 +21,7 @@ from embedding_index.long_texts import LongTexts
 from embedding_index.packing import pack
 from embedding_index.providers.contract import Answer, Provider
 from embedding_index.splitting import split_text
-from embedding_index.vector_checks import Vector, checked_vectors, weighted_mean
+from embedding_index.vector_checks import checked_vectors, weighted_mean
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import (
     MixedIndexError,
@@ -35,10 +33,8 @@ from error_handler import (
 
 __all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
 
-# Threads beyond the calls that the provider works on: they read and store answers, so that no slot stands empty meanwhile.
+# Threads beyond the calls that the provider works on: they read and store answers while the next calls are made.
 STORING_THREADS = 2
-RESULTS_PAGE = 256
-HANDED_ON_BYTES = 32 * 1024 * 1024  # of vectors that wait for who takes the results; those beyond are read back
 LONGEST_COUNTED = 8  # characters per token that an input may have
 
 logger = logging.getLogger(__name__)
@@ -46,15 +42,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """How one text ended: with its vector (length 1), or with a *problem* in one sentence, which never quotes it."""
+    """How one text ended: *problem* None means that its vector is stored; else it is one sentence that never quotes it."""
 
     content_hash: str
-    vector: Vector | None
     problem: str | None
-
-
-_Ending = Vector | str | None
-"""A vector, a problem, or None: the vector is to be read from the ledger."""
 
 
 @dataclass(slots=True)
@@ -111,8 +102,7 @@ class EmbeddingRun:
         """
         self._identity = self._provider.identity
         self._texts = texts
-        self._results: SimpleQueue[Mapping[str, _Ending] | None] = SimpleQueue()
-        self._handed_on_bytes = 0
+        self._results: SimpleQueue[list[Embedded] | None] = SimpleQueue()
         self._long = LongTexts()
         self._problems: dict[str, str] = {}
         self._asked: set[str] = set()
@@ -128,7 +118,7 @@ class EmbeddingRun:
         with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
             workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
             try:
-                yield from self._stored(sorted(known))
+                yield from (Embedded(key, None) for key in sorted(known))
                 yield from self._ended(workers)
             finally:
                 self._queue.abort()
@@ -137,28 +127,13 @@ class EmbeddingRun:
         """Yield the texts as they end, until all *workers* have; raise what ended one of them."""
         left = len(workers)
         while left:
-            endings = self._results.get()
-            if endings is None:
+            ended = self._results.get()
+            if ended is None:
                 left -= 1
-                continue
-            stored: list[str] = []
-            for key, ending in endings.items():
-                if ending is None:
-                    stored.append(key)
-                elif isinstance(ending, str):
-                    yield Embedded(key, None, ending)
-                else:
-                    yield Embedded(key, ending, None)
-            yield from self._stored(stored)
-            with self._lock:
-                self._handed_on_bytes -= sum(each.nbytes for each in endings.values() if isinstance(each, np.ndarray))
+            else:
+                yield from ended
         for worker in workers:
             worker.result()
-
-    def _stored(self, hashes: Sequence[str]) -> Iterator[Embedded]:
-        for start in range(0, len(hashes), RESULTS_PAGE):
-            for key, vector in self._ledger.vectors(self._identity, hashes[start : start + RESULTS_PAGE]).items():
-                yield Embedded(key, vector, None)
 
     # What is to be sent
 
@@ -288,11 +263,12 @@ class EmbeddingRun:
         if problem is not None:
             self._fail(call.pieces[0].content_hash, problem)
 
-    def _arrived(self, vectors: Mapping[str, Vector]) -> None:
-        """These texts and pieces have their vectors in the ledger."""
+    def _arrived(self, hashes: Iterable[str]) -> None:
+        """Note that the vectors of these texts and pieces are in the ledger."""
+        hashes = list(hashes)
         with self._lock:
-            complete = [whole for key in vectors for whole in self._long.arrived(key)]
-            self._end(vectors)
+            complete = [whole for key in hashes for whole in self._long.arrived(key)]
+            self._end(Embedded(key, None) for key in hashes)
         for whole in complete:
             self._store_mean(whole)
 
@@ -304,31 +280,23 @@ class EmbeddingRun:
             self._fail(whole, "the vectors of its pieces cancel each other out; shorten its text")
             return
         self._ledger.add(self._identity, {whole: mean}, calls=0)
-        self._arrived({whole: mean})
+        self._arrived([whole])
 
     def _fail(self, key: str, problem: str) -> None:
-        """The text or piece *key* gets no vector in this run, nor does a long text of which it is one."""
+        """Note that the text or piece *key* gets no vector in this run, nor do the long texts that contain it."""
         with self._lock:
             self._problems[key] = problem
-            self._end({key: problem})
+            self._end([Embedded(key, problem)])
             wholes = self._long.failed(key)
         for whole in wholes:
             self._fail(whole, f"a piece of it failed: {problem}")
 
-    def _end(self, endings: Mapping[str, Vector | str]) -> None:
-        """Hand on how texts ended; pieces, and what has ended before, are left out. Called with the lock held."""
-        ended: dict[str, _Ending] = {}
-        for key, ending in endings.items():
-            if key not in self._open:
-                continue
-            self._open.discard(key)
-            if isinstance(ending, str):
-                self._counts.failed += 1
-                ended[key] = ending
-            else:
-                self._counts.embedded += 1
-                is_handed_on = self._handed_on_bytes + ending.nbytes <= HANDED_ON_BYTES
-                self._handed_on_bytes += ending.nbytes if is_handed_on else 0
-                ended[key] = ending if is_handed_on else None
+    def _end(self, endings: Iterable[Embedded]) -> None:
+        """Hand on how texts ended, except pieces and texts that have ended before. Called with the lock held."""
+        ended = [ending for ending in endings if ending.content_hash in self._open]
+        self._open.difference_update(ending.content_hash for ending in ended)
+        failed = sum(ending.problem is not None for ending in ended)
+        self._counts.failed += failed
+        self._counts.embedded += len(ended) - failed
         if ended:
             self._results.put(ended)

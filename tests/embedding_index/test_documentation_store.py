@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts
-from embedding_index.documentation_store import SCHEMA_VERSION, DocumentationStore
+from embedding_index.documentation_store import DocumentationStore
 from embedding_index.item_states import State
 from embedding_index.items import IndexItem, Kind, content_hash
-from error_handler import ConfigurationError, StateDirectoryError
+from error_handler import StateDirectoryError
 
 ROOT = Path(__file__).parents[2]
 TALK = Kind.CONVERSATION
@@ -296,8 +296,8 @@ def test_a_newer_file_is_refused(path: Path) -> None:
     with DocumentationStore(path):
         pass
     with closing(sqlite3.connect(path)) as db:
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    with pytest.raises(ConfigurationError, match="newer version"):
+        db.execute("PRAGMA user_version = 2")
+    with pytest.raises(StateDirectoryError, match="later version"):
         DocumentationStore(path)
 
 

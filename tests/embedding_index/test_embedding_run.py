@@ -6,13 +6,13 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedding_index import embedding_run
 from embedding_index.embedding_run import STORING_THREADS, Embedded, EmbeddingRun, RunCounts, RunOptions
 from embedding_index.items import ModelIdentity, content_hash
 from embedding_index.providers.contract import Answer, RequestLimits
@@ -55,6 +55,14 @@ def ledger(tmp_path: Path) -> Iterator[VectorLedger]:
         yield opened
 
 
+@dataclass(frozen=True)
+class End:
+    """How a text ended, and its stored vector, None if it has none."""
+
+    problem: str | None
+    vector: Vector | None
+
+
 class Runs:
     """Runs with one fake and one ledger."""
 
@@ -73,7 +81,7 @@ class Runs:
 
     def embed(
         self, texts: list[str], provider: Any = None, watch: Any = None, **options: Any
-    ) -> tuple[dict[str, Embedded], RunCounts]:
+    ) -> tuple[dict[str, End], RunCounts]:
         """How each text ended, by the text; *watch* is shown the counts at each of them."""
         run = self.prepare(provider, **options)
         by_hash = keyed(texts)
@@ -83,7 +91,9 @@ class Runs:
             if watch is not None:
                 watch(run.counts)
         assert len({end.content_hash for end in ends}) == len(ends), "a text ended twice"
-        return {by_hash[end.content_hash]: end for end in ends}, run.counts
+        vectors = self.ledger.vectors(run._provider.identity, by_hash)
+        found = {by_hash[end.content_hash]: End(end.problem, vectors.get(end.content_hash)) for end in ends}
+        return found, run.counts
 
     def billed(self) -> dict[str, int]:
         return {key: counts["billed"] for key, counts in self.fake.embedded().items() if counts["billed"]}
@@ -101,7 +111,7 @@ def right(text: str) -> Any:
     return pytest.approx(expected_embedding(text, DIMENSIONS), abs=1e-6)
 
 
-def assert_right(ends: Mapping[str, Embedded], texts: list[str]) -> None:
+def assert_right(ends: Mapping[str, End], texts: list[str]) -> None:
     """Each of *texts* has the vector that the server makes of it."""
     assert ends.keys() == set(texts)
     for text in texts:
@@ -312,32 +322,6 @@ def test_the_next_call_is_made_while_an_answer_is_on_its_way(ledger: VectorLedge
         ends = list(run.run(keyed(["one", "two"])))
     assert asked_again == [True, True]
     assert [end.problem for end in ends] == [None, None]
-
-
-def test_vectors_are_handed_on_while_they_are_few(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who takes the results slowly does not fill the memory: the other vectors are read back."""
-    monkeypatch.setattr(embedding_run, "HANDED_ON_BYTES", 700 * 4 * DIMENSIONS)
-    read_back: list[int] = []
-    read = runs.ledger.vectors
-
-    def vectors(identity: ModelIdentity, hashes: Sequence[str]) -> dict[str, Vector]:
-        read_back.append(len(hashes))
-        return read(identity, hashes)
-
-    monkeypatch.setattr(runs.ledger, "vectors", vectors)
-    texts = short_texts(3000)
-    results = runs.prepare().run(keyed(texts))
-    ends = [next(results)]
-    while len(runs.ledger.known(runs.providers[0].identity, keyed(texts))) < 3000:
-        threading.Event().wait(0.01)
-    ends += results
-    assert sum(read_back) == 3000 - 700
-    by_hash = keyed(texts)
-    assert_right({by_hash[end.content_hash]: end for end in ends}, texts)
-    read_back.clear()
-    runs.fake.configure(latency_s=0.05)
-    runs.embed([f"{text} again" for text in texts])
-    assert sum(read_back) < 3000 - 700, "what was taken makes room"
 
 
 def test_a_piece_of_two_texts_that_are_divided_at_once_is_sent_once(runs: Runs) -> None:

@@ -216,7 +216,6 @@ def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: in
     assert 0 < len(billed) < ITEMS
     with contextlib.closing(sqlite3.connect(site.index / "vectors.sqlite3")) as ledger:
         assert {row[0].hex() for row in ledger.execute("SELECT hash FROM vectors")} == billed, ended.said
-    assert not (site.index / "chroma.unfinished").exists()
     site.fake.configure(faults=[])
     assert site.run("--batch").code == 0
     assert site.states() == {"indexed": ITEMS}

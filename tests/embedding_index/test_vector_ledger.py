@@ -179,8 +179,8 @@ def test_a_killed_process_loses_nothing_that_was_added(path: Path) -> None:
 def test_durability_is_switched_on(path: Path) -> None:
     """A power cut cannot be played here; the setting that SQLite promises it for can be read."""
     with VectorLedger(path) as ledger:
-        assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)
-        assert ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
 
 def damage_file(path: Path) -> None:
@@ -205,11 +205,16 @@ def test_damage_is_named_with_what_to_do(path: Path, damage: object) -> None:
         ledger.add(MODEL, entries("a"))
     assert callable(damage)
     damage(path)
-    with pytest.raises(StateDirectoryError, match=r"damaged.*put back a copy"), VectorLedger(path) as ledger:
+    with (
+        pytest.raises(StateDirectoryError, match=r"damaged.*the copy beside it takes its place"),
+        VectorLedger(path) as ledger,
+    ):
         ledger.vectors(MODEL, entries("a"))
 
 
-@pytest.mark.parametrize(("statement", "message"), [("user_version=2", "later version"), ("application_id=7", "else")])
+@pytest.mark.parametrize(
+    ("statement", "message"), [("user_version=3", "later version"), ("application_id=7", "another program")]
+)
 def test_a_file_that_is_not_ours_is_left_alone(path: Path, statement: str, message: str) -> None:
     VectorLedger(path).close()
     with sqlite3.connect(path) as db:

@@ -19,6 +19,7 @@ from embedding_index.documentation_store import DocumentationStore
 from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.item_states import State
 from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
+from embedding_index.mending import Mending
 from embedding_index.providers.contract import Answer, RequestLimits
 from embedding_index.vector_store import Ended, SQLVectorStore
 from error_handler import ConfigurationError, MixedIndexError, ProviderRejectedError, StateDirectoryError
@@ -87,12 +88,9 @@ def index_all(store: SQLVectorStore, states: DocumentationStore, items: Sequence
     manager.batch_process_pending_tables(states)
 
 
-def remake(store: SQLVectorStore, states: DocumentationStore) -> None:
-    """Make ChromaDB's files anew from the stored vectors; what has none is pending."""
-    marked = list(states.items(Kind.TABLE, State.INDEXED))
-    known = store.known({item.content_hash for item in marked})
-    states.mark_pending(Kind.TABLE, [item.name for item in marked if item.content_hash not in known])
-    store.remake((item, item.content_hash) for item in marked)
+def rebuild(store: SQLVectorStore, states: DocumentationStore) -> None:
+    """Make the entries from the stored vectors; items without one are pending."""
+    Mending(store, states, rebuild=True).mend()
 
 
 def names(hits: Sequence[Hit]) -> list[str]:
@@ -139,14 +137,14 @@ def test_a_length_that_is_no_longer_asked_for_is_left_by_a_rebuild(
     with SQLVectorStore(settings, provider=provider) as store, pytest.raises(MixedIndexError, match="--rebuild"):
         store.search("Table number 1.")
     with SQLVectorStore(settings, provider=provider, rebuild=True) as store:
-        remake(store, states)
+        rebuild(store, states)
         assert store.count() == 0
         index_all(store, states, tables(1, 2))
         assert store.identity.dimensions == LENGTH
         assert names(store.search("Table number 1.", limit=1)) == ["t1"]
     provider.calls.clear()
     with SQLVectorStore(settings, provider=Words(asked=4), rebuild=True) as store:
-        remake(store, states)
+        rebuild(store, states)
         assert (store.count(), store.identity.dimensions) == (2, 4), "both lengths were kept"
     assert provider.calls == []
 
