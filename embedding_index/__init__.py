@@ -9,15 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedding_index.batch_indexing import BatchIndexingManager
+    from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
     from embedding_index.documentation_store import DocumentationStore
-    from embedding_index.indexer_agent import SQLIndexerAgent
     from embedding_index.vector_store import SQLVectorStore
 
 _HOMES = {
     "BatchIndexingManager": "embedding_index.batch_indexing",
     "DocumentationStore": "embedding_index.documentation_store",
-    "SQLIndexerAgent": "embedding_index.indexer_agent",
+    "SQLIndexerAgent": "embedding_index.batch_indexing",
     "SQLVectorStore": "embedding_index.vector_store",
 }
 

@@ -20,16 +20,14 @@ from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
 from domain.prices import price_source
 from embedding_index import conversation_source, report
-from embedding_index.batch_indexing import BatchIndexingManager
+from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
 from embedding_index.documentation_store import DocumentationStore
 from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
-from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.introspection import read_database
-from embedding_index.item_states import Synchronized
-from embedding_index.items import Kind
+from embedding_index.items import Kind, Synchronized
 from embedding_index.mending import Mending, StatesAfterMending, sweep
-from embedding_index.price_consent import Spending, require_affordable
+from embedding_index.report import Spending, require_affordable
 from embedding_index.sample_database import make_sample_database
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
@@ -175,29 +173,25 @@ async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSe
             for name, problem in ended:
                 outcome.count(kind, name, problem)
             progress.failed(sum(problem is not None for _, problem in ended))
+            progress.reached(outcome.indexed + outcome.failed)
 
-        index.manager.on_items = note
-        await _timed(arguments, index, outcome, lambda: _index_pending(index, outcome, progress))
+        manager = BatchIndexingManager(index.manager.indexer, note)
+
+        async def index_pending() -> None:
+            process = {
+                "tables": manager.batch_process_pending_tables,
+                "relationships": manager.batch_process_pending_relationships,
+            }
+            for name, process_pending in process.items():
+                outcome.results[name] = await asyncio.to_thread(process_pending, index.states)
+
+        await _timed(arguments, index, outcome, index_pending)
     return _finish(arguments, index, outcome)
 
 
 def _tokens(index: Index) -> int:
     texts = [text for texts in index.manager.pending_texts(index.pending) for text in texts]
     return int(index.manager.estimate_embedding_costs(index.manager.unpaid(texts))["estimated_tokens"])
-
-
-async def _index_pending(index: Index, outcome: report.Outcome, progress: report.IndexProgress) -> None:
-    manager, before = index.manager, 0
-
-    def reached(number: int) -> None:
-        progress.reached(before + number)
-
-    index.vectors.on_embedded = reached
-    outcome.results["tables"] = await asyncio.to_thread(manager.batch_process_pending_tables, index.states)
-    before = len(outcome.results["tables"])
-    outcome.results["relationships"] = await asyncio.to_thread(
-        manager.batch_process_pending_relationships, index.states
-    )
 
 
 async def _timed(arguments: argparse.Namespace, index: Index, outcome: report.Outcome, work: Callable[[], Any]) -> Any:

@@ -10,16 +10,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from embedding_index.inputs import Piece
+
 POLL_S = 0.1  # how soon a stop is seen by who waits
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A text that is sent as one input: a whole one, or a part of a long one; *tokens* by the provider's count."""
-
-    content_hash: str
-    text: str
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from embedding_index.call_queue import Call, CallQueue, Piece
+from embedding_index.call_queue import Call, CallQueue
+from embedding_index.inputs import Piece
 from embedding_index.providers.contract import RequestLimits
 from error_handler import (
     IndexingError,

@@ -16,8 +16,8 @@ from typing import Any
 
 from aggregator import aggregate_conversation
 from config import Settings
+from embedding_index.batch_indexing import SQLIndexerAgent
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.items import IndexItem, Kind, MetadataValue
 from embedding_index.mending import StatesAfterMending
 from embedding_index.providers.contract import Provider

@@ -14,8 +14,7 @@ from typing import Any
 from config.index_settings import load_index_settings
 from embedding_index.database_facts import RelationshipFacts, TableFacts
 from embedding_index.documentation import Documentation, document_database
-from embedding_index.item_states import Offered, State, StoredItem, Synchronized
-from embedding_index.items import IndexItem, Kind
+from embedding_index.items import IndexItem, Kind, Offered, State, StoredItem, Synchronized
 from embedding_index.state_file import Schema, StateFile
 
 FILE_NAME = "index.sqlite3"

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.item_states import Offered, State, StoredItem
-from embedding_index.items import IndexItem, Kind
+from embedding_index.items import IndexItem, Kind, Offered, State, StoredItem
 from embedding_index.vector_store import SQLVectorStore
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_index.item_states import StoredItem
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
+from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity, StoredItem
 from embedding_index.vector_checks import Vector
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import MixedIndexError

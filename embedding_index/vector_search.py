@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embedding_index.inputs import pack, split_text
 from embedding_index.items import Hit, Kind
-from embedding_index.packing import pack
 from embedding_index.providers.contract import Provider
 from embedding_index.search_entries import Page, SearchEntries, mixed_message
 from embedding_index.search_graph import SearchGraph, large_kinds, open_graph
-from embedding_index.splitting import split_text
 from embedding_index.vector_checks import Vector, checked_vectors, weighted_mean
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import ConfigurationError, MixedIndexError, UnusableVectorsError, VectorStoreError

@@ -23,7 +23,7 @@ from embedding_index.vector_search import VectorSearch, query_vector
 from error_handler import MixedIndexError, StateDirectoryError
 from storage.files import DirectoryLock
 
-WRITE_AT = 1000  # entries in one durable step
+WRITE_AT = 100  # entries in one durable step
 
 # What is done with items that ended: each with None, or with why it is not in the index.
 Ended = Sequence[tuple[IndexItem, str | None]]
@@ -51,7 +51,6 @@ class SQLVectorStore:
         self.max_retries = self.settings.max_retries
         self.stop = threading.Event()  # once set, no new call starts and the calls in flight are stored
         self.counts = RunCounts()  # of all calls through this store
-        self.on_embedded: Callable[[int], None] | None = None  # gets the number of items embedded by one ``index``
         self.directory = self.settings.index_dir
         _make_private(self.directory)
         with contextlib.ExitStack() as stack:
@@ -131,16 +130,12 @@ class SQLVectorStore:
         options = RunOptions(self.batch_size, self.max_retries)
         run = EmbeddingRun(self.provider, self.ledger, options, stop=self.stop)
         waiting: list[IndexItem] = []
-        number = 0
         texts = {found: same[0].text for found, same in by_hash.items()}
         try:
             # Closed here, so that its threads have ended before the calls are counted, also after an error.
             with contextlib.closing(run.run(texts)) as ended:
                 for embedded in ended:
                     same = by_hash[embedded.content_hash]
-                    number += len(same)
-                    if self.on_embedded is not None:
-                        self.on_embedded(number)
                     if embedded.problem is None:
                         waiting += same
                     else:

@@ -96,7 +96,7 @@ def test_names_and_arguments_are_those_that_are_promised() -> None:
     assert set(embedding_index.__all__) == {
         *("BatchIndexingManager", "DocumentationStore", "SQLIndexerAgent", "SQLVectorStore")
     }
-    assert arguments(BatchIndexingManager) == ["indexer_agent"]
+    assert arguments(BatchIndexingManager) == ["indexer_agent", "on_items"]
     assert arguments(SQLIndexerAgent) == ["vector_store"]
     for name in ("batch_process_pending_tables", "batch_process_pending_relationships", "get_processing_stats"):
         assert arguments(getattr(BatchIndexingManager, name)) == ["self", "doc_store"]
@@ -180,8 +180,9 @@ def test_a_bad_item_fails_alone(states: DocumentationStore, tmp_path: Path, capl
     manager: BatchIndexingManager
     ended: list[tuple[Kind, str, str | None]] = []
     with SQLVectorStore(settings(tmp_path), provider=LetterProvider(poison="Table orders")) as vectors:
-        manager = BatchIndexingManager(SQLIndexerAgent(vectors))
-        manager.on_items = lambda kind, items: ended.extend((kind, *item) for item in items)
+        manager = BatchIndexingManager(
+            SQLIndexerAgent(vectors), lambda kind, items: ended.extend((kind, *item) for item in items)
+        )
         with caplog.at_level(logging.WARNING):
             results = manager.batch_process_pending_tables(states)
     assert results == {"customers": True, "orders": False, "refunds": True, "shipments": True}
@@ -210,15 +211,12 @@ def test_one_item_at_a_time(vectors: SQLVectorStore, provider: LetterProvider) -
 
 
 def test_a_text_that_many_items_share_is_embedded_once(vectors: SQLVectorStore, provider: LetterProvider) -> None:
-    """And each of them is found; how far it is is told as the texts end."""
-    told: list[int] = []
-    vectors.on_embedded = told.append
+    """And each of them is found."""
     items = [IndexItem(Kind.TABLE, f"t{number}", f"text {number % 2}") for number in range(10)]
     ended: list[str] = []
     vectors.index(items, lambda some: ended.extend(item.name for item, problem in some if problem is None))
     assert sorted(ended) == sorted(item.name for item in items)
     assert provider.sizes == [2]
-    assert told[-1] == 10
     assert vectors.count() == 10
 
 

@@ -18,8 +18,7 @@ import pytest
 
 from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.item_states import State
-from embedding_index.items import IndexItem, Kind, content_hash
+from embedding_index.items import IndexItem, Kind, State, content_hash
 from error_handler import StateDirectoryError
 
 ROOT = Path(__file__).parents[2]

@@ -14,11 +14,9 @@ pytest.importorskip("chromadb", reason="requirements-index.txt is not installed"
 
 from config.index_settings import IndexSettings, load_index_settings
 from embedding_index import vector_store
-from embedding_index.batch_indexing import BatchIndexingManager
+from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.indexer_agent import SQLIndexerAgent
-from embedding_index.item_states import State
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
+from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity, State
 from embedding_index.mending import Mending
 from embedding_index.providers.contract import Answer, RequestLimits
 from embedding_index.vector_store import Ended, SQLVectorStore
@@ -199,8 +197,9 @@ def test_a_batch_takes_what_is_pending_and_a_bad_one_fails_alone(
     provider.bad = "number 2"
     noted: list[tuple[Kind, list[str]]] = []
     with SQLVectorStore(settings, provider=provider) as store:
-        manager = BatchIndexingManager(SQLIndexerAgent(store))
-        manager.on_items = lambda kind, ended: noted.append((kind, [name for name, _ in ended]))
+        manager = BatchIndexingManager(
+            SQLIndexerAgent(store), lambda kind, ended: noted.append((kind, [name for name, _ in ended]))
+        )
         states.offer(tables(1, 2, 3))
         assert manager.batch_process_pending_tables(states) == {"t1": True, "t2": False, "t3": True}
         assert sorted(name for _, ended in noted for name in ended) == ["t1", "t2", "t3"]

@@ -1,10 +1,15 @@
-"""Texts that are too long for one input, cut into pieces that are not. Pure: no I/O."""
+"""Texts as inputs of calls: long ones cut into pieces, and pieces packed into as few calls as possible. No I/O."""
 
 from __future__ import annotations
 
+import heapq
 import re
 import unicodedata
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from embedding_index.providers.contract import RequestLimits
 
 Count = Callable[[str], int]
 
@@ -19,6 +24,102 @@ _EARLIEST_CUT = 0.5  # of the longest piece that fits: a paragraph before that d
 _FULL = 0.8
 _FIRST_GUESS = 4.0  # characters of one token
 _CLUSTER_LIMIT = 64  # no cluster of characters that means anything is longer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A text that is sent as one input: a whole one, or a part of a long one; *tokens* by the provider's count."""
+
+    content_hash: str
+    text: str
+    tokens: int
+
+
+class LongTexts:
+    """Which long texts (content hashes) wait for which pieces; a piece may be one of several texts, or divided again."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
+        self._missing: dict[str, set[str]] = {}
+        self._wholes: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, whole: str, pieces: Sequence[Piece], missing: Iterable[str]) -> None:
+        """The text *whole* consists of *pieces*; the vectors of those *missing* (at least one) are still to come."""
+        self._pieces[whole] = tuple(pieces)
+        self._missing[whole] = set(missing)
+        for piece in self._missing[whole]:
+            self._wholes[piece].append(whole)
+
+    def pieces(self, whole: str) -> tuple[Piece, ...]:
+        """Return the pieces of *whole* in their order."""
+        return self._pieces[whole]
+
+    def arrived(self, piece: str) -> list[str]:
+        """Return the texts that have all their pieces now that *piece* has its vector."""
+        complete = []
+        for whole in self._wholes.pop(piece, ()):
+            missing = self._missing.get(whole)
+            if missing is not None:
+                missing.discard(piece)
+                if not missing:
+                    del self._missing[whole]
+                    complete.append(whole)
+        return complete
+
+    def failed(self, piece: str) -> list[str]:
+        """Return the texts that will have no vector because *piece* has none, each once."""
+        return [whole for whole in self._wholes.pop(piece, ()) if self._missing.pop(whole, None) is not None]
+
+
+def pack(sizes: Sequence[int], limits: RequestLimits, batch_size: int) -> list[list[int]]:
+    """Return the places of *sizes* (tokens, at least 1) in calls within *limits*, of at most *batch_size* inputs.
+
+    No number of calls below the larger of ``inputs / inputs per call`` and ``tokens / tokens per call`` is possible;
+    that many it is wherever single inputs are small beside a call. All calls have about equally many tokens, so that
+    those that run at once end at once. An input that is larger than a whole call has a call of its own.
+    """
+    if not sizes:
+        return []
+    most_inputs = min(limits.inputs, batch_size)
+    most_tokens = limits.request_tokens
+    longest_first = sorted(range(len(sizes)), key=lambda place: -sizes[place])
+    fewest = -(-len(sizes) // most_inputs)
+    if most_tokens is not None:
+        fewest = max(fewest, -(-sum(sizes) // most_tokens))
+    failed, step = fewest - 1, 0
+    while (calls := _spread(sizes, longest_first, min(fewest + step, len(sizes)), most_inputs, most_tokens)) is None:
+        failed, step = fewest + step, 2 * step + 1
+    enough = len(calls)
+    while enough - failed > 1:
+        middle = (enough + failed) // 2
+        fewer = _spread(sizes, longest_first, middle, most_inputs, most_tokens)
+        if fewer is None:
+            failed = middle
+        else:
+            calls, enough = fewer, middle
+    return [sorted(call) for call in calls]
+
+
+def _spread(
+    sizes: Sequence[int], longest_first: Sequence[int], count: int, most_inputs: int, most_tokens: int | None
+) -> list[list[int]] | None:
+    """Return the places in *count* calls, each input in the emptiest one that has room; None where one has none."""
+    calls: list[list[int]] = [[] for _ in range(count)]
+    emptiest = [(0, number) for number in range(count)]
+    for place in longest_first:
+        if not emptiest:
+            return None
+        tokens, number = emptiest[0]
+        call = calls[number]
+        filled = tokens + sizes[place]
+        if most_tokens is not None and call and filled > most_tokens:
+            return None
+        call.append(place)
+        if len(call) == most_inputs:
+            heapq.heappop(emptiest)
+        else:
+            heapq.heapreplace(emptiest, (filled, number))
+    return calls
 
 
 def split_text(text: str, limit_tokens: int, count: Count) -> list[str]:
