@@ -1,6 +1,7 @@
-"""The embedding index; docs/embedding-index.md says more.
+"""The embedding index: finds tables, relationships and past conversations by meaning.
 
-Names are loaded when they are used: they need the packages of requirements-index.txt.
+Other packages import the names in ``__all__``, ``introspection``, ``index_reader`` and ``items``. It may import every
+lower layer of docs/architecture.md. Names are loaded when they are used: they need requirements-index.txt.
 """
 
 from __future__ import annotations

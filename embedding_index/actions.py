@@ -1,4 +1,4 @@
-"""The actions of ``cli.py index``: index, estimate, make anew, search."""
+"""The actions of ``cli.py index``: index, estimate, rebuild, search."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_DATABASE, SAMPLE_INDEX = Path("data/embedded/support.sqlite3"), Path("data/embedded/index")
 HITS = 5
-STOPPED = "Stopped; the same command goes on where this one ended."
+STOPPED = "Stopped; the same command resumes where this one stopped."
 
 
 @dataclass(slots=True)
 class Index:
-    """What the actions work with. *works* is set while a signal must wait for calls in flight; else it ends the process."""
+    """What the actions work with. While *works* is set, a signal waits for the calls in flight; else it ends the process."""
 
     vectors: SQLVectorStore
     states: DocumentationStore
@@ -63,12 +63,12 @@ class Index:
 
     @property
     def pending(self) -> StatesAfterMending:
-        """What is pending, that which ``mending`` makes pending included."""
+        """What is pending, including what ``mending`` will make pending."""
         return StatesAfterMending(self.states, self.lost)
 
     @property
     def lost(self) -> dict[Kind, Collection[str]]:
-        """See ``Mending``; without what the source no longer has."""
+        """``Mending.lost`` without what the source no longer has."""
         return {kind: set(names) - set(self.removed.get(kind, ())) for kind, names in self.mending.lost.items()}
 
 
@@ -100,7 +100,7 @@ def _index_settings(arguments: argparse.Namespace) -> IndexSettings:
         return chosen
     make_sample_database(SAMPLE_DATABASE)
     changes: dict[str, Any] = {"database_url": SecretStr(f"sqlite:///{SAMPLE_DATABASE}")}
-    if arguments.index_dir is None:  # not INDEX_DIR: what is tried out does not mix with what is in use
+    if arguments.index_dir is None:  # not INDEX_DIR: the sample must not mix with your own index
         changes["index_dir"] = SAMPLE_INDEX
     return chosen.model_copy(update=changes)
 
@@ -128,7 +128,7 @@ async def _opened(
                 yield index
             finally:
                 vectors.stop.set()
-                await asyncio.get_running_loop().shutdown_default_executor()  # no thread works with what is closed next
+                await asyncio.get_running_loop().shutdown_default_executor()  # no thread uses what is closed next
     finally:
         watch.cancel()
         with ThreadPoolExecutor(1) as thread:
@@ -141,8 +141,8 @@ def _open_vectors(arguments: argparse.Namespace, chosen: IndexSettings) -> SQLVe
     except MixedIndexError as exc:
         if not arguments.estimate_costs:
             raise
-        report.say(f"{exc} This is what --rebuild costs.")
-        return SQLVectorStore(chosen, rebuild=True)  # without ``Mending.mend`` nothing is replaced
+        report.say(f"{exc} The estimate below is for --rebuild.")
+        return SQLVectorStore(chosen, rebuild=True)  # nothing is replaced without ``Mending.mend``
 
 
 async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
@@ -153,7 +153,7 @@ async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
 async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSettings) -> int:
     if chosen.database_url is None:
         raise ConfigurationError(
-            "DATABASE_URL is not set; set it to the database to document, try --sample for a small one, or index "
+            "DATABASE_URL is not set; set it to the database to document, try the sample with --sample, or index "
             "--source conversations."
         )
     facts = await asyncio.to_thread(read_database, chosen.database_url)
@@ -195,7 +195,7 @@ def _tokens(index: Index) -> int:
 
 
 async def _timed(arguments: argparse.Namespace, index: Index, outcome: report.Outcome, work: Callable[[], Any]) -> Any:
-    """Do *work*; where it ends with an error, say first what was done by then."""
+    """Do *work*. If it ends with an error, report first what was done until then."""
     started = time.monotonic()
     try:
         return await work()
@@ -209,7 +209,7 @@ async def _timed(arguments: argparse.Namespace, index: Index, outcome: report.Ou
 
 
 async def _conversations(arguments: argparse.Namespace, settings: Settings, index: Index) -> int:
-    """Index conversations that have a classification, or say what that would cost."""
+    """Index classified conversations, or estimate what that costs."""
     documents = DocumentStore(settings)
     try:
         await documents.check()
@@ -233,7 +233,7 @@ async def _index_conversations(
 
     conversation_source.require_allowed(index.vectors.provider, allowed=allowed)
     stats: dict[str, Any] = {}
-    if arguments.estimate_costs or index.spending.has_limit:  # a whole reading of its own
+    if arguments.estimate_costs or index.spending.has_limit:  # reads all conversations once more
         with report.IndexProgress("Reading conversations") as progress:
             made = await conversation_source.estimate_conversations(
                 documents, index.pending, index.vectors, options(progress), stop=index.stop
@@ -265,7 +265,7 @@ async def _index_conversations(
 
 
 def _forget(index: Index) -> None:
-    """Delete vectors that no item has any more; not where states were lost: what they do not know may be paid for."""
+    """Delete vectors that no item has any more, unless states were lost: a vector they do not know may be in use."""
     if sweep(index.vectors, index.states, report.KINDS["conversations"]):
         index.vectors.forget_others(index.states.content_hashes())
 
@@ -299,7 +299,7 @@ def _show_estimate(arguments: argparse.Namespace, index: Index, stats: dict[str,
 
 
 async def _require_affordable(index: Index, usd: float | None, tokens: int) -> None:
-    """Let pass what may be spent; then mend what waited for that."""
+    """Raise unless the price may be spent; then mend what waited for that."""
     if index.stop.is_set():
         raise RunInterruptedError("Stopped; nothing was sent.")
     price = f"{report.in_dollars(usd)} for about {tokens:,} tokens with {index.vectors.identity.model}"
@@ -315,7 +315,7 @@ def _outcome(arguments: argparse.Namespace, index: Index, before: dict[str, Any]
 
 
 def _renew(index: Index, done: Synchronized) -> int:
-    """Take what the database no longer has out of the index, then out of the states; return how many that were."""
+    """Delete what the database no longer has from the entries, then from the states; return how many items that were."""
     for kind, names in done.removed.items():
         index.vectors.delete(kind, names)
         index.states.remove(kind, names)
@@ -353,7 +353,7 @@ def _show(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) 
 
 def _search(arguments: argparse.Namespace, chosen: IndexSettings) -> int:
     with IndexReader(chosen) as index:
-        if arguments.source == "conversations":  # what is searched for is most often what a customer wrote
+        if arguments.source == "conversations":  # the question is most often a text of a customer
             conversation_source.require_allowed(index.provider, allowed=_is_allowed(arguments))
         hits = index.search(arguments.search, report.KINDS[arguments.source], arguments.limit or HITS)
     report.show_hits(hits, arguments.source, as_json=arguments.json, output=arguments.output)

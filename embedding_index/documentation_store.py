@@ -24,7 +24,7 @@ CHUNK = 5_000
 # Sorted, so that equal values are equal texts.
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
-# State, hash and metadata are apart from the texts, so that a pass over 100,000 unchanged items reads little.
+# State, hash and metadata are apart from the texts: a pass over 100,000 unchanged items reads little.
 _TABLES = """
 CREATE TABLE items (
     kind TEXT NOT NULL,
@@ -46,7 +46,7 @@ CREATE TABLE documentation (
     details TEXT NOT NULL,
     PRIMARY KEY (kind, name)
 ) STRICT"""
-# What a pass has met. Of this connection only: a pass that is cut off begins anew.
+# The items that a pass has met. Of this connection only: an interrupted pass starts again.
 _MET_TABLE = "CREATE TEMP TABLE IF NOT EXISTS met (kind TEXT, name TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
 
 _UPSERT = """
@@ -81,17 +81,17 @@ class DocumentationStore(StateFile):
         return self
 
     def begin_pass(self, kind: Kind) -> None:
-        """Begin to read the source of *kind* as a whole: from now on it is noted what is offered."""
+        """Begin a complete pass over the source of *kind*: offered names are noted from now on."""
         with self.transaction() as db:
             db.execute(_MET_TABLE)
             db.execute("DELETE FROM met WHERE kind = ?", (kind,))
         self._begun.add(kind)
 
     def offer(self, items: Iterable[IndexItem], keep_text: bool = True) -> Offered:
-        """Take in what the source has now, and return what is to be done for it.
+        """Store what the source has now, and return what must be done.
 
-        Pending are items that are new, have another text, failed before, or were never finished. Without *keep_text*
-        nothing of their texts but the hash is written.
+        Items are pending if they are new, have another text, failed before, or were never finished. Without *keep_text*,
+        only the hash of their texts is written.
         """
         return self._offer([Documentation(item, {}) for item in items], keep_text)
 
@@ -132,12 +132,12 @@ class DocumentationStore(StateFile):
             db.executemany(_NEW_TEXT, map(_text_row, chunk))
 
     def end_pass(self, kind: Kind) -> list[str]:
-        """Return the names of *kind* that were not offered since ``begin_pass``: no longer in the source.
+        """End the pass and return the names of *kind* that were not offered: the source no longer has them.
 
-        They stay here until ``remove``, so that a crash before they left the index loses none of them.
+        They stay here until ``remove``, so that a crash before they leave the index loses none of them.
 
         Raises:
-            ValueError: No pass has begun since the last one ended; everything would seem to be gone.
+            ValueError: No pass has begun, so every name would be returned.
         """
         if kind not in self._begun:
             raise ValueError(f"no pass of {kind} has begun")
@@ -148,9 +148,9 @@ class DocumentationStore(StateFile):
         return [row["name"] for row in self._rows(gone, (kind, kind))]
 
     def sync_database(self, tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]) -> Synchronized:
-        """Document all that a database has now, and return what is to be done for it.
+        """Document everything a database has now, and return what must be done.
 
-        Call ``remove`` with what is gone when it has left the index, and ``mark_indexed`` for the rest.
+        Call ``remove`` for what is gone once it has left the index, and ``mark_indexed`` for the rest.
         """
         documented_tables, documented_relationships = document_database(tables, relationships)
         done = Synchronized([], [], {})
@@ -163,11 +163,11 @@ class DocumentationStore(StateFile):
         return done
 
     def mark_indexed(self, kind: Kind, name: str, content_hash: str) -> None:
-        """Note that the index holds the item with this text and its metadata; nothing where its text changed meanwhile."""
+        """Mark an item as indexed with this text and its metadata, unless its text has changed meanwhile."""
         self.mark_indexed_many(kind, [(name, content_hash)])
 
     def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None:
-        """Do ``mark_indexed`` for each (name, content hash) in one durable step."""
+        """Do ``mark_indexed`` for each (name, content hash) in one transaction."""
         with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'indexed', is_outdated = 0, problem = NULL, attempts = attempts + (state <> 'indexed') "
@@ -176,7 +176,7 @@ class DocumentationStore(StateFile):
             )
 
     def mark_failed(self, kind: Kind, name: str, problem: str) -> None:
-        """Note one more attempt that failed, and why (one sentence without text of the item)."""
+        """Mark an item as failed once more; *problem* is one sentence without text of the item."""
         with self.transaction() as db:
             db.execute(
                 "UPDATE items SET state = 'failed', problem = ?, attempts = attempts + 1 WHERE kind = ? AND name = ?",
@@ -184,7 +184,7 @@ class DocumentationStore(StateFile):
             )
 
     def mark_pending(self, kind: Kind, names: Iterable[str]) -> None:
-        """Note that the index does not hold the items *names* any more."""
+        """Mark the items *names* as pending: the index no longer has them."""
         with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'pending', is_outdated = 0 WHERE kind = ? AND name = ?",
@@ -192,21 +192,21 @@ class DocumentationStore(StateFile):
             )
 
     def remove(self, kind: Kind, names: Iterable[str]) -> None:
-        """Forget the items *names*, which are not in the index any more."""
+        """Delete the items *names*, which have left the index."""
         rows = [(kind, name) for name in names]
         with self.transaction() as db:
             db.executemany("DELETE FROM items WHERE kind = ? AND name = ?", rows)
             db.executemany("DELETE FROM documentation WHERE kind = ? AND name = ?", rows)
 
     def counts(self) -> dict[Kind, dict[State, int]]:
-        """Return how many items there are by kind and state, each of them there."""
+        """Return the number of items by kind and state, zeros included."""
         counted = {kind: dict.fromkeys(State, 0) for kind in Kind}
         for row in self._rows("SELECT kind, state, count(*) AS number FROM items GROUP BY kind, state"):
             counted[Kind(row["kind"])][State(row["state"])] = row["number"]
         return counted
 
     def items(self, kind: Kind, state: State | None = None) -> Iterator[StoredItem]:
-        """Yield the items of *kind*, all or those in *state*, by name; in portions, so changes meanwhile may show."""
+        """Yield the items of *kind* by name, all or those in *state*. Read in pages, so later changes may show."""
         query = (
             "SELECT i.*, d.text FROM items i LEFT JOIN documentation d ON d.kind = i.kind AND d.name = i.name "
             "WHERE i.kind = ?1 AND i.name >= ?2 AND i.name IS NOT ?3 AND (?4 IS NULL OR i.state = ?4) "
@@ -223,16 +223,16 @@ class DocumentationStore(StateFile):
         return {f"{row['kind']}:{row['name']}": row["hash"].hex() for row in rows}
 
     def content_hashes(self) -> set[str]:
-        """Return the hashes of all texts that are known here: whose vectors are still of use."""
+        """Return the content hashes of all items."""
         return {row["hash"].hex() for row in self._rows("SELECT DISTINCT hash FROM items")}
 
     def get_pending_tables(self) -> list[str]:
-        """Return the names of the pending tables, in order."""
+        """Return the names of the pending tables, sorted."""
         rows = self._rows("SELECT name FROM items WHERE kind = 'table' AND state = 'pending' ORDER BY name")
         return [row["name"] for row in rows]
 
     def get_pending_relationships(self) -> list[dict[str, str]]:
-        """Return the pending relationships, in order: ``id``, ``constrained_table``, ``referred_table``."""
+        """Return the pending relationships, sorted: ``id``, ``constrained_table``, ``referred_table``."""
         query = (
             "SELECT i.name, d.details FROM items i JOIN documentation d ON d.kind = i.kind AND d.name = i.name "
             "WHERE i.kind = 'relationship' AND i.state = 'pending' ORDER BY i.name"
@@ -246,13 +246,13 @@ class DocumentationStore(StateFile):
 
     def get_table_info(self, name: str) -> dict[str, Any] | None:
         """Return ``table_name``, ``schema_data`` (as TableFacts), ``business_purpose``, ``documentation``, ``metadata``,
-        ``content_hash`` and ``status`` of one table; None where there is none of that name.
+        ``content_hash`` and ``status`` of one table; None if there is none of that name.
         """
         return self._info(Kind.TABLE, name, "table_name")
 
     def get_relationship_info(self, relationship_id: str) -> dict[str, Any] | None:
         """Return ``id``, ``relationship_type``, the other fields of RelationshipFacts, ``documentation``, ``metadata``,
-        ``content_hash`` and ``status`` of one relationship; None where there is none of that id.
+        ``content_hash`` and ``status`` of one relationship; None if there is none of that id.
         """
         return self._info(Kind.RELATIONSHIP, relationship_id, "id")
 

@@ -48,8 +48,8 @@ class Embedded:
 
 @dataclass(slots=True)
 class RunCounts:
-    """What a run did so far. *embedded*, *reused* and *failed* count texts; *calls* HTTP requests, *repeated* of them
-    carried only texts that had been sent before; *tokens* are as billed; *wait_s* is how long the provider made all wait.
+    """What a run did so far. *embedded*, *reused* and *failed* count texts; *calls* counts HTTP requests, *repeated* those
+    with only texts that had been sent before; *tokens* are as billed; *wait_s* is the time that rate limits cost.
     """
 
     calls: int = 0
@@ -62,7 +62,7 @@ class RunCounts:
 
 
 class EmbeddingRun:
-    """Embeds texts with one provider; one ``run`` at a time."""
+    """Embeds texts with one provider, one ``run`` at a time."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class EmbeddingRun:
         options: RunOptions | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        """Prepare. Once *stop* is set, no new call starts; those in flight end and are stored."""
+        """Once *stop* is set, no new call starts; calls in flight end and are stored."""
         self._provider = provider
         self._ledger = ledger
         self._options = options or RunOptions()
@@ -88,14 +88,14 @@ class EmbeddingRun:
     def run(self, texts: Mapping[str, str]) -> Generator[Embedded]:
         """Yield how each of *texts* (content hash: text) ended, in the order in which they end.
 
-        Whatever happens, every vector that was paid for is in the ledger, and has been yielded before an error is raised.
-        After a stop, texts without a vector are not yielded. Leaving the iterator early stops the run in the same way.
+        Every vector that was paid for is stored, and its text yielded, before an error is raised. After a stop, texts
+        without a vector are not yielded. Leaving the iterator early stops the run in the same way.
 
         Raises:
             ProviderUnavailableError: No usable answer for *patience_s*.
-            ProviderRejectedError, UnusableVectorsError: Nothing but refusals from the start; the rest was not asked.
-            ConfigurationError: As the provider says.
-            MixedIndexError: The vectors have another dimension than those stored.
+            ProviderRejectedError, UnusableVectorsError: The first texts all failed; the others were not sent.
+            ConfigurationError: See ``Provider.embed``.
+            MixedIndexError: The vectors have another length than those stored.
             StateDirectoryError: The ledger cannot be read or written.
         """
         self._identity = self._provider.identity
@@ -136,17 +136,17 @@ class EmbeddingRun:
     # What is to be sent
 
     def _planned(self, hashes: Sequence[str]) -> list[Piece]:
-        """Return what is to be sent for the texts *hashes*; what needs no call has ended afterwards."""
+        """Return the pieces to send for the texts *hashes*; texts that need no call end here."""
         planned: dict[str, Piece] = {}
         divided: dict[str, list[Piece]] = {}
         limit = self._provider.limits.input_tokens
         for key in hashes:
             text = self._texts[key]
             if not text.strip():
-                self._fail(key, "its text is empty, and there is nothing to embed; give it a text, or leave it out")
+                self._fail(key, "its text is empty; give it a text, or leave it out")
                 continue
             if len(text) > LONGEST_COUNTED * limit:
-                # Tokenizers are slow with megabytes in one piece, or refuse them; splitting counts stretches.
+                # Tokenizers refuse megabytes at once, or are slow; splitting counts small parts.
                 pieces = self._divided(text, limit)
                 whole = Piece(key, text, sum(piece.tokens for piece in pieces))
             else:
@@ -163,15 +163,15 @@ class EmbeddingRun:
         return list(planned.values())
 
     def _divided(self, text: str, limit_tokens: int) -> list[Piece]:
-        """Return *text* in pieces of at most *limit_tokens*; those of nothing but white space have no meaning."""
+        """Return *text* in pieces of at most *limit_tokens*, without those that are only white space."""
         texts = split_text(text, limit_tokens, self._provider.count_tokens)
         return [Piece(content_hash(each), each, self._provider.count_tokens(each)) for each in texts if each.strip()]
 
     def _awaited(self, whole: str, pieces: Sequence[Piece]) -> list[Piece]:
-        """Let *whole* wait for its *pieces*; return those that nobody has asked for, each once."""
+        """Let *whole* wait for its *pieces*; return those that were not sent yet, each once."""
         hashes = {piece.content_hash for piece in pieces}
         with self._lock:
-            # Inside the lock: a piece that is stored by another thread is either known here or arrives afterwards.
+            # Inside the lock: a piece that another thread stores is either known here or arrives afterwards.
             missing = hashes - self._ledger.known(self._identity, hashes)
             self._long.add(whole, pieces, missing)
             problem = next((self._problems[key] for key in missing if key in self._problems), None)
@@ -194,13 +194,13 @@ class EmbeddingRun:
                     self._counts.wait_s = self._queue.gate_wait_s
             is_regular = True
         finally:
-            # Nobody would answer the others, whatever ended this one.
+            # After an error in one thread, the others must end as well.
             if not is_regular:
                 self._queue.abort()
             self._results.put(None)
 
     def _perform(self, call: Call) -> None:
-        """Make one call, and do what its outcome asks for; *call* is settled afterwards."""
+        """Make one call and handle its outcome; *call* is settled afterwards."""
         with self._lock:
             self._counts.calls += 1
             self._counts.repeated += call.is_repeat
@@ -223,14 +223,14 @@ class EmbeddingRun:
             self._fail_single(call, self._repetition.after_distrust(call, exc))
 
     def _keep(self, call: Call, answer: Answer) -> None:
-        """Store the good vectors of *answer*, then let the texts end that are complete; ask again for the others."""
+        """Store the good vectors of *answer*, end the texts that are complete, and send the others again."""
         with self._lock:
             self._counts.tokens += answer.tokens or 0
             dimensions = self._dimensions
         try:
             checked = checked_vectors(answer.vectors, len(call.pieces), dimensions)
         except (UnusableVectorsError, MixedIndexError):
-            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed all the same
+            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed nevertheless
             raise
         good = {call.pieces[place].content_hash: vector for place, vector in checked.good.items()}
         self._ledger.add(self._identity, good, answer.tokens)
@@ -242,7 +242,7 @@ class EmbeddingRun:
             self._fail(piece.content_hash, problem)
 
     def _divide_further(self, call: Call) -> bool:
-        """Whether *call* is one long piece, which then is sent in smaller ones: its count was only estimated."""
+        """If *call* is one long piece whose count was estimated, send it in smaller pieces; return whether it was."""
         piece = call.pieces[0]
         if len(call.pieces) > 1 or not self._repetition.is_perhaps_too_long(piece, self._provider.limits):
             return False

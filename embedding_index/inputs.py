@@ -13,22 +13,22 @@ from embedding_index.providers.contract import RequestLimits
 
 Count = Callable[[str], int]
 
-# From the best place for a cut to the worst; each match ends where the next piece begins.
+# From the best place for a cut to the worst; the next piece begins at the end of a match.
 _CUTS = (
     re.compile(r"\n[^\S\n]*\n\s*"),  # paragraphs
     # Sentences and lines; looking back instead of matching the marks, since a row of 10,000 dots is tried 10,000 times.
     re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[」』”’）]*|\n+"),
     re.compile(r"\s+"),  # words
 )
-_EARLIEST_CUT = 0.5  # of the longest piece that fits: a paragraph before that does not count
+_EARLIEST_CUT = 0.5  # of the longest piece that fits: earlier ends of paragraphs do not count
 _FULL = 0.8
 _FIRST_GUESS = 4.0  # characters of one token
-_CLUSTER_LIMIT = 64  # no cluster of characters that means anything is longer
+_CLUSTER_LIMIT = 64  # longer clusters of characters have no meaning
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A text that is sent as one input: a whole one, or a part of a long one; *tokens* by the provider's count."""
+    """A text that is sent as one input: a whole text, or a part of a long one; *tokens* by the provider's count."""
 
     content_hash: str
     text: str
@@ -36,7 +36,10 @@ class Piece:
 
 
 class LongTexts:
-    """Which long texts (content hashes) wait for which pieces; a piece may be one of several texts, or divided again."""
+    """Which long texts (content hashes) wait for which pieces. A piece may belong to several texts, or be divided again.
+
+    The caller serialises access.
+    """
 
     def __init__(self) -> None:
         self._pieces: dict[str, tuple[Piece, ...]] = {}
@@ -44,7 +47,7 @@ class LongTexts:
         self._wholes: dict[str, list[str]] = defaultdict(list)
 
     def add(self, whole: str, pieces: Sequence[Piece], missing: Iterable[str]) -> None:
-        """The text *whole* consists of *pieces*; the vectors of those *missing* (at least one) are still to come."""
+        """Note that *whole* consists of *pieces*, of which those *missing* have no vector yet."""
         self._pieces[whole] = tuple(pieces)
         self._missing[whole] = set(missing)
         for piece in self._missing[whole]:
@@ -55,7 +58,7 @@ class LongTexts:
         return self._pieces[whole]
 
     def arrived(self, piece: str) -> list[str]:
-        """Return the texts that have all their pieces now that *piece* has its vector."""
+        """Return the texts whose pieces are complete now that *piece* has its vector."""
         complete = []
         for whole in self._wholes.pop(piece, ()):
             missing = self._missing.get(whole)
@@ -74,9 +77,9 @@ class LongTexts:
 def pack(sizes: Sequence[int], limits: RequestLimits, batch_size: int) -> list[list[int]]:
     """Return the places of *sizes* (tokens, at least 1) in calls within *limits*, of at most *batch_size* inputs.
 
-    No number of calls below the larger of ``inputs / inputs per call`` and ``tokens / tokens per call`` is possible;
-    that many it is wherever single inputs are small beside a call. All calls have about equally many tokens, so that
-    those that run at once end at once. An input that is larger than a whole call has a call of its own.
+    At least the larger of ``inputs / inputs per call`` and ``tokens / tokens per call`` calls are needed; if single inputs
+    are small compared to a call, no more are made. All calls have about the same number of tokens, so that concurrent
+    calls end together. An input that is larger than a call gets a call of its own.
     """
     if not sizes:
         return []
@@ -103,7 +106,7 @@ def pack(sizes: Sequence[int], limits: RequestLimits, batch_size: int) -> list[l
 def _spread(
     sizes: Sequence[int], longest_first: Sequence[int], count: int, most_inputs: int, most_tokens: int | None
 ) -> list[list[int]] | None:
-    """Return the places in *count* calls, each input in the emptiest one that has room; None where one has none."""
+    """Return the places in *count* calls, each input in the emptiest call; None if one does not fit."""
     calls: list[list[int]] = [[] for _ in range(count)]
     emptiest = [(0, number) for number in range(count)]
     for place in longest_first:
@@ -125,9 +128,9 @@ def _spread(
 def split_text(text: str, limit_tokens: int, count: Count) -> list[str]:
     """Return *text* in pieces of at most *limit_tokens* (from 1) by *count*; joined, they are *text* again.
 
-    Cuts are at ends of paragraphs, else of sentences, else of words, else between characters that people see as two.
-    A single character of more tokens than the limit is a piece of its own. *count* is asked for stretches of about a
-    piece only, some times each, so that the time grows with the length and no faster; it need not be additive.
+    Cuts are at ends of paragraphs, else of sentences, else of words, else between visible characters. A single character
+    with more tokens than the limit is a piece of its own. *count* need not be additive; it gets parts of about the size
+    of a piece only, so the time grows linearly with the length.
     """
     pieces: list[str] = []
     start, guess = 0, _FIRST_GUESS
@@ -141,13 +144,13 @@ def split_text(text: str, limit_tokens: int, count: Count) -> list[str]:
 
 
 def _cut(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
-    """Return the end of the piece that begins at *start*; *length* is a guess of how long one is."""
+    """Return the end of the piece that begins at *start*; *length* is a guess."""
     end = _longest(text, start, length, limit_tokens, count)
     while end < len(text):
         cut = _best_cut(text, start, end)
         if count(text[start:cut]) <= limit_tokens:
             return cut
-        # A beginning may have more tokens than the whole of which it is one, by the word that the cut tears.
+        # The first part of a text may have more tokens than the whole text, because the cut splits a word.
         shorter = start + int((cut - start) * 0.9)
         if shorter <= start + 1:
             return _first_cluster(text, start, limit_tokens, count)
@@ -156,7 +159,7 @@ def _cut(text: str, start: int, length: int, limit_tokens: int, count: Count) ->
 
 
 def _longest(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
-    """Return an end up to which the text from *start* fits, nearly the furthest; the next character where none does."""
+    """Return nearly the furthest end up to which the text from *start* fits; the next character if nothing fits."""
     fits, fails = start, None
     end = min(len(text), start + length)
     while True:
@@ -179,7 +182,7 @@ def _longest(text: str, start: int, length: int, limit_tokens: int, count: Count
 
 
 def _best_cut(text: str, start: int, end: int) -> int:
-    """Return the best place for a cut at most at *end*, which is inside the text; past *start*."""
+    """Return the best place for a cut after *start* and up to *end*, which is inside the text."""
     earliest = start + int((end - start) * _EARLIEST_CUT)
     for pattern in _CUTS:
         cut = start
@@ -195,7 +198,7 @@ def _best_cut(text: str, start: int, end: int) -> int:
 
 
 def _first_cluster(text: str, start: int, limit_tokens: int, count: Count) -> int:
-    """Return the end of the character at *start* with what belongs to it, as far as that fits."""
+    """Return the end of the visible character at *start*, as far as it fits."""
     end = start + 1
     if end < len(text) and _is_surrogate_pair(text[start], text[end]):
         end += 1
@@ -207,7 +210,7 @@ def _first_cluster(text: str, start: int, limit_tokens: int, count: Count) -> in
 
 
 def _belong_together(left: str, right: str) -> bool:
-    """Whether a cut between the two characters would tear what people see as one."""
+    """Whether the two characters are parts of one visible character."""
     if right < "\u0300":
         return left == "\r" and right == "\n"
     return (
@@ -224,5 +227,5 @@ def _is_flag_letter(character: str) -> bool:
 
 
 def _is_surrogate_pair(left: str, right: str) -> bool:
-    """Whether they are halves of one character; only texts that were decoded carelessly hold such."""
+    """Whether they are halves of one character, as in texts that were decoded wrongly."""
     return "\ud800" <= left <= "\udbff" and "\udc00" <= right <= "\udfff"

@@ -20,11 +20,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class IndexItem:
-    """One thing to be found by its *text*.
+    """One thing that is found by its *text*.
 
-    *name* is unique within its *kind* and readable by people: a table's name with its schema, a relationship's id, a
-    conversation's source id. *metadata* comes back with each hit; it may be kept in clear on disk, so it holds no text
-    of customers.
+    *name* is unique within its *kind*: a table's name with its schema, a relationship's id, a conversation's source id.
+    *metadata* is returned with each hit. It is stored in clear, so it holds no customer text.
     """
 
     kind: Kind
@@ -50,9 +49,9 @@ def content_hash(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What made a vector. Vectors of different identities must never be compared.
+    """The model that made a vector. Vectors of different identities must never be compared.
 
-    *dimensions* is the length of the vectors; None until the provider's first answer told it.
+    *dimensions* is the length of the vectors; None until the provider's first answer.
     """
 
     provider: str
@@ -64,14 +63,14 @@ class ModelIdentity:
         return f"{self.model} of {self.provider}{size}"
 
     def is_same_model(self, other: ModelIdentity) -> bool:
-        """Whether both can stand in one index; a length that is not known yet fits any."""
+        """Whether vectors of both can be compared; an unknown length fits any."""
         sizes = {self.dimensions, other.dimensions} - {None}
         return (self.provider, self.model) == (other.provider, other.model) and len(sizes) <= 1
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One found item. *similarity* is the cosine, -1 to 1; *text* is None for conversations, whose text is not kept."""
+    """One found item. *similarity* is the cosine, -1 to 1; *text* is None for conversations, whose text is not stored."""
 
     kind: Kind
     name: str
@@ -81,7 +80,7 @@ class Hit:
 
 
 class State(StrEnum):
-    """PENDING: not in the index, or with an older text. FAILED: so too, and why is known; pending when offered again."""
+    """PENDING: not in the index, or with an older text. FAILED: like pending, with a known reason; offered again, pending."""
 
     PENDING = "pending"
     INDEXED = "indexed"
@@ -90,10 +89,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """What is to be done for the items of one offer, in their order.
+    """What must be done for the items of one offer, in their order.
 
-    *pending* are to be embedded and indexed; *changed* are indexed, and only their metadata there is older: they are
-    offered as changed until ``mark_indexed``.
+    *pending* must be embedded and indexed. *changed* are indexed with older metadata; they are returned as changed until
+    ``mark_indexed``.
     """
 
     pending: list[IndexItem]
@@ -102,7 +101,7 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Synchronized:
-    """What is to be done after the database was read; *removed* are names that are no longer in it, by kind."""
+    """What must be done after the database was read; *removed* are names that it no longer has, by kind."""
 
     pending: list[IndexItem]
     changed: list[IndexItem]
@@ -111,7 +110,7 @@ class Synchronized:
 
 @dataclass(frozen=True, slots=True)
 class StoredItem:
-    """One item as it is known here. *text* is None where it is not kept; *attempts* counts since its text is this."""
+    """One item of the documentation store. *text* is None if it is not stored; *attempts* counts those with this text."""
 
     kind: Kind
     name: str

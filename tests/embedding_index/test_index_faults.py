@@ -210,7 +210,7 @@ def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: in
         site.fake.wait_for("in_flight", at_least=2)
         ended = stopped(process, number)
     assert ended.code == 130, ended.err
-    assert "the same command goes on where this one ended" in ended.err
+    assert "the same command resumes where this one stopped" in ended.err
     assert ended.json["interrupted"]
     billed = {key for key, entry in site.fake.embedded().items() if entry["billed"]}
     assert 0 < len(billed) < ITEMS

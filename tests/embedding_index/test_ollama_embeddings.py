@@ -118,7 +118,7 @@ def test_a_model_that_is_not_there_says_how_to_get_it(fake: FakeOllama, model: s
 def test_cloud_models_are_refused(fake: FakeOllama, model: str) -> None:
     """By their name, and by what the server says about them."""
     fake.configure(models=[{"name": "disguised", "remote_host": "https://ollama.com:443", "remote_model": "x"}])
-    with pytest.raises(ConfigurationError, match="leave this house"):
+    with pytest.raises(ConfigurationError, match="leave your network"):
         open_ollama(fake.url, embedding_model=model)
     assert fake.stats()["embed_requests"] == 0
 
@@ -241,7 +241,7 @@ def test_too_long_an_input_is_refused_and_not_cut(fake: FakeOllama, provider: Ol
 def test_a_server_that_cuts_all_the_same_is_found_out(fake: FakeOllama, provider: OllamaProvider) -> None:
     """By its count of tokens: fewer than the text has words."""
     fake.configure(ignore_truncate=True)
-    with pytest.raises(UnusableVectorsError, match="cut an input"):
+    with pytest.raises(UnusableVectorsError, match="truncated an input"):
         provider.embed(["words " * 4000])
     assert provider.embed(["words " * 300]).tokens == 450
 
