@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "chroma"
 EXACT_UP_TO_BYTES = 128 * 2**20  # of the vectors of one kind, as float32: 87,000 of 384 dimensions, 21,000 of 1,536
 
-# Measured: docs/performance.md. More neighbours and a wider search cost build time and buy recall.
+# Recall: docs/embedding-index.md. More neighbours and a wider search cost build time and improve recall.
 MAX_NEIGHBORS = 32
 EF_CONSTRUCTION = 200
 EF_SEARCH = 800
