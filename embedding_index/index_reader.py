@@ -12,7 +12,7 @@ from embedding_index.providers.opening import open_provider
 from embedding_index.search_entries import SearchEntries, mixed_message
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch, query_vector
-from error_handler import MixedIndexError, VectorStoreError
+from error_handler import MixedIndexError, StateDirectoryError, VectorStoreError
 
 LEDGER_FILE = "vectors.sqlite3"
 
@@ -41,20 +41,22 @@ class IndexReader:
         """Return at most *limit* items most like *text*, the best first; *kinds* None: all.
 
         Raises:
-            VectorStoreError: There is no index.
-            StateDirectoryError: The stored vectors are damaged.
+            VectorStoreError: There is no index, or its file is damaged or cannot be read.
             MixedIndexError: Another model made it.
             ConfigurationError: *text* is empty.
             ProviderUnavailableError: The provider gives no vector for *text*.
         """
         if not is_index(self._path.parent):
             raise VectorStoreError(f"there is no index in {self._path.parent}; `python cli.py index --batch` makes it.")
-        # Opened for each search: the file may be another one by now, and nothing of it is held open between searches.
-        with VectorLedger(self._path, create=False) as ledger:
-            recorded = SearchEntries(ledger).identity()
-            if recorded is not None and not recorded.is_same_model(self.provider.identity):
-                raise MixedIndexError(mixed_message(recorded, self.provider.identity))
-            return self._search.search(ledger, query_vector(self.provider, text), kinds, limit)
+        try:
+            # Opened for each search: the file may have been replaced, and is not held open between searches.
+            with VectorLedger(self._path, create=False) as ledger:
+                recorded = SearchEntries(ledger).identity()
+                if recorded is not None and not recorded.is_same_model(self.provider.identity):
+                    raise MixedIndexError(mixed_message(recorded, self.provider.identity))
+                return self._search.search(ledger, query_vector(self.provider, text), kinds, limit)
+        except StateDirectoryError as exc:
+            raise VectorStoreError(str(exc)) from exc
 
     def close(self) -> None:
         """Release files and memory, and close the provider."""

@@ -61,7 +61,7 @@ class StateFile:
             raise self._unusable(exc) from exc
         self._db.row_factory = sqlite3.Row
         try:
-            self._prepare()
+            self._prepare(create=create)
         except StateDirectoryError:
             self._db.close()
             raise
@@ -114,9 +114,13 @@ class StateFile:
         """Return the error for a file whose content is wrong."""
         return StateDirectoryError(f"{self._schema.what} in {self.path} is damaged ({how}); {self._schema.if_damaged}")
 
-    def _prepare(self) -> None:
+    def _prepare(self, *, create: bool) -> None:
         if self._has_tables():
             self._require_own()  # before anything is changed
+        elif not create:
+            raise StateDirectoryError(
+                f"{self.path} is empty; run `python cli.py index --batch`, which makes or restores it."
+            )
         for pragma in (f"page_size={PAGE_BYTES}", "journal_mode=WAL", "synchronous=FULL"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.execute("PRAGMA secure_delete=ON")  # deleted content is overwritten with zeros
