@@ -175,7 +175,7 @@ FORGETTING = [
 
 
 @pytest.mark.parametrize(("point", "nth"), thoroughly(FORGETTING, 6, 8))
-def test_what_customers_took_back_leaves_every_file(site: IndexSite, point: str, nth: int) -> None:
+def test_deleted_and_changed_conversations_leave_every_file(site: IndexSite, point: str, nth: int) -> None:
     """Deleted or changed: neither vector nor labels are in any file after a pass, even where one was killed within."""
     fill(site, "conversations")
     site.mongo["sentimental_analysis"].update_one(
@@ -305,7 +305,7 @@ def test_a_killed_holder_lets_the_next_one_in(site: IndexSite) -> None:
     finish(site)
 
 
-def test_a_search_beside_a_writer_that_is_killed(site: IndexSite) -> None:
+def test_search_beside_a_killed_writer_sees_committed_steps(site: IndexSite) -> None:
     """A reader sees each committed step, before the kill, after it, and after the next run."""
     site.make_database(TABLES)
     site.run_well()
@@ -421,7 +421,7 @@ def test_a_damaged_file_costs_nothing(site: IndexSite, name: str, how: str) -> N
     site.check()
 
 
-def test_what_is_lost_with_the_vectors_is_paid_for_again(site: IndexSite) -> None:
+def test_items_are_paid_again_if_ledger_and_copy_are_lost(site: IndexSite) -> None:
     """Both the stored vectors and their copy: the next run embeds all of it, and says how many."""
     site.make_database(TABLES)
     site.run_well()
@@ -455,7 +455,7 @@ ROWS = {
     "the process was killed": test_random_kills,
     "killed during `--rebuild`": test_a_kill_in_rebuild_and_in_mending,
     "another process writes the index (exit 5)": test_a_killed_holder_lets_the_next_one_in,
-    "a search runs beside a writer": test_a_search_beside_a_writer_that_is_killed,
+    "a search runs beside a writer": test_search_beside_a_killed_writer_sees_committed_steps,
     "the disk is full (exit 2)": test_no_room_on_the_disk,
     "`INDEX_DIR` cannot be made or written (exit 2)": test_a_directory_that_cannot_be_written,
     "`chroma/` is damaged or gone": graph_test,
@@ -463,7 +463,7 @@ ROWS = {
     "`index.sqlite3` is damaged (exit 2)": test_a_damaged_file_costs_nothing,
     "`vectors.sqlite3` is gone": test_a_damaged_file_costs_nothing,
     "`vectors.sqlite3` is damaged (exit 2)": test_a_damaged_file_costs_nothing,
-    "`vectors.sqlite3` and `vectors.copy.sqlite3` are gone": test_what_is_lost_with_the_vectors_is_paid_for_again,
+    "`vectors.sqlite3` and `vectors.copy.sqlite3` are gone": test_items_are_paid_again_if_ledger_and_copy_are_lost,
     "another model is set (exit 2)": test_a_kill_in_a_rebuild_with_another_model,
 }
 

@@ -145,7 +145,7 @@ def test_ten_thousand_texts_take_the_least_number_of_calls_all_slots_full(runs: 
     assert (totals.vectors, totals.calls, totals.tokens) == (10_000, 100, sum(sizes))
 
 
-def test_what_is_stored_costs_nothing(runs: Runs) -> None:
+def test_stored_vectors_cost_nothing(runs: Runs) -> None:
     texts = texts_with_long_ones(60)
     provider = runs.provider(limits=SMALL)
     first, _ = runs.embed(texts, provider)
@@ -158,7 +158,7 @@ def test_what_is_stored_costs_nothing(runs: Runs) -> None:
         assert (end.vector == first[text].vector).all()
 
 
-def test_only_what_changed_is_sent(runs: Runs) -> None:
+def test_only_changed_pieces_are_sent(runs: Runs) -> None:
     """A long text with another end shares its other pieces with what it was."""
     paragraphs = [f"Paragraph {number}. " + "word " * 60 for number in range(6)]
     text = "\n\n".join(paragraphs)
@@ -258,7 +258,7 @@ class Strict:
         """Nothing is open."""
 
 
-def test_a_piece_that_failed_before_fails_what_is_divided_later(runs: Runs) -> None:
+def test_earlier_failed_piece_fails_texts_divided_later(runs: Runs) -> None:
     """The same words were a text of their own: nobody sends them again, and nobody waits for them."""
     bad = "bad one two three four five six seven eight nine\n\n"
     long = bad + "here are ten more words that nobody would refuse today"
@@ -398,7 +398,7 @@ def test_a_bad_piece_fails_its_text_and_no_other(runs: Runs) -> None:
     assert sum(mark in piece for piece in pieces) >= 1
 
 
-def test_where_everything_is_refused_the_run_stops(runs: Runs) -> None:
+def test_run_stops_if_every_text_is_refused(runs: Runs) -> None:
     runs.fake.configure(faults=[refusing("Conversation", message="no embeddings for you")])
     with pytest.raises(ProviderRejectedError, match=r"none of the first 8 texts.*no embeddings for you"):
         runs.embed(short_texts(5000))
@@ -451,7 +451,7 @@ def test_a_text_that_never_gets_a_vector_is_named(runs: Runs, kind: str, max_ret
     assert_right(ends, [text for text in texts if text != bad])
 
 
-def test_where_no_vector_is_usable_the_run_stops(runs: Runs) -> None:
+def test_run_stops_if_no_vector_is_usable(runs: Runs) -> None:
     runs.fake.configure(faults=[{"kind": "embed_nan", "when": {"route": "embeddings.create"}, "times": 10**6}])
     with pytest.raises(UnusableVectorsError, match=r"none of the first 8 texts.*NaN"):
         runs.embed(short_texts(500), batch_size=1, max_retries=1)
@@ -466,7 +466,7 @@ def test_another_dimension_than_the_stored_one_ends_the_run(runs: Runs) -> None:
     assert runs.ledger.totals(runs.providers[0].identity).vectors == 5
 
 
-def test_what_was_distrusted_was_paid_for(runs: Runs) -> None:
+def test_tokens_of_refused_answers_are_counted(runs: Runs) -> None:
     runs.fake.configure(faults=[{"kind": "embed_short", "when": {"route": "embeddings.create"}, "times": 1}])
     texts = short_texts(10)
     _, counts = runs.embed(texts)
@@ -478,7 +478,7 @@ def test_what_was_distrusted_was_paid_for(runs: Runs) -> None:
 # Servers that are busy, broken or away
 
 
-def test_all_wait_as_told_and_no_attempt_is_used_up(runs: Runs) -> None:
+def test_rate_limit_delays_all_calls_and_uses_no_attempt(runs: Runs) -> None:
     fault = {"kind": "rate_limit_429", "when": {"route": "embeddings.create", "indexes": [4]}, "retry_after": 1}
     runs.fake.configure(latency_s=0.05, faults=[fault])
     texts = short_texts(2000)
@@ -614,7 +614,7 @@ def test_answers_are_stored_however_slowly_the_results_are_taken(runs: Runs) -> 
     assert len(list(results)) == 2999
 
 
-def test_who_leaves_early_keeps_what_was_in_flight(runs: Runs) -> None:
+def test_closed_iterator_still_stores_calls_in_flight(runs: Runs) -> None:
     runs.fake.configure(latency_s=0.1)
     texts = short_texts(3000)
     results = runs.prepare().run(keyed(texts))

@@ -37,7 +37,7 @@ def site(running: FakeOpenAI, tmp_path: Path) -> Iterator[IndexSite]:
     assert running.stats()["internal_errors"] == 0
 
 
-def test_only_what_is_new_or_changed_is_sent(site: IndexSite) -> None:
+def test_only_new_and_changed_items_are_sent(site: IndexSite) -> None:
     """New, unchanged, changed, dropped: what each costs, and what is found afterwards."""
     first = site.run("--batch", "--json")
     assert first.code == 0, first.err
@@ -140,7 +140,7 @@ def test_nothing_to_pay_is_no_unknown_price(site: IndexSite) -> None:
     assert (again.code, site.calls) == (0, calls), again.err
 
 
-def test_rebuild_of_the_same_model_asks_nobody(site: IndexSite) -> None:
+def test_rebuild_with_the_same_model_makes_no_call(site: IndexSite) -> None:
     """The vectors are stored."""
     assert site.run("--batch").code == 0
     calls = site.calls

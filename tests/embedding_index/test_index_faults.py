@@ -119,7 +119,7 @@ def test_a_missing_package_is_named(site: IndexSite, name: str, flags: list[str]
         ({}, ["--batch", "--output", "nowhere/out.json"], 2, ["nowhere/out.json"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(
+def test_configuration_error_is_one_sentence(
     site: IndexSite, changes: dict[str, str], flags: list[str], code: int, parts: list[str]
 ) -> None:
     """And nothing is sent."""

@@ -38,7 +38,7 @@ def index(settings: IndexSettings, *numbers: int) -> None:
         store.index(tables(*numbers), ignore)
 
 
-def test_missing_index_is_told_and_found_once_it_is_there(reader: IndexReader, settings: IndexSettings) -> None:
+def test_missing_index_is_an_error_until_it_is_made(reader: IndexReader, settings: IndexSettings) -> None:
     assert not is_index(settings.index_dir)
     with pytest.raises(VectorStoreError, match=r"there is no index in .*index --batch"):
         reader.search("Table number 1.")
@@ -72,7 +72,7 @@ def test_other_model_is_refused_before_the_question_is_sent(
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"", "is empty; run"), (b"no database at all " * 100, "damaged")])
-def test_damaged_file_is_an_error_and_left_as_it_is(
+def test_damaged_file_is_an_error_and_left_unchanged(
     reader: IndexReader, settings: IndexSettings, content: bytes, said: str
 ) -> None:
     """A reader must not fill an empty file: the next run restores it from the copy."""

@@ -51,7 +51,7 @@ def test_reader_finds_everything_at_once(settings: IndexSettings) -> None:
     assert sorted(path.name for path in settings.index_dir.iterdir()) == before
 
 
-def test_writer_goes_on_without_a_call_and_removes_the_old_files(settings: IndexSettings) -> None:
+def test_writer_upgrades_without_a_call_and_removes_the_old_files(settings: IndexSettings) -> None:
     provider = Words()
     with (
         SQLVectorStore(settings, provider=provider) as store,
@@ -69,7 +69,7 @@ def test_writer_goes_on_without_a_call_and_removes_the_old_files(settings: Index
 
 
 @pytest.mark.parametrize("loss", ["generation", "generation of another model", "index.sqlite3"])
-def test_what_the_upgrade_cannot_know_is_added_by_the_next_run(settings: IndexSettings, loss: str) -> None:
+def test_entries_missing_after_the_upgrade_are_added_by_the_next_run(settings: IndexSettings, loss: str) -> None:
     """The file that names the model is gone, damaged, or the states are not there: no call is made for any of it."""
     folder = settings.index_dir
     if loss.startswith("generation"):

@@ -48,7 +48,7 @@ def test_lost_ledger_is_restored_with_its_entries(path: Path, loss: str) -> None
         assert len(ledger.known(MODEL, [item(number).content_hash for number in range(9)])) == 5
 
 
-def test_ledger_that_is_there_is_left_alone(path: Path) -> None:
+def test_existing_ledger_is_not_restored(path: Path) -> None:
     with VectorLedger(path) as ledger:
         add(ledger, [7])
     restore_ledger(path)
@@ -56,7 +56,7 @@ def test_ledger_that_is_there_is_left_alone(path: Path) -> None:
         assert "table:7" in SearchEntries(ledger).hashes()
 
 
-def test_what_was_deleted_is_in_no_file(path: Path) -> None:
+def test_deleted_vectors_are_in_no_file(path: Path) -> None:
     """Neither vector nor hash, also in the copy; what was kept is in both files."""
     with VectorLedger(path) as ledger:
         ledger.keep_only([item(1).content_hash])

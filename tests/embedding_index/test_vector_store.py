@@ -125,9 +125,7 @@ def test_texts_that_no_encoding_takes(settings: IndexSettings) -> None:
         assert (hit.name, hit.text) == ("a", "half \ud83d")
 
 
-def test_a_length_that_is_no_longer_asked_for_is_left_by_a_rebuild(
-    settings: IndexSettings, states: DocumentationStore
-) -> None:
+def test_rebuild_replaces_vectors_of_another_length(settings: IndexSettings, states: DocumentationStore) -> None:
     """The stored vectors of the other length are not taken for those of the default."""
     with SQLVectorStore(settings, provider=Words(asked=4)) as store:
         index_all(store, states, tables(1, 2))
@@ -147,7 +145,7 @@ def test_a_length_that_is_no_longer_asked_for_is_left_by_a_rebuild(
     assert provider.calls == []
 
 
-def test_what_cannot_be_noted_is_told_once_and_found_again(settings: IndexSettings) -> None:
+def test_failed_state_update_is_raised_once_and_costs_no_second_call(settings: IndexSettings) -> None:
     """The error is that of the first attempt, and there is no second one."""
     told: list[int] = []
 
@@ -165,9 +163,7 @@ def test_what_cannot_be_noted_is_told_once_and_found_again(settings: IndexSettin
         assert store.counts.reused == 2
 
 
-def test_what_is_embedded_is_noted_before_the_whole_is_done(
-    settings: IndexSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_items_are_marked_in_lots_before_the_run_ends(settings: IndexSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """After so many."""
     lots: list[int] = []
     with SQLVectorStore(settings, provider=Words()) as store:
@@ -177,7 +173,7 @@ def test_what_is_embedded_is_noted_before_the_whole_is_done(
         assert lots == [2, 2, 1]
 
 
-def test_after_a_stop_what_was_in_flight_is_kept(settings: IndexSettings, states: DocumentationStore) -> None:
+def test_calls_in_flight_are_stored_after_a_stop(settings: IndexSettings, states: DocumentationStore) -> None:
     """The rest has no result, and is pending."""
     provider = Words()
     with SQLVectorStore(settings, provider=provider) as store:
@@ -189,7 +185,7 @@ def test_after_a_stop_what_was_in_flight_is_kept(settings: IndexSettings, states
         assert states.counts()[Kind.TABLE] == {State.INDEXED: 1, State.PENDING: 2, State.FAILED: 0}
 
 
-def test_a_batch_takes_what_is_pending_and_a_bad_one_fails_alone(
+def test_batch_indexes_pending_items_and_a_bad_item_fails_alone(
     settings: IndexSettings, states: DocumentationStore
 ) -> None:
     """By name, in the store as in the result; the next run tries it again, and nothing else."""
@@ -214,7 +210,7 @@ def test_a_batch_takes_what_is_pending_and_a_bad_one_fails_alone(
         assert manager.batch_process_pending_tables(states) == {}
 
 
-def test_the_statistics_price_only_what_has_no_vector(settings: IndexSettings, states: DocumentationStore) -> None:
+def test_statistics_price_only_texts_without_a_vector(settings: IndexSettings, states: DocumentationStore) -> None:
     """Equal texts once, stored ones not at all; sizes within what a call can have."""
     with SQLVectorStore(settings, provider=Words()) as store:
         manager = BatchIndexingManager(SQLIndexerAgent(store))
@@ -250,7 +246,7 @@ def test_a_question_of_any_length_is_asked_within_the_limits(settings: IndexSett
             store.search(" \n")
 
 
-def test_vectors_of_texts_that_nobody_has_are_forgotten(settings: IndexSettings) -> None:
+def test_vectors_of_deleted_texts_are_deleted(settings: IndexSettings) -> None:
     with SQLVectorStore(settings, provider=Words()) as store:
         first, second = tables(1, 2)
         store.index([first, second], ignore)
