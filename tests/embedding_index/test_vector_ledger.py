@@ -90,7 +90,7 @@ def test_another_dimension_is_refused_and_nothing_is_added(path: Path) -> None:
         assert ledger.totals(MODEL) == Totals(1, 1, 0)
 
 
-def test_failed_write_leaves_no_partial_file(path: Path) -> None:
+def test_failed_add_stores_nothing(path: Path) -> None:
     """Neither vectors nor usage."""
     with VectorLedger(path) as ledger:
         with pytest.raises(ValueError, match="hex"):
