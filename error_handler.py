@@ -298,7 +298,7 @@ class MixedIndexError(IndexingError):
 
 
 class VectorStoreError(IndexingError):
-    """ChromaDB cannot read or write its files. They can be rebuilt from the stored vectors without a call."""
+    """There is no index to search, or ChromaDB cannot use its files. They can be rebuilt from the stored vectors."""
 
     error_class = ErrorClass.RESOURCE
 

@@ -85,7 +85,7 @@ def _round(count: int, dimensions: int) -> tuple[int, float, float, float]:
         provider.count_tokens(next(iter(texts.values())))  # loads the tokenizer
         cpu_s = time.process_time()
         run = EmbeddingRun(provider, ledger, RunOptions(batch_size=BATCH_SIZE))
-        embedded = sum(end.vector is not None for end in run.run(texts))
+        embedded = sum(end.problem is None for end in run.run(texts))
         cpu_s = time.process_time() - cpu_s
         provider.close()
         calls, window_s = _window(server)

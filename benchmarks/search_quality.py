@@ -20,7 +20,7 @@ from embedding_index.introspection import read_database
 from embedding_index.items import IndexItem
 from embedding_index.providers.contract import Provider
 from embedding_index.providers.opening import open_provider
-from embedding_index.query import query_vector
+from embedding_index.vector_search import query_vector
 
 DATABASES = {"sample": (SHOP_SCHEMA, SHOP), "clinic": (CLINIC_SCHEMA, CLINIC)}
 # Least shares of the questions whose first hit, or one of the first three, is an answer. The same model and the same

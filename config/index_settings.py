@@ -1,4 +1,4 @@
-"""Settings of the embedding index; keys and addresses of the providers are in the settings of what else asks them."""
+"""Settings of the embedding index. Keys and addresses of its providers are in the other settings modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from config.loading import env, load_part, variables_of
 
 ProviderName = Literal["openai", "ollama", "local"]
 
-# The package of the local one carries this model; the others are what their servers are usually asked for.
+# The package of the local provider contains this model; the others are the usual ones of their servers.
 DEFAULT_MODELS: dict[ProviderName, str] = {
     "openai": "text-embedding-3-small",
     "ollama": "nomic-embed-text",
@@ -21,7 +21,7 @@ DEFAULT_MODELS: dict[ProviderName, str] = {
 
 
 class IndexSettings(BaseSettings):
-    """Everything that can be set for the embedding index. Seconds and tokens, unless the name says otherwise."""
+    """All settings of the embedding index. Times are in seconds, lengths in tokens."""
 
     # Unknown names in .env are refused by load_settings, which knows those of all classes.
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)

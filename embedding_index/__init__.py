@@ -1,6 +1,7 @@
-"""The embedding index; docs/embedding-index.md says more.
+"""The embedding index: finds tables, relationships and past conversations by meaning.
 
-Names are loaded when they are used: they need the packages of requirements-index.txt.
+Other packages import the names in ``__all__``, ``introspection``, ``index_reader`` and ``items``. It may import every
+lower layer of docs/architecture.md. Names are loaded when they are used: they need requirements-index.txt.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedding_index.batch_indexing import BatchIndexingManager
+    from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
     from embedding_index.documentation_store import DocumentationStore
-    from embedding_index.indexer_agent import SQLIndexerAgent
     from embedding_index.vector_store import SQLVectorStore
 
 _HOMES = {
     "BatchIndexingManager": "embedding_index.batch_indexing",
     "DocumentationStore": "embedding_index.documentation_store",
-    "SQLIndexerAgent": "embedding_index.indexer_agent",
+    "SQLIndexerAgent": "embedding_index.batch_indexing",
     "SQLVectorStore": "embedding_index.vector_store",
 }
 

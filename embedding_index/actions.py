@@ -1,4 +1,4 @@
-"""The actions of ``cli.py index``: index, estimate, make anew, search."""
+"""The actions of ``cli.py index``: index, estimate, rebuild, search."""
 
 from __future__ import annotations
 
@@ -20,19 +20,15 @@ from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
 from domain.prices import price_source
 from embedding_index import conversation_source, report
-from embedding_index.batch_indexing import BatchIndexingManager
+from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.forgetting import forget_others
 from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
-from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.introspection import read_database
-from embedding_index.item_states import Synchronized
-from embedding_index.items import Kind
+from embedding_index.items import Kind, Synchronized
 from embedding_index.mending import Mending, StatesAfterMending, sweep
-from embedding_index.price_consent import Spending, require_affordable
+from embedding_index.report import Spending, require_affordable
 from embedding_index.sample_database import make_sample_database
-from embedding_index.vector_recovery import recover_vectors
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
     ConfigurationError,
@@ -49,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_DATABASE, SAMPLE_INDEX = Path("data/embedded/support.sqlite3"), Path("data/embedded/index")
 HITS = 5
-STOPPED = "Stopped; the same command goes on where this one ended."
+STOPPED = "Stopped; the same command resumes where this one stopped."
 
 
 @dataclass(slots=True)
 class Index:
-    """What the actions work with. *works* is set while a signal must wait for calls in flight; else it ends the process."""
+    """What the actions work with. While *works* is set, a signal waits for the calls in flight; else it ends the process."""
 
     vectors: SQLVectorStore
     states: DocumentationStore
@@ -67,12 +63,12 @@ class Index:
 
     @property
     def pending(self) -> StatesAfterMending:
-        """What is pending, that which ``mending`` makes pending included."""
+        """What is pending, including what ``mending`` will make pending."""
         return StatesAfterMending(self.states, self.lost)
 
     @property
     def lost(self) -> dict[Kind, Collection[str]]:
-        """See ``Mending``; without what the source no longer has."""
+        """``Mending.lost`` without what the source no longer has."""
         return {kind: set(names) - set(self.removed.get(kind, ())) for kind, names in self.mending.lost.items()}
 
 
@@ -104,7 +100,7 @@ def _index_settings(arguments: argparse.Namespace) -> IndexSettings:
         return chosen
     make_sample_database(SAMPLE_DATABASE)
     changes: dict[str, Any] = {"database_url": SecretStr(f"sqlite:///{SAMPLE_DATABASE}")}
-    if arguments.index_dir is None:  # not INDEX_DIR: what is tried out does not mix with what is in use
+    if arguments.index_dir is None:  # not INDEX_DIR: the sample must not mix with your own index
         changes["index_dir"] = SAMPLE_INDEX
     return chosen.model_copy(update=changes)
 
@@ -120,18 +116,19 @@ async def _opened(
             vectors.batch_size = 1
         with DocumentationStore(chosen.index_dir / "index.sqlite3") as states:
             manager = BatchIndexingManager(SQLIndexerAgent(vectors))
-            await asyncio.to_thread(recover_vectors, vectors, states)
-            mending = await asyncio.to_thread(Mending, vectors, states)
+            mending = await asyncio.to_thread(
+                Mending, vectors, states, rebuild=arguments.rebuild or vectors.is_other_model
+            )
             spending = Spending(arguments.max_cost, arguments.yes)
             index = Index(vectors, states, manager, mending, spending, stop, works)
             try:
                 works.set()
                 if not arguments.estimate_costs and (mending.is_free or not spending.has_limit):
-                    await _mend(index)
+                    await asyncio.to_thread(mending.mend)
                 yield index
             finally:
                 vectors.stop.set()
-                await asyncio.get_running_loop().shutdown_default_executor()  # no thread works with what is closed next
+                await asyncio.get_running_loop().shutdown_default_executor()  # no thread uses what is closed next
     finally:
         watch.cancel()
         with ThreadPoolExecutor(1) as thread:
@@ -144,8 +141,8 @@ def _open_vectors(arguments: argparse.Namespace, chosen: IndexSettings) -> SQLVe
     except MixedIndexError as exc:
         if not arguments.estimate_costs:
             raise
-        report.say(f"{exc} This is what --rebuild costs.")
-        return SQLVectorStore(chosen, rebuild=True)  # without ``Mending.mend`` nothing is replaced
+        report.say(f"{exc} The estimate below is for --rebuild.")
+        return SQLVectorStore(chosen, rebuild=True)  # nothing is replaced without ``Mending.mend``
 
 
 async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
@@ -153,15 +150,10 @@ async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
     vectors.stop.set()
 
 
-async def _mend(index: Index) -> None:
-    with report.IndexProgress("Making the index anew") as progress:
-        await asyncio.to_thread(index.mending.mend, progress.reached)
-
-
 async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSettings) -> int:
     if chosen.database_url is None:
         raise ConfigurationError(
-            "DATABASE_URL is not set; set it to the database to document, try --sample for a small one, or index "
+            "DATABASE_URL is not set; set it to the database to document, try the sample with --sample, or index "
             "--source conversations."
         )
     facts = await asyncio.to_thread(read_database, chosen.database_url)
@@ -181,9 +173,19 @@ async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSe
             for name, problem in ended:
                 outcome.count(kind, name, problem)
             progress.failed(sum(problem is not None for _, problem in ended))
+            progress.reached(outcome.indexed + outcome.failed)
 
-        index.manager.on_items = note
-        await _timed(arguments, index, outcome, lambda: _index_pending(index, outcome, progress))
+        manager = BatchIndexingManager(index.manager.indexer, note)
+
+        async def index_pending() -> None:
+            process = {
+                "tables": manager.batch_process_pending_tables,
+                "relationships": manager.batch_process_pending_relationships,
+            }
+            for name, process_pending in process.items():
+                outcome.results[name] = await asyncio.to_thread(process_pending, index.states)
+
+        await _timed(arguments, index, outcome, index_pending)
     return _finish(arguments, index, outcome)
 
 
@@ -192,22 +194,8 @@ def _tokens(index: Index) -> int:
     return int(index.manager.estimate_embedding_costs(index.manager.unpaid(texts))["estimated_tokens"])
 
 
-async def _index_pending(index: Index, outcome: report.Outcome, progress: report.IndexProgress) -> None:
-    manager, before = index.manager, 0
-
-    def reached(number: int) -> None:
-        progress.reached(before + number)
-
-    index.vectors.on_embedded = reached
-    outcome.results["tables"] = await asyncio.to_thread(manager.batch_process_pending_tables, index.states)
-    before = len(outcome.results["tables"])
-    outcome.results["relationships"] = await asyncio.to_thread(
-        manager.batch_process_pending_relationships, index.states
-    )
-
-
 async def _timed(arguments: argparse.Namespace, index: Index, outcome: report.Outcome, work: Callable[[], Any]) -> Any:
-    """Do *work*; where it ends with an error, say first what was done by then."""
+    """Do *work*. If it ends with an error, report first what was done until then."""
     started = time.monotonic()
     try:
         return await work()
@@ -221,7 +209,7 @@ async def _timed(arguments: argparse.Namespace, index: Index, outcome: report.Ou
 
 
 async def _conversations(arguments: argparse.Namespace, settings: Settings, index: Index) -> int:
-    """Index conversations that have a classification, or say what that would cost."""
+    """Index classified conversations, or estimate what that costs."""
     documents = DocumentStore(settings)
     try:
         await documents.check()
@@ -245,7 +233,7 @@ async def _index_conversations(
 
     conversation_source.require_allowed(index.vectors.provider, allowed=allowed)
     stats: dict[str, Any] = {}
-    if arguments.estimate_costs or index.spending.has_limit:  # a whole reading of its own
+    if arguments.estimate_costs or index.spending.has_limit:  # reads all conversations once more
         with report.IndexProgress("Reading conversations") as progress:
             made = await conversation_source.estimate_conversations(
                 documents, index.pending, index.vectors, options(progress), stop=index.stop
@@ -277,9 +265,9 @@ async def _index_conversations(
 
 
 def _forget(index: Index) -> None:
-    """Delete vectors that no item has any more; not where states were lost: what they do not know may be paid for."""
+    """Delete vectors that no item has any more, unless states were lost: a vector they do not know may be in use."""
     if sweep(index.vectors, index.states, report.KINDS["conversations"]):
-        forget_others(index.vectors, index.states)
+        index.vectors.forget_others(index.states.content_hashes())
 
 
 def _is_allowed(arguments: argparse.Namespace) -> bool:
@@ -311,14 +299,14 @@ def _show_estimate(arguments: argparse.Namespace, index: Index, stats: dict[str,
 
 
 async def _require_affordable(index: Index, usd: float | None, tokens: int) -> None:
-    """Let pass what may be spent; then mend what waited for that."""
+    """Raise unless the price may be spent; then mend what waited for that."""
     if index.stop.is_set():
         raise RunInterruptedError("Stopped; nothing was sent.")
     price = f"{report.in_dollars(usd)} for about {tokens:,} tokens with {index.vectors.identity.model}"
     index.works.clear()
     await require_affordable(index.spending, usd, price)
     index.works.set()
-    await _mend(index)
+    await asyncio.to_thread(index.mending.mend)
 
 
 def _outcome(arguments: argparse.Namespace, index: Index, before: dict[str, Any]) -> report.Outcome:
@@ -327,7 +315,7 @@ def _outcome(arguments: argparse.Namespace, index: Index, before: dict[str, Any]
 
 
 def _renew(index: Index, done: Synchronized) -> int:
-    """Take what the database no longer has out of the index, then out of the states; return how many that were."""
+    """Delete what the database no longer has from the entries, then from the states; return how many items that were."""
     for kind, names in done.removed.items():
         index.vectors.delete(kind, names)
         index.states.remove(kind, names)
@@ -365,7 +353,7 @@ def _show(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) 
 
 def _search(arguments: argparse.Namespace, chosen: IndexSettings) -> int:
     with IndexReader(chosen) as index:
-        if arguments.source == "conversations":  # what is searched for is most often what a customer wrote
+        if arguments.source == "conversations":  # the question is most often a text of a customer
             conversation_source.require_allowed(index.provider, allowed=_is_allowed(arguments))
         hits = index.search(arguments.search, report.KINDS[arguments.source], arguments.limit or HITS)
     report.show_hits(hits, arguments.source, as_json=arguments.json, output=arguments.output)

@@ -1,45 +1,91 @@
-"""What is pending in a documentation store, what it costs, and its way into the index in the fewest calls."""
+"""What is pending in a documentation store, what it costs, and how it gets into the index in the fewest calls."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from domain.prices import embedding_price
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.indexer_agent import SQLIndexerAgent
-from embedding_index.items import Kind, content_hash
-from embedding_index.packing import pack
+from embedding_index.inputs import pack
+from embedding_index.items import IndexItem, Kind, content_hash
+from embedding_index.mending import StatesAfterMending
+from embedding_index.vector_store import Ended, OnEnded, SQLVectorStore
 
 logger = logging.getLogger(__name__)
 
-FREE = ("ollama", "local")  # providers on machines of one's own
+FREE = ("ollama", "local")  # providers on your own machines
 UNREADABLE = "the documentation store has nothing under this name"
 
 OnItems = Callable[[Kind, Sequence[tuple[str, str | None]]], None]
+Info = Mapping[str, Any]
 
 
-class PendingItems(Protocol):
-    """What is pending; see ``DocumentationStore``."""
+class SQLIndexerAgent:
+    """Indexes tables and relationships into *vector_store*, which the caller closes.
 
-    def get_pending_tables(self) -> list[str]: ...
-    def get_pending_relationships(self) -> list[dict[str, str]]: ...
-    def get_table_info(self, name: str) -> dict[str, Any] | None: ...
-    def get_relationship_info(self, relationship_id: str) -> dict[str, Any] | None: ...
+    A table is ``{"name", "documentation", "business_purpose"?, "schema"?, "metadata"?}``; a relationship is
+    ``{"id", "documentation", "type"?, "tables"?, "metadata"?}``. Their text is the documentation; if that is empty, it is
+    made of the rest.
+    """
+
+    def __init__(self, vector_store: SQLVectorStore) -> None:
+        self.vector_store = vector_store
+
+    def index_table(self, table: Info) -> bool:
+        """Index one table; see ``batch_index_tables``."""
+        return self.batch_index_tables([table])[str(table["name"])]
+
+    def index_relationship(self, relationship: Info) -> bool:
+        """Index one relationship; see ``batch_index_relationships``."""
+        return self.batch_index_relationships([relationship])[str(relationship["id"])]
+
+    def batch_index_tables(self, tables: Sequence[Info]) -> dict[str, bool]:
+        """Index *tables* in the fewest calls and return whether each succeeded, by name.
+
+        A bad one fails alone. A table that no call was made for, because the store was told to stop, is not in the result.
+
+        Raises:
+            IndexingError: The provider or the disk ended the work; what is done is stored.
+        """
+        return self._index(map(table_item, tables))
+
+    def batch_index_relationships(self, relationships: Sequence[Info]) -> dict[str, bool]:
+        """Index *relationships* by id; see ``batch_index_tables``."""
+        return self._index(map(relationship_item, relationships))
+
+    def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
+        """Index *items* of any kind; see ``SQLVectorStore.index``."""
+        self.vector_store.index(items, on_ended)
+
+    def _index(self, items: Iterable[IndexItem]) -> dict[str, bool]:
+        results: dict[str, bool] = {}
+        self.index_items(
+            list(items), lambda ended: results.update((item.name, problem is None) for item, problem in ended)
+        )
+        return results
+
+
+def table_item(table: Info) -> IndexItem:
+    """Return *table* as an item of the index."""
+    return _item(Kind.TABLE, str(table["name"]), table, "schema")
+
+
+def relationship_item(relationship: Info) -> IndexItem:
+    """Return *relationship* as an item of the index."""
+    return _item(Kind.RELATIONSHIP, str(relationship["id"]), relationship, "type")
 
 
 class BatchIndexingManager:
-    """Indexes through *indexer_agent*.
+    """Indexes what is pending through *indexer_agent*. ``batch_size`` and ``max_retries`` may be set."""
 
-    *batch_size* is the most inputs of one call, *max_retries* how often a failed one is repeated; both may be set.
-    *on_items* (None at first) is called with the kind and (name, None or the problem) of items when that is durable.
-    """
-
-    def __init__(self, indexer_agent: SQLIndexerAgent) -> None:
+    def __init__(self, indexer_agent: SQLIndexerAgent, on_items: OnItems | None = None) -> None:
+        """*on_items* is called with the kind and (name, None or the problem) of items when their state is durable."""
         self.indexer = indexer_agent
-        self.on_items: OnItems | None = None
+        self._on_items = on_items
 
     @property
     def batch_size(self) -> int:
@@ -67,42 +113,16 @@ class BatchIndexingManager:
         """Index every pending table and return whether it succeeded, by name; its state in *doc_store* follows.
 
         Raises:
-            IndexingError: The provider or ChromaDB ended the work; the same call later goes on where it ended.
+            IndexingError: The provider or the disk ended the work; the same call later resumes it.
         """
-        tables = []
-        results: dict[str, bool] = {}
-        note = self._note(doc_store, Kind.TABLE, results)
-        for name in doc_store.get_pending_tables():
-            info = doc_store.get_table_info(name)
-            if info is None:
-                note([(name, UNREADABLE)])
-                continue
-            tables.append({**_common(info), "name": name, "schema": info.get("schema_data", {})})
-        note.texts = {table["name"]: table["documentation"] for table in tables}
-        if tables:
-            self.indexer.batch_index_tables(tables, note)
-        return results
+        return self._process(doc_store, Kind.TABLE, doc_store.get_pending_tables(), doc_store.get_table_info)
 
     def batch_process_pending_relationships(self, doc_store: DocumentationStore) -> dict[str, bool]:
         """Index every pending relationship, by id; see ``batch_process_pending_tables``."""
-        relationships = []
-        results: dict[str, bool] = {}
-        note = self._note(doc_store, Kind.RELATIONSHIP, results)
-        for pending in doc_store.get_pending_relationships():
-            name = str(pending["id"])
-            info = doc_store.get_relationship_info(name)
-            if info is None:
-                note([(name, UNREADABLE)])
-                continue
-            ends = [pending.get("constrained_table"), pending.get("referred_table")]
-            kind = info.get("relationship_type", "")
-            relationships.append({**_common(info), "id": name, "type": kind, "tables": ends})
-        note.texts = {relationship["id"]: relationship["documentation"] for relationship in relationships}
-        if relationships:
-            self.indexer.batch_index_relationships(relationships, note)
-        return results
+        ids = [str(pending["id"]) for pending in doc_store.get_pending_relationships()]
+        return self._process(doc_store, Kind.RELATIONSHIP, ids, doc_store.get_relationship_info)
 
-    def get_processing_stats(self, doc_store: PendingItems) -> dict[str, Any]:
+    def get_processing_stats(self, doc_store: DocumentationStore | StatesAfterMending) -> dict[str, Any]:
         """Return what is pending and what it costs; sends nothing.
 
         Keys: pending_tables, pending_relationships, total_pending (numbers of items); estimated_table_cost,
@@ -154,7 +174,7 @@ class BatchIndexingManager:
             sizes += [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         return len(pack(sizes, provider.limits, self.batch_size))
 
-    def pending_texts(self, doc_store: PendingItems) -> tuple[list[str], list[str]]:
+    def pending_texts(self, doc_store: DocumentationStore | StatesAfterMending) -> tuple[list[str], list[str]]:
         """Return the texts of all pending tables and relationships."""
         tables = [(name, doc_store.get_table_info(name)) for name in doc_store.get_pending_tables()]
         pending = [str(relationship["id"]) for relationship in doc_store.get_pending_relationships()]
@@ -167,38 +187,51 @@ class BatchIndexingManager:
         known = self.indexer.vector_store.known(hashes)
         return [text for found, text in hashes.items() if found not in known]
 
-    def _note(self, doc_store: DocumentationStore, kind: Kind, results: dict[str, bool]) -> _Note:
-        return _Note(doc_store, kind, results, self.on_items)
+    def _process(
+        self,
+        doc_store: DocumentationStore,
+        kind: Kind,
+        names: Iterable[str],
+        get_info: Callable[[str], dict[str, Any] | None],
+    ) -> dict[str, bool]:
+        results: dict[str, bool] = {}
+
+        def note(ended: Sequence[tuple[str, str | None]], hashes: Iterable[tuple[str, str]] = ()) -> None:
+            doc_store.mark_indexed_many(kind, hashes)
+            for name, problem in ended:
+                if problem is not None:
+                    logger.warning("%s %s is not indexed: %s", kind, name, problem)
+                    doc_store.mark_failed(kind, name, problem)
+                results[name] = problem is None
+            if self._on_items is not None:
+                self._on_items(kind, ended)
+
+        def note_items(ended: Ended) -> None:
+            indexed = [(item.name, item.content_hash) for item, problem in ended if problem is None]
+            note([(item.name, problem) for item, problem in ended], indexed)
+
+        items = []
+        for name in names:
+            info = get_info(name)
+            if info is None:
+                note([(name, UNREADABLE)])
+            else:
+                detail = "schema_data" if kind is Kind.TABLE else "relationship_type"
+                items.append(_item(kind, name, info, detail))
+        if items:
+            self.indexer.index_items(items, note_items)
+        return results
 
 
-class _Note:
-    """Notes the outcome of one item after another in the store and in *results*."""
-
-    def __init__(
-        self, doc_store: DocumentationStore, kind: Kind, results: dict[str, bool], on_items: OnItems | None
-    ) -> None:
-        self._doc_store, self._kind, self._results, self._on_items = doc_store, kind, results, on_items
-        self.texts: dict[str, str] = {}
-
-    def __call__(self, ended: Sequence[tuple[str, str | None]]) -> None:
-        indexed = [(name, content_hash(self.texts[name])) for name, problem in ended if problem is None]
-        self._doc_store.mark_indexed_many(self._kind, indexed)
-        for name, problem in ended:
-            if problem is not None:
-                logger.warning("%s %s is not indexed: %s", self._kind, name, problem)
-                self._doc_store.mark_failed(self._kind, name, problem)
-            self._results[name] = problem is None
-        if self._on_items is not None:
-            self._on_items(self._kind, ended)
+def _item(kind: Kind, name: str, given: Info, detail: str) -> IndexItem:
+    text = str(given.get("documentation") or "")
+    if not text:
+        more = given.get(detail)
+        purpose = str(given.get("business_purpose") or "")
+        parts = [f"{kind.capitalize()} {name}", purpose, json.dumps(more, default=str) if more else ""]
+        text = ". ".join(part for part in parts if part)
+    return IndexItem(kind, name, text, given.get("metadata") or {})
 
 
-def _common(info: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "business_purpose": info.get("business_purpose", ""),
-        "documentation": str(info.get("documentation") or ""),
-        "metadata": info.get("metadata") or {},
-    }
-
-
-def _texts(named: Sequence[tuple[str, Mapping[str, Any] | None]]) -> list[str]:
-    return [_common(info)["documentation"] or name for name, info in named if info is not None]
+def _texts(named: Sequence[tuple[str, Info | None]]) -> list[str]:
+    return [str(info.get("documentation") or name) for name, info in named if info is not None]

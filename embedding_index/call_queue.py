@@ -1,4 +1,4 @@
-"""The calls that are still to be made: who makes the next one, when, and how many run at once."""
+"""A queue of calls to the provider: bounded concurrency, delayed retries, and a gate for rate limits."""
 
 from __future__ import annotations
 
@@ -10,24 +10,15 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-POLL_S = 0.1  # how soon a stop is seen by who waits
+from embedding_index.inputs import Piece
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A text that is sent as one input: a whole one, or a part of a long one; *tokens* by the provider's count."""
-
-    content_hash: str
-    text: str
-    tokens: int
+POLL_S = 0.1  # how soon a waiting thread sees a stop
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is sent at once. *attempt* counts from 1; *failed_at_s* is the ``time.monotonic`` of its first failure, or of
-    that of the larger one of which it is a part.
-
-    *is_repeat*: all of it was sent before.
+    """One request. *attempt* counts from 1; *failed_at_s* is the ``time.monotonic`` of its first failure, or of the first
+    failure of the larger call it is a part of. *is_repeat*: all of its pieces were sent before.
     """
 
     pieces: tuple[Piece, ...]
@@ -37,10 +28,10 @@ class Call:
 
 
 class CallQueue:
-    """Calls for the threads of one run. The run is over when none is waiting and none is being worked on."""
+    """Calls for the threads of one run. The run is over when no call waits and none is taken."""
 
     def __init__(self, calls: Iterable[Call], slots: int, stop: threading.Event) -> None:
-        """Prepare; the provider works on at most *slots* calls at once. After *stop* no new one starts."""
+        """Let the provider work on at most *slots* calls at once. After *stop* no new call starts."""
         self._ready = deque(calls)
         self._later: list[tuple[float, int, Call]] = []
         self._numbers = itertools.count()
@@ -54,7 +45,7 @@ class CallQueue:
         self.gate_wait_s = 0.0
 
     def take(self) -> Call | None:
-        """Return the next call as soon as it may start, which holds a slot from now on; None when the run is over."""
+        """Wait for a call that may start, give it a slot and return it; None when the run is over."""
         with self._changed:
             while not self._is_over():
                 now_s = time.monotonic()
@@ -73,13 +64,13 @@ class CallQueue:
             return None
 
     def free_slot(self, call: Call) -> None:
-        """The body of the answer of *call* begins to arrive: another one may go while this one is being read and stored."""
+        """Release the slot of *call*, whose answer begins to arrive: another call may start while it is read and stored."""
         with self._changed:
             self._in_slot.discard(id(call))
             self._changed.notify()
 
     def settle(self, call: Call, first: Iterable[Call] = (), later: Iterable[Call] = (), wait_s: float = 0.0) -> None:
-        """*call* is done with; the calls *first* are next, those *later* in *wait_s* seconds, behind all others."""
+        """Finish *call*. The calls *first* are next; the calls *later* follow in *wait_s* seconds, behind all others."""
         with self._changed:
             self._in_slot.discard(id(call))
             self._taken -= 1
@@ -89,19 +80,23 @@ class CallQueue:
             self._changed.notify_all()
 
     def close_gate(self, wait_s: float) -> None:
-        """No call starts for *wait_s* seconds from now."""
+        """Let no call start for *wait_s* seconds from now; a gate that is closed for longer stays so."""
         with self._changed:
             now_s = time.monotonic()
-            self.gate_wait_s += max(0.0, now_s + wait_s - max(self._gate_s, now_s))
-            self._gate_s = max(self._gate_s, now_s + wait_s)
+            opens_at_s = now_s + wait_s
+            if self._gate_s <= now_s:
+                self.gate_wait_s += wait_s  # as it was asked for: a difference of two clock times would be rounded
+            elif opens_at_s > self._gate_s:
+                self.gate_wait_s += opens_at_s - self._gate_s
+            self._gate_s = max(self._gate_s, opens_at_s)
 
     def unsettled(self) -> int:
-        """Return how many calls wait or are being worked on."""
+        """Return how many calls wait or are taken."""
         with self._changed:
             return len(self._ready) + len(self._later) + self._taken
 
     def abort(self) -> None:
-        """No new call starts."""
+        """Let no new call start."""
         with self._changed:
             self._is_aborted = True
             self._changed.notify_all()

@@ -1,4 +1,7 @@
-"""What becomes of a call that brought no vectors: again, later, in halves, or not at all."""
+"""What follows a failed call: a retry, a wait, two halves, or the failure of its text.
+
+Not tenacity: a retry here is another call in the queue, and depends on what other calls have met meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from embedding_index.call_queue import Call, CallQueue, Piece
+from embedding_index.call_queue import Call, CallQueue
+from embedding_index.inputs import Piece
 from embedding_index.providers.contract import RequestLimits
 from error_handler import (
     IndexingError,
@@ -19,13 +23,13 @@ from error_handler import (
 )
 from utils.retry_utils import RetryPolicy
 
-# So many texts, each alone, are refused before anything was taken: then no other will be.
+# If this many texts, each sent alone, are refused before any was accepted, all others would be refused as well.
 MOST_LONE_FAILURES = 8
-# A call without an answer is divided to find out whether its texts are the reason only while so few are left: in an
-# outage, thousands would be.
+# A call without an answer is halved, to find out whether its texts are the reason, only if no more calls than this are
+# left: in an outage, thousands would be.
 MOST_PROBES = 8
 SHORTEST_WAIT_S = 0.05
-# A count is trusted to be wrong by no more than this factor.
+# Token counts are assumed to be wrong by no more than this factor.
 WORST_ESTIMATE = 8
 
 logger = logging.getLogger(__name__)
@@ -33,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a run asks. *batch_size*: most inputs of a call. *max_retries*: repetitions of one that failed, or of one text.
+    """Options of a run. *batch_size*: most inputs of a call. *max_retries*: retries of a failed call, or of one text.
 
-    *patience_s*: longest time without any answer before the run ends. *first_wait_s*: before the first repetition; the
-    others as in ``RetryPolicy``.
+    *patience_s*: longest time without any answer before the run ends. *first_wait_s*: backoff before the first retry;
+    see ``RetryPolicy``.
     """
 
     batch_size: int = 100
@@ -46,9 +50,9 @@ class RunOptions:
 
 
 class CallRepetition:
-    """Decides for all calls of one run; any thread may ask. Each method settles its call in the queue.
+    """Decides what follows a failed call of one run. Thread-safe. Each method settles its call in the queue.
 
-    Those that return a text return the problem of a call's only piece, which gets no vector; else None.
+    Methods that return a string or None return the problem of a single piece that gets no vector.
     """
 
     def __init__(self, options: RunOptions, queue: CallQueue) -> None:
@@ -64,14 +68,14 @@ class CallRepetition:
         self._lone_failures = 0
 
     def heard(self, started_s: float) -> None:
-        """The provider answered, in whatever way, a call that started at *started_s* (``time.monotonic``): it is there."""
+        """Note that the provider answered, in whatever way, a call that started at *started_s* (``time.monotonic``)."""
         with self._lock:
             self._silent_since_s = None
             self._busy_in_a_row = 0
             self._heard_of_s = max(self._heard_of_s, started_s)
 
     def wait_as_told(self, call: Call, exc: ProviderBusyError) -> None:
-        """No call starts before the time that the provider asks for; it took nothing, so no attempt is used up.
+        """Let no call start before the time that the provider asks for. It did nothing, so no attempt is used up.
 
         Raises:
             ProviderBusyError: That would be longer than the patience.
@@ -85,7 +89,7 @@ class CallRepetition:
         if self._is_patience_over(wait_s):
             raise ProviderBusyError(
                 f"the embedding provider asks to wait {wait_s:.0f} s, beyond the {self._options.patience_s:.0f} s without an "
-                f"answer that a run allows ({exc}); what was embedded is kept: run the same command again later.",
+                f"answer that a run allows ({exc}); what was embedded is stored: run the same command again later.",
                 exc.wait_s,
             ) from exc
         logger.warning("the embedding provider is busy (%s); next call in %.1f s", exc, wait_s)
@@ -93,7 +97,7 @@ class CallRepetition:
         self._queue.settle(call, first=[call])
 
     def after_no_answer(self, call: Call, exc: ProviderUnavailableError) -> str | None:
-        """Repeat *call* some times; then, if others are answered, its texts are the reason, else wait for the provider.
+        """Retry *call*. After the last retry: halve it if other calls are answered, else wait for the provider.
 
         Raises:
             ProviderUnavailableError: There was no answer at all for longer than the patience.
@@ -110,7 +114,7 @@ class CallRepetition:
             if is_over:
                 raise ProviderUnavailableError(
                     f"the embedding provider gave no usable answer for {self._options.patience_s:.0f} s ({exc}); what was "
-                    "embedded is kept: run the same command again when it is there."
+                    "embedded is stored: run the same command again when the provider is back."
                 ) from exc
             if len(call.pieces) > 1 and self._queue.unsettled() <= MOST_PROBES:
                 return self._halve(call, str(exc), failed_at_s)
@@ -122,7 +126,7 @@ class CallRepetition:
         return None
 
     def after_refusal(self, call: Call, exc: ProviderRejectedError) -> str | None:
-        """Send *call* in halves; a single text has failed.
+        """Send *call* in halves; a single text fails.
 
         Raises:
             ProviderRejectedError: The first texts of the run were all refused, each alone.
@@ -132,7 +136,7 @@ class CallRepetition:
         return self._halve(call, f"the provider refuses it: {exc}")
 
     def after_distrust(self, call: Call, exc: UnusableVectorsError) -> str | None:
-        """Send *call* in halves; a single text again, until its retries are used up.
+        """Send *call* in halves, or a single text again until its retries are used up.
 
         Raises:
             UnusableVectorsError: Nothing usable came from the start of the run.
@@ -145,7 +149,7 @@ class CallRepetition:
         return self._halve(call, f"no usable vector came in {call.attempt} attempts: {exc}")
 
     def after_check(self, call: Call, problems: Mapping[Piece, str], *, has_good: bool) -> dict[Piece, str]:
-        """Ask again, one by one, for the pieces with *problems*; return those that have failed for good.
+        """Send the pieces with *problems* again, each alone; return those that have used up their retries.
 
         Raises:
             UnusableVectorsError: Nothing usable came from the start of the run.
@@ -163,11 +167,11 @@ class CallRepetition:
         return {piece: f"{problem}, in {attempt} attempts" for piece, problem in problems.items()}
 
     def is_perhaps_too_long(self, piece: Piece, limits: RequestLimits) -> bool:
-        """Whether a wrong count of *piece*, refused alone, may be the reason."""
+        """Whether *piece*, refused alone, may be longer than its token count says."""
         return piece.tokens > limits.input_tokens // WORST_ESTIMATE
 
     def _halve(self, call: Call, problem: str, failed_at_s: float | None = None) -> str | None:
-        """Send *call* in halves; *failed_at_s* where it had no answer: a half without one is halved again at once."""
+        """Send *call* in halves. With *failed_at_s*, it had no answer: a half without an answer is halved again at once."""
         if len(call.pieces) == 1:
             self._queue.settle(call)
             return problem
@@ -191,7 +195,7 @@ class CallRepetition:
             ) from exc
 
     def _is_patience_over(self, wait_s: float) -> bool:
-        """Whether the provider, silent from now on if it was not before, would be so for too long in *wait_s*."""
+        """Whether the provider will have been silent for longer than the patience after *wait_s* more seconds."""
         now_s = time.monotonic()
         with self._lock:
             if self._silent_since_s is None:

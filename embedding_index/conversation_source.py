@@ -1,7 +1,7 @@
 """Past conversations and their classifications as items of the index.
 
-Only conversations with a stored result are taken. Their text is what the customer said, in order: people search for a
-customer's problem, and the turns of agents (greetings, apologies, requests for a number) are much alike everywhere.
+Only conversations with a stored result are indexed. Their text is what the customer said, in order: people search for a
+customer's problem, and the turns of agents (greetings, apologies, requests for a number) are alike everywhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from aggregator import aggregate_conversation
 from config import Settings
+from embedding_index.batch_indexing import SQLIndexerAgent
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.indexer_agent import SQLIndexerAgent
 from embedding_index.items import IndexItem, Kind, MetadataValue
 from embedding_index.mending import StatesAfterMending
 from embedding_index.providers.contract import Provider
@@ -37,10 +37,10 @@ Stop = asyncio.Event | threading.Event
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """*settings* name the collections; *limit* is the most conversations to embed, None for all; *window* how many at once.
+    """Options of a pass. *settings* name the collections; *limit* is the most conversations to embed, None for all.
 
-    *allow_external*: their texts may be sent to a provider outside this house. *on_read* is told after each page, in the
-    running loop.
+    *window* is how many are embedded at once. *allow_external*: texts may be sent to a provider outside your network.
+    *on_read* is called after each page, in the running loop.
     """
 
     settings: Settings
@@ -52,7 +52,7 @@ class Options:
 
 @dataclass(slots=True)
 class ConversationCounts:
-    """What one pass met and did. *expected* is about how many there are to read; *is_complete*: all were read."""
+    """What one pass read and did. *expected* is about how many there are to read; *is_complete*: all were read."""
 
     expected: int = 0
     read: int = 0
@@ -66,13 +66,13 @@ class ConversationCounts:
     is_complete: bool = False
 
     def as_dict(self) -> dict[str, int]:
-        """Return the numbers that a report shows."""
+        """Return the numbers for a report."""
         return {name: value for name, value in asdict(self).items() if name not in ("expected", "is_complete")}
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationEstimate:
-    """What a run would send: *unpaid* texts of *tokens*, for *pending* conversations; the others have a vector."""
+    """What a run would send: *unpaid* texts with *tokens*, for *pending* conversations."""
 
     pending: int
     unpaid: int
@@ -81,21 +81,21 @@ class ConversationEstimate:
 
 
 def require_allowed(provider: Provider, *, allowed: bool) -> None:
-    """Raise ConfigurationError where texts of customers would leave this house and nobody allowed it."""
+    """Raise ConfigurationError if customer text would leave your network without permission."""
     if provider.leaves_house and not allowed:
         raise ConfigurationError(
-            "the texts of customers would be sent to an embedding provider outside this house; allow it with "
+            "customer text would be sent to an embedding provider outside your network; allow it with "
             "--allow-external or ALLOW_EXTERNAL_LLM=true, or set EMBEDDING_PROVIDER to ollama or local."
         )
 
 
 def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) -> IndexItem:
-    """Return the item of *document*, labelled as *result* says, which ``is_labelled``.
+    """Return the item of *document* with the labels of *result*, which ``is_labelled``.
 
-    The metadata hold no text of the customer, but the one line that the model made of it, as the results do.
+    The metadata hold no customer text except the one-line summary by the model, which the results hold as well.
 
     Raises:
-        SkippedDocumentError: There is nothing that the customer said.
+        SkippedDocumentError: The customer said nothing.
     """
     conversation = aggregate_conversation(document)
     source_id = canonical(document["_id"])
@@ -113,7 +113,7 @@ def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) ->
 
 
 def is_labelled(result: Mapping[str, Any] | None) -> bool:
-    """Whether *result* is there and has all of LABELS."""
+    """Whether *result* exists and has all LABELS."""
     labels = result.get("classification") if result is not None else None
     return isinstance(labels, Mapping) and all(isinstance(labels.get(label), str) for label in LABELS)
 
@@ -121,12 +121,12 @@ def is_labelled(result: Mapping[str, Any] | None) -> bool:
 async def conversation_pages(
     store: DocumentStore, options: Options, counts: ConversationCounts, stop: Stop | None = None
 ) -> AsyncGenerator[list[IndexItem], None]:
-    """Yield the items of all classified conversations, page by page; count in *counts*, ``is_complete`` at the end.
+    """Yield the items of all classified conversations, page by page, and count them in *counts*.
 
-    Conversations that come during the reading may be missed; the next pass has them.
+    Conversations that arrive meanwhile may be missed; the next pass has them.
 
     Raises:
-        ConfigurationError: One of the collections is not there, so nothing can be concluded from it.
+        ConfigurationError: One of the collections does not exist.
         StoreError: MongoDB cannot be read.
     """
     await _require_collections(store, options.settings)
@@ -163,7 +163,7 @@ def _items(
 
 
 async def _require_collections(store: DocumentStore, settings: Settings) -> None:
-    """A name with a typo would look like a collection whose conversations are all gone."""
+    """Refuse a collection that does not exist: a wrong name must not look like deleted conversations."""
     with translated("look for the conversations"):
         found = await store.database.list_collection_names()
     for name, variable in (
@@ -172,7 +172,7 @@ async def _require_collections(store: DocumentStore, settings: Settings) -> None
     ):
         if name not in found:
             raise ConfigurationError(
-                f"there is no collection {name} in the database {settings.db_name}; check MONGODB_DB and {variable}, "
+                f"the database {settings.db_name} has no collection {name}; check MONGODB_DB and {variable}, "
                 "and classify conversations with cli.py first."
             )
 
@@ -185,16 +185,16 @@ async def index_conversations(
     stop: Stop | None = None,
     on_result: OnResult | None = None,
 ) -> ConversationCounts:
-    """Bring the conversations of *store* into the index, and take those that are gone from MongoDB out of it.
+    """Index the conversations of *store*, and delete those that are gone from MongoDB from the index.
 
-    A text that is in the index is not embedded again; where only the labels differ, they are replaced. Items leave the
-    index after a pass that was neither limited nor stopped. *on_result* gets each name, with None or the problem, from
-    the thread that indexes.
+    A text that is in the index is not embedded again; if only its labels differ, they are replaced. Items are deleted
+    after a pass that was neither limited nor stopped. *on_result* gets each name, with None or the problem, in the
+    thread that indexes.
 
     Raises:
-        ConfigurationError: The texts may not leave the house, or a collection is not there.
-        StoreError: MongoDB cannot be read. What is indexed stays so; the same command goes on.
-        IndexingError: The provider or the index fails; likewise.
+        ConfigurationError: The texts may not leave your network, or a collection does not exist.
+        StoreError: MongoDB cannot be read. What is indexed stays indexed; the same command resumes.
+        IndexingError: The provider or the index fails; the same command resumes.
     """
     require_allowed(agent.vector_store.provider, allowed=options.allow_external)
     run = _Pass(doc_store, agent, options, stop, on_result)
@@ -215,10 +215,10 @@ async def estimate_conversations(
     options: Options,
     stop: Stop | None = None,
 ) -> ConversationEstimate:
-    """Read all conversations and return what ``index_conversations`` would send for them; nothing is sent.
+    """Read all conversations and return what ``index_conversations`` would send; send nothing.
 
     Raises:
-        ConfigurationError, StoreError: As there.
+        ConfigurationError, StoreError: See ``index_conversations``.
     """
     counts, tokens = ConversationCounts(), 0
     unpaid: set[str] = set()
@@ -238,7 +238,7 @@ async def estimate_conversations(
 
 
 def _unpaid_tokens(vectors: SQLVectorStore, texts: dict[str, str]) -> int:
-    """Leave those with a vector out of *texts*, and return the tokens of the others."""
+    """Remove the texts that have a vector from *texts*; return the tokens of the others."""
     for known in vectors.known(texts.keys()):
         texts.pop(known, None)
     return sum(vectors.provider.count_tokens(text) for text in texts.values())
@@ -246,7 +246,7 @@ def _unpaid_tokens(vectors: SQLVectorStore, texts: dict[str, str]) -> int:
 
 @dataclass
 class _Pass:
-    """One way through all conversations; *window* waits to be embedded."""
+    """One pass over all conversations; *window* holds the items that wait to be embedded."""
 
     doc_store: DocumentationStore
     agent: SQLIndexerAgent
@@ -258,7 +258,7 @@ class _Pass:
     is_cut_short: bool = False
 
     async def take(self, items: list[IndexItem]) -> None:
-        """Tell the state store of one page, and embed the window where it is full."""
+        """Offer one page to the state store, and embed the window if it is full."""
         offered = await asyncio.to_thread(self.doc_store.offer, items, keep_text=False)
         if offered.changed:
             await asyncio.to_thread(self._relabel, offered.changed)
@@ -271,7 +271,7 @@ class _Pass:
         await self._embed(at_least=1 if is_heavy else self.options.window)
 
     async def finish(self) -> None:
-        """Embed what waits, and take out what is gone where everything was seen."""
+        """Embed what waits; after a complete pass, delete what is gone."""
         await self._embed(at_least=1)
         if self.counts.is_complete:
             await asyncio.to_thread(self._remove)
@@ -282,7 +282,7 @@ class _Pass:
             await asyncio.to_thread(self.agent.index_items, part, self._record)
 
     def _record(self, ended: Ended) -> None:
-        """Mark what is searchable now; a crash before it costs nothing, because the vectors are stored."""
+        """Mark items as indexed. A crash before this costs nothing, because the vectors are stored."""
         done = [(item.name, item.content_hash) for item, problem in ended if problem is None]
         self.doc_store.mark_indexed_many(Kind.CONVERSATION, done)
         self.counts.indexed += len(done)
@@ -299,7 +299,7 @@ class _Pass:
         self.counts.changed += len(changed)
 
     def _remove(self) -> None:
-        """Out of the index first: a crash between the two is found by the next pass."""
+        """Delete from the index first: the next pass repairs a crash between the two."""
         names = self.doc_store.end_pass(Kind.CONVERSATION)
         if names:
             self.agent.vector_store.delete(Kind.CONVERSATION, names)

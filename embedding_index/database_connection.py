@@ -1,4 +1,4 @@
-"""The way to a database through SQLAlchemy: an address that is understood, a transaction that cannot write, clear errors."""
+"""A read-only connection to the database of DATABASE_URL through SQLAlchemy, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATEMENT_TIMEOUT_S = 60
 
 _POSTGRESQL_NAMES = ("postgres", "postgresql")
 
-# What the driver says, and what to do about it; the first that fits.
+# What the driver says, and what to do about it; the first match counts.
 _REMEDIES = (
     (r'role ".*" does not exist|authentication|password|pg_hba|denied for user', "correct its user and password"),
     (r'database ".*" does not exist|Unknown database', "correct the name of the database in it"),
@@ -32,12 +32,12 @@ _REMEDIES = (
     (r"permission denied|unable to open", "give its user the right to read the database's structure"),
     (r"not a database|malformed", "name the file of a database in it"),
 )
-_USUAL_REMEDY = "see that the database runs, and correct host and port"
+_USUAL_REMEDY = "check that the database runs, and correct host and port"
 
 
 @contextmanager
 def connected(url: SecretStr) -> Iterator[Connection]:
-    """Yield a connection to *url* inside a transaction that can only read; raises as ``read_database``."""
+    """Yield a connection to *url* inside a read-only transaction; raises like ``read_database``."""
     target = _parsed(url)
     engine = _engine(target)
     try:
@@ -46,7 +46,7 @@ def connected(url: SecretStr) -> Iterator[Connection]:
                 connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
                 connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_S}s'"))
             elif target.get_backend_name() == "sqlite":
-                connection.exec_driver_sql("BEGIN")  # one state of the file for all that is read
+                connection.exec_driver_sql("BEGIN")  # all queries see one state of the file
             yield connection
     except SQLAlchemyError as exc:
         raise _translated(exc, target) from _quotable(exc, target)
@@ -59,7 +59,7 @@ def _parsed(url: SecretStr) -> URL:
         target = make_url(url.get_secret_value())
     except (ArgumentError, ValueError):
         target = None
-    # Raised outside the handler: the foreign error quotes a piece of the password where that has an unescaped : or @.
+    # Raised outside the handler: the original error may quote a part of a password with an unescaped : or @.
     if target is None or "@" in (target.host or ""):
         raise ConfigurationError(
             "DATABASE_URL cannot be read as an address; write it as postgresql://user:password@host:5432/database or "
@@ -75,7 +75,7 @@ def _engine(target: URL) -> Engine:
     options: dict[str, Any] = {"poolclass": NullPool}
     if target.drivername.split("+")[0] == "sqlite":
         path = _sqlite_file(target)
-        # No name of a file can add an option to the address.
+        # Quoted, so that no file name can add an option to the address.
         options["creator"] = lambda: sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
         target = URL.create("sqlite")
     elif target.drivername == "postgresql+psycopg" and "connect_timeout" not in target.query:
@@ -84,14 +84,14 @@ def _engine(target: URL) -> Engine:
         engine = create_engine(target, **options)
     except NoSuchModuleError:
         raise ConfigurationError(
-            f"DATABASE_URL names a kind of database or driver that is not known here, {target.drivername}; "
+            f"DATABASE_URL names an unknown kind of database or driver, {target.drivername}; "
             "write postgresql:// or sqlite:///, or install the package that brings it."
         ) from None
     except ImportError as exc:
         package = exc.name or target.drivername
         raise ConfigurationError(
-            f"the driver of DATABASE_URL is not installed ({package}); pip install -r requirements-index.txt has the "
-            "one of PostgreSQL, for other databases install theirs."
+            f"the driver of DATABASE_URL is not installed ({package}); pip install -r requirements-index.txt installs the "
+            "one for PostgreSQL, other databases need their own."
         ) from exc
     except (ArgumentError, TypeError) as exc:
         raise ConfigurationError(
@@ -99,7 +99,7 @@ def _engine(target: URL) -> Engine:
         ) from _quotable(exc, target)
     if engine.dialect.is_async:
         raise ConfigurationError(
-            f"DATABASE_URL names an asynchronous driver, {target.drivername}; leave the part from + to :// out."
+            f"DATABASE_URL names an asynchronous driver, {target.drivername}; remove the part from + to ://."
         )
     return engine
 
@@ -143,6 +143,6 @@ def _secrets(target: URL) -> list[str]:
 
 
 def _quotable(exc: Exception, target: URL) -> Exception | None:
-    """Return *exc* as a cause to be shown in tracebacks; None where something of it quotes a secret of the address."""
+    """Return *exc* as the cause for tracebacks; None if a part of it quotes a secret of the address."""
     shown = "".join(traceback.format_exception(exc))
     return None if any(secret in shown for secret in _secrets(target)) else exc

@@ -1,4 +1,4 @@
-"""What is known of a database: names, types, keys, comments; nothing of its rows, nothing that changes by itself."""
+"""Facts about a database: names, types, keys, comments. No rows, and nothing that changes by itself."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _PLAIN_NAME = re.compile(r"[^\W\d]\w*")
 
 
 def quoted(name: str) -> str:
-    """Return *name*, in double quotes unless it is one word, so that names joined by dots and commas stay unique."""
+    """Return *name*, quoted unless it is one word, so that names joined by dots and commas stay unique."""
     return name if _PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"'
 
 
 def full_name(schema: str | None, table: str) -> str:
-    """Return how *table* is called everywhere in the index: ``billing.refunds``, or ``refunds`` without a schema."""
+    """Return the name of *table* in the index: ``billing.refunds``, or ``refunds`` without a schema."""
     return quoted(table) if schema is None else f"{quoted(schema)}.{quoted(table)}"
 
 
 def column_list(columns: Sequence[str]) -> str:
-    """Return *columns* as they stand in ids and texts."""
+    """Return *columns* as written in ids and texts."""
     return ", ".join(map(quoted, columns))
 
 
@@ -32,7 +32,7 @@ def column_list(columns: Sequence[str]) -> str:
 class ColumnFacts:
     """One column.
 
-    *type* is empty where the database has none for it. *choices* are the labels of an enumeration; *default* is SQL;
+    *type* is empty if the database has none. *choices* are the labels of an enumeration; *default* is SQL;
     *is_automatic*: the database fills it.
     """
 
@@ -49,9 +49,9 @@ class ColumnFacts:
 class TableFacts:
     """One table or view.
 
-    *schema* is None where the database has one only. *unique_keys* hold the columns of unique constraints and of unique
-    indexes over whole tables, without the primary key; *indexes* those of the others, expressions as SQL. *problem* says
-    why nothing more than the name could be read; None as a rule.
+    *schema* is None if the database has only one. *unique_keys* are the columns of unique constraints and of unique
+    indexes over whole tables, without the primary key; *indexes* those of the other indexes, expressions as SQL.
+    *problem* says why only the name could be read; None if all was read.
     """
 
     schema: str | None
@@ -72,7 +72,7 @@ class TableFacts:
         return full_name(self.schema, self.name)
 
     def is_unique(self, columns: Collection[str]) -> bool:
-        """Whether no two rows can have the same values, none of them NULL, in *columns*."""
+        """Whether no two rows can have the same values in *columns*, NULL aside."""
         keys = [key for key in (self.primary_key, *self.unique_keys) if key]
         return any(set(key) <= set(columns) for key in keys)
 
@@ -81,9 +81,9 @@ class TableFacts:
 class RelationshipFacts:
     """One foreign key, from the constrained table to the referred one; both by their full names.
 
-    *id* is unique: ``public.refunds(order_id) -> public.orders(id)``; where several foreign keys are equal in that,
-    those after the first have their constraint's name behind it. *referred_columns* are empty where the referred table
-    is missing. *on_delete* is SQL (``CASCADE``), None where rows that are referred to cannot be deleted.
+    *id* is unique: ``public.refunds(order_id) -> public.orders(id)``; of several equal foreign keys, those after the first
+    have their constraint's name appended. *referred_columns* are empty if the referred table is missing. *on_delete* is
+    SQL (``CASCADE``), None if referenced rows cannot be deleted.
     """
 
     id: str
@@ -98,13 +98,13 @@ class RelationshipFacts:
 
     @property
     def is_self_reference(self) -> bool:
-        """Whether rows refer to other rows of their own table."""
+        """Whether rows refer to rows of the same table."""
         return self.constrained_table == self.referred_table
 
 
 @dataclass(frozen=True, slots=True)
 class DatabaseFacts:
-    """Everything that was read, ordered by name. *hidden_schemas* are those that the user may not use: not read."""
+    """Everything that was read, ordered by name. *hidden_schemas* were not read: the user may not use them."""
 
     tables: tuple[TableFacts, ...]
     relationships: tuple[RelationshipFacts, ...]

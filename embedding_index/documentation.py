@@ -1,4 +1,4 @@
-"""Tables and relationships as texts, for people and for embeddings. Pure: equal facts give equal texts."""
+"""Texts about tables and relationships, for people and for embeddings. Equal facts give equal texts. No I/O."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts, column_list, quoted
 from embedding_index.items import IndexItem, Kind, MetadataValue
 
-# Where a word ends inside a name: order_items, orderItems, HTTPLog, line2.
+# Ends of words inside a name: order_items, orderItems, HTTPLog, line2.
 _WORD_END = re.compile(
     r"[\W_]+|(?<=[^\W\d_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])"
 )
@@ -20,7 +20,7 @@ _SPACES = re.compile(r"\s+")
 
 @dataclass(frozen=True, slots=True)
 class Documentation:
-    """One item with what is known of it besides its text: *details* are JSON, their keys those of the store's answers."""
+    """One item and its *details*: JSON values under the keys that the documentation store returns."""
 
     item: IndexItem
     details: Mapping[str, Any]
@@ -41,12 +41,12 @@ def document_database(
 
 
 def words(name: str) -> str:
-    """Return *name* as words in lower case: ``OrderItems`` and ``order_items`` are "order items"."""
+    """Return *name* as words in lower case: ``OrderItems`` and ``order_items`` become "order items"."""
     return _WORD_END.sub(" ", name).strip().lower() or name
 
 
 def linked_tables(table: TableFacts, outgoing: Sequence[RelationshipFacts]) -> tuple[str, str] | None:
-    """Return the two tables that *table* links many-to-many: its primary key is made of two foreign keys; else None."""
+    """Return the two tables that *table* links many-to-many (its primary key is two foreign keys), or None."""
     parts = [key for key in outgoing if set(key.constrained_columns) <= set(table.primary_key)]
     if len(parts) != 2 or not table.primary_key:
         return None
@@ -57,7 +57,7 @@ def linked_tables(table: TableFacts, outgoing: Sequence[RelationshipFacts]) -> t
 
 
 def business_purpose(table: TableFacts, outgoing: Sequence[RelationshipFacts]) -> str:
-    """Return what *table* is for: its comment, or one sentence that says it is derived."""
+    """Return the purpose of *table*: its comment, or a derived sentence that says so."""
     if table.comment:
         return _one_line(table.comment)
     subject = words(table.name)
@@ -92,7 +92,7 @@ def _table_lines(
     called = "" if subject == table.name else f": {subject}"
     partitioned = ", kept in partitions" if table.is_partitioned else ""
     yield f"{table.kind.capitalize()} {table.full_name}{called}{partitioned}."
-    if table.comment:  # a derived purpose says nothing that the rest does not, and makes all tables alike
+    if table.comment:  # a derived purpose adds nothing, and makes all tables alike
         yield f"Purpose: {purpose}"
     if table.problem:
         yield f"Nothing more is known of it: {table.problem}."
@@ -125,7 +125,7 @@ def _key_lines(
 
 
 def _targets(outgoing: Sequence[RelationshipFacts]) -> dict[str, str]:
-    """What single columns refer to."""
+    """Return what single columns refer to."""
     targets: defaultdict[str, list[str]] = defaultdict(list)
     for key in outgoing:
         if len(key.constrained_columns) == 1:
@@ -145,7 +145,7 @@ def _referred(key: RelationshipFacts) -> str:
 
 
 def _column_line(column: ColumnFacts, target: str | None) -> str:
-    """Return what tells one column from others: types, defaults and the like are in the details, and blur the search."""
+    """Return what distinguishes a column. Types and defaults are in the details only: they make the search worse."""
     line = quoted(column.name)
     if column.choices:
         line += f": one of {', '.join(column.choices)}"
@@ -183,7 +183,7 @@ def _relationship_lines(key: RelationshipFacts, tables: Mapping[str, TableFacts]
 
 
 def _table_words(name: str) -> str:
-    """Words of the table in a full name."""
+    """Return the words of the table in a full name."""
     return words(re.split(r'\.(?=(?:[^"]*"[^"]*")*[^"]*$)', name)[-1].strip('"'))
 
 

@@ -1,37 +1,30 @@
-"""How far each item is: pending, indexed, failed; and the documentation of tables and relationships.
+"""The state of each item (pending, indexed, failed), and the documentation of tables and relationships.
 
-One SQLite file in WAL mode with ``synchronous=FULL``: what a method has returned from survives a power cut. Losing the
-file costs no money: it is filled again from the sources, and the vectors are in another one.
+Losing the file costs no money: it is filled again from the sources, and the vectors are in another one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from config.index_settings import load_index_settings
 from embedding_index.database_facts import RelationshipFacts, TableFacts
 from embedding_index.documentation import Documentation, document_database
-from embedding_index.item_states import Offered, State, StoredItem, Synchronized
-from embedding_index.items import IndexItem, Kind
-from error_handler import ConfigurationError, StateDirectoryError
+from embedding_index.items import IndexItem, Kind, Offered, State, StoredItem, Synchronized
+from embedding_index.state_file import Schema, StateFile
 
 FILE_NAME = "index.sqlite3"
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 30.0
 # Names in one query, and rows that are read at once.
 CHUNK = 5_000
 
 # Sorted, so that equal values are equal texts.
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
-# State, hash and metadata are apart from the texts, so that a pass over 100,000 unchanged items reads little.
+# State, hash and metadata are apart from the texts: a pass over 100,000 unchanged items reads little.
 _TABLES = """
 CREATE TABLE items (
     kind TEXT NOT NULL,
@@ -52,9 +45,8 @@ CREATE TABLE documentation (
     text TEXT NOT NULL,
     details TEXT NOT NULL,
     PRIMARY KEY (kind, name)
-) STRICT;
-"""
-# What a pass has met. Of this connection only: a pass that is cut off begins anew.
+) STRICT"""
+# The items that a pass has met. Of this connection only: an interrupted pass starts again.
 _MET_TABLE = "CREATE TEMP TABLE IF NOT EXISTS met (kind TEXT, name TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
 
 _UPSERT = """
@@ -69,118 +61,43 @@ ON CONFLICT (kind, name) DO UPDATE SET text = :text, details = :details
 WHERE text <> :text OR details <> :details"""
 
 
-class DocumentationStore:
-    """The state of every item in one file; any thread may call, one at a time is served. Use as ``with``, or close it.
+_SCHEMA = Schema(
+    what="the state of the items",
+    tables=_TABLES,
+    version=1,
+    if_damaged="remove it with its -wal and -shm, and index again: stored vectors are not paid for twice.",
+)
 
-    One process may write (its caller holds the lock of the folder); others may read at the same time.
-    """
+
+class DocumentationStore(StateFile):
+    """The state of every item. One process may write (its caller holds the lock of the folder); others may read."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """Open or make the file *path*, mode 0600; None: ``index.sqlite3`` in INDEX_DIR.
-
-        Raises:
-            ConfigurationError: A newer version of this product made it.
-            StateDirectoryError: It cannot be opened, or is not such a file.
-        """
-        self.path = path if path is not None else load_index_settings().index_dir / FILE_NAME
-        self._lock = threading.RLock()
+        """Open or make the file *path*; None: ``index.sqlite3`` in INDEX_DIR. See ``StateFile``."""
+        super().__init__(path if path is not None else load_index_settings().index_dir / FILE_NAME, _SCHEMA)
         self._begun: set[Kind] = set()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-            self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as exc:
-            raise self._unusable(exc) from exc
-        try:
-            self._prepare()
-        except (ConfigurationError, StateDirectoryError):
-            self._db.close()
-            raise
-
-    def _prepare(self) -> None:
-        try:
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA secure_delete=ON")  # labels of conversations that are gone are overwritten
-            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-            if version == 0:
-                version = self._make_tables()
-        except sqlite3.Error as exc:
-            raise self._unusable(exc) from exc
-        if version > SCHEMA_VERSION:
-            raise ConfigurationError(
-                f"{self.path} was made by a newer version of this program ({version}, here {SCHEMA_VERSION}); "
-                "use that version, or another INDEX_DIR."
-            )
-
-    def _make_tables(self) -> int:
-        with self._step() as db:
-            version = int(db.execute("PRAGMA user_version").fetchone()[0])
-            if version:  # made by another process since
-                return version
-            for statement in _TABLES.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            return SCHEMA_VERSION
 
     def __enter__(self) -> DocumentationStore:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; what was written is durable already."""
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def _step(self) -> Iterator[sqlite3.Connection]:
-        """Make everything inside one durable step, or nothing of it."""
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                with self._db:  # ends the transaction, one way or the other
-                    yield self._db
-            except sqlite3.Error as exc:
-                raise self._unusable(exc) from exc
-
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._lock:
-            try:
-                return self._db.execute(query, values).fetchall()
-            except sqlite3.Error as exc:
-                raise self._unusable(exc) from exc
-
-    def _unusable(self, exc: Exception) -> StateDirectoryError:
-        if type(exc) is sqlite3.DatabaseError:
-            return StateDirectoryError(
-                f"{self.path} is damaged, or not a file of this program; remove it with its -wal and -shm, and index again: "
-                "stored vectors are not paid for twice."
-            )
-        return StateDirectoryError(
-            f"{self.path} cannot be used ({type(exc).__name__}: {exc}); free space, or fix the rights of its folder."
-        )
-
     def begin_pass(self, kind: Kind) -> None:
-        """Begin to read the source of *kind* as a whole: from now on it is noted what is offered."""
-        with self._step() as db:
+        """Begin a complete pass over the source of *kind*: offered names are noted from now on."""
+        with self.transaction() as db:
             db.execute(_MET_TABLE)
             db.execute("DELETE FROM met WHERE kind = ?", (kind,))
         self._begun.add(kind)
 
     def offer(self, items: Iterable[IndexItem], keep_text: bool = True) -> Offered:
-        """Take in what the source has now, and return what is to be done for it.
+        """Store what the source has now, and return what must be done.
 
-        Pending are items that are new, have another text, failed before, or were never finished. Without *keep_text*
-        nothing of their texts but the hash is written.
+        Items are pending if they are new, have another text, failed before, or were never finished. Without *keep_text*,
+        only the hash of their texts is written.
         """
         return self._offer([Documentation(item, {}) for item in items], keep_text)
 
     def _offer(self, documented: Sequence[Documentation], keep_text: bool) -> Offered:
         offered = Offered([], [])
-        with self._step() as db:
+        with self.transaction() as db:
             for start in range(0, len(documented), CHUNK):
                 self._offer_chunk(db, documented[start : start + CHUNK], keep_text, offered)
         return offered
@@ -215,12 +132,12 @@ class DocumentationStore:
             db.executemany(_NEW_TEXT, map(_text_row, chunk))
 
     def end_pass(self, kind: Kind) -> list[str]:
-        """Return the names of *kind* that were not offered since ``begin_pass``: no longer in the source.
+        """End the pass and return the names of *kind* that were not offered: the source no longer has them.
 
-        They stay here until ``remove``, so that a crash before they left the index loses none of them.
+        They stay here until ``remove``, so that a crash before they leave the index loses none of them.
 
         Raises:
-            ValueError: No pass has begun since the last one ended; everything would seem to be gone.
+            ValueError: No pass has begun, so every name would be returned.
         """
         if kind not in self._begun:
             raise ValueError(f"no pass of {kind} has begun")
@@ -231,9 +148,9 @@ class DocumentationStore:
         return [row["name"] for row in self._rows(gone, (kind, kind))]
 
     def sync_database(self, tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]) -> Synchronized:
-        """Document all that a database has now, and return what is to be done for it.
+        """Document everything a database has now, and return what must be done.
 
-        Call ``remove`` with what is gone when it has left the index, and ``mark_indexed`` for the rest.
+        Call ``remove`` for what is gone once it has left the index, and ``mark_indexed`` for the rest.
         """
         documented_tables, documented_relationships = document_database(tables, relationships)
         done = Synchronized([], [], {})
@@ -246,12 +163,12 @@ class DocumentationStore:
         return done
 
     def mark_indexed(self, kind: Kind, name: str, content_hash: str) -> None:
-        """Note that the index holds the item with this text and its metadata; nothing where its text changed meanwhile."""
+        """Mark an item as indexed with this text and its metadata, unless its text has changed meanwhile."""
         self.mark_indexed_many(kind, [(name, content_hash)])
 
     def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None:
-        """Do ``mark_indexed`` for each (name, content hash) in one durable step."""
-        with self._step() as db:
+        """Do ``mark_indexed`` for each (name, content hash) in one transaction."""
+        with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'indexed', is_outdated = 0, problem = NULL, attempts = attempts + (state <> 'indexed') "
                 "WHERE kind = ? AND name = ? AND hash = ?",
@@ -259,37 +176,37 @@ class DocumentationStore:
             )
 
     def mark_failed(self, kind: Kind, name: str, problem: str) -> None:
-        """Note one more attempt that failed, and why (one sentence without text of the item)."""
-        with self._step() as db:
+        """Mark an item as failed once more; *problem* is one sentence without text of the item."""
+        with self.transaction() as db:
             db.execute(
                 "UPDATE items SET state = 'failed', problem = ?, attempts = attempts + 1 WHERE kind = ? AND name = ?",
                 (problem, kind, name),
             )
 
     def mark_pending(self, kind: Kind, names: Iterable[str]) -> None:
-        """Note that the index does not hold the items *names* any more."""
-        with self._step() as db:
+        """Mark the items *names* as pending: the index no longer has them."""
+        with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'pending', is_outdated = 0 WHERE kind = ? AND name = ?",
                 ((kind, name) for name in names),
             )
 
     def remove(self, kind: Kind, names: Iterable[str]) -> None:
-        """Forget the items *names*, which are not in the index any more."""
+        """Delete the items *names*, which have left the index."""
         rows = [(kind, name) for name in names]
-        with self._step() as db:
+        with self.transaction() as db:
             db.executemany("DELETE FROM items WHERE kind = ? AND name = ?", rows)
             db.executemany("DELETE FROM documentation WHERE kind = ? AND name = ?", rows)
 
     def counts(self) -> dict[Kind, dict[State, int]]:
-        """Return how many items there are by kind and state, each of them there."""
+        """Return the number of items by kind and state, zeros included."""
         counted = {kind: dict.fromkeys(State, 0) for kind in Kind}
         for row in self._rows("SELECT kind, state, count(*) AS number FROM items GROUP BY kind, state"):
             counted[Kind(row["kind"])][State(row["state"])] = row["number"]
         return counted
 
     def items(self, kind: Kind, state: State | None = None) -> Iterator[StoredItem]:
-        """Yield the items of *kind*, all or those in *state*, by name; in portions, so changes meanwhile may show."""
+        """Yield the items of *kind* by name, all or those in *state*. Read in pages, so later changes may show."""
         query = (
             "SELECT i.*, d.text FROM items i LEFT JOIN documentation d ON d.kind = i.kind AND d.name = i.name "
             "WHERE i.kind = ?1 AND i.name >= ?2 AND i.name IS NOT ?3 AND (?4 IS NULL OR i.state = ?4) "
@@ -300,17 +217,22 @@ class DocumentationStore:
             yield from map(_stored_item, rows)
             first = last = rows[-1]["name"]
 
+    def indexed_hashes(self) -> dict[str, str]:
+        """Return the content hash of each indexed item by its id."""
+        rows = self._rows("SELECT kind, name, hash FROM items WHERE state = 'indexed'")
+        return {f"{row['kind']}:{row['name']}": row["hash"].hex() for row in rows}
+
     def content_hashes(self) -> set[str]:
-        """Return the hashes of all texts that are known here: whose vectors are still of use."""
+        """Return the content hashes of all items."""
         return {row["hash"].hex() for row in self._rows("SELECT DISTINCT hash FROM items")}
 
     def get_pending_tables(self) -> list[str]:
-        """Return the names of the pending tables, in order."""
+        """Return the names of the pending tables, sorted."""
         rows = self._rows("SELECT name FROM items WHERE kind = 'table' AND state = 'pending' ORDER BY name")
         return [row["name"] for row in rows]
 
     def get_pending_relationships(self) -> list[dict[str, str]]:
-        """Return the pending relationships, in order: ``id``, ``constrained_table``, ``referred_table``."""
+        """Return the pending relationships, sorted: ``id``, ``constrained_table``, ``referred_table``."""
         query = (
             "SELECT i.name, d.details FROM items i JOIN documentation d ON d.kind = i.kind AND d.name = i.name "
             "WHERE i.kind = 'relationship' AND i.state = 'pending' ORDER BY i.name"
@@ -324,15 +246,19 @@ class DocumentationStore:
 
     def get_table_info(self, name: str) -> dict[str, Any] | None:
         """Return ``table_name``, ``schema_data`` (as TableFacts), ``business_purpose``, ``documentation``, ``metadata``,
-        ``content_hash`` and ``status`` of one table; None where there is none of that name.
+        ``content_hash`` and ``status`` of one table; None if there is none of that name.
         """
         return self._info(Kind.TABLE, name, "table_name")
 
     def get_relationship_info(self, relationship_id: str) -> dict[str, Any] | None:
         """Return ``id``, ``relationship_type``, the other fields of RelationshipFacts, ``documentation``, ``metadata``,
-        ``content_hash`` and ``status`` of one relationship; None where there is none of that id.
+        ``content_hash`` and ``status`` of one relationship; None if there is none of that id.
         """
         return self._info(Kind.RELATIONSHIP, relationship_id, "id")
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        with self.reading() as db:
+            return db.execute(query, values).fetchall()
 
     def _info(self, kind: Kind, name: str, name_key: str) -> dict[str, Any] | None:
         query = (

@@ -1,7 +1,7 @@
-"""Texts become vectors: the least number of calls, each answer stored before it counts, no bad text in the way of others.
+"""Embeds texts in as few calls as possible and stores each answer before it counts.
 
-Threads of its own make the calls and store the answers, independent of how fast the results are taken. What is sent and
-not yet stored is all that a crash can make be sent again.
+Its own threads make the calls and store the answers. After a crash, only what was sent and not yet stored is sent again.
+A text that the provider refuses does not hold up the others.
 """
 
 from __future__ import annotations
@@ -9,21 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
-import numpy as np
-
-from embedding_index.call_queue import Call, CallQueue, Piece
+from embedding_index.call_queue import Call, CallQueue
 from embedding_index.call_repetition import CallRepetition, RunOptions
+from embedding_index.inputs import LongTexts, Piece, pack, split_text
 from embedding_index.items import content_hash
-from embedding_index.long_texts import LongTexts
-from embedding_index.packing import pack
 from embedding_index.providers.contract import Answer, Provider
-from embedding_index.splitting import split_text
-from embedding_index.vector_checks import Vector, checked_vectors, weighted_mean
+from embedding_index.vector_checks import checked_vectors, weighted_mean
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import (
     MixedIndexError,
@@ -35,10 +31,8 @@ from error_handler import (
 
 __all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
 
-# Threads beyond the calls that the provider works on: they read and store answers, so that no slot stands empty meanwhile.
+# Threads beyond the calls that the provider works on: they read and store answers while the next calls are made.
 STORING_THREADS = 2
-RESULTS_PAGE = 256
-HANDED_ON_BYTES = 32 * 1024 * 1024  # of vectors that wait for who takes the results; those beyond are read back
 LONGEST_COUNTED = 8  # characters per token that an input may have
 
 logger = logging.getLogger(__name__)
@@ -46,21 +40,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """How one text ended: with its vector (length 1), or with a *problem* in one sentence, which never quotes it."""
+    """How one text ended: *problem* None means that its vector is stored; else it is one sentence that never quotes it."""
 
     content_hash: str
-    vector: Vector | None
     problem: str | None
-
-
-_Ending = Vector | str | None
-"""A vector, a problem, or None: the vector is to be read from the ledger."""
 
 
 @dataclass(slots=True)
 class RunCounts:
-    """What a run did so far. *embedded*, *reused* and *failed* count texts; *calls* HTTP requests, *repeated* of them
-    carried only texts that had been sent before; *tokens* are as billed; *wait_s* is how long the provider made all wait.
+    """What a run did so far. *embedded*, *reused* and *failed* count texts; *calls* counts HTTP requests, *repeated* those
+    with only texts that had been sent before; *tokens* are as billed; *wait_s* is the time that rate limits cost.
     """
 
     calls: int = 0
@@ -73,7 +62,7 @@ class RunCounts:
 
 
 class EmbeddingRun:
-    """Embeds texts with one provider; one ``run`` at a time."""
+    """Embeds texts with one provider, one ``run`` at a time."""
 
     def __init__(
         self,
@@ -82,7 +71,7 @@ class EmbeddingRun:
         options: RunOptions | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        """Prepare. Once *stop* is set, no new call starts; those in flight end and are stored."""
+        """Once *stop* is set, no new call starts; calls in flight end and are stored."""
         self._provider = provider
         self._ledger = ledger
         self._options = options or RunOptions()
@@ -99,20 +88,19 @@ class EmbeddingRun:
     def run(self, texts: Mapping[str, str]) -> Generator[Embedded]:
         """Yield how each of *texts* (content hash: text) ended, in the order in which they end.
 
-        Whatever happens, every vector that was paid for is in the ledger, and has been yielded before an error is raised.
-        After a stop, texts without a vector are not yielded. Leaving the iterator early stops the run in the same way.
+        Every vector that was paid for is stored, and its text yielded, before an error is raised. After a stop, texts
+        without a vector are not yielded. Leaving the iterator early stops the run in the same way.
 
         Raises:
             ProviderUnavailableError: No usable answer for *patience_s*.
-            ProviderRejectedError, UnusableVectorsError: Nothing but refusals from the start; the rest was not asked.
-            ConfigurationError: As the provider says.
-            MixedIndexError: The vectors have another dimension than those stored.
+            ProviderRejectedError, UnusableVectorsError: The first texts all failed; the others were not sent.
+            ConfigurationError: See ``Provider.embed``.
+            MixedIndexError: The vectors have another length than those stored.
             StateDirectoryError: The ledger cannot be read or written.
         """
         self._identity = self._provider.identity
         self._texts = texts
-        self._results: SimpleQueue[Mapping[str, _Ending] | None] = SimpleQueue()
-        self._handed_on_bytes = 0
+        self._results: SimpleQueue[list[Embedded] | None] = SimpleQueue()
         self._long = LongTexts()
         self._problems: dict[str, str] = {}
         self._asked: set[str] = set()
@@ -128,7 +116,7 @@ class EmbeddingRun:
         with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
             workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
             try:
-                yield from self._stored(sorted(known))
+                yield from (Embedded(key, None) for key in sorted(known))
                 yield from self._ended(workers)
             finally:
                 self._queue.abort()
@@ -137,43 +125,28 @@ class EmbeddingRun:
         """Yield the texts as they end, until all *workers* have; raise what ended one of them."""
         left = len(workers)
         while left:
-            endings = self._results.get()
-            if endings is None:
+            ended = self._results.get()
+            if ended is None:
                 left -= 1
-                continue
-            stored: list[str] = []
-            for key, ending in endings.items():
-                if ending is None:
-                    stored.append(key)
-                elif isinstance(ending, str):
-                    yield Embedded(key, None, ending)
-                else:
-                    yield Embedded(key, ending, None)
-            yield from self._stored(stored)
-            with self._lock:
-                self._handed_on_bytes -= sum(each.nbytes for each in endings.values() if isinstance(each, np.ndarray))
+            else:
+                yield from ended
         for worker in workers:
             worker.result()
-
-    def _stored(self, hashes: Sequence[str]) -> Iterator[Embedded]:
-        for start in range(0, len(hashes), RESULTS_PAGE):
-            for key, vector in self._ledger.vectors(self._identity, hashes[start : start + RESULTS_PAGE]).items():
-                yield Embedded(key, vector, None)
 
     # What is to be sent
 
     def _planned(self, hashes: Sequence[str]) -> list[Piece]:
-        """Return what is to be sent for the texts *hashes*; what needs no call has ended afterwards."""
+        """Return the pieces to send for the texts *hashes*; texts that need no call end here."""
         planned: dict[str, Piece] = {}
         divided: dict[str, list[Piece]] = {}
         limit = self._provider.limits.input_tokens
         for key in hashes:
             text = self._texts[key]
             if not text.strip():
-                self._fail(key, "its text is empty, and there is nothing to embed; give it a text, or leave it out")
+                self._fail(key, "its text is empty; give it a text, or leave it out")
                 continue
             if len(text) > LONGEST_COUNTED * limit:
-                # Tokenizers are slow with megabytes in one piece, or refuse them; splitting counts stretches.
+                # Tokenizers refuse megabytes at once, or are slow; splitting counts small parts.
                 pieces = self._divided(text, limit)
                 whole = Piece(key, text, sum(piece.tokens for piece in pieces))
             else:
@@ -190,15 +163,15 @@ class EmbeddingRun:
         return list(planned.values())
 
     def _divided(self, text: str, limit_tokens: int) -> list[Piece]:
-        """Return *text* in pieces of at most *limit_tokens*; those of nothing but white space have no meaning."""
+        """Return *text* in pieces of at most *limit_tokens*, without those that are only white space."""
         texts = split_text(text, limit_tokens, self._provider.count_tokens)
         return [Piece(content_hash(each), each, self._provider.count_tokens(each)) for each in texts if each.strip()]
 
     def _awaited(self, whole: str, pieces: Sequence[Piece]) -> list[Piece]:
-        """Let *whole* wait for its *pieces*; return those that nobody has asked for, each once."""
+        """Let *whole* wait for its *pieces*; return those that were not sent yet, each once."""
         hashes = {piece.content_hash for piece in pieces}
         with self._lock:
-            # Inside the lock: a piece that is stored by another thread is either known here or arrives afterwards.
+            # Inside the lock: a piece that another thread stores is either known here or arrives afterwards.
             missing = hashes - self._ledger.known(self._identity, hashes)
             self._long.add(whole, pieces, missing)
             problem = next((self._problems[key] for key in missing if key in self._problems), None)
@@ -221,13 +194,13 @@ class EmbeddingRun:
                     self._counts.wait_s = self._queue.gate_wait_s
             is_regular = True
         finally:
-            # Nobody would answer the others, whatever ended this one.
+            # After an error in one thread, the others must end as well.
             if not is_regular:
                 self._queue.abort()
             self._results.put(None)
 
     def _perform(self, call: Call) -> None:
-        """Make one call, and do what its outcome asks for; *call* is settled afterwards."""
+        """Make one call and handle its outcome; *call* is settled afterwards."""
         with self._lock:
             self._counts.calls += 1
             self._counts.repeated += call.is_repeat
@@ -250,14 +223,14 @@ class EmbeddingRun:
             self._fail_single(call, self._repetition.after_distrust(call, exc))
 
     def _keep(self, call: Call, answer: Answer) -> None:
-        """Store the good vectors of *answer*, then let the texts end that are complete; ask again for the others."""
+        """Store the good vectors of *answer*, end the texts that are complete, and send the others again."""
         with self._lock:
             self._counts.tokens += answer.tokens or 0
             dimensions = self._dimensions
         try:
             checked = checked_vectors(answer.vectors, len(call.pieces), dimensions)
         except (UnusableVectorsError, MixedIndexError):
-            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed all the same
+            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed nevertheless
             raise
         good = {call.pieces[place].content_hash: vector for place, vector in checked.good.items()}
         self._ledger.add(self._identity, good, answer.tokens)
@@ -269,7 +242,7 @@ class EmbeddingRun:
             self._fail(piece.content_hash, problem)
 
     def _divide_further(self, call: Call) -> bool:
-        """Whether *call* is one long piece, which then is sent in smaller ones: its count was only estimated."""
+        """If *call* is one long piece whose count was estimated, send it in smaller pieces; return whether it was."""
         piece = call.pieces[0]
         if len(call.pieces) > 1 or not self._repetition.is_perhaps_too_long(piece, self._provider.limits):
             return False
@@ -288,11 +261,12 @@ class EmbeddingRun:
         if problem is not None:
             self._fail(call.pieces[0].content_hash, problem)
 
-    def _arrived(self, vectors: Mapping[str, Vector]) -> None:
-        """These texts and pieces have their vectors in the ledger."""
+    def _arrived(self, hashes: Iterable[str]) -> None:
+        """Note that the vectors of these texts and pieces are in the ledger."""
+        hashes = list(hashes)
         with self._lock:
-            complete = [whole for key in vectors for whole in self._long.arrived(key)]
-            self._end(vectors)
+            complete = [whole for key in hashes for whole in self._long.arrived(key)]
+            self._end(Embedded(key, None) for key in hashes)
         for whole in complete:
             self._store_mean(whole)
 
@@ -304,31 +278,23 @@ class EmbeddingRun:
             self._fail(whole, "the vectors of its pieces cancel each other out; shorten its text")
             return
         self._ledger.add(self._identity, {whole: mean}, calls=0)
-        self._arrived({whole: mean})
+        self._arrived([whole])
 
     def _fail(self, key: str, problem: str) -> None:
-        """The text or piece *key* gets no vector in this run, nor does a long text of which it is one."""
+        """Note that the text or piece *key* gets no vector in this run, nor do the long texts that contain it."""
         with self._lock:
             self._problems[key] = problem
-            self._end({key: problem})
+            self._end([Embedded(key, problem)])
             wholes = self._long.failed(key)
         for whole in wholes:
             self._fail(whole, f"a piece of it failed: {problem}")
 
-    def _end(self, endings: Mapping[str, Vector | str]) -> None:
-        """Hand on how texts ended; pieces, and what has ended before, are left out. Called with the lock held."""
-        ended: dict[str, _Ending] = {}
-        for key, ending in endings.items():
-            if key not in self._open:
-                continue
-            self._open.discard(key)
-            if isinstance(ending, str):
-                self._counts.failed += 1
-                ended[key] = ending
-            else:
-                self._counts.embedded += 1
-                is_handed_on = self._handed_on_bytes + ending.nbytes <= HANDED_ON_BYTES
-                self._handed_on_bytes += ending.nbytes if is_handed_on else 0
-                ended[key] = ending if is_handed_on else None
+    def _end(self, endings: Iterable[Embedded]) -> None:
+        """Hand on how texts ended, except pieces and texts that have ended before. Called with the lock held."""
+        ended = [ending for ending in endings if ending.content_hash in self._open]
+        self._open.difference_update(ending.content_hash for ending in ended)
+        failed = sum(ending.problem is not None for ending in ended)
+        self._counts.failed += failed
+        self._counts.embedded += len(ended) - failed
         if ended:
             self._results.put(ended)

@@ -1,4 +1,4 @@
-"""Where ``cli.py index`` logs to, and what must never be in a line."""
+"""Logging of ``cli.py index``: where lines go, and which secrets are masked in them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from config.openai_settings import load_openai_settings
 from error_handler import ConfigurationError
 from logger import configure_logging
 
-SHORTEST_SECRET = 4  # characters; replacing shorter ones would make holes in every other word
+SHORTEST_SECRET = 4  # characters; masking shorter ones would also mask parts of words
 
 
 def log_to(chosen: IndexSettings, settings: Settings, *, verbose: bool) -> None:
-    """Send lines of LOG_LEVEL to LOG_FILE; to stderr warnings, and with *verbose* all of them.
+    """Log lines of LOG_LEVEL to LOG_FILE, and warnings to stderr; with *verbose*, all lines to stderr as well.
 
     Raises:
         ConfigurationError: LOG_FILE cannot be written.

@@ -1,19 +1,24 @@
-"""The index for searching: a copy of its newest finished state, and the provider that made it."""
+"""The index for searching, beside a process that writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from types import TracebackType
 
 from config.index_settings import IndexSettings
-from embedding_index.index_copy import IndexCopy
 from embedding_index.items import Hit, Kind
 from embedding_index.providers.opening import open_provider
-from embedding_index.query import query_vector
+from embedding_index.search_entries import SearchEntries, mixed_message
+from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_search import VectorSearch, query_vector
+from error_handler import MixedIndexError, StateDirectoryError, VectorStoreError
+
+LEDGER_FILE = "vectors.sqlite3"
 
 
 class IndexReader:
-    """Searches beside a writer; use as ``with``, or close it. Nothing is read before the first search.
+    """Searches what is in the index at the time of each search. Use as ``with``, or close it.
 
     Raises:
         ConfigurationError: The provider cannot be opened: a package or a key is missing.
@@ -21,7 +26,8 @@ class IndexReader:
 
     def __init__(self, settings: IndexSettings) -> None:
         self.provider = open_provider(settings)
-        self._copy = IndexCopy(settings.index_dir, identity=self.provider.identity)
+        self._path = settings.index_dir / LEDGER_FILE
+        self._search = VectorSearch(settings.index_dir)
 
     def __enter__(self) -> IndexReader:
         return self
@@ -32,18 +38,32 @@ class IndexReader:
         self.close()
 
     def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:
-        """Return at most *limit* items most like *text*, the best first; *kinds* None: all. Sees what was indexed last.
+        """Return at most *limit* items most like *text*, the best first; *kinds* None: all.
 
         Raises:
-            VectorStoreError: There is no index, or it is damaged.
+            VectorStoreError: There is no index, or its file is damaged or cannot be read.
             MixedIndexError: Another model made it.
             ConfigurationError: *text* is empty.
             ProviderUnavailableError: The provider gives no vector for *text*.
         """
-        self._copy.refresh()
-        return self._copy.search(query_vector(self.provider, text), kinds, limit)
+        if not is_index(self._path.parent):
+            raise VectorStoreError(f"there is no index in {self._path.parent}; `python cli.py index --batch` makes it.")
+        try:
+            # Opened for each search: the file may have been replaced, and is not held open between searches.
+            with VectorLedger(self._path, create=False) as ledger:
+                recorded = SearchEntries(ledger).identity()
+                if recorded is not None and not recorded.is_same_model(self.provider.identity):
+                    raise MixedIndexError(mixed_message(recorded, self.provider.identity))
+                return self._search.search(ledger, query_vector(self.provider, text), kinds, limit)
+        except StateDirectoryError as exc:
+            raise VectorStoreError(str(exc)) from exc
 
     def close(self) -> None:
-        """Remove the copy and close the provider."""
-        self._copy.close()
+        """Release files and memory, and close the provider."""
+        self._search.close()
         self.provider.close()
+
+
+def is_index(folder: Path) -> bool:
+    """Whether something was ever indexed into *folder*."""
+    return (folder / LEDGER_FILE).is_file()

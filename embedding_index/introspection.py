@@ -1,4 +1,4 @@
-"""What a database has, read through SQLAlchemy's inspector: its catalogue only, never a row."""
+"""Reads the catalogue of a database through SQLAlchemy's inspector, never a row."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from embedding_index.database_facts import (
     full_name,
 )
 
-# Of the databases that show them as schemas like any other.
+# Databases list these like other schemas.
 _SYSTEM_SCHEMAS = {"information_schema", "sys", "performance_schema", "mysql", "pg_catalog"}
-# Here a schema is a database of its own; the one of the URL is meant.
+# In these a schema is a database; only the one in the URL is read.
 _ONE_SCHEMA_DIALECTS = ("sqlite", "mysql", "mariadb")
 
-# Partitions hold what their partitioned table documents.
+# Partitions are documented by their partitioned table.
 _PARTITIONS = """
 SELECT n.nspname, c.relname, c.relispartition FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.relispartition OR c.relkind = 'p'"""
@@ -51,7 +51,7 @@ WHERE a.attnum > 0 AND NOT a.attisdropped AND c.relkind IN ('r', 'p', 'v', 'm', 
 _SQLITE_TYPES = """
 SELECT NULL, m.name, c.name, c.type FROM sqlite_master m JOIN pragma_table_xinfo(m.name) c
 WHERE m.type = 'table' AND m.sql NOT LIKE 'CREATE VIRTUAL%'"""
-# SQLAlchemy sees them where the foreign key stands apart from its column only.
+# SQLAlchemy finds these only if the foreign key is declared apart from its column.
 _SQLITE_ACTIONS = """
 SELECT m.name, k.id, k."from", k.on_delete FROM sqlite_master m JOIN pragma_foreign_key_list(m.name) k
 WHERE m.type = 'table' AND m.sql NOT LIKE 'CREATE VIRTUAL%' ORDER BY m.name, k.id, k.seq"""
@@ -61,23 +61,23 @@ Key = tuple[str | None, str]
 
 
 def read_database(url: SecretStr) -> DatabaseFacts:
-    """Return the tables, views and foreign keys of the database at *url*, all schemas but the system's.
+    """Return the tables, views and foreign keys of the database at *url*, in all schemas but the system's.
 
-    Views and virtual tables that the database itself cannot open are there with their ``problem``.
+    Views and virtual tables that the database itself cannot open are included with their ``problem``.
 
     Raises:
         ConfigurationError: *url* is malformed, or its driver is not installed.
         DatabaseUnavailableError: The database cannot be reached or read. No message shows the password.
     """
     with connected(url) as connection, warnings.catch_warnings():
-        # Of types and indexes that SQLAlchemy does not know: what is missing is read below, or left out.
+        # Warnings about types and indexes that SQLAlchemy does not know: they are read below, or left out.
         warnings.simplefilter("ignore", SAWarning)
         return _read(connection)
 
 
 @dataclass(frozen=True, slots=True)
 class _Catalogue:
-    """What SQLAlchemy's inspector does not tell."""
+    """Facts that SQLAlchemy's inspector does not have."""
 
     partitions: set[Key] = field(default_factory=set)
     partitioned: set[Key] = field(default_factory=set)
@@ -105,7 +105,7 @@ def _catalogue(connection: Connection, inspector: Inspector) -> _Catalogue:
 
 
 def _unreadable(inspector: Inspector, names: Iterable[str]) -> Iterator[str]:
-    """Yield views over what is gone and virtual tables without their module; the inspector keeps what it read."""
+    """Yield the views and virtual tables that cannot be opened. The inspector caches what it has read."""
     for name in names:
         try:
             inspector.get_columns(name)
@@ -117,7 +117,7 @@ def _unreadable(inspector: Inspector, names: Iterable[str]) -> Iterator[str]:
 
 def _read(connection: Connection) -> DatabaseFacts:
     if connection.dialect.name == "postgresql":
-        # Then foreign keys, types and defaults name their schemas, whatever path the user has.
+        # Foreign keys, types and defaults then name their schemas, independent of the user's path.
         connection.execute(text("SET LOCAL search_path = ''"))
     inspector = inspect(connection)
     catalogue = _catalogue(connection, inspector)
@@ -138,7 +138,7 @@ def _read(connection: Connection) -> DatabaseFacts:
 def _tables(
     connection: Connection, inspector: Inspector, schema: str | None, catalogue: _Catalogue
 ) -> Iterator[TableFacts]:
-    """Yield the tables and views of *schema*; one query for each kind of facts where the dialect can."""
+    """Yield the tables and views of *schema*, with one query for each kind of facts if the dialect can."""
     kinds: dict[str, TableKind] = dict.fromkeys(inspector.get_table_names(schema), "table")
     kinds |= dict.fromkeys(inspector.get_view_names(schema), "view")
     if connection.dialect.name == "postgresql":
@@ -174,17 +174,17 @@ def _tables(
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Facts of several tables at once."""
+    """Reads facts of several tables at once."""
 
     inspector: Inspector
     schema: str | None
     names: list[str]
 
     def of(self, what: str) -> dict[Key, Any]:
-        """Return one kind of facts by table; empty where the dialect has none of that kind."""
+        """Return one kind of facts by table; empty if the dialect has none of that kind."""
         if not self.names:
             return {}
-        # Names only where some are left out: a condition over thousands of names is slow.
+        # SQLite only, where some names are left out: a condition over thousands of names is slow.
         names = self.names if self.inspector.dialect.name == "sqlite" else None
         try:
             read = getattr(self.inspector, f"get_multi_{what}")
@@ -196,7 +196,7 @@ class _Reader:
 def _declared_types(
     connection: Connection, schema: str | None, columns: Mapping[Key, list[Row]]
 ) -> dict[tuple[str | None, str, str], str]:
-    """Return the types as the database writes them, by column, where SQLAlchemy knows less."""
+    """Return the types as the database writes them, by column, if SQLAlchemy knows less."""
     dialect = connection.dialect.name
     if dialect == "sqlite":
         query = _SQLITE_TYPES
@@ -290,10 +290,10 @@ def _relationships(keys: Iterable[tuple[Key, Row]], tables: Mapping[str, TableFa
     spelled = {name.lower(): name for name in tables}
     for place, row in sorted(keys, key=lambda key: (*map(str, key[0]), str(key[1]["name"]), str(key[1]))):
         table, columns = tables.get(full_name(*place)), tuple(row["constrained_columns"])
-        if table is None:  # made since the tables were read, where the database has no snapshot
+        if table is None:  # created after the tables were read, without a snapshot
             continue
         referred, referred_columns = full_name(row["referred_schema"], row["referred_table"]), row["referred_columns"]
-        if place[0] is None:  # SQLite does not tell upper from lower case
+        if place[0] is None:  # SQLite ignores upper and lower case
             referred = spelled.get(referred.lower(), referred)
         if not referred_columns and referred in tables:
             referred_columns = tables[referred].primary_key

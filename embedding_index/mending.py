@@ -1,94 +1,69 @@
-"""After a crash, damage or another model: what can be found and what is marked as indexed agree again. Costs nothing."""
+"""Makes what can be found and what is marked as indexed agree again: after a crash, a loss, or for another model. Free."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.item_states import Offered, State, StoredItem
-from embedding_index.items import IndexItem, Kind
+from embedding_index.items import IndexItem, Kind, Offered, State, StoredItem
 from embedding_index.vector_store import SQLVectorStore
-from error_handler import RunInterruptedError
 
 logger = logging.getLogger(__name__)
 
-PAGE = 1000
-
 
 class Mending:
-    """What is to be mended in *vectors*, so that all that *states* calls indexed can be found. Looking changes nothing.
+    """What must be mended so that everything *states* calls indexed can be found. Looking changes nothing.
 
     Attributes:
-        reason: Why ChromaDB's files must be made anew; None where they need not.
-        lost: Names by kind of the indexed items that have no stored vector of the model in use: to be embedded again.
+        lost: Names by kind of the indexed items without a stored vector of the model in use: to be embedded again.
     """
 
-    def __init__(self, vectors: SQLVectorStore, states: DocumentationStore) -> None:
-        self._vectors, self._states = vectors, states
-        self.reason = vectors.needs_remake or self._missing()
+    def __init__(self, vectors: SQLVectorStore, states: DocumentationStore, *, rebuild: bool) -> None:
+        """With *rebuild*, all entries are replaced, not only those that are missing."""
+        self._vectors, self._states, self._rebuild = vectors, states, rebuild
+        indexed = states.indexed_hashes()
+        found = {} if rebuild else vectors.entries.hashes()
+        self._missing = {id_ for id_, content_hash in indexed.items() if found.get(id_) != content_hash}
+        known = vectors.known({indexed[id_] for id_ in self._missing})
         self.lost: dict[Kind, list[str]] = {kind: [] for kind in Kind}
-        if self.reason is not None:
-            for kind in Kind:
-                self.lost[kind] = list(self._unpaid(kind))
+        for id_ in sorted(id_ for id_ in self._missing if indexed[id_] not in known):
+            kind, _, name = id_.partition(":")
+            self.lost[Kind(kind)].append(name)
 
     @property
     def is_free(self) -> bool:
-        """Whether no item has to be embedded again."""
+        """Whether no item must be embedded again."""
         return not any(self.lost.values())
 
-    def mend(self, on_progress: Callable[[int], None] | None = None) -> None:
-        """Make ChromaDB's files anew from the stored vectors, where there is a reason. Items that are lost are pending then.
-
-        *on_progress* is told how many are done.
-
-        Raises:
-            VectorStoreError: ChromaDB cannot write its files.
-            RunInterruptedError: The store was told to stop; the files are as they were.
-        """
-        if self.reason is None:
+    def mend(self) -> None:
+        """Make the entries from the stored vectors; lost items are pending then. A second time does nothing."""
+        if not self._missing and not self._rebuild:
             return
-        logger.warning("the index is made anew from the stored vectors: %s", self.reason)
         for kind, names in self.lost.items():
             self._states.mark_pending(kind, names)
-        self._vectors.remake(((item, item.content_hash) for item in self._until_stopped()), on_progress)
-        self.reason, self.lost = None, {kind: [] for kind in Kind}
-
-    def _until_stopped(self) -> Iterator[StoredItem]:
-        for item in _indexed(self._states):
-            if self._vectors.stop.is_set():
-                raise RunInterruptedError("Stopped; the same command goes on where this one ended.")
-            yield item
-
-    def _missing(self) -> str | None:
-        expected = sum(counts[State.INDEXED] for counts in self._states.counts().values())
-        if self._vectors.count() == expected:
-            return None
-        found = self._vectors.ids()
-        missing = sum(item.id not in found for item in _indexed(self._states))
-        return f"it lacks {missing} of {expected} items" if missing else None
-
-    def _unpaid(self, kind: Kind) -> Iterator[str]:
-        items = self._states.items(kind, State.INDEXED)
-        while page := list(itertools.islice(items, PAGE)):
-            known = self._vectors.known({item.content_hash for item in page})
-            yield from (item.name for item in page if item.content_hash not in known)
+        if self._rebuild:
+            logger.warning("the search entries are rebuilt from the stored vectors")
+            self._vectors.rebuild(_indexed(self._states))
+        else:
+            logger.warning("%d items could not be found; they are added from the stored vectors", len(self._missing))
+            self._vectors.add_stored(item for item in _indexed(self._states) if item.id in self._missing)
+        self._missing, self._rebuild, self.lost = set(), False, {kind: [] for kind in Kind}
 
 
 class StatesAfterMending:
-    """What *states* will say is pending once the names *lost* are: its price can be asked for before ``Mending.mend``."""
+    """What *states* says is pending once the *lost* names are, so that their price is known before ``Mending.mend``."""
 
     def __init__(self, states: DocumentationStore, lost: Mapping[Kind, Collection[str]]) -> None:
         self._states, self._lost = states, lost
 
     def get_pending_tables(self) -> list[str]:
         """See ``DocumentationStore``."""
-        return _merged(self._states.get_pending_tables(), self._lost[Kind.TABLE])
+        return sorted({*self._states.get_pending_tables(), *self._lost[Kind.TABLE]})
 
     def get_pending_relationships(self) -> list[dict[str, str]]:
-        """See ``DocumentationStore``; those that are lost have their id only."""
+        """See ``DocumentationStore``; lost ones have their id only."""
         pending = self._states.get_pending_relationships()
         known = {relationship["id"] for relationship in pending}
         return pending + [{"id": name} for name in self._lost[Kind.RELATIONSHIP] if name not in known]
@@ -110,24 +85,16 @@ class StatesAfterMending:
 
 
 def sweep(vectors: SQLVectorStore, states: DocumentationStore, kinds: Collection[Kind]) -> bool:
-    """After all sources of *kinds* were read: take out of the index what *states* does not know, as after its loss.
+    """Delete the entries of *kinds* that *states* does not know, as after its loss. Call it when all sources were read.
 
-    Returns whether all that can be found now is known there.
+    Returns whether *states* knows all that can be found now.
     """
-    if vectors.count() == sum(counts[State.INDEXED] for counts in states.counts().values()):
-        return True
-    known = {item.id for kind in Kind for item in states.items(kind)}
-    strangers = vectors.ids() - known
+    strangers = vectors.ids() - {item.id for kind in Kind for item in states.items(kind)}
     for kind in kinds:
-        prefix = f"{kind}:"
-        vectors.delete(kind, [found.removeprefix(prefix) for found in strangers if found.startswith(prefix)])
-    return not vectors.ids() - known
+        vectors.delete(kind, [id_.removeprefix(f"{kind}:") for id_ in strangers if id_.startswith(f"{kind}:")])
+    return all(id_.partition(":")[0] in kinds for id_ in strangers)
 
 
 def _indexed(states: DocumentationStore) -> Iterator[StoredItem]:
     for kind in Kind:
         yield from states.items(kind, State.INDEXED)
-
-
-def _merged(first: Iterable[str], second: Iterable[str]) -> list[str]:
-    return sorted({*first, *second})

@@ -1,7 +1,8 @@
-"""What ``cli.py index`` shows: a progress bar, the outcome, prices and hits."""
+"""What ``cli.py index`` shows and asks: progress, outcome, prices, hits, and whether more may be spent."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import time
@@ -17,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from domain.text import encodable, escaped
-from embedding_index.item_states import State
-from embedding_index.items import Hit, Kind
+from embedding_index.items import Hit, Kind, State
+from error_handler import EmbeddingCostError
 from storage.files import replace_file
 
 LINE_EVERY_S = 5.0
 SHOWN_PROBLEMS = 10
-PIPE_WIDTH = 120  # where no terminal says how wide it is
+PIPE_WIDTH = 120  # if the output is not a terminal
 EXCERPT_CHARACTERS = 200
 
 
@@ -41,12 +42,11 @@ class Spent:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one run did. Tokens are those that were billed, 0 where the provider does not tell.
+    """What one run did. Tokens are as billed, 0 if the provider does not tell.
 
-    *results* holds for each kind name -> whether it is indexed now, as BatchIndexingManager returns it; conversations
-    are too many to be named, so they are only counted. *before* is ``get_processing_stats`` before the run, *all_runs* what
-    runs paid this model since the index was made, *states* how many items there are now by kind and state. *error* is why
-    the run ended early, None where it did not.
+    *results* holds, for each kind, name -> whether it is indexed now, as BatchIndexingManager returns it; conversations
+    are too many to be named and only counted. *before* is ``get_processing_stats`` before the run, *all_runs* what all
+    runs paid for this model, *states* the number of items by kind and state. *error* is why the run ended early, or None.
     """
 
     source: str
@@ -71,7 +71,7 @@ class Outcome:
     error: str | None = None
 
     def count(self, kind: Kind, name: str, problem: str | None) -> None:
-        """Count one item that ended; *problem* None says that it is indexed."""
+        """Count one item; *problem* None means that it is indexed."""
         if problem is None:
             self.indexed += 1
         else:
@@ -108,7 +108,7 @@ class Outcome:
 
 
 class IndexProgress:
-    """How many items of how many have ended, on stderr: a bar on a terminal, else a line now and then; use as ``with``."""
+    """Progress on stderr: a bar on a terminal, else a line every LINE_EVERY_S seconds. Use as ``with``."""
 
     def __init__(self, what: str, total: int | None = None, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, soft_wrap=True)
@@ -130,11 +130,11 @@ class IndexProgress:
             self._write()
 
     def failed(self, number: int = 1) -> None:
-        """Count items that ended without being indexed; ``reached`` counts them, too."""
+        """Count items that failed; ``reached`` counts them as well."""
         self._failed += number
 
     def reached(self, number: int, of: int | None = None) -> None:
-        """Show that *number* items have ended, of *of* where that has changed."""
+        """Show that *number* items have ended; *of* is the new total, None if it is the same."""
         self._ended, self._total = number, self._total if of is None else of
         if self._bar is None and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -183,7 +183,7 @@ def show_outcome(outcome: Outcome, *, as_json: bool, output: Path | None) -> Non
 
 
 def _elsewhere(outcome: Outcome) -> Iterator[str]:
-    """Yield what is to be done for the other source, whose items may have left the index when it was made anew."""
+    """Yield what to do for the other source, whose items may have left the index in a rebuild."""
     for source, kinds in KINDS.items():
         left = sum(outcome.states.get(kind, {}).get(State.PENDING, 0) for kind in kinds)
         if left and source != outcome.source:
@@ -193,7 +193,7 @@ def _elsewhere(outcome: Outcome) -> Iterator[str]:
 
 
 def say(sentence: str) -> None:
-    """Print *sentence* to stderr, beside what is printed as the outcome."""
+    """Print *sentence* to stderr; stdout has the outcome only."""
     sys.stderr.write(f"{sentence}\n")
 
 
@@ -210,7 +210,7 @@ def give_json(value: object, *, as_json: bool, output: Path | None) -> bool:
 
 
 def show_estimate(stats: dict[str, Any], tokens: int, model: str, source: str) -> None:
-    """Print what indexing would send and cost."""
+    """Print what indexing sends and costs."""
     console = Console(soft_wrap=True, highlight=False)
     for name, value in stats.items():
         shown = in_dollars(value) if name.endswith("cost") else value
@@ -249,13 +249,55 @@ def _about(hit: Hit) -> str:
     if hit.kind is Kind.CONVERSATION:
         labels = (str(hit.metadata.get(name) or "") for name in ("intent", "topic", "sentiment", "categorization"))
         return ", ".join(label for label in labels if label)
-    # Its first line is the name once more.
+    # The first line repeats the name.
     text = " ".join((hit.text or "").partition("\n")[2].split())
     return text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 3] + "..."
 
 
 def in_dollars(usd: float | None) -> str:
-    """Return *usd* for people."""
+    """Return *usd* as text for people."""
     if usd is None:
         return "price unknown"
     return "free" if not usd else f"{usd:.6f} US dollars" if usd < 0.01 else f"{usd:.2f} US dollars"
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What a run may spend. *max_usd* None: any sum. *is_agreed*: nobody needs to be asked."""
+
+    max_usd: float | None
+    is_agreed: bool
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether the price must be known before anything is sent."""
+        return self.max_usd is not None and not self.is_agreed
+
+
+async def require_affordable(spending: Spending, usd: float | None, price: str) -> None:
+    """Return if *usd* (None: not known) may be spent; if it is over the limit, ask on the terminal.
+
+    *price* is the same for people.
+
+    Raises:
+        EmbeddingCostError: It may not be spent, or there is no terminal to ask on.
+    """
+    if not spending.has_limit or (usd is not None and spending.max_usd is not None and usd <= spending.max_usd):
+        return
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        sys.stderr.write(f"This costs {price}, more than --max-cost {spending.max_usd:g} allows. Go on? [y/N] ")
+        sys.stderr.flush()
+        if (await _line()).strip().lower() in ("y", "yes"):
+            return
+    raise EmbeddingCostError(f"Nothing was sent: {price}; raise --max-cost, or give --yes to spend it.")
+
+
+async def _line() -> str:
+    """Return a line from the terminal. The event loop waits for it, so that Ctrl-C ends the wait."""
+    loop, is_there = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), is_there.set)
+    try:
+        await is_there.wait()
+    finally:
+        loop.remove_reader(sys.stdin.fileno())
+    return sys.stdin.readline()

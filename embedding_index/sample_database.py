@@ -1,4 +1,4 @@
-"""A small database to try the index on: a shop with a support desk, tables without rows."""
+"""A small database for first steps: a shop with a support desk, tables without rows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 
 from error_handler import ConfigurationError
 
-# Written into the file (sqlite.org/fileformat.html, offset 68): a database that somebody else made is never replaced.
+# Written into the file (sqlite.org/fileformat.html, offset 68): other databases are never replaced.
 APPLICATION_ID = 0x7472_6961
 SAMPLE_SCHEMA = Path(__file__).parent.parent / "schema_examples/support_database.sql"
 
 
 def make_sample_database(path: Path) -> None:
-    """Make the SQLite file *path* with the tables of ``schema_examples/support_database.sql``; replaces an older one
-    of them, and nothing else.
+    """Make the SQLite file *path* with the tables of ``schema_examples/support_database.sql``.
+
+    An older file of this function is replaced, nothing else.
 
     Readers see the old file or the new one, never a part.
 
@@ -50,4 +51,4 @@ def _refuse_other_files(path: Path) -> None:
     with open(path, "rb") as file:
         header = file.read(72)
     if header[:16] != b"SQLite format 3\0" or int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise ConfigurationError(f"{path} is there and is not the sample database; name another file for it.")
+        raise ConfigurationError(f"{path} exists and is not the sample database; move it away, then run again.")

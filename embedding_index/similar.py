@@ -65,8 +65,7 @@ def open_index(service_settings: ServiceSettings) -> IndexReader:
     timeout_s = min(settings.timeout_s, service_settings.request_timeout_s, EMBEDDING_TIMEOUT_S)
     # By name, and now: the service starts, and classifies, without the packages that these modules need.
     reader = importlib.import_module("embedding_index.index_reader")
-    state = importlib.import_module("embedding_index.finished_state")
-    if state.read_state(settings.index_dir) is None and not state.is_unfinished(settings.index_dir):
+    if not reader.is_index(settings.index_dir):
         raise RequestError(errors.INDEX_EMPTY)
     index: IndexReader = reader.IndexReader(settings.model_copy(update={"timeout_s": timeout_s}))
     return index

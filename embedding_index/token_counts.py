@@ -1,4 +1,4 @@
-"""How many tokens a text has: counted where OpenAI's tokenizer is installed, estimated elsewhere. No I/O."""
+"""Token counts of texts: counted with OpenAI's tokenizer if it is installed, else estimated. No I/O."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ OPENAI_ENCODINGS = {
     "text-embedding-ada-002": "cl100k_base",
 }
 COUNTED_CHARACTERS = 50_000  # at once: bpe_openai refuses texts of more than 200,000 tokens
-END_TOKENS = 2  # that models of the BERT family put around each input
+END_TOKENS = 2  # models of the BERT family put them around each input
 
-# Rates of whole calls are averages: one text of a call can be that much denser, never less than was seen.
+# Rates of whole calls are averages: one text of a call can be denser by this factor.
 AVERAGE_MARGIN = 1.5
 SEEN_MARGIN = 1.05
 MOST_FACTOR = 2.0
-LEAST_LEARNT = 200  # tokens of the prior; the ends of short texts would count too much in a rate
+LEAST_LEARNT = 200  # tokens of the prior; in shorter texts the end tokens distort the rate
 ONE_SCRIPT = 0.9
 
 
 def openai_counter(model: str) -> Callable[[str], int] | None:
-    """Return what counts the tokens of *model* as OpenAI bills them, at least 1.
+    """Return a function that counts the tokens of *model* as OpenAI bills them, at least 1.
 
-    None where its tokenizer is not known or bpe_openai is not installed. The tables (1 s) are loaded by the first count.
+    None if its tokenizer is unknown or bpe_openai is not installed. The first count loads the tables (1 s).
     """
     encoding = OPENAI_ENCODINGS.get(model)
     if encoding is None or importlib.util.find_spec("bpe_openai") is None:
@@ -48,17 +48,17 @@ def openai_counter(model: str) -> Callable[[str], int] | None:
 
 @functools.cache
 def _encoder(encoding: str) -> Callable[[str], list[int]]:
-    import bpe_openai  # noqa: PLC0415 - a second, and only where OpenAI's tokens are counted
+    import bpe_openai  # noqa: PLC0415 - takes a second, and only OpenAI needs it
 
     encode: Callable[[str], list[int]] = bpe_openai.get_encoding(encoding).encode_ordinary
     return encode
 
 
 class EstimatedCounter:
-    """Estimates the tokens of inputs to a model whose tokenizer is not here: rather too many than too few.
+    """Estimates the tokens of inputs to a model whose tokenizer is not installed, with a margin to the safe side.
 
-    Counts of whole answers make it sharper, each script by itself. Text that is no language (base64, random letters)
-    can have half as many tokens again as it says.
+    The billed counts of answers improve it, for each script. Text that is no language (base64, random letters) can have
+    half as many tokens again as estimated.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class EstimatedCounter:
         return math.ceil(sum(self._factors.get(name, 1.0) * weight for name, weight in weights.items())) + END_TOKENS
 
     def learn(self, texts: Sequence[str], tokens: int) -> None:
-        """Note that *texts* together were billed as *tokens*. Calls of several scripts tell nothing about one of them."""
+        """Learn from *texts* that were billed as *tokens* together. Calls with several scripts are ignored."""
         weights: dict[str, float] = {}
         for text in texts:
             for name, weight in most_tokens(text).items():
@@ -90,7 +90,7 @@ class EstimatedCounter:
 
 
 def _factor(rates: Sequence[float]) -> float:
-    """Return by what the prior is to be multiplied: more at once where a call had more, less only after many calls."""
+    """Return the factor for the prior. It rises at once if a call had more tokens, and falls only after many calls."""
     seen = max(rates) * SEEN_MARGIN
     least = max(LEAST_FACTOR, min(1.0, max(rates) * AVERAGE_MARGIN)) if len(rates) >= LEARN_FROM else 1.0
     return min(MOST_FACTOR, max(seen, least))

@@ -1,6 +1,6 @@
-"""Whether an answer holds the vectors that were asked for, and the vector of a text in pieces. Pure: no I/O.
+"""Checks of the vectors in an answer, and the mean vector of a text in pieces. No I/O.
 
-Vectors are kept at length 1: only their direction is compared (cosine), and what a provider sends is kept but for scale.
+Vectors are stored at length 1: only their direction is compared (cosine).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from error_handler import MixedIndexError, UnusableVectorsError
 Vector = NDArray[np.float32]
 """One vector of length 1; shape (dimensions,)."""
 
-# Models give lengths of 1 to some hundred; beyond these it is no vector of a text, or a broken computation.
+# Models give lengths from 1 to some hundred; outside these bounds the computation was broken.
 SHORTEST, LONGEST = 1e-6, 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedVectors:
-    """The vectors of one answer by the place of their input; *problems* says of the other places what is wrong.
+    """The vectors of one answer by the place of their input; *problems* has the reason for each other place.
 
-    *dimensions* is None where no vector is good and none was known before.
+    *dimensions* is None if no vector is good and none was known before.
     """
 
     good: Mapping[int, Vector]
@@ -35,16 +35,16 @@ class CheckedVectors:
 
 
 def checked_vectors(vectors: Sequence[Sequence[float] | Vectors], count: int, dimensions: int | None) -> CheckedVectors:
-    """Return which of *vectors* can be used, for *count* inputs; *dimensions* None: as most of them have.
+    """Return the usable *vectors* for *count* inputs. *dimensions* None: the length that most of them have.
 
     Raises:
-        UnusableVectorsError: More or fewer came than asked for: which belongs to which input is not known.
-        MixedIndexError: All of several have another dimension than *dimensions*: the model is not the one it was.
+        UnusableVectorsError: Their number is not *count*, so it is unknown which belongs to which input.
+        MixedIndexError: All of several have another length than *dimensions*: the model has changed.
     """
     if len(vectors) != count:
         raise UnusableVectorsError(
-            f"the provider sent {len(vectors)} vectors for {count} texts, so none of them can be trusted; if it goes on, "
-            "check what stands at its address."
+            f"the provider sent {len(vectors)} vectors for {count} texts, so none of them can be trusted; if this repeats, "
+            "check the server at its address."
         )
     problems: dict[int, str] = {}
     good = _directions(vectors)
@@ -65,17 +65,17 @@ def checked_vectors(vectors: Sequence[Sequence[float] | Vectors], count: int, di
 
 
 def mixed_dimensions(known: int, found: int) -> MixedIndexError:
-    """Return the error for vectors of *found* dimensions where all others have *known*."""
+    """Return the error for vectors of *found* dimensions if the stored ones have *known*."""
     return MixedIndexError(
         f"the provider sends vectors of {found} dimensions, and the stored ones have {known}: they cannot be compared; "
-        "set EMBEDDING_MODEL and EMBEDDING_DIMENSIONS as they were, or make the index anew with --rebuild."
+        "set EMBEDDING_MODEL and EMBEDDING_DIMENSIONS back, or rebuild the index with --rebuild."
     )
 
 
 def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector | None:
-    """Return the mean of the pieces of one text at length 1; None where they cancel each other out.
+    """Return the mean of the pieces of one text at length 1; None if they cancel each other out.
 
-    *weights* are the lengths of the pieces (tokens): each token counts the same, in whichever piece it is.
+    *weights* are the tokens of the pieces, so each token counts the same.
     """
     mean = np.average(np.stack(vectors).astype(np.float64), axis=0, weights=weights)
     found = _direction(mean)
@@ -83,7 +83,7 @@ def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector
 
 
 def _directions(vectors: Sequence[Sequence[float] | Vectors]) -> dict[int, Vector]:
-    """Return the usable ones of *vectors* by place, all in one step; none where they are not a table of numbers."""
+    """Return the usable *vectors* by place, all in one step; none if they are not a table of numbers."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         try:
             table = np.asarray(vectors, dtype=np.float32)
@@ -92,7 +92,7 @@ def _directions(vectors: Sequence[Sequence[float] | Vectors]) -> dict[int, Vecto
         if table.ndim != 2 or not table.size:
             return {}
         norms = np.sqrt(np.einsum("ij,ij->i", table, table))
-        # Far inside the bounds, where float32 computes well; what is near them is looked at one by one.
+        # Well inside the bounds, so that float32 is precise enough; the others are checked one by one.
         usable = np.isfinite(norms) & (norms > 1e3 * SHORTEST) & (norms < 1e-3 * LONGEST)
         table = table / norms[:, None]
     return {int(place): table[place] for place in np.flatnonzero(usable)}
@@ -114,5 +114,5 @@ def _direction(vector: Sequence[float] | Vectors | NDArray[np.float64]) -> Vecto
         return "its vector is all zeros"
     norm = largest * float(np.linalg.norm(numbers / largest))
     if not SHORTEST <= norm <= LONGEST:
-        return f"its vector has the absurd length {norm:.3g}"
+        return f"its vector has the implausible length {norm:.3g}"
     return (numbers / norm).astype(np.float32)

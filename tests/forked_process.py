@@ -49,7 +49,6 @@ PRELOADED = (
 # The same for `cli.py index`, which not all processes that run tests start.
 OF_THE_INDEX = (
     *("embedding_index.actions", "commands.index", "embedding_index.providers.openai_embeddings"),
-    *("chromadb.api.client", "chromadb.api.rust", "chromadb.config", "chromadb.telemetry.product.posthog"),
     *("sqlalchemy.dialects.sqlite", "anyio._backends._asyncio", "httpcore2", "genai_prices.data"),
     *("rich._emoji_codes", "bpe_openai"),
 )

@@ -58,7 +58,7 @@ OWNERS = {
     "openai": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     # what the openai package is made of
     "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
-    "chromadb": {"embedding_index.chroma_folder"},
+    "chromadb": {"embedding_index.search_graph"},
     "sqlalchemy": {"embedding_index.introspection", "embedding_index.database_connection"},
     "bpe_openai": {"embedding_index.token_counts"},
     "tokenizers": {"embedding_index.providers.local_embeddings"},

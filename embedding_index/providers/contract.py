@@ -1,4 +1,4 @@
-"""What every embedding provider is, however it makes its vectors."""
+"""The interface of all embedding providers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The most that one call takes; *input_tokens* is of one input, *request_tokens* of all its inputs together.
-
-    None: no limit is known.
-    """
+    """Limits of one call: *input_tokens* for one input, *request_tokens* for all its inputs together (None: unlimited)."""
 
     inputs: int
     input_tokens: int
@@ -28,9 +25,9 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The vectors of one call as the provider sent them, in the order of the inputs, unchecked but for that order.
+    """The vectors of one call as the provider sent them, in the order of the inputs, otherwise unchecked.
 
-    *vectors* are as many lists as came, each of any length; *tokens* is what was billed, None where it was not told.
+    *vectors* may be of any number and lengths; *tokens* are those billed, None if the provider does not tell.
     """
 
     vectors: Sequence[Sequence[float] | Vectors]
@@ -38,9 +35,9 @@ class Answer:
 
 
 class Provider(Protocol):
-    """A source of vectors. It works on *max_concurrent* calls of ``embed`` at once; some more threads may be reading answers.
+    """A source of vectors. It works on *max_concurrent* calls of ``embed`` at once; more threads may read answers.
 
-    *leaves_house* where texts go to an address outside this machine.
+    *leaves_house*: texts go to an address outside this machine.
     """
 
     identity: ModelIdentity
@@ -49,20 +46,20 @@ class Provider(Protocol):
     leaves_house: bool
 
     def count_tokens(self, text: str) -> int:
-        """Return how many tokens *text* has, or the most that it may have where that is only estimated; at least 1."""
+        """Return the tokens of *text*, or the most it may have if that is only estimated; at least 1."""
 
     def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
-        """Return the vectors of *texts*, which are within the limits and not empty. One HTTP request, no repetition.
+        """Return the vectors of *texts*, which are within the limits and not empty. One request, no retry.
 
-        *on_answer* is called, from any thread, where the body of a good answer begins: the provider has done its work, and
-        another call may be made while this answer is being read. Where it is not called, the return says the same.
+        *on_answer* is called, from any thread, when the body of a good answer begins: another call may start while this
+        answer is read. It need not be called.
 
         Raises:
-            ProviderBusyError: Nothing was done; it says how long to wait.
-            ProviderUnavailableError: No usable answer; another attempt may help.
-            ProviderRejectedError: It will never take this request as it is.
-            ConfigurationError: The key, the address or the model is wrong; no other request would be taken either.
+            ProviderBusyError: Nothing was done; the error has the time to wait.
+            ProviderUnavailableError: No usable answer; a retry may help.
+            ProviderRejectedError: It will never accept this request.
+            ConfigurationError: The key, the address or the model is wrong, so every request fails.
         """
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release connections, threads and memory."""

@@ -1,7 +1,7 @@
-"""Embeddings inside this process: all-MiniLM-L6-v2 in numpy, from a package that carries its files.
+"""Embeddings inside this process: all-MiniLM-L6-v2 in numpy, with the files of a package.
 
-The usual way is sentence-transformers, which brings gigabytes of PyTorch for six layers. What is computed here is the
-same (https://arxiv.org/abs/1810.04805, section 3, and the model's own 1_Pooling/config.json); the tests compare it.
+sentence-transformers needs gigabytes of PyTorch for its six layers. This computes the same
+(https://arxiv.org/abs/1810.04805, section 3, and the model's own 1_Pooling/config.json); the tests compare both.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ INSTALL = "pip install --no-deps --requirement requirements-local-embedding.txt"
 DIMENSIONS = 384
 HEADS = 12
 VOCABULARY = 30_522
-INPUT_TOKENS = 256  # max_seq_length of sentence_bert_config.json: it was trained on no more
+INPUT_TOKENS = 256  # max_seq_length of sentence_bert_config.json: the length of its training
 MOST_INPUTS = 2048
 EPSILON = 1e-12  # layer_norm_eps of config.json
-CHUNK_TOKENS = 1024  # padded tokens computed at once; what they need in between fits into a processor's cache
+CHUNK_TOKENS = 1024  # padded tokens computed at once; the intermediate values fit into a processor's cache
 NOWHERE = np.float32(-1e9)  # score of padding: its share of the attention is 0
 
 Numbers = NDArray[np.float32]
@@ -45,7 +45,7 @@ Numbers = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Weights of one layer, matrices as ``x @ weight``; *qkv* are query, key and value beside each other."""
+    """Weights of one layer, for ``x @ weight``; *qkv* are query, key and value side by side."""
 
     qkv: tuple[Numbers, Numbers]
     attention_output: tuple[Numbers, Numbers]
@@ -56,10 +56,10 @@ class _Layer:
 
 
 class LocalProvider:
-    """The model of the installed package; it needs no server, no key and no network, and costs nothing. ``close`` it.
+    """The model of the installed package. It needs no server, key or network, and costs nothing. ``close`` it.
 
-    It computes parts of a call side by side, each on one core. While it is open, numpy's matrix products have one thread
-    each in the whole process: threads inside of a small product wait for each other by spinning, for seconds where other
+    It computes parts of a call in parallel, each on one core. While it is open, numpy's matrix products use one thread
+    each in the whole process: threads inside a small product wait for each other by spinning, for seconds if other
     programs keep the cores busy.
     """
 
@@ -69,15 +69,14 @@ class LocalProvider:
         """Load the model: 90 MB.
 
         Raises:
-            ConfigurationError: The package is not installed, a file of it is missing or damaged, or *index* wants
-                another model or length.
+            ConfigurationError: The package is not installed or damaged, or *index* names another model or length.
         """
         if index.model != MODEL:
             raise ConfigurationError(
-                f"EMBEDDING_PROVIDER=local has one model, {MODEL}; leave EMBEDDING_MODEL out, or choose another provider."
+                f"EMBEDDING_PROVIDER=local has one model, {MODEL}; remove EMBEDDING_MODEL, or choose another provider."
             )
         if index.dimensions not in (None, DIMENSIONS):
-            raise ConfigurationError(f"vectors of {MODEL} have {DIMENSIONS} numbers; leave EMBEDDING_DIMENSIONS out.")
+            raise ConfigurationError(f"vectors of {MODEL} have {DIMENSIONS} numbers; remove EMBEDDING_DIMENSIONS.")
         folder = _model_folder()
         self.identity = ModelIdentity("local", MODEL, DIMENSIONS)
         self.limits = RequestLimits(MOST_INPUTS, INPUT_TOKENS, None)
@@ -91,7 +90,7 @@ class LocalProvider:
                 f"the files of the package {PACKAGE} cannot be read ({type(exc).__name__}); install it again: "
                 f"{INSTALL} --force-reinstall"
             ) from exc
-        # The file says 128 for both: long texts would be cut in silence, short ones computed as if they were long.
+        # The file says 128 for both: long texts would be truncated silently, short ones padded.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         with ExitStack() as stack:
@@ -100,11 +99,11 @@ class LocalProvider:
             self._stack = stack.pop_all()
 
     def count_tokens(self, text: str) -> int:
-        """Return how many tokens *text* has; the two that mark its ends are among them."""
+        """Return the tokens of *text*, including the two that mark its ends."""
         return len(self._tokenizer.encode(encodable(text)).ids)
 
     def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
-        """Return the vectors of *texts*, of length 1. A vector does not depend on what else is in *texts* (1e-5).
+        """Return the vectors of *texts*, of length 1. A vector does not depend on the other texts (1e-5).
 
         Raises:
             ProviderRejectedError: A text is longer than 256 tokens.
@@ -123,7 +122,7 @@ class LocalProvider:
         return Answer(list(vectors), sum(map(len, ids)))
 
     def close(self) -> None:
-        """End the threads, and let numpy have its own again."""
+        """End the threads, and restore those of numpy."""
         self._stack.close()
 
     def _forward(self, ids: Sequence[Sequence[int]]) -> Vectors:
@@ -148,15 +147,15 @@ class LocalProvider:
 
 
 def _model_folder() -> Path:
-    """Return where the package has the model. It is found, not imported: it would import sentence-transformers."""
+    """Return the folder of the model. The package is not imported: it would import sentence-transformers."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise ConfigurationError(f"EMBEDDING_PROVIDER=local needs a package that carries its model; run: {INSTALL}")
+        raise ConfigurationError(f"EMBEDDING_PROVIDER=local needs a package that contains its model; run: {INSTALL}")
     return Path(spec.origin).parent / "model"
 
 
 def _tokenizer_json(path: Path) -> str:
-    """Return the text of *path*; raise ValueError where it is damaged, for which tokenizers raises Exception itself."""
+    """Return the text of *path*; raise ValueError if it is damaged (tokenizers itself raises Exception)."""
     text = path.read_text(encoding="utf-8")
     fields = orjson.loads(text)
     model = fields.get("model") if isinstance(fields, dict) else None
@@ -168,7 +167,7 @@ def _tokenizer_json(path: Path) -> str:
 def _arranged(
     weights: dict[str, Numbers],
 ) -> tuple[Numbers, Numbers, tuple[Numbers, Numbers], list[_Layer]]:
-    """Return word vectors, what is added by position, the first norm and the layers; raise KeyError for what lacks."""
+    """Return word vectors, position vectors, the first norm and the layers; raise KeyError if one is missing."""
 
     def norm(name: str) -> tuple[Numbers, Numbers]:
         return weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"]
@@ -192,13 +191,13 @@ def _arranged(
             )
         )
     words = weights["embeddings.word_embeddings.weight"]
-    # A text alone is always of the first type.
+    # A single text is always of the first type.
     positions = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
     return words, positions, norm("embeddings"), layers
 
 
 def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the places of *lengths*, those of like length together, CHUNK_TOKENS at most with their padding."""
+    """Yield the places of *lengths* in chunks of similar length, at most CHUNK_TOKENS with their padding."""
     chunk: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
         if chunk and (len(chunk) + 1) * lengths[place] > CHUNK_TOKENS:

@@ -1,7 +1,7 @@
 """Embeddings of Ollama's ``/api/embed``.
 
-Facts: github.com/ollama/ollama, server/routes.go (EmbedHandler, ShowHandler), read at v0.33. One input at fault fails the
-whole call; the route answers 400 for faults inside the server as well; without ``truncate: false`` it cuts in silence.
+Source: github.com/ollama/ollama, server/routes.go (EmbedHandler, ShowHandler), v0.33. One bad input fails the whole call;
+the route answers 400 for faults inside the server as well; without ``truncate: false`` it truncates silently.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from model_server.tokens import least_tokens
 from utils.network import is_this_machine
 
 MOST_INPUTS = 2048  # Ollama has no limit of its own
-UNKNOWN_CONTEXT = 2048  # tokens, where the server does not tell the model's
-MOST_CONTEXT = 8192  # tokens; models that could hold more take memory for all of it
+UNKNOWN_CONTEXT = 2048  # tokens, if the server does not tell
+MOST_CONTEXT = 8192  # tokens; a larger context takes memory for all of it
 SHOW_TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 512 * 1024 * 1024
-CONCURRENT = 2  # Ollama computes one call at a time per embedding model: the second waits there instead of here
+CONCURRENT = 2  # Ollama computes one call at a time per embedding model; the second waits in its queue
 
-# What is left of a cut input: fewer tokens than words. Short inputs are never cut, and round badly.
+# A truncated input has fewer tokens than words. Short inputs are never truncated, and their ratio is unreliable.
 LEAST_SHARE, LEAST_CHECKED = 0.9, 256
-_LONG_RUN = re.compile(r"[^\W_]{48,}")  # WordPiece makes one token of what is no word at all
+_LONG_RUN = re.compile(r"[^\W_]{48,}")  # WordPiece makes one token of a string that is no word
 
 _TOO_LONG = ("input length exceeds", "context length", "exceed_context_size", "context size")
 _INPUT_FAULTS = ("nan or inf", "invalid input type", *_TOO_LONG)
@@ -58,24 +58,22 @@ HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 class OllamaProvider:
     """Vectors of one model of an Ollama server; thread-safe. ``close`` it.
 
-    *identity.dimensions* is None: who checks the answers learns it.
+    *identity.dimensions* is None until the first answer was checked.
     """
 
     def __init__(self, index: IndexSettings, settings: Settings) -> None:
-        """Ask the server for the model and its longest input.
+        """Ask the server for the model and its context length.
 
         Raises:
             ConfigurationError: It does not have the model, or the model runs elsewhere.
             ProviderUnavailableError: It does not answer.
         """
         if index.dimensions is not None:
-            raise ConfigurationError(
-                "EMBEDDING_DIMENSIONS is only for models of OpenAI; leave it out, Ollama's vectors keep the model's length."
-            )
+            raise ConfigurationError("EMBEDDING_DIMENSIONS works with models of OpenAI only; remove it.")
         self._url = settings.ollama_endpoint
         self._model = index.model
         self._timeout_s = index.timeout_s
-        # The default of EMBEDDING_CONCURRENCY is made for OpenAI.
+        # The default of EMBEDDING_CONCURRENCY is meant for OpenAI.
         was_set = "max_concurrent" in index.model_fields_set
         self.max_concurrent = index.max_concurrent if was_set else min(CONCURRENT, index.max_concurrent)
         self.leaves_house = not is_this_machine(urlsplit(self._url).hostname or "")
@@ -85,7 +83,7 @@ class OllamaProvider:
         self._session = open_session()
         context = self._context_length()
         self.limits = RequestLimits(MOST_INPUTS, context, None)
-        # The same for each call: a change of it reloads the model.
+        # The same for each call: a change reloads the model.
         self._fields: dict[str, Any] = {
             "model": self._model,
             "truncate": False,
@@ -101,7 +99,7 @@ class OllamaProvider:
         """Return the vectors of *texts*; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds the whole answer.
 
         Raises:
-            UnusableVectorsError: The answer is not made of numbers, or the server cut an input.
+            UnusableVectorsError: The answer does not consist of numbers, or the server truncated an input.
         """
         inputs = [encodable(text) for text in texts]
         body = orjson.dumps({**self._fields, "input": inputs})
@@ -119,7 +117,7 @@ class OllamaProvider:
             least = sum(least_tokens(_LONG_RUN.sub("x", text)) for text in inputs)
             if least >= LEAST_CHECKED and tokens < LEAST_SHARE * least:
                 raise UnusableVectorsError(
-                    f"Ollama saw {tokens} tokens of at least {least}: it cut an input although it was told not to; update it"
+                    f"Ollama saw {tokens} tokens of at least {least}: it truncated an input although it was told not to; update it"
                 )
             self._estimate.learn(inputs, tokens)
         return Answer([_vector(vector) for vector in vectors], tokens)
@@ -129,7 +127,7 @@ class OllamaProvider:
         self._session.close()
 
     def _context_length(self) -> int:
-        """Return how many tokens an input may have."""
+        """Return the most tokens of an input."""
         model = self._model
         if is_cloud_name(model):
             raise _elsewhere(model)
@@ -164,11 +162,11 @@ class OllamaProvider:
             ) from exc
         except LLMUnavailableError as exc:
             raise ProviderUnavailableError(
-                f"what answers at {self._url} does not speak as Ollama does; check OLLAMA_ENDPOINT"
+                f"the server at {self._url} does not answer like Ollama; check OLLAMA_ENDPOINT"
             ) from exc
 
     def _refuse(self, status: int, body: bytes) -> NoReturn:
-        """Raise what the answer means. Its text is left out: it may quote an input."""
+        """Raise the error for an answer. Its text is left out: it may quote an input."""
         text = body[:4000].decode("utf-8", "replace").lower()
         if status in (429, 503):
             raise ProviderBusyError(f"Ollama is busy (HTTP {status})")
@@ -192,22 +190,22 @@ class OllamaProvider:
             raise ProviderUnavailableError(f"Ollama failed (HTTP {status}); its log says why")
         if status in (401, 403, 404, 405) or status < 400:
             raise ConfigurationError(
-                f"{self._url}/api/embed is refused (HTTP {status}); check OLLAMA_ENDPOINT and who may ask there."
+                f"{self._url}/api/embed is refused (HTTP {status}); check OLLAMA_ENDPOINT and the access rights of that server."
             )
         raise ProviderRejectedError(f"Ollama refuses the request (HTTP {status})")
 
 
 def _elsewhere(model: str) -> ConfigurationError:
-    return ConfigurationError(f"{model} runs in Ollama's cloud, so texts would leave this house; name a local model.")
+    return ConfigurationError(
+        f"{model} runs in Ollama's cloud, so texts would leave your network; choose a local model."
+    )
 
 
 def _fields(body: bytes) -> dict[str, Any]:
     try:
         return json_object(body)
     except LLMUnavailableError as exc:
-        raise ProviderUnavailableError(
-            "Ollama's answer is not JSON, or was cut on its way; check OLLAMA_ENDPOINT"
-        ) from exc
+        raise ProviderUnavailableError("Ollama's answer is not JSON, or incomplete; check OLLAMA_ENDPOINT") from exc
 
 
 def _vector(numbers: Any) -> Vectors:

@@ -1,7 +1,7 @@
-"""Embeddings of OpenAI, or of any server that speaks the same.
+"""Embeddings of OpenAI, or of any server with the same API.
 
-The package bounds each wait for bytes, not the whole call, in its synchronous client; an asyncio time-out bounds all of
-it: name, connection, header, body. So its asynchronous client is used, on a loop in a thread of its own.
+The synchronous client of the package has a timeout for each read, not for the whole call. An asyncio timeout bounds all of
+it: name, connection, header, body. So the asynchronous client is used, with an event loop in its own thread.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from error_handler import (
 from utils.network import is_this_machine
 
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
-SHORTENED = "text-embedding-3"  # models whose vectors can be shortened begin so
-WHOLE = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072}  # to ask for that is to ask for nothing
+SHORTENED = "text-embedding-3"  # prefix of the models whose vectors can be shortened
+WHOLE = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072}  # asking for the whole length changes nothing
 CONNECT_TIMEOUT_S = 10.0
 STREAMED = {
     "Content-Type": "application/json",
-    "X-Stainless-Raw-Response": "stream",  # tells the package, not the server, to hand over the open answer
+    "X-Stainless-Raw-Response": "stream",  # tells the package, not the server, to return the open response
 }
 MAX_ANSWER_BYTES = 512 * 1024 * 1024  # 2048 vectors of 8192 numbers, written in decimal, are 350 MB
 MOST_WAIT_S = 3600.0
-READ_AFTER_S = 0.005  # the next call goes out first: to build it and to read this answer take the same thread
+READ_AFTER_S = 0.005  # the next call is sent first: building it and reading this answer need the same thread
 
-# What a request may carry, beside the package's own x-stainless-*, by which it knows how to hand on the answer. It adds
-# those of OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS; settings of this product are read in config/ only.
+# Headers that a request may have, beside the package's own x-stainless-*. The package adds those of OPENAI_ORG_ID,
+# OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS, which are no settings of this product.
 HEADERS = frozenset(
     {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "authorization", "user-agent"}
 )
@@ -62,23 +62,23 @@ T = TypeVar("T")
 class OpenAIProvider:
     """Vectors of one model; thread-safe. ``close`` it.
 
-    *identity.dimensions* is None unless EMBEDDING_DIMENSIONS says it: who checks the answers learns it.
+    *identity.dimensions* is EMBEDDING_DIMENSIONS, or None until the first answer was checked.
     """
 
     def __init__(self, index: IndexSettings, access: OpenAISettings) -> None:
-        """Prepare; nothing is sent.
+        """Prepare the client; nothing is sent.
 
         Raises:
             ConfigurationError: There is no key, or the model's vectors cannot be shortened.
         """
         if access.api_key is None:
             raise ConfigurationError(
-                "OPENAI_API_KEY is not set; EMBEDDING_PROVIDER=openai needs one (a server of your own that asks for none "
-                "takes any value)."
+                "OPENAI_API_KEY is not set; EMBEDDING_PROVIDER=openai needs it (for a server of your own without keys, any "
+                "value will do)."
             )
         if index.dimensions is not None and not index.model.startswith(SHORTENED):
             raise ConfigurationError(
-                f"vectors of {index.model} cannot be shortened: leave EMBEDDING_DIMENSIONS out, or choose a model "
+                f"vectors of {index.model} cannot be shortened: remove EMBEDDING_DIMENSIONS, or choose a model "
                 f"{SHORTENED}-... with EMBEDDING_MODEL."
             )
         dimensions = None if index.dimensions == WHOLE.get(index.model) else index.dimensions
@@ -92,32 +92,34 @@ class OpenAIProvider:
         self._client = openai.AsyncOpenAI(
             api_key=key,
             base_url=access.base_url,
-            max_retries=0,  # the package would repeat a call whose answer was lost, and that is billed twice
-            default_headers={"Authorization": f"Bearer {key}"},  # else OPENAI_CUSTOM_HEADERS can replace it
-            # Not the package's transport over aiohttp: it tells other errors, refuses long headers and sends cookies back.
+            max_retries=0,  # a retry by the package, after a lost answer, would be billed twice
+            default_headers={"Authorization": f"Bearer {key}"},  # else OPENAI_CUSTOM_HEADERS could replace it
+            # Not the package's aiohttp transport: it has other errors, refuses long headers and sends cookies.
             http_client=httpx2.AsyncClient(
                 timeout=httpx2.Timeout(index.timeout_s, connect=min(CONNECT_TIMEOUT_S, index.timeout_s)),
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),  # as many as threads ask
-                trust_env=self.leaves_house,  # a proxy of the environment would also catch loopback
-                follow_redirects=False,  # it would send the texts to an address that nobody set
+                limits=httpx2.Limits(
+                    max_connections=None, max_keepalive_connections=None
+                ),  # as many as there are threads
+                trust_env=self.leaves_house,  # a proxy of the environment would also be used for loopback
+                follow_redirects=False,  # a redirect would send the texts to another address
                 event_hooks={"request": [_keep_own_headers]},
             ),
         )
-        self._loop = uvloop.new_event_loop()  # with answers of 0.8 MB it takes a quarter less of the processor
+        self._loop = uvloop.new_event_loop()  # takes a quarter less CPU time for answers of 0.8 MB
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-embeddings", daemon=True)
         self._thread.start()
 
     def count_tokens(self, text: str) -> int:
-        """Return the tokens of *text*: as they are billed where the tokenizer is installed, else the most."""
+        """Return the tokens of *text*: as billed if the tokenizer is installed, else an upper estimate."""
         return self._count(text)
 
     def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
-        """Return the vectors of *texts* in their order; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds it whole.
+        """Return the vectors of *texts* in their order; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds the whole call.
 
         Raises:
-            UnusableVectorsError: Which vector is of which text cannot be told, or one is not readable. It was billed.
+            UnusableVectorsError: Vectors cannot be assigned to texts, or one is not readable. It was billed.
         """
-        # Base64 is a third of the bytes of decimal numbers; the package would make lists of it.
+        # Base64 has a third of the bytes of decimal numbers; the package would decode it into lists.
         request: dict[str, object] = {"model": self.identity.model, "encoding_format": "base64"}
         if self.identity.dimensions is not None:
             request["dimensions"] = self.identity.dimensions
@@ -153,20 +155,20 @@ class OpenAIProvider:
                 return await self._exchange(content, on_answer)
         except TimeoutError as exc:
             raise ProviderUnavailableError(
-                "OpenAI did not answer within the time-out; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
+                "OpenAI did not answer in time; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
             ) from exc
         except asyncio.CancelledError as exc:
-            raise ProviderUnavailableError("the call to OpenAI was given up because the provider was closed") from exc
+            raise ProviderUnavailableError("the call to OpenAI was cancelled because the provider was closed") from exc
         except openai.APIStatusError as exc:
             raise _refusal(exc, self.identity.model) from exc
         except (openai.OpenAIError, httpx2.HTTPError, httpx2.StreamError) as exc:
             raise ProviderUnavailableError(
-                f"no whole answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
+                f"no complete answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
             ) from exc
 
     async def _exchange(self, content: bytes, on_answer: Callable[[], None] | None) -> bytes:
-        # By ``post``, because ``embeddings.create`` looks at the type of each input: 100 of them cost more than all the
-        # rest of a call.
+        # ``post``, because ``embeddings.create`` checks the type of each input: 100 of them cost more than the rest of a
+        # call.
         response = await self._client.post(
             "/embeddings", content=content, cast_to=httpx2.Response, options={"headers": STREAMED}
         )
@@ -191,7 +193,7 @@ async def _keep_own_headers(request: httpx2.Request) -> None:
 
 
 def _refusal(exc: openai.APIStatusError, model: str) -> IndexingError | ConfigurationError:
-    """Return what the status means. Messages of the server are left out: they may quote an input."""
+    """Return the error for a status. Messages of the server are left out: they may quote an input."""
     status = exc.status_code
     if status == 429 and "insufficient_quota" in (exc.code, exc.type):
         return ConfigurationError("the OpenAI account has no quota left; add credit, then run the same command again.")
@@ -203,7 +205,9 @@ def _refusal(exc: openai.APIStatusError, model: str) -> IndexingError | Configur
             "and OPENAI_BASE_URL."
         )
     if exc.param == "dimensions":
-        return ConfigurationError(f"{model} does not take this EMBEDDING_DIMENSIONS; choose less, or leave it out.")
+        return ConfigurationError(
+            f"{model} does not accept this EMBEDDING_DIMENSIONS; choose a smaller one, or remove it."
+        )
     if status in (404, 405) or status < 400:
         return ConfigurationError(
             f"OpenAI has no embedding model {model} at this address (HTTP {status}); check EMBEDDING_MODEL and OPENAI_BASE_URL."
@@ -220,7 +224,7 @@ def _failure(exc: openai.APIStatusError) -> IndexingError:
 
 
 def _wait_s(headers: httpx2.Headers) -> float | None:
-    """Return how long the server asks to wait, at most an hour; None where it does not say."""
+    """Return the seconds that the server asks to wait, at most an hour; None if it does not say."""
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "")
         if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
@@ -234,11 +238,11 @@ def _parse(body: bytes, inputs: int) -> Answer:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
         if _NOT_A_NUMBER.search(body):
-            raise UnusableVectorsError("a vector of the answer holds what is no number") from exc
+            raise UnusableVectorsError("a vector of the answer contains a value that is no number") from exc
         raise ProviderUnavailableError("OpenAI's answer is not JSON; check OPENAI_BASE_URL") from exc
     data = fields.get("data") if isinstance(fields, dict) else None
     if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
-        raise ProviderUnavailableError("OpenAI answers in an unknown form; check OPENAI_BASE_URL")
+        raise ProviderUnavailableError("OpenAI's answer has an unknown format; check OPENAI_BASE_URL")
     by_index = {entry["index"]: entry.get("embedding") for entry in data if type(entry.get("index")) is int}
     if len(data) != inputs or by_index.keys() != set(range(inputs)):
         raise UnusableVectorsError(
@@ -252,7 +256,7 @@ def _parse(body: bytes, inputs: int) -> Answer:
 
 
 def _vector(embedding: Any) -> Vectors:
-    """Return the numbers of *embedding*: base64 of little-endian floats, or a list from servers that know no base64."""
+    """Return the numbers of *embedding*: base64 of little-endian floats, or a list from servers without base64."""
     try:
         if isinstance(embedding, str):
             return np.frombuffer(pybase64.b64decode(embedding, validate=True), "<f4").astype(np.float32, copy=False)

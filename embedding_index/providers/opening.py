@@ -1,4 +1,4 @@
-"""The provider that the settings name; its packages are loaded here, and only those of that one."""
+"""Opens the provider that the settings name, and loads only its packages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:  # it needs numpy, which may be missing
 
 
 def open_provider(index: IndexSettings, dotenv: Path | None = DOTENV) -> Provider:
-    """Return the provider of *index*; whoever opens it closes it. Keys and addresses come from the environment and *dotenv*.
+    """Return the provider of *index*, which the caller closes. Keys and addresses are read from the environment and *dotenv*.
 
     Raises:
         ConfigurationError: A package, a key or the model is missing, or a setting is wrong.
         ProviderUnavailableError: Ollama does not answer.
     """
-    # Late, so that a provider needs no package of another's.
+    # Imported here, so that no provider needs the packages of another one.
     try:
         if index.provider == "openai":
             from embedding_index.providers.openai_embeddings import OpenAIProvider  # noqa: PLC0415

@@ -30,6 +30,7 @@ POINTS = [
     *(f"add:after:{passage}" for passage in (1, 3, 12, 18)),
     *("note_parts:before:1", "note_parts:after:1"),
 ]
+USUAL = {"embed:before:2", "embed:after:5", "add:before:4", "add:after:3", "note_parts:after:1"}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,9 @@ def crashes(running: FakeOpenAI, tmp_path: Path) -> Iterator[Crashes]:
     assert running.stats()["internal_errors"] == 0
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=() if point in USUAL else pytest.mark.thorough) for point in POINTS]
+)
 def test_a_kill_at_each_step(crashes: Crashes, point: str) -> None:
     assert crashes.run(point) == -signal.SIGKILL
     crashes.fake.wait_for("sync_in_flight", equals=0)

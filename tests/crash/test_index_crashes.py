@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -18,8 +17,14 @@ import pytest
 from pymongo import MongoClient
 
 from embedding_index.embedding_run import STORING_THREADS
-from embedding_index.index_copy import IndexCopy
+from embedding_index.items import Kind
+from embedding_index.search_entries import SearchEntries
+from embedding_index.vector_ledger import VectorLedger
+from tests.embedding_index.index_entries import Searcher
 from tests.embedding_index.index_site import BATCH_SIZE, CONCURRENCY, ROOT, WRITE_AT, IndexSite
+from tests.embedding_index.test_vector_search import (
+    test_graph_that_does_not_match_is_not_used_and_is_rebuilt as graph_test,
+)
 from tests.fakes.fake_openai import FakeOpenAI, FakeOpenAIError
 
 TABLES = 8  # and 7 relationships: 3 + 3 calls, 2 + 2 writes to ChromaDB
@@ -28,37 +33,33 @@ VECTORS = "SELECT hash, vector FROM vectors"
 IN_FLIGHT = (CONCURRENCY + STORING_THREADS) * BATCH_SIZE
 
 STATES, LEDGER = "documentation_store.DocumentationStore", "vector_ledger.VectorLedger"
-CHROMA, PROVIDER = "chroma_index.ChromaIndex", "providers.openai_embeddings.OpenAIProvider"
+ENTRIES, PROVIDER = "search_entries.SearchEntries", "providers.openai_embeddings.OpenAIProvider"
+STORE, FILE = "vector_store.SQLVectorStore", "state_file.StateFile"
 
-# Where the process dies, and at which passage. Those of the first list die in each run of the tests.
+COPYING = [
+    (f"{STORE}._publish:before", 1),
+    ("ledger_copy.os.replace:before", 1),
+    ("ledger_copy.os.replace:after", 1),
+    (f"{STORE}._publish:after", 1),
+]
+
+# Where the process dies, and at which passage. Those of the first two lists die in each run of the tests.
 FIRST = [
     (f"{PROVIDER}.embed:after", 3),
     (f"{LEDGER}.add:after", 2),
 ]
-ALWAYS = [(f"{STATES}.mark_indexed_many:after", 1), (f"{CHROMA}._publish:before", 1)]
+ALWAYS = [(f"{ENTRIES}.put:after", 1), (f"{STATES}.mark_indexed_many:after", 1)]
 MORE = [
-    (f"{PROVIDER}.embed:before", 2),
-    (f"{CHROMA}.upsert:after", 1),
-    (f"{STATES}._make_tables:before", 1),
-    (f"{STATES}._make_tables:after", 1),
-    (f"{LEDGER}._prepare:before", 1),
-    (f"{LEDGER}._prepare:after", 1),
-    (f"{PROVIDER}.embed:before", 1),
-    (f"{PROVIDER}.embed:after", 1),
-    (f"{PROVIDER}.embed:after", 5),
-    (f"{LEDGER}.add:before", 1),
-    (f"{LEDGER}.add:before", 4),
+    *((f"{FILE}._prepare:{when}", nth) for when in ("before", "after") for nth in (1, 2)),
+    *((f"{PROVIDER}.embed:before", nth) for nth in (1, 2)),
+    *((f"{PROVIDER}.embed:after", nth) for nth in (1, 5)),
+    *((f"{LEDGER}.add:before", nth) for nth in (1, 4)),
     (f"{LEDGER}.add:after", 5),
-    (f"{CHROMA}._open:before", 1),
-    (f"{CHROMA}._open:after", 1),
-    (f"{CHROMA}.upsert:before", 1),
-    (f"{CHROMA}.upsert:before", 2),
-    (f"{CHROMA}.upsert:after", 2),
-    (f"{CHROMA}.upsert:after", 3),
+    *((f"{ENTRIES}.put:before", nth) for nth in (1, 2)),
+    *((f"{ENTRIES}.put:after", nth) for nth in (2, 3)),
     (f"{STATES}.mark_indexed_many:before", 2),
     (f"{STATES}.mark_indexed_many:after", 3),
-    (f"{CHROMA}.finish:before", 1),
-    (f"{CHROMA}._publish:after", 1),
+    *COPYING,
 ]
 OF_DATABASES = [(f"{STATES}.sync_database:before", 1), (f"{STATES}.sync_database:after", 1)]
 OF_CONVERSATIONS = [
@@ -130,20 +131,18 @@ def test_a_kill_at_each_step(site: IndexSite, source: str, point: str, nth: int)
 
 
 CHANGES = [
-    (f"{CHROMA}.delete:before", 1),
-    (f"{CHROMA}.delete:after", 1),
+    (f"{ENTRIES}.delete:before", 1),
+    (f"{ENTRIES}.delete:after", 1),
     (f"{STATES}.remove:before", 1),
     (f"{STATES}.remove:after", 1),
 ]
-REMAKES = [
-    (f"{CHROMA}.remake:before", 1),
-    ("chroma_index.ChromaFolder.sync_at:after", 1),  # the new folder stands beside the old one, which is whole
-    (f"{CHROMA}._swap_in:before", 1),
-    ("chroma_index.os.rename:after", 1),
-    ("chroma_index.os.rename:after", 2),
-    (f"{CHROMA}._publish:before", 1),
-    (f"{CHROMA}._publish:after", 1),
-    (f"{CHROMA}.remake:after", 1),
+REBUILDS = [
+    (f"{STATES}.mark_pending:before", 1),
+    (f"{STATES}.mark_pending:after", 1),
+    (f"{ENTRIES}.replace:before", 1),
+    (f"{ENTRIES}._put:after", 1),  # all is replaced, and nothing is committed
+    (f"{ENTRIES}.replace:after", 1),
+    *COPYING,
 ]
 
 
@@ -166,11 +165,17 @@ def test_a_kill_while_tables_leave_the_index(site: IndexSite, point: str, nth: i
     assert max(site.billed().values()) == 1
 
 
-FORGETTING = [*CHANGES, (f"{CHROMA}.upsert:after", 1), (f"{LEDGER}.keep_only:before", 1), *REMAKES]
+FORGETTING = [
+    *CHANGES,
+    (f"{ENTRIES}.put:after", 1),
+    (f"{LEDGER}.keep_only:before", 1),
+    (f"{LEDGER}.keep_only:after", 1),
+    *COPYING,
+]
 
 
-@pytest.mark.parametrize(("point", "nth"), thoroughly(FORGETTING, 5, 9))
-def test_what_customers_took_back_leaves_every_file(site: IndexSite, point: str, nth: int) -> None:
+@pytest.mark.parametrize(("point", "nth"), thoroughly(FORGETTING, 6, 8))
+def test_deleted_and_changed_conversations_leave_every_file(site: IndexSite, point: str, nth: int) -> None:
     """Deleted or changed: neither vector nor labels are in any file after a pass, even where one was killed within."""
     fill(site, "conversations")
     site.mongo["sentimental_analysis"].update_one(
@@ -179,7 +184,7 @@ def test_what_customers_took_back_leaves_every_file(site: IndexSite, point: str,
     site.run_well()
     old = {row["hash"].hex(): row["vector"] for row in site.rows("vectors.sqlite3", "SELECT hash, vector FROM vectors")}
     assert all(site.files_with(vector) for vector in old.values()), "the rest would prove nothing"
-    assert site.files_with(b"quokka") == ["chroma.sqlite3", "index.sqlite3"]
+    assert site.files_with(b"quokka") == ["index.sqlite3", "vectors.copy.sqlite3", "vectors.sqlite3"]
     before = set(site.hashes())
     site.remove_conversations([3, 4])
     site.say(5, "I never said that.")
@@ -210,27 +215,21 @@ def test_a_changed_text_that_fails_leaves_no_old_vector(site: IndexSite) -> None
     finish(site)
 
 
-@pytest.mark.parametrize(("point", "nth"), thoroughly(REMAKES, 1, 3))
+@pytest.mark.parametrize(("point", "nth"), thoroughly(REBUILDS, 3))
 def test_a_kill_in_rebuild_and_in_mending(site: IndexSite, point: str, nth: int) -> None:
-    """Nothing is paid for: the vectors are stored, however often the search structure must be made of them."""
+    """Nothing is paid for: the vectors are stored, however often the entries must be made of them."""
     site.make_database(TABLES)
     site.run_well()
     paid = site.billed()
     die(site, point, nth, "--rebuild")
     finish(site)
-    (site.index / "chroma.unfinished").touch()  # as a killed writer leaves it
-    die(site, point, nth)
+    with VectorLedger(site.index / "vectors.sqlite3") as ledger:
+        SearchEntries(ledger).delete(Kind.TABLE, ["t001", "t002"])  # a loss that nobody can explain
     finish(site)
     assert site.billed() == paid
 
 
-WITH_ANOTHER_MODEL = [
-    *((f"{STATES}.mark_pending:before", 1), (f"{STATES}.mark_pending:after", 1)),
-    *((f"{PROVIDER}.embed:after", 2), *REMAKES),
-]
-
-
-@pytest.mark.parametrize(("point", "nth"), thoroughly(WITH_ANOTHER_MODEL, 2))
+@pytest.mark.parametrize(("point", "nth"), thoroughly([(f"{PROVIDER}.embed:after", 2), *REBUILDS], 0))
 def test_a_kill_in_a_rebuild_with_another_model(site: IndexSite, point: str, nth: int) -> None:
     """Each text is paid for once with each model, but for the calls in flight; the way back costs nothing."""
     site.make_database(TABLES)
@@ -306,29 +305,28 @@ def test_a_killed_holder_lets_the_next_one_in(site: IndexSite) -> None:
     finish(site)
 
 
-def test_a_search_beside_a_writer_that_is_killed(site: IndexSite) -> None:
-    """A reader has the old state throughout; a new one is told what to do; the next run mends it, for nothing."""
+def test_search_beside_a_killed_writer_sees_committed_steps(site: IndexSite) -> None:
+    """A reader sees each committed step, before the kill, after it, and after the next run."""
     site.make_database(TABLES)
     site.run_well()
     vectors = {row["hash"].hex(): np.frombuffer(row["vector"], "<f4") for row in site.rows("vectors.sqlite3", VECTORS)}
     wanted = {item["name"]: item["hash"].hex() for item in site.rows("index.sqlite3", "SELECT * FROM items")}
-    with IndexCopy(site.index, work_dir=site.folder / "reader") as reader:
+    searcher = Searcher(site.index)
 
-        def first(name: str) -> str:
-            return reader.search(vectors[wanted[name]], limit=1)[0].name
+    def first(name: str) -> str:
+        return searcher.hits(vectors[wanted[name]], limit=1)[0].name
 
-        assert first("t007") == "t007"
-        site.make_database(TABLES - 1)
-        die(site, f"{CHROMA}.delete:after", 1)
-        assert (reader.refresh(), first("t007")) == (False, "t007")
-        told = site.run("--search", "notes")
-        assert told.code == 2
-        assert "`python cli.py index --batch`, which repairs it" in told.err
-        finish(site)
-        assert max(site.billed().values()) == 1
-        assert (reader.refresh(), first("t007") == "t007", first("t005")) == (True, False, "t005")
+    assert first("t007") == "t007"
+    site.make_database(TABLES - 1)
+    die(site, f"{ENTRIES}.delete:after", 1)
+    assert (first("t007") == "t007", first("t005")) == (False, "t005")
+    assert site.run("--search", "notes").code == 0
+    finish(site)
+    assert max(site.billed().values()) == 1
+    assert (first("t007") == "t007", first("t005")) == (False, "t005")
     found = json.loads(site.run("--search", "notes", "--json").out)
     assert len(found) == 5
+    searcher.close()
 
 
 @pytest.mark.parametrize(
@@ -363,12 +361,7 @@ def test_a_directory_that_cannot_be_written(site: IndexSite) -> None:
 
 
 def spoil(path: Path, how: str) -> None:
-    """Damage the file *path*, or the largest one of the folder, so that it was closed well before."""
-    if path.is_dir():
-        if how == "deleted":
-            shutil.rmtree(path)
-            return
-        path = path / "chroma.sqlite3"
+    """Damage the file *path*."""
     if how == "deleted":
         path.unlink()
     elif how == "overwritten":
@@ -380,25 +373,28 @@ def spoil(path: Path, how: str) -> None:
 
 
 # What the user is told: nothing, or why not; and then the file is removed, as told.
+RESTORED = "vectors.sqlite3 was missing; it is restored from vectors.copy.sqlite3"
 DAMAGE = {
     ("index.sqlite3", "deleted"): None,
     ("index.sqlite3", "emptied"): None,
     ("index.sqlite3", "overwritten"): "remove it with its -wal and -shm, and index again",
     ("index.sqlite3", "truncated"): "remove it with its -wal and -shm, and index again",
-    ("vectors.sqlite3", "deleted"): "15 stored vectors were missing; they are taken from ChromaDB's files",
-    ("vectors.sqlite3", "emptied"): "15 stored vectors were missing; they are taken from ChromaDB's files",
+    ("vectors.sqlite3", "deleted"): RESTORED,
+    ("vectors.sqlite3", "emptied"): RESTORED,
     ("vectors.sqlite3", "overwritten"): "delete it with its -wal and -shm and run `python cli.py index --batch`",
     ("vectors.sqlite3", "truncated"): "delete it with its -wal and -shm and run `python cli.py index --batch`",
-    ("chroma", "deleted"): "made anew from the stored vectors",
-    ("chroma", "emptied"): "made anew from the stored vectors",
-    ("chroma", "overwritten"): "made anew from the stored vectors",
-    ("chroma", "truncated"): "made anew from the stored vectors",
-    ("generation", "deleted"): "made anew from the stored vectors",
-    ("generation", "overwritten"): "made anew from the stored vectors",
-    ("generation", "truncated"): "made anew from the stored vectors",
+    ("vectors.copy.sqlite3", "deleted"): None,
+    ("vectors.copy.sqlite3", "emptied"): None,
+    ("vectors.copy.sqlite3", "overwritten"): None,
+    ("vectors.copy.sqlite3", "truncated"): None,
     (".lock", "deleted"): None,
 }
-USUAL_DAMAGE = {("index.sqlite3", "truncated"), ("vectors.sqlite3", "overwritten"), ("chroma", "truncated")}
+USUAL_DAMAGE = {
+    ("index.sqlite3", "truncated"),
+    ("vectors.sqlite3", "deleted"),
+    ("vectors.sqlite3", "overwritten"),
+    ("vectors.copy.sqlite3", "emptied"),
+}
 
 
 @pytest.mark.parametrize(
@@ -425,12 +421,12 @@ def test_a_damaged_file_costs_nothing(site: IndexSite, name: str, how: str) -> N
     site.check()
 
 
-def test_what_is_lost_with_the_vectors_is_paid_for_again(site: IndexSite) -> None:
-    """Both the stored vectors and ChromaDB's files: the next run embeds all of it, and says how many."""
+def test_items_are_paid_again_if_ledger_and_copy_are_lost(site: IndexSite) -> None:
+    """Both the stored vectors and their copy: the next run embeds all of it, and says how many."""
     site.make_database(TABLES)
     site.run_well()
     spoil(site.index / "vectors.sqlite3", "deleted")
-    spoil(site.index / "chroma", "deleted")
+    spoil(site.index / "vectors.copy.sqlite3", "deleted")
     report = site.run_well()
     assert (report["indexed"], report["failed"]) == (15, 0)
     assert set(site.billed().values()) == {2}
@@ -457,17 +453,17 @@ def test_the_states_of_both_sources_are_lost(site: IndexSite) -> None:
 
 ROWS = {
     "the process was killed": test_random_kills,
-    "killed within `--rebuild`, or while the index is made anew": test_a_kill_in_rebuild_and_in_mending,
+    "killed during `--rebuild`": test_a_kill_in_rebuild_and_in_mending,
     "another process writes the index (exit 5)": test_a_killed_holder_lets_the_next_one_in,
-    "`--search` says that the index is being written": test_a_search_beside_a_writer_that_is_killed,
+    "a search runs beside a writer": test_search_beside_a_killed_writer_sees_committed_steps,
     "the disk is full (exit 2)": test_no_room_on_the_disk,
     "`INDEX_DIR` cannot be made or written (exit 2)": test_a_directory_that_cannot_be_written,
-    "`chroma/` or `generation` is damaged or gone": test_a_damaged_file_costs_nothing,
+    "`chroma/` is damaged or gone": graph_test,
     "`index.sqlite3` is gone": test_the_states_of_both_sources_are_lost,
     "`index.sqlite3` is damaged (exit 2)": test_a_damaged_file_costs_nothing,
     "`vectors.sqlite3` is gone": test_a_damaged_file_costs_nothing,
     "`vectors.sqlite3` is damaged (exit 2)": test_a_damaged_file_costs_nothing,
-    "`vectors.sqlite3` and `chroma/` are gone": test_what_is_lost_with_the_vectors_is_paid_for_again,
+    "`vectors.sqlite3` and `vectors.copy.sqlite3` are gone": test_items_are_paid_again_if_ledger_and_copy_are_lost,
     "another model is set (exit 2)": test_a_kill_in_a_rebuild_with_another_model,
 }
 

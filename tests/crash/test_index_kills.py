@@ -1,94 +1,89 @@
-"""Writers that are really killed: afterwards the index is whole, or says that it is not and can be made anew."""
+"""Writers of a large index that are really killed: everything stored is found, and the graph is built again."""
 
 from __future__ import annotations
 
-import random
 import time
 from pathlib import Path
 
 import pytest
 
-from embedding_index.chroma_index import ChromaIndex
-from embedding_index.finished_state import MARKER, file_hashes, read_state
-from tests.embedding_index.index_entries import MODEL, assert_holds, entries, make_index
-from tests.forked_process import OF_THE_INDEX, PipedProcess
+from embedding_index import search_graph
+from embedding_index.index_reader import LEDGER_FILE
+from embedding_index.search_entries import SearchEntries
+from embedding_index.search_graph import open_graph, publish_graph
+from embedding_index.vector_ledger import VectorLedger
+from tests.embedding_index.index_entries import Searcher, make_index
+from tests.forked_process import PipedProcess
 
-LOT = 250
+FIRST, COUNT, LOT = 100, 1000, 250
+PRELOADED = ("embedding_index.vector_search", "chromadb.api.client", "chromadb.api.rust", "chromadb.config")
 
 
-def start_writer(folder: Path, *arguments: object) -> PipedProcess:
-    command = ["-m", "tests.crash.index_writer", str(folder), *map(str, arguments)]
-    return PipedProcess(command, preload=OF_THE_INDEX)
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind counts as too large to be compared whole."""
+    monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", 0)
 
 
-def kill_after(writer: PipedProcess, line: str, more_s: float) -> list[str]:
-    """Wait for *line*, then *more_s* seconds, which is where in its next step the process dies; return what it said."""
-    said = []
-    while said[-1:] != [line]:
-        said_now = writer.stdout.readline()
-        assert said_now, f"the writer never said {line!r}"
-        said.append(said_now.strip())
+def start(folder: Path, *arguments: object) -> PipedProcess:
+    return PipedProcess(["-m", "tests.crash.index_writer", str(folder), *map(str, arguments)], preload=PRELOADED)
+
+
+def publish(folder: Path) -> None:
+    with VectorLedger(folder / LEDGER_FILE) as ledger:
+        publish_graph(SearchEntries(ledger), folder)
+
+
+def has_graph(folder: Path) -> bool:
+    with VectorLedger(folder / LEDGER_FILE) as ledger:
+        graph = open_graph(SearchEntries(ledger), folder)
+        if graph is not None:
+            graph.close()
+        return graph is not None
+
+
+KILLS = [("done 350", 0.0), ("done 850", 0.01)] + [("publishing", number / 10) for number in range(8)]
+USUAL = {0, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("line", "more_s"),
+    [pytest.param(*kill, marks=() if place in USUAL else pytest.mark.thorough) for place, kill in enumerate(KILLS)],
+)
+def test_killed_writer_loses_nothing_and_leaves_no_wrong_graph(tmp_path: Path, line: str, more_s: float) -> None:
+    """What it said is stored is found first by its own vector, before and after the graph is built again."""
+    make_index(tmp_path, range(FIRST))
+    publish(tmp_path)
+    writer = start(tmp_path, "write", FIRST, COUNT, LOT)
+    said = [""]
+    while said[-1] != line:
+        said.append(writer.stdout.readline().strip())
+        assert said[-1], f"the writer never said {line!r}"
     time.sleep(more_s)
     writer.kill()
-    return said + writer.finish().splitlines()
+    said += writer.finish().splitlines()
+    stored = max(int(each.split()[1]) for each in said if each.startswith("done"))
+    assert has_graph(tmp_path) or "published" not in said
+    for _ in range(2):
+        searcher = Searcher(tmp_path)
+        assert [searcher.first(number) for number in range(0, stored, 7)] == [*map(str, range(0, stored, 7))]
+        searcher.close()
+        publish(tmp_path)
+        assert has_graph(tmp_path)
+        assert len(list((tmp_path / "chroma").iterdir())) == 1
 
 
-# Lots end around the sync threshold of 1000 records; what follows a lot is the next one, or what finishes the state.
-KILLS = [f"done {LOT * number}" for number in (1, 3, 4, 5, 8, 11, 12)] + ["finishing"] * 3
-USUAL = {1, 5, 7}  # places: before the threshold, behind it, and at the end
-
-
-@pytest.mark.parametrize(
-    ("place", "line"),
-    [pytest.param(*kill, marks=() if kill[0] in USUAL else pytest.mark.thorough) for kill in enumerate(KILLS)],
-)
-def test_a_killed_writer_loses_nothing_that_cannot_be_made_again(tmp_path: Path, place: int, line: str) -> None:
-    """The marker tells the next one; made anew, each vector is there and is the first hit of itself."""
+def test_readers_follow_a_writer_in_another_process(tmp_path: Path) -> None:
+    """Each sees what grows in its order, and every search is right, while graphs come and go."""
     make_index(tmp_path, range(100))
-    before = read_state(tmp_path)
-    writer = start_writer(tmp_path, "upsert", 100, 12 * LOT, LOT)
-    said = kill_after(writer, line, random.Random(place).uniform(0, 0.1))
-    total = 100 + 12 * LOT
-    is_finished = not (tmp_path / MARKER).exists()
-    print(f"killed after {said[-1]}; finished: {is_finished}")
-    index = ChromaIndex(tmp_path, MODEL)
-    if is_finished:
-        assert "finishing" in said
-        assert index.needs_rebuild is None
-    else:
-        assert index.needs_rebuild
-        index.remake(entries(range(total)))
-    assert before is not None
-    assert index.generation == before.generation + 1
-    assert_holds(index, range(total), searched_every=7)
-    index.close()
-    state = read_state(tmp_path)
-    assert state is not None
-    assert file_hashes(tmp_path / "chroma") == state.files
-
-
-def test_a_killed_remake_leaves_the_old_state(tmp_path: Path) -> None:
-    """It is made beside; what is left of it does not disturb the next one."""
-    make_index(tmp_path, range(50))
-    kill_after(start_writer(tmp_path, "remake", 5000), "done 2000", 0.01)
-    assert (tmp_path / "chroma.new").exists()
-    with ChromaIndex(tmp_path, MODEL) as index:
-        assert index.needs_rebuild is None
-        assert_holds(index, range(50))
-        index.remake(entries(range(60)))
-        assert_holds(index, range(60))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["chroma", "generation"]
-
-
-@pytest.mark.parametrize(
-    "more_s", [0.0, 0.05, *(pytest.param(more_s, marks=pytest.mark.thorough) for more_s in (0.1, 0.2))]
-)
-def test_a_remake_killed_while_it_is_swapped_in(tmp_path: Path, more_s: float) -> None:
-    """The old state, the new one, or one that says it must be made anew."""
-    make_index(tmp_path, range(50))
-    kill_after(start_writer(tmp_path, "remake", 1000), "done 1000", more_s)
-    index = ChromaIndex(tmp_path, MODEL)
-    if index.needs_rebuild:
-        index.remake(entries(range(1000)))
-    assert_holds(index, range(50 if index.generation == 1 else 1000), searched_every=10)
-    index.close()
+    publish(tmp_path)
+    readers = [start(tmp_path, "follow") for _ in range(2)]
+    for reader in readers:
+        assert reader.stdout.readline() == "100\n"
+    for turn in range(1, 4):
+        make_index(tmp_path, range(100 * turn, 100 * (turn + 1)))
+        publish(tmp_path)
+    for reader in readers:
+        while reader.stdout.readline() not in ("400\n", ""):
+            pass
+        assert (reader.finish("end\n"), reader.returncode) == ("", 0)

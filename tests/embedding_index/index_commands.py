@@ -23,6 +23,7 @@ from typing import Any
 from pymongo.database import Database
 
 from config.settings import known_environment_names
+from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import OF_THE_INDEX, ForkedProcess
 from tests.service.service_process import conversation
@@ -119,10 +120,8 @@ class IndexSite:
             yield process
 
     def run(self, *flags: str, **changes: str) -> Ended:
-        """Run it to its end; *changes* are variables of its own."""
-        with self.started(*flags, **changes) as process:
-            out, err = process.communicate(timeout=END_S)
-        return Ended(process.wait(), out, err)
+        """Run ``cli.py index`` in this process; *changes* are variables of its own."""
+        return Ended(*run_cli(["index", *flags], self.environment | changes, self.folder))
 
     def on_terminal(self, *flags: str, answer: str | None = None, columns: int = 80, **changes: str) -> Ended:
         """Run it on a terminal; *answer* is typed when a question stands there, and "^C" is Ctrl-C."""

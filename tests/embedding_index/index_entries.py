@@ -1,4 +1,4 @@
-"""Entries for the tests of the index: vectors that anybody can make again from a number."""
+"""A ledger with search entries whose vectors anybody can make again from a number."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_index.chroma_index import ChromaIndex, Entry
-from embedding_index.items import Kind, ModelIdentity
+from embedding_index.index_reader import LEDGER_FILE
+from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
+from embedding_index.search_entries import SearchEntries
 from embedding_index.vector_checks import Vector
+from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_search import VectorSearch
 
 DIMENSIONS = 32
 MODEL = ModelIdentity("ollama", "nomic-embed-text", DIMENSIONS)
@@ -17,34 +20,43 @@ OTHER_MODEL = ModelIdentity("openai", "text-embedding-3-small", DIMENSIONS)
 
 
 def vector_of(number: int) -> Vector:
-    """The vector of entry *number*, not of length one."""
-    return np.random.default_rng(number).standard_normal(DIMENSIONS, dtype=np.float32) * 3
+    """The vector of item *number*, of length 1."""
+    vector = np.random.default_rng(number).standard_normal(DIMENSIONS, dtype=np.float32)
+    unit: Vector = vector / np.linalg.norm(vector)
+    return unit
 
 
-def entry(number: int, kind: Kind = Kind.TABLE, *, text: str | None = "a table", **metadata: str | int) -> Entry:
-    return Entry(f"{kind}:{number}", vector_of(number), {"number": number, **metadata}, text)
+def item(number: int, kind: Kind = Kind.TABLE, **metadata: str | int) -> IndexItem:
+    return IndexItem(kind, str(number), f"text of {number}", {"number": number, **metadata})
 
 
-def entries(numbers: Iterable[int]) -> list[Entry]:
-    return [entry(number) for number in numbers]
+def add(ledger: VectorLedger, numbers: Iterable[int], identity: ModelIdentity = MODEL) -> None:
+    """Store the vectors of *numbers* and let a search find them."""
+    items = [item(number) for number in numbers]
+    ledger.add(identity, {each.content_hash: vector_of(int(each.name)) for each in items})
+    SearchEntries(ledger).put(identity, items)
 
 
 def make_index(folder: Path, numbers: Iterable[int]) -> None:
-    """Add *numbers* to the index of *folder* as a writer that ends well."""
-    with ChromaIndex(folder, MODEL) as index:
-        index.upsert(entries(numbers))
+    """Add *numbers* to the index of *folder*."""
+    with VectorLedger(folder / LEDGER_FILE) as ledger:
+        add(ledger, numbers)
 
 
-def assert_holds(index: ChromaIndex, numbers: Iterable[int], *, searched_every: int = 1) -> None:
-    """Each of *numbers* and no other is in *index* with its vector, and is the first hit of that vector."""
-    expected = {f"{Kind.TABLE}:{number}": number for number in numbers}
-    assert index.ids() == set(expected)
-    assert index.count() == len(expected)
-    stored = dict(index.vectors(expected))
-    assert stored.keys() == expected.keys()
-    wrong = [id_ for id_, number in expected.items() if not np.allclose(stored[id_], vector_of(number), atol=1e-5)]
-    assert not wrong
-    for number in list(expected.values())[::searched_every]:
-        (hit,) = index.search(vector_of(number), limit=1)
-        assert (hit.name, hit.metadata["number"]) == (str(number), number)
-        assert hit.similarity > 0.9999
+class Searcher:
+    """Searches the index of a folder, whose file it opens for each search, as a reader does."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._search = VectorSearch(folder)
+
+    def hits(self, vector: Vector, kinds: Iterable[Kind] | None = None, limit: int = 5) -> list[Hit]:
+        with VectorLedger(self._folder / LEDGER_FILE, create=False) as ledger:
+            return self._search.search(ledger, vector, kinds, limit)
+
+    def first(self, number: int) -> str:
+        """The name of the hit that is most like *number*."""
+        return self.hits(vector_of(number), limit=1)[0].name
+
+    def close(self) -> None:
+        self._search.close()

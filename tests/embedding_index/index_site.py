@@ -1,7 +1,7 @@
 """What ``cli.py index`` is pointed to in tests of crashes: a database, conversations, the fake OpenAI, an empty INDEX_DIR.
 
 The judge (`IndexSite.check`) knows from the sources alone what must be in the index, and reads the files of the index by
-other means than the product, but for ChromaDB's, which only the product can open without changing them.
+other means than the product.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import numpy as np
 from pymongo.database import Database
 
 from config.settings import known_environment_names
-from embedding_index.index_copy import IndexCopy
 from embedding_index.items import ModelIdentity, content_hash
 from storage.extended_json import canonical
+from tests.embedding_index.in_process import run_cli
+from tests.embedding_index.index_entries import Searcher
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import OF_THE_INDEX, ForkedProcess
 
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = "text-embedding-3-small"
 CONCURRENCY, BATCH_SIZE, WRITE_AT = 2, 3, 4
 PRELOADED = (*OF_THE_INDEX, "tests.crash.faulty_job")
-FILES = {".lock", "chroma", "generation", "index.sqlite3", "vectors.sqlite3"}
+FILES = {".lock", "index.sqlite3", "vectors.sqlite3", "vectors.copy.sqlite3"}
 LABELS = {"intent": "Order Status", "topic": "Shipping/Delivery", "sentiment": "Negative", "categorization": "Late."}
 END_TIMEOUT_S = 100.0
 
@@ -108,7 +109,9 @@ class IndexSite:
         return ForkedProcess(command, self.environment(**settings), self.folder, files, preload=PRELOADED)
 
     def run(self, *flags: str, plan: Mapping[str, Any] | None = None, **settings: str) -> Ended:
-        """Start it and wait for its end."""
+        """Run it to its end: in this process, or with *plan* in one that can be killed."""
+        if plan is None:
+            return Ended(*run_cli(["index", *flags, *self.flags], self.environment(**settings), self.folder))
         with self.start(*flags, plan=plan, **settings) as process:
             out, err = process.communicate(END_TIMEOUT_S)
             return Ended(process.wait(), out, err)
@@ -236,13 +239,12 @@ class IndexSite:
         return vectors
 
     def _check_search(self, hashes: Mapping[str, str], vectors: Mapping[str, Any]) -> None:
-        with IndexCopy(self.index, identity=self.identity, work_dir=self.folder / "judge") as copy:
-            copy.refresh()
-            assert copy.state is not None
-            assert sum(copy.state.counts.values()) == len(hashes)
-            for id_, key in hashes.items():
-                hit = copy.search(vectors[key], limit=1)[0]
-                assert (f"{hit.kind}:{hit.name}", hit.similarity > 0.9999) == (id_, True)
+        searcher = Searcher(self.index)
+        for id_, key in hashes.items():
+            hits = searcher.hits(vectors[key], limit=len(hashes) + 1)
+            assert len(hits) == len(hashes)
+            assert (f"{hits[0].kind}:{hits[0].name}", hits[0].similarity > 0.9999) == (id_, True)
+        searcher.close()
 
 
 def said(number: int) -> str:

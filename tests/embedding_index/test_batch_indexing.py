@@ -24,7 +24,7 @@ from embedding_index.introspection import read_database
 from embedding_index.items import IndexItem, Kind, ModelIdentity
 from embedding_index.mending import Mending
 from embedding_index.providers.contract import Answer, RequestLimits
-from error_handler import DirectoryLockedError, MixedIndexError, ProviderRejectedError, VectorStoreError
+from error_handler import DirectoryLockedError, MixedIndexError, ProviderRejectedError, StateDirectoryError
 from tests.embedding_index.index_commands import RELATIONSHIPS, SHOP, TABLES
 
 STATS = {
@@ -96,7 +96,7 @@ def test_names_and_arguments_are_those_that_are_promised() -> None:
     assert set(embedding_index.__all__) == {
         *("BatchIndexingManager", "DocumentationStore", "SQLIndexerAgent", "SQLVectorStore")
     }
-    assert arguments(BatchIndexingManager) == ["indexer_agent"]
+    assert arguments(BatchIndexingManager) == ["indexer_agent", "on_items"]
     assert arguments(SQLIndexerAgent) == ["vector_store"]
     for name in ("batch_process_pending_tables", "batch_process_pending_relationships", "get_processing_stats"):
         assert arguments(getattr(BatchIndexingManager, name)) == ["self", "doc_store"]
@@ -180,8 +180,9 @@ def test_a_bad_item_fails_alone(states: DocumentationStore, tmp_path: Path, capl
     manager: BatchIndexingManager
     ended: list[tuple[Kind, str, str | None]] = []
     with SQLVectorStore(settings(tmp_path), provider=LetterProvider(poison="Table orders")) as vectors:
-        manager = BatchIndexingManager(SQLIndexerAgent(vectors))
-        manager.on_items = lambda kind, items: ended.extend((kind, *item) for item in items)
+        manager = BatchIndexingManager(
+            SQLIndexerAgent(vectors), lambda kind, items: ended.extend((kind, *item) for item in items)
+        )
         with caplog.at_level(logging.WARNING):
             results = manager.batch_process_pending_tables(states)
     assert results == {"customers": True, "orders": False, "refunds": True, "shipments": True}
@@ -210,19 +211,16 @@ def test_one_item_at_a_time(vectors: SQLVectorStore, provider: LetterProvider) -
 
 
 def test_a_text_that_many_items_share_is_embedded_once(vectors: SQLVectorStore, provider: LetterProvider) -> None:
-    """And each of them is found; how far it is is told as the texts end."""
-    told: list[int] = []
-    vectors.on_embedded = told.append
+    """And each of them is found."""
     items = [IndexItem(Kind.TABLE, f"t{number}", f"text {number % 2}") for number in range(10)]
     ended: list[str] = []
     vectors.index(items, lambda some: ended.extend(item.name for item, problem in some if problem is None))
     assert sorted(ended) == sorted(item.name for item in items)
     assert provider.sizes == [2]
-    assert told[-1] == 10
     assert vectors.count() == 10
 
 
-def test_a_failure_of_chromadb_is_not_hidden_by_its_consequence(
+def test_write_failure_is_reported_once_and_nothing_is_marked_indexed(
     vectors: SQLVectorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is raised is what went wrong first, and nothing is reported as indexed."""
@@ -230,12 +228,12 @@ def test_a_failure_of_chromadb_is_not_hidden_by_its_consequence(
 
     def full(*_: object) -> None:
         tried.append(1)
-        raise VectorStoreError("the disk is full")
+        raise StateDirectoryError("the disk is full")
 
-    monkeypatch.setattr(vectors._chroma, "upsert", full)
+    monkeypatch.setattr(vectors.entries, "put", full)
     monkeypatch.setattr("embedding_index.vector_store.WRITE_AT", 1)
     ended: list[object] = []
-    with pytest.raises(VectorStoreError, match="the disk is full"):
+    with pytest.raises(StateDirectoryError, match="the disk is full"):
         vectors.index([IndexItem(Kind.TABLE, "t", "text")], ended.append)
     assert (tried, ended) == ([1], [])
 
@@ -286,15 +284,15 @@ def test_mending_looks_before_it_changes(
     """Of another model all is lost; until it is mended the states are as they were."""
     manager = BatchIndexingManager(SQLIndexerAgent(vectors))
     manager.batch_process_pending_tables(states)
-    assert (Mending(vectors, states).reason, Mending(vectors, states).is_free) == (None, True)
+    assert Mending(vectors, states, rebuild=False).is_free
     vectors.close()
     with SQLVectorStore(settings(tmp_path), provider=LetterProvider("text-embedding-3-large"), rebuild=True) as other:
-        mending = Mending(other, states)
+        mending = Mending(other, states, rebuild=True)
         assert mending.lost[Kind.TABLE] == ["customers", "orders", "refunds", "shipments"]
         assert not mending.is_free
         assert states.get_pending_tables() == []
     with SQLVectorStore(settings(tmp_path), provider=provider) as kept:
-        assert (kept.count(), kept.needs_remake) == (TABLES, None)
+        assert (kept.count(), kept.is_other_model) == (TABLES, False)
     with SQLVectorStore(settings(tmp_path), provider=LetterProvider("text-embedding-3-large"), rebuild=True) as other:
-        Mending(other, states).mend()
+        Mending(other, states, rebuild=True).mend()
         assert (other.count(), len(states.get_pending_tables())) == (0, TABLES)

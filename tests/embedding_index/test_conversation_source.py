@@ -258,7 +258,7 @@ async def test_only_classified_conversations_with_text_are_taken(site: Site) -> 
     assert await site.run() == {"read": 7, "unclassified": 2, "without_text": 1, "pending": 4, "indexed": 4}
 
 
-async def test_what_is_unchanged_is_not_embedded_again(site: Site) -> None:
+async def test_unchanged_conversations_are_not_embedded_again(site: Site) -> None:
     """Another text is, other labels are only replaced."""
     site.fill(1, 2, 3)
     await site.run()
@@ -292,7 +292,7 @@ async def test_labels_that_were_not_replaced_are_offered_again(site: Site, monke
     assert site.vectors.found['{"$numberInt": "1"}']["topic"] == "Other"
 
 
-async def test_what_is_gone_from_mongodb_leaves_the_index(site: Site) -> None:
+async def test_deleted_conversations_leave_the_index(site: Site) -> None:
     """Deleted, no longer classified, or emptied: after a whole pass nothing of it can be found."""
     site.fill(1, 2, 3, 4)
     await site.run()
@@ -376,7 +376,7 @@ async def test_a_bad_conversation_fails_alone_and_is_tried_again(site: Site) -> 
     assert await site.run() == {"read": 3, "pending": 1, "indexed": 1}
 
 
-async def test_a_stopped_pass_keeps_what_it_has_and_goes_on(site: Site) -> None:
+async def test_stopped_pass_keeps_its_results_and_resumes(site: Site) -> None:
     """Also where the provider ends it."""
     site.fill(*range(8))
     for number in range(8):
@@ -404,7 +404,7 @@ async def test_no_text_leaves_the_house_without_permission(site: Site) -> None:
     require_allowed(site.vectors, allowed=True)
 
 
-async def test_an_estimate_sends_nothing_and_is_what_a_run_sends(site: Site) -> None:
+async def test_estimate_sends_nothing_and_equals_the_run(site: Site) -> None:
     """Equal texts and texts with a vector cost nothing; a limit counts."""
     site.fill(1, 2)
     site.fill(3, text="Please cancel my order today")

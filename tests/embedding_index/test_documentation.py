@@ -58,7 +58,7 @@ def test_a_table_with_everything() -> None:
     )
 
 
-def test_a_table_knows_who_refers_to_it() -> None:
+def test_table_text_names_the_referring_tables() -> None:
     """Without a comment its purpose is derived, says so, and is not embedded."""
     orders = document_database([REFUNDS, ORDERS], [REFUND_OF_ORDER])[0][1]
     assert orders.item.text.startswith("Table public.CustomerOrders: customer orders.\nColumns:\n")
@@ -75,7 +75,7 @@ def test_a_relationship() -> None:
     )
 
 
-def test_a_junction_table_says_what_it_links() -> None:
+def test_junction_table_names_the_linked_tables() -> None:
     """Two foreign keys that are the primary key together; not where they are only a part of it."""
     columns = tuple(ColumnFacts(name, "INT", is_nullable=False) for name in ("tag_id", "order_id", "at"))
     junction = TableFacts(None, "tags_of_orders", columns=columns, primary_key=("tag_id", "order_id"))
@@ -92,7 +92,7 @@ def test_a_junction_table_says_what_it_links() -> None:
     assert "many-to-many" not in texts([junction], keys[:1])["tags_of_orders"]
 
 
-def test_what_the_store_keeps_can_be_written_as_json() -> None:
+def test_stored_documentation_is_json() -> None:
     """The facts themselves come back with the documentation."""
     tables, relationships = document_database([REFUNDS], [REFUND_OF_ORDER])
     details = json.loads(json.dumps(tables[0].details))

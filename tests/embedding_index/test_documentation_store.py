@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 
 from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts
-from embedding_index.documentation_store import SCHEMA_VERSION, DocumentationStore
-from embedding_index.item_states import State
-from embedding_index.items import IndexItem, Kind, content_hash
-from error_handler import ConfigurationError, StateDirectoryError
+from embedding_index.documentation_store import DocumentationStore
+from embedding_index.items import IndexItem, Kind, State, content_hash
+from error_handler import StateDirectoryError
 
 ROOT = Path(__file__).parents[2]
 TALK = Kind.CONVERSATION
@@ -99,7 +98,7 @@ def test_the_mark_of_an_old_text_counts_for_nothing(store: DocumentationStore) -
     assert states(store) == {"talk-0": State.PENDING}
 
 
-def test_changed_metadata_is_told_until_the_index_has_it(store: DocumentationStore) -> None:
+def test_changed_metadata_is_offered_until_it_is_indexed(store: DocumentationStore) -> None:
     """Text and vector stay; a crash before the index was told loses nothing."""
     old = talks(2, intent="Refund")
     store.offer(old)
@@ -129,7 +128,7 @@ def test_failed_items_are_pending_in_the_next_run(store: DocumentationStore) -> 
     assert (stored.problem, stored.attempts) == (None, 3)
 
 
-def test_what_is_gone_is_told_until_it_is_removed(store: DocumentationStore) -> None:
+def test_removed_names_are_returned_until_they_are_deleted(store: DocumentationStore) -> None:
     """It is removed here only after it left the index."""
     store.offer(talks(3))
     for _ in range(2):
@@ -296,12 +295,12 @@ def test_a_newer_file_is_refused(path: Path) -> None:
     with DocumentationStore(path):
         pass
     with closing(sqlite3.connect(path)) as db:
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    with pytest.raises(ConfigurationError, match="newer version"):
+        db.execute("PRAGMA user_version = 2")
+    with pytest.raises(StateDirectoryError, match="later version"):
         DocumentationStore(path)
 
 
-def test_a_file_that_is_no_store(path: Path) -> None:
+def test_file_that_is_no_store_is_refused(path: Path) -> None:
     """The remedy says that nothing is paid for twice."""
     path.parent.mkdir()
     path.write_text("something else " * 500)

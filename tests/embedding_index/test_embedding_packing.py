@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_index.packing import pack
+from embedding_index.inputs import pack
 from embedding_index.providers.contract import RequestLimits
 
 OPENAI = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)

@@ -6,17 +6,17 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedding_index import embedding_run
 from embedding_index.embedding_run import STORING_THREADS, Embedded, EmbeddingRun, RunCounts, RunOptions
+from embedding_index.inputs import split_text
 from embedding_index.items import ModelIdentity, content_hash
 from embedding_index.providers.contract import Answer, RequestLimits
-from embedding_index.splitting import split_text
 from embedding_index.vector_checks import Vector
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import (
@@ -55,6 +55,14 @@ def ledger(tmp_path: Path) -> Iterator[VectorLedger]:
         yield opened
 
 
+@dataclass(frozen=True)
+class End:
+    """How a text ended, and its stored vector, None if it has none."""
+
+    problem: str | None
+    vector: Vector | None
+
+
 class Runs:
     """Runs with one fake and one ledger."""
 
@@ -73,7 +81,7 @@ class Runs:
 
     def embed(
         self, texts: list[str], provider: Any = None, watch: Any = None, **options: Any
-    ) -> tuple[dict[str, Embedded], RunCounts]:
+    ) -> tuple[dict[str, End], RunCounts]:
         """How each text ended, by the text; *watch* is shown the counts at each of them."""
         run = self.prepare(provider, **options)
         by_hash = keyed(texts)
@@ -83,7 +91,9 @@ class Runs:
             if watch is not None:
                 watch(run.counts)
         assert len({end.content_hash for end in ends}) == len(ends), "a text ended twice"
-        return {by_hash[end.content_hash]: end for end in ends}, run.counts
+        vectors = self.ledger.vectors(run._provider.identity, by_hash)
+        found = {by_hash[end.content_hash]: End(end.problem, vectors.get(end.content_hash)) for end in ends}
+        return found, run.counts
 
     def billed(self) -> dict[str, int]:
         return {key: counts["billed"] for key, counts in self.fake.embedded().items() if counts["billed"]}
@@ -101,7 +111,7 @@ def right(text: str) -> Any:
     return pytest.approx(expected_embedding(text, DIMENSIONS), abs=1e-6)
 
 
-def assert_right(ends: Mapping[str, Embedded], texts: list[str]) -> None:
+def assert_right(ends: Mapping[str, End], texts: list[str]) -> None:
     """Each of *texts* has the vector that the server makes of it."""
     assert ends.keys() == set(texts)
     for text in texts:
@@ -135,7 +145,7 @@ def test_ten_thousand_texts_take_the_least_number_of_calls_all_slots_full(runs: 
     assert (totals.vectors, totals.calls, totals.tokens) == (10_000, 100, sum(sizes))
 
 
-def test_what_is_stored_costs_nothing(runs: Runs) -> None:
+def test_stored_vectors_cost_nothing(runs: Runs) -> None:
     texts = texts_with_long_ones(60)
     provider = runs.provider(limits=SMALL)
     first, _ = runs.embed(texts, provider)
@@ -148,7 +158,7 @@ def test_what_is_stored_costs_nothing(runs: Runs) -> None:
         assert (end.vector == first[text].vector).all()
 
 
-def test_only_what_changed_is_sent(runs: Runs) -> None:
+def test_only_changed_pieces_are_sent(runs: Runs) -> None:
     """A long text with another end shares its other pieces with what it was."""
     paragraphs = [f"Paragraph {number}. " + "word " * 60 for number in range(6)]
     text = "\n\n".join(paragraphs)
@@ -248,7 +258,7 @@ class Strict:
         """Nothing is open."""
 
 
-def test_a_piece_that_failed_before_fails_what_is_divided_later(runs: Runs) -> None:
+def test_earlier_failed_piece_fails_texts_divided_later(runs: Runs) -> None:
     """The same words were a text of their own: nobody sends them again, and nobody waits for them."""
     bad = "bad one two three four five six seven eight nine\n\n"
     long = bad + "here are ten more words that nobody would refuse today"
@@ -312,32 +322,6 @@ def test_the_next_call_is_made_while_an_answer_is_on_its_way(ledger: VectorLedge
         ends = list(run.run(keyed(["one", "two"])))
     assert asked_again == [True, True]
     assert [end.problem for end in ends] == [None, None]
-
-
-def test_vectors_are_handed_on_while_they_are_few(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who takes the results slowly does not fill the memory: the other vectors are read back."""
-    monkeypatch.setattr(embedding_run, "HANDED_ON_BYTES", 700 * 4 * DIMENSIONS)
-    read_back: list[int] = []
-    read = runs.ledger.vectors
-
-    def vectors(identity: ModelIdentity, hashes: Sequence[str]) -> dict[str, Vector]:
-        read_back.append(len(hashes))
-        return read(identity, hashes)
-
-    monkeypatch.setattr(runs.ledger, "vectors", vectors)
-    texts = short_texts(3000)
-    results = runs.prepare().run(keyed(texts))
-    ends = [next(results)]
-    while len(runs.ledger.known(runs.providers[0].identity, keyed(texts))) < 3000:
-        threading.Event().wait(0.01)
-    ends += results
-    assert sum(read_back) == 3000 - 700
-    by_hash = keyed(texts)
-    assert_right({by_hash[end.content_hash]: end for end in ends}, texts)
-    read_back.clear()
-    runs.fake.configure(latency_s=0.05)
-    runs.embed([f"{text} again" for text in texts])
-    assert sum(read_back) < 3000 - 700, "what was taken makes room"
 
 
 def test_a_piece_of_two_texts_that_are_divided_at_once_is_sent_once(runs: Runs) -> None:
@@ -414,7 +398,7 @@ def test_a_bad_piece_fails_its_text_and_no_other(runs: Runs) -> None:
     assert sum(mark in piece for piece in pieces) >= 1
 
 
-def test_where_everything_is_refused_the_run_stops(runs: Runs) -> None:
+def test_run_stops_if_every_text_is_refused(runs: Runs) -> None:
     runs.fake.configure(faults=[refusing("Conversation", message="no embeddings for you")])
     with pytest.raises(ProviderRejectedError, match=r"none of the first 8 texts.*no embeddings for you"):
         runs.embed(short_texts(5000))
@@ -467,7 +451,7 @@ def test_a_text_that_never_gets_a_vector_is_named(runs: Runs, kind: str, max_ret
     assert_right(ends, [text for text in texts if text != bad])
 
 
-def test_where_no_vector_is_usable_the_run_stops(runs: Runs) -> None:
+def test_run_stops_if_no_vector_is_usable(runs: Runs) -> None:
     runs.fake.configure(faults=[{"kind": "embed_nan", "when": {"route": "embeddings.create"}, "times": 10**6}])
     with pytest.raises(UnusableVectorsError, match=r"none of the first 8 texts.*NaN"):
         runs.embed(short_texts(500), batch_size=1, max_retries=1)
@@ -482,7 +466,7 @@ def test_another_dimension_than_the_stored_one_ends_the_run(runs: Runs) -> None:
     assert runs.ledger.totals(runs.providers[0].identity).vectors == 5
 
 
-def test_what_was_distrusted_was_paid_for(runs: Runs) -> None:
+def test_tokens_of_refused_answers_are_counted(runs: Runs) -> None:
     runs.fake.configure(faults=[{"kind": "embed_short", "when": {"route": "embeddings.create"}, "times": 1}])
     texts = short_texts(10)
     _, counts = runs.embed(texts)
@@ -494,7 +478,7 @@ def test_what_was_distrusted_was_paid_for(runs: Runs) -> None:
 # Servers that are busy, broken or away
 
 
-def test_all_wait_as_told_and_no_attempt_is_used_up(runs: Runs) -> None:
+def test_rate_limit_delays_all_calls_and_uses_no_attempt(runs: Runs) -> None:
     fault = {"kind": "rate_limit_429", "when": {"route": "embeddings.create", "indexes": [4]}, "retry_after": 1}
     runs.fake.configure(latency_s=0.05, faults=[fault])
     texts = short_texts(2000)
@@ -630,7 +614,7 @@ def test_answers_are_stored_however_slowly_the_results_are_taken(runs: Runs) -> 
     assert len(list(results)) == 2999
 
 
-def test_who_leaves_early_keeps_what_was_in_flight(runs: Runs) -> None:
+def test_closed_iterator_still_stores_calls_in_flight(runs: Runs) -> None:
     runs.fake.configure(latency_s=0.1)
     texts = short_texts(3000)
     results = runs.prepare().run(keyed(texts))

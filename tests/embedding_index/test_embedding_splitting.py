@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from embedding_index.splitting import split_text
+from embedding_index.inputs import split_text
 
 
 @functools.cache

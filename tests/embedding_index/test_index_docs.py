@@ -119,7 +119,7 @@ def test_first_steps(tmp_path: Path) -> None:
     compare("\n".join(lines[start + 2 :]), reader.run([*search, "--sample", "--provider", "local"]))
 
 
-def test_a_database_of_ones_own(tmp_path: Path, fake: FakeOpenAI) -> None:
+def test_page_section_your_own_database_is_true(tmp_path: Path, fake: FakeOpenAI) -> None:
     """SQLite, and the estimate of OpenAI, which sends nothing."""
     reader = Reader(tmp_path, OPENAI_API_KEY="sk-test")
     reader.environment["OPENAI_BASE_URL"] = fake.url

@@ -119,7 +119,7 @@ def test_a_missing_package_is_named(site: IndexSite, name: str, flags: list[str]
         ({}, ["--batch", "--output", "nowhere/out.json"], 2, ["nowhere/out.json"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(
+def test_configuration_error_is_one_sentence(
     site: IndexSite, changes: dict[str, str], flags: list[str], code: int, parts: list[str]
 ) -> None:
     """And nothing is sent."""
@@ -210,13 +210,12 @@ def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: in
         site.fake.wait_for("in_flight", at_least=2)
         ended = stopped(process, number)
     assert ended.code == 130, ended.err
-    assert "the same command goes on where this one ended" in ended.err
+    assert "the same command resumes where this one stopped" in ended.err
     assert ended.json["interrupted"]
     billed = {key for key, entry in site.fake.embedded().items() if entry["billed"]}
     assert 0 < len(billed) < ITEMS
     with contextlib.closing(sqlite3.connect(site.index / "vectors.sqlite3")) as ledger:
         assert {row[0].hex() for row in ledger.execute("SELECT hash FROM vectors")} == billed, ended.said
-    assert not (site.index / "chroma.unfinished").exists()
     site.fake.configure(faults=[])
     assert site.run("--batch").code == 0
     assert site.states() == {"indexed": ITEMS}

@@ -292,7 +292,7 @@ def odd(tmp_path: Path) -> DatabaseFacts:
     )
 
 
-def test_what_sqlite_cannot_open_fails_nothing_else(odd: DatabaseFacts) -> None:
+def test_unreadable_sqlite_view_fails_nothing_else(odd: DatabaseFacts) -> None:
     """A broken view is named, with what is wrong; tables inside of others are not documented."""
     assert [table.full_name for table in odd.tables] == ['"b.c"', "a", "broken", "fine", "notes"]
     assert table(odd, "broken").problem == "the database cannot open it"
@@ -326,7 +326,7 @@ def test_a_missing_sqlite_file_is_not_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     """It is said so, and the file is named."""
     path = tmp_path / "notes.txt"
     path.write_text("no database " * 1000)

@@ -99,7 +99,7 @@ def test_a_vector_does_not_depend_on_its_company(provider: LocalProvider) -> Non
     np.testing.assert_allclose(together, reverse, atol=1e-5)
 
 
-def test_what_is_near_in_meaning_is_near(provider: LocalProvider) -> None:
+def test_texts_of_similar_meaning_have_similar_vectors(provider: LocalProvider) -> None:
     card, money, weather = np.asarray(
         provider.embed(
             ["My card was charged twice.", "I was billed two times, refund me", "It rains in Bergen"]

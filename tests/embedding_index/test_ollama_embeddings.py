@@ -79,7 +79,7 @@ def test_it_says_when_a_good_answer_is_there(fake: FakeOllama, provider: OllamaP
     assert said == ["good"]
 
 
-def test_each_call_asks_for_the_same_window_and_for_no_cut() -> None:
+def test_each_call_asks_for_the_same_context_without_truncation() -> None:
     """Another window would reload the model; without ``truncate: false`` Ollama cuts in silence."""
     vectors = answer({"embeddings": [[1.0]], "prompt_eval_count": 3})
     with scripted_server(vectors, vectors) as server:
@@ -109,7 +109,7 @@ def test_the_longest_input(context: int | None, limit: int) -> None:
 
 
 @pytest.mark.parametrize("model", ["mxbai-embed-large", "no model"])
-def test_a_model_that_is_not_there_says_how_to_get_it(fake: FakeOllama, model: str) -> None:
+def test_missing_model_error_names_the_pull_command(fake: FakeOllama, model: str) -> None:
     with pytest.raises(ConfigurationError, match=f"ollama pull {model}"):
         open_ollama(fake.url, embedding_model=model)
 
@@ -118,7 +118,7 @@ def test_a_model_that_is_not_there_says_how_to_get_it(fake: FakeOllama, model: s
 def test_cloud_models_are_refused(fake: FakeOllama, model: str) -> None:
     """By their name, and by what the server says about them."""
     fake.configure(models=[{"name": "disguised", "remote_host": "https://ollama.com:443", "remote_model": "x"}])
-    with pytest.raises(ConfigurationError, match="leave this house"):
+    with pytest.raises(ConfigurationError, match="leave your network"):
         open_ollama(fake.url, embedding_model=model)
     assert fake.stats()["embed_requests"] == 0
 
@@ -238,15 +238,15 @@ def test_too_long_an_input_is_refused_and_not_cut(fake: FakeOllama, provider: Ol
         provider.embed(["short", "long " * 4000])
 
 
-def test_a_server_that_cuts_all_the_same_is_found_out(fake: FakeOllama, provider: OllamaProvider) -> None:
+def test_truncation_by_the_server_is_detected(fake: FakeOllama, provider: OllamaProvider) -> None:
     """By its count of tokens: fewer than the text has words."""
     fake.configure(ignore_truncate=True)
-    with pytest.raises(UnusableVectorsError, match="cut an input"):
+    with pytest.raises(UnusableVectorsError, match="truncated an input"):
         provider.embed(["words " * 4000])
     assert provider.embed(["words " * 300]).tokens == 450
 
 
-def test_a_wrong_number_of_vectors_is_handed_on_as_it_came(fake: FakeOllama, provider: OllamaProvider) -> None:
+def test_wrong_number_of_vectors_is_returned_unchanged(fake: FakeOllama, provider: OllamaProvider) -> None:
     """Whether they are what was asked for is checked in one place, for all providers."""
     strike(fake, "embed_short")
     assert len(provider.embed(TEXTS).vectors) == 2

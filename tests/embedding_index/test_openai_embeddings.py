@@ -188,7 +188,7 @@ def test_two_vectors_for_one_text() -> None:
 
 
 @pytest.mark.parametrize("body", [[], {"data": None}, {"data": [7]}, {}], ids=str)
-def test_what_is_no_answer(body: Any) -> None:
+def test_answers_of_unknown_form_are_refused(body: Any) -> None:
     with answered(body) as (_, provider), pytest.raises(ProviderUnavailableError, match="OPENAI_BASE_URL"):
         provider.embed(["a"])
 
@@ -214,7 +214,7 @@ def test_nothing_of_the_environment_goes_along(monkeypatch: pytest.MonkeyPatch) 
     assert not any("other" in value or name == "x-other" for name, value in headers.items())
 
 
-def test_what_a_server_sets_is_not_sent_back() -> None:
+def test_cookies_are_not_sent_back() -> None:
     good = {"data": [{"index": 0, "embedding": [1.0]}]}
     with (
         scripted_server(answer(good, Set_Cookie="who=you; Path=/"), answer(good)) as server,
@@ -226,7 +226,7 @@ def test_what_a_server_sets_is_not_sent_back() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://a..b/v1", f"http://{'a' * 64}.invalid/v1"])
-def test_an_address_that_is_none(url: str) -> None:
+def test_malformed_address_is_refused(url: str) -> None:
     with closing(open_openai(url)) as provider, pytest.raises(ProviderUnavailableError, match="OPENAI_BASE_URL"):
         provider.embed(["a"])
 
@@ -240,7 +240,7 @@ def test_a_long_header_does_not_cost_the_answer() -> None:
         assert len(provider.embed(["a"]).vectors) == 1
 
 
-def test_the_connection_of_an_answer_that_is_too_large_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_is_closed_after_a_too_large_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of it would be sent all the same."""
     monkeypatch.setattr(openai_embeddings, "MAX_ANSWER_BYTES", 10)
     with scripted_server(drip(0.05)) as server, closing(open_openai(f"{server.url}/v1")) as provider:

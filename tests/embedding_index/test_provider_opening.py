@@ -56,6 +56,6 @@ def test_a_missing_package_is_one_sentence(name: str, package: str) -> None:
     )
 
 
-def test_a_wrong_setting_of_what_is_asked_is_said() -> None:
+def test_wrong_provider_setting_is_an_error() -> None:
     with pytest.raises(ConfigurationError, match="OPENAI_API_KEY"):
         open_provider(load_index_settings(None, provider="openai"), None)

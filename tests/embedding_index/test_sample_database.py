@@ -48,7 +48,7 @@ def test_no_other_file_is_replaced(tmp_path: Path, content: str) -> None:
         with closing(sqlite3.connect(path)) as db:
             db.execute("CREATE TABLE mine (id)")
     before = path.read_bytes()
-    with pytest.raises(ConfigurationError, match="name another file"):
+    with pytest.raises(ConfigurationError, match="move it away"):
         make_sample_database(path)
     assert path.read_bytes() == before
 

@@ -117,7 +117,7 @@ def learnt(real: Callable[[str], int]) -> EstimatedCounter:
     return counter
 
 
-def test_what_it_learns_makes_it_sharper_and_still_not_too_low(real: Callable[[str], int]) -> None:
+def test_learned_factor_is_closer_and_never_too_low(real: Callable[[str], int]) -> None:
     """Averages of calls hide the dense texts in them, so it keeps a distance."""
     counter = learnt(real)
     texts = [*sample_texts(), *SCRIPTS.values()]
@@ -133,7 +133,7 @@ def test_calls_in_one_script_make_it_sharper(real: Callable[[str], int], name: s
     assert real(text) <= counter(text) < 0.8 * EstimatedCounter()(text)
 
 
-def test_what_was_denser_than_it_said_counts_at_once() -> None:
+def test_denser_text_raises_the_estimate_at_once() -> None:
     counter = EstimatedCounter()
     text = "QmFzZTY0IGVuY29kZWQgc3RyaW5nIHRoYXQgaXMgbG9uZw" * 20
     first = counter(text)

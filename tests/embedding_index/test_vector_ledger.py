@@ -45,7 +45,7 @@ def test_more_than_one_statement_takes_are_added_at_once(path: Path) -> None:
     assert all((found[key] == many[key]).all() for key in many)
 
 
-def test_what_was_added_is_there_after_reopening(path: Path) -> None:
+def test_added_vectors_are_there_after_reopening(path: Path) -> None:
     added = entries("a", "b")
     with VectorLedger(path) as ledger:
         ledger.add(MODEL, added, 70)
@@ -90,7 +90,7 @@ def test_another_dimension_is_refused_and_nothing_is_added(path: Path) -> None:
         assert ledger.totals(MODEL) == Totals(1, 1, 0)
 
 
-def test_what_fails_half_way_leaves_nothing(path: Path) -> None:
+def test_failed_add_stores_nothing(path: Path) -> None:
     """Neither vectors nor usage."""
     with VectorLedger(path) as ledger:
         with pytest.raises(ValueError, match="hex"):
@@ -179,8 +179,8 @@ def test_a_killed_process_loses_nothing_that_was_added(path: Path) -> None:
 def test_durability_is_switched_on(path: Path) -> None:
     """A power cut cannot be played here; the setting that SQLite promises it for can be read."""
     with VectorLedger(path) as ledger:
-        assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)
-        assert ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
 
 def damage_file(path: Path) -> None:
@@ -200,17 +200,22 @@ def damage_vector(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_file, damage_pages, damage_vector])
-def test_damage_is_named_with_what_to_do(path: Path, damage: object) -> None:
+def test_damaged_ledger_error_says_what_to_do(path: Path, damage: object) -> None:
     with VectorLedger(path) as ledger:
         ledger.add(MODEL, entries("a"))
     assert callable(damage)
     damage(path)
-    with pytest.raises(StateDirectoryError, match=r"damaged.*put back a copy"), VectorLedger(path) as ledger:
+    with (
+        pytest.raises(StateDirectoryError, match=r"damaged.*the copy beside it takes its place"),
+        VectorLedger(path) as ledger,
+    ):
         ledger.vectors(MODEL, entries("a"))
 
 
-@pytest.mark.parametrize(("statement", "message"), [("user_version=2", "later version"), ("application_id=7", "else")])
-def test_a_file_that_is_not_ours_is_left_alone(path: Path, statement: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("statement", "message"), [("user_version=3", "later version"), ("application_id=7", "another program")]
+)
+def test_file_of_another_program_is_left_unchanged(path: Path, statement: str, message: str) -> None:
     VectorLedger(path).close()
     with sqlite3.connect(path) as db:
         db.execute(f"PRAGMA {statement}")

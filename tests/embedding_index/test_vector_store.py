@@ -14,11 +14,10 @@ pytest.importorskip("chromadb", reason="requirements-index.txt is not installed"
 
 from config.index_settings import IndexSettings, load_index_settings
 from embedding_index import vector_store
-from embedding_index.batch_indexing import BatchIndexingManager
+from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
 from embedding_index.documentation_store import DocumentationStore
-from embedding_index.indexer_agent import SQLIndexerAgent
-from embedding_index.item_states import State
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
+from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity, State
+from embedding_index.mending import Mending
 from embedding_index.providers.contract import Answer, RequestLimits
 from embedding_index.vector_store import Ended, SQLVectorStore
 from error_handler import ConfigurationError, MixedIndexError, ProviderRejectedError, StateDirectoryError
@@ -87,12 +86,9 @@ def index_all(store: SQLVectorStore, states: DocumentationStore, items: Sequence
     manager.batch_process_pending_tables(states)
 
 
-def remake(store: SQLVectorStore, states: DocumentationStore) -> None:
-    """Make ChromaDB's files anew from the stored vectors; what has none is pending."""
-    marked = list(states.items(Kind.TABLE, State.INDEXED))
-    known = store.known({item.content_hash for item in marked})
-    states.mark_pending(Kind.TABLE, [item.name for item in marked if item.content_hash not in known])
-    store.remake((item, item.content_hash) for item in marked)
+def rebuild(store: SQLVectorStore, states: DocumentationStore) -> None:
+    """Make the entries from the stored vectors; items without one are pending."""
+    Mending(store, states, rebuild=True).mend()
 
 
 def names(hits: Sequence[Hit]) -> list[str]:
@@ -129,9 +125,7 @@ def test_texts_that_no_encoding_takes(settings: IndexSettings) -> None:
         assert (hit.name, hit.text) == ("a", "half \ud83d")
 
 
-def test_a_length_that_is_no_longer_asked_for_is_left_by_a_rebuild(
-    settings: IndexSettings, states: DocumentationStore
-) -> None:
+def test_rebuild_replaces_vectors_of_another_length(settings: IndexSettings, states: DocumentationStore) -> None:
     """The stored vectors of the other length are not taken for those of the default."""
     with SQLVectorStore(settings, provider=Words(asked=4)) as store:
         index_all(store, states, tables(1, 2))
@@ -139,19 +133,19 @@ def test_a_length_that_is_no_longer_asked_for_is_left_by_a_rebuild(
     with SQLVectorStore(settings, provider=provider) as store, pytest.raises(MixedIndexError, match="--rebuild"):
         store.search("Table number 1.")
     with SQLVectorStore(settings, provider=provider, rebuild=True) as store:
-        remake(store, states)
+        rebuild(store, states)
         assert store.count() == 0
         index_all(store, states, tables(1, 2))
         assert store.identity.dimensions == LENGTH
         assert names(store.search("Table number 1.", limit=1)) == ["t1"]
     provider.calls.clear()
     with SQLVectorStore(settings, provider=Words(asked=4), rebuild=True) as store:
-        remake(store, states)
+        rebuild(store, states)
         assert (store.count(), store.identity.dimensions) == (2, 4), "both lengths were kept"
     assert provider.calls == []
 
 
-def test_what_cannot_be_noted_is_told_once_and_found_again(settings: IndexSettings) -> None:
+def test_failed_state_update_is_raised_once_and_costs_no_second_call(settings: IndexSettings) -> None:
     """The error is that of the first attempt, and there is no second one."""
     told: list[int] = []
 
@@ -169,9 +163,7 @@ def test_what_cannot_be_noted_is_told_once_and_found_again(settings: IndexSettin
         assert store.counts.reused == 2
 
 
-def test_what_is_embedded_is_noted_before_the_whole_is_done(
-    settings: IndexSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_items_are_marked_in_lots_before_the_run_ends(settings: IndexSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """After so many."""
     lots: list[int] = []
     with SQLVectorStore(settings, provider=Words()) as store:
@@ -181,7 +173,7 @@ def test_what_is_embedded_is_noted_before_the_whole_is_done(
         assert lots == [2, 2, 1]
 
 
-def test_after_a_stop_what_was_in_flight_is_kept(settings: IndexSettings, states: DocumentationStore) -> None:
+def test_calls_in_flight_are_stored_after_a_stop(settings: IndexSettings, states: DocumentationStore) -> None:
     """The rest has no result, and is pending."""
     provider = Words()
     with SQLVectorStore(settings, provider=provider) as store:
@@ -193,7 +185,7 @@ def test_after_a_stop_what_was_in_flight_is_kept(settings: IndexSettings, states
         assert states.counts()[Kind.TABLE] == {State.INDEXED: 1, State.PENDING: 2, State.FAILED: 0}
 
 
-def test_a_batch_takes_what_is_pending_and_a_bad_one_fails_alone(
+def test_batch_indexes_pending_items_and_a_bad_item_fails_alone(
     settings: IndexSettings, states: DocumentationStore
 ) -> None:
     """By name, in the store as in the result; the next run tries it again, and nothing else."""
@@ -201,8 +193,9 @@ def test_a_batch_takes_what_is_pending_and_a_bad_one_fails_alone(
     provider.bad = "number 2"
     noted: list[tuple[Kind, list[str]]] = []
     with SQLVectorStore(settings, provider=provider) as store:
-        manager = BatchIndexingManager(SQLIndexerAgent(store))
-        manager.on_items = lambda kind, ended: noted.append((kind, [name for name, _ in ended]))
+        manager = BatchIndexingManager(
+            SQLIndexerAgent(store), lambda kind, ended: noted.append((kind, [name for name, _ in ended]))
+        )
         states.offer(tables(1, 2, 3))
         assert manager.batch_process_pending_tables(states) == {"t1": True, "t2": False, "t3": True}
         assert sorted(name for _, ended in noted for name in ended) == ["t1", "t2", "t3"]
@@ -217,7 +210,7 @@ def test_a_batch_takes_what_is_pending_and_a_bad_one_fails_alone(
         assert manager.batch_process_pending_tables(states) == {}
 
 
-def test_the_statistics_price_only_what_has_no_vector(settings: IndexSettings, states: DocumentationStore) -> None:
+def test_statistics_price_only_texts_without_a_vector(settings: IndexSettings, states: DocumentationStore) -> None:
     """Equal texts once, stored ones not at all; sizes within what a call can have."""
     with SQLVectorStore(settings, provider=Words()) as store:
         manager = BatchIndexingManager(SQLIndexerAgent(store))
@@ -253,7 +246,7 @@ def test_a_question_of_any_length_is_asked_within_the_limits(settings: IndexSett
             store.search(" \n")
 
 
-def test_vectors_of_texts_that_nobody_has_are_forgotten(settings: IndexSettings) -> None:
+def test_vectors_of_deleted_texts_are_deleted(settings: IndexSettings) -> None:
     with SQLVectorStore(settings, provider=Words()) as store:
         first, second = tables(1, 2)
         store.index([first, second], ignore)

@@ -1,0 +1,169 @@
+"""What a search can find: for each item its content hash, metadata and text, in the file of the vectors.
+
+Entries and vectors are in one file, so one transaction shows both in one state, to readers in other processes as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity, StoredItem
+from embedding_index.vector_checks import Vector
+from embedding_index.vector_ledger import VectorLedger
+from error_handler import MixedIndexError
+
+Item = IndexItem | StoredItem
+Page = tuple[list[str], NDArray[np.float32]]
+"""Names and their vectors, one row each."""
+
+_PUT = """
+INSERT INTO entries SELECT ?1, ?2, ?3, ?4, ?5 WHERE EXISTS (SELECT 1 FROM vectors WHERE model = ?6 AND hash = ?3)
+ON CONFLICT (kind, name) DO UPDATE SET hash = excluded.hash, metadata = excluded.metadata, text = excluded.text"""
+
+
+class SearchEntries:
+    """The entries in the file of *ledger*."""
+
+    def __init__(self, ledger: VectorLedger) -> None:
+        self.ledger = ledger
+
+    def identity(self) -> ModelIdentity | None:
+        """Return the model whose vectors are compared, with its dimensions; None before the first entry."""
+        with self.ledger.reading() as db:
+            row = db.execute(
+                "SELECT m.provider, m.model, m.dimensions FROM models m JOIN search s ON s.model = m.id"
+            ).fetchone()
+        return ModelIdentity(*row) if row else None
+
+    def version(self) -> tuple[str, int]:
+        """Return a value that changes when names or hashes change, or when the file is replaced by another one."""
+        with self.ledger.reading() as db:
+            token, version = db.execute("SELECT token, version FROM search").fetchone()
+        return token, version
+
+    def hashes(self) -> dict[str, str]:
+        """Return the content hash of each entry by its id."""
+        with self.ledger.reading() as db:
+            rows = db.execute("SELECT kind, name, hash FROM entries").fetchall()
+        return {f"{kind}:{name}": key.hex() for kind, name, key in rows}
+
+    def counts(self) -> dict[Kind, int]:
+        """Return how many entries there are of each kind that has some."""
+        with self.ledger.reading() as db:
+            return {
+                Kind(kind): number for kind, number in db.execute("SELECT kind, count(*) FROM entries GROUP BY kind")
+            }
+
+    def put(self, identity: ModelIdentity, items: Iterable[Item]) -> None:
+        """Add *items*, or replace those of the same name; durably. Items without a stored vector are left out.
+
+        Raises:
+            MixedIndexError: The entries are compared by vectors of another model than *identity*; nothing was added.
+        """
+        with self.ledger.change() as db:
+            self._put(db, identity, items)
+
+    def replace(self, identity: ModelIdentity, items: Iterable[Item]) -> None:
+        """Replace all entries by *items*, to be compared by vectors of *identity* from now on; all or nothing."""
+        with self.ledger.change() as db:
+            db.execute("DELETE FROM entries")
+            db.execute("UPDATE search SET model = NULL, version = version + 1, graph = NULL")
+            self._put(db, identity, items)
+
+    def update_metadata(self, items: Iterable[Item]) -> None:
+        """Replace the metadata of *items*; names that are not there are left out."""
+        with self.ledger.change() as db:
+            db.executemany(
+                "UPDATE entries SET metadata = ? WHERE kind = ? AND name = ?",
+                ((json.dumps(dict(item.metadata)), item.kind, item.name) for item in items),
+            )
+
+    def delete(self, kind: Kind, names: Iterable[str]) -> None:
+        """Delete entries; names that are not there are fine."""
+        with self.ledger.change() as db:
+            db.executemany("DELETE FROM entries WHERE kind = ? AND name = ?", ((kind, name) for name in names))
+            db.execute("UPDATE search SET version = version + 1")
+
+    def pages(self, kind: Kind, size: int = 1000) -> Iterator[Page]:
+        """Yield the names and vectors of *kind* by name, *size* at a time.
+
+        Raises:
+            StateDirectoryError: A vector was changed on disk.
+        """
+        query = (
+            "SELECT e.name, v.vector, v.checksum FROM entries e JOIN vectors v ON v.hash = e.hash "
+            "AND v.model = (SELECT model FROM search) WHERE e.kind = ? AND e.name > ? ORDER BY e.name LIMIT ?"
+        )
+        last = ""
+        while True:
+            with self.ledger.reading() as db:
+                rows = db.execute(query, (kind, last, size)).fetchall()
+            if not rows:
+                return
+            last = rows[-1][0]
+            yield [row[0] for row in rows], np.stack([self.ledger.checked(row[1], row[2]) for row in rows])
+
+    def vectors(self, kind: Kind, names: Collection[str]) -> dict[str, Vector]:
+        """Return the vectors of those of *names* that are entries."""
+        query = (
+            "SELECT e.name, v.vector, v.checksum FROM entries e JOIN vectors v ON v.hash = e.hash "
+            "AND v.model = (SELECT model FROM search) WHERE e.kind = ? AND e.name IN (SELECT value FROM json_each(?))"
+        )
+        with self.ledger.reading() as db:
+            rows = db.execute(query, (kind, json.dumps(list(names)))).fetchall()
+        return {name: self.ledger.checked(stored, checksum) for name, stored, checksum in rows}
+
+    def hits(self, found: Sequence[tuple[float, Kind, str]]) -> list[Hit]:
+        """Return the entries *found* (similarity, kind, name) in their order, with metadata and text."""
+        names: dict[Kind, list[str]] = defaultdict(list)
+        for _, kind, name in found:
+            names[kind].append(name)
+        query = "SELECT name, metadata, text FROM entries WHERE kind = ? AND name IN (SELECT value FROM json_each(?))"
+        known = {}
+        with self.ledger.reading() as db:
+            for kind, own in names.items():
+                for name, metadata, text in db.execute(query, (kind, json.dumps(own))):
+                    known[kind, name] = json.loads(metadata), json.loads(text)
+        return [Hit(kind, name, similarity, *known[kind, name]) for similarity, kind, name in found]
+
+    def checksum(self, kinds: Collection[Kind]) -> str:
+        """Return the SHA-256 of the model, and of names and content hashes of *kinds*."""
+        digest = hashlib.sha256(str(self.identity()).encode())
+        with self.ledger.reading() as db:
+            rows = db.execute("SELECT kind, name, hash FROM entries ORDER BY kind, name")
+            for kind, own in groupby(rows, key=lambda row: row[0]):
+                if Kind(kind) in kinds:
+                    for _, name, key in own:
+                        digest.update(f"{kind}:{name}\0".encode("utf-8", "surrogatepass") + key)
+        return digest.hexdigest()
+
+    def _put(self, db: sqlite3.Connection, identity: ModelIdentity, items: Iterable[Item]) -> None:
+        number = self.ledger.number(identity)
+        recorded = db.execute("SELECT model FROM search").fetchone()[0]
+        if recorded is not None and recorded != number:
+            raise MixedIndexError(mixed_message(self.identity(), identity))
+        db.executemany(_PUT, (_row(item, number) for item in items))
+        db.execute("UPDATE search SET model = ?, version = version + 1", (number,))
+
+
+def mixed_message(recorded: ModelIdentity | None, other: object) -> str:
+    """Return the sentence of a MixedIndexError."""
+    return (
+        f"the index holds vectors of {recorded}, which cannot be compared with {other}; set EMBEDDING_PROVIDER and "
+        "EMBEDDING_MODEL (and EMBEDDING_DIMENSIONS) back, or rebuild the index: `python cli.py index --rebuild`."
+    )
+
+
+def _row(item: Item, model: int | None) -> tuple[object, ...]:
+    # What customers wrote is never written to disk.
+    text = None if item.kind is Kind.CONVERSATION else item.text
+    metadata = json.dumps(dict(item.metadata))
+    return item.kind, item.name, bytes.fromhex(item.content_hash), metadata, json.dumps(text), model

@@ -1,0 +1,265 @@
+"""A graph of neighbours in ChromaDB, for kinds of items that are too many to compare all. The only user of chromadb.
+
+It is a cache of the ledger's vectors. A folder is built beside the old one, and never changed once the ledger names it
+(``search.graph``), so any number of processes may open it. One whose checksum or count differs is not used; the next
+run that writes builds another.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from embedding_index.items import Kind
+from embedding_index.search_entries import SearchEntries
+from embedding_index.vector_checks import Vector
+from error_handler import ConfigurationError, TriadError, VectorStoreError
+
+if TYPE_CHECKING:
+    from chromadb.api.client import Client
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "chroma"
+EXACT_UP_TO_BYTES = 128 * 2**20  # of the vectors of one kind, as float32: 87,000 of 384 dimensions, 21,000 of 1,536
+
+# Recall: docs/embedding-index.md. More neighbours and a wider search cost build time and improve recall.
+MAX_NEIGHBORS = 32
+EF_CONSTRUCTION = 200
+EF_SEARCH = 800
+
+
+class SearchGraph:
+    """An open, finished folder of ChromaDB with a collection for each large kind.
+
+    Raises (all methods):
+        VectorStoreError: ChromaDB cannot read or write the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder *path*."""
+        self.path = path
+        with _Translated(path):
+            self._client = _open_client(path)
+            self._collections = {
+                Kind(found.name): self._client.get_collection(found.name, embedding_function=None)
+                for found in self._client.list_collections()
+            }
+
+    def is_of(self, counts: Mapping[Kind, int], checksum: str) -> bool:
+        """Whether it holds *counts* vectors, and was built of entries with *checksum*."""
+        with _Translated(self.path):
+            return {kind: found.count() for kind, found in self._collections.items()} == counts and all(
+                (found.metadata or {}).get("checksum") == checksum for found in self._collections.values()
+            )
+
+    def nearest(self, kind: Kind, vector: Vector, number: int) -> list[str]:
+        """Return the names of about the *number* nearest entries."""
+        with _Translated(self.path):
+            answer = self._collections[kind].query(query_embeddings=[vector.tolist()], n_results=number, include=[])
+            return list(answer["ids"][0])
+
+    def close(self) -> None:
+        """Release files and memory."""
+        with _Translated(self.path):
+            self._client.close()
+
+
+def large_kinds(entries: SearchEntries) -> dict[Kind, int]:
+    """Return the kinds whose vectors take more than EXACT_UP_TO_BYTES, with their numbers of entries."""
+    identity = entries.identity()
+    vector_bytes = 4 * ((identity.dimensions if identity else None) or 0)
+    return {kind: number for kind, number in entries.counts().items() if number * vector_bytes > EXACT_UP_TO_BYTES}
+
+
+def open_graph(entries: SearchEntries, folder: Path) -> SearchGraph | None:
+    """Return the graph that the ledger names, if it fits *entries*; None if there is none that can be used."""
+    kinds = large_kinds(entries)
+    named = _named(entries)
+    if not kinds or named is None or not (folder / FOLDER / named["folder"]).is_dir():
+        return None
+    checksum = entries.checksum(kinds)
+    if named["checksum"] != checksum:
+        return None
+    try:
+        graph = SearchGraph(folder / FOLDER / named["folder"])
+        if graph.is_of(kinds, checksum):
+            return graph
+        graph.close()
+    except VectorStoreError as exc:
+        logger.warning("%s Until then, searches compare all vectors.", exc)
+    return None
+
+
+def publish_graph(entries: SearchEntries, folder: Path) -> None:
+    """Build the graph of *entries* if they need one and have none; remove all others, and what older versions wrote.
+
+    The caller holds the lock of *folder*.
+
+    Raises:
+        VectorStoreError: ChromaDB cannot write, or has lost vectors.
+    """
+    root = folder / FOLDER
+    kinds = large_kinds(entries)
+    graph = open_graph(entries, folder)
+    if graph is not None:
+        graph.close()
+        kept = [graph.path.name]
+    elif kinds:
+        checksum = entries.checksum(kinds)
+        name = f"{entries.version()[1]}-{checksum[:8]}"
+        _remove(root / name)
+        _build(root / name, entries, kinds, checksum)
+        _name(entries, json.dumps({"folder": name, "checksum": checksum}))
+        kept = [name]
+    else:
+        if _named(entries) is not None:
+            _name(entries, None)
+        _remove(root)
+        kept = []
+    for path in root.glob("*"):
+        if path.name not in kept:
+            _remove(path)
+    for name in ("generation", "chroma.unfinished", "chroma.new", "chroma.old"):  # of format 1
+        _remove(folder / name)
+
+
+def _build(path: Path, entries: SearchEntries, counts: Mapping[Kind, int], checksum: str) -> None:
+    path.mkdir(parents=True, mode=0o700)
+    path.parent.chmod(0o700)
+    with _Translated(path):
+        client = _open_client(path)
+        for kind in counts:
+            collection = client.create_collection(
+                kind.value,
+                embedding_function=None,
+                metadata={"checksum": checksum},
+                configuration={
+                    "hnsw": {
+                        "space": "cosine",
+                        "max_neighbors": MAX_NEIGHBORS,
+                        "ef_construction": EF_CONSTRUCTION,
+                        "ef_search": EF_SEARCH,
+                    }
+                },
+            )
+            for names, vectors in entries.pages(kind):
+                collection.upsert(ids=names, embeddings=vectors)
+            with (
+                warnings.catch_warnings()
+            ):  # a collection without an embedding function of ChromaDB's is "legacy" to it
+                warnings.simplefilter("ignore", DeprecationWarning)
+                collection.modify(configuration={"hnsw": {"sync_threshold": 2}})
+        client.close()
+    # Opened again, ChromaDB writes the rest of the graph to disk with the first query. Later searches only read.
+    graph = SearchGraph(path)
+    for kind in counts:
+        graph.nearest(kind, next(entries.pages(kind, 1))[1][0], 1)
+    is_whole = graph.is_of(counts, checksum)
+    graph.close()
+    if not is_whole:
+        raise VectorStoreError(f"ChromaDB lost vectors while it wrote {path}; run the same command again.")
+    os.sync()  # all of its files are on disk before the ledger names the folder
+
+
+def _named(entries: SearchEntries) -> dict[str, str] | None:
+    """Return the graph that the ledger names: its ``folder`` and ``checksum``."""
+    with entries.ledger.reading() as db:
+        row = db.execute("SELECT graph FROM search").fetchone()
+    named: dict[str, str] | None = json.loads(row[0] or "null")
+    return named
+
+
+def _name(entries: SearchEntries, graph: str | None) -> None:
+    with entries.ledger.change() as db:
+        db.execute("UPDATE search SET graph = ?", (graph,))
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise VectorStoreError(
+            f"{path} cannot be removed ({exc.strerror}); fix the rights of its folder, then run again."
+        ) from exc
+
+
+class _Translated:
+    """Turns what ChromaDB raises into VectorStoreError.
+
+    Its errors have no common base: some are built in, and a panic of its Rust part is a BaseException of a class that
+    cannot be imported, so no ``except`` can name it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or exc is None or isinstance(exc, TriadError):
+            return
+        from chromadb.errors import ChromaError  # noqa: PLC0415 - see _open_client
+
+        foreign = (ChromaError, OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError)
+        if isinstance(exc, foreign) or kind.__name__ == "PanicException":
+            # Only the class: the text may quote what was to be stored.
+            raise VectorStoreError(
+                f"ChromaDB cannot read or write {self._path} ({kind.__name__}); free space or fix its rights, then run "
+                "`python cli.py index --batch`, which builds it again from the stored vectors without a call."
+            ) from exc
+
+
+def require_chromadb() -> None:
+    """Raise ConfigurationError if chromadb is not installed; it is not loaded."""
+    try:
+        version("chromadb")
+    except PackageNotFoundError as exc:
+        raise ConfigurationError(
+            "the embedding index needs the package chromadb; run `pip install -r requirements-index.txt`."
+        ) from exc
+
+
+def _open_client(path: Path) -> Client:
+    require_chromadb()
+    try:
+        # Here, because loading chromadb takes a second, and most commands never need it.
+        from chromadb.api import ServerAPI  # noqa: PLC0415
+        from chromadb.api.client import Client  # noqa: PLC0415
+        from chromadb.config import Settings, System  # noqa: PLC0415
+    except ValueError as exc:  # pydantic's; chromadb reads the environment and .env when it is imported
+        raise ConfigurationError(
+            "ChromaDB reads settings from the environment and .env by itself and refuses one of them (names like "
+            "MIGRATIONS or IS_PERSISTENT); remove it, then run again."
+        ) from exc
+    # Everything that decides where data goes is set here, so that no environment variable does.
+    settings = Settings(
+        _env_file=None,
+        chroma_api_impl="chromadb.api.rust.RustBindingsAPI",
+        chroma_product_telemetry_impl="chromadb.telemetry.product.posthog.Posthog",
+        anonymized_telemetry=False,
+        chroma_otel_collection_endpoint="",
+        migrations="apply",
+        allow_reset=False,
+        is_persistent=True,
+        persist_directory=str(path),
+    )
+    # A system of its own: PersistentClient would return one that was opened before, or one that failed to start.
+    system = System(settings)
+    system.instance(ServerAPI)  # type: ignore[type-abstract] # it looks the class up in the settings
+    system.start()
+    return Client.from_system(system)

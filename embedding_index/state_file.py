@@ -1,0 +1,161 @@
+"""A SQLite file of the index: durable transactions, readable by its owner only, errors as one sentence.
+
+WAL mode with ``synchronous=FULL``: a committed transaction survives a power cut
+(sqlite.org/pragma.html#pragma_synchronous), and other processes may read while one writes.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from error_handler import StateDirectoryError
+
+BUSY_TIMEOUT_S = 30.0
+PAGE_BYTES = 16_384  # a vector of 1,536 numbers fills one and a half of SQLite's usual pages of 4,096 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """The tables of one file, for ``PRAGMA user_version`` *version* and ``PRAGMA application_id`` *application*.
+
+    *what* names the content in error messages; *if_damaged* tells the user what to do. *migrate* brings a file of an
+    older version up to date, inside the transaction that sets the version.
+    """
+
+    what: str
+    tables: str
+    version: int
+    if_damaged: str
+    application: int = 0
+    migrate: Callable[[sqlite3.Connection, Path], None] | None = None
+
+
+class StateFile:
+    """An open SQLite file. Any thread may use it; one at a time is served. Use as ``with``, or close it."""
+
+    def __init__(self, path: Path, schema: Schema, *, create: bool = True) -> None:
+        """Open *path*, or make it with mode 0600 (and its folder with mode 0700) if *create*.
+
+        Raises:
+            StateDirectoryError: It cannot be opened, is damaged, belongs to another program, or to a later version.
+        """
+        self.path = path
+        self._schema = schema
+        self._lock = threading.RLock()
+        try:
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+            os.close(os.open(path, flags, 0o600))
+            # SQLite keeps the parameters of cached statements: vectors, in our case.
+            self._db = sqlite3.connect(
+                path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=8
+            )
+        except (OSError, sqlite3.Error) as exc:
+            raise self._unusable(exc) from exc
+        self._db.row_factory = sqlite3.Row
+        try:
+            self._prepare(create=create)
+        except StateDirectoryError:
+            self._db.close()
+            raise
+        except sqlite3.Error as exc:
+            self._db.close()
+            raise self._unusable(exc) from exc
+
+    def __enter__(self) -> StateFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Committed transactions are durable already."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection for queries."""
+        try:
+            with self._lock:
+                yield self._db
+        except sqlite3.Error as exc:
+            raise self._unusable(exc) from exc
+
+    @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection inside a transaction: all queries see one state of the file."""
+        with self.reading() as db:
+            db.execute("BEGIN")
+            with db:
+                yield db
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Write everything inside durably, or nothing of it."""
+        with self.reading() as db:
+            db.execute("BEGIN IMMEDIATE")
+            with db:  # commits, or rolls back after an error
+                yield db
+
+    def empty_journal(self) -> None:
+        """Move the journal into the file and empty it: it may hold what was deleted."""
+        with self.reading() as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def damaged(self, how: str) -> StateDirectoryError:
+        """Return the error for a file whose content is wrong."""
+        return StateDirectoryError(f"{self._schema.what} in {self.path} is damaged ({how}); {self._schema.if_damaged}")
+
+    def _prepare(self, *, create: bool) -> None:
+        if self._has_tables():
+            self._require_own()  # before anything is changed
+        elif not create:
+            raise StateDirectoryError(
+                f"{self.path} is empty; run `python cli.py index --batch`, which makes or restores it."
+            )
+        for pragma in (f"page_size={PAGE_BYTES}", "journal_mode=WAL", "synchronous=FULL"):
+            self._db.execute(f"PRAGMA {pragma}")
+        self._db.execute("PRAGMA secure_delete=ON")  # deleted content is overwritten with zeros
+        if self._pragma("user_version") == self._schema.version:
+            return
+        with self.transaction() as db:
+            if not self._has_tables():
+                for statement in self._schema.tables.split(";\n"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id={self._schema.application}")
+            elif self._pragma("user_version") < self._schema.version and self._schema.migrate is not None:
+                self._schema.migrate(db, self.path.parent)
+            db.execute(f"PRAGMA user_version={self._schema.version}")
+
+    def _has_tables(self) -> bool:
+        return bool(self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
+
+    def _require_own(self) -> None:
+        version = self._pragma("user_version")
+        if not version or self._pragma("application_id") != self._schema.application:
+            raise StateDirectoryError(
+                f"{self.path} is a database of another program; set INDEX_DIR to a folder of the index's own."
+            )
+        if version > self._schema.version:
+            raise StateDirectoryError(
+                f"{self.path} was written by a later version of this program (format {version}, this one reads up to "
+                f"{self._schema.version}); use that version, or set INDEX_DIR to another folder."
+            )
+
+    def _pragma(self, name: str) -> int:
+        return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
+
+    def _unusable(self, exc: Exception) -> StateDirectoryError:
+        if type(exc) is sqlite3.DatabaseError:
+            return self.damaged(str(exc))
+        return StateDirectoryError(
+            f"{self._schema.what} in {self.path} cannot be used ({exc}); free space or fix the rights, then run again."
+        )

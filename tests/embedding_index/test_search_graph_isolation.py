@@ -1,0 +1,108 @@
+"""ChromaDB in a process of its own: it sends nothing, says nothing, and puts nothing anywhere else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedding_index import search_graph
+from error_handler import VectorStoreError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(code: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_foreign_errors_are_translated(tmp_path: Path) -> None:
+    """Whatever their base: a panic of the Rust part is a BaseException of a class that cannot be imported."""
+
+    class PanicException(BaseException):
+        pass
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VectorStoreError, match="index --batch"):
+        search_graph.SearchGraph(tmp_path / "file")
+    with pytest.raises(VectorStoreError, match="PanicException"), search_graph._Translated(tmp_path):
+        raise PanicException("secret")
+    with pytest.raises(KeyboardInterrupt), search_graph._Translated(tmp_path):
+        raise KeyboardInterrupt
+
+
+# A filter of system calls (seccomp(2)): the process dies with SIGSYS where it opens a socket of the internet, in
+# whichever language; then the code. x86-64: socket is call 41.
+GUARD = """
+import ctypes, struct, sys
+steps = [(0x20, 0, 0, 0), (0x15, 0, 4, 41), (0x20, 0, 0, 16), (0x15, 1, 0, 2), (0x15, 0, 1, 10),
+         (0x06, 0, 0, 0x80000000), (0x06, 0, 0, 0x7FFF0000)]
+program = b"".join(struct.pack("HBBI", *step) for step in steps)
+buffer = ctypes.create_string_buffer(program)
+filter = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(buffer))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_char_p(filter), 0, 0) == 0, ctypes.get_errno()
+"""
+USE = """
+import logging
+from pathlib import Path
+from embedding_index import search_graph
+from embedding_index.index_reader import LEDGER_FILE
+from embedding_index.search_entries import SearchEntries
+from embedding_index.vector_ledger import VectorLedger
+from tests.embedding_index.index_entries import Searcher, make_index
+search_graph.EXACT_UP_TO_BYTES = 0
+folder = Path(sys.argv[1])
+folder.mkdir()
+make_index(folder, range(3))
+with VectorLedger(folder / LEDGER_FILE) as ledger:
+    search_graph.publish_graph(SearchEntries(ledger), folder)
+searcher = Searcher(folder)
+assert searcher.first(2) == "2" and searcher._search._graph is not None
+searcher.close()
+assert logging.getLogger().handlers == [] and logging.getLogger().level == logging.WARNING
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter knows the system calls of x86-64")
+def test_chromadb_sends_nothing_and_says_nothing(tmp_path: Path) -> None:
+    """No socket is opened, no file made in the home, nothing printed, logging left alone."""
+    home = tmp_path / "home"
+    home.mkdir()
+    caught = run_python(GUARD + "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)")
+    assert caught.returncode == -signal.SIGSYS, caught.stderr
+    done = run_python(GUARD + USE, tmp_path / "index", HOME=str(home), PYTHONDONTWRITEBYTECODE="1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(home.rglob("*")) == []
+
+
+def test_environment_does_not_move_the_graph(tmp_path: Path) -> None:
+    """ChromaDB would obey these; a variable that it refuses ends in a sentence."""
+    moved = {"CHROMA_API_IMPL": "chromadb.api.fastapi.FastAPI", "PERSIST_DIRECTORY": str(tmp_path / "elsewhere")}
+    done = run_python("import sys\n" + USE, tmp_path / "index", **moved)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "elsewhere").exists()
+    refused = run_python("import sys\n" + USE, tmp_path / "other", MIGRATIONS="2024")
+    assert "ConfigurationError: ChromaDB reads settings from the environment" in refused.stderr
+
+
+def test_chromadb_is_not_loaded_for_a_small_index(tmp_path: Path) -> None:
+    """Loading it takes a second."""
+    code = USE.replace("search_graph.EXACT_UP_TO_BYTES = 0\n", "").replace(
+        " and searcher._search._graph is not None", ""
+    )
+    done = run_python(f"import sys\n{code}assert 'chromadb' not in sys.modules", tmp_path / "index")
+    assert done.returncode == 0, done.stderr
