@@ -48,7 +48,8 @@ def write_copy(ledger: VectorLedger) -> None:
     ledger.empty_journal()
     with ledger.reading() as db:
         state = tuple(db.execute("SELECT token, changes FROM search").fetchone())
-        if state[1] == 0 or state == _state_of(copy):
+        is_empty = not db.execute("SELECT EXISTS (SELECT 1 FROM vectors)").fetchone()[0]
+        if state == _state_of(copy) or (is_empty and not copy.exists()):
             return
         part = copy.with_suffix(".part")
         try:

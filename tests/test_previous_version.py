@@ -29,8 +29,8 @@ from config.index_settings import load_index_settings
 from config.openai_settings import load_openai_settings
 from config.service_settings import load_service_settings
 from config.settings import known_environment_names, load_settings
-from embedding_index.index_copy import IndexCopy
-from embedding_index.items import ModelIdentity
+from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_search import VectorSearch
 from storage.extended_json import canonical, loads
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_openai import FakeOpenAI
@@ -54,7 +54,7 @@ RECORDED = Path(os.environ.get("PREVIOUS_VERSION") or (_BESIDE if _BESIDE.is_dir
 DATABASE = "previous_version"  # checkpoint, ledger and the name of the job's folder name it
 CONCURRENCY = 4  # of the worker that was killed
 LEASE_S = 300
-FILES_OF_AN_INDEX = {".lock", "chroma", "generation", "index.sqlite3", "vectors.sqlite3"}
+FILES_OF_AN_INDEX = {".lock", "index.sqlite3", "vectors.sqlite3", "vectors.copy.sqlite3"}
 
 needs_index = pytest.mark.skipif(
     importlib.util.find_spec("bpe_openai") is None, reason="requirements-index.txt is not installed"
@@ -286,14 +286,13 @@ def test_an_index_is_searched_without_a_call(tmp_path: Path) -> None:
     """Every item is found by its stored vector; a search from the command line asks for the vector of its question alone."""
     import numpy as np
 
-    identity = ModelIdentity(**recorded("index/generation")["identity"])
     with restored_index(tmp_path) as (index, fake):
         items = items_of(index)
         assert {kind for kind, *_ in items} == {"table", "relationship", "conversation"}
-        (tmp_path / "judge").mkdir()
-        with IndexCopy(index, identity=identity, work_dir=tmp_path / "judge") as copy:
+        with VectorLedger(index / "vectors.sqlite3", create=False) as ledger, closing(VectorSearch(index)) as search:
             for kind, name, vector in items:
-                hits = copy.search(np.frombuffer(vector, "<f4"), limit=5)  # some conversations say the same
+                # Some conversations say the same.
+                hits = search.search(ledger, np.frombuffer(vector, "<f4"), kinds=None, limit=5)
                 assert (kind, name) in [(str(hit.kind), hit.name) for hit in hits if hit.similarity > 0.9999]
         assert calls(fake) == 0
         with closing(sqlite3.connect(index / "index.sqlite3")) as states:
