@@ -15,7 +15,7 @@ from typing import Any
 
 from config.service_settings import Exposure, ServiceSettings
 from error_handler import RequestError
-from service.errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG_HOST
+from service.errors import NOT_FOUND, STOPPING, STOPPING_RETRY_AFTER_S, TOO_MANY, UNAUTHENTICATED, WRONG_HOST
 
 CLASSIFY, SIMILAR, HEALTH, READY, METRICS, DOCS, OPENAPI = (
     "/classify",
@@ -29,7 +29,6 @@ CLASSIFY, SIMILAR, HEALTH, READY, METRICS, DOCS, OPENAPI = (
 ASKED = (CLASSIFY, SIMILAR)  # what people ask for; the other routes are for operators
 ANONYMOUS = "anonymous"
 WRONG_KEYS_PER_MINUTE = 60  # of one address; guessing 16 characters this way has no end
-STOPPING_RETRY_AFTER_S = 5
 
 _THIS_MACHINE = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 

@@ -16,7 +16,7 @@ from error_handler import (
     RequestError,
 )
 
-UNAVAILABLE_RETRY_AFTER_S = 5
+UNAVAILABLE_RETRY_AFTER_S = STOPPING_RETRY_AFTER_S = 5
 
 MALFORMED = ErrorKind("MalformedRequestError", 400, "This is not an HTTP request; send HTTP/1.1.")
 INVALID_JSON = ErrorKind("InvalidJSONError", 400, "The body is not one JSON object; send UTF-8 JSON.")

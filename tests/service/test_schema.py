@@ -13,17 +13,18 @@ import pytest
 
 import main
 from config.service_settings import ServiceSettings, load_service_settings
-from embedding_index.similar_contract import SimilarResponse
+from embedding_index.similar_contract import EXAMPLE_HITS, SimilarResponse
 from error_handler import ErrorKind
 from service import errors as service_errors
-from service.openapi_document import EXAMPLE_HITS, EXAMPLE_REQUEST, MAX_QUERY_CHARACTERS
+from service.contract import EXAMPLE_REQUEST
+from service.openapi import MAX_QUERY_CHARACTERS, openapi_document
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import serve
 from tests.service.test_similar_service import APP, write_index
 
 
 def document(**settings: Any) -> dict[str, Any]:
-    return main.openapi_document(load_service_settings(None, **settings))
+    return openapi_document(main.app, load_service_settings(None, **settings))
 
 
 @pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.thorough)])
@@ -95,8 +96,8 @@ def test_what_the_pages_show_is_so(tmp_path: Path) -> None:
     """The example of /docs is answered when it is sent as it is; docs/service.md names the numbers that there are."""
     page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
     with serve(tmp_path, API_EMBEDDED="true") as service:
-        operation = service.get("/openapi.json").json["paths"]["/classify"]["post"]
-        shown = operation["requestBody"]["content"]["application/json"]["example"]
+        schemas = service.get("/openapi.json").json["components"]["schemas"]
+        shown = schemas["ClassificationRequest"]["examples"][0]
         assert shown == EXAMPLE_REQUEST
         answer = service.classify(shown)
         assert answer.status == 200
