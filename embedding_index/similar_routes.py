@@ -14,7 +14,7 @@ from service import errors
 from service.access import SIMILAR
 from service.admission import cancel_on_disconnect
 from service.error_responses import documented_errors
-from service.openapi import KEY_SCHEMES, query_characters, search_characters
+from service.openapi import KEY_REQUIRED, query_characters, search_characters
 from service.startup import RunningService
 
 _ERRORS = (
@@ -35,7 +35,7 @@ _ERRORS = (
 )
 _BODY_ERRORS = (errors.INVALID_JSON, errors.BODY_TOO_SLOW, errors.TOO_LARGE, errors.NOT_JSON)
 
-router = APIRouter(tags=["similar conversations"], dependencies=KEY_SCHEMES)
+router = APIRouter(tags=["similar conversations"])
 
 
 async def _require_plain_query(request: Request) -> None:
@@ -54,6 +54,7 @@ async def _require_plain_query(request: Request) -> None:
     SIMILAR,
     operation_id="similarByUrl",
     summary="Find past conversations similar to a text",
+    openapi_extra=KEY_REQUIRED,
     responses=documented_errors(*_ERRORS),
     dependencies=[Depends(_require_plain_query)],
 )
@@ -73,6 +74,7 @@ async def similar_by_url(
     SIMILAR,
     operation_id="similar",
     summary="Find past conversations similar to a text",
+    openapi_extra=KEY_REQUIRED,
     responses=documented_errors(*_ERRORS, *_BODY_ERRORS),
 )
 async def similar(wanted: SimilarRequest, service: RunningService, request: Request) -> SimilarResponse:

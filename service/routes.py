@@ -20,7 +20,7 @@ from service.contract import ClassificationRequest, ClassificationResponse, Labe
 from service.error_responses import documented_errors
 from service.metrics import CONTENT_TYPE
 from service.model import Verdict
-from service.openapi import KEY_SCHEMES, RequestId
+from service.openapi import KEY_REQUIRED, REQUEST_ID_PARAMETER
 from service.startup import RunningService
 
 _HEADER_SAFE = re.compile(r"[^!-~]")
@@ -94,7 +94,7 @@ documentation = APIRouter(include_in_schema=False)
     response_model=ClassificationResponse,
     response_model_exclude_unset=True,
     responses=_classify_responses,
-    dependencies=KEY_SCHEMES,
+    openapi_extra={**KEY_REQUIRED, "parameters": [REQUEST_ID_PARAMETER]},
 )
 async def classify(
     conversation: ClassificationRequest,
@@ -102,7 +102,6 @@ async def classify(
     request: Request,
     response: Response,
     idempotency_key: IdempotencyKey = None,
-    _request_id: RequestId = None,
 ) -> ClassificationResponse:
     """Return the conversation as it was sent, and its labels."""
     _require_valid_key(idempotency_key)
@@ -167,7 +166,7 @@ _metrics_responses = documented_errors(errors.UNAUTHENTICATED, errors.TOO_MANY, 
 _metrics_responses[200]["content"] = {"text/plain": {"schema": {"type": "string"}}}
 
 
-@operations.get(METRICS, response_class=Response, responses=_metrics_responses, dependencies=KEY_SCHEMES)
+@operations.get(METRICS, response_class=Response, responses=_metrics_responses, openapi_extra=KEY_REQUIRED)
 async def metrics(service: RunningService) -> Response:
     """Return the metrics in Prometheus text format."""
     return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
