@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service.slow_clients import MAX_HEAD_BYTES
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import CONVERSATION, ServiceProcess, conversation, serve
 
@@ -180,6 +181,13 @@ def test_oversized_request_is_rejected_before_it_is_read(
     assert answer.startswith(f"HTTP/1.1 {status} ".encode()) if status else answer[9:10] in (b"4", b"")
     assert quick.classify().status == 200
     assert psutil.Process(quick.process.pid).memory_info().rss - before < MEMORY_GROWTH_BYTES
+
+
+def test_head_beyond_the_limit_gets_431(quick: ServiceProcess) -> None:
+    """One byte too many is enough; the head need not be complete."""
+    start = HEAD + b"X-Large: "
+    with quick.connect(start + b"a" * (MAX_HEAD_BYTES + 1 - len(start))) as sock:
+        assert sock.recv(12) == b"HTTP/1.1 431"
 
 
 def test_malicious_bodies_are_rejected_within_bounded_memory(quick: ServiceProcess) -> None:
