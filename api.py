@@ -1,44 +1,23 @@
-"""The contract of POST /classify: its bodies, the model behind it, and the same in blocking form.
+"""The contract of POST /classify for programs: its request and response models, and a blocking ``classify_conversation``.
 
-``classify_conversation`` needs no service: it asks the model server itself, for scripts and notebooks.
+``classify_conversation`` needs no running service: it calls the model server itself, for scripts and notebooks.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import math
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
-import async_llm_wrapper
 import llm_wrapper
 from aggregator import aggregate_conversation
-from async_llm_wrapper import SharedWindow
 from classifier import ReplyParser
 from config import Settings, load_settings, load_taxonomy
-from config.service_settings import ServiceSettings
-from domain.conversation import Conversation
-from embedded.baseline import BASELINE_MODEL, BaselineClassifier
-from error_handler import (
-    ConfigurationError,
-    ErrorKind,
-    LLMError,
-    LLMModelError,
-    Reason,
-    RequestError,
-    SkippedDocumentError,
-)
-from model_server.breaker import BreakerPolicy
+from error_handler import RequestError, SkippedDocumentError
 from model_server.models import chat_target
 from model_server.window import choose_window, reuse_loaded_window
 from prompt_builder import PromptBuilder
 from service import errors
-from service.admission import AdmissionQueue, Deadlines
 from service.contract import (
     ClassificationRequest,
     ClassificationResponse,
@@ -47,9 +26,8 @@ from service.contract import (
     ErrorResponse,
     Labels,
     Message,
-    parse_request,
 )
-from service.metrics import ServiceMetrics
+from service.model import ModelService, Verdict
 
 __all__ = [
     "ClassificationRequest",
@@ -62,217 +40,30 @@ __all__ = [
     "ModelService",
     "Verdict",
     "classify_conversation",
-    "parse_request",
 ]
 
 logger = logging.getLogger(__name__)
-
-# With a person waiting, one quick repetition is for a connection that the server closed meanwhile.
-SERVICE_ATTEMPTS, SERVICE_BACKOFF_S = 2, 0.1
-SERVICE_PROBE_CAP_S = 2.0
-
-CHECK_TIMEOUT_S = 5.0
-START_WAIT_S = 2.0  # of a start, for the model to load; it goes on in the background
-CHECK_AGAIN_S = 1.0  # also how long the outcome of a check is good for
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The labels of one conversation, what gave them, and how long that took."""
-
-    labels: dict[str, str]
-    model: str
-    queue_s: float
-    model_s: float
-    is_complete: bool = True  # whether the model saw the whole conversation
-
-
-class ModelService:
-    """The model as the service asks it: bounded, within deadlines, and without waiting for an outage to end.
-
-    Use as ``async with``; inside, one background task looks for the model until it is found.
-    """
-
-    def __init__(self, settings: Settings, service_settings: ServiceSettings, metrics: ServiceMetrics) -> None:
-        """Prepare; nothing is opened yet.
-
-        Raises:
-            ConfigurationError: The taxonomy or the model's name is wrong.
-        """
-        self._settings = settings.model_copy(
-            update={
-                "llm_timeout_s": min(settings.llm_timeout_s, service_settings.request_timeout_s),
-                "llm_max_attempts": min(settings.llm_max_attempts, SERVICE_ATTEMPTS),
-                "llm_backoff_s": min(settings.llm_backoff_s, SERVICE_BACKOFF_S),
-            }
-        )
-        taxonomy = load_taxonomy(settings.taxonomy_file)
-        self._prompts, self._parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
-        self._baseline = BaselineClassifier(taxonomy) if service_settings.embedded else None
-        self._target = chat_target(settings, settings.model or "")
-        self._metrics = metrics
-        self._stack = contextlib.AsyncExitStack()
-        self._client: async_llm_wrapper.AsyncLLMClient | None = None
-        self._window: SharedWindow | None = None
-        self._checking = asyncio.Lock()
-        self._checked_at = -math.inf
-        self._found = self._baseline is not None
-        self._problem: ErrorKind | None = None if self._found else errors.MODEL_AWAY
-        self.places = AdmissionQueue(service_settings.max_concurrent, service_settings.queue_size)
-        self.deadlines = Deadlines()
-        metrics.watch("triad_model_calls_in_flight", "Places taken at the model", lambda: self.places.running)
-        metrics.watch("triad_queue_length", "Requests that wait for a place", lambda: self.places.waiting)
-        metrics.watch("triad_breaker_open", "1 while the model server is away", lambda: float(self.is_breaker_open))
-        metrics.watch(
-            "triad_model_found", "1 after the model server was seen to have the model", lambda: float(self._found)
-        )
-
-    @property
-    def model(self) -> str:
-        """The name of what gives the labels."""
-        return BASELINE_MODEL if self._baseline is not None else self._target.model
-
-    @property
-    def is_breaker_open(self) -> bool:
-        """Whether the model server is known to be away."""
-        return self._client is not None and self._client.breaker.is_open
-
-    async def __aenter__(self) -> ModelService:
-        if self._baseline is None:
-            places = self.places.size
-            session = await self._stack.enter_async_context(async_llm_wrapper.open_session(places))
-            policy = BreakerPolicy(probe_cap_s=SERVICE_PROBE_CAP_S, outage_limit_s=math.inf, fails_fast=True)
-            self._client = async_llm_wrapper.AsyncLLMClient(self._settings, self._target, session, policy)
-            self._stack.push_async_callback(self._client.breaker.close)
-            self._window = SharedWindow(self._client, self._settings.ollama_num_ctx)
-            self._stack.push_async_callback(self._window.close)
-            await self.check()
-            finder = asyncio.create_task(self._find(self._window), name="find-model")
-            self._stack.push_async_callback(_end, finder)
-            if self._problem is errors.MODEL_LOADING:  # a model that is loaded already takes no time
-                await asyncio.wait([finder], timeout=START_WAIT_S)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
-
-    async def check(self) -> ErrorKind | None:
-        """Look whether the server answers and has the model; None says yes. At most one look per CHECK_AGAIN_S."""
-        if self._client is None:
-            return None
-        async with self._checking:
-            if time.monotonic() - self._checked_at < CHECK_AGAIN_S:
-                return self._problem
-            problem, reason = await self._look(self._client)
-            if problem is not self._problem or self._checked_at == -math.inf:
-                logger.log(logging.INFO if problem is None else logging.WARNING, "model: %s", reason)
-            self._problem, self._checked_at = problem, time.monotonic()
-            self._found = self._found or problem is None
-            return problem
-
-    async def _look(self, client: async_llm_wrapper.AsyncLLMClient) -> tuple[ErrorKind | None, str]:
-        try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                target = await client.prepare(self._settings)
-        except (ConfigurationError, LLMModelError) as exc:
-            return errors.MODEL_MISSING, str(exc)
-        except (LLMError, TimeoutError) as exc:
-            return errors.MODEL_AWAY, str(exc) or f"no answer within {CHECK_TIMEOUT_S:.0f} s"
-        if self._window is not None and not self._window.is_loaded:
-            return errors.MODEL_LOADING, f"{target.model} at {target.server_url} is there and not loaded yet"
-        return None, f"{target.model} at {target.server_url} is ready"
-
-    async def _find(self, window: SharedWindow) -> None:
-        while not self._found:
-            if self._problem is errors.MODEL_LOADING:
-                try:
-                    await window.load()
-                except LLMError as exc:
-                    logger.warning("model: it does not load: %s", exc)
-                self._checked_at = -math.inf if window.is_loaded else self._checked_at
-            if not (self._problem is errors.MODEL_LOADING and window.is_loaded):
-                await asyncio.sleep(CHECK_AGAIN_S)
-            await self.check()
-
-    def require_room(self) -> None:
-        """Raise the RequestError that ``classify`` would raise at once, for a caller that is not read yet."""
-        if not self._found:
-            raise RequestError(self._problem or errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
-        if self.is_breaker_open:
-            raise RequestError(errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
-        self.places.require_room()
-
-    async def classify(self, conversation: Conversation, deadline: float) -> Verdict:
-        """Return the labels of *conversation* before *deadline* (of the running loop's clock).
-
-        Cancelling it ends the model call and frees the place.
-
-        Raises:
-            RequestError: See docs/service.md; nothing is kept.
-        """
-        self.require_room()
-        asked_at = time.monotonic()
-        begun_at = math.inf
-        try:
-            async with self.deadlines.until(deadline), self.places.place():
-                begun_at = time.monotonic()
-                self._metrics.queue_time.observe(begun_at - asked_at)
-                try:
-                    labels, is_complete = await self._labels(conversation)
-                finally:
-                    ended_at = time.monotonic()
-                    self._metrics.model_time.observe(ended_at - begun_at)
-        except RequestError as exc:
-            # The deadline of the request, not that of the call, which _labels has counted.
-            if exc.kind is errors.TOO_SLOW and isinstance(exc.__cause__, TimeoutError) and begun_at < math.inf:
-                self._metrics.model_failures.labels(str(Reason.TIMEOUT)).inc()
-            raise
-        return Verdict(labels, self.model, begun_at - asked_at, ended_at - begun_at, is_complete)
-
-    async def _labels(self, conversation: Conversation) -> tuple[dict[str, str], bool]:
-        if self._baseline is not None:
-            return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict(), True
-        if self._client is None or self._window is None:
-            raise RequestError(errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
-        client, prompts, parser = self._client, self._prompts, self._parser
-        try:
-            await self._window.renew()
-            outcome = await async_llm_wrapper.ollama_classify_async(conversation, client, prompts, parser)
-        except LLMError as exc:
-            self._metrics.model_failures.labels(str(exc.reason)).inc()
-            problem = errors.request_error(exc)
-            logger.warning("no classification: %s: %s", problem.kind.name, exc)
-            raise problem from exc
-        except SkippedDocumentError as exc:
-            raise RequestError(errors.TOO_LONG) from exc
-        self._metrics.tokens.labels("prompt").inc(outcome.prompt_tokens or 0)
-        self._metrics.tokens.labels("reply").inc(outcome.reply_tokens or 0)
-        return outcome.classification.as_dict(), outcome.input_complete
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
 
 
 def classify_conversation(
     request: ClassificationRequest | Mapping[str, Any], settings: Settings | None = None
 ) -> ConversationAnswer:
-    """Return what POST /classify answers, asking the model server from here; blocks until it is there.
+    """Return what POST /classify would answer. Calls the model server and blocks until it has answered.
 
-    Its ``input_complete`` is False where the model saw only a part of the conversation (``X-Input-Complete``); it is
-    no part of the dumped answer.
+    ``input_complete`` of the answer is False if the model saw only a part of the conversation (the ``X-Input-Complete``
+    header of the service). It is not part of the dumped answer.
 
-    *settings* None reads them from the environment. The limits on sizes are the service's and do not count
-    here. Each call opens its own connection.
+    Each call opens its own connection. The size limits of the service do not apply.
+
+    Args:
+        request: The conversation, as the model or as a mapping.
+        settings: None reads them from the environment.
 
     Raises:
-        RequestError: There is nothing to classify, or too much of it and ON_LONG says skip.
-        ConfigurationError: The model is not named, or the server does not have it.
-        LLMError: The server gave no answer, or none that is usable.
-        pydantic.ValidationError: *request* does not have the shape of a request.
+        RequestError: The customer says nothing, or the conversation is too long and ON_LONG is not ``fit``.
+        ConfigurationError: The model is not configured, or the server does not have it.
+        LLMError: The model server gave no usable answer.
+        pydantic.ValidationError: *request* does not match ClassificationRequest.
     """
     if not isinstance(request, ClassificationRequest):
         request = ClassificationRequest.model_validate(request)

@@ -1,4 +1,4 @@
-"""Settings of the REST service alone; what it shares with the batch worker is in config/settings.py."""
+"""Settings of the REST service. Those it shares with the batch worker are in config/settings.py."""
 
 from __future__ import annotations
 
@@ -17,69 +17,89 @@ _KEY_ENTRY = re.compile(r"[A-Za-z0-9._-]{1,64}:[!-+\--~]{16,512}")
 
 
 class ServiceSettings(BaseSettings):
-    """Everything that can be set for the service. Seconds, unless the name says otherwise."""
+    """All settings of the service. Durations are in seconds."""
 
-    # Unknown names in .env are refused by load_settings, which knows those of both classes.
+    # load_settings rejects unknown names in .env; it knows those of both classes.
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
     host: str = Field(
         "127.0.0.1", validation_alias=env("API_HOST"), description="address that `python main.py` listens on"
     )
     port: int = Field(
-        8000, ge=0, le=65_535, validation_alias=env("API_PORT"), description="its port; 0 lets the system choose"
+        8000,
+        ge=0,
+        le=65_535,
+        validation_alias=env("API_PORT"),
+        description="port to listen on; 0 lets the system choose",
     )
     keys: SecretStr | None = Field(
         None,
         validation_alias=env("API_KEYS"),
-        description="who may ask: name:key,name:key; a name may have several keys while one replaces the other",
+        description="API keys: name:key,name:key; a name may have several keys during a rotation",
     )
     allow_unauthenticated: bool = Field(
         False,
         validation_alias=env("API_ALLOW_UNAUTHENTICATED"),
-        description="answer without keys also outside this machine",
+        description="serve other machines without API keys",
     )
     max_concurrent: int = Field(
-        5, ge=1, le=1024, validation_alias=env("API_MAX_CONCURRENT"), description="model calls in flight at once"
+        5, ge=1, le=1024, validation_alias=env("API_MAX_CONCURRENT"), description="concurrent model calls"
     )
     queue_size: int = Field(
-        100, ge=0, le=10_000, validation_alias=env("API_QUEUE_SIZE"), description="requests that may wait for a call"
+        100,
+        ge=0,
+        le=10_000,
+        validation_alias=env("API_QUEUE_SIZE"),
+        description="requests that may wait for a model call",
     )
     request_timeout_s: float = Field(
         60.0,
         gt=0,
         le=3600,
         validation_alias=env("API_REQUEST_TIMEOUT_S"),
-        description="longest a request may take, its wait included",
+        description="maximum time of a request, including its wait",
     )
     header_timeout_s: float = Field(
         10.0,
         gt=0,
         le=300,
         validation_alias=env("API_HEADER_TIMEOUT_S"),
-        description="longest wait for a request's head",
+        description="maximum time for the head of a request",
     )
     body_timeout_s: float = Field(
-        10.0, gt=0, le=300, validation_alias=env("API_BODY_TIMEOUT_S"), description="longest wait for a request's body"
+        10.0,
+        gt=0,
+        le=300,
+        validation_alias=env("API_BODY_TIMEOUT_S"),
+        description="maximum time for the body of a request",
     )
     rate_limit_per_minute: int = Field(
         0,
         ge=0,
         le=1_000_000,
         validation_alias=env("API_RATE_LIMIT_PER_MINUTE"),
-        description="requests per minute and caller, as many at once; 0 means no limit",
+        description="requests per minute and caller, also the burst size; 0 means no limit",
     )
     max_body_bytes: int = Field(
-        262_144, ge=1024, le=16_777_216, validation_alias=env("API_MAX_BODY_BYTES"), description="largest body, bytes"
+        262_144,
+        ge=1024,
+        le=16_777_216,
+        validation_alias=env("API_MAX_BODY_BYTES"),
+        description="maximum size of a body in bytes",
     )
     max_messages: int = Field(
-        500, ge=1, le=100_000, validation_alias=env("API_MAX_MESSAGES"), description="messages of one conversation"
+        500,
+        ge=1,
+        le=100_000,
+        validation_alias=env("API_MAX_MESSAGES"),
+        description="maximum number of messages in a conversation",
     )
     max_text_characters: int = Field(
         50_000,
         ge=1,
         le=4_194_304,
         validation_alias=env("API_MAX_TEXT_CHARACTERS"),
-        description="characters of all its texts together",
+        description="maximum total characters of its texts",
     )
     idempotency_retention_s: float = Field(
         86_400.0,
@@ -93,7 +113,7 @@ class ServiceSettings(BaseSettings):
         ge=1,
         le=1_000_000,
         validation_alias=env("API_IDEMPOTENCY_MAX_KEYS"),
-        description="answers that are kept; the oldest go first",
+        description="maximum number of kept answers; the oldest are dropped first",
     )
     expose_docs: Exposure = Field(
         "key", validation_alias=env("API_EXPOSE_DOCS"), description="/docs and /openapi.json: public, key or off"
@@ -102,7 +122,7 @@ class ServiceSettings(BaseSettings):
         "key", validation_alias=env("API_EXPOSE_METRICS"), description="/metrics: public, key or off"
     )
     embedded: bool = Field(
-        False, validation_alias=env("API_EMBEDDED"), description="answer with the built-in baseline, without a model"
+        False, validation_alias=env("API_EMBEDDED"), description="classify with the built-in baseline, without a model"
     )
 
     @field_validator("keys")
@@ -116,12 +136,12 @@ class ServiceSettings(BaseSettings):
             )
         keys = [entry.partition(":")[2] for entry in entries]
         if len(set(keys)) != len(keys):
-            raise ValueError("holds a key twice; give each caller its own")
+            raise ValueError("contains a key twice; give each caller its own")
         return value
 
     @property
     def named_keys(self) -> list[tuple[str, str]]:
-        """The keys as (name, key); empty where none is set."""
+        """The API keys as (name, key) pairs; empty if none is set."""
         entries = self.keys.get_secret_value().split(",") if self.keys else []
         return [(name, key) for name, _, key in (entry.strip().partition(":") for entry in entries)]
 

@@ -1,102 +1,102 @@
-"""The bodies of GET and POST /similar. Pure: no I/O."""
+"""Request and response models of GET and POST /similar."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import parse_qsl
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from config.service_settings import ServiceSettings
 from domain.text import prompt_text
 from embedding_index.items import Hit
 from error_handler import RequestError
 from service import errors
-from service.contract import Labels, places_of
-from service.openapi_document import DEFAULT_HITS, MAX_HITS, query_characters, search_characters
+from service.contract import EXAMPLE_LABELS, VISIBLE, Labels
+
+DEFAULT_HITS, MAX_HITS = 5, 50
+
+EXAMPLE_SEARCH: dict[str, Any] = {"text": "My parcel has not come, and nobody answers.", "limit": 5}
+EXAMPLE_HITS: dict[str, Any] = {
+    "model": "all-MiniLM-L6-v2",
+    "hits": [
+        {
+            "source_id": '{"$oid": "65f1c0ffee65f1c0ffee65f1"}',
+            "conversation_number": "123",
+            "similarity": 0.7421,
+            "classification": EXAMPLE_LABELS,
+            "classified_at": "2026-11-21T10:02:00+00:00",
+            "classified_by": "llama3.2",
+        }
+    ],
+}
 
 
 class SimilarRequest(BaseModel):
-    """What to look for."""
+    """The text to search for."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE_SEARCH]})
 
     text: str = Field(
-        min_length=1, description="what a customer wrote, in any words: past conversations like it are found"
+        min_length=1,
+        description="what a customer wrote, in any words",
+        examples=[EXAMPLE_SEARCH["text"]],
+        json_schema_extra={"pattern": VISIBLE},
     )
-    limit: int = Field(DEFAULT_HITS, ge=1, le=MAX_HITS, description="the most conversations in the answer")
+    limit: int = Field(DEFAULT_HITS, ge=1, le=MAX_HITS, description="maximum number of conversations in the answer")
 
     @field_validator("limit", mode="before")
     @classmethod
     def _whole_number(cls, value: object) -> object:
-        """To JSON 4.0 is an integer, too."""
+        """Accept 4.0, which is an integer in JSON Schema."""
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+class SimilarQuery(SimilarRequest):
+    """The same as the parameters of a URL, which are strings."""
+
+    @field_validator("limit", mode="before")
+    @classmethod
+    def _whole_number(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and re.fullmatch("[1-9][0-9]{0,8}", value) else value
+
+
 class SimilarConversation(BaseModel):
-    """One past conversation, and what it was about."""
+    """A past conversation and its labels."""
 
     source_id: str = Field(description="its `_id` in MongoDB as Extended JSON, which keeps the type")
-    conversation_number: str | None = Field(description="the help desk's own number; null where it has none")
-    similarity: float = Field(ge=-1, le=1, description="cosine of the two texts; 1 means the same")
+    conversation_number: str | None = Field(description="the help desk's own number; null if it has none")
+    similarity: float = Field(ge=-1, le=1, description="cosine similarity of the two texts; 1 means identical")
     classification: Labels
-    classified_at: str | None = Field(description="when, ISO 8601; null where the result does not say")
-    classified_by: str | None = Field(description="the model that gave the labels; null likewise")
+    classified_at: str | None = Field(description="when, ISO 8601; null if unknown")
+    classified_by: str | None = Field(description="the model that gave the labels; null if unknown")
 
 
 class SimilarResponse(BaseModel):
     """Past conversations, the most similar one first."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_HITS]})
+
     model: str = Field(description="the embedding model; similarities of different models cannot be compared")
     hits: list[SimilarConversation]
 
 
-def parse_query(query: bytes, settings: ServiceSettings) -> SimilarRequest:
-    """Return what the query string of GET /similar asks for.
+def searched_text(text: str, max_characters: int) -> str:
+    """Return *text* as the index has it: without invisible characters.
 
     Raises:
-        RequestError: INVALID; the message quotes nothing.
+        RequestError: INVALID if it is longer than *max_characters*, or nothing of it is visible.
     """
-    try:
-        pairs = parse_qsl(query.decode(), keep_blank_values=True, errors="strict", max_num_fields=10)
-    except ValueError as exc:  # UnicodeDecodeError is one
-        raise RequestError(errors.INVALID, "The query is not percent-encoded UTF-8; encode the text.") from exc
-    fields: dict[str, Any] = dict(pairs)
-    if len(fields) != len(pairs):
-        raise RequestError(errors.INVALID, "The query names a parameter twice; name text and limit once.")
-    limit = fields.get("limit", "")
-    if limit.isascii() and limit.isdecimal() and len(limit) < 10 and not limit.startswith("0"):
-        fields["limit"] = int(limit)
-    most = query_characters(settings)
-    if len(fields.get("text", "")) > most:
-        raise RequestError(
-            errors.INVALID, f"text: at most {most} characters are taken in a URL; send less, or use POST /similar."
-        )
-    return parse_search(fields, settings)
-
-
-def parse_search(fields: Mapping[str, Any], settings: ServiceSettings) -> SimilarRequest:
-    """Return what *fields* ask for, the text made safe as those in the index.
-
-    Raises:
-        RequestError: INVALID; the message names the place and quotes nothing.
-    """
-    try:
-        wanted = SimilarRequest.model_validate(fields)
-    except ValidationError as exc:
-        raise RequestError(errors.INVALID, places_of(exc)) from exc
-    most = search_characters(settings)
-    if len(wanted.text) > most:
-        raise RequestError(errors.INVALID, f"text: at most {most} characters are taken; send less text.")
-    text = prompt_text(wanted.text)
-    if not text:
-        raise RequestError(errors.INVALID, "text: it needs a visible character.")
-    return wanted.model_copy(update={"text": text})
+    if len(text) > max_characters:
+        raise RequestError(errors.INVALID, f"text: at most {max_characters} characters are allowed; send less text.")
+    visible = prompt_text(text)
+    if not visible:
+        raise RequestError(errors.INVALID, "text: needs at least one visible character.")
+    return visible
 
 
 def similar_response(model: str, hits: Sequence[Hit]) -> SimilarResponse:
-    """Return the answer that shows *hits*, which are conversations."""
+    """Return the response for *hits*, which are conversations."""
     return SimilarResponse(model=model, hits=[_shown(hit) for hit in hits])
 
 

@@ -1,4 +1,5 @@
-"""What surrounds POST /classify: access, limits, admission, errors, metrics; ``service.client`` is for its callers.
+"""The REST service: routes, access, limits, admission, errors, metrics. ``service.client`` is for its callers.
 
-``api``, ``main`` and the client scripts import it. Imports ``worker`` and what is below it.
+``main``, ``api``, ``embedding_index.similar*`` and the client scripts import it. It imports ``embedded.baseline`` and the
+layers below ``worker``.
 """

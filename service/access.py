@@ -1,4 +1,4 @@
-"""Who may ask what: host names, API keys, rates, and whether the service is still open."""
+"""Access control by the head of a request: host names, API keys, rate limits, shutdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from config.service_settings import Exposure, ServiceSettings
 from error_handler import RequestError
-from service.errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG_HOST
+from service.errors import NOT_FOUND, STOPPING, STOPPING_RETRY_AFTER_S, TOO_MANY, UNAUTHENTICATED, WRONG_HOST
 
 CLASSIFY, SIMILAR, HEALTH, READY, METRICS, DOCS, OPENAPI = (
     "/classify",
@@ -26,23 +26,22 @@ CLASSIFY, SIMILAR, HEALTH, READY, METRICS, DOCS, OPENAPI = (
     "/docs",
     "/openapi.json",
 )
-ASKED = (CLASSIFY, SIMILAR)  # what people ask for; the other routes are for operators
+ASKED = (CLASSIFY, SIMILAR)  # for callers; the other routes are for operators
 ANONYMOUS = "anonymous"
-WRONG_KEYS_PER_MINUTE = 60  # of one address; guessing 16 characters this way has no end
-STOPPING_RETRY_AFTER_S = 5
+WRONG_KEYS_PER_MINUTE = 60  # per address; too few to guess 16 characters
 
 _THIS_MACHINE = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 
 
 def route_of(path: str) -> str:
-    """Return the route that *path* belongs to: one of a closed list, fit for metrics and logs."""
+    """Return the route of *path*, or ``other``: a closed list, safe for metrics and logs."""
     if path.startswith("/docs/"):
         return DOCS
     return path if path in (*ASKED, HEALTH, READY, METRICS, DOCS, OPENAPI) else "other"
 
 
 class ServiceGate:
-    """Decides about a request by its head alone."""
+    """Admits or rejects a request by its head."""
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._keys = KeyRing(settings.named_keys)
@@ -59,18 +58,18 @@ class ServiceGate:
         self.stopping = False
 
     def admit(self, route: str, headers: Headers, client: Any) -> str:
-        """Return the caller's name: that of the key, else ANONYMOUS.
+        """Return the name of the caller's key, or ANONYMOUS.
 
         Args:
             route: From ``route_of``.
             headers: Names in lower case.
-            client: (address, port), or None where the server does not know.
+            client: (address, port), or None if the server does not know.
 
         Raises:
             RequestError: WRONG_HOST, NOT_FOUND, UNAUTHENTICATED, TOO_MANY or STOPPING.
         """
         if self._is_local_only and not _THIS_MACHINE.fullmatch(headers.get(b"host", b"localhost")):
-            raise RequestError(WRONG_HOST)  # a page in a browser here that calls itself by another name
+            raise RequestError(WRONG_HOST)  # DNS rebinding: a web page reaches this machine by a name of its own
         exposure = self._exposure.get(route, "public")
         if exposure == "off":
             raise RequestError(NOT_FOUND)
@@ -79,7 +78,7 @@ class ServiceGate:
         if self._keys and exposure == "key":
             caller = self._require_key(headers, address)
         if route in ASKED:
-            self._require_pace(self._rates, caller if self._keys else address)
+            self._require_rate(self._rates, caller if self._keys else address)
             if self.stopping:
                 raise RequestError(STOPPING, retry_after_s=STOPPING_RETRY_AFTER_S)
         return caller
@@ -88,11 +87,11 @@ class ServiceGate:
         caller = self._keys.caller(headers)
         if caller is None:
             if presented_key(headers):
-                self._require_pace(self._wrong_keys, address)
+                self._require_rate(self._wrong_keys, address)
             raise RequestError(UNAUTHENTICATED)
         return caller
 
-    def _require_pace(self, limiter: RateLimiter, caller: str) -> None:
+    def _require_rate(self, limiter: RateLimiter, caller: str) -> None:
         wait_s = limiter.take(caller)
         if wait_s:
             raise RequestError(TOO_MANY, retry_after_s=max(1, math.ceil(wait_s)))
@@ -102,7 +101,7 @@ Headers = Mapping[bytes, bytes]
 
 
 class KeyRing:
-    """The keys that are let in, as (name, key) pairs; empty where everybody is."""
+    """The valid API keys, as (name, key) pairs; empty if no key is needed."""
 
     def __init__(self, named_keys: Iterable[tuple[str, str]]) -> None:
         self._digests = [(name, hashlib.sha256(key.encode()).digest()) for name, key in named_keys]
@@ -111,9 +110,9 @@ class KeyRing:
         return bool(self._digests)
 
     def caller(self, headers: Headers) -> str | None:
-        """Return the name that belongs to the key in *headers* (names in lower case); None where it is none of ours.
+        """Return the name of the key in *headers* (names in lower case), or None if it is invalid.
 
-        Every key is compared, whichever matches, so that the time tells nothing.
+        Compares with every key, so that the time does not depend on which one matches.
         """
         presented = hashlib.sha256(presented_key(headers)).digest()
         found = None
@@ -126,7 +125,7 @@ class KeyRing:
 def presented_key(headers: Headers) -> bytes:
     """Return the key in ``X-API-Key`` or ``Authorization`` (Bearer, or the password of Basic); empty without one.
 
-    Basic is there for browsers and scrapers, which have no other way to show a key.
+    Basic is for browsers and scrapers, which cannot send other headers.
     """
     if b"x-api-key" in headers:
         return headers[b"x-api-key"]
@@ -145,10 +144,10 @@ MAX_CALLERS = 10_000
 
 
 class RateLimiter:
-    """Lets each caller send *per_minute* requests a minute, and as many at once after a quiet minute.
+    """Token bucket for each caller: *per_minute* tokens, refilled within a minute; 0 means no limit.
 
-    0 means no limit. Remembers MAX_CALLERS callers; the one that was silent longest is forgotten,
-    which can only give it tokens back. *clock* counts seconds.
+    Remembers MAX_CALLERS callers and forgets the least recent one, which can only give it tokens back.
+    *clock* returns seconds.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -158,10 +157,7 @@ class RateLimiter:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # caller -> tokens, at
 
     def take(self, caller: str) -> float:
-        """Count one request of *caller*; return 0.0, or the seconds until the next one is allowed.
-
-        A refused request costs nothing.
-        """
+        """Take a token of *caller* and return 0.0; without one, return the seconds until the next."""
         if not self._capacity:
             return 0.0
         now = self._clock()

@@ -1,4 +1,4 @@
-"""The places at the model, and the short queue before them."""
+"""Concurrency slots at the model with a short queue, deadlines, and cancellation when the caller disconnects."""
 
 from __future__ import annotations
 
@@ -7,66 +7,68 @@ import contextlib
 import math
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from starlette.types import Receive
+
 from error_handler import RequestError
-from service.errors import QUEUE_FULL, STOPPING, TOO_SLOW, CallerLeftError
+from service.errors import QUEUE_FULL, STOPPING, STOPPING_RETRY_AFTER_S, TOO_SLOW, CallerLeftError
 
 MAX_RETRY_AFTER_S = 60
-FIRST_GUESS_S = 1.0  # how long a place is held, before one was given back
-WEIGHT_OF_LAST = 0.1
+INITIAL_HOLD_S = 1.0  # how long a slot is held, until the first one is released
+LAST_WEIGHT = 0.1
 
 
 class AdmissionQueue:
-    """Lets *places* holders in at once and *queue_size* wait, in the order they came."""
+    """Grants *slots* concurrent slots, first come, first served; up to *queue_size* requests wait for one."""
 
-    def __init__(self, places: int, queue_size: int) -> None:
-        self.size = places
+    def __init__(self, slots: int, queue_size: int) -> None:
+        self.size = slots
         self._queue_size = queue_size
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._held_s = FIRST_GUESS_S
-        self._turned_away = 0  # since the queue was empty last, less those served since then
+        self._held_s = INITIAL_HOLD_S
+        self._turned_away = 0  # since the queue was last empty, minus those served since then
         self.running = 0
 
     @property
     def waiting(self) -> int:
-        """How many wait for a place."""
+        """The number of requests that wait for a slot."""
         return len(self._waiting)
 
     def require_room(self) -> None:
-        """Raise RequestError (QUEUE_FULL) where ``place`` would: for a caller that has not read its request yet."""
+        """Raise RequestError (QUEUE_FULL) if ``slot`` would, so that the body need not be read."""
         if self.running >= self.size and len(self._waiting) >= self._queue_size:
             self._turned_away += 1
             raise RequestError(QUEUE_FULL, retry_after_s=self.retry_after_s())
 
     def retry_after_s(self) -> int:
-        """Return when to come back, 1 to MAX_RETRY_AFTER_S seconds.
+        """Return when to retry, 1 to MAX_RETRY_AFTER_S seconds.
 
-        Drawn at random from the time that it takes to serve all who wait or were turned away, so that
-        they do not all come back together.
+        Random within the time needed to serve all waiting and rejected requests, so that clients do not all
+        return at once.
         """
         first_s = self._held_s * (len(self._waiting) / 2 + 1) / self.size
         last_s = self._held_s * (len(self._waiting) + self._turned_away) / self.size
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(random.uniform(first_s, max(first_s, last_s)))))
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Hold a place inside; it is given back however the inside ends, cancellation included.
+    async def slot(self) -> AsyncIterator[None]:
+        """Hold a slot for the block, and release it however the block ends, cancellation included.
 
         Raises:
-            RequestError: QUEUE_FULL, at once.
+            RequestError: QUEUE_FULL, without waiting.
         """
-        await self._take()
+        await self._acquire()
         start = asyncio.get_running_loop().time()
         try:
             yield
         finally:
-            self._held_s += WEIGHT_OF_LAST * (asyncio.get_running_loop().time() - start - self._held_s)
-            self._give_on()
+            self._held_s += LAST_WEIGHT * (asyncio.get_running_loop().time() - start - self._held_s)
+            self._release()
 
-    async def _take(self) -> None:
+    async def _acquire(self) -> None:
         self.require_room()
         if self.running < self.size:
             self.running += 1
@@ -77,13 +79,13 @@ class AdmissionQueue:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                with contextlib.suppress(ValueError):  # it was passed over meanwhile
+                with contextlib.suppress(ValueError):  # removed by _release
                     self._waiting.remove(turn)
-            else:  # the place was handed over at the moment of the cancellation
-                self._give_on()
+            else:  # the slot was granted at the moment of the cancellation
+                self._release()
             raise
 
-    def _give_on(self) -> None:
+    def _release(self) -> None:
         self._turned_away = max(0, self._turned_away - 1)
         while self._waiting:
             turn = self._waiting.popleft()
@@ -94,25 +96,22 @@ class AdmissionQueue:
         self._turned_away = 0
 
 
-STOPPING_RETRY_AFTER_S = 5
-
-
 class Deadlines:
-    """The ends of the requests in hand. Times are those of the running loop."""
+    """Per-request deadlines, capped by the shutdown grace period. Times are those of the running loop."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Timeout] = set()
         self._stop_at = math.inf
 
     def stop(self, grace_s: float) -> None:
-        """Let nothing run for longer than *grace_s* from now on."""
+        """Cap all deadlines, present and future, at *grace_s* seconds from now."""
         self._stop_at = asyncio.get_running_loop().time() + grace_s
         for timeout in self._running:
             timeout.reschedule(min(timeout.when() or math.inf, self._stop_at))
 
     @asynccontextmanager
     async def until(self, deadline: float) -> AsyncIterator[None]:
-        """Cancel the inside at *deadline*, or at the end of the grace period.
+        """Cancel the block at *deadline*, or at the end of the grace period.
 
         Raises:
             RequestError: TOO_SLOW or STOPPING.
@@ -133,17 +132,16 @@ class Deadlines:
 
 
 T = TypeVar("T")
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """Return what *work* returns; *receive* is that of the request, its body read.
+    """Return what *work* returns. *receive* is that of the request, with its body read.
 
     Raises:
-        CallerLeftError: The connection was closed first. *work* was cancelled and has ended.
+        CallerLeftError: The caller closed the connection first. *work* was cancelled and has ended.
     """
     job = asyncio.create_task(work)
-    watcher = asyncio.create_task(_until_left(receive))
+    watcher = asyncio.create_task(_wait_for_disconnect(receive))
     try:
         await asyncio.wait((job, watcher), return_when=asyncio.FIRST_COMPLETED)
         if job.done():
@@ -156,6 +154,6 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -
             await asyncio.wait((job,))
 
 
-async def _until_left(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

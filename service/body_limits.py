@@ -1,88 +1,115 @@
-"""Read the body of a request within limits of size, time and memory."""
+"""ASGI middleware for request bodies: limits on size, time and memory, and strict JSON.
+
+FastAPI has no time limit for a body and no budget for all of them, and Python's JSON parser accepts duplicate keys.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from error_handler import RequestError
 from service.access import Headers
 from service.errors import BODY_TOO_SLOW, INVALID_JSON, NOT_JSON, QUEUE_FULL, TOO_LARGE, CallerLeftError
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
-BUDGET_BYTES = 16 * 1024 * 1024  # of all bodies in hand together
+BUDGET_BYTES = 16 * 1024 * 1024  # for all bodies in memory
 RETRY_AFTER_S = 2
 
 
-class BodyReader:
-    """Reads JSON bodies of at most *max_bytes* within *timeout_s* each."""
+class BodyLimits:
+    """Reads request bodies within limits: *max_bytes* and *timeout_s* for each, BUDGET_BYTES for all."""
 
-    def __init__(self, max_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self, max_bytes: int, timeout_s: float, admission_checks: Mapping[str, Callable[[Headers], None]]
+    ) -> None:
+        """*admission_checks* by path: raises RequestError if a request would be rejected whatever its body is."""
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
-        self._in_hand = 0
+        self._admission_checks = admission_checks
+        self._used_bytes = 0
 
-    @contextmanager
-    def hold(self) -> Iterator[BodyHold]:
-        """Account for one body while inside, so that many together stay within BUDGET_BYTES."""
-        hold = BodyHold()
-        try:
-            yield hold
-        finally:
-            self._in_hand -= hold.size
-
-    async def read(self, hold: BodyHold, headers: Headers, receive: Receive) -> bytes:
-        """Return the body.
+    async def __call__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run *app* with the body of the request, if its path takes one.
 
         Raises:
-            RequestError: NOT_JSON by the headers, TOO_LARGE before it is read or as soon as it shows,
-                BODY_TOO_SLOW, QUEUE_FULL where other bodies fill the budget; CallerLeftError.
+            RequestError: What the admission check raises, NOT_JSON, TOO_LARGE, BODY_TOO_SLOW, INVALID_JSON,
+                QUEUE_FULL if other bodies use up the budget, CallerLeftError.
         """
+        check = self._admission_checks.get(scope["path"])
+        if check is None or scope["method"] != "POST":
+            await app(scope, receive, send)
+            return
+        headers: Headers = scope["state"]["headers"]
+        check(headers)
         _require_json(headers)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:
             raise RequestError(TOO_LARGE)
+        chunks: list[bytes] = []
+        try:
+            await self._read(chunks, receive)
+            body = b"".join(chunks)
+            check_json_object(body)
+            await app(scope, _replay(body, receive), send)
+        finally:
+            self._used_bytes -= sum(map(len, chunks))
+
+    async def _read(self, chunks: list[bytes], receive: Receive) -> None:
+        size = 0
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._collect(hold, receive)
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise CallerLeftError
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    self._used_bytes += len(chunks[-1])
+                    if size > self._max_bytes:
+                        raise RequestError(TOO_LARGE)
+                    if self._used_bytes > BUDGET_BYTES:
+                        raise RequestError(QUEUE_FULL, retry_after_s=RETRY_AFTER_S)
+                    more = message.get("more_body", False)
         except TimeoutError as exc:
             raise RequestError(BODY_TOO_SLOW) from exc
 
-    async def _collect(self, hold: BodyHold, receive: Receive) -> bytes:
-        chunks: list[bytes] = []
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise CallerLeftError
-            chunk: bytes = message.get("body", b"")
-            hold.size += len(chunk)
-            self._in_hand += len(chunk)
-            if hold.size > self._max_bytes:
-                raise RequestError(TOO_LARGE)
-            if self._in_hand > BUDGET_BYTES:
-                raise RequestError(QUEUE_FULL, retry_after_s=RETRY_AFTER_S)
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+class BodyLimitsMiddleware:
+    """Applies the BodyLimits that the lifespan puts into the state as ``body_limits``."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; pass everything else on."""
+        if scope["type"] == "http":
+            await scope["state"]["body_limits"](self._app, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
-class BodyHold:
-    """How many bytes of one body are in hand."""
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a ``receive`` that yields *body* first, and then what the server says: that the client has gone."""
+    is_read = False
 
-    __slots__ = ("size",)
+    async def replayed() -> Message:
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        is_read = True
+        return {"type": "http.request", "body": body, "more_body": False}
 
-    def __init__(self) -> None:
-        self.size = 0
+    return replayed
 
 
 def _require_json(headers: Headers) -> None:
-    """A compressed body would hide its size, and another charset what it says."""
+    """A compressed body would hide its size."""
     media_type, _, parameters = headers.get(b"content-type", b"").lower().partition(b";")
     charset = parameters.replace(b" ", b"").replace(b'"', b"")
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
@@ -90,14 +117,13 @@ def _require_json(headers: Headers) -> None:
         raise RequestError(NOT_JSON)
 
 
-def read_json_object(body: bytes) -> dict[str, Any]:
-    """Return the object in *body*, which is UTF-8 without a byte order mark.
+def check_json_object(body: bytes) -> None:
+    """Require one JSON object in UTF-8 without a byte order mark.
 
-    Refused although common parsers take it: a key named twice, NaN and Infinity, lone surrogates,
-    numbers that do not fit, nesting deeper than the interpreter can follow (about 900).
+    Python's parser, and so FastAPI, accepts more: duplicate keys, NaN and Infinity, lone surrogates, UTF-16.
 
     Raises:
-        RequestError: INVALID_JSON. The message says what is wrong and quotes nothing.
+        RequestError: INVALID_JSON. The message never quotes the body.
     """
     try:
         value = _DECODER.decode(body.decode())
@@ -109,10 +135,9 @@ def read_json_object(body: bytes) -> dict[str, Any]:
         raise RequestError(INVALID_JSON) from exc
     if not isinstance(value, dict):
         raise RequestError(INVALID_JSON)
-    # Python reads a lone surrogate, and nothing that follows can write it.
+    # Python reads lone surrogates, but nothing can write them.
     if (b"\\ud" in body or b"\\uD" in body) and not _is_writable(value):
-        raise RequestError(INVALID_JSON, "The body holds half of a surrogate pair; send whole characters.")
-    return value
+        raise RequestError(INVALID_JSON, "The body contains half of a surrogate pair; send whole characters.")
 
 
 def _is_writable(value: dict[str, Any]) -> bool:
@@ -126,12 +151,12 @@ def _is_writable(value: dict[str, Any]) -> bool:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise RequestError(INVALID_JSON, "The body names a key twice; name each key once.")
+        raise RequestError(INVALID_JSON, "The body has a duplicate key; name each key once.")
     return fields
 
 
 def _no_constant(_name: str) -> Any:
-    raise RequestError(INVALID_JSON, "The body holds NaN or Infinity, which JSON does not have.")
+    raise RequestError(INVALID_JSON, "The body contains NaN or Infinity, which are not JSON; send numbers.")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)

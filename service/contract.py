@@ -1,11 +1,11 @@
-"""Request and response bodies of POST /classify, and how a request becomes a Conversation."""
+"""Request and response bodies of POST /classify, and the conversation in a request."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from aggregator import aggregate_conversation
 from config.service_settings import ServiceSettings
@@ -16,6 +16,31 @@ from service import errors
 MAX_NUMBER_CHARACTERS = 200
 MAX_TIMESTAMP_CHARACTERS = 64
 
+# A character that ``prompt_text`` keeps and that is not white space.
+VISIBLE = r"[^\s\x00-\x1f\x7f-\xa0\u1680\u2000-\u200b\u2028-\u202f\u205f\u2060\u2066-\u2069\u3000\ufeff]"
+
+EXAMPLE_REQUEST: dict[str, Any] = {
+    "conversation_number": "123",
+    "messages": [
+        {
+            "sender": "customer",
+            "timestamp": "2026-11-21T10:00:00Z",
+            "text": "My parcel should have been here on Monday. Where is it? This is the second time!",
+        },
+        {
+            "sender": "agent",
+            "timestamp": "2026-11-21T10:01:00Z",
+            "text": "I am sorry to hear that. Could you tell me the order number?",
+        },
+    ],
+}
+EXAMPLE_LABELS: dict[str, Any] = {
+    "intent": "Order Status",
+    "topic": "Shipping/Delivery",
+    "sentiment": "Negative",
+    "categorization": "The customer asks about a parcel that is late for the second time.",
+}
+
 
 class Message(BaseModel):
     """One message of the conversation."""
@@ -23,35 +48,38 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     sender: Literal["customer", "agent"] = Field(
-        description="who wrote it; sentiment is judged from the customer's alone"
+        description="who wrote it; sentiment is judged from the customer's messages only"
     )
     timestamp: str | None = Field(
         None,
         max_length=MAX_TIMESTAMP_CHARACTERS,
-        description="when, ISO 8601 (UTC where it names no zone); where every message has a readable one, "
-        "they count in the order of time, else as listed",
+        description="when, ISO 8601 (UTC if it names no zone); messages are sorted by time if every one of them has a "
+        "readable timestamp, otherwise their order is kept",
         examples=["2026-11-21T10:00:00Z"],
     )
-    text: str = Field(description="what was written; a message without visible text is left out")
+    text: str = Field(description="what was written; a message without visible text is ignored")
 
 
 class ClassificationRequest(BaseModel):
     """One conversation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE_REQUEST]})
 
     conversation_number: str = Field(
         min_length=1,
         max_length=MAX_NUMBER_CHARACTERS,
-        description="the caller's own number; it comes back in the answer",
+        description="the caller's own number; the response repeats it",
     )
-    messages: list[Message] = Field(
-        min_length=1, description="all messages; at least one of the customer with visible text"
+    # FailFast: a body of thousands of invalid messages must not become thousands of errors in memory.
+    messages: Annotated[list[Message], FailFast()] = Field(
+        min_length=1,
+        description="all messages; at least one from the customer with visible text",
+        json_schema_extra={"contains": {"properties": {"sender": {"const": "customer"}, "text": {"pattern": VISIBLE}}}},
     )
 
 
 class Labels(BaseModel):
-    """What the conversation is about; labels are those of the taxonomy."""
+    """The classification of the conversation; the labels are those of the taxonomy."""
 
     intent: str = Field(description="what the customer wants")
     topic: str = Field(description="what it is about")
@@ -62,22 +90,24 @@ class Labels(BaseModel):
 class ClassificationResponse(BaseModel):
     """The conversation as it was sent, and its labels."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{**EXAMPLE_REQUEST, "classification": EXAMPLE_LABELS}]})
+
     conversation_number: str = Field(description="as sent")
     messages: list[Message] = Field(description="all of them, as sent")
     classification: Labels
 
 
 class ConversationAnswer(ClassificationResponse):
-    """What ``classify_conversation`` returns: dumped, it is the response, and it has what HTTP tells in a header."""
+    """The result of ``classify_conversation``. ``model_dump`` returns the body of the HTTP response."""
 
     input_complete: bool = Field(
         exclude=True,
-        description="False where the conversation is longer than the model's window: the labels are of what fits of it",
+        description="False if the conversation did not fit into the context window and the model saw a part of it",
     )
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, without anything that was sent."""
+    """What went wrong. Never quotes the request."""
 
     type: str = Field(description="one of a closed list")
     message: str = Field(description="one sentence: what is wrong and what to do")
@@ -89,40 +119,35 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-def parse_request(fields: Mapping[str, Any], settings: ServiceSettings) -> Conversation:
-    """Return the conversation in a request body within the limits of *settings*.
+def conversation_of(request: ClassificationRequest, settings: ServiceSettings) -> Conversation:
+    """Return the conversation in *request*.
 
     Raises:
-        RequestError: INVALID; the message names the place and quotes nothing.
+        RequestError: INVALID if it exceeds a limit of *settings* or has no text from the customer.
     """
-    messages = fields.get("messages")
-    if isinstance(messages, list) and len(messages) > settings.max_messages:
-        raise RequestError(errors.INVALID, f"messages: at most {settings.max_messages} are taken; send fewer.")
+    if len(request.messages) > settings.max_messages:
+        raise RequestError(errors.INVALID, f"messages: at most {settings.max_messages} are allowed; send fewer.")
+    limit = settings.max_text_characters
+    if sum(len(message.text) for message in request.messages) > limit:
+        raise RequestError(errors.INVALID, f"messages: the texts exceed {limit} characters in total; send less text.")
     try:
-        request = ClassificationRequest.model_validate(fields)
-    except ValidationError as exc:
-        raise RequestError(errors.INVALID, places_of(exc)) from exc
-    if sum(len(message.text) for message in request.messages) > settings.max_text_characters:
-        limit = settings.max_text_characters
-        raise RequestError(
-            errors.INVALID, f"messages: their texts may have {limit} characters together; send less text."
-        )
-    try:
-        return aggregate_conversation(fields)
+        return aggregate_conversation(request.model_dump())
     except SkippedDocumentError as exc:
         raise RequestError(errors.INVALID) from exc
 
 
-def places_of(exc: ValidationError) -> str:
-    """Return what is wrong where, of the first three problems. The name of an unknown field is the caller's: left out."""
-    problems = []
-    for error in exc.errors(include_input=False, include_url=False, include_context=False)[:3]:
-        unknown = error["type"] == "extra_forbidden"
-        place = "".join(
-            f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][: -1 if unknown else None]
-        ).lstrip(".")
-        fault = "there is a field that is not known" if unknown else error["msg"].removeprefix("Input ")
-        if error["type"] == "model_type":
+def invalid_request(problems: Iterable[Mapping[str, Any]]) -> RequestError:
+    """Return the INVALID error for the first three validation *problems*.
+
+    It names the fields and never quotes the request. The name of an unknown field is part of the request as well.
+    """
+    sentences = []
+    for problem in list(problems)[:3]:
+        unknown = problem["type"] == "extra_forbidden"
+        source, *path = problem["loc"][: -1 if unknown else None]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+        fault = "unknown field" if unknown else problem["msg"].removeprefix("Input ")
+        if problem["type"] == "model_attributes_type":
             fault = "should be an object"
-        problems.append(f"{place or 'body'}: {fault}")
-    return "; ".join(problems) + "."
+        sentences.append(f"{place or source}: {fault}")
+    return RequestError(errors.INVALID, "; ".join(sentences) + ".")

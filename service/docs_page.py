@@ -1,4 +1,4 @@
-"""The page at /docs: Swagger UI from an installed package, because customer networks reach no CDN."""
+"""The page at /docs. Swagger UI comes from an installed package: customer networks may not reach a CDN."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE = """<!doctype html>
 </html>
 """
 
-# A file of its own, so that the page needs no inline script. validatorUrl would send the document to another machine.
+# A separate file: the content security policy allows no inline script. validatorUrl would send the document elsewhere.
 START_SCRIPT = """window.onload = () => SwaggerUIBundle({
   url: "openapi.json", dom_id: "#swagger-ui", tryItOutEnabled: true, validatorUrl: null,
   presets: [SwaggerUIBundle.presets.apis], layout: "BaseLayout", defaultModelsExpandDepth: 1
@@ -37,5 +37,5 @@ CONTENT_SECURITY_POLICY = (
 
 
 def assets_folder() -> Path:
-    """Return where Swagger UI's files are installed."""
+    """Return the folder with the files of Swagger UI."""
     return Path(str(files("fastapi_offline"))) / "static"

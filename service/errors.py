@@ -1,4 +1,4 @@
-"""Every way in which the REST service does not answer: a closed list, so that no sentence is made of what was sent."""
+"""All errors of the REST service. A closed list of messages: none of them quotes a request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from error_handler import (
     RequestError,
 )
 
-UNAVAILABLE_RETRY_AFTER_S = 5
+UNAVAILABLE_RETRY_AFTER_S = STOPPING_RETRY_AFTER_S = 5
 
 MALFORMED = ErrorKind("MalformedRequestError", 400, "This is not an HTTP request; send HTTP/1.1.")
 INVALID_JSON = ErrorKind("InvalidJSONError", 400, "The body is not one JSON object; send UTF-8 JSON.")
@@ -24,83 +24,85 @@ BAD_HEADER = ErrorKind("HeaderError", 400, "The Idempotency-Key must be 1 to 255
 UNAUTHENTICATED = ErrorKind(
     "AuthenticationError", 401, "The key is missing or wrong; send it as Authorization: Bearer KEY or X-API-Key: KEY."
 )
-NOT_FOUND = ErrorKind("NotFoundError", 404, "There is nothing at this path; POST /classify is the one to ask.")
-METHOD_NOT_ALLOWED = ErrorKind(
-    "MethodNotAllowedError", 405, "This path does not take this method; see the Allow header."
-)
-BODY_TOO_SLOW = ErrorKind("RequestTimeoutError", 408, "The body did not arrive in time; send it at once.")
-TOO_LARGE = ErrorKind("PayloadTooLargeError", 413, "The body is larger than the service takes; send less text.")
+NOT_FOUND = ErrorKind("NotFoundError", 404, "Not found. Use POST /classify.")
+METHOD_NOT_ALLOWED = ErrorKind("MethodNotAllowedError", 405, "Method not allowed; use one of the Allow header.")
+BODY_TOO_SLOW = ErrorKind("RequestTimeoutError", 408, "The body did not arrive in time; send it without pauses.")
+TOO_LARGE = ErrorKind("PayloadTooLargeError", 413, "The body is too large; send less text.")
 NOT_JSON = ErrorKind(
     "UnsupportedMediaTypeError", 415, "Send Content-Type: application/json in UTF-8, without Content-Encoding."
 )
 WRONG_HOST = ErrorKind(
     "MisdirectedRequestError",
     421,
-    "Without API keys only requests to this machine's own name are answered; ask 127.0.0.1, or set API_KEYS.",
+    "Without API keys the Host must be this machine; use 127.0.0.1, or set API_KEYS.",
 )
-INVALID = ErrorKind("ValidationError", 422, "messages: at least one message of the customer needs text.")
+INVALID = ErrorKind("ValidationError", 422, "messages: at least one message from the customer needs visible text.")
 TOO_LONG = ErrorKind(
     "ConversationTooLongError", 422, "The conversation does not fit in the model's context window; send fewer messages."
 )
 KEY_REUSED = ErrorKind(
     "IdempotencyError", 422, "This Idempotency-Key was used with another body; use a new key for a new request."
 )
-TOO_MANY = ErrorKind("RateLimitError", 429, "Too many requests from this caller; wait for the seconds in Retry-After.")
-HEAD_TOO_LARGE = ErrorKind("HeadTooLargeError", 431, "Path and headers are larger than 64 KiB; send less of them.")
-INTERNAL = ErrorKind("InternalError", 500, "Something went wrong in the service; its log has the request id.")
-UNUSABLE_ANSWER = ErrorKind(
-    "ModelAnswerError", 502, "The model gave no usable answer, also when asked again; try once more or review by hand."
+TOO_MANY = ErrorKind(
+    "RateLimitError", 429, "Too many requests from this caller; retry after the seconds in Retry-After."
 )
-MODEL_AWAY = ErrorKind("ModelUnavailableError", 503, "The model server does not answer; try again after Retry-After.")
+HEAD_TOO_LARGE = ErrorKind("HeadTooLargeError", 431, "Path and headers exceed 64 KiB; shorten them.")
+INTERNAL = ErrorKind("InternalError", 500, "Internal error; look up the request id in the log of the service.")
+UNUSABLE_ANSWER = ErrorKind(
+    "ModelAnswerError", 502, "The model gave no usable answer twice; retry, or label the conversation by hand."
+)
+MODEL_AWAY = ErrorKind(
+    "ModelUnavailableError", 503, "The model server does not answer; retry after the seconds in Retry-After."
+)
 MODEL_MISSING = ErrorKind(
     "ModelUnavailableError",
     503,
-    "The model server does not have the model that is configured; the service's log says more.",
+    "The model server does not have the configured model; see the log of the service.",
 )
-MODEL_LOADING = ErrorKind("ModelUnavailableError", 503, "The model is being loaded; try again after Retry-After.")
+MODEL_LOADING = ErrorKind("ModelUnavailableError", 503, "The model is loading; retry after the seconds in Retry-After.")
 MODEL_BUSY = ErrorKind(
-    "ModelUnavailableError", 503, "The model server has no room for another request; try again after Retry-After."
+    "ModelUnavailableError", 503, "The model server is busy; retry after the seconds in Retry-After."
 )
 QUEUE_FULL = ErrorKind(
-    "QueueFullError", 503, "All places are taken and the queue is full; try again after Retry-After."
+    "QueueFullError", 503, "All slots are in use and the queue is full; retry after the seconds in Retry-After."
 )
-STOPPING = ErrorKind("ShuttingDownError", 503, "The service is being stopped; try again after Retry-After.")
+STOPPING = ErrorKind("ShuttingDownError", 503, "The service is shutting down; retry after the seconds in Retry-After.")
 INDEX_NOT_INSTALLED = ErrorKind(
     "IndexNotInstalledError",
     503,
-    "The packages of the embedding index are missing here; install requirements-index.txt and start the service again.",
+    "The packages of the embedding index are not installed; install requirements-index.txt and restart the service.",
 )
 INDEX_EMPTY = ErrorKind(
     "IndexEmptyError",
     503,
-    "There are no conversations in the index yet; run python cli.py index --batch --source conversations.",
+    "The index has no conversations; run python cli.py index --batch --source conversations.",
 )
 INDEX_UNUSABLE = ErrorKind(
     "IndexUnusableError",
     503,
-    "The index is damaged, not finished, of another model, or not set up right; the service's log says what to do.",
+    "The index is damaged, unfinished, from another model, or misconfigured; see the log of the service.",
 )
 TEXT_STAYS = ErrorKind(
     "ExternalProviderError",
     503,
-    "The text would be sent to an embedding provider outside this house; set ALLOW_EXTERNAL_LLM=true, or "
+    "The embedding provider is outside your network; set ALLOW_EXTERNAL_LLM=true, or "
     "EMBEDDING_PROVIDER to ollama or local.",
 )
 EMBEDDING_AWAY = ErrorKind(
-    "EmbeddingUnavailableError", 503, "The embedding provider does not answer; try again after Retry-After."
+    "EmbeddingUnavailableError", 503, "The embedding provider does not answer; retry after the seconds in Retry-After."
 )
-TOO_SLOW = ErrorKind("DeadlineError", 504, "The model did not answer within the time of a request; try again later.")
+TOO_SLOW = ErrorKind("DeadlineError", 504, "The model did not answer within API_REQUEST_TIMEOUT_S; retry later.")
 
 
 class CallerLeftError(RequestError):
-    """The caller closed the connection; nobody reads the answer. Counted as status 499, as proxies do."""
+    """The caller closed the connection. Counted as status 499, as proxies do."""
 
     def __init__(self) -> None:
         super().__init__(ErrorKind("CallerLeft", 499, "The caller left."))
 
 
 def request_error(exc: LLMError) -> RequestError:
-    """Return what a caller is told about *exc*."""
+    """Return the error that the caller gets for *exc*."""
     overflow = isinstance(exc, LLMContextError) or (
         isinstance(exc, LLMReplyError) and exc.reason is Reason.CONTEXT_OVERFLOW
     )

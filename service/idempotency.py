@@ -1,4 +1,4 @@
-"""One answer for each Idempotency-Key, however often and however parallel it is asked for."""
+"""One answer for each Idempotency-Key, for repeated and concurrent requests."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class _Entry(Generic[T]):
     fingerprint: bytes
     task: asyncio.Task[T]
     started_at: float
-    askers: int = 0
+    waiters: int = 0
 
 
 class IdempotencyStore(Generic[T]):
-    """Keeps answers in memory for *retention_s* seconds, *max_keys* of them; a restart forgets them.
+    """Keeps up to *max_keys* answers in memory for *retention_s* seconds; a restart forgets them.
 
-    Failures are not kept: the next request with the key asks again. *clock* counts seconds.
+    Failures are not kept: the next request with the key asks again. *clock* returns seconds.
     """
 
     def __init__(self, retention_s: float, max_keys: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,14 +40,13 @@ class IdempotencyStore(Generic[T]):
         return len(self._entries)
 
     async def answer(self, key: Key, fingerprint: bytes, ask: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, bool]:
-        """Return the answer to *key*, and whether it was asked for before.
+        """Return the answer for *key*, and whether an earlier request asked for it.
 
-        The first asker starts *ask*; who comes while it runs waits for the same. It is cancelled
-        when all of them have left.
+        The first request starts *ask*; concurrent ones with the key wait for the same task. It is cancelled when the
+        last of them is cancelled.
 
         Raises:
-            RequestError: KEY_REUSED where *fingerprint*, of the request, is not that of the first; or
-                whatever *ask* raises.
+            RequestError: KEY_REUSED if *fingerprint* differs from that of the first request; or what *ask* raises.
         """
         self._forget_old()
         entry = self._entries.get(key)
@@ -57,17 +56,17 @@ class IdempotencyStore(Generic[T]):
             self._forget_surplus()
         elif entry.fingerprint != fingerprint:
             raise RequestError(KEY_REUSED)
-        entry.askers += 1
+        entry.waiters += 1
         try:
             return await asyncio.shield(entry.task), replayed
         finally:
-            entry.askers -= 1
+            entry.waiters -= 1
             await self._leave(key, entry)
 
     async def _leave(self, key: Key, entry: _Entry[T]) -> None:
-        """Drop what is no answer; end the work that nobody waits for, and wait until it has ended."""
+        """Cancel the task if nobody waits for it, and drop it if it failed."""
         task = entry.task
-        if not task.done() and not entry.askers:
+        if not task.done() and not entry.waiters:
             self._drop(key, entry)
             task.cancel()
             await asyncio.wait([task])
@@ -87,7 +86,7 @@ class IdempotencyStore(Generic[T]):
             del self._entries[key]
 
     def _forget_surplus(self) -> None:
-        """Drop the oldest answer; work that runs is never dropped, and places bound how much there is."""
+        """Drop the oldest answer. Running tasks are kept; the slots limit their number."""
         if len(self._entries) > self._max_keys:
             oldest = next((key for key, entry in self._entries.items() if entry.task.done()), None)
             if oldest is not None:

@@ -1,4 +1,4 @@
-"""What the service counts and measures, in Prometheus text. Labels are closed lists; nothing sent becomes one."""
+"""Prometheus metrics of the service. Labels are closed lists; they never contain text from a request."""
 
 from __future__ import annotations
 
@@ -22,26 +22,24 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 
 
 
 class ServiceMetrics:
-    """The numbers of one service; docs/service.md lists them."""
+    """The metrics of one service; docs/service.md lists them."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter that nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self.requests = self._counter("triad_http_requests", "Requests answered", "route", "status")
         self.latency = self._seconds(
-            "triad_http_request_duration_seconds", "From the head to the end of the answer", "route"
+            "triad_http_request_duration_seconds", "From the request head to the end of the answer", "route"
         )
-        self.in_flight = self._gauge("triad_http_requests_in_flight", "Requests being answered")
-        self.model_time = self._seconds("triad_model_duration_seconds", "Time with the model, repair turns included")
-        self.queue_time = self._seconds("triad_queue_duration_seconds", "Wait for a place at the model")
-        self.search_time = self._seconds(
-            "triad_search_duration_seconds", "Embedding the text of GET /similar and looking in the index"
-        )
-        self.tokens = self._counter("triad_tokens", "Tokens that the model server counted", "kind")
-        self.rejections = self._counter("triad_rejections", "Requests that were refused or failed", "reason")
+        self.in_flight = self._gauge("triad_http_requests_in_flight", "Requests in progress")
+        self.model_time = self._seconds("triad_model_duration_seconds", "Time with the model, repairs included")
+        self.queue_time = self._seconds("triad_queue_duration_seconds", "Wait for a slot at the model")
+        self.search_time = self._seconds("triad_search_duration_seconds", "Embedding and searching for /similar")
+        self.tokens = self._counter("triad_tokens", "Tokens counted by the model server", "kind")
+        self.rejections = self._counter("triad_rejections", "Requests rejected or failed", "reason")
         self.model_failures = self._counter(
-            "triad_model_failures", "Classifications that failed after the model was asked", "reason"
+            "triad_model_failures", "Classifications that failed after a call to the model", "reason"
         )
         for reason in Reason:
             self.model_failures.labels(str(reason))
@@ -49,11 +47,11 @@ class ServiceMetrics:
             self.tokens.labels(kind)
 
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
-        """Add a gauge that is *read* when it is asked for."""
+        """Add a gauge that calls *read* at each scrape."""
         self._gauge(name, documentation).set_function(read)
 
     def render(self) -> bytes:
-        """Return everything in the text format 0.0.4."""
+        """Return all metrics in text format 0.0.4."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:

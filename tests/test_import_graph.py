@@ -22,9 +22,9 @@ LAYERS = (
     "mongo_client llm_wrapper async_llm_wrapper",
     "worker",
     "openai_batch",
+    "embedded",
     "service",
     "embedding_index",
-    "embedded",
     "batch_processor api",
     "commands",
     "cli",
@@ -68,9 +68,24 @@ OWNERS = {
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.mail"},
-    "fastapi": {"main"},
-    "starlette": {"main"},
-    "uvicorn": {"main", "service.slow_clients"},
+    "fastapi": {
+        "main",
+        "service.error_responses",
+        "service.openapi",
+        "service.routes",
+        "service.startup",
+        "embedding_index.similar_routes",
+    },
+    # below FastAPI: ASGI types for middleware
+    "starlette": {
+        "main",
+        "service.admission",
+        "service.body_limits",
+        "service.error_responses",
+        "service.middleware",
+        "service.routes",
+    },
+    "uvicorn": {"main", "service.slow_clients", "service.startup"},
     "prometheus_client": {"service.metrics", "worker.metrics"},  # of the service; of the worker
     "genai_prices": {"domain.prices"},
 }

@@ -1,17 +1,15 @@
-"""The service with a fault in it that nobody thought of."""
+"""The service with an unexpected bug in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import api
 import main
+from service import routes
+from service.contract import ClassificationRequest
 
 
-def fail(fields: Mapping[str, Any], _settings: object) -> None:
-    raise RuntimeError(f"unexpected: {fields}")
+def fail(request: ClassificationRequest, _settings: object) -> None:
+    raise RuntimeError(f"unexpected: {request}")
 
 
-api.parse_request = fail  # type: ignore[assignment]
+routes.conversation_of = fail  # type: ignore[assignment]
 app = main.app

@@ -46,7 +46,7 @@ def basic(key: str) -> str:
     ],
     ids=str,
 )
-def test_pages_need_a_key_where_there_are_keys(
+def test_operator_pages_require_a_key_if_keys_are_set(
     keyed: ServiceProcess, path: str, headers: dict[str, str], is_let_in: bool
 ) -> None:
     """/docs, /openapi.json and /metrics; a browser may show the key as a password."""
@@ -58,20 +58,20 @@ def test_pages_need_a_key_where_there_are_keys(
         assert "Bearer" in answer.headers["www-authenticate"]
 
 
-def test_health_and_readiness_are_for_everybody(keyed: ServiceProcess) -> None:
+def test_health_and_readiness_need_no_key(keyed: ServiceProcess) -> None:
     """Orchestrators have no key."""
     assert keyed.get("/health").status == 200
     assert keyed.get("/ready").status == 200
 
 
-def test_idempotency_keys_of_two_callers_do_not_meet(keyed: ServiceProcess) -> None:
+def test_idempotency_keys_are_scoped_to_the_caller(keyed: ServiceProcess) -> None:
     """The scope is the name of the API key; the same request of another caller is another request."""
     replays = [keyed.classify(X_API_Key=key, Idempotency_Key="1") for key in (OTHER, OTHER, KEY, NEW_KEY)]
     assert [answer.status for answer in replays] == [200] * 4
     assert [answer.headers.get("idempotency-replayed") for answer in replays] == [None, "true", None, "true"]
 
 
-def test_classify_needs_a_key_and_counts_by_its_name(keyed: ServiceProcess) -> None:
+def test_classify_requires_a_key_and_limits_the_rate_by_its_name(keyed: ServiceProcess) -> None:
     """A rate for each name, however many keys it has; the others are not touched."""
     assert keyed.classify().error == "AuthenticationError"
     answers = [keyed.classify(X_API_Key=key) for key in (KEY, NEW_KEY) * 5]
@@ -83,7 +83,7 @@ def test_classify_needs_a_key_and_counts_by_its_name(keyed: ServiceProcess) -> N
     assert "for helpdesk" in keyed.log
 
 
-def test_no_key_is_logged_or_counted(keyed: ServiceProcess) -> None:
+def test_keys_never_appear_in_logs_or_metrics(keyed: ServiceProcess) -> None:
     """Neither right nor wrong ones."""
     keyed.classify(X_API_Key="wrong-key-0123456789")
     everything = keyed.log + keyed.get("/metrics", {"X-API-Key": OTHER}).body.decode()
@@ -91,7 +91,7 @@ def test_no_key_is_logged_or_counted(keyed: ServiceProcess) -> None:
         assert key not in everything
 
 
-def test_pages_can_be_switched_off(tmp_path: Path) -> None:
+def test_pages_switched_off_return_404_and_foreign_hosts_421(tmp_path: Path) -> None:
     """404, as for any path that is not there; also without keys."""
     with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_DOCS="off", API_EXPOSE_METRICS="off") as service:
         for path in ("/docs", "/openapi.json", "/metrics", "/docs/assets/swagger-ui.css"):
@@ -105,7 +105,7 @@ def test_pages_can_be_switched_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [("-m", "uvicorn", "main:app"), ("main.py",)], ids=["uvicorn", "main.py"])
-def test_it_does_not_listen_outside_without_keys(tmp_path: Path, start: tuple[str, ...]) -> None:
+def test_start_fails_on_an_outside_address_without_keys(tmp_path: Path, start: tuple[str, ...]) -> None:
     """One sentence that names the settings, and no listening socket."""
     command = (*start[:-1], str(Path(__file__).parents[2] / "main.py")) if start == ("main.py",) else start
     ended = run_to_the_end(tmp_path, *command, "--host", OUTSIDE, "--port", str(free_port()), API_EMBEDDED="true")
@@ -118,7 +118,7 @@ def test_it_does_not_listen_outside_without_keys(tmp_path: Path, start: tuple[st
 
 
 @pytest.mark.parametrize("settings", [{"API_KEYS": KEYS}, {"API_ALLOW_UNAUTHENTICATED": "true"}], ids=["keys", "said"])
-def test_it_listens_outside_with_keys_or_when_told(tmp_path: Path, settings: dict[str, str]) -> None:
+def test_service_listens_outside_with_keys_or_explicit_permission(tmp_path: Path, settings: dict[str, str]) -> None:
     """And then any host name is answered."""
     with serve(tmp_path, "--host", OUTSIDE, API_EMBEDDED="true", **settings) as service:
         assert service.request("GET", "/health", headers={"Host": "triad.example"}).status == 200
@@ -132,7 +132,7 @@ def test_it_listens_outside_with_keys_or_when_told(tmp_path: Path, settings: dic
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_setting_ends_the_start_with_one_sentence(
+def test_invalid_setting_fails_the_start_with_one_sentence(
     tmp_path: Path, variables: dict[str, str], named: str
 ) -> None:
     """It is named, and its value, which may be a secret, is not shown."""
@@ -143,7 +143,7 @@ def test_a_wrong_setting_ends_the_start_with_one_sentence(
     assert "Traceback" not in ended.stderr
 
 
-def test_an_env_file_may_set_both_kinds_of_settings(tmp_path: Path) -> None:
+def test_env_file_may_hold_settings_of_worker_and_service(tmp_path: Path) -> None:
     """One .env for the worker and the service; an unknown name in it is an error."""
     (tmp_path / ".env").write_text("API_EMBEDDED=true\nAPI_MAX_MESSAGES=1\nBATCH_SIZE=7\n", encoding="utf-8")
     with serve(tmp_path) as service:

@@ -39,7 +39,7 @@ def service(shared: ServiceProcess, fake: FakeOllama) -> ServiceProcess:
     return shared
 
 
-def test_the_answer_holds_the_messages_as_sent_and_the_labels(service: ServiceProcess) -> None:
+def test_answer_repeats_the_messages_as_sent_and_adds_labels(service: ServiceProcess) -> None:
     """Order, absent and null time stamps, emoji and spaces come back as they were."""
     sent = {
         "conversation_number": "7-a",
@@ -60,9 +60,7 @@ def test_the_answer_holds_the_messages_as_sent_and_the_labels(service: ServicePr
     assert "server" not in answer.headers
 
 
-def test_a_sane_request_id_is_in_the_answer_the_log_and_the_model_call(
-    service: ServiceProcess, fake: FakeOllama
-) -> None:
+def test_valid_request_id_appears_in_answer_log_and_model_call(service: ServiceProcess, fake: FakeOllama) -> None:
     """Another form is replaced, and never shown."""
     assert service.classify(X_Request_ID="helpdesk-77.b_1").headers["x-request-id"] == "helpdesk-77.b_1"
     assert fake.requests()[-1]["request_id"] == "helpdesk-77.b_1"
@@ -110,7 +108,7 @@ INVALID: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("body", "place"), [case[1:] for case in INVALID], ids=[case[0] for case in INVALID])
-def test_a_wrong_request_is_told_the_place_and_not_its_content(
+def test_invalid_request_gets_422_that_names_the_field_without_its_content(
     service: ServiceProcess, fake: FakeOllama, body: Any, place: str
 ) -> None:
     """422, nothing of it in answer or log, and the model is not asked."""
@@ -148,14 +146,14 @@ MALFORMED: list[tuple[str, bytes]] = [
 
 
 @pytest.mark.parametrize("body", [case[1] for case in MALFORMED], ids=[case[0] for case in MALFORMED])
-def test_a_body_that_is_not_plain_json_is_refused(service: ServiceProcess, body: bytes) -> None:
+def test_body_that_is_not_strict_json_is_rejected(service: ServiceProcess, body: bytes) -> None:
     """400 and no echo."""
     answer = service.request("POST", "/classify", body, {"Content-Type": "application/json"})
     assert (answer.status, answer.error) == (400, "InvalidJSONError")
     assert "CANARY" not in answer.body.decode() + service.log
 
 
-def test_a_whole_surrogate_pair_is_a_character(service: ServiceProcess) -> None:
+def test_escaped_surrogate_pair_is_accepted(service: ServiceProcess) -> None:
     """JSON may write an emoji as two escapes."""
     body = b'{"conversation_number":"1","messages":[{"sender":"customer","text":"late \\ud83d\\ude21"}]}'
     answer = service.request("POST", "/classify", body, {"Content-Type": "application/json"})
@@ -173,20 +171,20 @@ def test_a_whole_surrogate_pair_is_a_character(service: ServiceProcess) -> None:
     ],
     ids=str,
 )
-def test_other_content_types_are_refused(service: ServiceProcess, headers: dict[str, str]) -> None:
+def test_other_content_types_are_rejected(service: ServiceProcess, headers: dict[str, str]) -> None:
     """Only JSON in UTF-8, and never compressed."""
     answer = service.request("POST", "/classify", json.dumps(CONVERSATION).encode(), headers)
     assert (answer.status, answer.error) == (415, "UnsupportedMediaTypeError")
 
 
 @pytest.mark.parametrize("value", ["application/json; charset=UTF-8", 'Application/JSON;charset="utf-8"'])
-def test_the_usual_ways_to_say_json_are_taken(service: ServiceProcess, value: str) -> None:
+def test_variants_of_the_json_content_type_are_accepted(service: ServiceProcess, value: str) -> None:
     """Case and parameters do not matter."""
     answer = service.request("POST", "/classify", json.dumps(CONVERSATION).encode(), {"Content-Type": value})
     assert answer.status == 200
 
 
-def test_a_large_body_is_refused(service: ServiceProcess) -> None:
+def test_large_body_is_rejected(service: ServiceProcess) -> None:
     """413."""
     answer = service.classify(conversation("a" * 30_000))
     assert (answer.status, answer.error) == (413, "PayloadTooLargeError")
@@ -208,7 +206,7 @@ MODEL_FAULTS: list[tuple[list[dict[str, Any]], int, str]] = [
 
 
 @pytest.mark.parametrize(("faults", "status", "kind"), MODEL_FAULTS, ids=[str(case[0][0]) for case in MODEL_FAULTS])
-def test_a_failing_model_becomes_the_fitting_status(
+def test_model_failure_maps_to_status(
     service: ServiceProcess, fake: FakeOllama, faults: list[dict[str, Any]], status: int, kind: str
 ) -> None:
     """502 for an unusable answer, 503 with Retry-After for a server that is away, 422 for what does not fit."""
@@ -219,7 +217,7 @@ def test_a_failing_model_becomes_the_fitting_status(
     assert ("retry-after" in answer.headers) == (status == 503)
 
 
-def test_a_key_asks_the_model_once(service: ServiceProcess, fake: FakeOllama) -> None:
+def test_repeated_idempotency_key_asks_the_model_once(service: ServiceProcess, fake: FakeOllama) -> None:
     """The same body gets the same answer, written in another order too; another body is refused."""
     first = service.classify(Idempotency_Key="order-1")
     asked = fake.stats()["chat_requests"]
@@ -233,7 +231,9 @@ def test_a_key_asks_the_model_once(service: ServiceProcess, fake: FakeOllama) ->
     assert fake.stats()["chat_requests"] == asked
 
 
-def test_parallel_requests_with_one_key_ask_the_model_once(service: ServiceProcess, fake: FakeOllama) -> None:
+def test_concurrent_requests_with_one_idempotency_key_ask_the_model_once(
+    service: ServiceProcess, fake: FakeOllama
+) -> None:
     """Who comes while the first is asked waits for its answer."""
     asked = fake.stats()["chat_requests"]
     fake.configure(faults=[{"kind": "latency", "set_s": 0.3}])
@@ -244,7 +244,7 @@ def test_parallel_requests_with_one_key_ask_the_model_once(service: ServiceProce
     assert fake.stats()["chat_requests"] == asked + 1
 
 
-def test_a_failure_is_not_kept(service: ServiceProcess, fake: FakeOllama) -> None:
+def test_failure_is_not_kept_for_an_idempotency_key(service: ServiceProcess, fake: FakeOllama) -> None:
     """The next request with the key asks again."""
     fake.configure(faults=[{"kind": "busy_503"}])
     assert service.classify(Idempotency_Key="flaky-1").status == 503
@@ -255,13 +255,13 @@ def test_a_failure_is_not_kept(service: ServiceProcess, fake: FakeOllama) -> Non
 
 
 @pytest.mark.parametrize("key", ["", " ", "x" * 256, "caf\u00e9"])
-def test_a_malformed_key_is_refused(service: ServiceProcess, key: str) -> None:
+def test_malformed_idempotency_key_is_rejected(service: ServiceProcess, key: str) -> None:
     """400 without an echo."""
     answer = service.classify(Idempotency_Key=key)
     assert (answer.status, answer.error) == (400, "HeaderError")
 
 
-def test_the_other_routes(service: ServiceProcess) -> None:
+def test_operator_routes_answer(service: ServiceProcess) -> None:
     """Alive, ready, numbers, document, page with all its parts on this machine."""
     assert service.get("/health").json == {"status": "ok"}
     assert service.get("/ready").json == {"status": "ready", "model": "llama3.2"}
@@ -286,7 +286,9 @@ def test_the_other_routes(service: ServiceProcess) -> None:
         ("GET", "/docs/assets/../../main.py", 404, "NotFoundError"),
     ],
 )
-def test_every_error_has_one_shape(service: ServiceProcess, method: str, path: str, status: int, kind: str) -> None:
+def test_unknown_paths_and_methods_get_the_common_error_shape(
+    service: ServiceProcess, method: str, path: str, status: int, kind: str
+) -> None:
     """Also those of paths and methods that are not there."""
     answer = service.request(method, path)
     assert (answer.status, answer.error) == (status, kind)
@@ -294,7 +296,7 @@ def test_every_error_has_one_shape(service: ServiceProcess, method: str, path: s
     assert "CANARY" not in answer.body.decode() + service.log + service.get("/metrics").body.decode()
 
 
-def test_what_is_not_http_gets_the_shape_of_errors(service: ServiceProcess) -> None:
+def test_invalid_http_gets_the_common_error_shape(service: ServiceProcess) -> None:
     """uvicorn itself would answer in plain text."""
     with service.connect(b"CANARY nonsense\r\n\r\n") as sock:
         answer = sock.makefile("rb").read()
@@ -302,7 +304,7 @@ def test_what_is_not_http_gets_the_shape_of_errors(service: ServiceProcess) -> N
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "MalformedRequestError"
 
 
-def test_the_numbers_follow_the_requests(service: ServiceProcess) -> None:
+def test_metrics_count_each_request(service: ServiceProcess) -> None:
     """Routes, statuses, times, tokens, reasons; each request moves them by one."""
     ok = 'triad_http_requests_total{route="/classify",status="200"}'
     refused = 'triad_rejections_total{reason="ValidationError"}'
@@ -319,7 +321,7 @@ def test_the_numbers_follow_the_requests(service: ServiceProcess) -> None:
     assert service.metric("triad_http_requests_in_flight") == 1  # the one that asks
 
 
-def test_the_blocking_form_gives_the_same(service: ServiceProcess, fake: FakeOllama) -> None:
+def test_classify_conversation_returns_the_answer_of_the_service(service: ServiceProcess, fake: FakeOllama) -> None:
     """api.classify_conversation asks the model server itself."""
     settings = load_settings(None, ollama_endpoint=fake.url, ollama_model="llama3.2")
     blocking = api.classify_conversation(CONVERSATION, settings)
@@ -331,7 +333,7 @@ def test_the_blocking_form_gives_the_same(service: ServiceProcess, fake: FakeOll
 
 
 @pytest.mark.parametrize(("turns", "is_complete"), [(2, True), (300, False)])
-def test_the_blocking_form_tells_whether_the_model_saw_all_of_it(turns: int, is_complete: bool) -> None:
+def test_classify_conversation_reports_whether_the_input_was_complete(turns: int, is_complete: bool) -> None:
     """As the service does in a header; the answer itself has the three fields and all messages, whatever was cut."""
     messages = [{"sender": "customer", "text": f"{number}: {'my parcel is late ' * 4}"} for number in range(turns)]
     sent = {"conversation_number": "123", "messages": messages}
@@ -346,7 +348,7 @@ def test_the_blocking_form_tells_whether_the_model_saw_all_of_it(turns: int, is_
     assert list(body["classification"]) == ["intent", "topic", "sentiment", "categorization"]
 
 
-def test_a_fault_of_the_service_tells_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_unexpected_exception_returns_500_without_details(tmp_path_factory: pytest.TempPathFactory) -> None:
     """500 with the request id; the log has the place in the code, and not the message, which may quote a request."""
     with serve(
         tmp_path_factory.mktemp("faulty"), app="tests.service.faulty_service:app", API_EMBEDDED="true"
@@ -359,7 +361,7 @@ def test_a_fault_of_the_service_tells_nothing(tmp_path_factory: pytest.TempPathF
         service.wait_for_log("RuntimeError at ")
 
 
-def test_without_a_model_server_it_starts_and_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_service_starts_without_model_server_and_finds_it_later(tmp_path_factory: pytest.TempPathFactory) -> None:
     """503 on /ready and /classify, and the model is found when it comes."""
     fake = FakeOllama(latency_s=0)
     fake.start()
@@ -385,7 +387,7 @@ def test_without_a_model_server_it_starts_and_says_so(tmp_path_factory: pytest.T
             assert service.classify().status == 200
 
 
-def test_embedded_it_answers_with_the_baseline_and_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_embedded_service_answers_with_the_baseline(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No model server is looked for."""
     with serve(tmp_path_factory.mktemp("embedded"), API_EMBEDDED="true") as service:
         assert service.get("/ready").json == {"status": "ready", "model": BASELINE_MODEL}

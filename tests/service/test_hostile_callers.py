@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service.slow_clients import MAX_HEAD_BYTES
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import CONVERSATION, ServiceProcess, conversation, serve
 
@@ -81,7 +82,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize("protocol", ["httptools", "h11"])
-def test_slow_clients_are_closed(protocol: str, fake: FakeOllama, tmp_path: Path) -> None:
+def test_slow_connections_are_closed(protocol: str, fake: FakeOllama, tmp_path: Path) -> None:
     """Within a few seconds of the limit, whatever they send meanwhile; so is one that does not read its answers."""
     with serve_quickly(tmp_path, fake, protocol) as service:
         kinds = {service.connect(sent): (name, drip) for name, (sent, drip) in SLOW.items()}
@@ -104,7 +105,7 @@ def has_connection(service: ServiceProcess, client: socket.socket) -> bool:
     return any(link.raddr and link.raddr.port == client.getsockname()[1] for link in links)
 
 
-def test_a_slow_body_is_told_why(quick: ServiceProcess) -> None:
+def test_slow_body_gets_408(quick: ServiceProcess) -> None:
     """408 in the shape of all errors, before the connection is closed."""
     with quick.connect(HEAD + b"Content-Length: 100\r\n\r\n{").makefile("rb") as reader:
         answer = reader.read()
@@ -113,7 +114,7 @@ def test_a_slow_body_is_told_why(quick: ServiceProcess) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "RequestTimeoutError"
 
 
-def test_two_hundred_slow_sockets_are_closed_in_time_and_others_are_served(tmp_path: Path, fake: FakeOllama) -> None:
+def test_two_hundred_slow_sockets_are_closed_while_others_are_served(tmp_path: Path, fake: FakeOllama) -> None:
     """With the limits that are shipped: 15 s at most, and requests go through all the while."""
     with serve(tmp_path, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2") as service:
         before = psutil.Process(service.process.pid).memory_info().rss
@@ -168,7 +169,7 @@ def send_all_it_takes(sock: socket.socket, head: bytes, chunk: bytes, chunks: in
         "path without end",
     ],
 )
-def test_what_is_too_large_is_refused_before_it_is_read(
+def test_oversized_request_is_rejected_before_it_is_read(
     quick: ServiceProcess, head: bytes, chunk: bytes, chunks: int, status: int
 ) -> None:
     """The answer (0: any refusal, or an end) comes while the client still sends, and memory does not grow."""
@@ -182,7 +183,14 @@ def test_what_is_too_large_is_refused_before_it_is_read(
     assert psutil.Process(quick.process.pid).memory_info().rss - before < MEMORY_GROWTH_BYTES
 
 
-def test_bombs_cost_nothing(quick: ServiceProcess) -> None:
+def test_head_beyond_the_limit_gets_431(quick: ServiceProcess) -> None:
+    """One byte too many is enough; the head need not be complete."""
+    start = HEAD + b"X-Large: "
+    with quick.connect(start + b"a" * (MAX_HEAD_BYTES + 1 - len(start))) as sock:
+        assert sock.recv(12) == b"HTTP/1.1 431"
+
+
+def test_malicious_bodies_are_rejected_within_bounded_memory(quick: ServiceProcess) -> None:
     """Compressed, deep, repetitive and numerous bodies get a 4xx each, and memory stays."""
     before = psutil.Process(quick.process.pid).memory_info().rss
     bombs = [
@@ -201,7 +209,7 @@ def test_bombs_cost_nothing(quick: ServiceProcess) -> None:
     assert psutil.Process(quick.process.pid).memory_info().rss - before < MEMORY_GROWTH_BYTES
 
 
-def test_many_bodies_together_stay_within_a_budget(quick: ServiceProcess) -> None:
+def test_concurrent_bodies_stay_within_the_memory_budget(quick: ServiceProcess) -> None:
     """A hundred unfinished bodies of 250 kB do not fit: the later ones get 503, and memory is bounded."""
     before = psutil.Process(quick.process.pid).memory_info().rss
     part = HEAD + b"Content-Length: 260000\r\n\r\n" + b" " * 250_000
@@ -219,7 +227,7 @@ def test_many_bodies_together_stay_within_a_budget(quick: ServiceProcess) -> Non
     assert quick.classify().status == 200
 
 
-def test_nothing_that_was_sent_is_logged_or_counted(quick: ServiceProcess, fake: FakeOllama) -> None:
+def test_request_content_never_appears_in_logs_or_metrics(quick: ServiceProcess, fake: FakeOllama) -> None:
     """Texts, numbers, header values, paths and queries, on the ways of success and of failure."""
     secret = "CANARY-4929"
     good = conversation(f"{secret} \n\x1b[31m late", number=secret)

@@ -32,7 +32,7 @@ async def ask_at_once(service: ServiceProcess, count: int) -> list[tuple[int, st
         return await asyncio.gather(*(ask() for _ in range(count)))
 
 
-async def test_a_thousand_at_once_see_200_or_503_and_the_model_never_more_than_its_limit(tmp_path: Path) -> None:
+async def test_thousand_concurrent_requests_get_200_or_503_within_the_model_limit(tmp_path: Path) -> None:
     """Four places and a queue of twenty; the others are turned away at once, to come back at different times."""
     with FakeOllama(slots=4, latency_s=0.2, user_message=0) as fake:
         settings = {"API_MAX_CONCURRENT": "4", "API_QUEUE_SIZE": "20"}
@@ -52,7 +52,7 @@ async def test_a_thousand_at_once_see_200_or_503_and_the_model_never_more_than_i
             assert service.metric('triad_rejections_total{reason="QueueFullError"}') == statuses[503]
 
 
-def test_a_caller_that_leaves_frees_its_place_and_ends_its_call(tmp_path: Path) -> None:
+def test_disconnected_caller_frees_its_slot_and_cancels_its_call(tmp_path: Path) -> None:
     """Running or waiting; who shares an answer through a key keeps it alive until the last one leaves."""
     with FakeOllama(slots=4, latency_s=30, user_message=0) as fake:
         settings = {"API_MAX_CONCURRENT": "1", "API_QUEUE_SIZE": "5", "API_REQUEST_TIMEOUT_S": "25"}
@@ -83,7 +83,7 @@ def test_a_caller_that_leaves_frees_its_place_and_ends_its_call(tmp_path: Path) 
             assert service.classify().status == 200
 
 
-def test_the_deadline_holds_for_wait_and_call_together(tmp_path: Path) -> None:
+def test_deadline_covers_queue_and_call(tmp_path: Path) -> None:
     """Who waited too long for a place gets 504, and the place; the breaker stays closed, for the server is there."""
     with FakeOllama(slots=4, latency_s=1, user_message=0) as fake:
         settings = {"API_MAX_CONCURRENT": "1", "API_QUEUE_SIZE": "5", "API_REQUEST_TIMEOUT_S": "1.6"}
@@ -97,7 +97,7 @@ def test_the_deadline_holds_for_wait_and_call_together(tmp_path: Path) -> None:
             assert service.metric("triad_breaker_open") == 0
 
 
-def test_a_stop_finishes_what_runs_whoever_else_is_connected(tmp_path: Path) -> None:
+def test_stop_finishes_running_requests_and_ignores_slow_clients(tmp_path: Path) -> None:
     """Running and waiting requests get their answer; slow and idle clients do not keep the process."""
     with FakeOllama(slots=4, latency_s=1, user_message=0) as fake:
         waits = {"API_HEADER_TIMEOUT_S": "300", "API_BODY_TIMEOUT_S": "300"}
@@ -118,7 +118,7 @@ def test_a_stop_finishes_what_runs_whoever_else_is_connected(tmp_path: Path) -> 
             assert "Cancel" not in service.log
 
 
-def test_a_stop_ends_with_the_grace_period(tmp_path: Path) -> None:
+def test_stop_answers_503_after_the_grace_period(tmp_path: Path) -> None:
     """What does not finish in time is told to come back; uvicorn alone would break it off with a 500, or wait."""
     with FakeOllama(slots=4, latency_s=60, user_message=0) as fake:
         settings = {"SHUTDOWN_GRACE_S": "1"}

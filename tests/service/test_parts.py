@@ -17,7 +17,7 @@ from error_handler import ConfigurationError, RequestError
 from service import access as rate_limit
 from service.access import KeyRing, RateLimiter
 from service.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Deadlines
-from service.body_limits import read_json_object
+from service.body_limits import check_json_object
 from service.errors import KEY_REUSED, QUEUE_FULL, STOPPING, TOO_SLOW
 from service.idempotency import IdempotencyStore
 from utils.network import is_loopback
@@ -32,7 +32,7 @@ class Clock:
 
 
 async def hold(queue: AdmissionQueue, order: list[int], number: int, release: asyncio.Event) -> None:
-    async with queue.place():
+    async with queue.slot():
         order.append(number)
         await release.wait()
 
@@ -42,7 +42,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_places_are_given_in_the_order_of_coming() -> None:
+async def test_slots_are_granted_first_come_first_served() -> None:
     """One at a time, first come first served, the next one refused at once."""
     order: list[int] = []
     queue, release = AdmissionQueue(1, 2), asyncio.Event()
@@ -60,14 +60,14 @@ async def test_places_are_given_in_the_order_of_coming() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_no_place_is_lost_or_given_twice_whoever_is_cancelled_when(seed: int) -> None:
+async def test_slots_survive_random_cancellations(seed: int) -> None:
     """Random cancellations, also in the moment in which a place is handed over."""
     rng = random.Random(seed)
     queue, holders, most = AdmissionQueue(3, 50), 0, 0
 
     async def work() -> None:
         nonlocal holders, most
-        async with queue.place():
+        async with queue.slot():
             holders += 1
             most = max(most, holders)
             try:
@@ -85,7 +85,7 @@ async def test_no_place_is_lost_or_given_twice_whoever_is_cancelled_when(seed: i
     assert (queue.running, queue.waiting) == (0, 0)
 
 
-def test_a_rate_is_a_burst_and_then_a_pace() -> None:
+def test_rate_limiter_allows_a_burst_and_then_a_steady_rate() -> None:
     """As many as a minute has at once, then one each time a token is there; the refused cost nothing."""
     clock = Clock()
     limiter = RateLimiter(6, clock)
@@ -101,7 +101,7 @@ def test_a_rate_is_a_burst_and_then_a_pace() -> None:
     assert RateLimiter(0).take("a") == 0.0
 
 
-def test_callers_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rate_limiter_remembers_a_bounded_number_of_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A million addresses take no more memory than the table has; who was silent longest goes."""
     monkeypatch.setattr(rate_limit, "MAX_CALLERS", 2)
     limiter = RateLimiter(1, Clock())
@@ -134,7 +134,7 @@ async def test_kept_answers_are_bounded_in_number_and_age() -> None:
     assert len(store) == 1
 
 
-async def test_the_work_for_a_key_ends_with_its_last_asker() -> None:
+async def test_task_for_a_key_is_cancelled_with_its_last_waiter() -> None:
     """One who leaves does not take the answer from the others; nobody left ends it, and the key is free."""
     store, started, ended = IdempotencyStore[int](10, 10), asyncio.Event(), asyncio.Event()
 
@@ -158,7 +158,7 @@ async def test_the_work_for_a_key_ends_with_its_last_asker() -> None:
     assert len(store) == 0
 
 
-async def test_a_failure_reaches_everybody_who_waits() -> None:
+async def test_failure_reaches_all_waiters_and_is_forgotten() -> None:
     """And is forgotten."""
     store = IdempotencyStore[int](10, 10)
 
@@ -172,7 +172,7 @@ async def test_a_failure_reaches_everybody_who_waits() -> None:
     assert len(store) == 0
 
 
-async def test_deadlines_end_what_is_late_and_what_is_stopped() -> None:
+async def test_deadlines_distinguish_late_from_stopped_requests() -> None:
     """The kind tells which of the two it was; later ones end with the grace period as well."""
     deadlines, loop = Deadlines(), asyncio.get_running_loop()
 
@@ -200,21 +200,22 @@ NESTED = st.recursive(
 
 
 @given(st.dictionaries(st.text(), NESTED))
-def test_plain_json_is_read_as_it_was_written(value: dict[str, object]) -> None:
+def test_strict_json_accepts_plain_objects(value: dict[str, object]) -> None:
     """Both with escapes and without."""
     for ascii_only in (True, False):
-        assert read_json_object(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
+        check_json_object(json.dumps(value, ensure_ascii=ascii_only).encode())
 
 
 @given(st.binary() | st.text(alphabet='{}[]",:\\u0d8 \n1eE+-.NaInfity').map(str.encode))
-def test_any_bytes_give_an_object_or_a_request_error(body: bytes) -> None:
+def test_strict_json_accepts_only_what_the_parser_reads_as_an_object(body: bytes) -> None:
     """And nothing else."""
     with contextlib.suppress(RequestError):
-        assert isinstance(read_json_object(body), dict)
+        check_json_object(body)
+        assert isinstance(json.loads(body), dict)
 
 
 @given(st.text(alphabet=string.printable))
-def test_only_the_whole_key_opens(presented: str) -> None:
+def test_only_the_complete_key_is_valid(presented: str) -> None:
     """Names of keys open nothing."""
     key = "0123456789abcdef"
     ring = KeyRing([("helpdesk", key)])
@@ -238,7 +239,7 @@ def test_only_the_whole_key_opens(presented: str) -> None:
         ("no such host", False),
     ],
 )
-def test_what_only_this_machine_reaches(host: str | None, expected: bool) -> None:
+def test_is_loopback_recognises_local_addresses(host: str | None, expected: bool) -> None:
     """Everything that cannot be found out counts as outside."""
     assert is_loopback(host) is expected
 
@@ -258,7 +259,7 @@ def test_what_only_this_machine_reaches(host: str | None, expected: bool) -> Non
     ],
     ids=str,
 )
-def test_wrong_settings_are_named_and_not_shown(wrong: dict[str, object]) -> None:
+def test_invalid_settings_are_named_without_their_value(wrong: dict[str, object]) -> None:
     """The message may end in a log."""
     with pytest.raises(ConfigurationError) as refused:
         load_service_settings(None, **wrong)

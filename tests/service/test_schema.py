@@ -13,21 +13,22 @@ import pytest
 
 import main
 from config.service_settings import ServiceSettings, load_service_settings
-from embedding_index.similar_contract import SimilarResponse
+from embedding_index.similar_contract import EXAMPLE_HITS, SimilarResponse
 from error_handler import ErrorKind
 from service import errors as service_errors
-from service.openapi_document import EXAMPLE_HITS, EXAMPLE_REQUEST, MAX_QUERY_CHARACTERS
+from service.contract import EXAMPLE_REQUEST
+from service.openapi import MAX_QUERY_CHARACTERS, openapi_document
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import serve
 from tests.service.test_similar_service import APP, write_index
 
 
 def document(**settings: Any) -> dict[str, Any]:
-    return main.openapi_document(load_service_settings(None, **settings))
+    return openapi_document(main.app, load_service_settings(None, **settings))
 
 
 @pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.thorough)])
-def test_schemathesis_finds_nothing(tmp_path: Path, examples: int) -> None:
+def test_schemathesis_finds_no_deviation_from_the_document(tmp_path: Path, examples: int) -> None:
     """Statuses, headers, content types, bodies and methods: what is wrong is refused, what is right is answered."""
     # Answers are not kept, because a key that comes twice with two bodies is refused, and rightly.
     limits = {"API_MAX_MESSAGES": "20", "API_MAX_TEXT_CHARACTERS": "20000", "API_IDEMPOTENCY_RETENTION_S": "0"}
@@ -46,7 +47,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path, examples: int) -> None:
         assert "Traceback" not in service.log
 
 
-def test_the_document_shows_the_limits_that_are_set() -> None:
+def test_document_contains_the_configured_limits() -> None:
     """A client that reads them is never refused for a size."""
     schemas = document(max_messages=7, max_text_characters=99)["components"]["schemas"]
     assert schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] == 7
@@ -56,7 +57,7 @@ def test_the_document_shows_the_limits_that_are_set() -> None:
     assert schemas["ClassificationRequest"]["additionalProperties"] is False
 
 
-def test_the_document_shows_keys_where_there_are_keys() -> None:
+def test_document_requires_keys_if_keys_are_set() -> None:
     """Both ways to send one; none without."""
     keyed = document(keys="helpdesk:0123456789abcdef")
     assert keyed["paths"]["/classify"]["post"]["security"] == [{"bearer": []}, {"header": []}]
@@ -65,7 +66,7 @@ def test_the_document_shows_keys_where_there_are_keys() -> None:
     assert "0123456789abcdef" not in json.dumps(keyed)
 
 
-def test_the_example_of_an_answer_is_one() -> None:
+def test_example_of_a_search_answer_matches_the_schema() -> None:
     """What /docs shows of /similar has the fields of the real answers."""
     assert SimilarResponse.model_validate(EXAMPLE_HITS).model_dump() == EXAMPLE_HITS
 
@@ -76,7 +77,7 @@ ELSEWHERE = {"MalformedRequestError", "HeadTooLargeError", "NotFoundError", "Met
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))
-def test_every_error_is_in_the_document_and_on_the_page(kind: ErrorKind) -> None:
+def test_every_error_is_documented(kind: ErrorKind) -> None:
     """With its status, and an example of its body."""
     page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
     assert re.search(rf"^\| {kind.status} \| `{kind.name}` \|", page, re.MULTILINE)
@@ -91,12 +92,12 @@ def test_every_error_is_in_the_document_and_on_the_page(kind: ErrorKind) -> None
     assert kind.message.endswith(".")
 
 
-def test_what_the_pages_show_is_so(tmp_path: Path) -> None:
+def test_documented_example_and_metrics_match_the_service(tmp_path: Path) -> None:
     """The example of /docs is answered when it is sent as it is; docs/service.md names the numbers that there are."""
     page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
     with serve(tmp_path, API_EMBEDDED="true") as service:
-        operation = service.get("/openapi.json").json["paths"]["/classify"]["post"]
-        shown = operation["requestBody"]["content"]["application/json"]["example"]
+        schemas = service.get("/openapi.json").json["components"]["schemas"]
+        shown = schemas["ClassificationRequest"]["examples"][0]
         assert shown == EXAMPLE_REQUEST
         answer = service.classify(shown)
         assert answer.status == 200
@@ -105,7 +106,7 @@ def test_what_the_pages_show_is_so(tmp_path: Path) -> None:
     assert {name.removesuffix("_bucket") for name in re.findall(r"triad_[a-z_]+", page)} == numbers
 
 
-def test_every_setting_of_the_service_is_explained_on_its_page() -> None:
+def test_every_setting_is_documented() -> None:
     """docs/service.md has each variable."""
     page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
     for field in ServiceSettings.model_fields.values():

@@ -73,7 +73,7 @@ def site(shared: Site) -> Site:
     return shared
 
 
-def test_the_most_similar_conversations_come_with_their_labels(site: Site) -> None:
+def test_search_returns_similar_conversations_with_their_labels(site: Site) -> None:
     """In the order of similarity; what a conversation does not have is null; both methods say the same."""
     answer = site.get("where is my parcel", limit=2)
     assert answer.status == 200
@@ -99,7 +99,7 @@ def test_the_most_similar_conversations_come_with_their_labels(site: Site) -> No
     assert answer.headers["cache-control"] == "no-store"
 
 
-def test_the_index_is_opened_once_at_the_first_request(tmp_path: Path) -> None:
+def test_index_is_opened_once_at_the_first_search(tmp_path: Path) -> None:
     """Not at the start, and what is indexed afterwards is found."""
     write_index(tmp_path)
     with serve(tmp_path, app=APP, API_EMBEDDED="true") as service:
@@ -126,7 +126,7 @@ INVALID: list[tuple[str, str, str]] = [
     ("limit negative", f"text={CANARY}&limit=-1", "limit"),
     ("limit a fraction", f"text={CANARY}&limit=1.5", "limit"),
     ("limit in other digits", f"text={CANARY}&limit=%D9%A3", "limit"),
-    ("unknown parameter", f"text={CANARY}&{CANARY}=1", "not known"),
+    ("unknown parameter", f"text={CANARY}&{CANARY}=1", "unknown field"),
     ("not UTF-8", f"text={CANARY}%FF", "UTF-8"),
     ("half of a pair", f"text={CANARY}%ED%A0%80", "UTF-8"),
     ("too long", "text=" + CANARY * 130, "POST /similar"),
@@ -135,7 +135,9 @@ INVALID: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("query", "place"), [case[1:] for case in INVALID], ids=[case[0] for case in INVALID])
-def test_a_wrong_query_is_told_the_place_and_not_its_content(site: Site, query: str, place: str) -> None:
+def test_invalid_query_gets_422_that_names_the_parameter_without_its_content(
+    site: Site, query: str, place: str
+) -> None:
     """422, nothing of it in answer or log, and nothing is searched."""
     searched = len(site.events)
     answer = site.service.get(f"/similar?{query}")
@@ -155,13 +157,13 @@ def test_a_wrong_query_is_told_the_place_and_not_its_content(site: Site, query: 
         ({"text": CANARY, "limit": 1.5}, "limit"),
         ({"text": CANARY, "limit": 1e300}, "limit"),
         ({"text": CANARY, "limit": 51}, "limit"),
-        ({"text": CANARY, CANARY: 1}, "not known"),
+        ({"text": CANARY, CANARY: 1}, "unknown field"),
         ({"text": CANARY * 700}, "10000"),
         ({"text": " \u200b\n"}, "visible"),
     ],
     ids=str,
 )
-def test_a_wrong_body_is_told_the_place_and_not_its_content(site: Site, body: Any, place: str) -> None:
+def test_invalid_body_gets_422_that_names_the_field_without_its_content(site: Site, body: Any, place: str) -> None:
     """422."""
     answer = site.post(body)
     assert (answer.status, answer.error) == (422, "ValidationError")
@@ -169,7 +171,7 @@ def test_a_wrong_body_is_told_the_place_and_not_its_content(site: Site, body: An
     assert "CANARY" not in answer.body.decode() + site.service.log
 
 
-def test_bodies_and_methods_are_as_strict_as_those_of_classify(site: Site) -> None:
+def test_search_is_as_strict_about_bodies_and_methods_as_classify(site: Site) -> None:
     """JSON, once, within the size, and by GET or POST."""
     for body, status, kind in ((b"CANARY", 400, "InvalidJSONError"), (b"[]", 400, "InvalidJSONError")):
         answer = site.service.request("POST", "/similar", body, {"Content-Type": "application/json"})
@@ -181,7 +183,7 @@ def test_bodies_and_methods_are_as_strict_as_those_of_classify(site: Site) -> No
     assert "CANARY" not in site.service.log
 
 
-def test_no_text_is_in_the_log_or_the_numbers(site: Site) -> None:
+def test_search_text_never_appears_in_logs_or_metrics(site: Site) -> None:
     """One line with route, status and duration for each search; uvicorn's own would hold the query."""
     answer = site.service.get(f"/similar?text={CANARY}", {"X-Request-ID": "search-1"})
     assert answer.status == 200
@@ -191,7 +193,7 @@ def test_no_text_is_in_the_log_or_the_numbers(site: Site) -> None:
     assert "CANARY" not in site.service.log + site.service.get("/metrics").body.decode()
 
 
-def test_the_numbers_follow_the_searches(site: Site) -> None:
+def test_metrics_count_each_search(site: Site) -> None:
     """Route, status and time."""
     names = ('triad_http_requests_total{route="/similar",status="200"}', "triad_search_duration_seconds_count")
     before = [site.service.metric(name) for name in names]
@@ -210,9 +212,7 @@ SEARCH_FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "status", "kind", "retry_after"), SEARCH_FAULTS, ids=[f[0] for f in SEARCH_FAULTS])
-def test_a_failing_search_becomes_the_fitting_status(
-    site: Site, fault: str, status: int, kind: str, retry_after: str | None
-) -> None:
+def test_search_failure_maps_to_status(site: Site, fault: str, status: int, kind: str, retry_after: str | None) -> None:
     """And the next one works."""
     site.index(search=fault)
     answer = site.get(CANARY)
@@ -224,7 +224,7 @@ def test_a_failing_search_becomes_the_fitting_status(
 
 
 @pytest.mark.parametrize("fault", ["other model", "wrong key"])
-def test_an_index_that_fits_no_longer_is_opened_anew(site: Site, fault: str) -> None:
+def test_index_with_outdated_settings_is_reopened(site: Site, fault: str) -> None:
     """By the settings that there are then; until it is, nobody waits for the same failure again."""
     assert site.get("parcel").status == 200
     opened, begun = site.events.count("open"), site.events.count("begin")
@@ -252,7 +252,7 @@ def test_an_index_that_fits_no_longer_is_opened_anew(site: Site, fault: str) -> 
     ],
     ids=str,
 )
-def test_without_a_usable_index_it_says_what_to_do_and_classifies(
+def test_service_without_usable_index_returns_503_and_still_classifies(
     tmp_path: Path, state: dict[str, Any], kind: str, remedy: str
 ) -> None:
     """503, in the answer or the log; no search where the text would leave the house."""
@@ -267,14 +267,14 @@ def test_without_a_usable_index_it_says_what_to_do_and_classifies(
         assert "CANARY" not in service.log
 
 
-def test_with_permission_the_text_may_leave_the_house(tmp_path: Path) -> None:
+def test_external_provider_is_used_with_permission(tmp_path: Path) -> None:
     """ALLOW_EXTERNAL_LLM, as for document jobs."""
     write_index(tmp_path, leaves_house=True)
     with serve(tmp_path, app=APP, API_EMBEDDED="true", ALLOW_EXTERNAL_LLM="true") as service:
         assert Site(service, tmp_path).get("parcel").status == 200
 
 
-def test_the_service_classifies_where_the_packages_are_not_installed(tmp_path: Path) -> None:
+def test_service_classifies_without_the_index_packages(tmp_path: Path) -> None:
     """They are optional; the very application of main.py."""
     with serve(tmp_path, app="tests.service.service_without_index:app", API_EMBEDDED="true") as service:
         assert service.classify().status == 200
@@ -282,7 +282,7 @@ def test_the_service_classifies_where_the_packages_are_not_installed(tmp_path: P
         assert (answer.status, answer.error) == (503, "IndexNotInstalledError")
 
 
-def test_the_service_is_imported_without_the_packages_of_the_index(tmp_path: Path) -> None:
+def test_main_does_not_import_the_index_packages(tmp_path: Path) -> None:
     """They take a second and a hundred MiB, and most services never search."""
     program = "import sys, main; print(sorted({'numpy', 'chromadb', 'sqlalchemy', 'tokenizers', 'openai'} & set(sys.modules)))"
     ended = run_to_the_end(tmp_path, "-c", program)
@@ -290,7 +290,7 @@ def test_the_service_is_imported_without_the_packages_of_the_index(tmp_path: Pat
     assert sys.executable
 
 
-def test_keys_and_rates_count_for_searches_too(tmp_path: Path) -> None:
+def test_keys_and_rate_limits_apply_to_searches(tmp_path: Path) -> None:
     """One rate for both routes."""
     write_index(tmp_path)
     keys = {"API_KEYS": f"helpdesk:{KEY}", "API_RATE_LIMIT_PER_MINUTE": "3"}
@@ -305,7 +305,7 @@ def test_keys_and_rates_count_for_searches_too(tmp_path: Path) -> None:
         assert "helpdesk" in service.log
 
 
-def test_searches_run_one_at_a_time_and_the_queue_is_bounded(tmp_path: Path) -> None:
+def test_searches_run_one_at_a_time_with_a_bounded_queue(tmp_path: Path) -> None:
     """Two at once would take both cores from /classify; who finds the queue full is told at once."""
     write_index(tmp_path, search_s=0.1)
     with serve(tmp_path, app=APP, API_EMBEDDED="true", API_QUEUE_SIZE="3") as service:
@@ -319,7 +319,7 @@ def test_searches_run_one_at_a_time_and_the_queue_is_bounded(tmp_path: Path) -> 
         assert events == ["begin", "end"] * statuses.count(200)
 
 
-def test_a_search_ends_with_the_time_of_a_request(tmp_path: Path) -> None:
+def test_search_ends_at_the_request_deadline(tmp_path: Path) -> None:
     """504; the thread ends what it has begun, and the next search is answered."""
     write_index(tmp_path, search_s=1.5)
     with serve(tmp_path, app=APP, API_EMBEDDED="true", API_REQUEST_TIMEOUT_S="1") as service:
@@ -331,7 +331,7 @@ def test_a_search_ends_with_the_time_of_a_request(tmp_path: Path) -> None:
         assert site.events.count("begin") == site.events.count("end") == 2
 
 
-def test_whoever_leaves_makes_room(tmp_path: Path) -> None:
+def test_disconnected_search_frees_its_slot(tmp_path: Path) -> None:
     """Counted as 499; a search that had not begun is not made."""
     write_index(tmp_path, search_s=0.5)
     with serve(tmp_path, app=APP, API_EMBEDDED="true") as service:

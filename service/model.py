@@ -1,0 +1,227 @@
+"""The model behind POST /classify: bounded, within deadlines, and quick to fail during an outage."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+import async_llm_wrapper
+from async_llm_wrapper import SharedWindow
+from classifier import ReplyParser
+from config import Settings, load_taxonomy
+from config.service_settings import ServiceSettings
+from domain.conversation import Conversation
+from embedded.baseline import BASELINE_MODEL, BaselineClassifier
+from error_handler import (
+    ConfigurationError,
+    ErrorKind,
+    LLMError,
+    LLMModelError,
+    Reason,
+    RequestError,
+    SkippedDocumentError,
+)
+from model_server.breaker import BreakerPolicy
+from model_server.models import chat_target
+from prompt_builder import PromptBuilder
+from service import errors
+from service.admission import AdmissionQueue, Deadlines
+from service.metrics import ServiceMetrics
+
+logger = logging.getLogger(__name__)
+
+# A caller is waiting. The one quick retry is for a kept-alive connection that the server has closed.
+SERVICE_ATTEMPTS, SERVICE_BACKOFF_S = 2, 0.1
+SERVICE_PROBE_CAP_S = 2.0
+
+CHECK_TIMEOUT_S = 5.0
+START_WAIT_S = 2.0  # the start waits this long for the model to load; loading continues in the background
+CHECK_AGAIN_S = 1.0  # also how long the result of a check is reused
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The labels of one conversation, the model that gave them, and how long that took."""
+
+    labels: dict[str, str]
+    model: str
+    queue_s: float
+    model_s: float
+    is_complete: bool = True  # whether the model saw the whole conversation
+
+
+class ModelService:
+    """The model, or the built-in baseline, with a limit on concurrent calls, a queue and deadlines.
+
+    Use it as an async context manager. A background task looks for the model until it is found.
+    """
+
+    def __init__(self, settings: Settings, service_settings: ServiceSettings, metrics: ServiceMetrics) -> None:
+        """Prepare without opening anything.
+
+        Raises:
+            ConfigurationError: The taxonomy or the name of the model is invalid.
+        """
+        self._settings = settings.model_copy(
+            update={
+                "llm_timeout_s": min(settings.llm_timeout_s, service_settings.request_timeout_s),
+                "llm_max_attempts": min(settings.llm_max_attempts, SERVICE_ATTEMPTS),
+                "llm_backoff_s": min(settings.llm_backoff_s, SERVICE_BACKOFF_S),
+            }
+        )
+        taxonomy = load_taxonomy(settings.taxonomy_file)
+        self._prompts, self._parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
+        self._baseline = BaselineClassifier(taxonomy) if service_settings.embedded else None
+        self._target = chat_target(settings, settings.model or "")
+        self._metrics = metrics
+        self._stack = contextlib.AsyncExitStack()
+        self._client: async_llm_wrapper.AsyncLLMClient | None = None
+        self._window: SharedWindow | None = None
+        self._checking = asyncio.Lock()
+        self._checked_at = -math.inf
+        self._found = self._baseline is not None
+        self._problem: ErrorKind | None = None if self._found else errors.MODEL_AWAY
+        self.slots = AdmissionQueue(service_settings.max_concurrent, service_settings.queue_size)
+        self.deadlines = Deadlines()
+        metrics.watch("triad_model_calls_in_flight", "Model calls in flight", lambda: self.slots.running)
+        metrics.watch("triad_queue_length", "Requests waiting for a slot", lambda: self.slots.waiting)
+        metrics.watch(
+            "triad_breaker_open", "1 while the model server is unavailable", lambda: float(self.is_breaker_open)
+        )
+        metrics.watch(
+            "triad_model_found", "1 once the model has been found on the model server", lambda: float(self._found)
+        )
+
+    @property
+    def model(self) -> str:
+        """The name of the model that gives the labels."""
+        return BASELINE_MODEL if self._baseline is not None else self._target.model
+
+    @property
+    def is_breaker_open(self) -> bool:
+        """Whether the circuit breaker is open: the model server is unavailable."""
+        return self._client is not None and self._client.breaker.is_open
+
+    async def __aenter__(self) -> ModelService:
+        if self._baseline is None:
+            slots = self.slots.size
+            session = await self._stack.enter_async_context(async_llm_wrapper.open_session(slots))
+            policy = BreakerPolicy(probe_cap_s=SERVICE_PROBE_CAP_S, outage_limit_s=math.inf, fails_fast=True)
+            self._client = async_llm_wrapper.AsyncLLMClient(self._settings, self._target, session, policy)
+            self._stack.push_async_callback(self._client.breaker.close)
+            self._window = SharedWindow(self._client, self._settings.ollama_num_ctx)
+            self._stack.push_async_callback(self._window.close)
+            await self.check()
+            finder = asyncio.create_task(self._find_model(self._window), name="find-model")
+            self._stack.push_async_callback(_cancel, finder)
+            if self._problem is errors.MODEL_LOADING:
+                await asyncio.wait([finder], timeout=START_WAIT_S)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def check(self) -> ErrorKind | None:
+        """Return what keeps the model from answering, or None. Asks the server at most once per CHECK_AGAIN_S."""
+        if self._client is None:
+            return None
+        async with self._checking:
+            if time.monotonic() - self._checked_at < CHECK_AGAIN_S:
+                return self._problem
+            problem, reason = await self._probe(self._client)
+            if problem is not self._problem or self._checked_at == -math.inf:
+                logger.log(logging.INFO if problem is None else logging.WARNING, "model: %s", reason)
+            self._problem, self._checked_at = problem, time.monotonic()
+            self._found = self._found or problem is None
+            return problem
+
+    async def _probe(self, client: async_llm_wrapper.AsyncLLMClient) -> tuple[ErrorKind | None, str]:
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                target = await client.prepare(self._settings)
+        except (ConfigurationError, LLMModelError) as exc:
+            return errors.MODEL_MISSING, str(exc)
+        except (LLMError, TimeoutError) as exc:
+            return errors.MODEL_AWAY, str(exc) or f"no answer within {CHECK_TIMEOUT_S:.0f} s"
+        if self._window is not None and not self._window.is_loaded:
+            return errors.MODEL_LOADING, f"{target.model} at {target.server_url} is available and not loaded yet"
+        return None, f"{target.model} at {target.server_url} is ready"
+
+    async def _find_model(self, window: SharedWindow) -> None:
+        while not self._found:
+            if self._problem is errors.MODEL_LOADING:
+                try:
+                    await window.load()
+                except LLMError as exc:
+                    logger.warning("model: loading failed: %s", exc)
+                self._checked_at = -math.inf if window.is_loaded else self._checked_at
+            if not (self._problem is errors.MODEL_LOADING and window.is_loaded):
+                await asyncio.sleep(CHECK_AGAIN_S)
+            await self.check()
+
+    def require_room(self) -> None:
+        """Raise the RequestError that ``classify`` would raise at once, before the body is read."""
+        if not self._found:
+            raise RequestError(self._problem or errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
+        if self.is_breaker_open:
+            raise RequestError(errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
+        self.slots.require_room()
+
+    async def classify(self, conversation: Conversation, deadline: float) -> Verdict:
+        """Return the labels of *conversation* before *deadline* (of the running loop's clock).
+
+        Cancelling it ends the model call and frees the slot.
+
+        Raises:
+            RequestError: Listed in docs/service.md.
+        """
+        self.require_room()
+        asked_at = time.monotonic()
+        started_at = math.inf
+        try:
+            async with self.deadlines.until(deadline), self.slots.slot():
+                started_at = time.monotonic()
+                self._metrics.queue_time.observe(started_at - asked_at)
+                try:
+                    labels, is_complete = await self._labels(conversation)
+                finally:
+                    ended_at = time.monotonic()
+                    self._metrics.model_time.observe(ended_at - started_at)
+        except RequestError as exc:
+            # The deadline of the request. _labels has counted that of the call.
+            if exc.kind is errors.TOO_SLOW and isinstance(exc.__cause__, TimeoutError) and started_at < math.inf:
+                self._metrics.model_failures.labels(str(Reason.TIMEOUT)).inc()
+            raise
+        return Verdict(labels, self.model, started_at - asked_at, ended_at - started_at, is_complete)
+
+    async def _labels(self, conversation: Conversation) -> tuple[dict[str, str], bool]:
+        if self._baseline is not None:
+            return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict(), True
+        if self._client is None or self._window is None:
+            raise RequestError(errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
+        client, prompts, parser = self._client, self._prompts, self._parser
+        try:
+            await self._window.renew()
+            outcome = await async_llm_wrapper.ollama_classify_async(conversation, client, prompts, parser)
+        except LLMError as exc:
+            self._metrics.model_failures.labels(str(exc.reason)).inc()
+            problem = errors.request_error(exc)
+            logger.warning("classification failed: %s: %s", problem.kind.name, exc)
+            raise problem from exc
+        except SkippedDocumentError as exc:
+            raise RequestError(errors.TOO_LONG) from exc
+        self._metrics.tokens.labels("prompt").inc(outcome.prompt_tokens or 0)
+        self._metrics.tokens.labels("reply").inc(outcome.reply_tokens or 0)
+        return outcome.classification.as_dict(), outcome.input_complete
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
