@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, ValidationError
+from pydantic import AfterValidator, AliasChoices, SecretStr, ValidationError
 from pydantic_settings import BaseSettings
 
 from error_handler import ConfigurationError
 
 S = TypeVar("S", bound=BaseSettings)
+
+
+def _plain_http_url(value: str) -> str:
+    form = "must be http(s)://host[:port][/path], without user name, password or query"
+    try:
+        parts = urlsplit(value)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as exc:  # its message quotes the address
+        raise ValueError(form) from exc
+    if not is_usable or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(form)
+    return value.rstrip("/")
+
+
+def _fits_in_a_header(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("must be printable ASCII without spaces and line ends")
+    return value
+
+
+# An address without credentials or query, and a secret that is sent in an HTTP header.
+HttpAddress = Annotated[str, AfterValidator(_plain_http_url)]
+HeaderSecret = Annotated[SecretStr, AfterValidator(_fits_in_a_header)]
 
 
 def env(*names: str) -> Any:
@@ -22,7 +47,9 @@ def env(*names: str) -> Any:
 def variables_of(settings: type[BaseSettings], field: str) -> tuple[str, ...]:
     """Return the environment variables that set *field* of *settings*, the main one first."""
     alias = settings.model_fields[field].validation_alias
-    return tuple(str(name) for name in alias.choices) if isinstance(alias, AliasChoices) else (field.upper(),)
+    if isinstance(alias, AliasChoices):
+        return tuple(str(name) for name in alias.choices)
+    return (f"{settings.model_config.get('env_prefix', '')}{field}".upper(),)
 
 
 def load_part(settings: type[S], dotenv: Path | None, arguments: Mapping[str, Any]) -> S:

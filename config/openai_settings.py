@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from config.loading import env, load_part, variables_of
+from config.loading import HeaderSecret, HttpAddress, env, load_part, variables_of
 
 _MAIL_SERVER = re.compile(r"[A-Za-z0-9.-]{1,253}:\d{1,5}")
 _ADDRESS = re.compile(r"[^@\s<>]{1,64}@[^@\s<>]{1,253}")
@@ -22,8 +21,8 @@ class OpenAISettings(BaseSettings):
     # load_settings refuses unknown names in .env; it knows those of all settings classes.
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
-    api_key: SecretStr | None = Field(None, validation_alias=env("OPENAI_API_KEY"), description="API key")
-    base_url: str = Field(
+    api_key: HeaderSecret | None = Field(None, validation_alias=env("OPENAI_API_KEY"), description="API key")
+    base_url: HttpAddress = Field(
         "https://api.openai.com/v1", validation_alias=env("OPENAI_BASE_URL"), description="address of the API"
     )
     model: str = Field("gpt-4o-mini", min_length=1, validation_alias=env("OPENAI_MODEL"), description="model")
@@ -60,7 +59,7 @@ class OpenAISettings(BaseSettings):
     webhook_url: SecretStr | None = Field(
         None, validation_alias=env("NOTIFICATION_WEBHOOK"), description="URL that gets a POST for each batch that ends"
     )
-    webhook_secret: SecretStr | None = Field(
+    webhook_secret: HeaderSecret | None = Field(
         None, validation_alias=env("NOTIFICATION_WEBHOOK_SECRET"), description="key of its signature (HMAC-SHA256)"
     )
     email: str | None = Field(
@@ -76,27 +75,6 @@ class OpenAISettings(BaseSettings):
     allow_external: bool = Field(
         False, validation_alias=env("ALLOW_EXTERNAL_LLM"), description="allow sending customer text to an external API"
     )
-
-    @field_validator("base_url")
-    @classmethod
-    def _plain_http_url(cls, value: str) -> str:
-        form = "must be http(s)://host[:port][/path], without user name, password or query"
-        try:
-            parts = urlsplit(value)
-            is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError as exc:  # its message quotes the address
-            raise ValueError(form) from exc
-        if not is_usable or "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(form)
-        return value.rstrip("/")
-
-    @field_validator("api_key", "webhook_secret")
-    @classmethod
-    def _fits_in_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        text = value.get_secret_value() if value else "-"
-        if not text.isascii() or not text.isprintable() or " " in text:
-            raise ValueError("must be printable ASCII without spaces and line ends")
-        return value
 
     @field_validator("email", "smtp_from")
     @classmethod

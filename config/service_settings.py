@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from config.loading import env, load_part, variables_of
+from config.loading import load_part, variables_of
 
 Exposure = Literal["public", "key", "off"]
 
@@ -20,110 +20,34 @@ class ServiceSettings(BaseSettings):
     """All settings of the service. Durations are in seconds."""
 
     # load_settings rejects unknown names in .env; it knows those of both classes.
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix="API_", frozen=True, extra="ignore", env_ignore_empty=True)
 
-    host: str = Field(
-        "127.0.0.1", validation_alias=env("API_HOST"), description="address that `python main.py` listens on"
-    )
-    port: int = Field(
-        8000,
-        ge=0,
-        le=65_535,
-        validation_alias=env("API_PORT"),
-        description="port to listen on; 0 lets the system choose",
-    )
+    host: str = Field("127.0.0.1", description="address that `python main.py` listens on")
+    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 lets the system choose")
     keys: SecretStr | None = Field(
-        None,
-        validation_alias=env("API_KEYS"),
-        description="API keys: name:key,name:key; a name may have several keys during a rotation",
+        None, description="API keys: name:key,name:key; a name may have several keys during a rotation"
     )
-    allow_unauthenticated: bool = Field(
-        False,
-        validation_alias=env("API_ALLOW_UNAUTHENTICATED"),
-        description="serve other machines without API keys",
-    )
-    max_concurrent: int = Field(
-        5, ge=1, le=1024, validation_alias=env("API_MAX_CONCURRENT"), description="concurrent model calls"
-    )
-    queue_size: int = Field(
-        100,
-        ge=0,
-        le=10_000,
-        validation_alias=env("API_QUEUE_SIZE"),
-        description="requests that may wait for a model call",
-    )
-    request_timeout_s: float = Field(
-        60.0,
-        gt=0,
-        le=3600,
-        validation_alias=env("API_REQUEST_TIMEOUT_S"),
-        description="maximum time of a request, including its wait",
-    )
-    header_timeout_s: float = Field(
-        10.0,
-        gt=0,
-        le=300,
-        validation_alias=env("API_HEADER_TIMEOUT_S"),
-        description="maximum time for the head of a request",
-    )
-    body_timeout_s: float = Field(
-        10.0,
-        gt=0,
-        le=300,
-        validation_alias=env("API_BODY_TIMEOUT_S"),
-        description="maximum time for the body of a request",
-    )
+    allow_unauthenticated: bool = Field(False, description="serve other machines without API keys")
+    max_concurrent: int = Field(5, ge=1, le=1024, description="concurrent model calls")
+    queue_size: int = Field(100, ge=0, le=10_000, description="requests that may wait for a model call")
+    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="maximum time of a request, including its wait")
+    header_timeout_s: float = Field(10.0, gt=0, le=300, description="maximum time for the head of a request")
+    body_timeout_s: float = Field(10.0, gt=0, le=300, description="maximum time for the body of a request")
     rate_limit_per_minute: int = Field(
-        0,
-        ge=0,
-        le=1_000_000,
-        validation_alias=env("API_RATE_LIMIT_PER_MINUTE"),
-        description="requests per minute and caller, also the burst size; 0 means no limit",
+        0, ge=0, le=1_000_000, description="requests per minute and caller, also the burst size; 0 means no limit"
     )
-    max_body_bytes: int = Field(
-        262_144,
-        ge=1024,
-        le=16_777_216,
-        validation_alias=env("API_MAX_BODY_BYTES"),
-        description="maximum size of a body in bytes",
-    )
-    max_messages: int = Field(
-        500,
-        ge=1,
-        le=100_000,
-        validation_alias=env("API_MAX_MESSAGES"),
-        description="maximum number of messages in a conversation",
-    )
-    max_text_characters: int = Field(
-        50_000,
-        ge=1,
-        le=4_194_304,
-        validation_alias=env("API_MAX_TEXT_CHARACTERS"),
-        description="maximum total characters of its texts",
-    )
+    max_body_bytes: int = Field(262_144, ge=1024, le=16_777_216, description="maximum size of a body in bytes")
+    max_messages: int = Field(500, ge=1, le=100_000, description="maximum number of messages in a conversation")
+    max_text_characters: int = Field(50_000, ge=1, le=4_194_304, description="maximum total characters of its texts")
     idempotency_retention_s: float = Field(
-        86_400.0,
-        ge=0,
-        le=604_800,
-        validation_alias=env("API_IDEMPOTENCY_RETENTION_S"),
-        description="how long the answer to an Idempotency-Key is kept",
+        86_400.0, ge=0, le=604_800, description="how long the answer to an Idempotency-Key is kept"
     )
     idempotency_max_keys: int = Field(
-        10_000,
-        ge=1,
-        le=1_000_000,
-        validation_alias=env("API_IDEMPOTENCY_MAX_KEYS"),
-        description="maximum number of kept answers; the oldest are dropped first",
+        10_000, ge=1, le=1_000_000, description="maximum number of kept answers; the oldest are dropped first"
     )
-    expose_docs: Exposure = Field(
-        "key", validation_alias=env("API_EXPOSE_DOCS"), description="/docs and /openapi.json: public, key or off"
-    )
-    expose_metrics: Exposure = Field(
-        "key", validation_alias=env("API_EXPOSE_METRICS"), description="/metrics: public, key or off"
-    )
-    embedded: bool = Field(
-        False, validation_alias=env("API_EMBEDDED"), description="classify with the built-in baseline, without a model"
-    )
+    expose_docs: Exposure = Field("key", description="/docs and /openapi.json: public, key or off")
+    expose_metrics: Exposure = Field("key", description="/metrics: public, key or off")
+    embedded: bool = Field(False, description="classify with the built-in baseline, without a model")
 
     @field_validator("keys")
     @classmethod
