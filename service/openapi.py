@@ -11,7 +11,7 @@ from config.service_settings import ServiceSettings
 from service.access import METRICS
 
 # ServiceGate checks keys before the body is read, which a dependency cannot do. A route only describes them, and the
-# request id of the middleware: dependencies without a purpose would cost each request 0.2 ms.
+# request id of the middleware: dependencies without a purpose would cost each request 0.1 ms.
 _SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
