@@ -162,7 +162,7 @@ class AsyncLLMClient:
         Raises:
             LLMTimeoutError, LLMConnectionError, LLMUnavailableError: There is no complete answer.
         """
-        # aiohttp's time-outs are ClientErrors as well, so they are caught first.
+        # aiohttp's timeouts are ClientErrors as well, so they are caught first.
         try:
             async with self._session.request(
                 request.method,
@@ -176,7 +176,7 @@ class AsyncLLMClient:
         except aiohttp.ConnectionTimeoutError as exc:
             raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
         except TimeoutError as exc:
-            raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
+            raise LLMTimeoutError("the model server did not answer within the timeout (LLM_TIMEOUT_S)") from exc
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
             raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
         except aiohttp.ClientError as exc:

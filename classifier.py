@@ -117,7 +117,7 @@ def classification_flow(
 
     The driver, synchronous or not, sends what is yielded. It throws in the LLMReplyError or LLMContextError of its
     client. One repair turn follows an unusable reply. If the prompt was too long, or was cut by the server, the
-    conversation is truncated once more with what that taught.
+    conversation is truncated once more, with the token counts of the failure.
 
     Raises:
         LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.

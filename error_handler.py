@@ -15,7 +15,7 @@
     │   ├── LLMUnavailableError     no usable HTTP answer; another attempt may help  retry
     │   │   ├── LLMConnectionError  refused, reset or cut off                        circuit breaker
     │   │   ├── LLMBusyError        429, 503, or the server is out of memory         retry
-    │   │   └── LLMTimeoutError     no answer within the time-out                    retry
+    │   │   └── LLMTimeoutError     no answer within the timeout                     retry
     │   ├── LLMOutageError          the server stayed away beyond the limit          exit 3
     │   ├── LLMRejectedError        the server will never accept this request        quarantine
     │   │   ├── LLMContextError     the prompt is longer than the context window     quarantine
@@ -166,7 +166,7 @@ class LLMBusyError(LLMUnavailableError):
 
 
 class LLMTimeoutError(LLMUnavailableError):
-    """No complete answer within the time-out."""
+    """No complete answer within the timeout."""
 
     reason = Reason.TIMEOUT
 

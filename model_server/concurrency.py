@@ -23,7 +23,7 @@ from model_server.protocol import ChatReply
 START = 2
 LOAD_S = 0.5  # an answer that loaded the model for longer than this says nothing about the queue
 NOISE_S, NOISE_SHARE = 0.003, 0.02  # a wait below this, or below this share of the latency, is no queue
-MOST_QUEUED, MOST_IDLE = 0.6, 0.3  # mean number of requests queued, less those on the network: lower or raise the limit
+MOST_QUEUED, MOST_IDLE = 0.6, 0.3  # mean requests queued, less those on the network: lower the limit; raise it early
 HOLD_WINDOWS = 6  # windows without a queue before the limit is raised by one
 LEAST_WINDOW = 8  # answers
 LATENCY_WINDOW = 32  # answers, if latency is all there is
@@ -113,7 +113,7 @@ class LimitController:
         self.in_flight -= 1
 
     def congested(self, call: Call, now_s: float) -> None:
-        """Note a 503 or a time-out: halve the limit, once for all requests sent before that."""
+        """Note a 503 or a timeout: halve the limit, once for all requests sent before that."""
         self.in_flight -= 1
         if call.sent_at_s >= self._changed_at_s:
             self._lower(max(1, self.limit // 2), now_s, hold=1)
@@ -174,7 +174,7 @@ class LimitController:
 
 
 class ConcurrencyLimit:
-    """The slots of one model server, as many as the controller finds right. For one event loop.
+    """Concurrency slots of one model server, as many as the controller allows. For one event loop.
 
     A worker holds a ``slot`` while it works on a document; ``observed`` sends one request and learns from it.
     """

@@ -57,11 +57,11 @@ class TranscriptTruncator:
 
         Raises:
             LLMContextError, SkippedDocumentError: ON_LONG forbids truncation.
-            LLMError: *refusal* itself, if it leaves nothing to calculate with.
+            LLMError: *refusal* itself, if no smaller size follows from it.
         """
         told = refusal if isinstance(refusal, LLMContextError) else LLMContextError("")
         window = told.window_tokens
-        if target.protocol != "openai_chat":  # this window is one we set
+        if target.protocol != "openai_chat":  # we set this window
             window = target.num_ctx if window is None else min(window, target.num_ctx)
         if window is None:
             raise refusal
@@ -76,7 +76,7 @@ class TranscriptTruncator:
             # No count was reported, so assume one token per byte, which no tokenizer exceeds.
             real = len(sent.transcript.encode("utf-8", "replace"))
             if system_tokens + real + NUM_PREDICT <= window:
-                raise refusal  # it did fit: the server has another window than it was asked for
+                raise refusal  # it did fit, so the server has another window than requested
             real = max(real, window - system_tokens)
         fitted = self._fit(conversation, window, max(1.0, real / max(1.0, text_tokens)), refusal)
         if fitted.transcript == sent.transcript:

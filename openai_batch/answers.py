@@ -45,10 +45,10 @@ class Answers:
         self._context = context
 
     async def apply(self, shard: Shard, paths: Sequence[Path], bad_ids: Set[str]) -> bool:
-        """Apply the lines in *paths* to the documents of *shard*; *bad_ids* are the lines its file was refused for.
+        """Apply the lines in *paths* to the documents of *shard*; *bad_ids* are the lines for which its file was refused.
 
         Documents are updated before the ledger. Returns whether every item of the shard has ended; False if the
-        run is told to stop meanwhile.
+        run is stopped meanwhile.
         """
         stop, applied = self._context.stop, 0
         for path in paths:

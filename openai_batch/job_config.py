@@ -223,7 +223,7 @@ class PromptConfig(_Frozen):
 
 
 class NotificationConfig(_Frozen):
-    """The receivers of a notification for each batch that ends; None: nobody."""
+    """The receivers of a notification for each batch that ends; None: no receiver."""
 
     webhook_url: SecretStr | None = None
     webhook_secret: SecretStr | None = None

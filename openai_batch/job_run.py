@@ -88,10 +88,10 @@ class JobRun:
         await self._planner.recover()
 
     async def run(self, limit: int | None = None) -> None:
-        """Work until no document is pending and no batch is open, or the run is told to stop.
+        """Work until no document is pending and no batch is open, or the run is stopped.
 
         Raises:
-            JobConnectionError: OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches go on.
+            JobConnectionError: OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches continue.
         """
         taken = 0
         while not self.context.stop.is_set():
@@ -316,7 +316,7 @@ class JobRun:
                 wait_s = min(CAP_S, wait_s * 2)
 
     async def _until_stopped(self, step: Callable[[], Awaitable[Any]]) -> None:
-        """Await *step*; STOP_GRACE_S after the run is told to stop, cancel it. The ledger makes that safe anywhere."""
+        """Await *step*; STOP_GRACE_S after the run is stopped, cancel it. The ledger makes that safe anywhere."""
         work, stopped = asyncio.ensure_future(step()), asyncio.ensure_future(self.context.stop.wait())
         try:
             await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)

@@ -78,7 +78,7 @@ class Leases(Protocol):
 
 
 class JobStore:
-    """The documents of one job, through a client of its own. Use as ``async with``."""
+    """The documents of one job, through its own client. Use as ``async with``."""
 
     def __init__(self, config: AppConfig, settings: Settings, leases: Leases | None = None) -> None:
         """*leases* guards collections that the batch worker uses as well; None: claims are enough."""
@@ -140,7 +140,7 @@ class JobStore:
         return {"_id": {"$eq": document_id}, **in_progress}
 
     async def claim(self, claims: Sequence[Claim], job_id: str) -> list[Claim]:
-        """Claim the documents of *claims* for *job_id*; return the claims that no other run was faster with."""
+        """Claim the documents of *claims* for *job_id*; return the claims that no other run made first."""
         free = await self._lease(claims)
         taken = await self._each(lambda claim: self._claim(claim, job_id), free)
         own = [claim for claim, is_own in zip(free, taken, strict=True) if is_own]
@@ -217,7 +217,7 @@ class JobStore:
         return False
 
     async def end(self, endings: Sequence[Ending]) -> set[str]:
-        """Write *endings*; one whose claim no longer matches was written before and is left alone.
+        """Write *endings*; if its claim no longer matches, one was written before and is skipped.
 
         Returns the custom ids of those that MongoDB rejected: their documents are failed.
         """

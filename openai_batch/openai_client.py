@@ -167,7 +167,7 @@ class OpenAIFiles:
 
         Raises:
             NotThereError: The server knows no such batch.
-            JobConnectionError: The server cannot be reached; the batch goes on.
+            JobConnectionError: The server cannot be reached; the batch continues.
         """
         return parse_batch(await _object("get a batch", self._client.batches.retrieve(batch_id)))
 

@@ -93,11 +93,11 @@ class DocumentBatchProcessor:
     ) -> JobResult:
         """Work until no document is pending and every batch is applied; blocks, for hours if necessary.
 
-        It may be killed at any moment: the next call resumes and pays for nothing twice. At most *limit* documents
+        It may be killed at any time: the next call resumes and pays for nothing twice. At most *limit* documents
         are sent. *on_progress* gets texts such as ``shard 3: in_progress, 5 of 10 done``.
 
         Raises:
-            TriadError: The cause in one sentence. Batches that exist go on at OpenAI.
+            TriadError: The cause in one sentence. Existing batches continue at OpenAI.
         """
         return asyncio.run(self.process_pending_documents_async(limit, on_progress))
 
@@ -124,7 +124,7 @@ class DocumentBatchProcessor:
         self._state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         async with AsyncExitStack() as stack:
             lock = DirectoryLock(self._state_dir)
-            lock.acquire("wait for it; two would pay twice.")
+            lock.acquire("wait for it; two runs would pay twice.")
             stack.callback(lock.release)
             ledger = stack.enter_context(Ledger(self.ledger_path))
             files = await stack.enter_async_context(OpenAIFiles(self.config.openai, self.config.batch))

@@ -321,7 +321,7 @@ class BatchFiles:
     def _read(self, path: Path) -> Any:
         try:
             content = extended_json.loads(path.read_bytes())
-            if content is None:  # would look like a missing file
+            if content is None:  # the caller would take it for a missing file
                 raise ValueError("null")
             return content
         except FileNotFoundError:

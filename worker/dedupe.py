@@ -28,7 +28,7 @@ Copy = tuple[WorkItem, Outcome]
 
 
 class Deduplicator:
-    """Decides which document is asked; with *cache* None, each is.
+    """Decides which documents the model is asked about; with *cache* None, all of them.
 
     Memory is bounded by the documents in work: followers are among them, earlier answers are in *cache*. Documents of
     a retry round are always asked, with another seed.

@@ -1,4 +1,4 @@
-"""What a run would do now: the plan of its answers, its context window, and the documents that need work."""
+"""What a run would do now: plan fingerprint, context window, and documents that need work."""
 
 from __future__ import annotations
 

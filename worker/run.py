@@ -1,4 +1,4 @@
-"""One run of the batch worker: documents in, exactly one result each out, through any crash.
+"""One run of the batch worker: exactly one result for each document, despite crashes.
 
 It knows neither MongoDB nor the model server: the store and the steps are arguments. docs/architecture.md follows one
 document through this module.
@@ -61,7 +61,7 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class RunParts:
-    """The surroundings of one run.
+    """Settings, stores and observers of one run.
 
     *stop*, when set, ends the run: no new documents, and a grace period for calls in flight. *limit* None means that
     ``settings.max_concurrent`` is a fixed number.

@@ -88,7 +88,7 @@ class BatchInWork:
     """A batch of *file* with one WorkItem for each of its documents.
 
     *is_retry* marks a round of a retry file. With *mark*, the documents are recorded as read. *claimed_at* is a
-    ``time.monotonic()`` at which this worker surely held the leases; by default now.
+    ``time.monotonic()`` at which this worker certainly held the leases; by default now.
     """
 
     def __init__(

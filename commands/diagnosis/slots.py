@@ -134,7 +134,7 @@ async def measure(
 ) -> Measurement:
     """Measure with 1, 2, 4, ... up to *at_most* requests at once; *tell* gets the progress, one sentence each.
 
-    The measurement ends at a level that the server cannot serve (busy, time-out, connection lost) and, with
+    The measurement ends at a level that the server cannot serve (busy, timeout, connection lost) and, with
     *until_one_waits*, at the first level at which a call waits. *settings* come from ``without_second_attempts``. The
     window is the one they set, otherwise that of the loaded model, otherwise the default of a run without documents.
 
