@@ -32,7 +32,7 @@
     │   └── JobProcessingError      a document or its answer cannot be processed     status "failed"
     ├── IndexingError               the embedding index; paid vectors are kept
     │   ├── ProviderUnavailableError  the embedding provider gives no usable answer  exit 3
-    │   │   └── ProviderBusyError   it took nothing and asks to wait                 waits
+    │   │   └── ProviderBusyError   busy, it asks to wait                            waits
     │   ├── ProviderRejectedError   it will never accept this request                item "failed"
     │   ├── UnusableVectorsError    its answer does not hold the requested vectors   item "failed"
     │   ├── EmbeddingCostError      embedding would cost more than --max-cost        exit 2
@@ -272,7 +272,7 @@ class ProviderUnavailableError(IndexingError):
 
 
 class ProviderBusyError(ProviderUnavailableError):
-    """The provider is busy and took nothing. *wait_s* is the wait it asks for, None if it names none."""
+    """The provider is busy and processed nothing. *wait_s* is the wait it asks for, None if it names none."""
 
     error_class = ErrorClass.RESOURCE
 
@@ -282,7 +282,7 @@ class ProviderBusyError(ProviderUnavailableError):
 
 
 class ProviderRejectedError(IndexingError):
-    """The provider refuses this request. Split in halves, the valid part passes."""
+    """The provider refuses this request. If it is split into halves, the valid part passes."""
 
 
 class UnusableVectorsError(IndexingError):

@@ -15,7 +15,7 @@ from config.loading import env, load_part, variables_of
 from error_handler import ConfigurationError
 
 DOTENV = Path(".env")
-MOST_AUTO = 64  # the highest limit of MAX_CONCURRENT=auto
+MAX_AUTO = 64  # the highest limit of MAX_CONCURRENT=auto
 
 Protocol = Literal["ollama_chat", "ollama_generate", "openai_chat"]
 
@@ -179,7 +179,7 @@ class Settings(BaseSettings):
     @property
     def most_concurrent(self) -> int:
         """The highest number of concurrent model calls."""
-        return MOST_AUTO if self.max_concurrent == "auto" else self.max_concurrent
+        return MAX_AUTO if self.max_concurrent == "auto" else self.max_concurrent
 
     @property
     def chat_url(self) -> str:

@@ -102,7 +102,7 @@ class TranscriptTruncator:
             )
 
     def learn(self, sent: Fitted, prompt_tokens: int | None) -> None:
-        """Note that the server counted *prompt_tokens* for the prompt with *sent* in it."""
+        """Record that the server counted *prompt_tokens* for the prompt with *sent* in it."""
         self._answers += 1
         # Learning costs as much as parsing the answer, and changes little after some hundred answers.
         if prompt_tokens is not None and (self._answers <= LEARN_FROM_ALL or self._answers % LEARN_FROM_EACH == 0):

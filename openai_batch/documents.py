@@ -148,7 +148,7 @@ def masking_of(config: AppConfig, variables: Variables) -> DocumentMasking | Non
 
 
 class ChildFunctions:
-    """The functions that run in the child process, where an endless one can be ended."""
+    """The functions that run in the child process, where an endless loop can be stopped."""
 
     def __init__(self, config: AppConfig, variables: Variables, processor: ResponseProcessor | None) -> None:
         """Parse the templates; raise JobTemplateError if one is malformed or missing."""
@@ -190,7 +190,7 @@ class ChildFunctions:
             except JobProcessingError:  # the document has changed and has no prompt: placeholders stay and are counted
                 mask = self._masking.mask(document, [])
             content = mask.restore(content)
-            left = mask.strangers(content)
+            left = mask.unresolved(content)
         if self._processor is not None:
             try:
                 content = dict(self._processor(content, document))

@@ -34,7 +34,7 @@ NOT_STORED = "MongoDB rejected the answer: the document would be too large, or a
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A document and the line that is made of it. *attempt* counts from 1."""
+    """A document and the line that is made from it. *attempt* counts from 1."""
 
     document: Document
     custom_id: str

@@ -51,13 +51,13 @@ class DocumentBatchProcessor:
         times: Times | None = None,
         **parts: Any,
     ) -> None:
-        """Make the configuration; nothing is opened or sent.
+        """Build the configuration; nothing is opened or sent.
 
         Args:
             schema_config: Which documents the job takes and what it writes to them.
-            config: The complete configuration; None makes it of *schema_config*, *schema_file* and *parts*.
+            config: The complete configuration; None builds it from *schema_config*, *schema_file* and *parts*.
             settings: None loads them from the environment.
-            state_dir: Holds the ledger. Keep it, and give each job its own. None makes one below ``BATCH_FILES_DIR``.
+            state_dir: Holds the ledger. Keep it, and give each job its own. None creates one below ``BATCH_FILES_DIR``.
             schema_file: A loaded schema file; see ``load_schema_file``.
             times: Waits of the run.
             parts: Fields of AppConfig; the environment fills in what they leave open.

@@ -194,7 +194,7 @@ class BatchFiles:
         remove_file(batch.journal.path)  # last: a journal without its batch is ignored
 
     def finish_retry(self, batch: BatchFile, failures: Iterable[FailedDocument]) -> None:
-        """Make *failures* the content of a finished retry file; none removes it."""
+        """Write *failures* to a finished retry file, or remove the file if there are none."""
         self.write_failures(batch.path, failures)
         batch.journal.close()
         remove_file(batch.journal.path)
@@ -245,7 +245,7 @@ class BatchFiles:
         return self.directory / kind / f"batch_{self._last_number:03d}_{suffix}.json"
 
     def write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
-        """Make *failures* the content of *path*, durably; none removes the file."""
+        """Write *failures* to *path* durably, or remove the file if there are none."""
         entries = [entry.as_dict() for entry in failures]
         if entries:
             replace_file(path, extended_json.dumps(entries))

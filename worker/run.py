@@ -366,7 +366,7 @@ class BatchRun:
 
 
 def _first(group: BaseExceptionGroup[TriadError]) -> TriadError:
-    """Return the error that ended the run first: the first leaf of *group*."""
+    """Return the first leaf of *group*, which is the error that ended the run."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

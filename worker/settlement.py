@@ -216,7 +216,7 @@ class Settlement:
         except StoreUnavailableError as exc:
             for item, result in group:
                 self.fail(item, Failure.of(exc), result)
-            raise  # more answers could not be stored either
+            raise  # further answers could not be stored either
         finally:
             self.progress.set()
         for index, (item, result) in enumerate(group):
