@@ -87,7 +87,7 @@ class AsyncLLMClient:
         self._truncator: TranscriptTruncator | None = None
 
     def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return the truncator of this client; it learns about the first *prompts* it is asked for."""
+        """Return the truncator of this client; it is built for the first *prompts*."""
         if self._truncator is None:
             self._truncator = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
         return self._truncator
@@ -263,7 +263,7 @@ class SharedWindow:
         self.is_loaded = False
 
     async def load(self) -> None:
-        """Load the model, however long that takes, or find it loaded.
+        """Load the model if it is not loaded yet, however long that takes.
 
         Raises:
             LLMError: The model does not load.

@@ -247,7 +247,7 @@ class BatchProcessor:
 
 
 async def find_model(settings: Settings) -> str | None:
-    """Return the model to ask: the configured one, or the first local one of the server; None if it does not answer."""
+    """Return the configured model, or the first local model of the server; None if the server does not answer."""
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
         try:

@@ -104,7 +104,7 @@ class ModelClient(Protocol):
 
     @property
     def target(self) -> ChatTarget:
-        """The model, its options and its window, as they are now."""
+        """The current model, its options and its window."""
 
     def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
         """Return the truncator for prompts of *prompts*."""
@@ -167,7 +167,7 @@ def classification_flow(
 
 
 def repair_messages(messages: list[Message], reply: ChatReply | None, problem: LLMError) -> list[Message]:
-    """Return *messages* with the unusable *reply* and a turn that says what is wrong with it.
+    """Return *messages* with the unusable *reply* and a turn that explains the error.
 
     If there is no reply (cut off, empty), *messages* are returned to be sent again.
     """

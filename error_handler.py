@@ -74,7 +74,7 @@ class ErrorClass(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a document has no result. A closed list, counted in summaries and files."""
+    """The reason why a document has no result. A closed list, counted in summaries and files."""
 
     TRANSPORT = "transport"
     BUSY = "busy"
@@ -272,7 +272,7 @@ class ProviderUnavailableError(IndexingError):
 
 
 class ProviderBusyError(ProviderUnavailableError):
-    """The provider is busy and processed nothing. *wait_s* is the wait it asks for, None if it names none."""
+    """The provider is busy and processed nothing. *wait_s* is the wait that it asks for, None if unknown."""
 
     error_class = ErrorClass.RESOURCE
 

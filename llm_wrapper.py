@@ -152,7 +152,7 @@ class LLMClient:
         self._truncator: TranscriptTruncator | None = None
 
     def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return the truncator of this client; it learns about the first *prompts* it is asked for."""
+        """Return the truncator of this client; it is built for the first *prompts*."""
         if self._truncator is None:
             self._truncator = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
         return self._truncator

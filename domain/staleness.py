@@ -83,7 +83,7 @@ class StalenessChecker:
         return "skipped" if made is None and state == "skipped" else fit
 
     def _fits(self, document: Document, made: ResultProvenance) -> Kind:
-        """Compare *made* with *document* as it is now: done, changed, stale, unjudged, or skipped (nothing to ask)."""
+        """Compare *made* with the current *document*: done, changed, stale, unjudged, or skipped (nothing to classify)."""
         try:
             input_hash = input_sha256(self.aggregate(document))
         except SkippedDocumentError:

@@ -21,7 +21,7 @@ from error_handler import LLMBusyError, LLMTimeoutError
 from model_server.protocol import ChatReply
 
 START = 2
-LOAD_S = 0.5  # an answer that loaded the model for longer than this says nothing about the queue
+LOAD_S = 0.5  # if loading the model took longer, the answer gives no information about the queue
 NOISE_S, NOISE_SHARE = 0.003, 0.02  # a wait below this, or below this share of the latency, is no queue
 MAX_QUEUED, MAX_IDLE = 0.6, 0.3  # mean requests queued, less those on the network: lower the limit; raise it early
 HOLD_WINDOWS = 6  # windows without a queue before the limit is raised by one
@@ -109,7 +109,7 @@ class LimitController:
         return Call(now_s, self.in_flight)
 
     def lost(self) -> None:
-        """Record the end of a request that says nothing about load: no connection, cancelled, or refused."""
+        """Record the end of a request without information about load: no connection, cancelled, or refused."""
         self.in_flight -= 1
 
     def congested(self, call: Call, now_s: float) -> None:

@@ -151,7 +151,7 @@ def cut_marker(count: int) -> str:
 
 
 def fit_conversation(conversation: Conversation, room_tokens: float, tokens_of: Count) -> Fitted | None:
-    """Return *conversation* in at most *room_tokens*, counted by *tokens_of*; None if not even a piece fits.
+    """Return *conversation* in at most *room_tokens*, counted by *tokens_of*; None if nothing fits.
 
     Kept are the first customer turn (its middle is cut if it is long), the last turns, then as many customer turns as
     fit, then other turns, later ones first. The order stays.

@@ -135,7 +135,7 @@ def _success(shard: Shard, item: Item, line: Line, update: Mapping[str, Any]) ->
 
 
 def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
-    """Return the line of an item that has none in the files, as the status of its batch says."""
+    """Return a line for an item that has none in the files, from the status of its batch."""
     is_retryable = item.custom_id not in bad_ids
     if shard.status == "failed":
         # If the API names bad lines, the others can be sent again: none of them ran.

@@ -143,7 +143,7 @@ class DocumentMasking:
 
 
 def masking_of(config: AppConfig, variables: Variables) -> DocumentMasking | None:
-    """Return the masking of a job; None if *config* does not ask for it."""
+    """Return the masking of a job; None if *config* has it off."""
     return DocumentMasking(config.fields, variables) if config.mask_pii else None
 
 
@@ -300,7 +300,7 @@ def _require_plain_keys(content: Any) -> None:
 
 
 def response_update(schema: SchemaConfig, content: Any, now: datetime, batch_id: str) -> dict[str, Any]:
-    """Return the update that stores *content* in a document, as *schema* says."""
+    """Return the update that stores *content* in a document, as *schema* defines."""
     default = {schema.response_content_field: "{{response_content}}", schema.response_date_field: "{{current_date}}"}
     template = schema.response_template or {"$set": {schema.response_field: default}}
     update: dict[str, Any] = fill(template, content, now, batch_id)

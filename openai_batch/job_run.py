@@ -1,4 +1,4 @@
-"""The steps of a job, from whatever state it was left in; docs/openai-batch.md draws them.
+"""The steps of a job, resumed from any state; docs/openai-batch.md draws them.
 
 Each step is recorded in the ledger before or after it as the table there says. After a crash at any point the next
 run resumes: a batch is created once, an answer is applied once.
@@ -49,7 +49,7 @@ class ShardEnd:
 
 @dataclass(slots=True)
 class JobResult:
-    """What one call of a job did.
+    """The outcome of one call of a job.
 
     *total_processed* = *succeeded* + *failed* + *skipped*; *retried* documents became pending again meanwhile.
     """
@@ -77,7 +77,7 @@ class JobRun:
 
     @property
     def result(self) -> JobResult:
-        """What has ended so far."""
+        """The outcome so far."""
         ended, planner = self._ended, self._planner
         failed, skipped = ended.failed + planner.failed, planner.skipped
         total = ended.succeeded + failed + skipped

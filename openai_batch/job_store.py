@@ -48,7 +48,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a sent document ends. *document_id* is canonical Extended JSON.
+    """The end of a sent document. *document_id* is canonical Extended JSON.
 
     *update* is the update of a completed document; None means failed (*is_final*) or pending again. *info* is added
     to ``processing_info``.
@@ -81,7 +81,7 @@ class JobStore:
     """The documents of one job, through its own client. Use as ``async with``."""
 
     def __init__(self, config: AppConfig, settings: Settings, leases: Leases | None = None) -> None:
-        """*leases* guards collections that the batch worker uses as well; None: claims are enough."""
+        """*leases* guards collections that the batch worker also uses; with None, only claims do."""
         self._leases = leases
         self._schema = config.schema_config
         self._client = open_client(settings.model_copy(update={"mongodb_uri": config.database.uri}))

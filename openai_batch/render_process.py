@@ -117,7 +117,7 @@ class RenderProcess:
         self._channel, far_end = Pipe()
         parent = os.getpid()
         with far_end, warnings.catch_warnings():
-            # Python 3.12 warns of forks beside threads, whose locks stay locked in the child. The child uses none of
+            # Python 3.12 warns of forks in a process with threads, whose locks stay locked in the child. The child uses none of
             # them; if it hangs anyway, the time limit ends it.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._child = os.fork()

@@ -70,7 +70,7 @@ class ShardSender:
         return self._advance(shard.number, ShardState.UPLOADED, file_id=file_id)
 
     async def _create(self, shard: Shard) -> None:
-        """Create the batch of *shard*, which is CREATING: the ledger says already that it may have been created."""
+        """Create the batch of *shard*, which is CREATING: the ledger already records that it may exist."""
         try:
             state = await self._context.files.create(shard.file_id or "", shard.metadata)
         except (NotThereError, NotNowError) as exc:

@@ -44,7 +44,7 @@ MAX_HEAD_BYTES = 65_536  # the limit of h11; httptools has none
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """The event that a connection waits for."""
 
     IDLE = "another request; uvicorn's keep-alive closes it"
     HEAD = "the head of a request"

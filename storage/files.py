@@ -119,7 +119,7 @@ class DirectoryLock:
 
 @dataclass(slots=True)
 class JournalEntry:
-    """What the journal recorded about one document.
+    """The journal's record of one document.
 
     *processing* and *waiting* count the crashes while it was processed, and while it waited for the model. *reason* goes
     with *problem* and, for failures, with *is_final*; *result* is the document to store.

@@ -116,7 +116,7 @@ class BatchFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.lost_failures = False  # a retry file was set aside: only the status in MongoDB still says failed
+        self.lost_failures = False  # a corrupt retry file was renamed: only the status in MongoDB is still failed
         self._lock = DirectoryLock(directory)
         try:
             if directory.is_symlink():
@@ -138,7 +138,7 @@ class BatchFiles:
             ) from exc
 
     def acquire(self) -> None:
-        """Lock the directory for this process; the kernel releases the lock however the process ends.
+        """Lock the directory for this process; the kernel releases the lock when the process ends.
 
         Raises:
             DirectoryLockedError: Another worker holds it.

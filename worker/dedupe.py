@@ -1,4 +1,4 @@
-"""Deduplication: one of several identical conversations is asked, the others reuse its answer."""
+"""Deduplication: the model classifies one of several identical conversations, and the others reuse its answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worker.settlement import WorkItem
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "asked_before.sqlite"
-_SIBLINGS = ("", "-wal", "-shm", "-journal")  # of SQLite, beside the file
+_SIBLINGS = ("", "-wal", "-shm", "-journal")  # SQLite files beside the cache file
 _CACHE_KB = 1024
 
 Copy = tuple[WorkItem, Outcome]

@@ -274,7 +274,7 @@ class BatchRun:
         self._settlement.skip(item, problem.reason, str(problem))
 
     def _require_model(self, error: LLMError) -> None:
-        """End the run if the server says again and again that it has no such model."""
+        """End the run if the server repeatedly reports that it has no such model."""
         self._model_errors = self._model_errors + 1 if isinstance(error, LLMModelError) else 0
         if self._model_errors >= MODEL_ERRORS_IN_A_ROW:
             raise LLMModelError(

@@ -38,7 +38,7 @@ IDS_PER_UPDATE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why one round of a document failed; *is_final* if another round cannot help."""
+    """The reason why one round of a document failed; *is_final* if another round cannot help."""
 
     reason: Reason
     message: str

@@ -25,7 +25,7 @@ Z_90 = 1.645
 
 @dataclass(slots=True)
 class DocumentTiming:
-    """When one document of the sample was classified; seconds of one monotonic clock.
+    """The times of one document of the sample, in seconds of one monotonic clock.
 
     *gap_s* is the time since the same worker finished its previous document, None for the first. *queue_wait_s* and the
     token counts are sums over the calls of the document, None if the server does not report them.

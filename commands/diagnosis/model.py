@@ -51,7 +51,7 @@ TEST_DOCUMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Probing:
-    """How much to ask of the model: up to *at_most* concurrent requests, nothing if it is 0. *tell* gets progress."""
+    """The limit of the probe: up to *at_most* concurrent requests; 0 sends none. *tell* gets progress."""
 
     at_most: int
     tell: Callable[[str], None]
@@ -59,7 +59,7 @@ class Probing:
 
 @dataclass(frozen=True, slots=True)
 class ModelUnderTest:
-    """The model under test and what the server says about it; *settings* are those of a run."""
+    """The model under test and the facts that the server reports about it; *settings* are those of a run."""
 
     client: AsyncLLMClient
     settings: Settings
