@@ -1,15 +1,15 @@
-# The REST service; with `python cli.py ...` as command the batch worker. docs/service-clients.md has the commands.
-# Neither needs to write outside /var/lib/triad and /tmp, so --read-only works.
+# The image of the REST service, or of the batch worker with the command `python cli.py ...`. See docs/service-clients.md.
+# Both write only to /var/lib/triad and /tmp, so --read-only works.
 
 FROM python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
 RUN python -m venv /opt/venv
 COPY requirements.txt requirements-index.txt requirements-local-embedding.txt ./
-# Wheels only: no code of a package runs while the image is built, and no compiler is needed.
+# Wheels only: no package code runs during the build, and no compiler is needed.
 RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements.txt
-# --build-arg INDEX=yes: the embedding index and GET /similar as well; INDEX=local: and the model that needs no server.
-# No container engine was at hand when this was written: no image was ever built, with or without INDEX.
+# --build-arg INDEX=yes adds the embedding index and GET /similar; INDEX=local also adds the local embedding model.
+# No image has ever been built, with or without INDEX: no container engine was available.
 ARG INDEX=
 RUN if [ -n "$INDEX" ]; then \
         /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-index.txt; fi \
@@ -38,7 +38,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     API_HOST=0.0.0.0 \
     BATCH_FILES_DIR=/var/lib/triad/batch_files \
     INDEX_DIR=/var/lib/triad/index
-# Numbers, not a name: Kubernetes' runAsNonRoot cannot look names up.
+# Numeric ids, because Kubernetes' runAsNonRoot cannot resolve names.
 RUN install -d -m 0700 -o 10001 -g 10001 /var/lib/triad /var/lib/triad/batch_files
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app

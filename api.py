@@ -60,7 +60,7 @@ def classify_conversation(
         settings: None reads them from the environment.
 
     Raises:
-        RequestError: The customer says nothing, or the conversation is too long and ON_LONG is not ``fit``.
+        RequestError: There is no text from the customer, or the conversation is too long and ON_LONG is not ``fit``.
         ConfigurationError: The model is not configured, or the server does not have it.
         LLMError: The model server gave no usable answer.
         pydantic.ValidationError: *request* does not match ClassificationRequest.

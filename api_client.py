@@ -34,8 +34,8 @@ from utils.retry_utils import RetryPolicy
 DATA = Path(__file__).parent / "data"
 SAMPLES, EXPECTED = DATA / "sample_conversations.jsonl", DATA / "sample_expected.jsonl"
 FIELDS = ("intent", "topic", "sentiment")
-LEAST_TURNS = 3
-MOST_SAMPLES = 100
+MIN_TURNS = 3
+MAX_SAMPLES = 100
 AT_ONCE = 4
 ATTEMPTS, FIRST_WAIT_S = 3, 0.5
 
@@ -61,7 +61,7 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--count",
-        type=whole_number(1, MOST_SAMPLES),
+        type=whole_number(1, MAX_SAMPLES),
         default=8,
         metavar="N",
         help="number of conversations (%(default)s)",
@@ -93,7 +93,7 @@ def choose_samples() -> Iterator[Document]:
     """Yield the multi-turn samples: one for each expected intent, then the others in file order."""
     expected, seen, later = read_expected(), set(), []
     for document in read_documents(SAMPLES):
-        if len(document.get("tweets") or document.get("messages") or []) < LEAST_TURNS:
+        if len(document.get("tweets") or document.get("messages") or []) < MIN_TURNS:
             continue
         intent = expected.get(id_key(document["_id"]), {}).get("intent")
         if intent is None or intent in seen:

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 5.0
-LOOK_EVERY_S = 10.0  # the longest time that a reload by another client goes unnoticed
+CHECK_EVERY_S = 10.0  # the longest time that a reload by another client goes unnoticed
 
 
 def open_session(max_concurrent: int) -> aiohttp.ClientSession:
@@ -62,7 +62,7 @@ class AsyncLLMClient:
     """Asks one model. The caller owns *session*.
 
     Failed calls are repeated as *settings* say. While the server is away, calls wait in the breaker and keep their
-    attempts. *limit* learns from each request. *on_answer* gets each complete answer, in the task that asked.
+    attempts. *limit* learns from each request. *on_answer* gets each complete answer, in the calling task.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class AsyncLLMClient:
         self._truncator: TranscriptTruncator | None = None
 
     def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return the truncator of this client; it learns about the first *prompts* it is asked for."""
+        """Return the truncator of this client; it is built for the first *prompts*."""
         if self._truncator is None:
             self._truncator = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
         return self._truncator
@@ -162,7 +162,7 @@ class AsyncLLMClient:
         Raises:
             LLMTimeoutError, LLMConnectionError, LLMUnavailableError: There is no complete answer.
         """
-        # aiohttp's time-outs are ClientErrors as well, so they are caught first.
+        # aiohttp's timeouts are ClientErrors as well, so they are caught first.
         try:
             async with self._session.request(
                 request.method,
@@ -176,7 +176,7 @@ class AsyncLLMClient:
         except aiohttp.ConnectionTimeoutError as exc:
             raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
         except TimeoutError as exc:
-            raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
+            raise LLMTimeoutError("the model server did not answer within the timeout (LLM_TIMEOUT_S)") from exc
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
             raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
         except aiohttp.ClientError as exc:
@@ -258,22 +258,22 @@ class SharedWindow:
     def __init__(self, client: AsyncLLMClient, asked: int | None) -> None:
         self._client = client
         self._asked = asked
-        self._looked_at_s = -math.inf
+        self._checked_at_s = -math.inf
         self._loading: asyncio.Task[None] | None = None
         self.is_loaded = False
 
     async def load(self) -> None:
-        """Load the model, however long that takes, or find it loaded.
+        """Load the model if it is not loaded yet, however long that takes.
 
         Raises:
             LLMError: The model does not load.
         """
         await self._client.warm_up(self._choice(), logger.info, reuse_loaded_window)
-        self._looked_at_s = time.monotonic()
+        self._checked_at_s = time.monotonic()
         self.is_loaded = True
 
     async def renew(self) -> None:
-        """Check, at most every LOOK_EVERY_S, that the model is still loaded and with which window. Await before a call.
+        """Check, at most every CHECK_EVERY_S, that the model is still loaded and with which window. Await before a call.
 
         An unloaded model is loaded again first, by one task for all callers; a caller that leaves does not stop it.
 
@@ -282,9 +282,9 @@ class SharedWindow:
         """
         if self._client.target.protocol == "openai_chat":
             return
-        if self._loading is None and time.monotonic() - self._looked_at_s >= LOOK_EVERY_S:
-            self._looked_at_s = time.monotonic()
-            await self._look()
+        if self._loading is None and time.monotonic() - self._checked_at_s >= CHECK_EVERY_S:
+            self._checked_at_s = time.monotonic()
+            await self._check()
         if self._loading is not None:
             await asyncio.shield(self._loading)
 
@@ -305,7 +305,7 @@ class SharedWindow:
     def _choice(self) -> WindowChoice:
         return choose_window([], self._client.target.context_limit, self._asked)
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         target = self._client.target
         try:
             status, body = await self._client.send(served_models.loaded_request(target.server_url))

@@ -38,7 +38,7 @@ from worker.progress import Reporter
 from worker.run import BatchRun, Classify, RunParts, Steps
 from worker.settlement import BatchInWork
 
-if TYPE_CHECKING:  # only an estimate has one
+if TYPE_CHECKING:  # only an estimate records its calls
     from worker.timing import SampleRecorder
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ BASELINE_PLAN = "baseline"
 
 @dataclass(frozen=True, slots=True)
 class Observers:
-    """Who is told about a run.
+    """The observers of a run.
 
     *reporter* gets its progress. *recorder* gets each document that is asked and each reply of the model server.
     *announce* gets the sentences that an operator should see while the run starts.
@@ -247,7 +247,7 @@ class BatchProcessor:
 
 
 async def find_model(settings: Settings) -> str | None:
-    """Return the model to ask: the configured one, or the first local one of the server; None if it does not answer."""
+    """Return the configured model, or the first local model of the server; None if the server does not answer."""
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
         try:

@@ -104,7 +104,7 @@ class ModelClient(Protocol):
 
     @property
     def target(self) -> ChatTarget:
-        """The model, its options and its window, as they are now."""
+        """The current model, its options and its window."""
 
     def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
         """Return the truncator for prompts of *prompts*."""
@@ -117,7 +117,7 @@ def classification_flow(
 
     The driver, synchronous or not, sends what is yielded. It throws in the LLMReplyError or LLMContextError of its
     client. One repair turn follows an unusable reply. If the prompt was too long, or was cut by the server, the
-    conversation is truncated once more with what that taught.
+    conversation is truncated once more, with the token counts of the failure.
 
     Raises:
         LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.
@@ -167,7 +167,7 @@ def classification_flow(
 
 
 def repair_messages(messages: list[Message], reply: ChatReply | None, problem: LLMError) -> list[Message]:
-    """Return *messages* with the unusable *reply* and a turn that says what is wrong with it.
+    """Return *messages* with the unusable *reply* and a turn that explains the error.
 
     If there is no reply (cut off, empty), *messages* are returned to be sent again.
     """

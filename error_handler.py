@@ -15,7 +15,7 @@
     │   ├── LLMUnavailableError     no usable HTTP answer; another attempt may help  retry
     │   │   ├── LLMConnectionError  refused, reset or cut off                        circuit breaker
     │   │   ├── LLMBusyError        429, 503, or the server is out of memory         retry
-    │   │   └── LLMTimeoutError     no answer within the time-out                    retry
+    │   │   └── LLMTimeoutError     no answer within the timeout                     retry
     │   ├── LLMOutageError          the server stayed away beyond the limit          exit 3
     │   ├── LLMRejectedError        the server will never accept this request        quarantine
     │   │   ├── LLMContextError     the prompt is longer than the context window     quarantine
@@ -32,7 +32,7 @@
     │   └── JobProcessingError      a document or its answer cannot be processed     status "failed"
     ├── IndexingError               the embedding index; paid vectors are kept
     │   ├── ProviderUnavailableError  the embedding provider gives no usable answer  exit 3
-    │   │   └── ProviderBusyError   it took nothing and asks to wait                 waits
+    │   │   └── ProviderBusyError   busy, it asks to wait                            waits
     │   ├── ProviderRejectedError   it will never accept this request                item "failed"
     │   ├── UnusableVectorsError    its answer does not hold the requested vectors   item "failed"
     │   ├── EmbeddingCostError      embedding would cost more than --max-cost        exit 2
@@ -74,7 +74,7 @@ class ErrorClass(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a document has no result. A closed list, counted in summaries and files."""
+    """The reason why a document has no result. A closed list, counted in summaries and files."""
 
     TRANSPORT = "transport"
     BUSY = "busy"
@@ -166,7 +166,7 @@ class LLMBusyError(LLMUnavailableError):
 
 
 class LLMTimeoutError(LLMUnavailableError):
-    """No complete answer within the time-out."""
+    """No complete answer within the timeout."""
 
     reason = Reason.TIMEOUT
 
@@ -272,7 +272,7 @@ class ProviderUnavailableError(IndexingError):
 
 
 class ProviderBusyError(ProviderUnavailableError):
-    """The provider is busy and took nothing. *wait_s* is the wait it asks for, None if it names none."""
+    """The provider is busy and processed nothing. *wait_s* is the wait that it asks for, None if unknown."""
 
     error_class = ErrorClass.RESOURCE
 
@@ -282,7 +282,7 @@ class ProviderBusyError(ProviderUnavailableError):
 
 
 class ProviderRejectedError(IndexingError):
-    """The provider refuses this request. Split in halves, the valid part passes."""
+    """The provider refuses this request. If it is split into halves, the valid part passes."""
 
 
 class UnusableVectorsError(IndexingError):

@@ -41,7 +41,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class _DeadlineReader(io.RawIOBase):
-    """Socket reader with a total deadline instead of a time-out for each read: the time-out *connection* has now."""
+    """Socket reader with a total deadline, the current timeout of *connection*, instead of a per-read timeout."""
 
     def __init__(self, connection: socket.socket, source: io.RawIOBase) -> None:
         self._connection = connection
@@ -89,7 +89,7 @@ class _TLSPool(urllib3.HTTPSConnectionPool):
 
 
 def open_session() -> requests.Session:
-    """Return a session for one model server, whose time-outs limit whole answers. The caller closes it.
+    """Return a session for one model server, whose timeouts limit whole answers. The caller closes it.
 
     It ignores proxies and credentials of the environment, which would also apply to loopback.
     """
@@ -108,7 +108,7 @@ def exchange(
     headers: Mapping[str, str],
     most_bytes: int = protocol.MAX_BODY_BYTES,
 ) -> tuple[int, bytes]:
-    """Send *request* and return status and body, within its time-out. Redirects are not followed.
+    """Send *request* and return status and body, within its timeout. Redirects are not followed.
 
     *session* comes from ``open_session``. A connection that times out counts as refused.
 
@@ -134,7 +134,7 @@ def exchange(
                     raise LLMUnavailableError(f"the model server's answer is larger than {most_bytes} bytes")
             return response.status_code, bytes(received)
     except (requests.ReadTimeout, ReadTimeoutError) as exc:
-        raise LLMTimeoutError("the model server did not answer within the time-out (LLM_TIMEOUT_S)") from exc
+        raise LLMTimeoutError("the model server did not answer within the timeout (LLM_TIMEOUT_S)") from exc
     except (requests.ConnectionError, HTTPError) as exc:
         raise LLMConnectionError("no connection to the model server") from exc
     except requests.RequestException as exc:
@@ -152,7 +152,7 @@ class LLMClient:
         self._truncator: TranscriptTruncator | None = None
 
     def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return the truncator of this client; it learns about the first *prompts* it is asked for."""
+        """Return the truncator of this client; it is built for the first *prompts*."""
         if self._truncator is None:
             self._truncator = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
         return self._truncator

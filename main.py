@@ -37,7 +37,7 @@ AllSettings = tuple[Settings, ServiceSettings]
 
 
 class ServiceApp(FastAPI):
-    """FastAPI that knows the uvicorn which runs it, and reports a failed start in one sentence, without a traceback."""
+    """A FastAPI that has the configuration of its uvicorn, and reports a failed start in one sentence."""
 
     server_config: uvicorn.Config | None = None
     problem: str | None = None

@@ -70,7 +70,7 @@ def selection_filter(selection: Selection) -> Document:
 def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
     """Return the query for ids after *after* up to *bound*, across BSON types.
 
-    Each holds one id, or none if that side is open; None would not do, because null is a valid id.
+    *after* and *bound* hold one id, or none if that side is open. They are lists because null is a valid id.
     """
     limits = [{"$gt": ["$_id", {"$literal": value}]} for value in after]
     limits += [{"$lte": ["$_id", {"$literal": value}]} for value in bound]

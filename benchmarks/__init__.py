@@ -1,1 +1,1 @@
-"""Measurements of the batch worker beside a yardstick that has no safety at all; docs/performance.md."""
+"""Benchmarks: the product compared with minimal loops without safeguards. See docs/performance.md."""

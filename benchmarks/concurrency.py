@@ -17,7 +17,7 @@ SETTLED_S = 30.0  # the limit must be right this long after the first call
 UNDER_WAY_S = 5.0  # a fixed setting does not need to settle
 MEASURED_S = 30.0
 LAST_ANSWERS_S = 2.0  # calls in flight at the end count in part
-LEAST_THROUGHPUT, MOST_P95 = 0.95, 1.25
+MIN_THROUGHPUT, MAX_P95 = 0.95, 1.25
 AS_GOOD = 0.99  # share of the best throughput; among such settings the shortest latency wins
 
 
@@ -64,13 +64,13 @@ def _rows(slots: int, fixed: dict[int, Measured], auto: Measured) -> list[Row]:
         Row(f"{slots} slots, auto (on average {auto.in_flight:.1f} at once)", shown),
         Row(
             "  slots in use, beside the most of them",
-            *_ratio(auto.busy, most, f">= {LEAST_THROUGHPUT}"),
-            throughput >= LEAST_THROUGHPUT,
+            *_ratio(auto.busy, most, f">= {MIN_THROUGHPUT}"),
+            throughput >= MIN_THROUGHPUT,
         ),
         Row(
             f"  95th percentile, s, beside {best} at once",
-            *_ratio(auto.p95_s, fixed[best].p95_s, f"<= {MOST_P95}"),
-            p95 <= MOST_P95,
+            *_ratio(auto.p95_s, fixed[best].p95_s, f"<= {MAX_P95}"),
+            p95 <= MAX_P95,
         ),
     ]
 

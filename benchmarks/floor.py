@@ -1,7 +1,7 @@
 """The baseline of the comparison: the smallest loop that reads, calls, parses and writes, with the product's libraries.
 
 ``python benchmarks/floor.py JOB.json``; the benchmarks write the job. One cursor, a queue, a number of
-workers, nothing else: no checks, retries, time-outs, files, leases, statuses or indexes. An error of
+workers, nothing else: no checks, retries, timeouts, files, leases, statuses or indexes. An error of
 any kind ends it. It knows one shape of document: tweets in the order of time.
 """
 

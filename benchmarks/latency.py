@@ -1,4 +1,4 @@
-"""Idle time of the model's slots, with log-normal answer times like those of a model."""
+"""Idle time of the model's slots, with log-normal answer times as a model has."""
 
 from __future__ import annotations
 

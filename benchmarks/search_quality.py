@@ -1,4 +1,4 @@
-"""Whether the local model finds what a question asks for, with the texts that databases are documented with."""
+"""Measures how often a search with the local model finds what a question asks for."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from embedding_index.providers.opening import open_provider
 from embedding_index.vector_search import query_vector
 
 DATABASES = {"sample": (SHOP_SCHEMA, SHOP), "clinic": (CLINIC_SCHEMA, CLINIC)}
-# Least shares of the questions whose first hit, or one of the first three, is an answer. The same model and the same
-# texts give the same figures on every machine; the room below them is for texts that change for another reason.
-LEAST_FIRST, LEAST_OF_THREE = 0.75, 0.90
+# Minimum shares of the questions whose first hit, or one of the first three, is an answer. The same model and texts give
+# the same figures on every machine; the margin is for texts that change for another reason.
+MIN_FIRST, MIN_OF_THREE = 0.75, 0.90
 
 
 def measure(*, quick: bool) -> list[Row]:
@@ -40,24 +40,25 @@ def measure(*, quick: bool) -> list[Row]:
                 figure(first),
                 "",
                 "",
-                f">= {LEAST_FIRST:g}",
-                first >= LEAST_FIRST,
+                f">= {MIN_FIRST:g}",
+                first >= MIN_FIRST,
             ),
             Row(
                 "  one of the first three is",
                 figure(of_three),
                 "",
                 "",
-                f">= {LEAST_OF_THREE:g}",
-                of_three >= LEAST_OF_THREE,
+                f">= {MIN_OF_THREE:g}",
+                of_three >= MIN_OF_THREE,
             ),
         ]
     return rows
 
 
 def ranks_of_answers(schema: str, questions: Sequence[Question]) -> list[int]:
-    """Return for each of *questions* the place, from 1, of the first hit that is an answer, among tables and
-    relationships of a database made with the SQL *schema*.
+    """Return, for each of *questions*, the rank (from 1) of the first hit that is an answer.
+
+    The hits are tables and relationships of a database made with the SQL *schema*.
     """
     items = _items(schema)
     provider = open_provider(load_index_settings(None, provider="local"), None)

@@ -1,7 +1,7 @@
-"""Questions to databases, each with the tables and relationships of which one answers it.
+"""Questions about databases, each with the tables and relationships that answer it.
 
-They were written before any text was judged by them. The first database is the sample; the second was made to see whether
-what helps there helps elsewhere.
+They were written before the texts were tuned with them. The first database is the sample; the second checks that the same
+texts help elsewhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An embeddings server that does nothing but answer each call after a fixed time; a process of its own.
+"""An embeddings server that only answers each call after a fixed time, in its own process.
 
-The fake of the tests counts every text and computes every vector, in one process: with four calls at once it needs 52 to
-53 ms for an answer after 50 ms. Here all vectors are equal and made before, so that what is measured is the caller.
+The fake of the tests counts every text and computes every vector in one process: with four concurrent calls it needs 52 to
+53 ms for an answer after 50 ms. Here all vectors are equal and made in advance, so only the caller is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
 
 class SteadyServer:
-    """Use as ``with``; *url* is what OPENAI_BASE_URL shall be. Every call must have *inputs* texts."""
+    """Use as ``with``; *url* is for OPENAI_BASE_URL. Every call must have *inputs* texts."""
 
     def __init__(self, latency_s: float, inputs: int, dimensions: int) -> None:
         command = [sys.executable, "-m", "benchmarks.steady_server", str(latency_s), str(inputs), str(dimensions)]
@@ -42,7 +42,7 @@ class SteadyServer:
         self._process.communicate()
 
     def calls(self) -> list[tuple[float, float]]:
-        """Return when each call since the last look came and when its answer was handed over, in seconds."""
+        """Return the arrival and answer times, in seconds, of each call since the previous request for them."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("calls\n")

@@ -10,7 +10,7 @@ from benchmarks.stage import Run, Side, Stage, open_stage, require_same_prompts
 from benchmarks.table import Row, figure, spread
 
 CONCURRENCY = 32
-LEAST_SPEED, MOST_CPU = 0.8, 1.3  # relative to the floor
+MIN_SPEED, MAX_CPU = 0.8, 1.3  # relative to the floor
 RUN_LIMIT_S = 300.0
 
 
@@ -48,9 +48,9 @@ def _rows(product: list[Run], floor: list[Run], asyncio_floor: list[Run]) -> lis
     count = product[0].documents
     where = f"{count} documents, {CONCURRENCY} at once"
     return [
-        row(f"{where}: documents/s, first call to last write", lambda run: count / run.window_s, least=LEAST_SPEED),
-        row("  CPU ms/document from the first call on", lambda run: run.cpu_from_first_s / count * 1000, most=MOST_CPU),
-        row("  CPU ms/document of the whole process", lambda run: run.cpu_s / count * 1000, most=MOST_CPU),
+        row(f"{where}: documents/s, first call to last write", lambda run: count / run.window_s, least=MIN_SPEED),
+        row("  CPU ms/document from the first call on", lambda run: run.cpu_from_first_s / count * 1000, most=MAX_CPU),
+        row("  CPU ms/document of the whole process", lambda run: run.cpu_s / count * 1000, most=MAX_CPU),
         row("  documents/s of the whole process", lambda run: count / run.wall_s),
         row("  start to first call, s", lambda run: run.first_call_s),
         Row(

@@ -40,7 +40,7 @@ from mongo_client import DocumentStore
 from tests.fakes.fake_ollama import FakeOllama
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_MODULES, MOST_FOLDER_ARROWS = 20, 25
+MAX_MODULES, MAX_FOLDER_ARROWS = 20, 25
 BACKGROUND = {"leases", "stop", "indexes"}  # tasks
 NOT_PRODUCT = ("tests", "benchmarks", ".venv")
 DATABASE, SOURCE = "walk", "conversation_set"
@@ -190,8 +190,8 @@ def measure(*, quick: bool) -> list[Row]:  # noqa: ARG001 - one document is quic
     changes, folder_changes = walk.raw_changes
     modules, folder_arrows = len(walk.modules), len(walk.folder_arrows)
     return [
-        _row("walk of one document: modules", modules, MOST_MODULES),
-        _row("  arrows between folders (* above)", folder_arrows, MOST_FOLDER_ARROWS),
+        _row("walk of one document: modules", modules, MAX_MODULES),
+        _row("  arrows between folders (* above)", folder_arrows, MAX_FOLDER_ARROWS),
         Row("  arrows between modules", str(len(walk.arrows))),
         Row("  raw module changes / folder changes", f"{changes} / {folder_changes}"),
     ]

@@ -1,4 +1,4 @@
 """The subcommands of ``cli.py`` and what they print.
 
-``cli`` imports it. Imports everything below ``cli``.
+``cli`` imports it. It imports everything below ``cli``.
 """

@@ -10,15 +10,15 @@ from mongo_client import DocumentStore
 from storage.contract import Document
 from storage.extended_json import id_key
 
-READ = 300  # documents that are read at least, to see how many have nothing to classify: that takes no model
-CANDIDATES = 1000  # ids that are drawn at least, to see how many of the pending documents have a result already
+READ = 300  # minimum documents to read, to count those with nothing to classify, which needs no model
+CANDIDATES = 1000  # minimum ids to draw, to count the pending documents that have a result already
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentSample:
-    """*documents* drawn at random, and how many were *left* before, they included.
+    """*documents* drawn at random; *left* is the number without a result before, these included.
 
-    *left* is exact where *is_exact*, else the pending documents times the share of them that has no result.
+    *left* is exact if *is_exact*, else the pending documents times the share of them that has no result.
     *askable_share* is the part of them (0 to 1) that has something to classify, by up to READ of them.
     """
 
@@ -42,7 +42,7 @@ async def draw_sample(store: DocumentStore, size: int) -> DocumentSample:
     left = len(undone) if is_exact else round(count * len(undone) / max(1, len(drawn)))
     wanted = undone[: max(READ, size)]
     documents = {id_key(document["_id"]): document for document in await store.read_documents("sweep", wanted)}
-    # In the order drawn: that of ids would tell the first workers the oldest documents.
+    # In the order drawn: in the order of ids, the first workers would get the oldest documents.
     in_order = [documents[key] for key in map(id_key, wanted) if key in documents]
     askable = sum(map(_is_askable, in_order))
     return DocumentSample(in_order[:size], left, is_exact, askable / max(1, len(in_order)))

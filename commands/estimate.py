@@ -109,7 +109,7 @@ async def _classify(processor: BatchProcessor, sample: DocumentSample) -> dict[s
 
 
 def _why_no_estimate(facts: SampleFacts, left: int) -> str | None:
-    """Return why the sample allows no estimate; None if it does."""
+    """Return the reason why the sample allows no estimate, or None."""
     done = counted(facts.classified + facts.skipped, "document is", "documents are")
     if not left and not facts.failed:
         return f"The sample was all that was left: {done} done now ({facts.skipped} without text)."

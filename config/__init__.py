@@ -1,6 +1,6 @@
 """Settings and taxonomy: the only code that reads the environment, ``.env`` and ``taxonomy.yaml``.
 
-Import any module of it. Imports only ``error_handler``.
+Any package may import any of its modules. It imports only ``error_handler``.
 """
 
 from config.settings import Settings, load_settings

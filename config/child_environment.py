@@ -1,4 +1,4 @@
-"""What processes that run functions of users must not find in their environment."""
+"""Hides the product's settings from processes that run functions of users."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from config.settings import known_environment_names
 
 
 def forget_settings() -> None:
-    """Remove every variable of this product, keys and addresses among them, from the environment of this process."""
+    """Remove every variable of this product, including keys and addresses, from the environment of this process."""
     for name in known_environment_names():
         os.environ.pop(name, None)

@@ -14,7 +14,7 @@ _HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
 
 
 def hosts_of(uri: str) -> str:
-    """Return the hosts of the MongoDB address *uri*, without user and password; masked if they are not certain.
+    """Return the hosts of the MongoDB address *uri*, without user and password; masked if they cannot be determined.
 
     An ``@`` after the first slash may belong to an unescaped password, whose end cannot be found.
     """

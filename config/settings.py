@@ -15,7 +15,7 @@ from config.loading import HeaderSecret, HttpAddress, env, load_part, variables_
 from error_handler import ConfigurationError
 
 DOTENV = Path(".env")
-MOST_AUTO = 64  # the highest limit of MAX_CONCURRENT=auto
+MAX_AUTO = 64  # the highest limit of MAX_CONCURRENT=auto
 
 Protocol = Literal["ollama_chat", "ollama_generate", "openai_chat"]
 
@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     )
     max_concurrent: int | Literal["auto"] = Field(5, description="concurrent model calls; auto follows the server")
     mongodb_max_retries: int = Field(3, ge=1, le=10, description="attempts of each MongoDB call")
-    mongodb_timeout_ms: int = Field(20_000, ge=100, le=600_000, description="time-out of a MongoDB call, milliseconds")
+    mongodb_timeout_ms: int = Field(20_000, ge=100, le=600_000, description="timeout of a MongoDB call, milliseconds")
     mongodb_backoff_s: float = Field(
         1.0, ge=0, le=60, description="wait after the first failed MongoDB attempt; doubles with each attempt"
     )
@@ -76,14 +76,14 @@ class Settings(BaseSettings):
     ollama_endpoint: HttpAddress = Field("http://localhost:11434", description="address of Ollama")
     ollama_num_ctx: int | None = Field(
         None,
-        ge=2048,  # less cannot hold instructions and answer
+        ge=2048,  # a smaller window cannot hold instructions and answer
         le=1_048_576,
         description="context window (prompt and answer), tokens; unset: chosen once per run",
     )
     on_long: Literal["fit", "skip", "fail"] = Field(
         "fit", description="conversations longer than the context window: fit (drop middle turns), skip, or fail"
     )
-    llm_load_timeout_s: float = Field(600.0, gt=0, le=7200, description="time-out for loading the model")
+    llm_load_timeout_s: float = Field(600.0, gt=0, le=7200, description="timeout for loading the model")
     ollama_keep_alive: str = Field(
         "10m",
         pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$",
@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     )
     llm_model: str | None = Field(None, description="model at LLM_API_URL")
     llm_api_key: HeaderSecret | None = Field(None, description="bearer token for LLM_API_URL")
-    llm_timeout_s: float = Field(120.0, gt=0, le=3600, description="time-out of a model call")
+    llm_timeout_s: float = Field(120.0, gt=0, le=3600, description="timeout of a model call")
     llm_max_attempts: int = Field(3, ge=1, le=10, description="attempts of each model call")
     llm_backoff_s: float = Field(
         2.0, ge=0, le=60, description="wait after the first failed attempt of a model call; doubles with each attempt"
@@ -150,13 +150,13 @@ class Settings(BaseSettings):
     @classmethod
     def _not_the_source(cls, value: str, info: ValidationInfo) -> str:
         if value == info.data.get("source_collection"):
-            raise ValueError("must be another collection than the source")
+            raise ValueError("must differ from the source collection")
         return value
 
     @property
     def most_concurrent(self) -> int:
         """The highest number of concurrent model calls."""
-        return MOST_AUTO if self.max_concurrent == "auto" else self.max_concurrent
+        return MAX_AUTO if self.max_concurrent == "auto" else self.max_concurrent
 
     @property
     def chat_url(self) -> str:

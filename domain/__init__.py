@@ -1,4 +1,4 @@
 """Values and pure functions about conversations and labels; no I/O except reading document files.
 
-Import any module of it. Imports ``utils``, ``storage`` and what is below them.
+Any higher layer may import any of its modules. It imports ``utils``, ``storage`` and the layers below them.
 """

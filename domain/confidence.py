@@ -10,7 +10,7 @@ was applied. So at each token of a label, only tokens that continue an allowed l
 
 The probability of a label is the product of for / (for + against) over its tokens, until only one label is possible. A
 label that no listed token leads to counts against, with the weight of the least likely listed token, which is the most
-it can have. So a value is rather too low than too high.
+it can have. So a value errs on the low side.
 """
 
 from __future__ import annotations

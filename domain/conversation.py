@@ -1,4 +1,4 @@
-"""Conversations, their labels, the outcome of a classification, and the result document made of it."""
+"""Conversations, their labels, the outcome of a classification, and the result document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shape = Literal["tweets", "messages", "query"]
 
 PROCESSOR_VERSION = "1.0.0"
 
-Message = dict[str, str]  # of a chat: role and content
+Message = dict[str, str]  # a chat message: role and content
 
 SPEAKER = {"customer": "Customer", "agent": "Agent", "unknown": "Unknown"}
 
@@ -29,7 +29,7 @@ class Turn:
 
     @property
     def line(self) -> str:
-        """The text after its speaker. Further lines are indented, so that no text can pass for another turn."""
+        """The text after its speaker. Further lines are indented, so that no text can look like another turn."""
         return f"{SPEAKER[self.sender]}: {self.text}".replace("\n", "\n    ")
 
 

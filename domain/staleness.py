@@ -1,4 +1,4 @@
-"""Which documents are new, changed, stale or failed: decided by document, result and plan, without any memory."""
+"""Decides which documents are new, changed, stale or failed, from the document, its result and the plan."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results 
 
 @dataclass(frozen=True, slots=True)
 class ResultProvenance:
-    """How a stored result was made; None if it does not say, as in results of earlier versions."""
+    """How a stored result was made; None if it is not recorded, as in results of earlier versions."""
 
     input_sha256: str | None
     fingerprint: str | None
 
     @classmethod
     def of(cls, result: Document) -> ResultProvenance:
-        """Return what the stored *result* says about itself."""
+        """Return the provenance that the stored *result* records."""
         metadata = result.get("processing_metadata")
         fields = metadata if isinstance(metadata, dict) else {}
         values = (fields.get("input_sha256"), fields.get("fingerprint"))
@@ -83,7 +83,7 @@ class StalenessChecker:
         return "skipped" if made is None and state == "skipped" else fit
 
     def _fits(self, document: Document, made: ResultProvenance) -> Kind:
-        """Compare *made* with *document* as it is now: done, changed, stale, unjudged, or skipped (nothing to ask)."""
+        """Compare *made* with the current *document*: done, changed, stale, unjudged, or skipped (nothing to classify)."""
         try:
             input_hash = input_sha256(self.aggregate(document))
         except SkippedDocumentError:

@@ -1,4 +1,4 @@
 """The model server without I/O: protocols, models, context window, truncation, tokens, breaker, concurrency.
 
-Import any module of it. Imports ``domain`` and what is below it.
+Any higher layer may import any of its modules. It imports ``domain`` and the layers below it.
 """

@@ -21,13 +21,13 @@ from error_handler import LLMBusyError, LLMTimeoutError
 from model_server.protocol import ChatReply
 
 START = 2
-LOAD_S = 0.5  # an answer that loaded the model for longer than this says nothing about the queue
+LOAD_S = 0.5  # if loading the model took longer, the answer gives no information about the queue
 NOISE_S, NOISE_SHARE = 0.003, 0.02  # a wait below this, or below this share of the latency, is no queue
-MOST_QUEUED, MOST_IDLE = 0.6, 0.3  # mean number of requests queued, less those on the network: lower or raise the limit
+MAX_QUEUED, MAX_IDLE = 0.6, 0.3  # mean requests queued, less those on the network: lower the limit; raise it early
 HOLD_WINDOWS = 6  # windows without a queue before the limit is raised by one
-LEAST_WINDOW = 8  # answers
+MIN_WINDOW = 8  # answers
 LATENCY_WINDOW = 32  # answers, if latency is all there is
-LEAST_RISE, SPREADS = 0.10, 2.5  # of the mean log latency: a smaller rise is noise
+MIN_RISE, SPREADS = 0.10, 2.5  # of the mean log latency: a smaller rise is noise
 LOG_EVERY_S = 15.0
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class _Window:
         """Mean number of requests that the rise in latency over *baseline* shows to be too many."""
         rise = self.log_sum / self.answers - baseline.log_sum / baseline.answers
         spread = math.sqrt(self.log_variance / self.answers + baseline.log_variance / baseline.answers)
-        return self.mean_in_flight * -math.expm1(spread - rise) if rise > max(LEAST_RISE, SPREADS * spread) else 0.0
+        return self.mean_in_flight * -math.expm1(spread - rise) if rise > max(MIN_RISE, SPREADS * spread) else 0.0
 
     @property
     def log_variance(self) -> float:
@@ -109,17 +109,17 @@ class LimitController:
         return Call(now_s, self.in_flight)
 
     def lost(self) -> None:
-        """Note the end of a request that says nothing about load: no connection, cancelled, or refused."""
+        """Record the end of a request without information about load: no connection, cancelled, or refused."""
         self.in_flight -= 1
 
     def congested(self, call: Call, now_s: float) -> None:
-        """Note a 503 or a time-out: halve the limit, once for all requests sent before that."""
+        """Handle a 503 or a timeout: halve the limit, once for all requests sent before that."""
         self.in_flight -= 1
         if call.sent_at_s >= self._changed_at_s:
             self._lower(max(1, self.limit // 2), now_s, hold=1)
 
     def answered(self, call: Call, now_s: float, reply: ChatReply) -> None:
-        """Note the answer to *call* and what the server reported about it."""
+        """Record the answer to *call* and what the server reported about it."""
         self.in_flight -= 1
         if call.sent_at_s < self._window.since_s or (reply.load_s is not None and reply.load_s > LOAD_S):
             return
@@ -138,7 +138,7 @@ class LimitController:
         if reply.queue_wait_s is None:
             if window.answers >= max(self.limit, LATENCY_WINDOW if self.limit > START else LATENCY_WINDOW // 2):
                 self._judge(now_s, self._slower_by(window))
-        elif window.answers >= max(self.limit, LEAST_WINDOW if self._hold else 1):
+        elif window.answers >= max(self.limit, MIN_WINDOW if self._hold else 1):
             self._judge(now_s, window.excess)
 
     def _slower_by(self, window: _Window) -> float:
@@ -151,13 +151,13 @@ class LimitController:
         """Set the limit after a full window, in which *excess* more requests were queued than on the network."""
         in_flight = self._window.mean_in_flight
         self._window = _Window(now_s)
-        if excess > MOST_QUEUED and in_flight > 1:
+        if excess > MAX_QUEUED and in_flight > 1:
             # Short answers come first and overstate the queue, so a limit that was right before the step stays so.
             fitting = max(self._proven, min(self.limit - 1, round(in_flight - excess)))
             self._lower(fitting, now_s, hold=HOLD_WINDOWS)
         elif 2 * in_flight < self.limit:
             return  # too little work to fill the limit
-        elif self._hold and excess > -MOST_IDLE:
+        elif self._hold and excess > -MAX_IDLE:
             self._hold -= 1
         elif self.limit < self._most:
             self._proven = self.limit
@@ -174,7 +174,7 @@ class LimitController:
 
 
 class ConcurrencyLimit:
-    """The slots of one model server, as many as the controller finds right. For one event loop.
+    """Concurrency slots of one model server, as many as the controller allows. For one event loop.
 
     A worker holds a ``slot`` while it works on a document; ``observed`` sends one request and learns from it.
     """

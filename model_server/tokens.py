@@ -15,7 +15,7 @@ TEMPLATE_TOKENS = 32  # added by a chat template to two messages
 # Most tokens of one character. A byte-level tokenizer uses one token per byte in scripts it was not trained on. ASCII
 # letters have fewer; digits and signs may have one each.
 LETTER_RATE = 0.4
-MOST_PER_CHARACTER = {"marks": 1.0, "two": 2.0, "three": 3.0, "four": 4.0}
+MAX_PER_CHARACTER = {"marks": 1.0, "two": 2.0, "three": 3.0, "four": 4.0}
 
 LEARN_FROM = 20  # answers in a script before its learnt rate is used
 QUANTILE, MARGIN = 0.95, 1.05
@@ -35,10 +35,10 @@ def most_tokens(text: str) -> dict[str, float]:
     raw = text.encode("utf-8", "replace")
     ascii_bytes = raw if text.isascii() else text.encode("ascii", "ignore")
     letters = len(ascii_bytes.translate(None, _NOT_LETTERS))
-    weights = {"latin": letters * LETTER_RATE + (len(ascii_bytes) - letters) * MOST_PER_CHARACTER["marks"]}
+    weights = {"latin": letters * LETTER_RATE + (len(ascii_bytes) - letters) * MAX_PER_CHARACTER["marks"]}
     if len(ascii_bytes) != len(raw):
         found = {name: len(raw.translate(None, delete)) for name, delete in _NOT_LEADS.items()}
-        weights |= {name: number * MOST_PER_CHARACTER[name] for name, number in found.items() if number}
+        weights |= {name: number * MAX_PER_CHARACTER[name] for name, number in found.items() if number}
         main = max(found, key=lambda name: found[name])
         # A space before an English word is part of its token; before other scripts it is a token of its own.
         weights[main] = weights.get(main, 0.0) + min(raw.count(b" "), sum(found.values())) * (1 - LETTER_RATE)
@@ -95,7 +95,7 @@ class _Script:
 
 
 class TokenEstimator:
-    """Estimates the tokens of prompts that share one system prompt: rather too many than too few.
+    """Estimates the tokens of prompts that share one system prompt, and errs on the high side.
 
     At first it assumes one token per byte in scripts other than Latin, which no tokenizer exceeds. From each answer to a
     whole prompt it learns the size of the system prompt and the rate of each script.
@@ -121,7 +121,7 @@ class TokenEstimator:
         return math.ceil(self._system_tokens + self.text_tokens(text))
 
     def learn(self, text: str, prompt_tokens: int) -> None:
-        """Note that the server counted *prompt_tokens* for the whole prompt with *text* in it."""
+        """Record that the server counted *prompt_tokens* for the whole prompt with *text* in it."""
         self.has_learnt = True
         # The text has between one token per word and one per byte; the rest is the system prompt.
         most = prompt_tokens - least_tokens(text)

@@ -57,11 +57,11 @@ class TranscriptTruncator:
 
         Raises:
             LLMContextError, SkippedDocumentError: ON_LONG forbids truncation.
-            LLMError: *refusal* itself, if it leaves nothing to calculate with.
+            LLMError: *refusal* itself, if no smaller size follows from it.
         """
         told = refusal if isinstance(refusal, LLMContextError) else LLMContextError("")
         window = told.window_tokens
-        if target.protocol != "openai_chat":  # this window is one we set
+        if target.protocol != "openai_chat":  # we set this window
             window = target.num_ctx if window is None else min(window, target.num_ctx)
         if window is None:
             raise refusal
@@ -76,7 +76,7 @@ class TranscriptTruncator:
             # No count was reported, so assume one token per byte, which no tokenizer exceeds.
             real = len(sent.transcript.encode("utf-8", "replace"))
             if system_tokens + real + NUM_PREDICT <= window:
-                raise refusal  # it did fit: the server has another window than it was asked for
+                raise refusal  # it did fit, so the server has another window than requested
             real = max(real, window - system_tokens)
         fitted = self._fit(conversation, window, max(1.0, real / max(1.0, text_tokens)), refusal)
         if fitted.transcript == sent.transcript:
@@ -102,7 +102,7 @@ class TranscriptTruncator:
             )
 
     def learn(self, sent: Fitted, prompt_tokens: int | None) -> None:
-        """Note that the server counted *prompt_tokens* for the prompt with *sent* in it."""
+        """Record that the server counted *prompt_tokens* for the prompt with *sent* in it."""
         self._answers += 1
         # Learning costs as much as parsing the answer, and changes little after some hundred answers.
         if prompt_tokens is not None and (self._answers <= LEARN_FROM_ALL or self._answers % LEARN_FROM_EACH == 0):
@@ -151,7 +151,7 @@ def cut_marker(count: int) -> str:
 
 
 def fit_conversation(conversation: Conversation, room_tokens: float, tokens_of: Count) -> Fitted | None:
-    """Return *conversation* in at most *room_tokens*, counted by *tokens_of*; None if not even a piece fits.
+    """Return *conversation* in at most *room_tokens*, counted by *tokens_of*; None if nothing fits.
 
     Kept are the first customer turn (its middle is cut if it is long), the last turns, then as many customer turns as
     fit, then other turns, later ones first. The order stays.

@@ -1,7 +1,7 @@
 """The context window: choose one size for a whole run, reuse a loaded one, and load the model with it. No I/O.
 
 The window holds system prompt, conversation and answer together. Facts about Ollama: a longer prompt is refused, or cut
-to half of the window and answered all the same (github.com/ollama/ollama, llm/llama_server.go, read at v0.33).
+to half of the window and answered anyway (github.com/ollama/ollama, llm/llama_server.go, read at v0.33).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIZES = (4096, 8192, 16_384, 32_768)
 DEFAULT_SIZE = 8192  # without documents to measure: the service, an empty collection
 SHARE = 0.99  # of the documents that the window should hold whole
 MARGIN = 0.15
-REPAIR_TOKENS = 400  # the one repair turn: 500 characters of the answer, and what was wrong with it
+REPAIR_TOKENS = 400  # the one repair turn: 500 characters of the answer, and the reason
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Document jobs on the OpenAI Batch API: any MongoDB collection through prompt templates, and back.
 
-Import the names below from outside, ``openai_batch.actions`` for the command line, and ``openai_batch.schema_file``.
-It imports the layers below ``worker`` only. docs/openai-batch.md is the tutorial and names the modules.
+Other packages import the names below, ``openai_batch.schema_file``, and ``openai_batch.actions`` for the command line. It
+imports the layers below ``worker`` only. docs/openai-batch.md is the tutorial and names the modules.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
             made = await _dry_run(arguments, processor, progress)
         else:
             async with processor.opened(stop, progress) as job:
-                await job.recover()  # until MongoDB has answered, a signal has nothing to wait for
+                await job.recover()  # until MongoDB answers, nothing must be finished after a signal
                 connected.set()
                 await _do(arguments, job)
                 result = job.result
@@ -53,7 +53,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     with Ledger(processor.ledger_path) as ledger:
         _report(arguments, result, ledger)
     if stop.is_set():
-        raise RunInterruptedError("Stopped. The batches go on at OpenAI; run the same command again to resume.")
+        raise RunInterruptedError("Stopped. The batches continue at OpenAI; run the same command again to resume.")
     return ExitCode.INCOMPLETE if result.failed else ExitCode.DONE
 
 

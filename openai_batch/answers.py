@@ -45,10 +45,10 @@ class Answers:
         self._context = context
 
     async def apply(self, shard: Shard, paths: Sequence[Path], bad_ids: Set[str]) -> bool:
-        """Apply the lines in *paths* to the documents of *shard*; *bad_ids* are the lines its file was refused for.
+        """Apply the lines in *paths* to the documents of *shard*; *bad_ids* are the lines for which its file was refused.
 
         Documents are updated before the ledger. Returns whether every item of the shard has ended; False if the
-        run is told to stop meanwhile.
+        run is stopped meanwhile.
         """
         stop, applied = self._context.stop, 0
         for path in paths:
@@ -135,7 +135,7 @@ def _success(shard: Shard, item: Item, line: Line, update: Mapping[str, Any]) ->
 
 
 def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
-    """Return the line of an item that has none in the files, as the status of its batch says."""
+    """Return a line for an item that has none in the files, from the status of its batch."""
     is_retryable = item.custom_id not in bad_ids
     if shard.status == "failed":
         # If the API names bad lines, the others can be sent again: none of them ran.

@@ -65,7 +65,7 @@ class BatchState:
         """Whether it ended with lines run and reports no file yet: the API fills the ids in later."""
         has_none = self.output_file_id is None and self.error_file_id is None
         if self.status == "completed" and has_none:
-            return True  # each line is in one of the two, whatever the counts say
+            return True  # each line is in one of the two files; the counts may be wrong
         answered = (self.completed or 0) > 0 and self.output_file_id is None
         ran = (self.failed or 0) > 0 or self.total is None
         return self.status in ("completed", "expired", "cancelled") and (answered or (has_none and ran))

@@ -143,12 +143,12 @@ class DocumentMasking:
 
 
 def masking_of(config: AppConfig, variables: Variables) -> DocumentMasking | None:
-    """Return the masking of a job; None if *config* does not ask for it."""
+    """Return the masking of a job; None if *config* has it off."""
     return DocumentMasking(config.fields, variables) if config.mask_pii else None
 
 
 class ChildFunctions:
-    """The functions that run in the child process, where an endless one can be ended."""
+    """The functions that run in the child process, where an endless loop can be stopped."""
 
     def __init__(self, config: AppConfig, variables: Variables, processor: ResponseProcessor | None) -> None:
         """Parse the templates; raise JobTemplateError if one is malformed or missing."""
@@ -190,7 +190,7 @@ class ChildFunctions:
             except JobProcessingError:  # the document has changed and has no prompt: placeholders stay and are counted
                 mask = self._masking.mask(document, [])
             content = mask.restore(content)
-            left = mask.strangers(content)
+            left = mask.unresolved(content)
         if self._processor is not None:
             try:
                 content = dict(self._processor(content, document))
@@ -300,7 +300,7 @@ def _require_plain_keys(content: Any) -> None:
 
 
 def response_update(schema: SchemaConfig, content: Any, now: datetime, batch_id: str) -> dict[str, Any]:
-    """Return the update that stores *content* in a document, as *schema* says."""
+    """Return the update that stores *content* in a document, as *schema* defines."""
     default = {schema.response_content_field: "{{response_content}}", schema.response_date_field: "{{current_date}}"}
     template = schema.response_template or {"$set": {schema.response_field: default}}
     update: dict[str, Any] = fill(template, content, now, batch_id)

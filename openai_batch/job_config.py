@@ -63,7 +63,7 @@ class StatusConfig(_Frozen):
 
 
 class SchemaConfig(_Frozen):
-    """Which documents a job takes and what it writes to them.
+    """The documents that a job takes and the fields that it writes.
 
     Args:
         query_template: Narrows the pending documents; only operators of QUERY_OPERATORS.
@@ -128,7 +128,7 @@ class SchemaConfig(_Frozen):
 
 
 class DocumentFields(_Frozen):
-    """How prompt variables are taken from a document.
+    """The mapping from document fields to prompt variables.
 
     Args:
         field_map: variable -> path, such as ``{"patient_name": "patient_details.first_name"}``; a number in
@@ -189,7 +189,7 @@ class OpenAIConfig(_Frozen):
 
 
 class BatchConfig(_Frozen):
-    """How documents become batches. Units: seconds, bytes and tokens.
+    """The limits and intervals of batches. Units: seconds, bytes and tokens.
 
     *batch_size* documents are read and claimed at a time. A shard is closed at *max_lines*, at *max_file_bytes*, or
     before *enqueued_token_limit* is exceeded (None: learned from OpenAI's refusals).
@@ -223,7 +223,7 @@ class PromptConfig(_Frozen):
 
 
 class NotificationConfig(_Frozen):
-    """The receivers of a notification for each batch that ends; None: nobody."""
+    """The receivers of a notification for each batch that ends; None: no receiver."""
 
     webhook_url: SecretStr | None = None
     webhook_secret: SecretStr | None = None

@@ -1,4 +1,4 @@
-"""What the steps of one job share: its parts, its waits, and what it does with documents."""
+"""The shared context of the steps of one job: its parts, its waits, and its handling of documents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A usable line, the document as it is now, and which attempt it was (from 1)."""
+    """A usable line, its current document, and the number of the attempt (from 1)."""
 
     document: Document
     line: Line
@@ -44,7 +44,7 @@ class Answer:
 
 
 class Handling(Protocol):
-    """What a job does with documents: ``documents.TemplateHandling`` or ``triad.TriadHandling``."""
+    """The handling of documents by a job: ``documents.TemplateHandling`` or ``triad.TriadHandling``."""
 
     def request(self, document: Document) -> dict[str, Any]:
         """Return the body of the request for *document*; raise JobProcessingError if there is none."""

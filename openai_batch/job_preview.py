@@ -1,4 +1,4 @@
-"""What a job would send and what it would cost. Reads documents; sends and changes nothing."""
+"""The preview of a job: its requests and their price. Reads documents; sends and changes nothing."""
 
 from __future__ import annotations
 

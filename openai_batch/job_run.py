@@ -1,4 +1,4 @@
-"""The steps of a job, from whatever state it was left in; docs/openai-batch.md draws them.
+"""The steps of a job, resumed from any state; docs/openai-batch.md draws them.
 
 Each step is recorded in the ledger before or after it as the table there says. After a crash at any point the next
 run resumes: a batch is created once, an answer is applied once.
@@ -49,7 +49,7 @@ class ShardEnd:
 
 @dataclass(slots=True)
 class JobResult:
-    """What one call of a job did.
+    """The outcome of one call of a job.
 
     *total_processed* = *succeeded* + *failed* + *skipped*; *retried* documents became pending again meanwhile.
     """
@@ -77,7 +77,7 @@ class JobRun:
 
     @property
     def result(self) -> JobResult:
-        """What has ended so far."""
+        """The outcome so far."""
         ended, planner = self._ended, self._planner
         failed, skipped = ended.failed + planner.failed, planner.skipped
         total = ended.succeeded + failed + skipped
@@ -88,10 +88,10 @@ class JobRun:
         await self._planner.recover()
 
     async def run(self, limit: int | None = None) -> None:
-        """Work until no document is pending and no batch is open, or the run is told to stop.
+        """Work until no document is pending and no batch is open, or the run is stopped.
 
         Raises:
-            JobConnectionError: OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches go on.
+            JobConnectionError: OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches continue.
         """
         taken = 0
         while not self.context.stop.is_set():
@@ -316,7 +316,7 @@ class JobRun:
                 wait_s = min(CAP_S, wait_s * 2)
 
     async def _until_stopped(self, step: Callable[[], Awaitable[Any]]) -> None:
-        """Await *step*; STOP_GRACE_S after the run is told to stop, cancel it. The ledger makes that safe anywhere."""
+        """Await *step*; STOP_GRACE_S after the run is stopped, cancel it. The ledger makes that safe anywhere."""
         work, stopped = asyncio.ensure_future(step()), asyncio.ensure_future(self.context.stop.wait())
         try:
             await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)

@@ -34,7 +34,7 @@ NOT_STORED = "MongoDB rejected the answer: the document would be too large, or a
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A document and the line that is made of it. *attempt* counts from 1."""
+    """A document and the line that is made from it. *attempt* counts from 1."""
 
     document: Document
     custom_id: str
@@ -48,7 +48,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a sent document ends. *document_id* is canonical Extended JSON.
+    """The end of a sent document. *document_id* is canonical Extended JSON.
 
     *update* is the update of a completed document; None means failed (*is_final*) or pending again. *info* is added
     to ``processing_info``.
@@ -78,10 +78,10 @@ class Leases(Protocol):
 
 
 class JobStore:
-    """The documents of one job, through a client of its own. Use as ``async with``."""
+    """The documents of one job, through its own client. Use as ``async with``."""
 
     def __init__(self, config: AppConfig, settings: Settings, leases: Leases | None = None) -> None:
-        """*leases* guards collections that the batch worker uses as well; None: claims are enough."""
+        """*leases* guards collections that the batch worker also uses; with None, only claims do."""
         self._leases = leases
         self._schema = config.schema_config
         self._client = open_client(settings.model_copy(update={"mongodb_uri": config.database.uri}))
@@ -140,7 +140,7 @@ class JobStore:
         return {"_id": {"$eq": document_id}, **in_progress}
 
     async def claim(self, claims: Sequence[Claim], job_id: str) -> list[Claim]:
-        """Claim the documents of *claims* for *job_id*; return the claims that no other run was faster with."""
+        """Claim the documents of *claims* for *job_id*; return the claims that no other run made first."""
         free = await self._lease(claims)
         taken = await self._each(lambda claim: self._claim(claim, job_id), free)
         own = [claim for claim, is_own in zip(free, taken, strict=True) if is_own]
@@ -217,7 +217,7 @@ class JobStore:
         return False
 
     async def end(self, endings: Sequence[Ending]) -> set[str]:
-        """Write *endings*; one whose claim no longer matches was written before and is left alone.
+        """Write *endings*; if its claim no longer matches, one was written before and is skipped.
 
         Returns the custom ids of those that MongoDB rejected: their documents are failed.
         """

@@ -1,4 +1,4 @@
-"""The ledger of one job: what was sent and what came back, written durably before each step.
+"""The ledger of one job: a durable record of requests and answers, written before each step.
 
 One SQLite file in WAL mode with ``synchronous=FULL``, so that a committed step survives a power cut
 (sqlite.org/pragma.html#pragma_synchronous). It holds ids, hashes, counts and error codes, and no text of a document.
@@ -65,7 +65,7 @@ PAGE = 500  # rows read, and ids looked up, at once
 
 
 class ShardState(StrEnum):
-    """The step that a shard has reached; docs/openai-batch.md says how a run resumes from each."""
+    """The step that a shard has reached; docs/openai-batch.md describes how a run resumes from each."""
 
     PLANNED = "planned"
     UPLOADED = "uploaded"

@@ -45,7 +45,7 @@ _CARD = re.compile(
     r"4\d{12}(\d{3}){0,2}|3[47]\d{13}|3[0689]\d{12}|35\d{14}|5[1-5]\d{14}|2[2-7]\d{14}|5[06-8]\d{14}|6\d{15,18}"
 )
 _FIRST_DIGITS = range(2, 7)
-_MOST_CARD_GROUPS = 5
+_MAX_CARD_GROUPS = 5
 _IBAN_START = re.compile(r"(?<![^\W_])[A-Za-z]{2}\d{2}(?=[ \u00a0-]?[A-Za-z0-9])")
 _IBAN_NEXT = re.compile(r"[ \u00a0-]?([A-Za-z0-9])")
 _IBAN_LENGTHS = range(15, 35)
@@ -142,12 +142,12 @@ class Mask:
 
         return _PLACEHOLDER.sub(original, text) if self._by_name else text
 
-    def strangers(self, value: Any) -> int:
-        """Return how many placeholders are left in *value* after ``restore`` that match nothing in this document."""
+    def unresolved(self, value: Any) -> int:
+        """Return how many placeholders in *value* match nothing in this document after ``restore``."""
         if isinstance(value, str):
             return sum(match[0][1:-1] not in self._everything for match in _EXACT.finditer(value))
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return sum(self.strangers(inner) for inner in values)
+        return sum(self.unresolved(inner) for inner in values)
 
 
 def _tag(text: str) -> str:
@@ -186,7 +186,7 @@ def _cards(text: str) -> Iterator[Span]:
             digits = ""
             if int(text[start]) not in _FIRST_DIGITS:
                 continue
-            for group_start, end in groups[first : first + _MOST_CARD_GROUPS]:
+            for group_start, end in groups[first : first + _MAX_CARD_GROUPS]:
                 digits += text[group_start:end]
                 if len(digits) >= _CARD_LENGTHS.stop:
                     break

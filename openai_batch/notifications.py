@@ -73,7 +73,7 @@ def channels_of(config: NotificationConfig) -> list[Channel]:
 
 
 class Notifier:
-    """Sends payloads in the background, each channel with a queue of its own. Use as ``async with``.
+    """Sends payloads in the background, each channel with its own queue. Use as ``async with``.
 
     The end of the block waits *closing_s* for the queues. *dropped* counts payloads that found a full queue,
     *given_up* those that no attempt could deliver.

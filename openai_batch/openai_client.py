@@ -56,7 +56,7 @@ class OpenAIFiles:
     """The API for one key. Use as ``async with``."""
 
     def __init__(self, config: OpenAIConfig, batch: BatchConfig) -> None:
-        """Make the client; nothing is sent.
+        """Create the client; nothing is sent.
 
         Raises:
             ConfigurationError: There is no key.
@@ -124,7 +124,7 @@ class OpenAIFiles:
 
         Stops at batches older than the file. Both times are of the server's clock, so a wrong clock here is harmless.
         """
-        since = await self._made_at(file_id)
+        since = await self._uploaded_at(file_id)
         async for batch in self._entries(self._client.batches, "list the batches", limit=100):
             state = parse_batch(batch)
             if state.is_of(metadata):
@@ -152,9 +152,9 @@ class OpenAIFiles:
 
     async def has_file(self, file_id: str) -> bool:
         """Whether the server knows file *file_id* for this key."""
-        return await self._made_at(file_id) is not None
+        return await self._uploaded_at(file_id) is not None
 
-    async def _made_at(self, file_id: str) -> int | None:
+    async def _uploaded_at(self, file_id: str) -> int | None:
         """Return when file *file_id* was uploaded, in the server's unix seconds; None if it knows no such file."""
         try:
             file = await _object("get a file", self._client.files.retrieve(file_id))
@@ -167,7 +167,7 @@ class OpenAIFiles:
 
         Raises:
             NotThereError: The server knows no such batch.
-            JobConnectionError: The server cannot be reached; the batch goes on.
+            JobConnectionError: The server cannot be reached; the batch continues.
         """
         return parse_batch(await _object("get a batch", self._client.batches.retrieve(batch_id)))
 
@@ -252,7 +252,7 @@ def translated(what: str) -> Iterator[None]:
         raise NotNowError(f"OpenAI asks to wait ({what}, HTTP 429)", _retry_after_s(exc)) from exc
     except openai.APIStatusError as exc:
         raise _refusal(what, exc) from exc
-    except openai.APIConnectionError as exc:  # timeouts as well
+    except openai.APIConnectionError as exc:  # includes timeouts
         raise JobConnectionError(f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL") from exc
     except httpx2.HTTPError as exc:  # the package does not wrap errors inside a stream
         raise JobConnectionError(f"the connection to OpenAI broke ({what})") from exc

@@ -158,7 +158,7 @@ class JobPlanner:
                 await context.store.give_back(left)
 
     async def plan(self, limit: int | None = None) -> int:
-        """Make shards of the pending documents (at most *limit*) until told to stop; return how many they hold."""
+        """Make shards of the pending documents (at most *limit*) until stopped; return the number of documents in them."""
         context = self._context
         writer: ShardWriter | None = None
         planned = 0

@@ -51,13 +51,13 @@ class DocumentBatchProcessor:
         times: Times | None = None,
         **parts: Any,
     ) -> None:
-        """Make the configuration; nothing is opened or sent.
+        """Build the configuration; nothing is opened or sent.
 
         Args:
             schema_config: Which documents the job takes and what it writes to them.
-            config: The complete configuration; None makes it of *schema_config*, *schema_file* and *parts*.
+            config: The complete configuration; None builds it from *schema_config*, *schema_file* and *parts*.
             settings: None loads them from the environment.
-            state_dir: Holds the ledger. Keep it, and give each job its own. None makes one below ``BATCH_FILES_DIR``.
+            state_dir: Holds the ledger. Keep it, and give each job its own. None creates one below ``BATCH_FILES_DIR``.
             schema_file: A loaded schema file; see ``load_schema_file``.
             times: Waits of the run.
             parts: Fields of AppConfig; the environment fills in what they leave open.
@@ -93,11 +93,11 @@ class DocumentBatchProcessor:
     ) -> JobResult:
         """Work until no document is pending and every batch is applied; blocks, for hours if necessary.
 
-        It may be killed at any moment: the next call resumes and pays for nothing twice. At most *limit* documents
+        It may be killed at any time: the next call resumes and pays for nothing twice. At most *limit* documents
         are sent. *on_progress* gets texts such as ``shard 3: in_progress, 5 of 10 done``.
 
         Raises:
-            TriadError: The cause in one sentence. Batches that exist go on at OpenAI.
+            TriadError: The cause in one sentence. Existing batches continue at OpenAI.
         """
         return asyncio.run(self.process_pending_documents_async(limit, on_progress))
 
@@ -124,7 +124,7 @@ class DocumentBatchProcessor:
         self._state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         async with AsyncExitStack() as stack:
             lock = DirectoryLock(self._state_dir)
-            lock.acquire("wait for it; two would pay twice.")
+            lock.acquire("wait for it; two runs would pay twice.")
             stack.callback(lock.release)
             ledger = stack.enter_context(Ledger(self.ledger_path))
             files = await stack.enter_async_context(OpenAIFiles(self.config.openai, self.config.batch))

@@ -117,8 +117,8 @@ class RenderProcess:
         self._channel, far_end = Pipe()
         parent = os.getpid()
         with far_end, warnings.catch_warnings():
-            # Python 3.12 warns of forks beside threads, whose locks stay locked in the child. The child uses none of
-            # them; if it hangs all the same, the time limit ends it.
+            # Python 3.12 warns of forks in a process with threads, whose locks stay locked in the child. The child uses none of
+            # them; if it hangs anyway, the time limit ends it.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._child = os.fork()
             if self._child == 0:
@@ -135,7 +135,7 @@ class RenderProcess:
 
     def _end(self) -> int:
         self._channel.close()
-        os.kill(self._child, signal.SIGKILL)  # a dead child keeps its first status; nobody else collects it
+        os.kill(self._child, signal.SIGKILL)  # a dead child keeps its first status; only this process collects it
         status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
         self._child = 0
         return status

@@ -69,7 +69,7 @@ def load_schema_file(path: Path) -> SchemaFile:
         raise JobValidationError(f"{path} cannot be run ({type(exc).__name__}: {exc})") from exc
     parts: dict[str, Any] = {}
     for name, value in names.items():
-        kind = PARTS.get(type(value))  # the type tells what it is, whatever its name
+        kind = PARTS.get(type(value))  # parts are recognised by type; their names do not matter
         if kind is None or name.startswith("_"):
             continue
         if kind in parts and parts[kind] is not value:

@@ -26,7 +26,7 @@ class ShardSender:
         self._context = context
         self._planner = planner
         self._advance = context.ledger.advance
-        self._unseen_since: dict[int, float] = {}  # shard -> when the server first said that it has no such file
+        self._unseen_since: dict[int, float] = {}  # shard -> when the server first reported that it has no such file
 
     async def send(self) -> None:
         """Upload and create what is planned and fits in the enqueued-token limit.
@@ -70,7 +70,7 @@ class ShardSender:
         return self._advance(shard.number, ShardState.UPLOADED, file_id=file_id)
 
     async def _create(self, shard: Shard) -> None:
-        """Create the batch of *shard*, which is CREATING: the ledger says already that it may have been created."""
+        """Create the batch of *shard*, which is CREATING: the ledger already records that it may exist."""
         try:
             state = await self._context.files.create(shard.file_id or "", shard.metadata)
         except (NotThereError, NotNowError) as exc:
@@ -100,7 +100,7 @@ class ShardSender:
         """Look for the batch that *shard*, which is CREATING, may have; record it and return whether it exists.
 
         Looks for ``Times.adopt_wait_s``, because lists lag. That time starts now and on the monotonic clock: after a
-        crash nobody knows when the create call was made, or whether it arrived late.
+        crash it is unknown when the create call was made, and whether it arrived late.
         """
         wait_s = self._context.times.adopt_wait_s
         deadline = time.monotonic() + wait_s

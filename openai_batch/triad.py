@@ -47,7 +47,7 @@ class TriadHandling:
     """Labels conversations and leases them; their results go to *store*."""
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:
-        """Make the prompt and the parser; raise ConfigurationError if the taxonomy is malformed."""
+        """Build the prompt and the parser; raise ConfigurationError if the taxonomy is malformed."""
         taxonomy = load_taxonomy(settings.taxonomy_file)
         self._prompts, self._parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
         schema = {"name": "triad", "strict": True, "schema": orjson.loads(self._parser.schema_json)}

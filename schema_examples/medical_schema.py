@@ -23,7 +23,7 @@ medical_schema_config = SchemaConfig(
 
 
 def year(date_of_birth: str) -> str:
-    """A prompt needs the year of birth, not the day."""
+    """Return the year only: a prompt does not need the day of birth."""
     return date_of_birth[:4]
 
 
@@ -72,5 +72,5 @@ openai_config = OpenAIConfig(
 
 
 def response_processor(response: Any, document: dict[str, Any]) -> dict[str, Any]:
-    """Make what is stored below ``event_response.talking_points``; *response* is the parsed JSON."""
+    """Return the value to store below ``event_response.talking_points``; *response* is the parsed JSON."""
     return {"points": response["points"], "urgency": response["urgency"], "event": document["event_type"]}

@@ -1,4 +1,4 @@
--- A small shop with a support desk, to try `python cli.py index` on. SQLite.
+-- A small shop with a support desk, for trying `python cli.py index`. SQLite.
 
 CREATE TABLE customers (
     id INTEGER PRIMARY KEY,

@@ -69,7 +69,7 @@ class ServiceGate:
             RequestError: WRONG_HOST, NOT_FOUND, UNAUTHENTICATED, TOO_MANY or STOPPING.
         """
         if self._is_local_only and not _THIS_MACHINE.fullmatch(headers.get(b"host", b"localhost")):
-            raise RequestError(WRONG_HOST)  # DNS rebinding: a web page reaches this machine by a name of its own
+            raise RequestError(WRONG_HOST)  # DNS rebinding: a web page reaches this machine under its own host name
         exposure = self._exposure.get(route, "public")
         if exposure == "off":
             raise RequestError(NOT_FOUND)

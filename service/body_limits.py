@@ -27,7 +27,7 @@ class BodyLimits:
     def __init__(
         self, max_bytes: int, timeout_s: float, admission_checks: Mapping[str, Callable[[Headers], None]]
     ) -> None:
-        """*admission_checks* by path: raises RequestError if a request would be rejected whatever its body is."""
+        """*admission_checks*, by path, raise RequestError if a request would be rejected with any body."""
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._admission_checks = admission_checks
@@ -95,7 +95,7 @@ class BodyLimitsMiddleware:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that yields *body* first, and then what the server says: that the client has gone."""
+    """Return a ``receive`` that yields *body* first, and then the server's messages, such as the disconnect."""
     is_read = False
 
     async def replayed() -> Message:
@@ -109,7 +109,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _require_json(headers: Headers) -> None:
-    """A compressed body would hide its size."""
+    """Require uncompressed JSON, because compression hides the size of a body."""
     media_type, _, parameters = headers.get(b"content-type", b"").lower().partition(b";")
     charset = parameters.replace(b" ", b"").replace(b'"', b"")
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()

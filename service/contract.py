@@ -107,7 +107,7 @@ class ConversationAnswer(ClassificationResponse):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong. Never quotes the request."""
+    """The kind and message of an error. Never quotes the request."""
 
     type: str = Field(description="one of a closed list")
     message: str = Field(description="one sentence: what is wrong and what to do")

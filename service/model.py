@@ -195,7 +195,7 @@ class ModelService:
                     ended_at = time.monotonic()
                     self._metrics.model_time.observe(ended_at - started_at)
         except RequestError as exc:
-            # The deadline of the request. _labels has counted that of the call.
+            # The deadline of the request; _labels has counted the deadline of the call.
             if exc.kind is errors.TOO_SLOW and isinstance(exc.__cause__, TimeoutError) and started_at < math.inf:
                 self._metrics.model_failures.labels(str(Reason.TIMEOUT)).inc()
             raise

@@ -57,5 +57,5 @@ def search_characters(settings: ServiceSettings) -> int:
 
 
 def query_characters(settings: ServiceSettings) -> int:
-    """Return its maximum length in a URL."""
+    """Return the maximum length of such a text in a URL."""
     return min(MAX_QUERY_CHARACTERS, settings.max_text_characters)

@@ -1,6 +1,6 @@
 """Closes connections that make no progress. uvicorn itself never does; docs/decisions.md has the reasons.
 
-uvicorn 0.54 has no time-out for the head or the body of a request, nor for a client that does not read its answer, and
+uvicorn 0.54 has no timeout for the head or the body of a request, nor for a client that does not read its answer, and
 it waits for all of them when it stops. The guard replaces the protocol class in the ``Config`` of the running server,
 which reads it for each new connection. Plain ``uvicorn main:app`` is protected too; other servers in the process are
 not affected.
@@ -44,7 +44,7 @@ MAX_HEAD_BYTES = 65_536  # the limit of h11; httptools has none
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """The event that a connection waits for."""
 
     IDLE = "another request; uvicorn's keep-alive closes it"
     HEAD = "the head of a request"

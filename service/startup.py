@@ -32,7 +32,7 @@ RESERVED_FILES = 64  # logs, the listening socket, the event loop
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the routes share while the service runs."""
+    """The objects that the routes share while the service runs."""
 
     settings: ServiceSettings
     model: ModelService

@@ -1,4 +1,4 @@
-"""What the batch worker needs of a document store; ``mongo_client.DocumentStore`` provides it."""
+"""The interface of the document store; ``mongo_client.DocumentStore`` implements it."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from error_handler import DirectoryLockedError, Reason, StateDirectoryError
 from storage import extended_json
 
-MAX_DEATHS_IN_HAND = 2  # crashes while the process worked on this document
+MAX_DEATHS_PROCESSING = 2  # crashes while the process worked on this document
 MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly not its fault
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Make *content* the content of *path*, durably, with mode 0600.
+    """Replace the content of *path* with *content*, durably, with mode 0600.
 
     Write a temporary file in the same folder, fsync it, rename it over *path*, then fsync the folder, without which
     a power cut may undo the rename.
@@ -119,13 +119,13 @@ class DirectoryLock:
 
 @dataclass(slots=True)
 class JournalEntry:
-    """What the journal recorded about one document.
+    """The journal's record of one document.
 
-    *in_hand* and *waiting* count the crashes while it was processed, and while it waited for the model. *reason* goes
+    *processing* and *waiting* count the crashes while it was processed, and while it waited for the model. *reason* goes
     with *problem* and, for failures, with *is_final*; *result* is the document to store.
     """
 
-    in_hand: int = 0
+    processing: int = 0
     waiting: int = 0
     result: dict[str, Any] | None = None
     reason: Reason | None = None
@@ -136,8 +136,8 @@ class JournalEntry:
 
     @property
     def is_poison(self) -> bool:
-        """Whether the document ended the process too often to be tried again."""
-        return not self.settled and (self.in_hand >= MAX_DEATHS_IN_HAND or self.waiting >= MAX_DEATHS_WAITING)
+        """Whether the document ended the process too often for another attempt."""
+        return not self.settled and (self.processing >= MAX_DEATHS_PROCESSING or self.waiting >= MAX_DEATHS_WAITING)
 
 
 class BatchJournal:
@@ -181,7 +181,7 @@ class BatchJournal:
         self._append({"e": "failed", "id": document_id, "reason": reason, "problem": problem, "is_final": is_final})
 
     def close(self) -> None:
-        """Close the file, which stays."""
+        """Close the file and keep it."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -239,9 +239,9 @@ def _apply(entries: dict[bytes, JournalEntry], event: dict[str, Any]) -> None:
     entry = entries.setdefault(extended_json.id_key(event["id"]), JournalEntry())
     match event["e"]:
         case "started":
-            entry.in_hand += 1
+            entry.processing += 1
         case "asked":
-            entry.in_hand -= 1
+            entry.processing -= 1
             entry.waiting += 1
         case "released":
             entry.waiting -= 1

@@ -16,7 +16,7 @@ from storage.contract import Document
 DURABLE = WriteConcern("majority", j=True)
 MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
 CLOSE_WAIT_S = 2.0  # for the driver to end its connections
-SERVER_SELECTION_MS = 10_000  # a wrong address is reported soon; three attempts bridge half a minute
+SERVER_SELECTION_MS = 10_000  # short, to report a wrong address soon; three attempts cover half a minute
 
 
 def open_client(settings: Settings) -> AsyncMongoClient[Document]:
@@ -26,7 +26,7 @@ def open_client(settings: Settings) -> AsyncMongoClient[Document]:
         ConfigurationError: MONGODB_URI is not a usable address.
     """
     try:
-        with warnings.catch_warnings(action="error", category=UserWarning):  # or an option with a typo is ignored
+        with warnings.catch_warnings(action="error", category=UserWarning):  # misspelt options
             return AsyncMongoClient(
                 settings.mongodb_uri.get_secret_value(),
                 maxPoolSize=MAX_POOL_SIZE,
@@ -45,7 +45,7 @@ def open_client(settings: Settings) -> AsyncMongoClient[Document]:
 async def close_client(client: Any) -> None:
     """Close *client*, and wait at most CLOSE_WAIT_S for it; the event loop ends the rest.
 
-    PyMongo waits 20 s for its monitor if a server accepts connections and then says nothing.
+    PyMongo waits 20 s for its monitor if a server accepts connections but never responds.
     """
     task = asyncio.create_task(client.close())
     await asyncio.wait([task], timeout=CLOSE_WAIT_S)

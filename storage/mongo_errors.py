@@ -1,4 +1,4 @@
-"""The driver's errors as this product's: which are worth repeating, and one sentence for the operator.
+"""Translates the driver's errors: whether another attempt can help, and one sentence for the operator.
 
 Driver messages are left out: they may contain the address with its password, or a document.
 """

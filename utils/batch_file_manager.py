@@ -116,7 +116,7 @@ class BatchFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.lost_failures = False  # a retry file was set aside: only the status in MongoDB still says failed
+        self.lost_failures = False  # a corrupt retry file was renamed: only the status in MongoDB is still failed
         self._lock = DirectoryLock(directory)
         try:
             if directory.is_symlink():
@@ -138,7 +138,7 @@ class BatchFiles:
             ) from exc
 
     def acquire(self) -> None:
-        """Lock the directory for this process; the kernel releases the lock however the process ends.
+        """Lock the directory for this process; the kernel releases the lock when the process ends.
 
         Raises:
             DirectoryLockedError: Another worker holds it.
@@ -194,7 +194,7 @@ class BatchFiles:
         remove_file(batch.journal.path)  # last: a journal without its batch is ignored
 
     def finish_retry(self, batch: BatchFile, failures: Iterable[FailedDocument]) -> None:
-        """Make *failures* the content of a finished retry file; none removes it."""
+        """Write *failures* to a finished retry file, or remove the file if there are none."""
         self.write_failures(batch.path, failures)
         batch.journal.close()
         remove_file(batch.journal.path)
@@ -245,7 +245,7 @@ class BatchFiles:
         return self.directory / kind / f"batch_{self._last_number:03d}_{suffix}.json"
 
     def write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
-        """Make *failures* the content of *path*, durably; none removes the file."""
+        """Write *failures* to *path* durably, or remove the file if there are none."""
         entries = [entry.as_dict() for entry in failures]
         if entries:
             replace_file(path, extended_json.dumps(entries))
@@ -321,7 +321,7 @@ class BatchFiles:
     def _read(self, path: Path) -> Any:
         try:
             content = extended_json.loads(path.read_bytes())
-            if content is None:  # would look like a missing file
+            if content is None:  # the caller would take it for a missing file
                 raise ValueError("null")
             return content
         except FileNotFoundError:

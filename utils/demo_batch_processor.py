@@ -37,7 +37,7 @@ from worker.run import Classify
 
 
 class ScriptedClient:
-    """What ``classification_flow`` needs of a client; the answers come from SCRIPT."""
+    """The client for ``classification_flow``; the answers come from SCRIPT."""
 
     target = ChatTarget("ollama_chat", "", "", "scripted-demo", None, 8192, "0")
 
@@ -172,7 +172,7 @@ async def _demonstrate(settings: Settings) -> None:
             )
             print(f"           {labels['categorization']} (model asked {asked}x)")
 
-        _step(4, "The source documents say how they ended")
+        _step(4, "The source documents with their final status")
         async for document in source.find():
             status = document.get("status") or f"processed: {document['processed']}"
             reason = document.get("status_reason")
@@ -187,7 +187,7 @@ async def _demonstrate(settings: Settings) -> None:
         print(
             f"   run: documents_processed {again['documents_processed']}, results {await results.count_documents({})}"
         )
-    print("\nWith a real MongoDB and Ollama the same is: python utils/mongodb_import.py && python cli.py --model NAME")
+    print("\nThe same with a real MongoDB and Ollama: python utils/mongodb_import.py && python cli.py --model NAME")
 
 
 def scripted_model() -> Classify:
@@ -204,7 +204,7 @@ def scripted_model() -> Classify:
             for reply in _endless(SCRIPT[start]):
                 print(f'   "{start} ...", round {rounds + 1}: model answers {one_line(reply, 60)}')
                 flow.send(ChatReply(reply, None, None))
-                print("      not usable: asked again, with what was wrong")
+                print("      not usable: asked again, with the reason")
         except StopIteration as finished:
             outcome: Outcome = finished.value
             print(f"      accepted as {outcome.classification.intent}")

@@ -1,4 +1,4 @@
-"""Which addresses are reachable from other machines."""
+"""Checks which addresses other machines can reach."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def require_keys_outside_this_machine(host: str | None, settings: ServiceSetting
     """
     if settings.keys is None and not settings.allow_unauthenticated and not is_loopback(host):
         raise ConfigurationError(
-            f"{host or 'every address'} is reached from outside this machine and API_KEYS is empty: set API_KEYS, listen on "
-            "127.0.0.1, or say API_ALLOW_UNAUTHENTICATED=true."
+            f"{host or 'every address'} can be reached from outside this machine and API_KEYS is empty: set API_KEYS, listen on "
+            "127.0.0.1, or set API_ALLOW_UNAUTHENTICATED=true."
         )
 
 

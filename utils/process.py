@@ -1,4 +1,4 @@
-"""The life of a process: signals, exit codes, garbage collection."""
+"""Process lifecycle: signals, exit codes, garbage collection."""
 
 from __future__ import annotations
 

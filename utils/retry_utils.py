@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often one operation is attempted, the first attempt included, and how long to wait in between.
+    """The number of attempts of an operation, including the first, and the waits between them.
 
     After failed attempt *n* (from 1) the wait is ``min(CAP_S, first_wait_s * 2 ** (n - 1)) * U(0.5, 1.5)`` seconds.
     """
@@ -44,7 +44,7 @@ def is_worth_repeating(exc: BaseException) -> bool:
 def tenacity_options(
     policy: RetryPolicy, what: str, on_retry: Callable[[], None] | None = None, *, made: int = 0
 ) -> dict[str, Any]:
-    """Return the arguments of ``tenacity.Retrying`` and ``tenacity.AsyncRetrying``. The last error is raised as it is.
+    """Return the arguments of ``tenacity.Retrying`` and ``tenacity.AsyncRetrying``. The last error is raised unchanged.
 
     *what* names the operation in the log. *on_retry* is called before each repetition. *made* attempts have already
     failed.
@@ -67,7 +67,7 @@ def tenacity_options(
 async def retry_async(
     operation: Callable[[], Awaitable[T]], policy: RetryPolicy, what: str, on_retry: Callable[[], None] | None = None
 ) -> T:
-    """Return the result of *operation*, repeated as *policy* says; the last error is raised as it is.
+    """Return the result of *operation*, repeated as *policy* says; the last error is raised unchanged.
 
     The first attempt, which nearly always succeeds, runs without tenacity: its bookkeeping takes 35 µs, 7 % of the
     processor time of a document.

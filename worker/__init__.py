@@ -1,4 +1,4 @@
 """The batch run: intake, deduplication, settlement, retries, quarantine, progress and metrics.
 
-Import any module of it. It imports the LLM wrappers, ``mongo_client`` and the layers below them.
+Any higher layer may import any of its modules. It imports the LLM wrappers, ``mongo_client`` and the layers below them.
 """

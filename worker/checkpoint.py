@@ -73,11 +73,11 @@ class Checkpoint:
     job_id: str
     reprocess: bool = False
     low_water_mark: Any = None
-    has_mark: bool = False  # null is a valid _id, so None cannot say so
+    has_mark: bool = False  # null is a valid _id, so None cannot mean "no mark"
     finished: bool = False
     counts: dict[str, Any] = field(default_factory=dict)
     only: str | None = None  # RunOptions.only
-    worker_id: str | None = None  # a copy: without worker.json, a worker would be locked out by its own leases
+    worker_id: str | None = None  # if worker.json is lost: leases belong to this id
 
     def as_dict(self) -> dict[str, Any]:
         """Return the checkpoint as the file stores it, without the time of writing."""

@@ -1,4 +1,4 @@
-"""Deduplication: one of several identical conversations is asked, the others reuse its answer."""
+"""Deduplication: the model classifies one of several identical conversations, and the others reuse its answer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from worker.settlement import WorkItem
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "asked_before.sqlite"
-_SIBLINGS = ("", "-wal", "-shm", "-journal")  # of SQLite, beside the file
+_SIBLINGS = ("", "-wal", "-shm", "-journal")  # SQLite files beside the cache file
 _CACHE_KB = 1024
 
 Copy = tuple[WorkItem, Outcome]
 
 
 class Deduplicator:
-    """Decides which document is asked; with *cache* None, each is.
+    """Decides which documents the model is asked about; with *cache* None, all of them.
 
     Memory is bounded by the documents in work: followers are among them, earlier answers are in *cache*. Documents of
     a retry round are always asked, with another seed.

@@ -24,7 +24,7 @@ MAX_SWEEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What one run shall do. *limit* None takes all documents, *only* None all kinds (see domain.staleness)."""
+    """The options of one run. *limit* None takes all documents, *only* None all kinds (see domain.staleness)."""
 
     batch_size: int = 100
     limit: int | None = None

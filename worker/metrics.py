@@ -80,7 +80,7 @@ class MetricsFile:
         gauge("triad_run_status", "1 for the current status of the run", states, "status")
         gauge("triad_run_calls_in_flight", "Documents that wait for the model", [("", in_flight)])
         if limit is not None:
-            gauge("triad_run_concurrency_limit", "Calls that may be in flight, found by auto", [("", limit)])
+            gauge("triad_run_concurrency_limit", "Limit of concurrent calls, set by auto", [("", limit)])
         gauge("triad_retry_queue_documents", "Documents in the retry queue", [("", self._queues["retry"].count())])
         gauge("triad_quarantine_documents", "Documents in quarantine", [("", self._queues["quarantine"].count())])
         gauge(LAST_SUCCESS, "Time of the last classified document; 0: never", [("", self._times[LAST_SUCCESS])])

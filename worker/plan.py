@@ -1,4 +1,4 @@
-"""What a run would do now: the plan of its answers, its context window, and the documents that need work."""
+"""The plan of a run: plan fingerprint, context window, and documents that need work."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def ask_plan(settings: Settings) -> str:
 
 
 def work_kinds(store: DocumentStore, settings: Settings, plan: str | None) -> StalenessChecker:
-    """Return the checker for the documents of *store*; *plan* is None if the model server was not asked."""
+    """Return the checker for the documents of *store*; *plan* is None if the model server was not contacted."""
     directory = settings.batch_files_dir
     return StalenessChecker(aggregate_conversation, plan, store.result_provenance, lambda: failed_keys(directory))
 

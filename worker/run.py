@@ -1,4 +1,4 @@
-"""One run of the batch worker: documents in, exactly one result each out, through any crash.
+"""One run of the batch worker: exactly one result for each document, despite crashes.
 
 It knows neither MongoDB nor the model server: the store and the steps are arguments. docs/architecture.md follows one
 document through this module.
@@ -61,7 +61,7 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class RunParts:
-    """The surroundings of one run.
+    """Settings, stores and observers of one run.
 
     *stop*, when set, ends the run: no new documents, and a grace period for calls in flight. *limit* None means that
     ``settings.max_concurrent`` is a fixed number.
@@ -274,7 +274,7 @@ class BatchRun:
         self._settlement.skip(item, problem.reason, str(problem))
 
     def _require_model(self, error: LLMError) -> None:
-        """End the run if the server says again and again that it has no such model."""
+        """End the run if the server repeatedly reports that it has no such model."""
         self._model_errors = self._model_errors + 1 if isinstance(error, LLMModelError) else 0
         if self._model_errors >= MODEL_ERRORS_IN_A_ROW:
             raise LLMModelError(
@@ -366,7 +366,7 @@ class BatchRun:
 
 
 def _first(group: BaseExceptionGroup[TriadError]) -> TriadError:
-    """Return the error that ended the run first: the first leaf of *group*."""
+    """Return the first leaf of *group*, which is the error that ended the run."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -38,7 +38,7 @@ IDS_PER_UPDATE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why one round of a document failed; *is_final* if another round cannot help."""
+    """The reason why one round of a document failed; *is_final* if another round cannot help."""
 
     reason: Reason
     message: str
@@ -88,7 +88,7 @@ class BatchInWork:
     """A batch of *file* with one WorkItem for each of its documents.
 
     *is_retry* marks a round of a retry file. With *mark*, the documents are recorded as read. *claimed_at* is a
-    ``time.monotonic()`` at which this worker surely held the leases; by default now.
+    ``time.monotonic()`` at which this worker certainly held the leases; by default now.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Settlement:
         except StoreUnavailableError as exc:
             for item, result in group:
                 self.fail(item, Failure.of(exc), result)
-            raise  # more answers could not be stored either
+            raise  # further answers could not be stored either
         finally:
             self.progress.set()
         for index, (item, result) in enumerate(group):

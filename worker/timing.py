@@ -17,15 +17,15 @@ from model_server.protocol import ChatReply
 from worker.run import Classify
 
 BUSY_SHARE = 0.1  # of a document's time; servers report a few milliseconds of overhead as queue wait
-LEAST_TIMED = 8  # documents, without the first one of each call, which reads the whole prompt uncached
-LEAST_FOR_INTERVAL = 5
+MIN_TIMED = 8  # documents, without the first one of each call, which reads the whole prompt uncached
+MIN_FOR_INTERVAL = 5
 SCHEDULED = 400  # documents assigned to slots one by one, for the idle slots at the end; the rest takes the mean
 Z_90 = 1.645
 
 
 @dataclass(slots=True)
 class DocumentTiming:
-    """When one document of the sample was classified; seconds of one monotonic clock.
+    """The times of one document of the sample, in seconds of one monotonic clock.
 
     *gap_s* is the time since the same worker finished its previous document, None for the first. *queue_wait_s* and the
     token counts are sums over the calls of the document, None if the server does not report them.
@@ -131,7 +131,7 @@ class Pace:
 def measure_pace(timings: Sequence[DocumentTiming], max_concurrent: int) -> Pace:
     """Return the pace of a sample (one document or more) taken with *max_concurrent* calls."""
     later = [timing for timing in timings if timing.gap_s is not None]
-    timed = later if len(later) >= LEAST_TIMED else list(timings)
+    timed = later if len(later) >= MIN_TIMED else list(timings)
     waiting = [timing for timing in timed if timing.queue_wait_s is not None]
     share = None
     if waiting:
@@ -187,7 +187,7 @@ def quote_time(pace: Pace, documents: int) -> TimeQuote:
     scheduled = min(documents, SCHEDULED)
     expected_s = _makespan(itertools.islice(itertools.cycle(holds_s), scheduled), pace.slots)
     expected_s += (documents - scheduled) * mean_s / pace.slots
-    if size < LEAST_FOR_INTERVAL:
+    if size < MIN_FOR_INTERVAL:
         return TimeQuote(expected_s, None, None)
     if not expected_s:
         return TimeQuote(0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
 """The checks of ``cli.py doctor``, one module per subject; each returns findings.
 
-``commands.doctor`` and the diagnosis scripts import it. Imports what ``commands`` may import.
+``commands.doctor`` and the diagnosis scripts import it. It imports what ``commands`` may import.
 """

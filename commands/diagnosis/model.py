@@ -51,15 +51,15 @@ TEST_DOCUMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Probing:
-    """How much to ask of the model: up to *at_most* concurrent requests, nothing if it is 0. *tell* gets progress."""
+    """The limit of the probe: up to *at_most* concurrent requests; 0 sends none. *tell* gets progress."""
 
     at_most: int
     tell: Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The model under test and what the server says about it; *settings* are those of a run."""
+class ModelUnderTest:
+    """The model under test and the facts that the server reports about it; *settings* are those of a run."""
 
     client: AsyncLLMClient
     settings: Settings
@@ -110,8 +110,8 @@ async def diagnose_model(
             return
         facts = await client.show(model.name) if settings.protocol != "openai_chat" else ModelFacts()
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
-        asked = Asked(client, settings, model, facts)
-        async for finding in _model(asked, probing, sample):
+        tested = ModelUnderTest(client, settings, model, facts)
+        async for finding in _model(tested, probing, sample):
             yield finding
 
 
@@ -124,17 +124,17 @@ def unencrypted(settings: Settings) -> Finding | None:
     return warning(sentence, "Use TLS (https://) or a tunnel (ssh -L); ignore this in a private container network.")
 
 
-async def _model(asked: Asked, probing: Probing, sample: Sample) -> AsyncGenerator[Finding]:
-    for finding in _describe(asked):
+async def _model(tested: ModelUnderTest, probing: Probing, sample: Sample) -> AsyncGenerator[Finding]:
+    for finding in _describe(tested):
         yield finding
-    if asked.is_ollama:
-        async for finding in settle_window(asked.client, asked.settings, sample):
+    if tested.is_ollama:
+        async for finding in settle_window(tested.client, tested.settings, sample):
             yield finding
     if probing.at_most:
-        async for finding in _probe(asked, probing):
+        async for finding in _probe(tested, probing):
             yield finding
-    elif asked.is_ollama:
-        async for finding in _memory(asked, by_us=False):
+    elif tested.is_ollama:
+        async for finding in _memory(tested, by_us=False):
             yield finding
 
 
@@ -147,9 +147,9 @@ def _server(settings: Settings, version: str | None, models: list[ServedModel]) 
     return ok(sentence, version=version, local_models=local, remote_models=remote)
 
 
-def _describe(asked: Asked) -> Iterator[Finding]:
+def _describe(tested: ModelUnderTest) -> Iterator[Finding]:
     """Yield what the server knows about the model without loading it."""
-    model, facts = asked.model, asked.facts
+    model, facts = tested.model, tested.facts
     details = [
         facts.parameter_size and f"{facts.parameter_size} parameters",
         facts.quantization and f"quantisation {facts.quantization}",
@@ -165,29 +165,29 @@ def _describe(asked: Asked) -> Iterator[Finding]:
         can_think=facts.can_think,
         context_length=facts.context_length,
     )
-    if asked.is_ollama and facts.capabilities and "completion" not in facts.capabilities:
+    if tested.is_ollama and facts.capabilities and "completion" not in facts.capabilities:
         yield error(f"{model.name} cannot chat: it is an embedding model.", "Choose another with --model.")
-    if asked.is_ollama and facts.can_think:
+    if tested.is_ollama and facts.can_think:
         yield ok("The model can reason; every request disables that (think: false).")
 
 
-async def _probe(asked: Asked, probing: Probing) -> AsyncGenerator[Finding]:
+async def _probe(tested: ModelUnderTest, probing: Probing) -> AsyncGenerator[Finding]:
     """Yield the findings that need requests: load time, memory, a classification, the slots."""
-    settings = asked.settings
-    probing.tell(f"Loading {asked.model.name} ...")
+    settings = tested.settings
+    probing.tell(f"Loading {tested.model.name} ...")
     try:
-        yield await _load(asked)
+        yield await _load(tested)
     except LLMError as exc:
         yield error(f"The model does not answer: {exc}.", _remedy(exc, settings))
         return
-    if asked.is_ollama:
-        async for finding in _memory(asked, by_us=True):
+    if tested.is_ollama:
+        async for finding in _memory(tested, by_us=True):
             yield finding
     probing.tell("Classifying a test conversation ...")
-    yield await _classify(asked)
+    yield await _classify(tested)
     probing.tell("Probing for slots ...")
     # Another window would make the server reload the model.
-    once = without_second_attempts(settings).model_copy(update={"ollama_num_ctx": asked.num_ctx})
+    once = without_second_attempts(settings).model_copy(update={"ollama_num_ctx": tested.num_ctx})
     try:
         measured = await measure(once, probing.at_most, ROUNDS, probing.tell, until_one_waits=True)
     except LLMError as exc:
@@ -198,13 +198,13 @@ async def _probe(asked: Asked, probing: Probing) -> AsyncGenerator[Finding]:
     yield _slots(measured, settings.max_concurrent)
 
 
-async def _load(asked: Asked) -> Finding:
+async def _load(tested: ModelUnderTest) -> Finding:
     """Send one small request with the options of a run, which loads the model if necessary."""
     start = time.monotonic()
     load_s = None
     with suppress(LLMReplyError):  # the test conversation checks the answers
-        load_s = (await asked.client.chat(MESSAGES, SCHEMA_JSON)).load_s
-    took_s, timeout_s = time.monotonic() - start, asked.settings.llm_timeout_s
+        load_s = (await tested.client.chat(MESSAGES, SCHEMA_JSON)).load_s
+    took_s, timeout_s = time.monotonic() - start, tested.settings.llm_timeout_s
     numbers = {"first_answer_s": round(took_s, 3), "load_s": None if load_s is None else round(load_s, 3)}
     loading = "" if load_s is None else f", including {load_s:.1f} s to load the model"
     sentence = f"The first answer took {took_s:.1f} s{loading}."
@@ -214,17 +214,17 @@ async def _load(asked: Asked) -> Finding:
     return warning(f"{sentence} A call times out after {timeout_s:g} s, which aborts the load.", remedy, **numbers)
 
 
-async def _memory(asked: Asked, *, by_us: bool) -> AsyncGenerator[Finding]:
+async def _memory(tested: ModelUnderTest, *, by_us: bool) -> AsyncGenerator[Finding]:
     """Yield the real window of the loaded model, and whether it fits into the GPU; *by_us*: the probe loaded it."""
     try:
-        entry = find_loaded(asked.client.target.model, await asked.client.loaded())
+        entry = find_loaded(tested.client.target.model, await tested.client.loaded())
     except LLMError as exc:
-        yield error(_sentence(exc), _remedy(exc, asked.settings))
+        yield error(_sentence(exc), _remedy(exc, tested.settings))
         return
     if entry is None:
-        yield ok(f"{asked.model.name} is not loaded; the first call of a run loads it.")
+        yield ok(f"{tested.model.name} is not loaded; the first call of a run loads it.")
         return
-    for finding in given_window(asked.num_ctx, asked.facts.context_length, entry, by_us=by_us):
+    for finding in given_window(tested.num_ctx, tested.facts.context_length, entry, by_us=by_us):
         yield finding
     if entry.size_bytes and entry.vram_bytes is not None:
         yield _gpu_share(entry.size_bytes, entry.vram_bytes)
@@ -241,21 +241,21 @@ def _gpu_share(size_bytes: int, vram_bytes: int) -> Finding:
     return warning(sentence, "Use a smaller model, a stronger quantisation or a smaller OLLAMA_NUM_CTX.", **numbers)
 
 
-async def _classify(asked: Asked) -> Finding:
+async def _classify(tested: ModelUnderTest) -> Finding:
     """Classify a test conversation exactly as a run does: taxonomy, prompt, schema, request, validation."""
     try:
-        taxonomy = load_taxonomy(asked.settings.taxonomy_file)
+        taxonomy = load_taxonomy(tested.settings.taxonomy_file)
     except ConfigurationError:
         sentence = "The test conversation was not classified because the labels do not load."
         return warning(sentence, "See the section Labels below.")
     prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
     try:
-        outcome = await ollama_classify_async(aggregate_conversation(TEST_DOCUMENT), asked.client, prompts, parser)
+        outcome = await ollama_classify_async(aggregate_conversation(TEST_DOCUMENT), tested.client, prompts, parser)
     except LLMReplyError as exc:
         sentence = f"Both answers to the test conversation are invalid ({exc.reason}: {exc})."
         return error(sentence, "Use a larger model, or one that follows a JSON schema.")
     except LLMError as exc:
-        return error(f"The test conversation got no answer: {exc}.", _remedy(exc, asked.settings))
+        return error(f"The test conversation got no answer: {exc}.", _remedy(exc, tested.settings))
     labels = outcome.classification
     numbers = {
         "intent": labels.intent,

@@ -41,7 +41,7 @@ SCHEMA_JSON = json.dumps(
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: its latency, and the part of it that the server queued it, None if unknown."""
+    """One request: its latency, and the time in the queue of the server, None if unknown."""
 
     latency_s: float
     queue_wait_s: float | None
@@ -99,7 +99,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The measured levels; *stopped* says why the last ones are missing."""
+    """The measured levels; *stopped* is the reason why the last ones are missing."""
 
     model: str
     server_url: str
@@ -109,7 +109,7 @@ class Measurement:
 
     @property
     def slots(self) -> int:
-        """How many calls the server runs at once; at least as many if no call waited."""
+        """The number of calls that the server runs at once; a lower bound if no call waited."""
         return self.levels[-1].at_once - self.levels[-1].waited
 
     @property
@@ -134,7 +134,7 @@ async def measure(
 ) -> Measurement:
     """Measure with 1, 2, 4, ... up to *at_most* requests at once; *tell* gets the progress, one sentence each.
 
-    The measurement ends at a level that the server cannot serve (busy, time-out, connection lost) and, with
+    The measurement ends at a level that the server cannot serve (busy, timeout, connection lost) and, with
     *until_one_waits*, at the first level at which a call waits. *settings* come from ``without_second_attempts``. The
     window is the one they set, otherwise that of the loaded model, otherwise the default of a run without documents.
 
@@ -182,7 +182,7 @@ async def _round(client: AsyncLLMClient, timeout_s: float, at_once: int) -> Roun
 
 
 async def _call(client: AsyncLLMClient, timeout_s: float) -> Call:
-    """Time one request. An unusable answer took its time as well, so it counts."""
+    """Time one request. An unusable answer takes time too, so it counts."""
     target = client.target
     body = build_chat_body(target, MESSAGES, SCHEMA_JSON)
     start_s = time.monotonic()

@@ -23,7 +23,7 @@ from utils.process import exit_code_of
 from utils.retry_utils import RetryPolicy
 
 CONNECT_TIMEOUT_S = 5.0
-MAX_TOLD_WAIT_S = 600.0
+MAX_RETRY_AFTER_S = 600.0
 GROWTH = 0.1  # slots per answer; faster growth makes half of all calls exceed a rate limit
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class ServiceClient:
         Raises:
             RequestError: The service rejected this conversation, or the last attempt failed.
             ServiceTimeoutError: The last attempt timed out.
-            ServiceAwayError: The service is not reachable, or Retry-After exceeds MAX_TOLD_WAIT_S.
+            ServiceAwayError: The service is not reachable, or Retry-After exceeds MAX_RETRY_AFTER_S.
             ConfigurationError: The service would reject every conversation.
             RunInterruptedError: The run was stopped before the service answered.
         """
@@ -156,17 +156,17 @@ class ServiceClient:
 
     async def _before_next(self, exc: RequestError | ServiceTimeoutError | ServiceAwayError, attempt: int) -> None:
         """Wait for the next attempt; raise *exc* if there is none."""
-        told_s = exc.retry_after_s if isinstance(exc, RequestError) else None
-        if told_s is not None and told_s > MAX_TOLD_WAIT_S:
-            raise ServiceAwayError(f"The service asks to retry after {told_s} s; run the same command then.") from exc
-        if told_s is not None:
-            self._pace.slow_down(told_s)
+        delay_s = exc.retry_after_s if isinstance(exc, RequestError) else None
+        if delay_s is not None and delay_s > MAX_RETRY_AFTER_S:
+            raise ServiceAwayError(f"The service asks to retry after {delay_s} s; run the same command then.") from exc
+        if delay_s is not None:
+            self._pace.slow_down(delay_s)
         is_final = isinstance(exc, RequestError) and exc.kind.status not in protocol.REPEATED_STATUSES
         if is_final or attempt >= self._policy.attempts:
             raise exc
         self.retries += 1
-        wait_s = self._policy.wait_s(attempt) if told_s is None else 0.0
-        logger.info("attempt %d failed (%s), next in %.1f s", attempt, exc, told_s or wait_s)
+        wait_s = self._policy.wait_s(attempt) if delay_s is None else 0.0
+        logger.info("attempt %d failed (%s), next in %.1f s", attempt, exc, delay_s or wait_s)
         await self._pace.wait(wait_s)
 
     async def _post(self, request: ServiceRequest, attempt: int) -> dict[str, Any]:
@@ -177,8 +177,8 @@ class ServiceClient:
             async with self._session.post(
                 url, data=request.body, headers=headers, timeout=self._timeout, allow_redirects=False
             ) as response:
-                told = protocol.parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
-                return protocol.parse_answer(request, response.status, await _read_bounded(response), told)
+                delay_s = protocol.parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+                return protocol.parse_answer(request, response.status, await _read_bounded(response), delay_s)
         except aiohttp.ConnectionTimeoutError as exc:
             raise ServiceAwayError(self._away) from exc
         except TimeoutError as exc:

@@ -83,7 +83,7 @@ def test_service_reuses_a_larger_window_and_reloads_an_unloaded_model(site: Site
     folder = tmp_path / "quick"
     folder.mkdir()
     (folder / "quick_looks.py").write_text(
-        "import async_llm_wrapper as window\nwindow.LOOK_EVERY_S = 0.0\nfrom main import app\n"
+        "import async_llm_wrapper as window\nwindow.CHECK_EVERY_S = 0.0\nfrom main import app\n"
     )
     model = model_of(site)
     with serve_beside(site, folder, app="quick_looks:app", PYTHONPATH=f"{folder}:{ROOT}") as service:
@@ -114,7 +114,7 @@ def test_the_service_is_ready_when_the_model_is_loaded(tmp_path: Path) -> None:
         for answer in (service.get("/ready"), service.classify()):
             assert (answer.status, answer.error) == (503, "ModelUnavailableError")
             assert int(answer.headers["retry-after"]) > 0
-        assert "being loaded" in service.get("/ready").json["error"]["message"]
+        assert "is loading" in service.get("/ready").json["error"]["message"]
         fake.wait_for("loaded_models", at_least=1)
         service.wait_for_metric("triad_model_found", 1)
         assert service.get("/ready").status == 200
@@ -159,7 +159,7 @@ def test_smaller_window_of_the_server_is_used(site: Site) -> None:
 def test_model_unloaded_during_a_run_is_loaded_by_one_request(site: Site) -> None:
     """No call starts a load that its own short time-out would abort."""
     site.source.insert_many([document(number) for number in range(20)])
-    program = "import sys, cli, async_llm_wrapper as window; window.LOOK_EVERY_S = 0; sys.exit(cli.main())"
+    program = "import sys, cli, async_llm_wrapper as window; window.CHECK_EVERY_S = 0; sys.exit(cli.main())"
     model_of(site).configure(faults=[{"kind": "unload", "when": {"indexes": [9]}}], load_delay_s=2.0)
     environment = site.environment(LLM_TIMEOUT_S="1", MAX_CONCURRENT="1", PYTHONPATH=str(ROOT))
     with WorkerProcess([sys.executable, "-c", program], environment, site.folder / "console") as worker:

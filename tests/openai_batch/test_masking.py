@@ -139,7 +139,7 @@ def test_placeholder_written_by_customer_is_avoided() -> None:
         assert hidden.startswith(f"{theirs} <EMAIL_")
         assert hidden != f"{theirs} {name}"
         assert mask.restore(hidden) == text
-        assert mask.strangers(mask.restore(hidden)) == 0
+        assert mask.unresolved(mask.restore(hidden)) == 0
 
 
 def test_unicode_case_folding_does_not_match() -> None:
@@ -160,7 +160,7 @@ def test_placeholder_of_changed_document_is_counted() -> None:
     mask = Masking().of(["eve@example.org"], "1")
     answer = {"to": [before, "x"], "n": 5}
     assert mask.restore(answer) == answer
-    assert mask.strangers(answer) == 1
+    assert mask.unresolved(answer) == 1
 
 
 def test_answers_of_any_shape_are_restored() -> None:

@@ -111,7 +111,7 @@ def test_start_fails_on_an_outside_address_without_keys(tmp_path: Path, start: t
     ended = run_to_the_end(tmp_path, *command, "--host", OUTSIDE, "--port", str(free_port()), API_EMBEDDED="true")
     assert ended.returncode == (2 if start == ("main.py",) else 3)  # 3 is uvicorn's
     assert (
-        "API_KEYS is empty: set API_KEYS, listen on 127.0.0.1, or say API_ALLOW_UNAUTHENTICATED=true." in ended.stderr
+        "API_KEYS is empty: set API_KEYS, listen on 127.0.0.1, or set API_ALLOW_UNAUTHENTICATED=true." in ended.stderr
     )
     assert "Traceback" not in ended.stderr
     assert "running on" not in ended.stderr

@@ -599,7 +599,7 @@ def test_api_client_compares_labels_with_expected_ones(capsys: pytest.CaptureFix
     """The expected label is in brackets if it differs."""
     with scripted_service() as service:
         assert api_client.main(["--url", service.url, "--count", "3"]) == ExitCode.DONE
-        assert all(len(request["body"]["messages"]) >= api_client.LEAST_TURNS for request in service.requests)
+        assert all(len(request["body"]["messages"]) >= api_client.MIN_TURNS for request in service.requests)
     output = capsys.readouterr().out
     assert "Order Status" in output
     assert "(Technical" in output

@@ -13,7 +13,7 @@ import pytest
 
 from error_handler import Reason, StateDirectoryError
 from storage.extended_json import id_key
-from storage.files import MAX_DEATHS_IN_HAND, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, replay_journal
+from storage.files import MAX_DEATHS_PROCESSING, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, replay_journal
 
 RESULT = {
     "_id": bson.ObjectId(),
@@ -89,12 +89,12 @@ def test_ids_of_different_types_are_distinct(journal: BatchJournal, path: Path) 
 
 def test_document_processed_at_two_crashes_is_poison(path: Path) -> None:
     """A crash is a start without what should follow it."""
-    for deaths in range(1, MAX_DEATHS_IN_HAND + 1):
+    for deaths in range(1, MAX_DEATHS_PROCESSING + 1):
         crashed = BatchJournal(path)
         crashed.started("a")
         crashed.close()
-        assert entry(path).is_poison == (deaths >= MAX_DEATHS_IN_HAND)
-    assert MAX_DEATHS_IN_HAND == 2
+        assert entry(path).is_poison == (deaths >= MAX_DEATHS_PROCESSING)
+    assert MAX_DEATHS_PROCESSING == 2
 
 
 def test_waiting_document_is_poison_after_five_crashes(path: Path) -> None:
@@ -105,7 +105,7 @@ def test_waiting_document_is_poison_after_five_crashes(path: Path) -> None:
         crashed.asked("a")
         crashed.close()
         assert entry(path).is_poison == (deaths >= MAX_DEATHS_WAITING)
-        assert entry(path).in_hand == 0
+        assert entry(path).processing == 0
     assert MAX_DEATHS_WAITING == 5
 
 
@@ -144,11 +144,11 @@ def test_a_crash_at_any_byte_loses_at_most_the_event_being_written(journal: Batc
         found = entry(path)
         complete = sum(cut >= end - 1 for end in ends)  # the line end itself may be missing
         assert (found.result is not None) == (complete >= 3)
-        assert found.in_hand == (1 if complete == 1 else 0)
+        assert found.processing == (1 if complete == 1 else 0)
         after = BatchJournal(path)
         after.started("c")
         after.close()
-        assert entry(path, "c").in_hand == 1
+        assert entry(path, "c").processing == 1
         assert (entry(path).result is not None) == (complete >= 3)
 
 
@@ -175,7 +175,7 @@ def test_a_crash_at_any_byte_loses_at_most_the_event_being_written(journal: Batc
 def test_invalid_line_is_ignored(path: Path, line: bytes) -> None:
     """A power cut leaves zeros and halves; what follows still counts."""
     path.write_bytes(line + b'\n{"e":"started","id":"a"}\n')
-    assert (entry(path).in_hand, entry(path).settled) == (1, False)
+    assert (entry(path).processing, entry(path).settled) == (1, False)
 
 
 def test_journal_is_private(journal: BatchJournal, path: Path) -> None:
@@ -214,7 +214,7 @@ def test_full_disk_raises(journal: BatchJournal, path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert (entry(path).in_hand, entry(path).result) == (1, None)
+    assert (entry(path).processing, entry(path).result) == (1, None)
 
 
 def test_unreadable_journal_raises(path: Path) -> None:

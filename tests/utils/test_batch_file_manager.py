@@ -141,7 +141,7 @@ def test_a_pending_batch_is_loaded_as_it_was_saved(files: BatchFiles, directory:
     (loaded,) = pending(BatchFiles(directory))
     assert bson.encode({"all": loaded.documents}) == bson.encode({"all": DOCUMENTS})
     assert (loaded.number, loaded.name, loaded.failures) == (1, "batch_001", {})
-    assert loaded.replay[id_key("doc0")].in_hand == 1
+    assert loaded.replay[id_key("doc0")].processing == 1
 
 
 def test_numbers_go_on_after_all_files_that_are_there(files: BatchFiles, directory: Path) -> None:

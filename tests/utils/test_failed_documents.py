@@ -132,7 +132,7 @@ def test_a_journal_of_an_interrupted_round_counts_for_that_round_alone(files: Ba
     batch.journal.started("a")
     batch.journal.close()
     (again,) = files.load_retry()
-    assert again.replay[id_key("a")].in_hand == 1
+    assert again.replay[id_key("a")].processing == 1
     files.save_failed("retry", 1, [failed("a", retry_count=1)])
     (later,) = files.load_retry()
     assert later.replay == {}
