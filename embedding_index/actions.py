@@ -18,17 +18,17 @@ from pydantic import SecretStr
 from config import Settings
 from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
+from database_docs.documentation_store import DocumentationStore
+from database_docs.introspection import read_database
+from database_docs.items import Kind, Synchronized
+from database_docs.sample_database import make_sample_database
 from domain.prices import price_source
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.documentation_store import DocumentationStore
 from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
-from embedding_index.introspection import read_database
-from embedding_index.items import Kind, Synchronized
 from embedding_index.mending import Mending, StatesAfterMending, sweep
 from embedding_index.report import Spending, require_affordable
-from embedding_index.sample_database import make_sample_database
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
     ConfigurationError,

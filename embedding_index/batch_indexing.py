@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind, content_hash
 from domain.prices import embedding_price
-from embedding_index.documentation_store import DocumentationStore
 from embedding_index.inputs import pack
-from embedding_index.items import IndexItem, Kind, content_hash
 from embedding_index.mending import StatesAfterMending
 from embedding_index.vector_store import Ended, OnEnded, SQLVectorStore
 

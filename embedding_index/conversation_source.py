@@ -16,9 +16,9 @@ from typing import Any
 
 from aggregator import aggregate_conversation
 from config import Settings
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind, MetadataValue
 from embedding_index.batch_indexing import SQLIndexerAgent
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import IndexItem, Kind, MetadataValue
 from embedding_index.mending import StatesAfterMending
 from embedding_index.providers.contract import Provider
 from embedding_index.vector_store import Ended, SQLVectorStore

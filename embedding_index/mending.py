@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import IndexItem, Kind, Offered, State, StoredItem
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind, Offered, State, StoredItem
 from embedding_index.vector_store import SQLVectorStore
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from database_docs.items import Kind, State
 from domain.text import encodable, escaped
-from embedding_index.items import Hit, Kind, State
+from embedding_index.search_entries import Hit
 from error_handler import EmbeddingCostError
 from storage.files import replace_file
 

@@ -9,13 +9,15 @@ import hashlib
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity, StoredItem
+from database_docs.items import IndexItem, Kind, MetadataValue, StoredItem
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_checks import Vector
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import MixedIndexError
@@ -23,6 +25,18 @@ from error_handler import MixedIndexError
 Item = IndexItem | StoredItem
 Page = tuple[list[str], NDArray[np.float32]]
 """Names and their vectors, one row each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One found item. *similarity* is the cosine, -1 to 1; *text* is None for conversations, whose text is not stored."""
+
+    kind: Kind
+    name: str
+    similarity: float
+    metadata: Mapping[str, MetadataValue]
+    text: str | None = None
+
 
 _PUT = """
 INSERT INTO entries SELECT ?1, ?2, ?3, ?4, ?5 WHERE EXISTS (SELECT 1 FROM vectors WHERE model = ?6 AND hash = ?3)

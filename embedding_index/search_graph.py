@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from embedding_index.items import Kind
+from database_docs.items import Kind
 from embedding_index.search_entries import SearchEntries
 from embedding_index.vector_checks import Vector
 from error_handler import ConfigurationError, TriadError, VectorStoreError

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_index.items import ModelIdentity
-from embedding_index.state_file import Schema, StateFile
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_checks import Vector, mixed_dimensions
+from storage.state_file import Schema, StateFile
 
 HASHES_PER_QUERY = 500  # an insert has four values for each; SQLite takes 32,766
 

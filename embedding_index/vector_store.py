@@ -10,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 
 from config.index_settings import IndexSettings, load_index_settings
+from database_docs.items import IndexItem, Kind
 from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
 from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
 from embedding_index.ledger_copy import restore_ledger, write_copy
-from embedding_index.providers.contract import Provider
+from embedding_index.providers.contract import ModelIdentity, Provider
 from embedding_index.providers.opening import open_provider
-from embedding_index.search_entries import Item, SearchEntries, mixed_message
+from embedding_index.search_entries import Hit, Item, SearchEntries, mixed_message
 from embedding_index.search_graph import publish_graph, require_chromadb
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch, query_vector

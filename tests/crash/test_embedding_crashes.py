@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from embedding_index.embedding_run import STORING_THREADS
-from embedding_index.items import ModelIdentity
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_ledger import VectorLedger
 from tests.embedding_index.embedding_site import keyed, texts_with_long_ones
 from tests.fakes.fake_openai import FakeOpenAI

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from pymongo import MongoClient
 
+from database_docs.items import Kind
 from embedding_index.embedding_run import STORING_THREADS
-from embedding_index.items import Kind
 from embedding_index.search_entries import SearchEntries
 from embedding_index.vector_ledger import VectorLedger
 from tests.embedding_index.index_entries import Searcher

@@ -18,6 +18,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from config import Settings, load_settings
+from database_docs.items import IndexItem, Kind, content_hash
 from embedding_index import conversation_source
 from embedding_index.conversation_source import (
     Options,
@@ -26,7 +27,6 @@ from embedding_index.conversation_source import (
     index_conversations,
     require_allowed,
 )
-from embedding_index.items import IndexItem, Kind, content_hash
 from embedding_index.vector_store import OnEnded
 from error_handler import ConfigurationError, ProviderUnavailableError
 from storage.extended_json import canonical

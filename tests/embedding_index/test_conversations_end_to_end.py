@@ -63,8 +63,8 @@ class Place:
 
     async def _index(self) -> ConversationCounts:
         # Loaded here: they need the packages of requirements-index.txt.
+        from database_docs.documentation_store import DocumentationStore
         from embedding_index.batch_indexing import SQLIndexerAgent
-        from embedding_index.documentation_store import DocumentationStore
         from embedding_index.vector_store import SQLVectorStore
 
         uri = self.settings.mongodb_uri.get_secret_value()

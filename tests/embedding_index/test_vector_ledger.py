@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedding_index.items import ModelIdentity, content_hash
+from database_docs.items import content_hash
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_checks import Vector
 from embedding_index.vector_ledger import Totals, VectorLedger
 from error_handler import MixedIndexError, StateDirectoryError
@@ -157,7 +158,7 @@ def test_many_threads(path: Path) -> None:
 
 def test_a_killed_process_loses_nothing_that_was_added(path: Path) -> None:
     code = (
-        "import sys, itertools, numpy as np; from pathlib import Path; from embedding_index.items import *;"
+        "import sys, itertools, numpy as np; from pathlib import Path; from database_docs.items import *;"
         "from embedding_index.vector_ledger import VectorLedger\n"
         "ledger = VectorLedger(Path(sys.argv[1]))\n"
         "for n in itertools.count():\n"

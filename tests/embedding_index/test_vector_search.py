@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from database_docs.items import IndexItem, Kind
 from embedding_index import search_graph
 from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.items import IndexItem, Kind
 from embedding_index.search_entries import SearchEntries
 from embedding_index.search_graph import open_graph, publish_graph
 from embedding_index.vector_ledger import VectorLedger

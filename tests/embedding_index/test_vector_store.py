@@ -13,12 +13,13 @@ import pytest
 pytest.importorskip("chromadb", reason="requirements-index.txt is not installed")
 
 from config.index_settings import IndexSettings, load_index_settings
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind, State
 from embedding_index import vector_store
 from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity, State
 from embedding_index.mending import Mending
-from embedding_index.providers.contract import Answer, RequestLimits
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
+from embedding_index.search_entries import Hit
 from embedding_index.vector_store import Ended, SQLVectorStore
 from error_handler import ConfigurationError, MixedIndexError, ProviderRejectedError, StateDirectoryError
 

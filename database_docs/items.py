@@ -1,4 +1,4 @@
-"""Values of the index: items, their states, models, hits. No I/O."""
+"""Items of the embedding index and their states: tables, relationships, conversations. No I/O."""
 
 from __future__ import annotations
 
@@ -45,38 +45,6 @@ class IndexItem:
 def content_hash(text: str) -> str:
     """Return the SHA-256 of *text* as 64 hexadecimal digits: equal texts have one vector."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """The model that made a vector. Vectors of different identities must never be compared.
-
-    *dimensions* is the length of the vectors; None until the provider's first answer.
-    """
-
-    provider: str
-    model: str
-    dimensions: int | None = None
-
-    def __str__(self) -> str:
-        size = f", {self.dimensions} dimensions" if self.dimensions else ""
-        return f"{self.model} of {self.provider}{size}"
-
-    def is_same_model(self, other: ModelIdentity) -> bool:
-        """Whether vectors of both can be compared; an unknown length fits any."""
-        sizes = {self.dimensions, other.dimensions} - {None}
-        return (self.provider, self.model) == (other.provider, other.model) and len(sizes) <= 1
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One found item. *similarity* is the cosine, -1 to 1; *text* is None for conversations, whose text is not stored."""
-
-    kind: Kind
-    name: str
-    similarity: float
-    metadata: Mapping[str, MetadataValue]
-    text: str | None = None
 
 
 class State(StrEnum):

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import IndexItem, Kind, State, content_hash
+from database_docs.database_facts import ColumnFacts, RelationshipFacts, TableFacts
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind, State, content_hash
 from error_handler import StateDirectoryError
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ def test_hashes_of_all_kinds(store: DocumentationStore) -> None:
 
 def test_items_are_read_in_portions(store: DocumentationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each once, whatever its name, also while they change."""
-    monkeypatch.setattr("embedding_index.documentation_store.CHUNK", 3)
+    monkeypatch.setattr("database_docs.documentation_store.CHUNK", 3)
     items = [IndexItem(TALK, name, f"text {name}") for name in ("", "a", "ä", "b'", 'c"', "d%", "日本")]
     assert store.offer(items).pending == items
     found = []
@@ -253,8 +253,8 @@ def test_another_process_reads_while_one_writes(path: Path, store: Documentation
 KILLED = """
 import sys
 from pathlib import Path
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import IndexItem, Kind
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind
 store = DocumentationStore(Path(sys.argv[1]))
 items = [IndexItem(Kind.CONVERSATION, f"talk-{n}", f"text {n}") for n in range(5000)]
 store.offer(items, keep_text=False)

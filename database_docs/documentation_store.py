@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from config.index_settings import load_index_settings
-from embedding_index.database_facts import RelationshipFacts, TableFacts
-from embedding_index.documentation import Documentation, document_database
-from embedding_index.items import IndexItem, Kind, Offered, State, StoredItem, Synchronized
-from embedding_index.state_file import Schema, StateFile
+from database_docs.database_facts import RelationshipFacts, TableFacts
+from database_docs.documentation import Documentation, document_database
+from database_docs.items import IndexItem, Kind, Offered, State, StoredItem, Synchronized
+from storage.state_file import Schema, StateFile
 
 FILE_NAME = "index.sqlite3"
 # Names in one query, and rows that are read at once.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from embedding_index.introspection import read_database
-from embedding_index.sample_database import make_sample_database
+from database_docs.introspection import read_database
+from database_docs.sample_database import make_sample_database
 from error_handler import ConfigurationError
 
 
