@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -60,7 +60,7 @@ class Offered:
     """What must be done for the items of one offer, in their order.
 
     *pending* must be embedded and indexed. *changed* are indexed with older metadata; they are returned as changed until
-    ``mark_indexed``.
+    ``DocumentationStore.mark_ended``.
     """
 
     pending: list[IndexItem]
@@ -93,3 +93,9 @@ class StoredItem:
     def id(self) -> str:
         """The id in the index; see ``IndexItem``."""
         return f"{self.kind}:{self.name}"
+
+
+Item = IndexItem | StoredItem
+Ended = Sequence[tuple[IndexItem, str | None]]
+"""Items whose indexing has ended: each with None, or with one sentence that says why it is not in the index."""
+OnEnded = Callable[[Ended], None]

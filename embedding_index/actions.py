@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.introspection import read_database
-from database_docs.items import Kind, Synchronized
+from database_docs.items import Ended, Kind, Synchronized
 from database_docs.sample_database import make_sample_database
 from domain.prices import price_source
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
 from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
-from embedding_index.mending import Mending, StatesAfterMending, sweep
+from embedding_index.mending import Mending, StatesAfterMending, remove, sweep, update_metadata
 from embedding_index.report import Spending, require_affordable
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
@@ -169,10 +169,8 @@ async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSe
     outcome.removed = await asyncio.to_thread(_renew, index, done)
     with report.IndexProgress("Indexing", before["total_pending"]) as progress:
 
-        def note(kind: Kind, ended: Sequence[tuple[str, str | None]]) -> None:
-            for name, problem in ended:
-                outcome.count(kind, name, problem)
-            progress.failed(sum(problem is not None for _, problem in ended))
+        def note(ended: Ended) -> None:
+            progress.failed(outcome.count(ended))
             progress.reached(outcome.indexed + outcome.failed)
 
         manager = BatchIndexingManager(index.manager.indexer, note)
@@ -244,17 +242,17 @@ async def _index_conversations(
         await _require_affordable(index, stats["total_estimated_cost"], made.tokens)
     outcome = _outcome(arguments, index, stats)
     with report.IndexProgress("Reading and indexing conversations") as progress:
-
-        def note(name: str, problem: str | None) -> None:
-            outcome.count(Kind.CONVERSATION, name, problem)
-            progress.failed(problem is not None)
-
         counts = await _timed(
             arguments,
             index,
             outcome,
             lambda: conversation_source.index_conversations(
-                documents, index.states, index.manager.indexer, options(progress), stop=index.stop, on_result=note
+                documents,
+                index.states,
+                index.manager.indexer,
+                options(progress),
+                stop=index.stop,
+                on_ended=lambda ended: progress.failed(outcome.count(ended)),
             ),
         )
     if counts.is_complete:
@@ -317,14 +315,9 @@ def _outcome(arguments: argparse.Namespace, index: Index, before: dict[str, Any]
 def _renew(index: Index, done: Synchronized) -> int:
     """Delete what the database no longer has from the entries, then from the states; return how many items that were."""
     for kind, names in done.removed.items():
-        index.vectors.delete(kind, names)
-        index.states.remove(kind, names)
+        remove(index.vectors, index.states, kind, names)
     sweep(index.vectors, index.states, report.KINDS["database"])
-    if done.changed:
-        index.vectors.update_metadata(done.changed)
-        for kind in {item.kind for item in done.changed}:
-            same = [(item.name, item.content_hash) for item in done.changed if item.kind is kind]
-            index.states.mark_indexed_many(kind, same)
+    update_metadata(index.vectors, index.states, done.changed)
     return sum(map(len, done.removed.values()))
 
 

@@ -16,13 +16,12 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from database_docs.items import IndexItem, Kind, MetadataValue, StoredItem
+from database_docs.items import Item, Kind, MetadataValue
 from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_checks import Vector
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import MixedIndexError
 
-Item = IndexItem | StoredItem
 Page = tuple[list[str], NDArray[np.float32]]
 """Names and their vectors, one row each."""
 

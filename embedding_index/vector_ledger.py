@@ -173,12 +173,6 @@ class VectorLedger(StateFile):
             ).fetchone()
         return Totals(vectors, *(spent or (0, 0)))
 
-    def identities(self) -> list[ModelIdentity]:
-        """Return the models that have vectors here, with their dimensions."""
-        with self.reading() as db:
-            rows = db.execute("SELECT provider, model, dimensions FROM models ORDER BY id").fetchall()
-        return [ModelIdentity(*row) for row in rows]
-
     def keep_only(self, hashes: Iterable[str]) -> int:
         """Delete all vectors, of every model, and all search entries but those of *hashes* and their pieces.
 

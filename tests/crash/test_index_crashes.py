@@ -32,14 +32,17 @@ CONVERSATIONS = 14
 VECTORS = "SELECT hash, vector FROM vectors"
 IN_FLIGHT = (CONCURRENCY + STORING_THREADS) * BATCH_SIZE
 
-STATES, LEDGER = "documentation_store.DocumentationStore", "vector_ledger.VectorLedger"
-ENTRIES, PROVIDER = "search_entries.SearchEntries", "providers.openai_embeddings.OpenAIProvider"
-STORE, FILE = "vector_store.SQLVectorStore", "state_file.StateFile"
+STATES = "database_docs.documentation_store.DocumentationStore"
+FILE = "storage.state_file.StateFile"
+LEDGER = "embedding_index.vector_ledger.VectorLedger"
+ENTRIES = "embedding_index.search_entries.SearchEntries"
+PROVIDER = "embedding_index.providers.openai_embeddings.OpenAIProvider"
+STORE = "embedding_index.vector_store.SQLVectorStore"
 
 COPYING = [
     (f"{STORE}._publish:before", 1),
-    ("ledger_copy.os.replace:before", 1),
-    ("ledger_copy.os.replace:after", 1),
+    ("embedding_index.ledger_copy.os.replace:before", 1),
+    ("embedding_index.ledger_copy.os.replace:after", 1),
     (f"{STORE}._publish:after", 1),
 ]
 
@@ -48,7 +51,7 @@ FIRST = [
     (f"{PROVIDER}.embed:after", 3),
     (f"{LEDGER}.add:after", 2),
 ]
-ALWAYS = [(f"{ENTRIES}.put:after", 1), (f"{STATES}.mark_indexed_many:after", 1)]
+ALWAYS = [(f"{ENTRIES}.put:after", 1), (f"{STATES}.mark_ended:after", 1)]
 MORE = [
     *((f"{FILE}._prepare:{when}", nth) for when in ("before", "after") for nth in (1, 2)),
     *((f"{PROVIDER}.embed:before", nth) for nth in (1, 2)),
@@ -57,8 +60,8 @@ MORE = [
     (f"{LEDGER}.add:after", 5),
     *((f"{ENTRIES}.put:before", nth) for nth in (1, 2)),
     *((f"{ENTRIES}.put:after", nth) for nth in (2, 3)),
-    (f"{STATES}.mark_indexed_many:before", 2),
-    (f"{STATES}.mark_indexed_many:after", 3),
+    (f"{STATES}.mark_ended:before", 2),
+    (f"{STATES}.mark_ended:after", 3),
     *COPYING,
 ]
 OF_DATABASES = [(f"{STATES}.sync_database:before", 1), (f"{STATES}.sync_database:after", 1)]

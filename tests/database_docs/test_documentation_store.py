@@ -58,8 +58,7 @@ TABLES = [table("orders"), table("refunds", "id", "order_id")]
 
 
 def index_all(store: DocumentationStore, items: list[IndexItem]) -> None:
-    for item in items:
-        store.mark_indexed(item.kind, item.name, item.content_hash)
+    store.mark_ended([(item, None) for item in items])
 
 
 def states(store: DocumentationStore, kind: Kind = TALK) -> dict[str, State]:
@@ -70,7 +69,7 @@ def test_new_items_are_pending_until_they_are_indexed(store: DocumentationStore)
     """And again where a run ends between the two."""
     items = talks(3)
     assert store.offer(items).pending == items
-    store.mark_indexed(TALK, "talk-1", items[1].content_hash)
+    index_all(store, items[1:2])
     again = store.offer(items)
     assert (again.pending, again.changed) == ([items[0], items[2]], [])
     assert store.counts()[TALK] == {State.PENDING: 2, State.INDEXED: 1, State.FAILED: 0}
@@ -82,7 +81,7 @@ def test_another_text_makes_an_item_pending(store: DocumentationStore) -> None:
     items = talks(2)
     store.offer(items)
     index_all(store, items)
-    store.mark_failed(TALK, "talk-0", "the provider refuses it")
+    store.mark_ended([(items[0], "the provider refuses it")])
     changed = [IndexItem(TALK, "talk-0", "Another question"), items[1]]
     assert store.offer(changed).pending == changed[:1]
     stored = next(store.items(TALK))
@@ -94,7 +93,7 @@ def test_the_mark_of_an_old_text_counts_for_nothing(store: DocumentationStore) -
     old = talks(1)
     store.offer(old)
     store.offer(talks(1, "Newer"))
-    store.mark_indexed(TALK, "talk-0", old[0].content_hash)
+    index_all(store, old)
     assert states(store) == {"talk-0": State.PENDING}
 
 
@@ -117,7 +116,7 @@ def test_failed_items_are_pending_in_the_next_run(store: DocumentationStore) -> 
     items = talks(1)
     for attempt in (1, 2):
         assert store.offer(items).pending == items
-        store.mark_failed(TALK, "talk-0", "too odd")
+        store.mark_ended([(items[0], "too odd")])
         stored = next(store.items(TALK, State.FAILED))
         assert (stored.problem, stored.attempts) == ("too odd", attempt)
     store.offer(items)
@@ -227,7 +226,7 @@ def test_items_are_read_in_portions(store: DocumentationStore, monkeypatch: pyte
     assert store.offer(items).pending == items
     found = []
     for item in store.items(TALK):
-        store.mark_indexed(TALK, item.name, item.content_hash)
+        store.mark_ended([(item, None)])
         found.append(item.name)
     assert sorted(found) == sorted(item.name for item in items)
     assert store.counts()[TALK][State.INDEXED] == len(items)
@@ -238,7 +237,7 @@ def test_threads_share_one_store(store: DocumentationStore) -> None:
     items = talks(200)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: store.offer([item]), items))
-        list(pool.map(lambda item: store.mark_indexed(TALK, item.name, item.content_hash), items))
+        list(pool.map(lambda item: store.mark_ended([(item, None)]), items))
     assert store.counts()[TALK][State.INDEXED] == 200
 
 
@@ -259,7 +258,7 @@ store = DocumentationStore(Path(sys.argv[1]))
 items = [IndexItem(Kind.CONVERSATION, f"talk-{n}", f"text {n}") for n in range(5000)]
 store.offer(items, keep_text=False)
 for item in items:
-    store.mark_indexed(item.kind, item.name, item.content_hash)
+    store.mark_ended([(item, None)])
     print(item.name, flush=True)
 """
 
@@ -336,10 +335,10 @@ def test_a_pass_over_unchanged_items_writes_nothing(path: Path, store: Documenta
         store.begin_pass(TALK)
         store.offer(items, keep_text=False)
         store.end_pass(TALK)
-        store.mark_indexed_many(TALK, [(item.name, item.content_hash) for item in items])
+        index_all(store, items)
     store._rows("PRAGMA wal_checkpoint(TRUNCATE)")
     store.begin_pass(TALK)
     assert store.offer(items, keep_text=False).pending == []
-    store.mark_indexed_many(TALK, [(item.name, item.content_hash) for item in items])
+    index_all(store, items)
     assert store.end_pass(TALK) == []
     assert path.with_name("index.sqlite3-wal").stat().st_size == 0

@@ -96,7 +96,7 @@ def test_names_and_arguments_are_those_that_are_promised() -> None:
     assert set(embedding_index.__all__) == {
         *("BatchIndexingManager", "DocumentationStore", "SQLIndexerAgent", "SQLVectorStore")
     }
-    assert arguments(BatchIndexingManager) == ["indexer_agent", "on_items"]
+    assert arguments(BatchIndexingManager) == ["indexer_agent", "on_ended"]
     assert arguments(SQLIndexerAgent) == ["vector_store"]
     for name in ("batch_process_pending_tables", "batch_process_pending_relationships", "get_processing_stats"):
         assert arguments(getattr(BatchIndexingManager, name)) == ["self", "doc_store"]
@@ -177,19 +177,16 @@ def test_the_calls_of_long_texts_are_counted_in_pieces(vectors: SQLVectorStore) 
 
 def test_a_bad_item_fails_alone(states: DocumentationStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its reason is in the store and in the log, which quote nothing of it; offered again it is pending."""
-    manager: BatchIndexingManager
-    ended: list[tuple[Kind, str, str | None]] = []
+    all_ended: list[tuple[IndexItem, str | None]] = []
     with SQLVectorStore(settings(tmp_path), provider=LetterProvider(poison="Table orders")) as vectors:
-        manager = BatchIndexingManager(
-            SQLIndexerAgent(vectors), lambda kind, items: ended.extend((kind, *item) for item in items)
-        )
+        manager = BatchIndexingManager(SQLIndexerAgent(vectors), all_ended.extend)
         with caplog.at_level(logging.WARNING):
             results = manager.batch_process_pending_tables(states)
     assert results == {"customers": True, "orders": False, "refunds": True, "shipments": True}
     info = states.get_table_info("orders")
     assert info is not None
     assert (info["status"], info["problem"]) == ("failed", "the provider refuses it: HTTP 400")
-    assert {(kind, name, problem is None) for kind, name, problem in ended} == {
+    assert {(item.kind, item.name, problem is None) for item, problem in all_ended} == {
         (Kind.TABLE, name, is_indexed) for name, is_indexed in results.items()
     }
     assert "table orders is not indexed" in caplog.text

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +18,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from config import Settings, load_settings
-from database_docs.items import IndexItem, Kind, content_hash
+from database_docs.items import Ended, IndexItem, Kind, OnEnded, content_hash
 from embedding_index import conversation_source
 from embedding_index.conversation_source import (
     Options,
@@ -27,7 +27,6 @@ from embedding_index.conversation_source import (
     index_conversations,
     require_allowed,
 )
-from embedding_index.vector_store import OnEnded
 from error_handler import ConfigurationError, ProviderUnavailableError
 from storage.extended_json import canonical
 from tests.embedding_index.stores import DRIVERS, open_store
@@ -101,14 +100,14 @@ class States:
     def end_pass(self, kind: Kind) -> list[str]:
         return sorted(self.items.keys() - self.met)
 
-    def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None:
-        for name, text_hash in entries:
-            if self.items[name][0] == text_hash:
-                self.items[name] = (*self.items[name][:2], "indexed")
-                self.outdated.discard(name)
-
-    def mark_failed(self, kind: Kind, name: str, problem: str) -> None:
-        self.items[name] = (*self.items[name][:2], "failed")
+    def mark_ended(self, ended: Ended) -> None:
+        for item, problem in ended:
+            text_hash, metadata, _ = self.items[item.name]
+            if problem is not None:
+                self.items[item.name] = text_hash, metadata, "failed"
+            elif text_hash == item.content_hash:
+                self.items[item.name] = text_hash, metadata, "indexed"
+                self.outdated.discard(item.name)
 
     def remove(self, kind: Kind, names: Collection[str]) -> None:
         for name in names:
@@ -203,9 +202,11 @@ class Site:
                 self.vectors,
                 Options(self.settings, **options),
                 stop,
-                lambda name, problem: self.results.append((name, problem)),
+                lambda ended: self.results.extend((item.name, problem) for item, problem in ended),
             )
-        return {name: value for name, value in counts.as_dict().items() if value}
+        return {
+            name: value for name, value in asdict(counts).items() if value and name not in ("expected", "is_complete")
+        }
 
     async def estimate(self, **options: Any) -> conversation_source.ConversationEstimate:
         async with open_store(self.uri, self.db_name, self.driver) as store:

@@ -59,7 +59,7 @@ def test_added_vectors_are_there_after_reopening(path: Path) -> None:
         assert found.keys() == set(wanted[:3])
         assert all((found[key] == added[key]).all() for key in added), "the first vector of a text stays"
         assert ledger.totals(MODEL) == Totals(vectors=3, calls=3, tokens=105)
-        assert ledger.identities() == [ModelIdentity("openai", "small", 3)]
+        assert ledger.dimensions(ModelIdentity("openai", "small")) == 3
         assert ledger.totals(ModelIdentity("ollama", "small")) == Totals(0, 0, 0)
 
 
@@ -97,7 +97,7 @@ def test_failed_add_stores_nothing(path: Path) -> None:
         with pytest.raises(ValueError, match="hex"):
             ledger.add(MODEL, {**entries("a"), "no hash": vector(1, 2, 3)}, 7)
         assert not ledger.known(MODEL, [content_hash("a")])
-        assert ledger.identities() == []
+        assert ledger.dimensions(ModelIdentity(MODEL.provider, MODEL.model)) is None
         assert ledger.totals(MODEL).tokens == 0
 
 
@@ -158,8 +158,8 @@ def test_many_threads(path: Path) -> None:
 
 def test_a_killed_process_loses_nothing_that_was_added(path: Path) -> None:
     code = (
-        "import sys, itertools, numpy as np; from pathlib import Path; from database_docs.items import *;"
-        "from embedding_index.vector_ledger import VectorLedger\n"
+        "import sys, itertools, numpy as np; from pathlib import Path; from database_docs.items import content_hash;"
+        "from embedding_index.vector_ledger import VectorLedger; from embedding_index.providers.contract import ModelIdentity\n"
         "ledger = VectorLedger(Path(sys.argv[1]))\n"
         "for n in itertools.count():\n"
         "    ledger.add(ModelIdentity('openai', 'small'), {content_hash(f'{n} {i}'): np.ones(100, np.float32) for i in range(9)}, 1)\n"

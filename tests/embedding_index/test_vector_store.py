@@ -14,13 +14,13 @@ pytest.importorskip("chromadb", reason="requirements-index.txt is not installed"
 
 from config.index_settings import IndexSettings, load_index_settings
 from database_docs.documentation_store import DocumentationStore
-from database_docs.items import IndexItem, Kind, State
+from database_docs.items import Ended, IndexItem, Kind, State
 from embedding_index import vector_store
 from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
 from embedding_index.mending import Mending
 from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
 from embedding_index.search_entries import Hit
-from embedding_index.vector_store import Ended, SQLVectorStore
+from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, MixedIndexError, ProviderRejectedError, StateDirectoryError
 
 LENGTH = 8
@@ -192,14 +192,12 @@ def test_batch_indexes_pending_items_and_a_bad_item_fails_alone(
     """By name, in the store as in the result; the next run tries it again, and nothing else."""
     provider = Words()
     provider.bad = "number 2"
-    noted: list[tuple[Kind, list[str]]] = []
+    noted: list[tuple[IndexItem, str | None]] = []
     with SQLVectorStore(settings, provider=provider) as store:
-        manager = BatchIndexingManager(
-            SQLIndexerAgent(store), lambda kind, ended: noted.append((kind, [name for name, _ in ended]))
-        )
+        manager = BatchIndexingManager(SQLIndexerAgent(store), noted.extend)
         states.offer(tables(1, 2, 3))
         assert manager.batch_process_pending_tables(states) == {"t1": True, "t2": False, "t3": True}
-        assert sorted(name for _, ended in noted for name in ended) == ["t1", "t2", "t3"]
+        assert sorted(item.name for item, _ in noted) == ["t1", "t2", "t3"]
         (failed,) = states.items(Kind.TABLE, State.FAILED)
         assert (failed.name, failed.attempts) == ("t2", 1)
         assert "does not like" in str(failed.problem)
