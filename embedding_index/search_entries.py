@@ -62,6 +62,18 @@ class SearchEntries:
             token, version = db.execute("SELECT token, version FROM search").fetchone()
         return token, version
 
+    def graph(self) -> str | None:
+        """Return the checksum of the published graph, None if there is none; see ``search_graph``."""
+        with self.ledger.reading() as db:
+            row = db.execute("SELECT graph FROM search").fetchone()
+        return None if row[0] is None else str(row[0])
+
+    def set_graph(self, checksum: str | None) -> None:
+        """Publish the graph of *checksum*, durably; None: there is none."""
+        if checksum != self.graph():
+            with self.ledger.change() as db:
+                db.execute("UPDATE search SET graph = ?", (checksum,))
+
     def hashes(self) -> dict[str, str]:
         """Return the content hash of each entry by its id."""
         with self.ledger.reading() as db:

@@ -37,7 +37,7 @@ CREATE TABLE search (
     model INTEGER REFERENCES models (id), -- whose vectors are compared
     version INTEGER NOT NULL, -- counts changes of names and hashes in entries
     changes INTEGER NOT NULL, -- counts all transactions
-    graph TEXT -- JSON, see search_graph
+    graph TEXT -- the checksum of the published graph, see search_graph
 ) STRICT;
 INSERT INTO search VALUES (hex(randomblob(8)), NULL, 0, 0, NULL)"""
 _TABLES = f"""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # it needs numpy and chromadb, which may be missing
 logger = logging.getLogger(__name__)
 
 EMBEDDING_TIMEOUT_S = 20.0  # of one call; a caller is waiting
-CLOSE_WAIT_S = 2.0  # enough to remove the copy of the index
+CLOSE_WAIT_S = 2.0  # for a search that still runs
 REOPEN_AFTER_S = 5.0  # after a failure to open the index; until then every search gets the same error
 
 OpenIndex = Callable[[ServiceSettings], "IndexReader"]

@@ -305,11 +305,10 @@ def test_graph_that_does_not_match_is_not_used_and_is_rebuilt(tmp_path: Path, la
 
 
 def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path, large: None) -> None:
-    """Also where the folder has the very name of the next one."""
+    """Also if the folder has the name of the next one."""
     make_index(tmp_path, range(5))
     with VectorLedger(tmp_path / LEDGER_FILE) as ledger:
-        entries = SearchEntries(ledger)
-        name = f"{entries.version()[1]}-{entries.checksum([Kind.TABLE])[:8]}"
+        name = SearchEntries(ledger).checksum([Kind.TABLE])[:16]
     for folder in (name, "0-other"):
         (tmp_path / "chroma" / folder).mkdir(parents=True)
         (tmp_path / "chroma" / folder / "chroma.sqlite3").write_bytes(b"half")
