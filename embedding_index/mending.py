@@ -40,6 +40,11 @@ class Mending:
         """Whether no item must be embedded again."""
         return not any(self.lost.values())
 
+    def pending(self, removed: Mapping[Kind, Collection[str]]) -> StatesAfterMending:
+        """Return what will be pending after ``mend``, except the names *removed* from their source."""
+        lost = {kind: set(names).difference(removed.get(kind, ())) for kind, names in self.lost.items()}
+        return StatesAfterMending(self._states, lost)
+
     def mend(self) -> None:
         """Make the entries from the stored vectors; lost items are pending then. A second time does nothing."""
         if not self._missing and not self._rebuild:
