@@ -66,7 +66,7 @@ def states(store: DocumentationStore, kind: Kind = TALK) -> dict[str, State]:
 
 
 def test_new_items_are_pending_until_they_are_indexed(store: DocumentationStore) -> None:
-    """And again where a run ends between the two."""
+    """They are offered as pending again if a run ends in between."""
     items = talks(3)
     assert store.offer(items).pending == items
     index_all(store, items[1:2])
@@ -77,7 +77,7 @@ def test_new_items_are_pending_until_they_are_indexed(store: DocumentationStore)
 
 
 def test_another_text_makes_an_item_pending(store: DocumentationStore) -> None:
-    """Only its own; attempts and problem of the old text are forgotten."""
+    """Other items stay indexed; attempts and problem of the old text are reset."""
     items = talks(2)
     store.offer(items)
     index_all(store, items)
@@ -89,7 +89,7 @@ def test_another_text_makes_an_item_pending(store: DocumentationStore) -> None:
 
 
 def test_the_mark_of_an_old_text_counts_for_nothing(store: DocumentationStore) -> None:
-    """The text changed while its vector was made: the item stays pending."""
+    """If the text changes while it is embedded, the item stays pending."""
     old = talks(1)
     store.offer(old)
     store.offer(talks(1, "Newer"))
@@ -98,7 +98,7 @@ def test_the_mark_of_an_old_text_counts_for_nothing(store: DocumentationStore) -
 
 
 def test_changed_metadata_is_offered_until_it_is_indexed(store: DocumentationStore) -> None:
-    """Text and vector stay; a crash before the index was told loses nothing."""
+    """Text and vector stay; a crash before the index is updated loses nothing."""
     old = talks(2, intent="Refund")
     store.offer(old)
     index_all(store, old)
@@ -128,7 +128,7 @@ def test_failed_items_are_pending_in_the_next_run(store: DocumentationStore) -> 
 
 
 def test_removed_names_are_returned_until_they_are_deleted(store: DocumentationStore) -> None:
-    """It is removed here only after it left the index."""
+    """An item is removed here after it has left the index."""
     store.offer(talks(3))
     for _ in range(2):
         store.begin_pass(TALK)
@@ -139,7 +139,7 @@ def test_removed_names_are_returned_until_they_are_deleted(store: DocumentationS
 
 
 def test_a_pass_that_was_cut_off_removes_nothing(path: Path) -> None:
-    """The next process has to begin its own; without one there is no answer at all."""
+    """The next process begins its own pass; ``end_pass`` without one is an error."""
     with DocumentationStore(path) as store:
         store.offer(talks(3))
         store.begin_pass(TALK)
@@ -161,7 +161,7 @@ def test_a_pass_of_one_kind_says_nothing_of_the_others(store: DocumentationStore
 
 
 def test_no_text_of_a_conversation_reaches_the_disk(path: Path) -> None:
-    """Not in the file, not in its journal."""
+    """It is neither in the file nor in its journal."""
     with DocumentationStore(path) as store:
         store.offer(talks(100, "unmistakable sentence"), keep_text=False)
         contents = b"".join(file.read_bytes() for file in path.parent.iterdir())
@@ -198,7 +198,7 @@ def test_a_database_as_it_is_documented(store: DocumentationStore) -> None:
 
 
 def test_a_database_that_changes(store: DocumentationStore) -> None:
-    """Only what is told differently is pending; what is gone is told by kind."""
+    """Only items with another text are pending; removed names are returned by kind."""
     index_all(store, store.sync_database(TABLES, [KEY]).pending)
     same = store.sync_database(TABLES, [KEY])
     assert (same.pending, same.changed) == ([], [])
@@ -214,13 +214,13 @@ def test_a_database_that_changes(store: DocumentationStore) -> None:
 
 
 def test_hashes_of_all_kinds(store: DocumentationStore) -> None:
-    """Equal texts have one."""
+    """Equal texts have equal hashes."""
     store.offer([IndexItem(TALK, "a", "x"), IndexItem(TALK, "b", "x"), IndexItem(Kind.TABLE, "c", "y")])
     assert store.content_hashes() == {content_hash("x"), content_hash("y")}
 
 
 def test_items_are_read_in_portions(store: DocumentationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each once, whatever its name, also while they change."""
+    """Each item is returned once, for any name, even while items change."""
     monkeypatch.setattr("database_docs.documentation_store.CHUNK", 3)
     items = [IndexItem(TALK, name, f"text {name}") for name in ("", "a", "ä", "b'", 'c"', "d%", "日本")]
     assert store.offer(items).pending == items
@@ -233,7 +233,7 @@ def test_items_are_read_in_portions(store: DocumentationStore, monkeypatch: pyte
 
 
 def test_threads_share_one_store(store: DocumentationStore) -> None:
-    """Nothing is lost between them."""
+    """No item is lost."""
     items = talks(200)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: store.offer([item]), items))
@@ -264,7 +264,7 @@ for item in items:
 
 
 def test_a_kill_loses_no_mark(path: Path) -> None:
-    """What was marked before SIGKILL is marked afterwards."""
+    """Marks before SIGKILL are there afterwards."""
     with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         told = [process.stdout.readline().decode().strip() for _ in range(20)]
@@ -290,7 +290,7 @@ def test_every_step_is_synchronous(store: DocumentationStore) -> None:
 
 
 def test_a_newer_file_is_refused(path: Path) -> None:
-    """And left as it is."""
+    """The file stays unchanged."""
     with DocumentationStore(path):
         pass
     with closing(sqlite3.connect(path)) as db:
@@ -300,7 +300,7 @@ def test_a_newer_file_is_refused(path: Path) -> None:
 
 
 def test_file_that_is_no_store_is_refused(path: Path) -> None:
-    """The remedy says that nothing is paid for twice."""
+    """The message says that nothing is paid for twice."""
     path.parent.mkdir()
     path.write_text("something else " * 500)
     with pytest.raises(StateDirectoryError, match="not paid for twice"):
@@ -329,7 +329,7 @@ def test_the_usual_place_is_the_folder_of_the_settings(tmp_path: Path, monkeypat
 
 
 def test_a_pass_over_unchanged_items_writes_nothing(path: Path, store: DocumentationStore) -> None:
-    """100,000 unchanged conversations cost reading, not writing."""
+    """A pass over 100,000 unchanged conversations only reads."""
     items = talks(2000)
     for _ in range(2):
         store.begin_pass(TALK)

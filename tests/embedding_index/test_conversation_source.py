@@ -220,7 +220,7 @@ def site(mongodb_uri: str, db_name: str) -> Iterator[Site]:
 
 
 def test_an_item_is_what_the_customer_said_with_the_labels() -> None:
-    """Agents' turns are left out; what is not there is not in the metadata; no text of a turn is."""
+    """Agents' turns are left out; the metadata have only known fields and no text of a turn."""
     item = conversation_item(conversation(7, conversation_number=17), result(7))
     assert (item.kind, item.name) == (Kind.CONVERSATION, '{"$numberInt": "7"}')
     assert item.text == "Where is my parcel?\nIt is late."
@@ -237,7 +237,7 @@ def test_an_item_is_what_the_customer_said_with_the_labels() -> None:
 
 @pytest.mark.parametrize("driver", DRIVERS)
 async def test_ids_of_all_types_are_told_apart(site: Site, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pages smaller than any type has ids."""
+    """Pages are smaller than the number of ids of one type."""
     monkeypatch.setattr(conversation_source, "PAGE_DOCUMENTS", 5)
     site.driver = driver
     site.fill(*ODD_IDS)
@@ -249,7 +249,7 @@ async def test_ids_of_all_types_are_told_apart(site: Site, driver: str, monkeypa
 
 
 async def test_only_classified_conversations_with_text_are_taken(site: Site) -> None:
-    """The others are counted; half a classification is none."""
+    """The others are counted; an incomplete classification does not count as one."""
     site.fill(1, 2, 3, 4)
     site.database["conversation_set"].insert_many(
         [conversation(5), {"_id": 6, "messages": [{"sender": "agent", "text": "Hello"}]}, conversation(7)]
@@ -260,7 +260,7 @@ async def test_only_classified_conversations_with_text_are_taken(site: Site) -> 
 
 
 async def test_unchanged_conversations_are_not_embedded_again(site: Site) -> None:
-    """Another text is, other labels are only replaced."""
+    """A changed text is embedded; changed labels are only replaced."""
     site.fill(1, 2, 3)
     await site.run()
     assert await site.run() == {"read": 3}
@@ -277,7 +277,7 @@ async def test_unchanged_conversations_are_not_embedded_again(site: Site) -> Non
 
 
 async def test_labels_that_were_not_replaced_are_offered_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state is written after the index, so a failure in between is mended by the next run."""
+    """The state is written after the index, so the next run repairs a failure in between."""
     site.fill(1)
     await site.run()
     site.database["sentimental_analysis"].update_one({}, {"$set": {"classification.topic": "Other"}})
@@ -294,7 +294,7 @@ async def test_labels_that_were_not_replaced_are_offered_again(site: Site, monke
 
 
 async def test_deleted_conversations_leave_the_index(site: Site) -> None:
-    """Deleted, no longer classified, or emptied: after a whole pass nothing of it can be found."""
+    """Deleted, unclassified or emptied conversations cannot be found after a complete pass."""
     site.fill(1, 2, 3, 4)
     await site.run()
     site.database["conversation_set"].delete_one({"_id": 1})
@@ -305,7 +305,7 @@ async def test_deleted_conversations_leave_the_index(site: Site) -> None:
 
 
 async def test_a_part_of_a_pass_removes_nothing(site: Site) -> None:
-    """What a limited or stopped pass has not met may still be there."""
+    """Conversations that a limited or stopped pass did not reach may still exist."""
     site.fill(*range(10))
     await site.run()
     site.database["conversation_set"].delete_one({"_id": 0})
@@ -319,7 +319,7 @@ async def test_a_part_of_a_pass_removes_nothing(site: Site) -> None:
 
 
 async def test_a_removal_that_was_cut_off_is_repeated(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of the index before it is forgotten that it was in."""
+    """Items leave the index first and the states afterwards."""
     site.fill(1, 2)
     await site.run()
     site.database["conversation_set"].delete_one({"_id": 1})
@@ -338,7 +338,7 @@ async def test_a_removal_that_was_cut_off_is_repeated(site: Site, monkeypatch: p
 
 @pytest.mark.parametrize("missing", ["conversation_set", "sentimental_analysis"])
 async def test_a_wrong_name_empties_no_index(site: Site, missing: str) -> None:
-    """A collection that is not there says nothing about what is gone; an empty one does."""
+    """A missing collection removes nothing; an empty one removes everything."""
     site.fill(1, 2)
     await site.run()
     site.database[missing].rename("elsewhere")
@@ -351,7 +351,7 @@ async def test_a_wrong_name_empties_no_index(site: Site, missing: str) -> None:
 
 
 async def test_windows_are_handed_over_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full ones while it is read, the rest at the end; a window is also full by its characters."""
+    """Full windows are embedded while reading, the rest at the end; the number of characters can fill a window, too."""
     monkeypatch.setattr(conversation_source, "PAGE_DOCUMENTS", 30)
     site.fill(*range(100))
     read: list[int] = []
@@ -367,7 +367,7 @@ async def test_windows_are_handed_over_whole(site: Site, monkeypatch: pytest.Mon
 
 
 async def test_a_bad_conversation_fails_alone_and_is_tried_again(site: Site) -> None:
-    """It is named with its problem."""
+    """The result names it with its problem."""
     site.fill(1, 2)
     site.fill(3, text="xyzzy")
     site.vectors.bad = "xyzzy"
@@ -378,7 +378,7 @@ async def test_a_bad_conversation_fails_alone_and_is_tried_again(site: Site) -> 
 
 
 async def test_stopped_pass_keeps_its_results_and_resumes(site: Site) -> None:
-    """Also where the provider ends it."""
+    """That also holds if the provider ends the pass."""
     site.fill(*range(8))
     for number in range(8):
         site.database["conversation_set"].update_one({"_id": number}, {"$set": {"messages.1.text": f"Number {number}"}})
@@ -395,7 +395,7 @@ async def test_stopped_pass_keeps_its_results_and_resumes(site: Site) -> None:
 
 
 async def test_no_text_leaves_the_house_without_permission(site: Site) -> None:
-    """Nothing is even read."""
+    """No conversation is read."""
     site.fill(1)
     site.vectors.leaves_house = True
     with pytest.raises(ConfigurationError, match="--allow-external or ALLOW_EXTERNAL_LLM=true"):
@@ -406,7 +406,7 @@ async def test_no_text_leaves_the_house_without_permission(site: Site) -> None:
 
 
 async def test_estimate_sends_nothing_and_equals_the_run(site: Site) -> None:
-    """Equal texts and texts with a vector cost nothing; a limit counts."""
+    """Equal texts and texts with a vector cost nothing; a limit applies."""
     site.fill(1, 2)
     site.fill(3, text="Please cancel my order today")
     site.vectors.leaves_house = True
@@ -422,7 +422,7 @@ async def test_estimate_sends_nothing_and_equals_the_run(site: Site) -> None:
 
 
 async def test_the_loop_is_free_while_texts_are_embedded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signals and progress are handled meanwhile."""
+    """The loop handles signals and progress meanwhile."""
     site.fill(1)
     ticked = threading.Event()
     given = site.vectors.index_items

@@ -92,7 +92,7 @@ def test_another_dimension_is_refused_and_nothing_is_added(path: Path) -> None:
 
 
 def test_failed_add_stores_nothing(path: Path) -> None:
-    """Neither vectors nor usage."""
+    """Neither vectors nor usage are stored."""
     with VectorLedger(path) as ledger:
         with pytest.raises(ValueError, match="hex"):
             ledger.add(MODEL, {**entries("a"), "no hash": vector(1, 2, 3)}, 7)
@@ -117,7 +117,7 @@ def test_models_and_dimensions_stand_beside_each_other(path: Path) -> None:
 
 
 def test_vectors_of_a_length_that_was_asked_for_are_not_those_of_the_default(path: Path) -> None:
-    """Until an answer tells that the default is of that length."""
+    """They become the default vectors once an answer shows that the default has this length."""
     key = content_hash("a")
     with VectorLedger(path) as ledger:
         assert ledger.dimensions(MODEL) is None
@@ -178,7 +178,7 @@ def test_a_killed_process_loses_nothing_that_was_added(path: Path) -> None:
 
 
 def test_durability_is_switched_on(path: Path) -> None:
-    """A power cut cannot be played here; the setting that SQLite promises it for can be read."""
+    """A test cannot cut the power; it can read the setting for which SQLite guarantees durability."""
     with VectorLedger(path) as ledger:
         assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
         assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
