@@ -50,11 +50,11 @@ class SQLIndexerAgent:
         Raises:
             IndexingError: The provider or the disk ended the work; what is done is stored.
         """
-        return self._index(map(table_item, tables))
+        return self._index(_item(Kind.TABLE, str(table["name"]), table, "schema") for table in tables)
 
     def batch_index_relationships(self, relationships: Sequence[Info]) -> dict[str, bool]:
         """Index *relationships* by id; see ``batch_index_tables``."""
-        return self._index(map(relationship_item, relationships))
+        return self._index(_item(Kind.RELATIONSHIP, str(each["id"]), each, "type") for each in relationships)
 
     def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
         """Index *items* of any kind; see ``SQLVectorStore.index``."""
@@ -66,16 +66,6 @@ class SQLIndexerAgent:
             list(items), lambda ended: results.update((item.name, problem is None) for item, problem in ended)
         )
         return results
-
-
-def table_item(table: Info) -> IndexItem:
-    """Return *table* as an item of the index."""
-    return _item(Kind.TABLE, str(table["name"]), table, "schema")
-
-
-def relationship_item(relationship: Info) -> IndexItem:
-    """Return *relationship* as an item of the index."""
-    return _item(Kind.RELATIONSHIP, str(relationship["id"]), relationship, "type")
 
 
 class BatchIndexingManager:
