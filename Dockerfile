@@ -24,6 +24,7 @@ COPY model_server/ model_server/
 COPY worker/ worker/
 COPY service/ service/
 COPY openai_batch/ openai_batch/
+COPY database_docs/ database_docs/
 COPY embedding_index/ embedding_index/
 COPY embedded/ embedded/
 COPY commands/ commands/

@@ -12,7 +12,7 @@ PYTHON =
 venv_python = .venv/bin/python
 # Test files with more scenarios: tests marked thorough, and random examples.
 thorough = $(shell grep -lE 'mark\.thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
-packages = config storage utils domain model_server worker service openai_batch embedding_index embedded commands
+packages = config storage utils domain model_server worker openai_batch embedded database_docs embedding_index service commands
 modules = $(wildcard *.py) $(packages)
 
 # Shorten pip's output to its progress and the packages of a megabyte or more. The exit status goes through a file,

@@ -16,8 +16,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
-from embedding_index.similar import OpenIndex, SimilarConversations, open_index
-from embedding_index.similar_routes import router as similar_router
 from error_handler import ConfigurationError, ExitCode, TriadError
 from service.access import CLASSIFY, SIMILAR, Headers
 from service.body_limits import BodyLimits, BodyLimitsMiddleware
@@ -25,6 +23,8 @@ from service.error_responses import add_error_handlers
 from service.middleware import ServiceMiddleware
 from service.openapi import openapi_document
 from service.routes import classification, documentation, operations
+from service.similar import OpenIndex, SimilarConversations, open_index
+from service.similar_routes import router as similar_router
 from service.slow_clients import server_config
 from service.startup import freeze_garbage_collector, start
 from utils.network import require_keys_outside_this_machine

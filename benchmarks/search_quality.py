@@ -15,9 +15,9 @@ from pydantic import SecretStr
 from benchmarks.search_questions import CLINIC, CLINIC_SCHEMA, SHOP, SHOP_SCHEMA, Question
 from benchmarks.table import Row, figure
 from config.index_settings import load_index_settings
-from embedding_index.documentation import document_database
-from embedding_index.introspection import read_database
-from embedding_index.items import IndexItem
+from database_docs.documentation import document_database
+from database_docs.introspection import read_database
+from database_docs.items import IndexItem
 from embedding_index.providers.contract import Provider
 from embedding_index.providers.opening import open_provider
 from embedding_index.vector_search import query_vector

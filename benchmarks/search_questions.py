@@ -6,7 +6,7 @@ texts help elsewhere.
 
 from __future__ import annotations
 
-from embedding_index.sample_database import SAMPLE_SCHEMA
+from database_docs.sample_database import SAMPLE_SCHEMA
 
 Question = tuple[str, tuple[str, ...]]
 

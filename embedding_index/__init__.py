@@ -1,7 +1,7 @@
 """The embedding index: finds tables, relationships and past conversations by meaning.
 
-Other packages import the names in ``__all__``, ``introspection``, ``index_reader`` and ``items``. It may import every
-lower layer of docs/architecture.md. Names are loaded when they are used: they need requirements-index.txt.
+``commands.index`` imports ``actions``, ``service.similar`` imports ``index_reader``, scripts import the names in
+``__all__``. It may import every lower layer. Names are loaded when they are used: they need requirements-index.txt.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from database_docs.documentation_store import DocumentationStore
     from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-    from embedding_index.documentation_store import DocumentationStore
     from embedding_index.vector_store import SQLVectorStore
 
 _HOMES = {
     "BatchIndexingManager": "embedding_index.batch_indexing",
-    "DocumentationStore": "embedding_index.documentation_store",
+    "DocumentationStore": "database_docs.documentation_store",
     "SQLIndexerAgent": "embedding_index.batch_indexing",
     "SQLVectorStore": "embedding_index.vector_store",
 }

@@ -6,10 +6,10 @@ import argparse
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,17 @@ from pydantic import SecretStr
 from config import Settings
 from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
+from database_docs.documentation_store import DocumentationStore
+from database_docs.introspection import read_database
+from database_docs.items import Ended, Synchronized
+from database_docs.sample_database import make_sample_database
 from domain.prices import price_source
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.documentation_store import DocumentationStore
 from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
-from embedding_index.introspection import read_database
-from embedding_index.items import Kind, Synchronized
-from embedding_index.mending import Mending, StatesAfterMending, sweep
+from embedding_index.mending import Mending, StatesAfterMending, remove, sweep, update_metadata
 from embedding_index.report import Spending, require_affordable
-from embedding_index.sample_database import make_sample_database
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
     ConfigurationError,
@@ -52,6 +52,7 @@ STOPPED = "Stopped; the same command resumes where this one stopped."
 class Index:
     """What the actions work with. While *works* is set, a signal waits for the calls in flight; else it ends the process."""
 
+    arguments: argparse.Namespace
     vectors: SQLVectorStore
     states: DocumentationStore
     manager: BatchIndexingManager
@@ -59,17 +60,6 @@ class Index:
     spending: Spending
     stop: asyncio.Event
     works: asyncio.Event
-    removed: dict[Kind, list[str]] = field(default_factory=dict)
-
-    @property
-    def pending(self) -> StatesAfterMending:
-        """What is pending, including what ``mending`` will make pending."""
-        return StatesAfterMending(self.states, self.lost)
-
-    @property
-    def lost(self) -> dict[Kind, Collection[str]]:
-        """``Mending.lost`` without what the source no longer has."""
-        return {kind: set(names) - set(self.removed.get(kind, ())) for kind, names in self.mending.lost.items()}
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -88,20 +78,20 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
             return await asyncio.to_thread(_search, arguments, chosen)
         async with _opened(arguments, chosen, stop, works) as index:
             if arguments.source == "conversations":
-                return await _conversations(arguments, settings, index)
-            return await _database(arguments, index, chosen)
+                return await _conversations(settings, index)
+            return await _database(index, chosen)
 
 
 def _index_settings(arguments: argparse.Namespace) -> IndexSettings:
     chosen = load_index_settings(
         provider=arguments.provider, embedding_model=arguments.embedding_model, index_dir=arguments.index_dir
     )
-    if not arguments.sample:
-        return chosen
-    make_sample_database(SAMPLE_DATABASE)
-    changes: dict[str, Any] = {"database_url": SecretStr(f"sqlite:///{SAMPLE_DATABASE}")}
-    if arguments.index_dir is None:  # not INDEX_DIR: the sample must not mix with your own index
-        changes["index_dir"] = SAMPLE_INDEX
+    changes: dict[str, Any] = {"batch_size": 1} if arguments.individual else {}
+    if arguments.sample:
+        make_sample_database(SAMPLE_DATABASE)
+        changes["database_url"] = SecretStr(f"sqlite:///{SAMPLE_DATABASE}")
+        if arguments.index_dir is None:  # not INDEX_DIR: the sample must not mix with your own index
+            changes["index_dir"] = SAMPLE_INDEX
     return chosen.model_copy(update=changes)
 
 
@@ -112,15 +102,13 @@ async def _opened(
     vectors = await asyncio.to_thread(_open_vectors, arguments, chosen)
     watch = asyncio.create_task(_hand_on(stop, vectors))
     try:
-        if arguments.individual:
-            vectors.batch_size = 1
         with DocumentationStore(chosen.index_dir / "index.sqlite3") as states:
             manager = BatchIndexingManager(SQLIndexerAgent(vectors))
             mending = await asyncio.to_thread(
                 Mending, vectors, states, rebuild=arguments.rebuild or vectors.is_other_model
             )
             spending = Spending(arguments.max_cost, arguments.yes)
-            index = Index(vectors, states, manager, mending, spending, stop, works)
+            index = Index(arguments, vectors, states, manager, mending, spending, stop, works)
             try:
                 works.set()
                 if not arguments.estimate_costs and (mending.is_free or not spending.has_limit):
@@ -150,7 +138,7 @@ async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
     vectors.stop.set()
 
 
-async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSettings) -> int:
+async def _database(index: Index, chosen: IndexSettings) -> int:
     if chosen.database_url is None:
         raise ConfigurationError(
             "DATABASE_URL is not set; set it to the database to document, try the sample with --sample, or index "
@@ -158,70 +146,61 @@ async def _database(arguments: argparse.Namespace, index: Index, chosen: IndexSe
         )
     facts = await asyncio.to_thread(read_database, chosen.database_url)
     done = await asyncio.to_thread(index.states.sync_database, facts.tables, facts.relationships)
-    index.removed = done.removed
     logger.info("the database has %d tables and %d relationships", len(facts.tables), len(facts.relationships))
-    before = await asyncio.to_thread(index.manager.get_processing_stats, index.pending)
-    tokens = await asyncio.to_thread(_tokens, index)
-    if arguments.estimate_costs:
-        return _show_estimate(arguments, index, before, tokens)
+    pending = index.mending.pending(done.removed)
+    before = await asyncio.to_thread(index.manager.get_processing_stats, pending)
+    tokens = await asyncio.to_thread(_tokens, index.manager, pending)
+    if index.arguments.estimate_costs:
+        return _show_estimate(index, before, tokens)
     await _require_affordable(index, before["total_estimated_cost"], tokens)
-    outcome = _outcome(arguments, index, before)
+    outcome = _outcome(index, before)
     outcome.removed = await asyncio.to_thread(_renew, index, done)
-    with report.IndexProgress("Indexing", before["total_pending"]) as progress:
+    with report.IndexProgress("Indexing", before["total_pending"]) as progress, _measured(index, outcome):
 
-        def note(kind: Kind, ended: Sequence[tuple[str, str | None]]) -> None:
-            for name, problem in ended:
-                outcome.count(kind, name, problem)
-            progress.failed(sum(problem is not None for _, problem in ended))
+        def note(ended: Ended) -> None:
+            progress.failed(outcome.count(ended))
             progress.reached(outcome.indexed + outcome.failed)
 
         manager = BatchIndexingManager(index.manager.indexer, note)
-
-        async def index_pending() -> None:
-            process = {
-                "tables": manager.batch_process_pending_tables,
-                "relationships": manager.batch_process_pending_relationships,
-            }
-            for name, process_pending in process.items():
-                outcome.results[name] = await asyncio.to_thread(process_pending, index.states)
-
-        await _timed(arguments, index, outcome, index_pending)
-    return _finish(arguments, index, outcome)
+        process = manager.batch_process_pending_tables
+        outcome.results["tables"] = await asyncio.to_thread(process, index.states)
+        process = manager.batch_process_pending_relationships
+        outcome.results["relationships"] = await asyncio.to_thread(process, index.states)
+    return _finish(index, outcome)
 
 
-def _tokens(index: Index) -> int:
-    texts = [text for texts in index.manager.pending_texts(index.pending) for text in texts]
-    return int(index.manager.estimate_embedding_costs(index.manager.unpaid(texts))["estimated_tokens"])
+def _tokens(manager: BatchIndexingManager, pending: StatesAfterMending) -> int:
+    texts = [text for texts in manager.pending_texts(pending) for text in texts]
+    return int(manager.estimate_embedding_costs(manager.unpaid(texts))["estimated_tokens"])
 
 
-async def _timed(arguments: argparse.Namespace, index: Index, outcome: report.Outcome, work: Callable[[], Any]) -> Any:
-    """Do *work*. If it ends with an error, report first what was done until then."""
+@contextmanager
+def _measured(index: Index, outcome: report.Outcome) -> Iterator[None]:
+    """Measure the time of what is done inside. If it ends with an error, report first what was done until then."""
     started = time.monotonic()
     try:
-        return await work()
+        yield
     except (IndexingError, StateDirectoryError) as exc:
         outcome.error = str(exc)
-        outcome.duration_s = time.monotonic() - started
-        _show(arguments, index, outcome)
         raise
     finally:
         outcome.duration_s = time.monotonic() - started
+        if outcome.error is not None:
+            _show(index, outcome)
 
 
-async def _conversations(arguments: argparse.Namespace, settings: Settings, index: Index) -> int:
+async def _conversations(settings: Settings, index: Index) -> int:
     """Index classified conversations, or estimate what that costs."""
     documents = DocumentStore(settings)
     try:
         await documents.check()
-        return await _index_conversations(arguments, settings, index, documents)
+        return await _index_conversations(settings, index, documents)
     finally:
         await documents.close()
 
 
-async def _index_conversations(
-    arguments: argparse.Namespace, settings: Settings, index: Index, documents: DocumentStore
-) -> int:
-    allowed = _is_allowed(arguments)
+async def _index_conversations(settings: Settings, index: Index, documents: DocumentStore) -> int:
+    arguments, allowed = index.arguments, _is_allowed(index.arguments)
 
     def options(progress: report.IndexProgress) -> conversation_source.Options:
         return conversation_source.Options(
@@ -236,32 +215,27 @@ async def _index_conversations(
     if arguments.estimate_costs or index.spending.has_limit:  # reads all conversations once more
         with report.IndexProgress("Reading conversations") as progress:
             made = await conversation_source.estimate_conversations(
-                documents, index.pending, index.vectors, options(progress), stop=index.stop
+                documents, index.mending.pending({}), index.vectors, options(progress), stop=index.stop
             )
         stats = _conversation_stats(index, made)
         if arguments.estimate_costs:
-            return _show_estimate(arguments, index, stats, made.tokens)
+            return _show_estimate(index, stats, made.tokens)
         await _require_affordable(index, stats["total_estimated_cost"], made.tokens)
-    outcome = _outcome(arguments, index, stats)
-    with report.IndexProgress("Reading and indexing conversations") as progress:
-
-        def note(name: str, problem: str | None) -> None:
-            outcome.count(Kind.CONVERSATION, name, problem)
-            progress.failed(problem is not None)
-
-        counts = await _timed(
-            arguments,
-            index,
-            outcome,
-            lambda: conversation_source.index_conversations(
-                documents, index.states, index.manager.indexer, options(progress), stop=index.stop, on_result=note
-            ),
+    outcome = _outcome(index, stats)
+    with report.IndexProgress("Reading and indexing conversations") as progress, _measured(index, outcome):
+        counts = await conversation_source.index_conversations(
+            documents,
+            index.states,
+            index.manager.indexer,
+            options(progress),
+            stop=index.stop,
+            on_ended=lambda ended: progress.failed(outcome.count(ended)),
         )
     if counts.is_complete:
         await asyncio.to_thread(_forget, index)
     outcome.removed = counts.removed
     outcome.more = {name: getattr(counts, name) for name in ("read", "unclassified", "without_text", "changed")}
-    return _finish(arguments, index, outcome)
+    return _finish(index, outcome)
 
 
 def _forget(index: Index) -> None:
@@ -283,7 +257,7 @@ def _conversation_stats(index: Index, made: conversation_source.ConversationEsti
     }
 
 
-def _show_estimate(arguments: argparse.Namespace, index: Index, stats: dict[str, Any], tokens: int) -> int:
+def _show_estimate(index: Index, stats: dict[str, Any], tokens: int) -> int:
     if index.stop.is_set():
         raise RunInterruptedError("Stopped; nothing was sent.")
     identity = index.vectors.identity
@@ -293,7 +267,7 @@ def _show_estimate(arguments: argparse.Namespace, index: Index, stats: dict[str,
         "model": identity.model,
         "prices_from": price_source(),
     }
-    if not report.give_json({**stats, **more}, as_json=arguments.json, output=arguments.output):
+    if not report.give_json({**stats, **more}, as_json=index.arguments.json, output=index.arguments.output):
         report.show_estimate(stats, tokens, str(identity), price_source())
     return ExitCode.DONE
 
@@ -309,34 +283,29 @@ async def _require_affordable(index: Index, usd: float | None, tokens: int) -> N
     await asyncio.to_thread(index.mending.mend)
 
 
-def _outcome(arguments: argparse.Namespace, index: Index, before: dict[str, Any]) -> report.Outcome:
+def _outcome(index: Index, before: dict[str, Any]) -> report.Outcome:
     identity = index.vectors.identity
-    return report.Outcome(arguments.source, identity.provider, identity.model, identity.dimensions, before)
+    return report.Outcome(index.arguments.source, identity.provider, identity.model, identity.dimensions, before)
 
 
 def _renew(index: Index, done: Synchronized) -> int:
     """Delete what the database no longer has from the entries, then from the states; return how many items that were."""
     for kind, names in done.removed.items():
-        index.vectors.delete(kind, names)
-        index.states.remove(kind, names)
+        remove(index.vectors, index.states, kind, names)
     sweep(index.vectors, index.states, report.KINDS["database"])
-    if done.changed:
-        index.vectors.update_metadata(done.changed)
-        for kind in {item.kind for item in done.changed}:
-            same = [(item.name, item.content_hash) for item in done.changed if item.kind is kind]
-            index.states.mark_indexed_many(kind, same)
+    update_metadata(index.vectors, index.states, done.changed)
     return sum(map(len, done.removed.values()))
 
 
-def _finish(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) -> int:
+def _finish(index: Index, outcome: report.Outcome) -> int:
     outcome.is_interrupted = index.stop.is_set()
-    _show(arguments, index, outcome)
+    _show(index, outcome)
     if outcome.is_interrupted:
         raise RunInterruptedError(STOPPED)
     return ExitCode.INCOMPLETE if outcome.failed else ExitCode.DONE
 
 
-def _show(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) -> None:
+def _show(index: Index, outcome: report.Outcome) -> None:
     counts = index.vectors.counts
     outcome.dimensions = index.vectors.identity.dimensions
     outcome.calls, outcome.tokens, outcome.reused = counts.calls, counts.tokens, counts.reused
@@ -348,7 +317,7 @@ def _show(arguments: argparse.Namespace, index: Index, outcome: report.Outcome) 
         "%d items indexed, %d failed, %d removed in %.1f s: %d calls, %d tokens",
         *(outcome.indexed, outcome.failed, outcome.removed, outcome.duration_s, outcome.calls, outcome.tokens),
     )
-    report.show_outcome(outcome, as_json=arguments.json, output=arguments.output)
+    report.show_outcome(outcome, as_json=index.arguments.json, output=index.arguments.output)
 
 
 def _search(arguments: argparse.Namespace, chosen: IndexSettings) -> int:

@@ -8,19 +8,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import Ended, IndexItem, Kind, OnEnded, content_hash
 from domain.prices import embedding_price
-from embedding_index.documentation_store import DocumentationStore
 from embedding_index.inputs import pack
-from embedding_index.items import IndexItem, Kind, content_hash
 from embedding_index.mending import StatesAfterMending
-from embedding_index.vector_store import Ended, OnEnded, SQLVectorStore
+from embedding_index.vector_store import SQLVectorStore
 
 logger = logging.getLogger(__name__)
 
 FREE = ("ollama", "local")  # providers on your own machines
 UNREADABLE = "the documentation store has nothing under this name"
 
-OnItems = Callable[[Kind, Sequence[tuple[str, str | None]]], None]
 Info = Mapping[str, Any]
 
 
@@ -51,11 +50,11 @@ class SQLIndexerAgent:
         Raises:
             IndexingError: The provider or the disk ended the work; what is done is stored.
         """
-        return self._index(map(table_item, tables))
+        return self._index(_item(Kind.TABLE, str(table["name"]), table, "schema") for table in tables)
 
     def batch_index_relationships(self, relationships: Sequence[Info]) -> dict[str, bool]:
         """Index *relationships* by id; see ``batch_index_tables``."""
-        return self._index(map(relationship_item, relationships))
+        return self._index(_item(Kind.RELATIONSHIP, str(each["id"]), each, "type") for each in relationships)
 
     def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
         """Index *items* of any kind; see ``SQLVectorStore.index``."""
@@ -69,23 +68,13 @@ class SQLIndexerAgent:
         return results
 
 
-def table_item(table: Info) -> IndexItem:
-    """Return *table* as an item of the index."""
-    return _item(Kind.TABLE, str(table["name"]), table, "schema")
-
-
-def relationship_item(relationship: Info) -> IndexItem:
-    """Return *relationship* as an item of the index."""
-    return _item(Kind.RELATIONSHIP, str(relationship["id"]), relationship, "type")
-
-
 class BatchIndexingManager:
     """Indexes what is pending through *indexer_agent*. ``batch_size`` and ``max_retries`` may be set."""
 
-    def __init__(self, indexer_agent: SQLIndexerAgent, on_items: OnItems | None = None) -> None:
-        """*on_items* is called with the kind and (name, None or the problem) of items when their state is durable."""
+    def __init__(self, indexer_agent: SQLIndexerAgent, on_ended: OnEnded | None = None) -> None:
+        """*on_ended* is called with items, each with None or the problem, when their state is durable."""
         self.indexer = indexer_agent
-        self._on_items = on_items
+        self._on_ended = on_ended
 
     @property
     def batch_size(self) -> int:
@@ -196,30 +185,23 @@ class BatchIndexingManager:
     ) -> dict[str, bool]:
         results: dict[str, bool] = {}
 
-        def note(ended: Sequence[tuple[str, str | None]], hashes: Iterable[tuple[str, str]] = ()) -> None:
-            doc_store.mark_indexed_many(kind, hashes)
-            for name, problem in ended:
+        def note(ended: Ended) -> None:
+            doc_store.mark_ended(ended)
+            for item, problem in ended:
                 if problem is not None:
-                    logger.warning("%s %s is not indexed: %s", kind, name, problem)
-                    doc_store.mark_failed(kind, name, problem)
-                results[name] = problem is None
-            if self._on_items is not None:
-                self._on_items(kind, ended)
+                    logger.warning("%s %s is not indexed: %s", kind, item.name, problem)
+                results[item.name] = problem is None
+            if self._on_ended is not None:
+                self._on_ended(ended)
 
-        def note_items(ended: Ended) -> None:
-            indexed = [(item.name, item.content_hash) for item, problem in ended if problem is None]
-            note([(item.name, problem) for item, problem in ended], indexed)
-
-        items = []
-        for name in names:
-            info = get_info(name)
-            if info is None:
-                note([(name, UNREADABLE)])
-            else:
-                detail = "schema_data" if kind is Kind.TABLE else "relationship_type"
-                items.append(_item(kind, name, info, detail))
+        detail = "schema_data" if kind is Kind.TABLE else "relationship_type"
+        infos = {name: get_info(name) for name in names}
+        items = [_item(kind, name, info, detail) for name, info in infos.items() if info is not None]
+        unreadable = [IndexItem(kind, name, "") for name, info in infos.items() if info is None]
+        if unreadable:
+            note([(item, UNREADABLE) for item in unreadable])
         if items:
-            self.indexer.index_items(items, note_items)
+            self.indexer.index_items(items, note)
         return results
 
 

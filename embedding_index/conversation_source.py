@@ -10,18 +10,18 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from aggregator import aggregate_conversation
 from config import Settings
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import Ended, IndexItem, Kind, MetadataValue, OnEnded
 from embedding_index.batch_indexing import SQLIndexerAgent
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import IndexItem, Kind, MetadataValue
-from embedding_index.mending import StatesAfterMending
+from embedding_index.mending import StatesAfterMending, remove, update_metadata
 from embedding_index.providers.contract import Provider
-from embedding_index.vector_store import Ended, SQLVectorStore
+from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import canonical, id_key
@@ -31,7 +31,6 @@ PAGE_DOCUMENTS = 200
 WINDOW_CHARACTERS = 20_000_000  # of the texts of one window, which are held in memory
 LABELS = ("intent", "topic", "sentiment", "categorization")
 
-OnResult = Callable[[str, str | None], None]
 Stop = asyncio.Event | threading.Event
 
 
@@ -65,10 +64,6 @@ class ConversationCounts:
     removed: int = 0
     is_complete: bool = False
 
-    def as_dict(self) -> dict[str, int]:
-        """Return the numbers for a report."""
-        return {name: value for name, value in asdict(self).items() if name not in ("expected", "is_complete")}
-
 
 @dataclass(frozen=True, slots=True)
 class ConversationEstimate:
@@ -77,7 +72,6 @@ class ConversationEstimate:
     pending: int
     unpaid: int
     tokens: int
-    counts: ConversationCounts
 
 
 def require_allowed(provider: Provider, *, allowed: bool) -> None:
@@ -183,13 +177,13 @@ async def index_conversations(
     agent: SQLIndexerAgent,
     options: Options,
     stop: Stop | None = None,
-    on_result: OnResult | None = None,
+    on_ended: OnEnded | None = None,
 ) -> ConversationCounts:
     """Index the conversations of *store*, and delete those that are gone from MongoDB from the index.
 
     A text that is in the index is not embedded again; if only its labels differ, they are replaced. Items are deleted
-    after a pass that was neither limited nor stopped. *on_result* gets each name, with None or the problem, in the
-    thread that indexes.
+    after a pass that was neither limited nor stopped. *on_ended* gets the items, each with None or the problem, in
+    the thread that indexes.
 
     Raises:
         ConfigurationError: The texts may not leave your network, or a collection does not exist.
@@ -197,7 +191,7 @@ async def index_conversations(
         IndexingError: The provider or the index fails; the same command resumes.
     """
     require_allowed(agent.vector_store.provider, allowed=options.allow_external)
-    run = _Pass(doc_store, agent, options, stop, on_result)
+    run = _Pass(doc_store, agent, options, stop, on_ended)
     await asyncio.to_thread(doc_store.begin_pass, Kind.CONVERSATION)
     async with contextlib.aclosing(conversation_pages(store, options, run.counts, stop)) as pages:
         async for items in pages:
@@ -228,13 +222,12 @@ async def estimate_conversations(
             left = len(offered.pending) if options.limit is None else options.limit - counts.pending
             pending = offered.pending[:left]
             counts.pending += len(pending)
-            counts.changed += len(offered.changed)
             texts = {item.content_hash: item.text for item in pending if item.content_hash not in unpaid}
             tokens += await asyncio.to_thread(_unpaid_tokens, vectors, texts)
             unpaid |= texts.keys()
             if counts.pending == options.limit:
                 break
-    return ConversationEstimate(counts.pending, len(unpaid), tokens, counts)
+    return ConversationEstimate(counts.pending, len(unpaid), tokens)
 
 
 def _unpaid_tokens(vectors: SQLVectorStore, texts: dict[str, str]) -> int:
@@ -252,7 +245,7 @@ class _Pass:
     agent: SQLIndexerAgent
     options: Options
     stop: Stop | None
-    on_result: OnResult | None
+    on_ended: OnEnded | None
     counts: ConversationCounts = field(default_factory=ConversationCounts)
     window: list[IndexItem] = field(default_factory=list)
     is_cut_short: bool = False
@@ -261,7 +254,8 @@ class _Pass:
         """Offer one page to the state store, and embed the window if it is full."""
         offered = await asyncio.to_thread(self.doc_store.offer, items, keep_text=False)
         if offered.changed:
-            await asyncio.to_thread(self._relabel, offered.changed)
+            await asyncio.to_thread(update_metadata, self.agent.vector_store, self.doc_store, offered.changed)
+            self.counts.changed += len(offered.changed)
         pending = list(offered.pending)
         if self.options.limit is not None and len(pending) > (left := self.options.limit - self.counts.pending):
             pending, self.is_cut_short = pending[:left], True
@@ -282,28 +276,17 @@ class _Pass:
             await asyncio.to_thread(self.agent.index_items, part, self._record)
 
     def _record(self, ended: Ended) -> None:
-        """Mark items as indexed. A crash before this costs nothing, because the vectors are stored."""
-        done = [(item.name, item.content_hash) for item, problem in ended if problem is None]
-        self.doc_store.mark_indexed_many(Kind.CONVERSATION, done)
-        self.counts.indexed += len(done)
-        for item, problem in ended:
-            if problem is not None:
-                self.doc_store.mark_failed(item.kind, item.name, problem)
-                self.counts.failed += 1
-            if self.on_result is not None:
-                self.on_result(item.name, problem)
-
-    def _relabel(self, changed: Sequence[IndexItem]) -> None:
-        self.agent.vector_store.update_metadata(changed)
-        self.doc_store.mark_indexed_many(Kind.CONVERSATION, [(item.name, item.content_hash) for item in changed])
-        self.counts.changed += len(changed)
+        """Mark how items ended. A crash before this costs nothing, because the vectors are stored."""
+        self.doc_store.mark_ended(ended)
+        failed = sum(problem is not None for _, problem in ended)
+        self.counts.failed += failed
+        self.counts.indexed += len(ended) - failed
+        if self.on_ended is not None:
+            self.on_ended(ended)
 
     def _remove(self) -> None:
-        """Delete from the index first: the next pass repairs a crash between the two."""
         names = self.doc_store.end_pass(Kind.CONVERSATION)
-        if names:
-            self.agent.vector_store.delete(Kind.CONVERSATION, names)
-            self.doc_store.remove(Kind.CONVERSATION, names)
+        remove(self.agent.vector_store, self.doc_store, Kind.CONVERSATION, names)
         self.counts.removed = len(names)
 
 

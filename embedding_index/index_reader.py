@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 
 from config.index_settings import IndexSettings
-from embedding_index.items import Hit, Kind
+from database_docs.items import Kind
 from embedding_index.providers.opening import open_provider
-from embedding_index.search_entries import SearchEntries, mixed_message
+from embedding_index.search_entries import Hit, SearchEntries, mixed_message
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch, query_vector
 from error_handler import MixedIndexError, StateDirectoryError, VectorStoreError

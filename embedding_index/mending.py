@@ -1,4 +1,7 @@
-"""Makes what can be found and what is marked as indexed agree again: after a crash, a loss, or for another model. Free."""
+"""Keeps what can be found and what is marked as indexed in agreement: after a change, a crash, a loss, for another model.
+
+Nothing here makes a call, so nothing here costs money.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import IndexItem, Kind, Offered, State, StoredItem
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind, Offered, State, StoredItem
 from embedding_index.vector_store import SQLVectorStore
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,11 @@ class Mending:
     def is_free(self) -> bool:
         """Whether no item must be embedded again."""
         return not any(self.lost.values())
+
+    def pending(self, removed: Mapping[Kind, Collection[str]]) -> StatesAfterMending:
+        """Return what will be pending after ``mend``, except the names *removed* from their source."""
+        lost = {kind: set(names).difference(removed.get(kind, ())) for kind, names in self.lost.items()}
+        return StatesAfterMending(self._states, lost)
 
     def mend(self) -> None:
         """Make the entries from the stored vectors; lost items are pending then. A second time does nothing."""
@@ -82,6 +90,20 @@ class StatesAfterMending:
         pending = {item.id for item in offered.pending}
         lost = {kind: set(names) for kind, names in self._lost.items()}
         return Offered([item for item in items if item.id in pending or item.name in lost[item.kind]], offered.changed)
+
+
+def update_metadata(vectors: SQLVectorStore, states: DocumentationStore, changed: Sequence[IndexItem]) -> None:
+    """Replace the metadata of *changed*. They are marked last, so a crash in between repeats the replacement."""
+    if changed:
+        vectors.update_metadata(changed)
+        states.mark_ended([(item, None) for item in changed])
+
+
+def remove(vectors: SQLVectorStore, states: DocumentationStore, kind: Kind, names: Collection[str]) -> None:
+    """Delete items that their source no longer has, from the index first: after a crash in between, the next run repeats it."""
+    if names:
+        vectors.delete(kind, names)
+        states.remove(kind, names)
 
 
 def sweep(vectors: SQLVectorStore, states: DocumentationStore, kinds: Collection[Kind]) -> bool:

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from database_docs.items import Ended, Kind, State
 from domain.text import encodable, escaped
-from embedding_index.items import Hit, Kind, State
+from embedding_index.search_entries import Hit
 from error_handler import EmbeddingCostError
 from storage.files import replace_file
 
@@ -26,7 +27,6 @@ LINE_EVERY_S = 5.0
 SHOWN_PROBLEMS = 10
 PIPE_WIDTH = 120  # if the output is not a terminal
 EXCERPT_CHARACTERS = 200
-
 
 KINDS = {"database": (Kind.TABLE, Kind.RELATIONSHIP), "conversations": (Kind.CONVERSATION,)}
 
@@ -70,13 +70,13 @@ class Outcome:
     states: Mapping[Kind, Mapping[State, int]] = field(default_factory=dict)
     error: str | None = None
 
-    def count(self, kind: Kind, name: str, problem: str | None) -> None:
-        """Count one item; *problem* None means that it is indexed."""
-        if problem is None:
-            self.indexed += 1
-        else:
-            self.failed += 1
-            self.problems[f"{kind}:{name}"] = problem
+    def count(self, ended: Ended) -> int:
+        """Count items whose indexing has ended; return how many of them failed."""
+        problems = {item.id: problem for item, problem in ended if problem is not None}
+        self.problems |= problems
+        self.failed += len(problems)
+        self.indexed += len(ended) - len(problems)
+        return len(problems)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -129,7 +129,7 @@ class IndexProgress:
         elif self._ended > max(self._written, 0):
             self._write()
 
-    def failed(self, number: int = 1) -> None:
+    def failed(self, number: int) -> None:
         """Count items that failed; ``reached`` counts them as well."""
         self._failed += number
 

@@ -9,20 +9,33 @@ import hashlib
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity, StoredItem
+from database_docs.items import Item, Kind, MetadataValue
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_checks import Vector
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import MixedIndexError
 
-Item = IndexItem | StoredItem
 Page = tuple[list[str], NDArray[np.float32]]
 """Names and their vectors, one row each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One found item. *similarity* is the cosine, -1 to 1; *text* is None for conversations, whose text is not stored."""
+
+    kind: Kind
+    name: str
+    similarity: float
+    metadata: Mapping[str, MetadataValue]
+    text: str | None = None
+
 
 _PUT = """
 INSERT INTO entries SELECT ?1, ?2, ?3, ?4, ?5 WHERE EXISTS (SELECT 1 FROM vectors WHERE model = ?6 AND hash = ?3)
@@ -48,6 +61,18 @@ class SearchEntries:
         with self.ledger.reading() as db:
             token, version = db.execute("SELECT token, version FROM search").fetchone()
         return token, version
+
+    def graph(self) -> str | None:
+        """Return the checksum of the published graph, None if there is none; see ``search_graph``."""
+        with self.ledger.reading() as db:
+            row = db.execute("SELECT graph FROM search").fetchone()
+        return None if row[0] is None else str(row[0])
+
+    def set_graph(self, checksum: str | None) -> None:
+        """Publish the graph of *checksum*, durably; None: there is none."""
+        if checksum != self.graph():
+            with self.ledger.change() as db:
+                db.execute("UPDATE search SET graph = ?", (checksum,))
 
     def hashes(self) -> dict[str, str]:
         """Return the content hash of each entry by its id."""

@@ -1,13 +1,12 @@
 """A graph of neighbours in ChromaDB, for kinds of items that are too many to compare all. The only user of chromadb.
 
-It is a cache of the ledger's vectors. A folder is built beside the old one, and never changed once the ledger names it
-(``search.graph``), so any number of processes may open it. One whose checksum or count differs is not used; the next
-run that writes builds another.
+It is a cache of the ledger's vectors. Its folder is named for the checksum of its entries, built beside the old one, and
+never changed once the ledger names it (``search.graph``), so any number of processes may open it. A folder whose checksum
+or count differs is not used; the next run that writes builds another.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from embedding_index.items import Kind
+from database_docs.items import Kind
 from embedding_index.search_entries import SearchEntries
 from embedding_index.vector_checks import Vector
 from error_handler import ConfigurationError, TriadError, VectorStoreError
@@ -82,15 +81,15 @@ def large_kinds(entries: SearchEntries) -> dict[Kind, int]:
 
 def open_graph(entries: SearchEntries, folder: Path) -> SearchGraph | None:
     """Return the graph that the ledger names, if it fits *entries*; None if there is none that can be used."""
-    kinds = large_kinds(entries)
-    named = _named(entries)
-    if not kinds or named is None or not (folder / FOLDER / named["folder"]).is_dir():
+    kinds, named = large_kinds(entries), entries.graph()
+    if not kinds or named is None:
         return None
     checksum = entries.checksum(kinds)
-    if named["checksum"] != checksum:
+    path = _path(folder, checksum)
+    if named != checksum or not path.is_dir():
         return None
     try:
-        graph = SearchGraph(folder / FOLDER / named["folder"])
+        graph = SearchGraph(path)
         if graph.is_of(kinds, checksum):
             return graph
         graph.close()
@@ -107,27 +106,25 @@ def publish_graph(entries: SearchEntries, folder: Path) -> None:
     Raises:
         VectorStoreError: ChromaDB cannot write, or has lost vectors.
     """
-    root = folder / FOLDER
     kinds = large_kinds(entries)
     graph = open_graph(entries, folder)
+    kept = None
     if graph is not None:
         graph.close()
-        kept = [graph.path.name]
-    elif kinds:
-        checksum = entries.checksum(kinds)
-        name = f"{entries.version()[1]}-{checksum[:8]}"
-        _remove(root / name)
-        _build(root / name, entries, kinds, checksum)
-        _name(entries, json.dumps({"folder": name, "checksum": checksum}))
-        kept = [name]
+        kept = graph.path
     else:
-        if _named(entries) is not None:
-            _name(entries, None)
-        _remove(root)
-        kept = []
-    for path in root.glob("*"):
-        if path.name not in kept:
+        entries.set_graph(None)  # nobody opens a folder that is being built
+    if kinds and kept is None:
+        checksum = entries.checksum(kinds)
+        kept = _path(folder, checksum)
+        _remove(kept)
+        _build(kept, entries, kinds, checksum)
+        entries.set_graph(checksum)
+    for path in (folder / FOLDER).glob("*"):
+        if path != kept:
             _remove(path)
+    if kept is None:
+        _remove(folder / FOLDER)
     for name in ("generation", "chroma.unfinished", "chroma.new", "chroma.old"):  # of format 1
         _remove(folder / name)
 
@@ -153,9 +150,8 @@ def _build(path: Path, entries: SearchEntries, counts: Mapping[Kind, int], check
             )
             for names, vectors in entries.pages(kind):
                 collection.upsert(ids=names, embeddings=vectors)
-            with (
-                warnings.catch_warnings()
-            ):  # a collection without an embedding function of ChromaDB's is "legacy" to it
+            with warnings.catch_warnings():
+                # It calls a collection without one of its own embedding functions "legacy".
                 warnings.simplefilter("ignore", DeprecationWarning)
                 collection.modify(configuration={"hnsw": {"sync_threshold": 2}})
         client.close()
@@ -170,17 +166,8 @@ def _build(path: Path, entries: SearchEntries, counts: Mapping[Kind, int], check
     os.sync()  # all of its files are on disk before the ledger names the folder
 
 
-def _named(entries: SearchEntries) -> dict[str, str] | None:
-    """Return the graph that the ledger names: its ``folder`` and ``checksum``."""
-    with entries.ledger.reading() as db:
-        row = db.execute("SELECT graph FROM search").fetchone()
-    named: dict[str, str] | None = json.loads(row[0] or "null")
-    return named
-
-
-def _name(entries: SearchEntries, graph: str | None) -> None:
-    with entries.ledger.change() as db:
-        db.execute("UPDATE search SET graph = ?", (graph,))
+def _path(folder: Path, checksum: str) -> Path:
+    return folder / FOLDER / checksum[:16]
 
 
 def _remove(path: Path) -> None:

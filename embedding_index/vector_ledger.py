@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_index.items import ModelIdentity
-from embedding_index.state_file import Schema, StateFile
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_checks import Vector, mixed_dimensions
+from storage.state_file import Schema, StateFile
 
 HASHES_PER_QUERY = 500  # an insert has four values for each; SQLite takes 32,766
 
@@ -37,7 +37,7 @@ CREATE TABLE search (
     model INTEGER REFERENCES models (id), -- whose vectors are compared
     version INTEGER NOT NULL, -- counts changes of names and hashes in entries
     changes INTEGER NOT NULL, -- counts all transactions
-    graph TEXT -- JSON, see search_graph
+    graph TEXT -- the checksum of the published graph, see search_graph
 ) STRICT;
 INSERT INTO search VALUES (hex(randomblob(8)), NULL, 0, 0, NULL)"""
 _TABLES = f"""
@@ -172,12 +172,6 @@ class VectorLedger(StateFile):
                 "SELECT calls, tokens FROM usage WHERE provider = ? AND model = ?", (identity.provider, identity.model)
             ).fetchone()
         return Totals(vectors, *(spent or (0, 0)))
-
-    def identities(self) -> list[ModelIdentity]:
-        """Return the models that have vectors here, with their dimensions."""
-        with self.reading() as db:
-            rows = db.execute("SELECT provider, model, dimensions FROM models ORDER BY id").fetchall()
-        return [ModelIdentity(*row) for row in rows]
 
     def keep_only(self, hashes: Iterable[str]) -> int:
         """Delete all vectors, of every model, and all search entries but those of *hashes* and their pieces.

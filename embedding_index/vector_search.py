@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from database_docs.items import Kind
 from embedding_index.inputs import pack, split_text
-from embedding_index.items import Hit, Kind
 from embedding_index.providers.contract import Provider
-from embedding_index.search_entries import Page, SearchEntries, mixed_message
+from embedding_index.search_entries import Hit, Page, SearchEntries, mixed_message
 from embedding_index.search_graph import SearchGraph, large_kinds, open_graph
 from embedding_index.vector_checks import Vector, checked_vectors, weighted_mean
 from embedding_index.vector_ledger import VectorLedger

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 
 from config.index_settings import IndexSettings, load_index_settings
+from database_docs.items import IndexItem, Item, Kind, OnEnded
 from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
 from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity
 from embedding_index.ledger_copy import restore_ledger, write_copy
-from embedding_index.providers.contract import Provider
+from embedding_index.providers.contract import ModelIdentity, Provider
 from embedding_index.providers.opening import open_provider
-from embedding_index.search_entries import Item, SearchEntries, mixed_message
+from embedding_index.search_entries import Hit, SearchEntries, mixed_message
 from embedding_index.search_graph import publish_graph, require_chromadb
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch, query_vector
@@ -24,10 +24,6 @@ from error_handler import MixedIndexError, StateDirectoryError
 from storage.files import DirectoryLock
 
 WRITE_AT = 100  # entries in one durable step
-
-# What is done with items that ended: each with None, or with why it is not in the index.
-Ended = Sequence[tuple[IndexItem, str | None]]
-OnEnded = Callable[[Ended], None]
 
 
 class SQLVectorStore:

@@ -4,8 +4,8 @@ Requires DATABASE_URL, and EMBEDDING_PROVIDER with its settings. It can be stopp
 """
 
 from config.index_settings import load_index_settings
+from database_docs.introspection import read_database
 from embedding_index import BatchIndexingManager, DocumentationStore, SQLIndexerAgent, SQLVectorStore
-from embedding_index.introspection import read_database
 
 
 def main() -> None:

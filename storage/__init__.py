@@ -1,4 +1,4 @@
-"""Durable local files and MongoDB basics: atomic replacement, journals, Extended JSON, connections, driver errors.
+"""Durable files and MongoDB basics: atomic replacement, journals, SQLite, Extended JSON, connections, driver errors.
 
 Any higher layer may import any of its modules. It imports ``error_handler``, ``config`` and ``logger`` only.
 """

@@ -23,7 +23,8 @@ from tests.fakes.scripted_service import scripted_service
 
 ROOT = Path(__file__).parent.parent
 NOT_PRODUCT = {"tests", "benchmarks"}
-INDEX_PACKAGE = "embedding_index/"  # loaded only if requirements-index.txt is installed as well: --build-arg INDEX=yes
+# loaded only if requirements-index.txt is installed as well: --build-arg INDEX=yes
+INDEX_PACKAGES = ("database_docs/", "embedding_index/")
 EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which is not in the image
 
 
@@ -146,7 +147,7 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):
                 distributions = {re.sub(r"[-_.]+", "-", name).lower() for name in providers.get(top, [top])}
-                allowed = installed | (named_in("requirements-index.txt") if path.startswith(INDEX_PACKAGE) else set())
+                allowed = installed | (named_in("requirements-index.txt") if path.startswith(INDEX_PACKAGES) else set())
                 # Starlette, bson, urllib3 and httpx2 are dependencies of packages that the module uses.
                 if not distributions & (allowed | {"starlette", "urllib3", "httpx2"}):
                     missing[top] = path

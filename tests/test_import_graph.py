@@ -23,8 +23,9 @@ LAYERS = (
     "worker",
     "openai_batch",
     "embedded",
-    "service",
+    "database_docs",
     "embedding_index",
+    "service",
     "batch_processor api",
     "commands",
     "cli",
@@ -59,7 +60,7 @@ OWNERS = {
     # what the openai package is made of
     "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     "chromadb": {"embedding_index.search_graph"},
-    "sqlalchemy": {"embedding_index.introspection", "embedding_index.database_connection"},
+    "sqlalchemy": {"database_docs.introspection", "database_docs.database_connection"},
     "bpe_openai": {"embedding_index.token_counts"},
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
@@ -73,8 +74,8 @@ OWNERS = {
         "service.error_responses",
         "service.openapi",
         "service.routes",
+        "service.similar_routes",
         "service.startup",
-        "embedding_index.similar_routes",
     },
     # below FastAPI: ASGI types for middleware
     "starlette": {

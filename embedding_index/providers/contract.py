@@ -9,9 +9,28 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding_index.items import ModelIdentity
-
 Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """The model that made a vector. Vectors of different identities must never be compared.
+
+    *dimensions* is the length of the vectors; None until the provider's first answer.
+    """
+
+    provider: str
+    model: str
+    dimensions: int | None = None
+
+    def __str__(self) -> str:
+        size = f", {self.dimensions} dimensions" if self.dimensions else ""
+        return f"{self.model} of {self.provider}{size}"
+
+    def is_same_model(self, other: ModelIdentity) -> bool:
+        """Whether vectors of both can be compared; an unknown length fits any."""
+        sizes = {self.dimensions, other.dimensions} - {None}
+        return (self.provider, self.model) == (other.provider, other.model) and len(sizes) <= 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,7 @@ from tokenizers import Tokenizer
 
 from config.index_settings import IndexSettings
 from domain.text import encodable
-from embedding_index.items import ModelIdentity
-from embedding_index.providers.contract import Answer, RequestLimits, Vectors
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vectors
 from error_handler import ConfigurationError, ProviderRejectedError
 
 MODEL = "all-MiniLM-L6-v2"

@@ -17,8 +17,7 @@ import orjson
 from config.index_settings import IndexSettings
 from config.settings import Settings
 from domain.text import encodable
-from embedding_index.items import ModelIdentity
-from embedding_index.providers.contract import Answer, RequestLimits, Vectors
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vectors
 from embedding_index.token_counts import EstimatedCounter
 from error_handler import (
     ConfigurationError,

@@ -24,8 +24,7 @@ import uvloop
 from config.index_settings import IndexSettings
 from config.openai_settings import OpenAISettings
 from domain.text import encodable
-from embedding_index.items import ModelIdentity
-from embedding_index.providers.contract import Answer, RequestLimits, Vectors
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vectors
 from embedding_index.token_counts import EstimatedCounter, openai_counter
 from error_handler import (
     ConfigurationError,

@@ -1,4 +1,4 @@
-"""``cli.py`` that is killed (SIGKILL) at a named point of ``embedding_index``: see ``faulty_job.arm`` for points.
+"""``cli.py`` that is killed (SIGKILL) at a named point: ``PACKAGE.`` and a point of ``faulty_job``.
 
 ``python tests/crash/faulty_index.py '{"point": POINT, "nth": 1, "write_at": 1000, "file_bytes": N}' index --batch ...``.
 With *file_bytes* it finds no room for any file beyond that size instead (EFBIG is reported like ENOSPC).
@@ -23,7 +23,8 @@ if __name__ == "__main__":
     # Small lots, so that a small job has several.
     vector_store.WRITE_AT = _plan.get("write_at", vector_store.WRITE_AT)
     if _plan.get("point"):
-        arm(_plan["point"], _plan["nth"], "embedding_index")
+        _package, _, _point = _plan["point"].partition(".")
+        arm(_point, _plan["nth"], _package)
     if "file_bytes" in _plan:
         resource.setrlimit(resource.RLIMIT_FSIZE, (_plan["file_bytes"], resource.RLIM_INFINITY))
     sys.argv[:] = [str(ROOT / "cli.py"), *sys.argv[2:]]

@@ -33,7 +33,7 @@ def write(folder: Path, first: int, count: int, lot: int) -> None:
 
 
 def follow(folder: Path) -> None:
-    """Say how many entries there are when that has changed; fail if one of them is not found."""
+    """Print the number of entries when it changes; fail if one of them is not found."""
     searcher, seen = Searcher(folder), 0
     while not select.select([sys.stdin], [], [], PAUSE_S)[0]:
         count = len(searcher.hits(vector_of(0), limit=10_000))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from embedding_index.embedding_run import STORING_THREADS
-from embedding_index.items import ModelIdentity
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_ledger import VectorLedger
 from tests.embedding_index.embedding_site import keyed, texts_with_long_ones
 from tests.fakes.fake_openai import FakeOpenAI
@@ -100,7 +100,7 @@ def test_a_kill_at_each_step(crashes: Crashes, point: str) -> None:
 
 
 def test_kills_at_any_moment(crashes: Crashes) -> None:
-    """Killed again and again, some answers on: each step forward is kept."""
+    """The process is killed repeatedly after some answers; all progress is kept."""
     moments = random.Random(11)
     kills = 0
     crashes.fake.configure(latency_s=0.2)

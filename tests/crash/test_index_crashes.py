@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from pymongo import MongoClient
 
+from database_docs.items import Kind
 from embedding_index.embedding_run import STORING_THREADS
-from embedding_index.items import Kind
 from embedding_index.search_entries import SearchEntries
 from embedding_index.vector_ledger import VectorLedger
 from tests.embedding_index.index_entries import Searcher
@@ -32,14 +32,17 @@ CONVERSATIONS = 14
 VECTORS = "SELECT hash, vector FROM vectors"
 IN_FLIGHT = (CONCURRENCY + STORING_THREADS) * BATCH_SIZE
 
-STATES, LEDGER = "documentation_store.DocumentationStore", "vector_ledger.VectorLedger"
-ENTRIES, PROVIDER = "search_entries.SearchEntries", "providers.openai_embeddings.OpenAIProvider"
-STORE, FILE = "vector_store.SQLVectorStore", "state_file.StateFile"
+STATES = "database_docs.documentation_store.DocumentationStore"
+FILE = "storage.state_file.StateFile"
+LEDGER = "embedding_index.vector_ledger.VectorLedger"
+ENTRIES = "embedding_index.search_entries.SearchEntries"
+PROVIDER = "embedding_index.providers.openai_embeddings.OpenAIProvider"
+STORE = "embedding_index.vector_store.SQLVectorStore"
 
 COPYING = [
     (f"{STORE}._publish:before", 1),
-    ("ledger_copy.os.replace:before", 1),
-    ("ledger_copy.os.replace:after", 1),
+    ("embedding_index.ledger_copy.os.replace:before", 1),
+    ("embedding_index.ledger_copy.os.replace:after", 1),
     (f"{STORE}._publish:after", 1),
 ]
 
@@ -48,7 +51,7 @@ FIRST = [
     (f"{PROVIDER}.embed:after", 3),
     (f"{LEDGER}.add:after", 2),
 ]
-ALWAYS = [(f"{ENTRIES}.put:after", 1), (f"{STATES}.mark_indexed_many:after", 1)]
+ALWAYS = [(f"{ENTRIES}.put:after", 1), (f"{STATES}.mark_ended:after", 1)]
 MORE = [
     *((f"{FILE}._prepare:{when}", nth) for when in ("before", "after") for nth in (1, 2)),
     *((f"{PROVIDER}.embed:before", nth) for nth in (1, 2)),
@@ -57,8 +60,8 @@ MORE = [
     (f"{LEDGER}.add:after", 5),
     *((f"{ENTRIES}.put:before", nth) for nth in (1, 2)),
     *((f"{ENTRIES}.put:after", nth) for nth in (2, 3)),
-    (f"{STATES}.mark_indexed_many:before", 2),
-    (f"{STATES}.mark_indexed_many:after", 3),
+    (f"{STATES}.mark_ended:before", 2),
+    (f"{STATES}.mark_ended:after", 3),
     *COPYING,
 ]
 OF_DATABASES = [(f"{STATES}.sync_database:before", 1), (f"{STATES}.sync_database:after", 1)]
@@ -93,13 +96,13 @@ def fill(site: IndexSite, source: str) -> None:
 
 
 def die(site: IndexSite, point: str, nth: int, *flags: str) -> None:
-    """Let a run die at *point*."""
+    """Kill a run at *point*."""
     ended = site.run(*(flags or ("--batch",)), plan={"point": point, "nth": nth, "write_at": WRITE_AT})
     assert ended.code == -signal.SIGKILL, f"it never came to {point}: {ended.err}"
 
 
 def finish(site: IndexSite, *flags: str, kills: int = 1) -> None:
-    """Run to the end: what was stored is not paid again, and what is paid twice was in flight at a kill."""
+    """Run to the end: stored vectors are not paid for again, and only calls in flight at a kill are paid for twice."""
     before, stored = site.billed(), site.stored()
     assert len(before.keys() - stored) <= kills * IN_FLIGHT
     site.run_well(*flags)
@@ -124,7 +127,7 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("source", "point", "nth"), list(cases()))
 def test_a_kill_at_each_step(site: IndexSite, source: str, point: str, nth: int) -> None:
-    """The same command finishes the work, whichever step was the last; only what was in flight is paid for twice."""
+    """The same command finishes the work after any step; only calls in flight are paid for twice."""
     fill(site, source)
     die(site, point, nth)
     finish(site)
@@ -156,7 +159,7 @@ def thoroughly(points: list[tuple[str, int]], *always: int) -> list[Any]:
 
 @pytest.mark.parametrize(("point", "nth"), thoroughly(CHANGES, 0))
 def test_a_kill_while_tables_leave_the_index(site: IndexSite, point: str, nth: int) -> None:
-    """What is no longer in the database is gone afterwards, whichever step was the last."""
+    """Dropped tables have left the index afterwards, after any step."""
     site.make_database(TABLES)
     site.run_well()
     site.make_database(TABLES - 3)
@@ -176,7 +179,7 @@ FORGETTING = [
 
 @pytest.mark.parametrize(("point", "nth"), thoroughly(FORGETTING, 6, 8))
 def test_deleted_and_changed_conversations_leave_every_file(site: IndexSite, point: str, nth: int) -> None:
-    """Deleted or changed: neither vector nor labels are in any file after a pass, even where one was killed within."""
+    """After a pass no file has their vectors or labels, even if an earlier pass was killed."""
     fill(site, "conversations")
     site.mongo["sentimental_analysis"].update_one(
         {"source_conversation_id": 3}, {"$set": {"classification.categorization": "A quokka of Perth is angry."}}
@@ -201,7 +204,7 @@ def test_deleted_and_changed_conversations_leave_every_file(site: IndexSite, poi
 
 
 def test_a_changed_text_that_fails_leaves_no_old_vector(site: IndexSite) -> None:
-    """It is not found by what was said before; once it can be embedded, by what is said now."""
+    """The old text no longer finds it; the new text does as soon as it can be embedded."""
     fill(site, "conversations")
     site.run_well()
     old = {row["hash"].hex(): row["vector"] for row in site.rows("vectors.sqlite3", VECTORS)}
@@ -217,7 +220,7 @@ def test_a_changed_text_that_fails_leaves_no_old_vector(site: IndexSite) -> None
 
 @pytest.mark.parametrize(("point", "nth"), thoroughly(REBUILDS, 3))
 def test_a_kill_in_rebuild_and_in_mending(site: IndexSite, point: str, nth: int) -> None:
-    """Nothing is paid for: the vectors are stored, however often the entries must be made of them."""
+    """Nothing is paid for: the entries are made from stored vectors."""
     site.make_database(TABLES)
     site.run_well()
     paid = site.billed()
@@ -231,7 +234,7 @@ def test_a_kill_in_rebuild_and_in_mending(site: IndexSite, point: str, nth: int)
 
 @pytest.mark.parametrize(("point", "nth"), thoroughly([(f"{PROVIDER}.embed:after", 2), *REBUILDS], 0))
 def test_a_kill_in_a_rebuild_with_another_model(site: IndexSite, point: str, nth: int) -> None:
-    """Each text is paid for once with each model, but for the calls in flight; the way back costs nothing."""
+    """Each text is paid for once per model, except calls in flight; going back to the first model costs nothing."""
     site.make_database(TABLES)
     site.run_well()
     texts = site.billed().keys()
@@ -256,7 +259,7 @@ def test_a_kill_in_a_rebuild_with_another_model(site: IndexSite, point: str, nth
 
 @pytest.mark.parametrize("source", ["database", pytest.param("conversations", marks=pytest.mark.thorough)])
 def test_random_kills(site: IndexSite, source: str, request: pytest.FixtureRequest) -> None:
-    """``kill -9`` again and again in one job: each call that was answered and stored was paid for once."""
+    """One job is killed repeatedly (SIGKILL): each stored answer was paid for once."""
     kills = request.config.getoption("--kills") * (6 if source == "database" else 3) // 10
     seed = request.config.getoption("--seed")
     seed = random.randrange(1_000_000) if seed is None else seed
@@ -289,7 +292,7 @@ def test_random_kills(site: IndexSite, source: str, request: pytest.FixtureReque
 
 
 def test_a_killed_holder_lets_the_next_one_in(site: IndexSite) -> None:
-    """Of two at once the second is refused and changes nothing; a dead one, killed in the middle of its calls, holds nothing."""
+    """A second writer is refused and changes nothing; a killed writer holds no lock."""
     site.make_database(TABLES)
     site.fake.configure(faults=[{"kind": "hang", "when": {"route": "embeddings.create", "from": 2}}])
     with site.start("--batch") as first:
@@ -335,7 +338,7 @@ def test_search_beside_a_killed_writer_sees_committed_steps(site: IndexSite) -> 
 )
 @pytest.mark.parametrize("source", ["database", pytest.param("conversations", marks=pytest.mark.thorough)])
 def test_no_room_on_the_disk(site: IndexSite, source: str, file_bytes: int) -> None:
-    """One sentence and exit code 2, wherever the room ends; with room again the same command goes on."""
+    """A full disk ends a run with one sentence and exit code 2; with free space the same command resumes."""
     fill(site, source)
     for is_first in (True, False):
         full = site.run("--batch", plan={"file_bytes": file_bytes})
@@ -351,7 +354,7 @@ def test_no_room_on_the_disk(site: IndexSite, source: str, file_bytes: int) -> N
 
 
 def test_a_directory_that_cannot_be_written(site: IndexSite) -> None:
-    """Nothing is sent where nothing can be kept."""
+    """Nothing is sent if nothing can be stored."""
     site.make_database(2)
     (site.folder / "file").write_text("")
     ended = site.run("--batch", "--index-dir", str(site.folder / "file" / "index"))
@@ -402,7 +405,7 @@ USUAL_DAMAGE = {
     [pytest.param(*damage, marks=() if damage in USUAL_DAMAGE else pytest.mark.thorough) for damage in DAMAGE],
 )
 def test_a_damaged_file_costs_nothing(site: IndexSite, name: str, how: str) -> None:
-    """Of whichever file: what the user is told works, nothing is paid for again, and all is found as before."""
+    """For each file, the remedy in the message works, nothing is paid for again, and searches find everything."""
     site.make_database(TABLES)
     site.run_well()
     paid, stored = site.billed(), site.stored()
@@ -422,7 +425,7 @@ def test_a_damaged_file_costs_nothing(site: IndexSite, name: str, how: str) -> N
 
 
 def test_items_are_paid_again_if_ledger_and_copy_are_lost(site: IndexSite) -> None:
-    """Both the stored vectors and their copy: the next run embeds all of it, and says how many."""
+    """The next run embeds everything again and says how many items."""
     site.make_database(TABLES)
     site.run_well()
     spoil(site.index / "vectors.sqlite3", "deleted")
@@ -434,7 +437,7 @@ def test_items_are_paid_again_if_ledger_and_copy_are_lost(site: IndexSite) -> No
 
 
 def test_the_states_of_both_sources_are_lost(site: IndexSite) -> None:
-    """Both are read again, the database first, and no vector of either is lost or paid for."""
+    """Both sources are read again, the database first; no vector is lost or paid for again."""
     site.make_database(3)
     site.run_well()
     fill(site, "conversations")

@@ -21,7 +21,7 @@ PRELOADED = ("embedding_index.vector_search", "chromadb.api.client", "chromadb.a
 
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kind counts as too large to be compared whole."""
+    """Every kind counts as large: its searches use the graph."""
     monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", 0)
 
 
@@ -51,7 +51,7 @@ USUAL = {0, 4, 8}
     [pytest.param(*kill, marks=() if place in USUAL else pytest.mark.thorough) for place, kill in enumerate(KILLS)],
 )
 def test_killed_writer_loses_nothing_and_leaves_no_wrong_graph(tmp_path: Path, line: str, more_s: float) -> None:
-    """What it said is stored is found first by its own vector, before and after the graph is built again."""
+    """Each entry that the writer reported is found by its own vector, before and after the graph is rebuilt."""
     make_index(tmp_path, range(FIRST))
     publish(tmp_path)
     writer = start(tmp_path, "write", FIRST, COUNT, LOT)
@@ -74,7 +74,7 @@ def test_killed_writer_loses_nothing_and_leaves_no_wrong_graph(tmp_path: Path, l
 
 
 def test_readers_follow_a_writer_in_another_process(tmp_path: Path) -> None:
-    """Each sees what grows in its order, and every search is right, while graphs come and go."""
+    """Readers see entries in their order and every search is right while graphs are replaced."""
     make_index(tmp_path, range(100))
     publish(tmp_path)
     readers = [start(tmp_path, "follow") for _ in range(2)]

@@ -24,9 +24,9 @@ if not __package__:
 
 from config.index_settings import load_index_settings
 from config.openai_settings import load_openai_settings
+from database_docs.items import content_hash
 from embedding_index.embedding_run import EmbeddingRun, RunOptions
-from embedding_index.items import ModelIdentity, content_hash
-from embedding_index.providers.contract import Answer, RequestLimits
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
 from embedding_index.providers.openai_embeddings import OpenAIProvider
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import (

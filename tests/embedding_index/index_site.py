@@ -23,7 +23,8 @@ import numpy as np
 from pymongo.database import Database
 
 from config.settings import known_environment_names
-from embedding_index.items import ModelIdentity, content_hash
+from database_docs.items import content_hash
+from embedding_index.providers.contract import ModelIdentity
 from storage.extended_json import canonical
 from tests.embedding_index.in_process import run_cli
 from tests.embedding_index.index_entries import Searcher

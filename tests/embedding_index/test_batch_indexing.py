@@ -19,11 +19,11 @@ from pydantic import SecretStr
 import embedding_index
 from config.index_settings import IndexSettings, load_index_settings
 from config.settings import known_environment_names
+from database_docs.introspection import read_database
+from database_docs.items import IndexItem, Kind
 from embedding_index import BatchIndexingManager, DocumentationStore, SQLIndexerAgent, SQLVectorStore
-from embedding_index.introspection import read_database
-from embedding_index.items import IndexItem, Kind, ModelIdentity
 from embedding_index.mending import Mending
-from embedding_index.providers.contract import Answer, RequestLimits
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
 from error_handler import DirectoryLockedError, MixedIndexError, ProviderRejectedError, StateDirectoryError
 from tests.embedding_index.index_commands import RELATIONSHIPS, SHOP, TABLES
 
@@ -88,7 +88,7 @@ def vectors(tmp_path: Path, provider: LetterProvider) -> Iterator[SQLVectorStore
 
 
 def test_names_and_arguments_are_those_that_are_promised() -> None:
-    """What somebody wrote against them goes on working."""
+    """Code that was written against them keeps working."""
 
     def arguments(function: Any) -> list[str]:
         return list(inspect.signature(function).parameters)
@@ -96,7 +96,7 @@ def test_names_and_arguments_are_those_that_are_promised() -> None:
     assert set(embedding_index.__all__) == {
         *("BatchIndexingManager", "DocumentationStore", "SQLIndexerAgent", "SQLVectorStore")
     }
-    assert arguments(BatchIndexingManager) == ["indexer_agent", "on_items"]
+    assert arguments(BatchIndexingManager) == ["indexer_agent", "on_ended"]
     assert arguments(SQLIndexerAgent) == ["vector_store"]
     for name in ("batch_process_pending_tables", "batch_process_pending_relationships", "get_processing_stats"):
         assert arguments(getattr(BatchIndexingManager, name)) == ["self", "doc_store"]
@@ -106,7 +106,7 @@ def test_names_and_arguments_are_those_that_are_promised() -> None:
 
 
 def test_everything_is_indexed_and_its_state_follows(states: DocumentationStore, vectors: SQLVectorStore) -> None:
-    """Results by name; what is indexed is pending no more, and is found."""
+    """Results are by name; indexed items are no longer pending, and a search finds them."""
     manager = BatchIndexingManager(SQLIndexerAgent(vectors))
     stats = manager.get_processing_stats(states)
     assert set(stats) == STATS
@@ -136,7 +136,7 @@ def test_everything_is_indexed_and_its_state_follows(states: DocumentationStore,
 def test_the_batch_size_may_be_set(
     states: DocumentationStore, vectors: SQLVectorStore, provider: LetterProvider
 ) -> None:
-    """Within what a call can hold; the estimate follows."""
+    """It must be within the limits of a call; the estimate uses it."""
     manager = BatchIndexingManager(SQLIndexerAgent(vectors))
     manager.batch_size = 3
     assert manager.get_processing_stats(states)["estimated_batches"] == 3
@@ -151,7 +151,7 @@ def test_the_batch_size_may_be_set(
 
 
 def test_costs_of_texts(vectors: SQLVectorStore, provider: LetterProvider) -> None:
-    """Tokens by the provider's count, dollars by the model's price; None where it has none, 0 at home."""
+    """Tokens are counted by the provider, prices are those of the model: None if unknown, 0 for a local provider."""
     manager = BatchIndexingManager(SQLIndexerAgent(vectors))
     costs = manager.estimate_embedding_costs(["a" * 400, "b" * 40])
     assert set(costs) == COSTS
@@ -176,20 +176,17 @@ def test_the_calls_of_long_texts_are_counted_in_pieces(vectors: SQLVectorStore) 
 
 
 def test_a_bad_item_fails_alone(states: DocumentationStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its reason is in the store and in the log, which quote nothing of it; offered again it is pending."""
-    manager: BatchIndexingManager
-    ended: list[tuple[Kind, str, str | None]] = []
+    """Store and log have the reason and no text of the item; it is pending when it is offered again."""
+    all_ended: list[tuple[IndexItem, str | None]] = []
     with SQLVectorStore(settings(tmp_path), provider=LetterProvider(poison="Table orders")) as vectors:
-        manager = BatchIndexingManager(
-            SQLIndexerAgent(vectors), lambda kind, items: ended.extend((kind, *item) for item in items)
-        )
+        manager = BatchIndexingManager(SQLIndexerAgent(vectors), all_ended.extend)
         with caplog.at_level(logging.WARNING):
             results = manager.batch_process_pending_tables(states)
     assert results == {"customers": True, "orders": False, "refunds": True, "shipments": True}
     info = states.get_table_info("orders")
     assert info is not None
     assert (info["status"], info["problem"]) == ("failed", "the provider refuses it: HTTP 400")
-    assert {(kind, name, problem is None) for kind, name, problem in ended} == {
+    assert {(item.kind, item.name, problem is None) for item, problem in all_ended} == {
         (Kind.TABLE, name, is_indexed) for name, is_indexed in results.items()
     }
     assert "table orders is not indexed" in caplog.text
@@ -197,7 +194,7 @@ def test_a_bad_item_fails_alone(states: DocumentationStore, tmp_path: Path, capl
 
 
 def test_one_item_at_a_time(vectors: SQLVectorStore, provider: LetterProvider) -> None:
-    """Documentation is what is found; without it, it is made of the rest."""
+    """The text is the documentation, or is made of the other fields if there is none."""
     agent = SQLIndexerAgent(vectors)
     assert agent.index_table({"name": "zebras", "documentation": "zzzz zebras"})
     assert agent.index_relationship({"id": "z -> q", "business_purpose": "quick", "type": "one-to-one"})
@@ -211,7 +208,7 @@ def test_one_item_at_a_time(vectors: SQLVectorStore, provider: LetterProvider) -
 
 
 def test_a_text_that_many_items_share_is_embedded_once(vectors: SQLVectorStore, provider: LetterProvider) -> None:
-    """And each of them is found."""
+    """A search finds each of these items."""
     items = [IndexItem(Kind.TABLE, f"t{number}", f"text {number % 2}") for number in range(10)]
     ended: list[str] = []
     vectors.index(items, lambda some: ended.extend(item.name for item, problem in some if problem is None))
@@ -223,7 +220,7 @@ def test_a_text_that_many_items_share_is_embedded_once(vectors: SQLVectorStore, 
 def test_write_failure_is_reported_once_and_nothing_is_marked_indexed(
     vectors: SQLVectorStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is raised is what went wrong first, and nothing is reported as indexed."""
+    """The first error is raised, and no item is reported as indexed."""
     tried = []
 
     def full(*_: object) -> None:
@@ -239,7 +236,7 @@ def test_write_failure_is_reported_once_and_nothing_is_marked_indexed(
 
 
 def test_stores_without_arguments_read_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Provider, folder, size and repetitions."""
+    """They use its provider, folder, batch size and retries."""
     for name in known_environment_names():
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -265,7 +262,7 @@ def test_stores_without_arguments_read_the_environment(tmp_path: Path, monkeypat
 
 
 def test_results_can_be_pickled_and_handed_on(states: DocumentationStore, vectors: SQLVectorStore) -> None:
-    """They are plain values."""
+    """Results are plain values."""
     manager = BatchIndexingManager(SQLIndexerAgent(vectors))
     shapes = (
         manager.get_processing_stats(states),
@@ -281,7 +278,7 @@ def test_results_can_be_pickled_and_handed_on(states: DocumentationStore, vector
 def test_mending_looks_before_it_changes(
     states: DocumentationStore, vectors: SQLVectorStore, provider: LetterProvider, tmp_path: Path
 ) -> None:
-    """Of another model all is lost; until it is mended the states are as they were."""
+    """With another model all vectors are missing; the states change only in ``mend``."""
     manager = BatchIndexingManager(SQLIndexerAgent(vectors))
     manager.batch_process_pending_tables(states)
     assert Mending(vectors, states, rebuild=False).is_free

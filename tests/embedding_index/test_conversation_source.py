@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +18,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from config import Settings, load_settings
+from database_docs.items import Ended, IndexItem, Kind, OnEnded, content_hash
 from embedding_index import conversation_source
 from embedding_index.conversation_source import (
     Options,
@@ -26,8 +27,6 @@ from embedding_index.conversation_source import (
     index_conversations,
     require_allowed,
 )
-from embedding_index.items import IndexItem, Kind, content_hash
-from embedding_index.vector_store import OnEnded
 from error_handler import ConfigurationError, ProviderUnavailableError
 from storage.extended_json import canonical
 from tests.embedding_index.stores import DRIVERS, open_store
@@ -101,14 +100,14 @@ class States:
     def end_pass(self, kind: Kind) -> list[str]:
         return sorted(self.items.keys() - self.met)
 
-    def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None:
-        for name, text_hash in entries:
-            if self.items[name][0] == text_hash:
-                self.items[name] = (*self.items[name][:2], "indexed")
-                self.outdated.discard(name)
-
-    def mark_failed(self, kind: Kind, name: str, problem: str) -> None:
-        self.items[name] = (*self.items[name][:2], "failed")
+    def mark_ended(self, ended: Ended) -> None:
+        for item, problem in ended:
+            text_hash, metadata, _ = self.items[item.name]
+            if problem is not None:
+                self.items[item.name] = text_hash, metadata, "failed"
+            elif text_hash == item.content_hash:
+                self.items[item.name] = text_hash, metadata, "indexed"
+                self.outdated.discard(item.name)
 
     def remove(self, kind: Kind, names: Collection[str]) -> None:
         for name in names:
@@ -203,9 +202,11 @@ class Site:
                 self.vectors,
                 Options(self.settings, **options),
                 stop,
-                lambda name, problem: self.results.append((name, problem)),
+                lambda ended: self.results.extend((item.name, problem) for item, problem in ended),
             )
-        return {name: value for name, value in counts.as_dict().items() if value}
+        return {
+            name: value for name, value in asdict(counts).items() if value and name not in ("expected", "is_complete")
+        }
 
     async def estimate(self, **options: Any) -> conversation_source.ConversationEstimate:
         async with open_store(self.uri, self.db_name, self.driver) as store:
@@ -219,7 +220,7 @@ def site(mongodb_uri: str, db_name: str) -> Iterator[Site]:
 
 
 def test_an_item_is_what_the_customer_said_with_the_labels() -> None:
-    """Agents' turns are left out; what is not there is not in the metadata; no text of a turn is."""
+    """Agents' turns are left out; the metadata have only known fields and no text of a turn."""
     item = conversation_item(conversation(7, conversation_number=17), result(7))
     assert (item.kind, item.name) == (Kind.CONVERSATION, '{"$numberInt": "7"}')
     assert item.text == "Where is my parcel?\nIt is late."
@@ -236,7 +237,7 @@ def test_an_item_is_what_the_customer_said_with_the_labels() -> None:
 
 @pytest.mark.parametrize("driver", DRIVERS)
 async def test_ids_of_all_types_are_told_apart(site: Site, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pages smaller than any type has ids."""
+    """Pages are smaller than the number of ids of one type."""
     monkeypatch.setattr(conversation_source, "PAGE_DOCUMENTS", 5)
     site.driver = driver
     site.fill(*ODD_IDS)
@@ -248,7 +249,7 @@ async def test_ids_of_all_types_are_told_apart(site: Site, driver: str, monkeypa
 
 
 async def test_only_classified_conversations_with_text_are_taken(site: Site) -> None:
-    """The others are counted; half a classification is none."""
+    """The others are counted; an incomplete classification does not count as one."""
     site.fill(1, 2, 3, 4)
     site.database["conversation_set"].insert_many(
         [conversation(5), {"_id": 6, "messages": [{"sender": "agent", "text": "Hello"}]}, conversation(7)]
@@ -259,7 +260,7 @@ async def test_only_classified_conversations_with_text_are_taken(site: Site) -> 
 
 
 async def test_unchanged_conversations_are_not_embedded_again(site: Site) -> None:
-    """Another text is, other labels are only replaced."""
+    """A changed text is embedded; changed labels are only replaced."""
     site.fill(1, 2, 3)
     await site.run()
     assert await site.run() == {"read": 3}
@@ -276,7 +277,7 @@ async def test_unchanged_conversations_are_not_embedded_again(site: Site) -> Non
 
 
 async def test_labels_that_were_not_replaced_are_offered_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state is written after the index, so a failure in between is mended by the next run."""
+    """The state is written after the index, so the next run repairs a failure in between."""
     site.fill(1)
     await site.run()
     site.database["sentimental_analysis"].update_one({}, {"$set": {"classification.topic": "Other"}})
@@ -293,7 +294,7 @@ async def test_labels_that_were_not_replaced_are_offered_again(site: Site, monke
 
 
 async def test_deleted_conversations_leave_the_index(site: Site) -> None:
-    """Deleted, no longer classified, or emptied: after a whole pass nothing of it can be found."""
+    """Deleted, unclassified or emptied conversations cannot be found after a complete pass."""
     site.fill(1, 2, 3, 4)
     await site.run()
     site.database["conversation_set"].delete_one({"_id": 1})
@@ -304,7 +305,7 @@ async def test_deleted_conversations_leave_the_index(site: Site) -> None:
 
 
 async def test_a_part_of_a_pass_removes_nothing(site: Site) -> None:
-    """What a limited or stopped pass has not met may still be there."""
+    """Conversations that a limited or stopped pass did not reach may still exist."""
     site.fill(*range(10))
     await site.run()
     site.database["conversation_set"].delete_one({"_id": 0})
@@ -318,7 +319,7 @@ async def test_a_part_of_a_pass_removes_nothing(site: Site) -> None:
 
 
 async def test_a_removal_that_was_cut_off_is_repeated(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of the index before it is forgotten that it was in."""
+    """Items leave the index first and the states afterwards."""
     site.fill(1, 2)
     await site.run()
     site.database["conversation_set"].delete_one({"_id": 1})
@@ -337,7 +338,7 @@ async def test_a_removal_that_was_cut_off_is_repeated(site: Site, monkeypatch: p
 
 @pytest.mark.parametrize("missing", ["conversation_set", "sentimental_analysis"])
 async def test_a_wrong_name_empties_no_index(site: Site, missing: str) -> None:
-    """A collection that is not there says nothing about what is gone; an empty one does."""
+    """A missing collection removes nothing; an empty one removes everything."""
     site.fill(1, 2)
     await site.run()
     site.database[missing].rename("elsewhere")
@@ -350,7 +351,7 @@ async def test_a_wrong_name_empties_no_index(site: Site, missing: str) -> None:
 
 
 async def test_windows_are_handed_over_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full ones while it is read, the rest at the end; a window is also full by its characters."""
+    """Full windows are embedded while reading, the rest at the end; the number of characters can fill a window, too."""
     monkeypatch.setattr(conversation_source, "PAGE_DOCUMENTS", 30)
     site.fill(*range(100))
     read: list[int] = []
@@ -366,7 +367,7 @@ async def test_windows_are_handed_over_whole(site: Site, monkeypatch: pytest.Mon
 
 
 async def test_a_bad_conversation_fails_alone_and_is_tried_again(site: Site) -> None:
-    """It is named with its problem."""
+    """The result names it with its problem."""
     site.fill(1, 2)
     site.fill(3, text="xyzzy")
     site.vectors.bad = "xyzzy"
@@ -377,7 +378,7 @@ async def test_a_bad_conversation_fails_alone_and_is_tried_again(site: Site) -> 
 
 
 async def test_stopped_pass_keeps_its_results_and_resumes(site: Site) -> None:
-    """Also where the provider ends it."""
+    """That also holds if the provider ends the pass."""
     site.fill(*range(8))
     for number in range(8):
         site.database["conversation_set"].update_one({"_id": number}, {"$set": {"messages.1.text": f"Number {number}"}})
@@ -394,7 +395,7 @@ async def test_stopped_pass_keeps_its_results_and_resumes(site: Site) -> None:
 
 
 async def test_no_text_leaves_the_house_without_permission(site: Site) -> None:
-    """Nothing is even read."""
+    """No conversation is read."""
     site.fill(1)
     site.vectors.leaves_house = True
     with pytest.raises(ConfigurationError, match="--allow-external or ALLOW_EXTERNAL_LLM=true"):
@@ -405,7 +406,7 @@ async def test_no_text_leaves_the_house_without_permission(site: Site) -> None:
 
 
 async def test_estimate_sends_nothing_and_equals_the_run(site: Site) -> None:
-    """Equal texts and texts with a vector cost nothing; a limit counts."""
+    """Equal texts and texts with a vector cost nothing; a limit applies."""
     site.fill(1, 2)
     site.fill(3, text="Please cancel my order today")
     site.vectors.leaves_house = True
@@ -421,7 +422,7 @@ async def test_estimate_sends_nothing_and_equals_the_run(site: Site) -> None:
 
 
 async def test_the_loop_is_free_while_texts_are_embedded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signals and progress are handled meanwhile."""
+    """The loop handles signals and progress meanwhile."""
     site.fill(1)
     ticked = threading.Event()
     given = site.vectors.index_items

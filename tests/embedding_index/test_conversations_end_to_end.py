@@ -63,8 +63,8 @@ class Place:
 
     async def _index(self) -> ConversationCounts:
         # Loaded here: they need the packages of requirements-index.txt.
+        from database_docs.documentation_store import DocumentationStore
         from embedding_index.batch_indexing import SQLIndexerAgent
-        from embedding_index.documentation_store import DocumentationStore
         from embedding_index.vector_store import SQLVectorStore
 
         uri = self.settings.mongodb_uri.get_secret_value()
@@ -90,7 +90,7 @@ def found(service: ServiceProcess, text: str) -> list[dict[str, Any]]:
 
 
 def test_past_conversations_are_found_by_meaning_and_forgotten_with_mongodb(place: Place, tmp_path: Path) -> None:
-    """A running service follows: what is new, relabelled, and gone."""
+    """A running service finds new and relabelled conversations, and no deleted ones."""
     with serve(tmp_path, **place.variables) as service:
         assert service.get("/similar?text=parcel").error == "IndexEmptyError"
         counts = place.index()
@@ -118,7 +118,7 @@ def test_past_conversations_are_found_by_meaning_and_forgotten_with_mongodb(plac
 
 
 def test_no_text_of_a_conversation_is_on_disk(place: Place, tmp_path: Path) -> None:
-    """Vectors, hashes and labels are."""
+    """Only vectors, hashes and labels are stored."""
     place.index()
     content = b"".join(path.read_bytes() for path in (tmp_path / "index").rglob("*") if path.is_file())
     for text in PROBLEMS.values():
@@ -139,7 +139,7 @@ def test_an_index_of_another_model_is_not_searched(place: Place, tmp_path: Path)
 
 
 def test_no_text_goes_to_openai_without_permission(place: Place, tmp_path: Path) -> None:
-    """Its own address is outside this house."""
+    """OpenAI's address is outside your network."""
     place.index()
     outside = {"EMBEDDING_PROVIDER": "openai", "OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "", "ALLOW_EXTERNAL_LLM": ""}
     with serve(tmp_path, **{**place.variables, **outside}) as service:

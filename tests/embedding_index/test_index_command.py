@@ -38,7 +38,7 @@ def site(running: FakeOpenAI, tmp_path: Path) -> Iterator[IndexSite]:
 
 
 def test_only_new_and_changed_items_are_sent(site: IndexSite) -> None:
-    """New, unchanged, changed, dropped: what each costs, and what is found afterwards."""
+    """New, unchanged, changed and dropped tables: their cost, and what a search finds afterwards."""
     first = site.run("--batch", "--json")
     assert first.code == 0, first.err
     facts = first.json
@@ -74,7 +74,7 @@ def test_only_new_and_changed_items_are_sent(site: IndexSite) -> None:
 
 
 def test_individual_sends_one_text_in_each_call(site: IndexSite) -> None:
-    """As many calls as texts."""
+    """There are as many calls as texts."""
     ended = site.run("--individual")
     assert ended.code == 0, ended.err
     assert site.calls == ITEMS
@@ -82,14 +82,14 @@ def test_individual_sends_one_text_in_each_call(site: IndexSite) -> None:
 
 
 def test_the_batch_size_of_the_environment_counts(site: IndexSite) -> None:
-    """Two tables in a call, then two relationships."""
+    """One call has two tables, the next one two relationships."""
     estimate = site.run("--estimate-costs", "--json", EMBEDDING_BATCH_SIZE="2").json
     ended = site.run("--batch", "--json", EMBEDDING_BATCH_SIZE="2").json
     assert (ended["calls"], site.calls, estimate["estimated_batches"], estimate["batch_size"]) == (4, 4, 4, 2)
 
 
 def test_the_estimate_is_the_price_and_sends_nothing(site: IndexSite) -> None:
-    """Dollars as the prices' own package has them for the tokens of OpenAI's tokenizer; a second time nothing."""
+    """The estimate is the price of the tokens by OpenAI's tokenizer; after the run it is 0."""
     output = site.folder / "estimate.json"
     ended = site.run("--estimate-costs", "--json", "--output", str(output))
     assert (ended.code, site.calls) == (0, 0), ended.err
@@ -116,7 +116,7 @@ def test_the_estimate_is_the_price_and_sends_nothing(site: IndexSite) -> None:
 
 
 def test_a_limit_of_the_price(site: IndexSite) -> None:
-    """Under it the run goes on; over it nothing is sent where nobody can be asked; ``--yes`` spends it."""
+    """Below it the run continues; above it nothing is sent without a terminal; ``--yes`` spends it."""
     over = site.run("--batch", "--max-cost", "0.000001")
     assert (over.code, site.calls) == (2, 0)
     assert "Nothing was sent: 0.0000" in over.err
@@ -133,7 +133,7 @@ def test_a_limit_of_the_price(site: IndexSite) -> None:
 
 
 def test_nothing_to_pay_is_no_unknown_price(site: IndexSite) -> None:
-    """Of a model without a price, too."""
+    """That also holds for a model without a known price."""
     assert site.run("--batch", "--max-cost", "5", "--yes", EMBEDDING_MODEL="our-own-model").code == 0
     calls = site.calls
     again = site.run("--batch", "--max-cost", "0", EMBEDDING_MODEL="our-own-model")
@@ -141,7 +141,7 @@ def test_nothing_to_pay_is_no_unknown_price(site: IndexSite) -> None:
 
 
 def test_rebuild_with_the_same_model_makes_no_call(site: IndexSite) -> None:
-    """The vectors are stored."""
+    """No call is made, because the vectors are stored."""
     assert site.run("--batch").code == 0
     calls = site.calls
     rebuilt = site.run("--rebuild", "--json")
@@ -154,7 +154,7 @@ def test_rebuild_with_the_same_model_makes_no_call(site: IndexSite) -> None:
 def test_large_index_is_searched_through_a_graph_that_can_be_lost(
     site: IndexSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is lost with it, and the next run builds it without a call."""
+    """Searches find everything without it, and the next run builds it without a call."""
     monkeypatch.setattr("embedding_index.search_graph.EXACT_UP_TO_BYTES", 0)
     assert site.run("--batch").code == 0
     hits = site.run("--search", "refunds", "--json").json
@@ -168,7 +168,7 @@ def test_large_index_is_searched_through_a_graph_that_can_be_lost(
 
 
 def test_another_model(site: IndexSite) -> None:
-    """Refused with the remedy; its price can be asked for; refusing the price changes nothing; rebuild embeds it all."""
+    """It is refused with the remedy; an estimate is possible; too high a price changes nothing; --rebuild embeds everything."""
     assert site.run("--batch").code == 0
     other = {"EMBEDDING_MODEL": "text-embedding-3-large"}
     calls = site.calls
@@ -193,7 +193,7 @@ def test_another_model(site: IndexSite) -> None:
 
 
 def test_states_that_are_lost_cost_nothing(site: IndexSite) -> None:
-    """And what left the database meanwhile is not found any more."""
+    """Tables that were dropped meanwhile are not found afterwards."""
     assert site.run("--batch").code == 0
     calls = site.calls
     for path in site.index.glob("index.sqlite3*"):
@@ -208,7 +208,7 @@ def test_states_that_are_lost_cost_nothing(site: IndexSite) -> None:
 
 
 def test_search_as_json_and_as_a_table(site: IndexSite) -> None:
-    """Hits in order, with what is known of them; nothing where nothing is."""
+    """Hits are in order, with their metadata; an empty index has none."""
     empty = site.run("--search", "refunds")
     assert empty.code == 2
     assert "there is no index in" in empty.err
@@ -234,7 +234,7 @@ def test_search_as_json_and_as_a_table(site: IndexSite) -> None:
 
 
 def test_the_local_model_finds_refunds_first(site: IndexSite) -> None:
-    """In the sample database, into an index of its own; no server is asked."""
+    """The sample database has an index of its own, and needs no server."""
     local = {"EMBEDDING_PROVIDER": "local"}
     ended = site.run("--batch", "--sample", "--json", **local)
     assert (ended.code, ended.json["failed"], ended.json["cost_usd"]) == (0, 0, 0.0), ended.err
@@ -246,7 +246,7 @@ def test_the_local_model_finds_refunds_first(site: IndexSite) -> None:
 
 
 def test_flags_win_over_the_environment(site: IndexSite) -> None:
-    """Provider, model and folder."""
+    """Provider, model and folder can be given as flags."""
     flags = ("--provider", "openai", "--embedding-model", "text-embedding-3-large", "--index-dir", "elsewhere")
     ended = site.run("--batch", "--json", *flags, EMBEDDING_PROVIDER="ollama")
     assert (ended.code, ended.json["model"]) == (0, "text-embedding-3-large"), ended.err
@@ -267,7 +267,7 @@ def test_flags_win_over_the_environment(site: IndexSite) -> None:
     ids=" ".join,
 )
 def test_a_flag_that_would_do_nothing_is_refused(site: IndexSite, flags: list[str]) -> None:
-    """With exit code 2, before anything is made."""
+    """The exit code is 2, and no file was made."""
     ended = site.run(*flags)
     assert ended.code == 2
     assert flags[-2].removeprefix("conversations") in ended.err or "required" in ended.err or flags[-1] in ended.err
@@ -275,7 +275,7 @@ def test_a_flag_that_would_do_nothing_is_refused(site: IndexSite, flags: list[st
 
 
 def test_secrets_and_texts_are_in_no_output_and_no_log(site: IndexSite) -> None:
-    """Not even with --verbose; the log file has the lines that stderr has not."""
+    """That holds with --verbose, too; the log file has the lines that stderr does not show."""
     site.change("CREATE TABLE oddments (id INTEGER PRIMARY KEY, canary_of_a_text TEXT)")
     log = site.folder / "logs/index.log"
     for flags in (["--batch", "--verbose"], ["--batch"], ["--rebuild", "--verbose"]):
@@ -297,7 +297,7 @@ def test_secrets_and_texts_are_in_no_output_and_no_log(site: IndexSite) -> None:
 
 
 def test_without_a_warning_in_an_interpreter_of_its_own(site: IndexSite) -> None:
-    """Where every warning is an error."""
+    """The test turns every warning into an error."""
     for flags in (["--batch"], ["--search", "refunds"]):
         done = subprocess.run(
             [sys.executable, "-W", "error", str(ROOT / "cli.py"), "index", "--provider", "local", *flags],

@@ -59,7 +59,7 @@ def site(running: FakeOpenAI, tmp_path: Path) -> Iterator[IndexSite]:
 
 
 def sentence(ended: Ended, code: int) -> str:
-    """Return the last line, which is all that is said."""
+    """Return the only line of stderr."""
     assert ended.code == code, ended.said
     assert "Traceback" not in ended.said
     return ended.err.strip().splitlines()[-1]
@@ -72,7 +72,7 @@ def said_by(process: ForkedProcess) -> str:
 
 
 def without(site: IndexSite, names: tuple[str, ...], *flags: str) -> Ended:
-    """Run the command where the packages *names* are missing."""
+    """Run the command as if the packages *names* were not installed."""
     program = WITHOUT.format(names=names, flags=list(flags), script=str(ROOT / "cli.py"), root=str(ROOT))
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -92,7 +92,7 @@ def without(site: IndexSite, names: tuple[str, ...], *flags: str) -> Ended:
     ],
 )
 def test_a_missing_package_is_named(site: IndexSite, name: str, flags: list[str], remedy: str) -> None:
-    """With what to install."""
+    """The message says what to install."""
     if name == "psycopg":
         site.environment["DATABASE_URL"] = "postgresql://user@127.0.0.1:9/name"
     said = sentence(without(site, (name,), *flags), 2)
@@ -122,7 +122,7 @@ def test_a_missing_package_is_named(site: IndexSite, name: str, flags: list[str]
 def test_configuration_error_is_one_sentence(
     site: IndexSite, changes: dict[str, str], flags: list[str], code: int, parts: list[str]
 ) -> None:
-    """And nothing is sent."""
+    """No call is made."""
     said = sentence(site.run(*flags, **changes), code)
     for part in parts:
         assert part in said
@@ -130,7 +130,7 @@ def test_configuration_error_is_one_sentence(
 
 
 def test_the_key_is_refused(site: IndexSite) -> None:
-    """After one call, with exit code 2; the key is not shown."""
+    """The run ends after one call with exit code 2 and does not show the key."""
     site.fake.configure(faults=[{"kind": "unauthorized_401"}])
     ended = site.run("--batch")
     said = sentence(ended, 2)
@@ -140,7 +140,7 @@ def test_the_key_is_refused(site: IndexSite) -> None:
 
 
 def test_a_rate_limit_is_waited_for_and_shown(site: IndexSite) -> None:
-    """It uses up no attempt."""
+    """A wait uses up no attempt."""
     site.fake.configure(faults=[{"kind": "rate_limit_429", "retry_after_ms": 300, "times": 5}])
     ended = site.run("--batch", EMBEDDING_MAX_RETRIES="0")
     assert ended.code == 0, ended.err
@@ -150,7 +150,7 @@ def test_a_rate_limit_is_waited_for_and_shown(site: IndexSite) -> None:
 
 
 def test_a_provider_that_goes_away(site: IndexSite) -> None:
-    """What was answered is kept and said; exit code 3; the same command goes on and pays for the rest only."""
+    """Answers are kept and reported; the exit code is 3; the same command resumes and pays only for the rest."""
     faults = [{"kind": "rate_limit_429", "retry_after": 1000, "when": {"from": 2}}]
     site.fake.configure(faults=faults)
     output = site.folder / "out.json"
@@ -169,7 +169,7 @@ def test_a_provider_that_goes_away(site: IndexSite) -> None:
 
 
 def test_an_item_that_fails_is_named_and_tried_again_next_time(site: IndexSite) -> None:
-    """The others are kept; exit code 1."""
+    """The others are indexed; the exit code is 1."""
     site.fake.configure(faults=[{"kind": "bad_request_400", "when": {"text": "Table customers"}}])
     ended = site.run("--batch")
     assert ended.code == 1, ended.err
@@ -188,7 +188,7 @@ def test_an_item_that_fails_is_named_and_tried_again_next_time(site: IndexSite) 
 
 
 def test_the_index_is_locked(site: IndexSite) -> None:
-    """By one process at a time; searching needs no lock."""
+    """One process at a time may write; a search needs no lock."""
     assert site.run("--batch").code == 0
     site.change("CREATE TABLE tickets (id INTEGER PRIMARY KEY)")
     site.fake.configure(faults=[{"kind": "hang"}])
@@ -203,7 +203,7 @@ def test_the_index_is_locked(site: IndexSite) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: int) -> None:
-    """Exit code 130; the same command goes on and pays nothing twice."""
+    """The exit code is 130; the same command resumes and pays nothing twice."""
     site.fake.configure(faults=[{"kind": "delay", "delay_s": 2, "when": {"from": 1}}])
     environment = {"EMBEDDING_BATCH_SIZE": "1", "EMBEDDING_CONCURRENCY": "2"}
     with site.started("--batch", "--json", **environment) as process:
@@ -223,7 +223,7 @@ def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: in
 
 
 def test_a_second_signal_ends_it_at_once(site: IndexSite) -> None:
-    """Whatever hangs; what was stored stays, and the next run goes on."""
+    """It ends even if a call hangs; stored vectors stay, and the next run resumes."""
     site.fake.configure(faults=[{"kind": "hang"}])
     with site.started("--batch") as process:
         site.fake.wait_for(CALLS, at_least=1)
@@ -237,7 +237,7 @@ def test_a_second_signal_ends_it_at_once(site: IndexSite) -> None:
 
 
 def test_a_signal_ends_a_search_and_an_opening(site: IndexSite) -> None:
-    """There is nothing to finish, so the first one does."""
+    """The first signal ends it, because nothing has to be finished."""
     assert site.run("--batch").code == 0
     site.fake.configure(faults=[{"kind": "hang"}])
     calls = site.calls
@@ -254,7 +254,7 @@ def test_a_signal_ends_a_search_and_an_opening(site: IndexSite) -> None:
 
 
 def test_ollama(site: IndexSite) -> None:
-    """Another provider, for nothing; tokens as the server counts them."""
+    """Ollama costs nothing, and reports its own token counts."""
     with FakeOllama() as ollama:
         variables = {"EMBEDDING_PROVIDER": "ollama", "OLLAMA_ENDPOINT": f"http://127.0.0.1:{ollama.port}"}
         ended = site.run("--batch", "--json", "--max-cost", "0", **variables)
@@ -268,7 +268,7 @@ def test_ollama(site: IndexSite) -> None:
 
 
 def test_the_vector_of_a_dropped_table_stays(site: IndexSite) -> None:
-    """It costs nothing when the table comes back."""
+    """The vector stays: it costs nothing when the table comes back."""
     assert site.run("--batch").code == 0
     before = site.vectors()
     site.change("DROP TABLE shipments")

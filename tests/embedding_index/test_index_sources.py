@@ -57,7 +57,7 @@ def mongo(site: IndexSite, mongodb_uri: str, db_name: str) -> Iterator[Database[
 
 
 def test_postgresql_from_its_catalogue_to_a_hit(site: IndexSite, postgres: Postgres) -> None:
-    """Schemas, comments and keys are documented, refunds are found first; the password is shown nowhere."""
+    """Schemas, comments and keys are documented, a search finds refunds first, and no output shows the password."""
     postgres.run("CREATE DATABASE index_command")
     postgres.run(*SCHEMA, database="index_command")
     log = site.folder / "index.log"
@@ -87,7 +87,7 @@ def test_postgresql_from_its_catalogue_to_a_hit(site: IndexSite, postgres: Postg
 
 
 def test_conversations_beside_the_database(site: IndexSite, mongo: Database[dict[str, Any]]) -> None:
-    """Estimated, indexed, found, relabelled, removed; their texts are in no log, no output and no file."""
+    """They are estimated, indexed, found, relabelled and removed; no log, output or file has their texts."""
     log = site.folder / "index.log"
     site.environment["LOG_FILE"] = str(log)
     estimate = site.run("--estimate-costs", *CONVERSATIONS, "--json")
@@ -122,7 +122,7 @@ def test_conversations_beside_the_database(site: IndexSite, mongo: Database[dict
 
 
 def test_texts_of_customers_stay_in_the_house(site: IndexSite, mongo: Database[dict[str, Any]]) -> None:
-    """Also that which is searched for; the documentation of a database does not need permission."""
+    """That includes the text of a search. The documentation of a database needs no permission."""
     assert mongo["conversation_set"].estimated_document_count() == 3
     outside = {"OPENAI_BASE_URL": "http://192.0.2.1:9/v1"}  # a documentation address: nobody is there
     for action in (["--batch"], ["--estimate-costs"], ["--search", "x"]):
@@ -138,7 +138,7 @@ def test_texts_of_customers_stay_in_the_house(site: IndexSite, mongo: Database[d
 def test_a_rebuild_with_another_model_says_what_the_other_source_needs(
     site: IndexSite, mongo: Database[dict[str, Any]]
 ) -> None:
-    """Conversations are not kept as texts, so they leave the index until they are indexed again; their price is known."""
+    """Texts of conversations are not stored, so these leave the index until they are indexed again; the estimate has their price."""
     assert mongo["conversation_set"].estimated_document_count() == 3
     assert site.run("--batch").code == 0
     assert site.run("--batch", *CONVERSATIONS).code == 0
@@ -167,7 +167,7 @@ def test_a_rebuild_with_another_model_says_what_the_other_source_needs(
 
 
 def test_vectors_that_were_paid_for_outlive_the_states(site: IndexSite, mongo: Database[dict[str, Any]]) -> None:
-    """Where index.sqlite3 is lost and conversations come first, those of tables are not taken for superfluous."""
+    """If index.sqlite3 is lost and conversations are indexed first, the vectors of tables are kept."""
     assert mongo["conversation_set"].estimated_document_count() == 3
     assert site.run("--batch").code == 0
     assert site.run("--batch", *CONVERSATIONS).code == 0
@@ -184,7 +184,7 @@ def test_vectors_that_were_paid_for_outlive_the_states(site: IndexSite, mongo: D
 
 
 def test_mongodb_is_asked_for_conversations_only(site: IndexSite) -> None:
-    """Where it is away, a database is indexed all the same; conversations are exit code 3."""
+    """Without MongoDB a database is indexed; for conversations the exit code is 3."""
     nowhere = {"MONGODB_URI": "mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=300", "MONGODB_TIMEOUT_MS": "300"}
     assert site.run("--batch", **nowhere).code == 0
     away = site.run("--batch", *CONVERSATIONS, **nowhere)

@@ -22,7 +22,7 @@ def site(tmp_path: Path) -> Iterator[IndexSite]:
 
 
 def test_the_question_for_the_price(site: IndexSite) -> None:
-    """Enter and n send nothing; Ctrl-C ends at once; y goes on, with a progress bar."""
+    """Enter and n send nothing; Ctrl-C ends the run at once; y continues, with a progress bar."""
     for answer in ("\n", "n\n"):
         refused = site.on_terminal(*OVER, answer=answer)
         assert (refused.code, site.calls) == (2, 0), refused.out
@@ -37,7 +37,7 @@ def test_the_question_for_the_price(site: IndexSite) -> None:
 
 
 def test_a_pipe_has_lines_and_no_bar(site: IndexSite) -> None:
-    """On stderr; stdout has the outcome alone."""
+    """Progress goes to stderr; stdout has only the outcome."""
     ended = site.run("--batch")
     assert f"Indexing: {TABLES + RELATIONSHIPS} of {TABLES + RELATIONSHIPS}, 0 failed\n" in ended.err
     assert ended.err.count("Indexing:") == 1
@@ -46,7 +46,7 @@ def test_a_pipe_has_lines_and_no_bar(site: IndexSite) -> None:
 
 
 def test_hits_fit_the_terminal(site: IndexSite) -> None:
-    """No line is longer than the terminal, every name is there in full; what is stored steers nothing."""
+    """No line is longer than the terminal, names are complete, and stored control characters have no effect."""
     site.change(
         "CREATE TABLE a_table_with_a_name_that_is_far_longer_than_what_is_left_beside_the_text (id INTEGER PRIMARY KEY, "
         "order_id INTEGER REFERENCES orders(id))",

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from config.index_settings import IndexSettings, load_index_settings
-from embedding_index.documentation_store import DocumentationStore
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import Kind
 from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.items import Hit, Kind, ModelIdentity
 from embedding_index.mending import Mending
-from embedding_index.search_entries import SearchEntries
+from embedding_index.providers.contract import ModelIdentity
+from embedding_index.search_entries import Hit, SearchEntries
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch, query_vector
 from embedding_index.vector_store import SQLVectorStore

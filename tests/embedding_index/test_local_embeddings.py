@@ -23,9 +23,8 @@ pytest.importorskip("threadpoolctl", reason="requirements-index.txt is not insta
 
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from embedding_index.items import ModelIdentity
 from embedding_index.providers import local_embeddings
-from embedding_index.providers.contract import RequestLimits
+from embedding_index.providers.contract import ModelIdentity, RequestLimits
 from embedding_index.providers.local_embeddings import LocalProvider
 
 ROOT = Path(__file__).parents[2]

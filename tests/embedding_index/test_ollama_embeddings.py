@@ -12,8 +12,7 @@ import pytest
 
 from config.index_settings import load_index_settings
 from config.settings import load_settings
-from embedding_index.items import ModelIdentity
-from embedding_index.providers.contract import RequestLimits
+from embedding_index.providers.contract import ModelIdentity, RequestLimits
 from embedding_index.providers.ollama_embeddings import OllamaProvider
 from error_handler import (
     ConfigurationError,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedding_index.items import ModelIdentity
 from embedding_index.providers import openai_embeddings
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.providers.openai_embeddings import OpenAIProvider
 from error_handler import (
     ConfigurationError,

@@ -29,7 +29,7 @@ def run_python(code: str, *arguments: object, **variables: str) -> subprocess.Co
 
 
 def test_foreign_errors_are_translated(tmp_path: Path) -> None:
-    """Whatever their base: a panic of the Rust part is a BaseException of a class that cannot be imported."""
+    """This includes a panic of the Rust part, a BaseException of a class that cannot be imported."""
 
     class PanicException(BaseException):
         pass
@@ -79,7 +79,7 @@ assert logging.getLogger().handlers == [] and logging.getLogger().level == loggi
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter knows the system calls of x86-64")
 def test_chromadb_sends_nothing_and_says_nothing(tmp_path: Path) -> None:
-    """No socket is opened, no file made in the home, nothing printed, logging left alone."""
+    """It opens no socket, writes no file to the home folder, prints nothing and leaves logging unchanged."""
     home = tmp_path / "home"
     home.mkdir()
     caught = run_python(GUARD + "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)")
@@ -90,7 +90,7 @@ def test_chromadb_sends_nothing_and_says_nothing(tmp_path: Path) -> None:
 
 
 def test_environment_does_not_move_the_graph(tmp_path: Path) -> None:
-    """ChromaDB would obey these; a variable that it refuses ends in a sentence."""
+    """ChromaDB would use these variables; one that it refuses is reported in one sentence."""
     moved = {"CHROMA_API_IMPL": "chromadb.api.fastapi.FastAPI", "PERSIST_DIRECTORY": str(tmp_path / "elsewhere")}
     done = run_python("import sys\n" + USE, tmp_path / "index", **moved)
     assert (done.returncode, done.stderr) == (0, "")
@@ -100,7 +100,7 @@ def test_environment_does_not_move_the_graph(tmp_path: Path) -> None:
 
 
 def test_chromadb_is_not_loaded_for_a_small_index(tmp_path: Path) -> None:
-    """Loading it takes a second."""
+    """Loading it would take a second."""
     code = USE.replace("search_graph.EXACT_UP_TO_BYTES = 0\n", "").replace(
         " and searcher._search._graph is not None", ""
     )

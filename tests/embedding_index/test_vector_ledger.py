@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedding_index.items import ModelIdentity, content_hash
+from database_docs.items import content_hash
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_checks import Vector
 from embedding_index.vector_ledger import Totals, VectorLedger
 from error_handler import MixedIndexError, StateDirectoryError
@@ -58,7 +59,7 @@ def test_added_vectors_are_there_after_reopening(path: Path) -> None:
         assert found.keys() == set(wanted[:3])
         assert all((found[key] == added[key]).all() for key in added), "the first vector of a text stays"
         assert ledger.totals(MODEL) == Totals(vectors=3, calls=3, tokens=105)
-        assert ledger.identities() == [ModelIdentity("openai", "small", 3)]
+        assert ledger.dimensions(ModelIdentity("openai", "small")) == 3
         assert ledger.totals(ModelIdentity("ollama", "small")) == Totals(0, 0, 0)
 
 
@@ -91,12 +92,12 @@ def test_another_dimension_is_refused_and_nothing_is_added(path: Path) -> None:
 
 
 def test_failed_add_stores_nothing(path: Path) -> None:
-    """Neither vectors nor usage."""
+    """Neither vectors nor usage are stored."""
     with VectorLedger(path) as ledger:
         with pytest.raises(ValueError, match="hex"):
             ledger.add(MODEL, {**entries("a"), "no hash": vector(1, 2, 3)}, 7)
         assert not ledger.known(MODEL, [content_hash("a")])
-        assert ledger.identities() == []
+        assert ledger.dimensions(ModelIdentity(MODEL.provider, MODEL.model)) is None
         assert ledger.totals(MODEL).tokens == 0
 
 
@@ -116,7 +117,7 @@ def test_models_and_dimensions_stand_beside_each_other(path: Path) -> None:
 
 
 def test_vectors_of_a_length_that_was_asked_for_are_not_those_of_the_default(path: Path) -> None:
-    """Until an answer tells that the default is of that length."""
+    """They become the default vectors once an answer shows that the default has this length."""
     key = content_hash("a")
     with VectorLedger(path) as ledger:
         assert ledger.dimensions(MODEL) is None
@@ -157,8 +158,8 @@ def test_many_threads(path: Path) -> None:
 
 def test_a_killed_process_loses_nothing_that_was_added(path: Path) -> None:
     code = (
-        "import sys, itertools, numpy as np; from pathlib import Path; from embedding_index.items import *;"
-        "from embedding_index.vector_ledger import VectorLedger\n"
+        "import sys, itertools, numpy as np; from pathlib import Path; from database_docs.items import content_hash;"
+        "from embedding_index.vector_ledger import VectorLedger; from embedding_index.providers.contract import ModelIdentity\n"
         "ledger = VectorLedger(Path(sys.argv[1]))\n"
         "for n in itertools.count():\n"
         "    ledger.add(ModelIdentity('openai', 'small'), {content_hash(f'{n} {i}'): np.ones(100, np.float32) for i in range(9)}, 1)\n"
@@ -177,7 +178,7 @@ def test_a_killed_process_loses_nothing_that_was_added(path: Path) -> None:
 
 
 def test_durability_is_switched_on(path: Path) -> None:
-    """A power cut cannot be played here; the setting that SQLite promises it for can be read."""
+    """A test cannot cut the power; it can read the setting for which SQLite guarantees durability."""
     with VectorLedger(path) as ledger:
         assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
         assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"

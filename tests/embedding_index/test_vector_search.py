@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from database_docs.items import IndexItem, Kind
 from embedding_index import search_graph
 from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.items import IndexItem, Kind
 from embedding_index.search_entries import SearchEntries
 from embedding_index.search_graph import open_graph, publish_graph
 from embedding_index.vector_ledger import VectorLedger
@@ -31,7 +31,7 @@ from tests.embedding_index.index_entries import (
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kind counts as too large to be compared whole."""
+    """Every kind counts as large: its searches use the graph."""
     monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", 0)
 
 
@@ -64,7 +64,7 @@ def assert_finds(folder: Path, numbers: Iterable[int]) -> None:
 
 
 def test_nearest_equals_sorting_all_cosines() -> None:
-    """On clustered vectors in pages of any size, for limits up to more than there are."""
+    """Vectors are clustered, pages have any size, limits exceed the number of entries."""
     random = np.random.default_rng(3)
     centres = random.standard_normal((5, 16), dtype=np.float32)
     vectors = centres[random.integers(0, 5, 400)] + 0.1 * random.standard_normal((400, 16), dtype=np.float32)
@@ -94,7 +94,7 @@ def test_equal_vectors_come_by_name_wherever_their_rows_are() -> None:
 
 @pytest.mark.parametrize("exact_bytes", [search_graph.EXACT_UP_TO_BYTES, 0], ids=["exact", "graph"])
 def test_each_vector_finds_itself_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_bytes: int) -> None:
-    """Also through the graph, and also after changes between two searches."""
+    """That holds with the graph, too, and after changes between two searches."""
     monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", exact_bytes)
     make_index(tmp_path, range(600))
     publish(tmp_path)
@@ -113,7 +113,7 @@ def test_each_vector_finds_itself_first(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_hits_have_order_kind_text_and_metadata(tmp_path: Path) -> None:
-    """Equally similar ones come by kind and name; a kind that is not asked for takes no place."""
+    """Equally similar hits are sorted by kind and name; other kinds take no place."""
     with VectorLedger(tmp_path / LEDGER_FILE) as ledger:
         entries = SearchEntries(ledger)
         ledger.add(MODEL, {item(1).content_hash: vector_of(1), item(2).content_hash: -vector_of(1)})
@@ -134,7 +134,7 @@ def test_hits_have_order_kind_text_and_metadata(tmp_path: Path) -> None:
 
 
 def test_metadata_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    """No key of the old metadata stays; text and vector do."""
+    """Old keys are removed; text and vector stay."""
     with VectorLedger(tmp_path / LEDGER_FILE) as ledger:
         add(ledger, [1, 2])
         entries = SearchEntries(ledger)
@@ -179,7 +179,7 @@ def test_damaged_vector_is_an_error_and_no_answer(tmp_path: Path) -> None:
 
 
 def test_no_text_of_a_conversation_is_on_disk(tmp_path: Path) -> None:
-    """The text of a table is, or this would prove nothing."""
+    """The text of a table is on disk: this proves that the test can find one."""
     with VectorLedger(tmp_path / LEDGER_FILE) as ledger:
         items = [
             IndexItem(Kind.CONVERSATION, "c", "zebrafish-of-a-customer"),
@@ -206,7 +206,7 @@ def test_each_of_many_equal_conversations_is_found(tmp_path: Path) -> None:
 
 
 def test_index_that_was_replaced_on_disk_is_followed(tmp_path: Path) -> None:
-    """Another file with as many changes is not taken for the one whose vectors are in memory."""
+    """A file with the same number of changes is still recognised as another file."""
     make_index(tmp_path, range(3))
     searcher = Searcher(tmp_path)
     assert searcher.first(1) == "1"
@@ -262,7 +262,7 @@ def test_graph_is_built_for_large_kinds_only(tmp_path: Path, monkeypatch: pytest
 
 
 def test_graph_that_fits_is_kept_and_one_that_does_not_is_replaced(tmp_path: Path, large: None) -> None:
-    """Labels are not in it; of names and texts it has the checksum."""
+    """New labels keep the graph; new names or texts replace it."""
     make_index(tmp_path, range(20))
     publish(tmp_path)
     first = graph_folder(tmp_path)
@@ -281,7 +281,7 @@ def test_graph_that_fits_is_kept_and_one_that_does_not_is_replaced(tmp_path: Pat
 
 @pytest.mark.parametrize("change", ["count", "checksum", "missing", "emptied", "no database"])
 def test_graph_that_does_not_match_is_not_used_and_is_rebuilt(tmp_path: Path, large: None, change: str) -> None:
-    """Searches compare with all vectors until then, and find everything."""
+    """Until then, searches compare all vectors and find everything."""
     make_index(tmp_path, range(30))
     publish(tmp_path)
     database = graph_folder(tmp_path) / "chroma.sqlite3"
@@ -305,11 +305,10 @@ def test_graph_that_does_not_match_is_not_used_and_is_rebuilt(tmp_path: Path, la
 
 
 def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path, large: None) -> None:
-    """Also where the folder has the very name of the next one."""
+    """Also if the folder has the name of the next one."""
     make_index(tmp_path, range(5))
     with VectorLedger(tmp_path / LEDGER_FILE) as ledger:
-        entries = SearchEntries(ledger)
-        name = f"{entries.version()[1]}-{entries.checksum([Kind.TABLE])[:8]}"
+        name = SearchEntries(ledger).checksum([Kind.TABLE])[:16]
     for folder in (name, "0-other"):
         (tmp_path / "chroma" / folder).mkdir(parents=True)
         (tmp_path / "chroma" / folder / "chroma.sqlite3").write_bytes(b"half")

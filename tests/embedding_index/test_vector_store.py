@@ -13,13 +13,14 @@ import pytest
 pytest.importorskip("chromadb", reason="requirements-index.txt is not installed")
 
 from config.index_settings import IndexSettings, load_index_settings
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import Ended, IndexItem, Kind, State
 from embedding_index import vector_store
 from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import Hit, IndexItem, Kind, ModelIdentity, State
 from embedding_index.mending import Mending
-from embedding_index.providers.contract import Answer, RequestLimits
-from embedding_index.vector_store import Ended, SQLVectorStore
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
+from embedding_index.search_entries import Hit
+from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, MixedIndexError, ProviderRejectedError, StateDirectoryError
 
 LENGTH = 8
@@ -96,7 +97,7 @@ def names(hits: Sequence[Hit]) -> list[str]:
 
 
 def test_items_of_equal_text_or_equal_name_stand_beside_each_other(settings: IndexSettings) -> None:
-    """One vector is asked for; what a name holds does no harm."""
+    """Equal texts need one vector; special characters in a name are harmless."""
     odd = ["a:b", "two\nlines", "x" * 5000, "naïve \U0001f600", "table:t1"]
     items = [IndexItem(Kind.TABLE, name, "the same", {}) for name in odd]
     items += [
@@ -146,7 +147,7 @@ def test_rebuild_replaces_vectors_of_another_length(settings: IndexSettings, sta
 
 
 def test_failed_state_update_is_raised_once_and_costs_no_second_call(settings: IndexSettings) -> None:
-    """The error is that of the first attempt, and there is no second one."""
+    """The error of the first attempt is raised; there is no second attempt."""
     told: list[int] = []
 
     def full(ended: Ended) -> None:
@@ -164,7 +165,7 @@ def test_failed_state_update_is_raised_once_and_costs_no_second_call(settings: I
 
 
 def test_items_are_marked_in_lots_before_the_run_ends(settings: IndexSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After so many."""
+    """Each WRITE_AT items are written and marked together."""
     lots: list[int] = []
     with SQLVectorStore(settings, provider=Words()) as store:
         store.batch_size = 1
@@ -174,7 +175,7 @@ def test_items_are_marked_in_lots_before_the_run_ends(settings: IndexSettings, m
 
 
 def test_calls_in_flight_are_stored_after_a_stop(settings: IndexSettings, states: DocumentationStore) -> None:
-    """The rest has no result, and is pending."""
+    """The other items have no result and stay pending."""
     provider = Words()
     with SQLVectorStore(settings, provider=provider) as store:
         provider.stop, store.batch_size = store.stop, 1
@@ -188,17 +189,15 @@ def test_calls_in_flight_are_stored_after_a_stop(settings: IndexSettings, states
 def test_batch_indexes_pending_items_and_a_bad_item_fails_alone(
     settings: IndexSettings, states: DocumentationStore
 ) -> None:
-    """By name, in the store as in the result; the next run tries it again, and nothing else."""
+    """Store and result name it; the next run retries only this item."""
     provider = Words()
     provider.bad = "number 2"
-    noted: list[tuple[Kind, list[str]]] = []
+    noted: list[tuple[IndexItem, str | None]] = []
     with SQLVectorStore(settings, provider=provider) as store:
-        manager = BatchIndexingManager(
-            SQLIndexerAgent(store), lambda kind, ended: noted.append((kind, [name for name, _ in ended]))
-        )
+        manager = BatchIndexingManager(SQLIndexerAgent(store), noted.extend)
         states.offer(tables(1, 2, 3))
         assert manager.batch_process_pending_tables(states) == {"t1": True, "t2": False, "t3": True}
-        assert sorted(name for _, ended in noted for name in ended) == ["t1", "t2", "t3"]
+        assert sorted(item.name for item, _ in noted) == ["t1", "t2", "t3"]
         (failed,) = states.items(Kind.TABLE, State.FAILED)
         assert (failed.name, failed.attempts) == ("t2", 1)
         assert "does not like" in str(failed.problem)
@@ -211,7 +210,7 @@ def test_batch_indexes_pending_items_and_a_bad_item_fails_alone(
 
 
 def test_statistics_price_only_texts_without_a_vector(settings: IndexSettings, states: DocumentationStore) -> None:
-    """Equal texts once, stored ones not at all; sizes within what a call can have."""
+    """Equal texts count once, stored ones not at all."""
     with SQLVectorStore(settings, provider=Words()) as store:
         manager = BatchIndexingManager(SQLIndexerAgent(store))
         manager.batch_size = 2
@@ -233,7 +232,7 @@ def test_statistics_price_only_texts_without_a_vector(settings: IndexSettings, s
 
 
 def test_a_question_of_any_length_is_asked_within_the_limits(settings: IndexSettings) -> None:
-    """In as many calls as it needs; stretches of nothing but white space are not sent."""
+    """A long question is sent in pieces; pieces of white space are not sent."""
     provider = Words(inputs=3)
     with SQLVectorStore(settings, provider=provider) as store:
         store.index(tables(1), ignore)

@@ -19,7 +19,9 @@ from typing import Any
 
 import main
 from config.service_settings import ServiceSettings
-from embedding_index.items import Hit, Kind, ModelIdentity
+from database_docs.items import Kind
+from embedding_index.providers.contract import ModelIdentity
+from embedding_index.search_entries import Hit
 from error_handler import (
     ConfigurationError,
     MixedIndexError,

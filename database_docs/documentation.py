@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts, column_list, quoted
-from embedding_index.items import IndexItem, Kind, MetadataValue
+from database_docs.database_facts import ColumnFacts, RelationshipFacts, TableFacts, column_list, quoted
+from database_docs.items import IndexItem, Kind, MetadataValue
 
 # Ends of words inside a name: order_items, orderItems, HTTPLog, line2.
 _WORD_END = re.compile(

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from embedding_index.introspection import read_database
-from embedding_index.sample_database import make_sample_database
+from database_docs.introspection import read_database
+from database_docs.sample_database import make_sample_database
 from error_handler import ConfigurationError
 
 
 def test_the_sample_is_a_database_with_sound_foreign_keys(tmp_path: Path) -> None:
-    """Every relationship leads to a table and to columns that are there."""
+    """Every relationship refers to an existing table and existing columns."""
     path = tmp_path / "new" / "sample.db"
     make_sample_database(path)
     facts = read_database(SecretStr(f"sqlite:///{path}"))
@@ -40,7 +40,7 @@ def test_it_can_be_made_again_and_leaves_nothing_beside_it(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("content", ["database", "text"])
 def test_no_other_file_is_replaced(tmp_path: Path, content: str) -> None:
-    """Least of all a database of the user's own."""
+    """This protects the user's own database."""
     path = tmp_path / "mine.db"
     if content == "text":
         path.write_text("my notes")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts, full_name
-from embedding_index.documentation import document_database, words
+from database_docs.database_facts import ColumnFacts, RelationshipFacts, TableFacts, full_name
+from database_docs.documentation import document_database, words
 
 ID = ColumnFacts("id", "BIGINT", is_nullable=False, is_automatic=True)
 ORDER_ID = ColumnFacts("order_id", "BIGINT", is_nullable=False, comment="What was\nbought")
@@ -44,7 +44,7 @@ def texts(tables: list[TableFacts], relationships: list[RelationshipFacts]) -> d
 
 
 def test_a_table_with_everything() -> None:
-    """The whole text, because all of it is embedded."""
+    """The test compares the whole text, because all of it is embedded."""
     assert texts([REFUNDS, ORDERS], [REFUND_OF_ORDER])["billing.refunds"] == (
         "Table billing.refunds.\n"
         "Purpose: Money given back\n"
@@ -67,7 +67,7 @@ def test_table_text_names_the_referring_tables() -> None:
 
 
 def test_a_relationship() -> None:
-    """What it joins, and how; the comments of both tables."""
+    """The text has the join and the comments of both tables."""
     assert texts([REFUNDS, ORDERS], [REFUND_OF_ORDER])[REFUND_OF_ORDER.id] == (
         "Relationship billing.refunds(order_id) -> public.CustomerOrders(id): many-to-one.\n"
         "Join refunds with customer orders by order_id = id.\n"
@@ -76,7 +76,7 @@ def test_a_relationship() -> None:
 
 
 def test_junction_table_names_the_linked_tables() -> None:
-    """Two foreign keys that are the primary key together; not where they are only a part of it."""
+    """Two foreign keys are together the primary key; if they are only a part of it, it is no junction table."""
     columns = tuple(ColumnFacts(name, "INT", is_nullable=False) for name in ("tag_id", "order_id", "at"))
     junction = TableFacts(None, "tags_of_orders", columns=columns, primary_key=("tag_id", "order_id"))
     keys = [
@@ -93,7 +93,7 @@ def test_junction_table_names_the_linked_tables() -> None:
 
 
 def test_stored_documentation_is_json() -> None:
-    """The facts themselves come back with the documentation."""
+    """The store returns the facts with the documentation."""
     tables, relationships = document_database([REFUNDS], [REFUND_OF_ORDER])
     details = json.loads(json.dumps(tables[0].details))
     assert details["schema_data"]["columns"][2]["default"] == "'other'"
@@ -125,5 +125,5 @@ NAMES = st.text('a."', min_size=1, max_size=4)
 
 @given(st.lists(st.tuples(st.none() | NAMES, NAMES), max_size=20, unique=True))
 def test_full_names_are_unique(places: list[tuple[str | None, str]]) -> None:
-    """Whatever dots, quotes and spaces the names have."""
+    """Names may have dots, quotes and spaces."""
     assert len({full_name(schema, table) for schema, table in places}) == len(places)

@@ -15,10 +15,10 @@ from urllib.parse import quote
 import pytest
 from pydantic import SecretStr
 
-from embedding_index.database_connection import connected
-from embedding_index.database_facts import DatabaseFacts, RelationshipFacts, TableFacts
-from embedding_index.documentation import document_database
-from embedding_index.introspection import read_database
+from database_docs.database_connection import connected
+from database_docs.database_facts import DatabaseFacts, RelationshipFacts, TableFacts
+from database_docs.documentation import document_database
+from database_docs.introspection import read_database
 from error_handler import ConfigurationError, DatabaseUnavailableError, TriadError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def test_columns_keep_types_comments_and_what_the_database_fills(facts: Database
 
 
 def test_keys_indexes_and_checks(facts: DatabaseFacts) -> None:
-    """A unique index over a part of the rows makes nothing unique."""
+    """A partial unique index makes no key."""
     refunds = table(facts, "billing.refunds")
     assert refunds.primary_key == ("id",)
     assert refunds.unique_keys == (("customer_id",),)
@@ -144,7 +144,7 @@ def test_keys_indexes_and_checks(facts: DatabaseFacts) -> None:
 
 
 def test_every_foreign_key_is_one_relationship(facts: DatabaseFacts) -> None:
-    """Across schemas, over several columns, to itself, twice over the same columns; without PostgreSQL's own copies."""
+    """Foreign keys across schemas, over several columns, to the same table, twice over the same columns; without PostgreSQL's copies."""
     notes = "public.event_notes(event_id, event_at) -> public.events(id, at)"
     assert [relationship.id for relationship in facts.relationships] == [
         "billing.refunds(customer_id) -> public.customers(id)",
@@ -194,7 +194,7 @@ def test_schemas_that_the_user_may_not_use_are_left_out(postgres: Postgres, data
 
 
 def test_nothing_can_be_written(postgres: Postgres, database: str, tmp_path: Path) -> None:
-    """Neither by PostgreSQL's superuser nor into a SQLite file."""
+    """Neither PostgreSQL's superuser nor a SQLite connection can write."""
     url = sqlite_file(tmp_path / "a.db", "CREATE TABLE a (id)")
     for target in (SecretStr(postgres.uri(database)), url):
         with pytest.raises(DatabaseUnavailableError, match=r"read-?only"), connected(target) as connection:
@@ -202,7 +202,7 @@ def test_nothing_can_be_written(postgres: Postgres, database: str, tmp_path: Pat
 
 
 def test_many_tables_take_few_queries(postgres: Postgres, caplog: pytest.LogCaptureFixture) -> None:
-    """The number of queries is that of the schemas, not of the tables."""
+    """The number of queries depends on the schemas, not on the tables."""
     postgres.run("CREATE DATABASE many")
     postgres.run("CREATE TABLE anchor (id int PRIMARY KEY)", database="many")
     one = "CREATE TABLE t%s (id int PRIMARY KEY, a text UNIQUE, b int REFERENCES anchor (id))"
@@ -239,7 +239,7 @@ def test_many_tables_take_few_queries(postgres: Postgres, caplog: pytest.LogCapt
 def test_errors_name_the_remedy_and_never_the_password(
     postgres: Postgres, url: str, error: type[TriadError], expected: str
 ) -> None:
-    """Neither in the message nor in the traceback that --verbose shows."""
+    """It is neither in the message nor in the traceback that --verbose shows."""
     address = url.format(secret=SECRET, port=postgres.port, password=postgres.password)
     with pytest.raises(error, match=expected) as caught:
         read_database(SecretStr(address))
@@ -258,7 +258,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         port = silent.getsockname()[1]
-        monkeypatch.setattr("embedding_index.database_connection.CONNECT_TIMEOUT_S", 2)
+        monkeypatch.setattr("database_docs.database_connection.CONNECT_TIMEOUT_S", 2)
         started = time.monotonic()
         with pytest.raises(DatabaseUnavailableError, match="time"):
             read_database(SecretStr(f"postgresql://u:{SECRET}@127.0.0.1:{port}/d"))
@@ -267,7 +267,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 def test_a_slow_catalogue_is_given_up(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every statement has the time-out of the connection."""
-    monkeypatch.setattr("embedding_index.database_connection.STATEMENT_TIMEOUT_S", 1)
+    monkeypatch.setattr("database_docs.database_connection.STATEMENT_TIMEOUT_S", 1)
     with pytest.raises(DatabaseUnavailableError, match="less busy"), connected(SecretStr(postgres.uri())) as connection:
         connection.exec_driver_sql("SELECT pg_sleep(50)")
 
@@ -293,14 +293,14 @@ def odd(tmp_path: Path) -> DatabaseFacts:
 
 
 def test_unreadable_sqlite_view_fails_nothing_else(odd: DatabaseFacts) -> None:
-    """A broken view is named, with what is wrong; tables inside of others are not documented."""
+    """A broken view is included with its problem; shadow tables are left out."""
     assert [table.full_name for table in odd.tables] == ['"b.c"', "a", "broken", "fine", "notes"]
     assert table(odd, "broken").problem == "the database cannot open it"
     assert not table(odd, "fine").problem
 
 
 def test_sqlite_types_are_those_that_were_declared(odd: DatabaseFacts) -> None:
-    """Also those that are of no use to SQLAlchemy."""
+    """That includes types that SQLAlchemy does not know."""
     assert [(column.name, column.type) for column in table(odd, "a").columns] == [
         ("id", "INTEGER"),
         ("shape", "GEOMETRY"),
@@ -320,14 +320,14 @@ def test_sqlite_foreign_keys(odd: DatabaseFacts) -> None:
 
 
 def test_a_missing_sqlite_file_is_not_made(tmp_path: Path) -> None:
-    """A misspelled address leaves nothing behind."""
+    """A misspelled address creates no file."""
     with pytest.raises(DatabaseUnavailableError):
         read_database(SecretStr(f"sqlite:///{tmp_path}/none.db"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
-    """It is said so, and the file is named."""
+    """The message says so and names the file."""
     path = tmp_path / "notes.txt"
     path.write_text("no database " * 1000)
     with pytest.raises(DatabaseUnavailableError, match=r"notes\.txt"):
@@ -335,7 +335,7 @@ def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_locked_sqlite_file(tmp_path: Path) -> None:
-    """A writer that keeps the file for itself is waited for, then named."""
+    """The reader waits for the lock, then reports it."""
     url = sqlite_file(tmp_path / "a.db", "CREATE TABLE a (id)")
     with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as writer:
         writer.execute("BEGIN EXCLUSIVE")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from domain.text import prompt_text
-from embedding_index.items import Hit
 from error_handler import RequestError
 from service import errors
 from service.contract import EXAMPLE_LABELS, VISIBLE, Labels
+
+if TYPE_CHECKING:  # it needs numpy, which may be missing
+    from embedding_index.search_entries import Hit
 
 DEFAULT_HITS, MAX_HITS = 5, 50
 

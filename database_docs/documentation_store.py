@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from config.index_settings import load_index_settings
-from embedding_index.database_facts import RelationshipFacts, TableFacts
-from embedding_index.documentation import Documentation, document_database
-from embedding_index.items import IndexItem, Kind, Offered, State, StoredItem, Synchronized
-from embedding_index.state_file import Schema, StateFile
+from database_docs.database_facts import RelationshipFacts, TableFacts
+from database_docs.documentation import Documentation, document_database
+from database_docs.items import IndexItem, Item, Kind, Offered, State, StoredItem, Synchronized
+from storage.state_file import Schema, StateFile
 
 FILE_NAME = "index.sqlite3"
 # Names in one query, and rows that are read at once.
@@ -150,7 +150,7 @@ class DocumentationStore(StateFile):
     def sync_database(self, tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]) -> Synchronized:
         """Document everything a database has now, and return what must be done.
 
-        Call ``remove`` for what is gone once it has left the index, and ``mark_indexed`` for the rest.
+        Call ``remove`` for what is gone once it has left the index, and ``mark_ended`` for the rest.
         """
         documented_tables, documented_relationships = document_database(tables, relationships)
         done = Synchronized([], [], {})
@@ -162,25 +162,21 @@ class DocumentationStore(StateFile):
             done.removed[kind] = self.end_pass(kind)
         return done
 
-    def mark_indexed(self, kind: Kind, name: str, content_hash: str) -> None:
-        """Mark an item as indexed with this text and its metadata, unless its text has changed meanwhile."""
-        self.mark_indexed_many(kind, [(name, content_hash)])
+    def mark_ended(self, ended: Iterable[tuple[Item, str | None]]) -> None:
+        """Mark each item as indexed with its text and metadata (None), or as failed once more (its problem).
 
-    def mark_indexed_many(self, kind: Kind, entries: Iterable[tuple[str, str]]) -> None:
-        """Do ``mark_indexed`` for each (name, content hash) in one transaction."""
+        An item whose text has changed meanwhile stays pending. A problem is one sentence without text of the item.
+        """
+        done = list(ended)
         with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'indexed', is_outdated = 0, problem = NULL, attempts = attempts + (state <> 'indexed') "
                 "WHERE kind = ? AND name = ? AND hash = ?",
-                ((kind, name, bytes.fromhex(content_hash)) for name, content_hash in entries),
+                ((item.kind, item.name, bytes.fromhex(item.content_hash)) for item, problem in done if problem is None),
             )
-
-    def mark_failed(self, kind: Kind, name: str, problem: str) -> None:
-        """Mark an item as failed once more; *problem* is one sentence without text of the item."""
-        with self.transaction() as db:
-            db.execute(
+            db.executemany(
                 "UPDATE items SET state = 'failed', problem = ?, attempts = attempts + 1 WHERE kind = ? AND name = ?",
-                (problem, kind, name),
+                ((problem, item.kind, item.name) for item, problem in done if problem is not None),
             )
 
     def mark_pending(self, kind: Kind, names: Iterable[str]) -> None:

@@ -17,8 +17,8 @@ from sqlalchemy.engine.reflection import ObjectKind
 from sqlalchemy.exc import CompileError, DBAPIError, NoSuchTableError, SAWarning
 from sqlalchemy.types import ARRAY, Enum, NullType, TypeEngine
 
-from embedding_index.database_connection import connected
-from embedding_index.database_facts import (
+from database_docs.database_connection import connected
+from database_docs.database_facts import (
     ColumnFacts,
     DatabaseFacts,
     RelationshipFacts,

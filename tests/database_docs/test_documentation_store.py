@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from embedding_index.database_facts import ColumnFacts, RelationshipFacts, TableFacts
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import IndexItem, Kind, State, content_hash
+from database_docs.database_facts import ColumnFacts, RelationshipFacts, TableFacts
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind, State, content_hash
 from error_handler import StateDirectoryError
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +58,7 @@ TABLES = [table("orders"), table("refunds", "id", "order_id")]
 
 
 def index_all(store: DocumentationStore, items: list[IndexItem]) -> None:
-    for item in items:
-        store.mark_indexed(item.kind, item.name, item.content_hash)
+    store.mark_ended([(item, None) for item in items])
 
 
 def states(store: DocumentationStore, kind: Kind = TALK) -> dict[str, State]:
@@ -67,10 +66,10 @@ def states(store: DocumentationStore, kind: Kind = TALK) -> dict[str, State]:
 
 
 def test_new_items_are_pending_until_they_are_indexed(store: DocumentationStore) -> None:
-    """And again where a run ends between the two."""
+    """They are offered as pending again if a run ends in between."""
     items = talks(3)
     assert store.offer(items).pending == items
-    store.mark_indexed(TALK, "talk-1", items[1].content_hash)
+    index_all(store, items[1:2])
     again = store.offer(items)
     assert (again.pending, again.changed) == ([items[0], items[2]], [])
     assert store.counts()[TALK] == {State.PENDING: 2, State.INDEXED: 1, State.FAILED: 0}
@@ -78,11 +77,11 @@ def test_new_items_are_pending_until_they_are_indexed(store: DocumentationStore)
 
 
 def test_another_text_makes_an_item_pending(store: DocumentationStore) -> None:
-    """Only its own; attempts and problem of the old text are forgotten."""
+    """Other items stay indexed; attempts and problem of the old text are reset."""
     items = talks(2)
     store.offer(items)
     index_all(store, items)
-    store.mark_failed(TALK, "talk-0", "the provider refuses it")
+    store.mark_ended([(items[0], "the provider refuses it")])
     changed = [IndexItem(TALK, "talk-0", "Another question"), items[1]]
     assert store.offer(changed).pending == changed[:1]
     stored = next(store.items(TALK))
@@ -90,16 +89,16 @@ def test_another_text_makes_an_item_pending(store: DocumentationStore) -> None:
 
 
 def test_the_mark_of_an_old_text_counts_for_nothing(store: DocumentationStore) -> None:
-    """The text changed while its vector was made: the item stays pending."""
+    """If the text changes while it is embedded, the item stays pending."""
     old = talks(1)
     store.offer(old)
     store.offer(talks(1, "Newer"))
-    store.mark_indexed(TALK, "talk-0", old[0].content_hash)
+    index_all(store, old)
     assert states(store) == {"talk-0": State.PENDING}
 
 
 def test_changed_metadata_is_offered_until_it_is_indexed(store: DocumentationStore) -> None:
-    """Text and vector stay; a crash before the index was told loses nothing."""
+    """Text and vector stay; a crash before the index is updated loses nothing."""
     old = talks(2, intent="Refund")
     store.offer(old)
     index_all(store, old)
@@ -117,7 +116,7 @@ def test_failed_items_are_pending_in_the_next_run(store: DocumentationStore) -> 
     items = talks(1)
     for attempt in (1, 2):
         assert store.offer(items).pending == items
-        store.mark_failed(TALK, "talk-0", "too odd")
+        store.mark_ended([(items[0], "too odd")])
         stored = next(store.items(TALK, State.FAILED))
         assert (stored.problem, stored.attempts) == ("too odd", attempt)
     store.offer(items)
@@ -129,7 +128,7 @@ def test_failed_items_are_pending_in_the_next_run(store: DocumentationStore) -> 
 
 
 def test_removed_names_are_returned_until_they_are_deleted(store: DocumentationStore) -> None:
-    """It is removed here only after it left the index."""
+    """An item is removed here after it has left the index."""
     store.offer(talks(3))
     for _ in range(2):
         store.begin_pass(TALK)
@@ -140,7 +139,7 @@ def test_removed_names_are_returned_until_they_are_deleted(store: DocumentationS
 
 
 def test_a_pass_that_was_cut_off_removes_nothing(path: Path) -> None:
-    """The next process has to begin its own; without one there is no answer at all."""
+    """The next process begins its own pass; ``end_pass`` without one is an error."""
     with DocumentationStore(path) as store:
         store.offer(talks(3))
         store.begin_pass(TALK)
@@ -162,7 +161,7 @@ def test_a_pass_of_one_kind_says_nothing_of_the_others(store: DocumentationStore
 
 
 def test_no_text_of_a_conversation_reaches_the_disk(path: Path) -> None:
-    """Not in the file, not in its journal."""
+    """It is neither in the file nor in its journal."""
     with DocumentationStore(path) as store:
         store.offer(talks(100, "unmistakable sentence"), keep_text=False)
         contents = b"".join(file.read_bytes() for file in path.parent.iterdir())
@@ -199,7 +198,7 @@ def test_a_database_as_it_is_documented(store: DocumentationStore) -> None:
 
 
 def test_a_database_that_changes(store: DocumentationStore) -> None:
-    """Only what is told differently is pending; what is gone is told by kind."""
+    """Only items with another text are pending; removed names are returned by kind."""
     index_all(store, store.sync_database(TABLES, [KEY]).pending)
     same = store.sync_database(TABLES, [KEY])
     assert (same.pending, same.changed) == ([], [])
@@ -215,30 +214,30 @@ def test_a_database_that_changes(store: DocumentationStore) -> None:
 
 
 def test_hashes_of_all_kinds(store: DocumentationStore) -> None:
-    """Equal texts have one."""
+    """Equal texts have equal hashes."""
     store.offer([IndexItem(TALK, "a", "x"), IndexItem(TALK, "b", "x"), IndexItem(Kind.TABLE, "c", "y")])
     assert store.content_hashes() == {content_hash("x"), content_hash("y")}
 
 
 def test_items_are_read_in_portions(store: DocumentationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each once, whatever its name, also while they change."""
-    monkeypatch.setattr("embedding_index.documentation_store.CHUNK", 3)
+    """Each item is returned once, for any name, even while items change."""
+    monkeypatch.setattr("database_docs.documentation_store.CHUNK", 3)
     items = [IndexItem(TALK, name, f"text {name}") for name in ("", "a", "ä", "b'", 'c"', "d%", "日本")]
     assert store.offer(items).pending == items
     found = []
     for item in store.items(TALK):
-        store.mark_indexed(TALK, item.name, item.content_hash)
+        store.mark_ended([(item, None)])
         found.append(item.name)
     assert sorted(found) == sorted(item.name for item in items)
     assert store.counts()[TALK][State.INDEXED] == len(items)
 
 
 def test_threads_share_one_store(store: DocumentationStore) -> None:
-    """Nothing is lost between them."""
+    """No item is lost."""
     items = talks(200)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: store.offer([item]), items))
-        list(pool.map(lambda item: store.mark_indexed(TALK, item.name, item.content_hash), items))
+        list(pool.map(lambda item: store.mark_ended([(item, None)]), items))
     assert store.counts()[TALK][State.INDEXED] == 200
 
 
@@ -253,19 +252,19 @@ def test_another_process_reads_while_one_writes(path: Path, store: Documentation
 KILLED = """
 import sys
 from pathlib import Path
-from embedding_index.documentation_store import DocumentationStore
-from embedding_index.items import IndexItem, Kind
+from database_docs.documentation_store import DocumentationStore
+from database_docs.items import IndexItem, Kind
 store = DocumentationStore(Path(sys.argv[1]))
 items = [IndexItem(Kind.CONVERSATION, f"talk-{n}", f"text {n}") for n in range(5000)]
 store.offer(items, keep_text=False)
 for item in items:
-    store.mark_indexed(item.kind, item.name, item.content_hash)
+    store.mark_ended([(item, None)])
     print(item.name, flush=True)
 """
 
 
 def test_a_kill_loses_no_mark(path: Path) -> None:
-    """What was marked before SIGKILL is marked afterwards."""
+    """Marks before SIGKILL are there afterwards."""
     with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         told = [process.stdout.readline().decode().strip() for _ in range(20)]
@@ -291,7 +290,7 @@ def test_every_step_is_synchronous(store: DocumentationStore) -> None:
 
 
 def test_a_newer_file_is_refused(path: Path) -> None:
-    """And left as it is."""
+    """The file stays unchanged."""
     with DocumentationStore(path):
         pass
     with closing(sqlite3.connect(path)) as db:
@@ -301,7 +300,7 @@ def test_a_newer_file_is_refused(path: Path) -> None:
 
 
 def test_file_that_is_no_store_is_refused(path: Path) -> None:
-    """The remedy says that nothing is paid for twice."""
+    """The message says that nothing is paid for twice."""
     path.parent.mkdir()
     path.write_text("something else " * 500)
     with pytest.raises(StateDirectoryError, match="not paid for twice"):
@@ -330,16 +329,16 @@ def test_the_usual_place_is_the_folder_of_the_settings(tmp_path: Path, monkeypat
 
 
 def test_a_pass_over_unchanged_items_writes_nothing(path: Path, store: DocumentationStore) -> None:
-    """100,000 unchanged conversations cost reading, not writing."""
+    """A pass over 100,000 unchanged conversations only reads."""
     items = talks(2000)
     for _ in range(2):
         store.begin_pass(TALK)
         store.offer(items, keep_text=False)
         store.end_pass(TALK)
-        store.mark_indexed_many(TALK, [(item.name, item.content_hash) for item in items])
+        index_all(store, items)
     store._rows("PRAGMA wal_checkpoint(TRUNCATE)")
     store.begin_pass(TALK)
     assert store.offer(items, keep_text=False).pending == []
-    store.mark_indexed_many(TALK, [(item.name, item.content_hash) for item in items])
+    index_all(store, items)
     assert store.end_pass(TALK) == []
     assert path.with_name("index.sqlite3-wal").stat().st_size == 0

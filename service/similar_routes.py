@@ -7,14 +7,14 @@ from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from embedding_index.similar import SimilarConversations
-from embedding_index.similar_contract import SimilarQuery, SimilarRequest, SimilarResponse, searched_text
 from error_handler import RequestError
 from service import errors
 from service.access import SIMILAR
 from service.admission import cancel_on_disconnect
 from service.error_responses import documented_errors
 from service.openapi import KEY_REQUIRED, query_characters, search_characters
+from service.similar import SimilarConversations
+from service.similar_contract import SimilarQuery, SimilarRequest, SimilarResponse, searched_text
 from service.startup import RunningService
 
 _ERRORS = (

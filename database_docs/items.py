@@ -1,9 +1,9 @@
-"""Values of the index: items, their states, models, hits. No I/O."""
+"""Items of the embedding index and their states: tables, relationships, conversations. No I/O."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -47,38 +47,6 @@ def content_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """The model that made a vector. Vectors of different identities must never be compared.
-
-    *dimensions* is the length of the vectors; None until the provider's first answer.
-    """
-
-    provider: str
-    model: str
-    dimensions: int | None = None
-
-    def __str__(self) -> str:
-        size = f", {self.dimensions} dimensions" if self.dimensions else ""
-        return f"{self.model} of {self.provider}{size}"
-
-    def is_same_model(self, other: ModelIdentity) -> bool:
-        """Whether vectors of both can be compared; an unknown length fits any."""
-        sizes = {self.dimensions, other.dimensions} - {None}
-        return (self.provider, self.model) == (other.provider, other.model) and len(sizes) <= 1
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One found item. *similarity* is the cosine, -1 to 1; *text* is None for conversations, whose text is not stored."""
-
-    kind: Kind
-    name: str
-    similarity: float
-    metadata: Mapping[str, MetadataValue]
-    text: str | None = None
-
-
 class State(StrEnum):
     """PENDING: not in the index, or with an older text. FAILED: like pending, with a known reason; offered again, pending."""
 
@@ -92,7 +60,7 @@ class Offered:
     """What must be done for the items of one offer, in their order.
 
     *pending* must be embedded and indexed. *changed* are indexed with older metadata; they are returned as changed until
-    ``mark_indexed``.
+    ``DocumentationStore.mark_ended``.
     """
 
     pending: list[IndexItem]
@@ -125,3 +93,9 @@ class StoredItem:
     def id(self) -> str:
         """The id in the index; see ``IndexItem``."""
         return f"{self.kind}:{self.name}"
+
+
+Item = IndexItem | StoredItem
+Ended = Sequence[tuple[IndexItem, str | None]]
+"""Items whose indexing has ended: each with None, or with one sentence that says why it is not in the index."""
+OnEnded = Callable[[Ended], None]

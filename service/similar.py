@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from config.index_settings import load_index_settings
 from config.openai_settings import load_openai_settings
 from config.service_settings import ServiceSettings
-from embedding_index.items import Kind
-from embedding_index.similar_contract import SimilarResponse, similar_response
+from database_docs.items import Kind
 from error_handler import (
     ConfigurationError,
     ErrorKind,
@@ -31,6 +30,7 @@ from error_handler import (
 from service import errors
 from service.admission import AdmissionQueue, Deadlines
 from service.metrics import ServiceMetrics
+from service.similar_contract import SimilarResponse, similar_response
 
 if TYPE_CHECKING:  # it needs numpy and chromadb, which may be missing
     from embedding_index.index_reader import IndexReader
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # it needs numpy and chromadb, which may be missing
 logger = logging.getLogger(__name__)
 
 EMBEDDING_TIMEOUT_S = 20.0  # of one call; a caller is waiting
-CLOSE_WAIT_S = 2.0  # enough to remove the copy of the index
+CLOSE_WAIT_S = 2.0  # for a search that still runs
 REOPEN_AFTER_S = 5.0  # after a failure to open the index; until then every search gets the same error
 
 OpenIndex = Callable[[ServiceSettings], "IndexReader"]
