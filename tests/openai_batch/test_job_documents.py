@@ -10,6 +10,7 @@ import re
 import sqlite3
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
 from error_handler import JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
-from openai_batch.ledger import ItemState, Shard, ShardState
+from openai_batch.ledger import ItemState, Ledger, Shard, ShardState
 from openai_batch.sending import wait_left_s
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job, times_with
@@ -125,17 +126,33 @@ def test_other_account_resends_nothing(job: Job, openai: FakeOpenAI) -> None:
     assert openai.stats()["lines_billed"] == 5
 
 
-def test_lost_unsent_file_costs_no_attempt(job: Job, openai: FakeOpenAI) -> None:
-    """Its documents become pending again."""
+@pytest.mark.parametrize("left", [None, 0.5], ids=["lost", "cut"])
+def test_unusable_unsent_file_costs_no_attempt(job: Job, openai: FakeOpenAI, left: float | None) -> None:
+    """Neither a missing file nor the rest of a cut one is sent; its documents become pending again."""
     job.fill(5)
     openai.configure(faults=[{"kind": "insufficient_quota_429", "when": {"route": "files.create"}, "times": 1}])
     with pytest.raises(JobValidationError, match="quota"):
         job.run()
     for path in (job.folder / "state").glob("*.jsonl"):
-        path.unlink()
+        if left is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
     job.run()
     job.check(openai)
     assert job.documents.count_documents({"ai_status": "completed", "processing_info.attempts": 1}) == 5
+    assert openai.stats()["lines_billed"] == 5
+
+
+def test_files_with_customer_text_are_deleted_at_openai(job: Job, openai: FakeOpenAI) -> None:
+    """The request file and both result files, as soon as the answers are applied."""
+    openai.configure(faults=[{"kind": "line_status", "when": {"indexes": [2], "batches": [0]}, "status": 400}])
+    job.fill(5)
+    job.run()
+    files = openai.files()
+    assert {row["purpose"] for row in files} == {"batch", "batch_output"}
+    assert len(files) == 3, "request, answers and errors"
+    assert [row["id"] for row in files if not row.get("deleted")] == []
 
 
 def test_shard_over_token_limit_is_split(job: Job, openai: FakeOpenAI) -> None:
@@ -160,6 +177,22 @@ def test_damaged_ledger_sends_nothing(job: Job) -> None:
     with pytest.raises(StateDirectoryError, match="damaged"):
         job.run()
     assert job.statuses() == {"pending": 2}
+
+
+def test_ledger_is_written_durably(tmp_path: Path) -> None:
+    """A test cannot cut the power, but it can read the setting for which SQLite promises durability."""
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_ledger_of_another_collection_is_refused(tmp_path: Path) -> None:
+    """Else answers would be applied to documents of another collection with the same ids."""
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        job_id = ledger.job_id("db.items by ai_status")
+        assert ledger.job_id("db.items by ai_status") == job_id
+        with pytest.raises(JobValidationError, match="--state-dir"):
+            ledger.job_id("db.others by ai_status")
 
 
 def test_wait_longer_than_the_maximum_is_ignored() -> None:
