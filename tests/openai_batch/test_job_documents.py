@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
-from error_handler import JobValidationError, StateDirectoryError
+from error_handler import ExitCode, JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
 from openai_batch.ledger import ItemState, Ledger, Shard, ShardState
 from openai_batch.sending import wait_left_s
+from storage.files import DirectoryLock
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job, times_with
 
@@ -167,6 +168,23 @@ def test_shard_over_token_limit_is_split(job: Job, openai: FakeOpenAI) -> None:
     assert job.documents.count_documents({"processing_info.attempts": 1}) == 10
     assert openai.stats()["lines_billed"] == 10
     assert len(job.shards()) > 2
+
+
+def test_second_run_with_the_same_state_is_refused(job: Job, openai: FakeOpenAI) -> None:
+    """Both would send the same files."""
+    job.fill(2)
+    state = job.folder / "state"
+    state.mkdir()
+    first = DirectoryLock(state)
+    first.acquire("")
+    ended = job.cli("run")
+    assert (ended.code, ended.err.count("\n")) == (ExitCode.LOCKED, 1)
+    assert "another worker is using state" in ended.err
+    assert job.statuses() == {"pending": 2}
+    assert openai.stats()["batches_created"] == 0
+    first.release()
+    assert job.cli("run").code == 0
+    job.check_complete(openai, 2)
 
 
 def test_damaged_ledger_sends_nothing(job: Job) -> None:
