@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import hashlib
 import json
+import os
 import re
 import sqlite3
 import time
@@ -16,10 +17,15 @@ from typing import Any
 import pytest
 from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
+from config import load_settings
 from error_handler import ExitCode, JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
-from openai_batch.ledger import ItemState, Ledger, Shard, ShardState
+from openai_batch.job_config import BatchConfig
+from openai_batch.job_store import Ending, JobStore
+from openai_batch.ledger import Item, ItemState, Ledger, Shard, ShardState
+from openai_batch.planning import ShardWriter
 from openai_batch.sending import wait_left_s
+from storage.extended_json import canonical
 from storage.files import DirectoryLock
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job, times_with
@@ -92,6 +98,19 @@ def test_answer_rejected_by_mongodb_fails_document_and_item(job: Job, openai: Fa
     assert (result.succeeded, result.failed) == (2, 1)
     assert job.rows("SELECT code FROM items WHERE state = 'failed'") == [("not_stored",)]
     assert job.statuses() == {"completed": 2, "failed": 1}
+
+
+async def test_answer_is_written_only_while_its_claim_stands(job: Job) -> None:
+    """A document that was claimed again meanwhile is left unchanged."""
+    job.fill(1)
+    info = {"custom_id": "job:new:2", "attempts": 2}
+    job.documents.update_one({"_id": 0}, {"$set": {"ai_status": "in_progress", "processing_info": info}})
+    before = job.documents.find_one({"_id": 0})
+    settings = load_settings(None, mongodb_uri=job.uri, db_name=job.database)
+    async with JobStore(job.config(), settings) as store:
+        late = Ending(canonical(0), "job:old:1", {"$set": {"answer": "late"}}, is_final=False, info={})
+        assert await store.end([late]) == set()
+    assert job.documents.find_one({"_id": 0}) == before
 
 
 def test_deleted_documents_end_in_the_ledger(job: Job, openai: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +221,39 @@ def test_ledger_is_written_durably(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
         assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_first_end_of_a_line_counts(tmp_path: Path) -> None:
+    """A line that comes twice, or again after a crash, is counted once."""
+    item = Item("a:1", "1", 1)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.plan(Shard(1, "job", ShardState.PLANNED, "0", 1, 1, 1, "m"), [item])
+        ledger.settle([dataclasses.replace(item, state=ItemState.OK)])
+        ledger.settle([dataclasses.replace(item, state=ItemState.FAILED, code="500", retryable=True)])
+        assert (ledger.counts(1)[ItemState.OK], ledger.counts(1)[ItemState.FAILED]) == (1, 0)
+        assert ledger.retried(1) == 0
+
+
+def test_request_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the ledger could name a file that a power cut has emptied."""
+    steps: list[str] = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (steps.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("rename"), rename(*paths)))
+    writer = ShardWriter(tmp_path, BatchConfig(), None)
+    writer.add(Item("a:1", "1", 1), b"{}\n", 1)
+    shard, _ = writer.finish(1, "job", "model")
+    assert steps == ["fsync", "rename", "fsync"], "the file, its name, the folder"
+    assert (tmp_path / shard.file_name).read_bytes() == b"{}\n"
+
+
+def test_uploaded_file_without_an_answer_is_not_uploaded_again(job: Job, openai: FakeOpenAI) -> None:
+    """It holds customer text, and is found by its name."""
+    openai.configure(faults=[{"kind": "answer_lost", "when": {"route": "files.create"}, "times": 1}])
+    job.fill(5)
+    job.run()
+    job.check_complete(openai, 5)
+    assert [row["purpose"] for row in openai.files()].count("batch") == 1
 
 
 def test_ledger_of_another_collection_is_refused(tmp_path: Path) -> None:
