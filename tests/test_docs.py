@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 ENV_EXAMPLE = (ROOT / "config/.env.example").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SAFEGUARDS = (ROOT / "docs/safeguards.md").read_text(encoding="utf-8")
 
 
 def flags() -> list[str]:
@@ -122,6 +123,15 @@ def test_links_and_files_named_in_the_documentation_exist(page: Path) -> None:
         r"`((?:docs|tests|utils|config|benchmarks|data)/[\w./-]+\.(?:py|md|yaml|jsonl|example))`", text
     ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_safeguards_name_existing_modules_and_tests() -> None:
+    """Each row of docs/safeguards.md, so that a renamed test is renamed there as well."""
+    rows = re.findall(r"^\| .+ \| `(.+?)` \| `(.+?)::(\w+)`", SAFEGUARDS, re.MULTILINE)
+    assert len(rows) == SAFEGUARDS.count("\n| **") > 200
+    for module, path, test in rows:
+        assert (ROOT / module).is_file(), module
+        assert re.search(rf"^\s*(async )?def {test}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), test
 
 
 def test_readme_names_run_and_test_on_the_first_screen() -> None:

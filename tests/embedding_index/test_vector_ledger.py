@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,26 @@ def test_durability_is_switched_on(path: Path) -> None:
     with VectorLedger(path) as ledger:
         assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
         assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_deleted_vectors_are_overwritten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a SQLite that only does it on request; some are built to do it always."""
+    connect = sqlite3.connect
+
+    def without_default(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*arguments, **options)
+        connection.execute("PRAGMA secure_delete=OFF")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", without_default)
+    secret = np.linspace(0.1, 0.9, 64, dtype="<f4")
+    with VectorLedger(path) as ledger:
+        ledger.add(MODEL, {content_hash("secret"): secret, content_hash("other"): secret + 1})
+        ledger.empty_journal()
+        assert secret.tobytes() in path.read_bytes()
+        assert ledger.keep_only([content_hash("other")]) == 1
+        ledger.empty_journal()
+    assert secret.tobytes() not in b"".join(file.read_bytes() for file in path.parent.iterdir())
 
 
 def damage_file(path: Path) -> None:

@@ -6,19 +6,27 @@ import dataclasses
 import datetime as dt
 import hashlib
 import json
+import os
 import re
 import sqlite3
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
-from error_handler import JobValidationError, StateDirectoryError
+from config import load_settings
+from error_handler import ExitCode, JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
-from openai_batch.ledger import ItemState, Shard, ShardState
+from openai_batch.job_config import BatchConfig
+from openai_batch.job_store import Ending, JobStore
+from openai_batch.ledger import Item, ItemState, Ledger, Shard, ShardState
+from openai_batch.planning import ShardWriter
 from openai_batch.sending import wait_left_s
+from storage.extended_json import canonical
+from storage.files import DirectoryLock
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job, times_with
 
@@ -92,6 +100,19 @@ def test_answer_rejected_by_mongodb_fails_document_and_item(job: Job, openai: Fa
     assert job.statuses() == {"completed": 2, "failed": 1}
 
 
+async def test_answer_is_written_only_while_its_claim_stands(job: Job) -> None:
+    """A document that was claimed again meanwhile is left unchanged."""
+    job.fill(1)
+    info = {"custom_id": "job:new:2", "attempts": 2}
+    job.documents.update_one({"_id": 0}, {"$set": {"ai_status": "in_progress", "processing_info": info}})
+    before = job.documents.find_one({"_id": 0})
+    settings = load_settings(None, mongodb_uri=job.uri, db_name=job.database)
+    async with JobStore(job.config(), settings) as store:
+        late = Ending(canonical(0), "job:old:1", {"$set": {"answer": "late"}}, is_final=False, info={})
+        assert await store.end([late]) == set()
+    assert job.documents.find_one({"_id": 0}) == before
+
+
 def test_deleted_documents_end_in_the_ledger(job: Job, openai: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their answers are dropped."""
     from openai_batch.openai_client import OpenAIFiles
@@ -125,17 +146,33 @@ def test_other_account_resends_nothing(job: Job, openai: FakeOpenAI) -> None:
     assert openai.stats()["lines_billed"] == 5
 
 
-def test_lost_unsent_file_costs_no_attempt(job: Job, openai: FakeOpenAI) -> None:
-    """Its documents become pending again."""
+@pytest.mark.parametrize("left", [None, 0.5], ids=["lost", "cut"])
+def test_unusable_unsent_file_costs_no_attempt(job: Job, openai: FakeOpenAI, left: float | None) -> None:
+    """Neither a missing file nor the rest of a cut one is sent; its documents become pending again."""
     job.fill(5)
     openai.configure(faults=[{"kind": "insufficient_quota_429", "when": {"route": "files.create"}, "times": 1}])
     with pytest.raises(JobValidationError, match="quota"):
         job.run()
     for path in (job.folder / "state").glob("*.jsonl"):
-        path.unlink()
+        if left is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
     job.run()
     job.check(openai)
     assert job.documents.count_documents({"ai_status": "completed", "processing_info.attempts": 1}) == 5
+    assert openai.stats()["lines_billed"] == 5
+
+
+def test_files_with_customer_text_are_deleted_at_openai(job: Job, openai: FakeOpenAI) -> None:
+    """The request file and both result files, as soon as the answers are applied."""
+    openai.configure(faults=[{"kind": "line_status", "when": {"indexes": [2], "batches": [0]}, "status": 400}])
+    job.fill(5)
+    job.run()
+    files = openai.files()
+    assert {row["purpose"] for row in files} == {"batch", "batch_output"}
+    assert len(files) == 3, "request, answers and errors"
+    assert [row["id"] for row in files if not row.get("deleted")] == []
 
 
 def test_shard_over_token_limit_is_split(job: Job, openai: FakeOpenAI) -> None:
@@ -152,6 +189,23 @@ def test_shard_over_token_limit_is_split(job: Job, openai: FakeOpenAI) -> None:
     assert len(job.shards()) > 2
 
 
+def test_second_run_with_the_same_state_is_refused(job: Job, openai: FakeOpenAI) -> None:
+    """Both would send the same files."""
+    job.fill(2)
+    state = job.folder / "state"
+    state.mkdir()
+    first = DirectoryLock(state)
+    first.acquire("")
+    ended = job.cli("run")
+    assert (ended.code, ended.err.count("\n")) == (ExitCode.LOCKED, 1)
+    assert "another worker is using state" in ended.err
+    assert job.statuses() == {"pending": 2}
+    assert openai.stats()["batches_created"] == 0
+    first.release()
+    assert job.cli("run").code == 0
+    job.check_complete(openai, 2)
+
+
 def test_damaged_ledger_sends_nothing(job: Job) -> None:
     """One sentence."""
     job.fill(2)
@@ -160,6 +214,55 @@ def test_damaged_ledger_sends_nothing(job: Job) -> None:
     with pytest.raises(StateDirectoryError, match="damaged"):
         job.run()
     assert job.statuses() == {"pending": 2}
+
+
+def test_ledger_is_written_durably(tmp_path: Path) -> None:
+    """A test cannot cut the power, but it can read the setting for which SQLite promises durability."""
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_first_end_of_a_line_counts(tmp_path: Path) -> None:
+    """A line that comes twice, or again after a crash, is counted once."""
+    item = Item("a:1", "1", 1)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.plan(Shard(1, "job", ShardState.PLANNED, "0", 1, 1, 1, "m"), [item])
+        ledger.settle([dataclasses.replace(item, state=ItemState.OK)])
+        ledger.settle([dataclasses.replace(item, state=ItemState.FAILED, code="500", retryable=True)])
+        assert (ledger.counts(1)[ItemState.OK], ledger.counts(1)[ItemState.FAILED]) == (1, 0)
+        assert ledger.retried(1) == 0
+
+
+def test_request_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the ledger could name a file that a power cut has emptied."""
+    steps: list[str] = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (steps.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("rename"), rename(*paths)))
+    writer = ShardWriter(tmp_path, BatchConfig(), None)
+    writer.add(Item("a:1", "1", 1), b"{}\n", 1)
+    shard, _ = writer.finish(1, "job", "model")
+    assert steps == ["fsync", "rename", "fsync"], "the file, its name, the folder"
+    assert (tmp_path / shard.file_name).read_bytes() == b"{}\n"
+
+
+def test_uploaded_file_without_an_answer_is_not_uploaded_again(job: Job, openai: FakeOpenAI) -> None:
+    """It holds customer text, and is found by its name."""
+    openai.configure(faults=[{"kind": "answer_lost", "when": {"route": "files.create"}, "times": 1}])
+    job.fill(5)
+    job.run()
+    job.check_complete(openai, 5)
+    assert [row["purpose"] for row in openai.files()].count("batch") == 1
+
+
+def test_ledger_of_another_collection_is_refused(tmp_path: Path) -> None:
+    """Else answers would be applied to documents of another collection with the same ids."""
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        job_id = ledger.job_id("db.items by ai_status")
+        assert ledger.job_id("db.items by ai_status") == job_id
+        with pytest.raises(JobValidationError, match="--state-dir"):
+            ledger.job_id("db.others by ai_status")
 
 
 def test_wait_longer_than_the_maximum_is_ignored() -> None:

@@ -133,6 +133,21 @@ def test_bad_function_fails_one_document(function: Callable[[Any], Any], process
     assert time.monotonic() - before < 30
 
 
+def test_function_beyond_the_time_limit_is_called_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's timer ends the child; if the parent had to, the document would be tried a second time."""
+    monkeypatch.setattr(render_process, "TIME_LIMIT_S", 0.2)
+    started = tmp_path / "started"
+
+    def noted(_: Any) -> None:
+        with started.open("a") as file:
+            file.write("once\n")
+        endless(None)
+
+    with RenderProcess(lambda: {"noted": noted}) as process, pytest.raises(JobProcessingError, match=r"0\.2 s"):
+        process.call("noted", {})
+    assert started.read_text() == "once\n"
+
+
 def test_values_keep_their_types(process: RenderProcess) -> None:
     """Values that look like Extended JSON stay as they are."""
     document = {

@@ -325,3 +325,13 @@ def test_a_crash_while_a_worked_off_retry_file_is_removed_leaves_nothing(tmp_pat
     assert list(again.load_retry()) == []
     assert list(folder.iterdir()) == []
     again.release()
+
+
+def test_worked_off_retry_file_is_emptied_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may undo the removal; then nothing is retried a second time."""
+    files = BatchFiles(tmp_path / "batch_files")
+    files.save_failed("retry", 1, [failed()])
+    (path,) = (files.directory / "retry").glob("*.json")
+    monkeypatch.setattr("utils.batch_file_manager.remove_file", lambda _path: None)
+    files.write_failures(path, [])
+    assert path.read_bytes() == b"[]"
