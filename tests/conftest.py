@@ -20,8 +20,6 @@ from tests.forked_process import fork_script
 from tests.server_process import ServerProcess
 
 if TYPE_CHECKING:
-    import openai
-
     from tests.fakes.fake_openai import FakeOpenAI
     from tests.fakes.postgres_server import Postgres
     from tests.openai_batch.openai_job import Job
@@ -133,19 +131,11 @@ def site(mongodb_uri: str, db_name: str, model: FakeOllama, tmp_path: Path) -> I
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[FakeOpenAI]:
-    """Return a fake OpenAI that serves every test of a module; tests ask for ``fake``."""
+    """Return a fake OpenAI for every test of a module; tests ask for ``openai`` or ``fake``."""
     from tests.fakes.fake_openai import FakeOpenAI
 
     with FakeOpenAI() as started:
         yield started
-
-
-@pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    """Return the fake OpenAI as if it had just started. Modules about another server have a ``fake`` of their own."""
-    running.reset()
-    yield running
-    assert running.stats()["internal_errors"] == 0
 
 
 @pytest.fixture(name="openai")
@@ -162,13 +152,4 @@ def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> I
     from tests.openai_batch.openai_job import Job
 
     with Job(mongodb_uri, db_name, openai.url, tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
-    """Return the official client of ``fake``."""
-    from tests.fakes.fake_openai_client import client_of
-
-    with client_of(fake) as opened:
         yield opened
