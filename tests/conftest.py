@@ -22,6 +22,7 @@ from tests.server_process import ServerProcess
 if TYPE_CHECKING:
     from tests.fakes.fake_openai import FakeOpenAI
     from tests.fakes.postgres_server import Postgres
+    from tests.fakes.tiny_engine import TinyEngine
     from tests.openai_batch.openai_job import Job
 
 # What is made while the tests are collected stays; to look through it for garbage takes a third of that time.
@@ -37,7 +38,7 @@ ServerProcess.start_script = staticmethod(fork_script)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the crash loop."""
-    parser.addoption("--kills", type=int, default=20, help="how often the crash loop kills the worker (20)")
+    parser.addoption("--kills", type=int, default=8, help="how often the crash loop kills the worker (8)")
     parser.addoption("--seed", type=int, default=None, help="seed of the crash loop; printed, so that it can be given")
 
 
@@ -47,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile(
         "suite",
         deadline=None,
-        max_examples=1000 if is_thorough else 100,
+        max_examples=1000 if is_thorough else 50,
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("suite")
@@ -113,6 +114,23 @@ def postgres() -> Iterator[Postgres]:
 
     with PostgresServer() as server:
         yield server.postgres
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of a language model that llama.cpp runs; it serves every test of this process."""
+    from tests.fakes.tiny_engine import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path) -> Iterator[TinyEngine]:
+    """Return llama.cpp with one slot and *tiny_model*; it serves every test of this process."""
+    from tests.fakes.tiny_engine import TinyEngine
+
+    with TinyEngine(tiny_model, slots=1) as running:
+        yield running
 
 
 @pytest.fixture

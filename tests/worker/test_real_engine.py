@@ -12,7 +12,7 @@ from pymongo import MongoClient
 
 from config import load_taxonomy
 from domain.document_files import read_documents
-from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
+from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 from tests.forked_process import run_forked
 
 ROOT = Path(__file__).parents[2]
@@ -48,15 +48,14 @@ def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [2, pytest.param(24, marks=pytest.mark.thorough)])
 def test_llama_cpp_labels_the_samples_over_the_openai_protocol(
-    count: int, tmp_path: Path, mongodb_uri: str, db_name: str
+    count: int, engine: TinyEngine, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:
     """LLM_API_URL ending in /v1/chat/completions: with the schema as grammar each answer is valid."""
     documents = list(read_documents(SAMPLES))[:count]
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client[db_name].conversation_set.insert_many(documents)
-    with TinyEngine(build_tiny_model(tmp_path / "tiny.gguf"), slots=2) as engine:
-        environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
-        stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
+    environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
+    stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
     assert (stats["successful"], stats["failed"]) == (count, 0)
     require_valid_labels(mongodb_uri, db_name, count)
 
