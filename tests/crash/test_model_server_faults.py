@@ -165,7 +165,11 @@ def test_every_kind_of_bad_answer_is_survived(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["reset", "busy_503", "runner_stopped_500", "runner_crash", "html_200", "model_not_found_404"]
+    "kind",
+    [
+        *("reset", "busy_503", "runner_crash", "model_not_found_404"),
+        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("runner_stopped_500", "html_200")),
+    ],
 )
 def test_a_burst_of_failures(site: Site, kind: str) -> None:
     """Whatever does not get through in its attempts gets through in a retry round of the same run."""

@@ -114,7 +114,7 @@ def test_the_service_is_ready_when_the_model_is_loaded(tmp_path: Path) -> None:
         for answer in (service.get("/ready"), service.classify()):
             assert (answer.status, answer.error) == (503, "ModelUnavailableError")
             assert int(answer.headers["retry-after"]) > 0
-        assert "being loaded" in service.get("/ready").json["error"]["message"]
+        assert "is loading" in service.get("/ready").json["error"]["message"]
         fake.wait_for("loaded_models", at_least=1)
         service.wait_for_metric("triad_model_found", 1)
         assert service.get("/ready").status == 200

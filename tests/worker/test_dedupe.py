@@ -161,7 +161,11 @@ def test_resumed_run_reuses_earlier_answers(site: Site) -> None:
     check_origins(site, documents)
 
 
-@pytest.mark.parametrize("content", [None, b"not a database", b""], ids=["lost", "corrupt", "empty"])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"not a database", pytest.param(b"", marks=pytest.mark.thorough)],
+    ids=["lost", "corrupt", "empty"],
+)
 def test_lost_reply_cache_costs_only_calls(site: Site, content: bytes | None) -> None:
     """Then the texts are asked once more, and nothing else is different."""
     documents = filled(site, 200, distinct=8)
@@ -189,7 +193,11 @@ def test_other_model_does_not_reuse_answers(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "seam", ["asked", "answer_received", "answered", "before_write", "results_written", "released"]
+    "seam",
+    [
+        *("asked", "answered", "results_written"),
+        *(pytest.param(seam, marks=pytest.mark.thorough) for seam in ("answer_received", "before_write", "released")),
+    ],
 )
 def test_a_kill_at_each_point(site: Site, seam: str) -> None:
     """With copies in every batch; the same command finishes the work."""
