@@ -144,7 +144,7 @@ def test_the_grace_period_ends_and_stops_make_no_poison(site: Site) -> None:
     """Calls that do not finish in time are given up, and however often that happens, it is not their fault."""
     documents = filled(site, 20)
     model_of(site).configure(latency_s=LONG_S)
-    stops = 6
+    stops = 3  # two deaths make a document poison
     for _ in range(stops):
         with site.start("--logs", SHUTDOWN_GRACE_S="0") as worker:
             await_all_slots_busy(site)

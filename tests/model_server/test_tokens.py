@@ -122,7 +122,7 @@ def test_scripts_are_learnt_separately(engine: TinyEngine) -> None:
 
 
 def test_refusal_of_a_real_engine_leads_to_a_fitting_prompt(
-    engine: TinyEngine, tmp_path: Path, mongodb_uri: str, db_name: str
+    tiny_model: Path, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:
     """llama.cpp over OpenAI's protocol: its window is unknown until it refuses and tells; what fits then is labelled."""
     messages = [{"sender": "customer", "text": f"{number} {WORDS['russian']}"} for number in range(120)]
@@ -132,8 +132,9 @@ def test_refusal_of_a_real_engine_leads_to_a_fitting_prompt(
     ]
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client[db_name].conversation_set.insert_many(documents)
-        environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
-        stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
+        with TinyEngine(tiny_model, slots=1, context_tokens=5120) as engine:
+            environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
+            stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
         assert (stats["successful"], stats["failed"]) == (2, 0)
         made = {
             r["source_conversation_id"]: r["processing_metadata"] for r in client[db_name].sentimental_analysis.find()
@@ -141,4 +142,4 @@ def test_refusal_of_a_real_engine_leads_to_a_fitting_prompt(
     assert (made[2]["input_complete"], made[2]["turns_used"]) == (True, 2)
     assert made[1]["input_complete"] is False
     assert 5 < made[1]["turns_used"] < 120
-    assert made[1]["prompt_tokens"] + 700 <= 8192
+    assert made[1]["prompt_tokens"] + 700 <= 5120

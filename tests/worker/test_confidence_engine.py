@@ -136,16 +136,16 @@ def test_probabilities_of_all_labels_sum_to_one(engine: TinyEngine) -> None:
 def test_worker_stores_confidence(tmp_path: Path, mongodb_uri: str, db_name: str, engine: TinyEngine) -> None:
     """Over the OpenAI protocol: each result has it, no two conversations need have the same, and the least decides."""
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        client[db_name].conversation_set.insert_many(list(itertools.islice(read_documents(SAMPLES), 6)))
+        client[db_name].conversation_set.insert_many(list(itertools.islice(read_documents(SAMPLES), 4)))
         environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
         stats = run_worker(
             tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2", "--review-below", "0.072"
         )
         found = [result["processing_metadata"] for result in client[db_name].sentimental_analysis.find()]
-    assert len(found) == stats["successful"] == stats["with_confidence"] == 6
+    assert len(found) == stats["successful"] == stats["with_confidence"] == 4
     for metadata in found:
         assert metadata["confidence"].keys() == set(FIELDS)
         assert all(0 < value <= 1 for value in metadata["confidence"].values())
         assert metadata["needs_review"] is (min(metadata["confidence"].values()) < 0.072)
     assert len({tuple(metadata["confidence"].values()) for metadata in found}) > 1
-    assert 0 < stats["needs_review"] == sum(metadata["needs_review"] for metadata in found) < 6
+    assert 0 < stats["needs_review"] == sum(metadata["needs_review"] for metadata in found) < 4
