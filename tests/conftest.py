@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 # What is made while the tests are collected stays; to look through it for garbage takes a third of that time.
 gc.disable()
-pytest.register_assert_rewrite("tests.worker.site", "tests.embedding_index.index_site")
+pytest.register_assert_rewrite(
+    *("tests.worker.site", "tests.worker.long_conversations", "tests.worker.engine_run"),
+    "tests.embedding_index.index_site",
+)
 # Before numpy is loaded: on busy cores the threads of its matrix products wait for each other by spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

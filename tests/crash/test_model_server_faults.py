@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import (
     Document,
     Site,
@@ -18,22 +17,11 @@ from tests.worker.site import (
     check_exactly_once,
     check_results,
     check_statuses,
-    conversation,
     documents_of_all_shapes,
+    filled,
     key,
+    model_of,
 )
-
-
-def filled(site: Site, count: int) -> list[Document]:
-    """Store *count* documents that can all be asked for."""
-    documents = [conversation(number) for number in range(count)]
-    site.source.insert_many(documents)
-    return documents
-
-
-def model_of(site: Site) -> FakeOllama:
-    assert site.model is not None
-    return site.model
 
 
 def statistics(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from model_server.protocol import ChatTarget, parse_chat_response
 from model_server.tokens import LEARN_FROM, TokenEstimator, least_prompt_tokens, least_tokens, most_tokens
 from prompt_builder import PromptBuilder
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
-from tests.worker.test_real_engine import run_worker
+from tests.worker.engine_run import run_worker
 
 SYSTEM = PromptBuilder.from_taxonomy(load_taxonomy()).system_prompt
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 32_768, "10m")

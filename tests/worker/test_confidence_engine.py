@@ -21,7 +21,7 @@ from domain.document_files import read_documents
 from model_server.protocol import TOP_LOGPROBS
 from prompt_builder import PromptBuilder
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
-from tests.worker.test_real_engine import SAMPLES, run_worker
+from tests.worker.engine_run import SAMPLES, run_worker
 
 TAXONOMY = load_taxonomy()
 PROMPTS, PARSER = PromptBuilder.from_taxonomy(TAXONOMY), ReplyParser(TAXONOMY)

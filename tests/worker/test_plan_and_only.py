@@ -21,6 +21,7 @@ from tests.worker.site import (
     check_exactly_once,
     check_results,
     conversation,
+    filled,
     key,
     user_message,
 )
@@ -47,12 +48,6 @@ def ids(site: Site, kind: str, **settings: str) -> list[Any]:
     ended = site.run("plan", "--ids", kind, "--json", **settings)
     assert ended.code == 0, ended.err
     return [extended_json.loads(line) for line in ended.out.splitlines()]
-
-
-def filled(site: Site, count: int, first: int = 0) -> list[Document]:
-    documents = [conversation(number) for number in range(first, first + count)]
-    site.source.insert_many(documents)
-    return documents
 
 
 def requests(site: Site) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,9 @@ from pymongo import MongoClient
 from config import load_taxonomy
 from domain.document_files import read_documents
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
-from tests.forked_process import run_forked
+from tests.worker.engine_run import SAMPLES, run_worker
 
-ROOT = Path(__file__).parents[2]
 OLLAMA = os.environ.get("OLLAMA_TEST_ENDPOINT")  # the report's header says whether it is set
-SAMPLES = ROOT / "data/sample_conversations.jsonl"
-
-
-def run_worker(
-    tmp_path: Path, mongodb_uri: str, db_name: str, environment: dict[str, str], *flags: str
-) -> dict[str, Any]:
-    """Run cli.py to its end and return its statistics; a failure shows what it said."""
-    output = tmp_path / "stats.json"
-    command = [ROOT / "cli.py", "--mongodb-uri", mongodb_uri, "--db-name", db_name, "--output", output]
-    command += ["--batch-files-dir", tmp_path / "batch_files", *flags]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OLLAMA", "LLM", "MONGODB"))}
-    done = run_forked(command, clean | environment, tmp_path, 110.0)
-    assert done.returncode == 0, done.stderr
-    return json.loads(output.read_text())
 
 
 def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:

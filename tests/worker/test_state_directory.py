@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import (
-    Document,
     Site,
     calls,
     check_calls,
@@ -25,8 +23,9 @@ from tests.worker.site import (
     check_exactly_once,
     check_results,
     check_statuses,
-    conversation,
     documents_of_all_shapes,
+    filled,
+    model_of,
 )
 from utils.batch_file_manager import BatchFiles
 
@@ -58,17 +57,6 @@ MISUSED = (
     b'[{"conversation_id": 1, "status": "llm_failed", "conversation_data": {"_id": 1}, "retry_count": "many"}]',
     b"[" * 100_000,
 )
-
-
-def filled(site: Site, count: int) -> list[Document]:
-    documents = [conversation(number) for number in range(count)]
-    site.source.insert_many(documents)
-    return documents
-
-
-def model_of(site: Site) -> FakeOllama:
-    assert site.model is not None
-    return site.model
 
 
 def killed_in_the_middle(site: Site) -> None:
