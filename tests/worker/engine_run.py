@@ -18,7 +18,15 @@ def run_worker(
 ) -> dict[str, Any]:
     """Run cli.py to its end and return its statistics; a failure shows what it said."""
     output = tmp_path / "stats.json"
-    command: list[str | Path] = [ROOT / "cli.py", "--mongodb-uri", mongodb_uri, "--db-name", db_name, "--output", output]
+    command: list[str | Path] = [
+        ROOT / "cli.py",
+        "--mongodb-uri",
+        mongodb_uri,
+        "--db-name",
+        db_name,
+        "--output",
+        output,
+    ]
     command += ["--batch-files-dir", tmp_path / "batch_files", *flags]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OLLAMA", "LLM", "MONGODB"))}
     done = run_forked(command, clean | environment, tmp_path, 110.0)
