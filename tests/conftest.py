@@ -20,15 +20,17 @@ from tests.forked_process import fork_script
 from tests.server_process import ServerProcess
 
 if TYPE_CHECKING:
-    import openai
-
     from tests.fakes.fake_openai import FakeOpenAI
     from tests.fakes.postgres_server import Postgres
+    from tests.fakes.tiny_engine import TinyEngine
     from tests.openai_batch.openai_job import Job
 
 # What is made while the tests are collected stays; to look through it for garbage takes a third of that time.
 gc.disable()
-pytest.register_assert_rewrite("tests.worker.site", "tests.embedding_index.index_site")
+pytest.register_assert_rewrite(
+    *("tests.worker.site", "tests.worker.long_conversations", "tests.worker.engine_run"),
+    "tests.embedding_index.index_site",
+)
 # Before numpy is loaded: on busy cores the threads of its matrix products wait for each other by spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -39,7 +41,7 @@ ServerProcess.start_script = staticmethod(fork_script)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the crash loop."""
-    parser.addoption("--kills", type=int, default=20, help="how often the crash loop kills the worker (20)")
+    parser.addoption("--kills", type=int, default=8, help="how often the crash loop kills the worker (8)")
     parser.addoption("--seed", type=int, default=None, help="seed of the crash loop; printed, so that it can be given")
 
 
@@ -49,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile(
         "suite",
         deadline=None,
-        max_examples=1000 if is_thorough else 100,
+        max_examples=1000 if is_thorough else 50,
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("suite")
@@ -117,6 +119,23 @@ def postgres() -> Iterator[Postgres]:
         yield server.postgres
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of a language model that llama.cpp runs; it serves every test of this process."""
+    from tests.fakes.tiny_engine import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path) -> Iterator[TinyEngine]:
+    """Return llama.cpp with one slot and *tiny_model*; it serves every test of this process."""
+    from tests.fakes.tiny_engine import TinyEngine
+
+    with TinyEngine(tiny_model, slots=1) as running:
+        yield running
+
+
 @pytest.fixture
 def model() -> Iterator[FakeOllama]:
     """Return a model server that answers after 20 ms, labels by the conversation, and fails in no way yet."""
@@ -133,19 +152,11 @@ def site(mongodb_uri: str, db_name: str, model: FakeOllama, tmp_path: Path) -> I
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[FakeOpenAI]:
-    """Return a fake OpenAI that serves every test of a module; tests ask for ``fake``."""
+    """Return a fake OpenAI for every test of a module; tests ask for ``openai`` or ``fake``."""
     from tests.fakes.fake_openai import FakeOpenAI
 
     with FakeOpenAI() as started:
         yield started
-
-
-@pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    """Return the fake OpenAI as if it had just started. Modules about another server have a ``fake`` of their own."""
-    running.reset()
-    yield running
-    assert running.stats()["internal_errors"] == 0
 
 
 @pytest.fixture(name="openai")
@@ -162,13 +173,4 @@ def job(mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI) -> I
     from tests.openai_batch.openai_job import Job
 
     with Job(mongodb_uri, db_name, openai.url, tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def client(fake: FakeOpenAI) -> Iterator[openai.OpenAI]:
-    """Return the official client of ``fake``."""
-    from tests.fakes.fake_openai_client import client_of
-
-    with client_of(fake) as opened:
         yield opened

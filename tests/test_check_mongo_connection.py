@@ -21,9 +21,9 @@ from commands.diagnosis.mongo import allowed_actions, diagnose
 from config import load_settings
 from embedded.mongod import EmbeddedMongod
 from mongo_client import DocumentStore
+from tests.environment import clean_environment
 from tests.forked_process import run_forked
 from tests.replica_set import ReplicaSetMongod
-from tests.utils.test_mongodb_import import clean_environment
 
 ROOT = Path(__file__).parent.parent
 PASSWORD = "p%40ss/w0rd".replace("/", "%2F")

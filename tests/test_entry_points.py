@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import clean_environment
 from tests.forked_process import run_forked
 from tests.test_import_graph import ENTRY_POINTS
-from tests.utils.test_mongodb_import import clean_environment
 
 ROOT = Path(__file__).parent.parent
 FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted({"cli", *ENTRY_POINTS})]

@@ -18,7 +18,7 @@ from commands.diagnosis.disk import diagnose_disk
 from commands.diagnosis.findings import Finding
 from config import Settings, load_settings
 from error_handler import DirectoryLockedError
-from tests.utils.test_batch_file_manager import failed
+from tests.utils.worker_files import failed
 from utils.batch_file_manager import BatchFiles
 
 

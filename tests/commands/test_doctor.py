@@ -18,8 +18,8 @@ from config import load_settings
 from config.settings import Settings
 from tests.forked_process import ForkedProcess
 from tests.replica_set import ReplicaSetMongod
+from tests.worker.long_conversations import long_conversation
 from tests.worker.site import ROOT, Site, conversation
-from tests.worker.test_long_conversations import long_conversation
 
 AREAS = ["mongodb", "model", "disk", "labels", "settings"]
 

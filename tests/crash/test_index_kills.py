@@ -43,7 +43,7 @@ def has_graph(folder: Path) -> bool:
 
 
 KILLS = [("done 350", 0.0), ("done 850", 0.01)] + [("publishing", number / 10) for number in range(8)]
-USUAL = {0, 4, 8}
+USUAL = {0, 8}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import (
     Document,
     Site,
@@ -18,22 +17,11 @@ from tests.worker.site import (
     check_exactly_once,
     check_results,
     check_statuses,
-    conversation,
     documents_of_all_shapes,
+    filled,
     key,
+    model_of,
 )
-
-
-def filled(site: Site, count: int) -> list[Document]:
-    """Store *count* documents that can all be asked for."""
-    documents = [conversation(number) for number in range(count)]
-    site.source.insert_many(documents)
-    return documents
-
-
-def model_of(site: Site) -> FakeOllama:
-    assert site.model is not None
-    return site.model
 
 
 def statistics(path: Path) -> dict[str, Any]:
@@ -165,7 +153,11 @@ def test_every_kind_of_bad_answer_is_survived(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["reset", "busy_503", "runner_stopped_500", "runner_crash", "html_200", "model_not_found_404"]
+    "kind",
+    [
+        *("reset", "busy_503", "runner_crash", "model_not_found_404"),
+        *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("runner_stopped_500", "html_200")),
+    ],
 )
 def test_a_burst_of_failures(site: Site, kind: str) -> None:
     """Whatever does not get through in its attempts gets through in a retry round of the same run."""

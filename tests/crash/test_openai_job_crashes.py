@@ -158,9 +158,13 @@ PHASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
     "deleting": ("requests:files.delete", [{"kind": "hang", "when": {"route": "files.delete"}}]),
 }
+USUAL_PHASES = {"creating", "waiting", "downloading"}
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(phase, marks=() if phase in USUAL_PHASES else pytest.mark.thorough) for phase in PHASES],
+)
 def test_run_resumes_after_a_signal_in_any_phase(phase: str, job: Job, openai: FakeOpenAI) -> None:
     """SIGTERM exits soon, with 130."""
     gauge, faults = PHASES[phase]

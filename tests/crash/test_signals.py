@@ -23,7 +23,8 @@ from tests.worker.site import (
     check_calls,
     check_directory,
     check_exactly_once,
-    documents_of_all_shapes,
+    filled_with_all_shapes,
+    model_of,
     open_site,
     until,
 )
@@ -44,17 +45,6 @@ def stopped(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def filled(site: Site, count: int = 60) -> list[Document]:
-    documents = documents_of_all_shapes(count)
-    site.source.insert_many(documents)
-    return documents
-
-
-def model_of(site: Site) -> FakeOllama:
-    assert site.model is not None
-    return site.model
-
-
 def await_all_slots_busy(site: Site) -> None:
     model_of(site).wait_for("in_flight", equals=CONCURRENCY, timeout_s=30)
 
@@ -71,7 +61,7 @@ def finish(site: Site, documents: list[Document], *, repeated: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_lets_calls_in_flight_finish(site: Site, number: signal.Signals) -> None:
     """No new call after it; those in flight are answered and stored; nothing is asked twice."""
-    documents = filled(site)
+    documents = filled_with_all_shapes(site, 60)
     model_of(site).configure(latency_s=1.0)
     with site.start("--logs") as worker:
         await_all_slots_busy(site)
@@ -87,7 +77,7 @@ def test_first_signal_lets_calls_in_flight_finish(site: Site, number: signal.Sig
 
 def test_a_stop_while_earlier_work_is_recovered_takes_no_new_work(site: Site) -> None:
     """Neither the rest of the recovered batch nor a fresh page is begun after the signal."""
-    documents = filled(site)
+    documents = filled_with_all_shapes(site, 60)
     model_of(site).configure(latency_s=1.0)
     with site.start() as worker:
         await_all_slots_busy(site)
@@ -105,7 +95,7 @@ def test_a_stop_while_earlier_work_is_recovered_takes_no_new_work(site: Site) ->
 
 def test_a_second_signal_ends_the_worker_at_once(site: Site) -> None:
     """It does not wait for the calls in flight, which are asked again by the next run."""
-    documents = filled(site)
+    documents = filled_with_all_shapes(site, 60)
     model_of(site).configure(latency_s=LONG_S)
     with site.start("--logs") as worker:
         await_all_slots_busy(site)
@@ -123,7 +113,7 @@ def test_a_second_signal_ends_the_worker_at_once(site: Site) -> None:
 def test_a_second_signal_wins_over_a_hanging_database(tmp_path: Path, model: FakeOllama) -> None:
     """Where even the last writes hang, the process ends all the same, and the journal has the answers."""
     with EmbeddedMongod(tmp_path / "mongod") as server, open_site(server.uri, "hanging", model, tmp_path) as site:
-        documents = filled(site)
+        documents = filled_with_all_shapes(site, 60)
         model.configure(latency_s=0.3)
         with site.start("--logs", MONGODB_TIMEOUT_MS="60000") as worker:
             await_all_slots_busy(site)
@@ -142,9 +132,9 @@ def test_a_second_signal_wins_over_a_hanging_database(tmp_path: Path, model: Fak
 
 def test_the_grace_period_ends_and_stops_make_no_poison(site: Site) -> None:
     """Calls that do not finish in time are given up, and however often that happens, it is not their fault."""
-    documents = filled(site, 20)
+    documents = filled_with_all_shapes(site, 20)
     model_of(site).configure(latency_s=LONG_S)
-    stops = 6
+    stops = 3  # two deaths make a document poison
     for _ in range(stops):
         with site.start("--logs", SHUTDOWN_GRACE_S="0") as worker:
             await_all_slots_busy(site)
@@ -171,7 +161,7 @@ def test_signal_during_connect_ends_at_once(site: Site) -> None:
 
 def test_short_pause_is_harmless(site: Site) -> None:
     """After SIGSTOP and SIGCONT the run goes on where it was."""
-    documents = filled(site)
+    documents = filled_with_all_shapes(site, 60)
     model_of(site).configure(latency_s=0.2)
     with site.start("--logs") as worker:
         await_all_slots_busy(site)
@@ -185,7 +175,7 @@ def test_short_pause_is_harmless(site: Site) -> None:
 
 def test_pause_longer_than_the_lease_repeats_no_document_of_others(site: Site) -> None:
     """Another worker takes over meanwhile; the first one wakes up, finds it out, and stores nothing twice."""
-    documents = filled(site)
+    documents = filled_with_all_shapes(site, 60)
     site.settings["LEASE_S"] = "2"
     model_of(site).configure(latency_s=0.2)
     leases = site.database["conversation_set_leases"]

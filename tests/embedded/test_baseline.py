@@ -16,43 +16,10 @@ from config.taxonomy import Label, Taxonomy, load_taxonomy
 from domain.conversation import Conversation, Sender, Turn
 from embedded.baseline import BaselineClassifier
 from error_handler import ConfigurationError
+from tests.fakes.fake_ollama import INTENTS, SENTIMENTS, TOPICS
 
-SENTIMENTS = ("Positive", "Neutral", "Negative")
 SHIPPED = load_taxonomy()
 BASELINE = BaselineClassifier(SHIPPED)
-
-INTENTS = (
-    "Complaint",
-    "Technical Support",
-    "Information Request",
-    "Order Status",
-    "Refund Request",
-    "Billing Dispute",
-    "Change Request",
-    "Cancellation",
-    "Purchase/Booking",
-    "Account Access",
-    "Payment/Transfer",
-    "Security/Fraud/Loss",
-    "Feedback/Praise",
-    "Other",
-)
-TOPICS = (
-    "Account/Billing",
-    "Account Access",
-    "Shipping/Delivery",
-    "Returns/Refunds",
-    "Product Information",
-    "Technical Issue",
-    "Travel Operations",
-    "Travel Booking",
-    "Baggage/Lost Property",
-    "Banking/Cards",
-    "Insurance/Loans/Credit",
-    "Subscription/Plan",
-    "Service Quality",
-    "Other",
-)
 
 
 def conversation(*turns: tuple[Sender, str]) -> Conversation:
@@ -222,17 +189,17 @@ class TestMatching:
     "text",
     [
         pytest.param("a" * 1_000_000, id="one-word", marks=pytest.mark.thorough),
-        pytest.param("cancel my where is my status of " * 32_000, id="near-matches"),
+        pytest.param("cancel my where is my status of " * 10_000, id="near-matches"),
         pytest.param("cancel" * 170_000, id="phrase-without-spaces", marks=pytest.mark.thorough),
         pytest.param("\N{FACE WITH TEARS OF JOY}" * 1_000_000, id="emoji", marks=pytest.mark.thorough),
         pytest.param("horrible " * 110_000, id="feelings", marks=pytest.mark.thorough),
-        pytest.param("a " * 250_000 + "good but " * 60_000, id="contrast"),
+        pytest.param("a " * 80_000 + "good but " * 20_000, id="contrast"),
         pytest.param(" " * 1_000_000 + "x", id="spaces"),
         pytest.param("@ https:// http://" * 60_000, id="almost-addresses", marks=pytest.mark.thorough),
         pytest.param("!?'" * 350_000, id="punctuation", marks=pytest.mark.thorough),
     ],
 )
-def test_a_megabyte_of_hostile_text_is_classified(text: str) -> None:
+def test_long_hostile_text_is_classified(text: str) -> None:
     """Work in the square of the length would run into the suite's time limit."""
     intent, topic, sentiment = classified(text)
     assert intent in INTENTS

@@ -436,7 +436,7 @@ def test_a_wrong_answer_is_found_and_asked_for_again(runs: Runs, kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["nan", "zero", "dims", "short", "extra"])
-@pytest.mark.parametrize("max_retries", [0, 2])
+@pytest.mark.parametrize("max_retries", [2, pytest.param(0, marks=pytest.mark.thorough)])
 def test_a_text_that_never_gets_a_vector_is_named(runs: Runs, kind: str, max_retries: int) -> None:
     texts = short_texts(40)
     bad = texts[17]

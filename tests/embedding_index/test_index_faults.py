@@ -85,8 +85,8 @@ def without(site: IndexSite, names: tuple[str, ...], *flags: str) -> Ended:
     ("name", "flags", "remedy"),
     [
         ("chromadb", ["--batch"], "requirements-index.txt"),
-        ("numpy", ["--search", "x"], "requirements-index.txt"),
-        ("sqlalchemy", ["--batch"], "requirements-index.txt"),
+        pytest.param("numpy", ["--search", "x"], "requirements-index.txt", marks=pytest.mark.thorough),
+        pytest.param("sqlalchemy", ["--batch"], "requirements-index.txt", marks=pytest.mark.thorough),
         ("tokenizers", ["--batch", "--provider", "local"], "requirements-index.txt"),
         ("psycopg", ["--batch"], "requirements-index.txt"),
     ],

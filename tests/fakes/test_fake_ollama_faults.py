@@ -4,7 +4,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import IncompleteRead, RemoteDisconnected
 from typing import Any
@@ -18,19 +18,6 @@ from tests.fakes.fake_ollama_server.faults import EMBED_KINDS, KINDS, STATUS_KIN
 
 RIGHT = expected_labels(TEXT, INTENTS, TOPICS, SENTIMENTS)
 DEEPEST = 100_000
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOllama]:
-    with FakeOllama() as fake:
-        yield fake
-        assert fake.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
-def fake(running: FakeOllama) -> FakeOllama:
-    running.reset()
-    return running
 
 
 # In the answer: kind, parameters, what must be true of the answer
@@ -121,20 +108,20 @@ REPLY_CASES: list[tuple[str, dict[str, Any], Callable[[Answer], bool]]] = [
 
 
 @pytest.mark.parametrize(("kind", "params", "holds"), REPLY_CASES)
-def test_reply_fault(fake: FakeOllama, kind: str, params: dict[str, Any], holds: Callable[[Answer], bool]) -> None:
-    strike(fake, kind, times=1, **params)
-    struck = chat(fake)
+def test_reply_fault(ollama: FakeOllama, kind: str, params: dict[str, Any], holds: Callable[[Answer], bool]) -> None:
+    strike(ollama, kind, times=1, **params)
+    struck = chat(ollama)
     assert struck.status == 200
     assert holds(struck)
-    assert plain(chat(fake)) == RIGHT
-    assert fake.stats()["faults_served"] == {kind: 1}
-    assert [record["fault"] for record in fake.requests()] == [kind, None]
+    assert plain(chat(ollama)) == RIGHT
+    assert ollama.stats()["faults_served"] == {kind: 1}
+    assert [record["fault"] for record in ollama.requests()] == [kind, None]
 
 
 @pytest.mark.parametrize("kind", sorted(STATUS_KINDS))
-def test_status_fault(fake: FakeOllama, kind: str) -> None:
-    strike(fake, kind, times=1)
-    answer = chat(fake)
+def test_status_fault(ollama: FakeOllama, kind: str) -> None:
+    strike(ollama, kind, times=1)
+    answer = chat(ollama)
     status, message = STATUS_KINDS[kind]
     message = {"model_not_found_404": "model 'llama3.2' not found"}.get(kind, message)
     assert answer.status == status == int(kind[-3:])
@@ -147,23 +134,23 @@ def test_status_fault(fake: FakeOllama, kind: str) -> None:
         )
     else:
         assert answer.json == {"error": message}
-    assert chat(fake).status == 200
+    assert chat(ollama).status == 200
 
 
-def test_status_with_a_body_and_headers_of_the_test(fake: FakeOllama) -> None:
-    strike(fake, "status", status=429, headers={"Retry-After": "3"}, body={"error": "slow down"})
-    answer = chat(fake)
+def test_status_with_a_body_and_headers_of_the_test(ollama: FakeOllama) -> None:
+    strike(ollama, "status", status=429, headers={"Retry-After": "3"}, body={"error": "slow down"})
+    answer = chat(ollama)
     assert (answer.status, answer.headers["Retry-After"], answer.json) == (429, "3", {"error": "slow down"})
-    strike(fake, "status", status=503)
-    assert chat(fake).json == {"error": "server busy, please try again.  maximum pending requests exceeded"}
-    strike(fake, "status", status=200, body="[1, 2]", content_type="text/plain")
-    assert (chat(fake).body, chat(fake).headers["Content-Type"]) == (b"[1, 2]", "text/plain")
+    strike(ollama, "status", status=503)
+    assert chat(ollama).json == {"error": "server busy, please try again.  maximum pending requests exceeded"}
+    strike(ollama, "status", status=200, body="[1, 2]", content_type="text/plain")
+    assert (chat(ollama).body, chat(ollama).headers["Content-Type"]) == (b"[1, 2]", "text/plain")
 
 
 @pytest.mark.parametrize("kind", ["html_200", "html_502"])
-def test_page_of_a_proxy(fake: FakeOllama, kind: str) -> None:
-    strike(fake, kind)
-    answer = chat(fake)
+def test_page_of_a_proxy(ollama: FakeOllama, kind: str) -> None:
+    strike(ollama, kind)
+    answer = chat(ollama)
     assert (answer.status, answer.headers["Content-Type"]) == (int(kind[-3:]), "text/html")
     assert answer.body.startswith(b"<html>")
 
@@ -171,74 +158,74 @@ def test_page_of_a_proxy(fake: FakeOllama, kind: str) -> None:
 # On the wire
 
 
-def test_close_without_a_reply(fake: FakeOllama) -> None:
-    strike(fake, "close")
+def test_close_without_a_reply(ollama: FakeOllama) -> None:
+    strike(ollama, "close")
     with pytest.raises(RemoteDisconnected):
-        chat(fake)
-    assert [record["outcome"] for record in fake.requests()] == ["dropped"]
-    assert fake.stats()["client_disconnects"] == 0
+        chat(ollama)
+    assert [record["outcome"] for record in ollama.requests()] == ["dropped"]
+    assert ollama.stats()["client_disconnects"] == 0
 
 
-def test_reset_at_once_and_after_some_bytes(fake: FakeOllama) -> None:
-    strike(fake, "reset")
-    with open_chat(fake) as opened, pytest.raises(ConnectionResetError):
+def test_reset_at_once_and_after_some_bytes(ollama: FakeOllama) -> None:
+    strike(ollama, "reset")
+    with open_chat(ollama) as opened, pytest.raises(ConnectionResetError):
         opened.recv(1)
-    strike(fake, "reset_after", bytes=12)
-    with open_chat(fake) as opened:
+    strike(ollama, "reset_after", bytes=12)
+    with open_chat(ollama) as opened:
         assert opened.recv(100) == b"HTTP/1.1 200"
         with pytest.raises(ConnectionResetError):
             opened.recv(1)
-    assert fake.stats()["client_disconnects"] == 0
+    assert ollama.stats()["client_disconnects"] == 0
 
 
-def test_hang_holds_its_slot_unless_told_otherwise(fake: FakeOllama) -> None:
-    fake.configure(slots=1)
-    strike(fake, "hang", when={"text": "parcel"})
-    with open_chat(fake):
-        fake.wait_for("running", 1)
-        with open_chat(fake, "Customer: hello"):
-            fake.wait_for("queued", 1)
-    fake.wait_for("in_flight", equals=0)
-    strike(fake, "hang", when={"text": "parcel"}, hold_slot=False)
-    with open_chat(fake):
-        fake.wait_for("in_flight", 1)
-        assert chat(fake, "Customer: hello").status == 200
-    fake.wait_for("in_flight", equals=0)
-    assert fake.stats()["client_disconnects"] >= 2
+def test_hang_holds_its_slot_unless_told_otherwise(ollama: FakeOllama) -> None:
+    ollama.configure(slots=1)
+    strike(ollama, "hang", when={"text": "parcel"})
+    with open_chat(ollama):
+        ollama.wait_for("running", 1)
+        with open_chat(ollama, "Customer: hello"):
+            ollama.wait_for("queued", 1)
+    ollama.wait_for("in_flight", equals=0)
+    strike(ollama, "hang", when={"text": "parcel"}, hold_slot=False)
+    with open_chat(ollama):
+        ollama.wait_for("in_flight", 1)
+        assert chat(ollama, "Customer: hello").status == 200
+    ollama.wait_for("in_flight", equals=0)
+    assert ollama.stats()["client_disconnects"] >= 2
 
 
-def test_garbage_instead_of_http(fake: FakeOllama) -> None:
-    strike(fake, "garbage")
-    with open_chat(fake) as opened:
+def test_garbage_instead_of_http(ollama: FakeOllama) -> None:
+    strike(ollama, "garbage")
+    with open_chat(ollama) as opened:
         assert read_to_end(opened).startswith(b"SSH-2.0")
 
 
-def test_slow_body_comes_byte_by_byte(fake: FakeOllama) -> None:
-    strike(fake, "slow_body", bytes_per_s=5)
-    with open_chat(fake) as opened:
+def test_slow_body_comes_byte_by_byte(ollama: FakeOllama) -> None:
+    strike(ollama, "slow_body", bytes_per_s=5)
+    with open_chat(ollama) as opened:
         head, _, begun = opened.recv(4096).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 OK")
         while not begun:
             begun = opened.recv(4096)
         assert len(begun) == 1
-    fake.wait_for("client_disconnects", 1)
+    ollama.wait_for("client_disconnects", 1)
 
 
-def test_slow_headers_come_byte_by_byte(fake: FakeOllama) -> None:
-    strike(fake, "slow_headers", bytes_per_s=5)
-    with open_chat(fake) as opened:
+def test_slow_headers_come_byte_by_byte(ollama: FakeOllama) -> None:
+    strike(ollama, "slow_headers", bytes_per_s=5)
+    with open_chat(ollama) as opened:
         assert opened.recv(4096) == b"H"
 
 
-def test_body_shorter_than_promised(fake: FakeOllama) -> None:
-    strike(fake, "truncated_body")
+def test_body_shorter_than_promised(ollama: FakeOllama) -> None:
+    strike(ollama, "truncated_body")
     with pytest.raises(IncompleteRead):
-        chat(fake)
+        chat(ollama)
 
 
-def test_half_a_json_of_the_promised_length(fake: FakeOllama) -> None:
-    strike(fake, "half_json")
-    answer = chat(fake)
+def test_half_a_json_of_the_promised_length(ollama: FakeOllama) -> None:
+    strike(ollama, "half_json")
+    answer = chat(ollama)
     assert int(answer.headers["Content-Length"]) == len(answer.body)
     with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
         answer.json  # noqa: B018
@@ -247,46 +234,46 @@ def test_half_a_json_of_the_promised_length(fake: FakeOllama) -> None:
 # Streams
 
 
-def test_stream_faults(fake: FakeOllama) -> None:
-    strike(fake, "stream_no_final")
-    assert [line["done"] for line in chat(fake, stream=True).lines] == [False] * 8
-    strike(fake, "stream_error_line")
-    *begun, last = chat(fake, stream=True).lines
+def test_stream_faults(ollama: FakeOllama) -> None:
+    strike(ollama, "stream_no_final")
+    assert [line["done"] for line in chat(ollama, stream=True).lines] == [False] * 8
+    strike(ollama, "stream_error_line")
+    *begun, last = chat(ollama, stream=True).lines
     assert last == {"error": "an error was encountered while running the model: unexpected EOF"}
     assert 0 < len(begun) < 8
-    strike(fake, "stream_truncate")
-    with open_chat(fake, stream=True) as opened:
+    strike(ollama, "stream_truncate")
+    with open_chat(ollama, stream=True) as opened:
         received = read_to_end(opened)
     with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
         json.loads(received.rpartition(b"\r\n")[2])
-    strike(fake, "reset_after")
-    with open_chat(fake, stream=True) as opened, pytest.raises(ConnectionResetError):
+    strike(ollama, "reset_after")
+    with open_chat(ollama, stream=True) as opened, pytest.raises(ConnectionResetError):
         read_to_end(opened)
-    strike(fake, "done_false")
-    assert not any(line["done"] for line in chat(fake, stream=True).lines)
+    strike(ollama, "done_false")
+    assert not any(line["done"] for line in chat(ollama, stream=True).lines)
 
 
-def test_stream_faults_on_a_plain_request(fake: FakeOllama) -> None:
-    strike(fake, "stream_no_final")
-    assert chat(fake).json["done"] is False
-    strike(fake, "stream_error_line")
-    assert chat(fake).status == 500
-    strike(fake, "stream_truncate")
+def test_stream_faults_on_a_plain_request(ollama: FakeOllama) -> None:
+    strike(ollama, "stream_no_final")
+    assert chat(ollama).json["done"] is False
+    strike(ollama, "stream_error_line")
+    assert chat(ollama).status == 500
+    strike(ollama, "stream_truncate")
     with pytest.raises(IncompleteRead):
-        chat(fake)
+        chat(ollama)
 
 
-def test_stream_broken_in_its_middle_by_a_crash(fake: FakeOllama) -> None:
-    fake.configure(latency_s=60.0, slots=2, stream_chunks=1000)
-    fake.configure(
+def test_stream_broken_in_its_middle_by_a_crash(ollama: FakeOllama) -> None:
+    ollama.configure(latency_s=60.0, slots=2, stream_chunks=1000)
+    ollama.configure(
         faults=[
             {"kind": "latency", "set_s": 0.0, "when": {"indexes": [1]}},
             {"kind": "runner_crash", "when": {"indexes": [1]}},
         ]
     )
-    with open_chat(fake, stream=True) as opened:
+    with open_chat(ollama, stream=True) as opened:
         assert opened.recv(10) == b"HTTP/1.1 2"
-        assert chat(fake).status == 500
+        assert chat(ollama).status == 500
         received = read_until(opened, b"0\r\n\r\n")
     assert b'{"error":"model runner has unexpectedly stopped' in received
 
@@ -303,41 +290,41 @@ def read_until(opened: socket.socket, end: bytes) -> bytes:
 # The model
 
 
-def test_runner_crash_fails_all_that_run_and_the_next_request_loads(fake: FakeOllama) -> None:
-    fake.configure(slots=2, latency_s=60.0)
+def test_runner_crash_fails_all_that_run_and_the_next_request_loads(ollama: FakeOllama) -> None:
+    ollama.configure(slots=2, latency_s=60.0)
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(chat, fake)
-        fake.wait_for("running", 1)
-        fake.configure(latency_s=0.0, faults=[{"kind": "runner_crash", "times": 1}])
-        crashed = chat(fake)
+        running = pool.submit(chat, ollama)
+        ollama.wait_for("running", 1)
+        ollama.configure(latency_s=0.0, faults=[{"kind": "runner_crash", "times": 1}])
+        crashed = chat(ollama)
         assert (crashed.status, running.result().status) == (500, 500)
     assert crashed.json["error"].startswith("model runner has unexpectedly stopped")
-    assert fake.stats()["loaded_models"] == 0
-    assert chat(fake).status == 200
-    stats = fake.stats()
+    assert ollama.stats()["loaded_models"] == 0
+    assert chat(ollama).status == 200
+    stats = ollama.stats()
     assert (stats["loads"], stats["running"], stats["in_flight"]) == (2, 0, 0)
 
 
-def test_unload_makes_the_next_request_load(fake: FakeOllama) -> None:
-    strike(fake, "unload", times=1)
-    assert (plain(chat(fake)), plain(chat(fake))) == (RIGHT, RIGHT)
-    assert fake.stats()["loads"] == 2
+def test_unload_makes_the_next_request_load(ollama: FakeOllama) -> None:
+    strike(ollama, "unload", times=1)
+    assert (plain(chat(ollama)), plain(chat(ollama))) == (RIGHT, RIGHT)
+    assert ollama.stats()["loads"] == 2
 
 
-def test_fault_at_the_answer_takes_the_slot_first(fake: FakeOllama) -> None:
-    fake.configure(latency_s=0.01)
-    strike(fake, "busy_503", stage="answer")
-    assert chat(fake).status == 503
-    stats = fake.stats()
+def test_fault_at_the_answer_takes_the_slot_first(ollama: FakeOllama) -> None:
+    ollama.configure(latency_s=0.01)
+    strike(ollama, "busy_503", stage="answer")
+    assert chat(ollama).status == 503
+    stats = ollama.stats()
     assert (stats["max_running"], stats["running"], stats["loads"]) == (1, 0, 1)
-    fake.reset()
-    strike(fake, "busy_503", delay_s=0.01)
-    assert chat(fake).status == 503
-    assert fake.stats()["loads"] == 0
+    ollama.reset()
+    strike(ollama, "busy_503", delay_s=0.01)
+    assert chat(ollama).status == 503
+    assert ollama.stats()["loads"] == 0
 
 
-def test_latency_faults_add_up_beside_another(fake: FakeOllama) -> None:
-    fake.configure(
+def test_latency_faults_add_up_beside_another(ollama: FakeOllama) -> None:
+    ollama.configure(
         latency_s=0.001,
         faults=[
             {"kind": "latency", "factor": 10, "when": {"from": 1, "to": 1}},
@@ -346,25 +333,25 @@ def test_latency_faults_add_up_beside_another(fake: FakeOllama) -> None:
         ],
     )
     for _ in range(3):
-        assert plain(chat(fake))["intent"] == "Existential Dread"
-    stats = fake.stats()
+        assert plain(chat(ollama))["intent"] == "Existential Dread"
+    stats = ollama.stats()
     assert stats["simulated_s_sum"] == pytest.approx(0.006 + 0.015 + 0.006)
     assert stats["faults_served"] == {"latency": 4, "wrong_label": 3}
 
 
-def test_embed_faults(fake: FakeOllama) -> None:
+def test_embed_faults(ollama: FakeOllama) -> None:
     request = {"model": "nomic-embed-text", "input": ["good", "a poison text"]}
-    strike(fake, "embed_short")
-    assert len(post(fake, "/api/embed", request).json["embeddings"]) == 1
-    strike(fake, "embed_dims")
-    assert [len(vector) for vector in post(fake, "/api/embed", request).json["embeddings"]] == [768, 767]
-    strike(fake, "embed_nan_400", when={"path": "/api/embed", "text": "poison"})
-    answer = post(fake, "/api/embed", request)
+    strike(ollama, "embed_short")
+    assert len(post(ollama, "/api/embed", request).json["embeddings"]) == 1
+    strike(ollama, "embed_dims")
+    assert [len(vector) for vector in post(ollama, "/api/embed", request).json["embeddings"]] == [768, 767]
+    strike(ollama, "embed_nan_400", when={"path": "/api/embed", "text": "poison"})
+    answer = post(ollama, "/api/embed", request)
     assert (answer.status, answer.json) == (400, {"error": "embedding contains NaN or Inf values"})
-    assert post(fake, "/api/embed", request | {"input": ["good"]}).status == 200
-    strike(fake, "reset", when={"path": "/api/embed"})
+    assert post(ollama, "/api/embed", request | {"input": ["good"]}).status == 200
+    strike(ollama, "reset", when={"path": "/api/embed"})
     with pytest.raises(ConnectionResetError):
-        post(fake, "/api/embed", request)
+        post(ollama, "/api/embed", request)
 
 
 def test_every_kind_is_tested_and_documented() -> None:

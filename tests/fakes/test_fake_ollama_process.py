@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,10 @@ from tests.fakes.fake_ollama import FakeOllama, FakeOllamaError, lognormal_laten
 from tests.fakes.fake_ollama_client import TEXT, chat, chat_body, open_chat, post, send
 from tests.fakes.fake_ollama_server.knobs import Knobs
 
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOllama]:
-    with FakeOllama() as fake:
-        yield fake
-        assert fake.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
-def fake(running: FakeOllama) -> FakeOllama:
-    running.reset()
-    return running
-
-
 # The process
 
 
-def test_restart_keeps_the_port_and_the_knobs(fake: FakeOllama) -> None:
+def test_restart_keeps_the_port_and_the_knobs(ollama: FakeOllama) -> None:
     with FakeOllama(slots=3) as other:
         port, pid = other.port, other.pid
         other.configure(version="9.9")
@@ -91,7 +76,7 @@ time.sleep(60)
     assert ended
 
 
-def test_mistakes_in_knobs_are_refused(fake: FakeOllama) -> None:
+def test_mistakes_in_knobs_are_refused(ollama: FakeOllama) -> None:
     for wrong in (
         {"slot": 3},
         {"era": "middle"},
@@ -99,15 +84,15 @@ def test_mistakes_in_knobs_are_refused(fake: FakeOllama) -> None:
         {"faults": [{"kind": "close", "when": {"x": 1}}]},
     ):
         with pytest.raises(FakeOllamaError, match=r"use one of|must be one of"):
-            fake.configure(**wrong)
-    assert chat(fake).status == 200
+            ollama.configure(**wrong)
+    assert chat(ollama).status == 200
 
 
-def test_waiting_in_vain_is_an_error(fake: FakeOllama) -> None:
+def test_waiting_in_vain_is_an_error(ollama: FakeOllama) -> None:
     with pytest.raises(FakeOllamaError, match="running did not get there"):
-        fake.wait_for("running", 1, timeout_s=0.01)
+        ollama.wait_for("running", 1, timeout_s=0.01)
     with pytest.raises(FakeOllamaError, match="unknown gauge"):
-        fake.wait_for("runing", 1)
+        ollama.wait_for("runing", 1)
 
 
 def test_every_knob_is_documented() -> None:
@@ -118,11 +103,11 @@ def test_every_knob_is_documented() -> None:
 # Records
 
 
-def test_record_tells_the_shape_of_a_request_and_not_its_text(fake: FakeOllama) -> None:
+def test_record_tells_the_shape_of_a_request_and_not_its_text(ollama: FakeOllama) -> None:
     before_s = time.monotonic()
     body = chat_body(keep_alive="1h30m", truncate=False, shift=False, think=False)
-    post(fake, "/api/chat", body, headers={"X-Request-ID": "req-7"})
-    (record,) = fake.requests()
+    post(ollama, "/api/chat", body, headers={"X-Request-ID": "req-7"})
+    (record,) = ollama.requests()
     assert before_s <= record.pop("start_s") <= record.pop("end_s") <= time.monotonic()
     sha = text_sha256(TEXT)
     assert record == {
@@ -146,29 +131,29 @@ def test_record_tells_the_shape_of_a_request_and_not_its_text(fake: FakeOllama) 
     }
 
 
-def test_records_are_bounded_and_can_be_switched_off(fake: FakeOllama) -> None:
-    fake.configure(record_limit=2)
+def test_records_are_bounded_and_can_be_switched_off(ollama: FakeOllama) -> None:
+    ollama.configure(record_limit=2)
     for _ in range(3):
-        chat(fake)
-    assert [record["index"] for record in fake.requests()] == [1, 2]
-    fake.configure(record=False)
-    chat(fake)
-    stats = fake.stats()
-    assert (len(fake.requests()), stats["chat_requests"], stats["answered"]) == (2, 4, 4)
+        chat(ollama)
+    assert [record["index"] for record in ollama.requests()] == [1, 2]
+    ollama.configure(record=False)
+    chat(ollama)
+    stats = ollama.stats()
+    assert (len(ollama.requests()), stats["chat_requests"], stats["answered"]) == (2, 4, 4)
     assert stats["calls_by_sha"] == {text_sha256(TEXT): 4}
-    fake.reset()
-    assert (fake.requests(), fake.stats()["chat_requests"]) == ([], 0)
+    ollama.reset()
+    assert (ollama.requests(), ollama.stats()["chat_requests"]) == ([], 0)
 
 
 @pytest.mark.parametrize("key", ["index", "text"])
-def test_simulated_times_are_those_of_the_pure_function(fake: FakeOllama, key: str) -> None:
-    fake.configure(latency="lognormal", mean_s=0.004, sigma=0.7, seed=5, latency_key=key, slots=8)
+def test_simulated_times_are_those_of_the_pure_function(ollama: FakeOllama, key: str) -> None:
+    ollama.configure(latency="lognormal", mean_s=0.004, sigma=0.7, seed=5, latency_key=key, slots=8)
     texts = [f"conversation {number}" for number in range(24)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda text: chat(fake, text), texts))
+        list(pool.map(lambda text: chat(ollama, text), texts))
     keys: list[Any] = list(range(24)) if key == "index" else texts
     times_s = [lognormal_latency(5, one, 0.004, 0.7) for one in keys]
-    stats = fake.stats()
+    stats = ollama.stats()
     assert stats["simulated_s_sum"] == pytest.approx(sum(times_s))
     assert stats["simulated_s_max"] == pytest.approx(max(times_s))
     assert stats["busy_slot_s"] > 0

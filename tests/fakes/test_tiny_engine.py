@@ -118,20 +118,15 @@ def has_ended(handle: int, within_s: float = 20.0) -> bool:
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def engine(model_path: Path) -> Iterator[TinyEngine]:
-    with TinyEngine(model_path) as running:
+def engine(tiny_model: Path) -> Iterator[TinyEngine]:
+    with TinyEngine(tiny_model) as running:
         yield running
 
 
-def test_the_model_is_small_and_the_same_each_time(model_path: Path, tmp_path: Path) -> None:
+def test_the_model_is_small_and_the_same_each_time(tiny_model: Path, tmp_path: Path) -> None:
     again = build_tiny_model(tmp_path / "again.gguf")
-    assert again.read_bytes() == model_path.read_bytes()
-    assert model_path.stat().st_size < 1_000_000
+    assert again.read_bytes() == tiny_model.read_bytes()
+    assert tiny_model.stat().st_size < 1_000_000
 
 
 @pytest.mark.parametrize("text", CONVERSATIONS)
@@ -164,8 +159,8 @@ def test_health_and_model_list(engine: TinyEngine) -> None:
     assert entry["meta"]["n_ctx"] == entry["meta"]["n_ctx_train"] == CONTEXT_LENGTH
 
 
-def test_limits_can_be_read(model_path: Path) -> None:
-    with TinyEngine(model_path, slots=3, context_tokens=1024) as small:
+def test_limits_can_be_read(tiny_model: Path) -> None:
+    with TinyEngine(tiny_model, slots=3, context_tokens=1024) as small:
         props = send(small, "GET", "/props").json()
         assert props["total_slots"] == 3
         assert props["default_generation_settings"]["n_ctx"] == 1024
@@ -210,8 +205,8 @@ def test_an_answer_ends_without_a_length_in_the_schema(engine: TinyEngine) -> No
         assert ask(engine, text, response_format=form).json()["choices"][0]["finish_reason"] == "stop"
 
 
-def test_the_prefix_is_cached(model_path: Path) -> None:
-    with TinyEngine(model_path, slots=1) as engine:
+def test_the_prefix_is_cached(tiny_model: Path) -> None:
+    with TinyEngine(tiny_model, slots=1) as engine:
         first = ask(engine, "Customer: where is it?").json()
         second = ask(engine, "Customer: what is it?").json()
     assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == first["timings"]["cache_n"] == 0
@@ -241,8 +236,8 @@ def test_a_prompt_longer_than_the_context_is_refused(engine: TinyEngine) -> None
     assert reply.json() == {"error": {"code": 400, "message": message} | kind}
 
 
-def test_an_answer_ends_where_the_context_ends(model_path: Path) -> None:
-    with TinyEngine(model_path, slots=1, context_tokens=512) as engine:
+def test_an_answer_ends_where_the_context_ends(tiny_model: Path) -> None:
+    with TinyEngine(tiny_model, slots=1, context_tokens=512) as engine:
         answer = ask(engine, "!" * 440).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["total_tokens"] == 512
@@ -305,8 +300,8 @@ def test_an_unknown_model_name_is_not_an_error(engine: TinyEngine) -> None:
     assert (reply.status, reply.json()["model"]) == (200, MODEL_NAME)
 
 
-def test_api_key(model_path: Path) -> None:
-    with TinyEngine(model_path, slots=1, api_key="sesame") as engine:
+def test_api_key(tiny_model: Path) -> None:
+    with TinyEngine(tiny_model, slots=1, api_key="sesame") as engine:
         assert send(engine, "GET", "/health").status == 200
         for key in (None, "wrong"):
             reply = send(engine, "POST", "/v1/chat/completions", question("x"), key=key)
@@ -327,9 +322,9 @@ def endless_stream(engine: TinyEngine, tokens: int) -> Iterator[http.client.HTTP
 
 
 @pytest.mark.parametrize("slots", [1, 2])
-def test_requests_at_once(model_path: Path, slots: int) -> None:
+def test_requests_at_once(tiny_model: Path, slots: int) -> None:
     """A second request is worked on while the first still is; with one slot it waits, so the count tells them apart."""
-    with TinyEngine(model_path, slots=slots) as engine:
+    with TinyEngine(tiny_model, slots=slots) as engine:
         with endless_stream(engine, tokens=1500) as stream:
             assert ask(engine, CONVERSATIONS[0]).json()["choices"][0]["finish_reason"] == "stop"
             assert stream.read().endswith(b"data: [DONE]\n\n")
@@ -337,29 +332,29 @@ def test_requests_at_once(model_path: Path, slots: int) -> None:
     assert busy == 1 if slots == 1 else busy > 1
 
 
-def test_a_client_that_leaves_frees_its_slot(model_path: Path) -> None:
-    with TinyEngine(model_path, slots=1) as engine:
+def test_a_client_that_leaves_frees_its_slot(tiny_model: Path) -> None:
+    with TinyEngine(tiny_model, slots=1) as engine:
         with endless_stream(engine, tokens=8000):
             pass
         assert ask(engine, CONVERSATIONS[0]).status == 200
         assert metric(engine, "tokens_predicted_total") < 8000
 
 
-def test_it_stops_with_a_request_under_way(model_path: Path) -> None:
-    with TinyEngine(model_path, slots=1) as engine, endless_stream(engine, tokens=8000) as stream:
+def test_it_stops_with_a_request_under_way(tiny_model: Path) -> None:
+    with TinyEngine(tiny_model, slots=1) as engine, endless_stream(engine, tokens=8000) as stream:
         engine.stop()
         with pytest.raises(http.client.IncompleteRead):
             stream.read()
     assert engine.exit_code == 0
 
 
-def test_it_comes_back_on_the_same_port(model_path: Path) -> None:
-    with TinyEngine(model_path, slots=1) as first:
+def test_it_comes_back_on_the_same_port(tiny_model: Path) -> None:
+    with TinyEngine(tiny_model, slots=1) as first:
         port = first.port
         assert send(first, "GET", "/health").status == 200
     with pytest.raises(ConnectionRefusedError):
         send(first, "GET", "/health")
-    with TinyEngine(model_path, slots=1, port=port) as second:
+    with TinyEngine(tiny_model, slots=1, port=port) as second:
         assert second.port == port
         assert send(second, "GET", "/health").status == 200
 
@@ -374,8 +369,8 @@ def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
 
 @needs_pidfd
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_ends_it(model_path: Path, number: signal.Signals) -> None:
-    with TinyEngine(model_path, slots=1) as engine:
+def test_a_signal_ends_it(tiny_model: Path, number: signal.Signals) -> None:
+    with TinyEngine(tiny_model, slots=1) as engine:
         handle = os.pidfd_open(engine.pid)
         os.kill(engine.pid, number)
         assert has_ended(handle)
@@ -384,12 +379,12 @@ def test_a_signal_ends_it(model_path: Path, number: signal.Signals) -> None:
 
 
 @needs_pidfd
-def test_no_engine_outlives_its_parent(model_path: Path) -> None:
+def test_no_engine_outlives_its_parent(tiny_model: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from tests.fakes.tiny_engine import TinyEngine\n"
         "with TinyEngine(Path(sys.argv[1])) as engine: print(engine.pid, engine.port, flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", script, str(model_path)]
+    command = [sys.executable, "-c", script, str(tiny_model)]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None

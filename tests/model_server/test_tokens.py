@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from config import load_taxonomy
 from model_server.protocol import ChatTarget, parse_chat_response
 from model_server.tokens import LEARN_FROM, TokenEstimator, least_prompt_tokens, least_tokens, most_tokens
 from prompt_builder import PromptBuilder
-from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
-from tests.worker.test_real_engine import run_worker
+from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
+from tests.worker.engine_run import run_worker
 
 SYSTEM = PromptBuilder.from_taxonomy(load_taxonomy()).system_prompt
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 32_768, "10m")
@@ -47,17 +46,6 @@ ODD = {
 def text_of(script: str, words: int, seed: int = 0) -> str:
     chance = random.Random(seed)
     return " ".join(chance.choice(WORDS[script].split()) for _ in range(words))
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def engine(model_path: Path) -> Iterator[TinyEngine]:
-    with TinyEngine(model_path, slots=1) as running:
-        yield running
 
 
 def tokens(engine: TinyEngine, text: str, *, prompt: bool = False) -> int:
@@ -134,7 +122,7 @@ def test_scripts_are_learnt_separately(engine: TinyEngine) -> None:
 
 
 def test_refusal_of_a_real_engine_leads_to_a_fitting_prompt(
-    model_path: Path, tmp_path: Path, mongodb_uri: str, db_name: str
+    tiny_model: Path, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:
     """llama.cpp over OpenAI's protocol: its window is unknown until it refuses and tells; what fits then is labelled."""
     messages = [{"sender": "customer", "text": f"{number} {WORDS['russian']}"} for number in range(120)]
@@ -144,7 +132,7 @@ def test_refusal_of_a_real_engine_leads_to_a_fitting_prompt(
     ]
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client[db_name].conversation_set.insert_many(documents)
-        with TinyEngine(model_path, slots=2) as engine:
+        with TinyEngine(tiny_model, slots=1, context_tokens=5120) as engine:
             environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
             stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
         assert (stats["successful"], stats["failed"]) == (2, 0)
@@ -154,4 +142,4 @@ def test_refusal_of_a_real_engine_leads_to_a_fitting_prompt(
     assert (made[2]["input_complete"], made[2]["turns_used"]) == (True, 2)
     assert made[1]["input_complete"] is False
     assert 5 < made[1]["turns_used"] < 120
-    assert made[1]["prompt_tokens"] + 700 <= 8192
+    assert made[1]["prompt_tokens"] + 700 <= 5120

@@ -11,14 +11,9 @@ import pytest
 
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import Answer, ServiceProcess, conversation, serve
-from tests.worker.site import ROOT, Site, WorkerProcess
+from tests.worker.long_conversations import SENTENCE, check_labels_are_of_what_was_sent, long_conversation
+from tests.worker.site import ROOT, Site, WorkerProcess, model_of
 from tests.worker.site import conversation as document
-from tests.worker.test_long_conversations import (
-    SENTENCE,
-    check_labels_are_of_what_was_sent,
-    long_conversation,
-    model_of,
-)
 
 
 def serve_beside(site: Site, folder: Path, **settings: str) -> AbstractContextManager[ServiceProcess]:

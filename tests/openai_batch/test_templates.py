@@ -175,7 +175,7 @@ def test_payload_in_data_stays_text(payload: str, canary: dict[str, str], plain:
     assert fill(template, text, NOW, "batch_1") == {"$set": {"a": text, "b": f"says {text}."}}
 
 
-@pytest.mark.parametrize(("bomb", "setting"), in_both_prompts(BOMBS, usual=8))
+@pytest.mark.parametrize(("bomb", "setting"), in_both_prompts(BOMBS, usual=len(BOMBS)))
 def test_bombs_end(bomb: str, setting: str) -> None:
     """AT-8: with a clear error, and without memory of this process."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
@@ -190,10 +190,9 @@ def test_bomb_fails_one_document_only() -> None:
     """The next one is rendered by a new child."""
     template = "{% for a in text %}{% for b in text %}{% for c in text %}{% endfor %}{% endfor %}{% endfor %}{{ text }}"
     with TemplateHandling(config_of(user_prompt_template=template)) as handling:
-        for _ in range(2):
-            with pytest.raises(JobProcessingError, match="the prompt takes longer than 2 s"):
-                handling.request(document("x" * 5000))
-            assert handling.request(document())["messages"] == [{"role": "user", "content": "seven"}]
+        with pytest.raises(JobProcessingError, match="the prompt takes longer than 2 s"):
+            handling.request(document("x" * 5000))
+        assert handling.request(document())["messages"] == [{"role": "user", "content": "seven"}]
 
 
 @pytest.mark.parametrize(

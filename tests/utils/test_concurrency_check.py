@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from commands.diagnosis.slots import Call, Level, Measurement, Round, levels_up_to
+from tests.environment import clean_environment
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_ollama_client import chat
 from tests.forked_process import run_forked
-from tests.utils.test_mongodb_import import clean_environment
 from utils import concurrency_check
 
 ROOT = Path(__file__).parents[2]

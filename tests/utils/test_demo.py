@@ -10,7 +10,7 @@ import pytest
 
 from aggregator import aggregate_conversation
 from error_handler import LLMReplyError, Reason
-from tests.utils.test_mongodb_import import clean_environment
+from tests.environment import clean_environment
 from utils.demo_batch_processor import DOCUMENTS, SCRIPT, scripted_model
 
 ROOT = Path(__file__).parents[2]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +11,9 @@ import pytest
 from error_handler import Reason
 from storage import extended_json
 from storage.extended_json import id_key
-from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
+from tests.utils.worker_files import AT, DOCUMENTS, IDS, content_of, failed, names, pending
+from utils.batch_file_manager import BatchFiles, FailedDocument
 from worker.quarantine import requeue
-
-IDS = [bson.ObjectId(), "doc0", bson.Int64(7), 1.5, None, {"a": 1}, b"\x01", datetime(2024, 5, 1, tzinfo=UTC)]
-DOCUMENTS = [{"_id": value, "text": f"text of {place}"} for place, value in enumerate(IDS)]
-AT = datetime(2024, 5, 1, 10, 30, tzinfo=UTC)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return tmp_path / "batch_files"
-
-
-@pytest.fixture
-def files(directory: Path) -> BatchFiles:
-    return BatchFiles(directory)
-
-
-def failed(document_id: Any = "a", **changes: Any) -> FailedDocument:
-    fields: dict[str, Any] = {
-        "conversation_id": document_id,
-        "status": "llm_failed",
-        "conversation_data": {"_id": document_id, "text": "hello"},
-        "retry_count": 0,
-        "reason": Reason.EMPTY,
-        "error": "the answer is empty",
-        "failed_at": AT,
-    }
-    return FailedDocument(**{**fields, **changes})
-
-
-def content_of(path: Path) -> Any:
-    return json.loads(path.read_bytes())
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def pending(files: BatchFiles) -> list[BatchFile]:
-    return list(files.load_pending())
 
 
 def test_a_retry_file(files: BatchFiles, directory: Path) -> None:

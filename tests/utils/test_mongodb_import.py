@@ -15,7 +15,7 @@ import pytest
 from pymongo import MongoClient
 from pymongo.collection import Collection
 
-from config.settings import known_environment_names
+from tests.environment import clean_environment
 from tests.forked_process import run_forked
 from utils import mongodb_import
 
@@ -24,10 +24,6 @@ SCRIPT = ROOT / "utils" / "mongodb_import.py"
 COLLECTION = "conversation_set"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in known_environment_names()}
 
 
 @pytest.fixture

@@ -215,6 +215,26 @@ def documents_of_all_shapes(count: int) -> list[Document]:
     return documents
 
 
+def filled(site: Site, count: int, first: int = 0) -> list[Document]:
+    """Store *count* conversations, numbered from *first*, and return them."""
+    documents = [conversation(number) for number in range(first, first + count)]
+    site.source.insert_many(documents)
+    return documents
+
+
+def filled_with_all_shapes(site: Site, count: int) -> list[Document]:
+    """Store *count* documents of all shapes, and return them."""
+    documents = documents_of_all_shapes(count)
+    site.source.insert_many(documents)
+    return documents
+
+
+def model_of(site: Site) -> FakeOllama:
+    """Return the fake model server of *site*, which has one."""
+    assert site.model is not None
+    return site.model
+
+
 def user_message(document: Document) -> str | None:
     """Return the user message the model gets for *document*; None where there is nothing to ask."""
     try:

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,14 @@ from domain.conversation import Classification
 from domain.document_files import read_documents
 from model_server.protocol import TOP_LOGPROBS
 from prompt_builder import PromptBuilder
-from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
-from tests.worker.test_real_engine import SAMPLES, run_worker
+from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
+from tests.worker.engine_run import SAMPLES, run_worker
 
 TAXONOMY = load_taxonomy()
 PROMPTS, PARSER = PromptBuilder.from_taxonomy(TAXONOMY), ReplyParser(TAXONOMY)
 LABELS = {field: TAXONOMY.names(field) for field in FIELDS}
 WHOLE_VOCABULARY = 2000  # more than the tiny model has tokens
-NUMBERS = [0, 1, *(pytest.param(number, marks=pytest.mark.thorough) for number in (2, 3))]  # of the samples
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def engine(model_path: Path) -> Iterator[TinyEngine]:
-    with TinyEngine(model_path, slots=1) as running:
-        yield running
+NUMBERS = [0, *(pytest.param(number, marks=pytest.mark.thorough) for number in (1, 2, 3))]  # of the samples
 
 
 def post(engine: TinyEngine, path: str, body: dict[str, Any]) -> Any:
@@ -148,16 +136,16 @@ def test_probabilities_of_all_labels_sum_to_one(engine: TinyEngine) -> None:
 def test_worker_stores_confidence(tmp_path: Path, mongodb_uri: str, db_name: str, engine: TinyEngine) -> None:
     """Over the OpenAI protocol: each result has it, no two conversations need have the same, and the least decides."""
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        client[db_name].conversation_set.insert_many(list(itertools.islice(read_documents(SAMPLES), 12)))
+        client[db_name].conversation_set.insert_many(list(itertools.islice(read_documents(SAMPLES), 4)))
         environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
         stats = run_worker(
             tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2", "--review-below", "0.072"
         )
         found = [result["processing_metadata"] for result in client[db_name].sentimental_analysis.find()]
-    assert len(found) == stats["successful"] == stats["with_confidence"] == 12
+    assert len(found) == stats["successful"] == stats["with_confidence"] == 4
     for metadata in found:
         assert metadata["confidence"].keys() == set(FIELDS)
         assert all(0 < value <= 1 for value in metadata["confidence"].values())
         assert metadata["needs_review"] is (min(metadata["confidence"].values()) < 0.072)
     assert len({tuple(metadata["confidence"].values()) for metadata in found}) > 1
-    assert 0 < stats["needs_review"] == sum(metadata["needs_review"] for metadata in found) < 12
+    assert 0 < stats["needs_review"] == sum(metadata["needs_review"] for metadata in found) < 4

@@ -15,7 +15,6 @@ from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 
 from error_handler import Reason
-from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import (
     Document,
     Site,
@@ -28,6 +27,7 @@ from tests.worker.site import (
     conversation,
     documents_of_all_shapes,
     key,
+    model_of,
 )
 
 CONCURRENCY = 6
@@ -57,11 +57,6 @@ IDS: list[Any] = [
     bson.MinKey(),
     bson.MaxKey(),
 ]
-
-
-def model_of(site: Site) -> FakeOllama:
-    assert site.model is not None
-    return site.model
 
 
 def with_odd_ids() -> list[Document]:

@@ -19,15 +19,19 @@ from error_handler import Reason
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import conversation as request_body
 from tests.service.service_process import serve
-from tests.worker.site import Document, Site, check_results, conversation, open_site, until, user_message
+from tests.worker.site import (
+    Document,
+    Site,
+    check_results,
+    conversation,
+    model_of,
+    open_site,
+    until,
+    user_message,
+)
 
 BAD = 3
 TEXT = f"Case {BAD:05d}"
-
-
-def model_of(site: Site) -> FakeOllama:
-    assert site.model is not None
-    return site.model
 
 
 def metrics(site: Site) -> dict[tuple[str, str], float]:

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from error_handler import Reason, StateDirectoryError
-from tests.utils.test_failed_documents import failed
+from tests.utils.worker_files import failed
 from tests.worker.test_progress import Clock
 from utils.batch_file_manager import BatchFiles
 from worker import metrics as worker_metrics

@@ -21,6 +21,7 @@ from tests.worker.site import (
     check_exactly_once,
     check_results,
     conversation,
+    filled,
     key,
     user_message,
 )
@@ -47,12 +48,6 @@ def ids(site: Site, kind: str, **settings: str) -> list[Any]:
     ended = site.run("plan", "--ids", kind, "--json", **settings)
     assert ended.code == 0, ended.err
     return [extended_json.loads(line) for line in ended.out.splitlines()]
-
-
-def filled(site: Site, count: int, first: int = 0) -> list[Document]:
-    documents = [conversation(number) for number in range(first, first + count)]
-    site.source.insert_many(documents)
-    return documents
 
 
 def requests(site: Site) -> int:
@@ -192,7 +187,7 @@ def test_only_failed(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["new", "stale", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("changed", "failed"))]
+    "kind", ["stale", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("new", "changed", "failed"))]
 )
 def test_dry_run_reports_the_only_selection(site: Site, kind: str) -> None:
     """The number that plan says, and nothing is changed."""
@@ -219,8 +214,11 @@ def test_conflicting_selections_are_refused(site: Site, flag: str) -> None:
 @pytest.mark.parametrize(
     "seam",
     [
-        *("pending_saved", "answered", "results_written"),
-        *(pytest.param(seam, marks=pytest.mark.thorough) for seam in ("before_write", "marked", "released")),
+        *("answered", "results_written"),
+        *(
+            pytest.param(seam, marks=pytest.mark.thorough)
+            for seam in ("pending_saved", "before_write", "marked", "released")
+        ),
     ],
 )
 def test_only_stale_resumes_after_a_crash(site: Site, seam: str) -> None:
@@ -265,7 +263,7 @@ def test_plain_run_finishes_an_interrupted_only_stale(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["stale", "failed", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("changed", "new"))]
+    "kind", ["failed", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("stale", "changed", "new"))]
 )
 def test_only_run_finishes_batches_of_an_interrupted_plain_run(site: Site, kind: str) -> None:
     """Its answers are in the journal; the documents that were only pending are left to a plain run."""

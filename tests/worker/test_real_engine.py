@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,10 @@ from pymongo import MongoClient
 
 from config import load_taxonomy
 from domain.document_files import read_documents
-from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine, build_tiny_model
-from tests.forked_process import run_forked
+from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
+from tests.worker.engine_run import SAMPLES, run_worker
 
-ROOT = Path(__file__).parents[2]
 OLLAMA = os.environ.get("OLLAMA_TEST_ENDPOINT")  # the report's header says whether it is set
-SAMPLES = ROOT / "data/sample_conversations.jsonl"
-
-
-def run_worker(
-    tmp_path: Path, mongodb_uri: str, db_name: str, environment: dict[str, str], *flags: str
-) -> dict[str, Any]:
-    """Run cli.py to its end and return its statistics; a failure shows what it said."""
-    output = tmp_path / "stats.json"
-    command = [ROOT / "cli.py", "--mongodb-uri", mongodb_uri, "--db-name", db_name, "--output", output]
-    command += ["--batch-files-dir", tmp_path / "batch_files", *flags]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OLLAMA", "LLM", "MONGODB"))}
-    done = run_forked(command, clean | environment, tmp_path, 110.0)
-    assert done.returncode == 0, done.stderr
-    return json.loads(output.read_text())
 
 
 def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:
@@ -48,15 +32,14 @@ def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [2, pytest.param(24, marks=pytest.mark.thorough)])
 def test_llama_cpp_labels_the_samples_over_the_openai_protocol(
-    count: int, tmp_path: Path, mongodb_uri: str, db_name: str
+    count: int, engine: TinyEngine, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:
     """LLM_API_URL ending in /v1/chat/completions: with the schema as grammar each answer is valid."""
     documents = list(read_documents(SAMPLES))[:count]
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client[db_name].conversation_set.insert_many(documents)
-    with TinyEngine(build_tiny_model(tmp_path / "tiny.gguf"), slots=2) as engine:
-        environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
-        stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
+    environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
+    stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
     assert (stats["successful"], stats["failed"]) == (count, 0)
     require_valid_labels(mongodb_uri, db_name, count)
 

@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import (
-    Document,
     Site,
     calls,
     check_calls,
@@ -25,8 +23,9 @@ from tests.worker.site import (
     check_exactly_once,
     check_results,
     check_statuses,
-    conversation,
     documents_of_all_shapes,
+    filled,
+    model_of,
 )
 from utils.batch_file_manager import BatchFiles
 
@@ -58,17 +57,6 @@ MISUSED = (
     b'[{"conversation_id": 1, "status": "llm_failed", "conversation_data": {"_id": 1}, "retry_count": "many"}]',
     b"[" * 100_000,
 )
-
-
-def filled(site: Site, count: int) -> list[Document]:
-    documents = [conversation(number) for number in range(count)]
-    site.source.insert_many(documents)
-    return documents
-
-
-def model_of(site: Site) -> FakeOllama:
-    assert site.model is not None
-    return site.model
 
 
 def killed_in_the_middle(site: Site) -> None:
@@ -132,7 +120,9 @@ def test_full_disk_ends_with_a_message(site: Site) -> None:
         check_calls(site, documents, repeated=CONCURRENCY)
 
 
-@pytest.mark.parametrize("limit", [2_000, 7_000, 12_000])
+@pytest.mark.parametrize(
+    "limit", [7_000, *(pytest.param(size, marks=pytest.mark.thorough) for size in (2_000, 12_000))]
+)
 def test_file_size_limit_ends_with_a_message(site: Site, limit: int) -> None:
     """The same for a limit of the file size, which cuts a line of the journal in its middle."""
     documents = filled(site, 60)
@@ -244,7 +234,13 @@ def test_truncated_journal_is_replayed_up_to_the_cut(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [b"{", b'{"hello": 1}', "cut", "foreign id", pytest.param(b"", marks=pytest.mark.thorough)], ids=str
+    "damage",
+    [
+        "cut",
+        "foreign id",
+        *(pytest.param(content, marks=pytest.mark.thorough) for content in (b"", b"{", b'{"hello": 1}')),
+    ],
+    ids=str,
 )
 def test_documents_of_a_corrupt_batch_are_found_in_mongodb(site: Site, damage: bytes | str) -> None:
     """It is set aside with a message, and every document of it gets its result all the same."""

@@ -1,23 +1,21 @@
 """The server process: event loop, listening socket, signals, and not outliving the parent."""
 
 import asyncio
-import errno
 import gc
 import json
 import os
 import signal
 import socket
 import sys
-import time
 from typing import Any
 
 import uvloop
 
+from tests.fakes.listening_socket import listening_socket
+
 from .knobs import Knobs
 from .server import FakeServer
 from .wire import Connection
-
-_BIND_TRIES_S = 5.0
 
 
 def serve(host: str, port: int, knobs: Knobs, *, watch_stdin: bool = False) -> None:
@@ -28,24 +26,7 @@ def serve(host: str, port: int, knobs: Knobs, *, watch_stdin: bool = False) -> N
         watch_stdin: Exit at the end of standard input, which comes when the parent dies.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(_listening_socket(host, port), knobs, watch_stdin))
-
-
-def _listening_socket(host: str, port: int) -> socket.socket:
-    """A bound socket; after a restart the old port may need a moment."""
-    deadline = time.monotonic() + _BIND_TRIES_S
-    while True:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as exc:
-            listener.close()
-            if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-        else:
-            return listener
+        runner.run(_serve(listening_socket(host, port), knobs, watch_stdin))
 
 
 async def _serve(listener: socket.socket, knobs: Knobs, watch_stdin: bool) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import errno
 import json
 import os
 import shutil
@@ -10,17 +9,17 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import uvloop
 from aiohttp import web
 
+from tests.fakes.listening_socket import listening_socket
+
 from .control import Control
 from .knobs import Knobs
 from .server import FakeServer
 
-_BIND_TRIES_S = 5.0
 _GRACE_S = 0.1
 
 
@@ -36,24 +35,7 @@ def serve(
         temporary: Remove *directory* then.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(_listening_socket(host, port), knobs, directory, (watch_stdin, temporary)))
-
-
-def _listening_socket(host: str, port: int) -> socket.socket:
-    """A bound socket; after a restart the old port may need a moment."""
-    deadline = time.monotonic() + _BIND_TRIES_S
-    while True:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as exc:
-            listener.close()
-            if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-        else:
-            return listener
+        runner.run(_serve(listening_socket(host, port), knobs, directory, (watch_stdin, temporary)))
 
 
 async def _unknown(request: web.Request) -> web.StreamResponse:
