@@ -47,6 +47,9 @@ index: .venv/index.stamp ## index and search a sample database with the local mo
 			'  past conversations      $(venv_python) cli.py index --batch --source conversations --mongodb-uri mongodb://HOST:27017 --provider local' \
 			'  everything else         docs/embedding-index.md')
 
+# Tests start many interpreters; without cached bytecode each compiles every module again.
+test test-fakes torture: export PYTHONDONTWRITEBYTECODE =
+
 # Many tests wait for processes, timeouts and outages, so two processors can run four tests at a time.
 test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
 	$(venv_python) -m pytest -n 4 --dist worksteal --ignore tests/fakes $(ARGS)
