@@ -109,7 +109,7 @@ class AsyncLLMClient:
         return answer
 
     async def is_alive(self) -> bool:
-        """Whether the server answers at all. The breaker's probe: it never raises LLMError."""
+        """Return whether the server answers at all. The breaker's probe: it never raises LLMError."""
         url = served_models.models_url(self.target.protocol, self.target.server_url)
         try:
             await self.send(ServerRequest("GET", url, None, PROBE_TIMEOUT_S))

@@ -66,7 +66,7 @@ class ExitCode(IntEnum):
 
 
 class ErrorClass(StrEnum):
-    """Whether another attempt can help."""
+    """The kind of an error: it decides whether another attempt can help."""
 
     TRANSIENT = "transient"  # another attempt may succeed soon
     RESOURCE = "resource"  # another attempt may succeed when slots, memory or disk are free

@@ -69,7 +69,7 @@ class Walk:
 
     @property
     def raw_changes(self) -> tuple[int, int]:
-        """How often the next call is in another module, and in another folder."""
+        """The number of changes to another module, and to another folder."""
         entered = [module for _, _, module, _ in self.calls]
         pairs = list(itertools.pairwise(entered))
         return sum(a != b for a, b in pairs), sum(_folder(a) != _folder(b) for a, b in pairs)
@@ -214,5 +214,5 @@ def _task_name() -> str:
 
 
 def _is_finished(frame: FrameType) -> bool:
-    """Whether a coroutine's "return" event is its end, not an ``await`` that suspends it."""
+    """Return whether a coroutine's "return" event is its end, not an ``await`` that suspends it."""
     return frame.f_code.co_code[frame.f_lasti] in _RETURNS

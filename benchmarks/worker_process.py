@@ -64,7 +64,7 @@ class WorkerProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process has exited."""
+        """True if the process has exited."""
         return self._usage is not None or bool(select.select([self._handle], [], [], 0)[0])
 
     @property

@@ -55,7 +55,7 @@ class Estimate:
 
     @property
     def is_rough(self) -> bool:
-        """Whether the sample has few documents beyond the first of each call, which are slower on most servers."""
+        """True if the sample has few documents beyond the first of each call, which are slower on most servers."""
         return self.sample.classified + self.sample.failed < 3 * self.calls
 
     def quotes(self) -> list[tuple[int, Pace, TimeQuote]]:

@@ -23,7 +23,7 @@ STATEMENT_TIMEOUT_S = 60
 
 _POSTGRESQL_NAMES = ("postgres", "postgresql")
 
-# What the driver says, and what to do about it; the first match counts.
+# Error texts of drivers, with the remedy; the first match counts.
 _REMEDIES = (
     (r'role ".*" does not exist|authentication|password|pg_hba|denied for user', "correct its user and password"),
     (r'database ".*" does not exist|Unknown database', "correct the name of the database in it"),

@@ -72,7 +72,7 @@ class TableFacts:
         return full_name(self.schema, self.name)
 
     def is_unique(self, columns: Collection[str]) -> bool:
-        """Whether no two rows can have the same values in *columns*, NULL aside."""
+        """Return whether no two rows can have the same values in *columns*, NULL aside."""
         keys = [key for key in (self.primary_key, *self.unique_keys) if key]
         return any(set(key) <= set(columns) for key in keys)
 
@@ -98,7 +98,7 @@ class RelationshipFacts:
 
     @property
     def is_self_reference(self) -> bool:
-        """Whether rows refer to rows of the same table."""
+        """True if rows refer to rows of the same table."""
         return self.constrained_table == self.referred_table
 
 

@@ -57,7 +57,7 @@ def linked_tables(table: TableFacts, outgoing: Sequence[RelationshipFacts]) -> t
 
 
 def business_purpose(table: TableFacts, outgoing: Sequence[RelationshipFacts]) -> str:
-    """Return the purpose of *table*: its comment, or a derived sentence that says so."""
+    """Return the purpose of *table*: its comment, or a sentence derived from its names."""
     if table.comment:
         return _one_line(table.comment)
     subject = words(table.name)

@@ -242,13 +242,13 @@ class DocumentationStore(StateFile):
 
     def get_table_info(self, name: str) -> dict[str, Any] | None:
         """Return ``table_name``, ``schema_data`` (as TableFacts), ``business_purpose``, ``documentation``, ``metadata``,
-        ``content_hash`` and ``status`` of one table; None if there is none of that name.
+        ``content_hash`` and ``status`` of one table; None if no such table is documented.
         """
         return self._info(Kind.TABLE, name, "table_name")
 
     def get_relationship_info(self, relationship_id: str) -> dict[str, Any] | None:
         """Return ``id``, ``relationship_type``, the other fields of RelationshipFacts, ``documentation``, ``metadata``,
-        ``content_hash`` and ``status`` of one relationship; None if there is none of that id.
+        ``content_hash`` and ``status`` of one relationship; None if no such relationship is documented.
         """
         return self._info(Kind.RELATIONSHIP, relationship_id, "id")
 

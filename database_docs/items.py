@@ -11,7 +11,7 @@ MetadataValue = str | int | float | bool
 
 
 class Kind(StrEnum):
-    """What an item documents; the value is the prefix of its id."""
+    """The kind of an item; the value is the prefix of its id."""
 
     TABLE = "table"
     RELATIONSHIP = "relationship"
@@ -57,7 +57,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """What must be done for the items of one offer, in their order.
+    """The work that one offer of items leaves, in the order of the items.
 
     *pending* must be embedded and indexed. *changed* are indexed with older metadata; they are returned as changed until
     ``DocumentationStore.mark_ended``.
@@ -69,7 +69,7 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Synchronized:
-    """What must be done after the database was read; *removed* are names that it no longer has, by kind."""
+    """The work after the database was read; *removed* holds the names that it no longer has, by kind."""
 
     pending: list[IndexItem]
     changed: list[IndexItem]

@@ -239,7 +239,7 @@ def _loads(path: Path, data: bytes, line: int | None) -> Any:
 
 
 def _is_object(line: bytes) -> bool:
-    """Whether *line* is a complete JSON object, so the file is JSONL."""
+    """Return whether *line* is a complete JSON object, so the file is JSONL."""
     try:
         return line.lstrip().startswith(b"{") and isinstance(extended_json.loads(line), dict)
     except ValueError:

@@ -26,7 +26,7 @@ class BatchPrice:
 
     @property
     def is_assumed(self) -> bool:
-        """Whether the price is half the usual one because the package has no batch rate."""
+        """True if the price is half the usual one because the package has no batch rate."""
         return self.since is None
 
 

@@ -20,7 +20,7 @@ REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results 
 
 @dataclass(frozen=True, slots=True)
 class ResultProvenance:
-    """How a stored result was made; None if it is not recorded, as in results of earlier versions."""
+    """The hashes stored with a result; None if not recorded, as in results of earlier versions."""
 
     input_sha256: str | None
     fingerprint: str | None

@@ -227,7 +227,7 @@ class EmbeddedMongod:
             return None
 
     def _holder_ends(self) -> bool:
-        """Whether the server that uses the folder ends within HOLDER_TIMEOUT_S, because its run was just killed."""
+        """Return whether the server that uses the folder ends within HOLDER_TIMEOUT_S, because its run was just killed."""
         holder = self._holder()
         if sys.platform != "linux" or not holder:
             return False

@@ -50,7 +50,7 @@ STOPPED = "Stopped; the same command resumes where this one stopped."
 
 @dataclass(slots=True)
 class Index:
-    """What the actions work with. While *works* is set, a signal waits for the calls in flight; else it ends the process."""
+    """The open parts of an action. While *works* is set, a signal waits for the calls in flight; otherwise it ends the process."""
 
     arguments: argparse.Namespace
     vectors: SQLVectorStore

@@ -1,4 +1,4 @@
-"""What is pending in a documentation store, what it costs, and how it gets into the index in the fewest calls."""
+"""Indexes the pending items of a documentation store in the fewest calls, and estimates their cost."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class BatchIndexingManager:
 
     @property
     def max_retries(self) -> int:
-        """How often a failed call is repeated, 0 to 20."""
+        """The number of retries of a failed call, 0 to 20."""
         return self.indexer.vector_store.max_retries
 
     @max_retries.setter

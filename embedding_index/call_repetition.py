@@ -1,4 +1,4 @@
-"""What follows a failed call: a retry, a wait, two halves, or the failure of its text.
+"""Decides what follows a failed call: a retry, a wait, two halves, or the failure of its text.
 
 Not tenacity: a retry here is another call in the queue, and depends on what other calls have met meanwhile.
 """
@@ -167,7 +167,7 @@ class CallRepetition:
         return {piece: f"{problem}, in {attempt} attempts" for piece, problem in problems.items()}
 
     def is_perhaps_too_long(self, piece: Piece, limits: RequestLimits) -> bool:
-        """Whether *piece*, refused alone, may be longer than its token count says."""
+        """Return whether *piece*, refused alone, may be longer than its token count says."""
         return piece.tokens > limits.input_tokens // WORST_ESTIMATE
 
     def _halve(self, call: Call, problem: str, failed_at_s: float | None = None) -> str | None:
@@ -195,7 +195,7 @@ class CallRepetition:
             ) from exc
 
     def _is_patience_over(self, wait_s: float) -> bool:
-        """Whether the provider will have been silent for longer than the patience after *wait_s* more seconds."""
+        """Return whether the provider will have been silent for longer than the patience after *wait_s* more seconds."""
         now_s = time.monotonic()
         with self._lock:
             if self._silent_since_s is None:

@@ -51,7 +51,7 @@ class Options:
 
 @dataclass(slots=True)
 class ConversationCounts:
-    """What one pass read and did. *expected* is about how many there are to read; *is_complete*: all were read."""
+    """The counts of one pass. *expected* estimates the documents to read; *is_complete* means that all were read."""
 
     expected: int = 0
     read: int = 0
@@ -67,7 +67,7 @@ class ConversationCounts:
 
 @dataclass(frozen=True, slots=True)
 class ConversationEstimate:
-    """What a run would send: *unpaid* texts with *tokens*, for *pending* conversations."""
+    """The texts that a run would send: *unpaid* texts with *tokens*, for *pending* conversations."""
 
     pending: int
     unpaid: int
@@ -107,7 +107,7 @@ def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) ->
 
 
 def is_labelled(result: Mapping[str, Any] | None) -> bool:
-    """Whether *result* exists and has all LABELS."""
+    """Return whether *result* exists and has all LABELS."""
     labels = result.get("classification") if result is not None else None
     return isinstance(labels, Mapping) and all(isinstance(labels.get(label), str) for label in LABELS)
 

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """How one text ended: *problem* None means that its vector is stored; else it is one sentence that never quotes it."""
+    """The outcome of one text: *problem* is None if its vector is stored, otherwise one sentence that never quotes the text."""
 
     content_hash: str
     problem: str | None
@@ -48,7 +48,7 @@ class Embedded:
 
 @dataclass(slots=True)
 class RunCounts:
-    """What a run did so far. *embedded*, *reused* and *failed* count texts; *calls* counts HTTP requests, *repeated* those
+    """The counts of a run so far. *embedded*, *reused* and *failed* count texts; *calls* counts HTTP requests, *repeated* those
     with only texts that had been sent before; *tokens* are as billed; *wait_s* is the time that rate limits cost.
     """
 
@@ -133,7 +133,7 @@ class EmbeddingRun:
         for worker in workers:
             worker.result()
 
-    # What is to be sent
+    # Building calls
 
     def _planned(self, hashes: Sequence[str]) -> list[Piece]:
         """Return the pieces to send for the texts *hashes*; texts that need no call end here."""
@@ -255,7 +255,7 @@ class EmbeddingRun:
         self._queue.settle(call, first=[Call((each,), is_repeat=True) for each in missing])
         return True
 
-    # How texts end
+    # Ending texts
 
     def _fail_single(self, call: Call, problem: str | None) -> None:
         if problem is not None:

@@ -65,5 +65,5 @@ class IndexReader:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether something was ever indexed into *folder*."""
+    """Return whether something was ever indexed into *folder*."""
     return (folder / LEDGER_FILE).is_file()

@@ -36,7 +36,7 @@ class Piece:
 
 
 class LongTexts:
-    """Which long texts (content hashes) wait for which pieces. A piece may belong to several texts, or be divided again.
+    """The pieces that long texts (content hashes) wait for. A piece may belong to several texts, or be divided again.
 
     The caller serialises access.
     """
@@ -210,7 +210,7 @@ def _first_cluster(text: str, start: int, limit_tokens: int, count: Count) -> in
 
 
 def _belong_together(left: str, right: str) -> bool:
-    """Whether the two characters are parts of one visible character."""
+    """Return whether the two characters are parts of one visible character."""
     if right < "\u0300":
         return left == "\r" and right == "\n"
     return (
@@ -227,5 +227,5 @@ def _is_flag_letter(character: str) -> bool:
 
 
 def _is_surrogate_pair(left: str, right: str) -> bool:
-    """Whether they are halves of one character, as in texts that were decoded wrongly."""
+    """Return whether they are halves of one character, as in texts that were decoded wrongly."""
     return "\ud800" <= left <= "\udbff" and "\udc00" <= right <= "\udfff"

@@ -66,7 +66,7 @@ def _state_of(copy: Path) -> tuple[str, int] | None:
         with closing(sqlite3.connect(f"{copy.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as db:
             state: tuple[str, int] = db.execute("SELECT token, changes FROM search").fetchone()
             return state
-    except sqlite3.Error:  # none yet, or damaged: written anew
+    except sqlite3.Error:  # missing or damaged; the caller writes a new copy
         return None
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Mending:
-    """What must be mended so that everything *states* calls indexed can be found. Looking changes nothing.
+    """Finds the repairs after which every item that *states* marks as indexed can be found. Finding changes nothing.
 
     Attributes:
         lost: Names by kind of the indexed items without a stored vector of the model in use: to be embedded again.
@@ -37,7 +37,7 @@ class Mending:
 
     @property
     def is_free(self) -> bool:
-        """Whether no item must be embedded again."""
+        """True if no item must be embedded again."""
         return not any(self.lost.values())
 
     def pending(self, removed: Mapping[Kind, Collection[str]]) -> StatesAfterMending:
@@ -61,7 +61,7 @@ class Mending:
 
 
 class StatesAfterMending:
-    """What *states* says is pending once the *lost* names are, so that their price is known before ``Mending.mend``."""
+    """A view of *states* in which the *lost* names are pending too, so that their price is known before ``Mending.mend``."""
 
     def __init__(self, states: DocumentationStore, lost: Mapping[Kind, Collection[str]]) -> None:
         self._states, self._lost = states, lost

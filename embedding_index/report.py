@@ -1,4 +1,4 @@
-"""What ``cli.py index`` shows and asks: progress, outcome, prices, hits, and whether more may be spent."""
+"""Console output of ``cli.py index``: progress, outcome, prices, hits, and the confirmation of costs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Spent:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one run did. Tokens are as billed, 0 if the provider does not tell.
+    """The outcome of one run. Tokens are as billed, 0 if the provider does not report them.
 
     *results* holds, for each kind, name -> whether it is indexed now, as BatchIndexingManager returns it; conversations
     are too many to be named and only counted. *before* is ``get_processing_stats`` before the run, *all_runs* what all
@@ -263,14 +263,14 @@ def in_dollars(usd: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What a run may spend. *max_usd* None: any sum. *is_agreed*: nobody needs to be asked."""
+    """The limit on the cost of a run. *max_usd* None: no limit. *is_agreed*: no confirmation is needed."""
 
     max_usd: float | None
     is_agreed: bool
 
     @property
     def has_limit(self) -> bool:
-        """Whether the price must be known before anything is sent."""
+        """True if the price must be known before anything is sent."""
         return self.max_usd is not None and not self.is_agreed
 
 

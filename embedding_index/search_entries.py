@@ -1,4 +1,4 @@
-"""What a search can find: for each item its content hash, metadata and text, in the file of the vectors.
+"""The searchable entries: content hash, metadata and text of each item, in the file of the vectors.
 
 Entries and vectors are in one file, so one transaction shows both in one state, to readers in other processes as well.
 """
@@ -188,7 +188,7 @@ def mixed_message(recorded: ModelIdentity | None, other: object) -> str:
 
 
 def _row(item: Item, model: int | None) -> tuple[object, ...]:
-    # What customers wrote is never written to disk.
+    # Customer text is never written to disk.
     text = None if item.kind is Kind.CONVERSATION else item.text
     metadata = json.dumps(dict(item.metadata))
     return item.kind, item.name, bytes.fromhex(item.content_hash), metadata, json.dumps(text), model

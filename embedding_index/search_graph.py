@@ -54,7 +54,7 @@ class SearchGraph:
             }
 
     def is_of(self, counts: Mapping[Kind, int], checksum: str) -> bool:
-        """Whether it holds *counts* vectors, and was built of entries with *checksum*."""
+        """Return whether it holds *counts* vectors, and was built of entries with *checksum*."""
         with _Translated(self.path):
             return {kind: found.count() for kind, found in self._collections.items()} == counts and all(
                 (found.metadata or {}).get("checksum") == checksum for found in self._collections.values()

@@ -73,7 +73,7 @@ CREATE TABLE usage (
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What one model has cost since the ledger was made.
+    """The cost of one model since the ledger was created.
 
     *calls* are those that were answered; *tokens* are as billed, for all dimensions; *vectors* are those stored, pieces
     of long texts included.

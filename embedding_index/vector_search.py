@@ -25,7 +25,7 @@ Found = list[tuple[float, Kind, str]]
 
 
 class VectorSearch:
-    """What is kept in memory between searches: the vectors of small kinds, and the open graph of large ones.
+    """Memory between searches: the vectors of small kinds, and the open graph of large ones.
 
     Any thread may search; one at a time is served.
     """

@@ -83,7 +83,7 @@ class SQLVectorStore:
 
     @property
     def identity(self) -> ModelIdentity:
-        """What makes the vectors, with their length where an answer has told it."""
+        """The provider's model, with the length of its vectors if an answer has shown it."""
         asked = self.provider.identity
         return replace(asked, dimensions=self.ledger.dimensions(asked))
 

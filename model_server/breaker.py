@@ -50,7 +50,7 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls wait for the server to come back."""
+        """True if calls wait for the server to come back."""
         return not self._closed.is_set()
 
     async def call(self, send: Callable[[], Awaitable[T]]) -> T:

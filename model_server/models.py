@@ -38,7 +38,7 @@ class ModelFacts:
 
     @property
     def can_think(self) -> bool:
-        """Whether the model writes its reasoning unless the request disables that."""
+        """True if the model writes its reasoning unless the request disables that."""
         return "thinking" in self.capabilities
 
 
@@ -217,7 +217,7 @@ def find_loaded(model: str, loaded: list[LoadedModel]) -> LoadedModel | None:
 
 
 def is_cloud_name(model: str) -> bool:
-    """Whether Ollama would send requests for *model* to its cloud."""
+    """Return whether Ollama would send requests for *model* to its cloud."""
     tag = model.rsplit(":", 1)[-1].lower() if ":" in model else ""
     return tag == "cloud" or tag.endswith("-cloud")
 

@@ -147,7 +147,7 @@ def _logprobs(target: ChatTarget) -> dict[str, Any]:
 
 
 def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
-    """Whether a response refuses the request because of the log probabilities that *target* asks for."""
+    """Return whether a response refuses the request because of the log probabilities that *target* asks for."""
     return target.logprobs and status in (400, 422) and b"logprobs" in body[:4000]
 
 
@@ -266,7 +266,7 @@ def _whole_text(text: Any, finish: Any) -> str:
 
 
 def is_half_window(target: ChatTarget, prompt_tokens: int) -> bool:
-    """Whether *prompt_tokens* is what Ollama (from 0.30 on) leaves of a prompt that it cuts: half of the window."""
+    """Return whether *prompt_tokens* is what Ollama (from 0.30 on) leaves of a prompt that it cuts: half of the window."""
     return abs(prompt_tokens - target.num_ctx // 2 - 2) <= 2
 
 

@@ -71,7 +71,7 @@ _least_of_system_prompt = functools.lru_cache(maxsize=2)(least_tokens)
 
 @dataclass(slots=True)
 class _Script:
-    """What was learnt about one script. *anchor* is the shortest text: (tokens of the prior, tokens counted)."""
+    """The calibration of one script. *anchor* is the shortest text: (tokens of the prior, tokens counted)."""
 
     anchor: tuple[float, int] | None = None
     slopes: deque[float] = field(default_factory=lambda: deque(maxlen=400))

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LINES_AT_ONCE = 200
 MAX_LINE_BYTES = 16_000_000  # a longer line fits in no document
 
-# How items end that have no line, by the status of their batch; for any other status they are missing.
+# The outcome of items without a line, by the status of their batch; for any other status they are missing.
 _WITHOUT_LINE = {"expired": ItemState.EXPIRED, "cancelled": ItemState.CANCELLED, "never_sent": ItemState.CANCELLED}
 # Statuses of batches that never ran, and the codes of their items; such a sending is no attempt.
 _NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}

@@ -47,22 +47,22 @@ class BatchState:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will run; its files may still be missing."""
+        """True if nothing more will run; its files may still be missing."""
         return self.status in ENDED
 
     @property
     def is_unknown(self) -> bool:
-        """Whether the API reports a status that this version does not know."""
+        """True if the API reports a status that this version does not know."""
         return self.status not in ENDED and self.status not in RUNNING
 
     @property
     def is_over_token_limit(self) -> bool:
-        """Whether it was refused because too many tokens are enqueued; nothing ran."""
+        """True if it was refused because too many tokens are enqueued; nothing ran."""
         return self.status == "failed" and TOKEN_LIMIT in self.codes
 
     @property
     def lacks_files(self) -> bool:
-        """Whether it ended with lines run and reports no file yet: the API fills the ids in later."""
+        """True if it ended with lines run and reports no file yet: the API fills the ids in later."""
         has_none = self.output_file_id is None and self.error_file_id is None
         if self.status == "completed" and has_none:
             return True  # each line is in one of the two files; the counts may be wrong
@@ -71,7 +71,7 @@ class BatchState:
         return self.status in ("completed", "expired", "cancelled") and (answered or (has_none and ran))
 
     def is_of(self, metadata: Mapping[str, str]) -> bool:
-        """Whether it is the batch that was created with *metadata*."""
+        """Return whether it is the batch that was created with *metadata*."""
         return all(self.metadata.get(key) == value for key, value in metadata.items())
 
 

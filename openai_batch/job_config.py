@@ -313,7 +313,7 @@ def _with_defaults(part: BaseModel, values: Mapping[str, Any]) -> BaseModel:
 
 
 def overlap(path: str, other: str) -> bool:
-    """Whether one of two field paths contains the other: MongoDB cannot change both in one update."""
+    """Return whether one of two field paths contains the other: MongoDB cannot change both in one update."""
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 

@@ -83,7 +83,7 @@ ENDED = (ShardState.APPLIED, ShardState.CLEANED)
 
 
 class ItemState(StrEnum):
-    """How one line of a shard ended; SUBMITTED until then."""
+    """The outcome of one line of a shard; SUBMITTED until it has ended."""
 
     SUBMITTED = "submitted"
     OK = "ok"

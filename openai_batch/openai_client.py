@@ -151,7 +151,7 @@ class OpenAIFiles:
             query["after"] = entries[-1]["id"]
 
     async def has_file(self, file_id: str) -> bool:
-        """Whether the server knows file *file_id* for this key."""
+        """Return whether the server knows file *file_id* for this key."""
         return await self._uploaded_at(file_id) is not None
 
     async def _uploaded_at(self, file_id: str) -> int | None:

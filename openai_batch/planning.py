@@ -84,7 +84,7 @@ class ShardWriter:
         self._file = os.fdopen(handle, "wb", buffering=1 << 20)
 
     def has_room(self, line: bytes, tokens: int) -> bool:
-        """Whether *line* fits; an empty file takes any line."""
+        """Return whether *line* fits; an empty file takes any line."""
         return not self._items or (
             len(self._items) < self._config.max_lines
             and self._bytes + len(line) <= self._config.max_file_bytes
@@ -106,7 +106,7 @@ class ShardWriter:
         """Make the file durable under the name of shard *number*; return the shard and its items.
 
         Raises:
-            StateDirectoryError: The disk is full; no file of that name exists.
+            StateDirectoryError: The disk is full; the file was not created.
         """
         sha256 = self._digest.hexdigest()
         sizes = (len(self._items), self._bytes, self._tokens)

@@ -24,7 +24,7 @@ ResponseProcessor = Callable[[Any, Document], Mapping[str, Any]]
 # No name may begin with an underscore: such names lead to the internals of Python.
 _FUNCTION = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
 
-# What users' functions may raise; any other exception ends their process. MemoryError is handled there.
+# Exceptions that users' functions may raise; any other exception ends their process. MemoryError is handled there.
 FUNCTION_ERRORS = (
     ArithmeticError,
     AssertionError,

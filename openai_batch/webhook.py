@@ -124,7 +124,7 @@ def require_webhook(url: str) -> None:
 
 
 def is_allowed(host: str, address: Address) -> bool:
-    """Whether a webhook with the name *host* may have *address*.
+    """Return whether a webhook with the name *host* may have *address*.
 
     Private networks are allowed, because the operator chose the webhook. This machine is allowed under its own name
     (localhost, 127.0.0.1) only: another name that resolves to it is an attack.
@@ -152,7 +152,7 @@ def _literal(host: str) -> Address | None:
 
 
 def _is_disguised(host: str) -> bool:
-    """Whether the system reads *host* as an IPv4 address, such as 0x7f000001, 2130706433 or 127.1."""
+    """Return whether the system reads *host* as an IPv4 address, such as 0x7f000001, 2130706433 or 127.1."""
     try:
         socket.inet_aton(host)
     except OSError:

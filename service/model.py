@@ -104,7 +104,7 @@ class ModelService:
 
     @property
     def is_breaker_open(self) -> bool:
-        """Whether the circuit breaker is open: the model server is unavailable."""
+        """True if the circuit breaker is open: the model server is unavailable."""
         return self._client is not None and self._client.breaker.is_open
 
     async def __aenter__(self) -> ModelService:

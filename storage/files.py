@@ -136,7 +136,7 @@ class JournalEntry:
 
     @property
     def is_poison(self) -> bool:
-        """Whether the document ended the process too often for another attempt."""
+        """True if the document ended the process too often for another attempt."""
         return not self.settled and (self.processing >= MAX_DEATHS_PROCESSING or self.waiting >= MAX_DEATHS_WAITING)
 
 

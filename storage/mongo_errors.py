@@ -88,7 +88,7 @@ def require_only_duplicates(exc: BulkWriteError) -> None:
 
 
 def _is_stored(error: dict[str, Any]) -> bool:
-    """Whether *error* is a duplicate of our own keys; one of a foreign unique index means that nothing is stored."""
+    """Return whether *error* is a duplicate of our own keys; one of a foreign unique index means that nothing is stored."""
     fields = error.get("keyPattern", {"_id": 1}).keys()  # mongomock has no keyPattern
     return error.get("code") == DUPLICATE_KEY and fields <= {"_id", "source_conversation_id"}
 

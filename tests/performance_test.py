@@ -56,7 +56,7 @@ class Load:
 
     @property
     def is_clean(self) -> bool:
-        """Whether every answer is one that a busy service may give."""
+        """True if every answer is one that a busy service may give."""
         statuses = {status for status in self.latencies_s if status.isdecimal()}
         only_accepted = {int(status) for status in statuses} <= ACCEPTED
         return only_accepted and not self.no_answer and not self.without_retry_after and not self.health_failed

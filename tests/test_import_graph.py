@@ -124,7 +124,7 @@ def imports(path: Path) -> list[str]:
 
 
 def is_script_of_a_package(path: Path) -> bool:
-    """Whether *path* is started by people as ``python -m PACKAGE.NAME``: its own guard says so."""
+    """Return whether *path* is a script that people run as ``python -m PACKAGE.NAME``; its ``__main__`` guard marks it."""
     return path.parent != ROOT and any(
         isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree_of(path).body
     )

@@ -298,7 +298,7 @@ def test_silence_within_an_answer_times_out(wrapper: type[Asker], server: Script
 
 
 def test_refused_connection_is_a_connection_error(wrapper: type[Asker], server: ScriptedServer) -> None:
-    """The synchronous wrapper says so after its attempts, the asynchronous one after the limit of an outage."""
+    """The synchronous wrapper raises after its attempts, the asynchronous one after the outage limit."""
     server.stop()
     with pytest.raises((LLMConnectionError, LLMOutageError)) as caught:
         wrapper(settings_for(server.url)).chat()

@@ -24,7 +24,7 @@ def require_keys_outside_this_machine(host: str | None, settings: ServiceSetting
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether only this machine reaches *host*, a name or an address; False if it cannot be resolved."""
+    """Return whether only this machine reaches *host*, a name or an address; False if it cannot be resolved."""
     if not host:
         return False
     try:
@@ -42,7 +42,7 @@ def inherited_host(descriptor: int) -> str | None:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether *host* is this machine for sure. Names are not resolved, because the answer may change later."""
+    """Return whether *host* is this machine for sure. Names are not resolved, because the answer may change later."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

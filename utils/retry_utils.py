@@ -37,7 +37,7 @@ class RetryPolicy:
 
 
 def is_worth_repeating(exc: BaseException) -> bool:
-    """Whether another attempt can help: only after a transient or resource error of ours."""
+    """Return whether another attempt can help: only after a transient or resource error of ours."""
     return isinstance(exc, TriadError) and exc.error_class is not ErrorClass.PERMANENT
 
 

@@ -51,7 +51,7 @@ class Deduplicator:
         return [(one, _copy(found[1], found[0], one)) for one in (item, *followers)]
 
     def follows(self, item: WorkItem) -> bool:
-        """Whether an identical conversation is in flight; then *item* waits for its ``answered`` or ``gave_up``."""
+        """Return whether an identical conversation is in flight; then *item* waits for its ``answered`` or ``gave_up``."""
         if not item.input_hash:
             return False
         leader = self._leaders.setdefault(item.input_hash, item)

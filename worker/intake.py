@@ -125,7 +125,7 @@ class DocumentIntake:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether ``options.limit`` is reached."""
+        """True if ``options.limit`` is reached."""
         return self._options.limit is not None and self._taken >= self._options.limit
 
     async def _pages(
@@ -173,7 +173,7 @@ class DocumentIntake:
         return [document for key, document in leased if key not in done]
 
     async def is_still_ours(self, item: WorkItem) -> bool:
-        """Whether *item* still needs a result from this worker; if another worker finished it, it gets its status."""
+        """Return whether *item* still needs a result from this worker; if another worker finished it, it gets its status."""
         return bool(await self._own([item]))
 
     async def _keep_own(self, batch: BatchInWork) -> None:
@@ -202,7 +202,7 @@ class DocumentIntake:
         return [document for document, kind in found if kind == self._options.only]
 
     async def _is_selected(self, batch: BatchInWork) -> bool:
-        """Whether this run retries *batch*: with ``options.only``, it leaves the retry files of other runs alone."""
+        """Return whether this run retries *batch*: with ``options.only``, it leaves the retry files of other runs alone."""
         only = self._options.only
         if only in (None, "failed") or self._settlement.failed_keys & {item.key for item in batch.items}:
             return True

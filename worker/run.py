@@ -323,7 +323,7 @@ class BatchRun:
             self._doubted_before = now
 
     def _is_doubtful(self, item: WorkItem) -> bool:
-        """Whether the lease on *item* may have expired, because this process was suspended for longer than a lease."""
+        """Return whether the lease on *item* may have expired, because this process was suspended for longer than a lease."""
         self._note_delay()
         return item.batch.claimed_at < self._doubted_before
 

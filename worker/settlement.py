@@ -124,7 +124,7 @@ class BatchInWork:
 
 
 def is_query(document: Document) -> bool:
-    """Whether *document* has the shape of a single query, whose status fields differ."""
+    """Return whether *document* has the shape of a single query, whose status fields differ."""
     return not document.keys() & {"tweets", "messages", "status"} and bool(document.keys() & {"text", "processed"})
 
 

@@ -73,7 +73,7 @@ class ModelUnderTest:
 
     @property
     def is_ollama(self) -> bool:
-        """Whether the server reports versions, windows and memory."""
+        """True if the server reports versions, windows and memory."""
         return self.settings.protocol != "openai_chat"
 
 

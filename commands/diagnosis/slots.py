@@ -56,7 +56,7 @@ class Round:
 
     @property
     def waited(self) -> int:
-        """How many of the calls waited for a slot."""
+        """The number of calls that waited for a slot."""
         fastest_s = min(call.latency_s for call in self.calls)
         if self.is_reported:
             service_s = min(call.latency_s - (call.queue_wait_s or 0.0) for call in self.calls)
@@ -65,7 +65,7 @@ class Round:
 
     @property
     def is_reported(self) -> bool:
-        """Whether the server reported the wait of every call."""
+        """True if the server reported the wait of every call."""
         return all(call.queue_wait_s is not None for call in self.calls)
 
 
@@ -93,7 +93,7 @@ class Level:
 
     @property
     def waited(self) -> int:
-        """How many calls of a round waited for a slot, in the median round."""
+        """The number of calls that waited for a slot in the median round."""
         return statistics.median_low(one.waited for one in self.rounds)
 
 
@@ -114,7 +114,7 @@ class Measurement:
 
     @property
     def is_minimum(self) -> bool:
-        """Whether the server may run more than *slots*, because no call waited."""
+        """True if the server may run more than *slots*, because no call waited."""
         return self.levels[-1].waited == 0
 
     @property

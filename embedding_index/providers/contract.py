@@ -28,7 +28,7 @@ class ModelIdentity:
         return f"{self.model} of {self.provider}{size}"
 
     def is_same_model(self, other: ModelIdentity) -> bool:
-        """Whether vectors of both can be compared; an unknown length fits any."""
+        """Return whether vectors of both can be compared; an unknown length fits any."""
         sizes = {self.dimensions, other.dimensions} - {None}
         return (self.provider, self.model) == (other.provider, other.model) and len(sizes) <= 1
 

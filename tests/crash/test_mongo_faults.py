@@ -181,7 +181,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMongod
     ("user", "password"), [("writer", "wrong"), ("reader", PASSWORD)], ids=["wrong password", "reader"]
 )
 def test_forbidden(guarded: EmbeddedMongod, model: FakeOllama, tmp_path: Path, user: str, password: str) -> None:
-    """Exit code 3 and one sentence that says so; no model call, no password."""
+    """Exit code 3 and one sentence; no model call, no password."""
     address = f"mongodb://{user}:{password}@127.0.0.1:{guarded.port}/?authSource=guarded"
     with open_site(address, "guarded", model, tmp_path) as site:
         ended = site.run("--logs")

@@ -59,7 +59,7 @@ def test_a_table_with_everything() -> None:
 
 
 def test_table_text_names_the_referring_tables() -> None:
-    """Without a comment its purpose is derived, says so, and is not embedded."""
+    """Without a comment the purpose is derived, is marked as derived, and is not embedded."""
     orders = document_database([REFUNDS, ORDERS], [REFUND_OF_ORDER])[0][1]
     assert orders.item.text.startswith("Table public.CustomerOrders: customer orders.\nColumns:\n")
     assert "Referred to by: billing.refunds (order_id)." in orders.item.text

@@ -327,7 +327,7 @@ def test_a_missing_sqlite_file_is_not_made(tmp_path: Path) -> None:
 
 
 def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
-    """The message says so and names the file."""
+    """The error message names the file."""
     path = tmp_path / "notes.txt"
     path.write_text("no database " * 1000)
     with pytest.raises(DatabaseUnavailableError, match=r"notes\.txt"):

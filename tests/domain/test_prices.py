@@ -31,14 +31,14 @@ def test_batch_rates_of_the_package() -> None:
 
 
 def test_half_the_usual_price_if_no_batch_rate_is_known() -> None:
-    """And it says so."""
+    """The price is marked as assumed."""
     (price,) = batch_prices(1_000_000, 0, ["gpt-4o-search-preview"])
     assert price.is_assumed
     assert price.usd == pytest.approx(1.25)
 
 
 def test_unknown_model_is_left_out() -> None:
-    """It is no reason to have no estimate."""
+    """The estimate still covers the other models."""
     assert batch_prices(1, 1, ["no-such-model"]) == []
 
 

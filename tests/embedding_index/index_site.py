@@ -127,7 +127,7 @@ class IndexSite:
     # Sources
 
     def make_database(self, tables: int) -> None:
-        """Make the database anew: *tables* tables, each but the first with a foreign key to the one before it."""
+        """Recreate the database with *tables* tables; each but the first has a foreign key to the one before it."""
         self.database.unlink(missing_ok=True)
         with closing(sqlite3.connect(self.database)) as database, database:
             for number in range(tables):

@@ -263,7 +263,7 @@ def test_truncation_by_the_server_is_detected(fake: FakeOllama, provider: Ollama
 
 
 def test_wrong_number_of_vectors_is_returned_unchanged(fake: FakeOllama, provider: OllamaProvider) -> None:
-    """Whether they are what was asked for is checked in one place, for all providers."""
+    """Return whether they are what was asked for is checked in one place, for all providers."""
     strike(fake, "embed_short")
     assert len(provider.embed(TEXTS).vectors) == 2
     strike(fake, "embed_dims")

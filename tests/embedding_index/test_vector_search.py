@@ -41,7 +41,7 @@ def publish(folder: Path) -> None:
 
 
 def has_graph(folder: Path) -> bool:
-    """Whether there is a graph that fits the entries."""
+    """Return whether there is a graph that fits the entries."""
     with VectorLedger(folder / LEDGER_FILE) as ledger:
         graph = open_graph(SearchEntries(ledger), folder)
         if graph is not None:

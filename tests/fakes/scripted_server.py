@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         self._serve(step)
 
     def client_leaves_within(self, seconds: float) -> bool:
-        """Whether the client closes its side within *seconds*."""
+        """Return whether the client closes its side within *seconds*."""
         self.connection.settimeout(seconds)
         try:
             gone = self.connection.recv(1) == b""

@@ -109,7 +109,7 @@ def metric(engine: TinyEngine, name: str) -> float:
 
 
 def has_ended(handle: int, within_s: float = 20.0) -> bool:
-    """Whether the process of this pidfd ends in time; closes the handle."""
+    """Return whether the process of this pidfd ends in time; closes the handle."""
     try:
         ended, _, _ = select.select([handle], [], [], within_s)
     finally:

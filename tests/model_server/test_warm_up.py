@@ -59,7 +59,7 @@ def test_worker_service_and_worker_load_the_model_once(site: Site, tmp_path: Pat
 
 
 def test_worker_reuses_the_larger_window_of_the_service(site: Site, tmp_path: Path) -> None:
-    """It keeps the 8192 tokens of the service; a worker that needs more reloads the model and says so."""
+    """It keeps the 8192 tokens of the service; a worker that needs more reloads the model and reports it."""
     site.source.insert_many([document(number) for number in range(10)])
     with serve_beside(site, tmp_path) as service:
         assert service.classify().status == 200

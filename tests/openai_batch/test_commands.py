@@ -387,7 +387,7 @@ def test_progress_on_terminal_is_redrawn(job: Job) -> None:
     assert code == 0
     assert b"shard 3: " in seen
     assert b" of 10 done" in seen
-    assert b"\x1b[2K" in seen  # a line that is erased to be drawn anew
+    assert b"\x1b[2K" in seen  # the progress line is erased and drawn again
 
 
 def _read(terminal: int) -> bytes:

@@ -187,7 +187,9 @@ CASES = {
         [{"kind": "truncated", "when": {"route": "files.content"}, "times": 2}], GOOD
     ),
     "download reset": Case([{"kind": "reset_after", "when": {"route": "files.content"}, "times": 2}], GOOD),
-    "download cut, and nobody says so": Case([{"kind": "cut", "when": {"route": "files.content"}, "times": 2}], GOOD),
+    "download truncated without an error": Case(
+        [{"kind": "cut", "when": {"route": "files.content"}, "times": 2}], GOOD
+    ),
     "download slow": Case(
         [{"kind": "slow", "when": {"route": "files.content"}, "times": 1, "bytes_per_s": 20_000}], GOOD
     ),

@@ -172,7 +172,7 @@ LOG_FILE=
 
 
 def main(target: Path) -> None:
-    """Record everything anew."""
+    """Record all files again."""
     for name in ("state", "index", "openai_job"):
         shutil.rmtree(target / name, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="previous_version_") as name:

@@ -52,7 +52,7 @@ def open_after(sockets: dict[socket.socket, bytes], limit_s: float) -> list[sock
         if time.monotonic() - start > drops * 0.2:
             for sock in still_open:
                 drip = sockets[sock]
-                with contextlib.suppress(OSError):  # closed: the next read says so
+                with contextlib.suppress(OSError):  # closed; the next read raises
                     sock.send(drip[drops % len(drip) : drops % len(drip) + 1] if drip else b"")
             drops += 1
         readable, _, _ = select.select(list(still_open), [], [], 0.1)

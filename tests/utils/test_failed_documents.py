@@ -86,7 +86,7 @@ def test_a_retry_round(files: BatchFiles, directory: Path) -> None:
 
 
 def test_a_journal_of_an_interrupted_round_counts_for_that_round_alone(files: BatchFiles, directory: Path) -> None:
-    """The same round goes on where it was; the next one starts anew."""
+    """An interrupted round resumes; the next round starts from the beginning."""
     files.save_failed("retry", 1, [failed("a"), failed("b")])
     (batch,) = files.load_retry()
     batch.journal.started("a")

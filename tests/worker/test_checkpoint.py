@@ -78,7 +78,7 @@ def saved(**changes: Any) -> dict[str, Any]:
 
 
 def test_interrupted_run_is_resumed() -> None:
-    """Under its job id, from its mark; the counts start anew."""
+    """It keeps its job id and its mark; the counts restart at 0."""
     resumed = Checkpoint.resume_or_new(saved(), SOURCE, WORKER, reprocess=False)
     assert (resumed.job_id, resumed.low_water_mark, resumed.has_mark) == ("job_1", "m", True)
     assert (resumed.finished, resumed.counts, resumed.worker_id) == (False, {}, WORKER)

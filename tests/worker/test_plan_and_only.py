@@ -100,7 +100,7 @@ def test_plan_counts_every_kind(site: Site) -> None:
     assert state_of(site) == before
     assert requests(site) == asked
     elsewhere = site.sibling("never_made")
-    assert plan(elsewhere)["failed"] == 1, "its status says so, without the local files"
+    assert plan(elsewhere)["failed"] == 1, "the status in MongoDB is enough, without the local files"
     assert not elsewhere.directory.exists()
 
 

@@ -105,7 +105,7 @@ class Fault:
 
     @property
     def at_arrival(self) -> bool:
-        """Whether it strikes before the request is scheduled, so that it holds no slot."""
+        """True if it strikes before the request is scheduled, so that it holds no slot."""
         if self.kind == "runner_crash":
             return False
         if self.kind == "hang":
@@ -113,7 +113,7 @@ class Fault:
         return self.kind in ARRIVAL_KINDS and self.params.get("stage", "arrival") == "arrival"
 
     def strikes(self, path: str, index: int, texts: Sequence[str], digest: bytes) -> bool:
-        """Whether every condition of ``when`` holds; without one, always (on the generation paths)."""
+        """Return whether every condition of ``when`` holds; without one, always (on the generation paths)."""
         when = self.when
         if self.remaining <= 0 or not self._covers(path):
             return False

@@ -280,7 +280,7 @@ class Generation(TimedJob):
         exchange.send_chunk(render_piece(self.call, thinking, content, self.server.clock.created_at(shift_s)))
 
     def _is_broken_off(self) -> bool:
-        """Whether a fault ends the stream here, in its middle."""
+        """Return whether a fault ends the stream here, in its middle."""
         return self.fault is not None and self.fault.kind in ("stream_error_line", "reset_after")
 
     def _end_stream(self, reply: Reply) -> None:

@@ -152,7 +152,7 @@ def unit_interval(seed: int, key: int | str | bytes) -> float:
 
 
 def probability_hit(seed: int, key: int | str | bytes, probability: float) -> bool:
-    """Whether a fault with this probability and seed strikes the request *key*, its index or its text."""
+    """Return whether a fault with this probability and seed strikes the request *key*, its index or its text."""
     return unit_interval(seed, key) < probability
 
 

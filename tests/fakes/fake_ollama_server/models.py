@@ -31,7 +31,7 @@ class ModelSpec:
 
     @property
     def is_embedding_only(self) -> bool:
-        """Whether the server refuses to chat with it and loads it with one slot."""
+        """True if the server refuses to chat with it and loads it with one slot."""
         return "completion" not in self.capabilities
 
     def details(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def full_name(name: str) -> str:
 
 
 def is_cloud_name(name: str) -> bool:
-    """Whether Ollama would send the request on to ollama.com."""
+    """Return whether Ollama would send the request on to ollama.com."""
     tag = name.rpartition(":")[2]
     return ":" in name and (tag == "cloud" or tag.endswith("-cloud"))
 

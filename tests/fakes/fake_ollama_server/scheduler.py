@@ -106,7 +106,7 @@ class Runner:
         self.dispatching = False
 
     def serves(self, key: LoadKey, knobs: Knobs) -> bool:
-        """Whether a request with *key* can use it without a reload."""
+        """Return whether a request with *key* can use it without a reload."""
         mine = self.key
         if key == mine:
             return True
@@ -147,7 +147,7 @@ class Scheduler:
 
     @property
     def loading(self) -> bool:
-        """Whether a model is being loaded now."""
+        """True if a model is being loaded now."""
         return self._load_timer is not None
 
     def submit(self, job: Job) -> None:

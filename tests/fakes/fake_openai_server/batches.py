@@ -126,7 +126,7 @@ class Batches:
         return self._phase(row)[0]
 
     def visible(self, row: Mapping[str, Any]) -> bool:
-        """Whether it has not vanished."""
+        """Return whether it has not vanished."""
         fault = _fault(row, "vanish")
         return fault is None or row["polls"] <= fault.get("after_polls", 1)
 
@@ -354,7 +354,7 @@ def _fault(row: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
 
 
 def _shows(row: dict[str, Any], name: str, fault: Mapping[str, Any]) -> bool:
-    """Whether a fault that shows something for some polls shows it once more; without ``polls``, always."""
+    """Return whether a fault that shows something for some polls shows it once more; without ``polls``, always."""
     shown = row["shown"].get(name, 0)
     if shown >= fault.get("polls", float("inf")):
         return False

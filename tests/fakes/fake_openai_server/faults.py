@@ -117,7 +117,7 @@ class Fault:
             raise ValueError(f"unknown condition {sorted(unknown)}; use one of {', '.join(sorted(_WHEN_KEYS))}")
 
     def strikes_request(self, route: str, index: int, texts: Iterable[str]) -> bool:
-        """Whether it strikes the request number *index* (from 0) to *route*."""
+        """Return whether it strikes the request number *index* (from 0) to *route*."""
         wanted = self.when.get("route", "embeddings.create" if self.kind in EMBED_KINDS else "*")
         patterns = [wanted] if isinstance(wanted, str) else wanted
         if not any(fnmatchcase(route, pattern) for pattern in patterns):
@@ -125,11 +125,11 @@ class Fault:
         return self._strikes(index, str(index), texts)
 
     def strikes_batch(self, number: int, metadata: Mapping[str, str]) -> bool:
-        """Whether it strikes the batch that was created as number *number*, from 0."""
+        """Return whether it strikes the batch that was created as number *number*, from 0."""
         return self._of_batch(number, metadata) and self._strikes(number, str(number), ())
 
     def strikes_line(self, number: int, metadata: Mapping[str, str], line_no: int, custom_id: str, text: str) -> bool:
-        """Whether it strikes line *line_no* (from 1) of the batch *number*."""
+        """Return whether it strikes line *line_no* (from 1) of the batch *number*."""
         if not self._of_batch(number, metadata):
             return False
         if "custom_ids" in self.when and custom_id not in self.when["custom_ids"]:

@@ -105,7 +105,7 @@ class FakeServer:
         self._changed = asyncio.Event()
 
     async def wait_until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
-        """Whether *holds* came true within *timeout_s*."""
+        """Return whether *holds* came true within *timeout_s*."""
         deadline = time.monotonic() + timeout_s
         while not holds():
             left = deadline - time.monotonic()
