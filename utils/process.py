@@ -88,3 +88,4 @@ def tune_garbage_collection() -> None:
     """
     gc.freeze()
     gc.set_threshold(10_000, 5, 2)
+    gc.enable()  # cli disables it while it imports
