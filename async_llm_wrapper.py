@@ -33,7 +33,7 @@ from model_server.concurrency import ConcurrencyLimit
 from model_server.models import TargetFlow
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.truncation import TranscriptTruncator
-from model_server.window import Adopt, Say, WindowChoice, adopt_larger, choose_window, reuse_loaded_window, warm_up
+from model_server.window import Say, WindowChoice, choose_window, warm_up
 from prompt_builder import PromptBuilder
 from utils.retry_utils import RetryPolicy, retry_async
 
@@ -148,13 +148,13 @@ class AsyncLLMClient:
         """
         return await self._drive(served_models.find_target(self.target, settings))
 
-    async def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
+    async def warm_up(self, choice: WindowChoice, say: Say) -> ChatTarget:
         """Load the model and return the target with the window it then has; see model_server.window.warm_up.
 
         Raises:
             LLMError: The model does not load, or the server does not answer.
         """
-        return await self._drive(warm_up(self.target, self._settings, choice, say, adopt))
+        return await self._drive(warm_up(self.target, self._settings, choice, say))
 
     async def send(self, request: ServerRequest) -> tuple[int, bytes]:
         """Return status and body of the answer to *request*. A connection that times out counts as refused.
@@ -268,7 +268,7 @@ class SharedWindow:
         Raises:
             LLMError: The model does not load.
         """
-        await self._client.warm_up(self._choice(), logger.info, reuse_loaded_window)
+        await self._client.warm_up(self._choice(), logger.info)
         self._checked_at_s = time.monotonic()
         self.is_loaded = True
 
@@ -303,7 +303,7 @@ class SharedWindow:
             await asyncio.wait([self._loading])
 
     def _choice(self) -> WindowChoice:
-        return choose_window([], self._client.target.context_limit, self._asked)
+        return choose_window(None, self._client.target.context_limit, self._asked)
 
     async def _check(self) -> None:
         target = self._client.target
@@ -313,11 +313,10 @@ class SharedWindow:
         except LLMError:
             return  # the next call reports the problem
         if status == 200 and loaded is None:
-            if self._loading is None:
-                self._loading = asyncio.create_task(self.load(), name="load-model")
-                self._loading.add_done_callback(self._loaded)
+            self._loading = asyncio.create_task(self.load(), name="load-model")
+            self._loading.add_done_callback(self._loaded)
             return
-        num_ctx = reuse_loaded_window(self._choice(), loaded)
+        num_ctx = self._choice().beside(loaded)
         if num_ctx != target.num_ctx:
             logger.info("the model is loaded with a window of %d tokens; using that from now on", num_ctx)
             self._client.target = replace(self._client.target, num_ctx=num_ctx)

@@ -33,7 +33,7 @@ from model_server import protocol
 from model_server.models import TargetFlow, find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.truncation import TranscriptTruncator
-from model_server.window import Adopt, Say, WindowChoice, adopt_larger, warm_up
+from model_server.window import Say, WindowChoice, warm_up
 from prompt_builder import PromptBuilder
 from utils.retry_utils import RetryPolicy, tenacity_options
 
@@ -176,13 +176,13 @@ class LLMClient:
         """
         return self._drive(find_target(self.target, settings))
 
-    def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
+    def warm_up(self, choice: WindowChoice, say: Say) -> ChatTarget:
         """Load the model and return the target with the window it then has; see model_server.window.warm_up.
 
         Raises:
             LLMError: The model does not load, or the server does not answer.
         """
-        return self._drive(warm_up(self.target, self._settings, choice, say, adopt))
+        return self._drive(warm_up(self.target, self._settings, choice, say))
 
     def send(self, request: ServerRequest) -> tuple[int, bytes]:
         """Return status and body of the answer to *request*.

@@ -20,7 +20,7 @@ from config import Settings
 from error_handler import LLMReplyError, LLMUnavailableError
 from model_server.models import chat_target
 from model_server.protocol import ServerRequest, build_chat_body, json_object, parse_chat_response, queue_wait_s
-from model_server.window import choose_window, reuse_loaded_window
+from model_server.window import choose_window
 
 WAIT_SHARE = 0.5  # of the time that one call takes alone; a call that waits for a slot waits about that long
 NEARLY = 0.9
@@ -147,8 +147,8 @@ async def measure(
         stack.push_async_callback(client.breaker.close)
         target = await client.prepare(settings)
         # Another window would make the server reload the model, and again for the next client.
-        choice = choose_window([], target.context_limit, settings.ollama_num_ctx)
-        target = await client.warm_up(choice, tell, reuse_loaded_window)
+        choice = choose_window(None, target.context_limit, settings.ollama_num_ctx)
+        target = await client.warm_up(choice, tell)
         tell(f"Warming up {target.model} at {target.server_url} ...")
         await _call(client, settings.llm_timeout_s)
         levels: list[Level] = []

@@ -10,7 +10,7 @@ from commands.diagnosis.findings import Finding
 from config import Settings
 from error_handler import TriadError
 from model_server.models import LoadedModel, find_loaded
-from model_server.window import SHARE, WindowChoice, adopt_larger, choose_window
+from model_server.window import SHARE, WindowChoice, choose_window
 from worker.plan import Sample, run_window
 
 
@@ -29,7 +29,7 @@ async def settle_window(client: AsyncLLMClient, settings: Settings, sample: Samp
     else:
         yield _chosen(choice)
     loaded = find_loaded(client.target.model, await client.loaded())
-    num_ctx = adopt_larger(choice, loaded)
+    num_ctx = choice.beside(loaded)
     if num_ctx != choice.num_ctx:
         yield Finding("ok", f"The model is loaded with a window of {num_ctx} tokens; a run uses that.")
     client.target = replace(client.target, num_ctx=num_ctx)
