@@ -313,8 +313,9 @@ class SharedWindow:
         except LLMError:
             return  # the next call reports the problem
         if status == 200 and loaded is None:
-            self._loading = asyncio.create_task(self.load(), name="load-model")
-            self._loading.add_done_callback(self._loaded)
+            if self._loading is None:
+                self._loading = asyncio.create_task(self.load(), name="load-model")
+                self._loading.add_done_callback(self._loaded)
             return
         num_ctx = self._choice().beside(loaded)
         if num_ctx != target.num_ctx:

@@ -196,19 +196,19 @@ class ConcurrencyLimit:
 
     async def observed(self, send: Callable[[], Awaitable[ChatReply]]) -> ChatReply:
         """Return what *send* returns; its errors pass through."""
-        call = self.controller.sent(self._clock())
+        call, is_reported = self.controller.sent(self._clock()), False
         try:
             reply = await send()
-        except (LLMBusyError, LLMTimeoutError):
-            self.controller.congested(call, self._clock())
-            raise
-        except BaseException:  # an outage, a cancellation or an unusable answer is no sign of load
-            self.controller.lost()
-            raise
-        else:
+            is_reported = True
             self.controller.answered(call, self._clock(), reply)
             return reply
+        except (LLMBusyError, LLMTimeoutError):
+            is_reported = True
+            self.controller.congested(call, self._clock())
+            raise
         finally:
+            if not is_reported:  # an outage, a cancellation or an unusable answer is no sign of load
+                self.controller.lost()
             self._issue_permits()
             self._log()
 

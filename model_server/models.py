@@ -13,7 +13,7 @@ import orjson
 
 from config.settings import Protocol, Settings
 from error_handler import ConfigurationError, LLMUnavailableError
-from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget, ServerRequest, count, json_object
+from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget, ServerRequest, count, json_object, part
 
 LOADED_TIMEOUT_S = 5.0
 
@@ -108,15 +108,12 @@ def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedMod
     """
     if status != 200:
         raise LLMUnavailableError(f"the model server did not list its models (HTTP {status})")
-    fields = json_object(body)
-    entries = fields.get("data" if protocol == "openai_chat" else "models")
+    listed, named = ("data", "id") if protocol == "openai_chat" else ("models", "name")
     models = []
-    for entry in entries if isinstance(entries, list) else []:
-        name = entry.get("id" if protocol == "openai_chat" else "name") if isinstance(entry, dict) else None
-        if isinstance(name, str):
-            digest = entry.get("digest")
-            remote = bool(entry.get("remote_host") or entry.get("remote_model")) or is_cloud_name(name)
-            models.append(ServedModel(name, digest if isinstance(digest, str) else None, remote))
+    for entry in _entries(body, listed, named):
+        digest, name = entry.get("digest"), entry[named]
+        is_remote = bool(entry.get("remote_host") or entry.get("remote_model")) or is_cloud_name(name)
+        models.append(ServedModel(name, digest if isinstance(digest, str) else None, is_remote))
     return models
 
 
@@ -157,7 +154,7 @@ def require_local(model: str, *, is_remote: bool, hint: str = "") -> None:
 
 def parse_version(status: int, body: bytes) -> str | None:
     """Return the version from ``/api/version``; None if the server has no such route."""
-    return _text(json_object(body).get("version")) if status == 200 else None
+    return (part(json_object(body), "version", str) or None) if status == 200 else None
 
 
 def show_body(model: str) -> bytes:
@@ -175,34 +172,27 @@ def parse_show(status: int, body: bytes) -> ModelFacts:
     if status != 200:
         return ModelFacts()
     fields = json_object(body)
-    capabilities, details, info = fields.get("capabilities"), fields.get("details"), fields.get("model_info")
-    details = details if isinstance(details, dict) else {}
-    lengths = (
-        [value for name, value in info.items() if name.endswith(".context_length")] if isinstance(info, dict) else []
-    )
+    details, info = part(fields, "details", dict), part(fields, "model_info", dict)
+    limits = [value for name, value in info.items() if name.endswith(".context_length")]
     return ModelFacts(
-        frozenset(name for name in capabilities if isinstance(name, str))
-        if isinstance(capabilities, list)
-        else frozenset(),
-        count(lengths[0]) if lengths else None,
-        _text(details.get("quantization_level")),
-        _text(details.get("parameter_size")),
+        frozenset(name for name in part(fields, "capabilities", list) if isinstance(name, str)),
+        count(limits[0]) if limits else None,
+        part(details, "quantization_level", str) or None,
+        part(details, "parameter_size", str) or None,
     )
 
 
 def parse_loaded(status: int, body: bytes) -> list[LoadedModel]:
     """Return the loaded models from ``/api/ps``; empty if the server refuses."""
-    entries = json_object(body).get("models") if status == 200 else None
     return [
         LoadedModel(
             entry["name"],
-            _text(entry.get("digest")),
+            part(entry, "digest", str) or None,
             count(entry.get("context_length")),
             count(entry.get("size")),
             count(entry.get("size_vram", 0)),
         )
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        for entry in (_entries(body, "models", "name") if status == 200 else [])
     ]
 
 
@@ -222,5 +212,7 @@ def is_cloud_name(model: str) -> bool:
     return tag == "cloud" or tag.endswith("-cloud")
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+def _entries(body: bytes, listed: str, named: str) -> list[dict[str, Any]]:
+    """Return the objects in the list *listed* of *body* that have a text in *named*."""
+    entries = part(json_object(body), listed, list)
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get(named), str)]

@@ -117,13 +117,10 @@ class TranscriptTruncator:
             return estimator.text_tokens(text) * factor
 
         # A character has at most four bytes, and a byte is at most one token.
-        if refusal is None and 4 * len(conversation.transcript) <= room:
-            return Fitted(conversation.transcript)
-        if refusal is None and tokens_of(conversation.transcript) <= room:
+        if refusal is None and (4 * len(conversation.transcript) <= room or tokens_of(conversation.transcript) <= room):
             return Fitted(conversation.transcript)
         if self._on_long == "fit":
-            fitted = fit_conversation(conversation, room, tokens_of)
-            if fitted is not None:
+            if fitted := fit_conversation(conversation, room, tokens_of):
                 return fitted
             if refusal is not None:
                 raise refusal
@@ -161,9 +158,12 @@ def fit_conversation(conversation: Conversation, room_tokens: float, tokens_of: 
     turns = conversation.turns
     first = next(index for index, turn in enumerate(turns) if turn.sender == "customer")
     selection = _Selection([turn.line for turn in turns], room_tokens, tokens_of)
-    if not selection.keep_part(first, selection.left * (FIRST_SHARE if len(turns) > 1 else 1.0)):
+    if not selection.keep(first, selection.left * (FIRST_SHARE if len(turns) > 1 else 1.0), may_cut=True):
         return None
-    selection.keep_end(first, selection.left * LAST_SHARE)
+    end_at, last = selection.left * (1 - LAST_SHARE), len(turns) - 1
+    for index in range(last, first, -1):
+        if not selection.keep(index, selection.left - end_at, may_cut=index == last):
+            break
     for index in sorted(range(len(turns)), key=lambda index: (turns[index].sender != "customer", -index)):
         selection.keep(index, selection.left)
     return Fitted(selection.transcript, is_complete=False, turns_used=len(selection.kept))
@@ -180,26 +180,22 @@ class _Selection:
         self.left = room_tokens - self._marker_tokens
         self.kept: dict[int, str] = {}
 
-    def keep(self, index: int, most_tokens: float) -> bool:
-        """Keep a whole turn if it takes at most *most_tokens*."""
+    def keep(self, index: int, most_tokens: float, *, may_cut: bool = False) -> bool:
+        """Keep a turn if it takes at most *most_tokens*; *may_cut* cuts out the middle of a longer one."""
         if index in self.kept or self.left <= self._marker_tokens:
             return index in self.kept
-        return self._take(index, self._lines[index], most_tokens)
-
-    def keep_part(self, index: int, most_tokens: float) -> bool:
-        """Keep a turn, whole or with its middle cut out, if that fits into *most_tokens*."""
-        part = _within(self._lines[index], most_tokens - self._marker_tokens, self._tokens_of)
-        return part is not None and self._take(index, part, self.left)
-
-    def keep_end(self, first: int, most_tokens: float) -> None:
-        """Keep the last turns after *first* that together take at most *most_tokens*."""
-        end_at = self.left - most_tokens
-        last = len(self._lines) - 1
-        for index in range(last, first, -1):
-            if not self.keep(index, self.left - end_at):
-                if index == last:
-                    self.keep_part(index, self.left - end_at)
-                break
+        line: str | None = self._lines[index]
+        if may_cut:
+            line = _within(self._lines[index], most_tokens - self._marker_tokens, self._tokens_of)
+        if line is None:
+            return False
+        cost = self._tokens_of(line + "\n") + self._marker_tokens
+        # A line that was cut may take a few tokens more than its halves.
+        if cost > (self.left if may_cut else min(most_tokens, self.left)):
+            return False
+        self.kept[index] = line
+        self.left -= cost
+        return True
 
     @property
     def transcript(self) -> str:
@@ -213,14 +209,6 @@ class _Selection:
         if expected < len(self._lines):
             parts.append(turns_marker(len(self._lines) - expected))
         return "\n".join(parts)
-
-    def _take(self, index: int, line: str, most_tokens: float) -> bool:
-        cost = self._tokens_of(line + "\n") + self._marker_tokens
-        if cost > min(most_tokens, self.left):
-            return False
-        self.kept[index] = line
-        self.left -= cost
-        return True
 
 
 def _within(line: str, room_tokens: float, tokens_of: Count) -> str | None:

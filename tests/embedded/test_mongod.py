@@ -18,8 +18,7 @@ import pymongo
 import pytest
 
 from embedded import mongod as embedded_mongod
-from embedded.mongod import PORTS, EmbeddedMongod
-from embedded.mongod_binary import find_mongod
+from embedded.mongod import PORTS, EmbeddedMongod, find_mongod
 from error_handler import ConfigurationError
 from tests.replica_set import ReplicaSetMongod
 
@@ -86,10 +85,11 @@ def test_standalone_takes_writes_on_loopback_only(tmp_path: Path) -> None:
 
 @pytest.mark.thorough  # of the replica set that other tests use; the standalone server has tests of its own
 def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path: Path) -> None:
-    with ReplicaSetMongod(tmp_path / "data", log_path=tmp_path / "logs" / "m.log") as mongod:
+    with ReplicaSetMongod(tmp_path / "data") as mongod:
         insert(mongod)
         port = mongod.port
-        mongod.restart()
+        mongod.stop()
+        mongod.start()
         assert mongod.port == port
         assert count(mongod) == 1
         insert(mongod)
