@@ -145,34 +145,12 @@ def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
     return {"temperature": 0, "seed": SEED + attempt, "num_ctx": target.num_ctx, "num_predict": NUM_PREDICT}
 
 
-def require_fit(target: ChatTarget, prompt_characters: int) -> None:
-    """Raise LLMContextError if a prompt of *prompt_characters* cannot fit the window.
-
-    Only Ollama's window is set by the request; other servers refuse long prompts themselves.
-    """
-    least_tokens = int(prompt_characters / MAX_CHARACTERS_PER_TOKEN)
-    if target.protocol != "openai_chat" and least_tokens + NUM_PREDICT > target.num_ctx:
-        raise LLMContextError(
-            f"the conversation needs at least {least_tokens} tokens and the context window holds {target.num_ctx}; "
-            "raise OLLAMA_NUM_CTX if the model allows it"
-        )
-
-
 def parse_load_response(target: ChatTarget, status: int, body: bytes) -> None:
-    """Check that the answer to ``build_load_body`` confirms the load.
-
-    Raises:
-        LLMError: It does not; see ``parse_chat_response``.
-    """
+    """Raise LLMError, as ``parse_chat_response`` does, unless the answer to ``build_load_body`` confirms the load."""
     if status != 200:
         _raise_for_status(target, status, body)
     if json_object(body).get("done_reason") != "load":
         raise LLMUnavailableError("the model server did not confirm that it loaded the model; see its log")
-
-
-def prompt_characters(messages: Sequence[Message]) -> int:
-    """Return the number of characters in *messages*."""
-    return sum(len(message["content"]) for message in messages)
 
 
 def parse_chat_response(target: ChatTarget, status: int, body: bytes, messages: Sequence[Message]) -> ChatReply:
@@ -254,7 +232,8 @@ def _require_whole_prompt(target: ChatTarget, prompt_tokens: int, messages: Sequ
     Ollama cuts to the whole window (up to 0.24) or to half of it (from 0.30 on) and answers 200. A whole prompt that
     leaves no room for the answer is refused as well: its beginning was shifted out during generation.
     """
-    is_too_short = prompt_characters(messages) > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
+    characters = sum(len(message["content"]) for message in messages)
+    is_too_short = characters > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
     if prompt_tokens + NUM_PREDICT > target.num_ctx or (is_half_window(target, prompt_tokens) and is_too_short):
         raise LLMReplyError(
             f"the server counted {prompt_tokens} prompt tokens for a window of {target.num_ctx}: the prompt was cut, or it "

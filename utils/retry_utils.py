@@ -40,10 +40,10 @@ def is_worth_repeating(exc: BaseException) -> bool:
     return isinstance(exc, TriadError) and exc.error_class is not ErrorClass.PERMANENT
 
 
-def tenacity_options(policy: RetryPolicy, what: str, on_retry: Callable[[], None] | None = None) -> dict[str, Any]:
+def tenacity_options(policy: RetryPolicy, what: str) -> dict[str, Any]:
     """Return the arguments of ``tenacity.Retrying`` and ``tenacity.AsyncRetrying``. The last error is raised unchanged.
 
-    *what* names the operation in the log. *on_retry* is called before each repetition.
+    *what* names the operation in the log.
     """
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
@@ -51,8 +51,6 @@ def tenacity_options(policy: RetryPolicy, what: str, on_retry: Callable[[], None
         logger.warning(
             "%s: attempt %d failed (%s), next in %.1f s", what, state.attempt_number, exc, state.upcoming_sleep
         )
-        if on_retry is not None:
-            on_retry()
 
     return {
         "retry": tenacity.retry_if_exception(is_worth_repeating),
@@ -63,9 +61,7 @@ def tenacity_options(policy: RetryPolicy, what: str, on_retry: Callable[[], None
     }
 
 
-async def retry_async(
-    operation: Callable[[], Awaitable[T]], policy: RetryPolicy, what: str, on_retry: Callable[[], None] | None = None
-) -> T:
+async def retry_async(operation: Callable[[], Awaitable[T]], policy: RetryPolicy, what: str) -> T:
     """Return the result of *operation*, repeated as *policy* says; the last error is raised unchanged.
 
     The first attempt, which nearly always succeeds, runs without tenacity: its bookkeeping takes 35 µs, 7 % of the
@@ -81,4 +77,4 @@ async def retry_async(
             raise earlier.pop()
         return await operation()
 
-    return await tenacity.AsyncRetrying(**tenacity_options(policy, what, on_retry))(attempt)
+    return await tenacity.AsyncRetrying(**tenacity_options(policy, what))(attempt)

@@ -142,12 +142,10 @@ def test_one_attempt_means_no_repetition() -> None:
     assert operation.calls == 1
 
 
-def test_repetitions_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_repetitions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Each says what failed and why."""
-    repetitions: list[int] = []
     with caplog.at_level(logging.WARNING):
-        run(Flaky(LLMBusyError("no slot"), LLMBusyError("no slot")), on_retry=lambda: repetitions.append(1))
-    assert len(repetitions) == 2
+        run(Flaky(LLMBusyError("no slot"), LLMBusyError("no slot")))
     assert [record.getMessage() for record in caplog.records] == [
         "test: attempt 1 failed (no slot), next in 0.0 s",
         "test: attempt 2 failed (no slot), next in 0.0 s",
