@@ -117,11 +117,7 @@ class AsyncLLMClient:
         return True
 
     async def list_models(self) -> list[served_models.ServedModel]:
-        """Return the models on the server, remote ones included.
-
-        Raises:
-            LLMUnavailableError: The server does not answer with a list of models.
-        """
+        """Return the models on the server, remote ones included. Raises LLMUnavailableError if it does not list them."""
         url = served_models.models_url(self.target.protocol, self.target.server_url)
         return served_models.parse_models(self.target.protocol, *await self._get(url))
 
@@ -253,11 +249,7 @@ class SharedWindow:
         self.is_loaded = False
 
     async def load(self) -> None:
-        """Load the model if it is not loaded yet, however long that takes.
-
-        Raises:
-            LLMError: The model does not load.
-        """
+        """Load the model if it is not loaded yet, however long that takes. Raises LLMError if it does not load."""
         await self._client.warm_up(self._choice(), logger.info)
         self._checked_at_s = time.monotonic()
         self.is_loaded = True

@@ -159,39 +159,22 @@ class LLMClient:
         return self._truncator
 
     def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
-        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
-
-        Raises:
-            LLMError: After the last attempt; see model_server.protocol.parse_chat_response.
-        """
+        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. Raises LLMError after the last one."""
         retrying = tenacity.Retrying(**tenacity_options(self._policy, "model call"))
         return retrying(self._ask, messages, schema_json, attempt)
 
     def prepare(self, settings: Settings) -> ChatTarget:
-        """Find the model that *settings* name on the server, and return the target.
-
-        Raises:
-            LLMUnavailableError: The server does not answer.
-            ConfigurationError: The server does not have the model; the message lists its models.
-        """
+        """Find the model that *settings* name on the server, and return the target; see ``find_target``."""
         self.target = _drive(find_target(self.target, settings), self.send)
         return self.target
 
     def warm_up(self, choice: WindowChoice, say: Say) -> ChatTarget:
-        """Load the model and return the target with the window it then has; see model_server.window.warm_up.
-
-        Raises:
-            LLMError: The model does not load, or the server does not answer.
-        """
+        """Load the model and return the target with the window it then has; see model_server.window.warm_up."""
         self.target = _drive(warm_up(self.target, self._settings, choice, say), self.send)
         return self.target
 
     def send(self, request: ServerRequest) -> tuple[int, bytes]:
-        """Return status and body of the answer to *request*.
-
-        Raises:
-            LLMUnavailableError: There is none; see ``exchange``.
-        """
+        """Return status and body of the answer to *request*; see ``exchange``."""
         try:
             return exchange(self._session, request, self.target.headers)
         except LLMConnectionError as exc:
@@ -210,14 +193,7 @@ class LLMClient:
 def ollama_classify(
     conversation: Conversation, client: LLMClient, prompts: PromptBuilder, parser: ReplyParser, attempt: int = 0
 ) -> Outcome:
-    """Return the labels of *conversation*; an unusable answer is followed by one repair turn.
-
-    *attempt* counts earlier attempts of this document (from 0) and varies the seed.
-
-    Raises:
-        LLMError: The server gave no answer, or no usable one.
-        SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
-    """
+    """Return the labels of *conversation*, as ``async_llm_wrapper.ollama_classify_async`` does."""
     flow, calls = classification_flow(conversation, client, prompts, parser), itertools.count(2 * attempt)
     return _drive(flow, lambda messages: client.chat(messages, parser.schema_json, next(calls)))
 

@@ -11,7 +11,6 @@ import re
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -88,21 +87,16 @@ class EmbeddedMongod:
 
     Args:
         data_dir: Its data, readable by the owner only. Created if missing, and kept when the server stops.
-        port: 0 chooses a free port at the first start and keeps it.
+        port: The port it listens on; 0 chooses a free one at the first start and keeps it.
         extra_arguments: Added to mongod's command line.
         binary: The mongod to run; None means the one that ``find_mongod`` finds.
     """
 
     def __init__(
-        self,
-        data_dir: Path,
-        *,
-        port: int = 0,
-        extra_arguments: Sequence[str] = (),
-        binary: Path | None = None,
+        self, data_dir: Path, *, port: int = 0, extra_arguments: Sequence[str] = (), binary: Path | None = None
     ) -> None:
         self._data_dir = data_dir.absolute()
-        self._port = port
+        self.port = port
         self._log_path = self._data_dir / "mongod.log"
         self._extra_arguments = tuple(extra_arguments)
         self._binary = binary
@@ -118,11 +112,6 @@ class EmbeddedMongod:
         self.stop()
 
     @property
-    def port(self) -> int:
-        """The port it listens on; 0 before the first start if none was given."""
-        return self._port
-
-    @property
     def pid(self) -> int | None:
         """Its process id; None if it does not run."""
         return self._process.pid if self._process and self._keeper.is_alive() else None
@@ -130,7 +119,7 @@ class EmbeddedMongod:
     @property
     def uri(self) -> str:
         """Its connection string; valid after the first start."""
-        return f"mongodb://127.0.0.1:{self._port}/"
+        return f"mongodb://127.0.0.1:{self.port}/"
 
     def start(self) -> None:
         """Start it and return when it accepts commands. Does nothing if it runs.
@@ -156,32 +145,32 @@ class EmbeddedMongod:
 
     def stop(self) -> None:
         """Stop it, with SIGKILL after 30 s. Does nothing if it does not run."""
-        self._signal(signal.SIGTERM, STOP_TIMEOUT_S)
+        self._signal(signal.SIGTERM)
         self.kill()
 
     def kill(self) -> None:
         """Stop it at once with SIGKILL, as a crash would."""
-        self._signal(signal.SIGKILL, STOP_TIMEOUT_S)
+        self._signal(signal.SIGKILL)
 
-    def _signal(self, number: signal.Signals, timeout_s: float) -> None:
+    def _signal(self, number: signal.Signals) -> None:
         if self._process and self._keeper.is_alive():
             self._process.send_signal(number)
-            self._keeper.join(timeout_s)
+            self._keeper.join(STOP_TIMEOUT_S)
 
     def _start_server(self) -> None:
         binary = self._binary or find_mongod()
         with tempfile.TemporaryDirectory() as folder:  # the loader needs the folder only until the server is up
             libraries = ""
             for _ in range(START_ATTEMPTS):
-                port = self._port or _free_port()
+                port = self.port or random.choice(PORTS)
                 self._spawn(binary, port, libraries)
                 if self._follow_log(port):
-                    self._port = port
+                    self.port = port
                     return
                 log = self._log()
                 if not libraries and (libraries := bundled_libraries(log, Path(folder))):
                     continue
-                port_was_taken = self._port == 0 and PORT_IN_USE in log
+                port_was_taken = self.port == 0 and PORT_IN_USE in log
                 if not port_was_taken and not (FOLDER_IN_USE in log and self._holder_ends()):
                     break
         raise ConfigurationError(self._explain_end(log, port))
@@ -274,16 +263,6 @@ class EmbeddedMongod:
             return bool(select.select([handle], [], [], HOLDER_TIMEOUT_S)[0])
         finally:
             os.close(handle)
-
-
-def _free_port() -> int:
-    for _ in range(100):
-        port = random.choice(PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise ConfigurationError(f"No port between {PORTS.start} and {PORTS.stop} is free; set one that is.")
 
 
 def find_mongod() -> Path:

@@ -33,34 +33,30 @@ LOG_EVERY_S = 15.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
-    """One request; *in_flight* counts the requests in flight when it was sent, itself included."""
+    """One request; *in_flight* counts the requests in flight when it was sent, itself included.
+
+    The other times are known once it is answered.
+    """
 
     sent_at_s: float
     in_flight: int
+    latency_s: float = 0.0
+    wait_s: float = 0.0
+    network_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """One answer. *in_flight* counts the requests in flight when its request was sent, itself included."""
-
-    in_flight: int
-    latency_s: float
-    wait_s: float
-    network_s: float
-
-
-_Window = list[_Answer]  # answers to requests that were sent at the present limit
+_Window = list[Call]  # answered ones, all of them sent at the present limit
 
 
 def _mean_in_flight(window: _Window) -> float:
-    return sum(answer.in_flight for answer in window) / len(window)
+    return sum(call.in_flight for call in window) / len(window)
 
 
 def _queued(window: _Window) -> float:
     """Return the mean number of queued requests, less those on the network: they fill the slots that become free."""
-    share = sum(answer.wait_s - answer.network_s for answer in window) / sum(answer.latency_s for answer in window)
+    share = sum(call.wait_s - call.network_s for call in window) / sum(call.latency_s for call in window)
     return _mean_in_flight(window) * share
 
 
@@ -73,7 +69,7 @@ def _slower(window: _Window, baseline: _Window) -> float:
 
 def _log_latency(window: _Window) -> tuple[float, float]:
     """Return the mean of the log latencies and the variance of that mean."""
-    logs = [math.log(answer.latency_s) for answer in window]
+    logs = [math.log(call.latency_s) for call in window]
     mean = sum(logs) / len(logs)
     return mean, sum((log - mean) ** 2 for log in logs) / len(logs) ** 2
 
@@ -117,18 +113,17 @@ class LimitController:
         self.in_flight -= 1
         if call.sent_at_s < self._judged_at_s or (reply.load_s is not None and reply.load_s > LOAD_S):
             return
-        latency_s = max(now_s - call.sent_at_s, 1e-6)
-        wait_s = network_s = 0.0
+        call.latency_s = max(now_s - call.sent_at_s, 1e-6)
         if reply.queue_wait_s is not None and reply.total_s is not None:
-            network_s = max(0.0, latency_s - reply.total_s)
+            call.network_s = max(0.0, call.latency_s - reply.total_s)
             self._least_wait_s = min(self._least_wait_s, reply.queue_wait_s)
             above_s = reply.queue_wait_s - self._least_wait_s
-            if above_s > max(NOISE_S, NOISE_SHARE * (latency_s - above_s)):
-                wait_s = above_s
+            if above_s > max(NOISE_S, NOISE_SHARE * (call.latency_s - above_s)):
+                call.wait_s = above_s
             else:  # the server was about to begin
-                network_s += above_s
+                call.network_s += above_s
         window = self._window
-        window.append(_Answer(call.in_flight, latency_s, wait_s, network_s))
+        window.append(call)
         if reply.queue_wait_s is not None:
             if len(window) >= max(self.limit, MIN_WINDOW if self._hold else 1):
                 self._judge(now_s, _queued(window))

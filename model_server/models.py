@@ -47,7 +47,6 @@ class LoadedModel:
     """One entry of ``/api/ps``. *context_length* is the window that the server gave, tokens."""
 
     name: str
-    digest: str | None
     context_length: int | None
     size_bytes: int | None
     vram_bytes: int | None
@@ -58,11 +57,7 @@ TargetFlow = Generator[ServerRequest, tuple[int, bytes], ChatTarget]
 
 
 def chat_target(settings: Settings, model: str) -> ChatTarget:
-    """Return the target for *model* that *settings* describe.
-
-    Raises:
-        ConfigurationError: *model* is a cloud model.
-    """
+    """Return the target for *model* that *settings* describe. Raises ConfigurationError for a cloud model."""
     require_local(model, is_remote=is_cloud_name(model))
     return ChatTarget(
         protocol=settings.protocol,
@@ -101,11 +96,7 @@ def models_url(target_protocol: Protocol, server_url: str) -> str:
 
 
 def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedModel]:
-    """Return the models that a server lists.
-
-    Raises:
-        LLMUnavailableError: The answer is not a list of models.
-    """
+    """Return the models that a server lists. Raises LLMUnavailableError if the answer is not a list of models."""
     if status != 200:
         raise LLMUnavailableError(f"the model server did not list its models (HTTP {status})")
     listed, named = ("data", "id") if protocol == "openai_chat" else ("models", "name")
@@ -187,7 +178,6 @@ def parse_loaded(status: int, body: bytes) -> list[LoadedModel]:
     return [
         LoadedModel(
             entry["name"],
-            part(entry, "digest", str) or None,
             count(entry.get("context_length")),
             count(entry.get("size")),
             count(entry.get("size_vram", 0)),

@@ -31,7 +31,7 @@ from model_server.tokens import least_prompt_tokens
 T = TypeVar("T")
 
 SEED = 20_250_924
-DEFAULT_NUM_CTX = 8192  # until a window is chosen
+DEFAULT_NUM_CTX = 8192  # until a window is chosen, and if there are no documents to measure
 NUM_PREDICT = 700  # most tokens of an answer; without a limit Ollama lets a runaway answer fill ten windows
 TOP_LOGPROBS = 20  # the maximum of Ollama and OpenAI
 NANOSECONDS = 1e9

@@ -13,10 +13,16 @@ from dataclasses import dataclass, replace
 
 from config import Settings
 from model_server.models import LoadedModel, TargetFlow, find_loaded, loaded_request, parse_loaded
-from model_server.protocol import NUM_PREDICT, ChatTarget, ServerRequest, build_load_body, parse_load_response
+from model_server.protocol import (
+    DEFAULT_NUM_CTX,
+    NUM_PREDICT,
+    ChatTarget,
+    ServerRequest,
+    build_load_body,
+    parse_load_response,
+)
 
 SIZES = (4096, 8192, 16_384, 32_768)
-DEFAULT_SIZE = 8192  # without documents to measure: the service, an empty collection
 SHARE = 0.99  # of the documents that the window should hold whole
 MARGIN = 0.15
 REPAIR_TOKENS = 400  # the one repair turn: 500 characters of the answer, and the reason
@@ -69,7 +75,7 @@ def choose_window(needs: Sequence[int] | None, limit: int | None, asked: int | N
         num_ctx = min(asked, limit or asked)
         return WindowChoice(num_ctx, num_ctx, asked=asked)
     if not needs:
-        num_ctx = min(DEFAULT_SIZE, most)
+        num_ctx = min(DEFAULT_NUM_CTX, most)  # no documents to measure
         return WindowChoice(num_ctx, num_ctx if needs is not None else min(num_ctx, SIZES[0]))
     enough = sorted(needs)[math.ceil(SHARE * len(needs)) - 1]
     num_ctx = min(most, next((size for size in SIZES if size >= enough), SIZES[-1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import select
 import signal
 import socket
@@ -157,8 +158,8 @@ def test_start_waits_for_a_server_that_is_ending(tmp_path: Path) -> None:
 
 def test_port_lost_between_choice_and_start_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        ports = iter([other.getsockname()[1], embedded_mongod._free_port()])
-        monkeypatch.setattr(embedded_mongod, "_free_port", lambda: next(ports))
+        first, choose = iter([other.getsockname()[1]]), random.choice
+        monkeypatch.setattr(random, "choice", lambda ports: next(first, None) or choose(ports))
         with EmbeddedMongod(tmp_path) as mongod:
             assert count(mongod) == 0
 

@@ -296,8 +296,8 @@ def test_loaded_models_have_window_and_memory() -> None:
     entry = {"name": "llama3.2:latest", "digest": "abc", "size": 10, "size_vram": 4, "context_length": 8192}
     body = json.dumps({"models": [entry, {"name": "cpu:latest", "size": 7}, {"name": 3}, None]}).encode()
     assert parse_loaded(200, body) == [
-        LoadedModel("llama3.2:latest", "abc", 8192, 10, 4),
-        LoadedModel("cpu:latest", None, None, 7, 0),
+        LoadedModel("llama3.2:latest", 8192, 10, 4),
+        LoadedModel("cpu:latest", None, 7, 0),
     ]
     assert parse_loaded(500, b"{}") == []
 
