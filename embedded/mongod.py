@@ -48,26 +48,14 @@ _LIBRARY_MISSING = re.compile(r"error while loading shared libraries: ([^:\s]+):
 
 _DISK_FULL = "The disk of {data_dir} is full. Free some space and start again; the data is kept."
 
-# Pattern in the log, and the error message; {0} is the pattern's group.
-_EXPLANATIONS = (
-    (
-        re.compile(r"version `(GLIBC_[\d.]+)' not found"),
-        "MongoDB needs {0}, which this system does not have. Use Debian 12, Ubuntu 22.04 or later.",
-    ),
-    (
-        re.compile(f"({FOLDER_IN_USE})"),
-        "{data_dir} is in use by another mongod (process {holder}). Wait for its run, end it, or choose another folder.",
-    ),
-    (
-        re.compile(f"({PORT_IN_USE})"),
-        "Port {port} is in use by another program. End that program, or choose another port.",
-    ),
-    (re.compile(r"(No space left on device)"), _DISK_FULL),
-    (
-        re.compile(r'("exitCode":62)'),
-        "{data_dir} was written by another version of MongoDB. Use that version, or choose another folder.",
-    ),
-)
+# Pattern in the log: error message; {found} is the match.
+_EXPLANATIONS = {
+    r"GLIBC_[\d.]+(?=' not found)": "MongoDB needs {found}, which this system does not have. Use Debian 12, Ubuntu 22.04 or later.",
+    FOLDER_IN_USE: "{data_dir} is in use by another mongod (process {holder}). Wait for its run, end it, or choose another folder.",
+    PORT_IN_USE: "Port {port} is in use by another program. End that program, or choose another port.",
+    "No space left on device": _DISK_FULL,
+    '"exitCode":62': "{data_dir} was written by another version of MongoDB. Use that version, or choose another folder.",
+}
 
 # Runs in the child, so that it dies with its parent even if that is killed. A preexec_fn could deadlock: it runs in a
 # copy of a process with threads.
@@ -230,10 +218,10 @@ class EmbeddedMongod:
             package = DEBIAN_PACKAGES.get(match[1])
             cure = f"apt-get install {package}" if package else "install the package that has it"
             return f"MongoDB needs the system library {match[1]}: {cure}, then start again."
-        for pattern, sentence in _EXPLANATIONS:
-            if match := pattern.search(log):
+        for pattern, sentence in _EXPLANATIONS.items():
+            if match := re.search(pattern, log):
                 holder = self._holder() or "unknown"
-                return sentence.format(match[1], data_dir=self._data_dir, port=port, holder=holder)
+                return sentence.format(found=match[0], data_dir=self._data_dir, port=port, holder=holder)
         if shutil.disk_usage(self._data_dir).free < 1_000_000:  # the log had no room for the reason
             return _DISK_FULL.format(data_dir=self._data_dir)
         code = self._process.returncode if self._process else None

@@ -14,7 +14,7 @@ from model_server.tokens import TokenEstimator
 from model_server.window import REPAIR_TOKENS
 
 SUSPECT_RATIO = 1.4  # estimate to reported tokens
-LEARN_FROM_ALL, LEARN_FROM_EACH = 300, 20  # learn from the first 300 answers, then from every 20th
+LEARN_FROM_ALL, LEARN_FROM_EACH = 200, 20  # learn from the first 200 answers, then from every 20th
 FIRST_SHARE = 0.5  # of the room: the most that the first customer turn, which states the problem, may take
 LAST_SHARE = 0.5  # of the remaining room: the most for the last turns, which tell how it ended
 
