@@ -77,13 +77,12 @@ def _log_latency(window: _Window) -> tuple[float, float]:
 class LimitController:
     """Finds the limit, from 1 to *most*. It has no clock and does no I/O.
 
-    Report each request with ``sent`` and its end with ``answered``, ``congested`` or ``lost``. Times are seconds of one
-    monotonic clock.
+    Report the end of each request with ``answered`` or ``congested``, except one that says nothing about load: without a
+    connection, cancelled, or refused. Times are seconds of one monotonic clock.
     """
 
     def __init__(self, most: int, start: int = START) -> None:
         self.limit = min(start, most)
-        self.in_flight = 0
         self._most = most
         self._step = self.limit  # added to the limit if no request queues; doubles each time
         self._hold = 0  # windows to wait before the next step
@@ -93,24 +92,13 @@ class LimitController:
         self._window: _Window = []
         self._baseline: _Window = []
 
-    def sent(self, now_s: float) -> Call:
-        """Return the record of a request that is sent now."""
-        self.in_flight += 1
-        return Call(now_s, self.in_flight)
-
-    def lost(self) -> None:
-        """Record the end of a request without information about load: no connection, cancelled, or refused."""
-        self.in_flight -= 1
-
     def congested(self, call: Call, now_s: float) -> None:
         """Handle a 503 or a timeout: halve the limit, once for all requests sent before that."""
-        self.in_flight -= 1
         if call.sent_at_s >= self._changed_at_s:
             self._lower(max(1, self.limit // 2), now_s, hold=1)
 
     def answered(self, call: Call, now_s: float, reply: ChatReply) -> None:
         """Record the answer to *call* and what the server reported about it."""
-        self.in_flight -= 1
         if call.sent_at_s < self._judged_at_s or (reply.load_s is not None and reply.load_s > LOAD_S):
             return
         call.latency_s = max(now_s - call.sent_at_s, 1e-6)
@@ -169,6 +157,7 @@ class ConcurrencyLimit:
         self._clock = clock
         self._permits = self.controller.limit  # issued: free ones and those that are held
         self._slots = asyncio.Semaphore(self._permits)
+        self._in_flight = 0
         self._logged, self._logged_at_s = self._permits, -math.inf
 
     @property
@@ -191,19 +180,17 @@ class ConcurrencyLimit:
 
     async def observed(self, send: Callable[[], Awaitable[ChatReply]]) -> ChatReply:
         """Return what *send* returns; its errors pass through."""
-        call, is_reported = self.controller.sent(self._clock()), False
+        self._in_flight += 1
+        call = Call(self._clock(), self._in_flight)
         try:
             reply = await send()
-            is_reported = True
             self.controller.answered(call, self._clock(), reply)
             return reply
-        except (LLMBusyError, LLMTimeoutError):
-            is_reported = True
+        except (LLMBusyError, LLMTimeoutError):  # an outage, a cancellation or an unusable answer is no sign of load
             self.controller.congested(call, self._clock())
             raise
         finally:
-            if not is_reported:  # an outage, a cancellation or an unusable answer is no sign of load
-                self.controller.lost()
+            self._in_flight -= 1
             self._issue_permits()
             self._log()
 
