@@ -109,21 +109,22 @@ class AsyncLLMClient:
 
     async def is_alive(self) -> bool:
         """Return whether the server answers at all. The breaker's probe: it never raises LLMError."""
-        url = served_models.models_url(self.target.protocol, self.target.server_url)
         try:
-            await self.send(ServerRequest("GET", url, None, PROBE_TIMEOUT_S))
+            await self.send(served_models.models_request(self.target, PROBE_TIMEOUT_S))
         except LLMError:
             return False
         return True
 
     async def list_models(self) -> list[served_models.ServedModel]:
         """Return the models on the server, remote ones included. Raises LLMUnavailableError if it does not list them."""
-        url = served_models.models_url(self.target.protocol, self.target.server_url)
-        return served_models.parse_models(self.target.protocol, *await self._get(url))
+        request = served_models.models_request(self.target, self._settings.llm_timeout_s)
+        return served_models.parse_models(self.target.protocol, *await self.send(request))
 
     async def version(self) -> str | None:
         """Return Ollama's version, None if unknown. Raises LLMUnavailableError if the server is away."""
-        return served_models.parse_version(*await self._get(f"{self.target.server_url}/api/version"))
+        url = f"{self.target.server_url}/api/version"
+        request = ServerRequest("GET", url, None, self._settings.llm_timeout_s)
+        return served_models.parse_version(*await self.send(request))
 
     async def show(self, model: str) -> served_models.ModelFacts:
         """Return what Ollama reports about *model*. Raises LLMUnavailableError if the server is away."""
@@ -188,9 +189,6 @@ class AsyncLLMClient:
             if not protocol.refuses_logprobs(target, *answer):
                 return protocol.parse_chat_response(target, *answer, messages)
             self.target = replace(self.target, logprobs=False)
-
-    async def _get(self, url: str) -> tuple[int, bytes]:
-        return await self.send(ServerRequest("GET", url, None, self._settings.llm_timeout_s))
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()

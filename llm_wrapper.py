@@ -96,10 +96,10 @@ def open_session() -> requests.Session:
     """
     session = requests.Session()
     session.trust_env = False
-    for prefix in ("http://", "https://"):
-        adapter = HTTPAdapter()
-        adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-        session.mount(prefix, adapter)
+    adapter = HTTPAdapter()
+    adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
     return session
 
 

@@ -76,8 +76,7 @@ def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
     Raises:
         ConfigurationError: The server does not have the model; the message lists its models.
     """
-    url = models_url(target.protocol, target.server_url)
-    models = parse_models(target.protocol, *(yield ServerRequest("GET", url, None, settings.llm_timeout_s)))
+    models = parse_models(target.protocol, *(yield models_request(target, settings.llm_timeout_s)))
     model = choose_model(settings, models)
     if target.protocol == "openai_chat":
         return with_model(target, model, ModelFacts())
@@ -90,9 +89,10 @@ def with_model(target: ChatTarget, model: ServedModel, facts: ModelFacts) -> Cha
     return replace(target, digest=model.digest, disable_thinking=facts.can_think, context_limit=facts.context_length)
 
 
-def models_url(target_protocol: Protocol, server_url: str) -> str:
-    """Return the address that lists the server's models, which also shows whether the server is alive."""
-    return f"{server_url}/v1/models" if target_protocol == "openai_chat" else f"{server_url}/api/tags"
+def models_request(target: ChatTarget, timeout_s: float) -> ServerRequest:
+    """Return the request that lists the server's models, whose answer also shows that the server is alive."""
+    path = "/v1/models" if target.protocol == "openai_chat" else "/api/tags"
+    return ServerRequest("GET", f"{target.server_url}{path}", None, timeout_s)
 
 
 def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedModel]:

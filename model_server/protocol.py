@@ -62,16 +62,13 @@ class ChatTarget:
     url: str
     server_url: str
     model: str
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     num_ctx: int
     keep_alive: str
     digest: str | None = None
     disable_thinking: bool = False
     logprobs: bool = False
     context_limit: int | None = None
-
-    def __repr__(self) -> str:
-        return f"ChatTarget({self.protocol}, {self.url}, {self.model})"
 
     @property
     def headers(self) -> dict[str, str]:
