@@ -103,9 +103,9 @@ def classification_flow(
 ) -> Generator[list[Message], ChatReply, Outcome]:
     """Classify *conversation*: yield the messages to send, receive the reply, return the outcome.
 
-    The driver, synchronous or not, sends what is yielded. It throws in the LLMReplyError or LLMContextError of its
-    client. One repair turn follows an unusable reply. If the prompt was too long, or was cut by the server, the
-    conversation is truncated once more, with the token counts of the failure.
+    The driver, synchronous or not, sends what is yielded, and throws in each LLMError of its client. One repair turn
+    follows an unusable reply. If the prompt was too long, or was cut by the server, the conversation is truncated once
+    more, with the token counts of the failure.
 
     Raises:
         LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.

@@ -134,16 +134,12 @@ class TranscriptTruncator:
         raise LLMContextError(sentence) from refusal
 
 
-def turns_marker(count: int) -> str:
-    """Return the line that replaces *count* turns.
-
-    It starts in the first column, where a conversation has a speaker or an indent, so no customer text can forge it.
-    """
+# Markers start in the first column, where a conversation has a speaker or an indent, so no customer text can forge them.
+def _turns_marker(count: int) -> str:
     return f"[... {count} turn{'' if count == 1 else 's'} left out ...]"
 
 
-def cut_marker(count: int) -> str:
-    """Return the line that replaces *count* characters in the middle of a turn."""
+def _cut_marker(count: int) -> str:
     return f"[... {count} characters left out ...]"
 
 
@@ -176,7 +172,7 @@ class _Selection:
         self._lines = lines
         self._tokens_of = tokens_of
         # One marker before each kept turn and one at the end cover every possible gap.
-        self._marker_tokens = tokens_of("\n" + turns_marker(len(lines)) + "\n")
+        self._marker_tokens = tokens_of("\n" + _turns_marker(len(lines)) + "\n")
         self.left = room_tokens - self._marker_tokens
         self.kept: dict[int, str] = {}
 
@@ -203,11 +199,11 @@ class _Selection:
         parts, expected = [], 0
         for index in sorted(self.kept):
             if index > expected:
-                parts.append(turns_marker(index - expected))
+                parts.append(_turns_marker(index - expected))
             parts.append(self.kept[index])
             expected = index + 1
         if expected < len(self._lines):
-            parts.append(turns_marker(len(self._lines) - expected))
+            parts.append(_turns_marker(len(self._lines) - expected))
         return "\n".join(parts)
 
 
@@ -217,7 +213,7 @@ def _within(line: str, room_tokens: float, tokens_of: Count) -> str | None:
     most = max(0, int(room_tokens * 16))
     if len(line) <= most and tokens_of(line + "\n") <= room_tokens:
         return line
-    room = room_tokens - tokens_of("\n" + cut_marker(len(line)) + "\n    \n")
+    room = room_tokens - tokens_of("\n" + _cut_marker(len(line)) + "\n    \n")
     low, high = 0, min(len(line) - 1, most) // 2
     while low < high:  # characters kept at each end
         middle = (low + high + 1) // 2
@@ -227,4 +223,4 @@ def _within(line: str, room_tokens: float, tokens_of: Count) -> str | None:
             high = middle - 1
     if low < 16:
         return None
-    return f"{line[:low].rstrip()}\n{cut_marker(len(line) - 2 * low)}\n    {line[-low:].lstrip()}"
+    return f"{line[:low].rstrip()}\n{_cut_marker(len(line) - 2 * low)}\n    {line[-low:].lstrip()}"
