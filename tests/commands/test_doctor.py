@@ -77,6 +77,7 @@ def test_doctor_changes_nothing(site: Site) -> None:
     assert not site.directory.exists()
 
 
+@pytest.mark.thorough
 def test_doctor_does_not_disturb_a_running_worker(site: Site) -> None:
     """It reports the lock, and the worker finishes."""
     assert site.model is not None
@@ -157,6 +158,7 @@ def test_replica_set_and_standalone_server_are_distinguished(site: Site, tmp_pat
     assert any("standalone" in finding["sentence"] for finding in report(site, "--no-probe"))
 
 
+@pytest.mark.thorough
 def test_progress_is_shown_only_on_a_terminal(site: Site) -> None:
     """Stderr is a terminal, stdout a file: one JSON object, and a spinner that names the current check."""
     assert site.model is not None

@@ -259,8 +259,8 @@ async def test_no_answer_to_the_test_conversation_does_not_hide_the_slots(fake: 
 @pytest.mark.parametrize(
     ("slots", "max_concurrent", "level", "advice"),
     [
-        (1, 5, "warning", "--max-concurrent 2"),
-        (4, 5, "ok", ""),
+        pytest.param(1, 5, "warning", "--max-concurrent 2", marks=pytest.mark.thorough),
+        pytest.param(4, 5, "ok", "", marks=pytest.mark.thorough),
         (4, 6, "warning", "--max-concurrent 5"),
         pytest.param(4, 4, "ok", "", marks=pytest.mark.thorough),
         pytest.param(4, 2, "warning", "--max-concurrent 5", marks=pytest.mark.thorough),

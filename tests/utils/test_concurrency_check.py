@@ -38,7 +38,16 @@ def run(server: FakeOllama, *arguments: str, environment: dict[str, str] | None 
     return measured
 
 
-@pytest.mark.parametrize(("slots", "levels"), [(1, [1, 2, 4]), (4, [1, 2, 4, 8]), (8, [1, 2, 4, 8, 16])])
+@pytest.mark.parametrize(
+    ("slots", "levels"),
+    [
+        *(
+            pytest.param(slots, levels, marks=pytest.mark.thorough)
+            for slots, levels in ((1, [1, 2, 4]), (8, [1, 2, 4, 8, 16]))
+        ),
+        (4, [1, 2, 4, 8]),
+    ],
+)
 def test_slots_are_found(slots: int, levels: list[int]) -> None:
     with FakeOllama(slots=slots, latency_s=0.2) as server:
         measured = run(server, "--max", str(levels[-1]))
@@ -58,6 +67,7 @@ def test_a_server_with_more_slots_than_were_tried(fake: FakeOllama) -> None:
     assert (measured["slots"], measured["slots_is_minimum"]) == (4, True)
 
 
+@pytest.mark.thorough
 def test_a_server_that_does_not_tell_its_queue_is_judged_by_latency() -> None:
     with FakeOllama(slots=2, latency_s=0.4) as server:
         environment = {"LLM_API_URL": f"{server.url}/v1/chat/completions", "LLM_MODEL": "llama3.2:latest"}
