@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings
 
-from config.loading import load_part, variables_of
+from config.loading import SETTINGS_CONFIG, load_part
 
 Exposure = Literal["public", "key", "off"]
 
@@ -19,8 +19,7 @@ _KEY_ENTRY = re.compile(r"[A-Za-z0-9._-]{1,64}:[!-+\--~]{16,512}")
 class ServiceSettings(BaseSettings):
     """All settings of the service. Durations are in seconds."""
 
-    # load_settings rejects unknown names in .env; it knows those of both classes.
-    model_config = SettingsConfigDict(env_prefix="API_", frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SETTINGS_CONFIG | {"env_prefix": "API_"}
 
     host: str = Field("127.0.0.1", description="address that `python main.py` listens on")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 lets the system choose")
@@ -70,15 +69,4 @@ class ServiceSettings(BaseSettings):
         return [(name, key) for name, _, key in (entry.strip().partition(":") for entry in entries)]
 
 
-def service_environment_names(field: str) -> tuple[str, ...]:
-    """Return the environment variables that set *field* of ServiceSettings."""
-    return variables_of(ServiceSettings, field)
-
-
-def load_service_settings(dotenv: Path | None = Path(".env"), **arguments: Any) -> ServiceSettings:
-    """Return the settings; see ``load_part``.
-
-    Raises:
-        ConfigurationError: A value is malformed.
-    """
-    return load_part(ServiceSettings, dotenv, arguments)
+load_service_settings = partial(load_part, ServiceSettings)

@@ -46,7 +46,7 @@ OWNERS = {
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"embedded.baseline"},
     "yaml": {"config.taxonomy"},
-    "dotenv": {"config.settings", "config.settings_origins"},
+    "dotenv": {"config.settings"},
     "pydantic_settings": {
         "config.settings",
         "config.service_settings",
