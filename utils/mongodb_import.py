@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.prompt import Confirm
 
+from commands.flags import positive
 from config import Settings, load_settings
 from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
@@ -70,7 +71,7 @@ def _create_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 2 usage, configuration or file, 3 MongoDB is not reachable, 130 interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument("--count", type=_positive, metavar="N", help="import N samples, or the first N of --file (all)")
+    parser.add_argument("--count", type=positive, metavar="N", help="import N samples, or the first N of --file (all)")
     parser.add_argument("--file", type=Path, help="JSON, JSONL or CSV (TWCS included) instead of the samples")
     parser.add_argument("--mongodb-uri", help="MongoDB address (MONGODB_URI; mongodb://localhost:27017)")
     parser.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
@@ -197,13 +198,6 @@ def _pages(documents: Iterable[Document]) -> Iterator[list[Document]]:
     rest = iter(documents)
     while page := list(itertools.islice(rest, PAGE_SIZE)):
         yield page
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

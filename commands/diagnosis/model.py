@@ -310,7 +310,7 @@ def _slots(measured: Measurement, max_concurrent: object) -> Finding:
         "slots_is_minimum": is_minimum,
         "enough_at_once": measured.enough,
         "max_concurrent": max_concurrent,
-        "queue_wait_from": "server" if measured.levels[-1].queue_waits_s else "latency",
+        "queue_wait_from": measured.queue_wait_from,
         "requests_per_s": {str(level.at_once): round(level.requests_per_s, 3) for level in measured.levels},
     }
     if not slots:
