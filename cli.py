@@ -28,7 +28,7 @@ from commands.flags import (
     create_command_parser,
     create_parser,
     monitoring,
-    run_options,
+    seconds_until_next,
     settings_from,
 )
 from config import Settings, load_taxonomy
@@ -37,7 +37,6 @@ from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
-from utils.schedule import seconds_until_next
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions
 from worker.metrics import MetricsFile
@@ -76,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         settings = command_settings(arguments) if command else settings_from(arguments)
-        _configure_logs(arguments, settings)
-        work = command.run if command else _run
-        return uvloop.run(work(arguments, settings))
+        logs = arguments.verbose if command else monitoring(arguments)[1]
+        secrets = [settings.llm_api_key.get_secret_value()] if settings.llm_api_key else []
+        configure_logging(settings.log_level if logs else "WARNING", secrets=secrets)
+        return uvloop.run((command.run if command else _run)(arguments, settings))
 
     interrupted = "Interrupted." if command else "Interrupted; run the same command again to resume."
     try:
@@ -103,7 +103,14 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         parts: dict[str, Any] = {}
         if arguments.embedded:
             settings, parts = await _embedded(stack, settings)
-        options = run_options(arguments, settings)
+        options = RunOptions(
+            settings.batch_size,
+            arguments.limit,
+            arguments.reprocess,
+            arguments.retry_failed,
+            only=arguments.only,
+            dedupe=arguments.dedupe,
+        )
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
         processor = BatchProcessor(settings, options=options, observers=_observers(arguments, settings), **parts)
@@ -221,12 +228,6 @@ def _observers(arguments: argparse.Namespace, settings: Settings) -> Observers:
         reporters.append(MetricsFile(settings.batch_files_dir))
     announce = partial(print, file=sys.stderr, flush=True) if console else None
     return Observers(Reporters(reporters), announce=announce)
-
-
-def _configure_logs(arguments: argparse.Namespace, settings: Settings) -> None:
-    logs = monitoring(arguments)[1] if hasattr(arguments, "logs") else arguments.verbose
-    secrets = [settings.llm_api_key.get_secret_value()] if settings.llm_api_key else []
-    configure_logging(settings.log_level if logs else "WARNING", secrets=secrets)
 
 
 if __name__ == "__main__":

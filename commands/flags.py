@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from config import Settings, load_settings
 from domain.staleness import SELECTABLE
 from error_handler import ConfigurationError
-from utils.schedule import require_cron
-from worker.intake import RunOptions
 
 PRESETS = {"conservative": (3, 50), "balanced": (5, 100), "aggressive": (10, 200)}  # max_concurrent, batch_size
 
@@ -140,7 +139,6 @@ def _add_work_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--max-concurrent",
         "--concurrent",
-        type=concurrency,
         metavar="N",
         help="concurrent model calls, or auto to follow the slots of the server (MAX_CONCURRENT; 5)",
     )
@@ -211,18 +209,6 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
-def run_options(arguments: argparse.Namespace, settings: Settings) -> RunOptions:
-    """Return the options of the run that *arguments* ask for."""
-    return RunOptions(
-        settings.batch_size,
-        arguments.limit,
-        arguments.reprocess,
-        arguments.retry_failed,
-        only=arguments.only,
-        dedupe=arguments.dedupe,
-    )
-
-
 def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:
     """Return whether to show console progress, log lines and progress files; by default the first and the last."""
     flags = (arguments.console, arguments.logs, arguments.progress_files)
@@ -233,9 +219,26 @@ def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:
     return console, logs or arguments.verbose, files
 
 
-def concurrency(text: str) -> int | str:
-    """Return *text* as a number or "auto", for argparse; the settings check the range."""
-    return text if text == "auto" else int(text)
+def require_cron(expression: str) -> None:
+    """Raise ConfigurationError if *expression* is not a cron expression of five fields."""
+    from croniter import croniter  # noqa: PLC0415 - most runs have no schedule and start faster without it
+
+    try:
+        comes = len(expression.split()) == 5 and bool(croniter(expression).get_next())
+    except ValueError:  # not cron, or a day that does not exist
+        comes = False
+    if not comes:
+        raise ConfigurationError(
+            f'--schedule {expression!r} is not a cron expression; for every day at 2:00, use "0 2 * * *".'
+        )
+
+
+def seconds_until_next(expression: str, now: datetime) -> float:
+    """Return the seconds from *now* (aware, in the local time zone) to the next match of *expression*."""
+    from croniter import croniter  # noqa: PLC0415 - see require_cron
+
+    following: datetime = croniter(expression, now).get_next(datetime)
+    return max(0.0, (following - now).total_seconds())
 
 
 def positive(text: str) -> int:

@@ -55,7 +55,7 @@ OWNERS = {
         "config.loading",
     },
     "filelock": {"storage.files"},
-    "croniter": {"utils.schedule"},
+    "croniter": {"commands.flags"},
     "openai": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     # what the openai package is made of
     "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
