@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.prompt import Confirm
 
 from commands.flags import positive
 from config import Settings, load_settings
@@ -33,7 +32,7 @@ from mongo_client import DocumentStore
 from storage.contract import Document
 from storage.extended_json import dumps, id_text
 from storage.mongo_errors import translated
-from utils.process import exit_code_of
+from utils.process import exit_code_of, is_confirmed
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data" / "sample_conversations.jsonl"
 PAGE_SIZE = 500
@@ -52,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             source_collection=arguments.source_collection,
         )
         configure_logging("DEBUG" if arguments.verbose else "WARNING")
-        if arguments.drop and not arguments.yes:
-            _confirm_drop(settings, console)
         return asyncio.run(_import(arguments, settings, console))
 
     return exit_code_of(
@@ -89,15 +86,13 @@ def _create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _confirm_drop(settings: Settings, console: Console) -> None:
-    if not sys.stdin.isatty():
-        raise ConfigurationError("--drop deletes the collection; add --yes to confirm without a terminal.")
-    question = f"Delete the collection {settings.source_collection} of the database {settings.db_name}?"
-    if not Confirm.ask(question, console=console, default=False):
-        raise RunInterruptedError("Nothing was deleted or imported.")
-
-
 async def _import(arguments: argparse.Namespace, settings: Settings, console: Console) -> int:
+    if arguments.drop and not arguments.yes:
+        if not sys.stdin.isatty():
+            raise ConfigurationError("--drop deletes the collection; add --yes to confirm without a terminal.")
+        question = f"Delete the collection {settings.source_collection} of the database {settings.db_name}?"
+        if not await is_confirmed(question):
+            raise RunInterruptedError("Nothing was deleted or imported.")
     documents = read_documents(arguments.file) if arguments.file else _samples(arguments.count, console)
     pages = _pages(itertools.islice(_with_ids(documents), arguments.count))
     first = next(pages, [])  # before the collection is dropped: the file may be invalid
