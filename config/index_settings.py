@@ -22,35 +22,20 @@ DEFAULT_MODELS: dict[ProviderName, str] = {
 
 
 class IndexSettings(BaseSettings):
-    """All settings of the embedding index. Times are in seconds, lengths in tokens."""
+    """All settings of the embedding index; ``.env.example`` explains each. Times are in seconds, lengths in tokens."""
 
     model_config = SETTINGS_CONFIG | {"env_prefix": "EMBEDDING_"}
 
-    provider: ProviderName = Field("ollama", description="embedding provider: openai, ollama or local")
-    embedding_model: str | None = Field(
-        None, min_length=1, validation_alias="EMBEDDING_MODEL", description="unset: the default of the provider"
-    )
-    dimensions: int | None = Field(
-        None,
-        ge=1,
-        le=8192,
-        description="length of the vectors, for OpenAI models that can shorten them; unset: the model's own",
-    )
-    batch_size: int = Field(100, ge=1, le=2048, description="maximum inputs per call")
-    max_retries: int = Field(3, ge=0, le=20, description="retries of a failed call")
-    max_concurrent: int = Field(
-        4, ge=1, le=64, validation_alias="EMBEDDING_CONCURRENCY", description="concurrent calls"
-    )
-    timeout_s: float = Field(120.0, gt=0, le=3600, description="timeout of a call")
-    database_url: SecretStr | None = Field(
-        None, validation_alias="DATABASE_URL", description="SQLAlchemy URL of the database to document"
-    )
-    index_dir: Path = Field(
-        Path("data/index"), validation_alias="INDEX_DIR", description="directory of the index and its state"
-    )
-    log_file: Path | None = Field(
-        None, validation_alias="LOG_FILE", description="file for a copy of the log lines, rotated at 10 MB"
-    )
+    provider: ProviderName = "ollama"
+    embedding_model: str | None = Field(None, min_length=1, validation_alias="EMBEDDING_MODEL")
+    dimensions: int | None = Field(None, ge=1, le=8192)
+    batch_size: int = Field(100, ge=1, le=2048)
+    max_retries: int = Field(3, ge=0, le=20)
+    max_concurrent: int = Field(4, ge=1, le=64, validation_alias="EMBEDDING_CONCURRENCY")
+    timeout_s: float = Field(120.0, gt=0, le=3600)
+    database_url: SecretStr | None = Field(None, validation_alias="DATABASE_URL")
+    index_dir: Path = Field(Path("data/index"), validation_alias="INDEX_DIR")
+    log_file: Path | None = Field(None, validation_alias="LOG_FILE")
 
     @property
     def model(self) -> str:

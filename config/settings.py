@@ -38,9 +38,10 @@ LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidat
 
 
 class Settings(BaseSettings):
-    """The settings of the worker and of the model server, in seconds and tokens unless the name says otherwise.
+    """The settings of the worker and of the model server; ``.env.example`` explains each variable.
 
-    A field without an alias is set by the variable of its name in capitals.
+    Times are in seconds and lengths in tokens, unless the name says otherwise. A field without an alias is set by the
+    variable of its name in capitals.
     """
 
     model_config = SETTINGS_CONFIG
@@ -48,85 +49,44 @@ class Settings(BaseSettings):
     mongodb_uri: MongoAddress = Field(
         SecretStr("mongodb://localhost:27017"),
         validation_alias=AliasChoices("MONGODB_URI", "MONGODB_CONNECTION_STRING"),
-        description="MongoDB connection string",
     )
     db_name: DatabaseName = Field(
-        "customer_support",
-        validation_alias=AliasChoices("MONGODB_DB", "MONGODB_DATABASE_NAME"),
-        description="MongoDB database",
+        "customer_support", validation_alias=AliasChoices("MONGODB_DB", "MONGODB_DATABASE_NAME")
     )
     source_collection: CollectionName = Field(
-        "conversation_set",
-        validation_alias=AliasChoices("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION"),
-        description="collection with the conversations",
+        "conversation_set", validation_alias=AliasChoices("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION")
     )
-    results_collection: CollectionName = Field(
-        "sentimental_analysis",
-        validation_alias="MONGODB_RESULTS_COLLECTION",
-        description="collection for the results, one per conversation",
-    )
-    batch_size: int = Field(
-        100,
-        ge=1,
-        le=1000,
-        validation_alias=AliasChoices("BATCH_SIZE", "MONGODB_BATCH_SIZE"),
-        description="documents per batch",
-    )
-    max_concurrent: int | Literal["auto"] = Field(5, description="concurrent model calls; auto follows the server")
-    mongodb_max_retries: int = Field(3, ge=1, le=10, description="attempts of each MongoDB call")
-    mongodb_timeout_ms: int = Field(20_000, ge=100, le=600_000, description="timeout of a MongoDB call, milliseconds")
-    mongodb_backoff_s: float = Field(
-        1.0, ge=0, le=60, description="wait after the first failed MongoDB attempt; doubles with each attempt"
-    )
-    mode: Literal["batch", "continuous", "scheduled"] = Field(
-        "batch",
-        validation_alias="BATCH_PROCESSOR_MODE",
-        description="run once, poll for new documents, or follow a schedule",
-    )
-    ollama_model: str | None = Field(None, description="Ollama model")
-    ollama_endpoint: HttpAddress = Field("http://localhost:11434", description="address of Ollama")
+    results_collection: CollectionName = Field("sentimental_analysis", validation_alias="MONGODB_RESULTS_COLLECTION")
+    batch_size: int = Field(100, ge=1, le=1000, validation_alias=AliasChoices("BATCH_SIZE", "MONGODB_BATCH_SIZE"))
+    max_concurrent: int | Literal["auto"] = 5
+    mongodb_max_retries: int = Field(3, ge=1, le=10)
+    mongodb_timeout_ms: int = Field(20_000, ge=100, le=600_000)
+    mongodb_backoff_s: float = Field(1.0, ge=0, le=60)
+    mode: Literal["batch", "continuous", "scheduled"] = Field("batch", validation_alias="BATCH_PROCESSOR_MODE")
+    ollama_model: str | None = None
+    ollama_endpoint: HttpAddress = "http://localhost:11434"
     ollama_num_ctx: int | None = Field(
         None,
         ge=2048,  # a smaller window cannot hold instructions and answer
         le=1_048_576,
-        description="context window (prompt and answer), tokens; unset: chosen once per run",
     )
-    on_long: Literal["fit", "skip", "fail"] = Field(
-        "fit", description="conversations longer than the context window: fit (drop middle turns), skip, or fail"
-    )
-    llm_load_timeout_s: float = Field(600.0, gt=0, le=7200, description="timeout for loading the model")
-    ollama_keep_alive: str = Field(
-        "10m",
-        pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$",
-        description="how long Ollama keeps the model loaded after a call",
-    )
-    llm_api_url: ChatAddress | None = Field(
-        None, description="address of another model server; its path selects the protocol: " + ", ".join(PROTOCOL_PATHS)
-    )
-    llm_model: str | None = Field(None, description="model at LLM_API_URL")
-    llm_api_key: HeaderSecret | None = Field(None, description="bearer token for LLM_API_URL")
-    llm_timeout_s: float = Field(120.0, gt=0, le=3600, description="timeout of a model call")
-    llm_max_attempts: int = Field(3, ge=1, le=10, description="attempts of each model call")
-    llm_backoff_s: float = Field(
-        2.0, ge=0, le=60, description="wait after the first failed attempt of a model call; doubles with each attempt"
-    )
-    outage_limit_s: float = Field(
-        3600.0, gt=0, description="end the run with exit code 3 if the model server is away for longer"
-    )
-    shutdown_grace_s: float = Field(30.0, ge=0, le=600, description="time for calls in flight to finish after SIGTERM")
-    lease_s: float = Field(
-        300.0,
-        ge=1,
-        le=86_400,
-        description="leases expire after this time; other workers then take the documents of a dead worker",
-    )
-    batch_files_dir: Path = Field(Path("batch_files"), description="state directory of one worker")
-    taxonomy_file: Path | None = Field(None, description="taxonomy to use instead of config/taxonomy.yaml")
-    review_below: float | None = Field(
-        None, ge=0, le=1, description="mark a result for review if the probability of a label is below this"
-    )
-    store_original_conversation: bool = Field(False, description="store a copy of the conversation in its result")
-    log_level: LogLevel = Field("INFO", description="lowest level that is logged")
+    on_long: Literal["fit", "skip", "fail"] = "fit"
+    llm_load_timeout_s: float = Field(600.0, gt=0, le=7200)
+    ollama_keep_alive: str = Field("10m", pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$")
+    llm_api_url: ChatAddress | None = None
+    llm_model: str | None = None
+    llm_api_key: HeaderSecret | None = None
+    llm_timeout_s: float = Field(120.0, gt=0, le=3600)
+    llm_max_attempts: int = Field(3, ge=1, le=10)
+    llm_backoff_s: float = Field(2.0, ge=0, le=60)
+    outage_limit_s: float = Field(3600.0, gt=0)
+    shutdown_grace_s: float = Field(30.0, ge=0, le=600)
+    lease_s: float = Field(300.0, ge=1, le=86_400)
+    batch_files_dir: Path = Path("batch_files")
+    taxonomy_file: Path | None = None
+    review_below: float | None = Field(None, ge=0, le=1)
+    store_original_conversation: bool = False
+    log_level: LogLevel = "INFO"
 
     @field_validator("max_concurrent", mode="before")
     @classmethod
