@@ -127,8 +127,8 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
     from embedded.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - only for --embedded
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
 
-    console = Console(stderr=True)
-    console.print("Starting the embedded MongoDB with its data under data/embedded/ ...", soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True)
+    console.print("Starting the embedded MongoDB with its data under data/embedded/ ...")
     mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATA / "db"))
     changes: dict[str, Any] = {"mongodb_uri": SecretStr(mongod.uri)}
     if "batch_files_dir" not in settings.model_fields_set:
@@ -139,18 +139,17 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         await store.check()
         if not await store.upper_bound():
             added = await store.insert_documents(list(read_documents(SAMPLES)))
-            console.print(f"Imported {added} sample conversations into {settings.source_collection}.", soft_wrap=True)
+            console.print(f"Imported {added} sample conversations into {settings.source_collection}.")
     finally:
         await store.close()
     model = await find_model(settings)
     if model is not None:
-        console.print(f"Found Ollama at {settings.server_url}; using {model}.", soft_wrap=True)
+        console.print(f"Found Ollama at {settings.server_url}; using {model}.")
         return settings.model_copy(update={"ollama_model": model}), {}
     baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
     console.print(
         f"[yellow]No Ollama with a model found at {settings.server_url}; using the built-in baseline classifier "
-        f"({BASELINE_MODEL}). Accuracy: docs/baseline.md.[/]",
-        soft_wrap=True,
+        f"({BASELINE_MODEL}). Accuracy: docs/baseline.md.[/]"
     )
     return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}
 

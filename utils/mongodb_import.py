@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from commands.flags import positive
-from config import Settings, load_settings
+from commands.flags import command_settings, positive
+from config import Settings
 from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
 from logger import configure_logging
@@ -41,27 +41,6 @@ _STATUS_FIELDS = frozenset({"status", "status_reason", "last_processed_at", "pro
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the import in *argv* (None: of the process) and return its exit code."""
-    arguments = _create_parser().parse_args(argv)
-    console = Console(stderr=True)
-
-    def run() -> int:
-        settings = load_settings(
-            mongodb_uri=arguments.mongodb_uri,
-            db_name=arguments.db_name,
-            source_collection=arguments.source_collection,
-        )
-        configure_logging("DEBUG" if arguments.verbose else "WARNING")
-        return asyncio.run(_import(arguments, settings, console))
-
-    return exit_code_of(
-        run,
-        "mongodb_import.py",
-        verbose=arguments.verbose,
-        interrupted="Interrupted; the same command imports the rest.",
-    )
-
-
-def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mongodb_import.py",
         description="Import conversations into MongoDB: the shipped samples, or a file. Importing twice adds nothing.",
@@ -83,7 +62,14 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     parser.add_argument("--verbose", action="store_true", help="show log lines, and the traceback of an error")
-    return parser
+    arguments = parser.parse_args(argv)
+
+    def run() -> int:
+        configure_logging("DEBUG" if arguments.verbose else "WARNING")
+        return asyncio.run(_import(arguments, command_settings(arguments), Console(stderr=True)))
+
+    interrupted = "Interrupted; the same command imports the rest."
+    return exit_code_of(run, parser.prog, verbose=arguments.verbose, interrupted=interrupted)
 
 
 async def _import(arguments: argparse.Namespace, settings: Settings, console: Console) -> int:

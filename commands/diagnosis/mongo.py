@@ -41,6 +41,11 @@ _STATE = _switch(
     (_IS_PROCESSED, "processed"),
     (_HAS_REASON, "failed"),
 )
+DUPLICATES: list[dict[str, Any]] = [
+    {"$group": {"_id": f"${UNIQUE_FIELD}", "count": {"$sum": 1}}},
+    {"$match": {"count": {"$gt": 1}}},
+    {"$limit": 1},
+]
 COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": _STATE}, "count": {"$sum": 1}}}]
 
 Check = Callable[[DocumentStore, Settings], AsyncGenerator[Finding]]
@@ -213,7 +218,9 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
     missing = [f"{settings.source_collection}.{field}" for field in SOURCE_INDEXES if field not in on_source]
     missing += [f"{settings.results_collection}.{field}" for field in RESULT_INDEXES if field not in on_results]
     unique = on_results.get(UNIQUE_FIELD)
-    if unique is None and await _has_duplicates(results):
+    with translated("find several results of one document"):
+        repeated = [] if unique else await _aggregate(results, DUPLICATES)
+    if repeated:
         remedy = (
             f"Find them with db.{results.name}.aggregate([{{$group: {{_id: '${UNIQUE_FIELD}', n: {{$sum: 1}}}}}}, "
             "{$match: {n: {$gt: 1}}}]) and delete the surplus."
@@ -231,12 +238,6 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
         yield warning(f"Indexes are missing: {', '.join(missing)}.", remedy)
     else:
         yield ok("All indexes exist.")
-
-
-async def _has_duplicates(results: Any) -> bool:
-    per_document = {"$group": {"_id": f"${UNIQUE_FIELD}", "count": {"$sum": 1}}}
-    with translated("find several results of one document"):
-        return bool(await _aggregate(results, [per_document, {"$match": {"count": {"$gt": 1}}}, {"$limit": 1}]))
 
 
 async def _clock(now: Clock, store: DocumentStore, _settings: Settings) -> AsyncGenerator[Finding]:
