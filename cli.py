@@ -21,16 +21,7 @@ from rich.console import Console
 
 from aggregator import aggregate_conversation
 from batch_processor import BASELINE_PLAN, BatchProcessor, Observers, baseline_classify, find_model
-from commands import summary
-from commands.flags import (
-    Command,
-    command_settings,
-    create_command_parser,
-    create_parser,
-    monitoring,
-    seconds_until_next,
-    settings_from,
-)
+from commands import flags, summary
 from config import Settings, load_taxonomy
 from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
@@ -68,14 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     command = load_command(given[0]) if given and given[0] in COMMANDS else None
     shown = COMMANDS if {"-h", "--help"} & set(given) else ()
-    parser = create_command_parser(command) if command else create_parser(load_command(name) for name in shown)
+    parser = (
+        flags.create_command_parser(command) if command else flags.create_parser(load_command(name) for name in shown)
+    )
     # Intermixed: flags may stand before, between and after the arguments of a command.
     arguments = parser.parse_intermixed_args(given[1:]) if command else parser.parse_args(given)
     tune_garbage_collection()
 
     def run() -> int:
-        settings = command_settings(arguments) if command else settings_from(arguments)
-        logs = arguments.verbose if command else monitoring(arguments)[1]
+        settings = flags.command_settings(arguments) if command else flags.settings_from(arguments)
+        logs = arguments.verbose if command else flags.monitoring(arguments)[1]
         secrets = [settings.llm_api_key.get_secret_value()] if settings.llm_api_key else []
         configure_logging(settings.log_level if logs else "WARNING", secrets=secrets)
         return uvloop.run((command.run if command else _run)(arguments, settings))
@@ -92,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.CONFIGURATION
 
 
-def load_command(name: str) -> Command:
+def load_command(name: str) -> flags.Command:
     """Return the command called *name*, one of COMMANDS."""
-    command: Command = importlib.import_module(COMMANDS[name]).COMMAND
+    command: flags.Command = importlib.import_module(COMMANDS[name]).COMMAND
     return command
 
 
@@ -171,7 +164,7 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
                 return ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
         if settings.mode == "scheduled":
-            wait_s = seconds_until_next(arguments.schedule, datetime.now().astimezone())
+            wait_s = flags.seconds_until_next(arguments.schedule, datetime.now().astimezone())
             logger.info("next run in %.0f s", wait_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(processor.stop.wait(), wait_s)
@@ -218,7 +211,7 @@ async def _report(
 
 
 def _observers(arguments: argparse.Namespace, settings: Settings) -> Observers:
-    console, _, files = monitoring(arguments)
+    console, _, files = flags.monitoring(arguments)
     reporters: list[Reporter] = []
     if console:
         reporters.append(ConsoleProgress(sys.stderr))

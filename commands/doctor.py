@@ -25,7 +25,6 @@ from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
 from worker.plan import sample_needs
 
-DEFAULT_MAX_PROBE = 8
 SAMPLE_TIMEOUT_MS = 5000
 
 
@@ -38,9 +37,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-probe",
         type=positive,
-        default=DEFAULT_MAX_PROBE,
+        default=8,
         metavar="N",
-        help=f"maximum concurrent requests when probing for slots ({DEFAULT_MAX_PROBE})",
+        help="maximum concurrent requests when probing for slots (8)",
     )
 
 
@@ -129,8 +128,5 @@ async def _in_turn(findings: Iterable[Finding]) -> AsyncGenerator[Finding]:
 
 
 COMMAND = Command(
-    "doctor",
-    "Check MongoDB, the model server, disk and settings, and show how to fix problems.",
-    _add_flags,
-    _run,
+    "doctor", "Check MongoDB, the model server, disk and settings, and show how to fix problems.", _add_flags, _run
 )

@@ -27,7 +27,6 @@ from worker.intake import RunOptions
 from worker.progress import ConsoleProgress
 from worker.timing import SampleRecorder
 
-SAMPLE = 20
 CHECKPOINT = "checkpoint.json"
 READ = 300  # minimum documents to read, to count those with nothing to classify, which needs no model
 CANDIDATES = 1000  # minimum ids to draw, to count the pending documents that have a result already
@@ -49,9 +48,7 @@ class DocumentSample:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("estimate")
-    group.add_argument(
-        "--sample", type=positive, default=SAMPLE, metavar="N", help=f"number of documents to classify ({SAMPLE})"
-    )
+    group.add_argument("--sample", type=positive, default=20, metavar="N", help="number of documents to classify (20)")
     group.add_argument(
         "--max-concurrent", "--concurrent", type=int, metavar="N", help="concurrent model calls (MAX_CONCURRENT; 5)"
     )

@@ -32,18 +32,16 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("ids", nargs="*", metavar="ID", help="document ids, as list shows them or as Extended JSON")
     which = parser.add_argument_group("selection")
-    which.add_argument("--reason", type=_reason, help="documents that failed for this reason")
+    which.add_argument(
+        "--reason",
+        choices=[reason.value for reason in Reason],
+        metavar="REASON",
+        help="documents that failed for this reason",
+    )
     which.add_argument("--all", action="store_true", help="all documents")
     which.add_argument("--retry", action="store_true", help="list or show the retry queue instead")
     parser.add_argument("--json", action="store_true", help="print JSON (list and show)")
     parser.add_argument("--yes", action="store_true", help="drop without confirmation")
-
-
-def _reason(text: str) -> Reason:
-    try:
-        return Reason(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(Reason)}") from None
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -65,11 +65,8 @@ class Settings(BaseSettings):
     mode: Literal["batch", "continuous", "scheduled"] = Field("batch", validation_alias="BATCH_PROCESSOR_MODE")
     ollama_model: str | None = None
     ollama_endpoint: HttpAddress = "http://localhost:11434"
-    ollama_num_ctx: int | None = Field(
-        None,
-        ge=2048,  # a smaller window cannot hold instructions and answer
-        le=1_048_576,
-    )
+    # A smaller window cannot hold instructions and answer.
+    ollama_num_ctx: int | None = Field(None, ge=2048, le=1_048_576)
     on_long: Literal["fit", "skip", "fail"] = "fit"
     llm_load_timeout_s: float = Field(600.0, gt=0, le=7200)
     ollama_keep_alive: str = Field("10m", pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$")

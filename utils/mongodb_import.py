@@ -80,7 +80,8 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         if not await is_confirmed(question):
             raise RunInterruptedError("Nothing was deleted or imported.")
     documents = read_documents(arguments.file) if arguments.file else _samples(arguments.count, console)
-    pages = _pages(itertools.islice(_with_ids(documents), arguments.count))
+    chosen = itertools.islice(_with_ids(documents), arguments.count)
+    pages = iter(lambda: list(itertools.islice(chosen, PAGE_SIZE)), [])
     first = next(pages, [])  # before the collection is dropped: the file may be invalid
     store = DocumentStore(settings)
     try:
@@ -173,12 +174,6 @@ def _with_ids(documents: Iterable[Document]) -> Iterator[Document]:
             if seen[document_id] > 1:
                 document_id += f"-{seen[document_id]}"
         yield {"_id": document_id, **document}
-
-
-def _pages(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    rest = iter(documents)
-    while page := list(itertools.islice(rest, PAGE_SIZE)):
-        yield page
 
 
 if __name__ == "__main__":
