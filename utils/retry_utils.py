@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -40,24 +41,24 @@ def is_worth_repeating(exc: BaseException) -> bool:
     return isinstance(exc, TriadError) and exc.error_class is not ErrorClass.PERMANENT
 
 
-def tenacity_options(policy: RetryPolicy, what: str, on_retry: Callable[[], None] | None = None) -> dict[str, Any]:
+def tenacity_options(
+    policy: RetryPolicy, what: str, on_retry: Callable[[], None] | None = None, *, made: int = 0
+) -> dict[str, Any]:
     """Return the arguments of ``tenacity.Retrying`` and ``tenacity.AsyncRetrying``. The last error is raised unchanged.
 
-    *what* names the operation in the log. *on_retry* is called before each repetition.
+    *what* names the operation in the log. *on_retry* is called before each repetition. *made* attempts have already
+    failed.
     """
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
         exc = state.outcome.exception() if state.outcome else None
-        logger.warning(
-            "%s: attempt %d failed (%s), next in %.1f s", what, state.attempt_number, exc, state.upcoming_sleep
-        )
-        if on_retry is not None:
-            on_retry()
+        wait_s = state.next_action.sleep if state.next_action else 0.0
+        _report(what, state.attempt_number + made, exc, wait_s, on_retry)
 
     return {
         "retry": tenacity.retry_if_exception(is_worth_repeating),
-        "stop": tenacity.stop_after_attempt(policy.attempts),
-        "wait": lambda state: policy.wait_s(state.attempt_number),
+        "stop": tenacity.stop_after_attempt(policy.attempts - made),
+        "wait": lambda state: policy.wait_s(state.attempt_number + made),
         "before_sleep": before_sleep,
         "reraise": True,
     }
@@ -69,16 +70,26 @@ async def retry_async(
     """Return the result of *operation*, repeated as *policy* says; the last error is raised unchanged.
 
     The first attempt, which nearly always succeeds, runs without tenacity: its bookkeeping takes 35 µs, 7 % of the
-    processor time of a document. Its error is then the first attempt that tenacity sees.
+    processor time of a document.
     """
     try:
         return await operation()
     except TriadError as exc:
-        earlier = [exc]
+        if policy.attempts == 1 or not is_worth_repeating(exc):
+            raise
+        wait_s = policy.wait_s(1)
+        _report(what, 1, exc, wait_s, on_retry)
+    await asyncio.sleep(wait_s)
 
-    async def attempt() -> T:
-        if earlier:
-            raise earlier.pop()
+    async def attempt() -> T:  # tenacity awaits coroutine functions only
         return await operation()
 
-    return await tenacity.AsyncRetrying(**tenacity_options(policy, what, on_retry))(attempt)
+    return await tenacity.AsyncRetrying(**tenacity_options(policy, what, on_retry, made=1))(attempt)
+
+
+def _report(
+    what: str, attempt: int, exc: BaseException | None, wait_s: float, on_retry: Callable[[], None] | None
+) -> None:
+    logger.warning("%s: attempt %d failed (%s), next in %.1f s", what, attempt, exc, wait_s)
+    if on_retry is not None:
+        on_retry()

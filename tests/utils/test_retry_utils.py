@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -176,20 +175,21 @@ async def test_the_same_options_serve_the_asynchronous_driver() -> None:
         ([LLMBusyError("first"), LLMModelError("gone")], 3, 2),
     ],
 )
-async def test_first_attempt_outside_tenacity_counts(errors: list[LLMError], attempts: int, calls: int) -> None:
-    """The attempts, the repetitions and the error that is raised are those of the policy."""
-    operation, repetitions = Flaky(*errors), []
+async def test_first_attempt_outside_tenacity_counts(
+    errors: list[LLMError], attempts: int, calls: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The attempts, the log and the error that is raised are those of the policy."""
+    operation = Flaky(*errors)
 
     async def asynchronous() -> str:
         return operation()
 
-    def run_it() -> Awaitable[str]:
-        return retry_async(asynchronous, RetryPolicy(attempts, 0.0), "test", lambda: repetitions.append(1))
-
     if calls > len(errors):
-        assert await run_it() == "done"
+        assert await retry_async(asynchronous, RetryPolicy(attempts, 0.0), "test") == "done"
     else:
         with pytest.raises(type(errors[calls - 1])) as caught:
-            await run_it()
+            await retry_async(asynchronous, RetryPolicy(attempts, 0.0), "test")
         assert caught.value is errors[calls - 1]
-    assert (operation.calls, len(repetitions)) == (calls, calls - 1)
+    assert operation.calls == calls
+    logged = [record.getMessage() for record in caplog.records]
+    assert [line.split(" failed")[0] for line in logged] == [f"test: attempt {number}" for number in range(1, calls)]
