@@ -52,22 +52,18 @@ TEST_DOCUMENT = {
 
 @dataclass(frozen=True, slots=True)
 class ModelUnderTest:
-    """The model, and the facts that the server reports about it; *settings* are those of a run.
+    """The target of *client*, and the facts that the server reports about it; *settings* are those of a run.
 
-    The probe sends up to *at_most* concurrent requests, none if it is 0. *tell* gets the progress.
+    The probe sends up to *at_most* concurrent requests, none if it is 0. *tell* gets the progress. Only Ollama reports
+    versions, windows and memory.
     """
 
     client: AsyncLLMClient
     settings: Settings
-    model: ServedModel
+    is_ollama: bool
     facts: ModelFacts
     at_most: int
     tell: Callable[[str], None]
-
-    @property
-    def is_ollama(self) -> bool:
-        """True if the server reports versions, windows and memory."""
-        return self.settings.protocol != "openai_chat"
 
 
 async def diagnose_model(
@@ -80,13 +76,14 @@ async def diagnose_model(
     """
     if exposed := unencrypted(settings):
         yield exposed
+    is_ollama = settings.protocol != "openai_chat"
     patient = without_second_attempts(settings).model_copy(update={"llm_timeout_s": LOAD_TIMEOUT_S})
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session(1))
         client = AsyncLLMClient(patient, chat_target(settings, ""), session)
         stack.push_async_callback(client.breaker.close)
         try:
-            version = await client.version() if settings.protocol != "openai_chat" else None
+            version = await client.version() if is_ollama else None
             models = await client.list_models()
         except LLMError as exc:
             yield error(_sentence(exc), _remedy(exc, settings))
@@ -97,12 +94,12 @@ async def diagnose_model(
         except ConfigurationError as exc:
             yield error(str(exc), "Install one with ollama pull MODEL, or choose one with --model or OLLAMA_MODEL.")
             return
-        facts = await client.show(model.name) if settings.protocol != "openai_chat" else ModelFacts()
+        facts = await client.show(model.name) if is_ollama else ModelFacts()
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
-        tested = ModelUnderTest(client, settings, model, facts, at_most, tell)
-        for finding in _describe(tested):
+        tested = ModelUnderTest(client, settings, is_ollama, facts, at_most, tell)
+        for finding in _describe(model, facts):
             yield finding
-        if tested.is_ollama:
+        if is_ollama:
             async for finding in _settle_window(tested, sample):
                 yield finding
         async for finding in _probe(tested):
@@ -127,9 +124,8 @@ def _server(settings: Settings, version: str | None, models: list[ServedModel]) 
     return ok(sentence, version=version, local_models=local, remote_models=remote)
 
 
-def _describe(tested: ModelUnderTest) -> Iterator[Finding]:
+def _describe(model: ServedModel, facts: ModelFacts) -> Iterator[Finding]:
     """Yield what the server knows about the model without loading it."""
-    model, facts = tested.model, tested.facts
     details = [
         facts.parameter_size and f"{facts.parameter_size} parameters",
         facts.quantization and f"quantisation {facts.quantization}",
@@ -146,9 +142,9 @@ def _describe(tested: ModelUnderTest) -> Iterator[Finding]:
         can_think=facts.can_think,
         context_length=facts.context_length,
     )
-    if tested.is_ollama and facts.capabilities and "completion" not in facts.capabilities:
+    if facts.capabilities and "completion" not in facts.capabilities:
         yield error(f"{model.name} cannot chat: it is an embedding model.", "Choose another with --model.")
-    if tested.is_ollama and facts.can_think:
+    if facts.can_think:
         yield ok("The model can reason; every request disables that (think: false).")
 
 
@@ -186,7 +182,7 @@ async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
     """Yield the findings about load time, memory, a classification and the slots; memory only if at_most is 0."""
     settings = tested.settings
     if tested.at_most:
-        tested.tell(f"Loading {tested.model.name} ...")
+        tested.tell(f"Loading {tested.client.target.model} ...")
         try:
             yield await _load(tested)
         except LLMError as exc:
@@ -236,7 +232,7 @@ async def _memory(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
         yield error(_sentence(exc), _remedy(exc, tested.settings))
         return
     if entry is None:
-        yield ok(f"{tested.model.name} is not loaded; the first call of a run loads it.")
+        yield ok(f"{tested.client.target.model} is not loaded; the first call of a run loads it.")
         return
     yield _given_window(tested, entry)
     if entry.size_bytes and entry.vram_bytes is not None:
