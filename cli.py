@@ -38,15 +38,8 @@ DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
 SAMPLES = DATA / "sample_conversations.jsonl"
 
-# Imported on demand: some need libraries that a run does not.
-COMMANDS = {
-    "doctor": "commands.doctor",
-    "estimate": "commands.estimate",
-    "plan": "commands.plan",
-    "quarantine": "commands.quarantine",
-    "openai-batch": "commands.openai_batch",
-    "index": "commands.index",
-}
+# Modules of commands/. They are imported on demand: some need libraries that a run does not.
+COMMANDS = ("doctor", "estimate", "plan", "quarantine", "openai-batch", "index")
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_command(name: str) -> flags.Command:
     """Return the command called *name*, one of COMMANDS."""
-    command: flags.Command = importlib.import_module(COMMANDS[name]).COMMAND
+    command: flags.Command = importlib.import_module(f"commands.{name.replace('-', '_')}").COMMAND
     return command
 
 
