@@ -167,7 +167,7 @@ def load_settings(dotenv: Path | None = DOTENV, **arguments: Any) -> Settings:
 
 
 def settings_origins(flags: Mapping[str, str], dotenv: Path | None = DOTENV) -> dict[str, list[tuple[OriginKind, str]]]:
-    """Return the places that set each field of Settings, as (kind, name); the first one wins, and none is the default.
+    """Return the places that set each field of Settings, as (kind, name). The first one wins; [] means the default.
 
     *flags* maps each field that was set by a flag to the flag. As in pydantic-settings, empty variables count as not
     set, the first name of a setting wins over its other names, and names are compared without regard to case.
