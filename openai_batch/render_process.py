@@ -22,7 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from config.child_environment import forget_settings
+from config.settings import forget_settings
 from error_handler import JobProcessingError, JobTemplateError
 from storage.extended_json import bson_decode, bson_encode
 

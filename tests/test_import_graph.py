@@ -46,7 +46,7 @@ OWNERS = {
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"embedded.baseline"},
     "yaml": {"config.taxonomy"},
-    "dotenv": {"config.settings", "config.settings_origins"},
+    "dotenv": {"config.settings"},
     "pydantic_settings": {
         "config.settings",
         "config.service_settings",
@@ -55,7 +55,7 @@ OWNERS = {
         "config.loading",
     },
     "filelock": {"storage.files"},
-    "croniter": {"utils.schedule"},
+    "croniter": {"commands.flags"},
     "openai": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     # what the openai package is made of
     "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},

@@ -40,7 +40,7 @@ class FailedDocuments:
 
     def of_reason(self, reason: Reason | None) -> list[FailedDocument]:
         """Return the entries that failed because of *reason*; None returns all."""
-        return [entry for entry in self.entries if reason is None or entry.reason is reason]
+        return [entry for entry in self.entries if reason is None or entry.reason == reason]
 
     def named(self, texts: Iterable[str]) -> list[FailedDocument]:
         """Return the entries of the documents that *texts* name, each once, in the order of *texts*.

@@ -180,6 +180,7 @@ def test_log_never_quotes_a_slow_command(tmp_path: Path) -> None:
     assert "my card number" not in (tmp_path / "mongod.log").read_text()
 
 
+@pytest.mark.thorough
 def test_large_log_is_rotated(tmp_path: Path) -> None:
     log = tmp_path / "mongod.log"
     log.write_text("x" * (embedded_mongod.LOG_LIMIT_BYTES + 1))
@@ -188,6 +189,7 @@ def test_large_log_is_rotated(tmp_path: Path) -> None:
     assert (tmp_path / "mongod.log.1").stat().st_size > embedded_mongod.LOG_LIMIT_BYTES
 
 
+@pytest.mark.thorough
 def test_missing_libcurl_comes_from_the_wheel(tmp_path: Path) -> None:
     binary = script(
         tmp_path / "mongod",

@@ -210,6 +210,7 @@ def endless_mail_server() -> Iterator[str]:
             thread.join()
 
 
+@pytest.mark.thorough
 def test_run_ends_while_webhook_or_mail_server_hangs(
     mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI
 ) -> None:
