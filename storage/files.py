@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,17 @@ from storage import extended_json
 MAX_DEATHS_PROCESSING = 2  # crashes while the process worked on this document
 MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly not its fault
 
+_SPACE = "free space or fix the permissions"
+
+
+@contextmanager
+def _explained(problem: str, remedy: str = "fix the permissions") -> Iterator[None]:
+    """Raise an OSError as a StateDirectoryError that states *problem*, the cause and *remedy*."""
+    try:
+        yield
+    except OSError as exc:
+        raise StateDirectoryError(f"{problem} ({exc.strerror}); {remedy}, then run again.") from exc
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace the content of *path* with *content*, durably, with mode 0600.
@@ -31,7 +44,7 @@ def replace_file(path: Path, content: bytes) -> None:
         StateDirectoryError: The disk is full, or the folder is not writable. The old content stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with _explained(f"{path} cannot be written", _SPACE):
         try:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with open(handle, "wb") as file:
@@ -44,10 +57,6 @@ def replace_file(path: Path, content: bytes) -> None:
                 temporary.unlink()
             raise
         sync_folder(path.parent)
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
-        ) from exc
 
 
 def move_file(path: Path, target: Path) -> None:
@@ -56,14 +65,10 @@ def move_file(path: Path, target: Path) -> None:
     Raises:
         StateDirectoryError: A folder does not allow it; the file has not moved.
     """
-    try:
+    with _explained(f"{path} cannot be moved to {target.parent}"):
         os.rename(path, target)
         sync_folder(target.parent)
         sync_folder(path.parent)
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be moved to {target.parent} ({exc.strerror}); fix the permissions, then run again."
-        ) from exc
 
 
 def sync_folder(folder: Path) -> None:
@@ -81,12 +86,8 @@ def remove_file(path: Path) -> None:
     Raises:
         StateDirectoryError: The folder does not allow it.
     """
-    try:
+    with _explained(f"{path} cannot be removed"):
         path.unlink(missing_ok=True)
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be removed ({exc.strerror}); fix the permissions, then run again."
-        ) from exc
 
 
 class DirectoryLock:
@@ -103,14 +104,11 @@ class DirectoryLock:
             DirectoryLockedError: Another process holds it.
             StateDirectoryError: The directory does not allow a lock.
         """
-        try:
-            self._lock.acquire()
-        except Timeout as exc:
-            raise DirectoryLockedError(f"another worker is using {self._directory}; {remedy}") from exc
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{self._directory} cannot be locked ({exc.strerror}); fix its permissions, then run again."
-            ) from exc
+        with _explained(f"{self._directory} cannot be locked"):
+            try:
+                self._lock.acquire()
+            except Timeout as exc:
+                raise DirectoryLockedError(f"another worker is using {self._directory}; {remedy}") from exc
 
     def release(self) -> None:
         """Release the lock, if it is held."""
@@ -188,14 +186,10 @@ class BatchJournal:
 
     def _append(self, event: dict[str, Any]) -> None:
         line = extended_json.dumps(event) + b"\n"
-        try:
+        with _explained(f"{self.path} cannot be written", _SPACE):
             if self._handle is None:
                 self._handle = _open_on_new_line(self.path)
             written = os.write(self._handle, line)
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{self.path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
-            ) from exc
         if written != len(line):
             raise StateDirectoryError(
                 f"{self.path} could only be written in part (disk full?); free space, then run again."
@@ -218,20 +212,14 @@ def replay_journal(path: Path) -> dict[bytes, JournalEntry]:
         StateDirectoryError: The file exists but cannot be read.
     """
     entries: dict[bytes, JournalEntry] = {}
-    try:
-        with open(path, "rb") as file:
-            for line in file:
-                try:
-                    event = extended_json.loads(line)
-                    _apply(entries, event)
-                except (ValueError, KeyError, TypeError):
-                    continue
-    except FileNotFoundError:
-        pass
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be read ({exc.strerror}); fix the permissions, then run again."
-        ) from exc
+    with (
+        _explained(f"{path} cannot be read"),
+        contextlib.suppress(FileNotFoundError),
+        open(path, "rb") as file,
+    ):
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                _apply(entries, extended_json.loads(line))
     return entries
 
 
