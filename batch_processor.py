@@ -10,7 +10,7 @@ import logging
 import runpy
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,11 +50,11 @@ BASELINE_PLAN = "baseline"
 class Observers:
     """The observers of a run.
 
-    *reporter* gets its progress. *recorder* gets each document that is asked and each reply of the model server.
+    *reporters* get its progress. *recorder* gets each document that is asked and each reply of the model server.
     *announce* gets the sentences that an operator should see while the run starts.
     """
 
-    reporter: Reporter | None = None
+    reporters: Sequence[Reporter] = ()
     recorder: SampleRecorder | None = None
     announce: Callable[[str], None] | None = None
 
@@ -229,7 +229,7 @@ class BatchProcessor:
             self.files,
             checkpoint,
             self.stop,
-            reporter=self._observers.reporter,
+            reporters=self._observers.reporters,
             limit=self._limit,
         )
         run = BatchRun(parts, steps)

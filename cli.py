@@ -42,7 +42,7 @@ from worker.checkpoint import RunStats
 from worker.intake import RunOptions
 from worker.metrics import MetricsFile
 from worker.plan import ask_plan, work_kinds
-from worker.progress import ConsoleProgress, FileProgress, Reporter, Reporters
+from worker.progress import ConsoleProgress, FileProgress, Reporter
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
@@ -220,7 +220,7 @@ def _observers(arguments: argparse.Namespace, settings: Settings) -> Observers:
         reporters.append(FileProgress(settings.batch_files_dir / "progress"))
         reporters.append(MetricsFile(settings.batch_files_dir))
     announce = partial(print, file=sys.stderr, flush=True) if console else None
-    return Observers(Reporters(reporters), announce=announce)
+    return Observers(reporters, announce=announce)
 
 
 def _configure_logs(arguments: argparse.Namespace, settings: Settings) -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,6 @@ from domain.conversation import Classification
 
 FIELDS = ("intent", "topic", "sentiment")
 MAX_TOKENS = 20_000  # an answer has a few hundred
-_MAX_STARTS = 20
-_DECODER = json.JSONDecoder()
-_WHITESPACE = " \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +46,19 @@ def label_confidence(
     parsed from *reply*. *labels* maps each of the three fields to its allowed labels.
 
     Returns None if there are no entries, or if they are unclear: they do not spell *reply*, a label is not spelled as
-    in the taxonomy, or a token of a label has no alternatives.
+    in the taxonomy or occurs twice, or a token of a label has no alternatives.
     """
     read = _read_tokens(tokens)
-    spans = _value_spans(reply) if read else None
-    if not read or spans is None:
+    spans = _value_spans(reply, classification) if read else None
+    if spans is None:
         return None
     joined = b"".join(token.content for token in read)
     place = _place_of(reply, spans, joined)
     if place is None:
         return None
     found = {}
-    for field in FIELDS:
-        start, end = (place + len(_encoded(reply[:at])) for at in spans[field])
+    for field, span in zip(FIELDS, spans, strict=True):
+        start, end = (place + len(_encoded(reply[:at])) for at in span)
         probability = _probability(read, (start, end), getattr(classification, field), labels.get(field, ()), joined)
         if probability is None:
             return None
@@ -96,44 +94,22 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _value_spans(reply: str) -> dict[str, tuple[int, int]] | None:
-    """Return the span of each label in *reply*, from after its first quote to after its last."""
-    start = reply.find("{")
-    for _ in range(_MAX_STARTS):  # finds the same object as classifier.ReplyParser
-        if start < 0:
+def _value_spans(reply: str, classification: Classification) -> list[tuple[int, int]] | None:
+    """Return the span in *reply* of each label and its closing quote, in the order of FIELDS; None if one is not unique.
+
+    Text inside a JSON string cannot match, because its quotes are escaped.
+    """
+    spans = []
+    for field in FIELDS:
+        label = re.escape(json.dumps(getattr(classification, field), ensure_ascii=False)[1:])
+        found = list(re.finditer(rf'"{field}"\s*:\s*"({label})', reply))
+        if len(found) != 1:
             return None
-        try:
-            _DECODER.raw_decode(reply, start)
-            spans = {key: (begin + 1, end) for key, begin, end in _strings_of(reply, start)}
-        except (ValueError, IndexError, RecursionError):
-            start = reply.find("{", start + 1)
-            continue
-        return spans if spans.keys() >= set(FIELDS) else None
-    return None
+        spans.append(found[0].span(1))
+    return spans
 
 
-def _strings_of(reply: str, start: int) -> Iterator[tuple[str, int, int]]:
-    """Yield key, begin and end of each string value of the object at *start*."""
-    at = _next(reply, start + 1)
-    while reply[at] != "}":
-        key, at = _DECODER.raw_decode(reply, at)
-        begin = _next(reply, _next(reply, at) + 1)  # over the colon
-        value, at = _DECODER.raw_decode(reply, begin)
-        if isinstance(value, str):
-            yield key, begin, at
-        at = _next(reply, at)
-        if reply[at] == ",":
-            at = _next(reply, at + 1)
-
-
-def _next(reply: str, at: int) -> int:
-    """Return the first position from *at* on that is not white space."""
-    while reply[at] in _WHITESPACE:
-        at += 1
-    return at
-
-
-def _place_of(reply: str, spans: Mapping[str, tuple[int, int]], joined: bytes) -> int | None:
+def _place_of(reply: str, spans: Sequence[tuple[int, int]], joined: bytes) -> int | None:
     """Return the position in *joined* of the first character of *reply*; None if it is not unique.
 
     Reasoning comes before an answer, so the last occurrence counts. Some servers strip fences and white space; then the
@@ -142,7 +118,7 @@ def _place_of(reply: str, spans: Mapping[str, tuple[int, int]], joined: bytes) -
     place = joined.rfind(_encoded(reply))
     if place >= 0:
         return place
-    first, last = min(begin for begin, _ in spans.values()), max(end for _, end in spans.values())
+    first, last = min(spans)[0], max(spans)[1]
     core = _encoded(reply[first:last])
     return joined.find(core) - len(_encoded(reply[:first])) if joined.count(core) == 1 else None
 

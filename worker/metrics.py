@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
@@ -12,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from error_handler import Reason
 from storage.extended_json import id_key
 from storage.files import replace_file
-from utils.batch_file_manager import FAILURE_KINDS, FailureKind, batch_paths, read_failures
+from utils.batch_file_manager import batch_paths, read_failures
 from worker.checkpoint import RunStats
-from worker.progress import FILE_EVERY_S
+from worker.progress import FILE_EVERY_S, Throttle, expected
 
 NAME = "metrics.prom"
 STATUSES = ("running", "completed", "interrupted", "failed")
@@ -30,9 +32,9 @@ class MetricsFile:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._path = directory / "progress" / NAME
-        self._queues: dict[FailureKind, QueueSize] = {kind: QueueSize(directory / kind) for kind in FAILURE_KINDS}
-        self._last_write = 0.0
+        self._throttle = Throttle(FILE_EVERY_S)
         self._successful = 0
         self._worker = directory.resolve().name
         self._times: dict[str, float] = {}
@@ -49,15 +51,12 @@ class MetricsFile:
         self._times = self._times or _saved_times(self._path)
         if stats.successful > self._successful:
             self._times[LAST_SUCCESS] = time.time()
-        self._successful = stats.successful
-        if status == "running" and time.monotonic() - self._last_write < FILE_EVERY_S:
+        self._successful = stats.successful if status == "running" else 0
+        if not self._throttle.is_due(status):
             return
         if status == "completed":
             self._times[LAST_COMPLETED] = time.time()
-        self._last_write = time.monotonic()
         replace_file(self._path, self._render(status, stats, in_flight, limit))
-        if status != "running":
-            self._last_write, self._successful = 0.0, 0
 
     def _render(self, status: str, stats: RunStats, in_flight: int, limit: int | None) -> bytes:
         registry = CollectorRegistry()
@@ -71,52 +70,40 @@ class MetricsFile:
         reasons = [(str(reason), float(stats.reasons.get(reason, 0))) for reason in Reason]
         states = [(name, float(name == status)) for name in STATUSES]
         gauge("triad_run_documents", "Documents of this run by outcome", outcomes, "outcome")
-        gauge(
-            "triad_run_documents_expected",
-            "Documents that this run has to process",
-            [("", max(stats.total, stats.processed))],
-        )
+        gauge("triad_run_documents_expected", "Documents that this run has to process", [("", expected(stats))])
         gauge("triad_run_failures", "Documents of this run without a result, by reason", reasons, "reason")
         gauge("triad_run_status", "1 for the current status of the run", states, "status")
         gauge("triad_run_calls_in_flight", "Documents that wait for the model", [("", in_flight)])
         if limit is not None:
             gauge("triad_run_concurrency_limit", "Limit of concurrent calls, set by auto", [("", limit)])
-        gauge("triad_retry_queue_documents", "Documents in the retry queue", [("", self._queues["retry"].count())])
-        gauge("triad_quarantine_documents", "Documents in quarantine", [("", self._queues["quarantine"].count())])
+        retry, quarantine = (queue_size(self._directory / kind) for kind in ("retry", "quarantine"))
+        gauge("triad_retry_queue_documents", "Documents in the retry queue", [("", retry)])
+        gauge("triad_quarantine_documents", "Documents in quarantine", [("", quarantine)])
         gauge(LAST_SUCCESS, "Time of the last classified document; 0: never", [("", self._times[LAST_SUCCESS])])
         gauge(LAST_COMPLETED, "Time of the last completed run; 0: never", [("", self._times[LAST_COMPLETED])])
         return generate_latest(registry)
 
 
-class QueueSize:
-    """Counts the documents in the failure files of *folder*; only reads files that changed since the last count."""
+def queue_size(folder: Path) -> int:
+    """Return the number of documents in the failure files of *folder*; a corrupt file counts as empty.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: dict[tuple[str, int, int], frozenset[bytes]] = {}
+    Raises:
+        StateDirectoryError: A file cannot be read.
+    """
+    keys: set[bytes] = set()
+    for path in batch_paths(folder):
+        with suppress(FileNotFoundError):  # the worker has finished it
+            state = path.stat()
+            keys |= _failed_keys(path, state.st_ino, state.st_mtime_ns)
+    return len(keys)
 
-    def count(self) -> int:
-        """Return the number of documents; a corrupt file counts as empty.
 
-        Raises:
-            StateDirectoryError: A file cannot be read.
-        """
-        known: dict[tuple[str, int, int], frozenset[bytes]] = {}
-        for path in batch_paths(self._folder):
-            try:
-                state = path.stat()
-            except FileNotFoundError:  # the worker has finished it
-                continue
-            version = (path.name, state.st_ino, state.st_mtime_ns)
-            if version in self._known:
-                known[version] = self._known[version]
-                continue
-            try:
-                known[version] = frozenset(id_key(entry.conversation_id) for entry in read_failures(path))
-            except ValueError:
-                known[version] = frozenset()
-        self._known = known
-        return len(frozenset().union(*known.values()))
+@lru_cache(maxsize=10_000)  # a quarantine of many files is not read again every few seconds
+def _failed_keys(path: Path, _inode: int, _changed_ns: int) -> frozenset[bytes]:
+    try:
+        return frozenset(id_key(entry.conversation_id) for entry in read_failures(path))
+    except ValueError:
+        return frozenset()
 
 
 def _saved_times(path: Path) -> dict[str, float]:

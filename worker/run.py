@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class RunParts:
     files: BatchFiles
     checkpoint: Checkpoint
     stop: asyncio.Event
-    reporter: Reporter | None = None
+    reporters: Sequence[Reporter] = ()
     limit: ConcurrencyLimit | None = None
 
 
@@ -88,7 +88,7 @@ class BatchRun:
         self._store = parts.store
         self._files = parts.files
         self._stop = parts.stop
-        self._reporter = parts.reporter
+        self._reporters = parts.reporters
         self._limit = parts.limit
         self._steps = steps
         self._replace = parts.options.reprocess or parts.options.only in REPLACED
@@ -348,9 +348,9 @@ class BatchRun:
             self._report(status)
 
     def _report(self, status: str) -> None:
-        if self._reporter is not None:
-            limit = None if self._limit is None else self._limit.current
-            self._reporter.update(self._job_id, status, self._settlement.stats, self._in_flight, limit)
+        limit = None if self._limit is None else self._limit.current
+        for reporter in self._reporters:
+            reporter.update(self._job_id, status, self._settlement.stats, self._in_flight, limit)
 
     def _statistics(self) -> dict[str, Any]:
         counts = asdict(self._settlement.stats)

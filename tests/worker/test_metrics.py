@@ -14,8 +14,9 @@ from tests.utils.worker_files import failed
 from tests.worker.test_progress import Clock
 from utils.batch_file_manager import BatchFiles
 from worker import metrics as worker_metrics
+from worker import progress
 from worker.checkpoint import RunStats
-from worker.metrics import LAST_COMPLETED, LAST_SUCCESS, MetricsFile, QueueSize
+from worker.metrics import LAST_COMPLETED, LAST_SUCCESS, MetricsFile, queue_size
 
 
 class BothClocks(Clock):
@@ -29,6 +30,7 @@ class BothClocks(Clock):
 def clock(monkeypatch: pytest.MonkeyPatch) -> BothClocks:
     clock = BothClocks()
     monkeypatch.setattr(worker_metrics, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
@@ -110,30 +112,30 @@ def test_foreign_metrics_file_is_replaced(files: BatchFiles, clock: BothClocks, 
 
 def test_queue_size_counts_documents_as_files_change(files: BatchFiles) -> None:
     """Documents, not entries or files; followed as files change, come, go and break."""
-    size = QueueSize(files.directory / "quarantine")
-    assert size.count() == 0
+    folder = files.directory / "quarantine"
+    assert queue_size(folder) == 0
     files.save_failed("quarantine", 1, [failed("a"), failed(1), failed("1")])
     files.save_failed("quarantine", 2, [failed("a"), failed("b")])
-    assert size.count() == files.count_failed("quarantine") == 4
+    assert queue_size(folder) == files.count_failed("quarantine") == 4
     files.save_failed("quarantine", 2, [failed("c")])
-    assert size.count() == 5
+    assert queue_size(folder) == 5
     path = files.directory / "quarantine/batch_001_quarantine.json"
     path.write_bytes(b"[{")
-    assert size.count() == 3
+    assert queue_size(folder) == 3
     path.unlink()
-    assert size.count() == 3
+    assert queue_size(folder) == 3
 
 
 def test_queue_size_reads_only_changed_files(files: BatchFiles) -> None:
     """A quarantine of many files costs a look at their dates."""
-    size = QueueSize(files.directory / "quarantine")
+    folder = files.directory / "quarantine"
     files.save_failed("quarantine", 1, [failed("a")])
-    assert size.count() == 1
+    assert queue_size(folder) == 1
     path = files.directory / "quarantine/batch_001_quarantine.json"
     before = path.stat()
     path.write_bytes(b"")  # the same file with the same date: had it been read, it would count for nothing
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert size.count() == 1
+    assert queue_size(folder) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -142,4 +144,4 @@ def test_unreadable_failure_file_raises(files: BatchFiles) -> None:
     files.save_failed("quarantine", 1, [failed("a")])
     (files.directory / "quarantine/batch_001_quarantine.json").chmod(0)
     with pytest.raises(StateDirectoryError, match="cannot be read"):
-        QueueSize(files.directory / "quarantine").count()
+        queue_size(files.directory / "quarantine")

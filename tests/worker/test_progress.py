@@ -16,7 +16,7 @@ import pytest
 from error_handler import Reason
 from worker import progress
 from worker.checkpoint import RunStats
-from worker.progress import ConsoleProgress, FileProgress, Rate, Reporters
+from worker.progress import ConsoleProgress, FileProgress, Rate
 
 JSON_FIELDS = {
     "job_id",
@@ -245,14 +245,7 @@ def test_files_are_replaced_atomically(clock: Clock, tmp_path: Path) -> None:
 def test_history_of_a_long_run_is_bounded(clock: Clock, tmp_path: Path) -> None:
     """Half of the rows remain, from the first to the last."""
     files = FileProgress(tmp_path)
-    files._history = [{"processed": number} for number in range(2000)]
+    files._history = [{"time": "", "processed": number} for number in range(2000)]
     files.update("job_1", "completed", stats(), 0)
     rows = list(csv.DictReader((tmp_path / "job_1.csv").read_text().splitlines()))
     assert [row["processed"] for row in rows] == [str(number) for number in range(0, 2000, 2)] + ["50"]
-
-
-def test_reporters_all_get_each_update() -> None:
-    streams = [io.StringIO(), io.StringIO()]
-    Reporters([ConsoleProgress(stream) for stream in streams]).update("job_1", "completed", stats(), 0)
-    assert streams[0].getvalue() == streams[1].getvalue() != ""
-    Reporters([]).update("job_1", "completed", stats(), 0)
