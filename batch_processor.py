@@ -32,10 +32,10 @@ from prompt_builder import PromptBuilder
 from storage.contract import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
-from worker.intake import DocumentIntake, RunOptions
+from worker.intake import Classify, DocumentIntake, RunOptions, RunParts
 from worker.plan import run_window, sample_needs, work_kinds
 from worker.progress import Reporter
-from worker.run import BatchRun, Classify, RunParts, Steps
+from worker.run import BatchRun
 from worker.settlement import BatchInWork
 
 if TYPE_CHECKING:  # only an estimate records its calls
@@ -215,10 +215,8 @@ class BatchProcessor:
         self, sources: Callable[[DocumentIntake], list[AsyncGenerator[BatchInWork]]], *, to_the_end: bool
     ) -> dict[str, Any]:
         await self.connect()
-        kinds = work_kinds(self.store, self.settings, self._plan or None) if self.options.only else None
-        steps = Steps(aggregate_conversation, self._classify, self._plan, kinds)
-        saved = self.files.read_state("checkpoint.json")
         options = self.options
+        saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
             saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
         )
@@ -229,10 +227,13 @@ class BatchProcessor:
             self.files,
             checkpoint,
             self.stop,
+            self._classify,
+            plan=self._plan,
+            kinds=work_kinds(self.store, self.settings, self._plan or None) if options.only else None,
             reporters=self._observers.reporters,
             limit=self._limit,
         )
-        run = BatchRun(parts, steps)
+        run = BatchRun(parts)
         return await run.execute(sources(run.intake), to_the_end=to_the_end)
 
     def _worker_id(self) -> str:

@@ -19,7 +19,6 @@ import uvloop
 from pydantic import SecretStr
 from rich.console import Console
 
-from aggregator import aggregate_conversation
 from batch_processor import BASELINE_PLAN, BatchProcessor, Observers, baseline_classify, find_model
 from commands import summary
 from commands.flags import (
@@ -181,7 +180,7 @@ async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: R
         if options.only in ("stale", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = work_kinds(store, settings, plan) if options.only else None
-        report = await preview(store, aggregate_conversation, options, kinds)
+        report = await preview(store, options, kinds)
     finally:
         await store.close()
     text = json.dumps(report, indent=2)

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-from domain.conversation import Conversation
+from aggregator import aggregate_conversation
 from domain.staleness import REPLACED, StalenessChecker
 from error_handler import SkippedDocumentError
-from storage.contract import Document, Selection, Store
+from mongo_client import DocumentStore
+from storage.contract import Selection
 from storage.extended_json import id_key, id_text
 from worker.intake import RunOptions
 
 EXAMPLES = 10
 
 
-async def preview(
-    store: Store,
-    aggregate: Callable[[Document], Conversation],
-    options: RunOptions,
-    kinds: StalenessChecker | None = None,
-) -> dict[str, Any]:
+async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChecker | None = None) -> dict[str, Any]:
     """Return counts of the documents that a run with *options* would process; call no model and write nothing.
 
     *kinds* is required with ``options.only``; to_classify then includes documents that have a result.
@@ -55,7 +50,7 @@ async def preview(
             if id_key(document["_id"]) in done:
                 continue
             try:
-                conversation = aggregate(document)
+                conversation = aggregate_conversation(document)
             except SkippedDocumentError as exc:
                 skipped[exc.reason] += 1
                 continue

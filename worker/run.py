@@ -1,7 +1,6 @@
 """One run of the batch worker: exactly one result for each document, despite crashes.
 
-It knows neither MongoDB nor the model server: the store and the steps are arguments. docs/architecture.md follows one
-document through this module.
+docs/architecture.md follows one document through this module.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
 from typing import Any
 
-from config import Settings
-from domain.conversation import Conversation, Outcome, build_result
-from domain.staleness import REPLACED, StalenessChecker
+from aggregator import aggregate_conversation
+from domain.conversation import Outcome, build_result
+from domain.staleness import REPLACED
 from error_handler import (
     LLMError,
     LLMModelError,
@@ -26,55 +25,14 @@ from error_handler import (
     SkippedDocumentError,
     TriadError,
 )
-from model_server.concurrency import ConcurrencyLimit
-from storage.contract import Document, Store
-from utils.batch_file_manager import BatchFiles
-from worker.checkpoint import Checkpoint
 from worker.dedupe import FILE_NAME, Deduplicator, ReplyCache
-from worker.intake import MAX_SWEEPS, DocumentIntake, RunOptions
-from worker.progress import Reporter
+from worker.intake import MAX_SWEEPS, DocumentIntake, RunParts
 from worker.settlement import BatchInWork, Failure, Settlement, WorkItem
 
 logger = logging.getLogger(__name__)
 
 SETTLE_EVERY_S = 1.0  # the longest delay of a source status
 MODEL_ERRORS_IN_A_ROW = 5  # replies of "no such model" that end the run
-
-Classify = Callable[[Conversation, int], Awaitable[Outcome]]
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """The steps for one document.
-
-    *aggregate* raises SkippedDocumentError if there is nothing to classify. *classify* takes the conversation and its
-    number of earlier retry rounds; it raises LLMError, or SkippedDocumentError for a conversation that is too long and
-    shall be skipped. *plan* is the plan_fingerprint of the answers; if it is empty, answers of an interrupted run are
-    not reused. *kinds* selects documents for ``RunOptions.only``.
-    """
-
-    aggregate: Callable[[Document], Conversation]
-    classify: Classify
-    plan: str = ""
-    kinds: StalenessChecker | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RunParts:
-    """Settings, stores and observers of one run.
-
-    *stop*, when set, ends the run: no new documents, and a grace period for calls in flight. *limit* None means that
-    ``settings.max_concurrent`` is a fixed number.
-    """
-
-    settings: Settings
-    options: RunOptions
-    store: Store
-    files: BatchFiles
-    checkpoint: Checkpoint
-    stop: asyncio.Event
-    reporters: Sequence[Reporter] = ()
-    limit: ConcurrencyLimit | None = None
 
 
 class BatchRun:
@@ -83,27 +41,21 @@ class BatchRun:
     With ``parts.limit``, a worker acquires a concurrency slot before it takes a document.
     """
 
-    def __init__(self, parts: RunParts, steps: Steps) -> None:
+    def __init__(self, parts: RunParts) -> None:
+        self._parts = parts
         self._settings = parts.settings
         self._store = parts.store
-        self._files = parts.files
         self._stop = parts.stop
-        self._reporters = parts.reporters
         self._limit = parts.limit
-        self._steps = steps
         self._replace = parts.options.reprocess or parts.options.only in REPLACED
-        self._only = parts.options.only
         self._job_id = parts.checkpoint.job_id
-        self._checkpoint = parts.checkpoint
-        cache = ReplyCache(parts.files.directory / FILE_NAME, f"{self._job_id} {steps.plan or secrets.token_hex(8)}")
+        cache = ReplyCache(parts.files.directory / FILE_NAME, f"{self._job_id} {parts.plan or secrets.token_hex(8)}")
         self._dedupe = Deduplicator(cache if parts.options.dedupe else None)
         self._settlement = Settlement(
             parts.store, parts.files, parts.checkpoint, replaces=self._replace, on_rejected=self._dedupe.rejected
         )
         self._progress = self._settlement.progress
-        self.intake = DocumentIntake(
-            parts.store, parts.files, parts.checkpoint, parts.options, settlement=self._settlement, kinds=steps.kinds
-        )
+        self.intake = DocumentIntake(parts, self._settlement)
         self._queue: asyncio.Queue[WorkItem] = asyncio.Queue()
         self._in_flight = 0
         self._model_errors = 0
@@ -124,7 +76,7 @@ class BatchRun:
                     tasks.create_task(self._watch_stop(), name="stop"),
                 ]
                 preparation = tasks.create_task(
-                    self._prepare_source(count=to_the_end and not self._only), name="indexes"
+                    self._prepare_source(count=to_the_end and not self._parts.options.only), name="indexes"
                 )
                 workers = [
                     tasks.create_task(self._work(), name=f"worker-{number}")
@@ -140,7 +92,7 @@ class BatchRun:
                 await self._settlement.flush()  # before the tasks that flush are cancelled
                 for task in (*helpers, *workers, preparation):
                     task.cancel()
-            self._checkpoint.finished = not self._stop.is_set()
+            self._parts.checkpoint.finished = not self._stop.is_set()
             status = "interrupted" if self._stop.is_set() else "completed"
         except ExceptionGroup as group:  # not ``except*``: before Python 3.11.4 it wraps what it raises in a group
             ours, others = group.split(TriadError)
@@ -220,7 +172,7 @@ class BatchRun:
         """Reuse the answer of an identical conversation, wait for one that is in flight, or ask the model."""
         item.journal.started(item.document_id)
         try:
-            item.conversation = conversation = self._steps.aggregate(item.document)
+            item.conversation = conversation = aggregate_conversation(item.document)
         except SkippedDocumentError as exc:
             self._skip(item, exc)
             return
@@ -233,7 +185,7 @@ class BatchRun:
             item.journal.released(item.document_id)
             return
         try:
-            outcome = await self._steps.classify(conversation, item.rounds)
+            outcome = await self._parts.classify(conversation, item.rounds)
         except (asyncio.CancelledError, LLMOutageError):
             item.journal.released(item.document_id)
             raise
@@ -349,7 +301,7 @@ class BatchRun:
 
     def _report(self, status: str) -> None:
         limit = None if self._limit is None else self._limit.current
-        for reporter in self._reporters:
+        for reporter in self._parts.reporters:
             reporter.update(self._job_id, status, self._settlement.stats, self._in_flight, limit)
 
     def _statistics(self) -> dict[str, Any]:
@@ -358,8 +310,8 @@ class BatchRun:
             "job_id": self._job_id,
             "documents_processed": counts.pop("processed"),
             **counts,
-            "in_retry_queue": self._files.count_failed("retry"),
-            "in_quarantine": self._files.count_failed("quarantine"),
+            "in_retry_queue": self._parts.files.count_failed("retry"),
+            "in_quarantine": self._parts.files.count_failed("quarantine"),
             "interrupted": self._stop.is_set(),
             "review_below": self._settings.review_below,
         }

@@ -21,7 +21,8 @@ from error_handler import (
     StoreUnavailableError,
     TriadError,
 )
-from storage.contract import Document, FinalStatus, Store
+from mongo_client import DocumentStore
+from storage.contract import Document, FinalStatus
 from storage.extended_json import id_key, id_text
 from storage.files import BatchJournal, JournalEntry
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
@@ -137,30 +138,25 @@ class GroupCommit(Generic[T]):
     def __init__(self, write: Callable[[list[T]], Awaitable[None]], max_group: int = 200) -> None:
         self._write = write
         self._max_group = max_group
-        self._ready: list[T] = []
-        self._arrived = asyncio.Event()
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._queue: asyncio.Queue[T] = asyncio.Queue()
 
     def submit(self, item: T) -> None:
         """Write *item* as soon as possible; return at once."""
-        self._ready.append(item)
-        self._empty.clear()
-        self._arrived.set()
+        self._queue.put_nowait(item)
 
     async def run(self) -> None:
         """Write submitted items until cancelled; raise what *write* raises."""
         while True:
-            await self._arrived.wait()
-            while self._ready:
-                group, self._ready = self._ready[: self._max_group], self._ready[self._max_group :]
-                await self._write(group)
-            self._arrived.clear()
-            self._empty.set()
+            group = [await self._queue.get()]
+            while len(group) < self._max_group and not self._queue.empty():
+                group.append(self._queue.get_nowait())
+            await self._write(group)
+            for _ in group:
+                self._queue.task_done()
 
     async def drained(self) -> None:
         """Wait until every submitted item is settled, while ``run`` runs."""
-        await self._empty.wait()
+        await self._queue.join()
 
 
 class Settlement:
@@ -173,7 +169,7 @@ class Settlement:
 
     def __init__(
         self,
-        store: Store,
+        store: DocumentStore,
         files: BatchFiles,
         checkpoint: Checkpoint,
         *,
@@ -196,7 +192,7 @@ class Settlement:
         self.stats = RunStats()
         self.mark = LowWaterMark()
         self.unsettled = 0
-        self.since_flush = 0
+        self._since_flush = 0
         self.due = asyncio.Event()  # set when CHECKPOINT_EVERY documents wait for a flush
 
     @property
@@ -321,8 +317,8 @@ class Settlement:
             self.mark.settle(item.ticket)
         item.batch.unsettled -= 1
         self.unsettled -= 1
-        self.since_flush += 1
-        if self.since_flush >= CHECKPOINT_EVERY:
+        self._since_flush += 1
+        if self._since_flush >= CHECKPOINT_EVERY:
             self.due.set()
         if item.batch.unsettled == 0:
             self._finished.append(item.batch)
@@ -334,21 +330,19 @@ class Settlement:
             StoreError, StateDirectoryError: What could not be written is kept for the next flush, also on cancellation.
         """
         async with self._flushing:
-            finished, self._finished = self._finished, []
-            self.since_flush = 0
+            finished = len(self._finished)
+            self._since_flush = 0
             self.due.clear()
-            try:
-                await self._flush_statuses()
-                while finished:
-                    await asyncio.to_thread(self._finish, finished[0])
-                    batch = finished.pop(0)
-                    batch.items.clear()  # break the reference cycle, or they wait for the garbage collector
-                    await self._store.release(batch.document_ids)
-            finally:
-                self._finished = finished + self._finished
+            await self._flush_statuses()
+            for _ in range(finished):  # statuses of batches that finished meanwhile are not written yet
+                batch = self._finished[0]
+                await asyncio.to_thread(self._finish, batch)
+                del self._finished[0]
+                batch.items.clear()  # break the reference cycle, or they wait for the garbage collector
+                await self._store.release(batch.document_ids)
             self.mark.advance(self._checkpoint)
             self._checkpoint.counts = asdict(self.stats)
-            content = self._checkpoint.as_dict()
+            content = asdict(self._checkpoint)
             if content != self._saved:
                 await asyncio.to_thread(
                     self._files.write_state, "checkpoint.json", content | {"updated_at": datetime.now(UTC)}

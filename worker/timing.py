@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from domain.conversation import Conversation, Outcome
 from error_handler import LLMError
 from model_server.protocol import ChatReply
-from worker.run import Classify
+from worker.intake import Classify
 
 BUSY_SHARE = 0.1  # of a document's time; servers report a few milliseconds of overhead as queue wait
 MIN_TIMED = 8  # documents, without the first one of each call, which reads the whole prompt uncached
