@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from domain.conversation import Conversation, input_sha256, result_fingerprint
+from domain.conversation import Conversation, result_fingerprint
 from error_handler import SkippedDocumentError
 from storage.contract import Document
 from storage.extended_json import id_key
@@ -85,7 +85,7 @@ class StalenessChecker:
     def _fits(self, document: Document, made: ResultProvenance) -> Kind:
         """Compare *made* with the current *document*: done, changed, stale, unjudged, or skipped (nothing to classify)."""
         try:
-            input_hash = input_sha256(self.aggregate(document))
+            input_hash = self.aggregate(document).transcript_sha256
         except SkippedDocumentError:
             return "skipped"
         if made.input_sha256 is not None and made.input_sha256 != input_hash:

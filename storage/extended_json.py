@@ -96,10 +96,7 @@ def id_key(document_id: Any) -> bytes:
     Raises:
         ValueError: MongoDB cannot store such an id.
     """
-    try:
-        return bson.encode({"": document_id})
-    except (BSONError, OverflowError) as exc:
-        raise ValueError("not an id") from exc
+    return bson_encode({"": document_id})
 
 
 def bson_encode(value: dict[str, Any]) -> bytes:

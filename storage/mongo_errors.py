@@ -58,15 +58,23 @@ def store_error(what: str, exc: Exception) -> TriadError:
 def _server_error(what: str, exc: errors.OperationFailure) -> StoreError:
     if isinstance(exc, BulkWriteError):
         return StoreRejectedError("MongoDB cannot store the document")
-    if exc.code in FORBIDDEN_CODES:
+    if isinstance(exc, errors.ExecutionTimeout | errors.WTimeoutError | errors.CursorNotFound):
+        return _unavailable(what, exc.code)
+    return _error_of_code(what, exc.code)
+
+
+def _error_of_code(what: str, code: int | None) -> StoreError:
+    if code in FORBIDDEN_CODES:
         return StoreForbiddenError(
             f"MongoDB refuses this user ({what}); check user, password and rights in MONGODB_URI."
         )
-    if exc.code in TRANSIENT_CODES or isinstance(
-        exc, errors.ExecutionTimeout | errors.WTimeoutError | errors.CursorNotFound
-    ):
-        return StoreUnavailableError(f"MongoDB is unavailable ({what}, code {exc.code}); see its log.")
-    return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {exc.code})")
+    if code in TRANSIENT_CODES:
+        return _unavailable(what, code)
+    return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {code})")
+
+
+def _unavailable(what: str, code: int | None) -> StoreUnavailableError:
+    return StoreUnavailableError(f"MongoDB is unavailable ({what}, code {code}); see its log.")
 
 
 def require_only_duplicates(exc: BulkWriteError) -> None:
@@ -77,13 +85,10 @@ def require_only_duplicates(exc: BulkWriteError) -> None:
     """
     if exc.details.get("writeConcernErrors"):
         raise StoreUnavailableError("MongoDB stored the results without the promised durability") from exc
-    problems = [error for error in exc.details.get("writeErrors", ()) if not _is_stored(error)]
-    codes = {error.get("code") for error in problems}
-    if problems:
-        if codes & FORBIDDEN_CODES:
-            raise StoreForbiddenError("MongoDB refuses writes to this user; check the rights of MONGODB_URI.") from exc
-        if codes & TRANSIENT_CODES:
-            raise StoreUnavailableError("MongoDB is unavailable (write results); see its log.") from exc
+    codes = {error.get("code") for error in exc.details.get("writeErrors", ()) if not _is_stored(error)}
+    for code in (codes & FORBIDDEN_CODES) or (codes & TRANSIENT_CODES):
+        raise _error_of_code("write results", code) from exc
+    if codes:
         raise StoreRejectedError("MongoDB cannot store the document") from exc
 
 

@@ -22,7 +22,14 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "asked_before.sqlite"
 _SIBLINGS = ("", "-wal", "-shm", "-journal")  # SQLite files beside the cache file
-_CACHE_KB = 1024
+# No fsync: the file survives a killed process, and losing it in a power cut costs only calls.
+_SET_UP = """
+PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF; PRAGMA cache_size=-1024;
+CREATE TABLE IF NOT EXISTS run (name TEXT);
+CREATE TABLE IF NOT EXISTS asked (input_sha256 BLOB PRIMARY KEY, source BLOB, outcome BLOB) WITHOUT ROWID;
+"""
+# The fields of an Outcome in a row, after its labels.
+_KEPT = ("model_used", "model_digest", "fingerprint", "input_complete", "turns_used", "confidence")
 
 Copy = tuple[WorkItem, Outcome]
 
@@ -88,10 +95,9 @@ class Deduplicator:
     def close(self, *, is_finished: bool) -> None:
         """Close the cache; remove its file if the run is finished, keep it for a run that resumes."""
         if self._cache is not None:
+            self._cache.close()
             if is_finished:
                 self._cache.remove()
-            else:
-                self._cache.close()
 
 
 def _copy(outcome: Outcome, source_id: Any, item: WorkItem) -> Outcome:
@@ -170,18 +176,12 @@ class ReplyCache:
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
         database = sqlite3.connect(self._path, isolation_level=None, timeout=0)
         try:
-            # No fsync: the file survives a killed process, and losing it in a power cut costs only calls.
-            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=OFF", f"cache_size=-{_CACHE_KB}"):
-                database.execute(f"PRAGMA {pragma}")
-            database.execute("CREATE TABLE IF NOT EXISTS run (name TEXT)")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS asked (input_sha256 BLOB PRIMARY KEY, source BLOB, outcome BLOB) WITHOUT ROWID"
-            )
-            known = [name for (name,) in database.execute("SELECT name FROM run")]
-            if known != [self._run]:
-                if known:
-                    raise sqlite3.DatabaseError("of another run")
+            database.executescript(_SET_UP)
+            names = [name for (name,) in database.execute("SELECT name FROM run")]
+            if not names:
                 database.execute("INSERT INTO run VALUES (?)", (self._run,))
+            elif names != [self._run]:
+                raise sqlite3.DatabaseError("of another run")
         except sqlite3.Error:
             database.close()
             raise
@@ -189,24 +189,9 @@ class ReplyCache:
 
 
 def _row(outcome: Outcome) -> bytes:
-    made = (outcome.model_used, outcome.model_digest, outcome.fingerprint)
-    seen = (outcome.input_complete, outcome.turns_used, outcome.confidence)
-    return orjson.dumps([outcome.classification.as_dict(), *made, *seen])
+    return orjson.dumps([outcome.classification.as_dict(), *(getattr(outcome, name) for name in _KEPT)])
 
 
 def _outcome(row: bytes, input_hash: str) -> Outcome:
-    labels, model, digest, fingerprint, input_complete, turns_used, confidence = orjson.loads(row)
-    return Outcome(
-        Classification(**labels),
-        model,
-        digest,
-        attempts=0,
-        duration_ms=0,
-        prompt_tokens=None,
-        reply_tokens=None,
-        input_sha256=input_hash,
-        fingerprint=fingerprint,
-        input_complete=input_complete,
-        turns_used=turns_used,
-        confidence=confidence,
-    )
+    labels, *values = orjson.loads(row)
+    return Outcome(Classification(**labels), input_sha256=input_hash, **dict(zip(_KEPT, values, strict=True)))

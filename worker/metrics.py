@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -9,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
 from error_handler import Reason
 from storage.extended_json import id_key
@@ -108,10 +108,7 @@ def _failed_keys(path: Path, _inode: int, _changed_ns: int) -> frozenset[bytes]:
 
 def _saved_times(path: Path) -> dict[str, float]:
     times = {LAST_SUCCESS: 0.0, LAST_COMPLETED: 0.0}
-    try:
-        for family in text_string_to_metric_families(path.read_text(encoding="utf-8")):
-            if family.name in times:
-                times[family.name] = max((sample.value for sample in family.samples), default=0.0)
-    except (OSError, ValueError, IndexError):  # missing, or not ours
-        return {LAST_SUCCESS: 0.0, LAST_COMPLETED: 0.0}
+    with suppress(OSError, ValueError):  # missing, or not ours
+        found = re.findall(rf"^({'|'.join(times)}){{.*}} ([\d.e+]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        times |= {name: float(value) for name, value in found}
     return times

@@ -24,8 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import async_llm_wrapper
-import batch_processor
 import cli
+import worker.run
 from mongo_client import DocumentStore
 from storage import files as storage_files
 from storage.files import BatchJournal
@@ -139,14 +139,14 @@ def arm(name: str, passage: int) -> None:
 
 def poison(conversation_number: str) -> None:
     """Abort the process, as a crashing C extension does, when this conversation is aggregated."""
-    original = batch_processor.aggregate_conversation
+    original = worker.run.aggregate_conversation
 
     def aggregate(document: Any) -> Any:
         if document.get("conversation_number") == conversation_number:
             os.abort()
         return original(document)
 
-    batch_processor.aggregate_conversation = aggregate
+    worker.run.aggregate_conversation = aggregate
 
 
 def main(plan: dict[str, Any], flags: list[str]) -> int:
