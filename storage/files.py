@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from error_handler import DirectoryLockedError, Reason, StateDirectoryError
 from storage import extended_json
+
+Event = Literal["started", "asked", "released", "answered", "skipped", "failed"]
 
 MAX_DEATHS_PROCESSING = 2  # crashes while the process worked on this document
 MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly not its fault
@@ -154,38 +156,13 @@ class BatchJournal:
         self.path = path
         self._handle: int | None = None
 
-    def started(self, document_id: Any) -> None:
-        """Record that processing of the document begins."""
-        self._append({"e": "started", "id": document_id})
+    def add(self, event: Event, document_id: Any, **details: Any) -> None:
+        """Append *event* of the document with its *details*: ``result``, or ``reason``, ``problem`` and ``is_final``.
 
-    def asked(self, document_id: Any) -> None:
-        """Record that the document now waits for the model."""
-        self._append({"e": "asked", "id": document_id})
-
-    def released(self, document_id: Any) -> None:
-        """Record that the run stopped while the document waited."""
-        self._append({"e": "released", "id": document_id})
-
-    def answered(self, document_id: Any, result: dict[str, Any]) -> None:
-        """Record the finished result, which is kept until MongoDB has it."""
-        self._append({"e": "answered", "id": document_id, "result": result})
-
-    def skipped(self, document_id: Any, reason: Reason, problem: str) -> None:
-        """Record that there is nothing to classify."""
-        self._append({"e": "skipped", "id": document_id, "reason": reason, "problem": problem})
-
-    def failed(self, document_id: Any, reason: Reason, problem: str, *, is_final: bool) -> None:
-        """Record that this round of the document failed; *is_final* if another round cannot help."""
-        self._append({"e": "failed", "id": document_id, "reason": reason, "problem": problem, "is_final": is_final})
-
-    def close(self) -> None:
-        """Close the file and keep it."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def _append(self, event: dict[str, Any]) -> None:
-        line = extended_json.dumps(event) + b"\n"
+        Raises:
+            StateDirectoryError: The disk is full, or the file cannot be written.
+        """
+        line = extended_json.dumps({"e": event, "id": document_id, **details}) + b"\n"
         with _explained(f"{self.path} cannot be written", _SPACE):
             if self._handle is None:
                 self._handle = _open_on_new_line(self.path)
@@ -194,6 +171,12 @@ class BatchJournal:
             raise StateDirectoryError(
                 f"{self.path} could only be written in part (disk full?); free space, then run again."
             )
+
+    def close(self) -> None:
+        """Close the file and keep it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 def _open_on_new_line(path: Path) -> int:

@@ -170,7 +170,7 @@ class BatchRun:
 
     async def _classify(self, item: WorkItem) -> None:
         """Reuse the answer of an identical conversation, wait for one that is in flight, or ask the model."""
-        item.journal.started(item.document_id)
+        item.note("started")
         try:
             item.conversation = conversation = aggregate_conversation(item.document)
         except SkippedDocumentError as exc:
@@ -180,14 +180,14 @@ class BatchRun:
         if copies:
             self._keep(copies)
             return
-        item.journal.asked(item.document_id)
+        item.note("asked")
         if self._dedupe.follows(item):
-            item.journal.released(item.document_id)
+            item.note("released")
             return
         try:
             outcome = await self._parts.classify(conversation, item.rounds)
         except (asyncio.CancelledError, LLMOutageError):
-            item.journal.released(item.document_id)
+            item.note("released")
             raise
         except SkippedDocumentError as exc:
             self._skip(item, exc)
@@ -195,7 +195,7 @@ class BatchRun:
         except LLMError as exc:
             self._require_model(exc)
             failure = Failure.of(exc)
-            item.journal.failed(item.document_id, failure.reason, failure.message, is_final=failure.is_final)
+            item.note("failed", reason=failure.reason, problem=failure.message, is_final=failure.is_final)
             self._settlement.fail(item, failure)
             self._ask_instead(item)
         else:
@@ -213,7 +213,7 @@ class BatchRun:
                 keep_original=self._settings.store_original_conversation,
                 review_below=self._settings.review_below,
             )
-            item.journal.answered(item.document_id, result)
+            item.note("answered", result=result)
             self._settlement.writes.submit((item, result))
 
     def _ask_instead(self, item: WorkItem) -> None:
@@ -222,7 +222,7 @@ class BatchRun:
             self._queue.put_nowait(heir)
 
     def _skip(self, item: WorkItem, problem: SkippedDocumentError) -> None:
-        item.journal.skipped(item.document_id, problem.reason, str(problem))
+        item.note("skipped", reason=problem.reason, problem=str(problem))
         self._settlement.skip(item, problem.reason, str(problem))
 
     def _require_model(self, error: LLMError) -> None:

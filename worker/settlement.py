@@ -24,7 +24,7 @@ from error_handler import (
 from mongo_client import DocumentStore
 from storage.contract import Document, FinalStatus
 from storage.extended_json import id_key, id_text
-from storage.files import BatchJournal, JournalEntry
+from storage.files import Event, JournalEntry
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
 
@@ -79,10 +79,9 @@ class WorkItem:
         """The source ``_id``."""
         return self.document.get("_id")
 
-    @property
-    def journal(self) -> BatchJournal:
-        """The journal of its batch."""
-        return self.batch.file.journal
+    def note(self, event: Event, **details: Any) -> None:
+        """Record *event* in the journal of its batch; see ``BatchJournal.add``."""
+        self.batch.file.journal.add(event, self.document_id, **details)
 
 
 class BatchInWork:

@@ -56,6 +56,10 @@ def _in_folder(folder: str, suffix: str) -> Matches:
     return lambda arguments: arguments[0].parent.name == folder and arguments[0].suffix == suffix
 
 
+def _event(name: str) -> Matches:
+    return lambda arguments: arguments[1] == name
+
+
 _FILES_OS = PatchedOs()
 _FILES_OS.replace = os.replace  # type: ignore[attr-defined]
 _FILES_OS.rename = os.rename  # type: ignore[attr-defined]
@@ -67,12 +71,12 @@ SEAMS = {
     "claimed": Seam(DocumentStore, "claim"),
     "pending_saved": Seam(BatchFiles, "save_pending"),
     "processing_marked": Seam(DocumentStore, "mark_processing"),
-    "started": Seam(BatchJournal, "started"),
-    "asked": Seam(BatchJournal, "asked"),
+    "started": Seam(BatchJournal, "add", matches=_event("started")),
+    "asked": Seam(BatchJournal, "add", matches=_event("asked")),
     "answer_received": Seam(async_llm_wrapper.AsyncLLMClient, "chat"),
-    "answered": Seam(BatchJournal, "answered"),
-    "failure_noted": Seam(BatchJournal, "failed"),
-    "skip_noted": Seam(BatchJournal, "skipped"),
+    "answered": Seam(BatchJournal, "add", matches=_event("answered")),
+    "failure_noted": Seam(BatchJournal, "add", matches=_event("failed")),
+    "skip_noted": Seam(BatchJournal, "add", matches=_event("skipped")),
     "before_write": Seam(DocumentStore, "write_results", before=True),
     "results_written": Seam(DocumentStore, "write_results"),
     "before_mark": Seam(DocumentStore, "mark", before=True),
