@@ -1,9 +1,9 @@
 """The MongoDB client: source documents, leases, results, and the samples that commands draw.
 
-It uses PyMongo's asyncio API, and only calls that Motor has as well, so tests and the demo can pass a Motor or
-``mongomock_motor`` client. Three facts decide the design, all measured on mongod 6.0: ``{_id: {$gt: x}}`` sees only
-ids of the BSON type of x, ``$expr`` sees all; an acknowledged write survives a killed server only with ``j: true``; an
-insert that was cancelled or lost its connection may be stored, so writes are repeated and duplicates count as done.
+It uses only calls that PyMongo's asyncio API and Motor share, so tests and the demo can pass a Motor or
+``mongomock_motor`` client. Three facts measured on mongod 6.0 decide the design: ``{_id: {$gt: x}}`` sees only ids of
+the BSON type of x, ``$expr`` sees all; an acknowledged write survives a killed server only with ``j: true``; an insert
+that was cancelled or lost its connection may be stored, so writes are repeated and duplicates count as done.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
 class DocumentStore:
     """The source documents, the results and the leases of one database.
 
-    Opens its own client in the running event loop unless *client* is given; ``close`` closes only a client that was
-    opened here. Every call is retried as *settings* say before it raises.
+    It opens a client in the running event loop unless *client* is given, and closes only the one that it opened. Every
+    call is retried as *settings* say before it raises a StoreError.
     """
 
     def __init__(self, settings: Settings, *, worker_id: str = "worker", client: Any = None) -> None:
@@ -101,11 +101,7 @@ class DocumentStore:
         self._leases = database.get_collection(f"{settings.source_collection}_leases")
 
     async def check(self) -> None:
-        """Connect to the server and read its clock, which decides when leases expire.
-
-        Raises:
-            StoreUnavailableError, StoreForbiddenError: One sentence for the operator.
-        """
+        """Connect to the server and read its clock, which decides when leases expire."""
         hello = await self._command("connect", self._client.admin, {"hello": 1})
         server_time = hello.get("localTime")
         if isinstance(server_time, datetime):
@@ -114,10 +110,7 @@ class DocumentStore:
             logger.info("MongoDB is a standalone server: writes are durable, but there is no failover")
 
     async def identity(self) -> str:
-        """Return a text that identifies this pair of collections among all servers.
-
-        MongoDB gives each collection a UUID; a collection that does not exist yet has none.
-        """
+        """Return a text that identifies this pair of collections among all servers, by the UUID of the source."""
         command = {"listCollections": 1, "filter": {"name": self._source.name}}
         answer = await self._command("identify the collection", self.database, command)
         found = answer["cursor"]["firstBatch"] if answer else []
@@ -141,8 +134,8 @@ class DocumentStore:
 
     async def upper_bound(self) -> list[Any]:
         """Return the greatest ``_id`` as a list of one, or an empty list for an empty collection."""
-        last = await self._call(
-            "read the last id", lambda: self._source.find({}, {"_id": 1}).sort("_id", -1).limit(1).to_list(None)
+        last = await self._find(
+            "read the last id", self._source, {}, projection={"_id": 1}, sort=[("_id", -1)], limit=1
         )
         return [document["_id"] for document in last]
 
@@ -161,18 +154,15 @@ class DocumentStore:
 
     async def count(self, selection: Selection) -> int:
         """Return how many documents *selection* has now."""
-        query = selection_filter(selection)
-        if not query:
+        if selection == "all":
             return await self._call("count", self._source.estimated_document_count)
-        return await self._call("count", lambda: self._source.count_documents(query))
+        return await self._call("count", lambda: self._source.count_documents(selection_filter(selection)))
 
     async def foreign_statuses(self) -> list[str]:
         """Return the values of ``status`` that this product does not know; it ignores such documents."""
-        known = {None, "pending", "processing", "processed", "failed", "skipped"}
+        known = (None, "pending", "processing", "processed", "failed", "skipped")
         values = await self._call("read statuses", lambda: self._source.distinct("status"))
-        return sorted(
-            str(value) for value in values if value is not None and (not isinstance(value, str) or value not in known)
-        )
+        return sorted(str(value) for value in values if value not in known)
 
     async def result_keys(self, document_ids: list[Any], job_id: str | None = None) -> set[bytes]:
         """Return the ``id_key`` of those *document_ids* that have a result, of *job_id* if given."""
@@ -220,16 +210,16 @@ class DocumentStore:
 
     async def mark(self, document_ids: list[Any], status: FinalStatus, reason: str | None, *, queries: bool) -> None:
         """Set the final status of conversations, or of single queries, and its *reason* if any."""
-        change: Document = (
-            {"$set": {"status_reason": reason}} if reason else {"$set": {}, "$unset": {"status_reason": ""}}
-        )
+        fields: Document = {"status_reason": reason} if reason else {}
+        if not queries:
+            fields |= {"status": status, "last_processed_at": datetime.now(UTC)}
+        elif status != "failed":
+            fields["processed"] = True
+        change: Document = {"$set": fields} if fields else {}
         if queries:
             change["$inc"] = {"processing_attempts": 1}
-            if status != "failed":
-                change["$set"]["processed"] = True
-        else:
-            change["$set"] |= {"status": status, "last_processed_at": datetime.now(UTC)}
-        change = {operator: fields for operator, fields in change.items() if fields}
+        if not reason:
+            change["$unset"] = {"status_reason": ""}
         await self._update(self._marks, document_ids, change)
 
     async def _update(self, collection: Any, document_ids: list[Any], change: Document) -> None:
@@ -256,15 +246,14 @@ class DocumentStore:
         taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))
         if not taken:
             return {id_key(value) for value in document_ids}
+        contested = [document_ids[index] for index in taken]
         free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self._server_time()}}]}
         change = {"$set": {"worker": self._worker_id, "expires_at": expires_at}}
-        contested = [document_ids[index] for index in taken]
-        query = {"_id": {"$in": contested}, **free}
-        await self._call("take over leases", lambda: self._leases.update_many(query, change))
-        own = await self._call(
-            "read leases",
-            lambda: self._leases.find({"_id": {"$in": contested}, "worker": self._worker_id}, {"_id": 1}).to_list(None),
+        await self._call(
+            "take over leases", lambda: self._leases.update_many({"_id": {"$in": contested}, **free}, change)
         )
+        query = {"_id": {"$in": contested}, "worker": self._worker_id}
+        own = await self._find("read leases", self._leases, query, projection={"_id": 1})
         new = [value for index, value in enumerate(document_ids) if index not in taken]
         return {id_key(value) for value in (*new, *(lease["_id"] for lease in own))}
 
@@ -292,7 +281,7 @@ class DocumentStore:
     ) -> dict[bytes, Document]:
         query = {"source_conversation_id": {"$in": document_ids}, **(more or {})}
         projection = {"_id": 0, "source_conversation_id": 1, **dict.fromkeys(fields, 1)}
-        found = await self._call("read results", lambda: self._results.find(query, projection).to_list(None))
+        found = await self._find("read results", self._results, query, projection=projection)
         return {id_key(result["source_conversation_id"]): result for result in found}
 
     async def sample(self, size: int) -> AsyncIterator[Document]:
@@ -316,7 +305,7 @@ class DocumentStore:
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
         """Return those *document_ids* that *selection* has."""
         query = {"_id": {"$in": document_ids}, **selection_filter(selection)}
-        return await self._call("read documents", lambda: self._source.find(query).to_list(None))
+        return await self._find("read documents", self._source, query)
 
     async def insert_documents(self, documents: list[Document]) -> int:
         """Store source *documents*; return how many were new. An existing ``_id`` is left unchanged."""
@@ -325,10 +314,7 @@ class DocumentStore:
 
     async def read_results(self, after: Sequence[Any], limit: int) -> list[Document]:
         """Return up to *limit* results in the order of their ``_id``, after the one given."""
-        query = range_filter(after, [])
-        return await self._call(
-            "read results", lambda: self._results.find(query).sort("_id", 1).limit(limit).to_list(None)
-        )
+        return await self._find("read results", self._results, range_filter(after, []), sort=[("_id", 1)], limit=limit)
 
     async def close(self) -> None:
         """Close the client if it was opened here."""
@@ -346,6 +332,10 @@ class DocumentStore:
             if problem:
                 raise IndexBlockedError(problem) from exc
             raise
+
+    async def _find(self, what: str, collection: Any, query: Document, **options: Any) -> list[Document]:
+        """Return what *query* finds; *options* are those of ``find``."""
+        return await self._call(what, lambda: collection.find(query, **options).to_list(None))
 
     async def _command(self, what: str, database: Any, command: Document) -> Document:
         """Return the reply to *command*; empty from mongomock, which has no commands."""
