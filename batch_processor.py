@@ -10,7 +10,7 @@ import logging
 import runpy
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,11 +32,10 @@ from prompt_builder import PromptBuilder
 from storage.contract import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
-from worker.intake import Classify, DocumentIntake, RunOptions, RunParts
+from worker.intake import Classify, RunOptions, RunParts
 from worker.plan import run_window, sample_needs, work_kinds
 from worker.progress import Reporter
 from worker.run import BatchRun
-from worker.settlement import BatchInWork
 
 if TYPE_CHECKING:  # only an estimate records its calls
     from worker.timing import SampleRecorder
@@ -50,8 +49,8 @@ BASELINE_PLAN = "baseline"
 class Observers:
     """The observers of a run.
 
-    *reporters* get its progress. *recorder* gets each document that is asked and each reply of the model server.
-    *announce* gets the sentences that an operator should see while the run starts.
+    *reporters* get its progress, *recorder* each document that is asked and each reply of the model server, *announce*
+    the sentences that an operator should see while the run starts.
     """
 
     reporters: Sequence[Reporter] = ()
@@ -134,21 +133,18 @@ class BatchProcessor:
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
+        estimator = client.truncator(prompts).estimator
         choice = await run_window(
-            client,
-            self.settings.ollama_num_ctx,
-            lambda client: sample_needs(self.store, client.truncator(prompts).estimator),
+            client, self.settings.ollama_num_ctx, lambda _client: sample_needs(self.store, estimator)
         )
         start_s = time.monotonic()
         target = await client.warm_up(choice, self._tell)
         if recorder is not None:
             recorder.note_load(time.monotonic() - start_s)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
-
         self._plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)
         window = SharedWindow(client, target.num_ctx)
         stack.push_async_callback(window.close)
-
         return partial(window.classify, prompts, parser)
 
     def _tell(self, sentence: str) -> None:
@@ -189,31 +185,25 @@ class BatchProcessor:
         return result
 
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
-        """Classify only *documents*, with every safeguard of a run; return statistics as ``run`` does.
-
-        Documents that fail are in the retry queue afterwards.
-        """
-        return await self._run(lambda intake: [intake.given(documents)], to_the_end=False)
+        """Classify only *documents*; failed ones are in the retry queue afterwards. Return statistics as ``run`` does."""
+        run = await self._new_run()
+        return await run.execute([run.intake.given(documents)], to_the_end=False)
 
     async def run(self) -> dict[str, Any]:
         """Classify all selected documents; return the statistics.
 
-        Keys: job_id, documents_processed, successful, failed, skipped, already_done,
-        leased_elsewhere, retried, copied, in_retry_queue, in_quarantine, reasons, interrupted, with_confidence,
-        needs_review, review_below.
+        Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
+        in_retry_queue, in_quarantine, reasons, interrupted, with_confidence, needs_review, review_below.
 
         Raises:
-            FailureThresholdError: Too many documents failed.
-            TriadError: MongoDB, the model server or the directory failed for good. In each case, the next run
-                resumes where this one stopped.
+            TriadError: Too many documents failed, or MongoDB, the model server or the directory failed for good. The
+                next run resumes where this one stopped.
         """
-        return await self._run(
-            lambda intake: [intake.recovered(), intake.retry_round(), intake.fresh()], to_the_end=True
-        )
+        run = await self._new_run()
+        sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
+        return await run.execute(sources, to_the_end=True)
 
-    async def _run(
-        self, sources: Callable[[DocumentIntake], list[AsyncGenerator[BatchInWork]]], *, to_the_end: bool
-    ) -> dict[str, Any]:
+    async def _new_run(self) -> BatchRun:
         await self.connect()
         options = self.options
         saved = self.files.read_state("checkpoint.json")
@@ -233,8 +223,7 @@ class BatchProcessor:
             reporters=self._observers.reporters,
             limit=self._limit,
         )
-        run = BatchRun(parts)
-        return await run.execute(sources(run.intake), to_the_end=to_the_end)
+        return BatchRun(parts)
 
     def _worker_id(self) -> str:
         """Return the id under which the worker of this directory holds leases, the same after a crash."""
