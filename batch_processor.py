@@ -100,8 +100,7 @@ class BatchProcessor:
     async def connect(self) -> None:
         """Lock the directory, connect to MongoDB and the model server, and create missing indexes.
 
-        Raises:
-            TriadError: The first problem; nothing was changed.
+        The first problem is raised as a TriadError; no document has changed then.
         """
         if self._connected:
             return
@@ -165,9 +164,8 @@ class BatchProcessor:
     async def process_document(self, document: Document) -> Document:
         """Classify one document, store its result and return it; the source document does not change.
 
-        Raises:
-            SkippedDocumentError: There is nothing to classify.
-            LLMError, StoreError: It failed; nothing was stored or queued for retry.
+        Raise SkippedDocumentError if there is nothing to classify, LLMError or StoreError if it failed. Nothing is stored
+        or queued for retry then.
         """
         await self.connect()
         conversation = aggregate_conversation(document)

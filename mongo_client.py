@@ -120,8 +120,7 @@ class DocumentStore:
     async def ensure_result_indexes(self) -> None:
         """Create the indexes of the results; the unique index makes a second result impossible.
 
-        Raises:
-            IndexBlockedError: Stored results share a source id; the message contains the query that finds them.
+        Raise IndexBlockedError, with the query that finds them, if stored results share a source id.
         """
         unique = IndexModel([("source_conversation_id", 1)], unique=True)
         models = [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)]
@@ -172,10 +171,8 @@ class DocumentStore:
     async def write_results(self, results: list[Document], *, replace: bool = False) -> dict[int, StoreRejectedError]:
         """Store *results* durably; return, by index, those that MongoDB rejects for good.
 
-        A document that already has a result keeps it, unless *replace*. Idempotent.
-
-        Raises:
-            StoreError: Some may be stored; write all of them again.
+        A document that already has a result keeps it, unless *replace*. After a StoreError, some may be stored; it is safe
+        to write all of them again.
         """
         try:
             await self._call("write results", lambda: self._write(results, replace))

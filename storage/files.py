@@ -1,6 +1,7 @@
 """Durable local files: atomic replacement, the directory lock, and the journal of a batch.
 
-A crash or power cut leaves the old content of a replaced file or the new one, and whole lines of a journal.
+A crash or power cut leaves the old content of a replaced file or the new one, and whole lines of a journal. If the disk is
+full or a folder does not allow a change, StateDirectoryError names the file and the remedy; nothing has changed then.
 """
 
 from __future__ import annotations
@@ -41,9 +42,6 @@ def replace_file(path: Path, content: bytes) -> None:
 
     Write a temporary file in the same folder, fsync it, rename it over *path*, then fsync the folder, without which
     a power cut may undo the rename.
-
-    Raises:
-        StateDirectoryError: The disk is full, or the folder is not writable. The old content stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with _explained(f"{path} cannot be written", _SPACE):
@@ -62,11 +60,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def move_file(path: Path, target: Path) -> None:
-    """Move *path* to *target* in another folder of the same disk, durably.
-
-    Raises:
-        StateDirectoryError: A folder does not allow it; the file has not moved.
-    """
+    """Move *path* to *target* in another folder of the same disk, durably."""
     with _explained(f"{path} cannot be moved to {target.parent}"):
         os.rename(path, target)
         sync_folder(target.parent)
@@ -83,11 +77,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove *path*, if it exists.
-
-    Raises:
-        StateDirectoryError: The folder does not allow it.
-    """
+    """Remove *path*, if it exists."""
     with _explained(f"{path} cannot be removed"):
         path.unlink(missing_ok=True)
 
@@ -100,12 +90,7 @@ class DirectoryLock:
         self._lock = FileLock(directory / ".lock", timeout=0, mode=0o600)
 
     def acquire(self, remedy: str) -> None:
-        """Take the lock without waiting; *remedy* is the end of the message if another process holds it.
-
-        Raises:
-            DirectoryLockedError: Another process holds it.
-            StateDirectoryError: The directory does not allow a lock.
-        """
+        """Take the lock; raise DirectoryLockedError, whose message ends with *remedy*, if another process holds it."""
         with _explained(f"{self._directory} cannot be locked"):
             try:
                 self._lock.acquire()
@@ -147,9 +132,8 @@ class BatchJournal:
     fsynced: after a power cut the model is asked again, and nothing is lost.
 
     Events: ``started`` before a document is processed, ``asked`` before it waits for the model, ``released`` if the run
-    stops meanwhile, ``answered`` with the result, ``skipped`` and ``failed`` with the reason. Replaying them shows what
-    a crash interrupted and whether the document is a suspect: one that was *started* but not *asked* was being
-    processed by this process; one that was *asked* was only waiting.
+    stops meanwhile, ``answered``, ``skipped`` and ``failed`` at its end. At a crash, a document that was *started* but not
+    *asked* was being processed by this process, which makes it a suspect; one that was *asked* was only waiting.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,11 +141,7 @@ class BatchJournal:
         self._handle: int | None = None
 
     def add(self, event: Event, document_id: Any, **details: Any) -> None:
-        """Append *event* of the document with its *details*: ``result``, or ``reason``, ``problem`` and ``is_final``.
-
-        Raises:
-            StateDirectoryError: The disk is full, or the file cannot be written.
-        """
+        """Append *event* of the document with its *details*: ``result``, or ``reason``, ``problem`` and ``is_final``."""
         line = extended_json.dumps({"e": event, "id": document_id, **details}) + b"\n"
         with _explained(f"{self.path} cannot be written", _SPACE):
             if self._handle is None:
@@ -189,11 +169,7 @@ def _open_on_new_line(path: Path) -> int:
 
 
 def replay_journal(path: Path) -> dict[bytes, JournalEntry]:
-    """Return the entries of the journal at *path* by ``id_key``; a missing journal is empty, torn lines are ignored.
-
-    Raises:
-        StateDirectoryError: The file exists but cannot be read.
-    """
+    """Return the entries of the journal at *path* by ``id_key``; a missing journal is empty, torn lines are ignored."""
     entries: dict[bytes, JournalEntry] = {}
     with (
         _explained(f"{path} cannot be read"),

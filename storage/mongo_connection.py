@@ -20,11 +20,7 @@ SERVER_SELECTION_MS = 10_000  # short, to report a wrong address soon; three att
 
 
 def open_client(settings: Settings) -> AsyncMongoClient[Document]:
-    """Return a client for the running event loop; the caller closes it.
-
-    Raises:
-        ConfigurationError: MONGODB_URI is not a usable address.
-    """
+    """Return a client for the running event loop; raise ConfigurationError if MONGODB_URI is not a usable address."""
     try:
         with warnings.catch_warnings(action="error", category=UserWarning):  # misspelt options
             return AsyncMongoClient(

@@ -78,11 +78,7 @@ def _unavailable(what: str, code: int | None) -> StoreUnavailableError:
 
 
 def require_only_duplicates(exc: BulkWriteError) -> None:
-    """Return if every error of a bulk write is a duplicate key: those documents are stored already.
-
-    Raises:
-        StoreError: Some document was not stored, or not durably.
-    """
+    """Raise a StoreError unless each error of a bulk write is a duplicate key, whose document is stored already."""
     if exc.details.get("writeConcernErrors"):
         raise StoreUnavailableError("MongoDB stored the results without the promised durability") from exc
     codes = {error.get("code") for error in exc.details.get("writeErrors", ()) if not _is_stored(error)}

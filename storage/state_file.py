@@ -42,10 +42,9 @@ class StateFile:
     """An open SQLite file. Any thread may use it; one at a time is served. Use as ``with``, or close it."""
 
     def __init__(self, path: Path, schema: Schema, *, create: bool = True) -> None:
-        """Open *path*, or make it with mode 0600 (and its folder with mode 0700) if *create*.
+        """Open *path*; with *create*, a missing file is created with mode 0600 (its folder with mode 0700).
 
-        Raises:
-            StateDirectoryError: It cannot be opened, is damaged, belongs to another program, or to a later version.
+        Raise StateDirectoryError if it cannot be opened, is damaged, or belongs to another program or a later version.
         """
         self.path = path
         self._schema = schema

@@ -85,11 +85,7 @@ class MetricsFile:
 
 
 def queue_size(folder: Path) -> int:
-    """Return the number of documents in the failure files of *folder*; a corrupt file counts as empty.
-
-    Raises:
-        StateDirectoryError: A file cannot be read.
-    """
+    """Return the number of documents in the failure files of *folder*; a corrupt file counts as empty."""
     keys: set[bytes] = set()
     for path in batch_paths(folder):
         with suppress(FileNotFoundError):  # the worker has finished it

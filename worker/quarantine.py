@@ -1,7 +1,7 @@
 """Failed documents: list them, requeue them with a full set of attempts, or discard them.
 
 ``requeue`` and ``discard`` need the lock of the directory. Each of their steps replaces or renames one file, so every
-document is in exactly one folder whenever the process dies.
+document is in exactly one folder whenever the process dies, or StateDirectoryError reports a file that cannot be written.
 """
 
 from __future__ import annotations
@@ -44,11 +44,8 @@ class FailedDocuments:
     def named(self, texts: Iterable[str]) -> list[FailedDocument]:
         """Return the entries of the documents that *texts* name, each once, in the order of *texts*.
 
-        A text is what ``id_text`` shows, or the id as Extended JSON. The latter takes precedence, because it
-        distinguishes 7 from "7".
-
-        Raises:
-            ConfigurationError: A text names no document, or more than one.
+        A text is what ``id_text`` shows, or the id as Extended JSON, which takes precedence because it distinguishes 7
+        from "7". Raise ConfigurationError if a text names no document, or more than one.
         """
         return list({id_key(entry.conversation_id): entry for entry in map(self._named, texts)}.values())
 
@@ -76,11 +73,7 @@ def _json_key(text: str) -> bytes | None:
 
 
 def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:
-    """Return the documents in the retry queue, or in quarantine, of *directory*. Needs no lock.
-
-    Raises:
-        StateDirectoryError: The directory does not exist, or a file cannot be read.
-    """
+    """Return the documents in the retry queue, or in quarantine, of *directory*. Needs no lock."""
     if not directory.is_dir():
         raise StateDirectoryError(f"there is no directory {directory}; name the worker's with --batch-files-dir.")
     entries: list[FailedDocument] = []
@@ -121,9 +114,6 @@ def requeue(files: BatchFiles, keys: set[bytes] | None = None) -> int:
     """Move the quarantined documents of *keys* (None: all) to ``pending/`` with a full set of attempts; return their number.
 
     Results that could not be written are kept. Documents of a batch that is still in work stay in quarantine.
-
-    Raises:
-        StateDirectoryError: A file cannot be written; documents of earlier files have been moved.
     """
     in_work = _keys_in_work(files)
     moved = 0
@@ -146,9 +136,6 @@ def discard(files: BatchFiles, keys: set[bytes]) -> int:
     """Remove the documents of *keys* from quarantine for good; return their number. Their status stays failed.
 
     Documents of a batch that is still in work stay, because its run would quarantine them again.
-
-    Raises:
-        StateDirectoryError: A file cannot be written; documents of earlier files have been removed.
     """
     chosen = keys - _keys_in_work(files)
     discarded = 0
@@ -161,7 +148,7 @@ def discard(files: BatchFiles, keys: set[bytes]) -> int:
 
 
 def _keys_in_work(files: BatchFiles) -> set[bytes]:
-    """Return the documents that a crash left in ``pending/``: the next run resumes them, and may quarantine them again."""
+    """Return the documents that a crash left in ``pending/``; the next run may quarantine them again."""
     return {id_key(document.get("_id")) for batch in files.load_pending() for document in batch.documents}
 
 

@@ -249,8 +249,7 @@ class Settlement:
     def fail(self, item: WorkItem, failure: Failure, result: Document | None = None) -> None:
         """Settle this round of *item*, which failed; *result* is its finished result if only the write failed.
 
-        Raises:
-            FailureThresholdError: Too many documents fail. *item* is settled.
+        Afterwards, raise FailureThresholdError if too many documents have failed.
         """
         earlier = self._failed.get(item.key)
         if earlier is None:
@@ -325,8 +324,7 @@ class Settlement:
     async def flush(self) -> None:
         """Bring MongoDB, the files and the checkpoint up to date with what is settled.
 
-        Raises:
-            StoreError, StateDirectoryError: What could not be written is kept for the next flush, also on cancellation.
+        After an error or a cancellation, the next flush writes what is missing.
         """
         async with self._flushing:
             finished = len(self._finished)
