@@ -144,26 +144,21 @@ class DocumentIntake:
             self._settlement.stats.retried += len(batch.items)
             yield batch
 
-    @property
-    def is_exhausted(self) -> bool:
-        """True if ``options.limit`` is reached."""
-        return self._options.limit is not None and self._taken >= self._options.limit
-
     async def _pages(
         self, selection: Selection, after: Sequence[Any], bound: Sequence[Any]
     ) -> AsyncGenerator[BatchInWork]:
-        while not self.is_exhausted:
+        limit = self._options.limit
+        while limit is None or self._taken < limit:
             page = await self._store.read_page(selection, after, bound, self._options.batch_size)
             if not page:
                 return
             after = [page[-1]["_id"]]
             claimed_at = time.monotonic()
             documents = await self._claimed(await self._of_the_kind(page) if selection == "all" else page)
-            if self._options.limit is not None:
-                surplus = documents[self._options.limit - self._taken :]
-                documents = documents[: self._options.limit - self._taken]
-                if surplus:
-                    await self._store.release([document["_id"] for document in surplus])
+            if limit is not None and len(documents) > limit - self._taken:
+                surplus = documents[limit - self._taken :]
+                documents = documents[: limit - self._taken]
+                await self._store.release([document["_id"] for document in surplus])
             if not documents:
                 continue
             self._taken += len(documents)
@@ -221,10 +216,10 @@ class DocumentIntake:
 
     async def _is_selected(self, batch: BatchInWork) -> bool:
         """Return whether this run retries *batch*: with ``options.only``, it leaves the retry files of other runs alone."""
-        only = self._options.only
+        kinds, only = self._parts.kinds, self._options.only
         if only in (None, "failed") or self._settlement.failed_keys & {item.key for item in batch.items}:
             return True
-        if self._parts.kinds is None or only not in REPLACED:
+        if kinds is None or only not in REPLACED:
             return False
         documents = [item.document for item in batch.items]  # of the same run, before its interruption
-        return only in {kind for _, kind in await self._parts.kinds.of(documents, set())}
+        return only in {kind for _, kind in await kinds.of(documents, set())}
