@@ -39,9 +39,9 @@ from utils.process import exit_code_of, print_error, stop_on_signals, tune_garba
 from utils.schedule import seconds_until_next
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions
-from worker.metrics import MetricsFile
 from worker.plan import ask_plan, work_kinds
-from worker.progress import ConsoleProgress, FileProgress, Reporter
+from worker.progress import ConsoleProgress, Reporter
+from worker.progress_files import FileProgress
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
@@ -216,8 +216,7 @@ def _observers(arguments: argparse.Namespace, settings: Settings) -> Observers:
     if console:
         reporters.append(ConsoleProgress(sys.stderr))
     if files:
-        reporters.append(FileProgress(settings.batch_files_dir / "progress"))
-        reporters.append(MetricsFile(settings.batch_files_dir))
+        reporters.append(FileProgress(settings.batch_files_dir))
     announce = partial(print, file=sys.stderr, flush=True) if console else None
     return Observers(reporters, announce=announce)
 

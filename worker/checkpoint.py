@@ -36,6 +36,11 @@ class RunStats:
     reasons: dict[str, int] = field(default_factory=dict)
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # intent, topic, sentiment -> label -> documents
 
+    @property
+    def expected(self) -> int:
+        """The number of documents that the run processes; documents that arrive during the run raise it."""
+        return max(self.total, self.processed)
+
     def count_labels(self, classification: dict[str, str]) -> None:
         """Count the labels of one stored result."""
         for name in ("intent", "topic", "sentiment"):

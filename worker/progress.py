@@ -1,20 +1,14 @@
-"""Progress of a run: a bar or plain lines on the console, and files for other programs."""
+"""Progress of a run: a bar or plain lines on the console."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import time
 from collections import deque
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console
 
-from error_handler import Reason
-from storage.files import replace_file
 from worker.checkpoint import RunStats
 
 if TYPE_CHECKING:
@@ -22,11 +16,6 @@ if TYPE_CHECKING:
 
 RATE_WINDOW_S = 30.0
 PLAIN_LINE_EVERY_S = 10.0
-FILE_EVERY_S = 5.0
-CSV_FIELDS = (
-    *("time", "status", "total_conversations", "processed", "successful", "failed", "skipped", "current_rate"),
-    *map(str, Reason),
-)
 
 
 class Reporter(Protocol):
@@ -78,12 +67,7 @@ class Rate:
     def time_left(self, stats: RunStats) -> timedelta | None:
         """Return how long the rest of the run takes at this rate; None if the rate is 0."""
         rate = self.per_second
-        return timedelta(seconds=(expected(stats) - stats.processed) / rate) if rate > 0 else None
-
-
-def expected(stats: RunStats) -> int:
-    """Return how many documents the run processes; documents that arrive during the run raise the number."""
-    return max(stats.total, stats.processed)
+        return timedelta(seconds=(stats.expected - stats.processed) / rate) if rate > 0 else None
 
 
 class ConsoleProgress:
@@ -110,7 +94,7 @@ class ConsoleProgress:
         left = self._rate.time_left(stats)
         about = "" if left is None else f", about {timedelta(seconds=round(left.total_seconds()))} left"
         return (
-            f"{stats.processed}/{expected(stats)} done, {stats.successful} ok, {stats.failed} failed, "
+            f"{stats.processed}/{stats.expected} done, {stats.successful} ok, {stats.failed} failed, "
             f"{stats.skipped} skipped, {self._rate.per_second:.1f}/s, {calls}{about}"
         )
 
@@ -132,54 +116,8 @@ class ConsoleProgress:
             f"{self._rate.per_second:.1f}/s {calls}"
         )
         task = self._bar.task_ids[0]
-        self._bar.update(task, completed=stats.processed, total=expected(stats), counts=counts)
+        self._bar.update(task, completed=stats.processed, total=stats.expected, counts=counts)
         self._bar.start()  # after the first update, so that no empty bar flashes; later calls do nothing
         if status != "running":
             self._bar.stop()
             self._bar = None
-
-
-class FileProgress:
-    """``<job>.json`` with the state and ``<job>.csv`` with its history in *directory*, replaced atomically."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._rate = Rate()
-        self._throttle = Throttle(FILE_EVERY_S)
-        self._history: list[dict[str, Any]] = []
-
-    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
-        """Write at most every FILE_EVERY_S while running, and always at the end."""
-        self._rate.add(stats.processed)
-        if not self._throttle.is_due(status):
-            return
-        now = datetime.now(UTC)
-        time_text = now.isoformat(timespec="seconds")
-        total, left = expected(stats), self._rate.time_left(stats)
-        state = {
-            "job_id": job_id,
-            "status": status,
-            "start_time": self._history[0]["time"] if self._history else time_text,
-            "total_conversations": total,
-            "processed": stats.processed,
-            "successful": stats.successful,
-            "failed": stats.failed,
-            "skipped": stats.skipped,
-            "in_flight": in_flight,
-            "concurrency_limit": limit,
-            "reasons": dict(stats.reasons),
-            "current_rate": round(self._rate.per_second, 2),
-            "estimated_completion": (now + left).isoformat(timespec="seconds") if left is not None else None,
-            "percentage_complete": round(100 * stats.processed / total, 1) if total else 100.0,
-        }
-        replace_file(self._directory / f"{job_id}.json", json.dumps(state, indent=2).encode())
-        self._history.append({"time": time_text, **state, **stats.reasons})
-        if len(self._history) > 2000:  # halves the detail of a very long run
-            self._history = self._history[::2]
-        table = io.StringIO()
-        writer = csv.DictWriter(table, CSV_FIELDS, restval=0, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._history)
-        replace_file(self._directory / f"{job_id}.csv", table.getvalue().encode())
-        if status != "running":
-            self._history = []
