@@ -38,7 +38,7 @@ from storage.files import replace_file
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from utils.schedule import seconds_until_next
 from worker.checkpoint import RunStats
-from worker.intake import RunOptions
+from worker.intake import RunOptions, preview
 from worker.plan import ask_plan, work_kinds
 from worker.progress import ConsoleProgress, Reporter
 from worker.progress_files import FileProgress
@@ -172,8 +172,6 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
-    from worker.preview import preview  # noqa: PLC0415 - a run does not need it
-
     store = DocumentStore(settings)
     try:
         await store.check()
