@@ -102,27 +102,36 @@ class DirectoryLock:
         self._lock.release()
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why one round of a document gave no result; *is_final* if another round cannot help.
+
+    *is_skipped* means that there is nothing to classify, which is no failure.
+    """
+
+    reason: Reason
+    problem: str
+    is_final: bool = False
+    is_skipped: bool = False
+
+
 @dataclass(slots=True)
 class JournalEntry:
-    """The journal's record of one document.
+    """The journal's record of one document; *result* is the document to store.
 
-    *processing* and *waiting* count the crashes while it was processed, and while it waited for the model. *reason* goes
-    with *problem* and, for failures, with *is_final*; *result* is the document to store.
+    *processing* and *waiting* count the crashes while it was processed, and while it waited for the model.
     """
 
     processing: int = 0
     waiting: int = 0
     result: dict[str, Any] | None = None
-    reason: Reason | None = None
-    problem: str = ""
-    is_final: bool = False
-    is_skipped: bool = False
-    settled: bool = False
+    verdict: Verdict | None = None
 
     @property
     def is_poison(self) -> bool:
         """True if the document ended the process too often for another attempt."""
-        return not self.settled and (self.processing >= MAX_DEATHS_PROCESSING or self.waiting >= MAX_DEATHS_WAITING)
+        is_open = self.result is None and self.verdict is None
+        return is_open and (self.processing >= MAX_DEATHS_PROCESSING or self.waiting >= MAX_DEATHS_WAITING)
 
 
 class BatchJournal:
@@ -141,7 +150,7 @@ class BatchJournal:
         self._handle: int | None = None
 
     def add(self, event: Event, document_id: Any, **details: Any) -> None:
-        """Append *event* of the document with its *details*: ``result``, or ``reason``, ``problem`` and ``is_final``."""
+        """Append *event* of the document with its *details*: ``result``, or the fields of a Verdict."""
         line = extended_json.dumps({"e": event, "id": document_id, **details}) + b"\n"
         with _explained(f"{self.path} cannot be written", _SPACE):
             if self._handle is None:
@@ -193,8 +202,7 @@ def _apply(entries: dict[bytes, JournalEntry], event: dict[str, Any]) -> None:
         case "released":
             entry.waiting -= 1
         case "answered":
-            entry.result, entry.settled = event["result"], True
+            entry.result = event["result"]
         case "skipped" | "failed":
-            entry.reason, entry.problem, entry.settled = Reason(event["reason"]), str(event["problem"]), True
-            entry.is_final = event.get("is_final") is True
-            entry.is_skipped = event["e"] == "skipped"
+            is_final, is_skipped = event.get("is_final") is True, event["e"] == "skipped"
+            entry.verdict = Verdict(Reason(event["reason"]), str(event["problem"]), is_final, is_skipped)

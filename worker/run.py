@@ -25,9 +25,10 @@ from error_handler import (
     SkippedDocumentError,
     TriadError,
 )
+from storage.files import Event
 from worker.dedupe import FILE_NAME, Deduplicator, ReplyCache
 from worker.intake import MAX_SWEEPS, DocumentIntake, RunParts
-from worker.settlement import BatchInWork, Failure, Settlement, WorkItem
+from worker.settlement import BatchInWork, Settlement, WorkItem, verdict_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +156,11 @@ class BatchRun:
         known = past.result or item.known_result
         if known is not None:
             self._settlement.writes.submit((item, known))
-        elif past.reason is not None and past.is_skipped:
-            self._settlement.skip(item, past.reason, past.problem)
-        elif past.reason is not None:
-            self._settlement.fail(item, Failure(past.reason, past.problem, past.is_final))
+        elif past.verdict is not None:
+            self._settlement.end(item, past.verdict)
         elif past.is_poison:
             error = PoisonDocumentError("the worker died each time it processed this document")
-            self._settlement.fail(item, Failure.of(error))
+            self._settlement.end(item, verdict_of(error))
         elif self._is_doubtful(item) and not await self.intake.is_still_ours(item):
             self._settlement.drop(item)
             self._ask_instead(item)
@@ -174,7 +173,7 @@ class BatchRun:
         try:
             item.conversation = conversation = aggregate_conversation(item.document)
         except SkippedDocumentError as exc:
-            self._skip(item, exc)
+            self._end(item, exc)
             return
         copies = self._dedupe.known(item)
         if copies:
@@ -189,14 +188,9 @@ class BatchRun:
         except (asyncio.CancelledError, LLMOutageError):
             item.note("released")
             raise
-        except SkippedDocumentError as exc:
-            self._skip(item, exc)
-            self._ask_instead(item)
-        except LLMError as exc:
+        except (SkippedDocumentError, LLMError) as exc:
             self._require_model(exc)
-            failure = Failure.of(exc)
-            item.note("failed", reason=failure.reason, problem=failure.message, is_final=failure.is_final)
-            self._settlement.fail(item, failure)
+            self._end(item, exc)
             self._ask_instead(item)
         else:
             self._model_errors = 0
@@ -221,13 +215,16 @@ class BatchRun:
         for heir in self._dedupe.gave_up(item):
             self._queue.put_nowait(heir)
 
-    def _skip(self, item: WorkItem, problem: SkippedDocumentError) -> None:
-        item.note("skipped", reason=problem.reason, problem=str(problem))
-        self._settlement.skip(item, problem.reason, str(problem))
+    def _end(self, item: WorkItem, error: SkippedDocumentError | LLMError) -> None:
+        verdict = verdict_of(error)
+        event: Event = "skipped" if verdict.is_skipped else "failed"
+        item.note(event, reason=verdict.reason, problem=verdict.problem, is_final=verdict.is_final)
+        self._settlement.end(item, verdict)
 
-    def _require_model(self, error: LLMError) -> None:
+    def _require_model(self, error: SkippedDocumentError | LLMError) -> None:
         """End the run if the server repeatedly reports that it has no such model."""
-        self._model_errors = self._model_errors + 1 if isinstance(error, LLMModelError) else 0
+        if isinstance(error, LLMError):
+            self._model_errors = self._model_errors + 1 if isinstance(error, LLMModelError) else 0
         if self._model_errors >= MODEL_ERRORS_IN_A_ROW:
             raise LLMModelError(
                 f"{error} - {self._model_errors} such replies in a row; the next run continues with the remaining documents"

@@ -17,6 +17,7 @@ from error_handler import (
     LLMRejectedError,
     PoisonDocumentError,
     Reason,
+    SkippedDocumentError,
     StoreRejectedError,
     StoreUnavailableError,
     TriadError,
@@ -24,7 +25,7 @@ from error_handler import (
 from mongo_client import DocumentStore
 from storage.contract import Document, FinalStatus
 from storage.extended_json import id_key, id_text
-from storage.files import Event, JournalEntry
+from storage.files import Event, JournalEntry, Verdict
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
 
@@ -37,20 +38,13 @@ FAILURE_SHARE, FAILURE_MINIMUM = 0.10, 50  # the run stops above this share, fro
 IDS_PER_UPDATE = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The reason why one round of a document failed; *is_final* if another round cannot help."""
-
-    reason: Reason
-    message: str
-    is_final: bool
-
-    @classmethod
-    def of(cls, error: TriadError) -> Failure:
-        """Return what *error* means for its document."""
-        refused = isinstance(error, LLMRejectedError | PoisonDocumentError | StoreRejectedError)
-        is_final = (refused and not isinstance(error, LLMModelError)) or error.reason is Reason.CONTEXT_OVERFLOW
-        return cls(error.reason, str(error), is_final)
+def verdict_of(error: TriadError) -> Verdict:
+    """Return what *error* means for its document."""
+    if isinstance(error, SkippedDocumentError):
+        return Verdict(error.reason, str(error), is_skipped=True)
+    refused = isinstance(error, LLMRejectedError | PoisonDocumentError | StoreRejectedError)
+    is_final = (refused and not isinstance(error, LLMModelError)) or error.reason is Reason.CONTEXT_OVERFLOW
+    return Verdict(error.reason, str(error), is_final)
 
 
 @dataclass(slots=True)
@@ -210,22 +204,19 @@ class Settlement:
             rejected = await self._store.write_results([result for _, result in group], replace=self._replaces)
         except StoreUnavailableError as exc:
             for item, result in group:
-                self.fail(item, Failure.of(exc), result)
+                self.end(item, verdict_of(exc), result)
             raise  # further answers could not be stored either
         finally:
             self.progress.set()
         for index, (item, result) in enumerate(group):
             if index in rejected:
-                self.fail(item, Failure.of(rejected[index]), result)
+                self.end(item, verdict_of(rejected[index]), result)
                 self._on_rejected(result)
             else:
-                self._succeed(item, result)
-
-    def _succeed(self, item: WorkItem, result: Document) -> None:
-        self._count_success(item.key)
-        self.stats.count_result(result)
-        item.batch.counts["successful"] += 1
-        self._settle(item, "processed", None)
+                self._count_success(item.key)
+                self.stats.count_result(result)
+                item.batch.counts["successful"] += 1
+                self._settle(item, "processed", None)
 
     def found_done(self, documents: list[Document]) -> None:
         """Queue the final status of *documents*, which already have a result."""
@@ -237,46 +228,47 @@ class Settlement:
                 self.stats.already_done += 1
             self._add_status(document, "processed", None)
 
-    def skip(self, item: WorkItem, reason: str, explanation: str) -> None:
-        """Settle *item*, which has nothing to classify."""
-        self.stats.processed += 1
-        self.stats.skipped += 1
-        self.stats.count_reason(reason)
-        item.batch.counts["skipped"] += 1
-        logger.info("document %s skipped: %s", id_text(item.document_id), explanation)
-        self._settle(item, "skipped", f"{reason}: {explanation}")
-
-    def fail(self, item: WorkItem, failure: Failure, result: Document | None = None) -> None:
-        """Settle this round of *item*, which failed; *result* is its finished result if only the write failed.
+    def end(self, item: WorkItem, verdict: Verdict, result: Document | None = None) -> None:
+        """Settle this round of *item* without a result in MongoDB; *result* is there if only its write failed.
 
         Afterwards, raise FailureThresholdError if too many documents have failed.
         """
+        self.stats.count_reason(verdict.reason)
+        if verdict.is_skipped:
+            self.stats.processed += 1
+            self.stats.skipped += 1
+            item.batch.counts["skipped"] += 1
+            logger.info("document %s skipped: %s", id_text(item.document_id), verdict.problem)
+            self._settle(item, "skipped", f"{verdict.reason}: {verdict.problem}")
+        else:
+            self._fail(item, verdict, result)
+            self._settle(item, "failed", f"{verdict.reason}: {verdict.problem}")
+            self._require_few_failures()
+
+    def _fail(self, item: WorkItem, verdict: Verdict, result: Document | None) -> None:
         earlier = self._failed.get(item.key)
         if earlier is None:
             self.stats.processed += 1
             self.stats.failed += 1
-            if item.past.reason is not None:
+            if item.past.verdict is not None:
                 self._failed_before.add(item.key)
         else:
             self.stats.uncount_reason(earlier)
-        self._failed[item.key] = failure.reason
-        self.stats.count_reason(failure.reason)
+        self._failed[item.key] = verdict.reason
         item.batch.counts["failed"] += 1
-        final = failure.is_final or item.rounds >= MAX_ROUNDS
+        final = verdict.is_final or item.rounds >= MAX_ROUNDS
         entry = FailedDocument(
             conversation_id=item.document_id,
             status="write_failed" if result is not None else "llm_failed",
             conversation_data=item.document,
             retry_count=item.rounds,
-            reason=failure.reason,
-            error=failure.message,
+            reason=verdict.reason,
+            error=verdict.problem,
             classification_result=result,
         )
         (item.batch.to_quarantine if final else item.batch.to_retry).append(entry)
         outcome = "quarantined" if final else "queued for retry"
-        logger.warning("document %s %s: %s: %s", id_text(item.document_id), outcome, failure.reason, failure.message)
-        self._settle(item, "failed", f"{failure.reason}: {failure.message}")
-        self._require_few_failures()
+        logger.warning("document %s %s: %s: %s", id_text(item.document_id), outcome, verdict.reason, verdict.problem)
 
     def _count_success(self, key: bytes) -> None:
         earlier = self._failed.pop(key, None)

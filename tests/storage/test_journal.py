@@ -13,7 +13,7 @@ import pytest
 
 from error_handler import Reason, StateDirectoryError
 from storage.extended_json import id_key
-from storage.files import MAX_DEATHS_PROCESSING, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, replay_journal
+from storage.files import MAX_DEATHS_PROCESSING, MAX_DEATHS_WAITING, BatchJournal, JournalEntry, Verdict, replay_journal
 
 RESULT = {
     "_id": bson.ObjectId(),
@@ -55,7 +55,6 @@ def test_answer_keeps_its_types(journal: BatchJournal, path: Path) -> None:
     found = entry(path)
     assert found.result == RESULT
     assert bson.encode(found.result or {}) == bson.encode(RESULT)
-    assert found.settled
     assert not found.is_poison
 
 
@@ -65,18 +64,9 @@ def test_outcomes_are_replayed(journal: BatchJournal, path: Path) -> None:
     journal.add("failed", "b", reason=Reason.EMPTY, problem="the answer is empty", is_final=False)
     journal.add("failed", "c", reason=Reason.CONTEXT_OVERFLOW, problem="too long", is_final=True)
     skipped, failed, final = (entry(path, name) for name in "abc")
-    assert (skipped.reason, skipped.problem, skipped.settled) == (
-        Reason.SKIPPED_NO_TEXT,
-        "no turn with usable text",
-        True,
-    )
-    assert (failed.reason, failed.problem, failed.settled, failed.is_final) == (
-        Reason.EMPTY,
-        "the answer is empty",
-        True,
-        False,
-    )
-    assert final.is_final
+    assert skipped.verdict == Verdict(Reason.SKIPPED_NO_TEXT, "no turn with usable text", is_skipped=True)
+    assert failed.verdict == Verdict(Reason.EMPTY, "the answer is empty")
+    assert final.verdict == Verdict(Reason.CONTEXT_OVERFLOW, "too long", is_final=True)
 
 
 def test_ids_of_different_types_are_distinct(journal: BatchJournal, path: Path) -> None:
@@ -175,7 +165,7 @@ def test_a_crash_at_any_byte_loses_at_most_the_event_being_written(journal: Batc
 def test_invalid_line_is_ignored(path: Path, line: bytes) -> None:
     """A power cut leaves zeros and halves; what follows still counts."""
     path.write_bytes(line + b'\n{"e":"started","id":"a"}\n')
-    assert (entry(path).processing, entry(path).settled) == (1, False)
+    assert (entry(path).processing, entry(path).result, entry(path).verdict) == (1, None, None)
 
 
 def test_journal_is_private(journal: BatchJournal, path: Path) -> None:
