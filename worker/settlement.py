@@ -213,7 +213,8 @@ class Settlement:
                 self.end(item, verdict_of(rejected[index]), result)
                 self._on_rejected(result)
             else:
-                self._count_success(item.key)
+                self._count(item.key)
+                self.stats.successful += 1
                 self.stats.count_result(result)
                 item.batch.counts["successful"] += 1
                 self._settle(item, "processed", None)
@@ -223,7 +224,8 @@ class Settlement:
         for document in documents:
             key = id_key(document.get("_id"))
             if key in self._failed:  # its write was stored after all
-                self._count_success(key)
+                self._count(key)
+                self.stats.successful += 1
             else:
                 self.stats.already_done += 1
             self._add_status(document, "processed", None)
@@ -233,29 +235,25 @@ class Settlement:
 
         Afterwards, raise FailureThresholdError if too many documents have failed.
         """
+        failed_earlier = self._count(item.key)
         self.stats.count_reason(verdict.reason)
         if verdict.is_skipped:
-            self.stats.processed += 1
             self.stats.skipped += 1
             item.batch.counts["skipped"] += 1
             logger.info("document %s skipped: %s", id_text(item.document_id), verdict.problem)
             self._settle(item, "skipped", f"{verdict.reason}: {verdict.problem}")
-        else:
-            self._fail(item, verdict, result)
-            self._settle(item, "failed", f"{verdict.reason}: {verdict.problem}")
-            self._require_few_failures()
-
-    def _fail(self, item: WorkItem, verdict: Verdict, result: Document | None) -> None:
-        earlier = self._failed.get(item.key)
-        if earlier is None:
-            self.stats.processed += 1
-            self.stats.failed += 1
-            if item.past.verdict is not None:
-                self._failed_before.add(item.key)
-        else:
-            self.stats.uncount_reason(earlier)
+            return
+        self.stats.failed += 1
         self._failed[item.key] = verdict.reason
+        if item.past.verdict is not None and not failed_earlier:
+            self._failed_before.add(item.key)
         item.batch.counts["failed"] += 1
+        self._requeue(item, verdict, result)
+        self._settle(item, "failed", f"{verdict.reason}: {verdict.problem}")
+        self._require_few_failures()
+
+    def _requeue(self, item: WorkItem, verdict: Verdict, result: Document | None) -> None:
+        """Add *item* to the retry queue, or to the quarantine if no other round can help."""
         final = verdict.is_final or item.rounds >= MAX_ROUNDS
         entry = FailedDocument(
             conversation_id=item.document_id,
@@ -270,15 +268,15 @@ class Settlement:
         outcome = "quarantined" if final else "queued for retry"
         logger.warning("document %s %s: %s: %s", id_text(item.document_id), outcome, verdict.reason, verdict.problem)
 
-    def _count_success(self, key: bytes) -> None:
+    def _count(self, key: bytes) -> bool:
+        """Count a document that ends; return whether it failed earlier in this run, which no longer counts."""
         earlier = self._failed.pop(key, None)
-        self._failed_before.discard(key)
         if earlier is None:
             self.stats.processed += 1
         else:
             self.stats.failed -= 1
             self.stats.uncount_reason(earlier)
-        self.stats.successful += 1
+        return earlier is not None
 
     def _require_few_failures(self) -> None:
         stats = self.stats

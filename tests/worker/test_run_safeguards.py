@@ -11,7 +11,7 @@ import pytest
 
 from config import load_settings
 from domain.conversation import Classification, Conversation, Outcome
-from error_handler import StoreRejectedError, StoreUnavailableError
+from error_handler import LLMReplyError, Reason, SkippedDocumentError, StoreRejectedError, StoreUnavailableError
 from storage.contract import Document, FinalStatus, Selection
 from storage.extended_json import id_key
 from utils.batch_file_manager import BatchFiles
@@ -150,6 +150,21 @@ async def test_rejected_result_is_not_copied(tmp_path: Path) -> None:
     assert store.results.keys() == {2}
     assert len(model.asked) == 2
     assert "copied_from" not in store.results[2]["processing_metadata"]
+
+
+async def test_document_that_failed_and_is_then_skipped_is_counted_once(tmp_path: Path) -> None:
+    """For example because the window is smaller in the retry round; its failure no longer counts."""
+    store, model = MemoryStore(), Model()
+    errors = [LLMReplyError("empty", Reason.EMPTY), SkippedDocumentError("too long", Reason.CONTEXT_OVERFLOW)]
+
+    async def fail() -> None:
+        raise errors.pop(0)
+
+    model.before = fail
+    stats = await run(tmp_path, store, model, [document(1, "where is my parcel")], to_the_end=True)
+    assert (stats["documents_processed"], stats["failed"], stats["skipped"]) == (1, 0, 1)
+    assert stats["reasons"] == {Reason.CONTEXT_OVERFLOW: 1}
+    assert store.statuses == {1: "skipped"}
 
 
 async def test_statuses_are_written_before_the_batch_is_completed(tmp_path: Path) -> None:
