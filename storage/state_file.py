@@ -58,16 +58,13 @@ class StateFile:
             self._db = sqlite3.connect(
                 path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=8
             )
+            self._db.row_factory = sqlite3.Row
+            try:
+                self._prepare(create=create)
+            except (StateDirectoryError, sqlite3.Error):
+                self._db.close()
+                raise
         except (OSError, sqlite3.Error) as exc:
-            raise self._unusable(exc) from exc
-        self._db.row_factory = sqlite3.Row
-        try:
-            self._prepare(create=create)
-        except StateDirectoryError:
-            self._db.close()
-            raise
-        except sqlite3.Error as exc:
-            self._db.close()
             raise self._unusable(exc) from exc
 
     def __enter__(self) -> StateFile:

@@ -35,27 +35,35 @@ Copy = tuple[WorkItem, Outcome]
 
 
 class Deduplicator:
-    """Decides which documents the model is asked about; with *cache* None, all of them.
+    """Decides which documents the model is asked about; if not *is_on*, all of them.
 
-    Memory is bounded by the documents in work: followers are among them, earlier answers are in *cache*. Documents of
-    a retry round are always asked, with another seed.
+    Memory is bounded by the documents in work: followers are among them, and earlier answers of this run are in the SQLite
+    file *path*. *run* names the run and its plan. Answers of another run are discarded, because its labels may differ and
+    its results may have been replaced. A file that cannot be used is removed with one warning; then identical
+    conversations are asked again. Documents of a retry round are always asked, with another seed.
     """
 
-    def __init__(self, cache: ReplyCache | None) -> None:
-        self._cache = cache
+    def __init__(self, path: Path, run: str, *, is_on: bool) -> None:
+        self._path = path
+        self._run = run
+        self._is_on = is_on
+        self._is_usable = is_on
+        self._database: sqlite3.Connection | None = None
         self._leaders: dict[str, WorkItem] = {}  # in flight, by input hash
 
     def known(self, item: WorkItem) -> list[Copy]:
         """Return copies of an earlier answer for *item* and its followers; empty if it must be asked."""
         item.since_s = time.monotonic()
-        if self._cache is None or item.rounds > 0:
+        if not self._is_on or item.rounds > 0:
             return []
         item.input_hash = item.conversation.transcript_sha256
-        found = self._cache.find(item.input_hash)
-        if found is None or found[0] == item.document_id:
+        row = self._execute("SELECT source, outcome FROM asked WHERE input_sha256 = ?", item.input_hash)
+        source_id = extended_json.loads(row[0])[0] if row else item.document_id
+        if not row or source_id == item.document_id:
             return []
+        outcome = _outcome(row[1], item.input_hash)
         followers, item.followers = item.followers, []
-        return [(one, _copy(found[1], found[0], one)) for one in (item, *followers)]
+        return [(one, _copy(outcome, source_id, one)) for one in (item, *followers)]
 
     def follows(self, item: WorkItem) -> bool:
         """Return whether an identical conversation is in flight; then *item* waits for its ``answered`` or ``gave_up``."""
@@ -70,9 +78,10 @@ class Deduplicator:
 
     def answered(self, item: WorkItem, outcome: Outcome) -> list[Copy]:
         """Keep the *outcome* of *item*; return its followers, each with a copy."""
-        if self._cache is not None and item.input_hash:
+        if item.input_hash:
             del self._leaders[item.input_hash]
-            self._cache.add(item.document_id, outcome)
+            values = extended_json.dumps([item.document_id]), _row(outcome)
+            self._execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", item.input_hash, *values)
         followers, item.followers = item.followers, []
         return [(one, _copy(outcome, item.document_id, one)) for one in followers]
 
@@ -89,86 +98,42 @@ class Deduplicator:
     def rejected(self, result: Document) -> None:
         """Forget *result*, which cannot be stored: no copy may refer to its document."""
         made = result["processing_metadata"]
-        if self._cache is not None and "copied_from" not in made and "input_sha256" in made:
-            self._cache.forget(made["input_sha256"])
+        if "copied_from" not in made and "input_sha256" in made:
+            self._execute("DELETE FROM asked WHERE input_sha256 = ?", made["input_sha256"])
 
     def close(self, *, is_finished: bool) -> None:
-        """Close the cache; remove its file if the run is finished, keep it for a run that resumes."""
-        if self._cache is not None:
-            self._cache.close()
-            if is_finished:
-                self._cache.remove()
-
-
-def _copy(outcome: Outcome, source_id: Any, item: WorkItem) -> Outcome:
-    """Return *outcome*, which is that of *source_id*, for *item*."""
-    duration_ms = round((time.monotonic() - item.since_s) * 1000)
-    return replace(
-        outcome, attempts=0, duration_ms=duration_ms, prompt_tokens=None, reply_tokens=None, copied_from=(source_id,)
-    )
-
-
-class ReplyCache:
-    """The answers of one run by ``input_sha256``, in the SQLite file *path*; opened at first use.
-
-    *run* names the run and its plan. Answers of another run are discarded, because its labels may differ and its
-    results may have been replaced. A file that cannot be used is removed with one warning; then nothing is found.
-    """
-
-    def __init__(self, path: Path, run: str) -> None:
-        self._path = path
-        self._run = run
-        self._database: sqlite3.Connection | None = None
-        self._is_usable = True
-
-    def find(self, input_hash: str) -> tuple[Any, Outcome] | None:
-        """Return the source id and the outcome of the identical conversation; None if there is none."""
-        query = "SELECT source, outcome FROM asked WHERE input_sha256 = ?"
-        row = self._execute(query, (bytes.fromhex(input_hash),))
-        return None if row is None else (extended_json.loads(row[0])[0], _outcome(row[1], input_hash))
-
-    def add(self, source_id: Any, outcome: Outcome) -> None:
-        """Keep the *outcome* of the conversation of *source_id*; the first of identical ones stays."""
-        values = (bytes.fromhex(outcome.input_sha256), extended_json.dumps([source_id]), _row(outcome))
-        self._execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", values)
-
-    def forget(self, input_hash: str) -> None:
-        """Remove an answer that will not be stored as a result."""
-        self._execute("DELETE FROM asked WHERE input_sha256 = ?", (bytes.fromhex(input_hash),))
-
-    def close(self) -> None:
-        """Close the file and keep it."""
+        """Close the file; remove it if the run is finished, keep it for a run that resumes."""
         if self._database is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._database.close()
             self._database = None
+        if self._is_on and is_finished:
+            self._remove()
 
-    def remove(self) -> None:
-        """Remove the file, even if this run never opened it."""
-        self.close()
+    def _remove(self) -> None:
         for sibling in _SIBLINGS:
             with contextlib.suppress(OSError):
                 os.unlink(f"{self._path}{sibling}")
 
-    def _execute(self, statement: str, values: tuple[Any, ...]) -> Any:
+    def _execute(self, statement: str, input_hash: str, *values: bytes) -> Any:
         """Return the first row of *statement*; None if there is none, or the file cannot be used."""
         if not self._is_usable:
             return None
         try:
             if self._database is None:
                 self._database = self._open()
-            return self._database.execute(statement, values).fetchone()
+            return self._database.execute(statement, (bytes.fromhex(input_hash), *values)).fetchone()
         except (sqlite3.Error, OSError) as exc:
             logger.warning("%s cannot be used (%s): identical conversations may be asked again", self._path, exc)
             self._is_usable = False
-            self.remove()
+            self.close(is_finished=True)
             return None
 
     def _open(self) -> sqlite3.Connection:
         try:
             return self._connected()
         except sqlite3.DatabaseError:  # of another run, or damaged by a power cut
-            self.remove()
+            self._remove()
             return self._connected()
 
     def _connected(self) -> sqlite3.Connection:
@@ -186,6 +151,14 @@ class ReplyCache:
             database.close()
             raise
         return database
+
+
+def _copy(outcome: Outcome, source_id: Any, item: WorkItem) -> Outcome:
+    """Return *outcome*, which is that of *source_id*, for *item*."""
+    duration_ms = round((time.monotonic() - item.since_s) * 1000)
+    return replace(
+        outcome, attempts=0, duration_ms=duration_ms, prompt_tokens=None, reply_tokens=None, copied_from=(source_id,)
+    )
 
 
 def _row(outcome: Outcome) -> bytes:

@@ -26,7 +26,7 @@ from error_handler import (
     TriadError,
 )
 from storage.files import Event
-from worker.dedupe import FILE_NAME, Deduplicator, ReplyCache
+from worker.dedupe import FILE_NAME, Deduplicator
 from worker.intake import MAX_SWEEPS, DocumentIntake, RunParts
 from worker.settlement import BatchInWork, Settlement, WorkItem, verdict_of
 
@@ -50,8 +50,8 @@ class BatchRun:
         self._limit = parts.limit
         self._replace = parts.options.reprocess or parts.options.only in REPLACED
         self._job_id = parts.checkpoint.job_id
-        cache = ReplyCache(parts.files.directory / FILE_NAME, f"{self._job_id} {parts.plan or secrets.token_hex(8)}")
-        self._dedupe = Deduplicator(cache if parts.options.dedupe else None)
+        run = f"{self._job_id} {parts.plan or secrets.token_hex(8)}"
+        self._dedupe = Deduplicator(parts.files.directory / FILE_NAME, run, is_on=parts.options.dedupe)
         self._settlement = Settlement(
             parts.store, parts.files, parts.checkpoint, replaces=self._replace, on_rejected=self._dedupe.rejected
         )
