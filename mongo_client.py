@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from pymongo import IndexModel, ReplaceOne
-from pymongo.errors import BulkWriteError
+from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern
+from pymongo.errors import BulkWriteError, PyMongoError
 
 from config import Settings
 from domain.staleness import ResultProvenance
-from error_handler import IndexBlockedError, StoreError, StoreRejectedError
+from error_handler import ConfigurationError, IndexBlockedError, StoreError, StoreRejectedError
 from storage.contract import Document, FinalStatus, Selection
 from storage.extended_json import id_key, id_text
-from storage.mongo_connection import DURABLE, close_client, open_client
 from storage.mongo_errors import (
-    DRIVER_ERRORS,
     TOO_LARGE_CODES,
     index_problem,
     require_only_duplicates,
-    store_error,
     translated,
 )
 from utils.retry_utils import RetryPolicy, retry_async
@@ -37,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DURABLE = WriteConcern("majority", j=True)
+MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
+CLOSE_WAIT_S = 2.0  # for the driver to end its connections
+SERVER_SELECTION_MS = 10_000  # short, to report a wrong address soon; three attempts cover half a minute
 SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
 
 SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
@@ -50,6 +52,36 @@ RESULT_INDEXES = (
 )
 _PROVENANCE = ("processing_metadata.input_sha256", "processing_metadata.fingerprint")
 _LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
+
+
+def open_client(settings: Settings) -> AsyncMongoClient[Document]:
+    """Return a client for the running event loop; raise ConfigurationError if MONGODB_URI is not a usable address."""
+    try:
+        with warnings.catch_warnings(action="error", category=UserWarning):  # misspelt options
+            return AsyncMongoClient(
+                settings.mongodb_uri.get_secret_value(),
+                maxPoolSize=MAX_POOL_SIZE,
+                minPoolSize=MIN_POOL_SIZE,
+                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, SERVER_SELECTION_MS),
+                timeoutMS=settings.mongodb_timeout_ms,
+                appname="customer-support-triad",
+                # One odd document must not end a run: dates after the year 9999, strings that are not UTF-8.
+                datetime_conversion="DATETIME_AUTO",
+                unicode_decode_error_handler="replace",
+            )
+    except (PyMongoError, ValueError, UserWarning) as exc:
+        raise ConfigurationError("MONGODB_URI is not a usable address; expected mongodb://host:27017.") from exc
+
+
+async def close_client(client: Any) -> None:
+    """Close *client*, and wait at most CLOSE_WAIT_S for it; the event loop ends the rest.
+
+    PyMongo waits 20 s for its monitor if a server accepts connections but never responds.
+    """
+    task = asyncio.create_task(client.close())
+    await asyncio.wait([task], timeout=CLOSE_WAIT_S)
+    if task.done():
+        task.result()
 
 
 def selection_filter(selection: Selection) -> Document:
@@ -95,9 +127,8 @@ class DocumentStore:
         options = self._client.codec_options.with_options(tz_aware=True)
         self._source = database.get_collection(settings.source_collection, codec_options=options)
         self._marks = database.get_collection(settings.source_collection, write_concern=DURABLE)
-        self._results = database.get_collection(
-            settings.results_collection, codec_options=options, write_concern=DURABLE
-        )
+        results = settings.results_collection
+        self._results = database.get_collection(results, codec_options=options, write_concern=DURABLE)
         self._leases = database.get_collection(f"{settings.source_collection}_leases")
 
     async def check(self) -> None:
@@ -123,8 +154,7 @@ class DocumentStore:
         Raise IndexBlockedError, with the query that finds them, if stored results share a source id.
         """
         unique = IndexModel([("source_conversation_id", 1)], unique=True)
-        models = [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)]
-        await self._create_indexes(self._results, models)
+        await self._create_indexes(self._results, [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)])
 
     async def ensure_source_indexes(self) -> None:
         """Create the indexes of the source and of the leases; takes seconds on millions of documents."""
@@ -242,7 +272,7 @@ class DocumentStore:
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
         taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))
         if not taken:
-            return {id_key(value) for value in document_ids}
+            return set(map(id_key, document_ids))
         contested = [document_ids[index] for index in taken]
         free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self._server_time()}}]}
         change = {"$set": {"worker": self._worker_id, "expires_at": expires_at}}
@@ -250,9 +280,9 @@ class DocumentStore:
             "take over leases", lambda: self._leases.update_many({"_id": {"$in": contested}, **free}, change)
         )
         query = {"_id": {"$in": contested}, "worker": self._worker_id}
-        own = await self._find("read leases", self._leases, query, projection={"_id": 1})
+        own = [lease["_id"] for lease in await self._find("read leases", self._leases, query, projection={"_id": 1})]
         new = [value for index, value in enumerate(document_ids) if index not in taken]
-        return {id_key(value) for value in (*new, *(lease["_id"] for lease in own))}
+        return set(map(id_key, own + new))
 
     async def renew_leases(self) -> None:
         """Move the expiry of every lease of this worker."""
@@ -346,10 +376,8 @@ class DocumentStore:
 
         async def attempt() -> T:
             cancellations = task.cancelling() if task is not None else 0
-            try:
+            with translated(what):
                 result = await operation()
-            except DRIVER_ERRORS as exc:
-                raise store_error(what, exc) from exc
             # ``asyncio.wait_for`` of Python 3.11 swallows a cancellation that comes as its future is done
             # (python/cpython#86296), and PyMongo sends with it. A run that has ended would wait for this task forever.
             if task is not None and task.cancelling() > cancellations:
