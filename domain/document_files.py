@@ -31,7 +31,6 @@ DELIMITERS = ",;\t|"
 TWCS_COLUMNS = ("tweet_id", "author_id", "inbound", "created_at", "text", "in_response_to_tweet_id")
 MESSAGE_COLUMNS = ("conversation_number", "sender", "text")
 QUERY_COLUMNS = ("text",)
-_LAYOUTS = {"tweet_id": TWCS_COLUMNS, "conversation_number": MESSAGE_COLUMNS, "sender": MESSAGE_COLUMNS}
 
 _CONVERSATION_FIELDS = frozenset({"_id", "conversation_number", "status", "last_processed_at", "status_reason"})
 _QUERY_FIELDS = frozenset({"_id", "text", "metadata", "processed", "processing_attempts", "status_reason"})
@@ -106,20 +105,14 @@ def _read_csv(path: Path, file: BinaryIO) -> Iterator[Document]:
     reader = csv.reader(itertools.chain([first], lines), delimiter=max(DELIMITERS, key=first.count), strict=True)
     rows = _rows(path, reader)
     columns = [name.strip().lower() for name in next(rows, (0, []))[1]]
-    layout = next((layout for name, layout in _LAYOUTS.items() if name in columns), QUERY_COLUMNS)
+    layout, read = next((value for name, value in _LAYOUTS.items() if name in columns), (QUERY_COLUMNS, _queries))
     missing = [name for name in layout if name not in columns]
     if missing:
         layouts = "; ".join(",".join(layout) for layout in (TWCS_COLUMNS, MESSAGE_COLUMNS, QUERY_COLUMNS))
         raise ConfigurationError(
             f"{path}, line 1: the column {', '.join(missing)} is missing; expected the columns of one of: {layouts}."
         )
-    fields = _fields(path, rows, columns)
-    if layout is TWCS_COLUMNS:
-        yield from _twcs(path, fields)
-    elif layout is MESSAGE_COLUMNS:
-        yield from _messages(path, fields)
-    else:
-        yield from (_query(row) for _, row in fields)
+    yield from read(path, _fields(path, rows, columns))
 
 
 def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
@@ -169,11 +162,19 @@ def _messages(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]
             yield {"conversation_number": number, "messages": messages, "status": "pending"}
 
 
-def _query(row: Row) -> Document:
-    document_id = row.get("_id") or row.get("id")
-    metadata = {name: row[name] for name in ("source", "timestamp") if row.get(name)}
-    document: Document = {"_id": document_id} if document_id else {}
-    return {**document, "text": row["text"], "metadata": metadata, "processed": False, "processing_attempts": 0}
+def _queries(_path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
+    for _, row in rows:
+        document_id = row.get("_id") or row.get("id")
+        metadata = {name: row[name] for name in ("source", "timestamp") if row.get(name)}
+        document: Document = {"_id": document_id} if document_id else {}
+        yield {**document, "text": row["text"], "metadata": metadata, "processed": False, "processing_attempts": 0}
+
+
+_LAYOUTS = {  # by a column that no other layout has
+    "tweet_id": (TWCS_COLUMNS, _twcs),
+    "conversation_number": (MESSAGE_COLUMNS, _messages),
+    "sender": (MESSAGE_COLUMNS, _messages),
+}
 
 
 def _ready(document: Any, place: str) -> Document:

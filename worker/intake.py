@@ -240,9 +240,8 @@ async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChe
     bound = await store.upper_bound()
     queued = await asyncio.to_thread(kinds.queued) if kinds else set()
     selection: Selection = "all" if options.reprocess or options.only else "failed" if options.retry_failed else "sweep"
-    report: dict[str, Any] = dict.fromkeys(("selected", "to_classify", "already_done", "turns", "characters"), 0)
-    skipped: Counter[str] = Counter()
-    shapes: Counter[str] = Counter()
+    report = Counter(dict.fromkeys(("selected", "to_classify", "already_done", "turns", "characters"), 0))
+    skipped, shapes = Counter[str](), Counter[str]()
     first_ids: list[str] = []
     after: list[Any] = []
     while bound and (options.limit is None or report["selected"] < options.limit):
@@ -254,10 +253,9 @@ async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChe
         after = [page[-1]["_id"]]
         if kinds is not None and options.only:
             page = [document for document, kind in await kinds.of(page, queued) if kind == options.only][:left]
-        report["selected"] += len(page)
         replaces = options.reprocess or options.only in REPLACED
         done = set() if replaces else await store.result_keys([document["_id"] for document in page])
-        report["already_done"] += len(done)
+        report.update(selected=len(page), already_done=len(done))
         for document in page:
             if id_key(document["_id"]) in done:
                 continue
@@ -266,10 +264,8 @@ async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChe
             except SkippedDocumentError as exc:
                 skipped[exc.reason] += 1
                 continue
-            report["to_classify"] += 1
-            report["turns"] += len(conversation.turns)
-            report["characters"] += len(conversation.transcript)
+            report.update(to_classify=1, turns=len(conversation.turns), characters=len(conversation.transcript))
             shapes[conversation.shape] += 1
-            if len(first_ids) < EXAMPLES:
-                first_ids.append(id_text(document["_id"]))
+            first_ids.append(id_text(document["_id"]))
+            del first_ids[EXAMPLES:]
     return {**report, "skipped": dict(skipped), "shapes": dict(shapes), "first_ids": first_ids}

@@ -49,10 +49,8 @@ async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Samp
     *asked* is the window that the operator set. Without it, *sample* returns the tokens that documents need, as
     ``sample_needs`` does.
     """
-    limit = client.target.context_limit
-    if asked is not None or client.target.protocol == "openai_chat":
-        return choose_window([], limit, asked)
-    return choose_window(await sample(client), limit)
+    is_known = asked is not None or client.target.protocol == "openai_chat"
+    return choose_window([] if is_known else await sample(client), client.target.context_limit, asked)
 
 
 async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +53,9 @@ class FailedDocuments:
     def _named(self, text: str) -> FailedDocument:
         found = [entry for entry in self.entries if id_text(entry.conversation_id) == text]
         if text.startswith(("{", '"')) or not found:
-            found = [entry for entry in self.entries if id_key(entry.conversation_id) == _json_key(text)] or found
+            with suppress(ValueError):
+                key = id_key(extended_json.loads(text))
+                found = [entry for entry in self.entries if id_key(entry.conversation_id) == key] or found
         if not found:
             raise ConfigurationError(
                 f"no document {text[:120]!r} is there; python cli.py quarantine list shows the ids."
@@ -63,13 +66,6 @@ class FailedDocuments:
                 f"{text[:120]!r} names {len(found)} documents; give the id as Extended JSON: {ids}."
             )
         return found[0]
-
-
-def _json_key(text: str) -> bytes | None:
-    try:
-        return id_key(extended_json.loads(text))
-    except ValueError:
-        return None
 
 
 def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:

@@ -70,19 +70,15 @@ class BatchRun:
         status = "failed"
         try:
             async with asyncio.TaskGroup() as tasks:
-                helpers = [
-                    tasks.create_task(self._settlement.writes.run(), name="writes"),
-                    tasks.create_task(self._settle_regularly(), name="settlement"),
-                    tasks.create_task(self._renew_leases(), name="leases"),
-                    tasks.create_task(self._watch_stop(), name="stop"),
-                ]
-                preparation = tasks.create_task(
-                    self._prepare_source(count=to_the_end and not self._parts.options.only), name="indexes"
-                )
-                workers = [
-                    tasks.create_task(self._work(), name=f"worker-{number}")
-                    for number in range(self._settings.most_concurrent)
-                ]
+                jobs = {
+                    "writes": self._settlement.writes.run(),
+                    "settlement": self._settle_regularly(),
+                    "leases": self._renew_leases(),
+                    "stop": self._watch_stop(),
+                    "indexes": self._prepare_source(count=to_the_end and not self._parts.options.only),
+                    **{f"worker-{number}": self._work() for number in range(self._settings.most_concurrent)},
+                }
+                started = [tasks.create_task(job, name=name) for name, job in jobs.items()]
                 for source in sources:
                     await self._admit_all(source)
                 if to_the_end:
@@ -91,7 +87,7 @@ class BatchRun:
                     await self._finish_calls()
                 await self._settlement.writes.drained()
                 await self._settlement.flush()  # before the tasks that flush are cancelled
-                for task in (*helpers, *workers, preparation):
+                for task in started:
                     task.cancel()
             self._parts.checkpoint.finished = not self._stop.is_set()
             status = "interrupted" if self._stop.is_set() else "completed"
