@@ -264,10 +264,7 @@ class DocumentStore:
                 await self._update(collection, [document_id], change)
 
     async def claim(self, document_ids: list[Any]) -> set[bytes]:
-        """Lease *document_ids* to this worker; return the ``id_key`` of those it holds now.
-
-        A lease that has expired, by the server's clock, is taken over.
-        """
+        """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now."""
         expires_at = self._server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
         taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))

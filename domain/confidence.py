@@ -20,7 +20,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from domain.conversation import Classification
@@ -29,13 +28,8 @@ FIELDS = ("intent", "topic", "sentiment")
 MAX_TOKENS = 20_000  # an answer has a few hundred
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
-    """One token of the answer: its start in the joined bytes, and the server's entry."""
-
-    start: int
-    content: bytes
-    entry: Mapping[str, Any]
+# The start of a token in the joined bytes, its bytes, and the server's entry.
+_Token = tuple[int, bytes, Mapping[str, Any]]
 
 
 def label_confidence(
@@ -50,8 +44,10 @@ def label_confidence(
     in the taxonomy or occurs twice, or a token of a label has no alternatives.
     """
     try:
-        read = _read_tokens(tokens)
-        joined = b"".join(token.content for token in read)
+        entries = list(itertools.islice(tokens, MAX_TOKENS))
+        contents = [_content(entry) for entry in entries]
+        starts = itertools.accumulate(map(len, contents), initial=0)
+        read, joined = list(zip(starts, contents, entries, strict=False)), b"".join(contents)
         spans = _label_spans(reply, classification, joined)
         return {
             field: round(_probability(read, span, getattr(classification, field), labels[field], joined), 4)
@@ -59,15 +55,6 @@ def label_confidence(
         }
     except (AttributeError, LookupError, TypeError, ValueError):  # an entry is malformed or unclear
         return None
-
-
-def _read_tokens(entries: Iterable[Any]) -> list[_Token]:
-    tokens: list[_Token] = []
-    start = 0
-    for entry in itertools.islice(entries, MAX_TOKENS):
-        tokens.append(_Token(start, _content(entry), entry))
-        start += len(tokens[-1].content)
-    return tokens
 
 
 def _content(entry: Mapping[str, Any]) -> bytes:
@@ -118,15 +105,15 @@ def _probability(
     if possible[label] != joined[start:end]:
         raise ValueError("the tokens do not spell the label")
     probability = 1.0
-    for token in tokens:
-        if token.start + len(token.content) <= start or token.start >= end or not token.content:
+    for place, content, entry in tokens:
+        if place + len(content) <= start or place >= end or not content:
             continue
         if len(possible) == 1:
             break
-        lead = joined[token.start : start]  # the part of the token before the label
-        rest = {name: form[max(0, token.start - start) :] for name, form in possible.items()}
-        probability *= _share(token, lead, rest, label)
-        possible = {name: possible[name] for name in _leads_to(token.content, lead, rest)}
+        lead = joined[place:start]  # the part of the token before the label
+        rest = {name: form[max(0, place - start) :] for name, form in possible.items()}
+        probability *= _share(content, entry, lead, rest, label)
+        possible = {name: possible[name] for name in _leads_to(content, lead, rest)}
     return probability
 
 
@@ -140,17 +127,17 @@ def _leads_to(content: bytes, lead: bytes, rest: Mapping[str, bytes]) -> set[str
     return {name for name, form in rest.items() if form.startswith(content) or content.startswith(form)}
 
 
-def _share(token: _Token, lead: bytes, rest: Mapping[str, bytes], label: str) -> float:
+def _share(token: bytes, entry: Mapping[str, Any], lead: bytes, rest: Mapping[str, bytes], label: str) -> float:
     """Return the factor of *token* in the probability of *label*."""
-    others = [(_content(entry), _weight(entry)) for entry in token.entry["top_logprobs"]]
-    chosen = next((other for other in others if other[0] == token.content), None)
+    others = [(_content(other), _weight(other)) for other in entry["top_logprobs"]]
+    chosen = next((other for other in others if other[0] == token), None)
     if chosen is not None:
         others.remove(chosen)  # the list names the chosen token as well
-    weight_for, weight_against = _weight(token.entry), 0.0
+    weight_for, weight_against = _weight(entry), 0.0
     if not weight_for or not others:
         raise ValueError("no probability or no alternatives")
     least = min(weight_for, *(weight for _, weight in others))
-    settled = _leads_to(token.content, lead, rest)
+    settled = _leads_to(token, lead, rest)
     covered = set(settled)
     for content, weight in others:
         leads_to = _leads_to(content, lead, rest)

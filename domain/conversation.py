@@ -35,10 +35,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation in order, with at least one customer turn.
-
-    *turns_total* counts the turns of the document, including those without usable text.
-    """
+    """A conversation in order, with at least one customer turn; *turns_total* includes turns without usable text."""
 
     shape: Shape
     conversation_number: str | None

@@ -112,7 +112,7 @@ def _read_csv(path: Path, file: BinaryIO) -> Iterator[Document]:
         raise ConfigurationError(
             f"{path}, line 1: the column {', '.join(missing)} is missing; expected the columns of one of: {layouts}."
         )
-    yield from read(path, _fields(path, rows, columns))
+    yield from read(path, ((line, dict(zip(columns, row, strict=True))) for line, row in rows))
 
 
 def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
@@ -191,21 +191,16 @@ def _ready(document: Any, place: str) -> Document:
     return fields | ({"status": "pending"} if turns else {"processed": False, "processing_attempts": 0})
 
 
-def _fields(path: Path, rows: Iterator[tuple[int, list[str]]], columns: list[str]) -> Iterator[tuple[int, Row]]:
-    """Yield each row as a dict by column name, with its line number."""
-    for line, row in rows:
-        if len(row) != len(columns):
-            raise ConfigurationError(
-                f"{path}, line {line}: expected {len(columns)} values as in the header, found {len(row)}."
-            )
-        yield line, dict(zip(columns, row, strict=True))
-
-
 def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a csv reader that are not blank, each with the line on which it starts."""
-    start = 1
+    """Yield the header and the rows of a csv reader that are not blank, each with the line on which it starts."""
+    start, width = 1, 0
     try:
         for row in reader:
+            width = width or len(row)
+            if row and len(row) != width:
+                raise ConfigurationError(
+                    f"{path}, line {start}: expected {width} values as in the header, found {len(row)}."
+                )
             if row:
                 yield start, row
             start = reader.line_num + 1

@@ -30,8 +30,7 @@ class ResultProvenance:
         """Return the provenance that the stored *result* records."""
         metadata = result.get("processing_metadata")
         fields = metadata if isinstance(metadata, dict) else {}
-        values = (fields.get("input_sha256"), fields.get("fingerprint"))
-        return cls(*(value if isinstance(value, str) else None for value in values))
+        return cls(fields.get("input_sha256"), fields.get("fingerprint"))
 
 
 @dataclass(frozen=True, slots=True)

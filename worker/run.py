@@ -149,9 +149,8 @@ class BatchRun:
     async def _process(self, item: WorkItem) -> None:
         """Take one document from the queue to its answer; steps that the journal has recorded are not repeated."""
         past = item.past
-        known = past.result or item.known_result
-        if known is not None:
-            self._settlement.writes.submit((item, known))
+        if past.result is not None:
+            self._settlement.writes.submit((item, past.result))
         elif past.verdict is not None:
             self._settlement.end(item, past.verdict)
         elif past.is_poison:

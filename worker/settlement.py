@@ -51,7 +51,7 @@ def verdict_of(error: TriadError) -> Verdict:
 class WorkItem:
     """One document in work.
 
-    *past* is what the journal of an interrupted run says about it. *rounds* counts its earlier retry rounds; *ticket*
+    *past* is what an interrupted run, or an earlier round, left of it. *rounds* counts its earlier retry rounds; *ticket*
     is its place in the reading order. *conversation* is set by aggregation. *input_hash* is empty if the document must be
     asked itself; *followers* are documents with the same text that wait for its answer.
     """
@@ -62,7 +62,6 @@ class WorkItem:
     past: JournalEntry
     ticket: int | None = None
     rounds: int = 0
-    known_result: Document | None = None
     conversation: Conversation = field(init=False)
     input_hash: str = ""
     followers: list[WorkItem] = field(default_factory=list)
@@ -105,7 +104,7 @@ class BatchInWork:
             failure = file.failures.get(key)
             if failure is not None:
                 item.rounds = failure.retry_count + 1 if is_retry else 0
-                item.known_result = failure.classification_result
+                item.past.result = item.past.result or failure.classification_result
             if mark is not None:
                 item.ticket = mark.read(document.get("_id"))
             self.items.append(item)
