@@ -180,11 +180,7 @@ def _open_on_new_line(path: Path) -> int:
 def replay_journal(path: Path) -> dict[bytes, JournalEntry]:
     """Return the entries of the journal at *path* by ``id_key``; a missing journal is empty, torn lines are ignored."""
     entries: dict[bytes, JournalEntry] = {}
-    with (
-        _explained(f"{path} cannot be read"),
-        contextlib.suppress(FileNotFoundError),
-        open(path, "rb") as file,
-    ):
+    with _explained(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 _apply(entries, extended_json.loads(line))

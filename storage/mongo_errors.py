@@ -30,22 +30,22 @@ TOO_LARGE_CODES = frozenset({10334, 17419})  # a document would grow beyond 16 M
 TRANSIENT_CODES = frozenset(
     {6, 7, 24, 43, 50, 64, 89, 91, 112, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
 )
-DRIVER_ERRORS = (PyMongoError, BSONError, OverflowError, UnicodeEncodeError)
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise the driver's errors as ``store_error`` does; *what* names the operation."""
+    """Raise errors of the driver as those of this product; *what* names the operation."""
     try:
         yield
-    except DRIVER_ERRORS as exc:
-        raise store_error(what, exc) from exc
+    except (PyMongoError, BSONError, OverflowError, UnicodeEncodeError) as exc:
+        raise _error_of(what, exc) from exc
 
 
-def store_error(what: str, exc: Exception) -> TriadError:
-    """Return the error of this product for *exc*, one of DRIVER_ERRORS; *what* names the operation."""
+def _error_of(what: str, exc: Exception) -> TriadError:
+    if isinstance(exc, BulkWriteError):
+        return StoreRejectedError("MongoDB cannot store the document")
     if isinstance(exc, errors.OperationFailure):
-        return _server_error(what, exc)
+        return _error_of_code(what, exc.code)
     if isinstance(exc, errors.DocumentTooLarge | BSONError | OverflowError | UnicodeEncodeError):
         return StoreRejectedError(f"MongoDB cannot hold the document ({what}: {type(exc).__name__})")
     if isinstance(exc, errors.ConnectionFailure):
@@ -55,26 +55,14 @@ def store_error(what: str, exc: Exception) -> TriadError:
     return StoreUnavailableError(f"MongoDB failed ({what}: {type(exc).__name__}); see its log.")
 
 
-def _server_error(what: str, exc: errors.OperationFailure) -> StoreError:
-    if isinstance(exc, BulkWriteError):
-        return StoreRejectedError("MongoDB cannot store the document")
-    if isinstance(exc, errors.ExecutionTimeout | errors.WTimeoutError | errors.CursorNotFound):
-        return _unavailable(what, exc.code)
-    return _error_of_code(what, exc.code)
-
-
 def _error_of_code(what: str, code: int | None) -> StoreError:
     if code in FORBIDDEN_CODES:
         return StoreForbiddenError(
             f"MongoDB refuses this user ({what}); check user, password and rights in MONGODB_URI."
         )
     if code in TRANSIENT_CODES:
-        return _unavailable(what, code)
+        return StoreUnavailableError(f"MongoDB is unavailable ({what}, code {code}); see its log.")
     return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {code})")
-
-
-def _unavailable(what: str, code: int | None) -> StoreUnavailableError:
-    return StoreUnavailableError(f"MongoDB is unavailable ({what}, code {code}); see its log.")
 
 
 def require_only_duplicates(exc: BulkWriteError) -> None:
