@@ -23,7 +23,7 @@ from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.progress import Reporter
 from worker.quarantine import requeue
-from worker.settlement import BatchInWork, Settlement, WorkItem, is_query
+from worker.settlement import BatchInWork, Settlement, is_query
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,6 @@ class DocumentIntake:
         for file in await asyncio.to_thread(lambda: list(self._files.load_pending())):
             batch = BatchInWork(file)
             logger.info("%s: %d documents from an earlier run", file.name, len(batch.items))
-            self._recovered.update(item.key for item in batch.items)
             await self._keep_own(batch)
             yield batch
 
@@ -143,7 +142,6 @@ class DocumentIntake:
             batch = BatchInWork(file, is_retry=True)
             if not await self._is_selected(batch):
                 continue
-            self._recovered.update(item.key for item in batch.items)
             await self._keep_own(batch)
             self._settlement.stats.retried += len(batch.items)
             yield batch
@@ -151,14 +149,17 @@ class DocumentIntake:
     async def _pages(
         self, selection: Selection, after: Sequence[Any], bound: Sequence[Any]
     ) -> AsyncGenerator[BatchInWork]:
-        limit = self._options.limit
+        limit, only, kinds = self._options.limit, self._options.only, self._parts.kinds
         while limit is None or self._taken < limit:
             page = await self._store.read_page(selection, after, bound, self._options.batch_size)
             if not page:
                 return
             after = [page[-1]["_id"]]
             claimed_at = time.monotonic()
-            documents = await self._claimed(await self._of_the_kind(page) if selection == "all" else page)
+            if kinds is not None and only and selection == "all":
+                found = await kinds.of(page, self._queued | self._settlement.failed_keys)
+                page = [document for document, kind in found if kind == only]
+            documents = await self._claimed(page)
             if limit is not None and len(documents) > limit - self._taken:
                 surplus = documents[limit - self._taken :]
                 documents = documents[: limit - self._taken]
@@ -166,7 +167,7 @@ class DocumentIntake:
             if not documents:
                 continue
             self._taken += len(documents)
-            if self._options.only:  # their number is only known after the last page
+            if only:  # their number is only known after the last page
                 self._settlement.stats.total += len(documents)
             file = await asyncio.to_thread(self._files.save_pending, documents)
             await self._store.mark_processing([document["_id"] for document in documents if not is_query(document)])
@@ -177,20 +178,17 @@ class DocumentIntake:
     async def _claimed(self, page: list[Document]) -> list[Document]:
         """Lease the documents of *page* and return those that need a result."""
         page = [document for document in page if id_key(document["_id"]) not in self._recovered]
-        needed = await self._needed(page)
+        needed = await self.needed(page)
         return [document for document in page if id_key(document["_id"]) in needed]
 
     async def _keep_own(self, batch: BatchInWork) -> None:
         """Remove documents from a recovered *batch* that other workers hold, or have finished since."""
-        needed = await self._needed([item.document for item in batch.items])
+        self._recovered.update(item.key for item in batch.items)
+        needed = await self.needed([item.document for item in batch.items])
         batch.items = [item for item in batch.items if item.key in needed]
         batch.unsettled = len(batch.items)
 
-    async def is_still_ours(self, item: WorkItem) -> bool:
-        """Return whether *item* still needs a result from this worker."""
-        return item.key in await self._needed([item.document])
-
-    async def _needed(self, documents: list[Document]) -> set[bytes]:
+    async def needed(self, documents: list[Document]) -> set[bytes]:
         """Lease *documents*; return the ``id_key`` of those that this worker holds and that need a result."""
         own = await self._store.claim([document["_id"] for document in documents]) if documents else set()
         held = [document for document in documents if id_key(document["_id"]) in own]
@@ -209,14 +207,6 @@ class DocumentIntake:
             return await kinds.settled(documents, only)
         job_id = self._parts.checkpoint.job_id if self._options.reprocess else None
         return await self._store.result_keys([document["_id"] for document in documents], job_id)
-
-    async def _of_the_kind(self, page: list[Document]) -> list[Document]:
-        """Return the documents of *page* that ``options.only`` selects."""
-        kinds = self._parts.kinds
-        if kinds is None or self._options.only is None:
-            return page
-        found = await kinds.of(page, self._queued | self._settlement.failed_keys)
-        return [document for document, kind in found if kind == self._options.only]
 
     async def _is_selected(self, batch: BatchInWork) -> bool:
         """Return whether this run retries *batch*: with ``options.only``, it leaves the retry files of other runs alone."""

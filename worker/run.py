@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -124,12 +124,12 @@ class BatchRun:
                 for item in batch.items:
                     self._queue.put_nowait(item)
                 admitted += len(batch.items)
-                await self._until_unsettled(backlog)
-        await self._until_unsettled(0)
+                await self._until(lambda: self._settlement.unsettled <= backlog or self._stop.is_set())
+        await self._until(lambda: self._settlement.unsettled == 0 or self._stop.is_set())
         return admitted
 
-    async def _until_unsettled(self, count: int) -> None:
-        while self._settlement.unsettled > count and not self._stop.is_set():
+    async def _until(self, is_true: Callable[[], bool]) -> None:
+        while not is_true():
             self._progress.clear()
             await self._progress.wait()
 
@@ -156,7 +156,7 @@ class BatchRun:
         elif past.is_poison:
             error = PoisonDocumentError("the worker died each time it processed this document")
             self._settlement.end(item, verdict_of(error))
-        elif self._is_doubtful(item) and not await self.intake.is_still_ours(item):
+        elif self._is_doubtful(item) and item.key not in await self.intake.needed([item.document]):
             self._settlement.drop(item)
             self._ask_instead(item)
         else:
@@ -232,9 +232,7 @@ class BatchRun:
         )
         try:
             async with asyncio.timeout(self._settings.shutdown_grace_s):
-                while self._in_flight:
-                    self._progress.clear()
-                    await self._progress.wait()
+                await self._until(lambda: self._in_flight == 0)
         except TimeoutError:
             logger.warning("stopping: %d calls did not finish in time; the next run repeats them", self._in_flight)
 
