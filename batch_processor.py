@@ -1,7 +1,4 @@
-"""The batch worker as a class: ``BatchProcessor(...).run()`` classifies a collection.
-
-It connects MongoDB, the model server and the local files, and starts worker.run.BatchRun.
-"""
+"""The batch worker as a class: ``BatchProcessor(...).run()`` connects all parts and classifies a collection."""
 
 from __future__ import annotations
 
@@ -98,10 +95,7 @@ class BatchProcessor:
         await self.close()
 
     async def connect(self) -> None:
-        """Lock the directory, connect to MongoDB and the model server, and create missing indexes.
-
-        The first problem is raised as a TriadError; no document has changed then.
-        """
+        """Lock the directory, connect to MongoDB and the model server, create missing indexes; change no document."""
         if self._connected:
             return
         async with AsyncExitStack() as stack:
@@ -191,11 +185,8 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, reasons, interrupted, with_confidence, needs_review, review_below.
-
-        Raises:
-            TriadError: Too many documents failed, or MongoDB, the model server or the directory failed for good. The
-                next run resumes where this one stopped.
+        in_retry_queue, in_quarantine, reasons, interrupted, with_confidence, needs_review, review_below. After a
+        TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
         """
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]

@@ -149,10 +149,7 @@ class DocumentStore:
         return f"{self._source.full_name} -> {self._results.name} ({uuid.hex() if uuid else 'new'})"
 
     async def ensure_result_indexes(self) -> None:
-        """Create the indexes of the results; the unique index makes a second result impossible.
-
-        Raise IndexBlockedError, with the query that finds them, if stored results share a source id.
-        """
+        """Create the indexes of the results; raise IndexBlockedError if stored results share a source id."""
         unique = IndexModel([("source_conversation_id", 1)], unique=True)
         await self._create_indexes(self._results, [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)])
 

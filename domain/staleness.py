@@ -88,10 +88,7 @@ class StalenessChecker:
 
 
 def _state(document: Document) -> str:
-    """Return the state that *document* itself records: open, failed, skipped or foreign.
-
-    Single queries have two fields instead of a status.
-    """
+    """Return open, failed, skipped or foreign, from the status or from the two fields of a single query."""
     status = document.get("status")
     if status is None and document.get("status_reason") is not None:
         status = "skipped" if document.get("processed") is True else "failed"

@@ -104,10 +104,7 @@ class DirectoryLock:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Why one round of a document gave no result; *is_final* if another round cannot help.
-
-    *is_skipped* means that there is nothing to classify, which is no failure.
-    """
+    """Why a document has no result; *is_final*: another round cannot help; *is_skipped*: there is nothing to classify."""
 
     reason: Reason
     problem: str

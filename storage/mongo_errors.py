@@ -11,7 +11,6 @@ from typing import Any
 
 from bson.errors import BSONError
 from pymongo import errors
-from pymongo.errors import BulkWriteError, PyMongoError
 
 from error_handler import (
     ConfigurationError,
@@ -37,12 +36,12 @@ def translated(what: str) -> Iterator[None]:
     """Raise errors of the driver as those of this product; *what* names the operation."""
     try:
         yield
-    except (PyMongoError, BSONError, OverflowError, UnicodeEncodeError) as exc:
+    except (errors.PyMongoError, BSONError, OverflowError, UnicodeEncodeError) as exc:
         raise _error_of(what, exc) from exc
 
 
 def _error_of(what: str, exc: Exception) -> TriadError:
-    if isinstance(exc, BulkWriteError):
+    if isinstance(exc, errors.BulkWriteError):
         return StoreRejectedError("MongoDB cannot store the document")
     if isinstance(exc, errors.OperationFailure):
         return _error_of_code(what, exc.code)
@@ -65,7 +64,7 @@ def _error_of_code(what: str, code: int | None) -> StoreError:
     return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {code})")
 
 
-def require_only_duplicates(exc: BulkWriteError) -> None:
+def require_only_duplicates(exc: errors.BulkWriteError) -> None:
     """Raise a StoreError unless each error of a bulk write is a duplicate key, whose document is stored already."""
     if exc.details.get("writeConcernErrors"):
         raise StoreUnavailableError("MongoDB stored the results without the promised durability") from exc

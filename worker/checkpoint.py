@@ -55,13 +55,9 @@ class RunStats:
         self.needs_review += metadata.get("needs_review") is True
         self.copied += "copied_from" in metadata
 
-    def count_reason(self, reason: str) -> None:
-        """Count one document that failed or was skipped because of *reason*."""
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-
-    def uncount_reason(self, reason: str) -> None:
-        """Uncount one document of *reason*, because a later round ended differently."""
-        self.reasons[reason] -= 1
+    def count_reason(self, reason: str, change: int = 1) -> None:
+        """Count one document that failed or was skipped because of *reason*; -1 if a later round ended differently."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + change
         if not self.reasons[reason]:
             del self.reasons[reason]
 

@@ -46,8 +46,7 @@ def work_kinds(store: DocumentStore, settings: Settings, plan: str | None) -> St
 async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:
     """Return the context window for a run with the model of *client*, which is prepared.
 
-    *asked* is the window that the operator set. Without it, *sample* returns the tokens that documents need, as
-    ``sample_needs`` does.
+    It is *asked* if the operator set that, else the choice for the tokens that *sample* returns, as ``sample_needs`` does.
     """
     is_known = asked is not None or client.target.protocol == "openai_chat"
     return choose_window([] if is_known else await sample(client), client.target.context_limit, asked)

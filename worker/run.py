@@ -1,7 +1,4 @@
-"""One run of the batch worker: exactly one result for each document, despite crashes.
-
-docs/architecture.md follows one document through this module.
-"""
+"""One run of the batch worker: exactly one result for each document, despite crashes (see docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -309,7 +306,5 @@ class BatchRun:
 
 def _first(group: BaseExceptionGroup[TriadError]) -> TriadError:
     """Return the first leaf of *group*, which is the error that ended the run."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, TriadError) else TriadError("the run failed")
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

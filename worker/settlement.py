@@ -274,7 +274,7 @@ class Settlement:
             self.stats.processed += 1
         else:
             self.stats.failed -= 1
-            self.stats.uncount_reason(earlier)
+            self.stats.count_reason(earlier, -1)
         return earlier is not None
 
     def _require_few_failures(self) -> None:
