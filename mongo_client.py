@@ -24,9 +24,11 @@ from error_handler import ConfigurationError, IndexBlockedError, StoreError, Sto
 from storage.contract import Document, FinalStatus, Selection
 from storage.extended_json import id_key, id_text
 from storage.mongo_errors import (
+    DRIVER_ERRORS,
     TOO_LARGE_CODES,
     index_problem,
     require_only_duplicates,
+    store_error,
     translated,
 )
 from utils.retry_utils import RetryPolicy, retry_async
@@ -370,8 +372,10 @@ class DocumentStore:
 
         async def attempt() -> T:
             cancellations = task.cancelling() if task is not None else 0
-            with translated(what):
+            try:
                 result = await operation()
+            except DRIVER_ERRORS as exc:
+                raise store_error(what, exc) from exc
             # ``asyncio.wait_for`` of Python 3.11 swallows a cancellation that comes as its future is done
             # (python/cpython#86296), and PyMongo sends with it. A run that has ended would wait for this task forever.
             if task is not None and task.cancelling() > cancellations:
