@@ -49,10 +49,7 @@ class Conversation:
 
     @cached_property
     def transcript_sha256(self) -> str:
-        """The SHA-256 of the whole ``transcript``, before any truncation: 64 hexadecimal digits.
-
-        It covers speakers, texts and their order, but neither ids nor times.
-        """
+        """The SHA-256 of the whole ``transcript`` (speakers, texts, their order), before truncation: 64 hex digits."""
         return hashlib.sha256(self.transcript.encode()).hexdigest()
 
     @property

@@ -311,10 +311,7 @@ class Settlement:
             self._finished.append(item.batch)
 
     async def flush(self) -> None:
-        """Bring MongoDB, the files and the checkpoint up to date with what is settled.
-
-        After an error or a cancellation, the next flush writes what is missing.
-        """
+        """Bring MongoDB, the files and the checkpoint up to date; after an error, the next flush writes the rest."""
         async with self._flushing:
             finished = len(self._finished)
             self._since_flush = 0
