@@ -25,7 +25,6 @@ import uvloop
 from pydantic import SecretStr
 from rich.console import Console
 
-from aggregator import aggregate_conversation
 from batch_processor import BASELINE_PLAN, BatchProcessor, Observers, baseline_classify, find_model
 from commands import flags, summary
 from config import Settings, load_taxonomy
@@ -35,10 +34,10 @@ from mongo_client import DocumentStore
 from storage.files import replace_file
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from worker.checkpoint import RunStats
-from worker.intake import RunOptions
-from worker.metrics import MetricsFile
+from worker.intake import RunOptions, preview
 from worker.plan import ask_plan, work_kinds
-from worker.progress import ConsoleProgress, FileProgress, Reporter, Reporters
+from worker.progress import ConsoleProgress, Reporter
+from worker.progress_files import FileProgress
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
@@ -171,15 +170,13 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
-    from worker.preview import preview  # noqa: PLC0415 - a run does not need it
-
     store = DocumentStore(settings)
     try:
         await store.check()
         if options.only in ("stale", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = work_kinds(store, settings, plan) if options.only else None
-        report = await preview(store, aggregate_conversation, options, kinds)
+        report = await preview(store, options, kinds)
     finally:
         await store.close()
     text = json.dumps(report, indent=2)
@@ -215,10 +212,9 @@ def _observers(arguments: argparse.Namespace, settings: Settings) -> Observers:
     if console:
         reporters.append(ConsoleProgress(sys.stderr))
     if files:
-        reporters.append(FileProgress(settings.batch_files_dir / "progress"))
-        reporters.append(MetricsFile(settings.batch_files_dir))
+        reporters.append(FileProgress(settings.batch_files_dir))
     announce = partial(print, file=sys.stderr, flush=True) if console else None
-    return Observers(Reporters(reporters), announce=announce)
+    return Observers(reporters, announce=announce)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         raise ConfigurationError("an estimate requires a fixed concurrency; set --max-concurrent to a number.")
     recorder = SampleRecorder()
     # Copies take no model time, which is what the sample measures.
-    observers = Observers(ConsoleProgress(sys.stderr), recorder)
+    observers = Observers([ConsoleProgress(sys.stderr)], recorder)
     processor = BatchProcessor(settings, options=RunOptions(dedupe=False), observers=observers)
     connected = asyncio.Event()
     with stop_on_signals(processor.stop, connected.is_set):

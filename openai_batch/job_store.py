@@ -16,10 +16,9 @@ from typing import Any, Protocol, TypeVar
 
 from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError
-from mongo_client import range_filter
+from mongo_client import DURABLE, close_client, open_client, range_filter
 from openai_batch.job_config import AppConfig, Document
 from storage.extended_json import canonical, id_text, loads
-from storage.mongo_connection import DURABLE, close_client, open_client
 from storage.mongo_errors import translated
 from utils.retry_utils import RetryPolicy, retry_async
 

@@ -35,7 +35,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split
 PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 
 OWNERS = {
-    "pymongo": {"mongo_client", "storage.mongo_connection", "storage.mongo_errors"},
+    "pymongo": {"mongo_client", "storage.mongo_errors"},
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
@@ -87,7 +87,7 @@ OWNERS = {
         "service.routes",
     },
     "uvicorn": {"main", "service.slow_clients", "service.startup"},
-    "prometheus_client": {"service.metrics", "worker.metrics"},  # of the service; of the worker
+    "prometheus_client": {"service.metrics", "worker.progress_files"},  # of the service; of the worker
     "genai_prices": {"domain.prices"},
 }
 

@@ -30,7 +30,7 @@ OF_OTHERS = {
         "config.service_settings",
         "domain.document_files",
     ),
-    *("worker.preview", "embedded.mongod", "worker.timing"),
+    *("embedded.mongod", "worker.timing"),
 }
 LOADED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
 

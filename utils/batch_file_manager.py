@@ -9,7 +9,7 @@
         retry/batch_001_retry_queue.json        failed documents that get another round
         quarantine/batch_001_quarantine.json    failed documents that get none
         completed/batch_001_completed.json      ids and counts, no text
-        progress/                               written by worker.progress
+        progress/                               written by worker.progress_files
 
 All are Extended JSON with mode 0600 in folders with mode 0700. MongoDB is the source of truth; these files record
 what a crash interrupted, and keep results that could not be written yet.

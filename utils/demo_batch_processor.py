@@ -33,7 +33,7 @@ from model_server.protocol import ChatReply, ChatTarget
 from model_server.truncation import TranscriptTruncator
 from prompt_builder import PromptBuilder
 from utils.process import exit_code_of
-from worker.run import Classify
+from worker.intake import Classify
 
 
 class ScriptedClient:
