@@ -14,10 +14,10 @@ from rich.text import Text
 
 from config import Settings
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError
-from openai_batch.job_context import Times
+from openai_batch.job_context import JobResult, Times
 from openai_batch.job_preview import Preview, dollars, preview, require_affordable
 from openai_batch.job_progress import JobProgress
-from openai_batch.job_run import JobResult, JobRun
+from openai_batch.job_run import JobRun
 from openai_batch.ledger import ENDED, NOT_SENT, ItemState, Ledger, Shard
 from openai_batch.processor import DocumentBatchProcessor
 from openai_batch.schema_file import load_schema_file
@@ -47,7 +47,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
                 await job.recover()  # until MongoDB answers, nothing must be finished after a signal
                 connected.set()
                 await _do(arguments, job)
-                result = job.result
+                result = job.context.result
     if arguments.dry_run:
         return _report_preview(arguments, made, processor)
     with Ledger(processor.ledger_path) as ledger:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -34,8 +34,6 @@ _ERRORS = {
     ItemState.CANCELLED: "the batch was cancelled before this request ran",
     ItemState.MISSING: "the batch ended without a result for this request",
 }
-
-End = tuple[Item, Line, Ending]
 
 
 class Answers:
@@ -68,35 +66,33 @@ class Answers:
 
     async def _apply_lines(self, shard: Shard, lines: list[Line]) -> None:
         new = self._new_lines(shard, lines)
+        endings = [self._failure(shard, item, line) for item, line in new if line.state is not ItemState.OK]
         usable = [(item, line) for item, line in new if line.state is ItemState.OK]
         documents = await self._context.store.read([item.document_id for item, _ in usable])
         present = [(item, line) for item, line in usable if item.document_id in documents]
-        updates = await self._context.handling.deliver(
-            [Answer(documents[item.document_id], line, item.attempt) for item, line in present], shard.batch_id or ""
-        )
-        ends = [self._failure(shard, item, line) for item, line in new if line.state is not ItemState.OK]
+        answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in present]
+        updates = await self._context.handling.deliver(answers, shard.batch_id or "")
         for (item, line), update in zip(present, updates, strict=True):
+            info: dict[str, Any] = {"batch_id": shard.batch_id, "model": line.model, "completed_at": datetime.now(UTC)}
+            info |= {"prompt_tokens": line.prompt_tokens, "reply_tokens": line.reply_tokens}
             if isinstance(update, JobProcessingError):
-                unusable = Line(
-                    line.custom_id, ItemState.FAILED, code="unusable_answer", is_retryable=not update.is_final
-                )
-                ends.append(self._failure(shard, item, unusable, str(update)))
+                code, is_retryable = "unusable_answer", not update.is_final
+                unusable = Line(item.custom_id, ItemState.FAILED, code=code, is_retryable=is_retryable)
+                endings.append(self._failure(shard, item, unusable, str(update)))
             else:
-                ends.append(_success(shard, item, line, update))
-        await self._end(ends)
+                endings.append(Ending(replace(item, state=ItemState.OK), update, info))
+        await self._end(endings)
         gone = [item for item, _ in usable if item.document_id not in documents]
         self._context.ledger.settle(replace(item, state=ItemState.FAILED, code="document_gone") for item in gone)
 
-    async def _end(self, ends: Sequence[End]) -> None:
+    async def _end(self, endings: Sequence[Ending]) -> None:
         """Write the ends to the documents, then to the ledger: in this order a crash in between loses nothing."""
-        rejected = await self._context.store.end([ending for _, _, ending in ends])
+        rejected = await self._context.store.end(endings)
         self._context.ledger.settle(
-            replace(item, state=ItemState.FAILED, code="not_stored")
-            if item.custom_id in rejected
-            else replace(
-                item, state=line.state, code=line.code, retryable=ending.update is None and not ending.is_final
-            )
-            for item, line, ending in ends
+            replace(ending.item, state=ItemState.FAILED, code="not_stored", retryable=False)
+            if ending.item.custom_id in rejected
+            else ending.item
+            for ending in endings
         )
 
     def _new_lines(self, shard: Shard, lines: list[Line]) -> list[tuple[Item, Line]]:
@@ -108,30 +104,19 @@ class Answers:
             if item is None or number != shard.number:
                 logger.warning("shard %d: ignored a line with an unknown custom_id", shard.number)
             elif item.state is ItemState.SUBMITTED:
-                before = new.get(line.custom_id)
-                if before is None or (before[1].state is not ItemState.OK and line.state is ItemState.OK):
+                first = new.get(line.custom_id)
+                if first is None or first[1].state is not ItemState.OK:
                     new[line.custom_id] = (item, line)
         return list(new.values())
 
-    def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None) -> End:
+    def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None) -> Ending:
         is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in _NOT_RUN
-        is_final = not line.is_retryable or is_exhausted
-        outcome = "failed" if is_final else "is pending again"
+        is_retryable = line.is_retryable and not is_exhausted
+        outcome = "is pending again" if is_retryable else "failed"
         logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, line.code)
         error = error or _ERRORS.get(line.state, f"OpenAI answered with an error ({line.code})")
         info = {"batch_id": shard.batch_id, "error": error, "failed_at": datetime.now(UTC)}
-        return item, line, Ending(item.document_id, item.custom_id, None, is_final, info)
-
-
-def _success(shard: Shard, item: Item, line: Line, update: Mapping[str, Any]) -> End:
-    info = {
-        "batch_id": shard.batch_id,
-        "model": line.model,
-        "prompt_tokens": line.prompt_tokens,
-        "reply_tokens": line.reply_tokens,
-        "completed_at": datetime.now(UTC),
-    }
-    return item, line, Ending(item.document_id, item.custom_id, update, is_final=False, info=info)
+        return Ending(replace(item, state=line.state, code=line.code, retryable=is_retryable), None, info)
 
 
 def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:

@@ -10,7 +10,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from error_handler import JobProcessingError, JobTemplateError
-from openai_batch.job_config import AppConfig, Document, DocumentFields, Messages, OpenAIConfig, SchemaConfig
+from openai_batch.job_config import (
+    MISSING,
+    AppConfig,
+    Document,
+    DocumentFields,
+    Messages,
+    OpenAIConfig,
+    SchemaConfig,
+    value_at,
+)
 from openai_batch.job_context import Answer
 from openai_batch.render_process import RenderProcess
 from openai_batch.schema_file import FUNCTION_ERRORS, ResponseProcessor, resolve_function
@@ -22,25 +31,6 @@ if TYPE_CHECKING:
 
 # The functions of the child process, by the names that errors use.
 PROMPT, PROCESSOR = "the prompt", "the response processor"
-
-_MISSING = object()
-
-
-def value_at(document: Mapping[str, Any], path: str) -> Any:
-    """Return the value at *path*, which joins names and list indexes by dots.
-
-    Raises:
-        KeyError: There is no such value.
-    """
-    value: Any = document
-    for name in path.split("."):
-        if isinstance(value, Mapping) and name in value:
-            value = value[name]
-        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
-            value = value[int(name)]
-        else:
-            raise KeyError(path)
-    return value
 
 
 class Variables:
@@ -64,14 +54,13 @@ class Variables:
         values = {}
         for name, path in self._fields.field_map.items():
             try:
-                value = value_at(document, path)
-            except KeyError:
-                value = self._fields.defaults.get(name, _MISSING)
-            if value is _MISSING:
+                value = value_at(document, path, self._fields.defaults.get(name, MISSING))
+            except KeyError as exc:
+                document_id = value_at(document, self._id_field, default=document.get("_id"))
                 raise JobProcessingError(
-                    f"document {self._name_of(document)} has no field {path} (variable {name}); give a default",
+                    f"document {id_text(document_id)} has no field {path} (variable {name}); give a default",
                     is_final=True,
-                )
+                ) from exc
             values[name] = self._preprocess(name, plain(value))
         return values
 
@@ -83,12 +72,6 @@ class Variables:
                 value = plain(value_at(document, self._fields.field_map[name]))
                 texts += [*_texts_of(value), *_texts_of(self._preprocess(name, value))]
         return texts
-
-    def _name_of(self, document: Mapping[str, Any]) -> str:
-        try:
-            return id_text(value_at(document, self._id_field))
-        except KeyError:
-            return id_text(document.get("_id"))
 
     def _preprocess(self, name: str, value: Any) -> Any:
         function = self._functions.get(name)

@@ -17,6 +17,7 @@ Messages = list[dict[str, str]]
 
 MAX_LINES, MAX_FILE_BYTES = 50_000, 200_000_000  # limits of one batch (OpenAI API reference, files and batches)
 
+MISSING = object()
 _FIELD_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 # Anchored, because pydantic searches for a pattern anywhere in the text; its $ does not match before a line end.
 _WHOLE_NAME, _WHOLE_PATH = r"^[A-Za-z0-9_]+$", rf"^{_FIELD_PATH.pattern}$"
@@ -310,6 +311,24 @@ def _with_defaults(part: BaseModel, values: Mapping[str, Any]) -> BaseModel:
     if own.get("build_messages") is not None:
         fields["user_prompt_template"] = ""  # replaced by the function
     return type(part)(**{**fields, **own})
+
+
+def value_at(document: Any, path: str, default: Any = MISSING) -> Any:
+    """Return the value at *path*, which joins names and list indexes by dots, or *default*.
+
+    Raises:
+        KeyError: There is no such value, and no default.
+    """
+    for name in path.split("."):
+        if isinstance(document, Mapping) and name in document:
+            document = document[name]
+        elif isinstance(document, list) and name.isdecimal() and int(name) < len(document):
+            document = document[int(name)]
+        elif default is MISSING:
+            raise KeyError(path)
+        else:
+            return default
+    return document
 
 
 def overlap(path: str, other: str) -> bool:

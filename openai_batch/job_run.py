@@ -13,7 +13,6 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,53 +34,22 @@ DOWNLOADS = 3  # of result files with fewer lines than the shard
 MAX_SURPLUS_FILES = 5  # copies of a file whose upload was repeated because the response was lost
 STOP_GRACE_S = 3.0
 
+OnEnd = Callable[[Shard, dict[ItemState, int], int], None]
+
 _LIMIT = re.compile(r"[Ll]imit:?\s*([\d,]{4,15})")
-
-
-@dataclass(frozen=True, slots=True)
-class ShardEnd:
-    """An applied shard. Its counts satisfy lines = ok + failed + expired + cancelled + missing."""
-
-    shard: Shard
-    counts: dict[ItemState, int]
-    retried: int
-
-
-@dataclass(slots=True)
-class JobResult:
-    """The outcome of one call of a job.
-
-    *total_processed* = *succeeded* + *failed* + *skipped*; *retried* documents became pending again meanwhile.
-    """
-
-    total_processed: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    skipped: int = 0
-    retried: int = 0
-    batches: int = 0
 
 
 class JobRun:
     """One open job. Each step resumes where the ledger stands, and retries while OpenAI cannot be reached."""
 
-    def __init__(self, context: JobContext, on_end: Callable[[ShardEnd], None]) -> None:
-        """*on_end* is called once for each applied shard."""
+    def __init__(self, context: JobContext, on_end: OnEnd) -> None:
+        """*on_end* is called once for each applied shard, with its counts and the documents that are pending again."""
         self.context = context
         self._ledger, self._files, self._times = context.ledger, context.files, context.times
         self._on_end = on_end
         self._planner = JobPlanner(context)
         self._sender = ShardSender(context, self._planner)
         self._answers = Answers(context)
-        self._ended = JobResult()
-
-    @property
-    def result(self) -> JobResult:
-        """The outcome so far."""
-        ended, planner = self._ended, self._planner
-        failed, skipped = ended.failed + planner.failed, planner.skipped
-        total = ended.succeeded + failed + skipped
-        return JobResult(total, ended.succeeded, failed, skipped, ended.retried, ended.batches)
 
     async def recover(self) -> None:
         """Give back what a killed process claimed without finishing its file; call it before any other step."""
@@ -93,14 +61,13 @@ class JobRun:
         Raises:
             JobConnectionError: OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches continue.
         """
-        taken = 0
+        taken, result = 0, self.context.result
         while not self.context.stop.is_set():
-            refused = self._planner.failed + self._planner.skipped
-            planned = 0
+            ended, planned = result.total_processed, 0
             if limit is None or taken < limit:
                 planned = await self._planner.plan(None if limit is None else limit - taken)
                 taken += planned
-            if not (planned or self._ledger.open_shards() or refused < self._planner.failed + self._planner.skipped):
+            if not planned and ended == result.total_processed and not self._ledger.open_shards():
                 await self._report_pending(limit)
                 await self._patiently(self._poll)  # there may be files to delete
                 return
@@ -185,7 +152,7 @@ class JobRun:
                 "are the ones it was created with, or give it up with cli.py openai-batch cancel."
             )
         logger.warning("batch %s of shard %d is lost; its documents are sent again", shard.batch_id, shard.number)
-        return self._ledger.advance(shard.number, ShardState.TERMINAL, status="gone")
+        return self._ledger.give_up(shard, "gone")
 
     def _wait_for_tokens(self, shard: Shard, state: BatchState) -> Shard:
         """Create the batch again later, since nothing of it ran; split a shard that exceeds the limit by itself."""
@@ -199,10 +166,7 @@ class JobRun:
             if limit is None:
                 planner.token_limit = max(1000, shard.tokens // 2)
             logger.warning("shard %d exceeds the enqueued-token limit by itself; splitting it", shard.number)
-            ended_at = time.time()
-            return self._ledger.advance(
-                shard.number, ShardState.TERMINAL, status="token_limit", problem=None, ended_at=ended_at
-            )
+            return self._ledger.give_up(shard, "token_limit")
         wait_s = min(MAX_TOKEN_WAIT_S, self._times.token_wait_s * 2 ** (shard.tries - 1)) * random.uniform(0.75, 1.25)
         logger.info("shard %d waits %.0f s: too many tokens are enqueued", shard.number, wait_s)
         return self._ledger.advance(
@@ -241,18 +205,18 @@ class JobRun:
         bad_ids = await asyncio.to_thread(ids_at, self.context.folder / shard.file_name, shard.bad_lines)
         if not await self._answers.apply(shard, paths, bad_ids):
             return
-        end = ShardEnd(shard, self._ledger.counts(shard.number), self._ledger.retried(shard.number))
+        counts, retried = self._ledger.counts(shard.number), self._ledger.retried(shard.number)
         self._ledger.advance(shard.number, ShardState.APPLIED)
-        if end.counts[ItemState.SUBMITTED] or sum(end.counts.values()) != shard.lines:
+        if counts.pop(ItemState.SUBMITTED) or sum(counts.values()) != shard.lines:
             raise JobProcessingError(f"the counts of shard {shard.number} do not add up; please report this as a bug.")
-        counts = " + ".join(f"{end.counts[state]} {state}" for state in ItemState if state is not ItemState.SUBMITTED)
-        logger.info("shard %d (%s): %d submitted = %s", shard.number, shard.status, shard.lines, counts)
-        succeeded = end.counts[ItemState.OK]
-        self._ended.batches += 1
-        self._ended.succeeded += succeeded
-        self._ended.retried += end.retried
-        self._ended.failed += shard.lines - succeeded - end.retried
-        self._on_end(end)
+        text = " + ".join(f"{count} {state}" for state, count in counts.items())
+        logger.info("shard %d (%s): %d submitted = %s", shard.number, shard.status, shard.lines, text)
+        result = self.context.result
+        result.batches += 1
+        result.succeeded += counts[ItemState.OK]
+        result.retried += retried
+        result.failed += shard.lines - counts[ItemState.OK] - retried
+        self._on_end(shard, counts, retried)
 
     def _result_paths(self, shard: Shard) -> list[Path]:
         return [self.context.folder / name for name in shard.result_files.values()]
@@ -273,16 +237,15 @@ class JobRun:
 
     async def _cancel(self) -> None:
         for shard in self._ledger.open_shards():
-            is_created = shard.state is ShardState.CREATED
             if shard.state is ShardState.CREATING:
-                is_created = await self._sender.find_batch(shard)
-            if is_created:
+                shard = await self._sender.find_batch(shard)  # noqa: PLW2901 - the same shard, one step further
+            if shard.state is ShardState.CREATED:
                 try:
-                    await self._files.cancel(self._ledger.shard(shard.number).batch_id or "")
+                    await self._files.cancel(shard.batch_id or "")
                 except NotThereError:
-                    self._ledger.advance(shard.number, ShardState.TERMINAL, status="gone", ended_at=time.time())
+                    self._ledger.give_up(shard, "gone")
             elif shard.state in NOT_SENT:
-                self._ledger.advance(shard.number, ShardState.TERMINAL, status="never_sent", ended_at=time.time())
+                self._ledger.give_up(shard, "never_sent")
 
     async def _report_pending(self, limit: int | None) -> None:
         left = await self.context.store.count_pending() if limit is None else 0

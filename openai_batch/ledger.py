@@ -6,6 +6,7 @@ One SQLite file in WAL mode with ``synchronous=FULL``, so that a committed step 
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sqlite3
@@ -61,7 +62,7 @@ CREATE INDEX IF NOT EXISTS items_by_document ON items (document_id);
 
 # Codes of items whose batch never ran; such a sending is no attempt of the document.
 NOT_RUN_CODES = ("token_limit_exceeded", "never_sent")
-PAGE = 500  # rows read, and ids looked up, at once
+PAGE = 500  # rows read at once
 
 
 class ShardState(StrEnum):
@@ -183,19 +184,23 @@ class Ledger:
         self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _used(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection; a statement outside a transaction is durable by itself."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            with self._db:  # commits, or rolls back on an error
-                yield self._db
+            yield self._db
         except sqlite3.Error as exc:
             raise self._unusable(exc) from exc
 
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        try:
-            return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as exc:
-            raise self._unusable(exc) from exc
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._used() as db:
+            db.execute("BEGIN IMMEDIATE")
+            with db:  # commits, or rolls back on an error
+                yield db
+
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        with self._used() as db:
+            return db.execute(query, values).fetchall()
 
     def _unusable(self, exc: Exception) -> StateDirectoryError:
         is_damaged = isinstance(exc, ValueError) or type(exc) is sqlite3.DatabaseError
@@ -212,16 +217,14 @@ class Ledger:
         Raises:
             JobValidationError: The ledger belongs to another source.
         """
-        rows = self._rows("SELECT job_id, source FROM job")
-        if not rows:
-            with self._transaction() as db:
-                db.execute("INSERT INTO job VALUES (?, ?)", (f"job{secrets.token_hex(6)}", source))
-            rows = self._rows("SELECT job_id, source FROM job")
-        if rows[0]["source"] != source:
+        new = f"job{secrets.token_hex(6)}"
+        self._rows("INSERT INTO job SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM job)", new, source)
+        job_id, owner = self._rows("SELECT job_id, source FROM job")[0]
+        if owner != source:
             raise JobValidationError(
-                f"the ledger {self._path} belongs to {rows[0]['source']}, not to {source}; give this job its own --state-dir."
+                f"the ledger {self._path} belongs to {owner}, not to {source}; give this job its own --state-dir."
             )
-        return str(rows[0]["job_id"])
+        return str(job_id)
 
     def plan(self, shard: Shard, items: Iterable[Item]) -> None:
         """Add *shard*, whose file is complete and durable, and its *items* in one transaction."""
@@ -239,17 +242,13 @@ class Ledger:
 
     def advance(self, number: int, state: ShardState, **fields: Any) -> Shard:
         """Set the *state* of shard *number* and the columns in *fields*; return the shard."""
-        names = ["state", *fields]
-        with self._transaction() as db:
-            db.execute(
-                f"UPDATE shards SET {', '.join(f'{name} = ?' for name in names)} WHERE number = ?",  # noqa: S608 - our own names
-                (state, *fields.values(), number),
-            )
-        return self.shard(number)
+        names = ", ".join(f"{name} = ?" for name in ("state", *fields))
+        query = f"UPDATE shards SET {names} WHERE number = ? RETURNING *"  # noqa: S608 - our own names
+        return self._shard(self._rows(query, state, *fields.values(), number)[0])
 
-    def shard(self, number: int) -> Shard:
-        """Return shard *number*."""
-        return self._shard(self._rows("SELECT * FROM shards WHERE number = ?", (number,))[0])
+    def give_up(self, shard: Shard, status: str) -> Shard:
+        """End *shard*, which has no result files, with *status*; its documents are settled by the next poll."""
+        return self.advance(shard.number, ShardState.TERMINAL, status=status, ended_at=time.time())
 
     def shards(self) -> list[Shard]:
         """Return all shards, by number."""
@@ -271,20 +270,20 @@ class Ledger:
 
     def live_tokens(self) -> int:
         """Return the estimated prompt tokens enqueued at OpenAI now."""
-        query = f"SELECT COALESCE(SUM(tokens), 0) FROM shards WHERE state IN ({_marks(LIVE)})"  # noqa: S608 - marks only
-        return int(self._rows(query, LIVE)[0][0])
+        return sum(shard.tokens for shard in self.shards() if shard.state in LIVE)
 
     def items(self, number: int, state: ItemState) -> Iterator[Item]:
         """Yield the items of shard *number* in *state*, PAGE rows in memory at a time."""
         last = ""
         query = "SELECT * FROM items WHERE shard = ? AND state = ? AND custom_id > ? ORDER BY custom_id LIMIT ?"
-        while rows := self._rows(query, (number, state, last, PAGE)):
+        while rows := self._rows(query, number, state, last, PAGE):
             yield from map(_item, rows)
             last = rows[-1]["custom_id"]
 
     def find(self, custom_ids: Sequence[str]) -> dict[str, tuple[int, Item]]:
-        """Return the shard number and the item of each of *custom_ids* (at most PAGE) that is known."""
-        rows = self._rows(f"SELECT * FROM items WHERE custom_id IN ({_marks(custom_ids)})", custom_ids)  # noqa: S608 - marks only
+        """Return the shard number and the item of each of *custom_ids* that is known."""
+        query = "SELECT * FROM items WHERE custom_id IN (SELECT value FROM json_each(?))"
+        rows = self._rows(query, json.dumps(custom_ids))
         return {row["custom_id"]: (row["shard"], _item(row)) for row in rows}
 
     def settle(self, items: Iterable[Item]) -> None:
@@ -297,26 +296,24 @@ class Ledger:
 
     def counts(self, number: int) -> dict[ItemState, int]:
         """Return how many items of shard *number* are in each state."""
-        found = dict(self._rows("SELECT state, COUNT(*) FROM items WHERE shard = ? GROUP BY state", (number,)))
+        found = dict(self._rows("SELECT state, COUNT(*) FROM items WHERE shard = ? GROUP BY state", number))
         return {state: found.get(state, 0) for state in ItemState}
 
     def sendings(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Return, for each of *document_ids* (at most PAGE) that was sent, its sendings and its attempts.
+        """Return, for each of *document_ids* that was sent, its sendings and its attempts.
 
         A sending whose batch never ran is no attempt.
         """
-        counted = "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?)) FROM items"
-        query = f"{counted} WHERE document_id IN ({_marks(document_ids)}) GROUP BY document_id"
-        rows = self._rows(query, (*NOT_RUN_CODES, *document_ids))
+        query = (
+            "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?)) FROM items "
+            "WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
+        )
+        rows = self._rows(query, *NOT_RUN_CODES, json.dumps(document_ids))
         return {row[0]: (row[1], row[2]) for row in rows}
 
     def retried(self, number: int) -> int:
         """Return how many documents of shard *number* became pending again."""
-        return int(self._rows("SELECT COUNT(*) FROM items WHERE shard = ? AND retryable", (number,))[0][0])
-
-
-def _marks(values: Sequence[Any]) -> str:
-    return ", ".join("?" * len(values))
+        return int(self._rows("SELECT COUNT(*) FROM items WHERE shard = ? AND retryable", number)[0][0])
 
 
 def _item(row: sqlite3.Row) -> Item:

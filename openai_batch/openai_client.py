@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx2
 import openai
@@ -189,26 +189,22 @@ class OpenAIFiles:
         temporary = target.with_name(f"{target.name}{UNFINISHED}")
         received = 0
         try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(handle, "wb") as file, translated("download a file"):
-                async with self._client.files.with_streaming_response.content(file_id) as response:
-                    declared = response.headers.get("content-length")
-                    encoded = response.headers.get("content-encoding") not in (None, "", "identity")
-                    async for chunk in response.iter_bytes(1 << 18):
-                        received += len(chunk)
-                        if received > MAX_DOWNLOAD_BYTES:
-                            raise JobProcessingError(f"file {file_id} is larger than {MAX_DOWNLOAD_BYTES} bytes")
-                        await asyncio.to_thread(file.write, chunk)
+            with writing(target), open_private(temporary) as file:
+                with translated("download a file"):
+                    async with self._client.files.with_streaming_response.content(file_id) as response:
+                        declared = response.headers.get("content-length")
+                        encoded = response.headers.get("content-encoding") not in (None, "", "identity")
+                        async for chunk in response.iter_bytes(1 << 18):
+                            received += len(chunk)
+                            if received > MAX_DOWNLOAD_BYTES:
+                                raise JobProcessingError(f"file {file_id} is larger than {MAX_DOWNLOAD_BYTES} bytes")
+                            await asyncio.to_thread(file.write, chunk)
                 if declared is not None and not encoded and int(declared) != received:
                     raise JobConnectionError(f"file {file_id} arrived only in part; downloading it again")
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
-            os.replace(temporary, target)
-            sync_folder(target.parent)
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{target} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
-            ) from exc
+                os.replace(temporary, target)
+                sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
         return received
@@ -217,6 +213,23 @@ class OpenAIFiles:
         """Delete a file at the server; a missing file is no error."""
         with suppress(NotThereError), translated("delete a file"):
             await self._client.files.delete(file_id)
+
+
+def open_private(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open *path* for writing with mode 0600; an old file of that name is emptied."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, 0o600), "wb", buffering)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise StateDirectoryError if *path* cannot be written."""
+    try:
+        yield
+    except OSError as exc:
+        raise StateDirectoryError(
+            f"{path} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
+        ) from exc
 
 
 async def _object(what: str, call: Awaitable[Any]) -> dict[str, Any]:

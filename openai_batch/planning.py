@@ -17,12 +17,12 @@ from typing import Any
 
 import orjson
 
-from error_handler import JobProcessingError, StateDirectoryError
+from error_handler import JobProcessingError
 from openai_batch.job_config import BatchConfig, Document
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Claim
-from openai_batch.ledger import PAGE, Item, Shard, ShardState
-from openai_batch.openai_client import UNFINISHED
+from openai_batch.ledger import Item, Shard, ShardState
+from openai_batch.openai_client import UNFINISHED, open_private, writing
 from storage.extended_json import canonical, id_text
 from storage.files import sync_folder
 
@@ -77,11 +77,8 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._items: list[Item] = []
         self._bytes = self._tokens = 0
-        try:
-            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        except OSError as exc:
-            raise self._unwritable(exc) from exc
-        self._file = os.fdopen(handle, "wb", buffering=1 << 20)
+        with writing(folder):
+            self._file = open_private(self._path, buffering=1 << 20)
 
     def has_room(self, line: bytes, tokens: int) -> bool:
         """Return whether *line* fits; an empty file takes any line."""
@@ -93,10 +90,8 @@ class ShardWriter:
 
     def add(self, item: Item, line: bytes, tokens: int) -> None:
         """Append the *line* of *item*; raise StateDirectoryError if the disk is full."""
-        try:
+        with writing(self._folder):
             self._file.write(line)
-        except OSError as exc:
-            raise self._unwritable(exc) from exc
         self._digest.update(line)
         self._items.append(item)
         self._bytes += len(line)
@@ -111,14 +106,12 @@ class ShardWriter:
         sha256 = self._digest.hexdigest()
         sizes = (len(self._items), self._bytes, self._tokens)
         shard = Shard(number, job_id, ShardState.PLANNED, sha256, *sizes, model)
-        try:
+        with writing(self._folder):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._path, self._folder / shard.file_name)
             sync_folder(self._folder)
-        except OSError as exc:
-            raise self._unwritable(exc) from exc
         return shard, self._items
 
     def discard(self) -> None:
@@ -126,24 +119,14 @@ class ShardWriter:
         self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def _unwritable(self, exc: OSError) -> StateDirectoryError:
-        return StateDirectoryError(
-            f"{self._folder} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
-        )
-
 
 class JobPlanner:
-    """Makes the shards of one job.
-
-    *token_limit* is lowered when OpenAI names a lower one. *failed* and *skipped* count the documents that ended
-    without a request.
-    """
+    """Makes the shards of one job. *token_limit* is lowered when OpenAI names a lower one."""
 
     def __init__(self, context: JobContext) -> None:
         self._context = context
         self._batch = context.config.batch
         self.token_limit = self._batch.enqueued_token_limit
-        self.failed = self.skipped = 0
 
     async def recover(self) -> None:
         """Give back the documents that a killed process claimed without finishing their file; remove such files."""
@@ -165,13 +148,13 @@ class JobPlanner:
         try:
             async with contextlib.aclosing(context.store.pages(self._batch.batch_size)) as pages:
                 async for page in pages:
-                    for item, line, tokens in await self._claimed(page if limit is None else page[: limit - planned]):
-                        if writer is not None and not writer.has_room(line, tokens):
+                    for claim in await self._claimed(page if limit is None else page[: limit - planned]):
+                        if writer is not None and not writer.has_room(claim.line, claim.tokens):
                             self._finish(writer)
                             writer = None
                         if writer is None:
                             writer = ShardWriter(context.folder, self._batch, self.token_limit)
-                        writer.add(item, line, tokens)
+                        writer.add(claim.item, claim.line, claim.tokens)
                         planned += 1
                     context.on_progress(f"{planned} documents prepared")
                     if context.stop.is_set() or (limit is not None and planned >= limit):
@@ -183,27 +166,23 @@ class JobPlanner:
                 writer.discard()
         return planned
 
-    async def _claimed(self, page: list[Document]) -> list[tuple[Item, bytes, int]]:
-        """Render and claim the documents of *page*; return the item, line and tokens of each claimed one."""
-        context = self._context
+    async def _claimed(self, page: list[Document]) -> list[Claim]:
+        """Render and claim the documents of *page*; return those that are claimed."""
+        context, claims = self._context, []
         ids = [canonical(document["_id"]) for document in page]
-        sent: dict[str, tuple[int, int]] = {}
-        for start in range(0, len(ids), PAGE):
-            sent |= context.ledger.sendings(ids[start : start + PAGE])
-        made: dict[str, tuple[Claim, bytes, int]] = {}
+        sent = context.ledger.sendings(ids)
         for document_id, document in zip(ids, page, strict=True):
             sendings, attempts = sent.get(document_id, (0, 0))
-            claim = Claim(document, custom_id_of(context.job_id, document_id, sendings + 1), attempts + 1)
+            item = Item(custom_id_of(context.job_id, document_id, sendings + 1), document_id, attempts + 1)
             try:
                 body = context.handling.request(document)
-                line, tokens = request_line(claim.custom_id, self._batch.endpoint, body), estimated_tokens(body)
+                line, tokens = request_line(item.custom_id, self._batch.endpoint, body), estimated_tokens(body)
                 self._require_room(line, tokens)
             except JobProcessingError as exc:
                 await self._refuse(document, exc)
-                continue
-            made[claim.custom_id] = (claim, line, tokens)
-        own = await context.store.claim([claim for claim, _, _ in made.values()], context.job_id)
-        return [(Item(claim.custom_id, claim.document_id, claim.attempt), *made[claim.custom_id][1:]) for claim in own]
+            else:
+                claims.append(Claim(document, item, line, tokens))
+        return await context.store.claim(claims, context.job_id)
 
     def _require_room(self, line: bytes, tokens: int) -> None:
         """Raise JobProcessingError if *line* exceeds a limit even alone in its file."""
@@ -218,8 +197,8 @@ class JobPlanner:
             "document %s %s: %s", id_text(document["_id"]), "skipped" if problem.is_skip else "failed", problem
         )
         if await self._context.store.refuse(document, problem):
-            self.skipped += problem.is_skip
-            self.failed += not problem.is_skip
+            self._context.result.skipped += problem.is_skip
+            self._context.result.failed += not problem.is_skip
 
     def _finish(self, writer: ShardWriter) -> None:
         context = self._context

@@ -19,8 +19,8 @@ from config import Settings, load_settings
 from error_handler import ConfigurationError, JobValidationError
 from openai_batch.documents import TemplateHandling
 from openai_batch.job_config import AppConfig, SchemaConfig
-from openai_batch.job_context import Handling, JobContext, Times
-from openai_batch.job_run import JobResult, JobRun
+from openai_batch.job_context import Handling, JobContext, JobResult, Times
+from openai_batch.job_run import JobRun
 from openai_batch.job_store import JobStore
 from openai_batch.ledger import Ledger
 from openai_batch.notifications import Notifier, channels_of, payload_of
@@ -108,7 +108,7 @@ class DocumentBatchProcessor:
         async with self.opened(on_progress=on_progress) as job:
             await job.recover()
             await job.run(limit)
-            return job.result
+            return job.context.result
 
     @asynccontextmanager
     async def opened(
@@ -143,7 +143,7 @@ class DocumentBatchProcessor:
                 stop=stop or asyncio.Event(),
                 on_progress=on_progress,
             )
-            yield JobRun(context, on_end=lambda end: notifier.notify(payload_of(end)))
+            yield JobRun(context, on_end=lambda *end: notifier.notify(payload_of(*end)))
 
     @property
     def ledger_path(self) -> Path:

@@ -39,7 +39,8 @@ class ShardSender:
         if self._context.stop.is_set():
             return
         if shard.state is ShardState.CREATING:
-            if not await self.find_batch(shard):
+            shard = await self.find_batch(shard)
+            if shard.state is ShardState.CREATING:
                 logger.info("no batch of shard %d exists; creating it", shard.number)
                 await self._create(shard)
             return
@@ -64,7 +65,7 @@ class ShardSender:
             path = self._context.folder / shard.file_name
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 logger.warning("the file of shard %d is missing or cut; its documents are pending again", shard.number)
-                return self._advance(shard.number, ShardState.TERMINAL, status="never_sent", ended_at=time.time())
+                return self._context.ledger.give_up(shard, "never_sent")
             self._context.on_progress(f"uploading shard {shard.number}, {shard.lines} lines")
             file_id = await self._context.files.upload(path, shard.file_name)
         return self._advance(shard.number, ShardState.UPLOADED, file_id=file_id)
@@ -96,8 +97,8 @@ class ShardSender:
                 return
         self._advance(shard.number, ShardState.UPLOADED, problem=str(refusal), not_before=not_before)
 
-    async def find_batch(self, shard: Shard) -> bool:
-        """Look for the batch that *shard*, which is CREATING, may have; record it and return whether it exists.
+    async def find_batch(self, shard: Shard) -> Shard:
+        """Look for the batch that *shard*, which is CREATING, may have; return the shard, CREATED if there is one.
 
         Looks for ``Times.adopt_wait_s``, because lists lag. That time starts now and on the monotonic clock: after a
         crash it is unknown when the create call was made, and whether it arrived late.
@@ -107,11 +108,10 @@ class ShardSender:
         while True:
             state = await self._context.files.find_batch(shard.metadata, shard.file_id or "")
             if state is not None:
-                self._advance(shard.number, ShardState.CREATED, batch_id=state.batch_id, status=state.status)
                 logger.info("batch %s of shard %d exists already and is used", state.batch_id, shard.number)
-                return True
+                return self._advance(shard.number, ShardState.CREATED, batch_id=state.batch_id, status=state.status)
             if time.monotonic() >= deadline:
-                return False
+                return shard
             self._context.on_progress(f"shard {shard.number}: checking whether its batch exists")
             await asyncio.sleep(max(0.05, wait_s / 12))
 

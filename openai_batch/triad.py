@@ -23,6 +23,7 @@ from mongo_client import DocumentStore, selection_filter
 from openai_batch.documents import Variables, masking_of, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
 from openai_batch.job_context import Answer
+from openai_batch.job_store import Leases
 from prompt_builder import PromptBuilder
 from storage.extended_json import canonical, id_key, loads
 
@@ -43,7 +44,7 @@ def result_store(config: AppConfig, settings: Settings, job_id: str) -> Document
     return DocumentStore(settings.model_copy(update={**place, "lease_s": LEASE_S}), worker_id=job_id)
 
 
-class TriadHandling:
+class TriadHandling(Leases):
     """Labels conversations and leases them; their results go to *store*."""
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:

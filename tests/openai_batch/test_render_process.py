@@ -314,6 +314,15 @@ def test_many_deaths_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_failing_setup_raises_in_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason; no process is left behind."""
     monkeypatch.setattr(render_process, "TIME_LIMIT_S", 0.5)
+    children: list[int] = []
+    fork = os.fork
+
+    def recorded() -> int:
+        child = fork()
+        children.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", recorded)
 
     def refused() -> dict[str, Any]:
         raise JobTemplateError("system_prompt, line 1: no template")
@@ -326,5 +335,7 @@ def test_failing_setup_raises_in_the_parent(monkeypatch: pytest.MonkeyPatch) -> 
         RenderProcess(refused)
     with pytest.raises(JobTemplateError, match=r"0\.5 s"):
         RenderProcess(endless_parts)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    assert len(children) == 2
