@@ -1,4 +1,4 @@
-"""The actions of ``cli.py openai-batch``: the steps of a document job, together or one by one."""
+"""The actions of ``cli.py openai-batch``: the steps of a document job, together or one by one, and their output."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import argparse
 import asyncio
 import json
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from config import Settings
+from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError
 from openai_batch.job_context import JobResult, Times
 from openai_batch.job_preview import Preview, dollars, preview, require_affordable
-from openai_batch.job_progress import JobProgress
 from openai_batch.job_run import JobRun
 from openai_batch.ledger import ENDED, NOT_SENT, ItemState, Ledger, Shard
 from openai_batch.processor import DocumentBatchProcessor
@@ -24,14 +27,15 @@ from openai_batch.schema_file import load_schema_file
 from utils.process import stop_on_signals
 
 STEP_PATIENCE_S = 60.0  # how long a single step waits for OpenAI; ``run`` waits OUTAGE_LIMIT_S
-SENDING_FLAGS = ("limit", "dry_run", "max_cost")
 SHOWN_BATCHES = 50
 TABLE_WIDTH = 120
+LINE_EVERY_S = 5.0
+SHOWN_SUBJECTS = 8  # on a terminal, the last changed ones
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run one action; see ``Command``."""
-    for name in SENDING_FLAGS:
+    for name in ("limit", "dry_run", "max_cost"):
         value = getattr(arguments, name)
         if arguments.action not in ("run", "submit") and value is not None and value is not False:
             raise ConfigurationError(f"--{name.replace('_', '-')} applies to run and submit only.")
@@ -88,29 +92,28 @@ async def _affordable(arguments: argparse.Namespace, job: JobRun) -> int | None:
     limit: int | None = arguments.limit
     if arguments.max_cost is None:
         return limit
-    context, waiting = job.context, _not_sent(job.context.ledger)
-    made = await preview(context.config, context.store, context.handling, context.on_progress, limit, waiting)
+    context, unsent = job.context, _unsent(job.context.ledger)
+    made = await preview(context.config, context.store, context.handling, context.on_progress, limit, unsent)
     require_affordable(made, arguments.max_cost, context.config.openai.model)
     return made.documents
 
 
-def _not_sent(ledger: Ledger) -> list[Shard]:
+def _unsent(ledger: Ledger) -> list[Shard]:
     return [shard for shard in ledger.shards() if shard.state in NOT_SENT]
 
 
 async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProcessor, progress: JobProgress) -> Preview:
-    waiting: list[Shard] = []
+    unsent: list[Shard] = []
     if processor.ledger_path.exists():
         with Ledger(processor.ledger_path) as ledger:
-            waiting = _not_sent(ledger)
+            unsent = _unsent(ledger)
     async with processor.reading() as (store, handling):
-        return await preview(processor.config, store, handling, progress, arguments.limit, waiting)
+        return await preview(processor.config, store, handling, progress, arguments.limit, unsent)
 
 
 def _report_preview(arguments: argparse.Namespace, made: Preview, processor: DocumentBatchProcessor) -> int:
     if arguments.json:
-        bodies = [{"document": name, "body": body} for name, body in made.examples]
-        sys.stdout.write(json.dumps({**made.as_dict(), "examples": bodies}, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(made.as_dict(), indent=2, ensure_ascii=False) + "\n")
     else:
         _print_preview(made, processor)
     if arguments.max_cost is not None:
@@ -119,38 +122,34 @@ def _report_preview(arguments: argparse.Namespace, made: Preview, processor: Doc
 
 
 def _print_preview(made: Preview, processor: DocumentBatchProcessor) -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    for name, body in made.examples:
-        console.print(Text(f"Request for document {name}:", style="bold"))
-        console.print(Text(json.dumps(body, indent=2, ensure_ascii=False)))
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for example in made.examples:
+        console.print(f"Request for document {example['document']}:", style="bold")
+        console.print(json.dumps(example["body"], indent=2, ensure_ascii=False))
     config = processor.config
     price = "price unknown"
     if made.price is not None:
         rate = "half the usual price, OpenAI's discount for batches" if made.price.is_assumed else "the batch rate"
         price = f"at most {dollars(made.price.usd)} US dollars at {rate}"
     console.print(
-        f"{_counted(made.documents + made.waiting)}, {made.bytes:,} bytes, about {made.prompt_tokens:,} prompt tokens "
-        f"and at most {made.most_reply_tokens:,} answer tokens with {config.openai.model}: {price}."
+        f"{counted(made.documents + made.waiting, 'document')}, {made.bytes:,} bytes, about {made.prompt_tokens:,} prompt "
+        f"tokens and at most {made.most_reply_tokens:,} answer tokens with {config.openai.model}: {price}."
     )
     if made.waiting:
         console.print(f"{made.waiting} of them are in files of an earlier start that are not sent yet.")
     for name, problem in made.problems.items():
-        console.print(Text(f"Document {name} would not be sent: {problem}"))
+        console.print(f"Document {name} would not be sent: {problem}")
     if made.refused > len(made.problems):
         console.print(f"... and {made.refused - len(made.problems)} more")
-    console.print(Text(f"The requests would go to {config.openai.base_url}. Nothing was sent."))
-
-
-def _counted(documents: int) -> str:
-    return "1 document" if documents == 1 else f"{documents} documents"
+    console.print(f"The requests would go to {config.openai.base_url}. Nothing was sent.")
 
 
 def _status(arguments: argparse.Namespace, processor: DocumentBatchProcessor) -> int:
-    if not processor.ledger_path.exists():
+    if processor.ledger_path.exists():
+        with Ledger(processor.ledger_path) as ledger:
+            _report(arguments, None, ledger)
+    else:
         sys.stdout.write('{"batches": []}\n' if arguments.json else "This job has sent nothing yet.\n")
-        return ExitCode.DONE
-    with Ledger(processor.ledger_path) as ledger:
-        _report(arguments, None, ledger)
     return ExitCode.DONE
 
 
@@ -159,7 +158,7 @@ def _report(arguments: argparse.Namespace, result: JobResult | None, ledger: Led
     if arguments.json:
         sys.stdout.write(json.dumps(_as_dict(result, rows), indent=2) + "\n")
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.width = max(console.width, TABLE_WIDTH)  # without a terminal it is 80, which would cut ids
     console.print(_table(rows[-SHOWN_BATCHES:]))
     if len(rows) > SHOWN_BATCHES:
@@ -167,7 +166,7 @@ def _report(arguments: argparse.Namespace, result: JobResult | None, ledger: Led
     open_batches = sum(shard.state not in ENDED for shard, _ in rows)
     if result is not None and (result.total_processed or result.retried or not open_batches):
         console.print(
-            f"{_counted(result.total_processed)} ended: {result.succeeded} completed, {result.failed} failed, "
+            f"{counted(result.total_processed, 'document')} ended: {result.succeeded} completed, {result.failed} failed, "
             f"{result.skipped} skipped. {result.retried} pending again."
         )
     if open_batches:
@@ -179,13 +178,10 @@ def _table(rows: list[tuple[Shard, dict[ItemState, int]]]) -> Table:
     for heading in ("shard", "batch", "state", "at OpenAI", "lines", "results"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("shard", "lines") else "left")
     for shard, counts in rows:
-        parts = [
-            f"{count} {'open' if state is ItemState.SUBMITTED else state.value}"
-            for state, count in counts.items()
-            if count
-        ]
+        names = {ItemState.SUBMITTED: "open"}
+        results = ", ".join(f"{count} {names.get(state, state.value)}" for state, count in counts.items() if count)
         cells = (str(shard.number), shard.batch_id or "-", shard.state.value, shard.status or "-", str(shard.lines))
-        table.add_row(*(Text(cell) for cell in (*cells, ", ".join(parts))))
+        table.add_row(*(Text(cell) for cell in (*cells, results)))
     return table
 
 
@@ -202,7 +198,46 @@ def _as_dict(result: JobResult | None, rows: list[tuple[Shard, dict[ItemState, i
         }
         for shard, counts in rows
     ]
-    if result is None:
-        return {"batches": batches}
-    names = ("total_processed", "succeeded", "failed", "skipped", "retried")
+    names = ("total_processed", "succeeded", "failed", "skipped", "retried") if result is not None else ()
     return {**{name: getattr(result, name) for name in names}, "batches": batches}
+
+
+class JobProgress:
+    """Shows texts such as ``shard 3: in_progress, 5 of 10 done`` on stderr. Use in ``with``, and call it.
+
+    The part before the colon is the subject. A terminal shows the last text of each subject. Elsewhere a new text is
+    printed if the last line is LINE_EVERY_S old; the final text is always printed.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console(stderr=True, soft_wrap=True, markup=False)
+        self._live = Live(console=self._console, transient=True) if self._console.is_terminal else None
+        self._clock = clock
+        self._texts: dict[str, str] = {}
+        self._written = self._last = ""
+        self._written_at = -LINE_EVERY_S
+
+    def __enter__(self) -> JobProgress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._write()
+
+    def __call__(self, text: str) -> None:
+        """Show *text*."""
+        subject = text.partition(":")[0]
+        self._texts.pop(subject, None)
+        self._texts[subject] = self._last = text
+        if self._live is not None:
+            self._live.update(Text("\n".join(list(self._texts.values())[-SHOWN_SUBJECTS:])))
+        elif self._clock() - self._written_at >= LINE_EVERY_S:
+            self._write()
+
+    def _write(self) -> None:
+        if self._last != self._written:
+            self._written, self._written_at = self._last, self._clock()
+            self._console.print(Text(self._last))
