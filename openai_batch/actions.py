@@ -92,21 +92,17 @@ async def _affordable(arguments: argparse.Namespace, job: JobRun) -> int | None:
     limit: int | None = arguments.limit
     if arguments.max_cost is None:
         return limit
-    context, unsent = job.context, _unsent(job.context.ledger)
+    context, unsent = job.context, job.context.ledger.shards(NOT_SENT)
     made = await preview(context.config, context.store, context.handling, context.on_progress, limit, unsent)
     require_affordable(made, arguments.max_cost, context.config.openai.model)
     return made.documents
-
-
-def _unsent(ledger: Ledger) -> list[Shard]:
-    return [shard for shard in ledger.shards() if shard.state in NOT_SENT]
 
 
 async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProcessor, progress: JobProgress) -> Preview:
     unsent: list[Shard] = []
     if processor.ledger_path.exists():
         with Ledger(processor.ledger_path) as ledger:
-            unsent = _unsent(ledger)
+            unsent = ledger.shards(NOT_SENT)
     async with processor.reading() as (store, handling):
         return await preview(processor.config, store, handling, progress, arguments.limit, unsent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
@@ -12,11 +13,12 @@ from typing import Any
 
 import orjson
 
-from error_handler import JobProcessingError, StateDirectoryError
+from error_handler import JobProcessingError
 from openai_batch.batch_protocol import Line, parse_line
 from openai_batch.job_context import Answer, JobContext
 from openai_batch.job_store import Ending
 from openai_batch.ledger import Item, ItemState, Shard
+from openai_batch.openai_client import unreadable
 from storage.extended_json import id_text, loads
 
 logger = logging.getLogger(__name__)
@@ -42,13 +44,14 @@ class Answers:
     def __init__(self, context: JobContext) -> None:
         self._context = context
 
-    async def apply(self, shard: Shard, paths: Sequence[Path], bad_ids: Set[str]) -> bool:
-        """Apply the lines in *paths* to the documents of *shard*; *bad_ids* are the lines for which its file was refused.
+    async def apply(self, shard: Shard, paths: Sequence[Path]) -> bool:
+        """Apply the lines in *paths* to the documents of *shard*, and end its other documents.
 
         Documents are updated before the ledger. Returns whether every item of the shard has ended; False if the
         run is stopped meanwhile.
         """
         stop, applied = self._context.stop, 0
+        bad_ids = await asyncio.to_thread(_ids_at, self._context.folder / shard.file_name, shard.bad_lines)
         for path in paths:
             lines = _lines(path)
             while chunk := list(islice(lines, LINES_AT_ONCE)):
@@ -100,8 +103,8 @@ class Answers:
         known = self._context.ledger.find([line.custom_id for line in lines])
         new: dict[str, tuple[Item, Line]] = {}
         for line in lines:
-            number, item = known.get(line.custom_id, (None, None))
-            if item is None or number != shard.number:
+            item = known.get(line.custom_id)
+            if item is None or item.shard != shard.number:
                 logger.warning("shard %d: ignored a line with an unknown custom_id", shard.number)
             elif item.state is ItemState.SUBMITTED:
                 first = new.get(line.custom_id)
@@ -143,9 +146,7 @@ def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:
                 elif raw.strip() and not is_quiet:
                     logger.warning("%s:%d is not a line of a result file; ignored", path.name, number)
     except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
-        ) from exc
+        raise unreadable(path, exc) from exc
 
 
 def count_lines(path: Path) -> int:
@@ -153,11 +154,8 @@ def count_lines(path: Path) -> int:
     return sum(1 for _ in _lines(path, is_quiet=True))
 
 
-def ids_at(path: Path, numbers: str) -> frozenset[str]:
-    """Return the custom ids of the lines *numbers* (from 1, joined by commas) of the request file *path*.
-
-    Empty if the file is gone.
-    """
+def _ids_at(path: Path, numbers: str) -> frozenset[str]:
+    """Return the custom ids of the lines *numbers* (from 1, joined by commas) of the request file *path*, if it exists."""
     wanted = {int(number) for number in numbers.split(",") if number}
     if not wanted or not path.is_file():
         return frozenset()

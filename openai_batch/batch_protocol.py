@@ -70,10 +70,6 @@ class BatchState:
         ran = (self.failed or 0) > 0 or self.total is None
         return self.status in ("completed", "expired", "cancelled") and (answered or (has_none and ran))
 
-    def is_of(self, metadata: Mapping[str, str]) -> bool:
-        """Return whether it is the batch that was created with *metadata*."""
-        return all(self.metadata.get(key) == value for key, value in metadata.items())
-
 
 @dataclass(frozen=True, slots=True)
 class Line:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from error_handler import JobConnectionError, JobProcessingError, JobValidationError
-from openai_batch.answers import Answers, count_lines, ids_at
+from openai_batch.answers import Answers, count_lines
 from openai_batch.batch_protocol import BatchState
 from openai_batch.job_context import JobContext
-from openai_batch.ledger import NOT_SENT, ItemState, Shard, ShardState
+from openai_batch.ledger import NOT_SENT, OPEN, ItemState, Shard, ShardState
 from openai_batch.openai_client import NotThereError
 from openai_batch.planning import JobPlanner
 from openai_batch.sending import ShardSender, for_each, wait_left_s
@@ -67,7 +67,7 @@ class JobRun:
             if limit is None or taken < limit:
                 planned = await self._planner.plan(None if limit is None else limit - taken)
                 taken += planned
-            if not planned and ended == result.total_processed and not self._ledger.open_shards():
+            if not planned and ended == result.total_processed and not self._ledger.shards(OPEN):
                 await self._report_pending(limit)
                 await self._patiently(self._poll)  # there may be files to delete
                 return
@@ -95,9 +95,8 @@ class JobRun:
         await self._patiently(self._poll)
 
     async def _poll(self) -> None:
-        await for_each(self._ledger.open_shards(), self._collect)
-        applied = [shard for shard in self._ledger.shards() if shard.state is ShardState.APPLIED]
-        await for_each(applied, self._delete_files)
+        await for_each(self._ledger.shards(OPEN), self._collect)
+        await for_each(self._ledger.shards([ShardState.APPLIED]), self._delete_files)
 
     async def _collect(self, shard: Shard) -> None:
         """Take *shard* as far as it goes: check its batch, download its files, apply its answers."""
@@ -117,14 +116,12 @@ class JobRun:
             return await self._check_missing(shard)
         if state.is_unknown:
             logger.warning("batch %s has the unknown status %s; waiting", state.batch_id, state.status)
-        progress = f"{state.completed or 0} of {state.total or shard.lines} done"
-        self.context.on_progress(f"shard {shard.number}: {state.status}, {progress}")
-        if not state.has_ended:
-            return self._ledger.advance(shard.number, ShardState.CREATED, status=state.status, ended_at=None)
+        done = f"{state.completed or 0} of {state.total or shard.lines} done"
+        self.context.on_progress(f"shard {shard.number}: {state.status}, {done}")
         if state.is_over_token_limit:
             return self._wait_for_tokens(shard, state)
-        ended_at = _ended_at(shard)
-        if state.lacks_files and time.time() - ended_at < self._times.files_late_s:
+        ended_at = _ended_at(shard) if state.has_ended else None
+        if ended_at is None or (state.lacks_files and self._may_be_late(shard)):
             return self._ledger.advance(shard.number, ShardState.CREATED, status=state.status, ended_at=ended_at)
         return self._ledger.advance(
             shard.number,
@@ -142,17 +139,20 @@ class JobRun:
 
         A server that knows neither is another account or address: sending everything again would pay for it again.
         """
-        ended_at = _ended_at(shard)
-        if time.time() - ended_at < self._times.files_late_s:
+        if self._may_be_late(shard):
             logger.warning("OpenAI does not find batch %s of shard %d; checking again", shard.batch_id, shard.number)
+            ended_at = _ended_at(shard)
             return self._ledger.advance(shard.number, ShardState.CREATED, status="not_found", ended_at=ended_at)
-        if not await self._files.has_file(shard.file_id or ""):
+        if await self._files.uploaded_at(shard.file_id or "") is None:
             raise JobValidationError(
                 f"OpenAI knows neither batch {shard.batch_id} nor its file. Check that OPENAI_API_KEY and OPENAI_BASE_URL "
                 "are the ones it was created with, or give it up with cli.py openai-batch cancel."
             )
         logger.warning("batch %s of shard %d is lost; its documents are sent again", shard.batch_id, shard.number)
         return self._ledger.give_up(shard, "gone")
+
+    def _may_be_late(self, shard: Shard) -> bool:
+        return time.time() - _ended_at(shard) < self._times.files_late_s
 
     def _wait_for_tokens(self, shard: Shard, state: BatchState) -> Shard:
         """Create the batch again later, since nothing of it ran; split a shard that exceeds the limit by itself."""
@@ -187,7 +187,7 @@ class JobRun:
                     received = await self._files.download(file_id, target)
                 except NotThereError:
                     target.unlink(missing_ok=True)
-                    if time.time() - _ended_at(shard) < self._times.files_late_s:
+                    if self._may_be_late(shard):
                         logger.warning("OpenAI does not find %s of shard %d; checking again", file_id, shard.number)
                         return shard
                     logger.warning("file %s of shard %d is lost; its lines are sent again", file_id, shard.number)
@@ -202,8 +202,7 @@ class JobRun:
 
     async def _apply(self, shard: Shard) -> None:
         paths = [path for path in self._result_paths(shard) if path.exists()]
-        bad_ids = await asyncio.to_thread(ids_at, self.context.folder / shard.file_name, shard.bad_lines)
-        if not await self._answers.apply(shard, paths, bad_ids):
+        if not await self._answers.apply(shard, paths):
             return
         counts, retried = self._ledger.counts(shard.number), self._ledger.retried(shard.number)
         self._ledger.advance(shard.number, ShardState.APPLIED)
@@ -236,7 +235,7 @@ class JobRun:
         self._ledger.advance(shard.number, ShardState.CLEANED)
 
     async def _cancel(self) -> None:
-        for shard in self._ledger.open_shards():
+        for shard in self._ledger.shards(OPEN):
             if shard.state is ShardState.CREATING:
                 shard = await self._sender.find_batch(shard)  # noqa: PLW2901 - the same shard, one step further
             if shard.state is ShardState.CREATED:
@@ -253,11 +252,9 @@ class JobRun:
             logger.warning("%d documents stay pending: leased by a worker, or MongoDB rejected their update", left)
 
     def _poll_wait_s(self) -> float:
-        shards = self._ledger.open_shards()
-        if not shards:
-            return 0.0
+        shards = self._ledger.shards(OPEN)
         waits = [left for shard in shards if (left := wait_left_s(shard))]
-        return min([self._times.poll_s * random.uniform(0.9, 1.1), *waits])
+        return min([self._times.poll_s * random.uniform(0.9, 1.1), *waits]) if shards else 0.0
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -32,7 +32,6 @@ TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
 MAX_WAIT_S = 3600.0  # the longest Retry-After that is honoured
 CLOCK_SKEW_S = 86_400.0  # how much the server's clock may differ from ours
-MAX_DOWNLOAD_BYTES = 8_000_000_000  # 50,000 answers of 128,000 tokens are less
 UNFINISHED = ".part"  # the suffix of a file that is not complete yet
 
 
@@ -56,11 +55,7 @@ class OpenAIFiles:
     """The API for one key. Use as ``async with``."""
 
     def __init__(self, config: OpenAIConfig, batch: BatchConfig) -> None:
-        """Create the client; nothing is sent.
-
-        Raises:
-            ConfigurationError: There is no key.
-        """
+        """Create the client; nothing is sent. Raise ConfigurationError if there is no key."""
         if config.api_key is None:
             raise ConfigurationError("OPENAI_API_KEY is not set; set it, because the Batch API needs a key.")
         self._batch = batch
@@ -89,9 +84,7 @@ class OpenAIFiles:
                 )
                 return str((await _object("upload a file", upload))["id"])
         except OSError as exc:
-            raise StateDirectoryError(
-                f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
-            ) from exc
+            raise unreadable(path, exc) from exc
 
     async def find_file(self, name: str, since: float) -> str | None:
         """Return the id of a batch file called *name*, uploaded after *since* (unix seconds, clock skew allowed)."""
@@ -124,10 +117,10 @@ class OpenAIFiles:
 
         Stops at batches older than the file. Both times are of the server's clock, so a wrong clock here is harmless.
         """
-        since = await self._uploaded_at(file_id)
+        since = await self.uploaded_at(file_id)
         async for batch in self._entries(self._client.batches, "list the batches", limit=100):
             state = parse_batch(batch)
-            if state.is_of(metadata):
+            if metadata.items() <= state.metadata.items():
                 return state
             if since is not None and int(batch.get("created_at") or 0) < since:
                 break
@@ -150,11 +143,7 @@ class OpenAIFiles:
                 return
             query["after"] = entries[-1]["id"]
 
-    async def has_file(self, file_id: str) -> bool:
-        """Return whether the server knows file *file_id* for this key."""
-        return await self._uploaded_at(file_id) is not None
-
-    async def _uploaded_at(self, file_id: str) -> int | None:
+    async def uploaded_at(self, file_id: str) -> int | None:
         """Return when file *file_id* was uploaded, in the server's unix seconds; None if it knows no such file."""
         try:
             file = await _object("get a file", self._client.files.retrieve(file_id))
@@ -163,28 +152,18 @@ class OpenAIFiles:
             return None
 
     async def get(self, batch_id: str) -> BatchState:
-        """Return the state of a batch.
-
-        Raises:
-            NotThereError: The server knows no such batch.
-            JobConnectionError: The server cannot be reached; the batch continues.
-        """
+        """Return the state of a batch; raise NotThereError if the server knows no such batch."""
         return parse_batch(await _object("get a batch", self._client.batches.retrieve(batch_id)))
 
-    async def cancel(self, batch_id: str) -> BatchState:
+    async def cancel(self, batch_id: str) -> None:
         """Cancel a batch; answers that exist are kept and billed. A batch that has ended is left alone."""
-        try:
-            return parse_batch(await _object("cancel a batch", self._once.batches.cancel(batch_id)))
-        except (JobValidationError, EndedError):
-            return await self.get(batch_id)
+        with suppress(JobValidationError, EndedError):
+            await _object("cancel a batch", self._once.batches.cancel(batch_id))
 
     async def download(self, file_id: str, target: Path) -> int:
         """Stream a file to *target*, durably, complete or not at all; return its size in bytes.
 
-        Raises:
-            NotThereError: The server does not find the file.
-            JobConnectionError: The transfer was cut; *target* is unchanged.
-            StateDirectoryError: The disk is full.
+        Raises NotThereError if the server does not find the file, StateDirectoryError if the disk is full.
         """
         temporary = target.with_name(f"{target.name}{UNFINISHED}")
         received = 0
@@ -192,15 +171,9 @@ class OpenAIFiles:
             with writing(target), open_private(temporary) as file:
                 with translated("download a file"):
                     async with self._client.files.with_streaming_response.content(file_id) as response:
-                        declared = response.headers.get("content-length")
-                        encoded = response.headers.get("content-encoding") not in (None, "", "identity")
-                        async for chunk in response.iter_bytes(1 << 18):
+                        async for chunk in response.iter_bytes(1 << 18):  # less than Content-Length is an error
                             received += len(chunk)
-                            if received > MAX_DOWNLOAD_BYTES:
-                                raise JobProcessingError(f"file {file_id} is larger than {MAX_DOWNLOAD_BYTES} bytes")
                             await asyncio.to_thread(file.write, chunk)
-                if declared is not None and not encoded and int(declared) != received:
-                    raise JobConnectionError(f"file {file_id} arrived only in part; downloading it again")
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
                 os.replace(temporary, target)
@@ -230,6 +203,11 @@ def writing(path: Path) -> Iterator[None]:
         raise StateDirectoryError(
             f"{path} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
         ) from exc
+
+
+def unreadable(path: Path, exc: OSError) -> StateDirectoryError:
+    """Return the error for a local file that cannot be read."""
+    return StateDirectoryError(f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again.")
 
 
 async def _object(what: str, call: Awaitable[Any]) -> dict[str, Any]:

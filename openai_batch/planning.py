@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,7 @@ class ShardWriter:
     """Writes one JSONL file: ``add`` while it ``has_room``, then ``finish`` or ``discard``."""
 
     def __init__(self, folder: Path, config: BatchConfig, token_limit: int | None) -> None:
-        """Open a temporary file in *folder* with mode 0600.
-
-        Raises:
-            StateDirectoryError: The folder is not writable.
-        """
+        """Open a temporary file in *folder* with mode 0600; raise StateDirectoryError if that is impossible."""
         self._folder = folder
         self._config = config
         self._token_limit = token_limit
@@ -100,12 +97,11 @@ class ShardWriter:
     def finish(self, number: int, job_id: str, model: str) -> tuple[Shard, list[Item]]:
         """Make the file durable under the name of shard *number*; return the shard and its items.
 
-        Raises:
-            StateDirectoryError: The disk is full; the file was not created.
+        Raises StateDirectoryError if the disk is full; then there is no such file.
         """
         sha256 = self._digest.hexdigest()
         sizes = (len(self._items), self._bytes, self._tokens)
-        shard = Shard(number, job_id, ShardState.PLANNED, sha256, *sizes, model)
+        shard = Shard(number, job_id, ShardState.PLANNED, sha256, *sizes, model, created_at=time.time())
         with writing(self._folder):
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from error_handler import JobConnectionError, JobValidationError
 from openai_batch.job_context import JobContext
-from openai_batch.ledger import Shard, ShardState
+from openai_batch.ledger import NOT_SENT, Shard, ShardState
 from openai_batch.openai_client import MAX_WAIT_S, NotNowError, NotThereError
 from openai_batch.planning import JobPlanner
 
@@ -33,7 +33,7 @@ class ShardSender:
 
         A shard that cannot be sent does not block the others; the first error is raised at the end.
         """
-        await for_each(self._context.ledger.open_shards(), self._send)
+        await for_each(self._context.ledger.shards(NOT_SENT), self._send)
 
     async def _send(self, shard: Shard) -> None:
         if self._context.stop.is_set():
@@ -44,13 +44,12 @@ class ShardSender:
                 logger.info("no batch of shard %d exists; creating it", shard.number)
                 await self._create(shard)
             return
-        if shard.state not in (ShardState.PLANNED, ShardState.UPLOADED) or not self._has_room(shard):
+        if not self._has_room(shard):
             return
         if shard.state is ShardState.PLANNED:
             shard = await self._upload(shard)
         if shard.state is ShardState.UPLOADED:
-            asked_at = time.time()
-            await self._create(self._advance(shard.number, ShardState.CREATING, create_asked_at=asked_at, problem=None))
+            await self._create(self._advance(shard.number, ShardState.CREATING, problem=None))
 
     def _has_room(self, shard: Shard) -> bool:
         if wait_left_s(shard):
