@@ -15,7 +15,7 @@ import orjson
 from openai_batch.ledger import ItemState
 
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
-RUNNING = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
+KNOWN = ENDED | {"validating", "in_progress", "finalizing", "cancelling"}
 
 TOKEN_LIMIT = "token_limit_exceeded"  # noqa: S105 - a code of the API
 # Error codes of lines that never ran, and the state they end in.
@@ -49,11 +49,6 @@ class BatchState:
     def has_ended(self) -> bool:
         """True if nothing more will run; its files may still be missing."""
         return self.status in ENDED
-
-    @property
-    def is_unknown(self) -> bool:
-        """True if the API reports a status that this version does not know."""
-        return self.status not in ENDED and self.status not in RUNNING
 
     @property
     def is_over_token_limit(self) -> bool:
@@ -147,14 +142,10 @@ def _answer(custom_id: str, body: Mapping[str, Any]) -> Line:
     choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
     message, usage = _mapping(choice.get("message")), _mapping(body.get("usage"))
     content, finish = _text(message.get("content")), choice.get("finish_reason")
-    code = None
+    code = {"content_filter": "content_filter", "length": "cut_off"}.get(str(finish))
     if message.get("refusal"):
         code = "refusal"
-    elif finish == "content_filter":
-        code = "content_filter"
-    elif finish == "length":
-        code = "cut_off"
-    elif content is None or not content.strip():
+    elif code is None and (content is None or not content.strip()):
         code = "empty"
     return Line(
         custom_id,

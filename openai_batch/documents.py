@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
@@ -45,9 +45,7 @@ class Variables:
     def of(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """Return the variables of *document* as plain values: dicts, lists, texts, numbers, booleans, None.
 
-        Raises:
-            JobProcessingError: A field is missing and has no default, or a preprocess function failed. The message
-                names the document and the field.
+        Raises JobProcessingError if a field is missing and has no default, or a preprocess function failed.
         """
         if not self._fields.field_map:
             return {str(name): plain(value) for name, value in document.items()}
@@ -75,14 +73,17 @@ class Variables:
 
     def _preprocess(self, name: str, value: Any) -> Any:
         function = self._functions.get(name)
-        if function is None:
-            return value
-        try:
-            return function(value)
-        except FUNCTION_ERRORS as exc:
-            raise JobProcessingError(
-                f"the preprocess function of {name} failed ({type(exc).__name__})", is_final=True
-            ) from exc
+        with _failing(f"the preprocess function of {name}"):
+            return value if function is None else function(value)
+
+
+@contextlib.contextmanager
+def _failing(function: str, *, is_final: bool = True) -> Iterator[None]:
+    """Raise the exceptions of a user's *function* as JobProcessingError, without their text."""
+    try:
+        yield
+    except FUNCTION_ERRORS as exc:
+        raise JobProcessingError(f"{function} failed ({type(exc).__name__})", is_final=is_final) from exc
 
 
 def _texts_of(value: Any) -> list[str]:
@@ -108,7 +109,7 @@ class DocumentMasking:
     """Replaces personal data in prompts by placeholders, and finds the values of placeholders in answers."""
 
     def __init__(self, fields: DocumentFields, variables: Variables) -> None:
-        """Check ``phone_region``; JobValidationError if there is no such region."""
+        """Raise JobValidationError if there is no ``phone_region`` of that name."""
         from openai_batch.masking import Masking  # noqa: PLC0415 - loads the phone numbers of all countries
 
         self._masking = Masking(fields.phone_region)
@@ -145,26 +146,20 @@ class ChildFunctions:
         self._masking = masking_of(config, variables)
         self._processor = processor
 
-    def by_name(self) -> dict[str, Callable[[Any], Any]]:
-        """Return the functions by the names that errors use."""
-        return {PROMPT: self._prompt, PROCESSOR: self._processed}
-
-    def _prompt(self, document: Document) -> Messages:
+    def prompt(self, document: Document) -> Messages:
         messages = self._messages(document)
         return messages if self._masking is None else self._masking.hide(document, messages)
 
     def _messages(self, document: Document) -> Messages:
         if self._build is not None:
-            try:
+            with _failing("build_messages"):
                 return _checked(self._build(document))
-            except FUNCTION_ERRORS as exc:
-                raise JobProcessingError(f"build_messages failed ({type(exc).__name__})", is_final=True) from exc
         values = self._variables.of(document)
         system, user = self._system.render(values), self._user.render(values)
         messages = [{"role": "system", "content": system}] if system.strip() else []
         return [*messages, {"role": "user", "content": user}]
 
-    def _processed(self, value: dict[str, Any]) -> dict[str, Any]:
+    def processed(self, value: dict[str, Any]) -> dict[str, Any]:
         """Return what is stored of ``value["content"]`` and how many placeholders are left in it."""
         document, content, left = value["document"], value["content"], 0
         if self._masking is not None:
@@ -175,10 +170,8 @@ class ChildFunctions:
             content = mask.restore(content)
             left = mask.unresolved(content)
         if self._processor is not None:
-            try:
+            with _failing(PROCESSOR, is_final=False):
                 content = dict(self._processor(content, document))
-            except FUNCTION_ERRORS as exc:
-                raise JobProcessingError(f"{PROCESSOR} failed ({type(exc).__name__})") from exc
         return {"content": content, "left": left}
 
 
@@ -191,16 +184,19 @@ class TemplateHandling:
     def __init__(self, config: AppConfig, processor: ResponseProcessor | None = None) -> None:
         """*processor* returns the stored value of an answer, ``(response, document) -> dict``; None stores the answer.
 
-        Raises:
-            JobTemplateError: A template is not usable.
-            JobValidationError: A function or ``phone_region`` is not usable.
+        Raises JobTemplateError or JobValidationError if a template, a function or ``phone_region`` is not usable.
         """
         self._config = config
         variables = Variables(config.fields, config.schema_config.document_id_field)
         masking_of(config, variables)  # raises here rather than in the child
         # With neither a processor nor masking, answers need no call to the child.
         self._is_processed = processor is not None or config.mask_pii
-        self._process = RenderProcess(lambda: ChildFunctions(config, variables, processor).by_name())
+
+        def make() -> dict[str, Callable[[Any], Any]]:
+            functions = ChildFunctions(config, variables, processor)
+            return {PROMPT: functions.prompt, PROCESSOR: functions.processed}
+
+        self._process = RenderProcess(make)
 
     def __enter__(self) -> Self:
         return self
@@ -209,30 +205,25 @@ class TemplateHandling:
         self._process.close()
 
     def request(self, document: Document) -> dict[str, Any]:
-        """Return the body for *document*; blocks for milliseconds, or for seconds if a template does not end.
+        """Return the body for *document*, or raise JobProcessingError, which quotes no value.
 
-        Raises:
-            JobProcessingError: There is none; the message says why and quotes no value.
+        Blocks for milliseconds, or for seconds if a template does not end.
         """
         return request_body(self._config.openai, self._process.call(PROMPT, document))
 
     async def deliver(self, answers: Sequence[Answer], batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
         """Return the update of each document, or why there is none."""
         if self._is_processed:
-            return await asyncio.to_thread(self._updates, answers, batch_id)
-        return self._updates(answers, batch_id)
+            return await asyncio.to_thread(lambda: [self._update(answer, batch_id) for answer in answers])
+        return [self._update(answer, batch_id) for answer in answers]
 
-    def _updates(self, answers: Sequence[Answer], batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
-        now = datetime.now(UTC)
-        updates: list[Mapping[str, Any] | JobProcessingError] = []
-        for answer in answers:
-            try:
-                updates.append(self._update(answer, batch_id, now))
-            except JobProcessingError as exc:
-                updates.append(exc)
-        return updates
+    def _update(self, answer: Answer, batch_id: str) -> Mapping[str, Any] | JobProcessingError:
+        try:
+            return self._usable_update(answer, batch_id)
+        except JobProcessingError as exc:
+            return exc
 
-    def _update(self, answer: Answer, batch_id: str, now: datetime) -> Mapping[str, Any]:
+    def _usable_update(self, answer: Answer, batch_id: str) -> Mapping[str, Any]:
         content: Any = answer.line.content or ""
         if self._config.openai.response_format is not None:
             try:
@@ -245,7 +236,7 @@ class TemplateHandling:
             made = self._process.call(PROCESSOR, {"document": answer.document, "content": content})
             content, left = made["content"], made["left"]
             require_storable(content)
-        update = response_update(self._config.schema_config, content, now, batch_id)
+        update = response_update(self._config.schema_config, content, datetime.now(UTC), batch_id)
         if left:
             info = self._config.schema_config.processing_info_field
             update.setdefault("$set", {})[f"{info}.placeholders_left"] = left

@@ -18,7 +18,7 @@ from typing import Any
 
 from error_handler import JobConnectionError, JobProcessingError, JobValidationError
 from openai_batch.answers import Answers, count_lines
-from openai_batch.batch_protocol import BatchState
+from openai_batch.batch_protocol import KNOWN, BatchState
 from openai_batch.job_context import JobContext
 from openai_batch.ledger import NOT_SENT, OPEN, ItemState, Shard, ShardState
 from openai_batch.openai_client import NotThereError
@@ -114,7 +114,7 @@ class JobRun:
             state = await self._files.get(shard.batch_id or "")
         except NotThereError:
             return await self._check_missing(shard)
-        if state.is_unknown:
+        if state.status not in KNOWN:
             logger.warning("batch %s has the unknown status %s; waiting", state.batch_id, state.status)
         done = f"{state.completed or 0} of {state.total or shard.lines} done"
         self.context.on_progress(f"shard {shard.number}: {state.status}, {done}")

@@ -127,15 +127,14 @@ class JobStore:
 
     def _pending(self) -> dict[str, Any]:
         wanted = [self._values.pending_value, None] if self._values.missing_is_pending else [self._values.pending_value]
-        own = {self._status: {"$in": wanted}}
-        return {"$and": [own, self._schema.query_template]} if self._schema.query_template else own
+        return {"$and": [{self._status: {"$in": wanted}}, self._schema.query_template]}
 
     def _pending_one(self, document: Document) -> dict[str, Any]:
         return {"_id": {"$eq": document["_id"]}, **self._pending()}
 
     def _claimed_one(self, document_id: Any, custom_id: str) -> dict[str, Any]:
-        in_progress = {self._status: self._values.in_progress_value, f"{self._info}.custom_id": custom_id}
-        return {"_id": {"$eq": document_id}, **in_progress}
+        status = self._values.in_progress_value
+        return {"_id": {"$eq": document_id}, self._status: status, f"{self._info}.custom_id": custom_id}
 
     async def claim(self, claims: Sequence[Claim], job_id: str) -> list[Claim]:
         """Claim the documents of *claims* for *job_id*; return the claims that no other run made first."""
@@ -276,11 +275,9 @@ class JobStore:
             async with slots:
                 return await change(value)
 
-        outcomes = await asyncio.gather(*(one(value) for value in values), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        tasks = [asyncio.ensure_future(one(value)) for value in values]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return [task.result() for task in tasks]
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
         async def attempt() -> T:

@@ -20,7 +20,6 @@ from error_handler import JobProcessingError, JobTemplateError
 
 MAX_TEMPLATE_CHARACTERS = 100_000
 MAX_PROMPT_CHARACTERS = 2_000_000
-_UNWANTED_GLOBALS = ("cycler", "lipsum", "joiner", "namespace", "range", "dict")
 
 _WORD = re.compile(r"\w+")
 
@@ -29,8 +28,7 @@ CONTENT, DATE, BATCH = "{{response_content}}", "{{current_date}}", "{{batch_id}}
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    for name in _UNWANTED_GLOBALS:
-        environment.globals.pop(name, None)
+    environment.globals.clear()
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False, default=str)
     return environment
 
@@ -54,8 +52,7 @@ class PromptTemplate:
     def render(self, variables: Mapping[str, Any]) -> str:
         """Return the rendered text; values are inserted as they are, never as templates.
 
-        Raises:
-            JobProcessingError: A variable is missing, or the template fails for this document.
+        Raises JobProcessingError if a variable is missing, or the template fails for this document.
         """
         try:
             text = self._template.render(variables)
@@ -94,11 +91,8 @@ def fill(template: Any, content: Any, now: datetime, batch_id: str) -> Any:
     compact = template.replace(" ", "")
     if compact in values:
         return values[compact]
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
     # The content last, so that placeholders in the model's text stay text.
-    for placeholder, value in ((DATE, now.isoformat()), (BATCH, batch_id), (CONTENT, _as_text(content))):
+    for placeholder, value in ((DATE, now.isoformat()), (BATCH, batch_id), (CONTENT, text)):
         template = template.replace(placeholder, value)
     return template
-
-
-def _as_text(content: Any) -> str:
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)

@@ -8,15 +8,17 @@ has to stay alive to renew the lease.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
 from aggregator import aggregate_conversation, document_shape
-from classifier import ReplyParser
+from classifier import MAX_CATEGORIZATION_CHARACTERS, ReplyParser
 from config import Settings, load_taxonomy
 from domain.conversation import Outcome, build_result, result_fingerprint
+from domain.text import one_line
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget, plan_fingerprint
 from mongo_client import DocumentStore, selection_filter
@@ -117,14 +119,17 @@ class TriadHandling(Leases):
     def _result(self, answer: Answer) -> dict[str, Any] | JobProcessingError:
         try:
             conversation = aggregate_conversation(answer.document)
-            content = answer.line.content or ""
+            labels = self._parser.parse(answer.line.content or "")
             if self._masking is not None:
-                content = self._masking.mask(answer.document, self._prompts.build(conversation)).restore_json(content)
-            labels = self._parser.parse(content)
+                mask = self._masking.mask(answer.document, self._prompts.build(conversation))
+                restored = one_line(mask.restore(labels.categorization), MAX_CATEGORIZATION_CHARACTERS)
+                labels = replace(labels, categorization=restored)
         except SkippedDocumentError as exc:
             return JobProcessingError(f"{exc.reason}: {exc}", is_final=True)
         except LLMReplyError as exc:
             return JobProcessingError(f"{exc.reason}: {exc}")
+        except JobProcessingError as exc:  # the conversation has grown too long for masking
+            return exc
         outcome = Outcome(
             labels,
             model_used=self._target.model,
