@@ -14,7 +14,6 @@ from openai_batch.job_config import (
     MISSING,
     AppConfig,
     Document,
-    DocumentFields,
     Messages,
     OpenAIConfig,
     SchemaConfig,
@@ -27,20 +26,25 @@ from openai_batch.templates import PromptTemplate, fill
 from storage.extended_json import bson_encode, canonical, id_text, plain
 
 if TYPE_CHECKING:
-    from openai_batch.masking import Mask
+    from openai_batch.masking import Mask, Masking
 
 # The functions of the child process, by the names that errors use.
 PROMPT, PROCESSOR = "the prompt", "the response processor"
 
 
 class Variables:
-    """Takes the variables of the prompts from documents."""
+    """Takes the variables of the prompts from documents, and masks personal data if the job wants that."""
 
-    def __init__(self, fields: DocumentFields, id_field: str = "_id") -> None:
-        """Resolve the preprocess functions, see ``resolve_function``. Errors name a document by its *id_field*."""
-        self._fields = fields
-        self._id_field = id_field
+    def __init__(self, config: AppConfig) -> None:
+        """Resolve the preprocess functions; JobValidationError if one of them or ``phone_region`` is not usable."""
+        self._fields = fields = config.fields
+        self._id_field = config.schema_config.document_id_field
         self._functions = {name: resolve_function(given, name) for name, given in fields.preprocess_functions.items()}
+        self._masking: Masking | None = None
+        if config.mask_pii:
+            from openai_batch.masking import Masking  # noqa: PLC0415 - loads the phone numbers of all countries
+
+            self._masking = Masking(fields.phone_region)
 
     def of(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """Return the variables of *document* as plain values: dicts, lists, texts, numbers, booleans, None.
@@ -62,14 +66,24 @@ class Variables:
             values[name] = self._preprocess(name, plain(value))
         return values
 
-    def masked(self, document: Mapping[str, Any]) -> list[str]:
-        """Return the texts of the masked variables, before and after their preprocess functions."""
-        texts: list[str] = []
+    def mask(self, document: Document, messages: Messages) -> Mask | None:
+        """Return the mask of *document*, whose prompt is *messages*; None if nothing is masked."""
+        if self._masking is None:
+            return None
+        names: list[str] = []
         for name in self._fields.masked:
             with contextlib.suppress(KeyError):
                 value = plain(value_at(document, self._fields.field_map[name]))
-                texts += [*_texts_of(value), *_texts_of(self._preprocess(name, value))]
-        return texts
+                names += [*_texts_of(value), *_texts_of(self._preprocess(name, value))]
+        texts = [message["content"] for message in messages]
+        return self._masking.of(texts, canonical(document.get("_id")), names)
+
+    def hide(self, document: Document, messages: Messages) -> Messages:
+        """Return *messages* with placeholders for personal data."""
+        mask = self.mask(document, messages)
+        if mask is None:
+            return messages
+        return [{**message, "content": mask.hide(message["content"])} for message in messages]
 
     def _preprocess(self, name: str, value: Any) -> Any:
         function = self._functions.get(name)
@@ -105,32 +119,6 @@ def _checked(messages: Any) -> Messages:
     return messages  # type: ignore[no-any-return]
 
 
-class DocumentMasking:
-    """Replaces personal data in prompts by placeholders, and finds the values of placeholders in answers."""
-
-    def __init__(self, fields: DocumentFields, variables: Variables) -> None:
-        """Raise JobValidationError if there is no ``phone_region`` of that name."""
-        from openai_batch.masking import Masking  # noqa: PLC0415 - loads the phone numbers of all countries
-
-        self._masking = Masking(fields.phone_region)
-        self._variables = variables
-
-    def mask(self, document: Document, messages: Messages) -> Mask:
-        """Return the mask of *document*, whose prompt is *messages*."""
-        texts = [message["content"] for message in messages]
-        return self._masking.of(texts, canonical(document.get("_id")), self._variables.masked(document))
-
-    def hide(self, document: Document, messages: Messages) -> Messages:
-        """Return *messages* with placeholders."""
-        mask = self.mask(document, messages)
-        return [{**message, "content": mask.hide(message["content"])} for message in messages]
-
-
-def masking_of(config: AppConfig, variables: Variables) -> DocumentMasking | None:
-    """Return the masking of a job; None if *config* has it off."""
-    return DocumentMasking(config.fields, variables) if config.mask_pii else None
-
-
 class ChildFunctions:
     """The functions that run in the child process, where an endless loop can be stopped."""
 
@@ -142,13 +130,12 @@ class ChildFunctions:
         self._build = prompts.build_messages
         self._system = PromptTemplate("system_prompt", prompts.system_prompt)
         self._user = PromptTemplate("user_prompt_template", prompts.user_prompt_template)
-        self._variables = variables
-        self._masking = masking_of(config, variables)
+        self._variables, self._is_masked = variables, config.mask_pii
         self._processor = processor
 
     def prompt(self, document: Document) -> Messages:
-        messages = self._messages(document)
-        return messages if self._masking is None else self._masking.hide(document, messages)
+        """Return the messages for *document*."""
+        return self._variables.hide(document, self._messages(document))
 
     def _messages(self, document: Document) -> Messages:
         if self._build is not None:
@@ -161,12 +148,13 @@ class ChildFunctions:
 
     def processed(self, value: dict[str, Any]) -> dict[str, Any]:
         """Return what is stored of ``value["content"]`` and how many placeholders are left in it."""
-        document, content, left = value["document"], value["content"], 0
-        if self._masking is not None:
+        document, content, left, mask = value["document"], value["content"], 0, None
+        if self._is_masked:
             try:
-                mask = self._masking.mask(document, self._messages(document))
+                mask = self._variables.mask(document, self._messages(document))
             except JobProcessingError:  # the document has changed and has no prompt: placeholders stay and are counted
-                mask = self._masking.mask(document, [])
+                mask = self._variables.mask(document, [])
+        if mask is not None:
             content = mask.restore(content)
             left = mask.unresolved(content)
         if self._processor is not None:
@@ -187,8 +175,7 @@ class TemplateHandling:
         Raises JobTemplateError or JobValidationError if a template, a function or ``phone_region`` is not usable.
         """
         self._config = config
-        variables = Variables(config.fields, config.schema_config.document_id_field)
-        masking_of(config, variables)  # raises here rather than in the child
+        variables = Variables(config)
         # With neither a processor nor masking, answers need no call to the child.
         self._is_processed = processor is not None or config.mask_pii
 

@@ -58,8 +58,7 @@ class JobRun:
     async def run(self, limit: int | None = None) -> None:
         """Work until no document is pending and no batch is open, or the run is stopped.
 
-        Raises:
-            JobConnectionError: OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches continue.
+        Raises JobConnectionError if OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches continue.
         """
         taken, result = 0, self.context.result
         while not self.context.stop.is_set():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import hmac
@@ -102,9 +101,9 @@ def channels_of(config: NotificationConfig) -> list[Channel]:
 
 
 class Notifier:
-    """Sends payloads in the background, each channel with its own queue. Use as ``async with``.
+    """Sends payloads in the background, one at a time to each channel. Use as ``async with``.
 
-    The end of the block waits *closing_s* for the queues. *dropped* counts payloads that found a full queue,
+    The end of the block waits *closing_s* for the rest. *dropped* counts payloads that found QUEUE_SIZE others waiting,
     *given_up* those that no attempt could deliver.
     """
 
@@ -113,47 +112,40 @@ class Notifier:
     ) -> None:
         self._policy = policy
         self._closing_s = closing_s
-        self._queues = [(channel, asyncio.Queue[Payload](QUEUE_SIZE)) for channel in channels]
-        self._tasks: list[asyncio.Task[None]] = []
+        self._lanes = [(channel, asyncio.Lock(), set[asyncio.Task[None]]()) for channel in channels]
         self.dropped = self.given_up = 0
 
     async def __aenter__(self) -> Notifier:
-        self._tasks = [asyncio.create_task(self._work(*pair), name="notifications") for pair in self._queues]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._closing_s):
-                for _channel, queue in self._queues:
-                    await queue.join()
-        for task in self._tasks:
+        waiting = [task for _channel, _lock, tasks in self._lanes for task in tasks]
+        late = (await asyncio.wait(waiting, timeout=self._closing_s))[1] if waiting else set()
+        for task in late:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        unsent = sum(queue.qsize() for _channel, queue in self._queues)
-        if unsent or self.dropped or self.given_up:
-            counts = (self.given_up, self.dropped, unsent)
+        await asyncio.gather(*late, return_exceptions=True)
+        if late or self.dropped or self.given_up:
+            counts = (self.given_up, self.dropped, len(late))
             logger.warning("undelivered notifications: %d given up, %d dropped, %d unsent at the end", *counts)
 
     def notify(self, payload: Payload) -> None:
-        """Queue *payload* for every channel; drop and count it if a queue is full."""
-        for _channel, queue in self._queues:
-            try:
-                queue.put_nowait(payload)
-            except asyncio.QueueFull:
+        """Begin to send *payload* to every channel; drop and count it if too many are waiting."""
+        for channel, lock, tasks in self._lanes:
+            if len(tasks) >= QUEUE_SIZE:
                 self.dropped += 1
+            else:
+                task = asyncio.create_task(self._send(channel, lock, payload))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
 
-    async def _work(self, channel: Channel, queue: asyncio.Queue[Payload]) -> None:
-        while True:
-            payload = await queue.get()
-            what = f"notification of batch {payload['batch_id']}"
-            self.given_up += 1  # until it is delivered, so that a cancelled one counts
+    async def _send(self, channel: Channel, lock: asyncio.Lock, payload: Payload) -> None:
+        what = f"notification of batch {payload['batch_id']}"
+        async with lock:
             try:
                 await retry_async(functools.partial(channel.send, payload), self._policy, what)
-                self.given_up -= 1
             except JobError as exc:
+                self.given_up += 1
                 logger.warning("%s given up: %s", what, exc)
-            finally:
-                queue.task_done()
 
 
 class Mailbox:
@@ -162,8 +154,7 @@ class Mailbox:
     def __init__(self, to: str, server: str | None, login: SecretStr | None, sender: str | None) -> None:
         """*server* is host:port, *login* user:password; *sender* None means the recipient.
 
-        Raises:
-            ConfigurationError: One of them is malformed, or *server* is None.
+        Raises ConfigurationError if one of them is malformed, or *server* is None.
         """
         found = _SERVER.fullmatch(server or "")
         if found is None or not 0 < int(found[2]) < 65536:
@@ -174,11 +165,7 @@ class Mailbox:
         self._login = login
 
     async def send(self, payload: Payload) -> None:
-        """Send *payload*, one line per entry.
-
-        Raises:
-            JobConnectionError: The server has not accepted it within MAIL_TIMEOUT_S.
-        """
+        """Send *payload*, one line per entry; raise JobConnectionError if that takes longer than MAIL_TIMEOUT_S."""
         message = EmailMessage()
         message["Subject"] = one_line(f"Batch {payload['batch_id']}: {payload['status']}", 120)
         message["From"], message["To"] = self._from, self._to
@@ -242,9 +229,8 @@ class Webhook:
     async def send(self, payload: Payload) -> None:
         """Post *payload* as JSON.
 
-        Raises:
-            JobConnectionError: No response within TIMEOUT_S, or one that a retry may change.
-            JobValidationError: The receiver refused it, or its address is not allowed.
+        Raises JobConnectionError if there is no response within TIMEOUT_S, or one that a retry may change;
+        JobValidationError if the receiver refused it, or its address is not allowed.
         """
         body = orjson.dumps(payload)
         headers = {"Content-Type": "application/json"}

@@ -73,9 +73,7 @@ class OpenAIFiles:
     async def upload(self, path: Path, name: str) -> str:
         """Upload *path* under *name*; return the id of the file.
 
-        Raises:
-            JobConnectionError: The file may or may not exist; ``find_file`` tells.
-            JobValidationError: The server refuses it.
+        After a JobConnectionError the file may or may not exist; ``find_file`` tells.
         """
         try:
             with path.open("rb") as file:

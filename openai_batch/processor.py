@@ -62,8 +62,7 @@ class DocumentBatchProcessor:
             times: Waits of the run.
             parts: Fields of AppConfig; the environment fills in what they leave open.
 
-        Raises:
-            JobValidationError: A part is not usable.
+        Raises JobValidationError if a part is not usable.
         """
         self._settings = settings or load_settings()
         file = schema_file or SchemaFile()
@@ -96,8 +95,7 @@ class DocumentBatchProcessor:
         It may be killed at any time: the next call resumes and pays for nothing twice. At most *limit* documents
         are sent. *on_progress* gets texts such as ``shard 3: in_progress, 5 of 10 done``.
 
-        Raises:
-            TriadError: The cause in one sentence. Existing batches continue at OpenAI.
+        Raises a TriadError with the cause in one sentence; existing batches continue at OpenAI.
         """
         return asyncio.run(self.process_pending_documents_async(limit, on_progress))
 
@@ -116,9 +114,8 @@ class DocumentBatchProcessor:
     ) -> AsyncGenerator[JobRun]:
         """Lock the state directory and open the job. Setting *stop* ends its steps soon.
 
-        Raises:
-            ConfigurationError: Documents may not leave this machine, or there is no key.
-            DirectoryLockedError: Another process runs this job.
+        Raises ConfigurationError if documents may not leave this machine or there is no key, DirectoryLockedError if
+        another process runs this job.
         """
         require_permission(self.config)
         self._state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -174,12 +171,11 @@ class DocumentBatchProcessor:
 def require_permission(config: AppConfig) -> None:
     """Raise ConfigurationError if documents would leave this machine without permission."""
     host = urlsplit(config.openai.base_url).hostname or ""
-    if config.allow_external or is_this_machine(host):
-        return
-    raise ConfigurationError(
-        f"the documents would be sent to {host}; allow it with --allow-external or ALLOW_EXTERNAL_LLM=true "
-        "(--dry-run shows what would be sent, --mask-pii replaces personal data)."
-    )
+    if not config.allow_external and not is_this_machine(host):
+        raise ConfigurationError(
+            f"the documents would be sent to {host}; allow it with --allow-external or ALLOW_EXTERNAL_LLM=true "
+            "(--dry-run shows what would be sent, --mask-pii replaces personal data)."
+        )
 
 
 def job_slug(config: AppConfig) -> str:

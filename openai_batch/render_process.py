@@ -46,8 +46,7 @@ class RenderProcess:
     def __init__(self, make: Callable[[], Mapping[str, Function]]) -> None:
         """Start the child; *make* runs there and returns the functions by the names that errors use.
 
-        Raises:
-            JobTemplateError: *make* raised it, or took longer than TIME_LIMIT_S.
+        Raises JobTemplateError if *make* raised it, or took longer than TIME_LIMIT_S.
         """
         self._make = make
         self._lock = threading.Lock()
@@ -70,10 +69,8 @@ class RenderProcess:
     def call(self, name: str, value: Mapping[str, Any]) -> Any:
         """Return what function *name* returns for *value*, as BSON carries it.
 
-        Raises:
-            JobProcessingError: It raised it, exceeded a limit, or ended the child, which has been replaced.
-            JobTemplateError: The child died MAX_DEATHS_IN_A_ROW times, so the documents are not the cause, or cannot
-                be replaced.
+        Raises JobProcessingError if it raised that, exceeded a limit, or ended the child, which is replaced;
+        JobTemplateError if the child died MAX_DEATHS_IN_A_ROW times, or cannot be replaced.
         """
         frame = bson_encode({"name": name, "value": value})
         with self._lock:
@@ -97,16 +94,11 @@ class RenderProcess:
             raise JobProcessingError(reply["error"], is_final=reply["is_final"])
         return reply["value"]
 
-    def _exchange(self, frame: bytes) -> dict[str, Any] | None:
-        """Return the child's reply to *frame*; None if it is dead or does not reply in time."""
+    def _exchange(self, frame: bytes | None = None) -> dict[str, Any] | None:
+        """Send *frame*; return what the child sends, None if it is dead or sends nothing in time."""
         try:
-            self._channel.send_bytes(frame)
-            return self._receive()
-        except OSError:
-            return None
-
-    def _receive(self) -> dict[str, Any] | None:
-        try:
+            if frame is not None:
+                self._channel.send_bytes(frame)
             is_there = self._channel.poll(TIME_LIMIT_S + GRACE_S)
             return bson_decode(self._channel.recv_bytes(MAX_REPLY_BYTES)) if is_there else None
         except (OSError, EOFError):
@@ -136,7 +128,7 @@ class RenderProcess:
                 finally:
                     os._exit(0)
         too_much = f"the templates exceed {TIME_LIMIT_S:g} s or the memory limit when they are parsed."
-        hello = self._receive() or {"problem": too_much}
+        hello = self._exchange() or {"problem": too_much}
         if hello["problem"] is not None:
             self._end()
             raise JobTemplateError(hello["problem"])

@@ -22,7 +22,7 @@ from domain.text import one_line
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget, plan_fingerprint
 from mongo_client import DocumentStore, selection_filter
-from openai_batch.documents import Variables, masking_of, request_body
+from openai_batch.documents import Variables, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
 from openai_batch.job_context import Answer
 from openai_batch.job_store import Leases
@@ -63,7 +63,7 @@ class TriadHandling(Leases):
         self._store = store
         self._job_id = job_id
         self._keep_original = settings.store_original_conversation
-        self._masking = masking_of(config, Variables(config.fields))
+        self._variables = Variables(config)
 
     def request(self, document: Document) -> dict[str, Any]:
         """Return the body for *document*; raise JobProcessingError if it has nothing to label."""
@@ -71,10 +71,7 @@ class TriadHandling(Leases):
             conversation = aggregate_conversation(document)
         except SkippedDocumentError as exc:
             raise JobProcessingError(f"{exc.reason}: {exc}", is_final=True, is_skip=True) from exc
-        messages = self._prompts.build(conversation)
-        if self._masking is not None:
-            messages = self._masking.hide(document, messages)
-        return request_body(self._openai, messages)
+        return request_body(self._openai, self._variables.hide(document, self._prompts.build(conversation)))
 
     async def acquire(self, documents: Sequence[Document]) -> set[str]:
         """Lease *documents*; return the canonical ids of those that no worker holds."""
@@ -120,8 +117,8 @@ class TriadHandling(Leases):
         try:
             conversation = aggregate_conversation(answer.document)
             labels = self._parser.parse(answer.line.content or "")
-            if self._masking is not None:
-                mask = self._masking.mask(answer.document, self._prompts.build(conversation))
+            mask = self._variables.mask(answer.document, self._prompts.build(conversation))
+            if mask is not None:
                 restored = one_line(mask.restore(labels.categorization), MAX_CATEGORIZATION_CHARACTERS)
                 labels = replace(labels, categorization=restored)
         except SkippedDocumentError as exc:
