@@ -22,8 +22,7 @@ from openai_batch.batch_protocol import KNOWN, BatchState
 from openai_batch.job_context import JobContext
 from openai_batch.ledger import NOT_SENT, OPEN, ItemState, Shard, ShardState
 from openai_batch.openai_client import NotThereError
-from openai_batch.planning import JobPlanner
-from openai_batch.sending import ShardSender, for_each, wait_left_s
+from openai_batch.planning import JobSender, for_each, wait_left_s
 from utils.retry_utils import CAP_S
 
 logger = logging.getLogger(__name__)
@@ -47,13 +46,12 @@ class JobRun:
         self.context = context
         self._ledger, self._files, self._times = context.ledger, context.files, context.times
         self._on_end = on_end
-        self._planner = JobPlanner(context)
-        self._sender = ShardSender(context, self._planner)
+        self._sender = JobSender(context)
         self._answers = Answers(context)
 
     async def recover(self) -> None:
         """Give back what a killed process claimed without finishing its file; call it before any other step."""
-        await self._planner.recover()
+        await self._sender.recover()
 
     async def run(self, limit: int | None = None) -> None:
         """Work until no document is pending and no batch is open, or the run is stopped.
@@ -64,7 +62,7 @@ class JobRun:
         while not self.context.stop.is_set():
             ended, planned = result.total_processed, 0
             if limit is None or taken < limit:
-                planned = await self._planner.plan(None if limit is None else limit - taken)
+                planned = await self._sender.plan(None if limit is None else limit - taken)
                 taken += planned
             if not planned and ended == result.total_processed and not self._ledger.shards(OPEN):
                 await self._report_pending(limit)
@@ -75,7 +73,7 @@ class JobRun:
 
     async def submit(self, limit: int | None = None) -> None:
         """Send the pending documents (at most *limit*)."""
-        await self._planner.plan(limit)
+        await self._sender.plan(limit)
         await self._patiently(self._sender.send)
 
     async def poll(self) -> None:
@@ -155,15 +153,15 @@ class JobRun:
 
     def _wait_for_tokens(self, shard: Shard, state: BatchState) -> Shard:
         """Create the batch again later, since nothing of it ran; split a shard that exceeds the limit by itself."""
-        planner = self._planner
+        sender = self._sender
         found = _LIMIT.search(state.message or "")
         limit = int(found.group(1).replace(",", "")) if found else None
         is_alone = self._ledger.live_tokens() <= shard.tokens
         if limit is not None:
-            planner.token_limit = min(planner.token_limit or limit, limit)
+            sender.token_limit = min(sender.token_limit or limit, limit)
         if (limit is not None and shard.tokens > limit) or (is_alone and shard.tries >= 3) or shard.tries >= MAX_TRIES:
             if limit is None:
-                planner.token_limit = max(1000, shard.tokens // 2)
+                sender.token_limit = max(1000, shard.tokens // 2)
             logger.warning("shard %d exceeds the enqueued-token limit by itself; splitting it", shard.number)
             return self._ledger.give_up(shard, "token_limit")
         wait_s = min(MAX_TOKEN_WAIT_S, self._times.token_wait_s * 2 ** (shard.tries - 1)) * random.uniform(0.75, 1.25)

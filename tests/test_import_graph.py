@@ -65,7 +65,7 @@ OWNERS = {
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings"},
-    "jinja2": {"openai_batch.templates"},
+    "jinja2": {"openai_batch.documents"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},

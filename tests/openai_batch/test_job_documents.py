@@ -23,8 +23,7 @@ from openai_batch.batch_protocol import parse_line
 from openai_batch.job_config import BatchConfig
 from openai_batch.job_store import Ending, JobStore
 from openai_batch.ledger import Item, ItemState, Ledger, Shard, ShardState
-from openai_batch.planning import ShardWriter
-from openai_batch.sending import wait_left_s
+from openai_batch.planning import ShardWriter, wait_left_s
 from storage.extended_json import canonical
 from storage.files import DirectoryLock
 from tests.fakes.fake_openai import FakeOpenAI
