@@ -55,8 +55,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
             made = await _dry_run(arguments, processor, progress)
         else:
             async with processor.opened(stop, progress) as job:
-                await job.recover()  # until MongoDB answers, nothing must be finished after a signal
-                connected.set()
+                connected.set()  # until MongoDB answers, nothing must be finished after a signal
                 await _do(arguments, job)
                 result = job.context.result
     if arguments.dry_run:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from config import Settings, load_settings
+from config.loading import HttpAddress
 from config.openai_settings import OpenAISettings, load_openai_settings
 
 Document = dict[str, Any]
@@ -176,14 +177,7 @@ class OpenAIConfig(_Frozen):
     max_tokens: int = Field(500, ge=1)
     response_format: dict[str, Any] | None = None
     api_key: SecretStr | None = None
-    base_url: str = "https://api.openai.com/v1"
-
-    @field_validator("base_url")
-    @classmethod
-    def _without_password(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")) or "@" in value:  # the address is printed and logged
-            raise ValueError("must be http(s)://host[:port][/path], without user name and password")
-        return value
+    base_url: HttpAddress = "https://api.openai.com/v1"  # it is printed and logged, so it has no password
 
 
 class BatchConfig(_Frozen):

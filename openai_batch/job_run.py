@@ -13,7 +13,6 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from error_handler import JobConnectionError, JobProcessingError, JobValidationError
@@ -41,17 +40,13 @@ _LIMIT = re.compile(r"[Ll]imit:?\s*([\d,]{4,15})")
 class JobRun:
     """One open job. Each step resumes where the ledger stands, and retries while OpenAI cannot be reached."""
 
-    def __init__(self, context: JobContext, on_end: OnEnd) -> None:
+    def __init__(self, context: JobContext, sender: JobSender, on_end: OnEnd) -> None:
         """*on_end* is called once for each applied shard, with its counts and the documents that are pending again."""
         self.context = context
         self._ledger, self._files, self._times = context.ledger, context.files, context.times
         self._on_end = on_end
-        self._sender = JobSender(context)
+        self._sender = sender
         self._answers = Answers(context)
-
-    async def recover(self) -> None:
-        """Give back what a killed process claimed without finishing its file; call it before any other step."""
-        await self._sender.recover()
 
     async def run(self, limit: int | None = None) -> None:
         """Work until no document is pending and no batch is open, or the run is stopped.
@@ -198,8 +193,8 @@ class JobRun:
         return self._ledger.advance(shard.number, ShardState.DOWNLOADED)
 
     async def _apply(self, shard: Shard) -> None:
-        paths = [path for path in self._result_paths(shard) if path.exists()]
-        if not await self._answers.apply(shard, paths):
+        paths = [self.context.folder / name for name in shard.result_files.values()]
+        if not await self._answers.apply(shard, [path for path in paths if path.exists()]):
             return
         counts, retried = self._ledger.counts(shard.number), self._ledger.retried(shard.number)
         self._ledger.advance(shard.number, ShardState.APPLIED)
@@ -214,9 +209,6 @@ class JobRun:
         result.failed += shard.lines - counts[ItemState.OK] - retried
         self._on_end(shard, counts, retried)
 
-    def _result_paths(self, shard: Shard) -> list[Path]:
-        return [self.context.folder / name for name in shard.result_files.values()]
-
     async def _delete_files(self, shard: Shard) -> None:
         """Delete the files with customer text, at OpenAI and here."""
         for file_id in (shard.file_id, *shard.result_files):
@@ -227,8 +219,8 @@ class JobRun:
             if surplus is None:
                 break
             await self._files.delete_file(surplus)
-        for path in (self.context.folder / shard.file_name, *self._result_paths(shard)):
-            path.unlink(missing_ok=True)
+        for name in (shard.file_name, *shard.result_files.values()):
+            (self.context.folder / name).unlink(missing_ok=True)
         self._ledger.advance(shard.number, ShardState.CLEANED)
 
     async def _cancel(self) -> None:
@@ -277,8 +269,7 @@ class JobRun:
         work, stopped = asyncio.ensure_future(step()), asyncio.ensure_future(self.context.stop.wait())
         try:
             await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                await asyncio.wait((work,), timeout=STOP_GRACE_S)
+            await asyncio.wait((work,), timeout=STOP_GRACE_S)
             if work.done():
                 work.result()
         finally:

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from email.errors import MessageError
 from email.headerregistry import Address
 from email.message import EmailMessage
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -63,13 +63,6 @@ Payload = dict[str, Any]
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-class Channel(Protocol):
-    """A way to send a payload: ``Webhook`` or ``Mailbox``."""
-
-    async def send(self, payload: Payload) -> None:
-        """Send *payload*; JobConnectionError if a retry may help, JobValidationError if none can."""
-
-
 def payload_of(shard: Shard, counts: Mapping[ItemState, int], retried: int) -> Payload:
     """Return the payload for an applied *shard*, *retried* of whose documents are pending again.
 
@@ -88,16 +81,6 @@ def payload_of(shard: Shard, counts: Mapping[ItemState, int], retried: int) -> P
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         "error_summary": ", ".join(wrong) or None,
     }
-
-
-def channels_of(config: NotificationConfig) -> list[Channel]:
-    """Return the channels that *config* names; raise ConfigurationError if an address cannot be used."""
-    channels: list[Channel] = []
-    if config.webhook_url is not None:
-        channels.append(Webhook(config.webhook_url, config.webhook_secret))
-    if config.email is not None:
-        channels.append(Mailbox(config.email, config.smtp_server, config.smtp_login, config.smtp_from))
-    return channels
 
 
 class Notifier:
@@ -314,3 +297,16 @@ def _is_disguised(host: str) -> bool:
         return bool(socket.inet_aton(host))
     except OSError:
         return False
+
+
+Channel = Webhook | Mailbox
+
+
+def channels_of(config: NotificationConfig) -> list[Channel]:
+    """Return the channels that *config* names; raise ConfigurationError if an address cannot be used."""
+    channels: list[Channel] = []
+    if config.webhook_url is not None:
+        channels.append(Webhook(config.webhook_url, config.webhook_secret))
+    if config.email is not None:
+        channels.append(Mailbox(config.email, config.smtp_server, config.smtp_login, config.smtp_from))
+    return channels

@@ -241,10 +241,8 @@ def translated(what: str) -> Iterator[None]:
         raise NotNowError(f"OpenAI asks to wait ({what}, HTTP 429)", _retry_after_s(exc)) from exc
     except openai.APIStatusError as exc:
         raise _refusal(what, exc) from exc
-    except openai.APIConnectionError as exc:  # includes timeouts
+    except (openai.APIConnectionError, httpx2.HTTPError) as exc:  # the package does not wrap errors inside a stream
         raise JobConnectionError(f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL") from exc
-    except httpx2.HTTPError as exc:  # the package does not wrap errors inside a stream
-        raise JobConnectionError(f"the connection to OpenAI broke ({what})") from exc
     except openai.OpenAIError as exc:
         raise JobConnectionError(f"OpenAI sent a malformed response ({what}, {type(exc).__name__})") from exc
 

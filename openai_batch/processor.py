@@ -25,6 +25,7 @@ from openai_batch.job_store import JobStore
 from openai_batch.ledger import Ledger
 from openai_batch.notifications import Notifier, channels_of, payload_of
 from openai_batch.openai_client import OpenAIFiles
+from openai_batch.planning import JobSender
 from openai_batch.schema_file import ResponseProcessor, SchemaFile, explain
 from openai_batch.triad import TriadHandling, result_store, worker_schema
 from storage.files import DirectoryLock
@@ -104,7 +105,6 @@ class DocumentBatchProcessor:
     ) -> JobResult:
         """Do what ``process_pending_documents`` does, inside a running event loop."""
         async with self.opened(on_progress=on_progress) as job:
-            await job.recover()
             await job.run(limit)
             return job.context.result
 
@@ -112,7 +112,7 @@ class DocumentBatchProcessor:
     async def opened(
         self, stop: asyncio.Event | None = None, on_progress: Callable[[str], None] = logger.debug
     ) -> AsyncGenerator[JobRun]:
-        """Lock the state directory and open the job. Setting *stop* ends its steps soon.
+        """Lock the state directory, open the job and give back what a killed run claimed. *stop* ends its steps soon.
 
         Raises ConfigurationError if documents may not leave this machine or there is no key, DirectoryLockedError if
         another process runs this job.
@@ -140,7 +140,9 @@ class DocumentBatchProcessor:
                 stop=stop or asyncio.Event(),
                 on_progress=on_progress,
             )
-            yield JobRun(context, on_end=lambda *end: notifier.notify(payload_of(*end)))
+            sender = JobSender(context)
+            await sender.recover()
+            yield JobRun(context, sender, on_end=lambda *end: notifier.notify(payload_of(*end)))
 
     @property
     def ledger_path(self) -> Path:

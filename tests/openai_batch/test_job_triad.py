@@ -152,7 +152,6 @@ def test_worker_skips_sent_conversations(lane: Lane, monkeypatch: pytest.MonkeyP
 
     async def submit() -> None:
         async with processor.opened() as job:
-            await job.recover()
             await job.submit(20)
 
     asyncio.run(submit())
@@ -177,7 +176,6 @@ def test_conversation_that_has_grown_too_long_for_masking_fails_alone(
 
     async def submit() -> None:
         async with processor.opened() as job:
-            await job.recover()
             await job.submit()
 
     asyncio.run(submit())
