@@ -37,6 +37,7 @@ SHOWN_BATCHES = 50
 TABLE_WIDTH = 120
 LINE_EVERY_S = 5.0
 EXAMPLES, PROBLEMS = 3, 10  # shown documents of a preview: requests, and reasons for refusals
+Row = tuple[Shard, dict[ItemState, int]]
 SHOWN_SUBJECTS = 8  # on a terminal, the last changed ones
 
 
@@ -48,7 +49,8 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
             raise ConfigurationError(f"--{name.replace('_', '-')} applies to run and submit only.")
     processor = _processor(arguments, settings)
     if arguments.action == "status":
-        return _status(arguments, processor)
+        _report(arguments, processor)
+        return ExitCode.DONE
     stop, connected = asyncio.Event(), asyncio.Event()
     with stop_on_signals(stop, connected.is_set), JobProgress() as progress:
         if arguments.dry_run:
@@ -60,8 +62,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
                 result = job.context.result
     if arguments.dry_run:
         return _report_preview(arguments, made, processor)
-    with Ledger(processor.ledger_path) as ledger:
-        _report(arguments, result, ledger)
+    _report(arguments, processor, result)
     if stop.is_set():
         raise RunInterruptedError("Stopped. The batches continue at OpenAI; run the same command again to resume.")
     return ExitCode.INCOMPLETE if result.failed else ExitCode.DONE
@@ -146,19 +147,16 @@ def _print_preview(made: Preview, processor: DocumentBatchProcessor) -> None:
     console.print(f"The requests would go to {config.openai.base_url}. Nothing was sent.")
 
 
-def _status(arguments: argparse.Namespace, processor: DocumentBatchProcessor) -> int:
+def _report(arguments: argparse.Namespace, processor: DocumentBatchProcessor, result: JobResult | None = None) -> None:
+    rows: list[Row] = []
     if processor.ledger_path.exists():
         with Ledger(processor.ledger_path) as ledger:
-            _report(arguments, None, ledger)
-    else:
-        sys.stdout.write('{"batches": []}\n' if arguments.json else "This job has sent nothing yet.\n")
-    return ExitCode.DONE
-
-
-def _report(arguments: argparse.Namespace, result: JobResult | None, ledger: Ledger) -> None:
-    rows = [(shard, ledger.counts(shard.number)) for shard in ledger.shards()]
+            rows = [(shard, ledger.counts(shard.number)) for shard in ledger.shards()]
     if arguments.json:
         sys.stdout.write(json.dumps(_as_dict(result, rows), indent=2) + "\n")
+        return
+    if result is None and not rows:
+        sys.stdout.write("This job has sent nothing yet.\n")
         return
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.width = max(console.width, TABLE_WIDTH)  # without a terminal it is 80, which would cut ids
@@ -175,7 +173,7 @@ def _report(arguments: argparse.Namespace, result: JobResult | None, ledger: Led
         console.print(f"Open batches: {open_batches}. Check them with cli.py openai-batch poll.")
 
 
-def _table(rows: list[tuple[Shard, dict[ItemState, int]]]) -> Table:
+def _table(rows: list[Row]) -> Table:
     table = Table(title="Batches", title_justify="left", box=None)
     for heading in ("shard", "batch", "state", "at OpenAI", "lines", "results"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("shard", "lines") else "left")
@@ -187,7 +185,7 @@ def _table(rows: list[tuple[Shard, dict[ItemState, int]]]) -> Table:
     return table
 
 
-def _as_dict(result: JobResult | None, rows: list[tuple[Shard, dict[ItemState, int]]]) -> dict[str, Any]:
+def _as_dict(result: JobResult | None, rows: list[Row]) -> dict[str, Any]:
     batches = [
         {
             "shard": shard.number,

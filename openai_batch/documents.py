@@ -20,15 +20,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefine
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from error_handler import JobProcessingError, JobTemplateError
-from openai_batch.job_config import (
-    MISSING,
-    AppConfig,
-    Document,
-    Messages,
-    OpenAIConfig,
-    SchemaConfig,
-    value_at,
-)
+from openai_batch.job_config import MISSING, AppConfig, Document, Messages, OpenAIConfig, SchemaConfig, value_at
 from openai_batch.job_context import Answer
 from openai_batch.render_process import RenderProcess
 from openai_batch.schema_file import FUNCTION_ERRORS, ResponseProcessor, resolve_function
@@ -39,7 +31,6 @@ if TYPE_CHECKING:
 
 # The functions of the child process, by the names that errors use.
 PROMPT, PROCESSOR = "the prompt", "the response processor"
-
 
 MAX_TEMPLATE_CHARACTERS = 100_000
 MAX_PROMPT_CHARACTERS = 2_000_000

@@ -39,8 +39,8 @@ class Claim:
 
     document: Document
     item: Item
-    line: bytes = b""
-    tokens: int = 0
+    line: bytes
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,16 +201,13 @@ class JobStore:
         """End a pending *document* that gets no request, as failed or skipped; return False if it was not pending."""
         value = (self._values.skipped_value if problem.is_skip else None) or self._values.failed_value
         info = self._info_change(document, {"error": str(problem), "failed_at": datetime.now(UTC)})
-        for fields in (
-            {**info, **self._leases.failure_fields(str(problem))},
-            {},
-        ):  # without the reason if MongoDB rejects it
+        reason = {**info, **self._leases.failure_fields(str(problem))}
+        for fields in (reason, {}):  # without the reason if MongoDB rejects it
             change = {"$set": {self._status: value, **fields}}
-            try:
-                outcome = await self._update("fail a document", self._pending_one(document), change)
-                return bool(outcome.modified_count)
-            except StoreRejectedError:
-                logger.warning("document %s: MongoDB rejected the update", id_text(document["_id"]))
+            modified = await self._accepted("fail a document", self._pending_one(document), change)
+            if modified is not None:
+                return bool(modified)
+            logger.warning("document %s: MongoDB rejected the update", id_text(document["_id"]))
         return False
 
     async def end(self, endings: Sequence[Ending]) -> set[str]:
@@ -234,14 +231,10 @@ class JobStore:
             change = {"$set": {self._status: self._values.pending_value, **fields}}
         else:
             change = self._failure(ending.info)
-        try:
-            await self._update("write an answer", query, change)
+        if await self._accepted("write an answer", query, change) is not None:
             return None
-        except StoreRejectedError:
-            info = {**ending.info, "error": NOT_STORED, "failed_at": datetime.now(UTC)}
-        try:
-            await self._update("fail a document", query, self._failure(info))
-        except StoreRejectedError:
+        info = {**ending.info, "error": NOT_STORED, "failed_at": datetime.now(UTC)}
+        if await self._accepted("fail a document", query, self._failure(info)) is None:
             logger.warning("document %s: MongoDB rejected the update of its status", id_text(document_id))
         return ending.item.custom_id
 
@@ -263,6 +256,13 @@ class JobStore:
         """Return the ``$set`` fields for *info*; a null, text or list in the place of ``processing_info`` is replaced."""
         is_usable = isinstance(value_at(document, self._info, default={}), Mapping)
         return self._info_fields(info) if is_usable else {self._info: info}
+
+    async def _accepted(self, what: str, query: Document, change: Document) -> int | None:
+        """Return how many documents *change* modified; None if MongoDB rejects it."""
+        try:
+            return int((await self._update(what, query, change)).modified_count)
+        except StoreRejectedError:
+            return None
 
     async def _update(self, what: str, query: Document, change: Document) -> Any:
         return await self._call(what, lambda: self._documents.update_one(query, change))
