@@ -37,8 +37,9 @@ SHOWN_BATCHES = 50
 TABLE_WIDTH = 120
 LINE_EVERY_S = 5.0
 EXAMPLES, PROBLEMS = 3, 10  # shown documents of a preview: requests, and reasons for refusals
-Row = tuple[Shard, dict[ItemState, int]]
 SHOWN_SUBJECTS = 8  # on a terminal, the last changed ones
+
+Row = tuple[Shard, dict[ItemState, int]]
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -17,7 +17,7 @@ from error_handler import JobProcessingError
 from openai_batch.batch_protocol import Line, parse_line
 from openai_batch.job_context import Answer, JobContext
 from openai_batch.job_store import Ending
-from openai_batch.ledger import Item, ItemState, Shard
+from openai_batch.ledger import NOT_RUN, Item, ItemState, Shard
 from openai_batch.openai_client import unreadable
 from storage.extended_json import id_text, loads
 
@@ -28,8 +28,6 @@ MAX_LINE_BYTES = 16_000_000  # a longer line fits in no document
 
 # The outcome of items without a line, by the status of their batch; for any other status they are missing.
 _WITHOUT_LINE = {"expired": ItemState.EXPIRED, "cancelled": ItemState.CANCELLED, "never_sent": ItemState.CANCELLED}
-# Statuses of batches that never ran, and the codes of their items; such a sending is no attempt.
-_NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
 # The text of ``processing_info.error``. The API's own message may quote the prompt and is left out.
 _ERRORS = {
     ItemState.EXPIRED: "the batch expired before this request ran",
@@ -113,7 +111,7 @@ class Answers:
         return list(new.values())
 
     def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None) -> Ending:
-        is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in _NOT_RUN
+        is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in NOT_RUN
         is_retryable = line.is_retryable and not is_exhausted
         outcome = "is pending again" if is_retryable else "failed"
         logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, line.code)
@@ -130,7 +128,7 @@ def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
         is_retryable = is_retryable and bool(bad_ids)
         return Line(item.custom_id, ItemState.FAILED, code=shard.problem or "batch_failed", is_retryable=is_retryable)
     state = _WITHOUT_LINE.get(shard.status or "", ItemState.MISSING)
-    return Line(item.custom_id, state, code=_NOT_RUN.get(shard.status or "", state.value), is_retryable=is_retryable)
+    return Line(item.custom_id, state, code=NOT_RUN.get(shard.status or "", state.value), is_retryable=is_retryable)
 
 
 def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:

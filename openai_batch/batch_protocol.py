@@ -106,8 +106,8 @@ def parse_batch(fields: Mapping[str, Any]) -> BatchState:
 
 def parse_line(raw: bytes) -> Line | None:
     """Return the line *raw* of an output or error file; None if it is not one."""
-    fields = load_json(raw.removeprefix(b"\xef\xbb\xbf"))
-    custom_id = _text(fields.get("custom_id")) if isinstance(fields, dict) else None
+    fields = _mapping(load_json(raw.removeprefix(b"\xef\xbb\xbf")))
+    custom_id = _text(fields.get("custom_id"))
     if custom_id is None:
         return None
     response, error = fields.get("response"), _mapping(fields.get("error"))

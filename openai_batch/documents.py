@@ -23,7 +23,7 @@ from error_handler import JobProcessingError, JobTemplateError
 from openai_batch.job_config import MISSING, AppConfig, Document, Messages, OpenAIConfig, SchemaConfig, value_at
 from openai_batch.job_context import Answer
 from openai_batch.render_process import RenderProcess
-from openai_batch.schema_file import FUNCTION_ERRORS, ResponseProcessor, resolve_function
+from openai_batch.schema_file import USER_ERRORS, ResponseProcessor, resolve_function
 from storage.extended_json import bson_encode, canonical, id_text, plain
 
 if TYPE_CHECKING:
@@ -102,8 +102,10 @@ class Variables:
 
     def _preprocess(self, name: str, value: Any) -> Any:
         function = self._functions.get(name)
+        if function is None:
+            return value
         with _failing(f"the preprocess function of {name}"):
-            return value if function is None else function(value)
+            return function(value)
 
 
 @contextlib.contextmanager
@@ -111,7 +113,7 @@ def _failing(function: str, *, is_final: bool = True) -> Iterator[None]:
     """Raise the exceptions of a user's *function* as JobProcessingError, without their text."""
     try:
         yield
-    except FUNCTION_ERRORS as exc:
+    except USER_ERRORS as exc:
         raise JobProcessingError(f"{function} failed ({type(exc).__name__})", is_final=is_final) from exc
 
 

@@ -251,10 +251,7 @@ class AppConfig(_Frozen):
 
     @classmethod
     def from_env(
-        cls,
-        settings: Settings | None = None,
-        openai_settings: OpenAISettings | None = None,
-        **parts: Any,
+        cls, *, settings: Settings | None = None, openai_settings: OpenAISettings | None = None, **parts: Any
     ) -> AppConfig:
         """Return the job that the environment describes; *parts* (fields of AppConfig) take precedence.
 

@@ -60,7 +60,11 @@ class JobRun:
                 planned = await self._sender.plan(None if limit is None else limit - taken)
                 taken += planned
             if not planned and ended == result.total_processed and not self._ledger.shards(OPEN):
-                await self._report_pending(limit)
+                left = await self.context.store.count_pending() if limit is None else 0
+                if left:
+                    logger.warning(
+                        "%d documents stay pending: leased by a worker, or MongoDB rejected their update", left
+                    )
                 await self._patiently(self._poll)  # there may be files to delete
                 return
             await self.poll()
@@ -234,11 +238,6 @@ class JobRun:
                     self._ledger.give_up(shard, "gone")
             elif shard.state in NOT_SENT:
                 self._ledger.give_up(shard, "never_sent")
-
-    async def _report_pending(self, limit: int | None) -> None:
-        left = await self.context.store.count_pending() if limit is None else 0
-        if left:
-            logger.warning("%d documents stay pending: leased by a worker, or MongoDB rejected their update", left)
 
     def _poll_wait_s(self) -> float:
         shards = self._ledger.shards(OPEN)

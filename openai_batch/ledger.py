@@ -37,8 +37,8 @@ CREATE INDEX IF NOT EXISTS items_by_shard ON items (shard, state);
 CREATE INDEX IF NOT EXISTS items_by_document ON items (document_id);
 """
 
-# Codes of items whose batch never ran; such a sending is no attempt of the document.
-NOT_RUN_CODES = ("token_limit_exceeded", "never_sent")
+# Statuses of batches that never ran, and the codes of their items; such a sending is no attempt of the document.
+NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
 PAGE = 500  # rows read at once
 
 
@@ -272,7 +272,7 @@ class Ledger:
             "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?)) FROM items "
             "WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
         )
-        rows = self._rows(query, *NOT_RUN_CODES, json.dumps(document_ids))
+        rows = self._rows(query, *NOT_RUN.values(), json.dumps(document_ids))
         return {row[0]: (row[1], row[2]) for row in rows}
 
     def retried(self, number: int) -> int:

@@ -131,11 +131,11 @@ class OpenAIFiles:
                 answer = await resource.with_raw_response.list(**query)
             page = load_json(answer.content)
             entries = page.get("data") if isinstance(page, dict) else None
-            if not isinstance(entries, list) or not all(
-                isinstance(entry, dict) and entry.get("id") for entry in entries
-            ):
+            if not isinstance(entries, list):
                 raise _malformed(what)
             for entry in entries:
+                if not isinstance(entry, dict) or not entry.get("id"):
+                    raise _malformed(what)
                 yield entry
             if not entries or not page.get("has_more"):
                 return

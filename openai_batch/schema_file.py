@@ -25,13 +25,12 @@ ResponseProcessor = Callable[[Any, Document], Mapping[str, Any]]
 _FUNCTION = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
 
 # Exceptions that users' functions may raise; any other exception ends their process. MemoryError is handled there.
-FUNCTION_ERRORS = (
+USER_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
     LookupError,
     NameError,
-    RecursionError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -64,7 +63,7 @@ def load_schema_file(path: Path) -> SchemaFile:
         raise JobValidationError(f"{path}: {explain(exc)}") from exc
     except SyntaxError as exc:
         raise JobValidationError(f"{path}, line {exc.lineno}: not valid Python.") from exc
-    except (ImportError, OSError, *FUNCTION_ERRORS) as exc:
+    except (ImportError, OSError, *USER_ERRORS) as exc:
         raise JobValidationError(f"{path} cannot be run ({type(exc).__name__}: {exc})") from exc
     parts: dict[str, Any] = {}
     for name, value in names.items():
@@ -104,7 +103,7 @@ def resolve_function(given: Callable[[Any], Any] | str, field: str) -> Callable[
         if spec is not None and spec.origin is not None:
             require_private(Path(spec.origin))
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, *FUNCTION_ERRORS, SyntaxError, OSError) as exc:
+    except (ImportError, *USER_ERRORS, SyntaxError, OSError) as exc:
         raise JobValidationError(
             f"preprocess function of {field}: {given} cannot be imported ({type(exc).__name__})."
         ) from exc

@@ -324,9 +324,7 @@ class BatchFiles:
             ) from exc
         self.lost_failures |= path.parent.name == "retry"
         logger.error(
-            "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB",
-            path.name,
-            aside.name,
+            "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB", path.name, aside.name
         )
 
 
