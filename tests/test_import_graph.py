@@ -39,7 +39,7 @@ OWNERS = {
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {"async_llm_wrapper", "service.client.client", "openai_batch.webhook"},
+    "aiohttp": {"async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
     # of the model server, for chat and for embeddings
     "requests": {"llm_wrapper"},
     "urllib3": {"llm_wrapper"},
@@ -65,10 +65,10 @@ OWNERS = {
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings"},
-    "jinja2": {"openai_batch.templates"},
+    "jinja2": {"openai_batch.documents"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
-    "smtplib": {"openai_batch.mail"},
+    "smtplib": {"openai_batch.notifications"},
     "fastapi": {
         "main",
         "service.error_responses",
