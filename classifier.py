@@ -59,7 +59,7 @@ class ReplyParser:
         return label_confidence(reply.tokens, reply.text, classification, self._names) if reply.tokens else None
 
     def _label(self, field: str, value: str) -> str:
-        label = self._labels[field].get(fold_label(value))
+        label = value if value in self._names[field] else self._labels[field].get(fold_label(value))
         if label is None:
             raise LLMReplyError(f"{field} is not a label of the taxonomy", Reason.LABEL_OUTSIDE)
         return label
