@@ -17,13 +17,11 @@ from starlette.types import Message, Receive, Scope, Send
 from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
-from service.access import CLASSIFY, SIMILAR, Headers
-from service.body_limits import BodyLimits, BodyLimitsMiddleware
 from service.error_responses import add_error_handlers
 from service.middleware import ServiceMiddleware
 from service.openapi import openapi_document
 from service.routes import classification, documentation, operations
-from service.similar import OpenIndex, SimilarConversations, open_index
+from service.similar import OpenIndex, open_index
 from service.similar_routes import router as similar_router
 from service.slow_clients import server_config
 from service.startup import freeze_garbage_collector, start
@@ -70,30 +68,13 @@ def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenI
         async with AsyncExitStack() as stack:
             try:
                 settings, service_settings = (load or _load)()
-                service = await start(settings, service_settings, app.server_config, stack)
+                service = await start(settings, service_settings, app.server_config, open_search, stack)
             except TriadError as exc:
                 app.problem = str(exc)
                 raise
-            model = service.model
-            similar = SimilarConversations(service_settings, service.metrics, model.deadlines, open_search)
-            stack.push_async_callback(similar.close)
-
-            def require_room_to_classify(headers: Headers) -> None:
-                if b"idempotency-key" not in headers:  # a stored answer needs no slot
-                    model.require_room()
-
-            checks = {CLASSIFY: require_room_to_classify, SIMILAR: lambda _headers: similar.require_room()}
-            limits = BodyLimits(service_settings.max_body_bytes, service_settings.body_timeout_s, checks)
             document = orjson.dumps(openapi_document(app, service_settings))
             freeze_garbage_collector()
-            yield {
-                "service": service,
-                "gate": service.gate,
-                "metrics": service.metrics,
-                "similar": similar,
-                "body_limits": limits,
-                "openapi": document,
-            }
+            yield {"service": service, "openapi": document}
 
     app = ServiceApp(
         title="Customer Support Triad",
@@ -105,8 +86,7 @@ def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenI
         separate_input_output_schemas=False,
         telemetry=NO_TELEMETRY,
     )
-    app.add_middleware(BodyLimitsMiddleware)
-    app.add_middleware(ServiceMiddleware)  # the outermost
+    app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     for router in (classification, similar_router, operations, documentation):
         app.include_router(router)

@@ -1,4 +1,4 @@
-"""ASGI middleware for request bodies: limits on size, time and memory, and strict JSON.
+"""Request bodies: limits on size, time and memory, and strict JSON.
 
 FastAPI has no time limit for a body and no budget for all of them, and Python's JSON parser accepts duplicate keys.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from config.service_settings import ServiceSettings
 from error_handler import RequestError
 from service.access import Headers
 from service.errors import BODY_TOO_SLOW, INVALID_JSON, NOT_JSON, QUEUE_FULL, TOO_LARGE, CallerLeftError
@@ -22,33 +23,27 @@ RETRY_AFTER_S = 2
 
 
 class BodyLimits:
-    """Reads request bodies within limits: *max_bytes* and *timeout_s* for each, BUDGET_BYTES for all."""
+    """Reads request bodies within the limits of *settings*, and BUDGET_BYTES for all of them."""
 
-    def __init__(
-        self, max_bytes: int, timeout_s: float, admission_checks: Mapping[str, Callable[[Headers], None]]
-    ) -> None:
+    def __init__(self, settings: ServiceSettings, admission_checks: Mapping[str, Callable[[], None]]) -> None:
         """*admission_checks*, by path, raise RequestError if a request would be rejected with any body."""
-        self._max_bytes = max_bytes
-        self._timeout_s = timeout_s
+        self._settings = settings
         self._admission_checks = admission_checks
         self._used_bytes = 0
 
-    async def __call__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run *app* with the body of the request, if its path takes one.
+    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run *app* with the body of the request, which is read first.
 
         Raises:
             RequestError: What the admission check raises, NOT_JSON, TOO_LARGE, BODY_TOO_SLOW, INVALID_JSON,
                 QUEUE_FULL if other bodies use up the budget, CallerLeftError.
         """
-        check = self._admission_checks.get(scope["path"])
-        if check is None or scope["method"] != "POST":
-            await app(scope, receive, send)
-            return
         headers: Headers = scope["state"]["headers"]
-        check(headers)
+        if b"idempotency-key" not in headers:  # a stored answer needs no slot
+            self._admission_checks[scope["path"]]()
         _require_json(headers)
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_bytes:
+        if not length.isdigit() or int(length) > self._settings.max_body_bytes:
             raise RequestError(TOO_LARGE)
         chunks: list[bytes] = []
         try:
@@ -60,10 +55,9 @@ class BodyLimits:
             self._used_bytes -= sum(map(len, chunks))
 
     async def _read(self, chunks: list[bytes], receive: Receive) -> None:
-        size = 0
+        size, more = 0, True
         try:
-            async with asyncio.timeout(self._timeout_s):
-                more = True
+            async with asyncio.timeout(self._settings.body_timeout_s):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -71,27 +65,13 @@ class BodyLimits:
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
                     self._used_bytes += len(chunks[-1])
-                    if size > self._max_bytes:
+                    if size > self._settings.max_body_bytes:
                         raise RequestError(TOO_LARGE)
                     if self._used_bytes > BUDGET_BYTES:
                         raise RequestError(QUEUE_FULL, retry_after_s=RETRY_AFTER_S)
                     more = message.get("more_body", False)
         except TimeoutError as exc:
             raise RequestError(BODY_TOO_SLOW) from exc
-
-
-class BodyLimitsMiddleware:
-    """Applies the BodyLimits that the lifespan puts into the state as ``body_limits``."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; pass everything else on."""
-        if scope["type"] == "http":
-            await scope["state"]["body_limits"](self._app, scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

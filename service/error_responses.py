@@ -45,7 +45,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _refuse(request: Request, problem: RequestError) -> Response:
-    metrics: ServiceMetrics = request.state.metrics
+    metrics: ServiceMetrics = request.state.service.metrics
     metrics.rejections.labels(problem.kind.name).inc()
     return error_response(problem)
 

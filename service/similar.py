@@ -95,10 +95,6 @@ class SimilarConversations:
         self.slots = AdmissionQueue(1, service_settings.queue_size)
         metrics.watch("triad_search_queue_length", "Searches waiting for a slot", lambda: self.slots.waiting)
 
-    def require_room(self) -> None:
-        """Raise the RequestError that ``find`` would raise at once, before the body is read."""
-        self.slots.require_room()
-
     async def find(self, text: str, limit: int, deadline: float) -> Found:
         """Return the *limit* conversations most similar to *text* before *deadline* (of the running loop's clock).
 

@@ -13,9 +13,8 @@ from service.access import SIMILAR
 from service.admission import cancel_on_disconnect
 from service.error_responses import documented_errors
 from service.openapi import KEY_REQUIRED, query_characters, search_characters
-from service.similar import SimilarConversations
 from service.similar_contract import SimilarQuery, SimilarRequest, SimilarResponse, searched_text
-from service.startup import RunningService
+from service.startup import Service
 
 _ERRORS = (
     errors.UNAUTHENTICATED,
@@ -58,16 +57,14 @@ async def _require_plain_query(request: Request) -> None:
     responses=documented_errors(*_ERRORS),
     dependencies=[Depends(_require_plain_query)],
 )
-async def similar_by_url(
-    query: Annotated[SimilarQuery, Query()], service: RunningService, request: Request
-) -> SimilarResponse:
+async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Request) -> SimilarResponse:
     """Prefer POST /similar: proxies log URLs, and the text in them."""
-    limit = query_characters(service.settings)
+    limit = query_characters(request.state.service.settings)
     if len(query.text) > limit:
         raise RequestError(
             errors.INVALID, f"text: at most {limit} characters fit in a URL; send less, or use POST /similar."
         )
-    return await similar(query, service, request)
+    return await similar(query, request)
 
 
 @router.post(
@@ -77,11 +74,11 @@ async def similar_by_url(
     openapi_extra=KEY_REQUIRED,
     responses=documented_errors(*_ERRORS, *_BODY_ERRORS),
 )
-async def similar(wanted: SimilarRequest, service: RunningService, request: Request) -> SimilarResponse:
+async def similar(wanted: SimilarRequest, request: Request) -> SimilarResponse:
     """Return past conversations, the most similar one first."""
-    index: SimilarConversations = request.state.similar
+    service: Service = request.state.service
     text = searched_text(wanted.text, search_characters(service.settings))
-    search = index.find(text, wanted.limit, service.deadline(request))
-    found = await cancel_on_disconnect(search, request.receive)
+    async with cancel_on_disconnect(request.receive):
+        found = await service.similar.find(text, wanted.limit, request.state.deadline)
     request.state.note = f", waited {found.queue_s * 1000:.0f} ms, search {found.search_s * 1000:.0f} ms"
     return found.response
