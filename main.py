@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,12 +21,13 @@ from error_handler import ConfigurationError, ExitCode, TriadError
 from service.error_responses import add_error_handlers
 from service.middleware import ServiceMiddleware
 from service.openapi import openapi_document
-from service.routes import classification, documentation, operations
+from service.routes import add_classification, documentation, operations
 from service.similar import OpenIndex, open_index
 from service.similar_routes import router as similar_router
 from service.slow_clients import server_config
-from service.startup import freeze_garbage_collector, start
+from service.startup import start
 from utils.network import require_keys_outside_this_machine
+from utils.process import tune_garbage_collection
 
 VERSION = "1.0.0"
 # FastAPI's own traces contain paths, and its records contain exception messages: text that callers sent.
@@ -73,7 +75,8 @@ def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenI
                 app.problem = str(exc)
                 raise
             document = orjson.dumps(openapi_document(app, service_settings))
-            freeze_garbage_collector()
+            gc.collect()  # before the rest is exempted, or its garbage would stay
+            tune_garbage_collection()
             yield {"service": service, "openapi": document}
 
     app = ServiceApp(
@@ -88,7 +91,8 @@ def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenI
     )
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
-    for router in (classification, similar_router, operations, documentation):
+    add_classification(app)
+    for router in (similar_router, operations, documentation):
         app.include_router(router)
     return app
 

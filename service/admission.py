@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.types import Receive
 
@@ -17,6 +16,8 @@ from service.errors import QUEUE_FULL, STOPPING, STOPPING_RETRY_AFTER_S, TOO_SLO
 MAX_RETRY_AFTER_S = 60
 INITIAL_HOLD_S = 1.0  # how long a slot is held, until the first one is released
 LAST_WEIGHT = 0.1
+
+T = TypeVar("T")
 
 
 class AdmissionQueue:
@@ -31,7 +32,7 @@ class AdmissionQueue:
         self._turned_away = 0  # since the queue was last empty, minus those served since then
 
     def require_room(self) -> None:
-        """Raise RequestError (QUEUE_FULL) if ``slot`` would, so that the body need not be read."""
+        """Raise RequestError (QUEUE_FULL) if ``acquire`` would, so that the body need not be read."""
         if self._slots.locked() and self.waiting >= self._queue_size:
             self._turned_away += 1
             raise RequestError(QUEUE_FULL, retry_after_s=self._retry_after_s())
@@ -46,9 +47,8 @@ class AdmissionQueue:
         last_s = self._held_s * (self.waiting + self._turned_away) / self.size
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(random.uniform(first_s, max(first_s, last_s)))))
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Hold a slot for the block, and release it however the block ends, cancellation included.
+    async def acquire(self) -> None:
+        """Wait for a slot; the caller releases it.
 
         Raises:
             RequestError: QUEUE_FULL, without waiting.
@@ -60,14 +60,13 @@ class AdmissionQueue:
         finally:
             self.waiting -= 1
         self.running += 1
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._held_s += LAST_WEIGHT * (time.monotonic() - start - self._held_s)
-            self._turned_away = max(0, self._turned_away - 1) if self.waiting else 0
-            self.running -= 1
-            self._slots.release()
+
+    def release(self, held_s: float) -> None:
+        """Release a slot that was held for *held_s*."""
+        self._held_s += LAST_WEIGHT * (held_s - self._held_s)
+        self._turned_away = max(0, self._turned_away - 1) if self.waiting else 0
+        self.running -= 1
+        self._slots.release()
 
 
 class Deadlines:
@@ -83,9 +82,8 @@ class Deadlines:
         for timeout in self._running:
             timeout.reschedule(min(timeout.when() or math.inf, self._stop_at))
 
-    @asynccontextmanager
-    async def until(self, deadline: float) -> AsyncIterator[None]:
-        """Cancel the block at *deadline*, or at the end of the grace period.
+    async def until(self, deadline: float, work: Awaitable[T]) -> T:
+        """Return the result of *work*, which is cancelled at *deadline* or at the end of the grace period.
 
         Raises:
             RequestError: TOO_SLOW or STOPPING.
@@ -94,7 +92,7 @@ class Deadlines:
         try:
             async with timeout:
                 self._running.add(timeout)
-                yield
+                return await work
         except TimeoutError as exc:
             if not timeout.expired():
                 raise
@@ -105,21 +103,20 @@ class Deadlines:
             self._running.discard(timeout)
 
 
-@asynccontextmanager
-async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the block if the caller closes the connection. *receive* is that of the request, with its body read.
+async def cancel_on_disconnect(work: Awaitable[T], receive: Receive) -> T:
+    """Return the result of *work*. *receive* is that of the request, with its body read.
 
-    The block stays in the task of the request: each further task would be another turn of the event loop.
+    *work* stays in the task of the request: each further task would be another turn of the event loop.
 
     Raises:
-        CallerLeftError: The caller closed the connection first.
+        CallerLeftError: The caller closed the connection first. *work* was cancelled and has ended.
     """
     presence = asyncio.timeout(None)
     try:
         async with presence:
             watcher = asyncio.create_task(_expire_on_disconnect(presence, receive))
             try:
-                yield
+                return await work
             finally:
                 watcher.cancel()
     except TimeoutError as exc:

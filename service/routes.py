@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
 
@@ -32,25 +32,7 @@ _IDEMPOTENCY_KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": _MAX_KEY_CHARACTERS, "pattern": _KEY_PATTERN},
     "description": "the same key with the same body asks the model once and gets the same answer",
 }
-_CLASSIFY_ERRORS = (
-    errors.INVALID_JSON,
-    errors.BAD_HEADER,
-    errors.UNAUTHENTICATED,
-    errors.BODY_TOO_SLOW,
-    errors.TOO_LARGE,
-    errors.NOT_JSON,
-    errors.WRONG_HOST,
-    errors.INVALID,
-    errors.TOO_LONG,
-    errors.KEY_REUSED,
-    errors.TOO_MANY,
-    errors.INTERNAL,
-    errors.UNUSABLE_ANSWER,
-    errors.MODEL_AWAY,
-    errors.QUEUE_FULL,
-    errors.STOPPING,
-    errors.TOO_SLOW,
-)
+_CLASSIFY_ERRORS = (errors.BAD_HEADER, errors.TOO_LONG, errors.KEY_REUSED, errors.MODEL_AWAY)
 _ANSWER_HEADERS = {
     "X-Model": {"schema": {"type": "string"}, "description": "the model that gave the labels"},
     "X-Input-Complete": {
@@ -62,7 +44,7 @@ _ANSWER_HEADERS = {
         "description": "present if the answer is that of an earlier request with this Idempotency-Key",
     },
 }
-_classify_responses = documented_errors(*_CLASSIFY_ERRORS)
+_classify_responses = documented_errors(*errors.COMMON_ERRORS, *errors.BODY_ERRORS, *_CLASSIFY_ERRORS)
 _classify_responses[200]["headers"] = {**_classify_responses[200]["headers"], **_ANSWER_HEADERS}
 
 
@@ -79,19 +61,10 @@ class Readiness(BaseModel):
     model: str = Field(description="the model that gives the labels", examples=["llama3.2"])
 
 
-classification = APIRouter(tags=["classification"])
 operations = APIRouter(tags=["operations"])
 documentation = APIRouter(include_in_schema=False)
 
 
-@classification.post(
-    CLASSIFY,
-    operation_id="classify",
-    summary="Classify one conversation",
-    response_model=ClassificationResponse,
-    responses=_classify_responses,
-    openapi_extra={**KEY_REQUIRED, "parameters": [_IDEMPOTENCY_KEY, REQUEST_ID_PARAMETER]},
-)
 async def classify(conversation: ClassificationRequest, request: Request) -> Response:
     """Return the conversation as it was sent, and its labels."""
     service: Service = request.state.service
@@ -103,14 +76,14 @@ async def classify(conversation: ClassificationRequest, request: Request) -> Res
     async def ask() -> Verdict:
         return await service.model.classify(parsed, request.state.deadline)
 
-    async with cancel_on_disconnect(request.receive):
-        if key is None:
-            verdict, replayed = await ask(), False
-        else:
-            sent = orjson.dumps(conversation.model_dump(exclude_unset=True), option=orjson.OPT_SORT_KEYS)
-            fingerprint = hashlib.sha256(sent).digest()
-            verdict, replayed = await service.answers.answer((request.state.caller, key), fingerprint, ask)
-    request.state.note = _note(verdict, replayed)
+    if key is None:
+        verdict, replayed = await cancel_on_disconnect(ask(), request.receive), False
+    else:
+        sent = orjson.dumps(conversation.model_dump(exclude_unset=True), option=orjson.OPT_SORT_KEYS)
+        shared = service.answers.answer((request.state.caller, key), hashlib.sha256(sent).digest(), ask)
+        verdict, replayed = await cancel_on_disconnect(shared, request.receive)
+    times = f"waited {verdict.queue_s * 1000:.0f} ms, model {verdict.model_s * 1000:.0f} ms"
+    request.state.note = ", replayed" if replayed else f", {times}"
     headers = {"X-Model": _HEADER_SAFE.sub("", verdict.model)}
     if not verdict.is_complete:
         headers["X-Input-Complete"] = "false"
@@ -125,10 +98,17 @@ async def classify(conversation: ClassificationRequest, request: Request) -> Res
     return Response(answer.model_dump_json(exclude_unset=True), headers=headers, media_type="application/json")
 
 
-def _note(verdict: Verdict, replayed: bool) -> str:
-    if replayed:
-        return ", replayed"
-    return f", waited {verdict.queue_s * 1000:.0f} ms, model {verdict.model_s * 1000:.0f} ms"
+def add_classification(app: FastAPI) -> None:
+    """Add POST /classify to *app* itself: the path of an included router is matched twice."""
+    app.post(
+        CLASSIFY,
+        tags=["classification"],
+        operation_id="classify",
+        summary="Classify one conversation",
+        response_model=ClassificationResponse,
+        responses=_classify_responses,
+        openapi_extra={**KEY_REQUIRED, "parameters": [_IDEMPOTENCY_KEY, REQUEST_ID_PARAMETER]},
+    )(classify)
 
 
 @operations.head(HEALTH, include_in_schema=False)
@@ -148,7 +128,7 @@ async def ready(request: Request) -> Readiness:
     model: ModelService = request.state.service.model
     problem = await model.check()
     if problem is not None:
-        raise RequestError(problem, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
+        raise errors.unavailable(problem)
     return Readiness(model=model.model)
 
 

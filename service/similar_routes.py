@@ -17,22 +17,13 @@ from service.similar_contract import SimilarQuery, SimilarRequest, SimilarRespon
 from service.startup import Service
 
 _ERRORS = (
-    errors.UNAUTHENTICATED,
-    errors.WRONG_HOST,
-    errors.INVALID,
-    errors.TOO_MANY,
-    errors.INTERNAL,
-    errors.UNUSABLE_ANSWER,
+    *errors.COMMON_ERRORS,
     errors.INDEX_NOT_INSTALLED,
     errors.INDEX_EMPTY,
     errors.INDEX_UNUSABLE,
     errors.TEXT_STAYS,
     errors.EMBEDDING_AWAY,
-    errors.QUEUE_FULL,
-    errors.STOPPING,
-    errors.TOO_SLOW,
 )
-_BODY_ERRORS = (errors.INVALID_JSON, errors.BODY_TOO_SLOW, errors.TOO_LARGE, errors.NOT_JSON)
 
 router = APIRouter(tags=["similar conversations"])
 
@@ -72,13 +63,13 @@ async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Reque
     operation_id="similar",
     summary="Find past conversations similar to a text",
     openapi_extra=KEY_REQUIRED,
-    responses=documented_errors(*_ERRORS, *_BODY_ERRORS),
+    responses=documented_errors(*_ERRORS, *errors.BODY_ERRORS),
 )
 async def similar(wanted: SimilarRequest, request: Request) -> SimilarResponse:
     """Return past conversations, the most similar one first."""
     service: Service = request.state.service
     text = searched_text(wanted.text, search_characters(service.settings))
-    async with cancel_on_disconnect(request.receive):
-        found = await service.similar.find(text, wanted.limit, request.state.deadline)
-    request.state.note = f", waited {found.queue_s * 1000:.0f} ms, search {found.search_s * 1000:.0f} ms"
-    return found.response
+    search = service.similar.find(text, wanted.limit, request.state.deadline)
+    response, queue_s, search_s = await cancel_on_disconnect(search, request.receive)
+    request.state.note = f", waited {queue_s * 1000:.0f} ms, search {search_s * 1000:.0f} ms"
+    return response

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import resource
 from contextlib import AsyncExitStack
@@ -62,7 +61,8 @@ async def start(
         )
     require_keys_outside_this_machine(_host(config), service_settings)
     metrics, gate = ServiceMetrics(), ServiceGate(service_settings)
-    model = await stack.enter_async_context(ModelService(settings, service_settings, metrics))
+    model = ModelService(settings, service_settings, metrics)
+    await stack.enter_async_context(model.running())
     similar = SimilarConversations(service_settings, metrics, model.deadlines, open_search)
     stack.push_async_callback(similar.close)
 
@@ -74,19 +74,10 @@ async def start(
     if config is not None:
         max_connections = max(16, _raise_open_files() - RESERVED_FILES - service_settings.max_concurrent)
         guard = SlowClientGuard(config, service_settings, settings.shutdown_grace_s, max_connections, stop)
-        await stack.enter_async_context(guard)
+        await stack.enter_async_context(guard.run())
     bodies = BodyLimits(service_settings, {CLASSIFY: model.require_room, SIMILAR: similar.slots.require_room})
     answers = IdempotencyStore[Verdict](service_settings.idempotency_retention_s, service_settings.idempotency_max_keys)
     return Service(service_settings, metrics, gate, bodies, model, answers, similar)
-
-
-def freeze_garbage_collector() -> None:
-    """Exclude what exists after the start from garbage collection.
-
-    Full collections that walk the modules and the application paused requests for tens of milliseconds.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> None:

@@ -32,9 +32,10 @@ class Clock:
 
 
 async def hold(queue: AdmissionQueue, order: list[int], number: int, release: asyncio.Event) -> None:
-    async with queue.slot():
-        order.append(number)
-        await release.wait()
+    await queue.acquire()
+    order.append(number)
+    await release.wait()
+    queue.release(1.0)
 
 
 async def settle() -> None:
@@ -67,14 +68,15 @@ async def test_slots_survive_random_cancellations(seed: int) -> None:
 
     async def work() -> None:
         nonlocal holders, most
-        async with queue.slot():
-            holders += 1
-            most = max(most, holders)
-            try:
-                for _ in range(rng.randrange(4)):
-                    await asyncio.sleep(0)
-            finally:
-                holders -= 1
+        await queue.acquire()
+        holders += 1
+        most = max(most, holders)
+        try:
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+        finally:
+            holders -= 1
+            queue.release(0.0)
 
     tasks = [asyncio.create_task(work()) for _ in range(40)]
     while not all(task.done() for task in tasks):
@@ -178,8 +180,7 @@ async def test_deadlines_distinguish_late_from_stopped_requests() -> None:
 
     async def wait(until: float) -> str:
         try:
-            async with deadlines.until(until):
-                await asyncio.Event().wait()
+            await deadlines.until(until, asyncio.Event().wait())
         except RequestError as problem:
             return problem.kind.name
         return "done"
