@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -57,11 +57,11 @@ class ServiceApp(FastAPI):
         await super().__call__(scope, receive, send_sentence)
 
 
-def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenIndex = open_index) -> ServiceApp:
+def create_app(given: AllSettings | None = None, open_search: OpenIndex = open_index) -> ServiceApp:
     """Return the application.
 
     Args:
-        load: Reads the settings when the application starts; None reads the environment.
+        given: None reads the settings from the environment when the application starts.
         open_search: Opens the embedding index at the first search.
     """
 
@@ -69,7 +69,7 @@ def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenI
     async def lifespan(app: ServiceApp) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             try:
-                settings, service_settings = (load or _load)()
+                settings, service_settings = given or (load_settings(), load_service_settings())
                 service = await start(settings, service_settings, app.server_config, open_search, stack)
             except TriadError as exc:
                 app.problem = str(exc)
@@ -97,10 +97,6 @@ def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenI
     return app
 
 
-def _load() -> AllSettings:
-    return load_settings(), load_service_settings()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT and return an exit code of docs/operations.md; *argv* None reads the command line."""
     parser = argparse.ArgumentParser(
@@ -119,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as exc:
         sys.stderr.write(f"main.py: {exc}\n")
         return exc.exit_code
-    application = create_app(lambda: (settings, service_settings))
+    application = create_app((settings, service_settings))
     uvicorn.run(application, host=service_settings.host, port=service_settings.port, log_config=None, access_log=False)
     return ExitCode.DONE
 

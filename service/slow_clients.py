@@ -137,6 +137,36 @@ class SlowClientGuard:
                 logger.warning("closed slow connections: %d", closed)
 
 
+class _JoinedWrites:
+    """Sends in one system call what one turn of the event loop writes to *transport*.
+
+    uvicorn writes the head and the body of an answer separately, and each call wakes the caller.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._pending: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send *data* at the end of this turn."""
+        if not self._pending:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._pending.append(data)
+
+    def close(self) -> None:
+        """Send what is pending, and close the connection."""
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._pending:
+            self._transport.write(b"".join(self._pending))
+            self._pending.clear()
+
+
 class _Guarded(asyncio.Protocol):
     """The additions to both of uvicorn's protocols."""
 
@@ -150,7 +180,7 @@ class _Guarded(asyncio.Protocol):
         self._since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        super().connection_made(_JoinedWrites(transport))  # type: ignore[arg-type]
         self._guard.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
