@@ -16,7 +16,7 @@ from typing import Any
 
 from config.service_settings import Exposure, ServiceSettings
 from error_handler import RequestError
-from service.errors import NOT_FOUND, STOPPING, STOPPING_RETRY_AFTER_S, TOO_MANY, UNAUTHENTICATED, WRONG_HOST
+from service.errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG_HOST, unavailable
 
 CLASSIFY, SIMILAR, HEALTH, READY = "/classify", "/similar", "/health", "/ready"
 METRICS, DOCS, OPENAPI = "/metrics", "/docs", "/openapi.json"
@@ -79,7 +79,7 @@ class ServiceGate:
         if route in ASKED:
             self._rates.require(caller if self._keys else address)
             if self.stopping:
-                raise RequestError(STOPPING, retry_after_s=STOPPING_RETRY_AFTER_S)
+                raise unavailable(STOPPING)
         return caller
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from starlette.types import Receive
 
 from error_handler import RequestError
-from service.errors import QUEUE_FULL, STOPPING, STOPPING_RETRY_AFTER_S, TOO_SLOW, CallerLeftError
+from service.errors import QUEUE_FULL, STOPPING, TOO_SLOW, CallerLeftError, unavailable
 
 MAX_RETRY_AFTER_S = 60
 INITIAL_HOLD_S = 1.0  # how long a slot is held, until the first one is released
@@ -97,7 +97,7 @@ class Deadlines:
             if not timeout.expired():
                 raise
             if self._stop_at < deadline:
-                raise RequestError(STOPPING, retry_after_s=STOPPING_RETRY_AFTER_S) from exc
+                raise unavailable(STOPPING) from exc
             raise RequestError(TOO_SLOW) from exc
         finally:
             self._running.discard(timeout)

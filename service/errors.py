@@ -14,7 +14,7 @@ from error_handler import (
     RequestError,
 )
 
-UNAVAILABLE_RETRY_AFTER_S = STOPPING_RETRY_AFTER_S = 5
+UNAVAILABLE_RETRY_AFTER_S = 5
 
 MALFORMED = ErrorKind("MalformedRequestError", 400, "This is not an HTTP request; send HTTP/1.1.")
 INVALID_JSON = ErrorKind(
@@ -111,7 +111,7 @@ class CallerLeftError(RequestError):
 
 
 def unavailable(kind: ErrorKind) -> RequestError:
-    """Return the error of *kind* for a model server that may be back in UNAVAILABLE_RETRY_AFTER_S."""
+    """Return the error of *kind* for a service or model server that may be back in UNAVAILABLE_RETRY_AFTER_S."""
     return RequestError(kind, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
 
 

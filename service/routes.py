@@ -24,7 +24,7 @@ from service.startup import Service
 
 _HEADER_SAFE = re.compile(r"[^!-~]")
 _KEY_PATTERN, _MAX_KEY_CHARACTERS = r"^[!-~]([ -~]*[!-~])?$", 255
-# Read by hand, like the request id: each parameter that FastAPI reads costs a request 0.05 ms.
+# The route reads it from the headers, because a parameter of FastAPI takes much longer.
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # it needs numpy, which may be missing
     from embedding_index.search_entries import Hit
 
 DEFAULT_HITS, MAX_HITS = 5, 50
+# In a body and in a URL. One character may take twelve bytes of a URL, and a URL has at most 64 KiB.
+MAX_SEARCH_CHARACTERS, MAX_QUERY_CHARACTERS = 10_000, 2000
 
 EXAMPLE_SEARCH: dict[str, Any] = {"text": "My parcel has not come, and nobody answers.", "limit": 5}
 EXAMPLE_HITS: dict[str, Any] = {

@@ -12,8 +12,15 @@ from service import errors
 from service.access import SIMILAR
 from service.admission import cancel_on_disconnect
 from service.error_responses import documented_errors
-from service.openapi import KEY_REQUIRED, query_characters, search_characters
-from service.similar_contract import SimilarQuery, SimilarRequest, SimilarResponse, searched_text
+from service.openapi import KEY_REQUIRED
+from service.similar_contract import (
+    MAX_QUERY_CHARACTERS,
+    MAX_SEARCH_CHARACTERS,
+    SimilarQuery,
+    SimilarRequest,
+    SimilarResponse,
+    searched_text,
+)
 from service.startup import Service
 
 _ERRORS = (
@@ -50,7 +57,7 @@ async def _require_plain_query(request: Request) -> None:
 )
 async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Request) -> SimilarResponse:
     """Prefer POST /similar: proxies log URLs, and the text in them."""
-    limit = query_characters(request.state.service.settings)
+    limit = min(MAX_QUERY_CHARACTERS, request.state.service.settings.max_text_characters)
     if len(query.text) > limit:
         raise RequestError(
             errors.INVALID, f"text: at most {limit} characters fit in a URL; send less, or use POST /similar."
@@ -68,7 +75,7 @@ async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Reque
 async def similar(wanted: SimilarRequest, request: Request) -> SimilarResponse:
     """Return past conversations, the most similar one first."""
     service: Service = request.state.service
-    text = searched_text(wanted.text, search_characters(service.settings))
+    text = searched_text(wanted.text, min(MAX_SEARCH_CHARACTERS, service.settings.max_text_characters))
     search = service.similar.find(text, wanted.limit, request.state.deadline)
     response, queue_s, search_s = await cancel_on_disconnect(search, request.receive)
     request.state.note = f", waited {queue_s * 1000:.0f} ms, search {search_s * 1000:.0f} ms"

@@ -137,7 +137,7 @@ class SlowClientGuard:
                 logger.warning("closed slow connections: %d", closed)
 
 
-class _JoinedWrites:
+class JoinedWrites:
     """Sends in one system call what one turn of the event loop writes to *transport*.
 
     uvicorn writes the head and the body of an answer separately, and each call wakes the caller.
@@ -180,7 +180,7 @@ class _Guarded(asyncio.Protocol):
         self._since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(_JoinedWrites(transport))  # type: ignore[arg-type]
+        super().connection_made(JoinedWrites(transport))  # type: ignore[arg-type]
         self._guard.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
