@@ -138,9 +138,9 @@ class SlowClientGuard:
 
 
 class JoinedWrites:
-    """Sends in one system call what one turn of the event loop writes to *transport*.
+    """Sends the head and the body of an answer to *transport* in one system call.
 
-    uvicorn writes the head and the body of an answer separately, and each call wakes the caller.
+    uvicorn writes them separately, and each call wakes the caller.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -151,10 +151,12 @@ class JoinedWrites:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Send *data* at the end of this turn."""
-        if not self._pending:
-            asyncio.get_running_loop().call_soon(self._send)
+        """Send *data* with the next write, or without one in the next turn of the event loop."""
         self._pending.append(data)
+        if len(self._pending) > 1:  # at once: answers that leave together come back as requests together
+            self._send()
+        else:
+            asyncio.get_running_loop().call_soon(self._send)
 
     def close(self) -> None:
         """Send what is pending, and close the connection."""
