@@ -50,6 +50,9 @@ index: .venv/index.stamp ## index and search a sample database with the local mo
 # Tests start many interpreters; without cached bytecode each compiles every module again.
 test test-fakes torture: export PYTHONDONTWRITEBYTECODE =
 
+# The product and MongoDB sync each write to the disk. Where memory has 4 GB to spare for files, the tests write there.
+test test-fakes: export TMPDIR := $(or $(TMPDIR),$(shell df -k --output=avail /dev/shm 2> /dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}'))
+
 # Many tests wait for processes, timeouts and outages, so two processors can run four tests at a time.
 test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
 	$(venv_python) -m pytest -n 4 --dist worksteal --ignore tests/fakes $(ARGS)

@@ -31,11 +31,8 @@ def document_shape(document: Mapping[str, Any]) -> Shape | None:
 def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
     """Return the conversation in *document*, with safe texts.
 
-    The turns are sorted by time if each usable turn has a readable time; otherwise they keep their order. Turns
-    without text are left out.
-
-    Raises:
-        SkippedDocumentError: There is no usable text, or no turn of the customer.
+    The turns are sorted by time if each usable turn has a readable time; otherwise they keep their order. Turns without
+    text are left out. Raise SkippedDocumentError if there is no usable text, or no turn of the customer.
     """
     shape = document_shape(document)
     if shape is None:

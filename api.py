@@ -15,7 +15,7 @@ from classifier import ReplyParser
 from config import Settings, load_settings, load_taxonomy
 from error_handler import RequestError, SkippedDocumentError
 from model_server.models import chat_target
-from model_server.window import choose_window, reuse_loaded_window
+from model_server.window import choose_window
 from prompt_builder import PromptBuilder
 from service import errors
 from service.contract import (
@@ -73,9 +73,7 @@ def classify_conversation(
     with llm_wrapper.open_session() as session:
         client = llm_wrapper.LLMClient(settings, chat_target(settings, settings.model or ""), session)
         client.prepare(settings)
-        client.warm_up(
-            choose_window([], client.target.context_limit, settings.ollama_num_ctx), logger.info, reuse_loaded_window
-        )
+        client.warm_up(choose_window(None, client.target.context_limit, settings.ollama_num_ctx), logger.info)
         prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
         try:
             outcome = llm_wrapper.ollama_classify(conversation, client, prompts, parser)

@@ -9,8 +9,9 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import replace
+from typing import TypeVar
 
 import aiohttp
 
@@ -19,9 +20,7 @@ from config import Settings
 from domain.conversation import Conversation, Message, Outcome
 from error_handler import (
     LLMConnectionError,
-    LLMContextError,
     LLMError,
-    LLMReplyError,
     LLMTimeoutError,
     LLMUnavailableError,
 )
@@ -30,14 +29,16 @@ from model_server import models as served_models
 from model_server import protocol
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.concurrency import ConcurrencyLimit
-from model_server.models import TargetFlow
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.truncation import TranscriptTruncator
-from model_server.window import Adopt, Say, WindowChoice, adopt_larger, choose_window, reuse_loaded_window, warm_up
+from model_server.window import Say, WindowChoice, choose_window, warm_up
 from prompt_builder import PromptBuilder
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
+Q = TypeVar("Q")
+A = TypeVar("A")
+R = TypeVar("R")
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 5.0
@@ -75,7 +76,6 @@ class AsyncLLMClient:
         on_answer: Callable[[ChatReply], None] | None = None,
     ) -> None:
         self.target = target
-        self.retries = 0
         self.breaker = CircuitBreaker(
             self.is_alive, breaker_policy or BreakerPolicy(outage_limit_s=settings.outage_limit_s)
         )
@@ -98,37 +98,33 @@ class AsyncLLMClient:
         Raises:
             LLMError: After the last attempt; see model_server.protocol.parse_chat_response.
         """
-        protocol.require_fit(self.target, protocol.prompt_characters(messages))
         # Partials, no recursive closure: a closure that refers to itself keeps its prompt until the garbage collector runs.
-        ask = functools.partial(self._ask, self.target, messages, schema_json, attempt)
+        ask = functools.partial(self._ask, messages, schema_json, attempt)
         observed = ask if self._limit is None else functools.partial(self._limit.observed, ask)
         guarded = functools.partial(self.breaker.call, observed)
-        answer = await retry_async(guarded, self._policy, "model call", self._count_retry)
+        answer = await retry_async(guarded, self._policy, "model call")
         if self._on_answer is not None:
             self._on_answer(answer)
         return answer
 
     async def is_alive(self) -> bool:
         """Return whether the server answers at all. The breaker's probe: it never raises LLMError."""
-        url = served_models.models_url(self.target.protocol, self.target.server_url)
         try:
-            await self.send(ServerRequest("GET", url, None, PROBE_TIMEOUT_S))
+            await self.send(served_models.models_request(self.target, PROBE_TIMEOUT_S))
         except LLMError:
             return False
         return True
 
     async def list_models(self) -> list[served_models.ServedModel]:
-        """Return the models on the server, remote ones included.
-
-        Raises:
-            LLMUnavailableError: The server does not answer with a list of models.
-        """
-        url = served_models.models_url(self.target.protocol, self.target.server_url)
-        return served_models.parse_models(self.target.protocol, *await self._get(url))
+        """Return the models on the server, remote ones included. Raises LLMUnavailableError if it does not list them."""
+        request = served_models.models_request(self.target, self._settings.llm_timeout_s)
+        return served_models.parse_models(self.target.protocol, *await self.send(request))
 
     async def version(self) -> str | None:
         """Return Ollama's version, None if unknown. Raises LLMUnavailableError if the server is away."""
-        return served_models.parse_version(*await self._get(f"{self.target.server_url}/api/version"))
+        url = f"{self.target.server_url}/api/version"
+        request = ServerRequest("GET", url, None, self._settings.llm_timeout_s)
+        return served_models.parse_version(*await self.send(request))
 
     async def show(self, model: str) -> served_models.ModelFacts:
         """Return what Ollama reports about *model*. Raises LLMUnavailableError if the server is away."""
@@ -146,15 +142,17 @@ class AsyncLLMClient:
             LLMUnavailableError: The server does not answer.
             ConfigurationError: The server does not have the model; the message lists its models.
         """
-        return await self._drive(served_models.find_target(self.target, settings))
+        self.target = await _drive(served_models.find_target(self.target, settings), self.send)
+        return self.target
 
-    async def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
+    async def warm_up(self, choice: WindowChoice, say: Say) -> ChatTarget:
         """Load the model and return the target with the window it then has; see model_server.window.warm_up.
 
         Raises:
             LLMError: The model does not load, or the server does not answer.
         """
-        return await self._drive(warm_up(self.target, self._settings, choice, say, adopt))
+        self.target = await _drive(warm_up(self.target, self._settings, choice, say), self.send)
+        return self.target
 
     async def send(self, request: ServerRequest) -> tuple[int, bytes]:
         """Return status and body of the answer to *request*. A connection that times out counts as refused.
@@ -182,35 +180,15 @@ class AsyncLLMClient:
         except aiohttp.ClientError as exc:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 
-    async def _ask(self, target: ChatTarget, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
+    async def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
         """Send one chat request; if the server refuses log probabilities, ask for none from now on."""
-        if not self.target.logprobs:  # another call may have been refused meanwhile
-            target = replace(target, logprobs=False)
-        answer = await self._post(target.url, protocol.build_chat_body(target, messages, schema_json, attempt))
-        if protocol.refuses_logprobs(target, *answer):
+        while True:
+            target = self.target
+            body = protocol.build_chat_body(target, messages, schema_json, attempt)
+            answer = await self.send(ServerRequest("POST", target.url, body, self._settings.llm_timeout_s))
+            if not protocol.refuses_logprobs(target, *answer):
+                return protocol.parse_chat_response(target, *answer, messages)
             self.target = replace(self.target, logprobs=False)
-            target = replace(target, logprobs=False)
-            answer = await self._post(target.url, protocol.build_chat_body(target, messages, schema_json, attempt))
-        return protocol.parse_chat_response(target, *answer, messages)
-
-    async def _drive(self, flow: TargetFlow) -> ChatTarget:
-        """Send what *flow* yields, and take the target that it returns."""
-        try:
-            request = next(flow)
-            while True:
-                request = flow.send(await self.send(request))
-        except StopIteration as finished:
-            self.target = finished.value
-        return self.target
-
-    async def _get(self, url: str) -> tuple[int, bytes]:
-        return await self.send(ServerRequest("GET", url, None, self._settings.llm_timeout_s))
-
-    async def _post(self, url: str, body: bytes) -> tuple[int, bytes]:
-        return await self.send(ServerRequest("POST", url, body, self._settings.llm_timeout_s))
-
-    def _count_retry(self) -> None:
-        self.retries += 1
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()
@@ -239,17 +217,23 @@ async def ollama_classify_async(
         LLMError: The server gave no answer, or no usable one.
         SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
     """
-    flow = classification_flow(conversation, client, prompts, parser)
-    messages = next(flow)
-    for call in itertools.count(2 * attempt):
-        try:
-            messages = flow.send(await client.chat(messages, parser.schema_json, call))
-        except StopIteration as finished:
-            outcome: Outcome = finished.value
-            return outcome
-        except (LLMContextError, LLMReplyError) as problem:
-            messages = flow.throw(problem)
-    raise AssertionError("itertools.count never ends")
+    flow, calls = classification_flow(conversation, client, prompts, parser), itertools.count(2 * attempt)
+    return await _drive(flow, lambda messages: client.chat(messages, parser.schema_json, next(calls)))
+
+
+async def _drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R:
+    """Return what *flow* returns; each question that it yields gets the answer, or the error, of *ask*."""
+    try:
+        question = next(flow)
+        while True:
+            try:
+                answer = await ask(question)
+            except LLMError as problem:
+                question = flow.throw(problem)
+            else:
+                question = flow.send(answer)
+    except StopIteration as finished:
+        return finished.value  # type: ignore[no-any-return]
 
 
 class SharedWindow:
@@ -263,12 +247,8 @@ class SharedWindow:
         self.is_loaded = False
 
     async def load(self) -> None:
-        """Load the model if it is not loaded yet, however long that takes.
-
-        Raises:
-            LLMError: The model does not load.
-        """
-        await self._client.warm_up(self._choice(), logger.info, reuse_loaded_window)
+        """Load the model if it is not loaded yet, however long that takes. Raises LLMError if it does not load."""
+        await self._client.warm_up(self._choice(), logger.info)
         self._checked_at_s = time.monotonic()
         self.is_loaded = True
 
@@ -303,7 +283,7 @@ class SharedWindow:
             await asyncio.wait([self._loading])
 
     def _choice(self) -> WindowChoice:
-        return choose_window([], self._client.target.context_limit, self._asked)
+        return choose_window(None, self._client.target.context_limit, self._asked)
 
     async def _check(self) -> None:
         target = self._client.target
@@ -317,7 +297,7 @@ class SharedWindow:
                 self._loading = asyncio.create_task(self.load(), name="load-model")
                 self._loading.add_done_callback(self._loaded)
             return
-        num_ctx = reuse_loaded_window(self._choice(), loaded)
+        num_ctx = self._choice().beside(loaded)
         if num_ctx != target.num_ctx:
             logger.info("the model is loaded with a window of %d tokens; using that from now on", num_ctx)
             self._client.target = replace(self._client.target, num_ctx=num_ctx)

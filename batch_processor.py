@@ -1,7 +1,4 @@
-"""The batch worker as a class: ``BatchProcessor(...).run()`` classifies a collection.
-
-It connects MongoDB, the model server and the local files, and starts worker.run.BatchRun.
-"""
+"""The batch worker as a class: ``BatchProcessor(...).run()`` connects all parts and classifies a collection."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import logging
 import runpy
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,11 +29,10 @@ from prompt_builder import PromptBuilder
 from storage.contract import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
-from worker.intake import DocumentIntake, RunOptions
+from worker.intake import Classify, RunOptions, RunParts
 from worker.plan import run_window, sample_needs, work_kinds
 from worker.progress import Reporter
-from worker.run import BatchRun, Classify, RunParts, Steps
-from worker.settlement import BatchInWork
+from worker.run import BatchRun
 
 if TYPE_CHECKING:  # only an estimate records its calls
     from worker.timing import SampleRecorder
@@ -50,11 +46,11 @@ BASELINE_PLAN = "baseline"
 class Observers:
     """The observers of a run.
 
-    *reporter* gets its progress. *recorder* gets each document that is asked and each reply of the model server.
-    *announce* gets the sentences that an operator should see while the run starts.
+    *reporters* get its progress, *recorder* each document that is asked and each reply of the model server, *announce*
+    the sentences that an operator should see while the run starts.
     """
 
-    reporter: Reporter | None = None
+    reporters: Sequence[Reporter] = ()
     recorder: SampleRecorder | None = None
     announce: Callable[[str], None] | None = None
 
@@ -99,11 +95,7 @@ class BatchProcessor:
         await self.close()
 
     async def connect(self) -> None:
-        """Lock the directory, connect to MongoDB and the model server, and create missing indexes.
-
-        Raises:
-            TriadError: The first problem; nothing was changed.
-        """
+        """Lock the directory, connect to MongoDB and the model server, create missing indexes; change no document."""
         if self._connected:
             return
         async with AsyncExitStack() as stack:
@@ -134,21 +126,18 @@ class BatchProcessor:
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
+        estimator = client.truncator(prompts).estimator
         choice = await run_window(
-            client,
-            self.settings.ollama_num_ctx,
-            lambda client: sample_needs(self.store, client.truncator(prompts).estimator),
+            client, self.settings.ollama_num_ctx, lambda _client: sample_needs(self.store, estimator)
         )
         start_s = time.monotonic()
         target = await client.warm_up(choice, self._tell)
         if recorder is not None:
             recorder.note_load(time.monotonic() - start_s)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
-
         self._plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)
         window = SharedWindow(client, target.num_ctx)
         stack.push_async_callback(window.close)
-
         return partial(window.classify, prompts, parser)
 
     def _tell(self, sentence: str) -> None:
@@ -169,9 +158,8 @@ class BatchProcessor:
     async def process_document(self, document: Document) -> Document:
         """Classify one document, store its result and return it; the source document does not change.
 
-        Raises:
-            SkippedDocumentError: There is nothing to classify.
-            LLMError, StoreError: It failed; nothing was stored or queued for retry.
+        Raise SkippedDocumentError if there is nothing to classify, LLMError or StoreError if it failed. Nothing is stored
+        or queued for retry then.
         """
         await self.connect()
         conversation = aggregate_conversation(document)
@@ -189,36 +177,25 @@ class BatchProcessor:
         return result
 
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
-        """Classify only *documents*, with every safeguard of a run; return statistics as ``run`` does.
-
-        Documents that fail are in the retry queue afterwards.
-        """
-        return await self._run(lambda intake: [intake.given(documents)], to_the_end=False)
+        """Classify only *documents*; failed ones are in the retry queue afterwards. Return statistics as ``run`` does."""
+        run = await self._new_run()
+        return await run.execute([run.intake.given(documents)], to_the_end=False)
 
     async def run(self) -> dict[str, Any]:
         """Classify all selected documents; return the statistics.
 
-        Keys: job_id, documents_processed, successful, failed, skipped, already_done,
-        leased_elsewhere, retried, copied, in_retry_queue, in_quarantine, reasons, interrupted, with_confidence,
-        needs_review, review_below.
-
-        Raises:
-            FailureThresholdError: Too many documents failed.
-            TriadError: MongoDB, the model server or the directory failed for good. In each case, the next run
-                resumes where this one stopped.
+        Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
+        in_retry_queue, in_quarantine, reasons, interrupted, with_confidence, needs_review, review_below. After a
+        TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
         """
-        return await self._run(
-            lambda intake: [intake.recovered(), intake.retry_round(), intake.fresh()], to_the_end=True
-        )
+        run = await self._new_run()
+        sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
+        return await run.execute(sources, to_the_end=True)
 
-    async def _run(
-        self, sources: Callable[[DocumentIntake], list[AsyncGenerator[BatchInWork]]], *, to_the_end: bool
-    ) -> dict[str, Any]:
+    async def _new_run(self) -> BatchRun:
         await self.connect()
-        kinds = work_kinds(self.store, self.settings, self._plan or None) if self.options.only else None
-        steps = Steps(aggregate_conversation, self._classify, self._plan, kinds)
-        saved = self.files.read_state("checkpoint.json")
         options = self.options
+        saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
             saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
         )
@@ -229,11 +206,13 @@ class BatchProcessor:
             self.files,
             checkpoint,
             self.stop,
-            reporter=self._observers.reporter,
+            self._classify,
+            plan=self._plan,
+            kinds=work_kinds(self.store, self.settings, self._plan or None) if options.only else None,
+            reporters=self._observers.reporters,
             limit=self._limit,
         )
-        run = BatchRun(parts, steps)
-        return await run.execute(sources(run.intake), to_the_end=to_the_end)
+        return BatchRun(parts)
 
     def _worker_id(self) -> str:
         """Return the id under which the worker of this directory holds leases, the same after a crash."""

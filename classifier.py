@@ -17,7 +17,8 @@ from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
 from model_server.truncation import TranscriptTruncator
 from prompt_builder import PromptBuilder
 
-FIELDS = ("categorization", "intent", "topic", "sentiment")
+LABELS = ("intent", "topic", "sentiment")
+FIELDS = ("categorization", *LABELS)
 MAX_REPLY_CHARACTERS = 65_536  # an answer has a few thousand (num_predict is 700)
 MAX_CATEGORIZATION_CHARACTERS = 200
 
@@ -31,11 +32,8 @@ class ReplyParser:
     """Parses replies against one taxonomy; *schema_json* is the JSON Schema of such a reply."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
-        self._labels = {
-            field: {fold_label(name): name for name in taxonomy.names(field)}
-            for field in ("intent", "topic", "sentiment")
-        }
-        self._names = {field: taxonomy.names(field) for field in self._labels}
+        self._names = {field: taxonomy.names(field) for field in LABELS}
+        self._labels = {field: {fold_label(name): name for name in names} for field, names in self._names.items()}
         self.schema_json = json.dumps(classification_schema(taxonomy), ensure_ascii=False).encode()
 
     def parse(self, reply: str) -> Classification:
@@ -54,24 +52,17 @@ class ReplyParser:
         categorization = one_line(fields["categorization"], MAX_CATEGORIZATION_CHARACTERS)
         if not categorization:
             raise LLMReplyError("categorization is empty", Reason.WRONG_SHAPE)
-        return Classification(
-            categorization,
-            self._label("intent", fields["intent"]),
-            self._label("topic", fields["topic"]),
-            self._label("sentiment", fields["sentiment"]),
-        )
+        return Classification(categorization, *(self._label(field, fields[field]) for field in LABELS))
 
     def confidence(self, reply: ChatReply, classification: Classification) -> dict[str, float] | None:
         """Return the probability of each label that was parsed from *reply*; None if it has no log probabilities."""
         return label_confidence(reply.tokens, reply.text, classification, self._names) if reply.tokens else None
 
     def _label(self, field: str, value: str) -> str:
-        if value in self._names[field]:  # as the schema enforces it
-            return value
-        try:
-            return self._labels[field][fold_label(value)]
-        except KeyError:
-            raise LLMReplyError(f"{field} is not a label of the taxonomy", Reason.LABEL_OUTSIDE) from None
+        label = self._labels[field].get(fold_label(value))
+        if label is None:
+            raise LLMReplyError(f"{field} is not a label of the taxonomy", Reason.LABEL_OUTSIDE)
+        return label
 
 
 def parse_classification(reply: str, taxonomy: Taxonomy) -> Classification:
@@ -89,10 +80,7 @@ def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
         "type": "object",
         "properties": {
             "categorization": {"type": "string", "minLength": 1, "maxLength": MAX_CATEGORIZATION_CHARACTERS},
-            **{
-                field: {"type": "string", "enum": list(taxonomy.names(field))}
-                for field in ("intent", "topic", "sentiment")
-            },
+            **{field: {"type": "string", "enum": list(taxonomy.names(field))} for field in LABELS},
         },
         "required": list(FIELDS),
         "additionalProperties": False,
@@ -115,9 +103,9 @@ def classification_flow(
 ) -> Generator[list[Message], ChatReply, Outcome]:
     """Classify *conversation*: yield the messages to send, receive the reply, return the outcome.
 
-    The driver, synchronous or not, sends what is yielded. It throws in the LLMReplyError or LLMContextError of its
-    client. One repair turn follows an unusable reply. If the prompt was too long, or was cut by the server, the
-    conversation is truncated once more, with the token counts of the failure.
+    The driver, synchronous or not, sends what is yielded, and throws in each LLMError of its client. One repair turn
+    follows an unusable reply. If the prompt was too long, or was cut by the server, the conversation is truncated once
+    more, with the token counts of the failure.
 
     Raises:
         LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.
@@ -193,11 +181,9 @@ def _first_object(reply: str) -> dict[str, Any]:
         if start < 0:
             break
         try:
-            value, _end = _DECODER.raw_decode(text, start)
+            return _DECODER.raw_decode(text, start)[0]  # type: ignore[no-any-return]
         except (ValueError, RecursionError):
             start = text.find("{", start + 1)
-            continue
-        return value  # type: ignore[no-any-return]
     raise LLMReplyError("the answer holds no complete JSON object", Reason.NOT_JSON)
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    # Imported modules are never garbage: collections between imports take a sixth of the CPU of a start.
+    gc.disable()  # until tune_garbage_collection
+
 import argparse
 import asyncio
 import contextlib
@@ -19,44 +25,26 @@ import uvloop
 from pydantic import SecretStr
 from rich.console import Console
 
-from aggregator import aggregate_conversation
 from batch_processor import BASELINE_PLAN, BatchProcessor, Observers, baseline_classify, find_model
-from commands import summary
-from commands.flags import (
-    Command,
-    command_settings,
-    create_command_parser,
-    create_parser,
-    monitoring,
-    run_options,
-    settings_from,
-)
+from commands import flags, summary
 from config import Settings, load_taxonomy
 from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
-from utils.schedule import seconds_until_next
 from worker.checkpoint import RunStats
-from worker.intake import RunOptions
-from worker.metrics import MetricsFile
+from worker.intake import RunOptions, preview
 from worker.plan import ask_plan, work_kinds
-from worker.progress import ConsoleProgress, FileProgress, Reporter, Reporters
+from worker.progress import ConsoleProgress, Reporter
+from worker.progress_files import FileProgress
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
 SAMPLES = DATA / "sample_conversations.jsonl"
 
-# Imported on demand: some need libraries that a run does not.
-COMMANDS = {
-    "doctor": "commands.doctor",
-    "estimate": "commands.estimate",
-    "plan": "commands.plan",
-    "quarantine": "commands.quarantine",
-    "openai-batch": "commands.openai_batch",
-    "index": "commands.index",
-}
+# Modules of commands/. They are imported on demand: some need libraries that a run does not.
+COMMANDS = ("doctor", "estimate", "plan", "quarantine", "openai-batch", "index")
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     command = load_command(given[0]) if given and given[0] in COMMANDS else None
     shown = COMMANDS if {"-h", "--help"} & set(given) else ()
-    parser = create_command_parser(command) if command else create_parser(load_command(name) for name in shown)
+    parser = (
+        flags.create_command_parser(command) if command else flags.create_parser(load_command(name) for name in shown)
+    )
     # Intermixed: flags may stand before, between and after the arguments of a command.
     arguments = parser.parse_intermixed_args(given[1:]) if command else parser.parse_args(given)
     tune_garbage_collection()
 
     def run() -> int:
-        settings = command_settings(arguments) if command else settings_from(arguments)
-        _configure_logs(arguments, settings)
-        work = command.run if command else _run
-        return uvloop.run(work(arguments, settings))
+        settings = flags.command_settings(arguments) if command else flags.settings_from(arguments)
+        logs = arguments.verbose if command else flags.monitoring(arguments)[1]
+        secrets = [settings.llm_api_key.get_secret_value()] if settings.llm_api_key else []
+        configure_logging(settings.log_level if logs else "WARNING", secrets=secrets)
+        return uvloop.run((command.run if command else _run)(arguments, settings))
 
     interrupted = "Interrupted." if command else "Interrupted; run the same command again to resume."
     try:
@@ -92,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.CONFIGURATION
 
 
-def load_command(name: str) -> Command:
+def load_command(name: str) -> flags.Command:
     """Return the command called *name*, one of COMMANDS."""
-    command: Command = importlib.import_module(COMMANDS[name]).COMMAND
+    command: flags.Command = importlib.import_module(f"commands.{name.replace('-', '_')}").COMMAND
     return command
 
 
@@ -103,7 +94,14 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         parts: dict[str, Any] = {}
         if arguments.embedded:
             settings, parts = await _embedded(stack, settings)
-        options = run_options(arguments, settings)
+        options = RunOptions(
+            settings.batch_size,
+            arguments.limit,
+            arguments.reprocess,
+            arguments.retry_failed,
+            only=arguments.only,
+            dedupe=arguments.dedupe,
+        )
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
         processor = BatchProcessor(settings, options=options, observers=_observers(arguments, settings), **parts)
@@ -120,8 +118,8 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
     from embedded.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - only for --embedded
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
 
-    console = Console(stderr=True)
-    console.print("Starting the embedded MongoDB with its data under data/embedded/ ...", soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True)
+    console.print("Starting the embedded MongoDB with its data under data/embedded/ ...")
     mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATA / "db"))
     changes: dict[str, Any] = {"mongodb_uri": SecretStr(mongod.uri)}
     if "batch_files_dir" not in settings.model_fields_set:
@@ -132,18 +130,17 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         await store.check()
         if not await store.upper_bound():
             added = await store.insert_documents(list(read_documents(SAMPLES)))
-            console.print(f"Imported {added} sample conversations into {settings.source_collection}.", soft_wrap=True)
+            console.print(f"Imported {added} sample conversations into {settings.source_collection}.")
     finally:
         await store.close()
     model = await find_model(settings)
     if model is not None:
-        console.print(f"Found Ollama at {settings.server_url}; using {model}.", soft_wrap=True)
+        console.print(f"Found Ollama at {settings.server_url}; using {model}.")
         return settings.model_copy(update={"ollama_model": model}), {}
     baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
     console.print(
         f"[yellow]No Ollama with a model found at {settings.server_url}; using the built-in baseline classifier "
-        f"({BASELINE_MODEL}). Accuracy: docs/baseline.md.[/]",
-        soft_wrap=True,
+        f"({BASELINE_MODEL}). Accuracy: docs/baseline.md.[/]"
     )
     return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}
 
@@ -165,7 +162,7 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
                 return ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
         if settings.mode == "scheduled":
-            wait_s = seconds_until_next(arguments.schedule, datetime.now().astimezone())
+            wait_s = flags.seconds_until_next(arguments.schedule, datetime.now().astimezone())
             logger.info("next run in %.0f s", wait_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(processor.stop.wait(), wait_s)
@@ -173,15 +170,13 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
-    from worker.preview import preview  # noqa: PLC0415 - a run does not need it
-
     store = DocumentStore(settings)
     try:
         await store.check()
         if options.only in ("stale", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = work_kinds(store, settings, plan) if options.only else None
-        report = await preview(store, aggregate_conversation, options, kinds)
+        report = await preview(store, options, kinds)
     finally:
         await store.close()
     text = json.dumps(report, indent=2)
@@ -212,21 +207,14 @@ async def _report(
 
 
 def _observers(arguments: argparse.Namespace, settings: Settings) -> Observers:
-    console, _, files = monitoring(arguments)
+    console, _, files = flags.monitoring(arguments)
     reporters: list[Reporter] = []
     if console:
         reporters.append(ConsoleProgress(sys.stderr))
     if files:
-        reporters.append(FileProgress(settings.batch_files_dir / "progress"))
-        reporters.append(MetricsFile(settings.batch_files_dir))
+        reporters.append(FileProgress(settings.batch_files_dir))
     announce = partial(print, file=sys.stderr, flush=True) if console else None
-    return Observers(Reporters(reporters), announce=announce)
-
-
-def _configure_logs(arguments: argparse.Namespace, settings: Settings) -> None:
-    logs = monitoring(arguments)[1] if hasattr(arguments, "logs") else arguments.verbose
-    secrets = [settings.llm_api_key.get_secret_value()] if settings.llm_api_key else []
-    configure_logging(settings.log_level if logs else "WARNING", secrets=secrets)
+    return Observers(reporters, announce=announce)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,4 @@
-"""The errors of the product, in one tree, and what follows from each.
-
-::
-
-    TriadError                      anything this product raises on purpose
-    ├── ConfigurationError          a setting, flag, file or index is wrong          exit 2
-    │   └── IndexBlockedError       existing data prevents a needed index            exit 2
-    ├── StateDirectoryError         batch_files/ cannot be read or written           exit 2
-    ├── DirectoryLockedError        another worker holds batch_files/                exit 5
-    ├── StoreError                  MongoDB
-    │   ├── StoreUnavailableError   not reachable, or away for too long              exit 3
-    │   ├── StoreForbiddenError     credentials or rights are missing                exit 3
-    │   └── StoreRejectedError      MongoDB will never accept this document          quarantine
-    ├── LLMError                    the model server
-    │   ├── LLMUnavailableError     no usable HTTP answer; another attempt may help  retry
-    │   │   ├── LLMConnectionError  refused, reset or cut off                        circuit breaker
-    │   │   ├── LLMBusyError        429, 503, or the server is out of memory         retry
-    │   │   └── LLMTimeoutError     no answer within the timeout                     retry
-    │   ├── LLMOutageError          the server stayed away beyond the limit          exit 3
-    │   ├── LLMRejectedError        the server will never accept this request        quarantine
-    │   │   ├── LLMContextError     the prompt is longer than the context window     quarantine
-    │   │   └── LLMModelError       the model is missing or not allowed              exit 2 or 3
-    │   └── LLMReplyError           HTTP 200 without a usable answer                 repair turn, then retry queue
-    ├── SkippedDocumentError        nothing to classify in the document              status "skipped"
-    ├── PoisonDocumentError         the document killed the worker twice             quarantine
-    ├── JobError                    document jobs on the OpenAI Batch API
-    │   ├── JobConnectionError      OpenAI or the webhook cannot be reached          exit 3
-    │   ├── JobTimeoutError         not done by the deadline; the batch continues    exit 1
-    │   ├── JobValidationError      a schema, document or batch is not valid         exit 2
-    │   │   └── JobCostError        the job would cost more than --max-cost          exit 2
-    │   ├── JobTemplateError        a template cannot be rendered                    exit 2
-    │   └── JobProcessingError      a document or its answer cannot be processed     status "failed"
-    ├── IndexingError               the embedding index; paid vectors are kept
-    │   ├── ProviderUnavailableError  the embedding provider gives no usable answer  exit 3
-    │   │   └── ProviderBusyError   busy, it asks to wait                            waits
-    │   ├── ProviderRejectedError   it will never accept this request                item "failed"
-    │   ├── UnusableVectorsError    its answer does not hold the requested vectors   item "failed"
-    │   ├── EmbeddingCostError      embedding would cost more than --max-cost        exit 2
-    │   ├── MixedIndexError         the index holds vectors of another model         exit 2
-    │   ├── VectorStoreError        ChromaDB cannot read or write its files          exit 2
-    │   └── DatabaseUnavailableError  DATABASE_URL cannot be read                    exit 3
-    ├── RequestError                the REST service refuses or fails one request    HTTP status
-    ├── FailureThresholdError       too many documents fail; the run stops           exit 4
-    └── RunInterruptedError         SIGINT or SIGTERM                                exit 130
+"""The errors of the product, in one tree. docs/architecture.md draws it, with what follows from each.
 
 The module that owns a library translates its exceptions (``raise ... from exc``). A message says what happened and what
 to do. It never quotes a document, a prompt, an answer or a secret, because it ends in logs, files and status fields.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import http.client
 import io
 import itertools
-import math
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import requests
 import tenacity
@@ -24,20 +23,23 @@ from config import Settings
 from domain.conversation import Conversation, Message, Outcome
 from error_handler import (
     LLMConnectionError,
-    LLMContextError,
-    LLMReplyError,
+    LLMError,
     LLMTimeoutError,
     LLMUnavailableError,
 )
 from model_server import protocol
-from model_server.models import TargetFlow, find_target
+from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.truncation import TranscriptTruncator
-from model_server.window import Adopt, Say, WindowChoice, adopt_larger, warm_up
+from model_server.window import Say, WindowChoice, warm_up
 from prompt_builder import PromptBuilder
 from utils.retry_utils import RetryPolicy, tenacity_options
 
 CONNECT_TIMEOUT_S = 5.0
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 class _DeadlineReader(io.RawIOBase):
@@ -46,8 +48,7 @@ class _DeadlineReader(io.RawIOBase):
     def __init__(self, connection: socket.socket, source: io.RawIOBase) -> None:
         self._connection = connection
         self._source = source
-        timeout_s = connection.gettimeout()
-        self._deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        self._deadline = time.monotonic() + (connection.gettimeout() or 0.0)
 
     def readable(self) -> bool:
         return True
@@ -56,7 +57,7 @@ class _DeadlineReader(io.RawIOBase):
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("the answer did not arrive in full before the deadline")
-        self._connection.settimeout(None if left_s == math.inf else left_s)
+        self._connection.settimeout(left_s)
         return self._source.readinto(buffer)
 
     def close(self) -> None:
@@ -95,10 +96,10 @@ def open_session() -> requests.Session:
     """
     session = requests.Session()
     session.trust_env = False
-    for prefix in ("http://", "https://"):
-        adapter = HTTPAdapter()
-        adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-        session.mount(prefix, adapter)
+    adapter = HTTPAdapter()
+    adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
     return session
 
 
@@ -158,38 +159,22 @@ class LLMClient:
         return self._truncator
 
     def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
-        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
-
-        Raises:
-            LLMError: After the last attempt; see model_server.protocol.parse_chat_response.
-        """
-        protocol.require_fit(self.target, protocol.prompt_characters(messages))
+        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. Raises LLMError after the last one."""
         retrying = tenacity.Retrying(**tenacity_options(self._policy, "model call"))
         return retrying(self._ask, messages, schema_json, attempt)
 
     def prepare(self, settings: Settings) -> ChatTarget:
-        """Find the model that *settings* name on the server, and return the target.
+        """Find the model that *settings* name on the server, and return the target; see ``find_target``."""
+        self.target = _drive(find_target(self.target, settings), self.send)
+        return self.target
 
-        Raises:
-            LLMUnavailableError: The server does not answer.
-            ConfigurationError: The server does not have the model; the message lists its models.
-        """
-        return self._drive(find_target(self.target, settings))
-
-    def warm_up(self, choice: WindowChoice, say: Say, adopt: Adopt = adopt_larger) -> ChatTarget:
-        """Load the model and return the target with the window it then has; see model_server.window.warm_up.
-
-        Raises:
-            LLMError: The model does not load, or the server does not answer.
-        """
-        return self._drive(warm_up(self.target, self._settings, choice, say, adopt))
+    def warm_up(self, choice: WindowChoice, say: Say) -> ChatTarget:
+        """Load the model and return the target with the window it then has; see model_server.window.warm_up."""
+        self.target = _drive(warm_up(self.target, self._settings, choice, say), self.send)
+        return self.target
 
     def send(self, request: ServerRequest) -> tuple[int, bytes]:
-        """Return status and body of the answer to *request*.
-
-        Raises:
-            LLMUnavailableError: There is none; see ``exchange``.
-        """
+        """Return status and body of the answer to *request*; see ``exchange``."""
         try:
             return exchange(self._session, request, self.target.headers)
         except LLMConnectionError as exc:
@@ -197,45 +182,32 @@ class LLMClient:
 
     def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
         """Send one chat request; if the server refuses log probabilities, ask for none from now on."""
-        answer = self._post(protocol.build_chat_body(self.target, messages, schema_json, attempt))
-        if protocol.refuses_logprobs(self.target, *answer):
+        while True:
+            body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
+            answer = self.send(ServerRequest("POST", self.target.url, body, self._settings.llm_timeout_s))
+            if not protocol.refuses_logprobs(self.target, *answer):
+                return protocol.parse_chat_response(self.target, *answer, messages)
             self.target = replace(self.target, logprobs=False)
-            answer = self._post(protocol.build_chat_body(self.target, messages, schema_json, attempt))
-        return protocol.parse_chat_response(self.target, *answer, messages)
-
-    def _post(self, body: bytes) -> tuple[int, bytes]:
-        return self.send(ServerRequest("POST", self.target.url, body, self._settings.llm_timeout_s))
-
-    def _drive(self, flow: TargetFlow) -> ChatTarget:
-        """Send what *flow* yields, and take the target that it returns."""
-        try:
-            request = next(flow)
-            while True:
-                request = flow.send(self.send(request))
-        except StopIteration as finished:
-            self.target = finished.value
-        return self.target
 
 
 def ollama_classify(
     conversation: Conversation, client: LLMClient, prompts: PromptBuilder, parser: ReplyParser, attempt: int = 0
 ) -> Outcome:
-    """Return the labels of *conversation*; an unusable answer is followed by one repair turn.
+    """Return the labels of *conversation*, as ``async_llm_wrapper.ollama_classify_async`` does."""
+    flow, calls = classification_flow(conversation, client, prompts, parser), itertools.count(2 * attempt)
+    return _drive(flow, lambda messages: client.chat(messages, parser.schema_json, next(calls)))
 
-    *attempt* counts earlier attempts of this document (from 0) and varies the seed.
 
-    Raises:
-        LLMError: The server gave no answer, or no usable one.
-        SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
-    """
-    flow = classification_flow(conversation, client, prompts, parser)
-    messages = next(flow)
-    for call in itertools.count(2 * attempt):
-        try:
-            messages = flow.send(client.chat(messages, parser.schema_json, call))
-        except StopIteration as finished:
-            outcome: Outcome = finished.value
-            return outcome
-        except (LLMContextError, LLMReplyError) as problem:
-            messages = flow.throw(problem)
-    raise AssertionError("itertools.count never ends")
+def _drive(flow: Generator[Q, A, R], ask: Callable[[Q], A]) -> R:
+    """Return what *flow* returns; each question that it yields gets the answer, or the error, of *ask*."""
+    try:
+        question = next(flow)
+        while True:
+            try:
+                answer = ask(question)
+            except LLMError as problem:
+                question = flow.throw(problem)
+            else:
+                question = flow.send(answer)
+    except StopIteration as finished:
+        return finished.value  # type: ignore[no-any-return]

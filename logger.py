@@ -67,24 +67,17 @@ def configure_logging(
     Raises:
         OSError: *file* cannot be written. Nothing was changed.
     """
-    to_file: list[logging.Handler] = []
+    handlers: list[logging.Handler] = []
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        to_file.append(RotatingFileHandler(file, maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8"))
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    handlers: list[logging.Handler] = []
+        handlers.append(RotatingFileHandler(file, maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8"))
     if to_stderr:
         handlers.append(StderrHandler())
-        handlers[0].setLevel(stderr_level or logging.NOTSET)
-    handlers += to_file
-    formatter = SafeFormatter(list(secrets))
-    for handler in handlers or [logging.NullHandler()]:
+        handlers[-1].setLevel(stderr_level or logging.NOTSET)
+    formatter = SafeFormatter(secrets)
+    for handler in handlers:
         handler.setFormatter(formatter)
-        root.addHandler(handler)
-    root.setLevel(level)
+    logging.basicConfig(level=level, handlers=handlers or [logging.NullHandler()], force=True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -98,8 +91,7 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 def begin_request(proposed: bytes | None) -> str:
     """Set and return the request id of this task: *proposed*, or a new one if it is missing or malformed."""
-    sane = proposed is not None and _SANE.fullmatch(proposed)
-    chosen = proposed.decode() if sane and proposed is not None else secrets.token_hex(16)
+    chosen = proposed.decode() if proposed and _SANE.fullmatch(proposed) else secrets.token_hex(16)
     request_id.set(chosen)
     return chosen
 

@@ -1,28 +1,28 @@
 """The MongoDB client: source documents, leases, results, and the samples that commands draw.
 
-It uses PyMongo's asyncio API, and only calls that Motor has as well, so tests and the demo can pass a Motor or
-``mongomock_motor`` client. Three facts decide the design, all measured on mongod 6.0: ``{_id: {$gt: x}}`` sees only
-ids of the BSON type of x, ``$expr`` sees all; an acknowledged write survives a killed server only with ``j: true``; an
-insert that was cancelled or lost its connection may be stored, so writes are repeated and duplicates count as done.
+It uses only calls that PyMongo's asyncio API and Motor share, so tests and the demo can pass a Motor or
+``mongomock_motor`` client. Three facts measured on mongod 6.0 decide the design: ``{_id: {$gt: x}}`` sees only ids of
+the BSON type of x, ``$expr`` sees all; an acknowledged write survives a killed server only with ``j: true``; an insert
+that was cancelled or lost its connection may be stored, so writes are repeated and duplicates count as done.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from pymongo import IndexModel, ReplaceOne
-from pymongo.errors import BulkWriteError
+from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern
+from pymongo.errors import BulkWriteError, PyMongoError
 
 from config import Settings
 from domain.staleness import ResultProvenance
-from error_handler import IndexBlockedError, StoreError, StoreRejectedError
+from error_handler import ConfigurationError, IndexBlockedError, StoreError, StoreRejectedError
 from storage.contract import Document, FinalStatus, Selection
 from storage.extended_json import id_key, id_text
-from storage.mongo_connection import DURABLE, close_client, open_client
 from storage.mongo_errors import (
     DRIVER_ERRORS,
     TOO_LARGE_CODES,
@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DURABLE = WriteConcern("majority", j=True)
+MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
+CLOSE_WAIT_S = 2.0  # for the driver to end its connections
+SERVER_SELECTION_MS = 10_000  # short, to report a wrong address soon; three attempts cover half a minute
 SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
 
 SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
@@ -50,6 +54,36 @@ RESULT_INDEXES = (
 )
 _PROVENANCE = ("processing_metadata.input_sha256", "processing_metadata.fingerprint")
 _LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
+
+
+def open_client(settings: Settings) -> AsyncMongoClient[Document]:
+    """Return a client for the running event loop; raise ConfigurationError if MONGODB_URI is not a usable address."""
+    try:
+        with warnings.catch_warnings(action="error", category=UserWarning):  # misspelt options
+            return AsyncMongoClient(
+                settings.mongodb_uri.get_secret_value(),
+                maxPoolSize=MAX_POOL_SIZE,
+                minPoolSize=MIN_POOL_SIZE,
+                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, SERVER_SELECTION_MS),
+                timeoutMS=settings.mongodb_timeout_ms,
+                appname="customer-support-triad",
+                # One odd document must not end a run: dates after the year 9999, strings that are not UTF-8.
+                datetime_conversion="DATETIME_AUTO",
+                unicode_decode_error_handler="replace",
+            )
+    except (PyMongoError, ValueError, UserWarning) as exc:
+        raise ConfigurationError("MONGODB_URI is not a usable address; expected mongodb://host:27017.") from exc
+
+
+async def close_client(client: Any) -> None:
+    """Close *client*, and wait at most CLOSE_WAIT_S for it; the event loop ends the rest.
+
+    PyMongo waits 20 s for its monitor if a server accepts connections but never responds.
+    """
+    task = asyncio.create_task(client.close())
+    await asyncio.wait([task], timeout=CLOSE_WAIT_S)
+    if task.done():
+        task.result()
 
 
 def selection_filter(selection: Selection) -> Document:
@@ -80,8 +114,8 @@ def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
 class DocumentStore:
     """The source documents, the results and the leases of one database.
 
-    Opens its own client in the running event loop unless *client* is given; ``close`` closes only a client that was
-    opened here. Every call is retried as *settings* say before it raises.
+    It opens a client in the running event loop unless *client* is given, and closes only the one that it opened. Every
+    call is retried as *settings* say before it raises a StoreError.
     """
 
     def __init__(self, settings: Settings, *, worker_id: str = "worker", client: Any = None) -> None:
@@ -95,17 +129,12 @@ class DocumentStore:
         options = self._client.codec_options.with_options(tz_aware=True)
         self._source = database.get_collection(settings.source_collection, codec_options=options)
         self._marks = database.get_collection(settings.source_collection, write_concern=DURABLE)
-        self._results = database.get_collection(
-            settings.results_collection, codec_options=options, write_concern=DURABLE
-        )
+        results = settings.results_collection
+        self._results = database.get_collection(results, codec_options=options, write_concern=DURABLE)
         self._leases = database.get_collection(f"{settings.source_collection}_leases")
 
     async def check(self) -> None:
-        """Connect to the server and read its clock, which decides when leases expire.
-
-        Raises:
-            StoreUnavailableError, StoreForbiddenError: One sentence for the operator.
-        """
+        """Connect to the server and read its clock, which decides when leases expire."""
         hello = await self._command("connect", self._client.admin, {"hello": 1})
         server_time = hello.get("localTime")
         if isinstance(server_time, datetime):
@@ -114,10 +143,7 @@ class DocumentStore:
             logger.info("MongoDB is a standalone server: writes are durable, but there is no failover")
 
     async def identity(self) -> str:
-        """Return a text that identifies this pair of collections among all servers.
-
-        MongoDB gives each collection a UUID; a collection that does not exist yet has none.
-        """
+        """Return a text that identifies this pair of collections among all servers, by the UUID of the source."""
         command = {"listCollections": 1, "filter": {"name": self._source.name}}
         answer = await self._command("identify the collection", self.database, command)
         found = answer["cursor"]["firstBatch"] if answer else []
@@ -125,14 +151,9 @@ class DocumentStore:
         return f"{self._source.full_name} -> {self._results.name} ({uuid.hex() if uuid else 'new'})"
 
     async def ensure_result_indexes(self) -> None:
-        """Create the indexes of the results; the unique index makes a second result impossible.
-
-        Raises:
-            IndexBlockedError: Stored results share a source id; the message contains the query that finds them.
-        """
+        """Create the indexes of the results; raise IndexBlockedError if stored results share a source id."""
         unique = IndexModel([("source_conversation_id", 1)], unique=True)
-        models = [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)]
-        await self._create_indexes(self._results, models)
+        await self._create_indexes(self._results, [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)])
 
     async def ensure_source_indexes(self) -> None:
         """Create the indexes of the source and of the leases; takes seconds on millions of documents."""
@@ -141,8 +162,8 @@ class DocumentStore:
 
     async def upper_bound(self) -> list[Any]:
         """Return the greatest ``_id`` as a list of one, or an empty list for an empty collection."""
-        last = await self._call(
-            "read the last id", lambda: self._source.find({}, {"_id": 1}).sort("_id", -1).limit(1).to_list(None)
+        last = await self._find(
+            "read the last id", self._source, {}, projection={"_id": 1}, sort=[("_id", -1)], limit=1
         )
         return [document["_id"] for document in last]
 
@@ -161,18 +182,15 @@ class DocumentStore:
 
     async def count(self, selection: Selection) -> int:
         """Return how many documents *selection* has now."""
-        query = selection_filter(selection)
-        if not query:
+        if selection == "all":
             return await self._call("count", self._source.estimated_document_count)
-        return await self._call("count", lambda: self._source.count_documents(query))
+        return await self._call("count", lambda: self._source.count_documents(selection_filter(selection)))
 
     async def foreign_statuses(self) -> list[str]:
         """Return the values of ``status`` that this product does not know; it ignores such documents."""
-        known = {None, "pending", "processing", "processed", "failed", "skipped"}
+        known = (None, "pending", "processing", "processed", "failed", "skipped")
         values = await self._call("read statuses", lambda: self._source.distinct("status"))
-        return sorted(
-            str(value) for value in values if value is not None and (not isinstance(value, str) or value not in known)
-        )
+        return sorted(str(value) for value in values if value not in known)
 
     async def result_keys(self, document_ids: list[Any], job_id: str | None = None) -> set[bytes]:
         """Return the ``id_key`` of those *document_ids* that have a result, of *job_id* if given."""
@@ -182,10 +200,8 @@ class DocumentStore:
     async def write_results(self, results: list[Document], *, replace: bool = False) -> dict[int, StoreRejectedError]:
         """Store *results* durably; return, by index, those that MongoDB rejects for good.
 
-        A document that already has a result keeps it, unless *replace*. Idempotent.
-
-        Raises:
-            StoreError: Some may be stored; write all of them again.
+        A document that already has a result keeps it, unless *replace*. After a StoreError, some may be stored; it is safe
+        to write all of them again.
         """
         try:
             await self._call("write results", lambda: self._write(results, replace))
@@ -220,16 +236,16 @@ class DocumentStore:
 
     async def mark(self, document_ids: list[Any], status: FinalStatus, reason: str | None, *, queries: bool) -> None:
         """Set the final status of conversations, or of single queries, and its *reason* if any."""
-        change: Document = (
-            {"$set": {"status_reason": reason}} if reason else {"$set": {}, "$unset": {"status_reason": ""}}
-        )
+        fields: Document = {"status_reason": reason} if reason else {}
+        if not queries:
+            fields |= {"status": status, "last_processed_at": datetime.now(UTC)}
+        elif status != "failed":
+            fields["processed"] = True
+        change: Document = {"$set": fields} if fields else {}
         if queries:
             change["$inc"] = {"processing_attempts": 1}
-            if status != "failed":
-                change["$set"]["processed"] = True
-        else:
-            change["$set"] |= {"status": status, "last_processed_at": datetime.now(UTC)}
-        change = {operator: fields for operator, fields in change.items() if fields}
+        if not reason:
+            change["$unset"] = {"status_reason": ""}
         await self._update(self._marks, document_ids, change)
 
     async def _update(self, collection: Any, document_ids: list[Any], change: Document) -> None:
@@ -247,26 +263,22 @@ class DocumentStore:
                 await self._update(collection, [document_id], change)
 
     async def claim(self, document_ids: list[Any]) -> set[bytes]:
-        """Lease *document_ids* to this worker; return the ``id_key`` of those it holds now.
-
-        A lease that has expired, by the server's clock, is taken over.
-        """
+        """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now."""
         expires_at = self._server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
         taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))
         if not taken:
-            return {id_key(value) for value in document_ids}
+            return set(map(id_key, document_ids))
+        contested = [document_ids[index] for index in taken]
         free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self._server_time()}}]}
         change = {"$set": {"worker": self._worker_id, "expires_at": expires_at}}
-        contested = [document_ids[index] for index in taken]
-        query = {"_id": {"$in": contested}, **free}
-        await self._call("take over leases", lambda: self._leases.update_many(query, change))
-        own = await self._call(
-            "read leases",
-            lambda: self._leases.find({"_id": {"$in": contested}, "worker": self._worker_id}, {"_id": 1}).to_list(None),
+        await self._call(
+            "take over leases", lambda: self._leases.update_many({"_id": {"$in": contested}, **free}, change)
         )
+        query = {"_id": {"$in": contested}, "worker": self._worker_id}
+        own = [lease["_id"] for lease in await self._find("read leases", self._leases, query, projection={"_id": 1})]
         new = [value for index, value in enumerate(document_ids) if index not in taken]
-        return {id_key(value) for value in (*new, *(lease["_id"] for lease in own))}
+        return set(map(id_key, own + new))
 
     async def renew_leases(self) -> None:
         """Move the expiry of every lease of this worker."""
@@ -292,7 +304,7 @@ class DocumentStore:
     ) -> dict[bytes, Document]:
         query = {"source_conversation_id": {"$in": document_ids}, **(more or {})}
         projection = {"_id": 0, "source_conversation_id": 1, **dict.fromkeys(fields, 1)}
-        found = await self._call("read results", lambda: self._results.find(query, projection).to_list(None))
+        found = await self._find("read results", self._results, query, projection=projection)
         return {id_key(result["source_conversation_id"]): result for result in found}
 
     async def sample(self, size: int) -> AsyncIterator[Document]:
@@ -316,7 +328,7 @@ class DocumentStore:
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
         """Return those *document_ids* that *selection* has."""
         query = {"_id": {"$in": document_ids}, **selection_filter(selection)}
-        return await self._call("read documents", lambda: self._source.find(query).to_list(None))
+        return await self._find("read documents", self._source, query)
 
     async def insert_documents(self, documents: list[Document]) -> int:
         """Store source *documents*; return how many were new. An existing ``_id`` is left unchanged."""
@@ -325,10 +337,7 @@ class DocumentStore:
 
     async def read_results(self, after: Sequence[Any], limit: int) -> list[Document]:
         """Return up to *limit* results in the order of their ``_id``, after the one given."""
-        query = range_filter(after, [])
-        return await self._call(
-            "read results", lambda: self._results.find(query).sort("_id", 1).limit(limit).to_list(None)
-        )
+        return await self._find("read results", self._results, range_filter(after, []), sort=[("_id", 1)], limit=limit)
 
     async def close(self) -> None:
         """Close the client if it was opened here."""
@@ -346,6 +355,10 @@ class DocumentStore:
             if problem:
                 raise IndexBlockedError(problem) from exc
             raise
+
+    async def _find(self, what: str, collection: Any, query: Document, **options: Any) -> list[Document]:
+        """Return what *query* finds; *options* are those of ``find``."""
+        return await self._call(what, lambda: collection.find(query, **options).to_list(None))
 
     async def _command(self, what: str, database: Any, command: Document) -> Document:
         """Return the reply to *command*; empty from mongomock, which has no commands."""

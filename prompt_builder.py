@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from config import Taxonomy
 from domain.conversation import Conversation, Message
@@ -28,45 +27,36 @@ Rules:
 7. The conversation may be in any language; the labels stay in English.
 """
 
-# Transcript, categorization, intent, topic, sentiment. Examples whose labels are not in the taxonomy are left out.
-_EXAMPLES = [
-    (
-        "Customer: my parcel says delivered but there is nothing here\n"
-        "Agent: Sorry to hear that! Could you check with your neighbours first?\n"
-        "Customer: did that already. third time this month, honestly fed up. where is it??",
-        "Parcel marked as delivered never arrived and the customer asks where it is.",
-        "Order Status",
-        "Shipping/Delivery",
-        "Negative",
-    ),
-    (
-        "Customer: Hi, can I move my booking from Friday to Sunday?\n"
-        "Agent: Certainly. There is no fee for that. Shall I go ahead?\n"
-        "Customer: Yes please. That was easy, thank you so much!",
-        "Customer moves a booking to another day and is pleased with the help.",
-        "Change Request",
-        "Travel Booking",
-        "Positive",
-    ),
-    (
-        "Customer: oh brilliant, the update you promised would fix the crashes now crashes before it opens. well done.\n"
-        "Agent: We're sorry! Which version are you on?\n"
-        "Customer: 4.2. the one you told me to install.",
-        "App crashes at start since an update that was meant to fix it.",
-        "Technical Support",
-        "Technical Issue",
-        "Negative",
-    ),
-    (
-        "Customer: Which documents do I need to open a savings account?\n"
-        "Agent: A photo ID and proof of address.\n"
-        "Customer: ok",
-        "Customer asks which documents are needed for a savings account.",
-        "Information Request",
-        "Banking/Cards",
-        "Neutral",
-    ),
-]
+# Separated by empty lines. Examples whose labels are not in the taxonomy are left out.
+_EXAMPLES = """\
+<conversation>
+Customer: my parcel says delivered but there is nothing here
+Agent: Sorry to hear that! Could you check with your neighbours first?
+Customer: did that already. third time this month, honestly fed up. where is it??
+</conversation>
+{"categorization": "Parcel marked as delivered never arrived and the customer asks where it is.", "intent": "Order Status", "topic": "Shipping/Delivery", "sentiment": "Negative"}
+
+<conversation>
+Customer: Hi, can I move my booking from Friday to Sunday?
+Agent: Certainly. There is no fee for that. Shall I go ahead?
+Customer: Yes please. That was easy, thank you so much!
+</conversation>
+{"categorization": "Customer moves a booking to another day and is pleased with the help.", "intent": "Change Request", "topic": "Travel Booking", "sentiment": "Positive"}
+
+<conversation>
+Customer: oh brilliant, the update you promised would fix the crashes now crashes before it opens. well done.
+Agent: We're sorry! Which version are you on?
+Customer: 4.2. the one you told me to install.
+</conversation>
+{"categorization": "App crashes at start since an update that was meant to fix it.", "intent": "Technical Support", "topic": "Technical Issue", "sentiment": "Negative"}
+
+<conversation>
+Customer: Which documents do I need to open a savings account?
+Agent: A photo ID and proof of address.
+Customer: ok
+</conversation>
+{"categorization": "Customer asks which documents are needed for a savings account.", "intent": "Information Request", "topic": "Banking/Cards", "sentiment": "Neutral"}
+"""
 
 
 @dataclass(frozen=True)
@@ -114,9 +104,8 @@ def build_system_prompt(taxonomy: Taxonomy) -> str:
 
 def _examples(taxonomy: Taxonomy) -> list[str]:
     shown = []
-    for transcript, categorization, intent, topic, sentiment in _EXAMPLES:
-        labels: dict[str, Any] = {"intent": intent, "topic": topic, "sentiment": sentiment}
-        if all(name in taxonomy.names(field) for field, name in labels.items()):
-            answer = json.dumps({"categorization": categorization, **labels})
-            shown.append(f"<conversation>\n{transcript}\n</conversation>\n{answer}\n")
+    for example in _EXAMPLES.strip().split("\n\n"):
+        answer = json.loads(example.splitlines()[-1])
+        if all(answer[field] in taxonomy.names(field) for field in ("intent", "topic", "sentiment")):
+            shown.append(f"{example}\n")
     return shown

@@ -51,7 +51,7 @@ def _rows(slots: int, fixed: dict[int, Measured], auto: Measured) -> list[Row]:
     best = min((run.p95_s, number) for number, run in fixed.items() if run.busy >= AS_GOOD * most)[1]
     rows = [
         Row(
-            f"{slots} slots, {number} at once: answers/s; slots in use; 95th percentile of latency, s",
+            f"{slots} slots, {number} concurrent calls: answers/s; slots in use; 95th percentile of latency, s",
             "",
             f"{run.answers_per_s:.1f}; {run.busy:.2f}; {run.p95_s:.2f}",
         )
@@ -61,22 +61,22 @@ def _rows(slots: int, fixed: dict[int, Measured], auto: Measured) -> list[Row]:
     throughput, p95 = auto.busy / most, auto.p95_s / fixed[best].p95_s
     return [
         *rows,
-        Row(f"{slots} slots, auto (on average {auto.in_flight:.1f} at once)", shown),
+        Row(f"{slots} slots, auto ({auto.in_flight:.1f} calls in flight on average)", shown),
         Row(
-            "  slots in use, beside the most of them",
+            "  slots in use, compared with the best fixed setting",
             *_ratio(auto.busy, most, f">= {MIN_THROUGHPUT}"),
             throughput >= MIN_THROUGHPUT,
         ),
         Row(
-            f"  95th percentile, s, beside {best} at once",
+            f"  95th percentile of latency, s, compared with {best} concurrent calls",
             *_ratio(auto.p95_s, fixed[best].p95_s, f"<= {MAX_P95}"),
             p95 <= MAX_P95,
         ),
     ]
 
 
-def _ratio(product: float, yardstick: float, target: str) -> tuple[str, str, str, str]:
-    return f"{product:.2f}", f"{yardstick:.2f}", f"{product / yardstick:.3f}", target
+def _ratio(product: float, reference: float, target: str) -> tuple[str, str, str, str]:
+    return f"{product:.2f}", f"{reference:.2f}", f"{product / reference:.3f}", target
 
 
 def _run(stage: Stage, slots: int, concurrency: str, settled_s: float, measured_s: float) -> Measured:

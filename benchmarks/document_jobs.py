@@ -45,14 +45,14 @@ def measure(*, quick: bool) -> list[Row]:
         large_mb, wall_s = _job(folder / "large", client, fake, schema, large)
     return [
         Row(
-            f"document job: peak memory at {large} documents beside {small}, MB",
+            f"document job: peak memory with {large} documents, compared with {small}, MB",
             f"{large_mb:.1f}",
             f"{small_mb:.1f}",
             f"{large_mb / small_mb:.2f}",
             f"<= {MAX_MB:g}",
             large_mb <= MAX_MB,
         ),
-        Row("  documents/s from start to end, the fake's own time included", f"{large / wall_s:.0f}"),
+        Row("  documents/s of the whole process, including the time of the fake server", f"{large / wall_s:.0f}"),
     ]
 
 

@@ -46,7 +46,7 @@ def measure(*, quick: bool) -> list[Row]:
         rows += [
             Row(f"{name}: calls", str(calls), str(fewest), "", f"= {fewest}", calls == fewest),
             Row(
-                f"  seconds from first to last call, {CONCURRENCY} at once, 50 ms each",
+                f"  seconds from first to last call, {CONCURRENCY} concurrent calls of 50 ms",
                 figure(window_s),
                 figure(ideal_s),
                 f"{window_s / ideal_s:.2f}",
@@ -54,7 +54,7 @@ def measure(*, quick: bool) -> list[Row]:
                 met,
             ),
             Row(
-                "  the same, beside bare threads that only post",
+                "  the same, compared with threads that only send",
                 figure(window_s),
                 figure(bare_s),
                 f"{window_s / bare_s:.2f}",

@@ -34,7 +34,7 @@ def measure(*, quick: bool) -> list[Row]:
             f"{product.window_s / floor.window_s:.3f}",
         ),
         Row(
-            "  the same beside sum of answer times / slots + the longest one, s",
+            "  compared with (sum of answer times / slots) + longest answer time, s",
             f"{product.window_s:.2f}",
             f"{bound_s:.2f}",
             f"{product.window_s / bound_s:.3f}",
@@ -42,7 +42,7 @@ def measure(*, quick: bool) -> list[Row]:
             product.window_s <= MOST * bound_s,
         ),
         Row(
-            "  whole process beside it, s",
+            "  whole process compared with the same bound, s",
             f"{product.wall_s:.2f}",
             f"{bound_s:.2f}",
             f"{product.wall_s / bound_s:.3f}",

@@ -43,14 +43,14 @@ def _killed_run(stage: Stage, large: int, collection: int, small_mb: float) -> l
     _require_complete(stage, collection)
     return [
         Row(
-            f"peak memory at {large} documents beside the small collection, MB",
+            f"peak memory with {large} documents, compared with the small collection, MB",
             f"{large_mb:.1f}",
             f"{small_mb:.1f}",
             f"{large_mb / small_mb:.2f}",
             f"<= {MAX_GROWTH:.2f}",
             large_mb <= MAX_GROWTH * small_mb,
         ),
-        _limit("  peak memory alone, MB", large_mb, MAX_MB),
+        _limit("  peak memory, MB", large_mb, MAX_MB),
         _limit(f"  start to first call, collection of {collection}, s", first_s, MAX_START_S),
         _limit("  start to first call after SIGKILL at 90 %, s", resumed_s, MAX_START_S),
         Row("  documents/s up to the SIGKILL", f"{rate:.0f}"),

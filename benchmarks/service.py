@@ -46,15 +46,15 @@ def measure(*, quick: bool) -> list[Row]:
             for (asked, spread), rounds in figures.items():
                 rounds.append(_beyond_model(fake, asked, requests, spread=spread))
     rows = []
-    for spread, how in ((True, "spread over its time"), (False, "all in one moment")):
+    for spread, how in ((True, "spread"), (False, "simultaneous")):
         direct, product, bare = (
             Beyond(*(median(each) for each in zip(*figures[asked, spread], strict=True)))
             for asked in (DIRECT, PRODUCT, BARE)
         )
-        name = f"{CONCURRENCY} at once, model {MODEL_S:.1f} s, callers {how}: ms beyond it, median"
+        name = f"{CONCURRENCY} concurrent callers, {how}; model {MODEL_S:.1f} s: extra latency, ms, median"
         for at, (text, most) in enumerate(((name, MAX_MEDIAN_MS), ("  99th percentile", MAX_P99_MS))):
             added = product[at] - direct[at]
-            rows.append(Row(f"{text}, asking the model directly", f"{direct[at]:.1f}", "", "", "", None))
+            rows.append(Row(f"{text}, model server called directly", f"{direct[at]:.1f}", "", "", "", None))
             rows.append(Row("    POST /classify", f"{product[at]:.1f}", f"{bare[at]:.1f}", "", "", None))
             rows.append(
                 Row("    added", f"{added:.1f}", f"{bare[at] - direct[at]:.1f}", "", f"<= {most:.0f}", added <= most)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-HEAD = ("measure", "product", "yardstick", "ratio", "target", "")
+HEAD = ("measure", "product", "reference", "ratio", "target", "")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Row:
 
     measure: str
     product: str
-    yardstick: str = ""
+    reference: str = ""
     ratio: str = ""
     target: str = ""
     met: bool | None = None
@@ -23,7 +23,7 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The cells of the line."""
         verdict = "" if self.met is None else "met" if self.met else "MISSED"
-        return (self.measure, self.product, self.yardstick, self.ratio, self.target, verdict)
+        return (self.measure, self.product, self.reference, self.ratio, self.target, verdict)
 
 
 def text(rows: Sequence[Row]) -> str:

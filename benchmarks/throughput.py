@@ -46,7 +46,7 @@ def _rows(product: list[Run], floor: list[Run], asyncio_floor: list[Run]) -> lis
         return Row(name, cells[0], cells[1], spread(ratios), target, met)
 
     count = product[0].documents
-    where = f"{count} documents, {CONCURRENCY} at once"
+    where = f"{count} documents, {CONCURRENCY} concurrent calls"
     return [
         row(f"{where}: documents/s, first call to last write", lambda run: count / run.window_s, least=MIN_SPEED),
         row("  CPU ms/document from the first call on", lambda run: run.cpu_from_first_s / count * 1000, most=MAX_CPU),
@@ -54,7 +54,7 @@ def _rows(product: list[Run], floor: list[Run], asyncio_floor: list[Run]) -> lis
         row("  documents/s of the whole process", lambda run: count / run.wall_s),
         row("  start to first call, s", lambda run: run.first_call_s),
         Row(
-            "  (yardstick on asyncio's own loop: documents/s; CPU ms/document)",
+            "  minimal loop on asyncio's event loop: documents/s; CPU ms/document",
             "",
             f"{figure(median(count / run.window_s for run in asyncio_floor))}; "
             f"{figure(median(run.cpu_from_first_s for run in asyncio_floor) / count * 1000)}",

@@ -8,16 +8,15 @@ import contextlib
 import json
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 
 from rich.console import Console
 
 from async_llm_wrapper import AsyncLLMClient
 from commands.diagnosis.disk import diagnose_disk
 from commands.diagnosis.findings import Finding, count_levels, error, exit_code, print_finding, print_totals
-from commands.diagnosis.model import Probing, diagnose_model
-from commands.diagnosis.mongo import clock_check, diagnose
+from commands.diagnosis.model import diagnose_model
+from commands.diagnosis.mongo import diagnose
 from commands.diagnosis.settings import diagnose_labels, diagnose_settings
 from commands.flags import Command, add_model_flags, positive
 from config import Settings, load_taxonomy
@@ -26,19 +25,7 @@ from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
 from worker.plan import sample_needs
 
-DEFAULT_MAX_PROBE = 8
 SAMPLE_TIMEOUT_MS = 5000
-
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Area:
-    """One part of the diagnosis; *title* is its heading."""
-
-    name: str
-    title: str
-    findings: AsyncGenerator[Finding]
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,29 +37,30 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-probe",
         type=positive,
-        default=DEFAULT_MAX_PROBE,
+        default=8,
         metavar="N",
-        help=f"maximum concurrent requests when probing for slots ({DEFAULT_MAX_PROBE})",
+        help="maximum concurrent requests when probing for slots (8)",
     )
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     talk, out = Console(stderr=True), Console()
     found: list[Finding] = []
-    title = ""
-    with talk.status("Checking MongoDB ...") as status:
-        areas = _areas(arguments, settings, status.update)
-        async with contextlib.aclosing(examine(areas, status.update)) as findings:
-            async for heading, finding in findings:
-                found.append(finding)
-                if arguments.json:
-                    continue
-                status.stop()  # both may be the same terminal
-                if heading != title:
-                    out.print(heading, style="bold", highlight=False)
-                    title = heading
-                print_finding(out, finding)
-                status.start()
+    with talk.status("Starting ...") as status:
+        for area, title, checks in _areas(arguments, settings, status.update):
+            status.update(f"Checking {title} ...")
+            heading = title
+            async with contextlib.aclosing(_guarded(checks)) as findings:
+                async for finding in findings:
+                    found.append(replace(finding, area=area))
+                    if arguments.json:
+                        continue
+                    status.stop()  # both may be the same terminal
+                    if heading:
+                        out.print(heading, style="bold", highlight=False)
+                        heading = ""
+                    print_finding(out, finding)
+                    status.start()
     if arguments.json:
         report = {**count_levels(found), "findings": [asdict(finding) for finding in found]}
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
@@ -81,16 +69,18 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     return exit_code(found)
 
 
-def _areas(arguments: argparse.Namespace, settings: Settings, tell: Tell) -> list[Area]:
+def _areas(
+    arguments: argparse.Namespace, settings: Settings, tell: Callable[[str], None]
+) -> list[tuple[str, str, AsyncGenerator[Finding]]]:
+    """Return name, title and checks of each area; *tell* gets the progress."""
     once = settings.model_copy(update={"mongodb_max_retries": 1})
-    probing = Probing(0 if arguments.no_probe else arguments.max_probe, tell)
-    clock = clock_check(lambda: datetime.now(UTC))
+    at_most = 0 if arguments.no_probe else arguments.max_probe
     return [
-        Area("mongodb", "MongoDB", diagnose(once, clock)),
-        Area("model", "Model server", diagnose_model(settings, probing, lambda client: _sample(once, client))),
-        Area("disk", "Disk and process", _in_turn(diagnose_disk(settings))),
-        Area("labels", "Labels", _in_turn(diagnose_labels(settings))),
-        Area("settings", "Settings", _in_turn(diagnose_settings(settings, given_flags(arguments, settings)))),
+        ("mongodb", "MongoDB", diagnose(once)),
+        ("model", "Model server", diagnose_model(settings, lambda client: _sample(once, client), at_most, tell)),
+        ("disk", "Disk and process", _in_turn(diagnose_disk(settings))),
+        ("labels", "Labels", _in_turn(diagnose_labels(settings))),
+        ("settings", "Settings", _in_turn(diagnose_settings(settings, _given_flags(arguments, settings)))),
     ]
 
 
@@ -106,20 +96,18 @@ async def _sample(settings: Settings, client: AsyncLLMClient) -> list[int]:
         await store.close()
 
 
-async def examine(areas: Iterable[Area], tell: Tell) -> AsyncGenerator[tuple[str, Finding]]:
-    """Yield (title, finding) of each area in turn; an area that fails ends with an error finding."""
-    for area in areas:
-        tell(f"Checking {area.title} ...")
-        try:
-            async with contextlib.aclosing(area.findings) as findings:
-                async for finding in findings:
-                    yield area.title, replace(finding, area=area.name)
-        except (TriadError, OSError) as exc:
-            sentence = str(exc) if isinstance(exc, TriadError) else f"{exc.filename}: {exc.strerror}."
-            yield area.title, replace(error(sentence, "Fix this, then run the diagnosis again."), area=area.name)
+async def _guarded(checks: AsyncGenerator[Finding]) -> AsyncGenerator[Finding]:
+    """Yield the findings of *checks*; if they fail, the last finding is that error."""
+    try:
+        async with contextlib.aclosing(checks):
+            async for finding in checks:
+                yield finding
+    except (TriadError, OSError) as exc:
+        sentence = str(exc) if isinstance(exc, TriadError) else f"{exc.filename}: {exc.strerror}."
+        yield error(sentence, "Fix this, then run the diagnosis again.")
 
 
-def given_flags(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:
+def _given_flags(arguments: argparse.Namespace, settings: Settings) -> dict[str, str]:
     """Return the fields of Settings that were set by flags, each with its flag."""
     given = {
         field: f"--{field.replace('_', '-')}"
@@ -140,8 +128,5 @@ async def _in_turn(findings: Iterable[Finding]) -> AsyncGenerator[Finding]:
 
 
 COMMAND = Command(
-    "doctor",
-    "Check MongoDB, the model server, disk and settings, and show how to fix problems.",
-    _add_flags,
-    _run,
+    "doctor", "Check MongoDB, the model server, disk and settings, and show how to fix problems.", _add_flags, _run
 )

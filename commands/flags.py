@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from config import Settings, load_settings
 from domain.staleness import SELECTABLE
 from error_handler import ConfigurationError
-from utils.schedule import require_cron
-from worker.intake import RunOptions
 
 PRESETS = {"conservative": (3, 50), "balanced": (5, 100), "aggressive": (10, 200)}  # max_concurrent, batch_size
 
@@ -25,21 +24,6 @@ MONITORING = {
     "production": (False, True, True),
     "interactive": (True, False, True),
 }
-
-SETTING_FLAGS = (
-    "batch_size",
-    "max_concurrent",
-    "mongodb_uri",
-    "db_name",
-    "source_collection",
-    "results_collection",
-    "log_level",
-    "mode",
-    "batch_files_dir",
-    "ollama_endpoint",
-    "review_below",
-    "on_long",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +49,8 @@ def create_command_parser(command: Command) -> argparse.ArgumentParser:
     return parser
 
 
-def add_place_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags that name the database, the collections and the state directory."""
+def add_database_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags that name the database and the collections."""
     group.add_argument("--mongodb-uri", help="MongoDB connection string (MONGODB_URI; mongodb://localhost:27017)")
     group.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
     group.add_argument(
@@ -77,18 +61,23 @@ def add_place_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--results-collection", help="collection of the results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)"
     )
+
+
+def add_place_flags(group: argparse._ActionsContainer) -> None:
+    """Add the flags that name the database, the collections and the state directory."""
+    add_database_flags(group)
     group.add_argument(
         "--batch-files-dir", type=Path, help="state directory of this worker (BATCH_FILES_DIR; batch_files)"
     )
 
 
-def add_model_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+def add_model_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags that name the model and its server."""
     group.add_argument("--model", help="model name (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
     group.add_argument("--ollama-endpoint", help="URL of Ollama (OLLAMA_ENDPOINT; http://localhost:11434)")
 
 
-def add_log_flags(group: argparse._ArgumentGroup) -> None:
+def add_log_flags(group: argparse._ActionsContainer) -> None:
     """Add the logging flags."""
     group.add_argument(
         "--log-level",
@@ -144,13 +133,12 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_work_flags(group: argparse._ArgumentGroup) -> None:
+def _add_work_flags(group: argparse._ActionsContainer) -> None:
     add_model_flags(group)
     group.add_argument("--batch-size", type=int, metavar="N", help="documents per batch (BATCH_SIZE; 100)")
     group.add_argument(
         "--max-concurrent",
         "--concurrent",
-        type=concurrency,
         metavar="N",
         help="concurrent model calls, or auto to follow the slots of the server (MAX_CONCURRENT; 5)",
     )
@@ -189,11 +177,10 @@ def command_settings(arguments: argparse.Namespace) -> Settings:
     Raises:
         ConfigurationError: A value is invalid.
     """
-    given = {name: getattr(arguments, name, None) for name in SETTING_FLAGS}
+    given = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
     if getattr(arguments, "preset", None):
-        concurrency, size = PRESETS[arguments.preset]
-        given |= {"max_concurrent": concurrency} if given["max_concurrent"] is None else {}
-        given |= {"batch_size": size} if given["batch_size"] is None else {}
+        for name, preset in zip(("max_concurrent", "batch_size"), PRESETS[arguments.preset], strict=True):
+            given[name] = preset if given[name] is None else given[name]
     if arguments.verbose:
         given["log_level"] = "DEBUG"
     settings = load_settings(**given)
@@ -222,30 +209,36 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     return settings
 
 
-def run_options(arguments: argparse.Namespace, settings: Settings) -> RunOptions:
-    """Return the options of the run that *arguments* ask for."""
-    return RunOptions(
-        settings.batch_size,
-        arguments.limit,
-        arguments.reprocess,
-        arguments.retry_failed,
-        only=arguments.only,
-        dedupe=arguments.dedupe,
-    )
-
-
 def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:
     """Return whether to show console progress, log lines and progress files; by default the first and the last."""
     flags = (arguments.console, arguments.logs, arguments.progress_files)
-    console, logs, files = MONITORING[arguments.monitoring_mode or "interactive"]
-    if any(flags) and not arguments.monitoring_mode:
-        console, logs, files = flags
-    return console or flags[0], logs or flags[1] or arguments.verbose, files or flags[2]
+    mode = (False, False, False)
+    if arguments.monitoring_mode or not any(flags):
+        mode = MONITORING[arguments.monitoring_mode or "interactive"]
+    console, logs, files = (one or other for one, other in zip(mode, flags, strict=True))
+    return console, logs or arguments.verbose, files
 
 
-def concurrency(text: str) -> int | str:
-    """Return *text* as a number or "auto", for argparse; the settings check the range."""
-    return text if text == "auto" else int(text)
+def require_cron(expression: str) -> None:
+    """Raise ConfigurationError if *expression* is not a cron expression of five fields."""
+    from croniter import croniter  # noqa: PLC0415 - most runs have no schedule and start faster without it
+
+    try:
+        comes = len(expression.split()) == 5 and bool(croniter(expression).get_next())
+    except ValueError:  # not cron, or a day that does not exist
+        comes = False
+    if not comes:
+        raise ConfigurationError(
+            f'--schedule {expression!r} is not a cron expression; for every day at 2:00, use "0 2 * * *".'
+        )
+
+
+def seconds_until_next(expression: str, now: datetime) -> float:
+    """Return the seconds from *now* (aware, in the local time zone) to the next match of *expression*."""
+    from croniter import croniter  # noqa: PLC0415 - see require_cron
+
+    following: datetime = croniter(expression, now).get_next(datetime)
+    return max(0.0, (following - now).total_seconds())
 
 
 def positive(text: str) -> int:

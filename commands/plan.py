@@ -35,8 +35,7 @@ OFFLINE_KINDS = ("stale", "done", "unjudged")  # --offline cannot distinguish th
 LINE_EVERY_S = 5.0
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``plan``."""
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser.add_argument_group("model"))
     shown = parser.add_argument_group("report")
     shown.add_argument("--json", action="store_true", help="print the counts, or with --ids the ids, as JSON")
@@ -53,8 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-async def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Count the documents by kind and print the counts, or print the ids of one kind."""
+async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.offline and arguments.ids in OFFLINE_KINDS[:2]:
         raise ConfigurationError(f"--offline cannot find documents that are {arguments.ids}; remove --offline.")
     store = DocumentStore(settings)
@@ -70,12 +68,12 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
                 shown_s = time.monotonic()
                 sys.stderr.write(f"plan: {counts.total():,} of {max(total, counts.total()):,} documents read\n")
             if kind == arguments.ids:
-                sys.stdout.write(_id_line(document["_id"], as_json=arguments.json) + "\n")
+                value = document["_id"]
+                print(extended_json.dumps(value).decode() if arguments.json else extended_json.id_text(value))
     finally:
         await store.close()
     if arguments.ids is None:
-        render = _as_json if arguments.json else _as_text
-        sys.stdout.write(render(counts, settings, plan) + "\n")
+        print((_as_json if arguments.json else _as_text)(counts, settings, plan))
     return ExitCode.DONE
 
 
@@ -93,10 +91,6 @@ async def _judged(
         after = [page[-1]["_id"]]
         for judged in await kinds.of(page, queued):
             yield judged
-
-
-def _id_line(document_id: Any, *, as_json: bool) -> str:
-    return extended_json.dumps(document_id).decode() if as_json else extended_json.id_text(document_id)
 
 
 def _shown(plan: str | None) -> list[Kind]:
@@ -122,9 +116,4 @@ def _as_text(counts: Counter[str], settings: Settings, plan: str | None) -> str:
     return "\n".join([f"{counted(counts.total(), 'document')}, {place}", *lines])
 
 
-COMMAND = Command(
-    "plan",
-    "Count new, changed, stale, failed and done documents; changes nothing.",
-    add_flags,
-    run,
-)
+COMMAND = Command("plan", "Count new, changed, stale, failed and done documents; changes nothing.", _add_flags, _run)

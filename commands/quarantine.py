@@ -6,10 +6,8 @@ Only ``show`` prints conversation text.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from commands.flags import Command
@@ -19,14 +17,14 @@ from error_handler import ConfigurationError, ExitCode, Reason
 from storage import extended_json
 from storage.extended_json import id_key, id_text
 from utils.batch_file_manager import BatchFiles, FailedDocument, FailureKind
+from utils.process import is_confirmed
 from worker.quarantine import FailedDocuments, discard, list_failed, requeue
 
 PLACES: dict[FailureKind, str] = {"quarantine": "quarantine", "retry": "the retry queue"}
 ERROR_WIDTH = 160
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the action, the ids and the flags of ``quarantine``."""
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=["list", "show", "replay", "drop"],
@@ -34,27 +32,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("ids", nargs="*", metavar="ID", help="document ids, as list shows them or as Extended JSON")
     which = parser.add_argument_group("selection")
-    which.add_argument("--reason", type=_reason, help="documents that failed for this reason")
+    which.add_argument(
+        "--reason",
+        choices=[reason.value for reason in Reason],
+        metavar="REASON",
+        help="documents that failed for this reason",
+    )
     which.add_argument("--all", action="store_true", help="all documents")
     which.add_argument("--retry", action="store_true", help="list or show the retry queue instead")
     parser.add_argument("--json", action="store_true", help="print JSON (list and show)")
     parser.add_argument("--yes", action="store_true", help="drop without confirmation")
 
 
-def _reason(text: str) -> Reason:
-    try:
-        return Reason(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(Reason)}") from None
-
-
-async def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """List, show, replay or drop documents.
-
-    Raises:
-        ConfigurationError: The arguments contradict each other, or an id is unknown or ambiguous.
-        DirectoryLockedError: A worker holds the directory; replay and drop need it.
-    """
+async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     _require_sense(arguments)
     kind: FailureKind = "retry" if arguments.retry else "quarantine"
     found = list_failed(settings.batch_files_dir, kind)
@@ -155,7 +145,11 @@ async def _move(arguments: argparse.Namespace, settings: Settings) -> int:
                 "retry; until then the status in MongoDB stays failed."
             )
         else:
-            await _require_consent(entries, yes=arguments.yes)
+            number = counted(len(entries), "document")
+            if not arguments.yes and not sys.stdin.isatty():
+                raise ConfigurationError(f"drop removes {number} for good; without a terminal, add --yes.")
+            if not arguments.yes and not await is_confirmed(f"Drop {number} from quarantine for good?"):
+                raise ConfigurationError("Not confirmed; nothing was dropped.")
             done = discard(files, keys)
             print(
                 f"{counted(done, 'document')} dropped from quarantine; in MongoDB the status stays failed, with its reason."
@@ -168,28 +162,4 @@ async def _move(arguments: argparse.Namespace, settings: Settings) -> int:
     return ExitCode.DONE
 
 
-async def _require_consent(entries: Sequence[FailedDocument], *, yes: bool) -> None:
-    """Ask at the terminal whether to drop *entries*.
-
-    Raises:
-        ConfigurationError: There is no terminal, or the answer is not yes; nothing is dropped.
-    """
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise ConfigurationError(
-            f"drop removes {counted(len(entries), 'document')} for good; without a terminal, add --yes."
-        )
-    sys.stderr.write(f"Drop {counted(len(entries), 'document')} from quarantine for good? [y/N] ")
-    sys.stderr.flush()
-    loop, answered = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(sys.stdin, answered.set)  # Ctrl-C does not interrupt input()
-    try:
-        await answered.wait()
-    finally:
-        loop.remove_reader(sys.stdin)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise ConfigurationError("Not confirmed; nothing was dropped.")
-
-
-COMMAND = Command("quarantine", "List failed documents with reasons, show one, replay or drop them.", add_flags, run)
+COMMAND = Command("quarantine", "List failed documents with reasons, show one, replay or drop them.", _add_flags, _run)

@@ -16,8 +16,6 @@ from storage.extended_json import id_text
 BAR_WIDTH = 28
 FIELDS = ("intent", "topic", "sentiment")
 
-LabelCounts = dict[str, dict[str, int]]  # intent, topic, sentiment -> label -> documents
-
 
 def print_run(console: Console, stats: dict[str, Any], lease_s: float) -> None:
     """Print the counts of one run, the reasons of failed and skipped documents, and the state of the queues.
@@ -77,8 +75,8 @@ def _print_review(console: Console, stats: dict[str, Any]) -> None:
         console.print(f"{without} no confidence and no review mark: the server returned no log probabilities")
 
 
-def print_labels(console: Console, counts: LabelCounts) -> None:
-    """Print the share of each label as a bar, the most frequent first."""
+def print_labels(console: Console, counts: dict[str, dict[str, int]]) -> None:
+    """Print the share of each label as a bar, the most frequent first. *counts*: field -> label -> documents."""
     for field in FIELDS:
         labels = counts.get(field)
         if not labels:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings
 
-from config.loading import env, load_part, variables_of
+from config.loading import SETTINGS_CONFIG, load_part
 
 ProviderName = Literal["openai", "ollama", "local"]
 
@@ -21,49 +22,20 @@ DEFAULT_MODELS: dict[ProviderName, str] = {
 
 
 class IndexSettings(BaseSettings):
-    """All settings of the embedding index. Times are in seconds, lengths in tokens."""
+    """All settings of the embedding index; ``.env.example`` explains each. Times are in seconds, lengths in tokens."""
 
-    # load_settings refuses unknown names in .env; it knows those of all settings classes.
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SETTINGS_CONFIG | {"env_prefix": "EMBEDDING_"}
 
-    provider: ProviderName = Field(
-        "ollama", validation_alias=env("EMBEDDING_PROVIDER"), description="embedding provider: openai, ollama or local"
-    )
-    embedding_model: str | None = Field(
-        None, min_length=1, validation_alias=env("EMBEDDING_MODEL"), description="unset: the default of the provider"
-    )
-    dimensions: int | None = Field(
-        None,
-        ge=1,
-        le=8192,
-        validation_alias=env("EMBEDDING_DIMENSIONS"),
-        description="length of the vectors, for OpenAI models that can shorten them; unset: the model's own",
-    )
-    batch_size: int = Field(
-        100, ge=1, le=2048, validation_alias=env("EMBEDDING_BATCH_SIZE"), description="maximum inputs per call"
-    )
-    max_retries: int = Field(
-        3, ge=0, le=20, validation_alias=env("EMBEDDING_MAX_RETRIES"), description="retries of a failed call"
-    )
-    max_concurrent: int = Field(
-        4,
-        ge=1,
-        le=64,
-        validation_alias=env("EMBEDDING_CONCURRENCY"),
-        description="concurrent calls",
-    )
-    timeout_s: float = Field(
-        120.0, gt=0, le=3600, validation_alias=env("EMBEDDING_TIMEOUT_S"), description="timeout of a call"
-    )
-    database_url: SecretStr | None = Field(
-        None, validation_alias=env("DATABASE_URL"), description="SQLAlchemy URL of the database to document"
-    )
-    index_dir: Path = Field(
-        Path("data/index"), validation_alias=env("INDEX_DIR"), description="directory of the index and its state"
-    )
-    log_file: Path | None = Field(
-        None, validation_alias=env("LOG_FILE"), description="file for a copy of the log lines, rotated at 10 MB"
-    )
+    provider: ProviderName = "ollama"
+    embedding_model: str | None = Field(None, min_length=1, validation_alias="EMBEDDING_MODEL")
+    dimensions: int | None = Field(None, ge=1, le=8192)
+    batch_size: int = Field(100, ge=1, le=2048)
+    max_retries: int = Field(3, ge=0, le=20)
+    max_concurrent: int = Field(4, ge=1, le=64, validation_alias="EMBEDDING_CONCURRENCY")
+    timeout_s: float = Field(120.0, gt=0, le=3600)
+    database_url: SecretStr | None = Field(None, validation_alias="DATABASE_URL")
+    index_dir: Path = Field(Path("data/index"), validation_alias="INDEX_DIR")
+    log_file: Path | None = Field(None, validation_alias="LOG_FILE")
 
     @property
     def model(self) -> str:
@@ -71,15 +43,4 @@ class IndexSettings(BaseSettings):
         return self.embedding_model or DEFAULT_MODELS[self.provider]
 
 
-def index_environment_names(field: str) -> tuple[str, ...]:
-    """Return the environment variables that set *field* of IndexSettings."""
-    return variables_of(IndexSettings, field)
-
-
-def load_index_settings(dotenv: Path | None = Path(".env"), **arguments: Any) -> IndexSettings:
-    """Return the settings; see ``load_part``.
-
-    Raises:
-        ConfigurationError: A value is malformed.
-    """
-    return load_part(IndexSettings, dotenv, arguments)
+load_index_settings = partial(load_part, IndexSettings)

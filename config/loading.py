@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, SecretStr, ValidationError
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from error_handler import ConfigurationError
 
-S = TypeVar("S", bound=BaseSettings)
+DOTENV = Path(".env")
+
+S = TypeVar("S", bound="BaseSettings")
+
+
+def shaped(pattern: str, form: str) -> AfterValidator:
+    """Return a validator of texts and secrets that must match *pattern* completely; *form* is the error message."""
+
+    def check(value: Any) -> Any:
+        if not re.fullmatch(pattern, value.get_secret_value() if isinstance(value, SecretStr) else value):
+            raise ValueError(form)
+        return value
+
+    return AfterValidator(check)
 
 
 def _plain_http_url(value: str) -> str:
@@ -27,21 +40,12 @@ def _plain_http_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def _fits_in_a_header(value: SecretStr) -> SecretStr:
-    text = value.get_secret_value()
-    if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError("must be printable ASCII without spaces and line ends")
-    return value
-
-
 # An address without credentials or query, and a secret that is sent in an HTTP header.
 HttpAddress = Annotated[str, AfterValidator(_plain_http_url)]
-HeaderSecret = Annotated[SecretStr, AfterValidator(_fits_in_a_header)]
+HeaderSecret = Annotated[SecretStr, shaped("[!-~]*", "must be printable ASCII without spaces and line ends")]
 
-
-def env(*names: str) -> Any:
-    """Return the alias of a field that the variables *names* set. The first one wins."""
-    return AliasChoices(*names)
+# load_settings refuses unknown names in .env, because it knows those of all settings classes.
+SETTINGS_CONFIG = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
 
 def variables_of(settings: type[BaseSettings], field: str) -> tuple[str, ...]:
@@ -49,10 +53,10 @@ def variables_of(settings: type[BaseSettings], field: str) -> tuple[str, ...]:
     alias = settings.model_fields[field].validation_alias
     if isinstance(alias, AliasChoices):
         return tuple(str(name) for name in alias.choices)
-    return (f"{settings.model_config.get('env_prefix', '')}{field}".upper(),)
+    return (str(alias or settings.model_config["env_prefix"] + field.upper()),)
 
 
-def load_part(settings: type[S], dotenv: Path | None, arguments: Mapping[str, Any]) -> S:
+def load_part(settings: type[S], dotenv: Path | None = DOTENV, **arguments: Any) -> S:
     """Return *settings*. Precedence: *arguments* (field names), environment, *dotenv*, defaults.
 
     An argument that is None counts as not given. *dotenv* None reads no file. Only ``load_settings``, which every
@@ -62,7 +66,11 @@ def load_part(settings: type[S], dotenv: Path | None, arguments: Mapping[str, An
         ConfigurationError: A value is wrong. The message names each variable and never shows a value.
     """
     fields = {name: field for field in settings.model_fields for name in (field, *variables_of(settings, field))}
-    given = {_key(settings, name): value for name, value in arguments.items() if value is not None}
+    given = {}
+    for field, value in arguments.items():
+        if value is not None:
+            has_alias = settings.model_fields[field].validation_alias is not None
+            given[variables_of(settings, field)[0] if has_alias else field] = value
     try:
         return settings(_env_file=dotenv, **given)
     except ValidationError as exc:
@@ -71,9 +79,3 @@ def load_part(settings: type[S], dotenv: Path | None, arguments: Mapping[str, An
             name = variables_of(settings, fields[str(error["loc"][0])])[0]
             problems.append(f"{name}: {error['msg'].removeprefix('Value error, ')}")
         raise ConfigurationError("Wrong setting: " + "; ".join(problems) + ".") from exc
-
-
-def _key(settings: type[BaseSettings], field: str) -> str:
-    """Return the argument of *settings* for *field*: its alias, if it has one."""
-    has_alias = settings.model_fields[field].validation_alias is not None
-    return variables_of(settings, field)[0] if has_alias else field

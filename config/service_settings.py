@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings
 
-from config.loading import load_part, variables_of
+from config.loading import SETTINGS_CONFIG, load_part
 
 Exposure = Literal["public", "key", "off"]
 
@@ -17,37 +17,28 @@ _KEY_ENTRY = re.compile(r"[A-Za-z0-9._-]{1,64}:[!-+\--~]{16,512}")
 
 
 class ServiceSettings(BaseSettings):
-    """All settings of the service. Durations are in seconds."""
+    """All settings of the service; ``.env.example`` explains each. Durations are in seconds."""
 
-    # load_settings rejects unknown names in .env; it knows those of both classes.
-    model_config = SettingsConfigDict(env_prefix="API_", frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SETTINGS_CONFIG | {"env_prefix": "API_"}
 
-    host: str = Field("127.0.0.1", description="address that `python main.py` listens on")
-    port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 lets the system choose")
-    keys: SecretStr | None = Field(
-        None, description="API keys: name:key,name:key; a name may have several keys during a rotation"
-    )
-    allow_unauthenticated: bool = Field(False, description="serve other machines without API keys")
-    max_concurrent: int = Field(5, ge=1, le=1024, description="concurrent model calls")
-    queue_size: int = Field(100, ge=0, le=10_000, description="requests that may wait for a model call")
-    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="maximum time of a request, including its wait")
-    header_timeout_s: float = Field(10.0, gt=0, le=300, description="maximum time for the head of a request")
-    body_timeout_s: float = Field(10.0, gt=0, le=300, description="maximum time for the body of a request")
-    rate_limit_per_minute: int = Field(
-        0, ge=0, le=1_000_000, description="requests per minute and caller, also the burst size; 0 means no limit"
-    )
-    max_body_bytes: int = Field(262_144, ge=1024, le=16_777_216, description="maximum size of a body in bytes")
-    max_messages: int = Field(500, ge=1, le=100_000, description="maximum number of messages in a conversation")
-    max_text_characters: int = Field(50_000, ge=1, le=4_194_304, description="maximum total characters of its texts")
-    idempotency_retention_s: float = Field(
-        86_400.0, ge=0, le=604_800, description="how long the answer to an Idempotency-Key is kept"
-    )
-    idempotency_max_keys: int = Field(
-        10_000, ge=1, le=1_000_000, description="maximum number of kept answers; the oldest are dropped first"
-    )
-    expose_docs: Exposure = Field("key", description="/docs and /openapi.json: public, key or off")
-    expose_metrics: Exposure = Field("key", description="/metrics: public, key or off")
-    embedded: bool = Field(False, description="classify with the built-in baseline, without a model")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65_535)
+    keys: SecretStr | None = None
+    allow_unauthenticated: bool = False
+    max_concurrent: int = Field(5, ge=1, le=1024)
+    queue_size: int = Field(100, ge=0, le=10_000)
+    request_timeout_s: float = Field(60.0, gt=0, le=3600)
+    header_timeout_s: float = Field(10.0, gt=0, le=300)
+    body_timeout_s: float = Field(10.0, gt=0, le=300)
+    rate_limit_per_minute: int = Field(0, ge=0, le=1_000_000)
+    max_body_bytes: int = Field(262_144, ge=1024, le=16_777_216)
+    max_messages: int = Field(500, ge=1, le=100_000)
+    max_text_characters: int = Field(50_000, ge=1, le=4_194_304)
+    idempotency_retention_s: float = Field(86_400.0, ge=0, le=604_800)
+    idempotency_max_keys: int = Field(10_000, ge=1, le=1_000_000)
+    expose_docs: Exposure = "key"
+    expose_metrics: Exposure = "key"
+    embedded: bool = False
 
     @field_validator("keys")
     @classmethod
@@ -70,15 +61,4 @@ class ServiceSettings(BaseSettings):
         return [(name, key) for name, _, key in (entry.strip().partition(":") for entry in entries)]
 
 
-def service_environment_names(field: str) -> tuple[str, ...]:
-    """Return the environment variables that set *field* of ServiceSettings."""
-    return variables_of(ServiceSettings, field)
-
-
-def load_service_settings(dotenv: Path | None = Path(".env"), **arguments: Any) -> ServiceSettings:
-    """Return the settings; see ``load_part``.
-
-    Raises:
-        ConfigurationError: A value is malformed.
-    """
-    return load_part(ServiceSettings, dotenv, arguments)
+load_service_settings = partial(load_part, ServiceSettings)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings
 
-from config.loading import HeaderSecret, HttpAddress, env, load_part, variables_of
+from config.loading import DOTENV, SETTINGS_CONFIG, HeaderSecret, HttpAddress, load_part, shaped, variables_of
 from error_handler import ConfigurationError
 
-DOTENV = Path(".env")
 MAX_AUTO = 64  # the highest limit of MAX_CONCURRENT=auto
 
 Protocol = Literal["ollama_chat", "ollama_generate", "openai_chat"]
+OriginKind = Literal["argument", "environment", "dotenv"]
 
 # The path of LLM_API_URL decides the protocol.
 PROTOCOL_PATHS: dict[str, Protocol] = {
@@ -29,93 +30,60 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
 # Names that MongoDB and its driver accept.
 CollectionName = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00]+(\.[^$.\x00]+)*$")]
 DatabaseName = Annotated[str, Field(min_length=1, max_length=63, pattern=r'^[^/\\. "$*<>:|?\x00]+$')]
+MongoAddress = Annotated[SecretStr, shaped(r"(?s)mongodb(\+srv)?://.*", "must start with mongodb:// or mongodb+srv://")]
+ChatAddress = Annotated[
+    HttpAddress, shaped(f".*({'|'.join(PROTOCOL_PATHS)})", "must end in " + ", ".join(PROTOCOL_PATHS))
+]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(lambda name: str(name).upper())]
 
 
 class Settings(BaseSettings):
-    """The settings of the worker and of the model server, in seconds and tokens unless the name says otherwise.
+    """The settings of the worker and of the model server; ``.env.example`` explains each variable.
 
-    A field without an alias is set by the variable of its name in capitals.
+    Times are in seconds and lengths in tokens, unless the name says otherwise. A field without an alias is set by the
+    variable of its name in capitals.
     """
 
-    # load_settings refuses unknown names; it also knows those of the other settings classes.
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SETTINGS_CONFIG
 
-    mongodb_uri: SecretStr = Field(
+    mongodb_uri: MongoAddress = Field(
         SecretStr("mongodb://localhost:27017"),
-        validation_alias=env("MONGODB_URI", "MONGODB_CONNECTION_STRING"),
-        description="MongoDB connection string",
+        validation_alias=AliasChoices("MONGODB_URI", "MONGODB_CONNECTION_STRING"),
     )
     db_name: DatabaseName = Field(
-        "customer_support", validation_alias=env("MONGODB_DB", "MONGODB_DATABASE_NAME"), description="MongoDB database"
+        "customer_support", validation_alias=AliasChoices("MONGODB_DB", "MONGODB_DATABASE_NAME")
     )
     source_collection: CollectionName = Field(
-        "conversation_set",
-        validation_alias=env("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION"),
-        description="collection with the conversations",
+        "conversation_set", validation_alias=AliasChoices("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION")
     )
-    results_collection: CollectionName = Field(
-        "sentimental_analysis",
-        validation_alias=env("MONGODB_RESULTS_COLLECTION"),
-        description="collection for the results, one per conversation",
-    )
-    batch_size: int = Field(
-        100, ge=1, le=1000, validation_alias=env("BATCH_SIZE", "MONGODB_BATCH_SIZE"), description="documents per batch"
-    )
-    max_concurrent: int | Literal["auto"] = Field(5, description="concurrent model calls; auto follows the server")
-    mongodb_max_retries: int = Field(3, ge=1, le=10, description="attempts of each MongoDB call")
-    mongodb_timeout_ms: int = Field(20_000, ge=100, le=600_000, description="timeout of a MongoDB call, milliseconds")
-    mongodb_backoff_s: float = Field(
-        1.0, ge=0, le=60, description="wait after the first failed MongoDB attempt; doubles with each attempt"
-    )
-    mode: Literal["batch", "continuous", "scheduled"] = Field(
-        "batch",
-        validation_alias=env("BATCH_PROCESSOR_MODE"),
-        description="run once, poll for new documents, or follow a schedule",
-    )
-    ollama_model: str | None = Field(None, description="Ollama model")
-    ollama_endpoint: HttpAddress = Field("http://localhost:11434", description="address of Ollama")
-    ollama_num_ctx: int | None = Field(
-        None,
-        ge=2048,  # a smaller window cannot hold instructions and answer
-        le=1_048_576,
-        description="context window (prompt and answer), tokens; unset: chosen once per run",
-    )
-    on_long: Literal["fit", "skip", "fail"] = Field(
-        "fit", description="conversations longer than the context window: fit (drop middle turns), skip, or fail"
-    )
-    llm_load_timeout_s: float = Field(600.0, gt=0, le=7200, description="timeout for loading the model")
-    ollama_keep_alive: str = Field(
-        "10m",
-        pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$",
-        description="how long Ollama keeps the model loaded after a call",
-    )
-    llm_api_url: HttpAddress | None = Field(
-        None, description="address of another model server; its path selects the protocol: " + ", ".join(PROTOCOL_PATHS)
-    )
-    llm_model: str | None = Field(None, description="model at LLM_API_URL")
-    llm_api_key: HeaderSecret | None = Field(None, description="bearer token for LLM_API_URL")
-    llm_timeout_s: float = Field(120.0, gt=0, le=3600, description="timeout of a model call")
-    llm_max_attempts: int = Field(3, ge=1, le=10, description="attempts of each model call")
-    llm_backoff_s: float = Field(
-        2.0, ge=0, le=60, description="wait after the first failed attempt of a model call; doubles with each attempt"
-    )
-    outage_limit_s: float = Field(
-        3600.0, gt=0, description="end the run with exit code 3 if the model server is away for longer"
-    )
-    shutdown_grace_s: float = Field(30.0, ge=0, le=600, description="time for calls in flight to finish after SIGTERM")
-    lease_s: float = Field(
-        300.0,
-        ge=1,
-        le=86_400,
-        description="leases expire after this time; other workers then take the documents of a dead worker",
-    )
-    batch_files_dir: Path = Field(Path("batch_files"), description="state directory of one worker")
-    taxonomy_file: Path | None = Field(None, description="taxonomy to use instead of config/taxonomy.yaml")
-    review_below: float | None = Field(
-        None, ge=0, le=1, description="mark a result for review if the probability of a label is below this"
-    )
-    store_original_conversation: bool = Field(False, description="store a copy of the conversation in its result")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level that is logged")
+    results_collection: CollectionName = Field("sentimental_analysis", validation_alias="MONGODB_RESULTS_COLLECTION")
+    batch_size: int = Field(100, ge=1, le=1000, validation_alias=AliasChoices("BATCH_SIZE", "MONGODB_BATCH_SIZE"))
+    max_concurrent: int | Literal["auto"] = 5
+    mongodb_max_retries: int = Field(3, ge=1, le=10)
+    mongodb_timeout_ms: int = Field(20_000, ge=100, le=600_000)
+    mongodb_backoff_s: float = Field(1.0, ge=0, le=60)
+    mode: Literal["batch", "continuous", "scheduled"] = Field("batch", validation_alias="BATCH_PROCESSOR_MODE")
+    ollama_model: str | None = None
+    ollama_endpoint: HttpAddress = "http://localhost:11434"
+    # A smaller window cannot hold instructions and answer.
+    ollama_num_ctx: int | None = Field(None, ge=2048, le=1_048_576)
+    on_long: Literal["fit", "skip", "fail"] = "fit"
+    llm_load_timeout_s: float = Field(600.0, gt=0, le=7200)
+    ollama_keep_alive: str = Field("10m", pattern=r"^-?(\d+|(\d+(\.\d+)?(ns|us|ms|s|m|h))+)$")
+    llm_api_url: ChatAddress | None = None
+    llm_model: str | None = None
+    llm_api_key: HeaderSecret | None = None
+    llm_timeout_s: float = Field(120.0, gt=0, le=3600)
+    llm_max_attempts: int = Field(3, ge=1, le=10)
+    llm_backoff_s: float = Field(2.0, ge=0, le=60)
+    outage_limit_s: float = Field(3600.0, gt=0)
+    shutdown_grace_s: float = Field(30.0, ge=0, le=600)
+    lease_s: float = Field(300.0, ge=1, le=86_400)
+    batch_files_dir: Path = Path("batch_files")
+    taxonomy_file: Path | None = None
+    review_below: float | None = Field(None, ge=0, le=1)
+    store_original_conversation: bool = False
+    log_level: LogLevel = "INFO"
 
     @field_validator("max_concurrent", mode="before")
     @classmethod
@@ -126,25 +94,6 @@ class Settings(BaseSettings):
         if not text.isdecimal() or not 1 <= int(text) <= 256:
             raise ValueError("must be a whole number from 1 to 256, or auto")
         return int(text)
-
-    @field_validator("log_level", mode="before")
-    @classmethod
-    def _upper(cls, value: Any) -> Any:
-        return value.upper() if isinstance(value, str) else value
-
-    @field_validator("mongodb_uri")
-    @classmethod
-    def _mongodb_scheme(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(("mongodb://", "mongodb+srv://")):
-            raise ValueError("must start with mongodb:// or mongodb+srv://")
-        return value
-
-    @field_validator("llm_api_url")
-    @classmethod
-    def _known_protocol(cls, value: str | None) -> str | None:
-        if value is not None and not any(urlsplit(value).path.endswith(path) for path in PROTOCOL_PATHS):
-            raise ValueError("must end in " + ", ".join(PROTOCOL_PATHS))
-        return value
 
     @field_validator("results_collection")
     @classmethod
@@ -180,11 +129,6 @@ class Settings(BaseSettings):
         return self.llm_model if self.llm_api_url else self.ollama_model
 
 
-def environment_names(field: str) -> tuple[str, ...]:
-    """Return the environment variables that set *field* of Settings, the main one first."""
-    return variables_of(Settings, field)
-
-
 def known_environment_names() -> frozenset[str]:
     """Return every environment variable that this product reads."""
     # Imported late, because creating a settings class takes milliseconds of each start; only a .env needs all names.
@@ -196,6 +140,12 @@ def known_environment_names() -> frozenset[str]:
     return frozenset(name for one in classes for field in one.model_fields for name in variables_of(one, field))
 
 
+def forget_settings() -> None:
+    """Remove every variable of this product from the environment of this process, which runs functions of users."""
+    for name in known_environment_names():
+        os.environ.pop(name, None)
+
+
 def load_settings(dotenv: Path | None = DOTENV, **arguments: Any) -> Settings:
     """Return the settings; see ``load_part`` for *dotenv* and *arguments*.
 
@@ -203,27 +153,45 @@ def load_settings(dotenv: Path | None = DOTENV, **arguments: Any) -> Settings:
         ConfigurationError: A value or an argument is wrong, or *dotenv* sets an unknown variable. The message names
             each one and never shows a secret.
     """
-    unknown = {name for name, value in arguments.items() if value is not None} - set(Settings.model_fields)
-    if unknown:
-        raise ConfigurationError(f"Unknown setting {_with_suggestion(min(unknown), set(Settings.model_fields))}.")
-    if dotenv is not None and dotenv.is_file():
-        _require_known_names(dotenv)
-    return load_part(Settings, dotenv, arguments)
+    for name in sorted(arguments.keys() - Settings.model_fields.keys()):
+        raise ConfigurationError(f"Unknown setting {_with_suggestion(name, Settings.model_fields)}.")
+    names = _read_dotenv(dotenv)
+    known = known_environment_names() if names else frozenset()
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(
+                f"{dotenv} sets the unknown variable {_with_suggestion(name, known)}; config/.env.example lists all of "
+                "them."
+            )
+    return load_part(Settings, dotenv, **arguments)
 
 
-def _require_known_names(dotenv: Path) -> None:
+def settings_origins(flags: Mapping[str, str], dotenv: Path | None = DOTENV) -> dict[str, list[tuple[OriginKind, str]]]:
+    """Return the places that set each field of Settings, as (kind, name). The first one wins; [] means the default.
+
+    *flags* maps each field that was set by a flag to the flag. As in pydantic-settings, empty variables count as not
+    set, the first name of a setting wins over its other names, and names are compared without regard to case.
+
+    Raises:
+        ConfigurationError: *dotenv* cannot be read.
+    """
+    places: dict[OriginKind, Mapping[str, str | None]] = {"environment": os.environ, "dotenv": _read_dotenv(dotenv)}
+    filled = {kind: {name.lower() for name, value in values.items() if value} for kind, values in places.items()}
+    origins: dict[str, list[tuple[OriginKind, str]]] = {}
+    for field in Settings.model_fields:
+        origins[field] = [("argument", flags[field])] if field in flags else []
+        for kind, names in filled.items():
+            origins[field] += [(kind, name) for name in variables_of(Settings, field) if name.lower() in names]
+    return origins
+
+
+def _read_dotenv(dotenv: Path | None) -> dict[str, str | None]:
     try:
-        names = list(dotenv_values(dotenv))
+        return dotenv_values(dotenv) if dotenv is not None and dotenv.is_file() else {}
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"Cannot read {dotenv}; it must be a UTF-8 file that this user may read.") from exc
-    for name in names:
-        if name not in known_environment_names():
-            raise ConfigurationError(
-                f"{dotenv} sets the unknown variable {_with_suggestion(name, set(known_environment_names()))}; "
-                "config/.env.example lists all of them."
-            )
 
 
-def _with_suggestion(name: str, known: set[str]) -> str:
+def _with_suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"{name} (did you mean {close[0]}?)" if close else name

@@ -66,6 +66,7 @@ _SCHEMA = Schema(
     tables=_TABLES,
     version=1,
     if_damaged="remove it with its -wal and -shm, and index again: stored vectors are not paid for twice.",
+    if_foreign="set INDEX_DIR to another folder.",
 )
 
 

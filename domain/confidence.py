@@ -15,28 +15,21 @@ it can have. So a value errs on the low side.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from domain.conversation import Classification
 
 FIELDS = ("intent", "topic", "sentiment")
 MAX_TOKENS = 20_000  # an answer has a few hundred
-_MAX_STARTS = 20
-_DECODER = json.JSONDecoder()
-_WHITESPACE = " \t\r\n"
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
-    """One token of the answer: its start in the joined bytes, and the server's entry."""
-
-    start: int
-    content: bytes
-    entry: Mapping[str, Any]
+# The start of a token in the joined bytes, its bytes, and the server's entry.
+_Token = tuple[int, bytes, Mapping[str, Any]]
 
 
 def label_confidence(
@@ -48,128 +41,79 @@ def label_confidence(
     parsed from *reply*. *labels* maps each of the three fields to its allowed labels.
 
     Returns None if there are no entries, or if they are unclear: they do not spell *reply*, a label is not spelled as
-    in the taxonomy, or a token of a label has no alternatives.
+    in the taxonomy or occurs twice, or a token of a label has no alternatives.
     """
-    read = _read_tokens(tokens)
-    spans = _value_spans(reply) if read else None
-    if not read or spans is None:
+    try:
+        entries = list(itertools.islice(tokens, MAX_TOKENS))
+        contents = [_content(entry) for entry in entries]
+        starts = itertools.accumulate(map(len, contents), initial=0)
+        read, joined = list(zip(starts, contents, entries, strict=False)), b"".join(contents)
+        spans = _label_spans(reply, classification, joined)
+        return {
+            field: round(_probability(read, span, getattr(classification, field), labels[field], joined), 4)
+            for field, span in zip(FIELDS, spans, strict=True)
+        }
+    except (AttributeError, LookupError, TypeError, ValueError):  # an entry is malformed or unclear
         return None
-    joined = b"".join(token.content for token in read)
-    place = _place_of(reply, spans, joined)
-    if place is None:
-        return None
-    found = {}
-    for field in FIELDS:
-        start, end = (place + len(_encoded(reply[:at])) for at in spans[field])
-        probability = _probability(read, (start, end), getattr(classification, field), labels.get(field, ()), joined)
-        if probability is None:
-            return None
-        found[field] = round(probability, 4)
-    return found
 
 
-def _read_tokens(entries: Iterable[Any]) -> list[_Token]:
-    """Return *entries* with their bytes and positions; empty if one is malformed."""
-    tokens: list[_Token] = []
-    start = 0
-    for entry in entries:
-        content = _content(entry)
-        if content is None or len(tokens) >= MAX_TOKENS:
-            return []
-        tokens.append(_Token(start, content, entry))
-        start += len(content)
-    return tokens
-
-
-def _content(entry: Any) -> bytes | None:
+def _content(entry: Mapping[str, Any]) -> bytes:
     """Return the bytes of a token, or of its text if it has no bytes. Parts of a character have no text."""
-    if not isinstance(entry, Mapping):
-        return None
-    values, text = entry.get("bytes"), entry.get("token")
-    if isinstance(values, list):
-        is_bytes = all(type(value) is int and 0 <= value <= 255 for value in values)
-        return bytes(values) if is_bytes else None
-    return _encoded(text) if isinstance(text, str) else None
+    values = entry.get("bytes")
+    return _encoded(entry["token"]) if values is None else bytes([*values])
+
+
+def _weight(entry: Mapping[str, Any]) -> float:
+    value = entry["logprob"]
+    if not -1e6 <= value <= 0.01:  # NaN is in no range
+        raise ValueError("not a log probability")
+    return math.exp(min(0.0, value))
 
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _value_spans(reply: str) -> dict[str, tuple[int, int]] | None:
-    """Return the span of each label in *reply*, from after its first quote to after its last."""
-    start = reply.find("{")
-    for _ in range(_MAX_STARTS):  # finds the same object as classifier.ReplyParser
-        if start < 0:
-            return None
-        try:
-            _DECODER.raw_decode(reply, start)
-            spans = {key: (begin + 1, end) for key, begin, end in _strings_of(reply, start)}
-        except (ValueError, IndexError, RecursionError):
-            start = reply.find("{", start + 1)
-            continue
-        return spans if spans.keys() >= set(FIELDS) else None
-    return None
+def _label_spans(reply: str, classification: Classification, joined: bytes) -> list[tuple[int, int]]:
+    """Return the span in *joined* of each label and its closing quote, in the order of FIELDS.
 
-
-def _strings_of(reply: str, start: int) -> Iterator[tuple[str, int, int]]:
-    """Yield key, begin and end of each string value of the object at *start*."""
-    at = _next(reply, start + 1)
-    while reply[at] != "}":
-        key, at = _DECODER.raw_decode(reply, at)
-        begin = _next(reply, _next(reply, at) + 1)  # over the colon
-        value, at = _DECODER.raw_decode(reply, begin)
-        if isinstance(value, str):
-            yield key, begin, at
-        at = _next(reply, at)
-        if reply[at] == ",":
-            at = _next(reply, at + 1)
-
-
-def _next(reply: str, at: int) -> int:
-    """Return the first position from *at* on that is not white space."""
-    while reply[at] in _WHITESPACE:
-        at += 1
-    return at
-
-
-def _place_of(reply: str, spans: Mapping[str, tuple[int, int]], joined: bytes) -> int | None:
-    """Return the position in *joined* of the first character of *reply*; None if it is not unique.
-
-    Reasoning comes before an answer, so the last occurrence counts. Some servers strip fences and white space; then the
-    part with the labels must occur exactly once.
+    Text inside a JSON string of *reply* cannot match, because its quotes are escaped. Reasoning comes before an answer,
+    so the last occurrence of *reply* counts. Some servers strip fences and white space; then the part with the labels
+    must occur exactly once.
     """
+    spans = []
+    for field in FIELDS:
+        label = re.escape(json.dumps(getattr(classification, field), ensure_ascii=False)[1:])
+        (found,) = re.finditer(rf'"{field}"\s*:\s*"({label})', reply)
+        spans.append(found.span(1))
     place = joined.rfind(_encoded(reply))
-    if place >= 0:
-        return place
-    first, last = min(begin for begin, _ in spans.values()), max(end for _, end in spans.values())
-    core = _encoded(reply[first:last])
-    return joined.find(core) - len(_encoded(reply[:first])) if joined.count(core) == 1 else None
+    if place < 0:
+        first, last = min(spans)[0], max(spans)[1]
+        core = _encoded(reply[first:last])
+        if joined.count(core) != 1:
+            raise ValueError("the tokens do not spell the reply")
+        place = joined.index(core) - len(_encoded(reply[:first]))
+    return [(place + len(_encoded(reply[:start])), place + len(_encoded(reply[:end]))) for start, end in spans]
 
 
 def _probability(
     tokens: list[_Token], span: tuple[int, int], label: str, allowed: Iterable[str], joined: bytes
-) -> float | None:
+) -> float:
     """Return the probability of *label*, whose text and closing quote are at *span* in the *joined* tokens."""
     start, end = span
-    written = joined[start:end]
     possible = {name: _encoded(json.dumps(name, ensure_ascii=False)[1:]) for name in allowed}
-    if possible.get(label) != written:
-        return None
+    if possible[label] != joined[start:end]:
+        raise ValueError("the tokens do not spell the label")
     probability = 1.0
-    for token in tokens:
-        if token.start + len(token.content) <= start or token.start >= end or not token.content:
+    for place, content, entry in tokens:
+        if place + len(content) <= start or place >= end or not content:
             continue
         if len(possible) == 1:
             break
-        done = max(0, token.start - start)
-        lead = joined[token.start : start]  # the part of the token before the label
-        rest = {name: form[done:] for name, form in possible.items()}
-        share = _share(token, lead, rest, label)
-        if share is None:
-            return None
-        probability *= share
-        possible = {name: possible[name] for name in _leads_to(token.content, lead, rest)}
+        lead = joined[place:start]  # the part of the token before the label
+        rest = {name: form[max(0, place - start) :] for name, form in possible.items()}
+        probability *= _share(content, entry, lead, rest, label)
+        possible = {name: possible[name] for name in _leads_to(content, lead, rest)}
     return probability
 
 
@@ -183,14 +127,18 @@ def _leads_to(content: bytes, lead: bytes, rest: Mapping[str, bytes]) -> set[str
     return {name for name, form in rest.items() if form.startswith(content) or content.startswith(form)}
 
 
-def _share(token: _Token, lead: bytes, rest: Mapping[str, bytes], label: str) -> float | None:
-    """Return the factor of *token* in the probability of *label*; None if its entry does not allow it."""
-    chosen = _weight(token.entry)
-    others = _alternatives(token)
-    if not chosen or not others:
-        return None
-    settled = _leads_to(token.content, lead, rest)
-    weight_for, weight_against, covered = chosen, 0.0, set(settled)
+def _share(token: bytes, entry: Mapping[str, Any], lead: bytes, rest: Mapping[str, bytes], label: str) -> float:
+    """Return the factor of *token* in the probability of *label*."""
+    others = [(_content(other), _weight(other)) for other in entry["top_logprobs"]]
+    chosen = next((other for other in others if other[0] == token), None)
+    if chosen is not None:
+        others.remove(chosen)  # the list names the chosen token as well
+    weight_for, weight_against = _weight(entry), 0.0
+    if not weight_for or not others:
+        raise ValueError("no probability or no alternatives")
+    least = min(weight_for, *(weight for _, weight in others))
+    settled = _leads_to(token, lead, rest)
+    covered = set(settled)
     for content, weight in others:
         leads_to = _leads_to(content, lead, rest)
         if label in leads_to and not leads_to <= settled:
@@ -200,33 +148,5 @@ def _share(token: _Token, lead: bytes, rest: Mapping[str, bytes], label: str) ->
             weight_for += weight
         elif leads_to:
             weight_against += weight
-    least = min(chosen, *(weight for _, weight in others))
     weight_against += least * len(rest.keys() - covered)
     return weight_for / (weight_for + weight_against)
-
-
-def _alternatives(token: _Token) -> list[tuple[bytes, float]] | None:
-    """Return bytes and probability of each listed alternative to *token*; None if one is malformed."""
-    listed = token.entry.get("top_logprobs")
-    if not isinstance(listed, list):
-        return None
-    others = []
-    is_chosen_seen = False
-    for entry in listed:
-        content = _content(entry)
-        weight = None if content is None else _weight(entry)
-        if content is None or weight is None:
-            return None
-        if content == token.content and not is_chosen_seen:
-            is_chosen_seen = True  # the list names the chosen token as well
-            continue
-        others.append((content, weight))
-    return others
-
-
-def _weight(entry: Any) -> float | None:
-    """Return the probability in *entry*; None if there is none."""
-    value = entry.get("logprob")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e6 <= value <= 0.01:
-        return None  # NaN is in no range
-    return math.exp(min(0.0, value))

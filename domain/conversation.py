@@ -35,10 +35,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation in order, with at least one customer turn.
-
-    *turns_total* counts the turns of the document, including those without usable text.
-    """
+    """A conversation in order, with at least one customer turn; *turns_total* includes turns without usable text."""
 
     shape: Shape
     conversation_number: str | None
@@ -52,7 +49,7 @@ class Conversation:
 
     @cached_property
     def transcript_sha256(self) -> str:
-        """The SHA-256 of ``transcript``, 64 hexadecimal digits; cached, because a lookup and a result both need it."""
+        """The SHA-256 of the whole ``transcript`` (speakers, texts, their order), before truncation: 64 hex digits."""
         return hashlib.sha256(self.transcript.encode()).hexdigest()
 
     @property
@@ -72,12 +69,7 @@ class Classification:
 
     def as_dict(self) -> dict[str, str]:
         """Return the fields in the order in which results store them."""
-        return {
-            "intent": self.intent,
-            "topic": self.topic,
-            "sentiment": self.sentiment,
-            "categorization": self.categorization,
-        }
+        return {name: getattr(self, name) for name in ("intent", "topic", "sentiment", "categorization")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +99,8 @@ class Outcome:
     copied_from: tuple[Any, ...] = ()
 
 
-def input_sha256(conversation: Conversation) -> str:
-    """Return the SHA-256 of the whole transcript, before any truncation: 64 hexadecimal digits.
-
-    It covers speakers, texts and their order, but neither ids nor times.
-    """
-    return conversation.transcript_sha256
-
-
 def result_fingerprint(plan: str, input_hash: str) -> str:
-    """Return the fingerprint of a result from a ``protocol.plan_fingerprint`` and an ``input_sha256``."""
+    """Return the fingerprint of a result from a ``protocol.plan_fingerprint`` and a ``transcript_sha256``."""
     return hashlib.sha256(f"{plan}:{input_hash}".encode()).hexdigest()
 
 

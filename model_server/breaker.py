@@ -42,16 +42,13 @@ class CircuitBreaker:
         self._probe = probe
         self._policy = policy
         self._failures = 0
-        self._closed = asyncio.Event()
-        self._closed.set()
-        self._prober: asyncio.Task[None] | None = None
-        self._gone = False
+        self._outage: asyncio.Task[bool] | None = None  # of the last outage; its result: the server came back in time
         self.openings = 0
 
     @property
     def is_open(self) -> bool:
         """True if calls wait for the server to come back."""
-        return not self._closed.is_set()
+        return self._outage is not None and not self._outage.done()
 
     async def call(self, send: Callable[[], Awaitable[T]]) -> T:
         """Return the result of *send*; wait while the server is away.
@@ -85,16 +82,16 @@ class CircuitBreaker:
 
     async def close(self) -> None:
         """Stop probing. Cancel waiting calls before."""
-        if self._prober is not None:
-            self._prober.cancel()
-            await asyncio.gather(self._prober, return_exceptions=True)
+        if self._outage is not None:
+            self._outage.cancel()
+            await asyncio.wait([self._outage])
 
     async def _wait_until_closed(self) -> None:
+        if self._outage is None:
+            return
         if self.is_open and self._policy.fails_fast:
             raise LLMOutageError("the model server is away; start it, and the service continues by itself")
-        if self.is_open:
-            await self._closed.wait()
-        if self._gone:
+        if not await asyncio.shield(self._outage):
             raise LLMOutageError(
                 f"the model server was away for more than {self._policy.outage_limit_s:.0f} s; "
                 "start it and run the same command again"
@@ -104,20 +101,17 @@ class CircuitBreaker:
         self._failures += 1
         if self._failures >= self._policy.threshold and not self.is_open:
             self.openings += 1
-            self._closed.clear()
             logger.warning("circuit breaker: open after %d connection failures in a row; intake pauses", self._failures)
-            self._prober = asyncio.create_task(self._probe_until_alive(), name="breaker-probe")
+            self._outage = asyncio.create_task(self._probe_until_alive(), name="breaker-probe")
 
-    async def _probe_until_alive(self) -> None:
+    async def _probe_until_alive(self) -> bool:
         start = time.monotonic()
         wait_s = self._policy.first_probe_s
         while time.monotonic() - start < self._policy.outage_limit_s:
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
             if await self._probe():
                 logger.info("circuit breaker: closed, the server was away for %.1f s", time.monotonic() - start)
-                break
+                self._failures = 0
+                return True
             wait_s = min(self._policy.probe_cap_s, wait_s * 2)
-        else:
-            self._gone = True
-        self._failures = 0
-        self._closed.set()
+        return False

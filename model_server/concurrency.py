@@ -33,124 +33,97 @@ LOG_EVERY_S = 15.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
-    """One request; *in_flight* counts the requests in flight when it was sent, itself included."""
+    """One request; *in_flight* counts the requests in flight when it was sent, itself included.
+
+    The other times are known once it is answered.
+    """
 
     sent_at_s: float
     in_flight: int
-
-
-@dataclass(slots=True)
-class _Window:
-    """Sums over the answers to requests that were sent after *since_s*."""
-
-    since_s: float
-    answers: int = 0
-    in_flight: int = 0
     latency_s: float = 0.0
     wait_s: float = 0.0
     network_s: float = 0.0
-    log_sum: float = 0.0
-    log_squares: float = 0.0
 
-    def add(self, call: Call, latency_s: float, wait_s: float, network_s: float) -> None:
-        self.answers += 1
-        self.in_flight += call.in_flight
-        self.latency_s += latency_s
-        self.wait_s += wait_s
-        self.network_s += network_s
-        log = math.log(latency_s)
-        self.log_sum += log
-        self.log_squares += log * log
 
-    @property
-    def mean_in_flight(self) -> float:
-        return self.in_flight / self.answers
+_Window = list[Call]  # answered ones, all of them sent at the present limit
 
-    @property
-    def excess(self) -> float:
-        """Mean number of queued requests, less those on the network: they fill the slots that become free."""
-        return self.mean_in_flight * (self.wait_s - self.network_s) / self.latency_s
 
-    def slower_than(self, baseline: _Window) -> float:
-        """Mean number of requests that the rise in latency over *baseline* shows to be too many."""
-        rise = self.log_sum / self.answers - baseline.log_sum / baseline.answers
-        spread = math.sqrt(self.log_variance / self.answers + baseline.log_variance / baseline.answers)
-        return self.mean_in_flight * -math.expm1(spread - rise) if rise > max(MIN_RISE, SPREADS * spread) else 0.0
+def _mean_in_flight(window: _Window) -> float:
+    return sum(call.in_flight for call in window) / len(window)
 
-    @property
-    def log_variance(self) -> float:
-        return max(0.0, self.log_squares / self.answers - (self.log_sum / self.answers) ** 2)
+
+def _queued(window: _Window) -> float:
+    """Return the mean number of queued requests, less those on the network: they fill the slots that become free."""
+    share = sum(call.wait_s - call.network_s for call in window) / sum(call.latency_s for call in window)
+    return _mean_in_flight(window) * share
+
+
+def _slower(window: _Window, baseline: _Window) -> float:
+    """Return how many requests are too many, judged by the rise in latency over *baseline*."""
+    (mean, error), (base_mean, base_error) = _log_latency(window), _log_latency(baseline)
+    rise, spread = mean - base_mean, math.sqrt(error + base_error)
+    return _mean_in_flight(window) * -math.expm1(spread - rise) if rise > max(MIN_RISE, SPREADS * spread) else 0.0
+
+
+def _log_latency(window: _Window) -> tuple[float, float]:
+    """Return the mean of the log latencies and the variance of that mean."""
+    logs = [math.log(call.latency_s) for call in window]
+    mean = sum(logs) / len(logs)
+    return mean, sum((log - mean) ** 2 for log in logs) / len(logs) ** 2
 
 
 class LimitController:
     """Finds the limit, from 1 to *most*. It has no clock and does no I/O.
 
-    Report each request with ``sent`` and its end with ``answered``, ``congested`` or ``lost``. Times are seconds of one
-    monotonic clock.
+    Report the end of each request with ``answered`` or ``congested``, except one that says nothing about load: without a
+    connection, cancelled, or refused. Times are seconds of one monotonic clock.
     """
 
     def __init__(self, most: int, start: int = START) -> None:
         self.limit = min(start, most)
-        self.in_flight = 0
         self._most = most
         self._step = self.limit  # added to the limit if no request queues; doubles each time
         self._hold = 0  # windows to wait before the next step
         self._proven = 1  # the limit before the last step, at which no request queued
-        self._changed_at_s = -math.inf
+        self._judged_at_s = self._changed_at_s = -math.inf
         self._least_wait_s = math.inf
-        self._window = _Window(-math.inf)
-        self._baseline: _Window | None = None
-
-    def sent(self, now_s: float) -> Call:
-        """Return the record of a request that is sent now."""
-        self.in_flight += 1
-        return Call(now_s, self.in_flight)
-
-    def lost(self) -> None:
-        """Record the end of a request without information about load: no connection, cancelled, or refused."""
-        self.in_flight -= 1
+        self._window: _Window = []
+        self._baseline: _Window = []
 
     def congested(self, call: Call, now_s: float) -> None:
         """Handle a 503 or a timeout: halve the limit, once for all requests sent before that."""
-        self.in_flight -= 1
         if call.sent_at_s >= self._changed_at_s:
             self._lower(max(1, self.limit // 2), now_s, hold=1)
 
     def answered(self, call: Call, now_s: float, reply: ChatReply) -> None:
         """Record the answer to *call* and what the server reported about it."""
-        self.in_flight -= 1
-        if call.sent_at_s < self._window.since_s or (reply.load_s is not None and reply.load_s > LOAD_S):
+        if call.sent_at_s < self._judged_at_s or (reply.load_s is not None and reply.load_s > LOAD_S):
             return
-        latency_s = max(now_s - call.sent_at_s, 1e-6)
-        wait_s = network_s = 0.0
+        call.latency_s = max(now_s - call.sent_at_s, 1e-6)
         if reply.queue_wait_s is not None and reply.total_s is not None:
-            network_s = max(0.0, latency_s - reply.total_s)
+            call.network_s = max(0.0, call.latency_s - reply.total_s)
             self._least_wait_s = min(self._least_wait_s, reply.queue_wait_s)
             above_s = reply.queue_wait_s - self._least_wait_s
-            if above_s > max(NOISE_S, NOISE_SHARE * (latency_s - above_s)):
-                wait_s = above_s
+            if above_s > max(NOISE_S, NOISE_SHARE * (call.latency_s - above_s)):
+                call.wait_s = above_s
             else:  # the server was about to begin
-                network_s += above_s
+                call.network_s += above_s
         window = self._window
-        window.add(call, latency_s, wait_s, network_s)
-        if reply.queue_wait_s is None:
-            if window.answers >= max(self.limit, LATENCY_WINDOW if self.limit > START else LATENCY_WINDOW // 2):
-                self._judge(now_s, self._slower_by(window))
-        elif window.answers >= max(self.limit, MIN_WINDOW if self._hold else 1):
-            self._judge(now_s, window.excess)
-
-    def _slower_by(self, window: _Window) -> float:
-        """Return how many requests are too many, judged by latency. Answers at the lowest limit set the baseline."""
-        if self._baseline is None or self.limit <= START:
-            self._baseline = window
-        return window.slower_than(self._baseline)
+        window.append(call)
+        if reply.queue_wait_s is not None:
+            if len(window) >= max(self.limit, MIN_WINDOW if self._hold else 1):
+                self._judge(now_s, _queued(window))
+        elif len(window) >= max(self.limit, LATENCY_WINDOW if self.limit > START else LATENCY_WINDOW // 2):
+            if not self._baseline or self.limit <= START:
+                self._baseline = window
+            self._judge(now_s, _slower(window, self._baseline))
 
     def _judge(self, now_s: float, excess: float) -> None:
         """Set the limit after a full window, in which *excess* more requests were queued than on the network."""
-        in_flight = self._window.mean_in_flight
-        self._window = _Window(now_s)
+        in_flight = _mean_in_flight(self._window)
+        self._window, self._judged_at_s = [], now_s
         if excess > MAX_QUEUED and in_flight > 1:
             # Short answers come first and overstate the queue, so a limit that was right before the step stays so.
             fitting = max(self._proven, min(self.limit - 1, round(in_flight - excess)))
@@ -169,8 +142,8 @@ class LimitController:
         """Lower the limit; the next steps up begin with one again."""
         self.limit, self._hold = limit, hold
         self._step = self._proven = 1
-        self._changed_at_s = now_s
-        self._window = _Window(now_s)
+        self._window = []
+        self._judged_at_s = self._changed_at_s = now_s
 
 
 class ConcurrencyLimit:
@@ -184,6 +157,7 @@ class ConcurrencyLimit:
         self._clock = clock
         self._permits = self.controller.limit  # issued: free ones and those that are held
         self._slots = asyncio.Semaphore(self._permits)
+        self._in_flight = 0
         self._logged, self._logged_at_s = self._permits, -math.inf
 
     @property
@@ -206,19 +180,17 @@ class ConcurrencyLimit:
 
     async def observed(self, send: Callable[[], Awaitable[ChatReply]]) -> ChatReply:
         """Return what *send* returns; its errors pass through."""
-        call, is_reported = self.controller.sent(self._clock()), False
+        self._in_flight += 1
+        call = Call(self._clock(), self._in_flight)
         try:
             reply = await send()
-            is_reported = True
             self.controller.answered(call, self._clock(), reply)
             return reply
-        except (LLMBusyError, LLMTimeoutError):
-            is_reported = True
+        except (LLMBusyError, LLMTimeoutError):  # an outage, a cancellation or an unusable answer is no sign of load
             self.controller.congested(call, self._clock())
             raise
         finally:
-            if not is_reported:  # an outage, a cancellation or an unusable answer is no sign of load
-                self.controller.lost()
+            self._in_flight -= 1
             self._issue_permits()
             self._log()
 

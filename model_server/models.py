@@ -13,7 +13,7 @@ import orjson
 
 from config.settings import Protocol, Settings
 from error_handler import ConfigurationError, LLMUnavailableError
-from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget, ServerRequest, count, json_object
+from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget, ServerRequest, count, json_object, part
 
 LOADED_TIMEOUT_S = 5.0
 
@@ -47,7 +47,6 @@ class LoadedModel:
     """One entry of ``/api/ps``. *context_length* is the window that the server gave, tokens."""
 
     name: str
-    digest: str | None
     context_length: int | None
     size_bytes: int | None
     vram_bytes: int | None
@@ -58,11 +57,7 @@ TargetFlow = Generator[ServerRequest, tuple[int, bytes], ChatTarget]
 
 
 def chat_target(settings: Settings, model: str) -> ChatTarget:
-    """Return the target for *model* that *settings* describe.
-
-    Raises:
-        ConfigurationError: *model* is a cloud model.
-    """
+    """Return the target for *model* that *settings* describe. Raises ConfigurationError for a cloud model."""
     require_local(model, is_remote=is_cloud_name(model))
     return ChatTarget(
         protocol=settings.protocol,
@@ -81,8 +76,7 @@ def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
     Raises:
         ConfigurationError: The server does not have the model; the message lists its models.
     """
-    url = models_url(target.protocol, target.server_url)
-    models = parse_models(target.protocol, *(yield ServerRequest("GET", url, None, settings.llm_timeout_s)))
+    models = parse_models(target.protocol, *(yield models_request(target, settings.llm_timeout_s)))
     model = choose_model(settings, models)
     if target.protocol == "openai_chat":
         return with_model(target, model, ModelFacts())
@@ -95,28 +89,22 @@ def with_model(target: ChatTarget, model: ServedModel, facts: ModelFacts) -> Cha
     return replace(target, digest=model.digest, disable_thinking=facts.can_think, context_limit=facts.context_length)
 
 
-def models_url(target_protocol: Protocol, server_url: str) -> str:
-    """Return the address that lists the server's models, which also shows whether the server is alive."""
-    return f"{server_url}/v1/models" if target_protocol == "openai_chat" else f"{server_url}/api/tags"
+def models_request(target: ChatTarget, timeout_s: float) -> ServerRequest:
+    """Return the request that lists the server's models, whose answer also shows that the server is alive."""
+    path = "/v1/models" if target.protocol == "openai_chat" else "/api/tags"
+    return ServerRequest("GET", f"{target.server_url}{path}", None, timeout_s)
 
 
 def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedModel]:
-    """Return the models that a server lists.
-
-    Raises:
-        LLMUnavailableError: The answer is not a list of models.
-    """
+    """Return the models that a server lists. Raises LLMUnavailableError if the answer is not a list of models."""
     if status != 200:
         raise LLMUnavailableError(f"the model server did not list its models (HTTP {status})")
-    fields = json_object(body)
-    entries = fields.get("data" if protocol == "openai_chat" else "models")
+    listed, named = ("data", "id") if protocol == "openai_chat" else ("models", "name")
     models = []
-    for entry in entries if isinstance(entries, list) else []:
-        name = entry.get("id" if protocol == "openai_chat" else "name") if isinstance(entry, dict) else None
-        if isinstance(name, str):
-            digest = entry.get("digest")
-            remote = bool(entry.get("remote_host") or entry.get("remote_model")) or is_cloud_name(name)
-            models.append(ServedModel(name, digest if isinstance(digest, str) else None, remote))
+    for entry in _entries(body, listed, named):
+        digest, name = entry.get("digest"), entry[named]
+        is_remote = bool(entry.get("remote_host") or entry.get("remote_model")) or is_cloud_name(name)
+        models.append(ServedModel(name, digest if isinstance(digest, str) else None, is_remote))
     return models
 
 
@@ -157,7 +145,7 @@ def require_local(model: str, *, is_remote: bool, hint: str = "") -> None:
 
 def parse_version(status: int, body: bytes) -> str | None:
     """Return the version from ``/api/version``; None if the server has no such route."""
-    return _text(json_object(body).get("version")) if status == 200 else None
+    return (part(json_object(body), "version", str) or None) if status == 200 else None
 
 
 def show_body(model: str) -> bytes:
@@ -175,34 +163,26 @@ def parse_show(status: int, body: bytes) -> ModelFacts:
     if status != 200:
         return ModelFacts()
     fields = json_object(body)
-    capabilities, details, info = fields.get("capabilities"), fields.get("details"), fields.get("model_info")
-    details = details if isinstance(details, dict) else {}
-    lengths = (
-        [value for name, value in info.items() if name.endswith(".context_length")] if isinstance(info, dict) else []
-    )
+    details, info = part(fields, "details", dict), part(fields, "model_info", dict)
+    limits = [value for name, value in info.items() if name.endswith(".context_length")]
     return ModelFacts(
-        frozenset(name for name in capabilities if isinstance(name, str))
-        if isinstance(capabilities, list)
-        else frozenset(),
-        count(lengths[0]) if lengths else None,
-        _text(details.get("quantization_level")),
-        _text(details.get("parameter_size")),
+        frozenset(name for name in part(fields, "capabilities", list) if isinstance(name, str)),
+        count(limits[0]) if limits else None,
+        part(details, "quantization_level", str) or None,
+        part(details, "parameter_size", str) or None,
     )
 
 
 def parse_loaded(status: int, body: bytes) -> list[LoadedModel]:
     """Return the loaded models from ``/api/ps``; empty if the server refuses."""
-    entries = json_object(body).get("models") if status == 200 else None
     return [
         LoadedModel(
             entry["name"],
-            _text(entry.get("digest")),
             count(entry.get("context_length")),
             count(entry.get("size")),
             count(entry.get("size_vram", 0)),
         )
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        for entry in (_entries(body, "models", "name") if status == 200 else [])
     ]
 
 
@@ -222,5 +202,7 @@ def is_cloud_name(model: str) -> bool:
     return tag == "cloud" or tag.endswith("-cloud")
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+def _entries(body: bytes, listed: str, named: str) -> list[dict[str, Any]]:
+    """Return the objects in the list *listed* of *body* that have a text in *named*."""
+    entries = part(json_object(body), listed, list)
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get(named), str)]

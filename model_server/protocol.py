@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -28,8 +28,10 @@ from error_handler import (
 )
 from model_server.tokens import least_prompt_tokens
 
+T = TypeVar("T")
+
 SEED = 20_250_924
-DEFAULT_NUM_CTX = 8192  # until a window is chosen
+DEFAULT_NUM_CTX = 8192  # until a window is chosen, and if there are no documents to measure
 NUM_PREDICT = 700  # most tokens of an answer; without a limit Ollama lets a runaway answer fill ten windows
 TOP_LOGPROBS = 20  # the maximum of Ollama and OpenAI
 NANOSECONDS = 1e9
@@ -60,16 +62,13 @@ class ChatTarget:
     url: str
     server_url: str
     model: str
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     num_ctx: int
     keep_alive: str
     digest: str | None = None
     disable_thinking: bool = False
     logprobs: bool = False
     context_limit: int | None = None
-
-    def __repr__(self) -> str:
-        return f"ChatTarget({self.protocol}, {self.url}, {self.model})"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -108,42 +107,28 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
     *attempt* (from 0) changes the seed, so that a repeated request can get another answer.
     """
     schema = orjson.Fragment(schema_json)
+    body: dict[str, Any] = {"model": target.model, "stream": False}
+    if target.logprobs:  # the same fields in each protocol, ignored by older servers
+        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
     if target.protocol == "openai_chat":
-        body: dict[str, Any] = {
-            "model": target.model,
-            "messages": messages,
-            "stream": False,
-            **_options(target, attempt),
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "triad", "strict": True, "schema": schema},
-            },
-            **_logprobs(target),
-        }
+        answer_format = {"type": "json_schema", "json_schema": {"name": "triad", "strict": True, "schema": schema}}
+        body |= {"messages": messages, "response_format": answer_format, **_options(target, attempt)}
         return orjson.dumps(body)
-    body = {"model": target.model}
     if target.protocol == "ollama_chat":
         body["messages"] = messages
     else:
         body["system"] = messages[0]["content"]
         body["prompt"] = "\n\n".join(message["content"] for message in messages[1:])
+    if target.disable_thinking:
+        body["think"] = False
     body |= {
-        "stream": False,
         "format": schema,
         "options": _options(target, attempt),
         "keep_alive": int(target.keep_alive) if target.keep_alive.lstrip("-").isdigit() else target.keep_alive,
         "truncate": False,
         "shift": False,
-        **_logprobs(target),
     }
-    if target.disable_thinking:
-        body["think"] = False
     return orjson.dumps(body)
-
-
-def _logprobs(target: ChatTarget) -> dict[str, Any]:
-    """Return the fields that request log probabilities: the same in each protocol, ignored by older servers."""
-    return {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if target.logprobs else {}
 
 
 def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
@@ -157,34 +142,12 @@ def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
     return {"temperature": 0, "seed": SEED + attempt, "num_ctx": target.num_ctx, "num_predict": NUM_PREDICT}
 
 
-def require_fit(target: ChatTarget, prompt_characters: int) -> None:
-    """Raise LLMContextError if a prompt of *prompt_characters* cannot fit the window.
-
-    Only Ollama's window is set by the request; other servers refuse long prompts themselves.
-    """
-    least_tokens = int(prompt_characters / MAX_CHARACTERS_PER_TOKEN)
-    if target.protocol != "openai_chat" and least_tokens + NUM_PREDICT > target.num_ctx:
-        raise LLMContextError(
-            f"the conversation needs at least {least_tokens} tokens and the context window holds {target.num_ctx}; "
-            "raise OLLAMA_NUM_CTX if the model allows it"
-        )
-
-
 def parse_load_response(target: ChatTarget, status: int, body: bytes) -> None:
-    """Check that the answer to ``build_load_body`` confirms the load.
-
-    Raises:
-        LLMError: It does not; see ``parse_chat_response``.
-    """
+    """Raise LLMError, as ``parse_chat_response`` does, unless the answer to ``build_load_body`` confirms the load."""
     if status != 200:
         _raise_for_status(target, status, body)
     if json_object(body).get("done_reason") != "load":
         raise LLMUnavailableError("the model server did not confirm that it loaded the model; see its log")
-
-
-def prompt_characters(messages: Sequence[Message]) -> int:
-    """Return the number of characters in *messages*."""
-    return sum(len(message["content"]) for message in messages)
 
 
 def parse_chat_response(target: ChatTarget, status: int, body: bytes, messages: Sequence[Message]) -> ChatReply:
@@ -221,43 +184,33 @@ def queue_wait_s(fields: dict[str, Any]) -> float | None:
 
 
 def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
-    if target.protocol == "ollama_chat":
-        message = fields.get("message")
-        text = message.get("content") if isinstance(message, dict) else None
-    else:
-        text = fields.get("response")
-    if fields.get("done") is not True:
-        # The engine aborted (repeated tokens) and the server still answers 200 (ollama/ollama#18359).
-        raise LLMReplyError("the server aborted the answer", Reason.CUT_OFF)
-    text = _whole_text(text, fields.get("done_reason"))
-    counts = count(fields.get("prompt_eval_count")), count(fields.get("eval_count"))
-    wait_s, total_ns = queue_wait_s(fields), count(fields.get("total_duration"))
-    if total_ns is None:
-        return ChatReply(text, *counts, tokens=_tokens(fields))
-    load_s = (count(fields.get("load_duration")) or 0) / NANOSECONDS
-    return ChatReply(text, *counts, wait_s, load_s, _tokens(fields), total_ns / NANOSECONDS)
+    text = part(fields, "message", dict).get("content") if target.protocol == "ollama_chat" else fields.get("response")
+    # If the engine aborts (repeated tokens), the server still answers 200 (ollama/ollama#18359).
+    text = _whole_text(text, fields.get("done_reason"), is_aborted=fields.get("done") is not True)
+    total_ns, load_ns = count(fields.get("total_duration")), count(fields.get("load_duration")) or 0
+    return ChatReply(
+        text,
+        count(fields.get("prompt_eval_count")),
+        count(fields.get("eval_count")),
+        queue_wait_s(fields),
+        None if total_ns is None else load_ns / NANOSECONDS,
+        tuple(part(fields, "logprobs", list)),
+        None if total_ns is None else total_ns / NANOSECONDS,
+    )
 
 
 def _parse_openai(fields: dict[str, Any]) -> ChatReply:
-    choices = fields.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    message = choice.get("message")
-    usage = fields.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    if choice.get("finish_reason") is None:
+    choice = next((choice for choice in part(fields, "choices", list) if isinstance(choice, dict)), {})
+    finish = choice.get("finish_reason")
+    text = _whole_text(part(choice, "message", dict).get("content"), finish, is_aborted=finish is None)
+    usage, tokens = part(fields, "usage", dict), part(part(choice, "logprobs", dict), "content", list)
+    counts = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+    return ChatReply(text, *counts, tokens=tuple(tokens))
+
+
+def _whole_text(text: Any, finish: Any, *, is_aborted: bool) -> str:
+    if is_aborted:
         raise LLMReplyError("the server aborted the answer", Reason.CUT_OFF)
-    text = _whole_text(message.get("content") if isinstance(message, dict) else None, choice["finish_reason"])
-    logprobs = choice.get("logprobs")
-    tokens = _tokens(logprobs, "content") if isinstance(logprobs, dict) else ()
-    return ChatReply(text, count(usage.get("prompt_tokens")), count(usage.get("completion_tokens")), tokens=tokens)
-
-
-def _tokens(fields: dict[str, Any], name: str = "logprobs") -> tuple[Any, ...]:
-    entries = fields.get(name)
-    return tuple(entries) if isinstance(entries, list) else ()
-
-
-def _whole_text(text: Any, finish: Any) -> str:
     if finish == "length":
         raise LLMReplyError("the answer was cut off", Reason.CUT_OFF)
     if not isinstance(text, str) or not text.strip():
@@ -276,7 +229,8 @@ def _require_whole_prompt(target: ChatTarget, prompt_tokens: int, messages: Sequ
     Ollama cuts to the whole window (up to 0.24) or to half of it (from 0.30 on) and answers 200. A whole prompt that
     leaves no room for the answer is refused as well: its beginning was shifted out during generation.
     """
-    is_too_short = prompt_characters(messages) > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
+    characters = sum(len(message["content"]) for message in messages)
+    is_too_short = characters > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
     if prompt_tokens + NUM_PREDICT > target.num_ctx or (is_half_window(target, prompt_tokens) and is_too_short):
         raise LLMReplyError(
             f"the server counted {prompt_tokens} prompt tokens for a window of {target.num_ctx}: the prompt was cut, or it "
@@ -356,6 +310,12 @@ def json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise LLMUnavailableError("the model server's answer is not a JSON object")
     return fields
+
+
+def part(fields: dict[str, Any], name: str, kind: type[T]) -> T:
+    """Return the field *name* if it is a *kind*, otherwise an empty one."""
+    value = fields.get(name)
+    return value if isinstance(value, kind) else kind()
 
 
 def count(value: Any) -> int | None:

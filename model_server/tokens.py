@@ -76,7 +76,6 @@ class _Script:
     anchor: tuple[float, int] | None = None
     slopes: deque[float] = field(default_factory=lambda: deque(maxlen=400))
     factor: float = 1.0
-    learnt: int = 0
 
     def learn(self, weight: float, prompt_tokens: int) -> None:
         if self.anchor is None or weight < self.anchor[0]:
@@ -86,9 +85,7 @@ class _Script:
             return
         # The system prompt is in both prompts, so it cancels out in the difference.
         self.slopes.append((prompt_tokens - self.anchor[1]) / (weight - self.anchor[0]))
-        self.learnt += 1
-        # After hundreds of answers, one more hardly changes the rate.
-        if len(self.slopes) >= LEARN_FROM and (self.learnt < 10 * LEARN_FROM or self.learnt % LEARN_FROM == 0):
+        if len(self.slopes) >= LEARN_FROM:
             ordered = sorted(self.slopes)
             rate = ordered[math.ceil(QUANTILE * len(ordered)) - 1] * MARGIN
             self.factor = min(2.0, max(LEAST_FACTOR, rate))

@@ -14,7 +14,7 @@ from model_server.tokens import TokenEstimator
 from model_server.window import REPAIR_TOKENS
 
 SUSPECT_RATIO = 1.4  # estimate to reported tokens
-LEARN_FROM_ALL, LEARN_FROM_EACH = 300, 20  # learn from the first 300 answers, then from every 20th
+LEARN_FROM_ALL, LEARN_FROM_EACH = 200, 20  # learn from the first 200 answers, then from every 20th
 FIRST_SHARE = 0.5  # of the room: the most that the first customer turn, which states the problem, may take
 LAST_SHARE = 0.5  # of the remaining room: the most for the last turns, which tell how it ended
 
@@ -117,13 +117,10 @@ class TranscriptTruncator:
             return estimator.text_tokens(text) * factor
 
         # A character has at most four bytes, and a byte is at most one token.
-        if refusal is None and 4 * len(conversation.transcript) <= room:
-            return Fitted(conversation.transcript)
-        if refusal is None and tokens_of(conversation.transcript) <= room:
+        if refusal is None and (4 * len(conversation.transcript) <= room or tokens_of(conversation.transcript) <= room):
             return Fitted(conversation.transcript)
         if self._on_long == "fit":
-            fitted = fit_conversation(conversation, room, tokens_of)
-            if fitted is not None:
+            if fitted := fit_conversation(conversation, room, tokens_of):
                 return fitted
             if refusal is not None:
                 raise refusal
@@ -137,16 +134,12 @@ class TranscriptTruncator:
         raise LLMContextError(sentence) from refusal
 
 
-def turns_marker(count: int) -> str:
-    """Return the line that replaces *count* turns.
-
-    It starts in the first column, where a conversation has a speaker or an indent, so no customer text can forge it.
-    """
+# Markers start in the first column, where a conversation has a speaker or an indent, so no customer text can forge them.
+def _turns_marker(count: int) -> str:
     return f"[... {count} turn{'' if count == 1 else 's'} left out ...]"
 
 
-def cut_marker(count: int) -> str:
-    """Return the line that replaces *count* characters in the middle of a turn."""
+def _cut_marker(count: int) -> str:
     return f"[... {count} characters left out ...]"
 
 
@@ -161,9 +154,12 @@ def fit_conversation(conversation: Conversation, room_tokens: float, tokens_of: 
     turns = conversation.turns
     first = next(index for index, turn in enumerate(turns) if turn.sender == "customer")
     selection = _Selection([turn.line for turn in turns], room_tokens, tokens_of)
-    if not selection.keep_part(first, selection.left * (FIRST_SHARE if len(turns) > 1 else 1.0)):
+    if not selection.keep(first, selection.left * (FIRST_SHARE if len(turns) > 1 else 1.0), may_cut=True):
         return None
-    selection.keep_end(first, selection.left * LAST_SHARE)
+    end_at, last = selection.left * (1 - LAST_SHARE), len(turns) - 1
+    for index in range(last, first, -1):
+        if not selection.keep(index, selection.left - end_at, may_cut=index == last):
+            break
     for index in sorted(range(len(turns)), key=lambda index: (turns[index].sender != "customer", -index)):
         selection.keep(index, selection.left)
     return Fitted(selection.transcript, is_complete=False, turns_used=len(selection.kept))
@@ -176,30 +172,26 @@ class _Selection:
         self._lines = lines
         self._tokens_of = tokens_of
         # One marker before each kept turn and one at the end cover every possible gap.
-        self._marker_tokens = tokens_of("\n" + turns_marker(len(lines)) + "\n")
+        self._marker_tokens = tokens_of("\n" + _turns_marker(len(lines)) + "\n")
         self.left = room_tokens - self._marker_tokens
         self.kept: dict[int, str] = {}
 
-    def keep(self, index: int, most_tokens: float) -> bool:
-        """Keep a whole turn if it takes at most *most_tokens*."""
+    def keep(self, index: int, most_tokens: float, *, may_cut: bool = False) -> bool:
+        """Keep a turn if it takes at most *most_tokens*; *may_cut* cuts out the middle of a longer one."""
         if index in self.kept or self.left <= self._marker_tokens:
             return index in self.kept
-        return self._take(index, self._lines[index], most_tokens)
-
-    def keep_part(self, index: int, most_tokens: float) -> bool:
-        """Keep a turn, whole or with its middle cut out, if that fits into *most_tokens*."""
-        part = _within(self._lines[index], most_tokens - self._marker_tokens, self._tokens_of)
-        return part is not None and self._take(index, part, self.left)
-
-    def keep_end(self, first: int, most_tokens: float) -> None:
-        """Keep the last turns after *first* that together take at most *most_tokens*."""
-        end_at = self.left - most_tokens
-        last = len(self._lines) - 1
-        for index in range(last, first, -1):
-            if not self.keep(index, self.left - end_at):
-                if index == last:
-                    self.keep_part(index, self.left - end_at)
-                break
+        line: str | None = self._lines[index]
+        if may_cut:
+            line = _within(self._lines[index], most_tokens - self._marker_tokens, self._tokens_of)
+        if line is None:
+            return False
+        cost = self._tokens_of(line + "\n") + self._marker_tokens
+        # A line that was cut may take a few tokens more than its halves.
+        if cost > (self.left if may_cut else min(most_tokens, self.left)):
+            return False
+        self.kept[index] = line
+        self.left -= cost
+        return True
 
     @property
     def transcript(self) -> str:
@@ -207,20 +199,12 @@ class _Selection:
         parts, expected = [], 0
         for index in sorted(self.kept):
             if index > expected:
-                parts.append(turns_marker(index - expected))
+                parts.append(_turns_marker(index - expected))
             parts.append(self.kept[index])
             expected = index + 1
         if expected < len(self._lines):
-            parts.append(turns_marker(len(self._lines) - expected))
+            parts.append(_turns_marker(len(self._lines) - expected))
         return "\n".join(parts)
-
-    def _take(self, index: int, line: str, most_tokens: float) -> bool:
-        cost = self._tokens_of(line + "\n") + self._marker_tokens
-        if cost > min(most_tokens, self.left):
-            return False
-        self.kept[index] = line
-        self.left -= cost
-        return True
 
 
 def _within(line: str, room_tokens: float, tokens_of: Count) -> str | None:
@@ -229,7 +213,7 @@ def _within(line: str, room_tokens: float, tokens_of: Count) -> str | None:
     most = max(0, int(room_tokens * 16))
     if len(line) <= most and tokens_of(line + "\n") <= room_tokens:
         return line
-    room = room_tokens - tokens_of("\n" + cut_marker(len(line)) + "\n    \n")
+    room = room_tokens - tokens_of("\n" + _cut_marker(len(line)) + "\n    \n")
     low, high = 0, min(len(line) - 1, most) // 2
     while low < high:  # characters kept at each end
         middle = (low + high + 1) // 2
@@ -239,4 +223,4 @@ def _within(line: str, room_tokens: float, tokens_of: Count) -> str | None:
             high = middle - 1
     if low < 16:
         return None
-    return f"{line[:low].rstrip()}\n{cut_marker(len(line) - 2 * low)}\n    {line[-low:].lstrip()}"
+    return f"{line[:low].rstrip()}\n{_cut_marker(len(line) - 2 * low)}\n    {line[-low:].lstrip()}"

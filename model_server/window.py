@@ -13,10 +13,16 @@ from dataclasses import dataclass, replace
 
 from config import Settings
 from model_server.models import LoadedModel, TargetFlow, find_loaded, loaded_request, parse_loaded
-from model_server.protocol import NUM_PREDICT, ChatTarget, ServerRequest, build_load_body, parse_load_response
+from model_server.protocol import (
+    DEFAULT_NUM_CTX,
+    NUM_PREDICT,
+    ChatTarget,
+    ServerRequest,
+    build_load_body,
+    parse_load_response,
+)
 
 SIZES = (4096, 8192, 16_384, 32_768)
-DEFAULT_SIZE = 8192  # without documents to measure: the service, an empty collection
 SHARE = 0.99  # of the documents that the window should hold whole
 MARGIN = 0.15
 REPAIR_TOKENS = 400  # the one repair turn: 500 characters of the answer, and the reason
@@ -33,9 +39,13 @@ def tokens_needed(prompt_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class WindowChoice:
-    """A window of *num_ctx* tokens, which holds the share *held* of *sample* documents whole; *asked* is the setting."""
+    """A window of *num_ctx* tokens, which holds the share *held* of *sample* documents whole; *asked* is the setting.
+
+    *least* is the smallest window of a loaded model that is used instead.
+    """
 
     num_ctx: int
+    least: int
     held: float = 1.0
     sample: int = 0
     asked: int | None = None
@@ -48,47 +58,35 @@ class WindowChoice:
             return f"{size} (default; no conversations to sample)"
         return f"{size}, holds {self.held:.1%} of a sample of {self.sample} conversations"
 
+    def beside(self, loaded: LoadedModel | None) -> int:
+        """Return the window to use if *loaded* is in memory: its own, if no window was set and it is large enough."""
+        has = loaded.context_length if loaded else None
+        return has if self.asked is None and has is not None and has >= self.least else self.num_ctx
 
-def choose_window(needs: Sequence[int], limit: int | None, asked: int | None = None) -> WindowChoice:
+
+def choose_window(needs: Sequence[int] | None, limit: int | None, asked: int | None = None) -> WindowChoice:
     """Return the window for documents that need *needs* tokens (``tokens_needed``).
 
-    *limit* is the model's own limit, None if unknown; no window exceeds it. *asked* is what the operator set.
+    None means that the documents are not known; then the window of a loaded model is used if a conversation fits into
+    it. *limit* is the model's own limit, None if unknown; no window exceeds it. *asked* is what the operator set.
     """
     most = limit or SIZES[-1]
     if asked is not None:
-        return WindowChoice(min(asked, limit or asked), asked=asked)
+        num_ctx = min(asked, limit or asked)
+        return WindowChoice(num_ctx, num_ctx, asked=asked)
     if not needs:
-        return WindowChoice(min(DEFAULT_SIZE, most))
-    ordered = sorted(needs)
-    enough = ordered[math.ceil(SHARE * len(ordered)) - 1]
+        num_ctx = min(DEFAULT_NUM_CTX, most)  # no documents to measure
+        return WindowChoice(num_ctx, num_ctx if needs is not None else min(num_ctx, SIZES[0]))
+    enough = sorted(needs)[math.ceil(SHARE * len(needs)) - 1]
     num_ctx = min(most, next((size for size in SIZES if size >= enough), SIZES[-1]))
-    return WindowChoice(num_ctx, sum(need <= num_ctx for need in needs) / len(needs), len(needs))
+    return WindowChoice(num_ctx, num_ctx, sum(need <= num_ctx for need in needs) / len(needs), len(needs))
 
 
-Adopt = Callable[[WindowChoice, LoadedModel | None], int]
-
-
-def adopt_larger(choice: WindowChoice, loaded: LoadedModel | None) -> int:
-    """Return the window of the *loaded* model if it is as large as *choice* and no window was set; else *choice*."""
-    return _adopted(choice, loaded, choice.num_ctx)
-
-
-def reuse_loaded_window(choice: WindowChoice, loaded: LoadedModel | None) -> int:
-    """Return the window of the *loaded* model if a conversation fits into it and no window was set; else *choice*."""
-    return _adopted(choice, loaded, min(choice.num_ctx, SIZES[0]))
-
-
-def _adopted(choice: WindowChoice, loaded: LoadedModel | None, least: int) -> int:
-    has = loaded.context_length if loaded else None
-    return has if choice.asked is None and has is not None and has >= least else choice.num_ctx
-
-
-def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: Say, adopt: Adopt) -> TargetFlow:
+def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: Say) -> TargetFlow:
     """Load the model: yield each request, receive its status and body, return the target with the window to use.
 
-    *adopt* decides between *choice* and the window of a loaded model, which is then not loaded again. *say* gets one
-    sentence for each fact the operator should know. Servers with OpenAI's protocol set their own window and get no
-    request.
+    A model that is loaded with a window that *choice* accepts is not loaded again. *say* gets one sentence for each
+    fact the operator should know. Servers with OpenAI's protocol set their own window and get no request.
 
     Raises:
         LLMError: The model does not load.
@@ -97,7 +95,7 @@ def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: S
         return target
     say(str(choice))
     loaded = find_loaded(target.model, parse_loaded(*(yield loaded_request(target.server_url))))
-    target = replace(target, num_ctx=adopt(choice, loaded))
+    target = replace(target, num_ctx=choice.beside(loaded))
     has = loaded.context_length if loaded else None
     if has != target.num_ctx:
         if has is not None:

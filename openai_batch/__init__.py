@@ -6,8 +6,6 @@ imports the layers below ``worker`` only. docs/openai-batch.md is the tutorial a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from error_handler import JobConnectionError as ConnectionError  # noqa: A004 - the names of the contract
 from error_handler import JobProcessingError as ProcessingError
 from error_handler import JobTemplateError as TemplateError
@@ -24,9 +22,7 @@ from openai_batch.job_config import (
     SchemaConfig,
     StatusConfig,
 )
-
-if TYPE_CHECKING:
-    from openai_batch.processor import DocumentBatchProcessor, JobResult
+from openai_batch.processor import DocumentBatchProcessor, JobResult
 
 __all__ = [
     "AppConfig",
@@ -46,12 +42,3 @@ __all__ = [
     "TimeoutError",
     "ValidationError",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the processor on first use: the openai package takes longer to load than the rest of the product."""
-    if name not in ("DocumentBatchProcessor", "JobResult"):
-        raise AttributeError(f"openai_batch has no {name}")
-    from openai_batch import processor  # noqa: PLC0415
-
-    return getattr(processor, name)

@@ -1,57 +1,69 @@
-"""The actions of ``cli.py openai-batch``: the steps of a document job, together or one by one."""
+"""The actions of ``cli.py openai-batch``: the steps of a document job, together or one by one, and their output."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from config import Settings
-from error_handler import ConfigurationError, ExitCode, RunInterruptedError
-from openai_batch.job_context import Times
-from openai_batch.job_preview import Preview, dollars, preview, require_affordable
-from openai_batch.job_progress import JobProgress
-from openai_batch.job_run import JobResult, JobRun
+from domain.prices import BatchPrice, batch_prices, price_source
+from domain.text import counted
+from error_handler import ConfigurationError, ExitCode, JobCostError, JobProcessingError, RunInterruptedError
+from openai_batch.job_config import AppConfig, Document
+from openai_batch.job_context import Handling, JobResult, Times
+from openai_batch.job_run import JobRun
+from openai_batch.job_store import JobStore
 from openai_batch.ledger import ENDED, NOT_SENT, ItemState, Ledger, Shard
+from openai_batch.planning import estimated_tokens, request_line
 from openai_batch.processor import DocumentBatchProcessor
 from openai_batch.schema_file import load_schema_file
+from storage.extended_json import id_text
 from utils.process import stop_on_signals
 
 STEP_PATIENCE_S = 60.0  # how long a single step waits for OpenAI; ``run`` waits OUTAGE_LIMIT_S
-SENDING_FLAGS = ("limit", "dry_run", "max_cost")
 SHOWN_BATCHES = 50
 TABLE_WIDTH = 120
+LINE_EVERY_S = 5.0
+EXAMPLES, PROBLEMS = 3, 10  # shown documents of a preview: requests, and reasons for refusals
+SHOWN_SUBJECTS = 8  # on a terminal, the last changed ones
+
+Row = tuple[Shard, dict[ItemState, int]]
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run one action; see ``Command``."""
-    for name in SENDING_FLAGS:
+    for name in ("limit", "dry_run", "max_cost"):
         value = getattr(arguments, name)
         if arguments.action not in ("run", "submit") and value is not None and value is not False:
             raise ConfigurationError(f"--{name.replace('_', '-')} applies to run and submit only.")
     processor = _processor(arguments, settings)
     if arguments.action == "status":
-        return _status(arguments, processor)
+        _report(arguments, processor)
+        return ExitCode.DONE
     stop, connected = asyncio.Event(), asyncio.Event()
     with stop_on_signals(stop, connected.is_set), JobProgress() as progress:
         if arguments.dry_run:
             made = await _dry_run(arguments, processor, progress)
         else:
             async with processor.opened(stop, progress) as job:
-                await job.recover()  # until MongoDB answers, nothing must be finished after a signal
-                connected.set()
+                connected.set()  # until MongoDB answers, nothing must be finished after a signal
                 await _do(arguments, job)
-                result = job.result
+                result = job.context.result
     if arguments.dry_run:
         return _report_preview(arguments, made, processor)
-    with Ledger(processor.ledger_path) as ledger:
-        _report(arguments, result, ledger)
+    _report(arguments, processor, result)
     if stop.is_set():
         raise RunInterruptedError("Stopped. The batches continue at OpenAI; run the same command again to resume.")
     return ExitCode.INCOMPLETE if result.failed else ExitCode.DONE
@@ -88,29 +100,24 @@ async def _affordable(arguments: argparse.Namespace, job: JobRun) -> int | None:
     limit: int | None = arguments.limit
     if arguments.max_cost is None:
         return limit
-    context, waiting = job.context, _not_sent(job.context.ledger)
-    made = await preview(context.config, context.store, context.handling, context.on_progress, limit, waiting)
+    context, unsent = job.context, job.context.ledger.shards(NOT_SENT)
+    made = await preview(context.config, context.store, context.handling, context.on_progress, limit, unsent)
     require_affordable(made, arguments.max_cost, context.config.openai.model)
     return made.documents
 
 
-def _not_sent(ledger: Ledger) -> list[Shard]:
-    return [shard for shard in ledger.shards() if shard.state in NOT_SENT]
-
-
 async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProcessor, progress: JobProgress) -> Preview:
-    waiting: list[Shard] = []
+    unsent: list[Shard] = []
     if processor.ledger_path.exists():
         with Ledger(processor.ledger_path) as ledger:
-            waiting = _not_sent(ledger)
+            unsent = ledger.shards(NOT_SENT)
     async with processor.reading() as (store, handling):
-        return await preview(processor.config, store, handling, progress, arguments.limit, waiting)
+        return await preview(processor.config, store, handling, progress, arguments.limit, unsent)
 
 
 def _report_preview(arguments: argparse.Namespace, made: Preview, processor: DocumentBatchProcessor) -> int:
     if arguments.json:
-        bodies = [{"document": name, "body": body} for name, body in made.examples]
-        sys.stdout.write(json.dumps({**made.as_dict(), "examples": bodies}, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(made.as_dict(), indent=2, ensure_ascii=False) + "\n")
     else:
         _print_preview(made, processor)
     if arguments.max_cost is not None:
@@ -119,47 +126,40 @@ def _report_preview(arguments: argparse.Namespace, made: Preview, processor: Doc
 
 
 def _print_preview(made: Preview, processor: DocumentBatchProcessor) -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    for name, body in made.examples:
-        console.print(Text(f"Request for document {name}:", style="bold"))
-        console.print(Text(json.dumps(body, indent=2, ensure_ascii=False)))
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for example in made.examples:
+        console.print(f"Request for document {example['document']}:", style="bold")
+        console.print(json.dumps(example["body"], indent=2, ensure_ascii=False))
     config = processor.config
     price = "price unknown"
     if made.price is not None:
         rate = "half the usual price, OpenAI's discount for batches" if made.price.is_assumed else "the batch rate"
         price = f"at most {dollars(made.price.usd)} US dollars at {rate}"
     console.print(
-        f"{_counted(made.documents + made.waiting)}, {made.bytes:,} bytes, about {made.prompt_tokens:,} prompt tokens "
-        f"and at most {made.most_reply_tokens:,} answer tokens with {config.openai.model}: {price}."
+        f"{counted(made.documents + made.waiting, 'document')}, {made.bytes:,} bytes, about {made.prompt_tokens:,} prompt "
+        f"tokens and at most {made.most_reply_tokens:,} answer tokens with {config.openai.model}: {price}."
     )
     if made.waiting:
         console.print(f"{made.waiting} of them are in files of an earlier start that are not sent yet.")
     for name, problem in made.problems.items():
-        console.print(Text(f"Document {name} would not be sent: {problem}"))
+        console.print(f"Document {name} would not be sent: {problem}")
     if made.refused > len(made.problems):
         console.print(f"... and {made.refused - len(made.problems)} more")
-    console.print(Text(f"The requests would go to {config.openai.base_url}. Nothing was sent."))
+    console.print(f"The requests would go to {config.openai.base_url}. Nothing was sent.")
 
 
-def _counted(documents: int) -> str:
-    return "1 document" if documents == 1 else f"{documents} documents"
-
-
-def _status(arguments: argparse.Namespace, processor: DocumentBatchProcessor) -> int:
-    if not processor.ledger_path.exists():
-        sys.stdout.write('{"batches": []}\n' if arguments.json else "This job has sent nothing yet.\n")
-        return ExitCode.DONE
-    with Ledger(processor.ledger_path) as ledger:
-        _report(arguments, None, ledger)
-    return ExitCode.DONE
-
-
-def _report(arguments: argparse.Namespace, result: JobResult | None, ledger: Ledger) -> None:
-    rows = [(shard, ledger.counts(shard.number)) for shard in ledger.shards()]
+def _report(arguments: argparse.Namespace, processor: DocumentBatchProcessor, result: JobResult | None = None) -> None:
+    rows: list[Row] = []
+    if processor.ledger_path.exists():
+        with Ledger(processor.ledger_path) as ledger:
+            rows = [(shard, ledger.counts(shard.number)) for shard in ledger.shards()]
     if arguments.json:
         sys.stdout.write(json.dumps(_as_dict(result, rows), indent=2) + "\n")
         return
-    console = Console(soft_wrap=True, highlight=False)
+    if result is None and not rows:
+        sys.stdout.write("This job has sent nothing yet.\n")
+        return
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.width = max(console.width, TABLE_WIDTH)  # without a terminal it is 80, which would cut ids
     console.print(_table(rows[-SHOWN_BATCHES:]))
     if len(rows) > SHOWN_BATCHES:
@@ -167,29 +167,26 @@ def _report(arguments: argparse.Namespace, result: JobResult | None, ledger: Led
     open_batches = sum(shard.state not in ENDED for shard, _ in rows)
     if result is not None and (result.total_processed or result.retried or not open_batches):
         console.print(
-            f"{_counted(result.total_processed)} ended: {result.succeeded} completed, {result.failed} failed, "
+            f"{counted(result.total_processed, 'document')} ended: {result.succeeded} completed, {result.failed} failed, "
             f"{result.skipped} skipped. {result.retried} pending again."
         )
     if open_batches:
         console.print(f"Open batches: {open_batches}. Check them with cli.py openai-batch poll.")
 
 
-def _table(rows: list[tuple[Shard, dict[ItemState, int]]]) -> Table:
+def _table(rows: list[Row]) -> Table:
     table = Table(title="Batches", title_justify="left", box=None)
     for heading in ("shard", "batch", "state", "at OpenAI", "lines", "results"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("shard", "lines") else "left")
     for shard, counts in rows:
-        parts = [
-            f"{count} {'open' if state is ItemState.SUBMITTED else state.value}"
-            for state, count in counts.items()
-            if count
-        ]
+        names = {ItemState.SUBMITTED: "open"}
+        results = ", ".join(f"{count} {names.get(state, state.value)}" for state, count in counts.items() if count)
         cells = (str(shard.number), shard.batch_id or "-", shard.state.value, shard.status or "-", str(shard.lines))
-        table.add_row(*(Text(cell) for cell in (*cells, ", ".join(parts))))
+        table.add_row(*(Text(cell) for cell in (*cells, results)))
     return table
 
 
-def _as_dict(result: JobResult | None, rows: list[tuple[Shard, dict[ItemState, int]]]) -> dict[str, Any]:
+def _as_dict(result: JobResult | None, rows: list[Row]) -> dict[str, Any]:
     batches = [
         {
             "shard": shard.number,
@@ -202,7 +199,138 @@ def _as_dict(result: JobResult | None, rows: list[tuple[Shard, dict[ItemState, i
         }
         for shard, counts in rows
     ]
-    if result is None:
-        return {"batches": batches}
-    names = ("total_processed", "succeeded", "failed", "skipped", "retried")
+    names = ("total_processed", "succeeded", "failed", "skipped", "retried") if result is not None else ()
     return {**{name: getattr(result, name) for name in names}, "batches": batches}
+
+
+class JobProgress:
+    """Shows texts such as ``shard 3: in_progress, 5 of 10 done`` on stderr. Use in ``with``, and call it.
+
+    The part before the colon is the subject. A terminal shows the last text of each subject. Elsewhere a new text is
+    printed if the last line is LINE_EVERY_S old; the final text is always printed.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console(stderr=True, soft_wrap=True, markup=False)
+        self._live = Live(console=self._console, transient=True) if self._console.is_terminal else None
+        self._clock = clock
+        self._texts: dict[str, str] = {}
+        self._written = self._last = ""
+        self._written_at = -LINE_EVERY_S
+
+    def __enter__(self) -> JobProgress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._write()
+
+    def __call__(self, text: str) -> None:
+        """Show *text*."""
+        subject = text.partition(":")[0]
+        self._texts.pop(subject, None)
+        self._texts[subject] = self._last = text
+        if self._live is not None:
+            self._live.update(Text("\n".join(list(self._texts.values())[-SHOWN_SUBJECTS:])))
+        elif self._clock() - self._written_at >= LINE_EVERY_S:
+            self._write()
+
+    def _write(self) -> None:
+        if self._last != self._written:
+            self._written, self._written_at = self._last, self._clock()
+            self._console.print(Text(self._last))
+
+
+@dataclass(slots=True)
+class Preview:
+    """The requests of the pending documents, and of those in files that are not sent yet (*waiting*).
+
+    *prompt_tokens* is an upper estimate, *most_reply_tokens* the limit of all answers together. *price* is that of
+    answers of the maximum length; None if the model's price is unknown. *examples* are the exact bodies of the first
+    documents, *problems* the reasons of the first *refused* ones.
+    """
+
+    documents: int = 0
+    waiting: int = 0
+    refused: int = 0
+    bytes: int = 0
+    prompt_tokens: int = 0
+    most_reply_tokens: int = 0
+    price: BatchPrice | None = None
+    problems: dict[str, str] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        names = ("documents", "waiting", "refused", "bytes", "prompt_tokens", "most_reply_tokens")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "most_usd": None if self.price is None else round(self.price.usd, 6),
+            "price_is_assumed": None if self.price is None else self.price.is_assumed,
+            "prices_from": price_source(),
+            "examples": self.examples,
+        }
+
+    def add(self, document: Document, handling: Handling, endpoint: str) -> None:
+        """Count the request of *document*, or the reason why there is none."""
+        name = id_text(document["_id"])
+        try:
+            body = handling.request(document)
+            line = request_line("0" * 42, endpoint, body)
+        except JobProcessingError as exc:
+            self.refused += 1
+            if len(self.problems) < PROBLEMS:
+                self.problems[name] = str(exc)
+            return
+        self.documents += 1
+        self.bytes += len(line)
+        self.prompt_tokens += estimated_tokens(body)
+        if len(self.examples) < EXAMPLES:
+            self.examples.append({"document": name, "body": body})
+
+
+async def preview(
+    config: AppConfig,
+    store: JobStore,
+    handling: Handling,
+    on_progress: Callable[[str], None],
+    limit: int | None,
+    unsent: Sequence[Shard],
+) -> Preview:
+    """Return the preview of the pending documents (at most *limit*) and of the *unsent* shards."""
+    made = Preview(waiting=sum(shard.lines for shard in unsent))
+    made.bytes = sum(shard.bytes for shard in unsent)
+    made.prompt_tokens = sum(shard.tokens for shard in unsent)
+    async with contextlib.aclosing(store.pages(config.batch.batch_size)) as pages:
+        async for page in pages:
+            for document in page:
+                if made.documents != limit:
+                    made.add(document, handling, config.batch.endpoint)
+            on_progress(f"{made.documents} documents read")
+            if made.documents == limit:
+                break
+    made.most_reply_tokens = (made.documents + made.waiting) * config.openai.max_tokens
+    prices = batch_prices(made.prompt_tokens, made.most_reply_tokens, [config.openai.model])
+    made.price = prices[0] if prices else None
+    return made
+
+
+def dollars(usd: float) -> str:
+    """Return *usd* with as many digits as are significant."""
+    return f"{usd:.2f}" if usd >= 10 else f"{usd:.4f}" if usd >= 0.01 else f"{usd:.6f}"
+
+
+def require_affordable(made: Preview, most_usd: float, model: str) -> None:
+    """Raise JobCostError if *made* may cost more than *most_usd*, or its price is unknown."""
+    if made.price is None:
+        raise JobCostError(
+            f"the price of {model} is not known, so --max-cost cannot be checked; leave it out to send anyway."
+        )
+    if made.price.usd > most_usd:
+        raise JobCostError(
+            f"{made.documents + made.waiting} documents may cost up to {dollars(made.price.usd)} US dollars, more than "
+            f"--max-cost {most_usd:g}; reduce --limit or OPENAI_MAX_TOKENS, or raise --max-cost."
+        )

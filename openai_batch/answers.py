@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -12,11 +13,12 @@ from typing import Any
 
 import orjson
 
-from error_handler import JobProcessingError, StateDirectoryError
+from error_handler import JobProcessingError
 from openai_batch.batch_protocol import Line, parse_line
 from openai_batch.job_context import Answer, JobContext
 from openai_batch.job_store import Ending
-from openai_batch.ledger import Item, ItemState, Shard
+from openai_batch.ledger import NOT_RUN, Item, ItemState, Shard
+from openai_batch.openai_client import unreadable
 from storage.extended_json import id_text, loads
 
 logger = logging.getLogger(__name__)
@@ -26,16 +28,12 @@ MAX_LINE_BYTES = 16_000_000  # a longer line fits in no document
 
 # The outcome of items without a line, by the status of their batch; for any other status they are missing.
 _WITHOUT_LINE = {"expired": ItemState.EXPIRED, "cancelled": ItemState.CANCELLED, "never_sent": ItemState.CANCELLED}
-# Statuses of batches that never ran, and the codes of their items; such a sending is no attempt.
-_NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
 # The text of ``processing_info.error``. The API's own message may quote the prompt and is left out.
 _ERRORS = {
     ItemState.EXPIRED: "the batch expired before this request ran",
     ItemState.CANCELLED: "the batch was cancelled before this request ran",
     ItemState.MISSING: "the batch ended without a result for this request",
 }
-
-End = tuple[Item, Line, Ending]
 
 
 class Answers:
@@ -44,13 +42,14 @@ class Answers:
     def __init__(self, context: JobContext) -> None:
         self._context = context
 
-    async def apply(self, shard: Shard, paths: Sequence[Path], bad_ids: Set[str]) -> bool:
-        """Apply the lines in *paths* to the documents of *shard*; *bad_ids* are the lines for which its file was refused.
+    async def apply(self, shard: Shard, paths: Sequence[Path]) -> bool:
+        """Apply the lines in *paths* to the documents of *shard*, and end its other documents.
 
         Documents are updated before the ledger. Returns whether every item of the shard has ended; False if the
         run is stopped meanwhile.
         """
         stop, applied = self._context.stop, 0
+        bad_ids = await asyncio.to_thread(_ids_at, self._context.folder / shard.file_name, shard.bad_lines)
         for path in paths:
             lines = _lines(path)
             while chunk := list(islice(lines, LINES_AT_ONCE)):
@@ -68,35 +67,33 @@ class Answers:
 
     async def _apply_lines(self, shard: Shard, lines: list[Line]) -> None:
         new = self._new_lines(shard, lines)
+        endings = [self._failure(shard, item, line) for item, line in new if line.state is not ItemState.OK]
         usable = [(item, line) for item, line in new if line.state is ItemState.OK]
         documents = await self._context.store.read([item.document_id for item, _ in usable])
         present = [(item, line) for item, line in usable if item.document_id in documents]
-        updates = await self._context.handling.deliver(
-            [Answer(documents[item.document_id], line, item.attempt) for item, line in present], shard.batch_id or ""
-        )
-        ends = [self._failure(shard, item, line) for item, line in new if line.state is not ItemState.OK]
+        answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in present]
+        updates = await self._context.handling.deliver(answers, shard.batch_id or "")
         for (item, line), update in zip(present, updates, strict=True):
+            info: dict[str, Any] = {"batch_id": shard.batch_id, "model": line.model, "completed_at": datetime.now(UTC)}
+            info |= {"prompt_tokens": line.prompt_tokens, "reply_tokens": line.reply_tokens}
             if isinstance(update, JobProcessingError):
-                unusable = Line(
-                    line.custom_id, ItemState.FAILED, code="unusable_answer", is_retryable=not update.is_final
-                )
-                ends.append(self._failure(shard, item, unusable, str(update)))
+                code, is_retryable = "unusable_answer", not update.is_final
+                unusable = Line(item.custom_id, ItemState.FAILED, code=code, is_retryable=is_retryable)
+                endings.append(self._failure(shard, item, unusable, str(update)))
             else:
-                ends.append(_success(shard, item, line, update))
-        await self._end(ends)
+                endings.append(Ending(replace(item, state=ItemState.OK), update, info))
+        await self._end(endings)
         gone = [item for item, _ in usable if item.document_id not in documents]
         self._context.ledger.settle(replace(item, state=ItemState.FAILED, code="document_gone") for item in gone)
 
-    async def _end(self, ends: Sequence[End]) -> None:
+    async def _end(self, endings: Sequence[Ending]) -> None:
         """Write the ends to the documents, then to the ledger: in this order a crash in between loses nothing."""
-        rejected = await self._context.store.end([ending for _, _, ending in ends])
+        rejected = await self._context.store.end(endings)
         self._context.ledger.settle(
-            replace(item, state=ItemState.FAILED, code="not_stored")
-            if item.custom_id in rejected
-            else replace(
-                item, state=line.state, code=line.code, retryable=ending.update is None and not ending.is_final
-            )
-            for item, line, ending in ends
+            replace(ending.item, state=ItemState.FAILED, code="not_stored", retryable=False)
+            if ending.item.custom_id in rejected
+            else ending.item
+            for ending in endings
         )
 
     def _new_lines(self, shard: Shard, lines: list[Line]) -> list[tuple[Item, Line]]:
@@ -104,34 +101,23 @@ class Answers:
         known = self._context.ledger.find([line.custom_id for line in lines])
         new: dict[str, tuple[Item, Line]] = {}
         for line in lines:
-            number, item = known.get(line.custom_id, (None, None))
-            if item is None or number != shard.number:
+            item = known.get(line.custom_id)
+            if item is None or item.shard != shard.number:
                 logger.warning("shard %d: ignored a line with an unknown custom_id", shard.number)
             elif item.state is ItemState.SUBMITTED:
-                before = new.get(line.custom_id)
-                if before is None or (before[1].state is not ItemState.OK and line.state is ItemState.OK):
+                first = new.get(line.custom_id)
+                if first is None or first[1].state is not ItemState.OK:
                     new[line.custom_id] = (item, line)
         return list(new.values())
 
-    def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None) -> End:
-        is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in _NOT_RUN
-        is_final = not line.is_retryable or is_exhausted
-        outcome = "failed" if is_final else "is pending again"
+    def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None) -> Ending:
+        is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in NOT_RUN
+        is_retryable = line.is_retryable and not is_exhausted
+        outcome = "is pending again" if is_retryable else "failed"
         logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, line.code)
         error = error or _ERRORS.get(line.state, f"OpenAI answered with an error ({line.code})")
         info = {"batch_id": shard.batch_id, "error": error, "failed_at": datetime.now(UTC)}
-        return item, line, Ending(item.document_id, item.custom_id, None, is_final, info)
-
-
-def _success(shard: Shard, item: Item, line: Line, update: Mapping[str, Any]) -> End:
-    info = {
-        "batch_id": shard.batch_id,
-        "model": line.model,
-        "prompt_tokens": line.prompt_tokens,
-        "reply_tokens": line.reply_tokens,
-        "completed_at": datetime.now(UTC),
-    }
-    return item, line, Ending(item.document_id, item.custom_id, update, is_final=False, info=info)
+        return Ending(replace(item, state=line.state, code=line.code, retryable=is_retryable), None, info)
 
 
 def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
@@ -142,7 +128,7 @@ def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
         is_retryable = is_retryable and bool(bad_ids)
         return Line(item.custom_id, ItemState.FAILED, code=shard.problem or "batch_failed", is_retryable=is_retryable)
     state = _WITHOUT_LINE.get(shard.status or "", ItemState.MISSING)
-    return Line(item.custom_id, state, code=_NOT_RUN.get(shard.status or "", state.value), is_retryable=is_retryable)
+    return Line(item.custom_id, state, code=NOT_RUN.get(shard.status or "", state.value), is_retryable=is_retryable)
 
 
 def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:
@@ -158,9 +144,7 @@ def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:
                 elif raw.strip() and not is_quiet:
                     logger.warning("%s:%d is not a line of a result file; ignored", path.name, number)
     except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
-        ) from exc
+        raise unreadable(path, exc) from exc
 
 
 def count_lines(path: Path) -> int:
@@ -168,11 +152,8 @@ def count_lines(path: Path) -> int:
     return sum(1 for _ in _lines(path, is_quiet=True))
 
 
-def ids_at(path: Path, numbers: str) -> frozenset[str]:
-    """Return the custom ids of the lines *numbers* (from 1, joined by commas) of the request file *path*.
-
-    Empty if the file is gone.
-    """
+def _ids_at(path: Path, numbers: str) -> frozenset[str]:
+    """Return the custom ids of the lines *numbers* (from 1, joined by commas) of the request file *path*, if it exists."""
     wanted = {int(number) for number in numbers.split(",") if number}
     if not wanted or not path.is_file():
         return frozenset()

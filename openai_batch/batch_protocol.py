@@ -15,7 +15,7 @@ import orjson
 from openai_batch.ledger import ItemState
 
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
-RUNNING = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
+KNOWN = ENDED | {"validating", "in_progress", "finalizing", "cancelling"}
 
 TOKEN_LIMIT = "token_limit_exceeded"  # noqa: S105 - a code of the API
 # Error codes of lines that never ran, and the state they end in.
@@ -51,11 +51,6 @@ class BatchState:
         return self.status in ENDED
 
     @property
-    def is_unknown(self) -> bool:
-        """True if the API reports a status that this version does not know."""
-        return self.status not in ENDED and self.status not in RUNNING
-
-    @property
     def is_over_token_limit(self) -> bool:
         """True if it was refused because too many tokens are enqueued; nothing ran."""
         return self.status == "failed" and TOKEN_LIMIT in self.codes
@@ -69,10 +64,6 @@ class BatchState:
         answered = (self.completed or 0) > 0 and self.output_file_id is None
         ran = (self.failed or 0) > 0 or self.total is None
         return self.status in ("completed", "expired", "cancelled") and (answered or (has_none and ran))
-
-    def is_of(self, metadata: Mapping[str, str]) -> bool:
-        """Return whether it is the batch that was created with *metadata*."""
-        return all(self.metadata.get(key) == value for key, value in metadata.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +106,8 @@ def parse_batch(fields: Mapping[str, Any]) -> BatchState:
 
 def parse_line(raw: bytes) -> Line | None:
     """Return the line *raw* of an output or error file; None if it is not one."""
-    fields = load_json(raw.removeprefix(b"\xef\xbb\xbf"))
-    custom_id = _text(fields.get("custom_id")) if isinstance(fields, dict) else None
+    fields = _mapping(load_json(raw.removeprefix(b"\xef\xbb\xbf")))
+    custom_id = _text(fields.get("custom_id"))
     if custom_id is None:
         return None
     response, error = fields.get("response"), _mapping(fields.get("error"))
@@ -151,14 +142,10 @@ def _answer(custom_id: str, body: Mapping[str, Any]) -> Line:
     choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
     message, usage = _mapping(choice.get("message")), _mapping(body.get("usage"))
     content, finish = _text(message.get("content")), choice.get("finish_reason")
-    code = None
+    code = {"content_filter": "content_filter", "length": "cut_off"}.get(str(finish))
     if message.get("refusal"):
         code = "refusal"
-    elif finish == "content_filter":
-        code = "content_filter"
-    elif finish == "length":
-        code = "cut_off"
-    elif content is None or not content.strip():
+    elif code is None and (content is None or not content.strip()):
         code = "empty"
     return Line(
         custom_id,

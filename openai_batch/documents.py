@@ -1,105 +1,120 @@
-"""From a document to the body of its request, and from an answer to the update of its document."""
+"""From a document to the body of its request, and from an answer to the update of its document.
+
+The owner of jinja2. Prompts run in an immutable sandbox with strict undefined names, without the globals that lead out
+of it (``cycler.__init__.__globals__``), and with size limits. A sandbox bounds neither time nor memory:
+``{{ 'x' * 10 ** 9 }}`` passes it. ``render_process.py`` does that. In response templates the model's text is only a
+value.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from error_handler import JobProcessingError, JobTemplateError
-from openai_batch.job_config import AppConfig, Document, DocumentFields, Messages, OpenAIConfig, SchemaConfig
+from openai_batch.job_config import MISSING, AppConfig, Document, Messages, OpenAIConfig, SchemaConfig, value_at
 from openai_batch.job_context import Answer
 from openai_batch.render_process import RenderProcess
-from openai_batch.schema_file import FUNCTION_ERRORS, ResponseProcessor, resolve_function
-from openai_batch.templates import PromptTemplate, fill
+from openai_batch.schema_file import USER_ERRORS, ResponseProcessor, resolve_function
 from storage.extended_json import bson_encode, canonical, id_text, plain
 
 if TYPE_CHECKING:
-    from openai_batch.masking import Mask
+    from openai_batch.masking import Mask, Masking
 
 # The functions of the child process, by the names that errors use.
 PROMPT, PROCESSOR = "the prompt", "the response processor"
 
-_MISSING = object()
+MAX_TEMPLATE_CHARACTERS = 100_000
+MAX_PROMPT_CHARACTERS = 2_000_000
+
+_WORD = re.compile(r"\w+")
+
+CONTENT, DATE, BATCH = "{{response_content}}", "{{current_date}}", "{{batch_id}}"
 
 
-def value_at(document: Mapping[str, Any], path: str) -> Any:
-    """Return the value at *path*, which joins names and list indexes by dots.
-
-    Raises:
-        KeyError: There is no such value.
-    """
-    value: Any = document
-    for name in path.split("."):
-        if isinstance(value, Mapping) and name in value:
-            value = value[name]
-        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
-            value = value[int(name)]
-        else:
-            raise KeyError(path)
-    return value
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    environment.globals.clear()
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False, default=str)
+    return environment
 
 
 class Variables:
-    """Takes the variables of the prompts from documents."""
+    """Takes the variables of the prompts from documents, and masks personal data if the job wants that."""
 
-    def __init__(self, fields: DocumentFields, id_field: str = "_id") -> None:
-        """Resolve the preprocess functions, see ``resolve_function``. Errors name a document by its *id_field*."""
-        self._fields = fields
-        self._id_field = id_field
+    def __init__(self, config: AppConfig) -> None:
+        """Resolve the preprocess functions; JobValidationError if one of them or ``phone_region`` is not usable."""
+        self._fields = fields = config.fields
+        self._id_field = config.schema_config.document_id_field
         self._functions = {name: resolve_function(given, name) for name, given in fields.preprocess_functions.items()}
+        self._masking: Masking | None = None
+        if config.mask_pii:
+            from openai_batch.masking import Masking  # noqa: PLC0415 - loads the phone numbers of all countries
+
+            self._masking = Masking(fields.phone_region)
 
     def of(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """Return the variables of *document* as plain values: dicts, lists, texts, numbers, booleans, None.
 
-        Raises:
-            JobProcessingError: A field is missing and has no default, or a preprocess function failed. The message
-                names the document and the field.
+        Raises JobProcessingError if a field is missing and has no default, or a preprocess function failed.
         """
         if not self._fields.field_map:
             return {str(name): plain(value) for name, value in document.items()}
         values = {}
         for name, path in self._fields.field_map.items():
             try:
-                value = value_at(document, path)
-            except KeyError:
-                value = self._fields.defaults.get(name, _MISSING)
-            if value is _MISSING:
+                value = value_at(document, path, self._fields.defaults.get(name, MISSING))
+            except KeyError as exc:
+                document_id = value_at(document, self._id_field, default=document.get("_id"))
                 raise JobProcessingError(
-                    f"document {self._name_of(document)} has no field {path} (variable {name}); give a default",
+                    f"document {id_text(document_id)} has no field {path} (variable {name}); give a default",
                     is_final=True,
-                )
+                ) from exc
             values[name] = self._preprocess(name, plain(value))
         return values
 
-    def masked(self, document: Mapping[str, Any]) -> list[str]:
-        """Return the texts of the masked variables, before and after their preprocess functions."""
-        texts: list[str] = []
+    def mask(self, document: Document, messages: Messages) -> Mask | None:
+        """Return the mask of *document*, whose prompt is *messages*; None if nothing is masked."""
+        if self._masking is None:
+            return None
+        names: list[str] = []
         for name in self._fields.masked:
             with contextlib.suppress(KeyError):
                 value = plain(value_at(document, self._fields.field_map[name]))
-                texts += [*_texts_of(value), *_texts_of(self._preprocess(name, value))]
-        return texts
+                names += [*_texts_of(value), *_texts_of(self._preprocess(name, value))]
+        texts = [message["content"] for message in messages]
+        return self._masking.of(texts, canonical(document.get("_id")), names)
 
-    def _name_of(self, document: Mapping[str, Any]) -> str:
-        try:
-            return id_text(value_at(document, self._id_field))
-        except KeyError:
-            return id_text(document.get("_id"))
+    def hide(self, document: Document, messages: Messages) -> Messages:
+        """Return *messages* with placeholders for personal data."""
+        mask = self.mask(document, messages)
+        if mask is None:
+            return messages
+        return [{**message, "content": mask.hide(message["content"])} for message in messages]
 
     def _preprocess(self, name: str, value: Any) -> Any:
         function = self._functions.get(name)
         if function is None:
             return value
-        try:
+        with _failing(f"the preprocess function of {name}"):
             return function(value)
-        except FUNCTION_ERRORS as exc:
-            raise JobProcessingError(
-                f"the preprocess function of {name} failed ({type(exc).__name__})", is_final=True
-            ) from exc
+
+
+@contextlib.contextmanager
+def _failing(function: str, *, is_final: bool = True) -> Iterator[None]:
+    """Raise the exceptions of a user's *function* as JobProcessingError, without their text."""
+    try:
+        yield
+    except USER_ERRORS as exc:
+        raise JobProcessingError(f"{function} failed ({type(exc).__name__})", is_final=is_final) from exc
 
 
 def _texts_of(value: Any) -> list[str]:
@@ -121,30 +136,46 @@ def _checked(messages: Any) -> Messages:
     return messages  # type: ignore[no-any-return]
 
 
-class DocumentMasking:
-    """Replaces personal data in prompts by placeholders, and finds the values of placeholders in answers."""
+class PromptTemplate:
+    """One template, parsed once; errors call it *name*."""
 
-    def __init__(self, fields: DocumentFields, variables: Variables) -> None:
-        """Check ``phone_region``; JobValidationError if there is no such region."""
-        from openai_batch.masking import Masking  # noqa: PLC0415 - loads the phone numbers of all countries
+    def __init__(self, name: str, source: str) -> None:
+        """Parse *source*; raise JobTemplateError if it is too long or malformed."""
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise JobTemplateError(f"{name} has more than {MAX_TEMPLATE_CHARACTERS} characters; shorten it.")
+        self._name = name
+        self._words = frozenset(_WORD.findall(source))
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateSyntaxError as exc:
+            raise JobTemplateError(f"{name}, line {exc.lineno}: not a valid template ({exc.message})") from exc
+        except (TemplateError, MemoryError, OverflowError, RecursionError) as exc:
+            raise JobTemplateError(f"{name} cannot be used as a template ({type(exc).__name__})") from exc
 
-        self._masking = Masking(fields.phone_region)
-        self._variables = variables
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Return the rendered text; values are inserted as they are, never as templates.
 
-    def mask(self, document: Document, messages: Messages) -> Mask:
-        """Return the mask of *document*, whose prompt is *messages*."""
-        texts = [message["content"] for message in messages]
-        return self._masking.of(texts, canonical(document.get("_id")), self._variables.masked(document))
+        Raises JobProcessingError if a variable is missing, or the template fails for this document.
+        """
+        try:
+            text = self._template.render(variables)
+        except UndefinedError as exc:
+            raise JobProcessingError(
+                f"{self._name} uses an undefined name: {self._name_in(exc)}", is_final=True
+            ) from exc
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError, RecursionError) as exc:
+            raise JobProcessingError(f"{self._name} cannot be rendered ({type(exc).__name__})", is_final=True) from exc
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise JobProcessingError(
+                f"{self._name} renders more than {MAX_PROMPT_CHARACTERS} characters", is_final=True
+            )
+        return text
 
-    def hide(self, document: Document, messages: Messages) -> Messages:
-        """Return *messages* with placeholders."""
-        mask = self.mask(document, messages)
-        return [{**message, "content": mask.hide(message["content"])} for message in messages]
-
-
-def masking_of(config: AppConfig, variables: Variables) -> DocumentMasking | None:
-    """Return the masking of a job; None if *config* has it off."""
-    return DocumentMasking(config.fields, variables) if config.mask_pii else None
+    def _name_in(self, exc: UndefinedError) -> str:
+        """Return the undefined name in Jinja's message, and nothing else of it: it may quote a value."""
+        parts = (exc.message or "").split("'")
+        # A name that the template does not contain was computed, perhaps from a value.
+        return next((part for part in parts if part.isidentifier() and part in self._words), "an attribute")
 
 
 class ChildFunctions:
@@ -158,44 +189,36 @@ class ChildFunctions:
         self._build = prompts.build_messages
         self._system = PromptTemplate("system_prompt", prompts.system_prompt)
         self._user = PromptTemplate("user_prompt_template", prompts.user_prompt_template)
-        self._variables = variables
-        self._masking = masking_of(config, variables)
+        self._variables, self._is_masked = variables, config.mask_pii
         self._processor = processor
 
-    def by_name(self) -> dict[str, Callable[[Any], Any]]:
-        """Return the functions by the names that errors use."""
-        return {PROMPT: self._prompt, PROCESSOR: self._processed}
-
-    def _prompt(self, document: Document) -> Messages:
-        messages = self._messages(document)
-        return messages if self._masking is None else self._masking.hide(document, messages)
+    def prompt(self, document: Document) -> Messages:
+        """Return the messages for *document*."""
+        return self._variables.hide(document, self._messages(document))
 
     def _messages(self, document: Document) -> Messages:
         if self._build is not None:
-            try:
+            with _failing("build_messages"):
                 return _checked(self._build(document))
-            except FUNCTION_ERRORS as exc:
-                raise JobProcessingError(f"build_messages failed ({type(exc).__name__})", is_final=True) from exc
         values = self._variables.of(document)
         system, user = self._system.render(values), self._user.render(values)
         messages = [{"role": "system", "content": system}] if system.strip() else []
         return [*messages, {"role": "user", "content": user}]
 
-    def _processed(self, value: dict[str, Any]) -> dict[str, Any]:
+    def processed(self, value: dict[str, Any]) -> dict[str, Any]:
         """Return what is stored of ``value["content"]`` and how many placeholders are left in it."""
-        document, content, left = value["document"], value["content"], 0
-        if self._masking is not None:
+        document, content, left, mask = value["document"], value["content"], 0, None
+        if self._is_masked:
             try:
-                mask = self._masking.mask(document, self._messages(document))
+                mask = self._variables.mask(document, self._messages(document))
             except JobProcessingError:  # the document has changed and has no prompt: placeholders stay and are counted
-                mask = self._masking.mask(document, [])
+                mask = self._variables.mask(document, [])
+        if mask is not None:
             content = mask.restore(content)
             left = mask.unresolved(content)
         if self._processor is not None:
-            try:
+            with _failing(PROCESSOR, is_final=False):
                 content = dict(self._processor(content, document))
-            except FUNCTION_ERRORS as exc:
-                raise JobProcessingError(f"{PROCESSOR} failed ({type(exc).__name__})") from exc
         return {"content": content, "left": left}
 
 
@@ -208,16 +231,18 @@ class TemplateHandling:
     def __init__(self, config: AppConfig, processor: ResponseProcessor | None = None) -> None:
         """*processor* returns the stored value of an answer, ``(response, document) -> dict``; None stores the answer.
 
-        Raises:
-            JobTemplateError: A template is not usable.
-            JobValidationError: A function or ``phone_region`` is not usable.
+        Raises JobTemplateError or JobValidationError if a template, a function or ``phone_region`` is not usable.
         """
         self._config = config
-        variables = Variables(config.fields, config.schema_config.document_id_field)
-        masking_of(config, variables)  # raises here rather than in the child
+        variables = Variables(config)
         # With neither a processor nor masking, answers need no call to the child.
         self._is_processed = processor is not None or config.mask_pii
-        self._process = RenderProcess(lambda: ChildFunctions(config, variables, processor).by_name())
+
+        def make() -> dict[str, Callable[[Any], Any]]:
+            functions = ChildFunctions(config, variables, processor)
+            return {PROMPT: functions.prompt, PROCESSOR: functions.processed}
+
+        self._process = RenderProcess(make)
 
     def __enter__(self) -> Self:
         return self
@@ -226,30 +251,25 @@ class TemplateHandling:
         self._process.close()
 
     def request(self, document: Document) -> dict[str, Any]:
-        """Return the body for *document*; blocks for milliseconds, or for seconds if a template does not end.
+        """Return the body for *document*, or raise JobProcessingError, which quotes no value.
 
-        Raises:
-            JobProcessingError: There is none; the message says why and quotes no value.
+        Blocks for milliseconds, or for seconds if a template does not end.
         """
         return request_body(self._config.openai, self._process.call(PROMPT, document))
 
     async def deliver(self, answers: Sequence[Answer], batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
         """Return the update of each document, or why there is none."""
         if self._is_processed:
-            return await asyncio.to_thread(self._updates, answers, batch_id)
-        return self._updates(answers, batch_id)
+            return await asyncio.to_thread(lambda: [self._update(answer, batch_id) for answer in answers])
+        return [self._update(answer, batch_id) for answer in answers]
 
-    def _updates(self, answers: Sequence[Answer], batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
-        now = datetime.now(UTC)
-        updates: list[Mapping[str, Any] | JobProcessingError] = []
-        for answer in answers:
-            try:
-                updates.append(self._update(answer, batch_id, now))
-            except JobProcessingError as exc:
-                updates.append(exc)
-        return updates
+    def _update(self, answer: Answer, batch_id: str) -> Mapping[str, Any] | JobProcessingError:
+        try:
+            return self._usable_update(answer, batch_id)
+        except JobProcessingError as exc:
+            return exc
 
-    def _update(self, answer: Answer, batch_id: str, now: datetime) -> Mapping[str, Any]:
+    def _usable_update(self, answer: Answer, batch_id: str) -> Mapping[str, Any]:
         content: Any = answer.line.content or ""
         if self._config.openai.response_format is not None:
             try:
@@ -262,7 +282,7 @@ class TemplateHandling:
             made = self._process.call(PROCESSOR, {"document": answer.document, "content": content})
             content, left = made["content"], made["left"]
             require_storable(content)
-        update = response_update(self._config.schema_config, content, now, batch_id)
+        update = response_update(self._config.schema_config, content, datetime.now(UTC), batch_id)
         if left:
             info = self._config.schema_config.processing_info_field
             update.setdefault("$set", {})[f"{info}.placeholders_left"] = left
@@ -307,3 +327,26 @@ def response_update(schema: SchemaConfig, content: Any, now: datetime, batch_id:
     for operator, changes in (schema.update_template or {}).items():
         update.setdefault(operator, {}).update(changes)
     return update
+
+
+def fill(template: Any, content: Any, now: datetime, batch_id: str) -> Any:
+    """Return the update *template* with the three placeholders filled in.
+
+    A text that consists of one placeholder becomes the value itself, with its type; inside a longer text the value is
+    inserted as text. Keys are never changed.
+    """
+    if isinstance(template, Mapping):
+        return {key: fill(value, content, now, batch_id) for key, value in template.items()}
+    if isinstance(template, list | tuple):
+        return [fill(value, content, now, batch_id) for value in template]
+    if not isinstance(template, str):
+        return template
+    values = {CONTENT: content, DATE: now, BATCH: batch_id}
+    compact = template.replace(" ", "")
+    if compact in values:
+        return values[compact]
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+    # The content last, so that placeholders in the model's text stay text.
+    for placeholder, value in ((DATE, now.isoformat()), (BATCH, batch_id), (CONTENT, text)):
+        template = template.replace(placeholder, value)
+    return template

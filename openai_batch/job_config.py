@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from itertools import combinations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from config import Settings, load_settings
+from config.loading import HttpAddress
 from config.openai_settings import OpenAISettings, load_openai_settings
 
 Document = dict[str, Any]
@@ -17,6 +19,7 @@ Messages = list[dict[str, str]]
 
 MAX_LINES, MAX_FILE_BYTES = 50_000, 200_000_000  # limits of one batch (OpenAI API reference, files and batches)
 
+MISSING = object()
 _FIELD_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 # Anchored, because pydantic searches for a pattern anywhere in the text; its $ does not match before a line end.
 _WHOLE_NAME, _WHOLE_PATH = r"^[A-Za-z0-9_]+$", rf"^{_FIELD_PATH.pattern}$"
@@ -86,20 +89,16 @@ class SchemaConfig(_Frozen):
 
     @model_validator(mode="after")
     def _own_fields_stay(self) -> SchemaConfig:
-        own = {
-            "_id": "_id",
-            self.status.field_name: "status.field_name",
-            self.processing_info_field: "processing_info_field",
-        }
-        if len(own) < 3 or any(overlap(path, other) for path in own for other in own if path != other):
+        own = ("_id", self.status.field_name, self.processing_info_field)
+        if any(overlap(*pair) for pair in combinations(own, 2)):
             raise ValueError("status.field_name and processing_info_field must be two separate fields other than _id")
         written: dict[str, str] = {}
         for name, path in self._written():
             if any(overlap(path, field) for field in own):
                 raise ValueError(f"{name}: the job itself writes this field; choose another one")
-            twice = next((other for field, other in written.items() if overlap(path, field)), None)
-            if twice is not None:
-                raise ValueError(f"{name}: {twice} writes this field as well; MongoDB accepts one change per field")
+            for field, other in written.items():
+                if overlap(path, field):
+                    raise ValueError(f"{name}: {other} writes this field as well; MongoDB accepts one change per field")
             written[path] = name
         if self.response_content_field == self.response_date_field:
             raise ValueError("response_content_field and response_date_field must differ")
@@ -178,14 +177,7 @@ class OpenAIConfig(_Frozen):
     max_tokens: int = Field(500, ge=1)
     response_format: dict[str, Any] | None = None
     api_key: SecretStr | None = None
-    base_url: str = "https://api.openai.com/v1"
-
-    @field_validator("base_url")
-    @classmethod
-    def _without_password(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")) or "@" in value:  # the address is printed and logged
-            raise ValueError("must be http(s)://host[:port][/path], without user name and password")
-        return value
+    base_url: HttpAddress = "https://api.openai.com/v1"  # it is printed and logged, so it has no password
 
 
 class BatchConfig(_Frozen):
@@ -259,18 +251,11 @@ class AppConfig(_Frozen):
 
     @classmethod
     def from_env(
-        cls,
-        schema_config: SchemaConfig | None = None,
-        fields: DocumentFields | None = None,
-        settings: Settings | None = None,
-        openai_settings: OpenAISettings | None = None,
-        **parts: Any,
+        cls, *, settings: Settings | None = None, openai_settings: OpenAISettings | None = None, **parts: Any
     ) -> AppConfig:
         """Return the job that the environment describes; *parts* (fields of AppConfig) take precedence.
 
-        Raises:
-            ConfigurationError: A variable is malformed.
-            pydantic.ValidationError: A part is not usable.
+        Raises ConfigurationError if a variable is malformed, pydantic's ValidationError if a part is not usable.
         """
         settings = settings or load_settings()
         given = openai_settings or load_openai_settings()
@@ -282,12 +267,7 @@ class AppConfig(_Frozen):
             "system_prompt": given.system_prompt or "",
             "user_prompt_template": given.user_prompt_template or "",
         }
-        made: dict[str, Any] = {
-            "schema_config": schema_config or SchemaConfig(),
-            "fields": fields or DocumentFields(),
-            "allow_external": given.allow_external,
-            **parts,
-        }
+        made: dict[str, Any] = {"allow_external": given.allow_external, **parts}
         for kind, name in PARTS.items():
             part = made.get(name, kind())
             if type(part) is kind:
@@ -310,6 +290,20 @@ def _with_defaults(part: BaseModel, values: Mapping[str, Any]) -> BaseModel:
     if own.get("build_messages") is not None:
         fields["user_prompt_template"] = ""  # replaced by the function
     return type(part)(**{**fields, **own})
+
+
+def value_at(document: Any, path: str, default: Any = MISSING) -> Any:
+    """Return the value at *path*, which joins names and list indexes by dots; KeyError without it and *default*."""
+    for name in path.split("."):
+        if isinstance(document, Mapping) and name in document:
+            document = document[name]
+        elif isinstance(document, list) and name.isdecimal() and int(name) < len(document):
+            document = document[int(name)]
+        elif default is MISSING:
+            raise KeyError(path)
+        else:
+            return default
+    return document
 
 
 def overlap(path: str, other: str) -> bool:

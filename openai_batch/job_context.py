@@ -1,10 +1,10 @@
-"""The shared context of the steps of one job: its parts, its waits, and its handling of documents."""
+"""The shared context of the steps of one job: its parts, its waits, its counts, and its handling of documents."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,22 @@ from openai_batch.job_config import AppConfig, Document
 from openai_batch.job_store import JobStore
 from openai_batch.ledger import Ledger
 from openai_batch.openai_client import NotNowError, OpenAIFiles
+
+
+@dataclass(slots=True)
+class JobResult:
+    """The outcome of one call of a job; *retried* documents became pending again meanwhile."""
+
+    succeeded: int = 0
+    failed: int = 0
+    skipped: int = 0
+    retried: int = 0
+    batches: int = 0
+
+    @property
+    def total_processed(self) -> int:
+        """The documents that ended."""
+        return self.succeeded + self.failed + self.skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +75,8 @@ class Handling(Protocol):
 class JobContext:
     """The open parts of one job. The caller holds the lock of *folder*, which has the ledger and the JSONL files.
 
-    Once *stop* is set no step begins anything new. *on_progress* gets texts such as ``shard 3: in_progress``.
+    Once *stop* is set no step begins anything new. *on_progress* gets texts such as ``shard 3: in_progress``. The
+    steps count in *result*.
     """
 
     config: AppConfig
@@ -72,3 +89,4 @@ class JobContext:
     times: Times
     stop: asyncio.Event
     on_progress: Callable[[str], None]
+    result: JobResult = field(default_factory=JobResult)

@@ -13,18 +13,15 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from error_handler import JobConnectionError, JobProcessingError, JobValidationError
-from openai_batch.answers import Answers, count_lines, ids_at
-from openai_batch.batch_protocol import BatchState
+from openai_batch.answers import Answers, count_lines
+from openai_batch.batch_protocol import KNOWN, BatchState
 from openai_batch.job_context import JobContext
-from openai_batch.ledger import NOT_SENT, ItemState, Shard, ShardState
+from openai_batch.ledger import NOT_SENT, OPEN, ItemState, Shard, ShardState
 from openai_batch.openai_client import NotThereError
-from openai_batch.planning import JobPlanner
-from openai_batch.sending import ShardSender, for_each, wait_left_s
+from openai_batch.planning import JobSender, for_each, wait_left_s
 from utils.retry_utils import CAP_S
 
 logger = logging.getLogger(__name__)
@@ -35,73 +32,39 @@ DOWNLOADS = 3  # of result files with fewer lines than the shard
 MAX_SURPLUS_FILES = 5  # copies of a file whose upload was repeated because the response was lost
 STOP_GRACE_S = 3.0
 
+OnEnd = Callable[[Shard, dict[ItemState, int], int], None]
+
 _LIMIT = re.compile(r"[Ll]imit:?\s*([\d,]{4,15})")
-
-
-@dataclass(frozen=True, slots=True)
-class ShardEnd:
-    """An applied shard. Its counts satisfy lines = ok + failed + expired + cancelled + missing."""
-
-    shard: Shard
-    counts: dict[ItemState, int]
-    retried: int
-
-
-@dataclass(slots=True)
-class JobResult:
-    """The outcome of one call of a job.
-
-    *total_processed* = *succeeded* + *failed* + *skipped*; *retried* documents became pending again meanwhile.
-    """
-
-    total_processed: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    skipped: int = 0
-    retried: int = 0
-    batches: int = 0
 
 
 class JobRun:
     """One open job. Each step resumes where the ledger stands, and retries while OpenAI cannot be reached."""
 
-    def __init__(self, context: JobContext, on_end: Callable[[ShardEnd], None]) -> None:
-        """*on_end* is called once for each applied shard."""
+    def __init__(self, context: JobContext, sender: JobSender, on_end: OnEnd) -> None:
+        """*on_end* is called once for each applied shard, with its counts and the documents that are pending again."""
         self.context = context
         self._ledger, self._files, self._times = context.ledger, context.files, context.times
         self._on_end = on_end
-        self._planner = JobPlanner(context)
-        self._sender = ShardSender(context, self._planner)
+        self._sender = sender
         self._answers = Answers(context)
-        self._ended = JobResult()
-
-    @property
-    def result(self) -> JobResult:
-        """The outcome so far."""
-        ended, planner = self._ended, self._planner
-        failed, skipped = ended.failed + planner.failed, planner.skipped
-        total = ended.succeeded + failed + skipped
-        return JobResult(total, ended.succeeded, failed, skipped, ended.retried, ended.batches)
-
-    async def recover(self) -> None:
-        """Give back what a killed process claimed without finishing its file; call it before any other step."""
-        await self._planner.recover()
 
     async def run(self, limit: int | None = None) -> None:
         """Work until no document is pending and no batch is open, or the run is stopped.
 
-        Raises:
-            JobConnectionError: OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches continue.
+        Raises JobConnectionError if OpenAI could not be reached for ``Times.unreachable_limit_s``; the batches continue.
         """
-        taken = 0
+        taken, result = 0, self.context.result
         while not self.context.stop.is_set():
-            refused = self._planner.failed + self._planner.skipped
-            planned = 0
+            ended, planned = result.total_processed, 0
             if limit is None or taken < limit:
-                planned = await self._planner.plan(None if limit is None else limit - taken)
+                planned = await self._sender.plan(None if limit is None else limit - taken)
                 taken += planned
-            if not (planned or self._ledger.open_shards() or refused < self._planner.failed + self._planner.skipped):
-                await self._report_pending(limit)
+            if not planned and ended == result.total_processed and not self._ledger.shards(OPEN):
+                left = await self.context.store.count_pending() if limit is None else 0
+                if left:
+                    logger.warning(
+                        "%d documents stay pending: leased by a worker, or MongoDB rejected their update", left
+                    )
                 await self._patiently(self._poll)  # there may be files to delete
                 return
             await self.poll()
@@ -109,7 +72,7 @@ class JobRun:
 
     async def submit(self, limit: int | None = None) -> None:
         """Send the pending documents (at most *limit*)."""
-        await self._planner.plan(limit)
+        await self._sender.plan(limit)
         await self._patiently(self._sender.send)
 
     async def poll(self) -> None:
@@ -128,9 +91,8 @@ class JobRun:
         await self._patiently(self._poll)
 
     async def _poll(self) -> None:
-        await for_each(self._ledger.open_shards(), self._collect)
-        applied = [shard for shard in self._ledger.shards() if shard.state is ShardState.APPLIED]
-        await for_each(applied, self._delete_files)
+        await for_each(self._ledger.shards(OPEN), self._collect)
+        await for_each(self._ledger.shards([ShardState.APPLIED]), self._delete_files)
 
     async def _collect(self, shard: Shard) -> None:
         """Take *shard* as far as it goes: check its batch, download its files, apply its answers."""
@@ -148,16 +110,14 @@ class JobRun:
             state = await self._files.get(shard.batch_id or "")
         except NotThereError:
             return await self._check_missing(shard)
-        if state.is_unknown:
+        if state.status not in KNOWN:
             logger.warning("batch %s has the unknown status %s; waiting", state.batch_id, state.status)
-        progress = f"{state.completed or 0} of {state.total or shard.lines} done"
-        self.context.on_progress(f"shard {shard.number}: {state.status}, {progress}")
-        if not state.has_ended:
-            return self._ledger.advance(shard.number, ShardState.CREATED, status=state.status, ended_at=None)
+        done = f"{state.completed or 0} of {state.total or shard.lines} done"
+        self.context.on_progress(f"shard {shard.number}: {state.status}, {done}")
         if state.is_over_token_limit:
             return self._wait_for_tokens(shard, state)
-        ended_at = _ended_at(shard)
-        if state.lacks_files and time.time() - ended_at < self._times.files_late_s:
+        ended_at = _ended_at(shard) if state.has_ended else None
+        if ended_at is None or (state.lacks_files and self._may_be_late(shard)):
             return self._ledger.advance(shard.number, ShardState.CREATED, status=state.status, ended_at=ended_at)
         return self._ledger.advance(
             shard.number,
@@ -175,34 +135,34 @@ class JobRun:
 
         A server that knows neither is another account or address: sending everything again would pay for it again.
         """
-        ended_at = _ended_at(shard)
-        if time.time() - ended_at < self._times.files_late_s:
+        if self._may_be_late(shard):
             logger.warning("OpenAI does not find batch %s of shard %d; checking again", shard.batch_id, shard.number)
+            ended_at = _ended_at(shard)
             return self._ledger.advance(shard.number, ShardState.CREATED, status="not_found", ended_at=ended_at)
-        if not await self._files.has_file(shard.file_id or ""):
+        if await self._files.uploaded_at(shard.file_id or "") is None:
             raise JobValidationError(
                 f"OpenAI knows neither batch {shard.batch_id} nor its file. Check that OPENAI_API_KEY and OPENAI_BASE_URL "
                 "are the ones it was created with, or give it up with cli.py openai-batch cancel."
             )
         logger.warning("batch %s of shard %d is lost; its documents are sent again", shard.batch_id, shard.number)
-        return self._ledger.advance(shard.number, ShardState.TERMINAL, status="gone")
+        return self._ledger.give_up(shard, "gone")
+
+    def _may_be_late(self, shard: Shard) -> bool:
+        return time.time() - _ended_at(shard) < self._times.files_late_s
 
     def _wait_for_tokens(self, shard: Shard, state: BatchState) -> Shard:
         """Create the batch again later, since nothing of it ran; split a shard that exceeds the limit by itself."""
-        planner = self._planner
+        sender = self._sender
         found = _LIMIT.search(state.message or "")
         limit = int(found.group(1).replace(",", "")) if found else None
         is_alone = self._ledger.live_tokens() <= shard.tokens
         if limit is not None:
-            planner.token_limit = min(planner.token_limit or limit, limit)
+            sender.token_limit = min(sender.token_limit or limit, limit)
         if (limit is not None and shard.tokens > limit) or (is_alone and shard.tries >= 3) or shard.tries >= MAX_TRIES:
             if limit is None:
-                planner.token_limit = max(1000, shard.tokens // 2)
+                sender.token_limit = max(1000, shard.tokens // 2)
             logger.warning("shard %d exceeds the enqueued-token limit by itself; splitting it", shard.number)
-            ended_at = time.time()
-            return self._ledger.advance(
-                shard.number, ShardState.TERMINAL, status="token_limit", problem=None, ended_at=ended_at
-            )
+            return self._ledger.give_up(shard, "token_limit")
         wait_s = min(MAX_TOKEN_WAIT_S, self._times.token_wait_s * 2 ** (shard.tries - 1)) * random.uniform(0.75, 1.25)
         logger.info("shard %d waits %.0f s: too many tokens are enqueued", shard.number, wait_s)
         return self._ledger.advance(
@@ -223,7 +183,7 @@ class JobRun:
                     received = await self._files.download(file_id, target)
                 except NotThereError:
                     target.unlink(missing_ok=True)
-                    if time.time() - _ended_at(shard) < self._times.files_late_s:
+                    if self._may_be_late(shard):
                         logger.warning("OpenAI does not find %s of shard %d; checking again", file_id, shard.number)
                         return shard
                     logger.warning("file %s of shard %d is lost; its lines are sent again", file_id, shard.number)
@@ -237,25 +197,21 @@ class JobRun:
         return self._ledger.advance(shard.number, ShardState.DOWNLOADED)
 
     async def _apply(self, shard: Shard) -> None:
-        paths = [path for path in self._result_paths(shard) if path.exists()]
-        bad_ids = await asyncio.to_thread(ids_at, self.context.folder / shard.file_name, shard.bad_lines)
-        if not await self._answers.apply(shard, paths, bad_ids):
+        paths = [self.context.folder / name for name in shard.result_files.values()]
+        if not await self._answers.apply(shard, [path for path in paths if path.exists()]):
             return
-        end = ShardEnd(shard, self._ledger.counts(shard.number), self._ledger.retried(shard.number))
+        counts, retried = self._ledger.counts(shard.number), self._ledger.retried(shard.number)
         self._ledger.advance(shard.number, ShardState.APPLIED)
-        if end.counts[ItemState.SUBMITTED] or sum(end.counts.values()) != shard.lines:
+        if counts.pop(ItemState.SUBMITTED) or sum(counts.values()) != shard.lines:
             raise JobProcessingError(f"the counts of shard {shard.number} do not add up; please report this as a bug.")
-        counts = " + ".join(f"{end.counts[state]} {state}" for state in ItemState if state is not ItemState.SUBMITTED)
-        logger.info("shard %d (%s): %d submitted = %s", shard.number, shard.status, shard.lines, counts)
-        succeeded = end.counts[ItemState.OK]
-        self._ended.batches += 1
-        self._ended.succeeded += succeeded
-        self._ended.retried += end.retried
-        self._ended.failed += shard.lines - succeeded - end.retried
-        self._on_end(end)
-
-    def _result_paths(self, shard: Shard) -> list[Path]:
-        return [self.context.folder / name for name in shard.result_files.values()]
+        text = " + ".join(f"{count} {state}" for state, count in counts.items())
+        logger.info("shard %d (%s): %d submitted = %s", shard.number, shard.status, shard.lines, text)
+        result = self.context.result
+        result.batches += 1
+        result.succeeded += counts[ItemState.OK]
+        result.retried += retried
+        result.failed += shard.lines - counts[ItemState.OK] - retried
+        self._on_end(shard, counts, retried)
 
     async def _delete_files(self, shard: Shard) -> None:
         """Delete the files with customer text, at OpenAI and here."""
@@ -267,34 +223,26 @@ class JobRun:
             if surplus is None:
                 break
             await self._files.delete_file(surplus)
-        for path in (self.context.folder / shard.file_name, *self._result_paths(shard)):
-            path.unlink(missing_ok=True)
+        for name in (shard.file_name, *shard.result_files.values()):
+            (self.context.folder / name).unlink(missing_ok=True)
         self._ledger.advance(shard.number, ShardState.CLEANED)
 
     async def _cancel(self) -> None:
-        for shard in self._ledger.open_shards():
-            is_created = shard.state is ShardState.CREATED
+        for shard in self._ledger.shards(OPEN):
             if shard.state is ShardState.CREATING:
-                is_created = await self._sender.find_batch(shard)
-            if is_created:
+                shard = await self._sender.find_batch(shard)  # noqa: PLW2901 - the same shard, one step further
+            if shard.state is ShardState.CREATED:
                 try:
-                    await self._files.cancel(self._ledger.shard(shard.number).batch_id or "")
+                    await self._files.cancel(shard.batch_id or "")
                 except NotThereError:
-                    self._ledger.advance(shard.number, ShardState.TERMINAL, status="gone", ended_at=time.time())
+                    self._ledger.give_up(shard, "gone")
             elif shard.state in NOT_SENT:
-                self._ledger.advance(shard.number, ShardState.TERMINAL, status="never_sent", ended_at=time.time())
-
-    async def _report_pending(self, limit: int | None) -> None:
-        left = await self.context.store.count_pending() if limit is None else 0
-        if left:
-            logger.warning("%d documents stay pending: leased by a worker, or MongoDB rejected their update", left)
+                self._ledger.give_up(shard, "never_sent")
 
     def _poll_wait_s(self) -> float:
-        shards = self._ledger.open_shards()
-        if not shards:
-            return 0.0
+        shards = self._ledger.shards(OPEN)
         waits = [left for shard in shards if (left := wait_left_s(shard))]
-        return min([self._times.poll_s * random.uniform(0.9, 1.1), *waits])
+        return min([self._times.poll_s * random.uniform(0.9, 1.1), *waits]) if shards else 0.0
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -320,8 +268,7 @@ class JobRun:
         work, stopped = asyncio.ensure_future(step()), asyncio.ensure_future(self.context.stop.wait())
         try:
             await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                await asyncio.wait((work,), timeout=STOP_GRACE_S)
+            await asyncio.wait((work,), timeout=STOP_GRACE_S)
             if work.done():
                 work.result()
         finally:

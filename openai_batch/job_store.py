@@ -12,14 +12,14 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError
-from mongo_client import range_filter
-from openai_batch.job_config import AppConfig, Document
+from mongo_client import DURABLE, close_client, open_client, range_filter
+from openai_batch.job_config import AppConfig, Document, value_at
+from openai_batch.ledger import Item
 from storage.extended_json import canonical, id_text, loads
-from storage.mongo_connection import DURABLE, close_client, open_client
 from storage.mongo_errors import translated
 from utils.retry_utils import RetryPolicy, retry_async
 
@@ -34,47 +34,44 @@ NOT_STORED = "MongoDB rejected the answer: the document would be too large, or a
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A document and the line that is made from it. *attempt* counts from 1."""
+    """A document, the item that it becomes, and the line of its request with its estimated tokens."""
 
     document: Document
-    custom_id: str
-    attempt: int
-
-    @property
-    def document_id(self) -> str:
-        """The id of the document as canonical Extended JSON."""
-        return canonical(self.document["_id"])
+    item: Item
+    line: bytes
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of a sent document. *document_id* is canonical Extended JSON.
+    """The end of a sent document, as *item* records it.
 
-    *update* is the update of a completed document; None means failed (*is_final*) or pending again. *info* is added
-    to ``processing_info``.
+    *update* is the update of a completed document; None means failed, or pending again if *item* is retryable. *info*
+    is added to ``processing_info``.
     """
 
-    document_id: str
-    custom_id: str
+    item: Item
     update: Mapping[str, Any] | None
-    is_final: bool
     info: Mapping[str, Any]
 
 
-class Leases(Protocol):
-    """Locks the documents of a job against the batch worker, and knows which ones are done already."""
+class Leases:
+    """Locks the documents of a job against the batch worker, and knows which are done; here there is no worker."""
 
     async def acquire(self, documents: Sequence[Document], /) -> set[str]:
         """Lease *documents*; return the canonical ids of those that are leased now."""
+        return {canonical(document["_id"]) for document in documents}
 
     async def release(self, document_ids: Sequence[str], /) -> None:
-        """End the leases of *document_ids*."""
+        """End the leases of *document_ids* (canonical)."""
 
-    def failure_fields(self, error: str, /) -> dict[str, Any]:
-        """Return the fields to set, beside its status, on a document that ends with *error*."""
+    def failure_fields(self, _error: str, /) -> dict[str, Any]:
+        """Return the fields to set, beside its status, on a document that ends with an error."""
+        return {}
 
-    async def done(self, documents: Sequence[Document], /) -> dict[str, Mapping[str, Any]]:
-        """Return the updates of those of *documents* that need no request, by canonical id."""
+    async def done(self, _documents: Sequence[Document], /) -> dict[str, Mapping[str, Any]]:
+        """Return the updates of those documents that need no request, by canonical id."""
+        return {}
 
 
 class JobStore:
@@ -82,7 +79,7 @@ class JobStore:
 
     def __init__(self, config: AppConfig, settings: Settings, leases: Leases | None = None) -> None:
         """*leases* guards collections that the batch worker also uses; with None, only claims do."""
-        self._leases = leases
+        self._leases = leases or Leases()
         self._schema = config.schema_config
         self._client = open_client(settings.model_copy(update={"mongodb_uri": config.database.uri}))
         options = self._client.codec_options.with_options(tz_aware=True)
@@ -114,7 +111,7 @@ class JobStore:
                 yield page
 
     async def _pages(
-        self, query: Document, last: list[Any], fields: Document | None, size: int
+        self, query: Document, last: list[Any], fields: list[str] | None, size: int
     ) -> AsyncGenerator[list[Document]]:
         after: list[Any] = []
 
@@ -129,61 +126,58 @@ class JobStore:
 
     def _pending(self) -> dict[str, Any]:
         wanted = [self._values.pending_value, None] if self._values.missing_is_pending else [self._values.pending_value]
-        own = {self._status: {"$in": wanted}}
-        return {"$and": [own, self._schema.query_template]} if self._schema.query_template else own
+        return {"$and": [{self._status: {"$in": wanted}}, self._schema.query_template]}
 
     def _pending_one(self, document: Document) -> dict[str, Any]:
         return {"_id": {"$eq": document["_id"]}, **self._pending()}
 
     def _claimed_one(self, document_id: Any, custom_id: str) -> dict[str, Any]:
-        in_progress = {self._status: self._values.in_progress_value, f"{self._info}.custom_id": custom_id}
-        return {"_id": {"$eq": document_id}, **in_progress}
+        status = self._values.in_progress_value
+        return {"_id": {"$eq": document_id}, self._status: status, f"{self._info}.custom_id": custom_id}
 
     async def claim(self, claims: Sequence[Claim], job_id: str) -> list[Claim]:
         """Claim the documents of *claims* for *job_id*; return the claims that no other run made first."""
         free = await self._lease(claims)
         taken = await self._each(lambda claim: self._claim(claim, job_id), free)
-        own = [claim for claim, is_own in zip(free, taken, strict=True) if is_own]
-        if self._leases is not None:
-            kept = {claim.custom_id for claim in own}
-            await self._leases.release([claim.document_id for claim in free if claim.custom_id not in kept])
-        return own
+        await self._leases.release([claim.item.document_id for claim, own in zip(free, taken, strict=True) if not own])
+        return [claim for claim, own in zip(free, taken, strict=True) if own]
 
     async def _claim(self, claim: Claim, job_id: str) -> bool:
-        info: dict[str, Any] = {"job_id": job_id, "custom_id": claim.custom_id, "attempts": claim.attempt}
+        document, custom_id = claim.document, claim.item.custom_id
+        info: dict[str, Any] = {"job_id": job_id, "custom_id": custom_id, "attempts": claim.item.attempt}
         info["claimed_at"] = datetime.now(UTC)
-        fields = {self._status: self._values.in_progress_value, **self._info_change(claim.document, info)}
+        fields = {self._status: self._values.in_progress_value, **self._info_change(document, info)}
         try:
-            outcome = await self._update("claim a document", self._pending_one(claim.document), {"$set": fields})
+            outcome = await self._update("claim a document", self._pending_one(document), {"$set": fields})
         except StoreRejectedError as exc:
-            await self.refuse(claim.document, JobProcessingError(f"MongoDB rejected the claim ({exc})", is_final=True))
+            await self.refuse(document, JobProcessingError(f"MongoDB rejected the claim ({exc})", is_final=True))
             return False
         if outcome.modified_count:
             return True
         # The first update may have succeeded although its acknowledgement was lost.
-        mine = self._claimed_one(claim.document["_id"], claim.custom_id)
+        mine = self._claimed_one(document["_id"], custom_id)
         return bool(await self._call("look for a claim", lambda: self._documents.count_documents(mine, limit=1)))
 
     async def _lease(self, claims: Sequence[Claim]) -> Sequence[Claim]:
         """Return those of *claims* whose documents could be leased and need a request; complete the done ones."""
-        if self._leases is None or not claims:
+        if not claims:
             return claims
         held = await self._leases.acquire([claim.document for claim in claims])
-        claims = [claim for claim in claims if claim.document_id in held]
+        claims = [claim for claim in claims if claim.item.document_id in held]
         done = await self._leases.done([claim.document for claim in claims])
         for claim in claims:
-            if claim.document_id in done:
-                change = self._change(done[claim.document_id], {self._status: self._values.completed_value})
+            if claim.item.document_id in done:
+                change = self._change(done[claim.item.document_id], {self._status: self._values.completed_value})
                 await self._update("complete a document", self._pending_one(claim.document), change)
         await self._leases.release(list(done))
-        return [claim for claim in claims if claim.document_id not in done]
+        return [claim for claim in claims if claim.item.document_id not in done]
 
     async def claims_of(self, job_id: str) -> AsyncGenerator[list[tuple[str, str]]]:
         """Yield the documents that *job_id* has in progress, as pages of (document id, custom id)."""
         query = {self._status: self._values.in_progress_value, f"{self._info}.job_id": job_id}
-        fields = {"_id": 1, f"{self._info}.custom_id": 1}
+        fields = ["_id", f"{self._info}.custom_id"]
         async for page in self._pages(query, [], fields, CLAIM_PAGE):
-            yield [(canonical(document["_id"]), str(_at(document, f"{self._info}.custom_id"))) for document in page]
+            yield [(canonical(document["_id"]), str(value_at(document, fields[1]))) for document in page]
 
     async def give_back(self, claims: Sequence[tuple[str, str]]) -> None:
         """Make claimed documents (document id, custom id) pending again and remove every trace of the claim."""
@@ -194,8 +188,7 @@ class JobStore:
             await self._update("give a document back", self._claimed_one(loads(claim[0]), claim[1]), change)
 
         await self._each(release, claims)
-        if self._leases is not None:
-            await self._leases.release([document_id for document_id, _ in claims])
+        await self._leases.release([document_id for document_id, _ in claims])
 
     async def read(self, document_ids: Sequence[str]) -> dict[str, Document]:
         """Return the documents of *document_ids* (canonical Extended JSON) that still exist."""
@@ -207,13 +200,13 @@ class JobStore:
         """End a pending *document* that gets no request, as failed or skipped; return False if it was not pending."""
         value = (self._values.skipped_value if problem.is_skip else None) or self._values.failed_value
         info = self._info_change(document, {"error": str(problem), "failed_at": datetime.now(UTC)})
-        for fields in ({**info, **self._failure_fields(str(problem))}, {}):  # without the reason if MongoDB rejects it
+        reason = {**info, **self._leases.failure_fields(str(problem))}
+        for fields in (reason, {}):  # without the reason if MongoDB rejects it
             change = {"$set": {self._status: value, **fields}}
-            try:
-                outcome = await self._update("fail a document", self._pending_one(document), change)
-                return bool(outcome.modified_count)
-            except StoreRejectedError:
-                logger.warning("document %s: MongoDB rejected the update", id_text(document["_id"]))
+            modified = await self._accepted("fail a document", self._pending_one(document), change)
+            if modified is not None:
+                return bool(modified)
+            logger.warning("document %s: MongoDB rejected the update", id_text(document["_id"]))
         return False
 
     async def end(self, endings: Sequence[Ending]) -> set[str]:
@@ -222,39 +215,31 @@ class JobStore:
         Returns the custom ids of those that MongoDB rejected: their documents are failed.
         """
         rejected = {custom_id for custom_id in await self._each(self._end, endings) if custom_id is not None}
-        if self._leases is not None:  # before the ledger: after a crash in between this is repeated
-            await self._leases.release([ending.document_id for ending in endings])
+        # Before the ledger: after a crash in between this is repeated.
+        await self._leases.release([ending.item.document_id for ending in endings])
         return rejected
 
     async def _end(self, ending: Ending) -> str | None:
-        document_id = loads(ending.document_id)
-        query = self._claimed_one(document_id, ending.custom_id)
+        document_id = loads(ending.item.document_id)
+        query = self._claimed_one(document_id, ending.item.custom_id)
+        fields = self._info_fields(ending.info)
         if ending.update is not None:
-            change = self._change(
-                ending.update, {self._status: self._values.completed_value, **self._info_fields(ending.info)}
-            )
+            change = self._change(ending.update, {self._status: self._values.completed_value, **fields})
             change.setdefault("$unset", {})[f"{self._info}.error"] = ""
-        elif ending.is_final:
-            change = self._failure(ending.info)
+        elif ending.item.retryable:
+            change = {"$set": {self._status: self._values.pending_value, **fields}}
         else:
-            change = {"$set": {self._status: self._values.pending_value, **self._info_fields(ending.info)}}
-        try:
-            await self._update("write an answer", query, change)
+            change = self._failure(ending.info)
+        if await self._accepted("write an answer", query, change) is not None:
             return None
-        except StoreRejectedError:
-            info = {**ending.info, "error": NOT_STORED, "failed_at": datetime.now(UTC)}
-        try:
-            await self._update("fail a document", query, self._failure(info))
-        except StoreRejectedError:
+        info = {**ending.info, "error": NOT_STORED, "failed_at": datetime.now(UTC)}
+        if await self._accepted("fail a document", query, self._failure(info)) is None:
             logger.warning("document %s: MongoDB rejected the update of its status", id_text(document_id))
-        return ending.custom_id
+        return ending.item.custom_id
 
     def _failure(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        fields = {**self._info_fields(info), **self._failure_fields(str(info.get("error")))}
+        fields = {**self._info_fields(info), **self._leases.failure_fields(str(info.get("error")))}
         return {"$set": {self._status: self._values.failed_value, **fields}}
-
-    def _failure_fields(self, error: str) -> dict[str, Any]:
-        return self._leases.failure_fields(error) if self._leases is not None else {}
 
     @staticmethod
     def _change(update: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,8 +253,15 @@ class JobStore:
 
     def _info_change(self, document: Document, info: Mapping[str, Any]) -> dict[str, Any]:
         """Return the ``$set`` fields for *info*; a null, text or list in the place of ``processing_info`` is replaced."""
-        present = _at(document, self._info, _MISSING)
-        return self._info_fields(info) if present is _MISSING or isinstance(present, Mapping) else {self._info: info}
+        is_usable = isinstance(value_at(document, self._info, default={}), Mapping)
+        return self._info_fields(info) if is_usable else {self._info: info}
+
+    async def _accepted(self, what: str, query: Document, change: Document) -> int | None:
+        """Return how many documents *change* modified; None if MongoDB rejects it."""
+        try:
+            return int((await self._update(what, query, change)).modified_count)
+        except StoreRejectedError:
+            return None
 
     async def _update(self, what: str, query: Document, change: Document) -> Any:
         return await self._call(what, lambda: self._documents.update_one(query, change))
@@ -282,11 +274,9 @@ class JobStore:
             async with slots:
                 return await change(value)
 
-        outcomes = await asyncio.gather(*(one(value) for value in values), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        tasks = [asyncio.ensure_future(one(value)) for value in values]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return [task.result() for task in tasks]
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
         async def attempt() -> T:
@@ -294,15 +284,3 @@ class JobStore:
                 return await operation()
 
         return await retry_async(attempt, self._policy, what)
-
-
-_MISSING = object()
-
-
-def _at(document: Mapping[str, Any], path: str, default: Any = None) -> Any:
-    value: Any = document
-    for name in path.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            return default
-        value = value[name]
-    return value

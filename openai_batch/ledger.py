@@ -6,13 +6,14 @@ One SQLite file in WAL mode with ``synchronous=FULL``, so that a committed step 
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -20,48 +21,25 @@ from typing import Any
 from error_handler import JobValidationError, StateDirectoryError
 
 _TABLES = """
-CREATE TABLE IF NOT EXISTS job (
-    job_id TEXT NOT NULL,
-    source TEXT NOT NULL
-) STRICT;
+CREATE TABLE IF NOT EXISTS job (job_id TEXT NOT NULL, source TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS shards (
-    number INTEGER PRIMARY KEY,
-    job_id TEXT NOT NULL,
-    state TEXT NOT NULL,
-    sha256 TEXT NOT NULL,
-    lines INTEGER NOT NULL,
-    bytes INTEGER NOT NULL,
-    tokens INTEGER NOT NULL,
-    model TEXT NOT NULL,
-    file_id TEXT,
-    batch_id TEXT,
-    status TEXT,
-    output_file_id TEXT,
-    error_file_id TEXT,
-    problem TEXT,
-    bad_lines TEXT NOT NULL DEFAULT '',
-    tries INTEGER NOT NULL DEFAULT 1,
-    not_before REAL NOT NULL DEFAULT 0,
-    created_at REAL NOT NULL,
-    create_asked_at REAL,
-    ended_at REAL
+    number INTEGER PRIMARY KEY, job_id TEXT NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL,
+    lines INTEGER NOT NULL, bytes INTEGER NOT NULL, tokens INTEGER NOT NULL, model TEXT NOT NULL,
+    file_id TEXT, batch_id TEXT, status TEXT, output_file_id TEXT, error_file_id TEXT, problem TEXT,
+    bad_lines TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 1, not_before REAL NOT NULL DEFAULT 0,
+    created_at REAL NOT NULL, create_asked_at REAL, ended_at REAL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS items (
-    custom_id TEXT PRIMARY KEY,
-    shard INTEGER NOT NULL,
-    document_id TEXT NOT NULL,
-    attempt INTEGER NOT NULL,
-    state TEXT NOT NULL,
-    code TEXT,
-    retryable INTEGER NOT NULL DEFAULT 0
+    custom_id TEXT PRIMARY KEY, shard INTEGER NOT NULL, document_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+    state TEXT NOT NULL, code TEXT, retryable INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX IF NOT EXISTS items_by_shard ON items (shard, state);
 CREATE INDEX IF NOT EXISTS items_by_document ON items (document_id);
 """
 
-# Codes of items whose batch never ran; such a sending is no attempt of the document.
-NOT_RUN_CODES = ("token_limit_exceeded", "never_sent")
-PAGE = 500  # rows read, and ids looked up, at once
+# Statuses of batches that never ran, and the codes of their items; such a sending is no attempt of the document.
+NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
+PAGE = 500  # rows read at once
 
 
 class ShardState(StrEnum):
@@ -80,6 +58,7 @@ class ShardState(StrEnum):
 NOT_SENT = (ShardState.PLANNED, ShardState.UPLOADED, ShardState.CREATING)
 LIVE = (ShardState.CREATING, ShardState.CREATED)  # their tokens may be enqueued at OpenAI
 ENDED = (ShardState.APPLIED, ShardState.CLEANED)
+OPEN = tuple(state for state in ShardState if state not in ENDED)
 
 
 class ItemState(StrEnum):
@@ -120,7 +99,7 @@ class Shard:
     tries: int = 1
     not_before: float = 0.0
     created_at: float = 0.0
-    create_asked_at: float | None = None
+    create_asked_at: float | None = None  # of earlier versions
     ended_at: float | None = None
 
     @property
@@ -142,7 +121,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One line of a shard. *document_id* is canonical Extended JSON; *attempt* counts from 1.
+    """One line of *shard*. *document_id* is canonical Extended JSON; *attempt* counts from 1.
 
     *retryable*: the item has ended and its document is pending again.
     """
@@ -153,17 +132,14 @@ class Item:
     state: ItemState = ItemState.SUBMITTED
     code: str | None = None
     retryable: bool = False
+    shard: int = 0
 
 
 class Ledger:
     """The ledger of one job, for one process at a time: the caller holds the lock. Use in ``with``."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file *path* with mode 0600.
-
-        Raises:
-            StateDirectoryError: It cannot be opened, or is not a ledger.
-        """
+        """Open or create the file *path* with mode 0600; raise StateDirectoryError if it is unusable or no ledger."""
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -183,22 +159,26 @@ class Ledger:
         self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _used(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection; a statement outside a transaction is durable by itself."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            with self._db:  # commits, or rolls back on an error
-                yield self._db
+            yield self._db
         except sqlite3.Error as exc:
             raise self._unusable(exc) from exc
 
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        try:
-            return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as exc:
-            raise self._unusable(exc) from exc
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._used() as db:
+            db.execute("BEGIN IMMEDIATE")
+            with db:  # commits, or rolls back on an error
+                yield db
+
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        with self._used() as db:
+            return db.execute(query, values).fetchall()
 
     def _unusable(self, exc: Exception) -> StateDirectoryError:
-        is_damaged = isinstance(exc, ValueError) or type(exc) is sqlite3.DatabaseError
+        is_damaged = type(exc) is sqlite3.DatabaseError
         problem = "is damaged" if is_damaged else "cannot be used"
         remedy = "restore it from a copy" if is_damaged else "free disk space or fix the file's permissions"
         return StateDirectoryError(
@@ -207,30 +187,26 @@ class Ledger:
         )
 
     def job_id(self, source: str) -> str:
-        """Return the id of this job, created on the first call; *source* names the documents it works on.
+        """Return the id of this job, created on the first call.
 
-        Raises:
-            JobValidationError: The ledger belongs to another source.
+        *source* names the documents it works on; raises JobValidationError if the ledger belongs to another one.
         """
-        rows = self._rows("SELECT job_id, source FROM job")
-        if not rows:
-            with self._transaction() as db:
-                db.execute("INSERT INTO job VALUES (?, ?)", (f"job{secrets.token_hex(6)}", source))
-            rows = self._rows("SELECT job_id, source FROM job")
-        if rows[0]["source"] != source:
+        new = f"job{secrets.token_hex(6)}"
+        self._rows("INSERT INTO job SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM job)", new, source)
+        job_id, owner = self._rows("SELECT job_id, source FROM job")[0]
+        if owner != source:
             raise JobValidationError(
-                f"the ledger {self._path} belongs to {rows[0]['source']}, not to {source}; give this job its own --state-dir."
+                f"the ledger {self._path} belongs to {owner}, not to {source}; give this job its own --state-dir."
             )
-        return str(rows[0]["job_id"])
+        return str(job_id)
 
     def plan(self, shard: Shard, items: Iterable[Item]) -> None:
         """Add *shard*, whose file is complete and durable, and its *items* in one transaction."""
-        row = (shard.number, shard.job_id, shard.state, shard.sha256, shard.lines, shard.bytes, shard.tokens)
+        row = asdict(shard)
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO shards (number, job_id, state, sha256, lines, bytes, tokens, model, created_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*row, shard.model, time.time()),
+                f"INSERT INTO shards ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",  # noqa: S608 - our own names
+                tuple(row.values()),
             )
             db.executemany(
                 "INSERT INTO items (custom_id, shard, document_id, attempt, state) VALUES (?, ?, ?, ?, ?)",
@@ -239,31 +215,18 @@ class Ledger:
 
     def advance(self, number: int, state: ShardState, **fields: Any) -> Shard:
         """Set the *state* of shard *number* and the columns in *fields*; return the shard."""
-        names = ["state", *fields]
-        with self._transaction() as db:
-            db.execute(
-                f"UPDATE shards SET {', '.join(f'{name} = ?' for name in names)} WHERE number = ?",  # noqa: S608 - our own names
-                (state, *fields.values(), number),
-            )
-        return self.shard(number)
+        names = ", ".join(f"{name} = ?" for name in ("state", *fields))
+        query = f"UPDATE shards SET {names} WHERE number = ? RETURNING *"  # noqa: S608 - our own names
+        return _shard(self._rows(query, state, *fields.values(), number)[0])
 
-    def shard(self, number: int) -> Shard:
-        """Return shard *number*."""
-        return self._shard(self._rows("SELECT * FROM shards WHERE number = ?", (number,))[0])
+    def give_up(self, shard: Shard, status: str) -> Shard:
+        """End *shard*, which has no result files, with *status*; its documents are settled by the next poll."""
+        return self.advance(shard.number, ShardState.TERMINAL, status=status, ended_at=time.time())
 
-    def shards(self) -> list[Shard]:
-        """Return all shards, by number."""
-        return [self._shard(row) for row in self._rows("SELECT * FROM shards ORDER BY number")]
-
-    def _shard(self, row: sqlite3.Row) -> Shard:
-        try:
-            return Shard(**{**dict(row), "state": ShardState(row["state"])})
-        except ValueError as exc:
-            raise self._unusable(exc) from exc
-
-    def open_shards(self) -> list[Shard]:
-        """Return the shards that are not applied yet."""
-        return [shard for shard in self.shards() if shard.state not in ENDED]
+    def shards(self, states: Iterable[ShardState] = tuple(ShardState)) -> list[Shard]:
+        """Return the shards that are in one of *states*, by number."""
+        query = "SELECT * FROM shards WHERE state IN (SELECT value FROM json_each(?)) ORDER BY number"
+        return [_shard(row) for row in self._rows(query, json.dumps(list(states)))]
 
     def next_number(self) -> int:
         """Return the number of the next shard, from 1; numbers are never reused."""
@@ -271,21 +234,21 @@ class Ledger:
 
     def live_tokens(self) -> int:
         """Return the estimated prompt tokens enqueued at OpenAI now."""
-        query = f"SELECT COALESCE(SUM(tokens), 0) FROM shards WHERE state IN ({_marks(LIVE)})"  # noqa: S608 - marks only
-        return int(self._rows(query, LIVE)[0][0])
+        return sum(shard.tokens for shard in self.shards(LIVE))
 
     def items(self, number: int, state: ItemState) -> Iterator[Item]:
         """Yield the items of shard *number* in *state*, PAGE rows in memory at a time."""
         last = ""
         query = "SELECT * FROM items WHERE shard = ? AND state = ? AND custom_id > ? ORDER BY custom_id LIMIT ?"
-        while rows := self._rows(query, (number, state, last, PAGE)):
+        while rows := self._rows(query, number, state, last, PAGE):
             yield from map(_item, rows)
             last = rows[-1]["custom_id"]
 
-    def find(self, custom_ids: Sequence[str]) -> dict[str, tuple[int, Item]]:
-        """Return the shard number and the item of each of *custom_ids* (at most PAGE) that is known."""
-        rows = self._rows(f"SELECT * FROM items WHERE custom_id IN ({_marks(custom_ids)})", custom_ids)  # noqa: S608 - marks only
-        return {row["custom_id"]: (row["shard"], _item(row)) for row in rows}
+    def find(self, custom_ids: Sequence[str]) -> dict[str, Item]:
+        """Return the item of each of *custom_ids* that is known."""
+        query = "SELECT * FROM items WHERE custom_id IN (SELECT value FROM json_each(?))"
+        rows = self._rows(query, json.dumps(custom_ids))
+        return {row["custom_id"]: _item(row) for row in rows}
 
     def settle(self, items: Iterable[Item]) -> None:
         """Record how *items* ended; an item that has ended already is left alone."""
@@ -297,28 +260,29 @@ class Ledger:
 
     def counts(self, number: int) -> dict[ItemState, int]:
         """Return how many items of shard *number* are in each state."""
-        found = dict(self._rows("SELECT state, COUNT(*) FROM items WHERE shard = ? GROUP BY state", (number,)))
+        found = dict(self._rows("SELECT state, COUNT(*) FROM items WHERE shard = ? GROUP BY state", number))
         return {state: found.get(state, 0) for state in ItemState}
 
     def sendings(self, document_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Return, for each of *document_ids* (at most PAGE) that was sent, its sendings and its attempts.
+        """Return, for each of *document_ids* that was sent, its sendings and its attempts.
 
         A sending whose batch never ran is no attempt.
         """
-        counted = "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?)) FROM items"
-        query = f"{counted} WHERE document_id IN ({_marks(document_ids)}) GROUP BY document_id"
-        rows = self._rows(query, (*NOT_RUN_CODES, *document_ids))
+        query = (
+            "SELECT document_id, COUNT(*), SUM(code IS NULL OR code NOT IN (?, ?)) FROM items "
+            "WHERE document_id IN (SELECT value FROM json_each(?)) GROUP BY document_id"
+        )
+        rows = self._rows(query, *NOT_RUN.values(), json.dumps(document_ids))
         return {row[0]: (row[1], row[2]) for row in rows}
 
     def retried(self, number: int) -> int:
         """Return how many documents of shard *number* became pending again."""
-        return int(self._rows("SELECT COUNT(*) FROM items WHERE shard = ? AND retryable", (number,))[0][0])
+        return int(self._rows("SELECT COUNT(*) FROM items WHERE shard = ? AND retryable", number)[0][0])
 
 
-def _marks(values: Sequence[Any]) -> str:
-    return ", ".join("?" * len(values))
+def _shard(row: sqlite3.Row) -> Shard:
+    return Shard(**{**dict(row), "state": ShardState(row["state"])})
 
 
 def _item(row: sqlite3.Row) -> Item:
-    fields = (row["custom_id"], row["document_id"], row["attempt"], ItemState(row["state"]), row["code"])
-    return Item(*fields, retryable=bool(row["retryable"]))
+    return Item(**{**dict(row), "state": ItemState(row["state"])})

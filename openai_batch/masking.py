@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import phonenumbers
@@ -67,8 +66,7 @@ class Masking:
     def of(self, texts: Iterable[str], salt: str, names: Iterable[str] = ()) -> Mask:
         """Return the mask of a document. *texts* are its messages, *salt* is its id, *names* are whole values to hide.
 
-        Raises:
-            JobProcessingError: The texts have more than MAX_CHARACTERS.
+        Raises JobProcessingError if the texts have more than MAX_CHARACTERS.
         """
         texts = list(texts)
         if sum(map(len, texts)) > MAX_CHARACTERS:
@@ -125,22 +123,14 @@ class Mask:
     def restore(self, value: Any) -> Any:
         """Return *value* with personal data restored in its texts at any depth; keys are not changed."""
         if isinstance(value, str):
-            return self._restored(value, str)
+            return _PLACEHOLDER.sub(self._original, value)
         if isinstance(value, dict):
             return {key: self.restore(inner) for key, inner in value.items()}
         return [self.restore(inner) for inner in value] if isinstance(value, list) else value
 
-    def restore_json(self, text: str) -> str:
-        """Return the JSON text *text* with personal data restored in its strings."""
-        return self._restored(text, lambda value: json.dumps(value, ensure_ascii=False)[1:-1])
-
-    def _restored(self, text: str, written: Callable[[str], str]) -> str:
-        def original(match: re.Match[str]) -> str:
-            name = re.sub(r"[\s-]", "_", match[0].strip("< \t\r\n\f\v>")).upper()
-            value = self._by_name.get(name)
-            return match[0] if value is None else written(value)
-
-        return _PLACEHOLDER.sub(original, text) if self._by_name else text
+    def _original(self, match: re.Match[str]) -> str:
+        name = re.sub(r"[\s-]", "_", match[0].strip("< \t\r\n\f\v>")).upper()
+        return self._by_name.get(name, match[0])
 
     def unresolved(self, value: Any) -> int:
         """Return how many placeholders in *value* match nothing in this document after ``restore``."""
@@ -152,11 +142,8 @@ class Mask:
 
 def _tag(text: str) -> str:
     number = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8])
-    letters = []
-    for _ in range(_TAG_LENGTH):
-        number, place = divmod(number, len(_LETTERS))
-        letters.append(_LETTERS[place])
-    return "".join(letters)
+    places = (number // len(_LETTERS) ** power for power in range(_TAG_LENGTH))
+    return "".join(_LETTERS[place % len(_LETTERS)] for place in places)
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:

@@ -1,25 +1,46 @@
 """Notifies a webhook and a mail address of each batch that ends, in the background of the run.
 
 The run never waits for a notification and never fails because of one. A payload holds ids and counts, and no text of
-a document.
+a document. The only owner of smtplib.
+
+The webhook's address comes from the settings, never from a document. Each connection resolves and checks it once and
+connects to that very result, so that DNS rebinding cannot redirect it. Redirects are not followed, and only the status
+of the response is read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import concurrent.futures
 import functools
+import hashlib
+import hmac
+import ipaddress
 import logging
-from collections.abc import Sequence
+import re
+import smtplib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from email.errors import MessageError
+from email.headerregistry import Address
+from email.message import EmailMessage
+from typing import Any
+from urllib.parse import urlsplit
 
-from error_handler import JobError
+import aiohttp
+import orjson
+from aiohttp.abc import ResolveResult
+from pydantic import SecretStr
+
+from domain.text import one_line
+from error_handler import ConfigurationError, JobConnectionError, JobError, JobValidationError
 from openai_batch.job_config import NotificationConfig
-from openai_batch.job_run import ShardEnd
-from openai_batch.ledger import ItemState
-from openai_batch.mail import Mailbox
-from openai_batch.webhook import Webhook
+from openai_batch.ledger import ItemState, Shard
+from utils.network import is_this_machine
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -27,39 +48,258 @@ logger = logging.getLogger(__name__)
 QUEUE_SIZE = 100
 POLICY = RetryPolicy(attempts=4, first_wait_s=1.0)
 CLOSING_S = 15.0  # how long the end of a run waits for the rest of the queue
+TIMEOUT_S = 10.0  # per POST, from the lookup to the status; per SMTP command
+MAIL_TIMEOUT_S = 30.0  # per mail
+TLS_PORT = 465  # encrypted from the first byte (RFC 8314)
+
+_SERVER = re.compile(r"([A-Za-z0-9.-]{1,253}):(\d{1,5})")
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")  # libraries disagree on other characters
+# Addresses of cloud credentials, in addition to the link-local 169.254.169.254.
+_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "192.0.0.192")))
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_MAY_CHANGE = frozenset({408, 425, 429})
 
 Payload = dict[str, Any]
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-class Channel(Protocol):
-    """A way to send a payload: ``Webhook`` or ``Mailbox``."""
-
-    async def send(self, payload: Payload) -> None:
-        """Send *payload*; JobConnectionError if a retry may help, JobValidationError if none can."""
-
-
-def payload_of(end: ShardEnd) -> Payload:
-    """Return the payload for one applied batch.
+def payload_of(shard: Shard, counts: Mapping[ItemState, int], retried: int) -> Payload:
+    """Return the payload for an applied *shard*, *retried* of whose documents are pending again.
 
     Keys: batch_id, status (completed, failed, or retried if documents are sent again), total, succeeded,
     failed, timestamp (ISO 8601, UTC), error_summary (counts by kind of error, None if there is none).
     """
-    succeeded = end.counts[ItemState.OK]
-    wrong = {
-        str(state): count
-        for state, count in end.counts.items()
-        if count and state not in (ItemState.OK, ItemState.SUBMITTED)
-    }
-    status = "completed" if not wrong else "retried" if end.retried else "failed" if not succeeded else "completed"
+    succeeded = counts[ItemState.OK]
+    wrong = [f"{count} {state}" for state, count in counts.items() if count and state is not ItemState.OK]
+    status = "completed" if not wrong else "retried" if retried else "failed" if not succeeded else "completed"
     return {
-        "batch_id": end.shard.batch_id,
+        "batch_id": shard.batch_id,
         "status": status,
-        "total": end.shard.lines,
+        "total": shard.lines,
         "succeeded": succeeded,
-        "failed": end.shard.lines - succeeded,
+        "failed": shard.lines - succeeded,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "error_summary": ", ".join(f"{count} {state}" for state, count in wrong.items()) or None,
+        "error_summary": ", ".join(wrong) or None,
     }
+
+
+class Notifier:
+    """Sends payloads in the background, one at a time to each channel. Use as ``async with``.
+
+    The end of the block waits *closing_s* for the rest. *dropped* counts payloads that found QUEUE_SIZE others waiting,
+    *given_up* those that no attempt could deliver.
+    """
+
+    def __init__(
+        self, channels: Sequence[Channel], *, policy: RetryPolicy = POLICY, closing_s: float = CLOSING_S
+    ) -> None:
+        self._policy = policy
+        self._closing_s = closing_s
+        self._lanes = [(channel, asyncio.Lock(), set[asyncio.Task[None]]()) for channel in channels]
+        self.dropped = self.given_up = 0
+
+    async def __aenter__(self) -> Notifier:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        waiting = [task for _channel, _lock, tasks in self._lanes for task in tasks]
+        late = (await asyncio.wait(waiting, timeout=self._closing_s))[1] if waiting else set()
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        if late or self.dropped or self.given_up:
+            counts = (self.given_up, self.dropped, len(late))
+            logger.warning("undelivered notifications: %d given up, %d dropped, %d unsent at the end", *counts)
+
+    def notify(self, payload: Payload) -> None:
+        """Begin to send *payload* to every channel; drop and count it if too many are waiting."""
+        for channel, lock, tasks in self._lanes:
+            if len(tasks) >= QUEUE_SIZE:
+                self.dropped += 1
+            else:
+                task = asyncio.create_task(self._send(channel, lock, payload))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+
+    async def _send(self, channel: Channel, lock: asyncio.Lock, payload: Payload) -> None:
+        what = f"notification of batch {payload['batch_id']}"
+        async with lock:
+            try:
+                await retry_async(functools.partial(channel.send, payload), self._policy, what)
+            except JobError as exc:
+                self.given_up += 1
+                logger.warning("%s given up: %s", what, exc)
+
+
+class Mailbox:
+    """One recipient and the mail server for it."""
+
+    def __init__(self, to: str, server: str | None, login: SecretStr | None, sender: str | None) -> None:
+        """*server* is host:port, *login* user:password; *sender* None means the recipient.
+
+        Raises ConfigurationError if one of them is malformed, or *server* is None.
+        """
+        found = _SERVER.fullmatch(server or "")
+        if found is None or not 0 < int(found[2]) < 65536:
+            raise ConfigurationError("NOTIFICATION_EMAIL needs SMTP_SERVER as host:port, such as mail.example.com:587.")
+        self._host, self._port = found[1], int(found[2])
+        self._to = _mail_address("NOTIFICATION_EMAIL", to)
+        self._from = _mail_address("SMTP_FROM", sender or to)
+        self._login = login
+
+    async def send(self, payload: Payload) -> None:
+        """Send *payload*, one line per entry; raise JobConnectionError if that takes longer than MAIL_TIMEOUT_S."""
+        message = EmailMessage()
+        message["Subject"] = one_line(f"Batch {payload['batch_id']}: {payload['status']}", 120)
+        message["From"], message["To"] = self._from, self._to
+        message.set_content("\n".join(f"{name}: {one_line(str(value), 500)}" for name, value in payload.items()))
+        sent: concurrent.futures.Future[None] = concurrent.futures.Future()
+        sent.set_running_or_notify_cancel()  # so that nobody can cancel it
+        # A daemon thread: the process would wait at its end for a thread of the pool that never ends.
+        threading.Thread(target=self._deliver, args=(message, sent), name="mail", daemon=True).start()
+        try:
+            async with asyncio.timeout(MAIL_TIMEOUT_S):
+                await asyncio.wrap_future(sent)
+        except (OSError, smtplib.SMTPException, MessageError, UnicodeError) as exc:
+            # Only the class: the server's own text may quote the login.
+            raise JobConnectionError(f"the mail server did not accept it ({type(exc).__name__})") from None
+
+    def _deliver(self, message: EmailMessage, sent: concurrent.futures.Future[None]) -> None:
+        try:
+            self._submit(message)
+            sent.set_result(None)
+        except (OSError, smtplib.SMTPException, MessageError, UnicodeError) as exc:
+            sent.set_exception(exc)
+
+    def _submit(self, message: EmailMessage) -> None:
+        context = ssl.create_default_context()  # smtplib's own accepts every certificate
+        is_encrypted = self._port == TLS_PORT
+        connect = functools.partial(smtplib.SMTP_SSL, context=context) if is_encrypted else smtplib.SMTP
+        with connect(self._host, self._port, timeout=TIMEOUT_S) as server:
+            server.ehlo()
+            if not is_encrypted and server.has_extn("starttls"):
+                server.starttls(context=context)
+                is_encrypted = True
+            if self._login is not None:
+                if not is_encrypted and not is_this_machine(self._host):
+                    raise smtplib.SMTPNotSupportedError("no STARTTLS, and the password is not sent unencrypted")
+                user, _, password = self._login.get_secret_value().partition(":")
+                server.login(user, password)
+            server.send_message(message)
+
+
+def _mail_address(name: str, text: str) -> Address:
+    try:
+        return Address(addr_spec=text)
+    except (ValueError, MessageError, IndexError) as exc:
+        raise ConfigurationError(f"{name} must be one mail address, name@host.") from exc
+
+
+def signature(secret: str, at: int, body: bytes) -> str:
+    """Return the ``X-Signature`` header for *body* sent *at* (unix seconds): ``t=AT,v1=HEX``."""
+    digest = hmac.new(secret.encode(), f"{at}.".encode() + body, hashlib.sha256).hexdigest()
+    return f"t={at},v1={digest}"
+
+
+class Webhook:
+    """One URL that receives POSTs; with *secret* they are signed."""
+
+    def __init__(self, url: SecretStr, secret: SecretStr | None) -> None:
+        """Check *url*; raise ConfigurationError if it is malformed or not allowed."""
+        require_webhook(url.get_secret_value())
+        self._url, self._secret = url, secret
+
+    async def send(self, payload: Payload) -> None:
+        """Post *payload* as JSON.
+
+        Raises JobConnectionError if there is no response within TIMEOUT_S, or one that a retry may change;
+        JobValidationError if the receiver refused it, or its address is not allowed.
+        """
+        body = orjson.dumps(payload)
+        headers = {"Content-Type": "application/json"}
+        if self._secret is not None:
+            headers["X-Signature"] = signature(self._secret.get_secret_value(), int(time.time()), body)
+        connector = aiohttp.TCPConnector(resolver=GuardedResolver(), use_dns_cache=False, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        try:
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
+                session.post(self._url.get_secret_value(), data=body, headers=headers, allow_redirects=False) as answer,
+            ):
+                status = answer.status
+                answer.close()
+        except (aiohttp.ClientError, OSError, ValueError) as exc:  # a timeout is an OSError
+            # Only the class: the error's text holds the URL, and URLs hold tokens.
+            raise JobConnectionError(f"the webhook did not respond ({type(exc).__name__})") from exc
+        if 300 <= status < 500 and status not in _MAY_CHANGE:
+            raise JobValidationError(f"the webhook refused it (HTTP {status})")
+        if not 200 <= status < 300:
+            raise JobConnectionError(f"the webhook failed (HTTP {status})")
+
+
+class GuardedResolver(aiohttp.ThreadedResolver):
+    """Resolves names and refuses addresses that are not allowed; see ``is_allowed``."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return the addresses of *host*; raise JobValidationError if one is not allowed."""
+        found = await super().resolve(host, port, family)
+        if not all(is_allowed(host, ipaddress.ip_address(entry["host"])) for entry in found):
+            raise JobValidationError("the webhook's name resolves to an address that is not allowed")
+        return found
+
+
+def require_webhook(url: str) -> None:
+    """Raise ConfigurationError if *url* is not a plain http(s) URL, or its address is not allowed."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc or parts.fragment or port == 0:
+        raise ConfigurationError(
+            "NOTIFICATION_WEBHOOK must be http(s)://host[:port][/path], without user and password."
+        )
+    literal = _literal(host)
+    if literal is not None:
+        if not is_allowed(host, literal):
+            raise ConfigurationError("NOTIFICATION_WEBHOOK has an address that is not allowed; use the receiver's own.")
+    elif not _HOST.fullmatch(host) or _is_disguised(host):
+        raise ConfigurationError("NOTIFICATION_WEBHOOK: write the host as a name, as 192.0.2.1 or as [2001:db8::1].")
+
+
+def is_allowed(host: str, address: IPAddress) -> bool:
+    """Return whether a webhook with the name *host* may have *address*.
+
+    Private networks are allowed, because the operator chose the webhook. This machine is allowed under its own name
+    (localhost, 127.0.0.1) only: another name that resolves to it is an attack.
+    """
+    meant = address
+    if isinstance(address, ipaddress.IPv6Address):  # it may embed an IPv4 address
+        nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+        meant = nat64 or address.ipv4_mapped or address.sixtofour or address
+    if meant.is_link_local or meant.is_multicast or meant.is_unspecified or meant in _METADATA:
+        return False
+    return not meant.is_loopback or host == "localhost" or (_literal(host) is not None and meant == address)
+
+
+def _literal(host: str) -> IPAddress | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_disguised(host: str) -> bool:
+    """Return whether the system reads *host* as an IPv4 address, such as 0x7f000001, 2130706433 or 127.1."""
+    try:
+        return bool(socket.inet_aton(host))
+    except OSError:
+        return False
+
+
+Channel = Webhook | Mailbox
 
 
 def channels_of(config: NotificationConfig) -> list[Channel]:
@@ -70,58 +310,3 @@ def channels_of(config: NotificationConfig) -> list[Channel]:
     if config.email is not None:
         channels.append(Mailbox(config.email, config.smtp_server, config.smtp_login, config.smtp_from))
     return channels
-
-
-class Notifier:
-    """Sends payloads in the background, each channel with its own queue. Use as ``async with``.
-
-    The end of the block waits *closing_s* for the queues. *dropped* counts payloads that found a full queue,
-    *given_up* those that no attempt could deliver.
-    """
-
-    def __init__(
-        self, channels: Sequence[Channel], *, policy: RetryPolicy = POLICY, closing_s: float = CLOSING_S
-    ) -> None:
-        self._policy = policy
-        self._closing_s = closing_s
-        self._queues = [(channel, asyncio.Queue[Payload](QUEUE_SIZE)) for channel in channels]
-        self._tasks: list[asyncio.Task[None]] = []
-        self.dropped = self.given_up = 0
-
-    async def __aenter__(self) -> Notifier:
-        self._tasks = [asyncio.create_task(self._work(*pair), name="notifications") for pair in self._queues]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._closing_s):
-                for _channel, queue in self._queues:
-                    await queue.join()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        unsent = sum(queue.qsize() for _channel, queue in self._queues)
-        if unsent or self.dropped or self.given_up:
-            counts = (self.given_up, self.dropped, unsent)
-            logger.warning("undelivered notifications: %d given up, %d dropped, %d unsent at the end", *counts)
-
-    def notify(self, payload: Payload) -> None:
-        """Queue *payload* for every channel; drop and count it if a queue is full."""
-        for _channel, queue in self._queues:
-            try:
-                queue.put_nowait(payload)
-            except asyncio.QueueFull:
-                self.dropped += 1
-
-    async def _work(self, channel: Channel, queue: asyncio.Queue[Payload]) -> None:
-        while True:
-            payload = await queue.get()
-            what = f"notification of batch {payload['batch_id']}"
-            self.given_up += 1  # until it is delivered, so that a cancelled one counts
-            try:
-                await retry_async(functools.partial(channel.send, payload), self._policy, what)
-                self.given_up -= 1
-            except JobError as exc:
-                logger.warning("%s given up: %s", what, exc)
-            finally:
-                queue.task_done()

@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx2
 import openai
@@ -32,7 +32,6 @@ TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
 MAX_WAIT_S = 3600.0  # the longest Retry-After that is honoured
 CLOCK_SKEW_S = 86_400.0  # how much the server's clock may differ from ours
-MAX_DOWNLOAD_BYTES = 8_000_000_000  # 50,000 answers of 128,000 tokens are less
 UNFINISHED = ".part"  # the suffix of a file that is not complete yet
 
 
@@ -56,11 +55,7 @@ class OpenAIFiles:
     """The API for one key. Use as ``async with``."""
 
     def __init__(self, config: OpenAIConfig, batch: BatchConfig) -> None:
-        """Create the client; nothing is sent.
-
-        Raises:
-            ConfigurationError: There is no key.
-        """
+        """Create the client; nothing is sent. Raise ConfigurationError if there is no key."""
         if config.api_key is None:
             raise ConfigurationError("OPENAI_API_KEY is not set; set it, because the Batch API needs a key.")
         self._batch = batch
@@ -78,9 +73,7 @@ class OpenAIFiles:
     async def upload(self, path: Path, name: str) -> str:
         """Upload *path* under *name*; return the id of the file.
 
-        Raises:
-            JobConnectionError: The file may or may not exist; ``find_file`` tells.
-            JobValidationError: The server refuses it.
+        After a JobConnectionError the file may or may not exist; ``find_file`` tells.
         """
         try:
             with path.open("rb") as file:
@@ -89,9 +82,7 @@ class OpenAIFiles:
                 )
                 return str((await _object("upload a file", upload))["id"])
         except OSError as exc:
-            raise StateDirectoryError(
-                f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
-            ) from exc
+            raise unreadable(path, exc) from exc
 
     async def find_file(self, name: str, since: float) -> str | None:
         """Return the id of a batch file called *name*, uploaded after *since* (unix seconds, clock skew allowed)."""
@@ -124,10 +115,10 @@ class OpenAIFiles:
 
         Stops at batches older than the file. Both times are of the server's clock, so a wrong clock here is harmless.
         """
-        since = await self._uploaded_at(file_id)
+        since = await self.uploaded_at(file_id)
         async for batch in self._entries(self._client.batches, "list the batches", limit=100):
             state = parse_batch(batch)
-            if state.is_of(metadata):
+            if metadata.items() <= state.metadata.items():
                 return state
             if since is not None and int(batch.get("created_at") or 0) < since:
                 break
@@ -140,21 +131,17 @@ class OpenAIFiles:
                 answer = await resource.with_raw_response.list(**query)
             page = load_json(answer.content)
             entries = page.get("data") if isinstance(page, dict) else None
-            if not isinstance(entries, list) or not all(
-                isinstance(entry, dict) and entry.get("id") for entry in entries
-            ):
+            if not isinstance(entries, list):
                 raise _malformed(what)
             for entry in entries:
+                if not isinstance(entry, dict) or not entry.get("id"):
+                    raise _malformed(what)
                 yield entry
             if not entries or not page.get("has_more"):
                 return
             query["after"] = entries[-1]["id"]
 
-    async def has_file(self, file_id: str) -> bool:
-        """Return whether the server knows file *file_id* for this key."""
-        return await self._uploaded_at(file_id) is not None
-
-    async def _uploaded_at(self, file_id: str) -> int | None:
+    async def uploaded_at(self, file_id: str) -> int | None:
         """Return when file *file_id* was uploaded, in the server's unix seconds; None if it knows no such file."""
         try:
             file = await _object("get a file", self._client.files.retrieve(file_id))
@@ -163,52 +150,32 @@ class OpenAIFiles:
             return None
 
     async def get(self, batch_id: str) -> BatchState:
-        """Return the state of a batch.
-
-        Raises:
-            NotThereError: The server knows no such batch.
-            JobConnectionError: The server cannot be reached; the batch continues.
-        """
+        """Return the state of a batch; raise NotThereError if the server knows no such batch."""
         return parse_batch(await _object("get a batch", self._client.batches.retrieve(batch_id)))
 
-    async def cancel(self, batch_id: str) -> BatchState:
+    async def cancel(self, batch_id: str) -> None:
         """Cancel a batch; answers that exist are kept and billed. A batch that has ended is left alone."""
-        try:
-            return parse_batch(await _object("cancel a batch", self._once.batches.cancel(batch_id)))
-        except (JobValidationError, EndedError):
-            return await self.get(batch_id)
+        with suppress(JobValidationError, EndedError):
+            await _object("cancel a batch", self._once.batches.cancel(batch_id))
 
     async def download(self, file_id: str, target: Path) -> int:
         """Stream a file to *target*, durably, complete or not at all; return its size in bytes.
 
-        Raises:
-            NotThereError: The server does not find the file.
-            JobConnectionError: The transfer was cut; *target* is unchanged.
-            StateDirectoryError: The disk is full.
+        Raises NotThereError if the server does not find the file, StateDirectoryError if the disk is full.
         """
         temporary = target.with_name(f"{target.name}{UNFINISHED}")
         received = 0
         try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(handle, "wb") as file, translated("download a file"):
-                async with self._client.files.with_streaming_response.content(file_id) as response:
-                    declared = response.headers.get("content-length")
-                    encoded = response.headers.get("content-encoding") not in (None, "", "identity")
-                    async for chunk in response.iter_bytes(1 << 18):
-                        received += len(chunk)
-                        if received > MAX_DOWNLOAD_BYTES:
-                            raise JobProcessingError(f"file {file_id} is larger than {MAX_DOWNLOAD_BYTES} bytes")
-                        await asyncio.to_thread(file.write, chunk)
-                if declared is not None and not encoded and int(declared) != received:
-                    raise JobConnectionError(f"file {file_id} arrived only in part; downloading it again")
+            with writing(target), open_private(temporary) as file:
+                with translated("download a file"):
+                    async with self._client.files.with_streaming_response.content(file_id) as response:
+                        async for chunk in response.iter_bytes(1 << 18):  # less than Content-Length is an error
+                            received += len(chunk)
+                            await asyncio.to_thread(file.write, chunk)
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
-            os.replace(temporary, target)
-            sync_folder(target.parent)
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{target} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
-            ) from exc
+                os.replace(temporary, target)
+                sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
         return received
@@ -217,6 +184,28 @@ class OpenAIFiles:
         """Delete a file at the server; a missing file is no error."""
         with suppress(NotThereError), translated("delete a file"):
             await self._client.files.delete(file_id)
+
+
+def open_private(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open *path* for writing with mode 0600; an old file of that name is emptied."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, 0o600), "wb", buffering)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise StateDirectoryError if *path* cannot be written."""
+    try:
+        yield
+    except OSError as exc:
+        raise StateDirectoryError(
+            f"{path} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
+        ) from exc
+
+
+def unreadable(path: Path, exc: OSError) -> StateDirectoryError:
+    """Return the error for a local file that cannot be read."""
+    return StateDirectoryError(f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again.")
 
 
 async def _object(what: str, call: Awaitable[Any]) -> dict[str, Any]:
@@ -252,10 +241,8 @@ def translated(what: str) -> Iterator[None]:
         raise NotNowError(f"OpenAI asks to wait ({what}, HTTP 429)", _retry_after_s(exc)) from exc
     except openai.APIStatusError as exc:
         raise _refusal(what, exc) from exc
-    except openai.APIConnectionError as exc:  # includes timeouts
+    except (openai.APIConnectionError, httpx2.HTTPError) as exc:  # the package does not wrap errors inside a stream
         raise JobConnectionError(f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL") from exc
-    except httpx2.HTTPError as exc:  # the package does not wrap errors inside a stream
-        raise JobConnectionError(f"the connection to OpenAI broke ({what})") from exc
     except openai.OpenAIError as exc:
         raise JobConnectionError(f"OpenAI sent a malformed response ({what}, {type(exc).__name__})") from exc
 

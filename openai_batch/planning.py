@@ -1,32 +1,38 @@
-"""From pending documents to complete JSONL files: rendered, claimed, written, durable, in the ledger.
+"""From pending documents to exactly one batch at OpenAI for each JSONL file.
 
-Lines are written as they come, so memory does not grow with the size of a file.
+Documents are rendered, claimed, and written to files that are durable before the ledger names them. Lines are written
+as they come, so memory does not grow with the size of a file. A file is uploaded, and its batch created; a batch that
+exists already is found.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
-from error_handler import JobProcessingError, StateDirectoryError
+from error_handler import JobConnectionError, JobProcessingError, JobValidationError
 from openai_batch.job_config import BatchConfig, Document
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Claim
-from openai_batch.ledger import PAGE, Item, Shard, ShardState
-from openai_batch.openai_client import UNFINISHED
+from openai_batch.ledger import NOT_SENT, Item, Shard, ShardState
+from openai_batch.openai_client import MAX_WAIT_S, UNFINISHED, NotNowError, NotThereError, open_private, writing
 from storage.extended_json import canonical, id_text
 from storage.files import sync_folder
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BYTES_PER_TOKEN = 3.0  # a low estimate: English has about 4.5, code fewer
 TOKENS_PER_MESSAGE = 4
@@ -65,11 +71,7 @@ class ShardWriter:
     """Writes one JSONL file: ``add`` while it ``has_room``, then ``finish`` or ``discard``."""
 
     def __init__(self, folder: Path, config: BatchConfig, token_limit: int | None) -> None:
-        """Open a temporary file in *folder* with mode 0600.
-
-        Raises:
-            StateDirectoryError: The folder is not writable.
-        """
+        """Open a temporary file in *folder* with mode 0600; raise StateDirectoryError if that is impossible."""
         self._folder = folder
         self._config = config
         self._token_limit = token_limit
@@ -77,11 +79,8 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._items: list[Item] = []
         self._bytes = self._tokens = 0
-        try:
-            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        except OSError as exc:
-            raise self._unwritable(exc) from exc
-        self._file = os.fdopen(handle, "wb", buffering=1 << 20)
+        with writing(folder):
+            self._file = open_private(self._path, buffering=1 << 20)
 
     def has_room(self, line: bytes, tokens: int) -> bool:
         """Return whether *line* fits; an empty file takes any line."""
@@ -93,10 +92,8 @@ class ShardWriter:
 
     def add(self, item: Item, line: bytes, tokens: int) -> None:
         """Append the *line* of *item*; raise StateDirectoryError if the disk is full."""
-        try:
+        with writing(self._folder):
             self._file.write(line)
-        except OSError as exc:
-            raise self._unwritable(exc) from exc
         self._digest.update(line)
         self._items.append(item)
         self._bytes += len(line)
@@ -105,20 +102,17 @@ class ShardWriter:
     def finish(self, number: int, job_id: str, model: str) -> tuple[Shard, list[Item]]:
         """Make the file durable under the name of shard *number*; return the shard and its items.
 
-        Raises:
-            StateDirectoryError: The disk is full; the file was not created.
+        Raises StateDirectoryError if the disk is full; then there is no such file.
         """
         sha256 = self._digest.hexdigest()
         sizes = (len(self._items), self._bytes, self._tokens)
-        shard = Shard(number, job_id, ShardState.PLANNED, sha256, *sizes, model)
-        try:
+        shard = Shard(number, job_id, ShardState.PLANNED, sha256, *sizes, model, created_at=time.time())
+        with writing(self._folder):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._path, self._folder / shard.file_name)
             sync_folder(self._folder)
-        except OSError as exc:
-            raise self._unwritable(exc) from exc
         return shard, self._items
 
     def discard(self) -> None:
@@ -126,24 +120,15 @@ class ShardWriter:
         self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def _unwritable(self, exc: OSError) -> StateDirectoryError:
-        return StateDirectoryError(
-            f"{self._folder} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
-        )
 
-
-class JobPlanner:
-    """Makes the shards of one job.
-
-    *token_limit* is lowered when OpenAI names a lower one. *failed* and *skipped* count the documents that ended
-    without a request.
-    """
+class JobSender:
+    """Makes the shards of one job and their batches. *token_limit* is lowered when OpenAI names a lower one."""
 
     def __init__(self, context: JobContext) -> None:
-        self._context = context
+        self._context, self._ledger, self._files = context, context.ledger, context.files
         self._batch = context.config.batch
         self.token_limit = self._batch.enqueued_token_limit
-        self.failed = self.skipped = 0
+        self._unseen_since: dict[int, float] = {}  # shard -> when the server first reported that it has no such file
 
     async def recover(self) -> None:
         """Give back the documents that a killed process claimed without finishing their file; remove such files."""
@@ -151,7 +136,7 @@ class JobPlanner:
         for unfinished in context.folder.glob(f"*{UNFINISHED}"):
             unfinished.unlink(missing_ok=True)
         async for page in context.store.claims_of(context.job_id):
-            known = context.ledger.find([custom_id for _, custom_id in page])
+            known = self._ledger.find([custom_id for _, custom_id in page])
             left = [(document_id, custom_id) for document_id, custom_id in page if custom_id not in known]
             if left:
                 logger.info("%d documents of an unfinished file are pending again", len(left))
@@ -165,13 +150,13 @@ class JobPlanner:
         try:
             async with contextlib.aclosing(context.store.pages(self._batch.batch_size)) as pages:
                 async for page in pages:
-                    for item, line, tokens in await self._claimed(page if limit is None else page[: limit - planned]):
-                        if writer is not None and not writer.has_room(line, tokens):
+                    for claim in await self._claimed(page if limit is None else page[: limit - planned]):
+                        if writer is not None and not writer.has_room(claim.line, claim.tokens):
                             self._finish(writer)
                             writer = None
                         if writer is None:
                             writer = ShardWriter(context.folder, self._batch, self.token_limit)
-                        writer.add(item, line, tokens)
+                        writer.add(claim.item, claim.line, claim.tokens)
                         planned += 1
                     context.on_progress(f"{planned} documents prepared")
                     if context.stop.is_set() or (limit is not None and planned >= limit):
@@ -183,27 +168,23 @@ class JobPlanner:
                 writer.discard()
         return planned
 
-    async def _claimed(self, page: list[Document]) -> list[tuple[Item, bytes, int]]:
-        """Render and claim the documents of *page*; return the item, line and tokens of each claimed one."""
-        context = self._context
+    async def _claimed(self, page: list[Document]) -> list[Claim]:
+        """Render and claim the documents of *page*; return those that are claimed."""
+        context, claims = self._context, []
         ids = [canonical(document["_id"]) for document in page]
-        sent: dict[str, tuple[int, int]] = {}
-        for start in range(0, len(ids), PAGE):
-            sent |= context.ledger.sendings(ids[start : start + PAGE])
-        made: dict[str, tuple[Claim, bytes, int]] = {}
+        sent = self._ledger.sendings(ids)
         for document_id, document in zip(ids, page, strict=True):
             sendings, attempts = sent.get(document_id, (0, 0))
-            claim = Claim(document, custom_id_of(context.job_id, document_id, sendings + 1), attempts + 1)
+            item = Item(custom_id_of(context.job_id, document_id, sendings + 1), document_id, attempts + 1)
             try:
                 body = context.handling.request(document)
-                line, tokens = request_line(claim.custom_id, self._batch.endpoint, body), estimated_tokens(body)
+                line, tokens = request_line(item.custom_id, self._batch.endpoint, body), estimated_tokens(body)
                 self._require_room(line, tokens)
             except JobProcessingError as exc:
                 await self._refuse(document, exc)
-                continue
-            made[claim.custom_id] = (claim, line, tokens)
-        own = await context.store.claim([claim for claim, _, _ in made.values()], context.job_id)
-        return [(Item(claim.custom_id, claim.document_id, claim.attempt), *made[claim.custom_id][1:]) for claim in own]
+            else:
+                claims.append(Claim(document, item, line, tokens))
+        return await context.store.claim(claims, context.job_id)
 
     def _require_room(self, line: bytes, tokens: int) -> None:
         """Raise JobProcessingError if *line* exceeds a limit even alone in its file."""
@@ -218,12 +199,118 @@ class JobPlanner:
             "document %s %s: %s", id_text(document["_id"]), "skipped" if problem.is_skip else "failed", problem
         )
         if await self._context.store.refuse(document, problem):
-            self.skipped += problem.is_skip
-            self.failed += not problem.is_skip
+            self._context.result.skipped += problem.is_skip
+            self._context.result.failed += not problem.is_skip
 
     def _finish(self, writer: ShardWriter) -> None:
         context = self._context
-        shard, items = writer.finish(context.ledger.next_number(), context.job_id, context.config.openai.model)
-        context.ledger.plan(shard, items)
+        shard, items = writer.finish(self._ledger.next_number(), context.job_id, context.config.openai.model)
+        self._ledger.plan(shard, items)
         sizes = (shard.number, shard.lines, shard.bytes, shard.tokens)
         logger.info("shard %d planned: %d lines, %d bytes, about %d tokens", *sizes)
+
+    async def send(self) -> None:
+        """Upload and create what is planned and fits in the enqueued-token limit.
+
+        A shard that cannot be sent does not block the others; the first error is raised at the end.
+        """
+        await for_each(self._ledger.shards(NOT_SENT), self._send)
+
+    async def _send(self, shard: Shard) -> None:
+        if self._context.stop.is_set():
+            return
+        if shard.state is ShardState.CREATING:
+            shard = await self.find_batch(shard)
+            if shard.state is ShardState.CREATING:
+                logger.info("no batch of shard %d exists; creating it", shard.number)
+                await self._create(shard)
+            return
+        if not self._has_room(shard):
+            return
+        if shard.state is ShardState.PLANNED:
+            shard = await self._upload(shard)
+        if shard.state is ShardState.UPLOADED:
+            await self._create(self._ledger.advance(shard.number, ShardState.CREATING, problem=None))
+
+    def _has_room(self, shard: Shard) -> bool:
+        if wait_left_s(shard):
+            return False
+        live, limit = self._ledger.live_tokens(), self.token_limit
+        return limit is None or live == 0 or live + shard.tokens <= limit
+
+    async def _upload(self, shard: Shard) -> Shard:
+        # A file that was uploaded but not recorded costs nothing, but it holds customer text: reuse it.
+        file_id = await self._files.find_file(shard.file_name, shard.created_at)
+        if file_id is None:
+            path = self._context.folder / shard.file_name
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                logger.warning("the file of shard %d is missing or cut; its documents are pending again", shard.number)
+                return self._ledger.give_up(shard, "never_sent")
+            self._context.on_progress(f"uploading shard {shard.number}, {shard.lines} lines")
+            file_id = await self._files.upload(path, shard.file_name)
+        return self._ledger.advance(shard.number, ShardState.UPLOADED, file_id=file_id)
+
+    async def _create(self, shard: Shard) -> None:
+        """Create the batch of *shard*, which is CREATING: the ledger already records that it may exist."""
+        try:
+            state = await self._files.create(shard.file_id or "", shard.metadata)
+        except (NotThereError, NotNowError) as exc:
+            self._put_off(shard, exc)
+            return
+        except JobValidationError as exc:
+            # Refused, so no batch exists. The next start asks again, after the cause has been removed.
+            self._ledger.advance(shard.number, ShardState.UPLOADED, problem=str(exc))
+            raise
+        self._ledger.advance(shard.number, ShardState.CREATED, batch_id=state.batch_id, status=state.status)
+        logger.info("batch %s created for shard %d", state.batch_id, shard.number)
+
+    def _put_off(self, shard: Shard, refusal: NotThereError | NotNowError) -> None:
+        """Create the batch later: none exists. A file that stays invisible for too long is uploaded again."""
+        times = self._context.times
+        not_before = time.time() + (times.wait_s(refusal) or min(1.0, times.poll_s))
+        if isinstance(refusal, NotThereError):
+            since = self._unseen_since.setdefault(shard.number, time.monotonic())
+            if time.monotonic() - since > times.adopt_wait_s:
+                del self._unseen_since[shard.number]
+                logger.warning("OpenAI has lost the file of shard %d; uploading it again", shard.number)
+                self._ledger.advance(shard.number, ShardState.PLANNED, file_id=None, not_before=not_before)
+                return
+        self._ledger.advance(shard.number, ShardState.UPLOADED, problem=str(refusal), not_before=not_before)
+
+    async def find_batch(self, shard: Shard) -> Shard:
+        """Look for the batch that *shard*, which is CREATING, may have; return the shard, CREATED if there is one.
+
+        Looks for ``Times.adopt_wait_s``, because lists lag. That time starts now and on the monotonic clock: after a
+        crash it is unknown when the create call was made, and whether it arrived late.
+        """
+        wait_s = self._context.times.adopt_wait_s
+        deadline = time.monotonic() + wait_s
+        while True:
+            state = await self._files.find_batch(shard.metadata, shard.file_id or "")
+            if state is not None:
+                logger.info("batch %s of shard %d exists already and is used", state.batch_id, shard.number)
+                return self._ledger.advance(
+                    shard.number, ShardState.CREATED, batch_id=state.batch_id, status=state.status
+                )
+            if time.monotonic() >= deadline:
+                return shard
+            self._context.on_progress(f"shard {shard.number}: checking whether its batch exists")
+            await asyncio.sleep(max(0.05, wait_s / 12))
+
+
+async def for_each(values: Iterable[T], step: Callable[[T], Awaitable[Any]]) -> None:
+    """Await *step* for each of *values*, even after one failed; then raise the first error, permanent ones first."""
+    failures: list[JobConnectionError | JobValidationError] = []
+    for value in values:
+        try:
+            await step(value)
+        except (JobConnectionError, JobValidationError) as exc:
+            failures.append(exc)
+    if failures:
+        raise next((failure for failure in failures if isinstance(failure, JobValidationError)), failures[0])
+
+
+def wait_left_s(shard: Shard) -> float:
+    """Return the seconds that *shard* still has to wait; 0 if they exceed MAX_WAIT_S, because the clock was set."""
+    left = shard.not_before - time.time()
+    return left if 0 < left <= MAX_WAIT_S else 0.0

@@ -19,12 +19,13 @@ from config import Settings, load_settings
 from error_handler import ConfigurationError, JobValidationError
 from openai_batch.documents import TemplateHandling
 from openai_batch.job_config import AppConfig, SchemaConfig
-from openai_batch.job_context import Handling, JobContext, Times
-from openai_batch.job_run import JobResult, JobRun
+from openai_batch.job_context import Handling, JobContext, JobResult, Times
+from openai_batch.job_run import JobRun
 from openai_batch.job_store import JobStore
 from openai_batch.ledger import Ledger
 from openai_batch.notifications import Notifier, channels_of, payload_of
 from openai_batch.openai_client import OpenAIFiles
+from openai_batch.planning import JobSender
 from openai_batch.schema_file import ResponseProcessor, SchemaFile, explain
 from openai_batch.triad import TriadHandling, result_store, worker_schema
 from storage.files import DirectoryLock
@@ -62,8 +63,7 @@ class DocumentBatchProcessor:
             times: Waits of the run.
             parts: Fields of AppConfig; the environment fills in what they leave open.
 
-        Raises:
-            JobValidationError: A part is not usable.
+        Raises JobValidationError if a part is not usable.
         """
         self._settings = settings or load_settings()
         file = schema_file or SchemaFile()
@@ -96,8 +96,7 @@ class DocumentBatchProcessor:
         It may be killed at any time: the next call resumes and pays for nothing twice. At most *limit* documents
         are sent. *on_progress* gets texts such as ``shard 3: in_progress, 5 of 10 done``.
 
-        Raises:
-            TriadError: The cause in one sentence. Existing batches continue at OpenAI.
+        Raises a TriadError with the cause in one sentence; existing batches continue at OpenAI.
         """
         return asyncio.run(self.process_pending_documents_async(limit, on_progress))
 
@@ -106,19 +105,17 @@ class DocumentBatchProcessor:
     ) -> JobResult:
         """Do what ``process_pending_documents`` does, inside a running event loop."""
         async with self.opened(on_progress=on_progress) as job:
-            await job.recover()
             await job.run(limit)
-            return job.result
+            return job.context.result
 
     @asynccontextmanager
     async def opened(
         self, stop: asyncio.Event | None = None, on_progress: Callable[[str], None] = logger.debug
     ) -> AsyncGenerator[JobRun]:
-        """Lock the state directory and open the job. Setting *stop* ends its steps soon.
+        """Lock the state directory, open the job and give back what a killed run claimed. *stop* ends its steps soon.
 
-        Raises:
-            ConfigurationError: Documents may not leave this machine, or there is no key.
-            DirectoryLockedError: Another process runs this job.
+        Raises ConfigurationError if documents may not leave this machine or there is no key, DirectoryLockedError if
+        another process runs this job.
         """
         require_permission(self.config)
         self._state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -143,7 +140,9 @@ class DocumentBatchProcessor:
                 stop=stop or asyncio.Event(),
                 on_progress=on_progress,
             )
-            yield JobRun(context, on_end=lambda end: notifier.notify(payload_of(end)))
+            sender = JobSender(context)
+            await sender.recover()
+            yield JobRun(context, sender, on_end=lambda *end: notifier.notify(payload_of(*end)))
 
     @property
     def ledger_path(self) -> Path:
@@ -174,12 +173,11 @@ class DocumentBatchProcessor:
 def require_permission(config: AppConfig) -> None:
     """Raise ConfigurationError if documents would leave this machine without permission."""
     host = urlsplit(config.openai.base_url).hostname or ""
-    if config.allow_external or is_this_machine(host):
-        return
-    raise ConfigurationError(
-        f"the documents would be sent to {host}; allow it with --allow-external or ALLOW_EXTERNAL_LLM=true "
-        "(--dry-run shows what would be sent, --mask-pii replaces personal data)."
-    )
+    if not config.allow_external and not is_this_machine(host):
+        raise ConfigurationError(
+            f"the documents would be sent to {host}; allow it with --allow-external or ALLOW_EXTERNAL_LLM=true "
+            "(--dry-run shows what would be sent, --mask-pii replaces personal data)."
+        )
 
 
 def job_slug(config: AppConfig) -> str:

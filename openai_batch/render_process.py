@@ -22,7 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from config.child_environment import forget_settings
+from config.settings import forget_settings
 from error_handler import JobProcessingError, JobTemplateError
 from storage.extended_json import bson_decode, bson_encode
 
@@ -46,12 +46,12 @@ class RenderProcess:
     def __init__(self, make: Callable[[], Mapping[str, Function]]) -> None:
         """Start the child; *make* runs there and returns the functions by the names that errors use.
 
-        Raises:
-            JobTemplateError: *make* raised it, or took longer than TIME_LIMIT_S.
+        Raises JobTemplateError if *make* raised it, or took longer than TIME_LIMIT_S.
         """
         self._make = make
         self._lock = threading.Lock()
-        self._deaths = 0
+        self._is_closed = False
+        self._child = self._deaths = 0
         self._start()
 
     def __enter__(self) -> Self:
@@ -61,19 +61,21 @@ class RenderProcess:
         self.close()
 
     def close(self) -> None:
-        """End the child; without one, this does nothing."""
-        if self._child:
+        """End the child, after a call in progress; later calls fail."""
+        self._is_closed = True  # before the lock, so that a thread with many calls lets it go
+        with self._lock:
             self._end()
 
     def call(self, name: str, value: Mapping[str, Any]) -> Any:
         """Return what function *name* returns for *value*, as BSON carries it.
 
-        Raises:
-            JobProcessingError: It raised it, exceeded a limit, or ended the child, which has been replaced.
-            JobTemplateError: The child died MAX_DEATHS_IN_A_ROW times, so the documents are not the cause.
+        Raises JobProcessingError if it raised that, exceeded a limit, or ended the child, which is replaced;
+        JobTemplateError if the child died MAX_DEATHS_IN_A_ROW times, or cannot be replaced.
         """
         frame = bson_encode({"name": name, "value": value})
         with self._lock:
+            if self._is_closed:
+                raise JobProcessingError(f"{name} is not called any more: the job has ended")
             reply = self._exchange(frame)
             if reply is None:
                 status = self._replace()
@@ -92,16 +94,11 @@ class RenderProcess:
             raise JobProcessingError(reply["error"], is_final=reply["is_final"])
         return reply["value"]
 
-    def _exchange(self, frame: bytes) -> dict[str, Any] | None:
-        """Return the child's reply to *frame*; None if it is dead or does not reply in time."""
+    def _exchange(self, frame: bytes | None = None) -> dict[str, Any] | None:
+        """Send *frame*; return what the child sends, None if it is dead or sends nothing in time."""
         try:
-            self._channel.send_bytes(frame)
-            return self._receive()
-        except OSError:
-            return None
-
-    def _receive(self) -> dict[str, Any] | None:
-        try:
+            if frame is not None:
+                self._channel.send_bytes(frame)
             is_there = self._channel.poll(TIME_LIMIT_S + GRACE_S)
             return bson_decode(self._channel.recv_bytes(MAX_REPLY_BYTES)) if is_there else None
         except (OSError, EOFError):
@@ -114,13 +111,16 @@ class RenderProcess:
         return status
 
     def _start(self) -> None:
-        self._channel, far_end = Pipe()
         parent = os.getpid()
+        self._channel, far_end = Pipe()
         with far_end, warnings.catch_warnings():
             # Python 3.12 warns of forks in a process with threads, whose locks stay locked in the child. The child uses none of
             # them; if it hangs anyway, the time limit ends it.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._child = os.fork()
+            try:
+                self._child = os.fork()
+            except OSError as exc:
+                raise JobTemplateError(f"no process for the templates can be started ({exc.strerror}).") from exc
             if self._child == 0:
                 try:
                     _isolate(far_end.fileno(), parent)
@@ -128,17 +128,22 @@ class RenderProcess:
                 finally:
                     os._exit(0)
         too_much = f"the templates exceed {TIME_LIMIT_S:g} s or the memory limit when they are parsed."
-        hello = self._receive() or {"problem": too_much}
+        hello = self._exchange() or {"problem": too_much}
         if hello["problem"] is not None:
             self._end()
             raise JobTemplateError(hello["problem"])
 
     def _end(self) -> int:
+        """End the child, if there is one; return its exit status, negative for a signal."""
+        child, self._child = self._child, 0
+        if not child:
+            return 0
         self._channel.close()
-        os.kill(self._child, signal.SIGKILL)  # a dead child keeps its first status; only this process collects it
-        status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
-        self._child = 0
-        return status
+        try:
+            os.kill(child, signal.SIGKILL)  # a dead child keeps its first status until it is collected here
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        except (ProcessLookupError, ChildProcessError):  # the parent ignores SIGCHLD: the kernel has collected it
+            return -signal.SIGKILL
 
 
 def _cause_of(status: int) -> str:

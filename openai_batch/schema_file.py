@@ -25,13 +25,12 @@ ResponseProcessor = Callable[[Any, Document], Mapping[str, Any]]
 _FUNCTION = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
 
 # Exceptions that users' functions may raise; any other exception ends their process. MemoryError is handled there.
-FUNCTION_ERRORS = (
+USER_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
     LookupError,
     NameError,
-    RecursionError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -53,8 +52,7 @@ class SchemaFile:
 def load_schema_file(path: Path) -> SchemaFile:
     """Run the file at *path* and return what it defines; it is code, trusted like this program.
 
-    Raises:
-        JobValidationError: It does not exist, does not run, or defines no SchemaConfig or two parts of one type.
+    Raises JobValidationError if it does not exist or run, or has no SchemaConfig or two parts of one type.
     """
     if not path.is_file():
         raise JobValidationError(f"there is no schema file {path}; schema_examples/ has some to start from.")
@@ -65,16 +63,13 @@ def load_schema_file(path: Path) -> SchemaFile:
         raise JobValidationError(f"{path}: {explain(exc)}") from exc
     except SyntaxError as exc:
         raise JobValidationError(f"{path}, line {exc.lineno}: not valid Python.") from exc
-    except (ImportError, OSError, *FUNCTION_ERRORS) as exc:
+    except (ImportError, OSError, *USER_ERRORS) as exc:
         raise JobValidationError(f"{path} cannot be run ({type(exc).__name__}: {exc})") from exc
     parts: dict[str, Any] = {}
     for name, value in names.items():
         kind = PARTS.get(type(value))  # parts are recognised by type; their names do not matter
-        if kind is None or name.startswith("_"):
-            continue
-        if kind in parts and parts[kind] is not value:
+        if kind is not None and not name.startswith("_") and parts.setdefault(kind, value) is not value:
             raise JobValidationError(f"{path} defines two objects of type {type(value).__name__}; keep one.")
-        parts[kind] = value
     if "schema_config" not in parts:
         raise JobValidationError(f"{path} defines no SchemaConfig; schema_examples/ shows one.")
     processor = names.get("response_processor")
@@ -94,11 +89,9 @@ def explain(exc: ValidationError) -> str:
 def resolve_function(given: Callable[[Any], Any] | str, field: str) -> Callable[[Any], Any]:
     """Return the function that a schema gives, or names as ``module:function``.
 
-    Functions of Python itself are refused, also under another module's name: ``os:system`` and ``builtins:eval`` would
-    run data as commands and code.
-
-    Raises:
-        JobValidationError: It is not a function of one value in a module of the operator that only they can write.
+    Raises JobValidationError if it is not a function of one value in a module of the operator that only they can
+    write. Functions of Python itself are refused, also under another module's name: ``os:system`` and
+    ``builtins:eval`` would run data as commands and code.
     """
     if callable(given):
         return given
@@ -110,7 +103,7 @@ def resolve_function(given: Callable[[Any], Any] | str, field: str) -> Callable[
         if spec is not None and spec.origin is not None:
             require_private(Path(spec.origin))
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, *FUNCTION_ERRORS, SyntaxError, OSError) as exc:
+    except (ImportError, *USER_ERRORS, SyntaxError, OSError) as exc:
         raise JobValidationError(
             f"preprocess function of {field}: {given} cannot be imported ({type(exc).__name__})."
         ) from exc

@@ -8,21 +8,24 @@ has to stay alive to renew the lease.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
 from aggregator import aggregate_conversation, document_shape
-from classifier import ReplyParser
+from classifier import MAX_CATEGORIZATION_CHARACTERS, ReplyParser
 from config import Settings, load_taxonomy
 from domain.conversation import Outcome, build_result, result_fingerprint
+from domain.text import one_line
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget, plan_fingerprint
 from mongo_client import DocumentStore, selection_filter
-from openai_batch.documents import Variables, masking_of, request_body
+from openai_batch.documents import Variables, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
 from openai_batch.job_context import Answer
+from openai_batch.job_store import Leases
 from prompt_builder import PromptBuilder
 from storage.extended_json import canonical, id_key, loads
 
@@ -43,7 +46,7 @@ def result_store(config: AppConfig, settings: Settings, job_id: str) -> Document
     return DocumentStore(settings.model_copy(update={**place, "lease_s": LEASE_S}), worker_id=job_id)
 
 
-class TriadHandling:
+class TriadHandling(Leases):
     """Labels conversations and leases them; their results go to *store*."""
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:
@@ -60,7 +63,7 @@ class TriadHandling:
         self._store = store
         self._job_id = job_id
         self._keep_original = settings.store_original_conversation
-        self._masking = masking_of(config, Variables(config.fields))
+        self._variables = Variables(config)
 
     def request(self, document: Document) -> dict[str, Any]:
         """Return the body for *document*; raise JobProcessingError if it has nothing to label."""
@@ -68,10 +71,7 @@ class TriadHandling:
             conversation = aggregate_conversation(document)
         except SkippedDocumentError as exc:
             raise JobProcessingError(f"{exc.reason}: {exc}", is_final=True, is_skip=True) from exc
-        messages = self._prompts.build(conversation)
-        if self._masking is not None:
-            messages = self._masking.hide(document, messages)
-        return request_body(self._openai, messages)
+        return request_body(self._openai, self._variables.hide(document, self._prompts.build(conversation)))
 
     async def acquire(self, documents: Sequence[Document]) -> set[str]:
         """Lease *documents*; return the canonical ids of those that no worker holds."""
@@ -116,14 +116,17 @@ class TriadHandling:
     def _result(self, answer: Answer) -> dict[str, Any] | JobProcessingError:
         try:
             conversation = aggregate_conversation(answer.document)
-            content = answer.line.content or ""
-            if self._masking is not None:
-                content = self._masking.mask(answer.document, self._prompts.build(conversation)).restore_json(content)
-            labels = self._parser.parse(content)
+            labels = self._parser.parse(answer.line.content or "")
+            mask = self._variables.mask(answer.document, self._prompts.build(conversation))
+            if mask is not None:
+                restored = one_line(mask.restore(labels.categorization), MAX_CATEGORIZATION_CHARACTERS)
+                labels = replace(labels, categorization=restored)
         except SkippedDocumentError as exc:
             return JobProcessingError(f"{exc.reason}: {exc}", is_final=True)
         except LLMReplyError as exc:
             return JobProcessingError(f"{exc.reason}: {exc}")
+        except JobProcessingError as exc:  # the conversation has grown too long for masking
+            return exc
         outcome = Outcome(
             labels,
             model_used=self._target.model,

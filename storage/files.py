@@ -1,6 +1,7 @@
 """Durable local files: atomic replacement, the directory lock, and the journal of a batch.
 
-A crash or power cut leaves the old content of a replaced file or the new one, and whole lines of a journal.
+A crash or power cut leaves the old content of a replaced file or the new one, and whole lines of a journal. If the disk is
+full or a folder does not allow a change, StateDirectoryError names the file and the remedy; nothing has changed then.
 """
 
 from __future__ import annotations
@@ -8,17 +9,32 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from error_handler import DirectoryLockedError, Reason, StateDirectoryError
 from storage import extended_json
 
+Event = Literal["started", "asked", "released", "answered", "skipped", "failed"]
+
 MAX_DEATHS_PROCESSING = 2  # crashes while the process worked on this document
 MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly not its fault
+
+_SPACE = "free space or fix the permissions"
+
+
+@contextmanager
+def _explained(problem: str, remedy: str = "fix the permissions") -> Iterator[None]:
+    """Raise an OSError as a StateDirectoryError that states *problem*, the cause and *remedy*."""
+    try:
+        yield
+    except OSError as exc:
+        raise StateDirectoryError(f"{problem} ({exc.strerror}); {remedy}, then run again.") from exc
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -26,12 +42,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
     Write a temporary file in the same folder, fsync it, rename it over *path*, then fsync the folder, without which
     a power cut may undo the rename.
-
-    Raises:
-        StateDirectoryError: The disk is full, or the folder is not writable. The old content stays.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with _explained(f"{path} cannot be written", _SPACE):
         try:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with open(handle, "wb") as file:
@@ -44,26 +57,14 @@ def replace_file(path: Path, content: bytes) -> None:
                 temporary.unlink()
             raise
         sync_folder(path.parent)
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
-        ) from exc
 
 
 def move_file(path: Path, target: Path) -> None:
-    """Move *path* to *target* in another folder of the same disk, durably.
-
-    Raises:
-        StateDirectoryError: A folder does not allow it; the file has not moved.
-    """
-    try:
+    """Move *path* to *target* in another folder of the same disk, durably."""
+    with _explained(f"{path} cannot be moved to {target.parent}"):
         os.rename(path, target)
         sync_folder(target.parent)
         sync_folder(path.parent)
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be moved to {target.parent} ({exc.strerror}); fix the permissions, then run again."
-        ) from exc
 
 
 def sync_folder(folder: Path) -> None:
@@ -76,17 +77,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove *path*, if it exists.
-
-    Raises:
-        StateDirectoryError: The folder does not allow it.
-    """
-    try:
+    """Remove *path*, if it exists."""
+    with _explained(f"{path} cannot be removed"):
         path.unlink(missing_ok=True)
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be removed ({exc.strerror}); fix the permissions, then run again."
-        ) from exc
 
 
 class DirectoryLock:
@@ -97,47 +90,45 @@ class DirectoryLock:
         self._lock = FileLock(directory / ".lock", timeout=0, mode=0o600)
 
     def acquire(self, remedy: str) -> None:
-        """Take the lock without waiting; *remedy* is the end of the message if another process holds it.
-
-        Raises:
-            DirectoryLockedError: Another process holds it.
-            StateDirectoryError: The directory does not allow a lock.
-        """
-        try:
-            self._lock.acquire()
-        except Timeout as exc:
-            raise DirectoryLockedError(f"another worker is using {self._directory}; {remedy}") from exc
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{self._directory} cannot be locked ({exc.strerror}); fix its permissions, then run again."
-            ) from exc
+        """Take the lock; raise DirectoryLockedError, whose message ends with *remedy*, if another process holds it."""
+        with _explained(f"{self._directory} cannot be locked"):
+            try:
+                self._lock.acquire()
+            except Timeout as exc:
+                raise DirectoryLockedError(f"another worker is using {self._directory}; {remedy}") from exc
 
     def release(self) -> None:
         """Release the lock, if it is held."""
         self._lock.release()
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a document has no result; *is_final*: another round cannot help; *is_skipped*: there is nothing to classify."""
+
+    reason: Reason
+    problem: str
+    is_final: bool = False
+    is_skipped: bool = False
+
+
 @dataclass(slots=True)
 class JournalEntry:
-    """The journal's record of one document.
+    """The journal's record of one document; *result* is the document to store.
 
-    *processing* and *waiting* count the crashes while it was processed, and while it waited for the model. *reason* goes
-    with *problem* and, for failures, with *is_final*; *result* is the document to store.
+    *processing* and *waiting* count the crashes while it was processed, and while it waited for the model.
     """
 
     processing: int = 0
     waiting: int = 0
     result: dict[str, Any] | None = None
-    reason: Reason | None = None
-    problem: str = ""
-    is_final: bool = False
-    is_skipped: bool = False
-    settled: bool = False
+    verdict: Verdict | None = None
 
     @property
     def is_poison(self) -> bool:
         """True if the document ended the process too often for another attempt."""
-        return not self.settled and (self.processing >= MAX_DEATHS_PROCESSING or self.waiting >= MAX_DEATHS_WAITING)
+        is_open = self.result is None and self.verdict is None
+        return is_open and (self.processing >= MAX_DEATHS_PROCESSING or self.waiting >= MAX_DEATHS_WAITING)
 
 
 class BatchJournal:
@@ -147,59 +138,31 @@ class BatchJournal:
     fsynced: after a power cut the model is asked again, and nothing is lost.
 
     Events: ``started`` before a document is processed, ``asked`` before it waits for the model, ``released`` if the run
-    stops meanwhile, ``answered`` with the result, ``skipped`` and ``failed`` with the reason. Replaying them shows what
-    a crash interrupted and whether the document is a suspect: one that was *started* but not *asked* was being
-    processed by this process; one that was *asked* was only waiting.
+    stops meanwhile, ``answered``, ``skipped`` and ``failed`` at its end. At a crash, a document that was *started* but not
+    *asked* was being processed by this process, which makes it a suspect; one that was *asked* was only waiting.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: int | None = None
 
-    def started(self, document_id: Any) -> None:
-        """Record that processing of the document begins."""
-        self._append({"e": "started", "id": document_id})
-
-    def asked(self, document_id: Any) -> None:
-        """Record that the document now waits for the model."""
-        self._append({"e": "asked", "id": document_id})
-
-    def released(self, document_id: Any) -> None:
-        """Record that the run stopped while the document waited."""
-        self._append({"e": "released", "id": document_id})
-
-    def answered(self, document_id: Any, result: dict[str, Any]) -> None:
-        """Record the finished result, which is kept until MongoDB has it."""
-        self._append({"e": "answered", "id": document_id, "result": result})
-
-    def skipped(self, document_id: Any, reason: Reason, problem: str) -> None:
-        """Record that there is nothing to classify."""
-        self._append({"e": "skipped", "id": document_id, "reason": reason, "problem": problem})
-
-    def failed(self, document_id: Any, reason: Reason, problem: str, *, is_final: bool) -> None:
-        """Record that this round of the document failed; *is_final* if another round cannot help."""
-        self._append({"e": "failed", "id": document_id, "reason": reason, "problem": problem, "is_final": is_final})
+    def add(self, event: Event, document_id: Any, **details: Any) -> None:
+        """Append *event* of the document with its *details*: ``result``, or the fields of a Verdict."""
+        line = extended_json.dumps({"e": event, "id": document_id, **details}) + b"\n"
+        with _explained(f"{self.path} cannot be written", _SPACE):
+            if self._handle is None:
+                self._handle = _open_on_new_line(self.path)
+            written = os.write(self._handle, line)
+        if written != len(line):
+            raise StateDirectoryError(
+                f"{self.path} could only be written in part (disk full?); free space, then run again."
+            )
 
     def close(self) -> None:
         """Close the file and keep it."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
-
-    def _append(self, event: dict[str, Any]) -> None:
-        line = extended_json.dumps(event) + b"\n"
-        try:
-            if self._handle is None:
-                self._handle = _open_on_new_line(self.path)
-            written = os.write(self._handle, line)
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{self.path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
-            ) from exc
-        if written != len(line):
-            raise StateDirectoryError(
-                f"{self.path} could only be written in part (disk full?); free space, then run again."
-            )
 
 
 def _open_on_new_line(path: Path) -> int:
@@ -212,26 +175,12 @@ def _open_on_new_line(path: Path) -> int:
 
 
 def replay_journal(path: Path) -> dict[bytes, JournalEntry]:
-    """Return the entries of the journal at *path* by ``id_key``; a missing journal is empty, torn lines are ignored.
-
-    Raises:
-        StateDirectoryError: The file exists but cannot be read.
-    """
+    """Return the entries of the journal at *path* by ``id_key``; a missing journal is empty, torn lines are ignored."""
     entries: dict[bytes, JournalEntry] = {}
-    try:
-        with open(path, "rb") as file:
-            for line in file:
-                try:
-                    event = extended_json.loads(line)
-                    _apply(entries, event)
-                except (ValueError, KeyError, TypeError):
-                    continue
-    except FileNotFoundError:
-        pass
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be read ({exc.strerror}); fix the permissions, then run again."
-        ) from exc
+    with _explained(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                _apply(entries, extended_json.loads(line))
     return entries
 
 
@@ -246,8 +195,7 @@ def _apply(entries: dict[bytes, JournalEntry], event: dict[str, Any]) -> None:
         case "released":
             entry.waiting -= 1
         case "answered":
-            entry.result, entry.settled = event["result"], True
+            entry.result = event["result"]
         case "skipped" | "failed":
-            entry.reason, entry.problem, entry.settled = Reason(event["reason"]), str(event["problem"]), True
-            entry.is_final = event.get("is_final") is True
-            entry.is_skipped = event["e"] == "skipped"
+            is_final, is_skipped = event.get("is_final") is True, event["e"] == "skipped"
+            entry.verdict = Verdict(Reason(event["reason"]), str(event["problem"]), is_final, is_skipped)

@@ -11,7 +11,6 @@ from typing import Any
 
 from bson.errors import BSONError
 from pymongo import errors
-from pymongo.errors import BulkWriteError, PyMongoError
 
 from error_handler import (
     ConfigurationError,
@@ -30,12 +29,12 @@ TOO_LARGE_CODES = frozenset({10334, 17419})  # a document would grow beyond 16 M
 TRANSIENT_CODES = frozenset(
     {6, 7, 24, 43, 50, 64, 89, 91, 112, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
 )
-DRIVER_ERRORS = (PyMongoError, BSONError, OverflowError, UnicodeEncodeError)
+DRIVER_ERRORS = (errors.PyMongoError, BSONError, OverflowError, UnicodeEncodeError)
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise the driver's errors as ``store_error`` does; *what* names the operation."""
+    """Raise errors of the driver as those of this product; *what* names the operation."""
     try:
         yield
     except DRIVER_ERRORS as exc:
@@ -44,8 +43,10 @@ def translated(what: str) -> Iterator[None]:
 
 def store_error(what: str, exc: Exception) -> TriadError:
     """Return the error of this product for *exc*, one of DRIVER_ERRORS; *what* names the operation."""
+    if isinstance(exc, errors.BulkWriteError):
+        return StoreRejectedError("MongoDB cannot store the document")
     if isinstance(exc, errors.OperationFailure):
-        return _server_error(what, exc)
+        return _error_of_code(what, exc.code)
     if isinstance(exc, errors.DocumentTooLarge | BSONError | OverflowError | UnicodeEncodeError):
         return StoreRejectedError(f"MongoDB cannot hold the document ({what}: {type(exc).__name__})")
     if isinstance(exc, errors.ConnectionFailure):
@@ -55,35 +56,24 @@ def store_error(what: str, exc: Exception) -> TriadError:
     return StoreUnavailableError(f"MongoDB failed ({what}: {type(exc).__name__}); see its log.")
 
 
-def _server_error(what: str, exc: errors.OperationFailure) -> StoreError:
-    if isinstance(exc, BulkWriteError):
-        return StoreRejectedError("MongoDB cannot store the document")
-    if exc.code in FORBIDDEN_CODES:
+def _error_of_code(what: str, code: int | None) -> StoreError:
+    if code in FORBIDDEN_CODES:
         return StoreForbiddenError(
             f"MongoDB refuses this user ({what}); check user, password and rights in MONGODB_URI."
         )
-    if exc.code in TRANSIENT_CODES or isinstance(
-        exc, errors.ExecutionTimeout | errors.WTimeoutError | errors.CursorNotFound
-    ):
-        return StoreUnavailableError(f"MongoDB is unavailable ({what}, code {exc.code}); see its log.")
-    return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {exc.code})")
+    if code in TRANSIENT_CODES:
+        return StoreUnavailableError(f"MongoDB is unavailable ({what}, code {code}); see its log.")
+    return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {code})")
 
 
-def require_only_duplicates(exc: BulkWriteError) -> None:
-    """Return if every error of a bulk write is a duplicate key: those documents are stored already.
-
-    Raises:
-        StoreError: Some document was not stored, or not durably.
-    """
+def require_only_duplicates(exc: errors.BulkWriteError) -> None:
+    """Raise a StoreError unless each error of a bulk write is a duplicate key, whose document is stored already."""
     if exc.details.get("writeConcernErrors"):
         raise StoreUnavailableError("MongoDB stored the results without the promised durability") from exc
-    problems = [error for error in exc.details.get("writeErrors", ()) if not _is_stored(error)]
-    codes = {error.get("code") for error in problems}
-    if problems:
-        if codes & FORBIDDEN_CODES:
-            raise StoreForbiddenError("MongoDB refuses writes to this user; check the rights of MONGODB_URI.") from exc
-        if codes & TRANSIENT_CODES:
-            raise StoreUnavailableError("MongoDB is unavailable (write results); see its log.") from exc
+    codes = {error.get("code") for error in exc.details.get("writeErrors", ()) if not _is_stored(error)}
+    for code in (codes & FORBIDDEN_CODES) or (codes & TRANSIENT_CODES):
+        raise _error_of_code("write results", code) from exc
+    if codes:
         raise StoreRejectedError("MongoDB cannot store the document") from exc
 
 

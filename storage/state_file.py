@@ -1,4 +1,4 @@
-"""A SQLite file of the index: durable transactions, readable by its owner only, errors as one sentence.
+"""A SQLite file: durable transactions, readable by its owner only, errors as one sentence.
 
 WAL mode with ``synchronous=FULL``: a committed transaction survives a power cut
 (sqlite.org/pragma.html#pragma_synchronous), and other processes may read while one writes.
@@ -17,21 +17,23 @@ from pathlib import Path
 from error_handler import StateDirectoryError
 
 BUSY_TIMEOUT_S = 30.0
-PAGE_BYTES = 16_384  # a vector of 1,536 numbers fills one and a half of SQLite's usual pages of 4,096 bytes
+PAGE_BYTES = 16_384  # rows of several kilobytes would span SQLite's usual pages of 4,096 bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
     """The tables of one file, for ``PRAGMA user_version`` *version* and ``PRAGMA application_id`` *application*.
 
-    *what* names the content in error messages; *if_damaged* tells the user what to do. *migrate* brings a file of an
-    older version up to date, inside the transaction that sets the version.
+    *what* names the content in error messages; *if_damaged* and *if_foreign* tell the user what to do about a damaged
+    file and about one of another program or later version. *migrate* brings a file of an older version up to date,
+    inside the transaction that sets the version.
     """
 
     what: str
     tables: str
     version: int
     if_damaged: str
+    if_foreign: str
     application: int = 0
     migrate: Callable[[sqlite3.Connection, Path], None] | None = None
 
@@ -40,10 +42,9 @@ class StateFile:
     """An open SQLite file. Any thread may use it; one at a time is served. Use as ``with``, or close it."""
 
     def __init__(self, path: Path, schema: Schema, *, create: bool = True) -> None:
-        """Open *path*, or make it with mode 0600 (and its folder with mode 0700) if *create*.
+        """Open *path*; with *create*, a missing file is created with mode 0600 (its folder with mode 0700).
 
-        Raises:
-            StateDirectoryError: It cannot be opened, is damaged, belongs to another program, or to a later version.
+        Raise StateDirectoryError if it cannot be opened, is damaged, or belongs to another program or a later version.
         """
         self.path = path
         self._schema = schema
@@ -53,20 +54,17 @@ class StateFile:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
             os.close(os.open(path, flags, 0o600))
-            # SQLite keeps the parameters of cached statements: vectors, in our case.
+            # Few, because SQLite keeps the parameters of cached statements, which may be large.
             self._db = sqlite3.connect(
                 path, BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=8
             )
+            self._db.row_factory = sqlite3.Row
+            try:
+                self._prepare(create=create)
+            except (StateDirectoryError, sqlite3.Error):
+                self._db.close()
+                raise
         except (OSError, sqlite3.Error) as exc:
-            raise self._unusable(exc) from exc
-        self._db.row_factory = sqlite3.Row
-        try:
-            self._prepare(create=create)
-        except StateDirectoryError:
-            self._db.close()
-            raise
-        except sqlite3.Error as exc:
-            self._db.close()
             raise self._unusable(exc) from exc
 
     def __enter__(self) -> StateFile:
@@ -118,9 +116,7 @@ class StateFile:
         if self._has_tables():
             self._require_own()  # before anything is changed
         elif not create:
-            raise StateDirectoryError(
-                f"{self.path} is empty; run `python cli.py index --batch`, which makes or restores it."
-            )
+            raise self.damaged("empty")
         for pragma in (f"page_size={PAGE_BYTES}", "journal_mode=WAL", "synchronous=FULL"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.execute("PRAGMA secure_delete=ON")  # deleted content is overwritten with zeros
@@ -141,13 +137,11 @@ class StateFile:
     def _require_own(self) -> None:
         version = self._pragma("user_version")
         if not version or self._pragma("application_id") != self._schema.application:
-            raise StateDirectoryError(
-                f"{self.path} is a database of another program; set INDEX_DIR to a folder of the index's own."
-            )
+            raise StateDirectoryError(f"{self.path} is a database of another program; {self._schema.if_foreign}")
         if version > self._schema.version:
             raise StateDirectoryError(
                 f"{self.path} was written by a later version of this program (format {version}, this one reads up to "
-                f"{self._schema.version}); use that version, or set INDEX_DIR to another folder."
+                f"{self._schema.version}); use that version, or {self._schema.if_foreign}"
             )
 
     def _pragma(self, name: str) -> int:

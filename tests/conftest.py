@@ -41,7 +41,7 @@ ServerProcess.start_script = staticmethod(fork_script)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the crash loop."""
-    parser.addoption("--kills", type=int, default=8, help="how often the crash loop kills the worker (8)")
+    parser.addoption("--kills", type=int, default=4, help="how often the crash loop kills the worker (4)")
     parser.addoption("--seed", type=int, default=None, help="seed of the crash loop; printed, so that it can be given")
 
 

@@ -18,9 +18,9 @@ NAME = "rs0"
 class ReplicaSetMongod(EmbeddedMongod):
     """An EmbeddedMongod that is the only member of the replica set ``rs0``; it takes writes after ``start``."""
 
-    def __init__(self, data_dir: Path, *, log_path: Path | None = None, extra_arguments: Sequence[str] = ()) -> None:
+    def __init__(self, data_dir: Path, *, extra_arguments: Sequence[str] = ()) -> None:
         arguments = ("--replSet", NAME, "--oplogSize", "256", *extra_arguments)
-        super().__init__(data_dir, log_path=log_path, extra_arguments=arguments)
+        super().__init__(data_dir, extra_arguments=arguments)
 
     @property
     def uri(self) -> str:

@@ -9,10 +9,11 @@ import pytest
 
 from cli import COMMANDS, load_command
 from commands.flags import MONITORING, PRESETS, create_command_parser, create_parser
-from config.index_settings import IndexSettings, index_environment_names
-from config.openai_settings import OpenAISettings, openai_environment_names
-from config.service_settings import ServiceSettings, service_environment_names
-from config.settings import Settings, environment_names, known_environment_names
+from config.index_settings import IndexSettings
+from config.loading import variables_of
+from config.openai_settings import OpenAISettings
+from config.service_settings import ServiceSettings
+from config.settings import Settings, known_environment_names
 from error_handler import ExitCode, Reason, TriadError
 from utils.batch_file_manager import FOLDERS
 
@@ -65,10 +66,8 @@ def test_the_example_holds_the_defaults() -> None:
         if not line or line.startswith("#"):
             continue
         name, _, value = line.partition("=")
-        fields = {n: f for key, f in Settings.model_fields.items() for n in environment_names(key)}
-        fields |= {n: f for key, f in ServiceSettings.model_fields.items() for n in service_environment_names(key)}
-        fields |= {n: f for key, f in OpenAISettings.model_fields.items() for n in openai_environment_names(key)}
-        fields |= {n: f for key, f in IndexSettings.model_fields.items() for n in index_environment_names(key)}
+        classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings)
+        fields = {n: f for one in classes for key, f in one.model_fields.items() for n in variables_of(one, key)}
         default = fields[name].default
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
         if value == "":
@@ -94,7 +93,7 @@ def test_every_error_has_a_documented_exit_code() -> None:
     def classes(base: type[TriadError]) -> list[type[TriadError]]:
         return [base, *(c for child in base.__subclasses__() for c in classes(child))]
 
-    tree = (ROOT / "error_handler.py").read_text(encoding="utf-8").split('"""')[1]
+    tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Errors")[1]
     for error in classes(TriadError):
         assert isinstance(error.exit_code, ExitCode)
         if error.__module__ == "error_handler":

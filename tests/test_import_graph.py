@@ -35,18 +35,18 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split
 PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 
 OWNERS = {
-    "pymongo": {"mongo_client", "storage.mongo_connection", "storage.mongo_errors"},
+    "pymongo": {"mongo_client", "storage.mongo_errors"},
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {"async_llm_wrapper", "service.client.client", "openai_batch.webhook"},
+    "aiohttp": {"async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
     # of the model server, for chat and for embeddings
     "requests": {"llm_wrapper"},
     "urllib3": {"llm_wrapper"},
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"embedded.baseline"},
     "yaml": {"config.taxonomy"},
-    "dotenv": {"config.settings", "config.settings_origins"},
+    "dotenv": {"config.settings"},
     "pydantic_settings": {
         "config.settings",
         "config.service_settings",
@@ -55,7 +55,7 @@ OWNERS = {
         "config.loading",
     },
     "filelock": {"storage.files"},
-    "croniter": {"utils.schedule"},
+    "croniter": {"commands.flags"},
     "openai": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     # what the openai package is made of
     "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
@@ -65,10 +65,10 @@ OWNERS = {
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings"},
-    "jinja2": {"openai_batch.templates"},
+    "jinja2": {"openai_batch.documents"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
-    "smtplib": {"openai_batch.mail"},
+    "smtplib": {"openai_batch.notifications"},
     "fastapi": {
         "main",
         "service.error_responses",
@@ -86,7 +86,7 @@ OWNERS = {
         "service.routes",
     },
     "uvicorn": {"main", "service.slow_clients", "service.startup"},
-    "prometheus_client": {"service.metrics", "worker.metrics"},  # of the service; of the worker
+    "prometheus_client": {"service.metrics", "worker.progress_files"},  # of the service; of the worker
     "genai_prices": {"domain.prices"},
 }
 

@@ -17,8 +17,7 @@ from error_handler import (
     StoreUnavailableError,
     TriadError,
 )
-from mongo_client import DocumentStore
-from storage.mongo_connection import open_client
+from mongo_client import DocumentStore, open_client
 from storage.mongo_errors import FORBIDDEN_CODES, TRANSIENT_CODES, translated
 from tests.embedding_index.stores import open_store
 

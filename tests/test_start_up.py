@@ -30,7 +30,7 @@ OF_OTHERS = {
         "config.service_settings",
         "domain.document_files",
     ),
-    *("worker.preview", "embedded.mongod", "worker.timing"),
+    *("embedded.mongod", "worker.timing"),
 }
 LOADED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
 
@@ -59,6 +59,7 @@ def run_watched(site: Site, told: str, *arguments: str) -> Ended:
         return worker.ended()
 
 
+@pytest.mark.thorough
 def test_a_document_leaves_no_garbage(site: Site) -> None:
     """What refers to itself in a circle keeps its prompt or its document until the collector looks, which is rarely."""
     count = 1000

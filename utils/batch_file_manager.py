@@ -9,7 +9,7 @@
         retry/batch_001_retry_queue.json        failed documents that get another round
         quarantine/batch_001_quarantine.json    failed documents that get none
         completed/batch_001_completed.json      ids and counts, no text
-        progress/                               written by worker.progress
+        progress/                               written by worker.progress_files
 
 All are Extended JSON with mode 0600 in folders with mode 0700. MongoDB is the source of truth; these files record
 what a crash interrupted, and keep results that could not be written yet.
@@ -17,7 +17,6 @@ what a crash interrupted, and keep results that could not be written yet.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -119,17 +118,12 @@ class BatchFiles:
         self.lost_failures = False  # a corrupt retry file was renamed: only the status in MongoDB is still failed
         self._lock = DirectoryLock(directory)
         try:
-            if directory.is_symlink():
-                raise StateDirectoryError(
-                    f"{directory} is a symbolic link; name the real directory with --batch-files-dir."
-                )
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for folder in FOLDERS:
-                (directory / folder).mkdir(exist_ok=True, mode=0o700)
-                if (directory / folder).is_symlink():
+            for folder in (directory, *(directory / name for name in FOLDERS)):
+                if folder.is_symlink():
                     raise StateDirectoryError(
-                        f"{directory / folder} is a symbolic link; replace it with a real folder."
+                        f"{folder} is a symbolic link; replace it with a real folder, or name another directory with --batch-files-dir."
                     )
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             known = (path for folder in FOLDERS for path in (directory / folder).glob("batch_*"))
             self._last_number = max((_number(path) or 0 for path in known), default=0)
         except OSError as exc:
@@ -246,8 +240,7 @@ class BatchFiles:
 
     def write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
         """Write *failures* to *path* durably, or remove the file if there are none."""
-        entries = [entry.as_dict() for entry in failures]
-        if entries:
+        if entries := [entry.as_dict() for entry in failures]:
             replace_file(path, extended_json.dumps(entries))
         elif path.exists():
             replace_file(path, b"[]")  # if a power cut undoes the removal, the file is empty
@@ -259,13 +252,9 @@ class BatchFiles:
         Raises:
             ConfigurationError: The directory has pending or retry files of another source.
         """
-        saved = self.read_state("checkpoint.json") or {}
-        other = saved.get("source")
-        if (
-            other is not None
-            and other != source
-            and any(batch_paths(self.directory / kind) for kind in ("pending", "retry"))
-        ):
+        other = (self.read_state("checkpoint.json") or {}).get("source")
+        has_work = any(batch_paths(self.directory / kind) for kind in ("pending", "retry"))
+        if has_work and other not in (None, source):
             raise ConfigurationError(
                 f"{self.directory} holds unfinished work of {other}, and this run is for {source}; finish that run first, "
                 "or name another directory with --batch-files-dir."
@@ -320,19 +309,10 @@ class BatchFiles:
 
     def _read(self, path: Path) -> Any:
         try:
-            content = extended_json.loads(path.read_bytes())
-            if content is None:  # the caller would take it for a missing file
-                raise ValueError("null")
-            return content
-        except FileNotFoundError:
-            return None
-        except (ValueError, json.JSONDecodeError):
+            return _content(path)
+        except ValueError:
             self._set_aside(path)
             return None
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
-            ) from exc
 
     def _set_aside(self, path: Path) -> None:
         aside = path.with_name(path.name + ".corrupt")
@@ -344,9 +324,7 @@ class BatchFiles:
             ) from exc
         self.lost_failures |= path.parent.name == "retry"
         logger.error(
-            "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB",
-            path.name,
-            aside.name,
+            "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB", path.name, aside.name
         )
 
 
@@ -365,19 +343,28 @@ def read_failures(path: Path) -> list[FailedDocument]:
         ValueError: The content is not a list of failed documents.
         StateDirectoryError: The file cannot be read.
     """
+    content = _content(path)
     try:
-        content = extended_json.loads(path.read_bytes())
-        if not isinstance(content, list):
+        if not isinstance(content, list | None):
             raise TypeError("not a list of entries")
-        return [FailedDocument.from_dict(entry) for entry in content]
-    except FileNotFoundError:
-        return []
+        return [FailedDocument.from_dict(entry) for entry in content or []]
     except (KeyError, TypeError, AttributeError) as exc:
         raise ValueError("not a file of failed documents") from exc
+
+
+def _content(path: Path) -> Any:
+    """Return the value of the JSON file *path*; None if it is gone. Raise ValueError if it is corrupt."""
+    try:
+        content = extended_json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
     except OSError as exc:
         raise StateDirectoryError(
             f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
         ) from exc
+    if content is None:
+        raise ValueError("null")  # not the same as no file
+    return content
 
 
 def _batch_at(path: Path, documents: list[dict[str, Any]], suffix: str = ".journal") -> BatchFile:

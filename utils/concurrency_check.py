@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from commands.diagnosis.slots import Measurement, measure, without_second_attempts
-from config import Settings, load_settings
+from commands.flags import add_model_flags, command_settings, positive
+from config import Settings
 from error_handler import ExitCode
 from logger import configure_logging
 from utils.process import exit_code_of
@@ -28,16 +29,6 @@ from utils.process import exit_code_of
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure with the flags in *argv* (None: those of the process) and return the exit code."""
-    arguments = _create_parser().parse_args(argv)
-
-    def run() -> int:
-        configure_logging("DEBUG" if arguments.verbose else "ERROR")
-        return asyncio.run(_check(arguments, _settings(arguments)))
-
-    return exit_code_of(run, "concurrency_check.py", verbose=arguments.verbose)
-
-
-def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="concurrency_check.py",
         description="Measure how many calls the model server runs at once, to choose --max-concurrent.",
@@ -45,24 +36,19 @@ def _create_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--max", type=_positive, default=16, metavar="K", help="maximum concurrent requests when probing for slots (16)"
+        "--max", type=positive, default=16, metavar="K", help="maximum concurrent requests when probing for slots (16)"
     )
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="rounds per number of requests (3)")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds per number of requests (3)")
     parser.add_argument("--json", action="store_true", help="print the measurement as JSON")
-    parser.add_argument("--model", help="model (default: OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
-    parser.add_argument(
-        "--ollama-endpoint", help="address of Ollama (default: OLLAMA_ENDPOINT or http://localhost:11434)"
-    )
+    add_model_flags(parser)
     parser.add_argument("--verbose", action="store_true", help="show log lines, and a traceback after an error")
-    return parser
+    arguments = parser.parse_args(argv)
 
+    def run() -> int:
+        configure_logging("DEBUG" if arguments.verbose else "ERROR")
+        return asyncio.run(_check(arguments, without_second_attempts(command_settings(arguments))))
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    """Return the settings for *arguments*."""
-    settings = without_second_attempts(load_settings(ollama_endpoint=arguments.ollama_endpoint))
-    if arguments.model:
-        return settings.model_copy(update={"llm_model" if settings.llm_api_url else "ollama_model": arguments.model})
-    return settings
+    return exit_code_of(run, parser.prog, verbose=arguments.verbose)
 
 
 async def _check(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -70,39 +56,38 @@ async def _check(arguments: argparse.Namespace, settings: Settings) -> int:
     with talk.status("Looking up the model ...") as status:
         measurement = await measure(settings, arguments.max, arguments.rounds, status.update)
     if arguments.json:
-        print(json.dumps(as_json(measurement), indent=2))
+        print(json.dumps(_as_json(measurement), indent=2))
     else:
         _print_table(measurement, Console())
     return ExitCode.DONE
 
 
-def as_json(measurement: Measurement) -> dict[str, Any]:
+def _as_json(measurement: Measurement) -> dict[str, Any]:
     """Return *measurement* as plain values; waits and window are null if the server does not report them."""
+    levels = []
+    for level in measurement.levels:
+        waits_s = level.queue_waits_s
+        levels.append(
+            {
+                "at_once": level.at_once,
+                "requests_per_s": round(level.requests_per_s, 3),
+                "latency_s": round(level.latency_s, 4),
+                "queue_wait_s_median": round(statistics.median(waits_s), 4) if waits_s else None,
+                "queue_wait_s_max": round(max(waits_s), 4) if waits_s else None,
+                "waited": level.waited,
+            }
+        )
     return {
         "model": measurement.model,
         "server_url": measurement.server_url,
         "num_ctx": measurement.num_ctx,
         "slots": measurement.slots,
         "slots_is_minimum": measurement.is_minimum,
-        "queue_wait_from": "server" if measurement.levels[-1].queue_waits_s else "latency",
+        "queue_wait_from": measurement.queue_wait_from,
         "enough_at_once": measurement.enough,
         "stopped": measurement.stopped,
-        "levels": [
-            {
-                "at_once": level.at_once,
-                "requests_per_s": round(level.requests_per_s, 3),
-                "latency_s": round(level.latency_s, 4),
-                "queue_wait_s_median": _rounded(statistics.median, level.queue_waits_s),
-                "queue_wait_s_max": _rounded(max, level.queue_waits_s),
-                "waited": level.waited,
-            }
-            for level in measurement.levels
-        ],
+        "levels": levels,
     }
-
-
-def _rounded(reduce: Any, values: list[float]) -> float | None:
-    return round(reduce(values), 4) if values else None
 
 
 def _print_table(measurement: Measurement, console: Console) -> None:
@@ -124,7 +109,7 @@ def _print_table(measurement: Measurement, console: Console) -> None:
     if measurement.stopped:
         console.print(f"Stopped {measurement.stopped}", soft_wrap=True, markup=False)
     slots, enough = measurement.slots, measurement.enough
-    if not measurement.levels[-1].queue_waits_s:
+    if measurement.queue_wait_from == "latency":
         console.print("The server does not report queue times; latency shows which calls waited.", soft_wrap=True)
     if measurement.is_minimum:
         sentence = f"The server runs at least {slots} at once: no call waited. Use --max {2 * slots} to probe further."
@@ -135,13 +120,6 @@ def _print_table(measurement: Measurement, console: Console) -> None:
     console.print(sentence, soft_wrap=True)
     if 2 * enough <= slots:
         console.print(f"More than {enough} at once hardly increases throughput.", soft_wrap=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

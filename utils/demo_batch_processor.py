@@ -17,13 +17,14 @@ import argparse
 import asyncio
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain, repeat
 from typing import Any
 
 from mongomock_motor import AsyncMongoMockClient
 
 from batch_processor import BatchProcessor
-from classifier import ReplyParser, classification_flow
+from classifier import FIELDS, ReplyParser, classification_flow
 from config import Settings, load_settings, load_taxonomy
 from domain.conversation import Conversation, Outcome
 from domain.text import one_line
@@ -33,7 +34,7 @@ from model_server.protocol import ChatReply, ChatTarget
 from model_server.truncation import TranscriptTruncator
 from prompt_builder import PromptBuilder
 from utils.process import exit_code_of
-from worker.run import Classify
+from worker.intake import Classify
 
 
 class ScriptedClient:
@@ -46,56 +47,39 @@ class ScriptedClient:
         return TranscriptTruncator(prompts.system_prompt)
 
 
+def _tweet(number: int, author: str, time: str, text: str) -> dict[str, Any]:
+    created_at = f"Tue Mar 04 {time} +0000 2025"
+    return {
+        "tweet_id": number,
+        "author_id": author,
+        "inbound": author != "Lumo",
+        "created_at": created_at,
+        "text": text,
+    }
+
+
+def _conversation(number: int, **turns: Any) -> dict[str, Any]:
+    return {"_id": f"demo-{number}", "conversation_number": str(number), **turns, "status": "pending"}
+
+
 DOCUMENTS: list[dict[str, Any]] = [
-    {
-        "_id": "demo-1",
-        "conversation_number": "1",
-        "tweets": [
-            {
-                "tweet_id": 11,
-                "author_id": "700",
-                "inbound": True,
-                "created_at": "Tue Mar 04 09:12:00 +0000 2025",
-                "text": "@Lumo my parcel says delivered, but nothing is here!!",
-            },
-            {
-                "tweet_id": 12,
-                "author_id": "Lumo",
-                "inbound": False,
-                "created_at": "Tue Mar 04 09:20:00 +0000 2025",
-                "text": "@700 Sorry! Could you send us the tracking number?",
-            },
-            {
-                "tweet_id": 13,
-                "author_id": "700",
-                "inbound": True,
-                "created_at": "Tue Mar 04 09:21:00 +0000 2025",
-                "text": "@Lumo third time I am sending it...",
-            },
+    _conversation(
+        1,
+        tweets=[
+            _tweet(11, "700", "09:12:00", "@Lumo my parcel says delivered, but nothing is here!!"),
+            _tweet(12, "Lumo", "09:20:00", "@700 Sorry! Could you send us the tracking number?"),
+            _tweet(13, "700", "09:21:00", "@Lumo third time I am sending it..."),
         ],
-        "status": "pending",
-    },
-    {
-        "_id": "demo-2",
-        "conversation_number": "2",
-        "messages": [
+    ),
+    _conversation(
+        2,
+        messages=[
             {"sender": "customer", "text": "Please send the money for the blue lamp back, it flickers."},
             {"sender": "agent", "text": "Of course, you will have it within five days."},
         ],
-        "status": "pending",
-    },
-    {
-        "_id": "demo-3",
-        "conversation_number": "3",
-        "messages": [{"sender": "customer", "text": "Your app is lovely, well done."}],
-        "status": "pending",
-    },
-    {
-        "_id": "demo-4",
-        "conversation_number": "4",
-        "messages": [{"sender": "agent", "text": "Dear customer, our shop is closed on Monday."}],
-        "status": "pending",
-    },
+    ),
+    _conversation(3, messages=[{"sender": "customer", "text": "Your app is lovely, well done."}]),
+    _conversation(4, messages=[{"sender": "agent", "text": "Dear customer, our shop is closed on Monday."}]),
     {
         "_id": "demo-5",
         "text": "How do I get a spare card?",
@@ -106,27 +90,33 @@ DOCUMENTS: list[dict[str, Any]] = [
 ]
 
 
-def _reply(categorization: str, intent: str, topic: str, sentiment: str) -> str:
-    return json.dumps({"categorization": categorization, "intent": intent, "topic": topic, "sentiment": sentiment})
+def _reply(*values: str) -> str:
+    return json.dumps(dict(zip(FIELDS, values, strict=True)))
 
 
 _LATE = _reply("Parcel marked delivered is missing.", "Order Status", "Shipping/Delivery", "Negative")
-_WRONG = _reply("Customer wants a refund.", "Wants Money", "Returns/Refunds", "Neutral")
-_REFUND = _reply("Customer wants a refund for a flickering lamp.", "refund request", "Returns/Refunds", "Negative")
-_CARD = _reply("Customer asks how to get a spare card.", "Information Request", "Banking/Cards", "Neutral")
 
 # The replies of the model by the first words of the customer, in order; the last one repeats.
 SCRIPT = {
     "@Lumo my parcel": [f"Here you are:\n```json\n{_LATE}\n```"],
-    "Please send": [_WRONG, _REFUND],
+    "Please send": [
+        _reply("Customer wants a refund.", "Wants Money", "Returns/Refunds", "Neutral"),
+        _reply("Customer wants a refund for a flickering lamp.", "refund request", "Returns/Refunds", "Negative"),
+    ],
     "Your app": ["I am happy to help with anything else."],
-    "How do I": [_CARD],
+    "How do I": [_reply("Customer asks how to get a spare card.", "Information Request", "Banking/Cards", "Neutral")],
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration (*argv* None: flags of the process) and return its exit code."""
-    arguments = _create_parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="demo_batch_processor.py",
+        description="Show the batch worker on five conversations, without MongoDB and without a model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--verbose", action="store_true", help="show the log lines of the worker")
+    arguments = parser.parse_args(argv)
     configure_logging("DEBUG" if arguments.verbose else "ERROR")
 
     def run() -> int:
@@ -138,16 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code_of(run, "demo_batch_processor.py", verbose=arguments.verbose)
 
 
-def _create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="demo_batch_processor.py",
-        description="Show the batch worker on five conversations, without MongoDB and without a model.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--verbose", action="store_true", help="show the log lines of the worker")
-    return parser
-
-
 async def _demonstrate(settings: Settings) -> None:
     client: Any = AsyncMongoMockClient()
     database = client[settings.db_name]
@@ -155,8 +135,9 @@ async def _demonstrate(settings: Settings) -> None:
 
     _step(1, f"{len(DOCUMENTS)} documents go into the collection {settings.source_collection} of a MongoDB in memory")
     await source.insert_many(DOCUMENTS)
-    async for document in source.find():
-        print(f"   {document['_id']}  {_first_words(document)}")
+    for document in DOCUMENTS:
+        turns = document.get("tweets") or document.get("messages") or [document]
+        print(f"   {document['_id']}  {one_line(turns[0]['text'], 60)}")
 
     _step(2, "The worker runs; whenever the model is asked, its scripted answer is shown")
     async with BatchProcessor(settings, client=client, classify=scripted_model()) as processor:
@@ -167,9 +148,8 @@ async def _demonstrate(settings: Settings) -> None:
         _step(3, f"The results are in the collection {settings.results_collection}")
         async for result in results.find():
             labels, asked = result["classification"], result["processing_metadata"]["attempts"]
-            print(
-                f"   {result['source_conversation_id']}  {labels['intent']} | {labels['topic']} | {labels['sentiment']}"
-            )
+            triad = " | ".join(labels[field] for field in FIELDS[1:])
+            print(f"   {result['source_conversation_id']}  {triad}")
             print(f"           {labels['categorization']} (model asked {asked}x)")
 
         _step(4, "The source documents with their final status")
@@ -179,14 +159,13 @@ async def _demonstrate(settings: Settings) -> None:
             print(f"   {document['_id']}  {status}{f' ({reason})' if reason else ''}")
 
         _step(5, "The batch files: finished batches keep ids and counts, quarantine keeps what failed for good")
-        for path in _files(settings.batch_files_dir):
+        for path in sorted(settings.batch_files_dir.glob("*/*.json")):
             print(f"   {path.relative_to(settings.batch_files_dir)}")
 
         _step(6, "The same run again finds nothing left to do")
         again = await processor.run()
-        print(
-            f"   run: documents_processed {again['documents_processed']}, results {await results.count_documents({})}"
-        )
+        stored = await results.count_documents({})
+        print(f"   run: documents_processed {again['documents_processed']}, results {stored}")
     print("\nThe same with a real MongoDB and Ollama: python utils/mongodb_import.py && python cli.py --model NAME")
 
 
@@ -201,7 +180,7 @@ def scripted_model() -> Classify:
         flow = classification_flow(conversation, ScriptedClient(), prompts, parser)
         next(flow)
         try:
-            for reply in _endless(SCRIPT[start]):
+            for reply in chain(SCRIPT[start], repeat(SCRIPT[start][-1])):
                 print(f'   "{start} ...", round {rounds + 1}: model answers {one_line(reply, 60)}')
                 flow.send(ChatReply(reply, None, None))
                 print("      not usable: asked again, with the reason")
@@ -217,23 +196,8 @@ def scripted_model() -> Classify:
     return classify
 
 
-def _endless(replies: list[str]) -> Iterator[str]:
-    yield from replies
-    while True:
-        yield replies[-1]
-
-
 def _step(number: int, sentence: str) -> None:
     print(f"\n{number}. {sentence}:")
-
-
-def _first_words(document: dict[str, Any]) -> str:
-    turns = document.get("tweets") or document.get("messages") or [document]
-    return one_line(turns[0]["text"], 60)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.json") if path.parent != folder)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.prompt import Confirm
 
-from config import Settings, load_settings
+from commands.flags import command_settings, positive
+from config import Settings
 from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
 from logger import configure_logging
@@ -32,7 +32,7 @@ from mongo_client import DocumentStore
 from storage.contract import Document
 from storage.extended_json import dumps, id_text
 from storage.mongo_errors import translated
-from utils.process import exit_code_of
+from utils.process import exit_code_of, is_confirmed
 
 SAMPLES = Path(__file__).resolve().parent.parent / "data" / "sample_conversations.jsonl"
 PAGE_SIZE = 500
@@ -41,36 +41,13 @@ _STATUS_FIELDS = frozenset({"status", "status_reason", "last_processed_at", "pro
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the import in *argv* (None: of the process) and return its exit code."""
-    arguments = _create_parser().parse_args(argv)
-    console = Console(stderr=True)
-
-    def run() -> int:
-        settings = load_settings(
-            mongodb_uri=arguments.mongodb_uri,
-            db_name=arguments.db_name,
-            source_collection=arguments.source_collection,
-        )
-        configure_logging("DEBUG" if arguments.verbose else "WARNING")
-        if arguments.drop and not arguments.yes:
-            _confirm_drop(settings, console)
-        return asyncio.run(_import(arguments, settings, console))
-
-    return exit_code_of(
-        run,
-        "mongodb_import.py",
-        verbose=arguments.verbose,
-        interrupted="Interrupted; the same command imports the rest.",
-    )
-
-
-def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mongodb_import.py",
         description="Import conversations into MongoDB: the shipped samples, or a file. Importing twice adds nothing.",
         epilog="Exit codes: 0 done, 2 usage, configuration or file, 3 MongoDB is not reachable, 130 interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument("--count", type=_positive, metavar="N", help="import N samples, or the first N of --file (all)")
+    parser.add_argument("--count", type=positive, metavar="N", help="import N samples, or the first N of --file (all)")
     parser.add_argument("--file", type=Path, help="JSON, JSONL or CSV (TWCS included) instead of the samples")
     parser.add_argument("--mongodb-uri", help="MongoDB address (MONGODB_URI; mongodb://localhost:27017)")
     parser.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
@@ -85,20 +62,26 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     parser.add_argument("--verbose", action="store_true", help="show log lines, and the traceback of an error")
-    return parser
+    arguments = parser.parse_args(argv)
 
+    def run() -> int:
+        configure_logging("DEBUG" if arguments.verbose else "WARNING")
+        return asyncio.run(_import(arguments, command_settings(arguments), Console(stderr=True)))
 
-def _confirm_drop(settings: Settings, console: Console) -> None:
-    if not sys.stdin.isatty():
-        raise ConfigurationError("--drop deletes the collection; add --yes to confirm without a terminal.")
-    question = f"Delete the collection {settings.source_collection} of the database {settings.db_name}?"
-    if not Confirm.ask(question, console=console, default=False):
-        raise RunInterruptedError("Nothing was deleted or imported.")
+    interrupted = "Interrupted; the same command imports the rest."
+    return exit_code_of(run, parser.prog, verbose=arguments.verbose, interrupted=interrupted)
 
 
 async def _import(arguments: argparse.Namespace, settings: Settings, console: Console) -> int:
+    if arguments.drop and not arguments.yes:
+        if not sys.stdin.isatty():
+            raise ConfigurationError("--drop deletes the collection; add --yes to confirm without a terminal.")
+        question = f"Delete the collection {settings.source_collection} of the database {settings.db_name}?"
+        if not await is_confirmed(question):
+            raise RunInterruptedError("Nothing was deleted or imported.")
     documents = read_documents(arguments.file) if arguments.file else _samples(arguments.count, console)
-    pages = _pages(itertools.islice(_with_ids(documents), arguments.count))
+    chosen = itertools.islice(_with_ids(documents), arguments.count)
+    pages = iter(lambda: list(itertools.islice(chosen, PAGE_SIZE)), [])
     first = next(pages, [])  # before the collection is dropped: the file may be invalid
     store = DocumentStore(settings)
     try:
@@ -191,19 +174,6 @@ def _with_ids(documents: Iterable[Document]) -> Iterator[Document]:
             if seen[document_id] > 1:
                 document_id += f"-{seen[document_id]}"
         yield {"_id": document_id, **document}
-
-
-def _pages(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    rest = iter(documents)
-    while page := list(itertools.islice(rest, PAGE_SIZE)):
-        yield page
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -81,6 +81,19 @@ def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interru
         return ExitCode.DONE  # the reader of stdout has closed it, as head does
 
 
+async def is_confirmed(question: str) -> bool:
+    """Ask *question* on the terminal and return whether the answer is yes. Ctrl-C ends the wait."""
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    loop, answered = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sys.stdin, answered.set)  # Ctrl-C does not interrupt input()
+    try:
+        await answered.wait()
+    finally:
+        loop.remove_reader(sys.stdin)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def tune_garbage_collection() -> None:
     """Collect garbage rarely: a run makes few reference cycles, and its modules are never garbage.
 
@@ -88,3 +101,4 @@ def tune_garbage_collection() -> None:
     """
     gc.freeze()
     gc.set_threshold(10_000, 5, 2)
+    gc.enable()  # cli disables it while it imports

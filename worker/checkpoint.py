@@ -36,6 +36,11 @@ class RunStats:
     reasons: dict[str, int] = field(default_factory=dict)
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # intent, topic, sentiment -> label -> documents
 
+    @property
+    def expected(self) -> int:
+        """The number of documents that the run processes; documents that arrive during the run raise it."""
+        return max(self.total, self.processed)
+
     def count_labels(self, classification: dict[str, str]) -> None:
         """Count the labels of one stored result."""
         for name in ("intent", "topic", "sentiment"):
@@ -50,13 +55,9 @@ class RunStats:
         self.needs_review += metadata.get("needs_review") is True
         self.copied += "copied_from" in metadata
 
-    def count_reason(self, reason: str) -> None:
-        """Count one document that failed or was skipped because of *reason*."""
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-
-    def uncount_reason(self, reason: str) -> None:
-        """Uncount one document of *reason*, because a later round ended differently."""
-        self.reasons[reason] -= 1
+    def count_reason(self, reason: str, change: int = 1) -> None:
+        """Count one document that failed or was skipped because of *reason*; -1 if a later round ended differently."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + change
         if not self.reasons[reason]:
             del self.reasons[reason]
 
@@ -79,38 +80,22 @@ class Checkpoint:
     only: str | None = None  # RunOptions.only
     worker_id: str | None = None  # if worker.json is lost: leases belong to this id
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the checkpoint as the file stores it, without the time of writing."""
-        return {
-            "source": self.source,
-            "job_id": self.job_id,
-            "reprocess": self.reprocess,
-            "low_water_mark": self.low_water_mark,
-            "has_mark": self.has_mark,
-            "finished": self.finished,
-            "counts": self.counts,
-            "only": self.only,
-            "worker_id": self.worker_id,
-        }
-
     @classmethod
     def resume_or_new(
         cls, saved: dict[str, Any] | None, source: str, worker_id: str, *, reprocess: bool, only: str | None = None
     ) -> Checkpoint:
         """Return the interrupted run in *saved*, or a new run for *source*."""
-        if (
-            saved is not None
-            and saved.get("source") == source
-            and saved.get("reprocess") is reprocess
-            and saved.get("only") == only
-            and saved.get("finished") is False
-            and isinstance(saved.get("job_id"), str)
-        ):
-            mark, has_mark = saved.get("low_water_mark"), saved.get("has_mark") is True
-            return cls(source, saved["job_id"], reprocess, mark, has_mark, only=only, worker_id=worker_id)
-        now = datetime.now(UTC)
-        job_id = f"job_{now:%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
-        return cls(source, job_id, reprocess, only=only, worker_id=worker_id)
+        job_id = f"job_{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
+        checkpoint = cls(source, job_id, reprocess, only=only, worker_id=worker_id)
+        saved = saved or {}
+        is_same = all(
+            saved.get(name) == getattr(checkpoint, name) for name in ("source", "reprocess", "only", "finished")
+        )
+        if is_same and isinstance(saved.get("job_id"), str):
+            checkpoint.job_id = saved["job_id"]
+            checkpoint.low_water_mark = saved.get("low_water_mark")
+            checkpoint.has_mark = saved.get("has_mark") is True
+        return checkpoint
 
 
 class LowWaterMark:

@@ -1,25 +1,36 @@
-"""The source of a run's documents: batches that are claimed, and saved to disk before they are processed."""
+"""The source of a run's documents: batches that are claimed, and saved to disk before they are processed; the dry run."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aggregator import aggregate_conversation
+from config import Settings
+from domain.conversation import Conversation, Outcome
 from domain.staleness import REPLACED, Only, StalenessChecker
-from storage.contract import Document, Selection, Store
-from storage.extended_json import id_key
+from error_handler import SkippedDocumentError
+from model_server.concurrency import ConcurrencyLimit
+from mongo_client import DocumentStore
+from storage.contract import Document, Selection
+from storage.extended_json import id_key, id_text
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
+from worker.progress import Reporter
 from worker.quarantine import requeue
-from worker.settlement import BatchInWork, Settlement, WorkItem, is_query
+from worker.settlement import BatchInWork, Settlement, is_query
 
 logger = logging.getLogger(__name__)
 
 MAX_SWEEPS = 5
+EXAMPLES = 10  # ids in the report of a dry run
+
+Classify = Callable[[Conversation, int], Awaitable[Outcome]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +45,44 @@ class RunOptions:
     dedupe: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class RunParts:
+    """Settings, stores, the classify step and observers of one run.
+
+    *stop*, when set, ends the run: no new documents, and a grace period for calls in flight. *classify* takes a
+    conversation and the number of its earlier retry rounds; it raises LLMError, or SkippedDocumentError for a conversation
+    that is too long and shall be skipped. *plan* is the plan_fingerprint of its answers; if it is empty, answers of an
+    interrupted run are not reused. *kinds* is needed with ``options.only``. *limit* None means that
+    ``settings.max_concurrent`` is a fixed number.
+    """
+
+    settings: Settings
+    options: RunOptions
+    store: DocumentStore
+    files: BatchFiles
+    checkpoint: Checkpoint
+    stop: asyncio.Event
+    classify: Classify
+    plan: str = ""
+    kinds: StalenessChecker | None = None
+    reporters: Sequence[Reporter] = ()
+    limit: ConcurrencyLimit | None = None
+
+
 class DocumentIntake:
     """Reads, claims and saves documents; yields batches whose documents are all leased to this worker.
 
     Documents that already have a result only get their status; documents of another worker are counted and skipped.
     Batches that an interrupted run left in work are finished first, whatever ``options.only`` says: their answers may
-    be in its journal. *kinds* is needed if ``options.only`` is given.
+    be in its journal.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        files: BatchFiles,
-        checkpoint: Checkpoint,
-        options: RunOptions,
-        *,
-        settlement: Settlement,
-        kinds: StalenessChecker | None,
-    ) -> None:
-        self._store = store
-        self._files = files
-        self._checkpoint = checkpoint
-        self._options = options
+    def __init__(self, parts: RunParts, settlement: Settlement) -> None:
+        self._parts = parts
+        self._store = parts.store
+        self._files = parts.files
+        self._options = parts.options
         self._settlement = settlement
-        self._kinds = kinds
         self._recovered: set[bytes] = set()
         self._queued: set[bytes] = set()  # in local failure files when reading began, with ``options.only``
         self._taken = 0
@@ -70,7 +95,6 @@ class DocumentIntake:
         for file in await asyncio.to_thread(lambda: list(self._files.load_pending())):
             batch = BatchInWork(file)
             logger.info("%s: %d documents from an earlier run", file.name, len(batch.items))
-            self._recovered.update(item.key for item in batch.items)
             await self._keep_own(batch)
             yield batch
 
@@ -79,7 +103,7 @@ class DocumentIntake:
         bound = await self._store.upper_bound()
         if not bound:
             return
-        after = [self._checkpoint.low_water_mark] if self._checkpoint.has_mark else []
+        after = [self._parts.checkpoint.low_water_mark] if self._parts.checkpoint.has_mark else []
         only = self._options.only
         if only:
             self._queued = await asyncio.to_thread(self._files.failed_keys)
@@ -118,35 +142,32 @@ class DocumentIntake:
             batch = BatchInWork(file, is_retry=True)
             if not await self._is_selected(batch):
                 continue
-            self._recovered.update(item.key for item in batch.items)
             await self._keep_own(batch)
             self._settlement.stats.retried += len(batch.items)
             yield batch
 
-    @property
-    def is_exhausted(self) -> bool:
-        """True if ``options.limit`` is reached."""
-        return self._options.limit is not None and self._taken >= self._options.limit
-
     async def _pages(
         self, selection: Selection, after: Sequence[Any], bound: Sequence[Any]
     ) -> AsyncGenerator[BatchInWork]:
-        while not self.is_exhausted:
+        limit, only, kinds = self._options.limit, self._options.only, self._parts.kinds
+        while limit is None or self._taken < limit:
             page = await self._store.read_page(selection, after, bound, self._options.batch_size)
             if not page:
                 return
             after = [page[-1]["_id"]]
             claimed_at = time.monotonic()
-            documents = await self._claimed(await self._of_the_kind(page) if selection == "all" else page)
-            if self._options.limit is not None:
-                surplus = documents[self._options.limit - self._taken :]
-                documents = documents[: self._options.limit - self._taken]
-                if surplus:
-                    await self._store.release([document["_id"] for document in surplus])
+            if kinds is not None and only and selection == "all":
+                found = await kinds.of(page, self._queued | self._settlement.failed_keys)
+                page = [document for document, kind in found if kind == only]
+            documents = await self._claimed(page)
+            if limit is not None and len(documents) > limit - self._taken:
+                surplus = documents[limit - self._taken :]
+                documents = documents[: limit - self._taken]
+                await self._store.release([document["_id"] for document in surplus])
             if not documents:
                 continue
             self._taken += len(documents)
-            if self._options.only:  # their number is only known after the last page
+            if only:  # their number is only known after the last page
                 self._settlement.stats.total += len(documents)
             file = await asyncio.to_thread(self._files.save_pending, documents)
             await self._store.mark_processing([document["_id"] for document in documents if not is_query(document)])
@@ -156,57 +177,85 @@ class DocumentIntake:
 
     async def _claimed(self, page: list[Document]) -> list[Document]:
         """Lease the documents of *page* and return those that need a result."""
-        keyed = [(key, document) for document in page if (key := id_key(document["_id"])) not in self._recovered]
-        if not keyed:
-            return []
-        own = await self._store.claim([document["_id"] for _, document in keyed])
-        leased = [(key, document) for key, document in keyed if key in own]
-        self._settlement.stats.leased_elsewhere += len(keyed) - len(leased)
-        if not leased:
-            return []
-        # After the lease: the worker that held it before may have stored the result.
-        done = await self._done([document for _, document in leased])
-        finished = [document for key, document in leased if key in done]
-        if finished:
-            self._settlement.found_done(finished)
-            await self._store.release([document["_id"] for document in finished])
-        return [document for key, document in leased if key not in done]
-
-    async def is_still_ours(self, item: WorkItem) -> bool:
-        """Return whether *item* still needs a result from this worker; if another worker finished it, it gets its status."""
-        return bool(await self._own([item]))
+        page = [document for document in page if id_key(document["_id"]) not in self._recovered]
+        needed = await self.needed(page)
+        return [document for document in page if id_key(document["_id"]) in needed]
 
     async def _keep_own(self, batch: BatchInWork) -> None:
         """Remove documents from a recovered *batch* that other workers hold, or have finished since."""
-        batch.items = await self._own(batch.items)
+        self._recovered.update(item.key for item in batch.items)
+        needed = await self.needed([item.document for item in batch.items])
+        batch.items = [item for item in batch.items if item.key in needed]
         batch.unsettled = len(batch.items)
 
-    async def _own(self, items: list[WorkItem]) -> list[WorkItem]:
-        own = await self._store.claim([item.document_id for item in items])
-        done = await self._done([item.document for item in items])
-        self._settlement.found_done([item.document for item in items if item.key in done])
-        self._settlement.stats.leased_elsewhere += sum(item.key not in own | done for item in items)
-        return [item for item in items if item.key in own - done]
+    async def needed(self, documents: list[Document]) -> set[bytes]:
+        """Lease *documents*; return the ``id_key`` of those that this worker holds and that need a result."""
+        own = await self._store.claim([document["_id"] for document in documents]) if documents else set()
+        held = [document for document in documents if id_key(document["_id"]) in own]
+        self._settlement.stats.leased_elsewhere += len(documents) - len(held)
+        # After the lease: the worker that held it before may have stored the result.
+        done = await self._done(held) if held else set()
+        finished = [document for document in held if id_key(document["_id"]) in done]
+        if finished:
+            self._settlement.found_done(finished)
+            await self._store.release([document["_id"] for document in finished])
+        return own - done
 
     async def _done(self, documents: list[Document]) -> set[bytes]:
-        if self._kinds is not None and self._options.only in REPLACED:
-            return await self._kinds.settled(documents, self._options.only)
-        job_id = self._checkpoint.job_id if self._options.reprocess else None
+        kinds, only = self._parts.kinds, self._options.only
+        if kinds is not None and only in REPLACED:
+            return await kinds.settled(documents, only)
+        job_id = self._parts.checkpoint.job_id if self._options.reprocess else None
         return await self._store.result_keys([document["_id"] for document in documents], job_id)
-
-    async def _of_the_kind(self, page: list[Document]) -> list[Document]:
-        """Return the documents of *page* that ``options.only`` selects."""
-        if self._kinds is None or self._options.only is None:
-            return page
-        found = await self._kinds.of(page, self._queued | self._settlement.failed_keys)
-        return [document for document, kind in found if kind == self._options.only]
 
     async def _is_selected(self, batch: BatchInWork) -> bool:
         """Return whether this run retries *batch*: with ``options.only``, it leaves the retry files of other runs alone."""
-        only = self._options.only
+        kinds, only = self._parts.kinds, self._options.only
         if only in (None, "failed") or self._settlement.failed_keys & {item.key for item in batch.items}:
             return True
-        if self._kinds is None or only not in REPLACED:
+        if kinds is None or only not in REPLACED:
             return False
         documents = [item.document for item in batch.items]  # of the same run, before its interruption
-        return only in {kind for _, kind in await self._kinds.of(documents, set())}
+        return only in {kind for _, kind in await kinds.of(documents, set())}
+
+
+async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChecker | None = None) -> dict[str, Any]:
+    """Return counts of the documents that a run with *options* would process, for ``--dry-run``; read only.
+
+    *kinds* is required with ``options.only``; to_classify then includes documents that have a result.
+
+    Keys: selected, to_classify, already_done, skipped (by reason), shapes, turns, characters (of the transcripts),
+    first_ids (at most EXAMPLES, as text).
+    """
+    bound = await store.upper_bound()
+    queued = await asyncio.to_thread(kinds.queued) if kinds else set()
+    selection: Selection = "all" if options.reprocess or options.only else "failed" if options.retry_failed else "sweep"
+    report = Counter(dict.fromkeys(("selected", "to_classify", "already_done", "turns", "characters"), 0))
+    skipped, shapes = Counter[str](), Counter[str]()
+    first_ids: list[str] = []
+    after: list[Any] = []
+    while bound and (options.limit is None or report["selected"] < options.limit):
+        left = options.batch_size if options.limit is None else options.limit - report["selected"]
+        size = options.batch_size if options.only else min(options.batch_size, left)
+        page = await store.read_page(selection, after, bound, size)
+        if not page:
+            break
+        after = [page[-1]["_id"]]
+        if kinds is not None and options.only:
+            page = [document for document, kind in await kinds.of(page, queued) if kind == options.only][:left]
+        replaces = options.reprocess or options.only in REPLACED
+        done = set() if replaces else await store.result_keys([document["_id"] for document in page])
+        report.update(selected=len(page), already_done=len(done))
+        for document in page:
+            if id_key(document["_id"]) in done:
+                continue
+            try:
+                conversation = aggregate_conversation(document)
+            except SkippedDocumentError as exc:
+                skipped[exc.reason] += 1
+                continue
+            report.update(to_classify=1, turns=len(conversation.turns), characters=len(conversation.transcript))
+            shapes[conversation.shape] += 1
+            first_ids.append(id_text(document["_id"]))
+            del first_ids[EXAMPLES:]
+    return {**report, "skipped": dict(skipped), "shapes": dict(shapes), "first_ids": first_ids}

@@ -25,12 +25,7 @@ Sample = Callable[[llm.AsyncLLMClient], Awaitable[list[int]]]
 
 
 async def ask_plan(settings: Settings) -> str:
-    """Return the plan_fingerprint of a run with *settings* now; the server is only asked for its models.
-
-    Raises:
-        LLMUnavailableError: The server does not answer.
-        ConfigurationError: The server does not have the model.
-    """
+    """Return the plan_fingerprint of a run with *settings* now; the server is only asked for its models."""
     taxonomy = load_taxonomy(settings.taxonomy_file)
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
@@ -51,25 +46,16 @@ def work_kinds(store: DocumentStore, settings: Settings, plan: str | None) -> St
 async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:
     """Return the context window for a run with the model of *client*, which is prepared.
 
-    *asked* is the window that the operator set. Without it, *sample* returns the tokens that documents need, as
-    ``sample_needs`` does.
-
-    Raises:
-        TriadError: Whatever *sample* raises.
+    It is *asked* if the operator set that, else the choice for the tokens that *sample* returns, as ``sample_needs`` does.
     """
-    limit = client.target.context_limit
-    if asked is not None or client.target.protocol == "openai_chat":
-        return choose_window([], limit, asked)
-    return choose_window(await sample(client), limit)
+    is_known = asked is not None or client.target.protocol == "openai_chat"
+    return choose_window([] if is_known else await sample(client), client.target.context_limit, asked)
 
 
 async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[int]:
     """Return the window that each of SAMPLE_SIZE random documents needs, in tokens.
 
     Documents of any status count, because those that are done predict those to come. Documents without text do not.
-
-    Raises:
-        StoreError: MongoDB does not answer, or refuses.
     """
     needs = []
     async for document in store.sample(SAMPLE_SIZE):

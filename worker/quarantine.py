@@ -1,15 +1,15 @@
 """Failed documents: list them, requeue them with a full set of attempts, or discard them.
 
 ``requeue`` and ``discard`` need the lock of the directory. Each of their steps replaces or renames one file, so every
-document is in exactly one folder whenever the process dies.
+document is in exactly one folder whenever the process dies, or StateDirectoryError reports a file that cannot be written.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
@@ -40,23 +40,22 @@ class FailedDocuments:
 
     def of_reason(self, reason: Reason | None) -> list[FailedDocument]:
         """Return the entries that failed because of *reason*; None returns all."""
-        return [entry for entry in self.entries if reason is None or entry.reason is reason]
+        return [entry for entry in self.entries if reason is None or entry.reason == reason]
 
     def named(self, texts: Iterable[str]) -> list[FailedDocument]:
         """Return the entries of the documents that *texts* name, each once, in the order of *texts*.
 
-        A text is what ``id_text`` shows, or the id as Extended JSON. The latter takes precedence, because it
-        distinguishes 7 from "7".
-
-        Raises:
-            ConfigurationError: A text names no document, or more than one.
+        A text is what ``id_text`` shows, or the id as Extended JSON, which takes precedence because it distinguishes 7
+        from "7". Raise ConfigurationError if a text names no document, or more than one.
         """
         return list({id_key(entry.conversation_id): entry for entry in map(self._named, texts)}.values())
 
     def _named(self, text: str) -> FailedDocument:
         found = [entry for entry in self.entries if id_text(entry.conversation_id) == text]
         if text.startswith(("{", '"')) or not found:
-            found = [entry for entry in self.entries if id_key(entry.conversation_id) == _json_key(text)] or found
+            with suppress(ValueError):
+                key = id_key(extended_json.loads(text))
+                found = [entry for entry in self.entries if id_key(entry.conversation_id) == key] or found
         if not found:
             raise ConfigurationError(
                 f"no document {text[:120]!r} is there; python cli.py quarantine list shows the ids."
@@ -69,34 +68,28 @@ class FailedDocuments:
         return found[0]
 
 
-def _json_key(text: str) -> bytes | None:
-    try:
-        return id_key(extended_json.loads(text))
-    except ValueError:
-        return None
-
-
 def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:
-    """Return the documents in the retry queue, or in quarantine, of *directory*. Needs no lock.
-
-    Raises:
-        StateDirectoryError: The directory does not exist, or a file cannot be read.
-    """
+    """Return the documents in the retry queue, or in quarantine, of *directory*. Needs no lock."""
     if not directory.is_dir():
         raise StateDirectoryError(f"there is no directory {directory}; name the worker's with --batch-files-dir.")
-    newest: dict[bytes, FailedDocument] = {}
+    entries: list[FailedDocument] = []
     unreadable = []
     for path in batch_paths(directory / kind):
         try:
-            entries = read_failures(path)
+            entries += read_failures(path)
         except ValueError:
             unreadable.append(path.name)
-            continue
-        for entry in entries:
-            key = id_key(entry.conversation_id)
-            if key not in newest or newest[key].failed_at < entry.failed_at:
-                newest[key] = entry
-    return FailedDocuments(sorted(newest.values(), key=lambda entry: entry.failed_at, reverse=True), unreadable)
+    newest = _newest(entries).values()
+    return FailedDocuments(sorted(newest, key=lambda entry: entry.failed_at, reverse=True), unreadable)
+
+
+def _newest(entries: Iterable[FailedDocument]) -> dict[bytes, FailedDocument]:
+    newest: dict[bytes, FailedDocument] = {}
+    for entry in entries:
+        known = newest.setdefault(id_key(entry.conversation_id), entry)
+        if known.failed_at < entry.failed_at:
+            newest[id_key(entry.conversation_id)] = entry
+    return newest
 
 
 def failed_keys(directory: Path) -> set[bytes]:
@@ -117,26 +110,19 @@ def requeue(files: BatchFiles, keys: set[bytes] | None = None) -> int:
     """Move the quarantined documents of *keys* (None: all) to ``pending/`` with a full set of attempts; return their number.
 
     Results that could not be written are kept. Documents of a batch that is still in work stay in quarantine.
-
-    Raises:
-        StateDirectoryError: A file cannot be written; documents of earlier files have been moved.
     """
-    _remove_older_copies(files)
     in_work = _keys_in_work(files)
     moved = 0
-    for path, entries in files.failure_files("quarantine"):
-        chosen = [
-            entry for entry in entries if _is_chosen(entry, keys) and id_key(entry.conversation_id) not in in_work
-        ]
+    for path, entries in _newest_by_file(files).items():
+        chosen = {key: entry for key, entry in entries.items() if key not in in_work and (keys is None or key in keys)}
         if not chosen:
             continue
         staged = path
         if len(chosen) < len(entries):
             # Two files cannot change atomically: split the chosen entries off inside the folder, then rename that file.
             staged = files.new_path("quarantine", "replay")
-            files.write_failures(staged, chosen)
-            left = {id_key(entry.conversation_id) for entry in chosen}
-            files.write_failures(path, [entry for entry in entries if id_key(entry.conversation_id) not in left])
+            files.write_failures(staged, chosen.values())
+            files.write_failures(path, [entry for key, entry in entries.items() if key not in chosen])
         move_file(staged, files.new_path("pending", "replay"))
         moved += len(chosen)
     return moved
@@ -146,39 +132,32 @@ def discard(files: BatchFiles, keys: set[bytes]) -> int:
     """Remove the documents of *keys* from quarantine for good; return their number. Their status stays failed.
 
     Documents of a batch that is still in work stay, because its run would quarantine them again.
-
-    Raises:
-        StateDirectoryError: A file cannot be written; documents of earlier files have been removed.
     """
-    _remove_older_copies(files)
     chosen = keys - _keys_in_work(files)
     discarded = 0
-    for path, entries in files.failure_files("quarantine"):
-        kept = [entry for entry in entries if id_key(entry.conversation_id) not in chosen]
+    for path, entries in _newest_by_file(files).items():
+        kept = [entry for key, entry in entries.items() if key not in chosen]
         if len(kept) < len(entries):
             files.write_failures(path, kept)
             discarded += len(entries) - len(kept)
     return discarded
 
 
-def _is_chosen(entry: FailedDocument, keys: set[bytes] | None) -> bool:
-    return keys is None or id_key(entry.conversation_id) in keys
-
-
 def _keys_in_work(files: BatchFiles) -> set[bytes]:
-    """Return the documents that a crash left in ``pending/``: the next run resumes them, and may quarantine them again."""
+    """Return the documents that a crash left in ``pending/``; the next run may quarantine them again."""
     return {id_key(document.get("_id")) for batch in files.load_pending() for document in batch.documents}
 
 
-def _remove_older_copies(files: BatchFiles) -> None:
-    """Keep only the newest entry of each document: a crash during ``requeue``, and ``--reprocess``, leave two."""
-    newest: dict[bytes, tuple[datetime, Path]] = {}
-    for path, entries in files.failure_files("quarantine"):
-        for entry in entries:
-            key = id_key(entry.conversation_id)
-            if key not in newest or newest[key][0] < entry.failed_at:
-                newest[key] = (entry.failed_at, path)
-    for path, entries in files.failure_files("quarantine"):
-        kept = [entry for entry in entries if newest[id_key(entry.conversation_id)][1] == path]
-        if len(kept) < len(entries):
-            files.write_failures(path, kept)
+def _newest_by_file(files: BatchFiles) -> dict[Path, dict[bytes, FailedDocument]]:
+    """Return the quarantined documents by file and ``id_key``; first remove older entries of the same documents.
+
+    A crash during ``requeue``, and ``--reprocess``, leave two entries of one document.
+    """
+    found = list(files.failure_files("quarantine"))
+    newest = _newest(entry for _, entries in found for entry in entries)
+    by_file = {}
+    for path, entries in found:
+        by_file[path] = {key: entry for entry in entries if newest[key := id_key(entry.conversation_id)] is entry}
+        if len(by_file[path]) < len(entries):
+            files.write_failures(path, by_file[path].values())
+    return by_file

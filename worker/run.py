@@ -1,8 +1,4 @@
-"""One run of the batch worker: exactly one result for each document, despite crashes.
-
-It knows neither MongoDB nor the model server: the store and the steps are arguments. docs/architecture.md follows one
-document through this module.
-"""
+"""One run of the batch worker: exactly one result for each document, despite crashes (see docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -11,13 +7,13 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import asdict
 from typing import Any
 
-from config import Settings
-from domain.conversation import Conversation, Outcome, build_result
-from domain.staleness import REPLACED, StalenessChecker
+from aggregator import aggregate_conversation
+from domain.conversation import Outcome, build_result
+from domain.staleness import REPLACED
 from error_handler import (
     LLMError,
     LLMModelError,
@@ -26,55 +22,15 @@ from error_handler import (
     SkippedDocumentError,
     TriadError,
 )
-from model_server.concurrency import ConcurrencyLimit
-from storage.contract import Document, Store
-from utils.batch_file_manager import BatchFiles
-from worker.checkpoint import Checkpoint
-from worker.dedupe import FILE_NAME, Deduplicator, ReplyCache
-from worker.intake import MAX_SWEEPS, DocumentIntake, RunOptions
-from worker.progress import Reporter
-from worker.settlement import BatchInWork, Failure, Settlement, WorkItem
+from storage.files import Event
+from worker.dedupe import FILE_NAME, Deduplicator
+from worker.intake import MAX_SWEEPS, DocumentIntake, RunParts
+from worker.settlement import BatchInWork, Settlement, WorkItem, verdict_of
 
 logger = logging.getLogger(__name__)
 
 SETTLE_EVERY_S = 1.0  # the longest delay of a source status
 MODEL_ERRORS_IN_A_ROW = 5  # replies of "no such model" that end the run
-
-Classify = Callable[[Conversation, int], Awaitable[Outcome]]
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """The steps for one document.
-
-    *aggregate* raises SkippedDocumentError if there is nothing to classify. *classify* takes the conversation and its
-    number of earlier retry rounds; it raises LLMError, or SkippedDocumentError for a conversation that is too long and
-    shall be skipped. *plan* is the plan_fingerprint of the answers; if it is empty, answers of an interrupted run are
-    not reused. *kinds* selects documents for ``RunOptions.only``.
-    """
-
-    aggregate: Callable[[Document], Conversation]
-    classify: Classify
-    plan: str = ""
-    kinds: StalenessChecker | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RunParts:
-    """Settings, stores and observers of one run.
-
-    *stop*, when set, ends the run: no new documents, and a grace period for calls in flight. *limit* None means that
-    ``settings.max_concurrent`` is a fixed number.
-    """
-
-    settings: Settings
-    options: RunOptions
-    store: Store
-    files: BatchFiles
-    checkpoint: Checkpoint
-    stop: asyncio.Event
-    reporter: Reporter | None = None
-    limit: ConcurrencyLimit | None = None
 
 
 class BatchRun:
@@ -83,27 +39,21 @@ class BatchRun:
     With ``parts.limit``, a worker acquires a concurrency slot before it takes a document.
     """
 
-    def __init__(self, parts: RunParts, steps: Steps) -> None:
+    def __init__(self, parts: RunParts) -> None:
+        self._parts = parts
         self._settings = parts.settings
         self._store = parts.store
-        self._files = parts.files
         self._stop = parts.stop
-        self._reporter = parts.reporter
         self._limit = parts.limit
-        self._steps = steps
         self._replace = parts.options.reprocess or parts.options.only in REPLACED
-        self._only = parts.options.only
         self._job_id = parts.checkpoint.job_id
-        self._checkpoint = parts.checkpoint
-        cache = ReplyCache(parts.files.directory / FILE_NAME, f"{self._job_id} {steps.plan or secrets.token_hex(8)}")
-        self._dedupe = Deduplicator(cache if parts.options.dedupe else None)
+        run = f"{self._job_id} {parts.plan or secrets.token_hex(8)}"
+        self._dedupe = Deduplicator(parts.files.directory / FILE_NAME, run, is_on=parts.options.dedupe)
         self._settlement = Settlement(
             parts.store, parts.files, parts.checkpoint, replaces=self._replace, on_rejected=self._dedupe.rejected
         )
         self._progress = self._settlement.progress
-        self.intake = DocumentIntake(
-            parts.store, parts.files, parts.checkpoint, parts.options, settlement=self._settlement, kinds=steps.kinds
-        )
+        self.intake = DocumentIntake(parts, self._settlement)
         self._queue: asyncio.Queue[WorkItem] = asyncio.Queue()
         self._in_flight = 0
         self._model_errors = 0
@@ -117,19 +67,15 @@ class BatchRun:
         status = "failed"
         try:
             async with asyncio.TaskGroup() as tasks:
-                helpers = [
-                    tasks.create_task(self._settlement.writes.run(), name="writes"),
-                    tasks.create_task(self._settle_regularly(), name="settlement"),
-                    tasks.create_task(self._renew_leases(), name="leases"),
-                    tasks.create_task(self._watch_stop(), name="stop"),
-                ]
-                preparation = tasks.create_task(
-                    self._prepare_source(count=to_the_end and not self._only), name="indexes"
-                )
-                workers = [
-                    tasks.create_task(self._work(), name=f"worker-{number}")
-                    for number in range(self._settings.most_concurrent)
-                ]
+                jobs = {
+                    "writes": self._settlement.writes.run(),
+                    "settlement": self._settle_regularly(),
+                    "leases": self._renew_leases(),
+                    "stop": self._watch_stop(),
+                    "indexes": self._prepare_source(count=to_the_end and not self._parts.options.only),
+                    **{f"worker-{number}": self._work() for number in range(self._settings.most_concurrent)},
+                }
+                started = [tasks.create_task(job, name=name) for name, job in jobs.items()]
                 for source in sources:
                     await self._admit_all(source)
                 if to_the_end:
@@ -138,9 +84,9 @@ class BatchRun:
                     await self._finish_calls()
                 await self._settlement.writes.drained()
                 await self._settlement.flush()  # before the tasks that flush are cancelled
-                for task in (*helpers, *workers, preparation):
+                for task in started:
                     task.cancel()
-            self._checkpoint.finished = not self._stop.is_set()
+            self._parts.checkpoint.finished = not self._stop.is_set()
             status = "interrupted" if self._stop.is_set() else "completed"
         except ExceptionGroup as group:  # not ``except*``: before Python 3.11.4 it wraps what it raises in a group
             ours, others = group.split(TriadError)
@@ -175,12 +121,12 @@ class BatchRun:
                 for item in batch.items:
                     self._queue.put_nowait(item)
                 admitted += len(batch.items)
-                await self._until_unsettled(backlog)
-        await self._until_unsettled(0)
+                await self._until(lambda: self._settlement.unsettled <= backlog or self._stop.is_set())
+        await self._until(lambda: self._settlement.unsettled == 0 or self._stop.is_set())
         return admitted
 
-    async def _until_unsettled(self, count: int) -> None:
-        while self._settlement.unsettled > count and not self._stop.is_set():
+    async def _until(self, is_true: Callable[[], bool]) -> None:
+        while not is_true():
             self._progress.clear()
             await self._progress.wait()
 
@@ -200,17 +146,14 @@ class BatchRun:
     async def _process(self, item: WorkItem) -> None:
         """Take one document from the queue to its answer; steps that the journal has recorded are not repeated."""
         past = item.past
-        known = past.result or item.known_result
-        if known is not None:
-            self._settlement.writes.submit((item, known))
-        elif past.reason is not None and past.is_skipped:
-            self._settlement.skip(item, past.reason, past.problem)
-        elif past.reason is not None:
-            self._settlement.fail(item, Failure(past.reason, past.problem, past.is_final))
+        if past.result is not None:
+            self._settlement.writes.submit((item, past.result))
+        elif past.verdict is not None:
+            self._settlement.end(item, past.verdict)
         elif past.is_poison:
             error = PoisonDocumentError("the worker died each time it processed this document")
-            self._settlement.fail(item, Failure.of(error))
-        elif self._is_doubtful(item) and not await self.intake.is_still_ours(item):
+            self._settlement.end(item, verdict_of(error))
+        elif self._is_doubtful(item) and item.key not in await self.intake.needed([item.document]):
             self._settlement.drop(item)
             self._ask_instead(item)
         else:
@@ -218,33 +161,28 @@ class BatchRun:
 
     async def _classify(self, item: WorkItem) -> None:
         """Reuse the answer of an identical conversation, wait for one that is in flight, or ask the model."""
-        item.journal.started(item.document_id)
+        item.note("started")
         try:
-            item.conversation = conversation = self._steps.aggregate(item.document)
+            item.conversation = conversation = aggregate_conversation(item.document)
         except SkippedDocumentError as exc:
-            self._skip(item, exc)
+            self._end(item, exc)
             return
         copies = self._dedupe.known(item)
         if copies:
             self._keep(copies)
             return
-        item.journal.asked(item.document_id)
+        item.note("asked")
         if self._dedupe.follows(item):
-            item.journal.released(item.document_id)
+            item.note("released")
             return
         try:
-            outcome = await self._steps.classify(conversation, item.rounds)
+            outcome = await self._parts.classify(conversation, item.rounds)
         except (asyncio.CancelledError, LLMOutageError):
-            item.journal.released(item.document_id)
+            item.note("released")
             raise
-        except SkippedDocumentError as exc:
-            self._skip(item, exc)
-            self._ask_instead(item)
-        except LLMError as exc:
+        except (SkippedDocumentError, LLMError) as exc:
             self._require_model(exc)
-            failure = Failure.of(exc)
-            item.journal.failed(item.document_id, failure.reason, failure.message, is_final=failure.is_final)
-            self._settlement.fail(item, failure)
+            self._end(item, exc)
             self._ask_instead(item)
         else:
             self._model_errors = 0
@@ -261,7 +199,7 @@ class BatchRun:
                 keep_original=self._settings.store_original_conversation,
                 review_below=self._settings.review_below,
             )
-            item.journal.answered(item.document_id, result)
+            item.note("answered", result=result)
             self._settlement.writes.submit((item, result))
 
     def _ask_instead(self, item: WorkItem) -> None:
@@ -269,13 +207,16 @@ class BatchRun:
         for heir in self._dedupe.gave_up(item):
             self._queue.put_nowait(heir)
 
-    def _skip(self, item: WorkItem, problem: SkippedDocumentError) -> None:
-        item.journal.skipped(item.document_id, problem.reason, str(problem))
-        self._settlement.skip(item, problem.reason, str(problem))
+    def _end(self, item: WorkItem, error: SkippedDocumentError | LLMError) -> None:
+        verdict = verdict_of(error)
+        event: Event = "skipped" if verdict.is_skipped else "failed"
+        item.note(event, reason=verdict.reason, problem=verdict.problem, is_final=verdict.is_final)
+        self._settlement.end(item, verdict)
 
-    def _require_model(self, error: LLMError) -> None:
+    def _require_model(self, error: SkippedDocumentError | LLMError) -> None:
         """End the run if the server repeatedly reports that it has no such model."""
-        self._model_errors = self._model_errors + 1 if isinstance(error, LLMModelError) else 0
+        if isinstance(error, LLMError):
+            self._model_errors = self._model_errors + 1 if isinstance(error, LLMModelError) else 0
         if self._model_errors >= MODEL_ERRORS_IN_A_ROW:
             raise LLMModelError(
                 f"{error} - {self._model_errors} such replies in a row; the next run continues with the remaining documents"
@@ -288,9 +229,7 @@ class BatchRun:
         )
         try:
             async with asyncio.timeout(self._settings.shutdown_grace_s):
-                while self._in_flight:
-                    self._progress.clear()
-                    await self._progress.wait()
+                await self._until(lambda: self._in_flight == 0)
         except TimeoutError:
             logger.warning("stopping: %d calls did not finish in time; the next run repeats them", self._in_flight)
 
@@ -348,9 +287,9 @@ class BatchRun:
             self._report(status)
 
     def _report(self, status: str) -> None:
-        if self._reporter is not None:
-            limit = None if self._limit is None else self._limit.current
-            self._reporter.update(self._job_id, status, self._settlement.stats, self._in_flight, limit)
+        limit = None if self._limit is None else self._limit.current
+        for reporter in self._parts.reporters:
+            reporter.update(self._job_id, status, self._settlement.stats, self._in_flight, limit)
 
     def _statistics(self) -> dict[str, Any]:
         counts = asdict(self._settlement.stats)
@@ -358,8 +297,8 @@ class BatchRun:
             "job_id": self._job_id,
             "documents_processed": counts.pop("processed"),
             **counts,
-            "in_retry_queue": self._files.count_failed("retry"),
-            "in_quarantine": self._files.count_failed("quarantine"),
+            "in_retry_queue": self._parts.files.count_failed("retry"),
+            "in_quarantine": self._parts.files.count_failed("quarantine"),
             "interrupted": self._stop.is_set(),
             "review_below": self._settings.review_below,
         }
@@ -367,7 +306,5 @@ class BatchRun:
 
 def _first(group: BaseExceptionGroup[TriadError]) -> TriadError:
     """Return the first leaf of *group*, which is the error that ended the run."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, TriadError) else TriadError("the run failed")
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -17,13 +17,15 @@ from error_handler import (
     LLMRejectedError,
     PoisonDocumentError,
     Reason,
+    SkippedDocumentError,
     StoreRejectedError,
     StoreUnavailableError,
     TriadError,
 )
-from storage.contract import Document, FinalStatus, Store
+from mongo_client import DocumentStore
+from storage.contract import Document, FinalStatus
 from storage.extended_json import id_key, id_text
-from storage.files import BatchJournal, JournalEntry
+from storage.files import Event, JournalEntry, Verdict
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
 
@@ -36,27 +38,20 @@ FAILURE_SHARE, FAILURE_MINIMUM = 0.10, 50  # the run stops above this share, fro
 IDS_PER_UPDATE = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The reason why one round of a document failed; *is_final* if another round cannot help."""
-
-    reason: Reason
-    message: str
-    is_final: bool
-
-    @classmethod
-    def of(cls, error: TriadError) -> Failure:
-        """Return what *error* means for its document."""
-        refused = isinstance(error, LLMRejectedError | PoisonDocumentError | StoreRejectedError)
-        is_final = (refused and not isinstance(error, LLMModelError)) or error.reason is Reason.CONTEXT_OVERFLOW
-        return cls(error.reason, str(error), is_final)
+def verdict_of(error: TriadError) -> Verdict:
+    """Return what *error* means for its document."""
+    if isinstance(error, SkippedDocumentError):
+        return Verdict(error.reason, str(error), is_skipped=True)
+    refused = isinstance(error, LLMRejectedError | PoisonDocumentError | StoreRejectedError)
+    is_final = (refused and not isinstance(error, LLMModelError)) or error.reason is Reason.CONTEXT_OVERFLOW
+    return Verdict(error.reason, str(error), is_final)
 
 
 @dataclass(slots=True)
 class WorkItem:
     """One document in work.
 
-    *past* is what the journal of an interrupted run says about it. *rounds* counts its earlier retry rounds; *ticket*
+    *past* is what an interrupted run, or an earlier round, left of it. *rounds* counts its earlier retry rounds; *ticket*
     is its place in the reading order. *conversation* is set by aggregation. *input_hash* is empty if the document must be
     asked itself; *followers* are documents with the same text that wait for its answer.
     """
@@ -67,7 +62,6 @@ class WorkItem:
     past: JournalEntry
     ticket: int | None = None
     rounds: int = 0
-    known_result: Document | None = None
     conversation: Conversation = field(init=False)
     input_hash: str = ""
     followers: list[WorkItem] = field(default_factory=list)
@@ -78,10 +72,9 @@ class WorkItem:
         """The source ``_id``."""
         return self.document.get("_id")
 
-    @property
-    def journal(self) -> BatchJournal:
-        """The journal of its batch."""
-        return self.batch.file.journal
+    def note(self, event: Event, **details: Any) -> None:
+        """Record *event* in the journal of its batch; see ``BatchJournal.add``."""
+        self.batch.file.journal.add(event, self.document_id, **details)
 
 
 class BatchInWork:
@@ -111,7 +104,7 @@ class BatchInWork:
             failure = file.failures.get(key)
             if failure is not None:
                 item.rounds = failure.retry_count + 1 if is_retry else 0
-                item.known_result = failure.classification_result
+                item.past.result = item.past.result or failure.classification_result
             if mark is not None:
                 item.ticket = mark.read(document.get("_id"))
             self.items.append(item)
@@ -137,30 +130,25 @@ class GroupCommit(Generic[T]):
     def __init__(self, write: Callable[[list[T]], Awaitable[None]], max_group: int = 200) -> None:
         self._write = write
         self._max_group = max_group
-        self._ready: list[T] = []
-        self._arrived = asyncio.Event()
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._queue: asyncio.Queue[T] = asyncio.Queue()
 
     def submit(self, item: T) -> None:
         """Write *item* as soon as possible; return at once."""
-        self._ready.append(item)
-        self._empty.clear()
-        self._arrived.set()
+        self._queue.put_nowait(item)
 
     async def run(self) -> None:
         """Write submitted items until cancelled; raise what *write* raises."""
         while True:
-            await self._arrived.wait()
-            while self._ready:
-                group, self._ready = self._ready[: self._max_group], self._ready[self._max_group :]
-                await self._write(group)
-            self._arrived.clear()
-            self._empty.set()
+            group = [await self._queue.get()]
+            while len(group) < self._max_group and not self._queue.empty():
+                group.append(self._queue.get_nowait())
+            await self._write(group)
+            for _ in group:
+                self._queue.task_done()
 
     async def drained(self) -> None:
         """Wait until every submitted item is settled, while ``run`` runs."""
-        await self._empty.wait()
+        await self._queue.join()
 
 
 class Settlement:
@@ -173,7 +161,7 @@ class Settlement:
 
     def __init__(
         self,
-        store: Store,
+        store: DocumentStore,
         files: BatchFiles,
         checkpoint: Checkpoint,
         *,
@@ -196,7 +184,7 @@ class Settlement:
         self.stats = RunStats()
         self.mark = LowWaterMark()
         self.unsettled = 0
-        self.since_flush = 0
+        self._since_flush = 0
         self.due = asyncio.Event()  # set when CHECKPOINT_EVERY documents wait for a flush
 
     @property
@@ -215,84 +203,79 @@ class Settlement:
             rejected = await self._store.write_results([result for _, result in group], replace=self._replaces)
         except StoreUnavailableError as exc:
             for item, result in group:
-                self.fail(item, Failure.of(exc), result)
+                self.end(item, verdict_of(exc), result)
             raise  # further answers could not be stored either
         finally:
             self.progress.set()
         for index, (item, result) in enumerate(group):
             if index in rejected:
-                self.fail(item, Failure.of(rejected[index]), result)
+                self.end(item, verdict_of(rejected[index]), result)
                 self._on_rejected(result)
             else:
-                self._succeed(item, result)
-
-    def _succeed(self, item: WorkItem, result: Document) -> None:
-        self._count_success(item.key)
-        self.stats.count_result(result)
-        item.batch.counts["successful"] += 1
-        self._settle(item, "processed", None)
+                self._count(item.key)
+                self.stats.successful += 1
+                self.stats.count_result(result)
+                item.batch.counts["successful"] += 1
+                self._settle(item, "processed", None)
 
     def found_done(self, documents: list[Document]) -> None:
         """Queue the final status of *documents*, which already have a result."""
         for document in documents:
             key = id_key(document.get("_id"))
             if key in self._failed:  # its write was stored after all
-                self._count_success(key)
+                self._count(key)
+                self.stats.successful += 1
             else:
                 self.stats.already_done += 1
             self._add_status(document, "processed", None)
 
-    def skip(self, item: WorkItem, reason: str, explanation: str) -> None:
-        """Settle *item*, which has nothing to classify."""
-        self.stats.processed += 1
-        self.stats.skipped += 1
-        self.stats.count_reason(reason)
-        item.batch.counts["skipped"] += 1
-        logger.info("document %s skipped: %s", id_text(item.document_id), explanation)
-        self._settle(item, "skipped", f"{reason}: {explanation}")
+    def end(self, item: WorkItem, verdict: Verdict, result: Document | None = None) -> None:
+        """Settle this round of *item* without a result in MongoDB; *result* is there if only its write failed.
 
-    def fail(self, item: WorkItem, failure: Failure, result: Document | None = None) -> None:
-        """Settle this round of *item*, which failed; *result* is its finished result if only the write failed.
-
-        Raises:
-            FailureThresholdError: Too many documents fail. *item* is settled.
+        Afterwards, raise FailureThresholdError if too many documents have failed.
         """
-        earlier = self._failed.get(item.key)
-        if earlier is None:
-            self.stats.processed += 1
-            self.stats.failed += 1
-            if item.past.reason is not None:
-                self._failed_before.add(item.key)
-        else:
-            self.stats.uncount_reason(earlier)
-        self._failed[item.key] = failure.reason
-        self.stats.count_reason(failure.reason)
+        failed_earlier = self._count(item.key)
+        self.stats.count_reason(verdict.reason)
+        if verdict.is_skipped:
+            self.stats.skipped += 1
+            item.batch.counts["skipped"] += 1
+            logger.info("document %s skipped: %s", id_text(item.document_id), verdict.problem)
+            self._settle(item, "skipped", f"{verdict.reason}: {verdict.problem}")
+            return
+        self.stats.failed += 1
+        self._failed[item.key] = verdict.reason
+        if item.past.verdict is not None and not failed_earlier:
+            self._failed_before.add(item.key)
         item.batch.counts["failed"] += 1
-        final = failure.is_final or item.rounds >= MAX_ROUNDS
+        self._requeue(item, verdict, result)
+        self._settle(item, "failed", f"{verdict.reason}: {verdict.problem}")
+        self._require_few_failures()
+
+    def _requeue(self, item: WorkItem, verdict: Verdict, result: Document | None) -> None:
+        """Add *item* to the retry queue, or to the quarantine if no other round can help."""
+        final = verdict.is_final or item.rounds >= MAX_ROUNDS
         entry = FailedDocument(
             conversation_id=item.document_id,
             status="write_failed" if result is not None else "llm_failed",
             conversation_data=item.document,
             retry_count=item.rounds,
-            reason=failure.reason,
-            error=failure.message,
+            reason=verdict.reason,
+            error=verdict.problem,
             classification_result=result,
         )
         (item.batch.to_quarantine if final else item.batch.to_retry).append(entry)
         outcome = "quarantined" if final else "queued for retry"
-        logger.warning("document %s %s: %s: %s", id_text(item.document_id), outcome, failure.reason, failure.message)
-        self._settle(item, "failed", f"{failure.reason}: {failure.message}")
-        self._require_few_failures()
+        logger.warning("document %s %s: %s: %s", id_text(item.document_id), outcome, verdict.reason, verdict.problem)
 
-    def _count_success(self, key: bytes) -> None:
+    def _count(self, key: bytes) -> bool:
+        """Count a document that ends; return whether it failed earlier in this run, which no longer counts."""
         earlier = self._failed.pop(key, None)
-        self._failed_before.discard(key)
         if earlier is None:
             self.stats.processed += 1
         else:
             self.stats.failed -= 1
-            self.stats.uncount_reason(earlier)
-        self.stats.successful += 1
+            self.stats.count_reason(earlier, -1)
+        return earlier is not None
 
     def _require_few_failures(self) -> None:
         stats = self.stats
@@ -321,34 +304,28 @@ class Settlement:
             self.mark.settle(item.ticket)
         item.batch.unsettled -= 1
         self.unsettled -= 1
-        self.since_flush += 1
-        if self.since_flush >= CHECKPOINT_EVERY:
+        self._since_flush += 1
+        if self._since_flush >= CHECKPOINT_EVERY:
             self.due.set()
         if item.batch.unsettled == 0:
             self._finished.append(item.batch)
 
     async def flush(self) -> None:
-        """Bring MongoDB, the files and the checkpoint up to date with what is settled.
-
-        Raises:
-            StoreError, StateDirectoryError: What could not be written is kept for the next flush, also on cancellation.
-        """
+        """Bring MongoDB, the files and the checkpoint up to date; after an error, the next flush writes the rest."""
         async with self._flushing:
-            finished, self._finished = self._finished, []
-            self.since_flush = 0
+            finished = len(self._finished)
+            self._since_flush = 0
             self.due.clear()
-            try:
-                await self._flush_statuses()
-                while finished:
-                    await asyncio.to_thread(self._finish, finished[0])
-                    batch = finished.pop(0)
-                    batch.items.clear()  # break the reference cycle, or they wait for the garbage collector
-                    await self._store.release(batch.document_ids)
-            finally:
-                self._finished = finished + self._finished
+            await self._flush_statuses()
+            for _ in range(finished):  # statuses of batches that finished meanwhile are not written yet
+                batch = self._finished[0]
+                await asyncio.to_thread(self._finish, batch)
+                del self._finished[0]
+                batch.items.clear()  # break the reference cycle, or they wait for the garbage collector
+                await self._store.release(batch.document_ids)
             self.mark.advance(self._checkpoint)
             self._checkpoint.counts = asdict(self.stats)
-            content = self._checkpoint.as_dict()
+            content = asdict(self._checkpoint)
             if content != self._saved:
                 await asyncio.to_thread(
                     self._files.write_state, "checkpoint.json", content | {"updated_at": datetime.now(UTC)}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from domain.conversation import Conversation, Outcome
 from error_handler import LLMError
 from model_server.protocol import ChatReply
-from worker.run import Classify
+from worker.intake import Classify
 
 BUSY_SHARE = 0.1  # of a document's time; servers report a few milliseconds of overhead as queue wait
 MIN_TIMED = 8  # documents, without the first one of each call, which reads the whole prompt uncached
@@ -206,11 +206,6 @@ def _makespan(holds_s: Iterable[float], slots: int) -> float:
 
 def mean_tokens(timings: Sequence[DocumentTiming]) -> tuple[float, float] | None:
     """Return the mean prompt and reply tokens per document, repair turns included; None if the server reports none."""
-    counts = [
-        (timing.prompt_tokens, timing.reply_tokens)
-        for timing in timings
-        if timing.prompt_tokens is not None and timing.reply_tokens is not None
-    ]
-    if not counts:
-        return None
-    return statistics.fmean(pair[0] for pair in counts), statistics.fmean(pair[1] for pair in counts)
+    prompts = [timing.prompt_tokens for timing in timings if timing.prompt_tokens is not None]
+    replies = [timing.reply_tokens for timing in timings if timing.reply_tokens is not None]
+    return (statistics.fmean(prompts), statistics.fmean(replies)) if prompts and replies else None

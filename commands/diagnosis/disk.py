@@ -6,15 +6,15 @@ import fcntl
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from commands.diagnosis.findings import Finding, error, ok, warning
 from config import Settings
 from domain.text import counted
+from mongo_client import MAX_POOL_SIZE
 from storage import extended_json
-from storage.mongo_connection import MAX_POOL_SIZE
 
 LITTLE_SPACE_BYTES = 1_000_000_000
 FILES_OF_A_RUN = 64  # libraries, logs, journals, progress
@@ -24,13 +24,10 @@ LEFTOVERS = {
     "quarantine": "documents that failed for good; python cli.py --retry-failed retries them",
 }
 
-Check = Callable[[Settings], Iterator[Finding]]
-
 
 def diagnose_disk(settings: Settings) -> Iterator[Finding]:
     """Yield the findings about the directory of *settings*; a failed check does not hide the others."""
-    checks: list[Check] = [_space, _rights_to_write, _privacy, _lock, _leftovers, _open_files]
-    for check in checks:
+    for check in (_space, _rights_to_write, _privacy, _lock, _leftovers, _open_files):
         try:
             yield from check(settings)
         except OSError as exc:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from aggregator import aggregate_conversation
@@ -13,7 +13,6 @@ from async_llm_wrapper import AsyncLLMClient, ollama_classify_async, open_sessio
 from classifier import ReplyParser
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
-from commands.diagnosis.window import given_window, settle_window
 from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import (
@@ -24,11 +23,13 @@ from error_handler import (
     LLMModelError,
     LLMReplyError,
     LLMTimeoutError,
+    TriadError,
 )
-from model_server.models import ModelFacts, ServedModel, chat_target, choose_model, find_loaded, with_model
+from model_server.models import LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, find_loaded, with_model
+from model_server.window import SHARE, WindowChoice, choose_window
 from prompt_builder import PromptBuilder
 from utils.network import is_loopback
-from worker.plan import Sample
+from worker.plan import Sample, run_window
 
 LOAD_TIMEOUT_S = 600.0  # Ollama gives up after 5 minutes without progress; an earlier timeout here would abort the load
 ROUNDS = 2
@@ -50,54 +51,39 @@ TEST_DOCUMENT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Probing:
-    """The limit of the probe: up to *at_most* concurrent requests; 0 sends none. *tell* gets progress."""
+class ModelUnderTest:
+    """The target of *client*, and the facts that the server reports about it; *settings* are those of a run.
 
+    The probe sends up to *at_most* concurrent requests, none if it is 0. *tell* gets the progress. Only Ollama reports
+    versions, windows and memory.
+    """
+
+    client: AsyncLLMClient
+    settings: Settings
+    is_ollama: bool
+    facts: ModelFacts
     at_most: int
     tell: Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelUnderTest:
-    """The model under test and the facts that the server reports about it; *settings* are those of a run."""
-
-    client: AsyncLLMClient
-    settings: Settings
-    model: ServedModel
-    facts: ModelFacts
-
-    @property
-    def num_ctx(self) -> int:
-        """The requested window, tokens."""
-        return self.client.target.num_ctx
-
-    @property
-    def is_ollama(self) -> bool:
-        """True if the server reports versions, windows and memory."""
-        return self.settings.protocol != "openai_chat"
-
-
-async def _no_documents(_client: AsyncLLMClient) -> list[int]:
-    return []
-
-
 async def diagnose_model(
-    settings: Settings, probing: Probing, sample: Sample = _no_documents
+    settings: Settings, sample: Sample, at_most: int, tell: Callable[[str], None]
 ) -> AsyncGenerator[Finding]:
     """Yield the findings about the model server of *settings*. Every request is sent once, without retries.
 
-    *sample* returns the token counts of documents, from which a run chooses its window. A failed check ends the
-    diagnosis if the rest depends on it.
+    *sample* returns the token counts of documents, from which a run chooses its window. ModelUnderTest explains *at_most*
+    and *tell*. A failed check ends the diagnosis if the rest depends on it.
     """
     if exposed := unencrypted(settings):
         yield exposed
+    is_ollama = settings.protocol != "openai_chat"
     patient = without_second_attempts(settings).model_copy(update={"llm_timeout_s": LOAD_TIMEOUT_S})
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session(1))
         client = AsyncLLMClient(patient, chat_target(settings, ""), session)
         stack.push_async_callback(client.breaker.close)
         try:
-            version = await client.version() if settings.protocol != "openai_chat" else None
+            version = await client.version() if is_ollama else None
             models = await client.list_models()
         except LLMError as exc:
             yield error(_sentence(exc), _remedy(exc, settings))
@@ -108,10 +94,15 @@ async def diagnose_model(
         except ConfigurationError as exc:
             yield error(str(exc), "Install one with ollama pull MODEL, or choose one with --model or OLLAMA_MODEL.")
             return
-        facts = await client.show(model.name) if settings.protocol != "openai_chat" else ModelFacts()
+        facts = await client.show(model.name) if is_ollama else ModelFacts()
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
-        tested = ModelUnderTest(client, settings, model, facts)
-        async for finding in _model(tested, probing, sample):
+        tested = ModelUnderTest(client, settings, is_ollama, facts, at_most, tell)
+        for finding in _describe(model, facts):
+            yield finding
+        if is_ollama:
+            async for finding in _settle_window(tested, sample):
+                yield finding
+        async for finding in _probe(tested):
             yield finding
 
 
@@ -124,20 +115,6 @@ def unencrypted(settings: Settings) -> Finding | None:
     return warning(sentence, "Use TLS (https://) or a tunnel (ssh -L); ignore this in a private container network.")
 
 
-async def _model(tested: ModelUnderTest, probing: Probing, sample: Sample) -> AsyncGenerator[Finding]:
-    for finding in _describe(tested):
-        yield finding
-    if tested.is_ollama:
-        async for finding in settle_window(tested.client, tested.settings, sample):
-            yield finding
-    if probing.at_most:
-        async for finding in _probe(tested, probing):
-            yield finding
-    elif tested.is_ollama:
-        async for finding in _memory(tested, by_us=False):
-            yield finding
-
-
 def _server(settings: Settings, version: str | None, models: list[ServedModel]) -> Finding:
     remote = sum(model.remote for model in models)
     local = len(models) - remote
@@ -147,13 +124,13 @@ def _server(settings: Settings, version: str | None, models: list[ServedModel]) 
     return ok(sentence, version=version, local_models=local, remote_models=remote)
 
 
-def _describe(tested: ModelUnderTest) -> Iterator[Finding]:
+def _describe(model: ServedModel, facts: ModelFacts) -> Iterator[Finding]:
     """Yield what the server knows about the model without loading it."""
-    model, facts = tested.model, tested.facts
     details = [
         facts.parameter_size and f"{facts.parameter_size} parameters",
         facts.quantization and f"quantisation {facts.quantization}",
         model.digest and f"digest {model.digest.removeprefix('sha256:')[:12]}",
+        facts.context_length and f"context limit {facts.context_length} tokens",
     ]
     known = ", ".join(detail for detail in details if detail) or "this protocol reports no details"
     yield ok(
@@ -165,31 +142,64 @@ def _describe(tested: ModelUnderTest) -> Iterator[Finding]:
         can_think=facts.can_think,
         context_length=facts.context_length,
     )
-    if tested.is_ollama and facts.capabilities and "completion" not in facts.capabilities:
+    if facts.capabilities and "completion" not in facts.capabilities:
         yield error(f"{model.name} cannot chat: it is an embedding model.", "Choose another with --model.")
-    if tested.is_ollama and facts.can_think:
+    if facts.can_think:
         yield ok("The model can reason; every request disables that (think: false).")
 
 
-async def _probe(tested: ModelUnderTest, probing: Probing) -> AsyncGenerator[Finding]:
-    """Yield the findings that need requests: load time, memory, a classification, the slots."""
+async def _settle_window(tested: ModelUnderTest, sample: Sample) -> AsyncGenerator[Finding]:
+    """Give the target of the client the window of a run, and yield findings about it.
+
+    As in a run, a loaded model keeps its window if it is large enough and the operator set none.
+    """
+    client = tested.client
+    try:
+        choice = await run_window(client, tested.settings.ollama_num_ctx, sample)
+    except TriadError as exc:
+        choice = choose_window([], client.target.context_limit)
+        sentence = f"Could not measure the documents to choose a window: {str(exc).rstrip('.')}."
+        yield warning(sentence, f"Fix that; these checks use {choice.num_ctx} tokens until then.")
+    else:
+        yield _chosen(choice)
+    num_ctx = choice.beside(find_loaded(client.target.model, await client.loaded()))
+    if num_ctx != choice.num_ctx:
+        yield ok(f"The model is loaded with a window of {num_ctx} tokens; a run uses that.")
+    client.target = replace(client.target, num_ctx=num_ctx)
+
+
+def _chosen(choice: WindowChoice) -> Finding:
+    numbers = {"num_ctx": choice.num_ctx, "asked": choice.asked, "sample": choice.sample, "held": round(choice.held, 4)}
+    sentence = f"A run's {choice}."
+    if choice.asked is not None and choice.asked > choice.num_ctx:
+        return warning(sentence, f"Set OLLAMA_NUM_CTX={choice.num_ctx}, or use another model.", **numbers)
+    if choice.held < SHARE:
+        return warning(sentence, "The rest is truncated; a model with a larger window holds more.", **numbers)
+    return ok(sentence, **numbers)
+
+
+async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
+    """Yield the findings about load time, memory, a classification and the slots; memory only if at_most is 0."""
     settings = tested.settings
-    probing.tell(f"Loading {tested.model.name} ...")
-    try:
-        yield await _load(tested)
-    except LLMError as exc:
-        yield error(f"The model does not answer: {exc}.", _remedy(exc, settings))
-        return
+    if tested.at_most:
+        tested.tell(f"Loading {tested.client.target.model} ...")
+        try:
+            yield await _load(tested)
+        except LLMError as exc:
+            yield error(f"The model does not answer: {exc}.", _remedy(exc, settings))
+            return
     if tested.is_ollama:
-        async for finding in _memory(tested, by_us=True):
+        async for finding in _memory(tested):
             yield finding
-    probing.tell("Classifying a test conversation ...")
+    if not tested.at_most:
+        return
+    tested.tell("Classifying a test conversation ...")
     yield await _classify(tested)
-    probing.tell("Probing for slots ...")
+    tested.tell("Probing for slots ...")
     # Another window would make the server reload the model.
-    once = without_second_attempts(settings).model_copy(update={"ollama_num_ctx": tested.num_ctx})
+    once = without_second_attempts(settings).model_copy(update={"ollama_num_ctx": tested.client.target.num_ctx})
     try:
-        measured = await measure(once, probing.at_most, ROUNDS, probing.tell, until_one_waits=True)
+        measured = await measure(once, tested.at_most, ROUNDS, tested.tell, until_one_waits=True)
     except LLMError as exc:
         yield error(f"The slots could not be measured: {exc}.", _remedy(exc, settings))
         return
@@ -214,20 +224,34 @@ async def _load(tested: ModelUnderTest) -> Finding:
     return warning(f"{sentence} A call times out after {timeout_s:g} s, which aborts the load.", remedy, **numbers)
 
 
-async def _memory(tested: ModelUnderTest, *, by_us: bool) -> AsyncGenerator[Finding]:
-    """Yield the real window of the loaded model, and whether it fits into the GPU; *by_us*: the probe loaded it."""
+async def _memory(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
+    """Yield the real window of the loaded model, and whether it fits into the GPU."""
     try:
         entry = find_loaded(tested.client.target.model, await tested.client.loaded())
     except LLMError as exc:
         yield error(_sentence(exc), _remedy(exc, tested.settings))
         return
     if entry is None:
-        yield ok(f"{tested.model.name} is not loaded; the first call of a run loads it.")
+        yield ok(f"{tested.client.target.model} is not loaded; the first call of a run loads it.")
         return
-    for finding in given_window(tested.num_ctx, tested.facts.context_length, entry, by_us=by_us):
-        yield finding
+    yield _given_window(tested, entry)
     if entry.size_bytes and entry.vram_bytes is not None:
         yield _gpu_share(entry.size_bytes, entry.vram_bytes)
+
+
+def _given_window(tested: ModelUnderTest, entry: LoadedModel) -> Finding:
+    """Compare the window of the loaded model with the requested one."""
+    asked, given = tested.client.target.num_ctx, entry.context_length
+    numbers = {"asked": asked, "given": given, "limit": tested.facts.context_length}
+    if given is None:
+        return ok("The server does not report the window that it gives.", **numbers)
+    if given == asked:
+        return ok(f"The server gives the whole window of {asked} tokens.", **numbers)
+    if given < asked and tested.at_most:  # the probe loaded it
+        remedy = f"Set OLLAMA_NUM_CTX={given} or use fewer parallel slots; longer conversations are truncated."
+        return warning(f"The server gives a window of {given} tokens instead of {asked}.", remedy, **numbers)
+    sentence = f"The model is loaded with {given} tokens; a window of {asked} loads it again."
+    return warning(sentence, "Set the same window in all clients of this model.", **numbers)
 
 
 def _gpu_share(size_bytes: int, vram_bytes: int) -> Finding:
@@ -282,7 +306,7 @@ def _slots(measured: Measurement, max_concurrent: object) -> Finding:
         "slots_is_minimum": is_minimum,
         "enough_at_once": measured.enough,
         "max_concurrent": max_concurrent,
-        "queue_wait_from": "server" if measured.levels[-1].queue_waits_s else "latency",
+        "queue_wait_from": measured.queue_wait_from,
         "requests_per_s": {str(level.at_once): round(level.requests_per_s, 3) for level in measured.levels},
     }
     if not slots:

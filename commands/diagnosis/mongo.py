@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from commands.diagnosis.findings import Finding, error, ok, warning
@@ -40,20 +41,26 @@ _STATE = _switch(
     (_IS_PROCESSED, "processed"),
     (_HAS_REASON, "failed"),
 )
+DUPLICATES: list[dict[str, Any]] = [
+    {"$group": {"_id": f"${UNIQUE_FIELD}", "count": {"$sum": 1}}},
+    {"$match": {"count": {"$gt": 1}}},
+    {"$limit": 1},
+]
 COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": _STATE}, "count": {"$sum": 1}}}]
 
 Check = Callable[[DocumentStore, Settings], AsyncGenerator[Finding]]
+Clock = Callable[[], datetime]
 
 
-async def diagnose(settings: Settings, *further: Check) -> AsyncGenerator[Finding]:
+async def diagnose(settings: Settings, now: Clock = lambda: datetime.now(UTC)) -> AsyncGenerator[Finding]:
     """Yield the findings about MongoDB, the connection first; a failed connection ends the diagnosis.
 
-    *further* checks follow the usual ones.
+    *now* is this machine's clock.
 
     Raises:
         ConfigurationError: MONGODB_URI is not a usable address.
     """
-    checks: list[Check] = [_topology, _rights, _documents, _oldest_pending, _results, _indexes, *further]
+    checks: list[Check] = [_topology, _rights, _documents, _oldest_pending, _results, _indexes, partial(_clock, now)]
     store = DocumentStore(settings)
     try:
         try:
@@ -199,26 +206,6 @@ async def _results(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
     yield ok(f"{settings.db_name}.{settings.results_collection} holds {counted(count, 'result')}.", results=count)
 
 
-def clock_check(now: Callable[[], datetime]) -> Check:
-    """Return the check that compares *now*, an aware clock, with MongoDB's clock, which decides when leases expire."""
-
-    async def check(store: DocumentStore, _settings: Settings) -> AsyncGenerator[Finding]:
-        before = now()
-        with translated("read the server's clock"):
-            hello = await store.database.command("hello")
-        between = before + (now() - before) / 2
-        ahead_s = (between - hello["localTime"].replace(tzinfo=UTC)).total_seconds()
-        numbers = {"ahead_s": round(ahead_s, 3)}
-        if abs(ahead_s) <= MAX_CLOCK_DIFFERENCE_S:
-            yield ok(f"The local clock and MongoDB's clock differ by {abs(ahead_s):.1f} s.", **numbers)
-        else:
-            side = "ahead of" if ahead_s > 0 else "behind"
-            sentence = f"The local clock is {abs(ahead_s):,.0f} s {side} MongoDB's; times in results and logs disagree."
-            yield warning(sentence, "Synchronise both clocks (timedatectl set-ntp true).", **numbers)
-
-    return check
-
-
 async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
     results = store.database[settings.results_collection]
     try:
@@ -231,7 +218,9 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
     missing = [f"{settings.source_collection}.{field}" for field in SOURCE_INDEXES if field not in on_source]
     missing += [f"{settings.results_collection}.{field}" for field in RESULT_INDEXES if field not in on_results]
     unique = on_results.get(UNIQUE_FIELD)
-    if unique is None and await _has_duplicates(results):
+    with translated("find several results of one document"):
+        repeated = [] if unique else await _aggregate(results, DUPLICATES)
+    if repeated:
         remedy = (
             f"Find them with db.{results.name}.aggregate([{{$group: {{_id: '${UNIQUE_FIELD}', n: {{$sum: 1}}}}}}, "
             "{$match: {n: {$gt: 1}}}]) and delete the surplus."
@@ -251,10 +240,20 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
         yield ok("All indexes exist.")
 
 
-async def _has_duplicates(results: Any) -> bool:
-    per_document = {"$group": {"_id": f"${UNIQUE_FIELD}", "count": {"$sum": 1}}}
-    with translated("find several results of one document"):
-        return bool(await _aggregate(results, [per_document, {"$match": {"count": {"$gt": 1}}}, {"$limit": 1}]))
+async def _clock(now: Clock, store: DocumentStore, _settings: Settings) -> AsyncGenerator[Finding]:
+    """Compare *now* with MongoDB's clock, which decides when leases expire."""
+    before = now()
+    with translated("read the server's clock"):
+        hello = await store.database.command("hello")
+    between = before + (now() - before) / 2
+    ahead_s = (between - hello["localTime"].replace(tzinfo=UTC)).total_seconds()
+    numbers = {"ahead_s": round(ahead_s, 3)}
+    if abs(ahead_s) <= MAX_CLOCK_DIFFERENCE_S:
+        yield ok(f"The local clock and MongoDB's clock differ by {abs(ahead_s):.1f} s.", **numbers)
+    else:
+        side = "ahead of" if ahead_s > 0 else "behind"
+        sentence = f"The local clock is {abs(ahead_s):,.0f} s {side} MongoDB's; times in results and logs disagree."
+        yield warning(sentence, "Synchronise both clocks (timedatectl set-ntp true).", **numbers)
 
 
 def _by_field(indexes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from commands.diagnosis.findings import Finding, error, ok, warning
 from config import Settings, load_taxonomy
+from config.loading import DOTENV, variables_of
 from config.masked_settings import shown
-from config.settings import DOTENV, environment_names
-from config.settings_origins import Origin, settings_origins
+from config.settings import OriginKind, settings_origins
 from error_handler import ConfigurationError
 
 
 def diagnose_settings(settings: Settings, flags: Mapping[str, str], dotenv: Path | None = DOTENV) -> Iterator[Finding]:
     """Yield one finding for each setting; *flags* maps the fields that were set by flags to the flags."""
-    for field, origin in settings_origins(flags, dotenv).items():
-        value = shown(field, getattr(settings, field))
-        name = environment_names(field)[0]
-        numbers = {
-            "setting": field,
-            "variable": name,
-            "value": value,
-            "origin": origin.kind,
-            "origin_name": origin.name,
-        }
-        surplus = _other_name(origin)
+    for field, places in settings_origins(flags, dotenv).items():
+        value, name = shown(field, getattr(settings, field)), variables_of(Settings, field)[0]
+        kind, origin = places[0] if places else ("default", None)
+        numbers = {"setting": field, "variable": name, "value": value, "origin": kind, "origin_name": origin}
+        sentence = f"{name} = {value} ({_words(places, dotenv)})"
+        # One name set in two places is an override; two names are a mistake.
+        variables = [place for kind, place in places if kind != "argument"]
+        surplus = [other for other in variables if other != variables[0]]
         if surplus:
-            sentence = f"{name} = {value} ({_words(origin, dotenv)}): both names of this setting are set."
-            yield Finding("warning", sentence, f"Remove {surplus}.", numbers)
+            yield warning(f"{sentence}: both names of this setting are set.", f"Remove {surplus[0]}.", **numbers)
         else:
-            yield Finding("ok", f"{name} = {value} ({_words(origin, dotenv)})", numbers=numbers)
+            yield ok(sentence, **numbers)
     if dotenv is not None and dotenv.is_file() and dotenv.stat().st_mode & 0o077:
         yield warning(f"Other users of this machine can read {dotenv}.", f"chmod 600 {dotenv}")
 
@@ -52,27 +48,11 @@ def diagnose_labels(settings: Settings) -> Iterator[Finding]:
         yield warning(sentence, "Add Other to the taxonomy; without it the model has to choose a wrong label.")
 
 
-def _other_name(origin: Origin) -> str | None:
-    """Return a second name of the setting that is set as well, or None.
-
-    One name set in two places is an override; two names are a mistake.
-    """
-    names = [name for kind, name in ((origin.kind, origin.name), *origin.overruled) if kind != "argument"]
-    return next((name for name in names if name != names[0]), None)
-
-
-def _words(origin: Origin, dotenv: Path | None) -> str:
-    place = {
-        "argument": f"flag {origin.name}",
-        "environment": f"environment variable {origin.name}",
-        "dotenv": f"{origin.name} in {dotenv}",
-        "default": "default",
-    }[origin.kind]
-    overruled = {kind: name for kind, name in reversed(origin.overruled)}
-    if not overruled:
-        return place
-    also = " and ".join(
-        f"{name} in {dotenv}" if kind == "dotenv" else f"environment variable {name}"
-        for kind, name in overruled.items()
-    )
-    return f"{place}, overrides {also}"
+def _words(places: Sequence[tuple[OriginKind, str]], dotenv: Path | None) -> str:
+    """Return the place that sets a value, and the places that it overrides, one of each kind."""
+    if not places:
+        return "default"
+    words = {"argument": "flag {0}", "environment": "environment variable {0}", "dotenv": "{0} in {1}"}
+    overrides = {kind: name for kind, name in reversed(places[1:])}
+    texts = [words[kind].format(name, dotenv) for kind, name in (places[0], *overrides.items())]
+    return f"{texts[0]}, overrides {' and '.join(texts[1:])}" if overrides else texts[0]

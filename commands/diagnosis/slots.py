@@ -20,7 +20,7 @@ from config import Settings
 from error_handler import LLMReplyError, LLMUnavailableError
 from model_server.models import chat_target
 from model_server.protocol import ServerRequest, build_chat_body, json_object, parse_chat_response, queue_wait_s
-from model_server.window import choose_window, reuse_loaded_window
+from model_server.window import choose_window
 
 WAIT_SHARE = 0.5  # of the time that one call takes alone; a call that waits for a slot waits about that long
 NEARLY = 0.9
@@ -47,31 +47,12 @@ class Call:
     queue_wait_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """Requests that were sent at the same moment."""
-
-    duration_s: float
-    calls: tuple[Call, ...]
-
-    @property
-    def waited(self) -> int:
-        """The number of calls that waited for a slot."""
-        fastest_s = min(call.latency_s for call in self.calls)
-        if self.is_reported:
-            service_s = min(call.latency_s - (call.queue_wait_s or 0.0) for call in self.calls)
-            return sum((call.queue_wait_s or 0.0) > WAIT_SHARE * service_s for call in self.calls)
-        return sum(call.latency_s > (1 + WAIT_SHARE) * fastest_s for call in self.calls)
-
-    @property
-    def is_reported(self) -> bool:
-        """True if the server reported the wait of every call."""
-        return all(call.queue_wait_s is not None for call in self.calls)
+Round = tuple[Call, ...]  # sent at the same moment
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The rounds with the same number of requests at once."""
+    """The rounds with *at_once* requests each."""
 
     at_once: int
     rounds: tuple[Round, ...]
@@ -79,22 +60,31 @@ class Level:
     @property
     def requests_per_s(self) -> float:
         """Answers per second, of the median round."""
-        return self.at_once / statistics.median(one.duration_s for one in self.rounds)
+        return self.at_once / statistics.median(max(call.latency_s for call in calls) for calls in self.rounds)
 
     @property
     def latency_s(self) -> float:
         """Seconds from request to answer, of the median call."""
-        return statistics.median(call.latency_s for one in self.rounds for call in one.calls)
+        return statistics.median(call.latency_s for calls in self.rounds for call in calls)
 
     @property
     def queue_waits_s(self) -> list[float]:
         """The waits that the server reported; empty if it reports none."""
-        return [call.queue_wait_s for one in self.rounds for call in one.calls if call.queue_wait_s is not None]
+        return [call.queue_wait_s for calls in self.rounds for call in calls if call.queue_wait_s is not None]
 
     @property
     def waited(self) -> int:
         """The number of calls that waited for a slot in the median round."""
-        return statistics.median_low(one.waited for one in self.rounds)
+        return statistics.median_low(calls_that_waited(calls) for calls in self.rounds)
+
+
+def calls_that_waited(calls: Round) -> int:
+    """Return how many of *calls* waited for a slot."""
+    fastest_s = min(call.latency_s for call in calls)
+    reported_s = [call.queue_wait_s for call in calls if call.queue_wait_s is not None]
+    waits_s = reported_s if len(reported_s) == len(calls) else [call.latency_s - fastest_s for call in calls]
+    service_s = min(call.latency_s - wait_s for call, wait_s in zip(calls, waits_s, strict=True))
+    return sum(wait_s > WAIT_SHARE * service_s for wait_s in waits_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +106,11 @@ class Measurement:
     def is_minimum(self) -> bool:
         """True if the server may run more than *slots*, because no call waited."""
         return self.levels[-1].waited == 0
+
+    @property
+    def queue_wait_from(self) -> str:
+        """``server`` if it reports how long calls wait for a slot, ``latency`` if that shows it."""
+        return "server" if self.levels[-1].queue_waits_s else "latency"
 
     @property
     def enough(self) -> int:
@@ -147,8 +142,8 @@ async def measure(
         stack.push_async_callback(client.breaker.close)
         target = await client.prepare(settings)
         # Another window would make the server reload the model, and again for the next client.
-        choice = choose_window([], target.context_limit, settings.ollama_num_ctx)
-        target = await client.warm_up(choice, tell, reuse_loaded_window)
+        choice = choose_window(None, target.context_limit, settings.ollama_num_ctx)
+        target = await client.warm_up(choice, tell)
         tell(f"Warming up {target.model} at {target.server_url} ...")
         await _call(client, settings.llm_timeout_s)
         levels: list[Level] = []
@@ -176,9 +171,7 @@ def levels_up_to(at_most: int) -> list[int]:
 
 
 async def _round(client: AsyncLLMClient, timeout_s: float, at_once: int) -> Round:
-    start_s = time.monotonic()
-    calls = await asyncio.gather(*(_call(client, timeout_s) for _ in range(at_once)))
-    return Round(time.monotonic() - start_s, tuple(calls))
+    return tuple(await asyncio.gather(*(_call(client, timeout_s) for _ in range(at_once))))
 
 
 async def _call(client: AsyncLLMClient, timeout_s: float) -> Call:

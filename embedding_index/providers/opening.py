@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.index_settings import IndexSettings
+from config.loading import DOTENV
 from config.openai_settings import load_openai_settings
-from config.settings import DOTENV, load_settings
+from config.settings import load_settings
 from error_handler import ConfigurationError
 
 if TYPE_CHECKING:  # it needs numpy, which may be missing

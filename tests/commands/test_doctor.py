@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from commands.diagnosis.findings import Finding
-from commands.diagnosis.mongo import MAX_CLOCK_DIFFERENCE_S, clock_check, diagnose
+from commands.diagnosis.mongo import MAX_CLOCK_DIFFERENCE_S, diagnose
 from config import load_settings
 from config.settings import Settings
 from tests.forked_process import ForkedProcess
@@ -77,6 +77,7 @@ def test_doctor_changes_nothing(site: Site) -> None:
     assert not site.directory.exists()
 
 
+@pytest.mark.thorough
 def test_doctor_does_not_disturb_a_running_worker(site: Site) -> None:
     """It reports the lock, and the worker finishes."""
     assert site.model is not None
@@ -157,6 +158,7 @@ def test_replica_set_and_standalone_server_are_distinguished(site: Site, tmp_pat
     assert any("standalone" in finding["sentence"] for finding in report(site, "--no-probe"))
 
 
+@pytest.mark.thorough
 def test_progress_is_shown_only_on_a_terminal(site: Site) -> None:
     """Stderr is a terminal, stdout a file: one JSON object, and a spinner that names the current check."""
     assert site.model is not None
@@ -188,9 +190,9 @@ def test_progress_is_shown_only_on_a_terminal(site: Site) -> None:
 )
 async def test_clock_difference_is_a_warning(mongodb_uri: str, shift_s: int, level: str, words: str) -> None:
     """The server is real; the local clock is shifted."""
-    check = clock_check(lambda: datetime.now(UTC) + timedelta(seconds=shift_s))
     settings = load_settings(None, mongodb_uri=mongodb_uri)
-    found: list[Finding] = [finding async for finding in diagnose(settings, check)]
+    checks = diagnose(settings, lambda: datetime.now(UTC) + timedelta(seconds=shift_s))
+    found: list[Finding] = [finding async for finding in checks]
     assert found[-1].level == level
     assert words in found[-1].sentence
     assert abs(found[-1].numbers["ahead_s"] - shift_s) < MAX_CLOCK_DIFFERENCE_S
@@ -216,7 +218,7 @@ def test_doctor_loads_the_window_of_the_next_run(site: Site, turns: int, window:
     assert site.model is not None
     site.source.insert_many([long_conversation(number, turns) for number in range(12)])
     found = report(site, "--max-probe", "2")
-    chosen = next(finding for finding in found if finding["sentence"].startswith("A run uses a window of"))
+    chosen = next(finding for finding in found if finding["sentence"].startswith("A run's context window: "))
     assert chosen["numbers"] == {"num_ctx": window, "asked": None, "sample": 12, "held": 1.0}
     assert {record["options"]["num_ctx"] for record in site.model.requests()} == {window}
     assert site.run().code == 0

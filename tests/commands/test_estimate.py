@@ -42,6 +42,7 @@ def estimated(site: Site, *flags: str, code: int = 0) -> dict[str, Any]:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("calls", "slots"), [(10, 4), (5, 16)], ids=["busy server", "free slots"])
+@pytest.mark.thorough
 async def test_estimated_time_matches_the_following_run(
     calls: int, slots: int, mongodb_uri: str, db_name: str, tmp_path: Path
 ) -> None:
@@ -159,6 +160,7 @@ def test_failed_documents_in_the_sample_exit_with_1(site: Site) -> None:
     assert answer["time"]["expected_s"] > 0
 
 
+@pytest.mark.thorough
 def test_estimate_keeps_the_checkpoint_of_an_interrupted_reprocess(site: Site) -> None:
     assert site.model is not None
     site.source.insert_many([conversation(number) for number in range(90)])

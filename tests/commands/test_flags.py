@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from commands.flags import SETTING_FLAGS, create_parser, monitoring, settings_from
+from commands.flags import create_parser, monitoring, settings_from
 from config.settings import Settings, known_environment_names
 from error_handler import ConfigurationError
 
@@ -191,9 +191,3 @@ def test_flags_of_a_single_run_are_not_settings() -> None:
     assert arguments.retry_failed
     assert arguments.embedded
     assert create_parser().parse_args([]).poll_interval == 30
-
-
-def test_every_setting_flag_is_a_field() -> None:
-    """No flag is dropped silently."""
-    assert set(SETTING_FLAGS) <= set(Settings.model_fields)
-    assert set(SETTING_FLAGS) <= set(vars(create_parser().parse_args([])))

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from aggregator import aggregate_conversation
+from async_llm_wrapper import AsyncLLMClient
 from commands.diagnosis.findings import Finding
-from commands.diagnosis.model import LOAD_TIMEOUT_S, TEST_DOCUMENT, Probing, diagnose_model, unencrypted
+from commands.diagnosis.model import LOAD_TIMEOUT_S, TEST_DOCUMENT, diagnose_model, unencrypted
 from config import Settings, load_settings, load_taxonomy
 from prompt_builder import PromptBuilder
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
@@ -26,9 +27,13 @@ def fake() -> Iterator[FakeOllama]:
         yield server
 
 
+async def no_documents(_client: AsyncLLMClient) -> list[int]:
+    return []
+
+
 async def findings(settings: Settings, at_most: int = 0) -> list[Finding]:
     """Return what is said; the model is asked only where *at_most* is given."""
-    return [finding async for finding in diagnose_model(settings, Probing(at_most, lambda _: None))]
+    return [finding async for finding in diagnose_model(settings, no_documents, at_most, lambda _: None)]
 
 
 def settings_for(fake: FakeOllama, **given: Any) -> Settings:
@@ -137,7 +142,7 @@ async def test_a_window_beyond_the_model_is_a_warning_before_the_load(fake: Fake
     """A run takes no more than the model has, and so does the diagnosis; without a setting there is nothing to say."""
     fake.configure(models=[{"name": "small", "context_length": 4096}])
     found = await findings(settings_for(fake, ollama_model="small", ollama_num_ctx=8192), at_most=1)
-    set_too_high = the_one(found, "the model's limit is 4096")
+    set_too_high = the_one(found, "the model's limit; 8192 were set")
     assert (set_too_high.level, set_too_high.numbers["asked"]) == ("warning", 8192)
     assert "OLLAMA_NUM_CTX=4096" in set_too_high.remedy
     assert the_one(found, "whole window of 4096").level == "ok"
@@ -259,8 +264,8 @@ async def test_no_answer_to_the_test_conversation_does_not_hide_the_slots(fake: 
 @pytest.mark.parametrize(
     ("slots", "max_concurrent", "level", "advice"),
     [
-        (1, 5, "warning", "--max-concurrent 2"),
-        (4, 5, "ok", ""),
+        pytest.param(1, 5, "warning", "--max-concurrent 2", marks=pytest.mark.thorough),
+        pytest.param(4, 5, "ok", "", marks=pytest.mark.thorough),
         (4, 6, "warning", "--max-concurrent 5"),
         pytest.param(4, 4, "ok", "", marks=pytest.mark.thorough),
         pytest.param(4, 2, "warning", "--max-concurrent 5", marks=pytest.mark.thorough),

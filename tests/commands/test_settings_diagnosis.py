@@ -11,9 +11,9 @@ from pydantic import SecretStr
 from commands.diagnosis.findings import Finding
 from commands.diagnosis.settings import diagnose_labels, diagnose_settings
 from config import load_settings
+from config.loading import variables_of
 from config.masked_settings import hosts_of, shown
-from config.settings import Settings, environment_names, known_environment_names
-from config.settings_origins import Origin, settings_origins
+from config.settings import Settings, known_environment_names, settings_origins
 from config.taxonomy import DEFAULT_TAXONOMY
 
 PASSWORDS = [
@@ -82,7 +82,7 @@ def test_reported_origin_is_the_effective_one(
     places: tuple[str, ...], is_argument: bool, lower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a setting with two names, every combination of places and names."""
-    names = environment_names("db_name")
+    names = variables_of(Settings, "db_name")
     for mask in range(1, 4 ** len(places)) if places else [0]:
         values: dict[tuple[str, str], str] = {}
         for position, place in enumerate(places):
@@ -95,15 +95,15 @@ def test_reported_origin_is_the_effective_one(
                 if place == "environment":
                     context.setenv(name.lower() if lower else name, value)
             settings = load_settings(db_name="flag" if is_argument else None)
-            origin = settings_origins({"db_name": "--db-name"} if is_argument else {})["db_name"]
-        wanted = {"argument": "flag", "default": "customer_support"}.get(origin.kind)
-        assert settings.db_name == (wanted or values[origin.kind, str(origin.name)])
-        assert len(origin.overruled) == len(values) - (origin.kind in ("environment", "dotenv"))
+            found = settings_origins({"db_name": "--db-name"} if is_argument else {})["db_name"]
+        wanted = {("argument", "--db-name"): "flag", None: "customer_support"} | values
+        assert settings.db_name == wanted[found[0] if found else None]
+        assert len(found) == len(values) + is_argument
 
 
 def test_every_field_has_an_origin() -> None:
     assert set(settings_origins({})) == set(Settings.model_fields)
-    assert settings_origins({"lease_s": "--lease"})["lease_s"] == Origin("argument", "--lease")
+    assert settings_origins({"lease_s": "--lease"})["lease_s"] == [("argument", "--lease")]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_every_field_has_an_origin() -> None:
 )
 def test_two_names_of_one_setting_are_a_warning(first: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ""
-    for name, place in zip(environment_names("batch_size"), (first, second), strict=True):
+    for name, place in zip(variables_of(Settings, "batch_size"), (first, second), strict=True):
         if place == "environment":
             monkeypatch.setenv(name, "50")
         else:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from config.openai_settings import OpenAISettings, load_openai_settings, openai_environment_names
+from config.loading import variables_of
+from config.openai_settings import OpenAISettings, load_openai_settings
 from config.settings import known_environment_names, load_settings
 from error_handler import ConfigurationError
 from openai_batch import AppConfig, BatchConfig, NotificationConfig, OpenAIConfig
@@ -36,7 +37,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "smtp_from": ("triad@example.com", "triad@example.com"),
     "allow_external": ("true", True),
 }
-NAMES = [(field, openai_environment_names(field)[0]) for field in VALUES]
+NAMES = [(field, variables_of(OpenAISettings, field)[0]) for field in VALUES]
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +56,8 @@ def read(settings: OpenAISettings, field: str) -> Any:
 def test_every_setting_is_tried_below() -> None:
     """And has one variable that the check of .env knows."""
     assert set(VALUES) == set(OpenAISettings.model_fields)
-    assert {name for field in VALUES for name in openai_environment_names(field)} <= known_environment_names()
-    assert all(len(openai_environment_names(field)) == 1 for field in VALUES)
+    assert {name for field in VALUES for name in variables_of(OpenAISettings, field)} <= known_environment_names()
+    assert all(len(variables_of(OpenAISettings, field)) == 1 for field in VALUES)
 
 
 @pytest.mark.parametrize(("field", "name"), NAMES, ids=[name for _, name in NAMES])

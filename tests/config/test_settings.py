@@ -9,7 +9,8 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from config import Settings, load_settings
-from config.settings import DOTENV, environment_names, known_environment_names
+from config.loading import DOTENV, variables_of
+from config.settings import known_environment_names
 from error_handler import ConfigurationError
 
 SECRET = "hunter2"
@@ -47,7 +48,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "store_original_conversation": ("true", True),
     "log_level": ("debug", "DEBUG"),
 }
-ALIASES = [(field, name) for field in VALUES for name in environment_names(field)]
+ALIASES = [(field, name) for field in VALUES for name in variables_of(Settings, field)]
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +104,8 @@ def test_each_argument(field: str) -> None:
     assert load_settings(None, **{field: None}) == load_settings(None)
 
 
-@pytest.mark.parametrize("in_environment", environment_names("mongodb_uri"))
-@pytest.mark.parametrize("in_file", environment_names("mongodb_uri"))
+@pytest.mark.parametrize("in_environment", variables_of(Settings, "mongodb_uri"))
+@pytest.mark.parametrize("in_file", variables_of(Settings, "mongodb_uri"))
 def test_precedence_is_argument_environment_file_default(
     in_environment: str, in_file: str, dotenv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +142,7 @@ def test_variables_of_other_programs_decide_nothing(name: str, monkeypatch: pyte
 def test_an_empty_variable_counts_as_not_set(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compose files pass variables on that are not there."""
     default = load_settings(None)
-    monkeypatch.setenv(environment_names(field)[0], "")
+    monkeypatch.setenv(variables_of(Settings, field)[0], "")
     assert load_settings(None) == default
 
 
@@ -237,7 +238,7 @@ def test_a_malformed_value_is_named_and_not_shown(name: str, value: str, monkeyp
     """Any value may be a secret put in the wrong place."""
     monkeypatch.setenv(name, value)
     message = refusal()
-    main_name = next(environment_names(field)[0] for field in VALUES if name in environment_names(field))
+    main_name = next(variables_of(Settings, field)[0] for field in VALUES if name in variables_of(Settings, field))
     assert main_name in message
     assert message.startswith("Wrong setting: ")
 

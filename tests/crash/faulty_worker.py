@@ -24,8 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import async_llm_wrapper
-import batch_processor
 import cli
+import worker.run
 from mongo_client import DocumentStore
 from storage import files as storage_files
 from storage.files import BatchJournal
@@ -56,6 +56,10 @@ def _in_folder(folder: str, suffix: str) -> Matches:
     return lambda arguments: arguments[0].parent.name == folder and arguments[0].suffix == suffix
 
 
+def _event(name: str) -> Matches:
+    return lambda arguments: arguments[1] == name
+
+
 _FILES_OS = PatchedOs()
 _FILES_OS.replace = os.replace  # type: ignore[attr-defined]
 _FILES_OS.rename = os.rename  # type: ignore[attr-defined]
@@ -67,12 +71,12 @@ SEAMS = {
     "claimed": Seam(DocumentStore, "claim"),
     "pending_saved": Seam(BatchFiles, "save_pending"),
     "processing_marked": Seam(DocumentStore, "mark_processing"),
-    "started": Seam(BatchJournal, "started"),
-    "asked": Seam(BatchJournal, "asked"),
+    "started": Seam(BatchJournal, "add", matches=_event("started")),
+    "asked": Seam(BatchJournal, "add", matches=_event("asked")),
     "answer_received": Seam(async_llm_wrapper.AsyncLLMClient, "chat"),
-    "answered": Seam(BatchJournal, "answered"),
-    "failure_noted": Seam(BatchJournal, "failed"),
-    "skip_noted": Seam(BatchJournal, "skipped"),
+    "answered": Seam(BatchJournal, "add", matches=_event("answered")),
+    "failure_noted": Seam(BatchJournal, "add", matches=_event("failed")),
+    "skip_noted": Seam(BatchJournal, "add", matches=_event("skipped")),
     "before_write": Seam(DocumentStore, "write_results", before=True),
     "results_written": Seam(DocumentStore, "write_results"),
     "before_mark": Seam(DocumentStore, "mark", before=True),
@@ -139,14 +143,14 @@ def arm(name: str, passage: int) -> None:
 
 def poison(conversation_number: str) -> None:
     """Abort the process, as a crashing C extension does, when this conversation is aggregated."""
-    original = batch_processor.aggregate_conversation
+    original = worker.run.aggregate_conversation
 
     def aggregate(document: Any) -> Any:
         if document.get("conversation_number") == conversation_number:
             os.abort()
         return original(document)
 
-    batch_processor.aggregate_conversation = aggregate
+    worker.run.aggregate_conversation = aggregate
 
 
 def main(plan: dict[str, Any], flags: list[str]) -> int:

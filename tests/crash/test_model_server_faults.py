@@ -159,6 +159,7 @@ def test_every_kind_of_bad_answer_is_survived(site: Site) -> None:
         *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("runner_stopped_500", "html_200")),
     ],
 )
+@pytest.mark.thorough
 def test_a_burst_of_failures(site: Site, kind: str) -> None:
     """Whatever does not get through in its attempts gets through in a retry round of the same run."""
     documents = filled(site, 100)
@@ -170,6 +171,7 @@ def test_a_burst_of_failures(site: Site, kind: str) -> None:
     assert model_of(site).stats()["faults_served"] == {kind: times}
 
 
+@pytest.mark.thorough
 def test_a_model_that_is_removed_in_the_middle(site: Site) -> None:
     """The run stops with exit code 3 instead of failing every document; once it is back, the next run finishes."""
     documents = filled(site, 150)

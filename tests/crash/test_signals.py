@@ -58,7 +58,7 @@ def finish(site: Site, documents: list[Document], *, repeated: int) -> None:
     check_calls(site, documents, repeated=repeated)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
 def test_first_signal_lets_calls_in_flight_finish(site: Site, number: signal.Signals) -> None:
     """No new call after it; those in flight are answered and stored; nothing is asked twice."""
     documents = filled_with_all_shapes(site, 60)
@@ -159,6 +159,7 @@ def test_signal_during_connect_ends_at_once(site: Site) -> None:
                 assert worker.ended(SLACK_S).code == 130
 
 
+@pytest.mark.thorough
 def test_short_pause_is_harmless(site: Site) -> None:
     """After SIGSTOP and SIGCONT the run goes on where it was."""
     documents = filled_with_all_shapes(site, 60)

@@ -334,6 +334,7 @@ def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
         read_database(SecretStr(f"sqlite:///{path}"))
 
 
+@pytest.mark.thorough
 def test_a_locked_sqlite_file(tmp_path: Path) -> None:
     """The reader waits for the lock, then reports it."""
     url = sqlite_file(tmp_path / "a.db", "CREATE TABLE a (id)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import select
 import signal
 import socket
@@ -18,8 +19,7 @@ import pymongo
 import pytest
 
 from embedded import mongod as embedded_mongod
-from embedded.mongod import PORTS, EmbeddedMongod
-from embedded.mongod_binary import find_mongod
+from embedded.mongod import PORTS, EmbeddedMongod, find_mongod
 from error_handler import ConfigurationError
 from tests.replica_set import ReplicaSetMongod
 
@@ -86,10 +86,11 @@ def test_standalone_takes_writes_on_loopback_only(tmp_path: Path) -> None:
 
 @pytest.mark.thorough  # of the replica set that other tests use; the standalone server has tests of its own
 def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path: Path) -> None:
-    with ReplicaSetMongod(tmp_path / "data", log_path=tmp_path / "logs" / "m.log") as mongod:
+    with ReplicaSetMongod(tmp_path / "data") as mongod:
         insert(mongod)
         port = mongod.port
-        mongod.restart()
+        mongod.stop()
+        mongod.start()
         assert mongod.port == port
         assert count(mongod) == 1
         insert(mongod)
@@ -157,8 +158,8 @@ def test_start_waits_for_a_server_that_is_ending(tmp_path: Path) -> None:
 
 def test_port_lost_between_choice_and_start_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        ports = iter([other.getsockname()[1], embedded_mongod._free_port()])
-        monkeypatch.setattr(embedded_mongod, "_free_port", lambda: next(ports))
+        first, choose = iter([other.getsockname()[1]]), random.choice
+        monkeypatch.setattr(random, "choice", lambda ports: next(first, None) or choose(ports))
         with EmbeddedMongod(tmp_path) as mongod:
             assert count(mongod) == 0
 
@@ -179,6 +180,7 @@ def test_log_never_quotes_a_slow_command(tmp_path: Path) -> None:
     assert "my card number" not in (tmp_path / "mongod.log").read_text()
 
 
+@pytest.mark.thorough
 def test_large_log_is_rotated(tmp_path: Path) -> None:
     log = tmp_path / "mongod.log"
     log.write_text("x" * (embedded_mongod.LOG_LIMIT_BYTES + 1))
@@ -187,6 +189,7 @@ def test_large_log_is_rotated(tmp_path: Path) -> None:
     assert (tmp_path / "mongod.log.1").stat().st_size > embedded_mongod.LOG_LIMIT_BYTES
 
 
+@pytest.mark.thorough
 def test_missing_libcurl_comes_from_the_wheel(tmp_path: Path) -> None:
     binary = script(
         tmp_path / "mongod",

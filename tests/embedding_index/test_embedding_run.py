@@ -130,6 +130,7 @@ def mean_of(pieces: list[str]) -> Vector:
 # Number of calls
 
 
+@pytest.mark.thorough
 def test_ten_thousand_texts_take_the_least_number_of_calls_all_slots_full(runs: Runs) -> None:
     runs.fake.configure(latency_s=0.05)
     texts = short_texts(10_000)
@@ -576,6 +577,7 @@ def test_a_server_that_comes_back_is_waited_for(runs: Runs) -> None:
     assert_right(ends, texts)
 
 
+@pytest.mark.thorough
 def test_a_wrong_key_ends_the_run_at_once(runs: Runs) -> None:
     runs.fake.configure(faults=[{"kind": "unauthorized_401", "when": {"route": "embeddings.create"}, "times": 1000}])
     with pytest.raises(ConfigurationError, match="OPENAI_API_KEY"):

@@ -233,6 +233,7 @@ def test_search_as_json_and_as_a_table(site: IndexSite) -> None:
     assert "empty" in nothing.err
 
 
+@pytest.mark.thorough
 def test_the_local_model_finds_refunds_first(site: IndexSite) -> None:
     """The sample database has an index of its own, and needs no server."""
     local = {"EMBEDDING_PROVIDER": "local"}

@@ -119,6 +119,7 @@ def test_first_steps(tmp_path: Path) -> None:
     compare("\n".join(lines[start + 2 :]), reader.run([*search, "--sample", "--provider", "local"]))
 
 
+@pytest.mark.thorough
 def test_page_section_your_own_database_is_true(tmp_path: Path, fake: FakeOpenAI) -> None:
     """SQLite, and the estimate of OpenAI, which sends nothing."""
     reader = Reader(tmp_path, OPENAI_API_KEY="sk-test")
@@ -128,6 +129,7 @@ def test_page_section_your_own_database_is_true(tmp_path: Path, fake: FakeOpenAI
     assert fake.stats()["requests"] == 0
 
 
+@pytest.mark.thorough
 def test_a_postgresql_database(tmp_path: Path, postgres: Postgres) -> None:
     """The tables, the commands, and the text of a table."""
     text = section("Your own database").split("### PostgreSQL")[1]
@@ -143,6 +145,7 @@ def test_a_postgresql_database(tmp_path: Path, postgres: Postgres) -> None:
     postgres.run("DROP DATABASE index_docs")
 
 
+@pytest.mark.thorough
 def test_the_example_in_python(tmp_path: Path) -> None:
     """The page shows the script as it is, and what it prints."""
     ((kind, script), *_) = BLOCK.findall(section("From Python"))
@@ -159,6 +162,7 @@ def _sample() -> str:
     return (ROOT / "schema_examples/support_database.sql").read_text(encoding="utf-8")
 
 
+@pytest.mark.thorough
 def test_similar_conversations(tmp_path: Path) -> None:
     """The sample conversations, labelled by the baseline; then the service finds them, too."""
     reader = Reader(tmp_path)

@@ -87,8 +87,10 @@ def without(site: IndexSite, names: tuple[str, ...], *flags: str) -> Ended:
         ("chromadb", ["--batch"], "requirements-index.txt"),
         pytest.param("numpy", ["--search", "x"], "requirements-index.txt", marks=pytest.mark.thorough),
         pytest.param("sqlalchemy", ["--batch"], "requirements-index.txt", marks=pytest.mark.thorough),
-        ("tokenizers", ["--batch", "--provider", "local"], "requirements-index.txt"),
-        ("psycopg", ["--batch"], "requirements-index.txt"),
+        pytest.param(
+            "tokenizers", ["--batch", "--provider", "local"], "requirements-index.txt", marks=pytest.mark.thorough
+        ),
+        pytest.param("psycopg", ["--batch"], "requirements-index.txt", marks=pytest.mark.thorough),
     ],
 )
 def test_a_missing_package_is_named(site: IndexSite, name: str, flags: list[str], remedy: str) -> None:
@@ -201,7 +203,7 @@ def test_the_index_is_locked(site: IndexSite) -> None:
         assert site.run("--search", "refunds").code == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: int) -> None:
     """The exit code is 130; the same command resumes and pays nothing twice."""
     site.fake.configure(faults=[{"kind": "delay", "delay_s": 2, "when": {"from": 1}}])

@@ -71,7 +71,7 @@ def test_other_model_is_refused_before_the_question_is_sent(
     assert provider.calls == []
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"", "is empty; run"), (b"no database at all " * 100, "damaged")])
+@pytest.mark.parametrize(("content", "said"), [(b"", r"damaged \(empty\)"), (b"no database at all " * 100, "damaged")])
 def test_damaged_file_is_an_error_and_left_unchanged(
     reader: IndexReader, settings: IndexSettings, content: bytes, said: str
 ) -> None:

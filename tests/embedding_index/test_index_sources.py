@@ -135,6 +135,7 @@ def test_texts_of_customers_stay_in_the_house(site: IndexSite, mongo: Database[d
     assert KEY.encode() not in site.files()
 
 
+@pytest.mark.thorough
 def test_a_rebuild_with_another_model_says_what_the_other_source_needs(
     site: IndexSite, mongo: Database[dict[str, Any]]
 ) -> None:
@@ -183,6 +184,7 @@ def test_vectors_that_were_paid_for_outlive_the_states(site: IndexSite, mongo: D
     assert site.vectors() == before - 1, "what no item has any more is deleted"
 
 
+@pytest.mark.thorough
 def test_mongodb_is_asked_for_conversations_only(site: IndexSite) -> None:
     """Without MongoDB a database is indexed; for conversations the exit code is 3."""
     nowhere = {"MONGODB_URI": "mongodb://127.0.0.1:9/?serverSelectionTimeoutMS=300", "MONGODB_TIMEOUT_MS": "300"}

@@ -109,7 +109,7 @@ class Simulation:
         while self.documents > 0 and self._in_flight < (self.controller.limit if self.controller else self.fixed):
             self.documents -= 1
             self._in_flight += 1
-            call = self.controller.sent(self.now_s) if self.controller else None
+            call = Call(self.now_s, self._in_flight) if self.controller else None
             sent_s = self.now_s
             self._at(self._noise(), lambda call=call, sent_s=sent_s: self._arrive(call, sent_s))
         if self.controller and (not self.limits or self.limits[-1][1] != self.controller.limit):
@@ -161,6 +161,4 @@ class Simulation:
                 self.controller.answered(call, self.now_s, ChatReply("{}", None, None, *times))
             elif how == "busy":
                 self.controller.congested(call, self.now_s)
-            else:
-                self.controller.lost()
         self._at(0.5 if how != "answered" else self._noise() / 2, self._fill)

@@ -35,7 +35,6 @@ from model_server.protocol import (
     parse_chat_response,
     parse_load_response,
     queue_wait_s,
-    require_fit,
 )
 
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 8192, "10m")
@@ -320,15 +319,6 @@ def test_answer_cut_off_by_a_full_window_is_context_overflow() -> None:
     """A repair turn would make the prompt even longer."""
     fields = chat_reply(prompt_eval_count=8000, done_reason="length", eval_count=192)
     assert problem_of(fields).reason is Reason.CONTEXT_OVERFLOW
-
-
-def test_prompt_that_cannot_fit_is_not_sent() -> None:
-    """Only if the request sets the window."""
-    fits = int((8192 - NUM_PREDICT) * MAX_CHARACTERS_PER_TOKEN)
-    require_fit(TARGET, fits)
-    require_fit(OPENAI, fits * 100)
-    with pytest.raises(LLMContextError, match="OLLAMA_NUM_CTX"):
-        require_fit(TARGET, fits + 6)
 
 
 def test_fewer_tokens_than_words_prove_a_cut_prompt() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from config import load_settings
 from error_handler import ConfigurationError, LLMBusyError, LLMConnectionError, LLMTimeoutError
-from model_server.concurrency import LOG_EVERY_S, ConcurrencyLimit, LimitController
+from model_server.concurrency import LOG_EVERY_S, Call, ConcurrencyLimit, LimitController
 from model_server.protocol import ChatReply
 from tests.fakes.simulated_model import Service, Simulation, constant, lognormal, uniform
 
@@ -102,11 +102,11 @@ def test_limit_recovers_after_a_burst_of_503() -> None:
 def test_limit_is_halved_once_for_many_503_of_one_moment() -> None:
     """Sixteen 503 to requests sent before the change halve the limit once; a later one halves it again."""
     controller = LimitController(MOST, start=16)
-    calls = [controller.sent(0.0) for _ in range(16)]
+    calls = [Call(0.0, number) for number in range(1, 17)]
     for call in calls:
         controller.congested(call, 0.1)
     assert controller.limit == 8
-    controller.congested(controller.sent(0.2), 0.3)
+    controller.congested(Call(0.2, 1), 0.3)
     assert controller.limit == 4
 
 
@@ -129,7 +129,7 @@ def test_limit_does_not_grow_without_enough_work() -> None:
     controller = LimitController(MOST)
     now_s = 0.0
     for _ in range(200):
-        calls = [controller.sent(now_s) for _ in range(2)]
+        calls = [Call(now_s, number) for number in (1, 2)]
         now_s += 0.2
         for call in calls:
             controller.answered(call, now_s, ChatReply("{}", None, None, 0.0, 0.0, (), 0.2))
@@ -157,7 +157,7 @@ def test_latency_decides_if_the_server_reports_no_queue(slots: int) -> None:
 def test_answers_that_loaded_the_model_do_not_count() -> None:
     """Not even if they report a queue wait as well."""
     controller = LimitController(MOST, start=4)
-    calls = [controller.sent(0.0) for _ in range(4)]
+    calls = [Call(0.0, number) for number in range(1, 5)]
     controller.answered(calls[0], 0.2, ChatReply("{}", None, None, 0.0, 0.0, (), 0.2))
     before = controller.limit
     for call in calls[1:]:
@@ -249,7 +249,7 @@ async def test_only_503_and_timeouts_halve_the_limit(error: Exception, after: in
     with pytest.raises(type(error)):
         await limit.observed(fail)
     assert limit.current == after
-    assert limit.controller.in_flight == 0
+    assert limit._in_flight == 0
 
 
 async def test_limit_changes_are_logged_at_most_every_15_s(caplog: pytest.LogCaptureFixture) -> None:

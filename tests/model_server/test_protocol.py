@@ -17,7 +17,7 @@ from model_server.models import (
     ServedModel,
     chat_target,
     choose_model,
-    models_url,
+    models_request,
     parse_loaded,
     parse_models,
     parse_show,
@@ -296,16 +296,16 @@ def test_loaded_models_have_window_and_memory() -> None:
     entry = {"name": "llama3.2:latest", "digest": "abc", "size": 10, "size_vram": 4, "context_length": 8192}
     body = json.dumps({"models": [entry, {"name": "cpu:latest", "size": 7}, {"name": 3}, None]}).encode()
     assert parse_loaded(200, body) == [
-        LoadedModel("llama3.2:latest", "abc", 8192, 10, 4),
-        LoadedModel("cpu:latest", None, None, 7, 0),
+        LoadedModel("llama3.2:latest", 8192, 10, 4),
+        LoadedModel("cpu:latest", None, 7, 0),
     ]
     assert parse_loaded(500, b"{}") == []
 
 
 def test_model_list_address_and_show_body() -> None:
     """The address that lists models, and the body that asks about one."""
-    assert models_url("ollama_chat", "http://m:1") == "http://m:1/api/tags"
-    assert models_url("openai_chat", "http://m:1") == "http://m:1/v1/models"
+    assert models_request(TARGET, 5.0).url == "http://m:1/api/tags"
+    assert models_request(OPENAI, 5.0).url == "http://m:1/v1/models"
     assert json.loads(show_body("llama3.2")) == {"model": "llama3.2"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -131,6 +132,14 @@ def test_window_holds_prompt_answer_and_repair_turn() -> None:
     """The margin is 15 % of the prompt, at least the size of a repair turn."""
     assert tokens_needed(1000) == 1000 + 400 + 700
     assert tokens_needed(10_000) == 10_000 + 1500 + 700
+
+
+def test_prompt_that_cannot_fit_is_not_sent() -> None:
+    """Not even truncated, if the system prompt fills the window. Other servers set the window themselves."""
+    small = replace(TARGET, num_ctx=2048)
+    with pytest.raises(LLMContextError, match="OLLAMA_NUM_CTX"):
+        TranscriptTruncator(SYSTEM).fit(long_talk(9), small)
+    assert TranscriptTruncator(SYSTEM).fit(long_talk(9), replace(small, protocol="openai_chat")).is_complete
 
 
 @pytest.mark.parametrize(("mode", "error"), [("skip", SkippedDocumentError), ("fail", LLMContextError)])

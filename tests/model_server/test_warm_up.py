@@ -44,6 +44,7 @@ def test_model_that_does_not_load_ends_the_run(site: Site) -> None:
     assert model_of(site).stats()["chat_requests"] == 0
 
 
+@pytest.mark.thorough
 def test_worker_service_and_worker_load_the_model_once(site: Site, tmp_path: Path) -> None:
     """Each reuses the loaded window, because it is large enough."""
     site.source.insert_many([document(number) for number in range(10)])
@@ -98,6 +99,7 @@ def test_service_reuses_a_larger_window_and_reloads_an_unloaded_model(site: Site
         assert (stats["loads"], stats["load_requests"], stats["load_aborts"]) == (3, 3, 0)
 
 
+@pytest.mark.thorough
 def test_the_service_is_ready_when_the_model_is_loaded(tmp_path: Path) -> None:
     """It is alive at once, but both routes answer 503 until the model is loaded."""
     with (

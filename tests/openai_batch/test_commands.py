@@ -15,7 +15,7 @@ import orjson
 import pytest
 from rich.console import Console
 
-from openai_batch.job_progress import LINE_EVERY_S, JobProgress
+from openai_batch.actions import LINE_EVERY_S, JobProgress
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import ForkedProcess
 from tests.openai_batch.openai_job import END_S, ROOT, Job, stopped

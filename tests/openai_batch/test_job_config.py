@@ -267,7 +267,7 @@ REFUSED = (
 def test_foreign_functions_are_refused(name: str, own_module: Path) -> None:
     """AT-20: also under the name of a module of the operator."""
     with pytest.raises(JobValidationError):
-        Variables(DocumentFields(field_map={"a": "a"}, preprocess_functions={"a": name}))
+        Variables(AppConfig.from_env(fields=DocumentFields(field_map={"a": "a"}, preprocess_functions={"a": name})))
 
 
 def test_modules_of_python_are_not_imported() -> None:

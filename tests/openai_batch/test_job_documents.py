@@ -23,8 +23,7 @@ from openai_batch.batch_protocol import parse_line
 from openai_batch.job_config import BatchConfig
 from openai_batch.job_store import Ending, JobStore
 from openai_batch.ledger import Item, ItemState, Ledger, Shard, ShardState
-from openai_batch.planning import ShardWriter
-from openai_batch.sending import wait_left_s
+from openai_batch.planning import ShardWriter, wait_left_s
 from storage.extended_json import canonical
 from storage.files import DirectoryLock
 from tests.fakes.fake_openai import FakeOpenAI
@@ -108,7 +107,7 @@ async def test_answer_is_written_only_while_its_claim_stands(job: Job) -> None:
     before = job.documents.find_one({"_id": 0})
     settings = load_settings(None, mongodb_uri=job.uri, db_name=job.database)
     async with JobStore(job.config(), settings) as store:
-        late = Ending(canonical(0), "job:old:1", {"$set": {"answer": "late"}}, is_final=False, info={})
+        late = Ending(Item("job:old:1", canonical(0), 1, ItemState.OK), {"$set": {"answer": "late"}}, info={})
         assert await store.end([late]) == set()
     assert job.documents.find_one({"_id": 0}) == before
 

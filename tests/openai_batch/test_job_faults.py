@@ -230,6 +230,9 @@ MORE = {
     *("lists lag behind", "in order", "twice the same", "no choices", "answer of blanks", "blank lines"),
     *("empty texts for ids", "ids that come late", "download slow", "long in finalizing"),
     *("junk between lines", "status 409 once", "status 429 once", "download reset"),
+    *("twice, once as an error", "no custom_id", "no body", "no usage", "status 500 once", "time-out of a line"),
+    *("error file of zero bytes", "no counts", "half cancelled by somebody", "vanished", "refused without lines"),
+    *("file not visible at once", "download not there at once", "no error file"),
     "create answered with a page",
 }
 assert CASES.keys() >= USUAL_CALLS | MORE

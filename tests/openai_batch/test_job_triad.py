@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from config import load_settings, load_taxonomy
+from openai_batch.masking import MAX_CHARACTERS
 from openai_batch.processor import DocumentBatchProcessor
 from openai_batch.schema_file import load_schema_file
 from tests.fakes.fake_openai import FakeOpenAI
@@ -46,16 +47,15 @@ class Lane:
     site: Site
     openai: FakeOpenAI
 
-    def processor(self, monkeypatch: pytest.MonkeyPatch) -> DocumentBatchProcessor:
+    def processor(self, monkeypatch: pytest.MonkeyPatch, **parts: Any) -> DocumentBatchProcessor:
         """Return the job as the command line makes it."""
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
         monkeypatch.setenv("OPENAI_BASE_URL", self.openai.url)
         settings = load_settings(
             None, mongodb_uri=self.site.uri, db_name=self.site.database.name, mongodb_backoff_s=0.05
         )
-        return DocumentBatchProcessor(
-            settings=settings, schema_file=load_schema_file(SCHEMA), state_dir=self.site.folder / "job", times=TIMES
-        )
+        parts = {"schema_file": load_schema_file(SCHEMA), "state_dir": self.site.folder / "job", **parts}
+        return DocumentBatchProcessor(settings=settings, times=TIMES, **parts)
 
 
 @pytest.fixture
@@ -152,7 +152,6 @@ def test_worker_skips_sent_conversations(lane: Lane, monkeypatch: pytest.MonkeyP
 
     async def submit() -> None:
         async with processor.opened() as job:
-            await job.recover()
             await job.submit(20)
 
     asyncio.run(submit())
@@ -166,6 +165,26 @@ def test_worker_skips_sent_conversations(lane: Lane, monkeypatch: pytest.MonkeyP
     assert lane.site.source.count_documents({"status": "processed"}) == 30
     assert lane.openai.stats()["lines_billed"] == 20
     assert lane.site.database["conversation_set_leases"].count_documents({}) == 0
+
+
+def test_conversation_that_has_grown_too_long_for_masking_fails_alone(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It grows while its batch runs; the other answer of the batch is stored."""
+    lane.site.source.insert_many([conversation(number) for number in range(2)])
+    processor = lane.processor(monkeypatch, mask_pii=True)
+
+    async def submit() -> None:
+        async with processor.opened() as job:
+            await job.submit()
+
+    asyncio.run(submit())
+    grown = {"sender": "customer", "text": "x" * (MAX_CHARACTERS + 1)}
+    lane.site.source.update_one({"_id": 0}, {"$push": {"messages": grown}})
+    result = processor.process_pending_documents()
+    assert (result.succeeded, result.failed) == (1, 1)
+    assert lane.site.source.distinct("_id", {"status": "processed"}) == [1]
+    assert lane.site.source.distinct("_id", {"status": "failed"}) == [0]
 
 
 def test_worker_and_job_race_without_double_work(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp import ThreadedResolver
+from aiohttp.abc import ResolveResult
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, Session
 from pydantic import SecretStr
 
 from error_handler import ConfigurationError, JobConnectionError, JobValidationError
-from openai_batch import mail, webhook
+from openai_batch import notifications
 from openai_batch.job_config import NotificationConfig
-from openai_batch.mail import Mailbox
-from openai_batch.notifications import QUEUE_SIZE, Notifier, Payload, channels_of
-from openai_batch.webhook import Webhook, require_webhook
+from openai_batch.notifications import QUEUE_SIZE, Mailbox, Notifier, Payload, Webhook, channels_of, require_webhook
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.fakes.webhook_receiver import Canary, Receiver, flood, hang, receiving, status, trickle
 from tests.openai_batch.openai_job import END_S, Job
@@ -45,8 +44,8 @@ def payload(number: int = 1) -> Payload:
     return dict(zip(KEYS, values, strict=True))
 
 
-def webhook_of(url: str, **parts: Any) -> Webhook:
-    return Webhook(SecretStr(url), parts.pop("secret", None), **parts)
+def webhook_of(url: str, secret: SecretStr | None = None) -> Webhook:
+    return Webhook(SecretStr(url), secret)
 
 
 @pytest.fixture
@@ -172,7 +171,7 @@ async def test_response_body_is_not_read() -> None:
 @pytest.mark.parametrize("behaviour", [hang, trickle])
 async def test_deadline_covers_the_whole_response(behaviour: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if bytes trickle."""
-    monkeypatch.setattr(webhook, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(notifications, "TIMEOUT_S", 0.3)
     with receiving(behaviour) as receiver:
         assert (await told(receiver)).given_up == 1
         assert len(receiver.received) == FAST.attempts
@@ -210,6 +209,7 @@ def endless_mail_server() -> Iterator[str]:
             thread.join()
 
 
+@pytest.mark.thorough
 def test_run_ends_while_webhook_or_mail_server_hangs(
     mongodb_uri: str, db_name: str, tmp_path: Path, openai: FakeOpenAI
 ) -> None:
@@ -317,7 +317,7 @@ def test_allowed_webhook_urls_are_accepted(url: str) -> None:
     require_webhook(url)
 
 
-class Turning(AbstractResolver):
+class Turning:
     """A name server that gives one answer after the other, the last one for ever."""
 
     def __init__(self, *answers: str) -> None:
@@ -332,15 +332,15 @@ class Turning(AbstractResolver):
         kind = socket.AF_INET6 if ":" in answer else socket.AF_INET
         return [{"hostname": host, "host": answer, "port": port, "family": kind, "proto": 0, "flags": 0}]
 
-    async def close(self) -> None:
-        pass
-
 
 @pytest.mark.parametrize("answer", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "100.100.100.200"])
-async def test_name_that_resolves_to_this_machine_is_refused(answer: str, canary: Canary) -> None:
+async def test_name_that_resolves_to_this_machine_is_refused(
+    answer: str, canary: Canary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is connected to."""
     names = Turning(answer)
-    hook = webhook_of(f"http://hooks.example.com:{canary.port}/", resolver=names)
+    monkeypatch.setattr(ThreadedResolver, "resolve", names.resolve)
+    hook = webhook_of(f"http://hooks.example.com:{canary.port}/")
     with pytest.raises(JobValidationError, match="not allowed"):
         await hook.send(payload())
     assert names.asked == 1
@@ -349,10 +349,11 @@ async def test_name_that_resolves_to_this_machine_is_refused(answer: str, canary
 
 async def test_checked_address_is_the_connected_one(canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name is resolved once per POST."""
-    monkeypatch.setattr(webhook, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(notifications, "TIMEOUT_S", 0.5)
     names = Turning("192.0.2.1", "127.0.0.1")  # a documentation address; nobody is there
+    monkeypatch.setattr(ThreadedResolver, "resolve", names.resolve)
     with pytest.raises(JobConnectionError):
-        await webhook_of(f"http://hooks.example.com:{canary.port}/", resolver=names).send(payload())
+        await webhook_of(f"http://hooks.example.com:{canary.port}/").send(payload())
     assert names.asked == 1
     assert canary.visits() == 0
 
@@ -429,7 +430,9 @@ async def test_login_goes_through_starttls(certificate: Path, monkeypatch: pytes
         assert box.logins == [(b"triad", b"right", True)]
         session, _ = box.letters[0]
         assert session.ssl is not None
-        monkeypatch.setattr(mail, "TIMEOUT_S", 4.0)  # smtplib tries another way to log in, which the server ignores
+        monkeypatch.setattr(
+            notifications, "TIMEOUT_S", 4.0
+        )  # smtplib tries another way to log in, which the server ignores
         with pytest.raises(JobConnectionError, match=r"SMTPAuthenticationError|SMTPServerDisconnected") as caught:
             await Mailbox("ops@example.com", server, SecretStr("triad:CANARY"), None).send(payload())
     assert "CANARY" not in str(caught.value)

@@ -25,7 +25,7 @@ from openai_batch import (
     StatusConfig,
 )
 from openai_batch.ledger import ShardState
-from openai_batch.webhook import signature
+from openai_batch.notifications import signature
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import run_forked
 from tests.openai_batch.openai_job import ROOT, Job

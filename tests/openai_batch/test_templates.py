@@ -14,9 +14,14 @@ import pytest
 from pydantic import SecretStr
 
 from error_handler import JobError, JobProcessingError, JobTemplateError
-from openai_batch.documents import TemplateHandling
+from openai_batch.documents import (
+    MAX_PROMPT_CHARACTERS,
+    MAX_TEMPLATE_CHARACTERS,
+    PromptTemplate,
+    TemplateHandling,
+    fill,
+)
 from openai_batch.job_config import AppConfig, DatabaseConfig, DocumentFields, PromptConfig, SchemaConfig
-from openai_batch.templates import MAX_PROMPT_CHARACTERS, MAX_TEMPLATE_CHARACTERS, PromptTemplate, fill
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 CANARY = "canary-of-the-file-system"

@@ -104,7 +104,11 @@ def test_pages_switched_off_return_404_and_foreign_hosts_421(tmp_path: Path) -> 
             assert service.request("GET", "/ready", headers={"Host": host}).status == 200
 
 
-@pytest.mark.parametrize("start", [("-m", "uvicorn", "main:app"), ("main.py",)], ids=["uvicorn", "main.py"])
+@pytest.mark.parametrize(
+    "start",
+    [pytest.param(("-m", "uvicorn", "main:app"), marks=pytest.mark.thorough), ("main.py",)],
+    ids=["uvicorn", "main.py"],
+)
 def test_start_fails_on_an_outside_address_without_keys(tmp_path: Path, start: tuple[str, ...]) -> None:
     """One sentence that names the settings, and no listening socket."""
     command = (*start[:-1], str(Path(__file__).parents[2] / "main.py")) if start == ("main.py",) else start

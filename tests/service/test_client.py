@@ -260,7 +260,7 @@ def test_concurrency_is_reached_and_not_exceeded(tmp_path: Path) -> None:
         assert service.most_in_flight == 3
 
 
-@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("status", [503, pytest.param(429, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("as_date", [False, True], ids=["seconds", "date"])
 def test_retry_waits_for_retry_after(tmp_path: Path, status: int, as_date: bool) -> None:
     """The retry has the same Idempotency-Key."""
@@ -500,7 +500,7 @@ def test_killed_run_resumes_without_repeating_answers(tmp_path: Path) -> None:
     assert journals(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_interrupted_run_finishes_requests_in_flight(tmp_path: Path, number: signal.Signals) -> None:
     """No new request after the signal; the message tells how to resume."""
     file = write_file(tmp_path, 40)

@@ -81,7 +81,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("protocol", ["httptools", "h11"])
+@pytest.mark.parametrize("protocol", ["httptools", pytest.param("h11", marks=pytest.mark.thorough)])
 def test_slow_connections_are_closed(protocol: str, fake: FakeOllama, tmp_path: Path) -> None:
     """Within a few seconds of the limit, whatever they send meanwhile; so is one that does not read its answers."""
     with serve_quickly(tmp_path, fake, protocol) as service:
@@ -114,6 +114,7 @@ def test_slow_body_gets_408(quick: ServiceProcess) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "RequestTimeoutError"
 
 
+@pytest.mark.thorough
 def test_two_hundred_slow_sockets_are_closed_while_others_are_served(tmp_path: Path, fake: FakeOllama) -> None:
     """With the limits that are shipped: 15 s at most, and requests go through all the while."""
     with serve(tmp_path, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2") as service:

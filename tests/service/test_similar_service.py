@@ -223,7 +223,7 @@ def test_search_failure_maps_to_status(site: Site, fault: str, status: int, kind
     assert "CANARY" not in answer.body.decode() + site.service.log
 
 
-@pytest.mark.parametrize("fault", ["other model", "wrong key"])
+@pytest.mark.parametrize("fault", ["other model", pytest.param("wrong key", marks=pytest.mark.thorough)])
 def test_index_with_outdated_settings_is_reopened(site: Site, fault: str) -> None:
     """By the settings that there are then; until it is, nobody waits for the same failure again."""
     assert site.get("parcel").status == 200

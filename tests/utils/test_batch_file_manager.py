@@ -48,7 +48,7 @@ def test_a_pending_file(files: BatchFiles, directory: Path) -> None:
 def test_a_completed_file(files: BatchFiles, directory: Path) -> None:
     """Ids and counts, no text; the pending file and its journal are gone."""
     batch = files.save_pending(DOCUMENTS)
-    batch.journal.started("doc0")
+    batch.journal.add("started", "doc0")
     files.save_completed(batch, {"successful": 7, "failed": 0, "skipped": 1}, IDS)
     path = directory / "completed/batch_001_completed.json"
     content = content_of(path)
@@ -69,7 +69,7 @@ def test_a_completed_file(files: BatchFiles, directory: Path) -> None:
 def test_files_and_folders_are_private(files: BatchFiles, directory: Path) -> None:
     """Conversations of customers: files 0600, folders 0700."""
     batch = files.save_pending(DOCUMENTS)
-    batch.journal.started(1)
+    batch.journal.add("started", 1)
     files.save_failed("retry", 1, [failed()])
     files.save_failed("quarantine", 1, [failed()])
     files.write_state("checkpoint.json", {"a": 1})
@@ -94,7 +94,7 @@ def test_the_folders(files: BatchFiles, directory: Path) -> None:
 def test_a_pending_batch_is_loaded_as_it_was_saved(files: BatchFiles, directory: Path) -> None:
     """With the types of all ids, and what its journal says."""
     batch = files.save_pending(DOCUMENTS)
-    batch.journal.started("doc0")
+    batch.journal.add("started", "doc0")
     batch.journal.close()
     (loaded,) = pending(BatchFiles(directory))
     assert bson.encode({"all": loaded.documents}) == bson.encode({"all": DOCUMENTS})
@@ -219,7 +219,7 @@ def test_one_worker_per_directory(files: BatchFiles, directory: Path) -> None:
 def test_leftovers_of_a_crash_are_removed(files: BatchFiles, directory: Path) -> None:
     """Half-written temporary files, and journals of batches that are settled; nothing else."""
     kept = files.save_pending(DOCUMENTS)
-    kept.journal.started(1)
+    kept.journal.add("started", 1)
     kept.journal.close()
     (directory / "pending/.batch_002_pending.json.ab12.tmp").write_bytes(b"{")
     (directory / ".checkpoint.json.ab12.tmp").write_bytes(b"{")

@@ -26,7 +26,10 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "command",
-    [["utils/demo_batch_processor.py"], ["-m", "utils.demo_batch_processor"]],
+    [
+        pytest.param(["utils/demo_batch_processor.py"], marks=pytest.mark.thorough),
+        ["-m", "utils.demo_batch_processor"],
+    ],
     ids=["as a file", "as a module"],
 )
 def test_every_way_a_document_can_end_is_shown(command: list[str], tmp_path: Path) -> None:
@@ -43,6 +46,7 @@ def test_every_way_a_document_can_end_is_shown(command: list[str], tmp_path: Pat
     assert list(tmp_path.iterdir()) == [], "the batch files were removed"
 
 
+@pytest.mark.thorough
 def test_the_repaired_answer_took_two_calls(tmp_path: Path) -> None:
     lines = run(["utils/demo_batch_processor.py"], tmp_path).stdout.splitlines()
     place = next(number for number, line in enumerate(lines) if line.startswith("   demo-2  Refund Request"))

@@ -74,7 +74,7 @@ def test_a_retry_round(files: BatchFiles, directory: Path) -> None:
     """What fails again stays with its count; each round has a journal of its own; in the end the file goes."""
     files.save_failed("retry", 1, [failed("a"), failed("b")])
     (batch,) = files.load_retry()
-    batch.journal.failed("a", Reason.EMPTY, "x", is_final=False)
+    batch.journal.add("failed", "a", reason=Reason.EMPTY, problem="x", is_final=False)
     files.finish_retry(batch, [failed("a", retry_count=1)])
     assert names(directory / "retry") == ["batch_001_retry_queue.json"]
     (batch,) = files.load_retry()
@@ -89,7 +89,7 @@ def test_a_journal_of_an_interrupted_round_counts_for_that_round_alone(files: Ba
     """An interrupted round resumes; the next round starts from the beginning."""
     files.save_failed("retry", 1, [failed("a"), failed("b")])
     (batch,) = files.load_retry()
-    batch.journal.started("a")
+    batch.journal.add("started", "a")
     batch.journal.close()
     (again,) = files.load_retry()
     assert again.replay[id_key("a")].processing == 1

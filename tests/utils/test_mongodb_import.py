@@ -68,7 +68,14 @@ def test_it_starts_from_the_repository(
     assert source.count_documents({}) == 5
 
 
-@pytest.mark.parametrize("name", ["mongodb_import", "concurrency_check", "demo_batch_processor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mongodb_import",
+        pytest.param("concurrency_check", marks=pytest.mark.thorough),
+        pytest.param("demo_batch_processor", marks=pytest.mark.thorough),
+    ],
+)
 def test_modules_beside_a_script_hide_no_package(name: str) -> None:
     """Started as a file, the script's own folder does not stay on sys.path."""
     script = ROOT / "utils" / f"{name}.py"

@@ -16,6 +16,7 @@ from error_handler import (
     LLMBusyError,
     LLMConnectionError,
     LLMContextError,
+    LLMError,
     LLMModelError,
     LLMOutageError,
     LLMReplyError,
@@ -28,7 +29,7 @@ from error_handler import (
     StoreUnavailableError,
     TriadError,
 )
-from utils.retry_utils import CAP_S, RetryPolicy, is_worth_repeating, tenacity_options
+from utils.retry_utils import CAP_S, RetryPolicy, is_worth_repeating, retry_async, tenacity_options
 
 AT_ONCE = RetryPolicy(3, 0.0)
 
@@ -81,7 +82,7 @@ def test_the_waits_are_those_of_the_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "retry_async"),
+    ("error", "is_repeated"),
     [
         (LLMUnavailableError("x"), True),
         (LLMConnectionError("x"), True),
@@ -104,16 +105,16 @@ def test_the_waits_are_those_of_the_policy() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
-def test_which_errors_are_repeated(error: BaseException, retry_async: bool) -> None:
+def test_which_errors_are_repeated(error: BaseException, is_repeated: bool) -> None:
     """Transient and resource errors of ours; a foreign error is a bug, and repeating bugs hides them."""
-    assert is_worth_repeating(error) is retry_async
+    assert is_worth_repeating(error) is is_repeated
     operation = Flaky(error)
-    if retry_async:
+    if is_repeated:
         assert run(operation) == "done"
     else:
         with pytest.raises(type(error)):
             run(operation)
-    assert operation.calls == (2 if retry_async else 1)
+    assert operation.calls == (2 if is_repeated else 1)
 
 
 def test_the_last_error_is_let_through() -> None:
@@ -142,12 +143,10 @@ def test_one_attempt_means_no_repetition() -> None:
     assert operation.calls == 1
 
 
-def test_repetitions_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_repetitions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Each says what failed and why."""
-    repetitions: list[int] = []
     with caplog.at_level(logging.WARNING):
-        run(Flaky(LLMBusyError("no slot"), LLMBusyError("no slot")), on_retry=lambda: repetitions.append(1))
-    assert len(repetitions) == 2
+        run(Flaky(LLMBusyError("no slot"), LLMBusyError("no slot")))
     assert [record.getMessage() for record in caplog.records] == [
         "test: attempt 1 failed (no slot), next in 0.0 s",
         "test: attempt 2 failed (no slot), next in 0.0 s",
@@ -161,3 +160,34 @@ async def test_the_same_options_serve_the_asynchronous_driver() -> None:
         with trial:
             assert operation() == "done"
     assert operation.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("errors", "attempts", "calls"),
+    [
+        ([], 3, 1),
+        ([LLMBusyError("first"), LLMBusyError("second")], 3, 3),
+        ([LLMBusyError("first"), LLMBusyError("second")], 2, 2),
+        ([LLMBusyError("first")], 1, 1),
+        ([LLMModelError("gone")], 3, 1),
+        ([LLMBusyError("first"), LLMModelError("gone")], 3, 2),
+    ],
+)
+async def test_first_attempt_outside_tenacity_counts(
+    errors: list[LLMError], attempts: int, calls: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The attempts, the log and the error that is raised are those of the policy."""
+    operation = Flaky(*errors)
+
+    async def asynchronous() -> str:
+        return operation()
+
+    if calls > len(errors):
+        assert await retry_async(asynchronous, RetryPolicy(attempts, 0.0), "test") == "done"
+    else:
+        with pytest.raises(type(errors[calls - 1])) as caught:
+            await retry_async(asynchronous, RetryPolicy(attempts, 0.0), "test")
+        assert caught.value is errors[calls - 1]
+    assert operation.calls == calls
+    logged = [record.getMessage() for record in caplog.records]
+    assert [line.split(" failed")[0] for line in logged] == [f"test: attempt {number}" for number in range(1, calls)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class NoStore:
 
 def saved(**changes: Any) -> dict[str, Any]:
     checkpoint = Checkpoint(SOURCE, "job_1", low_water_mark="m", has_mark=True, counts={"processed": 50})
-    content = extended_json.loads(extended_json.dumps(checkpoint.as_dict()))
+    content = extended_json.loads(extended_json.dumps(asdict(checkpoint)))
     assert isinstance(content, dict)
     return {**content, **changes}
 

@@ -27,6 +27,7 @@ def await_limit(site: Site, worker: WorkerProcess, least: int, most: int) -> Non
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.thorough
 def test_auto_limit_follows_the_slots_up_and_down(site: Site) -> None:
     """4 slots, then 12, then 3: within one run, as the progress file and the log tell; nothing is lost on the way."""
     assert site.model is not None

@@ -101,6 +101,7 @@ class Asked:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.thorough
 def test_confidence_with_all_alternatives_equals_the_engines_probability(engine: TinyEngine, number: int) -> None:
     """Exactly, where no token that leaves the label open is likely; near it elsewhere."""
     asked = Asked(engine, number)

@@ -163,7 +163,7 @@ def test_resumed_run_reuses_earlier_answers(site: Site) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"not a database", pytest.param(b"", marks=pytest.mark.thorough)],
+    [None, *(pytest.param(content, marks=pytest.mark.thorough) for content in (b"not a database", b""))],
     ids=["lost", "corrupt", "empty"],
 )
 def test_lost_reply_cache_costs_only_calls(site: Site, content: bytes | None) -> None:

@@ -179,6 +179,7 @@ def test_metrics_of_a_stopped_run(site: Site) -> None:
     assert user_message(documents[0]) not in site_metrics.read_text()
 
 
+@pytest.mark.thorough
 def test_metrics_of_a_run_ended_by_a_mongodb_outage(model: FakeOllama, tmp_path: Path) -> None:
     """Status failed, and the same reason for each answer that was not stored; after the next run there is none."""
     documents = [conversation(number) for number in range(60)]

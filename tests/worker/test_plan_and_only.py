@@ -154,7 +154,7 @@ def test_only_new(site: Site) -> None:
     assert requests(site) == asked + len(kinds["new"])
 
 
-@pytest.mark.parametrize("kind", ["changed", "stale"])
+@pytest.mark.parametrize("kind", [pytest.param("changed", marks=pytest.mark.thorough), "stale"])
 def test_only_changed_and_only_stale_replace_results(site: Site, kind: str) -> None:
     """Those results are replaced, no other is touched, and a second time there is nothing to do."""
     kinds = mixed(site)
@@ -214,10 +214,10 @@ def test_conflicting_selections_are_refused(site: Site, flag: str) -> None:
 @pytest.mark.parametrize(
     "seam",
     [
-        *("answered", "results_written"),
+        "results_written",
         *(
             pytest.param(seam, marks=pytest.mark.thorough)
-            for seam in ("pending_saved", "before_write", "marked", "released")
+            for seam in ("answered", "pending_saved", "before_write", "marked", "released")
         ),
     ],
 )
@@ -297,6 +297,7 @@ def test_stale_documents_that_fail_keep_their_result_and_are_retried(site: Site)
     assert counts(site, **OTHER_MODEL) == {"done": 30}
 
 
+@pytest.mark.thorough
 def test_edit_during_a_run_is_changed_in_the_next_plan(site: Site) -> None:
     """The result says which text it is of."""
     assert site.model is not None
@@ -315,6 +316,7 @@ def test_edit_during_a_run_is_changed_in_the_next_plan(site: Site) -> None:
     assert user_message(edited) != user_message(documents[2])
 
 
+@pytest.mark.thorough
 def test_only_stale_ignores_the_mark_of_a_plain_run(site: Site) -> None:
     """The low-water mark of an interrupted run is of its own selection."""
     stale = filled(site, 10)
@@ -330,6 +332,7 @@ def test_only_stale_ignores_the_mark_of_a_plain_run(site: Site) -> None:
     check_exactly_once(site, stale + later)
 
 
+@pytest.mark.thorough
 def test_quarantined_stale_document_keeps_its_result(site: Site) -> None:
     """It is failed until --only failed gives it up as that; then it is stale again, and can be asked."""
     assert site.model is not None
@@ -346,6 +349,7 @@ def test_quarantined_stale_document_keeps_its_result(site: Site) -> None:
     check_exactly_once(site, documents)
 
 
+@pytest.mark.thorough
 def test_only_stale_leaves_the_retry_queue_of_other_runs_alone(site: Site) -> None:
     """Neither new nor changed takes from it."""
     assert site.model is not None

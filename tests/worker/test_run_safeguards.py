@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from config import load_settings
-from domain.conversation import Classification, Conversation, Outcome, Turn
-from error_handler import StoreRejectedError, StoreUnavailableError
+from domain.conversation import Classification, Conversation, Outcome
+from error_handler import LLMReplyError, Reason, SkippedDocumentError, StoreRejectedError, StoreUnavailableError
 from storage.contract import Document, FinalStatus, Selection
 from storage.extended_json import id_key
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
-from worker.intake import RunOptions
-from worker.run import BatchRun, RunParts, Steps
+from worker.intake import RunOptions, RunParts
+from worker.run import BatchRun
 from worker.settlement import BatchInWork
 
 END_S = 20.0
@@ -104,12 +104,8 @@ class Model:
         return Outcome(labels, "model", None, conversation.transcript_sha256, "fingerprint")
 
 
-def aggregate(document: Document) -> Conversation:
-    return Conversation("messages", str(document["_id"]), (Turn("customer", document["text"]),), 1)
-
-
 def document(number: int, text: str) -> Document:
-    return {"_id": number, "text": text, "messages": [], "status": "pending"}
+    return {"_id": number, "messages": [{"sender": "customer", "text": text}], "status": "pending"}
 
 
 async def run(
@@ -117,8 +113,9 @@ async def run(
 ) -> dict[str, Any]:
     """Process *pages*, each as a batch, and with *to_the_end* what is in the retry files of *folder*."""
     settings = load_settings(None, lease_s=1.0)
-    parts = RunParts(settings, RunOptions(), store, BatchFiles(folder), Checkpoint("db.source", "job"), asyncio.Event())
-    batch_run = BatchRun(parts, Steps(aggregate, model.classify, "plan"))
+    checkpoint, files = Checkpoint("db.source", "job"), BatchFiles(folder)
+    parts = RunParts(settings, RunOptions(), store, files, checkpoint, asyncio.Event(), model.classify, "plan")
+    batch_run = BatchRun(parts)
     sources: list[AsyncGenerator[BatchInWork]] = [batch_run.intake.given(page) for page in pages]
     async with asyncio.timeout(END_S):
         return await batch_run.execute(sources, to_the_end=to_the_end)
@@ -153,6 +150,21 @@ async def test_rejected_result_is_not_copied(tmp_path: Path) -> None:
     assert store.results.keys() == {2}
     assert len(model.asked) == 2
     assert "copied_from" not in store.results[2]["processing_metadata"]
+
+
+async def test_document_that_failed_and_is_then_skipped_is_counted_once(tmp_path: Path) -> None:
+    """For example because the window is smaller in the retry round; its failure no longer counts."""
+    store, model = MemoryStore(), Model()
+    errors = [LLMReplyError("empty", Reason.EMPTY), SkippedDocumentError("too long", Reason.CONTEXT_OVERFLOW)]
+
+    async def fail() -> None:
+        raise errors.pop(0)
+
+    model.before = fail
+    stats = await run(tmp_path, store, model, [document(1, "where is my parcel")], to_the_end=True)
+    assert (stats["documents_processed"], stats["failed"], stats["skipped"]) == (1, 0, 1)
+    assert stats["reasons"] == {Reason.CONTEXT_OVERFLOW: 1}
+    assert store.statuses == {1: "skipped"}
 
 
 async def test_statuses_are_written_before_the_batch_is_completed(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import signal
 from contextlib import ExitStack
 from datetime import UTC, datetime
 
+import pytest
+
 from tests.worker.site import (
     Site,
     check_calls,
@@ -80,6 +82,7 @@ def test_valid_lease_is_respected(site: Site) -> None:
     check_calls(site, documents, repeated=CONCURRENCY)
 
 
+@pytest.mark.thorough
 def test_worker_that_returns_respects_leases_taken_over_meanwhile(site: Site) -> None:
     """Its own files name them, and all the same it leaves them to the worker that holds the leases now."""
     documents = [conversation(number) for number in range(CONCURRENCY)]

@@ -22,7 +22,7 @@ def test_architecture_page_draws_the_recorded_walk() -> None:
     walk = record()
     assert set(walk.modules) == drawn_modules()
     assert walk.calls[0][3] == "DocumentStore.read_page"
-    assert {"DocumentStore.write_results", "DocumentStore.release", "BatchJournal.answered"} <= {
+    assert {"DocumentStore.write_results", "DocumentStore.release", "BatchJournal.add"} <= {
         function for *_, function in walk.calls
     }
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
+from commands.flags import require_cron, seconds_until_next
 from error_handler import ConfigurationError
-from utils.schedule import require_cron, seconds_until_next
 
 
 @pytest.mark.parametrize("expression", ["0 2 * * *", "*/15 * * * *", "30 8-18 * * mon-fri", "0 0 1 1 *", "0 0 29 2 *"])
