@@ -27,7 +27,6 @@ from service.contract import (
     Labels,
     Message,
 )
-from service.model import ModelService, Verdict
 
 __all__ = [
     "ClassificationRequest",
@@ -37,8 +36,6 @@ __all__ = [
     "ErrorResponse",
     "Labels",
     "Message",
-    "ModelService",
-    "Verdict",
     "classify_conversation",
 ]
 

@@ -16,15 +16,15 @@ from rich.table import Table
 
 from domain.document_files import read_documents
 from domain.text import one_line
-from error_handler import ConfigurationError, ExitCode, RequestError
+from error_handler import ExitCode, RequestError
 from service.client.client import (
     Pace,
     ServiceClient,
     ServiceTimeoutError,
     add_service_arguments,
+    number,
     open_session,
     run_client,
-    whole_number,
 )
 from service.client.protocol import ServiceTarget, request_for
 from storage.contract import Document
@@ -61,7 +61,7 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--count",
-        type=whole_number(1, MAX_SAMPLES),
+        type=number(int, 1, MAX_SAMPLES),
         default=8,
         metavar="N",
         help="number of conversations (%(default)s)",
@@ -86,7 +86,7 @@ async def _ask(client: ServiceClient, document: Document) -> dict[str, Any] | st
         answer = await client.classify(request_for(document, 1))
     except (RequestError, ServiceTimeoutError) as exc:
         return str(exc)
-    return dict(answer.body["classification"])
+    return dict(answer["classification"])
 
 
 def choose_samples() -> Iterator[Document]:
@@ -106,11 +106,7 @@ def choose_samples() -> Iterator[Document]:
 
 def read_expected() -> dict[bytes, dict[str, str]]:
     """Return the expected labels of the samples by ``extended_json.id_key``."""
-    try:
-        lines = EXPECTED.read_bytes().splitlines()
-    except OSError as exc:
-        raise ConfigurationError(f"Cannot read {EXPECTED} ({exc.strerror}); restore it from the repository.") from exc
-    return {id_key(row["_id"]): row["expected"] for row in map(loads, lines)}
+    return {id_key(row["_id"]): row["expected"] for row in map(loads, EXPECTED.read_bytes().splitlines())}
 
 
 def _print_table(

@@ -21,7 +21,7 @@ from commands.summary import print_labels
 from domain.document_files import read_documents
 from domain.text import counted
 from error_handler import ExitCode, RunInterruptedError, StateDirectoryError, TriadError
-from service.client.client import Pace, ServiceClient, add_service_arguments, open_session, run_client, whole_number
+from service.client.client import Pace, ServiceClient, add_service_arguments, number, open_session, run_client
 from service.client.journal import AnswerJournal
 from service.client.protocol import ServiceTarget
 from service.client.run import ClientRun, percentile
@@ -55,14 +55,10 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--file", type=Path, required=True, help="JSON, JSONL or CSV file in any accepted shape")
     parser.add_argument(
-        "--concurrency", type=whole_number(1, 1000), default=8, metavar="N", help="concurrent requests (%(default)s)"
+        "--concurrency", type=number(int, 1, 1000), default=8, metavar="N", help="concurrent requests (%(default)s)"
     )
     parser.add_argument(
-        "--retries",
-        type=whole_number(0, 100),
-        default=5,
-        metavar="N",
-        help="retries per request (%(default)s)",
+        "--retries", type=number(int, 0, 100), default=5, metavar="N", help="retries per request (%(default)s)"
     )
     parser.add_argument("--output-dir", type=Path, default=DATA, metavar="DIR", help="directory of the results (data/)")
     parser.add_argument(
@@ -137,7 +133,7 @@ def _summarize(run: ClientRun, client: ServiceClient) -> None:
     )
     for reason, count in sorted(stats.reasons.items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
-    median, high = percentile(run.latencies_s, 0.5), percentile(run.latencies_s, 0.95)
+    median, high = percentile(client.latencies_s, 0.5), percentile(client.latencies_s, 0.95)
     if median is not None and high is not None:
         console.print(
             f"{run.duration_s:.1f} s, {rate:.1f} answers/s; latency p50 {1000 * median:.0f} ms, p95 {1000 * high:.0f} ms"

@@ -33,7 +33,8 @@ class SafeFormatter(logging.Formatter):
         line = super().format(record)
         for secret in self._secrets:
             line = line.replace(secret, "***")
-        line = _CREDENTIALS.sub(r"\g<scheme>***@", line)
+        if "://" in line:
+            line = _CREDENTIALS.sub(r"\g<scheme>***@", line)
         if line.isprintable():
             return line
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -17,17 +18,16 @@ from starlette.types import Message, Receive, Scope, Send
 from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
-from service.access import CLASSIFY, SIMILAR, Headers
-from service.body_limits import BodyLimits, BodyLimitsMiddleware
 from service.error_responses import add_error_handlers
 from service.middleware import ServiceMiddleware
 from service.openapi import openapi_document
-from service.routes import classification, documentation, operations
-from service.similar import OpenIndex, SimilarConversations, open_index
+from service.routes import add_classification, documentation, operations
+from service.similar import OpenIndex, open_index
 from service.similar_routes import router as similar_router
 from service.slow_clients import server_config
-from service.startup import freeze_garbage_collector, start
+from service.startup import start
 from utils.network import require_keys_outside_this_machine
+from utils.process import tune_garbage_collection
 
 VERSION = "1.0.0"
 # FastAPI's own traces contain paths, and its records contain exception messages: text that callers sent.
@@ -57,11 +57,11 @@ class ServiceApp(FastAPI):
         await super().__call__(scope, receive, send_sentence)
 
 
-def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenIndex = open_index) -> ServiceApp:
+def create_app(given: AllSettings | None = None, open_search: OpenIndex = open_index) -> ServiceApp:
     """Return the application.
 
     Args:
-        load: Reads the settings when the application starts; None reads the environment.
+        given: None reads the settings from the environment when the application starts.
         open_search: Opens the embedding index at the first search.
     """
 
@@ -69,31 +69,15 @@ def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenI
     async def lifespan(app: ServiceApp) -> AsyncIterator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             try:
-                settings, service_settings = (load or _load)()
-                service = await start(settings, service_settings, app.server_config, stack)
+                settings, service_settings = given or (load_settings(), load_service_settings())
+                service = await start(settings, service_settings, app.server_config, open_search, stack)
             except TriadError as exc:
                 app.problem = str(exc)
                 raise
-            model = service.model
-            similar = SimilarConversations(service_settings, service.metrics, model.deadlines, open_search)
-            stack.push_async_callback(similar.close)
-
-            def require_room_to_classify(headers: Headers) -> None:
-                if b"idempotency-key" not in headers:  # a stored answer needs no slot
-                    model.require_room()
-
-            checks = {CLASSIFY: require_room_to_classify, SIMILAR: lambda _headers: similar.require_room()}
-            limits = BodyLimits(service_settings.max_body_bytes, service_settings.body_timeout_s, checks)
             document = orjson.dumps(openapi_document(app, service_settings))
-            freeze_garbage_collector()
-            yield {
-                "service": service,
-                "gate": service.gate,
-                "metrics": service.metrics,
-                "similar": similar,
-                "body_limits": limits,
-                "openapi": document,
-            }
+            gc.collect()  # before the rest is exempted, or its garbage would stay
+            tune_garbage_collection()
+            yield {"service": service, "openapi": document}
 
     app = ServiceApp(
         title="Customer Support Triad",
@@ -105,16 +89,12 @@ def create_app(load: Callable[[], AllSettings] | None = None, open_search: OpenI
         separate_input_output_schemas=False,
         telemetry=NO_TELEMETRY,
     )
-    app.add_middleware(BodyLimitsMiddleware)
-    app.add_middleware(ServiceMiddleware)  # the outermost
+    app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
-    for router in (classification, similar_router, operations, documentation):
+    add_classification(app)
+    for router in (similar_router, operations, documentation):
         app.include_router(router)
     return app
-
-
-def _load() -> AllSettings:
-    return load_settings(), load_service_settings()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as exc:
         sys.stderr.write(f"main.py: {exc}\n")
         return exc.exit_code
-    application = create_app(lambda: (settings, service_settings))
+    application = create_app((settings, service_settings))
     uvicorn.run(application, host=service_settings.host, port=service_settings.port, log_config=None, access_log=False)
     return ExitCode.DONE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import math
@@ -15,17 +16,10 @@ from typing import Any
 
 from config.service_settings import Exposure, ServiceSettings
 from error_handler import RequestError
-from service.errors import NOT_FOUND, STOPPING, STOPPING_RETRY_AFTER_S, TOO_MANY, UNAUTHENTICATED, WRONG_HOST
+from service.errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG_HOST, unavailable
 
-CLASSIFY, SIMILAR, HEALTH, READY, METRICS, DOCS, OPENAPI = (
-    "/classify",
-    "/similar",
-    "/health",
-    "/ready",
-    "/metrics",
-    "/docs",
-    "/openapi.json",
-)
+CLASSIFY, SIMILAR, HEALTH, READY = "/classify", "/similar", "/health", "/ready"
+METRICS, DOCS, OPENAPI = "/metrics", "/docs", "/openapi.json"
 ASKED = (CLASSIFY, SIMILAR)  # for callers; the other routes are for operators
 ANONYMOUS = "anonymous"
 WRONG_KEYS_PER_MINUTE = 60  # per address; too few to guess 16 characters
@@ -76,25 +70,17 @@ class ServiceGate:
         address = str(client[0]) if client else ""
         caller = ANONYMOUS
         if self._keys and exposure == "key":
-            caller = self._require_key(headers, address)
+            known = self._keys.caller(headers)
+            if known is None:
+                if presented_key(headers):
+                    self._wrong_keys.require(address)
+                raise RequestError(UNAUTHENTICATED)
+            caller = known
         if route in ASKED:
-            self._require_rate(self._rates, caller if self._keys else address)
+            self._rates.require(caller if self._keys else address)
             if self.stopping:
-                raise RequestError(STOPPING, retry_after_s=STOPPING_RETRY_AFTER_S)
+                raise unavailable(STOPPING)
         return caller
-
-    def _require_key(self, headers: Headers, address: str) -> str:
-        caller = self._keys.caller(headers)
-        if caller is None:
-            if presented_key(headers):
-                self._require_rate(self._wrong_keys, address)
-            raise RequestError(UNAUTHENTICATED)
-        return caller
-
-    def _require_rate(self, limiter: RateLimiter, caller: str) -> None:
-        wait_s = limiter.take(caller)
-        if wait_s:
-            raise RequestError(TOO_MANY, retry_after_s=max(1, math.ceil(wait_s)))
 
 
 Headers = Mapping[bytes, bytes]
@@ -133,10 +119,8 @@ def presented_key(headers: Headers) -> bytes:
     if scheme.lower() == b"bearer":
         return credentials.strip()
     if scheme.lower() == b"basic":
-        try:
+        with contextlib.suppress(binascii.Error):
             return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
-        except binascii.Error:
-            return b""
     return b""
 
 
@@ -168,3 +152,13 @@ class RateLimiter:
         if len(self._buckets) > MAX_CALLERS:
             self._buckets.popitem(last=False)
         return 0.0 if allowed else (1.0 - tokens) / self._per_s
+
+    def require(self, caller: str) -> None:
+        """Take a token of *caller*.
+
+        Raises:
+            RequestError: TOO_MANY, if there is none.
+        """
+        wait_s = self.take(caller)
+        if wait_s:
+            raise RequestError(TOO_MANY, retry_after_s=math.ceil(wait_s))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
-from collections import deque
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.types import Receive
 
 from error_handler import RequestError
-from service.errors import QUEUE_FULL, STOPPING, STOPPING_RETRY_AFTER_S, TOO_SLOW, CallerLeftError
+from service.errors import QUEUE_FULL, STOPPING, TOO_SLOW, CallerLeftError, unavailable
 
 MAX_RETRY_AFTER_S = 60
 INITIAL_HOLD_S = 1.0  # how long a slot is held, until the first one is released
 LAST_WEIGHT = 0.1
+
+T = TypeVar("T")
 
 
 class AdmissionQueue:
@@ -26,74 +25,48 @@ class AdmissionQueue:
 
     def __init__(self, slots: int, queue_size: int) -> None:
         self.size = slots
+        self.running = self.waiting = 0
         self._queue_size = queue_size
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._slots = asyncio.Semaphore(slots)
         self._held_s = INITIAL_HOLD_S
         self._turned_away = 0  # since the queue was last empty, minus those served since then
-        self.running = 0
-
-    @property
-    def waiting(self) -> int:
-        """The number of requests that wait for a slot."""
-        return len(self._waiting)
 
     def require_room(self) -> None:
-        """Raise RequestError (QUEUE_FULL) if ``slot`` would, so that the body need not be read."""
-        if self.running >= self.size and len(self._waiting) >= self._queue_size:
+        """Raise RequestError (QUEUE_FULL) if ``acquire`` would, so that the body need not be read."""
+        if self._slots.locked() and self.waiting >= self._queue_size:
             self._turned_away += 1
-            raise RequestError(QUEUE_FULL, retry_after_s=self.retry_after_s())
+            raise RequestError(QUEUE_FULL, retry_after_s=self._retry_after_s())
 
-    def retry_after_s(self) -> int:
+    def _retry_after_s(self) -> int:
         """Return when to retry, 1 to MAX_RETRY_AFTER_S seconds.
 
         Random within the time needed to serve all waiting and rejected requests, so that clients do not all
         return at once.
         """
-        first_s = self._held_s * (len(self._waiting) / 2 + 1) / self.size
-        last_s = self._held_s * (len(self._waiting) + self._turned_away) / self.size
+        first_s = self._held_s * (self.waiting / 2 + 1) / self.size
+        last_s = self._held_s * (self.waiting + self._turned_away) / self.size
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(random.uniform(first_s, max(first_s, last_s)))))
 
-    @contextlib.asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Hold a slot for the block, and release it however the block ends, cancellation included.
+    async def acquire(self) -> None:
+        """Wait for a slot; the caller releases it.
 
         Raises:
             RequestError: QUEUE_FULL, without waiting.
         """
-        await self._acquire()
-        start = asyncio.get_running_loop().time()
-        try:
-            yield
-        finally:
-            self._held_s += LAST_WEIGHT * (asyncio.get_running_loop().time() - start - self._held_s)
-            self._release()
-
-    async def _acquire(self) -> None:
         self.require_room()
-        if self.running < self.size:
-            self.running += 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self.waiting += 1
         try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                with contextlib.suppress(ValueError):  # removed by _release
-                    self._waiting.remove(turn)
-            else:  # the slot was granted at the moment of the cancellation
-                self._release()
-            raise
+            await self._slots.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
 
-    def _release(self) -> None:
-        self._turned_away = max(0, self._turned_away - 1)
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+    def release(self, held_s: float) -> None:
+        """Release a slot that was held for *held_s*."""
+        self._held_s += LAST_WEIGHT * (held_s - self._held_s)
+        self._turned_away = max(0, self._turned_away - 1) if self.waiting else 0
         self.running -= 1
-        self._turned_away = 0
+        self._slots.release()
 
 
 class Deadlines:
@@ -109,9 +82,8 @@ class Deadlines:
         for timeout in self._running:
             timeout.reschedule(min(timeout.when() or math.inf, self._stop_at))
 
-    @asynccontextmanager
-    async def until(self, deadline: float) -> AsyncIterator[None]:
-        """Cancel the block at *deadline*, or at the end of the grace period.
+    async def until(self, deadline: float, work: Awaitable[T]) -> T:
+        """Return the result of *work*, which is cancelled at *deadline* or at the end of the grace period.
 
         Raises:
             RequestError: TOO_SLOW or STOPPING.
@@ -120,40 +92,40 @@ class Deadlines:
         try:
             async with timeout:
                 self._running.add(timeout)
-                yield
+                return await work
         except TimeoutError as exc:
             if not timeout.expired():
                 raise
             if self._stop_at < deadline:
-                raise RequestError(STOPPING, retry_after_s=STOPPING_RETRY_AFTER_S) from exc
+                raise unavailable(STOPPING) from exc
             raise RequestError(TOO_SLOW) from exc
         finally:
             self._running.discard(timeout)
 
 
-T = TypeVar("T")
+async def cancel_on_disconnect(work: Awaitable[T], receive: Receive) -> T:
+    """Return the result of *work*. *receive* is that of the request, with its body read.
 
-
-async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """Return what *work* returns. *receive* is that of the request, with its body read.
+    *work* stays in the task of the request: each further task would be another turn of the event loop.
 
     Raises:
         CallerLeftError: The caller closed the connection first. *work* was cancelled and has ended.
     """
-    job = asyncio.create_task(work)
-    watcher = asyncio.create_task(_wait_for_disconnect(receive))
+    presence = asyncio.timeout(None)
     try:
-        await asyncio.wait((job, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if job.done():
-            return job.result()
-        raise CallerLeftError
-    finally:
-        watcher.cancel()
-        if not job.done():
-            job.cancel()
-            await asyncio.wait((job,))
+        async with presence:
+            watcher = asyncio.create_task(_expire_on_disconnect(presence, receive))
+            try:
+                return await work
+            finally:
+                watcher.cancel()
+    except TimeoutError as exc:
+        if presence.expired():
+            raise CallerLeftError from exc
+        raise
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
+async def _expire_on_disconnect(presence: asyncio.Timeout, receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    presence.reschedule(asyncio.get_running_loop().time())

@@ -1,4 +1,4 @@
-"""ASGI middleware for request bodies: limits on size, time and memory, and strict JSON.
+"""Request bodies: limits on size, time and memory, and strict JSON.
 
 FastAPI has no time limit for a body and no budget for all of them, and Python's JSON parser accepts duplicate keys.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from config.service_settings import ServiceSettings
 from error_handler import RequestError
 from service.access import Headers
 from service.errors import BODY_TOO_SLOW, INVALID_JSON, NOT_JSON, QUEUE_FULL, TOO_LARGE, CallerLeftError
@@ -22,45 +23,45 @@ RETRY_AFTER_S = 2
 
 
 class BodyLimits:
-    """Reads request bodies within limits: *max_bytes* and *timeout_s* for each, BUDGET_BYTES for all."""
+    """Reads request bodies within the limits of *settings*, and BUDGET_BYTES for all of them."""
 
-    def __init__(
-        self, max_bytes: int, timeout_s: float, admission_checks: Mapping[str, Callable[[Headers], None]]
-    ) -> None:
+    def __init__(self, settings: ServiceSettings, admission_checks: Mapping[str, Callable[[], None]]) -> None:
         """*admission_checks*, by path, raise RequestError if a request would be rejected with any body."""
-        self._max_bytes = max_bytes
-        self._timeout_s = timeout_s
+        self._max_bytes = settings.max_body_bytes
+        self._timeout_s = settings.body_timeout_s
         self._admission_checks = admission_checks
         self._used_bytes = 0
 
-    async def __call__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run *app* with the body of the request, if its path takes one.
+    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body of the request, and run *app* with it.
 
         Raises:
             RequestError: What the admission check raises, NOT_JSON, TOO_LARGE, BODY_TOO_SLOW, INVALID_JSON,
                 QUEUE_FULL if other bodies use up the budget, CallerLeftError.
         """
-        check = self._admission_checks.get(scope["path"])
-        if check is None or scope["method"] != "POST":
-            await app(scope, receive, send)
-            return
         headers: Headers = scope["state"]["headers"]
-        check(headers)
+        if b"idempotency-key" not in headers:  # a stored answer needs no slot
+            self._admission_checks[scope["path"]]()
         _require_json(headers)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:
             raise RequestError(TOO_LARGE)
-        chunks: list[bytes] = []
+        body = bytearray()
         try:
-            await self._read(chunks, receive)
-            body = b"".join(chunks)
+            await self._read(body, receive)
             check_json_object(body)
-            await app(scope, _replay(body, receive), send)
-        finally:
-            self._used_bytes -= sum(map(len, chunks))
+            first: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
 
-    async def _read(self, chunks: list[bytes], receive: Receive) -> None:
-        size = 0
+            async def receive_again() -> Message:
+                nonlocal first
+                message, first = first, None
+                return await receive() if message is None else message  # the server's own, such as the disconnect
+
+            await app(scope, receive_again, send)
+        finally:
+            self._used_bytes -= len(body)
+
+    async def _read(self, body: bytearray, receive: Receive) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
                 more = True
@@ -68,44 +69,16 @@ class BodyLimits:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise CallerLeftError
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    self._used_bytes += len(chunks[-1])
-                    if size > self._max_bytes:
+                    chunk = message.get("body", b"")
+                    body += chunk
+                    self._used_bytes += len(chunk)
+                    if len(body) > self._max_bytes:
                         raise RequestError(TOO_LARGE)
                     if self._used_bytes > BUDGET_BYTES:
                         raise RequestError(QUEUE_FULL, retry_after_s=RETRY_AFTER_S)
                     more = message.get("more_body", False)
         except TimeoutError as exc:
             raise RequestError(BODY_TOO_SLOW) from exc
-
-
-class BodyLimitsMiddleware:
-    """Applies the BodyLimits that the lifespan puts into the state as ``body_limits``."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; pass everything else on."""
-        if scope["type"] == "http":
-            await scope["state"]["body_limits"](self._app, scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` that yields *body* first, and then the server's messages, such as the disconnect."""
-    is_read = False
-
-    async def replayed() -> Message:
-        nonlocal is_read
-        if is_read:
-            return await receive()
-        is_read = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
 
 
 def _require_json(headers: Headers) -> None:
@@ -117,7 +90,7 @@ def _require_json(headers: Headers) -> None:
         raise RequestError(NOT_JSON)
 
 
-def check_json_object(body: bytes) -> None:
+def check_json_object(body: bytes | bytearray) -> None:
     """Require one JSON object in UTF-8 without a byte order mark.
 
     Python's parser, and so FastAPI, accepts more: duplicate keys, NaN and Infinity, lone surrogates, UTF-16.
@@ -127,36 +100,23 @@ def check_json_object(body: bytes) -> None:
     """
     try:
         value = _DECODER.decode(body.decode())
-    except UnicodeDecodeError as exc:
-        raise RequestError(INVALID_JSON, "The body is not UTF-8; send UTF-8 JSON.") from exc
-    except RecursionError as exc:
-        raise RequestError(INVALID_JSON, "The body is nested too deeply; send one flat conversation.") from exc
-    except ValueError as exc:  # JSONDecodeError, and integers of thousands of digits
+        if b"\\ud" in body or b"\\uD" in body:
+            orjson.dumps(value)  # Python reads lone surrogates, but nothing can write them
+    except (ValueError, RecursionError, orjson.JSONEncodeError) as exc:
         raise RequestError(INVALID_JSON) from exc
     if not isinstance(value, dict):
         raise RequestError(INVALID_JSON)
-    # Python reads lone surrogates, but nothing can write them.
-    if (b"\\ud" in body or b"\\uD" in body) and not _is_writable(value):
-        raise RequestError(INVALID_JSON, "The body contains half of a surrogate pair; send whole characters.")
-
-
-def _is_writable(value: dict[str, Any]) -> bool:
-    try:
-        orjson.dumps(value)
-    except orjson.JSONEncodeError:
-        return False
-    return True
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise RequestError(INVALID_JSON, "The body has a duplicate key; name each key once.")
+        raise ValueError("a key twice")
     return fields
 
 
-def _no_constant(_name: str) -> Any:
-    raise RequestError(INVALID_JSON, "The body contains NaN or Infinity, which are not JSON; send numbers.")
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)

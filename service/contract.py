@@ -147,7 +147,5 @@ def invalid_request(problems: Iterable[Mapping[str, Any]]) -> RequestError:
         source, *path = problem["loc"][: -1 if unknown else None]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
         fault = "unknown field" if unknown else problem["msg"].removeprefix("Input ")
-        if problem["type"] == "model_attributes_type":
-            fault = "should be an object"
         sentences.append(f"{place or source}: {fault}")
     return RequestError(errors.INVALID, "; ".join(sentences) + ".")

@@ -21,7 +21,6 @@ REQUEST_ID: dict[str, Any] = {
     REQUEST_ID_HEADER: {"schema": {"type": "string"}, "description": "the request's id, also in the log"}
 }
 _RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds to wait"}}
-_NO_ROUTE = {400: errors.INVALID_JSON, 405: errors.METHOD_NOT_ALLOWED}
 
 
 def error_response(problem: RequestError) -> Response:
@@ -45,7 +44,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _refuse(request: Request, problem: RequestError) -> Response:
-    metrics: ServiceMetrics = request.state.metrics
+    metrics: ServiceMetrics = request.state.service.metrics
     metrics.rejections.labels(problem.kind.name).inc()
     return error_response(problem)
 
@@ -55,7 +54,7 @@ async def _refuse_invalid(request: Request, exc: RequestValidationError) -> Resp
 
 
 async def _no_such_route(request: Request, exc: HTTPException) -> Response:
-    kind = _NO_ROUTE.get(exc.status_code, errors.NOT_FOUND)
+    kind = errors.METHOD_NOT_ALLOWED if exc.status_code == 405 else errors.NOT_FOUND
     response = error_response(RequestError(kind))
     if kind is errors.METHOD_NOT_ALLOWED:
         # Starlette names the methods of the first route of the path only; the document has all.

@@ -5,21 +5,23 @@ from __future__ import annotations
 from error_handler import (
     ErrorKind,
     LLMBusyError,
-    LLMContextError,
     LLMError,
     LLMModelError,
     LLMOutageError,
-    LLMReplyError,
     LLMTimeoutError,
     LLMUnavailableError,
     Reason,
     RequestError,
 )
 
-UNAVAILABLE_RETRY_AFTER_S = STOPPING_RETRY_AFTER_S = 5
+UNAVAILABLE_RETRY_AFTER_S = 5
 
 MALFORMED = ErrorKind("MalformedRequestError", 400, "This is not an HTTP request; send HTTP/1.1.")
-INVALID_JSON = ErrorKind("InvalidJSONError", 400, "The body is not one JSON object; send UTF-8 JSON.")
+INVALID_JSON = ErrorKind(
+    "InvalidJSONError",
+    400,
+    "The body is not one JSON object in UTF-8, or has a duplicate key, NaN, half of a surrogate pair or deep nesting.",
+)
 BAD_HEADER = ErrorKind("HeaderError", 400, "The Idempotency-Key must be 1 to 255 printable ASCII characters.")
 UNAUTHENTICATED = ErrorKind(
     "AuthenticationError", 401, "The key is missing or wrong; send it as Authorization: Bearer KEY or X-API-Key: KEY."
@@ -93,6 +95,13 @@ EMBEDDING_AWAY = ErrorKind(
 )
 TOO_SLOW = ErrorKind("DeadlineError", 504, "The model did not answer within API_REQUEST_TIMEOUT_S; retry later.")
 
+BODY_ERRORS = (INVALID_JSON, BODY_TOO_SLOW, TOO_LARGE, NOT_JSON)
+# The errors that /classify and /similar have in common, apart from those of the body.
+COMMON_ERRORS = (
+    *(UNAUTHENTICATED, WRONG_HOST, INVALID, TOO_MANY, INTERNAL, UNUSABLE_ANSWER),
+    *(QUEUE_FULL, STOPPING, TOO_SLOW),
+)
+
 
 class CallerLeftError(RequestError):
     """The caller closed the connection. Counted as status 499, as proxies do."""
@@ -101,19 +110,21 @@ class CallerLeftError(RequestError):
         super().__init__(ErrorKind("CallerLeft", 499, "The caller left."))
 
 
+def unavailable(kind: ErrorKind) -> RequestError:
+    """Return the error of *kind* for a service or model server that may be back in UNAVAILABLE_RETRY_AFTER_S."""
+    return RequestError(kind, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+
+
 def request_error(exc: LLMError) -> RequestError:
     """Return the error that the caller gets for *exc*."""
-    overflow = isinstance(exc, LLMContextError) or (
-        isinstance(exc, LLMReplyError) and exc.reason is Reason.CONTEXT_OVERFLOW
-    )
-    if overflow:
+    if exc.reason is Reason.CONTEXT_OVERFLOW:
         return RequestError(TOO_LONG)
     if isinstance(exc, LLMTimeoutError):
         return RequestError(TOO_SLOW)
     if isinstance(exc, LLMModelError):
-        return RequestError(MODEL_MISSING, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+        return unavailable(MODEL_MISSING)
     if isinstance(exc, LLMBusyError):
-        return RequestError(MODEL_BUSY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+        return unavailable(MODEL_BUSY)
     if isinstance(exc, LLMUnavailableError | LLMOutageError):
-        return RequestError(MODEL_AWAY, retry_after_s=UNAVAILABLE_RETRY_AFTER_S)
+        return unavailable(MODEL_AWAY)
     return RequestError(UNUSABLE_ANSWER)

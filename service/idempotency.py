@@ -48,46 +48,36 @@ class IdempotencyStore(Generic[T]):
         Raises:
             RequestError: KEY_REUSED if *fingerprint* differs from that of the first request; or what *ask* raises.
         """
-        self._forget_old()
+        self._forget()
         entry = self._entries.get(key)
         replayed = entry is not None
         if entry is None:
             entry = self._entries[key] = _Entry(fingerprint, asyncio.create_task(ask()), self._clock())
-            self._forget_surplus()
+            self._forget()
         elif entry.fingerprint != fingerprint:
             raise RequestError(KEY_REUSED)
+        task = entry.task
         entry.waiters += 1
         try:
-            return await asyncio.shield(entry.task), replayed
+            return await asyncio.shield(task), replayed
         finally:
             entry.waiters -= 1
-            await self._leave(key, entry)
-
-    async def _leave(self, key: Key, entry: _Entry[T]) -> None:
-        """Cancel the task if nobody waits for it, and drop it if it failed."""
-        task = entry.task
-        if not task.done() and not entry.waiters:
-            self._drop(key, entry)
-            task.cancel()
-            await asyncio.wait([task])
-        if task.done() and (task.cancelled() or task.exception() is not None):
-            self._drop(key, entry)
+            if not task.done() and not entry.waiters:
+                self._drop(key, entry)
+                task.cancel()
+                await asyncio.wait([task])
+            if task.done() and (task.cancelled() or task.exception() is not None):
+                self._drop(key, entry)
 
     def _drop(self, key: Key, entry: _Entry[T]) -> None:
         if self._entries.get(key) is entry:
             del self._entries[key]
 
-    def _forget_old(self) -> None:
+    def _forget(self) -> None:
+        """Drop old answers, and the oldest of too many. Running tasks are kept; the slots limit their number."""
         before = self._clock() - self._retention_s
-        while self._entries:
-            key, entry = next(iter(self._entries.items()))
-            if entry.started_at > before or not entry.task.done():
+        while True:
+            key = next((key for key, entry in self._entries.items() if entry.task.done()), None)
+            if key is None or (self._entries[key].started_at > before and len(self._entries) <= self._max_keys):
                 break
             del self._entries[key]
-
-    def _forget_surplus(self) -> None:
-        """Drop the oldest answer. Running tasks are kept; the slots limit their number."""
-        if len(self._entries) > self._max_keys:
-            oldest = next((key for key, entry in self._entries.items() if entry.task.done()), None)
-            if oldest is not None:
-                del self._entries[oldest]

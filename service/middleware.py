@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -9,10 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from error_handler import RequestError
 from logger import REQUEST_ID_HEADER, begin_request
-from service.access import ASKED, ServiceGate, route_of
+from service.access import ASKED, route_of
 from service.error_responses import error_response
 from service.errors import CallerLeftError
-from service.metrics import ServiceMetrics
+from service.startup import Service
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +22,10 @@ _ID_NAME = REQUEST_ID_HEADER.lower().encode()
 
 
 class ServiceMiddleware:
-    """Expects the gate and the metrics in the lifespan's state, as ``gate`` and ``metrics``.
+    """Expects the Service in the lifespan's state, as ``service``.
 
     Adds to the state of the request: ``caller``, ``headers`` (lower-case names; the last of several with one name)
-    and ``started_at`` (monotonic seconds). The log line ends with ``note`` if a route sets it.
+    and ``deadline`` (on the loop's clock). The log line ends with ``note`` if a route sets it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -36,10 +37,10 @@ class ServiceMiddleware:
             await self._app(scope, receive, send)
             return
         state = scope["state"]
-        metrics: ServiceMetrics = state["metrics"]
-        gate: ServiceGate = state["gate"]
-        started_at = time.monotonic()
-        headers = dict(scope["headers"])
+        service: Service = state["service"]
+        metrics, started_at = service.metrics, time.monotonic()
+        state["deadline"] = asyncio.get_running_loop().time() + service.settings.request_timeout_s
+        headers = state["headers"] = dict(scope["headers"])
         added = [*_EVERY_ANSWER, (_ID_NAME, begin_request(headers.get(_ID_NAME)).encode())]
         route = route_of(scope["path"])
         status = 500
@@ -53,9 +54,11 @@ class ServiceMiddleware:
 
         metrics.in_flight.inc()
         try:
-            state["caller"] = gate.admit(route, headers, scope.get("client"))
-            state["headers"], state["started_at"] = headers, started_at
-            await self._app(scope, receive, send_with_headers)
+            state["caller"] = service.gate.admit(route, headers, scope.get("client"))
+            if route in ASKED and scope["method"] == "POST":
+                await service.bodies.run(self._app, scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
         except RequestError as problem:  # of the gate, or of the body; the application answers its own
             metrics.rejections.labels(problem.kind.name).inc()
             status = problem.kind.status

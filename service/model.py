@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
 import async_llm_wrapper
 from async_llm_wrapper import SharedWindow
@@ -56,10 +56,7 @@ class Verdict:
 
 
 class ModelService:
-    """The model, or the built-in baseline, with a limit on concurrent calls, a queue and deadlines.
-
-    Use it as an async context manager. A background task looks for the model until it is found.
-    """
+    """The model, or the built-in baseline, with a limit on concurrent calls, a queue and deadlines."""
 
     def __init__(self, settings: Settings, service_settings: ServiceSettings, metrics: ServiceMetrics) -> None:
         """Prepare without opening anything.
@@ -79,7 +76,6 @@ class ModelService:
         self._baseline = BaselineClassifier(taxonomy) if service_settings.embedded else None
         self._target = chat_target(settings, settings.model or "")
         self._metrics = metrics
-        self._stack = contextlib.AsyncExitStack()
         self._client: async_llm_wrapper.AsyncLLMClient | None = None
         self._window: SharedWindow | None = None
         self._checking = asyncio.Lock()
@@ -88,14 +84,11 @@ class ModelService:
         self._problem: ErrorKind | None = None if self._found else errors.MODEL_AWAY
         self.slots = AdmissionQueue(service_settings.max_concurrent, service_settings.queue_size)
         self.deadlines = Deadlines()
-        metrics.watch("triad_model_calls_in_flight", "Model calls in flight", lambda: self.slots.running)
-        metrics.watch("triad_queue_length", "Requests waiting for a slot", lambda: self.slots.waiting)
-        metrics.watch(
-            "triad_breaker_open", "1 while the model server is unavailable", lambda: float(self.is_breaker_open)
-        )
-        metrics.watch(
-            "triad_model_found", "1 once the model has been found on the model server", lambda: float(self._found)
-        )
+        watch = metrics.watch
+        watch("triad_model_calls_in_flight", "Model calls in flight", lambda: self.slots.running)
+        watch("triad_queue_length", "Requests waiting for a slot", lambda: self.slots.waiting)
+        watch("triad_breaker_open", "1 while the model server is unavailable", lambda: self.is_breaker_open)
+        watch("triad_model_found", "1 once the model has been found on the model server", lambda: self._found)
 
     @property
     def model(self) -> str:
@@ -107,26 +100,27 @@ class ModelService:
         """True if the circuit breaker is open: the model server is unavailable."""
         return self._client is not None and self._client.breaker.is_open
 
-    async def __aenter__(self) -> ModelService:
-        if self._baseline is None:
-            slots = self.slots.size
-            session = await self._stack.enter_async_context(async_llm_wrapper.open_session(slots))
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Classify within the block. A background task looks for the model until it is found."""
+        if self._baseline is not None:
+            yield
+            return
+        async with async_llm_wrapper.open_session(self.slots.size) as session:
             policy = BreakerPolicy(probe_cap_s=SERVICE_PROBE_CAP_S, outage_limit_s=math.inf, fails_fast=True)
-            self._client = async_llm_wrapper.AsyncLLMClient(self._settings, self._target, session, policy)
-            self._stack.push_async_callback(self._client.breaker.close)
-            self._window = SharedWindow(self._client, self._settings.ollama_num_ctx)
-            self._stack.push_async_callback(self._window.close)
+            client = self._client = async_llm_wrapper.AsyncLLMClient(self._settings, self._target, session, policy)
+            window = self._window = SharedWindow(client, self._settings.ollama_num_ctx)
             await self.check()
-            finder = asyncio.create_task(self._find_model(self._window), name="find-model")
-            self._stack.push_async_callback(_cancel, finder)
-            if self._problem is errors.MODEL_LOADING:
-                await asyncio.wait([finder], timeout=START_WAIT_S)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
+            finder = asyncio.create_task(self._find_model(window), name="find-model")
+            try:
+                if self._problem is errors.MODEL_LOADING:
+                    await asyncio.wait([finder], timeout=START_WAIT_S)
+                yield
+            finally:
+                finder.cancel()
+                await asyncio.wait([finder])
+                await window.close()
+                await client.breaker.close()
 
     async def check(self) -> ErrorKind | None:
         """Return what keeps the model from answering, or None. Asks the server at most once per CHECK_AGAIN_S."""
@@ -155,23 +149,22 @@ class ModelService:
         return None, f"{target.model} at {target.server_url} is ready"
 
     async def _find_model(self, window: SharedWindow) -> None:
-        while not self._found:
+        while await self.check() is not None:
             if self._problem is errors.MODEL_LOADING:
                 try:
                     await window.load()
+                    self._checked_at = -math.inf
+                    continue
                 except LLMError as exc:
                     logger.warning("model: loading failed: %s", exc)
-                self._checked_at = -math.inf if window.is_loaded else self._checked_at
-            if not (self._problem is errors.MODEL_LOADING and window.is_loaded):
-                await asyncio.sleep(CHECK_AGAIN_S)
-            await self.check()
+            await asyncio.sleep(CHECK_AGAIN_S)
 
     def require_room(self) -> None:
         """Raise the RequestError that ``classify`` would raise at once, before the body is read."""
         if not self._found:
-            raise RequestError(self._problem or errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
+            raise errors.unavailable(self._problem or errors.MODEL_AWAY)
         if self.is_breaker_open:
-            raise RequestError(errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
+            raise errors.unavailable(errors.MODEL_AWAY)
         self.slots.require_room()
 
     async def classify(self, conversation: Conversation, deadline: float) -> Verdict:
@@ -183,29 +176,31 @@ class ModelService:
             RequestError: Listed in docs/service.md.
         """
         self.require_room()
+        return await self.deadlines.until(deadline, self._classify(conversation, deadline))
+
+    async def _classify(self, conversation: Conversation, deadline: float) -> Verdict:
         asked_at = time.monotonic()
-        started_at = math.inf
+        await self.slots.acquire()
+        started_at = time.monotonic()
+        queue_s = started_at - asked_at
+        self._metrics.queue_time.observe(queue_s)
         try:
-            async with self.deadlines.until(deadline), self.slots.slot():
-                started_at = time.monotonic()
-                self._metrics.queue_time.observe(started_at - asked_at)
-                try:
-                    labels, is_complete = await self._labels(conversation)
-                finally:
-                    ended_at = time.monotonic()
-                    self._metrics.model_time.observe(ended_at - started_at)
-        except RequestError as exc:
-            # The deadline of the request; _labels has counted the deadline of the call.
-            if exc.kind is errors.TOO_SLOW and isinstance(exc.__cause__, TimeoutError) and started_at < math.inf:
+            labels, is_complete = await self._labels(conversation)
+        except asyncio.CancelledError:
+            if asyncio.get_running_loop().time() >= deadline:
                 self._metrics.model_failures.labels(str(Reason.TIMEOUT)).inc()
             raise
-        return Verdict(labels, self.model, started_at - asked_at, ended_at - started_at, is_complete)
+        finally:
+            model_s = time.monotonic() - started_at
+            self.slots.release(model_s)
+            self._metrics.model_time.observe(model_s)
+        return Verdict(labels, self.model, queue_s, model_s, is_complete)
 
     async def _labels(self, conversation: Conversation) -> tuple[dict[str, str], bool]:
         if self._baseline is not None:
             return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict(), True
         if self._client is None or self._window is None:
-            raise RequestError(errors.MODEL_AWAY, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
+            raise errors.unavailable(errors.MODEL_AWAY)
         client, prompts, parser = self._client, self._prompts, self._parser
         try:
             await self._window.renew()
@@ -220,8 +215,3 @@ class ModelService:
         self._metrics.tokens.labels("prompt").inc(outcome.prompt_tokens or 0)
         self._metrics.tokens.labels("reply").inc(outcome.reply_tokens or 0)
         return outcome.classification.as_dict(), outcome.input_complete
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])

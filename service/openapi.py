@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from config.service_settings import ServiceSettings
 from service.access import METRICS
+from service.similar_contract import MAX_QUERY_CHARACTERS, MAX_SEARCH_CHARACTERS
 
 # ServiceGate checks keys before the body is read, which a dependency cannot do. A route only describes them, and the
 # request id of the middleware: dependencies without a purpose would cost each request 0.1 ms.
@@ -25,9 +26,6 @@ REQUEST_ID_PARAMETER: dict[str, Any] = {
     "description": "used as the request's id if it is 1 to 64 of A-Z a-z 0-9 . _ -, otherwise replaced",
 }
 
-# One character may take twelve bytes of a URL, and a URL has at most 64 KiB.
-MAX_SEARCH_CHARACTERS, MAX_QUERY_CHARACTERS = 10_000, 2000
-
 
 def openapi_document(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
     """Return FastAPI's document of *app* for a service with *settings*."""
@@ -36,10 +34,12 @@ def openapi_document(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
     schemas["Message"]["properties"]["text"]["maxLength"] = settings.max_text_characters
     schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] = settings.max_messages
-    schemas["SimilarRequest"]["properties"]["text"]["maxLength"] = search_characters(settings)
+    schemas["SimilarRequest"]["properties"]["text"]["maxLength"] = min(
+        MAX_SEARCH_CHARACTERS, settings.max_text_characters
+    )
     for parameter in paths["/similar"]["get"]["parameters"]:
         if parameter["name"] == "text":
-            parameter["schema"]["maxLength"] = query_characters(settings)
+            parameter["schema"]["maxLength"] = min(MAX_QUERY_CHARACTERS, settings.max_text_characters)
     if settings.expose_metrics == "off":
         del paths[METRICS]
     elif settings.expose_metrics == "public":
@@ -49,13 +49,3 @@ def openapi_document(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
             for operation in operations.values():
                 operation["security"] = []
     return document
-
-
-def search_characters(settings: ServiceSettings) -> int:
-    """Return the maximum length of a text to search for."""
-    return min(MAX_SEARCH_CHARACTERS, settings.max_text_characters)
-
-
-def query_characters(settings: ServiceSettings) -> int:
-    """Return the maximum length of such a text in a URL."""
-    return min(MAX_QUERY_CHARACTERS, settings.max_text_characters)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
 import orjson
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel, Field
-from pydantic.json_schema import SkipJsonSchema
 from starlette.staticfiles import StaticFiles
 
 from error_handler import RequestError
@@ -19,41 +18,21 @@ from service.admission import cancel_on_disconnect
 from service.contract import ClassificationRequest, ClassificationResponse, Labels, conversation_of
 from service.error_responses import documented_errors
 from service.metrics import CONTENT_TYPE
-from service.model import Verdict
+from service.model import ModelService, Verdict
 from service.openapi import KEY_REQUIRED, REQUEST_ID_PARAMETER
-from service.startup import RunningService
+from service.startup import Service
 
 _HEADER_SAFE = re.compile(r"[^!-~]")
-_IDEMPOTENCY_KEY = r"^[!-~]([ -~]*[!-~])?$"
-_MAX_KEY_CHARACTERS = 255
-
-IdempotencyKey = Annotated[
-    str | SkipJsonSchema[None],
-    Header(
-        alias="Idempotency-Key",
-        description="the same key with the same body asks the model once and gets the same answer",
-        json_schema_extra={"minLength": 1, "maxLength": _MAX_KEY_CHARACTERS, "pattern": _IDEMPOTENCY_KEY},
-    ),
-]
-_CLASSIFY_ERRORS = (
-    errors.INVALID_JSON,
-    errors.BAD_HEADER,
-    errors.UNAUTHENTICATED,
-    errors.BODY_TOO_SLOW,
-    errors.TOO_LARGE,
-    errors.NOT_JSON,
-    errors.WRONG_HOST,
-    errors.INVALID,
-    errors.TOO_LONG,
-    errors.KEY_REUSED,
-    errors.TOO_MANY,
-    errors.INTERNAL,
-    errors.UNUSABLE_ANSWER,
-    errors.MODEL_AWAY,
-    errors.QUEUE_FULL,
-    errors.STOPPING,
-    errors.TOO_SLOW,
-)
+_KEY_PATTERN, _MAX_KEY_CHARACTERS = r"^[!-~]([ -~]*[!-~])?$", 255
+# The route reads it from the headers, because a parameter of FastAPI takes much longer.
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": _MAX_KEY_CHARACTERS, "pattern": _KEY_PATTERN},
+    "description": "the same key with the same body asks the model once and gets the same answer",
+}
+_CLASSIFY_ERRORS = (errors.BAD_HEADER, errors.TOO_LONG, errors.KEY_REUSED, errors.MODEL_AWAY)
 _ANSWER_HEADERS = {
     "X-Model": {"schema": {"type": "string"}, "description": "the model that gave the labels"},
     "X-Input-Complete": {
@@ -65,7 +44,7 @@ _ANSWER_HEADERS = {
         "description": "present if the answer is that of an earlier request with this Idempotency-Key",
     },
 }
-_classify_responses = documented_errors(*_CLASSIFY_ERRORS)
+_classify_responses = documented_errors(*errors.COMMON_ERRORS, *errors.BODY_ERRORS, *_CLASSIFY_ERRORS)
 _classify_responses[200]["headers"] = {**_classify_responses[200]["headers"], **_ANSWER_HEADERS}
 
 
@@ -82,64 +61,54 @@ class Readiness(BaseModel):
     model: str = Field(description="the model that gives the labels", examples=["llama3.2"])
 
 
-classification = APIRouter(tags=["classification"])
 operations = APIRouter(tags=["operations"])
 documentation = APIRouter(include_in_schema=False)
 
 
-@classification.post(
-    CLASSIFY,
-    operation_id="classify",
-    summary="Classify one conversation",
-    response_model=ClassificationResponse,
-    response_model_exclude_unset=True,
-    responses=_classify_responses,
-    openapi_extra={**KEY_REQUIRED, "parameters": [REQUEST_ID_PARAMETER]},
-)
-async def classify(
-    conversation: ClassificationRequest,
-    service: RunningService,
-    request: Request,
-    response: Response,
-    idempotency_key: IdempotencyKey = None,
-) -> ClassificationResponse:
+async def classify(conversation: ClassificationRequest, request: Request) -> Response:
     """Return the conversation as it was sent, and its labels."""
-    _require_valid_key(idempotency_key)
+    service: Service = request.state.service
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (len(key) <= _MAX_KEY_CHARACTERS and re.fullmatch(_KEY_PATTERN, key)):
+        raise RequestError(errors.BAD_HEADER)
     parsed = conversation_of(conversation, service.settings)
-    deadline = service.deadline(request)
 
     async def ask() -> Verdict:
-        return await service.model.classify(parsed, deadline)
+        return await service.model.classify(parsed, request.state.deadline)
 
-    if idempotency_key is None:
+    if key is None:
         verdict, replayed = await cancel_on_disconnect(ask(), request.receive), False
     else:
         sent = orjson.dumps(conversation.model_dump(exclude_unset=True), option=orjson.OPT_SORT_KEYS)
-        fingerprint = hashlib.sha256(sent).digest()
-        answer = service.answers.answer((request.state.caller, idempotency_key), fingerprint, ask)
-        verdict, replayed = await cancel_on_disconnect(answer, request.receive)
-    request.state.note = _note(verdict, replayed)
-    response.headers["X-Model"] = _HEADER_SAFE.sub("", verdict.model)
+        shared = service.answers.answer((request.state.caller, key), hashlib.sha256(sent).digest(), ask)
+        verdict, replayed = await cancel_on_disconnect(shared, request.receive)
+    times = f"waited {verdict.queue_s * 1000:.0f} ms, model {verdict.model_s * 1000:.0f} ms"
+    request.state.note = ", replayed" if replayed else f", {times}"
+    headers = {"X-Model": _HEADER_SAFE.sub("", verdict.model)}
     if not verdict.is_complete:
-        response.headers["X-Input-Complete"] = "false"
+        headers["X-Input-Complete"] = "false"
     if replayed:
-        response.headers["Idempotency-Replayed"] = "true"
-    return ClassificationResponse(
+        headers["Idempotency-Replayed"] = "true"
+    answer = ClassificationResponse(
         conversation_number=conversation.conversation_number,
         messages=conversation.messages,
         classification=Labels(**verdict.labels),
     )
+    # A Response, because FastAPI would validate the model a second time.
+    return Response(answer.model_dump_json(exclude_unset=True), headers=headers, media_type="application/json")
 
 
-def _require_valid_key(key: str | None) -> None:
-    if key is not None and not (len(key) <= _MAX_KEY_CHARACTERS and re.fullmatch(_IDEMPOTENCY_KEY, key)):
-        raise RequestError(errors.BAD_HEADER)
-
-
-def _note(verdict: Verdict, replayed: bool) -> str:
-    if replayed:
-        return ", replayed"
-    return f", waited {verdict.queue_s * 1000:.0f} ms, model {verdict.model_s * 1000:.0f} ms"
+def add_classification(app: FastAPI) -> None:
+    """Add POST /classify to *app* itself: the path of an included router is matched twice."""
+    app.post(
+        CLASSIFY,
+        tags=["classification"],
+        operation_id="classify",
+        summary="Classify one conversation",
+        response_model=ClassificationResponse,
+        responses=_classify_responses,
+        openapi_extra={**KEY_REQUIRED, "parameters": [_IDEMPOTENCY_KEY, REQUEST_ID_PARAMETER]},
+    )(classify)
 
 
 @operations.head(HEALTH, include_in_schema=False)
@@ -154,12 +123,13 @@ async def health() -> Health:
     READY,
     responses=documented_errors(errors.WRONG_HOST, errors.MODEL_AWAY, errors.MODEL_MISSING, errors.INTERNAL),
 )
-async def ready(service: RunningService) -> Readiness:
+async def ready(request: Request) -> Readiness:
     """Readiness check: the model server answers and has the model."""
-    problem = await service.model.check()
+    model: ModelService = request.state.service.model
+    problem = await model.check()
     if problem is not None:
-        raise RequestError(problem, retry_after_s=errors.UNAVAILABLE_RETRY_AFTER_S)
-    return Readiness(model=service.model.model)
+        raise errors.unavailable(problem)
+    return Readiness(model=model.model)
 
 
 _metrics_responses = documented_errors(errors.UNAUTHENTICATED, errors.TOO_MANY, errors.WRONG_HOST, errors.INTERNAL)
@@ -167,9 +137,9 @@ _metrics_responses[200]["content"] = {"text/plain": {"schema": {"type": "string"
 
 
 @operations.get(METRICS, response_class=Response, responses=_metrics_responses, openapi_extra=KEY_REQUIRED)
-async def metrics(service: RunningService) -> Response:
+async def metrics(request: Request) -> Response:
     """Return the metrics in Prometheus text format."""
-    return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    return Response(request.state.service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 @documentation.get(OPENAPI)

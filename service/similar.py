@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config.index_settings import load_index_settings
@@ -17,8 +15,6 @@ from config.service_settings import ServiceSettings
 from database_docs.items import Kind
 from error_handler import (
     ConfigurationError,
-    ErrorKind,
-    IndexingError,
     MixedIndexError,
     ProviderBusyError,
     ProviderRejectedError,
@@ -44,15 +40,6 @@ REOPEN_AFTER_S = 5.0  # after a failure to open the index; until then every sear
 OpenIndex = Callable[[ServiceSettings], "IndexReader"]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The response to one search, and how long it took."""
-
-    response: SimilarResponse
-    queue_s: float
-    search_s: float
-
-
 def open_index(service_settings: ServiceSettings) -> IndexReader:
     """Open the index of the current EMBEDDING_* and INDEX_DIR settings for reading.
 
@@ -61,14 +48,14 @@ def open_index(service_settings: ServiceSettings) -> IndexReader:
         RequestError: INDEX_EMPTY.
         IndexingError, ConfigurationError: The index cannot be opened.
     """
+    # Late: the service starts and classifies without the optional packages that this module needs.
+    from embedding_index.index_reader import IndexReader, is_index  # noqa: PLC0415
+
     settings = load_index_settings()
     timeout_s = min(settings.timeout_s, service_settings.request_timeout_s, EMBEDDING_TIMEOUT_S)
-    # Late imports: the service starts and classifies without the optional packages that these modules need.
-    reader = importlib.import_module("embedding_index.index_reader")
-    if not reader.is_index(settings.index_dir):
+    if not is_index(settings.index_dir):
         raise RequestError(errors.INDEX_EMPTY)
-    index: IndexReader = reader.IndexReader(settings.model_copy(update={"timeout_s": timeout_s}))
-    return index
+    return IndexReader(settings.model_copy(update={"timeout_s": timeout_s}))
 
 
 class SimilarConversations:
@@ -78,11 +65,7 @@ class SimilarConversations:
     """
 
     def __init__(
-        self,
-        service_settings: ServiceSettings,
-        metrics: ServiceMetrics,
-        deadlines: Deadlines,
-        open_search: OpenIndex = open_index,
+        self, service_settings: ServiceSettings, metrics: ServiceMetrics, deadlines: Deadlines, open_search: OpenIndex
     ) -> None:
         """Prepare without opening the index."""
         self._settings = service_settings
@@ -90,30 +73,37 @@ class SimilarConversations:
         self._deadlines = deadlines
         self._open = open_search
         self._thread = ThreadPoolExecutor(1, "similar")
-        self._index: IndexReader | None = None  # used by the thread only, like _problem
-        self._problem: tuple[RequestError, float] | None = None
+        self._index: IndexReader | None = None  # used by the thread only, like the next two
+        self._problem = RequestError(errors.INDEX_UNUSABLE)
+        self._closed_until = 0.0
         self.slots = AdmissionQueue(1, service_settings.queue_size)
         metrics.watch("triad_search_queue_length", "Searches waiting for a slot", lambda: self.slots.waiting)
 
-    def require_room(self) -> None:
-        """Raise the RequestError that ``find`` would raise at once, before the body is read."""
-        self.slots.require_room()
+    async def find(self, text: str, limit: int, deadline: float) -> tuple[SimilarResponse, float, float]:
+        """Return the *limit* conversations most similar to *text*, and the seconds of the wait and of the search.
 
-    async def find(self, text: str, limit: int, deadline: float) -> Found:
-        """Return the *limit* conversations most similar to *text* before *deadline* (of the running loop's clock).
+        Args:
+            text: With visible characters.
+            limit: At least 1.
+            deadline: On the clock of the running loop.
 
         Raises:
             RequestError: Listed in docs/service.md.
         """
+        return await self._deadlines.until(deadline, self._find_in_turn(text, limit))
+
+    async def _find_in_turn(self, text: str, limit: int) -> tuple[SimilarResponse, float, float]:
         asked_at = time.monotonic()
-        async with self._deadlines.until(deadline), self.slots.slot():
-            started_at = time.monotonic()
-            loop = asyncio.get_running_loop()
+        await self.slots.acquire()
+        started_at = time.monotonic()
+        try:
             # A caller that leaves frees the slot at once; the thread finishes the search before it starts the next.
-            response = await loop.run_in_executor(self._thread, self._find, text, limit)
-            ended_at = time.monotonic()
-        self._metrics.search_time.observe(ended_at - started_at)
-        return Found(response, started_at - asked_at, ended_at - started_at)
+            response = await asyncio.get_running_loop().run_in_executor(self._thread, self._find, text, limit)
+        finally:
+            search_s = time.monotonic() - started_at
+            self.slots.release(search_s)
+        self._metrics.search_time.observe(search_s)
+        return response, started_at - asked_at, search_s
 
     async def close(self) -> None:
         """Close the index after the running search, and wait for that at most CLOSE_WAIT_S."""
@@ -122,46 +112,28 @@ class SimilarConversations:
         await asyncio.wait([closing], timeout=CLOSE_WAIT_S)
 
     def _find(self, text: str, limit: int) -> SimilarResponse:
-        index = self._open_once()
+        if self._index is None and time.monotonic() < self._closed_until:
+            raise RequestError(self._problem.kind, retry_after_s=self._problem.retry_after_s)
         try:
-            hits = index.search(text, [Kind.CONVERSATION], limit)
-        except (IndexingError, ConfigurationError) as exc:
+            if self._index is None:
+                self._index = self._open_allowed()
+            hits = self._index.search(text, [Kind.CONVERSATION], limit)
+        except (TriadError, ModuleNotFoundError) as exc:
             problem = request_error(exc)
             logger.warning("search failed: %s: %s", problem.kind.name, exc)
-            if isinstance(
-                exc, MixedIndexError | ConfigurationError
-            ):  # .env may have been corrected; reopen with its settings
+            # .env may be corrected meanwhile, so the next attempt reopens the index with its settings.
+            if self._index is None or isinstance(exc, MixedIndexError | ConfigurationError):
                 self._drop()
-                self._problem = problem, time.monotonic() + REOPEN_AFTER_S
+                if problem.kind is not errors.INDEX_EMPTY:  # that is quick to check at the next search
+                    self._problem, self._closed_until = problem, time.monotonic() + REOPEN_AFTER_S
             raise problem from exc
         if not hits:
             raise RequestError(errors.INDEX_EMPTY)
-        return similar_response(index.provider.identity.model, hits)
+        return similar_response(self._index.provider.identity.model, hits)
 
-    def _open_once(self) -> IndexReader:
-        if self._index is not None:
-            return self._index
-        if self._problem is not None and time.monotonic() < self._problem[1]:
-            raise RequestError(self._problem[0].kind, retry_after_s=self._problem[0].retry_after_s)
-        try:
-            self._index = self._open_if_allowed()
-        except RequestError as exc:
-            logger.warning("cannot open the index: %s: %s", exc.kind.name, exc.__cause__ or exc)
-            if exc.kind is not errors.INDEX_EMPTY:  # the next search checks again
-                self._problem = exc, time.monotonic() + REOPEN_AFTER_S
-            raise
-        self._problem = None
-        return self._index
-
-    def _open_if_allowed(self) -> IndexReader:
-        try:
-            index = self._open(self._settings)
-            is_allowed = not index.provider.leaves_house or load_openai_settings().allow_external
-        except ModuleNotFoundError as exc:
-            raise RequestError(errors.INDEX_NOT_INSTALLED) from exc
-        except (IndexingError, ConfigurationError) as exc:
-            raise request_error(exc) from exc
-        if not is_allowed:
+    def _open_allowed(self) -> IndexReader:
+        index = self._open(self._settings)
+        if index.provider.leaves_house and not load_openai_settings().allow_external:
             index.close()
             raise RequestError(errors.TEXT_STAYS)
         return index
@@ -172,8 +144,12 @@ class SimilarConversations:
             self._index = None
 
 
-def request_error(exc: TriadError) -> RequestError:
+def request_error(exc: TriadError | ModuleNotFoundError) -> RequestError:
     """Return the error that the caller gets for *exc*."""
+    if isinstance(exc, RequestError):
+        return RequestError(exc.kind)
+    if isinstance(exc, ModuleNotFoundError):
+        return RequestError(errors.INDEX_NOT_INSTALLED)
     if isinstance(exc, ProviderUnavailableError):
         wait_s = exc.wait_s if isinstance(exc, ProviderBusyError) else None
         return RequestError(
@@ -181,5 +157,4 @@ def request_error(exc: TriadError) -> RequestError:
         )
     if isinstance(exc, ProviderRejectedError):
         return RequestError(errors.INVALID, "text: the embedding model rejects it; send less or different text.")
-    kind: ErrorKind = errors.UNUSABLE_ANSWER if isinstance(exc, UnusableVectorsError) else errors.INDEX_UNUSABLE
-    return RequestError(kind)
+    return RequestError(errors.UNUSABLE_ANSWER if isinstance(exc, UnusableVectorsError) else errors.INDEX_UNUSABLE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ if TYPE_CHECKING:  # it needs numpy, which may be missing
     from embedding_index.search_entries import Hit
 
 DEFAULT_HITS, MAX_HITS = 5, 50
+# In a body and in a URL. One character may take twelve bytes of a URL, and a URL has at most 64 KiB.
+MAX_SEARCH_CHARACTERS, MAX_QUERY_CHARACTERS = 10_000, 2000
 
 EXAMPLE_SEARCH: dict[str, Any] = {"text": "My parcel has not come, and nobody answers.", "limit": 5}
 EXAMPLE_HITS: dict[str, Any] = {
@@ -57,10 +58,7 @@ class SimilarRequest(BaseModel):
 class SimilarQuery(SimilarRequest):
     """The same as the parameters of a URL, which are strings."""
 
-    @field_validator("limit", mode="before")
-    @classmethod
-    def _whole_number(cls, value: object) -> object:
-        return int(value) if isinstance(value, str) and re.fullmatch("[1-9][0-9]{0,8}", value) else value
+    model_config = ConfigDict(strict=False)
 
 
 class SimilarConversation(BaseModel):
@@ -103,16 +101,12 @@ def similar_response(model: str, hits: Sequence[Hit]) -> SimilarResponse:
 
 
 def _shown(hit: Hit) -> SimilarConversation:
-    facts = hit.metadata
+    facts = {name: str(value) for name, value in hit.metadata.items() if value is not None}
     return SimilarConversation(
         source_id=hit.name,
-        conversation_number=_text(facts.get("conversation_number")),
+        conversation_number=facts.get("conversation_number"),
         similarity=round(max(-1.0, min(1.0, hit.similarity)), 4),
-        classification=Labels(**{label: str(facts.get(label, "")) for label in Labels.model_fields}),
-        classified_at=_text(facts.get("classified_at")),
-        classified_by=_text(facts.get("classified_by")),
+        classification=Labels(**{label: facts.get(label, "") for label in Labels.model_fields}),
+        classified_at=facts.get("classified_at"),
+        classified_by=facts.get("classified_by"),
     )
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)

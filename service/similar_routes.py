@@ -12,28 +12,25 @@ from service import errors
 from service.access import SIMILAR
 from service.admission import cancel_on_disconnect
 from service.error_responses import documented_errors
-from service.openapi import KEY_REQUIRED, query_characters, search_characters
-from service.similar import SimilarConversations
-from service.similar_contract import SimilarQuery, SimilarRequest, SimilarResponse, searched_text
-from service.startup import RunningService
+from service.openapi import KEY_REQUIRED
+from service.similar_contract import (
+    MAX_QUERY_CHARACTERS,
+    MAX_SEARCH_CHARACTERS,
+    SimilarQuery,
+    SimilarRequest,
+    SimilarResponse,
+    searched_text,
+)
+from service.startup import Service
 
 _ERRORS = (
-    errors.UNAUTHENTICATED,
-    errors.WRONG_HOST,
-    errors.INVALID,
-    errors.TOO_MANY,
-    errors.INTERNAL,
-    errors.UNUSABLE_ANSWER,
+    *errors.COMMON_ERRORS,
     errors.INDEX_NOT_INSTALLED,
     errors.INDEX_EMPTY,
     errors.INDEX_UNUSABLE,
     errors.TEXT_STAYS,
     errors.EMBEDDING_AWAY,
-    errors.QUEUE_FULL,
-    errors.STOPPING,
-    errors.TOO_SLOW,
 )
-_BODY_ERRORS = (errors.INVALID_JSON, errors.BODY_TOO_SLOW, errors.TOO_LARGE, errors.NOT_JSON)
 
 router = APIRouter(tags=["similar conversations"])
 
@@ -58,16 +55,14 @@ async def _require_plain_query(request: Request) -> None:
     responses=documented_errors(*_ERRORS),
     dependencies=[Depends(_require_plain_query)],
 )
-async def similar_by_url(
-    query: Annotated[SimilarQuery, Query()], service: RunningService, request: Request
-) -> SimilarResponse:
+async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Request) -> SimilarResponse:
     """Prefer POST /similar: proxies log URLs, and the text in them."""
-    limit = query_characters(service.settings)
+    limit = min(MAX_QUERY_CHARACTERS, request.state.service.settings.max_text_characters)
     if len(query.text) > limit:
         raise RequestError(
             errors.INVALID, f"text: at most {limit} characters fit in a URL; send less, or use POST /similar."
         )
-    return await similar(query, service, request)
+    return await similar(query, request)
 
 
 @router.post(
@@ -75,13 +70,13 @@ async def similar_by_url(
     operation_id="similar",
     summary="Find past conversations similar to a text",
     openapi_extra=KEY_REQUIRED,
-    responses=documented_errors(*_ERRORS, *_BODY_ERRORS),
+    responses=documented_errors(*_ERRORS, *errors.BODY_ERRORS),
 )
-async def similar(wanted: SimilarRequest, service: RunningService, request: Request) -> SimilarResponse:
+async def similar(wanted: SimilarRequest, request: Request) -> SimilarResponse:
     """Return past conversations, the most similar one first."""
-    index: SimilarConversations = request.state.similar
-    text = searched_text(wanted.text, search_characters(service.settings))
-    search = index.find(text, wanted.limit, service.deadline(request))
-    found = await cancel_on_disconnect(search, request.receive)
-    request.state.note = f", waited {found.queue_s * 1000:.0f} ms, search {found.search_s * 1000:.0f} ms"
-    return found.response
+    service: Service = request.state.service
+    text = searched_text(wanted.text, min(MAX_SEARCH_CHARACTERS, service.settings.max_text_characters))
+    search = service.similar.find(text, wanted.limit, request.state.deadline)
+    response, queue_s, search_s = await cancel_on_disconnect(search, request.receive)
+    request.state.note = f", waited {queue_s * 1000:.0f} ms, search {search_s * 1000:.0f} ms"
+    return response

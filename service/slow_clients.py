@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from enum import Enum
 from http import HTTPStatus
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import orjson
 from uvicorn.config import Config
@@ -28,6 +28,7 @@ from error_handler import ConfigurationError, ErrorKind, RequestError
 from service.errors import HEAD_TOO_LARGE, MALFORMED
 
 logger = logging.getLogger(__name__)
+OnStop = Callable[[float], None]
 
 SWEEP_EVERY_S = 0.5
 # The application answers 408 to a late body. The guard closes later, for what the application cannot see.
@@ -61,15 +62,10 @@ def server_config(receive: Any) -> Config | None:
 
 
 class SlowClientGuard:
-    """Watches the connections of one uvicorn. Enter it in the running loop, before the server listens."""
+    """Watches the connections of one uvicorn inside ``run``, which begins before the server listens."""
 
     def __init__(
-        self,
-        config: Config,
-        settings: ServiceSettings,
-        grace_s: float,
-        max_connections: int,
-        on_stop: Callable[[float], None],
+        self, config: Config, settings: ServiceSettings, grace_s: float, max_connections: int, on_stop: OnStop
     ) -> None:
         """*on_stop* is called with the grace period in seconds, at most *grace_s*, when the server begins to stop.
 
@@ -88,17 +84,17 @@ class SlowClientGuard:
         self._on_stop = on_stop
         body_s = settings.body_timeout_s + AFTER_APPLICATION_S
         self._longest_s = {
-            Phase.IDLE: math.inf,
             Phase.HEAD: settings.header_timeout_s,
             Phase.DISCARD: DISCARD_S,
             Phase.BODY: body_s,
-            Phase.WORK: math.inf,
             Phase.READER: body_s,
         }
-        self._connections: set[_Guarded] = set()
+        self.connections: set[_Guarded] = set()
         self._stopping = False
 
-    async def __aenter__(self) -> Self:
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """Guard the connections that the server accepts during the block."""
         config = self._config
         # uvicorn only calls it, so a factory is as good as a class.
         config.http_protocol_class = lambda **arguments: self._protocol(self, **arguments)  # type: ignore[assignment]
@@ -108,30 +104,21 @@ class SlowClientGuard:
         config.encoded_headers = [pair for pair in config.encoded_headers if pair[0] != b"server"]
         if config.timeout_graceful_shutdown is None:
             config.timeout_graceful_shutdown = math.ceil(self._grace_s + AFTER_GRACE_S)
-        self._sweeper = asyncio.create_task(self._sweep(), name="slow-client-guard")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._sweeper.cancel()
-        await asyncio.wait([self._sweeper])
+        sweeper = asyncio.create_task(self._sweep(), name="slow-client-guard")
+        try:
+            yield
+        finally:
+            sweeper.cancel()
 
     def add(self, protocol: _Guarded) -> None:
         """Watch a new connection. If there are too many, close the idle ones; if none is idle, close the new one."""
-        if self._stopping or (len(self._connections) >= self._max_connections and not self._close_idle()):
+        is_full = len(self.connections) >= self._max_connections
+        idle = [other for other in self.connections if is_full and other.phase() is Phase.IDLE]
+        for other in idle:
+            other.transport.abort()
+        if self._stopping or (is_full and not idle):
             protocol.transport.abort()
-        self._connections.add(protocol)
-
-    def _close_idle(self) -> bool:
-        idle = [protocol for protocol in self._connections if protocol.phase() is Phase.IDLE]
-        for protocol in idle:
-            protocol.transport.abort()
-        return bool(idle)
-
-    def remove(self, protocol: _Guarded) -> None:
-        """Stop watching a closed connection."""
-        self._connections.discard(protocol)
+        self.connections.add(protocol)
 
     def stop(self) -> None:
         """Start the grace period. uvicorn calls this once for each connection when it begins to stop."""
@@ -145,9 +132,41 @@ class SlowClientGuard:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_EVERY_S)
-            closed = sum(protocol.close_if_slow(loop.time(), self._longest_s) for protocol in list(self._connections))
+            closed = sum(protocol.close_if_slow(loop.time(), self._longest_s) for protocol in list(self.connections))
             if closed:
                 logger.warning("closed slow connections: %d", closed)
+
+
+class JoinedWrites:
+    """Sends the head and the body of an answer to *transport* in one system call.
+
+    uvicorn writes them separately, and each call wakes the caller.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._pending: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send *data* with the next write, or without one in the next turn of the event loop."""
+        self._pending.append(data)
+        if len(self._pending) > 1:  # at once: answers that leave together come back as requests together
+            self._send()
+        else:
+            asyncio.get_running_loop().call_soon(self._send)
+
+    def close(self) -> None:
+        """Send what is pending, and close the connection."""
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._pending:
+            self._transport.write(b"".join(self._pending))
+            self._pending.clear()
 
 
 class _Guarded(asyncio.Protocol):
@@ -163,19 +182,19 @@ class _Guarded(asyncio.Protocol):
         self._since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        super().connection_made(JoinedWrites(transport))  # type: ignore[arg-type]
         self._guard.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._guard.remove(self)
+        self._guard.connections.discard(self)
 
     def close_if_slow(self, now: float, longest_s: dict[Phase, float]) -> bool:
         """Close the connection if it stayed in one phase for too long; return whether it did."""
         seen = (self.phase(), self.cycle)
         if seen != self._seen:
             self._seen, self._since = seen, now
-        if now - self._since <= longest_s[seen[0]]:
+        if now - self._since <= longest_s.get(seen[0], math.inf):
             return False
         self.transport.abort()
         return True

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import resource
-import time
-from asyncio import get_running_loop
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Annotated
 
 import uvicorn
-from fastapi import Depends, Request
 
 from config import Settings
 from config.service_settings import ServiceSettings
 from logger import RequestIdFilter, TracebackRedactor, adopt_server_logs, configure_logging
-from service.access import ServiceGate
+from service.access import CLASSIFY, SIMILAR, ServiceGate
+from service.body_limits import BodyLimits
 from service.idempotency import IdempotencyStore
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
+from service.similar import OpenIndex, SimilarConversations
 from service.slow_clients import SlowClientGuard
 from utils.network import inherited_host, require_keys_outside_this_machine
 
@@ -32,30 +29,23 @@ RESERVED_FILES = 64  # logs, the listening socket, the event loop
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The objects that the routes share while the service runs."""
+    """The objects that the middleware and the routes share while the service runs."""
 
     settings: ServiceSettings
+    metrics: ServiceMetrics
+    gate: ServiceGate
+    bodies: BodyLimits
     model: ModelService
     answers: IdempotencyStore[Verdict]
-    gate: ServiceGate
-    metrics: ServiceMetrics
-
-    def deadline(self, request: Request) -> float:
-        """Return when the time of *request* is over, on the clock of the running loop."""
-        spent_s: float = time.monotonic() - request.state.started_at
-        return get_running_loop().time() + self.settings.request_timeout_s - spent_s
-
-
-async def _running_service(request: Request) -> Service:
-    service: Service = request.state.service
-    return service
-
-
-RunningService = Annotated[Service, Depends(_running_service)]
+    similar: SimilarConversations
 
 
 async def start(
-    settings: Settings, service_settings: ServiceSettings, config: uvicorn.Config | None, stack: AsyncExitStack
+    settings: Settings,
+    service_settings: ServiceSettings,
+    config: uvicorn.Config | None,
+    open_search: OpenIndex,
+    stack: AsyncExitStack,
 ) -> Service:
     """Open everything that the service needs; *stack* closes it.
 
@@ -70,9 +60,11 @@ async def start(
             "this server gives no protection against slow clients and hides its address; run it with uvicorn"
         )
     require_keys_outside_this_machine(_host(config), service_settings)
-    metrics = ServiceMetrics()
-    gate = ServiceGate(service_settings)
-    model = await stack.enter_async_context(ModelService(settings, service_settings, metrics))
+    metrics, gate = ServiceMetrics(), ServiceGate(service_settings)
+    model = ModelService(settings, service_settings, metrics)
+    await stack.enter_async_context(model.running())
+    similar = SimilarConversations(service_settings, metrics, model.deadlines, open_search)
+    stack.push_async_callback(similar.close)
 
     def stop(grace_s: float) -> None:
         logger.info("stopping: running requests have %.1f s to finish", grace_s)
@@ -82,18 +74,10 @@ async def start(
     if config is not None:
         max_connections = max(16, _raise_open_files() - RESERVED_FILES - service_settings.max_concurrent)
         guard = SlowClientGuard(config, service_settings, settings.shutdown_grace_s, max_connections, stop)
-        await stack.enter_async_context(guard)
+        await stack.enter_async_context(guard.run())
+    bodies = BodyLimits(service_settings, {CLASSIFY: model.require_room, SIMILAR: similar.slots.require_room})
     answers = IdempotencyStore[Verdict](service_settings.idempotency_retention_s, service_settings.idempotency_max_keys)
-    return Service(service_settings, model, answers, gate, metrics)
-
-
-def freeze_garbage_collector() -> None:
-    """Exclude what exists after the start from garbage collection.
-
-    Full collections that walk the modules and the application paused requests for tens of milliseconds.
-    """
-    gc.collect()
-    gc.freeze()
+    return Service(service_settings, metrics, gate, bodies, model, answers, similar)
 
 
 def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> None:

@@ -75,7 +75,6 @@ OWNERS = {
         "service.openapi",
         "service.routes",
         "service.similar_routes",
-        "service.startup",
     },
     # below FastAPI: ASGI types for middleware
     "starlette": {

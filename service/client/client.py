@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
-from error_handler import ErrorClass, ExitCode, Reason, RequestError, RunInterruptedError, TriadError
+from error_handler import ExitCode, RequestError, RunInterruptedError, TriadError
 from logger import configure_logging
 from service.client import protocol
 from service.client.protocol import ServiceRequest, ServiceTarget, service_target
@@ -27,31 +28,17 @@ MAX_RETRY_AFTER_S = 600.0
 GROWTH = 0.1  # slots per answer; faster growth makes half of all calls exceed a rate limit
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T", int, float)
 
 
 class ServiceAwayError(TriadError):
     """The service is not reachable, or asks for a very long wait."""
 
     exit_code = ExitCode.UNREACHABLE
-    error_class = ErrorClass.TRANSIENT
-    reason = Reason.TRANSPORT
 
 
 class ServiceTimeoutError(TriadError):
     """The service did not answer one request in time."""
-
-    exit_code = ExitCode.UNREACHABLE
-    error_class = ErrorClass.TRANSIENT
-    reason = Reason.TIMEOUT
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceAnswer:
-    """The body of a 200, the duration of its attempt in seconds, and the number of attempts."""
-
-    body: dict[str, Any]
-    latency_s: float
-    attempts: int
 
 
 class Pace:
@@ -130,8 +117,9 @@ class ServiceClient:
         self._policy = policy
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, CONNECT_TIMEOUT_S))
         self.retries = 0
+        self.latencies_s = array("d")  # of the attempts that were answered
 
-    async def classify(self, request: ServiceRequest) -> ServiceAnswer:
+    async def classify(self, request: ServiceRequest) -> dict[str, Any]:
         """Return the answer to *request*; Retry-After delays all requests.
 
         Raises:
@@ -141,9 +129,7 @@ class ServiceClient:
             ConfigurationError: The service would reject every conversation.
             RunInterruptedError: The run was stopped before the service answered.
         """
-        attempt = 0
-        while True:
-            attempt += 1
+        for attempt in itertools.count(1):
             try:
                 async with self._pace.slot():
                     started = time.monotonic()
@@ -152,7 +138,9 @@ class ServiceClient:
                 await self._before_next(exc, attempt)
             else:
                 self._pace.speed_up()
-                return ServiceAnswer(body, time.monotonic() - started, attempt)
+                self.latencies_s.append(time.monotonic() - started)
+                return body
+        raise AssertionError("itertools.count never ends")
 
     async def _before_next(self, exc: RequestError | ServiceTimeoutError | ServiceAwayError, attempt: int) -> None:
         """Wait for the next attempt; raise *exc* if there is none."""
@@ -171,7 +159,7 @@ class ServiceClient:
 
     async def _post(self, request: ServiceRequest, attempt: int) -> dict[str, Any]:
         """Send one request. aiohttp's timeouts are also ClientErrors, so they are handled first."""
-        headers = self._target.headers | request.headers | {"X-Request-ID": request_id(request, attempt)}
+        headers = self._target.headers | request.headers | {"X-Request-ID": f"{request.id}-{attempt}"}
         url = f"{self._target.url}/classify"
         try:
             async with self._session.post(
@@ -191,11 +179,6 @@ class ServiceClient:
         return f"No service answers at {self._target.url}; start it (make serve) or correct --url."
 
 
-def request_id(request: ServiceRequest, attempt: int) -> str:
-    """Return the X-Request-ID of one attempt, which appears in the log of the service."""
-    return f"{request.key.hex()[:24]}-{attempt}"
-
-
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
     received = bytearray()
     async for chunk in response.content.iter_chunked(65_536):
@@ -211,7 +194,11 @@ def add_service_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the API key")
     parser.add_argument("--api-key", metavar="KEY", help="the API key; other users of this machine can see it in ps")
     parser.add_argument(
-        "--timeout", type=_seconds, default=90.0, metavar="S", help="timeout of one attempt, seconds (%(default)g)"
+        "--timeout",
+        type=number(float, 0.001, 3600),
+        default=90.0,
+        metavar="S",
+        help="timeout of one attempt, seconds (%(default)g)",
     )
     parser.add_argument("--verbose", action="store_true", help="log at level DEBUG and print tracebacks")
 
@@ -232,22 +219,16 @@ def run_client(
     return exit_code_of(run, prog, verbose=arguments.verbose, interrupted=interrupted)
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """Return an argparse type for whole numbers from *least* to *most*."""
+def number(kind: Callable[[str], T], least: float, most: float) -> Callable[[str], T]:
+    """Return an argparse type for the numbers of *kind*, int or float, from *least* to *most*."""
 
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}")
-        return int(text)
+    def parse(text: str) -> T:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}")
+        return value
 
     return parse
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError("must be a number of seconds, more than 0 and at most 3600")
-    return value

@@ -32,16 +32,15 @@ class AnswerJournal:
         """
         self.path = path
         self._spans: dict[bytes, tuple[int, int]] = {}  # offset and length by key
-        try:
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        except OSError as exc:
-            raise self._unusable(exc) from exc
         with contextlib.ExitStack() as on_error:
-            on_error.callback(os.close, self._handle)
             try:
+                self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+                on_error.callback(os.close, self._handle)
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
                 raise DirectoryLockedError(f"Another run is using {path}; wait until it ends.") from exc
+            except OSError as exc:
+                raise self._unusable(exc) from exc
             self._replay(url)
             on_error.pop_all()
 
@@ -57,7 +56,9 @@ class AnswerJournal:
         Raises:
             StateDirectoryError: The disk is full or gone; earlier answers are kept.
         """
-        self._spans[key] = self._append({"key": key.hex(), "answer": answer})
+        line = orjson.dumps({"key": key.hex(), "answer": answer}) + b"\n"
+        self._write(line)
+        self._spans[key] = os.lseek(self._handle, 0, os.SEEK_CUR) - len(line), len(line)
 
     def read(self, key: bytes) -> bytes:
         """Return the answer for *key* as JSON; raise KeyError if there is none."""
@@ -74,8 +75,8 @@ class AnswerJournal:
         os.close(self._handle)
 
     def _replay(self, url: str) -> None:
-        offset, head, is_torn = 0, None, False
-        with os.fdopen(os.dup(self._handle), "rb") as file:
+        offset, head, line = 0, None, b"\n"
+        with self.path.open("rb") as file:
             for line in file:
                 # A torn line is skipped: its answer is requested again.
                 with contextlib.suppress(orjson.JSONDecodeError, ValueError, KeyError, TypeError):
@@ -85,20 +86,14 @@ class AnswerJournal:
                     elif event["answer"]["classification"]:
                         self._spans[bytes.fromhex(event["key"])] = (offset, len(line))
                 offset += len(line)
-                is_torn = not line.endswith(b"\n")
         if head is not None and head != url:
             raise ConfigurationError(
                 f"{self.path} holds answers of {head}; finish that run with --url {head}, or discard them with --restart."
             )
-        if is_torn:
+        if not line.endswith(b"\n"):
             self._write(b"\n")
         if head is None:
-            self._append({"service": url})
-
-    def _append(self, event: dict[str, Any]) -> tuple[int, int]:
-        line = orjson.dumps(event) + b"\n"
-        self._write(line)
-        return os.lseek(self._handle, 0, os.SEEK_CUR) - len(line), len(line)
+            self._write(orjson.dumps({"service": url}) + b"\n")
 
     def _write(self, data: bytes) -> None:
         try:

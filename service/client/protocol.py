@@ -19,12 +19,10 @@ from aggregator import aggregate_conversation, document_shape
 from domain.text import one_line
 from error_handler import ConfigurationError, ErrorKind, RequestError
 from service import errors as service_errors
+from service.contract import MAX_NUMBER_CHARACTERS, MAX_TIMESTAMP_CHARACTERS, Labels
 from storage.extended_json import id_text
 
 MAX_ANSWER_BYTES = 33_554_432  # twice the largest request; an answer repeats the messages
-MAX_NUMBER_CHARACTERS = 200
-MAX_TIMESTAMP_CHARACTERS = 64
-LABELS = ("intent", "topic", "sentiment", "categorization")
 
 # Worth another attempt; the Idempotency-Key prevents a second model call for the same answer.
 REPEATED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
@@ -57,6 +55,11 @@ class ServiceRequest:
     key: bytes
 
     @property
+    def id(self) -> str:
+        """The start of the X-Request-ID of each attempt, which appears in the log of the service."""
+        return self.key.hex()[:24]
+
+    @property
     def headers(self) -> dict[str, str]:
         """The headers of *body*, the same in every attempt."""
         return {"Content-Type": "application/json", "Idempotency-Key": self.key.hex()}
@@ -68,14 +71,14 @@ def service_target(url: str, api_key: str | None = None, api_key_file: Path | No
     Raises:
         ConfigurationError: The address or the key is invalid, or the file cannot be read.
     """
-    form = "--url must be http(s)://host[:port][/path] without user name, password or query"
     try:
         parts = urlsplit(url)
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError as exc:
-        raise ConfigurationError(f"{form}.") from exc
-    if not is_usable or "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigurationError(f"{form}.")
+        is_usable = is_usable and "@" not in parts.netloc and not parts.query and not parts.fragment
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise ConfigurationError("--url must be http(s)://host[:port][/path] without user name, password or query.")
     if api_key_file is not None:
         try:
             api_key = api_key_file.read_text(encoding="ascii").strip()
@@ -166,7 +169,7 @@ def _parse_success(request: ServiceRequest, body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as exc:
         raise RequestError(kind) from exc
     labels = answer.get("classification") if isinstance(answer, dict) else None
-    if not isinstance(labels, dict) or not all(isinstance(labels.get(name), str) for name in LABELS):
+    if not isinstance(labels, dict) or not all(isinstance(labels.get(name), str) for name in Labels.model_fields):
         raise RequestError(kind)
     if answer.get("conversation_number") != request.number:  # a cache that ignores request bodies
         raise RequestError(kind)

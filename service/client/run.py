@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from error_handler import ConfigurationError, RequestError, RunInterruptedError, SkippedDocumentError, TriadError
-from service.client.client import ServiceClient, ServiceTimeoutError, request_id
+from service.client.client import ServiceClient, ServiceTimeoutError
 from service.client.journal import AnswerJournal
 from service.client.protocol import ServiceRequest, request_for
 from storage.contract import Document
@@ -38,7 +38,7 @@ class Entry:
 class ClientRun:
     """One run over the documents that *read* returns, the same ones at each call.
 
-    *latencies_s* has one value per answer of this run, *problems* the reason of each missing answer by key.
+    *problems* has the reason of each missing answer by key.
     """
 
     def __init__(self, read: Callable[[], Iterator[Document]], journal: AnswerJournal, stop: asyncio.Event) -> None:
@@ -50,7 +50,6 @@ class ClientRun:
         self.stats = RunStats()
         self.entries: list[Entry] = []
         self.problems: dict[bytes, dict[str, Any]] = {}
-        self.latencies_s = array("d")
         self.duration_s = 0.0
 
     def plan(self) -> None:
@@ -132,7 +131,7 @@ class ClientRun:
             self._in_flight += 1
             try:
                 answer = await client.classify(request)
-                self._journal.keep(request.key, answer.body)
+                self._journal.keep(request.key, answer)
             except (RequestError, ServiceTimeoutError) as exc:
                 self._fail(request, exc)
             except RunInterruptedError:
@@ -142,10 +141,9 @@ class ClientRun:
                 self.stop.set()
                 return
             else:
-                self.latencies_s.append(answer.latency_s)
                 self.stats.processed += 1
                 self.stats.successful += 1
-                self.stats.count_labels(answer.body["classification"])
+                self.stats.count_labels(answer["classification"])
             finally:
                 self._in_flight -= 1
 
@@ -154,8 +152,7 @@ class ClientRun:
         self.stats.processed += 1
         self.stats.failed += 1
         self.stats.count_reason(name)
-        first_id = request_id(request, 1).removesuffix("-1")
-        self.problems[request.key] = {"type": name, "status": status, "message": str(exc), "request_id": first_id}
+        self.problems[request.key] = {"type": name, "status": status, "message": str(exc), "request_id": request.id}
 
 
 def _entry(document: Document, position: int) -> tuple[Entry, ServiceRequest | None]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import string
+from unittest.mock import Mock, call
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from service.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Deadlines
 from service.body_limits import check_json_object
 from service.errors import KEY_REUSED, QUEUE_FULL, STOPPING, TOO_MANY, TOO_SLOW, UNAUTHENTICATED
 from service.idempotency import IdempotencyStore
+from service.slow_clients import JoinedWrites
 from utils.network import is_loopback
 
 
@@ -32,9 +34,10 @@ class Clock:
 
 
 async def hold(queue: AdmissionQueue, order: list[int], number: int, release: asyncio.Event) -> None:
-    async with queue.slot():
-        order.append(number)
-        await release.wait()
+    await queue.acquire()
+    order.append(number)
+    await release.wait()
+    queue.release(1.0)
 
 
 async def settle() -> None:
@@ -67,14 +70,15 @@ async def test_slots_survive_random_cancellations(seed: int) -> None:
 
     async def work() -> None:
         nonlocal holders, most
-        async with queue.slot():
-            holders += 1
-            most = max(most, holders)
-            try:
-                for _ in range(rng.randrange(4)):
-                    await asyncio.sleep(0)
-            finally:
-                holders -= 1
+        await queue.acquire()
+        holders += 1
+        most = max(most, holders)
+        try:
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+        finally:
+            holders -= 1
+            queue.release(0.0)
 
     tasks = [asyncio.create_task(work()) for _ in range(40)]
     while not all(task.done() for task in tasks):
@@ -178,8 +182,7 @@ async def test_deadlines_distinguish_late_from_stopped_requests() -> None:
 
     async def wait(until: float) -> str:
         try:
-            async with deadlines.until(until):
-                await asyncio.Event().wait()
+            await deadlines.until(until, asyncio.Event().wait())
         except RequestError as problem:
             return problem.kind.name
         return "done"
@@ -190,6 +193,21 @@ async def test_deadlines_distinguish_late_from_stopped_requests() -> None:
     deadlines.stop(0.01)
     assert await running == STOPPING.name
     assert await wait(loop.time() + 60) == STOPPING.name
+
+
+async def test_head_and_body_of_an_answer_are_sent_together() -> None:
+    """One system call for two writes, and a single write is not kept back, also if the connection is closed."""
+    transport = Mock()
+    joined = JoinedWrites(transport)
+    joined.write(b"head")
+    joined.write(b"body")
+    assert transport.mock_calls == [call.write(b"headbody")]
+    joined.write(b"alone")
+    await settle()
+    joined.write(b"last")
+    joined.close()
+    await settle()
+    assert transport.mock_calls[1:] == [call.write(b"alone"), call.write(b"last"), call.close()]
 
 
 NESTED = st.recursive(
