@@ -76,7 +76,7 @@ class ConversationEstimate:
 
 def require_allowed(provider: Provider, *, allowed: bool) -> None:
     """Raise ConfigurationError if customer text would leave your network without permission."""
-    if provider.leaves_house and not allowed:
+    if provider.is_external and not allowed:
         raise ConfigurationError(
             "customer text would be sent to an embedding provider outside your network; allow it with "
             "--allow-external or ALLOW_EXTERNAL_LLM=true, or set EMBEDDING_PROVIDER to ollama or local."

@@ -87,7 +87,7 @@ def _directions(vectors: Sequence[Sequence[float] | Vectors]) -> dict[int, Vecto
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         try:
             table = np.asarray(vectors, dtype=np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return {}
         if table.ndim != 2 or not table.size:
             return {}
@@ -102,7 +102,7 @@ def _direction(vector: Sequence[float] | Vectors | NDArray[np.float64]) -> Vecto
     """Return *vector* at length 1, or what is wrong with it."""
     try:
         numbers = np.asarray(vector, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "its vector does not consist of numbers"
     if numbers.ndim != 1 or not numbers.size:
         return "its vector is not a list of numbers"

@@ -156,7 +156,7 @@ class SimilarConversations:
     def _open_if_allowed(self) -> IndexReader:
         try:
             index = self._open(self._settings)
-            is_allowed = not index.provider.leaves_house or load_openai_settings().allow_external
+            is_allowed = not index.provider.is_external or load_openai_settings().allow_external
         except ModuleNotFoundError as exc:
             raise RequestError(errors.INDEX_NOT_INSTALLED) from exc
         except (IndexingError, ConfigurationError) as exc:

@@ -56,13 +56,13 @@ class Answer:
 class Provider(Protocol):
     """A source of vectors. It works on *max_concurrent* calls of ``embed`` at once; more threads may read answers.
 
-    *leaves_house*: texts go to an address outside this machine.
+    *is_external*: texts go to an address outside this machine.
     """
 
     identity: ModelIdentity
     limits: RequestLimits
     max_concurrent: int
-    leaves_house: bool
+    is_external: bool
 
     def count_tokens(self, text: str) -> int:
         """Return the tokens of *text*, or the most it may have if that is only estimated; at least 1."""

@@ -62,7 +62,7 @@ class LocalProvider:
     programs keep the cores busy.
     """
 
-    leaves_house = False
+    is_external = False
 
     def __init__(self, index: IndexSettings) -> None:
         """Load the model: 90 MB.

@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-import numpy as np
 import orjson
 
 from config.index_settings import IndexSettings
 from config.settings import Settings
 from domain.text import encodable
-from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vectors
-from embedding_index.token_counts import EstimatedCounter
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
+from embedding_index.token_counts import estimated_tokens
 from error_handler import (
     ConfigurationError,
     LLMConnectionError,
@@ -75,9 +74,8 @@ class OllamaProvider:
         # The default of EMBEDDING_CONCURRENCY is meant for OpenAI.
         was_set = "max_concurrent" in index.model_fields_set
         self.max_concurrent = index.max_concurrent if was_set else min(CONCURRENT, index.max_concurrent)
-        self.leaves_house = not is_this_machine(urlsplit(self._url).hostname or "")
+        self.is_external = not is_this_machine(urlsplit(self._url).hostname or "")
         self.identity = ModelIdentity("ollama", index.model.removesuffix(":latest"))
-        self._estimate = EstimatedCounter()
         keep_alive = settings.ollama_keep_alive
         self._session = open_session()
         context = self._context_length()
@@ -92,7 +90,7 @@ class OllamaProvider:
 
     def count_tokens(self, text: str) -> int:
         """Return the most tokens that *text* is likely to have."""
-        return self._estimate(text)
+        return estimated_tokens(text)
 
     def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
         """Return the vectors of *texts*; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds the whole answer.
@@ -118,8 +116,7 @@ class OllamaProvider:
                 raise UnusableVectorsError(
                     f"Ollama saw {tokens} tokens of at least {least}: it truncated an input although it was told not to; update it"
                 )
-            self._estimate.learn(inputs, tokens)
-        return Answer([_vector(vector) for vector in vectors], tokens)
+        return Answer(vectors, tokens)
 
     def close(self) -> None:
         """Close the connections."""
@@ -205,13 +202,3 @@ def _fields(body: bytes) -> dict[str, Any]:
         return json_object(body)
     except LLMUnavailableError as exc:
         raise ProviderUnavailableError("Ollama's answer is not JSON, or incomplete; check OLLAMA_ENDPOINT") from exc
-
-
-def _vector(numbers: Any) -> Vectors:
-    try:
-        vector = np.asarray(numbers, np.float32)
-    except (ValueError, TypeError, OverflowError) as exc:
-        raise UnusableVectorsError("a vector of the answer cannot be read") from exc
-    if vector.ndim != 1:
-        raise UnusableVectorsError("a vector of the answer is no list of numbers")
-    return vector

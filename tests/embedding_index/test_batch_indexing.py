@@ -37,7 +37,7 @@ COSTS = {"total_texts", "estimated_tokens", "estimated_cost_usd", "cost_per_text
 class LetterProvider:
     """Counts letters; refuses what contains *poison*; remembers the sizes of its calls."""
 
-    leaves_house = False
+    is_external = False
     max_concurrent = 1
     limits = RequestLimits(2048, 8192, 300_000)
 

@@ -126,7 +126,7 @@ class States:
 class Vectors:
     """What SQLVectorStore and its agent do, in dictionaries."""
 
-    leaves_house: bool = False
+    is_external: bool = False
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     embedded: dict[str, str] = field(default_factory=dict)  # content hash -> text
     calls: list[int] = field(default_factory=list)
@@ -397,7 +397,7 @@ async def test_stopped_pass_keeps_its_results_and_resumes(site: Site) -> None:
 async def test_no_text_leaves_the_house_without_permission(site: Site) -> None:
     """No conversation is read."""
     site.fill(1)
-    site.vectors.leaves_house = True
+    site.vectors.is_external = True
     with pytest.raises(ConfigurationError, match="--allow-external or ALLOW_EXTERNAL_LLM=true"):
         await site.run()
     assert (site.vectors.calls, site.states.offers) == ([], 0)
@@ -409,7 +409,7 @@ async def test_estimate_sends_nothing_and_equals_the_run(site: Site) -> None:
     """Equal texts and texts with a vector cost nothing; a limit applies."""
     site.fill(1, 2)
     site.fill(3, text="Please cancel my order today")
-    site.vectors.leaves_house = True
+    site.vectors.is_external = True
     estimate = await site.estimate()
     assert (estimate.pending, estimate.unpaid, estimate.tokens) == (3, 2, 4 + 5 + 2 * 3)
     assert site.vectors.calls == []

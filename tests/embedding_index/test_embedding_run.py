@@ -238,7 +238,7 @@ class Strict:
 
     identity = ModelIdentity("openai", "text-embedding-3-small")
     limits = SMALL
-    leaves_house = False
+    is_external = False
 
     def __init__(self, most: int, max_concurrent: int = 1) -> None:
         self.max_concurrent = max_concurrent

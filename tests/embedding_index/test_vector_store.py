@@ -29,7 +29,7 @@ LENGTH = 8
 class Words:
     """Makes a vector of the letters of a text, equal for equal texts; refuses what holds *bad*. 40 words are the limit."""
 
-    leaves_house = False
+    is_external = False
     max_concurrent = 1
 
     def __init__(self, length: int = LENGTH, *, asked: int | None = None, inputs: int = 2048) -> None:
