@@ -18,13 +18,12 @@ POLL_S = 0.1  # how soon a waiting thread sees a stop
 @dataclass(frozen=True, slots=True)
 class Call:
     """One request. *attempt* counts from 1; *failed_at_s* is the ``time.monotonic`` of its first failure, or of the first
-    failure of the larger call it is a part of. *is_repeat*: all of its pieces were sent before.
+    failure of the larger call it is a part of.
     """
 
     pieces: tuple[Piece, ...]
     attempt: int = 1
     failed_at_s: float | None = None
-    is_repeat: bool = False
 
 
 class CallQueue:
@@ -42,7 +41,6 @@ class CallQueue:
         self._stop = stop
         self._is_aborted = False
         self._changed = threading.Condition()
-        self.gate_wait_s = 0.0
 
     def take(self) -> Call | None:
         """Wait for a call that may start, give it a slot and return it; None when the run is over."""
@@ -82,13 +80,7 @@ class CallQueue:
     def close_gate(self, wait_s: float) -> None:
         """Let no call start for *wait_s* seconds from now; a gate that is closed for longer stays so."""
         with self._changed:
-            now_s = time.monotonic()
-            opens_at_s = now_s + wait_s
-            if self._gate_s <= now_s:
-                self.gate_wait_s += wait_s  # as it was asked for: a difference of two clock times would be rounded
-            elif opens_at_s > self._gate_s:
-                self.gate_wait_s += opens_at_s - self._gate_s
-            self._gate_s = max(self._gate_s, opens_at_s)
+            self._gate_s = max(self._gate_s, time.monotonic() + wait_s)
 
     def unsettled(self) -> int:
         """Return how many calls wait or are taken."""

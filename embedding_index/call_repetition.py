@@ -121,7 +121,7 @@ class CallRepetition:
         logger.warning(
             "a call of %d texts failed at attempt %d (%s), next in %.1f s", len(call.pieces), call.attempt, exc, wait_s
         )
-        again = replace(call, attempt=call.attempt + 1, failed_at_s=failed_at_s, is_repeat=True)
+        again = replace(call, attempt=call.attempt + 1, failed_at_s=failed_at_s)
         self._queue.settle(call, later=[again], wait_s=wait_s)
         return None
 
@@ -142,7 +142,7 @@ class CallRepetition:
             UnusableVectorsError: Nothing usable came from the start of the run.
         """
         if len(call.pieces) == 1 and call.attempt <= self._options.max_retries:
-            self._queue.settle(call, first=[replace(call, attempt=call.attempt + 1, is_repeat=True)])
+            self._queue.settle(call, first=[replace(call, attempt=call.attempt + 1)])
             return None
         if len(call.pieces) == 1:
             self._count_lone_failure(exc)
@@ -158,7 +158,7 @@ class CallRepetition:
             self._has_vectors |= has_good
         attempt = call.attempt if len(call.pieces) == 1 else 1
         if attempt <= self._options.max_retries:
-            again = [Call((piece,), attempt + 1, is_repeat=True) for piece in problems]
+            again = [Call((piece,), attempt + 1) for piece in problems]
             self._queue.settle(call, first=again)
             return {}
         for problem in problems.values():
@@ -177,7 +177,7 @@ class CallRepetition:
             return problem
         last = self._options.max_retries + 1
         halves = [
-            Call(half, 1 if failed_at_s is None or len(half) == 1 else last, failed_at_s, is_repeat=True)
+            Call(half, 1 if failed_at_s is None or len(half) == 1 else last, failed_at_s)
             for half in (call.pieces[::2], call.pieces[1::2])
         ]
         logger.warning("a call of %d texts failed; it is sent in halves: %s", len(call.pieces), problem)

@@ -48,17 +48,13 @@ class Embedded:
 
 @dataclass(slots=True)
 class RunCounts:
-    """The counts of a run so far. *embedded*, *reused* and *failed* count texts; *calls* counts HTTP requests, *repeated* those
-    with only texts that had been sent before; *tokens* are as billed; *wait_s* is the time that rate limits cost.
-    """
+    """The counts of a run so far: texts *embedded*, *reused* and *failed*, HTTP *calls*, *tokens* as billed."""
 
     calls: int = 0
-    repeated: int = 0
     tokens: int = 0
     embedded: int = 0
     reused: int = 0
     failed: int = 0
-    wait_s: float = 0.0
 
 
 class EmbeddingRun:
@@ -190,8 +186,6 @@ class EmbeddingRun:
         try:
             while (call := self._queue.take()) is not None:
                 self._perform(call)
-                with self._lock:
-                    self._counts.wait_s = self._queue.gate_wait_s
             is_regular = True
         finally:
             # After an error in one thread, the others must end as well.
@@ -203,7 +197,6 @@ class EmbeddingRun:
         """Make one call and handle its outcome; *call* is settled afterwards."""
         with self._lock:
             self._counts.calls += 1
-            self._counts.repeated += call.is_repeat
         started_s = time.monotonic()
         try:
             answer = self._provider.embed([piece.text for piece in call.pieces], lambda: self._queue.free_slot(call))
@@ -252,7 +245,7 @@ class EmbeddingRun:
         logger.warning("a text of about %d tokens was refused; it is sent in %d pieces", piece.tokens, len(pieces))
         self._ledger.note_parts({piece.content_hash: [each.content_hash for each in pieces]})
         missing = self._awaited(piece.content_hash, pieces)
-        self._queue.settle(call, first=[Call((each,), is_repeat=True) for each in missing])
+        self._queue.settle(call, first=[Call((each,)) for each in missing])
         return True
 
     # Ending texts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ _CUTS = (
 _EARLIEST_CUT = 0.5  # of the longest piece that fits: earlier ends of paragraphs do not count
 _FULL = 0.8
 _FIRST_GUESS = 4.0  # characters of one token
-_CLUSTER_LIMIT = 64  # longer clusters of characters have no meaning
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +126,9 @@ def _spread(
 def split_text(text: str, limit_tokens: int, count: Count) -> list[str]:
     """Return *text* in pieces of at most *limit_tokens* (from 1) by *count*; joined, they are *text* again.
 
-    Cuts are at ends of paragraphs, else of sentences, else of words, else between visible characters. A single character
-    with more tokens than the limit is a piece of its own. *count* need not be additive; it gets parts of about the size
-    of a piece only, so the time grows linearly with the length.
+    Cuts are at ends of paragraphs, else of sentences, else of words, else anywhere. A single character with more tokens
+    than the limit is a piece. *count* need not be additive; it gets parts of about the size of a piece only, so the time
+    grows linearly with the length.
     """
     pieces: list[str] = []
     start, guess = 0, _FIRST_GUESS
@@ -148,13 +146,10 @@ def _cut(text: str, start: int, length: int, limit_tokens: int, count: Count) ->
     end = _longest(text, start, length, limit_tokens, count)
     while end < len(text):
         cut = _best_cut(text, start, end)
-        if count(text[start:cut]) <= limit_tokens:
+        if cut == start + 1 or count(text[start:cut]) <= limit_tokens:
             return cut
         # The first part of a text may have more tokens than the whole text, because the cut splits a word.
-        shorter = start + int((cut - start) * 0.9)
-        if shorter <= start + 1:
-            return _first_cluster(text, start, limit_tokens, count)
-        end = shorter
+        end = start + int((cut - start) * 0.9)
     return end
 
 
@@ -185,47 +180,7 @@ def _best_cut(text: str, start: int, end: int) -> int:
     """Return the best place for a cut after *start* and up to *end*, which is inside the text."""
     earliest = start + int((end - start) * _EARLIEST_CUT)
     for pattern in _CUTS:
-        cut = start
-        for match in pattern.finditer(text, earliest, end):
-            if not _belong_together(text[match.end() - 1], text[match.end()]):
-                cut = match.end()
+        cut = max((match.end() for match in pattern.finditer(text, earliest, end)), default=start)
         if cut > start:
             return cut
-    for cut in range(end, max(start, end - _CLUSTER_LIMIT), -1):
-        if not _belong_together(text[cut - 1], text[cut]):
-            return cut
-    return end - 1 if end - 1 > start and _is_surrogate_pair(text[end - 1], text[end]) else end
-
-
-def _first_cluster(text: str, start: int, limit_tokens: int, count: Count) -> int:
-    """Return the end of the visible character at *start*, as far as it fits."""
-    end = start + 1
-    if end < len(text) and _is_surrogate_pair(text[start], text[end]):
-        end += 1
-    while (
-        end < len(text) and _belong_together(text[end - 1], text[end]) and count(text[start : end + 1]) <= limit_tokens
-    ):
-        end += 1
     return end
-
-
-def _belong_together(left: str, right: str) -> bool:
-    """Return whether the two characters are parts of one visible character."""
-    if right < "\u0300":
-        return left == "\r" and right == "\n"
-    return (
-        unicodedata.category(right) in ("Mn", "Me", "Mc")
-        or "\u200d" in (left, right)
-        or "\U0001f3fb" <= right <= "\U0001f3ff"  # skin
-        or (_is_flag_letter(left) and _is_flag_letter(right))
-        or _is_surrogate_pair(left, right)
-    )
-
-
-def _is_flag_letter(character: str) -> bool:
-    return "\U0001f1e6" <= character <= "\U0001f1ff"
-
-
-def _is_surrogate_pair(left: str, right: str) -> bool:
-    """Return whether they are halves of one character, as in texts that were decoded wrongly."""
-    return "\ud800" <= left <= "\udbff" and "\udc00" <= right <= "\udfff"

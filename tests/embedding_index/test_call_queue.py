@@ -33,7 +33,6 @@ def test_a_shorter_wait_does_not_open_the_gate_earlier() -> None:
     opens_at_s = queue._gate_s
     queue.close_gate(0.0)
     assert queue._gate_s == opens_at_s
-    assert queue.gate_wait_s == 1000.0
 
 
 def test_an_answer_ends_the_silence_and_no_wait_is_too_short() -> None:
@@ -45,6 +44,7 @@ def test_an_answer_ends_the_silence_and_no_wait_is_too_short() -> None:
     repetition.heard(time.monotonic())
     call = queue.take()
     assert call is FIRST
+    before_s = time.monotonic()
     repetition.wait_as_told(call, ProviderBusyError("busy", 0.0))
     assert repetition._busy_in_a_row == 1
-    assert queue.gate_wait_s >= 0.9 * SHORTEST_WAIT_S
+    assert queue._gate_s >= before_s + SHORTEST_WAIT_S

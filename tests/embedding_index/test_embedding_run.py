@@ -140,7 +140,7 @@ def test_ten_thousand_texts_take_the_least_number_of_calls_all_slots_full(runs: 
     assert stats["max_sync_in_flight"] == 4
     assert runs.billed() == dict.fromkeys(keyed(texts), 1)
     assert_right(ends, texts)
-    assert (counts.embedded, counts.repeated, counts.failed, counts.tokens) == (10_000, 0, 0, sum(sizes))
+    assert (counts.embedded, counts.failed, counts.tokens) == (10_000, 0, sum(sizes))
     totals = runs.ledger.totals(runs.providers[0].identity)
     assert (totals.vectors, totals.calls, totals.tokens) == (10_000, 100, sum(sizes))
 
@@ -374,7 +374,7 @@ def test_one_bad_text_of_2048_is_named_and_the_others_are_kept(runs: Runs) -> No
     del ends[bad]
     assert_right(ends, [text for text in texts if text != bad])
     assert counts.calls == 1 + 2 * 11, "more halves than it takes"
-    assert (counts.failed, counts.embedded, counts.repeated) == (1, 2047, 22)
+    assert (counts.failed, counts.embedded) == (1, 2047)
     assert set(runs.billed().values()) == {1}
 
 
@@ -490,8 +490,7 @@ def test_rate_limit_delays_all_calls_and_uses_no_attempt(runs: Runs) -> None:
     early = [record for record in records if told + 0.3 < record["start_s"] < told + 0.95]
     assert not early
     assert sum(record["start_s"] >= told + 0.95 for record in records) > 10
-    assert counts.wait_s == pytest.approx(1.0, abs=0.5)
-    assert (counts.repeated, counts.calls) == (0, 21)
+    assert counts.calls == 21
 
 
 def test_a_wait_beyond_the_patience_ends_the_run(runs: Runs) -> None:
@@ -513,7 +512,7 @@ def test_a_busy_server_that_names_no_time_is_asked_more_and_more_slowly(runs: Ru
     texts = short_texts(300)
     ends, counts = runs.embed(texts, max_retries=0, first_wait_s=0.05)
     assert_right(ends, texts)
-    assert counts.wait_s > 0.05
+    assert counts.calls == 3 + 6
 
 
 @pytest.mark.parametrize("kind", ["server_error_500", "close", "reset", "garbage", "bad_gateway_502", "answer_lost"])
@@ -523,7 +522,7 @@ def test_failed_calls_are_repeated(runs: Runs, kind: str) -> None:
     texts = short_texts(500)
     ends, counts = runs.embed(texts)
     assert_right(ends, texts)
-    assert (counts.repeated, counts.calls) == (3, 8)
+    assert counts.calls == 5 + 3
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
