@@ -32,7 +32,7 @@ def column_list(columns: Sequence[str]) -> str:
 class ColumnFacts:
     """One column.
 
-    *type* is empty if the database has none. *choices* are the labels of an enumeration; *default* is SQL;
+    *type* is empty if it has none, or one that SQLAlchemy does not know. *choices* are the labels of an enumeration; *default* is SQL;
     *is_automatic*: the database fills it.
     """
 
@@ -104,8 +104,7 @@ class RelationshipFacts:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseFacts:
-    """Everything that was read, ordered by name. *hidden_schemas* were not read: the user may not use them."""
+    """Everything that was read, ordered by name."""
 
     tables: tuple[TableFacts, ...]
     relationships: tuple[RelationshipFacts, ...]
-    hidden_schemas: tuple[str, ...] = ()
