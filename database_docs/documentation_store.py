@@ -14,12 +14,11 @@ from typing import Any
 from config.index_settings import load_index_settings
 from database_docs.database_facts import RelationshipFacts, TableFacts
 from database_docs.documentation import Documentation, document_database
-from database_docs.items import IndexItem, Item, Kind, Offered, State, StoredItem, Synchronized
+from database_docs.items import IndexItem, Item, Kind, Offered, State, StoredItem
 from storage.state_file import Schema, StateFile
 
 FILE_NAME = "index.sqlite3"
-# Names in one query, and rows that are read at once.
-CHUNK = 5_000
+CHUNK = 5_000  # rows that are read at once
 
 # Sorted, so that equal values are equal texts.
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
@@ -34,7 +33,6 @@ CREATE TABLE items (
     metadata TEXT NOT NULL,
     -- 1: indexed, but what the index holds as metadata is older.
     is_outdated INTEGER NOT NULL DEFAULT 0,
-    attempts INTEGER NOT NULL DEFAULT 0,
     problem TEXT,
     PRIMARY KEY (kind, name)
 ) STRICT, WITHOUT ROWID;
@@ -53,7 +51,7 @@ _UPSERT = """
 INSERT INTO items (kind, name, state, hash, metadata) VALUES (:kind, :name, 'pending', :hash, :metadata)
 ON CONFLICT (kind, name) DO UPDATE SET
     state = 'pending', metadata = :metadata, is_outdated = 0,
-    attempts = iif(hash = :hash, attempts, 0), problem = iif(hash = :hash, problem, NULL), hash = :hash"""
+    problem = iif(hash = :hash, problem, NULL), hash = :hash"""
 _NEW_METADATA = "UPDATE items SET metadata = :metadata, is_outdated = 1 WHERE kind = :kind AND name = :name"
 _NEW_TEXT = """
 INSERT INTO documentation VALUES (:kind, :name, :text, :details)
@@ -96,40 +94,32 @@ class DocumentationStore(StateFile):
         return self._offer([Documentation(item, {}) for item in items], keep_text)
 
     def _offer(self, documented: Sequence[Documentation], keep_text: bool) -> Offered:
-        offered = Offered([], [])
+        offered, new, newer = Offered(), [], []
         with self.transaction() as db:
-            for start in range(0, len(documented), CHUNK):
-                self._offer_chunk(db, documented[start : start + CHUNK], keep_text, offered)
+            known = _known(db, documented)
+            for item in (documentation.item for documentation in documented):
+                row = {
+                    "kind": item.kind,
+                    "name": item.name,
+                    "hash": bytes.fromhex(item.content_hash),
+                    "metadata": _JSON.encode(dict(item.metadata)),
+                }
+                state, stored_hash, metadata, is_outdated = known.get((item.kind, item.name), (None, None, None, 0))
+                if state != State.INDEXED or stored_hash != row["hash"]:
+                    offered.pending.append(item)
+                    if (state, stored_hash, metadata) != (State.PENDING, row["hash"], row["metadata"]):
+                        new.append(row)
+                elif metadata != row["metadata"] or is_outdated:
+                    offered.changed.append(item)
+                    newer.append(row)
+            db.executemany(_UPSERT, new)
+            db.executemany(_NEW_METADATA, newer)
+            if self._begun:
+                met = [(d.item.kind, d.item.name) for d in documented if d.item.kind in self._begun]
+                db.executemany("INSERT OR IGNORE INTO met VALUES (?, ?)", met)
+            if keep_text:
+                db.executemany(_NEW_TEXT, map(_text_row, documented))
         return offered
-
-    def _offer_chunk(
-        self, db: sqlite3.Connection, chunk: Sequence[Documentation], keep_text: bool, offered: Offered
-    ) -> None:
-        known = _known(db, chunk)
-        new, newer = [], []
-        for documentation in chunk:
-            item = documentation.item
-            row = {
-                "kind": item.kind,
-                "name": item.name,
-                "hash": bytes.fromhex(item.content_hash),
-                "metadata": _JSON.encode(dict(item.metadata)),
-            }
-            state, stored_hash, metadata, is_outdated = known.get((item.kind, item.name), (None, None, None, 0))
-            if state != State.INDEXED or stored_hash != row["hash"]:
-                offered.pending.append(item)
-                if (state, stored_hash, metadata) != (State.PENDING, row["hash"], row["metadata"]):
-                    new.append(row)
-            elif metadata != row["metadata"] or is_outdated:
-                offered.changed.append(item)
-                newer.append(row)
-        db.executemany(_UPSERT, new)
-        db.executemany(_NEW_METADATA, newer)
-        if self._begun:
-            met = [(d.item.kind, d.item.name) for d in chunk if d.item.kind in self._begun]
-            db.executemany("INSERT OR IGNORE INTO met VALUES (?, ?)", met)
-        if keep_text:
-            db.executemany(_NEW_TEXT, map(_text_row, chunk))
 
     def end_pass(self, kind: Kind) -> list[str]:
         """End the pass and return the names of *kind* that were not offered: the source no longer has them.
@@ -147,13 +137,13 @@ class DocumentationStore(StateFile):
         )
         return [row["name"] for row in self._rows(gone, (kind, kind))]
 
-    def sync_database(self, tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]) -> Synchronized:
+    def sync_database(self, tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]) -> Offered:
         """Document everything a database has now, and return what must be done.
 
         Call ``remove`` for what is gone once it has left the index, and ``mark_ended`` for the rest.
         """
         documented_tables, documented_relationships = document_database(tables, relationships)
-        done = Synchronized([], [], {})
+        done = Offered()
         for kind, documented in ((Kind.TABLE, documented_tables), (Kind.RELATIONSHIP, documented_relationships)):
             self.begin_pass(kind)
             offered = self._offer(documented, keep_text=True)
@@ -170,12 +160,12 @@ class DocumentationStore(StateFile):
         done = list(ended)
         with self.transaction() as db:
             db.executemany(
-                "UPDATE items SET state = 'indexed', is_outdated = 0, problem = NULL, attempts = attempts + (state <> 'indexed') "
+                "UPDATE items SET state = 'indexed', is_outdated = 0, problem = NULL "
                 "WHERE kind = ? AND name = ? AND hash = ?",
                 ((item.kind, item.name, bytes.fromhex(item.content_hash)) for item, problem in done if problem is None),
             )
             db.executemany(
-                "UPDATE items SET state = 'failed', problem = ?, attempts = attempts + 1 WHERE kind = ? AND name = ?",
+                "UPDATE items SET state = 'failed', problem = ? WHERE kind = ? AND name = ?",
                 ((problem, item.kind, item.name) for item, problem in done if problem is not None),
             )
 
@@ -213,14 +203,10 @@ class DocumentationStore(StateFile):
             yield from map(_stored_item, rows)
             first = last = rows[-1]["name"]
 
-    def indexed_hashes(self) -> dict[str, str]:
-        """Return the content hash of each indexed item by its id."""
-        rows = self._rows("SELECT kind, name, hash FROM items WHERE state = 'indexed'")
+    def hashes(self, state: State | None = None) -> dict[str, str]:
+        """Return the content hash of each item by its id, of all or of those in *state*."""
+        rows = self._rows("SELECT kind, name, hash FROM items WHERE ?1 IS NULL OR state = ?1", (state,))
         return {f"{row['kind']}:{row['name']}": row["hash"].hex() for row in rows}
-
-    def content_hashes(self) -> set[str]:
-        """Return the content hashes of all items."""
-        return {row["hash"].hex() for row in self._rows("SELECT DISTINCT hash FROM items")}
 
     def get_pending_tables(self) -> list[str]:
         """Return the names of the pending tables, sorted."""
@@ -294,13 +280,7 @@ def _text_row(documentation: Documentation) -> dict[str, str]:
 
 
 def _stored_item(row: sqlite3.Row) -> StoredItem:
+    metadata = json.loads(row["metadata"])
     return StoredItem(
-        Kind(row["kind"]),
-        row["name"],
-        State(row["state"]),
-        row["hash"].hex(),
-        json.loads(row["metadata"]),
-        row["text"],
-        row["attempts"],
-        row["problem"],
+        Kind(row["kind"]), row["name"], State(row["state"]), row["hash"].hex(), metadata, row["text"], row["problem"]
     )

@@ -20,7 +20,7 @@ from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.introspection import read_database
-from database_docs.items import Ended, Synchronized
+from database_docs.items import Ended, Offered
 from database_docs.sample_database import make_sample_database
 from domain.prices import price_source
 from embedding_index import conversation_source, report
@@ -241,7 +241,7 @@ async def _index_conversations(settings: Settings, index: Index, documents: Docu
 def _forget(index: Index) -> None:
     """Delete vectors that no item has any more, unless states were lost: a vector they do not know may be in use."""
     if sweep(index.vectors, index.states, report.KINDS["conversations"]):
-        index.vectors.forget_others(index.states.content_hashes())
+        index.vectors.forget_others(index.states.hashes().values())
 
 
 def _is_allowed(arguments: argparse.Namespace) -> bool:
@@ -288,7 +288,7 @@ def _outcome(index: Index, before: dict[str, Any]) -> report.Outcome:
     return report.Outcome(index.arguments.source, identity.provider, identity.model, identity.dimensions, before)
 
 
-def _renew(index: Index, done: Synchronized) -> int:
+def _renew(index: Index, done: Offered) -> int:
     """Delete what the database no longer has from the entries, then from the states; return how many items that were."""
     for kind, names in done.removed.items():
         remove(index.vectors, index.states, kind, names)

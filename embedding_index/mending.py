@@ -26,7 +26,7 @@ class Mending:
     def __init__(self, vectors: SQLVectorStore, states: DocumentationStore, *, rebuild: bool) -> None:
         """With *rebuild*, all entries are replaced, not only those that are missing."""
         self._vectors, self._states, self._rebuild = vectors, states, rebuild
-        indexed = states.indexed_hashes()
+        indexed = states.hashes(State.INDEXED)
         found = {} if rebuild else vectors.entries.hashes()
         self._missing = {id_ for id_, content_hash in indexed.items() if found.get(id_) != content_hash}
         known = vectors.known({indexed[id_] for id_ in self._missing})
@@ -111,7 +111,7 @@ def sweep(vectors: SQLVectorStore, states: DocumentationStore, kinds: Collection
 
     Returns whether *states* knows all that can be found now.
     """
-    strangers = vectors.ids() - {item.id for kind in Kind for item in states.items(kind)}
+    strangers = vectors.ids() - states.hashes().keys()
     for kind in kinds:
         vectors.delete(kind, [id_.removeprefix(f"{kind}:") for id_ in strangers if id_.startswith(f"{kind}:")])
     return all(id_.partition(":")[0] in kinds for id_ in strangers)

@@ -157,7 +157,7 @@ class SQLVectorStore:
         if names:
             self.entries.delete(kind, names)
 
-    def forget_others(self, hashes: Collection[str]) -> None:
+    def forget_others(self, hashes: Iterable[str]) -> None:
         """Delete every stored vector and entry but those of *hashes*: of texts that no item has any more."""
         self.ledger.keep_only(hashes)
 
