@@ -169,12 +169,12 @@ class DocumentationStore(StateFile):
                 ((problem, item.kind, item.name) for item, problem in done if problem is not None),
             )
 
-    def mark_pending(self, kind: Kind, names: Iterable[str]) -> None:
-        """Mark the items *names* as pending: the index no longer has them."""
+    def mark_pending(self, ids: Iterable[str]) -> None:
+        """Mark the items *ids* as pending: the index no longer has them."""
         with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'pending', is_outdated = 0 WHERE kind = ? AND name = ?",
-                ((kind, name) for name in names),
+                (id_.partition(":")[::2] for id_ in ids),
             )
 
     def remove(self, kind: Kind, names: Iterable[str]) -> None:

@@ -66,14 +66,15 @@ class EmbeddingRun:
         ledger: VectorLedger,
         options: RunOptions | None = None,
         stop: threading.Event | None = None,
+        counts: RunCounts | None = None,
     ) -> None:
-        """Once *stop* is set, no new call starts; calls in flight end and are stored."""
+        """Once *stop* is set, no new call starts; calls in flight end and are stored. *counts* are added to."""
         self._provider = provider
         self._ledger = ledger
         self._options = options or RunOptions()
         self._stop = stop or threading.Event()
         self._lock = threading.Lock()
-        self._counts = RunCounts()
+        self._counts = counts or RunCounts()
 
     @property
     def counts(self) -> RunCounts:

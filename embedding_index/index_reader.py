@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from types import TracebackType
 
 from config.index_settings import IndexSettings
 from database_docs.items import Kind
@@ -32,9 +31,7 @@ class IndexReader:
     def __enter__(self) -> IndexReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from config.index_settings import IndexSettings, load_index_settings
-from database_docs.items import IndexItem, Item, Kind, OnEnded
+from database_docs.items import IndexItem, Kind, OnEnded
 from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
 from embedding_index.index_reader import LEDGER_FILE
 from embedding_index.ledger_copy import restore_ledger, write_copy
@@ -39,13 +38,18 @@ class SQLVectorStore:
     """
 
     def __init__(
-        self, settings: IndexSettings | None = None, *, provider: Provider | None = None, rebuild: bool = False
+        self,
+        settings: IndexSettings | None = None,
+        *,
+        provider: Provider | None = None,
+        rebuild: bool = False,
+        stop: threading.Event | None = None,
     ) -> None:
-        """Open or make the index. With *rebuild*, one of another model may be opened, to be replaced by ``rebuild``."""
+        """Open or make the index. With *rebuild*, one of another model may be opened, to be replaced by ``Mending``."""
         self.settings = settings or load_index_settings()
         self.batch_size = self.settings.batch_size
         self.max_retries = self.settings.max_retries
-        self.stop = threading.Event()  # once set, no new call starts and the calls in flight are stored
+        self.stop = stop or threading.Event()  # once set, no new call starts and the calls in flight are stored
         self.counts = RunCounts()  # of all calls through this store
         self.directory = self.settings.index_dir
         _make_private(self.directory)
@@ -72,9 +76,7 @@ class SQLVectorStore:
     def __enter__(self) -> SQLVectorStore:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -99,18 +101,6 @@ class SQLVectorStore:
         """Return those of *hashes* whose vector is stored: they cost nothing."""
         return self.ledger.known(self.identity, hashes)
 
-    def rebuild(self, items: Iterable[Item]) -> None:
-        """Let a search find *items* and nothing else, by the vectors of this provider; no call is made.
-
-        An item whose vector is not stored is left out.
-        """
-        self.entries.replace(self.identity, items)
-        self.is_other_model = False
-
-    def add_stored(self, items: Iterable[Item]) -> None:
-        """Let a search find *items* as well, whose vectors are stored; no call is made."""
-        self.entries.put(self.identity, items)
-
     def index(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
         """Make *items* findable; *on_ended* gets each one, some at a time, with None or why it failed, when that is durable.
 
@@ -124,12 +114,11 @@ class SQLVectorStore:
         for item in items:
             by_hash.setdefault(item.content_hash, []).append(item)
         options = RunOptions(self.batch_size, self.max_retries)
-        run = EmbeddingRun(self.provider, self.ledger, options, stop=self.stop)
+        run = EmbeddingRun(self.provider, self.ledger, options, self.stop, self.counts)
         waiting: list[IndexItem] = []
         texts = {found: same[0].text for found, same in by_hash.items()}
         try:
-            # Closed here, so that its threads have ended before the calls are counted, also after an error.
-            with contextlib.closing(run.run(texts)) as ended:
+            with contextlib.closing(run.run(texts)) as ended:  # after an error, its threads end first
                 for embedded in ended:
                     same = by_hash[embedded.content_hash]
                     if embedded.problem is None:
@@ -139,7 +128,6 @@ class SQLVectorStore:
                     if len(waiting) >= WRITE_AT:
                         self._write(waiting, on_ended)
         finally:
-            self.counts = _sum(self.counts, run.counts)
             self._write(waiting, on_ended)
 
     def _write(self, waiting: list[IndexItem], on_ended: OnEnded) -> None:
@@ -156,10 +144,6 @@ class SQLVectorStore:
         """Take items out of the index; names that are not there are fine."""
         if names:
             self.entries.delete(kind, names)
-
-    def forget_others(self, hashes: Iterable[str]) -> None:
-        """Delete every stored vector and entry but those of *hashes*: of texts that no item has any more."""
-        self.ledger.keep_only(hashes)
 
     def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:
         """Return at most *limit* items most like *text*, the best first; *kinds* None searches all.
@@ -186,9 +170,3 @@ def _make_private(directory: Path) -> None:
         raise StateDirectoryError(
             f"{directory} cannot be made ({exc.strerror}); fix its rights, or set INDEX_DIR to another directory."
         ) from exc
-
-
-def _sum(first: RunCounts, second: RunCounts) -> RunCounts:
-    return RunCounts(
-        **{field.name: getattr(first, field.name) + getattr(second, field.name) for field in fields(RunCounts)}
-    )

