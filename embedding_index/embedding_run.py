@@ -34,6 +34,7 @@ __all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
 # Threads beyond the calls that the provider works on: they read and store answers while the next calls are made.
 STORING_THREADS = 2
 LONGEST_COUNTED = 8  # characters per token that an input may have
+WORST_ESTIMATE = 8  # token counts are assumed to be wrong by at most this factor
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class EmbeddingRun:
         calls = pack([piece.tokens for piece in pieces], self._provider.limits, self._options.batch_size)
         slots = self._provider.max_concurrent
         self._queue = CallQueue((Call(tuple(pieces[place] for place in places)) for places in calls), slots, self._stop)
-        self._repetition = CallRepetition(self._options, self._queue)
+        self._repetition = CallRepetition(self._options, self._queue, self._fail_piece)
         with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
             workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
             try:
@@ -205,16 +206,16 @@ class EmbeddingRun:
             self._repetition.heard(started_s)
             self._keep(call, answer)
         except ProviderBusyError as exc:
-            self._repetition.wait_as_told(call, exc)
+            self._repetition.after_busy(call, exc)
         except ProviderUnavailableError as exc:
-            self._fail_single(call, self._repetition.after_no_answer(call, exc))
+            self._repetition.after_no_answer(call, exc)
         except ProviderRejectedError as exc:
             self._repetition.heard(started_s)
             if not self._divide_further(call):
-                self._fail_single(call, self._repetition.after_refusal(call, exc))
+                self._repetition.after_refusal(call, exc)
         except UnusableVectorsError as exc:
             self._repetition.heard(started_s)
-            self._fail_single(call, self._repetition.after_distrust(call, exc))
+            self._repetition.after_unusable_answer(call, exc)
 
     def _keep(self, call: Call, answer: Answer) -> None:
         """Store the good vectors of *answer*, end the texts that are complete, and send the others again."""
@@ -232,13 +233,12 @@ class EmbeddingRun:
             self._dimensions = self._dimensions or checked.dimensions
         self._arrived(good)
         problems = {call.pieces[place]: problem for place, problem in checked.problems.items()}
-        for piece, problem in self._repetition.after_check(call, problems, has_good=bool(good)).items():
-            self._fail(piece.content_hash, problem)
+        self._repetition.after_check(call, problems, has_good=bool(good))
 
     def _divide_further(self, call: Call) -> bool:
         """If *call* is one long piece whose count was estimated, send it in smaller pieces; return whether it was."""
         piece = call.pieces[0]
-        if len(call.pieces) > 1 or not self._repetition.is_perhaps_too_long(piece, self._provider.limits):
+        if len(call.pieces) > 1 or piece.tokens <= self._provider.limits.input_tokens // WORST_ESTIMATE:
             return False
         pieces = self._divided(piece.text, -(-piece.tokens // 2))
         if piece in pieces:
@@ -251,9 +251,8 @@ class EmbeddingRun:
 
     # Ending texts
 
-    def _fail_single(self, call: Call, problem: str | None) -> None:
-        if problem is not None:
-            self._fail(call.pieces[0].content_hash, problem)
+    def _fail_piece(self, piece: Piece, problem: str) -> None:
+        self._fail(piece.content_hash, problem)
 
     def _arrived(self, hashes: Iterable[str]) -> None:
         """Note that the vectors of these texts and pieces are in the ledger."""

@@ -20,6 +20,7 @@ from embedding_index.providers.contract import Answer, ModelIdentity, RequestLim
 from embedding_index.token_counts import estimated_tokens
 from error_handler import (
     ConfigurationError,
+    IndexingError,
     LLMConnectionError,
     LLMTimeoutError,
     LLMUnavailableError,
@@ -78,7 +79,11 @@ class OllamaProvider:
         self.identity = ModelIdentity("ollama", index.model.removesuffix(":latest"))
         keep_alive = settings.ollama_keep_alive
         self._session = open_session()
-        context = self._context_length()
+        try:
+            context = self._context_length()
+        except (IndexingError, ConfigurationError):
+            self.close()
+            raise
         self.limits = RequestLimits(MOST_INPUTS, context, None)
         # The same for each call: a change reloads the model.
         self._fields: dict[str, Any] = {
@@ -127,20 +132,15 @@ class OllamaProvider:
         model = self._model
         if is_cloud_name(model):
             raise _elsewhere(model)
-        try:
-            status, body = self._request("/api/show", show_body(model), min(SHOW_TIMEOUT_S, self._timeout_s))
-            if status == 404 or (status == 400 and b"invalid model name" in body[:4000]):
-                raise ConfigurationError(
-                    f"Ollama at {self._url} has no model {model}; run: ollama pull {model} (or set EMBEDDING_MODEL)."
-                )
-            if status != 200:
-                self._refuse(status, body)
-            shown = _fields(body)
-        except (ConfigurationError, ProviderUnavailableError, ProviderRejectedError):
-            self.close()
-            raise
+        status, body = self._request("/api/show", show_body(model), min(SHOW_TIMEOUT_S, self._timeout_s))
+        if status == 404 or (status == 400 and b"invalid model name" in body[:4000]):
+            raise ConfigurationError(
+                f"Ollama at {self._url} has no model {model}; run: ollama pull {model} (or set EMBEDDING_MODEL)."
+            )
+        if status != 200:
+            self._refuse(status, body)
+        shown = _fields(body)
         if shown.get("remote_host") or shown.get("remote_model"):
-            self.close()
             raise _elsewhere(model)
         return min(MOST_CONTEXT, parse_show(status, body).context_length or UNKNOWN_CONTEXT)
 
@@ -178,11 +178,8 @@ class OllamaProvider:
             is_long = any(sign in text for sign in _TOO_LONG)
             why = "an input is longer than the model's context" if is_long else "it makes no vector of an input"
             raise ProviderRejectedError(f"Ollama refuses the request: {why}")
-        if (
-            status >= 500
-            or status in (408, 425, 499)
-            or (status == 400 and any(sign in text for sign in _SERVER_FAULTS))
-        ):
+        is_fault = status == 400 and any(sign in text for sign in _SERVER_FAULTS)
+        if is_fault or status >= 500 or status in (408, 425, 499):
             raise ProviderUnavailableError(f"Ollama failed (HTTP {status}); its log says why")
         if status in (401, 403, 404, 405) or status < 400:
             raise ConfigurationError(
