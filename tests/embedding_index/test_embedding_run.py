@@ -43,13 +43,6 @@ def running() -> Iterator[FakeOpenAI]:
 
 
 @pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.renew()
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[VectorLedger]:
     with VectorLedger(tmp_path / "vectors.sqlite3") as opened:
         yield opened

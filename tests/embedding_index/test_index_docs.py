@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,12 +96,6 @@ def compare(shown: str, came: str) -> None:
 
 def _stable(line: str) -> str:
     return re.sub(r"[\d.]+ items/s", "? items/s", line.strip())
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as server:
-        yield server
 
 
 def test_first_steps(tmp_path: Path) -> None:

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 
 from tests.embedding_index.index_commands import RELATIONSHIPS, TABLES, IndexSite
-from tests.fakes.fake_openai import FakeOpenAI
 
 STEERING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 OVER = ("--batch", "--max-cost", "0")
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[IndexSite]:
-    with FakeOpenAI() as fake:
-        yield IndexSite(tmp_path, fake)
 
 
 def test_the_question_for_the_price(site: IndexSite) -> None:

@@ -35,14 +35,6 @@ SECRET = "Ms Smith of 12 Hill Road"
 
 
 @pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    """Calls that a test gave up have ended before the next one."""
-    running.renew()
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
 def provider(fake: FakeOpenAI) -> Iterator[OpenAIProvider]:
     opened = open_openai(fake.url)
     yield opened
