@@ -1,7 +1,6 @@
-"""Embeds texts in as few calls as possible and stores each answer before it counts.
+"""Embeds texts in as few calls as possible, in threads, and stores each answer before it counts.
 
-Its own threads make the calls and store the answers. After a crash, only what was sent and not yet stored is sent again.
-A text that the provider refuses does not hold up the others.
+After a crash, only texts that were sent and not yet stored are sent again. A refused text does not delay the others.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from error_handler import (
 
 __all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
 
-# Threads beyond the calls that the provider works on: they read and store answers while the next calls are made.
-STORING_THREADS = 2
+STORING_THREADS = 2  # read and store answers while the provider works on the next calls
 LONGEST_COUNTED = 8  # characters per token that an input may have
 WORST_ESTIMATE = 8  # token counts are assumed to be wrong by at most this factor
 
@@ -41,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The outcome of one text: *problem* is None if its vector is stored, otherwise one sentence that never quotes the text."""
+    """The outcome of one text: *problem* is None if its vector is stored, else a sentence that does not quote the text."""
 
     content_hash: str
     problem: str | None
@@ -84,10 +82,10 @@ class EmbeddingRun:
             return replace(self._counts)
 
     def run(self, texts: Mapping[str, str]) -> Generator[Embedded]:
-        """Yield how each of *texts* (content hash: text) ended, in the order in which they end.
+        """Yield the outcome of each of *texts* (content hash: text), in the order in which they end.
 
-        Every vector that was paid for is stored, and its text yielded, before an error is raised. After a stop, texts
-        without a vector are not yielded. Leaving the iterator early stops the run in the same way.
+        Before an error is raised, every paid vector is stored and its text yielded. After a stop, texts without a vector
+        are not yielded. Leaving the iterator early stops the run in the same way.
 
         Raises:
             ProviderUnavailableError: No usable answer for *patience_s*.
@@ -120,7 +118,7 @@ class EmbeddingRun:
                 self._queue.abort()
 
     def _ended(self, workers: Sequence[Future[None]]) -> Iterator[Embedded]:
-        """Yield the texts as they end, until all *workers* have; raise what ended one of them."""
+        """Yield the texts as they end, until all *workers* have ended; raise the error of a worker."""
         left = len(workers)
         while left:
             ended = self._results.get()
@@ -144,7 +142,7 @@ class EmbeddingRun:
                 self._fail(key, "its text is empty; give it a text, or leave it out")
                 continue
             if len(text) > LONGEST_COUNTED * limit:
-                # Tokenizers refuse megabytes at once, or are slow; splitting counts small parts.
+                # Tokenizers refuse megabytes, or are slow. Splitting counts small parts.
                 pieces = self._divided(text, limit)
                 whole = Piece(key, text, sum(piece.tokens for piece in pieces))
             else:
@@ -161,7 +159,7 @@ class EmbeddingRun:
         return list(planned.values())
 
     def _divided(self, text: str, limit_tokens: int) -> list[Piece]:
-        """Return *text* in pieces of at most *limit_tokens*, without those that are only white space."""
+        """Return *text* in pieces of at most *limit_tokens*, without blank ones."""
         texts = split_text(text, limit_tokens, self._provider.count_tokens)
         return [Piece(content_hash(each), each, self._provider.count_tokens(each)) for each in texts if each.strip()]
 
@@ -169,7 +167,7 @@ class EmbeddingRun:
         """Let *whole* wait for its *pieces*; return those that were not sent yet, each once."""
         hashes = {piece.content_hash for piece in pieces}
         with self._lock:
-            # Inside the lock: a piece that another thread stores is either known here or arrives afterwards.
+            # With the lock held, a piece that another thread stores is either known here or arrives afterwards.
             missing = hashes - self._ledger.known(self._identity, hashes)
             self._long.add(whole, pieces, missing)
             problem = next((self._problems[key] for key in missing if key in self._problems), None)
@@ -184,15 +182,11 @@ class EmbeddingRun:
     # In the threads
 
     def _work(self) -> None:
-        is_regular = False
         try:
             while (call := self._queue.take()) is not None:
                 self._perform(call)
-            is_regular = True
         finally:
-            # After an error in one thread, the others must end as well.
-            if not is_regular:
-                self._queue.abort()
+            self._queue.abort()  # after an error in one thread, the others must end; else there is nothing left to do
             self._results.put(None)
 
     def _perform(self, call: Call) -> None:
@@ -225,7 +219,7 @@ class EmbeddingRun:
         try:
             checked = checked_vectors(answer.vectors, len(call.pieces), dimensions)
         except (UnusableVectorsError, MixedIndexError):
-            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed nevertheless
+            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed
             raise
         good = {call.pieces[place].content_hash: vector for place, vector in checked.good.items()}
         self._ledger.add(self._identity, good, answer.tokens)
@@ -236,7 +230,7 @@ class EmbeddingRun:
         self._repetition.after_check(call, problems, has_good=bool(good))
 
     def _divide_further(self, call: Call) -> bool:
-        """If *call* is one long piece whose count was estimated, send it in smaller pieces; return whether it was."""
+        """Send *call* in smaller pieces and return True if it is one piece that may be longer than its count says."""
         piece = call.pieces[0]
         if len(call.pieces) > 1 or piece.tokens <= self._provider.limits.input_tokens // WORST_ESTIMATE:
             return False
@@ -274,7 +268,7 @@ class EmbeddingRun:
         self._arrived([whole])
 
     def _fail(self, key: str, problem: str) -> None:
-        """Note that the text or piece *key* gets no vector in this run, nor do the long texts that contain it."""
+        """Fail the text or piece *key*, and the long texts that contain it."""
         with self._lock:
             self._problems[key] = problem
             self._end([Embedded(key, problem)])
@@ -283,7 +277,7 @@ class EmbeddingRun:
             self._fail(whole, f"a piece of it failed: {problem}")
 
     def _end(self, endings: Iterable[Embedded]) -> None:
-        """Hand on how texts ended, except pieces and texts that have ended before. Called with the lock held."""
+        """Put *endings* into the results, except pieces and texts that have ended before. The caller holds the lock."""
         ended = [ending for ending in endings if ending.content_hash in self._open]
         self._open.difference_update(ending.content_hash for ending in ended)
         failed = sum(ending.problem is not None for ending in ended)

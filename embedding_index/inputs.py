@@ -1,4 +1,4 @@
-"""Texts as inputs of calls: long ones cut into pieces, and pieces packed into as few calls as possible. No I/O."""
+"""Cuts long texts into pieces, and packs pieces into as few calls as possible. No I/O."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Count = Callable[[str], int]
 # From the best place for a cut to the worst; the next piece begins at the end of a match.
 _CUTS = (
     re.compile(r"\n[^\S\n]*\n\s*"),  # paragraphs
-    # Sentences and lines; looking back instead of matching the marks, since a row of 10,000 dots is tried 10,000 times.
+    # Sentences and lines. The lookbehind avoids 10,000 attempts in a row of 10,000 dots.
     re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[」』”’）]*|\n+"),
     re.compile(r"\s+"),  # words
 )
-_EARLIEST_CUT = 0.5  # of the longest piece that fits: earlier ends of paragraphs do not count
+_EARLIEST_CUT = 0.5  # of the longest piece that fits; earlier places are not used
 _FULL = 0.8
 _FIRST_GUESS = 4.0  # characters of one token
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A text that is sent as one input: a whole text, or a part of a long one; *tokens* by the provider's count."""
+    """One input of a call: a whole text, or a part of a long one. *tokens* are by the provider's count."""
 
     content_hash: str
     text: str
@@ -34,7 +34,7 @@ class Piece:
 
 
 class LongTexts:
-    """The pieces that long texts (content hashes) wait for. A piece may belong to several texts, or be divided again.
+    """The pieces that long texts wait for, all by content hash. A piece may belong to several texts, or be divided again.
 
     The caller serialises access.
     """
@@ -75,9 +75,9 @@ class LongTexts:
 def pack(sizes: Sequence[int], limits: RequestLimits, batch_size: int) -> list[list[int]]:
     """Return the places of *sizes* (tokens, at least 1) in calls within *limits*, of at most *batch_size* inputs.
 
-    At least the larger of ``inputs / inputs per call`` and ``tokens / tokens per call`` calls are needed; if single inputs
-    are small compared to a call, no more are made. All calls have about the same number of tokens, so that concurrent
-    calls end together. An input that is larger than a call gets a call of its own.
+    If single inputs are small compared to a call, there are no more calls than ``inputs / inputs per call`` or ``tokens /
+    tokens per call``. All have about the same number of tokens, so that concurrent calls end together. An input that is
+    larger than a call gets a separate call.
     """
     if not sizes:
         return []
@@ -154,7 +154,7 @@ def _cut(text: str, start: int, length: int, limit_tokens: int, count: Count) ->
 
 
 def _longest(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
-    """Return nearly the furthest end up to which the text from *start* fits; the next character if nothing fits."""
+    """Return about the furthest end up to which the text from *start* fits, at least the next character."""
     fits, fails = start, None
     end = min(len(text), start + length)
     while True:

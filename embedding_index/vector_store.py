@@ -1,4 +1,4 @@
-"""The vectors of the index: the provider that makes them, the ledger that stores them, and the search, as one."""
+"""The vector store: the provider that computes vectors, the ledger that stores them, and the search."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WRITE_AT = 100  # entries in one durable step
 
 
 class SQLVectorStore:
-    """Vectors of database documentation and of conversations; one process at a time may hold one per directory.
+    """Vectors of database documentation and conversations; only one process at a time may open a directory.
 
-    Use as ``with``, or call ``close``. *settings* None reads them from the environment; *provider* None opens the one
-    that they name, and is closed with the store.
+    Use as ``with``, or call ``close``. Without *settings*, they are read from the environment. Without *provider*, the one
+    in the settings is opened, and closed with the store.
 
     Raises:
         DirectoryLockedError: Another process holds the index.
@@ -67,9 +67,10 @@ class SQLVectorStore:
             self.entries = SearchEntries(self.ledger)
             self._search = VectorSearch(self.directory)
             stack.callback(self._search.close)
-            self.is_other_model = self._is_other_model()
+            recorded = self.entries.identity()
+            self.is_other_model = recorded is not None and not recorded.is_same_model(self.identity)
             if self.is_other_model and not rebuild:
-                raise MixedIndexError(mixed_message(self.entries.identity(), self.identity))
+                raise MixedIndexError(mixed_message(recorded, self.identity))
             stack.callback(self._publish)
             self._stack = stack.pop_all()
 
@@ -80,35 +81,35 @@ class SQLVectorStore:
         self.close()
 
     def close(self) -> None:
-        """Finish what is on disk and let other processes in."""
+        """Finish the files and release the lock."""
         self._stack.close()
 
     @property
     def identity(self) -> ModelIdentity:
-        """The provider's model, with the length of its vectors if an answer has shown it."""
+        """The provider's model, with the length of its vectors if it is known."""
         asked = self.provider.identity
         return replace(asked, dimensions=self.ledger.dimensions(asked))
 
     def count(self) -> int:
-        """Return how many items can be found."""
+        """Return the number of items that can be found."""
         return sum(self.entries.counts().values())
 
     def ids(self) -> set[str]:
-        """Return the ids of everything that can be found."""
+        """Return the ids of the items that can be found."""
         return set(self.entries.hashes())
 
     def known(self, hashes: Collection[str]) -> set[str]:
-        """Return those of *hashes* whose vector is stored: they cost nothing."""
+        """Return those of *hashes* whose vector is stored."""
         return self.ledger.known(self.identity, hashes)
 
     def index(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
-        """Make *items* findable; *on_ended* gets each one, some at a time, with None or why it failed, when that is durable.
+        """Embed *items* and add them to the search entries.
 
-        Items of equal text are embedded once. After ``stop`` is set some get no result.
+        *on_ended* gets some at a time, each with None or its problem, once that is durable. Items of equal text are
+        embedded once. After ``stop`` is set, some get no result.
 
         Raises:
-            ProviderUnavailableError: The provider stayed away too long; everything it answered is stored.
-            VectorStoreError: ChromaDB cannot be written.
+            IndexingError: See ``EmbeddingRun.run``; all answers are stored.
         """
         by_hash: dict[str, list[IndexItem]] = {}
         for item in items:
@@ -131,7 +132,7 @@ class SQLVectorStore:
             self._write(waiting, on_ended)
 
     def _write(self, waiting: list[IndexItem], on_ended: OnEnded) -> None:
-        part, waiting[:] = waiting.copy(), []  # what fails here is not tried a second time on the way out
+        part, waiting[:] = waiting.copy(), []  # after an error here, ``index`` does not write them again
         if part:
             self.entries.put(self.identity, part)
             on_ended([(item, None) for item in part])
@@ -141,24 +142,20 @@ class SQLVectorStore:
         self.entries.update_metadata(items)
 
     def delete(self, kind: Kind, names: Collection[str]) -> None:
-        """Take items out of the index; names that are not there are fine."""
+        """Delete items from the search entries; unknown names are ignored."""
         if names:
             self.entries.delete(kind, names)
 
     def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:
-        """Return at most *limit* items most like *text*, the best first; *kinds* None searches all.
+        """Return the *limit* items of *kinds* (None: all) that are most similar to *text*, the best first.
 
         Raises:
-            ProviderUnavailableError: The provider gives no vector for *text*.
+            IndexingError: The provider gives no vector for *text*.
         """
         return self._search.search(self.ledger, query_vector(self.provider, text), kinds, limit)
 
-    def _is_other_model(self) -> bool:
-        recorded = self.entries.identity()
-        return recorded is not None and not recorded.is_same_model(self.identity)
-
     def _publish(self) -> None:
-        """Leave the files whole: the graph of a large index, the copy of the ledger, and nothing that was deleted."""
+        """Write the graph of a large index and the copy of the ledger; nothing deleted stays in a file."""
         publish_graph(self.entries, self.directory)
         write_copy(self.ledger)
 
