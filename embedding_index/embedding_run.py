@@ -141,17 +141,13 @@ class EmbeddingRun:
             if not text.strip():
                 self._fail(key, "its text is empty; give it a text, or leave it out")
                 continue
-            if len(text) > LONGEST_COUNTED * limit:
-                # Tokenizers refuse megabytes, or are slow. Splitting counts small parts.
-                pieces = self._divided(text, limit)
-                whole = Piece(key, text, sum(piece.tokens for piece in pieces))
-            else:
-                whole = Piece(key, text, self._provider.count_tokens(text))
-                pieces = self._divided(text, limit) if whole.tokens > limit else [whole]
-            if whole in pieces:
-                planned[key] = whole
-            else:
-                divided[key] = pieces
+            # Tokenizers refuse megabytes, or are slow. Splitting counts small parts.
+            if len(text) <= LONGEST_COUNTED * limit and (tokens := self._provider.count_tokens(text)) <= limit:
+                planned[key] = Piece(key, text, tokens)
+                continue
+            divided[key] = self._divided(text, limit)
+            if divided[key][0].content_hash == key:  # one piece after all
+                (planned[key],) = divided.pop(key)
         self._asked |= planned.keys()
         self._ledger.note_parts({key: [piece.content_hash for piece in pieces] for key, pieces in divided.items()})
         for key, pieces in divided.items():

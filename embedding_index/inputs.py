@@ -20,8 +20,7 @@ _CUTS = (
     re.compile(r"\s+"),  # words
 )
 _EARLIEST_CUT = 0.5  # of the longest piece that fits; earlier places are not used
-_FULL = 0.8
-_FIRST_GUESS = 4.0  # characters of one token
+_FIRST_RATE = 4.0  # characters per token; later that of the last piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,53 +130,23 @@ def split_text(text: str, limit_tokens: int, count: Count) -> list[str]:
     grows linearly with the length.
     """
     pieces: list[str] = []
-    start, guess = 0, _FIRST_GUESS
+    start, rate = 0, _FIRST_RATE
     while start < len(text):
-        end = _cut(text, start, max(1, int(limit_tokens * guess)), limit_tokens, count)
-        piece = text[start:end]
-        pieces.append(piece)
-        guess = max(1.0, len(piece) / max(1, count(piece)))
-        start = end
+        cut = _best_cut(text, start, start + max(1, int(limit_tokens * rate)))
+        while (tokens := count(text[start:cut])) > limit_tokens and cut > start + 1:
+            # A part may have more tokens than its share, or even than the whole, because the cut splits a word.
+            shorter = (cut - start) * min(0.9, 0.95 * limit_tokens / tokens)
+            cut = _best_cut(text, start, start + max(1, int(shorter)))
+        pieces.append(text[start:cut])
+        rate = (cut - start) / tokens
+        start = cut
     return pieces
 
 
-def _cut(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
-    """Return the end of the piece that begins at *start*; *length* is a guess."""
-    end = _longest(text, start, length, limit_tokens, count)
-    while end < len(text):
-        cut = _best_cut(text, start, end)
-        if cut == start + 1 or count(text[start:cut]) <= limit_tokens:
-            return cut
-        # The first part of a text may have more tokens than the whole text, because the cut splits a word.
-        end = start + int((cut - start) * 0.9)
-    return end
-
-
-def _longest(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
-    """Return about the furthest end up to which the text from *start* fits, at least the next character."""
-    fits, fails = start, None
-    end = min(len(text), start + length)
-    while True:
-        tokens = count(text[start:end])
-        share = 0.95 * limit_tokens / max(1, tokens)
-        if tokens <= limit_tokens:
-            fits = end
-            if end == len(text) or tokens >= _FULL * limit_tokens:
-                return end
-        else:
-            fails = end
-        if fails is None:
-            end = min(len(text), end + max(1, int((end - start) * min(3.0, share - 1))))
-        elif fails - fits <= max(1, (fits - start) // 8):
-            return max(fits, start + 1)
-        elif fits == start:
-            end = start + max(1, int((end - start) * min(0.9, share)))
-        else:
-            end = (fits + fails) // 2
-
-
 def _best_cut(text: str, start: int, end: int) -> int:
-    """Return the best place for a cut after *start* and up to *end*, which is inside the text."""
+    """Return the best place for a cut after *start* and up to *end*; the end of the text if *end* is behind it."""
+    if end >= len(text):
+        return len(text)
     earliest = start + int((end - start) * _EARLIEST_CUT)
     for pattern in _CUTS:
         cut = max((match.end() for match in pattern.finditer(text, earliest, end)), default=start)
