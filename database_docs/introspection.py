@@ -200,19 +200,19 @@ def _type_text(kind: TypeEngine[Any], dialect: Dialect) -> str:
         return type(kind).__name__
 
 
-def _is_partial(index: Row) -> bool:
+def _is_key(index: Row) -> bool:
+    """Return whether *index* is unique over whole rows: without a condition and without expressions."""
     options = index.get("dialect_options") or {}
-    return any(option.endswith("_where") and value is not None for option, value in options.items())
+    is_partial = any(option.endswith("_where") and value is not None for option, value in options.items())
+    return bool(index["unique"]) and not is_partial and not index.get("expressions")
 
 
 def _unique_keys(constraints: Iterable[Row], indexes: Iterable[Row]) -> set[tuple[str, ...]]:
-    keys = {tuple(row["column_names"]) for row in constraints}
-    whole = (row for row in indexes if row["unique"] and not _is_partial(row) and not row.get("expressions"))
-    return keys | {tuple(row["column_names"]) for row in whole}
+    return {tuple(row["column_names"]) for row in (*constraints, *filter(_is_key, indexes))}
 
 
 def _other_indexes(indexes: Iterable[Row]) -> set[tuple[str, ...]]:
-    others = (row for row in indexes if not row["unique"] or _is_partial(row) or row.get("expressions"))
+    others = (row for row in indexes if not _is_key(row))
     return {tuple(str(part) for part in row.get("expressions") or row["column_names"]) for row in others}
 
 

@@ -48,7 +48,10 @@ class Options:
 
 @dataclass(slots=True)
 class ConversationCounts:
-    """The counts of one pass. *expected* estimates the documents to read; *is_complete* means that all were read."""
+    """The counts of one pass. *expected* estimates the documents to read; *is_complete* means that all were read.
+
+    Of an estimate: a run would send *unpaid* texts with *tokens*, for *pending* conversations.
+    """
 
     expected: int = 0
     read: int = 0
@@ -59,16 +62,9 @@ class ConversationCounts:
     failed: int = 0
     changed: int = 0
     removed: int = 0
+    unpaid: int = 0
+    tokens: int = 0
     is_complete: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ConversationEstimate:
-    """The texts that a run would send: *unpaid* texts with *tokens*, for *pending* conversations."""
-
-    pending: int
-    unpaid: int
-    tokens: int
 
 
 def require_allowed(provider: Provider, *, allowed: bool) -> None:
@@ -204,27 +200,27 @@ async def estimate_conversations(
     vectors: SQLVectorStore,
     options: Options,
     lost: Collection[str] = (),
-) -> ConversationEstimate:
-    """Read all conversations and return what ``index_conversations`` would send; send nothing.
+) -> ConversationCounts:
+    """Read all conversations and count what ``index_conversations`` would send; send nothing.
 
     Items with the ids *lost* are counted as pending; see ``Mending``.
 
     Raises:
         ConfigurationError, StoreError: See ``index_conversations``.
     """
-    counts, tokens = ConversationCounts(), 0
-    unpaid: set[str] = set()
+    counts, unpaid = ConversationCounts(), set[str]()
     async with contextlib.aclosing(conversation_pages(store, options, counts, vectors.stop)) as pages:
         async for items in pages:
             offered = await asyncio.to_thread(doc_store.offer, items, keep_text=False)
             wanted = {item.id for item in offered.pending}.union(lost)
             pending = _within_limit([item for item in items if item.id in wanted], options, counts)
             texts = {item.content_hash: item.text for item in pending if item.content_hash not in unpaid}
-            tokens += await asyncio.to_thread(_unpaid_tokens, vectors, texts)
+            counts.tokens += await asyncio.to_thread(_unpaid_tokens, vectors, texts)
             unpaid |= texts.keys()
+            counts.unpaid = len(unpaid)
             if counts.pending == options.limit:
                 break
-    return ConversationEstimate(counts.pending, len(unpaid), tokens)
+    return counts
 
 
 def _within_limit(pending: list[IndexItem], options: Options, counts: ConversationCounts) -> list[IndexItem]:

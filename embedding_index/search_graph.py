@@ -12,7 +12,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -202,23 +201,16 @@ class _Translated:
             ) from exc
 
 
-def require_chromadb() -> None:
-    """Raise ConfigurationError if chromadb is not installed; it is not loaded."""
-    try:
-        version("chromadb")
-    except PackageNotFoundError as exc:
-        raise ConfigurationError(
-            "the embedding index needs the package chromadb; run `pip install -r requirements-index.txt`."
-        ) from exc
-
-
 def _open_client(path: Path) -> Client:
-    require_chromadb()
     try:
         # Loading chromadb takes a second, and most commands never need it.
         from chromadb.api import ServerAPI  # noqa: PLC0415
         from chromadb.api.client import Client  # noqa: PLC0415
         from chromadb.config import Settings, System  # noqa: PLC0415
+    except ImportError as exc:
+        raise ConfigurationError(
+            "a large embedding index needs the package chromadb; run `pip install -r requirements-index.txt`."
+        ) from exc
     except ValueError as exc:  # pydantic's; chromadb reads the environment and .env when it is imported
         raise ConfigurationError(
             "ChromaDB reads settings from the environment and .env by itself and refuses one of them (names like "

@@ -16,7 +16,7 @@ from embedding_index.ledger_copy import restore_ledger, write_copy
 from embedding_index.providers.contract import ModelIdentity, Provider
 from embedding_index.providers.opening import open_provider
 from embedding_index.search_entries import Hit, SearchEntries, mixed_message
-from embedding_index.search_graph import publish_graph, require_chromadb
+from embedding_index.search_graph import publish_graph
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch, query_vector
 from error_handler import MixedIndexError, StateDirectoryError
@@ -57,7 +57,6 @@ class SQLVectorStore:
             lock = DirectoryLock(self.directory)
             lock.acquire("wait for it to end, or set INDEX_DIR to another directory.")
             stack.callback(lock.release)
-            require_chromadb()
             self.provider = provider or open_provider(self.settings)
             if provider is None:
                 stack.callback(self.provider.close)

@@ -62,8 +62,7 @@ class OpenAIProvider:
         """
         if access.api_key is None:
             raise ConfigurationError(
-                "OPENAI_API_KEY is not set; EMBEDDING_PROVIDER=openai needs it (for a server of your own without keys, any "
-                "value will do)."
+                "OPENAI_API_KEY is not set; EMBEDDING_PROVIDER=openai needs it (any value if your own server has no keys)."
             )
         if index.dimensions is not None and not index.model.startswith(SHORTENED):
             raise ConfigurationError(
@@ -98,7 +97,7 @@ class OpenAIProvider:
         return self._count(text)
 
     def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
-        """Return the vectors of *texts* in their order; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds the whole call.
+        """Return the vectors of *texts* in their order; see ``Provider.embed``. EMBEDDING_TIMEOUT_S limits the whole call.
 
         Raises:
             UnusableVectorsError: Vectors cannot be assigned to texts, or one is not readable. It was billed.
@@ -193,11 +192,9 @@ def _failure(status: int, code: object) -> IndexingError:
 def _error_fields(body: bytes) -> dict[str, Any]:
     """Return ``error`` of the body of a refusal; empty if it has none."""
     try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        return dict(orjson.loads(body)["error"])
+    except (ValueError, TypeError, LookupError):
         return {}
-    error = fields.get("error") if isinstance(fields, dict) else None
-    return error if isinstance(error, dict) else {}
 
 
 def _wait_s(headers: httpx2.Headers) -> float | None:

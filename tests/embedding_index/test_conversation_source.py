@@ -203,7 +203,7 @@ class Site:
             name: value for name, value in asdict(counts).items() if value and name not in ("expected", "is_complete")
         }
 
-    async def estimate(self, **options: Any) -> conversation_source.ConversationEstimate:
+    async def estimate(self, **options: Any) -> conversation_source.ConversationCounts:
         async with open_store(self.uri, self.db_name, self.driver) as store:
             return await estimate_conversations(store, self.states, self.vectors, Options(self.settings, **options))
 
