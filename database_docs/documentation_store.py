@@ -1,6 +1,6 @@
 """The state of each item (pending, indexed, failed), and the documentation of tables and relationships.
 
-Losing the file costs no money: it is filled again from the sources, and the vectors are in another one.
+Losing the file costs no money, because the vectors are in another file. The next run fills it from the sources.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 5_000  # rows that are read at once
 # Sorted, so that equal values are equal texts.
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
-# State, hash and metadata are apart from the texts: a pass over 100,000 unchanged items reads little.
+# Texts have a separate table, so that a pass over 100,000 unchanged items reads little.
 _TABLES = """
 CREATE TABLE items (
     kind TEXT NOT NULL,
@@ -31,7 +31,7 @@ CREATE TABLE items (
     state TEXT NOT NULL,
     hash BLOB NOT NULL,
     metadata TEXT NOT NULL,
-    -- 1: indexed, but what the index holds as metadata is older.
+    -- 1: indexed, with older metadata.
     is_outdated INTEGER NOT NULL DEFAULT 0,
     problem TEXT,
     PRIMARY KEY (kind, name)
@@ -44,9 +44,8 @@ CREATE TABLE documentation (
     details TEXT NOT NULL,
     PRIMARY KEY (kind, name)
 ) STRICT"""
-# The items that a pass has met. Of this connection only: an interrupted pass starts again.
-_MET_TABLE = "CREATE TEMP TABLE IF NOT EXISTS met (kind TEXT, name TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
 
+_KNOWN = "SELECT state, hash, metadata, is_outdated FROM items WHERE kind = ? AND name = ?"
 _UPSERT = """
 INSERT INTO items (kind, name, state, hash, metadata) VALUES (:kind, :name, 'pending', :hash, :metadata)
 ON CONFLICT (kind, name) DO UPDATE SET
@@ -73,30 +72,26 @@ class DocumentationStore(StateFile):
     def __init__(self, path: Path | None = None) -> None:
         """Open or make the file *path*; None: ``index.sqlite3`` in INDEX_DIR. See ``StateFile``."""
         super().__init__(path if path is not None else load_index_settings().index_dir / FILE_NAME, _SCHEMA)
-        self._begun: set[Kind] = set()
+        self._met: dict[Kind, set[str]] = {}  # by the pass of a kind; an interrupted pass starts again
 
     def __enter__(self) -> DocumentationStore:
         return self
 
     def begin_pass(self, kind: Kind) -> None:
         """Begin a complete pass over the source of *kind*: offered names are noted from now on."""
-        with self.transaction() as db:
-            db.execute(_MET_TABLE)
-            db.execute("DELETE FROM met WHERE kind = ?", (kind,))
-        self._begun.add(kind)
+        self._met[kind] = set()
 
     def offer(self, items: Iterable[IndexItem], keep_text: bool = True) -> Offered:
-        """Store what the source has now, and return what must be done.
+        """Store *items* as their source has them now, and return the work they leave.
 
         Items are pending if they are new, have another text, failed before, or were never finished. Without *keep_text*,
-        only the hash of their texts is written.
+        only the hashes of their texts are stored.
         """
         return self._offer([Documentation(item, {}) for item in items], keep_text)
 
     def _offer(self, documented: Sequence[Documentation], keep_text: bool) -> Offered:
         offered, new, newer = Offered(), [], []
         with self.transaction() as db:
-            known = _known(db, documented)
             for item in (documentation.item for documentation in documented):
                 row = {
                     "kind": item.kind,
@@ -104,7 +99,10 @@ class DocumentationStore(StateFile):
                     "hash": bytes.fromhex(item.content_hash),
                     "metadata": _JSON.encode(dict(item.metadata)),
                 }
-                state, stored_hash, metadata, is_outdated = known.get((item.kind, item.name), (None, None, None, 0))
+                known = db.execute(_KNOWN, (item.kind, item.name)).fetchone()
+                state, stored_hash, metadata, is_outdated = known or (None, None, None, 0)
+                if item.kind in self._met:
+                    self._met[item.kind].add(item.name)
                 if state != State.INDEXED or stored_hash != row["hash"]:
                     offered.pending.append(item)
                     if (state, stored_hash, metadata) != (State.PENDING, row["hash"], row["metadata"]):
@@ -114,33 +112,28 @@ class DocumentationStore(StateFile):
                     newer.append(row)
             db.executemany(_UPSERT, new)
             db.executemany(_NEW_METADATA, newer)
-            if self._begun:
-                met = [(d.item.kind, d.item.name) for d in documented if d.item.kind in self._begun]
-                db.executemany("INSERT OR IGNORE INTO met VALUES (?, ?)", met)
             if keep_text:
                 db.executemany(_NEW_TEXT, map(_text_row, documented))
         return offered
 
     def end_pass(self, kind: Kind) -> list[str]:
-        """End the pass and return the names of *kind* that were not offered: the source no longer has them.
+        """End the pass and return the names of *kind* that were not offered, because the source no longer has them.
 
-        They stay here until ``remove``, so that a crash before they leave the index loses none of them.
+        They stay here until ``remove``, so that a crash before they leave the index does not lose them.
 
         Raises:
             ValueError: No pass has begun, so every name would be returned.
         """
-        if kind not in self._begun:
+        if kind not in self._met:
             raise ValueError(f"no pass of {kind} has begun")
-        self._begun.discard(kind)
-        gone = (
-            "SELECT name FROM items WHERE kind = ? AND name NOT IN (SELECT name FROM met WHERE kind = ?) ORDER BY name"
-        )
-        return [row["name"] for row in self._rows(gone, (kind, kind))]
+        met = self._met.pop(kind)
+        rows = self._rows("SELECT name FROM items WHERE kind = ? ORDER BY name", (kind,))
+        return [row["name"] for row in rows if row["name"] not in met]
 
     def sync_database(self, tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]) -> Offered:
-        """Document everything a database has now, and return what must be done.
+        """Document everything that a database has now, and return the work it leaves.
 
-        Call ``remove`` for what is gone once it has left the index, and ``mark_ended`` for the rest.
+        Call ``remove`` for removed names after they have left the index, and ``mark_ended`` for the other items.
         """
         documented_tables, documented_relationships = document_database(tables, relationships)
         done = Offered()
@@ -153,9 +146,9 @@ class DocumentationStore(StateFile):
         return done
 
     def mark_ended(self, ended: Iterable[tuple[Item, str | None]]) -> None:
-        """Mark each item as indexed with its text and metadata (None), or as failed once more (its problem).
+        """Mark each item as indexed with its text and metadata (None), or as failed (its problem).
 
-        An item whose text has changed meanwhile stays pending. A problem is one sentence without text of the item.
+        An item whose text has changed meanwhile stays pending. A problem is one sentence that does not quote the item.
         """
         done = list(ended)
         with self.transaction() as db:
@@ -192,7 +185,7 @@ class DocumentationStore(StateFile):
         return counted
 
     def items(self, kind: Kind, state: State | None = None) -> Iterator[StoredItem]:
-        """Yield the items of *kind* by name, all or those in *state*. Read in pages, so later changes may show."""
+        """Yield the items of *kind* by name, all or those in *state*. They are read in pages; later pages show changes."""
         query = (
             "SELECT i.*, d.text FROM items i LEFT JOIN documentation d ON d.kind = i.kind AND d.name = i.name "
             "WHERE i.kind = ?1 AND i.name >= ?2 AND i.name IS NOT ?3 AND (?4 IS NULL OR i.state = ?4) "
@@ -258,19 +251,6 @@ class DocumentationStore(StateFile):
                 "problem": row["problem"],
             }
         return None
-
-
-def _known(
-    db: sqlite3.Connection, chunk: Sequence[Documentation]
-) -> dict[tuple[str, str], tuple[str, bytes, str, int]]:
-    names = json.dumps([documentation.item.name for documentation in chunk])
-    kinds = json.dumps(sorted({documentation.item.kind for documentation in chunk}))
-    rows = db.execute(
-        "SELECT kind, name, state, hash, metadata, is_outdated FROM items "
-        "WHERE kind IN (SELECT value FROM json_each(?)) AND name IN (SELECT value FROM json_each(?))",
-        (kinds, names),
-    )
-    return {(row["kind"], row["name"]): tuple(row)[2:] for row in rows}
 
 
 def _text_row(documentation: Documentation) -> dict[str, str]:
