@@ -74,9 +74,6 @@ class DocumentationStore(StateFile):
         super().__init__(path if path is not None else load_index_settings().index_dir / FILE_NAME, _SCHEMA)
         self._met: dict[Kind, set[str]] = {}  # by the pass of a kind; an interrupted pass starts again
 
-    def __enter__(self) -> DocumentationStore:
-        return self
-
     def begin_pass(self, kind: Kind) -> None:
         """Begin a complete pass over the source of *kind*: offered names are noted from now on."""
         self._met[kind] = set()

@@ -106,7 +106,9 @@ async def _opened(
                 yield Index(arguments, vectors, states, BatchIndexingManager(SQLIndexerAgent(vectors)), mending, works)
             finally:
                 stop.set()
-                await asyncio.get_running_loop().shutdown_default_executor()  # no thread uses what is closed next
+                await (
+                    asyncio.get_running_loop().shutdown_default_executor()
+                )  # threads end before their files are closed
     finally:
         with ThreadPoolExecutor(1) as thread:
             await asyncio.get_running_loop().run_in_executor(thread, vectors.close)
@@ -138,7 +140,7 @@ async def _database(index: Index, chosen: IndexSettings) -> int:
 
 
 def _read_database(index: Index, url: SecretStr) -> tuple[Offered, dict[str, Any], int]:
-    """Store what the database has now; return what must be done, its statistics and its tokens."""
+    """Store the current structure of the database; return the work it leaves, its statistics and its tokens."""
     facts = read_database(url)
     done = index.states.sync_database(facts.tables, facts.relationships)
     logger.info("the database has %d tables and %d relationships", len(facts.tables), len(facts.relationships))
@@ -167,7 +169,7 @@ def _index_database(index: Index, done: Offered, outcome: report.Outcome, progre
 
 @contextmanager
 def _measured(index: Index, outcome: report.Outcome) -> Iterator[None]:
-    """Measure the time of what is done inside. If it ends with an error, report first what was done until then."""
+    """Measure the time inside. After an error of the index, report the work done until then."""
     started = time.monotonic()
     try:
         yield
@@ -236,7 +238,7 @@ def _limit_usd(arguments: argparse.Namespace) -> float | None:
 
 
 async def _may_index(index: Index, stats: dict[str, Any], tokens: int) -> bool:
-    """Return False after showing the estimate, if only that was wanted; raise if the price may not be spent."""
+    """Show the estimate and return False for ``--estimate-costs``; otherwise raise if the price may not be spent."""
     arguments, identity = index.arguments, index.vectors.identity
     if index.vectors.stop.is_set():
         raise RunInterruptedError("Stopped; nothing was sent.")

@@ -33,12 +33,12 @@ class SQLIndexerAgent:
         self.vector_store = vector_store
 
     def index_table(self, table: Info) -> bool:
-        """Index one table; see ``batch_index_tables``."""
-        return self.batch_index_tables([table])[str(table["name"])]
+        """Index one table and return whether it succeeded; see ``batch_index_tables``."""
+        return self.batch_index_tables([table]).get(str(table["name"]), False)
 
     def index_relationship(self, relationship: Info) -> bool:
-        """Index one relationship; see ``batch_index_relationships``."""
-        return self.batch_index_relationships([relationship])[str(relationship["id"])]
+        """Index one relationship and return whether it succeeded; see ``batch_index_relationships``."""
+        return self.batch_index_relationships([relationship]).get(str(relationship["id"]), False)
 
     def batch_index_tables(self, tables: Sequence[Info]) -> dict[str, bool]:
         """Index *tables* in the fewest calls and return whether each succeeded, by name.
@@ -96,7 +96,7 @@ class BatchIndexingManager:
         """Index every pending table and return whether it succeeded, by name; its state in *doc_store* follows.
 
         Raises:
-            IndexingError: The provider or the disk ended the work; the same call later resumes it.
+            IndexingError: The provider or the disk ended the work; the same call resumes it later.
         """
         return self._process(doc_store, Kind.TABLE)
 

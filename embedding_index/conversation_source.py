@@ -1,7 +1,7 @@
 """Past conversations and their classifications as items of the index.
 
-Only conversations with a stored result are indexed. Their text is what the customer said, in order: people search for a
-customer's problem, and the turns of agents (greetings, apologies, requests for a number) are alike everywhere.
+Only conversations with a stored result are indexed. Their text is that of the customer's turns: people search for a problem,
+and the turns of agents (greetings, apologies, requests for a number) are similar in all conversations.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def require_allowed(provider: Provider, *, allowed: bool) -> None:
 def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) -> IndexItem:
     """Return the item of *document* with the labels of *result*, which ``is_labelled``.
 
-    The metadata hold no customer text except the one-line summary by the model, which the results hold as well.
+    The metadata have no customer text except the one-line summary by the model, which is also in the results.
 
     Raises:
         SkippedDocumentError: The customer said nothing.
@@ -110,7 +110,7 @@ async def conversation_pages(
 ) -> AsyncGenerator[list[IndexItem], None]:
     """Yield the items of all classified conversations, page by page until *stop*, and count them in *counts*.
 
-    Conversations that arrive meanwhile may be missed; the next pass has them.
+    Conversations that arrive meanwhile may be missed; the next pass reads them.
 
     Raises:
         ConfigurationError: One of the collections does not exist.
@@ -150,7 +150,7 @@ def _items(
 
 
 async def _require_collections(store: DocumentStore, settings: Settings) -> None:
-    """Refuse a collection that does not exist: a wrong name must not look like deleted conversations."""
+    """Refuse a missing collection: a wrong name must not look like deleted conversations."""
     with translated("look for the conversations"):
         found = await store.database.list_collection_names()
     for name, variable in (
@@ -171,11 +171,11 @@ async def index_conversations(
     options: Options,
     on_ended: OnEnded | None = None,
 ) -> ConversationCounts:
-    """Index the conversations of *store*, and delete those that are gone from MongoDB from the index.
+    """Index the conversations of *store*, and delete from the index those that MongoDB no longer has.
 
-    A text that is in the index is not embedded again; if only its labels differ, they are replaced. Items are deleted
-    after a pass that was neither limited nor stopped (``vectors.stop``). *on_ended* gets the items, each with None or the
-    problem, in the thread that indexes.
+    Unchanged texts are not embedded again; changed labels are replaced. Items are deleted only after a pass that was
+    neither limited nor stopped (``vectors.stop``). *on_ended* gets the items, each with None or the problem, in the thread
+    that indexes.
 
     Raises:
         ConfigurationError: The texts may not leave your network, or a collection does not exist.

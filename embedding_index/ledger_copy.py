@@ -80,5 +80,5 @@ def _move_durably(part: Path, path: Path) -> None:
 
 def _unusable(path: Path, exc: OSError) -> StateDirectoryError:
     return StateDirectoryError(
-        f"{path} cannot be written ({exc.strerror}); free space or fix the rights, then run again."
+        f"{path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
     )

@@ -1,4 +1,4 @@
-"""Console output of ``cli.py index``: progress, outcome, prices, hits, and the confirmation of costs."""
+"""Console output of ``cli.py index``: progress, outcome, prices, hits, and the question before costs."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ KINDS = {"database": (Kind.TABLE, Kind.RELATIONSHIP), "conversations": (Kind.CON
 class Outcome:
     """The outcome of one run.
 
-    *before* is ``get_processing_stats`` before the run. *results* holds, for each kind, name -> whether it is indexed now;
-    conversations are too many to be named and only counted, in *more*. *problems* are by item id. *error* is why the run
-    ended early, or None.
+    *before* is ``get_processing_stats`` before the run. *results* has, for each kind, name -> whether it is indexed now;
+    conversations are only counted, in *more*. *problems* are by item id. *error* is the reason of an early end, or None.
     """
 
     source: str
@@ -138,9 +137,7 @@ def show_outcome(facts: dict[str, Any], *, as_json: bool, output: Path | None) -
             lines.append(f"  {name.replace('_', ' ')}: {facts[name]}")
     if facts["success_rate"] is not None:
         lines.append(f"Success rate {facts['success_rate']:.1%}, {facts['items_per_s']} items/s.")
-    lines.append(
-        f"{_spent(facts)}; {facts['reused']} vectors were there already ({facts['model']} of {facts['provider']})."
-    )
+    lines.append(f"{_spent(facts)}; {facts['reused']} stored vectors reused ({facts['model']} of {facts['provider']}).")
     if facts["all_runs"]["tokens"] > facts["tokens"]:
         lines.append(f"Since the index was made: {_spent(facts['all_runs'])}.")
     problems = facts["problems"]
@@ -161,7 +158,7 @@ def _print(lines: Iterable[str]) -> None:
 
 
 def _elsewhere(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what to do for the other source, whose items may have left the index in a rebuild."""
+    """Yield the command for the other source if its items are pending, for example after a rebuild."""
     for source, kinds in KINDS.items():
         left = sum(facts["states"][kind][State.PENDING] for kind in kinds)
         if left and source != facts["source"]:
@@ -191,7 +188,7 @@ def give_json(value: object, *, as_json: bool, output: Path | None) -> bool:
 
 
 def show_estimate(stats: dict[str, Any], tokens: int, model: str, source: str) -> None:
-    """Print what indexing sends and costs."""
+    """Print an estimate."""
     shown = {name: in_dollars(value) if name.endswith("cost") else value for name, value in stats.items()}
     lines = [f"{name.replace('_', ' ')}: {value}" for name, value in shown.items()]
     _print([*lines, f"About {tokens:,} tokens for {model}; prices from {source}. Nothing was sent."])
@@ -238,17 +235,15 @@ def in_dollars(usd: float | None) -> str:
 
 
 async def require_affordable(limit_usd: float | None, usd: float | None, price: str) -> None:
-    """Return if *usd* (None: unknown) may be spent; if it is over the limit, ask on the terminal.
-
-    *price* is the same for people.
+    """Ask on the terminal if *usd* (None: unknown) is over the limit. *price* is *usd* as text.
 
     Raises:
-        EmbeddingCostError: It may not be spent, or there is no terminal to ask on.
+        EmbeddingCostError: The answer is not yes, or there is no terminal.
     """
     if limit_usd is None or (usd is not None and usd <= limit_usd):
         return
     if sys.stdin.isatty() and sys.stderr.isatty():
-        sys.stderr.write(f"This costs {price}, more than --max-cost {limit_usd:g} allows. Go on? [y/N] ")
+        sys.stderr.write(f"This costs {price}, more than --max-cost {limit_usd:g} allows. Continue? [y/N] ")
         sys.stderr.flush()
         if (await _line()).strip().lower() in ("y", "yes"):
             return
@@ -256,7 +251,7 @@ async def require_affordable(limit_usd: float | None, usd: float | None, price: 
 
 
 async def _line() -> str:
-    """Return a line from the terminal. The event loop waits for it, so that Ctrl-C ends the wait."""
+    """Return a line from the terminal. The event loop waits for it, so Ctrl-C ends the wait."""
     loop, is_there = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(sys.stdin.fileno(), is_there.set)
     try:

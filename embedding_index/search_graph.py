@@ -168,7 +168,7 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as exc:
         raise VectorStoreError(
-            f"{path} cannot be removed ({exc.strerror}); fix the rights of its folder, then run again."
+            f"{path} cannot be removed ({exc.strerror}); fix the permissions of its folder, then run again."
         ) from exc
 
 
@@ -196,7 +196,7 @@ class _Translated:
         if isinstance(exc, foreign) or kind.__name__ == "PanicException":
             # Only the class: the text may quote what was to be stored.
             raise VectorStoreError(
-                f"ChromaDB cannot read or write {self._path} ({kind.__name__}); free space or fix its rights, then run "
+                f"ChromaDB cannot read or write {self._path} ({kind.__name__}); free space or fix its permissions, then run "
                 "`python cli.py index --batch`, which builds it again from the stored vectors without a call."
             ) from exc
 

@@ -94,9 +94,6 @@ class VectorLedger(StateFile):
         """See ``StateFile``."""
         super().__init__(path, _SCHEMA, create=create)
 
-    def __enter__(self) -> VectorLedger:
-        return self
-
     def known(self, identity: ModelIdentity, hashes: Iterable[str]) -> set[str]:
         """Return those of *hashes* that have a vector of *identity*."""
         query = "SELECT hash FROM vectors WHERE model = ? AND hash IN ({marks})"

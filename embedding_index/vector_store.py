@@ -164,5 +164,5 @@ def _make_private(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{directory} cannot be made ({exc.strerror}); fix its rights, or set INDEX_DIR to another directory."
+            f"{directory} cannot be created ({exc.strerror}); fix its permissions, or set INDEX_DIR to another directory."
         ) from exc

@@ -309,7 +309,7 @@ def test_file_that_is_no_store_is_refused(path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(path: Path) -> None:
     path.parent.write_text("a file where the folder should be")
-    with pytest.raises(StateDirectoryError, match="fix the rights"):
+    with pytest.raises(StateDirectoryError, match="fix the permissions"):
         DocumentationStore(path)
 
 

@@ -203,6 +203,8 @@ def test_one_item_at_a_time(vectors: SQLVectorStore, provider: LetterProvider) -
     assert provider.sizes == [1, 1, 1]
     assert vectors.search("zzzz", limit=1)[0].name == "zebras"
     assert {hit.name for hit in vectors.search("anything", limit=10)} == {"zebras", "z -> q", "quails"}
+    vectors.stop.set()
+    assert not agent.index_table({"name": "newts", "documentation": "never sent"})
     vectors.delete(Kind.TABLE, ["zebras", "never there"])
     assert vectors.ids() == {"relationship:z -> q", "table:quails"}
 

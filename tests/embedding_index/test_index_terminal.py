@@ -15,7 +15,7 @@ def test_the_question_for_the_price(site: IndexSite) -> None:
     for answer in ("\n", "n\n"):
         refused = site.on_terminal(*OVER, answer=answer)
         assert (refused.code, site.calls) == (2, 0), refused.out
-        assert "more than --max-cost 0 allows. Go on? [y/N]" in refused.out
+        assert "more than --max-cost 0 allows. Continue? [y/N]" in refused.out
         assert "Nothing was sent" in refused.out
     ended = site.on_terminal(*OVER, answer="^C")
     assert (ended.code, site.calls) == (130, 0), ended.out
