@@ -53,9 +53,9 @@ ON CONFLICT (kind, name) DO UPDATE SET
     problem = iif(hash = :hash, problem, NULL), hash = :hash"""
 _NEW_METADATA = "UPDATE items SET metadata = :metadata, is_outdated = 1 WHERE kind = :kind AND name = :name"
 _NEW_TEXT = """
-INSERT INTO documentation VALUES (:kind, :name, :text, :details)
-ON CONFLICT (kind, name) DO UPDATE SET text = :text, details = :details
-WHERE text <> :text OR details <> :details"""
+INSERT INTO documentation VALUES (?, ?, ?, ?)
+ON CONFLICT (kind, name) DO UPDATE SET text = excluded.text, details = excluded.details
+WHERE text <> excluded.text OR details <> excluded.details"""
 
 
 _SCHEMA = Schema(
@@ -110,7 +110,9 @@ class DocumentationStore(StateFile):
             db.executemany(_UPSERT, new)
             db.executemany(_NEW_METADATA, newer)
             if keep_text:
-                db.executemany(_NEW_TEXT, map(_text_row, documented))
+                db.executemany(
+                    _NEW_TEXT, ((d.item.kind, d.item.name, d.item.text, _JSON.encode(d.details)) for d in documented)
+                )
         return offered
 
     def end_pass(self, kind: Kind) -> list[str]:
@@ -237,23 +239,19 @@ class DocumentationStore(StateFile):
             "SELECT i.*, d.text, d.details FROM items i JOIN documentation d ON d.kind = i.kind AND d.name = i.name "
             "WHERE i.kind = ? AND i.name = ?"
         )
-        for row in self._rows(query, (kind, name)):
-            return {
-                name_key: name,
-                **json.loads(row["details"]),
-                "documentation": row["text"],
-                "metadata": json.loads(row["metadata"]),
-                "content_hash": row["hash"].hex(),
-                "status": row["state"],
-                "problem": row["problem"],
-            }
-        return None
-
-
-def _text_row(documentation: Documentation) -> dict[str, str]:
-    item = documentation.item
-    details = _JSON.encode(documentation.details)
-    return {"kind": item.kind, "name": item.name, "text": item.text, "details": details}
+        rows = self._rows(query, (kind, name))
+        if not rows:
+            return None
+        row = rows[0]
+        return {
+            name_key: name,
+            **json.loads(row["details"]),
+            "documentation": row["text"],
+            "metadata": json.loads(row["metadata"]),
+            "content_hash": row["hash"].hex(),
+            "status": row["state"],
+            "problem": row["problem"],
+        }
 
 
 def _stored_item(row: sqlite3.Row) -> StoredItem:

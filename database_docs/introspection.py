@@ -28,10 +28,8 @@ from database_docs.database_facts import (
     full_name,
 )
 
-# Databases list these like other schemas.
 _SYSTEM_SCHEMAS = {"information_schema", "sys", "performance_schema", "mysql", "pg_catalog"}
-# In these a schema is a database; only the one in the URL is read.
-_ONE_SCHEMA_DIALECTS = ("sqlite", "mysql", "mariadb")
+_ONE_SCHEMA_DIALECTS = ("sqlite", "mysql", "mariadb")  # only the database in the URL is read
 
 # Partitions are documented by their partitioned table.
 _PARTITIONS = """
@@ -54,7 +52,7 @@ Key = tuple[str | None, str]
 
 
 def read_database(url: SecretStr) -> DatabaseFacts:
-    """Return the tables, views and foreign keys of the database at *url*, in all schemas but the system's.
+    """Return the tables, views and foreign keys of the database at *url*, in all schemas except the system's.
 
     Views and virtual tables that the database itself cannot open are included with their ``problem``.
 
@@ -131,7 +129,7 @@ def _read(connection: Connection) -> DatabaseFacts:
 def _tables(
     connection: Connection, inspector: Inspector, schema: str | None, catalogue: _Catalogue
 ) -> Iterator[TableFacts]:
-    """Yield the tables and views of *schema*, with one query for each kind of facts if the dialect can."""
+    """Yield the tables and views of *schema*, with one query for each kind of facts if the dialect supports that."""
     kinds: dict[str, TableKind] = dict.fromkeys(inspector.get_table_names(schema), "table")
     kinds |= dict.fromkeys(inspector.get_view_names(schema), "view")
     if connection.dialect.name == "postgresql":

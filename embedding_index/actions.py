@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import SecretStr
 
@@ -26,7 +27,6 @@ from database_docs.sample_database import make_sample_database
 from domain.prices import price_source
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
 from embedding_index.mending import Mending, remove, sweep, update_metadata
 from embedding_index.vector_store import SQLVectorStore
@@ -38,6 +38,7 @@ from error_handler import (
     RunInterruptedError,
     StateDirectoryError,
 )
+from logger import configure_logging
 from mongo_client import DocumentStore
 from utils.process import end_soon, stop_on_signals
 
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_DATABASE, SAMPLE_INDEX = Path("data/embedded/support.sqlite3"), Path("data/embedded/index")
 HITS = 5
+SHORTEST_SECRET = 4  # characters; masking shorter ones would also mask parts of words
 
 
 @dataclass(slots=True)
@@ -92,6 +94,37 @@ def _index_settings(arguments: argparse.Namespace) -> IndexSettings:
     return chosen.model_copy(update=changes)
 
 
+def log_to(chosen: IndexSettings, settings: Settings, *, verbose: bool) -> None:
+    """Log lines of LOG_LEVEL to LOG_FILE, and warnings to stderr; with *verbose*, all lines to stderr as well. Mask secrets.
+
+    Raises:
+        ConfigurationError: LOG_FILE cannot be written.
+    """
+    level = settings.log_level if verbose or chosen.log_file is not None else "WARNING"
+    try:
+        configure_logging(
+            level,
+            file=chosen.log_file,
+            secrets=_secrets(chosen, settings),
+            stderr_level=None if verbose else "WARNING",
+        )
+    except OSError as exc:
+        raise ConfigurationError(
+            f"LOG_FILE {chosen.log_file} cannot be written ({exc.strerror}); name another."
+        ) from exc
+
+
+def _secrets(chosen: IndexSettings, settings: Settings) -> list[str]:
+    given = [chosen.database_url, load_openai_settings().api_key, settings.llm_api_key]
+    secrets = [secret.get_secret_value() for secret in given if secret is not None]
+    if chosen.database_url is not None:
+        address = chosen.database_url.get_secret_value().partition("://")[2]
+        user, found, _ = address.rpartition("@")
+        password = user.partition(":")[2] if found else ""
+        secrets += [password, unquote(password)]
+    return [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
+
+
 @asynccontextmanager
 async def _opened(
     arguments: argparse.Namespace, chosen: IndexSettings, stop: threading.Event, works: threading.Event
@@ -105,10 +138,8 @@ async def _opened(
                 works.set()
                 yield Index(arguments, vectors, states, BatchIndexingManager(SQLIndexerAgent(vectors)), mending, works)
             finally:
-                stop.set()
-                await (
-                    asyncio.get_running_loop().shutdown_default_executor()
-                )  # threads end before their files are closed
+                # After a signal, a thread may still store answers. It ends before its files are closed.
+                await asyncio.get_running_loop().shutdown_default_executor()
     finally:
         with ThreadPoolExecutor(1) as thread:
             await asyncio.get_running_loop().run_in_executor(thread, vectors.close)

@@ -255,7 +255,7 @@ def test_index_with_outdated_settings_is_reopened(site: Site, fault: str) -> Non
 def test_service_without_usable_index_returns_503_and_still_classifies(
     tmp_path: Path, state: dict[str, Any], kind: str, remedy: str
 ) -> None:
-    """503, in the answer or the log; no search where the text would leave the house."""
+    """503, in the answer or the log; no search if the text would leave the network."""
     write_index(tmp_path, **state)
     with serve(tmp_path, app=APP, API_EMBEDDED="true", ALLOW_EXTERNAL_LLM="") as service:
         site = Site(service, tmp_path)
