@@ -1,4 +1,4 @@
-"""The flags of ``cli.py index``. Packages of the index are loaded when an action needs them."""
+"""The flags of ``cli.py index``. The packages of the index are loaded when an action needs them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--provider",
         choices=("openai", "ollama", "local"),
-        help="who makes the vectors (EMBEDDING_PROVIDER; default: ollama)",
+        help="embedding provider (EMBEDDING_PROVIDER; default: ollama)",
     )
     parser.add_argument(
         "--embedding-model", metavar="NAME", help="embedding model (EMBEDDING_MODEL; default: the provider's usual one)"

@@ -1,4 +1,4 @@
-"""A read-only connection to the database of DATABASE_URL through SQLAlchemy, with errors that say what to do."""
+"""A read-only connection to the database of DATABASE_URL through SQLAlchemy, with errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ _REMEDIES = (
     (r"not a database|malformed", "name the file of a database in it"),
 )
 _USUAL_REMEDY = "check that the database runs, and correct host and port"
+_UNKNOWN_OPTION = "DATABASE_URL has an option that its driver does not know; remove what follows the question mark."
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def _parsed(url: SecretStr) -> URL:
         target = make_url(url.get_secret_value())
     except (ArgumentError, ValueError):
         target = None
-    # Raised outside the handler: the original error may quote a part of a password with an unescaped : or @.
+    # Raised outside the handler, because the original error may quote a part of a password with an unescaped : or @.
     if target is None or "@" in (target.host or ""):
         raise ConfigurationError(
             "DATABASE_URL cannot be read as an address; write it as postgresql://user:password@host:5432/database or "
@@ -85,7 +86,7 @@ def _engine(target: URL) -> Engine:
     except NoSuchModuleError:
         raise ConfigurationError(
             f"DATABASE_URL names an unknown kind of database or driver, {target.drivername}; "
-            "write postgresql:// or sqlite:///, or install the package that brings it."
+            "write postgresql:// or sqlite:///, or install its package."
         ) from None
     except ImportError as exc:
         package = exc.name or target.drivername
@@ -94,9 +95,7 @@ def _engine(target: URL) -> Engine:
             "one for PostgreSQL, other databases need their own."
         ) from exc
     except (ArgumentError, TypeError) as exc:
-        raise ConfigurationError(
-            "DATABASE_URL has an option that its driver does not know; remove what follows the question mark."
-        ) from _quotable(exc, target)
+        raise ConfigurationError(_UNKNOWN_OPTION) from _quotable(exc, target)
     if engine.dialect.is_async:
         raise ConfigurationError(
             f"DATABASE_URL names an asynchronous driver, {target.drivername}; remove the part from + to ://."
@@ -122,9 +121,7 @@ def _translated(exc: SQLAlchemyError, target: URL) -> ConfigurationError | Datab
     if any(secret in reason for secret in _secrets(target)):
         reason = ""
     if isinstance(exc, ProgrammingError) and "connection option" in str(original):
-        return ConfigurationError(
-            "DATABASE_URL has an option that its driver does not know; remove what follows the question mark."
-        )
+        return ConfigurationError(_UNKNOWN_OPTION)
     place = target.database if target.get_backend_name() == "sqlite" else _place(target)
     remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, reason)), _USUAL_REMEDY)
     said = f" ({reason or type(original).__name__})"

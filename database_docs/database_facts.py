@@ -1,4 +1,4 @@
-"""Facts about a database: names, types, keys, comments. No rows, and nothing that changes by itself."""
+"""Facts about the structure of a database: names, types, keys, comments. They do not depend on its rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def column_list(columns: Sequence[str]) -> str:
 class ColumnFacts:
     """One column.
 
-    *type* is empty if the database has none. *choices* are the labels of an enumeration; *default* is SQL;
+    *type* is empty if it has none, or one that SQLAlchemy does not know. *choices* are the labels of an enumeration; *default* is SQL;
     *is_automatic*: the database fills it.
     """
 
@@ -50,8 +50,8 @@ class TableFacts:
     """One table or view.
 
     *schema* is None if the database has only one. *unique_keys* are the columns of unique constraints and of unique
-    indexes over whole tables, without the primary key; *indexes* those of the other indexes, expressions as SQL.
-    *problem* says why only the name could be read; None if all was read.
+    indexes over whole tables, without the primary key. *indexes* are those of the other indexes, with expressions as SQL.
+    *problem* is the reason if only the name could be read, else None.
     """
 
     schema: str | None
@@ -72,7 +72,7 @@ class TableFacts:
         return full_name(self.schema, self.name)
 
     def is_unique(self, columns: Collection[str]) -> bool:
-        """Return whether no two rows can have the same values in *columns*, NULL aside."""
+        """Return whether no two rows can have the same values in *columns*, apart from NULL."""
         keys = [key for key in (self.primary_key, *self.unique_keys) if key]
         return any(set(key) <= set(columns) for key in keys)
 
@@ -104,8 +104,7 @@ class RelationshipFacts:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseFacts:
-    """Everything that was read, ordered by name. *hidden_schemas* were not read: the user may not use them."""
+    """Everything that was read, ordered by name."""
 
     tables: tuple[TableFacts, ...]
     relationships: tuple[RelationshipFacts, ...]
-    hidden_schemas: tuple[str, ...] = ()

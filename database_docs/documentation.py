@@ -29,7 +29,7 @@ class Documentation:
 def document_database(
     tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]
 ) -> tuple[list[Documentation], list[Documentation]]:
-    """Return one documentation for each of *tables* and each of *relationships*, in their order."""
+    """Return the documentation of *tables* and of *relationships*, in their order."""
     by_name = {table.full_name: table for table in tables}
     outgoing: defaultdict[str, list[RelationshipFacts]] = defaultdict(list)
     incoming: defaultdict[str, list[RelationshipFacts]] = defaultdict(list)
@@ -113,8 +113,9 @@ def _key_lines(
     for key in table.unique_keys:
         if len(key) > 1:
             yield f"Unique: {column_list(key)} together."
-    for key_columns, target in _composite_targets(outgoing):
-        yield f"Refers by {key_columns} together to {target}."
+    for foreign in outgoing:
+        if len(foreign.constrained_columns) > 1:
+            yield f"Refers by {column_list(foreign.constrained_columns)} together to {_referred(foreign)}."
     if incoming:
         names = dict.fromkeys(f"{key.constrained_table} ({column_list(key.constrained_columns)})" for key in incoming)
         yield f"Referred to by: {', '.join(names)}."
@@ -125,18 +126,12 @@ def _key_lines(
 
 
 def _targets(outgoing: Sequence[RelationshipFacts]) -> dict[str, str]:
-    """Return what single columns refer to."""
+    """Return the targets of the single columns that are foreign keys."""
     targets: defaultdict[str, list[str]] = defaultdict(list)
     for key in outgoing:
         if len(key.constrained_columns) == 1:
             targets[key.constrained_columns[0]].append(_referred(key))
     return {column: " and ".join(dict.fromkeys(found)) for column, found in targets.items()}
-
-
-def _composite_targets(outgoing: Sequence[RelationshipFacts]) -> Iterator[tuple[str, str]]:
-    for key in outgoing:
-        if len(key.constrained_columns) > 1:
-            yield column_list(key.constrained_columns), _referred(key)
 
 
 def _referred(key: RelationshipFacts) -> str:
@@ -145,7 +140,7 @@ def _referred(key: RelationshipFacts) -> str:
 
 
 def _column_line(column: ColumnFacts, target: str | None) -> str:
-    """Return what distinguishes a column. Types and defaults are in the details only: they make the search worse."""
+    """Return the line of a column, without type and default, which make the search worse."""
     line = quoted(column.name)
     if column.choices:
         line += f": one of {', '.join(column.choices)}"
@@ -157,14 +152,13 @@ def _column_line(column: ColumnFacts, target: str | None) -> str:
 
 
 def _document_relationship(key: RelationshipFacts, tables: Mapping[str, TableFacts]) -> Documentation:
-    details = asdict(key)
     metadata: dict[str, MetadataValue] = {
         "constrained_table": key.constrained_table,
         "referred_table": key.referred_table,
         "relationship_type": key.relationship_type,
     }
     text = "\n".join(_relationship_lines(key, tables))
-    return Documentation(IndexItem(Kind.RELATIONSHIP, key.id, text, metadata), details)
+    return Documentation(IndexItem(Kind.RELATIONSHIP, key.id, text, metadata), asdict(key))
 
 
 def _relationship_lines(key: RelationshipFacts, tables: Mapping[str, TableFacts]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The state of each item (pending, indexed, failed), and the documentation of tables and relationships.
 
-Losing the file costs no money: it is filled again from the sources, and the vectors are in another one.
+Losing the file costs no money, because the vectors are in another file. The next run fills it from the sources.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from typing import Any
 from config.index_settings import load_index_settings
 from database_docs.database_facts import RelationshipFacts, TableFacts
 from database_docs.documentation import Documentation, document_database
-from database_docs.items import IndexItem, Item, Kind, Offered, State, StoredItem, Synchronized
+from database_docs.items import IndexItem, Item, Kind, Offered, State, StoredItem
 from storage.state_file import Schema, StateFile
 
 FILE_NAME = "index.sqlite3"
-# Names in one query, and rows that are read at once.
-CHUNK = 5_000
+CHUNK = 5_000  # rows that are read at once
 
 # Sorted, so that equal values are equal texts.
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
-# State, hash and metadata are apart from the texts: a pass over 100,000 unchanged items reads little.
+# Texts have a separate table, so that a pass over 100,000 unchanged items reads little.
 _TABLES = """
 CREATE TABLE items (
     kind TEXT NOT NULL,
@@ -32,9 +31,8 @@ CREATE TABLE items (
     state TEXT NOT NULL,
     hash BLOB NOT NULL,
     metadata TEXT NOT NULL,
-    -- 1: indexed, but what the index holds as metadata is older.
+    -- 1: indexed, with older metadata.
     is_outdated INTEGER NOT NULL DEFAULT 0,
-    attempts INTEGER NOT NULL DEFAULT 0,
     problem TEXT,
     PRIMARY KEY (kind, name)
 ) STRICT, WITHOUT ROWID;
@@ -46,19 +44,18 @@ CREATE TABLE documentation (
     details TEXT NOT NULL,
     PRIMARY KEY (kind, name)
 ) STRICT"""
-# The items that a pass has met. Of this connection only: an interrupted pass starts again.
-_MET_TABLE = "CREATE TEMP TABLE IF NOT EXISTS met (kind TEXT, name TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
 
+_KNOWN = "SELECT state, hash, metadata, is_outdated FROM items WHERE kind = ? AND name = ?"
 _UPSERT = """
 INSERT INTO items (kind, name, state, hash, metadata) VALUES (:kind, :name, 'pending', :hash, :metadata)
 ON CONFLICT (kind, name) DO UPDATE SET
     state = 'pending', metadata = :metadata, is_outdated = 0,
-    attempts = iif(hash = :hash, attempts, 0), problem = iif(hash = :hash, problem, NULL), hash = :hash"""
+    problem = iif(hash = :hash, problem, NULL), hash = :hash"""
 _NEW_METADATA = "UPDATE items SET metadata = :metadata, is_outdated = 1 WHERE kind = :kind AND name = :name"
 _NEW_TEXT = """
-INSERT INTO documentation VALUES (:kind, :name, :text, :details)
-ON CONFLICT (kind, name) DO UPDATE SET text = :text, details = :details
-WHERE text <> :text OR details <> :details"""
+INSERT INTO documentation VALUES (?, ?, ?, ?)
+ON CONFLICT (kind, name) DO UPDATE SET text = excluded.text, details = excluded.details
+WHERE text <> excluded.text OR details <> excluded.details"""
 
 
 _SCHEMA = Schema(
@@ -76,85 +73,70 @@ class DocumentationStore(StateFile):
     def __init__(self, path: Path | None = None) -> None:
         """Open or make the file *path*; None: ``index.sqlite3`` in INDEX_DIR. See ``StateFile``."""
         super().__init__(path if path is not None else load_index_settings().index_dir / FILE_NAME, _SCHEMA)
-        self._begun: set[Kind] = set()
-
-    def __enter__(self) -> DocumentationStore:
-        return self
+        self._met: dict[Kind, set[str]] = {}  # by the pass of a kind; an interrupted pass starts again
 
     def begin_pass(self, kind: Kind) -> None:
         """Begin a complete pass over the source of *kind*: offered names are noted from now on."""
-        with self.transaction() as db:
-            db.execute(_MET_TABLE)
-            db.execute("DELETE FROM met WHERE kind = ?", (kind,))
-        self._begun.add(kind)
+        self._met[kind] = set()
 
     def offer(self, items: Iterable[IndexItem], keep_text: bool = True) -> Offered:
-        """Store what the source has now, and return what must be done.
+        """Store *items* as their source has them now, and return the work they leave.
 
         Items are pending if they are new, have another text, failed before, or were never finished. Without *keep_text*,
-        only the hash of their texts is written.
+        only the hashes of their texts are stored.
         """
         return self._offer([Documentation(item, {}) for item in items], keep_text)
 
     def _offer(self, documented: Sequence[Documentation], keep_text: bool) -> Offered:
-        offered = Offered([], [])
+        offered, new, newer = Offered(), [], []
         with self.transaction() as db:
-            for start in range(0, len(documented), CHUNK):
-                self._offer_chunk(db, documented[start : start + CHUNK], keep_text, offered)
+            for item in (documentation.item for documentation in documented):
+                row = {
+                    "kind": item.kind,
+                    "name": item.name,
+                    "hash": bytes.fromhex(item.content_hash),
+                    "metadata": _JSON.encode(dict(item.metadata)),
+                }
+                known = db.execute(_KNOWN, (item.kind, item.name)).fetchone()
+                state, stored_hash, metadata, is_outdated = known or (None, None, None, 0)
+                if item.kind in self._met:
+                    self._met[item.kind].add(item.name)
+                if state != State.INDEXED or stored_hash != row["hash"]:
+                    offered.pending.append(item)
+                    if (state, stored_hash, metadata) != (State.PENDING, row["hash"], row["metadata"]):
+                        new.append(row)
+                elif metadata != row["metadata"] or is_outdated:
+                    offered.changed.append(item)
+                    newer.append(row)
+            db.executemany(_UPSERT, new)
+            db.executemany(_NEW_METADATA, newer)
+            if keep_text:
+                db.executemany(
+                    _NEW_TEXT, ((d.item.kind, d.item.name, d.item.text, _JSON.encode(d.details)) for d in documented)
+                )
         return offered
 
-    def _offer_chunk(
-        self, db: sqlite3.Connection, chunk: Sequence[Documentation], keep_text: bool, offered: Offered
-    ) -> None:
-        known = _known(db, chunk)
-        new, newer = [], []
-        for documentation in chunk:
-            item = documentation.item
-            row = {
-                "kind": item.kind,
-                "name": item.name,
-                "hash": bytes.fromhex(item.content_hash),
-                "metadata": _JSON.encode(dict(item.metadata)),
-            }
-            state, stored_hash, metadata, is_outdated = known.get((item.kind, item.name), (None, None, None, 0))
-            if state != State.INDEXED or stored_hash != row["hash"]:
-                offered.pending.append(item)
-                if (state, stored_hash, metadata) != (State.PENDING, row["hash"], row["metadata"]):
-                    new.append(row)
-            elif metadata != row["metadata"] or is_outdated:
-                offered.changed.append(item)
-                newer.append(row)
-        db.executemany(_UPSERT, new)
-        db.executemany(_NEW_METADATA, newer)
-        if self._begun:
-            met = [(d.item.kind, d.item.name) for d in chunk if d.item.kind in self._begun]
-            db.executemany("INSERT OR IGNORE INTO met VALUES (?, ?)", met)
-        if keep_text:
-            db.executemany(_NEW_TEXT, map(_text_row, chunk))
-
     def end_pass(self, kind: Kind) -> list[str]:
-        """End the pass and return the names of *kind* that were not offered: the source no longer has them.
+        """End the pass and return the names of *kind* that were not offered, because the source no longer has them.
 
-        They stay here until ``remove``, so that a crash before they leave the index loses none of them.
+        They stay here until ``remove``, so that a crash before they leave the index does not lose them.
 
         Raises:
             ValueError: No pass has begun, so every name would be returned.
         """
-        if kind not in self._begun:
+        if kind not in self._met:
             raise ValueError(f"no pass of {kind} has begun")
-        self._begun.discard(kind)
-        gone = (
-            "SELECT name FROM items WHERE kind = ? AND name NOT IN (SELECT name FROM met WHERE kind = ?) ORDER BY name"
-        )
-        return [row["name"] for row in self._rows(gone, (kind, kind))]
+        met = self._met.pop(kind)
+        rows = self._rows("SELECT name FROM items WHERE kind = ? ORDER BY name", (kind,))
+        return [row["name"] for row in rows if row["name"] not in met]
 
-    def sync_database(self, tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]) -> Synchronized:
-        """Document everything a database has now, and return what must be done.
+    def sync_database(self, tables: Sequence[TableFacts], relationships: Sequence[RelationshipFacts]) -> Offered:
+        """Document everything that a database has now, and return the work it leaves.
 
-        Call ``remove`` for what is gone once it has left the index, and ``mark_ended`` for the rest.
+        Call ``remove`` for removed names after they have left the index, and ``mark_ended`` for the other items.
         """
         documented_tables, documented_relationships = document_database(tables, relationships)
-        done = Synchronized([], [], {})
+        done = Offered()
         for kind, documented in ((Kind.TABLE, documented_tables), (Kind.RELATIONSHIP, documented_relationships)):
             self.begin_pass(kind)
             offered = self._offer(documented, keep_text=True)
@@ -164,28 +146,28 @@ class DocumentationStore(StateFile):
         return done
 
     def mark_ended(self, ended: Iterable[tuple[Item, str | None]]) -> None:
-        """Mark each item as indexed with its text and metadata (None), or as failed once more (its problem).
+        """Mark each item as indexed with its text and metadata (None), or as failed (its problem).
 
-        An item whose text has changed meanwhile stays pending. A problem is one sentence without text of the item.
+        An item whose text has changed meanwhile stays pending. A problem is one sentence that does not quote the item.
         """
         done = list(ended)
         with self.transaction() as db:
             db.executemany(
-                "UPDATE items SET state = 'indexed', is_outdated = 0, problem = NULL, attempts = attempts + (state <> 'indexed') "
+                "UPDATE items SET state = 'indexed', is_outdated = 0, problem = NULL "
                 "WHERE kind = ? AND name = ? AND hash = ?",
                 ((item.kind, item.name, bytes.fromhex(item.content_hash)) for item, problem in done if problem is None),
             )
             db.executemany(
-                "UPDATE items SET state = 'failed', problem = ?, attempts = attempts + 1 WHERE kind = ? AND name = ?",
+                "UPDATE items SET state = 'failed', problem = ? WHERE kind = ? AND name = ?",
                 ((problem, item.kind, item.name) for item, problem in done if problem is not None),
             )
 
-    def mark_pending(self, kind: Kind, names: Iterable[str]) -> None:
-        """Mark the items *names* as pending: the index no longer has them."""
+    def mark_pending(self, ids: Iterable[str]) -> None:
+        """Mark the items *ids* as pending: the index no longer has them."""
         with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = 'pending', is_outdated = 0 WHERE kind = ? AND name = ?",
-                ((kind, name) for name in names),
+                (id_.partition(":")[::2] for id_ in ids),
             )
 
     def remove(self, kind: Kind, names: Iterable[str]) -> None:
@@ -203,7 +185,7 @@ class DocumentationStore(StateFile):
         return counted
 
     def items(self, kind: Kind, state: State | None = None) -> Iterator[StoredItem]:
-        """Yield the items of *kind* by name, all or those in *state*. Read in pages, so later changes may show."""
+        """Yield the items of *kind* by name, all or those in *state*. They are read in pages; later pages show changes."""
         query = (
             "SELECT i.*, d.text FROM items i LEFT JOIN documentation d ON d.kind = i.kind AND d.name = i.name "
             "WHERE i.kind = ?1 AND i.name >= ?2 AND i.name IS NOT ?3 AND (?4 IS NULL OR i.state = ?4) "
@@ -214,14 +196,10 @@ class DocumentationStore(StateFile):
             yield from map(_stored_item, rows)
             first = last = rows[-1]["name"]
 
-    def indexed_hashes(self) -> dict[str, str]:
-        """Return the content hash of each indexed item by its id."""
-        rows = self._rows("SELECT kind, name, hash FROM items WHERE state = 'indexed'")
+    def hashes(self, state: State | None = None) -> dict[str, str]:
+        """Return the content hash of each item by its id, of all or of those in *state*."""
+        rows = self._rows("SELECT kind, name, hash FROM items WHERE ?1 IS NULL OR state = ?1", (state,))
         return {f"{row['kind']}:{row['name']}": row["hash"].hex() for row in rows}
-
-    def content_hashes(self) -> set[str]:
-        """Return the content hashes of all items."""
-        return {row["hash"].hex() for row in self._rows("SELECT DISTINCT hash FROM items")}
 
     def get_pending_tables(self) -> list[str]:
         """Return the names of the pending tables, sorted."""
@@ -262,46 +240,23 @@ class DocumentationStore(StateFile):
             "SELECT i.*, d.text, d.details FROM items i JOIN documentation d ON d.kind = i.kind AND d.name = i.name "
             "WHERE i.kind = ? AND i.name = ?"
         )
-        for row in self._rows(query, (kind, name)):
-            return {
-                name_key: name,
-                **json.loads(row["details"]),
-                "documentation": row["text"],
-                "metadata": json.loads(row["metadata"]),
-                "content_hash": row["hash"].hex(),
-                "status": row["state"],
-                "problem": row["problem"],
-            }
-        return None
-
-
-def _known(
-    db: sqlite3.Connection, chunk: Sequence[Documentation]
-) -> dict[tuple[str, str], tuple[str, bytes, str, int]]:
-    names = json.dumps([documentation.item.name for documentation in chunk])
-    kinds = json.dumps(sorted({documentation.item.kind for documentation in chunk}))
-    rows = db.execute(
-        "SELECT kind, name, state, hash, metadata, is_outdated FROM items "
-        "WHERE kind IN (SELECT value FROM json_each(?)) AND name IN (SELECT value FROM json_each(?))",
-        (kinds, names),
-    )
-    return {(row["kind"], row["name"]): tuple(row)[2:] for row in rows}
-
-
-def _text_row(documentation: Documentation) -> dict[str, str]:
-    item = documentation.item
-    details = _JSON.encode(documentation.details)
-    return {"kind": item.kind, "name": item.name, "text": item.text, "details": details}
+        rows = self._rows(query, (kind, name))
+        if not rows:
+            return None
+        row = rows[0]
+        return {
+            name_key: name,
+            **json.loads(row["details"]),
+            "documentation": row["text"],
+            "metadata": json.loads(row["metadata"]),
+            "content_hash": row["hash"].hex(),
+            "status": row["state"],
+            "problem": row["problem"],
+        }
 
 
 def _stored_item(row: sqlite3.Row) -> StoredItem:
+    metadata = json.loads(row["metadata"])
     return StoredItem(
-        Kind(row["kind"]),
-        row["name"],
-        State(row["state"]),
-        row["hash"].hex(),
-        json.loads(row["metadata"]),
-        row["text"],
-        row["attempts"],
-        row["problem"],
+        Kind(row["kind"]), row["name"], State(row["state"]), row["hash"].hex(), metadata, row["text"], row["problem"]
     )

@@ -7,11 +7,11 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, Inspector, inspect, text
-from sqlalchemy.dialects.postgresql import DOMAIN
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.engine.reflection import ObjectKind
 from sqlalchemy.exc import CompileError, DBAPIError, NoSuchTableError, SAWarning
@@ -28,10 +28,8 @@ from database_docs.database_facts import (
     full_name,
 )
 
-# Databases list these like other schemas.
 _SYSTEM_SCHEMAS = {"information_schema", "sys", "performance_schema", "mysql", "pg_catalog"}
-# In these a schema is a database; only the one in the URL is read.
-_ONE_SCHEMA_DIALECTS = ("sqlite", "mysql", "mariadb")
+_ONE_SCHEMA_DIALECTS = ("sqlite", "mysql", "mariadb")  # only the database in the URL is read
 
 # Partitions are documented by their partitioned table.
 _PARTITIONS = """
@@ -44,13 +42,6 @@ JOIN pg_catalog.pg_class c ON c.oid = k.conrelid JOIN pg_catalog.pg_namespace n 
 WHERE k.contype = 'f' AND k.conparentid <> 0"""
 _HIDDEN_SCHEMAS = """
 SELECT nspname FROM pg_catalog.pg_namespace WHERE NOT has_schema_privilege(oid, 'USAGE') AND nspname !~ '^pg_'"""
-_POSTGRESQL_TYPES = """
-SELECT n.nspname, c.relname, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod) FROM pg_catalog.pg_attribute a
-JOIN pg_catalog.pg_class c ON c.oid = a.attrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE a.attnum > 0 AND NOT a.attisdropped AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname = :schema"""
-_SQLITE_TYPES = """
-SELECT NULL, m.name, c.name, c.type FROM sqlite_master m JOIN pragma_table_xinfo(m.name) c
-WHERE m.type = 'table' AND m.sql NOT LIKE 'CREATE VIRTUAL%'"""
 # SQLAlchemy finds these only if the foreign key is declared apart from its column.
 _SQLITE_ACTIONS = """
 SELECT m.name, k.id, k."from", k.on_delete FROM sqlite_master m JOIN pragma_foreign_key_list(m.name) k
@@ -61,7 +52,7 @@ Key = tuple[str | None, str]
 
 
 def read_database(url: SecretStr) -> DatabaseFacts:
-    """Return the tables, views and foreign keys of the database at *url*, in all schemas but the system's.
+    """Return the tables, views and foreign keys of the database at *url*, in all schemas except the system's.
 
     Views and virtual tables that the database itself cannot open are included with their ``problem``.
 
@@ -70,7 +61,7 @@ def read_database(url: SecretStr) -> DatabaseFacts:
         DatabaseUnavailableError: The database cannot be reached or read. No message shows the password.
     """
     with connected(url) as connection, warnings.catch_warnings():
-        # Warnings about types and indexes that SQLAlchemy does not know: they are read below, or left out.
+        # SQLAlchemy warns about types and indexes that it does not know. They are left out.
         warnings.simplefilter("ignore", SAWarning)
         return _read(connection)
 
@@ -82,7 +73,7 @@ class _Catalogue:
     partitions: set[Key] = field(default_factory=set)
     partitioned: set[Key] = field(default_factory=set)
     copied_keys: set[tuple[str, str, str]] = field(default_factory=set)
-    hidden_schemas: tuple[str, ...] = ()
+    hidden_schemas: set[str] = field(default_factory=set)
     unreadable: set[str] = field(default_factory=set)
     shadow_tables: set[str] = field(default_factory=set)
 
@@ -94,7 +85,7 @@ def _catalogue(connection: Connection, inspector: Inspector) -> _Catalogue:
             partitions={(schema, table) for schema, table, is_partition in partitions if is_partition},
             partitioned={(schema, table) for schema, table, is_partition in partitions if not is_partition},
             copied_keys={(schema, table, name) for schema, table, name in connection.execute(text(_COPIED_KEYS))},
-            hidden_schemas=tuple(sorted(connection.execute(text(_HIDDEN_SCHEMAS)).scalars())),
+            hidden_schemas=set(connection.execute(text(_HIDDEN_SCHEMAS)).scalars()),
         )
     if connection.dialect.name == "sqlite":
         kinds = connection.execute(text("SELECT name, type FROM pragma_table_list WHERE schema = 'main'"))
@@ -123,7 +114,7 @@ def _read(connection: Connection) -> DatabaseFacts:
     catalogue = _catalogue(connection, inspector)
     schemas: list[str | None] = [None]
     if connection.dialect.name not in _ONE_SCHEMA_DIALECTS:
-        hidden = {*_SYSTEM_SCHEMAS, *catalogue.hidden_schemas}
+        hidden = _SYSTEM_SCHEMAS | catalogue.hidden_schemas
         schemas = [name for name in sorted(inspector.get_schema_names()) if name.lower() not in hidden]
     tables = [table for schema in schemas for table in _tables(connection, inspector, schema, catalogue)]
     by_name = {table.full_name: table for table in tables}
@@ -132,24 +123,22 @@ def _read(connection: Connection) -> DatabaseFacts:
         keys = list(_with_actions(connection, keys))
     relationships = sorted(_relationships(keys, by_name), key=lambda relationship: relationship.id)
     tables.sort(key=lambda table: table.full_name)
-    return DatabaseFacts(tuple(tables), tuple(relationships), catalogue.hidden_schemas)
+    return DatabaseFacts(tuple(tables), tuple(relationships))
 
 
 def _tables(
     connection: Connection, inspector: Inspector, schema: str | None, catalogue: _Catalogue
 ) -> Iterator[TableFacts]:
-    """Yield the tables and views of *schema*, with one query for each kind of facts if the dialect can."""
+    """Yield the tables and views of *schema*, with one query for each kind of facts if the dialect supports that."""
     kinds: dict[str, TableKind] = dict.fromkeys(inspector.get_table_names(schema), "table")
     kinds |= dict.fromkeys(inspector.get_view_names(schema), "view")
     if connection.dialect.name == "postgresql":
         kinds |= dict.fromkeys(inspector.get_materialized_view_names(schema), "materialized view")
     kinds = {name: kind for name, kind in kinds.items() if name not in catalogue.shadow_tables}
     readable = [name for name in kinds if name not in catalogue.unreadable]
-    facts = _Reader(inspector, schema, readable)
-    columns = facts.of("columns")
-    keys, uniques, indexes = facts.of("pk_constraint"), facts.of("unique_constraints"), facts.of("indexes")
-    checks, comments = facts.of("check_constraints"), facts.of("table_comment")
-    types = _declared_types(connection, schema, columns)
+    of = partial(_facts_by_table, inspector, schema, readable)
+    columns, keys, uniques, indexes = map(of, ("columns", "pk_constraint", "unique_constraints", "indexes"))
+    checks, comments = of("check_constraints"), of("table_comment")
     for name, kind in kinds.items():
         place = (schema, name)
         if place in catalogue.partitions:
@@ -162,7 +151,7 @@ def _tables(
             schema,
             name,
             kind,
-            columns=tuple(_column(row, (*place, row["name"]), types, connection.dialect) for row in columns[place]),
+            columns=tuple(_column(row, connection.dialect) for row in columns[place]),
             primary_key=tuple(keys.get(place, {}).get("constrained_columns", ())),
             unique_keys=tuple(sorted(_unique_keys(uniques.get(place, []), found))),
             indexes=tuple(sorted(_other_indexes(found))),
@@ -172,103 +161,63 @@ def _tables(
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads facts of several tables at once."""
-
-    inspector: Inspector
-    schema: str | None
-    names: list[str]
-
-    def of(self, what: str) -> dict[Key, Any]:
-        """Return one kind of facts by table; empty if the dialect has none of that kind."""
-        if not self.names:
-            return {}
-        # SQLite only, where some names are left out: a condition over thousands of names is slow.
-        names = self.names if self.inspector.dialect.name == "sqlite" else None
-        try:
-            read = getattr(self.inspector, f"get_multi_{what}")
-            return dict(read(schema=self.schema, filter_names=names, kind=ObjectKind.ANY))
-        except NotImplementedError:
-            return {}
-
-
-def _declared_types(
-    connection: Connection, schema: str | None, columns: Mapping[Key, list[Row]]
-) -> dict[tuple[str | None, str, str], str]:
-    """Return the types as the database writes them, by column, if SQLAlchemy knows less."""
-    dialect = connection.dialect.name
-    if dialect == "sqlite":
-        query = _SQLITE_TYPES
-    elif dialect == "postgresql" and any(
-        isinstance(row["type"], NullType) for rows in columns.values() for row in rows
-    ):
-        query = _POSTGRESQL_TYPES
-    else:
+def _facts_by_table(inspector: Inspector, schema: str | None, names: list[str], what: str) -> dict[Key, Any]:
+    """Return one kind of facts of the tables *names*; empty if the dialect has none of that kind."""
+    if not names:
         return {}
-    rows = connection.execute(text(query), {"schema": schema} if schema else {})
-    return {(schema, table, column): declared for schema, table, column, declared in rows}
+    # Only for SQLite are some tables of a schema left out; a condition over thousands of names is slow.
+    chosen = names if inspector.dialect.name == "sqlite" else None
+    try:
+        read = getattr(inspector, f"get_multi_{what}")
+        return dict(read(schema=schema, filter_names=chosen, kind=ObjectKind.ANY))
+    except NotImplementedError:
+        return {}
 
 
-def _column(row: Row, place: tuple[str | None, str, str], types: Mapping[Any, str], dialect: Dialect) -> ColumnFacts:
-    default = row.get("default")
+def _column(row: Row, dialect: Dialect) -> ColumnFacts:
+    default, kind = row.get("default"), row["type"]
     is_automatic = bool(row.get("identity") or row.get("computed") or "nextval(" in str(default))
-    kind: TypeEngine[Any] = row["type"]
-    choices: tuple[str, ...] = ()
-    known = "" if isinstance(kind, NullType) else _type_text(kind, dialect)
-    declared = types.get(place) or known if dialect.name == "sqlite" else known or types.get(place, "")
-    while isinstance(kind, ARRAY):
-        kind = kind.item_type
-    if isinstance(kind, Enum):
-        choices = tuple(kind.enums)
+    element = kind.item_type if isinstance(kind, ARRAY) else kind
     return ColumnFacts(
         row["name"],
-        declared,
+        _type_text(kind, dialect),
         is_nullable=bool(row["nullable"]),
         default=None if is_automatic or default is None else str(default),
         comment=row.get("comment") or None,
         is_automatic=is_automatic,
-        choices=choices,
+        choices=tuple(element.enums) if isinstance(element, Enum) else (),
     )
 
 
 def _type_text(kind: TypeEngine[Any], dialect: Dialect) -> str:
-    if isinstance(kind, ARRAY):
-        return _type_text(kind.item_type, dialect) + "[]" * (kind.dimensions or 1)
-    if isinstance(kind, DOMAIN):
-        return f"{kind.name} ({_type_text(kind.data_type, dialect)})"
-    if isinstance(kind, Enum) and kind.name:
-        return str(kind.name)
+    if isinstance(kind, NullType):
+        return ""
     try:
         return kind.compile(dialect=dialect)
     except CompileError:
         return type(kind).__name__
 
 
-def _is_partial(index: Row) -> bool:
-    return any(option.endswith("_where") and value is not None for option, value in _options(index).items())
-
-
-def _options(index: Row) -> Mapping[str, Any]:
-    options: Mapping[str, Any] = index.get("dialect_options") or {}
-    return options
+def _is_key(index: Row) -> bool:
+    """Return whether *index* is unique over whole rows: without a condition and without expressions."""
+    options = index.get("dialect_options") or {}
+    is_partial = any(option.endswith("_where") and value is not None for option, value in options.items())
+    return bool(index["unique"]) and not is_partial and not index.get("expressions")
 
 
 def _unique_keys(constraints: Iterable[Row], indexes: Iterable[Row]) -> set[tuple[str, ...]]:
-    keys = {tuple(row["column_names"]) for row in constraints}
-    whole = (row for row in indexes if row["unique"] and not _is_partial(row) and not row.get("expressions"))
-    return keys | {tuple(row["column_names"]) for row in whole}
+    return {tuple(row["column_names"]) for row in (*constraints, *filter(_is_key, indexes))}
 
 
 def _other_indexes(indexes: Iterable[Row]) -> set[tuple[str, ...]]:
-    others = (row for row in indexes if not row["unique"] or _is_partial(row) or row.get("expressions"))
+    others = (row for row in indexes if not _is_key(row))
     return {tuple(str(part) for part in row.get("expressions") or row["column_names"]) for row in others}
 
 
 def _foreign_keys(inspector: Inspector, schema: str | None, catalogue: _Catalogue) -> Iterator[tuple[Key, Row]]:
     names = inspector.get_table_names(schema)
     readable = [name for name in names if name not in catalogue.unreadable | catalogue.shadow_tables]
-    for place, rows in _Reader(inspector, schema, readable).of("foreign_keys").items():
+    for place, rows in _facts_by_table(inspector, schema, readable, "foreign_keys").items():
         if place in catalogue.partitions:
             continue
         for row in rows:

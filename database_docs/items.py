@@ -48,7 +48,7 @@ def content_hash(text: str) -> str:
 
 
 class State(StrEnum):
-    """PENDING: not in the index, or with an older text. FAILED: like pending, with a known reason; offered again, pending."""
+    """PENDING: not in the index, or with an older text. FAILED: pending with a known reason; PENDING if offered again."""
 
     PENDING = "pending"
     INDEXED = "indexed"
@@ -57,28 +57,20 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """The work that one offer of items leaves, in the order of the items.
+    """The work after items were offered, in their order.
 
     *pending* must be embedded and indexed. *changed* are indexed with older metadata; they are returned as changed until
-    ``DocumentationStore.mark_ended``.
+    ``DocumentationStore.mark_ended``. *removed* has the names, by kind, that a database no longer has.
     """
 
-    pending: list[IndexItem]
-    changed: list[IndexItem]
-
-
-@dataclass(frozen=True, slots=True)
-class Synchronized:
-    """The work after the database was read; *removed* holds the names that it no longer has, by kind."""
-
-    pending: list[IndexItem]
-    changed: list[IndexItem]
-    removed: dict[Kind, list[str]]
+    pending: list[IndexItem] = field(default_factory=list)
+    changed: list[IndexItem] = field(default_factory=list)
+    removed: dict[Kind, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredItem:
-    """One item of the documentation store. *text* is None if it is not stored; *attempts* counts those with this text."""
+    """One item of the documentation store. *text* is None if it is not stored."""
 
     kind: Kind
     name: str
@@ -86,7 +78,6 @@ class StoredItem:
     content_hash: str
     metadata: Mapping[str, MetadataValue]
     text: str | None
-    attempts: int
     problem: str | None
 
     @property
@@ -97,5 +88,5 @@ class StoredItem:
 
 Item = IndexItem | StoredItem
 Ended = Sequence[tuple[IndexItem, str | None]]
-"""Items whose indexing has ended: each with None, or with one sentence that says why it is not in the index."""
+"""Items that were indexed, each with None, or with one sentence on why it failed."""
 OnEnded = Callable[[Ended], None]

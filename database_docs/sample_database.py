@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from error_handler import ConfigurationError
+from error_handler import ConfigurationError, StateDirectoryError
+from storage.files import replace_file
 
 # Written into the file (sqlite.org/fileformat.html, offset 68): other databases are never replaced.
 APPLICATION_ID = 0x7472_6961
@@ -18,31 +17,21 @@ SAMPLE_SCHEMA = Path(__file__).parent.parent / "schema_examples/support_database
 def make_sample_database(path: Path) -> None:
     """Make the SQLite file *path* with the tables of ``schema_examples/support_database.sql``.
 
-    An older file of this function is replaced, nothing else.
-
-    Readers see the old file or the new one, never a part.
+    An older sample is replaced in one step; no other file is.
 
     Raises:
         ConfigurationError: *path* cannot be written, or is another file.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _refuse_other_files(path)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)
-        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with closing(sqlite3.connect(beside)) as database:
-            database.executescript(
-                f"PRAGMA application_id = {APPLICATION_ID}; BEGIN;\n{SAMPLE_SCHEMA.read_text(encoding='utf-8')}\nCOMMIT;"
-            )
-        os.replace(beside, path)
-    except (OSError, sqlite3.Error) as exc:
+        with closing(sqlite3.connect(":memory:")) as database:
+            database.executescript(f"PRAGMA application_id = {APPLICATION_ID};\n{SAMPLE_SCHEMA.read_text('utf-8')}")
+            replace_file(path, database.serialize())
+    except (OSError, StateDirectoryError) as exc:
         raise ConfigurationError(
-            f"the sample database {path} cannot be written ({type(exc).__name__}); free space or fix the rights."
+            f"the sample database {path} cannot be written ({type(exc).__name__}); free space or fix the permissions."
         ) from exc
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def _refuse_other_files(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import SecretStr
 
@@ -20,15 +22,13 @@ from config.index_settings import IndexSettings, load_index_settings
 from config.openai_settings import load_openai_settings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.introspection import read_database
-from database_docs.items import Ended, Synchronized
+from database_docs.items import Ended, Kind, Offered
 from database_docs.sample_database import make_sample_database
 from domain.prices import price_source
 from embedding_index import conversation_source, report
 from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.index_logs import log_to
 from embedding_index.index_reader import IndexReader
-from embedding_index.mending import Mending, StatesAfterMending, remove, sweep, update_metadata
-from embedding_index.report import Spending, require_affordable
+from embedding_index.mending import Mending, remove, sweep, update_metadata
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
     ConfigurationError,
@@ -38,6 +38,7 @@ from error_handler import (
     RunInterruptedError,
     StateDirectoryError,
 )
+from logger import configure_logging
 from mongo_client import DocumentStore
 from utils.process import end_soon, stop_on_signals
 
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_DATABASE, SAMPLE_INDEX = Path("data/embedded/support.sqlite3"), Path("data/embedded/index")
 HITS = 5
-STOPPED = "Stopped; the same command resumes where this one stopped."
+SHORTEST_SECRET = 4  # characters; masking shorter ones would also mask parts of words
 
 
 @dataclass(slots=True)
@@ -57,16 +58,14 @@ class Index:
     states: DocumentationStore
     manager: BatchIndexingManager
     mending: Mending
-    spending: Spending
-    stop: asyncio.Event
-    works: asyncio.Event
+    works: threading.Event
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Do one action; see ``Command``."""
     chosen = _index_settings(arguments)
     log_to(chosen, settings, verbose=arguments.verbose)
-    stop, works = asyncio.Event(), asyncio.Event()
+    stop, works = threading.Event(), threading.Event()
 
     def is_working() -> bool:
         if not works.is_set():
@@ -95,47 +94,65 @@ def _index_settings(arguments: argparse.Namespace) -> IndexSettings:
     return chosen.model_copy(update=changes)
 
 
+def log_to(chosen: IndexSettings, settings: Settings, *, verbose: bool) -> None:
+    """Log lines of LOG_LEVEL to LOG_FILE, and warnings to stderr; with *verbose*, all lines to stderr as well. Mask secrets.
+
+    Raises:
+        ConfigurationError: LOG_FILE cannot be written.
+    """
+    level = settings.log_level if verbose or chosen.log_file is not None else "WARNING"
+    try:
+        configure_logging(
+            level,
+            file=chosen.log_file,
+            secrets=_secrets(chosen, settings),
+            stderr_level=None if verbose else "WARNING",
+        )
+    except OSError as exc:
+        raise ConfigurationError(
+            f"LOG_FILE {chosen.log_file} cannot be written ({exc.strerror}); name another."
+        ) from exc
+
+
+def _secrets(chosen: IndexSettings, settings: Settings) -> list[str]:
+    given = [chosen.database_url, load_openai_settings().api_key, settings.llm_api_key]
+    secrets = [secret.get_secret_value() for secret in given if secret is not None]
+    if chosen.database_url is not None:
+        address = chosen.database_url.get_secret_value().partition("://")[2]
+        user, found, _ = address.rpartition("@")
+        password = user.partition(":")[2] if found else ""
+        secrets += [password, unquote(password)]
+    return [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
+
+
 @asynccontextmanager
 async def _opened(
-    arguments: argparse.Namespace, chosen: IndexSettings, stop: asyncio.Event, works: asyncio.Event
+    arguments: argparse.Namespace, chosen: IndexSettings, stop: threading.Event, works: threading.Event
 ) -> AsyncIterator[Index]:
-    vectors = await asyncio.to_thread(_open_vectors, arguments, chosen)
-    watch = asyncio.create_task(_hand_on(stop, vectors))
+    vectors = await asyncio.to_thread(_open_vectors, arguments, chosen, stop)
     try:
         with DocumentationStore(chosen.index_dir / "index.sqlite3") as states:
-            manager = BatchIndexingManager(SQLIndexerAgent(vectors))
-            mending = await asyncio.to_thread(
-                Mending, vectors, states, rebuild=arguments.rebuild or vectors.is_other_model
-            )
-            spending = Spending(arguments.max_cost, arguments.yes)
-            index = Index(arguments, vectors, states, manager, mending, spending, stop, works)
             try:
+                is_rebuild = arguments.rebuild or vectors.is_other_model
+                mending = await asyncio.to_thread(Mending, vectors, states, rebuild=is_rebuild)
                 works.set()
-                if not arguments.estimate_costs and (mending.is_free or not spending.has_limit):
-                    await asyncio.to_thread(mending.mend)
-                yield index
+                yield Index(arguments, vectors, states, BatchIndexingManager(SQLIndexerAgent(vectors)), mending, works)
             finally:
-                vectors.stop.set()
-                await asyncio.get_running_loop().shutdown_default_executor()  # no thread uses what is closed next
+                # After a signal, a thread may still store answers. It ends before its files are closed.
+                await asyncio.get_running_loop().shutdown_default_executor()
     finally:
-        watch.cancel()
         with ThreadPoolExecutor(1) as thread:
             await asyncio.get_running_loop().run_in_executor(thread, vectors.close)
 
 
-def _open_vectors(arguments: argparse.Namespace, chosen: IndexSettings) -> SQLVectorStore:
+def _open_vectors(arguments: argparse.Namespace, chosen: IndexSettings, stop: threading.Event) -> SQLVectorStore:
     try:
-        return SQLVectorStore(chosen, rebuild=arguments.rebuild)
+        return SQLVectorStore(chosen, rebuild=arguments.rebuild, stop=stop)
     except MixedIndexError as exc:
         if not arguments.estimate_costs:
             raise
         report.say(f"{exc} The estimate below is for --rebuild.")
-        return SQLVectorStore(chosen, rebuild=True)  # nothing is replaced without ``Mending.mend``
-
-
-async def _hand_on(stop: asyncio.Event, vectors: SQLVectorStore) -> None:
-    await stop.wait()
-    vectors.stop.set()
+        return SQLVectorStore(chosen, rebuild=True, stop=stop)  # nothing is replaced without ``Mending.mend``
 
 
 async def _database(index: Index, chosen: IndexSettings) -> int:
@@ -144,39 +161,46 @@ async def _database(index: Index, chosen: IndexSettings) -> int:
             "DATABASE_URL is not set; set it to the database to document, try the sample with --sample, or index "
             "--source conversations."
         )
-    facts = await asyncio.to_thread(read_database, chosen.database_url)
-    done = await asyncio.to_thread(index.states.sync_database, facts.tables, facts.relationships)
-    logger.info("the database has %d tables and %d relationships", len(facts.tables), len(facts.relationships))
-    pending = index.mending.pending(done.removed)
-    before = await asyncio.to_thread(index.manager.get_processing_stats, pending)
-    tokens = await asyncio.to_thread(_tokens, index.manager, pending)
-    if index.arguments.estimate_costs:
-        return _show_estimate(index, before, tokens)
-    await _require_affordable(index, before["total_estimated_cost"], tokens)
-    outcome = _outcome(index, before)
-    outcome.removed = await asyncio.to_thread(_renew, index, done)
-    with report.IndexProgress("Indexing", before["total_pending"]) as progress, _measured(index, outcome):
-
-        def note(ended: Ended) -> None:
-            progress.failed(outcome.count(ended))
-            progress.reached(outcome.indexed + outcome.failed)
-
-        manager = BatchIndexingManager(index.manager.indexer, note)
-        process = manager.batch_process_pending_tables
-        outcome.results["tables"] = await asyncio.to_thread(process, index.states)
-        process = manager.batch_process_pending_relationships
-        outcome.results["relationships"] = await asyncio.to_thread(process, index.states)
+    done, stats, tokens = await asyncio.to_thread(_read_database, index, chosen.database_url)
+    if not await _may_index(index, stats, tokens):
+        return ExitCode.DONE
+    outcome = report.Outcome("database", stats)
+    with report.IndexProgress("Indexing", outcome, stats["total_pending"]) as progress, _measured(index, outcome):
+        await asyncio.to_thread(_index_database, index, done, outcome, progress)
     return _finish(index, outcome)
 
 
-def _tokens(manager: BatchIndexingManager, pending: StatesAfterMending) -> int:
-    texts = [text for texts in manager.pending_texts(pending) for text in texts]
-    return int(manager.estimate_embedding_costs(manager.unpaid(texts))["estimated_tokens"])
+def _read_database(index: Index, url: SecretStr) -> tuple[Offered, dict[str, Any], int]:
+    """Store the current structure of the database; return the work it leaves, its statistics and its tokens."""
+    facts = read_database(url)
+    done = index.states.sync_database(facts.tables, facts.relationships)
+    logger.info("the database has %d tables and %d relationships", len(facts.tables), len(facts.relationships))
+    pending = [index.mending.pending_texts(kind, names) for kind, names in done.removed.items()]
+    manager = index.manager
+    tokens = manager.estimate_embedding_costs(manager.unpaid([text for texts in pending for text in texts]))
+    return done, manager.stats_of(*pending), int(tokens["estimated_tokens"])
+
+
+def _index_database(index: Index, done: Offered, outcome: report.Outcome, progress: report.IndexProgress) -> None:
+    def note(ended: Ended) -> None:
+        outcome.count(ended)
+        progress.reached(outcome.indexed + outcome.failed)
+
+    vectors, states = index.vectors, index.states
+    index.mending.mend()
+    for kind, names in done.removed.items():
+        remove(vectors, states, kind, names)
+        outcome.removed += len(names)
+    sweep(vectors, states, report.KINDS["database"])
+    update_metadata(vectors, states, done.changed)
+    manager = BatchIndexingManager(index.manager.indexer, note)
+    outcome.results["tables"] = manager.batch_process_pending_tables(states)
+    outcome.results["relationships"] = manager.batch_process_pending_relationships(states)
 
 
 @contextmanager
 def _measured(index: Index, outcome: report.Outcome) -> Iterator[None]:
-    """Measure the time of what is done inside. If it ends with an error, report first what was done until then."""
+    """Measure the time inside. After an error of the index, report the work done until then."""
     started = time.monotonic()
     try:
         yield
@@ -190,7 +214,6 @@ def _measured(index: Index, outcome: report.Outcome) -> Iterator[None]:
 
 
 async def _conversations(settings: Settings, index: Index) -> int:
-    """Index classified conversations, or estimate what that costs."""
     documents = DocumentStore(settings)
     try:
         await documents.check()
@@ -200,124 +223,93 @@ async def _conversations(settings: Settings, index: Index) -> int:
 
 
 async def _index_conversations(settings: Settings, index: Index, documents: DocumentStore) -> int:
-    arguments, allowed = index.arguments, _is_allowed(index.arguments)
+    arguments, vectors, allowed = index.arguments, index.vectors, _is_allowed(index.arguments)
+    outcome = report.Outcome("conversations")
 
     def options(progress: report.IndexProgress) -> conversation_source.Options:
-        return conversation_source.Options(
-            settings,
-            limit=arguments.limit,
-            allow_external=allowed,
-            on_read=lambda counts: progress.reached(counts.read, of=counts.expected),
-        )
+        def show(counts: conversation_source.ConversationCounts) -> None:
+            progress.reached(counts.read, of=counts.expected)
 
-    conversation_source.require_allowed(index.vectors.provider, allowed=allowed)
-    stats: dict[str, Any] = {}
-    if arguments.estimate_costs or index.spending.has_limit:  # reads all conversations once more
-        with report.IndexProgress("Reading conversations") as progress:
+        return conversation_source.Options(settings, arguments.limit, allowed, show)
+
+    conversation_source.require_allowed(vectors.provider, allowed=allowed)
+    if arguments.estimate_costs or _limit_usd(arguments) is not None:  # reads all conversations once more
+        with report.IndexProgress("Reading conversations", outcome) as progress:
             made = await conversation_source.estimate_conversations(
-                documents, index.mending.pending({}), index.vectors, options(progress), stop=index.stop
+                documents, index.states, vectors, options(progress), index.mending.lost
             )
-        stats = _conversation_stats(index, made)
-        if arguments.estimate_costs:
-            return _show_estimate(index, stats, made.tokens)
-        await _require_affordable(index, stats["total_estimated_cost"], made.tokens)
-    outcome = _outcome(index, stats)
-    with report.IndexProgress("Reading and indexing conversations") as progress, _measured(index, outcome):
+        outcome.before = {
+            "pending_conversations": made.pending,
+            "total_estimated_cost": index.manager.price(made.tokens),
+            "batch_size": index.manager.batch_size,
+            "estimated_batches": -(-made.unpaid // index.manager.batch_size),
+        }
+        if not await _may_index(index, outcome.before, made.tokens):
+            return ExitCode.DONE
+    with report.IndexProgress("Reading and indexing conversations", outcome) as progress, _measured(index, outcome):
+        await asyncio.to_thread(index.mending.mend)
         counts = await conversation_source.index_conversations(
-            documents,
-            index.states,
-            index.manager.indexer,
-            options(progress),
-            stop=index.stop,
-            on_ended=lambda ended: progress.failed(outcome.count(ended)),
+            documents, index.states, vectors, options(progress), outcome.count
         )
-    if counts.is_complete:
-        await asyncio.to_thread(_forget, index)
+    # A vector that the states do not know may be in use if states were lost.
+    if counts.is_complete and await asyncio.to_thread(sweep, vectors, index.states, (Kind.CONVERSATION,)):
+        await asyncio.to_thread(vectors.ledger.keep_only, index.states.hashes().values())
     outcome.removed = counts.removed
     outcome.more = {name: getattr(counts, name) for name in ("read", "unclassified", "without_text", "changed")}
     return _finish(index, outcome)
-
-
-def _forget(index: Index) -> None:
-    """Delete vectors that no item has any more, unless states were lost: a vector they do not know may be in use."""
-    if sweep(index.vectors, index.states, report.KINDS["conversations"]):
-        index.vectors.forget_others(index.states.content_hashes())
 
 
 def _is_allowed(arguments: argparse.Namespace) -> bool:
     return arguments.allow_external or load_openai_settings().allow_external
 
 
-def _conversation_stats(index: Index, made: conversation_source.ConversationEstimate) -> dict[str, Any]:
-    return {
-        "pending_conversations": made.pending,
-        "total_estimated_cost": index.manager.price(made.tokens),
-        "batch_size": index.manager.batch_size,
-        "estimated_batches": -(-made.unpaid // index.manager.batch_size),
-    }
+def _limit_usd(arguments: argparse.Namespace) -> float | None:
+    """Return the most that may be spent without asking; None if there is no limit."""
+    return None if arguments.yes else arguments.max_cost
 
 
-def _show_estimate(index: Index, stats: dict[str, Any], tokens: int) -> int:
-    if index.stop.is_set():
+async def _may_index(index: Index, stats: dict[str, Any], tokens: int) -> bool:
+    """Show the estimate and return False for ``--estimate-costs``; otherwise raise if the price may not be spent."""
+    arguments, identity = index.arguments, index.vectors.identity
+    if index.vectors.stop.is_set():
         raise RunInterruptedError("Stopped; nothing was sent.")
-    identity = index.vectors.identity
-    more = {
-        "estimated_tokens": tokens,
-        "provider": identity.provider,
-        "model": identity.model,
-        "prices_from": price_source(),
-    }
-    if not report.give_json({**stats, **more}, as_json=index.arguments.json, output=index.arguments.output):
-        report.show_estimate(stats, tokens, str(identity), price_source())
-    return ExitCode.DONE
-
-
-async def _require_affordable(index: Index, usd: float | None, tokens: int) -> None:
-    """Raise unless the price may be spent; then mend what waited for that."""
-    if index.stop.is_set():
-        raise RunInterruptedError("Stopped; nothing was sent.")
-    price = f"{report.in_dollars(usd)} for about {tokens:,} tokens with {index.vectors.identity.model}"
+    if arguments.estimate_costs:
+        facts = {
+            **stats,
+            "estimated_tokens": tokens,
+            "provider": identity.provider,
+            "model": identity.model,
+            "prices_from": price_source(),
+        }
+        if not report.give_json(facts, as_json=arguments.json, output=arguments.output):
+            report.show_estimate(stats, tokens, str(identity), price_source())
+        return False
+    usd = stats["total_estimated_cost"]
+    price = f"{report.in_dollars(usd)} for about {tokens:,} tokens with {identity.model}"
     index.works.clear()
-    await require_affordable(index.spending, usd, price)
+    await report.require_affordable(_limit_usd(arguments), usd, price)
     index.works.set()
-    await asyncio.to_thread(index.mending.mend)
-
-
-def _outcome(index: Index, before: dict[str, Any]) -> report.Outcome:
-    identity = index.vectors.identity
-    return report.Outcome(index.arguments.source, identity.provider, identity.model, identity.dimensions, before)
-
-
-def _renew(index: Index, done: Synchronized) -> int:
-    """Delete what the database no longer has from the entries, then from the states; return how many items that were."""
-    for kind, names in done.removed.items():
-        remove(index.vectors, index.states, kind, names)
-    sweep(index.vectors, index.states, report.KINDS["database"])
-    update_metadata(index.vectors, index.states, done.changed)
-    return sum(map(len, done.removed.values()))
+    return True
 
 
 def _finish(index: Index, outcome: report.Outcome) -> int:
-    outcome.is_interrupted = index.stop.is_set()
+    outcome.is_interrupted = index.vectors.stop.is_set()
     _show(index, outcome)
     if outcome.is_interrupted:
-        raise RunInterruptedError(STOPPED)
+        raise RunInterruptedError("Stopped; the same command resumes where this one stopped.")
     return ExitCode.INCOMPLETE if outcome.failed else ExitCode.DONE
 
 
 def _show(index: Index, outcome: report.Outcome) -> None:
-    counts = index.vectors.counts
-    outcome.dimensions = index.vectors.identity.dimensions
-    outcome.calls, outcome.tokens, outcome.reused = counts.calls, counts.tokens, counts.reused
-    outcome.cost_usd = index.manager.price(counts.tokens)
-    spent = index.vectors.ledger.totals(index.vectors.identity)
-    outcome.all_runs = report.Spent(spent.calls, spent.tokens, index.manager.price(spent.tokens))
-    outcome.states = index.states.counts()
+    vectors, counts = index.vectors, index.vectors.counts
+    identity = vectors.identity
     logger.info(
         "%d items indexed, %d failed, %d removed in %.1f s: %d calls, %d tokens",
-        *(outcome.indexed, outcome.failed, outcome.removed, outcome.duration_s, outcome.calls, outcome.tokens),
+        *(outcome.indexed, outcome.failed, outcome.removed, outcome.duration_s, counts.calls, counts.tokens),
     )
-    report.show_outcome(outcome, as_json=index.arguments.json, output=index.arguments.output)
+    spent = vectors.ledger.totals(identity)
+    facts = outcome.as_dict(identity, counts, spent, index.manager.price) | {"states": index.states.counts()}
+    report.show_outcome(facts, as_json=index.arguments.json, output=index.arguments.output)
 
 
 def _search(arguments: argparse.Namespace, chosen: IndexSettings) -> int:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from database_docs.documentation_store import DocumentationStore
-from database_docs.items import Ended, IndexItem, Kind, OnEnded, content_hash
+from database_docs.items import Ended, IndexItem, Kind, OnEnded, State, content_hash
 from domain.prices import embedding_price
 from embedding_index.inputs import pack
-from embedding_index.mending import StatesAfterMending
 from embedding_index.vector_store import SQLVectorStore
 
 logger = logging.getLogger(__name__)
 
 FREE = ("ollama", "local")  # providers on your own machines
-UNREADABLE = "the documentation store has nothing under this name"
 
 Info = Mapping[str, Any]
 
@@ -27,25 +25,25 @@ class SQLIndexerAgent:
     """Indexes tables and relationships into *vector_store*, which the caller closes.
 
     A table is ``{"name", "documentation", "business_purpose"?, "schema"?, "metadata"?}``; a relationship is
-    ``{"id", "documentation", "type"?, "tables"?, "metadata"?}``. Their text is the documentation; if that is empty, it is
-    made of the rest.
+    ``{"id", "documentation", "type"?, "tables"?, "metadata"?}``. Their text is the documentation, or is made of
+    the other fields if that is empty.
     """
 
     def __init__(self, vector_store: SQLVectorStore) -> None:
         self.vector_store = vector_store
 
     def index_table(self, table: Info) -> bool:
-        """Index one table; see ``batch_index_tables``."""
-        return self.batch_index_tables([table])[str(table["name"])]
+        """Index one table and return whether it succeeded; see ``batch_index_tables``."""
+        return self.batch_index_tables([table]).get(str(table["name"]), False)
 
     def index_relationship(self, relationship: Info) -> bool:
-        """Index one relationship; see ``batch_index_relationships``."""
-        return self.batch_index_relationships([relationship])[str(relationship["id"])]
+        """Index one relationship and return whether it succeeded; see ``batch_index_relationships``."""
+        return self.batch_index_relationships([relationship]).get(str(relationship["id"]), False)
 
     def batch_index_tables(self, tables: Sequence[Info]) -> dict[str, bool]:
         """Index *tables* in the fewest calls and return whether each succeeded, by name.
 
-        A bad one fails alone. A table that no call was made for, because the store was told to stop, is not in the result.
+        A bad one fails alone. After a stop, tables for which no call was made are not in the result.
 
         Raises:
             IndexingError: The provider or the disk ended the work; what is done is stored.
@@ -56,13 +54,9 @@ class SQLIndexerAgent:
         """Index *relationships* by id; see ``batch_index_tables``."""
         return self._index(_item(Kind.RELATIONSHIP, str(each["id"]), each, "type") for each in relationships)
 
-    def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
-        """Index *items* of any kind; see ``SQLVectorStore.index``."""
-        self.vector_store.index(items, on_ended)
-
     def _index(self, items: Iterable[IndexItem]) -> dict[str, bool]:
         results: dict[str, bool] = {}
-        self.index_items(
+        self.vector_store.index(
             list(items), lambda ended: results.update((item.name, problem is None) for item, problem in ended)
         )
         return results
@@ -102,23 +96,29 @@ class BatchIndexingManager:
         """Index every pending table and return whether it succeeded, by name; its state in *doc_store* follows.
 
         Raises:
-            IndexingError: The provider or the disk ended the work; the same call later resumes it.
+            IndexingError: The provider or the disk ended the work; the same call resumes it later.
         """
-        return self._process(doc_store, Kind.TABLE, doc_store.get_pending_tables(), doc_store.get_table_info)
+        return self._process(doc_store, Kind.TABLE)
 
     def batch_process_pending_relationships(self, doc_store: DocumentationStore) -> dict[str, bool]:
         """Index every pending relationship, by id; see ``batch_process_pending_tables``."""
-        ids = [str(pending["id"]) for pending in doc_store.get_pending_relationships()]
-        return self._process(doc_store, Kind.RELATIONSHIP, ids, doc_store.get_relationship_info)
+        return self._process(doc_store, Kind.RELATIONSHIP)
 
-    def get_processing_stats(self, doc_store: DocumentationStore | StatesAfterMending) -> dict[str, Any]:
+    def get_processing_stats(self, doc_store: DocumentationStore) -> dict[str, Any]:
         """Return what is pending and what it costs; sends nothing.
 
         Keys: pending_tables, pending_relationships, total_pending (numbers of items); estimated_table_cost,
-        estimated_relationship_cost, total_estimated_cost (US dollars, None where the price of the model is not known);
+        estimated_relationship_cost, total_estimated_cost (US dollars, None if the price of the model is unknown);
         batch_size; estimated_batches (calls). Texts whose vector is stored cost nothing and need no call.
         """
-        tables, relationships = self.pending_texts(doc_store)
+        pending = [
+            [item.text or "" for item in doc_store.items(kind, State.PENDING)]
+            for kind in (Kind.TABLE, Kind.RELATIONSHIP)
+        ]
+        return self.stats_of(*pending)
+
+    def stats_of(self, tables: Sequence[str], relationships: Sequence[str]) -> dict[str, Any]:
+        """Return ``get_processing_stats`` for pending items with these texts."""
         unpaid = [self.unpaid(texts) for texts in (tables, relationships)]
         costs = [self.estimate_embedding_costs(texts)["estimated_cost_usd"] for texts in unpaid]
         total = len(tables) + len(relationships)
@@ -136,8 +136,8 @@ class BatchIndexingManager:
     def estimate_embedding_costs(self, texts: Sequence[str]) -> dict[str, Any]:
         """Return what embedding *texts* costs; sends nothing.
 
-        Keys: total_texts, estimated_tokens, estimated_cost_usd, cost_per_text (US dollars, None where the price of the
-        model is not known, 0.0 for a provider on a machine of one's own).
+        Keys: total_texts, estimated_tokens, estimated_cost_usd, cost_per_text (US dollars, None if the price of the
+        model is unknown, 0.0 for a local provider).
         """
         provider = self.indexer.vector_store.provider
         tokens = sum(provider.count_tokens(text) for text in texts if text)
@@ -150,12 +150,12 @@ class BatchIndexingManager:
         }
 
     def price(self, tokens: int) -> float | None:
-        """Return the price of *tokens* in US dollars; None where it is not known."""
+        """Return the price of *tokens* in US dollars; None if it is unknown."""
         identity = self.indexer.vector_store.provider.identity
         return 0.0 if not tokens or identity.provider in FREE else embedding_price(identity.model, tokens)
 
     def calls(self, texts: Sequence[str]) -> int:
-        """Return how many calls *texts* need, where none fails; long ones go in pieces."""
+        """Return how many calls *texts* need if none fails. Long ones are sent in pieces."""
         provider = self.indexer.vector_store.provider
         longest = provider.limits.input_tokens
         sizes: list[int] = []
@@ -163,26 +163,13 @@ class BatchIndexingManager:
             sizes += [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         return len(pack(sizes, provider.limits, self.batch_size))
 
-    def pending_texts(self, doc_store: DocumentationStore | StatesAfterMending) -> tuple[list[str], list[str]]:
-        """Return the texts of all pending tables and relationships."""
-        tables = [(name, doc_store.get_table_info(name)) for name in doc_store.get_pending_tables()]
-        pending = [str(relationship["id"]) for relationship in doc_store.get_pending_relationships()]
-        relationships = [(name, doc_store.get_relationship_info(name)) for name in pending]
-        return _texts(tables), _texts(relationships)
-
     def unpaid(self, texts: Sequence[str]) -> list[str]:
         """Return the distinct *texts* that have no stored vector yet."""
         hashes = {content_hash(text): text for text in texts}
         known = self.indexer.vector_store.known(hashes)
         return [text for found, text in hashes.items() if found not in known]
 
-    def _process(
-        self,
-        doc_store: DocumentationStore,
-        kind: Kind,
-        names: Iterable[str],
-        get_info: Callable[[str], dict[str, Any] | None],
-    ) -> dict[str, bool]:
+    def _process(self, doc_store: DocumentationStore, kind: Kind) -> dict[str, bool]:
         results: dict[str, bool] = {}
 
         def note(ended: Ended) -> None:
@@ -194,14 +181,10 @@ class BatchIndexingManager:
             if self._on_ended is not None:
                 self._on_ended(ended)
 
-        detail = "schema_data" if kind is Kind.TABLE else "relationship_type"
-        infos = {name: get_info(name) for name in names}
-        items = [_item(kind, name, info, detail) for name, info in infos.items() if info is not None]
-        unreadable = [IndexItem(kind, name, "") for name, info in infos.items() if info is None]
-        if unreadable:
-            note([(item, UNREADABLE) for item in unreadable])
+        pending = doc_store.items(kind, State.PENDING)
+        items = [IndexItem(kind, item.name, item.text or "", item.metadata) for item in pending]
         if items:
-            self.indexer.index_items(items, note)
+            self.indexer.vector_store.index(items, note)
         return results
 
 
@@ -213,7 +196,3 @@ def _item(kind: Kind, name: str, given: Info, detail: str) -> IndexItem:
         parts = [f"{kind.capitalize()} {name}", purpose, json.dumps(more, default=str) if more else ""]
         text = ". ".join(part for part in parts if part)
     return IndexItem(kind, name, text, given.get("metadata") or {})
-
-
-def _texts(named: Sequence[tuple[str, Info | None]]) -> list[str]:
-    return [str(info.get("documentation") or name) for name, info in named if info is not None]

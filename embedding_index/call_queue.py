@@ -1,4 +1,4 @@
-"""A queue of calls to the provider: bounded concurrency, delayed retries, and a gate for rate limits."""
+"""A queue of calls to the provider with bounded concurrency, delayed retries, and a gate for rate limits."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ POLL_S = 0.1  # how soon a waiting thread sees a stop
 @dataclass(frozen=True, slots=True)
 class Call:
     """One request. *attempt* counts from 1; *failed_at_s* is the ``time.monotonic`` of its first failure, or of the first
-    failure of the larger call it is a part of. *is_repeat*: all of its pieces were sent before.
+    failure of the larger call it is a part of.
     """
 
     pieces: tuple[Piece, ...]
     attempt: int = 1
     failed_at_s: float | None = None
-    is_repeat: bool = False
 
 
 class CallQueue:
-    """Calls for the threads of one run. The run is over when no call waits and none is taken."""
+    """The calls of one run. The run is over when no call waits and none is taken."""
 
     def __init__(self, calls: Iterable[Call], slots: int, stop: threading.Event) -> None:
-        """Let the provider work on at most *slots* calls at once. After *stop* no new call starts."""
+        """Allow at most *slots* calls at once. After *stop* no new call starts."""
         self._ready = deque(calls)
         self._later: list[tuple[float, int, Call]] = []
         self._numbers = itertools.count()
@@ -42,7 +41,6 @@ class CallQueue:
         self._stop = stop
         self._is_aborted = False
         self._changed = threading.Condition()
-        self.gate_wait_s = 0.0
 
     def take(self) -> Call | None:
         """Wait for a call that may start, give it a slot and return it; None when the run is over."""
@@ -64,13 +62,13 @@ class CallQueue:
             return None
 
     def free_slot(self, call: Call) -> None:
-        """Release the slot of *call*, whose answer begins to arrive: another call may start while it is read and stored."""
+        """Release the slot of *call*: another one may start while its answer is read and stored."""
         with self._changed:
             self._in_slot.discard(id(call))
             self._changed.notify()
 
     def settle(self, call: Call, first: Iterable[Call] = (), later: Iterable[Call] = (), wait_s: float = 0.0) -> None:
-        """Finish *call*. The calls *first* are next; the calls *later* follow in *wait_s* seconds, behind all others."""
+        """Finish *call*. The calls *first* are next; the calls *later* follow after *wait_s* seconds and all others."""
         with self._changed:
             self._in_slot.discard(id(call))
             self._taken -= 1
@@ -80,18 +78,12 @@ class CallQueue:
             self._changed.notify_all()
 
     def close_gate(self, wait_s: float) -> None:
-        """Let no call start for *wait_s* seconds from now; a gate that is closed for longer stays so."""
+        """Let no call start for at least *wait_s* seconds."""
         with self._changed:
-            now_s = time.monotonic()
-            opens_at_s = now_s + wait_s
-            if self._gate_s <= now_s:
-                self.gate_wait_s += wait_s  # as it was asked for: a difference of two clock times would be rounded
-            elif opens_at_s > self._gate_s:
-                self.gate_wait_s += opens_at_s - self._gate_s
-            self._gate_s = max(self._gate_s, opens_at_s)
+            self._gate_s = max(self._gate_s, time.monotonic() + wait_s)
 
     def unsettled(self) -> int:
-        """Return how many calls wait or are taken."""
+        """Return the number of calls that wait or are taken."""
         with self._changed:
             return len(self._ready) + len(self._later) + self._taken
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from embedding_index.call_queue import Call, CallQueue
 from embedding_index.inputs import Piece
-from embedding_index.providers.contract import RequestLimits
 from error_handler import (
     IndexingError,
     ProviderBusyError,
@@ -25,12 +24,10 @@ from utils.retry_utils import RetryPolicy
 
 # If this many texts, each sent alone, are refused before any was accepted, all others would be refused as well.
 MOST_LONE_FAILURES = 8
-# A call without an answer is halved, to find out whether its texts are the reason, only if no more calls than this are
-# left: in an outage, thousands would be.
+# A call without an answer is halved, to find out whether its texts are the reason, only if at most this many calls are
+# left. In an outage, thousands would be halved.
 MOST_PROBES = 8
 SHORTEST_WAIT_S = 0.05
-# Token counts are assumed to be wrong by no more than this factor.
-WORST_ESTIMATE = 8
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +47,14 @@ class RunOptions:
 
 
 class CallRepetition:
-    """Decides what follows a failed call of one run. Thread-safe. Each method settles its call in the queue.
+    """Decides what follows a failed call of one run. Thread-safe. Each ``after_`` method settles its call in the queue."""
 
-    Methods that return a string or None return the problem of a single piece that gets no vector.
-    """
-
-    def __init__(self, options: RunOptions, queue: CallQueue) -> None:
+    def __init__(self, options: RunOptions, queue: CallQueue, fail: Callable[[Piece, str], None]) -> None:
+        """*fail* gets each piece that gets no vector, with the problem."""
         self._options = options
         self._policy = RetryPolicy(options.max_retries + 1, options.first_wait_s)
         self._queue = queue
+        self._fail = fail
         self._lock = threading.Lock()
         self._silent_since_s: float | None = None
         self._heard_of_s = float("-inf")
@@ -68,13 +64,13 @@ class CallRepetition:
         self._lone_failures = 0
 
     def heard(self, started_s: float) -> None:
-        """Note that the provider answered, in whatever way, a call that started at *started_s* (``time.monotonic``)."""
+        """Note that the provider answered a call, in whatever way. It started at *started_s* (``time.monotonic``)."""
         with self._lock:
             self._silent_since_s = None
             self._busy_in_a_row = 0
             self._heard_of_s = max(self._heard_of_s, started_s)
 
-    def wait_as_told(self, call: Call, exc: ProviderBusyError) -> None:
+    def after_busy(self, call: Call, exc: ProviderBusyError) -> None:
         """Let no call start before the time that the provider asks for. It did nothing, so no attempt is used up.
 
         Raises:
@@ -96,7 +92,7 @@ class CallRepetition:
         self._queue.close_gate(wait_s)
         self._queue.settle(call, first=[call])
 
-    def after_no_answer(self, call: Call, exc: ProviderUnavailableError) -> str | None:
+    def after_no_answer(self, call: Call, exc: ProviderUnavailableError) -> None:
         """Retry *call*. After the last retry: halve it if other calls are answered, else wait for the provider.
 
         Raises:
@@ -104,7 +100,7 @@ class CallRepetition:
         """
         failed_at_s = time.monotonic() if call.failed_at_s is None else call.failed_at_s
         wait_s = self._policy.wait_s(call.attempt)
-        is_over = self._is_patience_over(wait_s)  # asked each time: the silence begins with the first failure
+        is_over = self._is_patience_over(wait_s)  # checked each time, because the silence begins with the first failure
         if call.attempt > self._options.max_retries:
             with self._lock:
                 is_provider_there = self._heard_of_s > failed_at_s
@@ -121,11 +117,10 @@ class CallRepetition:
         logger.warning(
             "a call of %d texts failed at attempt %d (%s), next in %.1f s", len(call.pieces), call.attempt, exc, wait_s
         )
-        again = replace(call, attempt=call.attempt + 1, failed_at_s=failed_at_s, is_repeat=True)
-        self._queue.settle(call, later=[again], wait_s=wait_s)
-        return None
+        again = replace(call, attempt=call.attempt + 1, failed_at_s=failed_at_s)
+        return self._queue.settle(call, later=[again], wait_s=wait_s)
 
-    def after_refusal(self, call: Call, exc: ProviderRejectedError) -> str | None:
+    def after_refusal(self, call: Call, exc: ProviderRejectedError) -> None:
         """Send *call* in halves; a single text fails.
 
         Raises:
@@ -133,56 +128,49 @@ class CallRepetition:
         """
         if len(call.pieces) == 1:
             self._count_lone_failure(exc)
-        return self._halve(call, f"the provider refuses it: {exc}")
+        self._halve(call, f"the provider refuses it: {exc}")
 
-    def after_distrust(self, call: Call, exc: UnusableVectorsError) -> str | None:
+    def after_unusable_answer(self, call: Call, exc: UnusableVectorsError) -> None:
         """Send *call* in halves, or a single text again until its retries are used up.
 
         Raises:
-            UnusableVectorsError: Nothing usable came from the start of the run.
+            UnusableVectorsError: No usable vector came since the start of the run.
         """
-        if len(call.pieces) == 1 and call.attempt <= self._options.max_retries:
-            self._queue.settle(call, first=[replace(call, attempt=call.attempt + 1, is_repeat=True)])
-            return None
-        if len(call.pieces) == 1:
+        is_single = len(call.pieces) == 1
+        if is_single and call.attempt <= self._options.max_retries:
+            return self._queue.settle(call, first=[replace(call, attempt=call.attempt + 1)])
+        if is_single:
             self._count_lone_failure(exc)
         return self._halve(call, f"no usable vector came in {call.attempt} attempts: {exc}")
 
-    def after_check(self, call: Call, problems: Mapping[Piece, str], *, has_good: bool) -> dict[Piece, str]:
-        """Send the pieces with *problems* again, each alone; return those that have used up their retries.
+    def after_check(self, call: Call, problems: Mapping[Piece, str], *, has_good: bool) -> None:
+        """Send the pieces with *problems* again, each alone, until their retries are used up.
 
         Raises:
-            UnusableVectorsError: Nothing usable came from the start of the run.
+            UnusableVectorsError: No usable vector came since the start of the run.
         """
         with self._lock:
             self._has_vectors |= has_good
         attempt = call.attempt if len(call.pieces) == 1 else 1
         if attempt <= self._options.max_retries:
-            again = [Call((piece,), attempt + 1, is_repeat=True) for piece in problems]
-            self._queue.settle(call, first=again)
-            return {}
-        for problem in problems.values():
+            return self._queue.settle(call, first=[Call((piece,), attempt + 1) for piece in problems])
+        for piece, problem in problems.items():
             self._count_lone_failure(UnusableVectorsError(f"{problem}; check the model at the provider's address."))
-        self._queue.settle(call)
-        return {piece: f"{problem}, in {attempt} attempts" for piece, problem in problems.items()}
+            self._fail(piece, f"{problem}, in {attempt} attempts")
+        return self._queue.settle(call)
 
-    def is_perhaps_too_long(self, piece: Piece, limits: RequestLimits) -> bool:
-        """Return whether *piece*, refused alone, may be longer than its token count says."""
-        return piece.tokens > limits.input_tokens // WORST_ESTIMATE
-
-    def _halve(self, call: Call, problem: str, failed_at_s: float | None = None) -> str | None:
+    def _halve(self, call: Call, problem: str, failed_at_s: float | None = None) -> None:
         """Send *call* in halves. With *failed_at_s*, it had no answer: a half without an answer is halved again at once."""
         if len(call.pieces) == 1:
-            self._queue.settle(call)
-            return problem
+            self._fail(call.pieces[0], problem)
+            return self._queue.settle(call)
         last = self._options.max_retries + 1
         halves = [
-            Call(half, 1 if failed_at_s is None or len(half) == 1 else last, failed_at_s, is_repeat=True)
+            Call(half, 1 if failed_at_s is None or len(half) == 1 else last, failed_at_s)
             for half in (call.pieces[::2], call.pieces[1::2])
         ]
         logger.warning("a call of %d texts failed; it is sent in halves: %s", len(call.pieces), problem)
-        self._queue.settle(call, first=halves)
-        return None
+        return self._queue.settle(call, first=halves)
 
     def _count_lone_failure(self, exc: IndexingError) -> None:
         with self._lock:

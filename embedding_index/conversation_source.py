@@ -1,7 +1,7 @@
 """Past conversations and their classifications as items of the index.
 
-Only conversations with a stored result are indexed. Their text is what the customer said, in order: people search for a
-customer's problem, and the turns of agents (greetings, apologies, requests for a number) are alike everywhere.
+Only conversations with a stored result are indexed. Their text is that of the customer's turns: people search for a problem,
+and the turns of agents (greetings, apologies, requests for a number) are similar in all conversations.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -18,8 +18,7 @@ from aggregator import aggregate_conversation
 from config import Settings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import Ended, IndexItem, Kind, MetadataValue, OnEnded
-from embedding_index.batch_indexing import SQLIndexerAgent
-from embedding_index.mending import StatesAfterMending, remove, update_metadata
+from embedding_index.mending import remove, update_metadata
 from embedding_index.providers.contract import Provider
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, SkippedDocumentError
@@ -28,30 +27,31 @@ from storage.extended_json import canonical, id_key
 from storage.mongo_errors import translated
 
 PAGE_DOCUMENTS = 200
+WINDOW = 2000  # texts that are embedded together
 WINDOW_CHARACTERS = 20_000_000  # of the texts of one window, which are held in memory
 LABELS = ("intent", "topic", "sentiment", "categorization")
-
-Stop = asyncio.Event | threading.Event
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """Options of a pass. *settings* name the collections; *limit* is the most conversations to embed, None for all.
 
-    *window* is how many are embedded at once. *allow_external*: texts may be sent to a provider outside your network.
-    *on_read* is called after each page, in the running loop.
+    *allow_external*: texts may be sent to a provider outside your network. *on_read* is called after each page, in the
+    running loop.
     """
 
     settings: Settings
     limit: int | None = None
-    window: int = 2000
     allow_external: bool = False
     on_read: Callable[[ConversationCounts], None] | None = None
 
 
 @dataclass(slots=True)
 class ConversationCounts:
-    """The counts of one pass. *expected* estimates the documents to read; *is_complete* means that all were read."""
+    """The counts of one pass. *expected* estimates the documents to read; *is_complete* means that all were read.
+
+    Of an estimate: a run would send *unpaid* texts with *tokens*, for *pending* conversations.
+    """
 
     expected: int = 0
     read: int = 0
@@ -62,21 +62,14 @@ class ConversationCounts:
     failed: int = 0
     changed: int = 0
     removed: int = 0
+    unpaid: int = 0
+    tokens: int = 0
     is_complete: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ConversationEstimate:
-    """The texts that a run would send: *unpaid* texts with *tokens*, for *pending* conversations."""
-
-    pending: int
-    unpaid: int
-    tokens: int
 
 
 def require_allowed(provider: Provider, *, allowed: bool) -> None:
     """Raise ConfigurationError if customer text would leave your network without permission."""
-    if provider.leaves_house and not allowed:
+    if provider.is_external and not allowed:
         raise ConfigurationError(
             "customer text would be sent to an embedding provider outside your network; allow it with "
             "--allow-external or ALLOW_EXTERNAL_LLM=true, or set EMBEDDING_PROVIDER to ollama or local."
@@ -86,7 +79,7 @@ def require_allowed(provider: Provider, *, allowed: bool) -> None:
 def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) -> IndexItem:
     """Return the item of *document* with the labels of *result*, which ``is_labelled``.
 
-    The metadata hold no customer text except the one-line summary by the model, which the results hold as well.
+    The metadata have no customer text except the one-line summary by the model, which is also in the results.
 
     Raises:
         SkippedDocumentError: The customer said nothing.
@@ -97,11 +90,11 @@ def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) ->
     if conversation.conversation_number is not None:
         metadata["conversation_number"] = conversation.conversation_number
     metadata |= {label: result["classification"][label] for label in LABELS}
-    made = result.get("processing_metadata")
-    made = made if isinstance(made, Mapping) else {}
-    if isinstance(at := made.get("processed_at"), datetime):
+    provenance = result.get("processing_metadata")
+    provenance = provenance if isinstance(provenance, Mapping) else {}
+    if isinstance(at := provenance.get("processed_at"), datetime):
         metadata["classified_at"] = (at if at.tzinfo else at.replace(tzinfo=UTC)).isoformat()
-    if isinstance(model := made.get("model_used"), str):
+    if isinstance(model := provenance.get("model_used"), str):
         metadata["classified_by"] = model
     return IndexItem(Kind.CONVERSATION, source_id, "\n".join(conversation.customer_texts), metadata)
 
@@ -113,11 +106,11 @@ def is_labelled(result: Mapping[str, Any] | None) -> bool:
 
 
 async def conversation_pages(
-    store: DocumentStore, options: Options, counts: ConversationCounts, stop: Stop | None = None
+    store: DocumentStore, options: Options, counts: ConversationCounts, stop: threading.Event
 ) -> AsyncGenerator[list[IndexItem], None]:
-    """Yield the items of all classified conversations, page by page, and count them in *counts*.
+    """Yield the items of all classified conversations, page by page until *stop*, and count them in *counts*.
 
-    Conversations that arrive meanwhile may be missed; the next pass has them.
+    Conversations that arrive meanwhile may be missed; the next pass reads them.
 
     Raises:
         ConfigurationError: One of the collections does not exist.
@@ -127,7 +120,7 @@ async def conversation_pages(
     counts.expected = await store.count("all")
     bound = await store.upper_bound()
     after: list[Any] = []
-    while bound and not _is_set(stop):
+    while bound and not stop.is_set():
         page = await store.read_page("all", after, bound, PAGE_DOCUMENTS)
         if not page:
             break
@@ -136,7 +129,7 @@ async def conversation_pages(
         if options.on_read is not None:
             options.on_read(counts)
         after = [page[-1]["_id"]]
-    counts.is_complete = not _is_set(stop)
+    counts.is_complete = not stop.is_set()
 
 
 def _items(
@@ -157,7 +150,7 @@ def _items(
 
 
 async def _require_collections(store: DocumentStore, settings: Settings) -> None:
-    """Refuse a collection that does not exist: a wrong name must not look like deleted conversations."""
+    """Refuse a missing collection: a wrong name must not look like deleted conversations."""
     with translated("look for the conversations"):
         found = await store.database.list_collection_names()
     for name, variable in (
@@ -174,60 +167,67 @@ async def _require_collections(store: DocumentStore, settings: Settings) -> None
 async def index_conversations(
     store: DocumentStore,
     doc_store: DocumentationStore,
-    agent: SQLIndexerAgent,
+    vectors: SQLVectorStore,
     options: Options,
-    stop: Stop | None = None,
     on_ended: OnEnded | None = None,
 ) -> ConversationCounts:
-    """Index the conversations of *store*, and delete those that are gone from MongoDB from the index.
+    """Index the conversations of *store*, and delete from the index those that MongoDB no longer has.
 
-    A text that is in the index is not embedded again; if only its labels differ, they are replaced. Items are deleted
-    after a pass that was neither limited nor stopped. *on_ended* gets the items, each with None or the problem, in
-    the thread that indexes.
+    Unchanged texts are not embedded again; changed labels are replaced. Items are deleted only after a pass that was
+    neither limited nor stopped (``vectors.stop``). *on_ended* gets the items, each with None or the problem, in the thread
+    that indexes.
 
     Raises:
         ConfigurationError: The texts may not leave your network, or a collection does not exist.
         StoreError: MongoDB cannot be read. What is indexed stays indexed; the same command resumes.
         IndexingError: The provider or the index fails; the same command resumes.
     """
-    require_allowed(agent.vector_store.provider, allowed=options.allow_external)
-    run = _Pass(doc_store, agent, options, stop, on_ended)
+    require_allowed(vectors.provider, allowed=options.allow_external)
+    run = _Pass(doc_store, vectors, options, on_ended)
     await asyncio.to_thread(doc_store.begin_pass, Kind.CONVERSATION)
-    async with contextlib.aclosing(conversation_pages(store, options, run.counts, stop)) as pages:
+    async with contextlib.aclosing(conversation_pages(store, options, run.counts, vectors.stop)) as pages:
         async for items in pages:
-            await run.take(items)
-            if run.is_cut_short:
+            await asyncio.to_thread(run.take, items)
+            if run.counts.pending == options.limit:
                 break
-    await run.finish()
+    await asyncio.to_thread(run.finish)
     return run.counts
 
 
 async def estimate_conversations(
     store: DocumentStore,
-    doc_store: DocumentationStore | StatesAfterMending,
+    doc_store: DocumentationStore,
     vectors: SQLVectorStore,
     options: Options,
-    stop: Stop | None = None,
-) -> ConversationEstimate:
-    """Read all conversations and return what ``index_conversations`` would send; send nothing.
+    lost: Collection[str] = (),
+) -> ConversationCounts:
+    """Read all conversations and count what ``index_conversations`` would send; send nothing.
+
+    Items with the ids *lost* are counted as pending; see ``Mending``.
 
     Raises:
         ConfigurationError, StoreError: See ``index_conversations``.
     """
-    counts, tokens = ConversationCounts(), 0
-    unpaid: set[str] = set()
-    async with contextlib.aclosing(conversation_pages(store, options, counts, stop)) as pages:
+    counts, unpaid = ConversationCounts(), set[str]()
+    async with contextlib.aclosing(conversation_pages(store, options, counts, vectors.stop)) as pages:
         async for items in pages:
             offered = await asyncio.to_thread(doc_store.offer, items, keep_text=False)
-            left = len(offered.pending) if options.limit is None else options.limit - counts.pending
-            pending = offered.pending[:left]
-            counts.pending += len(pending)
+            wanted = {item.id for item in offered.pending}.union(lost)
+            pending = _within_limit([item for item in items if item.id in wanted], options, counts)
             texts = {item.content_hash: item.text for item in pending if item.content_hash not in unpaid}
-            tokens += await asyncio.to_thread(_unpaid_tokens, vectors, texts)
+            counts.tokens += await asyncio.to_thread(_unpaid_tokens, vectors, texts)
             unpaid |= texts.keys()
+            counts.unpaid = len(unpaid)
             if counts.pending == options.limit:
                 break
-    return ConversationEstimate(counts.pending, len(unpaid), tokens)
+    return counts
+
+
+def _within_limit(pending: list[IndexItem], options: Options, counts: ConversationCounts) -> list[IndexItem]:
+    """Return those of *pending* that the limit allows, and count them."""
+    allowed = pending if options.limit is None else pending[: options.limit - counts.pending]
+    counts.pending += len(allowed)
+    return allowed
 
 
 def _unpaid_tokens(vectors: SQLVectorStore, texts: dict[str, str]) -> int:
@@ -242,38 +242,33 @@ class _Pass:
     """One pass over all conversations; *window* holds the items that wait to be embedded."""
 
     doc_store: DocumentationStore
-    agent: SQLIndexerAgent
+    vectors: SQLVectorStore
     options: Options
-    stop: Stop | None
     on_ended: OnEnded | None
     counts: ConversationCounts = field(default_factory=ConversationCounts)
     window: list[IndexItem] = field(default_factory=list)
-    is_cut_short: bool = False
 
-    async def take(self, items: list[IndexItem]) -> None:
+    def take(self, items: list[IndexItem]) -> None:
         """Offer one page to the state store, and embed the window if it is full."""
-        offered = await asyncio.to_thread(self.doc_store.offer, items, keep_text=False)
-        if offered.changed:
-            await asyncio.to_thread(update_metadata, self.agent.vector_store, self.doc_store, offered.changed)
-            self.counts.changed += len(offered.changed)
-        pending = list(offered.pending)
-        if self.options.limit is not None and len(pending) > (left := self.options.limit - self.counts.pending):
-            pending, self.is_cut_short = pending[:left], True
-        self.counts.pending += len(pending)
-        self.window += pending
+        offered = self.doc_store.offer(items, keep_text=False)
+        update_metadata(self.vectors, self.doc_store, offered.changed)
+        self.counts.changed += len(offered.changed)
+        self.window += _within_limit(offered.pending, self.options, self.counts)
         is_heavy = sum(len(item.text) for item in self.window) >= WINDOW_CHARACTERS
-        await self._embed(at_least=1 if is_heavy else self.options.window)
+        self._embed(at_least=1 if is_heavy else WINDOW)
 
-    async def finish(self) -> None:
+    def finish(self) -> None:
         """Embed what waits; after a complete pass, delete what is gone."""
-        await self._embed(at_least=1)
+        self._embed(at_least=1)
         if self.counts.is_complete:
-            await asyncio.to_thread(self._remove)
+            names = self.doc_store.end_pass(Kind.CONVERSATION)
+            remove(self.vectors, self.doc_store, Kind.CONVERSATION, names)
+            self.counts.removed = len(names)
 
-    async def _embed(self, *, at_least: int) -> None:
-        while len(self.window) >= at_least and not _is_set(self.stop):
-            part, self.window = self.window[: self.options.window], self.window[self.options.window :]
-            await asyncio.to_thread(self.agent.index_items, part, self._record)
+    def _embed(self, *, at_least: int) -> None:
+        while len(self.window) >= at_least and not self.vectors.stop.is_set():
+            part, self.window = self.window[:WINDOW], self.window[WINDOW:]
+            self.vectors.index(part, self._record)
 
     def _record(self, ended: Ended) -> None:
         """Mark how items ended. A crash before this costs nothing, because the vectors are stored."""
@@ -283,12 +278,3 @@ class _Pass:
         self.counts.indexed += len(ended) - failed
         if self.on_ended is not None:
             self.on_ended(ended)
-
-    def _remove(self) -> None:
-        names = self.doc_store.end_pass(Kind.CONVERSATION)
-        remove(self.agent.vector_store, self.doc_store, Kind.CONVERSATION, names)
-        self.counts.removed = len(names)
-
-
-def _is_set(stop: Stop | None) -> bool:
-    return stop is not None and stop.is_set()

@@ -1,7 +1,6 @@
-"""Embeds texts in as few calls as possible and stores each answer before it counts.
+"""Embeds texts in as few calls as possible, in threads, and stores each answer before it counts.
 
-Its own threads make the calls and store the answers. After a crash, only what was sent and not yet stored is sent again.
-A text that the provider refuses does not hold up the others.
+After a crash, only texts that were sent and not yet stored are sent again. A refused text does not delay the others.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from error_handler import (
 
 __all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
 
-# Threads beyond the calls that the provider works on: they read and store answers while the next calls are made.
-STORING_THREADS = 2
+STORING_THREADS = 2  # read and store answers while the provider works on the next calls
 LONGEST_COUNTED = 8  # characters per token that an input may have
+WORST_ESTIMATE = 8  # token counts are assumed to be wrong by at most this factor
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The outcome of one text: *problem* is None if its vector is stored, otherwise one sentence that never quotes the text."""
+    """The outcome of one text: *problem* is None if its vector is stored, else a sentence that does not quote the text."""
 
     content_hash: str
     problem: str | None
@@ -48,17 +47,13 @@ class Embedded:
 
 @dataclass(slots=True)
 class RunCounts:
-    """The counts of a run so far. *embedded*, *reused* and *failed* count texts; *calls* counts HTTP requests, *repeated* those
-    with only texts that had been sent before; *tokens* are as billed; *wait_s* is the time that rate limits cost.
-    """
+    """The counts of a run so far: texts *embedded*, *reused* and *failed*, HTTP *calls*, *tokens* as billed."""
 
     calls: int = 0
-    repeated: int = 0
     tokens: int = 0
     embedded: int = 0
     reused: int = 0
     failed: int = 0
-    wait_s: float = 0.0
 
 
 class EmbeddingRun:
@@ -70,14 +65,15 @@ class EmbeddingRun:
         ledger: VectorLedger,
         options: RunOptions | None = None,
         stop: threading.Event | None = None,
+        counts: RunCounts | None = None,
     ) -> None:
-        """Once *stop* is set, no new call starts; calls in flight end and are stored."""
+        """Once *stop* is set, no new call starts; calls in flight end and are stored. *counts* are added to."""
         self._provider = provider
         self._ledger = ledger
         self._options = options or RunOptions()
         self._stop = stop or threading.Event()
         self._lock = threading.Lock()
-        self._counts = RunCounts()
+        self._counts = counts or RunCounts()
 
     @property
     def counts(self) -> RunCounts:
@@ -86,10 +82,10 @@ class EmbeddingRun:
             return replace(self._counts)
 
     def run(self, texts: Mapping[str, str]) -> Generator[Embedded]:
-        """Yield how each of *texts* (content hash: text) ended, in the order in which they end.
+        """Yield the outcome of each of *texts* (content hash: text), in the order in which they end.
 
-        Every vector that was paid for is stored, and its text yielded, before an error is raised. After a stop, texts
-        without a vector are not yielded. Leaving the iterator early stops the run in the same way.
+        Before an error is raised, every paid vector is stored and its text yielded. After a stop, texts without a vector
+        are not yielded. Leaving the iterator early stops the run in the same way.
 
         Raises:
             ProviderUnavailableError: No usable answer for *patience_s*.
@@ -112,7 +108,7 @@ class EmbeddingRun:
         calls = pack([piece.tokens for piece in pieces], self._provider.limits, self._options.batch_size)
         slots = self._provider.max_concurrent
         self._queue = CallQueue((Call(tuple(pieces[place] for place in places)) for places in calls), slots, self._stop)
-        self._repetition = CallRepetition(self._options, self._queue)
+        self._repetition = CallRepetition(self._options, self._queue, self._fail_piece)
         with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
             workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
             try:
@@ -122,7 +118,7 @@ class EmbeddingRun:
                 self._queue.abort()
 
     def _ended(self, workers: Sequence[Future[None]]) -> Iterator[Embedded]:
-        """Yield the texts as they end, until all *workers* have; raise what ended one of them."""
+        """Yield the texts as they end, until all *workers* have ended; raise the error of a worker."""
         left = len(workers)
         while left:
             ended = self._results.get()
@@ -145,17 +141,13 @@ class EmbeddingRun:
             if not text.strip():
                 self._fail(key, "its text is empty; give it a text, or leave it out")
                 continue
-            if len(text) > LONGEST_COUNTED * limit:
-                # Tokenizers refuse megabytes at once, or are slow; splitting counts small parts.
-                pieces = self._divided(text, limit)
-                whole = Piece(key, text, sum(piece.tokens for piece in pieces))
-            else:
-                whole = Piece(key, text, self._provider.count_tokens(text))
-                pieces = self._divided(text, limit) if whole.tokens > limit else [whole]
-            if whole in pieces:
-                planned[key] = whole
-            else:
-                divided[key] = pieces
+            # Tokenizers refuse megabytes, or are slow. Splitting counts small parts.
+            if len(text) <= LONGEST_COUNTED * limit and (tokens := self._provider.count_tokens(text)) <= limit:
+                planned[key] = Piece(key, text, tokens)
+                continue
+            divided[key] = self._divided(text, limit)
+            if divided[key][0].content_hash == key:  # one piece after all
+                (planned[key],) = divided.pop(key)
         self._asked |= planned.keys()
         self._ledger.note_parts({key: [piece.content_hash for piece in pieces] for key, pieces in divided.items()})
         for key, pieces in divided.items():
@@ -163,7 +155,7 @@ class EmbeddingRun:
         return list(planned.values())
 
     def _divided(self, text: str, limit_tokens: int) -> list[Piece]:
-        """Return *text* in pieces of at most *limit_tokens*, without those that are only white space."""
+        """Return *text* in pieces of at most *limit_tokens*, without blank ones."""
         texts = split_text(text, limit_tokens, self._provider.count_tokens)
         return [Piece(content_hash(each), each, self._provider.count_tokens(each)) for each in texts if each.strip()]
 
@@ -171,7 +163,7 @@ class EmbeddingRun:
         """Let *whole* wait for its *pieces*; return those that were not sent yet, each once."""
         hashes = {piece.content_hash for piece in pieces}
         with self._lock:
-            # Inside the lock: a piece that another thread stores is either known here or arrives afterwards.
+            # With the lock held, a piece that another thread stores is either known here or arrives afterwards.
             missing = hashes - self._ledger.known(self._identity, hashes)
             self._long.add(whole, pieces, missing)
             problem = next((self._problems[key] for key in missing if key in self._problems), None)
@@ -186,24 +178,17 @@ class EmbeddingRun:
     # In the threads
 
     def _work(self) -> None:
-        is_regular = False
         try:
             while (call := self._queue.take()) is not None:
                 self._perform(call)
-                with self._lock:
-                    self._counts.wait_s = self._queue.gate_wait_s
-            is_regular = True
         finally:
-            # After an error in one thread, the others must end as well.
-            if not is_regular:
-                self._queue.abort()
+            self._queue.abort()  # after an error in one thread, the others must end; else there is nothing left to do
             self._results.put(None)
 
     def _perform(self, call: Call) -> None:
         """Make one call and handle its outcome; *call* is settled afterwards."""
         with self._lock:
             self._counts.calls += 1
-            self._counts.repeated += call.is_repeat
         started_s = time.monotonic()
         try:
             answer = self._provider.embed([piece.text for piece in call.pieces], lambda: self._queue.free_slot(call))
@@ -211,16 +196,16 @@ class EmbeddingRun:
             self._repetition.heard(started_s)
             self._keep(call, answer)
         except ProviderBusyError as exc:
-            self._repetition.wait_as_told(call, exc)
+            self._repetition.after_busy(call, exc)
         except ProviderUnavailableError as exc:
-            self._fail_single(call, self._repetition.after_no_answer(call, exc))
+            self._repetition.after_no_answer(call, exc)
         except ProviderRejectedError as exc:
             self._repetition.heard(started_s)
             if not self._divide_further(call):
-                self._fail_single(call, self._repetition.after_refusal(call, exc))
+                self._repetition.after_refusal(call, exc)
         except UnusableVectorsError as exc:
             self._repetition.heard(started_s)
-            self._fail_single(call, self._repetition.after_distrust(call, exc))
+            self._repetition.after_unusable_answer(call, exc)
 
     def _keep(self, call: Call, answer: Answer) -> None:
         """Store the good vectors of *answer*, end the texts that are complete, and send the others again."""
@@ -230,7 +215,7 @@ class EmbeddingRun:
         try:
             checked = checked_vectors(answer.vectors, len(call.pieces), dimensions)
         except (UnusableVectorsError, MixedIndexError):
-            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed nevertheless
+            self._ledger.add(self._identity, {}, answer.tokens)  # it was billed
             raise
         good = {call.pieces[place].content_hash: vector for place, vector in checked.good.items()}
         self._ledger.add(self._identity, good, answer.tokens)
@@ -238,13 +223,12 @@ class EmbeddingRun:
             self._dimensions = self._dimensions or checked.dimensions
         self._arrived(good)
         problems = {call.pieces[place]: problem for place, problem in checked.problems.items()}
-        for piece, problem in self._repetition.after_check(call, problems, has_good=bool(good)).items():
-            self._fail(piece.content_hash, problem)
+        self._repetition.after_check(call, problems, has_good=bool(good))
 
     def _divide_further(self, call: Call) -> bool:
-        """If *call* is one long piece whose count was estimated, send it in smaller pieces; return whether it was."""
+        """Send *call* in smaller pieces and return True if it is one piece that may be longer than its count says."""
         piece = call.pieces[0]
-        if len(call.pieces) > 1 or not self._repetition.is_perhaps_too_long(piece, self._provider.limits):
+        if len(call.pieces) > 1 or piece.tokens <= self._provider.limits.input_tokens // WORST_ESTIMATE:
             return False
         pieces = self._divided(piece.text, -(-piece.tokens // 2))
         if piece in pieces:
@@ -252,14 +236,13 @@ class EmbeddingRun:
         logger.warning("a text of about %d tokens was refused; it is sent in %d pieces", piece.tokens, len(pieces))
         self._ledger.note_parts({piece.content_hash: [each.content_hash for each in pieces]})
         missing = self._awaited(piece.content_hash, pieces)
-        self._queue.settle(call, first=[Call((each,), is_repeat=True) for each in missing])
+        self._queue.settle(call, first=[Call((each,)) for each in missing])
         return True
 
     # Ending texts
 
-    def _fail_single(self, call: Call, problem: str | None) -> None:
-        if problem is not None:
-            self._fail(call.pieces[0].content_hash, problem)
+    def _fail_piece(self, piece: Piece, problem: str) -> None:
+        self._fail(piece.content_hash, problem)
 
     def _arrived(self, hashes: Iterable[str]) -> None:
         """Note that the vectors of these texts and pieces are in the ledger."""
@@ -281,7 +264,7 @@ class EmbeddingRun:
         self._arrived([whole])
 
     def _fail(self, key: str, problem: str) -> None:
-        """Note that the text or piece *key* gets no vector in this run, nor do the long texts that contain it."""
+        """Fail the text or piece *key*, and the long texts that contain it."""
         with self._lock:
             self._problems[key] = problem
             self._end([Embedded(key, problem)])
@@ -290,7 +273,7 @@ class EmbeddingRun:
             self._fail(whole, f"a piece of it failed: {problem}")
 
     def _end(self, endings: Iterable[Embedded]) -> None:
-        """Hand on how texts ended, except pieces and texts that have ended before. Called with the lock held."""
+        """Put *endings* into the results, except pieces and texts that have ended before. The caller holds the lock."""
         ended = [ending for ending in endings if ending.content_hash in self._open]
         self._open.difference_update(ending.content_hash for ending in ended)
         failed = sum(ending.problem is not None for ending in ended)

@@ -1,10 +1,9 @@
-"""The index for searching, beside a process that writes it."""
+"""Searches the index while another process may write it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from types import TracebackType
 
 from config.index_settings import IndexSettings
 from database_docs.items import Kind
@@ -18,7 +17,7 @@ LEDGER_FILE = "vectors.sqlite3"
 
 
 class IndexReader:
-    """Searches what is in the index at the time of each search. Use as ``with``, or close it.
+    """Searches the index as it is at the time of each search. Use as ``with``, or close it.
 
     Raises:
         ConfigurationError: The provider cannot be opened: a package or a key is missing.
@@ -32,24 +31,21 @@ class IndexReader:
     def __enter__(self) -> IndexReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:
-        """Return at most *limit* items most like *text*, the best first; *kinds* None: all.
+        """Return the *limit* items of *kinds* (None: all) that are most similar to *text*, the best first.
 
         Raises:
             VectorStoreError: There is no index, or its file is damaged or cannot be read.
-            MixedIndexError: Another model made it.
-            ConfigurationError: *text* is empty.
-            ProviderUnavailableError: The provider gives no vector for *text*.
+            MixedIndexError: It has vectors of another model.
+            ConfigurationError, IndexingError: See ``query_vector``.
         """
         if not is_index(self._path.parent):
             raise VectorStoreError(f"there is no index in {self._path.parent}; `python cli.py index --batch` makes it.")
         try:
-            # Opened for each search: the file may have been replaced, and is not held open between searches.
+            # Opened for each search, because the file may have been replaced.
             with VectorLedger(self._path, create=False) as ledger:
                 recorded = SearchEntries(ledger).identity()
                 if recorded is not None and not recorded.is_same_model(self.provider.identity):

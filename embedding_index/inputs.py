@@ -1,10 +1,9 @@
-"""Texts as inputs of calls: long ones cut into pieces, and pieces packed into as few calls as possible. No I/O."""
+"""Cuts long texts into pieces, and packs pieces into as few calls as possible. No I/O."""
 
 from __future__ import annotations
 
 import heapq
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,19 +15,17 @@ Count = Callable[[str], int]
 # From the best place for a cut to the worst; the next piece begins at the end of a match.
 _CUTS = (
     re.compile(r"\n[^\S\n]*\n\s*"),  # paragraphs
-    # Sentences and lines; looking back instead of matching the marks, since a row of 10,000 dots is tried 10,000 times.
+    # Sentences and lines. The lookbehind avoids 10,000 attempts in a row of 10,000 dots.
     re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[」』”’）]*|\n+"),
     re.compile(r"\s+"),  # words
 )
-_EARLIEST_CUT = 0.5  # of the longest piece that fits: earlier ends of paragraphs do not count
-_FULL = 0.8
-_FIRST_GUESS = 4.0  # characters of one token
-_CLUSTER_LIMIT = 64  # longer clusters of characters have no meaning
+_EARLIEST_CUT = 0.5  # of the longest piece that fits; earlier places are not used
+_FIRST_RATE = 4.0  # characters per token; later that of the last piece
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A text that is sent as one input: a whole text, or a part of a long one; *tokens* by the provider's count."""
+    """One input of a call: a whole text, or a part of a long one. *tokens* are by the provider's count."""
 
     content_hash: str
     text: str
@@ -36,7 +33,7 @@ class Piece:
 
 
 class LongTexts:
-    """The pieces that long texts (content hashes) wait for. A piece may belong to several texts, or be divided again.
+    """The pieces that long texts wait for, all by content hash. A piece may belong to several texts, or be divided again.
 
     The caller serialises access.
     """
@@ -77,9 +74,9 @@ class LongTexts:
 def pack(sizes: Sequence[int], limits: RequestLimits, batch_size: int) -> list[list[int]]:
     """Return the places of *sizes* (tokens, at least 1) in calls within *limits*, of at most *batch_size* inputs.
 
-    At least the larger of ``inputs / inputs per call`` and ``tokens / tokens per call`` calls are needed; if single inputs
-    are small compared to a call, no more are made. All calls have about the same number of tokens, so that concurrent
-    calls end together. An input that is larger than a call gets a call of its own.
+    If single inputs are small compared to a call, there are no more calls than ``inputs / inputs per call`` or ``tokens /
+    tokens per call``. All have about the same number of tokens, so that concurrent calls end together. An input that is
+    larger than a call gets a separate call.
     """
     if not sizes:
         return []
@@ -128,104 +125,31 @@ def _spread(
 def split_text(text: str, limit_tokens: int, count: Count) -> list[str]:
     """Return *text* in pieces of at most *limit_tokens* (from 1) by *count*; joined, they are *text* again.
 
-    Cuts are at ends of paragraphs, else of sentences, else of words, else between visible characters. A single character
-    with more tokens than the limit is a piece of its own. *count* need not be additive; it gets parts of about the size
-    of a piece only, so the time grows linearly with the length.
+    Cuts are at ends of paragraphs, else of sentences, else of words, else anywhere. A single character with more tokens
+    than the limit is a piece. *count* need not be additive; it gets parts of about the size of a piece only, so the time
+    grows linearly with the length.
     """
     pieces: list[str] = []
-    start, guess = 0, _FIRST_GUESS
+    start, rate = 0, _FIRST_RATE
     while start < len(text):
-        end = _cut(text, start, max(1, int(limit_tokens * guess)), limit_tokens, count)
-        piece = text[start:end]
-        pieces.append(piece)
-        guess = max(1.0, len(piece) / max(1, count(piece)))
-        start = end
+        cut = _best_cut(text, start, start + max(1, int(limit_tokens * rate)))
+        while (tokens := count(text[start:cut])) > limit_tokens and cut > start + 1:
+            # A part may have more tokens than its share, or even than the whole, because the cut splits a word.
+            shorter = (cut - start) * min(0.9, 0.95 * limit_tokens / tokens)
+            cut = _best_cut(text, start, start + max(1, int(shorter)))
+        pieces.append(text[start:cut])
+        rate = (cut - start) / tokens
+        start = cut
     return pieces
 
 
-def _cut(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
-    """Return the end of the piece that begins at *start*; *length* is a guess."""
-    end = _longest(text, start, length, limit_tokens, count)
-    while end < len(text):
-        cut = _best_cut(text, start, end)
-        if count(text[start:cut]) <= limit_tokens:
-            return cut
-        # The first part of a text may have more tokens than the whole text, because the cut splits a word.
-        shorter = start + int((cut - start) * 0.9)
-        if shorter <= start + 1:
-            return _first_cluster(text, start, limit_tokens, count)
-        end = shorter
-    return end
-
-
-def _longest(text: str, start: int, length: int, limit_tokens: int, count: Count) -> int:
-    """Return nearly the furthest end up to which the text from *start* fits; the next character if nothing fits."""
-    fits, fails = start, None
-    end = min(len(text), start + length)
-    while True:
-        tokens = count(text[start:end])
-        share = 0.95 * limit_tokens / max(1, tokens)
-        if tokens <= limit_tokens:
-            fits = end
-            if end == len(text) or tokens >= _FULL * limit_tokens:
-                return end
-        else:
-            fails = end
-        if fails is None:
-            end = min(len(text), end + max(1, int((end - start) * min(3.0, share - 1))))
-        elif fails - fits <= max(1, (fits - start) // 8):
-            return max(fits, start + 1)
-        elif fits == start:
-            end = start + max(1, int((end - start) * min(0.9, share)))
-        else:
-            end = (fits + fails) // 2
-
-
 def _best_cut(text: str, start: int, end: int) -> int:
-    """Return the best place for a cut after *start* and up to *end*, which is inside the text."""
+    """Return the best place for a cut after *start* and up to *end*; the end of the text if *end* is behind it."""
+    if end >= len(text):
+        return len(text)
     earliest = start + int((end - start) * _EARLIEST_CUT)
     for pattern in _CUTS:
-        cut = start
-        for match in pattern.finditer(text, earliest, end):
-            if not _belong_together(text[match.end() - 1], text[match.end()]):
-                cut = match.end()
+        cut = max((match.end() for match in pattern.finditer(text, earliest, end)), default=start)
         if cut > start:
             return cut
-    for cut in range(end, max(start, end - _CLUSTER_LIMIT), -1):
-        if not _belong_together(text[cut - 1], text[cut]):
-            return cut
-    return end - 1 if end - 1 > start and _is_surrogate_pair(text[end - 1], text[end]) else end
-
-
-def _first_cluster(text: str, start: int, limit_tokens: int, count: Count) -> int:
-    """Return the end of the visible character at *start*, as far as it fits."""
-    end = start + 1
-    if end < len(text) and _is_surrogate_pair(text[start], text[end]):
-        end += 1
-    while (
-        end < len(text) and _belong_together(text[end - 1], text[end]) and count(text[start : end + 1]) <= limit_tokens
-    ):
-        end += 1
     return end
-
-
-def _belong_together(left: str, right: str) -> bool:
-    """Return whether the two characters are parts of one visible character."""
-    if right < "\u0300":
-        return left == "\r" and right == "\n"
-    return (
-        unicodedata.category(right) in ("Mn", "Me", "Mc")
-        or "\u200d" in (left, right)
-        or "\U0001f3fb" <= right <= "\U0001f3ff"  # skin
-        or (_is_flag_letter(left) and _is_flag_letter(right))
-        or _is_surrogate_pair(left, right)
-    )
-
-
-def _is_flag_letter(character: str) -> bool:
-    return "\U0001f1e6" <= character <= "\U0001f1ff"
-
-
-def _is_surrogate_pair(left: str, right: str) -> bool:
-    """Return whether they are halves of one character, as in texts that were decoded wrongly."""
-    return "\ud800" <= left <= "\udbff" and "\udc00" <= right <= "\udfff"

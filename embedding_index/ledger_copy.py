@@ -1,4 +1,4 @@
-"""A copy of the ledger beside it, written at the end of each run that changed it: what was paid for exists twice."""
+"""A copy of the ledger beside it, written at the end of each run that changed it, so that paid vectors exist twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COPY_FILE = "vectors.copy.sqlite3"
 
 
 def restore_ledger(path: Path) -> None:
-    """Put the copy in the place of the ledger *path* if that is missing or empty; the copy stays.
+    """Restore the ledger *path* from its copy if it is missing or empty; the copy stays.
 
     Raises:
         StateDirectoryError: There is no room, or the folder does not allow it.
@@ -28,7 +28,7 @@ def restore_ledger(path: Path) -> None:
     if not copy.exists() or (path.exists() and path.stat().st_size):
         return
     try:
-        for old in path.parent.glob(f"{path.name}*"):  # journals of the file that is gone
+        for old in path.parent.glob(f"{path.name}*"):  # journals of the lost file
             old.unlink()
         part = copy.with_suffix(".part")
         shutil.copyfile(copy, part)
@@ -39,7 +39,7 @@ def restore_ledger(path: Path) -> None:
 
 
 def write_copy(ledger: VectorLedger) -> None:
-    """Write the copy of *ledger*, unless there is one of the same state; what was deleted is in neither.
+    """Write the copy of *ledger* unless there is one of the same state; neither contains deleted vectors.
 
     Raises:
         StateDirectoryError: There is no room, or the folder does not allow it; the old copy stays.
@@ -80,5 +80,5 @@ def _move_durably(part: Path, path: Path) -> None:
 
 def _unusable(path: Path, exc: OSError) -> StateDirectoryError:
     return StateDirectoryError(
-        f"{path} cannot be written ({exc.strerror}); free space or fix the rights, then run again."
+        f"{path} cannot be written ({exc.strerror}); free space or fix the permissions, then run again."
     )

@@ -1,6 +1,6 @@
-"""The searchable entries: content hash, metadata and text of each item, in the file of the vectors.
+"""The search entries: content hash, metadata and text of each item that can be found.
 
-Entries and vectors are in one file, so one transaction shows both in one state, to readers in other processes as well.
+They are in the file of the vectors, so that a reader in any process sees both in one state.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +35,9 @@ class Hit:
     text: str | None = None
 
 
+_VECTORS = """
+SELECT e.name, v.vector, v.checksum FROM entries e
+JOIN vectors v ON v.hash = e.hash AND v.model = (SELECT model FROM search) WHERE e.kind = ? AND {which}"""
 _PUT = """
 INSERT INTO entries SELECT ?1, ?2, ?3, ?4, ?5 WHERE EXISTS (SELECT 1 FROM vectors WHERE model = ?6 AND hash = ?3)
 ON CONFLICT (kind, name) DO UPDATE SET hash = excluded.hash, metadata = excluded.metadata, text = excluded.text"""
@@ -65,11 +66,11 @@ class SearchEntries:
     def graph(self) -> str | None:
         """Return the checksum of the published graph, None if there is none; see ``search_graph``."""
         with self.ledger.reading() as db:
-            row = db.execute("SELECT graph FROM search").fetchone()
-        return None if row[0] is None else str(row[0])
+            (checksum,) = db.execute("SELECT graph FROM search").fetchone()
+        return checksum  # type: ignore[no-any-return]
 
     def set_graph(self, checksum: str | None) -> None:
-        """Publish the graph of *checksum*, durably; None: there is none."""
+        """Publish the graph with *checksum*, durably; None: no graph."""
         if checksum != self.graph():
             with self.ledger.change() as db:
                 db.execute("UPDATE search SET graph = ?", (checksum,))
@@ -81,11 +82,10 @@ class SearchEntries:
         return {f"{kind}:{name}": key.hex() for kind, name, key in rows}
 
     def counts(self) -> dict[Kind, int]:
-        """Return how many entries there are of each kind that has some."""
+        """Return the number of entries of each kind that has some."""
         with self.ledger.reading() as db:
-            return {
-                Kind(kind): number for kind, number in db.execute("SELECT kind, count(*) FROM entries GROUP BY kind")
-            }
+            rows = db.execute("SELECT kind, count(*) FROM entries GROUP BY kind").fetchall()
+        return {Kind(kind): number for kind, number in rows}
 
     def put(self, identity: ModelIdentity, items: Iterable[Item]) -> None:
         """Add *items*, or replace those of the same name; durably. Items without a stored vector are left out.
@@ -97,14 +97,14 @@ class SearchEntries:
             self._put(db, identity, items)
 
     def replace(self, identity: ModelIdentity, items: Iterable[Item]) -> None:
-        """Replace all entries by *items*, to be compared by vectors of *identity* from now on; all or nothing."""
+        """Replace all entries by *items*, which are compared by vectors of *identity* from now on; all or nothing."""
         with self.ledger.change() as db:
             db.execute("DELETE FROM entries")
             db.execute("UPDATE search SET model = NULL, version = version + 1, graph = NULL")
             self._put(db, identity, items)
 
     def update_metadata(self, items: Iterable[Item]) -> None:
-        """Replace the metadata of *items*; names that are not there are left out."""
+        """Replace the metadata of *items*; unknown names are left out."""
         with self.ledger.change() as db:
             db.executemany(
                 "UPDATE entries SET metadata = ? WHERE kind = ? AND name = ?",
@@ -112,7 +112,7 @@ class SearchEntries:
             )
 
     def delete(self, kind: Kind, names: Iterable[str]) -> None:
-        """Delete entries; names that are not there are fine."""
+        """Delete entries; unknown names are ignored."""
         with self.ledger.change() as db:
             db.executemany("DELETE FROM entries WHERE kind = ? AND name = ?", ((kind, name) for name in names))
             db.execute("UPDATE search SET version = version + 1")
@@ -123,10 +123,7 @@ class SearchEntries:
         Raises:
             StateDirectoryError: A vector was changed on disk.
         """
-        query = (
-            "SELECT e.name, v.vector, v.checksum FROM entries e JOIN vectors v ON v.hash = e.hash "
-            "AND v.model = (SELECT model FROM search) WHERE e.kind = ? AND e.name > ? ORDER BY e.name LIMIT ?"
-        )
+        query = _VECTORS.format(which="e.name > ? ORDER BY e.name LIMIT ?")
         last = ""
         while True:
             with self.ledger.reading() as db:
@@ -138,36 +135,29 @@ class SearchEntries:
 
     def vectors(self, kind: Kind, names: Collection[str]) -> dict[str, Vector]:
         """Return the vectors of those of *names* that are entries."""
-        query = (
-            "SELECT e.name, v.vector, v.checksum FROM entries e JOIN vectors v ON v.hash = e.hash "
-            "AND v.model = (SELECT model FROM search) WHERE e.kind = ? AND e.name IN (SELECT value FROM json_each(?))"
-        )
+        query = _VECTORS.format(which="e.name IN (SELECT value FROM json_each(?))")
         with self.ledger.reading() as db:
             rows = db.execute(query, (kind, json.dumps(list(names)))).fetchall()
         return {name: self.ledger.checked(stored, checksum) for name, stored, checksum in rows}
 
     def hits(self, found: Sequence[tuple[float, Kind, str]]) -> list[Hit]:
         """Return the entries *found* (similarity, kind, name) in their order, with metadata and text."""
-        names: dict[Kind, list[str]] = defaultdict(list)
-        for _, kind, name in found:
-            names[kind].append(name)
-        query = "SELECT name, metadata, text FROM entries WHERE kind = ? AND name IN (SELECT value FROM json_each(?))"
-        known = {}
+        query = "SELECT metadata, text FROM entries WHERE kind = ? AND name = ?"
+        hits = []
         with self.ledger.reading() as db:
-            for kind, own in names.items():
-                for name, metadata, text in db.execute(query, (kind, json.dumps(own))):
-                    known[kind, name] = json.loads(metadata), json.loads(text)
-        return [Hit(kind, name, similarity, *known[kind, name]) for similarity, kind, name in found]
+            for similarity, kind, name in found:
+                metadata, text = map(json.loads, db.execute(query, (kind, name)).fetchone())
+                hits.append(Hit(kind, name, similarity, metadata, text))
+        return hits
 
     def checksum(self, kinds: Collection[Kind]) -> str:
-        """Return the SHA-256 of the model, and of names and content hashes of *kinds*."""
+        """Return the SHA-256 of the model and of the names and content hashes of *kinds*."""
         digest = hashlib.sha256(str(self.identity()).encode())
         with self.ledger.reading() as db:
             rows = db.execute("SELECT kind, name, hash FROM entries ORDER BY kind, name")
-            for kind, own in groupby(rows, key=lambda row: row[0]):
-                if Kind(kind) in kinds:
-                    for _, name, key in own:
-                        digest.update(f"{kind}:{name}\0".encode("utf-8", "surrogatepass") + key)
+            for kind, name, key in rows:
+                if kind in kinds:
+                    digest.update(f"{kind}:{name}\0".encode("utf-8", "surrogatepass") + key)
         return digest.hexdigest()
 
     def _put(self, db: sqlite3.Connection, identity: ModelIdentity, items: Iterable[Item]) -> None:

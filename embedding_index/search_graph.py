@@ -1,8 +1,8 @@
-"""A graph of neighbours in ChromaDB, for kinds of items that are too many to compare all. The only user of chromadb.
+"""A graph of neighbours in ChromaDB, for kinds with too many items to compare all. The only user of chromadb.
 
-It is a cache of the ledger's vectors. Its folder is named for the checksum of its entries, built beside the old one, and
-never changed once the ledger names it (``search.graph``), so any number of processes may open it. A folder whose checksum
-or count differs is not used; the next run that writes builds another.
+It is a cache of the ledger's vectors. Its folder is named for the checksum of its entries and built beside the old one. It
+never changes once the ledger names it (``search.graph``), so any number of processes may open it. A folder with another
+checksum or count is not used; the next run that writes builds a new one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from error_handler import ConfigurationError, TriadError, VectorStoreError
 
 if TYPE_CHECKING:
     from chromadb.api.client import Client
+    from chromadb.api.collection_configuration import CreateHNSWConfiguration
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,7 @@ FOLDER = "chroma"
 EXACT_UP_TO_BYTES = 128 * 2**20  # of the vectors of one kind, as float32: 87,000 of 384 dimensions, 21,000 of 1,536
 
 # Recall: docs/embedding-index.md. More neighbours and a wider search cost build time and improve recall.
-MAX_NEIGHBORS = 32
-EF_CONSTRUCTION = 200
-EF_SEARCH = 800
+HNSW: CreateHNSWConfiguration = {"space": "cosine", "max_neighbors": 32, "ef_construction": 200, "ef_search": 800}
 
 
 class SearchGraph:
@@ -73,7 +71,7 @@ class SearchGraph:
 
 
 def large_kinds(entries: SearchEntries) -> dict[Kind, int]:
-    """Return the kinds whose vectors take more than EXACT_UP_TO_BYTES, with their numbers of entries."""
+    """Return the kinds whose vectors take more than EXACT_UP_TO_BYTES, with their number of entries."""
     identity = entries.identity()
     vector_bytes = 4 * ((identity.dimensions if identity else None) or 0)
     return {kind: number for kind, number in entries.counts().items() if number * vector_bytes > EXACT_UP_TO_BYTES}
@@ -99,27 +97,26 @@ def open_graph(entries: SearchEntries, folder: Path) -> SearchGraph | None:
 
 
 def publish_graph(entries: SearchEntries, folder: Path) -> None:
-    """Build the graph of *entries* if they need one and have none; remove all others, and what older versions wrote.
+    """Build the graph of *entries* if they need one and have none; remove others and the files of older versions.
 
     The caller holds the lock of *folder*.
 
     Raises:
         VectorStoreError: ChromaDB cannot write, or has lost vectors.
     """
-    kinds = large_kinds(entries)
+    kinds, kept = large_kinds(entries), None
     graph = open_graph(entries, folder)
-    kept = None
     if graph is not None:
         graph.close()
         kept = graph.path
     else:
         entries.set_graph(None)  # nobody opens a folder that is being built
-    if kinds and kept is None:
-        checksum = entries.checksum(kinds)
-        kept = _path(folder, checksum)
-        _remove(kept)
-        _build(kept, entries, kinds, checksum)
-        entries.set_graph(checksum)
+        if kinds:
+            checksum = entries.checksum(kinds)
+            kept = _path(folder, checksum)
+            _remove(kept)
+            _build(kept, entries, kinds, checksum)
+            entries.set_graph(checksum)
     for path in (folder / FOLDER).glob("*"):
         if path != kept:
             _remove(path)
@@ -139,23 +136,16 @@ def _build(path: Path, entries: SearchEntries, counts: Mapping[Kind, int], check
                 kind.value,
                 embedding_function=None,
                 metadata={"checksum": checksum},
-                configuration={
-                    "hnsw": {
-                        "space": "cosine",
-                        "max_neighbors": MAX_NEIGHBORS,
-                        "ef_construction": EF_CONSTRUCTION,
-                        "ef_search": EF_SEARCH,
-                    }
-                },
+                configuration={"hnsw": HNSW},
             )
             for names, vectors in entries.pages(kind):
                 collection.upsert(ids=names, embeddings=vectors)
             with warnings.catch_warnings():
-                # It calls a collection without one of its own embedding functions "legacy".
+                # ChromaDB warns about collections without one of its embedding functions.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 collection.modify(configuration={"hnsw": {"sync_threshold": 2}})
         client.close()
-    # Opened again, ChromaDB writes the rest of the graph to disk with the first query. Later searches only read.
+    # After it is opened again, the first query makes ChromaDB write the rest of the graph. Later searches only read.
     graph = SearchGraph(path)
     for kind in counts:
         graph.nearest(kind, next(entries.pages(kind, 1))[1][0], 1)
@@ -178,15 +168,15 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as exc:
         raise VectorStoreError(
-            f"{path} cannot be removed ({exc.strerror}); fix the rights of its folder, then run again."
+            f"{path} cannot be removed ({exc.strerror}); fix the permissions of its folder, then run again."
         ) from exc
 
 
 class _Translated:
-    """Turns what ChromaDB raises into VectorStoreError.
+    """Translates the errors of ChromaDB to VectorStoreError.
 
-    Its errors have no common base: some are built in, and a panic of its Rust part is a BaseException of a class that
-    cannot be imported, so no ``except`` can name it.
+    They have no common base: some are built in, and a panic of its Rust part is a BaseException of a class that cannot be
+    imported, so no ``except`` can name it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -206,34 +196,27 @@ class _Translated:
         if isinstance(exc, foreign) or kind.__name__ == "PanicException":
             # Only the class: the text may quote what was to be stored.
             raise VectorStoreError(
-                f"ChromaDB cannot read or write {self._path} ({kind.__name__}); free space or fix its rights, then run "
+                f"ChromaDB cannot read or write {self._path} ({kind.__name__}); free space or fix its permissions, then run "
                 "`python cli.py index --batch`, which builds it again from the stored vectors without a call."
             ) from exc
 
 
-def require_chromadb() -> None:
-    """Raise ConfigurationError if chromadb is not installed; it is not loaded."""
-    try:
-        version("chromadb")
-    except PackageNotFoundError as exc:
-        raise ConfigurationError(
-            "the embedding index needs the package chromadb; run `pip install -r requirements-index.txt`."
-        ) from exc
-
-
 def _open_client(path: Path) -> Client:
-    require_chromadb()
     try:
-        # Here, because loading chromadb takes a second, and most commands never need it.
+        # Loading chromadb takes a second, and most commands never need it.
         from chromadb.api import ServerAPI  # noqa: PLC0415
         from chromadb.api.client import Client  # noqa: PLC0415
         from chromadb.config import Settings, System  # noqa: PLC0415
+    except ImportError as exc:
+        raise ConfigurationError(
+            "a large embedding index needs the package chromadb; run `pip install -r requirements-index.txt`."
+        ) from exc
     except ValueError as exc:  # pydantic's; chromadb reads the environment and .env when it is imported
         raise ConfigurationError(
             "ChromaDB reads settings from the environment and .env by itself and refuses one of them (names like "
             "MIGRATIONS or IS_PERSISTENT); remove it, then run again."
         ) from exc
-    # Everything that decides where data goes is set here, so that no environment variable does.
+    # Everything that decides where data goes is set here, so that environment variables have no effect.
     settings = Settings(
         _env_file=None,
         chroma_api_impl="chromadb.api.rust.RustBindingsAPI",
@@ -245,7 +228,7 @@ def _open_client(path: Path) -> Client:
         is_persistent=True,
         persist_directory=str(path),
     )
-    # A system of its own: PersistentClient would return one that was opened before, or one that failed to start.
+    # PersistentClient would return a system that was opened before, or one that failed to start.
     system = System(settings)
     system.instance(ServerAPI)  # type: ignore[type-abstract] # it looks the class up in the settings
     system.start()

@@ -1,6 +1,6 @@
-"""Checks of the vectors in an answer, and the mean vector of a text in pieces. No I/O.
+"""Checks the vectors of an answer, and computes the mean vector of a text in pieces. No I/O.
 
-Vectors are stored at length 1: only their direction is compared (cosine).
+Vectors are stored with length 1, because only their direction is compared (cosine).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from error_handler import MixedIndexError, UnusableVectorsError
 Vector = NDArray[np.float32]
 """One vector of length 1; shape (dimensions,)."""
 
-# Models give lengths from 1 to some hundred; outside these bounds the computation was broken.
+# Models give lengths from 1 to some hundred; a length outside these bounds is an error of the server.
 SHORTEST, LONGEST = 1e-6, 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedVectors:
-    """The vectors of one answer by the place of their input; *problems* has the reason for each other place.
+    """The *good* vectors of one answer by the place of their input, and the *problems* of the other places.
 
     *dimensions* is None if no vector is good and none was known before.
     """
@@ -38,8 +38,8 @@ def checked_vectors(vectors: Sequence[Sequence[float] | Vectors], count: int, di
     """Return the usable *vectors* for *count* inputs. *dimensions* None: the length that most of them have.
 
     Raises:
-        UnusableVectorsError: Their number is not *count*, so it is unknown which belongs to which input.
-        MixedIndexError: All of several have another length than *dimensions*: the model has changed.
+        UnusableVectorsError: Their number is not *count*, so none can be assigned to an input.
+        MixedIndexError: There are several, all with another length than *dimensions*: the model has changed.
     """
     if len(vectors) != count:
         raise UnusableVectorsError(
@@ -73,46 +73,42 @@ def mixed_dimensions(known: int, found: int) -> MixedIndexError:
 
 
 def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector | None:
-    """Return the mean of the pieces of one text at length 1; None if they cancel each other out.
-
-    *weights* are the tokens of the pieces, so each token counts the same.
-    """
+    """Return the mean of *vectors*, weighted by *weights* (tokens), with length 1; None if they cancel each other out."""
     mean = np.average(np.stack(vectors).astype(np.float64), axis=0, weights=weights)
     found = _direction(mean)
     return None if isinstance(found, str) else found
 
 
 def _directions(vectors: Sequence[Sequence[float] | Vectors]) -> dict[int, Vector]:
-    """Return the usable *vectors* by place, all in one step; none if they are not a table of numbers."""
+    """Return the usable *vectors* by place, computed together; none if they are not a table of numbers."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         try:
             table = np.asarray(vectors, dtype=np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return {}
         if table.ndim != 2 or not table.size:
             return {}
         norms = np.sqrt(np.einsum("ij,ij->i", table, table))
-        # Well inside the bounds, so that float32 is precise enough; the others are checked one by one.
+        # Well inside the bounds, float32 is precise enough; the others are checked one by one.
         usable = np.isfinite(norms) & (norms > 1e3 * SHORTEST) & (norms < 1e-3 * LONGEST)
         table = table / norms[:, None]
     return {int(place): table[place] for place in np.flatnonzero(usable)}
 
 
 def _direction(vector: Sequence[float] | Vectors | NDArray[np.float64]) -> Vector | str:
-    """Return *vector* at length 1, or what is wrong with it."""
+    """Return *vector* with length 1, or the problem with it."""
     try:
         numbers = np.asarray(vector, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "its vector does not consist of numbers"
     if numbers.ndim != 1 or not numbers.size:
         return "its vector is not a list of numbers"
     if not np.isfinite(numbers).all():
         return "its vector holds numbers that are not finite (NaN)"
-    # By the largest first: the square of a huge number is not finite.
     largest = float(np.abs(numbers).max())
     if largest == 0.0:
         return "its vector is all zeros"
-    norm = largest * float(np.linalg.norm(numbers / largest))
+    norm = largest * float(np.linalg.norm(numbers / largest))  # the square of a huge number would not be finite
     if not SHORTEST <= norm <= LONGEST:
         return f"its vector has the implausible length {norm:.3g}"
     return (numbers / norm).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Every vector that was ever paid for, by the hash of its text: the reason why nothing is embedded twice.
+"""Stores every paid vector by the hash of its text, so that nothing is embedded twice.
 
-It holds hashes, vectors and counts. Vectors of several models stand beside each other, so going back to a model costs
-nothing. The same file has the table of what a search finds: see ``search_entries``.
+The file holds hashes, vectors and counts. It keeps the vectors of several models, so going back to a model costs nothing.
+It also has the table of what a search finds: see ``search_entries``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from embedding_index.providers.contract import ModelIdentity
 from embedding_index.vector_checks import Vector, mixed_dimensions
 from storage.state_file import Schema, StateFile
 
-HASHES_PER_QUERY = 500  # an insert has four values for each; SQLite takes 32,766
+HASHES_PER_QUERY = 500  # an insert has four values for each; SQLite allows 32,766
 
 _SEARCH_TABLES = """
 CREATE TABLE entries (
@@ -75,8 +75,7 @@ CREATE TABLE usage (
 class Totals:
     """The cost of one model since the ledger was created.
 
-    *calls* are those that were answered; *tokens* are as billed, for all dimensions; *vectors* are those stored, pieces
-    of long texts included.
+    *calls* were answered; *tokens* are as billed, for all dimensions; *vectors* include pieces of long texts.
     """
 
     vectors: int
@@ -87,16 +86,13 @@ class Totals:
 class VectorLedger(StateFile):
     """The ledger at one path; the process that writes holds the lock of the folder.
 
-    An identity without dimensions means the vectors of the model's default length. Vectors of a length that was asked
-    for are different ones: with EMBEDDING_DIMENSIONS unset again, none of them is taken for a default one.
+    An identity without dimensions means the vectors of the model's default length. Those made with EMBEDDING_DIMENSIONS
+    are never used as default ones, even if their length is the same.
     """
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
         """See ``StateFile``."""
         super().__init__(path, _SCHEMA, create=create)
-
-    def __enter__(self) -> VectorLedger:
-        return self
 
     def known(self, identity: ModelIdentity, hashes: Iterable[str]) -> set[str]:
         """Return those of *hashes* that have a vector of *identity*."""
@@ -114,11 +110,7 @@ class VectorLedger(StateFile):
         return {key.hex(): self.checked(stored, checksum) for key, stored, checksum in rows}
 
     def checked(self, stored: bytes, checksum: int) -> Vector:
-        """Return the vector *stored*.
-
-        Raises:
-            StateDirectoryError: It was changed on disk.
-        """
+        """Return the vector *stored*; raise StateDirectoryError if it was changed on disk."""
         if zlib.crc32(stored) != checksum:
             raise self.damaged("checksum")
         return np.frombuffer(stored, dtype="<f4")
@@ -138,7 +130,7 @@ class VectorLedger(StateFile):
             if vectors:
                 lengths = {len(vector) for vector in vectors.values()}
                 length = lengths.pop()
-                wanted = next(iter(lengths), None) or self._dimensions(identity) or length
+                wanted = next(iter(lengths), None) or self.dimensions(identity) or length
                 if wanted != length:
                     raise mixed_dimensions(wanted, length)
                 number = self._model(identity, length)
@@ -159,9 +151,12 @@ class VectorLedger(StateFile):
             db.executemany("INSERT OR IGNORE INTO parts VALUES (?, ?)", rows)
 
     def dimensions(self, identity: ModelIdentity) -> int | None:
-        """Return the length of the vectors of *identity*; None if there are none and it does not say."""
-        with self.reading():
-            return self._dimensions(identity)
+        """Return the length of the vectors of *identity*; None if it has no length yet."""
+        if identity.dimensions is not None:
+            return identity.dimensions
+        with self.reading() as db:
+            row = db.execute("SELECT dimensions FROM models WHERE id = ?", (self.number(identity),)).fetchone()
+        return row[0] if row else None
 
     def totals(self, identity: ModelIdentity) -> Totals:
         """Return what was stored and billed for *identity*."""
@@ -174,9 +169,9 @@ class VectorLedger(StateFile):
         return Totals(vectors, *(spent or (0, 0)))
 
     def keep_only(self, hashes: Iterable[str]) -> int:
-        """Delete all vectors, of every model, and all search entries but those of *hashes* and their pieces.
+        """Delete all vectors, of every model, and all search entries except those of *hashes* and their pieces.
 
-        Returns how many vectors were deleted.
+        Returns the number of deleted vectors.
         """
         with self.change() as db:
             db.execute("CREATE TEMP TABLE kept (hash BLOB PRIMARY KEY) WITHOUT ROWID")
@@ -206,7 +201,7 @@ class VectorLedger(StateFile):
 
     @contextmanager
     def change(self) -> Iterator[sqlite3.Connection]:
-        """Do a transaction that counts in ``search.changes``, by which a stale copy of the file is recognised."""
+        """Do a transaction and count it in ``search.changes``, which shows whether a copy of the file is stale."""
         with self.transaction() as db:
             yield db
             db.execute("UPDATE search SET changes = changes + 1")
@@ -219,12 +214,6 @@ class VectorLedger(StateFile):
                 number = self.number(identity)
                 rows = db.execute(query.format(marks=", ".join("?" * len(page))), (number, *page)).fetchall()
             yield from rows
-
-    def _dimensions(self, identity: ModelIdentity) -> int | None:
-        if identity.dimensions is not None:
-            return identity.dimensions
-        row = self._db.execute("SELECT dimensions FROM models WHERE id = ?", (self.number(identity),)).fetchone()
-        return row[0] if row else None
 
     def _model(self, identity: ModelIdentity, length: int) -> int:
         """Return the row of *identity*; make it if there is none."""
@@ -239,7 +228,7 @@ class VectorLedger(StateFile):
 
 
 def _insert(db: sqlite3.Connection, number: int, page: Sequence[tuple[str, Vector]]) -> None:
-    """Add the vectors of *page* (content hash, vector) in one statement: other threads run until it is done."""
+    """Add the vectors of *page* (content hash, vector) in one statement, during which other threads run."""
     values: list[object] = []
     for key, vector in page:
         stored = np.ascontiguousarray(vector, dtype="<f4").data
@@ -251,7 +240,7 @@ def _insert(db: sqlite3.Connection, number: int, page: Sequence[tuple[str, Vecto
 def _from_format_1(db: sqlite3.Connection, folder: Path) -> None:
     """Add the table of search entries to a ledger of format 1, whose entries were in ChromaDB's files only.
 
-    The items that ``index.sqlite3`` calls indexed are entries now, if the file ``generation`` says of which model.
+    The items that ``index.sqlite3`` marks as indexed become entries, if the file ``generation`` names their model.
     """
     for statement in _SEARCH_TABLES.split(";\n"):
         db.execute(statement)
@@ -261,24 +250,20 @@ def _from_format_1(db: sqlite3.Connection, folder: Path) -> None:
             "SELECT id FROM models WHERE provider = ? AND model = ? AND dimensions = ?",
             (made_by["provider"], made_by["model"], made_by["dimensions"]),
         ).fetchone()
-        rows = _indexed_items(folder / "index.sqlite3")
+        with closing(sqlite3.connect(f"{(folder / 'index.sqlite3').absolute().as_uri()}?mode=rw", uri=True)) as states:
+            rows = states.execute(
+                "SELECT i.kind, i.name, i.hash, i.metadata, coalesce(json_quote(d.text), 'null') FROM items i "
+                "LEFT JOIN documentation d ON d.kind = i.kind AND d.name = i.name WHERE i.state = 'indexed'"
+            ).fetchall()
     except (OSError, ValueError, TypeError, KeyError, sqlite3.Error):
-        model, rows = None, []
+        return  # the next run that indexes adds what is missing without a call
     if model is None:
-        return  # the next run that indexes finds what is missing, and adds it without a call
+        return
     db.executemany(
         "INSERT INTO entries SELECT ?1, ?2, ?3, ?4, ?5 WHERE EXISTS (SELECT 1 FROM vectors WHERE model = ?6 AND hash = ?3)",
         ((*row, *model) for row in rows),
     )
     db.execute("UPDATE search SET model = ?", model)
-
-
-def _indexed_items(path: Path) -> list[tuple[str, str, bytes, str, str]]:
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as states:
-        return states.execute(
-            "SELECT i.kind, i.name, i.hash, i.metadata, coalesce(json_quote(d.text), 'null') FROM items i "
-            "LEFT JOIN documentation d ON d.kind = i.kind AND d.name = i.name WHERE i.state = 'indexed'"
-        ).fetchall()
 
 
 _SCHEMA = Schema(

@@ -25,7 +25,7 @@ Found = list[tuple[float, Kind, str]]
 
 
 class VectorSearch:
-    """Memory between searches: the vectors of small kinds, and the open graph of large ones.
+    """Searches that keep the vectors of small kinds and the open graph of large ones in memory.
 
     Any thread may search; one at a time is served.
     """
@@ -39,7 +39,7 @@ class VectorSearch:
         self._graph: SearchGraph | None = None
 
     def search(self, ledger: VectorLedger, vector: Vector, kinds: Iterable[Kind] | None, limit: int) -> list[Hit]:
-        """Return at most *limit* hits, the most similar first, equal ones by kind and name; *kinds* None: all.
+        """Return at most *limit* hits of *kinds* (None: all), the most similar first, equal ones by kind and name.
 
         Raises:
             MixedIndexError: *vector* has another length than those in the index.
@@ -62,7 +62,7 @@ class VectorSearch:
             return entries.hits(sorted(found, key=lambda hit: (-hit[0], hit[1], hit[2]))[:limit])
 
     def close(self) -> None:
-        """Release files and memory; a second time does nothing."""
+        """Release files and memory."""
         with self._lock:
             self._forget()
 
@@ -86,11 +86,11 @@ class VectorSearch:
             return nearest(self._pages[kind], vector, limit)
         if self._graph is not None:
             try:
-                # The graph only proposes: damage to its files can lose a hit, never give a wrong one. More than asked
-                # for, so that the cut among equally similar ones is by name.
+                # The graph only proposes, so damage to its files can lose a hit, but cannot give a wrong one. It proposes
+                # more than *limit*, so that equally similar ones are chosen by name.
                 proposed = entries.vectors(kind, self._graph.nearest(kind, vector, limit * 2 + 10))
                 return nearest([(list(proposed), np.array(list(proposed.values())))], vector, limit)
-            except VectorStoreError as exc:  # removed, because a newer one took its place
+            except VectorStoreError as exc:  # a newer graph has replaced it
                 logger.warning("%s This search compares all vectors.", exc)
         return nearest(entries.pages(kind), vector, limit)
 
@@ -98,13 +98,13 @@ class VectorSearch:
 def nearest(
     pages: Iterable[tuple[Sequence[str], NDArray[np.float32]]], vector: Vector, limit: int
 ) -> list[tuple[str, float]]:
-    """Return the *limit* most similar names of *pages* with their cosine, the most similar first, equal ones by name."""
+    """Return the *limit* most similar names of *pages* with their cosine, sorted by similarity, then name."""
     best: list[tuple[str, float]] = []
     unit = vector / np.linalg.norm(vector)
     for names, vectors in pages:
         if not names:
             continue
-        # Rounded, because equal vectors differ in the last digit by the place of their row.
+        # Rounded, because the cosines of equal vectors differ in the last digit.
         cosines = np.round(vectors @ unit, 6)
         cut = max(0, len(names) - limit)
         least = np.partition(cosines, cut)[cut]
@@ -114,12 +114,11 @@ def nearest(
 
 
 def query_vector(provider: Provider, text: str) -> Vector:
-    """Return the vector of *text*, made like those in the index: a long one in pieces, never cut.
+    """Return the vector of *text*. A long text is embedded in pieces, as in the index, not truncated.
 
     Raises:
-        ConfigurationError: There is no text, or the provider refuses key, address or model.
-        ProviderUnavailableError: The provider gives no usable answer.
-        UnusableVectorsError: Its answer is no vector.
+        ConfigurationError: *text* is empty, or the provider refuses key, address or model.
+        ProviderUnavailableError, UnusableVectorsError: The provider gives no usable answer.
     """
     if not text.strip():
         raise ConfigurationError("The text to search for is empty; give some words.")

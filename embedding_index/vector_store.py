@@ -1,23 +1,22 @@
-"""The vectors of the index: the provider that makes them, the ledger that stores them, and the search, as one."""
+"""The vector store: the provider that computes vectors, the ledger that stores them, and the search."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from config.index_settings import IndexSettings, load_index_settings
-from database_docs.items import IndexItem, Item, Kind, OnEnded
+from database_docs.items import IndexItem, Kind, OnEnded
 from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
 from embedding_index.index_reader import LEDGER_FILE
 from embedding_index.ledger_copy import restore_ledger, write_copy
 from embedding_index.providers.contract import ModelIdentity, Provider
 from embedding_index.providers.opening import open_provider
 from embedding_index.search_entries import Hit, SearchEntries, mixed_message
-from embedding_index.search_graph import publish_graph, require_chromadb
+from embedding_index.search_graph import publish_graph
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch, query_vector
 from error_handler import MixedIndexError, StateDirectoryError
@@ -27,10 +26,10 @@ WRITE_AT = 100  # entries in one durable step
 
 
 class SQLVectorStore:
-    """Vectors of database documentation and of conversations; one process at a time may hold one per directory.
+    """Vectors of database documentation and conversations; only one process at a time may open a directory.
 
-    Use as ``with``, or call ``close``. *settings* None reads them from the environment; *provider* None opens the one
-    that they name, and is closed with the store.
+    Use as ``with``, or call ``close``. Without *settings*, they are read from the environment. Without *provider*, the one
+    in the settings is opened, and closed with the store.
 
     Raises:
         DirectoryLockedError: Another process holds the index.
@@ -39,13 +38,18 @@ class SQLVectorStore:
     """
 
     def __init__(
-        self, settings: IndexSettings | None = None, *, provider: Provider | None = None, rebuild: bool = False
+        self,
+        settings: IndexSettings | None = None,
+        *,
+        provider: Provider | None = None,
+        rebuild: bool = False,
+        stop: threading.Event | None = None,
     ) -> None:
-        """Open or make the index. With *rebuild*, one of another model may be opened, to be replaced by ``rebuild``."""
+        """Open or make the index. With *rebuild*, one of another model may be opened, to be replaced by ``Mending``."""
         self.settings = settings or load_index_settings()
         self.batch_size = self.settings.batch_size
         self.max_retries = self.settings.max_retries
-        self.stop = threading.Event()  # once set, no new call starts and the calls in flight are stored
+        self.stop = stop or threading.Event()  # once set, no new call starts and the calls in flight are stored
         self.counts = RunCounts()  # of all calls through this store
         self.directory = self.settings.index_dir
         _make_private(self.directory)
@@ -53,7 +57,6 @@ class SQLVectorStore:
             lock = DirectoryLock(self.directory)
             lock.acquire("wait for it to end, or set INDEX_DIR to another directory.")
             stack.callback(lock.release)
-            require_chromadb()
             self.provider = provider or open_provider(self.settings)
             if provider is None:
                 stack.callback(self.provider.close)
@@ -63,73 +66,59 @@ class SQLVectorStore:
             self.entries = SearchEntries(self.ledger)
             self._search = VectorSearch(self.directory)
             stack.callback(self._search.close)
-            self.is_other_model = self._is_other_model()
+            recorded = self.entries.identity()
+            self.is_other_model = recorded is not None and not recorded.is_same_model(self.identity)
             if self.is_other_model and not rebuild:
-                raise MixedIndexError(mixed_message(self.entries.identity(), self.identity))
+                raise MixedIndexError(mixed_message(recorded, self.identity))
             stack.callback(self._publish)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> SQLVectorStore:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Finish what is on disk and let other processes in."""
+        """Finish the files and release the lock."""
         self._stack.close()
 
     @property
     def identity(self) -> ModelIdentity:
-        """The provider's model, with the length of its vectors if an answer has shown it."""
+        """The provider's model, with the length of its vectors if it is known."""
         asked = self.provider.identity
         return replace(asked, dimensions=self.ledger.dimensions(asked))
 
     def count(self) -> int:
-        """Return how many items can be found."""
+        """Return the number of items that can be found."""
         return sum(self.entries.counts().values())
 
     def ids(self) -> set[str]:
-        """Return the ids of everything that can be found."""
+        """Return the ids of the items that can be found."""
         return set(self.entries.hashes())
 
     def known(self, hashes: Collection[str]) -> set[str]:
-        """Return those of *hashes* whose vector is stored: they cost nothing."""
+        """Return those of *hashes* whose vector is stored."""
         return self.ledger.known(self.identity, hashes)
 
-    def rebuild(self, items: Iterable[Item]) -> None:
-        """Let a search find *items* and nothing else, by the vectors of this provider; no call is made.
-
-        An item whose vector is not stored is left out.
-        """
-        self.entries.replace(self.identity, items)
-        self.is_other_model = False
-
-    def add_stored(self, items: Iterable[Item]) -> None:
-        """Let a search find *items* as well, whose vectors are stored; no call is made."""
-        self.entries.put(self.identity, items)
-
     def index(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
-        """Make *items* findable; *on_ended* gets each one, some at a time, with None or why it failed, when that is durable.
+        """Embed *items* and add them to the search entries.
 
-        Items of equal text are embedded once. After ``stop`` is set some get no result.
+        *on_ended* gets some at a time, each with None or its problem, once that is durable. Items of equal text are
+        embedded once. After ``stop`` is set, some get no result.
 
         Raises:
-            ProviderUnavailableError: The provider stayed away too long; everything it answered is stored.
-            VectorStoreError: ChromaDB cannot be written.
+            IndexingError: See ``EmbeddingRun.run``; all answers are stored.
         """
         by_hash: dict[str, list[IndexItem]] = {}
         for item in items:
             by_hash.setdefault(item.content_hash, []).append(item)
         options = RunOptions(self.batch_size, self.max_retries)
-        run = EmbeddingRun(self.provider, self.ledger, options, stop=self.stop)
+        run = EmbeddingRun(self.provider, self.ledger, options, self.stop, self.counts)
         waiting: list[IndexItem] = []
         texts = {found: same[0].text for found, same in by_hash.items()}
         try:
-            # Closed here, so that its threads have ended before the calls are counted, also after an error.
-            with contextlib.closing(run.run(texts)) as ended:
+            with contextlib.closing(run.run(texts)) as ended:  # after an error, its threads end first
                 for embedded in ended:
                     same = by_hash[embedded.content_hash]
                     if embedded.problem is None:
@@ -139,11 +128,10 @@ class SQLVectorStore:
                     if len(waiting) >= WRITE_AT:
                         self._write(waiting, on_ended)
         finally:
-            self.counts = _sum(self.counts, run.counts)
             self._write(waiting, on_ended)
 
     def _write(self, waiting: list[IndexItem], on_ended: OnEnded) -> None:
-        part, waiting[:] = waiting.copy(), []  # what fails here is not tried a second time on the way out
+        part, waiting[:] = waiting.copy(), []  # after an error here, ``index`` does not write them again
         if part:
             self.entries.put(self.identity, part)
             on_ended([(item, None) for item in part])
@@ -153,28 +141,20 @@ class SQLVectorStore:
         self.entries.update_metadata(items)
 
     def delete(self, kind: Kind, names: Collection[str]) -> None:
-        """Take items out of the index; names that are not there are fine."""
+        """Delete items from the search entries; unknown names are ignored."""
         if names:
             self.entries.delete(kind, names)
 
-    def forget_others(self, hashes: Collection[str]) -> None:
-        """Delete every stored vector and entry but those of *hashes*: of texts that no item has any more."""
-        self.ledger.keep_only(hashes)
-
     def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:
-        """Return at most *limit* items most like *text*, the best first; *kinds* None searches all.
+        """Return the *limit* items of *kinds* (None: all) that are most similar to *text*, the best first.
 
         Raises:
-            ProviderUnavailableError: The provider gives no vector for *text*.
+            IndexingError: The provider gives no vector for *text*.
         """
         return self._search.search(self.ledger, query_vector(self.provider, text), kinds, limit)
 
-    def _is_other_model(self) -> bool:
-        recorded = self.entries.identity()
-        return recorded is not None and not recorded.is_same_model(self.identity)
-
     def _publish(self) -> None:
-        """Leave the files whole: the graph of a large index, the copy of the ledger, and nothing that was deleted."""
+        """Write the graph of a large index and the copy of the ledger; nothing deleted stays in a file."""
         publish_graph(self.entries, self.directory)
         write_copy(self.ledger)
 
@@ -184,11 +164,5 @@ def _make_private(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as exc:
         raise StateDirectoryError(
-            f"{directory} cannot be made ({exc.strerror}); fix its rights, or set INDEX_DIR to another directory."
+            f"{directory} cannot be created ({exc.strerror}); fix its permissions, or set INDEX_DIR to another directory."
         ) from exc
-
-
-def _sum(first: RunCounts, second: RunCounts) -> RunCounts:
-    return RunCounts(
-        **{field.name: getattr(first, field.name) + getattr(second, field.name) for field in fields(RunCounts)}
-    )

@@ -133,7 +133,7 @@ class SimilarConversations:
 
     def _open_allowed(self) -> IndexReader:
         index = self._open(self._settings)
-        if index.provider.leaves_house and not load_openai_settings().allow_external:
+        if index.provider.is_external and not load_openai_settings().allow_external:
             index.close()
             raise RequestError(errors.TEXT_STAYS)
         return index

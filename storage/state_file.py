@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from error_handler import StateDirectoryError
 
@@ -67,7 +68,7 @@ class StateFile:
         except (OSError, sqlite3.Error) as exc:
             raise self._unusable(exc) from exc
 
-    def __enter__(self) -> StateFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -151,5 +152,5 @@ class StateFile:
         if type(exc) is sqlite3.DatabaseError:
             return self.damaged(str(exc))
         return StateDirectoryError(
-            f"{self._schema.what} in {self.path} cannot be used ({exc}); free space or fix the rights, then run again."
+            f"{self._schema.what} in {self.path} cannot be used ({exc}); free space or fix the permissions, then run again."
         )

@@ -56,8 +56,8 @@ OWNERS = {
     },
     "filelock": {"storage.files"},
     "croniter": {"commands.flags"},
-    "openai": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
-    # what the openai package is made of
+    "openai": {"openai_batch.openai_client"},
+    # the openai package is built on it
     "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     "chromadb": {"embedding_index.search_graph"},
     "sqlalchemy": {"database_docs.introspection", "database_docs.database_connection"},

@@ -28,7 +28,7 @@ def end_soon() -> None:
 
 
 @contextmanager
-def stop_on_signals(stop: asyncio.Event, is_running: Callable[[], bool]) -> Iterator[None]:
+def stop_on_signals(stop: asyncio.Event | threading.Event, is_running: Callable[[], bool]) -> Iterator[None]:
     """Inside, the first SIGINT or SIGTERM sets *stop* and the second cancels the current task.
 
     The first one also cancels it while *is_running* returns False, because there is nothing to finish yet. A cancelled

@@ -46,7 +46,7 @@ class RequestLimits:
 class Answer:
     """The vectors of one call as the provider sent them, in the order of the inputs, otherwise unchecked.
 
-    *vectors* may be of any number and lengths; *tokens* are those billed, None if the provider does not tell.
+    *vectors* may be of any number and lengths. *tokens* are as billed, None if unknown.
     """
 
     vectors: Sequence[Sequence[float] | Vectors]
@@ -54,15 +54,15 @@ class Answer:
 
 
 class Provider(Protocol):
-    """A source of vectors. It works on *max_concurrent* calls of ``embed`` at once; more threads may read answers.
+    """A source of vectors. At most *max_concurrent* calls of ``embed`` may wait for an answer; more threads may read one.
 
-    *leaves_house*: texts go to an address outside this machine.
+    *is_external*: texts leave this machine.
     """
 
     identity: ModelIdentity
     limits: RequestLimits
     max_concurrent: int
-    leaves_house: bool
+    is_external: bool
 
     def count_tokens(self, text: str) -> int:
         """Return the tokens of *text*, or the most it may have if that is only estimated; at least 1."""

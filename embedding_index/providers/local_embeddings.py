@@ -40,29 +40,30 @@ CHUNK_TOKENS = 1024  # padded tokens computed at once; the intermediate values f
 NOWHERE = np.float32(-1e9)  # score of padding: its share of the attention is 0
 
 Numbers = NDArray[np.float32]
+Pair = tuple[Numbers, Numbers]
+"""Weight and bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """Weights of one layer, for ``x @ weight``; *qkv* are query, key and value side by side."""
 
-    qkv: tuple[Numbers, Numbers]
-    attention_output: tuple[Numbers, Numbers]
-    attention_norm: tuple[Numbers, Numbers]
-    intermediate: tuple[Numbers, Numbers]
-    output: tuple[Numbers, Numbers]
-    output_norm: tuple[Numbers, Numbers]
+    qkv: Pair
+    attention_output: Pair
+    attention_norm: Pair
+    intermediate: Pair
+    output: Pair
+    output_norm: Pair
 
 
 class LocalProvider:
     """The model of the installed package. It needs no server, key or network, and costs nothing. ``close`` it.
 
-    It computes parts of a call in parallel, each on one core. While it is open, numpy's matrix products use one thread
-    each in the whole process: threads inside a small product wait for each other by spinning, for seconds if other
-    programs keep the cores busy.
+    It computes parts of a call in parallel, each on one core. While it is open, each matrix product of numpy in this
+    process uses one thread: several threads wait for each other by spinning, for seconds if other programs use the cores.
     """
 
-    leaves_house = False
+    is_external = False
 
     def __init__(self, index: IndexSettings) -> None:
         """Load the model: 90 MB.
@@ -154,24 +155,20 @@ def _model_folder() -> Path:
 
 
 def _tokenizer_json(path: Path) -> str:
-    """Return the text of *path*; raise ValueError if it is damaged (tokenizers itself raises Exception)."""
+    """Return the text of *path*; raise ValueError or KeyError if it is damaged (tokenizers itself raises Exception)."""
     text = path.read_text(encoding="utf-8")
-    fields = orjson.loads(text)
-    model = fields.get("model") if isinstance(fields, dict) else None
-    if not isinstance(model, dict) or len(model.get("vocab") or ()) != VOCABULARY:
+    if len(orjson.loads(text)["model"]["vocab"]) != VOCABULARY:
         raise ValueError("no vocabulary")
     return text
 
 
-def _arranged(
-    weights: dict[str, Numbers],
-) -> tuple[Numbers, Numbers, tuple[Numbers, Numbers], list[_Layer]]:
+def _arranged(weights: dict[str, Numbers]) -> tuple[Numbers, Numbers, Pair, list[_Layer]]:
     """Return word vectors, position vectors, the first norm and the layers; raise KeyError if one is missing."""
 
-    def norm(name: str) -> tuple[Numbers, Numbers]:
+    def norm(name: str) -> Pair:
         return weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"]
 
-    def dense(*names: str) -> tuple[Numbers, Numbers]:
+    def dense(*names: str) -> Pair:
         matrix = np.concatenate([weights[f"{name}.weight"] for name in names]).T
         return np.ascontiguousarray(matrix), np.concatenate([weights[f"{name}.bias"] for name in names])
 
@@ -220,7 +217,7 @@ def _attended(x: Numbers, layer: _Layer, hidden: Numbers) -> Numbers:
     return attended
 
 
-def _normalized(x: Numbers, norm: tuple[Numbers, Numbers]) -> Numbers:
+def _normalized(x: Numbers, norm: Pair) -> Numbers:
     centred = x - x.mean(axis=1, keepdims=True)
     variance = np.einsum("td,td->t", centred, centred)[:, None] / np.float32(DIMENSIONS)
     normalized: Numbers = centred / np.sqrt(variance + np.float32(EPSILON)) * norm[0] + norm[1]

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-import numpy as np
 import orjson
 
 from config.index_settings import IndexSettings
 from config.settings import Settings
 from domain.text import encodable
-from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vectors
-from embedding_index.token_counts import EstimatedCounter
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
+from embedding_index.token_counts import estimated_tokens
 from error_handler import (
     ConfigurationError,
+    IndexingError,
     LLMConnectionError,
     LLMTimeoutError,
     LLMUnavailableError,
@@ -75,12 +75,15 @@ class OllamaProvider:
         # The default of EMBEDDING_CONCURRENCY is meant for OpenAI.
         was_set = "max_concurrent" in index.model_fields_set
         self.max_concurrent = index.max_concurrent if was_set else min(CONCURRENT, index.max_concurrent)
-        self.leaves_house = not is_this_machine(urlsplit(self._url).hostname or "")
+        self.is_external = not is_this_machine(urlsplit(self._url).hostname or "")
         self.identity = ModelIdentity("ollama", index.model.removesuffix(":latest"))
-        self._estimate = EstimatedCounter()
         keep_alive = settings.ollama_keep_alive
         self._session = open_session()
-        context = self._context_length()
+        try:
+            context = self._context_length()
+        except (IndexingError, ConfigurationError):
+            self.close()
+            raise
         self.limits = RequestLimits(MOST_INPUTS, context, None)
         # The same for each call: a change reloads the model.
         self._fields: dict[str, Any] = {
@@ -92,7 +95,7 @@ class OllamaProvider:
 
     def count_tokens(self, text: str) -> int:
         """Return the most tokens that *text* is likely to have."""
-        return self._estimate(text)
+        return estimated_tokens(text)
 
     def embed(self, texts: Sequence[str], on_answer: Callable[[], None] | None = None) -> Answer:
         """Return the vectors of *texts*; see ``Provider.embed``. EMBEDDING_TIMEOUT_S bounds the whole answer.
@@ -118,8 +121,7 @@ class OllamaProvider:
                 raise UnusableVectorsError(
                     f"Ollama saw {tokens} tokens of at least {least}: it truncated an input although it was told not to; update it"
                 )
-            self._estimate.learn(inputs, tokens)
-        return Answer([_vector(vector) for vector in vectors], tokens)
+        return Answer(vectors, tokens)
 
     def close(self) -> None:
         """Close the connections."""
@@ -130,20 +132,15 @@ class OllamaProvider:
         model = self._model
         if is_cloud_name(model):
             raise _elsewhere(model)
-        try:
-            status, body = self._request("/api/show", show_body(model), min(SHOW_TIMEOUT_S, self._timeout_s))
-            if status == 404 or (status == 400 and b"invalid model name" in body[:4000]):
-                raise ConfigurationError(
-                    f"Ollama at {self._url} has no model {model}; run: ollama pull {model} (or set EMBEDDING_MODEL)."
-                )
-            if status != 200:
-                self._refuse(status, body)
-            shown = _fields(body)
-        except (ConfigurationError, ProviderUnavailableError, ProviderRejectedError):
-            self.close()
-            raise
+        status, body = self._request("/api/show", show_body(model), min(SHOW_TIMEOUT_S, self._timeout_s))
+        if status == 404 or (status == 400 and b"invalid model name" in body[:4000]):
+            raise ConfigurationError(
+                f"Ollama at {self._url} has no model {model}; run: ollama pull {model} (or set EMBEDDING_MODEL)."
+            )
+        if status != 200:
+            self._refuse(status, body)
+        shown = _fields(body)
         if shown.get("remote_host") or shown.get("remote_model"):
-            self.close()
             raise _elsewhere(model)
         return min(MOST_CONTEXT, parse_show(status, body).context_length or UNKNOWN_CONTEXT)
 
@@ -181,11 +178,8 @@ class OllamaProvider:
             is_long = any(sign in text for sign in _TOO_LONG)
             why = "an input is longer than the model's context" if is_long else "it makes no vector of an input"
             raise ProviderRejectedError(f"Ollama refuses the request: {why}")
-        if (
-            status >= 500
-            or status in (408, 425, 499)
-            or (status == 400 and any(sign in text for sign in _SERVER_FAULTS))
-        ):
+        is_fault = status == 400 and any(sign in text for sign in _SERVER_FAULTS)
+        if is_fault or status >= 500 or status in (408, 425, 499):
             raise ProviderUnavailableError(f"Ollama failed (HTTP {status}); its log says why")
         if status in (401, 403, 404, 405) or status < 400:
             raise ConfigurationError(
@@ -205,13 +199,3 @@ def _fields(body: bytes) -> dict[str, Any]:
         return json_object(body)
     except LLMUnavailableError as exc:
         raise ProviderUnavailableError("Ollama's answer is not JSON, or incomplete; check OLLAMA_ENDPOINT") from exc
-
-
-def _vector(numbers: Any) -> Vectors:
-    try:
-        vector = np.asarray(numbers, np.float32)
-    except (ValueError, TypeError, OverflowError) as exc:
-        raise UnusableVectorsError("a vector of the answer cannot be read") from exc
-    if vector.ndim != 1:
-        raise UnusableVectorsError("a vector of the answer is no list of numbers")
-    return vector

@@ -359,7 +359,7 @@ def test_a_directory_that_cannot_be_written(site: IndexSite) -> None:
     (site.folder / "file").write_text("")
     ended = site.run("--batch", "--index-dir", str(site.folder / "file" / "index"))
     assert ended.code == 2
-    assert "fix its rights, or set INDEX_DIR to another directory" in ended.err
+    assert "fix its permissions, or set INDEX_DIR to another directory" in ended.err
     assert site.billed() == {}
 
 

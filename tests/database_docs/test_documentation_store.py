@@ -77,7 +77,7 @@ def test_new_items_are_pending_until_they_are_indexed(store: DocumentationStore)
 
 
 def test_another_text_makes_an_item_pending(store: DocumentationStore) -> None:
-    """Other items stay indexed; attempts and problem of the old text are reset."""
+    """Other items stay indexed; the problem of the old text is removed."""
     items = talks(2)
     store.offer(items)
     index_all(store, items)
@@ -85,7 +85,7 @@ def test_another_text_makes_an_item_pending(store: DocumentationStore) -> None:
     changed = [IndexItem(TALK, "talk-0", "Another question"), items[1]]
     assert store.offer(changed).pending == changed[:1]
     stored = next(store.items(TALK))
-    assert (stored.attempts, stored.problem, stored.content_hash) == (0, None, content_hash("Another question"))
+    assert (stored.problem, stored.content_hash) == (None, content_hash("Another question"))
 
 
 def test_the_mark_of_an_old_text_counts_for_nothing(store: DocumentationStore) -> None:
@@ -112,19 +112,16 @@ def test_changed_metadata_is_offered_until_it_is_indexed(store: DocumentationSto
 
 
 def test_failed_items_are_pending_in_the_next_run(store: DocumentationStore) -> None:
-    """Their problem and the number of attempts stay until they are indexed."""
+    """Their problem stays until they are indexed."""
     items = talks(1)
-    for attempt in (1, 2):
+    for _ in range(2):
         assert store.offer(items).pending == items
         store.mark_ended([(items[0], "too odd")])
-        stored = next(store.items(TALK, State.FAILED))
-        assert (stored.problem, stored.attempts) == ("too odd", attempt)
+        assert next(store.items(TALK, State.FAILED)).problem == "too odd"
     store.offer(items)
-    stored = next(store.items(TALK, State.PENDING))
-    assert (stored.problem, stored.attempts) == ("too odd", 2)
+    assert next(store.items(TALK, State.PENDING)).problem == "too odd"
     index_all(store, items)
-    stored = next(store.items(TALK, State.INDEXED))
-    assert (stored.problem, stored.attempts) == (None, 3)
+    assert next(store.items(TALK, State.INDEXED)).problem is None
 
 
 def test_removed_names_are_returned_until_they_are_deleted(store: DocumentationStore) -> None:
@@ -216,7 +213,10 @@ def test_a_database_that_changes(store: DocumentationStore) -> None:
 def test_hashes_of_all_kinds(store: DocumentationStore) -> None:
     """Equal texts have equal hashes."""
     store.offer([IndexItem(TALK, "a", "x"), IndexItem(TALK, "b", "x"), IndexItem(Kind.TABLE, "c", "y")])
-    assert store.content_hashes() == {content_hash("x"), content_hash("y")}
+    index_all(store, [IndexItem(TALK, "b", "x")])
+    x, y = content_hash("x"), content_hash("y")
+    assert store.hashes() == {"conversation:a": x, "conversation:b": x, "table:c": y}
+    assert store.hashes(State.INDEXED) == {"conversation:b": x}
 
 
 def test_items_are_read_in_portions(store: DocumentationStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ def test_file_that_is_no_store_is_refused(path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(path: Path) -> None:
     path.parent.write_text("a file where the folder should be")
-    with pytest.raises(StateDirectoryError, match="fix the rights"):
+    with pytest.raises(StateDirectoryError, match="fix the permissions"):
         DocumentationStore(path)
 
 

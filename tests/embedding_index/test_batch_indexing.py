@@ -37,7 +37,7 @@ COSTS = {"total_texts", "estimated_tokens", "estimated_cost_usd", "cost_per_text
 class LetterProvider:
     """Counts letters; refuses what contains *poison*; remembers the sizes of its calls."""
 
-    leaves_house = False
+    is_external = False
     max_concurrent = 1
     limits = RequestLimits(2048, 8192, 300_000)
 
@@ -203,6 +203,8 @@ def test_one_item_at_a_time(vectors: SQLVectorStore, provider: LetterProvider) -
     assert provider.sizes == [1, 1, 1]
     assert vectors.search("zzzz", limit=1)[0].name == "zebras"
     assert {hit.name for hit in vectors.search("anything", limit=10)} == {"zebras", "z -> q", "quails"}
+    vectors.stop.set()
+    assert not agent.index_table({"name": "newts", "documentation": "never sent"})
     vectors.delete(Kind.TABLE, ["zebras", "never there"])
     assert vectors.ids() == {"relationship:z -> q", "table:quails"}
 
@@ -281,12 +283,12 @@ def test_mending_looks_before_it_changes(
     """With another model all vectors are missing; the states change only in ``mend``."""
     manager = BatchIndexingManager(SQLIndexerAgent(vectors))
     manager.batch_process_pending_tables(states)
-    assert Mending(vectors, states, rebuild=False).is_free
+    assert not Mending(vectors, states, rebuild=False).lost
     vectors.close()
     with SQLVectorStore(settings(tmp_path), provider=LetterProvider("text-embedding-3-large"), rebuild=True) as other:
         mending = Mending(other, states, rebuild=True)
-        assert mending.lost[Kind.TABLE] == ["customers", "orders", "refunds", "shipments"]
-        assert not mending.is_free
+        assert mending.lost == {f"table:{name}" for name in ("customers", "orders", "refunds", "shipments")}
+        assert len(mending.pending_texts(Kind.TABLE, ["orders"])) == TABLES - 1
         assert states.get_pending_tables() == []
     with SQLVectorStore(settings(tmp_path), provider=provider) as kept:
         assert (kept.count(), kept.is_other_model) == (TABLES, False)

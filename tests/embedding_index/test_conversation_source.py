@@ -124,9 +124,9 @@ class States:
 
 @dataclass
 class Vectors:
-    """What SQLVectorStore and its agent do, in dictionaries."""
+    """What SQLVectorStore does, in dictionaries."""
 
-    leaves_house: bool = False
+    is_external: bool = False
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
     embedded: dict[str, str] = field(default_factory=dict)  # content hash -> text
     calls: list[int] = field(default_factory=list)
@@ -139,17 +139,13 @@ class Vectors:
     def provider(self) -> Vectors:
         return self
 
-    @property
-    def vector_store(self) -> Vectors:
-        return self
-
     def count_tokens(self, text: str) -> int:
         return len(text.split())
 
     def known(self, hashes: Collection[str]) -> set[str]:
         return set(hashes) & self.embedded.keys()
 
-    def index_items(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
+    def index(self, items: Sequence[IndexItem], on_ended: OnEnded) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.calls.append(len(items))
         for item in items:
@@ -194,21 +190,20 @@ class Site:
         self.database["conversation_set"].insert_many([conversation(value, text) for value in document_ids])
         self.database["sentimental_analysis"].insert_many([result(value) for value in document_ids])
 
-    async def run(self, stop: threading.Event | None = None, **options: Any) -> dict[str, int]:
+    async def run(self, **options: Any) -> dict[str, int]:
         async with open_store(self.uri, self.db_name, self.driver) as store:
             counts = await index_conversations(
                 store,
                 self.states,
                 self.vectors,
                 Options(self.settings, **options),
-                stop,
                 lambda ended: self.results.extend((item.name, problem) for item, problem in ended),
             )
         return {
             name: value for name, value in asdict(counts).items() if value and name not in ("expected", "is_complete")
         }
 
-    async def estimate(self, **options: Any) -> conversation_source.ConversationEstimate:
+    async def estimate(self, **options: Any) -> conversation_source.ConversationCounts:
         async with open_store(self.uri, self.db_name, self.driver) as store:
             return await estimate_conversations(store, self.states, self.vectors, Options(self.settings, **options))
 
@@ -311,9 +306,9 @@ async def test_a_part_of_a_pass_removes_nothing(site: Site) -> None:
     site.database["conversation_set"].delete_one({"_id": 0})
     site.database["conversation_set"].update_many({}, {"$set": {"messages.1.text": "Now about something else"}})
     assert await site.run(limit=2) == {"read": 9, "pending": 2, "indexed": 2}
-    stop = threading.Event()
-    stop.set()
-    assert await site.run(stop) == {}
+    site.vectors.stop.set()
+    assert await site.run() == {}
+    site.vectors.stop.clear()
     assert len(site.vectors.found) == 10
     assert await site.run() == {"read": 9, "pending": 7, "indexed": 7, "removed": 1}
 
@@ -353,15 +348,16 @@ async def test_a_wrong_name_empties_no_index(site: Site, missing: str) -> None:
 async def test_windows_are_handed_over_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full windows are embedded while reading, the rest at the end; the number of characters can fill a window, too."""
     monkeypatch.setattr(conversation_source, "PAGE_DOCUMENTS", 30)
+    monkeypatch.setattr(conversation_source, "WINDOW", 50)
     site.fill(*range(100))
     read: list[int] = []
-    await site.run(window=50, on_read=lambda counts: read.append(counts.read))
+    await site.run(on_read=lambda counts: read.append(counts.read))
     assert site.vectors.calls == [50, 50]
     assert read == [30, 60, 90, 100]
     site.vectors.calls.clear()
     site.states.items.clear()
     monkeypatch.setattr(conversation_source, "WINDOW_CHARACTERS", 900)
-    await site.run(window=50)
+    await site.run()
     assert site.vectors.calls == [30, 30, 30, 10]
     assert site.states.of("indexed") == site.vectors.found.keys()
 
@@ -377,13 +373,14 @@ async def test_a_bad_conversation_fails_alone_and_is_tried_again(site: Site) -> 
     assert await site.run() == {"read": 3, "pending": 1, "indexed": 1}
 
 
-async def test_stopped_pass_keeps_its_results_and_resumes(site: Site) -> None:
+async def test_stopped_pass_keeps_its_results_and_resumes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """That also holds if the provider ends the pass."""
+    monkeypatch.setattr(conversation_source, "WINDOW", 2)
     site.fill(*range(8))
     for number in range(8):
         site.database["conversation_set"].update_one({"_id": number}, {"$set": {"messages.1.text": f"Number {number}"}})
     site.vectors.stop_after = 3
-    assert await site.run(site.vectors.stop, window=2) == {"read": 8, "pending": 8, "indexed": 3}
+    assert await site.run() == {"read": 8, "pending": 8, "indexed": 3}
     assert len(site.states.of("indexed")) == 3
     site.vectors.stop.clear()
     site.vectors.away = True
@@ -394,10 +391,10 @@ async def test_stopped_pass_keeps_its_results_and_resumes(site: Site) -> None:
     assert len(site.vectors.embedded) == 8
 
 
-async def test_no_text_leaves_the_house_without_permission(site: Site) -> None:
+async def test_no_text_leaves_the_network_without_permission(site: Site) -> None:
     """No conversation is read."""
     site.fill(1)
-    site.vectors.leaves_house = True
+    site.vectors.is_external = True
     with pytest.raises(ConfigurationError, match="--allow-external or ALLOW_EXTERNAL_LLM=true"):
         await site.run()
     assert (site.vectors.calls, site.states.offers) == ([], 0)
@@ -409,7 +406,7 @@ async def test_estimate_sends_nothing_and_equals_the_run(site: Site) -> None:
     """Equal texts and texts with a vector cost nothing; a limit applies."""
     site.fill(1, 2)
     site.fill(3, text="Please cancel my order today")
-    site.vectors.leaves_house = True
+    site.vectors.is_external = True
     estimate = await site.estimate()
     assert (estimate.pending, estimate.unpaid, estimate.tokens) == (3, 2, 4 + 5 + 2 * 3)
     assert site.vectors.calls == []
@@ -424,16 +421,16 @@ async def test_estimate_sends_nothing_and_equals_the_run(site: Site) -> None:
 async def test_the_loop_is_free_while_texts_are_embedded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop handles signals and progress meanwhile."""
     site.fill(1)
-    ticked = threading.Event()
-    given = site.vectors.index_items
+    loop, given = asyncio.get_running_loop(), site.vectors.index
+    begun, ticked = asyncio.Event(), threading.Event()
 
     def wait_for_the_loop(items: Sequence[IndexItem], on_ended: OnEnded) -> None:
+        loop.call_soon_threadsafe(begun.set)
         assert ticked.wait(20)
         given(items, on_ended)
 
-    monkeypatch.setattr(site.vectors, "index_items", wait_for_the_loop, raising=False)
+    monkeypatch.setattr(site.vectors, "index", wait_for_the_loop, raising=False)
     run = asyncio.create_task(site.run())
-    while not site.states.items:
-        await asyncio.sleep(0.01)
+    await begun.wait()
     ticked.set()
     assert (await run)["indexed"] == 1

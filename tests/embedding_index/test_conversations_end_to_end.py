@@ -64,14 +64,13 @@ class Place:
     async def _index(self) -> ConversationCounts:
         # Loaded here: they need the packages of requirements-index.txt.
         from database_docs.documentation_store import DocumentationStore
-        from embedding_index.batch_indexing import SQLIndexerAgent
         from embedding_index.vector_store import SQLVectorStore
 
         uri = self.settings.mongodb_uri.get_secret_value()
         path = self.folder / "index" / "index.sqlite3"
         with SQLVectorStore(self.index_settings) as vectors, DocumentationStore(path) as states:
             async with open_store(uri, self.settings.db_name) as store:
-                return await index_conversations(store, states, SQLIndexerAgent(vectors), Options(self.settings))
+                return await index_conversations(store, states, vectors, Options(self.settings))
 
 
 @pytest.fixture

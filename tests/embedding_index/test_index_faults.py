@@ -7,8 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +22,6 @@ from tests.embedding_index.index_commands import (
     until,
 )
 from tests.fakes.fake_ollama import FakeOllama
-from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import ForkedProcess
 
 ITEMS = TABLES + RELATIONSHIPS
@@ -43,19 +40,6 @@ sys.argv = [{script!r}, 'index', *{flags!r}]
 sys.path[0] = {root!r}
 runpy.run_path({script!r}, run_name='__main__')
 """
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as fake:
-        yield fake
-
-
-@pytest.fixture
-def site(running: FakeOpenAI, tmp_path: Path) -> Iterator[IndexSite]:
-    running.renew()
-    yield IndexSite(tmp_path, running)
-    assert running.stats()["internal_errors"] == 0
 
 
 def sentence(ended: Ended, code: int) -> str:

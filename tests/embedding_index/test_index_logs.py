@@ -10,7 +10,7 @@ import pytest
 
 from config import load_settings
 from config.index_settings import load_index_settings
-from embedding_index.index_logs import log_to
+from embedding_index.actions import log_to
 
 KEY, MODEL_KEY, PASSWORD = "sk-canary-0123456789", "model-canary-0123456789", "database canary"
 ESCAPED = "database%20canary"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +10,6 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 from tests.embedding_index.index_commands import KEY, RELATIONSHIPS, TABLES, IndexSite, add_conversation
-from tests.fakes.fake_openai import FakeOpenAI
 
 if TYPE_CHECKING:
     from tests.fakes.postgres_server import Postgres
@@ -31,19 +29,6 @@ SCHEMA = (
     "COMMENT ON TABLE money.payouts_to_customers IS 'Refunds: money given back to customers'",
     "COMMENT ON COLUMN money.payouts_to_customers.charge_id IS 'the charge that is refunded'",
 )
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI() as fake:
-        yield fake
-
-
-@pytest.fixture
-def site(running: FakeOpenAI, tmp_path: Path) -> Iterator[IndexSite]:
-    running.renew()
-    yield IndexSite(tmp_path, running)
-    assert running.stats()["internal_errors"] == 0
 
 
 @pytest.fixture

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 
 from tests.embedding_index.index_commands import RELATIONSHIPS, TABLES, IndexSite
-from tests.fakes.fake_openai import FakeOpenAI
 
 STEERING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 OVER = ("--batch", "--max-cost", "0")
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[IndexSite]:
-    with FakeOpenAI() as fake:
-        yield IndexSite(tmp_path, fake)
 
 
 def test_the_question_for_the_price(site: IndexSite) -> None:
@@ -26,7 +15,7 @@ def test_the_question_for_the_price(site: IndexSite) -> None:
     for answer in ("\n", "n\n"):
         refused = site.on_terminal(*OVER, answer=answer)
         assert (refused.code, site.calls) == (2, 0), refused.out
-        assert "more than --max-cost 0 allows. Go on? [y/N]" in refused.out
+        assert "more than --max-cost 0 allows. Continue? [y/N]" in refused.out
         assert "Nothing was sent" in refused.out
     ended = site.on_terminal(*OVER, answer="^C")
     assert (ended.code, site.calls) == (130, 0), ended.out

@@ -59,7 +59,7 @@ def test_writer_upgrades_without_a_call_and_removes_the_old_files(settings: Inde
         DocumentationStore(settings.index_dir / "index.sqlite3") as states,
     ):
         mending = Mending(store, states, rebuild=False)
-        assert mending.is_free
+        assert not mending.lost
         mending.mend()
         assert store.ids() == FOUND
         assert states.get_pending_tables() == ["t4"]

@@ -75,5 +75,5 @@ def test_copy_that_cannot_be_written_is_an_error(path: Path) -> None:
     with VectorLedger(path) as ledger:
         add(ledger, [9])
         path.with_name(COPY_FILE).with_suffix(".part").mkdir()
-        with pytest.raises(StateDirectoryError, match="free space or fix the rights"):
+        with pytest.raises(StateDirectoryError, match="free space or fix the permissions"):
             write_copy(ledger)

@@ -115,7 +115,7 @@ def test_real_counts_and_limits(provider: LocalProvider) -> None:
     assert provider.embed(["My card was charged twice.", ""]).tokens == 10
     assert provider.limits == RequestLimits(2048, 256, None)
     assert provider.identity == ModelIdentity("local", "all-MiniLM-L6-v2", 384)
-    assert not provider.leaves_house
+    assert not provider.is_external
 
 
 def test_a_longer_text_is_refused_and_not_cut(provider: LocalProvider) -> None:

@@ -14,6 +14,7 @@ from config.index_settings import load_index_settings
 from config.settings import load_settings
 from embedding_index.providers.contract import ModelIdentity, RequestLimits
 from embedding_index.providers.ollama_embeddings import OllamaProvider
+from embedding_index.vector_checks import checked_vectors
 from error_handler import (
     ConfigurationError,
     ProviderBusyError,
@@ -65,7 +66,7 @@ def test_vectors_and_what_is_known_of_the_model(provider: OllamaProvider) -> Non
     assert got.tokens == sum(-(-len(text) // 4) for text in TEXTS)
     assert provider.limits == RequestLimits(2048, 2048, None)
     assert provider.identity == ModelIdentity("ollama", "nomic-embed-text", None)
-    assert not provider.leaves_house
+    assert not provider.is_external
 
 
 def test_it_says_when_a_good_answer_is_there(fake: FakeOllama, provider: OllamaProvider) -> None:
@@ -272,12 +273,8 @@ def test_wrong_number_of_vectors_is_returned_unchanged(fake: FakeOllama, provide
 
 @pytest.mark.parametrize("vector", ["text", [[1.0]], ["x"], 7, {"a": 1}], ids=str)
 def test_what_is_no_vector(vector: Any) -> None:
-    with (
-        scripted_server(answer({"embeddings": [vector]})) as server,
-        closing(open_ollama(server.url)) as provider,
-        pytest.raises(UnusableVectorsError),
-    ):
-        provider.embed(["a"])
+    with scripted_server(answer({"embeddings": [vector]})) as server, closing(open_ollama(server.url)) as provider:
+        assert checked_vectors(provider.embed(["a"]).vectors, 1, None).problems
 
 
 def test_lone_surrogates_are_sent_as_question_marks(provider: OllamaProvider) -> None:

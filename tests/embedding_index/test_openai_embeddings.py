@@ -16,6 +16,7 @@ import pytest
 from embedding_index.providers import openai_embeddings
 from embedding_index.providers.contract import ModelIdentity
 from embedding_index.providers.openai_embeddings import OpenAIProvider
+from embedding_index.vector_checks import checked_vectors
 from error_handler import (
     ConfigurationError,
     IndexingError,
@@ -31,14 +32,6 @@ from tests.fakes.scripted_server import ScriptedServer, answer, drip, scripted_s
 
 TEXTS = ["my red card", "Rückerstattung 💶", "orders: id integer"]
 SECRET = "Ms Smith of 12 Hill Road"
-
-
-@pytest.fixture
-def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    """Calls that a test gave up have ended before the next one."""
-    running.renew()
-    yield running
-    assert running.stats()["internal_errors"] == 0
 
 
 @pytest.fixture
@@ -112,7 +105,7 @@ def test_models_that_cannot_be_shortened_are_refused_before_anything_is_sent(fak
 def test_each_fault_is_one_of_our_errors_and_one_request(
     fake: FakeOpenAI, provider: OpenAIProvider, fault: dict[str, Any], error: type[TriadError], words: str
 ) -> None:
-    """Exactly that class, and no repetition: the package would bill a lost answer twice."""
+    """Exactly that class, and no retry: a lost answer would be billed twice."""
     fake.configure(faults=[fault])
     with pytest.raises(error, match=words) as caught:
         provider.embed(TEXTS)
@@ -173,11 +166,14 @@ def test_vectors_of_servers_that_know_no_base64() -> None:
 
 @pytest.mark.parametrize("embedding", ["no base64!", "AAA=", "AAAA!AA==", [[1.0]], ["x"], None, 7], ids=str)
 def test_what_is_no_vector(embedding: Any) -> None:
-    with (
-        answered({"data": [{"index": 0, "embedding": embedding}]}) as (_, provider),
-        pytest.raises(UnusableVectorsError),
-    ):
-        provider.embed(["a"])
+    """Bad base64 is found by the provider, other values by the check of all answers."""
+    with answered({"data": [{"index": 0, "embedding": embedding}]}) as (_, provider):
+        try:
+            vectors = provider.embed(["a"]).vectors
+        except UnusableVectorsError:
+            assert isinstance(embedding, str)
+        else:
+            assert checked_vectors(vectors, 1, None).problems
 
 
 def test_two_vectors_for_one_text() -> None:
@@ -202,7 +198,7 @@ def test_numbers_that_are_none() -> None:
 
 
 def test_nothing_of_the_environment_goes_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package reads a dozen variables; a proxy would catch loopback."""
+    """The openai package reads these variables; this provider must not. A proxy would also be used for loopback."""
     monkeypatch.setenv("OPENAI_ORG_ID", "org-other")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-other")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Other: 1\nAuthorization: Bearer sk-other")
@@ -316,9 +312,9 @@ def test_no_error_shows_the_key(fake: FakeOpenAI) -> None:
         ("http://localhost.example.com/v1", True),
     ],
 )
-def test_texts_leave_the_house_only_to_other_machines(url: str, leaves: bool) -> None:
+def test_servers_on_other_machines_are_external(url: str, leaves: bool) -> None:
     provider = open_openai(url)
-    assert provider.leaves_house is leaves
+    assert provider.is_external is leaves
     provider.close()
 
 

@@ -36,7 +36,7 @@ def test_ollama_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("openai", "openai"), ("ollama", "requests"), ("local", "tokenizers"), ("ollama", "numpy")]
+    ("name", "package"), [("openai", "httpx2"), ("ollama", "requests"), ("local", "tokenizers"), ("ollama", "numpy")]
 )
 def test_a_missing_package_is_one_sentence(name: str, package: str) -> None:
     """In a process of its own, where nothing is loaded yet."""

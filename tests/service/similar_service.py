@@ -1,6 +1,6 @@
 """The service with a small index of its own: bags of words, from ``index.json`` in the working directory.
 
-``{"items": [{"name", "text", "metadata"}], "leaves_house": false, "opening": KIND, "search": KIND, "search_s": 0,
+``{"items": [{"name", "text", "metadata"}], "is_external": false, "opening": KIND, "search": KIND, "search_s": 0,
 "busy_s": null}``; the file is read again for each search. A KIND is one of FAULTS: it is raised there.
 ``searches.log`` gets a line when a search begins and one when it ends.
 """
@@ -55,7 +55,7 @@ def cosine(one: Counter[str], other: Counter[str]) -> float:
 
 @dataclass
 class WordProvider:
-    leaves_house: bool
+    is_external: bool
     identity: ModelIdentity
 
 
@@ -66,7 +66,7 @@ class WordIndex:
         self._folder = folder
         state = self._state()
         raise_fault(state.get("opening"))
-        self.provider = WordProvider(state.get("leaves_house", False), ModelIdentity("words", "words-1", 1))
+        self.provider = WordProvider(state.get("is_external", False), ModelIdentity("words", "words-1", 1))
         self._log("open")
 
     def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:

@@ -248,14 +248,14 @@ def test_index_with_outdated_settings_is_reopened(site: Site, fault: str) -> Non
         ({"opening": "wrong key"}, "IndexUnusableError", "OPENAI_API_KEY is wrong."),
         ({"opening": "other model"}, "IndexUnusableError", "rebuild it"),
         ({"items": []}, "IndexEmptyError", "cli.py index"),
-        ({"leaves_house": True}, "ExternalProviderError", "ALLOW_EXTERNAL_LLM"),
+        ({"is_external": True}, "ExternalProviderError", "ALLOW_EXTERNAL_LLM"),
     ],
     ids=str,
 )
 def test_service_without_usable_index_returns_503_and_still_classifies(
     tmp_path: Path, state: dict[str, Any], kind: str, remedy: str
 ) -> None:
-    """503, in the answer or the log; no search where the text would leave the house."""
+    """503, in the answer or the log; no search if the text would leave the network."""
     write_index(tmp_path, **state)
     with serve(tmp_path, app=APP, API_EMBEDDED="true", ALLOW_EXTERNAL_LLM="") as service:
         site = Site(service, tmp_path)
@@ -269,7 +269,7 @@ def test_service_without_usable_index_returns_503_and_still_classifies(
 
 def test_external_provider_is_used_with_permission(tmp_path: Path) -> None:
     """ALLOW_EXTERNAL_LLM, as for document jobs."""
-    write_index(tmp_path, leaves_house=True)
+    write_index(tmp_path, is_external=True)
     with serve(tmp_path, app=APP, API_EMBEDDED="true", ALLOW_EXTERNAL_LLM="true") as service:
         assert Site(service, tmp_path).get("parcel").status == 200
 

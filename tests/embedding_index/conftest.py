@@ -1,0 +1,28 @@
+"""Fixtures of the index tests: the fake OpenAI without leftovers, and a place for ``cli.py index``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.embedding_index.index_commands import IndexSite
+
+if TYPE_CHECKING:
+    from tests.fakes.fake_openai import FakeOpenAI
+
+
+@pytest.fixture
+def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
+    """Return the fake OpenAI after the calls of the test before have ended; it must have met no error of its own."""
+    running.renew()
+    yield running
+    assert running.stats()["internal_errors"] == 0
+
+
+@pytest.fixture
+def site(fake: FakeOpenAI, tmp_path: Path) -> IndexSite:
+    """Return a database, an empty index and an environment for ``cli.py index``."""
+    return IndexSite(tmp_path, fake)
