@@ -26,17 +26,16 @@ from tests.worker.engine_run import SAMPLES, run_worker
 
 WHOLE_RUN_S = 500.0
 NAME = "smollm2:135m-instruct-q4_1"
-# Few labels of few tokens, and none of those of the prompt's examples: a processor reads 50 to 100 tokens per second.
+# Few labels of few tokens, so that none of the prompt's examples fits: a processor reads 100 tokens per second, and writes 40.
 FEW_LABELS = """
 intents:
-  Refund: {definition: Wants money back.}
-  Status: {definition: Asks where something is.}
-  Thanks: {definition: Only says thanks.}
-  Other: {definition: Anything else.}
+  Refund: {definition: wants money}
+  Status: {definition: asks where}
+  Other: {definition: else}
 topics:
-  Parcel: {definition: Delivery.}
-  Money: {definition: Bills and payments.}
-  Other: {definition: Anything else.}
+  Parcel: {definition: delivery}
+  Money: {definition: bills}
+  Other: {definition: else}
 sentiments: [Positive, Neutral, Negative]
 """
 TURNS = [
@@ -81,7 +80,7 @@ def tokens_of(engine: TinyEngine, messages: list[dict[str, str]]) -> int:
 @pytest.mark.parametrize(
     "turns",
     [
-        pytest.param(["Where is my parcel?", "Charged twice, refund me!", "退款什么时候到账？", "ok"], id="few"),
+        pytest.param(["Where is my parcel?", "退款什么时候到账？", "ok"], id="few"),
         pytest.param(TURNS, id="more", marks=pytest.mark.thorough),
         pytest.param([], id="samples with the labels as shipped", marks=pytest.mark.thorough),
     ],
