@@ -29,13 +29,13 @@ NAME = "smollm2:135m-instruct-q4_1"
 # Few labels of few tokens, so that none of the prompt's examples fits: a processor reads 100 tokens per second, and writes 40.
 FEW_LABELS = """
 intents:
-  Refund: {definition: wants money}
-  Status: {definition: asks where}
-  Other: {definition: else}
+  Refund: {definition: Wants money back.}
+  Status: {definition: Asks where something is.}
+  Other: {definition: Anything else.}
 topics:
-  Parcel: {definition: delivery}
-  Money: {definition: bills}
-  Other: {definition: else}
+  Parcel: {definition: Delivery.}
+  Money: {definition: Bills and payments.}
+  Other: {definition: Anything else.}
 sentiments: [Positive, Neutral, Negative]
 """
 TURNS = [
@@ -80,7 +80,7 @@ def tokens_of(engine: TinyEngine, messages: list[dict[str, str]]) -> int:
 @pytest.mark.parametrize(
     "turns",
     [
-        pytest.param(["Where is my parcel?", "退款什么时候到账？", "ok"], id="few"),
+        pytest.param(["Charged twice, refund me!", "Thanks!", "¿Dónde está mi paquete?"], id="few"),
         pytest.param(TURNS, id="more", marks=pytest.mark.thorough),
         pytest.param([], id="samples with the labels as shipped", marks=pytest.mark.thorough),
     ],
@@ -116,4 +116,4 @@ def test_a_trained_model_labels_conversations_and_counts_their_tokens(
         conversation = aggregate_conversation(document)
         assert (seen["input_complete"], seen["turns_used"]) == (True, seen["turns_total"])
         assert seen["prompt_tokens"] == tokens_of(trained, prompts.build(conversation))
-        assert 15 < seen["reply_tokens"] < 200
+        assert 15 < seen["reply_tokens"] < 400
