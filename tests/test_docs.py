@@ -124,6 +124,25 @@ def test_links_and_files_named_in_the_documentation_exist(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
+def tables(page: Path) -> list[list[str]]:
+    """The tables of *page*: runs of lines that begin with a bar, outside of blocks of code."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [found.splitlines() for found in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ids=lambda path: path.name
+)
+def test_tables_render(page: Path) -> None:
+    """One head per table, then as many cells in each row: two tables without a blank line between them are one."""
+    for head, line, *rows in tables(page):
+        cells = len(re.findall(r"(?<!\\)\|", head))
+        assert re.fullmatch(r"(\|:?-+:?)+\|", line.replace(" ", "")), head
+        for row in rows:
+            assert not re.fullmatch(r"[-:| ]+", row), f"a second table begins before {row}"
+            assert len(re.findall(r"(?<!\\)\|", row)) == cells, row
+
+
 def test_safeguards_name_existing_modules_and_tests() -> None:
     """Each row of docs/safeguards.md, so that a renamed test is renamed there as well."""
     rows = re.findall(r"^\| .+ \| `(.+?)` \| `(.+?)::(\w+)`", SAFEGUARDS, re.MULTILINE)

@@ -170,7 +170,8 @@ class OllamaProvider:
             raise ConfigurationError(
                 f"Ollama at {self._url} has no model {self._model} any more; run: ollama pull {self._model}."
             )
-        if status == 400 and any(sign in text for sign in _MODEL_FAULTS):
+        # A chat model: 501 from 0.30 on (from the llama-server inside), 400 or 500 before.
+        if "not support embeddings" in text or (status == 400 and any(sign in text for sign in _MODEL_FAULTS)):
             raise ConfigurationError(
                 f"{self._model} makes no embeddings in Ollama; set EMBEDDING_MODEL to one that does, such as nomic-embed-text."
             )

@@ -183,7 +183,8 @@ async def test_larger_loaded_window_is_reused_as_in_a_run(fake: FakeOllama) -> N
 async def test_a_model_that_does_not_fit_into_the_gpu_is_a_warning(
     fake: FakeOllama, vram_bytes: int, level: str, words: str
 ) -> None:
-    fake.configure(models=[{"name": "m", "size_bytes": 4_000_000_000, "vram_bytes": vram_bytes}])
+    sizes = {"size_bytes": 4_000_000_000, "kv_bytes_per_token": 0, "vram_bytes": vram_bytes}
+    fake.configure(models=[{"name": "m", **sizes}])
     finding = the_one(await findings(settings_for(fake, ollama_model="m"), at_most=1), words)
     assert finding.level == level
     assert finding.numbers == {"size_bytes": 4_000_000_000, "vram_bytes": vram_bytes}

@@ -156,6 +156,11 @@ def inside(text: str) -> dict[str, Any]:
         ({"kind": "status", "status": 401}, ConfigurationError, "OLLAMA_ENDPOINT"),
         ({"kind": "status", "status": 307}, ConfigurationError, "OLLAMA_ENDPOINT"),
         (inside("this model does not support embeddings"), ConfigurationError, "EMBEDDING_MODEL"),
+        (
+            {"kind": "status", "status": 500, "body": '{"error": "this model does not support embeddings"}'},
+            ConfigurationError,
+            "EMBEDDING_MODEL",
+        ),
         (inside("the input length exceeds the context length"), ProviderRejectedError, "longer"),
         ({"kind": "overflow_400"}, ProviderRejectedError, "longer"),
         ({"kind": "embed_nan_400"}, ProviderRejectedError, "no vector"),
@@ -184,6 +189,18 @@ def test_each_fault_is_one_of_our_errors_and_one_request(
         provider.embed(TEXTS)
     assert type(caught.value) is error
     assert fake.stats()["embed_requests"] == 1
+
+
+@pytest.mark.parametrize("era", ["new", "old"])
+def test_a_chat_model_is_named_as_the_cause(fake: FakeOllama, era: str) -> None:
+    """From 0.30 on each model is served by a llama-server, which answers 501; before, each model made vectors."""
+    fake.configure(era=era)
+    with closing(open_ollama(fake.url, embedding_model="llama3.2")) as opened:
+        if era == "old":
+            assert len(opened.embed(TEXTS).vectors) == 3
+            return
+        with pytest.raises(ConfigurationError, match=r"llama3\.2 makes no embeddings in Ollama; set EMBEDDING_MODEL"):
+            opened.embed(TEXTS)
 
 
 @pytest.mark.parametrize(

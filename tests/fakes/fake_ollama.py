@@ -13,7 +13,8 @@ Routes: GET and HEAD ``/ /api/version /api/tags``, GET ``/api/ps /v1/models /v1/
 header ``X-Fake-User-Sha256``: the digest of the user message that the server saw and labelled by.
 
 Labels: `expected_labels` applied to one user message (knob ``user_message``) and to the ``enum`` lists of
-the schema in the request; without a schema, to the built-in ``INTENTS``, ``TOPICS``, ``SENTIMENTS``.
+the schema in the request; without a schema, to the built-in ``INTENTS``, ``TOPICS``, ``SENTIMENTS``. Under a schema
+the JSON has white space and blank lines between its tokens, as a grammar allows: how many depends on the same text.
 
 Knobs (constructor and `FakeOllama.configure`)
 
@@ -29,7 +30,8 @@ Knobs (constructor and `FakeOllama.configure`)
     latency None             "lognormal": seconds = lognormal_latency(seed, key, mean_s, sigma)
     mean_s 1.0, sigma 0.5, seed 0
     latency_key "index"      key = sequence number of the request; "text": key = selected user message
-    prompt_eval_share 0.3    part of the time in the slot that is reported as prompt_eval_duration
+    prompt_eval_share 0.3    part of the time in the slot that is reported as prompt_eval_duration, if no message at
+                             the beginning is that of the model's prompt before; else less, down to a twentieth
     stream_chunks 8          content lines per stream, spread over the latency
     load_delay_s 0.0         seconds a load takes; a client that leaves aborts the load it triggered
     load_error None          text of the 500 that every load ends in

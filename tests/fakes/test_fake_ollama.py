@@ -109,7 +109,16 @@ NATIVE_ERRORS = [
     ("/api/embed", {"model": "foo", "input": "x"}, 404, 'model "foo" not found, try pulling it first'),
     ("/api/embed", {"model": "nomic-embed-text", "input": ["x", 1]}, 400, "invalid input type"),
     ("/api/show", {}, 400, "model is required"),
-    ("/api/show", {"model": "foo"}, 404, "model 'foo' not found"),
+    ("/api/embed", {"model": "a b", "input": "x"}, 400, "invalid model name"),
+    (
+        "/api/embed",
+        {"model": "llama3.2", "input": "x"},
+        501,
+        "This server does not support embeddings. Start it with `--embeddings`",
+    ),
+    ("/api/show", {"model": "foo"}, 404, "model 'foo:latest' not found"),
+    ("/api/show", {"name": "library/foo:1b"}, 404, "model 'foo:1b' not found"),
+    ("/api/show", {"model": "a b"}, 400, "invalid model name"),
     ("/api/chat", chat_body(model="nomic-embed-text"), 400, '"nomic-embed-text" does not support chat'),
     ("/api/chat", chat_body(think=True), 400, '"llama3.2" does not support thinking'),
     (
@@ -120,6 +129,13 @@ NATIVE_ERRORS = [
     ),
     ("/api/chat", chat_body(top_logprobs=21), 400, "top_logprobs must be between 0 and 20"),
     ("/api/chat", chat_body(keep_alive="10"), 400, 'time: missing unit in duration "10"'),
+    ("/api/chat", chat_body(keep_alive="-10"), 400, 'time: missing unit in duration "-10"'),
+    ("/api/chat", chat_body(keep_alive="5min"), 400, 'time: unknown unit "min" in duration "5min"'),
+    ("/api/chat", chat_body(keep_alive="1h 30m"), 400, 'time: unknown unit "h " in duration "1h 30m"'),
+    ("/api/chat", chat_body(keep_alive="forever"), 400, 'time: invalid duration "forever"'),
+    ("/api/chat", chat_body(keep_alive=""), 400, 'time: invalid duration ""'),
+    ("/api/chat", chat_body(keep_alive=True), 400, "Unsupported type: 'bool'"),
+    ("/api/chat", chat_body(keep_alive=["5m"]), 400, "Unsupported type: '[]interface {}'"),
     ("/api/chat", chat_body(options={"num_ctx": "4k"}), 500, 'option "num_ctx" must be of type integer'),
     (
         "/api/chat",
@@ -243,6 +259,17 @@ def test_thinking_is_on_by_default_where_the_model_can(ollama: FakeOllama) -> No
     assert "thinking" not in chat(ollama, think=False).json["message"]
 
 
+def test_white_space_under_a_schema_depends_on_the_text_and_changes_no_label(ollama: FakeOllama) -> None:
+    """A grammar allows it: blank lines between the tokens, and after the last one; without a schema there is none."""
+    answers = {text: chat(ollama, text).content for text in map("text {}".format, range(24))}
+    for text, content in answers.items():
+        assert json.loads(content) == expected_labels(text, INTENTS, TOPICS, SENTIMENTS)
+        assert chat(ollama, text).content == content
+    assert {"\n" in content for content in answers.values()} == {True, False}
+    assert any("\n\n" in content.rstrip() and content.endswith("\n\n  ") for content in answers.values())
+    assert not any("\n" in chat(ollama, text, format=None).content for text in answers)
+
+
 def test_generate_answers_the_prompt(ollama: FakeOllama) -> None:
     body = post(ollama, "/api/generate", {"model": "llama3.2", "prompt": TEXT, "stream": False}).json
     assert json.loads(body["response"]) == expected_labels(TEXT, INTENTS, TOPICS, SENTIMENTS)
@@ -309,6 +336,15 @@ def test_embed_special_cases(ollama: FakeOllama) -> None:
     assert post(ollama, "/api/embed", long).json["prompt_eval_count"] == 2048
     refused = post(ollama, "/api/embed", long | {"truncate": False})
     assert (refused.status, refused.json) == (400, {"error": "the input length exceeds the context length"})
+
+
+def test_a_chat_model_makes_no_embeddings_since_each_runner_is_a_llama_server(ollama: FakeOllama) -> None:
+    request = {"model": "llama3.2", "input": "late parcel"}
+    assert post(ollama, "/api/embed", request).status == 501
+    assert ollama.stats()["loads"] == 1  # only then it says so
+    assert post(ollama, "/api/embed", request | {"input": []}).json["embeddings"] == []
+    ollama.configure(era="old")
+    assert len(post(ollama, "/api/embed", request).json["embeddings"]) == 1
 
 
 # HTTP

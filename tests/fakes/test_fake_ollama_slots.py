@@ -1,6 +1,8 @@
 """Slots, queues, loads, overflow: the fake schedules as Ollama does."""
 
 import json
+import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,7 +35,35 @@ def queue_wait_ns(answer: Answer) -> int:
     return int(body["total_duration"]) - sum(int(body.get(name, 0)) for name in parts)
 
 
+def prompt_share(answer: Answer) -> float:
+    body = answer.json
+    return float(body["prompt_eval_duration"] / (body["prompt_eval_duration"] + body["eval_duration"]))
+
+
 # Slots
+
+
+def test_a_loaded_model_takes_memory_for_its_whole_window_in_each_slot(ollama: FakeOllama) -> None:
+    ollama.configure(slots=2, vram_share=0.5)
+    on_disk = send(ollama, "GET", "/api/tags").json["models"][0]["size"]
+    sizes = []
+    for window in (4096, 8192):
+        chat(ollama, options={"num_ctx": window})
+        [entry] = send(ollama, "GET", "/api/ps").json["models"]
+        assert entry["size_vram"] == entry["size"] // 2
+        sizes.append(entry["size"] - on_disk)
+    assert sizes == [2 * 4096 * 114_688, 2 * 8192 * 114_688]
+    post(ollama, "/api/embed", {"model": "nomic-embed-text", "input": "x"})
+    listed = {entry["name"]: entry["size"] for entry in send(ollama, "GET", "/api/ps").json["models"]}
+    assert listed["nomic-embed-text:latest"] == on_disk
+
+
+@pytest.mark.parametrize(("keep_alive", "years"), [("10m", 0), (-1, 292)])
+def test_the_end_of_a_model_is_told_in_nanoseconds(ollama: FakeOllama, keep_alive: str | int, years: int) -> None:
+    chat(ollama, keep_alive=keep_alive)
+    [entry] = send(ollama, "GET", "/api/ps").json["models"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z", entry["expires_at"])
+    assert int(entry["expires_at"][:4]) - time.gmtime().tm_year in (years, years + 1)
 
 
 def test_at_most_slots_generations_run_at_once(ollama: FakeOllama, pool: ThreadPoolExecutor) -> None:
@@ -57,9 +87,23 @@ def test_waiting_for_a_slot_counts_into_the_total_duration(ollama: FakeOllama, p
     records = ollama.requests()
     assert waits_s == pytest.approx([0.0, records[0]["end_s"] - records[1]["start_s"]], abs=0.02)
     assert records[1]["start_s"] < records[0]["end_s"]
-    body = second.result().json
-    shares = body["prompt_eval_duration"] / (body["prompt_eval_duration"] + body["eval_duration"])
-    assert shares == pytest.approx(0.3, abs=0.01)
+    assert prompt_share(first.result()) == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_cached_prefix_takes_a_twentieth_of_its_time_and_still_counts(ollama: FakeOllama) -> None:
+    """As much of the time as the messages that differ have of the prompt; another model or a load begins anew."""
+    ollama.configure(latency_s=0.005, prompt_eval_share=1.0)
+    rules = {"role": "system", "content": "rule " * 200}
+    first = [rules, {"role": "user", "content": "late parcel"}]
+    same_rules = [rules, {"role": "user", "content": "lost card"}]
+    half = [rules, {"role": "user", "content": "x" * 1000}]
+    other_rules = [{"role": "system", "content": "label it"}, first[1]]
+    answers = [chat(ollama, messages=messages) for messages in (first, same_rules, half, other_rules)]
+    assert [prompt_share(answer) for answer in answers if "eval_duration" in answer.json] == pytest.approx(
+        [0.05, 0.5], abs=0.001
+    )
+    assert answers[0].json["prompt_eval_count"] == pytest.approx(answers[1].json["prompt_eval_count"], abs=1)
+    assert "eval_duration" not in chat(ollama, messages=other_rules, options={"num_ctx": 2048}).json  # loaded again
 
 
 def test_loaded_model_queues_beyond_max_queue(ollama: FakeOllama, pool: ThreadPoolExecutor) -> None:

@@ -212,9 +212,10 @@ class TinyEngine:
     """Context manager of one engine in a process of its own.
 
     Args:
-        model_path: File that ``build_tiny_model`` wrote.
+        model_path: File that ``build_tiny_model`` wrote, or of any other model.
         slots: Requests that are worked on at once; further ones wait in the engine's queue.
         context_tokens: Prompt plus answer of one request, 1 to ``CONTEXT_LENGTH``; each slot has that much.
+        name: What the engine calls its model.
         port: Port on the loopback address; 0 lets the engine take a free one.
         api_key: Key that requests must bear (``Authorization: Bearer``); None asks for none.
 
@@ -228,12 +229,13 @@ class TinyEngine:
         slots: int = 2,
         context_tokens: int = CONTEXT_LENGTH,
         *,
+        name: str = MODEL_NAME,
         port: int = 0,
         api_key: str | None = None,
     ) -> None:
         self._arguments = [
             *("--model", str(model_path), "--slots", str(slots), "--context-tokens", str(context_tokens)),
-            *("--port", str(port)),
+            *("--port", str(port), "--name", name),
             *(("--api-key", api_key) if api_key is not None else ()),
         ]
         self._log: IO[bytes] | None = None
@@ -303,7 +305,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     params = xllamacpp.CommonParams()
     params.model.path = arguments.model
-    params.model_alias = {MODEL_NAME}
+    params.model_alias = {arguments.name}
     params.n_parallel = arguments.slots
     params.n_ctx = arguments.slots * arguments.context_tokens  # the engine divides it among its slots
     params.cpuparams.n_threads = 1
@@ -329,6 +331,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="GGUF file")
     parser.add_argument("--slots", type=int, default=2, help="requests worked on at once")
     parser.add_argument("--context-tokens", type=int, default=CONTEXT_LENGTH, help="context of each slot")
+    parser.add_argument("--name", default=MODEL_NAME, help="what the model is called")
     parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 takes a free one")
     parser.add_argument("--api-key", help="key that requests must bear")
     return parser.parse_args(argv)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from .models import MODIFIED_AT_UNIX
-from .payloads import ApiError, load_json
+from .models import MODIFIED_AT_UNIX, full_name
+from .payloads import ApiError, check_name, load_json
 from .replies import JSON_TYPE, TEXT_TYPE, V1_JSON_TYPE
 from .scheduler import Runner
 from .wire import Exchange
@@ -72,9 +72,10 @@ class Catalog:
             name = fields.get("model") or fields.get("name") or ""
             if not name:
                 raise ApiError(400, "model is required")
+            check_name(name)
             spec = self._server.spec_of(name)
             if spec is None:
-                raise ApiError(404, f"model '{name}' not found")
+                raise ApiError(404, f"model '{full_name(name)}' not found")  # the whole name, unlike the other routes
         except ApiError as exc:
             self._server.send_error(exchange, exc.status, exc.message)
             return
@@ -95,15 +96,16 @@ def _v1_entry(name: str) -> dict[str, object]:
 
 def _ps_entry(runner: Runner, vram_share: float) -> dict[str, Any]:
     spec = runner.spec
-    # A keep_alive without end lies beyond what gmtime can spell.
-    expires_at = time.gmtime(min(runner.expires_at, 200 * 365 * 86_400))
+    second, nanosecond = divmod(int(runner.expires_at * 1e9), 1_000_000_000)
+    # The cache of keys and values is taken for the whole window of every slot when the model is loaded.
+    size = spec.size_bytes + spec.kv_bytes_per_token * runner.num_ctx * runner.slots
     return {
         "name": spec.name,
         "model": spec.name,
-        "size": spec.size_bytes,
+        "size": size,
         "digest": spec.digest,
         "details": spec.details(),
-        "expires_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", expires_at),
-        "size_vram": int(spec.size_bytes * vram_share) if spec.vram_bytes is None else spec.vram_bytes,
+        "expires_at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{nanosecond:09d}Z",
+        "size_vram": int(size * vram_share) if spec.vram_bytes is None else spec.vram_bytes,
         "context_length": runner.num_ctx,
     }

@@ -38,7 +38,9 @@ _TOO_LONG_RENDERED = (
     " adjust the context length in settings, or use a model with a longer context length"
 )
 _TOO_LONG_OLD = "the input length exceeds the context length"
+_NO_EMBEDDINGS = "This server does not support embeddings. Start it with `--embeddings`"
 _NO_LOGPROBS = "logprobs is not supported by this runner"
+_LEAST_UNCACHED = 1 / 20  # of the time for a prompt, however much of it is in the prefix cache
 _THINKING = "The customer's turns decide; one label of each list fits best."
 _PLAIN_KINDS = {"stream_truncate": "truncated_body", "stream_no_final": "done_false"}
 _CUTTING_KINDS = frozenset({"stream_truncate", "truncated_body", "half_json", "reset_after"})
@@ -137,7 +139,7 @@ class TimedJob(Job):
 class Generation(TimedJob):
     """A request to /api/chat, /api/generate or /v1/chat/completions that has messages."""
 
-    __slots__ = ("num_ctx", "pieces", "prompt_tokens", "reply")
+    __slots__ = ("num_ctx", "pieces", "prompt_tokens", "reply", "uncached_share")
 
     def __init__(self, server: "FakeServer", exchange: Exchange, call: Call, spec: ModelSpec, index: int) -> None:
         super().__init__(server, exchange, call, spec, index)
@@ -145,6 +147,7 @@ class Generation(TimedJob):
         self.prompt_tokens = 0
         self.reply: Reply | None = None
         self.pieces: list[tuple[str, str]] = []
+        self.uncached_share = 1.0
 
     def prepare(self) -> None:
         """Part of `TimedJob`: the format must be usable and the prompt must fit."""
@@ -156,6 +159,8 @@ class Generation(TimedJob):
         self.prompt_tokens = self._tokens(call.chars)
         if self.prompt_tokens >= self.num_ctx:
             self._fit_prompt()
+        if self.runner is not None:
+            self.uncached_share = max(_LEAST_UNCACHED, self.runner.see_prompt(call.messages))
         if self.server.knobs.prompt_eval_count is not None:
             self.prompt_tokens = self.server.knobs.prompt_eval_count
 
@@ -176,7 +181,7 @@ class Generation(TimedJob):
         running_ns = now_ns - self.slot_ns
         reply.total_ns = now_ns - self.start_ns
         reply.load_ns = self.loaded_ns - self.start_ns
-        reply.prompt_eval_ns = int(running_ns * self.server.knobs.prompt_eval_share)
+        reply.prompt_eval_ns = int(running_ns * self.server.knobs.prompt_eval_share * self.uncached_share)
         reply.eval_ns = running_ns - reply.prompt_eval_ns
         call = self.call
         if call.stream:
@@ -200,7 +205,9 @@ class Generation(TimedJob):
     def _build_reply(self) -> Reply:
         call = self.call
         thinks = "thinking" in self.spec.capabilities and call.think is not False
-        reply = Reply(answer_from_schema(call.schema, call.digest), _THINKING if thinks else "", self.prompt_tokens)
+        thinking = _THINKING if thinks else ""
+        layout = call.digest[16] if call.schema is not None else 0
+        reply = Reply(answer_from_schema(call.schema, call.digest), thinking, self.prompt_tokens, layout)
         num_predict = num_predict_of(call.options)
         room = self.num_ctx - self.prompt_tokens if call.shift is False else None
         reply.limit(num_predict, room)
@@ -342,6 +349,8 @@ class Embedding(TimedJob):
     def prepare(self) -> None:
         """Part of `TimedJob`: every text must fit, or be allowed to be cut."""
         check_options(self.call.options)
+        if self.texts and "embedding" not in self.spec.capabilities and self.server.knobs.era == "new":
+            raise ApiError(501, _NO_EMBEDDINGS)  # llama-server's answer, once the model is loaded
         limit = self.runner.num_ctx if self.runner is not None else 0
         for place, text in enumerate(self.texts):
             tokens = estimate_tokens(len(text))

@@ -20,7 +20,8 @@ class ModelSpec:
     family: str = "llama"
     embedding_length: int = 768
     size_bytes: int = 2_019_393_189
-    vram_bytes: int | None = None  # what of it lies in the GPU; None: all
+    kv_bytes_per_token: int = 114_688  # llama3.2 3B: 28 layers, 8 heads of 128, keys and values, 2 bytes each
+    vram_bytes: int | None = None  # what of the loaded model lies in the GPU; None: all
     remote_host: str = ""
     remote_model: str = ""
 
@@ -81,7 +82,13 @@ class ModelSpec:
 DEFAULT_MODELS = (
     ModelSpec("llama3.2:latest"),
     ModelSpec("qwen3:8b", capabilities=("completion", "tools", "thinking"), context_length=40960, family="qwen3"),
-    ModelSpec("nomic-embed-text:latest", capabilities=("embedding",), context_length=2048, family="nomic-bert"),
+    ModelSpec(
+        "nomic-embed-text:latest",
+        capabilities=("embedding",),
+        context_length=2048,
+        family="nomic-bert",
+        kv_bytes_per_token=0,
+    ),
     ModelSpec(
         "gpt-oss:120b-cloud",
         capabilities=("completion", "tools", "thinking"),
@@ -94,7 +101,8 @@ DEFAULT_MODELS = (
 
 
 def full_name(name: str) -> str:
-    """*name* with its tag: ``latest`` unless it has one."""
+    """*name* with its tag, ``latest`` unless it has one, and without what every name has by default."""
+    name = name.removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
 
 

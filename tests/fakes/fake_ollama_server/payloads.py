@@ -1,6 +1,5 @@
 """Reading of request bodies the way Ollama's Go code reads them, with its error messages."""
 
-import functools
 import json
 import re
 from collections.abc import Mapping
@@ -8,14 +7,13 @@ from typing import Any, NoReturn
 
 import orjson
 
+from .durations import FOREVER_S, parse_duration
 from .labels import text_digest
 
 _EMPTY: Mapping[str, Any] = {}
+_MODEL_NAME = re.compile(r"[\w.\-/:@]+")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_DURATION_PARTS = re.compile(r"([0-9]*\.?[0-9]+)(ns|us|µs|ms|s|m|h)")
-_DURATION_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _THINK_LEVELS = ("high", "medium", "low", "max")
-FOREVER_S = float(2**63) / 1e9
 
 _NUMBER: frozenset[type] = frozenset({int, float, type(None)})
 _INTEGER_OPTIONS = (
@@ -226,19 +224,16 @@ def parse_keep_alive(value: Any) -> float | None:
         raise ApiError(400, f"Unsupported type: '{kind}'")
     if not isinstance(value, str):
         return FOREVER_S if value < 0 else float(value)
-    return _parse_duration(value)
+    try:
+        return parse_duration(value)
+    except ValueError as exc:
+        raise ApiError(400, str(exc)) from exc
 
 
-@functools.lru_cache(maxsize=64)
-def _parse_duration(value: str) -> float:
-    text = value.removeprefix("-").removeprefix("+")
-    if text == "0":
-        return 0.0
-    parts = _DURATION_PARTS.findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        reason = "missing unit in duration" if re.fullmatch(r"[0-9]*\.?[0-9]+", text) else "invalid duration"
-        raise ApiError(400, f'time: {reason} "{value}"')
-    return FOREVER_S if value[0] == "-" else sum(float(number) * _DURATION_UNITS_S[unit] for number, unit in parts)
+def check_name(model: str) -> None:
+    """Raise the 400 that a name gets which cannot be that of a model."""
+    if _MODEL_NAME.fullmatch(model) is None:
+        raise ApiError(400, "invalid model name")
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -15,6 +15,15 @@ NDJSON_TYPE = b"application/x-ndjson"
 SSE_TYPE = b"text/event-stream"
 TEXT_TYPE = b"text/plain; charset=utf-8"
 
+# What a grammar made from a schema leaves open: white space and blank lines between the tokens, and after the last one.
+# Before the first key, between two pairs, between key and value, at the end.
+_LAYOUTS = (
+    ("{", ",", ":", "}"),
+    ("{", ", ", ": ", "}"),
+    ("{\n  ", ",\n  ", ": ", "\n}"),
+    ("{\n\n\t", "\n,\n\n\t", " : ", "\n\n}\n\n  "),
+)
+
 _V1_ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
 
 
@@ -71,9 +80,9 @@ class Reply:
         "total_ns",
     )
 
-    def __init__(self, fields: dict[str, Any], thinking: str, prompt_tokens: int) -> None:
+    def __init__(self, fields: dict[str, Any], thinking: str, prompt_tokens: int, layout: int = 0) -> None:
         self.fields = fields
-        self.content = orjson.dumps(fields).decode()
+        self.content = _spread(fields, layout)
         self.thinking = thinking
         self.done: bool | None = True
         self.done_reason: str | None = "stop"
@@ -114,6 +123,13 @@ class Reply:
             "eval_duration": self.eval_ns,
         }
         return {name: value for name, value in fields.items() if value}
+
+
+def _spread(fields: dict[str, Any], layout: int) -> str:
+    """The JSON of *fields*, spaced in one of the ways of `_LAYOUTS`."""
+    start, comma, colon, end = _LAYOUTS[layout % len(_LAYOUTS)]
+    pairs = (f"{orjson.dumps(name).decode()}{colon}{orjson.dumps(value).decode()}" for name, value in fields.items())
+    return start + comma.join(pairs) + end
 
 
 def error_body(message: str) -> bytes:

@@ -81,6 +81,7 @@ class Runner:
         "jobs",
         "key",
         "num_ctx",
+        "prompt",
         "queue",
         "running",
         "session_s",
@@ -104,6 +105,21 @@ class Runner:
         self.running = 0
         self.timer_at = 0.0
         self.dispatching = False
+        self.prompt: list[dict[str, Any]] = []
+
+    def see_prompt(self, messages: list[dict[str, Any]]) -> float:
+        """Keep *messages* as the cached prompt; returns the share of it that the one before does not begin with.
+
+        Whole messages only, as the constant ones come first.
+        """
+        common = 0
+        for before, now in zip(self.prompt, messages, strict=False):
+            if before != now:
+                break
+            common += 1
+        self.prompt = messages
+        sizes = [len(message["content"]) for message in messages]
+        return sum(sizes[common:]) / max(1, sum(sizes))
 
     def serves(self, key: LoadKey, knobs: Knobs) -> bool:
         """Return whether a request with *key* can use it without a reload."""

@@ -18,6 +18,7 @@ from .models import ModelSpec, full_name, is_cloud_name, models_table
 from .payloads import (
     ApiError,
     Call,
+    check_name,
     check_options,
     parse_chat,
     parse_embed,
@@ -29,7 +30,6 @@ from .replies import JSON_TYPE, TEXT_TYPE, V1_JSON_TYPE, Clock, error_body, over
 from .scheduler import Scheduler
 from .wire import Connection, Exchange
 
-_MODEL_NAME = re.compile(r"[\w.\-/:@]+")
 _HTML_TYPE = b"text/html"
 _HTML_PAGE = (
     b"<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>\r\n"
@@ -230,6 +230,7 @@ class FakeServer:
             if fault is not None and fault.at_arrival:
                 self.strike(exchange, fault, call)
                 return
+            check_name(call.model)
             spec = self.spec_of(call.model)
             if spec is None:
                 raise ApiError(404, f'model "{call.model}" not found, try pulling it first')
@@ -266,8 +267,7 @@ class FakeServer:
             if call.api == "generate":
                 raise ApiError(404, "model '' not found")
             raise ApiError(400, "model is required")
-        if _MODEL_NAME.fullmatch(call.model) is None:
-            raise ApiError(400, "invalid model name")
+        check_name(call.model)
         spec = self.spec_of(call.model)
         if is_cloud_name(call.model) or (spec is not None and spec.remote_host):
             self.totals.cloud_requests += 1

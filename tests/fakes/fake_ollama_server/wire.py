@@ -30,6 +30,7 @@ _REASONS = {
     429: b"Too Many Requests",
     499: b"Client Closed Request",
     500: b"Internal Server Error",
+    501: b"Not Implemented",
     502: b"Bad Gateway",
     503: b"Service Unavailable",
     504: b"Gateway Timeout",
