@@ -48,7 +48,6 @@ from tests.fakes.scripted_server import (
     hang,
     reset,
     say,
-    scripted_server,
 )
 
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
@@ -123,12 +122,6 @@ def async_client(settings: Settings, session: Any) -> async_llm_wrapper.AsyncLLM
 
 
 Asker = Sync | Async
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        yield running
 
 
 @pytest.fixture(params=[Sync, Async], ids=["sync", "async"])
