@@ -22,9 +22,8 @@ from domain.document_files import read_documents
 from domain.text import counted
 from error_handler import ExitCode, RunInterruptedError, StateDirectoryError, TriadError
 from service.client.client import Pace, ServiceClient, add_service_arguments, number, open_session, run_client
-from service.client.journal import AnswerJournal
 from service.client.protocol import ServiceTarget
-from service.client.run import ClientRun, percentile
+from service.client.run import AnswerJournal, ClientRun, percentile
 from storage.files import remove_file
 from utils.process import stop_on_signals
 from utils.retry_utils import RetryPolicy
