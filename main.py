@@ -18,12 +18,10 @@ from starlette.types import Message, Receive, Scope, Send
 from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
-from service.error_responses import add_error_handlers
-from service.middleware import ServiceMiddleware
+from service.middleware import ServiceMiddleware, add_error_handlers
 from service.openapi import openapi_document
-from service.routes import add_classification, documentation, operations
+from service.routes import add_classification, documentation, operations, similarity
 from service.similar import OpenIndex, open_index
-from service.similar_routes import router as similar_router
 from service.slow_clients import server_config
 from service.startup import start
 from utils.network import require_keys_outside_this_machine
@@ -92,7 +90,7 @@ def create_app(given: AllSettings | None = None, open_search: OpenIndex = open_i
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    for router in (similar_router, operations, documentation):
+    for router in (similarity, operations, documentation):
         app.include_router(router)
     return app
 
