@@ -15,8 +15,8 @@ from config import Settings
 from config.service_settings import ServiceSettings
 from logger import RequestIdFilter, TracebackRedactor, adopt_server_logs, configure_logging
 from service.access import CLASSIFY, SIMILAR, ServiceGate
+from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
-from service.idempotency import IdempotencyStore
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
 from service.similar import OpenIndex, SimilarConversations
