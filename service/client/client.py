@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from array import array
@@ -129,7 +128,9 @@ class ServiceClient:
             ConfigurationError: The service would reject every conversation.
             RunInterruptedError: The run was stopped before the service answered.
         """
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 async with self._pace.slot():
                     started = time.monotonic()
@@ -140,7 +141,6 @@ class ServiceClient:
                 self._pace.speed_up()
                 self.latencies_s.append(time.monotonic() - started)
                 return body
-        raise AssertionError("itertools.count never ends")
 
     async def _before_next(self, exc: RequestError | ServiceTimeoutError | ServiceAwayError, attempt: int) -> None:
         """Wait for the next attempt; raise *exc* if there is none."""

@@ -255,7 +255,6 @@ def _entry(document: Document, position: int) -> tuple[Entry, ServiceRequest | N
     return Entry(request.number, request.key), request
 
 
-def percentile(values: array[float], share: float) -> float | None:
-    """Return the nearest-rank percentile of *values*, *share* from 0 to 1; None without values."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+def percentile(values: array[float], share: float) -> float:
+    """Return the nearest-rank percentile of *values*, at least one; *share* is from 0 to 1."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
