@@ -31,8 +31,6 @@ VERSION = "1.0.0"
 # FastAPI's own traces contain paths, and its records contain exception messages: text that callers sent.
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
-AllSettings = tuple[Settings, ServiceSettings]
-
 
 class ServiceApp(FastAPI):
     """A FastAPI that has the configuration of its uvicorn, and reports a failed start in one sentence."""
@@ -55,7 +53,9 @@ class ServiceApp(FastAPI):
         await super().__call__(scope, receive, send_sentence)
 
 
-def create_app(given: AllSettings | None = None, open_search: OpenIndex = open_index) -> ServiceApp:
+def create_app(
+    given: tuple[Settings, ServiceSettings] | None = None, open_search: OpenIndex = open_index
+) -> ServiceApp:
     """Return the application.
 
     Args:

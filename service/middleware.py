@@ -94,19 +94,16 @@ def error_response(problem: RequestError) -> Response:
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of *app* in the shape of ErrorResponse."""
     app.exception_handler(RequestError)(_refuse)
-    app.exception_handler(RequestValidationError)(_refuse_invalid)
+    app.exception_handler(RequestValidationError)(_refuse)
     app.exception_handler(HTTPException)(_no_such_route)
     app.exception_handler(Exception)(_internal_error)
 
 
-async def _refuse(request: Request, problem: RequestError) -> Response:
+async def _refuse(request: Request, exc: RequestError | RequestValidationError) -> Response:
+    problem = exc if isinstance(exc, RequestError) else invalid_request(exc.errors())
     metrics: ServiceMetrics = request.state.service.metrics
     metrics.rejections.labels(problem.kind.name).inc()
     return error_response(problem)
-
-
-async def _refuse_invalid(request: Request, exc: RequestValidationError) -> Response:
-    return await _refuse(request, invalid_request(exc.errors()))
 
 
 async def _no_such_route(request: Request, exc: HTTPException) -> Response:

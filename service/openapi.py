@@ -80,14 +80,13 @@ def openapi_document(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
     document = copy.deepcopy(app.openapi())
     schemas, paths = document["components"]["schemas"], document["paths"]
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
-    schemas["Message"]["properties"]["text"]["maxLength"] = settings.max_text_characters
+    longest = settings.max_text_characters
+    schemas["Message"]["properties"]["text"]["maxLength"] = longest
     schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] = settings.max_messages
-    schemas["SimilarRequest"]["properties"]["text"]["maxLength"] = min(
-        MAX_SEARCH_CHARACTERS, settings.max_text_characters
-    )
+    schemas["SimilarRequest"]["properties"]["text"]["maxLength"] = min(MAX_SEARCH_CHARACTERS, longest)
     for parameter in paths["/similar"]["get"]["parameters"]:
         if parameter["name"] == "text":
-            parameter["schema"]["maxLength"] = min(MAX_QUERY_CHARACTERS, settings.max_text_characters)
+            parameter["schema"]["maxLength"] = min(MAX_QUERY_CHARACTERS, longest)
     if settings.expose_metrics == "off":
         del paths[METRICS]
     elif settings.expose_metrics == "public":
