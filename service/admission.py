@@ -1,4 +1,4 @@
-"""What bounds a call to the model: slots with a short queue, deadlines, the caller's presence, and Idempotency-Keys."""
+"""Bounds on calls to the model: slots with a short queue, deadlines, cancellation on disconnect, Idempotency-Keys."""
 
 from __future__ import annotations
 
