@@ -83,6 +83,7 @@ EMBEDDING_AWAY = ErrorKind("EmbeddingUnavailableError", 503, f"The embedding pro
 TOO_SLOW = ErrorKind("DeadlineError", 504, "The model did not answer within API_REQUEST_TIMEOUT_S; retry later.")
 
 BODY_ERRORS = (INVALID_JSON, BODY_TOO_SLOW, TOO_LARGE, NOT_JSON)
+SIMILAR_ERRORS = (INDEX_NOT_INSTALLED, INDEX_EMPTY, INDEX_UNUSABLE, TEXT_STAYS, EMBEDDING_AWAY)
 # The errors that /classify and /similar have in common, apart from those of the body.
 COMMON_ERRORS = (
     *(UNAUTHENTICATED, WRONG_HOST, INVALID, TOO_MANY, INTERNAL, UNUSABLE_ANSWER),

@@ -55,15 +55,6 @@ _ANSWER_HEADERS = {
 _classify_responses = documented_errors(*errors.COMMON_ERRORS, *errors.BODY_ERRORS, *_CLASSIFY_ERRORS)
 _classify_responses[200]["headers"] = {**_classify_responses[200]["headers"], **_ANSWER_HEADERS}
 
-_SIMILAR_ERRORS = (
-    *errors.COMMON_ERRORS,
-    errors.INDEX_NOT_INSTALLED,
-    errors.INDEX_EMPTY,
-    errors.INDEX_UNUSABLE,
-    errors.TEXT_STAYS,
-    errors.EMBEDDING_AWAY,
-)
-
 
 class Health(BaseModel):
     """The process is alive."""
@@ -146,7 +137,7 @@ async def _require_plain_query(request: Request) -> None:
     operation_id="similarByUrl",
     summary="Find past conversations similar to a text",
     openapi_extra=KEY_REQUIRED,
-    responses=documented_errors(*_SIMILAR_ERRORS),
+    responses=documented_errors(*errors.COMMON_ERRORS, *errors.SIMILAR_ERRORS),
     dependencies=[Depends(_require_plain_query)],
 )
 async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Request) -> SimilarResponse:
@@ -164,7 +155,7 @@ async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Reque
     operation_id="similar",
     summary="Find past conversations similar to a text",
     openapi_extra=KEY_REQUIRED,
-    responses=documented_errors(*_SIMILAR_ERRORS, *errors.BODY_ERRORS),
+    responses=documented_errors(*errors.COMMON_ERRORS, *errors.SIMILAR_ERRORS, *errors.BODY_ERRORS),
 )
 async def similar(wanted: SimilarRequest, request: Request) -> SimilarResponse:
     """Return past conversations, the most similar one first."""
