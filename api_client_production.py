@@ -22,9 +22,8 @@ from domain.document_files import read_documents
 from domain.text import counted
 from error_handler import ExitCode, RunInterruptedError, StateDirectoryError, TriadError
 from service.client.client import Pace, ServiceClient, add_service_arguments, number, open_session, run_client
-from service.client.journal import AnswerJournal
 from service.client.protocol import ServiceTarget
-from service.client.run import ClientRun, percentile
+from service.client.run import AnswerJournal, ClientRun, percentile
 from storage.files import remove_file
 from utils.process import stop_on_signals
 from utils.retry_utils import RetryPolicy
@@ -133,11 +132,9 @@ def _summarize(run: ClientRun, client: ServiceClient) -> None:
     )
     for reason, count in sorted(stats.reasons.items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
-    median, high = percentile(client.latencies_s, 0.5), percentile(client.latencies_s, 0.95)
-    if median is not None and high is not None:
-        console.print(
-            f"{run.duration_s:.1f} s, {rate:.1f} answers/s; latency p50 {1000 * median:.0f} ms, p95 {1000 * high:.0f} ms"
-        )
+    if client.latencies_s:
+        median, high = (1000 * percentile(client.latencies_s, share) for share in (0.5, 0.95))
+        console.print(f"{run.duration_s:.1f} s, {rate:.1f} answers/s; latency p50 {median:.0f} ms, p95 {high:.0f} ms")
     print_labels(console, stats.labels)
 
 

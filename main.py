@@ -18,12 +18,10 @@ from starlette.types import Message, Receive, Scope, Send
 from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
-from service.error_responses import add_error_handlers
-from service.middleware import ServiceMiddleware
+from service.middleware import ServiceMiddleware, add_error_handlers
 from service.openapi import openapi_document
-from service.routes import add_classification, documentation, operations
+from service.routes import add_classification, documentation, operations, similarity
 from service.similar import OpenIndex, open_index
-from service.similar_routes import router as similar_router
 from service.slow_clients import server_config
 from service.startup import start
 from utils.network import require_keys_outside_this_machine
@@ -32,8 +30,6 @@ from utils.process import tune_garbage_collection
 VERSION = "1.0.0"
 # FastAPI's own traces contain paths, and its records contain exception messages: text that callers sent.
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-
-AllSettings = tuple[Settings, ServiceSettings]
 
 
 class ServiceApp(FastAPI):
@@ -57,7 +53,9 @@ class ServiceApp(FastAPI):
         await super().__call__(scope, receive, send_sentence)
 
 
-def create_app(given: AllSettings | None = None, open_search: OpenIndex = open_index) -> ServiceApp:
+def create_app(
+    given: tuple[Settings, ServiceSettings] | None = None, open_search: OpenIndex = open_index
+) -> ServiceApp:
     """Return the application.
 
     Args:
@@ -92,7 +90,7 @@ def create_app(given: AllSettings | None = None, open_search: OpenIndex = open_i
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    for router in (similar_router, operations, documentation):
+    for router in (similarity, operations, documentation):
         app.include_router(router)
     return app
 

@@ -99,24 +99,14 @@ def check_json_object(body: bytes | bytearray) -> None:
         RequestError: INVALID_JSON. The message never quotes the body.
     """
     try:
-        value = _DECODER.decode(body.decode())
-        if b"\\ud" in body or b"\\uD" in body:
-            orjson.dumps(value)  # Python reads lone surrogates, but nothing can write them
-    except (ValueError, RecursionError, orjson.JSONEncodeError) as exc:
+        value = orjson.loads(body)  # rejects all of these but duplicate keys
+        json.loads(body, object_pairs_hook=_require_distinct_keys)
+    except (ValueError, RecursionError) as exc:
         raise RequestError(INVALID_JSON) from exc
     if not isinstance(value, dict):
         raise RequestError(INVALID_JSON)
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key twice")
-    return fields
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(name)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_no_constant)
+def _require_distinct_keys(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a duplicate key")

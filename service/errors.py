@@ -16,6 +16,9 @@ from error_handler import (
 
 UNAVAILABLE_RETRY_AFTER_S = 5
 
+_RETRY = "retry after the seconds in Retry-After."
+_NO_MODEL = "ModelUnavailableError"
+
 MALFORMED = ErrorKind("MalformedRequestError", 400, "This is not an HTTP request; send HTTP/1.1.")
 INVALID_JSON = ErrorKind(
     "InvalidJSONError",
@@ -34,9 +37,7 @@ NOT_JSON = ErrorKind(
     "UnsupportedMediaTypeError", 415, "Send Content-Type: application/json in UTF-8, without Content-Encoding."
 )
 WRONG_HOST = ErrorKind(
-    "MisdirectedRequestError",
-    421,
-    "Without API keys the Host must be this machine; use 127.0.0.1, or set API_KEYS.",
+    "MisdirectedRequestError", 421, "Without API keys the Host must be this machine; use 127.0.0.1, or set API_KEYS."
 )
 INVALID = ErrorKind("ValidationError", 422, "messages: at least one message from the customer needs visible text.")
 TOO_LONG = ErrorKind(
@@ -45,39 +46,27 @@ TOO_LONG = ErrorKind(
 KEY_REUSED = ErrorKind(
     "IdempotencyError", 422, "This Idempotency-Key was used with another body; use a new key for a new request."
 )
-TOO_MANY = ErrorKind(
-    "RateLimitError", 429, "Too many requests from this caller; retry after the seconds in Retry-After."
-)
+TOO_MANY = ErrorKind("RateLimitError", 429, f"Too many requests from this caller; {_RETRY}")
 HEAD_TOO_LARGE = ErrorKind("HeadTooLargeError", 431, "Path and headers exceed 64 KiB; shorten them.")
 INTERNAL = ErrorKind("InternalError", 500, "Internal error; look up the request id in the log of the service.")
 UNUSABLE_ANSWER = ErrorKind(
     "ModelAnswerError", 502, "The model gave no usable answer twice; retry, or label the conversation by hand."
 )
-MODEL_AWAY = ErrorKind(
-    "ModelUnavailableError", 503, "The model server does not answer; retry after the seconds in Retry-After."
-)
+MODEL_AWAY = ErrorKind(_NO_MODEL, 503, f"The model server does not answer; {_RETRY}")
 MODEL_MISSING = ErrorKind(
-    "ModelUnavailableError",
-    503,
-    "The model server does not have the configured model; see the log of the service.",
+    _NO_MODEL, 503, "The model server does not have the configured model; see the log of the service."
 )
-MODEL_LOADING = ErrorKind("ModelUnavailableError", 503, "The model is loading; retry after the seconds in Retry-After.")
-MODEL_BUSY = ErrorKind(
-    "ModelUnavailableError", 503, "The model server is busy; retry after the seconds in Retry-After."
-)
-QUEUE_FULL = ErrorKind(
-    "QueueFullError", 503, "All slots are in use and the queue is full; retry after the seconds in Retry-After."
-)
-STOPPING = ErrorKind("ShuttingDownError", 503, "The service is shutting down; retry after the seconds in Retry-After.")
+MODEL_LOADING = ErrorKind(_NO_MODEL, 503, f"The model is loading; {_RETRY}")
+MODEL_BUSY = ErrorKind(_NO_MODEL, 503, f"The model server is busy; {_RETRY}")
+QUEUE_FULL = ErrorKind("QueueFullError", 503, f"All slots are in use and the queue is full; {_RETRY}")
+STOPPING = ErrorKind("ShuttingDownError", 503, f"The service is shutting down; {_RETRY}")
 INDEX_NOT_INSTALLED = ErrorKind(
     "IndexNotInstalledError",
     503,
     "The packages of the embedding index are not installed; install requirements-index.txt and restart the service.",
 )
 INDEX_EMPTY = ErrorKind(
-    "IndexEmptyError",
-    503,
-    "The index has no conversations; run python cli.py index --batch --source conversations.",
+    "IndexEmptyError", 503, "The index has no conversations; run python cli.py index --batch --source conversations."
 )
 INDEX_UNUSABLE = ErrorKind(
     "IndexUnusableError",
@@ -90,12 +79,11 @@ TEXT_STAYS = ErrorKind(
     "The embedding provider is outside your network; set ALLOW_EXTERNAL_LLM=true, or "
     "EMBEDDING_PROVIDER to ollama or local.",
 )
-EMBEDDING_AWAY = ErrorKind(
-    "EmbeddingUnavailableError", 503, "The embedding provider does not answer; retry after the seconds in Retry-After."
-)
+EMBEDDING_AWAY = ErrorKind("EmbeddingUnavailableError", 503, f"The embedding provider does not answer; {_RETRY}")
 TOO_SLOW = ErrorKind("DeadlineError", 504, "The model did not answer within API_REQUEST_TIMEOUT_S; retry later.")
 
 BODY_ERRORS = (INVALID_JSON, BODY_TOO_SLOW, TOO_LARGE, NOT_JSON)
+SIMILAR_ERRORS = (INDEX_NOT_INSTALLED, INDEX_EMPTY, INDEX_UNUSABLE, TEXT_STAYS, EMBEDDING_AWAY)
 # The errors that /classify and /similar have in common, apart from those of the body.
 COMMON_ERRORS = (
     *(UNAUTHENTICATED, WRONG_HOST, INVALID, TOO_MANY, INTERNAL, UNUSABLE_ANSWER),

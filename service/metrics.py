@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,18 +29,20 @@ class ServiceMetrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the number of series
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self.requests = self._counter("triad_http_requests", "Requests answered", "route", "status")
-        self.latency = self._seconds(
-            "triad_http_request_duration_seconds", "From the request head to the end of the answer", "route"
+        counter = partial(Counter, registry=self._registry)
+        seconds = partial(Histogram, buckets=SECONDS, registry=self._registry)
+        self.requests = counter("triad_http_requests", "Requests answered", ("route", "status"))
+        self.latency = seconds(
+            "triad_http_request_duration_seconds", "From the request head to the end of the answer", ("route",)
         )
-        self.in_flight = self._gauge("triad_http_requests_in_flight", "Requests in progress")
-        self.model_time = self._seconds("triad_model_duration_seconds", "Time with the model, repairs included")
-        self.queue_time = self._seconds("triad_queue_duration_seconds", "Wait for a slot at the model")
-        self.search_time = self._seconds("triad_search_duration_seconds", "Embedding and searching for /similar")
-        self.tokens = self._counter("triad_tokens", "Tokens counted by the model server", "kind")
-        self.rejections = self._counter("triad_rejections", "Requests rejected or failed", "reason")
-        self.model_failures = self._counter(
-            "triad_model_failures", "Classifications that failed after a call to the model", "reason"
+        self.in_flight = Gauge("triad_http_requests_in_flight", "Requests in progress", registry=self._registry)
+        self.model_time = seconds("triad_model_duration_seconds", "Time with the model, repairs included")
+        self.queue_time = seconds("triad_queue_duration_seconds", "Wait for a slot at the model")
+        self.search_time = seconds("triad_search_duration_seconds", "Embedding and searching for /similar")
+        self.tokens = counter("triad_tokens", "Tokens counted by the model server", ("kind",))
+        self.rejections = counter("triad_rejections", "Requests rejected or failed", ("reason",))
+        self.model_failures = counter(
+            "triad_model_failures", "Classifications that failed after a call to the model", ("reason",)
         )
         for reason in Reason:
             self.model_failures.labels(str(reason))
@@ -48,17 +51,8 @@ class ServiceMetrics:
 
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """Add a gauge that calls *read* at each scrape."""
-        self._gauge(name, documentation).set_function(read)
+        Gauge(name, documentation, registry=self._registry).set_function(read)
 
     def render(self) -> bytes:
         """Return all metrics in text format 0.0.4."""
         return generate_latest(self._registry)
-
-    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
-        return Counter(name, documentation, labels, registry=self._registry)
-
-    def _gauge(self, name: str, documentation: str) -> Gauge:
-        return Gauge(name, documentation, registry=self._registry)
-
-    def _seconds(self, name: str, documentation: str, *labels: str) -> Histogram:
-        return Histogram(name, documentation, labels, buckets=SECONDS, registry=self._registry)

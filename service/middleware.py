@@ -1,4 +1,4 @@
-"""ASGI middleware around every request: request id, access, error responses, metrics and one log line."""
+"""ASGI middleware around every request (request id, access, metrics, one log line), and the error responses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import asyncio
 import logging
 import time
 
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from error_handler import RequestError
-from logger import REQUEST_ID_HEADER, begin_request
+from logger import REQUEST_ID_HEADER, begin_request, request_id
+from service import errors
 from service.access import ASKED, route_of
-from service.error_responses import error_response
-from service.errors import CallerLeftError
+from service.contract import invalid_request
+from service.metrics import ServiceMetrics
 from service.startup import Service
 
 logger = logging.getLogger(__name__)
@@ -62,7 +67,7 @@ class ServiceMiddleware:
         except RequestError as problem:  # of the gate, or of the body; the application answers its own
             metrics.rejections.labels(problem.kind.name).inc()
             status = problem.kind.status
-            if not isinstance(problem, CallerLeftError):
+            if not isinstance(problem, errors.CallerLeftError):
                 await error_response(problem)(scope, receive, send_with_headers)
         finally:
             metrics.in_flight.dec()
@@ -72,3 +77,46 @@ class ServiceMiddleware:
             level = logging.INFO if route in ASKED or status >= 500 else logging.DEBUG
             caller, note = state.get("caller", "nobody"), state.get("note", "")
             logger.log(level, "%s %d in %.0f ms for %s%s", route, status, duration_s * 1000, caller, note)
+
+
+def error_response(problem: RequestError) -> Response:
+    """Return the response for *problem*."""
+    headers = {}
+    if problem.retry_after_s is not None:
+        headers["retry-after"] = str(problem.retry_after_s)
+    if problem.kind is errors.BODY_TOO_SLOW:
+        headers["connection"] = "close"  # the rest of the body must not be read as the next request
+    if problem.kind is errors.UNAUTHENTICATED:
+        headers["www-authenticate"] = 'Bearer, Basic realm="triad"'
+    return Response(orjson.dumps(problem.body), problem.kind.status, headers, "application/json")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error of *app* in the shape of ErrorResponse."""
+    app.exception_handler(RequestError)(_refuse)
+    app.exception_handler(RequestValidationError)(_refuse)
+    app.exception_handler(HTTPException)(_no_such_route)
+    app.exception_handler(Exception)(_internal_error)
+
+
+async def _refuse(request: Request, exc: RequestError | RequestValidationError) -> Response:
+    problem = exc if isinstance(exc, RequestError) else invalid_request(exc.errors())
+    metrics: ServiceMetrics = request.state.service.metrics
+    metrics.rejections.labels(problem.kind.name).inc()
+    return error_response(problem)
+
+
+async def _no_such_route(request: Request, exc: HTTPException) -> Response:
+    kind = errors.METHOD_NOT_ALLOWED if exc.status_code == 405 else errors.NOT_FOUND
+    response = error_response(RequestError(kind))
+    if kind is errors.METHOD_NOT_ALLOWED:
+        # Starlette names the methods of the first route of the path only; the document has all.
+        operations = request.app.openapi()["paths"].get(request.url.path, {"get": {}})
+        response.headers["Allow"] = ", ".join(method.upper() for method in operations)
+    return response
+
+
+async def _internal_error(_request: Request, _exc: Exception) -> Response:
+    response = error_response(RequestError(errors.INTERNAL))
+    response.headers[REQUEST_ID_HEADER] = request_id.get() or ""
+    return response

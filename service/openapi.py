@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's own, with the limits and keys from the settings, which are known after the start."""
+"""The documentation that the service serves: the OpenAPI document and the page at /docs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 from fastapi import FastAPI
 
 from config.service_settings import ServiceSettings
+from error_handler import ErrorKind, RequestError
+from logger import REQUEST_ID_HEADER
 from service.access import METRICS
-from service.similar_contract import MAX_QUERY_CHARACTERS, MAX_SEARCH_CHARACTERS
+from service.contract import ErrorResponse
+from service.similar import MAX_QUERY_CHARACTERS, MAX_SEARCH_CHARACTERS
 
 # ServiceGate checks keys before the body is read, which a dependency cannot do. A route only describes them, and the
 # request id of the middleware: dependencies without a purpose would cost each request 0.1 ms.
@@ -25,21 +28,65 @@ REQUEST_ID_PARAMETER: dict[str, Any] = {
     "schema": {"type": "string"},
     "description": "used as the request's id if it is 1 to 64 of A-Z a-z 0-9 . _ -, otherwise replaced",
 }
+_REQUEST_ID: dict[str, Any] = {
+    REQUEST_ID_HEADER: {"schema": {"type": "string"}, "description": "the request's id, also in the log"}
+}
+_RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds to wait"}}
+
+DOCS_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Customer Support Triad</title>
+<link rel="icon" href="docs/assets/favicon.png">
+<link rel="stylesheet" href="docs/assets/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="docs/assets/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
+</body>
+</html>
+"""
+
+# A separate file: the content security policy allows no inline script. validatorUrl would send the document elsewhere.
+START_SCRIPT = """window.onload = () => SwaggerUIBundle({
+  url: "openapi.json", dom_id: "#swagger-ui", tryItOutEnabled: true, validatorUrl: null,
+  presets: [SwaggerUIBundle.presets.apis], layout: "BaseLayout", defaultModelsExpandDepth: 1
+});
+"""
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def documented_errors(*kinds: ErrorKind) -> dict[int | str, dict[str, Any]]:
+    """Return the ``responses=`` of a route that answers with *kinds*, and the headers of its success."""
+    responses: dict[int | str, dict[str, Any]] = {200: {"headers": _REQUEST_ID}}
+    for kind in kinds:
+        headers = {**_REQUEST_ID, **(_RETRY_AFTER if kind.status in (429, 503) else {})}
+        empty = {"model": ErrorResponse, "description": "", "headers": headers}
+        response = responses.setdefault(kind.status, {**empty, "content": {"application/json": {"examples": {}}}})
+        examples = response["content"]["application/json"]["examples"]
+        examples[kind.name] = {"value": RequestError(kind).body}
+        response["description"] = ", ".join(examples)
+    return responses
 
 
 def openapi_document(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
-    """Return FastAPI's document of *app* for a service with *settings*."""
+    """Return FastAPI's document of *app*, with the limits and keys of *settings*, which are known after the start."""
     document = copy.deepcopy(app.openapi())
     schemas, paths = document["components"]["schemas"], document["paths"]
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
-    schemas["Message"]["properties"]["text"]["maxLength"] = settings.max_text_characters
+    longest = settings.max_text_characters
+    schemas["Message"]["properties"]["text"]["maxLength"] = longest
     schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] = settings.max_messages
-    schemas["SimilarRequest"]["properties"]["text"]["maxLength"] = min(
-        MAX_SEARCH_CHARACTERS, settings.max_text_characters
-    )
+    schemas["SimilarRequest"]["properties"]["text"]["maxLength"] = min(MAX_SEARCH_CHARACTERS, longest)
     for parameter in paths["/similar"]["get"]["parameters"]:
         if parameter["name"] == "text":
-            parameter["schema"]["maxLength"] = min(MAX_QUERY_CHARACTERS, settings.max_text_characters)
+            parameter["schema"]["maxLength"] = min(MAX_QUERY_CHARACTERS, longest)
     if settings.expose_metrics == "off":
         del paths[METRICS]
     elif settings.expose_metrics == "public":

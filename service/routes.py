@@ -1,25 +1,33 @@
-"""The routes of the service, without /similar: POST /classify and those for operators."""
+"""The routes of the service: /classify, /similar and those for operators."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import parse_qsl
 
 import orjson
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
 
 from error_handler import RequestError
-from service import docs_page, errors
-from service.access import CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY
+from service import errors, openapi
+from service.access import CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, SIMILAR
 from service.admission import cancel_on_disconnect
 from service.contract import ClassificationRequest, ClassificationResponse, Labels, conversation_of
-from service.error_responses import documented_errors
 from service.metrics import CONTENT_TYPE
 from service.model import ModelService, Verdict
-from service.openapi import KEY_REQUIRED, REQUEST_ID_PARAMETER
+from service.openapi import KEY_REQUIRED, REQUEST_ID_PARAMETER, documented_errors
+from service.similar import (
+    MAX_QUERY_CHARACTERS,
+    MAX_SEARCH_CHARACTERS,
+    SimilarQuery,
+    SimilarRequest,
+    SimilarResponse,
+    searched_text,
+)
 from service.startup import Service
 
 _HEADER_SAFE = re.compile(r"[^!-~]")
@@ -61,6 +69,7 @@ class Readiness(BaseModel):
     model: str = Field(description="the model that gives the labels", examples=["llama3.2"])
 
 
+similarity = APIRouter(tags=["similar conversations"])
 operations = APIRouter(tags=["operations"])
 documentation = APIRouter(include_in_schema=False)
 
@@ -111,6 +120,53 @@ def add_classification(app: FastAPI) -> None:
     )(classify)
 
 
+async def _require_plain_query(request: Request) -> None:
+    """FastAPI replaces what is not UTF-8, and takes the last of two values."""
+    try:
+        pairs = parse_qsl(
+            request.scope["query_string"].decode(), keep_blank_values=True, errors="strict", max_num_fields=10
+        )
+    except ValueError as exc:  # UnicodeDecodeError is one
+        raise RequestError(errors.INVALID, "The query is not percent-encoded UTF-8; encode the text.") from exc
+    if len(dict(pairs)) != len(pairs):
+        raise RequestError(errors.INVALID, "The query names a parameter twice; name text and limit once.")
+
+
+@similarity.get(
+    SIMILAR,
+    operation_id="similarByUrl",
+    summary="Find past conversations similar to a text",
+    openapi_extra=KEY_REQUIRED,
+    responses=documented_errors(*errors.COMMON_ERRORS, *errors.SIMILAR_ERRORS),
+    dependencies=[Depends(_require_plain_query)],
+)
+async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Request) -> SimilarResponse:
+    """Prefer POST /similar: proxies log URLs, and the text in them."""
+    limit = min(MAX_QUERY_CHARACTERS, request.state.service.settings.max_text_characters)
+    if len(query.text) > limit:
+        raise RequestError(
+            errors.INVALID, f"text: at most {limit} characters fit in a URL; send less, or use POST /similar."
+        )
+    return await similar(query, request)
+
+
+@similarity.post(
+    SIMILAR,
+    operation_id="similar",
+    summary="Find past conversations similar to a text",
+    openapi_extra=KEY_REQUIRED,
+    responses=documented_errors(*errors.COMMON_ERRORS, *errors.SIMILAR_ERRORS, *errors.BODY_ERRORS),
+)
+async def similar(wanted: SimilarRequest, request: Request) -> SimilarResponse:
+    """Return past conversations, the most similar one first."""
+    service: Service = request.state.service
+    text = searched_text(wanted.text, min(MAX_SEARCH_CHARACTERS, service.settings.max_text_characters))
+    search = service.similar.find(text, wanted.limit, request.state.deadline)
+    response, queue_s, search_s = await cancel_on_disconnect(search, request.receive)
+    request.state.note = f", waited {queue_s * 1000:.0f} ms, search {search_s * 1000:.0f} ms"
+    return response
+
+
 @operations.head(HEALTH, include_in_schema=False)
 @operations.get(HEALTH, responses=documented_errors(errors.WRONG_HOST, errors.INTERNAL))
 async def health() -> Health:
@@ -143,7 +199,7 @@ async def metrics(request: Request) -> Response:
 
 
 @documentation.get(OPENAPI)
-async def openapi(request: Request) -> Response:
+async def openapi_json(request: Request) -> Response:
     """Return the OpenAPI document."""
     return Response(request.state.openapi, media_type="application/json")
 
@@ -151,14 +207,15 @@ async def openapi(request: Request) -> Response:
 @documentation.get(DOCS)
 async def docs() -> Response:
     """Return the page with Swagger UI."""
-    headers = {"Content-Security-Policy": docs_page.CONTENT_SECURITY_POLICY}
-    return Response(docs_page.PAGE, media_type="text/html", headers=headers)
+    headers = {"Content-Security-Policy": openapi.CONTENT_SECURITY_POLICY}
+    return Response(openapi.DOCS_PAGE, media_type="text/html", headers=headers)
 
 
 @documentation.get(f"{DOCS}/start.js")
 async def docs_start() -> Response:
     """Return the script that starts Swagger UI."""
-    return Response(docs_page.START_SCRIPT, media_type="text/javascript")
+    return Response(openapi.START_SCRIPT, media_type="text/javascript")
 
 
-documentation.mount(docs_page.ASSETS_PATH, StaticFiles(directory=docs_page.assets_folder()))
+# Swagger UI comes from an installed package: customer networks may not reach a CDN.
+documentation.mount(f"{DOCS}/assets", StaticFiles(packages=[("fastapi_offline", "static")]))

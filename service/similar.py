@@ -1,4 +1,7 @@
-"""Searches in the embedding index for /similar. The index is opened at the first search and used in one thread."""
+"""Searches in the embedding index for /similar, and the bodies of their requests and responses.
+
+The index is opened at the first search and used in one thread.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from config.index_settings import load_index_settings
 from config.openai_settings import load_openai_settings
 from config.service_settings import ServiceSettings
 from database_docs.items import Kind
+from domain.text import prompt_text
 from error_handler import (
     ConfigurationError,
     MixedIndexError,
@@ -25,19 +31,98 @@ from error_handler import (
 )
 from service import errors
 from service.admission import AdmissionQueue, Deadlines
+from service.contract import EXAMPLE_LABELS, VISIBLE, Labels
 from service.metrics import ServiceMetrics
-from service.similar_contract import SimilarResponse, similar_response
 
 if TYPE_CHECKING:  # it needs numpy and chromadb, which may be missing
     from embedding_index.index_reader import IndexReader
+    from embedding_index.search_entries import Hit
 
 logger = logging.getLogger(__name__)
 
 EMBEDDING_TIMEOUT_S = 20.0  # of one call; a caller is waiting
 CLOSE_WAIT_S = 2.0  # for a search that still runs
 REOPEN_AFTER_S = 5.0  # after a failure to open the index; until then every search gets the same error
+DEFAULT_HITS, MAX_HITS = 5, 50
+# In a body and in a URL. One character may take twelve bytes of a URL, and a URL has at most 64 KiB.
+MAX_SEARCH_CHARACTERS, MAX_QUERY_CHARACTERS = 10_000, 2000
 
 OpenIndex = Callable[[ServiceSettings], "IndexReader"]
+
+EXAMPLE_SEARCH: dict[str, Any] = {"text": "My parcel has not come, and nobody answers.", "limit": 5}
+EXAMPLE_HITS: dict[str, Any] = {
+    "model": "all-MiniLM-L6-v2",
+    "hits": [
+        {
+            "source_id": '{"$oid": "65f1c0ffee65f1c0ffee65f1"}',
+            "conversation_number": "123",
+            "similarity": 0.7421,
+            "classification": EXAMPLE_LABELS,
+            "classified_at": "2026-11-21T10:02:00+00:00",
+            "classified_by": "llama3.2",
+        }
+    ],
+}
+
+
+class SimilarRequest(BaseModel):
+    """The text to search for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE_SEARCH]})
+
+    text: str = Field(
+        min_length=1,
+        description="what a customer wrote, in any words",
+        examples=[EXAMPLE_SEARCH["text"]],
+        json_schema_extra={"pattern": VISIBLE},
+    )
+    limit: int = Field(DEFAULT_HITS, ge=1, le=MAX_HITS, description="maximum number of conversations in the answer")
+
+    @field_validator("limit", mode="before")
+    @classmethod
+    def _whole_number(cls, value: object) -> object:
+        """Accept 4.0, which is an integer in JSON Schema."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class SimilarQuery(SimilarRequest):
+    """The same as the parameters of a URL, which are strings."""
+
+    model_config = ConfigDict(strict=False)
+
+
+class SimilarConversation(BaseModel):
+    """A past conversation and its labels."""
+
+    source_id: str = Field(description="its `_id` in MongoDB as Extended JSON, which keeps the type")
+    conversation_number: str | None = Field(description="the help desk's own number; null if it has none")
+    similarity: float = Field(ge=-1, le=1, description="cosine similarity of the two texts; 1 means identical")
+    classification: Labels
+    classified_at: str | None = Field(description="when, ISO 8601; null if unknown")
+    classified_by: str | None = Field(description="the model that gave the labels; null if unknown")
+
+
+class SimilarResponse(BaseModel):
+    """Past conversations, the most similar one first."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_HITS]})
+
+    model: str = Field(description="the embedding model; similarities of different models cannot be compared")
+    hits: list[SimilarConversation]
+
+
+def searched_text(text: str, max_characters: int) -> str:
+    """Return *text* as the index has it: without invisible characters.
+
+    Raises:
+        RequestError: INVALID if it is longer than *max_characters*, or nothing of it is visible.
+    """
+    if len(text) > max_characters:
+        raise RequestError(errors.INVALID, f"text: at most {max_characters} characters are allowed; send less text.")
+    visible = prompt_text(text)
+    if not visible:
+        raise RequestError(errors.INVALID, "text: needs at least one visible character.")
+    return visible
 
 
 def open_index(service_settings: ServiceSettings) -> IndexReader:
@@ -129,7 +214,7 @@ class SimilarConversations:
             raise problem from exc
         if not hits:
             raise RequestError(errors.INDEX_EMPTY)
-        return similar_response(self._index.provider.identity.model, hits)
+        return SimilarResponse(model=self._index.provider.identity.model, hits=[_shown(hit) for hit in hits])
 
     def _open_allowed(self) -> IndexReader:
         index = self._open(self._settings)
@@ -142,6 +227,18 @@ class SimilarConversations:
         if self._index is not None:
             self._index.close()
             self._index = None
+
+
+def _shown(hit: Hit) -> SimilarConversation:
+    facts = {name: str(value) for name, value in hit.metadata.items() if value is not None}
+    return SimilarConversation(
+        source_id=hit.name,
+        conversation_number=facts.get("conversation_number"),
+        similarity=round(max(-1.0, min(1.0, hit.similarity)), 4),
+        classification=Labels(**{label: facts.get(label, "") for label in Labels.model_fields}),
+        classified_at=facts.get("classified_at"),
+        classified_by=facts.get("classified_by"),
+    )
 
 
 def request_error(exc: TriadError | ModuleNotFoundError) -> RequestError:

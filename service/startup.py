@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
+import socket
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -13,13 +15,13 @@ from config import Settings
 from config.service_settings import ServiceSettings
 from logger import RequestIdFilter, TracebackRedactor, adopt_server_logs, configure_logging
 from service.access import CLASSIFY, SIMILAR, ServiceGate
+from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
-from service.idempotency import IdempotencyStore
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
 from service.similar import OpenIndex, SimilarConversations
 from service.slow_clients import SlowClientGuard
-from utils.network import inherited_host, require_keys_outside_this_machine
+from utils.network import require_keys_outside_this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +94,14 @@ def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> No
 
 
 def _host(config: uvicorn.Config | None) -> str | None:
+    """Return the address that the server listens on, ``localhost`` for a Unix socket; None if it is unknown."""
     if config is None:
         return None
-    if config.fd is not None:
-        return inherited_host(config.fd)
-    return "localhost" if config.uds is not None else config.host
+    if config.fd is None:
+        return "localhost" if config.uds is not None else config.host
+    with socket.socket(fileno=os.dup(config.fd)) as listener:
+        name = listener.getsockname()
+    return str(name[0]) if isinstance(name, tuple) else "localhost"
 
 
 def _raise_open_files() -> int:

@@ -149,14 +149,9 @@ class BatchJournal:
     def add(self, event: Event, document_id: Any, **details: Any) -> None:
         """Append *event* of the document with its *details*: ``result``, or the fields of a Verdict."""
         line = extended_json.dumps({"e": event, "id": document_id, **details}) + b"\n"
-        with _explained(f"{self.path} cannot be written", _SPACE):
-            if self._handle is None:
-                self._handle = _open_on_new_line(self.path)
-            written = os.write(self._handle, line)
-        if written != len(line):
-            raise StateDirectoryError(
-                f"{self.path} could only be written in part (disk full?); free space, then run again."
-            )
+        if self._handle is None:
+            self._handle = open_for_append(self.path)
+        append_line(self._handle, self.path, line)
 
     def close(self) -> None:
         """Close the file and keep it."""
@@ -165,13 +160,22 @@ class BatchJournal:
             self._handle = None
 
 
-def _open_on_new_line(path: Path) -> int:
-    """Open *path* for appending; first end a line that a full disk truncated."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-    size = os.fstat(handle).st_size
-    if size and os.pread(handle, 1, size - 1) != b"\n":
-        os.write(handle, b"\n")
+def open_for_append(path: Path) -> int:
+    """Open *path*, or create it with mode 0600, and return the descriptor; first end a line that was truncated."""
+    with _explained(f"{path} cannot be written", _SPACE):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            os.write(handle, b"\n")
     return handle
+
+
+def append_line(handle: int, path: Path, line: bytes) -> None:
+    """Append *line* to the file *path*, open as *handle*, in one ``write``."""
+    with _explained(f"{path} cannot be written", _SPACE):
+        written = os.write(handle, line)
+    if written != len(line):
+        raise StateDirectoryError(f"{path} could only be written in part (disk full?); free space, then run again.")
 
 
 def replay_journal(path: Path) -> dict[bytes, JournalEntry]:

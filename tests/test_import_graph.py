@@ -69,19 +69,12 @@ OWNERS = {
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
-    "fastapi": {
-        "main",
-        "service.error_responses",
-        "service.openapi",
-        "service.routes",
-        "service.similar_routes",
-    },
+    "fastapi": {"main", "service.middleware", "service.openapi", "service.routes"},
     # below FastAPI: ASGI types for middleware
     "starlette": {
         "main",
         "service.admission",
         "service.body_limits",
-        "service.error_responses",
         "service.middleware",
         "service.routes",
     },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 
 from config.service_settings import ServiceSettings
@@ -32,13 +31,6 @@ def is_loopback(host: str | None) -> bool:
     except (OSError, UnicodeError):
         return False
     return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
-
-
-def inherited_host(descriptor: int) -> str | None:
-    """Return the address of the listening socket *descriptor*; ``localhost`` for a Unix socket."""
-    with socket.socket(fileno=os.dup(descriptor)) as listener:
-        name = listener.getsockname()
-    return str(name[0]) if isinstance(name, tuple) else "localhost"
 
 
 def is_this_machine(host: str) -> bool:

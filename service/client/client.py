@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from array import array
@@ -129,7 +128,9 @@ class ServiceClient:
             ConfigurationError: The service would reject every conversation.
             RunInterruptedError: The run was stopped before the service answered.
         """
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 async with self._pace.slot():
                     started = time.monotonic()
@@ -140,7 +141,6 @@ class ServiceClient:
                 self._pace.speed_up()
                 self.latencies_s.append(time.monotonic() - started)
                 return body
-        raise AssertionError("itertools.count never ends")
 
     async def _before_next(self, exc: RequestError | ServiceTimeoutError | ServiceAwayError, attempt: int) -> None:
         """Wait for the next attempt; raise *exc* if there is none."""
@@ -158,7 +158,7 @@ class ServiceClient:
         await self._pace.wait(wait_s)
 
     async def _post(self, request: ServiceRequest, attempt: int) -> dict[str, Any]:
-        """Send one request. aiohttp's timeouts are also ClientErrors, so they are handled first."""
+        """Send one request; the errors are those of ``classify``."""
         headers = self._target.headers | request.headers | {"X-Request-ID": f"{request.id}-{attempt}"}
         url = f"{self._target.url}/classify"
         try:
@@ -167,16 +167,12 @@ class ServiceClient:
             ) as response:
                 delay_s = protocol.parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
                 return protocol.parse_answer(request, response.status, await _read_bounded(response), delay_s)
-        except aiohttp.ConnectionTimeoutError as exc:
-            raise ServiceAwayError(self._away) from exc
-        except TimeoutError as exc:
-            raise ServiceTimeoutError("The service did not answer within --timeout.") from exc
-        except (aiohttp.ClientError, ConnectionError) as exc:
-            raise ServiceAwayError(self._away) from exc
-
-    @property
-    def _away(self) -> str:
-        return f"No service answers at {self._target.url}; start it (make serve) or correct --url."
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as exc:
+            if isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ConnectionTimeoutError):
+                raise ServiceTimeoutError("The service did not answer within --timeout.") from exc
+            raise ServiceAwayError(
+                f"No service answers at {self._target.url}; start it (make serve) or correct --url."
+            ) from exc
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

@@ -144,7 +144,7 @@ def _timestamp(given: Any, at: datetime | None) -> str | None:
     return at.isoformat() if at is not None else None
 
 
-def parse_answer(request: ServiceRequest, status: int, body: bytes, retry_after_s: float | None) -> dict[str, Any]:
+def parse_answer(request: ServiceRequest, status: int, body: bytes, retry_after_s: int | None) -> dict[str, Any]:
     """Return the answer to *request*.
 
     Raises:
@@ -157,9 +157,7 @@ def parse_answer(request: ServiceRequest, status: int, body: bytes, retry_after_
         raise ConfigurationError(f"The service redirects (status {status}); set --url to the final address.")
     if status in _SET_UP_WRONG:
         raise ConfigurationError(f"Status {status}: {_SET_UP_WRONG[status]}.")
-    raise RequestError(
-        _parse_error(status, body), retry_after_s=None if retry_after_s is None else math.ceil(retry_after_s)
-    )
+    raise RequestError(_parse_error(status, body), retry_after_s=retry_after_s)
 
 
 def _parse_success(request: ServiceRequest, body: bytes) -> dict[str, Any]:
@@ -188,13 +186,13 @@ def _parse_error(status: int, body: bytes) -> ErrorKind:
     return ErrorKind("ForeignAnswerError", status, f"Status {status} from another server; check --url and any proxy.")
 
 
-def parse_retry_after(value: str | None, now: datetime) -> float | None:
+def parse_retry_after(value: str | None, now: datetime) -> int | None:
     """Return the seconds of a Retry-After header (a number or an HTTP date), or None."""
     text = (value or "").strip()
     if text.isascii() and text.isdecimal() and len(text) < 10:
-        return float(text)
+        return int(text)
     try:
         at = email.utils.parsedate_to_datetime(text)
     except ValueError:
         return None
-    return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now).total_seconds())
+    return max(0, math.ceil(((at if at.tzinfo else at.replace(tzinfo=UTC)) - now).total_seconds()))

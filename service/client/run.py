@@ -1,9 +1,12 @@
-"""A resumable run of one file of documents through the REST service."""
+"""A resumable run of one file of documents through the REST service, and the journal of its answers."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import math
+import os
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -13,12 +16,19 @@ from typing import Any
 
 import orjson
 
-from error_handler import ConfigurationError, RequestError, RunInterruptedError, SkippedDocumentError, TriadError
+from error_handler import (
+    ConfigurationError,
+    DirectoryLockedError,
+    RequestError,
+    RunInterruptedError,
+    SkippedDocumentError,
+    StateDirectoryError,
+    TriadError,
+)
 from service.client.client import ServiceClient, ServiceTimeoutError
-from service.client.journal import AnswerJournal
 from service.client.protocol import ServiceRequest, request_for
 from storage.contract import Document
-from storage.files import replace_file
+from storage.files import append_line, open_for_append, remove_file, replace_file
 from worker.checkpoint import RunStats
 from worker.progress import Reporter
 
@@ -33,6 +43,86 @@ class Entry:
     number: str
     key: bytes | None
     problem: dict[str, Any] | None = None
+
+
+class AnswerJournal:
+    """The journal at *path* with the answers of the service at *url*; the caller closes it.
+
+    One line per answer, each in one ``write``, so that a killed process leaves whole lines. The first line names the
+    service. The file is not fsynced: after a power failure the last answers are requested again. Memory holds only the
+    position of each answer.
+    """
+
+    def __init__(self, path: Path, url: str) -> None:
+        """Open or create the journal and read its answers.
+
+        Raises:
+            DirectoryLockedError: Another run has it open.
+            ConfigurationError: It holds the answers of another service.
+            StateDirectoryError: It cannot be read or written.
+        """
+        self.path = path
+        self._spans: dict[bytes, tuple[int, int]] = {}  # offset and length by key
+        with contextlib.ExitStack() as on_error:
+            self._handle = open_for_append(path)
+            on_error.callback(os.close, self._handle)
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise DirectoryLockedError(f"Another run is using {path}; wait until it ends.") from exc
+            except OSError as exc:
+                raise StateDirectoryError(f"Cannot lock {path} ({exc.strerror}); choose another --output-dir.") from exc
+            self._replay(url)
+            on_error.pop_all()
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._spans
+
+    def keep(self, key: bytes, answer: dict[str, Any]) -> None:
+        """Append *answer*.
+
+        Raises:
+            StateDirectoryError: The disk is full or gone; earlier answers are kept.
+        """
+        line = orjson.dumps({"key": key.hex(), "answer": answer}) + b"\n"
+        append_line(self._handle, self.path, line)
+        self._spans[key] = os.lseek(self._handle, 0, os.SEEK_CUR) - len(line), len(line)
+
+    def read(self, key: bytes) -> bytes:
+        """Return the answer for *key* as JSON; raise KeyError if there is none."""
+        offset, length = self._spans[key]
+        try:
+            return orjson.dumps(orjson.loads(os.pread(self._handle, length, offset))["answer"])
+        except (OSError, orjson.JSONDecodeError) as exc:
+            raise StateDirectoryError(f"{self.path} was changed during the run; run the same command again.") from exc
+
+    def close(self, *, remove: bool = False) -> None:
+        """Close the file and release its lock; *remove* deletes it."""
+        if remove:
+            remove_file(self.path)
+        os.close(self._handle)
+
+    def _replay(self, url: str) -> None:
+        offset, head = 0, None
+        with self.path.open("rb") as file:
+            for line in file:
+                # A torn line is skipped: its answer is requested again.
+                with contextlib.suppress(orjson.JSONDecodeError, ValueError, KeyError, TypeError):
+                    event = orjson.loads(line)
+                    if head is None:
+                        head = str(event["service"])
+                    elif event["answer"]["classification"]:
+                        self._spans[bytes.fromhex(event["key"])] = (offset, len(line))
+                offset += len(line)
+        if head is not None and head != url:
+            raise ConfigurationError(
+                f"{self.path} holds answers of {head}; finish that run with --url {head}, or discard them with --restart."
+            )
+        if head is None:
+            append_line(self._handle, self.path, orjson.dumps({"service": url}) + b"\n")
 
 
 class ClientRun:
@@ -165,7 +255,6 @@ def _entry(document: Document, position: int) -> tuple[Entry, ServiceRequest | N
     return Entry(request.number, request.key), request
 
 
-def percentile(values: array[float], share: float) -> float | None:
-    """Return the nearest-rank percentile of *values*, *share* from 0 to 1; None without values."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+def percentile(values: array[float], share: float) -> float:
+    """Return the nearest-rank percentile of *values*, at least one; *share* is from 0 to 1."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

@@ -17,7 +17,7 @@ from error_handler import ErrorKind
 from service import errors as service_errors
 from service.contract import EXAMPLE_REQUEST
 from service.openapi import openapi_document
-from service.similar_contract import EXAMPLE_HITS, MAX_QUERY_CHARACTERS, SimilarResponse
+from service.similar import EXAMPLE_HITS, MAX_QUERY_CHARACTERS, SimilarResponse
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import serve
 from tests.service.test_similar_service import APP, write_index
