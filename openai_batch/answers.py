@@ -18,8 +18,8 @@ from openai_batch.batch_protocol import Line, parse_line
 from openai_batch.job_context import Answer, JobContext
 from openai_batch.job_store import Ending
 from openai_batch.ledger import NOT_RUN, Item, ItemState, Shard
-from openai_batch.openai_client import unreadable
 from storage.extended_json import id_text, loads
+from storage.files import explained
 
 logger = logging.getLogger(__name__)
 
@@ -133,18 +133,15 @@ def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
 
 def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:
     """Yield the lines of a downloaded file; log the numbers of malformed ones and skip them."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES):
-                number += 1
-                line = parse_line(raw) if raw.strip() else None
-                if line is not None:
-                    yield line
-                elif raw.strip() and not is_quiet:
-                    logger.warning("%s:%d is not a line of a result file; ignored", path.name, number)
-    except OSError as exc:
-        raise unreadable(path, exc) from exc
+    with explained(f"{path} cannot be read"), path.open("rb") as file:
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES):
+            number += 1
+            line = parse_line(raw) if raw.strip() else None
+            if line is not None:
+                yield line
+            elif raw.strip() and not is_quiet:
+                logger.warning("%s:%d is not a line of a result file; ignored", path.name, number)
 
 
 def count_lines(path: Path) -> int:

@@ -27,7 +27,15 @@ from typing import Any, Literal, get_args
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
 from storage import extended_json
-from storage.files import BatchJournal, DirectoryLock, JournalEntry, remove_file, replace_file, replay_journal
+from storage.files import (
+    BatchJournal,
+    DirectoryLock,
+    JournalEntry,
+    explained,
+    remove_file,
+    replace_file,
+    replay_journal,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +125,7 @@ class BatchFiles:
         self.directory = directory
         self.lost_failures = False  # a corrupt retry file was renamed: only the status in MongoDB is still failed
         self._lock = DirectoryLock(directory)
-        try:
+        with explained(f"{directory} cannot be used", "fix the permissions or give another --batch-files-dir"):
             for folder in (directory, *(directory / name for name in FOLDERS)):
                 if folder.is_symlink():
                     raise StateDirectoryError(
@@ -126,10 +134,6 @@ class BatchFiles:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             known = (path for folder in FOLDERS for path in (directory / folder).glob("batch_*"))
             self._last_number = max((_number(path) or 0 for path in known), default=0)
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{directory} cannot be used ({exc.strerror}); fix its permissions or name another directory with --batch-files-dir."
-            ) from exc
 
     def acquire(self) -> None:
         """Lock the directory for this process; the kernel releases the lock when the process ends.
@@ -316,12 +320,8 @@ class BatchFiles:
 
     def _set_aside(self, path: Path) -> None:
         aside = path.with_name(path.name + ".corrupt")
-        try:
+        with explained(f"{path} is corrupt and cannot be renamed"):
             path.replace(aside)
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{path} is corrupt and cannot be renamed ({exc.strerror}); fix its permissions, then run again."
-            ) from exc
         self.lost_failures |= path.parent.name == "retry"
         logger.error(
             "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB", path.name, aside.name
@@ -354,14 +354,11 @@ def read_failures(path: Path) -> list[FailedDocument]:
 
 def _content(path: Path) -> Any:
     """Return the value of the JSON file *path*; None if it is gone. Raise ValueError if it is corrupt."""
-    try:
-        content = extended_json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
-        ) from exc
+    with explained(f"{path} cannot be read"):
+        try:
+            content = extended_json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
     if content is None:
         raise ValueError("null")  # not the same as no file
     return content
