@@ -19,7 +19,6 @@ from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern
 from pymongo.errors import BulkWriteError, PyMongoError
 
 from config import Settings
-from domain.staleness import ResultProvenance
 from error_handler import ConfigurationError, IndexBlockedError, StoreError, StoreRejectedError
 from storage.contract import Document, FinalStatus, Selection
 from storage.extended_json import id_key, id_text
@@ -290,10 +289,9 @@ class DocumentStore:
         query = {"_id": {"$in": document_ids}, "worker": self._worker_id}
         await self._call("release leases", lambda: self._leases.delete_many(query))
 
-    async def result_provenance(self, document_ids: list[Any]) -> dict[bytes, ResultProvenance]:
-        """Return, by ``id_key``, how the results of those *document_ids* that have one were made."""
-        results = await self._result_fields(document_ids, _PROVENANCE)
-        return {key: ResultProvenance.of(result) for key, result in results.items()}
+    async def result_provenance(self, document_ids: list[Any]) -> dict[bytes, Document]:
+        """Return, by ``id_key``, the hashes of those *document_ids* that have a result: of input, prompt and model."""
+        return await self._result_fields(document_ids, _PROVENANCE)
 
     async def result_labels(self, document_ids: list[Any]) -> dict[bytes, Document]:
         """Return, by ``id_key``, the labels of those *document_ids* that have a result, with their model and time."""

@@ -64,6 +64,11 @@ class FailedDocument:
     classification_result: dict[str, Any] | None = None
     failed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
+    @property
+    def key(self) -> bytes:
+        """The ``id_key`` of the document."""
+        return extended_json.id_key(self.conversation_id)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the entry as the file stores it."""
         return {
@@ -173,8 +178,7 @@ class BatchFiles:
     def save_failed(self, kind: FailureKind, number: int, failures: Iterable[FailedDocument]) -> None:
         """Add *failures* to the file of batch *number*; they replace entries of the same documents."""
         path = self._path(kind, number)
-        entries = {extended_json.id_key(entry.conversation_id): entry for entry in self._read_failures(path)}
-        entries |= {extended_json.id_key(entry.conversation_id): entry for entry in failures}
+        entries = {entry.key: entry for entry in (*self._read_failures(path), *failures)}
         self.write_failures(path, entries.values())
 
     def save_completed(self, batch: BatchFile, counts: dict[str, int], document_ids: list[Any]) -> None:
@@ -231,11 +235,7 @@ class BatchFiles:
     def failed_keys(self, *kinds: FailureKind) -> set[bytes]:
         """Return the ``id_key`` of each document in the files of *kinds*; by default in both."""
         files = (entries for kind in kinds or FAILURE_KINDS for _, entries in self.failure_files(kind))
-        return {extended_json.id_key(entry.conversation_id) for entries in files for entry in entries}
-
-    def count_failed(self, kind: FailureKind) -> int:
-        """Return the number of documents in the retry queue, or in quarantine."""
-        return len(self.failed_keys(kind))
+        return {entry.key for entries in files for entry in entries}
 
     def new_path(self, kind: str, suffix: str) -> Path:
         """Return a path in the folder *kind* with a new batch number."""
@@ -291,7 +291,7 @@ class BatchFiles:
         for entry in failures:
             if fresh:
                 entry.retry_count = 0
-            batch.failures[extended_json.id_key(entry.conversation_id)] = entry
+            batch.failures[entry.key] = entry
         batch.replay = replay_journal(batch.journal.path)
         return batch
 

@@ -10,18 +10,16 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from error_handler import Reason
-from storage.extended_json import id_key
 from storage.files import replace_file
-from utils.batch_file_manager import batch_paths, read_failures
 from worker.checkpoint import RunStats
 from worker.progress import Rate, Throttle
+from worker.quarantine import failed_keys
 
 FILE_EVERY_S = 5.0
 CSV_FIELDS = (
@@ -120,29 +118,11 @@ class FileProgress:
         gauge("triad_run_calls_in_flight", "Documents that wait for the model", in_flight)
         if limit is not None:
             gauge("triad_run_concurrency_limit", "Limit of concurrent calls, set by auto", limit)
-        gauge("triad_retry_queue_documents", "Documents in the retry queue", queue_size(self._directory / "retry"))
-        gauge("triad_quarantine_documents", "Documents in quarantine", queue_size(self._directory / "quarantine"))
+        gauge("triad_retry_queue_documents", "Documents in the retry queue", len(failed_keys(self._directory, "retry")))
+        gauge("triad_quarantine_documents", "Documents in quarantine", len(failed_keys(self._directory, "quarantine")))
         gauge(LAST_SUCCESS, "Time of the last classified document; 0: never", self._times[LAST_SUCCESS])
         gauge(LAST_COMPLETED, "Time of the last completed run; 0: never", self._times[LAST_COMPLETED])
         return generate_latest(registry)
-
-
-def queue_size(folder: Path) -> int:
-    """Return the number of documents in the failure files of *folder*; a corrupt file counts as empty."""
-    keys: set[bytes] = set()
-    for path in batch_paths(folder):
-        with suppress(FileNotFoundError):  # the worker has finished it
-            state = path.stat()
-            keys |= _failed_keys(path, state.st_ino, state.st_mtime_ns)
-    return len(keys)
-
-
-@lru_cache(maxsize=10_000)  # a quarantine of many files is not read again every few seconds
-def _failed_keys(path: Path, _inode: int, _changed_ns: int) -> frozenset[bytes]:
-    try:
-        return frozenset(id_key(entry.conversation_id) for entry in read_failures(path))
-    except ValueError:
-        return frozenset()
 
 
 def _saved_times(path: Path) -> dict[str, float]:

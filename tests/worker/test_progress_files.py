@@ -19,7 +19,8 @@ from tests.worker.test_progress import Clock, stats
 from utils.batch_file_manager import BatchFiles
 from worker import progress, progress_files
 from worker.checkpoint import RunStats
-from worker.progress_files import LAST_COMPLETED, LAST_SUCCESS, FileProgress, queue_size
+from worker.progress_files import LAST_COMPLETED, LAST_SUCCESS, FileProgress
+from worker.quarantine import failed_keys
 
 
 class BothClocks(Clock):
@@ -112,32 +113,30 @@ def test_foreign_metrics_file_is_replaced(files: BatchFiles, clock: BothClocks, 
     assert numbers(files)[LAST_SUCCESS] == 0
 
 
-def test_queue_size_counts_documents_as_files_change(files: BatchFiles) -> None:
+def test_failed_keys_counts_documents_as_files_change(files: BatchFiles) -> None:
     """Documents, not entries or files; followed as files change, come, go and break."""
-    folder = files.directory / "quarantine"
-    assert queue_size(folder) == 0
+    assert len(failed_keys(files.directory, "quarantine")) == 0
     files.save_failed("quarantine", 1, [failed("a"), failed(1), failed("1")])
     files.save_failed("quarantine", 2, [failed("a"), failed("b")])
-    assert queue_size(folder) == files.count_failed("quarantine") == 4
+    assert len(failed_keys(files.directory, "quarantine")) == len(files.failed_keys("quarantine")) == 4
     files.save_failed("quarantine", 2, [failed("c")])
-    assert queue_size(folder) == 5
+    assert len(failed_keys(files.directory, "quarantine")) == 5
     path = files.directory / "quarantine/batch_001_quarantine.json"
     path.write_bytes(b"[{")
-    assert queue_size(folder) == 3
+    assert len(failed_keys(files.directory, "quarantine")) == 3
     path.unlink()
-    assert queue_size(folder) == 3
+    assert len(failed_keys(files.directory, "quarantine")) == 3
 
 
-def test_queue_size_reads_only_changed_files(files: BatchFiles) -> None:
+def test_failed_keys_reads_only_changed_files(files: BatchFiles) -> None:
     """A quarantine of many files costs a look at their dates."""
-    folder = files.directory / "quarantine"
     files.save_failed("quarantine", 1, [failed("a")])
-    assert queue_size(folder) == 1
+    assert len(failed_keys(files.directory, "quarantine")) == 1
     path = files.directory / "quarantine/batch_001_quarantine.json"
     before = path.stat()
     path.write_bytes(b"")  # the same file with the same date: had it been read, it would count for nothing
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert queue_size(folder) == 1
+    assert len(failed_keys(files.directory, "quarantine")) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -146,7 +145,7 @@ def test_unreadable_failure_file_raises(files: BatchFiles) -> None:
     files.save_failed("quarantine", 1, [failed("a")])
     (files.directory / "quarantine/batch_001_quarantine.json").chmod(0)
     with pytest.raises(StateDirectoryError, match="cannot be read"):
-        queue_size(files.directory / "quarantine")
+        failed_keys(files.directory, "quarantine")
 
 
 JSON_FIELDS = {
