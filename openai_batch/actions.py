@@ -22,9 +22,9 @@ from domain.prices import BatchPrice, batch_prices, price_source
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, JobCostError, JobProcessingError, RunInterruptedError
 from openai_batch.job_config import AppConfig, Document
-from openai_batch.job_context import Handling, JobResult, Times
+from openai_batch.job_context import JobResult, Times
 from openai_batch.job_run import JobRun
-from openai_batch.job_store import JobStore
+from openai_batch.job_store import Handling, JobStore
 from openai_batch.ledger import ENDED, NOT_SENT, ItemState, Ledger, Shard
 from openai_batch.planning import estimated_tokens, request_line
 from openai_batch.processor import DocumentBatchProcessor
@@ -101,7 +101,7 @@ async def _affordable(arguments: argparse.Namespace, job: JobRun) -> int | None:
     if arguments.max_cost is None:
         return limit
     context, unsent = job.context, job.context.ledger.shards(NOT_SENT)
-    made = await preview(context.config, context.store, context.handling, context.on_progress, limit, unsent)
+    made = await preview(context.config, context.store, context.on_progress, limit, unsent)
     require_affordable(made, arguments.max_cost, context.config.openai.model)
     return made.documents
 
@@ -111,8 +111,8 @@ async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProces
     if processor.ledger_path.exists():
         with Ledger(processor.ledger_path) as ledger:
             unsent = ledger.shards(NOT_SENT)
-    async with processor.reading() as (store, handling):
-        return await preview(processor.config, store, handling, progress, arguments.limit, unsent)
+    async with processor.reading() as store:
+        return await preview(processor.config, store, progress, arguments.limit, unsent)
 
 
 def _report_preview(arguments: argparse.Namespace, made: Preview, processor: DocumentBatchProcessor) -> int:
@@ -295,7 +295,6 @@ class Preview:
 async def preview(
     config: AppConfig,
     store: JobStore,
-    handling: Handling,
     on_progress: Callable[[str], None],
     limit: int | None,
     unsent: Sequence[Shard],
@@ -308,7 +307,7 @@ async def preview(
         async for page in pages:
             for document in page:
                 if made.documents != limit:
-                    made.add(document, handling, config.batch.endpoint)
+                    made.add(document, store.handling, config.batch.endpoint)
             on_progress(f"{made.documents} documents read")
             if made.documents == limit:
                 break

@@ -15,8 +15,8 @@ import orjson
 
 from error_handler import JobProcessingError
 from openai_batch.batch_protocol import Line, parse_line
-from openai_batch.job_context import Answer, JobContext
-from openai_batch.job_store import Ending
+from openai_batch.job_context import JobContext
+from openai_batch.job_store import Answer, Ending
 from openai_batch.ledger import NOT_RUN, Item, ItemState, Shard
 from storage.extended_json import id_text, loads
 from storage.files import explained
@@ -72,7 +72,7 @@ class Answers:
         documents = await self._context.store.read([item.document_id for item, _ in usable])
         present = [(item, line) for item, line in usable if item.document_id in documents]
         answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in present]
-        updates = await self._context.handling.deliver(answers, shard.batch_id or "")
+        updates = await self._context.store.handling.deliver(answers, shard.batch_id or "")
         for (item, line), update in zip(present, updates, strict=True):
             info: dict[str, Any] = {"batch_id": shard.batch_id, "model": line.model, "completed_at": datetime.now(UTC)}
             info |= {"prompt_tokens": line.prompt_tokens, "reply_tokens": line.reply_tokens}

@@ -175,7 +175,7 @@ class JobSender:
             sendings, attempts = sent.get(document_id, (0, 0))
             item = Item(custom_id_of(context.job_id, document_id, sendings + 1), document_id, attempts + 1)
             try:
-                body = context.handling.request(document)
+                body = context.store.handling.request(document)
                 line, tokens = request_line(item.custom_id, self._batch.endpoint, body), estimated_tokens(body)
                 self._require_room(line, tokens)
             except JobProcessingError as exc:

@@ -20,6 +20,7 @@ from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 from config import load_settings
 from error_handler import ExitCode, JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
+from openai_batch.documents import TemplateHandling
 from openai_batch.job_config import BatchConfig
 from openai_batch.job_store import Ending, JobStore
 from openai_batch.ledger import Item, ItemState, Ledger, Shard, ShardState
@@ -106,9 +107,11 @@ async def test_answer_is_written_only_while_its_claim_stands(job: Job) -> None:
     job.documents.update_one({"_id": 0}, {"$set": {"ai_status": "in_progress", "processing_info": info}})
     before = job.documents.find_one({"_id": 0})
     settings = load_settings(None, mongodb_uri=job.uri, db_name=job.database)
-    async with JobStore(job.config(), settings) as store:
-        late = Ending(Item("job:old:1", canonical(0), 1, ItemState.OK), {"$set": {"answer": "late"}}, info={})
-        assert await store.end([late]) == set()
+    config = job.config()
+    with TemplateHandling(config) as handling:
+        async with JobStore(config, settings, handling) as store:
+            late = Ending(Item("job:old:1", canonical(0), 1, ItemState.OK), {"$set": {"answer": "late"}}, info={})
+            assert await store.end([late]) == set()
     assert job.documents.find_one({"_id": 0}) == before
 
 
