@@ -26,7 +26,7 @@ from model_server.models import chat_target
 from model_server.protocol import plan_fingerprint
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
-from storage.contract import Document
+from storage.extended_json import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import Classify, RunOptions, RunParts

@@ -36,8 +36,7 @@ from utils.process import exit_code_of, print_error, stop_on_signals, tune_garba
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions, preview
 from worker.plan import ask_plan
-from worker.progress import ConsoleProgress, Reporter
-from worker.progress_files import FileProgress
+from worker.progress import ConsoleProgress, FileProgress, Reporter
 from worker.staleness import StalenessChecker
 
 DATA = Path(__file__).parent / "data"

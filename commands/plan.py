@@ -17,7 +17,7 @@ from domain.text import counted
 from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
 from storage import extended_json
-from storage.contract import Document
+from storage.extended_json import Document
 from worker.plan import ask_plan
 from worker.staleness import Kind, StalenessChecker
 

@@ -107,10 +107,7 @@ async def _affordable(arguments: argparse.Namespace, job: JobRun) -> int | None:
 
 
 async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProcessor, progress: JobProgress) -> Preview:
-    unsent: list[Shard] = []
-    if processor.ledger_path.exists():
-        with Ledger(processor.ledger_path) as ledger:
-            unsent = ledger.shards(NOT_SENT)
+    unsent = [shard for shard, _ in _rows(processor) if shard.state in NOT_SENT]
     async with processor.reading() as store:
         return await preview(processor.config, store, progress, arguments.limit, unsent)
 
@@ -149,10 +146,7 @@ def _print_preview(made: Preview, processor: DocumentBatchProcessor) -> None:
 
 
 def _report(arguments: argparse.Namespace, processor: DocumentBatchProcessor, result: JobResult | None = None) -> None:
-    rows: list[Row] = []
-    if processor.ledger_path.exists():
-        with Ledger(processor.ledger_path) as ledger:
-            rows = [(shard, ledger.counts(shard.number)) for shard in ledger.shards()]
+    rows = _rows(processor)
     if arguments.json:
         sys.stdout.write(json.dumps(_as_dict(result, rows), indent=2) + "\n")
         return
@@ -172,6 +166,14 @@ def _report(arguments: argparse.Namespace, processor: DocumentBatchProcessor, re
         )
     if open_batches:
         console.print(f"Open batches: {open_batches}. Check them with cli.py openai-batch poll.")
+
+
+def _rows(processor: DocumentBatchProcessor) -> list[Row]:
+    """Return the shards of the ledger with their counts; a job that was never started has no ledger."""
+    if not processor.ledger_path.exists():
+        return []
+    with Ledger(processor.ledger_path) as ledger:
+        return [(shard, ledger.counts(shard.number)) for shard in ledger.shards()]
 
 
 def _table(rows: list[Row]) -> Table:

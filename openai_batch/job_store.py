@@ -17,13 +17,12 @@ from typing import Any, TypeVar
 
 from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError
-from mongo_client import DURABLE, close_client, open_client, range_filter
+from mongo_client import DURABLE, call_repeatedly, close_client, open_client, range_filter
 from openai_batch.batch_protocol import Line
 from openai_batch.job_config import AppConfig, Document, value_at
 from openai_batch.ledger import Item
 from storage.extended_json import canonical, id_text, loads
-from storage.mongo_errors import translated
-from utils.retry_utils import RetryPolicy, retry_async
+from utils.retry_utils import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -302,8 +301,4 @@ class JobStore:
         return [task.result() for task in tasks]
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
-        async def attempt() -> T:
-            with translated(what):
-                return await operation()
-
-        return await retry_async(attempt, self._policy, what)
+        return await call_repeatedly(what, operation, self._policy)

@@ -9,7 +9,7 @@
         retry/batch_001_retry_queue.json        failed documents that get another round
         quarantine/batch_001_quarantine.json    failed documents that get none
         completed/batch_001_completed.json      ids and counts, no text
-        progress/                               written by worker.progress_files
+        progress/                               written by worker.progress
 
 All are Extended JSON with mode 0600 in folders with mode 0700. MongoDB is the source of truth; these files record
 what a crash interrupted, and keep results that could not be written yet.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -71,16 +71,7 @@ class FailedDocument:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the entry as the file stores it."""
-        return {
-            "conversation_id": self.conversation_id,
-            "status": self.status,
-            "classification_result": self.classification_result,
-            "conversation_data": self.conversation_data,
-            "retry_count": self.retry_count,
-            "failed_at": self.failed_at,
-            "reason": str(self.reason),
-            "error": self.error,
-        }
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"reason": str(self.reason)}
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> FailedDocument:

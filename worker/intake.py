@@ -15,9 +15,8 @@ from config import Settings
 from domain.conversation import Conversation, Outcome
 from error_handler import SkippedDocumentError
 from model_server.concurrency import ConcurrencyLimit
-from mongo_client import DocumentStore
-from storage.contract import Document, Selection
-from storage.extended_json import id_key, id_text
+from mongo_client import DocumentStore, Selection
+from storage.extended_json import Document, id_key, id_text
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.progress import Reporter

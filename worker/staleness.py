@@ -10,8 +10,7 @@ from aggregator import aggregate_conversation
 from domain.conversation import result_fingerprint
 from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
-from storage.contract import Document
-from storage.extended_json import id_key
+from storage.extended_json import Document, id_key
 from worker.quarantine import failed_keys
 
 Kind = Literal["new", "changed", "stale", "failed", "skipped", "done", "unjudged", "foreign"]

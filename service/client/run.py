@@ -17,7 +17,7 @@ from error_handler import ConfigurationError, RequestError, RunInterruptedError,
 from service.client.client import ServiceClient, ServiceTimeoutError
 from service.client.journal import AnswerJournal
 from service.client.protocol import ServiceRequest, request_for
-from storage.contract import Document
+from storage.extended_json import Document
 from storage.files import replace_file
 from worker.checkpoint import RunStats
 from worker.progress import Reporter
