@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
 from storage import extended_json
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 FOLDERS = ("pending", "retry", "quarantine", "completed", "progress")
 _NUMBER = re.compile(r"batch_(\d{3,})_")
 
+T = TypeVar("T")
 FailureStatus = Literal["llm_failed", "write_failed"]
 FailureKind = Literal["retry", "quarantine"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
@@ -169,7 +170,7 @@ class BatchFiles:
     def save_failed(self, kind: FailureKind, number: int, failures: Iterable[FailedDocument]) -> None:
         """Add *failures* to the file of batch *number*; they replace entries of the same documents."""
         path = self._path(kind, number)
-        entries = {entry.key: entry for entry in (*self._read_failures(path), *failures)}
+        entries = {entry.key: entry for entry in (*(self._read(path, read_failures) or ()), *failures)}
         self.write_failures(path, entries.values())
 
     def save_completed(self, batch: BatchFile, counts: dict[str, int], document_ids: list[Any]) -> None:
@@ -198,20 +199,14 @@ class BatchFiles:
         A corrupt file is renamed to ``.corrupt`` and logged; its documents are still pending in MongoDB.
         """
         for path in batch_paths(self.directory / "pending"):
-            content = self._read(path)
-            if content is None:
-                continue
-            try:
-                batch = self._parse_pending(path, content)
-            except (KeyError, TypeError, ValueError):
-                self._set_aside(path)
-                continue
-            yield batch
+            batch = self._read(path, self._parse_pending)
+            if batch is not None:
+                yield batch
 
     def load_retry(self) -> Iterator[BatchFile]:
         """Yield each retry file as a batch whose ``failures`` hold the entries."""
         for path in batch_paths(self.directory / "retry"):
-            failures = self._read_failures(path)
+            failures = self._read(path, read_failures)
             if failures:
                 yield self._failed_batch(path, failures)
             elif path.exists():  # a crash during its removal, before that of its journal
@@ -221,7 +216,7 @@ class BatchFiles:
     def failure_files(self, kind: FailureKind) -> Iterator[tuple[Path, list[FailedDocument]]]:
         """Yield the files of *kind* in the order of their numbers; a corrupt one is set aside. Needs the lock."""
         for path in batch_paths(self.directory / kind):
-            yield path, self._read_failures(path)
+            yield path, self._read(path, read_failures) or []
 
     def failed_keys(self, *kinds: FailureKind) -> set[bytes]:
         """Return the ``id_key`` of each document in the files of *kinds*; by default in both."""
@@ -257,14 +252,17 @@ class BatchFiles:
 
     def read_state(self, name: str) -> dict[str, Any] | None:
         """Return the object in *name* (``checkpoint.json``); None if it is missing, or was corrupt and set aside."""
-        content = self._read(self.directory / name)
+        content = self._read(self.directory / name, _content)
         return content if isinstance(content, dict) else None
 
     def write_state(self, name: str, content: dict[str, Any]) -> None:
         """Replace *name* with *content*."""
         replace_file(self.directory / name, extended_json.dumps(content))
 
-    def _parse_pending(self, path: Path, content: Any) -> BatchFile:
+    def _parse_pending(self, path: Path) -> BatchFile | None:
+        content = _content(path)
+        if content is None:
+            return None
         if isinstance(content, list):  # a retry or quarantine file that an operator moved here
             return self._failed_batch(path, [FailedDocument.from_dict(entry) for entry in content], fresh=True)
         batch = _batch_at(path, [_document(entry) for entry in content["conversations"]])
@@ -295,28 +293,19 @@ class BatchFiles:
         suffix = "retry_queue" if kind == "retry" else kind
         return self.directory / kind / f"batch_{number:03d}_{suffix}.json"
 
-    def _read_failures(self, path: Path) -> list[FailedDocument]:
+    def _read(self, path: Path, parse: Callable[[Path], T]) -> T | None:
+        """Return what *parse* makes of *path*; rename a corrupt file and return None."""
         try:
-            return read_failures(path)
-        except ValueError:
-            self._set_aside(path)
-            return []
-
-    def _read(self, path: Path) -> Any:
-        try:
-            return _content(path)
-        except ValueError:
-            self._set_aside(path)
-            return None
-
-    def _set_aside(self, path: Path) -> None:
-        aside = path.with_name(path.name + ".corrupt")
+            return parse(path)
+        except (KeyError, TypeError, ValueError):
+            aside = path.with_name(path.name + ".corrupt")
         with explained(f"{path} is corrupt and cannot be renamed"):
             path.replace(aside)
         self.lost_failures |= path.parent.name == "retry"
         logger.error(
             "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB", path.name, aside.name
         )
+        return None
 
 
 def batch_paths(folder: Path) -> list[Path]:
