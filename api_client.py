@@ -27,8 +27,7 @@ from service.client.client import (
     run_client,
 )
 from service.client.protocol import ServiceTarget, request_for
-from storage.contract import Document
-from storage.extended_json import id_key, loads
+from storage.extended_json import Document, id_key, loads
 from utils.retry_utils import RetryPolicy
 
 DATA = Path(__file__).parent / "data"

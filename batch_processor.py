@@ -26,13 +26,14 @@ from model_server.models import chat_target
 from model_server.protocol import plan_fingerprint
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
-from storage.contract import Document
+from storage.extended_json import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import Classify, RunOptions, RunParts
-from worker.plan import run_window, sample_needs, work_kinds
+from worker.plan import run_window, sample_needs
 from worker.progress import Reporter
 from worker.run import BatchRun
+from worker.staleness import StalenessChecker
 
 if TYPE_CHECKING:  # only an estimate records its calls
     from worker.timing import SampleRecorder
@@ -199,6 +200,7 @@ class BatchProcessor:
         checkpoint = Checkpoint.resume_or_new(
             saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
         )
+        kinds = StalenessChecker(self.store, self.files.directory, self._plan or None)
         parts = RunParts(
             self.settings,
             options,
@@ -208,7 +210,7 @@ class BatchProcessor:
             self.stop,
             self._classify,
             plan=self._plan,
-            kinds=work_kinds(self.store, self.settings, self._plan or None) if options.only else None,
+            kinds=kinds if options.only else None,
             reporters=self._observers.reporters,
             limit=self._limit,
         )

@@ -35,9 +35,9 @@ from storage.files import replace_file
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions, preview
-from worker.plan import ask_plan, work_kinds
-from worker.progress import ConsoleProgress, Reporter
-from worker.progress_files import FileProgress
+from worker.plan import ask_plan
+from worker.progress import ConsoleProgress, FileProgress, Reporter
+from worker.staleness import StalenessChecker
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED_DATA = DATA / "embedded"
@@ -175,7 +175,7 @@ async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: R
         await store.check()
         if options.only in ("stale", "failed") and plan is None:
             plan = await ask_plan(settings)
-        kinds = work_kinds(store, settings, plan) if options.only else None
+        kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
         report = await preview(store, options, kinds)
     finally:
         await store.close()

@@ -13,29 +13,22 @@ import logging
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern
 from pymongo.errors import BulkWriteError, PyMongoError
 
 from config import Settings
-from domain.staleness import ResultProvenance
 from error_handler import ConfigurationError, IndexBlockedError, StoreError, StoreRejectedError
-from storage.contract import Document, FinalStatus, Selection
-from storage.extended_json import id_key, id_text
-from storage.mongo_errors import (
-    DRIVER_ERRORS,
-    TOO_LARGE_CODES,
-    index_problem,
-    require_only_duplicates,
-    store_error,
-    translated,
-)
+from storage.extended_json import Document, id_key, id_text
+from storage.mongo_errors import TOO_LARGE_CODES, index_problem, require_only_duplicates, translated
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Selection = Literal["pending", "sweep", "failed", "all"]
+FinalStatus = Literal["processed", "failed", "skipped"]
 
 DURABLE = WriteConcern("majority", j=True)
 MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
@@ -290,10 +283,9 @@ class DocumentStore:
         query = {"_id": {"$in": document_ids}, "worker": self._worker_id}
         await self._call("release leases", lambda: self._leases.delete_many(query))
 
-    async def result_provenance(self, document_ids: list[Any]) -> dict[bytes, ResultProvenance]:
-        """Return, by ``id_key``, how the results of those *document_ids* that have one were made."""
-        results = await self._result_fields(document_ids, _PROVENANCE)
-        return {key: ResultProvenance.of(result) for key, result in results.items()}
+    async def result_provenance(self, document_ids: list[Any]) -> dict[bytes, Document]:
+        """Return, by ``id_key``, the hashes of those *document_ids* that have a result: of input, prompt and model."""
+        return await self._result_fields(document_ids, _PROVENANCE)
 
     async def result_labels(self, document_ids: list[Any]) -> dict[bytes, Document]:
         """Return, by ``id_key``, the labels of those *document_ids* that have a result, with their model and time."""
@@ -368,21 +360,24 @@ class DocumentStore:
             return {}
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
-        task = asyncio.current_task()
+        return await call_repeatedly(what, operation, self._policy)
 
-        async def attempt() -> T:
-            cancellations = task.cancelling() if task is not None else 0
-            try:
-                result = await operation()
-            except DRIVER_ERRORS as exc:
-                raise store_error(what, exc) from exc
-            # ``asyncio.wait_for`` of Python 3.11 swallows a cancellation that comes as its future is done
-            # (python/cpython#86296), and PyMongo sends with it. A run that has ended would wait for this task forever.
-            if task is not None and task.cancelling() > cancellations:
-                raise asyncio.CancelledError
-            return result
 
-        return await retry_async(attempt, self._policy, what)
+async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], policy: RetryPolicy) -> T:
+    """Return the result of *operation* on MongoDB, repeated as *policy* says; raise errors of the driver as our own."""
+    task = asyncio.current_task()
+
+    async def attempt() -> T:
+        cancellations = task.cancelling() if task is not None else 0
+        with translated(what):
+            result = await operation()
+        # ``asyncio.wait_for`` of Python 3.11 swallows a cancellation that comes as its future is done
+        # (python/cpython#86296), and PyMongo sends with it. A run that has ended would wait for this task forever.
+        if task is not None and task.cancelling() > cancellations:
+            raise asyncio.CancelledError
+        return result
+
+    return await retry_async(attempt, policy, what)
 
 
 async def _insert_new(collection: Any, documents: list[Document]) -> set[int]:

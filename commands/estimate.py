@@ -20,8 +20,7 @@ from config import Settings
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, SkippedDocumentError
 from mongo_client import DocumentStore
-from storage.contract import Document
-from storage.extended_json import id_key
+from storage.extended_json import Document, id_key
 from utils.process import stop_on_signals
 from worker.intake import RunOptions
 from worker.progress import ConsoleProgress

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from config import Settings, load_settings
-from domain.staleness import SELECTABLE
 from error_handler import ConfigurationError
+from worker.staleness import SELECTABLE
 
 PRESETS = {"conservative": (3, 50), "balanced": (5, 100), "aggressive": (10, 200)}  # max_concurrent, batch_size
 

@@ -13,13 +13,13 @@ from typing import Any, get_args
 
 from commands.flags import Command, add_model_flags
 from config import Settings
-from domain.staleness import Kind, StalenessChecker
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
 from storage import extended_json
-from storage.contract import Document
-from worker.plan import ask_plan, work_kinds
+from storage.extended_json import Document
+from worker.plan import ask_plan
+from worker.staleness import Kind, StalenessChecker
 
 MEANINGS: dict[Kind, str] = {
     "new": "no result yet",
@@ -59,7 +59,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         await store.check()
         plan = None if arguments.offline else await ask_plan(settings)
-        kinds = work_kinds(store, settings, plan)
+        kinds = StalenessChecker(store, settings.batch_files_dir, plan)
         total, shown_s = await store.count("all"), time.monotonic()
         counts: Counter[str] = Counter()
         async for document, kind in _judged(store, kinds, settings.batch_size):

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from error_handler import ConfigurationError
 from storage import extended_json
-from storage.contract import Document
+from storage.extended_json import Document
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from domain.prices import BatchPrice, batch_prices, price_source
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, JobCostError, JobProcessingError, RunInterruptedError
 from openai_batch.job_config import AppConfig, Document
-from openai_batch.job_context import Handling, JobResult, Times
+from openai_batch.job_context import JobResult, Times
 from openai_batch.job_run import JobRun
-from openai_batch.job_store import JobStore
+from openai_batch.job_store import Handling, JobStore
 from openai_batch.ledger import ENDED, NOT_SENT, ItemState, Ledger, Shard
 from openai_batch.planning import estimated_tokens, request_line
 from openai_batch.processor import DocumentBatchProcessor
@@ -101,18 +101,15 @@ async def _affordable(arguments: argparse.Namespace, job: JobRun) -> int | None:
     if arguments.max_cost is None:
         return limit
     context, unsent = job.context, job.context.ledger.shards(NOT_SENT)
-    made = await preview(context.config, context.store, context.handling, context.on_progress, limit, unsent)
+    made = await preview(context.config, context.store, context.on_progress, limit, unsent)
     require_affordable(made, arguments.max_cost, context.config.openai.model)
     return made.documents
 
 
 async def _dry_run(arguments: argparse.Namespace, processor: DocumentBatchProcessor, progress: JobProgress) -> Preview:
-    unsent: list[Shard] = []
-    if processor.ledger_path.exists():
-        with Ledger(processor.ledger_path) as ledger:
-            unsent = ledger.shards(NOT_SENT)
-    async with processor.reading() as (store, handling):
-        return await preview(processor.config, store, handling, progress, arguments.limit, unsent)
+    unsent = [shard for shard, _ in _rows(processor) if shard.state in NOT_SENT]
+    async with processor.reading() as store:
+        return await preview(processor.config, store, progress, arguments.limit, unsent)
 
 
 def _report_preview(arguments: argparse.Namespace, made: Preview, processor: DocumentBatchProcessor) -> int:
@@ -149,10 +146,7 @@ def _print_preview(made: Preview, processor: DocumentBatchProcessor) -> None:
 
 
 def _report(arguments: argparse.Namespace, processor: DocumentBatchProcessor, result: JobResult | None = None) -> None:
-    rows: list[Row] = []
-    if processor.ledger_path.exists():
-        with Ledger(processor.ledger_path) as ledger:
-            rows = [(shard, ledger.counts(shard.number)) for shard in ledger.shards()]
+    rows = _rows(processor)
     if arguments.json:
         sys.stdout.write(json.dumps(_as_dict(result, rows), indent=2) + "\n")
         return
@@ -172,6 +166,14 @@ def _report(arguments: argparse.Namespace, processor: DocumentBatchProcessor, re
         )
     if open_batches:
         console.print(f"Open batches: {open_batches}. Check them with cli.py openai-batch poll.")
+
+
+def _rows(processor: DocumentBatchProcessor) -> list[Row]:
+    """Return the shards of the ledger with their counts; a job that was never started has no ledger."""
+    if not processor.ledger_path.exists():
+        return []
+    with Ledger(processor.ledger_path) as ledger:
+        return [(shard, ledger.counts(shard.number)) for shard in ledger.shards()]
 
 
 def _table(rows: list[Row]) -> Table:
@@ -295,7 +297,6 @@ class Preview:
 async def preview(
     config: AppConfig,
     store: JobStore,
-    handling: Handling,
     on_progress: Callable[[str], None],
     limit: int | None,
     unsent: Sequence[Shard],
@@ -308,7 +309,7 @@ async def preview(
         async for page in pages:
             for document in page:
                 if made.documents != limit:
-                    made.add(document, handling, config.batch.endpoint)
+                    made.add(document, store.handling, config.batch.endpoint)
             on_progress(f"{made.documents} documents read")
             if made.documents == limit:
                 break

@@ -15,11 +15,11 @@ import orjson
 
 from error_handler import JobProcessingError
 from openai_batch.batch_protocol import Line, parse_line
-from openai_batch.job_context import Answer, JobContext
-from openai_batch.job_store import Ending
+from openai_batch.job_context import JobContext
+from openai_batch.job_store import Answer, Ending
 from openai_batch.ledger import NOT_RUN, Item, ItemState, Shard
-from openai_batch.openai_client import unreadable
 from storage.extended_json import id_text, loads
+from storage.files import explained
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Answers:
         documents = await self._context.store.read([item.document_id for item, _ in usable])
         present = [(item, line) for item, line in usable if item.document_id in documents]
         answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in present]
-        updates = await self._context.handling.deliver(answers, shard.batch_id or "")
+        updates = await self._context.store.handling.deliver(answers, shard.batch_id or "")
         for (item, line), update in zip(present, updates, strict=True):
             info: dict[str, Any] = {"batch_id": shard.batch_id, "model": line.model, "completed_at": datetime.now(UTC)}
             info |= {"prompt_tokens": line.prompt_tokens, "reply_tokens": line.reply_tokens}
@@ -133,18 +133,15 @@ def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
 
 def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:
     """Yield the lines of a downloaded file; log the numbers of malformed ones and skip them."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES):
-                number += 1
-                line = parse_line(raw) if raw.strip() else None
-                if line is not None:
-                    yield line
-                elif raw.strip() and not is_quiet:
-                    logger.warning("%s:%d is not a line of a result file; ignored", path.name, number)
-    except OSError as exc:
-        raise unreadable(path, exc) from exc
+    with explained(f"{path} cannot be read"), path.open("rb") as file:
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES):
+            number += 1
+            line = parse_line(raw) if raw.strip() else None
+            if line is not None:
+                yield line
+            elif raw.strip() and not is_quiet:
+                logger.warning("%s:%d is not a line of a result file; ignored", path.name, number)
 
 
 def count_lines(path: Path) -> int:

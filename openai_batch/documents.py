@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from error_handler import JobProcessingError, JobTemplateError
 from openai_batch.job_config import MISSING, AppConfig, Document, Messages, OpenAIConfig, SchemaConfig, value_at
-from openai_batch.job_context import Answer
+from openai_batch.job_store import Answer, Handling
 from openai_batch.render_process import RenderProcess
 from openai_batch.schema_file import USER_ERRORS, ResponseProcessor, resolve_function
 from storage.extended_json import bson_encode, canonical, id_text, plain
@@ -222,7 +222,7 @@ class ChildFunctions:
         return {"content": content, "left": left}
 
 
-class TemplateHandling:
+class TemplateHandling(Handling):
     """The default handling: prompts from templates, answers into the documents by the response template.
 
     Use in ``with``: templates and functions run in a child process.
@@ -259,9 +259,7 @@ class TemplateHandling:
 
     async def deliver(self, answers: Sequence[Answer], batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
         """Return the update of each document, or why there is none."""
-        if self._is_processed:
-            return await asyncio.to_thread(lambda: [self._update(answer, batch_id) for answer in answers])
-        return [self._update(answer, batch_id) for answer in answers]
+        return await asyncio.to_thread(lambda: [self._update(answer, batch_id) for answer in answers])
 
     def _update(self, answer: Answer, batch_id: str) -> Mapping[str, Any] | JobProcessingError:
         try:

@@ -1,16 +1,13 @@
-"""The shared context of the steps of one job: its parts, its waits, its counts, and its handling of documents."""
+"""The shared context of the steps of one job: its parts, its waits and its counts."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-from error_handler import JobProcessingError
-from openai_batch.batch_protocol import Line
-from openai_batch.job_config import AppConfig, Document
+from openai_batch.job_config import AppConfig
 from openai_batch.job_store import JobStore
 from openai_batch.ledger import Ledger
 from openai_batch.openai_client import NotNowError, OpenAIFiles
@@ -51,27 +48,6 @@ class Times:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A usable line, its current document, and the number of the attempt (from 1)."""
-
-    document: Document
-    line: Line
-    attempt: int
-
-
-class Handling(Protocol):
-    """The handling of documents by a job: ``documents.TemplateHandling`` or ``triad.TriadHandling``."""
-
-    def request(self, document: Document) -> dict[str, Any]:
-        """Return the body of the request for *document*; raise JobProcessingError if there is none."""
-
-    async def deliver(
-        self, answers: Sequence[Answer], batch_id: str, /
-    ) -> list[Mapping[str, Any] | JobProcessingError]:
-        """Return, for each of *answers*, the update of its document, or why there is none."""
-
-
-@dataclass(frozen=True, slots=True)
 class JobContext:
     """The open parts of one job. The caller holds the lock of *folder*, which has the ledger and the JSONL files.
 
@@ -85,7 +61,6 @@ class JobContext:
     store: JobStore
     ledger: Ledger
     files: OpenAIFiles
-    handling: Handling
     times: Times
     stop: asyncio.Event
     on_progress: Callable[[str], None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,12 +17,12 @@ from typing import Any, TypeVar
 
 from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError
-from mongo_client import DURABLE, close_client, open_client, range_filter
+from mongo_client import DURABLE, call_repeatedly, close_client, open_client, range_filter
+from openai_batch.batch_protocol import Line
 from openai_batch.job_config import AppConfig, Document, value_at
 from openai_batch.ledger import Item
 from storage.extended_json import canonical, id_text, loads
-from storage.mongo_errors import translated
-from utils.retry_utils import RetryPolicy, retry_async
+from utils.retry_utils import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +56,36 @@ class Ending:
     info: Mapping[str, Any]
 
 
-class Leases:
-    """Locks the documents of a job against the batch worker, and knows which are done; here there is no worker."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A usable line, its current document, and the number of the attempt (from 1)."""
+
+    document: Document
+    line: Line
+    attempt: int
+
+
+class Handling(ABC):
+    """Makes requests of documents and updates of answers.
+
+    The other methods serve collections that the batch worker also uses: leases, and documents that are done.
+    """
+
+    @abstractmethod
+    def request(self, document: Document) -> dict[str, Any]:
+        """Return the body of the request for *document*; raise JobProcessingError if there is none."""
+
+    @abstractmethod
+    async def deliver(
+        self, answers: Sequence[Answer], batch_id: str, /
+    ) -> list[Mapping[str, Any] | JobProcessingError]:
+        """Return, for each of *answers*, the update of its document, or why there is none."""
 
     async def acquire(self, documents: Sequence[Document], /) -> set[str]:
         """Lease *documents*; return the canonical ids of those that are leased now."""
         return {canonical(document["_id"]) for document in documents}
 
-    async def release(self, document_ids: Sequence[str], /) -> None:
+    async def release(self, document_ids: Sequence[str], /) -> None:  # noqa: B027 - nothing is leased here
         """End the leases of *document_ids* (canonical)."""
 
     def failure_fields(self, _error: str, /) -> dict[str, Any]:
@@ -77,9 +100,8 @@ class Leases:
 class JobStore:
     """The documents of one job, through its own client. Use as ``async with``."""
 
-    def __init__(self, config: AppConfig, settings: Settings, leases: Leases | None = None) -> None:
-        """*leases* guards collections that the batch worker also uses; with None, only claims do."""
-        self._leases = leases or Leases()
+    def __init__(self, config: AppConfig, settings: Settings, handling: Handling) -> None:
+        self.handling = handling
         self._schema = config.schema_config
         self._client = open_client(settings.model_copy(update={"mongodb_uri": config.database.uri}))
         options = self._client.codec_options.with_options(tz_aware=True)
@@ -139,7 +161,7 @@ class JobStore:
         """Claim the documents of *claims* for *job_id*; return the claims that no other run made first."""
         free = await self._lease(claims)
         taken = await self._each(lambda claim: self._claim(claim, job_id), free)
-        await self._leases.release([claim.item.document_id for claim, own in zip(free, taken, strict=True) if not own])
+        await self.handling.release([claim.item.document_id for claim, own in zip(free, taken, strict=True) if not own])
         return [claim for claim, own in zip(free, taken, strict=True) if own]
 
     async def _claim(self, claim: Claim, job_id: str) -> bool:
@@ -162,14 +184,14 @@ class JobStore:
         """Return those of *claims* whose documents could be leased and need a request; complete the done ones."""
         if not claims:
             return claims
-        held = await self._leases.acquire([claim.document for claim in claims])
+        held = await self.handling.acquire([claim.document for claim in claims])
         claims = [claim for claim in claims if claim.item.document_id in held]
-        done = await self._leases.done([claim.document for claim in claims])
+        done = await self.handling.done([claim.document for claim in claims])
         for claim in claims:
             if claim.item.document_id in done:
                 change = self._change(done[claim.item.document_id], {self._status: self._values.completed_value})
                 await self._update("complete a document", self._pending_one(claim.document), change)
-        await self._leases.release(list(done))
+        await self.handling.release(list(done))
         return [claim for claim in claims if claim.item.document_id not in done]
 
     async def claims_of(self, job_id: str) -> AsyncGenerator[list[tuple[str, str]]]:
@@ -188,7 +210,7 @@ class JobStore:
             await self._update("give a document back", self._claimed_one(loads(claim[0]), claim[1]), change)
 
         await self._each(release, claims)
-        await self._leases.release([document_id for document_id, _ in claims])
+        await self.handling.release([document_id for document_id, _ in claims])
 
     async def read(self, document_ids: Sequence[str]) -> dict[str, Document]:
         """Return the documents of *document_ids* (canonical Extended JSON) that still exist."""
@@ -200,7 +222,7 @@ class JobStore:
         """End a pending *document* that gets no request, as failed or skipped; return False if it was not pending."""
         value = (self._values.skipped_value if problem.is_skip else None) or self._values.failed_value
         info = self._info_change(document, {"error": str(problem), "failed_at": datetime.now(UTC)})
-        reason = {**info, **self._leases.failure_fields(str(problem))}
+        reason = {**info, **self.handling.failure_fields(str(problem))}
         for fields in (reason, {}):  # without the reason if MongoDB rejects it
             change = {"$set": {self._status: value, **fields}}
             modified = await self._accepted("fail a document", self._pending_one(document), change)
@@ -216,7 +238,7 @@ class JobStore:
         """
         rejected = {custom_id for custom_id in await self._each(self._end, endings) if custom_id is not None}
         # Before the ledger: after a crash in between this is repeated.
-        await self._leases.release([ending.item.document_id for ending in endings])
+        await self.handling.release([ending.item.document_id for ending in endings])
         return rejected
 
     async def _end(self, ending: Ending) -> str | None:
@@ -238,7 +260,7 @@ class JobStore:
         return ending.item.custom_id
 
     def _failure(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        fields = {**self._info_fields(info), **self._leases.failure_fields(str(info.get("error")))}
+        fields = {**self._info_fields(info), **self.handling.failure_fields(str(info.get("error")))}
         return {"$set": {self._status: self._values.failed_value, **fields}}
 
     @staticmethod
@@ -279,8 +301,4 @@ class JobStore:
         return [task.result() for task in tasks]
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
-        async def attempt() -> T:
-            with translated(what):
-                return await operation()
-
-        return await retry_async(attempt, self._policy, what)
+        return await call_repeatedly(what, operation, self._policy)

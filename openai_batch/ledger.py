@@ -1,41 +1,47 @@
 """The ledger of one job: a durable record of requests and answers, written before each step.
 
-One SQLite file in WAL mode with ``synchronous=FULL``, so that a committed step survives a power cut
-(sqlite.org/pragma.html#pragma_synchronous). It holds ids, hashes, counts and error codes, and no text of a document.
+It holds ids, hashes, counts and error codes, and no text of a document.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from error_handler import JobValidationError, StateDirectoryError
+from error_handler import JobValidationError
+from storage.state_file import Schema, StateFile
 
 _TABLES = """
-CREATE TABLE IF NOT EXISTS job (job_id TEXT NOT NULL, source TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS shards (
+CREATE TABLE job (job_id TEXT NOT NULL, source TEXT NOT NULL) STRICT;
+CREATE TABLE shards (
     number INTEGER PRIMARY KEY, job_id TEXT NOT NULL, state TEXT NOT NULL, sha256 TEXT NOT NULL,
     lines INTEGER NOT NULL, bytes INTEGER NOT NULL, tokens INTEGER NOT NULL, model TEXT NOT NULL,
     file_id TEXT, batch_id TEXT, status TEXT, output_file_id TEXT, error_file_id TEXT, problem TEXT,
     bad_lines TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 1, not_before REAL NOT NULL DEFAULT 0,
     created_at REAL NOT NULL, create_asked_at REAL, ended_at REAL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS items (
+CREATE TABLE items (
     custom_id TEXT PRIMARY KEY, shard INTEGER NOT NULL, document_id TEXT NOT NULL, attempt INTEGER NOT NULL,
     state TEXT NOT NULL, code TEXT, retryable INTEGER NOT NULL DEFAULT 0
 ) STRICT;
-CREATE INDEX IF NOT EXISTS items_by_shard ON items (shard, state);
-CREATE INDEX IF NOT EXISTS items_by_document ON items (document_id);
+CREATE INDEX items_by_shard ON items (shard, state);
+CREATE INDEX items_by_document ON items (document_id);
 """
+_SCHEMA = Schema(
+    what="the ledger",
+    tables=_TABLES,
+    version=1,
+    oldest=0,
+    if_damaged="restore it from a copy. Do not delete it while batches run: it is the only record of what was paid for.",
+    if_foreign="give this job its own --state-dir.",
+)
 
 # Statuses of batches that never ran, and the codes of their items; such a sending is no attempt of the document.
 NOT_RUN = {"token_limit": "token_limit_exceeded", "never_sent": "never_sent"}
@@ -135,56 +141,17 @@ class Item:
     shard: int = 0
 
 
-class Ledger:
-    """The ledger of one job, for one process at a time: the caller holds the lock. Use in ``with``."""
+class Ledger(StateFile):
+    """The ledger of one job, for one process at a time: the caller holds the lock."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file *path* with mode 0600; raise StateDirectoryError if it is unusable or no ledger."""
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_TABLES)
-        except (OSError, sqlite3.Error) as exc:
-            raise self._unusable(exc) from exc
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._db.close()
-
-    @contextmanager
-    def _used(self) -> Iterator[sqlite3.Connection]:
-        """Yield the connection; a statement outside a transaction is durable by itself."""
-        try:
-            yield self._db
-        except sqlite3.Error as exc:
-            raise self._unusable(exc) from exc
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._used() as db:
-            db.execute("BEGIN IMMEDIATE")
-            with db:  # commits, or rolls back on an error
-                yield db
+        """See ``StateFile``."""
+        super().__init__(path, _SCHEMA)
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
-        with self._used() as db:
+        """Return the rows of *query*; a change outside a transaction is durable by itself."""
+        with self.reading() as db:
             return db.execute(query, values).fetchall()
-
-    def _unusable(self, exc: Exception) -> StateDirectoryError:
-        is_damaged = type(exc) is sqlite3.DatabaseError
-        problem = "is damaged" if is_damaged else "cannot be used"
-        remedy = "restore it from a copy" if is_damaged else "free disk space or fix the file's permissions"
-        return StateDirectoryError(
-            f"the ledger {self._path} {problem} ({type(exc).__name__}); {remedy}. Do not delete it while batches run: "
-            "it is the only record of what was paid for."
-        )
 
     def job_id(self, source: str) -> str:
         """Return the id of this job, created on the first call.
@@ -196,14 +163,14 @@ class Ledger:
         job_id, owner = self._rows("SELECT job_id, source FROM job")[0]
         if owner != source:
             raise JobValidationError(
-                f"the ledger {self._path} belongs to {owner}, not to {source}; give this job its own --state-dir."
+                f"the ledger {self.path} belongs to {owner}, not to {source}; give this job its own --state-dir."
             )
         return str(job_id)
 
     def plan(self, shard: Shard, items: Iterable[Item]) -> None:
         """Add *shard*, whose file is complete and durable, and its *items* in one transaction."""
         row = asdict(shard)
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.execute(
                 f"INSERT INTO shards ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",  # noqa: S608 - our own names
                 tuple(row.values()),
@@ -252,7 +219,7 @@ class Ledger:
 
     def settle(self, items: Iterable[Item]) -> None:
         """Record how *items* ended; an item that has ended already is left alone."""
-        with self._transaction() as db:
+        with self.transaction() as db:
             db.executemany(
                 "UPDATE items SET state = ?, code = ?, retryable = ? WHERE custom_id = ? AND state = 'submitted'",
                 ((item.state, item.code, item.retryable, item.custom_id) for item in items),

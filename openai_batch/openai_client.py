@@ -8,11 +8,10 @@ and ``find_batch`` and ``find_file`` tell whether they succeeded.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import httpx2
 import openai
@@ -22,11 +21,10 @@ from error_handler import (
     JobConnectionError,
     JobProcessingError,
     JobValidationError,
-    StateDirectoryError,
 )
 from openai_batch.batch_protocol import BatchState, load_json, parse_batch
 from openai_batch.job_config import BatchConfig, OpenAIConfig
-from storage.files import sync_folder
+from storage.files import SPACE, explained, open_private, publish
 
 TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
@@ -75,14 +73,11 @@ class OpenAIFiles:
 
         After a JobConnectionError the file may or may not exist; ``find_file`` tells.
         """
-        try:
-            with path.open("rb") as file:
-                upload = self._once.files.create(
-                    file=(name, file, "application/jsonl"), purpose="batch", timeout=UPLOAD_TIMEOUT_S
-                )
-                return str((await _object("upload a file", upload))["id"])
-        except OSError as exc:
-            raise unreadable(path, exc) from exc
+        with explained(f"{path} cannot be read"), path.open("rb") as file:
+            upload = self._once.files.create(
+                file=(name, file, "application/jsonl"), purpose="batch", timeout=UPLOAD_TIMEOUT_S
+            )
+            return str((await _object("upload a file", upload))["id"])
 
     async def find_file(self, name: str, since: float) -> str | None:
         """Return the id of a batch file called *name*, uploaded after *since* (unix seconds, clock skew allowed)."""
@@ -166,16 +161,13 @@ class OpenAIFiles:
         temporary = target.with_name(f"{target.name}{UNFINISHED}")
         received = 0
         try:
-            with writing(target), open_private(temporary) as file:
+            with explained(f"{target} cannot be written", SPACE), open_private(temporary) as file:
                 with translated("download a file"):
                     async with self._client.files.with_streaming_response.content(file_id) as response:
                         async for chunk in response.iter_bytes(1 << 18):  # less than Content-Length is an error
                             received += len(chunk)
                             await asyncio.to_thread(file.write, chunk)
-                file.flush()
-                await asyncio.to_thread(os.fsync, file.fileno())
-                os.replace(temporary, target)
-                sync_folder(target.parent)
+                await asyncio.to_thread(publish, file, target)
         finally:
             temporary.unlink(missing_ok=True)
         return received
@@ -184,28 +176,6 @@ class OpenAIFiles:
         """Delete a file at the server; a missing file is no error."""
         with suppress(NotThereError), translated("delete a file"):
             await self._client.files.delete(file_id)
-
-
-def open_private(path: Path, buffering: int = -1) -> BinaryIO:
-    """Open *path* for writing with mode 0600; an old file of that name is emptied."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    return os.fdopen(os.open(path, flags, 0o600), "wb", buffering)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise StateDirectoryError if *path* cannot be written."""
-    try:
-        yield
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be written ({exc.strerror}); free disk space or fix its permissions, then run again."
-        ) from exc
-
-
-def unreadable(path: Path, exc: OSError) -> StateDirectoryError:
-    """Return the error for a local file that cannot be read."""
-    return StateDirectoryError(f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again.")
 
 
 async def _object(what: str, call: Awaitable[Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import base64
 import contextlib
 import hashlib
 import logging
-import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -26,9 +25,9 @@ from openai_batch.job_config import BatchConfig, Document
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Claim
 from openai_batch.ledger import NOT_SENT, Item, Shard, ShardState
-from openai_batch.openai_client import MAX_WAIT_S, UNFINISHED, NotNowError, NotThereError, open_private, writing
+from openai_batch.openai_client import MAX_WAIT_S, UNFINISHED, NotNowError, NotThereError
 from storage.extended_json import canonical, id_text
-from storage.files import sync_folder
+from storage.files import SPACE, explained, open_private, publish
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._items: list[Item] = []
         self._bytes = self._tokens = 0
-        with writing(folder):
+        with self._writing():
             self._file = open_private(self._path, buffering=1 << 20)
 
     def has_room(self, line: bytes, tokens: int) -> bool:
@@ -92,7 +91,7 @@ class ShardWriter:
 
     def add(self, item: Item, line: bytes, tokens: int) -> None:
         """Append the *line* of *item*; raise StateDirectoryError if the disk is full."""
-        with writing(self._folder):
+        with self._writing():
             self._file.write(line)
         self._digest.update(line)
         self._items.append(item)
@@ -107,13 +106,12 @@ class ShardWriter:
         sha256 = self._digest.hexdigest()
         sizes = (len(self._items), self._bytes, self._tokens)
         shard = Shard(number, job_id, ShardState.PLANNED, sha256, *sizes, model, created_at=time.time())
-        with writing(self._folder):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._path, self._folder / shard.file_name)
-            sync_folder(self._folder)
+        with self._writing(), self._file:
+            publish(self._file, self._folder / shard.file_name)
         return shard, self._items
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return explained(f"{self._folder} cannot be written", SPACE)
 
     def discard(self) -> None:
         """Remove the temporary file; after ``finish`` this does nothing."""
@@ -177,7 +175,7 @@ class JobSender:
             sendings, attempts = sent.get(document_id, (0, 0))
             item = Item(custom_id_of(context.job_id, document_id, sendings + 1), document_id, attempts + 1)
             try:
-                body = context.handling.request(document)
+                body = context.store.handling.request(document)
                 line, tokens = request_line(item.custom_id, self._batch.endpoint, body), estimated_tokens(body)
                 self._require_room(line, tokens)
             except JobProcessingError as exc:

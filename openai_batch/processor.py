@@ -19,9 +19,9 @@ from config import Settings, load_settings
 from error_handler import ConfigurationError, JobValidationError
 from openai_batch.documents import TemplateHandling
 from openai_batch.job_config import AppConfig, SchemaConfig
-from openai_batch.job_context import Handling, JobContext, JobResult, Times
+from openai_batch.job_context import JobContext, JobResult, Times
 from openai_batch.job_run import JobRun
-from openai_batch.job_store import JobStore
+from openai_batch.job_store import Handling, JobStore
 from openai_batch.ledger import Ledger
 from openai_batch.notifications import Notifier, channels_of, payload_of
 from openai_batch.openai_client import OpenAIFiles
@@ -127,7 +127,7 @@ class DocumentBatchProcessor:
             files = await stack.enter_async_context(OpenAIFiles(self.config.openai, self.config.batch))
             notifier = await stack.enter_async_context(Notifier(channels_of(self.config.notifications)))
             job_id = ledger.job_id(self.config.source)
-            store, handling = await self._open_documents(stack, job_id)
+            store = await self._open_documents(stack, job_id)
             context = JobContext(
                 config=self.config,
                 job_id=job_id,
@@ -135,7 +135,6 @@ class DocumentBatchProcessor:
                 store=store,
                 ledger=ledger,
                 files=files,
-                handling=handling,
                 times=self._times,
                 stop=stop or asyncio.Event(),
                 on_progress=on_progress,
@@ -150,16 +149,19 @@ class DocumentBatchProcessor:
         return self._state_dir / "ledger.sqlite"
 
     @asynccontextmanager
-    async def reading(self) -> AsyncGenerator[tuple[JobStore, Handling]]:
-        """Open the parts that only read documents; they need neither a key nor the permission to send."""
+    async def reading(self) -> AsyncGenerator[JobStore]:
+        """Open the documents only for reading; that needs neither a key nor the permission to send."""
         async with AsyncExitStack() as stack:
             yield await self._open_documents(stack, job_id=None)
 
-    async def _open_documents(self, stack: AsyncExitStack, job_id: str | None) -> tuple[JobStore, Handling]:
+    async def _open_documents(self, stack: AsyncExitStack, job_id: str | None) -> JobStore:
         """Open the documents and what the job does with them; *job_id* None: for reading only."""
+        handling = await self._open_handling(stack, job_id)
+        return await stack.enter_async_context(JobStore(self.config, self._settings, handling))
+
+    async def _open_handling(self, stack: AsyncExitStack, job_id: str | None) -> Handling:
         if not self._labels_conversations:
-            store = await stack.enter_async_context(JobStore(self.config, self._settings))
-            return store, stack.enter_context(TemplateHandling(self.config, self._processor))
+            return stack.enter_context(TemplateHandling(self.config, self._processor))
         results = result_store(self.config, self._settings, job_id or "preview")
         stack.push_async_callback(results.close)
         handling = TriadHandling(self.config, self._settings, results, job_id or "preview")
@@ -167,7 +169,7 @@ class DocumentBatchProcessor:
             await results.check()  # leases are measured by the server's clock
             await results.ensure_result_indexes()
             await results.renew_leases()
-        return await stack.enter_async_context(JobStore(self.config, self._settings, leases=handling)), handling
+        return handling
 
 
 def require_permission(config: AppConfig) -> None:

@@ -24,8 +24,7 @@ from model_server.protocol import ChatTarget, plan_fingerprint
 from mongo_client import DocumentStore, selection_filter
 from openai_batch.documents import Variables, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
-from openai_batch.job_context import Answer
-from openai_batch.job_store import Leases
+from openai_batch.job_store import Answer, Handling
 from prompt_builder import PromptBuilder
 from storage.extended_json import canonical, id_key, loads
 
@@ -46,7 +45,7 @@ def result_store(config: AppConfig, settings: Settings, job_id: str) -> Document
     return DocumentStore(settings.model_copy(update={**place, "lease_s": LEASE_S}), worker_id=job_id)
 
 
-class TriadHandling(Leases):
+class TriadHandling(Handling):
     """Labels conversations and leases them; their results go to *store*."""
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:

@@ -18,6 +18,8 @@ from bson import json_util
 from bson.codec_options import DatetimeConversion
 from bson.errors import BSONError
 
+Document = dict[str, Any]  # of MongoDB
+
 _CANONICAL = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )

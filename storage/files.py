@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from filelock import FileLock, Timeout
 
@@ -25,11 +25,11 @@ Event = Literal["started", "asked", "released", "answered", "skipped", "failed"]
 MAX_DEATHS_PROCESSING = 2  # crashes while the process worked on this document
 MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly not its fault
 
-_SPACE = "free space or fix the permissions"
+SPACE = "free space or fix the permissions"
 
 
 @contextmanager
-def _explained(problem: str, remedy: str = "fix the permissions") -> Iterator[None]:
+def explained(problem: str, remedy: str = "fix the permissions") -> Iterator[None]:
     """Raise an OSError as a StateDirectoryError that states *problem*, the cause and *remedy*."""
     try:
         yield
@@ -44,24 +44,34 @@ def replace_file(path: Path, content: bytes) -> None:
     a power cut may undo the rename.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _explained(f"{path} cannot be written", _SPACE):
+    with explained(f"{path} cannot be written", SPACE):
         try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with open(handle, "wb") as file:
+            with open_private(temporary) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(handle)
-            os.replace(temporary, path)
+                publish(file, path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        sync_folder(path.parent)
+
+
+def open_private(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open *path* for writing with mode 0600; an old file of that name is emptied."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    return open(path, "wb", buffering, opener=lambda name, _: os.open(name, flags, 0o600))
+
+
+def publish(file: BinaryIO, target: Path) -> None:
+    """Make the content of *file*, which is in the folder of *target*, durable under the name of *target*."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, target)
+    sync_folder(target.parent)
 
 
 def move_file(path: Path, target: Path) -> None:
     """Move *path* to *target* in another folder of the same disk, durably."""
-    with _explained(f"{path} cannot be moved to {target.parent}"):
+    with explained(f"{path} cannot be moved to {target.parent}"):
         os.rename(path, target)
         sync_folder(target.parent)
         sync_folder(path.parent)
@@ -78,7 +88,7 @@ def sync_folder(folder: Path) -> None:
 
 def remove_file(path: Path) -> None:
     """Remove *path*, if it exists."""
-    with _explained(f"{path} cannot be removed"):
+    with explained(f"{path} cannot be removed"):
         path.unlink(missing_ok=True)
 
 
@@ -91,7 +101,7 @@ class DirectoryLock:
 
     def acquire(self, remedy: str) -> None:
         """Take the lock; raise DirectoryLockedError, whose message ends with *remedy*, if another process holds it."""
-        with _explained(f"{self._directory} cannot be locked"):
+        with explained(f"{self._directory} cannot be locked"):
             try:
                 self._lock.acquire()
             except Timeout as exc:
@@ -162,7 +172,7 @@ class BatchJournal:
 
 def open_for_append(path: Path) -> int:
     """Open *path*, or create it with mode 0600, and return the descriptor; first end a line that was truncated."""
-    with _explained(f"{path} cannot be written", _SPACE):
+    with explained(f"{path} cannot be written", SPACE):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
@@ -172,7 +182,7 @@ def open_for_append(path: Path) -> int:
 
 def append_line(handle: int, path: Path, line: bytes) -> None:
     """Append *line* to the file *path*, open as *handle*, in one ``write``."""
-    with _explained(f"{path} cannot be written", _SPACE):
+    with explained(f"{path} cannot be written", SPACE):
         written = os.write(handle, line)
     if written != len(line):
         raise StateDirectoryError(f"{path} could only be written in part (disk full?); free space, then run again.")
@@ -181,7 +191,7 @@ def append_line(handle: int, path: Path, line: bytes) -> None:
 def replay_journal(path: Path) -> dict[bytes, JournalEntry]:
     """Return the entries of the journal at *path* by ``id_key``; a missing journal is empty, torn lines are ignored."""
     entries: dict[bytes, JournalEntry] = {}
-    with _explained(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    with explained(f"{path} cannot be read"), contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 _apply(entries, extended_json.loads(line))

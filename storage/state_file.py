@@ -27,7 +27,7 @@ class Schema:
 
     *what* names the content in error messages; *if_damaged* and *if_foreign* tell the user what to do about a damaged
     file and about one of another program or later version. *migrate* brings a file of an older version up to date,
-    inside the transaction that sets the version.
+    inside the transaction that sets the version. *oldest* is 0 if early files had no version.
     """
 
     what: str
@@ -36,6 +36,7 @@ class Schema:
     if_damaged: str
     if_foreign: str
     application: int = 0
+    oldest: int = 1
     migrate: Callable[[sqlite3.Connection, Path], None] | None = None
 
 
@@ -137,7 +138,7 @@ class StateFile:
 
     def _require_own(self) -> None:
         version = self._pragma("user_version")
-        if not version or self._pragma("application_id") != self._schema.application:
+        if version < self._schema.oldest or self._pragma("application_id") != self._schema.application:
             raise StateDirectoryError(f"{self.path} is a database of another program; {self._schema.if_foreign}")
         if version > self._schema.version:
             raise StateDirectoryError(

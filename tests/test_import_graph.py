@@ -79,7 +79,7 @@ OWNERS = {
         "service.routes",
     },
     "uvicorn": {"main", "service.slow_clients", "service.startup"},
-    "prometheus_client": {"service.metrics", "worker.progress_files"},  # of the service; of the worker
+    "prometheus_client": {"service.metrics", "worker.progress"},  # of the service; of the worker
     "genai_prices": {"domain.prices"},
 }
 

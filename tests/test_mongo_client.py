@@ -17,8 +17,7 @@ from pymongo.database import Database
 from aggregator import aggregate_conversation
 from config import load_settings
 from error_handler import IndexBlockedError, StoreRejectedError
-from mongo_client import DocumentStore, range_filter, selection_filter
-from storage.contract import Selection
+from mongo_client import DocumentStore, Selection, range_filter, selection_filter
 from storage.extended_json import id_key
 from tests.embedding_index.stores import DRIVERS, open_store
 

@@ -13,8 +13,7 @@ import pytest
 from pymongo.database import Database
 
 from error_handler import StoreRejectedError
-from mongo_client import DocumentStore
-from storage.contract import FinalStatus
+from mongo_client import DocumentStore, FinalStatus
 from storage.extended_json import id_key
 from tests.embedding_index.stores import DRIVERS, open_store
 

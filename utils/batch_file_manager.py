@@ -9,7 +9,7 @@
         retry/batch_001_retry_queue.json        failed documents that get another round
         quarantine/batch_001_quarantine.json    failed documents that get none
         completed/batch_001_completed.json      ids and counts, no text
-        progress/                               written by worker.progress_files
+        progress/                               written by worker.progress
 
 All are Extended JSON with mode 0600 in folders with mode 0700. MongoDB is the source of truth; these files record
 what a crash interrupted, and keep results that could not be written yet.
@@ -19,21 +19,30 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
 from storage import extended_json
-from storage.files import BatchJournal, DirectoryLock, JournalEntry, remove_file, replace_file, replay_journal
+from storage.files import (
+    BatchJournal,
+    DirectoryLock,
+    JournalEntry,
+    explained,
+    remove_file,
+    replace_file,
+    replay_journal,
+)
 
 logger = logging.getLogger(__name__)
 
 FOLDERS = ("pending", "retry", "quarantine", "completed", "progress")
 _NUMBER = re.compile(r"batch_(\d{3,})_")
 
+T = TypeVar("T")
 FailureStatus = Literal["llm_failed", "write_failed"]
 FailureKind = Literal["retry", "quarantine"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
@@ -56,18 +65,14 @@ class FailedDocument:
     classification_result: dict[str, Any] | None = None
     failed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
+    @property
+    def key(self) -> bytes:
+        """The ``id_key`` of the document."""
+        return extended_json.id_key(self.conversation_id)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the entry as the file stores it."""
-        return {
-            "conversation_id": self.conversation_id,
-            "status": self.status,
-            "classification_result": self.classification_result,
-            "conversation_data": self.conversation_data,
-            "retry_count": self.retry_count,
-            "failed_at": self.failed_at,
-            "reason": str(self.reason),
-            "error": self.error,
-        }
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"reason": str(self.reason)}
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> FailedDocument:
@@ -117,7 +122,7 @@ class BatchFiles:
         self.directory = directory
         self.lost_failures = False  # a corrupt retry file was renamed: only the status in MongoDB is still failed
         self._lock = DirectoryLock(directory)
-        try:
+        with explained(f"{directory} cannot be used", "fix the permissions or give another --batch-files-dir"):
             for folder in (directory, *(directory / name for name in FOLDERS)):
                 if folder.is_symlink():
                     raise StateDirectoryError(
@@ -126,10 +131,6 @@ class BatchFiles:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             known = (path for folder in FOLDERS for path in (directory / folder).glob("batch_*"))
             self._last_number = max((_number(path) or 0 for path in known), default=0)
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{directory} cannot be used ({exc.strerror}); fix its permissions or name another directory with --batch-files-dir."
-            ) from exc
 
     def acquire(self) -> None:
         """Lock the directory for this process; the kernel releases the lock when the process ends.
@@ -169,8 +170,7 @@ class BatchFiles:
     def save_failed(self, kind: FailureKind, number: int, failures: Iterable[FailedDocument]) -> None:
         """Add *failures* to the file of batch *number*; they replace entries of the same documents."""
         path = self._path(kind, number)
-        entries = {extended_json.id_key(entry.conversation_id): entry for entry in self._read_failures(path)}
-        entries |= {extended_json.id_key(entry.conversation_id): entry for entry in failures}
+        entries = {entry.key: entry for entry in (*(self._read(path, read_failures) or ()), *failures)}
         self.write_failures(path, entries.values())
 
     def save_completed(self, batch: BatchFile, counts: dict[str, int], document_ids: list[Any]) -> None:
@@ -199,20 +199,14 @@ class BatchFiles:
         A corrupt file is renamed to ``.corrupt`` and logged; its documents are still pending in MongoDB.
         """
         for path in batch_paths(self.directory / "pending"):
-            content = self._read(path)
-            if content is None:
-                continue
-            try:
-                batch = self._parse_pending(path, content)
-            except (KeyError, TypeError, ValueError):
-                self._set_aside(path)
-                continue
-            yield batch
+            batch = self._read(path, self._parse_pending)
+            if batch is not None:
+                yield batch
 
     def load_retry(self) -> Iterator[BatchFile]:
         """Yield each retry file as a batch whose ``failures`` hold the entries."""
         for path in batch_paths(self.directory / "retry"):
-            failures = self._read_failures(path)
+            failures = self._read(path, read_failures)
             if failures:
                 yield self._failed_batch(path, failures)
             elif path.exists():  # a crash during its removal, before that of its journal
@@ -222,16 +216,12 @@ class BatchFiles:
     def failure_files(self, kind: FailureKind) -> Iterator[tuple[Path, list[FailedDocument]]]:
         """Yield the files of *kind* in the order of their numbers; a corrupt one is set aside. Needs the lock."""
         for path in batch_paths(self.directory / kind):
-            yield path, self._read_failures(path)
+            yield path, self._read(path, read_failures) or []
 
     def failed_keys(self, *kinds: FailureKind) -> set[bytes]:
         """Return the ``id_key`` of each document in the files of *kinds*; by default in both."""
         files = (entries for kind in kinds or FAILURE_KINDS for _, entries in self.failure_files(kind))
-        return {extended_json.id_key(entry.conversation_id) for entries in files for entry in entries}
-
-    def count_failed(self, kind: FailureKind) -> int:
-        """Return the number of documents in the retry queue, or in quarantine."""
-        return len(self.failed_keys(kind))
+        return {entry.key for entries in files for entry in entries}
 
     def new_path(self, kind: str, suffix: str) -> Path:
         """Return a path in the folder *kind* with a new batch number."""
@@ -262,14 +252,17 @@ class BatchFiles:
 
     def read_state(self, name: str) -> dict[str, Any] | None:
         """Return the object in *name* (``checkpoint.json``); None if it is missing, or was corrupt and set aside."""
-        content = self._read(self.directory / name)
+        content = self._read(self.directory / name, _content)
         return content if isinstance(content, dict) else None
 
     def write_state(self, name: str, content: dict[str, Any]) -> None:
         """Replace *name* with *content*."""
         replace_file(self.directory / name, extended_json.dumps(content))
 
-    def _parse_pending(self, path: Path, content: Any) -> BatchFile:
+    def _parse_pending(self, path: Path) -> BatchFile | None:
+        content = _content(path)
+        if content is None:
+            return None
         if isinstance(content, list):  # a retry or quarantine file that an operator moved here
             return self._failed_batch(path, [FailedDocument.from_dict(entry) for entry in content], fresh=True)
         batch = _batch_at(path, [_document(entry) for entry in content["conversations"]])
@@ -287,7 +280,7 @@ class BatchFiles:
         for entry in failures:
             if fresh:
                 entry.retry_count = 0
-            batch.failures[extended_json.id_key(entry.conversation_id)] = entry
+            batch.failures[entry.key] = entry
         batch.replay = replay_journal(batch.journal.path)
         return batch
 
@@ -300,32 +293,19 @@ class BatchFiles:
         suffix = "retry_queue" if kind == "retry" else kind
         return self.directory / kind / f"batch_{number:03d}_{suffix}.json"
 
-    def _read_failures(self, path: Path) -> list[FailedDocument]:
+    def _read(self, path: Path, parse: Callable[[Path], T]) -> T | None:
+        """Return what *parse* makes of *path*; rename a corrupt file and return None."""
         try:
-            return read_failures(path)
-        except ValueError:
-            self._set_aside(path)
-            return []
-
-    def _read(self, path: Path) -> Any:
-        try:
-            return _content(path)
-        except ValueError:
-            self._set_aside(path)
-            return None
-
-    def _set_aside(self, path: Path) -> None:
-        aside = path.with_name(path.name + ".corrupt")
-        try:
+            return parse(path)
+        except (KeyError, TypeError, ValueError):
+            aside = path.with_name(path.name + ".corrupt")
+        with explained(f"{path} is corrupt and cannot be renamed"):
             path.replace(aside)
-        except OSError as exc:
-            raise StateDirectoryError(
-                f"{path} is corrupt and cannot be renamed ({exc.strerror}); fix its permissions, then run again."
-            ) from exc
         self.lost_failures |= path.parent.name == "retry"
         logger.error(
             "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB", path.name, aside.name
         )
+        return None
 
 
 def batch_paths(folder: Path) -> list[Path]:
@@ -354,14 +334,11 @@ def read_failures(path: Path) -> list[FailedDocument]:
 
 def _content(path: Path) -> Any:
     """Return the value of the JSON file *path*; None if it is gone. Raise ValueError if it is corrupt."""
-    try:
-        content = extended_json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise StateDirectoryError(
-            f"{path} cannot be read ({exc.strerror}); fix its permissions, then run again."
-        ) from exc
+    with explained(f"{path} cannot be read"):
+        try:
+            content = extended_json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
     if content is None:
         raise ValueError("null")  # not the same as no file
     return content

@@ -29,8 +29,7 @@ from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
 from logger import configure_logging
 from mongo_client import DocumentStore
-from storage.contract import Document
-from storage.extended_json import dumps, id_text
+from storage.extended_json import Document, dumps, id_text
 from storage.mongo_errors import translated
 from utils.process import exit_code_of, is_confirmed
 

@@ -15,7 +15,7 @@ import orjson
 
 from domain.conversation import Classification, Outcome
 from storage import extended_json
-from storage.contract import Document
+from storage.extended_json import Document
 from worker.settlement import WorkItem
 
 logger = logging.getLogger(__name__)

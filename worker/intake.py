@@ -13,17 +13,16 @@ from typing import Any
 from aggregator import aggregate_conversation
 from config import Settings
 from domain.conversation import Conversation, Outcome
-from domain.staleness import REPLACED, Only, StalenessChecker
 from error_handler import SkippedDocumentError
 from model_server.concurrency import ConcurrencyLimit
-from mongo_client import DocumentStore
-from storage.contract import Document, Selection
-from storage.extended_json import id_key, id_text
+from mongo_client import DocumentStore, Selection
+from storage.extended_json import Document, id_key, id_text
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.progress import Reporter
 from worker.quarantine import requeue
 from worker.settlement import BatchInWork, Settlement, is_query
+from worker.staleness import REPLACED, Only, StalenessChecker
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ Classify = Callable[[Conversation, int], Awaitable[Outcome]]
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """The options of one run. *limit* None takes all documents, *only* None all kinds (see domain.staleness)."""
+    """The options of one run. *limit* None takes all documents, *only* None all kinds (see worker.staleness)."""
 
     batch_size: int = 100
     limit: int | None = None

@@ -6,10 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import async_llm_wrapper as llm
-from aggregator import aggregate_conversation
 from classifier import ReplyParser
 from config import Settings, load_taxonomy
-from domain.staleness import StalenessChecker
 from error_handler import LLMUnavailableError
 from model_server.models import chat_target
 from model_server.protocol import plan_fingerprint
@@ -17,7 +15,6 @@ from model_server.tokens import TokenEstimator
 from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore
 from prompt_builder import PromptBuilder
-from worker.quarantine import failed_keys
 
 SAMPLE_SIZE = 200  # documents
 
@@ -35,12 +32,6 @@ async def ask_plan(settings: Settings) -> str:
             raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
     prompt, schema = PromptBuilder.from_taxonomy(taxonomy).system_prompt, ReplyParser(taxonomy).schema_json
     return plan_fingerprint(target, prompt, schema)
-
-
-def work_kinds(store: DocumentStore, settings: Settings, plan: str | None) -> StalenessChecker:
-    """Return the checker for the documents of *store*; *plan* is None if the model server was not contacted."""
-    directory = settings.batch_files_dir
-    return StalenessChecker(aggregate_conversation, plan, store.result_provenance, lambda: failed_keys(directory))
 
 
 async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:

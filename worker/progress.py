@@ -1,21 +1,42 @@
-"""Progress of a run: a bar or plain lines on the console."""
+"""Progress of a run: a bar or lines on the console, and files for other programs (state, history, Prometheus metrics)."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import re
 import time
 from collections import deque
-from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol, TextIO
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from rich.console import Console
 
+from error_handler import Reason
+from storage.files import replace_file
 from worker.checkpoint import RunStats
+from worker.quarantine import failed_keys
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 RATE_WINDOW_S = 30.0
 PLAIN_LINE_EVERY_S = 10.0
+FILE_EVERY_S = 5.0
+CSV_FIELDS = (
+    *("time", "status", "total_conversations", "processed", "successful", "failed", "skipped", "current_rate"),
+    *map(str, Reason),
+)
+METRICS = "metrics.prom"
+STATUSES = ("running", "completed", "interrupted", "failed")
+OUTCOMES = ("successful", "failed", "skipped", "already_done", "leased_elsewhere")
+LAST_SUCCESS = "triad_last_success_timestamp_seconds"
+LAST_COMPLETED = "triad_last_completed_timestamp_seconds"
 
 
 class Reporter(Protocol):
@@ -121,3 +142,103 @@ class ConsoleProgress:
         if status != "running":
             self._bar.stop()
             self._bar = None
+
+
+class FileProgress:
+    """Writes ``<job>.json``, ``<job>.csv`` and ``metrics.prom`` in ``progress/`` of *directory*, each atomically.
+
+    ``metrics.prom`` is for the textfile collector of node_exporter; its label ``worker`` is the name of *directory*, and
+    its two times survive a restart, because they are read from the existing file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._folder = directory / "progress"
+        self._rate = Rate()
+        self._throttle = Throttle(FILE_EVERY_S)
+        self._history: list[dict[str, Any]] = []
+        self._successful = 0
+        self._times: dict[str, float] = {}
+
+    def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
+        """Write at most every FILE_EVERY_S while running, and always at the end."""
+        self._rate.add(stats.processed)
+        self._times = self._times or _saved_times(self._folder / METRICS)
+        if stats.successful > self._successful:
+            self._times[LAST_SUCCESS] = time.time()
+        self._successful = stats.successful if status == "running" else 0
+        if not self._throttle.is_due(status):
+            return
+        if status == "completed":
+            self._times[LAST_COMPLETED] = time.time()
+        self._write_state(job_id, status, stats, in_flight, limit)
+        replace_file(self._folder / METRICS, self._metrics(status, stats, in_flight, limit))
+
+    def _write_state(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None) -> None:
+        now = datetime.now(UTC)
+        time_text = now.isoformat(timespec="seconds")
+        total, left = stats.expected, self._rate.time_left(stats)
+        state = {
+            "job_id": job_id,
+            "status": status,
+            "start_time": self._history[0]["time"] if self._history else time_text,
+            "total_conversations": total,
+            "processed": stats.processed,
+            "successful": stats.successful,
+            "failed": stats.failed,
+            "skipped": stats.skipped,
+            "in_flight": in_flight,
+            "concurrency_limit": limit,
+            "reasons": dict(stats.reasons),
+            "current_rate": round(self._rate.per_second, 2),
+            "estimated_completion": (now + left).isoformat(timespec="seconds") if left is not None else None,
+            "percentage_complete": round(100 * stats.processed / total, 1) if total else 100.0,
+        }
+        replace_file(self._folder / f"{job_id}.json", json.dumps(state, indent=2).encode())
+        self._history.append({"time": time_text, **state, **stats.reasons})
+        if len(self._history) > 2000:  # halves the detail of a very long run
+            self._history = self._history[::2]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, CSV_FIELDS, restval=0, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._history)
+        replace_file(self._folder / f"{job_id}.csv", table.getvalue().encode())
+        if status != "running":
+            self._history = []
+
+    def _metrics(self, status: str, stats: RunStats, in_flight: int, limit: int | None) -> bytes:
+        """Return the state as Prometheus text; values of labels are closed lists."""
+        registry = CollectorRegistry()
+        worker = self._directory.resolve().name
+
+        def gauge(name: str, documentation: str, value: float) -> None:
+            Gauge(name, documentation, ["worker"], registry=registry).labels(worker).set(value)
+
+        def gauges(name: str, documentation: str, label: str, values: Mapping[str, float]) -> None:
+            made = Gauge(name, documentation, ["worker", label], registry=registry)
+            for value, number in values.items():
+                made.labels(worker, value).set(number)
+
+        outcomes = {name: getattr(stats, name) for name in OUTCOMES}
+        reasons = {str(reason): stats.reasons.get(reason, 0) for reason in Reason}
+        gauges("triad_run_documents", "Documents of this run by outcome", "outcome", outcomes)
+        gauge("triad_run_documents_expected", "Documents that this run has to process", stats.expected)
+        gauges("triad_run_failures", "Documents of this run without a result, by reason", "reason", reasons)
+        states = {name: name == status for name in STATUSES}
+        gauges("triad_run_status", "1 for the current status of the run", "status", states)
+        gauge("triad_run_calls_in_flight", "Documents that wait for the model", in_flight)
+        if limit is not None:
+            gauge("triad_run_concurrency_limit", "Limit of concurrent calls, set by auto", limit)
+        gauge("triad_retry_queue_documents", "Documents in the retry queue", len(failed_keys(self._directory, "retry")))
+        gauge("triad_quarantine_documents", "Documents in quarantine", len(failed_keys(self._directory, "quarantine")))
+        gauge(LAST_SUCCESS, "Time of the last classified document; 0: never", self._times[LAST_SUCCESS])
+        gauge(LAST_COMPLETED, "Time of the last completed run; 0: never", self._times[LAST_COMPLETED])
+        return generate_latest(registry)
+
+
+def _saved_times(path: Path) -> dict[str, float]:
+    times = {LAST_SUCCESS: 0.0, LAST_COMPLETED: 0.0}
+    with suppress(OSError, ValueError):  # missing, or not ours
+        found = re.findall(rf"^({'|'.join(times)}){{.*}} ([\d.e+]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        times |= {name: float(value) for name, value in found}
+    return times

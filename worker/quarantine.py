@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
@@ -48,14 +49,14 @@ class FailedDocuments:
         A text is what ``id_text`` shows, or the id as Extended JSON, which takes precedence because it distinguishes 7
         from "7". Raise ConfigurationError if a text names no document, or more than one.
         """
-        return list({id_key(entry.conversation_id): entry for entry in map(self._named, texts)}.values())
+        return list({entry.key: entry for entry in map(self._named, texts)}.values())
 
     def _named(self, text: str) -> FailedDocument:
         found = [entry for entry in self.entries if id_text(entry.conversation_id) == text]
         if text.startswith(("{", '"')) or not found:
             with suppress(ValueError):
                 key = id_key(extended_json.loads(text))
-                found = [entry for entry in self.entries if id_key(entry.conversation_id) == key] or found
+                found = [entry for entry in self.entries if entry.key == key] or found
         if not found:
             raise ConfigurationError(
                 f"no document {text[:120]!r} is there; python cli.py quarantine list shows the ids."
@@ -84,26 +85,29 @@ def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:
 
 
 def _newest(entries: Iterable[FailedDocument]) -> dict[bytes, FailedDocument]:
-    newest: dict[bytes, FailedDocument] = {}
-    for entry in entries:
-        known = newest.setdefault(id_key(entry.conversation_id), entry)
-        if known.failed_at < entry.failed_at:
-            newest[id_key(entry.conversation_id)] = entry
-    return newest
+    return {entry.key: entry for entry in sorted(entries, key=lambda entry: entry.failed_at)}
 
 
-def failed_keys(directory: Path) -> set[bytes]:
-    """Return the ``id_key`` of each document in the retry queue or in quarantine of *directory*. Needs no lock.
+def failed_keys(directory: Path, *kinds: FailureKind) -> set[bytes]:
+    """Return the ``id_key`` of each document in the files of *kinds* (by default both) of *directory*. Needs no lock.
 
     Corrupt files are ignored with a warning; the status of their documents in MongoDB is failed as well.
     """
     keys: set[bytes] = set()
-    for kind in FAILURE_KINDS if directory.is_dir() else ():
-        found = list_failed(directory, kind)
-        for name in found.unreadable:
-            logger.warning("%s/%s is corrupt; its documents count by their status in MongoDB only", kind, name)
-        keys |= {id_key(entry.conversation_id) for entry in found.entries}
+    for path in (path for kind in kinds or FAILURE_KINDS for path in batch_paths(directory / kind)):
+        with suppress(FileNotFoundError):  # the worker has finished it
+            state = path.stat()
+            keys |= _keys_in(path, state.st_ino, state.st_mtime_ns)
     return keys
+
+
+@lru_cache(maxsize=10_000)  # a quarantine of many files is not read again every few seconds
+def _keys_in(path: Path, _inode: int, _changed_ns: int) -> frozenset[bytes]:
+    try:
+        return frozenset(entry.key for entry in read_failures(path))
+    except ValueError:
+        logger.warning("%s is corrupt; its documents count by their status in MongoDB only", path)
+        return frozenset()
 
 
 def requeue(files: BatchFiles, keys: set[bytes] | None = None) -> int:
@@ -157,7 +161,7 @@ def _newest_by_file(files: BatchFiles) -> dict[Path, dict[bytes, FailedDocument]
     newest = _newest(entry for _, entries in found for entry in entries)
     by_file = {}
     for path, entries in found:
-        by_file[path] = {key: entry for entry in entries if newest[key := id_key(entry.conversation_id)] is entry}
+        by_file[path] = {entry.key: entry for entry in entries if newest[entry.key] is entry}
         if len(by_file[path]) < len(entries):
             files.write_failures(path, by_file[path].values())
     return by_file

@@ -13,7 +13,6 @@ from typing import Any
 
 from aggregator import aggregate_conversation
 from domain.conversation import Outcome, build_result
-from domain.staleness import REPLACED
 from error_handler import (
     LLMError,
     LLMModelError,
@@ -26,6 +25,7 @@ from storage.files import Event
 from worker.dedupe import FILE_NAME, Deduplicator
 from worker.intake import MAX_SWEEPS, DocumentIntake, RunParts
 from worker.settlement import BatchInWork, Settlement, WorkItem, verdict_of
+from worker.staleness import REPLACED
 
 logger = logging.getLogger(__name__)
 
@@ -297,8 +297,8 @@ class BatchRun:
             "job_id": self._job_id,
             "documents_processed": counts.pop("processed"),
             **counts,
-            "in_retry_queue": self._parts.files.count_failed("retry"),
-            "in_quarantine": self._parts.files.count_failed("quarantine"),
+            "in_retry_queue": len(self._parts.files.failed_keys("retry")),
+            "in_quarantine": len(self._parts.files.failed_keys("quarantine")),
             "interrupted": self._stop.is_set(),
             "review_below": self._settings.review_below,
         }

@@ -22,9 +22,8 @@ from error_handler import (
     StoreUnavailableError,
     TriadError,
 )
-from mongo_client import DocumentStore
-from storage.contract import Document, FinalStatus
-from storage.extended_json import id_key, id_text
+from mongo_client import DocumentStore, FinalStatus
+from storage.extended_json import Document, id_key, id_text
 from storage.files import Event, JournalEntry, Verdict
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats

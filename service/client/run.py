@@ -27,7 +27,7 @@ from error_handler import (
 )
 from service.client.client import ServiceClient, ServiceTimeoutError
 from service.client.protocol import ServiceRequest, request_for
-from storage.contract import Document
+from storage.extended_json import Document
 from storage.files import append_line, open_for_append, remove_file, replace_file
 from worker.checkpoint import RunStats
 from worker.progress import Reporter

@@ -243,7 +243,7 @@ def test_document_quarantined_twice_is_listed_once(files: BatchFiles, directory:
     """Possible with --reprocess: the newest entry counts, and replay and drop remove all copies."""
     files.save_failed("quarantine", 9, [failed("a", 60, reason=Reason.BUSY), failed("b", 60)])
     assert said("list").splitlines()[-1] == "4 documents in quarantine: 2 x label_outside, 1 x busy, 1 x store_failed"
-    assert files.count_failed("quarantine") == 4
+    assert len(files.failed_keys("quarantine")) == 4
     assert "1 document moved" in said("replay", "--reason", "busy")
     assert "1 document dropped" in said("drop", "b", "--yes")
     assert places(directory) == {"pending": ["a"], "quarantine": ["c", "d"], "retry": ["e"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime as dt
 import hashlib
@@ -10,7 +11,8 @@ import os
 import re
 import sqlite3
 import time
-from contextlib import closing
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 from config import load_settings
 from error_handler import ExitCode, JobValidationError, StateDirectoryError
 from openai_batch.batch_protocol import parse_line
+from openai_batch.documents import TemplateHandling
 from openai_batch.job_config import BatchConfig
 from openai_batch.job_store import Ending, JobStore
 from openai_batch.ledger import Item, ItemState, Ledger, Shard, ShardState
@@ -99,17 +102,39 @@ def test_answer_rejected_by_mongodb_fails_document_and_item(job: Job, openai: Fa
     assert job.statuses() == {"completed": 2, "failed": 1}
 
 
+@asynccontextmanager
+async def open_store(job: Job) -> AsyncIterator[JobStore]:
+    config, settings = job.config(), load_settings(None, mongodb_uri=job.uri, db_name=job.database)
+    with TemplateHandling(config) as handling:
+        async with JobStore(config, settings, handling) as store:
+            yield store
+
+
 async def test_answer_is_written_only_while_its_claim_stands(job: Job) -> None:
     """A document that was claimed again meanwhile is left unchanged."""
     job.fill(1)
     info = {"custom_id": "job:new:2", "attempts": 2}
     job.documents.update_one({"_id": 0}, {"$set": {"ai_status": "in_progress", "processing_info": info}})
     before = job.documents.find_one({"_id": 0})
-    settings = load_settings(None, mongodb_uri=job.uri, db_name=job.database)
-    async with JobStore(job.config(), settings) as store:
+    async with open_store(job) as store:
         late = Ending(Item("job:old:1", canonical(0), 1, ItemState.OK), {"$set": {"answer": "late"}}, info={})
         assert await store.end([late]) == set()
     assert job.documents.find_one({"_id": 0}) == before
+
+
+async def test_call_whose_library_swallows_a_cancellation_still_ends(job: Job) -> None:
+    """As in ``test_signals``: Python 3.11 swallows one inside PyMongo."""
+
+    async def swallows() -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    async with open_store(job) as store:
+        task = asyncio.create_task(store._call("wait", swallows))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 def test_deleted_documents_end_in_the_ledger(job: Job, openai: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,8 +66,8 @@ def test_entries_for_one_document_replace_each_other(files: BatchFiles, director
         id_key("1"): 0,
         id_key("b"): 0,
     }
-    assert files.count_failed("retry") == 4
-    assert files.count_failed("quarantine") == 0
+    assert len(files.failed_keys("retry")) == 4
+    assert len(files.failed_keys("quarantine")) == 0
 
 
 def test_a_retry_round(files: BatchFiles, directory: Path) -> None:
@@ -129,7 +129,7 @@ def test_requeue_moves_quarantined_documents_to_pending(files: BatchFiles, direc
     files.save_failed("quarantine", 1, [failed("a", retry_count=3), failed("b", classification_result=result)])
     files.save_failed("quarantine", 2, [failed("c", conversation_data=None, retry_count=3)])
     assert requeue(files) == 3
-    assert (files.count_failed("quarantine"), names(directory / "quarantine")) == (0, [])
+    assert (len(files.failed_keys("quarantine")), names(directory / "quarantine")) == (0, [])
     first, second = pending(files)
     assert [document["_id"] for document in (*first.documents, *second.documents)] == ["a", "b", "c"]
     assert {entry.retry_count for batch in (first, second) for entry in batch.failures.values()} == {0}
@@ -164,4 +164,4 @@ def test_a_corrupt_retry_file_is_set_aside(files: BatchFiles, directory: Path, c
     assert names(directory / "retry") == ["batch_001_retry_queue.json.corrupt"]
     assert files.lost_failures, "its documents say failed in MongoDB, and only this tells to look for them"
     files.save_failed("retry", 1, [failed("a")])
-    assert files.count_failed("retry") == 1
+    assert len(files.failed_keys("retry")) == 1

@@ -11,8 +11,7 @@ import pytest
 
 from worker import progress
 from worker.checkpoint import RunStats
-from worker.progress import ConsoleProgress, Rate
-from worker.progress_files import FileProgress
+from worker.progress import ConsoleProgress, FileProgress, Rate
 
 
 class Clock:
@@ -23,6 +22,9 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now_s
+
+    def time(self) -> float:
+        return 1_800_000_000.0 + self.now_s
 
 
 @pytest.fixture

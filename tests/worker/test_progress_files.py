@@ -17,22 +17,15 @@ from error_handler import Reason, StateDirectoryError
 from tests.utils.worker_files import failed
 from tests.worker.test_progress import Clock, stats
 from utils.batch_file_manager import BatchFiles
-from worker import progress, progress_files
+from worker import progress
 from worker.checkpoint import RunStats
-from worker.progress_files import LAST_COMPLETED, LAST_SUCCESS, FileProgress, queue_size
-
-
-class BothClocks(Clock):
-    """Seconds of the clock on the wall, too."""
-
-    def time(self) -> float:
-        return 1_800_000_000.0 + self.now_s
+from worker.progress import LAST_COMPLETED, LAST_SUCCESS, FileProgress
+from worker.quarantine import failed_keys
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> BothClocks:
-    clock = BothClocks()
-    monkeypatch.setattr(progress_files, "time", clock)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
     monkeypatch.setattr(progress, "time", clock)
     return clock
 
@@ -55,7 +48,7 @@ def numbers(files: BatchFiles) -> dict[str, float]:
     return found
 
 
-def test_all_series_exist_from_the_start(files: BatchFiles, clock: BothClocks) -> None:
+def test_all_series_exist_from_the_start(files: BatchFiles, clock: Clock) -> None:
     """All reasons with 0, so that an alert has something to compare; private like its neighbours."""
     metrics = FileProgress(files.directory)
     metrics.update("job_1", "running", RunStats(total=9, processed=3, successful=2, failed=1, reasons={"busy": 1}), 4)
@@ -73,7 +66,7 @@ def test_all_series_exist_from_the_start(files: BatchFiles, clock: BothClocks) -
     assert {stat.S_IMODE(path.stat().st_mode) for path in (files.directory / "progress").iterdir()} == {0o600}
 
 
-def test_written_every_five_seconds_and_at_the_end(files: BatchFiles, clock: BothClocks) -> None:
+def test_written_every_five_seconds_and_at_the_end(files: BatchFiles, clock: Clock) -> None:
     """Replaced and never rewritten: who reads one gets the whole of it."""
     metrics = FileProgress(files.directory)
     written = []
@@ -88,7 +81,7 @@ def test_written_every_five_seconds_and_at_the_end(files: BatchFiles, clock: Bot
     assert numbers(files)["triad_run_status failed"] == 1
 
 
-def test_last_success_and_last_completion_survive_a_restart(files: BatchFiles, clock: BothClocks) -> None:
+def test_last_success_and_last_completion_survive_a_restart(files: BatchFiles, clock: Clock) -> None:
     """They stand still while nothing succeeds, in the next process as well."""
     start = clock.time()
     metrics = FileProgress(files.directory)
@@ -105,39 +98,37 @@ def test_last_success_and_last_completion_survive_a_restart(files: BatchFiles, c
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"# TYPE {", b"triad_last_success_timestamp_seconds x\n"])
-def test_foreign_metrics_file_is_replaced(files: BatchFiles, clock: BothClocks, content: bytes) -> None:
+def test_foreign_metrics_file_is_replaced(files: BatchFiles, clock: Clock, content: bytes) -> None:
     """Nothing in it stops a run."""
     (files.directory / "progress/metrics.prom").write_bytes(content)
     FileProgress(files.directory).update("job_1", "completed", RunStats(), 0)
     assert numbers(files)[LAST_SUCCESS] == 0
 
 
-def test_queue_size_counts_documents_as_files_change(files: BatchFiles) -> None:
+def test_failed_keys_counts_documents_as_files_change(files: BatchFiles) -> None:
     """Documents, not entries or files; followed as files change, come, go and break."""
-    folder = files.directory / "quarantine"
-    assert queue_size(folder) == 0
+    assert len(failed_keys(files.directory, "quarantine")) == 0
     files.save_failed("quarantine", 1, [failed("a"), failed(1), failed("1")])
     files.save_failed("quarantine", 2, [failed("a"), failed("b")])
-    assert queue_size(folder) == files.count_failed("quarantine") == 4
+    assert len(failed_keys(files.directory, "quarantine")) == len(files.failed_keys("quarantine")) == 4
     files.save_failed("quarantine", 2, [failed("c")])
-    assert queue_size(folder) == 5
+    assert len(failed_keys(files.directory, "quarantine")) == 5
     path = files.directory / "quarantine/batch_001_quarantine.json"
     path.write_bytes(b"[{")
-    assert queue_size(folder) == 3
+    assert len(failed_keys(files.directory, "quarantine")) == 3
     path.unlink()
-    assert queue_size(folder) == 3
+    assert len(failed_keys(files.directory, "quarantine")) == 3
 
 
-def test_queue_size_reads_only_changed_files(files: BatchFiles) -> None:
+def test_failed_keys_reads_only_changed_files(files: BatchFiles) -> None:
     """A quarantine of many files costs a look at their dates."""
-    folder = files.directory / "quarantine"
     files.save_failed("quarantine", 1, [failed("a")])
-    assert queue_size(folder) == 1
+    assert len(failed_keys(files.directory, "quarantine")) == 1
     path = files.directory / "quarantine/batch_001_quarantine.json"
     before = path.stat()
     path.write_bytes(b"")  # the same file with the same date: had it been read, it would count for nothing
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert queue_size(folder) == 1
+    assert len(failed_keys(files.directory, "quarantine")) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -146,7 +137,7 @@ def test_unreadable_failure_file_raises(files: BatchFiles) -> None:
     files.save_failed("quarantine", 1, [failed("a")])
     (files.directory / "quarantine/batch_001_quarantine.json").chmod(0)
     with pytest.raises(StateDirectoryError, match="cannot be read"):
-        queue_size(files.directory / "quarantine")
+        failed_keys(files.directory, "quarantine")
 
 
 JSON_FIELDS = {
@@ -178,7 +169,7 @@ def state_of(folder: Path, job: str = "job_1") -> dict[str, Any]:
     return content
 
 
-def test_json_file_has_the_documented_fields(clock: BothClocks, tmp_path: Path) -> None:
+def test_json_file_has_the_documented_fields(clock: Clock, tmp_path: Path) -> None:
     """Times are ISO 8601 with a time zone."""
     files = progress_in(tmp_path)
     files.update("job_1", "running", stats(processed=0), 0)
@@ -205,14 +196,14 @@ def test_json_file_has_the_documented_fields(clock: BothClocks, tmp_path: Path) 
     }
 
 
-def test_unknown_values_are_null(clock: BothClocks, tmp_path: Path) -> None:
+def test_unknown_values_are_null(clock: Clock, tmp_path: Path) -> None:
     """There is no estimated completion without a rate; an empty run is complete."""
     progress_in(tmp_path).update("job_1", "completed", RunStats(), 0)
     state = state_of(tmp_path / "progress")
     assert (state["estimated_completion"], state["percentage_complete"], state["current_rate"]) == (None, 100.0, 0.0)
 
 
-def test_csv_has_one_row_per_write(clock: BothClocks, tmp_path: Path) -> None:
+def test_csv_has_one_row_per_write(clock: Clock, tmp_path: Path) -> None:
     files = progress_in(tmp_path)
     for processed in (0, 50, 100):
         files.update("job_1", "running", stats(processed=processed), 1)
@@ -237,7 +228,7 @@ def test_csv_has_one_row_per_write(clock: BothClocks, tmp_path: Path) -> None:
     assert all(datetime.fromisoformat(row["time"]).tzinfo for row in rows)
 
 
-def test_files_are_written_every_five_seconds_and_at_the_end(clock: BothClocks, tmp_path: Path) -> None:
+def test_files_are_written_every_five_seconds_and_at_the_end(clock: Clock, tmp_path: Path) -> None:
     files = progress_in(tmp_path)
     written = []
     for second in range(11):
@@ -252,7 +243,7 @@ def test_files_are_written_every_five_seconds_and_at_the_end(clock: BothClocks, 
     )
 
 
-def test_files_are_replaced_atomically(clock: BothClocks, tmp_path: Path) -> None:
+def test_files_are_replaced_atomically(clock: Clock, tmp_path: Path) -> None:
     """A concurrent reader sees the whole old file; only the owner can read the files."""
     files = progress_in(tmp_path)
     files.update("job_1", "running", stats(), 1)
@@ -269,7 +260,7 @@ def test_files_are_replaced_atomically(clock: BothClocks, tmp_path: Path) -> Non
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "progress").iterdir()} == {0o600}
 
 
-def test_history_of_a_long_run_is_bounded(clock: BothClocks, tmp_path: Path) -> None:
+def test_history_of_a_long_run_is_bounded(clock: Clock, tmp_path: Path) -> None:
     """Half of the rows remain, from the first to the last."""
     files = progress_in(tmp_path)
     files._history = [{"time": "", "processed": number} for number in range(2000)]

@@ -12,8 +12,8 @@ import pytest
 from config import load_settings
 from domain.conversation import Classification, Conversation, Outcome
 from error_handler import LLMReplyError, Reason, SkippedDocumentError, StoreRejectedError, StoreUnavailableError
-from storage.contract import Document, FinalStatus, Selection
-from storage.extended_json import id_key
+from mongo_client import FinalStatus, Selection
+from storage.extended_json import Document, id_key
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import RunOptions, RunParts
