@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import aiohttp
 
-from classifier import ReplyParser, classification_flow
+from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
 from error_handler import (
@@ -30,9 +30,7 @@ from model_server import protocol
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
-from model_server.truncation import TranscriptTruncator
 from model_server.window import Say, WindowChoice, choose_window, warm_up
-from prompt_builder import PromptBuilder
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -84,13 +82,6 @@ class AsyncLLMClient:
         self._limit = limit
         self._on_answer = on_answer
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
-        self._truncator: TranscriptTruncator | None = None
-
-    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return the truncator of this client; it is built for the first *prompts*."""
-        if self._truncator is None:
-            self._truncator = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
-        return self._truncator
 
     async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
@@ -207,7 +198,7 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
 
 
 async def ollama_classify_async(
-    conversation: Conversation, client: AsyncLLMClient, prompts: PromptBuilder, parser: ReplyParser, attempt: int = 0
+    conversation: Conversation, client: AsyncLLMClient, classifier: Classifier, attempt: int = 0
 ) -> Outcome:
     """Return the labels of *conversation*; an unusable answer is followed by one repair turn.
 
@@ -217,8 +208,8 @@ async def ollama_classify_async(
         LLMError: The server gave no answer, or no usable one.
         SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
     """
-    flow, calls = classification_flow(conversation, client, prompts, parser), itertools.count(2 * attempt)
-    return await _drive(flow, lambda messages: client.chat(messages, parser.schema_json, next(calls)))
+    flow, calls = classification_flow(conversation, client, classifier), itertools.count(2 * attempt)
+    return await _drive(flow, lambda messages: client.chat(messages, classifier.schema_json, next(calls)))
 
 
 async def _drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R:
@@ -268,13 +259,11 @@ class SharedWindow:
         if self._loading is not None:
             await asyncio.shield(self._loading)
 
-    async def classify(
-        self, prompts: PromptBuilder, parser: ReplyParser, conversation: Conversation, attempt: int
-    ) -> Outcome:
+    async def classify(self, classifier: Classifier, conversation: Conversation, attempt: int) -> Outcome:
         """Renew the window, then return what ``ollama_classify_async`` returns."""
         with contextlib.suppress(LLMError):  # the call that follows reports it
             await self.renew()
-        return await ollama_classify_async(conversation, self._client, prompts, parser, attempt)
+        return await ollama_classify_async(conversation, self._client, classifier, attempt)
 
     async def close(self) -> None:
         """Cancel a load that is under way."""

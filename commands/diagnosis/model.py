@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from aggregator import aggregate_conversation
 from async_llm_wrapper import AsyncLLMClient, ollama_classify_async, open_session
-from classifier import ReplyParser
+from classifier import Classifier
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
 from config import Settings, load_taxonomy
@@ -27,7 +27,6 @@ from error_handler import (
 )
 from model_server.models import LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, find_loaded, with_model
 from model_server.window import SHARE, WindowChoice, choose_window
-from prompt_builder import PromptBuilder
 from utils.network import is_loopback
 from worker.plan import Sample, run_window
 
@@ -268,13 +267,12 @@ def _gpu_share(size_bytes: int, vram_bytes: int) -> Finding:
 async def _classify(tested: ModelUnderTest) -> Finding:
     """Classify a test conversation exactly as a run does: taxonomy, prompt, schema, request, validation."""
     try:
-        taxonomy = load_taxonomy(tested.settings.taxonomy_file)
+        classifier = Classifier(load_taxonomy(tested.settings.taxonomy_file), tested.settings.on_long)
     except ConfigurationError:
         sentence = "The test conversation was not classified because the labels do not load."
         return warning(sentence, "See the section Labels below.")
-    prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
     try:
-        outcome = await ollama_classify_async(aggregate_conversation(TEST_DOCUMENT), tested.client, prompts, parser)
+        outcome = await ollama_classify_async(aggregate_conversation(TEST_DOCUMENT), tested.client, classifier)
     except LLMReplyError as exc:
         sentence = f"Both answers to the test conversation are invalid ({exc.reason}: {exc})."
         return error(sentence, "Use a larger model, or one that follows a JSON schema.")
