@@ -22,13 +22,13 @@ from service.client.client import (
     ServiceClient,
     ServiceTimeoutError,
     add_service_arguments,
-    number,
     open_session,
     run_client,
 )
 from service.client.protocol import ServiceTarget, request_for
 from storage.contract import Document
 from storage.extended_json import id_key, loads
+from utils.process import number_between
 from utils.retry_utils import RetryPolicy
 
 DATA = Path(__file__).parent / "data"
@@ -61,7 +61,7 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--count",
-        type=number(int, 1, MAX_SAMPLES),
+        type=number_between(int, 1, MAX_SAMPLES),
         default=8,
         metavar="N",
         help="number of conversations (%(default)s)",

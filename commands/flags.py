@@ -15,6 +15,11 @@ from typing import Any
 from config import Settings, load_settings
 from domain.staleness import SELECTABLE
 from error_handler import ConfigurationError
+from utils.process import number_between
+
+# Types of flags.
+positive = number_between(int, 1)
+dollars = number_between(float, 0)
 
 PRESETS = {"conservative": (3, 50), "balanced": (5, 100), "aggressive": (10, 200)}  # max_concurrent, batch_size
 
@@ -239,21 +244,3 @@ def seconds_until_next(expression: str, now: datetime) -> float:
 
     following: datetime = croniter(expression, now).get_next(datetime)
     return max(0.0, (following - now).total_seconds())
-
-
-def positive(text: str) -> int:
-    """Return *text* as a whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
-    return int(text)
-
-
-def dollars(text: str) -> float:
-    """Return *text* as US dollars, 0 or more, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError("must be an amount in US dollars, 0 or more")
-    return value
