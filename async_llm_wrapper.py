@@ -18,12 +18,7 @@ import aiohttp
 from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import (
-    LLMConnectionError,
-    LLMError,
-    LLMTimeoutError,
-    LLMUnavailableError,
-)
+from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
 from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol

@@ -21,12 +21,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import (
-    LLMConnectionError,
-    LLMError,
-    LLMTimeoutError,
-    LLMUnavailableError,
-)
+from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
 from model_server import protocol
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest

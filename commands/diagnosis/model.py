@@ -51,16 +51,13 @@ TEST_DOCUMENT = {
 
 @dataclass(frozen=True, slots=True)
 class ModelUnderTest:
-    """The target of *client*, and the facts that the server reports about it; *settings* are those of a run.
+    """The target of *client*; *settings* are those of a run. Only Ollama reports versions, windows and memory.
 
-    The probe sends up to *at_most* concurrent requests, none if it is 0. *tell* gets the progress. Only Ollama reports
-    versions, windows and memory.
+    The probe sends up to *at_most* concurrent requests, none if it is 0. *tell* gets the progress.
     """
 
     client: AsyncLLMClient
     settings: Settings
-    is_ollama: bool
-    facts: ModelFacts
     at_most: int
     tell: Callable[[str], None]
 
@@ -95,7 +92,7 @@ async def diagnose_model(
             return
         facts = await client.show(model.name) if is_ollama else ModelFacts()
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
-        tested = ModelUnderTest(client, settings, is_ollama, facts, at_most, tell)
+        tested = ModelUnderTest(client, settings, at_most, tell)
         for finding in _describe(model, facts):
             yield finding
         if is_ollama:
@@ -187,7 +184,7 @@ async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
         except LLMError as exc:
             yield error(f"The model does not answer: {exc}.", _remedy(exc, settings))
             return
-    if tested.is_ollama:
+    if tested.client.target.protocol != "openai_chat":
         async for finding in _memory(tested):
             yield finding
     if not tested.at_most:
@@ -241,7 +238,7 @@ async def _memory(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
 def _given_window(tested: ModelUnderTest, entry: LoadedModel) -> Finding:
     """Compare the window of the loaded model with the requested one."""
     asked, given = tested.client.target.num_ctx, entry.context_length
-    numbers = {"asked": asked, "given": given, "limit": tested.facts.context_length}
+    numbers = {"asked": asked, "given": given, "limit": tested.client.target.context_limit}
     if given is None:
         return ok("The server does not report the window that it gives.", **numbers)
     if given == asked:

@@ -27,7 +27,7 @@ def fake() -> Iterator[FakeOllama]:
         yield server
 
 
-async def no_documents(_client: AsyncLLMClient) -> list[int]:
+async def no_documents() -> list[int]:
     return []
 
 
