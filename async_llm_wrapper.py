@@ -117,9 +117,10 @@ class AsyncLLMClient:
         request = served_models.show_request(self.target.server_url, model, self._settings.llm_timeout_s)
         return served_models.parse_show(*await self.send(request))
 
-    async def loaded(self) -> list[served_models.LoadedModel]:
-        """Return the models that Ollama holds in memory. Raises LLMUnavailableError if the server is away."""
-        return served_models.parse_loaded(*await self.send(served_models.loaded_request(self.target.server_url)))
+    async def loaded(self) -> served_models.LoadedModel | None:
+        """Return how Ollama holds the model in memory, None if it does not. Raises LLMUnavailableError if it is away."""
+        request = served_models.loaded_request(self.target.server_url)
+        return served_models.find_loaded(self.target.model, *await self.send(request))
 
     async def prepare(self, settings: Settings) -> ChatTarget:
         """Find the model that *settings* name on the server, and return the target.
@@ -273,7 +274,7 @@ class SharedWindow:
         target = self._client.target
         try:
             status, body = await self._client.send(served_models.loaded_request(target.server_url))
-            loaded = served_models.find_loaded(target.model, served_models.parse_loaded(status, body))
+            loaded = served_models.find_loaded(target.model, status, body)
         except LLMError:
             return  # the next call reports the problem
         if status == 200 and loaded is None:

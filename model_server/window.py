@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from config import Settings
-from model_server.models import LoadedModel, TargetFlow, find_loaded, loaded_request, parse_loaded
+from model_server.models import LoadedModel, TargetFlow, find_loaded, loaded_request
 from model_server.protocol import (
     DEFAULT_NUM_CTX,
     NUM_PREDICT,
@@ -94,7 +94,7 @@ def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: S
     if target.protocol == "openai_chat":
         return target
     say(str(choice))
-    loaded = find_loaded(target.model, parse_loaded(*(yield loaded_request(target.server_url))))
+    loaded = find_loaded(target.model, *(yield loaded_request(target.server_url)))
     target = replace(target, num_ctx=choice.beside(loaded))
     has = loaded.context_length if loaded else None
     if has != target.num_ctx:
@@ -107,7 +107,7 @@ def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: S
     url = f"{target.server_url}/api/chat"
     answer = yield ServerRequest("POST", url, build_load_body(target), settings.llm_load_timeout_s)
     parse_load_response(target, *answer)
-    return _verified(target, find_loaded(target.model, parse_loaded(*(yield loaded_request(target.server_url)))), say)
+    return _verified(target, find_loaded(target.model, *(yield loaded_request(target.server_url))), say)
 
 
 def _verified(target: ChatTarget, loaded: LoadedModel | None, say: Say) -> ChatTarget:

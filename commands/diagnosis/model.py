@@ -25,7 +25,7 @@ from error_handler import (
     LLMTimeoutError,
     TriadError,
 )
-from model_server.models import LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, find_loaded, with_model
+from model_server.models import LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, with_model
 from model_server.window import SHARE, WindowChoice, choose_window
 from utils.network import is_loopback
 from worker.plan import Sample, run_window
@@ -158,7 +158,7 @@ async def _settle_window(tested: ModelUnderTest, sample: Sample) -> AsyncGenerat
         yield warning(sentence, f"Fix that; these checks use {choice.num_ctx} tokens until then.")
     else:
         yield _chosen(choice)
-    num_ctx = choice.beside(find_loaded(client.target.model, await client.loaded()))
+    num_ctx = choice.beside(await client.loaded())
     if num_ctx != choice.num_ctx:
         yield ok(f"The model is loaded with a window of {num_ctx} tokens; a run uses that.")
     client.target = replace(client.target, num_ctx=num_ctx)
@@ -223,7 +223,7 @@ async def _load(tested: ModelUnderTest) -> Finding:
 async def _memory(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
     """Yield the real window of the loaded model, and whether it fits into the GPU."""
     try:
-        entry = find_loaded(tested.client.target.model, await tested.client.loaded())
+        entry = await tested.client.loaded()
     except LLMError as exc:
         yield error(_sentence(exc), _remedy(exc, tested.settings))
         return

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from aggregator import aggregate_conversation
-from async_llm_wrapper import AsyncLLMClient
 from commands.diagnosis.findings import Finding
 from commands.diagnosis.model import LOAD_TIMEOUT_S, TEST_DOCUMENT, diagnose_model, unencrypted
 from config import Settings, load_settings, load_taxonomy
