@@ -14,7 +14,7 @@ from domain.conversation import Classification, Conversation, Message, Outcome, 
 from domain.text import one_line, prompt_text
 from error_handler import LLMContextError, LLMError, LLMReplyError, Reason
 from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
-from model_server.truncation import OnLong, TranscriptTruncator
+from model_server.window import OnLong, TranscriptTruncator
 from prompt_builder import build_system_prompt, chat_messages
 
 LABELS = ("intent", "topic", "sentiment")
