@@ -8,12 +8,14 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from pymongo import MongoClient
+from pymongo.database import Database
 
+from config.settings import known_environment_names
 from embedded.mongod import EmbeddedMongod
 from tests.fakes.fake_ollama import FakeOllama
 from tests.forked_process import fork_script
@@ -22,6 +24,7 @@ from tests.server_process import ServerProcess
 if TYPE_CHECKING:
     from tests.fakes.fake_openai import FakeOpenAI
     from tests.fakes.postgres_server import Postgres
+    from tests.fakes.scripted_server import ScriptedServer
     from tests.fakes.tiny_engine import TinyEngine
     from tests.openai_batch.openai_job import Job
 
@@ -88,6 +91,14 @@ def log_level() -> Iterator[None]:
     root.setLevel(before)
 
 
+@pytest.fixture
+def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting in the environment or in a .env file."""
+    for name in known_environment_names():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMongod]:
     """Return a standalone mongod that serves every test of this process."""
@@ -108,6 +119,22 @@ def db_name(mongod: EmbeddedMongod) -> Iterator[str]:
     yield name
     with MongoClient[dict[str, object]](mongod.uri) as client:
         client.drop_database(name)
+
+
+@pytest.fixture
+def database(mongodb_uri: str, db_name: str) -> Iterator[Database[dict[str, Any]]]:
+    """Return the database of this test through a synchronous client, to prepare it and to look into it."""
+    with MongoClient[dict[str, Any]](mongodb_uri, tz_aware=True) as client:
+        yield client[db_name]
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """Return a model server whose answers the test scripts."""
+    from tests.fakes.scripted_server import scripted_server
+
+    with scripted_server() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +175,14 @@ def site(mongodb_uri: str, db_name: str, model: FakeOllama, tmp_path: Path) -> I
     """Return what a worker is pointed to: an empty database, *model*, and an empty folder."""
     with open_site(mongodb_uri, db_name, model, tmp_path) as place:
         yield place
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count every kind of index entries as large: searches use the graph."""
+    from embedding_index import search_graph
+
+    monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", 0)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
@@ -55,6 +56,25 @@ OF_THE_INDEX = (
 
 _nursery: tuple[int, socket.socket] | None = None
 _one_start_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it wrote; on a terminal all of it is *out*."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed with ``--json``."""
+        return json.loads(self.out)
+
+    @property
+    def said(self) -> str:
+        """Everything it printed."""
+        return self.out + self.err
 
 
 class ForkedProcess:
@@ -128,6 +148,12 @@ class ForkedProcess:
         self.wait(timeout)
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self.files)
         return out, err
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 90.0) -> Ended:
+        """Send a signal, and wait for the end."""
+        self.send_signal(number)
+        out, err = self.communicate(timeout)
+        return Ended(self.wait(), out, err)
 
     def __enter__(self) -> Self:
         return self

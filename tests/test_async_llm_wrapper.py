@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -14,17 +13,11 @@ from config import load_settings
 from error_handler import LLMConnectionError
 from model_server.breaker import BreakerPolicy
 from model_server.models import chat_target
-from tests.fakes.scripted_server import GOOD_CONTENT, ScriptedServer, Step, answer, hang, reset, say, scripted_server
+from tests.fakes.scripted_server import GOOD_CONTENT, ScriptedServer, Step, answer, hang, reset, say
 
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
 SCHEMA = b"{}"
 BUSY, DOWN = answer({"error": "server busy"}, 503), answer({"error": "model runner has unexpectedly stopped"}, 500)
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        yield running
 
 
 def client_of(server: ScriptedServer, session: aiohttp.ClientSession, **given: Any) -> AsyncLLMClient:

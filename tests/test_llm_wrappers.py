@@ -47,7 +47,6 @@ from tests.fakes.scripted_server import (
     hang,
     reset,
     say,
-    scripted_server,
 )
 
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
@@ -122,12 +121,6 @@ def async_client(settings: Settings, session: Any) -> async_llm_wrapper.AsyncLLM
 
 
 Asker = Sync | Async
-
-
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with scripted_server() as running:
-        yield running
 
 
 @pytest.fixture(params=[Sync, Async], ids=["sync", "async"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +12,6 @@ import pytest
 from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 from mongomock_motor import AsyncMongoMockClient
-from pymongo import MongoClient
 from pymongo.database import Database
 
 from aggregator import aggregate_conversation
@@ -49,13 +48,6 @@ IDS: list[Any] = [
     bson.Timestamp(1, 2),
     bson.MaxKey(),
 ]
-
-
-@pytest.fixture
-def database(mongodb_uri: str, db_name: str) -> Iterator[Database[dict[str, Any]]]:
-    """The same database through a plain synchronous client, to prepare it and to see what is in it."""
-    with MongoClient[dict[str, Any]](mongodb_uri, tz_aware=True) as client:
-        yield client[db_name]
 
 
 @pytest.fixture(params=DRIVERS)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import bson
 import pytest
-from pymongo import MongoClient
 from pymongo.database import Database
 
 from error_handler import StoreRejectedError
@@ -25,13 +24,6 @@ CONVERSATION = {
     "note": {"kept": [1]},
 }
 QUERY = {"text": "hello", "metadata": {"source": "web"}, "processed": False, "processing_attempts": 0}
-
-
-@pytest.fixture
-def database(mongodb_uri: str, db_name: str) -> Iterator[Database[dict[str, Any]]]:
-    """The same database through a plain synchronous client, to prepare it and to see what is in it."""
-    with MongoClient[dict[str, Any]](mongodb_uri, tz_aware=True) as client:
-        yield client[db_name]
 
 
 @pytest.fixture(params=DRIVERS)

@@ -18,6 +18,7 @@ from commands.diagnosis.disk import diagnose_disk
 from commands.diagnosis.findings import Finding
 from config import Settings, load_settings
 from error_handler import DirectoryLockedError
+from tests.commands.found import the_one
 from tests.utils.worker_files import failed
 from utils.batch_file_manager import BatchFiles
 
@@ -37,12 +38,6 @@ def settings_for(directory: Path, **given: Any) -> Settings:
 
 def findings(directory: Path, **given: Any) -> list[Finding]:
     return list(diagnose_disk(settings_for(directory, **given)))
-
-
-def the_one(found: list[Finding], words: str) -> Finding:
-    matching = [finding for finding in found if words in finding.sentence]
-    assert len(matching) == 1, found
-    return matching[0]
 
 
 def snapshot(directory: Path) -> list[tuple[str, int, int, bytes]]:

@@ -9,16 +9,13 @@ import pytest
 from pydantic import SecretStr
 
 from commands.flags import create_parser, monitoring, settings_from
-from config.settings import Settings, known_environment_names
+from config.settings import Settings
 from error_handler import ConfigurationError
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting in the environment or in a .env file."""
-    for name in known_environment_names():
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+def wide_terminal(nothing_is_set: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Help texts have the width of a wide terminal."""
     monkeypatch.setenv("COLUMNS", "200")
 
 

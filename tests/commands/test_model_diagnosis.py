@@ -15,6 +15,7 @@ from commands.diagnosis.findings import Finding
 from commands.diagnosis.model import LOAD_TIMEOUT_S, TEST_DOCUMENT, diagnose_model, unencrypted
 from config import Settings, load_settings, load_taxonomy
 from prompt_builder import chat_messages
+from tests.commands.found import the_one
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
 from tests.fakes.fake_ollama_client import chat
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
@@ -37,13 +38,6 @@ async def findings(settings: Settings, at_most: int = 0) -> list[Finding]:
 
 def settings_for(fake: FakeOllama, **given: Any) -> Settings:
     return load_settings(None, **{"ollama_endpoint": fake.url, "ollama_model": "llama3.2", **given})
-
-
-def the_one(found: list[Finding], words: str) -> Finding:
-    """Return the one finding that has *words*."""
-    matching = [finding for finding in found if words in finding.sentence]
-    assert len(matching) == 1, found
-    return matching[0]
 
 
 def levels(found: list[Finding]) -> set[str]:

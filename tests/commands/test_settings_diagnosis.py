@@ -12,7 +12,7 @@ from commands.diagnosis.findings import Finding
 from commands.diagnosis.settings import diagnose_labels, diagnose_settings, hosts_of, shown
 from config import load_settings
 from config.loading import variables_of
-from config.settings import Settings, known_environment_names, settings_origins
+from config.settings import Settings, settings_origins
 from config.taxonomy import DEFAULT_TAXONOMY
 
 PASSWORDS = [
@@ -30,12 +30,7 @@ PASSWORDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting in the environment or in a .env file."""
-    for name in known_environment_names():
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("nothing_is_set")
 
 
 def findings(flags: dict[str, str] | None = None, **given: Any) -> dict[str, Finding]:

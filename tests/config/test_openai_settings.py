@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 
 from config.loading import variables_of
 from config.openai_settings import OpenAISettings, load_openai_settings
 from config.settings import known_environment_names, load_settings
 from error_handler import ConfigurationError
 from openai_batch import AppConfig, BatchConfig, NotificationConfig, OpenAIConfig
+from tests.config.values import read
 
 SECRET = "hunter2"
 
@@ -38,19 +39,6 @@ VALUES: dict[str, tuple[str, Any]] = {
     "allow_external": ("true", True),
 }
 NAMES = [(field, variables_of(OpenAISettings, field)[0]) for field in VALUES]
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing that this machine has set decides here."""
-    for name in known_environment_names():
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-
-
-def read(settings: OpenAISettings, field: str) -> Any:
-    value = getattr(settings, field)
-    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def test_every_setting_is_tried_below() -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 
 from config import Settings, load_settings
 from config.loading import DOTENV, variables_of
-from config.settings import known_environment_names
 from error_handler import ConfigurationError
+from tests.config.values import read
 
 SECRET = "hunter2"
 
@@ -51,21 +51,9 @@ VALUES: dict[str, tuple[str, Any]] = {
 ALIASES = [(field, name) for field in VALUES for name in variables_of(Settings, field)]
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that this machine has set decides here."""
-    for name in known_environment_names():
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def dotenv(tmp_path: Path) -> Path:
     return tmp_path / ".env"
-
-
-def read(settings: Settings, field: str) -> Any:
-    value = getattr(settings, field)
-    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def refusal(dotenv: Path | None = None, **arguments: Any) -> str:

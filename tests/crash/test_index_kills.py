@@ -7,39 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from embedding_index import search_graph
-from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.search_entries import SearchEntries
-from embedding_index.search_graph import open_graph, publish_graph
-from embedding_index.vector_ledger import VectorLedger
-from tests.embedding_index.index_entries import Searcher, make_index
+from tests.embedding_index.index_entries import Searcher, has_graph, make_index, publish
 from tests.forked_process import PipedProcess
 
 FIRST, COUNT, LOT = 100, 1000, 250
 PRELOADED = ("embedding_index.vector_search", "chromadb.api.client", "chromadb.api.rust", "chromadb.config")
 
 
-@pytest.fixture(autouse=True)
-def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kind counts as large: its searches use the graph."""
-    monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", 0)
+pytestmark = pytest.mark.usefixtures("large")
 
 
 def start(folder: Path, *arguments: object) -> PipedProcess:
     return PipedProcess(["-m", "tests.crash.index_writer", str(folder), *map(str, arguments)], preload=PRELOADED)
-
-
-def publish(folder: Path) -> None:
-    with VectorLedger(folder / LEDGER_FILE) as ledger:
-        publish_graph(SearchEntries(ledger), folder)
-
-
-def has_graph(folder: Path) -> bool:
-    with VectorLedger(folder / LEDGER_FILE) as ledger:
-        graph = open_graph(SearchEntries(ledger), folder)
-        if graph is not None:
-            graph.close()
-        return graph is not None
 
 
 KILLS = [("done 350", 0.0), ("done 850", 0.01)] + [("publishing", number / 10) for number in range(8)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from config.index_settings import IndexSettings, load_index_settings
 from tests.embedding_index.index_commands import IndexSite
 
 if TYPE_CHECKING:
@@ -26,3 +27,9 @@ def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
 def site(fake: FakeOpenAI, tmp_path: Path) -> IndexSite:
     """Return a database, an empty index and an environment for ``cli.py index``."""
     return IndexSite(tmp_path, fake)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> IndexSettings:
+    """Return the default settings with a folder that does not exist yet."""
+    return load_index_settings(None, index_dir=tmp_path / "index")

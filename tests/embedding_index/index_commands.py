@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import pty
 import select
-import signal
 import sqlite3
 import struct
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from pymongo.database import Database
 from config.settings import known_environment_names
 from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_openai import FakeOpenAI
-from tests.forked_process import OF_THE_INDEX, ForkedProcess
+from tests.forked_process import OF_THE_INDEX, Ended, ForkedProcess
 from tests.service.service_process import conversation
 
 ROOT = Path(__file__).parents[2]
@@ -40,25 +37,6 @@ SHOP = (
     "CREATE TABLE shipments (id INTEGER PRIMARY KEY, order_id INTEGER REFERENCES orders(id), carrier TEXT)",
 )
 TABLES, RELATIONSHIPS = 4, 3
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended, and what it wrote; on a terminal all of it is *out*."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """What it printed with ``--json``."""
-        return json.loads(self.out)
-
-    @property
-    def said(self) -> str:
-        """Everything it printed."""
-        return self.out + self.err
 
 
 class IndexSite:
@@ -156,13 +134,6 @@ def _read(terminal: int, answer: str | None) -> str:
         if answer is not None and b"[y/N]" in shown:
             os.write(terminal, b"\x03" if answer == "^C" else answer.encode())
             answer = None
-
-
-def stopped(process: ForkedProcess, number: int = signal.SIGTERM) -> Ended:
-    """Send *process* a signal and wait for its end."""
-    process.send_signal(number)
-    out, err = process.communicate(timeout=END_S)
-    return Ended(process.wait(), out, err)
 
 
 def until(met: Callable[[], bool], what: str) -> None:

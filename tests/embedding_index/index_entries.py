@@ -11,6 +11,7 @@ from database_docs.items import IndexItem, Kind
 from embedding_index.index_reader import LEDGER_FILE
 from embedding_index.providers.contract import ModelIdentity
 from embedding_index.search_entries import Hit, SearchEntries
+from embedding_index.search_graph import open_graph, publish_graph
 from embedding_index.vector_checks import Vector
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import VectorSearch
@@ -61,3 +62,18 @@ class Searcher:
 
     def close(self) -> None:
         self._search.close()
+
+
+def publish(folder: Path) -> None:
+    """Build the graph of the entries."""
+    with VectorLedger(folder / LEDGER_FILE) as ledger:
+        publish_graph(SearchEntries(ledger), folder)
+
+
+def has_graph(folder: Path) -> bool:
+    """Return whether there is a graph that fits the entries."""
+    with VectorLedger(folder / LEDGER_FILE) as ledger:
+        graph = open_graph(SearchEntries(ledger), folder)
+        if graph is not None:
+            graph.close()
+        return graph is not None

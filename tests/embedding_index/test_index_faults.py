@@ -18,7 +18,6 @@ from tests.embedding_index.index_commands import (
     TABLES,
     Ended,
     IndexSite,
-    stopped,
     until,
 )
 from tests.fakes.fake_ollama import FakeOllama
@@ -194,7 +193,7 @@ def test_a_signal_lets_the_calls_in_flight_be_stored(site: IndexSite, number: in
     environment = {"EMBEDDING_BATCH_SIZE": "1", "EMBEDDING_CONCURRENCY": "2"}
     with site.started("--batch", "--json", **environment) as process:
         site.fake.wait_for("in_flight", at_least=2)
-        ended = stopped(process, number)
+        ended = process.stop(number)
     assert ended.code == 130, ended.err
     assert "the same command resumes where this one stopped" in ended.err
     assert ended.json["interrupted"]
@@ -215,7 +214,7 @@ def test_a_second_signal_ends_it_at_once(site: IndexSite) -> None:
         site.fake.wait_for(CALLS, at_least=1)
         process.send_signal(signal.SIGINT)
         until(lambda: "finishing the calls in flight" in said_by(process), "the first signal was not seen")
-        ended = stopped(process, signal.SIGINT)
+        ended = process.stop(signal.SIGINT)
     assert ended.code == 130, ended.err
     site.fake.configure(faults=[])
     assert site.run("--batch").code == 0
@@ -229,14 +228,14 @@ def test_a_signal_ends_a_search_and_an_opening(site: IndexSite) -> None:
     calls = site.calls
     with site.started("--search", "refunds") as process:
         site.fake.wait_for(CALLS, at_least=calls + 1)
-        assert stopped(process, signal.SIGTERM).code == 130
+        assert process.stop(signal.SIGTERM).code == 130
     with FakeOllama() as ollama:
         ollama.pause()
         endpoint = f"http://127.0.0.1:{ollama.port}"
         place = {"EMBEDDING_PROVIDER": "ollama", "OLLAMA_ENDPOINT": endpoint, "INDEX_DIR": "other"}
         with site.started("--batch", **place) as process:
             until((site.folder / "other/.lock").exists, "it never took its folder")
-            assert stopped(process, signal.SIGTERM).code == 130
+            assert process.stop(signal.SIGTERM).code == 130
 
 
 def test_ollama(site: IndexSite) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from config.index_settings import IndexSettings, load_index_settings
+from config.index_settings import IndexSettings
 from embedding_index import index_reader
 from embedding_index.index_reader import LEDGER_FILE, IndexReader, is_index
 from embedding_index.vector_store import SQLVectorStore
@@ -20,11 +19,6 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Words:
     words = Words()
     monkeypatch.setattr(index_reader, "open_provider", lambda _: words)
     return words
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> IndexSettings:
-    return load_index_settings(None, index_dir=tmp_path / "index")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from database_docs.items import IndexItem, Kind
 from embedding_index import search_graph
 from embedding_index.index_reader import LEDGER_FILE
 from embedding_index.search_entries import SearchEntries
-from embedding_index.search_graph import open_graph, publish_graph
 from embedding_index.vector_ledger import VectorLedger
 from embedding_index.vector_search import nearest
 from error_handler import MixedIndexError, StateDirectoryError, UnusableVectorsError
@@ -23,30 +22,12 @@ from tests.embedding_index.index_entries import (
     OTHER_MODEL,
     Searcher,
     add,
+    has_graph,
     item,
     make_index,
+    publish,
     vector_of,
 )
-
-
-@pytest.fixture
-def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kind counts as large: its searches use the graph."""
-    monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", 0)
-
-
-def publish(folder: Path) -> None:
-    with VectorLedger(folder / LEDGER_FILE) as ledger:
-        publish_graph(SearchEntries(ledger), folder)
-
-
-def has_graph(folder: Path) -> bool:
-    """Return whether there is a graph that fits the entries."""
-    with VectorLedger(folder / LEDGER_FILE) as ledger:
-        graph = open_graph(SearchEntries(ledger), folder)
-        if graph is not None:
-            graph.close()
-        return graph is not None
 
 
 def graph_folder(folder: Path) -> Path:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("chromadb", reason="requirements-index.txt is not installed")
 
-from config.index_settings import IndexSettings, load_index_settings
+from config.index_settings import IndexSettings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import Ended, IndexItem, Kind, State
 from embedding_index import vector_store
@@ -60,11 +59,6 @@ class Words:
 
 
 Open = Callable[..., SQLVectorStore]
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> IndexSettings:
-    return load_index_settings(None, index_dir=tmp_path / "index")
 
 
 @pytest.fixture

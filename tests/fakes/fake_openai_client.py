@@ -82,3 +82,8 @@ def text_of(line: dict[str, Any]) -> str | None:
     """``message.content`` of a result line."""
     answer: str | None = line["response"]["body"]["choices"][0]["message"]["content"]
     return answer
+
+
+def strike(fake: FakeOpenAI, kind: str, **params: Any) -> None:
+    """Configure one fault, in the place of all others."""
+    fake.configure(faults=[{"kind": kind, **params}])

@@ -18,15 +18,10 @@ from tests.fakes.fake_openai_client import (
     jsonl,
     lines_of,
     results,
+    strike,
     submit,
     text_of,
 )
-
-
-def strike(fake: FakeOpenAI, kind: str, **params: Any) -> None:
-    """Configure one fault, in the place of all others."""
-    fake.configure(faults=[{"kind": kind, **params}])
-
 
 # Batches
 

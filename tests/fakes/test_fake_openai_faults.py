@@ -3,28 +3,12 @@
 import subprocess
 import sys
 import time
-from typing import Any
 
 import openai
 import pytest
 
 from tests.fakes.fake_openai import FakeOpenAI
-from tests.fakes.fake_openai_client import (
-    CHAT,
-    client_of,
-    content,
-    documents,
-    finished,
-    jsonl,
-    submit,
-    upload,
-)
-
-
-def strike(fake: FakeOpenAI, kind: str, **params: Any) -> None:
-    """Configure one fault, in the place of all others."""
-    fake.configure(faults=[{"kind": kind, **params}])
-
+from tests.fakes.fake_openai_client import CHAT, client_of, content, documents, finished, jsonl, strike, submit, upload
 
 # Requests
 

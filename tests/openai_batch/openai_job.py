@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import os
-import signal
 import sqlite3
 import subprocess
 import time
@@ -42,7 +41,7 @@ from openai_batch import (
 )
 from openai_batch.job_context import Times
 from tests.fakes.fake_openai import FakeOpenAI
-from tests.forked_process import ForkedProcess, run_forked
+from tests.forked_process import Ended, ForkedProcess, run_forked
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = """
@@ -63,20 +62,6 @@ TIMES = Times(
 )
 
 Document = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """What it printed with ``--json``."""
-        return json.loads(self.out)
 
 
 @dataclass
@@ -272,13 +257,6 @@ def in_process(environment: dict[str, str], folder: Path) -> Iterator[tuple[io.S
         root.handlers[:] = handlers
         root.setLevel(level)
         gc.set_threshold(*thresholds)
-
-
-def stopped(process: ForkedProcess, number: int = signal.SIGTERM) -> Ended:
-    """Send *process* a signal and wait for its end."""
-    process.send_signal(number)
-    out, err = process.communicate(timeout=END_S)
-    return Ended(process.wait(), out, err)
 
 
 @contextmanager

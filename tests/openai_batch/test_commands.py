@@ -18,7 +18,7 @@ from rich.console import Console
 from openai_batch.actions import LINE_EVERY_S, JobProgress
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import ForkedProcess
-from tests.openai_batch.openai_job import END_S, ROOT, Job, stopped
+from tests.openai_batch.openai_job import END_S, ROOT, Job
 from tests.worker.site import until
 
 ELSEWHERE = "http://192.0.2.1:9/v1"  # a documentation address: nobody is there, and nothing may ask
@@ -81,7 +81,7 @@ def test_run_is_exclusive_and_resumes_after_sigterm(job: Job, openai: FakeOpenAI
         status = job.cli("status", "--json")
         assert status.code == 0, status.err
         assert {batch["state"] for batch in status.json["batches"]} == {"created"}
-        ended = stopped(running)
+        ended = running.stop()
     assert ended.code == 130, ended.err
     assert "run the same command again to resume" in ended.err
     openai.advance(4000)
@@ -102,7 +102,7 @@ def test_sigterm_before_mongodb_answers_ends_at_once(job: Job) -> None:
         with job.started("run", MONGODB_URI=uri, MONGODB_TIMEOUT_MS="60000") as running:
             until((job.folder / "state/.lock").exists)
             begun_s = time.monotonic()
-            ended = stopped(running)
+            ended = running.stop()
     assert ended.code == 130, ended.err
     assert time.monotonic() - begun_s < 15
 
@@ -402,6 +402,6 @@ def test_sigint_ends_like_sigterm(job: Job, openai: FakeOpenAI) -> None:
     openai.configure(polls_until_done=0)
     with job.started("run") as running:
         openai.wait_for("requests:batches.retrieve", at_least=3)
-        ended = stopped(running, signal.SIGINT)
+        ended = running.stop(signal.SIGINT)
     assert ended.code == 130
     assert "Traceback" not in ended.err

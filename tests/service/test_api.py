@@ -20,12 +20,6 @@ CANARY = "CANARY-4929-1234"
 
 
 @pytest.fixture(scope="module")
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama(slots=8, latency_s=0.01, user_message=0) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def shared(fake: FakeOllama, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     settings = {"API_MAX_BODY_BYTES": "20000", "API_MAX_MESSAGES": "50", "API_MAX_TEXT_CHARACTERS": "6000"}
     folder = tmp_path_factory.mktemp("service")

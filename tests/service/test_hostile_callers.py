@@ -22,12 +22,6 @@ HEAD = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application
 MEMORY_GROWTH_BYTES = 20 * 1024 * 1024
 
 
-@pytest.fixture(scope="module")
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama(slots=8, latency_s=0.01, user_message=0) as server:
-        yield server
-
-
 @contextlib.contextmanager
 def serve_quickly(folder: Path, fake: FakeOllama, protocol: str) -> Iterator[ServiceProcess]:
     """A service that waits for a second where the default is ten."""

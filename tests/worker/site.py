@@ -29,7 +29,7 @@ from error_handler import SkippedDocumentError
 from prompt_builder import chat_messages
 from storage import extended_json
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
-from tests.forked_process import ForkedProcess
+from tests.forked_process import Ended, ForkedProcess
 
 ROOT = Path(__file__).parents[2]
 FAULTY_WORKER = ROOT / "tests/crash/faulty_worker.py"
@@ -48,20 +48,6 @@ FAST = {
 }
 
 Document = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a worker ended: its exit code (negative: the signal that killed it) and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        """Everything it printed."""
-        return self.out + self.err
 
 
 class WorkerProcess:
@@ -177,6 +163,12 @@ def open_site(uri: str, db_name: str, model: FakeOllama | None, folder: Path) ->
     """Yield a Site whose client is closed at the end."""
     with MongoClient[Document](uri, tz_aware=True, serverSelectionTimeoutMS=20_000) as client:
         yield Site(uri, client[db_name], model, folder)
+
+
+def requests(site: Site) -> int:
+    """Return how many requests the model has got."""
+    assert site.model is not None
+    return int(site.model.stats()["chat_requests"])
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:

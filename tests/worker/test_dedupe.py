@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.crash.faulty_worker import SEAMS
-from tests.worker.site import Document, Site, check_directory, check_exactly_once, conversation, sha
+from tests.worker.site import Document, Site, check_directory, check_exactly_once, conversation, requests, sha
 from worker.dedupe import FILE_NAME
 
 CONCURRENCY = 6
@@ -30,11 +30,6 @@ def filled(site: Site, count: int, distinct: int) -> list[Document]:
     documents = [same(number, number % distinct) for number in range(count)]
     site.source.insert_many(documents)
     return documents
-
-
-def requests(site: Site) -> int:
-    assert site.model is not None
-    return int(site.model.stats()["chat_requests"])
 
 
 def made(site: Site) -> dict[Any, dict[str, Any]]:

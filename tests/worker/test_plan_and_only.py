@@ -23,6 +23,7 @@ from tests.worker.site import (
     conversation,
     filled,
     key,
+    requests,
     user_message,
 )
 from tests.worker.test_documents_in_a_run import with_odd_ids
@@ -48,11 +49,6 @@ def ids(site: Site, kind: str, **settings: str) -> list[Any]:
     ended = site.run("plan", "--ids", kind, "--json", **settings)
     assert ended.code == 0, ended.err
     return [extended_json.loads(line) for line in ended.out.splitlines()]
-
-
-def requests(site: Site) -> int:
-    assert site.model is not None
-    return int(site.model.stats()["chat_requests"])
 
 
 def edit(site: Site, *numbers: int) -> list[Document]:
