@@ -11,12 +11,11 @@ from typing import Any
 
 import llm_wrapper
 from aggregator import aggregate_conversation
-from classifier import ReplyParser
+from classifier import Classifier
 from config import Settings, load_settings, load_taxonomy
 from error_handler import RequestError, SkippedDocumentError
 from model_server.models import chat_target
 from model_server.window import choose_window
-from prompt_builder import PromptBuilder
 from service import errors
 from service.contract import (
     ClassificationRequest,
@@ -69,14 +68,13 @@ def classify_conversation(
         conversation = aggregate_conversation(request.model_dump())
     except SkippedDocumentError as exc:
         raise RequestError(errors.INVALID) from exc
-    taxonomy = load_taxonomy(settings.taxonomy_file)
+    classifier = Classifier(load_taxonomy(settings.taxonomy_file), settings.on_long)
     with llm_wrapper.open_session() as session:
         client = llm_wrapper.LLMClient(settings, chat_target(settings, settings.model or ""), session)
         client.prepare(settings)
         client.warm_up(choose_window(None, client.target.context_limit, settings.ollama_num_ctx), logger.info)
-        prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
         try:
-            outcome = llm_wrapper.ollama_classify(conversation, client, prompts, parser)
+            outcome = llm_wrapper.ollama_classify(conversation, client, classifier)
         except SkippedDocumentError as exc:
             raise RequestError(errors.TOO_LONG) from exc
     return ConversationAnswer(

@@ -7,14 +7,13 @@ import asyncio
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from domain.document_files import read_documents
+from domain.document_files import SAMPLES, read_documents
 from domain.text import one_line
 from error_handler import ExitCode, RequestError
 from service.client.client import (
@@ -22,16 +21,15 @@ from service.client.client import (
     ServiceClient,
     ServiceTimeoutError,
     add_service_arguments,
-    number,
     open_session,
     run_client,
 )
 from service.client.protocol import ServiceTarget, request_for
 from storage.extended_json import Document, id_key, loads
+from utils.process import number_between
 from utils.retry_utils import RetryPolicy
 
-DATA = Path(__file__).parent / "data"
-SAMPLES, EXPECTED = DATA / "sample_conversations.jsonl", DATA / "sample_expected.jsonl"
+EXPECTED = SAMPLES.with_name("sample_expected.jsonl")
 FIELDS = ("intent", "topic", "sentiment")
 MIN_TURNS = 3
 MAX_SAMPLES = 100
@@ -60,7 +58,7 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--count",
-        type=number(int, 1, MAX_SAMPLES),
+        type=number_between(int, 1, MAX_SAMPLES),
         default=8,
         metavar="N",
         help="number of conversations (%(default)s)",

@@ -21,11 +21,11 @@ from commands.summary import print_labels
 from domain.document_files import read_documents
 from domain.text import counted
 from error_handler import ExitCode, RunInterruptedError, StateDirectoryError, TriadError
-from service.client.client import Pace, ServiceClient, add_service_arguments, number, open_session, run_client
+from service.client.client import Pace, ServiceClient, add_service_arguments, open_session, run_client
 from service.client.protocol import ServiceTarget
 from service.client.run import AnswerJournal, ClientRun, percentile
 from storage.files import remove_file
-from utils.process import stop_on_signals
+from utils.process import number_between, stop_on_signals
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
 
@@ -54,10 +54,14 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--file", type=Path, required=True, help="JSON, JSONL or CSV file in any accepted shape")
     parser.add_argument(
-        "--concurrency", type=number(int, 1, 1000), default=8, metavar="N", help="concurrent requests (%(default)s)"
+        "--concurrency",
+        type=number_between(int, 1, 1000),
+        default=8,
+        metavar="N",
+        help="concurrent requests (%(default)s)",
     )
     parser.add_argument(
-        "--retries", type=number(int, 0, 100), default=5, metavar="N", help="retries per request (%(default)s)"
+        "--retries", type=number_between(int, 0, 100), default=5, metavar="N", help="retries per request (%(default)s)"
     )
     parser.add_argument("--output-dir", type=Path, default=DATA, metavar="DIR", help="directory of the results (data/)")
     parser.add_argument(

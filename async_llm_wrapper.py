@@ -15,24 +15,17 @@ from typing import TypeVar
 
 import aiohttp
 
-from classifier import ReplyParser, classification_flow
+from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import (
-    LLMConnectionError,
-    LLMError,
-    LLMTimeoutError,
-    LLMUnavailableError,
-)
+from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
 from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
-from model_server.truncation import TranscriptTruncator
 from model_server.window import Say, WindowChoice, choose_window, warm_up
-from prompt_builder import PromptBuilder
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -84,13 +77,6 @@ class AsyncLLMClient:
         self._limit = limit
         self._on_answer = on_answer
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
-        self._truncator: TranscriptTruncator | None = None
-
-    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return the truncator of this client; it is built for the first *prompts*."""
-        if self._truncator is None:
-            self._truncator = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
-        return self._truncator
 
     async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
@@ -131,9 +117,10 @@ class AsyncLLMClient:
         request = served_models.show_request(self.target.server_url, model, self._settings.llm_timeout_s)
         return served_models.parse_show(*await self.send(request))
 
-    async def loaded(self) -> list[served_models.LoadedModel]:
-        """Return the models that Ollama holds in memory. Raises LLMUnavailableError if the server is away."""
-        return served_models.parse_loaded(*await self.send(served_models.loaded_request(self.target.server_url)))
+    async def loaded(self) -> served_models.LoadedModel | None:
+        """Return how Ollama holds the model in memory, None if it does not. Raises LLMUnavailableError if it is away."""
+        request = served_models.loaded_request(self.target.server_url)
+        return served_models.find_loaded(self.target.model, *await self.send(request))
 
     async def prepare(self, settings: Settings) -> ChatTarget:
         """Find the model that *settings* name on the server, and return the target.
@@ -207,7 +194,7 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
 
 
 async def ollama_classify_async(
-    conversation: Conversation, client: AsyncLLMClient, prompts: PromptBuilder, parser: ReplyParser, attempt: int = 0
+    conversation: Conversation, client: AsyncLLMClient, classifier: Classifier, attempt: int = 0
 ) -> Outcome:
     """Return the labels of *conversation*; an unusable answer is followed by one repair turn.
 
@@ -217,8 +204,8 @@ async def ollama_classify_async(
         LLMError: The server gave no answer, or no usable one.
         SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
     """
-    flow, calls = classification_flow(conversation, client, prompts, parser), itertools.count(2 * attempt)
-    return await _drive(flow, lambda messages: client.chat(messages, parser.schema_json, next(calls)))
+    flow, calls = classification_flow(conversation, client, classifier), itertools.count(2 * attempt)
+    return await _drive(flow, lambda messages: client.chat(messages, classifier.schema_json, next(calls)))
 
 
 async def _drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R:
@@ -268,13 +255,11 @@ class SharedWindow:
         if self._loading is not None:
             await asyncio.shield(self._loading)
 
-    async def classify(
-        self, prompts: PromptBuilder, parser: ReplyParser, conversation: Conversation, attempt: int
-    ) -> Outcome:
+    async def classify(self, classifier: Classifier, conversation: Conversation, attempt: int) -> Outcome:
         """Renew the window, then return what ``ollama_classify_async`` returns."""
         with contextlib.suppress(LLMError):  # the call that follows reports it
             await self.renew()
-        return await ollama_classify_async(conversation, self._client, prompts, parser, attempt)
+        return await ollama_classify_async(conversation, self._client, classifier, attempt)
 
     async def close(self) -> None:
         """Cancel a load that is under way."""
@@ -289,7 +274,7 @@ class SharedWindow:
         target = self._client.target
         try:
             status, body = await self._client.send(served_models.loaded_request(target.server_url))
-            loaded = served_models.find_loaded(target.model, served_models.parse_loaded(status, body))
+            loaded = served_models.find_loaded(target.model, status, body)
         except LLMError:
             return  # the next call reports the problem
         if status == 200 and loaded is None:

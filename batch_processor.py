@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
-from classifier import ReplyParser
+from classifier import Classifier
 from config import Settings, load_settings, load_taxonomy
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
 from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
-from model_server.protocol import plan_fingerprint
 from mongo_client import DocumentStore
-from prompt_builder import PromptBuilder
 from storage.extended_json import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
@@ -116,8 +114,7 @@ class BatchProcessor:
         self._connected = True
 
     async def _connect_model(self, stack: AsyncExitStack) -> Classify:
-        taxonomy = load_taxonomy(self.settings.taxonomy_file)
-        prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
+        classifier = Classifier(load_taxonomy(self.settings.taxonomy_file), self.settings.on_long)
         session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
         if self.settings.max_concurrent == "auto":
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
@@ -127,19 +124,17 @@ class BatchProcessor:
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
-        estimator = client.truncator(prompts).estimator
-        choice = await run_window(
-            client, self.settings.ollama_num_ctx, lambda _client: sample_needs(self.store, estimator)
-        )
+        sample = partial(sample_needs, self.store, classifier.truncator.estimator)
+        choice = await run_window(client, self.settings.ollama_num_ctx, sample)
         start_s = time.monotonic()
         target = await client.warm_up(choice, self._tell)
         if recorder is not None:
             recorder.note_load(time.monotonic() - start_s)
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
-        self._plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)
+        self._plan = classifier.plan(target)
         window = SharedWindow(client, target.num_ctx)
         stack.push_async_callback(window.close)
-        return partial(window.classify, prompts, parser)
+        return partial(window.classify, classifier)
 
     def _tell(self, sentence: str) -> None:
         logger.info(sentence)

@@ -14,8 +14,8 @@ from domain.conversation import Classification, Conversation, Message, Outcome, 
 from domain.text import one_line, prompt_text
 from error_handler import LLMContextError, LLMError, LLMReplyError, Reason
 from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
-from model_server.truncation import TranscriptTruncator
-from prompt_builder import PromptBuilder
+from model_server.window import OnLong, TranscriptTruncator
+from prompt_builder import build_system_prompt, chat_messages
 
 LABELS = ("intent", "topic", "sentiment")
 FIELDS = ("categorization", *LABELS)
@@ -28,13 +28,26 @@ _REPAIR = (
 )
 
 
-class ReplyParser:
-    """Parses replies against one taxonomy; *schema_json* is the JSON Schema of such a reply."""
+class Classifier:
+    """What one taxonomy decides: the prompt, the JSON Schema of a reply, and its parser. Keep one for each model.
 
-    def __init__(self, taxonomy: Taxonomy) -> None:
+    *truncator* fits long conversations into the window as *on_long* says, and learns from the answers of the model.
+    """
+
+    def __init__(self, taxonomy: Taxonomy, on_long: OnLong = "fit") -> None:
+        self.system_prompt = build_system_prompt(taxonomy)
+        self.truncator = TranscriptTruncator(self.system_prompt, on_long)
         self._names = {field: taxonomy.names(field) for field in LABELS}
         self._labels = {field: {fold_label(name): name for name in names} for field, names in self._names.items()}
         self.schema_json = json.dumps(classification_schema(taxonomy), ensure_ascii=False).encode()
+
+    def messages(self, transcript: str) -> list[Message]:
+        """Return the messages that ask for the labels of *transcript*."""
+        return chat_messages(self.system_prompt, transcript)
+
+    def plan(self, target: ChatTarget) -> str:
+        """Return the plan_fingerprint of answers from *target*."""
+        return plan_fingerprint(target, self.system_prompt, self.schema_json)
 
     def parse(self, reply: str) -> Classification:
         """Return the classification in *reply*.
@@ -66,8 +79,8 @@ class ReplyParser:
 
 
 def parse_classification(reply: str, taxonomy: Taxonomy) -> Classification:
-    """Return the classification in one *reply*; see ``ReplyParser.parse``. For many replies, keep a ReplyParser."""
-    return ReplyParser(taxonomy).parse(reply)
+    """Return the classification in one *reply*; see ``Classifier.parse``. For many replies, keep a Classifier."""
+    return Classifier(taxonomy).parse(reply)
 
 
 def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
@@ -94,12 +107,9 @@ class ModelClient(Protocol):
     def target(self) -> ChatTarget:
         """The current model, its options and its window."""
 
-    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return the truncator for prompts of *prompts*."""
-
 
 def classification_flow(
-    conversation: Conversation, client: ModelClient, prompts: PromptBuilder, parser: ReplyParser
+    conversation: Conversation, client: ModelClient, classifier: Classifier
 ) -> Generator[list[Message], ChatReply, Outcome]:
     """Classify *conversation*: yield the messages to send, receive the reply, return the outcome.
 
@@ -112,16 +122,16 @@ def classification_flow(
         LLMError: The second attempt failed as well.
     """
     start_s = time.monotonic()
-    truncator = client.truncator(prompts)
+    truncator = classifier.truncator
     fitted = truncator.fit(conversation, client.target)
-    messages = prompts.build_transcript(fitted.transcript)
+    messages = classifier.messages(fitted.transcript)
     calls, is_repair, is_truncated_again = 0, False, False
     while True:
         calls += 1
         reply: ChatReply | None = None
         try:
             reply = yield messages
-            classification = parser.parse(reply.text)
+            classification = classifier.parse(reply.text)
             if not is_repair:  # a repair turn makes the prompt longer
                 truncator.require_whole(fitted, client.target, reply.prompt_tokens)
                 truncator.learn(fitted, reply.prompt_tokens)
@@ -130,27 +140,26 @@ def classification_flow(
             if problem.reason is Reason.CONTEXT_OVERFLOW and not is_truncated_again:
                 is_truncated_again, is_repair = True, False
                 fitted = truncator.fit_again(conversation, fitted, client.target, problem)
-                messages = prompts.build_transcript(fitted.transcript)
+                messages = classifier.messages(fitted.transcript)
             elif problem.reason is Reason.CONTEXT_OVERFLOW or is_repair:
                 raise
             else:
                 is_repair = True
                 messages = repair_messages(messages, reply, problem)
     target = client.target
-    plan = plan_fingerprint(target, prompts.system_prompt, parser.schema_json)
     return Outcome(
         classification,
         model_used=target.model,
         model_digest=target.digest,
         input_sha256=conversation.transcript_sha256,
-        fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
+        fingerprint=result_fingerprint(classifier.plan(target), conversation.transcript_sha256),
         attempts=calls,
         duration_ms=round((time.monotonic() - start_s) * 1000),
         prompt_tokens=reply.prompt_tokens,
         reply_tokens=reply.reply_tokens,
         input_complete=fitted.is_complete,
         turns_used=fitted.turns_used,
-        confidence=parser.confidence(reply, classification),
+        confidence=classifier.confidence(reply, classification),
     )
 
 

@@ -39,9 +39,7 @@ from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
 from worker.staleness import StalenessChecker
 
-DATA = Path(__file__).parent / "data"
-EMBEDDED_DATA = DATA / "embedded"
-SAMPLES = DATA / "sample_conversations.jsonl"
+EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
 
 # Modules of commands/. They are imported on demand: some need libraries that a run does not.
 COMMANDS = ("doctor", "estimate", "plan", "quarantine", "openai-batch", "index")
@@ -114,7 +112,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any]]:
     """Start the embedded MongoDB with the samples, and select the baseline if no Ollama answers."""
-    from domain.document_files import read_documents  # noqa: PLC0415
+    from domain.document_files import SAMPLES, read_documents  # noqa: PLC0415
     from embedded.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - only for --embedded
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
 

@@ -18,21 +18,14 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from classifier import ReplyParser, classification_flow
+from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import (
-    LLMConnectionError,
-    LLMError,
-    LLMTimeoutError,
-    LLMUnavailableError,
-)
+from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
 from model_server import protocol
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
-from model_server.truncation import TranscriptTruncator
 from model_server.window import Say, WindowChoice, warm_up
-from prompt_builder import PromptBuilder
 from utils.retry_utils import RetryPolicy, tenacity_options
 
 CONNECT_TIMEOUT_S = 5.0
@@ -150,13 +143,6 @@ class LLMClient:
         self._session = session
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
         self._settings = settings
-        self._truncator: TranscriptTruncator | None = None
-
-    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return the truncator of this client; it is built for the first *prompts*."""
-        if self._truncator is None:
-            self._truncator = TranscriptTruncator(prompts.system_prompt, self._settings.on_long)
-        return self._truncator
 
     def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. Raises LLMError after the last one."""
@@ -190,12 +176,10 @@ class LLMClient:
             self.target = replace(self.target, logprobs=False)
 
 
-def ollama_classify(
-    conversation: Conversation, client: LLMClient, prompts: PromptBuilder, parser: ReplyParser, attempt: int = 0
-) -> Outcome:
+def ollama_classify(conversation: Conversation, client: LLMClient, classifier: Classifier, attempt: int = 0) -> Outcome:
     """Return the labels of *conversation*, as ``async_llm_wrapper.ollama_classify_async`` does."""
-    flow, calls = classification_flow(conversation, client, prompts, parser), itertools.count(2 * attempt)
-    return _drive(flow, lambda messages: client.chat(messages, parser.schema_json, next(calls)))
+    flow, calls = classification_flow(conversation, client, classifier), itertools.count(2 * attempt)
+    return _drive(flow, lambda messages: client.chat(messages, classifier.schema_json, next(calls)))
 
 
 def _drive(flow: Generator[Q, A, R], ask: Callable[[Q], A]) -> R:

@@ -43,9 +43,6 @@ class SafeFormatter(logging.Formatter):
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to the current ``sys.stderr``, which a progress bar replaces while it is shown."""
 
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record to the current stderr."""
         self.stream = sys.stderr
@@ -53,12 +50,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def configure_logging(
-    level: str,
-    *,
-    to_stderr: bool = True,
-    file: Path | None = None,
-    secrets: Iterable[str] = (),
-    stderr_level: str | None = None,
+    level: str, *, file: Path | None = None, secrets: Iterable[str] = (), stderr_level: str | None = None
 ) -> None:
     """Send log lines of *level* and above to stderr and to the rotated *file*. Call it once, from an entry point.
 
@@ -67,17 +59,15 @@ def configure_logging(
     Raises:
         OSError: *file* cannot be written. Nothing was changed.
     """
-    handlers: list[logging.Handler] = []
+    handlers: list[logging.Handler] = [StderrHandler()]
+    handlers[0].setLevel(stderr_level or logging.NOTSET)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(RotatingFileHandler(file, maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8"))
-    if to_stderr:
-        handlers.append(StderrHandler())
-        handlers[-1].setLevel(stderr_level or logging.NOTSET)
     formatter = SafeFormatter(secrets)
     for handler in handlers:
         handler.setFormatter(formatter)
-    logging.basicConfig(level=level, handlers=handlers or [logging.NullHandler()], force=True)
+    logging.basicConfig(level=level, handlers=handlers, force=True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -8,7 +8,6 @@ a part of it (ollama/ollama: rendered path, truncate).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from config import Taxonomy
 from domain.conversation import Conversation, Message
@@ -59,35 +58,17 @@ Customer: ok
 """
 
 
-@dataclass(frozen=True)
-class PromptBuilder:
-    """Builds the messages of one run; *system_prompt* is their constant part."""
-
-    system_prompt: str
-
-    @classmethod
-    def from_taxonomy(cls, taxonomy: Taxonomy) -> PromptBuilder:
-        """Return the builder for the labels of *taxonomy*."""
-        return cls(build_system_prompt(taxonomy))
-
-    def build(self, conversation: Conversation) -> list[Message]:
-        """Return the system message and the conversation as one user message."""
-        return self.build_transcript(conversation.transcript)
-
-    def build_transcript(self, transcript: str) -> list[Message]:
-        """Return the same messages for *transcript*, which may be truncated."""
-        return [
-            {"role": "system", "content": self.system_prompt},
-            {"role": "user", "content": f"<conversation>\n{transcript}\n</conversation>"},
-        ]
+def chat_messages(system_prompt: str, transcript: str) -> list[Message]:
+    """Return *system_prompt* and *transcript*, which may be truncated, as a system message and a user message."""
+    return [
+        {"role": "system", "content": system_prompt},
+        {"role": "user", "content": f"<conversation>\n{transcript}\n</conversation>"},
+    ]
 
 
 def build_prompt(conversation: Conversation, taxonomy: Taxonomy) -> list[Message]:
-    """Return the chat messages that ask for the labels of *conversation*.
-
-    For many conversations, keep a PromptBuilder.
-    """
-    return PromptBuilder.from_taxonomy(taxonomy).build(conversation)
+    """Return the chat messages that ask for the labels of *conversation*. For many conversations, keep a Classifier."""
+    return chat_messages(build_system_prompt(taxonomy), conversation.transcript)
 
 
 def build_system_prompt(taxonomy: Taxonomy) -> str:

@@ -15,12 +15,11 @@ from typing import Any, Literal
 from pymongo import MongoClient
 
 from benchmarks.worker_process import WorkerFailedError, WorkerProcess
-from classifier import ReplyParser
+from classifier import Classifier
 from config import load_settings, load_taxonomy
 from embedded.mongod import EmbeddedMongod
 from model_server.models import chat_target
 from model_server.protocol import build_chat_body
-from prompt_builder import PromptBuilder
 from tests.fakes.fake_ollama import FakeOllama, FakeOllamaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,8 +170,8 @@ def require_same_prompts(one: Run, other: Run) -> None:
 
 def _constant_part() -> dict[str, Any]:
     """Return the constant part of the product's requests, built by its own code."""
-    taxonomy = load_taxonomy(None)
+    classifier = Classifier(load_taxonomy(None))
     target = chat_target(load_settings(None, ollama_model=MODEL), MODEL)
-    body = json.loads(build_chat_body(target, [], ReplyParser(taxonomy).schema_json))
+    body = json.loads(build_chat_body(target, [], classifier.schema_json))
     del body["messages"]
-    return {"system_prompt": PromptBuilder.from_taxonomy(taxonomy).system_prompt, "body": body}
+    return {"system_prompt": classifier.system_prompt, "body": body}

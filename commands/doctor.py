@@ -9,10 +9,10 @@ import json
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
 
 from rich.console import Console
 
-from async_llm_wrapper import AsyncLLMClient
 from commands.diagnosis.disk import diagnose_disk
 from commands.diagnosis.findings import Finding, count_levels, error, exit_code, print_finding, print_totals
 from commands.diagnosis.model import diagnose_model
@@ -21,8 +21,9 @@ from commands.diagnosis.settings import diagnose_labels, diagnose_settings
 from commands.flags import Command, add_model_flags, positive
 from config import Settings, load_taxonomy
 from error_handler import TriadError
+from model_server.tokens import TokenEstimator
 from mongo_client import DocumentStore
-from prompt_builder import PromptBuilder
+from prompt_builder import build_system_prompt
 from worker.plan import sample_needs
 
 SAMPLE_TIMEOUT_MS = 5000
@@ -77,21 +78,21 @@ def _areas(
     at_most = 0 if arguments.no_probe else arguments.max_probe
     return [
         ("mongodb", "MongoDB", diagnose(once)),
-        ("model", "Model server", diagnose_model(settings, lambda client: _sample(once, client), at_most, tell)),
+        ("model", "Model server", diagnose_model(settings, partial(_sample, once), at_most, tell)),
         ("disk", "Disk and process", _in_turn(diagnose_disk(settings))),
         ("labels", "Labels", _in_turn(diagnose_labels(settings))),
         ("settings", "Settings", _in_turn(diagnose_settings(settings, _given_flags(arguments, settings)))),
     ]
 
 
-async def _sample(settings: Settings, client: AsyncLLMClient) -> list[int]:
+async def _sample(settings: Settings) -> list[int]:
     """Return the token counts of the documents that a run would sample to choose its window."""
-    prompts = PromptBuilder.from_taxonomy(load_taxonomy(settings.taxonomy_file))
+    estimator = TokenEstimator(build_system_prompt(load_taxonomy(settings.taxonomy_file)))
     # The diagnosis of MongoDB has already waited for the full timeout.
     timeout_ms = min(settings.mongodb_timeout_ms, SAMPLE_TIMEOUT_MS)
     store = DocumentStore(settings.model_copy(update={"mongodb_timeout_ms": timeout_ms}))
     try:
-        return await sample_needs(store, client.truncator(prompts).estimator)
+        return await sample_needs(store, estimator)
     finally:
         await store.close()
 

@@ -14,7 +14,12 @@ from typing import Any
 
 from config import Settings, load_settings
 from error_handler import ConfigurationError
+from utils.process import number_between
 from worker.staleness import SELECTABLE
+
+# Types of flags.
+positive = number_between(int, 1)
+dollars = number_between(float, 0)
 
 PRESETS = {"conservative": (3, 50), "balanced": (5, 100), "aggressive": (10, 200)}  # max_concurrent, batch_size
 
@@ -202,7 +207,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     if settings.mode == "scheduled":
         if not arguments.schedule:
             raise ConfigurationError('--mode scheduled requires --schedule, for example --schedule "0 2 * * *".')
-        require_cron(arguments.schedule)
+        seconds_until_next(arguments.schedule, datetime.now().astimezone())  # refuses what is not cron
     for flag in ("reprocess", "retry_failed"):
         if arguments.only and getattr(arguments, flag):
             raise ConfigurationError(f"--only and --{flag.replace('_', '-')} both select documents; use one of them.")
@@ -219,41 +224,20 @@ def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:
     return console, logs or arguments.verbose, files
 
 
-def require_cron(expression: str) -> None:
-    """Raise ConfigurationError if *expression* is not a cron expression of five fields."""
+def seconds_until_next(expression: str, now: datetime) -> float:
+    """Return the seconds from *now* (aware, in the local time zone) to the next match of *expression*.
+
+    Raises:
+        ConfigurationError: *expression* is not a cron expression of five fields, or its day does not exist.
+    """
     from croniter import croniter  # noqa: PLC0415 - most runs have no schedule and start faster without it
 
     try:
-        comes = len(expression.split()) == 5 and bool(croniter(expression).get_next())
-    except ValueError:  # not cron, or a day that does not exist
-        comes = False
-    if not comes:
+        if len(expression.split()) != 5:
+            raise ValueError("not five fields")
+        following: datetime = croniter(expression, now).get_next(datetime)
+    except ValueError as exc:
         raise ConfigurationError(
             f'--schedule {expression!r} is not a cron expression; for every day at 2:00, use "0 2 * * *".'
-        )
-
-
-def seconds_until_next(expression: str, now: datetime) -> float:
-    """Return the seconds from *now* (aware, in the local time zone) to the next match of *expression*."""
-    from croniter import croniter  # noqa: PLC0415 - see require_cron
-
-    following: datetime = croniter(expression, now).get_next(datetime)
+        ) from exc
     return max(0.0, (following - now).total_seconds())
-
-
-def positive(text: str) -> int:
-    """Return *text* as a whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
-    return int(text)
-
-
-def dollars(text: str) -> float:
-    """Return *text* as US dollars, 0 or more, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError("must be an amount in US dollars, 0 or more")
-    return value

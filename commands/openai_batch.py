@@ -7,6 +7,7 @@ from pathlib import Path
 
 from commands.flags import Command, dollars, positive
 from config import Settings
+from utils.process import number_between
 
 ACTIONS = {
     "run": "send, wait and apply until nothing is pending; can be stopped and resumed",
@@ -29,7 +30,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-external", action="store_true", help="allow sending customer text to OpenAI")
     parser.add_argument("--mask-pii", action="store_true", help="replace personal data by placeholders before sending")
     parser.add_argument(
-        "--poll-interval", type=_seconds, metavar="S", help="seconds between two checks of the batches (POLL_INTERVAL)"
+        "--poll-interval",
+        type=number_between(float, 0.001),
+        metavar="S",
+        help="seconds between two checks of the batches (POLL_INTERVAL)",
     )
     parser.add_argument("--state-dir", type=Path, help="folder of the ledger of this job (below --batch-files-dir)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -40,13 +44,6 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     from openai_batch import actions  # noqa: PLC0415 - slow to load, and the batch worker does not need it
 
     return await actions.run(arguments, settings)
-
-
-def _seconds(text: str) -> float:
-    value = dollars(text)
-    if not value:
-        raise argparse.ArgumentTypeError("must be more than 0 seconds")
-    return value
 
 
 COMMAND = Command(

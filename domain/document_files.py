@@ -24,6 +24,8 @@ from storage.extended_json import Document
 
 logger = logging.getLogger(__name__)
 
+SAMPLES = Path(__file__).parent.parent / "data" / "sample_conversations.jsonl"
+
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 CSV_SUFFIXES = frozenset({".csv", ".tsv"})
 DELIMITERS = ",;\t|"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 
 from config.taxonomy import Label, Taxonomy, fold_label
@@ -109,19 +109,14 @@ class BaselineClassifier:
 
     def _sentiment(self, texts: list[str]) -> str:
         """Return the sentiment of the mean score of all pieces that show a feeling; neutral pieces do not dilute it."""
-        compounds = (
-            self._vader.polarity_scores(piece)["compound"] for piece in islice(self._pieces(texts), _PIECES_READ)
-        )
+        prose = (_NOT_PROSE.sub(" ", text).translate(self._emoji) for text in texts)
+        pieces = (match.group() for text in prose for match in _PIECE.finditer(text))
+        compounds = (self._vader.polarity_scores(piece)["compound"] for piece in islice(pieces, _PIECES_READ))
         felt = [compound for compound in compounds if compound]
         mean = sum(felt) / len(felt) if felt else 0.0
         if mean >= POSITIVE_FROM:
             return self._sentiments["positive"]
         return self._sentiments["negative" if mean <= NEGATIVE_TO else "neutral"]
-
-    def _pieces(self, texts: Iterable[str]) -> Iterator[str]:
-        for text in texts:
-            for match in _PIECE.finditer(_NOT_PROSE.sub(" ", text).translate(self._emoji)):
-                yield match.group()
 
 
 class _PhraseIndex:

@@ -1,4 +1,4 @@
-"""The model server without I/O: protocols, models, context window, truncation, tokens, breaker, concurrency.
+"""The model server without I/O: protocols, models, context window and truncation, tokens, breaker, concurrency.
 
 Any higher layer may import any of its modules. It imports ``domain`` and the layers below it.
 """

@@ -44,9 +44,8 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """One entry of ``/api/ps``. *context_length* is the window that the server gave, tokens."""
+    """A model in memory. *context_length* is the window that the server gave, tokens."""
 
-    name: str
     context_length: int | None
     size_bytes: int | None
     vram_bytes: int | None
@@ -173,27 +172,18 @@ def parse_show(status: int, body: bytes) -> ModelFacts:
     )
 
 
-def parse_loaded(status: int, body: bytes) -> list[LoadedModel]:
-    """Return the loaded models from ``/api/ps``; empty if the server refuses."""
-    return [
-        LoadedModel(
-            entry["name"],
-            count(entry.get("context_length")),
-            count(entry.get("size")),
-            count(entry.get("size_vram", 0)),
-        )
-        for entry in (_entries(body, "models", "name") if status == 200 else [])
-    ]
+def find_loaded(model: str, status: int, body: bytes) -> LoadedModel | None:
+    """Return the entry of *model* in the answer of ``/api/ps``; None if it is not loaded or the server refuses."""
+    for entry in _entries(body, "models", "name") if status == 200 else []:
+        if entry["name"] in (model, f"{model}:latest"):
+            sizes = count(entry.get("size")), count(entry.get("size_vram", 0))
+            return LoadedModel(count(entry.get("context_length")), *sizes)
+    return None
 
 
 def loaded_request(server_url: str) -> ServerRequest:
     """Return the request that lists Ollama's loaded models."""
     return ServerRequest("GET", f"{server_url}/api/ps", None, LOADED_TIMEOUT_S)
-
-
-def find_loaded(model: str, loaded: list[LoadedModel]) -> LoadedModel | None:
-    """Return the entry of *model* in *loaded*; None if it is not loaded."""
-    return next((entry for entry in loaded if entry.name in (model, f"{model}:latest")), None)
 
 
 def is_cloud_name(model: str) -> bool:

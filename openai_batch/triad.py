@@ -15,17 +15,16 @@ from typing import Any
 import orjson
 
 from aggregator import aggregate_conversation, document_shape
-from classifier import MAX_CATEGORIZATION_CHARACTERS, ReplyParser
+from classifier import MAX_CATEGORIZATION_CHARACTERS, Classifier
 from config import Settings, load_taxonomy
 from domain.conversation import Outcome, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
-from model_server.protocol import ChatTarget, plan_fingerprint
+from model_server.protocol import ChatTarget
 from mongo_client import DocumentStore, selection_filter
 from openai_batch.documents import Variables, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
 from openai_batch.job_store import Answer, Handling
-from prompt_builder import PromptBuilder
 from storage.extended_json import canonical, id_key, loads
 
 LEASE_S = 30 * 86_400.0  # renewed by each start; a batch takes a day and may wait several days for tokens
@@ -49,16 +48,15 @@ class TriadHandling(Handling):
     """Labels conversations and leases them; their results go to *store*."""
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:
-        """Build the prompt and the parser; raise ConfigurationError if the taxonomy is malformed."""
-        taxonomy = load_taxonomy(settings.taxonomy_file)
-        self._prompts, self._parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
-        schema = {"name": "triad", "strict": True, "schema": orjson.loads(self._parser.schema_json)}
+        """Build the classifier; raise ConfigurationError if the taxonomy is malformed."""
+        self._classifier = Classifier(load_taxonomy(settings.taxonomy_file))
+        schema = {"name": "triad", "strict": True, "schema": orjson.loads(self._classifier.schema_json)}
         response_format = {"type": "json_schema", "json_schema": schema}
         self._openai = config.openai.model_copy(update={"response_format": response_format})
         self._target = ChatTarget(
             "openai_chat", config.openai.base_url, config.openai.base_url, config.openai.model, None, 0, "0"
         )
-        self._plan = plan_fingerprint(self._target, self._prompts.system_prompt, self._parser.schema_json)
+        self._plan = self._classifier.plan(self._target)
         self._store = store
         self._job_id = job_id
         self._keep_original = settings.store_original_conversation
@@ -70,7 +68,9 @@ class TriadHandling(Handling):
             conversation = aggregate_conversation(document)
         except SkippedDocumentError as exc:
             raise JobProcessingError(f"{exc.reason}: {exc}", is_final=True, is_skip=True) from exc
-        return request_body(self._openai, self._variables.hide(document, self._prompts.build(conversation)))
+        return request_body(
+            self._openai, self._variables.hide(document, self._classifier.messages(conversation.transcript))
+        )
 
     async def acquire(self, documents: Sequence[Document]) -> set[str]:
         """Lease *documents*; return the canonical ids of those that no worker holds."""
@@ -115,8 +115,8 @@ class TriadHandling(Handling):
     def _result(self, answer: Answer) -> dict[str, Any] | JobProcessingError:
         try:
             conversation = aggregate_conversation(answer.document)
-            labels = self._parser.parse(answer.line.content or "")
-            mask = self._variables.mask(answer.document, self._prompts.build(conversation))
+            labels = self._classifier.parse(answer.line.content or "")
+            mask = self._variables.mask(answer.document, self._classifier.messages(conversation.transcript))
             if mask is not None:
                 restored = one_line(mask.restore(labels.categorization), MAX_CATEGORIZATION_CHARACTERS)
                 labels = replace(labels, categorization=restored)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import async_llm_wrapper
 from async_llm_wrapper import SharedWindow
-from classifier import ReplyParser
+from classifier import Classifier
 from config import Settings, load_taxonomy
 from config.service_settings import ServiceSettings
 from domain.conversation import Conversation
@@ -28,7 +28,6 @@ from error_handler import (
 )
 from model_server.breaker import BreakerPolicy
 from model_server.models import chat_target
-from prompt_builder import PromptBuilder
 from service import errors
 from service.admission import AdmissionQueue, Deadlines
 from service.metrics import ServiceMetrics
@@ -72,7 +71,7 @@ class ModelService:
             }
         )
         taxonomy = load_taxonomy(settings.taxonomy_file)
-        self._prompts, self._parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
+        self._classifier = Classifier(taxonomy, settings.on_long)
         self._baseline = BaselineClassifier(taxonomy) if service_settings.embedded else None
         self._target = chat_target(settings, settings.model or "")
         self._metrics = metrics
@@ -201,10 +200,9 @@ class ModelService:
             return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict(), True
         if self._client is None or self._window is None:
             raise errors.unavailable(errors.MODEL_AWAY)
-        client, prompts, parser = self._client, self._prompts, self._parser
         try:
             await self._window.renew()
-            outcome = await async_llm_wrapper.ollama_classify_async(conversation, client, prompts, parser)
+            outcome = await async_llm_wrapper.ollama_classify_async(conversation, self._client, self._classifier)
         except LLMError as exc:
             self._metrics.model_failures.labels(str(exc.reason)).inc()
             problem = errors.request_error(exc)

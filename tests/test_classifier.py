@@ -15,7 +15,7 @@ from aggregator import aggregate_conversation
 from classifier import (
     MAX_CATEGORIZATION_CHARACTERS,
     MAX_REPLY_CHARACTERS,
-    ReplyParser,
+    Classifier,
     classification_flow,
     classification_schema,
     parse_classification,
@@ -24,11 +24,9 @@ from config import load_taxonomy
 from domain.conversation import Classification, Outcome, result_fingerprint
 from error_handler import LLMContextError, LLMReplyError, Reason
 from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
-from model_server.truncation import TranscriptTruncator
-from prompt_builder import PromptBuilder
 
 TAXONOMY = load_taxonomy()
-PARSER = ReplyParser(TAXONOMY)
+CLASSIFIER = Classifier(TAXONOMY)
 FIELDS: dict[str, Any] = {
     "categorization": "Parcel is late.",
     "intent": "Order Status",
@@ -37,9 +35,8 @@ FIELDS: dict[str, Any] = {
 }
 GOOD = json.dumps(FIELDS)
 EXPECTED = Classification("Parcel is late.", "Order Status", "Shipping/Delivery", "Negative")
-PROMPTS = PromptBuilder("Label it.")
 CONVERSATION = aggregate_conversation({"text": "where is it?"})
-MESSAGES = PROMPTS.build(CONVERSATION)
+MESSAGES = CLASSIFIER.messages(CONVERSATION.transcript)
 TARGET = ChatTarget("ollama_chat", "http://m/api/chat", "http://m", "llama3.2", None, 8192, "10m", "sha256:1")
 
 
@@ -50,7 +47,7 @@ def reply_of(**changes: Any) -> str:
 
 def problem_of(reply: str) -> LLMReplyError:
     with pytest.raises(LLMReplyError) as caught:
-        PARSER.parse(reply)
+        CLASSIFIER.parse(reply)
     return caught.value
 
 
@@ -74,7 +71,7 @@ def problem_of(reply: str) -> LLMReplyError:
 )
 def test_usable_replies_are_parsed(reply: str) -> None:
     """Plain JSON, and the first complete object inside a fence or prose."""
-    assert PARSER.parse(reply) == EXPECTED
+    assert CLASSIFIER.parse(reply) == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -89,7 +86,7 @@ def test_usable_replies_are_parsed(reply: str) -> None:
 )
 def test_labels_are_matched_without_case_and_spacing(written: str, expected: str) -> None:
     """What is stored is always the taxonomy's own spelling."""
-    assert PARSER.parse(reply_of(intent=written)).intent == expected
+    assert CLASSIFIER.parse(reply_of(intent=written)).intent == expected
 
 
 @pytest.mark.parametrize(
@@ -153,7 +150,7 @@ def test_an_error_never_quotes_the_reply() -> None:
 )
 def test_the_categorization_is_one_visible_line(written: str, stored: str) -> None:
     """Whatever the model wrote, MongoDB and a terminal can take it."""
-    assert PARSER.parse(reply_of(categorization=written)).categorization == stored
+    assert CLASSIFIER.parse(reply_of(categorization=written)).categorization == stored
 
 
 def test_parse_classification_is_the_same_for_one_reply() -> None:
@@ -164,7 +161,7 @@ def test_parse_classification_is_the_same_for_one_reply() -> None:
 def test_schema_matches_the_parser() -> None:
     """Flat, closed, with the taxonomy's enums, and the description before the labels."""
     schema = classification_schema(TAXONOMY)
-    assert json.loads(PARSER.schema_json) == schema
+    assert json.loads(CLASSIFIER.schema_json) == schema
     assert schema["required"] == ["categorization", "intent", "topic", "sentiment"] == list(schema["properties"])
     assert schema["additionalProperties"] is False
     for field in ("intent", "topic", "sentiment"):
@@ -182,7 +179,7 @@ def test_schema_matches_the_parser() -> None:
 def test_round_trip(intent: str, topic: str, sentiment: str, categorization: str, is_ascii: bool) -> None:
     """What is written as JSON comes back the same."""
     fields = {"categorization": categorization, "intent": intent, "topic": topic, "sentiment": sentiment}
-    assert PARSER.parse(json.dumps(fields, ensure_ascii=is_ascii)) == Classification(
+    assert CLASSIFIER.parse(json.dumps(fields, ensure_ascii=is_ascii)) == Classification(
         categorization, intent, topic, sentiment
     )
 
@@ -191,7 +188,7 @@ def test_round_trip(intent: str, topic: str, sentiment: str, categorization: str
 def test_any_reply_is_a_classification_or_an_error_with_a_reason(reply: str) -> None:
     """No reply, however odd, raises anything else."""
     try:
-        PARSER.parse(reply)
+        CLASSIFIER.parse(reply)
     except LLMReplyError:
         assert problem_of(reply).reason in (Reason.EMPTY, Reason.NOT_JSON, Reason.WRONG_SHAPE, Reason.LABEL_OUTSIDE)
 
@@ -206,9 +203,6 @@ class Client:
 
     target = TARGET
 
-    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        return TranscriptTruncator(prompts.system_prompt)
-
 
 def reply(text: str) -> ChatReply:
     return ChatReply(text, 100, 20)
@@ -216,7 +210,7 @@ def reply(text: str) -> ChatReply:
 
 @pytest.fixture
 def flow() -> Flow:
-    return classification_flow(CONVERSATION, Client(), PROMPTS, PARSER)
+    return classification_flow(CONVERSATION, Client(), Classifier(TAXONOMY))
 
 
 def outcome_of(flow: Flow, text: str) -> Outcome:
@@ -293,7 +287,7 @@ def test_a_refused_prompt_is_truncated_once() -> None:
         {"messages": [{"sender": "customer", "text": f"{number} {'word ' * 100}"} for number in range(40)]}
     )
     refusal = LLMContextError("too long", prompt_tokens=6000, window_tokens=4096)
-    flow = classification_flow(conversation, Client(), PROMPTS, PARSER)
+    flow = classification_flow(conversation, Client(), Classifier(TAXONOMY))
     first = next(flow)
     second = flow.throw(refusal)
     assert len(second[1]["content"]) < len(first[1]["content"])
@@ -302,7 +296,7 @@ def test_a_refused_prompt_is_truncated_once() -> None:
     assert (outcome.attempts, outcome.input_complete) == (3, False)
     assert outcome.turns_used is not None
     assert outcome.turns_used < 40
-    flow = classification_flow(conversation, Client(), PROMPTS, PARSER)
+    flow = classification_flow(conversation, Client(), Classifier(TAXONOMY))
     next(flow)
     flow.throw(refusal)
     with pytest.raises(LLMContextError):
@@ -319,5 +313,5 @@ def test_outcome_records_how_the_answer_was_made(flow: Flow) -> None:
     assert (outcome.prompt_tokens, outcome.reply_tokens) == (100, 20)
     assert 0 <= outcome.duration_ms < 60_000
     assert outcome.input_sha256 == hashlib.sha256(b"Customer: where is it?").hexdigest()
-    plan = plan_fingerprint(TARGET, "Label it.", PARSER.schema_json)
+    plan = plan_fingerprint(TARGET, CLASSIFIER.system_prompt, CLASSIFIER.schema_json)
     assert outcome.fingerprint == result_fingerprint(plan, outcome.input_sha256)

@@ -17,7 +17,7 @@ import pytest
 import async_llm_wrapper
 import llm_wrapper
 from aggregator import aggregate_conversation
-from classifier import ReplyParser
+from classifier import Classifier
 from config import Settings, load_settings, load_taxonomy
 from domain.conversation import Classification, Outcome
 from error_handler import (
@@ -35,7 +35,6 @@ from error_handler import (
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.models import chat_target
 from model_server.protocol import SEED, ChatReply, ChatTarget, ServerRequest
-from prompt_builder import PromptBuilder
 from tests.fakes.scripted_server import (
     GOOD_CONTENT,
     ScriptedServer,
@@ -53,7 +52,7 @@ from tests.fakes.scripted_server import (
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
 SCHEMA = b"{}"
 TAXONOMY = load_taxonomy()
-PROMPTS, PARSER = PromptBuilder.from_taxonomy(TAXONOMY), ReplyParser(TAXONOMY)
+CLASSIFIER = Classifier(TAXONOMY)
 CONVERSATION = aggregate_conversation({"text": "where is it?"})
 BUSY, DOWN = answer({"error": "server busy"}, 503), answer({"error": "model runner has unexpectedly stopped"}, 500)
 QUICK = BreakerPolicy(first_probe_s=0.01, probe_cap_s=0.02, outage_limit_s=0.1)
@@ -80,7 +79,7 @@ class Sync:
         return self._ask(lambda client: client.prepare(self._settings))  # type: ignore[no-any-return]
 
     def classify(self, rounds: int = 0) -> Outcome:
-        return self._ask(lambda client: llm_wrapper.ollama_classify(CONVERSATION, client, PROMPTS, PARSER, rounds))  # type: ignore[no-any-return]
+        return self._ask(lambda client: llm_wrapper.ollama_classify(CONVERSATION, client, CLASSIFIER, rounds))  # type: ignore[no-any-return]
 
 
 class Async:
@@ -111,7 +110,7 @@ class Async:
 
     def classify(self, rounds: int = 0) -> Outcome:
         return self._ask(  # type: ignore[no-any-return]
-            lambda client: async_llm_wrapper.ollama_classify_async(CONVERSATION, client, PROMPTS, PARSER, rounds)
+            lambda client: async_llm_wrapper.ollama_classify_async(CONVERSATION, client, CLASSIFIER, rounds)
         )
 
 
@@ -369,8 +368,8 @@ def test_classify(wrapper: type[Asker], server: ScriptedServer) -> None:
     assert outcome.classification == Classification("Parcel is late.", "Order Status", "Shipping/Delivery", "Negative")
     assert (outcome.attempts, outcome.model_used, outcome.prompt_tokens) == (1, "llama3.2", 1500)
     sent = server.chats[0].json
-    assert sent["messages"] == PROMPTS.build(CONVERSATION)
-    assert sent["format"] == json.loads(PARSER.schema_json)
+    assert sent["messages"] == CLASSIFIER.messages(CONVERSATION.transcript)
+    assert sent["format"] == json.loads(CLASSIFIER.schema_json)
 
 
 def test_classify_repairs_once(wrapper: type[Asker], server: ScriptedServer) -> None:

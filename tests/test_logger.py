@@ -126,18 +126,11 @@ def test_a_second_call_replaces_the_first(capsys: pytest.CaptureFixture[str], tm
     assert (tmp_path / "first.log").read_text() == ""
 
 
-def test_without_stderr_and_file_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """Python's handler of last resort stays out of it."""
-    configure_logging("INFO", to_stderr=False)
-    logging.getLogger("a").error("nowhere")
-    assert capsys.readouterr().err == ""
-
-
 def test_file_is_created_with_its_folder_and_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same lines as on stderr, a bounded number of files."""
     monkeypatch.setattr("logger.MAX_LOG_BYTES", 200)
     file = tmp_path / "logs" / "run.log"
-    configure_logging("INFO", to_stderr=False, file=file, secrets=["sk-123"])
+    configure_logging("INFO", file=file, secrets=["sk-123"])
     for number in range(50):
         logging.getLogger("a").info("line %d of sk-123", number)
     assert file.read_text().endswith(" - INFO - a - line 49 of ***\n")

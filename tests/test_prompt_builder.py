@@ -15,7 +15,7 @@ from classifier import parse_classification
 from config import Taxonomy, load_taxonomy
 from config.taxonomy import Label
 from domain.conversation import Conversation
-from prompt_builder import PromptBuilder, build_prompt, build_system_prompt
+from prompt_builder import build_prompt, build_system_prompt
 
 FENCE = re.compile(r"<\s*/?\s*conversation\b", re.IGNORECASE)
 
@@ -31,8 +31,8 @@ def conversation(*texts: str) -> Conversation:
 
 def test_the_constant_part_is_first_and_byte_identical(taxonomy: Taxonomy) -> None:
     """The server's prefix cache pays for it once per run, and once for two builders."""
-    first = PromptBuilder.from_taxonomy(taxonomy).build(conversation("my parcel is late"))
-    second = PromptBuilder.from_taxonomy(load_taxonomy()).build(conversation("short", "and another"))
+    first = build_prompt(conversation("my parcel is late"), taxonomy)
+    second = build_prompt(conversation("short", "and another"), load_taxonomy())
     assert first[0]["role"] == "system"
     assert first[0]["content"].encode() == second[0]["content"].encode()
     assert first[1]["content"] != second[1]["content"]

@@ -24,15 +24,13 @@ from typing import Any
 from mongomock_motor import AsyncMongoMockClient
 
 from batch_processor import BatchProcessor
-from classifier import FIELDS, ReplyParser, classification_flow
+from classifier import FIELDS, Classifier, classification_flow
 from config import Settings, load_settings, load_taxonomy
 from domain.conversation import Conversation, Outcome
 from domain.text import one_line
 from error_handler import ExitCode, LLMReplyError
 from logger import configure_logging
 from model_server.protocol import ChatReply, ChatTarget
-from model_server.truncation import TranscriptTruncator
-from prompt_builder import PromptBuilder
 from utils.process import exit_code_of
 from worker.intake import Classify
 
@@ -41,10 +39,6 @@ class ScriptedClient:
     """The client for ``classification_flow``; the answers come from SCRIPT."""
 
     target = ChatTarget("ollama_chat", "", "", "scripted-demo", None, 8192, "0")
-
-    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        """Return a new truncator; the conversations of the demo are short."""
-        return TranscriptTruncator(prompts.system_prompt)
 
 
 def _tweet(number: int, author: str, time: str, text: str) -> dict[str, Any]:
@@ -171,13 +165,12 @@ async def _demonstrate(settings: Settings) -> None:
 
 def scripted_model() -> Classify:
     """Return a model that answers by SCRIPT and prints what happens, in the form that BatchProcessor takes."""
-    taxonomy = load_taxonomy()
-    prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
+    classifier = Classifier(load_taxonomy())
 
     async def classify(conversation: Conversation, rounds: int) -> Outcome:
         await asyncio.sleep(0)
         start = next(words for words in SCRIPT if conversation.customer_texts[0].startswith(words))
-        flow = classification_flow(conversation, ScriptedClient(), prompts, parser)
+        flow = classification_flow(conversation, ScriptedClient(), classifier)
         next(flow)
         try:
             for reply in chain(SCRIPT[start], repeat(SCRIPT[start][-1])):

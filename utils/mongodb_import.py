@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from commands.flags import command_settings, positive
 from config import Settings
-from domain.document_files import read_documents
+from domain.document_files import SAMPLES, read_documents
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
 from logger import configure_logging
 from mongo_client import DocumentStore
@@ -33,7 +33,6 @@ from storage.extended_json import Document, dumps, id_text
 from storage.mongo_errors import translated
 from utils.process import exit_code_of, is_confirmed
 
-SAMPLES = Path(__file__).resolve().parent.parent / "data" / "sample_conversations.jsonl"
 PAGE_SIZE = 500
 _STATUS_FIELDS = frozenset({"status", "status_reason", "last_processed_at", "processed", "processing_attempts"})
 

@@ -1,7 +1,8 @@
-"""Process lifecycle: signals, exit codes, garbage collection."""
+"""Process helpers: signals, exit codes, numbers of the command line, garbage collection."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import logging
@@ -11,11 +12,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from error_handler import ExitCode, TriadError
 
 logger = logging.getLogger(__name__)
+N = TypeVar("N", int, float)
 
 HARD_STOP_S = 1.5  # a second signal ends the process within this time, even if something hangs
 
@@ -79,6 +82,20 @@ def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interru
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         return ExitCode.DONE  # the reader of stdout has closed it, as head does
+
+
+def number_between(kind: Callable[[str], N], least: float, most: float = sys.float_info.max) -> Callable[[str], N]:
+    """Return an argparse type for the finite numbers of *kind*, int or float, from *least* to *most*."""
+    limit = "or more" if most == sys.float_info.max else f"to {most:g}"
+
+    def parse(text: str) -> N:
+        with suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, {least:g} {limit}")
+
+    return parse
 
 
 async def is_confirmed(question: str) -> bool:

@@ -6,32 +6,29 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import async_llm_wrapper as llm
-from classifier import ReplyParser
+from classifier import Classifier
 from config import Settings, load_taxonomy
 from error_handler import LLMUnavailableError
 from model_server.models import chat_target
-from model_server.protocol import plan_fingerprint
 from model_server.tokens import TokenEstimator
 from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore
-from prompt_builder import PromptBuilder
 
 SAMPLE_SIZE = 200  # documents
 
-Sample = Callable[[llm.AsyncLLMClient], Awaitable[list[int]]]
+Sample = Callable[[], Awaitable[list[int]]]
 
 
 async def ask_plan(settings: Settings) -> str:
     """Return the plan_fingerprint of a run with *settings* now; the server is only asked for its models."""
-    taxonomy = load_taxonomy(settings.taxonomy_file)
+    classifier = Classifier(load_taxonomy(settings.taxonomy_file))
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
         try:
             target = await client.prepare(settings)
         except LLMUnavailableError as exc:
             raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
-    prompt, schema = PromptBuilder.from_taxonomy(taxonomy).system_prompt, ReplyParser(taxonomy).schema_json
-    return plan_fingerprint(target, prompt, schema)
+    return classifier.plan(target)
 
 
 async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:
@@ -40,7 +37,7 @@ async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Samp
     It is *asked* if the operator set that, else the choice for the tokens that *sample* returns, as ``sample_needs`` does.
     """
     is_known = asked is not None or client.target.protocol == "openai_chat"
-    return choose_window([] if is_known else await sample(client), client.target.context_limit, asked)
+    return choose_window([] if is_known else await sample(), client.target.context_limit, asked)
 
 
 async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[int]:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from aggregator import aggregate_conversation
 from async_llm_wrapper import AsyncLLMClient, ollama_classify_async, open_session
-from classifier import ReplyParser
+from classifier import Classifier
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
 from config import Settings, load_taxonomy
@@ -25,9 +25,8 @@ from error_handler import (
     LLMTimeoutError,
     TriadError,
 )
-from model_server.models import LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, find_loaded, with_model
+from model_server.models import LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, with_model
 from model_server.window import SHARE, WindowChoice, choose_window
-from prompt_builder import PromptBuilder
 from utils.network import is_loopback
 from worker.plan import Sample, run_window
 
@@ -52,16 +51,13 @@ TEST_DOCUMENT = {
 
 @dataclass(frozen=True, slots=True)
 class ModelUnderTest:
-    """The target of *client*, and the facts that the server reports about it; *settings* are those of a run.
+    """The target of *client*; *settings* are those of a run. Only Ollama reports versions, windows and memory.
 
-    The probe sends up to *at_most* concurrent requests, none if it is 0. *tell* gets the progress. Only Ollama reports
-    versions, windows and memory.
+    The probe sends up to *at_most* concurrent requests, none if it is 0. *tell* gets the progress.
     """
 
     client: AsyncLLMClient
     settings: Settings
-    is_ollama: bool
-    facts: ModelFacts
     at_most: int
     tell: Callable[[str], None]
 
@@ -96,7 +92,7 @@ async def diagnose_model(
             return
         facts = await client.show(model.name) if is_ollama else ModelFacts()
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
-        tested = ModelUnderTest(client, settings, is_ollama, facts, at_most, tell)
+        tested = ModelUnderTest(client, settings, at_most, tell)
         for finding in _describe(model, facts):
             yield finding
         if is_ollama:
@@ -162,7 +158,7 @@ async def _settle_window(tested: ModelUnderTest, sample: Sample) -> AsyncGenerat
         yield warning(sentence, f"Fix that; these checks use {choice.num_ctx} tokens until then.")
     else:
         yield _chosen(choice)
-    num_ctx = choice.beside(find_loaded(client.target.model, await client.loaded()))
+    num_ctx = choice.beside(await client.loaded())
     if num_ctx != choice.num_ctx:
         yield ok(f"The model is loaded with a window of {num_ctx} tokens; a run uses that.")
     client.target = replace(client.target, num_ctx=num_ctx)
@@ -188,7 +184,7 @@ async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
         except LLMError as exc:
             yield error(f"The model does not answer: {exc}.", _remedy(exc, settings))
             return
-    if tested.is_ollama:
+    if tested.client.target.protocol != "openai_chat":
         async for finding in _memory(tested):
             yield finding
     if not tested.at_most:
@@ -227,7 +223,7 @@ async def _load(tested: ModelUnderTest) -> Finding:
 async def _memory(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
     """Yield the real window of the loaded model, and whether it fits into the GPU."""
     try:
-        entry = find_loaded(tested.client.target.model, await tested.client.loaded())
+        entry = await tested.client.loaded()
     except LLMError as exc:
         yield error(_sentence(exc), _remedy(exc, tested.settings))
         return
@@ -242,7 +238,7 @@ async def _memory(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
 def _given_window(tested: ModelUnderTest, entry: LoadedModel) -> Finding:
     """Compare the window of the loaded model with the requested one."""
     asked, given = tested.client.target.num_ctx, entry.context_length
-    numbers = {"asked": asked, "given": given, "limit": tested.facts.context_length}
+    numbers = {"asked": asked, "given": given, "limit": tested.client.target.context_limit}
     if given is None:
         return ok("The server does not report the window that it gives.", **numbers)
     if given == asked:
@@ -268,13 +264,12 @@ def _gpu_share(size_bytes: int, vram_bytes: int) -> Finding:
 async def _classify(tested: ModelUnderTest) -> Finding:
     """Classify a test conversation exactly as a run does: taxonomy, prompt, schema, request, validation."""
     try:
-        taxonomy = load_taxonomy(tested.settings.taxonomy_file)
+        classifier = Classifier(load_taxonomy(tested.settings.taxonomy_file), tested.settings.on_long)
     except ConfigurationError:
         sentence = "The test conversation was not classified because the labels do not load."
         return warning(sentence, "See the section Labels below.")
-    prompts, parser = PromptBuilder.from_taxonomy(taxonomy), ReplyParser(taxonomy)
     try:
-        outcome = await ollama_classify_async(aggregate_conversation(TEST_DOCUMENT), tested.client, prompts, parser)
+        outcome = await ollama_classify_async(aggregate_conversation(TEST_DOCUMENT), tested.client, classifier)
     except LLMReplyError as exc:
         sentence = f"Both answers to the test conversation are invalid ({exc.reason}: {exc})."
         return error(sentence, "Use a larger model, or one that follows a JSON schema.")

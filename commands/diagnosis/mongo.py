@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from commands.diagnosis.findings import Finding, error, ok, warning
+from commands.diagnosis.settings import hosts_of
 from config import Settings
-from config.masked_settings import hosts_of
 from domain.text import counted, one_line
 from error_handler import StoreError, StoreForbiddenError
 from mongo_client import RESULT_INDEXES, SOURCE_INDEXES, DocumentStore, selection_filter

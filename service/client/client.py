@@ -11,7 +11,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 
@@ -19,7 +19,7 @@ from error_handler import ExitCode, RequestError, RunInterruptedError, TriadErro
 from logger import configure_logging
 from service.client import protocol
 from service.client.protocol import ServiceRequest, ServiceTarget, service_target
-from utils.process import exit_code_of
+from utils.process import exit_code_of, number_between
 from utils.retry_utils import RetryPolicy
 
 CONNECT_TIMEOUT_S = 5.0
@@ -27,7 +27,6 @@ MAX_RETRY_AFTER_S = 600.0
 GROWTH = 0.1  # slots per answer; faster growth makes half of all calls exceed a rate limit
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T", int, float)
 
 
 class ServiceAwayError(TriadError):
@@ -191,7 +190,7 @@ def add_service_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", metavar="KEY", help="the API key; other users of this machine can see it in ps")
     parser.add_argument(
         "--timeout",
-        type=number(float, 0.001, 3600),
+        type=number_between(float, 0.001, 3600),
         default=90.0,
         metavar="S",
         help="timeout of one attempt, seconds (%(default)g)",
@@ -213,18 +212,3 @@ def run_client(
         return asyncio.run(work(target))
 
     return exit_code_of(run, prog, verbose=arguments.verbose, interrupted=interrupted)
-
-
-def number(kind: Callable[[str], T], least: float, most: float) -> Callable[[str], T]:
-    """Return an argparse type for the numbers of *kind*, int or float, from *least* to *most*."""
-
-    def parse(text: str) -> T:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}")
-        return value
-
-    return parse

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from aggregator import aggregate_conversation
-from async_llm_wrapper import AsyncLLMClient
 from commands.diagnosis.findings import Finding
 from commands.diagnosis.model import LOAD_TIMEOUT_S, TEST_DOCUMENT, diagnose_model, unencrypted
 from config import Settings, load_settings, load_taxonomy
-from prompt_builder import PromptBuilder
+from prompt_builder import chat_messages
 from tests.commands.found import the_one
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
 from tests.fakes.fake_ollama_client import chat
@@ -28,7 +27,7 @@ def fake() -> Iterator[FakeOllama]:
         yield server
 
 
-async def no_documents(_client: AsyncLLMClient) -> list[int]:
+async def no_documents() -> list[int]:
     return []
 
 
@@ -223,7 +222,7 @@ async def test_a_test_conversation_is_asked_as_in_a_run(fake: FakeOllama) -> Non
     finding = the_one(await findings(settings_for(fake), at_most=1), "test conversation got valid labels")
     assert set(finding.numbers) >= {"intent", "topic", "sentiment", "prompt_tokens", "duration_s"}
     assert finding.numbers["attempts"] == 1
-    message = PromptBuilder("").build(aggregate_conversation(TEST_DOCUMENT))[-1]["content"]
+    message = chat_messages("", aggregate_conversation(TEST_DOCUMENT).transcript)[-1]["content"]
     assert fake.stats()["calls_by_sha"][text_sha256(message)] == 1
     assert all(request["options"]["num_ctx"] == 8192 for request in fake.requests())
     labels = expected_labels(message, *(load_taxonomy().names(name) for name in ("intent", "topic", "sentiment")))

@@ -6,14 +6,14 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from commands.flags import require_cron, seconds_until_next
+from commands.flags import seconds_until_next
 from error_handler import ConfigurationError
 
 
 @pytest.mark.parametrize("expression", ["0 2 * * *", "*/15 * * * *", "30 8-18 * * mon-fri", "0 0 1 1 *", "0 0 29 2 *"])
 def test_accepted(expression: str) -> None:
     """Five fields."""
-    require_cron(expression)
+    seconds_until_next(expression, datetime.now(UTC))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_accepted(expression: str) -> None:
 def test_refused(expression: str) -> None:
     """What is no cron expression, or names a day that never comes; the message shows how one looks."""
     with pytest.raises(ConfigurationError, match="0 2"):
-        require_cron(expression)
+        seconds_until_next(expression, datetime.now(UTC))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ import pytest
 from pydantic import SecretStr
 
 from commands.diagnosis.findings import Finding
-from commands.diagnosis.settings import diagnose_labels, diagnose_settings
+from commands.diagnosis.settings import diagnose_labels, diagnose_settings, hosts_of, shown
 from config import load_settings
 from config.loading import variables_of
-from config.masked_settings import hosts_of, shown
 from config.settings import Settings, settings_origins
 from config.taxonomy import DEFAULT_TAXONOMY
 

@@ -12,18 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import aggregate_conversation
-from classifier import ReplyParser, classification_flow
+from classifier import Classifier, classification_flow
 from config import load_taxonomy
 from domain.confidence import label_confidence
 from domain.conversation import Classification, Outcome, build_result
 from model_server.protocol import ChatReply, ChatTarget
-from model_server.truncation import TranscriptTruncator
-from prompt_builder import PromptBuilder
 
 TAXONOMY = load_taxonomy()
 LABELS = {field: TAXONOMY.names(field) for field in ("intent", "topic", "sentiment")}
-PARSER = ReplyParser(TAXONOMY)
-PROMPTS = PromptBuilder("Label it.")
+CLASSIFIER = Classifier(TAXONOMY)
 CONVERSATION = aggregate_conversation({"text": "where is it?"})
 LABELLED = Classification("Parcel is late.", "Order Status", "Account Access", "Neutral")
 HEAD = '{"categorization":"Parcel is late.","intent":"'
@@ -37,9 +34,6 @@ class Client:
     """The part of a client that the flow needs."""
 
     target = ChatTarget("ollama_chat", "http://m/api/chat", "http://m", "llama3.2", None, 8192, "10m")
-
-    def truncator(self, prompts: PromptBuilder) -> TranscriptTruncator:
-        return TranscriptTruncator(prompts.system_prompt)
 
 
 def token(text: str, weight: float = 0.5, others: Mapping[str, float] | None = None, **changes: Any) -> Entry:
@@ -277,7 +271,7 @@ def test_the_answer_to_a_repair_turn_counts() -> None:
         (*certain(REPLY[:start]), token("Neutral", share, {"Negative": 1 - share}), *certain(REPLY[start + 7 :]))
         for share in (0.1, 0.8)
     )
-    flow = classification_flow(CONVERSATION, Client(), PROMPTS, PARSER)
+    flow = classification_flow(CONVERSATION, Client(), CLASSIFIER)
     next(flow)
     flow.send(ChatReply(REPLY.replace('"Account Access"', "7"), None, None, tokens=wrong))
     with pytest.raises(StopIteration) as finished:
@@ -287,7 +281,7 @@ def test_the_answer_to_a_repair_turn_counts() -> None:
 
 
 def test_no_tokens_give_no_confidence() -> None:
-    flow = classification_flow(CONVERSATION, Client(), PROMPTS, PARSER)
+    flow = classification_flow(CONVERSATION, Client(), CLASSIFIER)
     next(flow)
     with pytest.raises(StopIteration) as finished:
         flow.send(ChatReply(REPLY, None, None))

@@ -17,8 +17,8 @@ from model_server.models import (
     ServedModel,
     chat_target,
     choose_model,
+    find_loaded,
     models_request,
-    parse_loaded,
     parse_models,
     parse_show,
     show_body,
@@ -295,11 +295,11 @@ def test_loaded_models_have_window_and_memory() -> None:
     """/api/ps reports the window that the server gave; it leaves out size_vram if it is 0."""
     entry = {"name": "llama3.2:latest", "digest": "abc", "size": 10, "size_vram": 4, "context_length": 8192}
     body = json.dumps({"models": [entry, {"name": "cpu:latest", "size": 7}, {"name": 3}, None]}).encode()
-    assert parse_loaded(200, body) == [
-        LoadedModel("llama3.2:latest", 8192, 10, 4),
-        LoadedModel("cpu:latest", None, 7, 0),
-    ]
-    assert parse_loaded(500, b"{}") == []
+    for name in ("llama3.2", "llama3.2:latest"):
+        assert find_loaded(name, 200, body) == LoadedModel(8192, 10, 4)
+    assert find_loaded("cpu", 200, body) == LoadedModel(None, 7, 0)
+    assert find_loaded("other", 200, body) is None
+    assert find_loaded("cpu", 500, b"{}") is None
 
 
 def test_model_list_address_and_show_body() -> None:

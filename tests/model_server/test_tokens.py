@@ -14,11 +14,11 @@ from pymongo import MongoClient
 from config import load_taxonomy
 from model_server.protocol import ChatTarget, parse_chat_response
 from model_server.tokens import LEARN_FROM, TokenEstimator, least_prompt_tokens, least_tokens, most_tokens
-from prompt_builder import PromptBuilder
+from prompt_builder import build_system_prompt, chat_messages
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 from tests.worker.engine_run import run_worker
 
-SYSTEM = PromptBuilder.from_taxonomy(load_taxonomy()).system_prompt
+SYSTEM = build_system_prompt(load_taxonomy())
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 32_768, "10m")
 
 WORDS = {
@@ -70,7 +70,7 @@ def test_whole_prompt_is_never_taken_for_a_cut_one(engine: TinyEngine, text: str
     """The fewest tokens of a text are fewer than any tokenizer's count."""
     count = tokens(engine, text, prompt=True)
     reply = {"message": {"content": "{}"}, "done": True, "done_reason": "stop", "prompt_eval_count": count}
-    messages = PromptBuilder(SYSTEM).build_transcript(text)
+    messages = chat_messages(SYSTEM, text)
     assert least_prompt_tokens(messages) == sum(least_tokens(message["content"]) for message in messages)
     answered = parse_chat_response(TARGET, 200, json.dumps(reply).encode(), messages)
     assert answered.prompt_tokens == count
@@ -81,7 +81,7 @@ def test_whole_prompt_is_never_taken_for_a_cut_one(engine: TinyEngine, text: str
 )
 def test_least_tokens_are_not_counted_if_they_are_surely_few_enough(text: str) -> None:
     """The result compares with *enough* as a full count would."""
-    messages = PromptBuilder(SYSTEM).build_transcript(text)
+    messages = chat_messages(SYSTEM, text)
     counted = sum(least_tokens(message["content"]) for message in messages)
     many = sum(len(message["content"]) for message in messages)
     assert least_prompt_tokens(messages, many) == many

@@ -11,8 +11,7 @@ import pytest
 from domain.conversation import Conversation, Sender, Turn
 from error_handler import LLMContextError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget
-from model_server.truncation import TranscriptTruncator, fit_conversation
-from model_server.window import choose_window, tokens_needed
+from model_server.window import TranscriptTruncator, choose_window, fit_conversation, tokens_needed
 
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 8192, "10m")
 MARKER = re.compile(r"^\[\.\.\. (\d+) (turns?|characters) left out \.\.\.\]$")

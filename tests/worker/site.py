@@ -26,7 +26,7 @@ from aggregator import aggregate_conversation
 from config import load_taxonomy
 from config.settings import known_environment_names
 from error_handler import SkippedDocumentError
-from prompt_builder import PromptBuilder
+from prompt_builder import chat_messages
 from storage import extended_json
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
 from tests.forked_process import Ended, ForkedProcess
@@ -230,7 +230,7 @@ def model_of(site: Site) -> FakeOllama:
 def user_message(document: Document) -> str | None:
     """Return the user message the model gets for *document*; None where there is nothing to ask."""
     try:
-        return PromptBuilder("").build(aggregate_conversation(document))[-1]["content"]
+        return chat_messages("", aggregate_conversation(document).transcript)[-1]["content"]
     except SkippedDocumentError:
         return None
 

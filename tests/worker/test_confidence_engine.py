@@ -13,18 +13,17 @@ import pytest
 from pymongo import MongoClient
 
 from aggregator import aggregate_conversation
-from classifier import ReplyParser
+from classifier import Classifier
 from config import load_taxonomy
 from domain.confidence import FIELDS, label_confidence
 from domain.conversation import Classification
 from domain.document_files import read_documents
 from model_server.protocol import TOP_LOGPROBS
-from prompt_builder import PromptBuilder
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 from tests.worker.engine_run import SAMPLES, run_worker
 
 TAXONOMY = load_taxonomy()
-PROMPTS, PARSER = PromptBuilder.from_taxonomy(TAXONOMY), ReplyParser(TAXONOMY)
+CLASSIFIER = Classifier(TAXONOMY)
 LABELS = {field: TAXONOMY.names(field) for field in FIELDS}
 WHOLE_VOCABULARY = 2000  # more than the tiny model has tokens
 NUMBERS = [0, *(pytest.param(number, marks=pytest.mark.thorough) for number in (1, 2, 3))]  # of the samples
@@ -44,8 +43,8 @@ class Asked:
     def __init__(self, engine: TinyEngine, number: int) -> None:
         self._engine = engine
         document = next(itertools.islice(read_documents(SAMPLES), number, None))
-        messages = PROMPTS.build(aggregate_conversation(document))
-        schema = {"name": "triad", "strict": True, "schema": json.loads(PARSER.schema_json)}
+        messages = CLASSIFIER.messages(aggregate_conversation(document).transcript)
+        schema = {"name": "triad", "strict": True, "schema": json.loads(CLASSIFIER.schema_json)}
         self._body = {
             "model": MODEL_NAME,
             "messages": messages,
@@ -60,7 +59,7 @@ class Asked:
         """Return token entries, text and labels of the answer, with *top* alternatives per token."""
         [choice] = post(self._engine, "/v1/chat/completions", {**self._body, "top_logprobs": top})["choices"]
         text = choice["message"]["content"]
-        return choice["logprobs"]["content"], text, PARSER.parse(text)
+        return choice["logprobs"]["content"], text, CLASSIFIER.parse(text)
 
     def true_probability(self, field: str, entries: list[dict[str, Any]], label: str) -> float:
         """Return the probability of *label* when each next token is drawn by the model's own, among those allowed.

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from commands.estimate_report import duration_text
+from commands.estimate import duration_text
 from worker.timing import (
     DocumentTiming,
     Pace,

@@ -20,7 +20,7 @@ from pymongo import MongoClient
 from aggregator import aggregate_conversation
 from config import load_taxonomy
 from domain.document_files import read_documents
-from prompt_builder import PromptBuilder
+from prompt_builder import build_prompt
 from tests.fakes.tiny_engine import TinyEngine
 from tests.worker.engine_run import SAMPLES, run_worker
 
@@ -107,7 +107,6 @@ def test_a_trained_model_labels_conversations_and_counts_their_tokens(
         stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "1", timeout_s=WHOLE_RUN_S)
         results = {result["source_conversation_id"]: result for result in client[db_name].sentimental_analysis.find()}
     assert (stats["successful"], stats["failed"], len(results)) == (len(documents), 0, len(documents))
-    prompts = PromptBuilder.from_taxonomy(taxonomy)
     for document in documents:
         labels, seen = results[document["_id"]]["classification"], results[document["_id"]]["processing_metadata"]
         for field in ("intent", "topic", "sentiment"):
@@ -115,5 +114,5 @@ def test_a_trained_model_labels_conversations_and_counts_their_tokens(
         assert labels["categorization"].strip()
         conversation = aggregate_conversation(document)
         assert (seen["input_complete"], seen["turns_used"]) == (True, seen["turns_total"])
-        assert seen["prompt_tokens"] == tokens_of(trained, prompts.build(conversation))
+        assert seen["prompt_tokens"] == tokens_of(trained, build_prompt(conversation, taxonomy))
         assert 15 < seen["reply_tokens"] < 400
