@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from config.index_settings import load_index_settings
-from database_docs.database_facts import RelationshipFacts, TableFacts
-from database_docs.documentation import Documentation, document_database
+from database_docs.documentation import Documentation, RelationshipFacts, TableFacts, document_database
 from database_docs.items import IndexItem, Item, Kind, Offered, State, StoredItem
 from storage.state_file import Schema, StateFile
 

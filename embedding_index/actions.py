@@ -26,9 +26,15 @@ from database_docs.items import Ended, Kind, Offered
 from database_docs.sample_database import make_sample_database
 from domain.prices import price_source
 from embedding_index import conversation_source, report
-from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.index_reader import IndexReader
-from embedding_index.mending import Mending, remove, sweep, update_metadata
+from embedding_index.batch_indexing import (
+    BatchIndexingManager,
+    Mending,
+    SQLIndexerAgent,
+    remove,
+    sweep,
+    update_metadata,
+)
+from embedding_index.vector_search import IndexReader
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
     ConfigurationError,

@@ -18,7 +18,7 @@ from aggregator import aggregate_conversation
 from config import Settings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import Ended, IndexItem, Kind, MetadataValue, OnEnded
-from embedding_index.mending import remove, update_metadata
+from embedding_index.batch_indexing import remove, update_metadata
 from embedding_index.providers.contract import Provider
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, SkippedDocumentError

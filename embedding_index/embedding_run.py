@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 from database_docs.items import content_hash
-from embedding_index.call_queue import Call, CallQueue
-from embedding_index.call_repetition import CallRepetition, RunOptions
+from embedding_index.call_queue import Call, CallQueue, CallRepetition, RunOptions
 from embedding_index.inputs import LongTexts, Piece, pack, split_text
 from embedding_index.providers.contract import Answer, Provider
 from embedding_index.vector_checks import checked_vectors, weighted_mean

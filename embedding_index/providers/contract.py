@@ -1,7 +1,8 @@
-"""The interface of all embedding providers."""
+"""The interface of all embedding providers, and the token estimate that several share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from model_server.tokens import most_tokens
+
+END_TOKENS = 2  # models of the BERT family put them around each input
 Vectors = NDArray[np.float32]
 
 
@@ -82,3 +86,11 @@ class Provider(Protocol):
 
     def close(self) -> None:
         """Release connections, threads and memory."""
+
+
+def estimated_tokens(text: str) -> int:
+    """Return the most tokens that *text* is likely to have for a model whose tokenizer is not installed, at least 1.
+
+    Text that is no language (base64, random letters) can have half as many tokens again. Most models have fewer.
+    """
+    return math.ceil(sum(most_tokens(text).values())) + END_TOKENS

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from embedding_index import search_graph
-from embedding_index.index_reader import LEDGER_FILE
 from embedding_index.search_entries import SearchEntries
 from embedding_index.search_graph import open_graph, publish_graph
-from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_ledger import LEDGER_FILE, VectorLedger
 from tests.embedding_index.index_entries import Searcher, make_index
 from tests.forked_process import PipedProcess
 

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from embedding_index.token_counts import COUNTED_CHARACTERS, OPENAI_ENCODINGS, estimated_tokens, openai_counter
+from embedding_index.providers.openai_embeddings import (
+    COUNTED_CHARACTERS,
+    OPENAI_ENCODINGS,
+    estimated_tokens,
+    openai_counter,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bpe_openai") is None, reason="requirements-index.txt is not installed"
