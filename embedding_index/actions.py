@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -157,7 +158,7 @@ def _open_vectors(arguments: argparse.Namespace, chosen: IndexSettings, stop: th
     except MixedIndexError as exc:
         if not arguments.estimate_costs:
             raise
-        report.say(f"{exc} The estimate below is for --rebuild.")
+        sys.stderr.write(f"{exc} The estimate below is for --rebuild.\n")
         return SQLVectorStore(chosen, rebuild=True, stop=stop)  # nothing is replaced without ``Mending.mend``
 
 
@@ -233,10 +234,7 @@ async def _index_conversations(settings: Settings, index: Index, documents: Docu
     outcome = report.Outcome("conversations")
 
     def options(progress: report.IndexProgress) -> conversation_source.Options:
-        def show(counts: conversation_source.ConversationCounts) -> None:
-            progress.reached(counts.read, of=counts.expected)
-
-        return conversation_source.Options(settings, arguments.limit, allowed, show)
+        return conversation_source.Options(settings, arguments.limit, allowed, progress.reached)
 
     conversation_source.require_allowed(vectors.provider, allowed=allowed)
     if arguments.estimate_costs or _limit_usd(arguments) is not None:  # reads all conversations once more

@@ -137,8 +137,8 @@ class RunOptions:
 class CallRepetition:
     """Decides what follows a failed call of one run. Thread-safe. Each ``after_`` method settles its call in the queue."""
 
-    def __init__(self, options: RunOptions, queue: CallQueue, fail: Callable[[Piece, str], None]) -> None:
-        """*fail* gets each piece that gets no vector, with the problem."""
+    def __init__(self, options: RunOptions, queue: CallQueue, fail: Callable[[str, str], None]) -> None:
+        """*fail* gets the content hash of each piece that gets no vector, and the problem."""
         self._options = options
         self._policy = RetryPolicy(options.max_retries + 1, options.first_wait_s)
         self._queue = queue
@@ -244,13 +244,13 @@ class CallRepetition:
             return self._queue.settle(call, first=[Call((piece,), attempt + 1) for piece in problems])
         for piece, problem in problems.items():
             self._count_lone_failure(UnusableVectorsError(f"{problem}; check the model at the provider's address."))
-            self._fail(piece, f"{problem}, in {attempt} attempts")
+            self._fail(piece.content_hash, f"{problem}, in {attempt} attempts")
         return self._queue.settle(call)
 
     def _halve(self, call: Call, problem: str, failed_at_s: float | None = None) -> None:
         """Send *call* in halves. With *failed_at_s*, it had no answer: a half without an answer is halved again at once."""
         if len(call.pieces) == 1:
-            self._fail(call.pieces[0], problem)
+            self._fail(call.pieces[0].content_hash, problem)
             return self._queue.settle(call)
         last = self._options.max_retries + 1
         halves = [

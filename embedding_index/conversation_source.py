@@ -37,13 +37,13 @@ class Options:
     """Options of a pass. *settings* name the collections; *limit* is the most conversations to embed, None for all.
 
     *allow_external*: texts may be sent to a provider outside your network. *on_read* is called after each page, in the
-    running loop.
+    running loop, with the documents that were read and those expected.
     """
 
     settings: Settings
     limit: int | None = None
     allow_external: bool = False
-    on_read: Callable[[ConversationCounts], None] | None = None
+    on_read: Callable[[int, int], None] | None = None
 
 
 @dataclass(slots=True)
@@ -99,9 +99,9 @@ def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) ->
     return IndexItem(Kind.CONVERSATION, source_id, "\n".join(conversation.customer_texts), metadata)
 
 
-def is_labelled(result: Mapping[str, Any] | None) -> bool:
-    """Return whether *result* exists and has all LABELS."""
-    labels = result.get("classification") if result is not None else None
+def is_labelled(result: Mapping[str, Any]) -> bool:
+    """Return whether *result* has all LABELS."""
+    labels = result.get("classification")
     return isinstance(labels, Mapping) and all(isinstance(labels.get(label), str) for label in LABELS)
 
 
@@ -127,7 +127,7 @@ async def conversation_pages(
         labelled = await store.result_labels([document["_id"] for document in page])
         yield _items(page, labelled, counts)
         if options.on_read is not None:
-            options.on_read(counts)
+            options.on_read(counts.read, counts.expected)
         after = [page[-1]["_id"]]
     counts.is_complete = not stop.is_set()
 

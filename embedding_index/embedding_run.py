@@ -27,8 +27,6 @@ from error_handler import (
     UnusableVectorsError,
 )
 
-__all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
-
 STORING_THREADS = 2  # read and store answers while the provider works on the next calls
 LONGEST_COUNTED = 8  # characters per token that an input may have
 WORST_ESTIMATE = 8  # token counts are assumed to be wrong by at most this factor
@@ -107,7 +105,7 @@ class EmbeddingRun:
         calls = pack([piece.tokens for piece in pieces], self._provider.limits, self._options.batch_size)
         slots = self._provider.max_concurrent
         self._queue = CallQueue((Call(tuple(pieces[place] for place in places)) for places in calls), slots, self._stop)
-        self._repetition = CallRepetition(self._options, self._queue, self._fail_piece)
+        self._repetition = CallRepetition(self._options, self._queue, self._fail)
         with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
             workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
             try:
@@ -239,9 +237,6 @@ class EmbeddingRun:
         return True
 
     # Ending texts
-
-    def _fail_piece(self, piece: Piece, problem: str) -> None:
-        self._fail(piece.content_hash, problem)
 
     def _arrived(self, hashes: Iterable[str]) -> None:
         """Note that the vectors of these texts and pieces are in the ledger."""

@@ -46,14 +46,9 @@ def checked_vectors(vectors: Sequence[Sequence[float] | Vectors], count: int, di
             f"the provider sent {len(vectors)} vectors for {count} texts, so none of them can be trusted; if this repeats, "
             "check the server at its address."
         )
-    problems: dict[int, str] = {}
-    good = _directions(vectors)
-    for place in [place for place in range(count) if place not in good]:
-        found = _direction(vectors[place])
-        if isinstance(found, str):
-            problems[place] = found
-        else:
-            good[place] = found
+    found = dict(enumerate(map(_direction, vectors)))
+    problems = {place: each for place, each in found.items() if isinstance(each, str)}
+    good = {place: each for place, each in found.items() if not isinstance(each, str)}
     lengths = Counter(len(vector) for vector in good.values())
     if dimensions is not None and len(lengths) == 1 and len(good) > 1 and dimensions not in lengths:
         raise mixed_dimensions(dimensions, next(iter(lengths)))
@@ -79,22 +74,6 @@ def weighted_mean(vectors: Sequence[Vector], weights: Sequence[float]) -> Vector
     return None if isinstance(found, str) else found
 
 
-def _directions(vectors: Sequence[Sequence[float] | Vectors]) -> dict[int, Vector]:
-    """Return the usable *vectors* by place, computed together; none if they are not a table of numbers."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        try:
-            table = np.asarray(vectors, dtype=np.float32)
-        except (TypeError, ValueError, OverflowError):
-            return {}
-        if table.ndim != 2 or not table.size:
-            return {}
-        norms = np.sqrt(np.einsum("ij,ij->i", table, table))
-        # Well inside the bounds, float32 is precise enough; the others are checked one by one.
-        usable = np.isfinite(norms) & (norms > 1e3 * SHORTEST) & (norms < 1e-3 * LONGEST)
-        table = table / norms[:, None]
-    return {int(place): table[place] for place in np.flatnonzero(usable)}
-
-
 def _direction(vector: Sequence[float] | Vectors | NDArray[np.float64]) -> Vector | str:
     """Return *vector* with length 1, or the problem with it."""
     try:
@@ -105,10 +84,10 @@ def _direction(vector: Sequence[float] | Vectors | NDArray[np.float64]) -> Vecto
         return "its vector is not a list of numbers"
     if not np.isfinite(numbers).all():
         return "its vector holds numbers that are not finite (NaN)"
-    largest = float(np.abs(numbers).max())
-    if largest == 0.0:
+    with np.errstate(over="ignore"):  # the length of huge numbers is infinite
+        norm = float(np.linalg.norm(numbers))
+    if norm == 0.0:
         return "its vector is all zeros"
-    norm = largest * float(np.linalg.norm(numbers / largest))  # the square of a huge number would not be finite
     if not SHORTEST <= norm <= LONGEST:
         return f"its vector has the implausible length {norm:.3g}"
     return (numbers / norm).astype(np.float32)

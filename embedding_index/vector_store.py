@@ -10,7 +10,8 @@ from pathlib import Path
 
 from config.index_settings import IndexSettings, load_index_settings
 from database_docs.items import IndexItem, Kind, OnEnded
-from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
+from embedding_index.call_queue import RunOptions
+from embedding_index.embedding_run import EmbeddingRun, RunCounts
 from embedding_index.providers import open_provider
 from embedding_index.providers.contract import ModelIdentity, Provider
 from embedding_index.search_entries import Hit, SearchEntries, mixed_message

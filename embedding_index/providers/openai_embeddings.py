@@ -40,11 +40,7 @@ from utils.network import is_this_machine
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # prefix of the models whose vectors can be shortened
 WHOLE = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072}  # asking for the whole length changes nothing
-OPENAI_ENCODINGS = {
-    "text-embedding-3-small": "cl100k_base",
-    "text-embedding-3-large": "cl100k_base",
-    "text-embedding-ada-002": "cl100k_base",
-}
+COUNTED_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002")  # all by cl100k_base
 COUNTED_CHARACTERS = 50_000  # at once: bpe_openai refuses texts of more than 200,000 tokens
 CONNECT_TIMEOUT_S = 10.0
 MAX_ANSWER_BYTES = 512 * 1024 * 1024  # 2048 vectors of 8192 numbers, written in decimal, are 350 MB
@@ -251,22 +247,20 @@ def openai_counter(model: str) -> Callable[[str], int] | None:
 
     None if its tokenizer is unknown or bpe_openai is not installed. The first count loads the tables (1 s).
     """
-    encoding = OPENAI_ENCODINGS.get(model)
-    if encoding is None or importlib.util.find_spec("bpe_openai") is None:
+    if model not in COUNTED_MODELS or importlib.util.find_spec("bpe_openai") is None:
         return None
 
     def count(text: str) -> int:
-        encode = _encoder(encoding)
-        text = encodable(text)
+        encode, text = _encoder(), encodable(text)
         pieces = range(0, len(text), COUNTED_CHARACTERS)
         return max(1, sum(len(encode(text[start : start + COUNTED_CHARACTERS])) for start in pieces))
 
     return count
 
 
-@functools.cache
-def _encoder(encoding: str) -> Callable[[str], list[int]]:
+@functools.cache  # get_encoding builds the tables at each call
+def _encoder() -> Callable[[str], list[int]]:
     import bpe_openai  # noqa: PLC0415 - takes a second, and only OpenAI needs it
 
-    encode: Callable[[str], list[int]] = bpe_openai.get_encoding(encoding).encode_ordinary
+    encode: Callable[[str], list[int]] = bpe_openai.get_encoding("cl100k_base").encode_ordinary
     return encode
