@@ -77,7 +77,7 @@ def require_allowed(provider: Provider, *, allowed: bool) -> None:
 
 
 def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) -> IndexItem:
-    """Return the item of *document* with the labels of *result*, which ``is_labelled``.
+    """Return the item of *document* with the labels of *result*, which has all LABELS.
 
     The metadata have no customer text except the one-line summary by the model, which is also in the results.
 
@@ -97,12 +97,6 @@ def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) ->
     if isinstance(model := provenance.get("model_used"), str):
         metadata["classified_by"] = model
     return IndexItem(Kind.CONVERSATION, source_id, "\n".join(conversation.customer_texts), metadata)
-
-
-def is_labelled(result: Mapping[str, Any]) -> bool:
-    """Return whether *result* has all LABELS."""
-    labels = result.get("classification")
-    return isinstance(labels, Mapping) and all(isinstance(labels.get(label), str) for label in LABELS)
 
 
 async def conversation_pages(
@@ -138,8 +132,9 @@ def _items(
     items = []
     for document in page:
         counts.read += 1
-        result = labelled.get(id_key(document["_id"]))
-        if result is None or not is_labelled(result):
+        result = labelled.get(id_key(document["_id"]), {})
+        labels = result.get("classification")
+        if not isinstance(labels, Mapping) or not all(isinstance(labels.get(label), str) for label in LABELS):
             counts.unclassified += 1
             continue
         try:

@@ -16,8 +16,7 @@ from queue import SimpleQueue
 from database_docs.items import content_hash
 from embedding_index.call_queue import Call, CallQueue, CallRepetition, RunOptions
 from embedding_index.inputs import LongTexts, Piece, pack, split_text
-from embedding_index.providers.contract import Answer, Provider
-from embedding_index.vector_checks import checked_vectors, weighted_mean
+from embedding_index.providers.contract import Answer, Provider, checked_vectors, weighted_mean
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import (
     MixedIndexError,

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_index.providers.contract import ModelIdentity
-from embedding_index.vector_checks import Vector, mixed_dimensions
+from embedding_index.providers.contract import ModelIdentity, Vector, mixed_dimensions
 from error_handler import StateDirectoryError
 from storage.files import sync_folder
 from storage.state_file import Schema, StateFile

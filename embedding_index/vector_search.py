@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from config.index_settings import IndexSettings
 from database_docs.items import Kind
 from embedding_index.inputs import pack, split_text
 from embedding_index.providers import open_provider
-from embedding_index.providers.contract import Provider
+from embedding_index.providers.contract import Provider, Vector, checked_vectors, weighted_mean
 from embedding_index.search_entries import Hit, Page, SearchEntries, mixed_message
 from embedding_index.search_graph import SearchGraph, large_kinds, open_graph
-from embedding_index.vector_checks import Vector, checked_vectors, weighted_mean
 from embedding_index.vector_ledger import LEDGER_FILE, VectorLedger
 from error_handler import (
     ConfigurationError,
@@ -103,9 +101,7 @@ class VectorSearch:
         return nearest(entries.pages(kind), vector, limit)
 
 
-def nearest(
-    pages: Iterable[tuple[Sequence[str], NDArray[np.float32]]], vector: Vector, limit: int
-) -> list[tuple[str, float]]:
+def nearest(pages: Iterable[Page], vector: Vector, limit: int) -> list[tuple[str, float]]:
     """Return the *limit* most similar names of *pages* with their cosine, sorted by similarity, then name."""
     best: list[tuple[str, float]] = []
     unit = vector / np.linalg.norm(vector)

@@ -127,7 +127,6 @@ class OllamaProvider:
         self._session.close()
 
     def _context_length(self) -> int:
-        """Return the most tokens of an input."""
         model = self._model
         if is_cloud_name(model):
             raise _elsewhere(model)

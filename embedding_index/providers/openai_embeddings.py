@@ -132,7 +132,6 @@ class OpenAIProvider:
         await self._client.aclose()
 
     async def _ask(self, content: bytes, on_answer: Callable[[], None] | None) -> bytes:
-        """Return the body of the answer to one request."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._exchange(content, on_answer)
