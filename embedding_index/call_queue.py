@@ -78,9 +78,8 @@ class CallQueue:
                     self._taken += 1
                     return call
                 due_s = self._later[0][0] if self._later else now_s
-                self._changed.wait(
-                    min(POLL_S, *(at_s - now_s for at_s in (due_s, self._gate_s) if at_s > now_s), POLL_S)
-                )
+                waits_s = [at_s - now_s for at_s in (due_s, self._gate_s) if at_s > now_s]
+                self._changed.wait(min([POLL_S, *waits_s]))
             self._changed.notify_all()
             return None
 
