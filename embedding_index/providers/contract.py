@@ -166,12 +166,10 @@ def _direction(vector: Sequence[float] | Vectors | NDArray[np.float64]) -> Vecto
         return "its vector does not consist of numbers"
     if numbers.ndim != 1 or not numbers.size:
         return "its vector is not a list of numbers"
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = math.sqrt(numbers.dot(numbers))  # cheaper than np.linalg.norm
+    if SHORTEST <= norm <= LONGEST:
+        return (numbers / norm).astype(np.float32)
     if not np.isfinite(numbers).all():
         return "its vector holds numbers that are not finite (NaN)"
-    with np.errstate(over="ignore"):  # the length of huge numbers is infinite
-        norm = float(np.linalg.norm(numbers))
-    if norm == 0.0:
-        return "its vector is all zeros"
-    if not SHORTEST <= norm <= LONGEST:
-        return f"its vector has the implausible length {norm:.3g}"
-    return (numbers / norm).astype(np.float32)
+    return f"its vector has the implausible length {norm:.3g}" if norm else "its vector is all zeros"
