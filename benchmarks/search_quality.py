@@ -18,8 +18,8 @@ from config.index_settings import load_index_settings
 from database_docs.documentation import document_database
 from database_docs.introspection import read_database
 from database_docs.items import IndexItem
+from embedding_index.providers import open_provider
 from embedding_index.providers.contract import Provider
-from embedding_index.providers.opening import open_provider
 from embedding_index.vector_search import query_vector
 
 DATABASES = {"sample": (SHOP_SCHEMA, SHOP), "clinic": (CLINIC_SCHEMA, CLINIC)}

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from config.index_settings import load_index_settings
-from database_docs.database_facts import RelationshipFacts, TableFacts
-from database_docs.documentation import Documentation, document_database
+from database_docs.documentation import Documentation, RelationshipFacts, TableFacts, document_database
 from database_docs.items import IndexItem, Item, Kind, Offered, State, StoredItem
 from storage.state_file import Schema, StateFile
 
@@ -203,8 +202,7 @@ class DocumentationStore(StateFile):
 
     def get_pending_tables(self) -> list[str]:
         """Return the names of the pending tables, sorted."""
-        rows = self._rows("SELECT name FROM items WHERE kind = 'table' AND state = 'pending' ORDER BY name")
-        return [row["name"] for row in rows]
+        return [item.name for item in self.items(Kind.TABLE, State.PENDING)]
 
     def get_pending_relationships(self) -> list[dict[str, str]]:
         """Return the pending relationships, sorted: ``id``, ``constrained_table``, ``referred_table``."""

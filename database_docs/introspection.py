@@ -1,24 +1,37 @@
-"""Reads the catalogue of a database through SQLAlchemy's inspector, never a row."""
+"""Reads the catalogue of the database of DATABASE_URL through SQLAlchemy, read-only, and never a row."""
 
 from __future__ import annotations
 
 import re
+import sqlite3
+import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, Inspector, inspect, text
+from sqlalchemy import URL, Connection, Engine, Inspector, create_engine, inspect, make_url, text
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.engine.reflection import ObjectKind
-from sqlalchemy.exc import CompileError, DBAPIError, NoSuchTableError, SAWarning
+from sqlalchemy.exc import (
+    ArgumentError,
+    CompileError,
+    DBAPIError,
+    NoSuchModuleError,
+    NoSuchTableError,
+    SAWarning,
+    SQLAlchemyError,
+)
+from sqlalchemy.pool import NullPool
 from sqlalchemy.types import ARRAY, Enum, NullType, TypeEngine
 
-from database_docs.database_connection import connected
-from database_docs.database_facts import (
+from database_docs.documentation import (
     ColumnFacts,
     DatabaseFacts,
     RelationshipFacts,
@@ -27,9 +40,25 @@ from database_docs.database_facts import (
     column_list,
     full_name,
 )
+from error_handler import ConfigurationError, DatabaseUnavailableError
+
+CONNECT_TIMEOUT_S = 10
+STATEMENT_TIMEOUT_S = 60
 
 _SYSTEM_SCHEMAS = {"information_schema", "sys", "performance_schema", "mysql", "pg_catalog"}
 _ONE_SCHEMA_DIALECTS = ("sqlite", "mysql", "mariadb")  # only the database in the URL is read
+
+# Error texts of drivers, with the remedy; the first match counts.
+_REMEDIES = (
+    (r'role ".*" does not exist|authentication|password|pg_hba|denied for user', "correct its user and password"),
+    (r'database ".*" does not exist|Unknown database', "correct the name of the database in it"),
+    (r"resolve|getaddrinfo|Name or service|nodename", "correct its host"),
+    (r"statement timeout|database is locked", "run again when the database is less busy"),
+    (r"permission denied|unable to open", "give its user the right to read the database's structure"),
+    (r"not a database|malformed", "name the file of a database in it"),
+)
+_USUAL_REMEDY = "check that the database runs, and correct host and port"
+_UNKNOWN_OPTION = "DATABASE_URL has an option that its driver does not know; remove what follows the question mark."
 
 # Partitions are documented by their partitioned table.
 _PARTITIONS = """
@@ -218,11 +247,8 @@ def _foreign_keys(inspector: Inspector, schema: str | None, catalogue: _Catalogu
     names = inspector.get_table_names(schema)
     readable = [name for name in names if name not in catalogue.unreadable | catalogue.shadow_tables]
     for place, rows in _facts_by_table(inspector, schema, readable, "foreign_keys").items():
-        if place in catalogue.partitions:
-            continue
-        for row in rows:
-            if (*place, row["name"]) not in catalogue.copied_keys:
-                yield place, row
+        if place not in catalogue.partitions:
+            yield from ((place, row) for row in rows if (*place, row["name"]) not in catalogue.copied_keys)
 
 
 def _with_actions(connection: Connection, keys: Iterable[tuple[Key, Row]]) -> Iterator[tuple[Key, Row]]:
@@ -264,3 +290,109 @@ def _relationships(keys: Iterable[tuple[Key, Row]], tables: Mapping[str, TableFa
             on_delete=None if action in (None, "NO ACTION", "RESTRICT") else str(action),
             comment=row.get("comment") or None,
         )
+
+
+@contextmanager
+def connected(url: SecretStr) -> Iterator[Connection]:
+    """Yield a connection to *url* inside a read-only transaction; raises like ``read_database``."""
+    target = _parsed(url)
+    engine = _engine(target)
+    try:
+        with engine.connect() as connection:
+            if target.get_backend_name() == "postgresql":
+                connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+                connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_S}s'"))
+            elif target.get_backend_name() == "sqlite":
+                connection.exec_driver_sql("BEGIN")  # all queries see one state of the file
+            yield connection
+    except SQLAlchemyError as exc:
+        raise _translated(exc, target) from _quotable(exc, target)
+    finally:
+        engine.dispose()
+
+
+def _parsed(url: SecretStr) -> URL:
+    try:
+        target = make_url(url.get_secret_value())
+    except (ArgumentError, ValueError):
+        target = None
+    # Raised outside the handler, because the original error may quote a part of a password with an unescaped : or @.
+    if target is None or "@" in (target.host or ""):
+        raise ConfigurationError(
+            "DATABASE_URL cannot be read as an address; write it as postgresql://user:password@host:5432/database or "
+            "sqlite:///path/to/file.db, with the characters @ : / % of a password percent-encoded (@ is %40)."
+        )
+    if target.drivername in ("postgres", "postgresql"):
+        target = target.set(drivername="postgresql+psycopg")
+    return target
+
+
+def _engine(target: URL) -> Engine:
+    options: dict[str, Any] = {"poolclass": NullPool}
+    if target.drivername.split("+")[0] == "sqlite":
+        path = _sqlite_file(target)
+        # Quoted, so that no file name can add an option to the address.
+        options["creator"] = lambda: sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)
+        target = URL.create("sqlite")
+    elif target.drivername == "postgresql+psycopg" and "connect_timeout" not in target.query:
+        options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
+    try:
+        engine = create_engine(target, **options)
+    except NoSuchModuleError:
+        raise ConfigurationError(
+            f"DATABASE_URL names an unknown kind of database or driver, {target.drivername}; "
+            "write postgresql:// or sqlite:///, or install its package."
+        ) from None
+    except ImportError as exc:
+        package = exc.name or target.drivername
+        raise ConfigurationError(
+            f"the driver of DATABASE_URL is not installed ({package}); pip install -r requirements-index.txt installs the "
+            "one for PostgreSQL, other databases need their own."
+        ) from exc
+    except (ArgumentError, TypeError) as exc:
+        raise ConfigurationError(_UNKNOWN_OPTION) from _quotable(exc, target)
+    if engine.dialect.is_async:
+        raise ConfigurationError(
+            f"DATABASE_URL names an asynchronous driver, {target.drivername}; remove the part from + to ://."
+        )
+    return engine
+
+
+def _sqlite_file(target: URL) -> Path:
+    name = target.database or ""
+    if name.startswith("file:"):
+        name = name.removeprefix("file:").partition("?")[0]
+    if name in ("", ":memory:"):
+        raise ConfigurationError("DATABASE_URL names no SQLite file; write sqlite:///path/to/file.db.")
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise DatabaseUnavailableError(f"there is no SQLite file {path}; correct DATABASE_URL.")
+    return path
+
+
+def _translated(exc: SQLAlchemyError, target: URL) -> ConfigurationError | DatabaseUnavailableError:
+    original = getattr(exc, "orig", None) or exc
+    reason = next(iter(str(original).strip().splitlines()), "").rstrip(".")
+    if any(secret in reason for secret in _secrets(target)):
+        reason = ""
+    if "connection option" in str(original):
+        return ConfigurationError(_UNKNOWN_OPTION)
+    place = target.database
+    if target.get_backend_name() != "sqlite":
+        port = f":{target.port}" if target.port else ""
+        place = f"{place or ''} at {target.host or 'the local socket'}{port}".strip()
+    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, reason)), _USUAL_REMEDY)
+    reason = reason or type(original).__name__
+    return DatabaseUnavailableError(f"the database {place} of DATABASE_URL cannot be read ({reason}); {remedy}.")
+
+
+def _secrets(target: URL) -> list[str]:
+    password = str(target.password or "")
+    options = [value for values in target.query.values() for value in ([values] if isinstance(values, str) else values)]
+    return [secret for secret in (password, quote(password, safe=""), *options) if secret]
+
+
+def _quotable(exc: Exception, target: URL) -> Exception | None:
+    """Return *exc* as the cause for tracebacks; None if a part of it quotes a secret of the address."""
+    shown = "".join(traceback.format_exception(exc))
+    return None if any(secret in shown for secret in _secrets(target)) else exc

@@ -1,6 +1,6 @@
 """The embedding index: finds tables, relationships and past conversations by meaning.
 
-``commands.index`` imports ``actions``, ``service.similar`` imports ``index_reader``, scripts import the names in
+``commands.index`` imports ``actions``, ``service.similar`` imports ``vector_search``, scripts import the names in
 ``__all__``. It may import every lower layer. Names are loaded when they are used: they need requirements-index.txt.
 """
 

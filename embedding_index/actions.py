@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -26,9 +27,15 @@ from database_docs.items import Ended, Kind, Offered
 from database_docs.sample_database import make_sample_database
 from domain.prices import price_source
 from embedding_index import conversation_source, report
-from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.index_reader import IndexReader
-from embedding_index.mending import Mending, remove, sweep, update_metadata
+from embedding_index.batch_indexing import (
+    BatchIndexingManager,
+    Mending,
+    SQLIndexerAgent,
+    remove,
+    sweep,
+    update_metadata,
+)
+from embedding_index.vector_search import IndexReader
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import (
     ConfigurationError,
@@ -151,7 +158,7 @@ def _open_vectors(arguments: argparse.Namespace, chosen: IndexSettings, stop: th
     except MixedIndexError as exc:
         if not arguments.estimate_costs:
             raise
-        report.say(f"{exc} The estimate below is for --rebuild.")
+        sys.stderr.write(f"{exc} The estimate below is for --rebuild.\n")
         return SQLVectorStore(chosen, rebuild=True, stop=stop)  # nothing is replaced without ``Mending.mend``
 
 
@@ -227,10 +234,7 @@ async def _index_conversations(settings: Settings, index: Index, documents: Docu
     outcome = report.Outcome("conversations")
 
     def options(progress: report.IndexProgress) -> conversation_source.Options:
-        def show(counts: conversation_source.ConversationCounts) -> None:
-            progress.reached(counts.read, of=counts.expected)
-
-        return conversation_source.Options(settings, arguments.limit, allowed, show)
+        return conversation_source.Options(settings, arguments.limit, allowed, progress.reached)
 
     conversation_source.require_allowed(vectors.provider, allowed=allowed)
     if arguments.estimate_costs or _limit_usd(arguments) is not None:  # reads all conversations once more

@@ -18,7 +18,7 @@ from aggregator import aggregate_conversation
 from config import Settings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import Ended, IndexItem, Kind, MetadataValue, OnEnded
-from embedding_index.mending import remove, update_metadata
+from embedding_index.batch_indexing import remove, update_metadata
 from embedding_index.providers.contract import Provider
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import ConfigurationError, SkippedDocumentError
@@ -37,13 +37,13 @@ class Options:
     """Options of a pass. *settings* name the collections; *limit* is the most conversations to embed, None for all.
 
     *allow_external*: texts may be sent to a provider outside your network. *on_read* is called after each page, in the
-    running loop.
+    running loop, with the documents that were read and those expected.
     """
 
     settings: Settings
     limit: int | None = None
     allow_external: bool = False
-    on_read: Callable[[ConversationCounts], None] | None = None
+    on_read: Callable[[int, int], None] | None = None
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ def require_allowed(provider: Provider, *, allowed: bool) -> None:
 
 
 def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) -> IndexItem:
-    """Return the item of *document* with the labels of *result*, which ``is_labelled``.
+    """Return the item of *document* with the labels of *result*, which has all LABELS.
 
     The metadata have no customer text except the one-line summary by the model, which is also in the results.
 
@@ -97,12 +97,6 @@ def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) ->
     if isinstance(model := provenance.get("model_used"), str):
         metadata["classified_by"] = model
     return IndexItem(Kind.CONVERSATION, source_id, "\n".join(conversation.customer_texts), metadata)
-
-
-def is_labelled(result: Mapping[str, Any] | None) -> bool:
-    """Return whether *result* exists and has all LABELS."""
-    labels = result.get("classification") if result is not None else None
-    return isinstance(labels, Mapping) and all(isinstance(labels.get(label), str) for label in LABELS)
 
 
 async def conversation_pages(
@@ -127,7 +121,7 @@ async def conversation_pages(
         labelled = await store.result_labels([document["_id"] for document in page])
         yield _items(page, labelled, counts)
         if options.on_read is not None:
-            options.on_read(counts)
+            options.on_read(counts.read, counts.expected)
         after = [page[-1]["_id"]]
     counts.is_complete = not stop.is_set()
 
@@ -138,8 +132,9 @@ def _items(
     items = []
     for document in page:
         counts.read += 1
-        result = labelled.get(id_key(document["_id"]))
-        if result is None or not is_labelled(result):
+        result = labelled.get(id_key(document["_id"]), {})
+        labels = result.get("classification")
+        if not isinstance(labels, Mapping) or not all(isinstance(labels.get(label), str) for label in LABELS):
             counts.unclassified += 1
             continue
         try:

@@ -14,11 +14,9 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 from database_docs.items import content_hash
-from embedding_index.call_queue import Call, CallQueue
-from embedding_index.call_repetition import CallRepetition, RunOptions
+from embedding_index.call_queue import Call, CallQueue, CallRepetition, RunOptions
 from embedding_index.inputs import LongTexts, Piece, pack, split_text
-from embedding_index.providers.contract import Answer, Provider
-from embedding_index.vector_checks import checked_vectors, weighted_mean
+from embedding_index.providers.contract import Answer, Provider, checked_vectors, weighted_mean
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import (
     MixedIndexError,
@@ -27,8 +25,6 @@ from error_handler import (
     ProviderUnavailableError,
     UnusableVectorsError,
 )
-
-__all__ = ["Embedded", "EmbeddingRun", "RunCounts", "RunOptions"]
 
 STORING_THREADS = 2  # read and store answers while the provider works on the next calls
 LONGEST_COUNTED = 8  # characters per token that an input may have
@@ -108,7 +104,7 @@ class EmbeddingRun:
         calls = pack([piece.tokens for piece in pieces], self._provider.limits, self._options.batch_size)
         slots = self._provider.max_concurrent
         self._queue = CallQueue((Call(tuple(pieces[place] for place in places)) for places in calls), slots, self._stop)
-        self._repetition = CallRepetition(self._options, self._queue, self._fail_piece)
+        self._repetition = CallRepetition(self._options, self._queue, self._fail)
         with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
             workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
             try:
@@ -240,9 +236,6 @@ class EmbeddingRun:
         return True
 
     # Ending texts
-
-    def _fail_piece(self, piece: Piece, problem: str) -> None:
-        self._fail(piece.content_hash, problem)
 
     def _arrived(self, hashes: Iterable[str]) -> None:
         """Note that the vectors of these texts and pieces are in the ledger."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
@@ -24,6 +23,7 @@ from embedding_index.search_entries import Hit
 from embedding_index.vector_ledger import Totals
 from error_handler import EmbeddingCostError
 from storage.files import replace_file
+from utils.process import is_confirmed
 
 LINE_EVERY_S = 5.0
 SHOWN_PROBLEMS = 10
@@ -170,11 +170,6 @@ def _flag(source: str) -> str:
     return "" if source == "database" else f" --source {source}"
 
 
-def say(sentence: str) -> None:
-    """Print *sentence* to stderr; stdout has the outcome only."""
-    sys.stderr.write(f"{sentence}\n")
-
-
 def give_json(value: object, *, as_json: bool, output: Path | None) -> bool:
     """Write *value* to *output* and, with *as_json*, print it; return whether it was printed."""
     if output is None and not as_json:
@@ -242,20 +237,7 @@ async def require_affordable(limit_usd: float | None, usd: float | None, price: 
     """
     if limit_usd is None or (usd is not None and usd <= limit_usd):
         return
-    if sys.stdin.isatty() and sys.stderr.isatty():
-        sys.stderr.write(f"This costs {price}, more than --max-cost {limit_usd:g} allows. Continue? [y/N] ")
-        sys.stderr.flush()
-        if (await _line()).strip().lower() in ("y", "yes"):
-            return
+    question = f"This costs {price}, more than --max-cost {limit_usd:g} allows. Continue?"
+    if sys.stdin.isatty() and sys.stderr.isatty() and await is_confirmed(question):
+        return
     raise EmbeddingCostError(f"Nothing was sent: {price}; raise --max-cost, or give --yes to spend it.")
-
-
-async def _line() -> str:
-    """Return a line from the terminal. The event loop waits for it, so Ctrl-C ends the wait."""
-    loop, is_there = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(sys.stdin.fileno(), is_there.set)
-    try:
-        await is_there.wait()
-    finally:
-        loop.remove_reader(sys.stdin.fileno())
-    return sys.stdin.readline()

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from database_docs.items import Item, Kind, MetadataValue
-from embedding_index.providers.contract import ModelIdentity
-from embedding_index.vector_checks import Vector
+from embedding_index.providers.contract import ModelIdentity, Vector
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import MixedIndexError
 

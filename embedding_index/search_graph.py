@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from database_docs.items import Kind
+from embedding_index.providers.contract import Vector
 from embedding_index.search_entries import SearchEntries
-from embedding_index.vector_checks import Vector
 from error_handler import ConfigurationError, TriadError, VectorStoreError
 
 if TYPE_CHECKING:

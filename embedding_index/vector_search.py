@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from config.index_settings import IndexSettings
 from database_docs.items import Kind
 from embedding_index.inputs import pack, split_text
-from embedding_index.providers.contract import Provider
+from embedding_index.providers import open_provider
+from embedding_index.providers.contract import Provider, Vector, checked_vectors, weighted_mean
 from embedding_index.search_entries import Hit, Page, SearchEntries, mixed_message
 from embedding_index.search_graph import SearchGraph, large_kinds, open_graph
-from embedding_index.vector_checks import Vector, checked_vectors, weighted_mean
-from embedding_index.vector_ledger import VectorLedger
-from error_handler import ConfigurationError, MixedIndexError, UnusableVectorsError, VectorStoreError
+from embedding_index.vector_ledger import LEDGER_FILE, VectorLedger
+from error_handler import (
+    ConfigurationError,
+    MixedIndexError,
+    StateDirectoryError,
+    UnusableVectorsError,
+    VectorStoreError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +101,7 @@ class VectorSearch:
         return nearest(entries.pages(kind), vector, limit)
 
 
-def nearest(
-    pages: Iterable[tuple[Sequence[str], NDArray[np.float32]]], vector: Vector, limit: int
-) -> list[tuple[str, float]]:
+def nearest(pages: Iterable[Page], vector: Vector, limit: int) -> list[tuple[str, float]]:
     """Return the *limit* most similar names of *pages* with their cosine, sorted by similarity, then name."""
     best: list[tuple[str, float]] = []
     unit = vector / np.linalg.norm(vector)
@@ -138,3 +142,52 @@ def query_vector(provider: Provider, text: str) -> Vector:
     if mean is None:
         raise UnusableVectorsError("The parts of the text cancel each other out; search for less at once.")
     return mean
+
+
+class IndexReader:
+    """Searches the index while another process may write it. Use as ``with``, or close it.
+
+    Raises:
+        ConfigurationError: The provider cannot be opened: a package or a key is missing.
+    """
+
+    def __init__(self, settings: IndexSettings) -> None:
+        self.provider = open_provider(settings)
+        self._path = settings.index_dir / LEDGER_FILE
+        self._search = VectorSearch(settings.index_dir)
+
+    def __enter__(self) -> IndexReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def search(self, text: str, kinds: Collection[Kind] | None = None, limit: int = 5) -> list[Hit]:
+        """Return the *limit* items of *kinds* (None: all) that are most similar to *text*, the best first.
+
+        Raises:
+            VectorStoreError: There is no index, or its file is damaged or cannot be read.
+            MixedIndexError: It has vectors of another model.
+            ConfigurationError, IndexingError: See ``query_vector``.
+        """
+        if not is_index(self._path.parent):
+            raise VectorStoreError(f"there is no index in {self._path.parent}; `python cli.py index --batch` makes it.")
+        try:
+            # Opened for each search, because the file may have been replaced.
+            with VectorLedger(self._path, create=False) as ledger:
+                recorded = SearchEntries(ledger).identity()
+                if recorded is not None and not recorded.is_same_model(self.provider.identity):
+                    raise MixedIndexError(mixed_message(recorded, self.provider.identity))
+                return self._search.search(ledger, query_vector(self.provider, text), kinds, limit)
+        except StateDirectoryError as exc:
+            raise VectorStoreError(str(exc)) from exc
+
+    def close(self) -> None:
+        """Release files and memory, and close the provider."""
+        self._search.close()
+        self.provider.close()
+
+
+def is_index(folder: Path) -> bool:
+    """Return whether something was ever indexed into *folder*."""
+    return (folder / LEDGER_FILE).is_file()

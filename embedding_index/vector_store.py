@@ -10,14 +10,13 @@ from pathlib import Path
 
 from config.index_settings import IndexSettings, load_index_settings
 from database_docs.items import IndexItem, Kind, OnEnded
-from embedding_index.embedding_run import EmbeddingRun, RunCounts, RunOptions
-from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.ledger_copy import restore_ledger, write_copy
+from embedding_index.call_queue import RunOptions
+from embedding_index.embedding_run import EmbeddingRun, RunCounts
+from embedding_index.providers import open_provider
 from embedding_index.providers.contract import ModelIdentity, Provider
-from embedding_index.providers.opening import open_provider
 from embedding_index.search_entries import Hit, SearchEntries, mixed_message
 from embedding_index.search_graph import publish_graph
-from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_ledger import LEDGER_FILE, VectorLedger, restore_ledger, write_copy
 from embedding_index.vector_search import VectorSearch, query_vector
 from error_handler import MixedIndexError, StateDirectoryError
 from storage.files import DirectoryLock

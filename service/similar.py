@@ -35,8 +35,8 @@ from service.contract import EXAMPLE_LABELS, VISIBLE, Labels
 from service.metrics import ServiceMetrics
 
 if TYPE_CHECKING:  # it needs numpy and chromadb, which may be missing
-    from embedding_index.index_reader import IndexReader
     from embedding_index.search_entries import Hit
+    from embedding_index.vector_search import IndexReader
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def open_index(service_settings: ServiceSettings) -> IndexReader:
         IndexingError, ConfigurationError: The index cannot be opened.
     """
     # Late: the service starts and classifies without the optional packages that this module needs.
-    from embedding_index.index_reader import IndexReader, is_index  # noqa: PLC0415
+    from embedding_index.vector_search import IndexReader, is_index  # noqa: PLC0415
 
     settings = load_index_settings()
     timeout_s = min(settings.timeout_s, service_settings.request_timeout_s, EMBEDDING_TIMEOUT_S)

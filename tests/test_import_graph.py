@@ -60,8 +60,8 @@ OWNERS = {
     # the openai package is built on it
     "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     "chromadb": {"embedding_index.search_graph"},
-    "sqlalchemy": {"database_docs.introspection", "database_docs.database_connection"},
-    "bpe_openai": {"embedding_index.token_counts"},
+    "sqlalchemy": {"database_docs.introspection"},
+    "bpe_openai": {"embedding_index.providers.openai_embeddings"},
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings"},

@@ -16,8 +16,7 @@ import orjson
 from config.index_settings import IndexSettings
 from config.settings import Settings
 from domain.text import encodable
-from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
-from embedding_index.token_counts import estimated_tokens
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, estimated_tokens
 from error_handler import (
     ConfigurationError,
     IndexingError,
@@ -128,7 +127,6 @@ class OllamaProvider:
         self._session.close()
 
     def _context_length(self) -> int:
-        """Return the most tokens of an input."""
         model = self._model
         if is_cloud_name(model):
             raise _elsewhere(model)

@@ -8,6 +8,8 @@ is billed.
 from __future__ import annotations
 
 import asyncio
+import functools
+import importlib.util
 import re
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,8 +26,7 @@ import uvloop
 from config.index_settings import IndexSettings
 from config.openai_settings import OpenAISettings
 from domain.text import encodable
-from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vectors
-from embedding_index.token_counts import estimated_tokens, openai_counter
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vectors, estimated_tokens
 from error_handler import (
     ConfigurationError,
     IndexingError,
@@ -39,6 +40,8 @@ from utils.network import is_this_machine
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # prefix of the models whose vectors can be shortened
 WHOLE = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072}  # asking for the whole length changes nothing
+COUNTED_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002")  # all by cl100k_base
+COUNTED_CHARACTERS = 50_000  # at once: bpe_openai refuses texts of more than 200,000 tokens
 CONNECT_TIMEOUT_S = 10.0
 MAX_ANSWER_BYTES = 512 * 1024 * 1024  # 2048 vectors of 8192 numbers, written in decimal, are 350 MB
 MOST_WAIT_S = 3600.0
@@ -129,7 +132,6 @@ class OpenAIProvider:
         await self._client.aclose()
 
     async def _ask(self, content: bytes, on_answer: Callable[[], None] | None) -> bytes:
-        """Return the body of the answer to one request."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._exchange(content, on_answer)
@@ -237,3 +239,27 @@ def _vector(embedding: Any) -> Sequence[float] | Vectors:
         return np.frombuffer(pybase64.b64decode(embedding, validate=True), "<f4")
     except ValueError as exc:
         raise UnusableVectorsError("a vector of the answer is not base64 of numbers") from exc
+
+
+def openai_counter(model: str) -> Callable[[str], int] | None:
+    """Return a function that counts the tokens of *model* as OpenAI bills them, at least 1.
+
+    None if its tokenizer is unknown or bpe_openai is not installed. The first count loads the tables (1 s).
+    """
+    if model not in COUNTED_MODELS or importlib.util.find_spec("bpe_openai") is None:
+        return None
+
+    def count(text: str) -> int:
+        encode, text = _encoder(), encodable(text)
+        pieces = range(0, len(text), COUNTED_CHARACTERS)
+        return max(1, sum(len(encode(text[start : start + COUNTED_CHARACTERS])) for start in pieces))
+
+    return count
+
+
+@functools.cache  # get_encoding builds the tables at each call
+def _encoder() -> Callable[[str], list[int]]:
+    import bpe_openai  # noqa: PLC0415 - takes a second, and only OpenAI needs it
+
+    encode: Callable[[str], list[int]] = bpe_openai.get_encoding("cl100k_base").encode_ordinary
+    return encode

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 from embedding_index import search_graph
-from embedding_index.index_reader import LEDGER_FILE
 from embedding_index.search_entries import SearchEntries
-from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_ledger import LEDGER_FILE, VectorLedger
 from tests.embedding_index.index_entries import Searcher, add, vector_of
 
 PAUSE_S = 0.02  # leaves the writer a processor

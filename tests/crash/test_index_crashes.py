@@ -41,8 +41,8 @@ STORE = "embedding_index.vector_store.SQLVectorStore"
 
 COPYING = [
     (f"{STORE}._publish:before", 1),
-    ("embedding_index.ledger_copy.os.replace:before", 1),
-    ("embedding_index.ledger_copy.os.replace:after", 1),
+    ("embedding_index.vector_ledger.os.replace:before", 1),
+    ("embedding_index.vector_ledger.os.replace:after", 1),
     (f"{STORE}._publish:after", 1),
 ]
 

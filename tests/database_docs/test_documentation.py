@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from database_docs.database_facts import ColumnFacts, RelationshipFacts, TableFacts, full_name
-from database_docs.documentation import document_database, words
+from database_docs.documentation import ColumnFacts, RelationshipFacts, TableFacts, document_database, full_name, words
 
 ID = ColumnFacts("id", "BIGINT", is_nullable=False, is_automatic=True)
 ORDER_ID = ColumnFacts("order_id", "BIGINT", is_nullable=False, comment="What was\nbought")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from database_docs.database_facts import ColumnFacts, RelationshipFacts, TableFacts
+from database_docs.documentation import ColumnFacts, RelationshipFacts, TableFacts
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import IndexItem, Kind, State, content_hash
 from error_handler import StateDirectoryError

@@ -15,10 +15,8 @@ from urllib.parse import quote
 import pytest
 from pydantic import SecretStr
 
-from database_docs.database_connection import connected
-from database_docs.database_facts import DatabaseFacts, RelationshipFacts, TableFacts
-from database_docs.documentation import document_database
-from database_docs.introspection import read_database
+from database_docs.documentation import DatabaseFacts, RelationshipFacts, TableFacts, document_database
+from database_docs.introspection import connected, read_database
 from error_handler import ConfigurationError, DatabaseUnavailableError, TriadError
 
 if TYPE_CHECKING:
@@ -257,7 +255,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         port = silent.getsockname()[1]
-        monkeypatch.setattr("database_docs.database_connection.CONNECT_TIMEOUT_S", 2)
+        monkeypatch.setattr("database_docs.introspection.CONNECT_TIMEOUT_S", 2)
         started = time.monotonic()
         with pytest.raises(DatabaseUnavailableError, match="time"):
             read_database(SecretStr(f"postgresql://u:{SECRET}@127.0.0.1:{port}/d"))
@@ -266,7 +264,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 def test_a_slow_catalogue_is_given_up(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every statement has the time-out of the connection."""
-    monkeypatch.setattr("database_docs.database_connection.STATEMENT_TIMEOUT_S", 1)
+    monkeypatch.setattr("database_docs.introspection.STATEMENT_TIMEOUT_S", 1)
     with pytest.raises(DatabaseUnavailableError, match="less busy"), connected(SecretStr(postgres.uri())) as connection:
         connection.exec_driver_sql("SELECT pg_sleep(50)")
 

@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from database_docs.items import IndexItem, Kind
-from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.providers.contract import ModelIdentity
+from embedding_index.providers.contract import ModelIdentity, Vector
 from embedding_index.search_entries import Hit, SearchEntries
 from embedding_index.search_graph import open_graph, publish_graph
-from embedding_index.vector_checks import Vector
-from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_ledger import LEDGER_FILE, VectorLedger
 from embedding_index.vector_search import VectorSearch
 
 DIMENSIONS = 32

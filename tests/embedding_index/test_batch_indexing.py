@@ -22,7 +22,7 @@ from config.settings import known_environment_names
 from database_docs.introspection import read_database
 from database_docs.items import IndexItem, Kind
 from embedding_index import BatchIndexingManager, DocumentationStore, SQLIndexerAgent, SQLVectorStore
-from embedding_index.mending import Mending
+from embedding_index.batch_indexing import Mending
 from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
 from error_handler import DirectoryLockedError, MixedIndexError, ProviderRejectedError, StateDirectoryError
 from tests.embedding_index.index_commands import RELATIONSHIPS, SHOP, TABLES

@@ -6,8 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from embedding_index.call_queue import Call, CallQueue, Piece
-from embedding_index.call_repetition import SHORTEST_WAIT_S, CallRepetition, RunOptions
+from embedding_index.call_queue import SHORTEST_WAIT_S, Call, CallQueue, CallRepetition, Piece, RunOptions
 from error_handler import ProviderBusyError
 
 FIRST, SECOND = (Call((Piece(name, name, 1),)) for name in ("first", "second"))

@@ -351,7 +351,7 @@ async def test_windows_are_handed_over_whole(site: Site, monkeypatch: pytest.Mon
     monkeypatch.setattr(conversation_source, "WINDOW", 50)
     site.fill(*range(100))
     read: list[int] = []
-    await site.run(on_read=lambda counts: read.append(counts.read))
+    await site.run(on_read=lambda number, expected: read.append(number))
     assert site.vectors.calls == [50, 50]
     assert read == [30, 60, 90, 100]
     site.vectors.calls.clear()

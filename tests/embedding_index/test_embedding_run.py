@@ -16,8 +16,7 @@ import pytest
 from database_docs.items import content_hash
 from embedding_index.embedding_run import STORING_THREADS, Embedded, EmbeddingRun, RunCounts, RunOptions
 from embedding_index.inputs import split_text
-from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
-from embedding_index.vector_checks import Vector
+from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vector
 from embedding_index.vector_ledger import VectorLedger
 from error_handler import (
     ConfigurationError,

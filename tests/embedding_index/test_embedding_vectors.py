@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_index.vector_checks import checked_vectors, weighted_mean
+from embedding_index.providers.contract import checked_vectors, weighted_mean
 from error_handler import MixedIndexError, UnusableVectorsError
 
 GOOD = [0.6, 0.8, 0.0]

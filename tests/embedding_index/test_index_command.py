@@ -12,7 +12,7 @@ import sys
 import pytest
 from genai_prices import Usage, calc_price
 
-from embedding_index.token_counts import openai_counter
+from embedding_index.providers.openai_embeddings import openai_counter
 from tests.embedding_index.index_commands import KEY, RELATIONSHIPS, ROOT, TABLES, IndexSite
 
 pytestmark = pytest.mark.skipif(

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from config.index_settings import IndexSettings
-from embedding_index import index_reader
-from embedding_index.index_reader import LEDGER_FILE, IndexReader, is_index
+from embedding_index import vector_search
+from embedding_index.vector_ledger import LEDGER_FILE
+from embedding_index.vector_search import IndexReader, is_index
 from embedding_index.vector_store import SQLVectorStore
 from error_handler import MixedIndexError, VectorStoreError
 from tests.embedding_index.test_vector_store import Words, ignore, tables
@@ -17,7 +18,7 @@ from tests.embedding_index.test_vector_store import Words, ignore, tables
 @pytest.fixture
 def provider(monkeypatch: pytest.MonkeyPatch) -> Words:
     words = Words()
-    monkeypatch.setattr(index_reader, "open_provider", lambda _: words)
+    monkeypatch.setattr(vector_search, "open_provider", lambda _: words)
     return words
 
 

@@ -13,11 +13,10 @@ import pytest
 from config.index_settings import IndexSettings, load_index_settings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import Kind
-from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.mending import Mending
+from embedding_index.batch_indexing import Mending
 from embedding_index.providers.contract import ModelIdentity
 from embedding_index.search_entries import Hit, SearchEntries
-from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_ledger import LEDGER_FILE, VectorLedger
 from embedding_index.vector_search import VectorSearch, query_vector
 from embedding_index.vector_store import SQLVectorStore
 from tests.embedding_index.test_vector_store import Words, tables

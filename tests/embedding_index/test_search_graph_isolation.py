@@ -60,7 +60,7 @@ USE = """
 import logging
 from pathlib import Path
 from embedding_index import search_graph
-from embedding_index.index_reader import LEDGER_FILE
+from embedding_index.vector_ledger import LEDGER_FILE
 from embedding_index.search_entries import SearchEntries
 from embedding_index.vector_ledger import VectorLedger
 from tests.embedding_index.index_entries import Searcher, make_index

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from embedding_index.token_counts import COUNTED_CHARACTERS, OPENAI_ENCODINGS, estimated_tokens, openai_counter
+from embedding_index.providers.openai_embeddings import (
+    COUNTED_CHARACTERS,
+    COUNTED_MODELS,
+    estimated_tokens,
+    openai_counter,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bpe_openai") is None, reason="requirements-index.txt is not installed"
@@ -86,7 +91,7 @@ def test_long_texts_are_counted(real: Callable[[str], int]) -> None:
 
 def test_no_counter_for_models_that_others_tokenize() -> None:
     assert openai_counter("bge-m3") is None
-    assert {model for model in OPENAI_ENCODINGS if openai_counter(model) is None} == set()
+    assert {model for model in COUNTED_MODELS if openai_counter(model) is None} == set()
 
 
 def test_no_counter_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

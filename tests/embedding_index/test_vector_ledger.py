@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from database_docs.items import content_hash
-from embedding_index.providers.contract import ModelIdentity
-from embedding_index.vector_checks import Vector
+from embedding_index.providers.contract import ModelIdentity, Vector
 from embedding_index.vector_ledger import Totals, VectorLedger
 from error_handler import MixedIndexError, StateDirectoryError
 

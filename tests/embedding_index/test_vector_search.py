@@ -11,9 +11,8 @@ import pytest
 
 from database_docs.items import IndexItem, Kind
 from embedding_index import search_graph
-from embedding_index.index_reader import LEDGER_FILE
 from embedding_index.search_entries import SearchEntries
-from embedding_index.vector_ledger import VectorLedger
+from embedding_index.vector_ledger import LEDGER_FILE, VectorLedger
 from embedding_index.vector_search import nearest
 from error_handler import MixedIndexError, StateDirectoryError, UnusableVectorsError
 from tests.embedding_index.index_entries import (

@@ -15,8 +15,7 @@ from config.index_settings import IndexSettings
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import Ended, IndexItem, Kind, State
 from embedding_index import vector_store
-from embedding_index.batch_indexing import BatchIndexingManager, SQLIndexerAgent
-from embedding_index.mending import Mending
+from embedding_index.batch_indexing import BatchIndexingManager, Mending, SQLIndexerAgent
 from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits
 from embedding_index.search_entries import Hit
 from embedding_index.vector_store import SQLVectorStore
