@@ -21,7 +21,14 @@ from pymongo.errors import BulkWriteError, PyMongoError
 from config import Settings
 from error_handler import ConfigurationError, IndexBlockedError, StoreError, StoreRejectedError
 from storage.extended_json import Document, id_key, id_text
-from storage.mongo_errors import TOO_LARGE_CODES, index_problem, require_only_duplicates, translated
+from storage.mongo_errors import (
+    DRIVER_ERRORS,
+    TOO_LARGE_CODES,
+    index_problem,
+    require_only_duplicates,
+    store_error,
+    translated,
+)
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -369,8 +376,10 @@ async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], poli
 
     async def attempt() -> T:
         cancellations = task.cancelling() if task is not None else 0
-        with translated(what):
+        try:
             result = await operation()
+        except DRIVER_ERRORS as exc:
+            raise store_error(what, exc) from exc
         # ``asyncio.wait_for`` of Python 3.11 swallows a cancellation that comes as its future is done
         # (python/cpython#86296), and PyMongo sends with it. A run that has ended would wait for this task forever.
         if task is not None and task.cancelling() > cancellations:

@@ -29,6 +29,7 @@ TOO_LARGE_CODES = frozenset({10334, 17419})  # a document would grow beyond 16 M
 TRANSIENT_CODES = frozenset(
     {6, 7, 24, 43, 50, 64, 89, 91, 112, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
 )
+DRIVER_ERRORS = (errors.PyMongoError, BSONError, OverflowError, UnicodeEncodeError)
 
 
 @contextmanager
@@ -36,11 +37,12 @@ def translated(what: str) -> Iterator[None]:
     """Raise errors of the driver as those of this product; *what* names the operation."""
     try:
         yield
-    except (errors.PyMongoError, BSONError, OverflowError, UnicodeEncodeError) as exc:
-        raise _error_of(what, exc) from exc
+    except DRIVER_ERRORS as exc:
+        raise store_error(what, exc) from exc
 
 
-def _error_of(what: str, exc: Exception) -> TriadError:
+def store_error(what: str, exc: Exception) -> TriadError:
+    """Return the error of this product for *exc*, one of DRIVER_ERRORS; *what* names the operation."""
     if isinstance(exc, errors.BulkWriteError):
         return StoreRejectedError("MongoDB cannot store the document")
     if isinstance(exc, errors.OperationFailure):
