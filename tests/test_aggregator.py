@@ -363,6 +363,7 @@ def test_any_document_is_aggregated_or_skipped(document: dict[str, Any]) -> None
     assert len(speakers) == len(conversation.turns)
 
 
+@pytest.mark.thorough
 def test_no_character_is_invisible_and_printable() -> None:
     """A text that Python calls printable is passed on unsearched: nothing that is to be taken out may be among it."""
     everything = "".join(map(chr, range(0x110000)))

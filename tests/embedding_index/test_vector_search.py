@@ -259,7 +259,14 @@ def test_graph_that_fits_is_kept_and_one_that_does_not_is_replaced(tmp_path: Pat
     assert_finds(tmp_path, range(21))
 
 
-@pytest.mark.parametrize("change", ["count", "checksum", "missing", "emptied", "no database"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "count",
+        "checksum",
+        *(pytest.param(change, marks=pytest.mark.thorough) for change in ("missing", "emptied", "no database")),
+    ],
+)
 def test_graph_that_does_not_match_is_not_used_and_is_rebuilt(tmp_path: Path, large: None, change: str) -> None:
     """Until then, searches compare all vectors and find everything."""
     make_index(tmp_path, range(30))

@@ -232,7 +232,16 @@ MORE = {
     *("junk between lines", "status 409 once", "status 429 once", "download reset"),
     *("twice, once as an error", "no custom_id", "no body", "no usage", "status 500 once", "time-out of a line"),
     *("error file of zero bytes", "no counts", "half cancelled by somebody", "vanished", "refused without lines"),
-    *("file not visible at once", "download not there at once", "no error file"),
+    *("file not visible at once", "download not there at once", "no error file", "half a last line", "empty answer"),
+    *("neither response nor error", "junk in a line", "byte order mark", "errors only", "no output file"),
+    *(
+        "ids that come late, without counts",
+        "counts of zero and late ids",
+        "unknown status",
+        "error in the output file",
+    ),
+    *("status 500 for ever", "content filter", "missing in both files", "twice, and different"),
+    *("download truncated without an error", "batch not there at once", "429 with Retry-After"),
     "create answered with a page",
 }
 assert CASES.keys() >= USUAL_CALLS | MORE

@@ -422,6 +422,7 @@ def server_side(certificate: Path) -> ssl.SSLContext:
     return context
 
 
+@pytest.mark.thorough
 async def test_login_goes_through_starttls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the server offers it."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))

@@ -132,7 +132,7 @@ def test_service_listens_outside_with_keys_or_explicit_permission(tmp_path: Path
     ("variables", "named"),
     [
         ({"API_KEYS": "helpdesk:short-SECRET"}, "API_KEYS"),
-        ({"OLLAMA_MODEL": "gpt-oss:120b-cloud"}, "cloud"),
+        pytest.param({"OLLAMA_MODEL": "gpt-oss:120b-cloud"}, "cloud", marks=pytest.mark.thorough),
     ],
     ids=lambda value: str(value)[:40],
 )

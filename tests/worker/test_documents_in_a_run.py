@@ -217,6 +217,7 @@ def test_limit_stops_after_that_many_documents(site: Site) -> None:
     check_calls(site, documents, repeated=0)
 
 
+@pytest.mark.thorough
 def test_reprocess_resumes_after_a_crash(site: Site) -> None:
     """Every result is replaced by one of the new job, once; what was replaced before the crash is not asked again."""
     documents = [conversation(number) for number in range(150)]

@@ -92,7 +92,20 @@ def test_all_reasons_are_covered() -> None:
     assert [way.reason for way in WAYS] == list(Reason)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.reason))
+USUAL = {
+    Reason.TRANSPORT,
+    Reason.CONTEXT_OVERFLOW,
+    Reason.LABEL_OUTSIDE,
+    Reason.STORE_FAILED,
+    Reason.SKIPPED_NO_TEXT,
+    Reason.POISON,
+}
+
+
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, id=str(way.reason), marks=() if way.reason in USUAL else pytest.mark.thorough) for way in WAYS],
+)
 def test_reason_is_the_same_in_all_places(site: Site, way: Way, tmp_path: Path) -> None:
     """Summary, --output, progress JSON and CSV, metrics, the source, quarantine, and the command that lists it."""
     documents = [conversation(number) for number in range(9)]

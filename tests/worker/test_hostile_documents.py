@@ -75,7 +75,7 @@ def test_hostile_values_stay_values(site: Job, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("site", ["hostile"], indirect=True)
-@pytest.mark.parametrize("with_processor", [False, True])
+@pytest.mark.parametrize("with_processor", [pytest.param(False, marks=pytest.mark.thorough), True])
 @pytest.mark.parametrize(
     "template", [None, {"$set": {"answer": "{{response_content}}"}}, {"$push": {"answers": "{{response_content}}"}}]
 )

@@ -60,7 +60,9 @@ def test_long_conversations_are_fitted_and_say_so(site: Site, server: dict[str, 
 
 
 @pytest.mark.parametrize("server", SERVERS.values(), ids=list(SERVERS))
-@pytest.mark.parametrize("ignores", [False, True], ids=["refused", "cut-in-silence"])
+@pytest.mark.parametrize(
+    "ignores", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["refused", "cut-in-silence"]
+)
 def test_a_tokenizer_that_makes_more_tokens_than_expected(site: Site, server: dict[str, Any], ignores: bool) -> None:
     """The refusal, or the count that betrays the cut, teaches: the conversation is fitted once more, and then whole."""
     model_of(site).configure(**server, chars_per_token=1.5, ignore_truncate=ignores)
