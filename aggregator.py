@@ -107,26 +107,29 @@ def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
 
 def entry_text(entry: Any) -> str:
     """Return the text of one entry as it is written, or an empty string. Parts of a text are joined."""
-    return next((text for name in TEXT_FIELDS if (text := _joined(entry.get(name)))), "") if _is_map(entry) else ""
+    return _first_text(entry, 0) if isinstance(entry, Mapping) else ""
 
 
-def _joined(value: Any, depth: int = 0) -> str:
-    """Return a text, the texts of its parts (OpenAI, Telegram), or the text of an object (WhatsApp)."""
-    if isinstance(value, str):
-        return value if value and not value.isspace() else ""
-    if depth > 2:
-        return ""
-    if _is_map(value):
-        return next((text for name in TEXT_FIELDS if (text := _joined(value.get(name), depth + 1))), "")
-    if isinstance(value, list):
-        parts = (part if isinstance(part, str) else _joined(part, depth + 1) for part in value)
-        is_running = any(isinstance(part, str) for part in value)  # text with marked-up words in it
-        return ("" if is_running else "\n").join(part for part in parts if part)
+def _first_text(entry: Mapping[str, Any], depth: int) -> str:
+    for name in TEXT_FIELDS:
+        value = entry.get(name)
+        if isinstance(value, str):
+            if value and not value.isspace():
+                return value
+        elif value is not None and (text := _nested_text(value, depth + 1)):
+            return text
     return ""
 
 
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Mapping)
+def _nested_text(value: Any, depth: int) -> str:
+    """Return the text of an object (WhatsApp), or of a list of objects (OpenAI) with texts between them (Telegram)."""
+    if isinstance(value, Mapping):
+        return _first_text(value, depth) if depth <= 4 else ""
+    if not isinstance(value, list) or depth > 4 or not any(isinstance(part, Mapping) for part in value):
+        return ""
+    is_running = any(isinstance(part, str) for part in value)
+    parts = (part if isinstance(part, str) else _nested_text(part, depth + 1) for part in value)
+    return ("" if is_running else "\n").join(part for part in parts if part)
 
 
 def _turn(shape: Shape, entry: Any) -> Turn | None:
@@ -139,7 +142,10 @@ def _turn(shape: Shape, entry: Any) -> Turn | None:
 
 
 def _time(entry: Mapping[str, Any]) -> datetime | None:
-    return next((at for name in TIME_FIELDS if name in entry and (at := parse_time(entry[name]))), None)
+    for name in TIME_FIELDS:
+        if name in entry and (at := parse_time(entry[name])) is not None:
+            return at
+    return None
 
 
 def _inbound(entry: Mapping[str, Any]) -> Sender | None:
@@ -163,7 +169,7 @@ def _sender(entry: Mapping[str, Any], fields: tuple[str, ...]) -> Sender | None:
         known: Sender | None = None
         if isinstance(value, str):
             known = _SENDERS.get(value) or _SENDERS.get(_NOT_A_LETTER.sub("", value[:80]).casefold())
-        elif _is_map(value) and fields is SENDER_FIELDS:
+        elif isinstance(value, Mapping) and fields is SENDER_FIELDS:
             known = _sender(value, _SENDER_OBJECT_FIELDS)
         if known:
             return known

@@ -225,7 +225,7 @@ def test_readable_times(value: Any, expected: datetime | None) -> None:
         pytest.param(
             {"messages": ["hello", None, 3, [], {"sender": "customer"}]}, Reason.SKIPPED_NO_TEXT, id="odd-turns"
         ),
-        pytest.param({"tweets": [{"inbound": True, "text": [1, None]}]}, Reason.SKIPPED_NO_TEXT, id="list-for-text"),
+        pytest.param({"tweets": [{"inbound": True, "text": ["a"]}]}, Reason.SKIPPED_NO_TEXT, id="list-for-text"),
         pytest.param(messages(("agent", "Hello?")), Reason.SKIPPED_NO_CUSTOMER, id="agent-alone"),
         pytest.param(messages(("bystander", "Hello?")), Reason.SKIPPED_NO_CUSTOMER, id="unknown-alone"),
         pytest.param(
@@ -310,6 +310,14 @@ def test_senders(sender: Any, speaker: str) -> None:
 def test_fields_of_help_desks_and_chats(customer: dict[str, Any], agent: dict[str, Any]) -> None:
     """Whatever they are called, the text and the side that wrote it are found."""
     assert aggregate_conversation({"messages": [customer, agent]}).transcript == "Customer: hi\nAgent: ho"
+
+
+def test_deep_texts_are_not_followed() -> None:
+    """A document that nests without end must not end the worker."""
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [{"text": deep}]
+    assert texts(messages(("customer", deep), ("customer", "readable"))) == ["readable"]
 
 
 @pytest.mark.parametrize(("inbound", "speaker"), [("True", "Customer"), ("FALSE ", "Agent"), ("yes", "Unknown")])
