@@ -143,7 +143,11 @@ def _turn(shape: Shape, entry: Any) -> Turn | None:
 
 def _time(entry: Mapping[str, Any]) -> datetime | None:
     for name in TIME_FIELDS:
-        if name in entry and (at := parse_time(entry[name])) is not None:
+        if (value := entry.get(name)) is None:
+            continue
+        if name == "date" and isinstance(value, str) and isinstance(clock := entry.get("time"), str):
+            value = f"{value} {clock}"  # a spreadsheet has them in two columns
+        if (at := parse_time(value)) is not None:
             return at
     return None
 

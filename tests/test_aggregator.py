@@ -157,6 +157,18 @@ def test_times_in_any_form_order_the_turns(later: Any, earlier: Any) -> None:
     assert texts(document) == ["where is it?", "cancel it"]
 
 
+@pytest.mark.parametrize("clock", ["12:00", "12:00 PM", "2024-05-01T12:00:00Z"])
+def test_date_and_time_in_two_fields_are_one_time(clock: str) -> None:
+    """The date alone would make all turns of a day equal."""
+    document = messages(("customer", "second"), ("customer", "first"))
+    document["messages"][0] |= {"date": "2024-05-01", "time": clock}
+    document["messages"][1] |= {"date": "2024-05-01", "time": "09:30"}
+    assert texts(document) == ["first", "second"]
+    document["messages"][1]["time"] = "half past nine"
+    assert texts(document) == ["second", "first"]
+    assert not aggregate_conversation(document).is_ordered
+
+
 def test_time_is_the_first_readable_field() -> None:
     """Chat programs have several, and the first may be empty."""
     document = {
