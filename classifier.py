@@ -72,7 +72,7 @@ class Classifier:
         """
         text = _without_reasoning(reply)
         found: Classification | None = None
-        problem = LLMReplyError("the answer holds no complete JSON object", Reason.NOT_JSON)
+        problem: LLMReplyError | None = None
         start, failures = text.find("{"), 0
         # The limit keeps a reply of opening braces from costing a scan for each of them.
         while start >= 0 and failures <= MAX_BROKEN_OBJECTS:
@@ -86,7 +86,7 @@ class Classifier:
                 failures += 1
             start = text.find("{", end)
         if found is None or failures > MAX_BROKEN_OBJECTS:  # beyond the limit a later object could correct this one
-            raise problem
+            raise problem or LLMReplyError("the answer holds no complete JSON object", Reason.NOT_JSON)
         return found
 
     def _classification(self, fields: dict[str, Any]) -> Classification:

@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from domain.text import counted
 from error_handler import ConfigurationError
 from storage import extended_json
 from storage.extended_json import Document
@@ -154,7 +155,7 @@ def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
         table.executemany("INSERT INTO entries (place, name, parent, inbound, entry) VALUES (?, ?, ?, ?, ?)", entries())
         table.execute("CREATE INDEX names ON entries (name)")
         table.execute("CREATE INDEX replies ON entries (parent)")
-        rounded.warn("ids rounded by a spreadsheet, so answers are not found; export the ids as text")
+        rounded.warn("id", "rounded by a spreadsheet, so answers are not found; export the ids as text")
         _part_equal_names(path, table)
         threaded = 0
         for number, (place,) in enumerate(table.execute(_THREAD_STARTS), 1):
@@ -176,8 +177,8 @@ def _part_equal_names(path: Path, table: sqlite3.Connection) -> None:
         elif is_later:
             other.add(f"line {place}")
             table.execute("UPDATE entries SET name = NULL WHERE place = ?", (place,))
-    repeated.warn("rows left out because they repeat tweet_id and text of an earlier row")
-    other.warn("rows with the tweet_id of an earlier row but another text; kept, but answers go to the earlier row")
+    repeated.warn("row", "left out: tweet_id and text as in an earlier row")
+    other.warn("row", "kept with the tweet_id of an earlier row but another text; answers go to the earlier row")
 
 
 def _messages(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
@@ -216,8 +217,8 @@ def _queries(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
             metadata = {name: row[name] for name in ("source", "timestamp") if row.get(name)}
             document: Document = {"_id": document_id} if document_id else {}
             yield {**document, "text": row["text"], "metadata": metadata, "processed": False, "processing_attempts": 0}
-    rounded.warn("ids rounded by a spreadsheet; these rows get an id of their content")
-    other.warn("rows with the id of an earlier row but another text; these get an id of their content")
+    rounded.warn("id", "rounded by a spreadsheet and replaced by one of the content")
+    other.warn("row", "with the id of an earlier row but another text; the id is replaced by one of the content")
 
 
 def _is_first_text(table: sqlite3.Connection, name: str, text: str) -> bool:
@@ -237,9 +238,9 @@ class _Noted:
         self._count += 1
         self._first = self._first or place
 
-    def warn(self, what: str) -> None:
+    def warn(self, noun: str, what: str) -> None:
         if self._count:
-            logger.warning("%s: %d %s (first: %s)", self._path, self._count, what, self._first)
+            logger.warning("%s: %s %s (first: %s)", self._path, counted(self._count, noun), what, self._first)
 
 
 _LAYOUTS = {  # by a column that no other layout has

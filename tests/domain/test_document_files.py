@@ -220,8 +220,8 @@ def test_rows_with_equal_ids_are_merged_only_if_their_text_is_equal(
     documents = list(read_documents(write("twcs.csv", "\n".join([TWCS_HEADER, *rows]))))
     texts = [[tweet["text"] for tweet in document["tweets"]] for document in documents]
     assert texts == [["first", "answer"], ["second"]]
-    assert "2 rows left out because they repeat tweet_id and text of an earlier row (first: line 3)" in caplog.text
-    assert "1 rows with the tweet_id of an earlier row but another text" in caplog.text
+    assert "2 rows left out: tweet_id and text as in an earlier row (first: line 3)" in caplog.text
+    assert "1 row kept with the tweet_id of an earlier row but another text" in caplog.text
     assert "(first: line 4)" in caplog.text
 
 
@@ -297,12 +297,10 @@ def test_queries_with_equal_or_rounded_ids_are_kept_apart(write: Write, caplog: 
         *(("7", "first"), (None, "second"), ("7", "first"), (None, "third"), (None, "fourth")),
     ]
     assert (
-        "1 rows with the id of an earlier row but another text; these get an id of their content (first: line 3)"
+        "1 row with the id of an earlier row but another text; the id is replaced by one of the content (first: line 3)"
         in (caplog.text)
     )
-    assert (
-        "2 ids rounded by a spreadsheet; these rows get an id of their content (first: line 5, 4.5E+11)" in caplog.text
-    )
+    assert "2 ids rounded by a spreadsheet and replaced by one of the content (first: line 5, 4.5E+11)" in caplog.text
 
 
 def test_a_file_can_be_read_in_part_and_by_several_threads(write: Write) -> None:
