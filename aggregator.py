@@ -2,75 +2,182 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from domain.conversation import Conversation, Sender, Shape, Turn
 from domain.text import prompt_text
 from error_handler import Reason, SkippedDocumentError
 
+# Fields of a turn as help desks and chat programs name them. The first one with a usable value counts.
+TEXT_FIELDS = ("text", "content", "body", "message", "body_text", "plain_body", "plainBody", "bodyText")
+TIME_FIELDS = (
+    *("timestamp", "created_at", "createdAt", "sent_at", "sentAt", "created", "date", "time", "datetime", "ts"),
+    *("received_at", "receivedAt"),
+)
+DIRECTION_FIELDS = ("inbound", "incoming", "is_inbound", "isInbound", "is_incoming")
+SENDER_FIELDS = (
+    *("sender", "role", "author", "from", "sender_type", "senderType", "author_type", "authorType", "user_type"),
+    *("sender_role", "author_role", "speaker", "participant", "direction", "user", "type"),
+)
+_SENDER_OBJECT_FIELDS = ("type", "role", "user_type", "kind", "name")
+
 _SENDERS: dict[str, Sender] = {
-    **dict.fromkeys(("customer", "user", "client", "consumer", "inbound", "end_user", "end-user"), "customer"),
-    **dict.fromkeys(("agent", "support", "assistant", "staff", "operator", "bot", "system", "outbound"), "agent"),
+    **dict.fromkeys(
+        "customer user client consumer inbound incoming enduser visitor lead contact requester human guest buyer "
+        "shopper caller subscriber member prospect reporter".split(),
+        "customer",
+    ),
+    **dict.fromkeys(
+        "agent support assistant staff operator bot system outbound outgoing admin administrator teammate employee "
+        "representative rep supportagent humanagent supportrep customerservice customersupport customercare "
+        "chatbot ai aiagent model tool function".split(),
+        "agent",
+    ),
 }
+_NOT_A_LETTER = re.compile(r"[\W\d_]+")
+
 _MONTHS = {
     name: f"{number:02}" for number, name in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)
 }
+_WEEKDAYS = frozenset("mon tue wed thu fri sat sun".split())
+_ZONES = {  # those of RFC 2822
+    **dict.fromkeys(("utc", "gmt", "ut", "z"), "+00:00"),
+    **dict.fromkeys(("edt",), "-04:00"),
+    **dict.fromkeys(("est", "cdt"), "-05:00"),
+    **dict.fromkeys(("cst", "mdt"), "-06:00"),
+    **dict.fromkeys(("mst", "pdt"), "-07:00"),
+    **dict.fromkeys(("pst",), "-08:00"),
+}
+_NUMBER = re.compile(r"\d{1,20}(?:\.\d{0,20})?", re.ASCII)
+# Seconds from 1985 to 2286, and the same span in milliseconds, microseconds and nanoseconds. Smaller numbers count
+# something else, and those between are dates without separators (20240501103000).
+_EPOCH_FROM, _EPOCH_TO = 5e8, 1e10
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_TIME_TOKEN = re.compile(
+    r"(?P<ymd>\d{4}[-/.]\d{1,2}[-/.]\d{1,2})(?=\D|$)|(?P<clock>\d{1,2}:\d\d(?::\d\d(?:[.,]\d{1,9})?)?)"
+    r"|(?P<offset>[+-]\d\d:?\d\d)(?!\d)|(?P<number>\d+)|(?P<word>[a-z]+)|(?P<other>[^\s,.])",
+    re.ASCII,
+)
 
 
 def document_shape(document: Mapping[str, Any]) -> Shape | None:
-    """Return the shape of *document*; None if it has none of the accepted shapes."""
-    if isinstance(document.get("tweets"), list):
-        return "tweets"
-    if isinstance(document.get("messages"), list):
-        return "messages"
-    return "query" if "text" in document else None
+    """Return the shape of *document*: the first one with a text, else the first one; None if it has none."""
+    shapes: list[Shape] = [name for name in ("tweets", "messages") if isinstance(document.get(name), list)]
+    if "text" in document:
+        shapes.append("query")
+    if len(shapes) > 1:  # an empty list must not hide the text beside it
+        for shape in shapes:
+            if any(entry_text(entry) for entry in document_entries(document, shape)):
+                return shape
+    return shapes[0] if shapes else None
+
+
+def document_entries(document: Mapping[str, Any], shape: Shape) -> list[Any]:
+    """Return the entries of *document* that can become turns; a single query is its own entry."""
+    return [document] if shape == "query" else document[shape]
 
 
 def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
     """Return the conversation in *document*, with safe texts.
 
-    The turns are sorted by time if each usable turn has a readable time; otherwise they keep their order. Turns without
-    text are left out. Raise SkippedDocumentError if there is no usable text, or no turn of the customer.
+    The turns are sorted by time if each usable turn has a readable time; otherwise they keep their order, and
+    ``is_ordered`` is False. Turns without text are left out. Raise SkippedDocumentError if there is no usable text, or
+    no turn of the customer.
     """
     shape = document_shape(document)
     if shape is None:
         raise SkippedDocumentError("no tweets, messages or text in the document", Reason.SKIPPED_NO_TEXT)
-    entries = [document] if shape == "query" else document[shape]
+    entries = document_entries(document, shape)
     turns = [turn for entry in entries if (turn := _turn(shape, entry)) is not None]
     if not turns:
         raise SkippedDocumentError("no turn with usable text", Reason.SKIPPED_NO_TEXT)
     if not any(turn.sender == "customer" for turn in turns):
         raise SkippedDocumentError("no turn of the customer", Reason.SKIPPED_NO_CUSTOMER)
+    is_ordered = True
     if len(turns) > 1:
         dated = [(turn.at, turn) for turn in turns if turn.at is not None]
-        if len(dated) == len(turns):
+        is_ordered = len(dated) == len(turns)
+        if is_ordered:
             turns = [turn for _, turn in sorted(dated, key=lambda pair: pair[0])]
-    return Conversation(shape, _number(document), tuple(turns), len(entries))
+    return Conversation(shape, _number(document), tuple(turns), len(entries), is_ordered)
+
+
+def entry_text(entry: Any) -> str:
+    """Return the text of one entry as it is written, or an empty string. Parts of a text are joined."""
+    return _first_text(entry, 0) if isinstance(entry, Mapping) else ""
+
+
+def _first_text(entry: Mapping[str, Any], depth: int) -> str:
+    for name in TEXT_FIELDS:
+        value = entry.get(name)
+        if isinstance(value, str):
+            if value and not value.isspace():
+                return value
+        elif value is not None and (text := _nested_text(value, depth + 1)):
+            return text
+    return ""
+
+
+def _nested_text(value: Any, depth: int) -> str:
+    """Return the text of an object (WhatsApp), or of a list of objects (OpenAI) with texts between them (Telegram)."""
+    if isinstance(value, Mapping):
+        return _first_text(value, depth) if depth <= 4 else ""
+    if not isinstance(value, list) or depth > 4 or not any(isinstance(part, Mapping) for part in value):
+        return ""
+    is_running = any(isinstance(part, str) for part in value)
+    parts = (part if isinstance(part, str) else _nested_text(part, depth + 1) for part in value)
+    return ("" if is_running else "\n").join(part for part in parts if part)
 
 
 def _turn(shape: Shape, entry: Any) -> Turn | None:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
-        return None
-    text = prompt_text(entry["text"])
+    text = prompt_text(entry_text(entry))
     if not text:
         return None
     if shape == "query":
         return Turn("customer", text)
-    if shape == "tweets":
-        return Turn(_inbound(entry.get("inbound")), text, parse_time(entry.get("created_at")))
-    return Turn(_sender(entry.get("sender")), text, parse_time(entry.get("timestamp")))
+    return Turn(_inbound(entry) or _sender(entry, SENDER_FIELDS) or "unknown", text, _time(entry))
 
 
-def _inbound(value: Any) -> Sender:
-    if isinstance(value, str):  # a CSV import leaves strings
-        value = {"true": True, "false": False}.get(value.strip().lower())
-    return "customer" if value is True else "agent" if value is False else "unknown"
+def _time(entry: Mapping[str, Any]) -> datetime | None:
+    for name in TIME_FIELDS:
+        if (value := entry.get(name)) is None:
+            continue
+        if name == "date" and isinstance(value, str) and isinstance(clock := entry.get("time"), str):
+            value = f"{value} {clock}"  # a spreadsheet has them in two columns
+        if (at := parse_time(value)) is not None:
+            return at
+    return None
 
 
-def _sender(value: Any) -> Sender:
-    return _SENDERS.get(value.strip().lower(), "unknown") if isinstance(value, str) else "unknown"
+def _inbound(entry: Mapping[str, Any]) -> Sender | None:
+    """Return the sender by a truth value such as Twitter's ``inbound``; a CSV import leaves it as text."""
+    for name in DIRECTION_FIELDS:
+        if name in entry:
+            value = entry[name]
+            value = value.strip().lower() if isinstance(value, str) else value
+            if value is True or value == "true":
+                return "customer"
+            if value is False or value == "false":
+                return "agent"
+    return None
+
+
+def _sender(entry: Mapping[str, Any], fields: tuple[str, ...]) -> Sender | None:
+    """Return the sender by the first field whose value is known; the value can be an object such as an author."""
+    for name in fields:
+        if (value := entry.get(name)) is None:
+            continue
+        known: Sender | None = None
+        if isinstance(value, str):
+            known = _SENDERS.get(value) or _SENDERS.get(_NOT_A_LETTER.sub("", value[:80]).casefold())
+        elif isinstance(value, Mapping) and fields is SENDER_FIELDS:
+            known = _sender(value, _SENDER_OBJECT_FIELDS)
+        if known:
+            return known
+    return None
 
 
 def _number(document: Mapping[str, Any]) -> str | None:
@@ -83,21 +190,77 @@ def _number(document: Mapping[str, Any]) -> str | None:
 def parse_time(value: Any) -> datetime | None:
     """Return *value* as an aware time (UTC if it has no zone); None if it is not readable.
 
-    Accepts datetimes, ISO 8601, and Twitter's ``Tue Oct 31 21:45:10 +0000 2017``.
+    Accepts datetimes, epoch seconds to nanoseconds as number or text, ISO 8601, and English dates in any order with a
+    four-digit year: RFC 2822, Twitter's ``Tue Oct 31 21:45:10 +0000 2017``, JavaScript's, ``May 1, 2024 10:00 PM``.
+    A date such as 05/04/2024 is not readable, because it has two meanings.
     """
     if isinstance(value, datetime):
         return value if value.tzinfo else value.replace(tzinfo=UTC)
-    if not isinstance(value, str):
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return _epoch_time(value) if abs(value) < 1e20 else None
+    if not isinstance(value, str) or len(value) > 100:
         return None
+    value = value.strip()
     try:
-        if len(value) == 30 and value[3] == " ":
+        if len(value) == 30 and value[3] == " " and value[4:7] in _MONTHS:
             return _twitter_time(value)
-        at = datetime.fromisoformat(value)
+        if _NUMBER.fullmatch(value):
+            compact = value[:8] + "T" + value[8:] if len(value) in (12, 14) else value if len(value) == 8 else ""
+            at = _epoch_time(float(value)) or (datetime.fromisoformat(compact) if compact else None)
+        else:
+            at = _iso_time(value) or _written_time(value.lower())
     except (ValueError, KeyError):
         return None
-    return at if at.tzinfo else at.replace(tzinfo=UTC)
+    return at.replace(tzinfo=UTC) if at and not at.tzinfo else at
+
+
+def _epoch_time(value: float) -> datetime | None:
+    for _ in range(4):
+        if value < _EPOCH_TO:
+            return _EPOCH + timedelta(seconds=float(value)) if value >= _EPOCH_FROM else None
+        value = value / 1000
+    return None
+
+
+def _iso_time(value: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(value)
+    except ValueError:
+        return None
 
 
 def _twitter_time(value: str) -> datetime:
     """Parse by position, because strptime takes ten times as long and this runs for each turn."""
     return datetime.fromisoformat(f"{value[26:30]}-{_MONTHS[value[4:7]]}-{value[8:10]}T{value[11:19]}{value[20:25]}")
+
+
+def _written_time(value: str) -> datetime | None:
+    """Read a date in lower case by the kinds of its parts; return None if a part is missing, unknown or there twice."""
+    found: dict[str, str] = {}
+    for token in _TIME_TOKEN.finditer(value.partition("(")[0]):  # JavaScript adds the zone's name in brackets
+        kind, text = str(token.lastgroup), token.group()
+        if kind == "word":
+            if text in ("t", "at") or text[:3] in _WEEKDAYS:
+                continue
+            month = _MONTHS.get(text[:3].capitalize())
+            kind = "month" if month else "noon" if text in ("am", "pm") else "zone"
+            text = month or _ZONES.get(text, text)
+        elif kind == "number":
+            kind = "year" if len(text) == 4 else "day"
+        if kind == "offset" and found.get("zone") == "+00:00":  # GMT+0200, +0000 UTC
+            del found["zone"]
+        elif kind == "zone" and text == "+00:00" and "offset" in found:
+            continue
+        if kind in found or kind == "other":
+            return None
+        found[kind] = text
+    if not ("ymd" in found) ^ ({"year", "month", "day"} <= found.keys()):
+        return None
+    year, month, day = (
+        re.split("[-/.]", found["ymd"]) if "ymd" in found else (found[n] for n in ("year", "month", "day"))
+    )
+    hour, _, rest = found.get("clock", "0:00").partition(":")
+    if noon := found.get("noon"):
+        hour = str(int(hour) % 12 + (12 if noon == "pm" else 0))
+    zone = found.get("offset") or found.get("zone", "")
+    return datetime.fromisoformat(f"{year}-{int(month):02}-{int(day):02}T{int(hour):02}:{rest}{zone}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Generator
 from typing import Any, Protocol
@@ -20,7 +21,17 @@ from prompt_builder import build_system_prompt, chat_messages
 LABELS = ("intent", "topic", "sentiment")
 FIELDS = ("categorization", *LABELS)
 MAX_REPLY_CHARACTERS = 65_536  # an answer has a few thousand (num_predict is 700)
+MAX_BROKEN_OBJECTS = 200
 MAX_CATEGORIZATION_CHARACTERS = 200
+
+# How models mark reasoning when the server leaves it in the text: <think> (most), [THINK] (Magistral), <|channel|>
+# (gpt-oss), <|START_THINKING|> (Command), a triangle (Kimi).
+_NAMES = "(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad)"
+_REASONING_TAG = re.compile(
+    rf"(?P<close></(?:\w+:)?{_NAMES}\s*>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|channel\|>final\s*<\|message\|>)"
+    rf"|<(?:\w+:)?{_NAMES}\b[^<>]{{0,40}}>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel\|>(?:analysis|commentary)",
+    re.IGNORECASE,
+)
 
 _REPAIR = (
     "Your answer could not be used: {problem}. Answer again for the same conversation with one JSON object with "
@@ -52,13 +63,33 @@ class Classifier:
     def parse(self, reply: str) -> Classification:
         """Return the classification in *reply*.
 
-        Accepts plain JSON, or the first complete JSON object inside a code fence or prose. Labels match without
-        regard to case and spacing, and are returned as the taxonomy spells them.
+        Accepts plain JSON, or JSON inside a code fence or prose. Reasoning is removed first; of several objects, the
+        last complete and valid one counts. Labels match without regard to case, spacing and Unicode form, and are
+        returned as the taxonomy spells them.
 
         Raises:
             LLMReplyError: empty, not_json, wrong_shape or label_outside. The message never quotes the reply.
         """
-        fields = _first_object(reply)
+        text = _without_reasoning(reply)
+        found: Classification | None = None
+        problem: LLMReplyError | None = None
+        start, failures = text.find("{"), 0
+        # The limit keeps a reply of opening braces from costing a scan for each of them.
+        while start >= 0 and failures <= MAX_BROKEN_OBJECTS:
+            end = start + 1
+            try:
+                fields, end = _DECODER.raw_decode(text, start)
+                found = self._classification(fields)
+            except LLMReplyError as exc:
+                problem = exc
+            except (ValueError, RecursionError):
+                failures += 1
+            start = text.find("{", end)
+        if found is None or failures > MAX_BROKEN_OBJECTS:  # beyond the limit a later object could correct this one
+            raise problem or LLMReplyError("the answer holds no complete JSON object", Reason.NOT_JSON)
+        return found
+
+    def _classification(self, fields: dict[str, Any]) -> Classification:
         missing = [name for name in FIELDS if not isinstance(fields.get(name), str)]
         if missing:
             raise LLMReplyError(f"missing or not a text: {', '.join(missing)}", Reason.WRONG_SHAPE)
@@ -69,7 +100,9 @@ class Classifier:
 
     def confidence(self, reply: ChatReply, classification: Classification) -> dict[str, float] | None:
         """Return the probability of each label that was parsed from *reply*; None if it has no log probabilities."""
-        return label_confidence(reply.tokens, reply.text, classification, self._names) if reply.tokens else None
+        if not reply.tokens:
+            return None
+        return label_confidence(reply.tokens, _without_reasoning(reply.text), classification, self._names)
 
     def _label(self, field: str, value: str) -> str:
         label = value if value in self._names[field] else self._labels[field].get(fold_label(value))
@@ -177,23 +210,39 @@ def repair_messages(messages: list[Message], reply: ChatReply | None, problem: L
     ]
 
 
-def _first_object(reply: str) -> dict[str, Any]:
-    """Return the first complete JSON object in *reply*; refuse duplicate keys and NaN."""
+def _without_reasoning(reply: str) -> str:
+    """Return *reply* without the parts that its tags mark as reasoning; raise if that leaves nothing.
+
+    Everything before a closing tag is reasoning, because chat templates often put the opening tag into the prompt.
+    """
     text = reply.strip().removeprefix("\ufeff")
     if not text:
         raise LLMReplyError("the answer is empty", Reason.EMPTY)
     if len(text) > MAX_REPLY_CHARACTERS:
         raise LLMReplyError("the answer is too long", Reason.NOT_JSON)
-    start = text.find("{")
-    # The limit keeps a reply of opening braces from costing a scan for each of them.
-    for _ in range(20):
-        if start < 0:
-            break
-        try:
-            return _DECODER.raw_decode(text, start)[0]  # type: ignore[no-any-return]
-        except (ValueError, RecursionError):
-            start = text.find("{", start + 1)
-    raise LLMReplyError("the answer holds no complete JSON object", Reason.NOT_JSON)
+    kept: list[str] = []
+    place, is_reasoning = 0, False
+    for tag in () if _is_json(text) else _REASONING_TAG.finditer(text):
+        if tag["close"]:
+            kept = [] if not is_reasoning else kept
+            place, is_reasoning = tag.end(), False
+        elif not is_reasoning:
+            kept.append(text[place : tag.start()])
+            is_reasoning = True
+    if not is_reasoning:
+        kept.append(text[place:])
+    if not (answer := "".join(kept).strip()):
+        raise LLMReplyError("the answer holds only reasoning", Reason.EMPTY)
+    return answer
+
+
+def _is_json(text: str) -> bool:
+    """Return whether *text* is JSON as a whole, so that a tag in it is part of a value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

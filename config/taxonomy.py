@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Label:
 class Taxonomy:
     """The allowed labels, in the order of the file.
 
-    Each group has at least one label. Names are unique without regard to case and spacing.
+    Each group has at least one label. Names are unique without regard to case, spacing and Unicode form.
     """
 
     intents: tuple[Label, ...]
@@ -41,8 +42,9 @@ class Taxonomy:
 
 
 def fold_label(text: str) -> str:
-    """Return the form of *text* for comparing labels: case-folded and without spaces."""
-    return "".join(text.split()).casefold()
+    """Return the form of *text* for comparing labels: NFC, case-folded and without spaces."""
+    folded = unicodedata.normalize("NFC", "".join(text.split())).casefold()
+    return unicodedata.normalize("NFC", folded)  # folding takes some letters apart
 
 
 def load_taxonomy(path: Path | None = None) -> Taxonomy:

@@ -35,12 +35,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation in order, with at least one customer turn; *turns_total* includes turns without usable text."""
+    """A conversation in order, with at least one customer turn; *turns_total* includes turns without usable text.
+
+    *is_ordered* is False if the times of the turns are missing or unreadable, so they are in the order of the document.
+    """
 
     shape: Shape
     conversation_number: str | None
     turns: tuple[Turn, ...]
     turns_total: int
+    is_ordered: bool = True
 
     @cached_property
     def transcript(self) -> str:
@@ -141,6 +145,8 @@ def build_result(
         "input_sha256": outcome.input_sha256,
         "fingerprint": outcome.fingerprint,
     }
+    if not conversation.is_ordered:
+        result["processing_metadata"]["turn_order"] = "listed"
     if outcome.confidence is not None:
         result["processing_metadata"]["confidence"] = outcome.confidence
         if review_below is not None:

@@ -12,12 +12,14 @@ import csv
 import itertools
 import json
 import logging
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from domain.text import counted
 from error_handler import ConfigurationError
 from storage import extended_json
 from storage.extended_json import Document
@@ -38,9 +40,19 @@ _CONVERSATION_FIELDS = frozenset({"_id", "conversation_number", "status", "last_
 _QUERY_FIELDS = frozenset({"_id", "text", "metadata", "processed", "processing_attempts", "status_reason"})
 _SHAPES = "an object with tweets (a list), messages (a list) or text"
 
+# Spreadsheets show long numbers as 1.23457E+17; many ids become one.
+_ROUNDED = re.compile(r"\d(?:[.,]\d+)?e\+\d+", re.IGNORECASE)
+
+# The rows after the first one with the same id and text, and those with the same id but another text.
+_REPEATED = """
+    SELECT place, ROW_NUMBER() OVER (PARTITION BY name ORDER BY place) > 1,
+        ROW_NUMBER() OVER (PARTITION BY name, json_extract(entry, '$.text') ORDER BY place) > 1
+    FROM entries WHERE name IN (SELECT name FROM entries GROUP BY name HAVING COUNT(*) > 1) ORDER BY place
+"""
 # A conversation starts with a tweet of a customer that answers no tweet in the file.
 _THREAD_STARTS = """
-    SELECT place FROM entries WHERE inbound AND (parent = '' OR parent NOT IN (SELECT name FROM entries)) ORDER BY place
+    SELECT place FROM entries
+    WHERE inbound AND (parent = '' OR parent NOT IN (SELECT name FROM entries WHERE name IS NOT NULL)) ORDER BY place
 """
 # Depth first: a reply follows the tweet that it answers.
 _THREAD = """
@@ -118,10 +130,12 @@ def _read_csv(path: Path, file: BinaryIO) -> Iterator[Document]:
 
 
 def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
-    def entries() -> Iterator[tuple[str, str, bool, str]]:
+    rounded = _Noted(path)
+
+    def entries() -> Iterator[tuple[int, str | None, str, bool, str]]:
         for line, row in rows:
             inbound = {"true": True, "false": False}.get(row["inbound"].strip().lower())
-            name = _tweet_name(row["tweet_id"])
+            name, parent = _tweet_name(row["tweet_id"]), _tweet_name(row["in_response_to_tweet_id"])
             if inbound is None or not name:
                 expected = "True or False in the column inbound" if name else "a number in the column tweet_id"
                 raise ConfigurationError(f"{path}, line {line}: expected {expected}.")
@@ -132,12 +146,17 @@ def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
                 "created_at": row["created_at"],
                 "text": row["text"],
             }
-            yield name, _tweet_name(row["in_response_to_tweet_id"]), inbound, json.dumps(tweet)
+            for value in (name, parent):
+                if _ROUNDED.fullmatch(value):
+                    rounded.add(f"line {line}, {value}")
+            yield line, None if _ROUNDED.fullmatch(name) else name, parent, inbound, json.dumps(tweet)
 
     with _table(path) as table:
-        # A tweet that is listed twice counts once.
-        table.executemany("INSERT OR IGNORE INTO entries (name, parent, inbound, entry) VALUES (?, ?, ?, ?)", entries())
+        table.executemany("INSERT INTO entries (place, name, parent, inbound, entry) VALUES (?, ?, ?, ?, ?)", entries())
+        table.execute("CREATE INDEX names ON entries (name)")
         table.execute("CREATE INDEX replies ON entries (parent)")
+        rounded.warn("id", "rounded by a spreadsheet, so answers are not found; export the ids as text")
+        _part_equal_names(path, table)
         threaded = 0
         for number, (place,) in enumerate(table.execute(_THREAD_STARTS), 1):
             tweets = [json.loads(entry) for (entry,) in table.execute(_THREAD, (place,))]
@@ -148,28 +167,80 @@ def _twcs(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
         logger.warning("%s: skipped %d tweets that belong to no thread started by a customer", path, left_out)
 
 
+def _part_equal_names(path: Path, table: sqlite3.Connection) -> None:
+    """Delete entries that are listed again, and take the name from later entries with another text."""
+    repeated, other = _Noted(path), _Noted(path)
+    for place, is_later, is_repeated in table.execute(_REPEATED).fetchall():
+        if is_repeated:
+            repeated.add(f"line {place}")
+            table.execute("DELETE FROM entries WHERE place = ?", (place,))
+        elif is_later:
+            other.add(f"line {place}")
+            table.execute("UPDATE entries SET name = NULL WHERE place = ?", (place,))
+    repeated.warn("row", "left out: tweet_id and text as in an earlier row")
+    other.warn("row", "kept with the tweet_id of an earlier row but another text; answers go to the earlier row")
+
+
 def _messages(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
     def entries() -> Iterator[tuple[str, str]]:
         for line, row in rows:
             number = row["conversation_number"].strip()
             if not number:
                 raise ConfigurationError(f"{path}, line {line}: expected a value in the column conversation_number.")
+            if _ROUNDED.fullmatch(number):
+                raise ConfigurationError(
+                    f"{path}, line {line}: a spreadsheet has rounded the conversation_number {number}, so several "
+                    "conversations could have it; export the column as text."
+                )
             message = {name: row[name] for name in ("sender", "timestamp", "text") if row.get(name) or name == "text"}
             yield number, json.dumps(message)
 
-    with _table(path, unique_names=False) as table:
+    with _table(path) as table:
         table.executemany("INSERT INTO entries (name, entry) VALUES (?, ?)", entries())
         for number, group in itertools.groupby(table.execute(_GROUPS), key=lambda pair: pair[0]):
             messages = [json.loads(entry) for _, entry in group]
             yield {"conversation_number": number, "messages": messages, "status": "pending"}
 
 
-def _queries(_path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
-    for _, row in rows:
-        document_id = row.get("_id") or row.get("id")
-        metadata = {name: row[name] for name in ("source", "timestamp") if row.get(name)}
-        document: Document = {"_id": document_id} if document_id else {}
-        yield {**document, "text": row["text"], "metadata": metadata, "processed": False, "processing_attempts": 0}
+def _queries(path: Path, rows: Iterator[tuple[int, Row]]) -> Iterator[Document]:
+    rounded, other = _Noted(path), _Noted(path)
+    with _table(path) as table:
+        table.execute("CREATE UNIQUE INDEX names ON entries (name)")
+        for line, row in rows:
+            document_id = row.get("_id") or row.get("id") or ""
+            if _ROUNDED.fullmatch(document_id):
+                rounded.add(f"line {line}, {document_id}")
+                document_id = ""
+            elif document_id and not _is_first_text(table, document_id, row["text"]):
+                other.add(f"line {line}")
+                document_id = ""
+            metadata = {name: row[name] for name in ("source", "timestamp") if row.get(name)}
+            document: Document = {"_id": document_id} if document_id else {}
+            yield {**document, "text": row["text"], "metadata": metadata, "processed": False, "processing_attempts": 0}
+    rounded.warn("id", "rounded by a spreadsheet and replaced by one of the content")
+    other.warn("row", "with the id of an earlier row but another text; the id is replaced by one of the content")
+
+
+def _is_first_text(table: sqlite3.Connection, name: str, text: str) -> bool:
+    """Return whether no earlier row with this *name* has another text, and remember the row."""
+    if table.execute("INSERT OR IGNORE INTO entries (name, entry) VALUES (?, ?)", (name, hash(text))).rowcount:
+        return True
+    return bool(table.execute("SELECT entry FROM entries WHERE name = ?", (name,)).fetchone()[0] == hash(text))
+
+
+class _Noted:
+    """Counts rows of *path* that are not taken as they are, and remembers the first one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._count, self._first = path, 0, ""
+
+    def add(self, place: str) -> None:
+        self._count += 1
+        self._first = self._first or place
+
+    def warn(self, noun: str, what: str) -> None:
+        if self._count:
+            logger.warning("%s: %s %s (first: %s)", self._path, counted(self._count, noun), what, self._first)
 
 
 _LAYOUTS = {  # by a column that no other layout has
@@ -182,11 +253,11 @@ _LAYOUTS = {  # by a column that no other layout has
 def _ready(document: Any, place: str) -> Document:
     """Return *document* with its status fields; *place* names it in the error if it has no accepted shape."""
     fields: Document = document if isinstance(document, dict) else {}
-    turns = next((name for name in ("tweets", "messages") if isinstance(fields.get(name), list)), None)
-    if turns is None and not isinstance(fields.get("text"), str):
+    turns = {name for name in ("tweets", "messages") if isinstance(fields.get(name), list)}
+    if not turns and not isinstance(fields.get("text"), str):
         raise ConfigurationError(f"{place}: expected {_SHAPES}.")
     if "gold" in fields or {"source", "license"} <= fields.keys():
-        kept = _CONVERSATION_FIELDS | {turns} if turns else _QUERY_FIELDS
+        kept = _CONVERSATION_FIELDS | turns | {"text"} if turns else _QUERY_FIELDS
         fields = {name: value for name, value in fields.items() if name in kept}
     if "status" in fields or "processed" in fields:
         return fields
@@ -248,15 +319,12 @@ def _tweet_name(value: str) -> str:
 
 
 @contextmanager
-def _table(path: Path, *, unique_names: bool = True) -> Iterator[sqlite3.Connection]:
+def _table(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a temporary table, which SQLite keeps in an unnamed file and deletes on close."""
-    unique = "UNIQUE" if unique_names else ""
     try:
         # Several threads may read pages, but never two at the same time.
         with closing(sqlite3.connect("", check_same_thread=False)) as table:
-            table.execute(
-                f"CREATE TABLE entries (place INTEGER PRIMARY KEY, name TEXT {unique}, parent TEXT, inbound, entry TEXT)"
-            )
+            table.execute("CREATE TABLE entries (place INTEGER PRIMARY KEY, name TEXT, parent TEXT, inbound, entry)")
             yield table
     except sqlite3.Error as exc:
         raise ConfigurationError(

@@ -6,6 +6,7 @@ docs/baseline.md reports its accuracy and how its constants were chosen.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
@@ -160,5 +161,6 @@ def _specificity(phrase: str) -> float:
 
 def _normalised(text: str) -> str:
     """Return the words of *text* in lower case, without links, handles, articles and possessives."""
-    words = _WORD.findall(_NOT_PROSE.sub(" ", text).casefold().translate(_APOSTROPHES))
+    prose = unicodedata.normalize("NFC", _NOT_PROSE.sub(" ", text).casefold())  # a combining accent would split a word
+    words = _WORD.findall(prose.translate(_APOSTROPHES))
     return " ".join(word for word in words if word not in _IGNORED)

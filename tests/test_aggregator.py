@@ -94,11 +94,15 @@ def test_single_query() -> None:
         pytest.param({"tweets": [], "messages": [], "text": ""}, "tweets", id="tweets-first"),
         pytest.param({"tweets": None, "messages": [], "text": ""}, "messages", id="no-list-of-tweets"),
         pytest.param({"tweets": {}, "messages": "x", "text": None}, "query", id="text-of-any-type"),
+        pytest.param({"tweets": [], "messages": [{"text": "x"}]}, "messages", id="empty-list-first"),
+        pytest.param({"messages": [], "text": "x"}, "query", id="empty-list-beside-text"),
+        pytest.param({"tweets": [None, {"text": " "}], "messages": [], "text": "x"}, "query", id="list-without-text"),
+        pytest.param({"messages": [{"text": "x"}], "text": "x"}, "messages", id="list-before-text"),
         pytest.param({"_id": 1, "body": "x"}, None, id="none"),
     ],
 )
 def test_shape(document: dict[str, Any], shape: str | None) -> None:
-    """The shape is that of the first list that is there, else the text."""
+    """The first shape with a text counts, else the first list that is there, else the text."""
     assert document_shape(document) == shape
 
 
@@ -114,7 +118,7 @@ def test_turns_are_sorted_by_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "time", [None, "yesterday", "", 1714557600, "Tue Oct 99 21:45:10 +0000 2017", DatetimeMS(2**60)]
+    "time", [None, "yesterday", "", 17, "05/04/2024", "Tue Oct 99 21:45:10 +0000 2017", DatetimeMS(2**60)]
 )
 def test_one_unreadable_time_keeps_the_listed_order(time: Any) -> None:
     """Sorting some turns and not others would tear questions from their answers."""
@@ -122,6 +126,7 @@ def test_one_unreadable_time_keeps_the_listed_order(time: Any) -> None:
         ("customer", "second", "2024-05-02"), ("agent", "unknown", time), ("customer", "first", "2024-05-01")
     )
     assert texts(document) == ["second", "unknown", "first"]
+    assert not aggregate_conversation(document).is_ordered
 
 
 def test_times_of_turns_without_text_do_not_count() -> None:
@@ -129,6 +134,49 @@ def test_times_of_turns_without_text_do_not_count() -> None:
     document = messages(
         ("customer", "second", "2024-05-02"), ("agent", "", "never"), ("customer", "first", "2024-05-01")
     )
+    assert texts(document) == ["first", "second"]
+    assert aggregate_conversation(document).is_ordered
+
+
+@pytest.mark.parametrize(
+    ("later", "earlier"),
+    [
+        pytest.param(1714557600, 1714550000, id="seconds"),
+        pytest.param(1714557600000, 1714550000000.0, id="milliseconds"),
+        pytest.param("1714557600", "1714550000", id="seconds-as-text"),
+        pytest.param("1714557600.000200", Int64(1714557600), id="slack-and-int64"),
+        pytest.param("Wed, 01 May 2024 12:00:00 GMT", "Wed, 01 May 2024 10:00:00 GMT", id="rfc-2822"),
+        pytest.param("2024-05-01 12:00:00 UTC", "2024-05-01 10:00:00 UTC", id="utc"),
+        pytest.param("May 1, 2024 12:05 PM", "May 1, 2024 11:05 AM", id="twelve-hours"),
+        pytest.param("2024-05-01T12:00:00+02:00", 1714550000, id="mixed"),
+    ],
+)
+def test_times_in_any_form_order_the_turns(later: Any, earlier: Any) -> None:
+    """Exports list turns newest first, with the times of their own system."""
+    document = messages(("customer", "cancel it", later), ("customer", "where is it?", earlier))
+    assert texts(document) == ["where is it?", "cancel it"]
+
+
+@pytest.mark.parametrize("clock", ["12:00", "12:00 PM", "2024-05-01T12:00:00Z"])
+def test_date_and_time_in_two_fields_are_one_time(clock: str) -> None:
+    """The date alone would make all turns of a day equal."""
+    document = messages(("customer", "second"), ("customer", "first"))
+    document["messages"][0] |= {"date": "2024-05-01", "time": clock}
+    document["messages"][1] |= {"date": "2024-05-01", "time": "09:30"}
+    assert texts(document) == ["first", "second"]
+    document["messages"][1]["time"] = "half past nine"
+    assert texts(document) == ["second", "first"]
+    assert not aggregate_conversation(document).is_ordered
+
+
+def test_time_is_the_first_readable_field() -> None:
+    """Chat programs have several, and the first may be empty."""
+    document = {
+        "messages": [
+            {"sender": "customer", "text": "second", "timestamp": None, "createdAt": "2024-05-01T12:00:00Z"},
+            {"sender": "customer", "text": "first", "sent_at": 1714550000},
+        ]
+    }
     assert texts(document) == ["first", "second"]
 
 
@@ -148,12 +196,30 @@ def test_times_of_turns_without_text_do_not_count() -> None:
         ("Tue Oct 31 21:45:10 +0000 0000", None),
         ("2024-13-01", None),
         ("\ud83d", None),
+        ("Wed May 01 2024 10:00:00 GMT+0200 (CEST)", datetime(2024, 5, 1, 8, tzinfo=UTC)),
+        ("Wed May  1 10:00:00 2024", datetime(2024, 5, 1, 10, tzinfo=UTC)),
+        ("1 May 2024 12:00 EST", datetime(2024, 5, 1, 17, tzinfo=UTC)),
+        ("2024-05-01 10:00:00.5 +0000 UTC", datetime(2024, 5, 1, 10, 0, 0, 500000, tzinfo=UTC)),
+        ("2024/05/01 12:30 AM", datetime(2024, 5, 1, 0, 30, tzinfo=UTC)),
+        ("20240501103000", datetime(2024, 5, 1, 10, 30, tzinfo=UTC)),
+        ("20240501", datetime(2024, 5, 1, tzinfo=UTC)),
+        (1714557600123456789, datetime(2024, 5, 1, 10, 0, 0, 123457, tzinfo=UTC)),
+        ("2024-05-01 12:00:00 CET", None),  # not a zone of RFC 2822
+        ("01.05.2024 10:00", None),  # May or January
+        ("1.71456E+12", None),  # rounded by a spreadsheet
+        ("1 May 2024 12:00 +0500 -0300", None),
+        ("10:00", None),
+        ("9" * 50, None),
+        (202405011030, None),
         (20240501, None),
+        (10**400, None),
+        (float("nan"), None),
+        (float("inf"), None),
         (True, None),
     ],
 )
 def test_readable_times(value: Any, expected: datetime | None) -> None:
-    """Datetimes, ISO 8601 and Twitter's format are read; without a zone they are UTC; the rest is None."""
+    """Datetimes, epochs, ISO 8601 and English dates are read; without a zone they are UTC; the rest is None."""
     read = parse_time(value)
     assert read == expected
     assert read is None or read.tzinfo is not None
@@ -204,13 +270,66 @@ def test_bad_turns_among_good_ones_are_left_out_and_counted() -> None:
         ("supervisor", "Unknown"),
         (None, "Unknown"),
         (True, "Unknown"),
-        ({"name": "customer"}, "Unknown"),
+        ("end_user", "Customer"),
+        ("End-User 1", "Customer"),
+        ("visitor", "Customer"),
+        ("lead", "Customer"),
+        ("requester", "Customer"),
+        ("human", "Customer"),
+        ("admin", "Agent"),
+        ("system", "Agent"),
+        ({"type": "contact"}, "Customer"),
+        ({"role": "end-user", "name": "Support"}, "Customer"),
+        ({"type": "person", "name": "Agent"}, "Agent"),
+        ({"type": {"type": "contact"}}, "Unknown"),
+        (["customer"], "Unknown"),
     ],
 )
 def test_senders(sender: Any, speaker: str) -> None:
     """Common names are known in any case; one that is not known is neither customer nor agent."""
     conversation = aggregate_conversation(messages(("customer", "hello"), (sender, "there")))
     assert conversation.transcript == f"Customer: hello\n{speaker}: there"
+
+
+@pytest.mark.parametrize(
+    ("customer", "agent"),
+    [
+        pytest.param({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, id="chat"),
+        pytest.param(
+            {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image_url"}]},
+            {"role": "tool", "content": None, "body": "ho"},
+            id="chat-parts",
+        ),
+        pytest.param(
+            {"author": {"type": "user", "name": "Ann"}, "body": "hi"},
+            {"author": {"type": "admin"}, "body": "ho"},
+            id="help-desk",
+        ),
+        pytest.param(
+            {"sender": "Ann", "type": "visitor", "message": "hi"}, {"from": "bot", "message": "ho"}, id="chat-log"
+        ),
+        pytest.param({"incoming": True, "body_text": "hi"}, {"incoming": False, "body_text": "ho"}, id="ticket"),
+        pytest.param(
+            {"direction": "inbound", "text": {"body": "hi"}},
+            {"direction": "outbound", "text": {"body": "ho"}},
+            id="phone",
+        ),
+        pytest.param(
+            {"from": "user", "text": ["h", {"type": "bold", "text": "i"}]}, {"from": "ai", "text": "ho"}, id="parts"
+        ),
+    ],
+)
+def test_fields_of_help_desks_and_chats(customer: dict[str, Any], agent: dict[str, Any]) -> None:
+    """Whatever they are called, the text and the side that wrote it are found."""
+    assert aggregate_conversation({"messages": [customer, agent]}).transcript == "Customer: hi\nAgent: ho"
+
+
+def test_deep_texts_are_not_followed() -> None:
+    """A document that nests without end must not end the worker."""
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [{"text": deep}]
+    assert texts(messages(("customer", deep), ("customer", "readable"))) == ["readable"]
 
 
 @pytest.mark.parametrize(("inbound", "speaker"), [("True", "Customer"), ("FALSE ", "Agent"), ("yes", "Unknown")])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Generator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -21,6 +23,7 @@ from classifier import (
     parse_classification,
 )
 from config import load_taxonomy
+from config.taxonomy import Label
 from domain.conversation import Classification, Outcome, result_fingerprint
 from error_handler import LLMContextError, LLMReplyError, Reason
 from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
@@ -34,6 +37,7 @@ FIELDS: dict[str, Any] = {
     "sentiment": "Negative",
 }
 GOOD = json.dumps(FIELDS)
+DRAFT = json.dumps(FIELDS | {"intent": "Refund Request"})
 EXPECTED = Classification("Parcel is late.", "Order Status", "Shipping/Delivery", "Negative")
 CONVERSATION = aggregate_conversation({"text": "where is it?"})
 MESSAGES = CLASSIFIER.messages(CONVERSATION.transcript)
@@ -64,14 +68,45 @@ def problem_of(reply: str) -> LLMReplyError:
         pytest.param(f"<think>Hm, {{maybe}} a complaint.</think>{GOOD}", id="thoughts"),
         pytest.param(f"\ufeff{GOOD}", id="byte-order-mark"),
         pytest.param(f"[{GOOD}]", id="in-a-list"),
-        pytest.param(GOOD + reply_of(intent="Complaint"), id="first-of-two"),
+        pytest.param(DRAFT + GOOD, id="last-of-two"),
+        pytest.param(f"First: {DRAFT}\nNo, better: {GOOD}\nIs {{this}} fine?", id="corrected-draft"),
+        pytest.param(f"{GOOD} {{}} {GOOD[:-1]}", id="empty-and-cut-objects-after-it"),
+        pytest.param(f"The object {{}} is empty, so {GOOD}", id="another-object-before-it"),
+        pytest.param(f"<think>Maybe {DRAFT}? No.</think>{GOOD}", id="draft-in-thoughts"),
+        pytest.param(f"Maybe {DRAFT}? No.\n</think>\n\n{GOOD}", id="thoughts-opened-by-the-template"),
+        pytest.param(f"<THINK>a <think>b</think> {DRAFT}</think > {GOOD}", id="nested-thoughts"),
+        pytest.param(f"{GOOD}<think>Or {DRAFT}?</think>", id="thoughts-after-it"),
+        pytest.param(f"{GOOD}\n<think>Or {DRAFT}?", id="thoughts-that-never-end"),
+        pytest.param(f"[THINK]{DRAFT}[/THINK]{GOOD}", id="magistral"),
+        pytest.param(f"<seed:think>{DRAFT}</seed:think>{GOOD}", id="seed"),
+        pytest.param(
+            f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{GOOD}",
+            id="gpt-oss",
+        ),
+        pytest.param("{x} " * 150 + GOOD, id="many-braces-before-it"),
         pytest.param(reply_of(confidence=0.9, notes={"a": [1, None]}), id="more-fields"),
         pytest.param("{" * 19 + GOOD, id="after-open-braces"),
     ],
 )
 def test_usable_replies_are_parsed(reply: str) -> None:
-    """Plain JSON, and the first complete object inside a fence or prose."""
+    """Plain JSON, or the last complete and valid object inside a fence or prose, never one inside reasoning."""
     assert CLASSIFIER.parse(reply) == EXPECTED
+
+
+def test_tag_inside_a_value_is_no_reasoning() -> None:
+    """The customer may have written it, and the model quoted it."""
+    assert CLASSIFIER.parse(reply_of(categorization="It says </think>.")).categorization == "It says </think>."
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", ["Rückerstattung", "RÜCKERSTATTUNG", "rückerstattung "])
+def test_labels_are_matched_in_any_unicode_form(form: Literal["NFC", "NFD"], written: str) -> None:
+    """macOS and some tokenizers write an accent as a character of its own; the taxonomy's spelling is returned."""
+    for label in (unicodedata.normalize("NFD", "Rückerstattung"), "Rückerstattung"):
+        taxonomy = replace(TAXONOMY, intents=(Label(label, "money back"), Label("Straße", "a street")))
+        reply = reply_of(intent=unicodedata.normalize(form, written))
+        assert parse_classification(reply, taxonomy).intent == label
+        assert parse_classification(reply_of(intent="STRASSE"), taxonomy).intent == "Straße"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +145,11 @@ def test_labels_are_matched_without_case_and_spacing(written: str, expected: str
         pytest.param('{"a": ' + "[" * 5_000 + "]" * 5_000 + "}", Reason.NOT_JSON, id="deep"),
         pytest.param('{"a": ' + "1" * 5_000 + "}", Reason.NOT_JSON, id="endless-number"),
         pytest.param("{}", Reason.WRONG_SHAPE, id="no-fields"),
-        pytest.param(f"The object {{}} is empty, so {GOOD}", Reason.WRONG_SHAPE, id="first-object-is-another"),
+        pytest.param(f"<think>Maybe {GOOD}? No.</think>", Reason.EMPTY, id="thoughts-only"),
+        pytest.param(f"<think>Maybe {GOOD}?", Reason.EMPTY, id="thoughts-without-end"),
+        pytest.param(f"{GOOD}</think> I cannot say.", Reason.NOT_JSON, id="draft-only"),
+        pytest.param(f"<reasoning>{GOOD}</reasoning>{{}}", Reason.WRONG_SHAPE, id="draft-and-empty-object"),
+        pytest.param(GOOD + "{x}" * 300 + DRAFT, Reason.NOT_JSON, id="more-objects-than-are-read"),
         pytest.param(reply_of(topic=None), Reason.WRONG_SHAPE, id="missing-field"),
         pytest.param(reply_of(topic=7), Reason.WRONG_SHAPE, id="number-label"),
         pytest.param(reply_of(topic=["Other"]), Reason.WRONG_SHAPE, id="list-label"),

@@ -23,17 +23,36 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from aggregator import SENDER_FIELDS, TEXT_FIELDS, TIME_FIELDS, aggregate_conversation, document_entries
 from commands.flags import command_settings, positive
 from config import Settings
 from domain.document_files import SAMPLES, read_documents
-from error_handler import ConfigurationError, ExitCode, RunInterruptedError, StoreRejectedError, TriadError
+from domain.text import counted
+from error_handler import (
+    ConfigurationError,
+    ExitCode,
+    Reason,
+    RunInterruptedError,
+    SkippedDocumentError,
+    StoreRejectedError,
+    TriadError,
+)
 from logger import configure_logging
 from mongo_client import DocumentStore
-from storage.extended_json import Document, dumps, id_text
+from storage.extended_json import Document, dumps, id_key, id_text
 from storage.mongo_errors import translated
 from utils.process import exit_code_of, is_confirmed
 
 PAGE_SIZE = 500
+_SKIPPED = {
+    Reason.SKIPPED_NO_TEXT: f"without a text, which a run skips; a text is expected in {', '.join(TEXT_FIELDS[:4])}",
+    Reason.SKIPPED_NO_CUSTOMER: (
+        f"without a turn of the customer, which a run skips; expected in {', '.join(SENDER_FIELDS[:4])}: customer, user, "
+        "visitor, contact, lead, end-user or requester"
+    ),
+}
+_UNORDERED = "with times that cannot be read, so the turns keep the listed order; ISO 8601 can always be read"
+_OTHER_TEXT = "with the _id of a stored document that has another text; not imported"
 _STATUS_FIELDS = frozenset({"status", "status_reason", "last_processed_at", "processed", "processing_attempts"})
 
 
@@ -78,7 +97,8 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         if not await is_confirmed(question):
             raise RunInterruptedError("Nothing was deleted or imported.")
     documents = read_documents(arguments.file) if arguments.file else _samples(arguments.count, console)
-    chosen = itertools.islice(_with_ids(documents), arguments.count)
+    notes = _Notes()
+    chosen = _judged(itertools.islice(_with_ids(documents), arguments.count), notes)
     pages = iter(lambda: list(itertools.islice(chosen, PAGE_SIZE)), [])
     first = next(pages, [])  # before the collection is dropped: the file may be invalid
     store = DocumentStore(settings)
@@ -87,16 +107,64 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         if arguments.drop:
             with translated("drop the collection"):
                 await store.database.drop_collection(settings.source_collection)
-        read, new = await _insert(store, itertools.chain([first], pages), arguments.file or SAMPLES, console)
+        read, new = await _insert(store, itertools.chain([first], pages), arguments.file or SAMPLES, console, notes)
     finally:
         await store.close()
     place = f"{settings.db_name}.{settings.source_collection}"
     print(f"Read {read} documents: {new} new, {read - new} already there, in {place}.")
+    notes.show(console)
     return ExitCode.DONE
 
 
+class _Notes:
+    """Counts documents by what the user should know about them, and remembers the first one of each kind."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, int]] = {}  # what -> count, number of the first document
+
+    def add(self, what: str, number: int) -> None:
+        count, first = self._found.get(what, (0, number))
+        self._found[what] = count + 1, min(first, number)
+
+    def show(self, console: Console) -> None:
+        for what, (count, first) in self._found.items():
+            text = f"{counted(count, 'document')} {what} (first: document {first})."
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _judged(documents: Iterable[Document], notes: _Notes) -> Iterator[Document]:
+    """Yield *documents*; note those that a run will skip or cannot put in order."""
+    for number, document in enumerate(documents, 1):
+        try:
+            conversation = aggregate_conversation(document)
+        except SkippedDocumentError as exc:
+            notes.add(_SKIPPED[exc.reason], number)
+        else:
+            entries = () if conversation.is_ordered else document_entries(document, conversation.shape)
+            if any(entry.get(name) for entry in entries if isinstance(entry, dict) for name in TIME_FIELDS):
+                notes.add(_UNORDERED, number)
+        yield document
+
+
+async def _note_other_texts(store: DocumentStore, page: list[Document], before: int, notes: _Notes) -> None:
+    """Note the documents of *page* whose stored form has another text."""
+    found = await store.read_documents("all", [document["_id"] for document in page])
+    stored = {id_key(document["_id"]): _text_of(document) for document in found}
+    for number, document in enumerate(page, before + 1):
+        text = _text_of(document)
+        if stored.get(id_key(document["_id"]), text) != text:
+            notes.add(_OTHER_TEXT, number)
+
+
+def _text_of(document: Document) -> str | None:
+    try:
+        return aggregate_conversation(document).transcript_sha256
+    except SkippedDocumentError:
+        return None
+
+
 async def _insert(
-    store: DocumentStore, pages: Iterable[list[Document]], path: Path, console: Console
+    store: DocumentStore, pages: Iterable[list[Document]], path: Path, console: Console, notes: _Notes
 ) -> tuple[int, int]:
     """Store every page; return how many documents were read and how many were new."""
     read = new = 0
@@ -105,7 +173,10 @@ async def _insert(
         task = progress.add_task("", total=None)
         try:
             for page in pages:
-                new += await _insert_page(store, page, path, read)
+                added = await _insert_page(store, page, path, read)
+                if added < len(page):
+                    await _note_other_texts(store, page, read, notes)
+                new += added
                 read += len(page)
                 progress.update(task, completed=read)
         except TriadError:

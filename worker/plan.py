@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import async_llm_wrapper as llm
+from aggregator import entry_text
 from classifier import Classifier
 from config import Settings, load_taxonomy
 from error_handler import LLMUnavailableError
@@ -55,8 +56,8 @@ async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[
 def rough_transcript(document: Mapping[str, Any]) -> str:
     """Return the texts of *document*, about as long as its transcript.
 
-    The aggregator is not used: a document that crashes it must do so in a run, which has a journal to notice it.
+    The conversation is not aggregated: a document that crashes that must do so in a run, which has a journal to notice it.
     """
     entries = document.get("tweets") or document.get("messages") or [document]
-    texts = [entry.get("text") for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
-    return "\n".join(f"Customer: {text}" for text in texts if isinstance(text, str) and text.strip())
+    texts = map(entry_text, entries) if isinstance(entries, list) else ()
+    return "\n".join(f"Customer: {text}" for text in texts if text)

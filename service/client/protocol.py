@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from aggregator import aggregate_conversation, document_shape
+from aggregator import aggregate_conversation, document_entries, entry_text
 from domain.text import one_line
 from error_handler import ConfigurationError, ErrorKind, RequestError
 from service import errors as service_errors
@@ -120,19 +120,19 @@ def request_for(document: Mapping[str, Any], position: int) -> ServiceRequest:
         RequestError: A text cannot be encoded as JSON.
     """
     conversation = aggregate_conversation(document)
-    shape = document_shape(document)
-    entries = [document] if shape == "query" else document[str(shape)]
-    listed = [entry for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("text"), str)]
+    shape = conversation.shape
+    entries = document_entries(document, shape)
+    listed = [(entry, text) for entry in entries if (text := entry_text(entry))]
     # The aggregator rewrites texts, so it gets numbers instead and only returns sender and time.
-    numbered = [{**entry, "text": str(index)} for index, entry in enumerate(listed)]
-    turns = aggregate_conversation(numbered[0] if shape == "query" else {str(shape): numbered}).turns
+    numbered = [{**entry, "text": str(index)} for index, (entry, _) in enumerate(listed)]
+    turns = aggregate_conversation(numbered[0] if shape == "query" else {shape: numbered}).turns
     senders = {int(turn.text): (turn.sender, turn.at) for turn in turns}
     messages = []
-    for index, entry in enumerate(listed):
+    for index, (entry, text) in enumerate(listed):
         sender, at = senders[index]
         message = {"sender": "customer" if sender == "customer" else "agent"}
         timestamp = _timestamp(entry.get("timestamp") if shape == "messages" else None, at)
-        messages.append(message | ({"timestamp": timestamp} if timestamp else {}) | {"text": entry["text"]})
+        messages.append(message | ({"timestamp": timestamp} if timestamp else {}) | {"text": text})
     number = conversation.conversation_number or ("_id" in document and id_text(document["_id"])) or str(position)
     return build_request(number[:MAX_NUMBER_CHARACTERS], messages)
 

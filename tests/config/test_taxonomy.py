@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,9 @@ def test_label_that_is_not_a_string_in_yaml_is_refused(own: Path, name: str) -> 
 
 
 def test_fold_label() -> None:
-    """Case, and white space of any kind and anywhere, do not count."""
+    """Case, Unicode form, and white space of any kind and anywhere, do not count."""
     assert fold_label(" Order\u00a0STATUS\n") == fold_label("orderstatus") == "orderstatus"
     assert fold_label("Straße") == fold_label("STRASSE")
+    for label in ("Crédit refusé", "ΰ ΐ", "한국어", "Ǆ"):
+        forms = {fold_label(unicodedata.normalize(form, label.upper())) for form in ("NFC", "NFD")}
+        assert forms == {fold_label(label)}

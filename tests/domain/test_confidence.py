@@ -264,6 +264,24 @@ def test_least_certain_label_decides_about_review(review_below: float | None, ex
     assert result["processing_metadata"].get("needs_review") is expected
 
 
+@pytest.mark.parametrize(("second", "expected"), [("2024-05-01", None), ("yesterday", "listed"), (None, "listed")])
+def test_result_says_if_the_order_of_turns_is_unknown(second: str | None, expected: str | None) -> None:
+    messages = [{"sender": "customer", "text": "a", "timestamp": time} for time in ("2024-05-01", second)]
+    conversation = aggregate_conversation({"messages": messages})
+    result = build_result({}, conversation, Outcome(LABELLED, "model", None, "", ""), "job", keep_original=False)
+    assert result["processing_metadata"].get("turn_order") == expected
+
+
+def test_labels_in_reasoning_do_not_count() -> None:
+    """The draft has the labels of the answer, with other probabilities."""
+    flow = classification_flow(CONVERSATION, Client(), CLASSIFIER)
+    next(flow)
+    reply = f"<think>{REPLY}</think>{REPLY}"
+    with pytest.raises(StopIteration) as finished:
+        flow.send(ChatReply(reply, None, None, tokens=(*certain(f"<think>{REPLY}</think>"), *GOOD)))
+    assert finished.value.value.confidence == label_confidence(GOOD, REPLY, LABELLED, LABELS)
+
+
 def test_the_answer_to_a_repair_turn_counts() -> None:
     """Not the tokens of the unusable first reply."""
     start = REPLY.index("Neutral")

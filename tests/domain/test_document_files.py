@@ -203,8 +203,44 @@ def test_odd_tweet_files(write: Write) -> None:
         "123456789012345678901,c,True,,too long a number for MongoDB,,",
     ]
     first, second = read_documents(write("twcs.csv", "\n".join([TWCS_HEADER, *rows])))
-    assert [tweet["text"] for tweet in first["tweets"]] == ["a", "b"]
+    assert [tweet["text"] for tweet in first["tweets"]] == ["a", "b", "twice"]
     assert second["tweets"][0]["tweet_id"] == "123456789012345678901"
+
+
+def test_rows_with_equal_ids_are_merged_only_if_their_text_is_equal(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        "1,c,True,,first,,",
+        "1,c,True,,first,,",
+        "1,d,True,,second,,",
+        "2,s,False,,answer,,1",
+        "1,d,True,,second,,",
+    ]
+    documents = list(read_documents(write("twcs.csv", "\n".join([TWCS_HEADER, *rows]))))
+    texts = [[tweet["text"] for tweet in document["tweets"]] for document in documents]
+    assert texts == [["first", "answer"], ["second"]]
+    assert "2 rows left out: tweet_id and text as in an earlier row (first: line 3)" in caplog.text
+    assert "1 row kept with the tweet_id of an earlier row but another text" in caplog.text
+    assert "(first: line 4)" in caplog.text
+
+
+def test_rounded_tweet_ids_are_named_and_join_nothing(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        "1.23457E+17,c,True,,first,,",
+        '"1,23457e+17",d,True,,second,,',
+        "1.23457E+17,c,True,,first,,",
+        "5,s,False,,to whom?,,1.23457E+17",
+    ]
+    documents = list(read_documents(write("twcs.csv", "\n".join([TWCS_HEADER, *rows]))))
+    assert [[tweet["text"] for tweet in document["tweets"]] for document in documents] == [
+        ["first"],
+        ["second"],
+        ["first"],
+    ]
+    assert "4 ids rounded by a spreadsheet" in caplog.text
+    assert "(first: line 2, 1.23457E+17)" in caplog.text
+    assert "skipped 1 tweets" in caplog.text
 
 
 def test_threads_are_readable_by_the_aggregator(write: Write) -> None:
@@ -254,6 +290,19 @@ def test_single_queries(write: Write, id_column: str, name: str) -> None:
     ]
 
 
+def test_queries_with_equal_or_rounded_ids_are_kept_apart(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    rows = ["7,first", "7,second", "7,first", "4.5E+11,third", "4.5E+11,fourth"]
+    documents = list(read_documents(write("q.csv", "\n".join(["id,text", *rows]))))
+    assert [(document.get("_id"), document["text"]) for document in documents] == [
+        *(("7", "first"), (None, "second"), ("7", "first"), (None, "third"), (None, "fourth")),
+    ]
+    assert (
+        "1 row with the id of an earlier row but another text; the id is replaced by one of the content (first: line 3)"
+        in (caplog.text)
+    )
+    assert "2 ids rounded by a spreadsheet and replaced by one of the content (first: line 5, 4.5E+11)" in caplog.text
+
+
 def test_a_file_can_be_read_in_part_and_by_several_threads(write: Write) -> None:
     rows = "".join(f"{number},customer,hi\n" for number in range(50))
     documents = iter(read_documents(write("m.csv", f"conversation_number,sender,text\n{rows}")))
@@ -289,6 +338,11 @@ def test_a_file_can_be_read_in_part_and_by_several_threads(write: Write) -> None
         ("a.csv", "conversation_number,text\n1,ok\n", "line 1: the column sender is missing"),
         ("a.csv", "tweet_id,text\n1,ok\n", "line 1: the column author_id, inbound, created_at, in_response_to_tweet"),
         ("a.csv", f"conversation_number,sender,text\n1,c,ok\n,c,{SECRET}\n", "line 3: expected a value in the column"),
+        (
+            "a.csv",
+            f"conversation_number,sender,text\n1.2E+15,c,{SECRET}\n",
+            "line 2: a spreadsheet has rounded the conv",
+        ),
         ("a.csv", f"{TWCS_HEADER}\n1,c,{SECRET},,a,,\n", "line 2: expected True or False in the column inbound"),
         ("a.csv", f"{TWCS_HEADER}\n,c,True,,{SECRET},,\n", "line 2: expected a number in the column tweet_id"),
     ],

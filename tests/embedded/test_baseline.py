@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import unicodedata
 from itertools import chain
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def classified(text: str) -> tuple[str, str, str]:
 def own_taxonomy(intents: dict[str, list[str]], sentiments: tuple[str, ...] = SENTIMENTS) -> Taxonomy:
     labels = tuple(Label(name, f"{name}.", tuple(phrases)) for name, phrases in intents.items())
     return Taxonomy(labels, (Label("Everything", "Everything."),), sentiments)
+
+
+def test_phrases_match_in_any_unicode_form() -> None:
+    """A combining accent would split a word."""
+    for form in ("NFC", "NFD"):
+        own = BaselineClassifier(
+            own_taxonomy({"Rückerstattung": [unicodedata.normalize(form, "geld zurück")], "Other": []})
+        )
+        for text in ("Ich will mein Geld zurück!", unicodedata.normalize("NFD", "Ich will mein GELD ZURÜCK!")):
+            assert own.classify(conversation(("customer", text))).intent == "Rückerstattung"
 
 
 class TestShippedTaxonomy:

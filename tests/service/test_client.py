@@ -125,6 +125,20 @@ def test_request_holds_the_original_texts_in_order() -> None:
     }
 
 
+def test_chat_exports_become_requests() -> None:
+    """The service takes one shape only, so the fields of other programs are translated."""
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Where is it?"}], "created_at": 1714557600},
+        {"author": {"type": "admin"}, "body": "On its way"},
+        {"role": "tool", "content": None},
+    ]
+    body = json.loads(request_for({"tweets": [], "messages": messages}, 1).body)
+    assert body["messages"] == [
+        {"sender": "customer", "timestamp": "2024-05-01T10:00:00+00:00", "text": "Where is it?"},
+        {"sender": "agent", "text": "On its way"},
+    ]
+
+
 def test_tweets_and_queries_become_requests() -> None:
     at = "Tue Oct 31 21:45:10 +0000 2017"
     tweets = [{"inbound": True, "created_at": at, "text": "@x help"}, {"inbound": "False", "text": "We do"}]

@@ -146,6 +146,44 @@ def test_count_takes_the_first_of_a_file_and_collection_has_two_names(
     }
 
 
+def test_what_a_run_would_skip_or_could_not_order_is_named(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "hi", "created_at": 1714550000}, {"role": "assistant", "content": "ho"}]
+    documents: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+        {"messages": [{"sender": "Ann Example", "text": "hi"}]},
+        {"messages": [{"sender": "customer", "words": "hi"}]},
+        {"messages": chat},
+        {"messages": [], "text": "hi"},
+        {"messages": [{"sender": "Bob Example", "text": "hi"}]},
+    ]
+    done = run("--file", lines_of(tmp_path / "chats.jsonl", documents))
+    assert (done.returncode, "Read 6 documents: 6 new" in done.stdout) == (0, True)
+    skipped, without_text, unordered = done.stderr.splitlines()
+    assert skipped.startswith(
+        "2 documents without a turn of the customer, which a run skips; expected in sender, role,"
+    )
+    assert skipped.endswith("end-user or requester (first: document 2).")
+    assert without_text.startswith("1 document without a text, which a run skips; a text is expected in text, content,")
+    assert unordered.startswith("1 document with times that cannot be read, so the turns keep the listed order;")
+    assert unordered.endswith("(first: document 4).")
+    assert "Example" not in done.stderr
+
+
+def test_stored_document_with_another_text_is_named(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = lines_of(tmp_path / "q.jsonl", [{"_id": 1, "text": "a"}, {"_id": 1, "text": "b"}, {"_id": 2, "text": "c"}])
+    expected = "1 document with the _id of a stored document that has another text; not imported (first: document 2)."
+    done = run("--file", path)
+    assert "Read 3 documents: 2 new, 1 already there" in done.stdout
+    assert done.stderr.splitlines() == [expected]
+    source.update_many({}, {"$set": {"processed": True, "status_reason": None}})
+    assert run("--file", path).stderr.splitlines() == [expected]
+    assert [document["text"] for document in source.find(sort=[("_id", 1)])] == ["a", "c"]
+
+
 # Emptying first
 
 

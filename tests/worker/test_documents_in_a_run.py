@@ -185,6 +185,34 @@ def test_malformed_documents_are_skipped_or_fail_alone(site: Site, crash: bool) 
     check_directory(site, clean=not crash)
 
 
+def test_exports_of_other_programs_are_read_and_ordered(site: Site) -> None:
+    """Each says the same in the fields and times of its program; the result tells if the order is unknown."""
+    first, second = 1714550000, 1714557600
+    forms: list[list[Document]] = [
+        [
+            {"sender": "customer", "text": "it", "timestamp": second},
+            {"sender": "customer", "text": "ha", "timestamp": first},
+        ],
+        [
+            {"role": "user", "content": "it", "created_at": second * 1000},
+            {"role": "user", "content": "ha", "created_at": str(first)},
+        ],
+        [
+            {"author": {"type": "contact"}, "body": "it", "date": "Wed, 01 May 2024 12:00:00 GMT"},
+            {"author": {"type": "lead"}, "body": "ha", "date": "2024-05-01 10:00:00 UTC"},
+        ],
+        [{"from": "visitor", "message": "ha", "sent_at": "05/04/2024"}, {"from": "end-user", "message": "it"}],
+    ]
+    site.source.insert_many([{"_id": place, "tweets": [], "messages": turns} for place, turns in enumerate(forms)])
+    site.source.insert_one({"_id": "query", "messages": [], "text": "ha\nit"})
+    ended = site.run()
+    assert ended.code == 0, ended.err
+    results = {result["source_conversation_id"]: result["processing_metadata"] for result in site.results.find()}
+    assert results.keys() == {*range(len(forms)), "query"}
+    assert len({results[place]["input_sha256"] for place in range(len(forms))}) == 1
+    assert [results[place].get("turn_order") for place in range(len(forms))] == [None, None, None, "listed"]
+
+
 def test_document_that_kills_the_worker_is_quarantined(site: Site) -> None:
     """It gets two chances; then it is quarantined as poison, and everything else has its result."""
     documents = [conversation(number) for number in range(40)]
