@@ -115,7 +115,8 @@ class Answers:
         is_retryable = line.is_retryable and not is_exhausted
         outcome = "is pending again" if is_retryable else "failed"
         logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, line.code)
-        error = error or _ERRORS.get(line.state, f"OpenAI answered with an error ({line.code})")
+        code = shard.problem if shard.status == "failed" and shard.problem else line.code
+        error = error or _ERRORS.get(line.state, f"OpenAI answered with an error ({code})")
         info = {"batch_id": shard.batch_id, "error": error, "failed_at": datetime.now(UTC)}
         return Ending(replace(item, state=line.state, code=line.code, retryable=is_retryable), None, info)
 
@@ -126,7 +127,8 @@ def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
     if shard.status == "failed":
         # If the API names bad lines, the others can be sent again: none of them ran.
         is_retryable = is_retryable and bool(bad_ids)
-        return Line(item.custom_id, ItemState.FAILED, code=shard.problem or "batch_failed", is_retryable=is_retryable)
+        code = (shard.problem or "batch_failed").partition(";")[0]
+        return Line(item.custom_id, ItemState.FAILED, code=code, is_retryable=is_retryable)
     state = _WITHOUT_LINE.get(shard.status or "", ItemState.MISSING)
     return Line(item.custom_id, state, code=NOT_RUN.get(shard.status or "", state.value), is_retryable=is_retryable)
 

@@ -1,4 +1,4 @@
-"""Batch objects and the lines of their files, as data. Pure.
+"""Batch objects and the lines of their files, as data.
 
 Sources: the OpenAI API reference (batches, files) and the deviations that docs/openai-batch.md names.
 """
@@ -6,8 +6,9 @@ Sources: the OpenAI API reference (batches, files) and the deviations that docs/
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -125,6 +126,15 @@ def parse_line(raw: bytes) -> Line | None:
     return _answer(custom_id, body)
 
 
+def request_texts(path: Path) -> Iterator[str]:
+    """Yield every text of the requests in file *path*; nothing if it does not exist."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for raw in file:
+            yield from _texts_of(_mapping(load_json(raw)).get("body"))
+
+
 def load_json(raw: bytes) -> Any:
     """Return the JSON value of *raw*; None if it is not JSON."""
     try:
@@ -157,6 +167,14 @@ def _answer(custom_id: str, body: Mapping[str, Any]) -> Line:
         prompt_tokens=_count(usage.get("prompt_tokens")),
         reply_tokens=_count(usage.get("completion_tokens")),
     )
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _texts_of(entry)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
