@@ -58,6 +58,22 @@ def test_batch_that_fails_as_a_whole_has_the_reason(
     assert "Quabeck" not in f"{errors} {caplog.text} {job.rows('SELECT problem FROM shards')}"
 
 
+@pytest.mark.parametrize(("message", "words"), [(REFUSED, f"; the server says: {REFUSED}"), (QUOTED, "quotes the req")])
+def test_line_that_fails_has_the_reason(
+    job: Job, openai: FakeOpenAI, caplog: pytest.LogCaptureFixture, message: str, words: str
+) -> None:
+    """In the log and in its document, which it is compared with."""
+    job.fill(1, text="I am Xaver Quabeck of Hill Road. Where is it?")
+    openai.configure(faults=[{"kind": "line_status", "status": 400, "message": message}])
+    with caplog.at_level(logging.WARNING):
+        job.run()
+    (document,) = job.documents.find({"ai_status": "failed"})
+    error = document["processing_info"]["error"]
+    assert words in error
+    assert words in caplog.text
+    assert "Quabeck" not in f"{error} {caplog.text}"
+
+
 def test_reason_that_cannot_be_compared_is_not_shown(tmp_path: Path, monkeypatch: Any) -> None:
     """The request file is gone, or too large to be read for that."""
     answer, path = b'{"error": "no"}', tmp_path / "requests.jsonl"
