@@ -6,9 +6,12 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from config.service_settings import ServiceSettings
 from error_handler import ConfigurationError
+
+if TYPE_CHECKING:  # the worker needs no settings of the service
+    from config.service_settings import ServiceSettings
 
 
 def require_keys_outside_this_machine(host: str | None, settings: ServiceSettings) -> None:
