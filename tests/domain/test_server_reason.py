@@ -54,7 +54,7 @@ def test_reasons_of_real_servers_are_kept_word_for_word(text: str) -> None:
         b'{"error": {"message": "no room", "type": "server_error"}}',
         b'{"message": "no room"}',
         b'{"detail": "no room"}',
-        b'{"detail": [{"loc": ["body"], "msg": "no room", "input": {"content": "Anna"}}]}',
+        b'{"detail": [{"loc": ["body"], "msg": "no room", "input": "Anna"}]}',
         b'{"error": "{\\"error\\":{\\"code\\":500,\\"message\\":\\"no room\\"}}"}',
         b'[{"error": {"code": 400, "message": "no room"}}]',
         b"no room\r\n",
