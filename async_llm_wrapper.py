@@ -18,7 +18,7 @@ import aiohttp
 from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
+from error_handler import LLMError, LLMTimeoutError, LLMUnavailableError
 from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol
@@ -159,11 +159,12 @@ class AsyncLLMClient:
             ) as response:
                 return response.status, await _read_bounded(response)
         except aiohttp.ConnectionTimeoutError as exc:
-            raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
+            raise protocol.connection_error(self.target, exc, was_made=False) from exc
         except TimeoutError as exc:
             raise LLMTimeoutError("the model server did not answer within the timeout (LLM_TIMEOUT_S)") from exc
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
-            raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
+            was_made = not isinstance(exc, aiohttp.ClientConnectorError)
+            raise protocol.connection_error(self.target, exc, was_made=was_made) from exc
         except aiohttp.ClientError as exc:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 

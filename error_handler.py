@@ -115,6 +115,10 @@ class LLMConnectionError(LLMUnavailableError):
     """The connection was refused, reset or cut off. The circuit breaker counts it."""
 
 
+class LLMAbsentError(LLMConnectionError):
+    """No connection was made, so the server may have to be started."""
+
+
 class LLMBusyError(LLMUnavailableError):
     """The server has no room (429, 503, out of memory)."""
 

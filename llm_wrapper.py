@@ -16,12 +16,12 @@ import tenacity
 import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, ReadTimeoutError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
 
 from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
+from error_handler import LLMAbsentError, LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
 from model_server import protocol
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
@@ -107,7 +107,7 @@ def exchange(
     *session* comes from ``open_session``. A connection that times out counts as refused.
 
     Raises:
-        LLMTimeoutError, LLMConnectionError, LLMUnavailableError: There is no complete answer.
+        LLMTimeoutError, LLMAbsentError, LLMConnectionError, LLMUnavailableError: There is no complete answer.
     """
     try:
         with session.request(
@@ -130,9 +130,15 @@ def exchange(
     except (requests.ReadTimeout, ReadTimeoutError) as exc:
         raise LLMTimeoutError("the model server did not answer within the timeout (LLM_TIMEOUT_S)") from exc
     except (requests.ConnectionError, HTTPError) as exc:
-        raise LLMConnectionError("no connection to the model server") from exc
+        kind = LLMAbsentError if _is_without_connection(exc) else LLMConnectionError
+        raise kind("no connection to the model server") from exc
     except requests.RequestException as exc:
         raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
+
+
+def _is_without_connection(exc: BaseException) -> bool:
+    problem = getattr(exc.args[0], "reason", exc) if exc.args else exc  # requests wraps an error of urllib3 around it
+    return isinstance(problem, ConnectTimeoutError | NewConnectionError)
 
 
 class LLMClient:
@@ -164,7 +170,7 @@ class LLMClient:
         try:
             return exchange(self._session, request, self.target.headers)
         except LLMConnectionError as exc:
-            raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
+            raise protocol.connection_error(self.target, exc, was_made=not isinstance(exc, LLMAbsentError)) from exc
 
     def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
         """Send one chat request; if the server refuses log probabilities, ask for none from now on."""

@@ -21,7 +21,7 @@ from utils.process import is_confirmed
 from worker.quarantine import FailedDocuments, discard, list_failed, requeue
 
 PLACES: dict[FailureKind, str] = {"quarantine": "quarantine", "retry": "the retry queue"}
-ERROR_WIDTH = 160
+ERROR_WIDTH, WHOLE_ERROR = 160, 600  # characters of an error in a list, and at most
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +105,7 @@ def _facts(entry: FailedDocument) -> dict[str, Any]:
         "status": entry.status,
         "failed_at": entry.failed_at.isoformat(timespec="seconds"),
         "rounds": entry.retry_count,
-        "error": one_line(entry.error, ERROR_WIDTH),
+        "error": one_line(entry.error, WHOLE_ERROR),
     }
 
 

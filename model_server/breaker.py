@@ -42,6 +42,7 @@ class CircuitBreaker:
         self._probe = probe
         self._policy = policy
         self._failures = 0
+        self._problem = ""  # the last lost connection
         self._outage: asyncio.Task[bool] | None = None  # of the last outage; its result: the server came back in time
         self.openings = 0
 
@@ -64,7 +65,8 @@ class CircuitBreaker:
             await self._wait_until_closed()
             try:
                 result = await send()
-            except LLMConnectionError:
+            except LLMConnectionError as exc:
+                self._problem = str(exc)
                 self._count_failure()
                 if self._policy.fails_fast:
                     raise
@@ -90,18 +92,24 @@ class CircuitBreaker:
         if self._outage is None:
             return
         if self.is_open and self._policy.fails_fast:
-            raise LLMOutageError("the model server is away; start it, and the service continues by itself")
+            raise LLMOutageError(
+                f"the model server is away, and the service continues when it is back ({self._problem})"
+            )
         if not await asyncio.shield(self._outage):
             raise LLMOutageError(
-                f"the model server was away for more than {self._policy.outage_limit_s:.0f} s; "
-                "start it and run the same command again"
+                f"the model server was away for more than {self._policy.outage_limit_s:.0f} s ({self._problem}); "
+                "run the same command again when it is back"
             )
 
     def _count_failure(self) -> None:
         self._failures += 1
         if self._failures >= self._policy.threshold and not self.is_open:
             self.openings += 1
-            logger.warning("circuit breaker: open after %d connection failures in a row; intake pauses", self._failures)
+            logger.warning(
+                "circuit breaker: open after %d connection failures in a row; intake pauses (%s)",
+                self._failures,
+                self._problem,
+            )
             self._outage = asyncio.create_task(self._probe_until_alive(), name="breaker-probe")
 
     async def _probe_until_alive(self) -> bool:

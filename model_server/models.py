@@ -12,8 +12,9 @@ from typing import Any
 import orjson
 
 from config.settings import Protocol, Settings
+from domain.server_reason import server_reason
 from error_handler import ConfigurationError, LLMUnavailableError
-from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget, ServerRequest, count, json_object, part
+from model_server.protocol import DEFAULT_NUM_CTX, SEE_LOG, ChatTarget, ServerRequest, count, json_object, part
 
 LOADED_TIMEOUT_S = 5.0
 
@@ -97,7 +98,9 @@ def models_request(target: ChatTarget, timeout_s: float) -> ServerRequest:
 def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedModel]:
     """Return the models that a server lists. Raises LLMUnavailableError if the answer is not a list of models."""
     if status != 200:
-        raise LLMUnavailableError(f"the model server did not list its models (HTTP {status})")
+        key = "; check LLM_API_KEY" if status in (401, 403) and protocol == "openai_chat" else ""
+        said = server_reason(body) or SEE_LOG
+        raise LLMUnavailableError(f"the model server did not list its models (HTTP {status}){key}{said}")
     listed, named = ("data", "id") if protocol == "openai_chat" else ("models", "name")
     models = []
     for entry in _entries(body, listed, named):

@@ -17,8 +17,11 @@ import orjson
 
 from config.settings import Protocol
 from domain.conversation import Message
+from domain.server_reason import server_reason
 from error_handler import (
+    LLMAbsentError,
     LLMBusyError,
+    LLMConnectionError,
     LLMContextError,
     LLMModelError,
     LLMRejectedError,
@@ -27,6 +30,7 @@ from error_handler import (
     Reason,
 )
 from model_server.tokens import least_prompt_tokens
+from utils.network import failed_handshake
 
 T = TypeVar("T")
 
@@ -37,6 +41,7 @@ TOP_LOGPROBS = 20  # the maximum of Ollama and OpenAI
 NANOSECONDS = 1e9
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply has a few kB; a larger one is refused
 LEAST_SHARE = 0.9  # of the fewest tokens a prompt can have; a lower count proves a cut prompt
+SEE_LOG = "; its log may say why"
 MAX_CHARACTERS_PER_TOKEN = 6.0  # of a whole prompt; English has about 4.5, other scripts fewer
 
 
@@ -145,7 +150,7 @@ def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
 def parse_load_response(target: ChatTarget, status: int, body: bytes) -> None:
     """Raise LLMError, as ``parse_chat_response`` does, unless the answer to ``build_load_body`` confirms the load."""
     if status != 200:
-        _raise_for_status(target, status, body)
+        _raise_for_status(target, status, body, [])
     if json_object(body).get("done_reason") != "load":
         raise LLMUnavailableError("the model server did not confirm that it loaded the model; see its log")
 
@@ -159,10 +164,11 @@ def parse_chat_response(target: ChatTarget, status: int, body: bytes, messages: 
         LLMReplyError: Status 200 without a usable answer: context_overflow (the prompt was cut), cut_off or empty.
     """
     if status != 200:
-        _raise_for_status(target, status, body)
+        _raise_for_status(target, status, body, messages)
     fields = json_object(body)
     if isinstance(fields.get("error"), str | dict):
-        raise LLMUnavailableError("the model server answered 200 with an error in the body")
+        said = reason_given(target, body, messages)
+        raise LLMUnavailableError(f"the model server answered 200 with an error in the body{said}")
     if target.protocol == "openai_chat":
         return _parse_openai(fields)
     prompt_tokens = count(fields.get("prompt_eval_count"))
@@ -249,17 +255,26 @@ def _require_whole_prompt(target: ChatTarget, prompt_tokens: int, messages: Sequ
 _MODEL_SIGNS = ("does not support", "invalid model name", "model is required")
 
 
-def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
+def reason_given(target: ChatTarget, body: bytes, messages: Sequence[Message] = ()) -> str:
+    """Return the reason in the body of a refusal of *messages*, or where to look for it, to be put after an error message."""
+    rules = "\n".join(message["content"] for message in messages if message["role"] == "system")
+    private = [message["content"] for message in messages if message["role"] != "system"]
+    return server_reason(body, private, instructions=rules, secret=target.api_key) or SEE_LOG
+
+
+def _raise_for_status(target: ChatTarget, status: int, body: bytes, messages: Sequence[Message]) -> None:
+    said = reason_given(target, body, messages)
     text = body[:4000].decode("utf-8", "replace")
     lowered = text.lower()
     if status in (429, 503):
-        raise LLMBusyError(f"the model server is busy (HTTP {status})")
+        raise LLMBusyError(f"the model server is busy (HTTP {status}){said}")
     if status in (401, 403):
-        raise LLMModelError(f"the model server refused the credentials (HTTP {status}); check LLM_API_KEY")
+        wrong = "refused the key" if target.api_key else "requires a key"
+        raise LLMModelError(f"the model server {wrong} (HTTP {status}); check LLM_API_KEY{said}")
     if status in (404, 405) or status < 400 or (status == 400 and any(sign in lowered for sign in _MODEL_SIGNS)):
         raise LLMModelError(
             f"the model server has no model {target.model} for chats at {target.url} (HTTP {status}); "
-            "check the model's name and the address"
+            f"check the model's name and the address{said}"
         )
     if any(sign in lowered for sign in ("exceed_context_size", "context length", "context size", "context window")):
         raise LLMContextError(
@@ -268,10 +283,10 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
             window_tokens=_number(_WINDOW_TOKENS, text),
         )
     if "memory" in lowered and status >= 500:
-        raise LLMBusyError(f"the model server is out of memory (HTTP {status})")
+        raise LLMBusyError(f"the model server is out of memory (HTTP {status}){said}")
     if status >= 500 or status in (408, 425, 499):
-        raise LLMUnavailableError(f"the model server failed (HTTP {status})")
-    raise LLMRejectedError(f"the model server refused the request (HTTP {status})")
+        raise LLMUnavailableError(f"the model server failed (HTTP {status}){said}")
+    raise LLMRejectedError(f"the model server refused the request (HTTP {status}){said}")
 
 
 # llama.cpp reports both as JSON, which Ollama quotes as a string inside JSON; vLLM reports them in a sentence.
@@ -284,10 +299,15 @@ def _number(pattern: re.Pattern[str], text: str) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
-def unreachable_message(target: ChatTarget) -> str:
-    """Return the error message for a connection that was refused, reset or cut off."""
-    setting = "LLM_API_URL" if target.protocol == "openai_chat" else "OLLAMA_ENDPOINT"
-    return f"no connection to the model server at {target.server_url}; start it (ollama serve) or correct {setting}"
+def connection_error(target: ChatTarget, exc: BaseException, *, was_made: bool) -> LLMConnectionError:
+    """Return the error for a connection that was refused or, if it *was_made*, reset or cut off by *exc*."""
+    is_ollama, server = target.protocol != "openai_chat", f"the model server at {target.server_url}"
+    setting = "OLLAMA_ENDPOINT" if is_ollama else "LLM_API_URL"
+    if (sentence := failed_handshake(server, exc, setting)) is not None:
+        return LLMConnectionError(sentence)
+    if was_made:
+        return LLMConnectionError(f"{server} closed the connection before its answer was complete; its log may say why")
+    return LLMAbsentError(f"no connection to {server}; start it{' (ollama serve)' * is_ollama} or correct {setting}")
 
 
 @functools.lru_cache(maxsize=8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -13,8 +13,9 @@ from typing import Any
 
 import orjson
 
+from domain.server_reason import server_reason
 from error_handler import JobProcessingError
-from openai_batch.batch_protocol import Line, parse_line
+from openai_batch.batch_protocol import Line, parse_line, texts_of
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Answer, Ending
 from openai_batch.ledger import NOT_RUN, Item, ItemState, Shard
@@ -28,7 +29,7 @@ MAX_LINE_BYTES = 16_000_000  # a longer line fits in no document
 
 # The outcome of items without a line, by the status of their batch; for any other status they are missing.
 _WITHOUT_LINE = {"expired": ItemState.EXPIRED, "cancelled": ItemState.CANCELLED, "never_sent": ItemState.CANCELLED}
-# The text of ``processing_info.error``. The API's own message may quote the prompt and is left out.
+# The text of ``processing_info.error``. The API's own messages add nothing.
 _ERRORS = {
     ItemState.EXPIRED: "the batch expired before this request ran",
     ItemState.CANCELLED: "the batch was cancelled before this request ran",
@@ -67,9 +68,14 @@ class Answers:
 
     async def _apply_lines(self, shard: Shard, lines: list[Line]) -> None:
         new = self._new_lines(shard, lines)
-        endings = [self._failure(shard, item, line) for item, line in new if line.state is not ItemState.OK]
         usable = [(item, line) for item, line in new if line.state is ItemState.OK]
-        documents = await self._context.store.read([item.document_id for item, _ in usable])
+        read = [item.document_id for item, line in new if line.state is ItemState.OK or line.message]
+        documents = await self._context.store.read(read)
+        endings = [
+            self._failure(shard, item, line, said=_reason(line, documents.get(item.document_id)))
+            for item, line in new
+            if line.state is not ItemState.OK
+        ]
         present = [(item, line) for item, line in usable if item.document_id in documents]
         answers = [Answer(documents[item.document_id], line, item.attempt) for item, line in present]
         updates = await self._context.store.handling.deliver(answers, shard.batch_id or "")
@@ -110,12 +116,13 @@ class Answers:
                     new[line.custom_id] = (item, line)
         return list(new.values())
 
-    def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None) -> Ending:
+    def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None, said: str = "") -> Ending:
         is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in NOT_RUN
         is_retryable = line.is_retryable and not is_exhausted
         outcome = "is pending again" if is_retryable else "failed"
-        logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, line.code)
-        error = error or _ERRORS.get(line.state, f"OpenAI answered with an error ({line.code})")
+        logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, f"{line.code}{said}")
+        code = shard.problem if shard.status == "failed" and shard.problem else line.code
+        error = error or _ERRORS.get(line.state, f"OpenAI answered with an error ({code}){said}")
         info = {"batch_id": shard.batch_id, "error": error, "failed_at": datetime.now(UTC)}
         return Ending(replace(item, state=line.state, code=line.code, retryable=is_retryable), None, info)
 
@@ -126,9 +133,17 @@ def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
     if shard.status == "failed":
         # If the API names bad lines, the others can be sent again: none of them ran.
         is_retryable = is_retryable and bool(bad_ids)
-        return Line(item.custom_id, ItemState.FAILED, code=shard.problem or "batch_failed", is_retryable=is_retryable)
+        code = (shard.problem or "batch_failed").partition(";")[0]
+        return Line(item.custom_id, ItemState.FAILED, code=code, is_retryable=is_retryable)
     state = _WITHOUT_LINE.get(shard.status or "", ItemState.MISSING)
     return Line(item.custom_id, state, code=NOT_RUN.get(shard.status or "", state.value), is_retryable=is_retryable)
+
+
+def _reason(line: Line, document: Mapping[str, Any] | None) -> str:
+    """Return the API's reason for a failed *line*, without what stands in its *document*."""
+    if line.state is not ItemState.FAILED or line.message is None or document is None:
+        return ""
+    return server_reason(orjson.dumps({"message": line.message}), texts_of(document))
 
 
 def _lines(path: Path, *, is_quiet: bool = False) -> Iterator[Line]:

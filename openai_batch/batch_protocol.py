@@ -1,4 +1,4 @@
-"""Batch objects and the lines of their files, as data. Pure.
+"""Batch objects and the lines of their files, as data.
 
 Sources: the OpenAI API reference (batches, files) and the deviations that docs/openai-batch.md names.
 """
@@ -6,8 +6,9 @@ Sources: the OpenAI API reference (batches, files) and the deviations that docs/
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -71,7 +72,7 @@ class Line:
     """One line of an output or error file.
 
     *state* is OK, FAILED, EXPIRED or CANCELLED. *content* is the model's text if it is OK, *code* the reason
-    otherwise. The API's own message may quote the request and is dropped.
+    otherwise. *message* is the API's own text for FAILED; it may quote the request, so it is never shown as it is.
     """
 
     custom_id: str
@@ -82,6 +83,7 @@ class Line:
     model: str | None = None
     prompt_tokens: int | None = None
     reply_tokens: int | None = None
+    message: str | None = field(default=None, repr=False)
 
 
 def parse_batch(fields: Mapping[str, Any]) -> BatchState:
@@ -114,15 +116,26 @@ def parse_line(raw: bytes) -> Line | None:
     if not isinstance(response, dict):
         code = _text(error.get("code")) or "no_response"
         # It never ran, so it was not billed either.
-        return Line(custom_id, _NOT_RUN.get(code, ItemState.FAILED), code=code, is_retryable=True)
+        message = _text(error.get("message"))
+        return Line(custom_id, _NOT_RUN.get(code, ItemState.FAILED), code=code, is_retryable=True, message=message)
     body = _mapping(response.get("body"))
     status = _count(response.get("status_code"))
     if status is None or not 200 <= status < 300:
         problem = _mapping(body.get("error")) or error
         code = _text(problem.get("code")) or _text(problem.get("type")) or f"http_{status}"
         is_retryable = (status is None or status in _RETRYABLE_STATUSES) and code not in _FINAL_CODES
-        return Line(custom_id, ItemState.FAILED, code=code, is_retryable=is_retryable)
+        message = _text(problem.get("message"))
+        return Line(custom_id, ItemState.FAILED, code=code, is_retryable=is_retryable, message=message)
     return _answer(custom_id, body)
+
+
+def request_texts(path: Path) -> Iterator[str]:
+    """Yield every text of the requests in file *path*; nothing if it does not exist."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for raw in file:
+            yield from texts_of(_mapping(load_json(raw)).get("body"))
 
 
 def load_json(raw: bytes) -> Any:
@@ -157,6 +170,15 @@ def _answer(custom_id: str, body: Mapping[str, Any]) -> Line:
         prompt_tokens=_count(usage.get("prompt_tokens")),
         reply_tokens=_count(usage.get("completion_tokens")),
     )
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Yield every text in *value*, and its long numbers, which may be those of orders or customers."""
+    if isinstance(value, str) or (isinstance(value, int | float) and len(str(value)) > 3):
+        yield str(value)
+    elif isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(entry)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 import re
@@ -20,7 +21,7 @@ from openai_batch.answers import Answers, count_lines
 from openai_batch.batch_protocol import KNOWN, BatchState
 from openai_batch.job_context import JobContext
 from openai_batch.ledger import NOT_SENT, OPEN, ItemState, Shard, ShardState
-from openai_batch.openai_client import NotThereError
+from openai_batch.openai_client import NotThereError, reason_given
 from openai_batch.planning import JobSender, for_each, wait_left_s
 from utils.retry_utils import CAP_S
 
@@ -125,10 +126,20 @@ class JobRun:
             status=state.status,
             output_file_id=state.output_file_id,
             error_file_id=state.error_file_id,
-            problem=", ".join(dict.fromkeys(state.codes)) or None,
+            problem=self._problem(shard, state),
             bad_lines=",".join(map(str, state.bad_lines)),
             ended_at=ended_at,
         )
+
+    def _problem(self, shard: Shard, state: BatchState) -> str | None:
+        """Return the error codes of a batch that failed as a whole, and its reason; None if there are none."""
+        if not state.codes and state.message is None:
+            return None
+        answer = json.dumps({"message": state.message}).encode()
+        reason = reason_given(answer, self.context.folder / shard.file_name)
+        problem = f"{', '.join(dict.fromkeys(state.codes)) or 'batch_failed'}{reason}"
+        logger.warning("batch %s of shard %d: %s", state.batch_id, shard.number, problem)
+        return problem
 
     async def _check_missing(self, shard: Shard) -> Shard:
         """Give up a batch that the server does not know, after a while and only if the server knows its file.

@@ -16,18 +16,21 @@ from typing import Any
 import httpx2
 import openai
 
+from domain.server_reason import server_reason
 from error_handler import (
     ConfigurationError,
     JobConnectionError,
     JobProcessingError,
     JobValidationError,
 )
-from openai_batch.batch_protocol import BatchState, load_json, parse_batch
+from openai_batch.batch_protocol import BatchState, load_json, parse_batch, request_texts
 from openai_batch.job_config import BatchConfig, OpenAIConfig
 from storage.files import SPACE, explained, open_private, publish
+from utils.network import failed_handshake
 
 TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
+COMPARED_BYTES = 8 * 1024 * 1024  # a reason about a larger request file is not shown
 MAX_WAIT_S = 3600.0  # the longest Retry-After that is honoured
 CLOCK_SKEW_S = 86_400.0  # how much the server's clock may differ from ours
 UNFINISHED = ".part"  # the suffix of a file that is not complete yet
@@ -77,7 +80,7 @@ class OpenAIFiles:
             upload = self._once.files.create(
                 file=(name, file, "application/jsonl"), purpose="batch", timeout=UPLOAD_TIMEOUT_S
             )
-            return str((await _object("upload a file", upload))["id"])
+            return str((await _object("upload a file", upload, path))["id"])
 
     async def find_file(self, name: str, since: float) -> str | None:
         """Return the id of a batch file called *name*, uploaded after *since* (unix seconds, clock skew allowed)."""
@@ -88,8 +91,8 @@ class OpenAIFiles:
                 break
         return None
 
-    async def create(self, file_id: str, metadata: Mapping[str, str]) -> BatchState:
-        """Create a batch of file *file_id*.
+    async def create(self, file_id: str, metadata: Mapping[str, str], path: Path) -> BatchState:
+        """Create a batch of file *file_id*, which was uploaded from *path*.
 
         Raises:
             NotThereError: The server does not find the file yet. No batch exists.
@@ -103,7 +106,7 @@ class OpenAIFiles:
             completion_window=self._batch.completion_window,
             metadata=dict(metadata),
         )
-        return parse_batch(await _object("create a batch", creation))
+        return parse_batch(await _object("create a batch", creation, path))
 
     async def find_batch(self, metadata: Mapping[str, str], file_id: str) -> BatchState | None:
         """Return the batch that was created with *metadata* and file *file_id*; None if the list has none.
@@ -178,9 +181,9 @@ class OpenAIFiles:
             await self._client.files.delete(file_id)
 
 
-async def _object(what: str, call: Awaitable[Any]) -> dict[str, Any]:
+async def _object(what: str, call: Awaitable[Any], sent: Path | None = None) -> dict[str, Any]:
     """Return the object that *call* yields; the package yields the HTML page of a proxy as text."""
-    with translated(what):
+    with translated(what, sent):
         answer = await call
     fields = answer.model_dump() if isinstance(answer, openai.BaseModel) else {}
     if not fields.get("id"):
@@ -193,37 +196,53 @@ def _malformed(what: str) -> JobConnectionError:
 
 
 @contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Raise the package's errors as ours, without the server's messages, which may quote a request."""
+def translated(what: str, sent: Path | None = None) -> Iterator[None]:
+    """Raise the package's errors as ours, with the server's reason if it does not quote the file *sent*."""
     try:
         yield
     except openai.NotFoundError as exc:
-        raise NotThereError(f"the server does not find it ({what})") from exc
+        raise NotThereError(f"the server does not find it ({what}){_reason(exc, sent)}") from exc
     except (openai.AuthenticationError, openai.PermissionDeniedError) as exc:
         raise ConfigurationError(
-            f"OpenAI refuses the key ({what}, HTTP {exc.status_code}); check OPENAI_API_KEY and OPENAI_BASE_URL."
+            f"OpenAI refuses the key ({what}, HTTP {exc.status_code}); check OPENAI_API_KEY and OPENAI_BASE_URL"
+            f"{_reason(exc, sent)}."
         ) from exc
     except openai.RateLimitError as exc:
         if exc.code == "insufficient_quota":
             raise JobValidationError(
-                f"the OpenAI account has no quota left ({what}); add credit, then run again."
+                f"the OpenAI account has no quota left ({what}); add credit, then run again{_reason(exc, sent)}."
             ) from exc
-        raise NotNowError(f"OpenAI asks to wait ({what}, HTTP 429)", _retry_after_s(exc)) from exc
+        raise NotNowError(f"OpenAI asks to wait ({what}, HTTP 429){_reason(exc, sent)}", _retry_after_s(exc)) from exc
     except openai.APIStatusError as exc:
-        raise _refusal(what, exc) from exc
+        raise _refusal(what, exc, _reason(exc, sent)) from exc
     except (openai.APIConnectionError, httpx2.HTTPError) as exc:  # the package does not wrap errors inside a stream
-        raise JobConnectionError(f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL") from exc
+        raise JobConnectionError(
+            failed_handshake(f"OpenAI ({what})", exc, "OPENAI_BASE_URL")
+            or f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL"
+        ) from exc
     except openai.OpenAIError as exc:
         raise JobConnectionError(f"OpenAI sent a malformed response ({what}, {type(exc).__name__})") from exc
 
 
-def _refusal(what: str, exc: openai.APIStatusError) -> JobConnectionError | JobValidationError:
+def reason_given(answer: bytes, sent: Path | None, key: str | None = None) -> str:
+    """Return the reason in *answer*, ready to be put after a message, unless it may quote the request file *sent*."""
+    if sent is not None and (not sent.is_file() or sent.stat().st_size > COMPARED_BYTES):
+        return ""
+    return server_reason(answer, request_texts(sent) if sent is not None else (), secret=key)
+
+
+def _reason(exc: openai.APIStatusError, sent: Path | None) -> str:
+    key = exc.request.headers.get("authorization", "").removeprefix("Bearer ")
+    return reason_given(exc.response.content, sent, key)
+
+
+def _refusal(what: str, exc: openai.APIStatusError, said: str) -> JobConnectionError | JobValidationError:
     if isinstance(exc, openai.ConflictError):
-        return EndedError(f"OpenAI reports a conflict ({what}, HTTP 409)")
+        return EndedError(f"OpenAI reports a conflict ({what}, HTTP 409){said}")
     if isinstance(exc, openai.InternalServerError):
-        return JobConnectionError(f"OpenAI failed ({what}, HTTP {exc.status_code})")
+        return JobConnectionError(f"OpenAI failed ({what}, HTTP {exc.status_code}){said}")
     code = f", {exc.code}" if exc.code else ""
-    return JobValidationError(f"OpenAI refuses the request ({what}, HTTP {exc.status_code}{code})")
+    return JobValidationError(f"OpenAI refuses the request ({what}, HTTP {exc.status_code}{code}){said}")
 
 
 def _retry_after_s(exc: openai.APIStatusError) -> float | None:

@@ -251,7 +251,9 @@ class JobSender:
     async def _create(self, shard: Shard) -> None:
         """Create the batch of *shard*, which is CREATING: the ledger already records that it may exist."""
         try:
-            state = await self._files.create(shard.file_id or "", shard.metadata)
+            state = await self._files.create(
+                shard.file_id or "", shard.metadata, self._context.folder / shard.file_name
+            )
         except (NotThereError, NotNowError) as exc:
             self._put_off(shard, exc)
             return

@@ -7,6 +7,7 @@ import gc
 import gzip
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from error_handler import (
     LLMError,
     LLMModelError,
     LLMOutageError,
+    LLMRejectedError,
     LLMReplyError,
     LLMTimeoutError,
     LLMUnavailableError,
@@ -37,6 +39,7 @@ from model_server.models import chat_target
 from model_server.protocol import SEED, ChatReply, ChatTarget, ServerRequest
 from tests.fakes.scripted_server import (
     GOOD_CONTENT,
+    Handler,
     ScriptedServer,
     Step,
     answer,
@@ -47,6 +50,7 @@ from tests.fakes.scripted_server import (
     hang,
     reset,
     say,
+    scripted_server,
 )
 
 MESSAGES = [{"role": "system", "content": "Label it."}, {"role": "user", "content": "Customer: where is it?"}]
@@ -295,6 +299,7 @@ def test_refused_connection_is_a_connection_error(wrapper: type[Asker], server: 
     with pytest.raises((LLMConnectionError, LLMOutageError)) as caught:
         wrapper(settings_for(server.url)).chat()
     assert isinstance(caught.value, LLMOutageError) == (wrapper is Async)
+    assert f"no connection to the model server at {server.url}; start it (ollama serve) or correct" in str(caught.value)
 
 
 def test_connect_timeout_is_a_connection_error(wrapper: type[Asker], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +314,94 @@ def test_connect_timeout_is_a_connection_error(wrapper: type[Asker], monkeypatch
         pytest.raises((LLMConnectionError, LLMOutageError)),
     ):
         wrapper(settings_for(f"http://127.0.0.1:{deaf.getsockname()[1]}")).chat()
+
+
+@pytest.mark.parametrize("step", [reset, say(b""), say(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")])
+def test_lost_connection_does_not_say_start_it(wrapper: type[Asker], server: ScriptedServer, step: Step) -> None:
+    """The server is there, so its log says why."""
+    server.script.append(step)
+    with pytest.raises(
+        LLMConnectionError, match="closed the connection before its answer was complete; its log"
+    ) as caught:
+        wrapper(settings_for(server.url, llm_max_attempts=1)).chat()
+    assert "start it" not in str(caught.value)
+
+
+def test_name_that_cannot_be_resolved_is_called_that(wrapper: type[Asker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a typing error in the address looks; the resolver is not asked."""
+
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(
+        LLMConnectionError, match=r"no-such-host:1 cannot be resolved \(DNS\); correct OLLAMA_END"
+    ) as caught:
+        wrapper(settings_for("http://no-such-host:1")).prepare()
+    assert "start it" not in str(caught.value)
+
+
+def test_server_without_tls_is_called_that(wrapper: type[Asker], server: ScriptedServer) -> None:
+    url = server.url.replace("http:", "https:")
+    with pytest.raises(
+        LLMConnectionError, match=r"no TLS with the model server at https:.*correct LLM_API_URL"
+    ) as caught:
+        wrapper(settings_for("http://127.0.0.1:1", llm_api_url=f"{url}/v1/chat/completions", llm_model="m")).prepare()
+    assert "start it" not in str(caught.value)
+
+
+def test_certificate_that_is_not_trusted_is_called_that(wrapper: type[Asker], certificate: Path) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    with scripted_server(tls=context) as server:
+        url = server.url.replace("http:", "https:")
+        with pytest.raises(
+            LLMConnectionError, match=r"certificate of .* is not trusted \(self.signed.*SSL_CERT_FILE"
+        ) as caught:
+            wrapper(settings_for(url)).prepare()
+    assert "start it" not in str(caught.value)
+
+
+def test_page_of_a_proxy_is_named(wrapper: type[Asker], server: ScriptedServer) -> None:
+    page = answer(b"<html><head><title>502 Bad Gateway</title></head></html>", 502, Content_Type="text/html")
+    server.script.extend([page, page])
+    with pytest.raises(LLMUnavailableError, match=r"failed \(HTTP 502\); the server says: a web page, 502 Bad Gateway"):
+        wrapper(settings_for(server.url, llm_max_attempts=2)).chat()
+    server.models = page
+    with pytest.raises(
+        LLMUnavailableError, match=r"list its models \(HTTP 502\); the server says: a web page, 502 Bad"
+    ):
+        wrapper(settings_for(server.url)).prepare()
+
+
+def test_reason_is_in_the_log_of_each_attempt(
+    wrapper: type[Asker], server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.script.append(answer({"error": "no slot, model m is loading"}, 503))
+    wrapper(settings_for(server.url, llm_max_attempts=2)).chat()
+    (line,) = [record for record in caplog.records if "attempt 1 failed" in record.getMessage()]
+    assert line.levelname == "WARNING"
+    assert "the server says: no slot, model m is loading" in line.getMessage()
+
+
+def echo(handler: Handler) -> None:
+    """Refuse the request with all of its body, as a reason."""
+    answer({"error": handler.server_state.requests[-1].body.decode().replace("{", "")}, 400)(handler)
+
+
+def test_echo_of_the_prompt_is_not_shown(wrapper: type[Asker], server: ScriptedServer) -> None:
+    """Of what each protocol sends."""
+    for settings in (
+        settings_for(server.url),
+        settings_for("http://127.0.0.1:1", llm_api_url=f"{server.url}/api/generate", llm_model="m"),
+        settings_for("http://127.0.0.1:1", llm_api_url=f"{server.url}/v1/chat/completions", llm_model="m"),
+    ):
+        server.script.append(echo)
+        server.script.append(answer({"error": "bad turn 'Customer: where is it?'"}, 400))
+        for _ in range(2):
+            with pytest.raises(LLMRejectedError) as caught:
+                wrapper(settings).chat()
+            assert "where is it" not in str(caught.value)
 
 
 def test_proxies_of_the_environment_are_ignored(

@@ -17,6 +17,7 @@ from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import (
     ConfigurationError,
+    LLMAbsentError,
     LLMBusyError,
     LLMContextError,
     LLMError,
@@ -329,8 +330,11 @@ def _remedy(exc: LLMError, settings: Settings) -> str:
     for kind, remedy in REMEDIES.items():
         if isinstance(exc, kind):
             return remedy
+    if not isinstance(exc, LLMAbsentError):
+        log = " (journalctl -u ollama)" if settings.protocol != "openai_chat" else ""
+        return f"Follow the sentence above; the log of the server{log} may say more."
     if settings.llm_api_url:
-        return "Start the server, or check LLM_API_URL and LLM_API_KEY; its log may say more."
+        return "Start the server, or check LLM_API_URL."
     if is_loopback(urlsplit(settings.server_url).hostname):
         return "Start it (ollama serve, or systemctl start ollama) and check its log (journalctl -u ollama)."
     return "Check the host and port, any firewall in between, and the log of the server."

@@ -15,11 +15,13 @@ import orjson
 
 from config.index_settings import IndexSettings
 from config.settings import Settings
+from domain.server_reason import server_reason
 from domain.text import encodable
 from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, estimated_tokens
 from error_handler import (
     ConfigurationError,
     IndexingError,
+    LLMAbsentError,
     LLMConnectionError,
     LLMTimeoutError,
     LLMUnavailableError,
@@ -30,9 +32,9 @@ from error_handler import (
 )
 from llm_wrapper import exchange, open_session
 from model_server.models import is_cloud_name, parse_show, show_body
-from model_server.protocol import ServerRequest, count, json_object
+from model_server.protocol import SEE_LOG, ServerRequest, count, json_object
 from model_server.tokens import least_tokens
-from utils.network import is_this_machine
+from utils.network import failed_handshake, is_this_machine
 
 MOST_INPUTS = 2048  # Ollama has no limit of its own
 UNKNOWN_CONTEXT = 2048  # tokens, if the server does not tell
@@ -106,7 +108,7 @@ class OllamaProvider:
         body = orjson.dumps({**self._fields, "input": inputs})
         status, answer = self._request("/api/embed", body, self._timeout_s)
         if status != 200:
-            self._refuse(status, answer)
+            self._refuse(status, answer, inputs)
         if on_answer is not None:
             on_answer()
         fields = _fields(answer)
@@ -151,40 +153,44 @@ class OllamaProvider:
                 f"Ollama did not answer within {timeout_s:g} s; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
             ) from exc
         except LLMConnectionError as exc:
+            problem = failed_handshake(f"Ollama at {self._url}", exc, "OLLAMA_ENDPOINT")
+            if problem is None and not isinstance(exc, LLMAbsentError):
+                problem = f"Ollama at {self._url} closed the connection before its answer was complete; check OLLAMA_ENDPOINT and its log"
             raise ProviderUnavailableError(
-                f"no connection to Ollama at {self._url}; start it (ollama serve) or correct OLLAMA_ENDPOINT"
+                problem or f"no connection to Ollama at {self._url}; start it (ollama serve) or correct OLLAMA_ENDPOINT"
             ) from exc
         except LLMUnavailableError as exc:
             raise ProviderUnavailableError(
                 f"the server at {self._url} does not answer like Ollama; check OLLAMA_ENDPOINT"
             ) from exc
 
-    def _refuse(self, status: int, body: bytes) -> NoReturn:
-        """Raise the error for an answer. Its text is left out: it may quote an input."""
+    def _refuse(self, status: int, body: bytes, inputs: Sequence[str] = ()) -> NoReturn:
+        """Raise the error for an answer, with its reason if that does not quote *inputs*."""
+        said = server_reason(body, inputs) or SEE_LOG
         text = body[:4000].decode("utf-8", "replace").lower()
         if status in (429, 503):
-            raise ProviderBusyError(f"Ollama is busy (HTTP {status})")
+            raise ProviderBusyError(f"Ollama is busy (HTTP {status}){said}")
         if status == 404 and "model" in text:
             raise ConfigurationError(
-                f"Ollama at {self._url} has no model {self._model} any more; run: ollama pull {self._model}."
+                f"Ollama at {self._url} has no model {self._model} any more; run: ollama pull {self._model}{said}."
             )
         # A chat model: 501 from 0.30 on (from the llama-server inside), 400 or 500 before.
         if "not support embeddings" in text or (status == 400 and any(sign in text for sign in _MODEL_FAULTS)):
             raise ConfigurationError(
-                f"{self._model} makes no embeddings in Ollama; set EMBEDDING_MODEL to one that does, such as nomic-embed-text."
+                f"{self._model} makes no embeddings in Ollama; set EMBEDDING_MODEL to one that does, such as nomic-embed-text{said}."
             )
         if status == 400 and any(sign in text for sign in _INPUT_FAULTS):
             is_long = any(sign in text for sign in _TOO_LONG)
             why = "an input is longer than the model's context" if is_long else "it makes no vector of an input"
-            raise ProviderRejectedError(f"Ollama refuses the request: {why}")
+            raise ProviderRejectedError(f"Ollama refuses the request: {why}{said}")
         is_fault = status == 400 and any(sign in text for sign in _SERVER_FAULTS)
         if is_fault or status >= 500 or status in (408, 425, 499):
-            raise ProviderUnavailableError(f"Ollama failed (HTTP {status}); its log says why")
+            raise ProviderUnavailableError(f"Ollama failed (HTTP {status}){said}")
         if status in (401, 403, 404, 405) or status < 400:
             raise ConfigurationError(
-                f"{self._url}/api/embed is refused (HTTP {status}); check OLLAMA_ENDPOINT and the access rights of that server."
+                f"{self._url}/api/embed is refused (HTTP {status}); check OLLAMA_ENDPOINT and the access rights of that server{said}."
             )
-        raise ProviderRejectedError(f"Ollama refuses the request (HTTP {status})")
+        raise ProviderRejectedError(f"Ollama refuses the request (HTTP {status}){said}")
 
 
 def _elsewhere(model: str) -> ConfigurationError:

@@ -25,6 +25,7 @@ import uvloop
 
 from config.index_settings import IndexSettings
 from config.openai_settings import OpenAISettings
+from domain.server_reason import server_reason
 from domain.text import encodable
 from embedding_index.providers.contract import Answer, ModelIdentity, RequestLimits, Vectors, estimated_tokens
 from error_handler import (
@@ -35,7 +36,7 @@ from error_handler import (
     ProviderUnavailableError,
     UnusableVectorsError,
 )
-from utils.network import is_this_machine
+from utils.network import failed_handshake, is_this_machine
 
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # prefix of the models whose vectors can be shortened
@@ -77,12 +78,13 @@ class OpenAIProvider:
         self.limits = LIMITS
         self.max_concurrent = index.max_concurrent
         self.is_external = not is_this_machine(urlsplit(access.base_url).hostname or "")
+        self._key = access.api_key.get_secret_value()
         self._url = f"{access.base_url.rstrip('/')}/embeddings"
         self._count = openai_counter(index.model) or estimated_tokens
         self._timeout_s = index.timeout_s
         self._client = httpx2.AsyncClient(
             headers={
-                "Authorization": f"Bearer {access.api_key.get_secret_value()}",
+                "Authorization": f"Bearer {self._key}",
                 "Content-Type": "application/json",
             },
             timeout=httpx2.Timeout(index.timeout_s, connect=min(CONNECT_TIMEOUT_S, index.timeout_s)),
@@ -110,7 +112,7 @@ class OpenAIProvider:
         if self.identity.dimensions is not None:
             request["dimensions"] = self.identity.dimensions
         content = orjson.dumps({**request, "input": [encodable(text) for text in texts]})
-        return _parse(self._run(self._ask(content, on_answer)), len(texts))
+        return _parse(self._run(self._ask(content, texts, on_answer)), len(texts))
 
     def close(self) -> None:
         """Close the connections and end the thread. Calls in flight end with ProviderUnavailableError."""
@@ -131,10 +133,10 @@ class OpenAIProvider:
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.aclose()
 
-    async def _ask(self, content: bytes, on_answer: Callable[[], None] | None) -> bytes:
+    async def _ask(self, content: bytes, texts: Sequence[str], on_answer: Callable[[], None] | None) -> bytes:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._exchange(content, on_answer)
+                return await self._exchange(content, texts, on_answer)
         except TimeoutError as exc:
             raise ProviderUnavailableError(
                 "OpenAI did not answer in time; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
@@ -143,10 +145,11 @@ class OpenAIProvider:
             raise ProviderUnavailableError("the call to OpenAI was cancelled because the provider was closed") from exc
         except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as exc:
             raise ProviderUnavailableError(
-                f"no complete answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
+                failed_handshake(f"OpenAI at {urlsplit(self._url).netloc.rpartition('@')[2]}", exc, "OPENAI_BASE_URL")
+                or f"no complete answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
             ) from exc
 
-    async def _exchange(self, content: bytes, on_answer: Callable[[], None] | None) -> bytes:
+    async def _exchange(self, content: bytes, texts: Sequence[str], on_answer: Callable[[], None] | None) -> bytes:
         received = bytearray()
         async with self._client.stream("POST", self._url, content=content) as response:
             async for chunk in response.aiter_bytes():
@@ -157,38 +160,44 @@ class OpenAIProvider:
                 if len(received) > MAX_ANSWER_BYTES:
                     raise ProviderUnavailableError(f"OpenAI's answer is larger than {MAX_ANSWER_BYTES} bytes")
         if not response.is_success:
-            raise _refusal(response.status_code, response.headers, bytes(received), self.identity.model)
+            said = server_reason(bytes(received), texts, secret=self._key)
+            raise _refusal(
+                response.status_code, response.headers, _error_fields(bytes(received)), self.identity.model, said
+            )
         return bytes(received)
 
 
-def _refusal(status: int, headers: httpx2.Headers, body: bytes, model: str) -> IndexingError | ConfigurationError:
-    """Return the error for a status. Messages of the server are left out: they may quote an input."""
-    error = _error_fields(body)
+def _refusal(
+    status: int, headers: httpx2.Headers, error: dict[str, Any], model: str, said: str
+) -> IndexingError | ConfigurationError:
+    """Return the error for a status and the fields of its body; *said* is its reason without the inputs."""
     if status == 429 and "insufficient_quota" in (error.get("code"), error.get("type")):
-        return ConfigurationError("the OpenAI account has no quota left; add credit, then run the same command again.")
+        return ConfigurationError(
+            f"the OpenAI account has no quota left; add credit, then run the same command again{said}."
+        )
     if status == 429:
-        return ProviderBusyError("OpenAI asks to wait (HTTP 429)", _wait_s(headers))
+        return ProviderBusyError(f"OpenAI asks to wait (HTTP 429){said}", _wait_s(headers))
     if status in (401, 403):
         return ConfigurationError(
             f"OpenAI refuses the key, or the model {model} for it (HTTP {status}); check OPENAI_API_KEY, EMBEDDING_MODEL "
-            "and OPENAI_BASE_URL."
+            f"and OPENAI_BASE_URL{said}."
         )
     if error.get("param") == "dimensions":
         return ConfigurationError(
-            f"{model} does not accept this EMBEDDING_DIMENSIONS; choose a smaller one, or remove it."
+            f"{model} does not accept this EMBEDDING_DIMENSIONS; choose a smaller one, or remove it{said}."
         )
     if status in (404, 405) or status < 400:
         return ConfigurationError(
-            f"OpenAI has no embedding model {model} at this address (HTTP {status}); check EMBEDDING_MODEL and OPENAI_BASE_URL."
+            f"OpenAI has no embedding model {model} at this address (HTTP {status}); check EMBEDDING_MODEL and OPENAI_BASE_URL{said}."
         )
-    return _failure(status, error.get("code"))
+    return _failure(status, error.get("code"), said)
 
 
-def _failure(status: int, code: object) -> IndexingError:
+def _failure(status: int, code: object, said: str) -> IndexingError:
     if status >= 500 or status in (408, 409, 425):
-        return ProviderUnavailableError(f"OpenAI failed (HTTP {status})")
+        return ProviderUnavailableError(f"OpenAI failed (HTTP {status}){said}")
     shown = f", {code}" if isinstance(code, str) and re.fullmatch(r"[a-z_]{1,60}", code) else ""
-    return ProviderRejectedError(f"OpenAI refuses the request (HTTP {status}{shown})")
+    return ProviderRejectedError(f"OpenAI refuses the request (HTTP {status}{shown}){said}")
 
 
 def _error_fields(body: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from prompt_builder import chat_messages
 from tests.commands.found import the_one
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
 from tests.fakes.fake_ollama_client import chat
+from tests.fakes.scripted_server import MODELS, ScriptedServer, answer
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 
 
@@ -68,10 +70,36 @@ async def test_a_server_that_is_down_is_one_error(fake: FakeOllama) -> None:
     assert "ollama serve" in only.remedy
 
 
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 500, 502, 503])
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/v1/chat/completions"])
+async def test_refusal_has_the_reason_of_the_server(server: ScriptedServer, status: int, path: str) -> None:
+    """And never the advice to start a server that answers; without a reason, its log is named."""
+    server.models = answer(MODELS | {"data": [{"id": "llama3.2"}]})
+    settings = load_settings(None, llm_api_url=server.url + path, llm_model="llama3.2")
+    for body, words in (
+        (b'{"error": {"message": "response_format is off"}}', "says: response_format is off"),
+        (b"", "log"),
+    ):
+        server.script.clear()
+        server.script.extend([answer(body, status)] * 2)
+        refused = (await findings(settings, at_most=1))[-1]
+        assert refused.level == "error"
+        assert words in refused.sentence
+        assert not re.search("start (it|the server)", f"{refused.sentence} {refused.remedy}", re.IGNORECASE)
+
+
+async def test_refused_list_of_models_has_the_reason(server: ScriptedServer) -> None:
+    server.models = answer(b"<html><title>Sign in - Corporate Proxy</title></html>", 403, Content_Type="text/html")
+    (only,) = await findings(load_settings(None, ollama_endpoint=server.url, ollama_model="llama3.2"))
+    assert only.sentence.endswith("(HTTP 403); the server says: a web page, Sign in - Corporate Proxy.")
+    assert "Start" not in only.remedy
+
+
 async def test_remedy_for_a_remote_server_that_is_down() -> None:
     found = await findings(load_settings(None, ollama_endpoint="http://gpu.example.invalid:11434"))
     assert [finding.level for finding in found] == ["warning", "error"]
-    assert "firewall" in found[-1].remedy
+    assert "gpu.example.invalid:11434 cannot be resolved (DNS); correct OLLAMA_ENDPOINT" in found[-1].sentence
+    assert "Start" not in found[-1].remedy
 
 
 async def test_a_port_of_another_program_is_an_error(fake: FakeOllama) -> None:
@@ -336,6 +364,6 @@ async def test_missing_key_is_reported(tiny_model: Path) -> None:
         given: dict[str, Any] = {"llm_api_url": url, "llm_model": MODEL_NAME}
         found = await findings(load_settings(None, **given, llm_api_key="a-wrong-key"), at_most=1)
         assert found[-1].level == "error"
-        assert "LLM_API_KEY" in found[-1].remedy
+        assert "HTTP 401); check LLM_API_KEY; the server says: Invalid API Key" in found[-1].sentence
         assert "a-wrong-key" not in str(found)
         assert "error" not in levels(await findings(load_settings(None, **given, llm_api_key="a-key-of-the-test"), 1))

@@ -23,7 +23,7 @@ from error_handler import (
     UnusableVectorsError,
 )
 from tests.fakes.fake_ollama import FakeOllama, fake_embedding
-from tests.fakes.scripted_server import Handler, answer, drip_header, scripted_server
+from tests.fakes.scripted_server import Handler, Step, answer, drip_header, reset, scripted_server
 
 TEXTS = ["my red card", "Rückerstattung 💶", "orders: id integer"]
 SECRET = "Ms Smith of 12 Hill Road"
@@ -225,6 +225,28 @@ def test_errors_do_not_quote_what_the_server_quotes(
     with pytest.raises(TriadError) as caught:
         provider.embed([SECRET])
     assert SECRET.casefold() not in str(caught.value).casefold()
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 429, 500, 501, 503])
+def test_errors_have_the_reason_of_the_server(fake: FakeOllama, provider: OllamaProvider, status: int) -> None:
+    strike(fake, "status", status=status, body='{"error": "input 3 has no tokens"}')
+    with pytest.raises(TriadError, match="; the server says: input 3 has no tokens"):
+        provider.embed(["Where is it?"])
+    strike(fake, "status", status=status, body="")
+    with pytest.raises(TriadError, match="; its log may say why"):
+        provider.embed(["Where is it?"])
+
+
+@pytest.mark.parametrize(
+    ("step", "scheme", "words"),
+    [(reset, "http", "closed the connection before"), (reset, "https", "no TLS with Ollama at https://")],
+)
+def test_start_it_is_said_only_without_a_connection(step: Step, scheme: str, words: str) -> None:
+    with scripted_server() as server:
+        server.show = step
+        with pytest.raises(ProviderUnavailableError, match=words) as caught:
+            open_ollama(server.url.replace("http", scheme))
+    assert "start it" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

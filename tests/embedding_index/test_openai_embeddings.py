@@ -27,7 +27,7 @@ from error_handler import (
 )
 from tests.embedding_index.embedding_site import open_openai
 from tests.fakes.fake_openai import FakeOpenAI, expected_embedding
-from tests.fakes.scripted_server import ScriptedServer, answer, drip, scripted_server
+from tests.fakes.scripted_server import Handler, ScriptedServer, answer, drip, scripted_server
 
 TEXTS = ["my red card", "Rückerstattung 💶", "orders: id integer"]
 SECRET = "Ms Smith of 12 Hill Road"
@@ -132,6 +132,38 @@ def test_errors_do_not_quote_what_the_server_quotes(fake: FakeOpenAI, provider: 
     with pytest.raises(TriadError) as caught:
         provider.embed([SECRET])
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bad_request_400", "rate_limit_429", "server_error_500", "not_found_404"])
+def test_errors_have_the_reason_of_the_server(fake: FakeOpenAI, provider: OpenAIProvider, kind: str) -> None:
+    fake.configure(faults=[{"kind": kind, "message": "input 3 has no tokens", "code": "c"}])
+    with pytest.raises(TriadError, match="; the server says: input 3 has no tokens"):
+        provider.embed(["Where is it?"])
+
+
+def test_echo_of_the_request_and_of_the_key_is_not_shown() -> None:
+    def echo(handler: Handler) -> None:
+        request = handler.server_state.requests[-1]
+        text = f"{request.headers['Authorization']} {request.body.decode().replace('{', '')}"
+        answer({"detail": [{"msg": text}]}, 422)(handler)
+
+    with (
+        scripted_server(echo) as server,
+        closing(open_openai(f"{server.url}/v1")) as provider,
+        pytest.raises(ProviderRejectedError, match=r"the server says: Bearer \*\*\*") as caught,
+    ):
+        provider.embed(["Where is it?", "I am Xaver Quabeck"])
+    assert "Where" not in str(caught.value)
+    assert "Quabeck" not in str(caught.value)
+
+
+def test_server_without_tls_is_called_that() -> None:
+    with (
+        scripted_server() as server,
+        closing(open_openai(f"{server.url.replace('http', 'https')}/v1")) as provider,
+        pytest.raises(ProviderUnavailableError, match=r"no TLS with OpenAI at 127.0.0.1:\d+ .*OPENAI_BASE_URL"),
+    ):
+        provider.embed(TEXTS)
 
 
 @pytest.mark.parametrize("fault", [{"kind": "hang"}, {"kind": "slow", "bytes_per_s": 100}], ids=["silence", "drips"])

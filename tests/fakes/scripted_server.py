@@ -10,6 +10,7 @@ import contextlib
 import json
 import random
 import socket
+import ssl
 import struct
 import threading
 from collections import deque
@@ -214,6 +215,7 @@ class ScriptedServer:
     client_left: threading.Event = field(default_factory=threading.Event)
     dripped_to_the_end: bool = False
     port: int = 0
+    tls: ssl.SSLContext | None = None
     _arrival: threading.Condition = field(default_factory=threading.Condition)
     _server: Server | None = None
 
@@ -252,6 +254,10 @@ class ScriptedServer:
             with contextlib.suppress(OSError):
                 self._server = Server(("127.0.0.1", port), Handler)
         self._server.state = self
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -264,9 +270,9 @@ class ScriptedServer:
 
 
 @contextlib.contextmanager
-def scripted_server(*steps: Step) -> Iterator[ScriptedServer]:
+def scripted_server(*steps: Step, tls: ssl.SSLContext | None = None) -> Iterator[ScriptedServer]:
     """Run a server with *steps* for its first POST requests."""
-    server = ScriptedServer(deque(steps))
+    server = ScriptedServer(deque(steps), tls=tls)
     server.start()
     try:
         yield server

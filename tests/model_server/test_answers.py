@@ -223,10 +223,34 @@ def test_error_classes(error: type[LLMError], kind: ErrorClass) -> None:
     assert error.error_class is kind
 
 
-def test_error_message_does_not_quote_the_server() -> None:
-    """The server's message may hold the prompt."""
-    for status in (400, 404, 500, 503):
-        assert "4242" not in str(problem_of(said("no: 4242 4242").encode(), status=status))
+@pytest.mark.parametrize("target", [TARGET, GENERATE, OPENAI], ids=lambda target: str(target.protocol))
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 422, 429, 500, 503])
+def test_error_has_the_reason_of_the_server(status: int, target: ChatTarget) -> None:
+    """Also one inside a 200; without a reason, the log of the server is named."""
+    reason = "response_format is not supported by this model"
+    assert str(problem_of(said(reason).encode(), target, status)).endswith(f"; the server says: {reason}")
+    if status != 200:
+        assert str(problem_of(b"{}", target, status)).endswith("; its log may say why")
+
+
+@pytest.mark.parametrize("target", [TARGET, GENERATE, OPENAI], ids=lambda target: str(target.protocol))
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 422, 429, 500, 503])
+def test_error_never_quotes_the_prompt(status: int, target: ChatTarget) -> None:
+    """Servers echo what they refuse: a name, a number, or the whole request."""
+    prompt = "Customer: I am Xaver Quabeck, order 77123. Where is it?"
+    messages: list[Message] = [{"role": "system", "content": "Label it."}, {"role": "user", "content": prompt}]
+    for quote in (prompt, prompt.upper(), "near 'Quabeck'", "where is it", "order 77123", json.dumps(messages)):
+        with pytest.raises(LLMError) as caught:
+            parse_chat_response(target, status, said(f"cannot render: {quote}").encode(), messages)
+        for word in ("xaver", "quabeck", "77123", "where is it"):
+            assert word not in str(caught.value).casefold()
+
+
+def test_error_tells_a_missing_key_from_a_wrong_one() -> None:
+    assert "requires a key (HTTP 401); check LLM_API_KEY" in str(problem_of(b"{}", replace(OPENAI, api_key=None), 401))
+    refused = str(problem_of(said("bad key: s3cret-key").encode(), replace(OPENAI, api_key="s3cret-key"), 403))
+    assert "refused the key (HTTP 403); check LLM_API_KEY; the server says: bad key: ***" in refused
+    assert "s3cret" not in refused
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,8 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -398,22 +396,6 @@ def test_unusable_mail_settings_are_refused(parts: dict[str, Any]) -> None:
     given = {"email": "ops@example.com", "smtp_server": "localhost:25"} | parts
     with pytest.raises(ConfigurationError, match=r"SMTP|EMAIL"):
         channels_of(NotificationConfig(**given))
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """A certificate for this machine that nobody signed, its key in the same file."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
-    key, made = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    subprocess.run(
-        [*request, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)],
-        check=True,
-        capture_output=True,
-    )
-    made.write_text(made.read_text() + key.read_text())
-    return made
 
 
 def server_side(certificate: Path) -> ssl.SSLContext:

@@ -211,6 +211,15 @@ def test_model_failure_maps_to_status(
     assert ("retry-after" in answer.headers) == (status == 503)
 
 
+def test_reason_of_the_model_server_is_in_the_log_only(service: ServiceProcess, fake: FakeOllama) -> None:
+    """The caller gets the fixed text of the contract."""
+    fake.configure(faults=[{"kind": "status", "status": 422, "body": '{"error": "grammar too deep at 7"}'}])
+    answer = service.classify()
+    assert answer.error == "ModelAnswerError"
+    assert b"grammar" not in answer.body
+    service.wait_for_log("(HTTP 422); the server says: grammar too deep at 7")
+
+
 def test_repeated_idempotency_key_asks_the_model_once(service: ServiceProcess, fake: FakeOllama) -> None:
     """The same body gets the same answer, written in another order too; another body is refused."""
     first = service.classify(Idempotency_Key="order-1")

@@ -139,6 +139,41 @@ def test_reason_is_the_same_in_all_places(site: Site, way: Way, tmp_path: Path) 
     assert listed["counts"] == ({} if is_skipped else {way.reason: 1})
 
 
+def test_words_of_the_server_are_in_log_source_and_quarantine(site: Site) -> None:
+    """An echo of the document in them is not."""
+    site.source.insert_many(conversation(number) for number in range(2))
+    says, echoes = f"{0:05d}", f"{1:05d}"
+    model_of(site).configure(
+        faults=[
+            {
+                "kind": "status",
+                "status": 422,
+                "body": '{"error": "grammar too deep at 7"}',
+                "when": {"text": f"Case {says}"},
+            },
+            {
+                "kind": "status",
+                "status": 422,
+                "body": f'{{"error": "bad Case {echoes}"}}',
+                "when": {"text": f"Case {echoes}"},
+            },
+        ]
+    )
+    ended = site.run()
+    assert ended.code == 1
+    reason = "refused the request (HTTP 422); the server says: grammar too deep at 7"
+    lines = [line for line in ended.err.splitlines() if "WARNING" in line]
+    assert any(reason in line for line in lines), ended.err
+    assert reason in site.source.find_one({"_id": 0})["status_reason"]
+    assert reason in site.run("quarantine", "show", "0").out
+    entry = json.loads(site.run("quarantine", "list", "--json").out)["documents"]
+    assert {document["error"].partition("; ")[2] for document in entry} == {
+        "the server says: grammar too deep at 7",
+        "the server's reason quotes the request, so only its own log shows it",
+    }
+    assert echoes not in ended.err
+
+
 def check_metrics(site: Site, reason: Reason, status: str) -> None:
     """Assert what metrics.prom says after a run in which one document ended as *status* for *reason*."""
     numbers = metrics(site)
