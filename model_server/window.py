@@ -15,7 +15,7 @@ from typing import Literal
 from config import Settings
 from domain.conversation import Conversation
 from error_handler import LLMContextError, LLMError, LLMReplyError, Reason, SkippedDocumentError
-from model_server.models import LoadedModel, TargetFlow, find_loaded, loaded_request
+from model_server.models import BEHIND_V1, LoadedModel, TargetFlow, find_loaded, find_ollama, loaded_request
 from model_server.protocol import (
     DEFAULT_NUM_CTX,
     LEAST_SHARE,
@@ -99,12 +99,14 @@ def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: S
     """Load the model: yield each request, receive its status and body, return the target with the window to use.
 
     A model that is loaded with a window that *choice* accepts is not loaded again. *say* gets one sentence for each
-    fact the operator should know. Servers with OpenAI's protocol set their own window and get no request.
+    fact the operator should know. Servers with OpenAI's protocol set their own window, but an Ollama is recognised.
 
     Raises:
         LLMError: The model does not load.
     """
     if target.protocol == "openai_chat":
+        if (yield from find_ollama(target)) is not None:
+            logger.warning("%s", BEHIND_V1)
         return target
     say(str(choice))
     loaded = find_loaded(target.model, *(yield loaded_request(target.server_url)))
@@ -190,6 +192,7 @@ class TranscriptTruncator:
             raise refusal
         if counted is not None:
             self._refuses = True
+            counted = min(counted, window) if sent.is_refitted else counted  # it is near the window by now
             self.estimator.learn(sent.transcript, counted)
         elif self.estimator.prompt_tokens(sent.transcript) + NUM_PREDICT <= window:
             # No count was reported, so assume one token per byte, which no tokenizer exceeds.
