@@ -23,6 +23,7 @@ DEVIATIONS = 1.6  # above the expected count: one prompt in twenty is longer
 NOISE, LEAST_NOISE = 0.06, 8.0  # texts of one kind differ by this share, and by some tokens
 ODD = 4.0  # deviations: such a text is not like the others
 FITTING_DEVIATIONS = (1.0, 0.6)  # before and after a count of the same text: a refusal of a fitted prompt costs little
+DENSE, DENSE_SYSTEM, KNOWN = 1.2, 1.35, 0.04  # times the most expected; margin; deviation of a part that is known
 SAME_TEXT_NOISE = 0.02  # parts of a text that was counted as a whole
 CUT_SHARE, CUT_DEVIATIONS = 0.75, 3.0  # a count below this share of the lowest expected one proves a cut prompt
 
@@ -124,7 +125,12 @@ class TokenEstimator:
         """
         pieces, system = count_pieces(text), _dot(self._rates, self._system)
         expected = max(1.0, _dot(self._rates, pieces))
-        scale = 1.0 if counted is None else min(20.0, max(0.05, (counted - system) / expected))
+        scale = 1.0
+        if counted is not None:
+            system = self._system_within(
+                counted, self._most(self._with_system(pieces), NOISE * expected), most_prompt_tokens
+            )
+            scale = min(20.0, max(0.05, (counted - system) / expected))
         deviations = FITTING_DEVIATIONS[counted is not None]
         noise = (NOISE if counted is None else SAME_TEXT_NOISE) * scale * expected
 
@@ -142,6 +148,16 @@ class TokenEstimator:
             share = max(share, 0.01)
         factor = most(share) / max(1.0, share * expected)
         return room, lambda part: factor * _dot(self._rates, count_pieces(part))
+
+    def _system_within(self, counted: float, most: float, most_prompt_tokens: int) -> float:
+        """Return the tokens of the system prompt to assume beside a text that made *counted*, where *most* were likely.
+
+        If no answer has told them yet, a dense tokenizer makes more of the instructions, too; half of the rest stays.
+        """
+        system = _dot(self._rates, self._system)
+        if counted < DENSE * most or self._deviation(self._system, 0.0) < KNOWN * system:
+            return system
+        return min(DENSE_SYSTEM * system * counted / most, (system + max(system, most_prompt_tokens)) / 2)
 
     def learn(self, text: str, prompt_tokens: int) -> None:
         """Record that the server counted *prompt_tokens* for the whole prompt with *text* in it."""
