@@ -23,6 +23,7 @@ from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol
 from model_server.breaker import BreakerPolicy, CircuitBreaker
+from model_server.chat import chat_flow
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, choose_window, warm_up
@@ -104,13 +105,17 @@ class AsyncLLMClient:
     async def list_models(self) -> list[served_models.ServedModel]:
         """Return the models on the server, remote ones included. Raises LLMUnavailableError if it does not list them."""
         request = served_models.models_request(self.target, self._settings.llm_timeout_s)
-        return served_models.parse_models(self.target.protocol, *await self.send(request))
+        return served_models.listed_models(self.target, *await self.send(request))
 
     async def version(self) -> str | None:
         """Return Ollama's version, None if unknown. Raises LLMUnavailableError if the server is away."""
         url = f"{self.target.server_url}/api/version"
         request = ServerRequest("GET", url, None, self._settings.llm_timeout_s)
         return served_models.parse_version(*await self.send(request))
+
+    async def finds_ollama(self) -> bool:
+        """Return whether an Ollama answers at the address of a server with OpenAI's protocol."""
+        return await _drive(served_models.find_ollama(self.target), self.send) is not None
 
     async def show(self, model: str) -> served_models.ModelFacts:
         """Return what Ollama reports about *model*. Raises LLMUnavailableError if the server is away."""
@@ -169,14 +174,8 @@ class AsyncLLMClient:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 
     async def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
-        """Send one chat request; if the server refuses log probabilities, ask for none from now on."""
-        while True:
-            target = self.target
-            body = protocol.build_chat_body(target, messages, schema_json, attempt)
-            answer = await self.send(ServerRequest("POST", target.url, body, self._settings.llm_timeout_s))
-            if not protocol.refuses_logprobs(target, *answer):
-                return protocol.parse_chat_response(target, *answer, messages)
-            self.target = replace(self.target, logprobs=False)
+        timeout_s = self._settings.llm_timeout_s
+        return await _drive(chat_flow(self, messages, schema_json, attempt, timeout_s), self.send)
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()

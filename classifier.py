@@ -23,6 +23,7 @@ FIELDS = ("categorization", *LABELS)
 MAX_REPLY_CHARACTERS = 65_536  # an answer has a few thousand (num_predict is 700)
 MAX_BROKEN_OBJECTS = 200
 MAX_CATEGORIZATION_CHARACTERS = 200
+MAX_TRUNCATIONS = 2  # after a refusal; the second one helps if the kept part has more tokens than the rest
 
 # How models mark reasoning when the server leaves it in the text: <think> (most), [THINK] (Magistral), <|channel|>
 # (gpt-oss), <|START_THINKING|> (Command), a triangle (Kimi).
@@ -147,8 +148,8 @@ def classification_flow(
     """Classify *conversation*: yield the messages to send, receive the reply, return the outcome.
 
     The driver, synchronous or not, sends what is yielded, and throws in each LLMError of its client. One repair turn
-    follows an unusable reply. If the prompt was too long, or was cut by the server, the conversation is truncated once
-    more, with the token counts of the failure.
+    follows an unusable reply. If the prompt was too long, or was cut by the server, the conversation is truncated again,
+    at most twice, with the token counts of the failure.
 
     Raises:
         LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.
@@ -158,7 +159,7 @@ def classification_flow(
     truncator = classifier.truncator
     fitted = truncator.fit(conversation, client.target)
     messages = classifier.messages(fitted.transcript)
-    calls, is_repair, is_truncated_again = 0, False, False
+    calls, is_repair, truncations = 0, False, 0
     while True:
         calls += 1
         reply: ChatReply | None = None
@@ -170,8 +171,8 @@ def classification_flow(
                 truncator.learn(fitted, reply.prompt_tokens)
             break
         except (LLMContextError, LLMReplyError) as problem:
-            if problem.reason is Reason.CONTEXT_OVERFLOW and not is_truncated_again:
-                is_truncated_again, is_repair = True, False
+            if problem.reason is Reason.CONTEXT_OVERFLOW and truncations < MAX_TRUNCATIONS:
+                truncations, is_repair = truncations + 1, False
                 fitted = truncator.fit_again(conversation, fitted, client.target, problem)
                 messages = classifier.messages(fitted.transcript)
             elif problem.reason is Reason.CONTEXT_OVERFLOW or is_repair:

@@ -8,7 +8,6 @@ import itertools
 import socket
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import requests
@@ -23,6 +22,7 @@ from config import Settings
 from domain.conversation import Conversation, Message, Outcome
 from error_handler import LLMAbsentError, LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
 from model_server import protocol
+from model_server.chat import chat_flow
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, warm_up
@@ -173,13 +173,7 @@ class LLMClient:
             raise protocol.connection_error(self.target, exc, was_made=not isinstance(exc, LLMAbsentError)) from exc
 
     def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
-        """Send one chat request; if the server refuses log probabilities, ask for none from now on."""
-        while True:
-            body = protocol.build_chat_body(self.target, messages, schema_json, attempt)
-            answer = self.send(ServerRequest("POST", self.target.url, body, self._settings.llm_timeout_s))
-            if not protocol.refuses_logprobs(self.target, *answer):
-                return protocol.parse_chat_response(self.target, *answer, messages)
-            self.target = replace(self.target, logprobs=False)
+        return _drive(chat_flow(self, messages, schema_json, attempt, self._settings.llm_timeout_s), self.send)
 
 
 def ollama_classify(conversation: Conversation, client: LLMClient, classifier: Classifier, attempt: int = 0) -> Outcome:

@@ -13,10 +13,15 @@ import orjson
 
 from config.settings import Protocol, Settings
 from domain.server_reason import server_reason
-from error_handler import ConfigurationError, LLMUnavailableError
+from error_handler import ConfigurationError, LLMError, LLMUnavailableError
 from model_server.protocol import DEFAULT_NUM_CTX, SEE_LOG, ChatTarget, ServerRequest, count, json_object, part
 
 LOADED_TIMEOUT_S = 5.0
+BEHIND_V1 = (
+    "this is an Ollama: on /v1 it cuts long prompts without a word, and nobody can set its window; "
+    "set OLLAMA_ENDPOINT and OLLAMA_MODEL instead of LLM_API_URL and LLM_MODEL"
+)
+NO_LIST = (200, 404, 405, 501)  # a server or proxy without the route, or with another body
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +81,10 @@ def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
     Raises:
         ConfigurationError: The server does not have the model; the message lists its models.
     """
-    models = parse_models(target.protocol, *(yield models_request(target, settings.llm_timeout_s)))
+    models = listed_models(target, *(yield models_request(target, settings.llm_timeout_s)))
     model = choose_model(settings, models)
     if target.protocol == "openai_chat":
-        return with_model(target, model, ModelFacts())
+        return replace(target, digest=model.digest)  # its answers show what the model can do
     facts = parse_show(*(yield show_request(target.server_url, model.name, settings.llm_timeout_s)))
     return with_model(target, model, facts)
 
@@ -110,6 +115,22 @@ def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedMod
     return models
 
 
+_NONE_LISTED = ("none yet; run: ollama pull llama3.2", "the server lists none")
+
+
+def listed_models(target: ChatTarget, status: int, body: bytes) -> list[ServedModel]:
+    """Return the models that a server lists; none if a server with OpenAI's protocol has no list that can be read.
+
+    Raises LLMUnavailableError as ``parse_models`` does: the server failed, or is no Ollama.
+    """
+    try:
+        return parse_models(target.protocol, status, body)
+    except LLMUnavailableError:
+        if target.protocol == "openai_chat" and status in NO_LIST:
+            return []
+        raise
+
+
 def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
     """Return the served model that *settings* name.
 
@@ -119,12 +140,14 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
     """
     variable = "LLM_MODEL" if settings.llm_api_url else "OLLAMA_MODEL"
     local = [model.name for model in models if not model.remote]
-    listed = ", ".join(local) if local else "none yet; run: ollama pull llama3.2"
+    listed = ", ".join(local) if local else _NONE_LISTED[settings.protocol == "openai_chat"]
     if settings.model is None:
         raise ConfigurationError(
             f"No model is set. Set {variable} or --model to one of the server's models ({listed})."
         )
     wanted = settings.model
+    if settings.protocol == "openai_chat" and not models and not is_cloud_name(wanted):
+        return ServedModel(wanted)  # the first answer shows whether the name is right
     if settings.protocol != "openai_chat" and ":" not in wanted.rsplit("/", 1)[-1]:
         wanted += ":latest"
     found = next((model for model in models if model.name in (settings.model, wanted)), None)
@@ -148,6 +171,14 @@ def require_local(model: str, *, is_remote: bool, hint: str = "") -> None:
 def parse_version(status: int, body: bytes) -> str | None:
     """Return the version from ``/api/version``; None if the server has no such route."""
     return (part(json_object(body), "version", str) or None) if status == 200 else None
+
+
+def find_ollama(target: ChatTarget) -> Generator[ServerRequest, tuple[int, bytes], str | None]:
+    """Return the version of the Ollama at the address of *target*; None if another server is there, or none answers."""
+    try:
+        return parse_version(*(yield ServerRequest("GET", f"{target.server_url}/api/version", None, LOADED_TIMEOUT_S)))
+    except LLMError:
+        return None
 
 
 def show_body(model: str) -> bytes:
