@@ -22,6 +22,7 @@ from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnav
 from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol
+from model_server.abilities import ReloadWatch, adapt
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
@@ -77,6 +78,7 @@ class AsyncLLMClient:
         self._limit = limit
         self._on_answer = on_answer
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
+        self._reloads = ReloadWatch()
 
     async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
@@ -113,7 +115,9 @@ class AsyncLLMClient:
         return served_models.parse_version(*await self.send(request))
 
     async def show(self, model: str) -> served_models.ModelFacts:
-        """Return what Ollama reports about *model*. Raises LLMUnavailableError if the server is away."""
+        """Return what Ollama reports about *model*; other servers tell nothing. Raises LLMUnavailableError if it is away."""
+        if self.target.protocol == "openai_chat":
+            return served_models.ModelFacts()
         request = served_models.show_request(self.target.server_url, model, self._settings.llm_timeout_s)
         return served_models.parse_show(*await self.send(request))
 
@@ -139,6 +143,7 @@ class AsyncLLMClient:
             LLMError: The model does not load, or the server does not answer.
         """
         self.target = await _drive(warm_up(self.target, self._settings, choice, say), self.send)
+        self._reloads.is_warm = True
         return self.target
 
     async def send(self, request: ServerRequest) -> tuple[int, bytes]:
@@ -168,14 +173,17 @@ class AsyncLLMClient:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 
     async def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
-        """Send one chat request; if the server refuses log probabilities, ask for none from now on."""
+        """Send one chat request; leave out from now on what the server refuses; see model_server.abilities."""
         while True:
-            target = self.target
+            target, was_warm = self.target, self._reloads.is_warm
             body = protocol.build_chat_body(target, messages, schema_json, attempt)
             answer = await self.send(ServerRequest("POST", target.url, body, self._settings.llm_timeout_s))
-            if not protocol.refuses_logprobs(target, *answer):
-                return protocol.parse_chat_response(target, *answer, messages)
-            self.target = replace(self.target, logprobs=False)
+            adapted = adapt(self.target, target, *answer)
+            if adapted is None:
+                reply = protocol.parse_chat_response(target, *answer, messages)
+                self._reloads.note(target, reply, was_warm=was_warm)
+                return reply
+            self.target = adapted
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()
@@ -231,6 +239,7 @@ class SharedWindow:
         self._asked = asked
         self._checked_at_s = -math.inf
         self._loading: asyncio.Task[None] | None = None
+        self._was_listed = False
         self.is_loaded = False
 
     async def load(self) -> None:
@@ -278,10 +287,12 @@ class SharedWindow:
         except LLMError:
             return  # the next call reports the problem
         if status == 200 and loaded is None:
-            if self._loading is None:
+            # A server that does not list the model that it has just loaded never will.
+            if self._loading is None and (self._was_listed or not self.is_loaded):
                 self._loading = asyncio.create_task(self.load(), name="load-model")
                 self._loading.add_done_callback(self._loaded)
             return
+        self._was_listed = self._was_listed or loaded is not None
         num_ctx = self._choice().beside(loaded)
         if num_ctx != target.num_ctx:
             logger.info("the model is loaded with a window of %d tokens; using that from now on", num_ctx)

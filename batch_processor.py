@@ -223,13 +223,16 @@ class BatchProcessor:
 
 
 async def find_model(settings: Settings) -> str | None:
-    """Return the configured model, or the first local model of the server; None if the server does not answer."""
+    """Return the configured model, or the first local model that can chat; None if there is none or no server answers."""
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
         try:
             if settings.model is not None:
                 return (await client.prepare(settings)).model
-            return next((model.name for model in await client.list_models() if not model.remote), None)
+            for model in await client.list_models():
+                if model.chats and not model.remote and (await client.show(model.name)).can_chat:
+                    return model.name
+            return None
         except LLMUnavailableError:
             return None
 

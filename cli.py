@@ -137,7 +137,7 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         return settings.model_copy(update={"ollama_model": model}), {}
     baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
     console.print(
-        f"[yellow]No Ollama with a model found at {settings.server_url}; using the built-in baseline classifier "
+        f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in baseline classifier "
         f"({BASELINE_MODEL}). Accuracy: docs/baseline.md.[/]"
     )
     return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}

@@ -6,7 +6,6 @@ to half of the window and answered anyway (github.com/ollama/ollama, llm/llama_s
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,15 @@ from typing import Literal
 
 from config import Settings
 from domain.conversation import Conversation
-from error_handler import LLMContextError, LLMError, LLMReplyError, Reason, SkippedDocumentError
+from error_handler import (
+    LLMContextError,
+    LLMError,
+    LLMModelError,
+    LLMRejectedError,
+    LLMReplyError,
+    Reason,
+    SkippedDocumentError,
+)
 from model_server.models import LoadedModel, TargetFlow, find_loaded, loaded_request
 from model_server.protocol import (
     DEFAULT_NUM_CTX,
@@ -35,8 +42,6 @@ SUSPECT_RATIO = 1.4  # estimate to reported tokens
 LEARN_FROM_ALL, LEARN_FROM_EACH = 200, 20  # learn from the first 200 answers, then from every 20th
 FIRST_SHARE = 0.5  # of the room: the most that the first customer turn, which states the problem, may take
 LAST_SHARE = 0.5  # of the remaining room: the most for the last turns, which tell how it ended
-
-logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 Count = Callable[[str], float]
@@ -117,7 +122,12 @@ def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: S
         say(f"{target.model} is already loaded with a window of {has} tokens; using that")
     url = f"{target.server_url}/api/chat"
     answer = yield ServerRequest("POST", url, build_load_body(target), settings.llm_load_timeout_s)
-    parse_load_response(target, *answer)
+    try:
+        parse_load_response(target, *answer)
+    except LLMModelError:
+        raise
+    except LLMRejectedError:  # a server that only emulates Ollama may refuse a chat without messages
+        say(f"the server at {target.server_url} loads no model on request; the first answer shows if it works")
     return _verified(target, find_loaded(target.model, *(yield loaded_request(target.server_url))), say)
 
 
@@ -127,7 +137,8 @@ def _verified(target: ChatTarget, loaded: LoadedModel | None, say: Say) -> ChatT
         return target
     if loaded.size_bytes and loaded.vram_bytes is not None and loaded.vram_bytes < loaded.size_bytes:
         share = 1 - loaded.vram_bytes / loaded.size_bytes
-        logger.warning("%.0f %% of %s is outside GPU memory; answers will be slow", 100 * share, target.model)
+        part = f"{100 * share:.0f} % of {target.model} is outside GPU memory"
+        say(f"{part if loaded.vram_bytes else f'{target.model} runs on the CPU only'}; answers will be slow")
     given = loaded.context_length
     if given is not None and given < target.num_ctx:
         say(f"the server gave a window of {given} tokens instead of {target.num_ctx}; using {given}")
@@ -163,7 +174,7 @@ class TranscriptTruncator:
         """
         if target.protocol == "openai_chat":
             return Fitted(conversation.transcript)
-        return self._fit(conversation, target.num_ctx, 1.0, None)
+        return self._fit(conversation, target.num_ctx - target.thinking_tokens, 1.0, None)
 
     def fit_again(self, conversation: Conversation, sent: Fitted, target: ChatTarget, refusal: LLMError) -> Fitted:
         """Return what to send of *conversation* after the server refused *sent* with *refusal*.
@@ -178,6 +189,7 @@ class TranscriptTruncator:
             window = target.num_ctx if window is None else min(window, target.num_ctx)
         if window is None:
             raise refusal
+        window -= target.thinking_tokens
         system_tokens, text_tokens = self.estimator.system_tokens, self.estimator.text_tokens(sent.transcript)
         if told.prompt_tokens is not None and self._on_long == "fit" and not self.estimator.has_learnt:
             # Either part may be larger than estimated: scale both, with a margin.

@@ -37,7 +37,8 @@ async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Samp
     It is *asked* if the operator set that, else the choice for the tokens that *sample* returns, as ``sample_needs`` does.
     """
     is_known = asked is not None or client.target.protocol == "openai_chat"
-    return choose_window([] if is_known else await sample(), client.target.context_limit, asked)
+    needs = [] if is_known else [need + client.target.thinking_tokens for need in await sample()]
+    return choose_window(needs, client.target.context_limit, asked)
 
 
 async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[int]:
