@@ -23,6 +23,7 @@ from tests.worker.site import (
     conversation,
     filled,
     key,
+    model_of,
     requests,
     user_message,
 )
@@ -358,3 +359,36 @@ def test_only_stale_leaves_the_retry_queue_of_other_runs_alone(site: Site) -> No
         assert [entry["conversation_id"] for entry in site.entries("retry")] == [4]
     assert site.run("--only", "failed").code == 0
     check_exactly_once(site, documents)
+
+
+def test_one_digest_under_two_names_is_one_model(site: Site) -> None:
+    """Another digest, or another prompt, makes results stale under any name."""
+    filled(site, 3)
+    model_of(site).configure(models=["llama3.2:latest", {"name": "mine", "copy_of": "llama3.2:latest"}])
+    assert site.run().code == 0
+    assert counts(site, OLLAMA_MODEL="mine") == {"done": 3}
+    assert site.run("--only", "stale", OLLAMA_MODEL="mine").code == 0
+    assert {result["processing_metadata"]["model_used"] for result in site.results.find()} == {"llama3.2"}
+    model_of(site).configure(models=["mine"])
+    assert counts(site, OLLAMA_MODEL="mine") == {"stale": 3}
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--only", "stale"), ("--only", "failed"), ("--retry-failed",), ("--only", "new")]
+)
+def test_no_model_is_loaded_without_work(site: Site, flags: tuple[str, ...]) -> None:
+    filled(site, 3)
+    assert site.run().code == 0
+    model_of(site).configure(faults=[{"kind": "unload", "times": 1}])
+    assert site.run(*flags).code == 0
+    assert model_of(site).stats()["load_requests"] == 1
+
+
+@pytest.mark.parametrize("flags", [("--reprocess",), ("--only", "changed"), ("--retry-failed",)])
+def test_model_is_loaded_for_documents_of_every_selection(site: Site, flags: tuple[str, ...]) -> None:
+    filled(site, 3)
+    assert site.run().code == 0
+    edit(site, 1)
+    site.source.insert_one(conversation(9, status="failed"))
+    assert site.run(*flags).code == 0
+    assert model_of(site).stats()["load_requests"] == 2
