@@ -150,8 +150,10 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         await store.close()
     model = await find_model(settings)
     if model is not None:
-        console.print(f"Found Ollama at {settings.server_url}; using {model}.")
-        return settings.model_copy(update={"ollama_model": model}), {}, by_baseline
+        server = "a model server" if settings.llm_api_url else "Ollama"
+        console.print(f"Found {server} at {settings.server_url}; using {model}.")
+        name = "llm_model" if settings.llm_api_url else "ollama_model"
+        return settings.model_copy(update={name: model}), {}, by_baseline
     baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
     console.print(
         f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in baseline classifier "

@@ -11,6 +11,8 @@ from typing import Any
 import bson
 import pytest
 
+from batch_processor import BatchProcessor
+from config import load_settings
 from config.taxonomy import DEFAULT_TAXONOMY
 from storage import extended_json
 from tests.worker.site import (
@@ -392,3 +394,15 @@ def test_model_is_loaded_for_documents_of_every_selection(site: Site, flags: tup
     site.source.insert_one(conversation(9, status="failed"))
     assert site.run(*flags).code == 0
     assert model_of(site).stats()["load_requests"] == 2
+
+
+async def test_documents_that_come_later_load_the_model(site: Site) -> None:
+    """As in a continuous run, whose first pass found nothing."""
+    names = {"mongodb_uri": site.uri, "db_name": site.database.name, "batch_files_dir": site.directory}
+    settings = load_settings(dotenv=None, ollama_endpoint=model_of(site).url, ollama_model="llama3.2", **names)
+    async with BatchProcessor(settings) as processor:
+        assert (await processor.run())["documents_processed"] == 0
+        assert model_of(site).stats()["load_requests"] == 0
+        filled(site, 3)
+        assert (await processor.run())["successful"] == 3
+    assert model_of(site).stats()["load_requests"] == 1
