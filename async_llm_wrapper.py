@@ -22,8 +22,9 @@ from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnav
 from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol
-from model_server.abilities import ReloadWatch, adapt
+from model_server.abilities import ReloadWatch
 from model_server.breaker import BreakerPolicy, CircuitBreaker
+from model_server.chat import chat_flow
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, choose_window, warm_up
@@ -78,7 +79,7 @@ class AsyncLLMClient:
         self._limit = limit
         self._on_answer = on_answer
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
-        self._reloads = ReloadWatch()
+        self.reloads = ReloadWatch()
 
     async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
@@ -106,7 +107,7 @@ class AsyncLLMClient:
     async def list_models(self) -> list[served_models.ServedModel]:
         """Return the models on the server, remote ones included. Raises LLMUnavailableError if it does not list them."""
         request = served_models.models_request(self.target, self._settings.llm_timeout_s)
-        return served_models.parse_models(self.target.protocol, *await self.send(request))
+        return served_models.listed_models(self.target, *await self.send(request))
 
     async def version(self) -> str | None:
         """Return Ollama's version, None if unknown. Raises LLMUnavailableError if the server is away."""
@@ -143,7 +144,7 @@ class AsyncLLMClient:
             LLMError: The model does not load, or the server does not answer.
         """
         self.target = await _drive(warm_up(self.target, self._settings, choice, say), self.send)
-        self._reloads.is_warm = True
+        self.reloads.is_warm = True
         return self.target
 
     async def send(self, request: ServerRequest) -> tuple[int, bytes]:
@@ -173,17 +174,8 @@ class AsyncLLMClient:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 
     async def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
-        """Send one chat request; leave out from now on what the server refuses; see model_server.abilities."""
-        while True:
-            target, was_warm = self.target, self._reloads.is_warm
-            body = protocol.build_chat_body(target, messages, schema_json, attempt)
-            answer = await self.send(ServerRequest("POST", target.url, body, self._settings.llm_timeout_s))
-            adapted = adapt(self.target, target, *answer)
-            if adapted is None:
-                reply = protocol.parse_chat_response(target, *answer, messages)
-                self._reloads.note(target, reply, was_warm=was_warm)
-                return reply
-            self.target = adapted
+        timeout_s = self._settings.llm_timeout_s
+        return await _drive(chat_flow(self, messages, schema_json, attempt, timeout_s), self.send)
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()

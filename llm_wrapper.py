@@ -22,7 +22,8 @@ from config import Settings
 from domain.conversation import Conversation, Message, Outcome
 from error_handler import LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
 from model_server import protocol
-from model_server.abilities import ReloadWatch, adapt
+from model_server.abilities import ReloadWatch
+from model_server.chat import chat_flow
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, warm_up
@@ -143,7 +144,7 @@ class LLMClient:
         self._session = session
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
         self._settings = settings
-        self._reloads = ReloadWatch()
+        self.reloads = ReloadWatch()
 
     def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. Raises LLMError after the last one."""
@@ -158,7 +159,7 @@ class LLMClient:
     def warm_up(self, choice: WindowChoice, say: Say) -> ChatTarget:
         """Load the model and return the target with the window it then has; see model_server.window.warm_up."""
         self.target = _drive(warm_up(self.target, self._settings, choice, say), self.send)
-        self._reloads.is_warm = True
+        self.reloads.is_warm = True
         return self.target
 
     def send(self, request: ServerRequest) -> tuple[int, bytes]:
@@ -169,17 +170,7 @@ class LLMClient:
             raise LLMConnectionError(protocol.unreachable_message(self.target)) from exc
 
     def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
-        """Send one chat request; leave out from now on what the server refuses; see model_server.abilities."""
-        while True:
-            target, was_warm = self.target, self._reloads.is_warm
-            body = protocol.build_chat_body(target, messages, schema_json, attempt)
-            answer = self.send(ServerRequest("POST", target.url, body, self._settings.llm_timeout_s))
-            adapted = adapt(target, target, *answer)
-            if adapted is None:
-                reply = protocol.parse_chat_response(target, *answer, messages)
-                self._reloads.note(target, reply, was_warm=was_warm)
-                return reply
-            self.target = adapted
+        return _drive(chat_flow(self, messages, schema_json, attempt, self._settings.llm_timeout_s), self.send)
 
 
 def ollama_classify(conversation: Conversation, client: LLMClient, classifier: Classifier, attempt: int = 0) -> Outcome:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import replace
 from typing import Any
 
 from error_handler import LLMOutdatedError, LLMUnavailableError
-from model_server.protocol import ChatReply, ChatTarget, json_object, part, refuses_logprobs
+from model_server.protocol import ChatReply, ChatTarget, json_object, part
 
 RELOAD_S = 0.5  # servers report shorter loads for a model that is loaded already
 FIRST_VERSION = (0, 5)  # of Ollama with a JSON schema in ``format``
@@ -27,32 +26,17 @@ _REFUSES_SCHEMA = re.compile(rb"\.format of type string")
 logger = logging.getLogger(__name__)
 
 
-def adapt(current: ChatTarget, sent: ChatTarget, status: int, body: bytes) -> ChatTarget | None:
-    """Return *current* without what the answer to a request for *sent* refuses; None if it refuses nothing of the kind.
-
-    The request should then be sent again. *current* may already know it, from a call that ran at the same time.
-
-    Raises:
-        LLMOutdatedError: The server cannot bind answers to a JSON schema, so no document can be classified.
-    """
+def require_schemas(target: ChatTarget, status: int, body: bytes) -> None:
+    """Raise LLMOutdatedError if a response shows that the server cannot bind answers to a JSON schema."""
     if status == 400 and _REFUSES_SCHEMA.search(body[:4000]):
         raise LLMOutdatedError(
-            f"the Ollama at {sent.server_url} is too old: it takes no JSON schema as format; update it to version "
+            f"the Ollama at {target.server_url} is too old: it takes no JSON schema as format; update it to version "
             f"{'.'.join(map(str, FIRST_VERSION))}.0 or later"
         )
-    changes = _changes(sent, status, body)
-    if not changes:
-        return None
-    adapted = replace(current, **changes)
-    if adapted != current:
-        logger.info("%s at %s: learned from its answer: %s", sent.model, sent.server_url, changes)
-    return adapted
 
 
-def _changes(sent: ChatTarget, status: int, body: bytes) -> dict[str, Any]:
-    """Return the fields of the target that the answer to *sent* corrects."""
-    if refuses_logprobs(sent, status, body):
-        return {"logprobs": False}
+def thinking_lesson(sent: ChatTarget, status: int, body: bytes) -> dict[str, Any]:
+    """Return the fields of the target that Ollama's answer to a request for *sent* corrects: how thinking is limited."""
     if sent.protocol == "openai_chat" or not sent.disable_thinking:
         return {}
     if status in (400, 422) and _REFUSES_THINK.search(body[:4000]):

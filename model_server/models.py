@@ -18,6 +18,8 @@ from model_server.abilities import THINK_LEVEL, takes_levels_only
 from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget, ServerRequest, count, json_object, part
 
 LOADED_TIMEOUT_S = 5.0
+NO_ROUTE = (404, 405, 501)
+NO_LIST = (200, *NO_ROUTE)  # a server or proxy without the route, or with another body
 # Lists of OpenAI's protocol have names only, and old ones of Ollama as well.
 _EMBEDDING_NAME = re.compile(r"embed|minilm|rerank|(^|[/_-])(bge|gte|e5)[-_:]", re.IGNORECASE)
 
@@ -90,7 +92,7 @@ def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
     Raises:
         ConfigurationError: The server does not have the model; the message lists its models.
     """
-    models = parse_models(target.protocol, *(yield models_request(target, settings.llm_timeout_s)))
+    models = listed_models(target, *(yield models_request(target, settings.llm_timeout_s)))
     model = choose_model(settings, models)
     if target.protocol == "openai_chat":
         return with_model(target, model, ModelFacts())
@@ -134,6 +136,25 @@ def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedMod
     return models
 
 
+_NONE_LISTED = ("none yet; run: ollama pull llama3.2", "the server lists none")
+
+
+def listed_models(target: ChatTarget, status: int, body: bytes) -> list[ServedModel]:
+    """Return the models that a server lists; none if a server with OpenAI's protocol has no list that can be read.
+
+    A server that only emulates a part of Ollama may have no such route; then it has the model that *target* names.
+    Raises LLMUnavailableError as ``parse_models`` does: the server failed, or is no Ollama.
+    """
+    try:
+        return parse_models(target.protocol, status, body)
+    except LLMUnavailableError:
+        if target.protocol == "openai_chat" and status in NO_LIST:
+            return []
+        if status in NO_ROUTE and target.model:
+            return [ServedModel(target.model)]
+        raise
+
+
 def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
     """Return the served model that *settings* name.
 
@@ -142,12 +163,14 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
             the server's models.
     """
     variable = "LLM_MODEL" if settings.llm_api_url else "OLLAMA_MODEL"
-    listed = chat_models(models)
+    listed = chat_models(models, _NONE_LISTED[settings.protocol == "openai_chat"])
     if settings.model is None:
         raise ConfigurationError(
             f"No model is set. Set {variable} or --model to one of the server's models ({listed})."
         )
     wanted = settings.model
+    if settings.protocol == "openai_chat" and not models and not is_cloud_name(wanted):
+        return ServedModel(wanted)  # the first answer shows whether the name is right
     if settings.protocol != "openai_chat" and ":" not in wanted.rsplit("/", 1)[-1]:
         wanted += ":latest"
     found = next((model for model in models if model.name in (settings.model, wanted)), None)
@@ -160,10 +183,10 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
     return found
 
 
-def chat_models(models: list[ServedModel]) -> str:
-    """Return the names of those *models* that may be asked, for messages."""
+def chat_models(models: list[ServedModel], none: str = _NONE_LISTED[0]) -> str:
+    """Return the names of those *models* that may be asked, for messages, or *none*."""
     names = [model.name for model in models if model.chats and not model.remote]
-    return ", ".join(names) if names else "none yet; run: ollama pull llama3.2"
+    return ", ".join(names) if names else none
 
 
 def _embeds(name: str, entry: dict[str, Any]) -> bool:

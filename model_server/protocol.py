@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -19,13 +18,13 @@ from config.settings import Protocol
 from domain.conversation import Message
 from error_handler import (
     LLMBusyError,
-    LLMContextError,
     LLMModelError,
     LLMRejectedError,
     LLMReplyError,
     LLMUnavailableError,
     Reason,
 )
+from model_server.refusals import context_refusal
 from model_server.tokens import least_prompt_tokens
 
 T = TypeVar("T")
@@ -57,7 +56,8 @@ class ChatTarget:
 
     *digest*, *disable_thinking* and *context_limit* (the model's own limit, tokens) come from the server. *think_level*
     is sent instead of ``think: false`` to models that cannot be kept from thinking. *logprobs* requests the
-    probabilities of the answer's tokens, which adds about 100 kB to an answer.
+    probabilities of the answer's tokens, which adds about 100 kB to an answer. *merges_system*: the model has no system
+    role. *refused* names the thinking switches that an OpenAI-compatible server does not take.
     """
 
     protocol: Protocol
@@ -72,6 +72,19 @@ class ChatTarget:
     think_level: str = ""
     logprobs: bool = False
     context_limit: int | None = None
+    merges_system: bool = False
+    refused: frozenset[str] = frozenset()
+
+    @property
+    def thinking_switches(self) -> dict[str, Any]:
+        """The fields that switch thinking off in OpenAI's protocol; gpt-oss knows no "none", but "low"."""
+        if not self.disable_thinking:
+            return {}
+        switches = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}, "reasoning_effort": "none"}
+        sent = {name: value for name, value in switches.items() if name not in self.refused}
+        if "reasoning_effort" in self.refused and "low" not in self.refused:
+            sent["reasoning_effort"] = "low"
+        return sent
 
     @property
     def thinking_tokens(self) -> int:
@@ -118,15 +131,19 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
     body: dict[str, Any] = {"model": target.model, "stream": False}
     if target.logprobs:  # the same fields in each protocol, ignored by older servers
         body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    if target.merges_system and len(messages) > 1:
+        messages = _without_system(messages)
     if target.protocol == "openai_chat":
         answer_format = {"type": "json_schema", "json_schema": {"name": "triad", "strict": True, "schema": schema}}
         body |= {"messages": messages, "response_format": answer_format, **_options(target, attempt)}
+        body |= target.thinking_switches
         return orjson.dumps(body)
     if target.protocol == "ollama_chat":
         body["messages"] = messages
     else:
-        body["system"] = messages[0]["content"]
-        body["prompt"] = "\n\n".join(message["content"] for message in messages[1:])
+        system = [message["content"] for message in messages[:1] if message["role"] == "system"]
+        body |= {"system": system[0]} if system else {}
+        body["prompt"] = "\n\n".join(message["content"] for message in messages[len(system) :])
     if target.disable_thinking:
         body["think"] = target.think_level or False
     body |= {
@@ -137,6 +154,12 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
         "shift": False,
     }
     return orjson.dumps(body)
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """Return *messages* with the rules at the beginning of the first user turn, for models without a system role."""
+    rules, first = messages[0]["content"], messages[1]["content"]
+    return [{"role": "user", "content": f"{rules}\n\n{first}"}, *messages[2:]]
 
 
 def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
@@ -176,7 +199,12 @@ def parse_chat_response(target: ChatTarget, status: int, body: bytes, messages: 
     if status != 200:
         _raise_for_status(target, status, body)
     fields = json_object(body)
-    if isinstance(fields.get("error"), str | dict):
+    if problem := error_in_body(fields):
+        code = count(problem.get("code")) if isinstance(problem, dict) else None
+        if code is not None and 400 <= code < 600:
+            _raise_for_status(target, code, body)
+        if context := context_refusal(body[:4000].decode("utf-8", "replace"), NUM_PREDICT):
+            raise context
         raise LLMUnavailableError("the model server answered 200 with an error in the body")
     if target.protocol == "openai_chat":
         return _parse_openai(fields)
@@ -184,6 +212,20 @@ def parse_chat_response(target: ChatTarget, status: int, body: bytes, messages: 
     if prompt_tokens is not None:
         _require_whole_prompt(target, prompt_tokens, messages)
     return _parse_ollama(target, fields)
+
+
+def error_in_body(fields: dict[str, Any]) -> str | dict[str, Any] | None:
+    """Return the error in the body of an answer, whatever its status: of the answer, or of its first choice."""
+    choice = first_choice(fields)
+    if fields.get("object") == "error":
+        return fields
+    found = fields.get("error") or choice.get("error")
+    return found if isinstance(found, str | dict) else None
+
+
+def first_choice(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the first choice of an answer in OpenAI's protocol, empty if there is none."""
+    return next((choice for choice in part(fields, "choices", list) if isinstance(choice, dict)), {})
 
 
 def queue_wait_s(fields: dict[str, Any]) -> float | None:
@@ -199,7 +241,8 @@ def queue_wait_s(fields: dict[str, Any]) -> float | None:
 
 
 def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
-    text = part(fields, "message", dict).get("content") if target.protocol == "ollama_chat" else fields.get("response")
+    message = part(fields, "message", dict) if target.protocol == "ollama_chat" else fields
+    text = answer_text(message, "content" if target.protocol == "ollama_chat" else "response")
     # If the engine aborts (repeated tokens), the server still answers 200 (ollama/ollama#18359).
     text = _whole_text(text, fields.get("done_reason"), is_aborted=fields.get("done") is not True)
     total_ns, load_ns = count(fields.get("total_duration")), count(fields.get("load_duration")) or 0
@@ -215,12 +258,33 @@ def _parse_ollama(target: ChatTarget, fields: dict[str, Any]) -> ChatReply:
 
 
 def _parse_openai(fields: dict[str, Any]) -> ChatReply:
-    choice = next((choice for choice in part(fields, "choices", list) if isinstance(choice, dict)), {})
+    choice = first_choice(fields)
     finish = choice.get("finish_reason")
-    text = _whole_text(part(choice, "message", dict).get("content"), finish, is_aborted=finish is None)
+    text = _whole_text(answer_text(part(choice, "message", dict), "content"), finish, is_aborted=finish is None)
     usage, tokens = part(fields, "usage", dict), part(part(choice, "logprobs", dict), "content", list)
     counts = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
     return ChatReply(text, *counts, tokens=tuple(tokens))
+
+
+def answer_text(message: dict[str, Any], name: str) -> Any:
+    """Return the answer in the field *name*, or in a field for reasoning if that holds one JSON object and nothing else.
+
+    Some servers with a schema and a parser for reasoning file the whole answer there.
+    """
+    text = message.get(name)
+    if isinstance(text, list):  # parts, some of them thoughts
+        pieces = [piece for piece in text if isinstance(piece, dict) and piece.get("type") in ("text", "output_text")]
+        text = "".join(part(piece, "text", str) for piece in pieces)
+    if isinstance(text, str) and text.strip():
+        return text
+    thoughts = reasoning(message).strip()
+    return thoughts if thoughts.startswith("{") and thoughts.endswith("}") else text
+
+
+def reasoning(message: dict[str, Any]) -> str:
+    """Return the text of the fields in which servers put reasoning."""
+    found = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return next((text for text in found if isinstance(text, str) and text.strip()), "")
 
 
 def _whole_text(text: Any, finish: Any, *, is_aborted: bool) -> str:
@@ -278,27 +342,13 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
             f"the model server has no model {target.model} for chats at {target.url} (HTTP {status}); "
             "check the model's name and the address"
         )
-    if any(sign in lowered for sign in ("exceed_context_size", "context length", "context size", "context window")):
-        raise LLMContextError(
-            "the conversation is longer than the model's context window; raise OLLAMA_NUM_CTX",
-            prompt_tokens=_number(_PROMPT_TOKENS, text),
-            window_tokens=_number(_WINDOW_TOKENS, text),
-        )
+    if context := context_refusal(text, NUM_PREDICT):
+        raise context
     if "memory" in lowered and status >= 500:
         raise LLMBusyError(f"the model server is out of memory (HTTP {status})")
     if status >= 500 or status in (408, 425, 499):
         raise LLMUnavailableError(f"the model server failed (HTTP {status})")
     raise LLMRejectedError(f"the model server refused the request (HTTP {status})")
-
-
-# llama.cpp reports both as JSON, which Ollama quotes as a string inside JSON; vLLM reports them in a sentence.
-_PROMPT_TOKENS = re.compile(r'n_prompt_tokens\\*"\s*:\s*(\d{1,9})|\((\d{1,9}) in the messages')
-_WINDOW_TOKENS = re.compile(r'n_ctx\\*"\s*:\s*(\d{1,9})|maximum context length is (\d{1,9})')
-
-
-def _number(pattern: re.Pattern[str], text: str) -> int | None:
-    found = pattern.search(text)
-    return int(found[1] or found[2]) if found else None
 
 
 def unreachable_message(target: ChatTarget) -> str:

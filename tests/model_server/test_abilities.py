@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,8 @@ from error_handler import ConfigurationError, LLMOutdatedError
 from llm_wrapper import LLMClient
 from llm_wrapper import open_session as open_sync_session
 from model_server import abilities
-from model_server.abilities import adapt, is_outdated
+from model_server.abilities import is_outdated
+from model_server.chat import lesson
 from model_server.models import ModelFacts, ServedModel, chat_target, parse_models, parse_show, with_model
 from model_server.protocol import NUM_PREDICT, THINKING_TOKENS, ChatReply, ChatTarget, build_chat_body, plan_fingerprint
 from model_server.window import choose_window
@@ -82,8 +82,12 @@ def test_switch_for_thinking_is_learned(
     level: str, status: int, fields: dict[str, Any], changes: dict[str, Any] | None
 ) -> None:
     sent = replace(TARGET, think_level=level)
-    adapted = adapt(sent, sent, status, json.dumps(fields).encode())
-    assert adapted == (None if changes is None else replace(sent, **changes))
+    assert lesson(sent, status, json.dumps(fields).encode()) == (changes or {})
+    if "message" in fields:
+        flat = {**fields, **fields["message"], "response": fields["message"]["content"]}
+        del flat["message"], flat["content"]
+        generate = replace(sent, protocol="ollama_generate")
+        assert lesson(generate, status, json.dumps(flat).encode()) == (changes or {})
 
 
 def test_model_that_ignores_think_false_is_learned_once_per_run(server: ScriptedServer) -> None:
@@ -96,15 +100,6 @@ def test_model_that_ignores_think_false_is_learned_once_per_run(server: Scripted
         for _ in range(2):
             client.chat(MESSAGES, b"{}")
     assert [request.json["think"] for request in server.chats] == [False, "low", "low"]
-
-
-def test_calls_that_ran_at_the_same_time_learn_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    body = json.dumps(CUT_OFF).encode()
-    first = adapt(TARGET, TARGET, 200, body)
-    assert first is not None
-    assert adapt(first, TARGET, 200, body) == first
-    assert len(caplog.records) == 1
 
 
 async def test_ollama_without_schemas_is_named_with_the_version_needed(server: ScriptedServer) -> None:
@@ -179,6 +174,16 @@ async def test_model_that_is_never_listed_is_loaded_once(
             await window.renew()
         await window.close()
     assert len(server.chats) == 1
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_named_model_of_a_server_without_a_list_is_tried(server: ScriptedServer, status: int) -> None:
+    server.models = server.show = answer({"error": "not found"}, status)
+    settings = settings_for(server.url)
+    async with open_session(1) as session:
+        client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
+        assert (await client.prepare(settings)).model == "llama3.2"
+    assert await find_model(settings_for(server.url, None)) is None
 
 
 @pytest.mark.parametrize(

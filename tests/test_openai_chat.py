@@ -1,0 +1,175 @@
+"""Servers with OpenAI's protocol: what both wrappers learn about one, and remember."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from config import load_settings
+from error_handler import LLMContextError, LLMReplyError, LLMUnavailableError, Reason
+from tests.fakes.scripted_server import GOOD_CONTENT, Handler, ScriptedServer, Step, answer, scripted_server
+from tests.test_llm_wrappers import Async, Sync
+
+THINKING = {"enable_thinking": False, "thinking": False}
+Chat = Callable[[dict[str, Any]], tuple[int, Any]]
+
+
+def ok(content: Any = GOOD_CONTENT, finish: str | None = "stop", **message: Any) -> tuple[int, Any]:
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}}
+    return 200, {"choices": [choice], "usage": {"prompt_tokens": 1500, "completion_tokens": 40}}
+
+
+def refused(text: str, status: int = 400) -> tuple[int, Any]:
+    return status, {"object": "error", "message": text, "code": status}
+
+
+def each(chat: Chat) -> Step:
+    """Answer each request as *chat* says."""
+
+    def step(handler: Handler) -> None:
+        status, fields = chat(handler.server_state.requests[-1].json)
+        answer(fields, status)(handler)
+
+    return step
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with scripted_server() as running:
+        running.models = answer({"data": [{"id": "llama3.2"}]})
+        yield running
+
+
+@pytest.fixture(params=[Sync, Async])
+def asker(request: pytest.FixtureRequest, server: ScriptedServer) -> Sync | Async:
+    settings = load_settings(
+        None, llm_api_url=f"{server.url}/v1/chat/completions", llm_model="llama3.2", llm_backoff_s=0, llm_max_attempts=2
+    )
+    return request.param(settings)  # type: ignore[no-any-return]
+
+
+def without_system_role(body: dict[str, Any]) -> tuple[int, Any]:
+    roles = [message["role"] for message in body["messages"]]
+    return refused("System role not supported") if "system" in roles else ok()
+
+
+@pytest.mark.parametrize("status", [400, 500, 200])
+def test_rules_move_into_the_user_turn_once(asker: Sync | Async, server: ScriptedServer, status: int) -> None:
+    """A model without a system role costs one refused request for the whole run, whatever the status of the refusal."""
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        code, fields = without_system_role(body)
+        return (code if code == 200 else status), fields
+
+    server.script.extend([each(chat)] * 3)
+    assert asker.chat(times=2).text == GOOD_CONTENT
+    first, second, third = (request.json["messages"] for request in server.chats)
+    assert first[0]["role"] == "system"
+    assert second == third == [{"role": "user", "content": "Label it.\n\nCustomer: where is it?"}]
+
+
+def test_thinking_is_switched_off_once_it_is_seen(asker: Sync | Async, server: ScriptedServer) -> None:
+    """A model that ends inside its thoughts is asked again with the switches, and so are all later requests."""
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        return ok() if "chat_template_kwargs" in body else ok("<think>hm hm", "length")
+
+    server.script.extend([each(chat)] * 3)
+    assert asker.chat(times=2).text == GOOD_CONTENT
+    first, *others = (request.json for request in server.chats)
+    assert "reasoning_effort" not in first
+    assert [(body["chat_template_kwargs"], body["reasoning_effort"]) for body in others] == [(THINKING, "none")] * 2
+
+
+@pytest.mark.parametrize(
+    ("known", "sent"),
+    [
+        ({"reasoning_effort": ("low", "medium", "high")}, {"reasoning_effort": "low"}),
+        ({"reasoning_effort": ("none", "low")}, {"reasoning_effort": "none"}),
+        ({"chat_template_kwargs": (THINKING,)}, {"chat_template_kwargs": THINKING}),
+        ({}, {}),
+    ],
+)
+def test_switches_that_a_server_refuses_are_dropped(
+    asker: Sync | Async, server: ScriptedServer, known: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    """One by one, and for the rest of the run; an answer beside thoughts is used all the same."""
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        for name in ("chat_template_kwargs", "reasoning_effort"):
+            if name in body and body[name] not in known.get(name, ()):
+                return refused(f"Unrecognized request argument or value: {name}", 422)
+        return ok(reasoning_content="The customer asks ...")
+
+    server.script.extend([each(chat)] * 8)
+    assert asker.chat(times=3).text == GOOD_CONTENT
+    body = server.chats[-1].json
+    assert {name: body[name] for name in ("chat_template_kwargs", "reasoning_effort") if name in body} == sent
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None, "reasoning_content": GOOD_CONTENT},
+        {"content": "", "reasoning": f"\n{GOOD_CONTENT}\n"},
+        {"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": GOOD_CONTENT}]},
+    ],
+)
+def test_answer_in_another_field_is_used(asker: Sync | Async, server: ScriptedServer, message: dict[str, Any]) -> None:
+    """Servers file the whole answer as reasoning, or send it in parts."""
+    server.script.extend([each(lambda _body: ok(**message))] * 2)
+    assert json.loads(asker.chat().text) == json.loads(GOOD_CONTENT)
+
+
+def test_draft_inside_thoughts_is_no_answer(asker: Sync | Async, server: ScriptedServer) -> None:
+    """Only a field that is one JSON object from its beginning to its end is an answer."""
+    server.script.extend([each(lambda _body: ok("", reasoning_content=f"Perhaps {GOOD_CONTENT}, or not."))] * 2)
+    with pytest.raises(LLMReplyError) as caught:
+        asker.chat()
+    assert caught.value.reason is Reason.EMPTY
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"error": {"message": "maximum context length is 4096 tokens, got 9000"}}, LLMContextError),
+        ({"error": {"message": "slow down", "code": 500}}, LLMUnavailableError),
+        ({"choices": [{"error": {"message": "context length of 4096 tokens exceeded by 9000"}}]}, LLMContextError),
+        ({"object": "error", "message": "Internal", "code": 502}, LLMUnavailableError),
+        ({"error": "unexpected EOF", "choices": []}, LLMUnavailableError),
+    ],
+)
+def test_error_inside_a_200_counts_as_that_error(
+    asker: Sync | Async, server: ScriptedServer, fields: dict[str, Any], error: type[Exception]
+) -> None:
+    """Proxies and local servers answer 200 and put the error into the body, or into the choice."""
+    server.script.extend([answer(fields)] * 2)
+    with pytest.raises(error) as caught:
+        asker.chat()
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        answer({"detail": "Not Found"}, 404),
+        answer({"data": []}),
+        answer([{"id": "other"}]),
+        answer(b"<html>", 405),
+        answer({"object": "list", "data": None}),
+    ],
+)
+def test_named_model_is_tried_without_a_list(asker: Sync | Async, server: ScriptedServer, models: Step) -> None:
+    """A proxy need not list its models; the first answer shows whether the name is right."""
+    server.models = models
+    assert asker.prepare().model == "llama3.2"
+
+
+def test_server_that_fails_is_not_taken_for_one_without_a_list(asker: Sync | Async, server: ScriptedServer) -> None:
+    """It may be starting."""
+    server.models = answer({"error": "loading"}, 503)
+    with pytest.raises(LLMUnavailableError):
+        asker.prepare()
