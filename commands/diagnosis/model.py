@@ -24,6 +24,7 @@ from error_handler import (
     LLMOutdatedError,
     LLMReplyError,
     LLMTimeoutError,
+    Reason,
     TriadError,
 )
 from model_server.abilities import is_outdated
@@ -286,6 +287,8 @@ async def _classify(tested: ModelUnderTest) -> Finding:
         outcome = await ollama_classify_async(aggregate_conversation(TEST_DOCUMENT), tested.client, classifier)
     except LLMReplyError as exc:
         sentence = f"Both answers to the test conversation are invalid ({exc.reason}: {exc})."
+        if tested.client.target.think_level and exc.reason in (Reason.CUT_OFF, Reason.EMPTY):
+            return error(sentence, "It thinks until no room is left, and cannot be kept from it: use another model.")
         return error(sentence, "Use a larger model, or one that follows a JSON schema.")
     except LLMError as exc:
         return error(f"The test conversation got no answer: {exc}.", _remedy(exc, tested.settings))
