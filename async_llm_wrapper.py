@@ -23,7 +23,7 @@ from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol
 from model_server.breaker import BreakerPolicy, CircuitBreaker
-from model_server.chat import chat_flow
+from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, choose_window, warm_up
@@ -78,6 +78,7 @@ class AsyncLLMClient:
         self._limit = limit
         self._on_answer = on_answer
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
+        self.reloads = ReloadWatch()
 
     async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
@@ -118,7 +119,9 @@ class AsyncLLMClient:
         return await _drive(served_models.find_ollama(self.target), self.send) is not None
 
     async def show(self, model: str) -> served_models.ModelFacts:
-        """Return what Ollama reports about *model*. Raises LLMUnavailableError if the server is away."""
+        """Return what Ollama reports about *model*; other servers tell nothing. Raises LLMUnavailableError if it is away."""
+        if self.target.protocol == "openai_chat":
+            return served_models.ModelFacts()
         request = served_models.show_request(self.target.server_url, model, self._settings.llm_timeout_s)
         return served_models.parse_show(*await self.send(request))
 
@@ -144,6 +147,7 @@ class AsyncLLMClient:
             LLMError: The model does not load, or the server does not answer.
         """
         self.target = await _drive(warm_up(self.target, self._settings, choice, say), self.send)
+        self.reloads.is_warm = True
         return self.target
 
     async def send(self, request: ServerRequest) -> tuple[int, bytes]:
@@ -164,12 +168,12 @@ class AsyncLLMClient:
             ) as response:
                 return response.status, await _read_bounded(response)
         except aiohttp.ConnectionTimeoutError as exc:
-            raise protocol.connection_error(self.target, exc, was_made=False) from exc
+            raise connection_error(self.target, exc, was_made=False) from exc
         except TimeoutError as exc:
             raise LLMTimeoutError("the model server did not answer within the timeout (LLM_TIMEOUT_S)") from exc
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
             was_made = not isinstance(exc, aiohttp.ClientConnectorError)
-            raise protocol.connection_error(self.target, exc, was_made=was_made) from exc
+            raise connection_error(self.target, exc, was_made=was_made) from exc
         except aiohttp.ClientError as exc:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 
@@ -231,6 +235,7 @@ class SharedWindow:
         self._asked = asked
         self._checked_at_s = -math.inf
         self._loading: asyncio.Task[None] | None = None
+        self._was_listed = False
         self.is_loaded = False
 
     async def load(self) -> None:
@@ -278,10 +283,12 @@ class SharedWindow:
         except LLMError:
             return  # the next call reports the problem
         if status == 200 and loaded is None:
-            if self._loading is None:
+            # A server that does not list the model that it has just loaded never will.
+            if self._loading is None and (self._was_listed or not self.is_loaded):
                 self._loading = asyncio.create_task(self.load(), name="load-model")
                 self._loading.add_done_callback(self._loaded)
             return
+        self._was_listed = self._was_listed or loaded is not None
         num_ctx = self._choice().beside(loaded)
         if num_ctx != target.num_ctx:
             logger.info("the model is loaded with a window of %d tokens; using that from now on", num_ctx)

@@ -27,18 +27,16 @@ from mongo_client import DocumentStore
 from storage.extended_json import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
-from worker.intake import Classify, RunOptions, RunParts
-from worker.plan import run_window, sample_needs
+from worker.intake import Classify, RunOptions, RunParts, has_work
+from worker.plan import plan_of, run_window, sample_needs
 from worker.progress import Reporter
 from worker.run import BatchRun
-from worker.staleness import StalenessChecker
+from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
 if TYPE_CHECKING:  # only an estimate records its calls
     from worker.timing import SampleRecorder
 
 logger = logging.getLogger(__name__)
-
-BASELINE_PLAN = "baseline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ class BatchProcessor:
         self.settings = load_settings(**{**base, **overrides}) if settings is None or overrides else settings
         self.options = replace(options or RunOptions(), batch_size=self.settings.batch_size)
         self._given_classify = classify
-        self._plan = plan
+        self._plan = Plan(plan) if plan else None
         self._client = client
         self._observers = observers or Observers()
         self._stack = AsyncExitStack()
@@ -124,17 +122,23 @@ class BatchProcessor:
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
-        sample = partial(sample_needs, self.store, classifier.truncator.estimator)
-        choice = await run_window(client, self.settings.ollama_num_ctx, sample)
-        start_s = time.monotonic()
-        target = await client.warm_up(choice, self._tell)
-        if recorder is not None:
-            recorder.note_load(time.monotonic() - start_s)
+        self._plan = plan_of(classifier, client.target)
+        asked_ctx = self.settings.ollama_num_ctx
+        if await has_work(self.store, self.files, self.options, self._kinds()):
+            sample = partial(sample_needs, self.store, classifier.truncator.estimator)
+            choice = await run_window(client, asked_ctx, sample)
+            start_s = time.monotonic()
+            asked_ctx = (await client.warm_up(choice, self._tell)).num_ctx
+            if recorder is not None:
+                recorder.note_load(time.monotonic() - start_s)
+        target = client.target
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
-        self._plan = classifier.plan(target)
-        window = SharedWindow(client, target.num_ctx)
+        window = SharedWindow(client, asked_ctx)  # it loads the model for documents that come later
         stack.push_async_callback(window.close)
         return partial(window.classify, classifier)
+
+    def _kinds(self) -> StalenessChecker | None:
+        return StalenessChecker(self.store, self.files.directory, self._plan) if self.options.only else None
 
     def _tell(self, sentence: str) -> None:
         logger.info(sentence)
@@ -195,7 +199,6 @@ class BatchProcessor:
         checkpoint = Checkpoint.resume_or_new(
             saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
         )
-        kinds = StalenessChecker(self.store, self.files.directory, self._plan or None)
         parts = RunParts(
             self.settings,
             options,
@@ -204,8 +207,8 @@ class BatchProcessor:
             checkpoint,
             self.stop,
             self._classify,
-            plan=self._plan,
-            kinds=kinds if options.only else None,
+            plan=self._plan.fingerprint if self._plan else "",
+            kinds=self._kinds(),
             reporters=self._observers.reporters,
             limit=self._limit,
         )
@@ -223,13 +226,16 @@ class BatchProcessor:
 
 
 async def find_model(settings: Settings) -> str | None:
-    """Return the configured model, or the first local model of the server; None if the server does not answer."""
+    """Return the configured model, or the first local model that can chat; None if there is none or no server answers."""
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
         try:
             if settings.model is not None:
                 return (await client.prepare(settings)).model
-            return next((model.name for model in await client.list_models() if not model.remote), None)
+            for model in await client.list_models():
+                if model.chats and not model.remote and (await client.show(model.name)).can_chat:
+                    return model.name
+            return None
         except LLMUnavailableError:
             return None
 

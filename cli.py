@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,19 +26,21 @@ import uvloop
 from pydantic import SecretStr
 from rich.console import Console
 
-from batch_processor import BASELINE_PLAN, BatchProcessor, Observers, baseline_classify, find_model
+from batch_processor import BatchProcessor, Observers, baseline_classify, find_model
 from commands import flags, summary
 from config import Settings, load_taxonomy
+from domain.text import counted
 from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file
+from storage.mongo_errors import translated
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions, preview
 from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
-from worker.staleness import StalenessChecker
+from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
 
@@ -90,8 +93,9 @@ def load_command(name: str) -> flags.Command:
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     async with contextlib.AsyncExitStack() as stack:
         parts: dict[str, Any] = {}
+        by_baseline = 0
         if arguments.embedded:
-            settings, parts = await _embedded(stack, settings)
+            settings, parts, by_baseline = await _embedded(stack, settings)
         options = RunOptions(
             settings.batch_size,
             arguments.limit,
@@ -100,6 +104,13 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             only=arguments.only,
             dedupe=arguments.dedupe,
         )
+        after: RunOptions | None = None
+        if by_baseline and not (options.only or options.reprocess or options.retry_failed):
+            sys.stderr.write(
+                f"{counted(by_baseline, 'result')} of the built-in baseline: the model classifies these conversations again "
+                "(--only new leaves them).\n"
+            )
+            options, after = replace(options, only="stale"), options
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
         processor = BatchProcessor(settings, options=options, observers=_observers(arguments, settings), **parts)
@@ -107,11 +118,14 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         with stop_on_signals(processor.stop, connected.is_set):
             await stack.enter_async_context(processor)
             connected.set()
-            return await _passes(arguments, settings, processor)
+            return await _passes(arguments, settings, processor, after)
 
 
-async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any]]:
-    """Start the embedded MongoDB with the samples, and select the baseline if no Ollama answers."""
+async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any], int]:
+    """Start the embedded MongoDB with the samples, and select the baseline if no Ollama answers.
+
+    Also return how many results of the baseline a model could replace.
+    """
     from domain.document_files import SAMPLES, read_documents  # noqa: PLC0415
     from embedded.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - only for --embedded
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
@@ -129,22 +143,33 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         if not await store.upper_bound():
             added = await store.insert_documents(list(read_documents(SAMPLES)))
             console.print(f"Imported {added} sample conversations into {settings.source_collection}.")
+        with translated("count the results"):
+            results = store.database[settings.results_collection]
+            by_baseline = await results.count_documents({"processing_metadata.model_used": BASELINE_MODEL})
     finally:
         await store.close()
     model = await find_model(settings)
     if model is not None:
-        console.print(f"Found Ollama at {settings.server_url}; using {model}.")
-        return settings.model_copy(update={"ollama_model": model}), {}
+        server = "a model server" if settings.llm_api_url else "Ollama"
+        console.print(f"Found {server} at {settings.server_url}; using {model}.")
+        name = "llm_model" if settings.llm_api_url else "ollama_model"
+        return settings.model_copy(update={name: model}), {}, by_baseline
     baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
     console.print(
-        f"[yellow]No Ollama with a model found at {settings.server_url}; using the built-in baseline classifier "
+        f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in baseline classifier "
         f"({BASELINE_MODEL}). Accuracy: docs/baseline.md.[/]"
     )
-    return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}
+    return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}, 0
 
 
-async def _passes(arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor) -> int:
-    """Run once, or repeatedly as the mode says; a pass that fails because of an outage does not end the loop."""
+async def _passes(
+    arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor, after: RunOptions | None
+) -> int:
+    """Run once, or repeatedly as the mode says; a pass that fails because of an outage does not end the loop.
+
+    *after* replaces the options once a pass has ended; documents that are pending then get a pass of their own, unless
+    ``--limit`` is given.
+    """
     while True:
         try:
             stats = await processor.run()
@@ -156,6 +181,10 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
             await _report(arguments, settings, processor, stats)
             if stats["interrupted"]:
                 raise RunInterruptedError("Stopped; run the same command again to resume.")
+            if after is not None:
+                processor.options, after = after, None
+                if arguments.limit is None and await processor.store.count("sweep"):
+                    continue
             if settings.mode == "batch":
                 return ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
@@ -167,7 +196,8 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
             raise RunInterruptedError("Stopped between two passes; no call was in flight.")
 
 
-async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:
+async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, given: str | None) -> int:
+    plan = Plan(given) if given else None
     store = DocumentStore(settings)
     try:
         await store.check()

@@ -138,6 +138,13 @@ class LLMOutageError(LLMError):
     reason = Reason.TRANSPORT
 
 
+class LLMOutdatedError(LLMOutageError):
+    """The server lacks what every request needs. The run ends; its documents stay pending."""
+
+    exit_code = ExitCode.CONFIGURATION
+    reason = Reason.REFUSED
+
+
 class LLMRejectedError(LLMError):
     """The server will never accept this request."""
 

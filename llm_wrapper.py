@@ -22,7 +22,7 @@ from config import Settings
 from domain.conversation import Conversation, Message, Outcome
 from error_handler import LLMAbsentError, LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
 from model_server import protocol
-from model_server.chat import chat_flow
+from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, warm_up
@@ -149,6 +149,7 @@ class LLMClient:
         self._session = session
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
         self._settings = settings
+        self.reloads = ReloadWatch()
 
     def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. Raises LLMError after the last one."""
@@ -163,6 +164,7 @@ class LLMClient:
     def warm_up(self, choice: WindowChoice, say: Say) -> ChatTarget:
         """Load the model and return the target with the window it then has; see model_server.window.warm_up."""
         self.target = _drive(warm_up(self.target, self._settings, choice, say), self.send)
+        self.reloads.is_warm = True
         return self.target
 
     def send(self, request: ServerRequest) -> tuple[int, bytes]:
@@ -170,7 +172,7 @@ class LLMClient:
         try:
             return exchange(self._session, request, self.target.headers)
         except LLMConnectionError as exc:
-            raise protocol.connection_error(self.target, exc, was_made=not isinstance(exc, LLMAbsentError)) from exc
+            raise connection_error(self.target, exc, was_made=not isinstance(exc, LLMAbsentError)) from exc
 
     def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
         return _drive(chat_flow(self, messages, schema_json, attempt, self._settings.llm_timeout_s), self.send)

@@ -52,7 +52,7 @@ RESULT_INDEXES = (
     "classification.topic",
     "classification.sentiment",
 )
-_PROVENANCE = ("processing_metadata.input_sha256", "processing_metadata.fingerprint")
+_PROVENANCE = [f"processing_metadata.{name}" for name in ("input_sha256", "fingerprint", "model_used", "model_digest")]
 _LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
 
 

@@ -19,7 +19,7 @@ from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import Document
 from worker.plan import ask_plan
-from worker.staleness import Kind, StalenessChecker
+from worker.staleness import Kind, Plan, StalenessChecker
 
 MEANINGS: dict[Kind, str] = {
     "new": "no result yet",
@@ -93,13 +93,13 @@ async def _judged(
             yield judged
 
 
-def _shown(plan: str | None) -> list[Kind]:
+def _shown(plan: Plan | None) -> list[Kind]:
     """Return the kinds that can be distinguished, in the order of the report."""
     left_out = OFFLINE_KINDS[:2] if plan is None else OFFLINE_KINDS[2:]
     return [kind for kind in MEANINGS if kind not in left_out]
 
 
-def _as_json(counts: Counter[str], settings: Settings, plan: str | None) -> str:
+def _as_json(counts: Counter[str], settings: Settings, plan: Plan | None) -> str:
     report: dict[str, Any] = {
         "source": f"{settings.db_name}.{settings.source_collection}",
         "results": f"{settings.db_name}.{settings.results_collection}",
@@ -109,7 +109,7 @@ def _as_json(counts: Counter[str], settings: Settings, plan: str | None) -> str:
     return json.dumps(report | {str(kind): counts[kind] for kind in _shown(plan)}, indent=2)
 
 
-def _as_text(counts: Counter[str], settings: Settings, plan: str | None) -> str:
+def _as_text(counts: Counter[str], settings: Settings, plan: Plan | None) -> str:
     place = f"{settings.db_name}.{settings.source_collection} -> {settings.results_collection}"
     width = max(len(f"{counts.total():,}"), 5)
     lines = [f"{kind:<9} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]

@@ -24,8 +24,9 @@ def print_run(console: Console, stats: dict[str, Any], lease_s: float) -> None:
     """
     if not stats["documents_processed"] and not stats["already_done"] and not stats["leased_elsewhere"]:
         console.print(
-            "[bold]Nothing to do[/]: no documents are pending. Documents with results are skipped; --reprocess replaces "
-            "their results, --retry-failed retries failed documents."
+            "[bold]Nothing to do[/]: no documents are pending. Documents with results are skipped; --only stale "
+            "replaces results of another model, prompt or taxonomy, --reprocess all results, and --retry-failed retries "
+            "failed documents."
         )
         _print_queues(console, stats)
         return

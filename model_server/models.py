@@ -5,6 +5,7 @@ Facts about Ollama: github.com/ollama/ollama, server/routes.go (``/api/tags``, `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ import orjson
 from config.settings import Protocol, Settings
 from domain.server_reason import server_reason
 from error_handler import ConfigurationError, LLMError, LLMUnavailableError
+from model_server.chat import THINK_LEVEL, takes_levels_only
 from model_server.protocol import DEFAULT_NUM_CTX, SEE_LOG, ChatTarget, ServerRequest, count, json_object, part
 
 LOADED_TIMEOUT_S = 5.0
@@ -21,16 +23,23 @@ BEHIND_V1 = (
     "this is an Ollama: on /v1 it cuts long prompts without a word, and nobody can set its window; "
     "set OLLAMA_ENDPOINT and OLLAMA_MODEL instead of LLM_API_URL and LLM_MODEL"
 )
-NO_LIST = (200, 404, 405, 501)  # a server or proxy without the route, or with another body
+NO_ROUTE = (404, 405, 501)
+NO_LIST = (200, *NO_ROUTE)  # a server or proxy without the route, or with another body
+# Lists of OpenAI's protocol have names only, and old ones of Ollama as well.
+_EMBEDDING_NAME = re.compile(r"embed|minilm|rerank|(^|[/_-])(bge|gte|e5)[-_:]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model on the server; a *remote* one would send the text to another machine."""
+    """A model on the server; a *remote* one would send the text to another machine.
+
+    *chats* is False if the list shows that it makes embeddings only.
+    """
 
     name: str
     digest: str | None = None
     remote: bool = False
+    chats: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,13 @@ class ModelFacts:
     context_length: int | None = None
     quantization: str | None = None
     parameter_size: str | None = None
+    architecture: str = ""
+    pools: bool = False  # the model makes one vector of a whole text
+
+    @property
+    def can_chat(self) -> bool:
+        """False if the model makes embeddings only; Ollama reports capabilities from 0.6.4 on."""
+        return "completion" in self.capabilities if self.capabilities else not self.pools
 
     @property
     def can_think(self) -> bool:
@@ -86,12 +102,23 @@ def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
     if target.protocol == "openai_chat":
         return replace(target, digest=model.digest)  # its answers show what the model can do
     facts = parse_show(*(yield show_request(target.server_url, model.name, settings.llm_timeout_s)))
+    if not facts.can_chat:
+        raise ConfigurationError(
+            f"{model.name} cannot chat: it is an embedding model. Set OLLAMA_MODEL or --model to one of: {chat_models(models)}."
+        )
     return with_model(target, model, facts)
 
 
 def with_model(target: ChatTarget, model: ServedModel, facts: ModelFacts) -> ChatTarget:
     """Return *target* with what the server reported about its model."""
-    return replace(target, digest=model.digest, disable_thinking=facts.can_think, context_limit=facts.context_length)
+    level = THINK_LEVEL if facts.can_think and takes_levels_only(model.name, facts.architecture) else ""
+    return replace(
+        target,
+        digest=model.digest,
+        disable_thinking=facts.can_think,
+        think_level=level,
+        context_limit=facts.context_length,
+    )
 
 
 def models_request(target: ChatTarget, timeout_s: float) -> ServerRequest:
@@ -108,10 +135,11 @@ def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedMod
         raise LLMUnavailableError(f"the model server did not list its models (HTTP {status}){key}{said}")
     listed, named = ("data", "id") if protocol == "openai_chat" else ("models", "name")
     models = []
-    for entry in _entries(body, listed, named):
+    for entry in _entries(json_object(body), listed, named):
         digest, name = entry.get("digest"), entry[named]
         is_remote = bool(entry.get("remote_host") or entry.get("remote_model")) or is_cloud_name(name)
-        models.append(ServedModel(name, digest if isinstance(digest, str) else None, is_remote))
+        chats = not _embeds(name, entry)
+        models.append(ServedModel(name, digest if isinstance(digest, str) else None, is_remote, chats))
     return models
 
 
@@ -121,6 +149,7 @@ _NONE_LISTED = ("none yet; run: ollama pull llama3.2", "the server lists none")
 def listed_models(target: ChatTarget, status: int, body: bytes) -> list[ServedModel]:
     """Return the models that a server lists; none if a server with OpenAI's protocol has no list that can be read.
 
+    A server that only emulates a part of Ollama may have no such route; then it has the model that *target* names.
     Raises LLMUnavailableError as ``parse_models`` does: the server failed, or is no Ollama.
     """
     try:
@@ -128,6 +157,8 @@ def listed_models(target: ChatTarget, status: int, body: bytes) -> list[ServedMo
     except LLMUnavailableError:
         if target.protocol == "openai_chat" and status in NO_LIST:
             return []
+        if status in NO_ROUTE and target.model:
+            return [ServedModel(target.model)]
         raise
 
 
@@ -139,8 +170,7 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
             the server's models.
     """
     variable = "LLM_MODEL" if settings.llm_api_url else "OLLAMA_MODEL"
-    local = [model.name for model in models if not model.remote]
-    listed = ", ".join(local) if local else _NONE_LISTED[settings.protocol == "openai_chat"]
+    listed = chat_models(models, _NONE_LISTED[settings.protocol == "openai_chat"])
     if settings.model is None:
         raise ConfigurationError(
             f"No model is set. Set {variable} or --model to one of the server's models ({listed})."
@@ -160,6 +190,20 @@ def choose_model(settings: Settings, models: list[ServedModel]) -> ServedModel:
     return found
 
 
+def chat_models(models: list[ServedModel], none: str = _NONE_LISTED[0]) -> str:
+    """Return the names of those *models* that may be asked, for messages, or *none*."""
+    names = [model.name for model in models if model.chats and not model.remote]
+    return ", ".join(names) if names else none
+
+
+def _embeds(name: str, entry: dict[str, Any]) -> bool:
+    """Return whether a model that a server lists as *entry* only makes embeddings: by its abilities, family or name."""
+    if capabilities := part(entry, "capabilities", list):
+        return "completion" not in capabilities
+    family = part(part(entry, "details", dict), "family", str)
+    return family.endswith("bert") or _EMBEDDING_NAME.search(name) is not None
+
+
 def require_local(model: str, *, is_remote: bool, hint: str = "") -> None:
     """Raise ConfigurationError if *model* runs on another machine; *hint* lists the local ones."""
     if is_remote:
@@ -170,7 +214,7 @@ def require_local(model: str, *, is_remote: bool, hint: str = "") -> None:
 
 def parse_version(status: int, body: bytes) -> str | None:
     """Return the version from ``/api/version``; None if the server has no such route."""
-    return (part(json_object(body), "version", str) or None) if status == 200 else None
+    return part(_fields(status, body), "version", str) or None
 
 
 def find_ollama(target: ChatTarget) -> Generator[ServerRequest, tuple[int, bytes], str | None]:
@@ -192,10 +236,8 @@ def show_request(server_url: str, model: str, timeout_s: float) -> ServerRequest
 
 
 def parse_show(status: int, body: bytes) -> ModelFacts:
-    """Return the facts from ``/api/show``; empty if the server refuses."""
-    if status != 200:
-        return ModelFacts()
-    fields = json_object(body)
+    """Return the facts from ``/api/show``; empty if the server refuses or has no such route."""
+    fields = _fields(status, body)
     details, info = part(fields, "details", dict), part(fields, "model_info", dict)
     limits = [value for name, value in info.items() if name.endswith(".context_length")]
     return ModelFacts(
@@ -203,12 +245,14 @@ def parse_show(status: int, body: bytes) -> ModelFacts:
         count(limits[0]) if limits else None,
         part(details, "quantization_level", str) or None,
         part(details, "parameter_size", str) or None,
+        part(info, "general.architecture", str),
+        any(name.endswith(".pooling_type") for name in info),
     )
 
 
 def find_loaded(model: str, status: int, body: bytes) -> LoadedModel | None:
-    """Return the entry of *model* in the answer of ``/api/ps``; None if it is not loaded or the server refuses."""
-    for entry in _entries(body, "models", "name") if status == 200 else []:
+    """Return the entry of *model* in the answer of ``/api/ps``; None if it is not loaded or the server does not tell."""
+    for entry in _entries(_fields(status, body), "models", "name"):
         if entry["name"] in (model, f"{model}:latest"):
             sizes = count(entry.get("size")), count(entry.get("size_vram", 0))
             return LoadedModel(count(entry.get("context_length")), *sizes)
@@ -226,7 +270,15 @@ def is_cloud_name(model: str) -> bool:
     return tag == "cloud" or tag.endswith("-cloud")
 
 
-def _entries(body: bytes, listed: str, named: str) -> list[dict[str, Any]]:
-    """Return the objects in the list *listed* of *body* that have a text in *named*."""
-    entries = part(json_object(body), listed, list)
+def _fields(status: int, body: bytes) -> dict[str, Any]:
+    """Return the object of an answer that a run can do without; empty if there is none."""
+    try:
+        return json_object(body) if status == 200 else {}
+    except LLMUnavailableError:  # a page for people, of a server that only emulates Ollama
+        return {}
+
+
+def _entries(fields: dict[str, Any], listed: str, named: str) -> list[dict[str, Any]]:
+    """Return the objects in the list *listed* of *fields* that have a text in *named*."""
+    entries = part(fields, listed, list)
     return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get(named), str)]

@@ -18,9 +18,7 @@ from config.settings import Protocol
 from domain.conversation import Message
 from domain.server_reason import server_reason
 from error_handler import (
-    LLMAbsentError,
     LLMBusyError,
-    LLMConnectionError,
     LLMModelError,
     LLMRejectedError,
     LLMReplyError,
@@ -29,13 +27,13 @@ from error_handler import (
 )
 from model_server.refusals import context_refusal
 from model_server.tokens import least_prompt_tokens
-from utils.network import failed_handshake
 
 T = TypeVar("T")
 
 SEED = 20_250_924
 DEFAULT_NUM_CTX = 8192  # until a window is chosen, and if there are no documents to measure
 NUM_PREDICT = 700  # most tokens of an answer; without a limit Ollama lets a runaway answer fill ten windows
+THINKING_TOKENS = 1000  # more for models that cannot be kept from thinking; at the level low they take up to 500
 TOP_LOGPROBS = 20  # the maximum of Ollama and OpenAI
 NANOSECONDS = 1e9
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a reply has a few kB; a larger one is refused
@@ -58,9 +56,10 @@ class ServerRequest:
 class ChatTarget:
     """The server, the model and its options: constant during a run, so that Ollama never reloads the model.
 
-    *digest*, *disable_thinking* and *context_limit* (the model's own limit, tokens) come from the server. *logprobs*
-    requests the probabilities of the answer's tokens, which adds about 100 kB to an answer. *merges_system*: the model
-    has no system role. *refused* names the thinking switches that an OpenAI-compatible server does not take.
+    *digest*, *disable_thinking* and *context_limit* (the model's own limit, tokens) come from the server. *think_level*
+    is sent instead of ``think: false`` to models that cannot be kept from thinking. *logprobs* requests the
+    probabilities of the answer's tokens, which adds about 100 kB to an answer. *merges_system*: the model has no system
+    role. *refused* names the thinking switches that an OpenAI-compatible server does not take.
     """
 
     protocol: Protocol
@@ -72,6 +71,7 @@ class ChatTarget:
     keep_alive: str
     digest: str | None = None
     disable_thinking: bool = False
+    think_level: str = ""
     logprobs: bool = False
     context_limit: int | None = None
     merges_system: bool = False
@@ -87,6 +87,11 @@ class ChatTarget:
         if "reasoning_effort" in self.refused and "low" not in self.refused:
             sent["reasoning_effort"] = "low"
         return sent
+
+    @property
+    def thinking_tokens(self) -> int:
+        """The room for thoughts, beside that for the answer."""
+        return THINKING_TOKENS if self.think_level else 0
 
     @property
     def headers(self) -> dict[str, str]:
@@ -142,7 +147,7 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
         body |= {"system": system[0]} if system else {}
         body["prompt"] = "\n\n".join(message["content"] for message in messages[len(system) :])
     if target.disable_thinking:
-        body["think"] = False
+        body["think"] = target.think_level or False
     body |= {
         "format": schema,
         "options": _options(target, attempt),
@@ -167,15 +172,22 @@ def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
 def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
     if target.protocol == "openai_chat":
         return {"temperature": 0, "seed": SEED + attempt, "max_tokens": NUM_PREDICT}
-    return {"temperature": 0, "seed": SEED + attempt, "num_ctx": target.num_ctx, "num_predict": NUM_PREDICT}
+    return {
+        "temperature": 0,
+        "seed": SEED + attempt,
+        "num_ctx": target.num_ctx,
+        "num_predict": NUM_PREDICT + target.thinking_tokens,
+    }
 
 
 def parse_load_response(target: ChatTarget, status: int, body: bytes) -> None:
-    """Raise LLMError, as ``parse_chat_response`` does, unless the answer to ``build_load_body`` confirms the load."""
+    """Raise LLMError, as ``parse_chat_response`` does, if the answer to ``build_load_body`` denies the load."""
     if status != 200:
         _raise_for_status(target, status, body, [])
-    if json_object(body).get("done_reason") != "load":
-        raise LLMUnavailableError("the model server did not confirm that it loaded the model; see its log")
+    fields = json_object(body)
+    # Servers that only emulate Ollama answer an empty chat like any other.
+    if fields.get("done_reason") == "unload" or isinstance(fields.get("error"), str | dict):
+        raise LLMUnavailableError("the model server did not load the model; see its log")
 
 
 def parse_chat_response(target: ChatTarget, status: int, body: bytes, messages: Sequence[Message]) -> ChatReply:
@@ -301,7 +313,9 @@ def _require_whole_prompt(target: ChatTarget, prompt_tokens: int, messages: Sequ
     """
     characters = sum(len(message["content"]) for message in messages)
     is_too_short = characters > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
-    if prompt_tokens + NUM_PREDICT > target.num_ctx or (is_half_window(target, prompt_tokens) and is_too_short):
+    if prompt_tokens + NUM_PREDICT + target.thinking_tokens > target.num_ctx or (
+        is_half_window(target, prompt_tokens) and is_too_short
+    ):
         raise LLMReplyError(
             f"the server counted {prompt_tokens} prompt tokens for a window of {target.num_ctx}: the prompt was cut, or it "
             "leaves no room for the answer",
@@ -349,24 +363,16 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes, messages: Se
     raise LLMRejectedError(f"the model server refused the request (HTTP {status}){said}")
 
 
-def connection_error(target: ChatTarget, exc: BaseException, *, was_made: bool) -> LLMConnectionError:
-    """Return the error for a connection that was refused or, if it *was_made*, reset or cut off by *exc*."""
-    is_ollama, server = target.protocol != "openai_chat", f"the model server at {target.server_url}"
-    setting = "OLLAMA_ENDPOINT" if is_ollama else "LLM_API_URL"
-    if (sentence := failed_handshake(server, exc, setting)) is not None:
-        return LLMConnectionError(sentence)
-    if was_made:
-        return LLMConnectionError(f"{server} closed the connection before its answer was complete; its log may say why")
-    return LLMAbsentError(f"no connection to {server}; start it{' (ollama serve)' * is_ollama} or correct {setting}")
-
-
 @functools.lru_cache(maxsize=8)
 def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes) -> str:
     """Return the SHA-256 of everything except the conversation that decides an answer.
 
-    The window is left out: each run chooses it, and a result says if its conversation was truncated.
+    The window is left out: each run chooses it, and a result says if its conversation was truncated. So is the level of
+    thinking, which a run may learn in its course.
     """
-    options = orjson.dumps({**_options(target, 0), "num_ctx": None}, option=orjson.OPT_SORT_KEYS)
+    options = orjson.dumps(
+        {**_options(replace(target, think_level=""), 0), "num_ctx": None}, option=orjson.OPT_SORT_KEYS
+    )
     parts = [target.protocol, target.model, target.digest or "", options.decode(), system_prompt, schema_json.decode()]
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 

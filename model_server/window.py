@@ -14,7 +14,15 @@ from typing import Literal
 
 from config import Settings
 from domain.conversation import Conversation
-from error_handler import LLMContextError, LLMError, LLMReplyError, Reason, SkippedDocumentError
+from error_handler import (
+    LLMContextError,
+    LLMError,
+    LLMModelError,
+    LLMRejectedError,
+    LLMReplyError,
+    Reason,
+    SkippedDocumentError,
+)
 from model_server.models import BEHIND_V1, LoadedModel, TargetFlow, find_loaded, find_ollama, loaded_request
 from model_server.protocol import (
     DEFAULT_NUM_CTX,
@@ -121,7 +129,12 @@ def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: S
         say(f"{target.model} is already loaded with a window of {has} tokens; using that")
     url = f"{target.server_url}/api/chat"
     answer = yield ServerRequest("POST", url, build_load_body(target), settings.llm_load_timeout_s)
-    parse_load_response(target, *answer)
+    try:
+        parse_load_response(target, *answer)
+    except LLMModelError:
+        raise
+    except LLMRejectedError:  # a server that only emulates Ollama may refuse a chat without messages
+        say(f"the server at {target.server_url} loads no model on request; the first answer shows if it works")
     return _verified(target, find_loaded(target.model, *(yield loaded_request(target.server_url))), say)
 
 
@@ -131,7 +144,8 @@ def _verified(target: ChatTarget, loaded: LoadedModel | None, say: Say) -> ChatT
         return target
     if loaded.size_bytes and loaded.vram_bytes is not None and loaded.vram_bytes < loaded.size_bytes:
         share = 1 - loaded.vram_bytes / loaded.size_bytes
-        logger.warning("%.0f %% of %s is outside GPU memory; answers will be slow", 100 * share, target.model)
+        part = f"{100 * share:.0f} % of {target.model} is outside GPU memory"
+        say(f"{part if loaded.vram_bytes else f'{target.model} runs on the CPU only'}; answers will be slow")
     given = loaded.context_length
     if given is not None and given < target.num_ctx:
         say(f"the server gave a window of {given} tokens instead of {target.num_ctx}; using {given}")
@@ -173,7 +187,7 @@ class TranscriptTruncator:
         """
         if target.protocol == "openai_chat":
             return Fitted(conversation.transcript)
-        return self._fit(conversation, target.num_ctx, conversation.transcript, None, None)
+        return self._fit(conversation, target.num_ctx - target.thinking_tokens, conversation.transcript, None, None)
 
     def fit_again(self, conversation: Conversation, sent: Fitted, target: ChatTarget, refusal: LLMError) -> Fitted:
         """Return what to send of *conversation* after the server refused *sent* with *refusal*, or cut it.
@@ -190,6 +204,7 @@ class TranscriptTruncator:
             window = _window_of_cut(refusal.kept_tokens)
         if window is None:
             raise refusal
+        window -= target.thinking_tokens
         if counted is not None:
             self._refuses = True
             counted = min(counted, window) if sent.is_refitted else counted  # it is near the window by now

@@ -21,6 +21,7 @@ from config import Settings
 from domain.prices import BatchPrice, batch_prices, price_source
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, JobCostError, JobProcessingError, RunInterruptedError
+from openai_batch.documents import reasons
 from openai_batch.job_config import AppConfig, Document
 from openai_batch.job_context import JobResult, Times
 from openai_batch.job_run import JobRun
@@ -37,6 +38,7 @@ SHOWN_BATCHES = 50
 TABLE_WIDTH = 120
 LINE_EVERY_S = 5.0
 EXAMPLES, PROBLEMS = 3, 10  # shown documents of a preview: requests, and reasons for refusals
+REASONING_TOKENS = 2000  # less is often used up before the answer begins
 SHOWN_SUBJECTS = 8  # on a terminal, the last changed ones
 
 Row = tuple[Shard, dict[ItemState, int]]
@@ -136,6 +138,11 @@ def _print_preview(made: Preview, processor: DocumentBatchProcessor) -> None:
         f"{counted(made.documents + made.waiting, 'document')}, {made.bytes:,} bytes, about {made.prompt_tokens:,} prompt "
         f"tokens and at most {made.most_reply_tokens:,} answer tokens with {config.openai.model}: {price}."
     )
+    if reasons(config.openai.model) and config.openai.max_tokens < REASONING_TOKENS:
+        console.print(
+            f"{config.openai.model} reasons before it answers, and {config.openai.max_tokens} tokens must hold both: set "
+            f"OPENAI_MAX_TOKENS to {REASONING_TOKENS} or more, or answers are cut off."
+        )
     if made.waiting:
         console.print(f"{made.waiting} of them are in files of an earlier start that are not sent yet.")
     for name, problem in made.problems.items():

@@ -36,6 +36,8 @@ MAX_TEMPLATE_CHARACTERS = 100_000
 MAX_PROMPT_CHARACTERS = 2_000_000
 
 _WORD = re.compile(r"\w+")
+# OpenAI's o series, GPT-5 and later, and models tuned from them. Other servers know the older name of the limit only.
+_CURRENT = re.compile(r"(ft:)?(openai/)?(o\d|gpt-([5-9]|\d\d))")
 
 CONTENT, DATE, BATCH = "{{response_content}}", "{{current_date}}", "{{batch_id}}"
 
@@ -287,10 +289,20 @@ class TemplateHandling(Handling):
         return update
 
 
+def reasons(model: str) -> bool:
+    """Return whether OpenAI's *model* writes hidden reasoning first: it refuses a temperature and ``max_tokens``."""
+    return _CURRENT.match(model) is not None and "-chat" not in model
+
+
 def request_body(config: OpenAIConfig, messages: Messages) -> dict[str, Any]:
     """Return the body of one chat completion."""
     body: dict[str, Any] = {"model": config.model, "messages": messages}
-    body |= {"temperature": config.temperature, "max_tokens": config.max_tokens}
+    if _CURRENT.match(config.model):
+        body["max_completion_tokens"] = config.max_tokens
+    else:
+        body["max_tokens"] = config.max_tokens
+    if not reasons(config.model):
+        body["temperature"] = config.temperature
     return body if config.response_format is None else body | {"response_format": config.response_format}
 
 

@@ -263,6 +263,22 @@ async def test_pending_documents_without_a_time_in_their_id(
     assert "chat-7" in (await finding_with("first pending document", mongodb_uri, db_name)).sentence
 
 
+@pytest.mark.parametrize(
+    "made_up",
+    [
+        "000000000000000000000001",  # 1970
+        "1234567890abcdef12345678",  # 1979
+        "ffffffffffffffffffffffff",  # 2106
+        "65f000000000000000000007",  # counted up by a script
+    ],
+)
+async def test_object_ids_that_were_not_made_by_date_tell_no_age(
+    made_up: str, mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]
+) -> None:
+    database.conversation_set.insert_one({"_id": ObjectId(made_up), "tweets": []})
+    assert "contains no time" in (await finding_with("first pending document", mongodb_uri, db_name)).sentence
+
+
 async def test_missing_indexes_are_listed_and_the_store_creates_them(mongodb_uri: str, db_name: str) -> None:
     finding = await finding_with("Indexes are missing", mongodb_uri, db_name)
     assert finding.level == "warning"

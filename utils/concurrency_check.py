@@ -14,6 +14,7 @@ import asyncio
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _check(arguments: argparse.Namespace, settings: Settings) -> int:
     talk = Console(stderr=True)
     with talk.status("Looking up the model ...") as status:
-        measurement = await measure(settings, arguments.max, arguments.rounds, status.update)
+        # Without a terminal rich shows no status, and a measurement on a CPU takes many minutes.
+        tell = status.update if talk.is_terminal else partial(print, file=sys.stderr, flush=True)
+        measurement = await measure(settings, arguments.max, arguments.rounds, tell)
     if arguments.json:
         print(json.dumps(_as_json(measurement), indent=2))
     else:

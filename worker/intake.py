@@ -218,6 +218,36 @@ class DocumentIntake:
         return only in {kind for _, kind in await kinds.of(documents, set())}
 
 
+async def has_work(
+    store: DocumentStore, files: BatchFiles, options: RunOptions, kinds: StalenessChecker | None
+) -> bool:
+    """Return whether a run with *options* finds a document that needs a result; reads no further than the first one.
+
+    Documents without text count as well: the aggregator is not used, because a document that crashes it must do so in a
+    run, which has a journal to notice it. *kinds* is required with ``options.only``.
+    """
+    retries = options.retry_failed or options.only == "failed"
+    folders = ("pending", "retry", *(("quarantine",) if retries else ()))
+    if any(any((files.directory / folder).glob("batch_*")) for folder in folders):
+        return True
+    selections: list[Selection] = ["all"] if options.reprocess or options.only else ["sweep"]
+    if retries or files.lost_failures:
+        selections = ["failed"] if options.only else [*selections, "failed"]
+    bound = await store.upper_bound()
+    for selection in selections:
+        after: list[Any] = []
+        while bound and (page := await store.read_page(selection, after, bound, options.batch_size)):
+            after = [page[-1]["_id"]]
+            if selection == "all" and options.reprocess:
+                return True
+            if selection == "all" and kinds is not None:
+                if any(kind == options.only for _, kind in await kinds.of(page, set())):
+                    return True
+            elif len(await store.result_keys([document["_id"] for document in page])) < len(page):
+                return True
+    return False
+
+
 async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChecker | None = None) -> dict[str, Any]:
     """Return counts of the documents that a run with *options* would process, for ``--dry-run``; read only.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import async_llm_wrapper as llm
@@ -11,17 +12,24 @@ from classifier import Classifier
 from config import Settings, load_taxonomy
 from error_handler import LLMUnavailableError
 from model_server.models import chat_target
+from model_server.protocol import ChatTarget
 from model_server.tokens import TokenEstimator
 from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore
+from worker.staleness import Plan
 
 SAMPLE_SIZE = 200  # documents
 
 Sample = Callable[[], Awaitable[list[int]]]
 
 
-async def ask_plan(settings: Settings) -> str:
-    """Return the plan_fingerprint of a run with *settings* now; the server is only asked for its models."""
+def plan_of(classifier: Classifier, target: ChatTarget) -> Plan:
+    """Return the plan of a run with *target*."""
+    return Plan(classifier.plan(target), target.digest, lambda name: classifier.plan(replace(target, model=name)))
+
+
+async def ask_plan(settings: Settings) -> Plan:
+    """Return the plan of a run with *settings* now; the server is only asked for its models."""
     classifier = Classifier(load_taxonomy(settings.taxonomy_file))
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
@@ -29,7 +37,7 @@ async def ask_plan(settings: Settings) -> str:
             target = await client.prepare(settings)
         except LLMUnavailableError as exc:
             raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
-    return classifier.plan(target)
+    return plan_of(classifier, target)
 
 
 async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:
@@ -38,7 +46,8 @@ async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Samp
     It is *asked* if the operator set that, else the choice for the tokens that *sample* returns, as ``sample_needs`` does.
     """
     is_known = asked is not None or client.target.protocol == "openai_chat"
-    return choose_window([] if is_known else await sample(), client.target.context_limit, asked)
+    needs = [] if is_known else [need + client.target.thinking_tokens for need in await sample()]
+    return choose_window(needs, client.target.context_limit, asked)
 
 
 async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[int]:

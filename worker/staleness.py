@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,20 +18,44 @@ Kind = Literal["new", "changed", "stale", "failed", "skipped", "done", "unjudged
 Only = Literal["new", "changed", "stale", "failed"]
 
 SELECTABLE: tuple[Only, ...] = ("new", "changed", "stale", "failed")
+BASELINE_PLAN = "baseline"  # of the built-in classifier, which replaces no answer of a model
 REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results of these
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a run labels now. *named* returns the fingerprint of the same plan with its model under another name.
+
+    Ollama lists one model under several names; the *digest* identifies it, None if it is unknown.
+    """
+
+    fingerprint: str
+    digest: str | None = None
+    named: Callable[[str], str] | None = None
+
+    def made(self, metadata: Document, input_hash: str) -> bool:
+        """Return whether a result with *metadata* would come out of this plan, or of a better one, for the same input."""
+        fingerprint, model = metadata.get("fingerprint"), metadata.get("model_used")
+        if fingerprint == result_fingerprint(self.fingerprint, input_hash):
+            return True
+        if self.fingerprint == BASELINE_PLAN:
+            return True
+        if self.digest is None or self.named is None or metadata.get("model_digest") != self.digest:
+            return False
+        return isinstance(model, str) and fingerprint == result_fingerprint(self.named(model), input_hash)
 
 
 @dataclass(frozen=True, slots=True)
 class StalenessChecker:
     """Decides what each document of *store* needs.
 
-    *directory* holds the retry queue and the quarantine. *plan* is the plan_fingerprint of a run now; None if the model
-    server was not asked.
+    *directory* holds the retry queue and the quarantine. *plan* is that of a run now; None if the model server was not
+    asked.
     """
 
     store: DocumentStore
     directory: Path
-    plan: str | None
+    plan: Plan | None
 
     def queued(self) -> set[bytes]:
         """Return the ``id_key`` of each document in the retry queue or in quarantine."""
@@ -75,7 +100,7 @@ class StalenessChecker:
             return "changed"
         if self.plan is None:
             return "unjudged"
-        return "done" if fields.get("fingerprint") == result_fingerprint(self.plan, input_hash) else "stale"
+        return "done" if self.plan.made(fields, input_hash) else "stale"
 
 
 def _state(document: Document) -> str:

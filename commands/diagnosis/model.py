@@ -22,11 +22,15 @@ from error_handler import (
     LLMContextError,
     LLMError,
     LLMModelError,
+    LLMOutdatedError,
     LLMReplyError,
     LLMTimeoutError,
+    Reason,
     TriadError,
 )
+from model_server.chat import is_outdated
 from model_server.models import BEHIND_V1, LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, with_model
+from model_server.protocol import ChatTarget
 from model_server.window import SHARE, WindowChoice, choose_window
 from utils.network import is_loopback
 from worker.plan import Sample, run_window
@@ -35,6 +39,7 @@ LOAD_TIMEOUT_S = 600.0  # Ollama gives up after 5 minutes without progress; an e
 ROUNDS = 2
 
 REMEDIES: dict[type[LLMError], str] = {
+    LLMOutdatedError: "Update Ollama (https://ollama.com/download), or use a newer server.",
     LLMBusyError: "Wait until it is idle; if memory is short, use a smaller model or a smaller OLLAMA_NUM_CTX.",
     LLMTimeoutError: "It accepts connections but does not respond: restart it (systemctl restart ollama).",
     LLMContextError: "Raise OLLAMA_NUM_CTX: the window must hold the instructions, the labels and an answer.",
@@ -99,7 +104,7 @@ async def diagnose_model(
         facts = await client.show(model.name) if is_ollama else ModelFacts()
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
         tested = ModelUnderTest(client, settings, at_most, tell)
-        for finding in _describe(model, facts):
+        for finding in _describe(model, facts, client.target):
             yield finding
         if is_ollama:
             async for finding in _settle_window(tested, sample):
@@ -122,11 +127,15 @@ def _server(settings: Settings, version: str | None, models: list[ServedModel]) 
     local = len(models) - remote
     name = f"Ollama {version}" if version else "The model server"
     refused = f", and {remote} in a cloud, which are refused" if remote else ""
-    sentence = f"{name} answers at {settings.server_url} with {counted(local, 'local model')}{refused}."
-    return ok(sentence, version=version, local_models=local, remote_models=remote)
+    sentence = f"{name} answers at {settings.server_url} with {counted(local, 'local model')}{refused}"
+    numbers = {"version": version, "local_models": local, "remote_models": remote}
+    if is_outdated(version):
+        remedy = "Update it to 0.5.0 or later; 0.12.11 or later has everything that a run uses."
+        return warning(f"{sentence}. This version takes no JSON schema, which every request holds.", remedy, **numbers)
+    return ok(f"{sentence}.", **numbers)
 
 
-def _describe(model: ServedModel, facts: ModelFacts) -> Iterator[Finding]:
+def _describe(model: ServedModel, facts: ModelFacts, target: ChatTarget) -> Iterator[Finding]:
     """Yield what the server knows about the model without loading it."""
     details = [
         facts.parameter_size and f"{facts.parameter_size} parameters",
@@ -144,9 +153,15 @@ def _describe(model: ServedModel, facts: ModelFacts) -> Iterator[Finding]:
         can_think=facts.can_think,
         context_length=facts.context_length,
     )
-    if facts.capabilities and "completion" not in facts.capabilities:
+    if not facts.can_chat:
         yield error(f"{model.name} cannot chat: it is an embedding model.", "Choose another with --model.")
-    if facts.can_think:
+    if target.think_level:
+        sentence = (
+            f"The model cannot be kept from reasoning: every request asks for the least (think: {target.think_level})"
+        )
+        remedy = "Another model answers several times as fast."
+        yield warning(f"{sentence} and leaves room for {target.thinking_tokens} more tokens.", remedy)
+    elif target.disable_thinking:
         yield ok("The model can reason; every request disables that (think: false).")
 
 
@@ -278,6 +293,8 @@ async def _classify(tested: ModelUnderTest) -> Finding:
         outcome = await ollama_classify_async(aggregate_conversation(TEST_DOCUMENT), tested.client, classifier)
     except LLMReplyError as exc:
         sentence = f"Both answers to the test conversation are invalid ({exc.reason}: {exc})."
+        if tested.client.target.think_level and exc.reason in (Reason.CUT_OFF, Reason.EMPTY):
+            return error(sentence, "It thinks until no room is left, and cannot be kept from it: use another model.")
         return error(sentence, "Use a larger model, or one that follows a JSON schema.")
     except LLMError as exc:
         return error(f"The test conversation got no answer: {exc}.", _remedy(exc, tested.settings))

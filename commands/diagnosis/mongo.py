@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from config import Settings
 from domain.text import counted, one_line
 from error_handler import StoreError, StoreForbiddenError
 from mongo_client import RESULT_INDEXES, SOURCE_INDEXES, DocumentStore, selection_filter
+from storage import extended_json
 from storage.extended_json import id_text
 from storage.mongo_errors import translated
 
@@ -20,6 +21,7 @@ KNOWN_STATUSES = frozenset({"pending", "processing", "processed", "failed", "ski
 LOOPBACK = ("127.", "localhost", "[::1]")
 UNIQUE_FIELD = "source_conversation_id"
 MAX_CLOCK_DIFFERENCE_S = 5.0
+OBJECT_IDS_SINCE = datetime(2009, 1, 1, tzinfo=UTC)  # the first release of MongoDB; earlier times are numbers
 
 
 def _switch(default: str, *cases: tuple[dict[str, Any], str]) -> dict[str, Any]:
@@ -182,16 +184,27 @@ async def _documents(store: DocumentStore, settings: Settings) -> AsyncGenerator
         )
 
 
+def _object_id(moment: datetime) -> Any:
+    """Return the least ObjectId of *moment*."""
+    return extended_json.loads(b'{"$oid": "%08x0000000000000000"}' % int(moment.timestamp()))
+
+
+def _is_numbered(object_id: str) -> bool:
+    """Return whether a script counted *object_id* up: a driver draws the five bytes that are zero then."""
+    return object_id[8:18] == "0" * 10 and object_id[18:] != "0" * 6
+
+
 async def _oldest_pending(store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
-    """Report the age of the oldest pending document; only an ObjectId holds a time."""
+    """Report the age of the oldest pending document; only an ObjectId that a driver made holds a time."""
     source = store.database[settings.source_collection]
     pending = selection_filter("pending")
+    first, last = (_object_id(moment) for moment in (OBJECT_IDS_SINCE, datetime.now(UTC) + timedelta(days=1)))
     with translated("find the oldest pending document"):
-        dated = await source.find_one({**pending, "_id": {"$type": "objectId"}}, {"_id": 1}, sort=[("_id", 1)])
+        dated = await source.find_one({**pending, "_id": {"$gte": first, "$lt": last}}, {"_id": 1}, sort=[("_id", 1)])
         found = dated or await source.find_one(pending, {"_id": 1}, sort=[("_id", 1)])
     if not found:
         yield ok("Nothing is pending.")
-    elif not dated:
+    elif not dated or _is_numbered(str(dated["_id"])):
         yield ok(f"The first pending document is {id_text(found['_id'])}; its id contains no time.")
     else:
         created_at = dated["_id"].generation_time

@@ -149,9 +149,11 @@ async def measure(
         levels: list[Level] = []
         stopped = None
         for at_once in levels_up_to(at_most):
-            tell(f"{at_once} at once, {rounds} rounds ...")
+            done = []
             try:
-                done = [await _round(client, settings.llm_timeout_s, at_once) for _ in range(rounds)]
+                for number in range(1, rounds + 1):
+                    tell(f"{at_once} at once, round {number} of {rounds} ...")
+                    done.append(await _round(client, settings.llm_timeout_s, at_once))
             except LLMUnavailableError as exc:
                 if not levels:
                     raise

@@ -367,3 +367,23 @@ async def test_missing_key_is_reported(tiny_model: Path) -> None:
         assert "HTTP 401); check LLM_API_KEY; the server says: Invalid API Key" in found[-1].sentence
         assert "a-wrong-key" not in str(found)
         assert "error" not in levels(await findings(load_settings(None, **given, llm_api_key="a-key-of-the-test"), 1))
+
+
+async def test_model_that_cannot_be_kept_from_thinking_is_named(fake: FakeOllama) -> None:
+    """If its thoughts take all the room, another model is the remedy, not a larger one."""
+    fake.configure(models=[{"name": "gpt-oss:20b", "capabilities": ["completion", "thinking"]}])
+    settings = settings_for(fake, ollama_model="gpt-oss:20b")
+    found = await findings(settings, at_most=1)
+    assert the_one(found, "cannot be kept from reasoning").level == "warning"
+    assert the_one(found, "got valid labels").level == "ok"
+    assert {record["think"] for record in fake.requests() if record["message_count"]} == {"low"}
+    fake.configure(faults=[{"kind": "thinking_only"}])
+    assert "use another model" in the_one(await findings(settings, at_most=1), "are invalid").remedy
+
+
+async def test_ollama_without_schemas_is_named_with_the_version_needed(fake: FakeOllama) -> None:
+    fake.configure(version="0.4.7")
+    found = the_one(await findings(settings_for(fake)), "takes no JSON schema")
+    assert found.level == "warning"
+    assert "0.5.0 or later" in found.remedy
+    assert found.numbers["version"] == "0.4.7"

@@ -396,11 +396,13 @@ def test_load_request_has_the_options_of_a_call_and_no_messages() -> None:
         (500, {"error": "model requires more system memory (9 GiB) than is available (4 GiB)"}, LLMBusyError),
         (404, {"error": "model 'x' not found"}, LLMModelError),
         (200, {"done": True, "done_reason": "unload"}, LLMUnavailableError),
+        (200, {"error": "out of memory"}, LLMUnavailableError),
     ],
 )
-def test_unconfirmed_load_is_an_error(status: int, fields: dict[str, Any], error: type[LLMError]) -> None:
-    """Only ``done_reason: load`` confirms a load."""
-    parse_load_response(TARGET, 200, b'{"message": {"content": ""}, "done": true, "done_reason": "load"}')
+def test_load_that_the_server_denies_is_an_error(status: int, fields: dict[str, Any], error: type[LLMError]) -> None:
+    """Servers that emulate Ollama answer an empty chat like any other, so the reason need not be ``load``."""
+    for reason in ("load", "stop", None):
+        parse_load_response(TARGET, 200, json.dumps({"done": True, "done_reason": reason}).encode())
     with pytest.raises(error):
         parse_load_response(TARGET, status, json.dumps(fields).encode())
 

@@ -285,7 +285,7 @@ def test_show_reports_limit_and_size() -> None:
         "details": {"quantization_level": "Q4_K_M", "parameter_size": "3.2B"},
         "model_info": {"general.architecture": "llama", "llama.context_length": 131072},
     }
-    expected = ModelFacts(frozenset({"completion"}), 131072, "Q4_K_M", "3.2B")
+    expected = ModelFacts(frozenset({"completion"}), 131072, "Q4_K_M", "3.2B", "llama")
     assert parse_show(200, json.dumps(fields).encode()) == expected
     for odd in ({"model_info": [], "details": "?"}, {"model_info": {"llama.context_length": "long"}}):
         assert parse_show(200, json.dumps(odd).encode()) == ModelFacts()

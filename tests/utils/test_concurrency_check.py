@@ -192,3 +192,14 @@ def test_more_at_once_is_not_enough_if_answers_do_not_come_faster() -> None:
 @pytest.mark.parametrize(("at_most", "levels"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
 def test_levels(at_most: int, levels: list[int]) -> None:
     assert levels_up_to(at_most) == levels
+
+
+def test_progress_is_shown_without_a_terminal(fake: FakeOllama) -> None:
+    """On a CPU a measurement takes many minutes, and is told once that it is one."""
+    fake.configure(vram_share=0.0, latency_s=0.0)
+    environment = clean_environment() | {"OLLAMA_ENDPOINT": fake.url, "OLLAMA_MODEL": "llama3.2"}
+    done = run_forked([SCRIPT, "--max", "2", "--rounds", "2"], environment, ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [f"{n} at once, round {k} of 2 ..." in done.stderr for n in (1, 2) for k in (1, 2)] == [True] * 4
+    assert done.stderr.count("runs on the CPU only") == 1
+    assert "at once, round" not in done.stdout

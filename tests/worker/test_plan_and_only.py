@@ -11,6 +11,8 @@ from typing import Any
 import bson
 import pytest
 
+from batch_processor import BatchProcessor
+from config import load_settings
 from config.taxonomy import DEFAULT_TAXONOMY
 from storage import extended_json
 from tests.worker.site import (
@@ -23,6 +25,7 @@ from tests.worker.site import (
     conversation,
     filled,
     key,
+    model_of,
     requests,
     user_message,
 )
@@ -358,3 +361,48 @@ def test_only_stale_leaves_the_retry_queue_of_other_runs_alone(site: Site) -> No
         assert [entry["conversation_id"] for entry in site.entries("retry")] == [4]
     assert site.run("--only", "failed").code == 0
     check_exactly_once(site, documents)
+
+
+def test_one_digest_under_two_names_is_one_model(site: Site) -> None:
+    """Another digest, or another prompt, makes results stale under any name."""
+    filled(site, 3)
+    model_of(site).configure(models=["llama3.2:latest", {"name": "mine", "copy_of": "llama3.2:latest"}])
+    assert site.run().code == 0
+    assert counts(site, OLLAMA_MODEL="mine") == {"done": 3}
+    assert site.run("--only", "stale", OLLAMA_MODEL="mine").code == 0
+    assert {result["processing_metadata"]["model_used"] for result in site.results.find()} == {"llama3.2"}
+    model_of(site).configure(models=["mine"])
+    assert counts(site, OLLAMA_MODEL="mine") == {"stale": 3}
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--only", "stale"), ("--only", "failed"), ("--retry-failed",), ("--only", "new")]
+)
+def test_no_model_is_loaded_without_work(site: Site, flags: tuple[str, ...]) -> None:
+    filled(site, 3)
+    assert site.run().code == 0
+    model_of(site).configure(faults=[{"kind": "unload", "times": 1}])
+    assert site.run(*flags).code == 0
+    assert model_of(site).stats()["load_requests"] == 1
+
+
+@pytest.mark.parametrize("flags", [("--reprocess",), ("--only", "changed"), ("--retry-failed",)])
+def test_model_is_loaded_for_documents_of_every_selection(site: Site, flags: tuple[str, ...]) -> None:
+    filled(site, 3)
+    assert site.run().code == 0
+    edit(site, 1)
+    site.source.insert_one(conversation(9, status="failed"))
+    assert site.run(*flags).code == 0
+    assert model_of(site).stats()["load_requests"] == 2
+
+
+async def test_documents_that_come_later_load_the_model(site: Site) -> None:
+    """As in a continuous run, whose first pass found nothing."""
+    names = {"mongodb_uri": site.uri, "db_name": site.database.name, "batch_files_dir": site.directory}
+    settings = load_settings(dotenv=None, ollama_endpoint=model_of(site).url, ollama_model="llama3.2", **names)
+    async with BatchProcessor(settings) as processor:
+        assert (await processor.run())["documents_processed"] == 0
+        assert model_of(site).stats()["load_requests"] == 0
+        filled(site, 3)
+        assert (await processor.run())["successful"] == 3
+    assert model_of(site).stats()["load_requests"] == 1

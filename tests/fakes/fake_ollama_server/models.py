@@ -15,6 +15,7 @@ class ModelSpec:
 
     name: str
     capabilities: tuple[str, ...] = ("completion", "tools")
+    copy_of: str | None = None  # as after `ollama cp`: the digest is that of this model
     context_length: int = 131072
     template_path: str = "rendered"
     family: str = "llama"
@@ -28,7 +29,7 @@ class ModelSpec:
     @property
     def digest(self) -> str:
         """64 hex digits, the same in every run."""
-        return hashlib.sha256(f"fake-model:{self.name}".encode()).hexdigest()
+        return hashlib.sha256(f"fake-model:{self.copy_of or self.name}".encode()).hexdigest()
 
     @property
     def is_embedding_only(self) -> bool:
