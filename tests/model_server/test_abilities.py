@@ -14,6 +14,7 @@ from config import Settings, load_settings
 from error_handler import ConfigurationError, LLMOutdatedError
 from llm_wrapper import LLMClient
 from llm_wrapper import open_session as open_sync_session
+from model_server import chat
 from model_server.chat import is_outdated, lesson
 from model_server.models import ModelFacts, ServedModel, chat_target, parse_models, parse_show, with_model
 from model_server.protocol import NUM_PREDICT, THINKING_TOKENS, ChatReply, ChatTarget, build_chat_body, plan_fingerprint
