@@ -97,7 +97,8 @@ def models_request(target: ChatTarget, timeout_s: float) -> ServerRequest:
 def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedModel]:
     """Return the models that a server lists. Raises LLMUnavailableError if the answer is not a list of models."""
     if status != 200:
-        raise LLMUnavailableError(f"the model server did not list its models (HTTP {status})")
+        moved = "; it redirects, which is not followed: set the final address" if 300 <= status < 400 else ""
+        raise LLMUnavailableError(f"the model server did not list its models (HTTP {status}){moved}")
     listed, named = ("data", "id") if protocol == "openai_chat" else ("models", "name")
     models = []
     for entry in _entries(body, listed, named):

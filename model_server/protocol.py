@@ -256,7 +256,12 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes) -> None:
         raise LLMBusyError(f"the model server is busy (HTTP {status})")
     if status in (401, 403):
         raise LLMModelError(f"the model server refused the credentials (HTTP {status}); check LLM_API_KEY")
-    if status in (404, 405) or status < 400 or (status == 400 and any(sign in lowered for sign in _MODEL_SIGNS)):
+    if status < 400:
+        raise LLMModelError(
+            f"the model server redirects {target.url} to another address (HTTP {status}), which is not followed because "
+            "customer text would go there; set the final address"
+        )
+    if status in (404, 405) or (status == 400 and any(sign in lowered for sign in _MODEL_SIGNS)):
         raise LLMModelError(
             f"the model server has no model {target.model} for chats at {target.url} (HTTP {status}); "
             "check the model's name and the address"

@@ -20,7 +20,6 @@ import logging
 import re
 import smtplib
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ from error_handler import ConfigurationError, JobConnectionError, JobError, JobV
 from openai_batch.job_config import NotificationConfig
 from openai_batch.ledger import ItemState, Shard
 from utils.network import is_this_machine
+from utils.outgoing import aiohttp_session, problem_of, route_to, trusted_certificates
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Mailbox:
             sent.set_exception(exc)
 
     def _submit(self, message: EmailMessage) -> None:
-        context = ssl.create_default_context()  # smtplib's own accepts every certificate
+        context = trusted_certificates()  # smtplib's own context accepts every certificate
         is_encrypted = self._port == TLS_PORT
         connect = functools.partial(smtplib.SMTP_SSL, context=context) if is_encrypted else smtplib.SMTP
         with connect(self._host, self._port, timeout=TIMEOUT_S) as server:
@@ -219,18 +219,20 @@ class Webhook:
         headers = {"Content-Type": "application/json"}
         if self._secret is not None:
             headers["X-Signature"] = signature(self._secret.get_secret_value(), int(time.time()), body)
+        url, timeout = self._url.get_secret_value(), aiohttp.ClientTimeout(total=TIMEOUT_S)
+        options = route_to(url).options
         connector = aiohttp.TCPConnector(resolver=GuardedResolver(), use_dns_cache=False, force_close=True)
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         try:
             async with (
-                aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
-                session.post(self._url.get_secret_value(), data=body, headers=headers, allow_redirects=False) as answer,
+                aiohttp_session(connector) as session,
+                session.post(url, data=body, headers=headers, timeout=timeout, **options) as answer,
             ):
                 status = answer.status
                 answer.close()
         except (aiohttp.ClientError, OSError, ValueError) as exc:  # a timeout is an OSError
             # Only the class: the error's text holds the URL, and URLs hold tokens.
-            raise JobConnectionError(f"the webhook did not respond ({type(exc).__name__})") from exc
+            known = problem_of(exc, url)  # names the host only
+            raise JobConnectionError(known or f"the webhook did not respond ({type(exc).__name__})") from exc
         if 300 <= status < 500 and status not in _MAY_CHANGE:
             raise JobValidationError(f"the webhook refused it (HTTP {status})")
         if not 200 <= status < 300:

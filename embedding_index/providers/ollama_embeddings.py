@@ -33,6 +33,7 @@ from model_server.models import is_cloud_name, parse_show, show_body
 from model_server.protocol import ServerRequest, count, json_object
 from model_server.tokens import least_tokens
 from utils.network import is_this_machine
+from utils.outgoing import problem_of
 
 MOST_INPUTS = 2048  # Ollama has no limit of its own
 UNKNOWN_CONTEXT = 2048  # tokens, if the server does not tell
@@ -152,7 +153,8 @@ class OllamaProvider:
             ) from exc
         except LLMConnectionError as exc:
             raise ProviderUnavailableError(
-                f"no connection to Ollama at {self._url}; start it (ollama serve) or correct OLLAMA_ENDPOINT"
+                problem_of(exc, self._url)
+                or f"no connection to Ollama at {self._url}; start it (ollama serve) or correct OLLAMA_ENDPOINT"
             ) from exc
         except LLMUnavailableError as exc:
             raise ProviderUnavailableError(

@@ -13,7 +13,6 @@ import importlib.util
 import re
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -36,6 +35,7 @@ from error_handler import (
     UnusableVectorsError,
 )
 from utils.network import is_this_machine
+from utils.outgoing import httpx2_client, problem_of
 
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # prefix of the models whose vectors can be shortened
@@ -80,16 +80,11 @@ class OpenAIProvider:
         self._url = f"{access.base_url.rstrip('/')}/embeddings"
         self._count = openai_counter(index.model) or estimated_tokens
         self._timeout_s = index.timeout_s
-        self._client = httpx2.AsyncClient(
-            headers={
-                "Authorization": f"Bearer {access.api_key.get_secret_value()}",
-                "Content-Type": "application/json",
-            },
+        self._client = httpx2_client(
+            self._url,
+            {"Authorization": f"Bearer {access.api_key.get_secret_value()}", "Content-Type": "application/json"},
             timeout=httpx2.Timeout(index.timeout_s, connect=min(CONNECT_TIMEOUT_S, index.timeout_s)),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),  # as many as there are threads
-            trust_env=self.is_external,  # a proxy of the environment would also be used for loopback
-            follow_redirects=False,  # a redirect would send the texts to another address
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
         self._loop = uvloop.new_event_loop()  # takes a quarter less CPU time for answers of 0.8 MB
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-embeddings", daemon=True)
@@ -143,7 +138,8 @@ class OpenAIProvider:
             raise ProviderUnavailableError("the call to OpenAI was cancelled because the provider was closed") from exc
         except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as exc:
             raise ProviderUnavailableError(
-                f"no complete answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
+                problem_of(exc, self._url)
+                or f"no complete answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
             ) from exc
 
     async def _exchange(self, content: bytes, on_answer: Callable[[], None] | None) -> bytes:
