@@ -31,7 +31,7 @@ from config import Settings, load_taxonomy
 from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
-from storage.files import replace_file
+from storage.files import replace_file, require_replaceable
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions, preview
@@ -88,6 +88,8 @@ def load_command(name: str) -> flags.Command:
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
+    if arguments.output:
+        require_replaceable(arguments.output, "--output")
     async with contextlib.AsyncExitStack() as stack:
         parts: dict[str, Any] = {}
         if arguments.embedded:
