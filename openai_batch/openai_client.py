@@ -25,7 +25,7 @@ from error_handler import (
 from openai_batch.batch_protocol import BatchState, load_json, parse_batch
 from openai_batch.job_config import BatchConfig, OpenAIConfig
 from storage.files import SPACE, explained, open_private, publish
-from utils.outgoing import httpx2_client, problem_of
+from utils.outgoing import certificate_problem, httpx2_client, problem_of
 
 TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
@@ -218,7 +218,10 @@ def translated(what: str) -> Iterator[None]:
     except openai.APIStatusError as exc:
         raise _refusal(what, exc) from exc
     except (openai.APIConnectionError, httpx2.HTTPError) as exc:  # the package does not wrap errors inside a stream
-        known = problem_of(exc, str(exc.request.url)) if isinstance(exc, openai.APIConnectionError) else None
+        url = str(exc.request.url) if isinstance(exc, openai.APIConnectionError) else ""
+        if untrusted := certificate_problem(exc, url):
+            raise ConfigurationError(f"{untrusted}.") from exc
+        known = problem_of(exc, url)
         raise JobConnectionError(
             known or f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL"
         ) from exc

@@ -30,6 +30,10 @@ HEADERS = {"User-Agent": "customer-support-triad"}
 _PLAIN = frozenset(("connection", "accept", "accept-encoding", "content-type", "content-length", "transfer-encoding"))
 _INSIDE = (".localhost", ".local", ".internal", ".intranet", ".lan", ".home.arpa")
 
+# The end of a connection that worked before.
+_BROKEN_OFF = frozenset(
+    {"UNEXPECTED_EOF_WHILE_READING", "APPLICATION_DATA_AFTER_CLOSE_NOTIFY", "DECRYPTION_FAILED_OR_BAD_RECORD_MAC"}
+)
 _EXPIRED, _WRONG_NAMES = 10, (62, 64)  # X509_V_ERR_* of OpenSSL
 
 
@@ -112,33 +116,42 @@ def _resolves_inside(host: str) -> bool:
         return False  # only the proxy can look it up
 
 
-def problem_of(exc: BaseException, url: str) -> str | None:
-    """Return the sentence for a connection to *url* that failed by *exc*, if TLS or a missing proxy explains it."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    origin = f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "")
-    for cause in _causes(exc):  # aiohttp's subclasses of these errors lack their attributes
-        if isinstance(cause, ssl.SSLCertVerificationError) and hasattr(cause, "verify_code"):
-            return _certificate_problem(cause, origin)
-        reason = getattr(cause, "reason", None)
-        if isinstance(cause, ssl.SSLError) and reason and not isinstance(cause, ssl.SSLEOFError):
-            reason = reason.replace("_", " ").lower()
-            return f"no TLS connection to {origin} ({reason}); check the address: http:// is without TLS"
-    if not is_inside(host) and (found := _environment_proxy(parts.scheme, host)):
-        if not _settings().proxy_from_environment:
-            return f"no connection to {origin}; {found[0]} is not used unless PROXY_FROM_ENVIRONMENT=true"
-        return f"no connection to {origin} through the proxy of {found[0]}; check both"
+def certificate_problem(exc: BaseException, url: str) -> str | None:
+    """Return the sentence for a connection to *url* that failed by *exc* because of the certificate; else None."""
+    for cause in _causes(exc):
+        if not isinstance(cause, ssl.SSLCertVerificationError) or not hasattr(cause, "verify_code"):
+            continue  # aiohttp's subclass has no code
+        if cause.verify_code == _EXPIRED:
+            remedy = "renew it"
+        elif cause.verify_code in _WRONG_NAMES:
+            remedy = "use a name that the certificate has"
+        else:
+            remedy = "set SSL_CERT_FILE (or REQUESTS_CA_BUNDLE) to the PEM file of the authority that signed it"
+        return f"the certificate of {_origin(url)} is not trusted ({cause.verify_message.rstrip('.')}); {remedy}"
     return None
 
 
-def _certificate_problem(cause: ssl.SSLCertVerificationError, origin: str) -> str:
-    if cause.verify_code == _EXPIRED:
-        remedy = "renew it"
-    elif cause.verify_code in _WRONG_NAMES:
-        remedy = "use a name that the certificate has"
-    else:
-        remedy = "set SSL_CERT_FILE (or REQUESTS_CA_BUNDLE) to the PEM file of the authority that signed it"
-    return f"the certificate of {origin} is not trusted ({cause.verify_message.rstrip('.')}); {remedy}"
+def problem_of(exc: BaseException, url: str) -> str | None:
+    """Return the sentence for a connection to *url* that failed by *exc*, if TLS or a missing proxy explains it."""
+    if known := certificate_problem(exc, url):
+        return known
+    for cause in _causes(exc):
+        reason = getattr(cause, "reason", None) or ""
+        if isinstance(cause, ssl.SSLError) and reason and reason not in _BROKEN_OFF:
+            reason = reason.replace("_", " ").lower()
+            return f"no TLS connection to {_origin(url)} ({reason}); check the address: http:// is without TLS"
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if not is_inside(host) and (found := _environment_proxy(parts.scheme, host)):
+        if not _settings().proxy_from_environment:
+            return f"no connection to {_origin(url)}; {found[0]} is not used unless PROXY_FROM_ENVIRONMENT=true"
+        return f"no connection to {_origin(url)} through the proxy of {found[0]}; check both"
+    return None
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
 def _causes(exc: BaseException | None) -> Iterator[BaseException]:

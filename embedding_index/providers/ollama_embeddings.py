@@ -33,7 +33,7 @@ from model_server.models import is_cloud_name, parse_show, show_body
 from model_server.protocol import ServerRequest, count, json_object
 from model_server.tokens import least_tokens
 from utils.network import is_this_machine
-from utils.outgoing import problem_of
+from utils.outgoing import certificate_problem, problem_of
 
 MOST_INPUTS = 2048  # Ollama has no limit of its own
 UNKNOWN_CONTEXT = 2048  # tokens, if the server does not tell
@@ -152,6 +152,8 @@ class OllamaProvider:
                 f"Ollama did not answer within {timeout_s:g} s; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
             ) from exc
         except LLMConnectionError as exc:
+            if untrusted := certificate_problem(exc, self._url):
+                raise ConfigurationError(f"{untrusted}.") from exc
             raise ProviderUnavailableError(
                 problem_of(exc, self._url)
                 or f"no connection to Ollama at {self._url}; start it (ollama serve) or correct OLLAMA_ENDPOINT"

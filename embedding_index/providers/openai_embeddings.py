@@ -35,7 +35,7 @@ from error_handler import (
     UnusableVectorsError,
 )
 from utils.network import is_this_machine
-from utils.outgoing import httpx2_client, problem_of
+from utils.outgoing import certificate_problem, httpx2_client, problem_of
 
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # prefix of the models whose vectors can be shortened
@@ -137,6 +137,8 @@ class OpenAIProvider:
         except asyncio.CancelledError as exc:
             raise ProviderUnavailableError("the call to OpenAI was cancelled because the provider was closed") from exc
         except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as exc:
+            if untrusted := certificate_problem(exc, self._url):
+                raise ConfigurationError(f"{untrusted}.") from exc
             raise ProviderUnavailableError(
                 problem_of(exc, self._url)
                 or f"no complete answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
