@@ -13,7 +13,7 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -214,7 +214,7 @@ def httpx2_client(url: str, headers: Mapping[str, str], timeout: Any, limits: An
 
     class Transport(httpx2.AsyncHTTPTransport):
         async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-            # A copy: the openai package reads its own headers again when the answer is there.
+            # A copy, because the openai package reads its own headers again when the answer is there. Cookies stay out, too.
             plain = [(name, value) for name, value in request.headers.items() if name in _PLAIN and name not in told]
             sent = httpx2.Request(
                 request.method,
@@ -235,5 +235,4 @@ def httpx2_client(url: str, headers: Mapping[str, str], timeout: Any, limits: An
         timeout=timeout,
         trust_env=False,
         follow_redirects=False,
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
     )

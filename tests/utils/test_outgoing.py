@@ -12,6 +12,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import certifi
 import pytest
 
 from error_handler import ConfigurationError, TriadError
@@ -154,6 +155,21 @@ def test_name_of_a_private_address_is_asked_directly(proxy: Recorder, monkeypatc
     assert route_to("http://llm.example.com").proxy == proxy.url
 
 
+@pytest.mark.parametrize("host", ["ollama:11434", "gpu.internal", "[fd00::7]:8000"])
+def test_private_name_is_asked_directly_even_if_it_does_not_resolve(
+    host: str, proxy: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that is not up yet must not send its conversations through the proxy."""
+
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setenv("PROXY_FROM_ENVIRONMENT", "true")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert route_to(f"http://{host}").proxy is None
+    assert route_to("http://llm.example.com").proxy == proxy.url
+
+
 @pytest.mark.parametrize(
     ("host", "inside"),
     [
@@ -239,10 +255,20 @@ def test_certificates_of_the_environment_are_trusted(
 
 def test_named_certificates_replace_those_of_the_system(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All variables count together."""
-    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-        monkeypatch.setenv(name, str(certificate))
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     monkeypatch.setenv("SSL_CERT_DIR", str(certificate.parent))
     assert outgoing.trusted_certificates().cert_store_stats()["x509"] == 1
+
+
+def test_certificates_of_requests_itself_are_not_trusted_as_well(
+    server: Recorder, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever names an authority wants no other."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", certifi.where())
+    monkeypatch.setattr("requests.adapters.DEFAULT_CA_BUNDLE_PATH", str(certificate))
+    with pytest.raises(TriadError, match="is not trusted"):
+        CLIENTS["sync"](server.url, tmp_path)
 
 
 def test_unreadable_file_of_certificates_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
