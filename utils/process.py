@@ -93,7 +93,8 @@ def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interru
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=PLAIN)
+            with suppress(OSError):  # its file descriptor was replaced by a terminal
+                stream.reconfigure(errors=PLAIN)
     try:
         return run()
     except TriadError as exc:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import certifi
 import pytest
+from pydantic import SecretStr
 
 from error_handler import ConfigurationError, TriadError
+from openai_batch.notifications import Mailbox, Webhook
 from tests.utils.outgoing_clients import CLIENTS, Call
 from utils import outgoing
 from utils.outgoing import is_inside, problem_of, route_to
@@ -278,6 +280,10 @@ def test_unreadable_file_of_certificates_is_named(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(path))
         with pytest.raises(ConfigurationError, match="REQUESTS_CA_BUNDLE"):
             route_to("https://127.0.0.1")
+        with pytest.raises(ConfigurationError, match="REQUESTS_CA_BUNDLE"):  # at the start, not at a notification
+            Webhook(SecretStr("https://127.0.0.1/hook"), None)
+        with pytest.raises(ConfigurationError, match="REQUESTS_CA_BUNDLE"):
+            Mailbox("a@example.com", "127.0.0.1:465", None, None)
 
 
 def test_other_tls_problems_have_their_sentence(
