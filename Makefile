@@ -8,6 +8,10 @@ PYTHON =
 .DELETE_ON_ERROR:
 .PHONY: help venv run serve index test test-fakes check torture bench clean
 
+# Settings of pip for other places (also in pip.conf) would break the installation into .venv.
+export PIP_USER = 0
+unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN
+
 # Relative, because make cannot handle prerequisites with a space, and the path of a checkout may contain one.
 venv_python = .venv/bin/python
 # Test files with more scenarios: tests marked thorough, and random examples.

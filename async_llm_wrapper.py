@@ -27,6 +27,7 @@ from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, choose_window, warm_up
+from utils.outgoing import aiohttp_session, route_to
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -40,17 +41,8 @@ CHECK_EVERY_S = 10.0  # the longest time that a reload by another client goes un
 
 
 def open_session(max_concurrent: int) -> aiohttp.ClientSession:
-    """Return a session for one model server. The caller closes it.
-
-    It has no cookies, no proxy from the environment (which would also apply to loopback), and no decompression (which
-    would hide the size of a body).
-    """
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=max_concurrent + 2, keepalive_timeout=60),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=False,
-        auto_decompress=False,
-    )
+    """Return a session for one model server; see utils.outgoing. The caller closes it."""
+    return aiohttp_session(aiohttp.TCPConnector(limit=max_concurrent + 2, keepalive_timeout=60))
 
 
 class AsyncLLMClient:
@@ -75,6 +67,7 @@ class AsyncLLMClient:
         )
         self._settings = settings
         self._session = session
+        self._route = route_to(target.server_url)
         self._limit = limit
         self._on_answer = on_answer
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
@@ -164,7 +157,7 @@ class AsyncLLMClient:
                 data=request.body,
                 headers=self._headers(),
                 timeout=aiohttp.ClientTimeout(total=request.timeout_s, sock_connect=CONNECT_TIMEOUT_S),
-                allow_redirects=False,
+                **self._route.options,
             ) as response:
                 return response.status, await _read_bounded(response)
         except aiohttp.ConnectionTimeoutError as exc:

@@ -33,7 +33,7 @@ from domain.text import counted
 from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
-from storage.files import replace_file
+from storage.files import replace_file, require_replaceable
 from storage.mongo_errors import translated
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from worker.checkpoint import RunStats
@@ -91,6 +91,8 @@ def load_command(name: str) -> flags.Command:
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
+    if arguments.output:
+        require_replaceable(arguments.output, "--output")
     async with contextlib.AsyncExitStack() as stack:
         parts: dict[str, Any] = {}
         by_baseline = 0

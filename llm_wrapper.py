@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import requests
 import tenacity
@@ -26,6 +27,7 @@ from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, warm_up
+from utils.outgoing import Route, requests_session, route_to
 from utils.retry_utils import RetryPolicy, tenacity_options
 
 CONNECT_TIMEOUT_S = 5.0
@@ -82,18 +84,48 @@ class _TLSPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _TLSConnection
 
 
-def open_session() -> requests.Session:
-    """Return a session for one model server, whose timeouts limit whole answers. The caller closes it.
+POOLS = {"http": _Pool, "https": _TLSPool}
 
-    It ignores proxies and credentials of the environment, which would also apply to loopback.
-    """
-    session = requests.Session()
-    session.trust_env = False
-    adapter = HTTPAdapter()
-    adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    return session
+
+class _Adapter(HTTPAdapter):
+    """Sends each request on the route to its server."""
+
+    def __init__(self) -> None:
+        self._routes: dict[str, Route] = {}
+        super().__init__()
+        self.poolmanager.pool_classes_by_scheme = POOLS
+
+    def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
+        proxy = self._route(request).proxy
+        options["proxies"] = {"http": proxy, "https": proxy} if proxy else {}
+        return super().send(request, *arguments, **options)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **options)
+        manager.pool_classes_by_scheme = POOLS
+        return manager
+
+    def build_connection_pool_key_attributes(
+        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
+    ) -> Any:
+        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
+        tls = self._route(request).tls
+        return host, (pool | {"ssl_context": tls} if tls else pool)
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave the certificates to the context of the route; those of requests itself would be trusted as well."""
+
+    def _route(self, request: requests.PreparedRequest) -> Route:
+        parts = urlsplit(request.url or "")
+        origin = f"{parts.scheme}://{parts.netloc}"
+        if origin not in self._routes:
+            self._routes[origin] = route_to(origin)
+        return self._routes[origin]
+
+
+def open_session() -> requests.Session:
+    """Return a session whose timeouts limit whole answers; see utils.outgoing. The caller closes it."""
+    return requests_session(_Adapter())
 
 
 def exchange(

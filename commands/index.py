@@ -9,6 +9,7 @@ from pathlib import Path
 from commands.flags import Command, dollars, positive
 from config import Settings
 from error_handler import ConfigurationError
+from storage.files import require_replaceable
 
 NEEDED = ("numpy", "chromadb", "sqlalchemy")
 
@@ -84,10 +85,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     for sentence, is_so in useless.items():
         if is_so:
             raise ConfigurationError(f"{sentence}.")
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise ConfigurationError(
-            f"--output {arguments.output}: the folder does not exist; create it, or name another file."
-        )
+    if arguments.output is not None:
+        require_replaceable(arguments.output, "--output")
 
 
 COMMAND = Command(

@@ -133,10 +133,11 @@ def known_environment_names() -> frozenset[str]:
     """Return every environment variable that this product reads."""
     # Imported late, because creating a settings class takes milliseconds of each start; only a .env needs all names.
     from config.index_settings import IndexSettings  # noqa: PLC0415
+    from config.network_settings import NetworkSettings  # noqa: PLC0415
     from config.openai_settings import OpenAISettings  # noqa: PLC0415
     from config.service_settings import ServiceSettings  # noqa: PLC0415
 
-    classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings)
+    classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings, NetworkSettings)
     return frozenset(name for one in classes for field in one.model_fields for name in variables_of(one, field))
 
 

@@ -31,6 +31,9 @@ SAMPLES = Path(__file__).parent.parent / "data" / "sample_conversations.jsonl"
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 CSV_SUFFIXES = frozenset({".csv", ".tsv"})
 DELIMITERS = ",;\t|"
+MOST_CHARACTERS = (
+    16 * 1024 * 1024
+)  # of a CSV cell: MongoDB stores no more, and a missing quote must not fill the memory
 
 TWCS_COLUMNS = ("tweet_id", "author_id", "inbound", "created_at", "text", "in_response_to_tweet_id")
 MESSAGE_COLUMNS = ("conversation_number", "sender", "text")
@@ -114,6 +117,7 @@ def _read_json(path: Path, file: BinaryIO) -> Iterator[Document]:
 
 
 def _read_csv(path: Path, file: BinaryIO) -> Iterator[Document]:
+    csv.field_size_limit(MOST_CHARACTERS)  # of the whole process; Python's own limit is 131,072
     lines = (_decoded(path, line, number) for number, line in enumerate(_without_bom(file), 1))
     first = next(lines, "")
     reader = csv.reader(itertools.chain([first], lines), delimiter=max(DELIMITERS, key=first.count), strict=True)
@@ -278,6 +282,11 @@ def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
                 yield start, row
             start = reader.line_num + 1
     except csv.Error as exc:
+        if "field limit" in str(exc):
+            raise ConfigurationError(
+                f"{path}, the row from line {start}: a value has more than {MOST_CHARACTERS:,} characters, which MongoDB cannot "
+                "store; shorten it, or add its closing quote if that is missing."
+            ) from exc
         raise ConfigurationError(
             f"{path}, the row from line {start}: expected CSV with texts in double quotes, and quotes inside them doubled."
         ) from exc

@@ -24,7 +24,7 @@ from model_server.protocol import (
     refuses_logprobs,
 )
 from model_server.refusals import refused_fields, refuses_system_role
-from utils.network import failed_handshake
+from utils.outgoing import problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -184,8 +184,8 @@ def connection_error(target: ChatTarget, exc: BaseException, *, was_made: bool) 
     """Return the error for a connection that was refused or, if it *was_made*, reset or cut off by *exc*."""
     is_ollama, server = target.protocol != "openai_chat", f"the model server at {target.server_url}"
     setting = "OLLAMA_ENDPOINT" if is_ollama else "LLM_API_URL"
-    if (sentence := failed_handshake(server, exc, setting)) is not None:
-        return LLMConnectionError(sentence)
+    if (known := problem_of(exc, target.server_url)) is not None:
+        return LLMConnectionError(known)
     if was_made:
         return LLMConnectionError(f"{server} closed the connection before its answer was complete; its log may say why")
     return LLMAbsentError(f"no connection to {server}; start it{' (ollama serve)' * is_ollama} or correct {setting}")

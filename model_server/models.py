@@ -131,8 +131,9 @@ def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedMod
     """Return the models that a server lists. Raises LLMUnavailableError if the answer is not a list of models."""
     if status != 200:
         key = "; check LLM_API_KEY" if status in (401, 403) and protocol == "openai_chat" else ""
+        moved = "; it redirects, which is not followed: set the final address" if 300 <= status < 400 else ""
         said = server_reason(body) or SEE_LOG
-        raise LLMUnavailableError(f"the model server did not list its models (HTTP {status}){key}{said}")
+        raise LLMUnavailableError(f"the model server did not list its models (HTTP {status}){key}{moved}{said}")
     listed, named = ("data", "id") if protocol == "openai_chat" else ("models", "name")
     models = []
     for entry in _entries(json_object(body), listed, named):

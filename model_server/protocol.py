@@ -349,7 +349,12 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes, messages: Se
     if status in (401, 403):
         wrong = "refused the key" if target.api_key else "requires a key"
         raise LLMModelError(f"the model server {wrong} (HTTP {status}); check LLM_API_KEY{said}")
-    if status in (404, 405) or status < 400 or (status == 400 and any(sign in lowered for sign in _MODEL_SIGNS)):
+    if status < 400:
+        raise LLMModelError(
+            f"the model server redirects {target.url} to another address (HTTP {status}), which is not followed because "
+            "customer text would go there; set the final address"
+        )
+    if status in (404, 405) or (status == 400 and any(sign in lowered for sign in _MODEL_SIGNS)):
         raise LLMModelError(
             f"the model server has no model {target.model} for chats at {target.url} (HTTP {status}); "
             f"check the model's name and the address{said}"

@@ -20,7 +20,6 @@ import logging
 import re
 import smtplib
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ from error_handler import ConfigurationError, JobConnectionError, JobError, JobV
 from openai_batch.job_config import NotificationConfig
 from openai_batch.ledger import ItemState, Shard
 from utils.network import is_this_machine
+from utils.outgoing import aiohttp_session, problem_of, route_to, trusted_certificates
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Mailbox:
     def __init__(self, to: str, server: str | None, login: SecretStr | None, sender: str | None) -> None:
         """*server* is host:port, *login* user:password; *sender* None means the recipient.
 
-        Raises ConfigurationError if one of them is malformed, or *server* is None.
+        Raises ConfigurationError if one of them is malformed, *server* is None, or SSL_CERT_FILE cannot be read.
         """
         found = _SERVER.fullmatch(server or "")
         if found is None or not 0 < int(found[2]) < 65536:
@@ -146,6 +146,7 @@ class Mailbox:
         self._to = _mail_address("NOTIFICATION_EMAIL", to)
         self._from = _mail_address("SMTP_FROM", sender or to)
         self._login = login
+        self._tls = trusted_certificates()  # smtplib's own context accepts every certificate
 
     async def send(self, payload: Payload) -> None:
         """Send *payload*, one line per entry; raise JobConnectionError if that takes longer than MAIL_TIMEOUT_S."""
@@ -172,13 +173,12 @@ class Mailbox:
             sent.set_exception(exc)
 
     def _submit(self, message: EmailMessage) -> None:
-        context = ssl.create_default_context()  # smtplib's own accepts every certificate
         is_encrypted = self._port == TLS_PORT
-        connect = functools.partial(smtplib.SMTP_SSL, context=context) if is_encrypted else smtplib.SMTP
+        connect = functools.partial(smtplib.SMTP_SSL, context=self._tls) if is_encrypted else smtplib.SMTP
         with connect(self._host, self._port, timeout=TIMEOUT_S) as server:
             server.ehlo()
             if not is_encrypted and server.has_extn("starttls"):
-                server.starttls(context=context)
+                server.starttls(context=self._tls)
                 is_encrypted = True
             if self._login is not None:
                 if not is_encrypted and not is_this_machine(self._host):
@@ -208,6 +208,7 @@ class Webhook:
         """Check *url*; raise ConfigurationError if it is malformed or not allowed."""
         require_webhook(url.get_secret_value())
         self._url, self._secret = url, secret
+        self._options = route_to(url.get_secret_value()).options
 
     async def send(self, payload: Payload) -> None:
         """Post *payload* as JSON.
@@ -219,18 +220,19 @@ class Webhook:
         headers = {"Content-Type": "application/json"}
         if self._secret is not None:
             headers["X-Signature"] = signature(self._secret.get_secret_value(), int(time.time()), body)
+        url, timeout = self._url.get_secret_value(), aiohttp.ClientTimeout(total=TIMEOUT_S)
         connector = aiohttp.TCPConnector(resolver=GuardedResolver(), use_dns_cache=False, force_close=True)
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         try:
             async with (
-                aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session,
-                session.post(self._url.get_secret_value(), data=body, headers=headers, allow_redirects=False) as answer,
+                aiohttp_session(connector) as session,
+                session.post(url, data=body, headers=headers, timeout=timeout, **self._options) as answer,
             ):
                 status = answer.status
                 answer.close()
         except (aiohttp.ClientError, OSError, ValueError) as exc:  # a timeout is an OSError
             # Only the class: the error's text holds the URL, and URLs hold tokens.
-            raise JobConnectionError(f"the webhook did not respond ({type(exc).__name__})") from exc
+            known = problem_of(exc, url)  # names the host only
+            raise JobConnectionError(known or f"the webhook did not respond ({type(exc).__name__})") from exc
         if 300 <= status < 500 and status not in _MAY_CHANGE:
             raise JobValidationError(f"the webhook refused it (HTTP {status})")
         if not 200 <= status < 300:

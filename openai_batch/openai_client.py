@@ -26,7 +26,7 @@ from error_handler import (
 from openai_batch.batch_protocol import BatchState, load_json, parse_batch, request_texts
 from openai_batch.job_config import BatchConfig, OpenAIConfig
 from storage.files import SPACE, explained, open_private, publish
-from utils.network import failed_handshake
+from utils.outgoing import certificate_problem, httpx2_client, problem_of
 
 TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0
@@ -60,8 +60,13 @@ class OpenAIFiles:
         if config.api_key is None:
             raise ConfigurationError("OPENAI_API_KEY is not set; set it, because the Batch API needs a key.")
         self._batch = batch
+        key = config.api_key.get_secret_value()
         self._client = openai.AsyncOpenAI(
-            api_key=config.api_key.get_secret_value(), base_url=config.base_url, timeout=TIMEOUT_S, max_retries=3
+            api_key=key,
+            base_url=config.base_url,
+            timeout=TIMEOUT_S,
+            max_retries=3,
+            http_client=httpx2_client(config.base_url, {"Authorization": f"Bearer {key}"}, TIMEOUT_S),
         )
         self._once = self._client.with_options(max_retries=0)
 
@@ -216,9 +221,12 @@ def translated(what: str, sent: Path | None = None) -> Iterator[None]:
     except openai.APIStatusError as exc:
         raise _refusal(what, exc, _reason(exc, sent)) from exc
     except (openai.APIConnectionError, httpx2.HTTPError) as exc:  # the package does not wrap errors inside a stream
+        url = str(exc.request.url) if isinstance(exc, openai.APIConnectionError) else ""
+        if untrusted := certificate_problem(exc, url):
+            raise ConfigurationError(f"{untrusted}.") from exc
+        known = problem_of(exc, url)
         raise JobConnectionError(
-            failed_handshake(f"OpenAI ({what})", exc, "OPENAI_BASE_URL")
-            or f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL"
+            known or f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL"
         ) from exc
     except openai.OpenAIError as exc:
         raise JobConnectionError(f"OpenAI sent a malformed response ({what}, {type(exc).__name__})") from exc
@@ -236,7 +244,14 @@ def _reason(exc: openai.APIStatusError, sent: Path | None) -> str:
     return reason_given(exc.response.content, sent, key)
 
 
-def _refusal(what: str, exc: openai.APIStatusError, said: str) -> JobConnectionError | JobValidationError:
+def _refusal(
+    what: str, exc: openai.APIStatusError, said: str
+) -> JobConnectionError | JobValidationError | ConfigurationError:
+    if exc.status_code < 400:
+        return ConfigurationError(
+            f"the server redirects to another address ({what}, HTTP {exc.status_code}), which is not followed because texts "
+            "would go there; set OPENAI_BASE_URL to the final address."
+        )
     if isinstance(exc, openai.ConflictError):
         return EndedError(f"OpenAI reports a conflict ({what}, HTTP 409){said}")
     if isinstance(exc, openai.InternalServerError):

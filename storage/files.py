@@ -7,6 +7,8 @@ full or a folder does not allow a change, StateDirectoryError names the file and
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -24,6 +26,13 @@ Event = Literal["started", "asked", "released", "answered", "skipped", "failed"]
 
 MAX_DEATHS_PROCESSING = 2  # crashes while the process worked on this document
 MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly not its fault
+
+logger = logging.getLogger(__name__)
+
+# What file systems of a network answer, and those of FUSE that have no such call.
+_CANNOT_SYNC = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
+
+_warned_devices: set[int] = set()
 
 SPACE = "free space or fix the permissions"
 
@@ -78,12 +87,40 @@ def move_file(path: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames and removals in *folder* durable."""
+    """Make the renames and removals in *folder* durable, if its file system can; warn once if it cannot."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as exc:
+        if exc.errno not in _CANNOT_SYNC:
+            raise
+        _warn_once(folder, os.fstat(handle).st_dev)
     finally:
         os.close(handle)
+
+
+def _warn_once(folder: Path, device: int) -> None:
+    if device not in _warned_devices:
+        _warned_devices.add(device)
+        logger.warning(
+            "the file system of %s cannot sync folders (as CIFS and sshfs); after a power cut the last files may be missing, "
+            "and the next run repeats their documents",
+            folder,
+        )
+
+
+def require_replaceable(path: Path, name: str) -> None:
+    """Check that ``replace_file`` can write *path*, which the flag *name* gave, before work depends on it.
+
+    Raises:
+        StateDirectoryError: *path* is no regular file, or its folder is missing or does not allow new files.
+    """
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise StateDirectoryError(f"{name} {path} is not a file; name a file, which may be a new one.")
+    with explained(f"{name} {path} cannot be written", "create the folder, or name another file"):
+        probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        open_private(probe).close()
+        probe.unlink()
 
 
 def remove_file(path: Path) -> None:

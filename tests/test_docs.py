@@ -11,6 +11,7 @@ from cli import COMMANDS, load_command
 from commands.flags import MONITORING, PRESETS, create_command_parser, create_parser
 from config.index_settings import IndexSettings
 from config.loading import variables_of
+from config.network_settings import NetworkSettings
 from config.openai_settings import OpenAISettings
 from config.service_settings import ServiceSettings
 from config.settings import Settings, known_environment_names
@@ -66,7 +67,7 @@ def test_the_example_holds_the_defaults() -> None:
         if not line or line.startswith("#"):
             continue
         name, _, value = line.partition("=")
-        classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings)
+        classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings, NetworkSettings)
         fields = {n: f for one in classes for key, f in one.model_fields.items() for n in variables_of(one, key)}
         default = fields[name].default
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default

@@ -39,9 +39,9 @@ OWNERS = {
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {"async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
+    "aiohttp": {"utils.outgoing", "async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
     # of the model server, for chat and for embeddings
-    "requests": {"llm_wrapper"},
+    "requests": {"llm_wrapper", "utils.outgoing"},
     "urllib3": {"llm_wrapper"},
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"embedded.baseline"},
@@ -52,13 +52,14 @@ OWNERS = {
         "config.service_settings",
         "config.openai_settings",
         "config.index_settings",
+        "config.network_settings",
         "config.loading",
     },
     "filelock": {"storage.files"},
     "croniter": {"commands.flags"},
     "openai": {"openai_batch.openai_client"},
     # the openai package is built on it
-    "httpx2": {"openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
+    "httpx2": {"utils.outgoing", "openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     "chromadb": {"embedding_index.search_graph"},
     "sqlalchemy": {"database_docs.introspection"},
     "bpe_openai": {"embedding_index.providers.openai_embeddings"},

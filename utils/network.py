@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import ssl
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from error_handler import ConfigurationError
@@ -44,28 +42,3 @@ def is_this_machine(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def failed_handshake(server: str, exc: BaseException, setting: str) -> str | None:
-    """Return the sentence for a failed connection to *server* if *exc* comes from DNS or TLS, else None.
-
-    *setting* is the name of the setting that holds the address.
-    """
-    for cause in reversed([*_causes(exc)]):  # the first one knows more than the errors of libraries around it
-        if isinstance(cause, socket.gaierror):
-            return f"the name of {server} cannot be resolved (DNS); correct {setting}, or check the network"
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            why = getattr(cause, "verify_message", "") or "verification failed"
-            return f"the certificate of {server} is not trusted ({why}); name its CA in SSL_CERT_FILE, or correct {setting}"
-        if isinstance(cause, ssl.SSLError):
-            why = (getattr(cause, "reason", "") or "handshake failed").replace("_", " ").lower()
-            return f"no TLS with {server} ({why}); if it does not speak https, correct {setting}"
-    return None
-
-
-def _causes(exc: BaseException) -> Iterator[BaseException]:
-    """Yield *exc* and the exceptions that led to it."""
-    cause: BaseException | None = exc
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__

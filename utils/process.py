@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import gc
+import io
+import json
 import logging
 import os
 import signal
@@ -21,6 +24,21 @@ logger = logging.getLogger(__name__)
 N = TypeVar("N", int, float)
 
 HARD_STOP_S = 1.5  # a second signal ends the process within this time, even if something hangs
+
+
+PLAIN = "triad-plain"
+_PLAIN_FORMS = {"\N{FULL BLOCK}": "#", "\N{HORIZONTAL ELLIPSIS}": "..."}
+
+
+def _plain_characters(exc: UnicodeError) -> tuple[str, int]:
+    """Replace what a terminal cannot show: blocks by #, other characters by their JSON escapes. An error handler of codecs."""
+    if not isinstance(exc, UnicodeEncodeError):
+        raise exc
+    text = exc.object[exc.start : exc.end]
+    return "".join(_PLAIN_FORMS.get(character) or json.dumps(character)[1:-1] for character in text), exc.end
+
+
+codecs.register_error(PLAIN, _plain_characters)
 
 
 def end_soon() -> None:
@@ -70,8 +88,13 @@ def print_error(program: str, sentence: str, *, verbose: bool) -> None:
 def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interrupted: str = "Interrupted.") -> int:
     """Return the exit code of *run*, or that of the TriadError it raised, after printing it.
 
+    From now on stdout and stderr take every character, also if the terminal or the locale is not UTF-8.
     *interrupted* is the message for Ctrl-C. Other exceptions propagate.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # its file descriptor was replaced by a terminal
+                stream.reconfigure(errors=PLAIN)
     try:
         return run()
     except TriadError as exc:

@@ -34,7 +34,8 @@ from llm_wrapper import exchange, open_session
 from model_server.models import is_cloud_name, parse_show, show_body
 from model_server.protocol import SEE_LOG, ServerRequest, count, json_object
 from model_server.tokens import least_tokens
-from utils.network import failed_handshake, is_this_machine
+from utils.network import is_this_machine
+from utils.outgoing import certificate_problem, problem_of
 
 MOST_INPUTS = 2048  # Ollama has no limit of its own
 UNKNOWN_CONTEXT = 2048  # tokens, if the server does not tell
@@ -153,7 +154,9 @@ class OllamaProvider:
                 f"Ollama did not answer within {timeout_s:g} s; raise EMBEDDING_TIMEOUT_S or lower EMBEDDING_BATCH_SIZE"
             ) from exc
         except LLMConnectionError as exc:
-            problem = failed_handshake(f"Ollama at {self._url}", exc, "OLLAMA_ENDPOINT")
+            if untrusted := certificate_problem(exc, self._url):
+                raise ConfigurationError(f"{untrusted}.") from exc
+            problem = problem_of(exc, self._url)
             if problem is None and not isinstance(exc, LLMAbsentError):
                 problem = f"Ollama at {self._url} closed the connection before its answer was complete; check OLLAMA_ENDPOINT and its log"
             raise ProviderUnavailableError(

@@ -13,7 +13,6 @@ import importlib.util
 import re
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -36,7 +35,8 @@ from error_handler import (
     ProviderUnavailableError,
     UnusableVectorsError,
 )
-from utils.network import failed_handshake, is_this_machine
+from utils.network import is_this_machine
+from utils.outgoing import certificate_problem, httpx2_client, problem_of
 
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # prefix of the models whose vectors can be shortened
@@ -82,16 +82,11 @@ class OpenAIProvider:
         self._url = f"{access.base_url.rstrip('/')}/embeddings"
         self._count = openai_counter(index.model) or estimated_tokens
         self._timeout_s = index.timeout_s
-        self._client = httpx2.AsyncClient(
-            headers={
-                "Authorization": f"Bearer {self._key}",
-                "Content-Type": "application/json",
-            },
+        self._client = httpx2_client(
+            self._url,
+            {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
             timeout=httpx2.Timeout(index.timeout_s, connect=min(CONNECT_TIMEOUT_S, index.timeout_s)),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),  # as many as there are threads
-            trust_env=self.is_external,  # a proxy of the environment would also be used for loopback
-            follow_redirects=False,  # a redirect would send the texts to another address
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
         self._loop = uvloop.new_event_loop()  # takes a quarter less CPU time for answers of 0.8 MB
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-embeddings", daemon=True)
@@ -144,8 +139,10 @@ class OpenAIProvider:
         except asyncio.CancelledError as exc:
             raise ProviderUnavailableError("the call to OpenAI was cancelled because the provider was closed") from exc
         except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as exc:
+            if untrusted := certificate_problem(exc, self._url):
+                raise ConfigurationError(f"{untrusted}.") from exc
             raise ProviderUnavailableError(
-                failed_handshake(f"OpenAI at {urlsplit(self._url).netloc.rpartition('@')[2]}", exc, "OPENAI_BASE_URL")
+                problem_of(exc, self._url)
                 or f"no complete answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
             ) from exc
 

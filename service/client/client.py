@@ -19,6 +19,7 @@ from error_handler import ExitCode, RequestError, RunInterruptedError, TriadErro
 from logger import configure_logging
 from service.client import protocol
 from service.client.protocol import ServiceRequest, ServiceTarget, service_target
+from utils.outgoing import aiohttp_session, problem_of, route_to
 from utils.process import exit_code_of, number_between
 from utils.retry_utils import RetryPolicy
 
@@ -89,17 +90,8 @@ class Pace:
 
 
 def open_session(concurrency: int) -> aiohttp.ClientSession:
-    """Return a session for one service; the caller closes it.
-
-    No cookies, no proxy from the environment (it would apply to loopback), no compression (it hides the size).
-    """
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=concurrency),
-        headers={"Accept-Encoding": "identity"},
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=False,
-        auto_decompress=False,
-    )
+    """Return a session for one service; see utils.outgoing. The caller closes it."""
+    return aiohttp_session(aiohttp.TCPConnector(limit=concurrency))
 
 
 class ServiceClient:
@@ -111,6 +103,7 @@ class ServiceClient:
         """*timeout_s* limits one attempt; *policy* sets the number of attempts and the waits between them."""
         self._target = target
         self._session = session
+        self._route = route_to(target.url)
         self._pace = pace
         self._policy = policy
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(timeout_s, CONNECT_TIMEOUT_S))
@@ -162,7 +155,7 @@ class ServiceClient:
         url = f"{self._target.url}/classify"
         try:
             async with self._session.post(
-                url, data=request.body, headers=headers, timeout=self._timeout, allow_redirects=False
+                url, data=request.body, headers=headers, timeout=self._timeout, **self._route.options
             ) as response:
                 delay_s = protocol.parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
                 return protocol.parse_answer(request, response.status, await _read_bounded(response), delay_s)
@@ -170,7 +163,8 @@ class ServiceClient:
             if isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ConnectionTimeoutError):
                 raise ServiceTimeoutError("The service did not answer within --timeout.") from exc
             raise ServiceAwayError(
-                f"No service answers at {self._target.url}; start it (make serve) or correct --url."
+                problem_of(exc, self._target.url)
+                or f"No service answers at {self._target.url}; start it (make serve) or correct --url."
             ) from exc
 
 

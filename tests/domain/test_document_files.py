@@ -14,6 +14,7 @@ import pytest
 from bson import Int64, ObjectId
 
 from aggregator import aggregate_conversation
+from domain import document_files
 from domain.document_files import read_documents
 from error_handler import ConfigurationError
 
@@ -349,6 +350,29 @@ def test_a_file_can_be_read_in_part_and_by_several_threads(write: Write) -> None
 )
 def test_what_is_wrong_is_named_by_its_line(write: Write, name: str, content: str | bytes, expected: str) -> None:
     assert expected in error_of(write(name, content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'text\n"{0}"\n',
+        'conversation_number,sender,text\n1,customer,"{0}"\n',
+        TWCS_HEADER + "\n1,c,True,,{0},,\n",
+        'id;text\n1;"\n{0}"\n',
+    ],
+)
+def test_long_csv_value_is_read_whole(write: Write, content: str) -> None:
+    """Python's own limit is 131,072 characters."""
+    (document,) = read_documents(write("a.csv", content.format("ab" * 200_000)))
+    assert "ab" * 200_000 in aggregate_conversation(document).turns[0].text
+
+
+def test_csv_value_above_the_limit_names_both_causes(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing quote makes one value of the rest of the file."""
+    monkeypatch.setattr(document_files, "MOST_CHARACTERS", 200_000)
+    said = error_of(write("a.csv", f'text\nok\n"{SECRET}\n' + "more\n" * 50_000))
+    assert "the row from line 3: a value has more than 200,000 characters" in said
+    assert "closing quote" in said
 
 
 def test_documents_before_the_wrong_line_were_yielded(write: Write) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from error_handler import ErrorClass, StateDirectoryError
 from storage import files as atomic_file
-from storage.files import move_file, remove_file, replace_file, sync_folder
+from storage.files import move_file, remove_file, replace_file, require_replaceable, sync_folder
 
 CALLS = ("open", "fsync", "replace", "rename", "close")
 
@@ -214,3 +215,59 @@ def test_sync_folder_wants_a_folder(folder: Path) -> None:
     with pytest.raises(NotADirectoryError):
         sync_folder(folder / "file")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF])
+def test_folder_that_cannot_be_synced_is_warned_of_once(
+    folder: Path, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CIFS and sshfs answer so; files are written all the same."""
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(atomic_file, "_warned_devices", set())
+    (folder / "sub").mkdir()
+    replace_file(folder / "file", b"1")
+    replace_file(folder / "file", b"2")
+    move_file(folder / "file", folder / "sub/file")
+    assert (folder / "sub/file").read_bytes() == b"2"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(folder) in caplog.text
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_folder_that_fails_is_an_error(folder: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken disk is not a file system without the call."""
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StateDirectoryError):
+        replace_file(folder / "file", b"1")
+
+
+def test_output_file_is_checked_and_left_alone(folder: Path) -> None:
+    """New and old files pass; nothing is created or emptied."""
+    (folder / "old.json").write_bytes(b"{}")
+    require_replaceable(folder / "old.json", "--output")
+    require_replaceable(folder / "new.json", "--output")
+    assert [path.name for path in folder.iterdir()] == ["old.json"]
+    assert (folder / "old.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("name", ["missing/run.json", ".", "pipe", "old.json/run.json", "/dev/null"])
+def test_output_that_cannot_be_written_is_named(folder: Path, name: str) -> None:
+    """A pipe or a device would be replaced by a file."""
+    (folder / "old.json").write_bytes(b"{}")
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(StateDirectoryError, match="--output"):
+        require_replaceable(folder / name, "--output")

@@ -1,0 +1,34 @@
+"""Settings of outgoing connections: proxies and trusted certificates."""
+
+from __future__ import annotations
+
+import urllib.request
+from functools import partial
+
+from pydantic_settings import BaseSettings
+
+from config.loading import SETTINGS_CONFIG, load_part
+
+
+class NetworkSettings(BaseSettings):
+    """The settings of every HTTP client; ``.env.example`` explains each."""
+
+    model_config = SETTINGS_CONFIG
+
+    proxy_from_environment: bool = False
+    ssl_cert_file: str | None = None
+    ssl_cert_dir: str | None = None
+    requests_ca_bundle: str | None = None
+
+
+def environment_proxy(scheme: str, host: str) -> tuple[str, str] | None:
+    """Return the variable that names a proxy for *host*, and the proxy's address; None if there is none (NO_PROXY)."""
+    proxies = urllib.request.getproxies_environment()
+    for kind in (scheme, "all"):
+        if address := proxies.get(kind):
+            bypass = urllib.request.proxy_bypass_environment(host, proxies)  # type: ignore[attr-defined]
+            return None if bypass else (f"{kind.upper()}_PROXY", address if "://" in address else f"http://{address}")
+    return None
+
+
+load_network_settings = partial(load_part, NetworkSettings)

@@ -1,0 +1,31 @@
+"""The Makefile installs into .venv, whatever pip is told for other places."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAND_IN = """#!/bin/sh
+case "$*" in *install*) echo "user=$PIP_USER target=$PIP_TARGET prefix=$PIP_PREFIX root=$PIP_ROOT" >> seen;; esac
+"""
+
+
+@pytest.mark.parametrize("name", ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"])
+def test_settings_of_pip_do_not_redirect_the_installation(name: str, tmp_path: Path) -> None:
+    """A stand-in for the interpreter of .venv records what pip would see; PIP_USER=0 also overrules pip.conf."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    for file in ("Makefile", "requirements.txt", "requirements-embedded.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    environment = os.environ | {name: "1"}
+    subprocess.run(["make", "venv"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert set((tmp_path / "seen").read_text().splitlines()) == {"user=0 target= prefix= root="}
