@@ -90,16 +90,14 @@ class ChatTarget:
 
     @property
     def thinking_tokens(self) -> int:
-        """The room for thoughts, beside that for the answer."""
+        """The room for thoughts."""
         return THINKING_TOKENS if self.think_level else 0
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of each request. They refuse compression, which would hide the size of an answer."""
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        return headers
+        """Headers of each request."""
+        key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return {"Content-Type": "application/json", **key}
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,9 +373,8 @@ def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes)
     The window is left out: each run chooses it, and a result says if its conversation was truncated. So is the level of
     thinking, which a run may learn in its course.
     """
-    options = orjson.dumps(
-        {**_options(replace(target, think_level=""), 0), "num_ctx": None}, option=orjson.OPT_SORT_KEYS
-    )
+    fixed = {**_options(replace(target, think_level=""), 0), "num_ctx": None}
+    options = orjson.dumps(fixed, option=orjson.OPT_SORT_KEYS)
     parts = [target.protocol, target.model, target.digest or "", options.decode(), system_prompt, schema_json.decode()]
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
