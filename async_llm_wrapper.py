@@ -115,6 +115,10 @@ class AsyncLLMClient:
         request = ServerRequest("GET", url, None, self._settings.llm_timeout_s)
         return served_models.parse_version(*await self.send(request))
 
+    async def finds_ollama(self) -> bool:
+        """Return whether an Ollama answers at the address of a server with OpenAI's protocol."""
+        return await _drive(served_models.find_ollama(self.target), self.send) is not None
+
     async def show(self, model: str) -> served_models.ModelFacts:
         """Return what Ollama reports about *model*; other servers tell nothing. Raises LLMUnavailableError if it is away."""
         if self.target.protocol == "openai_chat":

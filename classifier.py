@@ -21,6 +21,7 @@ LABELS = ("intent", "topic", "sentiment")
 FIELDS = ("categorization", *LABELS)
 MAX_REPLY_CHARACTERS = 65_536  # an answer has a few thousand (num_predict is 700)
 MAX_CATEGORIZATION_CHARACTERS = 200
+MAX_TRUNCATIONS = 2  # after a refusal; the second one helps if the kept part has more tokens than the rest
 
 _REPAIR = (
     "Your answer could not be used: {problem}. Answer again for the same conversation with one JSON object with "
@@ -114,8 +115,8 @@ def classification_flow(
     """Classify *conversation*: yield the messages to send, receive the reply, return the outcome.
 
     The driver, synchronous or not, sends what is yielded, and throws in each LLMError of its client. One repair turn
-    follows an unusable reply. If the prompt was too long, or was cut by the server, the conversation is truncated once
-    more, with the token counts of the failure.
+    follows an unusable reply. If the prompt was too long, or was cut by the server, the conversation is truncated again,
+    at most twice, with the token counts of the failure.
 
     Raises:
         LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.
@@ -125,7 +126,7 @@ def classification_flow(
     truncator = classifier.truncator
     fitted = truncator.fit(conversation, client.target)
     messages = classifier.messages(fitted.transcript)
-    calls, is_repair, is_truncated_again = 0, False, False
+    calls, is_repair, truncations = 0, False, 0
     while True:
         calls += 1
         reply: ChatReply | None = None
@@ -137,8 +138,8 @@ def classification_flow(
                 truncator.learn(fitted, reply.prompt_tokens)
             break
         except (LLMContextError, LLMReplyError) as problem:
-            if problem.reason is Reason.CONTEXT_OVERFLOW and not is_truncated_again:
-                is_truncated_again, is_repair = True, False
+            if problem.reason is Reason.CONTEXT_OVERFLOW and truncations < MAX_TRUNCATIONS:
+                truncations, is_repair = truncations + 1, False
                 fitted = truncator.fit_again(conversation, fitted, client.target, problem)
                 messages = classifier.messages(fitted.transcript)
             elif problem.reason is Reason.CONTEXT_OVERFLOW or is_repair:

@@ -161,11 +161,15 @@ class LLMModelError(LLMRejectedError):
 
 
 class LLMReplyError(LLMError):
-    """Status 200 without a usable answer: cut_off, empty, not_json, wrong_shape, label_outside, context_overflow."""
+    """Status 200 without a usable answer: cut_off, empty, not_json, wrong_shape, label_outside, context_overflow.
 
-    def __init__(self, message: str, reason: Reason) -> None:
+    *kept_tokens* is the server's count for a prompt that it cut.
+    """
+
+    def __init__(self, message: str, reason: Reason, kept_tokens: int | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.kept_tokens = kept_tokens
 
 
 class SkippedDocumentError(TriadError):

@@ -13,11 +13,15 @@ from typing import Any
 import orjson
 
 from config.settings import Protocol, Settings
-from error_handler import ConfigurationError, LLMUnavailableError
+from error_handler import ConfigurationError, LLMError, LLMUnavailableError
 from model_server.abilities import THINK_LEVEL, takes_levels_only
 from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget, ServerRequest, count, json_object, part
 
 LOADED_TIMEOUT_S = 5.0
+BEHIND_V1 = (
+    "this is an Ollama: on /v1 it cuts long prompts without a word, and nobody can set its window; "
+    "set OLLAMA_ENDPOINT and OLLAMA_MODEL instead of LLM_API_URL and LLM_MODEL"
+)
 NO_ROUTE = (404, 405, 501)
 NO_LIST = (200, *NO_ROUTE)  # a server or proxy without the route, or with another body
 # Lists of OpenAI's protocol have names only, and old ones of Ollama as well.
@@ -95,7 +99,7 @@ def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
     models = listed_models(target, *(yield models_request(target, settings.llm_timeout_s)))
     model = choose_model(settings, models)
     if target.protocol == "openai_chat":
-        return with_model(target, model, ModelFacts())
+        return replace(target, digest=model.digest)  # its answers show what the model can do
     facts = parse_show(*(yield show_request(target.server_url, model.name, settings.llm_timeout_s)))
     if not facts.can_chat:
         raise ConfigurationError(
@@ -208,6 +212,14 @@ def require_local(model: str, *, is_remote: bool, hint: str = "") -> None:
 def parse_version(status: int, body: bytes) -> str | None:
     """Return the version from ``/api/version``; None if the server has no such route."""
     return part(_fields(status, body), "version", str) or None
+
+
+def find_ollama(target: ChatTarget) -> Generator[ServerRequest, tuple[int, bytes], str | None]:
+    """Return the version of the Ollama at the address of *target*; None if another server is there, or none answers."""
+    try:
+        return parse_version(*(yield ServerRequest("GET", f"{target.server_url}/api/version", None, LOADED_TIMEOUT_S)))
+    except LLMError:
+        return None
 
 
 def show_body(model: str) -> bytes:

@@ -1,48 +1,62 @@
-"""Estimates the tokens of a text before it is sent, and learns from the counts of earlier answers. No I/O."""
+"""Estimates the tokens of a text before it is sent, and learns from the counts of answers and refusals. No I/O.
+
+A prompt has a number of words, letters, digits, signs and characters of other scripts, and each kind has a rate: tokens
+per piece. The rates start as wide guesses that hold for any common tokenizer. Each count of the server narrows them, those
+most that were least certain (a Kalman filter). One count therefore suffices for texts of the same kind.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import re
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
-SYSTEM_CHARACTERS_PER_TOKEN = 3.0  # of our English prompt; current tokenizers have 4 or more
-TEMPLATE_TOKENS = 32  # added by a chat template to two messages
-
-# Most tokens of one character. A byte-level tokenizer uses one token per byte in scripts it was not trained on. ASCII
-# letters have fewer; digits and signs may have one each.
-LETTER_RATE = 0.4
-MAX_PER_CHARACTER = {"marks": 1.0, "two": 2.0, "three": 3.0, "four": 4.0}
-
-LEARN_FROM = 20  # answers in a script before its learnt rate is used
-QUANTILE, MARGIN = 0.95, 1.05
-LEAST_FACTOR = 0.45  # of the prior; lower rates come from repetitive text and do not apply to other text
-SPAN = 60.0  # tokens by which a text must be longer than the shortest one to yield a rate
+# Rate, its standard deviation, and the lowest rate, of: the template, words, ASCII letters, digits, other ASCII signs,
+# characters of two (Greek, Cyrillic, Arabic), three (Chinese, Thai, Hindi) and four (emoji) bytes. English has the same
+# rates with all current vocabularies. A byte is at most one token, which DEVIATIONS above the rate allow for.
+_RATES = (24.0, 0.68, 0.10, 0.75, 0.60, 1.0, 1.5, 2.4)
+_SPREADS = (25.0, 0.05, 0.015, 0.25, 0.08, 0.62, 0.93, 1.0)
+_FLOORS = (0.0, 0.6, 0.0, 0.25, 0.0, 0.18, 0.25, 0.4)
+_MOST = (0.0, 1.0, 0.4, 1.0, 1.0, 2.0, 3.0, 4.0)
+DEVIATIONS = 1.6  # above the expected count: one prompt in twenty is longer
+NOISE, LEAST_NOISE = 0.06, 8.0  # texts of one kind differ by this share, and by some tokens
+ODD = 4.0  # deviations: such a text is not like the others
+FITTING_DEVIATIONS = (1.0, 0.6)  # before and after a count of the same text: a refusal of a fitted prompt costs little
+DENSE, DENSE_SYSTEM, KNOWN = 1.2, 1.35, 0.04  # times the most expected; margin; deviation of a part that is known
+SAME_TEXT_NOISE = 0.02  # parts of a text that was counted as a whole
+CUT_SHARE, CUT_DEVIATIONS = 0.75, 3.0  # a count below this share of the lowest expected one proves a cut prompt
 
 _WORD_PART = re.compile(r"[^\W_]{1,16}")
-_NOT_LETTERS = bytes(byte for byte in range(128) if not (chr(byte).isalpha() or chr(byte) in " \n"))
-_LEADS = {"two": (0xC0, 0xE0), "three": (0xE0, 0xF0), "four": (0xF0, 0xF8)}
-_NOT_LEADS = {
-    name: bytes(byte for byte in range(256) if not first <= byte < end) for name, (first, end) in _LEADS.items()
-}
+_RUN = re.compile(r"(.)\1{15,}", re.DOTALL)
+_NOT_LETTERS = bytes(byte for byte in range(256) if byte >= 128 or not chr(byte).isalpha())
+_NOT_DIGITS = bytes(byte for byte in range(256) if not 48 <= byte <= 57)
+_NOT_SPACES = bytes(byte for byte in range(256) if byte not in b" \t\r\n")
+_LEADS = ((0xC0, 0xE0), (0xE0, 0xF0), (0xF0, 0xF8))
+_NOT_LEADS = [bytes(byte for byte in range(256) if not first <= byte < end) for first, end in _LEADS]
+
+Count = Callable[[str], float]
+_Pieces = tuple[float, ...]  # how many of each kind
 
 
-def most_tokens(text: str) -> dict[str, float]:
-    """Return the most tokens of *text* for each script: ``latin`` is ASCII, the others are named for their UTF-8 length."""
+def count_pieces(text: str) -> _Pieces:
+    """Return how many pieces of each kind *text* has, without a template."""
     raw = text.encode("utf-8", "replace")
-    ascii_bytes = raw if text.isascii() else text.encode("ascii", "ignore")
-    letters = len(ascii_bytes.translate(None, _NOT_LETTERS))
-    weights = {"latin": letters * LETTER_RATE + (len(ascii_bytes) - letters) * MAX_PER_CHARACTER["marks"]}
-    if len(ascii_bytes) != len(raw):
-        found = {name: len(raw.translate(None, delete)) for name, delete in _NOT_LEADS.items()}
-        weights |= {name: number * MAX_PER_CHARACTER[name] for name, number in found.items() if number}
-        main = max(found, key=lambda name: found[name])
-        # A space before an English word is part of its token; before other scripts it is a token of its own.
-        weights[main] = weights.get(main, 0.0) + min(raw.count(b" "), sum(found.values())) * (1 - LETTER_RATE)
-    return weights
+    letters, digits = len(raw.translate(None, _NOT_LETTERS)), len(raw.translate(None, _NOT_DIGITS))
+    words, spaces = len(raw.split()), len(raw.translate(None, _NOT_SPACES))
+    others = [len(raw.translate(None, delete)) for delete in _NOT_LEADS] if not raw.isascii() else [0, 0, 0]
+    ascii_count = len(raw) - sum(count * size for count, size in zip(others, (2, 3, 4), strict=True))
+    # The space before a word is part of its token.
+    return (0.0, words, letters, digits, ascii_count - letters - digits - min(spaces, words), *others)
+
+
+def _dot(first: Sequence[float], second: Sequence[float]) -> float:
+    return sum(map(float.__mul__, map(float, first), map(float, second)))
+
+
+def most_tokens(text: str) -> float:
+    """Return the most tokens of *text*, in any language and with any common tokenizer."""
+    return _dot(_MOST, count_pieces(text))
 
 
 def least_tokens(text: str) -> int:
@@ -69,67 +83,107 @@ def least_prompt_tokens(messages: Sequence[Mapping[str, str]], enough: int = 0) 
 _least_of_system_prompt = functools.lru_cache(maxsize=2)(least_tokens)
 
 
-@dataclass(slots=True)
-class _Script:
-    """The calibration of one script. *anchor* is the shortest text: (tokens of the prior, tokens counted)."""
-
-    anchor: tuple[float, int] | None = None
-    slopes: deque[float] = field(default_factory=lambda: deque(maxlen=400))
-    factor: float = 1.0
-
-    def learn(self, weight: float, prompt_tokens: int) -> None:
-        if self.anchor is None or weight < self.anchor[0]:
-            self.anchor = (weight, prompt_tokens)
-            return
-        if weight - self.anchor[0] < SPAN:
-            return
-        # The system prompt is in both prompts, so it cancels out in the difference.
-        self.slopes.append((prompt_tokens - self.anchor[1]) / (weight - self.anchor[0]))
-        if len(self.slopes) >= LEARN_FROM:
-            ordered = sorted(self.slopes)
-            rate = ordered[math.ceil(QUANTILE * len(ordered)) - 1] * MARGIN
-            self.factor = min(2.0, max(LEAST_FACTOR, rate))
-
-
 class TokenEstimator:
-    """Estimates the tokens of prompts that share one system prompt, and errs on the high side.
-
-    At first it assumes one token per byte in scripts other than Latin, which no tokenizer exceeds. From each answer to a
-    whole prompt it learns the size of the system prompt and the rate of each script.
-    """
+    """Estimates the tokens of prompts that share one system prompt, and errs on the high side."""
 
     def __init__(self, system_prompt: str) -> None:
-        self._system_tokens = len(system_prompt) / SYSTEM_CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
-        self._scripts: dict[str, _Script] = {}
-        self.has_learnt = False
+        self._system: _Pieces = (1.0, *count_pieces(system_prompt)[1:])
+        self._rates = list(_RATES)
+        self._covariance = [
+            [spread**2 if row == column else 0.0 for column in range(len(_RATES))]
+            for row, spread in enumerate(_SPREADS)
+        ]
 
     @property
     def system_tokens(self) -> int:
-        """The most tokens of system prompt and template."""
-        return math.ceil(self._system_tokens)
+        """The most tokens that system prompt and template are likely to have."""
+        return math.ceil(self._most(self._system, 0.0))
 
     def text_tokens(self, text: str) -> float:
         """Return the most tokens that *text*, a part of the user message, is likely to have."""
-        weights = most_tokens(text)
-        return sum(weight * self._factor(script) for script, weight in weights.items())
+        pieces = count_pieces(text)
+        return self._most(pieces, NOISE * _dot(self._rates, pieces))
 
     def prompt_tokens(self, text: str) -> int:
         """Return the most tokens that the whole prompt with *text* in it is likely to have."""
-        return math.ceil(self._system_tokens + self.text_tokens(text))
+        pieces = count_pieces(text)
+        return math.ceil(self._most(self._with_system(pieces), NOISE * _dot(self._rates, pieces)))
+
+    def least_prompt_tokens(self, text: str) -> float:
+        """Return the fewest tokens that the whole prompt with *text* in it can have; a lower count proves a cut prompt."""
+        pieces = count_pieces(_RUN.sub(r"\1\1\1", text))  # a tokenizer may know long runs
+        prompt = self._with_system(pieces)
+        expected = _dot(self._rates, prompt)
+        deviation = self._deviation(prompt, NOISE * _dot(self._rates, pieces))
+        return max(CUT_SHARE * (expected - CUT_DEVIATIONS * deviation), _dot(_FLOORS, prompt))
+
+    def counter(self, text: str, most_prompt_tokens: int, counted: float | None = None) -> tuple[float, Count]:
+        """Return the room for *text* in a prompt of *most_prompt_tokens*, and a function that counts parts of *text*.
+
+        *counted* is the server's count for the prompt with the whole *text*. The function includes the margin that a prompt
+        of that size needs.
+        """
+        pieces, system = count_pieces(text), _dot(self._rates, self._system)
+        expected = max(1.0, _dot(self._rates, pieces))
+        scale = 1.0
+        if counted is not None:
+            system = self._system_within(
+                counted, self._most(self._with_system(pieces), NOISE * expected), most_prompt_tokens
+            )
+            scale = min(20.0, max(0.05, (counted - system) / expected))
+        deviations = FITTING_DEVIATIONS[counted is not None]
+        noise = (NOISE if counted is None else SAME_TEXT_NOISE) * scale * expected
+
+        def most(share: float) -> float:  # tokens of this share of the text, with the margin of the prompt it makes
+            prompt = self._with_system(tuple(share * count for count in pieces))
+            return share * scale * expected + deviations * self._deviation(prompt, share * noise)
+
+        room = most_prompt_tokens - system
+        share = high = 1.0
+        if most(high) > room:
+            share = 0.0
+            for _ in range(12):
+                middle = (share + high) / 2
+                share, high = (middle, high) if most(middle) <= room else (share, middle)
+            share = max(share, 0.01)
+        factor = most(share) / max(1.0, share * expected)
+        return room, lambda part: factor * _dot(self._rates, count_pieces(part))
+
+    def _system_within(self, counted: float, most: float, most_prompt_tokens: int) -> float:
+        """Return the tokens of the system prompt to assume beside a text that made *counted*, where *most* were likely.
+
+        If no answer has told them yet, a dense tokenizer makes more of the instructions, too; half of the rest stays.
+        """
+        system = _dot(self._rates, self._system)
+        if counted < DENSE * most or self._deviation(self._system, 0.0) < KNOWN * system:
+            return system
+        return min(DENSE_SYSTEM * system * counted / most, (system + max(system, most_prompt_tokens)) / 2)
 
     def learn(self, text: str, prompt_tokens: int) -> None:
         """Record that the server counted *prompt_tokens* for the whole prompt with *text* in it."""
-        self.has_learnt = True
-        # The text has between one token per word and one per byte; the rest is the system prompt.
-        most = prompt_tokens - least_tokens(text)
-        least = prompt_tokens - len(text.encode("utf-8", "replace"))
-        self._system_tokens = max(min(self._system_tokens, most), least, 0.0)
-        weights = most_tokens(text)
-        script = max(weights, key=lambda name: weights[name])
-        total = sum(weights.values())
-        if weights[script] >= 0.9 * total:
-            self._scripts.setdefault(script, _Script()).learn(total, prompt_tokens)
+        if _RUN.search(text):  # long runs say nothing about other texts
+            return
+        pieces = count_pieces(text)
+        prompt = self._with_system(pieces)
+        expected = _dot(self._rates, pieces)
+        noise = LEAST_NOISE + NOISE / 2 * expected
+        shared = [_dot(row, prompt) for row in self._covariance]
+        error = prompt_tokens - _dot(self._rates, prompt)
+        total = _dot(shared, prompt) + noise**2
+        if error**2 > ODD**2 * total:  # base64, say: it must not change what is known about the instructions
+            total += min(abs(error), expected) ** 2
+        for row, weight in enumerate(shared):
+            self._rates[row] = max(_FLOORS[row] / 2, self._rates[row] + weight / total * error)
+            self._covariance[row] = [
+                value - weight * other / total for value, other in zip(self._covariance[row], shared, strict=True)
+            ]
 
-    def _factor(self, script: str) -> float:
-        known = self._scripts.get(script)
-        return known.factor if known else 1.0
+    def _with_system(self, pieces: _Pieces) -> _Pieces:
+        return tuple(map(float.__add__, map(float, self._system), map(float, pieces)))
+
+    def _deviation(self, pieces: _Pieces, noise: float) -> float:
+        variance = _dot([_dot(row, pieces) for row in self._covariance], pieces)
+        return math.sqrt(max(0.0, variance) + noise**2)
+
+    def _most(self, pieces: _Pieces, noise: float) -> float:
+        return _dot(self._rates, pieces) + DEVIATIONS * self._deviation(pieces, noise)

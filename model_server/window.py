@@ -6,6 +6,7 @@ to half of the window and answered anyway (github.com/ollama/ollama, llm/llama_s
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +23,10 @@ from error_handler import (
     Reason,
     SkippedDocumentError,
 )
-from model_server.models import LoadedModel, TargetFlow, find_loaded, loaded_request
+from model_server.models import BEHIND_V1, LoadedModel, TargetFlow, find_loaded, find_ollama, loaded_request
 from model_server.protocol import (
     DEFAULT_NUM_CTX,
+    LEAST_SHARE,
     NUM_PREDICT,
     ChatTarget,
     ServerRequest,
@@ -32,19 +34,22 @@ from model_server.protocol import (
     is_half_window,
     parse_load_response,
 )
-from model_server.tokens import TokenEstimator
+from model_server.tokens import Count, TokenEstimator, least_tokens
 
 SIZES = (4096, 8192, 16_384, 32_768)
 SHARE = 0.99  # of the documents that the window should hold whole
 MARGIN = 0.15
 REPAIR_TOKENS = 400  # the one repair turn: 500 characters of the answer, and the reason
+REPAIR_ROOM = 200  # tokens that a repair turn takes of the window of a long conversation
+SECOND_SHARE = 0.8  # of the window, after a second refusal
 SUSPECT_RATIO = 1.4  # estimate to reported tokens
 LEARN_FROM_ALL, LEARN_FROM_EACH = 200, 20  # learn from the first 200 answers, then from every 20th
 FIRST_SHARE = 0.5  # of the room: the most that the first customer turn, which states the problem, may take
 LAST_SHARE = 0.5  # of the remaining room: the most for the last turns, which tell how it ended
 
+logger = logging.getLogger(__name__)
+
 Say = Callable[[str], None]
-Count = Callable[[str], float]
 OnLong = Literal["fit", "skip", "fail"]
 
 
@@ -102,12 +107,14 @@ def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: S
     """Load the model: yield each request, receive its status and body, return the target with the window to use.
 
     A model that is loaded with a window that *choice* accepts is not loaded again. *say* gets one sentence for each
-    fact the operator should know. Servers with OpenAI's protocol set their own window and get no request.
+    fact the operator should know. Servers with OpenAI's protocol set their own window, but an Ollama is recognised.
 
     Raises:
         LLMError: The model does not load.
     """
     if target.protocol == "openai_chat":
+        if (yield from find_ollama(target)) is not None:
+            logger.warning("%s", BEHIND_V1)
         return target
     say(str(choice))
     loaded = find_loaded(target.model, *(yield loaded_request(target.server_url)))
@@ -148,11 +155,15 @@ def _verified(target: ChatTarget, loaded: LoadedModel | None, say: Say) -> ChatT
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The part of a conversation that is sent. *turns_used* counts its whole or shortened turns; None means all."""
+    """The part of a conversation that is sent. *turns_used* counts its whole or shortened turns; None means all.
+
+    *is_refitted*: it follows a refusal.
+    """
 
     transcript: str
     is_complete: bool = True
     turns_used: int | None = None
+    is_refitted: bool = False
 
 
 class TranscriptTruncator:
@@ -163,6 +174,8 @@ class TranscriptTruncator:
 
     def __init__(self, system_prompt: str, on_long: OnLong = "fit") -> None:
         self.estimator = TokenEstimator(system_prompt)
+        self._least_of_system_prompt = least_tokens(system_prompt)
+        self._refuses = False  # the server refuses long prompts, so it does not cut them
         self._on_long = on_long
         self._answers = 0
 
@@ -174,56 +187,59 @@ class TranscriptTruncator:
         """
         if target.protocol == "openai_chat":
             return Fitted(conversation.transcript)
-        return self._fit(conversation, target.num_ctx - target.thinking_tokens, 1.0, None)
+        return self._fit(conversation, target.num_ctx - target.thinking_tokens, conversation.transcript, None, None)
 
     def fit_again(self, conversation: Conversation, sent: Fitted, target: ChatTarget, refusal: LLMError) -> Fitted:
-        """Return what to send of *conversation* after the server refused *sent* with *refusal*.
+        """Return what to send of *conversation* after the server refused *sent* with *refusal*, or cut it.
 
         Raises:
             LLMContextError, SkippedDocumentError: ON_LONG forbids truncation.
             LLMError: *refusal* itself, if no smaller size follows from it.
         """
         told = refusal if isinstance(refusal, LLMContextError) else LLMContextError("")
-        window = told.window_tokens
+        window, counted = told.window_tokens, told.prompt_tokens
         if target.protocol != "openai_chat":  # we set this window
             window = target.num_ctx if window is None else min(window, target.num_ctx)
+        elif isinstance(refusal, LLMReplyError) and refusal.kept_tokens is not None:
+            window = _window_of_cut(refusal.kept_tokens)
         if window is None:
             raise refusal
         window -= target.thinking_tokens
-        system_tokens, text_tokens = self.estimator.system_tokens, self.estimator.text_tokens(sent.transcript)
-        if told.prompt_tokens is not None and self._on_long == "fit" and not self.estimator.has_learnt:
-            # Either part may be larger than estimated: scale both, with a margin.
-            factor = max(1.0, 1.08 * told.prompt_tokens / (system_tokens + text_tokens))
-            return self._fit(conversation, window - math.ceil(system_tokens * (factor - 1)), factor, refusal)
-        if told.prompt_tokens is not None:
-            real = 1.02 * (told.prompt_tokens - system_tokens)
-        else:
+        if counted is not None:
+            self._refuses = True
+            counted = min(counted, window) if sent.is_refitted else counted  # it is near the window by now
+            self.estimator.learn(sent.transcript, counted)
+        elif self.estimator.prompt_tokens(sent.transcript) + NUM_PREDICT <= window:
             # No count was reported, so assume one token per byte, which no tokenizer exceeds.
-            real = len(sent.transcript.encode("utf-8", "replace"))
-            if system_tokens + real + NUM_PREDICT <= window:
-                raise refusal  # it did fit, so the server has another window than requested
-            real = max(real, window - system_tokens)
-        fitted = self._fit(conversation, window, max(1.0, real / max(1.0, text_tokens)), refusal)
+            counted = self.estimator.system_tokens + len(sent.transcript.encode("utf-8", "replace"))
+        if counted is not None and counted + NUM_PREDICT <= window:
+            raise refusal  # it did fit, so the server has another window than requested
+        if sent.is_refitted:  # refused twice: the instructions are longer than estimated
+            window = round(SECOND_SHARE * window)
+        fitted = self._fit(conversation, window, sent.transcript, counted, refusal)
         if fitted.transcript == sent.transcript:
             raise refusal
-        return fitted
+        return replace(fitted, is_refitted=True)
 
     def require_whole(self, sent: Fitted, target: ChatTarget, prompt_tokens: int | None) -> None:
-        """Refuse a token count of half the window if the estimate is much higher: the server cut the prompt.
+        """Refuse a token count that is lower than a whole prompt with *sent* in it can have: the server cut the prompt.
 
-        model_server.protocol refuses the counts that prove a cut without an estimate.
+        model_server.protocol refuses the counts that prove a cut without an estimate. A server that refused a prompt for its
+        length does not cut others.
 
         Raises:
             LLMReplyError: context_overflow.
         """
-        if target.protocol == "openai_chat" or prompt_tokens is None or not is_half_window(target, prompt_tokens):
+        if prompt_tokens is None or self._refuses:
             return
         estimate = self.estimator.prompt_tokens(sent.transcript)
-        if estimate > SUSPECT_RATIO * prompt_tokens:
+        least = max(self.estimator.least_prompt_tokens(sent.transcript), LEAST_SHARE * self._least(sent.transcript))
+        is_half = target.protocol != "openai_chat" and is_half_window(target, prompt_tokens)
+        if prompt_tokens < least or (is_half and estimate > SUSPECT_RATIO * prompt_tokens):
             raise LLMReplyError(
-                f"the server counted {prompt_tokens} prompt tokens, half of its window, for an estimated {estimate}: "
-                "it cut the prompt",
+                f"the server counted {prompt_tokens} prompt tokens for an estimated {estimate}: it cut the prompt",
                 Reason.CONTEXT_OVERFLOW,
+                kept_tokens=prompt_tokens,
             )
 
     def learn(self, sent: Fitted, prompt_tokens: int | None) -> None:
@@ -233,23 +249,23 @@ class TranscriptTruncator:
         if prompt_tokens is not None and (self._answers <= LEARN_FROM_ALL or self._answers % LEARN_FROM_EACH == 0):
             self.estimator.learn(sent.transcript, prompt_tokens)
 
-    def _fit(self, conversation: Conversation, window: int, factor: float, refusal: LLMError | None) -> Fitted:
-        """Return what fits into *window* if text has *factor* times the estimated tokens."""
-        estimator = self.estimator
-        room = window - NUM_PREDICT - REPAIR_TOKENS - estimator.system_tokens
+    def _least(self, transcript: str) -> int:
+        return self._least_of_system_prompt + least_tokens(transcript)
 
-        def tokens_of(text: str) -> float:
-            return estimator.text_tokens(text) * factor
-
+    def _fit(
+        self, conversation: Conversation, window: int, sent: str, counted: float | None, refusal: LLMError | None
+    ) -> Fitted:
+        """Return what fits into *window*; *counted* are the tokens of the prompt with *sent* in it, if they are known."""
+        room, tokens_of = self.estimator.counter(sent, window - NUM_PREDICT - REPAIR_ROOM, counted)
         # A character has at most four bytes, and a byte is at most one token.
-        if refusal is None and (4 * len(conversation.transcript) <= room or tokens_of(conversation.transcript) <= room):
+        if refusal is None and (4 * len(sent) <= room or tokens_of(sent) <= room):
             return Fitted(conversation.transcript)
         if self._on_long == "fit":
             if fitted := fit_conversation(conversation, room, tokens_of):
                 return fitted
             if refusal is not None:
                 raise refusal
-        needed = math.ceil(estimator.system_tokens + tokens_of(conversation.transcript)) + NUM_PREDICT
+        needed = math.ceil(window - room + tokens_of(conversation.transcript))
         sentence = (
             f"the conversation needs about {needed} tokens and the context window holds {window}; "
             "raise OLLAMA_NUM_CTX if the model allows it"
@@ -257,6 +273,12 @@ class TranscriptTruncator:
         if self._on_long == "skip":
             raise SkippedDocumentError(sentence, Reason.CONTEXT_OVERFLOW) from refusal
         raise LLMContextError(sentence) from refusal
+
+
+def _window_of_cut(kept_tokens: int) -> int:
+    """Return the window of a server that cut a prompt to *kept_tokens*: twice as much for Ollama, which keeps half of it."""
+    twice = 2 * (kept_tokens - 2)
+    return next((twice + off for off in (0, -2, 2) if (twice + off) % 256 == 0), kept_tokens + NUM_PREDICT)
 
 
 # Markers start in the first column, where a conversation has a speaker or an indent, so no customer text can forge them.
@@ -296,27 +318,31 @@ class _Selection:
     def __init__(self, lines: list[str], room_tokens: float, tokens_of: Count) -> None:
         self._lines = lines
         self._tokens_of = tokens_of
-        # One marker before each kept turn and one at the end cover every possible gap.
         self._marker_tokens = tokens_of("\n" + _turns_marker(len(lines)) + "\n")
-        self.left = room_tokens - self._marker_tokens
+        self.left = room_tokens - self._marker_tokens  # the gap that holds all turns
         self.kept: dict[int, str] = {}
 
     def keep(self, index: int, most_tokens: float, *, may_cut: bool = False) -> bool:
         """Keep a turn if it takes at most *most_tokens*; *may_cut* cuts out the middle of a longer one."""
-        if index in self.kept or self.left <= self._marker_tokens:
+        if index in self.kept or self.left <= 0:
             return index in self.kept
         line: str | None = self._lines[index]
         if may_cut:
-            line = _within(self._lines[index], most_tokens - self._marker_tokens, self._tokens_of)
+            line = _within(self._lines[index], most_tokens - 2 * self._marker_tokens, self._tokens_of)
         if line is None:
             return False
-        cost = self._tokens_of(line + "\n") + self._marker_tokens
+        # The turn splits a gap, shortens it, or closes it; each gap has a marker.
+        gaps = self._is_gap(index - 1) + self._is_gap(index + 1) - 1
+        cost = self._tokens_of(line + "\n") + gaps * self._marker_tokens
         # A line that was cut may take a few tokens more than its halves.
         if cost > (self.left if may_cut else min(most_tokens, self.left)):
             return False
         self.kept[index] = line
         self.left -= cost
         return True
+
+    def _is_gap(self, index: int) -> bool:
+        return 0 <= index < len(self._lines) and index not in self.kept
 
     @property
     def transcript(self) -> str:

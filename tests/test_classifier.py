@@ -205,7 +205,7 @@ class Client:
 
 
 def reply(text: str) -> ChatReply:
-    return ChatReply(text, 100, 20)
+    return ChatReply(text, 1500, 20)
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_a_cut_prompt_that_cannot_be_shortened_is_not_sent_again(flow: Flow) -> 
 
 
 def test_a_refused_prompt_is_truncated_once() -> None:
-    """The second prompt is shorter, counts as a call, and still gets a repair turn; a second refusal is final."""
+    """The second prompt is shorter, counts as a call, and still gets a repair turn; a third refusal is final."""
     conversation = aggregate_conversation(
         {"messages": [{"sender": "customer", "text": f"{number} {'word ' * 100}"} for number in range(40)]}
     )
@@ -299,6 +299,7 @@ def test_a_refused_prompt_is_truncated_once() -> None:
     flow = classification_flow(conversation, Client(), Classifier(TAXONOMY))
     next(flow)
     flow.throw(refusal)
+    flow.throw(refusal)
     with pytest.raises(LLMContextError):
         flow.throw(refusal)
 
@@ -310,7 +311,7 @@ def test_outcome_records_how_the_answer_was_made(flow: Flow) -> None:
     outcome = outcome_of(flow, GOOD)
     assert outcome.classification == EXPECTED
     assert (outcome.model_used, outcome.model_digest, outcome.attempts) == ("llama3.2", "sha256:1", 2)
-    assert (outcome.prompt_tokens, outcome.reply_tokens) == (100, 20)
+    assert (outcome.prompt_tokens, outcome.reply_tokens) == (1500, 20)
     assert 0 <= outcome.duration_ms < 60_000
     assert outcome.input_sha256 == hashlib.sha256(b"Customer: where is it?").hexdigest()
     plan = plan_fingerprint(TARGET, CLASSIFIER.system_prompt, CLASSIFIER.schema_json)

@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
-from config import load_settings
+import llm_wrapper
+from aggregator import aggregate_conversation
+from classifier import Classifier
+from config import load_settings, load_taxonomy
+from domain.conversation import Conversation
 from error_handler import LLMContextError, LLMReplyError, LLMUnavailableError, Reason
+from model_server.models import chat_target
+from model_server.window import choose_window
+from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.scripted_server import GOOD_CONTENT, Handler, ScriptedServer, Step, answer, scripted_server
 from tests.test_llm_wrappers import Async, Sync
 
@@ -173,3 +180,37 @@ def test_server_that_fails_is_not_taken_for_one_without_a_list(asker: Sync | Asy
     server.models = answer({"error": "loading"}, 503)
     with pytest.raises(LLMUnavailableError):
         asker.prepare()
+
+
+def long_conversation(turns: int) -> Conversation:
+    text = "my parcel number {} is late and nobody answers, please help me with it"
+    messages = [{"sender": "customer", "text": text.format(number)} for number in range(turns)]
+    return aggregate_conversation({"messages": messages})
+
+
+def test_ollama_behind_v1_is_recognised_and_its_cuts_are_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """It keeps half of its window without a word; the conversation is fitted to that window, and says so."""
+    with FakeOllama(default_num_ctx=4096) as fake:
+        settings = load_settings(None, llm_api_url=f"{fake.url}/v1/chat/completions", llm_model="llama3.2:latest")
+        classifier = Classifier(load_taxonomy())
+        with llm_wrapper.open_session() as session:
+            client = llm_wrapper.LLMClient(settings, chat_target(settings, "llama3.2:latest"), session)
+            client.prepare(settings)
+            client.warm_up(choose_window([], None), print)
+            assert "set OLLAMA_ENDPOINT" in caplog.text
+            outcome = llm_wrapper.ollama_classify(long_conversation(600), client, classifier)
+    assert not outcome.input_complete
+    assert outcome.turns_used is not None
+    assert 20 < outcome.turns_used < 600
+    assert outcome.prompt_tokens is not None
+    assert 2050 < outcome.prompt_tokens <= 4096 - 700
+
+
+def test_other_server_is_not_taken_for_an_ollama(
+    asker: Sync | Async, server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server without the route, or one that answers anything there."""
+    for models in (answer({}, 404), answer(b"<html>"), answer({"data": []})):
+        server.models = models
+        asker._ask(lambda client: client.warm_up(choose_window([], None), print))
+    assert "Ollama" not in caplog.text

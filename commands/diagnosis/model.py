@@ -28,7 +28,7 @@ from error_handler import (
     TriadError,
 )
 from model_server.abilities import is_outdated
-from model_server.models import LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, with_model
+from model_server.models import BEHIND_V1, LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, with_model
 from model_server.protocol import ChatTarget
 from model_server.window import SHARE, WindowChoice, choose_window
 from utils.network import is_loopback
@@ -90,6 +90,11 @@ async def diagnose_model(
             yield error(_sentence(exc), _remedy(exc, settings))
             return
         yield _server(settings, version, models)
+        if not is_ollama and await client.finds_ollama():
+            yield warning(
+                f"{BEHIND_V1[0].upper()}{BEHIND_V1[1:].partition(';')[0]}.",
+                "Set OLLAMA_ENDPOINT instead of LLM_API_URL.",
+            )
         try:
             model = choose_model(settings, models)
         except ConfigurationError as exc:

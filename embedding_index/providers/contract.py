@@ -103,7 +103,7 @@ def estimated_tokens(text: str) -> int:
 
     Text that is no language (base64, random letters) can have half as many tokens again. Most models have fewer.
     """
-    return math.ceil(sum(most_tokens(text).values())) + END_TOKENS
+    return math.ceil(most_tokens(text)) + END_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 from domain.conversation import Conversation, Sender, Turn
 from error_handler import LLMContextError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget
-from model_server.window import TranscriptTruncator, choose_window, fit_conversation, tokens_needed
+from model_server.window import Fitted, TranscriptTruncator, choose_window, fit_conversation, tokens_needed
 
 TARGET = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "llama3.2", None, 8192, "10m")
 MARKER = re.compile(r"^\[\.\.\. (\d+) (turns?|characters) left out \.\.\.\]$")
@@ -53,9 +53,9 @@ def test_first_customer_turn_last_turns_and_customer_turns_are_kept() -> None:
     assert fitted is not None
     kept = numbers(fitted.transcript)
     assert kept == sorted(kept)
-    assert kept[0] == 1
+    assert kept[:2] == [0, 1]  # the line of a marker would be longer than the turn of the agent
     assert kept[-3:] == [98, 99, 100]
-    between = kept[1 : kept.index(98)] if 98 in kept else kept[1:]
+    between = kept[2 : kept.index(98)] if 98 in kept else kept[2:]
     assert between
     assert all(number % 2 for number in between if number < 90)
     assert fitted.turns_used == len(kept)
@@ -176,12 +176,62 @@ def test_refusal_of_a_prompt_that_fits_is_raised() -> None:
     assert caught.value is refusal
 
 
+def words_of(turns: int) -> Conversation:
+    return talk(*[("customer", "my parcel is late and nobody at the support answers")] * turns)
+
+
 def test_half_a_window_is_a_cut_only_if_more_was_sent() -> None:
     """A whole prompt may well have that many tokens."""
     truncator = TranscriptTruncator(SYSTEM)
-    sent = truncator.fit(long_talk(150), TARGET)
+    sent = truncator.fit(words_of(350), TARGET)
+    assert sent.is_complete
     assert truncator.estimator.prompt_tokens(sent.transcript) > 1.4 * 4098
     with pytest.raises(LLMReplyError):
         truncator.require_whole(sent, TARGET, 4098)
-    truncator.require_whole(sent, TARGET, 4200)
-    truncator.require_whole(truncator.fit(long_talk(50), TARGET), TARGET, 4098)
+    truncator.require_whole(sent, TARGET, 4800)
+    truncator.require_whole(truncator.fit(words_of(220), TARGET), TARGET, 4098)
+
+
+OPENAI = replace(TARGET, protocol="openai_chat")
+
+
+@pytest.mark.parametrize("target", [TARGET, OPENAI], ids=["ollama", "openai"])
+def test_count_far_below_the_estimate_is_a_cut_on_every_protocol(target: ChatTarget) -> None:
+    """Also for Chinese, whose words cannot be counted; a server that refuses long prompts is trusted."""
+    truncator = TranscriptTruncator(SYSTEM)
+    sent = truncator.fit(talk(*[("customer", "我的包裹迟到了客服没有人回答请告诉我什么时候到")] * 90), target)
+    assert sent.is_complete
+    for counted in (193, 900):
+        with pytest.raises(LLMReplyError) as caught:
+            truncator.require_whole(sent, target, counted)
+        assert caught.value.kept_tokens == counted
+    truncator.require_whole(sent, target, 2600)
+    truncator.fit_again(words_of(900), Fitted(words_of(900).transcript), target, refusal_of(9000, 4096))
+    truncator.require_whole(sent, target, 900)
+
+
+def test_calibrated_estimate_detects_a_smaller_cut() -> None:
+    """Once the rates are known, a count of 60 % of the expected one is a cut."""
+    truncator = TranscriptTruncator(SYSTEM)
+    sent = truncator.fit(words_of(220), OPENAI)
+    truncator.learn(sent, 3700)
+    longer = truncator.fit(words_of(600), OPENAI)
+    with pytest.raises(LLMReplyError):
+        truncator.require_whole(longer, OPENAI, 4098)
+    truncator.require_whole(longer, OPENAI, 7700)
+
+
+def test_prompt_cut_to_half_a_window_is_fitted_to_that_window() -> None:
+    """Ollama behind /v1 neither names its window nor refuses: what it kept tells both."""
+    truncator = TranscriptTruncator(SYSTEM)
+    conversation = words_of(600)
+    sent = truncator.fit(conversation, OPENAI)
+    with pytest.raises(LLMReplyError) as caught:
+        truncator.require_whole(sent, OPENAI, 2050)
+    again = truncator.fit_again(conversation, sent, OPENAI, caught.value)
+    assert not again.is_complete
+    assert 2050 < truncator.estimator.prompt_tokens(again.transcript) <= 4096 - 700
+
+
+def refusal_of(prompt_tokens: int, window_tokens: int) -> LLMContextError:
+    return LLMContextError("too long", prompt_tokens=prompt_tokens, window_tokens=window_tokens)

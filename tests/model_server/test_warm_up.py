@@ -142,7 +142,7 @@ def test_service_truncates_a_long_conversation(site: Site, tmp_path: Path, mode:
 
 def test_smaller_window_of_the_server_is_used(site: Site) -> None:
     """The smaller window is used, and said; so is a model that does not fit in the GPU. It is loaded once all the same."""
-    site.source.insert_many([long_conversation(number, 60) for number in range(10)])
+    site.source.insert_many([long_conversation(number, 120) for number in range(10)])
     model_of(site).configure(most_ctx=5000, vram_share=0.6)
     ended = site.run(OLLAMA_NUM_CTX="8192")
     assert ended.code == 0, ended.err
