@@ -98,7 +98,7 @@ async def diagnose_model(
         facts = await client.show(model.name) if is_ollama else ModelFacts()
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
         tested = ModelUnderTest(client, settings, at_most, tell)
-        for finding in _describe(model, facts):
+        for finding in _describe(model, facts) if models else ():
             yield finding
         if is_ollama:
             async for finding in _settle_window(tested, sample):
@@ -121,7 +121,8 @@ def _server(settings: Settings, version: str | None, models: list[ServedModel]) 
     local = len(models) - remote
     name = f"Ollama {version}" if version else "The model server"
     refused = f", and {remote} in a cloud, which are refused" if remote else ""
-    sentence = f"{name} answers at {settings.server_url} with {counted(local, 'local model')}{refused}."
+    holds = f"with {counted(local, 'local model')}{refused}" if models or version else "and lists no models"
+    sentence = f"{name} answers at {settings.server_url} {holds}."
     return ok(sentence, version=version, local_models=local, remote_models=remote)
 
 
@@ -196,6 +197,8 @@ async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
         return
     tested.tell("Classifying a test conversation ...")
     yield await _classify(tested)
+    if switches := tested.client.target.thinking_switches:
+        yield ok(f"The model reasons; requests ask for none ({', '.join(switches)}).")
     tested.tell("Probing for slots ...")
     # Another window would make the server reload the model.
     once = without_second_attempts(settings).model_copy(update={"ollama_num_ctx": tested.client.target.num_ctx})
