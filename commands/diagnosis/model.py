@@ -104,7 +104,7 @@ async def diagnose_model(
         facts = await client.show(model.name) if is_ollama else ModelFacts()
         client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
         tested = ModelUnderTest(client, settings, at_most, tell)
-        for finding in _describe(model, facts, client.target):
+        for finding in _describe(model, facts, client.target) if models else ():
             yield finding
         if is_ollama:
             async for finding in _settle_window(tested, sample):
@@ -127,7 +127,8 @@ def _server(settings: Settings, version: str | None, models: list[ServedModel]) 
     local = len(models) - remote
     name = f"Ollama {version}" if version else "The model server"
     refused = f", and {remote} in a cloud, which are refused" if remote else ""
-    sentence = f"{name} answers at {settings.server_url} with {counted(local, 'local model')}{refused}"
+    holds = f"with {counted(local, 'local model')}{refused}" if models or version else "and lists no models"
+    sentence = f"{name} answers at {settings.server_url} {holds}"
     numbers = {"version": version, "local_models": local, "remote_models": remote}
     if is_outdated(version):
         remedy = "Update it to 0.5.0 or later; 0.12.11 or later has everything that a run uses."
@@ -212,6 +213,8 @@ async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
         return
     tested.tell("Classifying a test conversation ...")
     yield await _classify(tested)
+    if switches := tested.client.target.thinking_switches:
+        yield ok(f"The model reasons; requests ask for none ({', '.join(switches)}).")
     tested.tell("Probing for slots ...")
     # Another window would make the server reload the model.
     once = without_second_attempts(settings).model_copy(update={"ollama_num_ctx": tested.client.target.num_ctx})

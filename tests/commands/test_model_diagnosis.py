@@ -19,7 +19,7 @@ from prompt_builder import chat_messages
 from tests.commands.found import the_one
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
 from tests.fakes.fake_ollama_client import chat
-from tests.fakes.scripted_server import MODELS, ScriptedServer, answer
+from tests.fakes.scripted_server import GOOD_CONTENT, MODELS, Handler, ScriptedServer, answer, scripted_server
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 
 
@@ -387,3 +387,28 @@ async def test_ollama_without_schemas_is_named_with_the_version_needed(fake: Fak
     assert found.level == "warning"
     assert "0.5.0 or later" in found.remedy
     assert found.numbers["version"] == "0.4.7"
+
+
+async def test_ollama_behind_v1_is_a_warning(fake: FakeOllama) -> None:
+    """It is recognised by its own route; the remedy names the setting."""
+    found = await findings(load_settings(None, llm_api_url=f"{fake.url}/v1/chat/completions", llm_model="llama3.2"))
+    recognised = the_one(found, "This is an Ollama")
+    assert (recognised.level, recognised.remedy) == ("warning", "Set OLLAMA_ENDPOINT instead of LLM_API_URL.")
+
+
+async def test_thinking_server_without_a_model_list_passes() -> None:
+    """The model that is named is tried; its reasoning is switched off, and doctor says so."""
+
+    def step(handler: Handler) -> None:
+        thinks = "chat_template_kwargs" not in handler.server_state.requests[-1].json
+        message = {"content": "<think>hm" if thinks else GOOD_CONTENT}
+        choice = {"message": message, "finish_reason": "length" if thinks else "stop"}
+        answer({"choices": [choice], "usage": {"prompt_tokens": 1500}})(handler)
+
+    with scripted_server(*[step] * 40) as server:
+        server.models = answer({"detail": "Not Found"}, 404)
+        settings = load_settings(None, llm_api_url=f"{server.url}/v1/chat/completions", llm_model="m1")
+        found = await findings(settings, at_most=2)
+    assert the_one(found, "answers at").sentence.endswith("and lists no models.")
+    assert "chat_template_kwargs" in the_one(found, "The model reasons").sentence
+    assert "error" not in levels(found), found
