@@ -67,7 +67,8 @@ class AsyncLLMClient:
         )
         self._settings = settings
         self._session = session
-        self._route = route_to(target.server_url)
+        self._route_options = route_to(target.server_url).options
+        self._target_headers = target.headers  # a target that has learnt something has the same key
         self._limit = limit
         self._on_answer = on_answer
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
@@ -157,7 +158,7 @@ class AsyncLLMClient:
                 data=request.body,
                 headers=self._headers(),
                 timeout=aiohttp.ClientTimeout(total=request.timeout_s, sock_connect=CONNECT_TIMEOUT_S),
-                **self._route.options,
+                **self._route_options,
             ) as response:
                 return response.status, await _read_bounded(response)
         except aiohttp.ConnectionTimeoutError as exc:
@@ -176,7 +177,7 @@ class AsyncLLMClient:
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()
-        return self.target.headers if current is None else {**self.target.headers, REQUEST_ID_HEADER: current}
+        return self._target_headers if current is None else {**self._target_headers, REQUEST_ID_HEADER: current}
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from config import Taxonomy
 from config.taxonomy import fold_label
 from domain.confidence import label_confidence
-from domain.conversation import Classification, Conversation, Message, Outcome, result_fingerprint
+from domain.conversation import Classification, Conversation, Message, Outcome, chat_messages, result_fingerprint
 from domain.text import one_line, prompt_text
 from error_handler import LLMContextError, LLMError, LLMReplyError, Reason
 from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
 from model_server.window import OnLong, TranscriptTruncator
-from prompt_builder import build_system_prompt, chat_messages
+from prompt_builder import build_system_prompt
 
 LABELS = ("intent", "topic", "sentiment")
 FIELDS = ("categorization", *LABELS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from config import Taxonomy
-from domain.conversation import Conversation, Message
+from domain.conversation import Conversation, Message, chat_messages
 
 _RULES = """\
 You label customer-support conversations. Read the whole conversation and answer with one JSON object and nothing else:
@@ -56,14 +56,6 @@ Customer: ok
 </conversation>
 {"categorization": "Customer asks which documents are needed for a savings account.", "intent": "Information Request", "topic": "Banking/Cards", "sentiment": "Neutral"}
 """
-
-
-def chat_messages(system_prompt: str, transcript: str) -> list[Message]:
-    """Return *system_prompt* and *transcript*, which may be truncated, as a system message and a user message."""
-    return [
-        {"role": "system", "content": system_prompt},
-        {"role": "user", "content": f"<conversation>\n{transcript}\n</conversation>"},
-    ]
 
 
 def build_prompt(conversation: Conversation, taxonomy: Taxonomy) -> list[Message]:

@@ -16,6 +16,15 @@ PROCESSOR_VERSION = "1.0.0"
 
 Message = dict[str, str]  # a chat message: role and content
 
+
+def chat_messages(system_prompt: str, transcript: str) -> list[Message]:
+    """Return *system_prompt* and *transcript*, which may be truncated, as a system message and a user message."""
+    return [
+        {"role": "system", "content": system_prompt},
+        {"role": "user", "content": f"<conversation>\n{transcript}\n</conversation>"},
+    ]
+
+
 SPEAKER = {"customer": "Customer", "agent": "Agent", "unknown": "Unknown"}
 
 

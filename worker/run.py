@@ -150,7 +150,7 @@ class BatchRun:
             self._settlement.writes.submit((item, past.result))
         elif past.verdict is not None:
             self._settlement.end(item, past.verdict)
-        elif past.is_poison:
+        elif item.is_poison:
             error = PoisonDocumentError("the worker died each time it processed this document")
             self._settlement.end(item, verdict_of(error))
         elif self._is_doubtful(item) and item.key not in await self.intake.needed([item.document]):

@@ -71,6 +71,11 @@ class WorkItem:
         """The source ``_id``."""
         return self.document.get("_id")
 
+    @property
+    def is_poison(self) -> bool:
+        """True if too many crashes happened while it was processed."""
+        return self.past.is_poison
+
     def note(self, event: Event, **details: Any) -> None:
         """Record *event* in the journal of its batch; see ``BatchJournal.add``."""
         self.batch.file.journal.add(event, self.document_id, **details)
