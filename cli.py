@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,10 @@ from storage.files import replace_file
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions, preview
+from worker.left_out import count_left_out, is_fruitless
 from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
+from worker.quarantine import failed_keys
 from worker.staleness import StalenessChecker
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
@@ -157,7 +160,8 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
             if stats["interrupted"]:
                 raise RunInterruptedError("Stopped; run the same command again to resume.")
             if settings.mode == "batch":
-                return ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE
+                failed = stats["in_retry_queue"] or stats["in_quarantine"]
+                return ExitCode.INCOMPLETE if failed or is_fruitless(stats) else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
         if settings.mode == "scheduled":
             wait_s = flags.seconds_until_next(arguments.schedule, datetime.now().astimezone())
@@ -175,8 +179,13 @@ async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: R
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
         report = await preview(store, options, kinds)
+        left_out = await count_left_out(store, queued=len(failed_keys(settings.batch_files_dir)))
     finally:
         await store.close()
+    report["in_retry_queue"] = len(failed_keys(settings.batch_files_dir, "retry"))
+    report["not_selected"] = asdict(left_out)
+    for problem in left_out.problems(settings.results_collection):
+        sys.stderr.write(" ".join(problem) + "\n")
     text = json.dumps(report, indent=2)
     if arguments.output:
         replace_file(arguments.output, text.encode())
@@ -190,7 +199,7 @@ async def _report(
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
     console = Console(soft_wrap=True, emoji=False)  # labels are printed literally, and the emoji table is not loaded
-    summary.print_run(console, stats, settings.lease_s)
+    summary.print_run(console, stats, settings)
     if arguments.embedded:
         results = await processor.store.read_results([], 10_000)
         stored = RunStats()

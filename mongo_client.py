@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from inspect import isawaitable
 from typing import Any, Literal, TypeVar
 
 from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern
@@ -22,12 +23,12 @@ from config import Settings
 from error_handler import ConfigurationError, IndexBlockedError, StoreError, StoreRejectedError
 from storage.extended_json import Document, id_key, id_text
 from storage.mongo_errors import TOO_LARGE_CODES, index_problem, require_only_duplicates, translated
+from storage.selection import Selection, selection_filter
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Selection = Literal["pending", "sweep", "failed", "all"]
 FinalStatus = Literal["processed", "failed", "skipped"]
 
 DURABLE = WriteConcern("majority", j=True)
@@ -79,21 +80,6 @@ async def close_client(client: Any) -> None:
         task.result()
 
 
-def selection_filter(selection: Selection) -> Document:
-    """Return the query for the documents of *selection*; a missing status counts as pending.
-
-    ``sweep`` adds documents with the status processing: their worker died, unless a lease says otherwise.
-    Single queries have no status but ``processed`` and ``status_reason``.
-    """
-    undone = {"status": None, "processed": {"$ne": True}}
-    if selection == "all":
-        return {}
-    if selection == "failed":
-        return {"$or": [{"status": "failed"}, {**undone, "status_reason": {"$ne": None}}]}
-    statuses = ["pending", "processing"] if selection == "sweep" else ["pending"]
-    return {"$or": [{"status": {"$in": statuses}}, {**undone, "status_reason": None}]}
-
-
 def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
     """Return the query for ids after *after* up to *bound*, across BSON types.
 
@@ -124,6 +110,7 @@ class DocumentStore:
         self._marks = database.get_collection(settings.source_collection, write_concern=DURABLE)
         results = settings.results_collection
         self._results = database.get_collection(results, codec_options=options, write_concern=DURABLE)
+        self.results_name = results
         self._leases = database.get_collection(f"{settings.source_collection}_leases")
 
     async def check(self) -> None:
@@ -179,11 +166,19 @@ class DocumentStore:
             return await self._call("count", self._source.estimated_document_count)
         return await self._call("count", lambda: self._source.count_documents(selection_filter(selection)))
 
-    async def foreign_statuses(self) -> list[str]:
-        """Return the values of ``status`` that this product does not know; it ignores such documents."""
-        known = (None, "pending", "processing", "processed", "failed", "skipped")
-        values = await self._call("read statuses", lambda: self._source.distinct("status"))
-        return sorted(str(value) for value in values if value not in known)
+    async def count_results(self) -> int:
+        """Return about how many results there are, also of documents that are gone."""
+        return await self._call("count results", self._results.estimated_document_count)
+
+    async def aggregate(self, what: str, stages: list[Document]) -> list[Document]:
+        """Return what *stages* make of the source documents; *what* names this in errors."""
+
+        async def read() -> list[Document]:
+            cursor: Any = self._source.aggregate(stages, allowDiskUse=True)
+            cursor = await cursor if isawaitable(cursor) else cursor  # Motor returns the cursor itself
+            return [document async for document in cursor]
+
+        return await self._call(what, read)
 
     async def result_keys(self, document_ids: list[Any], job_id: str | None = None) -> set[bytes]:
         """Return the ``id_key`` of those *document_ids* that have a result, of *job_id* if given."""
@@ -310,12 +305,7 @@ class DocumentStore:
     async def sample_ids(self, selection: Selection, size: int) -> list[Any]:
         """Return the ids of up to *size* random documents of *selection*."""
         stages = [{"$match": selection_filter(selection)}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
-
-        async def draw() -> list[Any]:
-            cursor = await self._source.aggregate(stages, allowDiskUse=True)
-            return [document["_id"] async for document in cursor]
-
-        return await self._call("draw a sample", draw)
+        return [document["_id"] for document in await self.aggregate("draw a sample", stages)]
 
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
         """Return those *document_ids* that *selection* has."""

@@ -26,7 +26,9 @@ from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
 from utils.process import stop_on_signals
 from worker.intake import RunOptions
+from worker.left_out import LeftOut, count_left_out
 from worker.progress import ConsoleProgress
+from worker.quarantine import failed_keys
 from worker.timing import DocumentTiming, SampleRecorder, mean_tokens, measure_pace, quote_time
 
 CHECKPOINT = "checkpoint.json"
@@ -79,8 +81,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             connected.set()
             sample = await _draw_sample(processor.store, arguments.sample)
             if not sample.documents:
-                _print_message(arguments, "Nothing is left to classify.", {"left": sample.left, "sample": None})
-                return ExitCode.DONE
+                queued = len(failed_keys(settings.batch_files_dir))
+                return _nothing_left(arguments, settings, await count_left_out(processor.store, queued=queued))
             start_s = time.monotonic()
             stats = await _classify(processor, sample)
             seconds = time.monotonic() - start_s
@@ -119,6 +121,14 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     else:
         print_report(Console(), report)
     return code
+
+
+def _nothing_left(arguments: argparse.Namespace, settings: Settings, left_out: LeftOut) -> int:
+    """Say that no document can be selected, and what a run leaves out; INCOMPLETE if a run would end so."""
+    problems = [" ".join(problem) for problem in left_out.problems(settings.results_collection)]
+    fields = {"left": 0, "sample": None, "not_selected": asdict(left_out)}
+    _print_message(arguments, " ".join(["Nothing is left to classify.", *problems]), fields)
+    return ExitCode.INCOMPLETE if left_out.is_all else ExitCode.DONE
 
 
 async def _draw_sample(store: DocumentStore, size: int) -> DocumentSample:

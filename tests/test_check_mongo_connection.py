@@ -238,7 +238,9 @@ async def test_documents_are_counted_by_shape_and_state(
     assert found["of no accepted shape: 1 pending."].level == "warning"
     (foreign,) = [finding for sentence, finding in found.items() if "unrecognised status" in sentence]
     assert foreign.level == "warning"
-    assert foreign.sentence.endswith(": done.")
+    assert foreign.sentence.endswith(": done (1).")
+    (elsewhere,) = [finding for sentence, finding in found.items() if "marked processed" in sentence]
+    assert (elsewhere.level, elsewhere.sentence[:1]) == ("warning", "2")
     assert any("died" in sentence for sentence in found)
 
 

@@ -17,9 +17,11 @@ from pymongo.database import Database
 from aggregator import aggregate_conversation
 from config import load_settings
 from error_handler import IndexBlockedError, StoreRejectedError
-from mongo_client import DocumentStore, Selection, range_filter, selection_filter
+from mongo_client import DocumentStore, range_filter
 from storage.extended_json import id_key
+from storage.selection import STATE_EXPRESSION, STATUSES, Selection, State, selection_filter, state_of
 from tests.embedding_index.stores import DRIVERS, open_store
+from worker.left_out import count_left_out
 
 # Ids of many types, in the order in which MongoDB sorts them.
 IDS: list[Any] = [
@@ -110,38 +112,66 @@ async def test_documents_beyond_the_bound_are_left_for_the_next_run(
     assert await all_ids(store, "pending", 2, bound) == [0, 1, 2, 2.5, 3, 4]
 
 
-SELECTED: list[tuple[dict[str, Any], set[str]]] = [
-    ({"status": "pending"}, {"pending", "sweep"}),
-    ({"tweets": []}, {"pending", "sweep"}),
-    ({"status": None}, {"pending", "sweep"}),
-    ({"status": "processing"}, {"sweep"}),
-    ({"status": "processed"}, set()),
-    ({"status": "skipped"}, set()),
-    ({"status": "failed"}, {"failed"}),
-    ({"status": "archived"}, set()),
-    ({"status": 5}, set()),
-    ({"text": "x", "processed": False}, {"pending", "sweep"}),
-    ({"text": "x"}, {"pending", "sweep"}),
-    ({"text": "x", "processed": None}, {"pending", "sweep"}),
-    ({"text": "x", "processed": True}, set()),
-    ({"text": "x", "processed": True, "status_reason": "skipped_no_text: x"}, set()),
-    ({"text": "x", "processed": False, "status_reason": "empty: x"}, {"failed"}),
+STATE_OF: list[tuple[dict[str, Any], State]] = [
+    ({"status": "pending"}, "pending"),
+    ({"tweets": []}, "pending"),
+    ({"status": None}, "pending"),
+    ({"status": "processing"}, "processing"),
+    ({"status": "processed"}, "processed"),
+    ({"status": "skipped"}, "skipped"),
+    ({"status": "failed"}, "failed"),
+    ({"status": "archived"}, "foreign"),
+    ({"status": "Pending"}, "foreign"),
+    ({"status": ""}, "foreign"),
+    ({"status": 5}, "foreign"),
+    ({"status": {"name": "open"}}, "foreign"),
+    ({"status": "pending", "processed": True, "status_reason": "x"}, "pending"),
+    ({"status": "closed", "processed": True}, "foreign"),
+    ({"text": "x", "processed": False}, "pending"),
+    ({"text": "x"}, "pending"),
+    ({"text": "x", "processed": None}, "pending"),
+    ({"text": "x", "processed": "true"}, "pending"),
+    ({"text": "x", "processed": True}, "processed"),
+    ({"messages": [], "processed": True}, "processed"),
+    ({"text": "x", "processed": True, "status_reason": "skipped_no_text: x"}, "skipped"),
+    ({"text": "x", "processed": False, "status_reason": "empty: x"}, "failed"),
 ]
-SELECTIONS: tuple[Selection, ...] = ("pending", "sweep", "failed", "all")
+SELECTED: dict[Selection, set[State]] = {
+    "pending": {"pending"},
+    "sweep": {"pending", "processing"},
+    "failed": {"failed"},
+    "processed": {"processed"},
+    "skipped": {"skipped"},
+    "known": {"pending", "processing", "processed", "failed", "skipped"},
+    "foreign": {"foreign"},
+    "all": {"pending", "processing", "processed", "failed", "skipped", "foreign"},
+}
 
 
 async def assert_selections(store: DocumentStore) -> None:
-    await store.insert_documents([{"_id": number, **document} for number, (document, _) in enumerate(SELECTED)])
-    for selection in SELECTIONS:
-        expected = [n for n, (_, named) in enumerate(SELECTED) if selection in named or selection == "all"]
+    await store.insert_documents([{"_id": number, **document} for number, (document, _) in enumerate(STATE_OF)])
+    for selection, states in SELECTED.items():
+        expected = [number for number, (_, state) in enumerate(STATE_OF) if state in states]
         assert await all_ids(store, selection, 4, await store.upper_bound()) == expected, selection
         assert await store.count(selection) == len(expected)
+    for document, state in STATE_OF:
+        assert state_of(document) == state, document
 
 
 async def test_selections(store: DocumentStore) -> None:
-    """A document without a status is pending; what is done, or not ours, is never selected."""
+    """What is done, or not ours, is never selected. The queries, the aggregation and Python agree on each state."""
     await assert_selections(store)
-    assert await store.foreign_statuses() == ["5", "archived"]
+    rows = await store.aggregate("read states", [{"$sort": {"_id": 1}}, {"$project": {"state": STATE_EXPRESSION}}])
+    found = [row["state"] if row["state"] in STATUSES else "foreign" for row in rows]
+    assert found == [state for _, state in STATE_OF]
+
+
+async def test_status_that_is_a_list(store: DocumentStore) -> None:
+    """Queries match a list that holds the value, so the plan does as well."""
+    await store.insert_documents([{"_id": 1, "status": ["vip", "pending"]}, {"_id": 2, "status": ["vip"]}])
+    assert await all_ids(store, "pending", 4, await store.upper_bound()) == [1]
+    assert [state_of({"status": status}) for status in (["vip", "pending"], ["vip"])] == ["pending", "foreign"]
+    assert (await count_left_out(store, queued=0)).statuses == {"['vip']": 1}
 
 
 async def test_selections_in_memory(db_name: str) -> None:

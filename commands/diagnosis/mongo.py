@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -10,43 +11,31 @@ from typing import Any
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.settings import hosts_of
 from config import Settings
-from domain.text import counted, one_line
+from domain.text import counted
 from error_handler import StoreError, StoreForbiddenError
-from mongo_client import RESULT_INDEXES, SOURCE_INDEXES, DocumentStore, selection_filter
+from mongo_client import RESULT_INDEXES, SOURCE_INDEXES, DocumentStore
 from storage.extended_json import id_text
 from storage.mongo_errors import translated
+from storage.selection import STATE_EXPRESSION, selection_filter, switch
+from worker.left_out import count_left_out, status_name
 
-KNOWN_STATUSES = frozenset({"pending", "processing", "processed", "failed", "skipped"})
 LOOPBACK = ("127.", "localhost", "[::1]")
 UNIQUE_FIELD = "source_conversation_id"
 MAX_CLOCK_DIFFERENCE_S = 5.0
 
 
-def _switch(default: str, *cases: tuple[dict[str, Any], str]) -> dict[str, Any]:
-    return {"$switch": {"branches": [{"case": case, "then": then} for case, then in cases], "default": default}}
-
-
-_SHAPE = _switch(
+_SHAPE = switch(
     "unknown",
     ({"$isArray": ["$tweets"]}, "tweets"),
     ({"$isArray": ["$messages"]}, "messages"),
     ({"$eq": [{"$type": "$text"}, "string"]}, "query"),
-)
-# Single queries have no status; other fields hold their state.
-_IS_PROCESSED, _HAS_REASON = {"$eq": ["$processed", True]}, {"$gt": ["$status_reason", None]}
-_STATE = _switch(
-    "pending",
-    ({"$gt": ["$status", None]}, "$status"),
-    ({"$and": [_IS_PROCESSED, _HAS_REASON]}, "skipped"),
-    (_IS_PROCESSED, "processed"),
-    (_HAS_REASON, "failed"),
 )
 DUPLICATES: list[dict[str, Any]] = [
     {"$group": {"_id": f"${UNIQUE_FIELD}", "count": {"$sum": 1}}},
     {"$match": {"count": {"$gt": 1}}},
     {"$limit": 1},
 ]
-COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": _STATE}, "count": {"$sum": 1}}}]
+COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": STATE_EXPRESSION}, "count": {"$sum": 1}}}]
 
 Check = Callable[[DocumentStore, Settings], AsyncGenerator[Finding]]
 Clock = Callable[[], datetime]
@@ -159,7 +148,7 @@ async def _documents(store: DocumentStore, settings: Settings) -> AsyncGenerator
         groups = await _aggregate(store.database[settings.source_collection], COUNTS)
     by_shape: dict[str, dict[str, int]] = {}
     for group in groups:
-        state = one_line(str(group["_id"]["state"]), 40)
+        state = status_name(group["_id"]["state"])
         by_shape.setdefault(group["_id"]["shape"], {})[state] = group["count"]
     if not by_shape:
         remedy = "Import documents with python -m utils.mongodb_import, or correct --db-name and --source-collection."
@@ -172,10 +161,9 @@ async def _documents(store: DocumentStore, settings: Settings) -> AsyncGenerator
         else:
             yield Finding("ok", f"{place}, shape {shape}: {counts}.", numbers=dict(states))
     found = {state for states in by_shape.values() for state in states}
-    foreign = sorted(found - KNOWN_STATUSES)
-    if foreign:
-        remedy = "A run ignores these documents; set their status to pending to classify them."
-        yield warning(f"Some documents have an unrecognised status: {', '.join(foreign)}.", remedy)
+    left_out = replace(await count_left_out(store, queued=0), failed=0, skipped=0)  # these two are counted above
+    for sentence, remedy in left_out.problems(settings.results_collection):
+        yield warning(sentence, remedy)
     if "processing" in found:
         yield ok(
             "Documents in processing belong to a running worker or to one that died; the next run takes the latter."

@@ -12,8 +12,9 @@ import pytest
 from config import load_settings
 from domain.conversation import Classification, Conversation, Outcome
 from error_handler import LLMReplyError, Reason, SkippedDocumentError, StoreRejectedError, StoreUnavailableError
-from mongo_client import FinalStatus, Selection
+from mongo_client import FinalStatus
 from storage.extended_json import Document, id_key
+from storage.selection import Selection
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import RunOptions, RunParts
@@ -42,8 +43,8 @@ class MemoryStore:
     async def ensure_source_indexes(self) -> None:
         """Nothing to index."""
 
-    async def foreign_statuses(self) -> list[str]:
-        return []
+    async def count_results(self) -> int:
+        return len(self.results)
 
     async def count(self, _selection: Selection) -> int:
         return 0
