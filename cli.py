@@ -29,7 +29,7 @@ from rich.console import Console
 from batch_processor import BASELINE_PLAN, BatchProcessor, Observers, baseline_classify, find_model
 from commands import flags, summary
 from config import Settings, load_taxonomy
-from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
+from error_handler import ExitCode, LLMError, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
 from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file
@@ -39,7 +39,7 @@ from worker.intake import RunOptions, preview
 from worker.left_out import count_left_out, is_fruitless
 from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
-from worker.quarantine import failed_keys
+from worker.quarantine import failed_keys, failed_places
 from worker.staleness import StalenessChecker
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
@@ -153,8 +153,12 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
             stats = await processor.run()
         except (StoreUnavailableError, LLMUnavailableError) as exc:
             if settings.mode == "batch":
+                _tell_failed(settings)
                 raise
             logger.warning("this pass failed; waiting for the next one: %s", exc)
+        except LLMError:  # an outage, or a model that is gone
+            _tell_failed(settings)
+            raise
         else:
             await _report(arguments, settings, processor, stats)
             if stats["interrupted"]:
@@ -169,6 +173,12 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(processor.stop.wait(), wait_s)
             raise RunInterruptedError("Stopped between two passes; no call was in flight.")
+
+
+def _tell_failed(settings: Settings) -> None:
+    """Print where the documents are that failed before the run ended; the error itself is printed last."""
+    if places := failed_places(settings.batch_files_dir):
+        sys.stderr.write(f"{places}\n")
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, plan: str | None) -> int:

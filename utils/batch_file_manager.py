@@ -273,9 +273,7 @@ class BatchFiles:
 
     def _failed_batch(self, path: Path, failures: list[FailedDocument], *, fresh: bool = False) -> BatchFile:
         documents = [entry.conversation_data or {"_id": entry.conversation_id} for entry in failures]
-        # Each round has its own journal: events of a finished round must not count against the next.
-        round_name = f"{len(failures)}x{sum(entry.retry_count for entry in failures)}"
-        batch = _batch_at(path, documents, f".{round_name}.journal")
+        batch = BatchFile(_number(path) or 0, path, BatchJournal(round_journal(path, failures)), documents)
         self._remove_rounds(path, but=batch.journal.path)
         for entry in failures:
             if fresh:
@@ -332,6 +330,14 @@ def read_failures(path: Path) -> list[FailedDocument]:
         raise ValueError("not a file of failed documents") from exc
 
 
+def round_journal(path: Path, failures: list[FailedDocument]) -> Path:
+    """Return the journal of the next round of *failures*, the content of *path*.
+
+    Each round has its own: events of a finished round must not count against the next.
+    """
+    return path.with_suffix(f".{len(failures)}x{sum(entry.retry_count for entry in failures)}.journal")
+
+
 def _content(path: Path) -> Any:
     """Return the value of the JSON file *path*; None if it is gone. Raise ValueError if it is corrupt."""
     with explained(f"{path} cannot be read"):
@@ -344,8 +350,8 @@ def _content(path: Path) -> Any:
     return content
 
 
-def _batch_at(path: Path, documents: list[dict[str, Any]], suffix: str = ".journal") -> BatchFile:
-    return BatchFile(_number(path) or 0, path, BatchJournal(path.with_suffix(suffix)), documents)
+def _batch_at(path: Path, documents: list[dict[str, Any]]) -> BatchFile:
+    return BatchFile(_number(path) or 0, path, BatchJournal(path.with_suffix(".journal")), documents)
 
 
 def _document(entry: dict[str, Any]) -> dict[str, Any]:

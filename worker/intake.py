@@ -17,6 +17,7 @@ from error_handler import SkippedDocumentError
 from model_server.concurrency import ConcurrencyLimit
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
+from storage.files import JournalEntry
 from storage.selection import Selection
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
@@ -86,10 +87,11 @@ class DocumentIntake:
         self._recovered: set[bytes] = set()
         self._queued: set[bytes] = set()  # in local failure files when reading began, with ``options.only``
         self._taken = 0
+        self._retries_failed = self._options.retry_failed or self._options.only == "failed"
 
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches that an earlier run left in ``pending/``, with their journals replayed."""
-        if self._options.retry_failed or self._options.only == "failed":
+        if self._retries_failed:
             requeued = await asyncio.to_thread(requeue, self._files)
             logger.info("%d quarantined documents are retried with a full set of attempts", requeued)
         for file in await asyncio.to_thread(lambda: list(self._files.load_pending())):
@@ -184,6 +186,9 @@ class DocumentIntake:
     async def _keep_own(self, batch: BatchInWork) -> None:
         """Remove documents from a recovered *batch* that other workers hold, or have finished since."""
         self._recovered.update(item.key for item in batch.items)
+        for item in batch.items:
+            if self._retries_failed and item.past.verdict is not None and not item.past.verdict.is_skipped:
+                item.past = JournalEntry(result=item.past.result)  # it failed before the run was interrupted
         needed = await self.needed([item.document for item in batch.items])
         batch.items = [item for item in batch.items if item.key in needed]
         batch.unsettled = len(batch.items)

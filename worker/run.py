@@ -14,6 +14,7 @@ from typing import Any
 from aggregator import aggregate_conversation
 from domain.conversation import Outcome, build_result
 from error_handler import (
+    FailureThresholdError,
     LLMError,
     LLMModelError,
     LLMOutageError,
@@ -69,6 +70,12 @@ class BatchRun:
 
         *to_the_end* adds the sweeps and the retry rounds.
         """
+        try:
+            return await self._execute(sources, to_the_end=to_the_end)
+        except FailureThresholdError as exc:  # other documents failed while the run ended
+            raise FailureThresholdError(self._settlement.threshold_message()) from exc
+
+    async def _execute(self, sources: list[AsyncGenerator[BatchInWork]], *, to_the_end: bool) -> dict[str, Any]:
         status = "failed"
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -158,8 +165,7 @@ class BatchRun:
         elif past.verdict is not None:
             self._settlement.end(item, past.verdict)
         elif past.is_poison:
-            error = PoisonDocumentError("the worker died each time it processed this document")
-            self._settlement.end(item, verdict_of(error))
+            self._end(item, PoisonDocumentError("the worker died each time it processed this document"))
         elif self._is_doubtful(item) and item.key not in await self.intake.needed([item.document]):
             self._settlement.drop(item)
             self._ask_instead(item)
@@ -214,7 +220,7 @@ class BatchRun:
         for heir in self._dedupe.gave_up(item):
             self._queue.put_nowait(heir)
 
-    def _end(self, item: WorkItem, error: SkippedDocumentError | LLMError) -> None:
+    def _end(self, item: WorkItem, error: SkippedDocumentError | LLMError | PoisonDocumentError) -> None:
         verdict = verdict_of(error)
         event: Event = "skipped" if verdict.is_skipped else "failed"
         item.note(event, reason=verdict.reason, problem=verdict.problem, is_final=verdict.is_final)

@@ -18,6 +18,7 @@ from storage.selection import Selection
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import RunOptions, RunParts
+from worker.quarantine import list_failed
 from worker.run import BatchRun
 from worker.settlement import BatchInWork
 
@@ -137,6 +138,7 @@ async def test_answer_that_could_not_be_written_is_kept_and_not_asked_again(tmp_
     with pytest.raises(StoreUnavailableError):
         await run(tmp_path, store, model, [document(1, "where is my parcel")])
     assert store.results == {}
+    assert [entry.status for entry in list_failed(tmp_path, "retry").entries] == ["write_failed"]
     store.is_away = False
     await run(tmp_path, store, model, to_the_end=True)
     assert store.results.keys() == {1}
