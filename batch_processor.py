@@ -173,7 +173,7 @@ class BatchProcessor:
         return result
 
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
-        """Classify only *documents*; failed ones are in the retry queue afterwards. Return statistics as ``run`` does."""
+        """Classify only *documents*; failed ones are in the retry queue or quarantine afterwards. Return statistics as ``run`` does."""
         run = await self._new_run()
         return await run.execute([run.intake.given(documents)], to_the_end=False)
 
@@ -181,7 +181,7 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, reasons, interrupted, with_confidence, needs_review, review_below. After a
+        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, review_below. After a
         TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
         """
         run = await self._new_run()

@@ -29,7 +29,14 @@ from rich.console import Console
 from batch_processor import BASELINE_PLAN, BatchProcessor, Observers, baseline_classify, find_model
 from commands import flags, summary
 from config import Settings, load_taxonomy
-from error_handler import ExitCode, LLMError, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
+from error_handler import (
+    ExitCode,
+    LLMError,
+    LLMUnavailableError,
+    RunInterruptedError,
+    StoreError,
+    StoreUnavailableError,
+)
 from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file
@@ -156,7 +163,7 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
                 _tell_failed(settings)
                 raise
             logger.warning("this pass failed; waiting for the next one: %s", exc)
-        except LLMError:  # an outage, or a model that is gone
+        except (LLMError, StoreError):  # an outage, a model that is gone, an operation that MongoDB refuses
             _tell_failed(settings)
             raise
         else:

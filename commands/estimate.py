@@ -108,6 +108,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         "asked_for": arguments.sample,
         "classified": classified,
         "failed": failed,
+        "in_quarantine": stats["in_quarantine"],
         "skipped": stats["skipped"],
         "leased_elsewhere": stats["leased_elsewhere"],
         "seconds": seconds,
@@ -171,13 +172,14 @@ def _why_no_estimate(stats: dict[str, Any], left: int) -> str | None:
     done = counted(stats["successful"] + skipped, "document is", "documents are")
     if not left and not failed:
         return f"The sample was all that was left: {done} done now ({skipped} without text)."
+    if not left:
+        places = f"retry queue: {stats['in_retry_queue']}, quarantine: {stats['in_quarantine']}"
+        return f"Only failed documents are left: {done} done now, {places}."
     if not stats["successful"]:
         return (
             f"There is no estimate: no document of the sample could be classified ({failed} failed, {skipped} without "
             f"text, {stats['leased_elsewhere']} leased by another worker). Run python cli.py doctor."
         )
-    if not left:
-        return f"Only the retry queue is left: {done} done now, {failed} failed."
     return None
 
 
@@ -326,7 +328,10 @@ def _dollars(usd: float) -> str:
 def _sample(facts: Report, calls: int) -> str:
     text = f"{facts['classified']} classified in {duration_text(facts['seconds'])}, kept as results"
     text += f"; {facts['skipped']} without text" if facts["skipped"] else ""
-    text += f"; [red]{facts['failed']} failed[/], retried by the next run" if facts["failed"] else ""
+    if facts["failed"]:
+        in_quarantine = facts["in_quarantine"]
+        where = f"quarantine: {in_quarantine} (--retry-failed)" if in_quarantine else "retried by the next run"
+        text += f"; [red]{facts['failed']} failed[/], {where}"
     text += f"; {facts['leased_elsewhere']} leased by another worker" if facts["leased_elsewhere"] else ""
     if facts["load_s"] >= COLD_LOAD_S:
         text += f"; loading the model took {duration_text(facts['load_s'])}, not included in the time above"
