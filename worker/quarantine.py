@@ -133,6 +133,7 @@ class _Judged:
 
 
 _NOWHERE = _Judged(Path())
+_FAILED = b'"failed"'  # in each event of that name
 
 
 def _judged(directory: Path) -> dict[bytes, _Judged]:
@@ -158,8 +159,11 @@ def _judged(directory: Path) -> dict[bytes, _Judged]:
 def _journal_of(path: Path) -> tuple[dict[bytes, JournalEntry], dict[bytes, int]]:
     """Return the journal of the batch file *path*, and the earlier rounds of its documents."""
     plain = path.with_suffix(".journal")
-    if plain.exists() or not any(path.parent.glob(f"{path.stem}.*.journal")):
-        return replay_journal(plain), {}
+    with suppress(FileNotFoundError):
+        # Most batches have no failure, and the metrics of a running worker read this every few seconds.
+        return (replay_journal(plain) if _FAILED in plain.read_bytes() else {}), {}
+    if not any(path.parent.glob(f"{path.stem}.*.journal")):
+        return {}, {}
     failures = read_failures(path)
     return replay_journal(round_journal(path, failures)), {entry.key: entry.retry_count for entry in failures}
 
