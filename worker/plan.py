@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import async_llm_wrapper as llm
 from classifier import Classifier
 from config import Settings, load_taxonomy
-from error_handler import LLMUnavailableError
+from error_handler import LLMUnavailableError, StoreUnavailableError
 from model_server.models import chat_target
 from model_server.tokens import TokenEstimator
 from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_SIZE = 200  # documents
 
@@ -46,9 +49,12 @@ async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[
     Documents of any status count, because those that are done predict those to come. Documents without text do not.
     """
     needs = []
-    async for document in store.sample(SAMPLE_SIZE):
-        if transcript := rough_transcript(document):
-            needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
+    try:
+        async for document in store.sample(SAMPLE_SIZE):
+            if transcript := rough_transcript(document):
+                needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
+    except StoreUnavailableError as exc:
+        logger.warning("the window is chosen from a sample of %d documents: %s", len(needs), exc)
     return needs
 
 

@@ -19,6 +19,7 @@ from error_handler import (
     LLMOutageError,
     PoisonDocumentError,
     SkippedDocumentError,
+    StoreError,
     TriadError,
 )
 from storage.files import Event
@@ -267,13 +268,22 @@ class BatchRun:
         return item.batch.claimed_at < self._doubted_before
 
     async def _prepare_source(self, *, count: bool) -> None:
-        """Count and index while the first calls run, because both take long on millions of documents."""
-        if count:
-            self._settlement.stats.total += await self._store.count("all" if self._replace else "sweep")
-        await self._store.ensure_source_indexes()
-        foreign = await self._store.foreign_statuses()
-        if foreign:
-            logger.warning("documents with an unrecognised status are ignored: %s", ", ".join(foreign[:10]))
+        """Count and index while the first calls run, because both take long on millions of documents.
+
+        An error is a warning: if MongoDB is away, the calls that need it end the run.
+        """
+        try:
+            if count:
+                self._settlement.stats.total += await self._store.count("all" if self._replace else "sweep")
+        except StoreError as exc:
+            logger.warning("the run goes on without the number of documents: %s", exc)
+        try:
+            await self._store.ensure_source_indexes()
+            foreign = await self._store.foreign_statuses()
+            if foreign:
+                logger.warning("documents with an unrecognised status are ignored: %s", ", ".join(foreign[:10]))
+        except StoreError as exc:
+            logger.warning("the run goes on without the indexes of the source: %s", exc)
 
     async def _save(self, status: str) -> None:
         """Flush a last time; an error here must not hide the one that ended the run."""
