@@ -49,13 +49,19 @@ async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[
     Documents of any status count, because those that are done predict those to come. Documents without text do not.
     """
     needs = []
-    try:
-        async for document in store.sample(SAMPLE_SIZE):
-            if transcript := rough_transcript(document):
-                needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
-    except StoreUnavailableError as exc:
-        logger.warning("the window is chosen from a sample of %d documents: %s", len(needs), exc)
+    async for document in store.sample(SAMPLE_SIZE):
+        if transcript := rough_transcript(document):
+            needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
     return needs
+
+
+async def sample_if_in_time(store: DocumentStore, estimator: TokenEstimator) -> list[int]:
+    """Return what ``sample_needs`` does, or nothing if MongoDB takes too long for it: the window is then the default."""
+    try:
+        return await sample_needs(store, estimator)
+    except StoreUnavailableError as exc:
+        logger.warning("the window is chosen without a sample of the documents: %s", exc)
+        return []
 
 
 def rough_transcript(document: Mapping[str, Any]) -> str:
