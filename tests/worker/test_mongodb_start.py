@@ -176,10 +176,10 @@ def test_slow_counts_stop_no_run(strict: EmbeddedMongod, client: Client, model: 
         open_site(uri_of(strict, "root", "r"), DB_NAME, model, tmp_path) as site,
         failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=400),
     ):
-        environment = site.environment(MONGODB_TIMEOUT_MS="200", MONGODB_MAX_RETRIES="1")
-        code, out, err = run_cli([], environment, tmp_path)
-    assert code == 0, out + err
-    assert "the window is chosen without a sample" in err
+        # In a process of its own, because a driver whose call ran out of time leaks a socket at the end of the loop.
+        ended = site.run(MONGODB_TIMEOUT_MS="200", MONGODB_MAX_RETRIES="1")
+    assert ended.code == 0, ended.said
+    assert "the window is chosen without a sample" in ended.err
     assert client[DB_NAME].sentimental_analysis.count_documents({}) == 3
 
 
