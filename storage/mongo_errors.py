@@ -41,6 +41,7 @@ NAME_UNKNOWN = re.compile(
 NO_CONNECTION = re.compile(
     "Connection refused|Connect call failed|No such file or directory|Network is unreachable|No route to host"
 )
+NO_ANSWER = "check that it runs and MONGODB_URI, and raise MONGODB_TIMEOUT_MS if it is only slow"
 # Why no server can be used, by what the driver's message contains. The first that fits counts.
 _CONNECTION_PROBLEMS = (
     (NO_CONNECTION, "nothing listens there; check that it runs and MONGODB_URI"),
@@ -99,7 +100,7 @@ def _error_of(what: str, exc: Exception) -> TriadError:
     if isinstance(exc, errors.DocumentTooLarge | BSONError | OverflowError | UnicodeEncodeError):
         return StoreRejectedError(f"MongoDB cannot hold the document ({what}: {type(exc).__name__})")
     if isinstance(exc, errors.ConnectionFailure):
-        reason = connection_problem(exc) or "check that it runs and MONGODB_URI"
+        reason = connection_problem(exc) or NO_ANSWER
         return StoreUnavailableError(f"MongoDB does not answer ({what}): {reason}.")
     if isinstance(exc, errors.ConfigurationError | errors.InvalidName):
         remedy = "check MONGODB_URI and the names"
