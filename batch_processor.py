@@ -28,7 +28,7 @@ from storage.extended_json import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import Classify, RunOptions, RunParts
-from worker.plan import run_window, sample_needs
+from worker.plan import run_window, sample_if_in_time
 from worker.progress import Reporter
 from worker.run import BatchRun
 from worker.staleness import StalenessChecker
@@ -124,7 +124,7 @@ class BatchProcessor:
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
-        sample = partial(sample_needs, self.store, classifier.truncator.estimator)
+        sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
         choice = await run_window(client, self.settings.ollama_num_ctx, sample)
         start_s = time.monotonic()
         target = await client.warm_up(choice, self._tell)

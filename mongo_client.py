@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from inspect import isawaitable
 from typing import Any, Literal, TypeVar
 
-from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern
-from pymongo.errors import BulkWriteError, PyMongoError
+from pymongo import ReplaceOne, WriteConcern, timeout
+from pymongo.errors import BulkWriteError
 
 from config import Settings
-from error_handler import ConfigurationError, IndexBlockedError, StoreError, StoreRejectedError
+from error_handler import (
+    ConfigurationError,
+    StoreForbiddenError,
+    StoreRejectedError,
+)
 from storage.extended_json import Document, id_key, id_text
-from storage.mongo_errors import TOO_LARGE_CODES, index_problem, require_only_duplicates, translated
+from storage.mongo_connection import close_client, open_client
+from storage.mongo_errors import TOO_LARGE_CODES, require_only_duplicates, translated
+from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
 from storage.selection import Selection, selection_filter
+from utils.batch_file_manager import UNKNOWN_UUID
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -32,52 +39,11 @@ T = TypeVar("T")
 FinalStatus = Literal["processed", "failed", "skipped"]
 
 DURABLE = WriteConcern("majority", j=True)
-MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
-CLOSE_WAIT_S = 2.0  # for the driver to end its connections
-SERVER_SELECTION_MS = 10_000  # short, to report a wrong address soon; three attempts cover half a minute
+PATIENCE_S = 86_400.0  # for counts and indexes
 SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
 
-SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
-RESULT_INDEXES = (
-    "conversation_number",
-    "processing_metadata.batch_job_id",
-    "processing_metadata.processed_at",
-    "classification.intent",
-    "classification.topic",
-    "classification.sentiment",
-)
 _PROVENANCE = ("processing_metadata.input_sha256", "processing_metadata.fingerprint")
 _LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
-
-
-def open_client(settings: Settings) -> AsyncMongoClient[Document]:
-    """Return a client for the running event loop; raise ConfigurationError if MONGODB_URI is not a usable address."""
-    try:
-        with warnings.catch_warnings(action="error", category=UserWarning):  # misspelt options
-            return AsyncMongoClient(
-                settings.mongodb_uri.get_secret_value(),
-                maxPoolSize=MAX_POOL_SIZE,
-                minPoolSize=MIN_POOL_SIZE,
-                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, SERVER_SELECTION_MS),
-                timeoutMS=settings.mongodb_timeout_ms,
-                appname="customer-support-triad",
-                # One odd document must not end a run: dates after the year 9999, strings that are not UTF-8.
-                datetime_conversion="DATETIME_AUTO",
-                unicode_decode_error_handler="replace",
-            )
-    except (PyMongoError, ValueError, UserWarning) as exc:
-        raise ConfigurationError("MONGODB_URI is not a usable address; expected mongodb://host:27017.") from exc
-
-
-async def close_client(client: Any) -> None:
-    """Close *client*, and wait at most CLOSE_WAIT_S for it; the event loop ends the rest.
-
-    PyMongo waits 20 s for its monitor if a server accepts connections but never responds.
-    """
-    task = asyncio.create_task(client.close())
-    await asyncio.wait([task], timeout=CLOSE_WAIT_S)
-    if task.done():
-        task.result()
 
 
 def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
@@ -123,22 +89,38 @@ class DocumentStore:
             logger.info("MongoDB is a standalone server: writes are durable, but there is no failover")
 
     async def identity(self) -> str:
-        """Return a text that identifies this pair of collections among all servers, by the UUID of the source."""
+        """Return a text that identifies this pair of collections among all servers, by the UUID of the source.
+
+        Raise ConfigurationError if the source is a view.
+        """
         command = {"listCollections": 1, "filter": {"name": self._source.name}}
-        answer = await self._command("identify the collection", self.database, command)
+        try:
+            answer = await self._command("identify the collection", self.database, command)
+        except StoreForbiddenError:  # a right that nothing else needs
+            return f"{self._source.full_name} -> {self._results.name} ({UNKNOWN_UUID})"
         found = answer["cursor"]["firstBatch"] if answer else []
+        if found and found[0].get("type") == "view":
+            raise ConfigurationError(
+                f"{self._source.full_name} is a view, which cannot store a status; set MONGODB_SOURCE_COLLECTION to the "
+                "collection that it shows."
+            )
         uuid = found[0].get("info", {}).get("uuid") if found else None
         return f"{self._source.full_name} -> {self._results.name} ({uuid.hex() if uuid else 'new'})"
 
     async def ensure_result_indexes(self) -> None:
         """Create the indexes of the results; raise IndexBlockedError if stored results share a source id."""
-        unique = IndexModel([("source_conversation_id", 1)], unique=True)
-        await self._create_indexes(self._results, [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)])
+        await create_indexes(self._results, result_indexes(), self._patiently)
 
     async def ensure_source_indexes(self) -> None:
-        """Create the indexes of the source and of the leases; takes seconds on millions of documents."""
-        await self._create_indexes(self._source, [IndexModel([(field, 1)]) for field in SOURCE_INDEXES])
-        await self._create_indexes(self._leases, [IndexModel([("expires_at", 1)], expireAfterSeconds=0)])
+        """Create the indexes of the source and of the leases; takes as long as the collection is large."""
+        await create_indexes(self._source, source_indexes(), self._patiently)
+        await create_indexes(self._leases, lease_indexes(), self._patiently)
+
+    async def try_writes(self) -> None:
+        """Send each collection an update that matches nothing, to see whether the server takes the writes of a run."""
+        for collection in (self._marks, self._results, self._leases):
+            update = partial(collection.update_one, {"_id": {"$in": []}}, {"$set": {"status": "processing"}})
+            await self._call(f"write to {collection.name}", update)
 
     async def upper_bound(self) -> list[Any]:
         """Return the greatest ``_id`` as a list of one, or an empty list for an empty collection."""
@@ -163,8 +145,9 @@ class DocumentStore:
     async def count(self, selection: Selection) -> int:
         """Return how many documents *selection* has now."""
         if selection == "all":
-            return await self._call("count", self._source.estimated_document_count)
-        return await self._call("count", lambda: self._source.count_documents(selection_filter(selection)))
+            return await self._patiently("count", self._source.estimated_document_count)
+        query = selection_filter(selection)
+        return await self._patiently("count", lambda: self._source.count_documents(query))
 
     async def count_results(self) -> int:
         """Return about how many results there are, also of documents that are gone."""
@@ -329,15 +312,6 @@ class DocumentStore:
     def _server_time(self) -> datetime:
         return datetime.now(UTC) + self._clock_offset
 
-    async def _create_indexes(self, collection: Any, models: list[IndexModel]) -> None:
-        try:
-            await self._call("create indexes", lambda: collection.create_indexes(models))
-        except StoreError as exc:
-            problem = index_problem(getattr(exc.__cause__, "code", None), collection.name)
-            if problem:
-                raise IndexBlockedError(problem) from exc
-            raise
-
     async def _find(self, what: str, collection: Any, query: Document, **options: Any) -> list[Document]:
         """Return what *query* finds; *options* are those of ``find``."""
         return await self._call(what, lambda: collection.find(query, **options).to_list(None))
@@ -351,6 +325,11 @@ class DocumentStore:
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
         return await call_repeatedly(what, operation, self._policy)
+
+    async def _patiently(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
+        """Do the same without the time limit of the client, for what takes as long as a collection is large."""
+        with timeout(PATIENCE_S):
+            return await self._call(what, operation)
 
 
 async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], policy: RetryPolicy) -> T:

@@ -288,10 +288,12 @@ async def test_several_results_of_one_document_are_an_error(
     assert "db.sentimental_analysis.aggregate(" in finding.remedy
 
 
-async def test_non_unique_index_is_an_error(mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]) -> None:
+async def test_non_unique_index_is_a_warning(
+    mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]
+) -> None:
     database.sentimental_analysis.create_index("source_conversation_id")
     finding = await finding_with("not unique", mongodb_uri, db_name)
-    assert finding.level == "error"
+    assert finding.level == "warning"
     database.sentimental_analysis.drop_index([("source_conversation_id", 1)])  # what the remedy says
     assert "not unique" not in str(await findings(mongodb_uri, db_name))
 

@@ -12,13 +12,16 @@ import pytest
 from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 from mongomock_motor import AsyncMongoMockClient
+from pymongo import IndexModel
 from pymongo.database import Database
+from pymongo.errors import DuplicateKeyError
 
 from aggregator import aggregate_conversation
 from config import load_settings
-from error_handler import IndexBlockedError, StoreRejectedError
+from error_handler import ConfigurationError, IndexBlockedError, StoreRejectedError
 from mongo_client import DocumentStore, range_filter
 from storage.extended_json import id_key
+from storage.mongo_indexes import serves_as_unique
 from storage.selection import STATE_EXPRESSION, STATUSES, Selection, State, selection_filter, state_of
 from tests.embedding_index.stores import DRIVERS, open_store
 from worker.left_out import count_left_out
@@ -348,10 +351,77 @@ async def test_stored_duplicates_block_the_unique_index(
     assert list(database["sentimental_analysis"].aggregate(query)) == [{"_id": "a", "n": 2}]
 
 
-async def test_an_index_with_other_options_blocks_ours(
-    store: DocumentStore, database: Database[dict[str, Any]]
+@pytest.mark.parametrize(
+    ("keys_of_index", "options"),
+    [
+        pytest.param([("source_conversation_id", 1)], {"unique": True, "name": "one_result"}, id="other-name"),
+        pytest.param([("source_conversation_id", -1)], {"unique": True}, id="descending"),
+        pytest.param([("source_conversation_id", 1)], {}, id="not-unique"),
+        pytest.param([("source_conversation_id", 1)], {"name": "of_the_application"}, id="not-unique-other-name"),
+        pytest.param([("source_conversation_id", 1)], {"sparse": True}, id="sparse"),
+        pytest.param([("n", 1)], {"name": "source_conversation_id_1"}, id="name-taken"),
+    ],
+)
+async def test_any_index_of_the_results_is_accepted_and_a_unique_one_is_there_at_the_end(
+    store: DocumentStore,
+    database: Database[dict[str, Any]],
+    keys_of_index: list[tuple[str, int]],
+    options: dict[str, Any],
 ) -> None:
-    """Without uniqueness a second result would be possible."""
-    database["sentimental_analysis"].create_index("source_conversation_id")
-    with pytest.raises(IndexBlockedError, match="getIndexes"):
+    """The index of an application stays, and prevents nothing."""
+    results = database["sentimental_analysis"]
+    results.create_index(keys_of_index, **options)
+    for _ in range(2):
         await store.ensure_result_indexes()
+    indexes = results.index_information()
+    assert options.get("name", "source_conversation_id_1") in indexes or "source_conversation_id_-1" in indexes
+    assert serves_as_unique(indexes)
+    assert "classification.intent_1" in indexes, "the others are created all the same"
+    results.insert_one(result("a"))
+    with pytest.raises(DuplicateKeyError):
+        results.insert_one(result("a"))
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        pytest.param("conversation_number", {"unique": True}, id="A1-unique"),
+        pytest.param("status", {"name": "idx_status"}, id="A1-name"),
+        pytest.param("last_processed_at", {"expireAfterSeconds": 10**8}, id="ttl"),
+        pytest.param("status", {"collation": {"locale": "de"}}, id="collation"),
+        pytest.param("status", {"partialFilterExpression": {"status": "pending"}}, id="partial"),
+    ],
+)
+async def test_any_index_of_the_source_is_accepted(
+    store: DocumentStore,
+    database: Database[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    field: str,
+    options: dict[str, Any],
+) -> None:
+    """Those of the other fields are created, and nothing is worth a warning."""
+    database["conversation_set"].create_index(field, **options)
+    await store.ensure_source_indexes()
+    fields = {index["key"][0][0] for index in database["conversation_set"].index_information().values()}
+    assert fields == {"_id", "status", "conversation_number", "last_processed_at"}
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_index_that_the_server_refuses_is_a_warning(
+    store: DocumentStore, database: Database[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """MongoDB allows 64 indexes of a collection."""
+    source = database["conversation_set"]
+    source.create_indexes([IndexModel([(f"field{number}", 1)]) for number in range(62)])
+    await store.ensure_source_indexes()
+    assert len(source.index_information()) == 64
+    assert "the index conversation_number_1 of conversation_set was not created" in caplog.text
+
+
+async def test_identity_of_a_view_is_refused(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """A status cannot be stored in a view; the run says so before it asks the model."""
+    database.create_collection("conversation_set", viewOn="conversations", pipeline=[])
+    with pytest.raises(ConfigurationError, match=r"is a view.*MONGODB_SOURCE_COLLECTION"):
+        await store.identity()
+    with pytest.raises(ConfigurationError, match="A view stands where"):
+        await store.try_writes()

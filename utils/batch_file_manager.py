@@ -48,6 +48,9 @@ FailureKind = Literal["retry", "quarantine"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
 
+UNKNOWN_UUID = "unknown"  # in the identity of a source whose user may not list collections
+
+
 @dataclass(slots=True)
 class FailedDocument:
     """An entry of the retry queue or of the quarantine.
@@ -244,7 +247,7 @@ class BatchFiles:
         """
         other = (self.read_state("checkpoint.json") or {}).get("source")
         has_work = any(batch_paths(self.directory / kind) for kind in ("pending", "retry"))
-        if has_work and other not in (None, source):
+        if has_work and other is not None and not is_same_source(other, source):
             raise ConfigurationError(
                 f"{self.directory} holds unfinished work of {other}, and this run is for {source}; finish that run first, "
                 "or name another directory with --batch-files-dir."
@@ -304,6 +307,14 @@ class BatchFiles:
             "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB", path.name, aside.name
         )
         return None
+
+
+def is_same_source(one: str, other: str) -> bool:
+    """Return whether two identities of DocumentStore may be of one source; without a UUID the names decide."""
+    unknown = f"({UNKNOWN_UUID})"
+    if unknown in (one[-len(unknown) :], other[-len(unknown) :]):
+        return one.rpartition(" (")[0] == other.rpartition(" (")[0]
+    return one == other
 
 
 def batch_paths(folder: Path) -> list[Path]:

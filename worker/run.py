@@ -280,10 +280,19 @@ class BatchRun:
         return item.batch.claimed_at < self._doubted_before
 
     async def _prepare_source(self, *, count: bool) -> None:
-        """Count and index while the first calls run, because both take long on millions of documents."""
-        if count:
-            self._settlement.stats.total += await self._store.count("known" if self._replace else "sweep")
-        await self._store.ensure_source_indexes()
+        """Count and index while the first calls run, because both take long on millions of documents.
+
+        An error is a warning: if MongoDB is away, the calls that need it end the run.
+        """
+        try:
+            if count:
+                self._settlement.stats.total += await self._store.count("known" if self._replace else "sweep")
+        except StoreError as exc:
+            logger.warning("the run goes on without the number of documents: %s", exc)
+        try:
+            await self._store.ensure_source_indexes()
+        except StoreError as exc:
+            logger.warning("the run goes on without the indexes of the source: %s", exc)
 
     async def _count_left_out(self) -> None:
         """Count and log what this run did not select; an error here must not fail a run that is done."""

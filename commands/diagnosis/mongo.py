@@ -12,15 +12,15 @@ from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.settings import hosts_of
 from config import Settings
 from domain.text import counted
-from error_handler import StoreError, StoreForbiddenError
-from mongo_client import RESULT_INDEXES, SOURCE_INDEXES, DocumentStore
+from error_handler import ConfigurationError, StoreError, StoreForbiddenError
+from mongo_client import DocumentStore
 from storage.extended_json import id_text
-from storage.mongo_errors import translated
+from storage.mongo_errors import connection_problem, has_no_server, translated
+from storage.mongo_indexes import RESULT_INDEXES, SOURCE_INDEXES, UNIQUE_FIELD, serves_as_unique
 from storage.selection import STATE_EXPRESSION, selection_filter, switch
 from worker.left_out import count_left_out, status_name
 
 LOOPBACK = ("127.", "localhost", "[::1]")
-UNIQUE_FIELD = "source_conversation_id"
 MAX_CLOCK_DIFFERENCE_S = 5.0
 
 
@@ -63,6 +63,8 @@ async def diagnose(settings: Settings, now: Clock = lambda: datetime.now(UTC)) -
                     yield finding
             except StoreForbiddenError as exc:
                 yield error(str(exc), "Grant the rights with db.grantRolesToUser(USER, ['readWrite']).")
+            except ConfigurationError as exc:
+                yield error(str(exc), "A run stops for the same reason.")
             except StoreError as exc:
                 seconds = settings.mongodb_timeout_ms / 1000
                 yield warning(str(exc), f"The time limit is {seconds:g} s; raise MONGODB_TIMEOUT_MS.")
@@ -73,7 +75,10 @@ async def diagnose(settings: Settings, now: Clock = lambda: datetime.now(UTC)) -
 def _connection_remedy(exc: StoreError, settings: Settings) -> str:
     if isinstance(exc, StoreForbiddenError):
         return "If the user belongs to another database, add ?authSource=admin to MONGODB_URI."
-    if _hosts(settings).startswith(LOOPBACK):
+    is_away = has_no_server(exc.__cause__)
+    if connection_problem(exc.__cause__) and not is_away:
+        return "The server's own log has more; docs/robustness.md explains each message."
+    if is_away and _hosts(settings).startswith(LOOPBACK):
         return "Start it (systemctl start mongod, or docker start ...), or run python cli.py --embedded."
     return "Check the host and port, and any firewall or IP allow list in between."
 
@@ -102,7 +107,8 @@ async def _topology(store: DocumentStore, settings: Settings) -> AsyncGenerator[
 
 
 async def _rights(store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
-    """Compare the user's privileges with those that a run needs; write nothing."""
+    """Compare the user's privileges with those that a run needs, and send the commands of a run; change nothing."""
+    await store.identity()
     with translated("read the user's rights"):
         status = await store.database.command({"connectionStatus": 1, "showPrivileges": True})
     auth = status["authInfo"]
@@ -114,6 +120,7 @@ async def _rights(store: DocumentStore, settings: Settings) -> AsyncGenerator[Fi
         else:
             sentence = "No access control: anyone who reaches the port can read and change the data."
             yield warning(sentence, "Start mongod with --auth and create a user.")
+        await store.try_writes()
         return
     needed = {
         settings.source_collection: {"find", "update", "createIndex"},
@@ -123,11 +130,13 @@ async def _rights(store: DocumentStore, settings: Settings) -> AsyncGenerator[Fi
     privileges, has_all = auth["authenticatedUserPrivileges"], True
     for collection, actions in needed.items():
         if missing := actions - allowed_actions(privileges, settings.db_name, collection):
-            has_all = False
+            is_needed = missing != {"createIndex"} or collection == settings.results_collection
+            has_all &= not is_needed
             sentence = f"The user lacks {', '.join(sorted(missing))} on {settings.db_name}.{collection}."
             remedy = f"Grant them with db.grantRolesToUser(USER, [{{role: 'readWrite', db: '{settings.db_name}'}}])."
-            yield error(sentence, remedy)
+            yield error(sentence, remedy) if is_needed else warning(sentence, remedy)
     if has_all:
+        await store.try_writes()
         yield ok("The user may read the source, and write statuses, leases and results.")
 
 
@@ -198,16 +207,16 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
     results = store.database[settings.results_collection]
     try:
         with translated("read the indexes"):
-            on_source = _by_field(await store.database[settings.source_collection].index_information())
-            on_results = _by_field(await results.index_information())
+            on_source = _first_fields(await store.database[settings.source_collection].index_information())
+            indexes = await results.index_information()
     except StoreForbiddenError:  # a run creates indexes and never lists them
         yield warning("The indexes were not checked: the user may not list them.", "Grant listIndexes.")
         return
+    on_results, is_unique = _first_fields(indexes), serves_as_unique(indexes)
     missing = [f"{settings.source_collection}.{field}" for field in SOURCE_INDEXES if field not in on_source]
     missing += [f"{settings.results_collection}.{field}" for field in RESULT_INDEXES if field not in on_results]
-    unique = on_results.get(UNIQUE_FIELD)
     with translated("find several results of one document"):
-        repeated = [] if unique else await _aggregate(results, DUPLICATES)
+        repeated = [] if is_unique else await _aggregate(results, DUPLICATES)
     if repeated:
         remedy = (
             f"Find them with db.{results.name}.aggregate([{{$group: {{_id: '${UNIQUE_FIELD}', n: {{$sum: 1}}}}}}, "
@@ -215,16 +224,19 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
         )
         yield error("Some documents have several results, so the unique index cannot be created.", remedy)
         return
-    if unique is not None and not unique.get("unique"):
-        remedy = f"Run db.{results.name}.dropIndex({{{UNIQUE_FIELD}: 1}}); the next run creates the right one."
-        yield error(f"The index on {results.name}.{UNIQUE_FIELD} is not unique.", remedy)
-        return
-    if unique is None:
+    if not is_unique and UNIQUE_FIELD in on_results:
+        remedy = (
+            f"MongoDB before 5.0 needs db.{results.name}.dropIndex({{{UNIQUE_FIELD}: 1}}) first; later ones do not."
+        )
+        yield warning(
+            f"The index on {results.name}.{UNIQUE_FIELD} is not unique; the next run adds one that is.", remedy
+        )
+    elif not is_unique:
         missing.append(f"{settings.results_collection}.{UNIQUE_FIELD} (unique)")
     if missing:
         remedy = "The next run creates them; this takes a while on millions of documents."
         yield warning(f"Indexes are missing: {', '.join(missing)}.", remedy)
-    else:
+    elif is_unique:
         yield ok("All indexes exist.")
 
 
@@ -244,8 +256,9 @@ async def _clock(now: Clock, store: DocumentStore, _settings: Settings) -> Async
         yield warning(sentence, "Synchronise both clocks (timedatectl set-ntp true).", **numbers)
 
 
-def _by_field(indexes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    return {index["key"][0][0]: index for index in indexes.values() if len(index["key"]) == 1}
+def _first_fields(indexes: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Return the fields by which *indexes* find documents: an index of several fields serves the first."""
+    return {index["key"][0][0] for index in indexes.values()}
 
 
 async def _aggregate(collection: Any, pipeline: list[dict[str, Any]]) -> list[dict[str, Any]]:
