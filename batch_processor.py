@@ -28,7 +28,7 @@ from storage.extended_json import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import Classify, RunOptions, RunParts, has_work
-from worker.plan import plan_of, run_window, sample_needs
+from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
 from worker.run import BatchRun
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
@@ -125,7 +125,7 @@ class BatchProcessor:
         self._plan = plan_of(classifier, client.target)
         asked_ctx = self.settings.ollama_num_ctx
         if await has_work(self.store, self.files, self.options, self._kinds()):
-            sample = partial(sample_needs, self.store, classifier.truncator.estimator)
+            sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
             choice = await run_window(client, asked_ctx, sample)
             start_s = time.monotonic()
             asked_ctx = (await client.warm_up(choice, self._tell)).num_ctx
@@ -177,7 +177,7 @@ class BatchProcessor:
         return result
 
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
-        """Classify only *documents*; failed ones are in the retry queue afterwards. Return statistics as ``run`` does."""
+        """Classify only *documents*; failed ones are in the retry queue or quarantine afterwards. Return statistics as ``run`` does."""
         run = await self._new_run()
         return await run.execute([run.intake.given(documents)], to_the_end=False)
 
@@ -185,7 +185,7 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, reasons, interrupted, with_confidence, needs_review, review_below. After a
+        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, review_below. After a
         TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
         """
         run = await self._new_run()

@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,14 @@ from batch_processor import BatchProcessor, Observers, baseline_classify, find_m
 from commands import flags, summary
 from config import Settings, load_taxonomy
 from domain.text import counted
-from error_handler import ExitCode, LLMUnavailableError, RunInterruptedError, StoreUnavailableError
+from error_handler import (
+    ExitCode,
+    LLMError,
+    LLMUnavailableError,
+    RunInterruptedError,
+    StoreError,
+    StoreUnavailableError,
+)
 from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file, require_replaceable
@@ -38,8 +45,10 @@ from storage.mongo_errors import translated
 from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions, preview
+from worker.left_out import count_left_out, is_fruitless
 from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
+from worker.quarantine import failed_keys, failed_places
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
@@ -175,8 +184,9 @@ async def _passes(
     while True:
         try:
             stats = await processor.run()
-        except (StoreUnavailableError, LLMUnavailableError) as exc:
-            if settings.mode == "batch":
+        except (LLMError, StoreError) as exc:
+            if settings.mode == "batch" or not isinstance(exc, StoreUnavailableError | LLMUnavailableError):
+                _tell_failed(settings)
                 raise
             logger.warning("this pass failed; waiting for the next one: %s", exc)
         else:
@@ -188,7 +198,8 @@ async def _passes(
                 if arguments.limit is None and await processor.store.count("sweep"):
                     continue
             if settings.mode == "batch":
-                return ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE
+                failed = stats["in_retry_queue"] or stats["in_quarantine"]
+                return ExitCode.INCOMPLETE if failed or is_fruitless(stats) else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
         if settings.mode == "scheduled":
             wait_s = flags.seconds_until_next(arguments.schedule, datetime.now().astimezone())
@@ -196,6 +207,12 @@ async def _passes(
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(processor.stop.wait(), wait_s)
             raise RunInterruptedError("Stopped between two passes; no call was in flight.")
+
+
+def _tell_failed(settings: Settings) -> None:
+    """Print where the documents are that failed before the run ended; the error itself is printed last."""
+    if places := failed_places(settings.batch_files_dir):
+        sys.stderr.write(f"{places}\n")
 
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, given: str | None) -> int:
@@ -207,8 +224,13 @@ async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: R
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
         report = await preview(store, options, kinds)
+        left_out = await count_left_out(store, queued=len(failed_keys(settings.batch_files_dir)))
     finally:
         await store.close()
+    report["in_retry_queue"] = len(failed_keys(settings.batch_files_dir, "retry"))
+    report["not_selected"] = asdict(left_out)
+    for problem in left_out.problems(settings.results_collection):
+        sys.stderr.write(" ".join(problem) + "\n")
     text = json.dumps(report, indent=2)
     if arguments.output:
         replace_file(arguments.output, text.encode())
@@ -222,7 +244,7 @@ async def _report(
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
     console = Console(soft_wrap=True, emoji=False)  # labels are printed literally, and the emoji table is not loaded
-    summary.print_run(console, stats, settings.lease_s)
+    summary.print_run(console, stats, settings)
     if arguments.embedded:
         results = await processor.store.read_results([], 10_000)
         stored = RunStats()

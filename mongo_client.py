@@ -10,95 +10,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from inspect import isawaitable
 from typing import Any, Literal, TypeVar
 
-from pymongo import AsyncMongoClient, IndexModel, ReplaceOne, WriteConcern
-from pymongo.errors import BulkWriteError, PyMongoError
+from pymongo import ReplaceOne, WriteConcern, timeout
+from pymongo.errors import BulkWriteError
 
 from config import Settings
-from error_handler import ConfigurationError, IndexBlockedError, StoreError, StoreRejectedError
-from storage.extended_json import Document, id_key, id_text
-from storage.mongo_errors import (
-    DRIVER_ERRORS,
-    TOO_LARGE_CODES,
-    index_problem,
-    require_only_duplicates,
-    store_error,
-    translated,
+from error_handler import (
+    ConfigurationError,
+    StoreForbiddenError,
+    StoreRejectedError,
 )
+from storage.extended_json import Document, id_key, id_text
+from storage.mongo_connection import close_client, open_client
+from storage.mongo_errors import DRIVER_ERRORS, TOO_LARGE_CODES, require_only_duplicates, store_error, translated
+from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
+from storage.selection import Selection, selection_filter
+from utils.batch_file_manager import UNKNOWN_UUID
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Selection = Literal["pending", "sweep", "failed", "all"]
 FinalStatus = Literal["processed", "failed", "skipped"]
 
 DURABLE = WriteConcern("majority", j=True)
-MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
-CLOSE_WAIT_S = 2.0  # for the driver to end its connections
-SERVER_SELECTION_MS = 10_000  # short, to report a wrong address soon; three attempts cover half a minute
+PATIENCE_S = 86_400.0  # for counts and indexes
 SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
 
-SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
-RESULT_INDEXES = (
-    "conversation_number",
-    "processing_metadata.batch_job_id",
-    "processing_metadata.processed_at",
-    "classification.intent",
-    "classification.topic",
-    "classification.sentiment",
-)
 _PROVENANCE = [f"processing_metadata.{name}" for name in ("input_sha256", "fingerprint", "model_used", "model_digest")]
 _LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
-
-
-def open_client(settings: Settings) -> AsyncMongoClient[Document]:
-    """Return a client for the running event loop; raise ConfigurationError if MONGODB_URI is not a usable address."""
-    try:
-        with warnings.catch_warnings(action="error", category=UserWarning):  # misspelt options
-            return AsyncMongoClient(
-                settings.mongodb_uri.get_secret_value(),
-                maxPoolSize=MAX_POOL_SIZE,
-                minPoolSize=MIN_POOL_SIZE,
-                serverSelectionTimeoutMS=min(settings.mongodb_timeout_ms, SERVER_SELECTION_MS),
-                timeoutMS=settings.mongodb_timeout_ms,
-                appname="customer-support-triad",
-                # One odd document must not end a run: dates after the year 9999, strings that are not UTF-8.
-                datetime_conversion="DATETIME_AUTO",
-                unicode_decode_error_handler="replace",
-            )
-    except (PyMongoError, ValueError, UserWarning) as exc:
-        raise ConfigurationError("MONGODB_URI is not a usable address; expected mongodb://host:27017.") from exc
-
-
-async def close_client(client: Any) -> None:
-    """Close *client*, and wait at most CLOSE_WAIT_S for it; the event loop ends the rest.
-
-    PyMongo waits 20 s for its monitor if a server accepts connections but never responds.
-    """
-    task = asyncio.create_task(client.close())
-    await asyncio.wait([task], timeout=CLOSE_WAIT_S)
-    if task.done():
-        task.result()
-
-
-def selection_filter(selection: Selection) -> Document:
-    """Return the query for the documents of *selection*; a missing status counts as pending.
-
-    ``sweep`` adds documents with the status processing: their worker died, unless a lease says otherwise.
-    Single queries have no status but ``processed`` and ``status_reason``.
-    """
-    undone = {"status": None, "processed": {"$ne": True}}
-    if selection == "all":
-        return {}
-    if selection == "failed":
-        return {"$or": [{"status": "failed"}, {**undone, "status_reason": {"$ne": None}}]}
-    statuses = ["pending", "processing"] if selection == "sweep" else ["pending"]
-    return {"$or": [{"status": {"$in": statuses}}, {**undone, "status_reason": None}]}
 
 
 def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
@@ -131,6 +76,7 @@ class DocumentStore:
         self._marks = database.get_collection(settings.source_collection, write_concern=DURABLE)
         results = settings.results_collection
         self._results = database.get_collection(results, codec_options=options, write_concern=DURABLE)
+        self.results_name = results
         self._leases = database.get_collection(f"{settings.source_collection}_leases")
 
     async def check(self) -> None:
@@ -143,22 +89,38 @@ class DocumentStore:
             logger.info("MongoDB is a standalone server: writes are durable, but there is no failover")
 
     async def identity(self) -> str:
-        """Return a text that identifies this pair of collections among all servers, by the UUID of the source."""
+        """Return a text that identifies this pair of collections among all servers, by the UUID of the source.
+
+        Raise ConfigurationError if the source is a view.
+        """
         command = {"listCollections": 1, "filter": {"name": self._source.name}}
-        answer = await self._command("identify the collection", self.database, command)
+        try:
+            answer = await self._command("identify the collection", self.database, command)
+        except StoreForbiddenError:  # a right that nothing else needs
+            return f"{self._source.full_name} -> {self._results.name} ({UNKNOWN_UUID})"
         found = answer["cursor"]["firstBatch"] if answer else []
+        if found and found[0].get("type") == "view":
+            raise ConfigurationError(
+                f"{self._source.full_name} is a view, which cannot store a status; set MONGODB_SOURCE_COLLECTION to the "
+                "collection that it shows."
+            )
         uuid = found[0].get("info", {}).get("uuid") if found else None
         return f"{self._source.full_name} -> {self._results.name} ({uuid.hex() if uuid else 'new'})"
 
     async def ensure_result_indexes(self) -> None:
         """Create the indexes of the results; raise IndexBlockedError if stored results share a source id."""
-        unique = IndexModel([("source_conversation_id", 1)], unique=True)
-        await self._create_indexes(self._results, [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)])
+        await create_indexes(self._results, result_indexes(), self._patiently)
 
     async def ensure_source_indexes(self) -> None:
-        """Create the indexes of the source and of the leases; takes seconds on millions of documents."""
-        await self._create_indexes(self._source, [IndexModel([(field, 1)]) for field in SOURCE_INDEXES])
-        await self._create_indexes(self._leases, [IndexModel([("expires_at", 1)], expireAfterSeconds=0)])
+        """Create the indexes of the source and of the leases; takes as long as the collection is large."""
+        await create_indexes(self._source, source_indexes(), self._patiently)
+        await create_indexes(self._leases, lease_indexes(), self._patiently)
+
+    async def try_writes(self) -> None:
+        """Send each collection an update that matches nothing, to see whether the server takes the writes of a run."""
+        for collection in (self._marks, self._results, self._leases):
+            update = partial(collection.update_one, {"_id": {"$in": []}}, {"$set": {"status": "processing"}})
+            await self._call(f"write to {collection.name}", update)
 
     async def upper_bound(self) -> list[Any]:
         """Return the greatest ``_id`` as a list of one, or an empty list for an empty collection."""
@@ -183,14 +145,23 @@ class DocumentStore:
     async def count(self, selection: Selection) -> int:
         """Return how many documents *selection* has now."""
         if selection == "all":
-            return await self._call("count", self._source.estimated_document_count)
-        return await self._call("count", lambda: self._source.count_documents(selection_filter(selection)))
+            return await self._patiently("count", self._source.estimated_document_count)
+        query = selection_filter(selection)
+        return await self._patiently("count", lambda: self._source.count_documents(query))
 
-    async def foreign_statuses(self) -> list[str]:
-        """Return the values of ``status`` that this product does not know; it ignores such documents."""
-        known = (None, "pending", "processing", "processed", "failed", "skipped")
-        values = await self._call("read statuses", lambda: self._source.distinct("status"))
-        return sorted(str(value) for value in values if value not in known)
+    async def count_results(self) -> int:
+        """Return about how many results there are, also of documents that are gone."""
+        return await self._call("count results", self._results.estimated_document_count)
+
+    async def aggregate(self, what: str, stages: list[Document]) -> list[Document]:
+        """Return what *stages* make of the source documents; *what* names this in errors."""
+
+        async def read() -> list[Document]:
+            cursor: Any = self._source.aggregate(stages, allowDiskUse=True)
+            cursor = await cursor if isawaitable(cursor) else cursor  # Motor returns the cursor itself
+            return [document async for document in cursor]
+
+        return await self._call(what, read)
 
     async def result_keys(self, document_ids: list[Any], job_id: str | None = None) -> set[bytes]:
         """Return the ``id_key`` of those *document_ids* that have a result, of *job_id* if given."""
@@ -317,12 +288,7 @@ class DocumentStore:
     async def sample_ids(self, selection: Selection, size: int) -> list[Any]:
         """Return the ids of up to *size* random documents of *selection*."""
         stages = [{"$match": selection_filter(selection)}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
-
-        async def draw() -> list[Any]:
-            cursor = await self._source.aggregate(stages, allowDiskUse=True)
-            return [document["_id"] async for document in cursor]
-
-        return await self._call("draw a sample", draw)
+        return [document["_id"] for document in await self.aggregate("draw a sample", stages)]
 
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
         """Return those *document_ids* that *selection* has."""
@@ -346,15 +312,6 @@ class DocumentStore:
     def _server_time(self) -> datetime:
         return datetime.now(UTC) + self._clock_offset
 
-    async def _create_indexes(self, collection: Any, models: list[IndexModel]) -> None:
-        try:
-            await self._call("create indexes", lambda: collection.create_indexes(models))
-        except StoreError as exc:
-            problem = index_problem(getattr(exc.__cause__, "code", None), collection.name)
-            if problem:
-                raise IndexBlockedError(problem) from exc
-            raise
-
     async def _find(self, what: str, collection: Any, query: Document, **options: Any) -> list[Document]:
         """Return what *query* finds; *options* are those of ``find``."""
         return await self._call(what, lambda: collection.find(query, **options).to_list(None))
@@ -368,6 +325,11 @@ class DocumentStore:
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
         return await call_repeatedly(what, operation, self._policy)
+
+    async def _patiently(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
+        """Do the same without the time limit of the client, for what takes as long as a collection is large."""
+        with timeout(PATIENCE_S):
+            return await self._call(what, operation)
 
 
 async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], policy: RetryPolicy) -> T:

@@ -26,7 +26,9 @@ from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
 from utils.process import stop_on_signals
 from worker.intake import RunOptions
+from worker.left_out import LeftOut, count_left_out
 from worker.progress import ConsoleProgress
+from worker.quarantine import failed_keys
 from worker.timing import DocumentTiming, SampleRecorder, mean_tokens, measure_pace, quote_time
 
 CHECKPOINT = "checkpoint.json"
@@ -79,8 +81,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             connected.set()
             sample = await _draw_sample(processor.store, arguments.sample)
             if not sample.documents:
-                _print_message(arguments, "Nothing is left to classify.", {"left": sample.left, "sample": None})
-                return ExitCode.DONE
+                queued = len(failed_keys(settings.batch_files_dir))
+                return _nothing_left(arguments, settings, await count_left_out(processor.store, queued=queued))
             start_s = time.monotonic()
             stats = await _classify(processor, sample)
             seconds = time.monotonic() - start_s
@@ -106,6 +108,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         "asked_for": arguments.sample,
         "classified": classified,
         "failed": failed,
+        "in_quarantine": stats["in_quarantine"],
         "skipped": stats["skipped"],
         "leased_elsewhere": stats["leased_elsewhere"],
         "seconds": seconds,
@@ -119,6 +122,14 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     else:
         print_report(Console(), report)
     return code
+
+
+def _nothing_left(arguments: argparse.Namespace, settings: Settings, left_out: LeftOut) -> int:
+    """Say that no document can be selected, and what a run leaves out; INCOMPLETE if a run would end so."""
+    problems = [" ".join(problem) for problem in left_out.problems(settings.results_collection)]
+    fields = {"left": 0, "sample": None, "not_selected": asdict(left_out)}
+    _print_message(arguments, " ".join(["Nothing is left to classify.", *problems]), fields)
+    return ExitCode.INCOMPLETE if left_out.is_all else ExitCode.DONE
 
 
 async def _draw_sample(store: DocumentStore, size: int) -> DocumentSample:
@@ -161,13 +172,14 @@ def _why_no_estimate(stats: dict[str, Any], left: int) -> str | None:
     done = counted(stats["successful"] + skipped, "document is", "documents are")
     if not left and not failed:
         return f"The sample was all that was left: {done} done now ({skipped} without text)."
+    if not left:
+        places = f"retry queue: {stats['in_retry_queue']}, quarantine: {stats['in_quarantine']}"
+        return f"Only failed documents are left: {done} done now, {places}."
     if not stats["successful"]:
         return (
             f"There is no estimate: no document of the sample could be classified ({failed} failed, {skipped} without "
             f"text, {stats['leased_elsewhere']} leased by another worker). Run python cli.py doctor."
         )
-    if not left:
-        return f"Only the retry queue is left: {done} done now, {failed} failed."
     return None
 
 
@@ -316,7 +328,10 @@ def _dollars(usd: float) -> str:
 def _sample(facts: Report, calls: int) -> str:
     text = f"{facts['classified']} classified in {duration_text(facts['seconds'])}, kept as results"
     text += f"; {facts['skipped']} without text" if facts["skipped"] else ""
-    text += f"; [red]{facts['failed']} failed[/], retried by the next run" if facts["failed"] else ""
+    if facts["failed"]:
+        in_quarantine = facts["in_quarantine"]
+        where = f"quarantine: {in_quarantine} (--retry-failed)" if in_quarantine else "retried by the next run"
+        text += f"; [red]{facts['failed']} failed[/], {where}"
     text += f"; {facts['leased_elsewhere']} leased by another worker" if facts["leased_elsewhere"] else ""
     if facts["load_s"] >= COLD_LOAD_S:
         text += f"; loading the model took {duration_text(facts['load_s'])}, not included in the time above"

@@ -18,6 +18,7 @@ from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import Document
+from worker.left_out import NAMED_STATUSES, status_name
 from worker.plan import ask_plan
 from worker.staleness import Kind, Plan, StalenessChecker
 
@@ -26,10 +27,11 @@ MEANINGS: dict[Kind, str] = {
     "changed": "conversation changed since it was labelled",
     "stale": "labelled by another prompt, taxonomy, model or options",
     "failed": "failed, or in the retry queue or quarantine",
+    "elsewhere": "marked processed, no result in this collection; only --only elsewhere takes them",
     "skipped": "nothing to classify",
     "done": "up to date",
     "unjudged": "done or stale; unknown without the model server (--offline)",
-    "foreign": "unrecognised status; ignored",
+    "foreign": "unrecognised status; not selected",
 }
 OFFLINE_KINDS = ("stale", "done", "unjudged")  # --offline cannot distinguish the first two
 LINE_EVERY_S = 5.0
@@ -62,8 +64,11 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         kinds = StalenessChecker(store, settings.batch_files_dir, plan)
         total, shown_s = await store.count("all"), time.monotonic()
         counts: Counter[str] = Counter()
+        statuses: Counter[str] = Counter()
         async for document, kind in _judged(store, kinds, settings.batch_size):
             counts[kind] += 1
+            if kind == "foreign":
+                statuses[status_name(document["status"])] += 1
             if time.monotonic() - shown_s >= LINE_EVERY_S:
                 shown_s = time.monotonic()
                 sys.stderr.write(f"plan: {counts.total():,} of {max(total, counts.total()):,} documents read\n")
@@ -73,7 +78,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     finally:
         await store.close()
     if arguments.ids is None:
-        print((_as_json if arguments.json else _as_text)(counts, settings, plan))
+        print((_as_json if arguments.json else _as_text)(counts, statuses, settings, plan))
     return ExitCode.DONE
 
 
@@ -99,20 +104,24 @@ def _shown(plan: Plan | None) -> list[Kind]:
     return [kind for kind in MEANINGS if kind not in left_out]
 
 
-def _as_json(counts: Counter[str], settings: Settings, plan: Plan | None) -> str:
+def _as_json(counts: Counter[str], statuses: Counter[str], settings: Settings, plan: Plan | None) -> str:
     report: dict[str, Any] = {
         "source": f"{settings.db_name}.{settings.source_collection}",
         "results": f"{settings.db_name}.{settings.results_collection}",
         "documents": counts.total(),
         "model_asked": plan is not None,
     }
-    return json.dumps(report | {str(kind): counts[kind] for kind in _shown(plan)}, indent=2)
+    report |= {str(kind): counts[kind] for kind in _shown(plan)}
+    return json.dumps(report | {"foreign_statuses": dict(statuses.most_common(NAMED_STATUSES))}, indent=2)
 
 
-def _as_text(counts: Counter[str], settings: Settings, plan: Plan | None) -> str:
+def _as_text(counts: Counter[str], statuses: Counter[str], settings: Settings, plan: Plan | None) -> str:
     place = f"{settings.db_name}.{settings.source_collection} -> {settings.results_collection}"
     width = max(len(f"{counts.total():,}"), 5)
     lines = [f"{kind:<9} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
+    if statuses:
+        names = [f"{name} ({count:,})" for name, count in statuses.most_common(NAMED_STATUSES)]
+        lines.append(f"statuses of other programs: {', '.join(names)}")
     return "\n".join([f"{counted(counts.total(), 'document')}, {place}", *lines])
 
 

@@ -12,22 +12,23 @@ from rich.table import Table
 from config import Settings
 from domain.text import counted, one_line
 from storage.extended_json import id_text
+from worker.left_out import LeftOut, is_fruitless
 
 BAR_WIDTH = 28
 FIELDS = ("intent", "topic", "sentiment")
 
 
-def print_run(console: Console, stats: dict[str, Any], lease_s: float) -> None:
-    """Print the counts of one run, the reasons of failed and skipped documents, and the state of the queues.
-
-    *lease_s* is the longest time that another worker keeps a document after a crash.
-    """
+def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> None:
+    """Print the counts of one run, the reasons of failed, skipped and unselected documents, and the state of the queues."""
     if not stats["documents_processed"] and not stats["already_done"] and not stats["leased_elsewhere"]:
         console.print(
-            "[bold]Nothing to do[/]: no documents are pending. Documents with results are skipped; --only stale "
+            "[bold red]No document could be selected:[/] there are documents, and none is pending or has a result here."
+            if is_fruitless(stats)
+            else "[bold]Nothing to do[/]: no documents are pending. Documents with results are skipped; --only stale "
             "replaces results of another model, prompt or taxonomy, --reprocess all results, and --retry-failed retries "
             "failed documents."
         )
+        _print_left_out(console, stats, settings)
         _print_queues(console, stats)
         return
     console.print(
@@ -40,11 +41,24 @@ def print_run(console: Console, stats: dict[str, Any], lease_s: float) -> None:
         console.print(f"{stats['already_done']} already had a result (--reprocess replaces results)")
     if stats["leased_elsewhere"]:
         leased = counted(stats["leased_elsewhere"], "document is", "documents are")
-        console.print(f"{leased} leased by another worker (leases expire after {lease_s:g} s)")
+        console.print(f"{leased} leased by another worker (leases expire after {settings.lease_s:g} s)")
     _print_review(console, stats)
     for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
+    if is_fruitless(stats):
+        console.print(
+            "[bold red]All documents were skipped for their shape[/]: nothing was classified. data/README.md lists the "
+            "accepted shapes and senders; python cli.py doctor counts the shapes."
+        )
+    _print_left_out(console, stats, settings)
     _print_queues(console, stats)
+
+
+def _print_left_out(console: Console, stats: dict[str, Any], settings: Settings) -> None:
+    """Print what the run did not select; stats of a run that did not count them have none."""
+    left = stats.get("not_selected")
+    for sentence, remedy in LeftOut(**left).problems(settings.results_collection) if left else ():
+        console.print(f"[yellow]{escape(sentence)}[/] {escape(remedy)}")
 
 
 def _print_queues(console: Console, stats: dict[str, Any]) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings
 
-from config.loading import SETTINGS_CONFIG, load_part
+from config.loading import PartSettings, load_part
 
 ProviderName = Literal["openai", "ollama", "local"]
 
@@ -21,10 +20,10 @@ DEFAULT_MODELS: dict[ProviderName, str] = {
 }
 
 
-class IndexSettings(BaseSettings):
+class IndexSettings(PartSettings):
     """All settings of the embedding index; ``.env.example`` explains each. Times are in seconds, lengths in tokens."""
 
-    model_config = SETTINGS_CONFIG | {"env_prefix": "EMBEDDING_"}
+    model_config = PartSettings.model_config | {"env_prefix": "EMBEDDING_"}
 
     provider: ProviderName = "ollama"
     embedding_model: str | None = Field(None, min_length=1, validation_alias="EMBEDDING_MODEL")

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, AliasChoices, SecretStr, ValidationError
+from dotenv import dotenv_values
+from dotenv.parser import parse_stream
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from error_handler import ConfigurationError
 
 DOTENV = Path(".env")
+DOTENV_ENCODING = "utf-8-sig"  # Windows editors put a byte order mark first
+OWN_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - where a server listens, as a client has to call it
+_SHORT_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[A-Za-z0-9._-]*)(:\d+)?(/.*)?")
+_OLLAMA_PATH = re.compile(r"(/v1|/api)(/(chat|generate|tags|embed|chat/completions))?/?$")
 
 S = TypeVar("S", bound="BaseSettings")
 
@@ -37,15 +43,44 @@ def _plain_http_url(value: str) -> str:
         raise ValueError(form) from exc
     if not is_usable or "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(form)
+    if parts.hostname in OWN_ADDRESS:
+        port = f":{parts.port}" if parts.port else ""
+        value = parts._replace(netloc=OWN_ADDRESS[parts.hostname] + port).geturl()
     return value.rstrip("/")
+
+
+def _complete_ollama_address(value: Any) -> Any:
+    """Return *value* as Ollama reads OLLAMA_HOST (scheme, host and port may be missing), without a path of its API."""
+    if not isinstance(value, str):
+        return value
+    is_bare_ipv6 = value.count(":") > 1 and not set("[/") & set(value)
+    if short := _SHORT_ADDRESS.fullmatch(f"[{value}]" if is_bare_ipv6 else value):
+        host, port, path = short.groups()
+        value = f"http://{host or '127.0.0.1'}{port or ':11434'}{path or ''}"
+    return _OLLAMA_PATH.sub("", value)
 
 
 # An address without credentials or query, and a secret that is sent in an HTTP header.
 HttpAddress = Annotated[str, AfterValidator(_plain_http_url)]
+OllamaAddress = Annotated[HttpAddress, BeforeValidator(_complete_ollama_address)]
 HeaderSecret = Annotated[SecretStr, shaped("[!-~]*", "must be printable ASCII without spaces and line ends")]
 
-# load_settings refuses unknown names in .env, because it knows those of all settings classes.
-SETTINGS_CONFIG = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+class PartSettings(BaseSettings):
+    """The base of all settings classes; load_settings refuses unknown names in .env, because it knows all classes."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_ignore_empty=True, env_file_encoding=DOTENV_ENCODING
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_quotes(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Remove the quotes around whole values, which ``docker run --env-file`` and some shells keep."""
+        for name, value in values.items():
+            if isinstance(value, str) and (quoted := re.fullmatch(r"(?s)(['\"])((?:(?!\1).)+)\1", value)):
+                values[name] = quoted[2]
+        return values
 
 
 def variables_of(settings: type[BaseSettings], field: str) -> tuple[str, ...]:
@@ -56,6 +91,29 @@ def variables_of(settings: type[BaseSettings], field: str) -> tuple[str, ...]:
     return (str(alias or settings.model_config["env_prefix"] + field.upper()),)
 
 
+def read_dotenv(dotenv: Path | None) -> dict[str, str | None]:
+    """Return the variables of *dotenv*; none if it is None or missing.
+
+    Raises:
+        ConfigurationError: The file or one of its lines cannot be read. The message has its number, never its text.
+    """
+    if dotenv is None or not dotenv.is_file():
+        return {}
+    try:
+        with dotenv.open(encoding=DOTENV_ENCODING) as lines:
+            statements = list(parse_stream(lines))
+        for statement in statements:
+            text = statement.original.string
+            if statement.error or (statement.key is not None and statement.value is None):
+                number = statement.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+                raise ConfigurationError(
+                    f"Line {number} of {dotenv} cannot be read; expected NAME=value, and a quote that opens must close."
+                )
+        return dotenv_values(dotenv, encoding=DOTENV_ENCODING)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"Cannot read {dotenv}; it must be a UTF-8 file that this user may read.") from exc
+
+
 def load_part(settings: type[S], dotenv: Path | None = DOTENV, **arguments: Any) -> S:
     """Return *settings*. Precedence: *arguments* (field names), environment, *dotenv*, defaults.
 
@@ -63,8 +121,10 @@ def load_part(settings: type[S], dotenv: Path | None = DOTENV, **arguments: Any)
     command calls as well, refuses unknown names in the file.
 
     Raises:
-        ConfigurationError: A value is wrong. The message names each variable and never shows a value.
+        ConfigurationError: A value is wrong, or a line of *dotenv* cannot be read. The message names each variable and
+            never shows a value.
     """
+    read_dotenv(dotenv)
     fields = {name: field for field in settings.model_fields for name in (field, *variables_of(settings, field))}
     given = {}
     for field, value in arguments.items():

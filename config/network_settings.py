@@ -5,15 +5,11 @@ from __future__ import annotations
 import urllib.request
 from functools import partial
 
-from pydantic_settings import BaseSettings
-
-from config.loading import SETTINGS_CONFIG, load_part
+from config.loading import PartSettings, load_part
 
 
-class NetworkSettings(BaseSettings):
+class NetworkSettings(PartSettings):
     """The settings of every HTTP client; ``.env.example`` explains each."""
-
-    model_config = SETTINGS_CONFIG
 
     proxy_from_environment: bool = False
     ssl_cert_file: str | None = None

@@ -6,19 +6,16 @@ from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings
 
-from config.loading import SETTINGS_CONFIG, HeaderSecret, HttpAddress, load_part, shaped
+from config.loading import HeaderSecret, HttpAddress, PartSettings, load_part, shaped
 
 MailAddress = Annotated[str, shaped(r"[^@\s<>]{1,64}@[^@\s<>]{1,253}", "must be one mail address, name@host")]
 MailServer = Annotated[str, shaped(r"[A-Za-z0-9.-]{1,253}:\d{1,5}", "must be host:port, such as mail.example.com:587")]
 Login = Annotated[SecretStr, shaped("(?s)[^:]+:.+", "must be user:password")]
 
 
-class OpenAISettings(BaseSettings):
+class OpenAISettings(PartSettings):
     """The settings of document jobs; ``.env.example`` explains each. Times are in seconds, lengths in tokens."""
-
-    model_config = SETTINGS_CONFIG
 
     api_key: HeaderSecret | None = Field(None, validation_alias="OPENAI_API_KEY")
     base_url: HttpAddress = Field("https://api.openai.com/v1", validation_alias="OPENAI_BASE_URL")

@@ -7,19 +7,18 @@ from functools import partial
 from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings
 
-from config.loading import SETTINGS_CONFIG, load_part
+from config.loading import PartSettings, load_part
 
 Exposure = Literal["public", "key", "off"]
 
 _KEY_ENTRY = re.compile(r"[A-Za-z0-9._-]{1,64}:[!-+\--~]{16,512}")
 
 
-class ServiceSettings(BaseSettings):
+class ServiceSettings(PartSettings):
     """All settings of the service; ``.env.example`` explains each. Durations are in seconds."""
 
-    model_config = SETTINGS_CONFIG | {"env_prefix": "API_"}
+    model_config = PartSettings.model_config | {"env_prefix": "API_"}
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65_535)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
-from dotenv import dotenv_values
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
-from config.loading import DOTENV, SETTINGS_CONFIG, HeaderSecret, HttpAddress, load_part, shaped, variables_of
+from config.loading import (
+    DOTENV,
+    HeaderSecret,
+    HttpAddress,
+    OllamaAddress,
+    PartSettings,
+    load_part,
+    read_dotenv,
+    shaped,
+    variables_of,
+)
 from error_handler import ConfigurationError
 
+DEFAULT_DATABASE = "customer_support"
 MAX_AUTO = 64  # the highest limit of MAX_CONCURRENT=auto
 
 Protocol = Literal["ollama_chat", "ollama_generate", "openai_chat"]
@@ -31,27 +42,50 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
 CollectionName = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00]+(\.[^$.\x00]+)*$")]
 DatabaseName = Annotated[str, Field(min_length=1, max_length=63, pattern=r'^[^/\\. "$*<>:|?\x00]+$')]
 MongoAddress = Annotated[SecretStr, shaped(r"(?s)mongodb(\+srv)?://.*", "must start with mongodb:// or mongodb+srv://")]
+
+
+def _with_chat_path(address: str) -> str:
+    """Return *address* with the route for chats if it ends in that of the API, which other tools want."""
+    for base, route in (("/v1", "/chat/completions"), ("/api", "/chat")):
+        if address.endswith(base):
+            return address + route
+    return address
+
+
 ChatAddress = Annotated[
-    HttpAddress, shaped(f".*({'|'.join(PROTOCOL_PATHS)})", "must end in " + ", ".join(PROTOCOL_PATHS))
+    HttpAddress,
+    AfterValidator(_with_chat_path),
+    shaped(f".*({'|'.join(PROTOCOL_PATHS)})", "must end in " + ", ".join(PROTOCOL_PATHS)),
 ]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(lambda name: str(name).upper())]
 
 
-class Settings(BaseSettings):
+def database_in(uri: str) -> str | None:
+    """Return the database that *uri* names; None if it names none, or only that of a user (``/admin``)."""
+    path = re.match(r"mongodb(?:\+srv)?://[^/?]*/([^?]*)", uri)
+    name = unquote(path[1]) if path else ""
+    is_usable = re.fullmatch(r'[^/\\. "$*<>:|?@\x00]{1,63}', name) and name not in ("admin", "config", "local")
+    return name if is_usable else None
+
+
+def _default_database(values: dict[str, Any]) -> str:
+    uri = values.get("mongodb_uri")
+    return (uri and database_in(uri.get_secret_value())) or DEFAULT_DATABASE
+
+
+class Settings(PartSettings):
     """The settings of the worker and of the model server; ``.env.example`` explains each variable.
 
     Times are in seconds and lengths in tokens, unless the name says otherwise. A field without an alias is set by the
     variable of its name in capitals.
     """
 
-    model_config = SETTINGS_CONFIG
-
     mongodb_uri: MongoAddress = Field(
         SecretStr("mongodb://localhost:27017"),
         validation_alias=AliasChoices("MONGODB_URI", "MONGODB_CONNECTION_STRING"),
     )
     db_name: DatabaseName = Field(
-        "customer_support", validation_alias=AliasChoices("MONGODB_DB", "MONGODB_DATABASE_NAME")
+        default_factory=_default_database, validation_alias=AliasChoices("MONGODB_DB", "MONGODB_DATABASE_NAME")
     )
     source_collection: CollectionName = Field(
         "conversation_set", validation_alias=AliasChoices("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION")
@@ -64,7 +98,9 @@ class Settings(BaseSettings):
     mongodb_backoff_s: float = Field(1.0, ge=0, le=60)
     mode: Literal["batch", "continuous", "scheduled"] = Field("batch", validation_alias="BATCH_PROCESSOR_MODE")
     ollama_model: str | None = None
-    ollama_endpoint: HttpAddress = "http://localhost:11434"
+    ollama_endpoint: OllamaAddress = Field(
+        "http://localhost:11434", validation_alias=AliasChoices("OLLAMA_ENDPOINT", "OLLAMA_HOST")
+    )
     # A smaller window cannot hold instructions and answer.
     ollama_num_ctx: int | None = Field(None, ge=2048, le=1_048_576)
     on_long: Literal["fit", "skip", "fail"] = "fit"
@@ -156,7 +192,7 @@ def load_settings(dotenv: Path | None = DOTENV, **arguments: Any) -> Settings:
     """
     for name in sorted(arguments.keys() - Settings.model_fields.keys()):
         raise ConfigurationError(f"Unknown setting {_with_suggestion(name, Settings.model_fields)}.")
-    names = _read_dotenv(dotenv)
+    names = read_dotenv(dotenv)
     known = known_environment_names() if names else frozenset()
     for name in names:
         if name not in known:
@@ -176,7 +212,7 @@ def settings_origins(flags: Mapping[str, str], dotenv: Path | None = DOTENV) -> 
     Raises:
         ConfigurationError: *dotenv* cannot be read.
     """
-    places: dict[OriginKind, Mapping[str, str | None]] = {"environment": os.environ, "dotenv": _read_dotenv(dotenv)}
+    places: dict[OriginKind, Mapping[str, str | None]] = {"environment": os.environ, "dotenv": read_dotenv(dotenv)}
     filled = {kind: {name.lower() for name, value in values.items() if value} for kind, values in places.items()}
     origins: dict[str, list[tuple[OriginKind, str]]] = {}
     for field in Settings.model_fields:
@@ -184,13 +220,6 @@ def settings_origins(flags: Mapping[str, str], dotenv: Path | None = DOTENV) -> 
         for kind, names in filled.items():
             origins[field] += [(kind, name) for name in variables_of(Settings, field) if name.lower() in names]
     return origins
-
-
-def _read_dotenv(dotenv: Path | None) -> dict[str, str | None]:
-    try:
-        return dotenv_values(dotenv) if dotenv is not None and dotenv.is_file() else {}
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigurationError(f"Cannot read {dotenv}; it must be a UTF-8 file that this user may read.") from exc
 
 
 def _with_suggestion(name: str, known: Iterable[str]) -> str:

@@ -147,7 +147,8 @@ def _items(
 async def _require_collections(store: DocumentStore, settings: Settings) -> None:
     """Refuse a missing collection: a wrong name must not look like deleted conversations."""
     with translated("look for the conversations"):
-        found = await store.database.list_collection_names()
+        # Without authorizedCollections, this would need a right that a run does not.
+        found = await store.database.list_collection_names(authorizedCollections=True)
     for name, variable in (
         (settings.source_collection, "MONGODB_SOURCE_COLLECTION"),
         (settings.results_collection, "MONGODB_RESULTS_COLLECTION"),

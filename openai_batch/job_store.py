@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError
-from mongo_client import DURABLE, call_repeatedly, close_client, open_client, range_filter
+from mongo_client import DURABLE, call_repeatedly, range_filter
 from openai_batch.batch_protocol import Line
 from openai_batch.job_config import AppConfig, Document, value_at
 from openai_batch.ledger import Item
 from storage.extended_json import canonical, id_text, loads
+from storage.mongo_connection import close_client, open_client
 from utils.retry_utils import RetryPolicy
 
 logger = logging.getLogger(__name__)

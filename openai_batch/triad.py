@@ -21,11 +21,12 @@ from domain.conversation import Outcome, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget
-from mongo_client import DocumentStore, selection_filter
+from mongo_client import DocumentStore
 from openai_batch.documents import Variables, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
 from openai_batch.job_store import Answer, Handling
 from storage.extended_json import canonical, id_key, loads
+from storage.selection import selection_filter
 
 LEASE_S = 30 * 86_400.0  # renewed by each start; a batch takes a day and may wait several days for tokens
 

@@ -240,13 +240,14 @@ def _apply(entries: dict[bytes, JournalEntry], event: dict[str, Any]) -> None:
     match event["e"]:
         case "started":
             entry.processing += 1
+            entry.verdict = None  # --retry-failed processes it again
         case "asked":
             entry.processing -= 1
             entry.waiting += 1
         case "released":
             entry.waiting -= 1
         case "answered":
-            entry.result = event["result"]
+            entry.result, entry.verdict = event["result"], None
         case "skipped" | "failed":
             is_final, is_skipped = event.get("is_final") is True, event["e"] == "skipped"
             entry.verdict = Verdict(Reason(event["reason"]), str(event["problem"]), is_final, is_skipped)

@@ -5,6 +5,7 @@ Driver messages are left out: they may contain the address with its password, or
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,6 @@ from pymongo import errors
 
 from error_handler import (
     ConfigurationError,
-    StoreError,
     StoreForbiddenError,
     StoreRejectedError,
     StoreUnavailableError,
@@ -22,14 +22,66 @@ from error_handler import (
 )
 
 DUPLICATE_KEY = 11000
-FORBIDDEN_CODES = frozenset({13, 18, 8000})
-INDEX_CODES = frozenset({85, 86})
+UNAUTHORIZED = 13
+FORBIDDEN_CODES = frozenset({UNAUTHORIZED, 18, 8000})
+VIEW_CODE = 166  # the command is not allowed on a view
+ILLEGAL_OPERATION = 20
+NO_RETRYABLE_WRITES_CODES = frozenset(
+    {ILLEGAL_OPERATION, 301}
+)  # the first through the driver, with other meanings, too
 TOO_LARGE_CODES = frozenset({10334, 17419})  # a document would grow beyond 16 MiB
 # Server states and time limits that pass: NotPrimary, shutdown, stepdown, host unreachable, disk full, ...
 TRANSIENT_CODES = frozenset(
     {6, 7, 24, 43, 50, 64, 89, 91, 112, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
 )
 DRIVER_ERRORS = (errors.PyMongoError, BSONError, OverflowError, UnicodeEncodeError)
+
+NAME_UNKNOWN = re.compile(
+    "Name or service not known|nodename nor servname|getaddrinfo|name resolution|No address associated"
+)
+NO_CONNECTION = re.compile(
+    "Connection refused|Connect call failed|No such file or directory|Network is unreachable|No route to host"
+)
+NO_ANSWER = "check that it runs and MONGODB_URI, and raise MONGODB_TIMEOUT_MS if it is only slow"
+# Why no server can be used, by what the driver's message contains. The first that fits counts.
+_CONNECTION_PROBLEMS = (
+    (NO_CONNECTION, "nothing listens there; check that it runs and MONGODB_URI"),
+    (
+        NAME_UNKNOWN,
+        "its host name cannot be resolved; check MONGODB_URI and DNS (if a replica set announces that name, add "
+        "directConnection=true)",
+    ),
+    (
+        re.compile("(?i)hostname mismatch|IP address mismatch|doesn't match"),
+        "its TLS certificate is for another host name; use that name in MONGODB_URI",
+    ),
+    (re.compile("certificate has expired"), "its TLS certificate has expired; renew it"),
+    (
+        re.compile("CERTIFICATE_VERIFY_FAILED"),
+        "the authority of its TLS certificate is not known here; add tlsCAFile=FILE to MONGODB_URI",
+    ),
+    (
+        re.compile(r"(?i)handshake|\[SSL|tlsv1"),
+        "the TLS handshake fails; remove tls=true from MONGODB_URI if the server has no TLS, or add "
+        "tlsCertificateKeyFile=FILE if it wants a certificate",
+    ),
+    (
+        re.compile("named .* but this node belongs to a set named"),
+        "the replica set has another name; correct replicaSet= in MONGODB_URI",
+    ),
+    (
+        re.compile("ReplicaSetNoPrimary|No primary|No replica set members"),
+        "the replica set has no primary; check its members and replicaSet= in MONGODB_URI",
+    ),
+    (
+        re.compile("Message length|Unknown opcode"),
+        "what answers there is not MongoDB; check host and port in MONGODB_URI",
+    ),
+    (
+        re.compile("connection closed"),
+        "it closed the connection; check its log, and add tls=true to MONGODB_URI if it needs TLS",
+    ),
+)
 
 
 @contextmanager
@@ -46,24 +98,54 @@ def store_error(what: str, exc: Exception) -> TriadError:
     if isinstance(exc, errors.BulkWriteError):
         return StoreRejectedError("MongoDB cannot store the document")
     if isinstance(exc, errors.OperationFailure):
-        return _error_of_code(what, exc.code)
+        return _error_of_code(what, exc.code, exc)
     if isinstance(exc, errors.DocumentTooLarge | BSONError | OverflowError | UnicodeEncodeError):
         return StoreRejectedError(f"MongoDB cannot hold the document ({what}: {type(exc).__name__})")
     if isinstance(exc, errors.ConnectionFailure):
-        return StoreUnavailableError(f"MongoDB does not answer ({what}); check that it runs and MONGODB_URI.")
+        reason = connection_problem(exc) or NO_ANSWER
+        return StoreUnavailableError(f"MongoDB does not answer ({what}): {reason}.")
     if isinstance(exc, errors.ConfigurationError | errors.InvalidName):
-        return ConfigurationError(f"MongoDB cannot be used as configured ({what}); check MONGODB_URI and the names.")
+        remedy = "check MONGODB_URI and the names"
+        if "DNS" in str(exc):
+            remedy = (
+                "DNS has no SRV record for the name after mongodb+srv://, so correct it or use mongodb://host:27017"
+            )
+        return ConfigurationError(f"MongoDB cannot be used as configured ({what}); {remedy}.")
     return StoreUnavailableError(f"MongoDB failed ({what}: {type(exc).__name__}); see its log.")
 
 
-def _error_of_code(what: str, code: int | None) -> StoreError:
+def connection_problem(exc: BaseException | None) -> str | None:
+    """Return why the driver found no server, with what to do; None if *exc* does not show it."""
+    return next((sentence for pattern, sentence in _CONNECTION_PROBLEMS if pattern.search(str(exc))), None)
+
+
+def has_no_server(exc: BaseException | None) -> bool:
+    """Return whether *exc* shows that no connection was made: nothing listens, or the name is unknown."""
+    return bool(NO_CONNECTION.search(str(exc)) or NAME_UNKNOWN.search(str(exc)))
+
+
+def _error_of_code(what: str, code: int | None, exc: errors.OperationFailure | None = None) -> TriadError:
     if code in FORBIDDEN_CODES:
-        return StoreForbiddenError(
-            f"MongoDB refuses this user ({what}); check user, password and rights in MONGODB_URI."
-        )
+        if code != UNAUTHORIZED:
+            remedy = "check user, password and authSource in MONGODB_URI"
+        elif "requires authentication" in str(exc):
+            remedy = "add user:password@ before the host in MONGODB_URI"
+        else:
+            remedy = "grant the rights that docs/operations.md lists (Indexes and rights)"
+        return StoreForbiddenError(f"MongoDB refuses this user ({what}); {remedy}.")
     if code in TRANSIENT_CODES:
         return StoreUnavailableError(f"MongoDB is unavailable ({what}, code {code}); see its log.")
-    return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {code})")
+    if code in NO_RETRYABLE_WRITES_CODES and (code != ILLEGAL_OPERATION or "retryable" in str(exc)):
+        return ConfigurationError(
+            f"This server has no retryable writes ({what}, code {code}); add retryWrites=false to MONGODB_URI."
+        )
+    if code == VIEW_CODE:
+        return ConfigurationError(
+            f"A view stands where a collection is needed ({what}); statuses and results cannot be stored in a view, so "
+            "name the collection that it shows: MONGODB_SOURCE_COLLECTION, MONGODB_RESULTS_COLLECTION."
+        )
+    name = (exc.details or {}).get("codeName") if exc is not None else None
+    return StoreRejectedError(f"MongoDB refuses the operation ({what}, code {code}{f', {name}' if name else ''})")
 
 
 def require_only_duplicates(exc: errors.BulkWriteError) -> None:
@@ -81,19 +163,3 @@ def _is_stored(error: dict[str, Any]) -> bool:
     """Return whether *error* is a duplicate of our own keys; one of a foreign unique index means that nothing is stored."""
     fields = error.get("keyPattern", {"_id": 1}).keys()  # mongomock has no keyPattern
     return error.get("code") == DUPLICATE_KEY and fields <= {"_id", "source_conversation_id"}
-
-
-def index_problem(code: int | None, collection: str) -> str | None:
-    """Return what to do if error *code* prevented an index of *collection*; None for an error of another kind."""
-    if code == DUPLICATE_KEY:
-        return (
-            f"{collection} has several results for one document, so its unique index cannot be created; find them "
-            f"with db.{collection}.aggregate([{{$group: {{_id: '$source_conversation_id', n: {{$sum: 1}}}}}}, "
-            "{$match: {n: {$gt: 1}}}]) and remove the surplus."
-        )
-    if code in INDEX_CODES:
-        return (
-            f"{collection} has an index on the same field with other options; compare db.{collection}.getIndexes() "
-            "with docs/operations.md and drop the one that differs."
-        )
-    return None

@@ -238,7 +238,9 @@ async def test_documents_are_counted_by_shape_and_state(
     assert found["of no accepted shape: 1 pending."].level == "warning"
     (foreign,) = [finding for sentence, finding in found.items() if "unrecognised status" in sentence]
     assert foreign.level == "warning"
-    assert foreign.sentence.endswith(": done.")
+    assert foreign.sentence.endswith(": done (1).")
+    (elsewhere,) = [finding for sentence, finding in found.items() if "marked processed" in sentence]
+    assert (elsewhere.level, elsewhere.sentence[:1]) == ("warning", "2")
     assert any("died" in sentence for sentence in found)
 
 
@@ -302,10 +304,12 @@ async def test_several_results_of_one_document_are_an_error(
     assert "db.sentimental_analysis.aggregate(" in finding.remedy
 
 
-async def test_non_unique_index_is_an_error(mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]) -> None:
+async def test_non_unique_index_is_a_warning(
+    mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]
+) -> None:
     database.sentimental_analysis.create_index("source_conversation_id")
     finding = await finding_with("not unique", mongodb_uri, db_name)
-    assert finding.level == "error"
+    assert finding.level == "warning"
     database.sentimental_analysis.drop_index([("source_conversation_id", 1)])  # what the remedy says
     assert "not unique" not in str(await findings(mongodb_uri, db_name))
 

@@ -69,7 +69,7 @@ def test_the_example_holds_the_defaults() -> None:
         name, _, value = line.partition("=")
         classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings, NetworkSettings)
         fields = {n: f for one in classes for key, f in one.model_fields.items() for n in variables_of(one, key)}
-        default = fields[name].default
+        default = None if fields[name].default_factory else fields[name].default
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
         if value == "":
             assert default is None, name

@@ -35,7 +35,7 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split
 PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 
 OWNERS = {
-    "pymongo": {"mongo_client", "storage.mongo_errors"},
+    "pymongo": {"mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"},
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
@@ -46,15 +46,8 @@ OWNERS = {
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"embedded.baseline"},
     "yaml": {"config.taxonomy"},
-    "dotenv": {"config.settings"},
-    "pydantic_settings": {
-        "config.settings",
-        "config.service_settings",
-        "config.openai_settings",
-        "config.index_settings",
-        "config.network_settings",
-        "config.loading",
-    },
+    "dotenv": {"config.loading"},
+    "pydantic_settings": {"config.loading"},
     "filelock": {"storage.files"},
     "croniter": {"commands.flags"},
     "openai": {"openai_batch.openai_client"},

@@ -12,14 +12,19 @@ import pytest
 from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 from mongomock_motor import AsyncMongoMockClient
+from pymongo import IndexModel
 from pymongo.database import Database
+from pymongo.errors import DuplicateKeyError
 
 from aggregator import aggregate_conversation
 from config import load_settings
-from error_handler import IndexBlockedError, StoreRejectedError
-from mongo_client import DocumentStore, Selection, range_filter, selection_filter
+from error_handler import ConfigurationError, IndexBlockedError, StoreRejectedError
+from mongo_client import DocumentStore, range_filter
 from storage.extended_json import id_key
+from storage.mongo_indexes import serves_as_unique
+from storage.selection import STATE_EXPRESSION, STATUSES, Selection, State, selection_filter, state_of
 from tests.embedding_index.stores import DRIVERS, open_store
+from worker.left_out import count_left_out
 
 # Ids of many types, in the order in which MongoDB sorts them.
 IDS: list[Any] = [
@@ -110,38 +115,66 @@ async def test_documents_beyond_the_bound_are_left_for_the_next_run(
     assert await all_ids(store, "pending", 2, bound) == [0, 1, 2, 2.5, 3, 4]
 
 
-SELECTED: list[tuple[dict[str, Any], set[str]]] = [
-    ({"status": "pending"}, {"pending", "sweep"}),
-    ({"tweets": []}, {"pending", "sweep"}),
-    ({"status": None}, {"pending", "sweep"}),
-    ({"status": "processing"}, {"sweep"}),
-    ({"status": "processed"}, set()),
-    ({"status": "skipped"}, set()),
-    ({"status": "failed"}, {"failed"}),
-    ({"status": "archived"}, set()),
-    ({"status": 5}, set()),
-    ({"text": "x", "processed": False}, {"pending", "sweep"}),
-    ({"text": "x"}, {"pending", "sweep"}),
-    ({"text": "x", "processed": None}, {"pending", "sweep"}),
-    ({"text": "x", "processed": True}, set()),
-    ({"text": "x", "processed": True, "status_reason": "skipped_no_text: x"}, set()),
-    ({"text": "x", "processed": False, "status_reason": "empty: x"}, {"failed"}),
+STATE_OF: list[tuple[dict[str, Any], State]] = [
+    ({"status": "pending"}, "pending"),
+    ({"tweets": []}, "pending"),
+    ({"status": None}, "pending"),
+    ({"status": "processing"}, "processing"),
+    ({"status": "processed"}, "processed"),
+    ({"status": "skipped"}, "skipped"),
+    ({"status": "failed"}, "failed"),
+    ({"status": "archived"}, "foreign"),
+    ({"status": "Pending"}, "foreign"),
+    ({"status": ""}, "foreign"),
+    ({"status": 5}, "foreign"),
+    ({"status": {"name": "open"}}, "foreign"),
+    ({"status": "pending", "processed": True, "status_reason": "x"}, "pending"),
+    ({"status": "closed", "processed": True}, "foreign"),
+    ({"text": "x", "processed": False}, "pending"),
+    ({"text": "x"}, "pending"),
+    ({"text": "x", "processed": None}, "pending"),
+    ({"text": "x", "processed": "true"}, "pending"),
+    ({"text": "x", "processed": True}, "processed"),
+    ({"messages": [], "processed": True}, "processed"),
+    ({"text": "x", "processed": True, "status_reason": "skipped_no_text: x"}, "skipped"),
+    ({"text": "x", "processed": False, "status_reason": "empty: x"}, "failed"),
 ]
-SELECTIONS: tuple[Selection, ...] = ("pending", "sweep", "failed", "all")
+SELECTED: dict[Selection, set[State]] = {
+    "pending": {"pending"},
+    "sweep": {"pending", "processing"},
+    "failed": {"failed"},
+    "processed": {"processed"},
+    "skipped": {"skipped"},
+    "known": {"pending", "processing", "processed", "failed", "skipped"},
+    "foreign": {"foreign"},
+    "all": {"pending", "processing", "processed", "failed", "skipped", "foreign"},
+}
 
 
 async def assert_selections(store: DocumentStore) -> None:
-    await store.insert_documents([{"_id": number, **document} for number, (document, _) in enumerate(SELECTED)])
-    for selection in SELECTIONS:
-        expected = [n for n, (_, named) in enumerate(SELECTED) if selection in named or selection == "all"]
+    await store.insert_documents([{"_id": number, **document} for number, (document, _) in enumerate(STATE_OF)])
+    for selection, states in SELECTED.items():
+        expected = [number for number, (_, state) in enumerate(STATE_OF) if state in states]
         assert await all_ids(store, selection, 4, await store.upper_bound()) == expected, selection
         assert await store.count(selection) == len(expected)
+    for document, state in STATE_OF:
+        assert state_of(document) == state, document
 
 
 async def test_selections(store: DocumentStore) -> None:
-    """A document without a status is pending; what is done, or not ours, is never selected."""
+    """What is done, or not ours, is never selected. The queries, the aggregation and Python agree on each state."""
     await assert_selections(store)
-    assert await store.foreign_statuses() == ["5", "archived"]
+    rows = await store.aggregate("read states", [{"$sort": {"_id": 1}}, {"$project": {"state": STATE_EXPRESSION}}])
+    found = [row["state"] if row["state"] in STATUSES else "foreign" for row in rows]
+    assert found == [state for _, state in STATE_OF]
+
+
+async def test_status_that_is_a_list(store: DocumentStore) -> None:
+    """Queries match a list that holds the value, so the plan does as well."""
+    await store.insert_documents([{"_id": 1, "status": ["vip", "pending"]}, {"_id": 2, "status": ["vip"]}])
+    assert await all_ids(store, "pending", 4, await store.upper_bound()) == [1]
+    assert [state_of({"status": status}) for status in (["vip", "pending"], ["vip"])] == ["pending", "foreign"]
+    assert (await count_left_out(store, queued=0)).statuses == {"['vip']": 1}
 
 
 async def test_selections_in_memory(db_name: str) -> None:
@@ -318,10 +351,77 @@ async def test_stored_duplicates_block_the_unique_index(
     assert list(database["sentimental_analysis"].aggregate(query)) == [{"_id": "a", "n": 2}]
 
 
-async def test_an_index_with_other_options_blocks_ours(
-    store: DocumentStore, database: Database[dict[str, Any]]
+@pytest.mark.parametrize(
+    ("keys_of_index", "options"),
+    [
+        pytest.param([("source_conversation_id", 1)], {"unique": True, "name": "one_result"}, id="other-name"),
+        pytest.param([("source_conversation_id", -1)], {"unique": True}, id="descending"),
+        pytest.param([("source_conversation_id", 1)], {}, id="not-unique"),
+        pytest.param([("source_conversation_id", 1)], {"name": "of_the_application"}, id="not-unique-other-name"),
+        pytest.param([("source_conversation_id", 1)], {"sparse": True}, id="sparse"),
+        pytest.param([("n", 1)], {"name": "source_conversation_id_1"}, id="name-taken"),
+    ],
+)
+async def test_any_index_of_the_results_is_accepted_and_a_unique_one_is_there_at_the_end(
+    store: DocumentStore,
+    database: Database[dict[str, Any]],
+    keys_of_index: list[tuple[str, int]],
+    options: dict[str, Any],
 ) -> None:
-    """Without uniqueness a second result would be possible."""
-    database["sentimental_analysis"].create_index("source_conversation_id")
-    with pytest.raises(IndexBlockedError, match="getIndexes"):
+    """The index of an application stays, and prevents nothing."""
+    results = database["sentimental_analysis"]
+    results.create_index(keys_of_index, **options)
+    for _ in range(2):
         await store.ensure_result_indexes()
+    indexes = results.index_information()
+    assert options.get("name", "source_conversation_id_1") in indexes or "source_conversation_id_-1" in indexes
+    assert serves_as_unique(indexes)
+    assert "classification.intent_1" in indexes, "the others are created all the same"
+    results.insert_one(result("a"))
+    with pytest.raises(DuplicateKeyError):
+        results.insert_one(result("a"))
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        pytest.param("conversation_number", {"unique": True}, id="A1-unique"),
+        pytest.param("status", {"name": "idx_status"}, id="A1-name"),
+        pytest.param("last_processed_at", {"expireAfterSeconds": 10**8}, id="ttl"),
+        pytest.param("status", {"collation": {"locale": "de"}}, id="collation"),
+        pytest.param("status", {"partialFilterExpression": {"status": "pending"}}, id="partial"),
+    ],
+)
+async def test_any_index_of_the_source_is_accepted(
+    store: DocumentStore,
+    database: Database[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    field: str,
+    options: dict[str, Any],
+) -> None:
+    """Those of the other fields are created, and nothing is worth a warning."""
+    database["conversation_set"].create_index(field, **options)
+    await store.ensure_source_indexes()
+    fields = {index["key"][0][0] for index in database["conversation_set"].index_information().values()}
+    assert fields == {"_id", "status", "conversation_number", "last_processed_at"}
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_index_that_the_server_refuses_is_a_warning(
+    store: DocumentStore, database: Database[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """MongoDB allows 64 indexes of a collection."""
+    source = database["conversation_set"]
+    source.create_indexes([IndexModel([(f"field{number}", 1)]) for number in range(62)])
+    await store.ensure_source_indexes()
+    assert len(source.index_information()) == 64
+    assert "the index conversation_number_1 of conversation_set was not created" in caplog.text
+
+
+async def test_identity_of_a_view_is_refused(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
+    """A status cannot be stored in a view; the run says so before it asks the model."""
+    database.create_collection("conversation_set", viewOn="conversations", pipeline=[])
+    with pytest.raises(ConfigurationError, match=r"is a view.*MONGODB_SOURCE_COLLECTION"):
+        await store.identity()
+    with pytest.raises(ConfigurationError, match="A view stands where"):
+        await store.try_writes()

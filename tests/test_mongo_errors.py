@@ -17,8 +17,9 @@ from error_handler import (
     StoreUnavailableError,
     TriadError,
 )
-from mongo_client import DocumentStore, open_client
-from storage.mongo_errors import FORBIDDEN_CODES, TRANSIENT_CODES, translated
+from mongo_client import DocumentStore
+from storage.mongo_connection import open_client
+from storage.mongo_errors import FORBIDDEN_CODES, TRANSIENT_CODES, has_no_server, translated
 from tests.embedding_index.stores import open_store
 
 SECRET = "mongodb://user:hunter2@host"
@@ -172,3 +173,83 @@ async def test_an_address_that_is_none(uri: str) -> None:
     with pytest.raises(ConfigurationError, match="MONGODB_URI") as caught:
         open_client(load_settings(None, mongodb_uri=uri))
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        pytest.param("mongodb://u:p@hunter2/w@127.0.0.1:27017", "percent-encode", id="B7-slash"),
+        pytest.param(
+            "mongodb://127.0.0.1/?useUnifiedTopology=true", "option useUnifiedTopology.*; remove it", id="B7-node"
+        ),
+        pytest.param("mongodb://127.0.0.1/?ssl_cert_reqs=CERT_NONE", "tlsAllowInvalidCertificates=true", id="B7-old"),
+        pytest.param("mongodb://user:hunter2@x@host", "percent-encode", id="at"),
+        pytest.param("mongodb://user:hunter2?x@host:27017", "percent-encode", id="question-mark"),
+        pytest.param("mongodb://user:hunter2%zz@host", "percent-encode", id="percent"),
+        pytest.param("mongodb://user:hunter2:x@host", "percent-encode", id="colon"),
+        pytest.param("mongodb://host?poolSize=5", "write maxPoolSize instead", id="node-pool"),
+        pytest.param("mongodb://host/?tsl=true", "tsl.*spelling", id="misspelt"),
+        pytest.param("mongodb://host/?tls=perhaps", "wrong value for tls", id="value"),
+        pytest.param("mongodb://host/?tlsCAFile=/hunter2", "tlsCAFile", id="missing-file"),
+        pytest.param("mongodb+srv://host:27017/", "remove the port", id="srv-port"),
+        pytest.param("mongodb://user:<password>@host/", "placeholder", id="placeholder"),
+    ],
+)
+async def test_unusable_address_is_explained_in_one_sentence(uri: str, words: str) -> None:
+    """It says what to change, and shows nothing that may be a password."""
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        open_client(load_settings(None, mongodb_uri=uri))
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["mongodb://host/?appName=a@b", "mongodb://u:p@host/db?appName=a@b", "mongodb://h?appName=a@b"]
+)
+async def test_at_sign_in_an_option_is_no_password(uri: str) -> None:
+    client = open_client(load_settings(None, mongodb_uri=uri))
+    assert client.options.pool_options.appname is not None
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "no_server"),
+    [
+        ("h:1: [Errno 111] Connection refused", "nothing listens", True),
+        ("h:1: [Errno 111] Connect call failed ('h', 1)", "nothing listens", True),
+        ("Message length (1347703880) is larger than server max", "not MongoDB", False),
+        ("h:1: [Errno -2] Name or service not known", "DNS", True),
+        ("SSL handshake failed: h:1: [SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate", "tlsCAFile", False),
+        ("SSL handshake failed: h:1: [SSL: CERTIFICATE_VERIFY_FAILED] certificate has expired", "expired", False),
+        ("h:1: [SSL: CERTIFICATE_VERIFY_FAILED] Hostname mismatch, certificate is not valid", "host name", False),
+        ("SSL handshake failed: h:1: [SSL: WRONG_VERSION_NUMBER] wrong version number", "remove tls=true", False),
+        ("h:1: connection closed", "add tls=true", False),
+        ("No primary available for writes", "no primary", False),
+        ("replica set named 'a' but this node belongs to a set named 'b'", "another name", False),
+        ("h:1: timed out", "check that it runs", False),
+    ],
+)
+def test_failed_connection_has_a_sentence_of_its_kind(text: str, words: str, no_server: bool) -> None:
+    """TLS, DNS and replica sets are not a server that has to be started."""
+    with pytest.raises(StoreUnavailableError, match=words) as caught, translated("connect"):
+        raise errors.ServerSelectionTimeoutError(text)
+    assert "h:1" not in str(caught.value)
+    assert has_no_server(caught.value.__cause__) is no_server
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "expected", "words"),
+    [
+        pytest.param(301, "x", ConfigurationError, "add retryWrites=false to MONGODB_URI", id="B15"),
+        pytest.param(20, "does not support retryable writes", ConfigurationError, "retryWrites=false", id="driver"),
+        pytest.param(20, "illegal operation", StoreRejectedError, "code 20", id="other-illegal-operation"),
+        pytest.param(166, "x", ConfigurationError, "view.*MONGODB_SOURCE_COLLECTION", id="view"),
+        pytest.param(13, "not authorized on db", StoreForbiddenError, "docs/operations.md", id="right"),
+        pytest.param(13, "command find requires authentication", StoreForbiddenError, "user:password@", id="no-user"),
+        pytest.param(18, "Authentication failed.", StoreForbiddenError, "authSource", id="password"),
+    ],
+)
+def test_refused_operation_has_a_sentence_of_its_kind(
+    code: int, text: str, expected: type[TriadError], words: str
+) -> None:
+    with pytest.raises(expected, match=words), translated("claim documents"):
+        raise errors.OperationFailure(text, code)

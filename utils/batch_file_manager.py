@@ -48,6 +48,9 @@ FailureKind = Literal["retry", "quarantine"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
 
+UNKNOWN_UUID = "unknown"  # in the identity of a source whose user may not list collections
+
+
 @dataclass(slots=True)
 class FailedDocument:
     """An entry of the retry queue or of the quarantine.
@@ -244,7 +247,7 @@ class BatchFiles:
         """
         other = (self.read_state("checkpoint.json") or {}).get("source")
         has_work = any(batch_paths(self.directory / kind) for kind in ("pending", "retry"))
-        if has_work and other not in (None, source):
+        if has_work and other is not None and not is_same_source(other, source):
             raise ConfigurationError(
                 f"{self.directory} holds unfinished work of {other}, and this run is for {source}; finish that run first, "
                 "or name another directory with --batch-files-dir."
@@ -273,9 +276,7 @@ class BatchFiles:
 
     def _failed_batch(self, path: Path, failures: list[FailedDocument], *, fresh: bool = False) -> BatchFile:
         documents = [entry.conversation_data or {"_id": entry.conversation_id} for entry in failures]
-        # Each round has its own journal: events of a finished round must not count against the next.
-        round_name = f"{len(failures)}x{sum(entry.retry_count for entry in failures)}"
-        batch = _batch_at(path, documents, f".{round_name}.journal")
+        batch = BatchFile(_number(path) or 0, path, BatchJournal(round_journal(path, failures)), documents)
         self._remove_rounds(path, but=batch.journal.path)
         for entry in failures:
             if fresh:
@@ -308,6 +309,14 @@ class BatchFiles:
         return None
 
 
+def is_same_source(one: str, other: str) -> bool:
+    """Return whether two identities of DocumentStore may be of one source; without a UUID the names decide."""
+    unknown = f"({UNKNOWN_UUID})"
+    if unknown in (one[-len(unknown) :], other[-len(unknown) :]):
+        return one.rpartition(" (")[0] == other.rpartition(" (")[0]
+    return one == other
+
+
 def batch_paths(folder: Path) -> list[Path]:
     """Return the batch files in *folder* in the order of their numbers, without links and other files."""
     paths = [path for path in folder.glob("batch_*.json") if _number(path) is not None and not path.is_symlink()]
@@ -332,6 +341,14 @@ def read_failures(path: Path) -> list[FailedDocument]:
         raise ValueError("not a file of failed documents") from exc
 
 
+def round_journal(path: Path, failures: list[FailedDocument]) -> Path:
+    """Return the journal of the next round of *failures*, the content of *path*.
+
+    Each round has its own: events of a finished round must not count against the next.
+    """
+    return path.with_suffix(f".{len(failures)}x{sum(entry.retry_count for entry in failures)}.journal")
+
+
 def _content(path: Path) -> Any:
     """Return the value of the JSON file *path*; None if it is gone. Raise ValueError if it is corrupt."""
     with explained(f"{path} cannot be read"):
@@ -344,8 +361,8 @@ def _content(path: Path) -> Any:
     return content
 
 
-def _batch_at(path: Path, documents: list[dict[str, Any]], suffix: str = ".journal") -> BatchFile:
-    return BatchFile(_number(path) or 0, path, BatchJournal(path.with_suffix(suffix)), documents)
+def _batch_at(path: Path, documents: list[dict[str, Any]]) -> BatchFile:
+    return BatchFile(_number(path) or 0, path, BatchJournal(path.with_suffix(".journal")), documents)
 
 
 def _document(entry: dict[str, Any]) -> dict[str, Any]:

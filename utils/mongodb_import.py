@@ -41,7 +41,9 @@ from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.extended_json import Document, dumps, id_key, id_text
 from storage.mongo_errors import translated
+from storage.selection import state_of
 from utils.process import exit_code_of, is_confirmed
+from worker.left_out import NAMED_STATUSES, status_name
 
 PAGE_SIZE = 500
 _SKIPPED = {
@@ -107,12 +109,22 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         if arguments.drop:
             with translated("drop the collection"):
                 await store.database.drop_collection(settings.source_collection)
-        read, new = await _insert(store, itertools.chain([first], pages), arguments.file or SAMPLES, console, notes)
+        unselected: Counter[str] = Counter()
+        pages = _counting(itertools.chain([first], pages), unselected)
+        read, new = await _insert(store, pages, arguments.file or SAMPLES, console, notes)
     finally:
         await store.close()
     place = f"{settings.db_name}.{settings.source_collection}"
     print(f"Read {read} documents: {new} new, {read - new} already there, in {place}.")
     notes.show(console)
+    if unselected:
+        names = ", ".join(f"{name} ({count:,})" for name, count in unselected.most_common(NAMED_STATUSES))
+        number = counted(unselected.total(), "document has", "documents have")
+        console.print(
+            f"{number} a status that a run does not select: {names}. Set it to pending, or remove it, to classify them.",
+            markup=False,
+            soft_wrap=True,
+        )
     return ExitCode.DONE
 
 
@@ -161,6 +173,16 @@ def _text_of(document: Document) -> str | None:
         return aggregate_conversation(document).transcript_sha256
     except SkippedDocumentError:
         return None
+
+
+def _counting(pages: Iterable[list[Document]], unselected: Counter[str]) -> Iterator[list[Document]]:
+    """Yield *pages*; count in *unselected*, by status, the documents that a run does not select."""
+    for page in pages:
+        for document in page:
+            state = state_of(document)
+            if state not in ("pending", "processing"):
+                unselected[status_name(document["status"]) if state == "foreign" else state] += 1
+        yield page
 
 
 async def _insert(

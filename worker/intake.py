@@ -15,8 +15,10 @@ from config import Settings
 from domain.conversation import Conversation, Outcome
 from error_handler import SkippedDocumentError
 from model_server.concurrency import ConcurrencyLimit
-from mongo_client import DocumentStore, Selection
+from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
+from storage.files import JournalEntry
+from storage.selection import Selection
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.progress import Reporter
@@ -85,10 +87,11 @@ class DocumentIntake:
         self._recovered: set[bytes] = set()
         self._queued: set[bytes] = set()  # in local failure files when reading began, with ``options.only``
         self._taken = 0
+        self._retries_failed = self._options.retry_failed or self._options.only == "failed"
 
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches that an earlier run left in ``pending/``, with their journals replayed."""
-        if self._options.retry_failed or self._options.only == "failed":
+        if self._retries_failed:
             requeued = await asyncio.to_thread(requeue, self._files)
             logger.info("%d quarantined documents are retried with a full set of attempts", requeued)
         for file in await asyncio.to_thread(lambda: list(self._files.load_pending())):
@@ -106,7 +109,7 @@ class DocumentIntake:
         only = self._options.only
         if only:
             self._queued = await asyncio.to_thread(self._files.failed_keys)
-        selections: list[Selection] = ["all"] if self._options.reprocess or only else ["pending"]
+        selections: list[Selection] = ["all" if only else "known" if self._options.reprocess else "pending"]
         if only == "failed":
             selections = ["failed"]
         elif self._options.retry_failed or (self._files.lost_failures and not only):
@@ -170,7 +173,7 @@ class DocumentIntake:
                 self._settlement.stats.total += len(documents)
             file = await asyncio.to_thread(self._files.save_pending, documents)
             await self._store.mark_processing([document["_id"] for document in documents if not is_query(document)])
-            in_order = selection in ("pending", "all")
+            in_order = selection in ("pending", "known", "all")
             # Not the time of now: this process may have been suspended since it claimed them.
             yield BatchInWork(file, mark=self._settlement.mark if in_order else None, claimed_at=claimed_at)
 
@@ -183,6 +186,9 @@ class DocumentIntake:
     async def _keep_own(self, batch: BatchInWork) -> None:
         """Remove documents from a recovered *batch* that other workers hold, or have finished since."""
         self._recovered.update(item.key for item in batch.items)
+        for item in batch.items:
+            if self._retries_failed and item.past.verdict is not None and not item.past.verdict.is_skipped:
+                item.past = JournalEntry(result=item.past.result)  # it failed before the run was interrupted
         needed = await self.needed([item.document for item in batch.items])
         batch.items = [item for item in batch.items if item.key in needed]
         batch.unsettled = len(batch.items)
@@ -258,17 +264,19 @@ async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChe
     """
     bound = await store.upper_bound()
     queued = await asyncio.to_thread(kinds.queued) if kinds else set()
-    selection: Selection = "all" if options.reprocess or options.only else "failed" if options.retry_failed else "sweep"
+    selections: list[Selection] = ["all" if options.only else "known" if options.reprocess else "sweep"]
+    selections += ["failed"] if options.retry_failed and not options.reprocess else []
     report = Counter(dict.fromkeys(("selected", "to_classify", "already_done", "turns", "characters"), 0))
     skipped, shapes = Counter[str](), Counter[str]()
     first_ids: list[str] = []
     after: list[Any] = []
-    while bound and (options.limit is None or report["selected"] < options.limit):
+    while bound and selections and (options.limit is None or report["selected"] < options.limit):
         left = options.batch_size if options.limit is None else options.limit - report["selected"]
         size = options.batch_size if options.only else min(options.batch_size, left)
-        page = await store.read_page(selection, after, bound, size)
+        page = await store.read_page(selections[0], after, bound, size)
         if not page:
-            break
+            selections, after = selections[1:], []
+            continue
         after = [page[-1]["_id"]]
         if kinds is not None and options.only:
             page = [document for document, kind in await kinds.of(page, queued) if kind == options.only][:left]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,15 @@ import async_llm_wrapper as llm
 from aggregator import entry_text
 from classifier import Classifier
 from config import Settings, load_taxonomy
-from error_handler import LLMUnavailableError
+from error_handler import LLMUnavailableError, StoreUnavailableError
 from model_server.models import chat_target
 from model_server.protocol import ChatTarget
 from model_server.tokens import TokenEstimator
 from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore
 from worker.staleness import Plan
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_SIZE = 200  # documents
 
@@ -60,6 +63,15 @@ async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[
         if transcript := rough_transcript(document):
             needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
     return needs
+
+
+async def sample_if_in_time(store: DocumentStore, estimator: TokenEstimator) -> list[int]:
+    """Return what ``sample_needs`` does, or nothing if MongoDB takes too long for it: the window is then the default."""
+    try:
+        return await sample_needs(store, estimator)
+    except StoreUnavailableError as exc:
+        logger.warning("the window is chosen without a sample of the documents: %s", exc)
+        return []
 
 
 def rough_transcript(document: Mapping[str, Any]) -> str:

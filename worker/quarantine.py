@@ -7,16 +7,17 @@ document is in exactly one folder whenever the process dies, or StateDirectoryEr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
 from error_handler import ConfigurationError, Reason, StateDirectoryError
 from storage import extended_json
 from storage.extended_json import id_key, id_text
-from storage.files import move_file
+from storage.files import JournalEntry, move_file, replay_journal
 from utils.batch_file_manager import (
     FAILURE_KINDS,
     BatchFiles,
@@ -24,9 +25,12 @@ from utils.batch_file_manager import (
     FailureKind,
     batch_paths,
     read_failures,
+    round_journal,
 )
 
 logger = logging.getLogger(__name__)
+
+MAX_ROUNDS = 3  # retry rounds of one document before it is quarantined
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +74,22 @@ class FailedDocuments:
 
 
 def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:
-    """Return the documents in the retry queue, or in quarantine, of *directory*. Needs no lock."""
+    """Return the documents in the retry queue, or in quarantine, of *directory*. Needs no lock.
+
+    Those that failed in a batch that is not finished are part of it; the batch's journal says so.
+    """
     if not directory.is_dir():
         raise StateDirectoryError(f"there is no directory {directory}; name the worker's with --batch-files-dir.")
     entries: list[FailedDocument] = []
     unreadable = []
+    judged = _judged(directory)
     for path in batch_paths(directory / kind):
         try:
-            entries += read_failures(path)
+            entries += [entry for entry in read_failures(path) if judged.get(entry.key, _NOWHERE).path != path]
         except ValueError:
             unreadable.append(path.name)
+    for path in {found.path for found in judged.values() if found.place == kind}:
+        entries += _entries_of(path, judged, kind)
     newest = _newest(entries).values()
     return FailedDocuments(sorted(newest, key=lambda entry: entry.failed_at, reverse=True), unreadable)
 
@@ -89,16 +99,99 @@ def _newest(entries: Iterable[FailedDocument]) -> dict[bytes, FailedDocument]:
 
 
 def failed_keys(directory: Path, *kinds: FailureKind) -> set[bytes]:
-    """Return the ``id_key`` of each document in the files of *kinds* (by default both) of *directory*. Needs no lock.
+    """Return the ``id_key`` of each document in the retry queue or quarantine (*kinds*; by default both). Needs no lock.
 
-    Corrupt files are ignored with a warning; the status of their documents in MongoDB is failed as well.
+    Those that failed in a batch that is not finished are part of it, as in ``list_failed``. Corrupt files are ignored with
+    a warning; the status of their documents in MongoDB is failed as well.
     """
     keys: set[bytes] = set()
+    judged = _judged(directory)
     for path in (path for kind in kinds or FAILURE_KINDS for path in batch_paths(directory / kind)):
         with suppress(FileNotFoundError):  # the worker has finished it
             state = path.stat()
-            keys |= _keys_in(path, state.st_ino, state.st_mtime_ns)
-    return keys
+            found = _keys_in(path, state.st_ino, state.st_mtime_ns)
+            keys.update(key for key in found if judged.get(key, _NOWHERE).path != path)
+    return keys | {key for key, found in judged.items() if found.place in (kinds or FAILURE_KINDS)}
+
+
+def failed_places(directory: Path) -> str:
+    """Return a sentence about where the failed documents are now, and how to retry them; empty if there are none."""
+    retry, quarantine = len(failed_keys(directory, "retry")), len(failed_keys(directory, "quarantine"))
+    places = [f"{retry:,} in the retry queue (the next run retries them)"] if retry else []
+    places += [f"{quarantine:,} in quarantine (--retry-failed retries them)"] if quarantine else []
+    return f"Failed documents: {', '.join(places)}; quarantine list shows the reasons." if places else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What the journal of the unfinished batch *path* says: *place* is where its document goes, None if it has not failed."""
+
+    path: Path
+    place: FailureKind | None = None
+    past: JournalEntry = field(default_factory=JournalEntry)
+    rounds: int = 0
+
+
+_NOWHERE = _Judged(Path())
+_FAILED = b'"failed"'  # in each event of that name
+
+
+def _judged(directory: Path) -> dict[bytes, _Judged]:
+    """Return, by ``id_key``, the documents that ended in a batch that is not finished: killed, stopped, or still running."""
+    judged: dict[bytes, _Judged] = {}
+    for path in (path for folder in ("pending", "retry") for path in batch_paths(directory / folder)):
+        is_retry = path.parent.name == "retry"
+        try:
+            journal, rounds = _journal_of(path)
+        except ValueError:  # the reader of the file reports it
+            continue
+        for key, past in journal.items():
+            if past.verdict is None or past.verdict.is_skipped:
+                if past.verdict is not None or past.result is not None:
+                    judged[key] = _Judged(path)
+                continue
+            number = rounds.get(key, 0) + 1 if is_retry else 0
+            is_final = past.verdict.is_final or number >= MAX_ROUNDS
+            judged[key] = _Judged(path, "quarantine" if is_final else "retry", past, number)
+    return judged
+
+
+def _journal_of(path: Path) -> tuple[dict[bytes, JournalEntry], dict[bytes, int]]:
+    """Return the journal of the batch file *path*, and the earlier rounds of its documents."""
+    plain = path.with_suffix(".journal")
+    with suppress(FileNotFoundError):
+        # Most batches have no failure, and the metrics of a running worker read this every few seconds.
+        return (replay_journal(plain) if _FAILED in plain.read_bytes() else {}), {}
+    if not any(path.parent.glob(f"{path.stem}.*.journal")):
+        return {}, {}
+    failures = read_failures(path)
+    return replay_journal(round_journal(path, failures)), {entry.key: entry.retry_count for entry in failures}
+
+
+def _entries_of(path: Path, judged: dict[bytes, _Judged], kind: FailureKind) -> Iterator[FailedDocument]:
+    """Yield the documents of the batch file *path* that *judged* says are in *kind*."""
+    try:
+        content = extended_json.loads(path.read_bytes())
+        failed_at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except FileNotFoundError:  # finished meanwhile
+        return
+    for row in content if isinstance(content, list) else content["conversations"]:
+        document_id = row["conversation_id"] if "conversation_id" in row else row["_id"]
+        found = judged.get(id_key(document_id), _NOWHERE)
+        verdict = found.past.verdict
+        if found.path != path or found.place != kind or verdict is None:
+            continue
+        result = found.past.result or row.get("classification_result")
+        yield FailedDocument(
+            document_id,
+            "llm_failed" if result is None else "write_failed",
+            row["conversation_data"],
+            found.rounds,
+            verdict.reason,
+            verdict.problem,
+            result,
+            failed_at,
+        )
 
 
 @lru_cache(maxsize=10_000)  # a quarantine of many files is not read again every few seconds

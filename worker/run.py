@@ -14,16 +14,21 @@ from typing import Any
 from aggregator import aggregate_conversation
 from domain.conversation import Outcome, build_result
 from error_handler import (
+    FailureThresholdError,
     LLMError,
     LLMModelError,
     LLMOutageError,
     PoisonDocumentError,
     SkippedDocumentError,
+    StoreError,
     TriadError,
 )
 from storage.files import Event
+from utils.batch_file_manager import FailureKind
 from worker.dedupe import FILE_NAME, Deduplicator
 from worker.intake import MAX_SWEEPS, DocumentIntake, RunParts
+from worker.left_out import LeftOut, count_left_out
+from worker.quarantine import failed_keys
 from worker.settlement import BatchInWork, Settlement, WorkItem, verdict_of
 from worker.staleness import REPLACED
 
@@ -58,12 +63,19 @@ class BatchRun:
         self._in_flight = 0
         self._model_errors = 0
         self._leases_sure_at = self._doubted_before = time.monotonic()
+        self._left_out: LeftOut | None = None
 
     async def execute(self, sources: list[AsyncGenerator[BatchInWork]], *, to_the_end: bool) -> dict[str, Any]:
         """Process *sources* until they end, the run is stopped, or an error occurs; save what is settled in each case.
 
         *to_the_end* adds the sweeps and the retry rounds.
         """
+        try:
+            return await self._execute(sources, to_the_end=to_the_end)
+        except FailureThresholdError as exc:  # other documents failed while the run ended
+            raise FailureThresholdError(self._settlement.threshold_message()) from exc
+
+    async def _execute(self, sources: list[AsyncGenerator[BatchInWork]], *, to_the_end: bool) -> dict[str, Any]:
         status = "failed"
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -84,6 +96,8 @@ class BatchRun:
                     await self._finish_calls()
                 await self._settlement.writes.drained()
                 await self._settlement.flush()  # before the tasks that flush are cancelled
+                if to_the_end and not self._stop.is_set() and self._parts.options.only in (None, "new"):
+                    await self._count_left_out()
                 for task in started:
                     task.cancel()
             self._parts.checkpoint.finished = not self._stop.is_set()
@@ -151,8 +165,7 @@ class BatchRun:
         elif past.verdict is not None:
             self._settlement.end(item, past.verdict)
         elif item.is_poison:
-            error = PoisonDocumentError("the worker died each time it processed this document")
-            self._settlement.end(item, verdict_of(error))
+            self._end(item, PoisonDocumentError("the worker died each time it processed this document"))
         elif self._is_doubtful(item) and item.key not in await self.intake.needed([item.document]):
             self._settlement.drop(item)
             self._ask_instead(item)
@@ -207,7 +220,7 @@ class BatchRun:
         for heir in self._dedupe.gave_up(item):
             self._queue.put_nowait(heir)
 
-    def _end(self, item: WorkItem, error: SkippedDocumentError | LLMError) -> None:
+    def _end(self, item: WorkItem, error: SkippedDocumentError | LLMError | PoisonDocumentError) -> None:
         verdict = verdict_of(error)
         event: Event = "skipped" if verdict.is_skipped else "failed"
         item.note(event, reason=verdict.reason, problem=verdict.problem, is_final=verdict.is_final)
@@ -267,13 +280,33 @@ class BatchRun:
         return item.batch.claimed_at < self._doubted_before
 
     async def _prepare_source(self, *, count: bool) -> None:
-        """Count and index while the first calls run, because both take long on millions of documents."""
-        if count:
-            self._settlement.stats.total += await self._store.count("all" if self._replace else "sweep")
-        await self._store.ensure_source_indexes()
-        foreign = await self._store.foreign_statuses()
-        if foreign:
-            logger.warning("documents with an unrecognised status are ignored: %s", ", ".join(foreign[:10]))
+        """Count and index while the first calls run, because both take long on millions of documents.
+
+        An error is a warning: if MongoDB is away, the calls that need it end the run.
+        """
+        try:
+            if count:
+                self._settlement.stats.total += await self._store.count("known" if self._replace else "sweep")
+        except StoreError as exc:
+            logger.warning("the run goes on without the number of documents: %s", exc)
+        try:
+            await self._store.ensure_source_indexes()
+        except StoreError as exc:
+            logger.warning("the run goes on without the indexes of the source: %s", exc)
+
+    async def _count_left_out(self) -> None:
+        """Count and log what this run did not select; an error here must not fail a run that is done."""
+        queued, skipped = len(self._failed_now()), self._settlement.stats.skipped
+        try:
+            self._left_out = await count_left_out(self._store, queued=queued, skipped_now=skipped)
+        except StoreError as exc:
+            logger.warning("could not count the documents that were not selected: %s", exc)
+            return
+        for problem in self._left_out.problems(self._settings.results_collection):
+            logger.info("%s %s", *problem)
+
+    def _failed_now(self, *kinds: FailureKind) -> set[bytes]:
+        return failed_keys(self._parts.files.directory, *kinds)
 
     async def _save(self, status: str) -> None:
         """Flush a last time; an error here must not hide the one that ended the run."""
@@ -297,8 +330,9 @@ class BatchRun:
             "job_id": self._job_id,
             "documents_processed": counts.pop("processed"),
             **counts,
-            "in_retry_queue": len(self._parts.files.failed_keys("retry")),
-            "in_quarantine": len(self._parts.files.failed_keys("quarantine")),
+            "in_retry_queue": len(self._failed_now("retry")),
+            "in_quarantine": len(self._failed_now("quarantine")),
+            "not_selected": None if self._left_out is None else asdict(self._left_out),
             "interrupted": self._stop.is_set(),
             "review_below": self._settings.review_below,
         }

@@ -27,12 +27,12 @@ from storage.extended_json import Document, id_key, id_text
 from storage.files import Event, JournalEntry, Verdict
 from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
+from worker.quarantine import MAX_ROUNDS, failed_keys, failed_places
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_ROUNDS = 3  # retry rounds of one document before it is quarantined
 FAILURE_SHARE, FAILURE_MINIMUM = 0.10, 50  # the run stops above this share, from this many documents on
 IDS_PER_UPDATE = 1000
 
@@ -207,13 +207,13 @@ class Settlement:
             rejected = await self._store.write_results([result for _, result in group], replace=self._replaces)
         except StoreUnavailableError as exc:
             for item, result in group:
-                self.end(item, verdict_of(exc), result)
+                self._end_unwritten(item, exc, result)
             raise  # further answers could not be stored either
         finally:
             self.progress.set()
         for index, (item, result) in enumerate(group):
             if index in rejected:
-                self.end(item, verdict_of(rejected[index]), result)
+                self._end_unwritten(item, rejected[index], result)
                 self._on_rejected(result)
             else:
                 self._count(item.key)
@@ -221,6 +221,12 @@ class Settlement:
                 self.stats.count_result(result)
                 item.batch.counts["successful"] += 1
                 self._settle(item, "processed", None)
+
+    def _end_unwritten(self, item: WorkItem, error: TriadError, result: Document) -> None:
+        """End *item*, whose answer is known; the journal says why it is not stored, for ``failed_keys``."""
+        verdict = verdict_of(error)
+        item.note("failed", reason=verdict.reason, problem=verdict.problem, is_final=verdict.is_final)
+        self.end(item, verdict, result)
 
     def found_done(self, documents: list[Document]) -> None:
         """Queue the final status of *documents*, which already have a result."""
@@ -288,12 +294,17 @@ class Settlement:
             reason != Reason.STORE_FAILED and key not in self._failed_before for key, reason in self._failed.items()
         )
         if stats.processed >= FAILURE_MINIMUM and failed_now > FAILURE_SHARE * stats.processed:
-            reasons = list(self._failed.values())
-            raise FailureThresholdError(
-                f"{stats.failed} of {stats.processed} documents failed, mostly because of "
-                f"{max(set(reasons), key=reasons.count)}; fix the cause and run the same command again. The failed "
-                "documents are in the retry queue."
-            )
+            raise FailureThresholdError(self.threshold_message())
+
+    def threshold_message(self) -> str:
+        """Return what FailureThresholdError says: how many documents failed, why, where they are, and what to do."""
+        reasons, directory = list(self._failed.values()), self._files.directory
+        flag = " with --retry-failed" if failed_keys(directory, "quarantine") else ""
+        return (
+            f"{self.stats.failed} of {self.stats.processed} documents failed, mostly because of "
+            f"{max(set(reasons), key=reasons.count)}. {failed_places(directory)} Fix the cause, then run the same command "
+            f"again{flag}."
+        )
 
     def _settle(self, item: WorkItem, status: FinalStatus, reason: str | None) -> None:
         self._add_status(item.document, status, reason)

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from aggregator import aggregate_conversation
 from domain.conversation import result_fingerprint
 from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
+from storage.selection import state_of
 from worker.quarantine import failed_keys
 
-Kind = Literal["new", "changed", "stale", "failed", "skipped", "done", "unjudged", "foreign"]
-Only = Literal["new", "changed", "stale", "failed"]
+Only = Literal["new", "changed", "stale", "failed", "elsewhere"]
+Kind = Literal[Only, "skipped", "done", "unjudged", "foreign"]
 
-SELECTABLE: tuple[Only, ...] = ("new", "changed", "stale", "failed")
+SELECTABLE: tuple[Only, ...] = get_args(Only)
+_WITHOUT_RESULT: dict[str, Kind] = {"processed": "elsewhere", "skipped": "skipped"}  # by state; new otherwise
 BASELINE_PLAN = "baseline"  # of the built-in classifier, which replaces no answer of a model
 REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results of these
 
@@ -78,15 +80,15 @@ class StalenessChecker:
 
     def _kind(self, document: Document, made: Document | None, *, is_queued: bool) -> Kind:
         """Return what *document* needs; *made* has the provenance of its result, None if it has none."""
-        state = _state(document)
+        state = state_of(document)
         if state == "foreign":
             return "foreign"
-        fit = "new" if made is None else self._fits(document, made)
+        fit = None if made is None else self._fits(document, made)
         if fit in ("done", "skipped"):
             return fit
         if is_queued or state == "failed":
             return "failed"
-        return "skipped" if made is None and state == "skipped" else fit
+        return fit or _WITHOUT_RESULT.get(state, "new")
 
     def _fits(self, document: Document, made: Document) -> Kind:
         """Compare *made* with the current *document*: done, changed, stale, unjudged, or skipped (nothing to classify)."""
@@ -101,13 +103,3 @@ class StalenessChecker:
         if self.plan is None:
             return "unjudged"
         return "done" if self.plan.made(fields, input_hash) else "stale"
-
-
-def _state(document: Document) -> str:
-    """Return open, failed, skipped or foreign, from the status or from the two fields of a single query."""
-    status = document.get("status")
-    if status is None and document.get("status_reason") is not None:
-        status = "skipped" if document.get("processed") is True else "failed"
-    if status in ("failed", "skipped"):
-        return str(status)
-    return "open" if status in (None, "pending", "processing", "processed") else "foreign"

@@ -13,8 +13,8 @@ from typing import Any
 from commands.diagnosis.findings import Finding, error, ok, warning
 from config import Settings
 from domain.text import counted
-from mongo_client import MAX_POOL_SIZE
 from storage import extended_json
+from storage.mongo_connection import MAX_POOL_SIZE
 
 LITTLE_SPACE_BYTES = 1_000_000_000
 FILES_OF_A_RUN = 64  # libraries, logs, journals, progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -10,45 +11,33 @@ from typing import Any
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.settings import hosts_of
 from config import Settings
-from domain.text import counted, one_line
-from error_handler import StoreError, StoreForbiddenError
-from mongo_client import RESULT_INDEXES, SOURCE_INDEXES, DocumentStore, selection_filter
+from domain.text import counted
+from error_handler import ConfigurationError, StoreError, StoreForbiddenError
+from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import id_text
-from storage.mongo_errors import translated
+from storage.mongo_errors import connection_problem, has_no_server, translated
+from storage.mongo_indexes import RESULT_INDEXES, SOURCE_INDEXES, UNIQUE_FIELD, serves_as_unique
+from storage.selection import STATE_EXPRESSION, selection_filter, switch
+from worker.left_out import count_left_out, status_name
 
-KNOWN_STATUSES = frozenset({"pending", "processing", "processed", "failed", "skipped"})
 LOOPBACK = ("127.", "localhost", "[::1]")
-UNIQUE_FIELD = "source_conversation_id"
 MAX_CLOCK_DIFFERENCE_S = 5.0
 OBJECT_IDS_SINCE = datetime(2009, 1, 1, tzinfo=UTC)  # the first release of MongoDB; earlier times are numbers
 
 
-def _switch(default: str, *cases: tuple[dict[str, Any], str]) -> dict[str, Any]:
-    return {"$switch": {"branches": [{"case": case, "then": then} for case, then in cases], "default": default}}
-
-
-_SHAPE = _switch(
+_SHAPE = switch(
     "unknown",
     ({"$isArray": ["$tweets"]}, "tweets"),
     ({"$isArray": ["$messages"]}, "messages"),
     ({"$eq": [{"$type": "$text"}, "string"]}, "query"),
-)
-# Single queries have no status; other fields hold their state.
-_IS_PROCESSED, _HAS_REASON = {"$eq": ["$processed", True]}, {"$gt": ["$status_reason", None]}
-_STATE = _switch(
-    "pending",
-    ({"$gt": ["$status", None]}, "$status"),
-    ({"$and": [_IS_PROCESSED, _HAS_REASON]}, "skipped"),
-    (_IS_PROCESSED, "processed"),
-    (_HAS_REASON, "failed"),
 )
 DUPLICATES: list[dict[str, Any]] = [
     {"$group": {"_id": f"${UNIQUE_FIELD}", "count": {"$sum": 1}}},
     {"$match": {"count": {"$gt": 1}}},
     {"$limit": 1},
 ]
-COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": _STATE}, "count": {"$sum": 1}}}]
+COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": STATE_EXPRESSION}, "count": {"$sum": 1}}}]
 
 Check = Callable[[DocumentStore, Settings], AsyncGenerator[Finding]]
 Clock = Callable[[], datetime]
@@ -76,6 +65,8 @@ async def diagnose(settings: Settings, now: Clock = lambda: datetime.now(UTC)) -
                     yield finding
             except StoreForbiddenError as exc:
                 yield error(str(exc), "Grant the rights with db.grantRolesToUser(USER, ['readWrite']).")
+            except ConfigurationError as exc:
+                yield error(str(exc), "A run stops for the same reason.")
             except StoreError as exc:
                 seconds = settings.mongodb_timeout_ms / 1000
                 yield warning(str(exc), f"The time limit is {seconds:g} s; raise MONGODB_TIMEOUT_MS.")
@@ -86,7 +77,10 @@ async def diagnose(settings: Settings, now: Clock = lambda: datetime.now(UTC)) -
 def _connection_remedy(exc: StoreError, settings: Settings) -> str:
     if isinstance(exc, StoreForbiddenError):
         return "If the user belongs to another database, add ?authSource=admin to MONGODB_URI."
-    if _hosts(settings).startswith(LOOPBACK):
+    is_away = has_no_server(exc.__cause__)
+    if connection_problem(exc.__cause__) and not is_away:
+        return "The server's own log has more; docs/robustness.md explains each message."
+    if is_away and _hosts(settings).startswith(LOOPBACK):
         return "Start it (systemctl start mongod, or docker start ...), or run python cli.py --embedded."
     return "Check the host and port, and any firewall or IP allow list in between."
 
@@ -115,7 +109,8 @@ async def _topology(store: DocumentStore, settings: Settings) -> AsyncGenerator[
 
 
 async def _rights(store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
-    """Compare the user's privileges with those that a run needs; write nothing."""
+    """Compare the user's privileges with those that a run needs, and send the commands of a run; change nothing."""
+    await store.identity()
     with translated("read the user's rights"):
         status = await store.database.command({"connectionStatus": 1, "showPrivileges": True})
     auth = status["authInfo"]
@@ -127,6 +122,7 @@ async def _rights(store: DocumentStore, settings: Settings) -> AsyncGenerator[Fi
         else:
             sentence = "No access control: anyone who reaches the port can read and change the data."
             yield warning(sentence, "Start mongod with --auth and create a user.")
+        await store.try_writes()
         return
     needed = {
         settings.source_collection: {"find", "update", "createIndex"},
@@ -136,11 +132,13 @@ async def _rights(store: DocumentStore, settings: Settings) -> AsyncGenerator[Fi
     privileges, has_all = auth["authenticatedUserPrivileges"], True
     for collection, actions in needed.items():
         if missing := actions - allowed_actions(privileges, settings.db_name, collection):
-            has_all = False
+            is_needed = missing != {"createIndex"} or collection == settings.results_collection
+            has_all &= not is_needed
             sentence = f"The user lacks {', '.join(sorted(missing))} on {settings.db_name}.{collection}."
             remedy = f"Grant them with db.grantRolesToUser(USER, [{{role: 'readWrite', db: '{settings.db_name}'}}])."
-            yield error(sentence, remedy)
+            yield error(sentence, remedy) if is_needed else warning(sentence, remedy)
     if has_all:
+        await store.try_writes()
         yield ok("The user may read the source, and write statuses, leases and results.")
 
 
@@ -161,7 +159,7 @@ async def _documents(store: DocumentStore, settings: Settings) -> AsyncGenerator
         groups = await _aggregate(store.database[settings.source_collection], COUNTS)
     by_shape: dict[str, dict[str, int]] = {}
     for group in groups:
-        state = one_line(str(group["_id"]["state"]), 40)
+        state = status_name(group["_id"]["state"])
         by_shape.setdefault(group["_id"]["shape"], {})[state] = group["count"]
     if not by_shape:
         remedy = "Import documents with python -m utils.mongodb_import, or correct --db-name and --source-collection."
@@ -174,10 +172,9 @@ async def _documents(store: DocumentStore, settings: Settings) -> AsyncGenerator
         else:
             yield Finding("ok", f"{place}, shape {shape}: {counts}.", numbers=dict(states))
     found = {state for states in by_shape.values() for state in states}
-    foreign = sorted(found - KNOWN_STATUSES)
-    if foreign:
-        remedy = "A run ignores these documents; set their status to pending to classify them."
-        yield warning(f"Some documents have an unrecognised status: {', '.join(foreign)}.", remedy)
+    left_out = replace(await count_left_out(store, queued=0), failed=0, skipped=0)  # these two are counted above
+    for sentence, remedy in left_out.problems(settings.results_collection):
+        yield warning(sentence, remedy)
     if "processing" in found:
         yield ok(
             "Documents in processing belong to a running worker or to one that died; the next run takes the latter."
@@ -223,16 +220,16 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
     results = store.database[settings.results_collection]
     try:
         with translated("read the indexes"):
-            on_source = _by_field(await store.database[settings.source_collection].index_information())
-            on_results = _by_field(await results.index_information())
+            on_source = _first_fields(await store.database[settings.source_collection].index_information())
+            indexes = await results.index_information()
     except StoreForbiddenError:  # a run creates indexes and never lists them
         yield warning("The indexes were not checked: the user may not list them.", "Grant listIndexes.")
         return
+    on_results, is_unique = _first_fields(indexes), serves_as_unique(indexes)
     missing = [f"{settings.source_collection}.{field}" for field in SOURCE_INDEXES if field not in on_source]
     missing += [f"{settings.results_collection}.{field}" for field in RESULT_INDEXES if field not in on_results]
-    unique = on_results.get(UNIQUE_FIELD)
     with translated("find several results of one document"):
-        repeated = [] if unique else await _aggregate(results, DUPLICATES)
+        repeated = [] if is_unique else await _aggregate(results, DUPLICATES)
     if repeated:
         remedy = (
             f"Find them with db.{results.name}.aggregate([{{$group: {{_id: '${UNIQUE_FIELD}', n: {{$sum: 1}}}}}}, "
@@ -240,16 +237,19 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
         )
         yield error("Some documents have several results, so the unique index cannot be created.", remedy)
         return
-    if unique is not None and not unique.get("unique"):
-        remedy = f"Run db.{results.name}.dropIndex({{{UNIQUE_FIELD}: 1}}); the next run creates the right one."
-        yield error(f"The index on {results.name}.{UNIQUE_FIELD} is not unique.", remedy)
-        return
-    if unique is None:
+    if not is_unique and UNIQUE_FIELD in on_results:
+        remedy = (
+            f"MongoDB before 5.0 needs db.{results.name}.dropIndex({{{UNIQUE_FIELD}: 1}}) first; later ones do not."
+        )
+        yield warning(
+            f"The index on {results.name}.{UNIQUE_FIELD} is not unique; the next run adds one that is.", remedy
+        )
+    elif not is_unique:
         missing.append(f"{settings.results_collection}.{UNIQUE_FIELD} (unique)")
     if missing:
         remedy = "The next run creates them; this takes a while on millions of documents."
         yield warning(f"Indexes are missing: {', '.join(missing)}.", remedy)
-    else:
+    elif is_unique:
         yield ok("All indexes exist.")
 
 
@@ -269,8 +269,9 @@ async def _clock(now: Clock, store: DocumentStore, _settings: Settings) -> Async
         yield warning(sentence, "Synchronise both clocks (timedatectl set-ntp true).", **numbers)
 
 
-def _by_field(indexes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    return {index["key"][0][0]: index for index in indexes.values() if len(index["key"]) == 1}
+def _first_fields(indexes: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Return the fields by which *indexes* find documents: an index of several fields serves the first."""
+    return {index["key"][0][0] for index in indexes.values()}
 
 
 async def _aggregate(collection: Any, pipeline: list[dict[str, Any]]) -> list[dict[str, Any]]:

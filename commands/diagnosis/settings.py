@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from commands.diagnosis.findings import Finding, error, ok, warning
 from config import Settings, load_taxonomy
 from config.loading import DOTENV, variables_of
-from config.settings import OriginKind, settings_origins
+from config.settings import DEFAULT_DATABASE, OriginKind, settings_origins
 from error_handler import ConfigurationError
 
 MASK = "***"
@@ -23,13 +23,16 @@ _HOSTS = re.compile(rf"{_HOST}(?:,{_HOST})*")
 
 def diagnose_settings(settings: Settings, flags: Mapping[str, str], dotenv: Path | None = DOTENV) -> Iterator[Finding]:
     """Yield one finding for each setting; *flags* maps the fields that were set by flags to the flags."""
-    for field, places in settings_origins(flags, dotenv).items():
+    origins = settings_origins(flags, dotenv)
+    if not origins["db_name"] and settings.db_name != DEFAULT_DATABASE:
+        origins["db_name"] = origins["mongodb_uri"][:1]
+    for field, places in origins.items():
         value, name = shown(field, getattr(settings, field)), variables_of(Settings, field)[0]
         kind, origin = places[0] if places else ("default", None)
         numbers = {"setting": field, "variable": name, "value": value, "origin": kind, "origin_name": origin}
         sentence = f"{name} = {value} ({_words(places, dotenv)})"
-        # One name set in two places is an override; two names are a mistake.
-        variables = [place for kind, place in places if kind != "argument"]
+        # One name set in two places is an override; two names are a mistake, unless one is that of the Ollama server.
+        variables = [place for kind, place in places if kind != "argument" and place.upper() != "OLLAMA_HOST"]
         surplus = [other for other in variables if other != variables[0]]
         if surplus:
             yield warning(f"{sentence}: both names of this setting are set.", f"Remove {surplus[0]}.", **numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from datetime import UTC, datetime, timedelta
@@ -114,7 +115,9 @@ def test_sample_of_all_remaining_documents_reports_completion(site: Site) -> Non
     ended = site.run("estimate")
     assert (ended.code, site.results.count_documents({})) == (0, 7)
     assert "all that was left: 7 documents are done now" in ended.out
-    assert estimated(site) == {"left": 0, "sample": None, "message": "Nothing is left to classify."}
+    report = estimated(site)
+    assert report.pop("not_selected")["done"] == 7
+    assert report == {"left": 0, "sample": None, "message": "Nothing is left to classify."}
 
 
 def test_interrupted_sample_keeps_its_results(site: Site) -> None:
@@ -158,6 +161,22 @@ def test_failed_documents_in_the_sample_exit_with_1(site: Site) -> None:
     assert answer["sample"]["failed"] > 0
     assert answer["in_retry_queue"] >= 10
     assert answer["time"]["expected_s"] > 0
+
+
+def test_report_names_the_place_of_failed_documents(site: Site) -> None:
+    """The quarantine, not the retry queue, for documents that the server refuses."""
+    assert site.model is not None
+    site.source.insert_many([conversation(number) for number in range(8)])
+    site.model.configure(
+        faults=[{"kind": "status", "status": 400, "when": {"text": f"Case 0000{number}"}} for number in range(3)]
+    )
+    ended = site.run("estimate", "--sample", "7")  # two or all of the three
+    assert ended.code == 1
+    assert re.search(r"([23]) failed, quarantine: \1 \(--retry-failed\)", " ".join(ended.out.split()))
+    site.run()
+    site.source.insert_one(conversation(3000, "Case 00001"))
+    ended = site.run("estimate")
+    assert "Only failed documents are left: 0 documents are done now, retry queue: 0, quarantine: 4." in ended.out
 
 
 @pytest.mark.thorough

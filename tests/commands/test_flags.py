@@ -125,7 +125,7 @@ def test_invalid_flag_is_one_usage_error(argv: list[str], sentence: str, capsys:
         (["--max-concurrent", "0", "--preset", "balanced"], "MAX_CONCURRENT"),
         (["--batch-size", "0", "--preset", "balanced"], "BATCH_SIZE"),
         (["--mongodb-uri", "localhost"], "MONGODB_URI"),
-        (["--ollama-endpoint", "localhost"], "OLLAMA_ENDPOINT"),
+        (["--ollama-endpoint", "ftp://localhost"], "OLLAMA_ENDPOINT"),
         (["--db-name", ""], "MONGODB_DB"),
         (["--source-collection", "same", "--results-collection", "same"], "MONGODB_RESULTS_COLLECTION"),
         (["--mode", "scheduled"], "--schedule"),

@@ -48,7 +48,7 @@ def result(**changes: Any) -> dict[str, Any]:
 
 
 def test_summary_of_a_clean_run_is_one_line(console: Console) -> None:
-    print_run(console, STATS, 300.0)
+    print_run(console, STATS, load_settings(None))
     assert shown(console) == (
         "50 documents processed in run job_20250924_103000_ab12cd: 45 classified, 3 failed, 2 skipped\n"
     )
@@ -56,7 +56,7 @@ def test_summary_of_a_clean_run_is_one_line(console: Console) -> None:
 
 def test_summary_lists_reasons_by_frequency_then_the_queues(console: Console) -> None:
     extras = {"copied": 4, "already_done": 7, "leased_elsewhere": 8, "in_retry_queue": 2, "in_quarantine": 1}
-    print_run(console, {**STATS, **extras, "reasons": {"skipped_no_text": 2, "empty": 3}}, 300.0)
+    print_run(console, {**STATS, **extras, "reasons": {"skipped_no_text": 2, "empty": 3}}, load_settings(None))
     assert shown(console).splitlines()[1:] == [
         "4 reused the result of an identical conversation (--no-dedupe disables this)",
         "7 already had a result (--reprocess replaces results)",
@@ -70,7 +70,7 @@ def test_summary_lists_reasons_by_frequency_then_the_queues(console: Console) ->
 
 def test_summary_of_one_document_uses_the_singular(console: Console) -> None:
     one = {"documents_processed": 1, "successful": 1, "failed": 0, "skipped": 0, "leased_elsewhere": 1}
-    print_run(console, {**STATS, **one}, 300.0)
+    print_run(console, {**STATS, **one}, load_settings(None))
     lines = shown(console).splitlines()
     assert lines[0].startswith("1 document processed in run ")
     assert lines[1] == "1 document is leased by another worker (leases expire after 300 s)"
@@ -78,7 +78,7 @@ def test_summary_of_one_document_uses_the_singular(console: Console) -> None:
 
 def test_summary_of_an_empty_run_says_what_to_do(console: Console) -> None:
     nothing = {"documents_processed": 0, "successful": 0, "failed": 0, "skipped": 0, "in_retry_queue": 1}
-    print_run(console, {**STATS, **nothing}, 300.0)
+    print_run(console, {**STATS, **nothing}, load_settings(None))
     text = " ".join(shown(console).split())
     assert text.startswith("Nothing to do: no documents are pending. Documents with results are skipped;")
     assert text.endswith("Retry queue: 1 (retried by the next run). Quarantine: 0")
@@ -113,7 +113,9 @@ def test_summary_of_an_empty_run_says_what_to_do(console: Console) -> None:
 def test_review_lines_appear_only_if_review_is_enabled(counts: dict[str, Any], lines: list[str]) -> None:
     """Results without a confidence are named, so that their silence does not look like certainty."""
     console = Console(file=io.StringIO(), width=160, soft_wrap=True)
-    print_run(console, {**STATS, "review_below": None, "with_confidence": 0, "needs_review": 0, **counts}, 300.0)
+    print_run(
+        console, {**STATS, "review_below": None, "with_confidence": 0, "needs_review": 0, **counts}, load_settings(None)
+    )
     assert shown(console).splitlines()[1:] == lines
 
 

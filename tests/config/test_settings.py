@@ -10,6 +10,8 @@ from pydantic import ValidationError
 
 from config import Settings, load_settings
 from config.loading import DOTENV, variables_of
+from config.openai_settings import load_openai_settings
+from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
 from tests.config.values import read
 
@@ -188,7 +190,7 @@ WRONG = [
     ("MONGODB_MAX_RETRIES", "0"),
     ("MONGODB_TIMEOUT_MS", "5s"),
     ("BATCH_PROCESSOR_MODE", "sometimes"),
-    ("OLLAMA_ENDPOINT", "localhost:11434"),
+    ("OLLAMA_ENDPOINT", f"user:{SECRET}@host"),
     ("OLLAMA_ENDPOINT", "ftp://host"),
     ("OLLAMA_ENDPOINT", "http://"),
     ("OLLAMA_ENDPOINT", f"http://user:{SECRET}@host"),
@@ -257,6 +259,108 @@ def test_no_secret_in_a_repr() -> None:
     settings = load_settings(None, mongodb_uri=f"mongodb://user:{SECRET}@host", llm_api_key=SECRET)
     assert SECRET not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
     assert settings.mongodb_uri.get_secret_value() == f"mongodb://user:{SECRET}@host"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        pytest.param("MONGODB_URI: mongodb://prod-host:27017", 1, id="B1-colon"),
+        pytest.param(f"MONGODB_DB='{SECRET}", 1, id="B1-open-quote"),
+        pytest.param("export MONGODB_DB", 1, id="B1-no-value"),
+        pytest.param(f"# database\n\nBATCH_SIZE=3\n\n\nMONGODB_DB {SECRET}", 6, id="space-after-empty-lines"),
+        pytest.param(f"BATCH_SIZE=3\nset MONGODB_DB={SECRET}", 2, id="windows-set"),
+        pytest.param(f"BATCH_SIZE=3\n[database]\nMONGODB_DB={SECRET}", 2, id="ini"),
+    ],
+)
+def test_line_of_the_file_that_cannot_be_read_is_refused_with_its_number(
+    content: str, line: int, dotenv: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a line must not be a silent default, for any part of the settings."""
+    dotenv.write_text(content)
+    assert f"Line {line} of {dotenv} cannot be read" in refusal(dotenv)
+    with pytest.raises(ConfigurationError, match=f"Line {line} of"):
+        load_service_settings(dotenv)
+    assert capsys.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_file_with_a_byte_order_mark_is_read(dotenv: Path) -> None:
+    """Windows editors write one."""
+    dotenv.write_text("\ufeffBATCH_SIZE=7\n", encoding="utf-8")
+    assert load_settings(dotenv).batch_size == 7
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_around_a_value_are_removed(quote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B7: ``docker run --env-file`` keeps them."""
+    monkeypatch.setenv("MONGODB_URI", f"{quote}mongodb://elsewhere:1{quote}")
+    monkeypatch.setenv("API_PORT", f"{quote}9000{quote}")
+    monkeypatch.setenv("SYSTEM_PROMPT", f"{quote}a{quote} and {quote}b{quote}")
+    assert read(load_settings(None), "mongodb_uri") == "mongodb://elsewhere:1"
+    assert read(load_settings(None, db_name=f"{quote}shop{quote}"), "db_name") == "shop"
+    assert load_service_settings(None).port == 9000
+    assert load_openai_settings(None).system_prompt == f"{quote}a{quote} and {quote}b{quote}"
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("mongodb://host/shop", "shop"),
+        ("mongodb+srv://user:pass@host/shop?retryWrites=true", "shop"),
+        ("mongodb://a:1,b:2/my%2Dshop", "my-shop"),
+        ("mongodb://%2Ftmp%2Fmongod.sock/shop", "shop"),
+        ("mongodb://host/admin?w=1", "customer_support"),
+        ("mongodb://host/", "customer_support"),
+        ("mongodb://host?appName=a/b", "customer_support"),
+        ("mongodb://u:p@ss/w@127.0.0.1:27017", "customer_support"),
+    ],
+)
+def test_database_of_the_address_is_used(uri: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a database is set; ``/admin`` is where the user is stored."""
+    assert load_settings(None, mongodb_uri=uri).db_name == expected
+    monkeypatch.setenv("MONGODB_DB", "named")
+    assert load_settings(None, mongodb_uri=uri).db_name == "named"
+
+
+@pytest.mark.parametrize("name", variables_of(Settings, "ollama_endpoint"))
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param("http://0.0.0.0:11434", "http://127.0.0.1:11434", id="B18"),
+        pytest.param("http://127.0.0.1:11434/v1", "http://127.0.0.1:11434", id="X4-v1"),
+        pytest.param("http://127.0.0.1:11434/api", "http://127.0.0.1:11434", id="X4-api"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("0.0.0.0:8080", "http://127.0.0.1:8080"),
+        (":8080", "http://127.0.0.1:8080"),
+        ("gpu", "http://gpu:11434"),
+        ("[::]:11434", "http://[::1]:11434"),
+        ("::1", "http://[::1]:11434"),
+        ("https://gpu/proxy/api/chat", "https://gpu/proxy"),
+        ("http://gpu:1/v1/chat/completions/", "http://gpu:1"),
+        ("http://gpu:1/v1beta", "http://gpu:1/v1beta"),
+    ],
+)
+def test_address_of_ollama_is_read_as_ollama_reads_it(
+    name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also under the name of Ollama's own variable, which says where the server listens."""
+    monkeypatch.setenv(name, value)
+    settings = load_settings(None)
+    assert settings.ollama_endpoint == expected
+    assert settings.chat_url == f"{expected}/api/chat"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://0.0.0.0:8000/v1", "http://127.0.0.1:8000/v1/chat/completions"),
+        ("http://gpu:8000/v1/", "http://gpu:8000/v1/chat/completions"),
+        ("http://gpu/api", "http://gpu/api/chat"),
+    ],
+)
+def test_address_of_another_server_may_end_before_the_route(url: str, expected: str) -> None:
+    """As the address for other tools does."""
+    assert load_settings(None, llm_api_url=url).chat_url == expected
 
 
 @pytest.mark.parametrize(

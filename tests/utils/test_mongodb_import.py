@@ -117,6 +117,15 @@ def test_more_samples_than_there_are_repeat_under_new_ids_and_numbers(
 # Files
 
 
+def test_statuses_that_no_run_selects_are_named(run: Run, tmp_path: Path) -> None:
+    """Those of another program, and those of documents that are done."""
+    statuses = [*["closed"] * 3, "", "processed", "pending", None]
+    documents = [{"_id": number, "text": "hi", "status": status} for number, status in enumerate(statuses)]
+    done = run("--file", lines_of(tmp_path / "a.jsonl", [*documents, {"_id": 9, "text": "hi", "processed": True}]))
+    assert done.returncode == 0
+    assert "6 documents have a status that a run does not select: closed (3), processed (2), '' (1)." in done.stderr
+
+
 def test_documents_without_id_are_recognised_by_their_content(
     run: Run, source: Collection[dict[str, Any]], tmp_path: Path
 ) -> None:

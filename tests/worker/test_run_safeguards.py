@@ -12,11 +12,13 @@ import pytest
 from config import load_settings
 from domain.conversation import Classification, Conversation, Outcome
 from error_handler import LLMReplyError, Reason, SkippedDocumentError, StoreRejectedError, StoreUnavailableError
-from mongo_client import FinalStatus, Selection
+from mongo_client import FinalStatus
 from storage.extended_json import Document, id_key
+from storage.selection import Selection
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import RunOptions, RunParts
+from worker.quarantine import list_failed
 from worker.run import BatchRun
 from worker.settlement import BatchInWork
 
@@ -42,8 +44,8 @@ class MemoryStore:
     async def ensure_source_indexes(self) -> None:
         """Nothing to index."""
 
-    async def foreign_statuses(self) -> list[str]:
-        return []
+    async def count_results(self) -> int:
+        return len(self.results)
 
     async def count(self, _selection: Selection) -> int:
         return 0
@@ -136,6 +138,7 @@ async def test_answer_that_could_not_be_written_is_kept_and_not_asked_again(tmp_
     with pytest.raises(StoreUnavailableError):
         await run(tmp_path, store, model, [document(1, "where is my parcel")])
     assert store.results == {}
+    assert [entry.status for entry in list_failed(tmp_path, "retry").entries] == ["write_failed"]
     store.is_away = False
     await run(tmp_path, store, model, to_the_end=True)
     assert store.results.keys() == {1}

@@ -1,0 +1,109 @@
+"""Creates the indexes. Only the unique one of the results is required, and any index that serves is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from pymongo import IndexModel
+
+from error_handler import IndexBlockedError, StoreError, StoreForbiddenError, StoreUnavailableError
+from storage.mongo_errors import DUPLICATE_KEY
+
+logger = logging.getLogger(__name__)
+
+INDEX_CODES = frozenset({85, 86})  # an index of this name or of these fields exists already
+UNIQUE_FIELD = "source_conversation_id"
+SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
+RESULT_INDEXES = (
+    "conversation_number",
+    "processing_metadata.batch_job_id",
+    "processing_metadata.processed_at",
+    "classification.intent",
+    "classification.topic",
+    "classification.sentiment",
+)
+
+Call = Callable[[str, Callable[[], Awaitable[Any]]], Awaitable[Any]]  # names an operation, and repeats it if needed
+
+
+def result_indexes() -> list[IndexModel]:
+    """Return the indexes of the results, the required one first."""
+    unique = IndexModel([(UNIQUE_FIELD, 1)], unique=True)
+    return [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)]
+
+
+def source_indexes() -> list[IndexModel]:
+    """Return the indexes of the source."""
+    return [IndexModel([(field, 1)]) for field in SOURCE_INDEXES]
+
+
+def lease_indexes() -> list[IndexModel]:
+    """Return the index that removes expired leases."""
+    return [IndexModel([("expires_at", 1)], expireAfterSeconds=0)]
+
+
+async def create_indexes(collection: Any, models: list[IndexModel], call: Call) -> None:
+    """Create *models* through *call*. A time-out is a warning: the run goes on, and the next one tries again.
+
+    Raises:
+        IndexBlockedError: A unique index cannot be created because of what is stored.
+        StoreForbiddenError: The user may not create a unique index, and none is there.
+    """
+    try:
+        await call("create indexes", lambda: collection.create_indexes(models))
+    except StoreUnavailableError as exc:
+        logger.warning("the indexes of %s are not ready: %s", collection.name, exc)
+    except StoreError as exc:
+        if len(models) > 1:  # one that is refused prevents them all
+            for model in models:
+                await create_indexes(collection, [model], call)
+        elif models[0].document.get("unique"):
+            await _replace_unique(collection, models[0], call, exc)
+        else:
+            code, name = getattr(exc.__cause__, "code", None), models[0].document["name"]
+            level = logging.INFO if code in INDEX_CODES else logging.WARNING
+            logger.log(level, "the index %s of %s was not created: %s", name, collection.name, exc)
+
+
+async def _replace_unique(collection: Any, model: IndexModel, call: Call, refused: StoreError) -> None:
+    """Look for an index that serves instead of *model*, which the server *refused*, or create it under another name."""
+    with contextlib.suppress(StoreForbiddenError):
+        if serves_as_unique(await call("read the indexes", collection.index_information)):
+            return
+    code, name = getattr(refused.__cause__, "code", None), f"{UNIQUE_FIELD}_unique"
+    if code in INDEX_CODES and model.document["name"] != name:  # beside one that is not unique, from MongoDB 5.0 on
+        await create_indexes(collection, [IndexModel([(UNIQUE_FIELD, 1)], unique=True, name=name)], call)
+    elif problem := _problem(code, collection.name):
+        raise IndexBlockedError(problem) from refused
+    else:
+        raise refused
+
+
+def serves_as_unique(indexes: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether one of *indexes* prevents a second result of any document, whatever its name."""
+    return any(
+        index.get("unique")
+        and [field for field, _ in index["key"]] == [UNIQUE_FIELD]
+        and not index.get("partialFilterExpression")
+        and not index.get("collation")
+        for index in indexes.values()
+    )
+
+
+def _problem(code: int | None, collection: str) -> str | None:
+    """Return what to do if error *code* prevented an index of *collection*; None for an error of another kind."""
+    if code == DUPLICATE_KEY:
+        return (
+            f"{collection} has several results for one document, so its unique index cannot be created; find them "
+            f"with db.{collection}.aggregate([{{$group: {{_id: '$source_conversation_id', n: {{$sum: 1}}}}}}, "
+            "{$match: {n: {$gt: 1}}}]) and remove the surplus."
+        )
+    if code in INDEX_CODES:
+        return (
+            f"{collection} has an index on the same field with other options; compare db.{collection}.getIndexes() "
+            "with docs/operations.md and drop the one that differs."
+        )
+    return None

@@ -1,0 +1,208 @@
+"""After each kind of end: the last sentence, ``quarantine list``, ``plan``, the metrics and the exit code tell the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from typing import Any
+
+import pytest
+
+from tests.forked_process import Ended
+from tests.worker.site import Site, check_exactly_once, conversation, filled, model_of, until
+
+REFUSED: dict[str, Any] = {"kind": "status", "status": 400, "body": '{"error": "bad request"}'}
+UNLABELLED: dict[str, Any] = {"kind": "wrong_label"}
+
+
+def listed(site: Site, *flags: str) -> list[dict[str, Any]]:
+    ended = site.run("quarantine", "list", "--json", *flags)
+    assert ended.code == 0, ended.err
+    return list(json.loads(ended.out)["documents"])
+
+
+def check_agreement(site: Site, *, retry: int, quarantine: int, ended: Ended | None = None) -> None:
+    """Assert that every report counts *retry* and *quarantine* documents; *ended* is the run whose metrics are compared."""
+    assert (len(listed(site, "--retry")), len(listed(site))) == (retry, quarantine)
+    assert json.loads(site.run("plan", "--json").out)["failed"] == retry + quarantine
+    if ended is None:
+        return
+    metrics = (site.directory / "progress/metrics.prom").read_text()
+    gauges = re.findall(r"^triad_(retry_queue|quarantine)_documents{.*} ([\d.]+)$", metrics, re.MULTILINE)
+    assert dict(gauges) == {"retry_queue": f"{retry}.0", "quarantine": f"{quarantine}.0"}
+    said = ended.out + ended.err
+    if retry:
+        assert re.search(rf"\b{retry} in the retry queue|Retry queue: {retry}\b", said), said
+    if quarantine:
+        assert re.search(rf"\b{quarantine} in quarantine|Quarantine: {quarantine}\b", said), said
+        assert "--retry-failed" in said
+
+
+def strike(site: Site, fault: dict[str, Any], *numbers: int) -> list[dict[str, Any]]:
+    """Return the faults that strike these conversations."""
+    return [{**fault, "when": {"text": f"Case {number:05d}"}} for number in numbers]
+
+
+def test_done(site: Site) -> None:
+    filled(site, 5)
+    ended = site.run()
+    assert ended.code == 0
+    check_agreement(site, retry=0, quarantine=0, ended=ended)
+
+
+def test_incomplete(site: Site) -> None:
+    """The next run says the same, and ends with 1 as long as documents are in quarantine."""
+    documents = filled(site, 8)
+    model_of(site).configure(faults=[*strike(site, REFUSED, 1), *strike(site, UNLABELLED, 2)])
+    for _ in range(2):
+        ended = site.run()
+        assert ended.code == 1
+        check_agreement(site, retry=0, quarantine=2, ended=ended)
+    model_of(site).configure(faults=[])
+    ended = site.run("--retry-failed")
+    assert ended.code == 0
+    check_agreement(site, retry=0, quarantine=0, ended=ended)
+    check_exactly_once(site, documents)
+
+
+@pytest.mark.parametrize("batch_size", ["20", "100"])
+def test_threshold(site: Site, batch_size: str) -> None:
+    """Also of a batch that is not finished; the flag that the sentence names processes all."""
+    documents = filled(site, 80)
+    model_of(site).configure(faults=[REFUSED])
+    ended = site.run(BATCH_SIZE=batch_size)
+    assert ended.code == 4
+    number = len(listed(site))
+    assert number >= 50
+    assert ended.err.splitlines()[-1].endswith("Fix the cause, then run the same command again with --retry-failed.")
+    check_agreement(site, retry=0, quarantine=number, ended=ended)
+    model_of(site).configure(faults=[])
+    ended = site.run("--retry-failed", BATCH_SIZE=batch_size)
+    assert ended.code == 0, ended.err
+    check_agreement(site, retry=0, quarantine=0, ended=ended)
+    check_exactly_once(site, documents)
+
+
+def test_threshold_with_documents_in_the_retry_queue(site: Site) -> None:
+    """The same command retries them, and no flag is named."""
+    documents = filled(site, 80)
+    model_of(site).configure(faults=[UNLABELLED])
+    ended = site.run(BATCH_SIZE="100")
+    assert ended.code == 4
+    assert ended.err.splitlines()[-1].endswith("then run the same command again.")
+    check_agreement(site, retry=len(listed(site, "--retry")), quarantine=0, ended=ended)
+    model_of(site).configure(faults=[])
+    assert site.run(BATCH_SIZE="100").code == 0
+    check_agreement(site, retry=0, quarantine=0)
+    check_exactly_once(site, documents)
+
+
+def test_outage(site: Site) -> None:
+    """Of the model server: what failed before is named, what waited is not."""
+    filled(site, 60)
+    faults = [*strike(site, REFUSED, 1, 2), *strike(site, UNLABELLED, 3)]
+    model_of(site).configure(faults=faults, latency_s=0.05)
+    with site.start("--batch-size", "60", OUTAGE_LIMIT_S="1") as worker:
+        until(lambda: worker.err_so_far().count("quarantined") == 2 and "queued for retry" in worker.err_so_far())
+        model_of(site).kill()
+        ended = worker.ended()
+    assert ended.code == 3, ended.err
+    model_of(site).start()
+    check_agreement(site, retry=1, quarantine=2, ended=ended)
+
+
+def test_interrupted(site: Site) -> None:
+    """In the middle of a batch, whose failures are only in its journal."""
+    documents = filled(site, 60)
+    faults = [*strike(site, REFUSED, 1, 2), *strike(site, UNLABELLED, 3)]
+    model_of(site).configure(faults=faults, latency_s=0.1)
+    with site.start("--batch-size", "60") as worker:
+        until(lambda: worker.err_so_far().count("quarantined") == 2 and "queued for retry" in worker.err_so_far())
+        worker.send(signal.SIGTERM)
+        ended = worker.ended()
+    assert ended.code == 130
+    check_agreement(site, retry=1, quarantine=2, ended=ended)
+    assert {row["reason"] for row in listed(site)} == {"refused"}
+    shown = site.run("quarantine", "show", "1")
+    assert "Case 00001" in shown.out
+    replayed = site.run("quarantine", "replay", "--all")
+    assert "2 documents stayed in quarantine because the batch is not finished" in replayed.out
+    model_of(site).configure(faults=[], latency_s=0.0)
+    ended = site.run()
+    assert ended.code == 1
+    check_agreement(site, retry=0, quarantine=2, ended=ended)
+    assert site.run("--retry-failed").code == 0
+    check_exactly_once(site, documents)
+
+
+def test_interrupted_in_a_retry_round(site: Site) -> None:
+    """What has an answer now has not failed any more; what failed for good has left the retry queue."""
+    filled(site, 3)
+    faults = [*strike(site, UNLABELLED, 0, 1, 2)]
+    model_of(site).configure(faults=faults)
+    killed = site.run(plan={"seam": "retry_saved"})
+    assert killed.code == -signal.SIGKILL
+    check_agreement(site, retry=3, quarantine=0)
+    model_of(site).configure(faults=strike(site, REFUSED, 0, 1, 2))
+    killed = site.run(plan={"seam": "failure_noted", "passage": 2}, MAX_CONCURRENT="1")
+    assert killed.code == -signal.SIGKILL
+    check_agreement(site, retry=1, quarantine=2)
+    model_of(site).configure(faults=[])
+    ended = site.run()
+    assert ended.code == 1
+    check_agreement(site, retry=0, quarantine=2, ended=ended)
+
+
+def test_locked(site: Site) -> None:
+    """The second run ends with 5 and changes nothing; the reports need no lock."""
+    filled(site, 30)
+    model_of(site).configure(faults=strike(site, REFUSED, 1), latency_s=0.2)
+    with site.start() as worker:
+        until(lambda: "quarantined" in worker.err_so_far())
+        locked = site.run()
+        assert (locked.code, "another worker is using" in locked.err) == (5, True)
+        assert len(listed(site)) == 1
+        ended = worker.ended()
+    assert ended.code == 1
+    check_agreement(site, retry=0, quarantine=1, ended=ended)
+
+
+def test_killed_and_resumed(site: Site) -> None:
+    """Before the resumption the journal knows what failed; after it the files do."""
+    documents = filled(site, 30)
+    model_of(site).configure(faults=[*strike(site, REFUSED, 1, 2), *strike(site, UNLABELLED, 3)])
+    killed = site.run(plan={"seam": "failure_noted", "passage": 3})
+    assert killed.code == -signal.SIGKILL
+    check_agreement(site, retry=1, quarantine=2)
+    model_of(site).configure(faults=[])
+    ended = site.run()
+    assert ended.code == 1
+    check_agreement(site, retry=0, quarantine=2, ended=ended)
+    assert site.run("--retry-failed").code == 0
+    check_exactly_once(site, documents)
+
+
+def test_killed_run_is_resumed_with_fresh_attempts(site: Site) -> None:
+    """--retry-failed asks again for what failed before the kill, in the same run."""
+    documents = filled(site, 30)
+    model_of(site).configure(faults=[*strike(site, REFUSED, 1, 2), *strike(site, UNLABELLED, 3)])
+    assert site.run(plan={"seam": "failure_noted", "passage": 3}).code == -signal.SIGKILL
+    model_of(site).configure(faults=[])
+    assert site.run("--retry-failed").code == 0
+    check_agreement(site, retry=0, quarantine=0)
+    check_exactly_once(site, documents)
+
+
+def test_rejected_result_of_an_unfinished_batch(site: Site) -> None:
+    """The answer is known and MongoDB refuses it: the document is in quarantine, with its labels."""
+    site.source.insert_many([conversation(number) for number in range(20)])
+    validator = {"source_conversation_id": {"$ne": 4}}
+    site.database.create_collection(site.results.name, validator=validator)
+    killed = site.run(plan={"seam": "failure_noted"})
+    assert killed.code == -signal.SIGKILL
+    check_agreement(site, retry=0, quarantine=1)
+    assert listed(site)[0]["status"] == "write_failed"
+    ended = site.run()
+    assert ended.code == 1
+    check_agreement(site, retry=0, quarantine=1, ended=ended)

@@ -1,0 +1,220 @@
+"""The start of a run on MongoDB servers that are slow, strict with rights, or not quite MongoDB."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pymongo import MongoClient
+
+from batch_processor import BASELINE_PLAN, BatchProcessor, baseline_classify
+from commands.diagnosis.mongo import diagnose
+from config import load_settings, load_taxonomy
+from embedded.baseline import BaselineClassifier
+from embedded.mongod import EmbeddedMongod
+from error_handler import ConfigurationError, StoreForbiddenError
+from tests.embedding_index.in_process import run_cli
+from tests.fakes.fake_ollama import FakeOllama
+from tests.worker.site import ROOT, conversation, open_site
+from utils.batch_file_manager import is_same_source
+
+Client = MongoClient[dict[str, Any]]
+DB_NAME = "customer_support"  # as in the role of docs/operations.md
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMongod]:
+    """A mongod with access control and fail points; its root user is ``root``, password ``r``."""
+    arguments = ["--auth", "--setParameter", "enableTestCommands=1"]
+    with EmbeddedMongod(tmp_path_factory.mktemp("strict"), extra_arguments=arguments) as server:
+        with Client(server.uri) as client:
+            client.admin.command("createUser", "root", pwd="r", roles=["root"])
+        yield server
+
+
+@pytest.fixture
+def client(strict: EmbeddedMongod) -> Iterator[Client]:
+    """The root user's client, on a database with three conversations."""
+    with Client(uri_of(strict, "root", "r")) as opened:
+        opened.drop_database(DB_NAME)
+        opened[DB_NAME].conversation_set.insert_many([conversation(number) for number in range(3)])
+        yield opened
+
+
+def uri_of(server: EmbeddedMongod, user: str, password: str) -> str:
+    return f"mongodb://{user}:{password}@127.0.0.1:{server.port}/?authSource=admin"
+
+
+@pytest.fixture
+def worker_uri(strict: EmbeddedMongod, client: Client) -> Iterator[str]:
+    """The address for a user who has exactly the role that docs/operations.md shows."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"db\.createRole\((\{.*?\})\)\n", text, re.DOTALL)
+    role = yaml.safe_load(shown)
+    client[DB_NAME].command("createRole", role["role"], roles=role["roles"], privileges=role["privileges"])
+    client.admin.command("createUser", "worker", pwd="w", roles=[{"role": role["role"], "db": DB_NAME}])
+    yield uri_of(strict, "worker", "w")
+    client.admin.command("dropUser", "worker")
+    client[DB_NAME].command("dropRole", role["role"])
+
+
+@contextmanager
+def failing(client: Client, commands: list[str], **data: Any) -> Iterator[None]:
+    """Let *commands* of the product fail, or block, as *data* says."""
+    data |= {"failCommands": commands, "appName": "customer-support-triad"}
+    client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data})
+    try:
+        yield
+    finally:
+        client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+
+
+async def run(uri: str, folder: Path, **settings: Any) -> Mapping[str, Any]:
+    """Run the baseline on *uri*, without a model server."""
+    loaded = load_settings(None, mongodb_uri=uri, batch_files_dir=folder, mongodb_backoff_s=0, **settings)
+    classify = baseline_classify(BaselineClassifier(load_taxonomy()))
+    async with BatchProcessor(loaded, classify=classify, plan=BASELINE_PLAN) as processor:
+        return await processor.run()
+
+
+@pytest.mark.parametrize("command", ["", "plan --offline", "estimate --sample 1", "doctor --no-probe", "--dry-run"])
+def test_documented_role_is_enough_for_each_command(
+    command: str, worker_uri: str, client: Client, model: FakeOllama, tmp_path: Path
+) -> None:
+    """A2: no command of a run needs another right."""
+    with open_site(worker_uri, DB_NAME, model, tmp_path) as site:
+        code, out, err = run_cli(command.split(), site.environment(), tmp_path)
+    assert code == 0, out + err
+    assert "refuses" not in out + err
+    if not command:
+        assert client[DB_NAME].sentimental_analysis.count_documents({}) == 3
+        assert client[DB_NAME].conversation_set.count_documents({"status": "processed"}) == 3
+
+
+def test_documented_role_is_enough_to_index_conversations(worker_uri: str, model: FakeOllama, tmp_path: Path) -> None:
+    """The names of the collections are listed without a right of its own."""
+    with open_site(worker_uri, DB_NAME, model, tmp_path) as site:
+        assert run_cli([], site.environment(), tmp_path)[0] == 0
+        environment = site.environment(INDEX_DIR=str(tmp_path / "index"))
+        _, out, err = run_cli(["index", "--estimate-costs", "--source", "conversations"], environment, tmp_path)
+    assert "refuses" not in out + err
+
+
+async def test_unfinished_work_is_matched_by_name_if_the_user_may_not_list_collections() -> None:
+    """A right that is granted or taken away later does not make it another source."""
+    known, other, unknown = (
+        "db.source -> results (0a1b)",
+        "db.source -> results (2c3d)",
+        "db.source -> results (unknown)",
+    )
+    assert is_same_source(known, unknown)
+    assert is_same_source(unknown, known)
+    assert not is_same_source(known, other)
+    assert not is_same_source("db.elsewhere -> results (unknown)", known)
+
+
+async def test_run_without_create_index_on_the_source(
+    strict: EmbeddedMongod, client: Client, worker_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The indexes of the source are a help; that of the results is required."""
+    for collection in ("conversation_set", "conversation_set_leases"):
+        resource = {"db": DB_NAME, "collection": collection}
+        privileges = [{"resource": resource, "actions": ["createIndex"]}]
+        client[DB_NAME].command("revokePrivilegesFromRole", "triad_worker", privileges=privileges)
+    assert (await run(worker_uri, tmp_path))["successful"] == 3
+    assert "the index status_1 of conversation_set was not created" in caplog.text
+    settings = load_settings(None, mongodb_uri=worker_uri)
+    levels = {finding.level for finding in [one async for one in diagnose(settings)] if "lacks" in finding.sentence}
+    assert levels == {"warning"}
+    resource = {"db": DB_NAME, "collection": "sentimental_analysis"}
+    privileges = [{"resource": resource, "actions": ["createIndex"]}]
+    client[DB_NAME].command("revokePrivilegesFromRole", "triad_worker", privileges=privileges)
+    with pytest.raises(StoreForbiddenError):
+        await run(worker_uri, tmp_path)
+
+
+@pytest.mark.parametrize("index", [{"keys": "conversation_number", "unique": True}, {"keys": "status", "name": "mine"}])
+async def test_index_of_the_application_does_not_stop_a_run(
+    strict: EmbeddedMongod, client: Client, tmp_path: Path, index: dict[str, Any]
+) -> None:
+    """A1: the run goes on, and doctor agrees."""
+    client[DB_NAME].conversation_set.create_index(**index)
+    uri = uri_of(strict, "root", "r")
+    assert (await run(uri, tmp_path))["successful"] == 3
+    found = [finding async for finding in diagnose(load_settings(None, mongodb_uri=uri))]
+    assert "error" not in {finding.level for finding in found}
+    assert "All indexes exist." in [finding.sentence for finding in found]
+
+
+async def test_slow_index_build_delays_no_run(strict: EmbeddedMongod, client: Client, tmp_path: Path) -> None:
+    """A13: a build that takes longer than the time limit of a call is waited for."""
+    with failing(client, ["createIndexes"], blockConnection=True, blockTimeMS=250):
+        done = await run(uri_of(strict, "root", "r"), tmp_path, mongodb_timeout_ms=100, mongodb_max_retries=1)
+    assert done["successful"] == 3
+    assert "source_conversation_id_1" in client[DB_NAME].sentimental_analysis.index_information()
+
+
+@pytest.mark.parametrize("code", [50, 89, 262])
+async def test_index_build_that_the_server_ends_is_a_warning(
+    strict: EmbeddedMongod, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """A13: a time limit of the server or of a proxy."""
+    with failing(client, ["createIndexes"], errorCode=code):
+        done = await run(uri_of(strict, "root", "r"), tmp_path, mongodb_max_retries=1)
+    assert done["successful"] == 3
+    assert "the indexes of sentimental_analysis are not ready" in caplog.text
+
+
+def test_slow_counts_stop_no_run(strict: EmbeddedMongod, client: Client, model: FakeOllama, tmp_path: Path) -> None:
+    """A13: neither the count nor the sample for the window; a slow model is asked meanwhile."""
+    with (
+        open_site(uri_of(strict, "root", "r"), DB_NAME, model, tmp_path) as site,
+        failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=400),
+    ):
+        # In a process of its own, because a driver whose call ran out of time leaks a socket at the end of the loop.
+        ended = site.run(MONGODB_TIMEOUT_MS="200", MONGODB_MAX_RETRIES="1")
+    assert ended.code == 0, ended.said
+    assert "the window is chosen without a sample" in ended.err
+    assert client[DB_NAME].sentimental_analysis.count_documents({}) == 3
+
+
+async def test_count_that_the_server_ends_is_a_warning(
+    strict: EmbeddedMongod, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on without a total."""
+    with failing(client, ["aggregate", "count"], errorCode=50):
+        done = await run(uri_of(strict, "root", "r"), tmp_path, mongodb_max_retries=1)
+    assert done["successful"] == 3
+    assert "the run goes on without the number of documents" in caplog.text
+
+
+async def test_server_without_retryable_writes_is_named_by_run_and_doctor(
+    strict: EmbeddedMongod, client: Client, tmp_path: Path
+) -> None:
+    """B15: both say what to add to the address; no document is blamed."""
+    uri = uri_of(strict, "root", "r")
+    with failing(client, ["insert", "update"], errorCode=301):
+        with pytest.raises(ConfigurationError, match="add retryWrites=false to MONGODB_URI"):
+            await run(uri, tmp_path)
+        found = [finding async for finding in diagnose(load_settings(None, mongodb_uri=uri))]
+    assert ["retryWrites=false" in finding.sentence for finding in found if finding.level == "error"] == [True]
+    assert client[DB_NAME].conversation_set.count_documents({"status": "failed"}) == 0
+
+
+async def test_view_as_source_is_named_by_run_and_doctor(
+    strict: EmbeddedMongod, client: Client, worker_uri: str, tmp_path: Path
+) -> None:
+    """With the right to list collections at the start, without it at the first write."""
+    database = client[DB_NAME]
+    database.conversation_set.rename("conversations")
+    database.create_collection("conversation_set", viewOn="conversations", pipeline=[])
+    for uri in (uri_of(strict, "root", "r"), worker_uri):
+        with pytest.raises(ConfigurationError, match="view"):
+            await run(uri, tmp_path / uri[10:14])
+        found = [finding async for finding in diagnose(load_settings(None, mongodb_uri=uri))]
+        assert any("view" in finding.sentence for finding in found if finding.level == "error")

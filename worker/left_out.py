@@ -1,0 +1,134 @@
+"""The documents that a run does not select, counted and named: for the summary, ``--dry-run``, ``estimate`` and ``doctor``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from domain.text import counted, one_line
+from mongo_client import DocumentStore
+from storage.selection import selection_filter
+
+NAMED_STATUSES = 10
+EXACT_MARKS = 10_000  # documents marked processed whose results are looked up; 30 us each
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Counts of documents that a run does not select.
+
+    *foreign* documents have a status of another program; *statuses* holds the most frequent of these. *elsewhere*
+    documents are marked processed and have no result in the results collection; *done* ones have one. *failed* documents
+    are in no local queue. *skipped* documents had nothing to classify in an earlier run.
+    """
+
+    foreign: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    elsewhere: int = 0
+    failed: int = 0
+    skipped: int = 0
+    done: int = 0
+
+    @property
+    def is_all(self) -> bool:
+        """True if there are documents, and none of them can be selected or has a result here."""
+        return not self.done and any((self.foreign, self.elsewhere, self.failed, self.skipped))
+
+    def problems(self, results: str) -> list[tuple[str, str]]:
+        """Return a sentence and its remedy for each kind; *results* is the name of the results collection."""
+        names = ", ".join(f"{status} ({count:,})" for status, count in self.statuses.items())
+        names += ", and others" if self.foreign > sum(self.statuses.values()) else ""
+        rows = [
+            (
+                self.foreign,
+                f"{_have(self.foreign)} an unrecognised status and {_are(self.foreign)} not selected: {names}.",
+                "Set their status to pending to classify them.",
+            ),
+            (
+                self.elsewhere,
+                f"{counted(self.elsewhere, 'document')} {_are(self.elsewhere)} marked processed and without a result in "
+                f"{results}: the result is in another collection, or another program set the mark.",
+                "--only elsewhere classifies them.",
+            ),
+            (
+                self.failed,
+                f"{_have(self.failed)} the status failed and {_are(self.failed)} in no queue of this directory.",
+                "--retry-failed retries them.",
+            ),
+            (
+                self.skipped,
+                f"{counted(self.skipped, 'document was', 'documents were')} skipped by an earlier run: nothing to classify.",
+                "Set their status to pending after a correction; data/README.md lists the accepted shapes.",
+            ),
+        ]
+        return [(sentence, remedy) for count, sentence, remedy in rows if count]
+
+
+def _have(count: int) -> str:
+    return counted(count, "document has", "documents have")
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+async def count_left_out(store: DocumentStore, *, queued: int, skipped_now: int = 0) -> LeftOut:
+    """Return what a run leaves out now.
+
+    *queued* documents are in the local retry queue or quarantine; *skipped_now* were skipped by this run. Above
+    EXACT_MARKS, *elsewhere* is the least number, from the sizes of both collections.
+    """
+    foreign = await store.count("foreign")
+    marked = await store.count("processed")
+    elsewhere = await _without_result(store, marked)
+    return LeftOut(
+        foreign,
+        await _statuses(store) if foreign else {},
+        elsewhere,
+        max(0, await store.count("failed") - queued),
+        max(0, await store.count("skipped") - skipped_now),
+        marked - elsewhere,
+    )
+
+
+async def _statuses(store: DocumentStore) -> dict[str, int]:
+    stages: list[dict[str, Any]] = [
+        {"$match": selection_filter("foreign")},
+        {"$group": {"_id": "$status", "count": {"$sum": 1}}},
+        {"$sort": {"count": -1, "_id": 1}},
+        {"$limit": NAMED_STATUSES},
+    ]
+    groups = await store.aggregate("count the statuses of other programs", stages)
+    return {status_name(group["_id"]): group["count"] for group in groups}
+
+
+def status_name(status: Any) -> str:
+    """Return *status* as a report shows it."""
+    return one_line(str(status), 40) or "''"
+
+
+async def _without_result(store: DocumentStore, marked: int) -> int:
+    results = await store.count_results() if marked else 0
+    if not results or marked > EXACT_MARKS:
+        return max(0, marked - results)
+    found = {"from": store.results_name, "localField": "_id", "foreignField": "source_conversation_id", "as": "found"}
+    stages: list[dict[str, Any]] = [
+        {"$match": selection_filter("processed")},
+        {"$project": {"_id": 1}},
+        {"$lookup": found},
+        {"$match": {"found": []}},
+        {"$count": "count"},
+    ]
+    return sum([int(row["count"]) for row in await store.aggregate("look for results", stages)])
+
+
+def is_fruitless(stats: Mapping[str, Any]) -> bool:
+    """Return whether a run with *stats* could select none of the documents, or skipped all for their shape."""
+    if any(stats[name] for name in ("successful", "failed", "already_done", "leased_elsewhere")):
+        return False
+    if stats["skipped"]:
+        shape = sum(count for reason, count in stats["reasons"].items() if reason.startswith("skipped_"))
+        return bool(shape == stats["skipped"])
+    left = stats.get("not_selected")
+    return left is not None and LeftOut(**left).is_all
