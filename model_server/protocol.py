@@ -1,7 +1,7 @@
 """Builds chat requests and parses their answers, for both wrappers. No I/O, no clock, no retries.
 
-Protocols: Ollama's ``/api/chat`` and ``/api/generate``, and OpenAI's ``/v1/chat/completions`` (vLLM, llama.cpp,
-LM Studio). Facts about Ollama: github.com/ollama/ollama, api/types.go, server/routes.go and docs/api, read at v0.33.
+Protocols: Ollama's chat and generate routes, and OpenAI's ``/v1/chat/completions`` (vLLM, llama.cpp, LM Studio).
+Facts about Ollama: github.com/ollama/ollama, api/types.go, server/routes.go and docs/api, read at v0.33.
 """
 
 from __future__ import annotations
@@ -340,8 +340,7 @@ def reason_given(target: ChatTarget, body: bytes, messages: Sequence[Message] = 
 
 def _raise_for_status(target: ChatTarget, status: int, body: bytes, messages: Sequence[Message]) -> None:
     said = reason_given(target, body, messages)
-    text = body[:4000].decode("utf-8", "replace")
-    lowered = text.lower()
+    lowered = body[:4000].decode("utf-8", "replace").lower()
     if status in (429, 503):
         raise LLMBusyError(f"the model server is busy (HTTP {status}){said}")
     if status in (401, 403):
@@ -357,7 +356,7 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes, messages: Se
             f"the model server has no model {target.model} for chats at {target.url} (HTTP {status}); "
             f"check the model's name and the address{said}"
         )
-    if context := context_refusal(text, NUM_PREDICT):
+    if context := context_refusal(lowered, NUM_PREDICT):
         raise context
     if "memory" in lowered and status >= 500:
         raise LLMBusyError(f"the model server is out of memory (HTTP {status}){said}")
@@ -373,9 +372,9 @@ def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes)
     The window is left out: each run chooses it, and a result says if its conversation was truncated. So is the level of
     thinking, which a run may learn in its course.
     """
-    fixed = {**_options(replace(target, think_level=""), 0), "num_ctx": None}
-    options = orjson.dumps(fixed, option=orjson.OPT_SORT_KEYS)
-    parts = [target.protocol, target.model, target.digest or "", options.decode(), system_prompt, schema_json.decode()]
+    options = {**_options(replace(target, think_level=""), 0), "num_ctx": None}
+    fixed = orjson.dumps(options, option=orjson.OPT_SORT_KEYS).decode()
+    parts = [target.protocol, target.model, target.digest or "", fixed, system_prompt, schema_json.decode()]
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
 
