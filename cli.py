@@ -157,7 +157,8 @@ async def _passes(arguments: argparse.Namespace, settings: Settings, processor: 
             if stats["interrupted"]:
                 raise RunInterruptedError("Stopped; run the same command again to resume.")
             if settings.mode == "batch":
-                return ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE
+                has_failures = stats["failed"] or stats["in_retry_queue"] or stats["in_quarantine"]
+                return ExitCode.INCOMPLETE if has_failures else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
         if settings.mode == "scheduled":
             wait_s = flags.seconds_until_next(arguments.schedule, datetime.now().astimezone())

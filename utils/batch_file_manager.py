@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,6 +90,14 @@ class FailedDocument:
         return cls(entry["conversation_id"], status, data, count, reason, str(entry.get("error")), result, at)
 
 
+class DamagedFileError(ValueError):
+    """A retry or quarantine file has entries that cannot be read; *survivors* are the others."""
+
+    def __init__(self, survivors: list[FailedDocument]) -> None:
+        super().__init__("not a file of failed documents")
+        self.survivors = survivors
+
+
 @dataclass(slots=True)
 class BatchFile:
     """A batch on disk: new documents (``pending/``) or failed ones for another round (``retry/``)."""
@@ -97,6 +106,7 @@ class BatchFile:
     path: Path
     journal: BatchJournal
     documents: list[dict[str, Any]]
+    size: int = 0  # bytes on disk
     failures: dict[bytes, FailedDocument] = field(default_factory=dict)  # by extended_json.id_key
     replay: dict[bytes, JournalEntry] = field(default_factory=dict)  # by extended_json.id_key
 
@@ -164,7 +174,9 @@ class BatchFiles:
                 {"_id": document.get("_id"), "conversation_data": document, "created_at": now} for document in documents
             ],
         }
-        replace_file(batch.path, extended_json.dumps(content))
+        data = extended_json.dumps(content)
+        batch.size = len(data)
+        replace_file(batch.path, data)
         return batch
 
     def save_failed(self, kind: FailureKind, number: int, failures: Iterable[FailedDocument]) -> None:
@@ -230,8 +242,8 @@ class BatchFiles:
 
     def write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
         """Write *failures* to *path* durably, or remove the file if there are none."""
-        if entries := [entry.as_dict() for entry in failures]:
-            replace_file(path, extended_json.dumps(entries))
+        if lines := [extended_json.dumps(entry.as_dict()) for entry in failures]:
+            replace_file(path, b"[\n" + b",\n".join(lines) + b"\n]")  # whatever damages a line spares the others
         elif path.exists():
             replace_file(path, b"[]")  # if a power cut undoes the removal, the file is empty
             remove_file(path)
@@ -252,7 +264,7 @@ class BatchFiles:
 
     def read_state(self, name: str) -> dict[str, Any] | None:
         """Return the object in *name* (``checkpoint.json``); None if it is missing, or was corrupt and set aside."""
-        content = self._read(self.directory / name, _content)
+        content = self._read(self.directory / name, _value)
         return content if isinstance(content, dict) else None
 
     def write_state(self, name: str, content: dict[str, Any]) -> None:
@@ -260,14 +272,16 @@ class BatchFiles:
         replace_file(self.directory / name, extended_json.dumps(content))
 
     def _parse_pending(self, path: Path) -> BatchFile | None:
-        content = _content(path)
-        if content is None:
+        data = _bytes(path)
+        if data is None:
             return None
-        if isinstance(content, list):  # a retry or quarantine file that an operator moved here
-            return self._failed_batch(path, [FailedDocument.from_dict(entry) for entry in content], fresh=True)
+        if data.lstrip().startswith(b"["):  # a retry or quarantine file that an operator moved here
+            return self._failed_batch(path, read_failures(path), fresh=True)
+        content = extended_json.loads(data)
         batch = _batch_at(path, [_document(entry) for entry in content["conversations"]])
         if not batch.documents or content["conversation_count"] != len(batch.documents):
             raise ValueError("the count does not match")
+        batch.size = len(data)
         batch.replay = replay_journal(batch.journal.path)
         return batch
 
@@ -276,6 +290,7 @@ class BatchFiles:
         # Each round has its own journal: events of a finished round must not count against the next.
         round_name = f"{len(failures)}x{sum(entry.retry_count for entry in failures)}"
         batch = _batch_at(path, documents, f".{round_name}.journal")
+        batch.size = path.stat().st_size
         self._remove_rounds(path, but=batch.journal.path)
         for entry in failures:
             if fresh:
@@ -294,18 +309,27 @@ class BatchFiles:
         return self.directory / kind / f"batch_{number:03d}_{suffix}.json"
 
     def _read(self, path: Path, parse: Callable[[Path], T]) -> T | None:
-        """Return what *parse* makes of *path*; rename a corrupt file and return None."""
+        """Return what *parse* makes of *path*; rename a corrupt file, and go on with its readable entries, if any."""
+        survivors: list[FailedDocument] = []
         try:
             return parse(path)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError) as exc:
             aside = path.with_name(path.name + ".corrupt")
+            if isinstance(exc, DamagedFileError):
+                survivors = exc.survivors
+                self.lost_failures |= path.parent.name != "quarantine"
         with explained(f"{path} is corrupt and cannot be renamed"):
-            path.replace(aside)
-        self.lost_failures |= path.parent.name == "retry"
+            if survivors:  # at each moment one of the files holds them
+                replace_file(aside, path.read_bytes())
+                self.write_failures(path, survivors)
+            else:
+                path.replace(aside)
         logger.error(
-            "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB", path.name, aside.name
+            "%s is corrupt and was renamed to %s; %d readable entries of it are kept, and a sweep or --retry-failed finds the "
+            "other documents in MongoDB",
+            *(path.name, aside.name, len(survivors)),
         )
-        return None
+        return parse(path) if survivors else None
 
 
 def batch_paths(folder: Path) -> list[Path]:
@@ -320,28 +344,40 @@ def read_failures(path: Path) -> list[FailedDocument]:
     Needs no lock: files are replaced as a whole, so this is safe beside a running worker.
 
     Raises:
-        ValueError: The content is not a list of failed documents.
+        DamagedFileError: Not all of it can be read.
         StateDirectoryError: The file cannot be read.
     """
-    content = _content(path)
+    data = _bytes(path)
+    if data is None:
+        return []
+    survivors: list[FailedDocument] = []
     try:
-        if not isinstance(content, list | None):
-            raise TypeError("not a list of entries")
-        return [FailedDocument.from_dict(entry) for entry in content or []]
-    except (KeyError, TypeError, AttributeError) as exc:
-        raise ValueError("not a file of failed documents") from exc
+        content = extended_json.loads(data)
+        if not isinstance(content, list):
+            raise DamagedFileError([])
+        return [FailedDocument.from_dict(entry) for entry in content]
+    except (KeyError, TypeError, AttributeError, ValueError) as exc:
+        for row in extended_json.rows(data):
+            with suppress(KeyError, TypeError, AttributeError, ValueError):
+                survivors.append(FailedDocument.from_dict(extended_json.loads(row)))
+        raise DamagedFileError(survivors) from exc
 
 
-def _content(path: Path) -> Any:
-    """Return the value of the JSON file *path*; None if it is gone. Raise ValueError if it is corrupt."""
+def _bytes(path: Path) -> bytes | None:
+    """Return the content of *path*; None if it is gone."""
     with explained(f"{path} cannot be read"):
         try:
-            content = extended_json.loads(path.read_bytes())
+            return path.read_bytes()
         except FileNotFoundError:
             return None
-    if content is None:
+
+
+def _value(path: Path) -> Any:
+    data = _bytes(path)
+    value = None if data is None else extended_json.loads(data)
+    if data is not None and value is None:
         raise ValueError("null")  # not the same as no file
-    return content
+    return value
 
 
 def _batch_at(path: Path, documents: list[dict[str, Any]], suffix: str = ".journal") -> BatchFile:

@@ -20,6 +20,7 @@ from storage.files import move_file
 from utils.batch_file_manager import (
     FAILURE_KINDS,
     BatchFiles,
+    DamagedFileError,
     FailedDocument,
     FailureKind,
     batch_paths,
@@ -78,7 +79,8 @@ def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:
     for path in batch_paths(directory / kind):
         try:
             entries += read_failures(path)
-        except ValueError:
+        except DamagedFileError as exc:
+            entries += exc.survivors
             unreadable.append(path.name)
     newest = _newest(entries).values()
     return FailedDocuments(sorted(newest, key=lambda entry: entry.failed_at, reverse=True), unreadable)
@@ -104,10 +106,11 @@ def failed_keys(directory: Path, *kinds: FailureKind) -> set[bytes]:
 @lru_cache(maxsize=10_000)  # a quarantine of many files is not read again every few seconds
 def _keys_in(path: Path, _inode: int, _changed_ns: int) -> frozenset[bytes]:
     try:
-        return frozenset(entry.key for entry in read_failures(path))
-    except ValueError:
-        logger.warning("%s is corrupt; its documents count by their status in MongoDB only", path)
-        return frozenset()
+        entries = read_failures(path)
+    except DamagedFileError as exc:
+        logger.warning("%s is corrupt; the documents that it lost count by their status in MongoDB only", path)
+        entries = exc.survivors
+    return frozenset(entry.key for entry in entries)
 
 
 def requeue(files: BatchFiles, keys: set[bytes] | None = None) -> int:
