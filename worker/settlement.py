@@ -183,6 +183,7 @@ class Settlement:
         self.stats = RunStats()
         self.mark = LowWaterMark()
         self.unsettled = 0
+        self.bytes_in_work = 0  # of the files of batches that are not settled
         self._since_flush = 0
         self.due = asyncio.Event()  # set when CHECKPOINT_EVERY documents wait for a flush
 
@@ -194,6 +195,7 @@ class Settlement:
     def admit(self, batch: BatchInWork) -> None:
         """Take responsibility for every document of *batch*."""
         self.unsettled += batch.unsettled
+        self.bytes_in_work += batch.file.size if batch.unsettled else 0
         if batch.unsettled == 0:
             self._finished.append(batch)
 
@@ -216,6 +218,11 @@ class Settlement:
                 self.stats.count_result(result)
                 item.batch.counts["successful"] += 1
                 self._settle(item, "processed", None)
+
+    def count_unusable(self, number: int) -> None:
+        """Count *number* documents that were read, and cannot be named in MongoDB, as skipped."""
+        self.stats.processed += number
+        self.stats.skipped += number
 
     def found_done(self, documents: list[Document]) -> None:
         """Queue the final status of *documents*, which already have a result."""
@@ -307,6 +314,7 @@ class Settlement:
         if self._since_flush >= CHECKPOINT_EVERY:
             self.due.set()
         if item.batch.unsettled == 0:
+            self.bytes_in_work -= item.batch.file.size
             self._finished.append(item.batch)
 
     async def flush(self) -> None:
