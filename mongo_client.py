@@ -181,7 +181,7 @@ class DocumentStore:
         def find() -> Awaitable[list[Document]]:
             cursor = self._source.find(query, self._fields).sort("_id", 1).skip(skipped).limit(limit).batch_size(limit)
             # The status index would serve the filter and then sort the whole collection in memory.
-            return bounded(cursor if selection == "sweep" else cursor.hint([("_id", 1)]))
+            return bounded(cursor if selection == "sweep" else cursor.hint([("_id", 1)]), whole=self._fields is None)
 
         while page := await self._call("read a page", find):
             lost = await self._call("look for ids", partial(unusable_ids, self._source, page))

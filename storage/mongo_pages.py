@@ -16,22 +16,32 @@ from storage.mongo_errors import VALIDATOR_CODE, refusal, refused_documents, req
 
 logger = logging.getLogger(__name__)
 
-PAGE_BYTES = 16_000_000  # of BSON; one document may be larger
+PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
 
 
-async def bounded(cursor: Any) -> list[Document]:
-    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it."""
+async def bounded(cursor: Any, *, whole: bool) -> list[Document]:
+    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it; if not *whole*, without attachments."""
     page: list[Document] = []
     size = 0
     try:
         async for document in cursor:
-            page.append(document)
+            page.append(document if whole else without_attachments(document))
             size += len(bson_encode(document))
             if size >= PAGE_BYTES:
                 break
     finally:
         await cursor.close()
     return page
+
+
+def without_attachments(document: Document) -> Document:
+    """Remove binary values from the turns of *document*, and return it: no text is read from them."""
+    for turns in document.values():
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                for name in [name for name, value in turn.items() if isinstance(value, bytes)]:
+                    del turn[name]
+    return document
 
 
 def is_doubtful(document_id: Any) -> bool:

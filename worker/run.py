@@ -30,7 +30,7 @@ from worker.staleness import REPLACED
 logger = logging.getLogger(__name__)
 
 SETTLE_EVERY_S = 1.0  # the longest delay of a source status
-BYTES_IN_WORK = 16_000_000  # of batch files; beyond that, no further page is read
+BYTES_IN_WORK = 8_000_000  # of batch files; beyond that, no further page is read
 MODEL_ERRORS_IN_A_ROW = 5  # replies of "no such model" that end the run
 
 
