@@ -261,11 +261,10 @@ class DocumentStore:
 
     async def _update(self, collection: Any, document_ids: list[Any], change: Document) -> None:
         """Update *document_ids*; those that MongoDB refuses keep their status, with a warning, and are ``unmarked``."""
-        if "$inc" not in change:  # which would count twice
-            with suppress(StoreRejectedError):  # because of some documents
-                query = {"_id": {"$in": document_ids}}
-                await self._call("update statuses", lambda: collection.update_many(query, change))
-                return
+        with suppress(StoreRejectedError):  # because of some documents
+            query = {"_id": {"$in": document_ids}}
+            await self._call("update statuses", lambda: collection.update_many(query, change))
+            return
         refused = await self._call("update statuses", lambda: update_each(collection, document_ids, change))
         if refused and "$inc" in change:  # the counter is not a number: leave it alone
             rest, change = [one.document_id for one in refused], {**change}

@@ -94,7 +94,9 @@ async def insert_new(collection: Any, documents: list[Document]) -> set[int]:
 
 async def update_each(collection: Any, document_ids: Sequence[Any], change: Document) -> list[Refused]:
     """Make *change* to each of *document_ids*; return those that MongoDB refuses."""
-    operations = [UpdateOne({"_id": {"$eq": value}}, change) for value in document_ids]
+    # The update of all may have reached some of them, and a counter must not count twice.
+    unless_done = {"$nor": [change["$set"]]} if "$inc" in change and change.get("$set") else {}
+    operations = [UpdateOne({"_id": {"$eq": value}, **unless_done}, change) for value in document_ids]
     try:
         await collection.bulk_write(operations, ordered=False)
     except BulkWriteError as exc:

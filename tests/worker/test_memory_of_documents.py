@@ -92,7 +92,7 @@ def peak_kb(site: Site, **settings: str) -> int:
     """Run a worker to its end in an address space of 512 MB; return its peak."""
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(ROOT)],
-        env=site.environment(**settings), capture_output=True, text=True, timeout=300, check=False,
+        env=site.environment(MONGODB_TIMEOUT_MS="60000", **settings), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     return int(ended.stdout.rsplit("VmHWM:", 1)[1].split()[0])
