@@ -16,6 +16,13 @@ PROCESSOR_VERSION = "1.0.0"
 
 Message = dict[str, str]  # a chat message: role and content
 
+# What is read of a source document: whatever aggregator, StalenessChecker and is_query look at. The rest, such as
+# attachments, stays in MongoDB.
+SOURCE_FIELDS = (
+    *("tweets", "messages", "text", "conversation_number"),
+    *("status", "status_reason", "processed", "processing_attempts"),
+)
+
 SPEAKER = {"customer": "Customer", "agent": "Agent", "unknown": "Unknown"}
 
 
