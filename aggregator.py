@@ -76,8 +76,8 @@ def document_shape(document: Mapping[str, Any]) -> Shape | None:
 
 
 def document_entries(document: Mapping[str, Any], shape: Shape) -> list[Any]:
-    """Return the entries of *document* that can become turns; a single query is its own entry."""
-    return [document] if shape == "query" else document[shape]
+    """Return the entries of *document* that can become turns; of a single query, its text."""
+    return [{"text": document["text"]}] if shape == "query" else document[shape]
 
 
 def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:

@@ -198,8 +198,8 @@ async def _passes(
                 if arguments.limit is None and await processor.store.count("sweep"):
                     continue
             if settings.mode == "batch":
-                failed = stats["in_retry_queue"] or stats["in_quarantine"]
-                return ExitCode.INCOMPLETE if failed or is_fruitless(stats) else ExitCode.DONE
+                has_failures = stats["failed"] or stats["in_retry_queue"] or stats["in_quarantine"]
+                return ExitCode.INCOMPLETE if has_failures or is_fruitless(stats) else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
         if settings.mode == "scheduled":
             wait_s = flags.seconds_until_next(arguments.schedule, datetime.now().astimezone())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from inspect import isawaitable
@@ -20,15 +21,13 @@ from pymongo import ReplaceOne, WriteConcern, timeout
 from pymongo.errors import BulkWriteError
 
 from config import Settings
-from error_handler import (
-    ConfigurationError,
-    StoreForbiddenError,
-    StoreRejectedError,
-)
-from storage.extended_json import Document, id_key, id_text
+from domain.conversation import SOURCE_FIELDS
+from error_handler import ConfigurationError, StoreForbiddenError, StoreRejectedError
+from storage.extended_json import Document, id_key
 from storage.mongo_connection import close_client, open_client
-from storage.mongo_errors import DRIVER_ERRORS, TOO_LARGE_CODES, require_only_duplicates, store_error, translated
+from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
+from storage.mongo_pages import bounded, end_of_ids, insert_new, unusable_ids, update_each, warn_of, warn_of_unusable
 from storage.selection import Selection, selection_filter
 from utils.batch_file_manager import UNKNOWN_UUID
 from utils.retry_utils import RetryPolicy, retry_async
@@ -70,6 +69,10 @@ class DocumentStore:
         self._worker_id = worker_id
         self._lease = timedelta(seconds=settings.lease_s)
         self._clock_offset = timedelta()
+        self.unusable: set[bytes] = set()  # the id_key of documents that were read, and no query can name
+        self.unmarked: set[bytes] = set()  # of those whose status MongoDB refuses
+        self._warned: set[Any] = set()
+        self._fields = None if settings.store_original_conversation else dict.fromkeys(SOURCE_FIELDS, 1)
         self.database = database = self._client[settings.db_name]  # its errors are the driver's: see translated
         options = self._client.codec_options.with_options(tz_aware=True)
         self._source = database.get_collection(settings.source_collection, codec_options=options)
@@ -127,20 +130,30 @@ class DocumentStore:
         last = await self._find(
             "read the last id", self._source, {}, projection={"_id": 1}, sort=[("_id", -1)], limit=1
         )
-        return [document["_id"] for document in last]
+        return [end_of_ids(document["_id"]) for document in last]
 
     async def read_page(
         self, selection: Selection, after: Sequence[Any], bound: Sequence[Any], limit: int
     ) -> list[Document]:
-        """Return up to *limit* documents of *selection* in the order of ``_id``; see range_filter."""
+        """Return up to *limit* documents of *selection* in the order of ``_id``; see range_filter.
+
+        They have the SOURCE_FIELDS, and together PAGE_BYTES. A document whose ``_id`` no query can name is left out.
+        """
         query = {**selection_filter(selection), **range_filter(after, bound)}
+        skipped = 0
 
         def find() -> Awaitable[list[Document]]:
-            cursor = self._source.find(query).sort("_id", 1).limit(limit).batch_size(limit)
+            cursor = self._source.find(query, self._fields).sort("_id", 1).skip(skipped).limit(limit).batch_size(limit)
             # The status index would serve the filter and then sort the whole collection in memory.
-            return (cursor if selection == "sweep" else cursor.hint([("_id", 1)])).to_list(None)
+            return bounded(cursor if selection == "sweep" else cursor.hint([("_id", 1)]), whole=self._fields is None)
 
-        return await self._call("read a page", find)
+        while page := await self._call("read a page", find):
+            lost = await self._call("look for ids", partial(unusable_ids, self._source, page))
+            self.unusable |= warn_of_unusable(lost, self.unusable)
+            if usable := [document for document in page if not lost or id_key(document["_id"]) not in lost]:
+                return usable
+            skipped += len(page)
+        return []
 
     async def count(self, selection: Selection) -> int:
         """Return how many documents *selection* has now."""
@@ -186,7 +199,7 @@ class DocumentStore:
 
     async def _write(self, results: list[Document], replace: bool) -> None:
         if not replace:
-            await _insert_new(self._results, results)
+            await insert_new(self._results, results)
             return
         operations = [
             ReplaceOne(
@@ -220,24 +233,24 @@ class DocumentStore:
         await self._update(self._marks, document_ids, change)
 
     async def _update(self, collection: Any, document_ids: list[Any], change: Document) -> None:
-        """Update *document_ids*, except documents that have no room left for a status (16 MiB)."""
-        query = {"_id": {"$in": document_ids}}
-        try:
+        """Update *document_ids*; those that MongoDB refuses keep their status, with a warning, and are ``unmarked``."""
+        with suppress(StoreRejectedError):  # because of some documents
+            query = {"_id": {"$in": document_ids}}
             await self._call("update statuses", lambda: collection.update_many(query, change))
-        except StoreRejectedError as exc:
-            if getattr(exc.__cause__, "code", None) not in TOO_LARGE_CODES:
-                raise
-            if len(document_ids) == 1:
-                logger.warning("document %s is too large (16 MiB) to store its status", id_text(document_ids[0]))
-                return
-            for document_id in document_ids:
-                await self._update(collection, [document_id], change)
+            return
+        refused = await self._call("update statuses", lambda: update_each(collection, document_ids, change))
+        if refused and "$inc" in change:  # the counter is not a number: leave it alone
+            rest, change = [one.document_id for one in refused], {**change}
+            del change["$inc"]
+            refused = await self._call("update statuses", lambda: update_each(collection, rest, change))
+        self._warned |= warn_of(collection.name, refused, self._warned, is_all=len(refused) == len(document_ids) > 1)
+        self.unmarked |= {id_key(one.document_id) for one in refused}
 
     async def claim(self, document_ids: list[Any]) -> set[bytes]:
         """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now."""
         expires_at = self._server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
-        taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))
+        taken = await self._call("claim documents", lambda: insert_new(self._leases, leases))
         if not taken:
             return set(map(id_key, document_ids))
         contested = [document_ids[index] for index in taken]
@@ -281,7 +294,8 @@ class DocumentStore:
         """Yield up to *size* random source documents of any status."""
         with translated("read a sample"):
             # Without a filter before it, $sample uses a random cursor and reads no more than it returns.
-            cursor = await self._source.aggregate([{"$sample": {"size": size}}], batchSize=SAMPLE_PAGE)
+            stages = [{"$sample": {"size": size}}, *([{"$project": self._fields}] if self._fields else ())]
+            cursor = await self._source.aggregate(stages, batchSize=SAMPLE_PAGE)
             async for document in cursor:
                 yield document
 
@@ -293,11 +307,11 @@ class DocumentStore:
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
         """Return those *document_ids* that *selection* has."""
         query = {"_id": {"$in": document_ids}, **selection_filter(selection)}
-        return await self._find("read documents", self._source, query)
+        return await self._find("read documents", self._source, query, projection=self._fields)
 
     async def insert_documents(self, documents: list[Document]) -> int:
         """Store source *documents*; return how many were new. An existing ``_id`` is left unchanged."""
-        known = await self._call("import documents", lambda: _insert_new(self._marks, documents))
+        known = await self._call("import documents", lambda: insert_new(self._marks, documents))
         return len(documents) - len(known)
 
     async def read_results(self, after: Sequence[Any], limit: int) -> list[Document]:
@@ -349,13 +363,3 @@ async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], poli
         return result
 
     return await retry_async(attempt, policy, what)
-
-
-async def _insert_new(collection: Any, documents: list[Document]) -> set[int]:
-    """Insert *documents*; return the indexes of those that were stored already."""
-    try:
-        await collection.insert_many(documents, ordered=False)
-    except BulkWriteError as exc:
-        require_only_duplicates(exc)
-        return {error["index"] for error in exc.details["writeErrors"]}
-    return set()

@@ -16,7 +16,8 @@ from domain.text import counted, escaped, one_line
 from error_handler import ConfigurationError, ExitCode, Reason
 from storage import extended_json
 from storage.extended_json import id_key, id_text
-from utils.batch_file_manager import BatchFiles, FailedDocument, FailureKind
+from utils.batch_file_manager import BatchFiles, FailureKind
+from utils.failed_documents import FailedDocument
 from utils.process import is_confirmed
 from worker.quarantine import FailedDocuments, discard, list_failed, requeue
 

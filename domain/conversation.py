@@ -25,6 +25,13 @@ def chat_messages(system_prompt: str, transcript: str) -> list[Message]:
     ]
 
 
+# What is read of a source document: whatever aggregator, StalenessChecker and is_query look at. The rest, such as
+# attachments, stays in MongoDB.
+SOURCE_FIELDS = (
+    *("tweets", "messages", "text", "conversation_number"),
+    *("status", "status_reason", "processed", "processing_attempts"),
+)
+
 SPEAKER = {"customer": "Customer", "agent": "Agent", "unknown": "Unknown"}
 
 

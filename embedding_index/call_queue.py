@@ -136,8 +136,18 @@ class RunOptions:
 class CallRepetition:
     """Decides what follows a failed call of one run. Thread-safe. Each ``after_`` method settles its call in the queue."""
 
-    def __init__(self, options: RunOptions, queue: CallQueue, fail: Callable[[str, str], None]) -> None:
-        """*fail* gets the content hash of each piece that gets no vector, and the problem."""
+    def __init__(
+        self,
+        options: RunOptions,
+        queue: CallQueue,
+        fail: Callable[[str, str], None],
+        probe: Callable[[], None] = lambda: None,
+    ) -> None:
+        """*fail* gets the content hash of each piece that gets no vector, and the problem.
+
+        *probe* asks the provider for another text, and calls ``heard`` if it answers: is it away, or is it the text?
+        """
+        self._probe = probe
         self._options = options
         self._policy = RetryPolicy(options.max_retries + 1, options.first_wait_s)
         self._queue = queue
@@ -189,6 +199,8 @@ class CallRepetition:
         wait_s = self._policy.wait_s(call.attempt)
         is_over = self._is_patience_over(wait_s)  # checked each time, because the silence begins with the first failure
         if call.attempt > self._options.max_retries:
+            if len(call.pieces) == 1 and self._heard_of_s <= failed_at_s:
+                self._probe()
             with self._lock:
                 is_provider_there = self._heard_of_s > failed_at_s
             if is_provider_there:

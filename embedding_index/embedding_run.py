@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
@@ -27,6 +28,7 @@ from error_handler import (
 )
 
 STORING_THREADS = 2  # read and store answers while the provider works on the next calls
+PROBE = "Where is my order?"
 LONGEST_COUNTED = 8  # characters per token that an input may have
 WORST_ESTIMATE = 8  # token counts are assumed to be wrong by at most this factor
 
@@ -104,7 +106,7 @@ class EmbeddingRun:
         calls = pack([piece.tokens for piece in pieces], self._provider.limits, self._options.batch_size)
         slots = self._provider.max_concurrent
         self._queue = CallQueue((Call(tuple(pieces[place] for place in places)) for places in calls), slots, self._stop)
-        self._repetition = CallRepetition(self._options, self._queue, self._fail)
+        self._repetition = CallRepetition(self._options, self._queue, self._fail, self._probe)
         with ThreadPoolExecutor(slots + STORING_THREADS, "embedding") as threads:
             workers = [threads.submit(self._work) for _ in range(slots + STORING_THREADS)]
             try:
@@ -202,6 +204,16 @@ class EmbeddingRun:
         except UnusableVectorsError as exc:
             self._repetition.heard(started_s)
             self._repetition.after_unusable_answer(call, exc)
+
+    def _probe(self) -> None:
+        """Ask the provider for the vector of a harmless text; if it answers, it is not away."""
+        started_s = time.monotonic()
+        with self._lock:
+            self._counts.calls += 1
+        with suppress(ProviderBusyError, ProviderUnavailableError, ProviderRejectedError, UnusableVectorsError):
+            answer = self._provider.embed([PROBE], lambda: None)
+            self._ledger.add(self._identity, {}, answer.tokens)
+            self._repetition.heard(started_s)
 
     def _keep(self, call: Call, answer: Answer) -> None:
         """Store the good vectors of *answer*, end the texts that are complete, and send the others again."""

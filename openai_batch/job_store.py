@@ -191,7 +191,7 @@ class JobStore:
         for claim in claims:
             if claim.item.document_id in done:
                 change = self._change(done[claim.item.document_id], {self._status: self._values.completed_value})
-                await self._update("complete a document", self._pending_one(claim.document), change)
+                await self._accepted("complete a document", self._pending_one(claim.document), change)
         await self.handling.release(list(done))
         return [claim for claim in claims if claim.item.document_id not in done]
 
@@ -208,7 +208,7 @@ class JobStore:
         change = {"$set": {self._status: self._values.pending_value}, "$unset": unset}
 
         async def release(claim: tuple[str, str]) -> None:
-            await self._update("give a document back", self._claimed_one(loads(claim[0]), claim[1]), change)
+            await self._accepted("give a document back", self._claimed_one(loads(claim[0]), claim[1]), change)
 
         await self._each(release, claims)
         await self.handling.release([document_id for document_id, _ in claims])

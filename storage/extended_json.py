@@ -1,14 +1,17 @@
 """MongoDB Extended JSON, BSON, and keys for ids of any type.
 
 orjson writes the JSON, because every document of a run passes through here; json_util encodes the types that plain JSON
-does not have. Types survive the round trip: int64 stays int64, dates keep milliseconds. A value that MongoDB cannot store
+does not have. Types survive the round trip: int64 stays int64, dates keep milliseconds. A key of a document that begins with
+``$`` is written with one more, because ``{"$date": "yesterday"}`` would be read as a date. A value that MongoDB cannot store
 (a lone surrogate, an unknown type), or a text that is not Extended JSON, is a ValueError.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,12 +30,15 @@ _BSON_OPTIONS: bson.CodecOptions[dict[str, Any]] = bson.CodecOptions(
     tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
+_DOLLAR_KEY = re.compile(rb'[{,]"\$(?:[^"\\]|\\.)*":')  # a quotation mark inside a text is escaped, so this is a key
 _ORJSON_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_NON_STR_KEYS
 
 
 def dumps(value: Any) -> bytes:
     """Return *value* as one line of Extended JSON, UTF-8."""
     try:
+        if _DOLLAR_KEY.search(orjson.dumps(value, default=_without_types, option=_ORJSON_OPTIONS)):
+            value = _escaped(value)
         data = orjson.dumps(value, default=_default, option=_ORJSON_OPTIONS)
         if b"null" in data:  # orjson also writes NaN and the infinities as null
             data = orjson.dumps(_typed_doubles(value), default=_default, option=_ORJSON_OPTIONS)
@@ -44,7 +50,7 @@ def dumps(value: Any) -> bytes:
 def canonical(value: Any) -> str:
     """Return *value* as canonical Extended JSON: equal texts mean equal types and values, and ``loads`` reverses it."""
     try:
-        return json_util.dumps(value, json_options=_CANONICAL)
+        return json_util.dumps(_escaped(value), json_options=_CANONICAL)
     except (TypeError, ArithmeticError, BSONError) as exc:
         raise ValueError("not representable as Extended JSON") from exc
 
@@ -67,9 +73,17 @@ def plain(value: Any) -> Any:
 def loads(data: bytes | str) -> Any:
     """Return the value of *data*; dates are aware, in UTC."""
     try:
-        return json_util.loads(data, json_options=_CANONICAL)
+        return json.loads(data, object_pairs_hook=_from_pairs)
     except (TypeError, LookupError, ArithmeticError, BSONError, RecursionError) as exc:
         raise ValueError("not Extended JSON") from exc
+
+
+def rows(data: bytes) -> list[bytes]:
+    """Return the items of the damaged list *data*, each as JSON if possible; its lines if the whole is no JSON."""
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(data)
+        return [json.dumps(row).encode() for row in content] if isinstance(content, list) else []
+    return [line.removesuffix(b",") for line in data.splitlines()]
 
 
 def pretty(value: Any) -> str:
@@ -100,6 +114,36 @@ def id_text(document_id: Any) -> str:
     is_plain = isinstance(document_id, str | int | float | bson.ObjectId)
     text = str(document_id) if is_plain else dumps(document_id).decode()
     return "".join(character if character.isprintable() else "?" for character in text[:120])
+
+
+def _escaped(value: Any) -> Any:
+    """Return *value* with one more ``$`` before each key that begins with one."""
+    if isinstance(value, dict):
+        return {f"${name}" if _is_dollar(name) else name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, bson.Code) and value.scope:
+        return bson.Code(str(value), _escaped(dict(value.scope)))
+    if isinstance(value, bson.DBRef):
+        more = {name: item for name, item in value.as_doc().items() if name not in ("$ref", "$id", "$db")}
+        return bson.DBRef(value.collection, value.id, value.database, **_escaped(more))
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_dollar(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith("$")
+
+
+def _from_pairs(pairs: list[tuple[str, Any]]) -> Any:
+    """Return the value of the JSON object *pairs*: one of a BSON type, or a document."""
+    if any(name.startswith("$$") for name, _ in pairs):
+        return {name.removeprefix("$") if name.startswith("$$") else name: item for name, item in pairs}
+    return json_util.object_pairs_hook(pairs, _CANONICAL)
+
+
+def _without_types(value: Any) -> Any:
+    """Return what of *value* can hold a key that begins with ``$``."""
+    if isinstance(value, bson.Code | bson.DBRef):
+        return value.scope if isinstance(value, bson.Code) else value.as_doc()
+    return dict(value) if isinstance(value, dict) else None
 
 
 def _typed_doubles(value: Any) -> Any:

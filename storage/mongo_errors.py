@@ -30,6 +30,8 @@ NO_RETRYABLE_WRITES_CODES = frozenset(
     {ILLEGAL_OPERATION, 301}
 )  # the first through the driver, with other meanings, too
 TOO_LARGE_CODES = frozenset({10334, 17419})  # a document would grow beyond 16 MiB
+VALIDATOR_CODE = 121
+_REFUSALS = {VALIDATOR_CODE: "the validator of the collection does not allow it", 14: "a field has another type"}
 # Server states and time limits that pass: NotPrimary, shutdown, stepdown, host unreachable, disk full, ...
 TRANSIENT_CODES = frozenset(
     {6, 7, 24, 43, 50, 64, 89, 91, 112, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 14031}
@@ -150,13 +152,30 @@ def _error_of_code(what: str, code: int | None, exc: errors.OperationFailure | N
 
 def require_only_duplicates(exc: errors.BulkWriteError) -> None:
     """Raise a StoreError unless each error of a bulk write is a duplicate key, whose document is stored already."""
+    if refused_documents(exc):
+        raise StoreRejectedError("MongoDB cannot store the document") from exc
+
+
+def refused_documents(exc: errors.BulkWriteError) -> dict[int, int]:
+    """Return, by index, the codes of the documents that MongoDB refuses for good; those that are stored do not count.
+
+    Raise a StoreError if rights, the state of the server or durability are the problem.
+    """
     if exc.details.get("writeConcernErrors"):
         raise StoreUnavailableError("MongoDB stored the results without the promised durability") from exc
-    codes = {error.get("code") for error in exc.details.get("writeErrors", ()) if not _is_stored(error)}
+    refused = {
+        error["index"]: error.get("code", 0) for error in exc.details.get("writeErrors", ()) if not _is_stored(error)
+    }
+    codes = set(refused.values())
     for code in (codes & FORBIDDEN_CODES) or (codes & TRANSIENT_CODES):
         raise _error_of_code("write results", code) from exc
-    if codes:
-        raise StoreRejectedError("MongoDB cannot store the document") from exc
+    return refused
+
+
+def refusal(code: int) -> str:
+    """Return why MongoDB refuses one document with *code*."""
+    text = "it has no room left (16 MiB)" if code in TOO_LARGE_CODES else _REFUSALS.get(code, "MongoDB refuses it")
+    return f"{text} (code {code})"
 
 
 def _is_stored(error: dict[str, Any]) -> bool:

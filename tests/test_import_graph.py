@@ -35,9 +35,12 @@ RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split
 PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 
 OWNERS = {
-    "pymongo": {"mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"},
+    "pymongo": {
+        *("mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"),
+        "storage.mongo_pages",
+    },
     "motor": {"mongo_client"},
-    "bson": {"storage.mongo_errors", "storage.extended_json"},
+    "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
     "aiohttp": {"utils.outgoing", "async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
     # of the model server, for chat and for embeddings

@@ -205,9 +205,9 @@ async def test_an_id_that_looks_like_an_expression(store: DocumentStore, databas
 async def test_dates_are_aware(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
     """So that they compare with the times that texts tell."""
     at = datetime(2024, 5, 1, 10, 30, tzinfo=UTC)
-    database["conversation_set"].insert_one({"_id": 1, "at": at})
+    database["conversation_set"].insert_one({"_id": 1, "messages": [{"timestamp": at}]})
     (document,) = await store.read_page("pending", [], [], 1)
-    assert document["at"] == at
+    assert document["messages"][0]["timestamp"] == at
 
 
 async def test_odd_documents_are_read(mongodb_uri: str, db_name: str, database: Database[dict[str, Any]]) -> None:

@@ -20,12 +20,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from error_handler import ConfigurationError, Reason, StateDirectoryError
+from error_handler import ConfigurationError, StateDirectoryError
 from storage import extended_json
 from storage.files import (
     BatchJournal,
@@ -36,6 +36,7 @@ from storage.files import (
     replace_file,
     replay_journal,
 )
+from utils.failed_documents import DamagedFileError, FailedDocument, content_of, read_failures, round_journal
 
 logger = logging.getLogger(__name__)
 
@@ -43,53 +44,9 @@ FOLDERS = ("pending", "retry", "quarantine", "completed", "progress")
 _NUMBER = re.compile(r"batch_(\d{3,})_")
 
 T = TypeVar("T")
-FailureStatus = Literal["llm_failed", "write_failed"]
 FailureKind = Literal["retry", "quarantine"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
-
-
 UNKNOWN_UUID = "unknown"  # in the identity of a source whose user may not list collections
-
-
-@dataclass(slots=True)
-class FailedDocument:
-    """An entry of the retry queue or of the quarantine.
-
-    *retry_count* is the number of retry rounds so far; 0 after the first failure. *classification_result* is the
-    finished result if only its write failed, else None.
-    """
-
-    conversation_id: Any
-    status: FailureStatus
-    conversation_data: dict[str, Any] | None
-    retry_count: int
-    reason: Reason
-    error: str
-    classification_result: dict[str, Any] | None = None
-    failed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-
-    @property
-    def key(self) -> bytes:
-        """The ``id_key`` of the document."""
-        return extended_json.id_key(self.conversation_id)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the entry as the file stores it."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"reason": str(self.reason)}
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> FailedDocument:
-        """Return the entry stored as *entry*; raise KeyError, TypeError or ValueError if it is not one."""
-        status: FailureStatus = "write_failed" if entry["status"] == "write_failed" else "llm_failed"
-        data, result = entry["conversation_data"], entry.get("classification_result")
-        if not isinstance(data, dict | None) or not isinstance(result, dict | None):
-            raise TypeError("not a document")
-        extended_json.id_key(entry["conversation_id"])
-        reason = Reason(entry.get("reason", Reason.TRANSPORT))
-        at = entry.get("failed_at")
-        at = at if isinstance(at, datetime) else datetime.now(UTC)
-        count = int(entry.get("retry_count", 0))
-        return cls(entry["conversation_id"], status, data, count, reason, str(entry.get("error")), result, at)
 
 
 @dataclass(slots=True)
@@ -100,6 +57,7 @@ class BatchFile:
     path: Path
     journal: BatchJournal
     documents: list[dict[str, Any]]
+    size: int = 0  # bytes on disk
     failures: dict[bytes, FailedDocument] = field(default_factory=dict)  # by extended_json.id_key
     replay: dict[bytes, JournalEntry] = field(default_factory=dict)  # by extended_json.id_key
 
@@ -167,7 +125,9 @@ class BatchFiles:
                 {"_id": document.get("_id"), "conversation_data": document, "created_at": now} for document in documents
             ],
         }
-        replace_file(batch.path, extended_json.dumps(content))
+        data = extended_json.dumps(content)
+        batch.size = len(data)
+        replace_file(batch.path, data)
         return batch
 
     def save_failed(self, kind: FailureKind, number: int, failures: Iterable[FailedDocument]) -> None:
@@ -233,8 +193,8 @@ class BatchFiles:
 
     def write_failures(self, path: Path, failures: Iterable[FailedDocument]) -> None:
         """Write *failures* to *path* durably, or remove the file if there are none."""
-        if entries := [entry.as_dict() for entry in failures]:
-            replace_file(path, extended_json.dumps(entries))
+        if lines := [extended_json.dumps(entry.as_dict()) for entry in failures]:
+            replace_file(path, b"[\n" + b",\n".join(lines) + b"\n]")  # whatever damages a line spares the others
         elif path.exists():
             replace_file(path, b"[]")  # if a power cut undoes the removal, the file is empty
             remove_file(path)
@@ -255,7 +215,7 @@ class BatchFiles:
 
     def read_state(self, name: str) -> dict[str, Any] | None:
         """Return the object in *name* (``checkpoint.json``); None if it is missing, or was corrupt and set aside."""
-        content = self._read(self.directory / name, _content)
+        content = self._read(self.directory / name, _value)
         return content if isinstance(content, dict) else None
 
     def write_state(self, name: str, content: dict[str, Any]) -> None:
@@ -263,20 +223,23 @@ class BatchFiles:
         replace_file(self.directory / name, extended_json.dumps(content))
 
     def _parse_pending(self, path: Path) -> BatchFile | None:
-        content = _content(path)
-        if content is None:
+        data = content_of(path)
+        if data is None:
             return None
-        if isinstance(content, list):  # a retry or quarantine file that an operator moved here
-            return self._failed_batch(path, [FailedDocument.from_dict(entry) for entry in content], fresh=True)
+        if data.lstrip().startswith(b"["):  # a retry or quarantine file that an operator moved here
+            return self._failed_batch(path, read_failures(path), fresh=True)
+        content = extended_json.loads(data)
         batch = _batch_at(path, [_document(entry) for entry in content["conversations"]])
         if not batch.documents or content["conversation_count"] != len(batch.documents):
             raise ValueError("the count does not match")
+        batch.size = len(data)
         batch.replay = replay_journal(batch.journal.path)
         return batch
 
     def _failed_batch(self, path: Path, failures: list[FailedDocument], *, fresh: bool = False) -> BatchFile:
         documents = [entry.conversation_data or {"_id": entry.conversation_id} for entry in failures]
         batch = BatchFile(_number(path) or 0, path, BatchJournal(round_journal(path, failures)), documents)
+        batch.size = path.stat().st_size
         self._remove_rounds(path, but=batch.journal.path)
         for entry in failures:
             if fresh:
@@ -295,18 +258,27 @@ class BatchFiles:
         return self.directory / kind / f"batch_{number:03d}_{suffix}.json"
 
     def _read(self, path: Path, parse: Callable[[Path], T]) -> T | None:
-        """Return what *parse* makes of *path*; rename a corrupt file and return None."""
+        """Return what *parse* makes of *path*; rename a corrupt file, and go on with its readable entries, if any."""
+        survivors: list[FailedDocument] = []
         try:
             return parse(path)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError) as exc:
             aside = path.with_name(path.name + ".corrupt")
+            if isinstance(exc, DamagedFileError):
+                survivors = exc.survivors
+                self.lost_failures |= path.parent.name != "quarantine"
         with explained(f"{path} is corrupt and cannot be renamed"):
-            path.replace(aside)
-        self.lost_failures |= path.parent.name == "retry"
+            if survivors:  # at each moment one of the files holds them
+                replace_file(aside, path.read_bytes())
+                self.write_failures(path, survivors)
+            else:
+                path.replace(aside)
         logger.error(
-            "%s is corrupt and was renamed to %s; the next sweep finds its documents in MongoDB", path.name, aside.name
+            "%s is corrupt and was renamed to %s; %d readable entries of it are kept, and a sweep or --retry-failed finds the "
+            "other documents in MongoDB",
+            *(path.name, aside.name, len(survivors)),
         )
-        return None
+        return parse(path) if survivors else None
 
 
 def is_same_source(one: str, other: str) -> bool:
@@ -323,42 +295,12 @@ def batch_paths(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (_number(path) or 0, path))
 
 
-def read_failures(path: Path) -> list[FailedDocument]:
-    """Return the entries of a retry or quarantine file; none if the file is gone.
-
-    Needs no lock: files are replaced as a whole, so this is safe beside a running worker.
-
-    Raises:
-        ValueError: The content is not a list of failed documents.
-        StateDirectoryError: The file cannot be read.
-    """
-    content = _content(path)
-    try:
-        if not isinstance(content, list | None):
-            raise TypeError("not a list of entries")
-        return [FailedDocument.from_dict(entry) for entry in content or []]
-    except (KeyError, TypeError, AttributeError) as exc:
-        raise ValueError("not a file of failed documents") from exc
-
-
-def round_journal(path: Path, failures: list[FailedDocument]) -> Path:
-    """Return the journal of the next round of *failures*, the content of *path*.
-
-    Each round has its own: events of a finished round must not count against the next.
-    """
-    return path.with_suffix(f".{len(failures)}x{sum(entry.retry_count for entry in failures)}.journal")
-
-
-def _content(path: Path) -> Any:
-    """Return the value of the JSON file *path*; None if it is gone. Raise ValueError if it is corrupt."""
-    with explained(f"{path} cannot be read"):
-        try:
-            content = extended_json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
-    if content is None:
+def _value(path: Path) -> Any:
+    data = content_of(path)
+    value = None if data is None else extended_json.loads(data)
+    if data is not None and value is None:
         raise ValueError("null")  # not the same as no file
-    return content
+    return value
 
 
 def _batch_at(path: Path, documents: list[dict[str, Any]]) -> BatchFile:

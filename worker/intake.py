@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
 from storage.files import JournalEntry
 from storage.selection import Selection
-from utils.batch_file_manager import BatchFiles
+from utils.batch_file_manager import BatchFile, BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.progress import Reporter
 from worker.quarantine import requeue
@@ -94,7 +94,7 @@ class DocumentIntake:
         if self._retries_failed:
             requeued = await asyncio.to_thread(requeue, self._files)
             logger.info("%d quarantined documents are retried with a full set of attempts", requeued)
-        for file in await asyncio.to_thread(lambda: list(self._files.load_pending())):
+        async for file in _one_by_one(self._files.load_pending()):
             batch = BatchInWork(file)
             logger.info("%s: %d documents from an earlier run", file.name, len(batch.items))
             await self._keep_own(batch)
@@ -125,7 +125,7 @@ class DocumentIntake:
         if self._options.only not in (None, "new"):
             return
         # A failed document whose status could not be written still looks pending.
-        self._recovered |= self._settlement.failed_keys
+        self._recovered |= self._settlement.failed_keys | self._store.unmarked
         bound = await self._store.upper_bound()
         async for batch in self._pages("sweep", [], bound):
             logger.info("sweep: %d documents found", len(batch.items))
@@ -140,7 +140,7 @@ class DocumentIntake:
 
     async def retry_round(self) -> AsyncGenerator[BatchInWork]:
         """Yield each retry file once as a batch."""
-        for file in await asyncio.to_thread(lambda: list(self._files.load_retry())):
+        async for file in _one_by_one(self._files.load_retry()):
             batch = BatchInWork(file, is_retry=True)
             if not await self._is_selected(batch):
                 continue
@@ -153,7 +153,9 @@ class DocumentIntake:
     ) -> AsyncGenerator[BatchInWork]:
         limit, only, kinds = self._options.limit, self._options.only, self._parts.kinds
         while limit is None or self._taken < limit:
+            known = len(self._store.unusable)
             page = await self._store.read_page(selection, after, bound, self._options.batch_size)
+            self._settlement.count_unusable(len(self._store.unusable) - known)
             if not page:
                 return
             after = [page[-1]["_id"]]
@@ -252,6 +254,12 @@ async def has_work(
             elif len(await store.result_keys([document["_id"] for document in page])) < len(page):
                 return True
     return False
+
+
+async def _one_by_one(files: Iterator[BatchFile]) -> AsyncGenerator[BatchFile]:
+    """Yield *files*, each read when it is asked for: together they may be larger than the memory."""
+    while (file := await asyncio.to_thread(next, files, None)) is not None:
+        yield file
 
 
 async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChecker | None = None) -> dict[str, Any]:

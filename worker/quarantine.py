@@ -18,15 +18,8 @@ from error_handler import ConfigurationError, Reason, StateDirectoryError
 from storage import extended_json
 from storage.extended_json import id_key, id_text
 from storage.files import JournalEntry, move_file, replay_journal
-from utils.batch_file_manager import (
-    FAILURE_KINDS,
-    BatchFiles,
-    FailedDocument,
-    FailureKind,
-    batch_paths,
-    read_failures,
-    round_journal,
-)
+from utils.batch_file_manager import FAILURE_KINDS, BatchFiles, FailureKind, batch_paths
+from utils.failed_documents import DamagedFileError, FailedDocument, read_failures, round_journal
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +78,12 @@ def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:
     judged = _judged(directory)
     for path in batch_paths(directory / kind):
         try:
-            entries += [entry for entry in read_failures(path) if judged.get(entry.key, _NOWHERE).path != path]
-        except ValueError:
+            found = read_failures(path)
+        except DamagedFileError as exc:
+            found = exc.survivors
             unreadable.append(path.name)
-    for path in {found.path for found in judged.values() if found.place == kind}:
+        entries += [entry for entry in found if judged.get(entry.key, _NOWHERE).path != path]
+    for path in {ended.path for ended in judged.values() if ended.place == kind}:
         entries += _entries_of(path, judged, kind)
     newest = _newest(entries).values()
     return FailedDocuments(sorted(newest, key=lambda entry: entry.failed_at, reverse=True), unreadable)
@@ -197,10 +192,11 @@ def _entries_of(path: Path, judged: dict[bytes, _Judged], kind: FailureKind) -> 
 @lru_cache(maxsize=10_000)  # a quarantine of many files is not read again every few seconds
 def _keys_in(path: Path, _inode: int, _changed_ns: int) -> frozenset[bytes]:
     try:
-        return frozenset(entry.key for entry in read_failures(path))
-    except ValueError:
-        logger.warning("%s is corrupt; its documents count by their status in MongoDB only", path)
-        return frozenset()
+        entries = read_failures(path)
+    except DamagedFileError as exc:
+        logger.warning("%s is corrupt; the documents that it lost count by their status in MongoDB only", path)
+        entries = exc.survivors
+    return frozenset(entry.key for entry in entries)
 
 
 def requeue(files: BatchFiles, keys: set[bytes] | None = None) -> int:

@@ -35,6 +35,7 @@ from worker.staleness import REPLACED
 logger = logging.getLogger(__name__)
 
 SETTLE_EVERY_S = 1.0  # the longest delay of a source status
+BYTES_IN_WORK = 8_000_000  # of batch files; beyond that, no further page is read
 MODEL_ERRORS_IN_A_ROW = 5  # replies of "no such model" that end the run
 
 
@@ -122,7 +123,7 @@ class BatchRun:
     async def _admit_all(self, source: AsyncGenerator[BatchInWork]) -> int:
         """Queue every batch of *source*, wait until all are settled, and return the number of documents.
 
-        The next batch is read and saved while a whole batch, or twice the slots, is still in work.
+        The next batch is read and saved while a whole batch, or twice the slots, is still in work, if both fit in memory.
         """
         await self._settlement.flush()
         backlog = max(self._settings.batch_size, 2 * self._settings.most_concurrent)
@@ -135,9 +136,12 @@ class BatchRun:
                 for item in batch.items:
                     self._queue.put_nowait(item)
                 admitted += len(batch.items)
-                await self._until(lambda: self._settlement.unsettled <= backlog or self._stop.is_set())
+                await self._until(lambda: self._has_room(backlog) or self._stop.is_set())
         await self._until(lambda: self._settlement.unsettled == 0 or self._stop.is_set())
         return admitted
+
+    def _has_room(self, backlog: int) -> bool:
+        return self._settlement.unsettled <= backlog and self._settlement.bytes_in_work <= BYTES_IN_WORK
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
         while not is_true():
@@ -296,7 +300,7 @@ class BatchRun:
 
     async def _count_left_out(self) -> None:
         """Count and log what this run did not select; an error here must not fail a run that is done."""
-        queued, skipped = len(self._failed_now()), self._settlement.stats.skipped
+        queued, skipped = len(self._failed_now()), self._settlement.stats.skipped - self._settlement.unusable
         try:
             self._left_out = await count_left_out(self._store, queued=queued, skipped_now=skipped)
         except StoreError as exc:

@@ -25,7 +25,8 @@ from error_handler import (
 from mongo_client import DocumentStore, FinalStatus
 from storage.extended_json import Document, id_key, id_text
 from storage.files import Event, JournalEntry, Verdict
-from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
+from utils.batch_file_manager import BatchFile, BatchFiles
+from utils.failed_documents import FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
 from worker.quarantine import MAX_ROUNDS, failed_keys, failed_places
 
@@ -188,6 +189,8 @@ class Settlement:
         self.stats = RunStats()
         self.mark = LowWaterMark()
         self.unsettled = 0
+        self.bytes_in_work = 0  # of the files of batches that are not settled
+        self.unusable = 0  # skipped documents whose status cannot be written
         self._since_flush = 0
         self.due = asyncio.Event()  # set when CHECKPOINT_EVERY documents wait for a flush
 
@@ -199,6 +202,7 @@ class Settlement:
     def admit(self, batch: BatchInWork) -> None:
         """Take responsibility for every document of *batch*."""
         self.unsettled += batch.unsettled
+        self.bytes_in_work += batch.file.size if batch.unsettled else 0
         if batch.unsettled == 0:
             self._finished.append(batch)
 
@@ -227,6 +231,12 @@ class Settlement:
         verdict = verdict_of(error)
         item.note("failed", reason=verdict.reason, problem=verdict.problem, is_final=verdict.is_final)
         self.end(item, verdict, result)
+
+    def count_unusable(self, number: int) -> None:
+        """Count *number* documents that were read, and cannot be named in MongoDB, as skipped."""
+        self.unusable += number
+        self.stats.processed += number
+        self.stats.skipped += number
 
     def found_done(self, documents: list[Document]) -> None:
         """Queue the final status of *documents*, which already have a result."""
@@ -323,6 +333,7 @@ class Settlement:
         if self._since_flush >= CHECKPOINT_EVERY:
             self.due.set()
         if item.batch.unsettled == 0:
+            self.bytes_in_work -= item.batch.file.size
             self._finished.append(item.batch)
 
     async def flush(self) -> None:

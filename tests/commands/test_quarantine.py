@@ -25,7 +25,8 @@ from storage.extended_json import id_key
 from tests.crash.faulty_worker import QUARANTINE_SEAMS
 from tests.forked_process import ForkedProcess
 from tests.worker.site import ROOT, Site, calls, check_results, check_statuses, conversation
-from utils.batch_file_manager import BatchFiles, FailedDocument
+from utils.batch_file_manager import BatchFiles
+from utils.failed_documents import FailedDocument
 from worker.quarantine import list_failed, requeue
 
 CANARY = "canary-4711"

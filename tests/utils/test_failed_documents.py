@@ -12,7 +12,8 @@ from error_handler import Reason
 from storage import extended_json
 from storage.extended_json import id_key
 from tests.utils.worker_files import AT, DOCUMENTS, IDS, content_of, failed, names, pending
-from utils.batch_file_manager import BatchFiles, FailedDocument
+from utils.batch_file_manager import BatchFiles
+from utils.failed_documents import FailedDocument
 from worker.quarantine import requeue
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import bson
 
 from error_handler import Reason
-from utils.batch_file_manager import BatchFile, BatchFiles, FailedDocument
+from utils.batch_file_manager import BatchFile, BatchFiles
+from utils.failed_documents import FailedDocument
 
 IDS = [bson.ObjectId(), "doc0", bson.Int64(7), 1.5, None, {"a": 1}, b"\x01", datetime(2024, 5, 1, tzinfo=UTC)]
 DOCUMENTS = [{"_id": value, "text": f"text of {place}"} for place, value in enumerate(IDS)]

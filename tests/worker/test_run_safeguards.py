@@ -40,6 +40,8 @@ class MemoryStore:
         self.is_away = False
         self.failing_marks = 0
         self.on_mark: Callable[[], None] = lambda: None
+        self.unusable: set[bytes] = set()
+        self.unmarked: set[bytes] = set()
 
     async def ensure_source_indexes(self) -> None:
         """Nothing to index."""

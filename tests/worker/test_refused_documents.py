@@ -1,0 +1,77 @@
+"""A document that MongoDB refuses to change, or cannot name, keeps its status with a warning; the others go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bson
+import pytest
+from bson.raw_bson import RawBSONDocument
+
+from tests.worker.site import Site, conversation, filled
+
+
+def statuses(site: Site) -> dict[Any, Any]:
+    return {document["_id"]: document.get("status") for document in site.source.find({}, {"status": 1})}
+
+
+def test_one_document_breaks_the_validator(site: Site) -> None:
+    """A3: it keeps its status, is named once, and has a result; the next run asks the model for nothing."""
+    documents = filled(site, 5)
+    site.source.update_one({"_id": 2}, {"$set": {"channel": 7}})
+    site.database.command("collMod", "conversation_set", validator={"channel": {"$in": [None, "web"]}})
+    ended = site.run()
+    assert ended.code == 0, ended.err
+    assert ended.err.count("document 2 keeps its status: the validator of the collection does not allow it") == 1
+    assert statuses(site) == dict.fromkeys(range(5), "processed") | {2: "pending"}
+    assert site.results.count_documents({}) == len(documents)
+    assert "1 already had a result" in site.run().out
+
+
+def test_validator_of_statuses_is_one_sentence(site: Site) -> None:
+    """Nothing can be marked; all results are stored all the same."""
+    filled(site, 5)
+    site.database.command("collMod", "conversation_set", validator={"status": {"$in": ["pending", "closed"]}})
+    ended = site.run(BATCH_SIZE="2")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("the validator of conversation_set does not allow the statuses") == 1
+    assert "keeps its status" not in ended.err.replace("document 4 keeps its status", "")
+    assert site.results.count_documents({}) == 5
+
+
+@pytest.mark.parametrize("attempts", ["three", None, [1], bson.Int64(2**63 - 1)], ids=repr)
+def test_counter_that_cannot_count(site: Site, attempts: Any) -> None:
+    """The query is done, its counter as it was; its neighbours are counted once."""
+    query = {"text": "Where is my parcel?", "processed": False}
+    site.source.insert_many([{"_id": n, **query, "processing_attempts": attempts if n == 1 else 0} for n in range(3)])
+    ended = site.run()
+    assert ended.code == 0, ended.err
+    assert [document["processed"] for document in site.source.find()] == [True] * 3
+    assert [document["processing_attempts"] for document in site.source.find().sort("_id")] == [1, attempts, 1]
+
+
+def test_skipped_document_that_cannot_be_marked_is_skipped_once(site: Site) -> None:
+    """The sweeps do not find it again and again."""
+    site.source.insert_many([conversation(0), conversation(1, messages=[], channel=7)])
+    site.database.command("collMod", "conversation_set", validator={"channel": {"$in": [None, "web"]}})
+    ended = site.run()
+    assert ended.code == 0, ended.err
+    assert "2 documents processed" in ended.out
+    assert "1 skipped" in ended.out
+
+
+@pytest.mark.parametrize("batch_size", ["1", "20"])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_id_that_is_not_utf8(site: Site, place: str, batch_size: str) -> None:
+    """B24: skipped with a warning, also where whole pages have such ids; one that really has U+FFFD is not."""
+    start = b"\x01" if place == "first" else b"z"
+    for number in range(3):
+        raw = bson.encode({**conversation(0), "_id": "QQQ"})
+        site.source.insert_one(RawBSONDocument(raw.replace(b"QQQ", start + bytes([0xFF, 0x61 + number]))))
+    good = ["a", "m\ufffd", "z\U0001f4e6"]
+    site.source.insert_many([{**conversation(number), "_id": name} for number, name in enumerate(good)])
+    ended = site.run(BATCH_SIZE=batch_size)
+    assert ended.code == 0, ended.err
+    assert ended.err.count("its _id is not UTF-8") == 3
+    assert {result["source_conversation_id"] for result in site.results.find()} == set(good)
+    assert "3 skipped" in ended.out
