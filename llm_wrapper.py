@@ -27,7 +27,7 @@ from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, warm_up
-from utils.outgoing import Route, requests_session, route_to
+from utils.outgoing import Route, problem_of, requests_session, route_to
 from utils.retry_utils import RetryPolicy, tenacity_options
 
 CONNECT_TIMEOUT_S = 5.0
@@ -163,7 +163,7 @@ def exchange(
         raise LLMTimeoutError("the model server did not answer within the timeout (LLM_TIMEOUT_S)") from exc
     except (requests.ConnectionError, HTTPError) as exc:
         kind = LLMAbsentError if _is_without_connection(exc) else LLMConnectionError
-        raise kind("no connection to the model server") from exc
+        raise kind(problem_of(exc, request.url) or "no connection to the model server") from exc
     except requests.RequestException as exc:
         raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 

@@ -184,7 +184,7 @@ def connection_error(target: ChatTarget, exc: BaseException, *, was_made: bool) 
     """Return the error for a connection that was refused or, if it *was_made*, reset or cut off by *exc*."""
     is_ollama, server = target.protocol != "openai_chat", f"the model server at {target.server_url}"
     setting = "OLLAMA_ENDPOINT" if is_ollama else "LLM_API_URL"
-    if (known := problem_of(exc, target.server_url)) is not None:
+    if (known := problem_of(exc, target.server_url, setting)) is not None:
         return LLMConnectionError(known)
     if was_made:
         return LLMConnectionError(f"{server} closed the connection before its answer was complete; its log may say why")

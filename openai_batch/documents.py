@@ -297,12 +297,9 @@ def reasons(model: str) -> bool:
 def request_body(config: OpenAIConfig, messages: Messages) -> dict[str, Any]:
     """Return the body of one chat completion."""
     body: dict[str, Any] = {"model": config.model, "messages": messages}
-    if _CURRENT.match(config.model):
-        body["max_completion_tokens"] = config.max_tokens
-    else:
-        body["max_tokens"] = config.max_tokens
     if not reasons(config.model):
         body["temperature"] = config.temperature
+    body["max_completion_tokens" if _CURRENT.match(config.model) else "max_tokens"] = config.max_tokens
     return body if config.response_format is None else body | {"response_format": config.response_format}
 
 

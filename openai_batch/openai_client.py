@@ -224,7 +224,7 @@ def translated(what: str, sent: Path | None = None) -> Iterator[None]:
         url = str(exc.request.url) if isinstance(exc, openai.APIConnectionError) else ""
         if untrusted := certificate_problem(exc, url):
             raise ConfigurationError(f"{untrusted}.") from exc
-        known = problem_of(exc, url)
+        known = problem_of(exc, url, "OPENAI_BASE_URL")
         raise JobConnectionError(
             known or f"no answer from OpenAI ({what}); check the network and OPENAI_BASE_URL"
         ) from exc

@@ -343,9 +343,7 @@ def test_name_that_cannot_be_resolved_is_called_that(wrapper: type[Asker], monke
 
 def test_server_without_tls_is_called_that(wrapper: type[Asker], server: ScriptedServer) -> None:
     url = server.url.replace("http:", "https:")
-    with pytest.raises(
-        LLMConnectionError, match=r"no TLS with the model server at https:.*correct LLM_API_URL"
-    ) as caught:
+    with pytest.raises(LLMConnectionError, match=r"no TLS connection to https:.*correct LLM_API_URL") as caught:
         wrapper(settings_for("http://127.0.0.1:1", llm_api_url=f"{url}/v1/chat/completions", llm_model="m")).prepare()
     assert "start it" not in str(caught.value)
 

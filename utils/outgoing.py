@@ -131,17 +131,20 @@ def certificate_problem(exc: BaseException, url: str) -> str | None:
     return None
 
 
-def problem_of(exc: BaseException, url: str) -> str | None:
-    """Return the sentence for a connection to *url* that failed by *exc*, if TLS or a missing proxy explains it."""
+def problem_of(exc: BaseException, url: str, setting: str = "the address") -> str | None:
+    """Return the sentence for a connection to *url* that failed by *exc*, if DNS, TLS or a missing proxy explains it.
+
+    *setting* is the name of the setting that holds the address.
+    """
     if known := certificate_problem(exc, url):
         return known
     for cause in _causes(exc):
         if isinstance(cause, socket.gaierror):
-            return f"the name of {_origin(url)} cannot be resolved (DNS); correct the address, or check the network"
+            return f"the name of {_origin(url)} cannot be resolved (DNS); correct {setting}, or check the network"
         reason = getattr(cause, "reason", None) or ""
         if isinstance(cause, ssl.SSLError) and reason and reason not in _BROKEN_OFF:
             reason = reason.replace("_", " ").lower()
-            return f"no TLS connection to {_origin(url)} ({reason}); check the address: http:// is without TLS"
+            return f"no TLS connection to {_origin(url)} ({reason}); correct {setting}: http:// is without TLS"
     parts = urlsplit(url)
     host = parts.hostname or ""
     if not is_inside(host) and (found := _environment_proxy(parts.scheme, host)):

@@ -156,7 +156,7 @@ class OllamaProvider:
         except LLMConnectionError as exc:
             if untrusted := certificate_problem(exc, self._url):
                 raise ConfigurationError(f"{untrusted}.") from exc
-            problem = problem_of(exc, self._url)
+            problem = problem_of(exc, self._url, "OLLAMA_ENDPOINT")
             if problem is None and not isinstance(exc, LLMAbsentError):
                 problem = f"Ollama at {self._url} closed the connection before its answer was complete; check OLLAMA_ENDPOINT and its log"
             raise ProviderUnavailableError(

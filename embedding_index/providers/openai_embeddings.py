@@ -142,7 +142,7 @@ class OpenAIProvider:
             if untrusted := certificate_problem(exc, self._url):
                 raise ConfigurationError(f"{untrusted}.") from exc
             raise ProviderUnavailableError(
-                problem_of(exc, self._url)
+                problem_of(exc, self._url, "OPENAI_BASE_URL")
                 or f"no complete answer from OpenAI ({type(exc).__name__}); check the network and OPENAI_BASE_URL"
             ) from exc
 

@@ -163,7 +163,7 @@ class ServiceClient:
             if isinstance(exc, TimeoutError) and not isinstance(exc, aiohttp.ConnectionTimeoutError):
                 raise ServiceTimeoutError("The service did not answer within --timeout.") from exc
             raise ServiceAwayError(
-                problem_of(exc, self._target.url)
+                problem_of(exc, self._target.url, "--url")
                 or f"No service answers at {self._target.url}; start it (make serve) or correct --url."
             ) from exc
 

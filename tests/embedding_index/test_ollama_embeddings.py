@@ -239,7 +239,7 @@ def test_errors_have_the_reason_of_the_server(fake: FakeOllama, provider: Ollama
 
 @pytest.mark.parametrize(
     ("step", "scheme", "words"),
-    [(reset, "http", "closed the connection before"), (reset, "https", "no TLS with Ollama at https://")],
+    [(reset, "http", "closed the connection before"), (reset, "https", "no TLS connection to https://")],
 )
 def test_start_it_is_said_only_without_a_connection(step: Step, scheme: str, words: str) -> None:
     with scripted_server() as server:

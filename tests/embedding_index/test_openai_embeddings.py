@@ -144,7 +144,8 @@ def test_errors_have_the_reason_of_the_server(fake: FakeOpenAI, provider: OpenAI
 def test_echo_of_the_request_and_of_the_key_is_not_shown() -> None:
     def echo(handler: Handler) -> None:
         request = handler.server_state.requests[-1]
-        text = f"{request.headers['Authorization']} {request.body.decode().replace('{', '')}"
+        key = next(value for name, value in request.headers.items() if name.lower() == "authorization")
+        text = f"{key} {request.body.decode().replace('{', '')}"
         answer({"detail": [{"msg": text}]}, 422)(handler)
 
     with (
@@ -161,7 +162,7 @@ def test_server_without_tls_is_called_that() -> None:
     with (
         scripted_server() as server,
         closing(open_openai(f"{server.url.replace('http', 'https')}/v1")) as provider,
-        pytest.raises(ProviderUnavailableError, match=r"no TLS with OpenAI at 127.0.0.1:\d+ .*OPENAI_BASE_URL"),
+        pytest.raises(ProviderUnavailableError, match=r"no TLS connection to https://127.0.0.1:\d+ .*OPENAI_BASE_URL"),
     ):
         provider.embed(TEXTS)
 
