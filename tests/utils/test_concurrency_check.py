@@ -138,7 +138,7 @@ def test_an_answer_that_is_no_use_still_took_its_time(fake: FakeOllama) -> None:
     [
         (["--model", "llama3.2", "--ollama-endpoint", "http://127.0.0.1:1"], 3, "no connection to the model server"),
         (["--model", "x:cloud"], 2, "cloud"),
-        (["--ollama-endpoint", "nonsense"], 2, "OLLAMA_ENDPOINT"),
+        (["--ollama-endpoint", "ftp://nonsense"], 2, "OLLAMA_ENDPOINT"),
     ],
 )
 def test_errors_are_one_sentence(
