@@ -299,13 +299,20 @@ class BatchRun:
             logger.warning("the run goes on without the indexes of the source: %s", exc)
 
     async def _count_left_out(self) -> None:
-        """Count and log what this run did not select; an error here must not fail a run that is done."""
+        """Count and log what this run did not select; an error here must not fail a run that is done, nor hold a stop."""
         queued, skipped = len(self._failed_now()), self._settlement.stats.skipped - self._settlement.unusable
+        counting = asyncio.create_task(count_left_out(self._store, queued=queued, skipped_now=skipped))
+        counting.add_done_callback(lambda _: self._progress.set())
         try:
-            self._left_out = await count_left_out(self._store, queued=queued, skipped_now=skipped)
+            await self._until(lambda: counting.done() or self._stop.is_set())
+            if not counting.done():
+                return
+            self._left_out = counting.result()
         except StoreError as exc:
             logger.warning("could not count the documents that were not selected: %s", exc)
             return
+        finally:
+            counting.cancel()
         for problem in self._left_out.problems(self._settings.results_collection):
             logger.info("%s %s", *problem)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
 from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_ollama import FakeOllama
-from tests.worker.site import ROOT, conversation, open_site
+from tests.worker.site import ROOT, conversation, open_site, until
 from utils.batch_file_manager import is_same_source
 
 Client = MongoClient[dict[str, Any]]
@@ -191,6 +193,21 @@ async def test_count_that_the_server_ends_is_a_warning(
         done = await run(uri_of(strict, "root", "r"), tmp_path, mongodb_max_retries=1)
     assert done["successful"] == 3
     assert "the run goes on without the number of documents" in caplog.text
+
+
+def test_stop_waits_for_no_count(strict: EmbeddedMongod, client: Client, model: FakeOllama, tmp_path: Path) -> None:
+    """Counts have no time limit, so one at the end of a run must not delay its stop."""
+    with (
+        open_site(uri_of(strict, "root", "r"), DB_NAME, model, tmp_path) as site,
+        failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=12_000),
+        site.start(MONGODB_TIMEOUT_MS="500", MONGODB_MAX_RETRIES="1") as worker,
+    ):
+        until(lambda: site.source.count_documents({"status": "processed"}) == 3)
+        time.sleep(1)
+        assert worker.process.poll() is None
+        worker.send(signal.SIGTERM)
+        assert worker.ended(8).code == 130
+    assert client[DB_NAME].sentimental_analysis.count_documents({}) == 3
 
 
 async def test_server_without_retryable_writes_is_named_by_run_and_doctor(
