@@ -21,6 +21,7 @@ _FLOORS = (0.0, 0.6, 0.0, 0.25, 0.0, 0.18, 0.25, 0.4)
 _MOST = (0.0, 1.0, 0.4, 1.0, 1.0, 2.0, 3.0, 4.0)
 DEVIATIONS = 1.6  # above the expected count: one prompt in twenty is longer
 NOISE, LEAST_NOISE = 0.06, 8.0  # texts of one kind differ by this share, and by some tokens
+TEMPLATE_TOKENS = 500  # the most that a chat template adds to a prompt
 ODD = 4.0  # deviations: such a text is not like the others
 FITTING_DEVIATIONS = (1.0, 0.6)  # before and after a count of the same text: a refusal of a fitted prompt costs little
 DENSE, DENSE_SYSTEM, KNOWN = 1.2, 1.35, 0.04  # times the most expected; margin; deviation of a part that is known
@@ -88,6 +89,7 @@ class TokenEstimator:
 
     def __init__(self, system_prompt: str) -> None:
         self._system: _Pieces = (1.0, *count_pieces(system_prompt)[1:])
+        self._system_bytes = len(system_prompt.encode("utf-8", "replace"))
         self._rates = list(_RATES)
         self._covariance = [
             [spread**2 if row == column else 0.0 for column in range(len(_RATES))]
@@ -161,7 +163,9 @@ class TokenEstimator:
 
     def learn(self, text: str, prompt_tokens: int) -> None:
         """Record that the server counted *prompt_tokens* for the whole prompt with *text* in it."""
-        if _RUN.search(text):  # long runs say nothing about other texts
+        most = self._system_bytes + len(text.encode("utf-8", "replace")) + TEMPLATE_TOKENS
+        # Long runs say nothing about other texts; more tokens than bytes are not those of this prompt.
+        if _RUN.search(text) or prompt_tokens > most:
             return
         pieces = count_pieces(text)
         prompt = self._with_system(pieces)

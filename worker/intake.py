@@ -153,9 +153,8 @@ class DocumentIntake:
     ) -> AsyncGenerator[BatchInWork]:
         limit, only, kinds = self._options.limit, self._options.only, self._parts.kinds
         while limit is None or self._taken < limit:
-            known = len(self._store.unusable)
             page = await self._store.read_page(selection, after, bound, self._options.batch_size)
-            self._settlement.count_unusable(len(self._store.unusable) - known)
+            self._settlement.count_unusable(len(self._store.unusable))
             if not page:
                 return
             after = [page[-1]["_id"]]

@@ -232,11 +232,11 @@ class Settlement:
         item.note("failed", reason=verdict.reason, problem=verdict.problem, is_final=verdict.is_final)
         self.end(item, verdict, result)
 
-    def count_unusable(self, number: int) -> None:
-        """Count *number* documents that were read, and cannot be named in MongoDB, as skipped."""
-        self.unusable += number
-        self.stats.processed += number
-        self.stats.skipped += number
+    def count_unusable(self, total: int) -> None:
+        """Count as skipped that *total* documents were read so far that cannot be named in MongoDB."""
+        new, self.unusable = total - self.unusable, total
+        self.stats.processed += new
+        self.stats.skipped += new
 
     def found_done(self, documents: list[Document]) -> None:
         """Queue the final status of *documents*, which already have a result."""

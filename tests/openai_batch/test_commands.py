@@ -334,7 +334,9 @@ def test_output_has_no_secret_and_no_document_text(job: Job, openai: FakeOpenAI)
     with job.started("run", "--verbose", "--limit", "7", **secrets) as running:
         out, err = running.communicate(timeout=END_S)
     assert running.returncode == 1, err
-    openai.configure(faults=[{"kind": "unauthorized_401", "message": "CANARY-SECRET-5"}])
+    openai.configure(
+        faults=[{"kind": "unauthorized_401", "message": "Incorrect API key provided: sk-CANARY-SECRET-1."}]
+    )
     job.documents.update_many({}, {"$set": {"ai_status": "pending"}})
     refused = job.cli("run", **secrets)
     assert refused.code == 2

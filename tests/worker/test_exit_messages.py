@@ -42,7 +42,7 @@ def test_certificate_that_is_not_trusted(site: Site, certificate: Path) -> None:
     context.load_cert_chain(certificate)
     with scripted_server(tls=context) as server:
         words = last_words(site, OLLAMA_ENDPOINT=server.url.replace("http", "https"))
-    assert "is not trusted (self-signed certificate); name its CA in SSL_CERT_FILE, or correct" in words
+    assert "is not trusted (self-signed certificate); set SSL_CERT_FILE (or REQUESTS_CA_BUNDLE)" in words
     assert "start it" not in words
 
 
