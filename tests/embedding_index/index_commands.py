@@ -106,9 +106,19 @@ class IndexSite:
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         environment = self.environment | {"TERM": "xterm"} | changes
-        with ForkedProcess(
-            self._command(flags), environment, self.folder, None, streams=[theirs] * 3, preload=OF_THE_INDEX
-        ) as process:
+        with open(os.devnull, "rb") as nothing:
+            # A terminal that is nobody's controlling terminal: the kernel discards what has not been read yet if the leader
+            # of its session ends.
+            given = nothing.fileno() if answer is None else theirs
+            process = ForkedProcess(
+                self._command(flags),
+                environment,
+                self.folder,
+                None,
+                streams=[given, theirs, theirs],
+                preload=OF_THE_INDEX,
+            )
+        with process:
             os.close(theirs)
             shown = _read(ours, answer)
             code = process.wait(END_S)
