@@ -25,7 +25,7 @@ MAX_BROKEN_OBJECTS = 200
 MAX_CATEGORIZATION_CHARACTERS = 200
 MAX_TRUNCATIONS = 2  # after a refusal; the second one helps if the kept part has more tokens than the rest
 
-# How models mark reasoning when the server leaves it in the text: <think> (most), [THINK] (Magistral), <|channel|>
+# The tags of reasoning that servers leave in the text: <think> (most), [THINK] (Magistral), <|channel|>
 # (gpt-oss), <|START_THINKING|> (Command), a triangle (Kimi).
 _NAMES = "(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad)"
 _REASONING_TAG = re.compile(
@@ -41,7 +41,7 @@ _REPAIR = (
 
 
 class Classifier:
-    """What one taxonomy decides: the prompt, the JSON Schema of a reply, and its parser. Keep one for each model.
+    """The parts that follow from one taxonomy: prompt, JSON Schema of a reply, and parser. Keep one for each model.
 
     *truncator* fits long conversations into the window as *on_long* says, and learns from the answers of the model.
     """

@@ -25,8 +25,8 @@ def chat_messages(system_prompt: str, transcript: str) -> list[Message]:
     ]
 
 
-# What is read of a source document: whatever aggregator, StalenessChecker and is_query look at. The rest, such as
-# attachments, stays in MongoDB.
+# The fields of a source document that aggregator, StalenessChecker and is_query use. The others, such as attachments,
+# are not read.
 SOURCE_FIELDS = (
     *("tweets", "messages", "text", "conversation_number"),
     *("status", "status_reason", "processed", "processing_attempts"),

@@ -60,7 +60,7 @@ _one_start_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it wrote; on a terminal all of it is *out*."""
+    """Exit code and output of a command; on a terminal all output is in *out*."""
 
     code: int
     out: str
@@ -68,7 +68,7 @@ class Ended:
 
     @property
     def json(self) -> Any:
-        """What it printed with ``--json``."""
+        """The output of ``--json``."""
         return json.loads(self.out)
 
     @property
