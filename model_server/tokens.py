@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 # Rate, its standard deviation, and the lowest rate, of: the template, words, ASCII letters, digits, other ASCII signs,
 # characters of two (Greek, Cyrillic, Arabic), three (Chinese, Thai, Hindi) and four (emoji) bytes. English has the same
@@ -52,7 +53,8 @@ def count_pieces(text: str) -> _Pieces:
 
 
 def _dot(first: Sequence[float], second: Sequence[float]) -> float:
-    return sum(map(float.__mul__, map(float, first), map(float, second)))
+    products: Iterator[float] = map(operator.mul, first, second)
+    return sum(products)
 
 
 def most_tokens(text: str) -> float:

@@ -232,10 +232,12 @@ class TranscriptTruncator:
         """
         if prompt_tokens is None or self._refuses:
             return
-        estimate = self.estimator.prompt_tokens(sent.transcript)
         least = max(self.estimator.least_prompt_tokens(sent.transcript), LEAST_SHARE * self._least(sent.transcript))
         is_half = target.protocol != "openai_chat" and is_half_window(target, prompt_tokens)
-        if prompt_tokens < least or (is_half and estimate > SUSPECT_RATIO * prompt_tokens):
+        if prompt_tokens >= least and not is_half:
+            return
+        estimate = self.estimator.prompt_tokens(sent.transcript)
+        if prompt_tokens < least or estimate > SUSPECT_RATIO * prompt_tokens:
             raise LLMReplyError(
                 f"the server counted {prompt_tokens} prompt tokens for an estimated {estimate}: it cut the prompt",
                 Reason.CONTEXT_OVERFLOW,
