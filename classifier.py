@@ -223,7 +223,8 @@ def _without_reasoning(reply: str) -> str:
         raise LLMReplyError("the answer is too long", Reason.NOT_JSON)
     kept: list[str] = []
     place, is_reasoning = 0, False
-    for tag in () if _is_json(text) else _REASONING_TAG.finditer(text):
+    tags = list(_REASONING_TAG.finditer(text))
+    for tag in () if tags and _is_json(text) else tags:
         if tag["close"]:
             kept = [] if not is_reasoning else kept
             place, is_reasoning = tag.end(), False

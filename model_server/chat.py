@@ -112,7 +112,8 @@ def lesson(target: ChatTarget, status: int, body: bytes) -> dict[str, Any]:
         return {"logprobs": False}
     if status in _NO_LESSON:
         return {}
-    if changes := thinking_lesson(target, status, body):
+    changes = thinking_lesson(target, status, body)
+    if changes or (status == 200 and target.protocol != "openai_chat" and b'"error"' not in body):  # nearly all answers
         return changes
     fields = _object(body)
     if status == 200 and not error_in_body(fields):

@@ -217,10 +217,9 @@ def parse_chat_response(target: ChatTarget, status: int, body: bytes, messages: 
 
 def error_in_body(fields: dict[str, Any]) -> str | dict[str, Any] | None:
     """Return the error in the body of an answer, whatever its status: of the answer, or of its first choice."""
-    choice = first_choice(fields)
     if fields.get("object") == "error":
         return fields
-    found = fields.get("error") or choice.get("error")
+    found = fields.get("error") or first_choice(fields).get("error")
     return found if isinstance(found, str | dict) else None
 
 

@@ -98,10 +98,14 @@ class TokenEstimator:
             for row, spread in enumerate(_SPREADS)
         ]
 
-    @property
-    def system_tokens(self) -> int:
-        """The most tokens that system prompt and template are likely to have."""
-        return math.ceil(self._most(self._system, 0.0))
+        self.system_tokens = (
+            self._most_of_system()
+        )  # the most tokens that system prompt and template are likely to have
+
+    def fits(self, text: str, most_prompt_tokens: int) -> bool:
+        """Return whether a prompt with *text* in it has at most *most_prompt_tokens*, whatever the rates. Cheap."""
+        room = most_prompt_tokens - self.system_tokens
+        return 4 * len(text) <= room or most_tokens(text) <= room  # a character has at most four bytes
 
     def text_tokens(self, text: str) -> float:
         """Return the most tokens that *text*, a part of the user message, is likely to have."""
@@ -113,8 +117,14 @@ class TokenEstimator:
         pieces = count_pieces(text)
         return math.ceil(self._most(self._with_system(pieces), NOISE * _dot(self._rates, pieces)))
 
-    def least_prompt_tokens(self, text: str) -> float:
-        """Return the fewest tokens that the whole prompt with *text* in it can have; a lower count proves a cut prompt."""
+    def least_prompt_tokens(self, text: str, enough: float = 0.0) -> float:
+        """Return the fewest tokens that the whole prompt with *text* in it can have; a lower count proves a cut prompt.
+
+        If the result cannot exceed *enough*, it is not worked out and *enough* is returned.
+        """
+        whole = self._with_system(count_pieces(text))
+        if max(CUT_SHARE * _dot(self._rates, whole), _dot(_FLOORS, whole)) <= enough:
+            return enough
         pieces = count_pieces(_RUN.sub(r"\1\1\1", text))  # a tokenizer may know long runs
         prompt = self._with_system(pieces)
         expected = _dot(self._rates, prompt)
@@ -183,9 +193,13 @@ class TokenEstimator:
             self._covariance[row] = [
                 value - weight * other / total for value, other in zip(self._covariance[row], shared, strict=True)
             ]
+        self.system_tokens = self._most_of_system()
+
+    def _most_of_system(self) -> int:
+        return math.ceil(self._most(self._system, 0.0))
 
     def _with_system(self, pieces: _Pieces) -> _Pieces:
-        return tuple(map(float.__add__, map(float, self._system), map(float, pieces)))
+        return tuple(map(operator.add, self._system, pieces))
 
     def _deviation(self, pieces: _Pieces, noise: float) -> float:
         variance = _dot([_dot(row, pieces) for row in self._covariance], pieces)

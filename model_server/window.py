@@ -232,7 +232,10 @@ class TranscriptTruncator:
         """
         if prompt_tokens is None or self._refuses:
             return
-        least = max(self.estimator.least_prompt_tokens(sent.transcript), LEAST_SHARE * self._least(sent.transcript))
+        least = max(
+            self.estimator.least_prompt_tokens(sent.transcript, prompt_tokens),
+            LEAST_SHARE * self._least(sent.transcript, int(prompt_tokens / LEAST_SHARE)),
+        )
         is_half = target.protocol != "openai_chat" and is_half_window(target, prompt_tokens)
         if prompt_tokens >= least and not is_half:
             return
@@ -251,16 +254,21 @@ class TranscriptTruncator:
         if prompt_tokens is not None and (self._answers <= LEARN_FROM_ALL or self._answers % LEARN_FROM_EACH == 0):
             self.estimator.learn(sent.transcript, prompt_tokens)
 
-    def _least(self, transcript: str) -> int:
+    def _least(self, transcript: str, enough: int) -> int:
+        # Each word part takes at least two characters: a letter and a separator, or sixteen letters.
+        if self._least_of_system_prompt + (len(transcript) + 1) // 2 <= enough:
+            return enough
         return self._least_of_system_prompt + least_tokens(transcript)
 
     def _fit(
         self, conversation: Conversation, window: int, sent: str, counted: float | None, refusal: LLMError | None
     ) -> Fitted:
         """Return what fits into *window*; *counted* are the tokens of the prompt with *sent* in it, if they are known."""
-        room, tokens_of = self.estimator.counter(sent, window - NUM_PREDICT - REPAIR_ROOM, counted)
-        # A character has at most four bytes, and a byte is at most one token.
-        if refusal is None and (4 * len(sent) <= room or tokens_of(sent) <= room):
+        most_prompt_tokens = window - NUM_PREDICT - REPAIR_ROOM
+        if refusal is None and self.estimator.fits(sent, most_prompt_tokens):
+            return Fitted(conversation.transcript)
+        room, tokens_of = self.estimator.counter(sent, most_prompt_tokens, counted)
+        if refusal is None and tokens_of(sent) <= room:
             return Fitted(conversation.transcript)
         if self._on_long == "fit":
             if fitted := fit_conversation(conversation, room, tokens_of):

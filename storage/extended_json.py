@@ -37,7 +37,8 @@ _ORJSON_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATET
 def dumps(value: Any) -> bytes:
     """Return *value* as one line of Extended JSON, UTF-8."""
     try:
-        if _DOLLAR_KEY.search(orjson.dumps(value, default=_without_types, option=_ORJSON_OPTIONS)):
+        plain_data = orjson.dumps(value, default=_without_types, option=_ORJSON_OPTIONS)
+        if b'"$' in plain_data and _DOLLAR_KEY.search(plain_data):
             value = _escaped(value)
         data = orjson.dumps(value, default=_default, option=_ORJSON_OPTIONS)
         if b"null" in data:  # orjson also writes NaN and the infinities as null

@@ -13,7 +13,7 @@ from pymongo import MongoClient
 
 from config import load_taxonomy
 from model_server.protocol import ChatTarget, parse_chat_response
-from model_server.tokens import TokenEstimator, least_prompt_tokens, least_tokens
+from model_server.tokens import TokenEstimator, least_prompt_tokens, least_tokens, most_tokens
 from prompt_builder import build_system_prompt, chat_messages
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 from tests.worker.engine_run import run_worker
@@ -101,6 +101,22 @@ def test_estimate_improves_with_answers(engine: TinyEngine, script: str) -> None
         text = text_of(script, 1500, 100 + seed)
         truth = tokens(engine, text, prompt=True)
         assert truth <= estimator.prompt_tokens(text) <= 1.25 * truth
+
+
+@pytest.mark.parametrize("text", ["short", "the parcel is late. " * 40, "=" * 5000, "订单" * 300, "12 34 " * 200])
+def test_count_of_a_whole_prompt_is_judged_alike_without_the_exact_estimate(text: str) -> None:
+    estimator = TokenEstimator(build_system_prompt(load_taxonomy()))
+    exact = estimator.least_prompt_tokens(text)
+    for counted in (1, int(exact) - 1, int(exact) + 1, 4 * int(exact)):
+        assert (counted < estimator.least_prompt_tokens(text, counted)) == (counted < exact)
+
+
+@pytest.mark.parametrize("text", ["short", "the parcel is late. " * 40, "订单" * 300, "\U0001f4e6" * 300])
+def test_text_that_fits_for_certain_has_a_token_for_each_byte_or_the_highest_rates(text: str) -> None:
+    estimator = TokenEstimator(build_system_prompt(load_taxonomy()))
+    most = min(4 * len(text), most_tokens(text)) + estimator.system_tokens
+    assert estimator.fits(text, int(most) + 1)
+    assert not estimator.fits(text, int(most) - 1)
 
 
 def test_dense_tokenizer_is_learnt_at_once() -> None:
