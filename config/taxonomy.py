@@ -34,11 +34,20 @@ class Taxonomy:
     topics: tuple[Label, ...]
     sentiments: tuple[str, ...]
 
-    def names(self, field: str) -> tuple[str, ...]:
-        """Return the allowed values of *field*: ``intent``, ``topic`` or ``sentiment``."""
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """The fields of a classification that have a closed list of labels, in the order of results."""
+        return ("intent", "topic", "sentiment")
+
+    def labels(self, field: str) -> tuple[Label, ...]:
+        """Return the labels of *field*, one of ``field_names``, in the order of the file."""
         if field == "sentiment":
-            return self.sentiments
-        return tuple(label.name for label in (self.intents if field == "intent" else self.topics))
+            return tuple(Label(name, "") for name in self.sentiments)
+        return self.intents if field == "intent" else self.topics
+
+    def names(self, field: str) -> tuple[str, ...]:
+        """Return the names of the labels of *field*."""
+        return tuple(label.name for label in self.labels(field))
 
 
 def fold_label(text: str) -> str:
