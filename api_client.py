@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from domain.conversation import stored_labels
 from domain.document_files import SAMPLES, read_documents
 from domain.text import one_line
 from error_handler import ExitCode, RequestError
@@ -30,7 +31,7 @@ from utils.process import number_between
 from utils.retry_utils import RetryPolicy
 
 EXPECTED = SAMPLES.with_name("sample_expected.jsonl")
-FIELDS = ("intent", "topic", "sentiment")
+FIELDS = ("intent", "topic", "sentiment")  # of the expected labels
 MIN_TURNS = 3
 MAX_SAMPLES = 100
 AT_ONCE = 4
@@ -110,28 +111,31 @@ def _print_table(
     documents: Sequence[Document], answers: Sequence[dict[str, Any] | str], expected: dict[bytes, dict[str, str]]
 ) -> None:
     table = Table(title="Labels of the service; the expected label in brackets if it differs", title_justify="left")
-    for heading in ("conversation", "turns", *FIELDS, "categorization"):
+    answered = [labels for labels in answers if isinstance(labels, dict)]
+    fields = list(dict.fromkeys(field for labels in answered for field in stored_labels(labels))) or [*FIELDS]
+    for heading in ("conversation", "turns", *fields, "categorization"):
         table.add_column(heading, overflow="fold")
-    right = dict.fromkeys(FIELDS, 0)
+    right = {field: 0 for field in fields if field in FIELDS}
     for document, labels in zip(documents, answers, strict=True):
         wanted = expected.get(id_key(document["_id"]), {})
         turns = document.get("tweets") or document.get("messages") or []
         head = (str(document.get("conversation_number")), str(len(turns)))
         if isinstance(labels, str):
-            table.add_row(*map(escape, head), "[red]none[/]", "", "", escape(labels))
+            table.add_row(*map(escape, head), "[red]none[/]", *[""] * (len(fields) - 1), escape(labels))
             continue
         cells = []
-        for name in FIELDS:
-            is_right = labels[name] == wanted.get(name)
-            right[name] += is_right
+        for name in fields:
+            given = ", ".join(stored_labels(labels).get(name, []))
+            is_right = given == wanted.get(name)
+            if name in right:
+                right[name] += is_right
             missed = "" if is_right or name not in wanted else f" [yellow]({escape(wanted[name])})[/]"
-            cells.append(escape(labels[name]) + missed)
-        table.add_row(*map(escape, head), *cells, escape(one_line(labels["categorization"], 90)))
+            cells.append(escape(given) + missed)
+        table.add_row(*map(escape, head), *cells, escape(one_line(labels.get("categorization", ""), 90)))
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table)
-    answered = sum(isinstance(answer, dict) for answer in answers)
     shares = ", ".join(f"{name} {count}" for name, count in right.items())
-    console.print(f"{answered} of {len(answers)} answered; as expected: {shares}", soft_wrap=True)
+    console.print(f"{len(answered)} of {len(answers)} answered; as expected: {shares}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
 from classifier import Classifier
-from config import Settings, load_settings, load_taxonomy
+from config import Settings, Taxonomy, load_settings, load_taxonomy
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
 from error_handler import LLMUnavailableError
@@ -104,15 +104,16 @@ class BatchProcessor:
             await self.store.check()
             self._source = await self.store.identity()
             self.files.require_source(self._source)
-            classify = self._given_classify or await self._connect_model(stack)
+            taxonomy = load_taxonomy(self.settings.taxonomy_file)
+            classify = self._given_classify or await self._connect_model(stack, taxonomy)
             recorder = self._observers.recorder
             self._classify = recorder.recorded(classify) if recorder else classify
-            await self.store.ensure_result_indexes()
+            await self.store.ensure_result_indexes(taxonomy.field_names)
             self._stack = stack.pop_all()
         self._connected = True
 
-    async def _connect_model(self, stack: AsyncExitStack) -> Classify:
-        classifier = Classifier(load_taxonomy(self.settings.taxonomy_file), self.settings.on_long)
+    async def _connect_model(self, stack: AsyncExitStack, taxonomy: Taxonomy) -> Classify:
+        classifier = Classifier(taxonomy, self.settings.on_long)
         session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
         if self.settings.max_concurrent == "auto":
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from typing import Any, Protocol
 
 from config import Taxonomy
-from config.taxonomy import fold_label
+from config.taxonomy import Field, fold_label
 from domain.confidence import label_confidence
 from domain.conversation import Classification, Conversation, Message, Outcome, chat_messages, result_fingerprint
 from domain.text import one_line, prompt_text
@@ -18,8 +18,6 @@ from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
 from model_server.window import OnLong, TranscriptTruncator
 from prompt_builder import build_system_prompt
 
-LABELS = ("intent", "topic", "sentiment")
-FIELDS = ("categorization", *LABELS)
 MAX_REPLY_CHARACTERS = 65_536  # an answer has a few thousand (num_predict is 700)
 MAX_BROKEN_OBJECTS = 200
 MAX_CATEGORIZATION_CHARACTERS = 200
@@ -36,7 +34,7 @@ _REASONING_TAG = re.compile(
 
 _REPAIR = (
     "Your answer could not be used: {problem}. Answer again for the same conversation with one JSON object with "
-    "exactly the keys categorization, intent, topic and sentiment, and labels from the lists only."
+    "exactly the {keys}, and labels from the lists only."
 )
 
 
@@ -49,7 +47,8 @@ class Classifier:
     def __init__(self, taxonomy: Taxonomy, on_long: OnLong = "fit") -> None:
         self.system_prompt = build_system_prompt(taxonomy)
         self.truncator = TranscriptTruncator(self.system_prompt, on_long)
-        self._names = {field: taxonomy.names(field) for field in LABELS}
+        self._taxonomy = taxonomy
+        self._names = {field.name: field.names for field in taxonomy.fields}
         self._labels = {field: {fold_label(name): name for name in names} for field, names in self._names.items()}
         self.schema_json = json.dumps(classification_schema(taxonomy), ensure_ascii=False).encode()
 
@@ -91,19 +90,48 @@ class Classifier:
         return found
 
     def _classification(self, fields: dict[str, Any]) -> Classification:
-        missing = [name for name in FIELDS if not isinstance(fields.get(name), str)]
+        multiple = {field.name for field in self._taxonomy.fields if field.is_multiple}
+        missing = [key for key in self._taxonomy.keys if key not in multiple and not isinstance(fields.get(key), str)]
         if missing:
             raise LLMReplyError(f"missing or not a text: {', '.join(missing)}", Reason.WRONG_SHAPE)
-        categorization = one_line(fields["categorization"], MAX_CATEGORIZATION_CHARACTERS)
-        if not categorization:
-            raise LLMReplyError("categorization is empty", Reason.WRONG_SHAPE)
-        return Classification(categorization, *(self._label(field, fields[field]) for field in LABELS))
+        missing = [key for key in sorted(multiple) if not _is_list_of_texts(fields.get(key))]
+        if missing:
+            raise LLMReplyError(f"missing or not a list of labels: {', '.join(missing)}", Reason.WRONG_SHAPE)
+        categorization = None
+        if self._taxonomy.has_categorization:
+            categorization = one_line(fields["categorization"], MAX_CATEGORIZATION_CHARACTERS)
+            if not categorization:
+                raise LLMReplyError("categorization is empty", Reason.WRONG_SHAPE)
+        labels = {name: self._value(name, fields[name]) for name in self._names}
+        return Classification(categorization=categorization, **labels)
+
+    def _value(self, field: str, value: str | list[str]) -> str | tuple[str, ...]:
+        """Return the label, or the labels of a multi-valued field: each once, in the order of the taxonomy."""
+        if isinstance(value, str):
+            return self._label(field, value)
+        found = {self._label(field, one) for one in value}
+        return tuple(name for name in self._names[field] if name in found)
 
     def confidence(self, reply: ChatReply, classification: Classification) -> dict[str, float] | None:
         """Return the probability of each label that was parsed from *reply*; None if it has no log probabilities."""
         if not reply.tokens:
             return None
         return label_confidence(reply.tokens, _without_reasoning(reply.text), classification, self._names)
+
+    def repair_messages(self, messages: list[Message], reply: ChatReply | None, problem: LLMError) -> list[Message]:
+        """Return *messages* with the unusable *reply* and a turn that explains the error.
+
+        If there is no reply (cut off, empty), *messages* are returned to be sent again.
+        """
+        if reply is None:
+            return messages
+        *others, last = self._taxonomy.keys
+        keys = f"keys {', '.join(others)} and {last}" if others else f"key {last}"
+        return [
+            *messages,
+            {"role": "assistant", "content": one_line(prompt_text(reply.text), 500)},
+            {"role": "user", "content": _REPAIR.format(problem=problem, keys=keys)},
+        ]
 
     def _label(self, field: str, value: str) -> str:
         label = value if value in self._names[field] else self._labels[field].get(fold_label(value))
@@ -120,18 +148,27 @@ def parse_classification(reply: str, taxonomy: Taxonomy) -> Classification:
 def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
     """Return the JSON Schema of an answer.
 
-    It is flat and uses only enums, because grammar compilers fail on patterns, formats and unions. The order of the
-    keys makes the model describe the conversation before it labels it.
+    It is flat and uses only enums and lists of enums, because grammar compilers fail on patterns, formats, unions and
+    uniqueItems. The order of the keys makes the model describe the conversation before it labels it.
     """
+    text = {"type": "string", "minLength": 1, "maxLength": MAX_CATEGORIZATION_CHARACTERS}
     return {
         "type": "object",
         "properties": {
-            "categorization": {"type": "string", "minLength": 1, "maxLength": MAX_CATEGORIZATION_CHARACTERS},
-            **{field: {"type": "string", "enum": list(taxonomy.names(field))} for field in LABELS},
+            **({"categorization": text} if taxonomy.has_categorization else {}),
+            **{field.name: _field_schema(field) for field in taxonomy.fields},
         },
-        "required": list(FIELDS),
+        "required": list(taxonomy.keys),
         "additionalProperties": False,
     }
+
+
+def _field_schema(field: Field) -> dict[str, Any]:
+    one = {"type": "string", "enum": list(field.names)}
+    if not field.is_multiple:
+        return one
+    # The limit ends the list of a model that repeats a label for ever.
+    return {"type": "array", "items": one, "minItems": 1, "maxItems": len(field.labels)}
 
 
 class ModelClient(Protocol):
@@ -179,7 +216,7 @@ def classification_flow(
                 raise
             else:
                 is_repair = True
-                messages = repair_messages(messages, reply, problem)
+                messages = classifier.repair_messages(messages, reply, problem)
     target = client.target
     return Outcome(
         classification,
@@ -197,18 +234,8 @@ def classification_flow(
     )
 
 
-def repair_messages(messages: list[Message], reply: ChatReply | None, problem: LLMError) -> list[Message]:
-    """Return *messages* with the unusable *reply* and a turn that explains the error.
-
-    If there is no reply (cut off, empty), *messages* are returned to be sent again.
-    """
-    if reply is None:
-        return messages
-    return [
-        *messages,
-        {"role": "assistant", "content": one_line(prompt_text(reply.text), 500)},
-        {"role": "user", "content": _REPAIR.format(problem=problem)},
-    ]
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def _without_reasoning(reply: str) -> str:

@@ -72,7 +72,7 @@ def create_app(
             except TriadError as exc:
                 app.problem = str(exc)
                 raise
-            document = orjson.dumps(openapi_document(app, service_settings))
+            document = orjson.dumps(openapi_document(app, service_settings, service.model.taxonomy))
             gc.collect()  # before the rest is exempted, or its garbage would stay
             tune_garbage_collection()
             yield {"service": service, "openapi": document}

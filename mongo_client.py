@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -21,6 +21,7 @@ from pymongo import ReplaceOne, WriteConcern, timeout
 from pymongo.errors import BulkWriteError
 
 from config import Settings
+from config.taxonomy import TRIAD
 from domain.conversation import SOURCE_FIELDS
 from error_handler import ConfigurationError, StoreForbiddenError, StoreRejectedError
 from storage.extended_json import Document, id_key
@@ -110,9 +111,12 @@ class DocumentStore:
         uuid = found[0].get("info", {}).get("uuid") if found else None
         return f"{self._source.full_name} -> {self._results.name} ({uuid.hex() if uuid else 'new'})"
 
-    async def ensure_result_indexes(self) -> None:
-        """Create the indexes of the results; raise IndexBlockedError if stored results share a source id."""
-        await create_indexes(self._results, result_indexes(), self._patiently)
+    async def ensure_result_indexes(self, fields: Iterable[str] = TRIAD.values()) -> None:
+        """Create the indexes of results with labels of *fields*.
+
+        Raise IndexBlockedError if stored results share a source id.
+        """
+        await create_indexes(self._results, result_indexes(fields), self._patiently)
 
     async def ensure_source_indexes(self) -> None:
         """Create the indexes of the source and of the leases; takes as long as the collection is large."""

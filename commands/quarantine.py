@@ -124,7 +124,10 @@ def _everything(entry: FailedDocument, *, as_json: bool) -> str:
     ]
     if entry.status == "write_failed":
         lines.append("classification  known; only the write failed, so the model is not called again")
-        lines += [f"  {name:16}{value}" for name, value in (classification or {}).items()]
+        lines += [
+            f"  {name:16}{', '.join(value) if isinstance(value, list) else value}"
+            for name, value in (classification or {}).items()
+        ]
     text = "not stored" if entry.conversation_data is None else extended_json.pretty(entry.conversation_data)
     return escaped("\n".join([*lines, f"conversation    {text}"]))
 

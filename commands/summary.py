@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from config import Settings
+from domain.conversation import stored_labels
 from domain.text import counted, one_line
 from storage.extended_json import id_text
 from worker.left_out import LeftOut, is_fruitless
 
 BAR_WIDTH = 28
-FIELDS = ("intent", "topic", "sentiment")
 
 
 def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> None:
@@ -92,12 +92,17 @@ def _print_review(console: Console, stats: dict[str, Any]) -> None:
 
 def print_labels(console: Console, counts: dict[str, dict[str, int]]) -> None:
     """Print the share of each label as a bar, the most frequent first. *counts*: field -> label -> documents."""
-    for field in FIELDS:
-        labels = counts.get(field)
+    for field, labels in counts.items():
         if not labels:
             continue
         total = sum(labels.values())
-        table = Table(title=field.capitalize(), box=None, show_header=False, title_justify="left", title_style="bold")
+        table = Table(
+            title=field.capitalize().replace("_", " "),
+            box=None,
+            show_header=False,
+            title_justify="left",
+            title_style="bold",
+        )
         for label, count in sorted(labels.items(), key=lambda pair: -pair[1]):
             share = count / total
             bar = "█" * max(1, round(share * BAR_WIDTH))
@@ -108,12 +113,16 @@ def print_labels(console: Console, counts: dict[str, dict[str, int]]) -> None:
 def print_examples(console: Console, results: Sequence[dict[str, Any]]) -> None:
     """Print one row for each of *results*."""
     table = Table(title="Examples", title_justify="left", title_style="bold", box=None)
-    for heading in ("conversation", *FIELDS, "categorization"):
+    fields = list(dict.fromkeys(field for result in results for field in stored_labels(result["classification"])))
+    has_sentence = any("categorization" in result["classification"] for result in results)
+    for heading in ("conversation", *fields, *(["categorization"] if has_sentence else [])):
         table.add_column(heading, overflow="fold")
     for result in results:
-        labels = result["classification"]
+        labels = stored_labels(result["classification"])
         name = result.get("conversation_number") or id_text(result["source_conversation_id"])
-        row = (one_line(name, 40), *(labels[field] for field in FIELDS), one_line(labels["categorization"], 70))
+        row = [one_line(name, 40), *(", ".join(labels.get(field, [])) for field in fields)]
+        if has_sentence:
+            row.append(one_line(result["classification"].get("categorization", ""), 70))
         table.add_row(*(escape(text) for text in row))  # rich would read "[/b]" as markup
     console.print(table)
 

@@ -1,7 +1,8 @@
-"""The taxonomy: the allowed labels, read from a YAML file that users can replace."""
+"""The taxonomy: the fields of a classification and their allowed labels, read from a YAML file that users can replace."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,17 @@ import yaml
 from error_handler import ConfigurationError
 
 DEFAULT_TAXONOMY = Path(__file__).with_name("taxonomy.yaml")
+
+TRIAD = {"intents": "intent", "topics": "topic", "sentiments": "sentiment"}  # a key of the file -> its field
+_OTHER_KEYS = ("fields", "categorization")
+
+# A field name is a key in JSON, in MongoDB and in Python, and a heading in the prompt.
+_FIELD_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
+# The last eight stand beside the labels in the embedding index and its answers.
+_TAKEN = frozenset(
+    {*TRIAD, *TRIAD.values(), "categorization"}
+    | {"source_id", "conversation_number", "classified_at", "classified_by", "kind", "name", "similarity", "text"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,36 +36,71 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
-class Taxonomy:
-    """The allowed labels, in the order of the file.
+class Field:
+    """One field of a classification and its labels, at least one, in the order of the file.
 
-    Each group has at least one label. Names are unique without regard to case, spacing and Unicode form.
+    The names of labels are unique without regard to case, spacing and Unicode form. *definition* is what the field says
+    about a conversation; empty if the file has none. A field that *is_multiple* may have several labels at once.
     """
 
-    intents: tuple[Label, ...]
-    topics: tuple[Label, ...]
-    sentiments: tuple[str, ...]
+    name: str
+    labels: tuple[Label, ...]
+    definition: str = ""
+    is_multiple: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the labels."""
+        return tuple(label.name for label in self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Taxonomy:
+    """The fields of a classification, at least one, in the order of results.
+
+    *has_categorization* is False if the model writes no one-line summary beside the labels.
+    """
+
+    fields: tuple[Field, ...]
+    has_categorization: bool = True
 
     @property
     def field_names(self) -> tuple[str, ...]:
-        """The fields of a classification that have a closed list of labels, in the order of results."""
-        return ("intent", "topic", "sentiment")
+        """The names of the fields."""
+        return tuple(field.name for field in self.fields)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of a model's answer: the categorization first, if there is one, then the fields."""
+        return ("categorization", *self.field_names) if self.has_categorization else self.field_names
+
+    def field(self, name: str) -> Field:
+        """Return the field *name*, one of ``field_names``."""
+        return next(field for field in self.fields if field.name == name)
 
     def labels(self, field: str) -> tuple[Label, ...]:
         """Return the labels of *field*, one of ``field_names``, in the order of the file."""
-        if field == "sentiment":
-            return tuple(Label(name, "") for name in self.sentiments)
-        return self.intents if field == "intent" else self.topics
+        return self.field(field).labels
 
     def names(self, field: str) -> tuple[str, ...]:
         """Return the names of the labels of *field*."""
-        return tuple(label.name for label in self.labels(field))
+        return self.field(field).names
 
 
 def fold_label(text: str) -> str:
     """Return the form of *text* for comparing labels: NFC, case-folded and without spaces."""
     folded = unicodedata.normalize("NFC", "".join(text.split())).casefold()
     return unicodedata.normalize("NFC", folded)  # folding takes some letters apart
+
+
+class _TaxonomyLoader(yaml.CSafeLoader):
+    """Reads Yes, No, On and Off as texts: YAML would make true and false of the labels."""
+
+
+_TaxonomyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def load_taxonomy(path: Path | None = None) -> Taxonomy:
@@ -64,47 +111,99 @@ def load_taxonomy(path: Path | None = None) -> Taxonomy:
     """
     path = path or DEFAULT_TAXONOMY
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+        # The loader is a safe one.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaxonomyLoader)  # noqa: S506
     except OSError as exc:
         raise ConfigurationError(f"Cannot read the taxonomy {path} ({exc.strerror}); check TAXONOMY_FILE.") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         raise ConfigurationError(
             f"The taxonomy {path} is not valid YAML; compare it with config/taxonomy.yaml."
         ) from exc
-    if not isinstance(content, dict) or set(content) != {"intents", "topics", "sentiments"}:
-        raise ConfigurationError(f"The taxonomy {path} needs exactly the keys intents, topics and sentiments.")
-    sentiments = content["sentiments"]
-    if not isinstance(sentiments, list) or not all(isinstance(name, str) and name.strip() for name in sentiments):
-        raise ConfigurationError(f"In the taxonomy {path}, sentiments must be a list of names.")
-    _require_distinct(path, "sentiments", sentiments)
-    return Taxonomy(
-        intents=_labels(path, "intents", content["intents"]),
-        topics=_labels(path, "topics", content["topics"]),
-        sentiments=tuple(sentiments),
-    )
+    return _taxonomy(path, content if isinstance(content, dict) else {})
 
 
-def _labels(path: Path, group: str, entries: Any) -> tuple[Label, ...]:
-    if not isinstance(entries, dict) or not entries:
-        raise ConfigurationError(f"In the taxonomy {path}, {group} must map each label to its definition.")
-    _require_distinct(path, group, list(entries))
-    labels = []
-    for name, given in entries.items():
-        if not isinstance(name, str):  # Yes or 404 without quotes
+def _taxonomy(path: Path, content: dict[Any, Any]) -> Taxonomy:
+    if unknown := [key for key in content if key not in (*TRIAD, *_OTHER_KEYS)]:
+        raise ConfigurationError(
+            f"The taxonomy {path} has the unknown key {unknown[0]}; its keys are {', '.join((*TRIAD, *_OTHER_KEYS))}."
+        )
+    missing = [key for key in TRIAD if key not in content]
+    if missing and "fields" not in content:
+        raise ConfigurationError(
+            f"The taxonomy {path} lacks {' and '.join(missing)}; only a file with fields may leave out intents, topics "
+            "or sentiments."
+        )
+    triad = tuple(Field(name, _labels(path, key, content[key])) for key, name in TRIAD.items() if key in content)
+    more = _fields(path, content["fields"]) if "fields" in content else ()
+    has_categorization = _switch(path, "categorization", content.get("categorization", "true"))
+    return Taxonomy((*triad, *more), has_categorization)
+
+
+def _fields(path: Path, given: Any) -> tuple[Field, ...]:
+    if not isinstance(given, dict) or not given:
+        raise ConfigurationError(f"In the taxonomy {path}, fields must map each field to its labels.")
+    return tuple(_field(path, name, entry, list(given)) for name, entry in given.items())
+
+
+def _field(path: Path, name: Any, entry: Any, all_names: list[Any]) -> Field:
+    place = f"fields > {name}"
+    if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"In the taxonomy {path}, {place} is not a field name: it needs a letter, then at most 39 letters, digits "
+            "or underscores."
+        )
+    if name.casefold() in _TAKEN or sum(name.casefold() == str(other).casefold() for other in all_names) > 1:
+        raise ConfigurationError(f"In the taxonomy {path}, {place} has a name that is taken; choose another name.")
+    entry = {"labels": entry} if isinstance(entry, list) else entry
+    if not isinstance(entry, dict) or not {"labels"} <= entry.keys() <= {"definition", "labels", "multiple"}:
+        raise ConfigurationError(
+            f"In the taxonomy {path}, {place} must be a list of labels, or have the key labels and, if you like, "
+            "definition and multiple."
+        )
+    definition = entry.get("definition", "")
+    if not isinstance(definition, str):
+        raise ConfigurationError(f"In the taxonomy {path}, {place} > definition must be one line of text.")
+    labels = _labels(path, f"{place} > labels", entry["labels"])
+    is_multiple = _switch(path, f"{place} > multiple", entry.get("multiple", "false"))
+    return Field(name, labels, " ".join(definition.split()), is_multiple)
+
+
+def _switch(path: Path, place: str, value: Any) -> bool:
+    switch = {"true": True, "false": False}.get(str(value).casefold())
+    if switch is None:
+        raise ConfigurationError(f"In the taxonomy {path}, {place} must be true or false.")
+    return switch
+
+
+def _labels(path: Path, place: str, entries: Any) -> tuple[Label, ...]:
+    """Return the labels of a mapping to definitions or, except for intents and topics, of a list of names."""
+    if isinstance(entries, list) and place not in ("intents", "topics"):
+        if not all(isinstance(name, str) for name in entries):
             raise ConfigurationError(
-                f"In the taxonomy {path}, {group} > {name} is not a string in YAML; put it in quotes."
+                f"In the taxonomy {path}, {place} must be a list of names; put numbers and dates in quotes."
             )
-        entry = {"definition": given} if isinstance(given, str) else given
-        if not isinstance(entry, dict) or not isinstance(entry.get("definition"), str):
-            raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} needs a one-line definition.")
-        phrases = entry.get("phrases") or []
-        if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
-            raise ConfigurationError(f"In the taxonomy {path}, {group} > {name} > phrases must be a list of texts.")
-        labels.append(Label(name, " ".join(entry["definition"].split()), tuple(phrases)))
-    return tuple(labels)
+        _require_distinct(path, place, entries)
+        return tuple(Label(name, "") for name in entries)
+    if not isinstance(entries, dict) or not entries:
+        what = "map each label to its definition" if place in ("intents", "topics") else "be a list of names"
+        raise ConfigurationError(f"In the taxonomy {path}, {place} must {what}.")
+    _require_distinct(path, place, list(entries))
+    return tuple(_label(path, place, name, given) for name, given in entries.items())
 
 
-def _require_distinct(path: Path, group: str, names: list[Any]) -> None:
+def _label(path: Path, place: str, name: Any, given: Any) -> Label:
+    if not isinstance(name, str):  # 404 or a date without quotes
+        raise ConfigurationError(f"In the taxonomy {path}, {place} > {name} is not a string in YAML; put it in quotes.")
+    entry = {"definition": given} if isinstance(given, str) else given
+    if not isinstance(entry, dict) or not isinstance(entry.get("definition"), str):
+        raise ConfigurationError(f"In the taxonomy {path}, {place} > {name} needs a one-line definition.")
+    phrases = entry.get("phrases") or []
+    if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
+        raise ConfigurationError(f"In the taxonomy {path}, {place} > {name} > phrases must be a list of texts.")
+    return Label(name, " ".join(entry["definition"].split()), tuple(phrases))
+
+
+def _require_distinct(path: Path, place: str, names: list[Any]) -> None:
     folded = [fold_label(str(name)) for name in names]
     if not names or len(set(folded)) != len(names) or "" in folded:
-        raise ConfigurationError(f"In the taxonomy {path}, {group} must hold distinct, non-empty labels.")
+        raise ConfigurationError(f"In the taxonomy {path}, {place} must hold distinct, non-empty labels.")

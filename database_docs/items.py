@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-MetadataValue = str | int | float | bool
+MetadataValue = str | int | float | bool | list[str]
+
+# The metadata of a conversation beside its labels. No field of a taxonomy has such a name (config.taxonomy).
+CONVERSATION_FACTS = ("source_id", "conversation_number", "classified_at", "classified_by")
 
 
 class Kind(StrEnum):

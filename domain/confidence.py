@@ -11,6 +11,9 @@ was applied. So at each token of a label, only tokens that continue an allowed l
 The probability of a label is the product of for / (for + against) over its tokens, until only one label is possible. A
 label that no listed token leads to counts against, with the weight of the least likely listed token, which is the most
 it can have. So a value errs on the low side.
+
+A list of labels has the product of its labels, each against the labels that are not in the list: the probability that
+no label in it is wrong. A label that is missing from the list does not count.
 """
 
 from __future__ import annotations
@@ -24,21 +27,23 @@ from typing import Any
 
 from domain.conversation import Classification
 
-FIELDS = ("intent", "topic", "sentiment")
 MAX_TOKENS = 20_000  # an answer has a few hundred
 
 
 # The start of a token in the joined bytes, its bytes, and the server's entry.
 _Token = tuple[int, bytes, Mapping[str, Any]]
+# A label, and where its text and closing quote are.
+_Span = tuple[str, int, int]
+_DECODER = json.JSONDecoder()
 
 
 def label_confidence(
     tokens: Iterable[Any], reply: str, classification: Classification, labels: Mapping[str, Iterable[str]]
 ) -> dict[str, float] | None:
-    """Return the probability of each label of *classification*: intent, topic, sentiment -> 0 to 1, 4 digits.
+    """Return the probability of each label of *classification*: field -> 0 to 1, 4 digits.
 
     *tokens* are the entries of Ollama's ``logprobs`` or OpenAI's ``choices[0].logprobs.content``. *classification* was
-    parsed from *reply*. *labels* maps each of the three fields to its allowed labels.
+    parsed from *reply*. *labels* maps each of its fields to the allowed labels.
 
     Returns None if there are no entries, or if they are unclear: they do not spell *reply*, a label is not spelled as
     in the taxonomy or occurs twice, or a token of a label has no alternatives.
@@ -49,10 +54,7 @@ def label_confidence(
         starts = itertools.accumulate(map(len, contents), initial=0)
         read, joined = list(zip(starts, contents, entries, strict=False)), b"".join(contents)
         spans = _label_spans(reply, classification, joined)
-        return {
-            field: round(_probability(read, span, getattr(classification, field), labels[field], joined), 4)
-            for field, span in zip(FIELDS, spans, strict=True)
-        }
+        return {field: round(_product(read, spans[field], labels[field], joined), 4) for field in labels}
     except (AttributeError, LookupError, TypeError, ValueError):  # an entry is malformed or unclear
         return None
 
@@ -74,33 +76,64 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _label_spans(reply: str, classification: Classification, joined: bytes) -> list[tuple[int, int]]:
-    """Return the span in *joined* of each label and its closing quote, in the order of FIELDS.
+def _label_spans(reply: str, classification: Classification, joined: bytes) -> dict[str, list[_Span]]:
+    """Return the spans in *joined* of the labels of each field.
 
     Text inside a JSON string of *reply* cannot match, because its quotes are escaped. Reasoning comes before an answer,
     so the last occurrence of *reply* counts. Some servers strip fences and white space; then the part with the labels
     must occur exactly once.
     """
-    spans = []
-    for field in FIELDS:
-        label = re.escape(json.dumps(getattr(classification, field), ensure_ascii=False)[1:])
-        (found,) = re.finditer(rf'"{field}"\s*:\s*"({label})', reply)
-        spans.append(found.span(1))
+    spans: dict[str, list[_Span]] = {}
+    for field, label in classification.labels.items():
+        if isinstance(label, str):
+            written = re.escape(json.dumps(label, ensure_ascii=False)[1:])
+            (found,) = re.finditer(rf'"{field}"\s*:\s*"({written})', reply)
+            spans[field] = [(label, *found.span(1))]
+        else:
+            (found,) = re.finditer(rf'"{field}"\s*:\s*\[', reply)
+            spans[field] = _spans_of_list(reply, found.end())
     place = joined.rfind(_encoded(reply))
     if place < 0:
-        first, last = min(spans)[0], max(spans)[1]
+        first = min(start for found in spans.values() for _, start, _ in found)
+        last = max(end for found in spans.values() for _, _, end in found)
         core = _encoded(reply[first:last])
         if joined.count(core) != 1:
             raise ValueError("the tokens do not spell the reply")
         place = joined.index(core) - len(_encoded(reply[:first]))
-    return [(place + len(_encoded(reply[:start])), place + len(_encoded(reply[:end]))) for start, end in spans]
+    return {
+        field: [
+            (name, place + len(_encoded(reply[:start])), place + len(_encoded(reply[:end])))
+            for name, start, end in found
+        ]
+        for field, found in spans.items()
+    }
 
 
-def _probability(
-    tokens: list[_Token], span: tuple[int, int], label: str, allowed: Iterable[str], joined: bytes
-) -> float:
-    """Return the probability of *label*, whose text and closing quote are at *span* in the *joined* tokens."""
-    start, end = span
+def _spans_of_list(reply: str, place: int) -> list[_Span]:
+    """Return the spans in *reply* of the texts in a JSON list, whose first value begins at or after *place*."""
+    spans = []
+    while reply[place] != "]":
+        if reply[place] == '"':
+            label, end = _DECODER.raw_decode(reply, place)
+            spans.append((label, place + 1, end))
+            place = end
+        else:  # white space or a comma
+            place += 1
+    return spans
+
+
+def _product(tokens: list[_Token], spans: list[_Span], allowed: Iterable[str], joined: bytes) -> float:
+    """Return the probability that all labels of a field are right; see the module."""
+    names, found = set(allowed), {label for label, _, _ in spans}
+    if not found <= names:
+        raise ValueError("a label is not spelled as in the taxonomy")
+    others = names - found
+    return math.prod(_probability(tokens, span, [span[0], *others], joined) for span in spans)
+
+
+def _probability(tokens: list[_Token], span: _Span, allowed: Iterable[str], joined: bytes) -> float:
+    """Return the probability of the label at *span* in the *joined* tokens."""
+    label, start, end = span
     possible = {name: _encoded(json.dumps(name, ensure_ascii=False)[1:]) for name in allowed}
     if possible[label] != joined[start:end]:
         raise ValueError("the tokens do not spell the label")

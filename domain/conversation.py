@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal
@@ -78,18 +78,42 @@ class Conversation:
         return [turn.text for turn in self.turns if turn.sender == "customer"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Classification:
-    """The three labels, all of the taxonomy, and a one-line categorization."""
+    """The labels by field, all of the taxonomy and in its order, and a one-line categorization, None without one.
 
-    categorization: str
-    intent: str
-    topic: str
-    sentiment: str
+    A multi-valued field has a tuple of labels. Each field is an attribute too: ``classification.intent``.
+    """
 
-    def as_dict(self) -> dict[str, str]:
-        """Return the fields in the order in which results store them."""
-        return {name: getattr(self, name) for name in ("intent", "topic", "sentiment", "categorization")}
+    labels: Mapping[str, str | tuple[str, ...]] = field(init=False)
+    categorization: str | None = field(init=False)
+
+    def __init__(self, /, *, categorization: str | None = None, **labels: str | Iterable[str]) -> None:
+        """Store one keyword for each field: a label, or the labels of a multi-valued field."""
+        kept = {name: label if isinstance(label, str) else tuple(label) for name, label in labels.items()}
+        object.__setattr__(self, "labels", kept)
+        object.__setattr__(self, "categorization", categorization)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.labels[name]
+        except KeyError:
+            raise AttributeError(f"the classification has no field {name}") from None
+
+    def as_dict(self) -> dict[str, str | list[str]]:
+        """Return the fields in the order in which results store them, the labels of a multi-valued field as a list."""
+        stored = {name: label if isinstance(label, str) else list(label) for name, label in self.labels.items()}
+        return stored if self.categorization is None else {**stored, "categorization": self.categorization}
+
+
+def stored_labels(classification: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the labels by field of a *classification* as a result stores it; other values are left out."""
+    lists = {name: [value] if isinstance(value, str) else value for name, value in classification.items()}
+    return {
+        name: values
+        for name, values in lists.items()
+        if name != "categorization" and isinstance(values, list) and all(isinstance(value, str) for value in values)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +124,7 @@ class Outcome:
     *attempts* counts model calls, repair turns included (0: none, the labels were copied). *duration_ms* spans from the
     first call to the last answer. Token counts and digest are None if the server does not report them.
     *input_complete* is False if the model saw only *turns_used* of the turns, or a part of one (None: all of them).
-    *confidence* maps intent, topic and sentiment to the probability of the label (0 to 1), None if unknown.
+    *confidence* maps each field to the probability of its label (0 to 1), None if unknown.
     *copied_from* holds the source id of the identical conversation whose labels were copied, or is empty.
     """
 

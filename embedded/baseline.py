@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 from config.taxonomy import Label, Taxonomy, fold_label
@@ -70,10 +70,14 @@ class BaselineClassifier:
         # Imported late: a run with a model needs only the name of the baseline.
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415
 
-        self._intents = _PhraseIndex(taxonomy.intents)
-        self._topics = _PhraseIndex(taxonomy.topics)
-        self._sentiments = {fold_label(name): name for name in taxonomy.sentiments}
-        if missing := {"positive", "neutral", "negative"} - self._sentiments.keys():
+        self._taxonomy = taxonomy
+        self._phrases = {
+            field.name: _PhraseIndex(field.labels) for field in taxonomy.fields if field.name != "sentiment"
+        }
+        names = taxonomy.names("sentiment") if "sentiment" in taxonomy.field_names else ()
+        self._sentiments = {fold_label(name): name for name in names}
+        missing = {"positive", "neutral", "negative"} - self._sentiments.keys()
+        if names and missing:
             raise ConfigurationError(
                 f"The built-in baseline needs the sentiment {min(missing).capitalize()} in the taxonomy; "
                 "add it, or use a model server."
@@ -86,9 +90,9 @@ class BaselineClassifier:
         self._emoji = {ord(emoji): f" {name} " for emoji, name in self._vader.emojis.items() if len(emoji) == 1}
 
     def classify(self, conversation: Conversation) -> Classification:
-        """Return the labels: intent and sentiment from the customer's turns, topic from all turns.
+        """Return the labels: intent and sentiment from the customer's turns, the others from all turns.
 
-        Without a phrase, or with two equally strong labels, the label is Other (or the last of the group). Time is
+        Without a phrase, or with two equally strong labels, the label is Other (or the last of the field). Time is
         linear in the length of the texts; sentiment reads the first 60,000 characters.
         """
         customer: list[tuple[str, float]] = []
@@ -99,14 +103,22 @@ class BaselineClassifier:
                 customer.append((words, LATER_TURN if customer else FIRST_TURN))
             else:
                 others.append((words, AGENT_TURN))
-        intent = self._intents.strongest(customer)
-        topic = self._topics.strongest(customer + others)
-        return Classification(
-            categorization=f"Baseline: {intent} about {topic}",
-            intent=intent,
-            topic=topic,
-            sentiment=self._sentiment(conversation.customer_texts),
-        )
+        labels: dict[str, str | list[str]] = {}
+        for field in self._taxonomy.fields:
+            read = customer if field.name == "intent" else customer + others
+            if field.name == "sentiment":
+                labels[field.name] = self._sentiment(conversation.customer_texts)
+            elif field.is_multiple:
+                labels[field.name] = self._phrases[field.name].found(read)
+            else:
+                labels[field.name] = self._phrases[field.name].strongest(read)
+        return Classification(categorization=self._categorization(labels), **labels)
+
+    def _categorization(self, labels: Mapping[str, str | list[str]]) -> str | None:
+        if not self._taxonomy.has_categorization:
+            return None
+        named = [labels[field] for field in ("intent", "topic") if field in labels] or [*labels.values()][:1]
+        return "Baseline: " + " about ".join(label if isinstance(label, str) else ", ".join(label) for label in named)
 
     def _sentiment(self, texts: list[str]) -> str:
         """Return the sentiment of the mean score of all pieces that show a feeling; neutral pieces do not dilute it."""
@@ -124,7 +136,7 @@ class _PhraseIndex:
     """The phrases of one group of labels, searched in one pass."""
 
     def __init__(self, labels: tuple[Label, ...]) -> None:
-        names = [label.name for label in labels]
+        self._names = names = [label.name for label in labels]
         self._other = next((name for name in names if fold_label(name) == "other"), names[-1])
         self._labels: defaultdict[str, set[str]] = defaultdict(set)
         for label in labels:
@@ -140,8 +152,19 @@ class _PhraseIndex:
 
         A phrase counts once, with its highest weight, so that repetition has no effect.
         """
+        scores = self._scores(texts)
+        best = max(scores.values(), default=0.0)
+        names = [name for name, score in scores.items() if score == best]
+        return names[0] if len(names) == 1 else self._other
+
+    def found(self, texts: Iterable[tuple[str, float]]) -> list[str]:
+        """Return each label with a phrase in *texts*; only Other (or the last of the group) without one."""
+        scores = self._scores(texts)
+        return [name for name in self._names if name in scores] or [self._other]
+
+    def _scores(self, texts: Iterable[tuple[str, float]]) -> dict[str, float]:
         if self._regex is None:
-            return self._other
+            return {}
         found: dict[str, float] = {}
         for text, weight in texts:
             for phrase in set(self._regex.findall(text)):
@@ -150,9 +173,7 @@ class _PhraseIndex:
         for phrase, weight in found.items():
             for name in self._labels[phrase]:
                 scores[name] += weight * _specificity(phrase)
-        best = max(scores.values(), default=0.0)
-        names = [name for name, score in scores.items() if score == best]
-        return names[0] if len(names) == 1 else self._other
+        return scores
 
 
 def _specificity(phrase: str) -> float:

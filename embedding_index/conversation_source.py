@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aggregator import aggregate_conversation
-from config import Settings
+from config import Settings, load_taxonomy
+from config.taxonomy import TRIAD
 from database_docs.documentation_store import DocumentationStore
-from database_docs.items import Ended, IndexItem, Kind, MetadataValue, OnEnded
+from database_docs.items import CONVERSATION_FACTS, Ended, IndexItem, Kind, MetadataValue, OnEnded
 from embedding_index.batch_indexing import remove, update_metadata
 from embedding_index.providers.contract import Provider
 from embedding_index.vector_store import SQLVectorStore
@@ -29,7 +30,6 @@ from storage.mongo_errors import translated
 PAGE_DOCUMENTS = 200
 WINDOW = 2000  # texts that are embedded together
 WINDOW_CHARACTERS = 20_000_000  # of the texts of one window, which are held in memory
-LABELS = ("intent", "topic", "sentiment", "categorization")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def require_allowed(provider: Provider, *, allowed: bool) -> None:
 
 
 def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) -> IndexItem:
-    """Return the item of *document* with the labels of *result*, which has all LABELS.
+    """Return the item of *document* with the labels of *result*.
 
     The metadata have no customer text except the one-line summary by the model, which is also in the results.
 
@@ -89,7 +89,8 @@ def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) ->
     metadata: dict[str, MetadataValue] = {"source_id": source_id}
     if conversation.conversation_number is not None:
         metadata["conversation_number"] = conversation.conversation_number
-    metadata |= {label: result["classification"][label] for label in LABELS}
+    labels = {field: value for field, value in result["classification"].items() if _is_label(value)}
+    metadata |= {field: value for field, value in labels.items() if field not in CONVERSATION_FACTS}
     provenance = result.get("processing_metadata")
     provenance = provenance if isinstance(provenance, Mapping) else {}
     if isinstance(at := provenance.get("processed_at"), datetime):
@@ -97,6 +98,11 @@ def conversation_item(document: Mapping[str, Any], result: Mapping[str, Any]) ->
     if isinstance(model := provenance.get("model_used"), str):
         metadata["classified_by"] = model
     return IndexItem(Kind.CONVERSATION, source_id, "\n".join(conversation.customer_texts), metadata)
+
+
+def _is_label(value: Any) -> bool:
+    """Return whether *value* is a label, or the labels of a multi-valued field."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
 async def conversation_pages(
@@ -107,10 +113,13 @@ async def conversation_pages(
     Conversations that arrive meanwhile may be missed; the next pass reads them.
 
     Raises:
-        ConfigurationError: One of the collections does not exist.
+        ConfigurationError: One of the collections does not exist, or the taxonomy cannot be read.
         StoreError: MongoDB cannot be read.
     """
     await _require_collections(store, options.settings)
+    taxonomy = load_taxonomy(options.settings.taxonomy_file)
+    # Not the other fields: results from before such a field was added stay in the index.
+    needed = [key for key in (*TRIAD.values(), "categorization") if key in taxonomy.keys]
     counts.expected = await store.count("all")
     bound = await store.upper_bound()
     after: list[Any] = []
@@ -119,7 +128,7 @@ async def conversation_pages(
         if not page:
             break
         labelled = await store.result_labels([document["_id"] for document in page])
-        yield _items(page, labelled, counts)
+        yield _items(page, labelled, counts, needed)
         if options.on_read is not None:
             options.on_read(counts.read, counts.expected)
         after = [page[-1]["_id"]]
@@ -127,14 +136,17 @@ async def conversation_pages(
 
 
 def _items(
-    page: Sequence[Mapping[str, Any]], labelled: Mapping[bytes, Mapping[str, Any]], counts: ConversationCounts
+    page: Sequence[Mapping[str, Any]],
+    labelled: Mapping[bytes, Mapping[str, Any]],
+    counts: ConversationCounts,
+    needed: Sequence[str],
 ) -> list[IndexItem]:
     items = []
     for document in page:
         counts.read += 1
         result = labelled.get(id_key(document["_id"]), {})
         labels = result.get("classification")
-        if not isinstance(labels, Mapping) or not all(isinstance(labels.get(label), str) for label in LABELS):
+        if not isinstance(labels, Mapping) or not all(isinstance(labels.get(key), str) for key in needed):
             counts.unclassified += 1
             continue
         try:

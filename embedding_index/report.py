@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from database_docs.items import Ended, Kind, State
+from database_docs.items import CONVERSATION_FACTS, Ended, Kind, State
 from domain.text import encodable, escaped
 from embedding_index.embedding_run import RunCounts
 from embedding_index.providers.contract import ModelIdentity
@@ -215,8 +215,9 @@ def show_hits(hits: Sequence[Hit], source: str, *, as_json: bool, output: Path |
 
 def _about(hit: Hit) -> str:
     if hit.kind is Kind.CONVERSATION:
-        labels = (str(hit.metadata.get(name) or "") for name in ("intent", "topic", "sentiment", "categorization"))
-        return ", ".join(label for label in labels if label)
+        labels = {name: value for name, value in hit.metadata.items() if name not in CONVERSATION_FACTS}
+        texts = (", ".join(value) if isinstance(value, list) else str(value) for value in labels.values() if value)
+        return ", ".join(texts)
     # The first line repeats the name.
     text = " ".join((hit.text or "").partition("\n")[2].split())
     return text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 3] + "..."

@@ -167,7 +167,7 @@ class DocumentBatchProcessor:
         handling = TriadHandling(self.config, self._settings, results, job_id or "preview")
         if job_id is not None:
             await results.check()  # leases are measured by the server's clock
-            await results.ensure_result_indexes()
+            await results.ensure_result_indexes(handling.field_names)
             await results.renew_leases()
         return handling
 

@@ -8,7 +8,6 @@ has to stay alive to renew the lease.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +16,7 @@ import orjson
 from aggregator import aggregate_conversation, document_shape
 from classifier import MAX_CATEGORIZATION_CHARACTERS, Classifier
 from config import Settings, load_taxonomy
-from domain.conversation import Outcome, build_result, result_fingerprint
+from domain.conversation import Classification, Outcome, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
 from model_server.protocol import ChatTarget
@@ -50,7 +49,9 @@ class TriadHandling(Handling):
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:
         """Build the classifier; raise ConfigurationError if the taxonomy is malformed."""
-        self._classifier = Classifier(load_taxonomy(settings.taxonomy_file))
+        taxonomy = load_taxonomy(settings.taxonomy_file)
+        self.field_names = taxonomy.field_names
+        self._classifier = Classifier(taxonomy)
         schema = {"name": "triad", "strict": True, "schema": orjson.loads(self._classifier.schema_json)}
         response_format = {"type": "json_schema", "json_schema": schema}
         self._openai = config.openai.model_copy(update={"response_format": response_format})
@@ -118,9 +119,9 @@ class TriadHandling(Handling):
             conversation = aggregate_conversation(answer.document)
             labels = self._classifier.parse(answer.line.content or "")
             mask = self._variables.mask(answer.document, self._classifier.messages(conversation.transcript))
-            if mask is not None:
+            if mask is not None and labels.categorization is not None:
                 restored = one_line(mask.restore(labels.categorization), MAX_CATEGORIZATION_CHARACTERS)
-                labels = replace(labels, categorization=restored)
+                labels = Classification(categorization=restored, **labels.labels)
         except SkippedDocumentError as exc:
             return JobProcessingError(f"{exc.reason}: {exc}", is_final=True)
         except LLMReplyError as exc:

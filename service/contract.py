@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from aggregator import aggregate_conversation
+from config import Taxonomy
 from config.service_settings import ServiceSettings
 from domain.conversation import Conversation
 from error_handler import RequestError, SkippedDocumentError
@@ -79,12 +80,57 @@ class ClassificationRequest(BaseModel):
 
 
 class Labels(BaseModel):
-    """The classification of the conversation; the labels are those of the taxonomy."""
+    """The classification of the conversation; the labels are those of the taxonomy.
 
-    intent: str = Field(description="what the customer wants")
-    topic: str = Field(description="what it is about")
-    sentiment: str = Field(description="how the customer feels")
-    categorization: str = Field(description="one line in plain words")
+    Its fields are those of the taxonomy, which is read at the start: see ``labels_schema``. Each is an attribute.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, str | list[str]]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, field: str) -> Any: ...
+
+
+_DESCRIPTIONS = {
+    "intent": "what the customer wants",
+    "topic": "what it is about",
+    "sentiment": "how the customer feels",
+}
+
+
+def labels_schema(taxonomy: Taxonomy, *, is_closed: bool = True) -> dict[str, Any]:
+    """Return the JSON Schema of Labels.
+
+    The labels of the fields beside intent, topic and sentiment are listed if *is_closed*; otherwise such a field may
+    have any label or none, as in a conversation that was labelled before the field existed.
+    """
+    properties: dict[str, Any] = {}
+    for field in taxonomy.fields:
+        name = field.name
+        shown: dict[str, Any] = {"type": "string"}
+        if is_closed and name not in _DESCRIPTIONS:
+            shown["enum"] = list(field.names)
+        if field.is_multiple:
+            shown = {"type": "array", "items": shown, **({"minItems": 1} if is_closed else {}), "uniqueItems": True}
+        title = {"title": name.replace("_", " ").title()}
+        description = _DESCRIPTIONS.get(name) or field.definition
+        properties[name] = {**shown, **title, **({"description": description} if description else {})}
+    if taxonomy.has_categorization:
+        properties["categorization"] = {
+            "type": "string",
+            "title": "Categorization",
+            "description": "one line in plain words",
+        }
+    return {
+        "properties": properties,
+        "type": "object",
+        "required": list(properties),
+        "title": "Labels" if is_closed else "PastLabels",
+        "description": "The classification of the conversation; the labels are those of the taxonomy.",
+    }
 
 
 class ClassificationResponse(BaseModel):

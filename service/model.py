@@ -47,7 +47,7 @@ CHECK_AGAIN_S = 1.0  # also how long the result of a check is reused
 class Verdict:
     """The labels of one conversation, the model that gave them, and how long that took."""
 
-    labels: dict[str, str]
+    labels: dict[str, str | list[str]]
     model: str
     queue_s: float
     model_s: float
@@ -70,7 +70,7 @@ class ModelService:
                 "llm_backoff_s": min(settings.llm_backoff_s, SERVICE_BACKOFF_S),
             }
         )
-        taxonomy = load_taxonomy(settings.taxonomy_file)
+        self.taxonomy = taxonomy = load_taxonomy(settings.taxonomy_file)
         self._classifier = Classifier(taxonomy, settings.on_long)
         self._baseline = BaselineClassifier(taxonomy) if service_settings.embedded else None
         self._target = chat_target(settings, settings.model or "")
@@ -195,7 +195,7 @@ class ModelService:
             self._metrics.model_time.observe(model_s)
         return Verdict(labels, self.model, queue_s, model_s, is_complete)
 
-    async def _labels(self, conversation: Conversation) -> tuple[dict[str, str], bool]:
+    async def _labels(self, conversation: Conversation) -> tuple[dict[str, str | list[str]], bool]:
         if self._baseline is not None:
             return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict(), True
         if self._client is None or self._window is None:

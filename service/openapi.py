@@ -7,11 +7,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from config import Taxonomy
 from config.service_settings import ServiceSettings
+from config.taxonomy import TRIAD
 from error_handler import ErrorKind, RequestError
 from logger import REQUEST_ID_HEADER
 from service.access import METRICS
-from service.contract import ErrorResponse
+from service.contract import EXAMPLE_LABELS, ErrorResponse, labels_schema
 from service.similar import MAX_QUERY_CHARACTERS, MAX_SEARCH_CHARACTERS
 
 # ServiceGate checks keys before the body is read, which a dependency cannot do. A route only describes them, and the
@@ -75,11 +77,15 @@ def documented_errors(*kinds: ErrorKind) -> dict[int | str, dict[str, Any]]:
     return responses
 
 
-def openapi_document(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
-    """Return FastAPI's document of *app*, with the limits and keys of *settings*, which are known after the start."""
+def openapi_document(app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy) -> dict[str, Any]:
+    """Return FastAPI's document of *app*, with what is known after the start.
+
+    That is the limits and keys of *settings*, and the fields of *taxonomy*.
+    """
     document = copy.deepcopy(app.openapi())
     schemas, paths = document["components"]["schemas"], document["paths"]
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
+    _describe_labels(document, taxonomy)
     longest = settings.max_text_characters
     schemas["Message"]["properties"]["text"]["maxLength"] = longest
     schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] = settings.max_messages
@@ -96,3 +102,25 @@ def openapi_document(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
             for operation in operations.values():
                 operation["security"] = []
     return document
+
+
+def _describe_labels(document: dict[str, Any], taxonomy: Taxonomy) -> None:
+    """Fill in the labels of *taxonomy*; for the shipped fields, the document is that of the code."""
+    schemas = document["components"]["schemas"]
+    schemas["Labels"] = labels_schema(taxonomy)
+    if taxonomy.field_names == tuple(TRIAD.values()) and taxonomy.has_categorization:
+        return
+    document["info"]["description"] = (
+        f"Classifies one support conversation at a time: {', '.join(taxonomy.field_names)}. Durations are in seconds."
+    )
+    schemas["PastLabels"] = labels_schema(taxonomy, is_closed=False)
+    reference = {"$ref": "#/components/schemas/PastLabels"}
+    schemas["SimilarConversation"]["properties"]["classification"] = reference
+    example = {
+        field.name: [field.names[0]] if field.is_multiple else EXAMPLE_LABELS.get(field.name, field.names[0])
+        for field in taxonomy.fields
+    }
+    if taxonomy.has_categorization:
+        example["categorization"] = EXAMPLE_LABELS["categorization"]
+    for schema in (schemas["ClassificationResponse"], *schemas["SimilarResponse"]["examples"][0]["hits"]):
+        (schema["examples"][0] if "examples" in schema else schema)["classification"] = example

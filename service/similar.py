@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from config import Taxonomy
 from config.index_settings import load_index_settings
 from config.openai_settings import load_openai_settings
 from config.service_settings import ServiceSettings
@@ -150,9 +151,15 @@ class SimilarConversations:
     """
 
     def __init__(
-        self, service_settings: ServiceSettings, metrics: ServiceMetrics, deadlines: Deadlines, open_search: OpenIndex
+        self,
+        service_settings: ServiceSettings,
+        metrics: ServiceMetrics,
+        deadlines: Deadlines,
+        open_search: OpenIndex,
+        taxonomy: Taxonomy,
     ) -> None:
         """Prepare without opening the index."""
+        self._taxonomy = taxonomy
         self._settings = service_settings
         self._metrics = metrics
         self._deadlines = deadlines
@@ -214,7 +221,9 @@ class SimilarConversations:
             raise problem from exc
         if not hits:
             raise RequestError(errors.INDEX_EMPTY)
-        return SimilarResponse(model=self._index.provider.identity.model, hits=[_shown(hit) for hit in hits])
+        return SimilarResponse(
+            model=self._index.provider.identity.model, hits=[_shown(hit, self._taxonomy) for hit in hits]
+        )
 
     def _open_allowed(self) -> IndexReader:
         index = self._open(self._settings)
@@ -229,13 +238,21 @@ class SimilarConversations:
             self._index = None
 
 
-def _shown(hit: Hit) -> SimilarConversation:
+def _shown(hit: Hit, taxonomy: Taxonomy) -> SimilarConversation:
+    """Return *hit* with all fields of *taxonomy*, empty where its conversation was labelled without them."""
+    labels: dict[str, str | list[str]] = {}
+    for field in taxonomy.fields:
+        found = hit.metadata.get(field.name)
+        found = found if isinstance(found, list) else [str(found)] if found else []
+        labels[field.name] = found if field.is_multiple else ", ".join(found)
     facts = {name: str(value) for name, value in hit.metadata.items() if value is not None}
+    if taxonomy.has_categorization:
+        labels["categorization"] = facts.get("categorization", "")
     return SimilarConversation(
         source_id=hit.name,
         conversation_number=facts.get("conversation_number"),
         similarity=round(max(-1.0, min(1.0, hit.similarity)), 4),
-        classification=Labels(**{label: facts.get(label, "") for label in Labels.model_fields}),
+        classification=Labels(**labels),
         classified_at=facts.get("classified_at"),
         classified_by=facts.get("classified_by"),
     )

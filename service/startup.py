@@ -65,7 +65,7 @@ async def start(
     metrics, gate = ServiceMetrics(), ServiceGate(service_settings)
     model = ModelService(settings, service_settings, metrics)
     await stack.enter_async_context(model.running())
-    similar = SimilarConversations(service_settings, metrics, model.deadlines, open_search)
+    similar = SimilarConversations(service_settings, metrics, model.deadlines, open_search, model.taxonomy)
     stack.push_async_callback(similar.close)
 
     def stop(grace_s: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from pymongo import IndexModel
@@ -21,18 +21,20 @@ RESULT_INDEXES = (
     "conversation_number",
     "processing_metadata.batch_job_id",
     "processing_metadata.processed_at",
-    "classification.intent",
-    "classification.topic",
-    "classification.sentiment",
 )
 
 Call = Callable[[str, Callable[[], Awaitable[Any]]], Awaitable[Any]]  # names an operation, and repeats it if needed
 
 
-def result_indexes() -> list[IndexModel]:
-    """Return the indexes of the results, the required one first."""
+def label_indexes(fields: Iterable[str]) -> list[str]:
+    """Return the indexed paths of the *fields* of a taxonomy."""
+    return [f"classification.{field}" for field in fields]
+
+
+def result_indexes(fields: Iterable[str]) -> list[IndexModel]:
+    """Return the indexes of results with labels of *fields*, the required one first."""
     unique = IndexModel([(UNIQUE_FIELD, 1)], unique=True)
-    return [unique, *(IndexModel([(field, 1)]) for field in RESULT_INDEXES)]
+    return [unique, *(IndexModel([(path, 1)]) for path in (*RESULT_INDEXES, *label_indexes(fields)))]
 
 
 def source_indexes() -> list[IndexModel]:

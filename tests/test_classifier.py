@@ -6,7 +6,6 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Generator
-from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -23,7 +22,7 @@ from classifier import (
     parse_classification,
 )
 from config import load_taxonomy
-from config.taxonomy import Label
+from config.taxonomy import Field, Label, Taxonomy
 from domain.conversation import Classification, Outcome, result_fingerprint
 from error_handler import LLMContextError, LLMReplyError, Reason
 from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
@@ -38,7 +37,9 @@ FIELDS: dict[str, Any] = {
 }
 GOOD = json.dumps(FIELDS)
 DRAFT = json.dumps(FIELDS | {"intent": "Refund Request"})
-EXPECTED = Classification("Parcel is late.", "Order Status", "Shipping/Delivery", "Negative")
+EXPECTED = Classification(
+    categorization="Parcel is late.", intent="Order Status", topic="Shipping/Delivery", sentiment="Negative"
+)
 CONVERSATION = aggregate_conversation({"text": "where is it?"})
 MESSAGES = CLASSIFIER.messages(CONVERSATION.transcript)
 TARGET = ChatTarget("ollama_chat", "http://m/api/chat", "http://m", "llama3.2", None, 8192, "10m", "sha256:1")
@@ -103,7 +104,8 @@ def test_tag_inside_a_value_is_no_reasoning() -> None:
 def test_labels_are_matched_in_any_unicode_form(form: Literal["NFC", "NFD"], written: str) -> None:
     """macOS and some tokenizers write an accent as a character of its own; the taxonomy's spelling is returned."""
     for label in (unicodedata.normalize("NFD", "Rückerstattung"), "Rückerstattung"):
-        taxonomy = replace(TAXONOMY, intents=(Label(label, "money back"), Label("Straße", "a street")))
+        intent = Field("intent", (Label(label, "money back"), Label("Straße", "a street")))
+        taxonomy = Taxonomy((intent, *TAXONOMY.fields[1:]))
         reply = reply_of(intent=unicodedata.normalize(form, written))
         assert parse_classification(reply, taxonomy).intent == label
         assert parse_classification(reply_of(intent="STRASSE"), taxonomy).intent == "Straße"
@@ -219,7 +221,7 @@ def test_round_trip(intent: str, topic: str, sentiment: str, categorization: str
     """What is written as JSON comes back the same."""
     fields = {"categorization": categorization, "intent": intent, "topic": topic, "sentiment": sentiment}
     assert CLASSIFIER.parse(json.dumps(fields, ensure_ascii=is_ascii)) == Classification(
-        categorization, intent, topic, sentiment
+        categorization=categorization, intent=intent, topic=topic, sentiment=sentiment
     )
 
 

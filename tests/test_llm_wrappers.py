@@ -456,7 +456,9 @@ def test_prepare_without_a_server_is_an_error(wrapper: type[Asker], server: Scri
 def test_classify(wrapper: type[Asker], server: ScriptedServer) -> None:
     """A conversation becomes labels with how they were made."""
     outcome = wrapper(settings_for(server.url)).classify()
-    assert outcome.classification == Classification("Parcel is late.", "Order Status", "Shipping/Delivery", "Negative")
+    assert outcome.classification == Classification(
+        categorization="Parcel is late.", intent="Order Status", topic="Shipping/Delivery", sentiment="Negative"
+    )
     assert (outcome.attempts, outcome.model_used, outcome.prompt_tokens) == (1, "llama3.2", 1500)
     sent = server.chats[0].json
     assert sent["messages"] == CLASSIFIER.messages(CONVERSATION.transcript)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aggregator import aggregate_conversation
 from classifier import parse_classification
 from config import Taxonomy, load_taxonomy
-from config.taxonomy import Label
+from config.taxonomy import Field, Label
 from domain.conversation import Conversation
 from prompt_builder import build_prompt, build_system_prompt
 
@@ -81,9 +81,9 @@ def test_no_text_closes_the_fence(texts: list[str]) -> None:
 def test_every_label_with_its_definition_is_in_the_prompt(taxonomy: Taxonomy) -> None:
     """The model reads what each label means; phrases are for the baseline alone."""
     prompt = build_system_prompt(taxonomy)
-    for label in (*taxonomy.intents, *taxonomy.topics):
+    for label in (*taxonomy.labels("intent"), *taxonomy.labels("topic")):
         assert f"- {label.name}: {label.definition}\n" in prompt
-    for name in taxonomy.sentiments:
+    for name in taxonomy.names("sentiment"):
         assert f"- {name}\n" in prompt
     assert "keeps crashing" not in prompt
 
@@ -97,15 +97,17 @@ def test_few_shot_answers_match_the_schema(taxonomy: Taxonomy) -> None:
     for block in section.split("<conversation>\n")[1:]:
         assert block.count("Customer: ") >= 2
         assert "Agent: " in block
-    assert {json.loads(answer)["sentiment"] for answer in answers} == set(taxonomy.sentiments)
+    assert {json.loads(answer)["sentiment"] for answer in answers} == set(taxonomy.names("sentiment"))
 
 
 def test_examples_with_unknown_labels_are_left_out(taxonomy: Taxonomy) -> None:
     """An example must never teach a label that would then be refused."""
     renamed = tuple(
-        replace(label, name="Late Order") if label.name == "Order Status" else label for label in taxonomy.intents
+        replace(label, name="Late Order") if label.name == "Order Status" else label
+        for label in taxonomy.labels("intent")
     )
-    prompt = build_system_prompt(replace(taxonomy, intents=renamed))
+    fields = (Field("intent", renamed), taxonomy.field("topic"), taxonomy.field("sentiment"))
+    prompt = build_system_prompt(replace(taxonomy, fields=fields))
     assert "Order Status" not in prompt
     assert "already. third time this month" not in prompt
     assert "oh brilliant" in prompt
@@ -113,7 +115,13 @@ def test_examples_with_unknown_labels_are_left_out(taxonomy: Taxonomy) -> None:
 
 def test_custom_taxonomy_has_no_examples() -> None:
     """Then the heading goes as well."""
-    own = Taxonomy((Label("A", "first"),), (Label("B", "second"),), ("Good", "Bad"))
+    own = Taxonomy(
+        (
+            Field("intent", (Label("A", "first"),)),
+            Field("topic", (Label("B", "second"),)),
+            Field("sentiment", (Label("Good", ""), Label("Bad", ""))),
+        )
+    )
     prompt = build_system_prompt(own)
     assert "EXAMPLES" not in prompt
     assert "- A: first\n" in prompt

@@ -24,9 +24,9 @@ from typing import Any
 from mongomock_motor import AsyncMongoMockClient
 
 from batch_processor import BatchProcessor
-from classifier import FIELDS, Classifier, classification_flow
+from classifier import Classifier, classification_flow
 from config import Settings, load_settings, load_taxonomy
-from domain.conversation import Conversation, Outcome
+from domain.conversation import Conversation, Outcome, stored_labels
 from domain.text import one_line
 from error_handler import ExitCode, LLMReplyError
 from logger import configure_logging
@@ -85,7 +85,7 @@ DOCUMENTS: list[dict[str, Any]] = [
 
 
 def _reply(*values: str) -> str:
-    return json.dumps(dict(zip(FIELDS, values, strict=True)))
+    return json.dumps(dict(zip(load_taxonomy().keys, values, strict=True)))
 
 
 _LATE = _reply("Parcel marked delivered is missing.", "Order Status", "Shipping/Delivery", "Negative")
@@ -142,7 +142,7 @@ async def _demonstrate(settings: Settings) -> None:
         _step(3, f"The results are in the collection {settings.results_collection}")
         async for result in results.find():
             labels, asked = result["classification"], result["processing_metadata"]["attempts"]
-            triad = " | ".join(labels[field] for field in FIELDS[1:])
+            triad = " | ".join(label for found in stored_labels(labels).values() for label in found)
             print(f"   {result['source_conversation_id']}  {triad}")
             print(f"           {labels['categorization']} (model asked {asked}x)")
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+
+from domain.conversation import stored_labels
 
 CHECKPOINT_EVERY = 50  # documents
 
@@ -34,18 +37,19 @@ class RunStats:
     needs_review: int = 0
     copied: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    labels: dict[str, dict[str, int]] = field(default_factory=dict)  # intent, topic, sentiment -> label -> documents
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)  # field -> label -> documents
 
     @property
     def expected(self) -> int:
         """The number of documents that the run processes; documents that arrive during the run raise it."""
         return max(self.total, self.processed)
 
-    def count_labels(self, classification: dict[str, str]) -> None:
+    def count_labels(self, classification: Mapping[str, Any]) -> None:
         """Count the labels of one stored result."""
-        for name in ("intent", "topic", "sentiment"):
+        for name, labels in stored_labels(classification).items():
             counts = self.labels.setdefault(name, {})
-            counts[classification[name]] = counts.get(classification[name], 0) + 1
+            for label in labels:
+                counts[label] = counts.get(label, 0) + 1
 
     def count_result(self, result: dict[str, Any]) -> None:
         """Count the labels, the confidence and the origin of one stored result."""

@@ -14,6 +14,7 @@ from classifier import Classifier
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
 from config import Settings, load_taxonomy
+from domain.conversation import stored_labels
 from domain.text import counted
 from error_handler import (
     ConfigurationError,
@@ -301,11 +302,10 @@ async def _classify(tested: ModelUnderTest) -> Finding:
         return error(sentence, "Use a larger model, or one that follows a JSON schema.")
     except LLMError as exc:
         return error(f"The test conversation got no answer: {exc}.", _remedy(exc, tested.settings))
-    labels = outcome.classification
+    labels = outcome.classification.as_dict()
+    labels.pop("categorization", None)
     numbers = {
-        "intent": labels.intent,
-        "topic": labels.topic,
-        "sentiment": labels.sentiment,
+        **labels,
         "attempts": outcome.attempts,
         "duration_s": outcome.duration_ms / 1000,
         "prompt_tokens": outcome.prompt_tokens,
@@ -313,7 +313,7 @@ async def _classify(tested: ModelUnderTest) -> Finding:
     }
     sentence = (
         f"The test conversation got valid labels in {outcome.duration_ms / 1000:.1f} s: "
-        f"{labels.intent}, {labels.topic}, {labels.sentiment}"
+        f"{', '.join(name for names in stored_labels(labels).values() for name in names)}"
     )
     if outcome.attempts > 1:
         return warning(f"{sentence}, but only on the second attempt.", "A larger model makes fewer errors.", **numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -10,14 +11,14 @@ from typing import Any
 
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.settings import hosts_of
-from config import Settings
+from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import ConfigurationError, StoreError, StoreForbiddenError
 from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import id_text
 from storage.mongo_errors import connection_problem, has_no_server, translated
-from storage.mongo_indexes import RESULT_INDEXES, SOURCE_INDEXES, UNIQUE_FIELD, serves_as_unique
+from storage.mongo_indexes import RESULT_INDEXES, SOURCE_INDEXES, UNIQUE_FIELD, label_indexes, serves_as_unique
 from storage.selection import STATE_EXPRESSION, selection_filter, switch
 from worker.left_out import count_left_out, status_name
 
@@ -227,7 +228,8 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
         return
     on_results, is_unique = _first_fields(indexes), serves_as_unique(indexes)
     missing = [f"{settings.source_collection}.{field}" for field in SOURCE_INDEXES if field not in on_source]
-    missing += [f"{settings.results_collection}.{field}" for field in RESULT_INDEXES if field not in on_results]
+    wanted = (*RESULT_INDEXES, *label_indexes(_field_names(settings)))
+    missing += [f"{settings.results_collection}.{field}" for field in wanted if field not in on_results]
     with translated("find several results of one document"):
         repeated = [] if is_unique else await _aggregate(results, DUPLICATES)
     if repeated:
@@ -267,6 +269,13 @@ async def _clock(now: Clock, store: DocumentStore, _settings: Settings) -> Async
         side = "ahead of" if ahead_s > 0 else "behind"
         sentence = f"The local clock is {abs(ahead_s):,.0f} s {side} MongoDB's; times in results and logs disagree."
         yield warning(sentence, "Synchronise both clocks (timedatectl set-ntp true).", **numbers)
+
+
+def _field_names(settings: Settings) -> tuple[str, ...]:
+    """Return the fields of the taxonomy; none if it does not load, which ``diagnose_labels`` reports."""
+    with contextlib.suppress(ConfigurationError):
+        return load_taxonomy(settings.taxonomy_file).field_names
+    return ()
 
 
 def _first_fields(indexes: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -13,6 +13,8 @@ from commands.diagnosis.findings import Finding, error, ok, warning
 from config import Settings, load_taxonomy
 from config.loading import DOTENV, variables_of
 from config.settings import DEFAULT_DATABASE, OriginKind, settings_origins
+from config.taxonomy import TRIAD
+from domain.text import counted
 from error_handler import ConfigurationError
 
 MASK = "***"
@@ -49,11 +51,13 @@ def diagnose_labels(settings: Settings) -> Iterator[Finding]:
     except ConfigurationError as exc:
         yield error(str(exc), "Fix the file, or unset TAXONOMY_FILE to use the shipped labels.")
         return
-    fields = ("intent", "topic", "sentiment")
-    numbers = {field: len(taxonomy.names(field)) for field in fields}
-    counts = ", ".join(f"{count} {field}s" for field, count in numbers.items())
-    yield ok(f"The labels load: {counts}.", **numbers)
-    lacking = [field for field in ("intent", "topic") if "Other" not in taxonomy.names(field)]
+    numbers = {field: len(taxonomy.names(field)) for field in taxonomy.field_names}
+    counts = [
+        f"{count} {field}s" if field in TRIAD.values() else f"{counted(count, 'label')} of {field}"
+        for field, count in numbers.items()
+    ]
+    yield ok(f"The labels load: {', '.join(counts)}.", **numbers)
+    lacking = [field for field in ("intent", "topic") if field in numbers and "Other" not in taxonomy.names(field)]
     if lacking:
         sentence = f"There is no label Other for {' and '.join(lacking)}; the prompt names it for anything else."
         yield warning(sentence, "Add Other to the taxonomy; without it the model has to choose a wrong label.")

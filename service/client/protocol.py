@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 import orjson
 
 from aggregator import aggregate_conversation, document_entries, entry_text
+from domain.conversation import stored_labels
 from domain.text import one_line
 from error_handler import ConfigurationError, ErrorKind, RequestError
 from service import errors as service_errors
-from service.contract import MAX_NUMBER_CHARACTERS, MAX_TIMESTAMP_CHARACTERS, Labels
+from service.contract import MAX_NUMBER_CHARACTERS, MAX_TIMESTAMP_CHARACTERS
 from storage.extended_json import id_text
 
 MAX_ANSWER_BYTES = 33_554_432  # twice the largest request; an answer repeats the messages
@@ -167,7 +168,7 @@ def _parse_success(request: ServiceRequest, body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as exc:
         raise RequestError(kind) from exc
     labels = answer.get("classification") if isinstance(answer, dict) else None
-    if not isinstance(labels, dict) or not all(isinstance(labels.get(name), str) for name in Labels.model_fields):
+    if not isinstance(labels, dict) or not stored_labels(labels):
         raise RequestError(kind)
     if answer.get("conversation_number") != request.number:  # a cache that ignores request bodies
         raise RequestError(kind)

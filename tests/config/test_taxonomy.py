@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import load_taxonomy
-from config.taxonomy import DEFAULT_TAXONOMY, Label, Taxonomy, fold_label
+from config.taxonomy import DEFAULT_TAXONOMY, Field, Label, Taxonomy, fold_label
 from error_handler import ConfigurationError
 
 OWN = """
@@ -38,13 +38,15 @@ def refusal(path: Path) -> str:
 def test_the_shipped_taxonomy() -> None:
     """10 to 14 intents and topics, each with a one-line definition and an Other; three sentiments."""
     taxonomy = load_taxonomy()
-    for labels in (taxonomy.intents, taxonomy.topics):
+    assert taxonomy.field_names == ("intent", "topic", "sentiment")
+    assert taxonomy.has_categorization
+    for labels in (taxonomy.labels("intent"), taxonomy.labels("topic")):
         assert 10 <= len(labels) <= 14
         assert labels[-1].name == "Other"
         for label in labels:
             assert label.definition
             assert "\n" not in label.definition
-    assert taxonomy.sentiments == ("Positive", "Neutral", "Negative")
+    assert taxonomy.names("sentiment") == ("Positive", "Neutral", "Negative")
     assert load_taxonomy(None) == load_taxonomy(DEFAULT_TAXONOMY) == taxonomy
 
 
@@ -52,9 +54,11 @@ def test_names_are_those_of_the_file_in_its_order(own: Path) -> None:
     """A definition may be a text alone, or stand beside phrases."""
     taxonomy = load_taxonomy(own)
     assert taxonomy == Taxonomy(
-        (Label("Ask", "wants to know"), Label("Other", "anything else", ("hm", "um"))),
-        (Label("Bill", "money"),),
-        ("Good", "Bad"),
+        (
+            Field("intent", (Label("Ask", "wants to know"), Label("Other", "anything else", ("hm", "um")))),
+            Field("topic", (Label("Bill", "money"),)),
+            Field("sentiment", (Label("Good", ""), Label("Bad", ""))),
+        )
     )
     assert taxonomy.names("intent") == ("Ask", "Other")
     assert taxonomy.names("topic") == ("Bill",)
@@ -108,9 +112,9 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
     assert "TAXONOMY_FILE" in refusal(tmp_path / "missing.yaml")
 
 
-@pytest.mark.parametrize("name", ["Yes", "404", "2024-01-01", "null"])
+@pytest.mark.parametrize("name", ["404", "2024-01-01", "null"])
 def test_label_that_is_not_a_string_in_yaml_is_refused(own: Path, name: str) -> None:
-    """Results would hold True for Yes; in quotes it is a label like any other."""
+    """Results would hold a number; in quotes it is a label like any other."""
     own.write_text(OWN.replace("Bill: money", f"{name}: agreed"))
     assert "quotes" in refusal(own)
     own.write_text(OWN.replace("Bill: money", f"'{name}': agreed"))

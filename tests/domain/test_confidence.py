@@ -22,7 +22,9 @@ TAXONOMY = load_taxonomy()
 LABELS = {field: TAXONOMY.names(field) for field in ("intent", "topic", "sentiment")}
 CLASSIFIER = Classifier(TAXONOMY)
 CONVERSATION = aggregate_conversation({"text": "where is it?"})
-LABELLED = Classification("Parcel is late.", "Order Status", "Account Access", "Neutral")
+LABELLED = Classification(
+    categorization="Parcel is late.", intent="Order Status", topic="Account Access", sentiment="Neutral"
+)
 HEAD = '{"categorization":"Parcel is late.","intent":"'
 MIDDLE, LATER, TAIL = '","topic":"', '","sentiment":"', '"}'
 REPLY = f"{HEAD}Order Status{MIDDLE}Account Access{LATER}Neutral{TAIL}"
@@ -53,7 +55,9 @@ def sentiment_of(*tokens: Entry, reply: str = REPLY, label: str = "Neutral") -> 
     start = before + LATER if not tokens[0]["token"].startswith(LATER[-1:]) else before + LATER[:-1]
     entries = [*certain(start), *tokens]
     written = "".join(entry["token"] for entry in entries)
-    labelled = Classification("Parcel is late.", "Order Status", "Account Access", label)
+    labelled = Classification(
+        categorization="Parcel is late.", intent="Order Status", topic="Account Access", sentiment=label
+    )
     found = label_confidence([*entries, *certain(reply[len(written) :])], reply, labelled, LABELS)
     return None if found is None else found["sentiment"]
 
@@ -123,7 +127,17 @@ def test_label_that_is_a_prefix_of_another() -> None:
     reply = REPLY.replace("Neutral", "Good")
     start = reply[: reply.index("Good") + 4]
     entries = [*certain(start), token('"', 0.6, {" Enough": 0.2, "!": 0.2}), *certain("}")]
-    found = label_confidence(entries, reply, Classification("", "Order Status", "Account Access", "Good"), labels)
+    found = label_confidence(
+        entries,
+        reply,
+        Classification(
+            categorization="",
+            intent="Order Status",
+            topic="Account Access",
+            sentiment="Good",
+        ),
+        labels,
+    )
     assert found is not None
     assert found["sentiment"] == 0.75
 
@@ -138,7 +152,17 @@ def test_labels_outside_ascii_in_pieces_of_characters() -> None:
     rival = {"token": "\ufffd", "bytes": ["Ö".encode()[1]], "logprob": math.log(0.2)}
     entries = [{"token": "\ufffd", "bytes": [byte], "logprob": -0.1, "top_logprobs": [rival]} for byte in raw]
     entries[at + 1] = {**second, "top_logprobs": [second, rival]}
-    found = label_confidence(entries, reply, Classification("x", "Übel", "Ä", "Gut"), labels)
+    found = label_confidence(
+        entries,
+        reply,
+        Classification(
+            categorization="x",
+            intent="Übel",
+            topic="Ä",
+            sentiment="Gut",
+        ),
+        labels,
+    )
     assert found is not None
     assert found["intent"] == 0.75
 
@@ -181,7 +205,17 @@ def test_keys_in_another_order_and_words_like_them() -> None:
         token("Neutral", 0.6, {"Negative": 0.3, "Positive": 0.1}),
         *certain(reply[start + 7 :]),
     ]
-    found = label_confidence(entries, reply, Classification("x", "Other", "Other", "Neutral"), LABELS)
+    found = label_confidence(
+        entries,
+        reply,
+        Classification(
+            categorization="x",
+            intent="Other",
+            topic="Other",
+            sentiment="Neutral",
+        ),
+        LABELS,
+    )
     assert found is not None
     assert found["sentiment"] == 0.6
 
@@ -199,7 +233,17 @@ GOOD = certain(REPLY)
             certain(REPLY.replace("Neutral", "neutral")), REPLY.replace("Neutral", "neutral"), LABELLED, id="spelling"
         ),
         pytest.param(certain(f"{REPLY} {REPLY}x"), f"{REPLY}!", LABELLED, id="twice-and-neither-is-it"),
-        pytest.param(GOOD, REPLY, Classification("x", "Complaint", "Account Access", "Neutral"), id="another-label"),
+        pytest.param(
+            GOOD,
+            REPLY,
+            Classification(
+                categorization="x",
+                intent="Complaint",
+                topic="Account Access",
+                sentiment="Neutral",
+            ),
+            id="another-label",
+        ),
         pytest.param([{**entry, "top_logprobs": None} for entry in GOOD], REPLY, LABELLED, id="no-alternatives"),
         pytest.param([{**entry, "top_logprobs": []} for entry in GOOD], REPLY, LABELLED, id="empty-alternatives"),
         pytest.param([{**entry, "logprob": None} for entry in GOOD], REPLY, LABELLED, id="no-number"),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregator import aggregate_conversation
-from config.taxonomy import Label, Taxonomy, load_taxonomy
+from config.taxonomy import Field, Label, Taxonomy, load_taxonomy
 from domain.conversation import Conversation, Sender, Turn
 from embedded.baseline import BaselineClassifier
 from error_handler import ConfigurationError
@@ -34,7 +34,9 @@ def classified(text: str) -> tuple[str, str, str]:
 
 def own_taxonomy(intents: dict[str, list[str]], sentiments: tuple[str, ...] = SENTIMENTS) -> Taxonomy:
     labels = tuple(Label(name, f"{name}.", tuple(phrases)) for name, phrases in intents.items())
-    return Taxonomy(labels, (Label("Everything", "Everything."),), sentiments)
+    topics = (Label("Everything", "Everything."),)
+    feelings = tuple(Label(name, "") for name in sentiments)
+    return Taxonomy((Field("intent", labels), Field("topic", topics), Field("sentiment", feelings)))
 
 
 def test_phrases_match_in_any_unicode_form() -> None:
@@ -54,13 +56,15 @@ class TestShippedTaxonomy:
         assert SHIPPED.names("sentiment") == SENTIMENTS
 
     def test_definitions_fit_one_line(self) -> None:
-        assert [label for label in chain(SHIPPED.intents, SHIPPED.topics) if len(label.definition) > 140] == []
+        assert [
+            label for label in chain(SHIPPED.labels("intent"), SHIPPED.labels("topic")) if len(label.definition) > 140
+        ] == []
 
     @pytest.mark.parametrize("field", ["intent", "topic"])
     def test_each_phrase_alone_finds_its_own_label(self, field: str) -> None:
         """So none is listed under two labels, and none is made of ignored words only."""
         wrong = []
-        for label in SHIPPED.intents if field == "intent" else SHIPPED.topics:
+        for label in SHIPPED.labels(field):
             for phrase in label.phrases:
                 answer = BASELINE.classify(conversation(("customer", phrase)))
                 if getattr(answer, field) != label.name:
@@ -68,7 +72,9 @@ class TestShippedTaxonomy:
         assert wrong == []
 
     def test_each_label_but_other_has_phrases(self) -> None:
-        assert {label.name for label in chain(SHIPPED.intents, SHIPPED.topics) if len(label.phrases) < 20} == {"Other"}
+        assert {
+            label.name for label in chain(SHIPPED.labels("intent"), SHIPPED.labels("topic")) if len(label.phrases) < 20
+        } == {"Other"}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +233,7 @@ def test_a_word_right_after_an_emoji_is_still_a_word() -> None:
     assert classified("\N{PACKAGE}wonderful")[2] == "Positive"
 
 
-texts = st.text(max_size=200) | st.sampled_from([p for label in SHIPPED.intents for p in label.phrases])
+texts = st.text(max_size=200) | st.sampled_from([p for label in SHIPPED.labels("intent") for p in label.phrases])
 turns = st.lists(st.tuples(st.sampled_from(["customer", "agent", "unknown"]), texts), max_size=8)
 
 

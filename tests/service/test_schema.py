@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import main
+from config import load_taxonomy
 from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ErrorKind
 from service import errors as service_errors
@@ -24,7 +25,7 @@ from tests.service.test_similar_service import APP, write_index
 
 
 def document(**settings: Any) -> dict[str, Any]:
-    return openapi_document(main.app, load_service_settings(None, **settings))
+    return openapi_document(main.app, load_service_settings(None, **settings), load_taxonomy())
 
 
 @pytest.mark.parametrize("examples", [3, pytest.param(40, marks=pytest.mark.thorough)])

@@ -15,7 +15,7 @@ from pymongo import MongoClient
 from aggregator import aggregate_conversation
 from classifier import Classifier
 from config import load_taxonomy
-from domain.confidence import FIELDS, label_confidence
+from domain.confidence import label_confidence
 from domain.conversation import Classification
 from domain.document_files import read_documents
 from model_server.protocol import TOP_LOGPROBS
@@ -24,6 +24,7 @@ from tests.worker.engine_run import SAMPLES, run_worker
 
 TAXONOMY = load_taxonomy()
 CLASSIFIER = Classifier(TAXONOMY)
+FIELDS = TAXONOMY.field_names
 LABELS = {field: TAXONOMY.names(field) for field in FIELDS}
 WHOLE_VOCABULARY = 2000  # more than the tiny model has tokens
 NUMBERS = [0, *(pytest.param(number, marks=pytest.mark.thorough) for number in (1, 2, 3))]  # of the samples

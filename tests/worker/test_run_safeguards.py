@@ -104,7 +104,12 @@ class Model:
     async def classify(self, conversation: Conversation, _rounds: int) -> Outcome:
         await self.before()
         self.asked.append(conversation.transcript)
-        labels = Classification("a parcel that is late", "Order Status", "Shipping/Delivery", "Negative")
+        labels = Classification(
+            categorization="a parcel that is late",
+            intent="Order Status",
+            topic="Shipping/Delivery",
+            sentiment="Negative",
+        )
         return Outcome(labels, "model", None, conversation.transcript_sha256, "fingerprint")
 
 
