@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_LABEL = re.compile(r'"(intent|topic|sentiment)"\s*:\s*"([^"\\]*)"')
+_LABEL = re.compile(r'"(\w+)"\s*:\s*"([^"\\]*)"')
 _OUTSIDE = "The"
 _OUTSIDE_SHARE = 0.5
 _PIECE = 4  # characters of a token outside of the labels
@@ -30,6 +30,8 @@ def logprobs_of(
     at = 0
     properties = (schema or {}).get("properties", {})
     for match in _LABEL.finditer(content):
+        if "enum" not in properties.get(match.group(1), {}):
+            continue
         start, end = match.span(2)
         entries += _plain(content[at:start], top)
         label = match.group(2)
