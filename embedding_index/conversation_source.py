@@ -19,6 +19,7 @@ from config import Settings, load_taxonomy
 from config.taxonomy import TRIAD
 from database_docs.documentation_store import DocumentationStore
 from database_docs.items import CONVERSATION_FACTS, Ended, IndexItem, Kind, MetadataValue, OnEnded
+from domain.conversation import stored_labels
 from embedding_index.batch_indexing import remove, update_metadata
 from embedding_index.providers.contract import Provider
 from embedding_index.vector_store import SQLVectorStore
@@ -146,7 +147,8 @@ def _items(
         counts.read += 1
         result = labelled.get(id_key(document["_id"]), {})
         labels = result.get("classification")
-        if not isinstance(labels, Mapping) or not all(isinstance(labels.get(key), str) for key in needed):
+        is_complete = isinstance(labels, Mapping) and all(isinstance(labels.get(key), str) for key in needed)
+        if not is_complete or not stored_labels(labels):
             counts.unclassified += 1
             continue
         try:

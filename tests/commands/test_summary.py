@@ -131,6 +131,14 @@ def test_label_shares_are_sorted_bars(console: Console) -> None:
     assert "Topic" not in lines
 
 
+def test_examples_have_a_column_for_each_field(console: Console) -> None:
+    """A field that a result lacks is empty; without categorization there is no such column."""
+    one = {"conversation_number": "1", "classification": {"escalate": "Yes", "channels": ["Phone", "Chat"]}}
+    print_examples(console, [one, {"conversation_number": "2", "classification": {"escalate": "No"}}])
+    rows = [line.split() for line in shown(console).splitlines()[1:]]
+    assert rows == [["conversation", "escalate", "channels"], ["1", "Yes", "Phone,", "Chat"], ["2", "No"]]
+
+
 def test_examples_show_the_id_if_there_is_no_number(console: Console) -> None:
     second = {**result(), "conversation_number": None, "source_conversation_id": bson.ObjectId("0" * 24)}
     print_examples(console, [result(), second])

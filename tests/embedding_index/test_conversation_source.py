@@ -10,6 +10,7 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import bson
@@ -178,13 +179,15 @@ class Site:
     db_name: str
     database: Database[dict[str, Any]]
     driver: str = "pymongo"
+    taxonomy_file: Path | None = None
     states: States = field(default_factory=States)
     vectors: Vectors = field(default_factory=Vectors)
     results: list[tuple[str, str | None]] = field(default_factory=list)
 
     @property
     def settings(self) -> Settings:
-        return load_settings(None, mongodb_uri=self.uri, db_name=self.db_name, mongodb_backoff_s=0)
+        place = {"mongodb_uri": self.uri, "db_name": self.db_name, "taxonomy_file": self.taxonomy_file}
+        return load_settings(None, mongodb_backoff_s=0, **place)
 
     def fill(self, *document_ids: Any, text: str = "Where is my parcel?") -> None:
         self.database["conversation_set"].insert_many([conversation(value, text) for value in document_ids])
@@ -228,6 +231,36 @@ def test_an_item_is_what_the_customer_said_with_the_labels() -> None:
     }
     bare = conversation_item({"_id": "doc0", "text": "Hello"}, {"classification": LABELS, "processing_metadata": None})
     assert (bare.name, bare.text, bare.metadata) == ('"doc0"', "Hello", {"source_id": '"doc0"', **LABELS})
+
+
+def test_an_item_has_the_labels_of_every_field() -> None:
+    """Lists stay lists; what is no label, or would replace a fact of the conversation, is left out."""
+    odd = {"channels": ["Phone", "Chat"], "score": 0.5, "flags": [1], "source_id": "forged", "classified_by": "forged"}
+    item = conversation_item(conversation(7), result(7, urgency="High", **odd))
+    assert item.metadata == {
+        "source_id": '{"$numberInt": "7"}',
+        **LABELS,
+        "urgency": "High",
+        "channels": ["Phone", "Chat"],
+        "classified_at": "2026-11-21T10:00:00.123000+00:00",
+        "classified_by": "llama3.2",
+    }
+
+
+async def test_results_from_before_a_field_existed_stay_in_the_index(site: Site, tmp_path: Path) -> None:
+    """A taxonomy without the triad takes every result with a label."""
+    own = tmp_path / "own.yaml"
+    own.write_text("categorization: false\nfields: {urgency: [High, Low]}")
+    site.fill(1)
+    await site.run()
+    results = site.database["sentimental_analysis"]
+    site.taxonomy_file = own
+    assert await site.run() == {"read": 1}
+    results.update_one({}, {"$set": {"classification": {"urgency": "High"}}})
+    assert await site.run() == {"read": 1, "changed": 1}
+    assert site.vectors.found['{"$numberInt": "1"}']["urgency"] == "High"
+    results.update_one({}, {"$set": {"classification": {}}})
+    assert await site.run() == {"read": 1, "unclassified": 1, "removed": 1}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -47,12 +47,18 @@ class Lane:
     site: Site
     openai: FakeOpenAI
 
-    def processor(self, monkeypatch: pytest.MonkeyPatch, **parts: Any) -> DocumentBatchProcessor:
+    def processor(
+        self, monkeypatch: pytest.MonkeyPatch, taxonomy_file: Path | None = None, **parts: Any
+    ) -> DocumentBatchProcessor:
         """Return the job as the command line makes it."""
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
         monkeypatch.setenv("OPENAI_BASE_URL", self.openai.url)
         settings = load_settings(
-            None, mongodb_uri=self.site.uri, db_name=self.site.database.name, mongodb_backoff_s=0.05
+            None,
+            mongodb_uri=self.site.uri,
+            db_name=self.site.database.name,
+            mongodb_backoff_s=0.05,
+            taxonomy_file=taxonomy_file,
         )
         parts = {"schema_file": load_schema_file(SCHEMA), "state_dir": self.site.folder / "job", **parts}
         return DocumentBatchProcessor(settings=settings, times=TIMES, **parts)
@@ -87,6 +93,20 @@ def test_results_match_those_of_the_worker(lane: Lane, monkeypatch: pytest.Monke
         assert keys(result) == keys(sent[name])
         for field in ("input_sha256", "turns_used", "turns_total", "input_complete", "processor_version"):
             assert result["processing_metadata"][field] == sent[name]["processing_metadata"][field]
+
+
+def test_fields_of_the_taxonomy_are_labelled(lane: Lane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With masking: a taxonomy without categorization has no text in which personal data is put back."""
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "categorization: false\nfields: {escalate: [Yes, No], channels: {multiple: true, labels: [Phone, Chat]}}"
+    )
+    lane.openai.configure(reply='{"escalate": "No", "channels": ["chat", "Phone", "Chat"]}')
+    lane.site.source.insert_one(conversation(1, text="mail me at jane@example.com"))
+    lane.processor(monkeypatch, taxonomy_file=own, mask_pii=True).process_pending_documents()
+    [result] = lane.site.results.find()
+    assert result["classification"] == {"escalate": "No", "channels": ["Phone", "Chat"]}
+    assert "classification.channels_1" in lane.site.results.index_information()
 
 
 def test_document_with_result_is_completed_without_request(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:

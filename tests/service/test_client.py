@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -618,6 +619,21 @@ def test_api_client_compares_labels_with_expected_ones(capsys: pytest.CaptureFix
     assert "Order Status" in output
     assert "(Technical" in output
     assert "3 of 3 answered" in output
+
+
+def test_api_client_shows_the_fields_of_the_service(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fields without an expected label are shown and not counted; a missing part of the triad is no error."""
+    labels = {"intent": "Order Status", "urgency": "High", "channels": ["Phone", "Chat"]}
+
+    def behave(number: str, nth: int) -> Reply:
+        return Reply(body={"conversation_number": number, "messages": [], "classification": labels})
+
+    with scripted_service(behave) as service:
+        assert api_client.main(["--url", service.url, "--count", "1"]) == ExitCode.DONE
+    output = capsys.readouterr().out
+    assert "urgency" in output
+    assert "Phone, Chat" in output
+    assert re.search(r"1 of 1 answered; as expected: intent \d$", output, re.MULTILINE)
 
 
 def test_api_client_exits_with_1_if_an_answer_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import yaml
 
+import api
+from config import load_settings
 from config.taxonomy import DEFAULT_TAXONOMY
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 from tests.service.service_process import CONVERSATION, serve
+from tests.service.test_similar_service import APP, write_index
 from tests.worker.engine_run import run_worker
 from tests.worker.site import Site, conversation, filled, model_of
 
 PAGE = (Path(__file__).parents[2] / "docs/fields.md").read_text(encoding="utf-8")
 EXAMPLE, FORMS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 URGENCY = {"High", "Low", "Normal"}
-COUNT = 30
+COUNT = 12
 
 
 @pytest.fixture
@@ -61,13 +64,41 @@ def test_worker_labels_the_field_of_the_example(site: Site, labels: str) -> None
 def test_service_answers_with_the_field_of_the_example(site: Site, labels: str, tmp_path: Path) -> None:
     """Its document lists the labels, and the answer has one of them."""
     variables = {"OLLAMA_ENDPOINT": model_of(site).url, "OLLAMA_MODEL": "llama3.2", "TAXONOMY_FILE": labels}
-    with serve(tmp_path, **variables) as service:
+    write_index(tmp_path)
+    with serve(tmp_path, app=APP, **variables) as service:
         schema = service.get("/openapi.json").json["components"]["schemas"]["Labels"]
         answer = service.classify(CONVERSATION)
+        [hit] = service.get("/similar?text=parcel&limit=1").json["hits"]
     assert schema["properties"]["urgency"]["enum"] == ["High", "Low", "Normal"]
     assert answer.status == 200
     assert list(answer.json["classification"]) == schema["required"]
     assert answer.json["classification"]["urgency"] in URGENCY
+    assert list(hit["classification"]) == schema["required"]
+    assert (hit["classification"]["intent"], hit["classification"]["urgency"]) == ("Order Status", "")
+
+
+def test_similar_conversations_have_lists_of_labels(tmp_path: Path) -> None:
+    """Of the fields that the service knows; none where the conversation was labelled without them."""
+    own = tmp_path / "own.yaml"
+    own.write_text(f"{FORMS}categorization: false\n", encoding="utf-8")
+    labelled = {"language": "English", "channels": ["Phone", "Chat"]}
+    metadata = {"source_id": '"1"', "classified_by": "llama3.2", "intent": "Order Status", **labelled}
+    write_index(tmp_path, items=[{"name": '"1"', "text": "parcel", "metadata": metadata}])
+    with serve(tmp_path, app=APP, API_EMBEDDED="true", TAXONOMY_FILE=str(own)) as service:
+        [hit] = service.get("/similar?text=parcel").json["hits"]
+        answer = service.classify(CONVERSATION).json["classification"]
+    assert hit["classification"] == {**labelled, "escalate": ""}
+    assert hit["classified_by"] == "llama3.2"
+    assert answer == {"language": "Other", "escalate": "No", "channels": ["Other"]}
+
+
+def test_blocking_form_has_each_field_as_an_attribute(site: Site, labels: str) -> None:
+    answer = api.classify_conversation(
+        CONVERSATION,
+        load_settings(None, ollama_endpoint=model_of(site).url, ollama_model="llama3.2", taxonomy_file=Path(labels)),
+    )
+    assert answer.classification.urgency in URGENCY
+    assert answer.model_dump()["classification"]["urgency"] == answer.classification.urgency
 
 
 def test_lists_of_labels_are_stored_and_copied_to_identical_conversations(site: Site, tmp_path: Path) -> None:
