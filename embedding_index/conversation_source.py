@@ -147,8 +147,10 @@ def _items(
         counts.read += 1
         result = labelled.get(id_key(document["_id"]), {})
         labels = result.get("classification")
-        is_complete = isinstance(labels, Mapping) and all(isinstance(labels.get(key), str) for key in needed)
-        if not is_complete or not stored_labels(labels):
+        if not isinstance(labels, Mapping) or not stored_labels(labels):
+            counts.unclassified += 1
+            continue
+        if not all(isinstance(labels.get(key), str) for key in needed):
             counts.unclassified += 1
             continue
         try:
