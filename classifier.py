@@ -148,8 +148,8 @@ def parse_classification(reply: str, taxonomy: Taxonomy) -> Classification:
 def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
     """Return the JSON Schema of an answer.
 
-    It is flat and uses only enums and lists of enums, because grammar compilers fail on patterns, formats, unions and
-    uniqueItems. The order of the keys makes the model describe the conversation before it labels it.
+    It is flat and uses only enums and lists of enums, because grammar compilers fail on patterns, formats, unions and,
+    some of them, uniqueItems. The order of the keys makes the model describe the conversation before it labels it.
     """
     text = {"type": "string", "minLength": 1, "maxLength": MAX_CATEGORIZATION_CHARACTERS}
     return {

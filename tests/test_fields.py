@@ -176,7 +176,7 @@ def test_examples_have_the_keys_that_the_taxonomy_has(tmp_path: Path, taxonomy: 
 
 
 def test_schema_of_an_answer_has_lists_of_labels(taxonomy: Taxonomy) -> None:
-    """uniqueItems is missing on purpose: grammar compilers refuse it."""
+    """uniqueItems is missing on purpose: some grammar compilers refuse it."""
     schema = classification_schema(taxonomy)
     assert schema["required"] == ["categorization", *taxonomy.field_names]
     assert schema["properties"]["urgency"] == {"type": "string", "enum": ["High", "Normal"]}
