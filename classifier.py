@@ -47,7 +47,9 @@ class Classifier:
     def __init__(self, taxonomy: Taxonomy, on_long: OnLong = "fit") -> None:
         self.system_prompt = build_system_prompt(taxonomy)
         self.truncator = TranscriptTruncator(self.system_prompt, on_long)
-        self._taxonomy = taxonomy
+        self._keys = taxonomy.keys
+        self._lists = tuple(field.name for field in taxonomy.fields if field.is_multiple)
+        self._texts = tuple(key for key in taxonomy.keys if key not in self._lists)
         self._names = {field.name: field.names for field in taxonomy.fields}
         self._labels = {field: {fold_label(name): name for name in names} for field, names in self._names.items()}
         self.schema_json = json.dumps(classification_schema(taxonomy), ensure_ascii=False).encode()
@@ -90,15 +92,14 @@ class Classifier:
         return found
 
     def _classification(self, fields: dict[str, Any]) -> Classification:
-        multiple = {field.name for field in self._taxonomy.fields if field.is_multiple}
-        missing = [key for key in self._taxonomy.keys if key not in multiple and not isinstance(fields.get(key), str)]
+        missing = [key for key in self._texts if not isinstance(fields.get(key), str)]
         if missing:
             raise LLMReplyError(f"missing or not a text: {', '.join(missing)}", Reason.WRONG_SHAPE)
-        missing = [key for key in sorted(multiple) if not _is_list_of_texts(fields.get(key))]
+        missing = [key for key in self._lists if not _is_list_of_texts(fields.get(key))]
         if missing:
             raise LLMReplyError(f"missing or not a list of labels: {', '.join(missing)}", Reason.WRONG_SHAPE)
         categorization = None
-        if self._taxonomy.has_categorization:
+        if "categorization" in self._texts:
             categorization = one_line(fields["categorization"], MAX_CATEGORIZATION_CHARACTERS)
             if not categorization:
                 raise LLMReplyError("categorization is empty", Reason.WRONG_SHAPE)
@@ -125,7 +126,7 @@ class Classifier:
         """
         if reply is None:
             return messages
-        *others, last = self._taxonomy.keys
+        *others, last = self._keys
         keys = f"keys {', '.join(others)} and {last}" if others else f"key {last}"
         return [
             *messages,

@@ -23,16 +23,34 @@ from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import serve
 from tests.service.test_similar_service import APP, write_index
 
+FIELDS = """
+sentiments: [Positive, Negative]
+fields:
+  urgency: [High, Low]
+  channels: {multiple: true, labels: [Phone, Chat]}
+categorization: false
+"""
+
 
 def document(**settings: Any) -> dict[str, Any]:
     return openapi_document(main.app, load_service_settings(None, **settings), load_taxonomy())
 
 
-@pytest.mark.parametrize("examples", [3, pytest.param(40, marks=pytest.mark.thorough)])
-def test_schemathesis_finds_no_deviation_from_the_document(tmp_path: Path, examples: int) -> None:
+@pytest.mark.parametrize(
+    ("examples", "taxonomy"),
+    [
+        pytest.param(3, None, id="few"),
+        pytest.param(40, None, id="many", marks=pytest.mark.thorough),
+        pytest.param(10, FIELDS, id="fields", marks=pytest.mark.thorough),
+    ],
+)
+def test_schemathesis_finds_no_deviation_from_the_document(tmp_path: Path, examples: int, taxonomy: str | None) -> None:
     """Statuses, headers, content types, bodies and methods: what is wrong is refused, what is right is answered."""
     # Answers are not kept, because a key that comes twice with two bodies is refused, and rightly.
     limits = {"API_MAX_MESSAGES": "20", "API_MAX_TEXT_CHARACTERS": "20000", "API_IDEMPOTENCY_RETENTION_S": "0"}
+    if taxonomy is not None:
+        limits["TAXONOMY_FILE"] = str(tmp_path / "own.yaml")
+        (tmp_path / "own.yaml").write_text(taxonomy)
     write_index(tmp_path)
     with (
         FakeOllama(slots=8, user_message=0, record=False) as fake,
