@@ -122,5 +122,6 @@ def _describe_labels(document: dict[str, Any], taxonomy: Taxonomy) -> None:
     }
     if taxonomy.has_categorization:
         example["categorization"] = EXAMPLE_LABELS["categorization"]
-    for schema in (schemas["ClassificationResponse"], *schemas["SimilarResponse"]["examples"][0]["hits"]):
-        (schema["examples"][0] if "examples" in schema else schema)["classification"] = example
+    answer, found = (schemas[name]["examples"][0] for name in ("ClassificationResponse", "SimilarResponse"))
+    for shown in (answer, *found["hits"]):
+        shown["classification"] = example

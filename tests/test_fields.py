@@ -156,9 +156,28 @@ def test_prompt_has_a_rule_and_the_labels_of_each_field(taxonomy: Taxonomy) -> N
     assert (
         "5. channels: Channels that the customer used. All labels from CHANNELS that fit.\n6. categorization" in prompt
     )
+    assert "When two fit where one is allowed, take the one" in prompt
     assert "take Other, or the closest label of a list without Other.\n" in prompt
     assert "URGENCY:\n- High: today\n- Normal: tomorrow\n" in prompt
     assert "no rush" not in prompt
+
+
+@pytest.mark.parametrize(
+    ("definition", "rule"),
+    [
+        ("Does the customer ask for a manager?", "1. escalate: Does the customer ask for a manager? Exactly one label"),
+        ("A manager is asked for", "1. escalate: A manager is asked for. Exactly one label"),
+        ('""', "1. escalate: exactly one label"),
+    ],
+)
+def test_rule_of_a_field_is_made_of_sentences(tmp_path: Path, definition: str, rule: str) -> None:
+    own = f"fields:\n  escalate:\n    labels: [Yes, No, Other]\n    definition: {definition}\n"
+    prompt = build_system_prompt(taxonomy_of(tmp_path, own))
+    assert f"{rule} from ESCALATE.\n" in prompt
+    assert (
+        "When two fit, take the one that matches what the customer asks for last. When none fits, take Other.\n"
+        in prompt
+    )
 
 
 def test_examples_have_the_keys_that_the_taxonomy_has(tmp_path: Path, taxonomy: Taxonomy) -> None:

@@ -31,7 +31,13 @@ from worker.quarantine import list_failed, requeue
 
 CANARY = "canary-4711"
 AT = datetime(2026, 5, 1, 10, 30, tzinfo=UTC)
-LABELS = {"intent": "Complaint", "topic": "Other", "sentiment": "Negative", "categorization": "Late parcel."}
+LABELS = {
+    "intent": "Complaint",
+    "topic": "Other",
+    "sentiment": "Negative",
+    "channels": ["Phone", "Chat"],
+    "categorization": "Late parcel.",
+}
 
 
 def failed(document_id: Any, minute: int = 0, **changes: Any) -> FailedDocument:
@@ -120,6 +126,7 @@ def test_only_show_prints_text(files: BatchFiles, said: Callable[..., str]) -> N
     quiet = said("list"), said("list", "--json"), said("replay", "a"), said("drop", "b", "--yes")
     assert not any(CANARY in text for text in quiet)
     shown = said("show", "d", "c")
+    assert "  channels        Phone, Chat\n" in shown
     assert f"{CANARY} of d" in shown
     assert f"{CANARY} of c" in shown
     assert "store_failed" in shown
