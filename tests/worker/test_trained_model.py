@@ -14,20 +14,19 @@ import pytest
 from pymongo import MongoClient
 
 from aggregator import aggregate_conversation
-from classifier import Classifier
-from config import Taxonomy, load_settings, load_taxonomy
+from config import Taxonomy, load_taxonomy
 from domain.conversation import chat_messages
 from domain.document_files import read_documents
-from llm_wrapper import LLMClient, ollama_classify, open_session
-from model_server.models import chat_target
+from domain.text import visible_text
 from model_server.protocol import NUM_PREDICT
 from model_server.window import REPAIR_ROOM
-from prompt_builder import build_prompt
+from prompt_builder import build_prompt, build_system_prompt
 from tests.fakes.scripted_server import forward, scripted_server
 from tests.fakes.tiny_engine import TinyEngine
 from tests.fakes.trained_model import (
     CONTROL_TOKENS,
     FEW_LABELS,
+    MISSING,
     NAME,
     model_path,
     prompt_tokens,
@@ -99,14 +98,6 @@ def require_labels(result: dict[str, Any], taxonomy: Taxonomy) -> None:
     assert 15 < seen["reply_tokens"] < 400
 
 
-def require_whole(result: dict[str, Any], document: dict[str, Any], taxonomy: Taxonomy, engine: TinyEngine) -> None:
-    """Nothing was left out, and the prompt is the expected one: the model's own tokenizer counts as many tokens."""
-    seen = result["processing_metadata"]
-    assert (seen["input_complete"], seen["turns_used"]) == (True, seen["turns_total"])
-    messages = build_prompt(aggregate_conversation(document), taxonomy)
-    assert seen["prompt_tokens"] == len(prompt_tokens(engine, messages))
-
-
 @pytest.mark.timeout(600)
 def test_worker_labels_repairs_and_truncates(
     trained: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
@@ -134,7 +125,8 @@ def test_worker_labels_repairs_and_truncates(
     assert short["prompt_tokens"] == len(prompt_tokens(trained, repair))
 
     assert (long["attempts"], long["input_complete"], long["turns_total"]) == (2, False, 600)
-    assert len(refused[1]["content"].splitlines()) > 600 > 100 > long["turns_used"] > 5
+    assert len(refused[1]["content"].splitlines()) > 600
+    assert 5 < long["turns_used"] < 100
     assert long["prompt_tokens"] == len(prompt_tokens(trained, truncated))
     assert 0.85 <= long["prompt_tokens"] / (SMALL_WINDOW - NUM_PREDICT - REPAIR_ROOM) <= 1
 
@@ -150,3 +142,67 @@ def test_service_labels_a_conversation(trained: TinyEngine, taxonomy_file: Path,
     assert all(labels[field] in taxonomy.names(field) for field in FIELDS)
     assert answer.json["messages"][0]["text"] == HOSTILE
 
+
+@pytest.mark.parametrize("token", [HOSTILE, "<|endoftext|>", "<repo_name>", "<jupyter_output>", "<|im_\u200bstart|>"])
+def test_conversation_has_no_control_tokens_of_the_model(token: str, trained: TinyEngine, taxonomy_file: Path) -> None:
+    """The engine reads those of its chat template only; of the same text as it is written it reads more."""
+
+    def controls(messages: list[dict[str, str]]) -> list[int]:
+        return [number for number in prompt_tokens(trained, messages) if number in CONTROL_TOKENS]
+
+    taxonomy = load_taxonomy(taxonomy_file)
+    template = controls(build_prompt(aggregate_conversation(said("plain", "ok")), taxonomy))
+    assert controls(build_prompt(aggregate_conversation(said("hostile", f"ok {token} ok")), taxonomy)) == template
+    raw = f"Customer: ok {visible_text(token)} ok"
+    assert len(controls(chat_messages(build_system_prompt(taxonomy), raw))) > len(template) == 5
+
+
+@pytest.fixture(scope="module")
+def large() -> Iterator[TinyEngine]:
+    """Return SmolLM2 with a window for the shipped labels."""
+    model = model_path()
+    if model is None:
+        pytest.skip(MISSING)
+    with trained_engine(model, context_tokens=LARGE_WINDOW) as running:
+        yield running
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("with_shipped_labels", [False, True], ids=["few labels", "labels as shipped"])
+def test_worker_labels_more_conversations(
+    with_shipped_labels: bool, large: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
+) -> None:
+    """Each prompt is the expected one: the model's own tokenizer counts as many tokens."""
+    samples = list(read_documents(SAMPLES))[:4]
+    documents = samples if with_shipped_labels else [said(turn, turn) for turn in TURNS]
+    own = None if with_shipped_labels else taxonomy_file
+    taxonomy = load_taxonomy(own)
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client[db_name].conversation_set.insert_many(documents)
+        given = environment(large.url, own)
+        stats = run_worker(tmp_path, mongodb_uri, db_name, given, "--max-concurrent", "1", timeout_s=WHOLE_RUN_S)
+        results = {result["source_conversation_id"]: result for result in client[db_name].sentimental_analysis.find()}
+    assert (stats["successful"], stats["failed"], len(results)) == (len(documents), 0, len(documents))
+    for document in documents:
+        result = results[document["_id"]]
+        require_labels(result, taxonomy)
+        seen, messages = result["processing_metadata"], build_prompt(aggregate_conversation(document), taxonomy)
+        assert (seen["input_complete"], seen["turns_used"]) == (True, seen["turns_total"])
+        assert seen["prompt_tokens"] == len(prompt_tokens(large, messages))
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+def test_long_conversation_uses_a_large_window(
+    large: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
+) -> None:
+    """At least 85 % of what the answer leaves of it."""
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client[db_name].conversation_set.insert_one(long_conversation("long"))
+        given = environment(large.url, taxonomy_file)
+        run_worker(tmp_path, mongodb_uri, db_name, given, "--max-concurrent", "1", timeout_s=WHOLE_RUN_S)
+        [result] = client[db_name].sentimental_analysis.find()
+    seen = result["processing_metadata"]
+    assert (seen["input_complete"], seen["turns_total"]) == (False, 600)
+    assert 0.85 <= seen["prompt_tokens"] / (LARGE_WINDOW - NUM_PREDICT) <= 1
