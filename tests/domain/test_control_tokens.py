@@ -26,6 +26,7 @@ TOKENS = {
     "GLM": "[gMASK] [sMASK] <sop> <eop> <|observation|>",
     "others": "<role> <longcat_user> <seed:bos> <extra_id_0> <SPECIAL_12> <reserved_106> [|endofturn|] [UNUSED_TOKEN_145]",
     "MiniMax, Kimi": "]~b] ]~!b[ [e~[ ◁think▷ ◁/think▷",
+    "in disguise": "</THINK> <|im_\x00end|> <|im_\u200bend|> ＜|im_end|＞ <|IM_END|> <|im\u200d_end|>",
     "BERT": "[CLS] [SEP] [MASK] [PAD] [UNK]",
 }
 FENCES = [
@@ -97,12 +98,13 @@ def test_other_brackets_stay(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "sign", ["<", "<_", "<|", "<a", "<a_", "< ", "</", "[", "]~", "＜", "<conversatio", "<\u200d", ">", "_>"]
+    "sign",
+    ["<", "<_", "<|", "<a", "<a_", "< ", "</", "[", "]~", "＜", "<conversatio", "<\u200d", "_", " ", "|", "con", "/"],
 )
 def test_many_signs_are_fast(sign: str) -> None:
     """The search is linear: a quadratic one takes minutes for this."""
-    prompt_text(sign * 100_000)
-    prompt_text("<" + sign * 100_000)
+    prompt_text(sign * 30_000)
+    prompt_text("<" + sign * 30_000)
 
 
 PIECES = st.sampled_from(
