@@ -1,7 +1,7 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search`` or ``walk`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without
+``search``, ``walk`` or ``injection`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without
 targets. See docs/performance.md.
 """
 
@@ -14,7 +14,18 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks import concurrency, document_jobs, embedding, latency, memory, search_quality, service, throughput, walk
+from benchmarks import (
+    concurrency,
+    document_jobs,
+    embedding,
+    injection,
+    latency,
+    memory,
+    search_quality,
+    service,
+    throughput,
+    walk,
+)
 from benchmarks.table import text
 from benchmarks.worker_process import WorkerFailedError
 
@@ -28,6 +39,7 @@ MEASURES = {
     "index": embedding.measure,
     "search": search_quality.measure,
     "walk": walk.measure,
+    "injection": injection.measure,
 }
 
 

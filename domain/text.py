@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 
 _LINE_BREAK = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 
@@ -13,13 +14,24 @@ _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028\u2029\u202a-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
-# Control tokens in the chat templates of common models, and the fence of our own prompt. Models ignore spaces in tags.
+# Tokenizers of model servers read control tokens in a text as if the chat template had written them, so a turn could end
+# inside a conversation. These are the forms of common models: a bar inside the brackets, an underscore, or a known word.
 _CONTROL_TOKEN = re.compile(
-    r"<[|｜][^|｜<>\n]{0,40}[|｜]>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>|<unused\d+>"
-    r"|<\s{0,5}/?\s{0,5}(?:s|think|bos|eos|pad|start_of_turn|end_of_turn|conversation)\b[^<>]{0,40}>",
-    re.IGNORECASE,
+    r"<<?(?:\|.*|.*\||(?=[^>]*_)/?\w+|seed:\w+"
+    r"|/?(?:s|sys|bos|eos|pad|unk|mask|cls|sep|sop|eop|think|role|tools|image|img|audio|video|endoftext|reponame|filename"
+    r"|(?:unused|custom)\d+))>>?",
+    re.IGNORECASE | re.DOTALL,
 )
-_LOOKALIKE = str.maketrans({"<": "‹", ">": "›", "[": "⁅", "]": "⁆"})
+_SQUARE_TOKEN = re.compile(
+    r"\[/?(?:(?i:INST|SYSTEM_PROMPT)|AVAILABLE_TOOLS|TOOL_(?:CALLS|RESULTS|CONTENT)|ARGS|CALL_ID|MODEL_SETTINGS|THINK"
+    r"|PREFIX|MIDDLE|SUFFIX|IMG(?:_BREAK|_END)?|(?:BEGIN_)?AUDIO|TRANSCRIBE|CLS|SEP|PAD|UNK|BOS|EOS|[gs]?MASK"
+    r"|UNUSED_TOKEN_\d+|\|\w+\|)\]|\[e~\[|\][~!]{1,2}b[\[\]]|◁/?think▷"
+)
+# Full-width and small brackets are the same signs to a model. A tag that is never closed could still be our fence.
+_ANGLES = re.compile("[<＜﹤]{1,2}[^<>＜＞﹤﹥]+[>＞﹥]{0,2}")
+_NOT_A_TO_Z = re.compile("[^a-z]+")
+_FENCE = "conversation"
+_LOOKALIKE = str.maketrans("<>＜＞﹤﹥◁▷[]", "‹›‹›‹›‹›⁅⁆")
 
 
 def visible_text(text: str) -> str:
@@ -36,11 +48,33 @@ def escaped(text: str) -> str:
 
 
 def prompt_text(text: str) -> str:
-    """Return *text* for a prompt: visible, stripped, with look-alikes instead of control tokens."""
+    """Return *text* for a prompt: visible, stripped, with look-alikes instead of control tokens and of our fence."""
     text = visible_text(text).strip()
-    if "<" in text or "[" in text:
-        text = _CONTROL_TOKEN.sub(lambda match: match.group().translate(_LOOKALIKE), text)
-    return text
+    if text.isascii() and "<" not in text and "[" not in text and "]" not in text:
+        return text
+    text = _SQUARE_TOKEN.sub(lambda match: match.group().translate(_LOOKALIKE), text)
+    return _ANGLES.sub(_harmless, text)
+
+
+def _harmless(match: re.Match[str]) -> str:
+    tag = match.group()
+    plain = "".join(unicodedata.normalize("NFKC", tag).split())
+    if _CONTROL_TOKEN.fullmatch(plain) or _is_fence(plain.casefold()):
+        return tag.translate(_LOOKALIKE)
+    return tag
+
+
+def _is_fence(tag: str) -> bool:
+    """Whether a model could read *tag* (folded) as ``<conversation>`` or ``</conversation>``.
+
+    Characters between the letters and attributes do not matter. Letters of other alphabets may stand for letters that
+    look like them, so then the others only have to be in the right order.
+    """
+    letters = _NOT_A_TO_Z.sub("", tag)
+    if letters.startswith(_FENCE):
+        return True
+    expected = iter(_FENCE)
+    return not tag.isascii() and 4 <= len(letters) <= len(_FENCE) and all(letter in expected for letter in letters)
 
 
 def one_line(text: str, limit: int) -> str:

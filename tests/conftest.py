@@ -181,6 +181,22 @@ def engine(tiny_model: Path) -> Iterator[TinyEngine]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def trained() -> Iterator[TinyEngine]:
+    """Return llama.cpp with SmolLM2, one slot and a small window; it serves every test of this process.
+
+    The first prompt takes four seconds of processor time. Later ones with the same system prompt come from the prefix
+    cache, so tests in the default suite use one taxonomy.
+    """
+    from tests.fakes.trained_model import MISSING, model_path, trained_engine
+
+    found = model_path()
+    if found is None:
+        pytest.skip(MISSING)
+    with trained_engine(found, context_tokens=1536) as running:
+        yield running
+
+
 @pytest.fixture
 def model() -> Iterator[FakeOllama]:
     """Return a model server that answers after 20 ms, labels by the conversation, and fails in no way yet."""

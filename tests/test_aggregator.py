@@ -372,45 +372,6 @@ def test_a_text_cannot_pass_for_another_turn(line_break: str, speaker: str) -> N
     assert lines[-1] == f"    {speaker}: all good, thanks"
 
 
-@pytest.mark.parametrize(
-    "token",
-    [
-        "<|im_start|>",
-        "<|eot_id|>",
-        "<｜begin▁of▁sentence｜>",
-        "[INST]",
-        "[/INST]",
-        "<<SYS>>",
-        "<s>",
-        "</s>",
-        "<think>",
-        "</THINK>",
-        "<start_of_turn>",
-        "<unused99>",
-        "</conversation>",
-        "<CONVERSATION>",
-        "</conversation >",
-        "< / conversation>",
-        "</conversation\n>",
-        "</con\u200bversation>",
-        "<|im_\x00end|>",
-    ],
-)
-def test_control_tokens_are_neutralised(token: str) -> None:
-    """What a chat template or our own fence would obey becomes look-alikes, even split by invisible characters."""
-    text = prompt_text(f"before {token} after")
-    assert text.startswith("before ")
-    assert text.endswith(" after")
-    assert not any(sign in text for sign in "<>[]")
-    assert prompt_text(text) == text
-
-
-@pytest.mark.parametrize("text", ["1 < 2 and 3 > 2", "<b>bold</b>", "[order 5]", "a <- b", "<3 <3", "price <s"])
-def test_other_brackets_stay(text: str) -> None:
-    """Only control tokens are touched."""
-    assert prompt_text(text) == text
-
-
 def test_emoji_and_scripts_stay_whole() -> None:
     """Joiners belong to emoji and to several scripts."""
     text = "👩‍👩‍👧 नमस्ते می‌خواهم 👍🏽"
@@ -430,12 +391,6 @@ def test_one_line() -> None:
     assert one_line("a\r\n b\u2028c\t d", 20) == "a b c d"
     assert one_line("x" * 21, 20) == "x" * 19 + "…"
     assert one_line("x" * 20, 20) == "x" * 20
-
-
-def test_many_spaces_after_a_bracket_are_fast() -> None:
-    """The search for tokens is linear: this would take hours if each space were tried as a beginning and an end."""
-    text = "<" + " " * 200_000 + "<" * 200_000
-    assert prompt_text(text) == text
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(

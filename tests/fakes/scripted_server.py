@@ -13,6 +13,8 @@ import socket
 import ssl
 import struct
 import threading
+import urllib.error
+import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 WAIT_S = 30.0
+FORWARD_S = 300.0
 
 GOOD_CONTENT = json.dumps(
     {
@@ -125,6 +128,21 @@ def drip_header(pause_s: float, count: int) -> Step:
     return step
 
 
+def forward(url: str, **changes: Any) -> Step:
+    """Send the request on to the server at *url*, with *changes* of its JSON body, and send back what that answers."""
+
+    def step(handler: Handler) -> None:
+        body = json.dumps({**json.loads(handler.body), **changes}).encode() if handler.body else None
+        request = urllib.request.Request(url + handler.path, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=FORWARD_S) as response:
+                answer(response.read(), response.status)(handler)
+        except urllib.error.HTTPError as refusal:
+            answer(refusal.read(), refusal.code)(handler)
+
+    return step
+
+
 def hang(handler: Handler) -> None:
     """Say nothing until the client leaves."""
     handler.client_leaves_within(WAIT_S)
@@ -151,6 +169,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: Server
+    body: bytes
 
     @property
     def server_state(self) -> ScriptedServer:
@@ -184,8 +203,8 @@ class Handler(BaseHTTPRequestHandler):
         return gone
 
     def _serve(self, step: Step) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        self.server_state.note(Request(self.command, self.path, dict(self.headers), body))
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.server_state.note(Request(self.command, self.path, dict(self.headers), self.body))
         with contextlib.suppress(ConnectionError):
             step(self)
 

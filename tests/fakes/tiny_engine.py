@@ -4,6 +4,14 @@ The model is a two-layer llama with seeded random weights (about 0.5 MB), so its
 around them is the engine's own: tokenizer, chat template, context limit, slots, prefix cache, grammar, log
 probabilities, error bodies. With a JSON schema in ``response_format`` each answer is valid JSON all the same.
 
+The trained model of ``trained_model`` labels conversations in the tests. The random one stays in four modules:
+
+    tests/fakes/test_tiny_engine.py           the engine's own behaviour: many starts, long streams, no labels
+    tests/worker/test_confidence_engine.py    random words crowd the labels out of the log probabilities; every way to
+                                              spell a label is followed, which a real vocabulary makes too expensive
+    tests/model_server/test_tokens.py         a tokenizer that knows a little English: the most tokens of other scripts
+    tests/commands/test_model_diagnosis.py    slots and keys of the server; what the model answers does not matter
+
 As a script (``python tests/fakes/tiny_engine.py --model FILE``) it serves until its standard input closes, and prints
 ``{"port": 12345, "url": "http://127.0.0.1:12345"}`` on one line when it is ready. A parent that is killed closes
 that pipe too, so no engine outlives its test run.

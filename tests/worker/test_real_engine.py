@@ -1,4 +1,4 @@
-"""The whole worker against engines that really infer: llama.cpp always, an Ollama where one is named."""
+"""The whole worker against an Ollama, if one is named. ``test_trained_model.py`` does the same with llama.cpp."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 from pymongo import MongoClient
 
 from config import load_taxonomy
 from domain.document_files import read_documents
-from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 from tests.worker.engine_run import SAMPLES, run_worker
 
 OLLAMA = os.environ.get("OLLAMA_TEST_ENDPOINT")  # the report's header says whether it is set
@@ -28,20 +26,6 @@ def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:
             assert result["classification"][field] in taxonomy.names(field)
         assert result["classification"]["categorization"].strip()
         assert result["processing_metadata"]["prompt_tokens"] > 500
-
-
-@pytest.mark.parametrize("count", [2, pytest.param(24, marks=pytest.mark.thorough)])
-def test_llama_cpp_labels_the_samples_over_the_openai_protocol(
-    count: int, engine: TinyEngine, tmp_path: Path, mongodb_uri: str, db_name: str
-) -> None:
-    """LLM_API_URL ending in /v1/chat/completions: with the schema as grammar each answer is valid."""
-    documents = list(read_documents(SAMPLES))[:count]
-    with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        client[db_name].conversation_set.insert_many(documents)
-    environment = {"LLM_API_URL": f"{engine.url}/v1/chat/completions", "LLM_MODEL": MODEL_NAME}
-    stats = run_worker(tmp_path, mongodb_uri, db_name, environment, "--max-concurrent", "2")
-    assert (stats["successful"], stats["failed"]) == (count, 0)
-    require_valid_labels(mongodb_uri, db_name, count)
 
 
 if OLLAMA:
