@@ -8,7 +8,7 @@ from typing import Any
 
 from domain.text import counted, one_line
 from mongo_client import DocumentStore
-from storage.selection import selection_filter
+from storage.selection import STATUS_EXPRESSION, selection_filter
 
 NAMED_STATUSES = 10
 EXACT_MARKS = 10_000  # documents marked processed whose results are looked up; 30 us each
@@ -95,7 +95,7 @@ async def count_left_out(store: DocumentStore, *, queued: int, skipped_now: int 
 async def _statuses(store: DocumentStore) -> dict[str, int]:
     stages: list[dict[str, Any]] = [
         {"$match": selection_filter("foreign")},
-        {"$group": {"_id": "$status", "count": {"$sum": 1}}},
+        {"$group": {"_id": STATUS_EXPRESSION, "count": {"$sum": 1}}},
         {"$sort": {"count": -1, "_id": 1}},
         {"$limit": NAMED_STATUSES},
     ]

@@ -75,3 +75,62 @@ def test_id_that_is_not_utf8(site: Site, place: str, batch_size: str) -> None:
     assert ended.err.count("its _id is not UTF-8") == 3
     assert {result["source_conversation_id"] for result in site.results.find()} == set(good)
     assert "3 skipped" in ended.out
+
+
+def stored_raw(site: Site, document: dict[str, Any]) -> None:
+    """Store *document* with each value ``BROKEN`` as binary data whose inner length is wrong, as an old driver left it."""
+    raw = bson.encode(document)
+    site.source.insert_one(RawBSONDocument(raw.replace(bson.encode({"": BROKEN})[6:-1], b"\3\0\0\0\2abc")))
+
+
+BROKEN = bson.Binary(b"abc", 0)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "20"])
+def test_document_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
+    """It is quarantined with its reason, the others get results, and after its correction it is retried."""
+    broken = conversation(2)
+    broken["messages"][0]["file"] = BROKEN
+    stored_raw(site, broken)
+    site.source.insert_many([conversation(number) for number in (0, 1, 3, 4)])
+    ended = site.run(BATCH_SIZE=batch_size)
+    assert ended.code == 1, ended.err
+    assert "document 2 quarantined: unreadable: MongoDB holds it as invalid BSON" in ended.err
+    assert {result["source_conversation_id"] for result in site.results.find()} == {0, 1, 3, 4}
+    assert statuses(site) == dict.fromkeys(range(5), "processed") | {2: "failed"}
+    assert (entry := site.entries("quarantine")[0])["reason"] == "unreadable"
+    assert "messages" not in entry["conversation_data"]
+    assert site.run("--retry-failed").code == 1
+    site.source.update_one({"_id": 2}, {"$unset": {"messages.0.file": ""}})
+    assert site.run("--retry-failed").code == 0
+    assert site.results.count_documents({}) == 5
+
+
+@pytest.mark.parametrize("place", ["text", "status", "attachment"])
+def test_broken_field_of_a_query(site: Site, place: str) -> None:
+    """What is not read does not matter, and a status of binary data is that of another program; reports go on."""
+    stored_raw(site, {"_id": 1, "text": "Where is my parcel?", "processed": False, place: BROKEN})
+    filled(site, 1)
+    shown = site.run("--dry-run")
+    assert shown.code == 0, shown.err
+    assert site.run("plan").code == 0
+    ended = site.run()
+    is_read = place == "text"
+    assert ended.code == int(is_read), ended.err
+    assert ended.err.count("document 1 quarantined: unreadable") == int(is_read)
+    assert site.results.count_documents({}) == 1 + (place == "attachment")
+
+
+@pytest.mark.parametrize("batch_size", ["1", "20"])
+def test_id_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
+    """No query can name it: skipped with a warning, wherever it stands."""
+    for number in range(2):
+        raw = bson.encode({**conversation(number), "_id": bson.Binary(b"ab%d" % number, 0)})
+        place = raw.index(b"_id\0") + 4
+        site.source.insert_one(RawBSONDocument(raw[: place + 4] + b"\2" + raw[place + 5 :]))
+    filled(site, 3)
+    ended = site.run(BATCH_SIZE=batch_size)
+    assert ended.code == 0, ended.err
+    assert ended.err.count("so no query can name it") == 2
+    assert "2 skipped" in ended.out
+    assert site.results.count_documents({}) == 3
