@@ -177,7 +177,7 @@ class DocumentStore:
     async def count(self, selection: Selection) -> int:
         """Return how many documents *selection* has now."""
         if selection == "all":
-            return await self._patiently("count", self._source.estimated_document_count)
+            return await self._call("count", self._source.estimated_document_count)  # of the metadata
         query = selection_filter(selection)
         return await self._patiently("count", lambda: self._source.count_documents(query))
 

@@ -24,6 +24,7 @@ from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import ROOT, conversation, open_site, until
 from utils.batch_file_manager import is_same_source
+from worker import left_out
 
 Client = MongoClient[dict[str, Any]]
 DB_NAME = "customer_support"  # as in the role of docs/operations.md
@@ -66,10 +67,10 @@ def worker_uri(strict: EmbeddedMongod, client: Client) -> Iterator[str]:
 
 
 @contextmanager
-def failing(client: Client, commands: list[str], **data: Any) -> Iterator[None]:
+def failing(client: Client, commands: list[str], mode: Any = "alwaysOn", **data: Any) -> Iterator[None]:
     """Let *commands* of the product fail, or block, as *data* says."""
     data |= {"failCommands": commands, "appName": "customer-support-triad"}
-    client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data})
+    client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
     try:
         yield
     finally:
@@ -193,6 +194,33 @@ async def test_count_that_the_server_ends_is_a_warning(
         done = await run(uri_of(strict, "root", "r"), tmp_path, mongodb_max_retries=1)
     assert done["successful"] == 3
     assert "the run goes on without the number of documents" in caplog.text
+
+
+SLOW_REPORTS = {
+    "--dry-run": (0, "The documents that are not selected were not counted: MongoDB did not count", 0),
+    "estimate": (3, "MongoDB did not count the documents within 0.2 s", 0),
+    "doctor --no-probe": (0, "The documents that a run does not select were not counted.", 1),
+    "": (0, "3 documents processed", 0),
+}
+
+
+@pytest.mark.parametrize("command", SLOW_REPORTS)
+def test_report_whose_counts_take_long_shows_it_and_ends(
+    command: str, client: Client, model: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts have no time limit of the client, but reports have one of their own, with the progress before it."""
+    monkeypatch.setattr(left_out, "COUNT_LIMIT_S", 0.2)
+    monkeypatch.setattr(left_out, "LINE_EVERY_S", 0.05)
+    code, sentence, harmless = SLOW_REPORTS[command]
+    uri = f"mongodb://root:r@127.0.0.1:{(client.address or ('', 0))[1]}/?authSource=admin"
+    with (
+        open_site(uri, DB_NAME, model, tmp_path) as site,
+        failing(client, ["aggregate", "count"], {"skip": harmless}, blockConnection=True, blockTimeMS=800),
+    ):
+        ended, out, err = run_cli(command.split(), site.environment(), tmp_path)
+    assert ended == code, out + err
+    assert sentence in out + err
+    assert "counting the documents: 0 s of at most 0 s" in err or command in ("doctor --no-probe", "")
 
 
 def test_stop_waits_for_no_count(strict: EmbeddedMongod, client: Client, model: FakeOllama, tmp_path: Path) -> None:
