@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bson import Binary, Decimal128, Int64, ObjectId, Timestamp, encode
-from bson.raw_bson import RawBSONDocument
+from bson import Binary, Decimal128, Int64, ObjectId, Timestamp
 
 from config import load_settings
 from error_handler import ExitCode, JobValidationError, StateDirectoryError
@@ -32,6 +31,7 @@ from storage.extended_json import canonical
 from storage.files import DirectoryLock
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job, times_with
+from tests.worker.site import BROKEN, store_raw
 
 ODD_IDS: list[Any] = [
     None,
@@ -108,12 +108,8 @@ def test_document_that_is_not_valid_bson_fails_alone(job: Job, openai: FakeOpenA
     """Binary data of an old driver, with a wrong length inside; the other documents are completed."""
     job.batch = {"batch_size": batch_size}
     job.fill(6)
-    raw = encode({"_id": 2.5, "ai_status": "pending", "text": "text", "scan": Binary(b"abcdef", 0)})
-    place = raw.index(b"scan") + 5
-    job.documents.insert_one(RawBSONDocument(raw[: place + 4] + b"\2" + raw[place + 5 :]))
-    raw = encode({"_id": Binary(b"abcdef", 0), "ai_status": "pending", "text": "text"})
-    place = raw.index(b"_id") + 4
-    job.documents.insert_one(RawBSONDocument(raw[: place + 4] + b"\2" + raw[place + 5 :]))
+    store_raw(job.documents, {"_id": 2.5, "ai_status": "pending", "text": "text", "scan": BROKEN})
+    store_raw(job.documents, {"_id": BROKEN, "ai_status": "pending", "text": "text"})
     result = job.run()
     assert (result.succeeded, result.failed) == (6, 1)
     assert job.documents.count_documents({"ai_status": "completed"}) == 6

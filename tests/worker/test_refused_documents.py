@@ -8,7 +8,7 @@ import bson
 import pytest
 from bson.raw_bson import RawBSONDocument
 
-from tests.worker.site import Site, conversation, filled
+from tests.worker.site import BROKEN, Site, conversation, filled, store_raw
 
 
 def statuses(site: Site) -> dict[Any, Any]:
@@ -77,21 +77,12 @@ def test_id_that_is_not_utf8(site: Site, place: str, batch_size: str) -> None:
     assert "3 skipped" in ended.out
 
 
-def stored_raw(site: Site, document: dict[str, Any]) -> None:
-    """Store *document* with each value ``BROKEN`` as binary data whose inner length is wrong, as an old driver left it."""
-    raw = bson.encode(document)
-    site.source.insert_one(RawBSONDocument(raw.replace(bson.encode({"": BROKEN})[6:-1], b"\3\0\0\0\2abc")))
-
-
-BROKEN = bson.Binary(b"abc", 0)
-
-
 @pytest.mark.parametrize("batch_size", ["1", "20"])
 def test_document_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
     """It is quarantined with its reason, the others get results, and after its correction it is retried."""
     broken = conversation(2)
     broken["messages"][0]["file"] = BROKEN
-    stored_raw(site, broken)
+    store_raw(site.source, broken)
     site.source.insert_many([conversation(number) for number in (0, 1, 3, 4)])
     ended = site.run(BATCH_SIZE=batch_size)
     assert ended.code == 1, ended.err
@@ -109,7 +100,7 @@ def test_document_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
 @pytest.mark.parametrize("place", ["text", "status", "attachment"])
 def test_broken_field_of_a_query(site: Site, place: str) -> None:
     """What is not read does not matter, and a status of binary data is that of another program; reports go on."""
-    stored_raw(site, {"_id": 1, "text": "Where is my parcel?", "processed": False, place: BROKEN})
+    store_raw(site.source, {"_id": 1, "text": "Where is my parcel?", "processed": False, place: BROKEN})
     filled(site, 1)
     shown = site.run("--dry-run")
     assert shown.code == 0, shown.err
@@ -125,9 +116,7 @@ def test_broken_field_of_a_query(site: Site, place: str) -> None:
 def test_id_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
     """No query can name it: skipped with a warning, wherever it stands."""
     for number in range(2):
-        raw = bson.encode({**conversation(number), "_id": bson.Binary(b"ab%d" % number, 0)})
-        place = raw.index(b"_id\0") + 4
-        site.source.insert_one(RawBSONDocument(raw[: place + 4] + b"\2" + raw[place + 5 :]))
+        store_raw(site.source, {**conversation(number), "_id": bson.Binary(b"%d23" % number)})
     filled(site, 3)
     ended = site.run(BATCH_SIZE=batch_size)
     assert ended.code == 0, ended.err
