@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
 from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_ollama import FakeOllama
-from tests.worker.site import ROOT, conversation, open_site, until
+from tests.worker.site import ROOT, conversation, open_site
 from utils.batch_file_manager import is_same_source
 from worker import left_out
 
@@ -67,12 +66,12 @@ def worker_uri(strict: EmbeddedMongod, client: Client) -> Iterator[str]:
 
 
 @contextmanager
-def failing(client: Client, commands: list[str], mode: Any = "alwaysOn", **data: Any) -> Iterator[None]:
-    """Let *commands* of the product fail, or block, as *data* says."""
+def failing(client: Client, commands: list[str], mode: Any = "alwaysOn", **data: Any) -> Iterator[int]:
+    """Let *commands* of the product fail, or block, as *data* says; yield how many have done so before."""
     data |= {"failCommands": commands, "appName": "customer-support-triad"}
-    client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
+    before = client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})["count"]
     try:
-        yield
+        yield int(before)
     finally:
         client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
@@ -227,11 +226,13 @@ def test_stop_waits_for_no_count(strict: EmbeddedMongod, client: Client, model: 
     """Counts have no time limit, so one at the end of a run must not delay its stop."""
     with (
         open_site(uri_of(strict, "root", "r"), DB_NAME, model, tmp_path) as site,
-        failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=12_000),
+        failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=12_000) as before,
         site.start(MONGODB_TIMEOUT_MS="500", MONGODB_MAX_RETRIES="1") as worker,
     ):
-        until(lambda: site.source.count_documents({"status": "processed"}) == 3)
-        time.sleep(1)
+        # The sample, the count at the start, and the one at the end.
+        entered = {"waitForFailPoint": "failCommand", "timesEntered": before + 3, "maxTimeMS": 30_000}
+        client.admin.command(entered)
+        assert site.source.count_documents({"status": "processed"}) == 3
         assert worker.process.poll() is None
         worker.send(signal.SIGTERM)
         assert worker.ended(8).code == 130
