@@ -14,7 +14,7 @@ Selection = Literal["pending", "sweep", "failed", "processed", "skipped", "known
 
 STATES: tuple[State, ...] = get_args(State)
 STATUSES = STATES[:-1]
-# A field in place of those of a document that is not valid BSON. MongoDB stores no document with such a name.
+# The field in place of those of a document that is not valid BSON. It is never written to MongoDB.
 UNREADABLE = "$unreadable"
 
 _OPEN, _DONE = {"status": None, "processed": {"$ne": True}}, {"status": None, "processed": True}

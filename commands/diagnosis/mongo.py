@@ -12,7 +12,13 @@ from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.settings import hosts_of
 from config import Settings
 from domain.text import counted
-from error_handler import ConfigurationError, StoreError, StoreForbiddenError, StoreUnavailableError
+from error_handler import (
+    ConfigurationError,
+    StoreError,
+    StoreForbiddenError,
+    StoreUnavailableError,
+    StoreUnreadableError,
+)
 from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import id_text
@@ -72,6 +78,8 @@ async def diagnose(
                 yield error(str(exc), "Grant the rights with db.grantRolesToUser(USER, ['readWrite']).")
             except ConfigurationError as exc:
                 yield error(str(exc), "A run stops for the same reason.")
+            except StoreUnreadableError as exc:
+                yield warning(str(exc), "A run names each such document and processes the others.")
             except StoreError as exc:
                 seconds = settings.mongodb_timeout_ms / 1000
                 yield warning(str(exc), f"The time limit is {seconds:g} s; raise MONGODB_TIMEOUT_MS.")

@@ -117,6 +117,9 @@ def test_id_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
     """No query can name it: skipped with a warning, wherever it stands."""
     for number in range(2):
         store_raw(site.source, {**conversation(number), "_id": bson.Binary(b"%d23" % number)})
+    shown = site.run("doctor", "--no-probe").out
+    assert "a document is not valid BSON, so the driver cannot read it (read the source)" in shown
+    assert "The time limit is" not in shown
     filled(site, 3)
     ended = site.run(BATCH_SIZE=batch_size)
     assert ended.code == 0, ended.err
