@@ -9,7 +9,8 @@ from typing import Any
 
 from domain.conversation import Conversation, Sender, Shape, Turn
 from domain.text import prompt_text
-from error_handler import Reason, SkippedDocumentError
+from error_handler import Reason, SkippedDocumentError, UnreadableDocumentError
+from storage.selection import UNREADABLE
 
 # Fields of a turn as help desks and chat programs name them. The first one with a usable value counts.
 TEXT_FIELDS = ("text", "content", "body", "message", "body_text", "plain_body", "plainBody", "bodyText")
@@ -87,6 +88,8 @@ def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
     ``is_ordered`` is False. Turns without text are left out. Raise SkippedDocumentError if there is no usable text, or
     no turn of the customer.
     """
+    if UNREADABLE in document:
+        raise UnreadableDocumentError
     shape = document_shape(document)
     if shape is None:
         raise SkippedDocumentError("no tweets, messages or text in the document", Reason.SKIPPED_NO_TEXT)

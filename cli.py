@@ -42,10 +42,10 @@ from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.files import replace_file, require_replaceable
 from storage.mongo_errors import translated
-from utils.process import exit_code_of, print_error, stop_on_signals, tune_garbage_collection
+from utils.process import exit_code_of, print_error, stop_on_signals, tell_line, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions, preview
-from worker.left_out import count_left_out, is_fruitless
+from worker.left_out import LeftOut, count_in_time, count_left_out, is_fruitless
 from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
 from worker.quarantine import failed_keys, failed_places
@@ -223,19 +223,29 @@ async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: R
         if options.only in ("stale", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
-        report = await preview(store, options, kinds)
-        left_out = await count_left_out(store, queued=len(failed_keys(settings.batch_files_dir)))
+        report = await preview(store, options, kinds, tell_line)
+        left_out = await _left_out(store, settings)
     finally:
         await store.close()
     report["in_retry_queue"] = len(failed_keys(settings.batch_files_dir, "retry"))
-    report["not_selected"] = asdict(left_out)
-    for problem in left_out.problems(settings.results_collection):
-        sys.stderr.write(" ".join(problem) + "\n")
+    report["not_selected"] = None if left_out is None else asdict(left_out)
+    for problem in left_out.problems(settings.results_collection) if left_out else ():
+        tell_line(" ".join(problem))
     text = json.dumps(report, indent=2)
     if arguments.output:
         replace_file(arguments.output, text.encode())
     print(text)
     return ExitCode.DONE
+
+
+async def _left_out(store: DocumentStore, settings: Settings) -> LeftOut | None:
+    """Return what a run leaves out; None, with a line, if MongoDB does not count it in time."""
+    queued = len(failed_keys(settings.batch_files_dir))
+    try:
+        return await count_in_time(count_left_out(store, queued=queued), tell_line)
+    except StoreUnavailableError as exc:
+        tell_line(f"The documents that are not selected were not counted: {exc}.")
+        return None
 
 
 async def _report(

@@ -47,6 +47,7 @@ class Reason(StrEnum):
     SKIPPED_NO_TEXT = "skipped_no_text"
     SKIPPED_NO_CUSTOMER = "skipped_no_customer"
     POISON = "poison"
+    UNREADABLE = "unreadable"
 
 
 class TriadError(Exception):
@@ -96,6 +97,10 @@ class StoreForbiddenError(StoreError):
 
 class StoreRejectedError(StoreError):
     """MongoDB will never accept this document (too large, not encodable)."""
+
+
+class StoreUnreadableError(StoreError):
+    """MongoDB holds a document that is not valid BSON, so the driver cannot read it, nor those that come with it."""
 
 
 class LLMError(TriadError):
@@ -182,6 +187,17 @@ class SkippedDocumentError(TriadError):
     def __init__(self, message: str, reason: Reason) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class UnreadableDocumentError(SkippedDocumentError):
+    """The document is not valid BSON. A run quarantines it; elsewhere it has nothing to classify."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "MongoDB holds it as invalid BSON, which the driver cannot read; replace or remove the broken field (often "
+            "binary data of an old driver), then use --retry-failed",
+            Reason.UNREADABLE,
+        )
 
 
 class PoisonDocumentError(TriadError):

@@ -23,12 +23,26 @@ from pymongo.errors import BulkWriteError
 from config import Settings
 from config.taxonomy import TRIAD
 from domain.conversation import SOURCE_FIELDS
-from error_handler import ConfigurationError, StoreForbiddenError, StoreRejectedError
+from error_handler import ConfigurationError, StoreForbiddenError, StoreRejectedError, StoreUnreadableError
 from storage.extended_json import Document, id_key
 from storage.mongo_connection import close_client, open_client
 from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
-from storage.mongo_pages import bounded, end_of_ids, insert_new, unusable_ids, update_each, warn_of, warn_of_unusable
+from storage.mongo_pages import (
+    END_OF_IDS,
+    bounded,
+    decoded,
+    end_of_ids,
+    insert_new,
+    range_filter,
+    read_alone,
+    read_ids,
+    undecoded,
+    unusable_ids,
+    update_each,
+    warn_of,
+    warn_of_unusable,
+)
 from storage.selection import Selection, selection_filter
 from utils.batch_file_manager import UNKNOWN_UUID
 from utils.retry_utils import RetryPolicy, retry_async
@@ -41,19 +55,10 @@ FinalStatus = Literal["processed", "failed", "skipped"]
 DURABLE = WriteConcern("majority", j=True)
 PATIENCE_S = 86_400.0  # for counts and indexes
 SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
+SAMPLE_BYTES = 16_000_000  # of a sample
 
 _PROVENANCE = [f"processing_metadata.{name}" for name in ("input_sha256", "fingerprint", "model_used", "model_digest")]
 _LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
-
-
-def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
-    """Return the query for ids after *after* up to *bound*, across BSON types.
-
-    *after* and *bound* hold one id, or none if that side is open. They are lists because null is a valid id.
-    """
-    limits = [{"$gt": ["$_id", {"$literal": value}]} for value in after]
-    limits += [{"$lte": ["$_id", {"$literal": value}]} for value in bound]
-    return {"$expr": {"$and": limits}} if limits else {}
 
 
 class DocumentStore:
@@ -131,9 +136,12 @@ class DocumentStore:
 
     async def upper_bound(self) -> list[Any]:
         """Return the greatest ``_id`` as a list of one, or an empty list for an empty collection."""
-        last = await self._find(
-            "read the last id", self._source, {}, projection={"_id": 1}, sort=[("_id", -1)], limit=1
-        )
+        try:
+            last = await self._find(
+                "read the last id", self._source, {}, projection={"_id": 1}, sort=[("_id", -1)], limit=1
+            )
+        except StoreUnreadableError:
+            return [END_OF_IDS]  # an ``_id`` that is not valid BSON
         return [end_of_ids(document["_id"]) for document in last]
 
     async def read_page(
@@ -141,28 +149,39 @@ class DocumentStore:
     ) -> list[Document]:
         """Return up to *limit* documents of *selection* in the order of ``_id``; see range_filter.
 
-        They have the SOURCE_FIELDS, and together PAGE_BYTES. A document whose ``_id`` no query can name is left out.
+        They have the SOURCE_FIELDS, and together PAGE_BYTES. A document that is not valid BSON is UNREADABLE; one whose
+        ``_id`` no query can name is left out.
         """
         query = {**selection_filter(selection), **range_filter(after, bound)}
+        fields, options = self._fields, self._source.codec_options
         skipped = 0
 
-        def find() -> Awaitable[list[Document]]:
-            cursor = self._source.find(query, self._fields).sort("_id", 1).skip(skipped).limit(limit).batch_size(limit)
+        def found(source: Any, names: Document | None) -> Any:
+            cursor = source.find(query, names).sort("_id", 1).skip(skipped).limit(limit).batch_size(limit)
             # The status index would serve the filter and then sort the whole collection in memory.
-            return bounded(cursor if selection == "sweep" else cursor.hint([("_id", 1)]), whole=self._fields is None)
+            return cursor if selection == "sweep" else cursor.hint([("_id", 1)])
 
-        while page := await self._call("read a page", find):
-            lost = await self._call("look for ids", partial(unusable_ids, self._source, page))
+        while True:
+            try:
+                page = await self._call(
+                    "read a page", lambda: bounded(found(self._source, fields), whole=fields is None)
+                )
+                lost = await self._call("look for ids", partial(unusable_ids, self._source, page))
+                number, page = len(page), [one for one in page if not lost or id_key(one["_id"]) not in lost]
+            except StoreUnreadableError:
+                ids, lost = await self._call(
+                    "read ids", lambda: read_ids(found(undecoded(self._source), {"_id": 1}), options)
+                )
+                number, page = len(ids) + len(lost), await self._read_alone(ids)
             self.unusable |= warn_of_unusable(lost, self.unusable)
-            if usable := [document for document in page if not lost or id_key(document["_id"]) not in lost]:
-                return usable
-            skipped += len(page)
-        return []
+            if page or not number:
+                return page
+            skipped += number
 
     async def count(self, selection: Selection) -> int:
         """Return how many documents *selection* has now."""
         if selection == "all":
-            return await self._patiently("count", self._source.estimated_document_count)
+            return await self._call("count", self._source.estimated_document_count)  # of the metadata
         query = selection_filter(selection)
         return await self._patiently("count", lambda: self._source.count_documents(query))
 
@@ -294,14 +313,20 @@ class DocumentStore:
         found = await self._find("read results", self._results, query, projection=projection)
         return {id_key(result["source_conversation_id"]): result for result in found}
 
-    async def sample(self, size: int) -> AsyncIterator[Document]:
-        """Yield up to *size* random source documents of any status."""
+    async def sample(self, size: int, fields: Sequence[str]) -> AsyncIterator[Document]:
+        """Yield *fields* of up to *size* random source documents of any status: at most SAMPLE_BYTES, and only valid BSON."""
+        # Without a filter before it, $sample uses a random cursor and reads no more than it returns.
+        stages = [{"$sample": {"size": size}}, {"$project": dict.fromkeys(fields, 1)}]
+        read = 0
         with translated("read a sample"):
-            # Without a filter before it, $sample uses a random cursor and reads no more than it returns.
-            stages = [{"$sample": {"size": size}}, *([{"$project": self._fields}] if self._fields else ())]
-            cursor = await self._source.aggregate(stages, batchSize=SAMPLE_PAGE)
-            async for document in cursor:
-                yield document
+            cursor = await undecoded(self._source).aggregate(stages, batchSize=SAMPLE_PAGE, allowDiskUse=True)
+            async with cursor:
+                async for document in cursor:
+                    if known := decoded(document, self._source.codec_options):
+                        yield known
+                    read += len(document.raw)
+                    if read >= SAMPLE_BYTES:
+                        return
 
     async def sample_ids(self, selection: Selection, size: int) -> list[Any]:
         """Return the ids of up to *size* random documents of *selection*."""
@@ -309,9 +334,16 @@ class DocumentStore:
         return [document["_id"] for document in await self.aggregate("draw a sample", stages)]
 
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
-        """Return those *document_ids* that *selection* has."""
+        """Return those *document_ids* that *selection* has; one that is not valid BSON is UNREADABLE."""
         query = {"_id": {"$in": document_ids}, **selection_filter(selection)}
-        return await self._find("read documents", self._source, query, projection=self._fields)
+        try:
+            return await self._find("read documents", self._source, query, projection=self._fields)
+        except StoreUnreadableError:
+            return await self._read_alone(document_ids, selection_filter(selection))
+
+    async def _read_alone(self, document_ids: list[Any], query: Document | None = None) -> list[Document]:
+        read = partial(read_alone, self._source, document_ids, self._fields, query)
+        return await self._call("read documents one by one", read)
 
     async def insert_documents(self, documents: list[Document]) -> int:
         """Store source *documents*; return how many were new. An existing ``_id`` is left unchanged."""

@@ -77,7 +77,7 @@ def _areas(
     once = settings.model_copy(update={"mongodb_max_retries": 1})
     at_most = 0 if arguments.no_probe else arguments.max_probe
     return [
-        ("mongodb", "MongoDB", diagnose(once)),
+        ("mongodb", "MongoDB", diagnose(once, tell=tell)),
         ("model", "Model server", diagnose_model(settings, partial(_sample, once), at_most, tell)),
         ("disk", "Disk and process", _in_turn(diagnose_disk(settings))),
         ("labels", "Labels", _in_turn(diagnose_labels(settings))),

@@ -24,9 +24,9 @@ from domain.text import counted
 from error_handler import ConfigurationError, ExitCode, RunInterruptedError, SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
-from utils.process import stop_on_signals
+from utils.process import stop_on_signals, tell_line
 from worker.intake import RunOptions
-from worker.left_out import LeftOut, count_left_out
+from worker.left_out import LeftOut, count_in_time, count_left_out
 from worker.progress import ConsoleProgress
 from worker.quarantine import failed_keys
 from worker.timing import DocumentTiming, SampleRecorder, mean_tokens, measure_pace, quote_time
@@ -82,7 +82,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             sample = await _draw_sample(processor.store, arguments.sample)
             if not sample.documents:
                 queued = len(failed_keys(settings.batch_files_dir))
-                return _nothing_left(arguments, settings, await count_left_out(processor.store, queued=queued))
+                left_out = await count_in_time(count_left_out(processor.store, queued=queued), tell_line)
+                return _nothing_left(arguments, settings, left_out)
             start_s = time.monotonic()
             stats = await _classify(processor, sample)
             seconds = time.monotonic() - start_s
@@ -134,7 +135,7 @@ def _nothing_left(arguments: argparse.Namespace, settings: Settings, left_out: L
 
 async def _draw_sample(store: DocumentStore, size: int) -> DocumentSample:
     """Return up to *size* documents that are pending, or were left processing, and have no result."""
-    count = await store.count("sweep")
+    count = await count_in_time(store.count("sweep"), tell_line)
     drawn = {id_key(value): value for value in await store.sample_ids("sweep", max(CANDIDATES, size))}
     done = await store.result_keys(list(drawn.values()))
     undone = [value for key, value in drawn.items() if key not in done]

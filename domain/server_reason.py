@@ -3,7 +3,7 @@
 Servers quote what they refuse: validation errors hold the input, gateways the URL, OpenAI a part of the key. So only the
 fields for humans are read, up to the first brace or tag; secrets are masked; and what the request also contains is left
 out: the whole reason if it shares RUN letters and digits in a row (FOREIGN_RUN beyond ASCII) or a sentence with the
-request, else single words that may be a name, a number or a quotation.
+request, else each word of the conversation that is not in VOCABULARY, and WORDS_IN_A_ROW of any kind.
 """
 
 from __future__ import annotations
@@ -23,12 +23,34 @@ MAX_CHARACTERS = 300
 READ_CHARACTERS = 4000  # what is examined of a longer text
 RUN, FOREIGN_RUN = 16, 4
 SENTENCE = 8  # letters and digits; shorter sentences of the request are single words for this purpose
+WORDS_IN_A_ROW = 3
+PART = 4  # letters of a word that the server may have cut
 LEFT_OUT, MASK = "[…]", "***"
+
+# The words of servers. Alone, or in twos, they tell nothing about a customer who uses them as well. Names are left out,
+# such as will, may, max and grant.
+VOCABULARY = frozenset(
+    """a about above access after again all allowed already an and another any api argument array as at available bad be because
+    been before below between body bool boolean but by bytes call can cannot chat client code config connection content context
+    could count data default deprecated did disabled do does done either embedding embeddings empty enable enabled end enough
+    error errors exceed exceeded exceeds exception exist exists exit expected fail failed fails field file for format found from
+    function generate gpu grammar greater had has have header host id if in index inference initialize input instead int integer
+    internal into invalid is it its json key large last latest length less limit list llama load loaded loading local long
+    longer lower make maximum memory message messages minimum missing model models more most must name need needs new no not
+    null number object of off on one only open or other out output overloaded parameter parse parser path pending permission
+    please plus process prompt property provide provided queue quota rate reach reached read refused request requested requests
+    require required requires reset resource response result retry role route run runner running runtime samplers schema
+    sequence server service session set shape should size slot slots slow so space start status stop stopped stream string
+    support supported supports system temperature template terminated than that the their then there they this timeout to
+    token tokens tool tools too try type unable unauthorized unavailable unexpected unknown unmarshal unsupported up update
+    upstream url use user uses using valid value values vector version was we web were when where which while window with
+    within without word words worker wrong yet you your""".split()
+)
 
 _FIELDS = ("error", "message", "msg", "detail", "errors", "error_description", "title")
 _ESCAPE = re.compile(r"\\+u([0-9a-fA-F]{4})|\\+([nrtbf\"/])|\x1b\[[0-9;]*[A-Za-z]")
 _WORD = re.compile(r"[^\W_]+")
-_QUOTED = re.compile(r"""(["'`«“‘])(.{1,200}?)(["'`»”’])""")
+_LEFT_OUT_TWICE = re.compile(rf"{re.escape(LEFT_OUT)}(?: {re.escape(LEFT_OUT)})+")
 # What follows is data: the input, or what the model has written (llama.cpp: "Failed to parse input at pos 0: ...").
 _DATA = re.compile(r"[{<].*|\[[\s'\"\[].*|(?<= at pos )\d+:.*", re.DOTALL)
 _SENTENCE_END = re.compile(r"[\n.!?;]|: ")
@@ -66,10 +88,10 @@ def server_reason(answer: bytes, sent: Iterable[str] = (), *, instructions: str 
         text = pattern.sub(replacement, text)
     text = _DATA.sub(LEFT_OUT, text)
     private = [*sent]
-    shown = one_line(text, MAX_CHARACTERS)
-    if _shares_a_run(shown, [*private, instructions]):
+    whole = one_line(text, MAX_CHARACTERS)
+    shown = _without_words(whole, private).rstrip(" .")
+    if _shares_a_run(whole, [*private, instructions]) or (_WORD.search(whole) and not _WORD.search(shown)):
         return "; the server's reason quotes the request, so only its own log shows it"
-    shown = _without_words(shown, private, instructions).rstrip(" .")
     return f"; the server says: {shown}" if shown else ""
 
 
@@ -121,22 +143,30 @@ def _shares_a_run(shown: str, sent: list[str]) -> bool:
     return any(len(sentence) >= SENTENCE and sentence in bare for sentence in sentences)
 
 
-def _without_words(shown: str, private: list[str], instructions: str) -> str:
-    """Leave out the words of *private* that may tell something: with a capital, a digit, a foreign letter, or quoted."""
-    given = _bare("\n".join(private))
-    words = {word for text in private for word in _words(text)} - set(_words(instructions))
+def _without_words(shown: str, private: list[str]) -> str:
+    """Leave out the words of *private* that are not in VOCABULARY, or a part of one, and WORDS_IN_A_ROW of any kind."""
+    given, spaced = _bare("\n".join(private)), [f" {' '.join(_words(text))} " for text in private]
+    words = {word for text in spaced for word in text.split()}
+    found = [*_WORD.finditer(shown)]
+    bare = [_bare(match[0]) for match in found]
+    out = {place for place, word in enumerate(bare) if _tells(word) and (word in words or _is_part(word, given))}
+    for start in range(len(bare) - WORDS_IN_A_ROW + 1):
+        row = range(start, start + WORDS_IN_A_ROW)
+        if any(f" {' '.join(bare[place] for place in row)} " in text for text in spaced):
+            out.update(row)
+    for place in sorted(out, reverse=True):
+        shown = shown[: found[place].start()] + LEFT_OUT + shown[found[place].end() :]
+    return _LEFT_OUT_TWICE.sub(LEFT_OUT, shown)
 
-    def word(match: re.Match[str]) -> str:
-        found = match[0]
-        is_telling = not found.isascii() or found != found.lower() or any(letter.isdigit() for letter in found)
-        is_given = _bare(found) in words or (not found.isascii() and len(found) > 1 and _bare(found) in given)
-        return LEFT_OUT if is_telling and is_given else found
 
-    def quotation(match: re.Match[str]) -> str:
-        parts = _words(match[2])
-        return f"{match[1]}{LEFT_OUT}{match[3]}" if parts and words.issuperset(parts) else match[0]
+def _tells(word: str) -> bool:
+    """Return whether *word* may tell something: it is not a server's, and longer than a letter or digit."""
+    return word not in VOCABULARY and (len(word) > 1 or not word.isascii())
 
-    return _WORD.sub(word, _QUOTED.sub(quotation, shown))
+
+def _is_part(word: str, given: str) -> bool:
+    """Return whether *word* may be a part of one in *given*; scripts without spaces have short ones."""
+    return len(word) >= (PART if word.isascii() else 2) and word in given
 
 
 def _words(text: str) -> list[str]:

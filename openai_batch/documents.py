@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Self
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from error_handler import JobProcessingError, JobTemplateError
+from error_handler import JobProcessingError, JobTemplateError, UnreadableDocumentError
 from openai_batch.job_config import MISSING, AppConfig, Document, Messages, OpenAIConfig, SchemaConfig, value_at
 from openai_batch.job_store import Answer, Handling
 from openai_batch.render_process import RenderProcess
 from openai_batch.schema_file import USER_ERRORS, ResponseProcessor, resolve_function
 from storage.extended_json import bson_encode, canonical, id_text, plain
+from storage.selection import UNREADABLE
 
 if TYPE_CHECKING:
     from openai_batch.masking import Mask, Masking
@@ -257,6 +258,8 @@ class TemplateHandling(Handling):
 
         Blocks for milliseconds, or for seconds if a template does not end.
         """
+        if UNREADABLE in document:
+            raise JobProcessingError(str(UnreadableDocumentError()), is_final=True)
         return request_body(self._config.openai, self._process.call(PROMPT, document))
 
     async def deliver(self, answers: Sequence[Answer], batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:

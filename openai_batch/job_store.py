@@ -13,16 +13,19 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from config import Settings
-from error_handler import JobProcessingError, StoreRejectedError
-from mongo_client import DURABLE, call_repeatedly, range_filter
+from error_handler import JobProcessingError, StoreRejectedError, StoreUnreadableError
+from mongo_client import DURABLE, call_repeatedly
 from openai_batch.batch_protocol import Line
 from openai_batch.job_config import AppConfig, Document, value_at
 from openai_batch.ledger import Item
 from storage.extended_json import canonical, id_text, loads
 from storage.mongo_connection import close_client, open_client
+from storage.mongo_pages import END_OF_IDS, range_filter, read_alone, read_ids, undecoded, warn_of_unusable
+from storage.selection import UNREADABLE
 from utils.retry_utils import RetryPolicy
 
 logger = logging.getLogger(__name__)
@@ -126,26 +129,45 @@ class JobStore:
 
     async def pages(self, size: int) -> AsyncGenerator[list[Document]]:
         """Yield the pending documents in ``_id`` order, *size* at a time, up to the highest id at the start."""
-        last = await self._call(
-            "read the last id", lambda: self._documents.find({}, {"_id": 1}).sort("_id", -1).limit(1).to_list(None)
-        )
-        if last:
-            async for page in self._pages(self._pending(), [last[0]["_id"]], None, size):
+        try:
+            last = await self._call(
+                "read the last id", lambda: self._documents.find({}, {"_id": 1}).sort("_id", -1).limit(1).to_list(None)
+            )
+            bound = [document["_id"] for document in last]
+        except StoreUnreadableError:
+            bound = [END_OF_IDS]
+        if bound:
+            async for page in self._pages(self._pending(), bound, None, size):
                 yield page
 
     async def _pages(
         self, query: Document, last: list[Any], fields: list[str] | None, size: int
     ) -> AsyncGenerator[list[Document]]:
         after: list[Any] = []
+        lost: set[bytes] = set()  # documents that no query can name; they are read again and again
 
-        def find() -> Awaitable[list[Document]]:
+        def found(documents: Any, names: list[str] | None) -> Any:
             # Hinted: with the index of another field the server would sort the whole collection in memory.
-            found = self._documents.find({"$and": [query, range_filter(after, last)]}, fields)
-            return found.sort("_id", 1).limit(size).hint([("_id", 1)]).to_list(None)
+            cursor = documents.find({"$and": [query, range_filter(after, last)]}, names)
+            return cursor.sort("_id", 1).limit(size + len(lost)).hint([("_id", 1)])
 
-        while page := await self._call("read a page", find):
-            after = [page[-1]["_id"]]
-            yield page
+        while True:
+            known = len(lost)
+            try:
+                page = await self._call("read a page", lambda: found(self._documents, fields).to_list(None))
+            except StoreUnreadableError:
+                ids, unnamed = await self._call(
+                    "read ids",
+                    lambda: read_ids(found(undecoded(self._documents), ["_id"]), self._documents.codec_options),
+                )
+                lost |= warn_of_unusable(unnamed, lost)
+                read = partial(read_alone, self._documents, ids, fields)
+                page = await self._call("read documents one by one", read)
+            if page:
+                after = [page[-1]["_id"]]
+                yield page
+            elif len(lost) == known:
+                return
 
     def _pending(self) -> dict[str, Any]:
         wanted = [self._values.pending_value, None] if self._values.missing_is_pending else [self._values.pending_value]
@@ -214,9 +236,17 @@ class JobStore:
         await self.handling.release([document_id for document_id, _ in claims])
 
     async def read(self, document_ids: Sequence[str]) -> dict[str, Document]:
-        """Return the documents of *document_ids* (canonical Extended JSON) that still exist."""
+        """Return the documents of *document_ids* (canonical Extended JSON) that still exist and can be read."""
         ids = [loads(value) for value in document_ids]
-        found = await self._call("read documents", lambda: self._documents.find({"_id": {"$in": ids}}).to_list(None))
+        try:
+            found = await self._call(
+                "read documents", lambda: self._documents.find({"_id": {"$in": ids}}).to_list(None)
+            )
+        except StoreUnreadableError:
+            read = [
+                await self._call("read a document", partial(read_alone, self._documents, [one], None)) for one in ids
+            ]
+            found = [document for page in read for document in page if UNREADABLE not in document]
         return {canonical(document["_id"]): document for document in found}
 
     async def refuse(self, document: Document, problem: JobProcessingError) -> bool:
@@ -229,7 +259,6 @@ class JobStore:
             modified = await self._accepted("fail a document", self._pending_one(document), change)
             if modified is not None:
                 return bool(modified)
-            logger.warning("document %s: MongoDB rejected the update", id_text(document["_id"]))
         return False
 
     async def end(self, endings: Sequence[Ending]) -> set[str]:
@@ -256,8 +285,7 @@ class JobStore:
         if await self._accepted("write an answer", query, change) is not None:
             return None
         info = {**ending.info, "error": NOT_STORED, "failed_at": datetime.now(UTC)}
-        if await self._accepted("fail a document", query, self._failure(info)) is None:
-            logger.warning("document %s: MongoDB rejected the update of its status", id_text(document_id))
+        await self._accepted("fail a document", query, self._failure(info))
         return ending.item.custom_id
 
     def _failure(self, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,10 +308,11 @@ class JobStore:
         return self._info_fields(info) if is_usable else {self._info: info}
 
     async def _accepted(self, what: str, query: Document, change: Document) -> int | None:
-        """Return how many documents *change* modified; None if MongoDB rejects it."""
+        """Return how many documents *change* modified; None, with a warning, if MongoDB rejects it."""
         try:
             return int((await self._update(what, query, change)).modified_count)
-        except StoreRejectedError:
+        except StoreRejectedError as exc:
+            logger.warning("document %s: %s", id_text(query["_id"]["$eq"]), exc)
             return None
 
     async def _update(self, what: str, query: Document, change: Document) -> Any:

@@ -18,7 +18,13 @@ from classifier import MAX_CATEGORIZATION_CHARACTERS, Classifier
 from config import Settings, load_taxonomy
 from domain.conversation import Classification, Outcome, build_result, result_fingerprint
 from domain.text import one_line
-from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
+from error_handler import (
+    JobProcessingError,
+    LLMReplyError,
+    Reason,
+    SkippedDocumentError,
+    UnreadableDocumentError,
+)
 from model_server.protocol import ChatTarget
 from mongo_client import DocumentStore
 from openai_batch.documents import Variables, request_body
@@ -69,7 +75,8 @@ class TriadHandling(Handling):
         try:
             conversation = aggregate_conversation(document)
         except SkippedDocumentError as exc:
-            raise JobProcessingError(f"{exc.reason}: {exc}", is_final=True, is_skip=True) from exc
+            is_skip = not isinstance(exc, UnreadableDocumentError)
+            raise JobProcessingError(f"{exc.reason}: {exc}", is_final=True, is_skip=is_skip) from exc
         return request_body(
             self._openai, self._variables.hide(document, self._classifier.messages(conversation.transcript))
         )

@@ -125,7 +125,7 @@ def _escaped(value: Any) -> Any:
         return bson.Code(str(value), _escaped(dict(value.scope)))
     if isinstance(value, bson.DBRef):
         more = {name: item for name, item in value.as_doc().items() if name not in ("$ref", "$id", "$db")}
-        return bson.DBRef(value.collection, value.id, value.database, **_escaped(more))
+        return bson.DBRef(value.collection, value.id, value.database, _escaped(more))
     return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -135,8 +135,12 @@ def _is_dollar(name: Any) -> bool:
 
 def _from_pairs(pairs: list[tuple[str, Any]]) -> Any:
     """Return the value of the JSON object *pairs*: one of a BSON type, or a document."""
-    if any(name.startswith("$$") for name, _ in pairs):
-        return {name.removeprefix("$") if name.startswith("$$") else name: item for name, item in pairs}
+    names = {name for name, _ in pairs}
+    found = {name.removeprefix("$") if name.startswith("$$") else name: item for name, item in pairs}
+    if {"$ref", "$id"} <= names:  # json_util refuses further fields such as "collection"
+        return bson.DBRef(found.pop("$ref"), found.pop("$id"), found.pop("$db", None), found)
+    if any(name.startswith("$$") for name in names):
+        return found
     return json_util.object_pairs_hook(pairs, _CANONICAL)
 
 

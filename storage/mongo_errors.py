@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bson.errors import BSONError
+from bson.errors import BSONError, InvalidBSON
 from pymongo import errors
 
 from error_handler import (
@@ -18,6 +18,7 @@ from error_handler import (
     StoreForbiddenError,
     StoreRejectedError,
     StoreUnavailableError,
+    StoreUnreadableError,
     TriadError,
 )
 
@@ -102,7 +103,9 @@ def store_error(what: str, exc: Exception) -> TriadError:
     if isinstance(exc, errors.OperationFailure):
         return _error_of_code(what, exc.code, exc)
     if isinstance(exc, errors.DocumentTooLarge | BSONError | OverflowError | UnicodeEncodeError):
-        return StoreRejectedError(f"MongoDB cannot hold the document ({what}: {type(exc).__name__})")
+        rejected = StoreRejectedError(f"MongoDB cannot hold the document ({what}: {type(exc).__name__})")
+        unreadable = StoreUnreadableError(f"a document is not valid BSON, so the driver cannot read it ({what})")
+        return unreadable if isinstance(exc, InvalidBSON) else rejected
     if isinstance(exc, errors.ConnectionFailure):
         reason = connection_problem(exc) or NO_ANSWER
         return StoreUnavailableError(f"MongoDB does not answer ({what}): {reason}.")

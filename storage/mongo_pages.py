@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import bson
+from bson.errors import InvalidBSON
+from bson.raw_bson import RawBSONDocument
 from pymongo import UpdateOne
 from pymongo.errors import BulkWriteError
 
 from storage.extended_json import Document, bson_encode, id_key, id_text
 from storage.mongo_errors import VALIDATOR_CODE, refusal, refused_documents, require_only_duplicates
+from storage.selection import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
 PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
+END_OF_IDS = bson.MaxKey()
+STATE_FIELDS = ("status", "status_reason", "processed", "processing_attempts")
+
+
+def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
+    """Return the query for ids after *after* up to *bound*, across BSON types.
+
+    *after* and *bound* hold one id, or none if that side is open. They are lists because null is a valid id.
+    """
+    limits = [{"$gt": ["$_id", {"$literal": value}]} for value in after]
+    limits += [{"$lte": ["$_id", {"$literal": value}]} for value in bound]
+    return {"$expr": {"$and": limits}} if limits else {}
 
 
 async def bounded(cursor: Any, *, whole: bool) -> list[Document]:
@@ -59,19 +74,69 @@ async def unusable_ids(collection: Any, page: Sequence[Document]) -> dict[bytes,
     return doubtful
 
 
+def undecoded(collection: Any) -> Any:
+    """Return *collection* with documents that the driver does not decode."""
+    return collection.with_options(codec_options=collection.codec_options.with_options(document_class=RawBSONDocument))
+
+
+def decoded(document: RawBSONDocument, options: bson.CodecOptions[Document]) -> Document | None:
+    """Return *document* of an ``undecoded`` collection; None if it is not valid BSON."""
+    try:
+        return bson.decode(document.raw, options)
+    except InvalidBSON:
+        return None
+
+
+async def read_ids(cursor: Any, options: bson.CodecOptions[Document]) -> tuple[list[Any], dict[bytes, Any]]:
+    """Return the ids in *cursor*, which is of an ``undecoded`` collection; and, by their bytes, those that are not valid BSON."""
+    found: list[Any] = []
+    lost: dict[bytes, Any] = {}
+    async for document in cursor:
+        if known := decoded(document, options):
+            found.append(known["_id"])
+        else:
+            lost[document.raw] = "(not valid BSON)"
+    return found, lost
+
+
+async def read_alone(
+    collection: Any, document_ids: Iterable[Any], fields: Iterable[str] | None, query: Document | None = None
+) -> list[Document]:
+    """Return those *document_ids* that *query* finds, up to PAGE_BYTES, each read alone.
+
+    One that is not valid BSON has UNREADABLE, and of its fields only the STATE_FIELDS.
+    """
+    page: list[Document] = []
+    size = 0
+    for document_id in document_ids:
+        wanted = {**(query or {}), "_id": {"$eq": document_id}}
+        for projection in (fields, STATE_FIELDS, ("_id",)):
+            try:
+                found = await collection.find(wanted, projection and dict.fromkeys(projection, 1)).to_list(None)
+            except InvalidBSON:
+                continue
+            page += found if projection is fields else [{**document, UNREADABLE: True} for document in found]
+            break
+        size += len(bson_encode(page[-1])) if page else 0
+        if size >= PAGE_BYTES:
+            break
+    return page
+
+
 def warn_of_unusable(lost: dict[bytes, Any], warned: Set[bytes]) -> set[bytes]:
     """Warn that the documents *lost* are skipped, unless they are in *warned*; return their keys."""
     for key, document_id in lost.items():
         if key not in warned:
             logger.warning(
-                "document %s is skipped: its _id is not UTF-8, so no query can name it", id_text(document_id)
+                "document %s is skipped: its _id is not UTF-8, or not valid BSON, so no query can name it",
+                id_text(document_id),
             )
     return set(lost)
 
 
 def end_of_ids(document_id: Any) -> Any:
     """Return *document_id* as the bound of a run; if it is doubtful, that of all ids."""
-    return bson.MaxKey() if is_doubtful(document_id) else document_id
+    return END_OF_IDS if is_doubtful(document_id) else document_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ Selection = Literal["pending", "sweep", "failed", "processed", "skipped", "known
 
 STATES: tuple[State, ...] = get_args(State)
 STATUSES = STATES[:-1]
+# The field in place of those of a document that is not valid BSON. It is never written to MongoDB.
+UNREADABLE = "$unreadable"
 
 _OPEN, _DONE = {"status": None, "processed": {"$ne": True}}, {"status": None, "processed": True}
 _WITHOUT_STATUS: dict[str, dict[str, Any]] = {
@@ -25,15 +27,17 @@ _WITHOUT_STATUS: dict[str, dict[str, Any]] = {
 _HAS_REASON, _IS_DONE = {"$gt": ["$status_reason", None]}, {"$eq": ["$processed", True]}
 
 
-def switch(default: str, *cases: tuple[dict[str, Any], str]) -> dict[str, Any]:
+def switch(default: str, *cases: tuple[dict[str, Any], Any]) -> dict[str, Any]:
     """Return the aggregation expression for the value of the first case that holds."""
     return {"$switch": {"branches": [{"case": case, "then": then} for case, then in cases], "default": default}}
 
 
+# A status of another program may be binary data that the driver cannot read.
+STATUS_EXPRESSION = {"$cond": [{"$eq": [{"$type": "$status"}, "binData"]}, "binary data", "$status"]}
 # The status itself if there is one, also that of another program.
 STATE_EXPRESSION = switch(
     "pending",
-    ({"$gt": ["$status", None]}, "$status"),
+    ({"$gt": ["$status", None]}, STATUS_EXPRESSION),
     ({"$and": [_IS_DONE, _HAS_REASON]}, "skipped"),
     (_IS_DONE, "processed"),
     (_HAS_REASON, "failed"),

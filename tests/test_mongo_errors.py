@@ -15,6 +15,7 @@ from error_handler import (
     StoreForbiddenError,
     StoreRejectedError,
     StoreUnavailableError,
+    StoreUnreadableError,
     TriadError,
 )
 from mongo_client import DocumentStore
@@ -58,7 +59,7 @@ def bulk(*codes: int, **details: Any) -> errors.BulkWriteError:
         pytest.param(failure(2), StoreRejectedError, id="bad-value"),
         pytest.param(errors.DocumentTooLarge(SECRET), StoreRejectedError, id="too-large"),
         pytest.param(InvalidDocument(SECRET), StoreRejectedError, id="invalid-document"),
-        pytest.param(InvalidBSON(SECRET), StoreRejectedError, id="invalid-bson"),
+        pytest.param(InvalidBSON(SECRET), StoreUnreadableError, id="invalid-bson"),
         pytest.param(OverflowError(SECRET), StoreRejectedError, id="number-too-large"),
         pytest.param(UnicodeEncodeError("utf-8", SECRET, 0, 1, "x"), StoreRejectedError, id="surrogate"),
         pytest.param(bulk(121), StoreRejectedError, id="bulk"),

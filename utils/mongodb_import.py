@@ -52,6 +52,7 @@ _SKIPPED = {
         f"without a turn of the customer, which a run skips; expected in {', '.join(SENDER_FIELDS[:4])}: customer, user, "
         "visitor, contact, lead, end-user or requester"
     ),
+    Reason.UNREADABLE: "without their fields, as quarantine shows documents that are not valid BSON; a run skips them",
 }
 _UNORDERED = "with times that cannot be read, so the turns keep the listed order; ISO 8601 can always be read"
 _OTHER_TEXT = "with the _id of a stored document that has another text; not imported"

@@ -85,6 +85,12 @@ def print_error(program: str, sentence: str, *, verbose: bool) -> None:
         traceback.print_exc()
 
 
+def tell_line(sentence: str) -> None:
+    """Print *sentence* on stderr, for progress and hints beside the result of a command."""
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
+
+
 def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interrupted: str = "Interrupted.") -> int:
     """Return the exit code of *run*, or that of the TriadError it raised, after printing it.
 

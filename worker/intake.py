@@ -18,9 +18,10 @@ from model_server.concurrency import ConcurrencyLimit
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
 from storage.files import JournalEntry
-from storage.selection import Selection
+from storage.selection import UNREADABLE, Selection
 from utils.batch_file_manager import BatchFile, BatchFiles
 from worker.checkpoint import Checkpoint
+from worker.left_out import LINE_EVERY_S
 from worker.progress import Reporter
 from worker.quarantine import requeue
 from worker.settlement import BatchInWork, Settlement, is_query
@@ -190,6 +191,10 @@ class DocumentIntake:
         for item in batch.items:
             if self._retries_failed and item.past.verdict is not None and not item.past.verdict.is_skipped:
                 item.past = JournalEntry(result=item.past.result)  # it failed before the run was interrupted
+        if broken := {item.key: item for item in batch.items if UNREADABLE in item.document}:
+            # Their files do not have their text, which may be readable by now.
+            for document in await self._store.read_documents("all", [item.document_id for item in broken.values()]):
+                broken[id_key(document["_id"])].document = document
         needed = await self.needed([item.document for item in batch.items])
         batch.items = [item for item in batch.items if item.key in needed]
         batch.unsettled = len(batch.items)
@@ -261,10 +266,16 @@ async def _one_by_one(files: Iterator[BatchFile]) -> AsyncGenerator[BatchFile]:
         yield file
 
 
-async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChecker | None = None) -> dict[str, Any]:
+async def preview(
+    store: DocumentStore,
+    options: RunOptions,
+    kinds: StalenessChecker | None = None,
+    tell: Callable[[str], None] = logger.info,
+) -> dict[str, Any]:
     """Return counts of the documents that a run with *options* would process, for ``--dry-run``; read only.
 
     *kinds* is required with ``options.only``; to_classify then includes documents that have a result.
+    *tell* gets a line each LINE_EVERY_S.
 
     Keys: selected, to_classify, already_done, skipped (by reason), shapes, turns, characters (of the transcripts),
     first_ids (at most EXAMPLES, as text).
@@ -277,6 +288,7 @@ async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChe
     skipped, shapes = Counter[str](), Counter[str]()
     first_ids: list[str] = []
     after: list[Any] = []
+    shown_s = time.monotonic()
     while bound and selections and (options.limit is None or report["selected"] < options.limit):
         left = options.batch_size if options.limit is None else options.limit - report["selected"]
         size = options.batch_size if options.only else min(options.batch_size, left)
@@ -290,6 +302,9 @@ async def preview(store: DocumentStore, options: RunOptions, kinds: StalenessChe
         replaces = options.reprocess or options.only in REPLACED
         done = set() if replaces else await store.result_keys([document["_id"] for document in page])
         report.update(selected=len(page), already_done=len(done))
+        if time.monotonic() - shown_s >= LINE_EVERY_S:
+            shown_s = time.monotonic()
+            tell(f"dry run: {report['selected']:,} documents read")
         for document in page:
             if id_key(document["_id"]) in done:
                 continue

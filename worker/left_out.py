@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from domain.text import counted, one_line
+from error_handler import StoreUnavailableError
 from mongo_client import DocumentStore
-from storage.selection import selection_filter
+from storage.selection import STATUS_EXPRESSION, selection_filter
 
+T = TypeVar("T")
+
+COUNT_LIMIT_S = 120.0  # for the counts of a report
+LINE_EVERY_S = 5.0  # while they last
 NAMED_STATUSES = 10
 EXACT_MARKS = 10_000  # documents marked processed whose results are looked up; 30 us each
 
@@ -73,6 +80,29 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
+async def count_in_time(counting: Coroutine[Any, Any, T], tell: Callable[[str], None]) -> T:
+    """Return what *counting* returns; *tell* gets a line each LINE_EVERY_S.
+
+    Raises:
+        StoreError: It has failed, or takes longer than COUNT_LIMIT_S.
+    """
+    start_s, task = time.monotonic(), asyncio.create_task(counting)
+    try:
+        while not task.done():
+            waited_s = time.monotonic() - start_s
+            if waited_s >= COUNT_LIMIT_S:
+                raise StoreUnavailableError(
+                    f"MongoDB did not count the documents within {COUNT_LIMIT_S:g} s; the index on their status, which "
+                    "a run creates, makes it faster"
+                )
+            if waited_s >= LINE_EVERY_S:
+                tell(f"counting the documents: {waited_s:.0f} s of at most {COUNT_LIMIT_S:.0f} s")
+            await asyncio.wait([task], timeout=min(LINE_EVERY_S, COUNT_LIMIT_S - waited_s))
+        return task.result()
+    finally:
+        task.cancel()
+
+
 async def count_left_out(store: DocumentStore, *, queued: int, skipped_now: int = 0) -> LeftOut:
     """Return what a run leaves out now.
 
@@ -95,7 +125,7 @@ async def count_left_out(store: DocumentStore, *, queued: int, skipped_now: int 
 async def _statuses(store: DocumentStore) -> dict[str, int]:
     stages: list[dict[str, Any]] = [
         {"$match": selection_filter("foreign")},
-        {"$group": {"_id": "$status", "count": {"$sum": 1}}},
+        {"$group": {"_id": STATUS_EXPRESSION, "count": {"$sum": 1}}},
         {"$sort": {"count": -1, "_id": 1}},
         {"$limit": NAMED_STATUSES},
     ]

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import async_llm_wrapper as llm
-from aggregator import entry_text
+from aggregator import TEXT_FIELDS, entry_text
 from classifier import Classifier
 from config import Settings, load_taxonomy
-from error_handler import LLMUnavailableError, StoreUnavailableError
+from error_handler import LLMUnavailableError, StoreError
 from model_server.models import chat_target
 from model_server.protocol import ChatTarget
 from model_server.tokens import TokenEstimator
@@ -22,6 +22,8 @@ from worker.staleness import Plan
 logger = logging.getLogger(__name__)
 
 SAMPLE_SIZE = 200  # documents
+# Of the turns only what rough_transcript reads, so that the server sends, and sorts, no attachments.
+SAMPLE_FIELDS = ("text", *(f"{turns}.{name}" for turns in ("tweets", "messages") for name in TEXT_FIELDS))
 
 Sample = Callable[[], Awaitable[list[int]]]
 
@@ -59,17 +61,17 @@ async def sample_needs(store: DocumentStore, estimator: TokenEstimator) -> list[
     Documents of any status count, because those that are done predict those to come. Documents without text do not.
     """
     needs = []
-    async for document in store.sample(SAMPLE_SIZE):
+    async for document in store.sample(SAMPLE_SIZE, SAMPLE_FIELDS):
         if transcript := rough_transcript(document):
             needs.append(tokens_needed(estimator.prompt_tokens(transcript)))
     return needs
 
 
 async def sample_if_in_time(store: DocumentStore, estimator: TokenEstimator) -> list[int]:
-    """Return what ``sample_needs`` does, or nothing if MongoDB takes too long for it: the window is then the default."""
+    """Return what ``sample_needs`` does, or nothing if MongoDB does not give it (in time): the window is then the default."""
     try:
         return await sample_needs(store, estimator)
-    except StoreUnavailableError as exc:
+    except StoreError as exc:
         logger.warning("the window is chosen without a sample of the documents: %s", exc)
         return []
 

@@ -27,7 +27,7 @@ from storage.files import Event
 from utils.batch_file_manager import FailureKind
 from worker.dedupe import FILE_NAME, Deduplicator
 from worker.intake import MAX_SWEEPS, DocumentIntake, RunParts
-from worker.left_out import LeftOut, count_left_out
+from worker.left_out import LeftOut, count_in_time, count_left_out
 from worker.quarantine import failed_keys
 from worker.settlement import BatchInWork, Settlement, WorkItem, verdict_of
 from worker.staleness import REPLACED
@@ -301,7 +301,8 @@ class BatchRun:
     async def _count_left_out(self) -> None:
         """Count and log what this run did not select; an error here must not fail a run that is done, nor hold a stop."""
         queued, skipped = len(self._failed_now()), self._settlement.stats.skipped - self._settlement.unusable
-        counting = asyncio.create_task(count_left_out(self._store, queued=queued, skipped_now=skipped))
+        left_out = count_left_out(self._store, queued=queued, skipped_now=skipped)
+        counting = asyncio.create_task(count_in_time(left_out, logger.info))
         counting.add_done_callback(lambda _: self._progress.set())
         try:
             await self._until(lambda: counting.done() or self._stop.is_set())

@@ -21,6 +21,7 @@ from error_handler import (
     StoreRejectedError,
     StoreUnavailableError,
     TriadError,
+    UnreadableDocumentError,
 )
 from mongo_client import DocumentStore, FinalStatus
 from storage.extended_json import Document, id_key, id_text
@@ -40,6 +41,8 @@ IDS_PER_UPDATE = 1000
 
 def verdict_of(error: TriadError) -> Verdict:
     """Return what *error* means for its document."""
+    if isinstance(error, UnreadableDocumentError):
+        return Verdict(error.reason, str(error), is_final=True)
     if isinstance(error, SkippedDocumentError):
         return Verdict(error.reason, str(error), is_skipped=True)
     refused = isinstance(error, LLMRejectedError | PoisonDocumentError | StoreRejectedError)

@@ -13,14 +13,21 @@ from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.settings import hosts_of
 from config import Settings, load_taxonomy
 from domain.text import counted
-from error_handler import ConfigurationError, StoreError, StoreForbiddenError
+from error_handler import (
+    ConfigurationError,
+    StoreError,
+    StoreForbiddenError,
+    StoreUnavailableError,
+    StoreUnreadableError,
+)
 from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import id_text
 from storage.mongo_errors import connection_problem, has_no_server, translated
 from storage.mongo_indexes import RESULT_INDEXES, SOURCE_INDEXES, UNIQUE_FIELD, label_indexes, serves_as_unique
 from storage.selection import STATE_EXPRESSION, selection_filter, switch
-from worker.left_out import count_left_out, status_name
+from utils.process import tell_line
+from worker.left_out import count_in_time, count_left_out, status_name
 
 LOOPBACK = ("127.", "localhost", "[::1]")
 MAX_CLOCK_DIFFERENCE_S = 5.0
@@ -42,17 +49,21 @@ COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": STATE_EXPRESSION}, "coun
 
 Check = Callable[[DocumentStore, Settings], AsyncGenerator[Finding]]
 Clock = Callable[[], datetime]
+Tell = Callable[[str], None]
 
 
-async def diagnose(settings: Settings, now: Clock = lambda: datetime.now(UTC)) -> AsyncGenerator[Finding]:
+async def diagnose(
+    settings: Settings, now: Clock = lambda: datetime.now(UTC), tell: Tell = tell_line
+) -> AsyncGenerator[Finding]:
     """Yield the findings about MongoDB, the connection first; a failed connection ends the diagnosis.
 
-    *now* is this machine's clock.
+    *now* is this machine's clock; *tell* gets the progress of counts that take long.
 
     Raises:
         ConfigurationError: MONGODB_URI is not a usable address.
     """
-    checks: list[Check] = [_topology, _rights, _documents, _oldest_pending, _results, _indexes, partial(_clock, now)]
+    documents = partial(_documents, tell)
+    checks: list[Check] = [_topology, _rights, documents, _oldest_pending, _results, _indexes, partial(_clock, now)]
     store = DocumentStore(settings)
     try:
         try:
@@ -68,6 +79,8 @@ async def diagnose(settings: Settings, now: Clock = lambda: datetime.now(UTC)) -
                 yield error(str(exc), "Grant the rights with db.grantRolesToUser(USER, ['readWrite']).")
             except ConfigurationError as exc:
                 yield error(str(exc), "A run stops for the same reason.")
+            except StoreUnreadableError as exc:
+                yield warning(str(exc), "A run names each such document and processes the others.")
             except StoreError as exc:
                 seconds = settings.mongodb_timeout_ms / 1000
                 yield warning(str(exc), f"The time limit is {seconds:g} s; raise MONGODB_TIMEOUT_MS.")
@@ -154,7 +167,7 @@ def allowed_actions(privileges: Sequence[Mapping[str, Any]], db_name: str, colle
     return actions
 
 
-async def _documents(store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
+async def _documents(tell: Tell, store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
     place = f"{settings.db_name}.{settings.source_collection}"
     with translated("count the documents"):
         groups = await _aggregate(store.database[settings.source_collection], COUNTS)
@@ -173,9 +186,13 @@ async def _documents(store: DocumentStore, settings: Settings) -> AsyncGenerator
         else:
             yield Finding("ok", f"{place}, shape {shape}: {counts}.", numbers=dict(states))
     found = {state for states in by_shape.values() for state in states}
-    left_out = replace(await count_left_out(store, queued=0), failed=0, skipped=0)  # these two are counted above
-    for sentence, remedy in left_out.problems(settings.results_collection):
-        yield warning(sentence, remedy)
+    try:
+        left_out = await count_in_time(count_left_out(store, queued=0), tell)
+    except StoreUnavailableError as exc:
+        yield warning("The documents that a run does not select were not counted.", f"{exc}.")
+    else:
+        for sentence, remedy in replace(left_out, failed=0, skipped=0).problems(settings.results_collection):
+            yield warning(sentence, remedy)  # those two are counted above
     if "processing" in found:
         yield ok(
             "Documents in processing belong to a running worker or to one that died; the next run takes the latter."

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from config import load_taxonomy
-from domain.server_reason import MAX_CHARACTERS, server_reason
+from domain.server_reason import LEFT_OUT, MAX_CHARACTERS, VOCABULARY, server_reason
 from prompt_builder import build_system_prompt
 
 PIXEL = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -116,10 +118,37 @@ def test_reason_that_quotes_the_request_is_dropped(text: str) -> None:
         ("Failed to parse input at pos 0: the customer is sad", "Failed to parse input at pos […]"),
         ("Validation error {'input': 'he is sad'}", "Validation error […]"),
         ("Invalid <think>he is sad", "Invalid […]"),
+        ("cannot parse near could you send", "cannot parse near […]"),
+        ("grammar stops at pregnan", "grammar stops at […]"),
+        ("invalid word wait and sorry in template", "invalid word […] and […] in template"),
     ],
 )
 def test_words_that_may_be_a_name_a_number_or_a_quotation_are_left_out(text: str, kept: str) -> None:
     assert reason_of(text) == f"; the server says: {kept}"
+
+
+WORDS = [*"my husband left me and i am sick of your server it is not the model he died".split(), "tumor", "to", "on"]
+SAID = ["invalid request near", "unexpected token", "at", "model is not loaded:", "failed to parse", ""]
+
+
+@given(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=20),
+    st.lists(st.tuples(st.sampled_from(SAID), st.integers(0, 20), st.integers(0, 4)), min_size=1, max_size=4),
+    st.sampled_from([" ", ", ", "\n", "-"]),
+)
+def test_no_few_words_of_a_conversation_are_shown(
+    message: list[str], quoted: list[tuple[str, int, int]], separator: str
+) -> None:
+    """Wherever the server quotes them: only its own words stay, alone or in twos."""
+    parts = [f"{said} {separator.join(message[start : start + size])}" for said, start, size in quoted]
+    body = json.dumps({"error": " ".join(parts)}).encode()
+    shown = server_reason(body, [f"<conversation>\nCustomer: {' '.join(message)}\n</conversation>"])
+    if shown.startswith("; the server's reason quotes"):
+        return
+    words = shown.removeprefix("; the server says: ").replace(LEFT_OUT, "|").replace(",", " ").replace("-", " ").split()
+    assert not {word.strip(":.") for word in words} & (set(message) - VOCABULARY - {"i"}), shown
+    rows = {tuple(message[at : at + 3]) for at in range(len(message) - 2)}
+    assert not any(tuple(words[at : at + 3]) in rows for at in range(len(words) - 2)), shown
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from storage.extended_json import canonical
 from storage.files import DirectoryLock
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job, times_with
+from tests.worker.site import BROKEN, store_raw
 
 ODD_IDS: list[Any] = [
     None,
@@ -100,6 +101,35 @@ def test_answer_rejected_by_mongodb_fails_document_and_item(job: Job, openai: Fa
     assert (result.succeeded, result.failed) == (2, 1)
     assert job.rows("SELECT code FROM items WHERE state = 'failed'") == [("not_stored",)]
     assert job.statuses() == {"completed": 2, "failed": 1}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_document_that_is_not_valid_bson_fails_alone(job: Job, openai: FakeOpenAI, batch_size: int) -> None:
+    """Binary data of an old driver, with a wrong length inside; the other documents are completed."""
+    job.batch = {"batch_size": batch_size}
+    job.fill(6)
+    store_raw(job.documents, {"_id": 2.5, "ai_status": "pending", "text": "text", "scan": BROKEN})
+    store_raw(job.documents, {"_id": BROKEN, "ai_status": "pending", "text": "text"})
+    result = job.run()
+    assert (result.succeeded, result.failed) == (6, 1)
+    assert job.documents.count_documents({"ai_status": "completed"}) == 6
+    failed = job.documents.find_one({"ai_status": "failed"}, {"processing_info": 1})
+    assert failed is not None
+    assert "invalid BSON" in failed["processing_info"]["error"]
+
+
+async def test_document_that_cannot_be_given_back_is_named(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    """It stays claimed; without a warning nobody would know why."""
+    job.fill(2)
+    info = {"custom_id": "job:lost:1", "job_id": "job"}
+    job.documents.update_many({}, {"$set": {"ai_status": "in_progress", "processing_info": info}})
+    job.client[job.database].command("collMod", job.collection, validator={"$or": [{"_id": 0}, {"ai_status": "done"}]})
+    async with open_store(job) as store:
+        await store.give_back([(canonical(0), "job:lost:1"), (canonical(1), "job:lost:1")])
+    assert job.statuses() == {"pending": 1, "in_progress": 1}
+    assert [record.getMessage() for record in caplog.records] == [
+        "document 1: MongoDB refuses the operation (give a document back, code 121)"
+    ]
 
 
 @asynccontextmanager

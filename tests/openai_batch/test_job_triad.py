@@ -224,3 +224,17 @@ def test_worker_and_job_race_without_double_work(lane: Lane, monkeypatch: pytest
     asked = sum(lane.site.model.stats()["calls_by_sha"].values())
     assert billed > 0, "the worker did everything: this proves nothing"
     assert billed + asked == len(documents)
+
+
+def test_done_document_that_cannot_be_marked_is_named(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has a result, so it is not sent; its status stays, with a warning."""
+    lane.site.source.insert_many([conversation(number) for number in range(2)])
+    lane.site.results.insert_one({"source_conversation_id": 1})
+    validator = {"$or": [{"_id": 0}, {"status": "pending"}]}
+    lane.site.database.command("collMod", lane.site.source.name, validator=validator)
+    lane.processor(monkeypatch).process_pending_documents()
+    assert "document 1: MongoDB refuses the operation (complete a document, code 121" in caplog.text
+    assert [document["status"] for document in lane.site.source.find().sort("_id")] == ["processed", "pending"]
+    assert lane.openai.stats()["lines_billed"] == 1

@@ -58,6 +58,7 @@ class Letterbox:
 
     def __init__(self) -> None:
         self.letters: list[tuple[Session, EmailMessage]] = []
+        self.arrived = asyncio.Event()
         self.logins: list[tuple[bytes, bytes, bool]] = []
 
     async def handle_DATA(  # noqa: N802 - the name of the package
@@ -67,6 +68,7 @@ class Letterbox:
         message = message_from_bytes(raw, policy=policy.default)
         assert isinstance(message, EmailMessage)
         self.letters.append((session, message))
+        self.arrived.set()
         return "250 OK"
 
     def authenticate(self, server: SMTP, session: Session, envelope: Envelope, mechanism: str, data: Any) -> AuthResult:
@@ -243,8 +245,7 @@ async def test_hanging_webhook_does_not_delay_mail() -> None:
             async with Notifier(ways, closing_s=0.5) as notifier:
                 notifier.notify(payload())
                 async with asyncio.timeout(30):
-                    while not box.letters:
-                        await asyncio.sleep(0.01)
+                    await box.arrived.wait()
                 assert receiver.received
     assert len(box.letters) == 1
 

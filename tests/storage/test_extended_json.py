@@ -46,6 +46,7 @@ TYPES = {
     "least": bson.MinKey(),
     "greatest": bson.MaxKey(),
     "reference": bson.DBRef("c", bson.ObjectId("65f0a1b2c3d4e5f6a7b8c9d0")),
+    "reference-with-fields": bson.DBRef("c", 1, None, {"collection": "d", "id": 2, "$date": "x"}),
     "list": [1, [bson.Int64(2), None], {}],
     "document": {"b": 1, "a": {"c": [math.inf]}, "": 2, "with.dot": 3},
 }

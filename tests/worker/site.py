@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import bson
+from bson.raw_bson import RawBSONDocument
 from pymongo import MongoClient
 from pymongo.database import Database
 
@@ -163,6 +166,18 @@ def open_site(uri: str, db_name: str, model: FakeOllama | None, folder: Path) ->
     """Yield a Site whose client is closed at the end."""
     with MongoClient[Document](uri, tz_aware=True, serverSelectionTimeoutMS=20_000) as client:
         yield Site(uri, client[db_name], model, folder)
+
+
+BROKEN = bson.Binary(b"123")
+
+
+def store_raw(collection: Any, document: Document) -> None:
+    """Store *document* with its binary values, of three digits each, in the old subtype and without its inner length.
+
+    MongoDB stores this, and no driver reads it.
+    """
+    raw = re.sub(rb"\x03\0\0\0\0(?=\d23)", b"\x03\0\0\0\x02", bson.encode(document))
+    collection.insert_one(RawBSONDocument(raw))
 
 
 def requests(site: Site) -> int:

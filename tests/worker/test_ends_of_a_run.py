@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from embedded.mongod import EmbeddedMongod
 from tests.forked_process import Ended
-from tests.worker.site import Site, check_exactly_once, conversation, filled, model_of, until
+from tests.worker.site import Site, check_exactly_once, conversation, filled, model_of, open_site, until
 
 REFUSED: dict[str, Any] = {"kind": "status", "status": 400, "body": '{"error": "bad request"}'}
 UNLABELLED: dict[str, Any] = {"kind": "wrong_label"}
@@ -206,3 +208,65 @@ def test_rejected_result_of_an_unfinished_batch(site: Site) -> None:
     ended = site.run()
     assert ended.code == 1
     check_agreement(site, retry=0, quarantine=1, ended=ended)
+
+
+def test_limit(site: Site) -> None:
+    """What the limit left out is new, and neither failed nor waiting; the next run takes it."""
+    documents = filled(site, 30)
+    faults = [*strike(site, REFUSED, 1), *strike(site, UNLABELLED, 2), *strike(site, REFUSED, 20)]
+    model_of(site).configure(faults=faults)
+    ended = site.run("--limit", "10", BATCH_SIZE="4")
+    assert ended.code == 1
+    check_agreement(site, retry=0, quarantine=2, ended=ended)
+    assert json.loads(site.run("plan", "--json").out)["new"] == 20
+    ended = site.run()
+    assert ended.code == 1
+    check_agreement(site, retry=0, quarantine=3, ended=ended)
+    model_of(site).configure(faults=[])
+    assert site.run("--retry-failed").code == 0
+    check_agreement(site, retry=0, quarantine=0)
+    check_exactly_once(site, documents)
+
+
+@pytest.mark.parametrize("batch_size", ["2", "100"])
+def test_model_that_disappears(site: Site, batch_size: str) -> None:
+    """Five such answers end the run; the documents that got them wait for the next one, and no flag is needed."""
+    documents = filled(site, 40)
+    gone = {
+        "kind": "status",
+        "status": 404,
+        "body": '{"error": "model \\"llama3.2\\" not found, try pulling it first"}',
+    }
+    model_of(site).configure(faults=[*strike(site, REFUSED, 0), gone])
+    ended = site.run(BATCH_SIZE=batch_size, MAX_CONCURRENT="1")
+    assert ended.code == 3, ended.err
+    waiting = len(listed(site, "--retry"))
+    assert waiting == 4  # the fifth ended the run, and is asked again
+    check_agreement(site, retry=waiting, quarantine=1, ended=ended)
+    model_of(site).configure(faults=[])
+    ended = site.run(BATCH_SIZE=batch_size)
+    assert ended.code == 1
+    check_agreement(site, retry=0, quarantine=1, ended=ended)
+    assert site.run("--retry-failed").code == 0
+    check_exactly_once(site, documents)
+
+
+@pytest.mark.thorough
+def test_outage_of_mongodb(site: Site, tmp_path: Path) -> None:
+    """The answers that were not stored wait in files; the reports agree as soon as MongoDB is back."""
+    with EmbeddedMongod(tmp_path / "db") as server, open_site(server.uri, "ends", site.model, tmp_path) as own:
+        filled(own, 30)
+        model_of(own).configure(faults=[*strike(own, REFUSED, 1), *strike(own, UNLABELLED, 2)], latency_s=0.1)
+        with own.start("--batch-size", "30", MONGODB_TIMEOUT_MS="300", MONGODB_MAX_RETRIES="1") as worker:
+            until(lambda: "quarantined" in worker.err_so_far() and "queued for retry" in worker.err_so_far())
+            server.kill()
+            ended = worker.ended()
+        server.start()
+        assert ended.code == 3, ended.err
+        waiting = len(listed(own, "--retry"))
+        check_agreement(own, retry=waiting, quarantine=1, ended=ended)
+        model_of(own).configure(faults=[], latency_s=0.0)
+        assert own.run().code == 1
+        assert own.run("--retry-failed").code == 0
+        check_agreement(own, retry=0, quarantine=0)
+        assert own.results.count_documents({}) == 30

@@ -20,12 +20,14 @@ from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import conversation as request_body
 from tests.service.service_process import serve
 from tests.worker.site import (
+    BROKEN,
     Document,
     Site,
     check_results,
     conversation,
     model_of,
     open_site,
+    store_raw,
     until,
     user_message,
 )
@@ -51,6 +53,11 @@ def refuse_to_store(site: Site) -> None:
 def die_twice(site: Site) -> None:
     for _ in range(2):
         assert site.run(plan={"poison": str(BAD)}).code == -signal.SIGABRT
+
+
+def break_bson(site: Site) -> None:
+    site.source.delete_one({"_id": BAD})
+    store_raw(site.source, {**conversation(BAD), "text": BROKEN})
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ WAYS = (
     Way(Reason.SKIPPED_NO_TEXT, changes={"messages": []}, status="skipped"),
     Way(Reason.SKIPPED_NO_CUSTOMER, changes={"messages": AGENT}, status="skipped"),
     Way(Reason.POISON, rounds=0, before=die_twice, plan={"poison": str(BAD)}),
+    Way(Reason.UNREADABLE, rounds=0, before=break_bson),
 )
 
 
@@ -128,7 +136,7 @@ def test_reason_is_the_same_in_all_places(site: Site, way: Way, tmp_path: Path) 
     last = list(csv.DictReader(site.files("progress/*.csv")[-1].read_text().splitlines()))[-1]
     assert {reason: last[reason] for reason in Reason} == {**dict.fromkeys(Reason, "0"), way.reason: "1"}
     check_metrics(site, way.reason, way.status)
-    source = site.source.find_one({"_id": BAD})
+    source = site.source.find_one({"_id": BAD}, {"status": 1, "status_reason": 1})
     assert (source["status"], source["status_reason"].split(": ")[0]) == (way.status, way.reason)
     assert site.entries("retry") == []
     entries = [

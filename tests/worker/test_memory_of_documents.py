@@ -7,15 +7,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import bson
 import pytest
 from pymongo.database import Database
 
 from aggregator import aggregate_conversation
 from config import load_settings
 from domain.conversation import SOURCE_FIELDS
-from mongo_client import DocumentStore
+from mongo_client import SAMPLE_BYTES, DocumentStore
 from storage.mongo_pages import PAGE_BYTES
+from storage.selection import UNREADABLE
 from tests.worker.site import ROOT, Site, conversation, documents_of_all_shapes, filled
+from worker.plan import SAMPLE_FIELDS, SAMPLE_SIZE
 from worker.settlement import is_query
 
 MOST_KB = 200_000
@@ -55,7 +58,7 @@ def test_fields_that_are_read_are_asked_for() -> None:
         kept = {name: value for name, value in document.items() if name in SOURCE_FIELDS}
         assert aggregate_conversation(kept) == aggregate_conversation(document)
         assert is_query(kept) is is_query(document)
-    assert seen <= {*SOURCE_FIELDS, "_id"}
+    assert seen <= {*SOURCE_FIELDS, "_id", UNREADABLE}
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -117,3 +120,20 @@ def test_few_attachments_are_not_held(site: Site) -> None:
     site.source.update_many({"_id": {"$lt": 10}}, {"$set": {"attachment": bytes(ATTACHMENT)}})
     assert peak_kb(site, BATCH_SIZE="100") < 120_000
     assert site.results.count_documents({}) == 30
+
+
+async def test_sample_holds_texts_up_to_a_limit(mongodb_uri: str, database: Database[dict[str, Any]]) -> None:
+    """It is drawn before the first page: attachments in turns are not sent, and long texts end it early."""
+    for number in range(30):
+        document = conversation(number, "x" * (SAMPLE_BYTES // 10 if number % 2 else 10), attachment=bytes(100_000))
+        document["messages"][0]["file"] = bytes(100_000)
+        database["conversation_set"].insert_one(document)
+    store = DocumentStore(load_settings(mongodb_uri=mongodb_uri, db_name=database.name))
+    try:
+        drawn = [document async for document in store.sample(SAMPLE_SIZE, SAMPLE_FIELDS)]
+    finally:
+        await store.close()
+    sizes = [len(bson.encode(document)) for document in drawn]
+    assert sum(sizes) <= SAMPLE_BYTES * 1.2
+    assert sorted(size > 100_000 for size in sizes)[-10:] == [True] * 10
+    assert not any(50_000 < size < 1_000_000 for size in sizes), "an attachment came along"

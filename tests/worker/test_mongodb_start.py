@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,9 @@ from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
 from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_ollama import FakeOllama
-from tests.worker.site import ROOT, conversation, open_site, until
+from tests.worker.site import ROOT, conversation, open_site
 from utils.batch_file_manager import is_same_source
+from worker import left_out
 
 Client = MongoClient[dict[str, Any]]
 DB_NAME = "customer_support"  # as in the role of docs/operations.md
@@ -66,12 +66,12 @@ def worker_uri(strict: EmbeddedMongod, client: Client) -> Iterator[str]:
 
 
 @contextmanager
-def failing(client: Client, commands: list[str], **data: Any) -> Iterator[None]:
-    """Let *commands* of the product fail, or block, as *data* says."""
+def failing(client: Client, commands: list[str], mode: Any = "alwaysOn", **data: Any) -> Iterator[int]:
+    """Let *commands* of the product fail, or block, as *data* says; yield how many have done so before."""
     data |= {"failCommands": commands, "appName": "customer-support-triad"}
-    client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data})
+    before = client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})["count"]
     try:
-        yield
+        yield int(before)
     finally:
         client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
@@ -195,15 +195,44 @@ async def test_count_that_the_server_ends_is_a_warning(
     assert "the run goes on without the number of documents" in caplog.text
 
 
+SLOW_REPORTS = {
+    "--dry-run": (0, "The documents that are not selected were not counted: MongoDB did not count", 0),
+    "estimate": (3, "MongoDB did not count the documents within 0.2 s", 0),
+    "doctor --no-probe": (0, "The documents that a run does not select were not counted.", 1),
+    "": (0, "3 documents processed", 0),
+}
+
+
+@pytest.mark.parametrize("command", SLOW_REPORTS)
+def test_report_whose_counts_take_long_shows_it_and_ends(
+    command: str, client: Client, model: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts have no time limit of the client, but reports have one of their own, with the progress before it."""
+    monkeypatch.setattr(left_out, "COUNT_LIMIT_S", 0.2)
+    monkeypatch.setattr(left_out, "LINE_EVERY_S", 0.05)
+    code, sentence, harmless = SLOW_REPORTS[command]
+    uri = f"mongodb://root:r@127.0.0.1:{(client.address or ('', 0))[1]}/?authSource=admin"
+    with (
+        open_site(uri, DB_NAME, model, tmp_path) as site,
+        failing(client, ["aggregate", "count"], {"skip": harmless}, blockConnection=True, blockTimeMS=800),
+    ):
+        ended, out, err = run_cli(command.split(), site.environment(), tmp_path)
+    assert ended == code, out + err
+    assert sentence in out + err
+    assert "counting the documents: 0 s of at most 0 s" in err or command in ("doctor --no-probe", "")
+
+
 def test_stop_waits_for_no_count(strict: EmbeddedMongod, client: Client, model: FakeOllama, tmp_path: Path) -> None:
     """Counts have no time limit, so one at the end of a run must not delay its stop."""
     with (
         open_site(uri_of(strict, "root", "r"), DB_NAME, model, tmp_path) as site,
-        failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=12_000),
+        failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=12_000) as before,
         site.start(MONGODB_TIMEOUT_MS="500", MONGODB_MAX_RETRIES="1") as worker,
     ):
-        until(lambda: site.source.count_documents({"status": "processed"}) == 3)
-        time.sleep(1)
+        # The sample, the count at the start, and the one at the end.
+        entered = {"waitForFailPoint": "failCommand", "timesEntered": before + 3, "maxTimeMS": 30_000}
+        client.admin.command(entered)
+        assert site.source.count_documents({"status": "processed"}) == 3
         assert worker.process.poll() is None
         worker.send(signal.SIGTERM)
         assert worker.ended(8).code == 130

@@ -8,7 +8,7 @@ import bson
 import pytest
 from bson.raw_bson import RawBSONDocument
 
-from tests.worker.site import Site, conversation, filled
+from tests.worker.site import BROKEN, Site, conversation, filled, store_raw
 
 
 def statuses(site: Site) -> dict[Any, Any]:
@@ -75,3 +75,54 @@ def test_id_that_is_not_utf8(site: Site, place: str, batch_size: str) -> None:
     assert ended.err.count("its _id is not UTF-8") == 3
     assert {result["source_conversation_id"] for result in site.results.find()} == set(good)
     assert "3 skipped" in ended.out
+
+
+@pytest.mark.parametrize("batch_size", ["1", "20"])
+def test_document_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
+    """It is quarantined with its reason, the others get results, and after its correction it is retried."""
+    broken = conversation(2)
+    broken["messages"][0]["file"] = BROKEN
+    store_raw(site.source, broken)
+    site.source.insert_many([conversation(number) for number in (0, 1, 3, 4)])
+    ended = site.run(BATCH_SIZE=batch_size)
+    assert ended.code == 1, ended.err
+    assert "document 2 quarantined: unreadable: MongoDB holds it as invalid BSON" in ended.err
+    assert {result["source_conversation_id"] for result in site.results.find()} == {0, 1, 3, 4}
+    assert statuses(site) == dict.fromkeys(range(5), "processed") | {2: "failed"}
+    assert (entry := site.entries("quarantine")[0])["reason"] == "unreadable"
+    assert "messages" not in entry["conversation_data"]
+    assert site.run("--retry-failed").code == 1
+    site.source.update_one({"_id": 2}, {"$unset": {"messages.0.file": ""}})
+    assert site.run("--retry-failed").code == 0
+    assert site.results.count_documents({}) == 5
+
+
+@pytest.mark.parametrize("place", ["text", "status", "attachment"])
+def test_broken_field_of_a_query(site: Site, place: str) -> None:
+    """What is not read does not matter, and a status of binary data is that of another program; reports go on."""
+    store_raw(site.source, {"_id": 1, "text": "Where is my parcel?", "processed": False, place: BROKEN})
+    filled(site, 1)
+    shown = site.run("--dry-run")
+    assert shown.code == 0, shown.err
+    assert site.run("plan").code == 0
+    ended = site.run()
+    is_read = place == "text"
+    assert ended.code == int(is_read), ended.err
+    assert ended.err.count("document 1 quarantined: unreadable") == int(is_read)
+    assert site.results.count_documents({}) == 1 + (place == "attachment")
+
+
+@pytest.mark.parametrize("batch_size", ["1", "20"])
+def test_id_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
+    """No query can name it: skipped with a warning, wherever it stands."""
+    for number in range(2):
+        store_raw(site.source, {**conversation(number), "_id": bson.Binary(b"%d23" % number)})
+    shown = site.run("doctor", "--no-probe").out
+    assert "a document is not valid BSON, so the driver cannot read it (read the source)" in shown
+    assert "The time limit is" not in shown
+    filled(site, 3)
+    ended = site.run(BATCH_SIZE=batch_size)
+    assert ended.code == 0, ended.err
+    assert ended.err.count("so no query can name it") == 2
+    assert "2 skipped" in ended.out
+    assert site.results.count_documents({}) == 3
