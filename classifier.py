@@ -165,13 +165,19 @@ def classification_flow(
         reply: ChatReply | None = None
         try:
             reply = yield messages
-            classification = classifier.parse(reply.text)
             if not is_repair:  # a repair turn makes the prompt longer
                 truncator.require_whole(fitted, client.target, reply.prompt_tokens)
+            classification = classifier.parse(reply.text)
+            if not is_repair:
                 truncator.learn(fitted, reply.prompt_tokens)
             break
-        except (LLMContextError, LLMReplyError) as problem:
-            if problem.reason is Reason.CONTEXT_OVERFLOW and truncations < MAX_TRUNCATIONS:
+        except LLMError as problem:
+            if fitted.is_trial:
+                fitted = truncator.fit_again(conversation, fitted, client.target, problem)
+                messages = classifier.messages(fitted.transcript)
+            elif not isinstance(problem, LLMContextError | LLMReplyError):
+                raise
+            elif problem.reason is Reason.CONTEXT_OVERFLOW and truncations < MAX_TRUNCATIONS:
                 truncations, is_repair = truncations + 1, False
                 fitted = truncator.fit_again(conversation, fitted, client.target, problem)
                 messages = classifier.messages(fitted.transcript)
