@@ -44,7 +44,7 @@ REPAIR_TOKENS = 400  # the one repair turn: 500 characters of the answer, and th
 REPAIR_ROOM = 200  # tokens that a repair turn takes of the window of a long conversation
 SECOND_SHARE = 0.8  # of the window, after a second refusal
 SUSPECT_RATIO = 1.4  # estimate to reported tokens
-CERTAIN = 1.5  # times the margin that text of a known kind needs: with a larger one, a trial is sent
+CERTAIN = 2.0  # times the margin that text of a known kind needs: with a larger one, a trial is sent
 TRIALS = 12  # in a run
 CLOSE, AIM, FITS = 0.96, 0.98, 5  # share of the room: a looser fit is repeated and aims at this, at most so often
 LEARN_FROM_ALL, LEARN_FROM_EACH = 200, 20  # learn from the first 200 answers, then from every 20th
@@ -268,7 +268,9 @@ class TranscriptTruncator:
         if gauge.tokens_of(conversation.transcript) <= gauge.room:
             return Fitted(conversation.transcript)
         fitted, is_certain = _fit_closely(conversation, gauge)
-        if refusal is None and self._trials > 0 < gauge.room and not is_certain:
+        expected, margin = gauge.estimate(conversation.transcript)
+        matters = self._on_long == "fit" or expected - margin <= gauge.room
+        if refusal is None and self._trials > 0 < gauge.room and matters and not is_certain:
             self._trials -= 1
             return self._trial(fitted.transcript if fitted else sent, window)
         if self._on_long == "fit" and fitted is not None:
