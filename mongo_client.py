@@ -17,18 +17,18 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any, Literal, TypeVar
 
-from pymongo import ReplaceOne, WriteConcern, timeout
+from pymongo import WriteConcern, timeout
 from pymongo.errors import BulkWriteError
 
 from config import Settings
 from domain.conversation import SOURCE_FIELDS
 from error_handler import ConfigurationError, StoreForbiddenError, StoreRejectedError
-from storage.extended_json import Document, id_key
+from storage.extended_json import Document, bson_encode, id_key, is_doubtful
 from storage.mongo_connection import close_client, open_client
 from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
-from storage.mongo_pages import bounded, end_of_ids, insert_new, unusable_ids, update_each, warn_of, warn_of_unusable
-from storage.selection import Selection, selection_filter
+from storage.mongo_pages import end_of_ids, replace_all, unusable_ids, update_each, warn_of, warn_of_unusable
+from storage.selection import QUERIES, Selection
 from utils.batch_file_manager import UNKNOWN_UUID
 from utils.retry_utils import RetryPolicy, retry_async
 
@@ -38,6 +38,7 @@ T = TypeVar("T")
 FinalStatus = Literal["processed", "failed", "skipped"]
 
 DURABLE = WriteConcern("majority", j=True)
+PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
 PATIENCE_S = 86_400.0  # for counts and indexes
 SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
 
@@ -139,18 +140,21 @@ class DocumentStore:
 
         They have the SOURCE_FIELDS, and together PAGE_BYTES. A document whose ``_id`` no query can name is left out.
         """
-        query = {**selection_filter(selection), **range_filter(after, bound)}
+        query = {**QUERIES[selection], **range_filter(after, bound)}
         skipped = 0
 
         def find() -> Awaitable[list[Document]]:
             cursor = self._source.find(query, self._fields).sort("_id", 1).skip(skipped).limit(limit).batch_size(limit)
             # The status index would serve the filter and then sort the whole collection in memory.
-            return bounded(cursor if selection == "sweep" else cursor.hint([("_id", 1)]), whole=self._fields is None)
+            return _bounded(cursor if selection == "sweep" else cursor.hint([("_id", 1)]), whole=self._fields is None)
 
         while page := await self._call("read a page", find):
-            lost = await self._call("look for ids", partial(unusable_ids, self._source, page))
+            doubtful = [document["_id"] for document in page if is_doubtful(document["_id"])]
+            if not doubtful:
+                return page
+            lost = await self._call("look for ids", partial(unusable_ids, self._source, doubtful))
             self.unusable |= warn_of_unusable(lost, self.unusable)
-            if usable := [document for document in page if not lost or id_key(document["_id"]) not in lost]:
+            if usable := [document for document in page if id_key(document["_id"]) not in lost]:
                 return usable
             skipped += len(page)
         return []
@@ -159,7 +163,7 @@ class DocumentStore:
         """Return how many documents *selection* has now."""
         if selection == "all":
             return await self._patiently("count", self._source.estimated_document_count)
-        query = selection_filter(selection)
+        query = QUERIES[selection]
         return await self._patiently("count", lambda: self._source.count_documents(query))
 
     async def count_results(self) -> int:
@@ -188,7 +192,7 @@ class DocumentStore:
         to write all of them again.
         """
         try:
-            await self._call("write results", lambda: self._write(results, replace))
+            await self._call("write results", lambda: (replace_all if replace else _insert_new)(self._results, results))
         except StoreRejectedError as exc:
             if len(results) == 1:
                 return {0: exc}
@@ -196,23 +200,6 @@ class DocumentStore:
             alone = [await self.write_results([result], replace=replace) for result in results]
             return {index: rejected[0] for index, rejected in enumerate(alone) if rejected}
         return {}
-
-    async def _write(self, results: list[Document], replace: bool) -> None:
-        if not replace:
-            await insert_new(self._results, results)
-            return
-        operations = [
-            ReplaceOne(
-                {"source_conversation_id": {"$eq": result["source_conversation_id"]}},
-                {name: value for name, value in result.items() if name != "_id"},
-                upsert=True,
-            )
-            for result in results
-        ]
-        try:
-            await self._results.bulk_write(operations, ordered=False)
-        except BulkWriteError as exc:
-            require_only_duplicates(exc)
 
     async def mark_processing(self, document_ids: list[Any]) -> None:
         """Set the status of conversations to processing; single queries have none."""
@@ -250,7 +237,7 @@ class DocumentStore:
         """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now."""
         expires_at = self._server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
-        taken = await self._call("claim documents", lambda: insert_new(self._leases, leases))
+        taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))
         if not taken:
             return set(map(id_key, document_ids))
         contested = [document_ids[index] for index in taken]
@@ -301,17 +288,17 @@ class DocumentStore:
 
     async def sample_ids(self, selection: Selection, size: int) -> list[Any]:
         """Return the ids of up to *size* random documents of *selection*."""
-        stages = [{"$match": selection_filter(selection)}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
+        stages = [{"$match": QUERIES[selection]}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
         return [document["_id"] for document in await self.aggregate("draw a sample", stages)]
 
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
         """Return those *document_ids* that *selection* has."""
-        query = {"_id": {"$in": document_ids}, **selection_filter(selection)}
+        query = {"_id": {"$in": document_ids}, **QUERIES[selection]}
         return await self._find("read documents", self._source, query, projection=self._fields)
 
     async def insert_documents(self, documents: list[Document]) -> int:
         """Store source *documents*; return how many were new. An existing ``_id`` is left unchanged."""
-        known = await self._call("import documents", lambda: insert_new(self._marks, documents))
+        known = await self._call("import documents", lambda: _insert_new(self._marks, documents))
         return len(documents) - len(known)
 
     async def read_results(self, after: Sequence[Any], limit: int) -> list[Document]:
@@ -363,3 +350,37 @@ async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], poli
         return result
 
     return await retry_async(attempt, policy, what)
+
+
+async def _bounded(cursor: Any, *, whole: bool) -> list[Document]:
+    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it; if not *whole*, without attachments."""
+    page, size = [], 0
+    try:
+        async for document in cursor:
+            page.append(document if whole else _without_attachments(document))
+            size += len(bson_encode(document))
+            if size >= PAGE_BYTES:
+                break
+    finally:
+        await cursor.close()
+    return page
+
+
+def _without_attachments(document: Document) -> Document:
+    """Remove binary values from the turns of *document*, and return it: no text is read from them."""
+    for turns in document.values():
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                for name in [name for name, value in turn.items() if isinstance(value, bytes)]:
+                    del turn[name]
+    return document
+
+
+async def _insert_new(collection: Any, documents: list[Document]) -> set[int]:
+    """Insert *documents*; return the indexes of those that were stored already."""
+    try:
+        await collection.insert_many(documents, ordered=False)
+    except BulkWriteError as exc:
+        require_only_duplicates(exc)
+        return {error["index"] for error in exc.details["writeErrors"]}
+    return set()

@@ -286,7 +286,6 @@ class TranscriptTruncator:
             raise SkippedDocumentError(sentence, Reason.CONTEXT_OVERFLOW) from refusal
         raise LLMContextError(sentence) from refusal
 
-
     def _trial(self, text: str, window: int) -> Fitted:
         """Return *text*, what would be sent, so many times that it exceeds *window* with any tokenizer."""
         return Fitted("\n".join([text] * math.ceil(window / self.estimator.fewest_tokens(text))), is_trial=True)

@@ -1,4 +1,4 @@
-"""Pages of documents bounded by bytes, and updates of many documents of which MongoDB refuses some."""
+"""Documents that MongoDB refuses, and replaced results: ids that no query can name, updates of which some are refused."""
 
 from __future__ import annotations
 
@@ -8,55 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import bson
-from pymongo import UpdateOne
+from pymongo import ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError
 
-from storage.extended_json import Document, bson_encode, id_key, id_text
+from storage.extended_json import Document, id_key, id_text, is_doubtful
 from storage.mongo_errors import VALIDATOR_CODE, refusal, refused_documents, require_only_duplicates
 
 logger = logging.getLogger(__name__)
 
-PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
 
-
-async def bounded(cursor: Any, *, whole: bool) -> list[Document]:
-    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it; if not *whole*, without attachments."""
-    page: list[Document] = []
-    size = 0
-    try:
-        async for document in cursor:
-            page.append(document if whole else without_attachments(document))
-            size += len(bson_encode(document))
-            if size >= PAGE_BYTES:
-                break
-    finally:
-        await cursor.close()
-    return page
-
-
-def without_attachments(document: Document) -> Document:
-    """Remove binary values from the turns of *document*, and return it: no text is read from them."""
-    for turns in document.values():
-        for turn in turns if isinstance(turns, list) else ():
-            if isinstance(turn, dict):
-                for name in [name for name, value in turn.items() if isinstance(value, bytes)]:
-                    del turn[name]
-    return document
-
-
-def is_doubtful(document_id: Any) -> bool:
-    """Return whether *document_id* may not be UTF-8 in MongoDB: the driver reads what is not as U+FFFD."""
-    return "\ufffd" in (document_id if isinstance(document_id, str) else str(document_id))
-
-
-async def unusable_ids(collection: Any, page: Sequence[Document]) -> dict[bytes, Any]:
-    """Return, by ``id_key``, each id of *page* that no query can find, because it is not UTF-8."""
-    doubtful = {id_key(document["_id"]): document["_id"] for document in page if is_doubtful(document["_id"])}
-    if doubtful:
-        query = {"_id": {"$in": list(doubtful.values())}}
-        for document in await collection.find(query, projection={"_id": 1}).to_list(None):
-            doubtful.pop(id_key(document["_id"]), None)
-    return doubtful
+async def unusable_ids(collection: Any, doubtful: Sequence[Any]) -> dict[bytes, Any]:
+    """Return, by ``id_key``, those of the ids *doubtful* that no query can find, because they are not UTF-8."""
+    query = {"_id": {"$in": list(doubtful)}}
+    found = {id_key(document["_id"]) for document in await collection.find(query, projection={"_id": 1}).to_list(None)}
+    return {key: document_id for document_id in doubtful if (key := id_key(document_id)) not in found}
 
 
 def warn_of_unusable(lost: dict[bytes, Any], warned: Set[bytes]) -> set[bytes]:
@@ -82,14 +47,20 @@ class Refused:
     code: int
 
 
-async def insert_new(collection: Any, documents: list[Document]) -> set[int]:
-    """Insert *documents*; return the indexes of those that were stored already."""
+async def replace_all(collection: Any, results: list[Document]) -> None:
+    """Store *results*, each in place of an earlier one of the same document."""
+    operations = [
+        ReplaceOne(
+            {"source_conversation_id": {"$eq": result["source_conversation_id"]}},
+            {name: value for name, value in result.items() if name != "_id"},
+            upsert=True,
+        )
+        for result in results
+    ]
     try:
-        await collection.insert_many(documents, ordered=False)
+        await collection.bulk_write(operations, ordered=False)
     except BulkWriteError as exc:
         require_only_duplicates(exc)
-        return {error["index"] for error in exc.details["writeErrors"]}
-    return set()
 
 
 async def update_each(collection: Any, document_ids: Sequence[Any], change: Document) -> list[Refused]:

@@ -13,8 +13,7 @@ from pymongo.database import Database
 from aggregator import aggregate_conversation
 from config import load_settings
 from domain.conversation import SOURCE_FIELDS
-from mongo_client import DocumentStore
-from storage.mongo_pages import PAGE_BYTES
+from mongo_client import PAGE_BYTES, DocumentStore
 from tests.worker.site import ROOT, Site, conversation, documents_of_all_shapes, filled
 from worker.settlement import is_query
 
