@@ -15,7 +15,8 @@ LAST_SHARE = 0.5  # of the remaining room: the most for the last turns, which te
 class Fitted:
     """The part of a conversation that is sent. *turns_used* counts its whole or shortened turns; None means all.
 
-    *is_refitted*: it follows a refusal. *is_trial*: it is longer than the window, to be refused with its token count.
+    *is_refitted*: it follows a refusal. *assumed_window*: the size it was fitted to because the refusal named none, or 0.
+    *is_trial*: it is longer than the window, to be refused with its token count.
     """
 
     transcript: str
@@ -23,6 +24,7 @@ class Fitted:
     turns_used: int | None = None
     is_refitted: bool = False
     is_trial: bool = False
+    assumed_window: int = 0
 
 
 # Markers start in the first column, where a conversation has a speaker or an indent, so no customer text can forge them.

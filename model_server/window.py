@@ -167,6 +167,7 @@ class TranscriptTruncator:
         self._refuses = False  # the server refuses long prompts, so it does not cut them
         self._on_long = on_long
         self._trials = TRIALS
+        self._assumed = SIZES[-1]
         self._answers = 0
 
     def fit(self, conversation: Conversation, target: ChatTarget) -> Fitted:
@@ -196,9 +197,8 @@ class TranscriptTruncator:
             window = target.num_ctx if window is None else min(window, target.num_ctx)
         elif isinstance(refusal, LLMReplyError) and refusal.kept_tokens is not None:
             window = _window_of_cut(refusal.kept_tokens)
-        if window is None:
-            raise refusal
-        window -= target.thinking_tokens
+        assumed = self._smaller_window(sent, refusal) if window is None else 0
+        window = (window or assumed) - target.thinking_tokens
         if counted is not None:
             self._refuses = True
             self.estimator.learn(sent.transcript, counted)
@@ -209,12 +209,25 @@ class TranscriptTruncator:
             counted = self.estimator.system_tokens + len(sent.transcript.encode("utf-8", "replace"))
         if counted is not None and counted + NUM_PREDICT <= window:
             raise refusal  # it did fit, so the server has another window than requested
-        if sent.is_refitted and counted is None:  # the instructions are longer than estimated
+        if sent.is_refitted and counted is None and not assumed:  # the instructions are longer than estimated
             window = round(SECOND_SHARE * window)
         fitted = self._fit(conversation, window, sent.transcript, counted, refusal)
         if fitted.transcript == sent.transcript:
+            if assumed:  # by the estimate it would fit there, too
+                return self.fit_again(conversation, replace(sent, assumed_window=assumed), target, refusal)
             raise refusal
-        return replace(fitted, is_refitted=True)
+        return replace(fitted, is_refitted=True, assumed_window=assumed)
+
+    def _smaller_window(self, sent: Fitted, refusal: LLMError) -> int:
+        """Return the next of SIZES that may hold less than *sent*, for a server that refuses without naming a size."""
+        if self._on_long == "skip":
+            raise SkippedDocumentError(str(refusal), Reason.CONTEXT_OVERFLOW) from refusal
+        most = sent.assumed_window or self.estimator.prompt_tokens(sent.transcript) + NUM_PREDICT
+        smaller = [size for size in SIZES if size < most]
+        if self._on_long == "fail" or not smaller:
+            raise refusal
+        self._assumed = min(self._assumed, smaller[-1])  # later conversations begin with the size that was not refused
+        return self._assumed
 
     def require_whole(self, sent: Fitted, target: ChatTarget, prompt_tokens: int | None) -> None:
         """Refuse a token count that is lower than a whole prompt with *sent* in it can have: the server cut the prompt.

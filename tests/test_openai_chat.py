@@ -13,9 +13,9 @@ from aggregator import aggregate_conversation
 from classifier import Classifier
 from config import load_settings, load_taxonomy
 from domain.conversation import Conversation
-from error_handler import LLMContextError, LLMReplyError, LLMUnavailableError, Reason
+from error_handler import LLMContextError, LLMReplyError, LLMUnavailableError, Reason, SkippedDocumentError
 from model_server.models import chat_target
-from model_server.window import choose_window
+from model_server.window import OnLong, choose_window
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.scripted_server import GOOD_CONTENT, Handler, ScriptedServer, Step, answer, scripted_server
 from tests.test_llm_wrappers import Async, Sync
@@ -204,6 +204,37 @@ def test_ollama_behind_v1_is_recognised_and_its_cuts_are_seen(caplog: pytest.Log
     assert 20 < outcome.turns_used < 600
     assert outcome.prompt_tokens is not None
     assert 2050 < outcome.prompt_tokens <= 4096 - 700
+
+
+@pytest.mark.parametrize("on_long", ["fit", "skip", "fail"])
+@pytest.mark.parametrize("window", [5000, 10_000, 1000])
+def test_server_that_names_no_size_is_tried_with_smaller_prompts(
+    server: ScriptedServer, on_long: OnLong, window: int
+) -> None:
+    """It counts no tokens either. Each usual window is tried once, the largest first; the run remembers which one helped."""
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        characters = sum(len(message["content"]) for message in body["messages"])
+        if characters / 4 + body["max_tokens"] > window:
+            return refused("the input is longer than the context window")
+        status, fields = ok()
+        del fields["usage"]
+        return status, fields
+
+    server.script.extend([each(chat)] * 20)
+    settings = load_settings(None, llm_api_url=f"{server.url}/v1/chat/completions", llm_model="llama3.2")
+    classifier = Classifier(load_taxonomy(), on_long)
+    with llm_wrapper.open_session() as session:
+        client = llm_wrapper.LLMClient(settings, chat_target(settings, "llama3.2"), session)
+        if on_long == "fit" and window > 1000:
+            outcomes = [llm_wrapper.ollama_classify(long_conversation(1500), client, classifier) for _ in range(2)]
+            assert [outcome.input_complete for outcome in outcomes] == [False, False]
+            assert [outcome.attempts for outcome in outcomes] == [{5000: 5, 10_000: 4}[window], 2]
+        else:
+            with pytest.raises(SkippedDocumentError if on_long == "skip" else LLMContextError) as caught:
+                llm_wrapper.ollama_classify(long_conversation(1500), client, classifier)
+            assert caught.value.reason is Reason.CONTEXT_OVERFLOW
+            assert len(server.chats) == (5 if on_long == "fit" else 1)
 
 
 def test_other_server_is_not_taken_for_an_ollama(
