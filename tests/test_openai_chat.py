@@ -13,7 +13,14 @@ from aggregator import aggregate_conversation
 from classifier import Classifier
 from config import load_settings, load_taxonomy
 from domain.conversation import Conversation
-from error_handler import LLMContextError, LLMReplyError, LLMUnavailableError, Reason, SkippedDocumentError
+from error_handler import (
+    LLMContextError,
+    LLMRejectedError,
+    LLMReplyError,
+    LLMUnavailableError,
+    Reason,
+    SkippedDocumentError,
+)
 from model_server.models import chat_target
 from model_server.window import OnLong, choose_window
 from tests.fakes.fake_ollama import FakeOllama
@@ -204,6 +211,41 @@ def test_ollama_behind_v1_is_recognised_and_its_cuts_are_seen(caplog: pytest.Log
     assert 20 < outcome.turns_used < 600
     assert outcome.prompt_tokens is not None
     assert 2050 < outcome.prompt_tokens <= 4096 - 700
+
+
+def reasoning_model(body: dict[str, Any]) -> tuple[int, Any]:
+    """OpenAI's sentences about a reasoning model."""
+    if "max_tokens" in body:
+        text = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
+        return 400, {"error": {"message": text, "type": "invalid_request_error", "param": "max_tokens"}}
+    if "temperature" in body:
+        text = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+        return 400, {"error": {"message": text, "type": "invalid_request_error", "param": "temperature"}}
+    return ok()
+
+
+def test_reasoning_model_behind_any_name_is_learned_once(asker: Sync | Async, server: ScriptedServer) -> None:
+    """The limit has another name and room for the reasoning, and no temperature is sent, for the rest of the run."""
+    server.script.extend([each(reasoning_model)] * 4)
+    assert asker.chat(times=2).text == GOOD_CONTENT
+    bodies = [request.json for request in server.chats]
+    assert [set(body) & {"max_tokens", "max_completion_tokens", "temperature"} for body in bodies] == [
+        {"max_tokens", "temperature"},
+        {"max_completion_tokens", "temperature"},
+        {"max_completion_tokens"},
+        {"max_completion_tokens"},
+    ]
+    assert bodies[-1]["max_completion_tokens"] > bodies[0]["max_tokens"]
+
+
+@pytest.mark.parametrize("text", ["max_tokens must be at most 500", "temperature 0 is cold, says the customer"])
+def test_other_refusals_do_not_change_the_options(asker: Sync | Async, server: ScriptedServer, text: str) -> None:
+    server.script.append(answer({"error": {"message": text}}, 400))
+    with pytest.raises(LLMRejectedError):
+        asker.chat()
+    assert len(server.chats) == 1
 
 
 @pytest.mark.parametrize("on_long", ["fit", "skip", "fail"])
