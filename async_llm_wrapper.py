@@ -110,7 +110,7 @@ class AsyncLLMClient:
 
     async def finds_ollama(self) -> bool:
         """Return whether an Ollama answers at the address of a server with OpenAI's protocol."""
-        return await _drive(served_models.find_ollama(self.target), self.send) is not None
+        return await drive(served_models.find_ollama(self.target), self.send) is not None
 
     async def show(self, model: str) -> served_models.ModelFacts:
         """Return what Ollama reports about *model*; other servers tell nothing. Raises LLMUnavailableError if it is away."""
@@ -131,7 +131,7 @@ class AsyncLLMClient:
             LLMUnavailableError: The server does not answer.
             ConfigurationError: The server does not have the model; the message lists its models.
         """
-        self.target = await _drive(served_models.find_target(self.target, settings), self.send)
+        self.target = await drive(served_models.find_target(self.target, settings), self.send)
         return self.target
 
     async def warm_up(self, choice: WindowChoice, say: Say) -> ChatTarget:
@@ -140,7 +140,7 @@ class AsyncLLMClient:
         Raises:
             LLMError: The model does not load, or the server does not answer.
         """
-        self.target = await _drive(warm_up(self.target, self._settings, choice, say), self.send)
+        self.target = await drive(warm_up(self.target, self._settings, choice, say), self.send)
         self.reloads.is_warm = True
         return self.target
 
@@ -173,7 +173,7 @@ class AsyncLLMClient:
 
     async def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
         timeout_s = self._settings.llm_timeout_s
-        return await _drive(chat_flow(self, messages, schema_json, attempt, timeout_s), self.send)
+        return await drive(chat_flow(self, messages, schema_json, attempt, timeout_s), self.send)
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()
@@ -203,10 +203,10 @@ async def ollama_classify_async(
         SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
     """
     flow, calls = classification_flow(conversation, client, classifier), itertools.count(2 * attempt)
-    return await _drive(flow, lambda messages: client.chat(messages, classifier.schema_json, next(calls)))
+    return await drive(flow, lambda messages: client.chat(messages, classifier.schema_json, next(calls)))
 
 
-async def _drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R:
+async def drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R:
     """Return what *flow* returns; each question that it yields gets the answer, or the error, of *ask*."""
     try:
         question = next(flow)

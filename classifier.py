@@ -187,7 +187,8 @@ def classification_flow(
 
     The driver, synchronous or not, sends what is yielded, and throws in each LLMError of its client. One repair turn
     follows an unusable reply. If the prompt was too long, or was cut by the server, the conversation is truncated again,
-    at most twice, with the token counts of the failure.
+    at most twice with the token counts of the failure, or once for each usual window if the server names no size. A trial
+    (see TranscriptTruncator.fit) that fails in any way is followed by a fitted prompt.
 
     Raises:
         LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.
@@ -203,15 +204,21 @@ def classification_flow(
         reply: ChatReply | None = None
         try:
             reply = yield messages
-            classification = classifier.parse(reply.text)
             if not is_repair:  # a repair turn makes the prompt longer
                 truncator.require_whole(fitted, client.target, reply.prompt_tokens)
+            classification = classifier.parse(reply.text)
+            if not is_repair:
                 truncator.learn(fitted, reply.prompt_tokens)
             break
-        except (LLMContextError, LLMReplyError) as problem:
-            if problem.reason is Reason.CONTEXT_OVERFLOW and truncations < MAX_TRUNCATIONS:
-                truncations, is_repair = truncations + 1, False
+        except LLMError as problem:
+            if fitted.is_trial:
                 fitted = truncator.fit_again(conversation, fitted, client.target, problem)
+                messages = classifier.messages(fitted.transcript)
+            elif not isinstance(problem, LLMContextError | LLMReplyError):
+                raise
+            elif problem.reason is Reason.CONTEXT_OVERFLOW and truncations < MAX_TRUNCATIONS:
+                fitted = truncator.fit_again(conversation, fitted, client.target, problem)
+                truncations, is_repair = truncations + (not fitted.assumed_window), False  # sizes are tried to the last
                 messages = classifier.messages(fitted.transcript)
             elif problem.reason is Reason.CONTEXT_OVERFLOW or is_repair:
                 raise

@@ -17,34 +17,32 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any, Literal, TypeVar
 
-from pymongo import ReplaceOne, WriteConcern, timeout
+from pymongo import WriteConcern, timeout
 from pymongo.errors import BulkWriteError
 
 from config import Settings
 from config.taxonomy import TRIAD
-from domain.conversation import SOURCE_FIELDS
-from error_handler import ConfigurationError, StoreForbiddenError, StoreRejectedError, StoreUnreadableError
-from storage.extended_json import Document, id_key
-from storage.mongo_connection import close_client, open_client
+from domain.conversation import SOURCE_FIELDS, without_attachments
+from error_handler import StoreRejectedError, StoreUnreadableError
+from storage.extended_json import Document, bson_encode, id_key, is_doubtful
+from storage.mongo_connection import close_client, identity, open_client
 from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
 from storage.mongo_pages import (
     END_OF_IDS,
-    bounded,
-    decoded,
+    PAGE_BYTES,
     end_of_ids,
-    insert_new,
-    range_filter,
     read_alone,
     read_ids,
+    replace_all,
     undecoded,
     unusable_ids,
     update_each,
+    valid_documents,
     warn_of,
     warn_of_unusable,
 )
-from storage.selection import Selection, selection_filter
-from utils.batch_file_manager import UNKNOWN_UUID
+from storage.selection import QUERIES, Selection
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -59,6 +57,16 @@ SAMPLE_BYTES = 16_000_000  # of a sample
 
 _PROVENANCE = [f"processing_metadata.{name}" for name in ("input_sha256", "fingerprint", "model_used", "model_digest")]
 _LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
+
+
+def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
+    """Return the query for ids after *after* up to *bound*, across BSON types.
+
+    *after* and *bound* hold one id, or none if that side is open. They are lists because null is a valid id.
+    """
+    limits = [{"$gt": ["$_id", {"$literal": value}]} for value in after]
+    limits += [{"$lte": ["$_id", {"$literal": value}]} for value in bound]
+    return {"$expr": {"$and": limits}} if limits else {}
 
 
 class DocumentStore:
@@ -98,23 +106,8 @@ class DocumentStore:
             logger.info("MongoDB is a standalone server: writes are durable, but there is no failover")
 
     async def identity(self) -> str:
-        """Return a text that identifies this pair of collections among all servers, by the UUID of the source.
-
-        Raise ConfigurationError if the source is a view.
-        """
-        command = {"listCollections": 1, "filter": {"name": self._source.name}}
-        try:
-            answer = await self._command("identify the collection", self.database, command)
-        except StoreForbiddenError:  # a right that nothing else needs
-            return f"{self._source.full_name} -> {self._results.name} ({UNKNOWN_UUID})"
-        found = answer["cursor"]["firstBatch"] if answer else []
-        if found and found[0].get("type") == "view":
-            raise ConfigurationError(
-                f"{self._source.full_name} is a view, which cannot store a status; set MONGODB_SOURCE_COLLECTION to the "
-                "collection that it shows."
-            )
-        uuid = found[0].get("info", {}).get("uuid") if found else None
-        return f"{self._source.full_name} -> {self._results.name} ({uuid.hex() if uuid else 'new'})"
+        """Return a text that identifies this pair of collections among all servers; see storage.mongo_connection."""
+        return await identity(self._source, self._results.name, partial(self._command, "identify the collection"))
 
     async def ensure_result_indexes(self, fields: Iterable[str] = TRIAD.values()) -> None:
         """Create the indexes of results with labels of *fields*.
@@ -152,28 +145,30 @@ class DocumentStore:
         They have the SOURCE_FIELDS, and together PAGE_BYTES. A document that is not valid BSON is UNREADABLE; one whose
         ``_id`` no query can name is left out.
         """
-        query = {**selection_filter(selection), **range_filter(after, bound)}
-        fields, options = self._fields, self._source.codec_options
-        skipped = 0
+        query = {**QUERIES[selection], **range_filter(after, bound)}
+        source, fields, skipped = self._source, self._fields, 0
 
-        def found(source: Any, names: Document | None) -> Any:
-            cursor = source.find(query, names).sort("_id", 1).skip(skipped).limit(limit).batch_size(limit)
+        def found(collection: Any, names: Document | None) -> Any:
+            cursor = collection.find(query, names).sort("_id", 1).skip(skipped).limit(limit).batch_size(limit)
             # The status index would serve the filter and then sort the whole collection in memory.
             return cursor if selection == "sweep" else cursor.hint([("_id", 1)])
 
         while True:
+            lost: dict[bytes, Any] = {}
             try:
-                page = await self._call(
-                    "read a page", lambda: bounded(found(self._source, fields), whole=fields is None)
-                )
-                lost = await self._call("look for ids", partial(unusable_ids, self._source, page))
-                number, page = len(page), [one for one in page if not lost or id_key(one["_id"]) not in lost]
+                page = await self._call("read a page", lambda: _bounded(found(source, fields), whole=fields is None))
+                number = len(page)
+                doubtful = [document["_id"] for document in page if is_doubtful(document["_id"])]
+                if doubtful:
+                    lost = await self._call("look for ids", partial(unusable_ids, source, doubtful))
+                    page = [document for document in page if id_key(document["_id"]) not in lost]
             except StoreUnreadableError:
                 ids, lost = await self._call(
-                    "read ids", lambda: read_ids(found(undecoded(self._source), {"_id": 1}), options)
+                    "read ids", lambda: read_ids(found(undecoded(source), {"_id": 1}), source.codec_options)
                 )
                 number, page = len(ids) + len(lost), await self._read_alone(ids)
-            self.unusable |= warn_of_unusable(lost, self.unusable)
+            if lost:
+                self.unusable |= warn_of_unusable(lost, self.unusable)
             if page or not number:
                 return page
             skipped += number
@@ -181,8 +176,8 @@ class DocumentStore:
     async def count(self, selection: Selection) -> int:
         """Return how many documents *selection* has now."""
         if selection == "all":
-            return await self._call("count", self._source.estimated_document_count)  # of the metadata
-        query = selection_filter(selection)
+            return await self._patiently("count", self._source.estimated_document_count)  # of the metadata
+        query = QUERIES[selection]
         return await self._patiently("count", lambda: self._source.count_documents(query))
 
     async def count_results(self) -> int:
@@ -211,7 +206,7 @@ class DocumentStore:
         to write all of them again.
         """
         try:
-            await self._call("write results", lambda: self._write(results, replace))
+            await self._call("write results", lambda: (replace_all if replace else _insert_new)(self._results, results))
         except StoreRejectedError as exc:
             if len(results) == 1:
                 return {0: exc}
@@ -219,23 +214,6 @@ class DocumentStore:
             alone = [await self.write_results([result], replace=replace) for result in results]
             return {index: rejected[0] for index, rejected in enumerate(alone) if rejected}
         return {}
-
-    async def _write(self, results: list[Document], replace: bool) -> None:
-        if not replace:
-            await insert_new(self._results, results)
-            return
-        operations = [
-            ReplaceOne(
-                {"source_conversation_id": {"$eq": result["source_conversation_id"]}},
-                {name: value for name, value in result.items() if name != "_id"},
-                upsert=True,
-            )
-            for result in results
-        ]
-        try:
-            await self._results.bulk_write(operations, ordered=False)
-        except BulkWriteError as exc:
-            require_only_duplicates(exc)
 
     async def mark_processing(self, document_ids: list[Any]) -> None:
         """Set the status of conversations to processing; single queries have none."""
@@ -273,7 +251,7 @@ class DocumentStore:
         """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now."""
         expires_at = self._server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
-        taken = await self._call("claim documents", lambda: insert_new(self._leases, leases))
+        taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))
         if not taken:
             return set(map(id_key, document_ids))
         contested = [document_ids[index] for index in taken]
@@ -317,29 +295,24 @@ class DocumentStore:
         """Yield *fields* of up to *size* random source documents of any status: at most SAMPLE_BYTES, and only valid BSON."""
         # Without a filter before it, $sample uses a random cursor and reads no more than it returns.
         stages = [{"$sample": {"size": size}}, {"$project": dict.fromkeys(fields, 1)}]
-        read = 0
         with translated("read a sample"):
             cursor = await undecoded(self._source).aggregate(stages, batchSize=SAMPLE_PAGE, allowDiskUse=True)
             async with cursor:
-                async for document in cursor:
-                    if known := decoded(document, self._source.codec_options):
-                        yield known
-                    read += len(document.raw)
-                    if read >= SAMPLE_BYTES:
-                        return
+                async for document in valid_documents(cursor, self._source.codec_options, SAMPLE_BYTES):
+                    yield document
 
     async def sample_ids(self, selection: Selection, size: int) -> list[Any]:
         """Return the ids of up to *size* random documents of *selection*."""
-        stages = [{"$match": selection_filter(selection)}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
+        stages = [{"$match": QUERIES[selection]}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
         return [document["_id"] for document in await self.aggregate("draw a sample", stages)]
 
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
         """Return those *document_ids* that *selection* has; one that is not valid BSON is UNREADABLE."""
-        query = {"_id": {"$in": document_ids}, **selection_filter(selection)}
+        query = {"_id": {"$in": document_ids}, **QUERIES[selection]}
         try:
             return await self._find("read documents", self._source, query, projection=self._fields)
         except StoreUnreadableError:
-            return await self._read_alone(document_ids, selection_filter(selection))
+            return await self._read_alone(document_ids, QUERIES[selection])
 
     async def _read_alone(self, document_ids: list[Any], query: Document | None = None) -> list[Document]:
         read = partial(read_alone, self._source, document_ids, self._fields, query)
@@ -347,7 +320,7 @@ class DocumentStore:
 
     async def insert_documents(self, documents: list[Document]) -> int:
         """Store source *documents*; return how many were new. An existing ``_id`` is left unchanged."""
-        known = await self._call("import documents", lambda: insert_new(self._marks, documents))
+        known = await self._call("import documents", lambda: _insert_new(self._marks, documents))
         return len(documents) - len(known)
 
     async def read_results(self, after: Sequence[Any], limit: int) -> list[Document]:
@@ -399,3 +372,27 @@ async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], poli
         return result
 
     return await retry_async(attempt, policy, what)
+
+
+async def _bounded(cursor: Any, *, whole: bool) -> list[Document]:
+    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it; if not *whole*, without attachments."""
+    page, size = [], 0
+    try:
+        async for document in cursor:
+            page.append(document if whole else without_attachments(document))
+            size += len(bson_encode(document))
+            if size >= PAGE_BYTES:
+                break
+    finally:
+        await cursor.close()
+    return page
+
+
+async def _insert_new(collection: Any, documents: list[Document]) -> set[int]:
+    """Insert *documents*; return the indexes of those that were stored already."""
+    try:
+        await collection.insert_many(documents, ordered=False)
+    except BulkWriteError as exc:
+        require_only_duplicates(exc)
+        return {error["index"] for error in exc.details["writeErrors"]}
+    return set()

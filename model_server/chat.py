@@ -23,7 +23,7 @@ from model_server.protocol import (
     reasoning,
     refuses_logprobs,
 )
-from model_server.refusals import refused_fields, refuses_system_role
+from model_server.refusals import refused_fields, refused_options, refuses_system_role
 from utils.outgoing import problem_of
 
 logger = logging.getLogger(__name__)
@@ -119,11 +119,17 @@ def lesson(target: ChatTarget, status: int, body: bytes) -> dict[str, Any]:
     if status == 200 and not error_in_body(fields):
         thinks = target.protocol == "openai_chat" and not target.disable_thinking and _shows_thoughts(fields)
         return {"disable_thinking": True} if thinks else {}
-    text = body[:4000].decode("utf-8", "replace")
+    return _refusal_lesson(target, body[:4000].decode("utf-8", "replace"))
+
+
+def _refusal_lesson(target: ChatTarget, text: str) -> dict[str, Any]:
+    """Return what the refusal *text* teaches about roles, and about the fields of OpenAI's protocol."""
     if not target.merges_system and refuses_system_role(text):
         return {"merges_system": True}
-    switches = target.thinking_switches if target.protocol == "openai_chat" else {}
-    refused = refused_fields(text, set(switches))
+    if target.protocol != "openai_chat":
+        return {}
+    switches = target.thinking_switches
+    refused = refused_options(text) - target.refused or refused_fields(text, set(switches))
     if switches.get("reasoning_effort") == "low":
         refused = {"low" if name == "reasoning_effort" else name for name in refused}
     return {"refused": target.refused | refused} if refused else {}

@@ -59,7 +59,7 @@ class ChatTarget:
     *digest*, *disable_thinking* and *context_limit* (the model's own limit, tokens) come from the server. *think_level*
     is sent instead of ``think: false`` to models that cannot be kept from thinking. *logprobs* requests the
     probabilities of the answer's tokens, which adds about 100 kB to an answer. *merges_system*: the model has no system
-    role. *refused* names the thinking switches that an OpenAI-compatible server does not take.
+    role. *refused* names the optional fields, and ``max_tokens``, that an OpenAI-compatible server does not take.
     """
 
     protocol: Protocol
@@ -91,7 +91,7 @@ class ChatTarget:
     @property
     def thinking_tokens(self) -> int:
         """The room for thoughts."""
-        return THINKING_TOKENS if self.think_level else 0
+        return THINKING_TOKENS if self.think_level or "max_tokens" in self.refused else 0
 
     @property
     def headers(self) -> dict[str, str]:
@@ -169,7 +169,9 @@ def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
 
 def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
     if target.protocol == "openai_chat":
-        return {"temperature": 0, "seed": SEED + attempt, "max_tokens": NUM_PREDICT}
+        limit = "max_completion_tokens" if "max_tokens" in target.refused else "max_tokens"
+        options = {"temperature": 0, "seed": SEED + attempt, limit: NUM_PREDICT + target.thinking_tokens}
+        return {name: value for name, value in options.items() if name not in target.refused}
     return {
         "temperature": 0,
         "seed": SEED + attempt,
@@ -368,10 +370,9 @@ def _raise_for_status(target: ChatTarget, status: int, body: bytes, messages: Se
 def plan_fingerprint(target: ChatTarget, system_prompt: str, schema_json: bytes) -> str:
     """Return the SHA-256 of everything except the conversation that decides an answer.
 
-    The window is left out: each run chooses it, and a result says if its conversation was truncated. So is the level of
-    thinking, which a run may learn in its course.
+    The window is left out: each run chooses it, and a result says if its conversation was truncated. So is what it learns.
     """
-    options = {**_options(replace(target, think_level=""), 0), "num_ctx": None}
+    options = {**_options(replace(target, think_level="", refused=frozenset()), 0), "num_ctx": None}
     fixed = orjson.dumps(options, option=orjson.OPT_SORT_KEYS).decode()
     parts = [target.protocol, target.model, target.digest or "", fixed, system_prompt, schema_json.decode()]
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()

@@ -36,6 +36,13 @@ _FIELD_SIGNS = {
     "reasoning_effort": re.compile(r"reasoning|think"),
 }
 
+# OpenAI's reasoning models, whatever a deployment calls them: "Unsupported parameter: 'max_tokens' ... Use
+# 'max_completion_tokens' instead", "'temperature' does not support 0 with this model".
+_REASONING_SIGNS = {
+    "max_tokens": re.compile(r"max_completion_tokens.{0,20}instead|unsupported parameter\W{1,6}max_tokens"),
+    "temperature": re.compile(r"unsupported (?:parameter|value)\W{1,6}temperature|temperature\W{1,4}does not support"),
+}
+
 
 def context_refusal(text: str, answer_tokens: int) -> LLMContextError | None:
     """Return the error if *text* refuses a prompt for its length: it says so, or names two token counts.
@@ -89,3 +96,9 @@ def refused_fields(text: str, sent: set[str]) -> set[str]:
     lowered = text.lower()
     named = {name for name in sent if _FIELD_SIGNS[name].search(lowered)}
     return named or (sent if _UNKNOWN_FIELD.search(lowered) else set())
+
+
+def refused_options(text: str) -> set[str]:
+    """Return which of ``max_tokens`` and ``temperature`` the server refuses in *text*, as reasoning models do."""
+    lowered = text.lower()
+    return {name for name, sign in _REASONING_SIGNS.items() if sign.search(lowered)}

@@ -12,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 # Rate, its standard deviation, and the lowest rate, of: the template, words, ASCII letters, digits, other ASCII signs,
 # characters of two (Greek, Cyrillic, Arabic), three (Chinese, Thai, Hindi) and four (emoji) bytes. English has the same
@@ -86,6 +87,19 @@ def least_prompt_tokens(messages: Sequence[Mapping[str, str]], enough: int = 0) 
 _least_of_system_prompt = functools.lru_cache(maxsize=2)(least_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """How the parts of one text are counted.
+
+    *room* is what they may have in all by *tokens_of*, which is additive and includes the margin for a part like the whole
+    text. *estimate* returns the expected tokens of one part and the margin that the whole prompt with it needs.
+    """
+
+    room: float
+    tokens_of: Count
+    estimate: Callable[[str], tuple[float, float]]
+
+
 class TokenEstimator:
     """Estimates the tokens of prompts that share one system prompt, and errs on the high side."""
 
@@ -131,11 +145,14 @@ class TokenEstimator:
         deviation = self._deviation(prompt, NOISE * _dot(self._rates, pieces))
         return max(CUT_SHARE * (expected - CUT_DEVIATIONS * deviation), _dot(_FLOORS, prompt))
 
-    def counter(self, text: str, most_prompt_tokens: int, counted: float | None = None) -> tuple[float, Count]:
-        """Return the room for *text* in a prompt of *most_prompt_tokens*, and a function that counts parts of *text*.
+    def fewest_tokens(self, text: str) -> float:
+        """Return the fewest tokens, at least 1, that *text*, a part of the user message, can have."""
+        return max(1.0, _dot(_FLOORS, count_pieces(_RUN.sub(r"\1\1\1", text))))
 
-        *counted* is the server's count for the prompt with the whole *text*. The function includes the margin that a prompt
-        of that size needs.
+    def gauge(self, text: str, most_prompt_tokens: int, counted: float | None = None) -> Gauge:
+        """Return how parts of *text* are counted for a prompt of *most_prompt_tokens*.
+
+        *counted* is the server's count for the prompt with the whole *text*.
         """
         pieces, system = count_pieces(text), _dot(self._rates, self._system)
         expected = max(1.0, _dot(self._rates, pieces))
@@ -146,11 +163,17 @@ class TokenEstimator:
             )
             scale = min(20.0, max(0.05, (counted - system) / expected))
         deviations = FITTING_DEVIATIONS[counted is not None]
-        noise = (NOISE if counted is None else SAME_TEXT_NOISE) * scale * expected
+        noise = (NOISE if counted is None else SAME_TEXT_NOISE) * scale
+
+        def margin(part: _Pieces) -> float:
+            return deviations * self._deviation(self._with_system(part), noise * _dot(self._rates, part))
 
         def most(share: float) -> float:  # tokens of this share of the text, with the margin of the prompt it makes
-            prompt = self._with_system(tuple(share * count for count in pieces))
-            return share * scale * expected + deviations * self._deviation(prompt, share * noise)
+            return share * scale * expected + margin(tuple(share * count for count in pieces))
+
+        def estimate(part: str) -> tuple[float, float]:
+            found = count_pieces(part)
+            return scale * _dot(self._rates, found), margin(found)
 
         room = most_prompt_tokens - system
         share = high = 1.0
@@ -161,7 +184,7 @@ class TokenEstimator:
                 share, high = (middle, high) if most(middle) <= room else (share, middle)
             share = max(share, 0.01)
         factor = most(share) / max(1.0, share * expected)
-        return room, lambda part: factor * _dot(self._rates, count_pieces(part))
+        return Gauge(room, lambda part: factor * _dot(self._rates, count_pieces(part)), estimate)
 
     def _system_within(self, counted: float, most: float, most_prompt_tokens: int) -> float:
         """Return the tokens of the system prompt to assume beside a text that made *counted*, where *most* were likely.

@@ -34,7 +34,8 @@ from model_server.protocol import (
     is_half_window,
     parse_load_response,
 )
-from model_server.tokens import Count, TokenEstimator, least_tokens
+from model_server.tokens import NOISE, Gauge, TokenEstimator, least_tokens
+from model_server.truncation import Fitted, fit_conversation
 
 SIZES = (4096, 8192, 16_384, 32_768)
 SHARE = 0.99  # of the documents that the window should hold whole
@@ -43,9 +44,10 @@ REPAIR_TOKENS = 400  # the one repair turn: 500 characters of the answer, and th
 REPAIR_ROOM = 200  # tokens that a repair turn takes of the window of a long conversation
 SECOND_SHARE = 0.8  # of the window, after a second refusal
 SUSPECT_RATIO = 1.4  # estimate to reported tokens
+CERTAIN = 2.0  # times the margin that text of a known kind needs: with a larger one, a trial is sent
+TRIALS = 12  # in a run
+CLOSE, AIM, FITS = 0.96, 0.98, 5  # share of the room: a looser fit is repeated and aims at this, at most so often
 LEARN_FROM_ALL, LEARN_FROM_EACH = 200, 20  # learn from the first 200 answers, then from every 20th
-FIRST_SHARE = 0.5  # of the room: the most that the first customer turn, which states the problem, may take
-LAST_SHARE = 0.5  # of the remaining room: the most for the last turns, which tell how it ended
 
 logger = logging.getLogger(__name__)
 
@@ -153,19 +155,6 @@ def _verified(target: ChatTarget, loaded: LoadedModel | None, say: Say) -> ChatT
     return target
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """The part of a conversation that is sent. *turns_used* counts its whole or shortened turns; None means all.
-
-    *is_refitted*: it follows a refusal.
-    """
-
-    transcript: str
-    is_complete: bool = True
-    turns_used: int | None = None
-    is_refitted: bool = False
-
-
 class TranscriptTruncator:
     """Fits conversations into the window of a target, and learns from the token counts of the server.
 
@@ -177,10 +166,16 @@ class TranscriptTruncator:
         self._least_of_system_prompt = least_tokens(system_prompt)
         self._refuses = False  # the server refuses long prompts, so it does not cut them
         self._on_long = on_long
+        self._trials = TRIALS
+        self._assumed = SIZES[-1]
         self._answers = 0
 
     def fit(self, conversation: Conversation, target: ChatTarget) -> Fitted:
         """Return what to send of *conversation*: all of it if it fits or if the window is unknown.
+
+        If the tokens of such text are so uncertain that much of the window would stay empty, a trial is returned: a prompt
+        that is longer than the window in any case. The refusal names its tokens and costs no generation; pass it to
+        ``fit_again``. A run has at most TRIALS of them, and none after a trial that was not refused with a count.
 
         Raises:
             LLMContextError, SkippedDocumentError: It does not fit, and ON_LONG forbids truncation.
@@ -202,34 +197,49 @@ class TranscriptTruncator:
             window = target.num_ctx if window is None else min(window, target.num_ctx)
         elif isinstance(refusal, LLMReplyError) and refusal.kept_tokens is not None:
             window = _window_of_cut(refusal.kept_tokens)
-        if window is None:
-            raise refusal
-        window -= target.thinking_tokens
+        assumed = self._smaller_window(sent, refusal) if window is None else 0
+        window = (window or assumed) - target.thinking_tokens
         if counted is not None:
             self._refuses = True
-            counted = min(counted, window) if sent.is_refitted else counted  # it is near the window by now
             self.estimator.learn(sent.transcript, counted)
+        elif sent.is_trial:
+            self._trials = 0
         elif self.estimator.prompt_tokens(sent.transcript) + NUM_PREDICT <= window:
             # No count was reported, so assume one token per byte, which no tokenizer exceeds.
             counted = self.estimator.system_tokens + len(sent.transcript.encode("utf-8", "replace"))
         if counted is not None and counted + NUM_PREDICT <= window:
             raise refusal  # it did fit, so the server has another window than requested
-        if sent.is_refitted:  # refused twice: the instructions are longer than estimated
+        if sent.is_refitted and counted is None and not assumed:  # the instructions are longer than estimated
             window = round(SECOND_SHARE * window)
         fitted = self._fit(conversation, window, sent.transcript, counted, refusal)
         if fitted.transcript == sent.transcript:
+            if assumed:  # by the estimate it would fit there, too
+                return self.fit_again(conversation, replace(sent, assumed_window=assumed), target, refusal)
             raise refusal
-        return replace(fitted, is_refitted=True)
+        return replace(fitted, is_refitted=True, assumed_window=assumed)
+
+    def _smaller_window(self, sent: Fitted, refusal: LLMError) -> int:
+        """Return the next of SIZES that may hold less than *sent*, for a server that refuses without naming a size."""
+        if self._on_long == "skip":
+            raise SkippedDocumentError(str(refusal), Reason.CONTEXT_OVERFLOW) from refusal
+        most = sent.assumed_window or self.estimator.prompt_tokens(sent.transcript) + NUM_PREDICT
+        smaller = [size for size in SIZES if size < most]
+        if self._on_long == "fail" or not smaller:
+            raise refusal
+        self._assumed = min(self._assumed, smaller[-1])  # later conversations begin with the size that was not refused
+        return self._assumed
 
     def require_whole(self, sent: Fitted, target: ChatTarget, prompt_tokens: int | None) -> None:
         """Refuse a token count that is lower than a whole prompt with *sent* in it can have: the server cut the prompt.
 
         model_server.protocol refuses the counts that prove a cut without an estimate. A server that refused a prompt for its
-        length does not cut others.
+        length does not cut others. An answer to a trial is always refused.
 
         Raises:
             LLMReplyError: context_overflow.
         """
+        if sent.is_trial:
+            raise LLMReplyError("the server answered a prompt that is longer than its window", Reason.CONTEXT_OVERFLOW)
         if prompt_tokens is None or self._refuses:
             return
         least = max(
@@ -267,15 +277,20 @@ class TranscriptTruncator:
         most_prompt_tokens = window - NUM_PREDICT - REPAIR_ROOM
         if refusal is None and self.estimator.fits(sent, most_prompt_tokens):
             return Fitted(conversation.transcript)
-        room, tokens_of = self.estimator.counter(sent, most_prompt_tokens, counted)
-        if refusal is None and tokens_of(sent) <= room:
+        gauge = self.estimator.gauge(sent, most_prompt_tokens, counted)
+        if gauge.tokens_of(conversation.transcript) <= gauge.room:
             return Fitted(conversation.transcript)
-        if self._on_long == "fit":
-            if fitted := fit_conversation(conversation, room, tokens_of):
-                return fitted
-            if refusal is not None:
-                raise refusal
-        needed = math.ceil(window - room + tokens_of(conversation.transcript))
+        fitted, is_certain = _fit_closely(conversation, gauge)
+        expected, margin = gauge.estimate(conversation.transcript)
+        matters = self._on_long == "fit" or expected - margin <= gauge.room
+        if refusal is None and self._trials > 0 < gauge.room and matters and not is_certain:
+            self._trials -= 1
+            return self._trial(fitted.transcript if fitted else sent, window)
+        if self._on_long == "fit" and fitted is not None:
+            return fitted
+        if self._on_long == "fit" and refusal is not None:
+            raise refusal
+        needed = math.ceil(window - gauge.room + gauge.tokens_of(conversation.transcript))
         sentence = (
             f"the conversation needs about {needed} tokens and the context window holds {window}; "
             "raise OLLAMA_NUM_CTX if the model allows it"
@@ -284,104 +299,39 @@ class TranscriptTruncator:
             raise SkippedDocumentError(sentence, Reason.CONTEXT_OVERFLOW) from refusal
         raise LLMContextError(sentence) from refusal
 
+    def _trial(self, text: str, window: int) -> Fitted:
+        """Return *text*, what would be sent, so many times that it exceeds *window* with any tokenizer."""
+        return Fitted("\n".join([text] * math.ceil(window / self.estimator.fewest_tokens(text))), is_trial=True)
+
+
+def _fit_closely(conversation: Conversation, gauge: Gauge) -> tuple[Fitted | None, bool]:
+    """Return *conversation* in the room of *gauge*, None if nothing fits, and whether its tokens are certain.
+
+    The turns that are kept may be of another kind than the rest, so the room is corrected for them.
+    """
+    best, best_tokens, is_certain = None, 0.0, False
+    room, low, high = gauge.room, 0.0, math.inf  # the largest room that was small enough; the smallest that was not
+    for _ in range(FITS):
+        fitted = fit_conversation(conversation, room, gauge.tokens_of)
+        if fitted is None:
+            break
+        expected, margin = gauge.estimate(fitted.transcript)
+        likely = max(1.0, expected + margin)
+        if likely > gauge.room:
+            high = room
+        else:
+            low = room
+            if likely > best_tokens:
+                best, best_tokens, is_certain = fitted, likely, margin <= CERTAIN * NOISE * expected
+            if likely >= CLOSE * gauge.room:
+                break
+        room *= AIM * gauge.room / likely
+        if not low < room < high:
+            room = (low + high) / 2
+    return best, is_certain
+
 
 def _window_of_cut(kept_tokens: int) -> int:
     """Return the window of a server that cut a prompt to *kept_tokens*: twice as much for Ollama, which keeps half of it."""
     twice = 2 * (kept_tokens - 2)
     return next((twice + off for off in (0, -2, 2) if (twice + off) % 256 == 0), kept_tokens + NUM_PREDICT)
-
-
-# Markers start in the first column, where a conversation has a speaker or an indent, so no customer text can forge them.
-def _turns_marker(count: int) -> str:
-    return f"[... {count} turn{'' if count == 1 else 's'} left out ...]"
-
-
-def _cut_marker(count: int) -> str:
-    return f"[... {count} characters left out ...]"
-
-
-def fit_conversation(conversation: Conversation, room_tokens: float, tokens_of: Count) -> Fitted | None:
-    """Return *conversation* in at most *room_tokens*, counted by *tokens_of*; None if nothing fits.
-
-    Kept are the first customer turn (its middle is cut if it is long), the last turns, then as many customer turns as
-    fit, then other turns, later ones first. The order stays.
-    """
-    if tokens_of(conversation.transcript) <= room_tokens:
-        return Fitted(conversation.transcript)
-    turns = conversation.turns
-    first = next(index for index, turn in enumerate(turns) if turn.sender == "customer")
-    selection = _Selection([turn.line for turn in turns], room_tokens, tokens_of)
-    if not selection.keep(first, selection.left * (FIRST_SHARE if len(turns) > 1 else 1.0), may_cut=True):
-        return None
-    end_at, last = selection.left * (1 - LAST_SHARE), len(turns) - 1
-    for index in range(last, first, -1):
-        if not selection.keep(index, selection.left - end_at, may_cut=index == last):
-            break
-    for index in sorted(range(len(turns)), key=lambda index: (turns[index].sender != "customer", -index)):
-        selection.keep(index, selection.left)
-    return Fitted(selection.transcript, is_complete=False, turns_used=len(selection.kept))
-
-
-class _Selection:
-    """The turns that are kept so far, and the room that is *left*, in tokens."""
-
-    def __init__(self, lines: list[str], room_tokens: float, tokens_of: Count) -> None:
-        self._lines = lines
-        self._tokens_of = tokens_of
-        self._marker_tokens = tokens_of("\n" + _turns_marker(len(lines)) + "\n")
-        self.left = room_tokens - self._marker_tokens  # the gap that holds all turns
-        self.kept: dict[int, str] = {}
-
-    def keep(self, index: int, most_tokens: float, *, may_cut: bool = False) -> bool:
-        """Keep a turn if it takes at most *most_tokens*; *may_cut* cuts out the middle of a longer one."""
-        if index in self.kept or self.left <= 0:
-            return index in self.kept
-        line: str | None = self._lines[index]
-        if may_cut:
-            line = _within(self._lines[index], most_tokens - 2 * self._marker_tokens, self._tokens_of)
-        if line is None:
-            return False
-        # The turn splits a gap, shortens it, or closes it; each gap has a marker.
-        gaps = self._is_gap(index - 1) + self._is_gap(index + 1) - 1
-        cost = self._tokens_of(line + "\n") + gaps * self._marker_tokens
-        # A line that was cut may take a few tokens more than its halves.
-        if cost > (self.left if may_cut else min(most_tokens, self.left)):
-            return False
-        self.kept[index] = line
-        self.left -= cost
-        return True
-
-    def _is_gap(self, index: int) -> bool:
-        return 0 <= index < len(self._lines) and index not in self.kept
-
-    @property
-    def transcript(self) -> str:
-        """The kept turns in order, with a marker for each gap."""
-        parts, expected = [], 0
-        for index in sorted(self.kept):
-            if index > expected:
-                parts.append(_turns_marker(index - expected))
-            parts.append(self.kept[index])
-            expected = index + 1
-        if expected < len(self._lines):
-            parts.append(_turns_marker(len(self._lines) - expected))
-        return "\n".join(parts)
-
-
-def _within(line: str, room_tokens: float, tokens_of: Count) -> str | None:
-    """Return *line*, whole or with its middle cut out; None if there is too little room."""
-    # Ordinary text has at most 16 characters per token, so longer text need not be counted.
-    most = max(0, int(room_tokens * 16))
-    if len(line) <= most and tokens_of(line + "\n") <= room_tokens:
-        return line
-    room = room_tokens - tokens_of("\n" + _cut_marker(len(line)) + "\n    \n")
-    low, high = 0, min(len(line) - 1, most) // 2
-    while low < high:  # characters kept at each end
-        middle = (low + high + 1) // 2
-        if tokens_of(line[:middle] + line[-middle:]) <= room:
-            low = middle
-        else:
-            high = middle - 1
-    if low < 16:
-        return None
-    return f"{line[:low].rstrip()}\n{_cut_marker(len(line) - 2 * low)}\n    {line[-low:].lstrip()}"

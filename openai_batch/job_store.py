@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 
 from config import Settings
 from error_handler import JobProcessingError, StoreRejectedError, StoreUnreadableError
-from mongo_client import DURABLE, call_repeatedly
+from mongo_client import DURABLE, call_repeatedly, range_filter
 from openai_batch.batch_protocol import Line
 from openai_batch.job_config import AppConfig, Document, value_at
 from openai_batch.ledger import Item
 from storage.extended_json import canonical, id_text, loads
 from storage.mongo_connection import close_client, open_client
-from storage.mongo_pages import END_OF_IDS, range_filter, read_alone, read_ids, undecoded, warn_of_unusable
+from storage.mongo_pages import END_OF_IDS, read_alone, read_ids, undecoded, warn_of_unusable
 from storage.selection import UNREADABLE
 from utils.retry_utils import RetryPolicy
 

@@ -110,6 +110,11 @@ def bson_decode(data: bytes) -> dict[str, Any]:
     return bson.decode(data, _BSON_OPTIONS)
 
 
+def is_doubtful(document_id: Any) -> bool:
+    """Return whether *document_id* may not be UTF-8 in MongoDB: the driver reads what is not as U+FFFD."""
+    return "\ufffd" in (document_id if isinstance(document_id, str) else str(document_id))
+
+
 def id_text(document_id: Any) -> str:
     """Return *document_id* for people and logs: plain for ObjectIds, texts and numbers, else Extended JSON."""
     is_plain = isinstance(document_id, str | int | float | bson.ObjectId)

@@ -27,6 +27,8 @@ Event = Literal["started", "asked", "released", "answered", "skipped", "failed"]
 MAX_DEATHS_PROCESSING = 2  # crashes while the process worked on this document
 MAX_DEATHS_WAITING = 5  # crashes while it waited for the model; mostly not its fault
 
+UNKNOWN_UUID = "unknown"  # in the identity of a source whose user may not list collections
+
 logger = logging.getLogger(__name__)
 
 # What file systems of a network answer, and those of FUSE that have no such call.

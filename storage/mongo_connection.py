@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import re
 import warnings
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pymongo import AsyncMongoClient
 from pymongo.errors import PyMongoError
 
 from config import Settings
-from error_handler import ConfigurationError
+from error_handler import ConfigurationError, StoreForbiddenError
 from storage.extended_json import Document
+from storage.files import UNKNOWN_UUID
 
 MAX_POOL_SIZE, MIN_POOL_SIZE = 20, 5  # connections of one process
 CLOSE_WAIT_S = 2.0  # for the driver to end its connections
@@ -124,3 +126,22 @@ def _parts(uri: str) -> tuple[str, str, str]:
     """Return the part of *uri* with the hosts, the character that ends it, and the rest."""
     authority, *rest = re.split("([/?])", uri.partition("://")[2], maxsplit=1)
     return (authority, *rest) if rest else (authority, "", "")  # type: ignore[return-value]
+
+
+async def identity(source: Any, results_name: str, command: Callable[[Any, Document], Awaitable[Document]]) -> str:
+    """Return a text that identifies *source* and its results among all servers, by the UUID of *source*.
+
+    *command* sends a command to a database. Raise ConfigurationError if *source* is a view.
+    """
+    try:
+        answer = await command(source.database, {"listCollections": 1, "filter": {"name": source.name}})
+    except StoreForbiddenError:  # a right that nothing else needs
+        return f"{source.full_name} -> {results_name} ({UNKNOWN_UUID})"
+    found = answer["cursor"]["firstBatch"] if answer else []
+    if found and found[0].get("type") == "view":
+        raise ConfigurationError(
+            f"{source.full_name} is a view, which cannot store a status; set MONGODB_SOURCE_COLLECTION to the "
+            "collection that it shows."
+        )
+    uuid = found[0].get("info", {}).get("uuid") if found else None
+    return f"{source.full_name} -> {results_name} ({uuid.hex() if uuid else 'new'})"

@@ -1,77 +1,34 @@
-"""Pages of documents bounded by bytes, and updates of many documents of which MongoDB refuses some."""
+"""Documents that need more than a query: invalid BSON, ids that no query can name, refused updates, replaced results."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import AsyncIterator, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import bson
 from bson.errors import InvalidBSON
 from bson.raw_bson import RawBSONDocument
-from pymongo import UpdateOne
+from pymongo import ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError
 
-from storage.extended_json import Document, bson_encode, id_key, id_text
+from storage.extended_json import Document, bson_encode, id_key, id_text, is_doubtful
 from storage.mongo_errors import VALIDATOR_CODE, refusal, refused_documents, require_only_duplicates
 from storage.selection import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
-PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
 END_OF_IDS = bson.MaxKey()
+PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
 STATE_FIELDS = ("status", "status_reason", "processed", "processing_attempts")
 
 
-def range_filter(after: Sequence[Any], bound: Sequence[Any]) -> Document:
-    """Return the query for ids after *after* up to *bound*, across BSON types.
-
-    *after* and *bound* hold one id, or none if that side is open. They are lists because null is a valid id.
-    """
-    limits = [{"$gt": ["$_id", {"$literal": value}]} for value in after]
-    limits += [{"$lte": ["$_id", {"$literal": value}]} for value in bound]
-    return {"$expr": {"$and": limits}} if limits else {}
-
-
-async def bounded(cursor: Any, *, whole: bool) -> list[Document]:
-    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it; if not *whole*, without attachments."""
-    page: list[Document] = []
-    size = 0
-    try:
-        async for document in cursor:
-            page.append(document if whole else without_attachments(document))
-            size += len(bson_encode(document))
-            if size >= PAGE_BYTES:
-                break
-    finally:
-        await cursor.close()
-    return page
-
-
-def without_attachments(document: Document) -> Document:
-    """Remove binary values from the turns of *document*, and return it: no text is read from them."""
-    for turns in document.values():
-        for turn in turns if isinstance(turns, list) else ():
-            if isinstance(turn, dict):
-                for name in [name for name, value in turn.items() if isinstance(value, bytes)]:
-                    del turn[name]
-    return document
-
-
-def is_doubtful(document_id: Any) -> bool:
-    """Return whether *document_id* may not be UTF-8 in MongoDB: the driver reads what is not as U+FFFD."""
-    return "\ufffd" in (document_id if isinstance(document_id, str) else str(document_id))
-
-
-async def unusable_ids(collection: Any, page: Sequence[Document]) -> dict[bytes, Any]:
-    """Return, by ``id_key``, each id of *page* that no query can find, because it is not UTF-8."""
-    doubtful = {id_key(document["_id"]): document["_id"] for document in page if is_doubtful(document["_id"])}
-    if doubtful:
-        query = {"_id": {"$in": list(doubtful.values())}}
-        for document in await collection.find(query, projection={"_id": 1}).to_list(None):
-            doubtful.pop(id_key(document["_id"]), None)
-    return doubtful
+async def unusable_ids(collection: Any, doubtful: Sequence[Any]) -> dict[bytes, Any]:
+    """Return, by ``id_key``, those of the ids *doubtful* that no query can find, because they are not UTF-8."""
+    query = {"_id": {"$in": list(doubtful)}}
+    found = {id_key(document["_id"]) for document in await collection.find(query, projection={"_id": 1}).to_list(None)}
+    return {key: document_id for document_id in doubtful if (key := id_key(document_id)) not in found}
 
 
 def undecoded(collection: Any) -> Any:
@@ -85,6 +42,19 @@ def decoded(document: RawBSONDocument, options: bson.CodecOptions[Document]) -> 
         return bson.decode(document.raw, options)
     except InvalidBSON:
         return None
+
+
+async def valid_documents(
+    cursor: Any, options: bson.CodecOptions[Document], most_bytes: int
+) -> AsyncIterator[Document]:
+    """Yield the documents of *cursor*, which is of an ``undecoded`` collection, that are valid BSON, up to *most_bytes*."""
+    size = 0
+    async for document in cursor:
+        if known := decoded(document, options):
+            yield known
+        size += len(document.raw)
+        if size >= most_bytes:
+            return
 
 
 async def read_ids(cursor: Any, options: bson.CodecOptions[Document]) -> tuple[list[Any], dict[bytes, Any]]:
@@ -147,14 +117,20 @@ class Refused:
     code: int
 
 
-async def insert_new(collection: Any, documents: list[Document]) -> set[int]:
-    """Insert *documents*; return the indexes of those that were stored already."""
+async def replace_all(collection: Any, results: list[Document]) -> None:
+    """Store *results*, each in place of an earlier one of the same document."""
+    operations = [
+        ReplaceOne(
+            {"source_conversation_id": {"$eq": result["source_conversation_id"]}},
+            {name: value for name, value in result.items() if name != "_id"},
+            upsert=True,
+        )
+        for result in results
+    ]
     try:
-        await collection.insert_many(documents, ordered=False)
+        await collection.bulk_write(operations, ordered=False)
     except BulkWriteError as exc:
         require_only_duplicates(exc)
-        return {error["index"] for error in exc.details["writeErrors"]}
-    return set()
 
 
 async def update_each(collection: Any, document_ids: Sequence[Any], change: Document) -> list[Refused]:

@@ -59,6 +59,9 @@ def selection_filter(selection: Selection) -> dict[str, Any]:
     return {"$or": [{"status": {"$in": statuses}}, without]}
 
 
+QUERIES: dict[Selection, dict[str, Any]] = {name: selection_filter(name) for name in get_args(Selection)}
+
+
 def state_of(document: Mapping[str, Any]) -> State:
     """Return the state of *document*."""
     status = document.get("status")

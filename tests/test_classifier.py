@@ -23,8 +23,15 @@ from classifier import (
 )
 from config import load_taxonomy
 from config.taxonomy import Field, Label, Taxonomy
-from domain.conversation import Classification, Outcome, result_fingerprint
-from error_handler import LLMContextError, LLMReplyError, Reason
+from domain.conversation import Classification, Conversation, Outcome, result_fingerprint
+from error_handler import (
+    LLMContextError,
+    LLMError,
+    LLMRejectedError,
+    LLMReplyError,
+    LLMUnavailableError,
+    Reason,
+)
 from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
 
 TAXONOMY = load_taxonomy()
@@ -320,6 +327,42 @@ def test_a_cut_prompt_that_cannot_be_shortened_is_not_sent_again(flow: Flow) -> 
     with pytest.raises(LLMReplyError) as caught:
         flow.throw(LLMReplyError("cut prompt", Reason.CONTEXT_OVERFLOW))
     assert caught.value.reason is Reason.CONTEXT_OVERFLOW
+
+
+def long_chinese() -> Conversation:
+    texts = [{"sender": "customer", "text": f"{number} {'我的包裹迟到了客服没有人回答' * 20}"} for number in range(60)]
+    return aggregate_conversation({"messages": texts})
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        LLMContextError("too long", prompt_tokens=30_000, window_tokens=8192),
+        LLMContextError("too long"),
+        LLMRejectedError("the server refused the request (HTTP 400)"),
+        LLMUnavailableError("the model server failed (HTTP 500)"),
+        LLMReplyError("the answer was cut off", Reason.CUT_OFF),
+    ],
+)
+def test_trial_that_fails_in_any_way_is_followed_by_a_fitted_prompt(problem: LLMError) -> None:
+    """A trial only asks for a count, so its failure never is that of the conversation."""
+    flow = classification_flow(long_chinese(), Client(), Classifier(TAXONOMY))
+    trial = next(flow)
+    second = flow.throw(problem)
+    assert len(second[1]["content"]) < len(trial[1]["content"])
+    outcome = outcome_of(flow, GOOD)
+    assert (outcome.attempts, outcome.input_complete) == (2, False)
+
+
+@pytest.mark.parametrize("text", [GOOD, "no JSON"])
+def test_answer_to_a_trial_is_not_used(text: str) -> None:
+    """A server that answers a prompt that is longer than its window has cut it, whatever it counts."""
+    flow = classification_flow(long_chinese(), Client(), Classifier(TAXONOMY))
+    trial = next(flow)
+    second = flow.send(reply(text))
+    assert [message["role"] for message in second] == ["system", "user"]
+    assert len(second[1]["content"]) < len(trial[1]["content"])
+    assert outcome_of(flow, GOOD).attempts == 2
 
 
 def test_a_refused_prompt_is_truncated_once() -> None:

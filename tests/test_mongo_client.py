@@ -19,10 +19,9 @@ from pymongo.errors import DuplicateKeyError
 from aggregator import aggregate_conversation
 from config import load_settings
 from error_handler import ConfigurationError, IndexBlockedError, StoreRejectedError
-from mongo_client import DocumentStore
+from mongo_client import DocumentStore, range_filter
 from storage.extended_json import id_key
 from storage.mongo_indexes import serves_as_unique
-from storage.mongo_pages import range_filter
 from storage.selection import STATE_EXPRESSION, STATUSES, Selection, State, selection_filter, state_of
 from tests.embedding_index.stores import DRIVERS, open_store
 from worker.left_out import count_left_out

@@ -13,9 +13,16 @@ from aggregator import aggregate_conversation
 from classifier import Classifier
 from config import load_settings, load_taxonomy
 from domain.conversation import Conversation
-from error_handler import LLMContextError, LLMReplyError, LLMUnavailableError, Reason
+from error_handler import (
+    LLMContextError,
+    LLMRejectedError,
+    LLMReplyError,
+    LLMUnavailableError,
+    Reason,
+    SkippedDocumentError,
+)
 from model_server.models import chat_target
-from model_server.window import choose_window
+from model_server.window import OnLong, choose_window
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.scripted_server import GOOD_CONTENT, Handler, ScriptedServer, Step, answer, scripted_server
 from tests.test_llm_wrappers import Async, Sync
@@ -204,6 +211,72 @@ def test_ollama_behind_v1_is_recognised_and_its_cuts_are_seen(caplog: pytest.Log
     assert 20 < outcome.turns_used < 600
     assert outcome.prompt_tokens is not None
     assert 2050 < outcome.prompt_tokens <= 4096 - 700
+
+
+def reasoning_model(body: dict[str, Any]) -> tuple[int, Any]:
+    """OpenAI's sentences about a reasoning model."""
+    if "max_tokens" in body:
+        text = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
+        return 400, {"error": {"message": text, "type": "invalid_request_error", "param": "max_tokens"}}
+    if "temperature" in body:
+        text = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+        return 400, {"error": {"message": text, "type": "invalid_request_error", "param": "temperature"}}
+    return ok()
+
+
+def test_reasoning_model_behind_any_name_is_learned_once(asker: Sync | Async, server: ScriptedServer) -> None:
+    """The limit has another name and room for the reasoning, and no temperature is sent, for the rest of the run."""
+    server.script.extend([each(reasoning_model)] * 4)
+    assert asker.chat(times=2).text == GOOD_CONTENT
+    bodies = [request.json for request in server.chats]
+    assert [set(body) & {"max_tokens", "max_completion_tokens", "temperature"} for body in bodies] == [
+        {"max_tokens", "temperature"},
+        {"max_completion_tokens", "temperature"},
+        {"max_completion_tokens"},
+        {"max_completion_tokens"},
+    ]
+    assert bodies[-1]["max_completion_tokens"] > bodies[0]["max_tokens"]
+
+
+@pytest.mark.parametrize("text", ["max_tokens must be at most 500", "temperature 0 is cold, says the customer"])
+def test_other_refusals_do_not_change_the_options(asker: Sync | Async, server: ScriptedServer, text: str) -> None:
+    server.script.append(answer({"error": {"message": text}}, 400))
+    with pytest.raises(LLMRejectedError):
+        asker.chat()
+    assert len(server.chats) == 1
+
+
+@pytest.mark.parametrize("on_long", ["fit", "skip", "fail"])
+@pytest.mark.parametrize("window", [5000, 10_000, 1000])
+def test_server_that_names_no_size_is_tried_with_smaller_prompts(
+    server: ScriptedServer, on_long: OnLong, window: int
+) -> None:
+    """It counts no tokens either. Each usual window is tried once, the largest first; the run remembers which one helped."""
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        characters = sum(len(message["content"]) for message in body["messages"])
+        if characters / 4 + body["max_tokens"] > window:
+            return refused("the input is longer than the context window")
+        status, fields = ok()
+        del fields["usage"]
+        return status, fields
+
+    server.script.extend([each(chat)] * 20)
+    settings = load_settings(None, llm_api_url=f"{server.url}/v1/chat/completions", llm_model="llama3.2")
+    classifier = Classifier(load_taxonomy(), on_long)
+    with llm_wrapper.open_session() as session:
+        client = llm_wrapper.LLMClient(settings, chat_target(settings, "llama3.2"), session)
+        if on_long == "fit" and window > 1000:
+            outcomes = [llm_wrapper.ollama_classify(long_conversation(1500), client, classifier) for _ in range(2)]
+            assert [outcome.input_complete for outcome in outcomes] == [False, False]
+            assert [outcome.attempts for outcome in outcomes] == [{5000: 5, 10_000: 4}[window], 2]
+        else:
+            with pytest.raises(SkippedDocumentError if on_long == "skip" else LLMContextError) as caught:
+                llm_wrapper.ollama_classify(long_conversation(1500), client, classifier)
+            assert caught.value.reason is Reason.CONTEXT_OVERFLOW
+            assert len(server.chats) == (5 if on_long == "fit" else 1)
 
 
 def test_other_server_is_not_taken_for_an_ollama(

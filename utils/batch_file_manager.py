@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeVar, get_args
 from error_handler import ConfigurationError, StateDirectoryError
 from storage import extended_json
 from storage.files import (
+    UNKNOWN_UUID,
     BatchJournal,
     DirectoryLock,
     JournalEntry,
@@ -46,7 +47,6 @@ _NUMBER = re.compile(r"batch_(\d{3,})_")
 T = TypeVar("T")
 FailureKind = Literal["retry", "quarantine"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
-UNKNOWN_UUID = "unknown"  # in the identity of a source whose user may not list collections
 
 
 @dataclass(slots=True)

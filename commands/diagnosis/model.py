@@ -30,7 +30,16 @@ from error_handler import (
     TriadError,
 )
 from model_server.chat import is_outdated
-from model_server.models import BEHIND_V1, LoadedModel, ModelFacts, ServedModel, chat_target, choose_model, with_model
+from model_server.models import (
+    BEHIND_V1,
+    LoadedModel,
+    ModelFacts,
+    ServedModel,
+    chat_target,
+    choose_model,
+    is_cloud_name,
+    with_model,
+)
 from model_server.protocol import ChatTarget
 from model_server.window import SHARE, WindowChoice, choose_window
 from utils.network import is_loopback
@@ -83,7 +92,8 @@ async def diagnose_model(
     patient = without_second_attempts(settings).model_copy(update={"llm_timeout_s": LOAD_TIMEOUT_S})
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session(1))
-        client = AsyncLLMClient(patient, chat_target(settings, ""), session)
+        named = "" if is_cloud_name(settings.model or "") else settings.model or ""
+        client = AsyncLLMClient(patient, chat_target(settings, named), session)
         stack.push_async_callback(client.breaker.close)
         try:
             version = await client.version() if is_ollama else None
@@ -103,7 +113,7 @@ async def diagnose_model(
             yield error(str(exc), "Install one with ollama pull MODEL, or choose one with --model or OLLAMA_MODEL.")
             return
         facts = await client.show(model.name) if is_ollama else ModelFacts()
-        client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
+        client.target = with_model(client.target, model, facts)
         tested = ModelUnderTest(client, settings, at_most, tell)
         for finding in _describe(model, facts, client.target) if models else ():
             yield finding

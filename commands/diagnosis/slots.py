@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from async_llm_wrapper import AsyncLLMClient, open_session
+from async_llm_wrapper import AsyncLLMClient, drive, open_session
 from config import Settings
 from error_handler import LLMReplyError, LLMUnavailableError
+from model_server.chat import chat_flow
 from model_server.models import chat_target
-from model_server.protocol import ServerRequest, build_chat_body, json_object, parse_chat_response, queue_wait_s
+from model_server.protocol import ServerRequest, json_object, queue_wait_s
 from model_server.window import choose_window
 
 WAIT_SHARE = 0.5  # of the time that one call takes alone; a call that waits for a slot waits about that long
@@ -178,11 +179,16 @@ async def _round(client: AsyncLLMClient, timeout_s: float, at_once: int) -> Roun
 
 async def _call(client: AsyncLLMClient, timeout_s: float) -> Call:
     """Time one request. An unusable answer takes time too, so it counts."""
-    target = client.target
-    body = build_chat_body(target, MESSAGES, SCHEMA_JSON)
+    queued_s: float | None = None
     start_s = time.monotonic()
-    status, answer = await client.send(ServerRequest("POST", target.url, body, timeout_s))
-    latency_s = time.monotonic() - start_s
+
+    async def send(request: ServerRequest) -> tuple[int, bytes]:
+        nonlocal start_s, queued_s
+        start_s = time.monotonic()  # a request that is sent again because of what the first one taught
+        status, body = await client.send(request)
+        queued_s = queue_wait_s(json_object(body)) if status == 200 else None
+        return status, body
+
     with contextlib.suppress(LLMReplyError):
-        parse_chat_response(target, status, answer, MESSAGES)
-    return Call(latency_s, queue_wait_s(json_object(answer)))
+        await drive(chat_flow(client, MESSAGES, SCHEMA_JSON, 0, timeout_s), send)
+    return Call(time.monotonic() - start_s, queued_s)

@@ -412,3 +412,16 @@ async def test_thinking_server_without_a_model_list_passes() -> None:
     assert the_one(found, "answers at").sentence.endswith("and lists no models.")
     assert "chat_template_kwargs" in the_one(found, "The model reasons").sentence
     assert "error" not in levels(found), found
+
+
+async def test_named_model_is_tried_if_the_server_has_no_list_of_models() -> None:
+    """A server that emulates a part of Ollama has no ``/api/tags``; the doctor goes on with the model that is set."""
+    with scripted_server() as server:
+        server.models = answer({"error": "not found"}, 404)
+        server.script.extend([answer()] * 8)
+        settings = load_settings(None, ollama_endpoint=server.url, ollama_model="llama3.2")
+        found = await findings(settings, at_most=1)
+        assert "error" not in levels(found), found
+        assert the_one(found, "The first answer took")
+        unnamed = await findings(load_settings(None, ollama_endpoint=server.url), at_most=1)
+        assert [finding.level for finding in unnamed] == ["error"]

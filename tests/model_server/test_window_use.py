@@ -12,7 +12,7 @@ from config import load_taxonomy
 from domain.conversation import Conversation, Turn
 from error_handler import LLMContextError
 from model_server.protocol import NUM_PREDICT, ChatTarget
-from model_server.window import TranscriptTruncator
+from model_server.window import TRIALS, TranscriptTruncator
 from prompt_builder import build_system_prompt, chat_messages
 
 SYSTEM = build_system_prompt(load_taxonomy())
@@ -41,16 +41,94 @@ def turn_of(kind: str, chance: random.Random) -> str:
     return " ".join(chance.choices(ENGLISH, k=2))
 
 
-def conversation_of(kind: str, seed: int) -> Conversation:
-    chance = random.Random(seed)
-    turns = tuple(Turn("agent" if number % 2 else "customer", turn_of(kind, chance)) for number in range(700))
-    return Conversation("messages", "1", turns, len(turns))
+def conversation_of(kind: str, seed: int, turns: int = 700) -> Conversation:
+    """The turns of *kind*; of the parts of "digits+chinese", say, in turn."""
+    chance, kinds = random.Random(seed), kind.split("+")
+    made = tuple(
+        Turn("agent" if number % 2 else "customer", turn_of(kinds[number % len(kinds)], chance))
+        for number in range(turns)
+    )
+    return Conversation("messages", "1", made, len(made))
 
 
 def tokens_of(tokenizer: str, transcript: str) -> int:
     messages = chat_messages(SYSTEM, transcript)
     encoding = bpe_openai.get_encoding(tokenizer)
     return sum(len(encoding.encode(message["content"])) for message in messages) + TEMPLATE_TOKENS
+
+
+class Server:
+    """Ollama as it counts with *tokenizer*: it refuses a prompt beyond the window with its count, or without."""
+
+    def __init__(self, tokenizer: str, num_ctx: int, truncator: TranscriptTruncator) -> None:
+        self.tokenizer, self.truncator = tokenizer, truncator
+        self.target = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "m", None, num_ctx, "10m")
+        self.refusals = 0
+
+    def use_of(self, conversation: Conversation, *, tells_count: bool = True) -> float:
+        """Fit and ask until *conversation* is answered, as the classifier does; return the share of the window used."""
+        fitted = self.truncator.fit(conversation, self.target)
+        for _ in range(4):
+            tokens = tokens_of(self.tokenizer, fitted.transcript)
+            if tokens <= self.target.num_ctx:
+                self.truncator.require_whole(fitted, self.target, tokens)
+                self.truncator.learn(fitted, tokens)
+                return tokens / (self.target.num_ctx - NUM_PREDICT)
+            self.refusals += 1
+            known = {"prompt_tokens": tokens, "window_tokens": self.target.num_ctx} if tells_count else {}
+            fitted = self.truncator.fit_again(conversation, fitted, self.target, LLMContextError("", **known))
+        raise AssertionError("the conversation was never answered")
+
+
+MIXED = ["digits+chinese", "english+chinese", "english+digits", "english+digits+chinese"]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("kind", ["english", "salad", "digits", "chinese", *MIXED])
+@pytest.mark.parametrize("num_ctx", [4096, pytest.param(8192, marks=pytest.mark.thorough)])
+def test_window_is_used_in_a_run_of_one_kind(tokenizer: str, kind: str, num_ctx: int) -> None:
+    """After one short English answer, whatever the kind: at most one refusal in the run, and none after it."""
+    server = Server(tokenizer, num_ctx, TranscriptTruncator(SYSTEM))
+    server.use_of(conversation_of("english", 9, turns=4))
+    uses = [server.use_of(conversation_of(kind, seed)) for seed in (2, 3)]
+    assert all(LEAST_USE <= use <= 1 for use in uses), uses
+    assert server.refusals == (kind not in ("english", "salad"))
+
+
+def test_window_is_used_in_a_run_of_all_kinds() -> None:
+    """One refusal for each kind that no answer has told about, whatever came before."""
+    kinds = ["chinese", "english", "digits", "salad", *MIXED]
+    server = Server("o200k_base", 8192, TranscriptTruncator(SYSTEM))
+    uses = [server.use_of(conversation_of(kind, seed)) for seed in (2, 3) for kind in kinds]
+    assert all(LEAST_USE <= use <= 1 for use in uses), uses
+    assert server.refusals <= 3
+
+
+@pytest.mark.parametrize("num_ctx", [4096, 8192])
+def test_window_is_used_by_the_very_first_conversation(num_ctx: int) -> None:
+    """Nothing is known about the model's tokens, not even those of the instructions."""
+    for kind in ("english", "digits", "chinese", "digits+chinese"):
+        server = Server("cl100k_base", num_ctx, TranscriptTruncator(SYSTEM))
+        assert LEAST_USE <= server.use_of(conversation_of(kind, 2)) <= 1
+        assert server.refusals <= 1
+
+
+def test_refusal_without_a_count_ends_the_trials() -> None:
+    """The estimate then decides, and each conversation costs one request."""
+    server = Server("cl100k_base", 8192, TranscriptTruncator(SYSTEM))
+    for seed in range(3):
+        assert server.use_of(conversation_of("digits+chinese", seed), tells_count=False) <= 1
+    assert server.refusals == 1
+
+
+def test_trials_are_limited_if_nothing_is_learnt() -> None:
+    """Long runs of one sign say nothing about other texts, so each such conversation could be tried for ever."""
+    server = Server("cl100k_base", 4096, TranscriptTruncator(SYSTEM))
+    for seed in range(TRIALS + 3):
+        chinese = conversation_of("chinese", seed, turns=120)
+        ruled = Conversation("messages", "1", (Turn("customer", "-" * 40 + "问题"), *chinese.turns), 121)
+        assert server.use_of(ruled) <= 1
+    assert server.refusals <= TRIALS
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -91,5 +169,6 @@ def test_odd_text_does_not_spoil_the_estimate_of_others(tokenizer: str) -> None:
     assert (
         tokens_of(tokenizer, truncator.fit_again(conversation, sent, target, refusal).transcript) <= 4096 - NUM_PREDICT
     )
-    fitted = truncator.fit(conversation_of("english", 2), target)
-    assert 0.75 <= tokens_of(tokenizer, fitted.transcript) / (4096 - NUM_PREDICT) <= 1
+    server = Server(tokenizer, 4096, truncator)
+    assert LEAST_USE <= server.use_of(conversation_of("english", 2)) <= 1
+    assert server.refusals <= 1

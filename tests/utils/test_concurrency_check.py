@@ -11,11 +11,23 @@ from typing import Any
 
 import pytest
 
-from commands.diagnosis.slots import Call, Level, Measurement, Round, calls_that_waited, levels_up_to
+from commands.diagnosis.slots import (
+    Call,
+    Level,
+    Measurement,
+    Round,
+    calls_that_waited,
+    levels_up_to,
+    measure,
+    without_second_attempts,
+)
+from config import load_settings
 from tests.environment import clean_environment
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_ollama_client import chat
+from tests.fakes.scripted_server import Handler, answer, scripted_server
 from tests.forked_process import run_forked
+from tests.test_openai_chat import reasoning_model
 from utils import concurrency_check
 
 ROOT = Path(__file__).parents[2]
@@ -203,3 +215,19 @@ def test_progress_is_shown_without_a_terminal(fake: FakeOllama) -> None:
     assert [f"{n} at once, round {k} of 2 ..." in done.stderr for n in (1, 2) for k in (1, 2)] == [True] * 4
     assert done.stderr.count("runs on the CPU only") == 1
     assert "at once, round" not in done.stdout
+
+
+async def test_probe_learns_from_refusals_as_a_run_does() -> None:
+    """A reasoning model refuses ``max_tokens`` and a temperature; later requests of the probe have neither."""
+
+    def step(handler: Handler) -> None:
+        status, fields = reasoning_model(handler.server_state.requests[-1].json)
+        answer(fields, status)(handler)
+
+    with scripted_server() as server:
+        server.models = answer({"data": [{"id": "prod-1"}]})
+        server.script.extend([step] * 20)
+        settings = load_settings(None, llm_api_url=f"{server.url}/v1/chat/completions", llm_model="prod-1")
+        measured = await measure(without_second_attempts(settings), 2, 1, lambda _: None)
+        assert [level.at_once for level in measured.levels] == [1, 2]
+        assert ["max_tokens" in request.json for request in server.chats] == [True] + [False] * 5

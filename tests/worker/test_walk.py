@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.walk import Walk, record
+from benchmarks.walk import MAX_FOLDER_ARROWS, MAX_MODULES, Walk, record
 
 ARCHITECTURE = Path(__file__).parents[2] / "docs/architecture.md"
 
@@ -18,9 +18,10 @@ def drawn_modules() -> set[str]:
 
 
 def test_architecture_page_draws_the_recorded_walk() -> None:
-    """It names each module that one document enters, and no other."""
+    """It names each module that one document enters, and no other; there are no more than the limits allow."""
     walk = record()
     assert set(walk.modules) == drawn_modules()
+    assert (len(walk.modules) <= MAX_MODULES, len(walk.folder_arrows) <= MAX_FOLDER_ARROWS) == (True, True)
     assert walk.calls[0][3] == "DocumentStore.read_page"
     assert {"DocumentStore.write_results", "DocumentStore.release", "BatchJournal.add"} <= {
         function for *_, function in walk.calls
