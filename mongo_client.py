@@ -22,9 +22,9 @@ from pymongo.errors import BulkWriteError
 
 from config import Settings
 from config.taxonomy import TRIAD
-from domain.conversation import SOURCE_FIELDS, without_attachments
+from domain.conversation import SOURCE_FIELDS
 from error_handler import StoreRejectedError, StoreUnreadableError
-from storage.extended_json import Document, bson_encode, id_key, is_doubtful
+from storage.extended_json import Document, bson_encode, id_key, is_doubtful, without_attachments
 from storage.mongo_connection import close_client, identity, open_client
 from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes

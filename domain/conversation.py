@@ -32,17 +32,6 @@ SOURCE_FIELDS = (
     *("status", "status_reason", "processed", "processing_attempts"),
 )
 
-
-def without_attachments(document: dict[str, Any]) -> dict[str, Any]:
-    """Remove binary values from the turns of *document*, and return it: no text is read from them."""
-    for turns in document.values():
-        for turn in turns if isinstance(turns, list) else ():
-            if isinstance(turn, dict):
-                for name in [name for name, value in turn.items() if isinstance(value, bytes)]:
-                    del turn[name]
-    return document
-
-
 SPEAKER = {"customer": "Customer", "agent": "Agent", "unknown": "Unknown"}
 
 

@@ -71,6 +71,16 @@ def plain(value: Any) -> Any:
     return id_text(value) if isinstance(value, bytes) else str(value)
 
 
+def without_attachments(document: Document) -> Document:
+    """Remove binary values from the turns of *document*, and return it: no text is read from them."""
+    for turns in document.values():
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                for name in [name for name, value in turn.items() if isinstance(value, bytes)]:
+                    del turn[name]
+    return document
+
+
 def loads(data: bytes | str) -> Any:
     """Return the value of *data*; dates are aware, in UTC."""
     try:
