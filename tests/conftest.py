@@ -181,11 +181,18 @@ def engine(tiny_model: Path) -> Iterator[TinyEngine]:
         yield running
 
 
-@pytest.fixture
-def model() -> Iterator[FakeOllama]:
-    """Return a model server that answers after 20 ms, labels by the conversation, and fails in no way yet."""
+@pytest.fixture(scope="session")
+def shared_model() -> Iterator[FakeOllama]:
+    """Return the server of ``model``; it serves every test of this process."""
     with FakeOllama(slots=8, latency_s=0.02, user_message=0) as server:
         yield server
+
+
+@pytest.fixture
+def model(shared_model: FakeOllama) -> FakeOllama:
+    """Return a model server that answers after 20 ms, labels by the conversation, and fails in no way yet."""
+    shared_model.renew()
+    return shared_model
 
 
 @pytest.fixture
