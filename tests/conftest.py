@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile(
         "suite",
         deadline=None,
-        max_examples=1000 if is_thorough else 50,
+        max_examples=1000 if is_thorough else 25,
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("suite")

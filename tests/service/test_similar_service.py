@@ -13,6 +13,7 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
+from tests.cases import mostly_thorough
 from tests.service.service_process import Answer, ServiceProcess, conversation, run_to_the_end, serve
 
 CANARY = "CANARY-4929-1234"
@@ -243,13 +244,16 @@ def test_index_with_outdated_settings_is_reopened(site: Site, fault: str) -> Non
 
 @pytest.mark.parametrize(
     ("state", "kind", "remedy"),
-    [
-        ({"opening": "not installed"}, "IndexNotInstalledError", "requirements-index.txt"),
-        ({"opening": "wrong key"}, "IndexUnusableError", "OPENAI_API_KEY is wrong."),
-        ({"opening": "other model"}, "IndexUnusableError", "rebuild it"),
-        ({"items": []}, "IndexEmptyError", "cli.py index"),
-        ({"is_external": True}, "ExternalProviderError", "ALLOW_EXTERNAL_LLM"),
-    ],
+    mostly_thorough(
+        [
+            ({"opening": "not installed"}, "IndexNotInstalledError", "requirements-index.txt"),
+            ({"opening": "wrong key"}, "IndexUnusableError", "OPENAI_API_KEY is wrong."),
+            ({"opening": "other model"}, "IndexUnusableError", "rebuild it"),
+            ({"items": []}, "IndexEmptyError", "cli.py index"),
+            ({"is_external": True}, "ExternalProviderError", "ALLOW_EXTERNAL_LLM"),
+        ],
+        4,
+    ),
     ids=str,
 )
 def test_service_without_usable_index_returns_503_and_still_classifies(

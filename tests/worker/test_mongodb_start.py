@@ -20,8 +20,8 @@ from config import load_settings, load_taxonomy
 from embedded.baseline import BaselineClassifier
 from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
-from tests.in_process import run_cli
 from tests.fakes.fake_ollama import FakeOllama
+from tests.in_process import run_cli
 from tests.worker.site import ROOT, conversation, open_site, until
 from utils.batch_file_manager import is_same_source
 

@@ -80,7 +80,9 @@ def tokens_of(engine: TinyEngine, messages: list[dict[str, str]]) -> int:
 @pytest.mark.parametrize(
     "turns",
     [
-        pytest.param(["Charged twice, refund me!", "Thanks!", "¿Dónde está mi paquete?"], id="few"),
+        pytest.param(
+            ["Charged twice, refund me!", "Thanks!", "¿Dónde está mi paquete?"], id="few", marks=pytest.mark.thorough
+        ),
         pytest.param(TURNS, id="more", marks=pytest.mark.thorough),
         pytest.param([], id="samples with the labels as shipped", marks=pytest.mark.thorough),
     ],
