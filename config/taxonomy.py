@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def load_taxonomy(path: Path | None = None) -> Taxonomy:
     """
     path = path or DEFAULT_TAXONOMY
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+        content = _parsed(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigurationError(f"Cannot read the taxonomy {path} ({exc.strerror}); check TAXONOMY_FILE.") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
@@ -82,6 +83,11 @@ def load_taxonomy(path: Path | None = None) -> Taxonomy:
         topics=_labels(path, "topics", content["topics"]),
         sentiments=tuple(sentiments),
     )
+
+
+@lru_cache(maxsize=4)  # parsing takes 10 ms, and the tests load the shipped file a thousand times
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
 def _labels(path: Path, group: str, entries: Any) -> tuple[Label, ...]:
