@@ -18,7 +18,7 @@ FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted({"cli", *E
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(file, marks=() if file.stem in ("cli", "main") else pytest.mark.thorough) for file in FILES],
+    [pytest.param(file, marks=() if file.stem == "cli" else pytest.mark.thorough) for file in FILES],
     ids=str,
 )
 def test_program_starts_in_any_folder(file: Path, tmp_path: Path) -> None:

@@ -178,7 +178,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMongod
 
 
 @pytest.mark.parametrize(
-    ("user", "password"), [("writer", "wrong"), ("reader", PASSWORD)], ids=["wrong password", "reader"]
+    ("user", "password"),
+    [pytest.param("writer", "wrong", marks=pytest.mark.thorough), ("reader", PASSWORD)],
+    ids=["wrong password", "reader"],
 )
 def test_forbidden(guarded: EmbeddedMongod, model: FakeOllama, tmp_path: Path, user: str, password: str) -> None:
     """Exit code 3 and one sentence; no model call, no password."""

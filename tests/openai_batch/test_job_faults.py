@@ -241,7 +241,8 @@ MORE = {
     ),
     *("status 500 for ever", "content filter", "missing in both files", "twice, and different"),
     *("download truncated without an error", "batch not there at once", "429 with Retry-After"),
-    "create answered with a page",
+    *("create answered with a page", "unknown ids", "half expired", "refused for two lines", "output file gone"),
+    *("cut at its length", "download cut in the connection", "upload answered and lost"),
 }
 assert CASES.keys() >= USUAL_CALLS | MORE
 

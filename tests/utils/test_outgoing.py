@@ -107,7 +107,7 @@ def test_private_address_gets_each_request_directly_and_no_redirect_is_followed(
         assert not any("other" in value for value in headers.values())
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("scheme", [pytest.param("http", marks=pytest.mark.thorough), "https"])
 def test_public_address_uses_the_proxy_only_by_the_setting(
     client: Call, proxy: Recorder, scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

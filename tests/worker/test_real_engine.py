@@ -30,7 +30,8 @@ def require_valid_labels(mongodb_uri: str, db_name: str, count: int) -> None:
         assert result["processing_metadata"]["prompt_tokens"] > 500
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(24, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("count", [2, 24])
 def test_llama_cpp_labels_the_samples_over_the_openai_protocol(
     count: int, engine: TinyEngine, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:
