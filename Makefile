@@ -15,7 +15,7 @@ unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN
 # Relative, because make cannot handle prerequisites with a space, and the path of a checkout may contain one.
 venv_python = .venv/bin/python
 # Test files with more scenarios: tests marked thorough, and random examples.
-thorough = $(shell grep -lE 'mark\.thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
+thorough = $(shell grep -lE 'mark\.thorough|mostly_thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
 packages = config storage utils domain model_server worker openai_batch embedded database_docs embedding_index service commands
 modules = $(wildcard *.py) $(packages)
 

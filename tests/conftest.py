@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile(
         "suite",
         deadline=None,
-        max_examples=1000 if is_thorough else 50,
+        max_examples=1000 if is_thorough else 25,
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("suite")
@@ -101,18 +101,27 @@ def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate for this machine that nobody signed, its key in the same file."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
-    key, made = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    subprocess.run(
-        [*request, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)],
-        check=True,
-        capture_output=True,
-    )
+    folder = tmp_path_factory.mktemp("tls")
+    key, made = folder / "key.pem", folder / "certificate.pem"
+    request = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*request, *names, "-keyout", str(key), "-out", str(made)], check=True, capture_output=True)
     made.write_text(made.read_text() + key.read_text())
     return made
 
@@ -197,11 +206,18 @@ def trained() -> Iterator[TinyEngine]:
         yield running
 
 
-@pytest.fixture
-def model() -> Iterator[FakeOllama]:
-    """Return a model server that answers after 20 ms, labels by the conversation, and fails in no way yet."""
+@pytest.fixture(scope="session")
+def shared_model() -> Iterator[FakeOllama]:
+    """Return the server of ``model``; it serves every test of this process."""
     with FakeOllama(slots=8, latency_s=0.02, user_message=0) as server:
         yield server
+
+
+@pytest.fixture
+def model(shared_model: FakeOllama) -> FakeOllama:
+    """Return a model server that answers after 20 ms, labels by the conversation, and fails in no way yet."""
+    shared_model.renew()
+    return shared_model
 
 
 @pytest.fixture

@@ -16,7 +16,11 @@ ROOT = Path(__file__).parent.parent
 FILES = [Path(*name.split(".")).with_suffix(".py") for name in sorted({"cli", *ENTRY_POINTS})]
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=() if file.stem == "cli" else pytest.mark.thorough) for file in FILES],
+    ids=str,
+)
 def test_program_starts_in_any_folder(file: Path, tmp_path: Path) -> None:
     """A forked process prints the same."""
     command = [ROOT / file, "--help"]

@@ -37,6 +37,7 @@ from error_handler import (
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.models import chat_target
 from model_server.protocol import SEED, ChatReply, ChatTarget, ServerRequest
+from tests.cases import mostly_thorough
 from tests.fakes.scripted_server import (
     GOOD_CONTENT,
     Handler,
@@ -171,24 +172,27 @@ def test_busy_server_is_retried(wrapper: type[Asker], server: ScriptedServer) ->
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 @pytest.mark.parametrize(
     "step",
-    [
-        pytest.param(DOWN, id="500"),
-        pytest.param(answer(b"<html>Bad gateway</html>", 502), id="502-html"),
-        pytest.param(answer(b"<html>Sign in</html>", Content_Type="text/html"), id="200-html"),
-        pytest.param(answer(json.dumps(chat_reply()).encode()[:60]), id="half-json"),
-        pytest.param(answer([]), id="list"),
-        pytest.param(answer(b""), id="nothing"),
-        pytest.param(answer({"error": "unexpected EOF"}), id="200-error"),
-        pytest.param(answer(gzip.compress(json.dumps(chat_reply()).encode()), Content_Encoding="gzip"), id="gzip"),
-        pytest.param(answer(json.dumps(chat_reply()).encode() + b" " * 10_000_000), id="10-MB"),
-        pytest.param(chunked(10_000_000), id="10-MB-chunked"),
-        pytest.param(
-            answer(json.dumps(chat_reply()).encode(), Content_Length="100000", Connection="close"), id="short-body"
-        ),
-        pytest.param(reset, id="reset"),
-        pytest.param(say(b"220 mail.example ESMTP\r\n"), id="not-http"),
-        pytest.param(say(b""), id="closed"),
-    ],
+    mostly_thorough(
+        [
+            pytest.param(DOWN, id="500"),
+            pytest.param(answer(b"<html>Bad gateway</html>", 502), id="502-html"),
+            pytest.param(answer(b"<html>Sign in</html>", Content_Type="text/html"), id="200-html"),
+            pytest.param(answer(json.dumps(chat_reply()).encode()[:60]), id="half-json"),
+            pytest.param(answer([]), id="list"),
+            pytest.param(answer(b""), id="nothing"),
+            pytest.param(answer({"error": "unexpected EOF"}), id="200-error"),
+            pytest.param(answer(gzip.compress(json.dumps(chat_reply()).encode()), Content_Encoding="gzip"), id="gzip"),
+            pytest.param(answer(json.dumps(chat_reply()).encode() + b" " * 10_000_000), id="10-MB"),
+            pytest.param(chunked(10_000_000), id="10-MB-chunked"),
+            pytest.param(
+                answer(json.dumps(chat_reply()).encode(), Content_Length="100000", Connection="close"), id="short-body"
+            ),
+            pytest.param(reset, id="reset"),
+            pytest.param(say(b"220 mail.example ESMTP\r\n"), id="not-http"),
+            pytest.param(say(b""), id="closed"),
+        ],
+        2,
+    ),
 )
 def test_transient_errors_are_retried_up_to_the_limit(wrapper: type[Asker], server: ScriptedServer, step: Step) -> None:
     """Then the last error is raised as it was; nothing of it counts as an answer."""

@@ -78,7 +78,7 @@ async def all_ids(store: DocumentStore, selection: Selection, limit: int, bound:
 # Reading
 
 
-@pytest.mark.parametrize("limit", [1, 4, 1000])
+@pytest.mark.parametrize("limit", [4, *(pytest.param(limit, marks=pytest.mark.thorough) for limit in (1, 1000))])
 async def test_pages_across_id_types(store: DocumentStore, database: Database[dict[str, Any]], limit: int) -> None:
     """Each document once, in MongoDB's order, whatever type stands at the edge of a page."""
     database["conversation_set"].insert_many([{"_id": value, "text": "x"} for value in reversed(IDS)])
@@ -269,7 +269,7 @@ async def test_replace(store: DocumentStore, database: Database[dict[str, Any]])
     assert "old" not in found[id_key(None)]
 
 
-@pytest.mark.parametrize("replace", [False, True], ids=["insert", "replace"])
+@pytest.mark.parametrize("replace", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["insert", "replace"])
 @pytest.mark.parametrize(
     "bad",
     [

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from error_handler import ExitCode
+from tests import performance_test
 from tests.fakes.scripted_service import Reply, ScriptedService, error, scripted_service
-from tests.forked_process import run_forked
+from tests.in_process import run_script as run_in_process
 from tests.performance_test import Load, conversation, percentile
 
 ROOT = Path(__file__).parent.parent
 
 
 def run_script(service: ScriptedService, *flags: str) -> subprocess.CompletedProcess[str]:
-    return run_forked([ROOT / "tests/performance_test.py", "--url", service.url, *flags], os.environ, ROOT)
+    return run_in_process(
+        performance_test.main, ROOT / "tests/performance_test.py", ["--url", service.url, *flags], os.environ, ROOT
+    )
 
 
 def test_every_answer_is_counted(tmp_path: Path) -> None:

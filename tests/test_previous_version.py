@@ -25,6 +25,7 @@ from pymongo import MongoClient
 from pymongo.database import Database
 
 # All names of the product and of its tests, so that they can be changed in one place.
+from cli import main
 from config.index_settings import load_index_settings
 from config.openai_settings import load_openai_settings
 from config.service_settings import load_service_settings
@@ -34,7 +35,7 @@ from embedding_index.vector_search import VectorSearch
 from storage.extended_json import canonical, loads
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_openai import FakeOpenAI
-from tests.forked_process import OF_THE_INDEX, run_forked
+from tests.in_process import run_script
 from tests.worker.site import (
     ROOT,
     Site,
@@ -337,8 +338,7 @@ def cli(settings: Mapping[str, str], folder: Path, *flags: str) -> subprocess.Co
     """Run ``cli.py`` in *folder* to its end; nothing of the developer's own settings gets in."""
     own = {name: value for name, value in os.environ.items() if name not in known_environment_names()}
     environment = {**own, **settings, "PYTHONPATH": str(ROOT)}
-    preload = OF_THE_INDEX if flags[0] == "index" else ()
-    return run_forked([str(ROOT / "cli.py"), *flags], environment, folder, preload=preload)
+    return run_script(main, ROOT / "cli.py", flags, environment, folder)
 
 
 # Settings

@@ -35,7 +35,7 @@ OF_OTHERS = {
 LOADED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("script", ["cli.py", "run_batch_processor.py"])
+@pytest.mark.parametrize("script", ["cli.py", pytest.param("run_batch_processor.py", marks=pytest.mark.thorough)])
 def test_a_plain_run_loads_no_library_of_others(site: Site, script: str) -> None:
     """From its first line to its summary, as the interpreter itself tells it."""
     site.source.insert_many([conversation(number) for number in range(3)])

@@ -351,11 +351,18 @@ KILLS = [
     *(("drop", seam, passage) for seam in ("before_rename", "renamed") for passage in (1, 2)),
     *(("drop", seam, 1) for seam in ("before_removal", "removed")),
 ]
+USUAL = {
+    ("replay", "renamed", 1),
+    ("replay", "moved", 1),
+    ("replay", "renamed", 3),
+    ("drop", "renamed", 1),
+    ("drop", "removed", 1),
+}
 
 
 @pytest.mark.parametrize(
     ("action", "seam", "passage"),
-    [pytest.param(*kill, marks=pytest.mark.thorough if kill[-1] in (2, 4) else ()) for kill in KILLS],
+    [pytest.param(*kill, marks=() if kill in USUAL else pytest.mark.thorough) for kill in KILLS],
     ids=str,
 )
 def test_killed_command_leaves_each_document_in_one_place(site: Site, action: str, seam: str, passage: int) -> None:

@@ -119,9 +119,10 @@ def cases() -> Iterator[Any]:
     for source, own in (("database", OF_DATABASES), ("conversations", OF_CONVERSATIONS)):
         first = FIRST if source == "database" else FIRST[:0]
         rest = [point for point in FIRST if point not in first]
-        for point, nth in [*first, *ALWAYS]:
+        usual = [*first, *ALWAYS] if source == "database" else []
+        for point, nth in usual:
             yield pytest.param(source, point, nth, id=f"{source}-{point}-{nth}")
-        for point, nth in [*rest, *MORE, *own]:
+        for point, nth in [*rest, *MORE, *own, *(point for point in ALWAYS if point not in usual)]:
             yield pytest.param(source, point, nth, id=f"{source}-{point}-{nth}", marks=pytest.mark.thorough)
 
 

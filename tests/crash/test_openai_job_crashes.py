@@ -89,7 +89,7 @@ def documents(job: Job) -> None:
 @pytest.mark.parametrize(
     ("point", "nth"),
     [
-        pytest.param(*kill, id="-".join(map(str, kill)), marks=pytest.mark.thorough if place % 5 else ())
+        pytest.param(*kill, id="-".join(map(str, kill)), marks=pytest.mark.thorough if place % 10 else ())
         for place, kill in enumerate(POINTS)
     ],
 )

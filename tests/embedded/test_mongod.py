@@ -125,6 +125,7 @@ def test_ends_with_its_parent_and_the_folder_is_free_at_once(tmp_path: Path) -> 
             await_end(pid)
 
 
+@pytest.mark.thorough
 def test_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     mongod = EmbeddedMongod(tmp_path)
     thread = threading.Thread(target=mongod.start)
@@ -144,6 +145,7 @@ def test_folder_of_a_running_server_is_refused(tmp_path: Path) -> None:
         insert(first)
 
 
+@pytest.mark.thorough
 def test_start_waits_for_a_server_that_is_ending(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     with EmbeddedMongod(data_dir) as first:
@@ -165,6 +167,7 @@ def test_port_lost_between_choice_and_start_is_replaced(tmp_path: Path, monkeypa
             assert count(mongod) == 0
 
 
+@pytest.mark.thorough
 def test_given_port_in_use_is_refused_even_if_mongodb_answers_there(tmp_path: Path) -> None:
     with (
         EmbeddedMongod(tmp_path / "a") as first,
@@ -181,6 +184,7 @@ def test_log_never_quotes_a_slow_command(tmp_path: Path) -> None:
     assert "my card number" not in (tmp_path / "mongod.log").read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.thorough
 def test_large_log_is_rotated(tmp_path: Path) -> None:
     log = tmp_path / "mongod.log"

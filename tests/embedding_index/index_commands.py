@@ -20,9 +20,9 @@ from typing import Any
 from pymongo.database import Database
 
 from config.settings import known_environment_names
-from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import OF_THE_INDEX, Ended, ForkedProcess
+from tests.in_process import run_cli
 from tests.service.service_process import conversation
 
 ROOT = Path(__file__).parents[2]

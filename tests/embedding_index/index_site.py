@@ -26,10 +26,10 @@ from config.settings import known_environment_names
 from database_docs.items import content_hash
 from embedding_index.providers.contract import ModelIdentity
 from storage.extended_json import canonical
-from tests.embedding_index.in_process import run_cli
 from tests.embedding_index.index_entries import Searcher
 from tests.fakes.fake_openai import FakeOpenAI
 from tests.forked_process import OF_THE_INDEX, ForkedProcess
+from tests.in_process import run_cli
 
 ROOT = Path(__file__).parents[2]
 MODEL = "text-embedding-3-small"

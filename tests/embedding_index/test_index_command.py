@@ -281,6 +281,7 @@ def test_secrets_and_texts_are_in_no_output_and_no_log(site: IndexSite) -> None:
     assert "LOG_FILE" in unwritable.err
 
 
+@pytest.mark.thorough
 def test_without_a_warning_in_an_interpreter_of_its_own(site: IndexSite) -> None:
     """The test turns every warning into an error."""
     for flags in (["--batch"], ["--search", "refunds"]):

@@ -12,6 +12,7 @@ import pytest
 from config.index_settings import load_index_settings
 from embedding_index.providers import open_provider
 from error_handler import ConfigurationError
+from tests.cases import mostly_thorough
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_openai import FakeOpenAI
 
@@ -36,7 +37,8 @@ def test_ollama_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("openai", "httpx2"), ("ollama", "requests"), ("local", "tokenizers"), ("ollama", "numpy")]
+    ("name", "package"),
+    mostly_thorough([("openai", "httpx2"), ("ollama", "requests"), ("local", "tokenizers"), ("ollama", "numpy")], 4),
 )
 def test_a_missing_package_is_one_sentence(name: str, package: str) -> None:
     """In a process of its own, where nothing is loaded yet."""

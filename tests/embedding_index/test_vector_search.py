@@ -72,7 +72,11 @@ def test_equal_vectors_come_by_name_wherever_their_rows_are() -> None:
 # Entries
 
 
-@pytest.mark.parametrize("exact_bytes", [search_graph.EXACT_UP_TO_BYTES, 0], ids=["exact", "graph"])
+@pytest.mark.parametrize(
+    "exact_bytes",
+    [pytest.param(search_graph.EXACT_UP_TO_BYTES, marks=pytest.mark.thorough), 0],
+    ids=["exact", "graph"],
+)
 def test_each_vector_finds_itself_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_bytes: int) -> None:
     """That holds with the graph, too, and after changes between two searches."""
     monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", exact_bytes)

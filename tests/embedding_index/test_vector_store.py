@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-pytest.importorskip("chromadb", reason="requirements-index.txt is not installed")
+if find_spec("chromadb") is None:
+    pytest.skip("requirements-index.txt is not installed", allow_module_level=True)
 
 from config.index_settings import IndexSettings
 from database_docs.documentation_store import DocumentationStore

@@ -198,6 +198,7 @@ class FakeOllama(ServerProcess):
             knobs: See the module docstring. An unknown one fails in `start`.
         """
         super().__init__(str(Path(__file__).resolve()), host, port, knobs)
+        self._first_knobs, self._first_pid = dict(knobs), 0
 
     @property
     def url(self) -> str:
@@ -230,6 +231,19 @@ class FakeOllama(ServerProcess):
     def reset(self) -> None:
         """Back to the knobs given to the constructor, counters and records empty, no model loaded."""
         self._call("reset")
+
+    def renew(self) -> None:
+        """`reset`, when the requests of an earlier test have ended; starts a new process if the first one is not there."""
+        if self._process is None or self._paused or self.pid != self._first_pid:
+            self.stop()
+            self._knobs = dict(self._first_knobs)
+            self.start()
+            self._first_pid = self.pid
+            return
+        self.configure(faults=[], latency_s=0)
+        self.wait_for("in_flight", equals=0)
+        self.reset()
+        self._knobs = dict(self._first_knobs)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,7 +41,7 @@ def best_fixed(slots: int, service_s: Service, until_s: float) -> tuple[float, f
 
 
 @pytest.mark.parametrize("seed", [1, more(3)])
-@pytest.mark.parametrize("slots", [4, 8, 16])
+@pytest.mark.parametrize("slots", [more(4), 8, more(16)])
 @pytest.mark.parametrize("times", TIMES)
 def test_auto_matches_the_best_fixed_setting_after_30_s(slots: int, times: str, seed: int) -> None:
     """At least 95 % of its throughput, and at most 125 % of its 95th percentile of latency."""
@@ -54,7 +54,7 @@ def test_auto_matches_the_best_fixed_setting_after_30_s(slots: int, times: str, 
 
 @pytest.mark.parametrize("until_s", [35.0, more(60.0)])
 @pytest.mark.parametrize("slots", [more(4), 8, more(16)])
-@pytest.mark.parametrize("service_s", [lognormal(0.02), constant(0.005)], ids=["20 ms", "5 ms"])
+@pytest.mark.parametrize("service_s", [lognormal(0.02), more(constant(0.005))], ids=["20 ms", "5 ms"])
 def test_limit_exceeds_slots_if_the_network_takes_much_of_the_time(
     slots: int, service_s: Service, until_s: float
 ) -> None:

@@ -138,6 +138,7 @@ def test_scripts_are_learnt_separately(engine: TinyEngine) -> None:
     assert estimator.text_tokens(text_of("thai", 100)) == pytest.approx(before, rel=0.1)
 
 
+@pytest.mark.thorough
 def test_refusal_of_a_real_engine_leads_to_a_fitting_prompt(
     tiny_model: Path, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:

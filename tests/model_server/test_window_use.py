@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-import bpe_openai
 import pytest
 
 from config import load_taxonomy
@@ -14,6 +13,7 @@ from error_handler import LLMContextError
 from model_server.protocol import NUM_PREDICT, ChatTarget
 from model_server.window import TRIALS, TranscriptTruncator
 from prompt_builder import build_system_prompt, chat_messages
+from tests.cases import mostly_thorough
 
 SYSTEM = build_system_prompt(load_taxonomy())
 LEAST_USE = 0.85
@@ -53,6 +53,8 @@ def conversation_of(kind: str, seed: int, turns: int = 700) -> Conversation:
 
 def tokens_of(tokenizer: str, transcript: str) -> int:
     messages = chat_messages(SYSTEM, transcript)
+    import bpe_openai  # its tables take a second, in each process that collects the tests
+
     encoding = bpe_openai.get_encoding(tokenizer)
     return sum(len(encoding.encode(message["content"])) for message in messages) + TEMPLATE_TOKENS
 
@@ -131,9 +133,9 @@ def test_trials_are_limited_if_nothing_is_learnt() -> None:
     assert server.refusals <= TRIALS
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", mostly_thorough(TOKENIZERS, 2))
 @pytest.mark.parametrize("kind", ["english", "salad", "digits", "chinese"])
-@pytest.mark.parametrize("num_ctx", [4096, 8192])
+@pytest.mark.parametrize("num_ctx", [4096, pytest.param(8192, marks=pytest.mark.thorough)])
 def test_window_is_used_after_one_refusal(tokenizer: str, kind: str, num_ctx: int) -> None:
     """At least 85 % of what the answer leaves of the window, and never more than all of it."""
     target = ChatTarget("openai_chat", "http://m:1/v1/chat/completions", "http://m:1", "m", None, num_ctx, "10m")
@@ -144,7 +146,7 @@ def test_window_is_used_after_one_refusal(tokenizer: str, kind: str, num_ctx: in
     assert LEAST_USE <= tokens_of(tokenizer, fitted.transcript) / (num_ctx - NUM_PREDICT) <= 1
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", mostly_thorough(TOKENIZERS, 2))
 @pytest.mark.parametrize("kind", ["english", "salad", "digits", "chinese"])
 def test_window_is_used_after_one_answer(tokenizer: str, kind: str) -> None:
     """The same if the first long conversation was fitted by the first estimate, and answered."""
@@ -157,7 +159,7 @@ def test_window_is_used_after_one_answer(tokenizer: str, kind: str) -> None:
     assert LEAST_USE <= tokens_of(tokenizer, second.transcript) / (num_ctx - NUM_PREDICT) <= 1
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", mostly_thorough(TOKENIZERS, 2))
 def test_odd_text_does_not_spoil_the_estimate_of_others(tokenizer: str) -> None:
     """Base64 has five times the tokens of English; the refusal of one such text says nothing about the instructions."""
     target = ChatTarget("ollama_chat", "http://m:1/api/chat", "http://m:1", "m", None, 4096, "10m")

@@ -24,6 +24,7 @@ from openai_batch.job_config import (
     StatusConfig,
 )
 from openai_batch.schema_file import explain, load_schema_file, resolve_function
+from tests.cases import mostly_thorough
 
 
 def refusal(kind: Any, **fields: Any) -> str:
@@ -81,7 +82,7 @@ def test_query_with_forbidden_operator_is_refused(query: Any, path: str) -> None
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("field", ["update_template", "response_template"])
+@pytest.mark.parametrize("field", ["update_template", pytest.param("response_template", marks=pytest.mark.thorough)])
 def test_update_with_forbidden_operator_or_field_is_refused(update: Any, path: str, field: str) -> None:
     """AT-5: operators, paths and the job's own fields."""
     assert f"{field}.{path}" in refusal(SchemaConfig, **{field: update})
@@ -263,7 +264,9 @@ REFUSED = (
 ).split()
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "", "own functions:year", "own_functions:year\n", "öwn:f"])
+@pytest.mark.parametrize(
+    "name", mostly_thorough([*REFUSED, "", "own functions:year", "own_functions:year\n", "öwn:f"], 3)
+)
 def test_foreign_functions_are_refused(name: str, own_module: Path) -> None:
     """AT-20: also under the name of a module of the operator."""
     with pytest.raises(JobValidationError):

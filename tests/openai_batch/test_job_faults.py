@@ -218,10 +218,9 @@ CASES = {
 }
 
 
-# Of the failed calls, the usual run has those that could be paid for twice, and one of each other route.
+# Of the failed calls, the usual run has those that could be paid for twice, and those whose answer the job needs.
 USUAL_CALLS = {
-    *("rate_limit_429 of files.create", "server_error_500 of batches.retrieve", "close of files.content"),
-    *("not_json of files.delete", "server_error_500 of files.list", "close of batches.list"),
+    *("server_error_500 of batches.retrieve", "close of files.content", "close of batches.list"),
     *("server_error_500 of batches.create", "close of batches.create"),
 }
 # Variants of other scenarios.
@@ -242,7 +241,8 @@ MORE = {
     ),
     *("status 500 for ever", "content filter", "missing in both files", "twice, and different"),
     *("download truncated without an error", "batch not there at once", "429 with Retry-After"),
-    "create answered with a page",
+    *("create answered with a page", "unknown ids", "half expired", "refused for two lines", "output file gone"),
+    *("cut at its length", "download cut in the connection", "upload answered and lost"),
 }
 assert CASES.keys() >= USUAL_CALLS | MORE
 

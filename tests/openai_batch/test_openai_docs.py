@@ -60,6 +60,7 @@ def fake() -> Iterator[FakeOpenAI]:
         yield server
 
 
+@pytest.mark.thorough
 def test_tutorial_runs_as_written(mongodb_uri: str, db_name: str, tmp_path: Path, fake: FakeOpenAI) -> None:
     """Every command and Python block in order; the outputs are those of the page."""
     insert, in_python = (

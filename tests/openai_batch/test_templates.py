@@ -22,6 +22,7 @@ from openai_batch.documents import (
     fill,
 )
 from openai_batch.job_config import AppConfig, DatabaseConfig, DocumentFields, PromptConfig, SchemaConfig
+from tests.cases import mostly_thorough
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 CANARY = "canary-of-the-file-system"
@@ -141,10 +142,10 @@ def filled(payload: str, canary: dict[str, str]) -> str:
 def in_both_prompts(templates: list[str], usual: int) -> list[Any]:
     """Each of *templates* in the prompt of the user, and in that of the system, which is rendered the same way.
 
-    There, only each *usual*-th is of each run of the tests.
+    Each run of the tests has a third of the first, and each *usual*-th of the others.
     """
     in_one = [pytest.param(template, "user_prompt_template", id=f"user-{template}") for template in templates]
-    return in_one + [
+    return mostly_thorough(in_one, 3) + [
         pytest.param(
             template, "system_prompt", id=f"system-{template}", marks=pytest.mark.thorough if place % usual else ()
         )
@@ -171,7 +172,7 @@ def plain() -> Iterator[TemplateHandling]:
         yield handling
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("payload", mostly_thorough(PAYLOADS, 3))
 def test_payload_in_data_stays_text(payload: str, canary: dict[str, str], plain: TemplateHandling) -> None:
     """AT-7: values are never rendered."""
     text = filled(payload, canary)

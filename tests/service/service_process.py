@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.forked_process import ForkedProcess
+from tests.forked_process import ForkedProcess, run_forked
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
@@ -173,7 +172,4 @@ def wait_until_it_answers(service: ServiceProcess) -> None:
 
 def run_to_the_end(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command that should end by itself."""
-    environment = service_environment(**variables)
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    return run_forked(command, service_environment(**variables), folder)

@@ -27,7 +27,14 @@ def basic(key: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", ["/metrics", "/docs", "/openapi.json", "/docs/assets/swagger-ui.css", "/docs/start.js"]
+    "path",
+    [
+        *("/metrics", "/docs"),
+        *(
+            pytest.param(path, marks=pytest.mark.thorough)
+            for path in ("/openapi.json", "/docs/assets/swagger-ui.css", "/docs/start.js")
+        ),
+    ],
 )
 @pytest.mark.parametrize(
     ("headers", "is_let_in"),

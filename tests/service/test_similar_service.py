@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
-from tests.service.service_process import Answer, ServiceProcess, conversation, run_to_the_end, serve
+from tests.cases import mostly_thorough
+from tests.service.service_process import Answer, ServiceProcess, conversation, serve, service_environment
 
 CANARY = "CANARY-4929-1234"
 KEY = "helpdesk-key-0123456789"
@@ -243,13 +245,16 @@ def test_index_with_outdated_settings_is_reopened(site: Site, fault: str) -> Non
 
 @pytest.mark.parametrize(
     ("state", "kind", "remedy"),
-    [
-        ({"opening": "not installed"}, "IndexNotInstalledError", "requirements-index.txt"),
-        ({"opening": "wrong key"}, "IndexUnusableError", "OPENAI_API_KEY is wrong."),
-        ({"opening": "other model"}, "IndexUnusableError", "rebuild it"),
-        ({"items": []}, "IndexEmptyError", "cli.py index"),
-        ({"is_external": True}, "ExternalProviderError", "ALLOW_EXTERNAL_LLM"),
-    ],
+    mostly_thorough(
+        [
+            ({"opening": "not installed"}, "IndexNotInstalledError", "requirements-index.txt"),
+            ({"opening": "wrong key"}, "IndexUnusableError", "OPENAI_API_KEY is wrong."),
+            ({"opening": "other model"}, "IndexUnusableError", "rebuild it"),
+            ({"items": []}, "IndexEmptyError", "cli.py index"),
+            ({"is_external": True}, "ExternalProviderError", "ALLOW_EXTERNAL_LLM"),
+        ],
+        4,
+    ),
     ids=str,
 )
 def test_service_without_usable_index_returns_503_and_still_classifies(
@@ -285,9 +290,15 @@ def test_service_classifies_without_the_index_packages(tmp_path: Path) -> None:
 def test_main_does_not_import_the_index_packages(tmp_path: Path) -> None:
     """They take a second and a hundred MiB, and most services never search."""
     program = "import sys, main; print(sorted({'numpy', 'chromadb', 'sqlalchemy', 'tokenizers', 'openai'} & set(sys.modules)))"
-    ended = run_to_the_end(tmp_path, "-c", program)
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=service_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.stdout.strip() == "[]", ended.stderr
-    assert sys.executable
 
 
 def test_keys_and_rate_limits_apply_to_searches(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.fake_ollama_client import chat
 from tests.fakes.scripted_server import Handler, answer, scripted_server
 from tests.forked_process import run_forked
+from tests.in_process import run_script
 from tests.test_openai_chat import reasoning_model
 from utils import concurrency_check
 
@@ -43,7 +42,7 @@ def fake() -> Iterator[FakeOllama]:
 def run(server: FakeOllama, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Return what the script prints with --json."""
     place = environment or {"OLLAMA_ENDPOINT": server.url, "OLLAMA_MODEL": "llama3.2"}
-    done = run_forked([SCRIPT, "--json", *arguments], clean_environment() | place, ROOT)
+    done = run_script(concurrency_check.main, SCRIPT, ["--json", *arguments], clean_environment() | place, ROOT)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert isinstance(measured, dict)
@@ -118,11 +117,9 @@ def test_it_asks_with_the_window_that_is_loaded(
 
 def test_the_table_is_for_people(fake: FakeOllama) -> None:
     fake.configure(slots=2)
-    done = subprocess.run(
-        [sys.executable, "-m", "utils.concurrency_check", "--max", "4", "--rounds", "1", "--model", "llama3.2"],
-        capture_output=True, text=True, check=True, timeout=60, cwd=ROOT,
-        env=clean_environment() | {"OLLAMA_ENDPOINT": fake.url},
-    )  # fmt: skip
+    command = ["-m", "utils.concurrency_check", "--max", "4", "--rounds", "1", "--model", "llama3.2"]
+    done = run_forked(command, clean_environment() | {"OLLAMA_ENDPOINT": fake.url}, ROOT)
+    assert done.returncode == 0, done.stderr
     assert "answers/s" in done.stdout
     assert "2 of 4" in done.stdout
     assert done.stdout.endswith("The server runs 2 at once; --max-concurrent 3 keeps one call ready for a free slot.\n")
@@ -210,7 +207,7 @@ def test_progress_is_shown_without_a_terminal(fake: FakeOllama) -> None:
     """On a CPU a measurement takes many minutes, and is told once that it is one."""
     fake.configure(vram_share=0.0, latency_s=0.0)
     environment = clean_environment() | {"OLLAMA_ENDPOINT": fake.url, "OLLAMA_MODEL": "llama3.2"}
-    done = run_forked([SCRIPT, "--max", "2", "--rounds", "2"], environment, ROOT)
+    done = run_script(concurrency_check.main, SCRIPT, ["--max", "2", "--rounds", "2"], environment, ROOT)
     assert done.returncode == 0, done.stderr
     assert [f"{n} at once, round {k} of 2 ..." in done.stderr for n in (1, 2) for k in (1, 2)] == [True] * 4
     assert done.stderr.count("runs on the CPU only") == 1

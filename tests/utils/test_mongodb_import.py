@@ -7,7 +7,7 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pymongo.collection import Collection
 
 from tests.environment import clean_environment
 from tests.forked_process import run_forked
+from tests.in_process import run_script
 from utils import mongodb_import
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +35,16 @@ def source(mongodb_uri: str, db_name: str) -> Iterator[Collection[dict[str, Any]
 
 @pytest.fixture
 def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Run:
-    """Start the script as a file, in a folder without .env."""
+    """Run the script in a folder without .env; with *streams* in a process of its own, whose descriptors they are."""
 
-    def start(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        place = ["--mongodb-uri", mongodb_uri, "--db-name", db_name]
-        defaults: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment()}
-        return run_forked([SCRIPT, *place, *arguments], **(defaults | options))
+    def start(
+        *arguments: str | Path, env: dict[str, str] | None = None, streams: Sequence[int] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        command = ["--mongodb-uri", mongodb_uri, "--db-name", db_name, *arguments]
+        environment = env or clean_environment()
+        if streams:
+            return run_forked([SCRIPT, *command], environment, tmp_path, streams=streams)
+        return run_script(mongodb_import.main, SCRIPT, command, environment, tmp_path)
 
     return start
 

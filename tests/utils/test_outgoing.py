@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -109,7 +107,7 @@ def test_private_address_gets_each_request_directly_and_no_redirect_is_followed(
         assert not any("other" in value for value in headers.values())
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("scheme", [pytest.param("http", marks=pytest.mark.thorough), "https"])
 def test_public_address_uses_the_proxy_only_by_the_setting(
     client: Call, proxy: Recorder, scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -194,31 +192,6 @@ def test_failed_connection_names_the_proxy_that_is_not_used(proxy: Recorder, mon
     monkeypatch.setenv("PROXY_FROM_ENVIRONMENT", "true")
     assert "through the proxy of HTTPS_PROXY" in str(problem_of(OSError(), "https://api.openai.com/v1"))
     assert problem_of(OSError(), "http://127.0.0.1:11434") is None
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that nobody signed, its key in the same file."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
-    folder = tmp_path_factory.mktemp("tls")
-    key, made = folder / "key.pem", folder / "certificate.pem"
-    request = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*request, *names, "-keyout", str(key), "-out", str(made)], check=True, capture_output=True)
-    made.write_text(made.read_text() + key.read_text())
-    return made
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from prompt_builder import chat_messages
 from storage import extended_json
 from tests.fakes.fake_ollama import FakeOllama, expected_labels, text_sha256
 from tests.forked_process import Ended, ForkedProcess
+from tests.in_process import run_cli
 
 ROOT = Path(__file__).parents[2]
 FAULTY_WORKER = ROOT / "tests/crash/faulty_worker.py"
@@ -134,7 +135,9 @@ class Site:
         return WorkerProcess([sys.executable, *program, *flags], self.environment(**settings), self.folder / "console")
 
     def run(self, *flags: str, plan: dict[str, Any] | None = None, **settings: str) -> Ended:
-        """Start a worker and wait for its end."""
+        """Run it to its end: in this process, or with *plan* in one that can be killed."""
+        if plan is None:
+            return Ended(*run_cli(flags, self.environment(**settings), self.folder))
         with self.start(*flags, plan=plan, **settings) as worker:
             return worker.ended()
 

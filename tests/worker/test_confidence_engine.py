@@ -115,6 +115,7 @@ def test_confidence_with_all_alternatives_equals_the_engines_probability(engine:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.thorough
 def test_confidence_with_20_alternatives_is_no_higher_than_the_engines(engine: TinyEngine, number: int) -> None:
     """What is not listed counts against a label: this model's random words crowd the labels out of the 20."""
     asked = Asked(engine, number)
@@ -134,6 +135,7 @@ def test_probabilities_of_all_labels_sum_to_one(engine: TinyEngine) -> None:
         assert sum(asked.true_probability(field, entries, label) for label in LABELS[field]) == pytest.approx(1)
 
 
+@pytest.mark.thorough
 def test_worker_stores_confidence(tmp_path: Path, mongodb_uri: str, db_name: str, engine: TinyEngine) -> None:
     """Over the OpenAI protocol: each result has it, no two conversations need have the same, and the least decides."""
     with MongoClient[dict[str, Any]](mongodb_uri) as client:

@@ -117,7 +117,10 @@ def test_server_that_refuses_log_probabilities_is_asked_without_them(
     check_exactly_once(site, documents)
 
 
-@pytest.mark.parametrize("seam", ["answered", "before_write", "results_written"])
+@pytest.mark.parametrize(
+    "seam",
+    ["before_write", *(pytest.param(seam, marks=pytest.mark.thorough) for seam in ("answered", "results_written"))],
+)
 def test_confidence_survives_a_crash(site: Site, documents: list[Document], seam: str) -> None:
     """What the journal holds is stored as it was; the rest is asked with the same care."""
     killed = site.run("--review-below", "0.6", plan={"seam": seam, "passage": 2})

@@ -19,8 +19,8 @@ from config import load_settings, load_taxonomy
 from embedded.baseline import BaselineClassifier
 from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
-from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_ollama import FakeOllama
+from tests.in_process import run_cli
 from tests.worker.site import ROOT, conversation, open_site
 from utils.batch_file_manager import is_same_source
 from worker import left_out
@@ -155,8 +155,8 @@ async def test_index_of_the_application_does_not_stop_a_run(
 
 async def test_slow_index_build_delays_no_run(strict: EmbeddedMongod, client: Client, tmp_path: Path) -> None:
     """A13: a build that takes longer than the time limit of a call is waited for."""
-    with failing(client, ["createIndexes"], blockConnection=True, blockTimeMS=250):
-        done = await run(uri_of(strict, "root", "r"), tmp_path, mongodb_timeout_ms=100, mongodb_max_retries=1)
+    with failing(client, ["createIndexes"], blockConnection=True, blockTimeMS=1100):
+        done = await run(uri_of(strict, "root", "r"), tmp_path, mongodb_timeout_ms=1000, mongodb_max_retries=1)
     assert done["successful"] == 3
     assert "source_conversation_id_1" in client[DB_NAME].sentimental_analysis.index_information()
 
@@ -176,10 +176,9 @@ def test_slow_counts_stop_no_run(strict: EmbeddedMongod, client: Client, model: 
     """A13: neither the count nor the sample for the window; a slow model is asked meanwhile."""
     with (
         open_site(uri_of(strict, "root", "r"), DB_NAME, model, tmp_path) as site,
-        failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=400),
+        failing(client, ["aggregate", "count"], blockConnection=True, blockTimeMS=1100),
     ):
-        # In a process of its own, because a driver whose call ran out of time leaks a socket at the end of the loop.
-        ended = site.run(MONGODB_TIMEOUT_MS="200", MONGODB_MAX_RETRIES="1")
+        ended = site.run(MONGODB_TIMEOUT_MS="1000", MONGODB_MAX_RETRIES="1")
     assert ended.code == 0, ended.said
     assert "the window is chosen without a sample" in ended.err
     assert client[DB_NAME].sentimental_analysis.count_documents({}) == 3

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.cases import mostly_thorough
 from tests.worker.site import (
     Site,
     calls,
@@ -189,9 +190,14 @@ def test_second_worker_on_a_directory_is_refused(site: Site) -> None:
     check_calls(site, documents, repeated=CONCURRENCY)
 
 
-@pytest.mark.parametrize("content", CORRUPT + MISUSED, ids=range(len(CORRUPT + MISUSED)))
+@pytest.mark.parametrize("content", mostly_thorough(CORRUPT + MISUSED, 2), ids=range(len(CORRUPT + MISUSED)))
 @pytest.mark.parametrize(
-    "name", ["pending/batch_001_pending.json", "retry/batch_001_retry_queue.json", "checkpoint.json"]
+    "name",
+    [
+        "pending/batch_001_pending.json",
+        pytest.param("retry/batch_001_retry_queue.json", marks=pytest.mark.thorough),
+        "checkpoint.json",
+    ],
 )
 def test_unusable_files_do_no_harm(tmp_path: Path, name: str, content: bytes) -> None:
     """Whatever is in a file, reading it raises nothing; what cannot be used is set aside under its name."""
