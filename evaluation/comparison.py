@@ -43,6 +43,11 @@ class FieldComparison:
     only_b: int | None = None
     p_value: float | None = None
 
+    @property
+    def accuracy_n(self) -> int:
+        """The number of conversations with a gold label."""
+        return 0 if self.accuracy_a is None else self.accuracy_a.n
+
 
 @dataclass(slots=True)
 class Provenance:
@@ -132,8 +137,8 @@ def _compared(name: str, counts: Counter[_Triple]) -> FieldComparison:
         agreement,
         proportion(sum(count for count, is_right in zip(amounts, right_a, strict=True) if is_right), n),
         proportion(sum(count for count, is_right in zip(amounts, right_b, strict=True) if is_right), n),
-        bootstrap(amounts, share_of([b - a for a, b in zip(right_a, right_b, strict=True)])),
-        bootstrap(amounts, lambda samples: f1_b(samples) - f1_a(samples)),
+        bootstrap(amounts, share_of([b - a for a, b in zip(right_a, right_b, strict=True)]), -1.0),
+        bootstrap(amounts, lambda samples: f1_b(samples) - f1_a(samples), -1.0),
         only_a,
         only_b,
         mcnemar(only_a, only_b),

@@ -6,7 +6,16 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from evaluation.report import METHODS, Report, change_text, interval_text, p_text, percent_text
+from evaluation.report import (
+    METHODS,
+    RANDOM_GOLD,
+    Report,
+    change_text,
+    decimal_text,
+    interval_text,
+    p_text,
+    percent_text,
+)
 from evaluation.text_report import problem_text
 from evaluation.values import PROBLEMS, shown
 
@@ -19,10 +28,11 @@ def render_html(report: Report) -> str:
     environment.filters |= {
         "interval": interval_text,
         "percent": percent_text,
+        "decimal": decimal_text,
         "change": change_text,
         "p": p_text,
         "labels": shown,
         "problem": problem_text,
     }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, methods=METHODS, problem_names=PROBLEMS)
+    return template.render(report=report, methods=METHODS, problem_names=PROBLEMS, random_gold=RANDOM_GOLD)

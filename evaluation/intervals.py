@@ -42,19 +42,21 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, total).pvalue) if total else 1.0
 
 
-def bootstrap(counts: Sequence[int], statistic: Callable[[Array], Array]) -> Estimate:
-    """Return *statistic* with its percentile interval over resamples of the conversations.
+def bootstrap(counts: Sequence[int], statistic: Callable[[Array], Array], least: float = 0.0) -> Estimate:
+    """Return *statistic*, from *least* to 1, with its basic bootstrap interval over resamples of the conversations.
 
     *counts* holds how many conversations have each combination of labels. *statistic* gets an array of such counts, one
-    row per sample, and returns one number per row.
+    row per sample, and returns one number per row. The basic interval mirrors the percentile interval, because the
+    macro-F1 of a resample, which lacks some of the labels, is too low on average.
     """
     n = int(sum(counts))
     if n == 0:
         return Estimate(None, None, None, 0)
     observed = numpy.asarray([counts], dtype=float)
     samples = numpy.random.default_rng(SEED).multinomial(n, observed[0] / n, SAMPLES).astype(float)
+    value = float(statistic(observed)[0])
     low, high = numpy.quantile(statistic(samples), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(statistic(observed)[0]), float(low), float(high), n)
+    return Estimate(value, max(least, 2 * value - float(high)), min(1.0, 2 * value - float(low)), n)
 
 
 def macro_f1(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Callable[[Array], Array]:

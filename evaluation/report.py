@@ -15,11 +15,17 @@ from evaluation.metrics import FieldFigures
 from evaluation.shares import FieldShares
 from evaluation.values import PROBLEMS, Estimate, Problem, Row
 
+NOTHING = "–"
+RANDOM_GOLD = (
+    "The intervals of shares hold if the gold conversations were drawn at random from the results. Corrections of reviewers "
+    "are not, because uncertain labels are reviewed first."
+)
+
 METHODS = {
     "interval_level": LEVEL,
     "proportions": "Wilson score interval",
     "label_f1": "Wilson score interval of TP / (TP + FP + FN), transformed",
-    "macro_f1_and_differences": f"percentile bootstrap over conversations, {SAMPLES} samples, seed {SEED}",
+    "macro_f1_and_differences": f"basic bootstrap over conversations, {SAMPLES} samples, seed {SEED}",
     "paired_test": "McNemar, exact, two-sided",
     "shares": "PPI++ (arXiv 2311.01453) with one added conversation per kind of error",
 }
@@ -122,30 +128,37 @@ def _row_dict(row: Row) -> dict[str, Any]:
     }
 
 
-def interval_text(estimate: Estimate | None, digits: int = 2) -> str:
-    """Return *estimate* with its interval, such as ``0.81 (0.74-0.87)``; a dash if there is none."""
+def interval_text(estimate: Estimate | None) -> str:
+    """Return *estimate*, from 0 to 1, with its interval, such as ``.81 (.74–.87)``; a dash if there is none."""
     if estimate is None or estimate.value is None or estimate.low is None or estimate.high is None:
-        return "–"
-    parts = [f"{part:.{digits}f}" for part in (estimate.value, estimate.low, estimate.high)]
-    return f"{parts[0]} ({parts[1]} to {parts[2]})"
+        return NOTHING
+    return f"{decimal_text(estimate.value)} ({decimal_text(estimate.low)}–{decimal_text(estimate.high)})"
+
+
+def decimal_text(value: float | None) -> str:
+    """Return *value*, from 0 to 1, with two decimals and without the leading zero: ``.05``, ``1.0``."""
+    if value is None:
+        return NOTHING
+    text = f"{value:.2f}"
+    return text[1:] if text.startswith("0") else "1.0"
 
 
 def percent_text(estimate: Estimate | None) -> str:
     """Return *estimate*, a share, as a percentage with its interval."""
     if estimate is None or estimate.value is None or estimate.low is None or estimate.high is None:
-        return "–"
-    return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+        return NOTHING
+    return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
 
 
 def change_text(estimate: Estimate | None) -> str:
     """Return *estimate*, a difference, with its sign and its interval."""
     if estimate is None or estimate.value is None or estimate.low is None or estimate.high is None:
-        return "–"
-    return f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
+        return NOTHING
+    return f"{estimate.value:+.2f} ({estimate.low:+.2f} to {estimate.high:+.2f})"
 
 
 def p_text(p_value: float | None) -> str:
     """Return *p_value* for people."""
     if p_value is None:
-        return "–"
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+        return NOTHING
+    return "< .001" if p_value < 0.001 else f"{p_value:.3f}"

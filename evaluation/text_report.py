@@ -11,11 +11,21 @@ from rich.table import Table
 from domain.text import counted, one_line
 from evaluation.comparison import Comparison
 from evaluation.metrics import FieldFigures
-from evaluation.report import Report, change_text, interval_text, p_text, percent_text
+from evaluation.report import (
+    NOTHING,
+    RANDOM_GOLD,
+    Report,
+    change_text,
+    decimal_text,
+    interval_text,
+    p_text,
+    percent_text,
+)
 from evaluation.shares import FieldShares
 from evaluation.values import PROBLEMS, Problem, shown
 
-LINES_SHOWN = 20  # problems, confusions and differences; the files have all
+LINES_SHOWN = 20  # problems and differences; the files have all
+CONFUSIONS_SHOWN, IDS_SHOWN = 10, 3
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -32,12 +42,15 @@ def print_report(console: Console, report: Report) -> None:
         _print_comparison(console, report.comparison)
     for shares in report.shares:
         _print_shares(console, shares)
+    if report.shares:
+        console.print()
+        _print(console, RANDOM_GOLD)
     for sentence in report.failures:
         console.print(f"[bold red]{escape(sentence)}[/]", highlight=False)
 
 
 def _print(console: Console, sentence: str) -> None:
-    console.print(sentence, markup=False, highlight=False)
+    console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], ids: int = 0) -> None:
@@ -45,7 +58,7 @@ def _table(console: Console, title: str, columns: Sequence[str], rows: Iterable[
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     for number, heading in enumerate(columns):
         is_text = number == 0 or number >= len(columns) - ids
-        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     if table.row_count:
@@ -74,16 +87,19 @@ def _print_overview(console: Console, fields: Sequence[FieldFigures]) -> None:
             each.field,
             f"{each.n:,}",
             interval_text(each.accuracy),
-            "–" if each.majority is None else f"{each.majority:.2f}",
+            decimal_text(each.majority),
             interval_text(each.macro_f1),
-            "–" if each.other is None else percent_text(each.other.gold),
-            "–" if each.other is None else percent_text(each.other.model),
-            "–" if each.calibration is None else f"{each.calibration.ece:.3f}",
+            NOTHING if each.calibration is None else f"{each.calibration.ece:.3f}",
         )
         for each in fields
     ]
-    columns = ("field", "n", "accuracy", "majority", "macro-F1", "Other in gold", "Other by model", "ECE")
-    _table(console, "Fields (95 % intervals)", columns, rows)
+    _table(console, "Fields", ("field", "n", "accuracy", "majority", "macro-F1", "ECE"), rows)
+    others = [
+        (each.field, percent_text(each.other.gold), percent_text(each.other.model))
+        for each in fields
+        if each.other is not None
+    ]
+    _table(console, "Share of Other", ("field", "gold", "model"), others)
 
 
 def _print_field(console: Console, figures: FieldFigures) -> None:
@@ -99,9 +115,10 @@ def _print_field(console: Console, figures: FieldFigures) -> None:
     name = figures.field
     _table(console, f"{name}: labels", ("label", "gold", "model", "precision", "recall", "F1"), labels)
     confusions = [
-        (each.gold, each.model, f"{each.n:,}", " ".join(each.ids[:5])) for each in figures.confusions[:LINES_SHOWN]
+        (each.gold, each.model, f"{each.n:,}", " ".join(each.ids[:IDS_SHOWN]))
+        for each in figures.confusions[:CONFUSIONS_SHOWN]
     ]
-    _table(console, f"{name}: largest confusions", ("gold", "model", "n", "ids to look at"), confusions, ids=1)
+    _table(console, f"{name}: largest confusions", ("gold", "model", "n", "ids"), confusions, ids=1)
     if figures.calibration is not None:
         bins = [
             (
@@ -118,23 +135,24 @@ def _print_field(console: Console, figures: FieldFigures) -> None:
 def _print_comparison(console: Console, comparison: Comparison) -> None:
     rows = [(each.field, f"{each.agreement.n:,}", interval_text(each.agreement)) for each in comparison.fields]
     _table(console, "Agreement of A and B", ("field", "n", "agreement"), rows)
-    judged = [
+    judged = [each for each in comparison.fields if each.accuracy_a is not None]
+    accuracies = [
         (
             each.field,
-            f"{each.accuracy_a.n:,}",
+            f"{each.accuracy_n:,}",
             *map(interval_text, (each.accuracy_a, each.accuracy_b)),
             change_text(each.accuracy_change),
-            f"{each.only_a} / {each.only_b}",
-            p_text(each.p_value),
-            change_text(each.macro_f1_change),
         )
-        for each in comparison.fields
-        if each.accuracy_a is not None
+        for each in judged
     ]
-    columns = ("field", "n", "accuracy A", "accuracy B", "B - A", "only A / only B right", "p", "macro-F1 B - A")
-    _table(console, "A and B against gold (95 % intervals, McNemar's exact test)", columns, judged)
+    _table(console, "Accuracy", ("field", "n", "A", "B", "B - A"), accuracies)
+    tests = [
+        (each.field, f"{each.only_a}", f"{each.only_b}", p_text(each.p_value), change_text(each.macro_f1_change))
+        for each in judged
+    ]
+    _table(console, "Paired test", ("field", "only A right", "only B right", "p (McNemar)", "macro-F1 B - A"), tests)
     differences = [
-        (each.id, each.field, "–" if each.gold is None else shown(each.gold), shown(each.a), shown(each.b))
+        (each.id, each.field, NOTHING if each.gold is None else shown(each.gold), shown(each.a), shown(each.b))
         for each in comparison.differences[:LINES_SHOWN]
     ]
     title = f"{counted(comparison.differing, 'conversation')} with different labels"
