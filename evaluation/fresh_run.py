@@ -13,7 +13,7 @@ import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from classifier import Classifier
 from config import Settings, load_taxonomy
-from domain.conversation import Conversation, build_result, result_fingerprint
+from domain.conversation import SOURCE_FIELDS, Conversation, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import (
     ConfigurationError,
@@ -178,6 +178,6 @@ async def read_sources(collections: Collections, name: str, chosen: Sequence[Lab
     found: dict[bytes, Document] = {}
     for start in range(0, len(chosen), 100):
         ids = [one.document_id for one in chosen[start : start + 100]]
-        documents = await collections.find(name, {"_id": {"$in": ids}}, ())
+        documents = await collections.find(name, {"_id": {"$in": ids}}, SOURCE_FIELDS)
         found |= {id_key(document["_id"]): document for document in documents}
     return [found[one.key] for one in chosen if one.key in found]

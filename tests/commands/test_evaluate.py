@@ -187,8 +187,8 @@ def test_corrections_are_gold_and_the_latest_one_counts(judged: Site) -> None:
     judged.database["sentimental_analysis_corrections"].insert_many(
         [
             correction(1, "Neutral", 0),
-            correction(2, "Negative", 5),
             correction(2, "Positive", 1),
+            correction(2, "Negative", 5),
         ]
     )
     report = report_of(judged, "--gold", "corrections")
@@ -390,9 +390,7 @@ def test_conversations_that_cannot_be_classified_are_listed(to_classify: Site) -
     report_of(site, "--gold", "gold.jsonl", "--run", "12")
     site.source.update_one({"_id": 3}, {"$set": {"messages": [{"sender": "agent", "text": "Anything else?"}]}})
     site.source.update_one({"_id": 4}, {"$set": {"messages.0.text": "Case 00004: unusable"}})
-    model_of(site).configure(
-        faults=[{"kind": "prose", "when": {"text": "none"}}, {"kind": "unconstrained", "when": {"text": "unusable"}}]
-    )
+    model_of(site).configure(faults=[{"kind": "unconstrained", "when": {"text": "unusable"}}])
     report = report_of(site, "--gold", "gold.jsonl", "--run", "12")
     assert report["gold"]["conversations"] == 10
     problems = {one["place"]: one for one in report["gold"]["problems"]}

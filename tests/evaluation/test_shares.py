@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from evaluation.intervals import proportion
-from evaluation.shares import Agreement, field_shares, prediction_powered
+from evaluation.shares import ADDED, Agreement, field_shares, prediction_powered
 from evaluation.values import Estimate
 from tests.evaluation.made_rows import FIELD, rows_of
 
@@ -39,7 +39,7 @@ def simulated(share: float, sensitivity: float, specificity: float, n_gold: int)
     return [(Agreement(*table), count) for table, count in zip(tables, hits, strict=True)]
 
 
-def coverage(corpora: list[tuple[Agreement, int]], share: float, added: int = 1) -> float:
+def coverage(corpora: list[tuple[Agreement, int]], share: float, added: int = ADDED) -> float:
     """Return how often the interval contains *share*."""
     estimates = [prediction_powered(table, hits, UNLABELLED, added) for table, hits in corpora]
     return sum(each.low <= share <= each.high for each in estimates) / len(estimates)  # type: ignore[operator]
