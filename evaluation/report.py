@@ -25,7 +25,7 @@ METHODS = {
     "interval_level": LEVEL,
     "proportions": "Wilson score interval",
     "label_f1": "Wilson score interval of TP / (TP + FP + FN), transformed",
-    "macro_f1_and_differences": f"basic bootstrap over conversations, {SAMPLES} samples, seed {SEED}",
+    "macro_f1_and_differences": f"normal bootstrap over conversations, corrected for bias, {SAMPLES} samples, seed {SEED}",
     "paired_test": "McNemar, exact, two-sided",
     "shares": "PPI++ (arXiv 2311.01453) with one added conversation per kind of error",
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from evaluation.intervals import LEVEL, proportion
@@ -29,6 +29,11 @@ class Agreement:
     only_gold: int
     only_model: int
     neither: int
+
+    @property
+    def n(self) -> int:
+        """The number of gold conversations."""
+        return self.both + self.only_gold + self.only_model + self.neither
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +79,25 @@ def field_shares(name: str, rows: Sequence[Row], counts: Counter[Labels], known:
 
 
 def prediction_powered(agreement: Agreement, hits: int, total: int, added: int = ADDED) -> Estimate:
-    """Return the share of a label by PPI++; *hits* of *total* (>= 1) conversations without gold have it by the model."""
-    both, neither = agreement.both, agreement.neither
-    only_gold, only_model = agreement.only_gold + added, agreement.only_model + added
-    n = both + only_gold + only_model + neither
-    gold, model, unlabelled = (both + only_gold) / n, (both + only_model) / n, hits / total
+    """Return the share of a label by PPI++; *hits* of *total* (>= 1) conversations without gold have it by the model.
+
+    The added conversations widen the interval and leave the estimate alone.
+    """
+    value, _ = _value_and_error(agreement, hits, total)
+    widened = replace(agreement, only_gold=agreement.only_gold + added, only_model=agreement.only_model + added)
+    centre, error = _value_and_error(widened, hits, total)
+    reach = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
+    low, value, high = (min(1.0, max(0.0, each)) for each in (centre - reach, value, centre + reach))
+    return Estimate(value, min(low, value), max(high, value), agreement.n)
+
+
+def _value_and_error(agreement: Agreement, hits: int, total: int) -> tuple[float, float]:
+    both, n = agreement.both, agreement.n
+    gold, model, unlabelled = (both + agreement.only_gold) / n, (both + agreement.only_model) / n, hits / total
     covariance = both / n - gold * model
-    pooled = (both + only_model + hits) / (n + total)
+    pooled = (both + agreement.only_model + hits) / (n + total)
     variance = pooled * (1 - pooled) * (n + total) / (n + total - 1)
     power = min(1.0, max(0.0, covariance / ((1 + n / total) * variance))) if variance else 0.0
-    value = power * unlabelled + gold - power * model
     of_rectifier = gold * (1 - gold) + power**2 * model * (1 - model) - 2 * power * covariance
     error = math.sqrt(power**2 * unlabelled * (1 - unlabelled) / total + max(0.0, of_rectifier) / n)
-    reach = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
-    low, value, high = (min(1.0, max(0.0, each)) for each in (value - reach, value, value + reach))
-    return Estimate(value, low, high, n - 2 * added)
+    return power * unlabelled + gold - power * model, error
