@@ -35,7 +35,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--gold",
         metavar="SOURCE",
-        help="gold labels: a JSONL or CSV file, collection:NAME, or corrections (of the reviewers)",
+        help="gold labels: a JSONL or CSV file, collection:NAME, corrections (of the reviewers), or "
+        "control (those of the random control sample)",
     )
     what.add_argument(
         "--compare",
@@ -94,12 +95,14 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other or would have no effect, and files that could not be written."""
     if not arguments.gold and not arguments.compare:
         raise ConfigurationError(
-            "evaluate requires --gold SOURCE (a file, collection:NAME or corrections) or --compare A B."
+            "evaluate requires --gold SOURCE (a file, collection:NAME, corrections or control) or --compare A B."
         )
     useless = {
         "--run, --shares and --fail-under judge one results collection: leave out --compare": arguments.compare
         and (arguments.run or arguments.shares or arguments.fail_under),
         "--run-into requires --run N": arguments.run_into and not arguments.run,
+        "--shares requires gold labels drawn at random: use --gold control": arguments.shares
+        and arguments.gold == "corrections",
         "--shares reads all results, and --run makes only N: leave out one of them": arguments.shares and arguments.run,
     }
     for sentence, is_so in useless.items():

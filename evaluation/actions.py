@@ -29,7 +29,7 @@ from storage.files import replace_file
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
 
-COLLECTION, CORRECTIONS = "collection:", "corrections"
+COLLECTION, CORRECTIONS, CONTROL = "collection:", "corrections", "control"
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -54,7 +54,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
 def _why_empty(arguments: argparse.Namespace, report: Report) -> str:
     if report.comparison is not None:
         return f"No conversation is in both {report.comparison.a.source} and {report.comparison.b.source}."
-    if not report.lines and arguments.gold == CORRECTIONS:
+    if not report.lines and arguments.gold in (CORRECTIONS, CONTROL):
         return f"There are no {report.gold_source}; make some with python cli.py review."
     return (
         f"None of the {counted(report.lines, 'gold line')} has a result in {report.results}; run python cli.py first, "
@@ -86,7 +86,7 @@ class Evaluation:
             name = self._arguments.run_into or evaluation_name(name)
             entries = await self._classified(gold, name)
         source = ResultsCollection(self._collections, name, self._fields)
-        report = Report(f"{self._settings.db_name}.{name}", gold.source, len(gold.entries), gold.problems)
+        report = self._new_report(f"{self._settings.db_name}.{name}", gold)
         report.rows = await self._rows(entries, source, report)
         figures = (field_figures(field, report.rows, self._taxonomy.names(field)) for field in self._fields)
         report.fields = [each for each in figures if each.n]
@@ -97,10 +97,15 @@ class Evaluation:
                 report.shares.append(field_shares(name, report.rows, counts, self._taxonomy.names(name)))
         return report
 
+    @staticmethod
+    def _new_report(results: str, gold: Gold) -> Report:
+        return Report(results, gold.source, gold.note, len(gold.entries), gold.problems)
+
     async def _gold(self) -> Gold:
         given = self._arguments.gold
-        if given == CORRECTIONS:
-            return await read_corrections(self._collections, self._settings.results_collection, self._spelling)
+        if given in (CORRECTIONS, CONTROL):
+            results, is_control = self._settings.results_collection, given == CONTROL
+            return await read_corrections(self._collections, results, self._spelling, is_control=is_control)
         if not given.startswith(COLLECTION):
             return read_gold_file(Path(given), self._spelling)
         name = given.removeprefix(COLLECTION)
@@ -157,7 +162,7 @@ class Evaluation:
 
     async def _compared(self, gold: Gold) -> Report:
         a, b = [await self._source(name) for name in self._arguments.compare]
-        report = Report(f"{a.name} and {b.name}", gold.source, len(gold.entries), gold.problems)
+        report = self._new_report(f"{a.name} and {b.name}", gold)
         comparer = Comparer(a, b, self._fields)
         if self._arguments.gold:
             rows = await self._rows(gold.entries, a, report)

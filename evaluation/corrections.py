@@ -9,7 +9,11 @@ from evaluation.sources import Collections
 from evaluation.values import Problem, Spelling
 from storage.extended_json import Document, id_key, id_text
 
-FIELDS = ("source_conversation_id", "conversation_number", "field", "to", "at")
+FIELDS = ("source_conversation_id", "conversation_number", "field", "to", "at", "sampling_probability")
+BIAS = (
+    "Reviewers see uncertain labels first, so the accuracy of all results is probably higher. --gold control uses only the "
+    "conversations that were drawn at random."
+)
 
 
 def corrections_name(results: str) -> str:
@@ -17,12 +21,16 @@ def corrections_name(results: str) -> str:
     return f"{results}_corrections"
 
 
-async def read_corrections(collections: Collections, results: str, spelling: Spelling) -> Gold:
-    """Return the latest correction of each field; an accepted label is a correction to itself."""
+async def read_corrections(collections: Collections, results: str, spelling: Spelling, *, is_control: bool) -> Gold:
+    """Return the latest correction of each field; an accepted label is a correction to itself.
+
+    *is_control* leaves only conversations of the random control sample, which have a sampling probability.
+    """
     name = corrections_name(results)
-    gold = Gold(f"corrections in {name}")
+    gold = Gold(f"corrections in {name}", note="" if is_control else BIAS)
+    query = {"sampling_probability": {"$ne": None}} if is_control else {}
     seen: set[tuple[bytes, str]] = set()
-    documents = [document async for page in collections.pages(name, FIELDS) for document in page]
+    documents = [document async for page in collections.pages(name, FIELDS, query) for document in page]
     documents.sort(key=_time, reverse=True)
     for document in documents:
         document_id, field = document.get("source_conversation_id"), str(document.get("field"))

@@ -27,11 +27,12 @@ Find = Callable[[list[Any], list[str]], Awaitable[list[Labelled]]]
 
 @dataclass(slots=True)
 class Gold:
-    """Gold labels as they were read, and what could not be used."""
+    """Gold labels as they were read, and what could not be used; *note* says what limits their use."""
 
     source: str
     entries: list[GoldEntry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    note: str = ""
 
     def add(self, place: str, document: Any, spelling: Spelling) -> None:
         """Add the labels of *document*, a line of a file or a document of a collection."""

@@ -16,10 +16,7 @@ from evaluation.shares import FieldShares
 from evaluation.values import PROBLEMS, Estimate, Problem, Row
 
 NOTHING = "–"
-RANDOM_GOLD = (
-    "The intervals of shares hold if the gold conversations were drawn at random from the results. Corrections of reviewers "
-    "are not, because uncertain labels are reviewed first."
-)
+RANDOM_GOLD = "The intervals of shares hold if the gold conversations were drawn at random from the results."
 
 METHODS = {
     "interval_level": LEVEL,
@@ -42,6 +39,7 @@ class Report:
 
     results: str
     gold_source: str = ""
+    gold_note: str = ""
     lines: int = 0
     problems: list[Problem] = field(default_factory=list)
     rows: Sequence[Row] = ()
@@ -78,6 +76,8 @@ class Report:
             ]
         if self.gold_source:
             sentences.append(f"Gold: {self.gold_source}, {counted(self.lines, 'usable line')}.")
+        if self.gold_note:
+            sentences.append(self.gold_note)
         return sentences
 
     def as_dict(self) -> dict[str, Any]:

@@ -50,12 +50,14 @@ class Collections:
             f"read {name}", lambda: collection.find(query, projection, **options).to_list(None), self._policy
         )
 
-    async def pages(self, name: str, fields: Sequence[str]) -> AsyncIterator[list[Document]]:
-        """Yield the *fields* of all documents of the collection *name*, in the order of ``_id``."""
+    async def pages(
+        self, name: str, fields: Sequence[str], query: Document | None = None
+    ) -> AsyncIterator[list[Document]]:
+        """Yield the *fields* of the documents that *query* finds in the collection *name*, in the order of ``_id``."""
         after: list[Any] = []
         while True:
-            query = range_filter(after, [])
-            page = await self.find(name, query, fields, sort=[("_id", 1)], limit=PAGE, hint=[("_id", 1)])
+            wanted = {**(query or {}), **range_filter(after, [])}
+            page = await self.find(name, wanted, fields, sort=[("_id", 1)], limit=PAGE, hint=[("_id", 1)])
             if not page:
                 return
             yield page

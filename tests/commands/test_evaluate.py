@@ -198,6 +198,25 @@ def test_corrections_are_gold_and_the_latest_one_counts(judged: Site) -> None:
     assert report["gold"]["problem_counts"] == {"superseded": 1}
 
 
+def test_control_sample_is_gold_without_the_bias_of_the_queue(judged: Site) -> None:
+    """Only corrections with a sampling probability; the others are refused for shares."""
+    corrections = [
+        {"source_conversation_id": number, "field": "sentiment", "to": SENTIMENTS[number % 3], "at": datetime.now(UTC)}
+        for number in range(10)
+    ]
+    for correction in corrections[:6]:
+        correction["sampling_probability"] = 0.1
+    judged.database["sentimental_analysis_corrections"].insert_many(corrections)
+    report = report_of(judged, "--gold", "control", "--shares")
+    assert (report["gold"]["conversations"], report["shares"][0]["n_gold"]) == (6, 6)
+    ended = evaluate(judged, "--gold", "corrections")
+    assert "10 conversations" in ended.out
+    assert "Reviewers see uncertain labels first" in ended.out
+    refused = evaluate(judged, "--gold", "corrections", "--shares")
+    assert refused.code == 2
+    assert "use --gold control" in refused.err
+
+
 def test_nothing_matched_exits_with_1(judged: Site) -> None:
     """A gold file of another database; the report is written nevertheless."""
     gold = write_gold(judged, [{"_id": "other", "sentiment": "Neutral"}])
