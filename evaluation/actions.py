@@ -38,6 +38,7 @@ async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         await store.check()
         report = await Evaluation(arguments, settings, store).report()
+        report.problems.sort(key=lambda problem: (len(problem.place), problem.place))  # line 9 before line 10
     finally:
         await store.close()
     print_report(Console(emoji=False), report)

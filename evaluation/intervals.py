@@ -57,6 +57,8 @@ def bootstrap(counts: Sequence[int], statistic: Callable[[Array], Array], least:
     samples = numpy.random.default_rng(SEED).multinomial(n, observed[0] / n, SAMPLES).astype(float)
     value, resampled = float(statistic(observed)[0]), statistic(samples)
     centre, reach = 2 * value - float(resampled.mean()), NormalDist().inv_cdf((1 + LEVEL) / 2) * float(resampled.std())
+    if reach < 1e-9:  # all conversations are alike, so resamples are as well: as wide as for what was never seen in n
+        reach = proportion(0, n).high or 0.0
     return Estimate(value, max(least, centre - reach), min(1.0, centre + reach), n)
 
 

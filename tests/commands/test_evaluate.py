@@ -134,6 +134,7 @@ def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
         "Not used: 1 label outside the taxonomy, 1 repeated, same label, 1 unknown conversation, 1 no result yet."
         in ended.out
     )
+    assert ended.out.index("line 4: ") < ended.out.index("line 5: ") < ended.out.index("line 7: ")
     for line in (
         "line 4: repeated, same label: sentiment, as in line 3",
         "line 5: no result yet: 30",

@@ -49,6 +49,13 @@ def test_bootstrap_is_reproducible_and_agrees_with_the_normal_interval() -> None
     assert (estimate.low, estimate.high) == (pytest.approx(0.2716, abs=0.003), pytest.approx(0.3284, abs=0.003))
 
 
+def test_interval_of_a_single_conversation_is_wide() -> None:
+    """Resamples of it are all the same, which proves nothing."""
+    estimate = bootstrap([1], macro_f1([(frozenset("A"), frozenset("A"))]))
+    assert (estimate.value, estimate.high) == (1, 1)
+    assert estimate.low == proportion(1, 1).low
+
+
 def cells() -> tuple[list[tuple[int, int]], list[float]]:
     """Return the combinations of gold and model label, and their probabilities."""
     pairs = [(gold, model) for gold in range(LABELS) for model in range(LABELS)]
