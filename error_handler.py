@@ -291,6 +291,10 @@ class ErrorKind:
     message: str
 
 
+class ReviewConflictError(TriadError):
+    """A reviewer does not hold a conversation any more: its lease expired and another reviewer has it, or it is decided."""
+
+
 class RequestError(TriadError):
     """The REST service refuses or fails one request; docs/service.md lists every *kind*.
 

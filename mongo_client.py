@@ -248,13 +248,13 @@ class DocumentStore:
 
     async def claim(self, document_ids: list[Any]) -> set[bytes]:
         """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now."""
-        expires_at = self._server_time() + self._lease
+        expires_at = self.server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
         taken = await self._call("claim documents", lambda: insert_new(self._leases, leases))
         if not taken:
             return set(map(id_key, document_ids))
         contested = [document_ids[index] for index in taken]
-        free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self._server_time()}}]}
+        free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self.server_time()}}]}
         change = {"$set": {"worker": self._worker_id, "expires_at": expires_at}}
         await self._call(
             "take over leases", lambda: self._leases.update_many({"_id": {"$in": contested}, **free}, change)
@@ -266,7 +266,7 @@ class DocumentStore:
 
     async def renew_leases(self) -> None:
         """Move the expiry of every lease of this worker."""
-        change = {"$set": {"expires_at": self._server_time() + self._lease}}
+        change = {"$set": {"expires_at": self.server_time() + self._lease}}
         await self._call("renew leases", lambda: self._leases.update_many({"worker": self._worker_id}, change))
 
     async def release(self, document_ids: list[Any]) -> None:
@@ -323,7 +323,8 @@ class DocumentStore:
         if self._opened_here:
             await close_client(self._client)
 
-    def _server_time(self) -> datetime:
+    def server_time(self) -> datetime:
+        """Return the time of the server's clock, which decides when leases expire; ``check`` reads it."""
         return datetime.now(UTC) + self._clock_offset
 
     async def _find(self, what: str, collection: Any, query: Document, **options: Any) -> list[Document]:

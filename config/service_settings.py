@@ -37,6 +37,7 @@ class ServiceSettings(PartSettings):
     idempotency_max_keys: int = Field(10_000, ge=1, le=1_000_000)
     expose_docs: Exposure = "key"
     expose_metrics: Exposure = "key"
+    expose_review: Literal["key", "off"] = "off"
     embedded: bool = False
 
     @field_validator("keys")

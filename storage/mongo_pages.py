@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import bson
-from pymongo import UpdateOne
+from pymongo import ReplaceOne, UpdateOne
 from pymongo.errors import BulkWriteError
 
 from storage.extended_json import Document, bson_encode, id_key, id_text
@@ -90,6 +90,14 @@ async def insert_new(collection: Any, documents: list[Document]) -> set[int]:
         require_only_duplicates(exc)
         return {error["index"] for error in exc.details["writeErrors"]}
     return set()
+
+
+async def replace_each(collection: Any, documents: list[Document], key: Sequence[str]) -> None:
+    """Store each of *documents*, in place of the one with the same values of the fields in *key*."""
+    operations = [
+        ReplaceOne({name: {"$eq": document[name]} for name in key}, document, upsert=True) for document in documents
+    ]
+    await collection.bulk_write(operations)
 
 
 async def update_each(collection: Any, document_ids: Sequence[Any], change: Document) -> list[Refused]:

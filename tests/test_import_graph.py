@@ -25,6 +25,7 @@ LAYERS = (
     "embedded",
     "database_docs",
     "embedding_index",
+    "review",
     "service",
     "batch_processor api",
     "commands",

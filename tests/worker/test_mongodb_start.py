@@ -56,8 +56,8 @@ def uri_of(server: EmbeddedMongod, user: str, password: str) -> str:
 def worker_uri(strict: EmbeddedMongod, client: Client) -> Iterator[str]:
     """The address for a user who has exactly the role that docs/operations.md shows."""
     text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"db\.createRole\((\{.*?\})\)\n", text, re.DOTALL)
-    role = yaml.safe_load(shown)
+    shown = re.findall(r"db\.createRole\((\{.*?\})\)\n", text, re.DOTALL)
+    role = next(role for role in map(yaml.safe_load, shown) if role["role"] == "triad_worker")
     client[DB_NAME].command("createRole", role["role"], roles=role["roles"], privileges=role["privileges"])
     client.admin.command("createUser", "worker", pwd="w", roles=[{"role": role["role"], "db": DB_NAME}])
     yield uri_of(strict, "worker", "w")
