@@ -50,8 +50,12 @@ class ReviewLeases:
         return await self._find_one(query)
 
     async def held_by(self, reviewer: str) -> Document | None:
-        """Return a lease that *reviewer* holds and that has not expired; None if there is none."""
-        return await self._find_one({"reviewer": reviewer, "expires_at": {"$gte": self._store.server_time()}})
+        """Return the newest lease that *reviewer* holds and that has not expired; None if there is none.
+
+        After an undo there are two: that of the conversation to decide again, and that of the one shown before.
+        """
+        query = {"reviewer": reviewer, "expires_at": {"$gte": self._store.server_time()}}
+        return await self._find_one(query, sort=[("expires_at", -1)])
 
     async def release(self, document_id: Any, reviewer: str) -> None:
         """End the lease of *reviewer* on *document_id*."""
@@ -68,8 +72,8 @@ class ReviewLeases:
         changed = await self._call("lease a conversation", lambda: self._collection.update_one(query, {"$set": fields}))
         return bool(changed.matched_count)
 
-    async def _find_one(self, query: Document) -> Document | None:
-        return await self._call("read a lease", lambda: self._collection.find_one(query))
+    async def _find_one(self, query: Document, **options: Any) -> Document | None:
+        return await self._call("read a lease", lambda: self._collection.find_one(query, **options))
 
     async def _call(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
         return await call_repeatedly(what, operation, self._policy)

@@ -21,7 +21,7 @@ from config import Settings, Taxonomy
 from config.review_settings import ReviewSettings
 from domain.conversation import Classification, Conversation
 from embedded.baseline import BaselineClassifier
-from error_handler import ConfigurationError, ReviewConflictError, SkippedDocumentError
+from error_handler import ConfigurationError, ReviewConflictError, ReviewLabelError, SkippedDocumentError
 from mongo_client import DocumentStore
 from review.corrections import CorrectionStore
 from review.labels import Correction, Label, Source, fingerprint_of
@@ -125,7 +125,7 @@ class ReviewQueue:
 
         Raises:
             ReviewConflictError: The reviewer does not hold the conversation.
-            ConfigurationError: A field or a label is not in the taxonomy.
+            ReviewLabelError: A field or a label is not in the taxonomy.
         """
         await self.open()
         lease = await self._leases.renew(source_id, reviewer)
@@ -163,8 +163,6 @@ class ReviewQueue:
         removed = await self.corrections.undo(reviewer)
         if not removed:
             return None
-        if held := await self._leases.held_by(reviewer):
-            await self._leases.release(held["_id"], reviewer)
         first = removed[0]
         labels = {one.field: one.label_from for one in removed if one.label_from is not None}
         seen = _seen(labels, first.conversation_number, first.result_fingerprint, first.source)
@@ -234,10 +232,10 @@ class ReviewQueue:
 
     def _require_known(self, name: str, label: Label) -> None:
         if name not in self.taxonomy.field_names:
-            raise ConfigurationError("labels: a field is not in the taxonomy.")
+            raise ReviewLabelError("labels: a field is not in the taxonomy; use those of the conversation.")
         names = self.taxonomy.names(name)
         if any(one not in names for one in (label if isinstance(label, list) else [label])):
-            raise ConfigurationError(f"labels: {name} has a label that is not in the taxonomy.")
+            raise ReviewLabelError(f"labels: {name} has a label that is not in the taxonomy; use one of its labels.")
 
     async def _fill(self) -> None:
         """Draw a new pool."""

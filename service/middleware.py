@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from error_handler import RequestError
 from logger import REQUEST_ID_HEADER, begin_request, request_id
 from service import errors
-from service.access import ASKED, route_of
+from service.access import ASKED, WITH_BODY, route_of
 from service.contract import invalid_request
 from service.metrics import ServiceMetrics
 from service.startup import Service
@@ -60,7 +60,7 @@ class ServiceMiddleware:
         metrics.in_flight.inc()
         try:
             state["caller"] = service.gate.admit(route, headers, scope.get("client"))
-            if route in ASKED and scope["method"] == "POST":
+            if scope["path"] in WITH_BODY and scope["method"] == "POST":
                 await service.bodies.run(self._app, scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_with_headers)

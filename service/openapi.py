@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from config.service_settings import ServiceSettings
 from error_handler import ErrorKind, RequestError
 from logger import REQUEST_ID_HEADER
-from service.access import METRICS
+from service.access import METRICS, REVIEW
 from service.contract import ErrorResponse
 from service.similar import MAX_QUERY_CHARACTERS, MAX_SEARCH_CHARACTERS
 
@@ -91,6 +91,9 @@ def openapi_document(app: FastAPI, settings: ServiceSettings) -> dict[str, Any]:
         del paths[METRICS]
     elif settings.expose_metrics == "public":
         paths[METRICS]["get"]["security"] = []
+    if settings.expose_review == "off":
+        for path in [path for path in paths if path.startswith(f"{REVIEW}/")]:
+            del paths[path]
     if settings.keys is None:
         for operations in paths.values():
             for operation in operations.values():

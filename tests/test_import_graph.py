@@ -63,11 +63,11 @@ OWNERS = {
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings"},
-    "jinja2": {"openai_batch.documents"},
+    "jinja2": {"openai_batch.documents", "service.review"},  # prompts; the page
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
-    "fastapi": {"main", "service.middleware", "service.openapi", "service.routes"},
+    "fastapi": {"main", "service.middleware", "service.openapi", "service.review_routes", "service.routes"},
     # below FastAPI: ASGI types for middleware
     "starlette": {
         "main",

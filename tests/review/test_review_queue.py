@@ -11,7 +11,7 @@ import pytest
 from pymongo.database import Database
 
 from config import Settings
-from error_handler import ConfigurationError, ReviewConflictError
+from error_handler import ReviewConflictError, ReviewLabelError
 from mongo_client import DocumentStore
 from review import queue as queue_module
 from review.queue import ReviewItem, ReviewQueue
@@ -91,7 +91,7 @@ async def test_unknown_labels_are_refused(store: DocumentStore, settings: Settin
     queue = open_queue(store, settings)
     assert await queue.next("anna")
     for labels in ({"intent": "Nonsense"}, {"priority": "Order Status"}):
-        with pytest.raises(ConfigurationError, match="taxonomy"):
+        with pytest.raises(ReviewLabelError, match="taxonomy"):
             await queue.decide("anna", 1, labels)
     assert not corrections(database)
 
