@@ -17,7 +17,7 @@ import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
 from classifier import Classifier
-from config import Settings, load_settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
 from error_handler import LLMUnavailableError
@@ -112,7 +112,7 @@ class BatchProcessor:
         self._connected = True
 
     async def _connect_model(self, stack: AsyncExitStack) -> Classify:
-        classifier = Classifier(load_taxonomy(self.settings.taxonomy_file), self.settings.on_long)
+        classifier = Classifier(load_prompt_taxonomy(self.settings), self.settings.on_long)
         session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
         if self.settings.max_concurrent == "auto":
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)

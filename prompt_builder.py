@@ -8,6 +8,7 @@ a part of it (ollama/ollama: rendered path, truncate).
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from config import Taxonomy
 from domain.conversation import Conversation, Message, chat_messages
@@ -69,7 +70,7 @@ def build_system_prompt(taxonomy: Taxonomy) -> str:
     for title, labels in (("INTENTS", taxonomy.intents), ("TOPICS", taxonomy.topics)):
         parts.append(f"{title}:\n" + "".join(f"- {label.name}: {label.definition}\n" for label in labels))
     parts.append("SENTIMENTS:\n" + "".join(f"- {name}\n" for name in taxonomy.sentiments))
-    examples = _examples(taxonomy)
+    examples = [*_examples(taxonomy), *_added_examples(taxonomy)]
     if examples:
         parts.append("EXAMPLES:\n" + "\n".join(examples))
     return "\n".join(parts)
@@ -82,3 +83,18 @@ def _examples(taxonomy: Taxonomy) -> list[str]:
         if all(answer[field] in taxonomy.names(field) for field in ("intent", "topic", "sentiment")):
             shown.append(f"{example}\n")
     return shown
+
+
+def _added_examples(taxonomy: Taxonomy) -> list[str]:
+    """Return the examples of the user; those with a label that is not in *taxonomy* are left out."""
+    shown = []
+    for example in taxonomy.examples:
+        labels = {field: example.answer.get(field) for field in taxonomy.field_names}
+        if all(_is_known(label, taxonomy.names(field)) for field, label in labels.items()):
+            answer = json.dumps(example.answer, ensure_ascii=False)
+            shown.append(f"<conversation>\n{example.transcript}\n</conversation>\n{answer}\n")
+    return shown
+
+
+def _is_known(label: Any, names: tuple[str, ...]) -> bool:
+    return all(one in names for one in (label if isinstance(label, list) else [label]))

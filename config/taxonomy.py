@@ -24,6 +24,19 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation and its right answer, for the prompt.
+
+    *transcript* has masked personal data. *answer* has the keys of a model's answer. *source* is the ``_id`` of the
+    conversation as canonical Extended JSON: it is never gold for this prompt.
+    """
+
+    transcript: str
+    answer: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Taxonomy:
     """The allowed labels, in the order of the file.
 
@@ -33,6 +46,7 @@ class Taxonomy:
     intents: tuple[Label, ...]
     topics: tuple[Label, ...]
     sentiments: tuple[str, ...]
+    examples: tuple[Example, ...] = ()  # in addition to those of prompt_builder
 
     @property
     def field_names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import orjson
 
 from aggregator import aggregate_conversation, document_shape
 from classifier import MAX_CATEGORIZATION_CHARACTERS, Classifier
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from domain.conversation import Outcome, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import JobProcessingError, LLMReplyError, Reason, SkippedDocumentError
@@ -50,7 +50,7 @@ class TriadHandling(Handling):
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:
         """Build the classifier; raise ConfigurationError if the taxonomy is malformed."""
-        self._classifier = Classifier(load_taxonomy(settings.taxonomy_file))
+        self._classifier = Classifier(load_prompt_taxonomy(settings))
         schema = {"name": "triad", "strict": True, "schema": orjson.loads(self._classifier.schema_json)}
         response_format = {"type": "json_schema", "json_schema": schema}
         self._openai = config.openai.model_copy(update={"response_format": response_format})
