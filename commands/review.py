@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import pwd
-from collections import Counter
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -76,7 +75,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             await session.run(arguments.limit)
     finally:
         await store.close()
-    console.print(session.summary(queue.corrections.name), markup=False)
+    console.print(session.summary(queue.corrections.name), markup=False, soft_wrap=True)
     return ExitCode.DONE
 
 
@@ -111,7 +110,7 @@ class Session:
         self._keyboard = keyboard
         self._fields = queue.taxonomy.field_names
         self._keys = {name: label_keys(queue.taxonomy.names(name)) for name in self._fields}
-        self._counts: Counter[str] = Counter()
+        self._saved: list[tuple[int, int]] = []  # accepted and corrected labels of each conversation
 
     async def run(self, limit: int | None) -> None:
         """Show one conversation after the other until the reviewer quits, *limit* are decided, or none is left."""
@@ -129,7 +128,7 @@ class Session:
                 item = await self._undo(item)
                 continue
             await (self._save(draft) if action == ENTER else self._queue.skip(self._reviewer, item.source_id))
-            if limit is not None and self._counts["conversations"] >= limit:
+            if limit is not None and len(self._saved) >= limit:
                 return
             item = await self._queue.next(self._reviewer)
         self._console.print("No conversation is left to review.", markup=False)
@@ -177,7 +176,7 @@ class Session:
             self._console.print(f"Not saved: {exc}", style="red", markup=False)
             return
         corrected = sum(not same_label(label, draft.item.labels.get(name)) for name, label in labels.items())
-        self._counts.update(conversations=1, corrected=corrected, accepted=len(labels) - corrected)
+        self._saved.append((len(labels) - corrected, corrected))
 
     async def _undo(self, shown: ReviewItem) -> ReviewItem | None:
         item = await self._queue.undo(self._reviewer)
@@ -185,7 +184,7 @@ class Session:
             self._console.print("Nothing to undo.", markup=False)
             return shown
         self._console.print("The last decision is removed; decide again.", markup=False)
-        self._counts["undone"] += 1
+        del self._saved[-1:]  # it may be of an earlier session
         return item
 
     def _show(self, draft: Draft) -> None:
@@ -216,11 +215,10 @@ class Session:
 
     def summary(self, collection: str) -> str:
         """Return what was done, in one line."""
-        count = self._counts
-        undone = f", {counted(count['undone'], 'undo', 'undos')}" if count["undone"] else ""
+        accepted, corrected = (sum(counts) for counts in zip((0, 0), *self._saved, strict=True))
         return (
-            f"{counted(count['conversations'], 'conversation')} reviewed by {self._reviewer}: {counted(count['accepted'], 'label')} "
-            f"accepted, {count['corrected']} corrected{undone}. Stored in {collection}."
+            f"{counted(len(self._saved), 'conversation')} reviewed by {self._reviewer}: {counted(accepted, 'label')} accepted, "
+            f"{corrected} corrected. Stored in {collection}."
         )
 
 

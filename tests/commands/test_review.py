@@ -87,7 +87,7 @@ def test_undo_goes_back_over_keys_and_conversations(typed: Callable[..., tuple[i
     assert decided(place)[0] == (1, "intent", "Information Request", False)
     assert {one[0] for one in decided(place)} == {1}
     assert "The last decision is removed" in out
-    assert "1 undo" in out
+    assert "1 conversation reviewed by anna: 2 labels accepted, 1 corrected." in out
     assert "Nothing to undo." in typed("uq", *ALL[2:], "--reviewer", "ben")[1]
 
 
