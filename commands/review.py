@@ -7,7 +7,9 @@ import os
 import pwd
 from dataclasses import dataclass, field
 
+from rich.columns import Columns
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -207,7 +209,8 @@ class Session:
             self._console.print(line)
         if draft.place < len(self._fields):
             keys = self._keys[self._fields[draft.place]]
-            self._console.print(Text("  ").append("   ".join(f"{key} {label}" for key, label in keys.items()), "cyan"))
+            labels = [Text(f"{key} {label}", "cyan") for key, label in keys.items()]
+            self._console.print(Padding(Columns(labels, padding=(0, 3)), (0, 0, 0, 2)))
             actions = f"Enter accept   Tab next field   {UNDO} undo   {NOTE} note   {SKIP} skip   {QUIT} quit"
             self._console.print(Text(f"  {actions}", "dim"))
         if draft.note:

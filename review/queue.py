@@ -206,10 +206,8 @@ class ReviewQueue:
     def _turn(self, reviewer: str) -> Iterator[_Candidate]:
         """Yield the candidates of one turn, the first choice first. Those of the pool are yielded once."""
         pool, skipped = self._pool, self._skipped.get(reviewer, set())
-        queues = [pool.by_worth, pool.at_random]
-        if is_control_turn(self._served, self._options.control):
-            queues.reverse()
-        for queue in (pool.second, *queues):
+        is_control = is_control_turn(self._served, self._options.control)
+        for queue in (pool.second, *([pool.at_random] if is_control else []), pool.by_worth):
             passed = []
             while queue:
                 candidate = queue.pop(0)

@@ -102,6 +102,19 @@ def test_note_skip_and_tab(typed: Callable[..., tuple[int, str, str]], place: Si
     assert "note: quick not!" in out
 
 
+def test_keys_of_a_field_with_several_labels_add_and_remove(
+    typed: Callable[..., tuple[int, str, str]], place: Site
+) -> None:
+    """The field stays marked until Tab."""
+    place.database["sentimental_analysis"].update_one(
+        {"source_conversation_id": 1}, {"$set": {"classification.topic": ["Other", "Banking/Cards"]}}
+    )
+    code, out, _ = typed("\td1\n")
+    assert code == 0
+    assert decided(place)[1] == (1, "topic", ["Banking/Cards", "Account/Billing"], False)
+    assert "Banking/Cards, Account/Billing (corrected)" in out
+
+
 def test_end_of_the_input_and_limit_end_the_review(typed: Callable[..., tuple[int, str, str]], place: Site) -> None:
     """A conversation that was shown and not decided is free again at once."""
     assert typed("\n\n\n\n", *ALL, "--limit", "2")[0] == 0
