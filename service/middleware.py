@@ -86,9 +86,12 @@ def error_response(problem: RequestError) -> Response:
         headers["retry-after"] = str(problem.retry_after_s)
     if problem.kind is errors.BODY_TOO_SLOW:
         headers["connection"] = "close"  # the rest of the body must not be read as the next request
+    response = Response(orjson.dumps(problem.body), problem.kind.status, headers, "application/json")
     if problem.kind is errors.UNAUTHENTICATED:
-        headers["www-authenticate"] = 'Bearer, Basic realm="triad"'
-    return Response(orjson.dumps(problem.body), problem.kind.status, headers, "application/json")
+        # One header each: Chromium does not look for Basic behind a comma, and would not ask for the key.
+        for scheme in ('Basic realm="triad"', "Bearer"):
+            response.headers.append("www-authenticate", scheme)
+    return response
 
 
 def add_error_handlers(app: FastAPI) -> None:

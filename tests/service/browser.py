@@ -27,25 +27,31 @@ FLAGS = (
 class Tab:
     """One page of the browser."""
 
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse, password: str) -> None:
         self._socket = socket
+        self._password = password
         self._number = 0
         self.problems: list[str] = []  # exceptions of scripts, and violations of the content security policy
         self.addresses: list[str] = []  # of all requests
 
     async def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command and return its result; events that come meanwhile are noted."""
-        self._number += 1
-        await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
+        await self._post(method, **parameters)
+        number = self._number
         while True:
             message = await asyncio.wait_for(self._socket.receive_json(), WAIT_S)
-            if message.get("id") == self._number:
+            if message.get("id") == number:
                 assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
                 return result
-            self._note(message)
+            await self._note(message)
 
-    def _note(self, event: dict[str, Any]) -> None:
+    async def _post(self, method: str, **parameters: Any) -> None:
+        """Send a command without waiting for its result."""
+        self._number += 1
+        await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
+
+    async def _note(self, event: dict[str, Any]) -> None:
         method, parameters = event.get("method"), event.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.problems.append(json.dumps(parameters["exceptionDetails"]))
@@ -53,6 +59,11 @@ class Tab:
             self.problems.append(parameters["entry"]["text"])
         elif method == "Network.requestWillBeSent":
             self.addresses.append(parameters["request"]["url"])
+        elif method == "Fetch.requestPaused":
+            await self._post("Fetch.continueRequest", requestId=parameters["requestId"])
+        elif method == "Fetch.authRequired":  # what a person types into the dialogue of the browser
+            typed = {"response": "ProvideCredentials", "username": "me", "password": self._password}
+            await self._post("Fetch.continueWithAuth", requestId=parameters["requestId"], authChallengeResponse=typed)
 
     async def value(self, expression: str) -> Any:
         """Return the value of a JavaScript *expression*."""
@@ -79,8 +90,8 @@ class Tab:
 
 
 @asynccontextmanager
-async def open_tab(folder: Path, *, headers: dict[str, str] | None = None) -> AsyncIterator[Tab]:
-    """Start a browser with a profile in *folder* and yield its tab, which sends *headers* with each request."""
+async def open_tab(folder: Path, password: str) -> AsyncIterator[Tab]:
+    """Start a browser with a profile in *folder* and yield its tab; it answers with *password* if it is asked for one."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip("no Chromium is installed")
@@ -104,10 +115,10 @@ async def open_tab(folder: Path, *, headers: dict[str, str] | None = None) -> As
             async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
                 address = next(one for one in await answer.json() if one["type"] == "page")["webSocketDebuggerUrl"]
             async with session.ws_connect(address, max_msg_size=0) as socket:
-                tab = Tab(socket)
+                tab = Tab(socket, password)
                 for domain in ("Runtime", "Log", "Network", "Page"):
                     await tab.send(f"{domain}.enable")
-                await tab.send("Network.setExtraHTTPHeaders", headers=headers or {})
+                await tab.send("Fetch.enable", handleAuthRequests=True)
                 yield tab
     finally:
         process.send_signal(signal.SIGTERM)

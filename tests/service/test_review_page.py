@@ -167,11 +167,11 @@ NUMBER = "(document.querySelector('#status')?.textContent.match(/Conversation (\
 async def test_page_works_with_the_keyboard_in_a_browser(
     service: ServiceProcess, database: Data, tmp_path: Path
 ) -> None:
-    """Accept, correct, note and undo; a hostile text is only text; nothing is requested from elsewhere."""
+    """The browser asks for the key. Accept, correct, note and undo; a hostile text is only text; nothing is requested from elsewhere."""
     fill(database, [result(1, 0.2), result(2, 0.5), result(3, 0.8)])
     hostile = {"$set": {"messages.0.text": HOSTILE, "conversation_number": "1"}}
     database["conversation_set"].update_one({"_id": 1}, hostile)
-    async with open_tab(tmp_path, headers=key(ANNA)) as tab:
+    async with open_tab(tmp_path, ANNA) as tab:
         await tab.send("Page.navigate", url=f"{service.url}/review")
         assert await tab.until(NUMBER) == "1"
         assert HOSTILE in (await tab.value(TURNS))[0]
@@ -213,7 +213,7 @@ async def test_page_fits_a_phone_in_light_and_dark(
     """No horizontal scrolling at 360 pixels, buttons of at least 40 pixels, readable contrast."""
     fill(database, [result(1, 0.2)])
     database["conversation_set"].update_one({"_id": 1}, {"$set": {"messages.0.text": "x" * 400}})
-    async with open_tab(tmp_path, headers=key(ANNA)) as tab:
+    async with open_tab(tmp_path, ANNA) as tab:
         await tab.send("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
         await tab.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         await tab.send("Page.navigate", url=f"{service.url}/review")
