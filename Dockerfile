@@ -26,6 +26,7 @@ COPY utils/ utils/
 COPY domain/ domain/
 COPY model_server/ model_server/
 COPY worker/ worker/
+COPY review/ review/
 COPY service/ service/
 COPY openai_batch/ openai_batch/
 COPY database_docs/ database_docs/

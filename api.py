@@ -12,7 +12,7 @@ from typing import Any
 import llm_wrapper
 from aggregator import aggregate_conversation
 from classifier import Classifier
-from config import Settings, load_settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy, load_settings
 from error_handler import RequestError, SkippedDocumentError
 from model_server.models import chat_target
 from model_server.window import choose_window
@@ -68,7 +68,7 @@ def classify_conversation(
         conversation = aggregate_conversation(request.model_dump())
     except SkippedDocumentError as exc:
         raise RequestError(errors.INVALID) from exc
-    classifier = Classifier(load_taxonomy(settings.taxonomy_file), settings.on_long)
+    classifier = Classifier(load_prompt_taxonomy(settings), settings.on_long)
     with llm_wrapper.open_session() as session:
         client = llm_wrapper.LLMClient(settings, chat_target(settings, settings.model or ""), session)
         client.prepare(settings)

@@ -17,7 +17,7 @@ import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
 from classifier import Classifier
-from config import Settings, Taxonomy, load_settings, load_taxonomy
+from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
 from error_handler import LLMUnavailableError
@@ -104,7 +104,7 @@ class BatchProcessor:
             await self.store.check()
             self._source = await self.store.identity()
             self.files.require_source(self._source)
-            taxonomy = load_taxonomy(self.settings.taxonomy_file)
+            taxonomy = load_prompt_taxonomy(self.settings)
             classify = self._given_classify or await self._connect_model(stack, taxonomy)
             recorder = self._observers.recorder
             self._classify = recorder.recorded(classify) if recorder else classify

@@ -307,6 +307,14 @@ class ErrorKind:
     message: str
 
 
+class ReviewConflictError(TriadError):
+    """A reviewer does not hold a conversation any more: its lease expired and another reviewer has it, or it is decided."""
+
+
+class ReviewLabelError(TriadError):
+    """A decision of a reviewer names a field or a label that is not in the taxonomy."""
+
+
 class RequestError(TriadError):
     """The REST service refuses or fails one request; docs/service.md lists every *kind*.
 

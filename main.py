@@ -20,6 +20,7 @@ from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
 from service.middleware import ServiceMiddleware, add_error_handlers
 from service.openapi import openapi_document
+from service.review_routes import review, review_page
 from service.routes import add_classification, documentation, operations, similarity
 from service.similar import OpenIndex, open_index
 from service.slow_clients import server_config
@@ -90,7 +91,7 @@ def create_app(
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    for router in (similarity, operations, documentation):
+    for router in (similarity, review, review_page, operations, documentation):
         app.include_router(router)
     return app
 

@@ -206,7 +206,7 @@ class DocumentStore:
         to write all of them again.
         """
         try:
-            await self._call("write results", lambda: (replace_all if replace else _insert_new)(self._results, results))
+            await self._call("write results", lambda: (replace_all if replace else insert_new)(self._results, results))
         except StoreRejectedError as exc:
             if len(results) == 1:
                 return {0: exc}
@@ -249,13 +249,13 @@ class DocumentStore:
 
     async def claim(self, document_ids: list[Any]) -> set[bytes]:
         """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now."""
-        expires_at = self._server_time() + self._lease
+        expires_at = self.server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
-        taken = await self._call("claim documents", lambda: _insert_new(self._leases, leases))
+        taken = await self._call("claim documents", lambda: insert_new(self._leases, leases))
         if not taken:
             return set(map(id_key, document_ids))
         contested = [document_ids[index] for index in taken]
-        free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self._server_time()}}]}
+        free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self.server_time()}}]}
         change = {"$set": {"worker": self._worker_id, "expires_at": expires_at}}
         await self._call(
             "take over leases", lambda: self._leases.update_many({"_id": {"$in": contested}, **free}, change)
@@ -267,7 +267,7 @@ class DocumentStore:
 
     async def renew_leases(self) -> None:
         """Move the expiry of every lease of this worker."""
-        change = {"$set": {"expires_at": self._server_time() + self._lease}}
+        change = {"$set": {"expires_at": self.server_time() + self._lease}}
         await self._call("renew leases", lambda: self._leases.update_many({"worker": self._worker_id}, change))
 
     async def release(self, document_ids: list[Any]) -> None:
@@ -320,7 +320,7 @@ class DocumentStore:
 
     async def insert_documents(self, documents: list[Document]) -> int:
         """Store source *documents*; return how many were new. An existing ``_id`` is left unchanged."""
-        known = await self._call("import documents", lambda: _insert_new(self._marks, documents))
+        known = await self._call("import documents", lambda: insert_new(self._marks, documents))
         return len(documents) - len(known)
 
     async def read_results(self, after: Sequence[Any], limit: int) -> list[Document]:
@@ -332,7 +332,8 @@ class DocumentStore:
         if self._opened_here:
             await close_client(self._client)
 
-    def _server_time(self) -> datetime:
+    def server_time(self) -> datetime:
+        """Return the time of the server's clock, which decides when leases expire; ``check`` reads it."""
         return datetime.now(UTC) + self._clock_offset
 
     async def _find(self, what: str, collection: Any, query: Document, **options: Any) -> list[Document]:
@@ -388,7 +389,7 @@ async def _bounded(cursor: Any, *, whole: bool) -> list[Document]:
     return page
 
 
-async def _insert_new(collection: Any, documents: list[Document]) -> set[int]:
+async def insert_new(collection: Any, documents: list[Document]) -> set[int]:
     """Insert *documents*; return the indexes of those that were stored already."""
     try:
         await collection.insert_many(documents, ordered=False)

@@ -8,6 +8,7 @@ a part of it (ollama/ollama: rendered path, truncate).
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from config import Taxonomy
 from config.taxonomy import Field
@@ -73,7 +74,7 @@ def build_system_prompt(taxonomy: Taxonomy) -> str:
     for field in taxonomy.fields:
         lines = (f"{label.name}: {label.definition}" if label.definition else label.name for label in field.labels)
         parts.append(f"{_heading(field)}:\n" + "".join(f"- {line}\n" for line in lines))
-    examples = _examples(taxonomy)
+    examples = [*_examples(taxonomy), *_added_examples(taxonomy)]
     if examples:
         others = [field.name for field in taxonomy.fields if field.name not in _FIELD_RULES]
         without = f" (without {', '.join(others)})" if others else ""
@@ -121,3 +122,18 @@ def _examples(taxonomy: Taxonomy) -> list[str]:
             kept = {key: label for key, label in answer.items() if key in taxonomy.keys}
             shown.append("\n".join([*lines, json.dumps(kept, ensure_ascii=False)]) + "\n")
     return shown
+
+
+def _added_examples(taxonomy: Taxonomy) -> list[str]:
+    """Return the examples of the user; those with a label that is not in *taxonomy* are left out."""
+    shown = []
+    for example in taxonomy.examples:
+        labels = {field: example.answer.get(field) for field in taxonomy.field_names}
+        if all(_is_known(label, taxonomy.names(field)) for field, label in labels.items()):
+            answer = json.dumps(example.answer, ensure_ascii=False)
+            shown.append(f"<conversation>\n{example.transcript}\n</conversation>\n{answer}\n")
+    return shown
+
+
+def _is_known(label: Any, names: tuple[str, ...]) -> bool:
+    return all(one in names for one in (label if isinstance(label, list) else [label]))

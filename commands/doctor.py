@@ -19,7 +19,7 @@ from commands.diagnosis.model import diagnose_model
 from commands.diagnosis.mongo import diagnose
 from commands.diagnosis.settings import diagnose_labels, diagnose_settings
 from commands.flags import Command, add_model_flags, positive
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from error_handler import TriadError
 from model_server.tokens import TokenEstimator
 from mongo_client import DocumentStore
@@ -87,7 +87,7 @@ def _areas(
 
 async def _sample(settings: Settings) -> list[int]:
     """Return the token counts of the documents that a run would sample to choose its window."""
-    estimator = TokenEstimator(build_system_prompt(load_taxonomy(settings.taxonomy_file)))
+    estimator = TokenEstimator(build_system_prompt(load_prompt_taxonomy(settings)))
     # The diagnosis of MongoDB has already waited for the full timeout.
     timeout_ms = min(settings.mongodb_timeout_ms, SAMPLE_TIMEOUT_MS)
     store = DocumentStore(settings.model_copy(update={"mongodb_timeout_ms": timeout_ms}))

@@ -6,7 +6,7 @@ import re
 from functools import partial
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from config.loading import PartSettings, load_part
 
@@ -37,6 +37,7 @@ class ServiceSettings(PartSettings):
     idempotency_max_keys: int = Field(10_000, ge=1, le=1_000_000)
     expose_docs: Exposure = "key"
     expose_metrics: Exposure = "key"
+    expose_review: Literal["key", "off"] = "off"
     embedded: bool = False
 
     @field_validator("keys")
@@ -51,6 +52,13 @@ class ServiceSettings(PartSettings):
         keys = [entry.partition(":")[2] for entry in entries]
         if len(set(keys)) != len(keys):
             raise ValueError("contains a key twice; give each caller its own")
+        return value
+
+    @field_validator("expose_review")
+    @classmethod
+    def _review_needs_a_key(cls, value: str, info: ValidationInfo) -> str:
+        if value != "off" and info.data.get("allow_unauthenticated") and not info.data.get("keys"):
+            raise ValueError("shows conversations, so set API_KEYS or remove API_ALLOW_UNAUTHENTICATED")
         return value
 
     @property

@@ -118,6 +118,7 @@ class Settings(PartSettings):
     lease_s: float = Field(300.0, ge=1, le=86_400)
     batch_files_dir: Path = Path("batch_files")
     taxonomy_file: Path | None = None
+    prompt_examples_file: Path | None = None
     review_below: float | None = Field(None, ge=0, le=1)
     store_original_conversation: bool = False
     log_level: LogLevel = "INFO"
@@ -173,9 +174,10 @@ def known_environment_names() -> frozenset[str]:
     from config.index_settings import IndexSettings  # noqa: PLC0415
     from config.network_settings import NetworkSettings  # noqa: PLC0415
     from config.openai_settings import OpenAISettings  # noqa: PLC0415
+    from config.review_settings import ReviewSettings  # noqa: PLC0415
     from config.service_settings import ServiceSettings  # noqa: PLC0415
 
-    classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings, NetworkSettings)
+    classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings, NetworkSettings, ReviewSettings)
     return frozenset(name for one in classes for field in one.model_fields for name in variables_of(one, field))
 
 

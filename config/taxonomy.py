@@ -37,6 +37,19 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation and its right answer, for the prompt.
+
+    *transcript* has masked personal data. *answer* has the keys of a model's answer. *source* is the ``_id`` of the
+    conversation as canonical Extended JSON: it is never gold for this prompt.
+    """
+
+    transcript: str
+    answer: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Field:
     """One field of a classification and its labels, at least one, in the order of the file.
 
@@ -64,6 +77,7 @@ class Taxonomy:
 
     fields: tuple[Field, ...]
     has_categorization: bool = True
+    examples: tuple[Example, ...] = ()  # in addition to those of prompt_builder
 
     @property
     def field_names(self) -> tuple[str, ...]:

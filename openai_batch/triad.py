@@ -15,7 +15,7 @@ import orjson
 
 from aggregator import aggregate_conversation, document_shape
 from classifier import MAX_CATEGORIZATION_CHARACTERS, Classifier
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from domain.conversation import Classification, Outcome, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import (
@@ -55,7 +55,7 @@ class TriadHandling(Handling):
 
     def __init__(self, config: AppConfig, settings: Settings, store: DocumentStore, job_id: str) -> None:
         """Build the classifier; raise ConfigurationError if the taxonomy is malformed."""
-        taxonomy = load_taxonomy(settings.taxonomy_file)
+        taxonomy = load_prompt_taxonomy(settings)
         self.field_names = taxonomy.field_names
         self._classifier = Classifier(taxonomy)
         schema = {"name": "triad", "strict": True, "schema": orjson.loads(self._classifier.schema_json)}

@@ -20,7 +20,9 @@ from service.errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG
 
 CLASSIFY, SIMILAR, HEALTH, READY = "/classify", "/similar", "/health", "/ready"
 METRICS, DOCS, OPENAPI = "/metrics", "/docs", "/openapi.json"
+REVIEW, REVIEW_DECISIONS, REVIEW_SKIP = "/review", "/review/decisions", "/review/skip"
 ASKED = (CLASSIFY, SIMILAR)  # for callers; the other routes are for operators
+WITH_BODY = (*ASKED, REVIEW_DECISIONS, REVIEW_SKIP)  # if the method is POST
 ANONYMOUS = "anonymous"
 WRONG_KEYS_PER_MINUTE = 60  # per address; too few to guess 16 characters
 
@@ -29,9 +31,10 @@ _THIS_MACHINE = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?",
 
 def route_of(path: str) -> str:
     """Return the route of *path*, or ``other``: a closed list, safe for metrics and logs."""
-    if path.startswith("/docs/"):
-        return DOCS
-    return path if path in (*ASKED, HEALTH, READY, METRICS, DOCS, OPENAPI) else "other"
+    for page in (DOCS, REVIEW):
+        if path.startswith(f"{page}/"):
+            return page
+    return path if path in (*ASKED, HEALTH, READY, METRICS, DOCS, OPENAPI, REVIEW) else "other"
 
 
 class ServiceGate:
@@ -46,6 +49,7 @@ class ServiceGate:
             DOCS: settings.expose_docs,
             OPENAPI: settings.expose_docs,
             METRICS: settings.expose_metrics,
+            REVIEW: settings.expose_review,
         }
         self._rates = RateLimiter(settings.rate_limit_per_minute)
         self._wrong_keys = RateLimiter(WRONG_KEYS_PER_MINUTE)

@@ -40,8 +40,9 @@ class BodyLimits:
                 QUEUE_FULL if other bodies use up the budget, CallerLeftError.
         """
         headers: Headers = scope["state"]["headers"]
-        if b"idempotency-key" not in headers:  # a stored answer needs no slot
-            self._admission_checks[scope["path"]]()
+        check = self._admission_checks.get(scope["path"])
+        if check is not None and b"idempotency-key" not in headers:  # a stored answer needs no slot
+            check()
         _require_json(headers)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_bytes:

@@ -29,9 +29,13 @@ BAD_HEADER = ErrorKind("HeaderError", 400, "The Idempotency-Key must be 1 to 255
 UNAUTHENTICATED = ErrorKind(
     "AuthenticationError", 401, "The key is missing or wrong; send it as Authorization: Bearer KEY or X-API-Key: KEY."
 )
+CROSS_SITE = ErrorKind("CrossSiteError", 403, "A page of another site sent this request; open /review itself.")
 NOT_FOUND = ErrorKind("NotFoundError", 404, "Not found. Use POST /classify.")
 METHOD_NOT_ALLOWED = ErrorKind("MethodNotAllowedError", 405, "Method not allowed; use one of the Allow header.")
 BODY_TOO_SLOW = ErrorKind("RequestTimeoutError", 408, "The body did not arrive in time; send it without pauses.")
+NOT_HELD = ErrorKind(
+    "ReviewConflictError", 409, "You do not hold this conversation any more; get the next one from /review/next."
+)
 TOO_LARGE = ErrorKind("PayloadTooLargeError", 413, "The body is too large; send less text.")
 NOT_JSON = ErrorKind(
     "UnsupportedMediaTypeError", 415, "Send Content-Type: application/json in UTF-8, without Content-Encoding."
@@ -80,10 +84,15 @@ TEXT_STAYS = ErrorKind(
     "EMBEDDING_PROVIDER to ollama or local.",
 )
 EMBEDDING_AWAY = ErrorKind("EmbeddingUnavailableError", 503, f"The embedding provider does not answer; {_RETRY}")
+STORE_AWAY = ErrorKind(
+    "StoreUnavailableError", 503, "MongoDB does not answer or refuses the operation; see the log of the service."
+)
 TOO_SLOW = ErrorKind("DeadlineError", 504, "The model did not answer within API_REQUEST_TIMEOUT_S; retry later.")
 
 BODY_ERRORS = (INVALID_JSON, BODY_TOO_SLOW, TOO_LARGE, NOT_JSON)
 SIMILAR_ERRORS = (INDEX_NOT_INSTALLED, INDEX_EMPTY, INDEX_UNUSABLE, TEXT_STAYS, EMBEDDING_AWAY)
+# Those of /review, apart from those of the body.
+REVIEW_ERRORS = (UNAUTHENTICATED, WRONG_HOST, CROSS_SITE, TOO_MANY, INTERNAL, STOPPING, STORE_AWAY, TOO_SLOW)
 # The errors that /classify and /similar have in common, apart from those of the body.
 COMMON_ERRORS = (
     *(UNAUTHENTICATED, WRONG_HOST, INVALID, TOO_MANY, INTERNAL, UNUSABLE_ANSWER),

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from error_handler import RequestError
 from logger import REQUEST_ID_HEADER, begin_request, request_id
 from service import errors
-from service.access import ASKED, route_of
+from service.access import ASKED, WITH_BODY, route_of
 from service.contract import invalid_request
 from service.metrics import ServiceMetrics
 from service.startup import Service
@@ -60,7 +60,7 @@ class ServiceMiddleware:
         metrics.in_flight.inc()
         try:
             state["caller"] = service.gate.admit(route, headers, scope.get("client"))
-            if route in ASKED and scope["method"] == "POST":
+            if scope["path"] in WITH_BODY and scope["method"] == "POST":
                 await service.bodies.run(self._app, scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_with_headers)
@@ -86,9 +86,12 @@ def error_response(problem: RequestError) -> Response:
         headers["retry-after"] = str(problem.retry_after_s)
     if problem.kind is errors.BODY_TOO_SLOW:
         headers["connection"] = "close"  # the rest of the body must not be read as the next request
+    response = Response(orjson.dumps(problem.body), problem.kind.status, headers, "application/json")
     if problem.kind is errors.UNAUTHENTICATED:
-        headers["www-authenticate"] = 'Bearer, Basic realm="triad"'
-    return Response(orjson.dumps(problem.body), problem.kind.status, headers, "application/json")
+        # One header each: Chromium does not look for Basic behind a comma, and would not ask for the key.
+        for scheme in ('Basic realm="triad"', "Bearer"):
+            response.headers.append("www-authenticate", scheme)
+    return response
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import async_llm_wrapper
 from async_llm_wrapper import SharedWindow
 from classifier import Classifier
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from config.service_settings import ServiceSettings
 from domain.conversation import Conversation
 from embedded.baseline import BASELINE_MODEL, BaselineClassifier
@@ -70,7 +70,7 @@ class ModelService:
                 "llm_backoff_s": min(settings.llm_backoff_s, SERVICE_BACKOFF_S),
             }
         )
-        self.taxonomy = taxonomy = load_taxonomy(settings.taxonomy_file)
+        self.taxonomy = taxonomy = load_prompt_taxonomy(settings)
         self._classifier = Classifier(taxonomy, settings.on_long)
         self._baseline = BaselineClassifier(taxonomy) if service_settings.embedded else None
         self._target = chat_target(settings, settings.model or "")

@@ -12,7 +12,7 @@ from config.service_settings import ServiceSettings
 from config.taxonomy import TRIAD
 from error_handler import ErrorKind, RequestError
 from logger import REQUEST_ID_HEADER
-from service.access import METRICS
+from service.access import METRICS, REVIEW
 from service.contract import EXAMPLE_LABELS, ErrorResponse, labels_schema
 from service.similar import MAX_QUERY_CHARACTERS, MAX_SEARCH_CHARACTERS
 
@@ -97,6 +97,9 @@ def openapi_document(app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy
         del paths[METRICS]
     elif settings.expose_metrics == "public":
         paths[METRICS]["get"]["security"] = []
+    if settings.expose_review == "off":
+        for path in [path for path in paths if path.startswith(f"{REVIEW}/")]:
+            del paths[path]
     if settings.keys is None:
         for operations in paths.values():
             for operation in operations.values():

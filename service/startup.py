@@ -19,6 +19,7 @@ from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
+from service.review import ReviewService, open_review
 from service.similar import OpenIndex, SimilarConversations
 from service.slow_clients import SlowClientGuard
 from utils.network import require_keys_outside_this_machine
@@ -40,6 +41,7 @@ class Service:
     model: ModelService
     answers: IdempotencyStore[Verdict]
     similar: SimilarConversations
+    review: ReviewService | None
 
 
 async def start(
@@ -78,8 +80,9 @@ async def start(
         guard = SlowClientGuard(config, service_settings, settings.shutdown_grace_s, max_connections, stop)
         await stack.enter_async_context(guard.run())
     bodies = BodyLimits(service_settings, {CLASSIFY: model.require_room, SIMILAR: similar.slots.require_room})
+    review = None if service_settings.expose_review == "off" else await open_review(settings, model.deadlines, stack)
     answers = IdempotencyStore[Verdict](service_settings.idempotency_retention_s, service_settings.idempotency_max_keys)
-    return Service(service_settings, metrics, gate, bodies, model, answers, similar)
+    return Service(service_settings, metrics, gate, bodies, model, answers, similar, review)
 
 
 def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> None:

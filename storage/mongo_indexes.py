@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_CODES = frozenset({85, 86})  # an index of this name or of these fields exists already
 UNIQUE_FIELD = "source_conversation_id"
+CORRECTION_KEY = (UNIQUE_FIELD, "field", "reviewer")  # one decision of a reviewer on a field of a conversation
 SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
 RESULT_INDEXES = (
     "conversation_number",
@@ -35,6 +36,12 @@ def result_indexes(fields: Iterable[str]) -> list[IndexModel]:
     """Return the indexes of results with labels of *fields*, the required one first."""
     unique = IndexModel([(UNIQUE_FIELD, 1)], unique=True)
     return [unique, *(IndexModel([(path, 1)]) for path in (*RESULT_INDEXES, *label_indexes(fields)))]
+
+
+def correction_indexes() -> list[IndexModel]:
+    """Return the indexes of the corrections, the required one first."""
+    unique = IndexModel([(field, 1) for field in CORRECTION_KEY], unique=True)
+    return [unique, IndexModel([("reviewer", 1), ("at", -1)])]
 
 
 def source_indexes() -> list[IndexModel]:
@@ -72,23 +79,25 @@ async def create_indexes(collection: Any, models: list[IndexModel], call: Call) 
 
 async def _replace_unique(collection: Any, model: IndexModel, call: Call, refused: StoreError) -> None:
     """Look for an index that serves instead of *model*, which the server *refused*, or create it under another name."""
+    fields = tuple(model.document["key"])
     with contextlib.suppress(StoreForbiddenError):
-        if serves_as_unique(await call("read the indexes", collection.index_information)):
+        if serves_as_unique(await call("read the indexes", collection.index_information), fields):
             return
-    code, name = getattr(refused.__cause__, "code", None), f"{UNIQUE_FIELD}_unique"
+    code, name = getattr(refused.__cause__, "code", None), f"{'_'.join(fields)}_unique"
     if code in INDEX_CODES and model.document["name"] != name:  # beside one that is not unique, from MongoDB 5.0 on
-        await create_indexes(collection, [IndexModel([(UNIQUE_FIELD, 1)], unique=True, name=name)], call)
+        model = IndexModel([(field, 1) for field in fields], unique=True, name=name)
+        await create_indexes(collection, [model], call)
     elif problem := _problem(code, collection.name):
         raise IndexBlockedError(problem) from refused
     else:
         raise refused
 
 
-def serves_as_unique(indexes: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Return whether one of *indexes* prevents a second result of any document, whatever its name."""
+def serves_as_unique(indexes: Mapping[str, Mapping[str, Any]], fields: tuple[str, ...] = (UNIQUE_FIELD,)) -> bool:
+    """Return whether one of *indexes* prevents a second document with the same *fields*, whatever its name."""
     return any(
         index.get("unique")
-        and [field for field, _ in index["key"]] == [UNIQUE_FIELD]
+        and tuple(field for field, _ in index["key"]) == fields
         and not index.get("partialFilterExpression")
         and not index.get("collation")
         for index in indexes.values()

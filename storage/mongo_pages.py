@@ -133,6 +133,14 @@ async def replace_all(collection: Any, results: list[Document]) -> None:
         require_only_duplicates(exc)
 
 
+async def replace_each(collection: Any, documents: list[Document], key: Sequence[str]) -> None:
+    """Store each of *documents*, in place of the one with the same values of the fields in *key*."""
+    operations = [
+        ReplaceOne({name: {"$eq": document[name]} for name in key}, document, upsert=True) for document in documents
+    ]
+    await collection.bulk_write(operations)
+
+
 async def update_each(collection: Any, document_ids: Sequence[Any], change: Document) -> list[Refused]:
     """Make *change* to each of *document_ids*; return those that MongoDB refuses."""
     # The update of all may have reached some of them, and a counter must not count twice.

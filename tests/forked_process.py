@@ -40,7 +40,7 @@ NUMBER_BYTES = 12
 # What the programs import, at once or when they need it. No script with an `if __name__` of its own but cli and main.
 PRELOADED = (
     *("cli", "main", "openai_batch.actions", "commands.doctor", "commands.estimate"),
-    *("commands.plan", "commands.quarantine", "service.client.client", "uvicorn.main"),
+    *("commands.plan", "commands.quarantine", "commands.review", "service.client.client", "uvicorn.main"),
     *(
         "tests.fakes.fake_ollama_server.process",
         "tests.fakes.fake_openai_server.process",

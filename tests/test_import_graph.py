@@ -25,6 +25,7 @@ LAYERS = (
     "embedded",
     "database_docs",
     "embedding_index",
+    "review",
     "evaluation",
     "service",
     "batch_processor api",
@@ -63,12 +64,12 @@ OWNERS = {
     "tokenizers": {"embedding_index.providers.local_embeddings"},
     "safetensors": {"embedding_index.providers.local_embeddings"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings"},
-    "jinja2": {"openai_batch.documents", "evaluation.html_report"},  # of prompts; of the report
+    "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review"},  # prompts; the report; the page
     "scipy": {"evaluation.intervals"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
-    "fastapi": {"main", "service.middleware", "service.openapi", "service.routes"},
+    "fastapi": {"main", "service.middleware", "service.openapi", "service.review_routes", "service.routes"},
     # below FastAPI: ASGI types for middleware
     "starlette": {
         "main",

@@ -10,7 +10,7 @@ from typing import Any
 import async_llm_wrapper as llm
 from aggregator import TEXT_FIELDS, entry_text
 from classifier import Classifier
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from error_handler import LLMUnavailableError, StoreError
 from model_server.models import chat_target
 from model_server.protocol import ChatTarget
@@ -35,7 +35,7 @@ def plan_of(classifier: Classifier, target: ChatTarget) -> Plan:
 
 async def ask_plan(settings: Settings) -> Plan:
     """Return the plan of a run with *settings* now; the server is only asked for its models."""
-    classifier = Classifier(load_taxonomy(settings.taxonomy_file))
+    classifier = Classifier(load_prompt_taxonomy(settings))
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
         try:

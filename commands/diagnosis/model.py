@@ -13,7 +13,7 @@ from async_llm_wrapper import AsyncLLMClient, ollama_classify_async, open_sessio
 from classifier import Classifier
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from domain.conversation import stored_labels
 from domain.text import counted
 from error_handler import (
@@ -299,7 +299,7 @@ def _gpu_share(size_bytes: int, vram_bytes: int) -> Finding:
 async def _classify(tested: ModelUnderTest) -> Finding:
     """Classify a test conversation exactly as a run does: taxonomy, prompt, schema, request, validation."""
     try:
-        classifier = Classifier(load_taxonomy(tested.settings.taxonomy_file), tested.settings.on_long)
+        classifier = Classifier(load_prompt_taxonomy(tested.settings), tested.settings.on_long)
     except ConfigurationError:
         sentence = "The test conversation was not classified because the labels do not load."
         return warning(sentence, "See the section Labels below.")

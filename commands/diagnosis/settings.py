@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from commands.diagnosis.findings import Finding, error, ok, warning
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from config.loading import DOTENV, variables_of
 from config.settings import DEFAULT_DATABASE, OriginKind, settings_origins
 from config.taxonomy import TRIAD
@@ -47,7 +47,7 @@ def diagnose_settings(settings: Settings, flags: Mapping[str, str], dotenv: Path
 def diagnose_labels(settings: Settings) -> Iterator[Finding]:
     """Yield whether the taxonomy loads, and whether it has the fallback label of the prompt."""
     try:
-        taxonomy = load_taxonomy(settings.taxonomy_file)
+        taxonomy = load_prompt_taxonomy(settings)
     except ConfigurationError as exc:
         yield error(str(exc), "Fix the file, or unset TAXONOMY_FILE to use the shipped labels.")
         return

@@ -46,6 +46,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "lease_s": ("60", 60.0),
     "batch_files_dir": ("elsewhere/files", Path("elsewhere/files")),
     "taxonomy_file": ("own.yaml", Path("own.yaml")),
+    "prompt_examples_file": ("own.json", Path("own.json")),
     "review_below": ("0.6", 0.6),
     "store_original_conversation": ("true", True),
     "log_level": ("debug", "DEBUG"),

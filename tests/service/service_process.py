@@ -78,7 +78,10 @@ class ServiceProcess:
         try:
             connection.request(method, path, body, sent)
             response = connection.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+            got: dict[str, str] = {}
+            for name, value in response.getheaders():
+                got[name.lower()] = f"{got[name.lower()]}, {value}" if name.lower() in got else value
+            return Answer(response.status, got, response.read())
         finally:
             connection.close()
 

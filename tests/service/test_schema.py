@@ -101,8 +101,9 @@ def test_every_error_is_documented(kind: ErrorKind) -> None:
     page = (Path(__file__).parents[2] / "docs/service.md").read_text(encoding="utf-8")
     assert re.search(rf"^\| {kind.status} \| `{kind.name}` \|", page, re.MULTILINE)
     if kind.name not in ELSEWHERE:
-        paths = document()["paths"]
+        paths = document(expose_review="key")["paths"]
         operations = [paths["/classify"]["post"], paths["/similar"]["get"], paths["/similar"]["post"]]
+        operations += [paths["/review/next"]["get"], paths["/review/decisions"]["post"]]
         answers = [operation["responses"].get(str(kind.status)) for operation in operations]
         examples = [answer["content"]["application/json"]["examples"] for answer in answers if answer]
         shown = [example[kind.name] for example in examples if kind.name in example]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from pymongo import MongoClient
+from pymongo.errors import OperationFailure
 
 from batch_processor import BASELINE_PLAN, BatchProcessor, baseline_classify
 from commands.diagnosis.mongo import diagnose
@@ -21,6 +23,7 @@ from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
 from tests.fakes.fake_ollama import FakeOllama
 from tests.in_process import run_cli
+from tests.review.review_site import result
 from tests.worker.site import ROOT, conversation, open_site
 from utils.batch_file_manager import is_same_source
 from worker import left_out
@@ -52,17 +55,31 @@ def uri_of(server: EmbeddedMongod, user: str, password: str) -> str:
     return f"mongodb://{user}:{password}@127.0.0.1:{server.port}/?authSource=admin"
 
 
+@contextmanager
+def user_with_role(server: EmbeddedMongod, client: Client, name: str) -> Iterator[str]:
+    """Yield the address for a user who has exactly the role *name* that docs/operations.md shows."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    shown = map(yaml.safe_load, re.findall(r"db\.createRole\((\{.*?\})\)\n", text, re.DOTALL))
+    role = next(role for role in shown if role["role"] == name)
+    client[DB_NAME].command("createRole", name, roles=role["roles"], privileges=role["privileges"])
+    client.admin.command("createUser", "worker", pwd="w", roles=[{"role": name, "db": DB_NAME}])
+    yield uri_of(server, "worker", "w")
+    client.admin.command("dropUser", "worker")
+    client[DB_NAME].command("dropRole", name)
+
+
 @pytest.fixture
 def worker_uri(strict: EmbeddedMongod, client: Client) -> Iterator[str]:
-    """The address for a user who has exactly the role that docs/operations.md shows."""
-    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"db\.createRole\((\{.*?\})\)\n", text, re.DOTALL)
-    role = yaml.safe_load(shown)
-    client[DB_NAME].command("createRole", role["role"], roles=role["roles"], privileges=role["privileges"])
-    client.admin.command("createUser", "worker", pwd="w", roles=[{"role": role["role"], "db": DB_NAME}])
-    yield uri_of(strict, "worker", "w")
-    client.admin.command("dropUser", "worker")
-    client[DB_NAME].command("dropRole", role["role"])
+    """The address for a user who has the role of the worker."""
+    with user_with_role(strict, client, "triad_worker") as uri:
+        yield uri
+
+
+@pytest.fixture
+def reviewer_uri(strict: EmbeddedMongod, client: Client) -> Iterator[str]:
+    """The address for a user who has the role of a reviewer."""
+    with user_with_role(strict, client, "triad_reviewer") as uri:
+        yield uri
 
 
 @contextmanager
@@ -96,6 +113,26 @@ def test_documented_role_is_enough_for_each_command(
     if not command:
         assert client[DB_NAME].sentimental_analysis.count_documents({}) == 3
         assert client[DB_NAME].conversation_set.count_documents({"status": "processed"}) == 3
+
+
+def test_role_of_reviewers_is_enough_and_changes_no_result(
+    reviewer_uri: str, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accept, undo, correct and skip; conversations and results cannot be written."""
+    client[DB_NAME].sentimental_analysis.insert_many([result(number) for number in range(3)])
+    read, write = os.pipe()
+    os.write(write, b"\nu4\nsq")
+    os.close(write)
+    with os.fdopen(read) as stdin, open_site(reviewer_uri, DB_NAME, None, tmp_path) as site:
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, out, err = run_cli(["review", "--reviewer", "anna"], site.environment(), tmp_path)
+        assert code == 0, out + err
+        assert "refuses" not in out + err
+        assert "1 conversation reviewed by anna" in out
+        for name in ("sentimental_analysis", "conversation_set"):
+            with pytest.raises(OperationFailure, match="not authorized"):
+                site.database[name].update_one({}, {"$set": {"status": "x"}})
+    assert client[DB_NAME].sentimental_analysis_corrections.count_documents({}) == 3
 
 
 def test_documented_role_is_enough_to_index_conversations(worker_uri: str, model: FakeOllama, tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""The routes of the review page. ServiceGate checks the key before; API_EXPOSE_REVIEW=off answers 404."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from error_handler import RequestError
+from service import errors
+from service.access import REVIEW, REVIEW_DECISIONS, REVIEW_SKIP
+from service.openapi import KEY_REQUIRED, documented_errors
+from service.review import ReviewDecision, ReviewSaved, ReviewService, ReviewSkip, ReviewState, ReviewUndone
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_OWN_SITES = (b"same-origin", b"none")  # none: a person typed the address
+
+
+async def _require_own_page(request: Request) -> None:
+    """Refuse what a page of another site sends: a browser adds the key of Basic to it as well.
+
+    POST and DELETE could not come from there in any case, because JSON and DELETE need a preflight request, and there is
+    no CORS. Programs send no Sec-Fetch-Site.
+    """
+    if request.state.headers.get(b"sec-fetch-site", b"none") not in _OWN_SITES:
+        raise RequestError(errors.CROSS_SITE)
+
+
+review = APIRouter(tags=["review"], dependencies=[Depends(_require_own_page)])
+review_page = APIRouter(include_in_schema=False)  # has no conversation; a page of another site may link to it
+_GET_ERRORS: dict[int | str, dict[str, Any]] = documented_errors(*errors.REVIEW_ERRORS)
+_POST_ERRORS = documented_errors(
+    *errors.REVIEW_ERRORS, *errors.BODY_ERRORS, errors.NOT_HELD, errors.INVALID, errors.QUEUE_FULL
+)
+
+
+@review.get(f"{REVIEW}/next", operation_id="reviewNext", responses=_GET_ERRORS, openapi_extra=KEY_REQUIRED)
+async def next_conversation(request: Request) -> ReviewState:
+    """Return the conversation that the caller holds, or lease the next one: the most doubtful first."""
+    return await _service(request).next(request.state.caller, request.state.deadline)
+
+
+@review.post(REVIEW_DECISIONS, operation_id="reviewDecide", responses=_POST_ERRORS, openapi_extra=KEY_REQUIRED)
+async def decide(decision: ReviewDecision, request: Request) -> ReviewSaved:
+    """Store the labels that the caller finds right; the result of the model is not changed."""
+    await _service(request).decide(request.state.caller, decision, request.state.deadline)
+    return ReviewSaved()
+
+
+@review.post(REVIEW_SKIP, operation_id="reviewSkip", responses=_POST_ERRORS, openapi_extra=KEY_REQUIRED)
+async def skip(skipped: ReviewSkip, request: Request) -> ReviewSaved:
+    """Give a conversation back undecided; the caller does not get it again until the service restarts."""
+    await _service(request).skip(request.state.caller, skipped, request.state.deadline)
+    return ReviewSaved()
+
+
+@review.delete(f"{REVIEW_DECISIONS}/last", operation_id="reviewUndo", responses=_GET_ERRORS, openapi_extra=KEY_REQUIRED)
+async def undo(request: Request) -> ReviewUndone:
+    """Remove the caller's last decision, and lease its conversation again."""
+    return await _service(request).undo(request.state.caller, request.state.deadline)
+
+
+@review_page.get(REVIEW)
+async def page(request: Request) -> Response:
+    """Return the page. Its links are relative, so it works behind a proxy that adds a prefix."""
+    return Response(_service(request).page.html, media_type="text/html", headers=_PAGE_HEADERS)
+
+
+@review_page.get(f"{REVIEW}/page.js")
+async def script(request: Request) -> Response:
+    """Return the script of the page."""
+    return Response(_service(request).page.script, media_type="text/javascript", headers=_PAGE_HEADERS)
+
+
+@review_page.get(f"{REVIEW}/page.css")
+async def style(request: Request) -> Response:
+    """Return the style sheet of the page."""
+    return Response(_service(request).page.style, media_type="text/css", headers=_PAGE_HEADERS)
+
+
+def _service(request: Request) -> ReviewService:
+    service: ReviewService | None = request.state.service.review
+    if service is None:  # the gate has answered 404 already
+        raise RequestError(errors.NOT_FOUND)
+    return service

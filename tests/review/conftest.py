@@ -1,0 +1,23 @@
+"""A document store on a database of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from config import Settings
+from mongo_client import DocumentStore
+from tests.review.review_site import settings_of
+
+
+@pytest.fixture
+def settings(mongodb_uri: str, db_name: str) -> Settings:
+    return settings_of(mongodb_uri, db_name)
+
+
+@pytest.fixture
+async def store(settings: Settings) -> AsyncIterator[DocumentStore]:
+    opened = DocumentStore(settings)
+    yield opened
+    await opened.close()

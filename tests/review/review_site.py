@@ -1,0 +1,47 @@
+"""A database with conversations, results and a review queue for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pymongo.database import Database
+
+from config import Settings, load_settings, load_taxonomy
+from mongo_client import DocumentStore
+from review.queue import Options, ReviewQueue
+from tests.worker.site import conversation
+
+Document = dict[str, Any]
+DEFAULTS = Options(control=0.0, double=0.0, lease_s=60)
+TEXT = "my parcel is three weeks late and nobody answers"
+# What the baseline says about TEXT, so that a result with these labels is not disagreed with.
+AGREED = {"intent": "Complaint", "topic": "Shipping/Delivery", "sentiment": "Negative"}
+
+
+def result(number: int, confidence: float | None = None, **labels: Any) -> Document:
+    """Return the result of ``conversation(number)``: AGREED, unless *labels* say otherwise."""
+    metadata: Document = {"fingerprint": f"fp-{number}", "model_used": "llama3.2"}
+    if confidence is not None:
+        metadata["confidence"] = {"intent": confidence, "topic": 0.99, "sentiment": 0.99}
+    return {
+        "source_conversation_id": number,
+        "conversation_number": str(number),
+        "classification": {**AGREED, "categorization": "A parcel is late.", **labels},
+        "processing_metadata": metadata,
+    }
+
+
+def fill(database: Database[Document], results: Iterable[Document]) -> None:
+    """Store *results* and their conversations."""
+    stored = list(results)
+    database["conversation_set"].insert_many([conversation(one["source_conversation_id"], TEXT) for one in stored])
+    database["sentimental_analysis"].insert_many(stored)
+
+
+def settings_of(uri: str, db_name: str) -> Settings:
+    return load_settings(None, mongodb_uri=uri, db_name=db_name, mongodb_backoff_s=0.0)
+
+
+def open_queue(store: DocumentStore, settings: Settings, options: Options = DEFAULTS) -> ReviewQueue:
+    return ReviewQueue(store, settings, load_taxonomy(), options)
