@@ -1,5 +1,6 @@
-"""A classifier without a model, from word lists and VADER, for ``--embedded`` without a model server.
+"""A classifier from word lists and VADER, for ``--embedded`` without a model server.
 
+``embedded.embedding_classifier`` uses its scores as features, and leaves conversations that are not English to it.
 docs/baseline.md reports its accuracy and how its constants were chosen.
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 
 from config.taxonomy import Label, Taxonomy, fold_label
@@ -16,6 +18,11 @@ from domain.conversation import Classification, Conversation
 from error_handler import ConfigurationError
 
 BASELINE_MODEL = "baseline-vader-1"
+EMBEDDING_MODEL = "embedded-minilm-1"
+BUILT_IN_MODELS = (BASELINE_MODEL, EMBEDDING_MODEL)
+"""What ``model_used`` names in results of the built-in classifiers. Any language model replaces such results."""
+
+SENTIMENTS = ("positive", "neutral", "negative")  # folded; the ones that the built-in classifiers can tell
 
 # VADER's usual limits are +-0.05. The upper one is higher here, because "Thanks" often ends a neutral request.
 POSITIVE_FROM = 0.4
@@ -59,6 +66,18 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The labels of one conversation and the built-in classifier that gave them.
+
+    *confidence* maps each field to the probability of its label (0 to 1); None if that is unknown.
+    """
+
+    classification: Classification
+    model: str
+    confidence: dict[str, float] | None = None
+
+
 class BaselineClassifier:
     """Labels conversations by the phrases of the taxonomy (English as shipped) and VADER's English lexicon.
 
@@ -66,14 +85,16 @@ class BaselineClassifier:
         ConfigurationError: The taxonomy lacks Positive, Neutral or Negative, the only sentiments VADER can tell.
     """
 
+    model = BASELINE_MODEL
+
     def __init__(self, taxonomy: Taxonomy) -> None:
         # Imported late: a run with a model needs only the name of the baseline.
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415
 
-        self._intents = _PhraseIndex(taxonomy.intents)
-        self._topics = _PhraseIndex(taxonomy.topics)
-        self._sentiments = {fold_label(name): name for name in taxonomy.sentiments}
-        if missing := {"positive", "neutral", "negative"} - self._sentiments.keys():
+        fields = [field for field in taxonomy.field_names if field != "sentiment"]
+        self._indexes = {field: _PhraseIndex(taxonomy.labels(field)) for field in fields}
+        self.sentiments = {fold_label(name): name for name in taxonomy.names("sentiment")}
+        if missing := set(SENTIMENTS) - self.sentiments.keys():
             raise ConfigurationError(
                 f"The built-in baseline needs the sentiment {min(missing).capitalize()} in the taxonomy; "
                 "add it, or use a model server."
@@ -91,6 +112,17 @@ class BaselineClassifier:
         Without a phrase, or with two equally strong labels, the label is Other (or the last of the group). Time is
         linear in the length of the texts; sentiment reads the first 60,000 characters.
         """
+        scores = self.phrase_scores(conversation)
+        labels = {field: self._indexes[field].strongest(found) for field, found in scores.items()}
+        labels["sentiment"] = self._sentiment(conversation.customer_texts)
+        return classification(labels, "Baseline")
+
+    def answer(self, conversation: Conversation) -> Answer:
+        """Return the labels of ``classify``, without confidence."""
+        return Answer(self.classify(conversation), BASELINE_MODEL)
+
+    def phrase_scores(self, conversation: Conversation) -> dict[str, dict[str, float]]:
+        """Return the weight of the phrases found in *conversation* for each label that has any: field -> label -> weight."""
         customer: list[tuple[str, float]] = []
         others: list[tuple[str, float]] = []
         for turn in conversation.turns:
@@ -99,33 +131,30 @@ class BaselineClassifier:
                 customer.append((words, LATER_TURN if customer else FIRST_TURN))
             else:
                 others.append((words, AGENT_TURN))
-        intent = self._intents.strongest(customer)
-        topic = self._topics.strongest(customer + others)
-        return Classification(
-            categorization=f"Baseline: {intent} about {topic}",
-            intent=intent,
-            topic=topic,
-            sentiment=self._sentiment(conversation.customer_texts),
-        )
+        return {
+            field: index.scores(customer if field == "intent" else customer + others)
+            for field, index in self._indexes.items()
+        }
+
+    def feelings(self, texts: list[str]) -> list[dict[str, float]]:
+        """Return VADER's scores (``compound`` -1 to 1; ``pos``, ``neg``, ``neu`` 0 to 1) of the pieces of *texts*."""
+        prose = (prose_of(text).translate(self._emoji) for text in texts)
+        pieces = (match.group() for text in prose for match in _PIECE.finditer(text))
+        return [self._vader.polarity_scores(piece) for piece in islice(pieces, _PIECES_READ)]
 
     def _sentiment(self, texts: list[str]) -> str:
         """Return the sentiment of the mean score of all pieces that show a feeling; neutral pieces do not dilute it."""
-        prose = (_NOT_PROSE.sub(" ", text).translate(self._emoji) for text in texts)
-        pieces = (match.group() for text in prose for match in _PIECE.finditer(text))
-        compounds = (self._vader.polarity_scores(piece)["compound"] for piece in islice(pieces, _PIECES_READ))
-        felt = [compound for compound in compounds if compound]
-        mean = sum(felt) / len(felt) if felt else 0.0
+        mean = mean_feeling(self.feelings(texts))
         if mean >= POSITIVE_FROM:
-            return self._sentiments["positive"]
-        return self._sentiments["negative" if mean <= NEGATIVE_TO else "neutral"]
+            return self.sentiments["positive"]
+        return self.sentiments["negative" if mean <= NEGATIVE_TO else "neutral"]
 
 
 class _PhraseIndex:
     """The phrases of one group of labels, searched in one pass."""
 
     def __init__(self, labels: tuple[Label, ...]) -> None:
-        names = [label.name for label in labels]
-        self._other = next((name for name in names if fold_label(name) == "other"), names[-1])
+        self._other = _other_of([label.name for label in labels])
         self._labels: defaultdict[str, set[str]] = defaultdict(set)
         for label in labels:
             for phrase in label.phrases:
@@ -135,13 +164,13 @@ class _PhraseIndex:
         phrases = sorted(self._labels, key=len, reverse=True)
         self._regex = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b") if phrases else None
 
-    def strongest(self, texts: Iterable[tuple[str, float]]) -> str:
-        """Return the label with the most weight in *texts* (normalised text, weight); see ``classify`` for ties.
+    def scores(self, texts: Iterable[tuple[str, float]]) -> dict[str, float]:
+        """Return the weight of each label with a phrase in *texts* (normalised text, weight).
 
         A phrase counts once, with its highest weight, so that repetition has no effect.
         """
         if self._regex is None:
-            return self._other
+            return {}
         found: dict[str, float] = {}
         for text, weight in texts:
             for phrase in set(self._regex.findall(text)):
@@ -150,9 +179,34 @@ class _PhraseIndex:
         for phrase, weight in found.items():
             for name in self._labels[phrase]:
                 scores[name] += weight * _specificity(phrase)
+        return dict(scores)
+
+    def strongest(self, scores: Mapping[str, float]) -> str:
+        """Return the label with the most weight in *scores*; see ``classify`` for ties."""
         best = max(scores.values(), default=0.0)
         names = [name for name, score in scores.items() if score == best]
         return names[0] if len(names) == 1 else self._other
+
+
+def _other_of(names: list[str]) -> str:
+    """Return the label of *names* for everything else: Other, or the last one."""
+    return next((name for name in names if fold_label(name) == "other"), names[-1])
+
+
+def classification(labels: Mapping[str, str], maker: str) -> Classification:
+    """Return *labels* (field -> label) with a categorization that begins with *maker*."""
+    return Classification(categorization=f"{maker}: {labels['intent']} about {labels['topic']}", **labels)
+
+
+def mean_feeling(scores: list[dict[str, float]]) -> float:
+    """Return the mean compound of the *scores* that are not 0; 0 without any."""
+    felt = [score["compound"] for score in scores if score["compound"]]
+    return sum(felt) / len(felt) if felt else 0.0
+
+
+def prose_of(text: str) -> str:
+    """Return *text* with a space instead of each link and handle."""
+    return _NOT_PROSE.sub(" ", text)
 
 
 def _specificity(phrase: str) -> float:
@@ -161,6 +215,6 @@ def _specificity(phrase: str) -> float:
 
 def _normalised(text: str) -> str:
     """Return the words of *text* in lower case, without links, handles, articles and possessives."""
-    prose = unicodedata.normalize("NFC", _NOT_PROSE.sub(" ", text).casefold())  # a combining accent would split a word
+    prose = unicodedata.normalize("NFC", prose_of(text).casefold())  # a combining accent would split a word
     words = _WORD.findall(prose.translate(_APOSTROPHES))
     return " ".join(word for word in words if word not in _IGNORED)

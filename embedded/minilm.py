@@ -105,6 +105,18 @@ def model_folder() -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
+def open_encoder() -> Encoder:
+    """Return the encoder of the installed package.
+
+    Raises:
+        ConfigurationError: The package is not installed, or damaged.
+    """
+    folder = model_folder()
+    if folder is None:
+        raise ConfigurationError(f"The package {PACKAGE}, which contains the model, is not installed; run: {INSTALL}")
+    return Encoder(folder)
+
+
 def _tokenizer_json(path: Path) -> str:
     """Return the text of *path*; raise ValueError or KeyError if it is damaged (tokenizers itself raises Exception)."""
     text = path.read_text(encoding="utf-8")
