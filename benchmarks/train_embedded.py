@@ -12,6 +12,7 @@ import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,10 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from benchmarks.baseline_accuracy import Example, directory_examples
-from config.taxonomy import load_taxonomy
+from benchmarks.baseline_accuracy import directory_examples
+from config.taxonomy import Taxonomy, load_taxonomy
 from embedded.baseline import SENTIMENTS, BaselineClassifier, prose_of
-from embedded.conversation_vectors import ConversationVectors, embedded_texts, vectors_of
+from embedded.conversation_vectors import embedded_texts, vectors_of
 from embedded.embedding_classifier import (
     PHRASES,
     WEIGHTS,
@@ -32,17 +33,18 @@ from embedded.embedding_classifier import (
     restored,
     sentiment_inputs,
 )
-from embedded.label_scores import FEATURES, LabelScorer, label_texts, softmax
+from embedded.label_scores import FEATURES, LabelScorer, label_texts, sentiment_of, softmax
 from embedded.minilm import Encoder, open_encoder
 
 SENTENCES = Path(__file__).with_name("sentiment_sentences.tsv")
 FIELDS = ("intent", "topic")
-BACKGROUND = 250  # conversations
+BACKGROUND = 50  # conversations of each source
 CONVERSATIONS = 500.0  # that all sources together weigh, each source the same
 SHRINKAGE = 0.02
 SENTIMENT_C = 4.0
 
 Numbers = NDArray[np.float64]
+Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +131,57 @@ def fit_sentiment(
     found = temperature(scores, gold, np.ones(len(gold)))
     model = fitted(np.ones(len(gold), bool))
     weights = np.concatenate([model.coef_, model.intercept_[:, None]], axis=1) / found
-    return weights.astype(np.float32), found
+    return np.ascontiguousarray(
+        weights, np.float32
+    ), found  # sklearn may give columns first; safetensors would mix them up
 
 
-def fit_lines(directory: Path, encoder: Encoder) -> list[tuple[Example, ConversationVectors]]:
-    """Return the lines of *directory* to fit on, with their vectors."""
-    chosen = [example for _, example in directory_examples(directory) if example.part == "fitted"]
-    return [(example, vectors_of(encoder, example.conversation)) for example in chosen]
+def taxonomy_texts(taxonomy: Taxonomy) -> list[str]:
+    """Return the texts of *taxonomy* that are embedded, in order."""
+    pairs = [label_texts(label) for field in FIELDS for label in taxonomy.labels(field)]
+    return sorted({text for definition, phrases in pairs for text in (definition, *phrases)})
+
+
+def fit_fields(
+    directory: Path, taxonomy: Taxonomy, encoder: Encoder, known: dict[str, Vectors], sentiment: Vectors
+) -> dict[str, NDArray[Any]]:
+    """Return background and weights of intent and topic, fitted on the lines of *directory*; print the weights.
+
+    *known* has the vectors of the taxonomy's texts, *sentiment* the weights of ``fit_sentiment``.
+    """
+    baseline = BaselineClassifier(taxonomy)
+    examples = [example for _, example in directory_examples(directory) if example.part == "fitted"]
+    found = [vectors_of(encoder, example.conversation) for example in examples]
+    felt = [
+        sentiment_of(sentiment_inputs(each.customer, baseline.feelings(example.conversation.customer_texts)), sentiment)
+        for example, each in zip(examples, found, strict=True)
+    ]
+    sources = np.array([example.source for example in examples])
+    background = np.concatenate([np.flatnonzero(sources == source)[:BACKGROUND] for source in np.unique(sources)])
+    tensors: dict[str, NDArray[Any]] = {}
+    for field in FIELDS:
+        vectors = np.stack([each.request if field == "intent" else each.all_turns for each in found])
+        tensors |= quantized(f"background.{field}", vectors[background])
+        labels = taxonomy.labels(field)
+        scorer = LabelScorer(
+            labels, label_vectors(encoder, labels, known), restored(tensors, f"background.{field}"), sentiment
+        )
+        chosen = [
+            (example, scorer.features(vector, baseline.phrase_scores(example.conversation)[field], feeling))
+            for example, vector, feeling in zip(examples, vectors, felt, strict=True)
+            if example.gold.get(field) is not None
+        ]
+        lines = Fitted(
+            np.stack([features for _, features in chosen]),
+            np.array([scorer.names.index(str(example.gold[field])) for example, _ in chosen]),
+            np.array([example.source for example, _ in chosen]),
+        )
+        weights, cooled = fit_field(lines)
+        tensors[field] = weights.astype(np.float32)
+        print(f"{field}: {len(chosen)} lines, temperature {cooled:.2f}")
+        for name, weight in zip(FEATURES, weights, strict=True):
+            print(f"  {weight:7.3f}  {name}")
+    return tensors
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,18 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
     baseline = BaselineClassifier(taxonomy)
     with threadpool_limits(1, user_api="blas"):
         encoder = open_encoder()
-        texts = sorted(
-            {
-                text
-                for field in FIELDS
-                for label in taxonomy.labels(field)
-                for text in (label_texts(label)[0], *label_texts(label)[1])
-            }
-        )
+        texts = taxonomy_texts(taxonomy)
         print(f"Embedding {len(texts)} phrases and definitions ...", file=sys.stderr)
         phrases = quantized("vectors", embedded_texts(encoder, texts))
         save_file({"texts": np.frombuffer("\n".join(texts).encode(), np.uint8), **phrases}, PHRASES)
-        known = dict(zip(texts, restored(phrases, "vectors"), strict=True))
         tensors = dict(load_file(WEIGHTS)) if WEIGHTS.exists() else {}
         sentences = read_sentences()
         print(f"Embedding {len(sentences)} sentences ...", file=sys.stderr)
@@ -166,32 +204,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sentiment: {len(sentences)} sentences, temperature {cooled:.2f}")
         if options.directory is not None:
             print("Embedding the labelled lines ...", file=sys.stderr)
-            lines = fit_lines(options.directory, encoder)
-            step = -(-len(lines) // BACKGROUND)
-            for field in FIELDS:
-                vectors = np.stack([each.request if field == "intent" else each.all_turns for _, each in lines])
-                tensors |= quantized(f"background.{field}", vectors[::step])
-                labels = taxonomy.labels(field)
-                scorer = LabelScorer(
-                    labels, label_vectors(encoder, labels, known), restored(tensors, f"background.{field}")
-                )
-                having = [place for place, (example, _) in enumerate(lines) if example.gold.get(field) is not None]
-                fitted = Fitted(
-                    np.stack(
-                        [
-                            scorer.features(vectors[place], baseline.phrase_scores(lines[place][0].conversation)[field])
-                            for place in having
-                        ]
-                    ),
-                    np.array([scorer.names.index(str(lines[place][0].gold[field])) for place in having]),
-                    np.array([lines[place][0].source for place in having]),
-                )
-                weights, cooled = fit_field(fitted)
-                tensors[field] = weights.astype(np.float32)
-                print(f"{field}: {len(having)} lines, temperature {cooled:.2f}")
-                for name, weight in zip(FEATURES, weights, strict=True):
-                    print(f"  {weight:7.3f}  {name}")
-        save_file(dict(sorted(tensors.items())), WEIGHTS)
+            known = dict(zip(texts, restored(phrases, "vectors"), strict=True))
+            tensors |= fit_fields(options.directory, taxonomy, encoder, known, tensors["sentiment"])
+        save_file({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}, WEIGHTS)
     return 0
 
 

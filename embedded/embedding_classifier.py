@@ -25,7 +25,7 @@ from embedded.baseline import (
     prose_of,
 )
 from embedded.conversation_vectors import ConversationVectors, embedded_texts, vectors_of
-from embedded.label_scores import LabelScorer, LabelVectors, label_texts, softmax
+from embedded.label_scores import LabelScorer, LabelVectors, label_texts, sentiment_of, softmax
 from embedded.language import is_english
 from embedded.minilm import Encoder, open_encoder
 from error_handler import ConfigurationError
@@ -72,6 +72,7 @@ class EmbeddingClassifier:
                         taxonomy.labels(field),
                         label_vectors(self._encoder, taxonomy.labels(field), known),
                         restored(weights, f"background.{'intent' if field == 'intent' else 'topic'}"),
+                        self._sentiment_weights,
                     ),
                     weights["intent" if field == "intent" else "topic"].astype(np.float64),
                 )
@@ -109,14 +110,14 @@ class EmbeddingClassifier:
 
     def _probabilities(self, conversation: Conversation, vectors: ConversationVectors) -> dict[str, dict[str, float]]:
         """Return the probability of each label: field -> label -> 0 to 1."""
+        feelings = self._baseline.feelings(conversation.customer_texts)
+        felt = sentiment_of(sentiment_inputs(vectors.customer, feelings), self._sentiment_weights)
         found = self._baseline.phrase_scores(conversation)
         result = {}
         for field, (scorer, weights) in self._scorers.items():
             vector = vectors.request if field == "intent" else vectors.all_turns
-            probabilities = softmax(scorer.features(vector, found[field]) @ weights)
+            probabilities = softmax(scorer.features(vector, found[field], felt) @ weights)
             result[field] = dict(zip(scorer.names, probabilities.tolist(), strict=True))
-        inputs = sentiment_inputs(vectors.customer, self._baseline.feelings(conversation.customer_texts))
-        felt = softmax((self._sentiment_weights[:, :-1] @ inputs + self._sentiment_weights[:, -1]).astype(np.float64))
         names = [self._baseline.sentiments[name] for name in SENTIMENTS]
         result["sentiment"] = dict(zip(names, felt.tolist(), strict=True))
         return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ FEATURES = (
     "score of the regression on the phrases",
     "is Other",
     "is Other, and no phrase found",
+    "probability of the same sentiment",
 )
 
 RIDGE = 5.0
@@ -50,11 +52,14 @@ def label_texts(label: Label) -> tuple[str, tuple[str, ...]]:
 class LabelScorer:
     """The labels of one field, compared with conversations."""
 
-    def __init__(self, labels: Sequence[Label], vectors: LabelVectors, background: Numbers) -> None:
+    def __init__(
+        self, labels: Sequence[Label], vectors: LabelVectors, background: Numbers, sentiment_weights: Numbers
+    ) -> None:
         """Fit the regression on the phrases, and measure the features on *background*: vectors of other conversations.
 
         Similarities count in standard deviations from their mean over the background. A label that is near to every
-        text has no advantage then.
+        text has no advantage then. *sentiment_weights* are those of ``sentiment_of``; they tell which labels have angry
+        or happy phrases.
         """
         names = [label.name for label in labels]
         self.names = names
@@ -69,20 +74,26 @@ class LabelScorer:
         self._starts = self._ends - counts
         self._definitions = np.ascontiguousarray(vectors.definitions.T)
         self._weights = _regression(vectors, len(names))
+        without_vader = np.zeros((len(vectors.phrases), sentiment_weights.shape[1] - 1 - vectors.phrases.shape[1]))
+        felt = sentiment_of(np.concatenate([vectors.phrases, without_vader], axis=1), sentiment_weights)
+        self._sentiments = np.stack([felt[vectors.places == place].mean(axis=0) for place in range(len(names))])
         raw = self._similarities(background)
         self._mean = raw.mean(axis=0)
         self._deviation = np.maximum(raw.std(axis=0), LEAST_DEVIATION)
 
-    def features(self, vector: Numbers, phrase_weights: Mapping[str, float]) -> NDArray[np.float64]:
+    def features(
+        self, vector: Numbers, phrase_weights: Mapping[str, float], sentiment: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """Return the features of each label: shape (labels, len(FEATURES)).
 
-        *vector* is of a conversation, *phrase_weights* are those of ``BaselineClassifier.phrase_scores`` for the field.
+        *vector* is of a conversation, *phrase_weights* are those of ``BaselineClassifier.phrase_scores`` for the field,
+        *sentiment* has the probabilities of the conversation's sentiments.
         """
         found = np.array([phrase_weights.get(name, 0.0) for name in self.names])
         total = found.sum()
         similar = (self._similarities(vector[None])[0] - self._mean) / self._deviation
         columns = [np.log1p(found), found / total if total else found, *similar.T]
-        columns += [self._is_other, self._is_other & (total == 0)]
+        columns += [self._is_other, self._is_other & (total == 0), self._sentiments @ sentiment]
         return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
 
     def _similarities(self, vectors: Numbers) -> Numbers:
@@ -115,6 +126,11 @@ def _regression(vectors: LabelVectors, count: int) -> Numbers:
     y = y - weights @ y / total
     solved = np.linalg.solve((x.T * weights) @ x + RIDGE * np.eye(x.shape[1]), (x.T * weights) @ y)
     return solved.astype(np.float32)
+
+
+def sentiment_of(inputs: NDArray[Any], weights: Numbers) -> NDArray[np.float64]:
+    """Return the probabilities of the sentiments along the last axis; the last column of *weights* is the intercept."""
+    return softmax((inputs @ weights[:, :-1].T + weights[:, -1]).astype(np.float64))
 
 
 def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

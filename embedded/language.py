@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-MOST_EXTRA_PIECES = 0.5  # for each word
+MOST_EXTRA_PIECES = 0.4  # for each word
 FEWEST_FUNCTION_WORDS = 0.15  # share of the words
 READ_CHARACTERS = 2000
 
