@@ -12,6 +12,7 @@ from collections.abc import Callable
 MOST_EXTRA_PIECES = 0.4  # for each word
 FEWEST_FUNCTION_WORDS = 0.15  # share of the words
 READ_CHARACTERS = 2000
+FEWEST_WORDS = 3  # fewer ASCII words tell nothing ("refund" has two pieces) and count as English
 
 _WORD = re.compile(r"[^\W\d_]+")
 _TAG = re.compile(r"#\w+")
@@ -27,12 +28,12 @@ _FUNCTION_WORDS = frozenset(
 
 
 def is_english(texts: list[str], count_pieces: Callable[[str], int]) -> bool:
-    """Return whether *texts*, without links and handles, look English. True if they have no words.
+    """Return whether *texts*, without links and handles, look English. True if they have hardly any words.
 
     *count_pieces* returns the number of pieces of the encoder's vocabulary in a text.
     """
     words = _WORD.findall(_TAG.sub(" ", " ".join(texts)[:READ_CHARACTERS]).lower())
-    if not words:
+    if not words or (len(words) < FEWEST_WORDS and all(word.isascii() for word in words)):
         return True
     extra_pieces = count_pieces(" ".join(words)) / len(words) - 1
     function_words = sum(word in _FUNCTION_WORDS for word in words) / len(words)
