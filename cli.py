@@ -26,7 +26,7 @@ import uvloop
 from pydantic import SecretStr
 from rich.console import Console
 
-from batch_processor import BatchProcessor, Observers, baseline_classify, find_model
+from batch_processor import BatchProcessor, Observers, built_in_classify, find_model
 from commands import flags, summary
 from config import Settings, load_taxonomy
 from domain.text import counted
@@ -104,9 +104,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         require_replaceable(arguments.output, "--output")
     async with contextlib.AsyncExitStack() as stack:
         parts: dict[str, Any] = {}
-        by_baseline = 0
+        by_built_in = 0
         if arguments.embedded:
-            settings, parts, by_baseline = await _embedded(stack, settings)
+            settings, parts, by_built_in = await _embedded(stack, settings)
         options = RunOptions(
             settings.batch_size,
             arguments.limit,
@@ -116,9 +116,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             dedupe=arguments.dedupe,
         )
         after: RunOptions | None = None
-        if by_baseline and not (options.only or options.reprocess or options.retry_failed):
+        if by_built_in and not (options.only or options.reprocess or options.retry_failed):
             sys.stderr.write(
-                f"{counted(by_baseline, 'result')} of the built-in baseline: the model classifies these conversations again "
+                f"{counted(by_built_in, 'result')} of the built-in classifier: the model classifies these conversations again "
                 "(--only new leaves them).\n"
             )
             options, after = replace(options, only="stale"), options
@@ -133,12 +133,13 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any], int]:
-    """Start the embedded MongoDB with the samples, and select the baseline if no Ollama answers.
+    """Start the embedded MongoDB with the samples, and select a built-in classifier if no Ollama answers.
 
-    Also return how many results of the baseline a model could replace.
+    Also return how many results of built-in classifiers a model could replace.
     """
     from domain.document_files import SAMPLES, read_documents  # noqa: PLC0415
-    from embedded.baseline import BASELINE_MODEL, BaselineClassifier  # noqa: PLC0415 - only for --embedded
+    from embedded.baseline import BUILT_IN_MODELS  # noqa: PLC0415 - only for --embedded
+    from embedded.choice import missing_packages, open_classifier  # noqa: PLC0415
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
 
     console = Console(stderr=True, soft_wrap=True)
@@ -156,7 +157,7 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
             console.print(f"Imported {added} sample conversations into {settings.source_collection}.")
         with translated("count the results"):
             results = store.database[settings.results_collection]
-            by_baseline = await results.count_documents({"processing_metadata.model_used": BASELINE_MODEL})
+            by_built_in = await results.count_documents({"processing_metadata.model_used": {"$in": BUILT_IN_MODELS}})
     finally:
         await store.close()
     model = await find_model(settings)
@@ -164,13 +165,15 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
         server = "a model server" if settings.llm_api_url else "Ollama"
         console.print(f"Found {server} at {settings.server_url}; using {model}.")
         name = "llm_model" if settings.llm_api_url else "ollama_model"
-        return settings.model_copy(update={name: model}), {}, by_baseline
-    baseline = BaselineClassifier(load_taxonomy(settings.taxonomy_file))
+        return settings.model_copy(update={name: model}), {}, by_built_in
+    classifier = await asyncio.to_thread(open_classifier, load_taxonomy(settings.taxonomy_file))
     console.print(
-        f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in baseline classifier "
-        f"({BASELINE_MODEL}). Accuracy: docs/baseline.md.[/]"
+        f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in classifier "
+        f"{classifier.model}. Accuracy: docs/baseline.md.[/]"
     )
-    return settings, {"classify": baseline_classify(baseline), "plan": BASELINE_PLAN}, 0
+    if missing := missing_packages():
+        console.print(f"Labels are better with requirements-embedding.txt installed (missing: {', '.join(missing)}).")
+    return settings, {"classify": built_in_classify(classifier), "plan": BASELINE_PLAN}, 0
 
 
 async def _passes(

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", help="address to listen on (API_HOST; 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port (API_PORT; 8000)")
     parser.add_argument(
-        "--embedded", action="store_true", default=None, help="answer with the built-in baseline (API_EMBEDDED)"
+        "--embedded", action="store_true", default=None, help="answer with a built-in classifier (API_EMBEDDED)"
     )
     arguments = parser.parse_args(argv)
     try:

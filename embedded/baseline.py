@@ -1,5 +1,6 @@
-"""A classifier without a model, from word lists and VADER, for ``--embedded`` without a model server.
+"""A classifier from word lists and VADER, for ``--embedded`` without a model server.
 
+``embedded.embedding_classifier`` uses its scores as features, and leaves conversations that are not English to it.
 docs/baseline.md reports its accuracy and how its constants were chosen.
 """
 
@@ -9,6 +10,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 
 from config.taxonomy import Label, Taxonomy, fold_label
@@ -16,6 +18,11 @@ from domain.conversation import Classification, Conversation
 from error_handler import ConfigurationError
 
 BASELINE_MODEL = "baseline-vader-1"
+EMBEDDING_MODEL = "embedded-minilm-1"
+BUILT_IN_MODELS = (BASELINE_MODEL, EMBEDDING_MODEL)
+"""What ``model_used`` names in results of the built-in classifiers. Any language model replaces such results."""
+
+SENTIMENTS = ("positive", "neutral", "negative")  # folded; the ones that the built-in classifiers can tell
 
 # VADER's usual limits are +-0.05. The upper one is higher here, because "Thanks" often ends a neutral request.
 POSITIVE_FROM = 0.4
@@ -59,6 +66,18 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The labels of one conversation and the built-in classifier that gave them.
+
+    *confidence* maps each field to the probability of its label (0 to 1); None if that is unknown.
+    """
+
+    classification: Classification
+    model: str
+    confidence: dict[str, float] | None = None
+
+
 class BaselineClassifier:
     """Labels conversations by the phrases of the taxonomy (English as shipped) and VADER's English lexicon.
 
@@ -66,17 +85,19 @@ class BaselineClassifier:
         ConfigurationError: The taxonomy lacks Positive, Neutral or Negative, the only sentiments VADER can tell.
     """
 
+    model = BASELINE_MODEL
+
     def __init__(self, taxonomy: Taxonomy) -> None:
         # Imported late: a run with a model needs only the name of the baseline.
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415
 
         self._taxonomy = taxonomy
-        self._phrases = {
+        self._indexes = {
             field.name: _PhraseIndex(field.labels) for field in taxonomy.fields if field.name != "sentiment"
         }
         names = taxonomy.names("sentiment") if "sentiment" in taxonomy.field_names else ()
-        self._sentiments = {fold_label(name): name for name in names}
-        missing = {"positive", "neutral", "negative"} - self._sentiments.keys()
+        self.sentiments = {fold_label(name): name for name in names}
+        missing = set(SENTIMENTS) - self.sentiments.keys()
         if names and missing:
             raise ConfigurationError(
                 f"The built-in baseline needs the sentiment {min(missing).capitalize()} in the taxonomy; "
@@ -95,6 +116,23 @@ class BaselineClassifier:
         Without a phrase, or with two equally strong labels, the label is Other (or the last of the field). Time is
         linear in the length of the texts; sentiment reads the first 60,000 characters.
         """
+        scores = self.phrase_scores(conversation)
+        labels: dict[str, str | list[str]] = {}
+        for field in self._taxonomy.fields:
+            if field.name == "sentiment":
+                labels[field.name] = self._sentiment(conversation.customer_texts)
+            elif field.is_multiple:
+                labels[field.name] = self.labels_by_phrase(field.name, scores[field.name])
+            else:
+                labels[field.name] = self._indexes[field.name].strongest(scores[field.name])
+        return classification(self._taxonomy, labels, "Baseline")
+
+    def answer(self, conversation: Conversation) -> Answer:
+        """Return the labels of ``classify``, without confidence."""
+        return Answer(self.classify(conversation), BASELINE_MODEL)
+
+    def phrase_scores(self, conversation: Conversation) -> dict[str, dict[str, float]]:
+        """Return the weight of the phrases found in *conversation* for each label that has any: field -> label -> weight."""
         customer: list[tuple[str, float]] = []
         others: list[tuple[str, float]] = []
         for turn in conversation.turns:
@@ -103,41 +141,35 @@ class BaselineClassifier:
                 customer.append((words, LATER_TURN if customer else FIRST_TURN))
             else:
                 others.append((words, AGENT_TURN))
-        labels: dict[str, str | list[str]] = {}
-        for field in self._taxonomy.fields:
-            read = customer if field.name == "intent" else customer + others
-            if field.name == "sentiment":
-                labels[field.name] = self._sentiment(conversation.customer_texts)
-            elif field.is_multiple:
-                labels[field.name] = self._phrases[field.name].found(read)
-            else:
-                labels[field.name] = self._phrases[field.name].strongest(read)
-        return Classification(categorization=self._categorization(labels), **labels)
+        return {
+            field: index.scores(customer if field == "intent" else customer + others)
+            for field, index in self._indexes.items()
+        }
 
-    def _categorization(self, labels: Mapping[str, str | list[str]]) -> str | None:
-        if not self._taxonomy.has_categorization:
-            return None
-        named = [labels[field] for field in ("intent", "topic") if field in labels] or [*labels.values()][:1]
-        return "Baseline: " + " about ".join(label if isinstance(label, str) else ", ".join(label) for label in named)
+    def labels_by_phrase(self, field: str, scores: Mapping[str, float]) -> list[str]:
+        """Return each label of *field* with a phrase, by ``phrase_scores``; only Other (or the last label) without one."""
+        return self._indexes[field].found(scores)
+
+    def feelings(self, texts: list[str]) -> list[dict[str, float]]:
+        """Return VADER's scores (``compound`` -1 to 1; ``pos``, ``neg``, ``neu`` 0 to 1) of the pieces of *texts*."""
+        prose = (prose_of(text).translate(self._emoji) for text in texts)
+        pieces = (match.group() for text in prose for match in _PIECE.finditer(text))
+        return [self._vader.polarity_scores(piece) for piece in islice(pieces, _PIECES_READ)]
 
     def _sentiment(self, texts: list[str]) -> str:
         """Return the sentiment of the mean score of all pieces that show a feeling; neutral pieces do not dilute it."""
-        prose = (_NOT_PROSE.sub(" ", text).translate(self._emoji) for text in texts)
-        pieces = (match.group() for text in prose for match in _PIECE.finditer(text))
-        compounds = (self._vader.polarity_scores(piece)["compound"] for piece in islice(pieces, _PIECES_READ))
-        felt = [compound for compound in compounds if compound]
-        mean = sum(felt) / len(felt) if felt else 0.0
+        mean = mean_feeling(self.feelings(texts))
         if mean >= POSITIVE_FROM:
-            return self._sentiments["positive"]
-        return self._sentiments["negative" if mean <= NEGATIVE_TO else "neutral"]
+            return self.sentiments["positive"]
+        return self.sentiments["negative" if mean <= NEGATIVE_TO else "neutral"]
 
 
 class _PhraseIndex:
     """The phrases of one group of labels, searched in one pass."""
 
     def __init__(self, labels: tuple[Label, ...]) -> None:
-        self._names = names = [label.name for label in labels]
-        self._other = next((name for name in names if fold_label(name) == "other"), names[-1])
+        self._names = [label.name for label in labels]
+        self._other = _other_of(self._names)
         self._labels: defaultdict[str, set[str]] = defaultdict(set)
         for label in labels:
             for phrase in label.phrases:
@@ -147,22 +179,11 @@ class _PhraseIndex:
         phrases = sorted(self._labels, key=len, reverse=True)
         self._regex = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b") if phrases else None
 
-    def strongest(self, texts: Iterable[tuple[str, float]]) -> str:
-        """Return the label with the most weight in *texts* (normalised text, weight); see ``classify`` for ties.
+    def scores(self, texts: Iterable[tuple[str, float]]) -> dict[str, float]:
+        """Return the weight of each label with a phrase in *texts* (normalised text, weight).
 
         A phrase counts once, with its highest weight, so that repetition has no effect.
         """
-        scores = self._scores(texts)
-        best = max(scores.values(), default=0.0)
-        names = [name for name, score in scores.items() if score == best]
-        return names[0] if len(names) == 1 else self._other
-
-    def found(self, texts: Iterable[tuple[str, float]]) -> list[str]:
-        """Return each label with a phrase in *texts*; only Other (or the last of the group) without one."""
-        scores = self._scores(texts)
-        return [name for name in self._names if name in scores] or [self._other]
-
-    def _scores(self, texts: Iterable[tuple[str, float]]) -> dict[str, float]:
         if self._regex is None:
             return {}
         found: dict[str, float] = {}
@@ -173,7 +194,42 @@ class _PhraseIndex:
         for phrase, weight in found.items():
             for name in self._labels[phrase]:
                 scores[name] += weight * _specificity(phrase)
-        return scores
+        return dict(scores)
+
+    def strongest(self, scores: Mapping[str, float]) -> str:
+        """Return the label with the most weight in *scores*; see ``classify`` for ties."""
+        best = max(scores.values(), default=0.0)
+        names = [name for name, score in scores.items() if score == best]
+        return names[0] if len(names) == 1 else self._other
+
+    def found(self, scores: Mapping[str, float]) -> list[str]:
+        """Return the labels in *scores* in the order of the taxonomy; only Other (or the last label) without one."""
+        return [name for name in self._names if name in scores] or [self._other]
+
+
+def _other_of(names: list[str]) -> str:
+    """Return the label of *names* for everything else: Other, or the last one."""
+    return next((name for name in names if fold_label(name) == "other"), names[-1])
+
+
+def classification(taxonomy: Taxonomy, labels: Mapping[str, str | list[str]], maker: str) -> Classification:
+    """Return *labels* by field with a categorization, if *taxonomy* has one, that begins with *maker*."""
+    if not taxonomy.has_categorization:
+        return Classification(categorization=None, **labels)
+    named = [labels[field] for field in ("intent", "topic") if field in labels] or [*labels.values()][:1]
+    summary = " about ".join(label if isinstance(label, str) else ", ".join(label) for label in named)
+    return Classification(categorization=f"{maker}: {summary}", **labels)
+
+
+def mean_feeling(scores: list[dict[str, float]]) -> float:
+    """Return the mean compound of the *scores* that are not 0; 0 without any."""
+    felt = [score["compound"] for score in scores if score["compound"]]
+    return sum(felt) / len(felt) if felt else 0.0
+
+
+def prose_of(text: str) -> str:
+    """Return *text* with a space instead of each link and handle."""
+    return _NOT_PROSE.sub(" ", text)
 
 
 def _specificity(phrase: str) -> float:
@@ -182,6 +238,6 @@ def _specificity(phrase: str) -> float:
 
 def _normalised(text: str) -> str:
     """Return the words of *text* in lower case, without links, handles, articles and possessives."""
-    prose = unicodedata.normalize("NFC", _NOT_PROSE.sub(" ", text).casefold())  # a combining accent would split a word
+    prose = unicodedata.normalize("NFC", prose_of(text).casefold())  # a combining accent would split a word
     words = _WORD.findall(prose.translate(_APOSTROPHES))
     return " ".join(word for word in words if word not in _IGNORED)

@@ -16,7 +16,7 @@ from classifier import Classifier
 from config import Settings, load_prompt_taxonomy
 from config.service_settings import ServiceSettings
 from domain.conversation import Conversation
-from embedded.baseline import BASELINE_MODEL, BaselineClassifier
+from embedded.choice import open_classifier
 from error_handler import (
     ConfigurationError,
     ErrorKind,
@@ -55,7 +55,7 @@ class Verdict:
 
 
 class ModelService:
-    """The model, or the built-in baseline, with a limit on concurrent calls, a queue and deadlines."""
+    """The model, or a built-in classifier, with a limit on concurrent calls, a queue and deadlines."""
 
     def __init__(self, settings: Settings, service_settings: ServiceSettings, metrics: ServiceMetrics) -> None:
         """Prepare without opening anything.
@@ -72,14 +72,14 @@ class ModelService:
         )
         self.taxonomy = taxonomy = load_prompt_taxonomy(settings)
         self._classifier = Classifier(taxonomy, settings.on_long)
-        self._baseline = BaselineClassifier(taxonomy) if service_settings.embedded else None
+        self._built_in = open_classifier(taxonomy) if service_settings.embedded else None
         self._target = chat_target(settings, settings.model or "")
         self._metrics = metrics
         self._client: async_llm_wrapper.AsyncLLMClient | None = None
         self._window: SharedWindow | None = None
         self._checking = asyncio.Lock()
         self._checked_at = -math.inf
-        self._found = self._baseline is not None
+        self._found = self._built_in is not None
         self._problem: ErrorKind | None = None if self._found else errors.MODEL_AWAY
         self.slots = AdmissionQueue(service_settings.max_concurrent, service_settings.queue_size)
         self.deadlines = Deadlines()
@@ -92,7 +92,7 @@ class ModelService:
     @property
     def model(self) -> str:
         """The name of the model that gives the labels."""
-        return BASELINE_MODEL if self._baseline is not None else self._target.model
+        return self._target.model if self._built_in is None else self._built_in.model
 
     @property
     def is_breaker_open(self) -> bool:
@@ -102,7 +102,7 @@ class ModelService:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Classify within the block. A background task looks for the model until it is found."""
-        if self._baseline is not None:
+        if self._built_in is not None:
             yield
             return
         async with async_llm_wrapper.open_session(self.slots.size) as session:
@@ -184,7 +184,7 @@ class ModelService:
         queue_s = started_at - asked_at
         self._metrics.queue_time.observe(queue_s)
         try:
-            labels, is_complete = await self._labels(conversation)
+            labels, is_complete, model = await self._labels(conversation)
         except asyncio.CancelledError:
             if asyncio.get_running_loop().time() >= deadline:
                 self._metrics.model_failures.labels(str(Reason.TIMEOUT)).inc()
@@ -193,11 +193,13 @@ class ModelService:
             model_s = time.monotonic() - started_at
             self.slots.release(model_s)
             self._metrics.model_time.observe(model_s)
-        return Verdict(labels, self.model, queue_s, model_s, is_complete)
+        return Verdict(labels, model, queue_s, model_s, is_complete)
 
-    async def _labels(self, conversation: Conversation) -> tuple[dict[str, str | list[str]], bool]:
-        if self._baseline is not None:
-            return (await asyncio.to_thread(self._baseline.classify, conversation)).as_dict(), True
+    async def _labels(self, conversation: Conversation) -> tuple[dict[str, str | list[str]], bool, str]:
+        """Return the labels, whether the model saw the whole conversation, and the model."""
+        if self._built_in is not None:
+            answer = await asyncio.to_thread(self._built_in.answer, conversation)
+            return answer.classification.as_dict(), True, answer.model
         if self._client is None or self._window is None:
             raise errors.unavailable(errors.MODEL_AWAY)
         try:
@@ -212,4 +214,4 @@ class ModelService:
             raise RequestError(errors.TOO_LONG) from exc
         self._metrics.tokens.labels("prompt").inc(outcome.prompt_tokens or 0)
         self._metrics.tokens.labels("reply").inc(outcome.reply_tokens or 0)
-        return outcome.classification.as_dict(), outcome.input_complete
+        return outcome.classification.as_dict(), outcome.input_complete, self.model

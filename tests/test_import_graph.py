@@ -61,9 +61,9 @@ OWNERS = {
     "chromadb": {"embedding_index.search_graph"},
     "sqlalchemy": {"database_docs.introspection"},
     "bpe_openai": {"embedding_index.providers.openai_embeddings"},
-    "tokenizers": {"embedding_index.providers.local_embeddings"},
-    "safetensors": {"embedding_index.providers.local_embeddings"},
-    "threadpoolctl": {"embedding_index.providers.local_embeddings"},
+    "tokenizers": {"embedded.minilm"},
+    "safetensors": {"embedded.minilm", "embedded.embedding_classifier"},
+    "threadpoolctl": {"embedding_index.providers.local_embeddings", "embedded.embedding_classifier"},
     "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review"},  # prompts; the report; the page
     "scipy": {"evaluation.intervals"},
     "phonenumbers": {"openai_batch.masking"},

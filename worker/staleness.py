@@ -20,7 +20,7 @@ Kind = Literal[Only, "skipped", "done", "unjudged", "foreign"]
 
 SELECTABLE: tuple[Only, ...] = get_args(Only)
 _WITHOUT_RESULT: dict[str, Kind] = {"processed": "elsewhere", "skipped": "skipped"}  # by state; new otherwise
-BASELINE_PLAN = "baseline"  # of the built-in classifier, which replaces no answer of a model
+BASELINE_PLAN = "baseline"  # of the built-in classifiers, which replace no result
 REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results of these
 
 

