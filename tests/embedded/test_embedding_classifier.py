@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from config.taxonomy import Label, Taxonomy, load_taxonomy
+from config.taxonomy import Field, Label, Taxonomy, load_taxonomy
 from domain.conversation import Conversation, Sender, Turn
 from embedded.baseline import BASELINE_MODEL, EMBEDDING_MODEL, BaselineClassifier
 from embedded.choice import missing_packages, open_classifier
@@ -37,9 +37,24 @@ def conversation(*turns: tuple[Sender, str]) -> Conversation:
     return Conversation("messages", None, tuple(Turn(sender, text) for sender, text in turns), len(turns))
 
 
-def own_taxonomy(intents: dict[str, list[str]], sentiments: tuple[str, ...] = SHIPPED.sentiments) -> Taxonomy:
+def own_taxonomy(intents: dict[str, list[str]], sentiments: tuple[str, ...] = SHIPPED.names("sentiment")) -> Taxonomy:
     labels = tuple(Label(name, f"The customer talks about {name}.", tuple(given)) for name, given in intents.items())
-    return Taxonomy(labels, (Label("Everything", "Everything."),), sentiments)
+    topics = (Label("Everything", "Everything."),)
+    feelings = tuple(Label(name, "") for name in sentiments)
+    return Taxonomy((Field("intent", labels), Field("topic", topics), Field("sentiment", feelings)))
+
+
+def test_fields_of_a_taxonomy_file_are_filled() -> None:
+    """A field of several labels, one without phrases, no sentiment, no categorization."""
+    issue = (Label("Damage", "Something is broken.", ("broken", "dent")), Label("Delay", "It is late.", ("late",)))
+    urgency = (Label("Low", ""), Label("High", "The customer cannot wait."))
+    taxonomy = Taxonomy((Field("issue", issue, is_multiple=True), Field("urgency", urgency)), has_categorization=False)
+    answer = EmbeddingClassifier(taxonomy).answer(conversation(("customer", "It came late, and it is broken. Hurry up!")))
+    assert answer.classification.labels["issue"] == ("Damage", "Delay")
+    assert answer.classification.labels["urgency"] in ("Low", "High")
+    assert answer.classification.categorization is None
+    assert answer.confidence is not None
+    assert set(answer.confidence) == {"urgency"}
 
 
 @pytest.mark.parametrize(

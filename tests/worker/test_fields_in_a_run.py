@@ -89,7 +89,8 @@ def test_similar_conversations_have_lists_of_labels(tmp_path: Path) -> None:
         answer = service.classify(CONVERSATION).json["classification"]
     assert hit["classification"] == {**labelled, "escalate": ""}
     assert hit["classified_by"] == "llama3.2"
-    assert answer == {"language": "Other", "escalate": "No", "channels": ["Other"]}
+    assert (answer["language"], answer["escalate"], len(answer["channels"])) == ("English", "No", 1)
+    assert set(answer) == {"language", "escalate", "channels"}
 
 
 def test_blocking_form_has_each_field_as_an_attribute(site: Site, labels: str) -> None:
