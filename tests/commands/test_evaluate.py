@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from prompt_builder import chat_messages
 from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_ollama import expected_labels
 from tests.forked_process import Ended
-from tests.worker.site import Site, conversation, model_of, open_site, requests
+from tests.worker.site import Site, conversation, model_of, open_site, requests, until
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("numpy", "scipy")),
@@ -439,3 +440,19 @@ def test_run_reports_its_progress(to_classify: Site) -> None:
     """Plain lines where there is no terminal."""
     ended = evaluate(to_classify, "--gold", "gold.jsonl", "--run", "12")
     assert "evaluation completed: 12/12 done, 12 ok" in ended.err
+
+
+def test_interrupted_run_keeps_its_results_and_resumes(to_classify: Site) -> None:
+    """After Ctrl-C, the same command classifies the rest; at most the calls in flight are repeated."""
+    site = to_classify
+    model_of(site).configure(latency_s=0.1)
+    fresh = site.database["sentimental_analysis_evaluation"]
+    flags = ("evaluate", "--gold", str(site.folder / "gold.jsonl"), "--run", "12", "--max-concurrent", "1")
+    with site.start(*flags) as worker:
+        until(lambda: fresh.count_documents({}) >= 2)
+        worker.send(signal.SIGINT)
+        assert worker.ended().code == 130
+    kept = fresh.count_documents({})
+    assert 2 <= kept < 12
+    assert report_of(site, *flags[1:])["gold"]["conversations"] == 12
+    assert 12 <= requests(site) <= 13
