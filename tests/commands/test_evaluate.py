@@ -265,8 +265,10 @@ def test_compare_without_gold_counts_agreement(judged: Site) -> None:
     same = [result(number, SENTIMENTS[number % 3]) for number in range(30)]
     same[7]["classification"]["sentiment"] = "Negative"
     judged.database["second"].insert_many(same)
-    ended = evaluate(judged, "--compare", "sentimental_analysis", "second")
+    page = judged.folder / "report.html"
+    ended = evaluate(judged, "--compare", "sentimental_analysis", "second", "--html", str(page))
     assert ended.code == 0, ended.said
+    assert "<td>Neutral</td><td>Negative</td>" in page.read_text()
     assert "30 were labelled with the same model, prompt and options" in ended.out
     assert ".97 (.83–.99)" in ended.out
     assert "1 conversation with different labels" in ended.out
@@ -300,6 +302,21 @@ def test_shares_use_gold_and_all_results(judged: Site) -> None:
     assert positive["gold"]["value"] == pytest.approx(2 / 12)
     assert positive["combined"]["low"] < positive["combined"]["value"] < positive["model"]
     assert "drawn at random" in evaluate(judged, "--gold", write_gold(judged, gold_lines(12)), "--shares").out
+
+
+def test_field_with_several_labels_is_judged_label_by_label(judged: Site) -> None:
+    """Lists in the results and in gold, in any order; in CSV with bars."""
+    judged.results.update_many({}, {"$set": {"classification.topic": ["Other", "Account/Billing"]}})
+    path = judged.folder / "gold.csv"
+    path.write_text("_id,topic\n1,account/billing|Other\n2,Other\n3,Shipping/Delivery|Other\n")
+    report = report_of(judged, "--gold", str(path), "--shares")
+    figures = field_of(report, "topic")
+    assert (figures["is_multi"], figures["accuracy"]["value"]) == (True, pytest.approx(1 / 3))
+    by_label = {each["label"]: each for each in figures["labels"]}
+    assert by_label["Other"]["f1"]["value"] == 1
+    assert by_label["Account/Billing"]["precision"]["value"] == pytest.approx(1 / 3)
+    shares = {each["label"]: each for each in report["shares"][0]["labels"]}
+    assert (shares["Other"]["model"], shares["Account/Billing"]["gold"]["value"]) == (1, pytest.approx(1 / 3))
 
 
 def test_page_is_self_contained_and_escaped(judged: Site) -> None:
