@@ -275,6 +275,15 @@ def test_compare_without_gold_counts_agreement(judged: Site) -> None:
     assert "Paired test" not in ended.out
 
 
+def test_long_comparison_shows_its_progress(judged: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line every few seconds; here after each page."""
+    from evaluation import actions
+
+    monkeypatch.setattr(actions, "LINE_EVERY_S", 0.0)
+    ended = evaluate(judged, "--compare", "sentimental_analysis", "sentimental_analysis")
+    assert "evaluate: 30 conversations of sentimental_analysis compared" in ended.err
+
+
 def test_compare_two_reports_uses_their_gold(judged: Site) -> None:
     """Two runs of evaluate, each with --output: neither collection is needed any more."""
     gold = write_gold(judged, gold_lines())
