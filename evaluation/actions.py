@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +30,7 @@ from storage.files import replace_file
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
 
+LINE_EVERY_S = 5.0
 COLLECTION, CORRECTIONS, CONTROL = "collection:", "corrections", "control"
 
 
@@ -172,8 +174,13 @@ class Evaluation:
         else:
             own_gold = a.gold if isinstance(a, ReportFile) else {}
             report.gold_source, report.lines = (a.name, len(own_gold)) if own_gold else ("", 0)
+            done, shown_s = 0, time.monotonic()
             async for page in a.pages():
                 await comparer.add([Row(own_gold.get(one.key, {}), one) for one in page])
+                done += len(page)
+                if time.monotonic() - shown_s >= LINE_EVERY_S:
+                    shown_s = time.monotonic()
+                    sys.stderr.write(f"evaluate: {counted(done, 'conversation')} of {a.name} compared\n")
         report.comparison = comparer.comparison()
         return report
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from config.taxonomy import fold_label
 from evaluation.intervals import bootstrap, f1_score, macro_f1, proportion
-from evaluation.values import Estimate, Labels, Pair, Row, shown
+from evaluation.values import Estimate, Pair, Row, shown
 
 IDS_SHOWN = 10  # of one confusion
 BINS = 10
@@ -177,8 +177,3 @@ def _other(known: Sequence[str], counts: Counter[Pair]) -> OtherShare | None:
         return proportion(sum(count for pair, count in counts.items() if label in pair[side]), n)
 
     return OtherShare(label, share(0), share(1))
-
-
-def of_labels(rows: Sequence[Row], name: str) -> Counter[Labels]:
-    """Return how often each combination of gold labels of the field *name* occurs."""
-    return Counter(row.gold[name] for row in rows if name in row.gold)

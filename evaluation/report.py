@@ -19,6 +19,7 @@ NOTHING = "–"
 RANDOM_GOLD = "The intervals of shares hold if the gold conversations were drawn at random from the results."
 
 METHODS = {
+    "majority": "accuracy of always answering the most frequent gold label",
     "interval_level": LEVEL,
     "proportions": "Wilson score interval",
     "label_f1": "Wilson score interval of TP / (TP + FP + FN), transformed",

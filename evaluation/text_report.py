@@ -151,14 +151,13 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
         for each in judged
     ]
     _table(console, "Paired test", ("field", "only A right", "only B right", "p (McNemar)", "macro-F1 B - A"), tests)
-    differences = [
-        (each.id, each.field, NOTHING if each.gold is None else shown(each.gold), shown(each.a), shown(each.b))
-        for each in comparison.differences[:LINES_SHOWN]
-    ]
-    title = f"{counted(comparison.differing, 'conversation')} with different labels"
-    if len(comparison.differences) > LINES_SHOWN:
-        title += f"; the first {LINES_SHOWN} differences (--output and --html list more)"
-    _table(console, title, ("id", "field", "gold", "A", "B"), differences, ids=4)
+    console.print()
+    listed = comparison.differences[:LINES_SHOWN]
+    more = f"; the first {len(listed)} differences:" if len(comparison.differences) > len(listed) else ":"
+    _print(console, f"{counted(comparison.differing, 'conversation')} with different labels{more if listed else ''}")
+    for each in listed:
+        gold = "" if each.gold is None else f" (gold: {shown(each.gold)})"
+        _print(console, f"  {each.id}  {each.field}: {shown(each.a)} | {shown(each.b)}{gold}")
 
 
 def _print_shares(console: Console, shares: FieldShares) -> None:

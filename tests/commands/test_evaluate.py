@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from prompt_builder import chat_messages
 from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_ollama import expected_labels
 from tests.forked_process import Ended
-from tests.worker.site import Site, conversation, model_of, open_site, requests
+from tests.worker.site import Site, conversation, model_of, open_site, requests, until
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("numpy", "scipy")),
@@ -264,12 +265,23 @@ def test_compare_without_gold_counts_agreement(judged: Site) -> None:
     same = [result(number, SENTIMENTS[number % 3]) for number in range(30)]
     same[7]["classification"]["sentiment"] = "Negative"
     judged.database["second"].insert_many(same)
-    ended = evaluate(judged, "--compare", "sentimental_analysis", "second")
+    page = judged.folder / "report.html"
+    ended = evaluate(judged, "--compare", "sentimental_analysis", "second", "--html", str(page))
     assert ended.code == 0, ended.said
+    assert "<td>Neutral</td><td>Negative</td>" in page.read_text()
     assert "30 were labelled with the same model, prompt and options" in ended.out
     assert ".97 (.83–.99)" in ended.out
     assert "1 conversation with different labels" in ended.out
     assert "Paired test" not in ended.out
+
+
+def test_long_comparison_shows_its_progress(judged: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line every few seconds; here after each page."""
+    from evaluation import actions
+
+    monkeypatch.setattr(actions, "LINE_EVERY_S", 0.0)
+    ended = evaluate(judged, "--compare", "sentimental_analysis", "sentimental_analysis")
+    assert "evaluate: 30 conversations of sentimental_analysis compared" in ended.err
 
 
 def test_compare_two_reports_uses_their_gold(judged: Site) -> None:
@@ -299,6 +311,21 @@ def test_shares_use_gold_and_all_results(judged: Site) -> None:
     assert positive["gold"]["value"] == pytest.approx(2 / 12)
     assert positive["combined"]["low"] < positive["combined"]["value"] < positive["model"]
     assert "drawn at random" in evaluate(judged, "--gold", write_gold(judged, gold_lines(12)), "--shares").out
+
+
+def test_field_with_several_labels_is_judged_label_by_label(judged: Site) -> None:
+    """Lists in the results and in gold, in any order; in CSV with bars."""
+    judged.results.update_many({}, {"$set": {"classification.topic": ["Other", "Account/Billing"]}})
+    path = judged.folder / "gold.csv"
+    path.write_text("_id,topic\n1,account/billing|Other\n2,Other\n3,Shipping/Delivery|Other\n")
+    report = report_of(judged, "--gold", str(path), "--shares")
+    figures = field_of(report, "topic")
+    assert (figures["is_multi"], figures["accuracy"]["value"]) == (True, pytest.approx(1 / 3))
+    by_label = {each["label"]: each for each in figures["labels"]}
+    assert by_label["Other"]["f1"]["value"] == 1
+    assert by_label["Account/Billing"]["precision"]["value"] == pytest.approx(1 / 3)
+    shares = {each["label"]: each for each in report["shares"][0]["labels"]}
+    assert (shares["Other"]["model"], shares["Account/Billing"]["gold"]["value"]) == (1, pytest.approx(1 / 3))
 
 
 def test_page_is_self_contained_and_escaped(judged: Site) -> None:
@@ -439,3 +466,19 @@ def test_run_reports_its_progress(to_classify: Site) -> None:
     """Plain lines where there is no terminal."""
     ended = evaluate(to_classify, "--gold", "gold.jsonl", "--run", "12")
     assert "evaluation completed: 12/12 done, 12 ok" in ended.err
+
+
+def test_interrupted_run_keeps_its_results_and_resumes(to_classify: Site) -> None:
+    """After Ctrl-C, the same command classifies the rest; at most the calls in flight are repeated."""
+    site = to_classify
+    model_of(site).configure(latency_s=0.1)
+    fresh = site.database["sentimental_analysis_evaluation"]
+    flags = ("evaluate", "--gold", str(site.folder / "gold.jsonl"), "--run", "12", "--max-concurrent", "1")
+    with site.start(*flags) as worker:
+        until(lambda: fresh.count_documents({}) >= 2)
+        worker.send(signal.SIGINT)
+        assert worker.ended().code == 130
+    kept = fresh.count_documents({})
+    assert 2 <= kept < 12
+    assert report_of(site, *flags[1:])["gold"]["conversations"] == 12
+    assert 12 <= requests(site) <= 13
