@@ -134,7 +134,7 @@ class ReviewQueue:
         seen: dict[str, Label] = lease["labels"]
         for name, label in labels.items():
             if label != seen.get(name):
-                self._require_known(name, label)
+                self._require_known(name, label, seen.get(name))
         base = Correction(
             source_conversation_id=source_id,
             conversation_number=lease.get("conversation_number"),
@@ -228,12 +228,14 @@ class ReviewQueue:
                 break
         return None
 
-    def _require_known(self, name: str, label: Label) -> None:
+    def _require_known(self, name: str, label: Label, seen: Label | None) -> None:
         if name not in self.taxonomy.field_names:
             raise ReviewLabelError("labels: a field is not in the taxonomy; use those of the conversation.")
-        names = self.taxonomy.names(name)
-        if any(one not in names for one in (label if isinstance(label, list) else [label])):
-            raise ReviewLabelError(f"labels: {name} has a label that is not in the taxonomy; use one of its labels.")
+        labels = label if isinstance(label, list) else [label]
+        if seen is not None and isinstance(label, list) is not isinstance(seen, list):
+            raise ReviewLabelError(f"labels: {name} needs {'a list' if isinstance(seen, list) else 'one label'}.")
+        if not set(labels) <= set(self.taxonomy.names(name)) or len(set(labels)) != len(labels):
+            raise ReviewLabelError(f"labels: {name} has a label that is not in the taxonomy, or one twice.")
 
     async def _fill(self) -> None:
         """Draw a new pool."""
@@ -314,7 +316,8 @@ class ReviewQueue:
         return candidates
 
     def _seen(self, result: Document, source: Source) -> Document:
-        labels = {name: label for name in self.taxonomy.field_names if (label := result["classification"].get(name))}
+        given = result["classification"]
+        labels = {name: given[name] for name in self.taxonomy.field_names if isinstance(given.get(name), str | list)}
         return _seen(labels, result.get("conversation_number"), fingerprint_of(result), source)
 
 

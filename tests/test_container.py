@@ -108,6 +108,7 @@ def test_every_product_module_is_in_the_image() -> None:
     assert product_modules() - copied() == set()
     assert "config/taxonomy.yaml" in copied()
     assert "evaluation/report.html.j2" in copied()
+    assert {f"service/review_page/page.{kind}" for kind in ("html", "css", "js")} <= copied()
     assert "data/sample_conversations.jsonl" in copied()
     assert "schema_examples/customer_service_schema.py" in copied()
 
