@@ -17,9 +17,9 @@ from bson import ObjectId
 from aggregator import aggregate_conversation
 from config import load_taxonomy
 from prompt_builder import chat_messages
-from tests.embedding_index.in_process import run_cli
 from tests.fakes.fake_ollama import expected_labels
 from tests.forked_process import Ended
+from tests.in_process import run_cli
 from tests.worker.site import Site, conversation, model_of, open_site, requests, until
 
 pytestmark = pytest.mark.skipif(

@@ -16,8 +16,8 @@ from config import load_prompt_taxonomy, load_settings, load_taxonomy
 from config.examples import load_examples
 from error_handler import ConfigurationError
 from prompt_builder import build_system_prompt
-from tests.embedding_index.in_process import run_cli
 from tests.fakes.scripted_server import Handler, ScriptedServer, answer, chat_reply
+from tests.in_process import run_cli
 from tests.review.review_site import AGREED
 from tests.worker.site import Site, conversation, open_site
 

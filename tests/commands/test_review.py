@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from pymongo.database import Database
 
-from tests.embedding_index.in_process import run_cli
 from tests.forked_process import ForkedProcess
+from tests.in_process import run_cli
 from tests.review.review_site import AGREED, fill, result
 from tests.worker.site import ROOT, Site, open_site
 

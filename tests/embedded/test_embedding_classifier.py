@@ -49,7 +49,9 @@ def test_fields_of_a_taxonomy_file_are_filled() -> None:
     issue = (Label("Damage", "Something is broken.", ("broken", "dent")), Label("Delay", "It is late.", ("late",)))
     urgency = (Label("Low", ""), Label("High", "The customer cannot wait."))
     taxonomy = Taxonomy((Field("issue", issue, is_multiple=True), Field("urgency", urgency)), has_categorization=False)
-    answer = EmbeddingClassifier(taxonomy).answer(conversation(("customer", "It came late, and it is broken. Hurry up!")))
+    answer = EmbeddingClassifier(taxonomy).answer(
+        conversation(("customer", "It came late, and it is broken. Hurry up!"))
+    )
     assert answer.classification.labels["issue"] == ("Damage", "Delay")
     assert answer.classification.labels["urgency"] in ("Low", "High")
     assert answer.classification.categorization is None
