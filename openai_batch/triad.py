@@ -69,9 +69,8 @@ class TriadHandling(Handling):
             conversation = aggregate_conversation(document)
         except SkippedDocumentError as exc:
             raise JobProcessingError(f"{exc.reason}: {exc}", is_final=True, is_skip=True) from exc
-        return request_body(
-            self._openai, self._variables.hide(document, self._classifier.messages(conversation.transcript))
-        )
+        messages = self._variables.hide(document, self._classifier.messages(conversation.transcript))
+        return request_body(self._openai, messages, is_reasoning=self.is_reasoning)
 
     async def acquire(self, documents: Sequence[Document]) -> set[str]:
         """Lease *documents*; return the canonical ids of those that no worker holds."""

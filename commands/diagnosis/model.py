@@ -91,7 +91,8 @@ async def diagnose_model(
     patient = without_second_attempts(settings).model_copy(update={"llm_timeout_s": LOAD_TIMEOUT_S})
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session(1))
-        named = "" if is_cloud_name(settings.model or "") else settings.model or ""
+        # Without a list of models, the named one is tried, which takes a request.
+        named = settings.model if settings.model and at_most and not is_cloud_name(settings.model) else ""
         client = AsyncLLMClient(patient, chat_target(settings, named), session)
         stack.push_async_callback(client.breaker.close)
         try:
@@ -100,7 +101,7 @@ async def diagnose_model(
         except LLMError as exc:
             yield error(_sentence(exc), _remedy(exc, settings))
             return
-        yield _server(settings, version, models)
+        yield _server(settings, version, [] if models == [ServedModel(named)] else models)
         if not is_ollama and await client.finds_ollama():
             yield warning(
                 f"{BEHIND_V1[0].upper()}{BEHIND_V1[1:].partition(';')[0]}.",
