@@ -113,7 +113,7 @@ async def diagnose_model(
             yield error(str(exc), "Install one with ollama pull MODEL, or choose one with --model or OLLAMA_MODEL.")
             return
         facts = await client.show(model.name) if is_ollama else ModelFacts()
-        client.target = with_model(client.target, model, facts)
+        client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
         tested = ModelUnderTest(client, settings, at_most, tell)
         for finding in _describe(model, facts, client.target) if models else ():
             yield finding
