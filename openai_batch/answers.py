@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -15,6 +15,7 @@ import orjson
 
 from domain.server_reason import server_reason
 from error_handler import JobProcessingError
+from model_server.refusals import refused_options
 from openai_batch.batch_protocol import Line, parse_line, texts_of
 from openai_batch.job_context import JobContext
 from openai_batch.job_store import Answer, Ending
@@ -68,6 +69,7 @@ class Answers:
 
     async def _apply_lines(self, shard: Shard, lines: list[Line]) -> None:
         new = self._new_lines(shard, lines)
+        self._learn(line for _, line in new)
         usable = [(item, line) for item, line in new if line.state is ItemState.OK]
         read = [item.document_id for item, line in new if line.state is ItemState.OK or line.message]
         documents = await self._context.store.read(read)
@@ -91,6 +93,16 @@ class Answers:
         await self._end(endings)
         gone = [item for item, _ in usable if item.document_id not in documents]
         self._context.ledger.settle(replace(item, state=ItemState.FAILED, code="document_gone") for item in gone)
+
+    def _learn(self, lines: Iterable[Line]) -> None:
+        """Make later requests those of a reasoning model if a line was refused as such models do."""
+        handling = self._context.store.handling
+        if not handling.is_reasoning and any(map(_refuses_options, lines)):
+            handling.is_reasoning = True
+            logger.warning(
+                "the model refuses max_tokens or a temperature, as reasoning models do: requests have max_completion_tokens "
+                "and no temperature from now on; if answers are cut off, raise OPENAI_MAX_TOKENS"
+            )
 
     async def _end(self, endings: Sequence[Ending]) -> None:
         """Write the ends to the documents, then to the ledger: in this order a crash in between loses nothing."""
@@ -118,7 +130,7 @@ class Answers:
 
     def _failure(self, shard: Shard, item: Item, line: Line, error: str | None = None, said: str = "") -> Ending:
         is_exhausted = item.attempt >= self._context.config.batch.max_retries and shard.status not in NOT_RUN
-        is_retryable = line.is_retryable and not is_exhausted
+        is_retryable = (line.is_retryable or _refuses_options(line)) and not is_exhausted
         outcome = "is pending again" if is_retryable else "failed"
         logger.warning("document %s %s: %s", id_text(loads(item.document_id)), outcome, f"{line.code}{said}")
         code = shard.problem if shard.status == "failed" and shard.problem else line.code
@@ -137,6 +149,10 @@ def _line_for(shard: Shard, item: Item, bad_ids: Set[str]) -> Line:
         return Line(item.custom_id, ItemState.FAILED, code=code, is_retryable=is_retryable)
     state = _WITHOUT_LINE.get(shard.status or "", ItemState.MISSING)
     return Line(item.custom_id, state, code=NOT_RUN.get(shard.status or "", state.value), is_retryable=is_retryable)
+
+
+def _refuses_options(line: Line) -> bool:
+    return line.state is ItemState.FAILED and bool(refused_options(line.message or ""))
 
 
 def _reason(line: Line, document: Mapping[str, Any] | None) -> str:

@@ -260,7 +260,7 @@ class TemplateHandling(Handling):
         """
         if UNREADABLE in document:
             raise JobProcessingError(str(UnreadableDocumentError()), is_final=True)
-        return request_body(self._config.openai, self._process.call(PROMPT, document))
+        return request_body(self._config.openai, self._process.call(PROMPT, document), is_reasoning=self.is_reasoning)
 
     async def deliver(self, answers: Sequence[Answer], batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
         """Return the update of each document, or why there is none."""
@@ -297,12 +297,13 @@ def reasons(model: str) -> bool:
     return _CURRENT.match(model) is not None and "-chat" not in model
 
 
-def request_body(config: OpenAIConfig, messages: Messages) -> dict[str, Any]:
-    """Return the body of one chat completion."""
+def request_body(config: OpenAIConfig, messages: Messages, *, is_reasoning: bool = False) -> dict[str, Any]:
+    """Return the body of one chat completion; *is_reasoning*: the model was found to be one, whatever its name."""
     body: dict[str, Any] = {"model": config.model, "messages": messages}
-    if not reasons(config.model):
+    if not is_reasoning and not reasons(config.model):
         body["temperature"] = config.temperature
-    body["max_completion_tokens" if _CURRENT.match(config.model) else "max_tokens"] = config.max_tokens
+    is_current = is_reasoning or _CURRENT.match(config.model)
+    body["max_completion_tokens" if is_current else "max_tokens"] = config.max_tokens
     return body if config.response_format is None else body | {"response_format": config.response_format}
 
 

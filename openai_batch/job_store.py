@@ -73,7 +73,10 @@ class Handling(ABC):
     """Makes requests of documents and updates of answers.
 
     The other methods serve collections that the batch worker also uses: leases, and documents that are done.
+    *is_reasoning* becomes True if a line shows that the model is a reasoning model behind a name of its own.
     """
+
+    is_reasoning = False
 
     @abstractmethod
     def request(self, document: Document) -> dict[str, Any]:

@@ -77,9 +77,8 @@ class TriadHandling(Handling):
         except SkippedDocumentError as exc:
             is_skip = not isinstance(exc, UnreadableDocumentError)
             raise JobProcessingError(f"{exc.reason}: {exc}", is_final=True, is_skip=is_skip) from exc
-        return request_body(
-            self._openai, self._variables.hide(document, self._classifier.messages(conversation.transcript))
-        )
+        messages = self._variables.hide(document, self._classifier.messages(conversation.transcript))
+        return request_body(self._openai, messages, is_reasoning=self.is_reasoning)
 
     async def acquire(self, documents: Sequence[Document]) -> set[str]:
         """Lease *documents*; return the canonical ids of those that no worker holds."""

@@ -137,38 +137,6 @@ class SlowClientGuard:
                 logger.warning("closed slow connections: %d", closed)
 
 
-class JoinedWrites:
-    """Sends the head and the body of an answer to *transport* in one system call.
-
-    uvicorn writes them separately, and each call wakes the caller.
-    """
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        self._pending: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        """Send *data* with the next write, or without one in the next turn of the event loop."""
-        self._pending.append(data)
-        if len(self._pending) > 1:  # at once: answers that leave together come back as requests together
-            self._send()
-        else:
-            asyncio.get_running_loop().call_soon(self._send)
-
-    def close(self) -> None:
-        """Send what is pending, and close the connection."""
-        self._send()
-        self._transport.close()
-
-    def _send(self) -> None:
-        if self._pending:
-            self._transport.write(b"".join(self._pending))
-            self._pending.clear()
-
-
 class _Guarded(asyncio.Protocol):
     """The additions to both of uvicorn's protocols."""
 
@@ -182,7 +150,7 @@ class _Guarded(asyncio.Protocol):
         self._since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(JoinedWrites(transport))  # type: ignore[arg-type]
+        super().connection_made(transport)
         self._guard.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

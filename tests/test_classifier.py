@@ -356,10 +356,10 @@ def test_trial_that_fails_in_any_way_is_followed_by_a_fitted_prompt(problem: LLM
 
 @pytest.mark.parametrize("text", [GOOD, "no JSON"])
 def test_answer_to_a_trial_is_not_used(text: str) -> None:
-    """A server that answers a prompt that is longer than its window has cut it, whatever it counts."""
+    """A server that answers a prompt that is longer than its window has cut it, also if it counts no tokens."""
     flow = classification_flow(long_chinese(), Client(), Classifier(TAXONOMY))
     trial = next(flow)
-    second = flow.send(reply(text))
+    second = flow.send(ChatReply(text, None, None))
     assert [message["role"] for message in second] == ["system", "user"]
     assert len(second[1]["content"]) < len(trial[1]["content"])
     assert outcome_of(flow, GOOD).attempts == 2

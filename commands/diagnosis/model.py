@@ -92,7 +92,8 @@ async def diagnose_model(
     patient = without_second_attempts(settings).model_copy(update={"llm_timeout_s": LOAD_TIMEOUT_S})
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session(1))
-        named = "" if is_cloud_name(settings.model or "") else settings.model or ""
+        # Without a list of models, the named one is tried, which takes a request.
+        named = settings.model if settings.model and at_most and not is_cloud_name(settings.model) else ""
         client = AsyncLLMClient(patient, chat_target(settings, named), session)
         stack.push_async_callback(client.breaker.close)
         try:
@@ -101,7 +102,7 @@ async def diagnose_model(
         except LLMError as exc:
             yield error(_sentence(exc), _remedy(exc, settings))
             return
-        yield _server(settings, version, models)
+        yield _server(settings, version, [] if models == [ServedModel(named)] else models)
         if not is_ollama and await client.finds_ollama():
             yield warning(
                 f"{BEHIND_V1[0].upper()}{BEHIND_V1[1:].partition(';')[0]}.",
@@ -113,7 +114,7 @@ async def diagnose_model(
             yield error(str(exc), "Install one with ollama pull MODEL, or choose one with --model or OLLAMA_MODEL.")
             return
         facts = await client.show(model.name) if is_ollama else ModelFacts()
-        client.target = with_model(client.target, model, facts)
+        client.target = with_model(chat_target(settings, settings.model or ""), model, facts)
         tested = ModelUnderTest(client, settings, at_most, tell)
         for finding in _describe(model, facts, client.target) if models else ():
             yield finding

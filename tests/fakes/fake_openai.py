@@ -50,6 +50,7 @@ Knobs (constructor and `FakeOpenAI.configure`)
                              with token_limit_exceeded
     max_lines 50000, max_file_bytes 200000000, max_embedding_inputs 50000 (per batch), max_upload_bytes 512000000
     context_length 128000    tokens of a chat request, else 400 context_length_exceeded
+    reasoning False          chat requests with max_tokens or a temperature are refused, one field at a time
     reply None               content of chat answers: a text in which {text} and {digest} are replaced, or
                              "@module:function", called with the request body
     shuffle True, seed 0     order of the lines in output and error file

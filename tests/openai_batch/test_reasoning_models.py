@@ -6,6 +6,7 @@ import pytest
 
 from openai_batch.documents import request_body
 from openai_batch.job_config import OpenAIConfig
+from tests.fakes.fake_openai import FakeOpenAI
 from tests.openai_batch.openai_job import Job
 
 
@@ -38,3 +39,22 @@ def test_dry_run_says_how_much_room_a_reasoning_model_needs(job: Job) -> None:
         "OPENAI_MAX_TOKENS to"
         not in job.cli("run", "--dry-run", OPENAI_MODEL="gpt-5-mini", OPENAI_MAX_TOKENS="4000").out
     )
+
+
+def test_reasoning_model_behind_any_name_is_learned_from_its_refusals(job: Job, openai: FakeOpenAI) -> None:
+    """Refused lines cost nothing; their documents are sent again in the same run, with the fields that it takes."""
+    openai.configure(reasoning=True)
+    job.fill(12)
+    result = job.run()
+    assert job.statuses() == {"completed": 12}
+    assert openai.stats()["lines_billed"] == 12
+    assert result.failed == 0
+
+
+def test_refused_options_are_final_after_the_last_attempt(job: Job, openai: FakeOpenAI) -> None:
+    """A server that refuses both names of the limit is not asked for ever."""
+    text = "Unsupported parameter: 'max_tokens' is not supported with this model."
+    openai.configure(faults=[{"kind": "line_status", "status": 400, "code": "unsupported_parameter", "message": text}])
+    job.fill(3)
+    job.run()
+    assert job.statuses() == {"failed": 3}

@@ -7,7 +7,6 @@ import contextlib
 import json
 import random
 import string
-from unittest.mock import Mock, call
 
 import pytest
 from hypothesis import given
@@ -20,7 +19,6 @@ from service.access import CLASSIFY, WRONG_KEYS_PER_MINUTE, KeyRing, RateLimiter
 from service.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Deadlines, IdempotencyStore
 from service.body_limits import check_json_object
 from service.errors import KEY_REUSED, QUEUE_FULL, STOPPING, TOO_MANY, TOO_SLOW, UNAUTHENTICATED
-from service.slow_clients import JoinedWrites
 from utils.network import is_loopback
 
 
@@ -192,21 +190,6 @@ async def test_deadlines_distinguish_late_from_stopped_requests() -> None:
     deadlines.stop(0.01)
     assert await running == STOPPING.name
     assert await wait(loop.time() + 60) == STOPPING.name
-
-
-async def test_head_and_body_of_an_answer_are_sent_together() -> None:
-    """One system call for two writes, and a single write is not kept back, also if the connection is closed."""
-    transport = Mock()
-    joined = JoinedWrites(transport)
-    joined.write(b"head")
-    joined.write(b"body")
-    assert transport.mock_calls == [call.write(b"headbody")]
-    joined.write(b"alone")
-    await settle()
-    joined.write(b"last")
-    joined.close()
-    await settle()
-    assert transport.mock_calls[1:] == [call.write(b"alone"), call.write(b"last"), call.close()]
 
 
 NESTED = st.recursive(

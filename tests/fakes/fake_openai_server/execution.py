@@ -69,6 +69,8 @@ def _chat(body: Mapping[str, Any], request_id: str, created: int, knobs: Knobs) 
         raise ApiError(400, message, "empty_array", "messages")
     if body.get("stream"):
         raise ApiError(400, "The fake does not stream: send stream=false.", "unsupported_value", "stream")
+    if knobs.reasoning:
+        _require_options_of_reasoning(body)
     tokens = prompt_tokens(body)
     if tokens > knobs.context_length:
         message = (
@@ -77,6 +79,19 @@ def _chat(body: Mapping[str, Any], request_id: str, created: int, knobs: Knobs) 
         )
         raise ApiError(400, message, "context_length_exceeded", "messages")
     return chat_completion(body, request_id, created, knobs.reply)
+
+
+def _require_options_of_reasoning(body: Mapping[str, Any]) -> None:
+    """Refuse what the o series and GPT-5 refuse, one field at a time."""
+    if "max_tokens" in body:
+        message = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
+        raise ApiError(400, message, "unsupported_parameter", "max_tokens")
+    if body.get("temperature", 1) != 1:
+        given = body["temperature"]
+        message = f"Unsupported value: 'temperature' does not support {given} with this model. Only the default (1) value is supported."
+        raise ApiError(400, message, "unsupported_value", "temperature")
 
 
 def vector_length(body: Mapping[str, Any], knobs: Knobs) -> int:

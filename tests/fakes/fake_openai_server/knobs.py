@@ -24,6 +24,7 @@ class Knobs:
     max_upload_bytes: int = 512_000_000
     max_embedding_inputs: int = 50_000
     context_length: int = 128_000
+    reasoning: bool = False
     reply: str | None = None
     shuffle: bool = True
     seed: int = 0
