@@ -462,6 +462,13 @@ def test_run_never_writes_into_the_collections_of_the_worker(to_classify: Site, 
     assert to_classify.results.count_documents({}) == 0
 
 
+def test_run_requires_a_fixed_concurrency(to_classify: Site) -> None:
+    """As an estimate does."""
+    ended = evaluate(to_classify, "--gold", "gold.jsonl", "--run", "3", "--max-concurrent", "auto")
+    assert ended.code == 2
+    assert "--run requires a fixed concurrency; set --max-concurrent to a number." in ended.err
+
+
 def test_run_reports_its_progress(to_classify: Site) -> None:
     """Plain lines where there is no terminal."""
     ended = evaluate(to_classify, "--gold", "gold.jsonl", "--run", "12")
