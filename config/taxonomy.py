@@ -24,19 +24,6 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """A conversation and its right answer, for the prompt.
-
-    *transcript* has masked personal data. *answer* has the keys of a model's answer. *source* is the ``_id`` of the
-    conversation as canonical Extended JSON: it is never gold for this prompt.
-    """
-
-    transcript: str
-    answer: dict[str, Any]
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
 class Taxonomy:
     """The allowed labels, in the order of the file.
 
@@ -62,6 +49,19 @@ class Taxonomy:
     def names(self, field: str) -> tuple[str, ...]:
         """Return the names of the labels of *field*."""
         return tuple(label.name for label in self.labels(field))
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation and its right answer, for the prompt.
+
+    *transcript* has masked personal data. *answer* has the keys of a model's answer. *source* is the ``_id`` of the
+    conversation as canonical Extended JSON: it is never gold for this prompt.
+    """
+
+    transcript: str
+    answer: dict[str, Any]
+    source: str
 
 
 def fold_label(text: str) -> str:
