@@ -70,9 +70,11 @@ def build_system_prompt(taxonomy: Taxonomy) -> str:
     for title, labels in (("INTENTS", taxonomy.intents), ("TOPICS", taxonomy.topics)):
         parts.append(f"{title}:\n" + "".join(f"- {label.name}: {label.definition}\n" for label in labels))
     parts.append("SENTIMENTS:\n" + "".join(f"- {name}\n" for name in taxonomy.sentiments))
-    examples = [*_examples(taxonomy), *_added_examples(taxonomy)]
+    examples = _examples(taxonomy)
     if examples:
         parts.append("EXAMPLES:\n" + "\n".join(examples))
+    if added := _added_examples(taxonomy):
+        parts.append("MORE EXAMPLES:\n" + "\n".join(added))
     return "\n".join(parts)
 
 
