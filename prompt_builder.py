@@ -74,11 +74,13 @@ def build_system_prompt(taxonomy: Taxonomy) -> str:
     for field in taxonomy.fields:
         lines = (f"{label.name}: {label.definition}" if label.definition else label.name for label in field.labels)
         parts.append(f"{_heading(field)}:\n" + "".join(f"- {line}\n" for line in lines))
-    examples = [*_examples(taxonomy), *_added_examples(taxonomy)]
+    examples = _examples(taxonomy)
     if examples:
         others = [field.name for field in taxonomy.fields if field.name not in _FIELD_RULES]
         without = f" (without {', '.join(others)})" if others else ""
         parts.append(f"EXAMPLES{without}:\n" + "\n".join(examples))
+    if added := _added_examples(taxonomy):
+        parts.append("MORE EXAMPLES:\n" + "\n".join(added))
     return "\n".join(parts)
 
 

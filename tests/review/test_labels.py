@@ -110,6 +110,7 @@ def test_kappa_without_disagreement_or_without_choice() -> None:
     assert (single.agreed, single.value, single.interval) == (1.0, None, None)
 
 
+@pytest.mark.thorough
 def test_kappa_matches_statsmodels() -> None:
     """On random tables of three labels."""
     inter_rater = pytest.importorskip("statsmodels.stats.inter_rater")

@@ -206,6 +206,7 @@ async def test_page_works_with_the_keyboard_in_a_browser(
     assert {one["reviewer"] for one in corrections(database)} == {"anna"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_page_fits_a_phone_in_light_and_dark(
     service: ServiceProcess, database: Data, tmp_path: Path, scheme: str
