@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode
 from evaluation.comparison import Comparer
@@ -25,7 +26,7 @@ from evaluation.text_report import print_report
 from evaluation.values import GoldEntry, Labelled, Problem, Row, Spelling
 from mongo_client import DocumentStore
 from storage import extended_json
-from storage.extended_json import id_text
+from storage.extended_json import canonical, id_text
 from storage.files import replace_file
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
@@ -70,7 +71,7 @@ class Evaluation:
 
     def __init__(self, arguments: argparse.Namespace, settings: Settings, store: DocumentStore) -> None:
         self._arguments, self._settings, self._store = arguments, settings, store
-        self._taxonomy = load_taxonomy(settings.taxonomy_file)
+        self._taxonomy = load_prompt_taxonomy(settings)
         self._fields = self._taxonomy.field_names
         self._spelling = Spelling(self._taxonomy)
         policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
@@ -129,9 +130,18 @@ class Evaluation:
             unmatched = [
                 Problem("no_result", one.place, one.detail) if one.place in known else one for one in unmatched
             ]
+        pairs, examples = self._without_examples(pairs)
         rows, problems = merge(pairs)
-        report.problems += [*unmatched, *problems]
+        report.problems += [*unmatched, *examples, *problems]
         return rows
+
+    def _without_examples(
+        self, pairs: Sequence[tuple[GoldEntry, Labelled]]
+    ) -> tuple[list[tuple[GoldEntry, Labelled]], list[Problem]]:
+        """Return *pairs* without the conversations that the prompt has as examples, and these as problems."""
+        examples = {example.source for example in self._taxonomy.examples}
+        shown = [Problem("example", entry.place) for entry, one in pairs if canonical(one.document_id) in examples]
+        return [pair for pair in pairs if canonical(pair[1].document_id) not in examples], shown
 
     async def _find_source(self, ids: list[object], numbers: list[str]) -> list[Labelled]:
         return await self._collections.conversations(self._settings.source_collection, ids, numbers)
@@ -139,7 +149,8 @@ class Evaluation:
     async def _classified(self, gold: Gold, name: str) -> list[GoldEntry]:
         """Classify N conversations of *gold* into the collection *name*; return the entries of those that succeeded."""
         pairs, problems = await match(gold.entries, self._find_source)
-        gold.problems += problems
+        pairs, examples = self._without_examples(pairs)
+        gold.problems += [*problems, *examples]
         chosen = choose(pairs, self._arguments.run)
         documents = await read_sources(self._collections, self._settings.source_collection, chosen)
         fresh = FreshRun(self._settings, self._store, name, ConsoleProgress(sys.stderr))

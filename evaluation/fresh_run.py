@@ -12,7 +12,7 @@ from functools import partial
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from classifier import Classifier
-from config import Settings, load_taxonomy
+from config import Settings, load_prompt_taxonomy
 from domain.conversation import SOURCE_FIELDS, Conversation, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import (
@@ -86,7 +86,7 @@ class FreshRun:
         await self._store.ensure_result_indexes()
         known = await self._store.result_provenance([document["_id"] for document, _ in conversations])
         async with AsyncExitStack() as stack:
-            classifier = Classifier(load_taxonomy(self._settings.taxonomy_file), self._settings.on_long)
+            classifier = Classifier(load_prompt_taxonomy(self._settings), self._settings.on_long)
             classify, plan = await self._connect(stack, classifier, [one for _, one in conversations])
             queue: list[tuple[Document, Conversation]] = []
             for document, conversation in conversations:

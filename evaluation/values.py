@@ -70,6 +70,7 @@ PROBLEMS = {
     "duplicate": "repeated, same label",
     "conflict": "repeated with another label; the first one is used",
     "superseded": "corrected again later; the latest correction is used",
+    "example": "an example in the prompt",
     "unknown": "unknown conversation",
     "ambiguous": "names several conversations",
     "no_result": "no result yet",

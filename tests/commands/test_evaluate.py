@@ -17,6 +17,7 @@ from bson import ObjectId
 from aggregator import aggregate_conversation
 from config import load_taxonomy
 from prompt_builder import chat_messages
+from storage.extended_json import canonical
 from tests.fakes.fake_ollama import expected_labels
 from tests.forked_process import Ended
 from tests.in_process import run_cli
@@ -39,8 +40,8 @@ def place(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
         yield opened
 
 
-def evaluate(site: Site, *flags: str) -> Ended:
-    return Ended(*run_cli(["evaluate", *flags], site.environment(), site.folder))
+def evaluate(site: Site, *flags: str, **settings: str) -> Ended:
+    return Ended(*run_cli(["evaluate", *flags], site.environment(**settings), site.folder))
 
 
 def result(number: int, sentiment: str, confidence: float | None = None, model: str = "m1") -> Document:
@@ -116,6 +117,19 @@ def test_report_has_figures_confusions_and_calibration(judged: Site) -> None:
     for written in (ended.said, page.read_text(), output.read_text()):
         assert SECRET not in written
     assert output.stat().st_mode & 0o777 == 0o600
+
+
+def test_examples_of_the_prompt_are_not_gold(judged: Site) -> None:
+    """The model has seen their answers, whether it labels them in this run or did before."""
+    answer = {"categorization": "c", "intent": "Complaint", "topic": "Other", "sentiment": "Positive"}
+    entry = {"transcript": "Customer: hello", "source": canonical(3), "answer": answer}
+    examples = judged.folder / "examples.json"
+    examples.write_text(json.dumps({"examples": [entry]}))
+    gold = write_gold(judged, gold_lines())
+    ended = evaluate(judged, "--gold", gold, PROMPT_EXAMPLES_FILE=str(examples))
+    assert ended.code == 0, ended.said
+    assert "an example in the prompt" in ended.said
+    assert ended.out.startswith("29 conversations with gold labels")
 
 
 def test_unusable_gold_is_counted_and_listed_by_line(judged: Site) -> None:
