@@ -30,7 +30,7 @@ POINTS = [
     *(f"add:after:{passage}" for passage in (1, 3, 12, 18)),
     *("note_parts:before:1", "note_parts:after:1"),
 ]
-USUAL = {"embed:after:5", "add:after:3", "note_parts:after:1"}
+USUAL = {"embed:after:5", "note_parts:after:1"}
 
 
 @pytest.fixture(scope="module")

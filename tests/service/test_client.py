@@ -9,8 +9,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -32,6 +30,8 @@ from service.client.client import Pace
 from service.client.protocol import build_request, parse_answer, parse_retry_after, request_for, service_target
 from service.client.run import percentile
 from tests.fakes.scripted_service import WAIT_S, Reply, ScriptedService, error, good, scripted_service
+from tests.forked_process import ForkedProcess
+from tests.worker.site import until
 
 ROOT = Path(__file__).parents[2]
 SECRET_TEXT = "the colour of my front door is vermilion"
@@ -465,14 +465,14 @@ def test_invalid_last_line_is_reported_before_the_first_request(
     assert "line 6" in capsys.readouterr().err
 
 
-def start_production(service: ScriptedService, file: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "api_client_production.py"), "--file", str(file), "--url", service.url]
+def start_production(service: ScriptedService, file: Path, *flags: str) -> ForkedProcess:
+    command = [str(ROOT / "api_client_production.py"), "--file", str(file), "--url", service.url]
     command += ["--output-dir", str(file.parent / "out"), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return ForkedProcess(command, os.environ, ROOT, (file.parent / "said", file.parent / "log"))
 
 
 @contextlib.contextmanager
-def stuck_after(count: int, file: Path, concurrency: int) -> Iterator[tuple[ScriptedService, subprocess.Popen[str]]]:
+def stuck_after(count: int, file: Path, concurrency: int) -> Iterator[tuple[ScriptedService, ForkedProcess]]:
     """Run the client until at least *count* requests are answered and *concurrency* more are held."""
     answered = 0
 
@@ -522,12 +522,7 @@ def test_interrupted_run_finishes_requests_in_flight(tmp_path: Path, number: sig
     with stuck_after(6, file, 2) as (service, process):
         asked = len(service.requests)
         process.send_signal(number)
-        assert process.stderr is not None
-        seen = ""
-        while "finishing the calls in flight" not in seen:  # logged at the first signal
-            line = process.stderr.readline()
-            assert line, seen
-            seen += line
+        until(lambda: "finishing the calls in flight" in (tmp_path / "log").read_text())
         service.open.set()
         _, rest = process.communicate(timeout=WAIT_S)
         assert process.returncode == ExitCode.INTERRUPTED
@@ -651,12 +646,13 @@ def test_api_client_reports_a_wrong_key_and_an_unreachable_service(capsys: pytes
 
 
 @pytest.fixture(scope="module")
-def real_service() -> Iterator[str]:
+def real_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The real service with the baseline classifier and a key."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "API_KEYS": "tests:0123456789abcdef", "API_PORT": str(port), "LOG_LEVEL": "WARNING"}
-    process = subprocess.Popen([sys.executable, "main.py", "--embedded"], cwd=ROOT, env=environment)
+    log = tmp_path_factory.mktemp("service") / "log"
+    process = ForkedProcess([str(ROOT / "main.py"), "--embedded"], environment, ROOT, (log, log))
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + WAIT_S
     try:
         while True:
@@ -673,6 +669,7 @@ def real_service() -> Iterator[str]:
         process.wait(WAIT_S)
 
 
+@pytest.mark.thorough
 def test_real_service_accepts_every_sample(real_service: str, tmp_path: Path) -> None:
     """All shapes pass validation and come back as sent."""
     samples = ROOT / "data" / "sample_conversations.jsonl"

@@ -127,6 +127,7 @@ def test_confidence_with_20_alternatives_is_no_higher_than_the_engines(engine: T
         assert 0 < found[field] <= truth + 1e-3, field
 
 
+@pytest.mark.thorough
 def test_probabilities_of_all_labels_sum_to_one(engine: TinyEngine) -> None:
     """The judge of the tests above is sound."""
     asked = Asked(engine, 0)
