@@ -50,6 +50,7 @@ from utils.process import number_between
 
 DEFAULT_LIMIT = 80
 PAGE = 50
+NO_SUMMARY = "Customer support conversation."  # of a conversation that the model gave no usable answer for
 LINE_EVERY_S = 5.0
 
 
@@ -128,13 +129,14 @@ class _Examples:
 
     def of(self, one: Reviewed, said: Classification | None) -> Example:
         """Return the example of *one*; *said* gives what people do not decide, such as the categorization."""
-        answer: dict[str, Any] = dict(said.as_dict()) if said is not None else {}
-        summary = str(answer.pop("categorization", "") or "Customer support conversation.")
+        answer: dict[str, Any] = {"categorization": NO_SUMMARY} if said is None else dict(said.as_dict())
+        texts = [one.conversation.transcript, *([answer["categorization"]] if "categorization" in answer else [])]
         source = canonical(one.source_id)
-        mask = self._masking.of([one.conversation.transcript, summary], source)
+        mask = self._masking.of(texts, source)
+        transcript, *summary = map(mask.hide, texts)
         kept = {name: answer[name] for name in self._taxonomy.field_names if name in answer}
         return Example(
-            mask.hide(one.conversation.transcript), {"categorization": mask.hide(summary), **kept, **one.labels}, source
+            transcript, {**dict(zip(["categorization"], summary, strict=False)), **kept, **one.labels}, source
         )
 
 

@@ -93,7 +93,7 @@ class ReviewQueue:
         self._store = store
         self._results = store.database[settings.results_collection]
         self._options = options
-        self._second_opinion = _second_opinion(taxonomy)
+        self._second_opinion: SecondOpinion | None = None  # see open
         self._pool = _Pool()
         self._served = 0
         self._skipped: dict[str, set[bytes]] = {}
@@ -101,10 +101,11 @@ class ReviewQueue:
         self._is_open = False
 
     async def open(self) -> None:
-        """Connect, and create the indexes of the corrections."""
+        """Connect, create the indexes of the corrections, and load the embedded classifier."""
         async with self._filling:
             if not self._is_open:
                 await self._store.check()
+                self._second_opinion = await asyncio.to_thread(_second_opinion, self.taxonomy)
                 await self.corrections.ensure_indexes()
                 self._is_open = True
 
