@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import os
 import pwd
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from config import Settings, load_taxonomy
 from config.review_settings import load_review_settings
 from domain.conversation import SPEAKER
 from domain.text import counted
-from error_handler import ConfigurationError, ExitCode, ReviewConflictError
+from error_handler import ConfigurationError, ExitCode, ReviewConflictError, StoreError
 from mongo_client import DocumentStore
 from review.agreement import Agreement, agreement
 from review.corrections import CorrectionStore
@@ -29,6 +31,7 @@ from review.queue import Options, ReviewItem, ReviewQueue
 from utils.process import number_between
 
 MAX_REVIEWER_CHARACTERS = 64
+GIVE_BACK_S = 2.0  # a person waits for the prompt of the shell
 STYLES = {"customer": "bold cyan", "agent": "green", "unknown": "yellow"}
 
 share = number_between(float, 0, 1)
@@ -74,7 +77,12 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         await queue.open()
         with keys_of_stdin() as keyboard:
             session = Session(queue, reviewer, console, keyboard)
-            await session.run(arguments.limit)
+            try:
+                await session.run(arguments.limit)
+            except asyncio.CancelledError:  # Ctrl-C
+                with contextlib.suppress(StoreError, TimeoutError):
+                    await asyncio.wait_for(session.give_back(), GIVE_BACK_S)
+                raise
     finally:
         await store.close()
     console.print(session.summary(queue.corrections.name), markup=False, soft_wrap=True)
@@ -112,28 +120,34 @@ class Session:
         self._keyboard = keyboard
         self._fields = queue.taxonomy.field_names
         self._keys = {name: label_keys(queue.taxonomy.names(name)) for name in self._fields}
+        self._shown: ReviewItem | None = None
         self._saved: list[tuple[int, int]] = []  # accepted and corrected labels of each conversation
 
     async def run(self, limit: int | None) -> None:
         """Show one conversation after the other until the reviewer quits, *limit* are decided, or none is left."""
         if self._console.is_terminal:
             self._console.print("Looking for conversations that are worth a look ...", markup=False)
-        item = await self._queue.next(self._reviewer)
+        item = self._shown = await self._queue.next(self._reviewer)
         while item is not None:
             draft = Draft(item)
             self._show(draft)
             action = await self._decide(draft)
             if action == QUIT:
-                await self._queue.skip(self._reviewer, item.source_id)
+                await self.give_back()
                 return
             if action == UNDO:
-                item = await self._undo(item)
+                item = self._shown = await self._undo(item)
                 continue
             await (self._save(draft) if action == ENTER else self._queue.skip(self._reviewer, item.source_id))
             if limit is not None and len(self._saved) >= limit:
                 return
-            item = await self._queue.next(self._reviewer)
+            item = self._shown = await self._queue.next(self._reviewer)
         self._console.print("No conversation is left to review.", markup=False)
+
+    async def give_back(self) -> None:
+        """End the lease on the conversation that is shown."""
+        if self._shown is not None:
+            await self._queue.skip(self._reviewer, self._shown.source_id)
 
     async def _decide(self, draft: Draft) -> str:
         """Read keys until *draft* is decided; return ENTER, SKIP, QUIT, or UNDO to go back to the last conversation."""

@@ -163,6 +163,7 @@ def test_review_on_a_terminal(place: Site) -> None:
     shown, code, flags = on_terminal(place, [("conversation 2", "\x03")])
     assert code == 130, shown
     assert flags & termios.ICANON
+    assert not place.database["sentimental_analysis_review_leases"].count_documents({})
     assert len(decided(place)) == 3
 
 
