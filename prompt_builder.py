@@ -132,7 +132,8 @@ def _added_examples(taxonomy: Taxonomy) -> list[str]:
     for example in taxonomy.examples:
         labels = {field: example.answer.get(field) for field in taxonomy.field_names}
         if all(_is_known(label, taxonomy.names(field)) for field, label in labels.items()):
-            answer = json.dumps(example.answer, ensure_ascii=False)
+            kept = {key: label for key, label in example.answer.items() if key in taxonomy.keys}
+            answer = json.dumps(kept, ensure_ascii=False)
             shown.append(f"<conversation>\n{example.transcript}\n</conversation>\n{answer}\n")
     return shown
 

@@ -20,7 +20,7 @@ from aggregator import aggregate_conversation
 from config import Settings, Taxonomy
 from config.review_settings import ReviewSettings
 from domain.conversation import Classification, Conversation
-from embedded.baseline import BaselineClassifier
+from embedded.choice import open_classifier
 from error_handler import ConfigurationError, ReviewConflictError, ReviewLabelError, SkippedDocumentError
 from mongo_client import DocumentStore
 from review.corrections import CorrectionStore
@@ -334,8 +334,9 @@ def _drawn(candidate: _Candidate, probability: float | None, source: Source = "r
 
 
 def _second_opinion(taxonomy: Taxonomy) -> SecondOpinion | None:
-    """Return the embedded classifier; None if it cannot use *taxonomy*."""
+    """Return the built-in classifier; None if it cannot use *taxonomy*."""
     try:
-        return BaselineClassifier(taxonomy).classify
+        classifier = open_classifier(taxonomy)
     except ConfigurationError:
         return None
+    return lambda conversation: classifier.answer(conversation).classification
