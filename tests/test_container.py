@@ -25,6 +25,10 @@ ROOT = Path(__file__).parent.parent
 NOT_PRODUCT = {"tests", "benchmarks"}
 # loaded only if requirements-index.txt is installed as well: --build-arg INDEX=yes
 INDEX_PACKAGES = ("database_docs/", "embedding_index/")
+# Imported by embedded/choice.py only if requirements-embedding.txt is installed, as requirements-index.txt does.
+OPTIONAL = {
+    f"embedded/{name}.py" for name in ("minilm", "conversation_vectors", "label_scores", "embedding_classifier")
+}
 EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which is not in the image
 
 
@@ -106,6 +110,7 @@ def test_every_product_module_is_in_the_image() -> None:
     assert product_modules() - copied() == set()
     assert "config/taxonomy.yaml" in copied()
     assert "data/sample_conversations.jsonl" in copied()
+    assert {"embedded/weights.safetensors", "embedded/phrases.safetensors"} <= copied()
     assert "schema_examples/customer_service_schema.py" in copied()
 
 
@@ -136,7 +141,7 @@ def named_in(requirements: str) -> set[str]:
 
 
 def test_what_is_copied_needs_only_what_is_installed() -> None:
-    """Every imported package is in requirements.txt, or in requirements-index.txt for the index."""
+    """Every imported package is in requirements.txt, or in requirements-index.txt for the index and what is optional."""
     installed = named_in("requirements.txt")
     own = {Path(path).parts[0].removesuffix(".py") for path in product_modules()}
     providers = packages_distributions()
@@ -147,7 +152,8 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):
                 distributions = {re.sub(r"[-_.]+", "-", name).lower() for name in providers.get(top, [top])}
-                allowed = installed | (named_in("requirements-index.txt") if path.startswith(INDEX_PACKAGES) else set())
+                is_index = path.startswith(INDEX_PACKAGES) or path in OPTIONAL
+                allowed = installed | (named_in("requirements-index.txt") if is_index else set())
                 # Starlette, bson, urllib3 and httpx2 are dependencies of packages that the module uses.
                 if not distributions & (allowed | {"starlette", "urllib3", "httpx2"}):
                     missing[top] = path
