@@ -24,7 +24,7 @@ comma := ,
 # Shorten pip's output to its progress and the packages of a megabyte or more. The exit status goes through a file,
 # because a pipe in sh returns only the status of its last command.
 define install
-{ PYTHONUNBUFFERED=1 $(venv_python) -m pip install --disable-pip-version-check --no-input $(1); echo $$? > .venv/status; } \
+{ PYTHONUNBUFFERED=1 $(venv_python) -m pip install --disable-pip-version-check --no-input --no-compile $(1); echo $$? > .venv/status; } \
 	| sed -n -E -e '/\.metadata/d' -e 's/^(Installing collected packages).*/  \1 .../p' \
 		-e 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^ -]+)-([^ -]+)[^ ]*( .* [GM]B.*)$$/  \3 \4\5/p'; \
 status=$$(cat .venv/status); rm -f .venv/status; exit $$status
