@@ -1,7 +1,7 @@
 """Fit the weights of the embedded classifier: ``python -m benchmarks.train_embedded DIR``.
 
 DIR holds the labelled files of docs/baseline.md. Only the lines of ``baseline_accuracy.FITTED`` are used: their licence
-permits it, and the phrases were not tuned on them. Without DIR, only the sentiment and the phrases are made anew.
+permits it, and the phrases were not tuned on them. Without DIR, only the sentiment and the phrases are made.
 Writes embedded/weights.safetensors and embedded/phrases.safetensors, the same bytes each time on one machine.
 """
 

@@ -50,7 +50,7 @@ def test_bootstrap_is_reproducible_and_agrees_with_the_normal_interval() -> None
 
 
 def test_interval_of_a_single_conversation_is_wide() -> None:
-    """Resamples of it are all the same, which proves nothing."""
+    """Resamples of it are all the same, so it has no width."""
     estimate = bootstrap([1], macro_f1([(frozenset("A"), frozenset("A"))]))
     assert (estimate.value, estimate.high) == (1, 1)
     assert estimate.low == proportion(1, 1).low

@@ -1,7 +1,7 @@
 """SmolLM2, a trained model of 135 million parameters, on llama.cpp, for tests and benchmarks.
 
 The random model of ``tiny_engine`` shows what an engine does. This one writes as models do: sentences, white space and
-blank lines between the tokens of its JSON, answers that end by themselves. Its labels are often wrong all the same, so
+blank lines between the tokens of its JSON, answers that end by themselves. But its labels are often wrong, so
 no test depends on which ones it chooses.
 """
 

@@ -100,7 +100,7 @@ async def test_unknown_labels_are_refused(store: DocumentStore, settings: Settin
 async def test_label_that_left_the_taxonomy_can_be_accepted(
     store: DocumentStore, settings: Settings, database: Data
 ) -> None:
-    """Of an earlier taxonomy; it cannot be chosen anew."""
+    """Of an earlier taxonomy; it cannot be chosen again."""
     fill(database, [result(1, intent="Gone"), result(2)])
     queue = open_queue(store, settings)
     assert {item.labels["intent"] for item in [await accept(queue, "anna"), await accept(queue, "anna")] if item} == {
