@@ -268,7 +268,7 @@ def test_random_kills(site: IndexSite, source: str, request: pytest.FixtureReque
     moments = random.Random(seed)
     fill(site, source)
     if source == "database":
-        site.make_database(4 * kills)
+        site.make_database(8 * kills + 8)  # enough for a run to be killed before its end
     else:
         site.add_conversations(range(8 * kills))
     site.fake.configure(latency_s=0.05)
