@@ -32,6 +32,8 @@ _REASONING_TAG = re.compile(
     re.IGNORECASE,
 )
 
+_TAG_SIGNS = ("<", "[/", "[t", "[T", "\N{WHITE LEFT-POINTING TRIANGLE}")  # how the tags begin
+
 _REPAIR = (
     "Your answer could not be used: {problem}. Answer again for the same conversation with one JSON object with "
     "exactly the {keys}, and labels from the lists only."
@@ -258,7 +260,7 @@ def _without_reasoning(reply: str) -> str:
         raise LLMReplyError("the answer is too long", Reason.NOT_JSON)
     kept: list[str] = []
     place, is_reasoning = 0, False
-    tags = list(_REASONING_TAG.finditer(text))
+    tags = list(_REASONING_TAG.finditer(text)) if any(sign in text for sign in _TAG_SIGNS) else []
     for tag in () if tags and _is_json(text) else tags:
         if tag["close"]:
             kept = [] if not is_reasoning else kept

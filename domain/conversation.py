@@ -108,12 +108,13 @@ class Classification:
 
 def stored_labels(classification: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the labels by field of a *classification* as a result stores it; other values are left out."""
-    lists = {name: [value] if isinstance(value, str) else value for name, value in classification.items()}
-    return {
-        name: values
-        for name, values in lists.items()
-        if name != "categorization" and isinstance(values, list) and all(isinstance(value, str) for value in values)
-    }
+    found: dict[str, list[str]] = {}
+    for name, value in classification.items():
+        if isinstance(value, str) and name != "categorization":
+            found[name] = [value]
+        elif isinstance(value, list) and all(isinstance(one, str) for one in value):
+            found[name] = value
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,8 @@ def problem_of(reply: str) -> LLMReplyError:
         pytest.param(f"{GOOD}<think>Or {DRAFT}?</think>", id="thoughts-after-it"),
         pytest.param(f"{GOOD}\n<think>Or {DRAFT}?", id="thoughts-that-never-end"),
         pytest.param(f"[THINK]{DRAFT}[/THINK]{GOOD}", id="magistral"),
+        pytest.param(f"{GOOD}[think]{DRAFT}", id="only an opening square tag"),
+        pytest.param(f"{GOOD}◁think▷{DRAFT}", id="kimi"),
         pytest.param(f"<seed:think>{DRAFT}</seed:think>{GOOD}", id="seed"),
         pytest.param(
             f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{GOOD}",
