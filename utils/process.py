@@ -79,10 +79,11 @@ def stop_on_signals(stop: asyncio.Event | threading.Event, is_running: Callable[
 
 
 def print_error(program: str, sentence: str, *, verbose: bool) -> None:
-    """Write *sentence* to stderr; *verbose* adds the traceback of the current exception."""
-    sys.stderr.write(f"{program}: {sentence}\n")
-    if verbose:
-        traceback.print_exc()
+    """Write *sentence* to stderr, if somebody reads it; *verbose* adds the traceback of the current exception."""
+    with suppress(BrokenPipeError):  # the exit code tells that the command failed
+        sys.stderr.write(f"{program}: {sentence}\n")
+        if verbose:
+            traceback.print_exc()
 
 
 def tell_line(sentence: str) -> None:
@@ -91,11 +92,19 @@ def tell_line(sentence: str) -> None:
     sys.stderr.flush()
 
 
-def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interrupted: str = "Interrupted.") -> int:
+def exit_code_of(
+    run: Callable[[], int],
+    program: str,
+    *,
+    verbose: bool,
+    interrupted: str = "Interrupted.",
+    unread: ExitCode = ExitCode.DONE,
+) -> int:
     """Return the exit code of *run*, or that of the TriadError it raised, after printing it.
 
     From now on stdout and stderr take every character, also if the terminal or the locale is not UTF-8.
-    *interrupted* is the message for Ctrl-C. Other exceptions propagate.
+    *interrupted* is the message for Ctrl-C. *unread* is the exit code if the reader of the output has closed it, as
+    ``head`` does. Other exceptions propagate.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -110,7 +119,7 @@ def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interru
         print_error(program, interrupted, verbose=verbose)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        return ExitCode.DONE  # the reader of stdout has closed it, as head does
+        return unread
 
 
 def number_between(kind: Callable[[str], N], least: float, most: float = sys.float_info.max) -> Callable[[str], N]:

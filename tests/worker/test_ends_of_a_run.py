@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from embedded.mongod import EmbeddedMongod
 from tests.forked_process import Ended
-from tests.worker.site import Site, check_exactly_once, conversation, filled, model_of, open_site, until
+from tests.worker.site import ROOT, Site, check_exactly_once, conversation, filled, model_of, open_site, until
 
 REFUSED: dict[str, Any] = {"kind": "status", "status": 400, "body": '{"error": "bad request"}'}
 UNLABELLED: dict[str, Any] = {"kind": "wrong_label"}
@@ -51,6 +53,21 @@ def test_done(site: Site) -> None:
     ended = site.run()
     assert ended.code == 0
     check_agreement(site, retry=0, quarantine=0, ended=ended)
+
+
+def test_run_whose_output_nobody_reads_is_not_a_success(site: Site) -> None:
+    """A pipe that is closed ends the run; the next one does the rest."""
+    documents = filled(site, 5)
+    command = [sys.executable, str(ROOT / "cli.py")]
+    with subprocess.Popen(
+        command, env=site.environment(), cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+        assert process.wait(60) == 130
+    assert site.run().code == 0
+    check_exactly_once(site, documents)
 
 
 def test_incomplete(site: Site) -> None:
