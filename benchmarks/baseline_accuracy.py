@@ -186,7 +186,7 @@ class Case:
 
     @property
     def is_unseen_english(self) -> bool:
-        """Whether the file is English and neither classifier was fitted on its source."""
+        """True if the file is English and neither classifier was fitted on its source."""
         return (
             "not English" not in self.file and self.file not in ("multidogo", "star", "cfpb") and self.part != "fitted"
         )

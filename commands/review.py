@@ -98,7 +98,7 @@ def _login_name() -> str:
 
 @dataclass
 class Draft:
-    """What the reviewer has chosen so far for *item*: the labels of the fields before *place*, or of any field."""
+    """Return the labels that the reviewer has chosen so far for *item*: the labels of the fields before *place*, or of any field."""
 
     item: ReviewItem
     chosen: dict[str, Label] = field(default_factory=dict)

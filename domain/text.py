@@ -65,7 +65,7 @@ def _harmless(match: re.Match[str]) -> str:
 
 
 def _is_fence(tag: str) -> bool:
-    """Whether a model could read *tag* (folded) as ``<conversation>`` or ``</conversation>``.
+    """Return whether a model could read *tag* (folded) as ``<conversation>`` or ``</conversation>``.
 
     Characters between the letters and attributes do not matter. Letters of other alphabets may stand for letters that
     look like them, so then the others only have to be in the right order.
