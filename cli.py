@@ -83,9 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     interrupted = "Interrupted." if command else "Interrupted; run the same command again to resume."
     try:
-        # A worker whose output nobody reads any more stops before its end.
-        unread = ExitCode.DONE if command else ExitCode.INTERRUPTED
-        return exit_code_of(run, parser.prog, verbose=arguments.verbose, interrupted=interrupted, unread=unread)
+        return exit_code_of(run, parser.prog, verbose=arguments.verbose, interrupted=interrupted)
     except Exception as exc:
         first: BaseException = exc
         while isinstance(first, BaseExceptionGroup):
