@@ -1,4 +1,4 @@
-"""Classifies gold conversations with the configured model into a results collection of its own; see ``FreshRun``."""
+"""Classifies gold conversations with the configured model into a separate results collection; see ``FreshRun``."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ _REASONING_SIGNS = {
 
 
 def context_refusal(text: str, answer_tokens: int) -> LLMContextError | None:
-    """Return the error if *text* refuses a prompt for its length: it says so, or names two token counts.
+    """Return the error if *text* refuses a prompt for its length: it names the length, or two token counts.
 
     *answer_tokens* were requested for the answer, which some servers count in.
     """

@@ -26,7 +26,7 @@ REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a run labels now. *named* returns the fingerprint of the same plan with its model under another name.
+    """Model, prompt and options of a run. *named* returns the fingerprint of the same plan with its model under another name.
 
     Ollama lists one model under several names; the *digest* identifies it, None if it is unknown.
     """
