@@ -27,7 +27,7 @@ from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, choose_window, warm_up
-from utils.outgoing import aiohttp_session, route_to
+from network.outgoing import aiohttp_session, route_to
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ CHECK_EVERY_S = 10.0  # the longest time that a reload by another client goes un
 
 
 def open_session(max_concurrent: int) -> aiohttp.ClientSession:
-    """Return a session for one model server; see utils.outgoing. The caller closes it."""
+    """Return a session for one model server; see network.outgoing. The caller closes it."""
     return aiohttp_session(aiohttp.TCPConnector(limit=max_concurrent + 2, keepalive_timeout=60))
 
 

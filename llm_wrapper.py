@@ -27,7 +27,7 @@ from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, warm_up
-from utils.outgoing import Route, problem_of, requests_session, route_to
+from network.outgoing import Route, problem_of, requests_session, route_to
 from utils.retry_utils import RetryPolicy, tenacity_options
 
 CONNECT_TIMEOUT_S = 5.0
@@ -124,7 +124,7 @@ class _Adapter(HTTPAdapter):
 
 
 def open_session() -> requests.Session:
-    """Return a session whose timeouts limit whole answers; see utils.outgoing. The caller closes it."""
+    """Return a session whose timeouts limit whole answers; see network.outgoing. The caller closes it."""
     return requests_session(_Adapter())
 
 

@@ -24,7 +24,7 @@ from model_server.protocol import (
     refuses_logprobs,
 )
 from model_server.refusals import refused_fields, refused_options, refuses_system_role
-from utils.outgoing import problem_of
+from network.outgoing import problem_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import uvicorn
 from config import Settings
 from config.service_settings import ServiceSettings
 from logger import RequestIdFilter, TracebackRedactor, adopt_server_logs, configure_logging
+from network.addresses import require_keys_outside_this_machine
 from service.access import CLASSIFY, SIMILAR, ServiceGate
 from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
@@ -22,7 +23,6 @@ from service.model import ModelService, Verdict
 from service.review import ReviewService, open_review
 from service.similar import OpenIndex, SimilarConversations
 from service.slow_clients import SlowClientGuard
-from utils.network import require_keys_outside_this_machine
 
 logger = logging.getLogger(__name__)
 

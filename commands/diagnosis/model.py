@@ -42,7 +42,7 @@ from model_server.models import (
 )
 from model_server.protocol import ChatTarget
 from model_server.window import SHARE, WindowChoice, choose_window
-from utils.network import is_loopback
+from network.addresses import is_loopback
 from worker.plan import Sample, run_window
 
 LOAD_TIMEOUT_S = 600.0  # Ollama gives up after 5 minutes without progress; an earlier timeout here would abort the load
