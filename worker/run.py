@@ -359,6 +359,7 @@ class BatchRun:
             "in_quarantine": len(self._failed_now("quarantine")),
             "not_selected": None if self._left_out is None else asdict(self._left_out),
             "interrupted": self._stop.is_set(),
+            "held_back_s": 0.0 if self._parts.service_first is None else round(self._parts.service_first.held_s, 1),
             "review_below": self._settings.review_below,
         }
 

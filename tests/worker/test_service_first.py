@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
@@ -16,7 +17,7 @@ from pymongo import AsyncMongoClient
 from storage.service_lease import COLLECTION, LEASE_S, lease_renewal, renew_lease, server_name
 from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import ServiceProcess, conversation, serve
-from tests.worker.site import Site, WorkerProcess, check_exactly_once, filled, model_of, sha
+from tests.worker.site import Site, WorkerProcess, check_exactly_once, filled, model_of, sha, until
 from worker.service_first import ServiceFirst
 
 HELD = "the service has requests: at most"
@@ -167,3 +168,66 @@ def test_worker_keeps_to_the_floor_and_goes_on_after_the_service_was_killed(site
         ended = worker.ended()
     assert ended.code == 0, ended.said
     check_exactly_once(site, documents)
+
+
+def unhindered(site: Site, worker: WorkerProcess) -> None:
+    """Assert that the worker keeps six calls in flight while the lease is renewed, and finishes."""
+    fake, renewals = model_of(site), set[Any]()
+    fake.wait_for("chat_requests", at_least=6)
+
+    def is_renewed_often() -> bool:
+        renewals.update(lease["renewed_at"] for lease in leases(site))
+        return len(renewals) > 3
+
+    until(is_renewed_often)
+    fake.wait_for("in_flight", at_least=6)
+    fake.configure(latency_s=0.0)
+    ended = worker.ended()
+    assert ended.code == 0, ended.said
+    assert HELD not in ended.err
+
+
+@pytest.mark.thorough
+def test_service_on_another_server_holds_no_worker(site: Site) -> None:
+    filled(site, 80)
+    model_of(site).configure(latency_s=0.4)
+    with FakeOllama(slots=2) as other, busy_service(site, other), started(site) as worker:
+        unhindered(site, worker)
+
+
+@pytest.mark.thorough
+def test_worker_whose_lease_is_switched_off_is_not_held(site: Site) -> None:
+    filled(site, 80)
+    model_of(site).configure(latency_s=0.4)
+    with busy_service(site, model_of(site)), started(site, SERVICE_LEASE="false") as worker:
+        unhindered(site, worker)
+
+
+@pytest.mark.thorough
+def test_service_writes_the_lease_only_while_it_has_requests_and_the_switch_is_on(site: Site) -> None:
+    """A request that takes no time counts as well."""
+    fake = model_of(site)
+    place = {"MONGODB_URI": site.uri, "MONGODB_DB": site.database.name, "OLLAMA_MODEL": "llama3.2"}
+    with serve(site.folder, OLLAMA_ENDPOINT=fake.url, **place, SERVICE_LEASE="false") as service:
+        fake.configure(latency_s=0.5)  # time enough to write it
+        assert service.classify().status == 200
+        assert leases(site) == []
+    fake.configure(latency_s=0.0)
+    with serve(site.folder, OLLAMA_ENDPOINT=fake.url, **place) as service:
+        assert leases(site) == []
+        assert service.classify().status == 200
+        until(lambda: leases(site))
+    assert [lease["_id"] for lease in leases(site)] == [server_name(fake.url)]
+
+
+@pytest.mark.thorough
+def test_service_without_mongodb_answers_and_warns_once(site: Site) -> None:
+    fake = model_of(site)
+    place = {"MONGODB_URI": "mongodb://127.0.0.1:1", "OLLAMA_MODEL": "llama3.2"}
+    with serve(site.folder, OLLAMA_ENDPOINT=fake.url, **place) as service:
+        for _ in range(3):
+            assert service.classify().status == 200
+        service.wait_for_log("batch workers are not held back")
+        assert service.classify().status == 200
+        assert service.terminate(20) == -signal.SIGTERM
+    assert service.log.count("WARNING") == 1
