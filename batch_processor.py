@@ -25,12 +25,14 @@ from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
 from mongo_client import DocumentStore
 from storage.extended_json import Document
+from storage.service_lease import server_name
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import Classify, RunOptions, RunParts, has_work
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
 from worker.run import BatchRun
+from worker.service_first import ServiceFirst
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
 if TYPE_CHECKING:  # only an estimate records its calls
@@ -186,7 +188,7 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, review_below. After a
+        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s, review_below. After a
         TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
         """
         run = await self._new_run()
@@ -212,8 +214,15 @@ class BatchProcessor:
             kinds=self._kinds(),
             reporters=self._observers.reporters,
             limit=self._limit,
+            service_first=self._service_first(),
         )
         return BatchRun(parts)
+
+    def _service_first(self) -> ServiceFirst | None:
+        settings = self.settings
+        if not settings.service_lease or self._given_classify is not None:
+            return None
+        return ServiceFirst(self.store.database, server_name(settings.server_url), settings.worker_floor)
 
     def _worker_id(self) -> str:
         """Return the id under which the worker of this directory holds leases, the same after a crash."""

@@ -1,8 +1,8 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk`` or ``injection`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without
-targets. See docs/performance.md.
+``search``, ``walk``, ``injection`` or ``two_users`` runs only that benchmark. ``--quick`` uses few documents to check that the
+benchmarks run, without targets. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks import (
     search_quality,
     service,
     throughput,
+    two_users,
     walk,
 )
 from benchmarks.table import text
@@ -40,6 +41,7 @@ MEASURES = {
     "search": search_quality.measure,
     "walk": walk.measure,
     "injection": injection.measure,
+    "two_users": two_users.measure,
 }
 
 

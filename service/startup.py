@@ -18,6 +18,7 @@ from network.addresses import require_keys_outside_this_machine
 from service.access import CLASSIFY, SIMILAR, ServiceGate
 from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
+from service.lease import lease_while_busy
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
 from service.review import ReviewService, open_review
@@ -67,6 +68,8 @@ async def start(
     metrics, gate = ServiceMetrics(), ServiceGate(service_settings)
     model = ModelService(settings, service_settings, metrics)
     await stack.enter_async_context(model.running())
+    if settings.service_lease and not service_settings.embedded:
+        await stack.enter_async_context(lease_while_busy(settings, model.slots))
     similar = SimilarConversations(service_settings, metrics, model.deadlines, open_search, model.taxonomy)
     stack.push_async_callback(similar.close)
 

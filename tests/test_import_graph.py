@@ -40,7 +40,7 @@ PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 OWNERS = {
     "pymongo": {
         *("mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"),
-        "storage.mongo_pages",
+        *("storage.mongo_pages", "storage.service_lease"),
     },
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},

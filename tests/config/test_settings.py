@@ -44,6 +44,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "outage_limit_s": ("60", 60.0),
     "shutdown_grace_s": ("5", 5.0),
     "lease_s": ("60", 60.0),
+    "service_lease": ("off", False),
+    "worker_floor": ("2", 2),
     "batch_files_dir": ("elsewhere/files", Path("elsewhere/files")),
     "taxonomy_file": ("own.yaml", Path("own.yaml")),
     "prompt_examples_file": ("own.json", Path("own.json")),
