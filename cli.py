@@ -127,6 +127,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
                 "(--only new leaves them).\n"
             )
             options, after = replace(options, only="stale"), options
+        if settings.reply_style == "auto" and not parts and not arguments.dry_run:
+            await _settle_style(settings, has_work=bool(options.only or options.reprocess or options.retry_failed))
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
         processor = BatchProcessor(settings, options=options, observers=_observers(arguments, settings), **parts)
@@ -135,6 +137,16 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             await stack.enter_async_context(processor)
             connected.set()
             return await _passes(arguments, settings, processor, after)
+
+
+async def _settle_style(settings: Settings, *, has_work: bool) -> None:
+    """Measure which style ``--reply auto`` stands for, unless it is known."""
+    from commands.evaluate import require_packages  # noqa: PLC0415
+
+    require_packages("--reply auto")
+    from evaluation.style_choice import settle_style  # noqa: PLC0415 - only for --reply auto
+
+    await settle_style(settings, tell_line, has_work=has_work)
 
 
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any], int]:
