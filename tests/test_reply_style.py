@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from domain.reply_style import STYLES, ReplyStyle
 from error_handler import LLMReplyError, Reason
 from model_server.grammar import compact_grammar
 from model_server.models import chat_target
+from model_server.protocol import ChatReply
 from prompt_builder import build_system_prompt
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.scripted_server import answer, chat_reply, scripted_server
@@ -315,3 +317,28 @@ def test_grammar_of_odd_labels_is_escaped() -> None:
     assert grammar == ('root ::= "[" ("\\"say \\\\\\"hi\\\\\\"\\"" | "\\"back\\\\\\\\slash\\"" | "\\"naïve\\"") "]"\n')
     assert compact_grammar(b'{"type": "object", "properties": {"text": {"type": "string"}}}') is None
     assert compact_grammar(b"{}") is None
+
+
+def piece(text: str, share: float = 0.9, other: str = "") -> dict[str, Any]:
+    """A token of an answer with *share* of the probability, and one alternative with the rest."""
+    entries = [
+        {"token": one, "logprob": math.log(part), "bytes": list(one.encode())}
+        for one, part in ((text, share), (other or "The", 1 - share))
+    ]
+    return {**entries[0], "top_logprobs": entries}
+
+
+def test_confidence_of_an_array_goes_by_position() -> None:
+    """Two fields with the same label; each alternative belongs to its own field."""
+    classifier = Classifier(TAXONOMY, "fit", "list")
+    text = '["Other","Other","Neutral"]'
+    tokens = (
+        *(piece('["'), piece("Other", 0.6, "Complaint"), piece('","'), piece("Other", 0.8, "Insurance/Loans/Credit")),
+        *(piece('","'), piece("Neutral", 0.7, "Negative"), piece('"]')),
+    )
+    found = classifier.confidence(ChatReply(text, 1, 1, tokens=tokens), classifier.parse(text))
+    assert found is not None
+    assert 0 < found["intent"] < found["topic"] <= 0.8
+    assert found["intent"] <= 0.6
+    twice = f"{text} {text}"
+    assert classifier.confidence(ChatReply(twice, 1, 1, tokens=tokens), classifier.parse(twice)) is None

@@ -17,7 +17,7 @@ from model_server.models import chat_target
 from tests.worker.site import Site, filled, requests
 from worker.reply_choice import FILE, MOST_KEPT, classifier_for, store_choice, stored_choice
 
-MANY = 80  # conversations, enough for a few disagreements
+MANY = 62  # conversations, a few more than the fewest
 
 
 def chosen(site: Site) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def test_shortest_style_is_measured_once(site: Site) -> None:
     filled(site, MANY)
     ended = site.run("--reply", "auto")
     assert ended.code == 0, ended.err
-    assert f"reply style list: agrees with full in {MANY} of {MANY} conversations (lower bound 0.963)" in ended.err
+    assert f"reply style list: agrees with full in {MANY} of {MANY} conversations (lower bound 0.953)" in ended.err
     assert "reply style auto: list, until the model, the prompt or the taxonomy changes." in ended.err
     assert chosen(site)["style"] == "list"
     assert "labels" not in chosen(site)
@@ -61,6 +61,7 @@ def test_style_that_differs_is_not_used(site: Site) -> None:
     assert "categorization" not in result["classification"]
 
 
+@pytest.mark.thorough
 def test_other_model_is_measured_again(site: Site) -> None:
     assert site.model is not None
     filled(site, MANY)
