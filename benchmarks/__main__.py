@@ -1,7 +1,7 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk`` or ``injection`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without
+``search``, ``walk``, ``injection`` or ``examples`` runs only that benchmark. ``--quick`` uses few documents, without
 targets. See docs/performance.md.
 """
 
@@ -21,6 +21,7 @@ from benchmarks import (
     injection,
     latency,
     memory,
+    prompt_examples,
     search_quality,
     service,
     throughput,
@@ -40,6 +41,7 @@ MEASURES = {
     "search": search_quality.measure,
     "walk": walk.measure,
     "injection": injection.measure,
+    "examples": prompt_examples.measure,
 }
 
 

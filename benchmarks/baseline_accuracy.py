@@ -17,8 +17,8 @@ from typing import Any
 
 from aggregator import aggregate_conversation
 from config.taxonomy import load_taxonomy
-from domain.conversation import Conversation
-from embedded.baseline import BASELINE_MODEL, BaselineClassifier
+from domain.conversation import BASELINE_MODEL, Conversation
+from embedded.baseline import BaselineClassifier
 from embedded.choice import BuiltInClassifier, missing_packages, open_classifier
 from error_handler import SkippedDocumentError
 from storage.extended_json import loads
