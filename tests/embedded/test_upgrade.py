@@ -125,7 +125,7 @@ def test_fields_of_the_taxonomy_are_labelled_and_printed(
     assert "Nothing to do" in capsys.readouterr().out
     own.write_text(fields.format("Customer"), encoding="utf-8")
     assert run("--only", "stale", "--dry-run") == 0
-    assert json.loads(capsys.readouterr().out)["documents"] == 3
+    assert json.loads(capsys.readouterr().out)["selected"] == 3
 
 
 @pytest.mark.skipif(bool(missing_packages()), reason="requirements-embedding.txt is not installed")
