@@ -18,17 +18,17 @@ TEXTS = ["Where is my parcel?", "I want my money back", "I love it, thank you!",
 
 
 class Held(BaselineClassifier):
-    """Starts with the first conversations only when *go* is set."""
+    """Each call tells *began*, and waits for *go*."""
 
     def __init__(self) -> None:
         super().__init__(TAXONOMY)
-        self.began, self.go = threading.Event(), threading.Event()
+        self.began, self.go = threading.Semaphore(0), threading.Semaphore(0)
         self.sizes: list[int] = []
 
     def answers(self, conversations: Sequence[Conversation]) -> list[Answer]:
         self.sizes.append(len(conversations))
-        self.began.set()
-        assert self.go.wait(30)
+        self.began.release()
+        assert self.go.acquire(timeout=30)
         return super().answers(conversations)
 
 
@@ -46,14 +46,14 @@ async def started(held: Held, count: int) -> list[asyncio.Task[str]]:
         return str(outcome.classification.topic)
 
     tasks = [asyncio.create_task(topic(TEXTS[number % len(TEXTS)])) for number in range(count)]
-    await asyncio.to_thread(held.began.wait, 30)
+    await asyncio.to_thread(held.began.acquire, timeout=30)
     return tasks
 
 
 def test_conversations_that_wait_are_labelled_together() -> None:
     async def run() -> list[str]:
         tasks = await started(held, BUILT_IN_AT_ONCE + 3)
-        held.go.set()
+        held.go.release(3)
         return await asyncio.gather(*tasks)
 
     held, plain = Held(), BaselineClassifier(TAXONOMY)
@@ -66,12 +66,15 @@ def test_conversations_that_wait_are_labelled_together() -> None:
 def test_others_are_labelled_if_the_one_that_labels_them_is_cancelled() -> None:
     async def run() -> list[str]:
         first, second, *others = await started(held, 4)
-        first.cancel()
+        held.go.release()
+        await first
+        await asyncio.to_thread(held.began.acquire, timeout=30)  # now the second one labels all that are left
         second.cancel()
-        held.go.set()
+        held.go.release(2)
         with pytest.raises(asyncio.CancelledError):
-            await first
-        return await asyncio.wait_for(asyncio.gather(*others), 30)
+            await second
+        return await asyncio.wait_for(asyncio.gather(*others), 5)
 
     held = Held()
     assert len(asyncio.run(run())) == 2
+    assert held.sizes == [1, 3, 3]
