@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.baseline_accuracy import directory_examples
 from config.taxonomy import Taxonomy, load_taxonomy
 from embedded.baseline import SENTIMENTS, BaselineClassifier, prose_of
-from embedded.conversation_vectors import embedded_texts, vectors_of_all
+from embedded.conversation_vectors import embedded_texts, vectors_of_each
 from embedded.embedding_classifier import (
     PHRASES,
     WEIGHTS,
@@ -151,7 +151,7 @@ def fit_fields(
     """
     baseline = BaselineClassifier(taxonomy)
     examples = [example for _, example in directory_examples(directory) if example.part == "fitted"]
-    found = vectors_of_all(encoder, [example.conversation for example in examples])
+    found = vectors_of_each(encoder, [example.conversation for example in examples])
     felt = [
         sentiment_of(sentiment_inputs(each.customer, baseline.feelings(example.conversation.customer_texts)), sentiment)
         for example, each in zip(examples, found, strict=True)

@@ -38,10 +38,10 @@ class _Read:
 
 def vectors_of(encoder: Encoder, conversation: Conversation) -> ConversationVectors:
     """Return the vectors of the first READ_TOKENS tokens of *conversation*, links and handles left out."""
-    return vectors_of_all(encoder, [conversation])[0]
+    return vectors_of_each(encoder, [conversation])[0]
 
 
-def vectors_of_all(encoder: Encoder, conversations: Sequence[Conversation]) -> list[ConversationVectors]:
+def vectors_of_each(encoder: Encoder, conversations: Sequence[Conversation]) -> list[ConversationVectors]:
     """Return ``vectors_of`` of each conversation; several at once take less time than one after the other.
 
     Pieces that occur in several places are embedded once. Beside other pieces a vector may differ in the last bits.

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from config.taxonomy import Label, Taxonomy, fold_label
 from domain.conversation import EMBEDDING_MODEL, Conversation
 from embedded.baseline import SENTIMENTS, Answer, BaselineClassifier, classification, mean_feeling, prose_of
-from embedded.conversation_vectors import embedded_texts, vectors_of_all
+from embedded.conversation_vectors import embedded_texts, vectors_of_each
 from embedded.label_scores import LabelScorer, LabelVectors, label_texts, sentiment_of, softmax
 from embedded.language import is_english
 from embedded.minilm import Encoder, open_encoder
@@ -132,7 +132,7 @@ class EmbeddingClassifier:
         """Return the probability of each label: field -> label -> 0 to 1. *found* are ``phrase_scores``."""
         if not conversations:
             return []
-        vectors = vectors_of_all(self._encoder, conversations)
+        vectors = vectors_of_each(self._encoder, conversations)
         feelings = [self._baseline.feelings(each.customer_texts) for each in conversations]
         inputs = [sentiment_inputs(each.customer, felt) for each, felt in zip(vectors, feelings, strict=True)]
         felt = sentiment_of(np.stack(inputs), self._sentiment_weights)
