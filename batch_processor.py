@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import runpy
 import secrets
@@ -18,6 +19,7 @@ from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
 from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
+from embedded.baseline import Answer
 from embedded.choice import BuiltInClassifier
 from error_handler import ConfigurationError, LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
@@ -38,6 +40,8 @@ from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
 if TYPE_CHECKING:  # only an estimate records its calls
     from worker.timing import SampleRecorder
+
+BUILT_IN_AT_ONCE = 16  # conversations; more take no less time for each
 
 logger = logging.getLogger(__name__)
 
@@ -276,18 +280,44 @@ async def find_model(settings: Settings) -> str | None:
             return None
 
 
-def built_in_classify(classifier: BuiltInClassifier) -> Classify:
-    """Return *classifier* as the classify step of a run; the results name the built-in classifier that gave their labels."""
+def built_in_plan(taxonomy: Taxonomy) -> str:
+    """Return the plan_fingerprint of a built-in classifier with *taxonomy*: the same for each of them."""
+    return f"{BASELINE_PLAN}-{hashlib.sha256(repr(taxonomy.fields).encode()).hexdigest()[:16]}"
+
+
+def built_in_classify(classifier: BuiltInClassifier, plan: str = BASELINE_PLAN) -> Classify:
+    """Return *classifier* as the classify step of a run; the results name the built-in classifier that gave their labels.
+
+    *plan* is that of ``built_in_plan``. Conversations that wait at the same time are labelled together, because that takes less time.
+    """
+    waiting: list[tuple[Conversation, asyncio.Future[Answer]]] = []
+    one_at_a_time = asyncio.Lock()
+
+    async def label_waiting() -> None:
+        taken = waiting[:BUILT_IN_AT_ONCE]
+        del waiting[:BUILT_IN_AT_ONCE]
+        try:
+            # Signals and writes go on meanwhile.
+            answers = await asyncio.to_thread(classifier.answers, [conversation for conversation, _ in taken])
+            for (_, future), answer in zip(taken, answers, strict=True):
+                future.set_result(answer)
+        finally:  # if this task was cancelled, another one that waits labels the rest
+            waiting.extend(pair for pair in taken if not pair[1].done())
 
     async def classify(conversation: Conversation, _rounds: int) -> Outcome:
         start = time.monotonic()
-        answer = await asyncio.to_thread(classifier.answer, conversation)  # signals and writes go on meanwhile
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        waiting.append((conversation, future))
+        async with one_at_a_time:
+            while not future.done():
+                await label_waiting()
+        answer = future.result()
         return Outcome(
             answer.classification,
             model_used=answer.model,
             model_digest=None,
             input_sha256=conversation.transcript_sha256,
-            fingerprint=result_fingerprint(BASELINE_PLAN, conversation.transcript_sha256),
+            fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
             duration_ms=round((time.monotonic() - start) * 1000),
             confidence=answer.confidence,
         )

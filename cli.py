@@ -26,7 +26,7 @@ import uvloop
 from pydantic import SecretStr
 from rich.console import Console
 
-from batch_processor import BatchProcessor, Observers, built_in_classify, find_model
+from batch_processor import BatchProcessor, Observers, built_in_classify, built_in_plan, find_model
 from commands import flags, summary
 from config import Settings, load_taxonomy
 from domain.text import counted
@@ -50,7 +50,7 @@ from worker.left_out import LeftOut, count_in_time, count_left_out, is_fruitless
 from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
 from worker.quarantine import failed_keys, failed_places
-from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
+from worker.staleness import Plan, StalenessChecker
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
 
@@ -120,8 +120,11 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         )
         after: RunOptions | None = None
         if by_built_in and not (options.only or options.reprocess or options.retry_failed):
+            why = (
+                "the model classifies" if "classify" not in parts else "with the fields of this taxonomy, it classifies"
+            )
             sys.stderr.write(
-                f"{counted(by_built_in, 'result')} of the built-in classifier: the model classifies these conversations again "
+                f"{counted(by_built_in, 'result')} of the built-in classifier: {why} these conversations again "
                 "(--only new leaves them).\n"
             )
             options, after = replace(options, only="stale"), options
@@ -150,10 +153,10 @@ async def _settle_style(settings: Settings, *, has_work: bool) -> None:
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any], int]:
     """Start the embedded MongoDB with the samples, and select a built-in classifier if no Ollama answers.
 
-    Also return how many results of built-in classifiers a model could replace.
+    Also return how many results of built-in classifiers the model, or the fields of another taxonomy, replace.
     """
+    from domain.conversation import BUILT_IN_MODELS  # noqa: PLC0415
     from domain.document_files import SAMPLES, read_documents  # noqa: PLC0415
-    from embedded.baseline import BUILT_IN_MODELS  # noqa: PLC0415 - only for --embedded
     from embedded.choice import missing_packages, open_classifier  # noqa: PLC0415
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
 
@@ -164,6 +167,12 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
     if "batch_files_dir" not in settings.model_fields_set:
         changes["batch_files_dir"] = EMBEDDED_DATA / "batch_files"
     settings = settings.model_copy(update=changes)
+    model = await find_model(settings)
+    taxonomy = load_taxonomy(settings.taxonomy_file)
+    replaced: dict[str, Any] = {"processing_metadata.model_used": {"$in": BUILT_IN_MODELS}}
+    if model is None:
+        keys = {"$map": {"input": {"$objectToArray": "$classification"}, "in": "$$this.k"}}
+        replaced["$expr"] = {"$not": {"$setEquals": [keys, list(taxonomy.keys)]}}
     store = DocumentStore(settings)
     try:
         await store.check()
@@ -171,24 +180,23 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
             added = await store.insert_documents(list(read_documents(SAMPLES)))
             console.print(f"Imported {added} sample conversations into {settings.source_collection}.")
         with translated("count the results"):
-            results = store.database[settings.results_collection]
-            by_built_in = await results.count_documents({"processing_metadata.model_used": {"$in": BUILT_IN_MODELS}})
+            by_built_in = await store.database[settings.results_collection].count_documents(replaced)
     finally:
         await store.close()
-    model = await find_model(settings)
     if model is not None:
         server = "a model server" if settings.llm_api_url else "Ollama"
         console.print(f"Found {server} at {settings.server_url}; using {model}.")
         name = "llm_model" if settings.llm_api_url else "ollama_model"
         return settings.model_copy(update={name: model}), {}, by_built_in
-    classifier = await asyncio.to_thread(open_classifier, load_taxonomy(settings.taxonomy_file))
+    classifier = await asyncio.to_thread(open_classifier, taxonomy)
     console.print(
         f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in classifier "
         f"{classifier.model}. Accuracy: docs/baseline.md.[/]"
     )
     if missing := missing_packages():
         console.print(f"Labels are better with requirements-embedding.txt installed (missing: {', '.join(missing)}).")
-    return settings, {"classify": built_in_classify(classifier), "plan": BASELINE_PLAN}, 0
+    plan = built_in_plan(taxonomy)
+    return settings, {"classify": built_in_classify(classifier, plan), "plan": plan}, by_built_in
 
 
 async def _passes(

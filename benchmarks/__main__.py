@@ -1,8 +1,8 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk``, ``injection`` or ``two_users`` runs only that benchmark. ``--quick`` uses few documents to check that the
-benchmarks run, without targets. See docs/performance.md.
+``search``, ``walk``, ``injection``, ``examples`` or ``two_users`` runs only that benchmark. ``--quick`` uses few documents,
+without targets. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks import (
     injection,
     latency,
     memory,
+    prompt_examples,
     search_quality,
     service,
     throughput,
@@ -41,6 +42,7 @@ MEASURES = {
     "search": search_quality.measure,
     "walk": walk.measure,
     "injection": injection.measure,
+    "examples": prompt_examples.measure,
     "two_users": two_users.measure,
 }
 

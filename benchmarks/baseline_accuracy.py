@@ -17,8 +17,8 @@ from typing import Any
 
 from aggregator import aggregate_conversation
 from config.taxonomy import load_taxonomy
-from domain.conversation import Conversation
-from embedded.baseline import BASELINE_MODEL, BaselineClassifier
+from domain.conversation import BASELINE_MODEL, Conversation
+from embedded.baseline import Answer, BaselineClassifier
 from embedded.choice import BuiltInClassifier, missing_packages, open_classifier
 from error_handler import SkippedDocumentError
 from storage.extended_json import loads
@@ -75,6 +75,7 @@ OURS = {"intent": INTENTS, "topic": TOPICS, "sentiment": {s.lower(): s for s in 
 # Sources with different names in the files and the map.
 SOURCE_IN_MAP = {"nlu_eval_corpora": "nlu_eval", "dstc11_track2": "dstc11", "twcs_ericsson": "ericsson"}
 
+TOGETHER = 16  # conversations labelled at once
 
 BANDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the reliability table
 
@@ -95,6 +96,11 @@ class Example:
 def read_jsonl(path: Path) -> list[Any]:
     """Return the documents of *path*, one line of Extended JSON each."""
     return [loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """Return the conversations of *path* that can be read."""
+    return [each for document in read_jsonl(path) if (each := _aggregated(document)) is not None]
 
 
 def directory_examples(directory: Path) -> Iterator[tuple[str, Example]]:
@@ -192,18 +198,24 @@ class Case:
         )
 
 
+def together(classifier: BuiltInClassifier, conversations: list[Conversation]) -> list[Answer]:
+    """Return the answers of *classifier* to *conversations*, some at once as in a run."""
+    starts = range(0, len(conversations), TOGETHER)
+    return [each for start in starts for each in classifier.answers(conversations[start : start + TOGETHER])]
+
+
 def answered(
     examples: list[tuple[str, Example]], baseline: BaselineClassifier, embedding: BuiltInClassifier
 ) -> list[list[Case]]:
     """Return the cases of each example."""
     found = []
-    for name, example in examples:
+    answers = together(embedding, [example.conversation for _, example in examples])
+    for (name, example), answer in zip(examples, answers, strict=True):
         plain = baseline.classify(example.conversation).as_dict()
-        answer = embedding.answer(example.conversation)
         labels, sure = answer.classification.as_dict(), answer.confidence or {}
         found.append(
             [
-                Case(name, f, example.part, example.gold[f], plain[f], labels[f], answer.model, sure.get(f))
+                Case(name, f, example.part, example.gold[f], plain[f], str(labels[f]), answer.model, sure.get(f))
                 for f in FIELDS
                 if f in example.gold
             ]
@@ -284,9 +296,9 @@ def print_unlabelled(directory: Path, baseline: BaselineClassifier, embedding: B
         if not path.exists():
             print(f"{path.name} is missing and was skipped", file=sys.stderr)
             continue
-        threads = [each for document in read_jsonl(path) if (each := _aggregated(document)) is not None]
+        threads = read_conversations(path)
         plain = [baseline.classify(each).as_dict() for each in threads]
-        answers = [embedding.answer(each) for each in threads]
+        answers = together(embedding, threads)
         print(f"{name}: {len(threads)} threads, {sum(a.model == BASELINE_MODEL for a in answers)} not English")
         for field in ("intent", "topic"):
             before = sum(each[field] == "Other" for each in plain) / len(threads)

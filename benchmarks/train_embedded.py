@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.baseline_accuracy import directory_examples
 from config.taxonomy import Taxonomy, load_taxonomy
 from embedded.baseline import SENTIMENTS, BaselineClassifier, prose_of
-from embedded.conversation_vectors import embedded_texts, vectors_of
+from embedded.conversation_vectors import embedded_texts, vectors_of_each
 from embedded.embedding_classifier import (
     PHRASES,
     WEIGHTS,
@@ -151,7 +151,7 @@ def fit_fields(
     """
     baseline = BaselineClassifier(taxonomy)
     examples = [example for _, example in directory_examples(directory) if example.part == "fitted"]
-    found = [vectors_of(encoder, example.conversation) for example in examples]
+    found = vectors_of_each(encoder, [example.conversation for example in examples])
     felt = [
         sentiment_of(sentiment_inputs(each.customer, baseline.feelings(example.conversation.customer_texts)), sentiment)
         for example, each in zip(examples, found, strict=True)
@@ -166,15 +166,13 @@ def fit_fields(
         scorer = LabelScorer(
             labels, label_vectors(encoder, labels, known), restored(tensors, f"background.{field}"), sentiment
         )
-        chosen = [
-            (example, scorer.features(vector, baseline.phrase_scores(example.conversation)[field], feeling))
-            for example, vector, feeling in zip(examples, vectors, felt, strict=True)
-            if example.gold.get(field) is not None
-        ]
+        has_gold = np.array([example.gold.get(field) is not None for example in examples])
+        chosen = [example for example in examples if example.gold.get(field) is not None]
+        phrase_scores = [baseline.phrase_scores(example.conversation)[field] for example in chosen]
         lines = Fitted(
-            np.stack([features for _, features in chosen]),
-            np.array([scorer.names.index(str(example.gold[field])) for example, _ in chosen]),
-            np.array([example.source for example, _ in chosen]),
+            scorer.features(vectors[has_gold], phrase_scores, np.stack(felt)[has_gold]),
+            np.array([scorer.names.index(str(example.gold[field])) for example in chosen]),
+            sources[has_gold],
         )
         weights, cooled = fit_field(lines)
         tensors[field] = weights.astype(np.float32)

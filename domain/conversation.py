@@ -16,6 +16,11 @@ PROCESSOR_VERSION = "1.0.0"
 
 Message = dict[str, str]  # a chat message: role and content
 
+BASELINE_MODEL = "baseline-vader-1"
+EMBEDDING_MODEL = "embedded-minilm-1"
+BUILT_IN_MODELS = (BASELINE_MODEL, EMBEDDING_MODEL)
+"""What ``model_used`` names in results of the built-in classifiers. Any language model replaces such results."""
+
 
 def chat_messages(system_prompt: str, transcript: str) -> list[Message]:
     """Return *system_prompt* and *transcript*, which may be truncated, as a system message and a user message."""

@@ -9,18 +9,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from config.taxonomy import Label, Taxonomy, fold_label
-from domain.conversation import Classification, Conversation
+from domain.conversation import BASELINE_MODEL, Classification, Conversation
 from error_handler import ConfigurationError
-
-BASELINE_MODEL = "baseline-vader-1"
-EMBEDDING_MODEL = "embedded-minilm-1"
-BUILT_IN_MODELS = (BASELINE_MODEL, EMBEDDING_MODEL)
-"""``model_used`` of results of the built-in classifiers. Any language model replaces such results."""
 
 SENTIMENTS = ("positive", "neutral", "negative")  # folded; the ones that the built-in classifiers can tell
 
@@ -130,6 +125,10 @@ class BaselineClassifier:
     def answer(self, conversation: Conversation) -> Answer:
         """Return the labels of ``classify``, without confidence."""
         return Answer(self.classify(conversation), BASELINE_MODEL)
+
+    def answers(self, conversations: Sequence[Conversation]) -> list[Answer]:
+        """Return ``answer`` of each conversation."""
+        return [self.answer(each) for each in conversations]
 
     def phrase_scores(self, conversation: Conversation) -> dict[str, dict[str, float]]:
         """Return the weight of the phrases found in *conversation* for each label that has any: field -> label -> weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Protocol
 
 from config.taxonomy import Taxonomy
@@ -20,6 +21,9 @@ class BuiltInClassifier(Protocol):
 
     def answer(self, conversation: Conversation) -> Answer:
         """Return the labels of *conversation*, and which classifier gave them."""
+
+    def answers(self, conversations: Sequence[Conversation]) -> list[Answer]:
+        """Return ``answer`` of each conversation; several at once take less time than one after the other."""
 
 
 def missing_packages() -> list[str]:

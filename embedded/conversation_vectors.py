@@ -1,4 +1,4 @@
-"""Vectors of conversations: each turn is embedded once."""
+"""Vectors of conversations: each turn is embedded once, with those of other conversations if there are any."""
 
 from __future__ import annotations
 
@@ -28,8 +28,32 @@ class ConversationVectors:
     all_turns: Numbers
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What is read of one conversation: the tokens of its pieces, and whether the customer said each."""
+
+    pieces: list[list[int]]
+    is_customer: NDArray[np.bool_]
+
+
 def vectors_of(encoder: Encoder, conversation: Conversation) -> ConversationVectors:
     """Return the vectors of the first READ_TOKENS tokens of *conversation*, links and handles left out."""
+    return vectors_of_each(encoder, [conversation])[0]
+
+
+def vectors_of_each(encoder: Encoder, conversations: Sequence[Conversation]) -> list[ConversationVectors]:
+    """Return ``vectors_of`` of each conversation; several at once take less time than one after the other.
+
+    Pieces that occur in several places are embedded once. Beside other pieces a vector may differ in the last bits.
+    """
+    read = [_read(encoder, each) for each in conversations]
+    places: dict[tuple[int, ...], int] = {}
+    rows = [[places.setdefault(tuple(piece), len(places)) for piece in each.pieces] for each in read]
+    vectors = embedded_ids(encoder, list(places))
+    return [_pooled(vectors[row], each) for row, each in zip(rows, read, strict=True)]
+
+
+def _read(encoder: Encoder, conversation: Conversation) -> _Read:
     first = next((place for place, turn in enumerate(conversation.turns) if turn.sender == "customer"), 0)
     turns = [*conversation.turns[first : first + 1], *conversation.turns[:first], *conversation.turns[first + 1 :]]
     left, texts, is_customer = READ_CHARACTERS, [], []
@@ -41,10 +65,14 @@ def vectors_of(encoder: Encoder, conversation: Conversation) -> ConversationVect
         is_customer.append(turn.sender == "customer")
         left -= len(texts[-1])
     pieces, owners = _pieces(encoder.token_ids(texts))
-    vectors = embedded_ids(encoder, pieces)
-    weights = np.array([len(piece) for piece in pieces], np.float32)
     said = np.array(is_customer)[owners]
     said[0] = True  # a conversation without a customer is judged by its first turn
+    return _Read(pieces, said)
+
+
+def _pooled(vectors: Numbers, read: _Read) -> ConversationVectors:
+    weights = np.array([len(piece) for piece in read.pieces], np.float32)
+    said = read.is_customer
     customer = _mean(vectors[said], weights[said])
     request = _mean(np.stack([vectors[said][0], customer]), np.ones(2, np.float32))
     return ConversationVectors(request, customer, _mean(vectors, weights))

@@ -82,19 +82,20 @@ class LabelScorer:
         self._deviation = np.maximum(raw.std(axis=0), LEAST_DEVIATION)
 
     def features(
-        self, vector: Numbers, phrase_weights: Mapping[str, float], sentiment: NDArray[np.float64]
+        self, vectors: Numbers, phrase_weights: Sequence[Mapping[str, float]], sentiments: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Return the features of each label: shape (labels, len(FEATURES)).
+        """Return the features of each label: shape (conversations, labels, len(FEATURES)).
 
-        *vector* is of a conversation, *phrase_weights* are those of ``BaselineClassifier.phrase_scores`` for the field,
-        *sentiment* has the probabilities of the conversation's sentiments.
+        *vectors* are of conversations, *phrase_weights* those of ``BaselineClassifier.phrase_scores`` for the field,
+        *sentiments* the probabilities of each conversation's sentiments.
         """
-        found = np.array([phrase_weights.get(name, 0.0) for name in self.names])
-        total = found.sum()
-        similar = (self._similarities(vector[None])[0] - self._mean) / self._deviation
-        columns = [np.log1p(found), found / total if total else found, *similar.T]
-        columns += [self._is_other, self._is_other & (total == 0), self._sentiments @ sentiment]
-        return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
+        found = np.array([[weights.get(name, 0.0) for name in self.names] for weights in phrase_weights])
+        total = found.sum(axis=1, keepdims=True)
+        similar = (self._similarities(vectors) - self._mean) / self._deviation
+        columns = [np.log1p(found), found / np.where(total, total, 1.0), *np.moveaxis(similar, 2, 0)]
+        is_other = np.broadcast_to(self._is_other, found.shape)
+        columns += [is_other, is_other & (total == 0), sentiments @ self._sentiments.T]
+        return np.stack([np.asarray(column, np.float64) for column in columns], axis=2)
 
     def _similarities(self, vectors: Numbers) -> Numbers:
         """Return definition, nearest phrases and regression for each label: shape (vectors, labels, 3)."""

@@ -30,6 +30,7 @@ VOCABULARY = 30_522
 INPUT_TOKENS = 256  # max_seq_length of sentence_bert_config.json: the length of its training
 EPSILON = 1e-12  # layer_norm_eps of config.json
 CHUNK_TOKENS = 1024  # padded tokens computed at once; the intermediate values fit into a processor's cache
+GELU_ROWS = 32
 NOWHERE = np.float32(-1e9)  # score of padding: its share of the attention is 0
 
 Numbers = NDArray[np.float32]
@@ -88,7 +89,7 @@ class Encoder:
         hidden = ((1.0 - mask) * NOWHERE)[:, None, None, :]
         for layer in self._layers:
             x = _normalized(x + _attended(x, layer, hidden), layer.attention_norm)
-            inner = _gelu(x @ layer.intermediate[0] + layer.intermediate[1])
+            inner = _gelu(x @ layer.intermediate[0], layer.intermediate[1])
             x = _normalized(x + (inner @ layer.output[0] + layer.output[1]), layer.output_norm)
         sums = np.einsum("ntd,nt->nd", x.reshape(count, length, DIMENSIONS), mask)
         pooled = sums / mask.sum(axis=1, keepdims=True)
@@ -187,20 +188,30 @@ def _normalized(x: Numbers, norm: Pair) -> Numbers:
     return normalized
 
 
-def _gelu(x: Numbers) -> Numbers:
-    """Return ``x * Phi(x)``, by Abramowitz and Stegun 7.1.26 (error 1.5e-7): numpy has no erf."""
-    z = np.abs(x) * np.float32(0.5**0.5)
-    t = 1.0 / (1.0 + np.float32(0.3275911) * z)
-    tail = t * np.float32(1.061405429) - np.float32(1.453152027)
-    for factor in (1.421413741, -0.284496736, 0.254829592):
-        tail *= t
-        tail += np.float32(factor)
-    tail *= t
-    z *= -z
-    tail *= np.exp(z, out=z)
-    # tail is 1 - erf(|x| / sqrt 2); x * Phi(x) = max(x, 0) - |x| * tail / 2
-    tail *= np.abs(x)
-    tail *= np.float32(-0.5)
-    tail += np.maximum(x, 0)
-    gelu: Numbers = tail
-    return gelu
+def _gelu(x: Numbers, bias: Numbers) -> Numbers:
+    """Return ``y * Phi(y)`` of ``y = x + bias``, computed in *x*.
+
+    Phi by Abramowitz and Stegun 7.1.26 (error 1.5e-7): numpy has no erf. Some rows at a time, because the steps between
+    are twenty, and so many numbers stay in a processor's cache.
+    """
+    for start in range(0, len(x), GELU_ROWS):
+        y = x[start : start + GELU_ROWS]
+        y += bias
+        size = np.abs(y)
+        z = size * np.float32(0.5**0.5)
+        t = z * np.float32(0.3275911)
+        t += np.float32(1.0)
+        np.reciprocal(t, out=t)
+        tail = t * np.float32(1.061405429)
+        for term in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+            tail += np.float32(term)
+            tail *= t
+        z *= z
+        np.negative(z, out=z)
+        tail *= np.exp(z, out=z)
+        # tail is 1 - erf(|y| / sqrt 2); y * Phi(y) = max(y, 0) - |y| * tail / 2
+        tail *= size
+        tail *= np.float32(0.5)
+        np.maximum(y, 0, out=y)
+        y -= tail
+    return x

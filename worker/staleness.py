@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from aggregator import aggregate_conversation
-from domain.conversation import result_fingerprint
+from domain.conversation import BUILT_IN_MODELS, result_fingerprint
 from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
@@ -20,7 +20,7 @@ Kind = Literal[Only, "skipped", "done", "unjudged", "foreign"]
 
 SELECTABLE: tuple[Only, ...] = get_args(Only)
 _WITHOUT_RESULT: dict[str, Kind] = {"processed": "elsewhere", "skipped": "skipped"}  # by state; new otherwise
-BASELINE_PLAN = "baseline"  # of the built-in classifiers, which replace no result
+BASELINE_PLAN = "baseline"  # how plans of the built-in classifiers begin
 REPLACED: tuple[Only, ...] = ("changed", "stale", "style")  # a run replaces the results of these
 
 
@@ -42,8 +42,8 @@ class Plan:
         fingerprint, model = metadata.get("fingerprint"), metadata.get("model_used")
         if fingerprint == result_fingerprint(self.fingerprint, input_hash):
             return True
-        if self.fingerprint == BASELINE_PLAN:
-            return True
+        if self.fingerprint.startswith(BASELINE_PLAN):  # they replace only their own results, with another taxonomy
+            return model not in BUILT_IN_MODELS
         if self.digest is None or self.named is None or metadata.get("model_digest") != self.digest:
             return False
         return isinstance(model, str) and fingerprint == result_fingerprint(self.named(model), input_hash)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from config.taxonomy import Field, Label, Taxonomy, load_taxonomy
-from domain.conversation import Conversation, Sender, Turn
-from embedded.baseline import BASELINE_MODEL, EMBEDDING_MODEL, BaselineClassifier
+from domain.conversation import BASELINE_MODEL, EMBEDDING_MODEL, Conversation, Sender, Turn
+from embedded.baseline import BaselineClassifier
 from embedded.choice import missing_packages, open_classifier
 from error_handler import ConfigurationError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from pymongo.database import Database
 
 import cli
-from embedded.baseline import BASELINE_MODEL, EMBEDDING_MODEL
+from domain.conversation import BASELINE_MODEL, EMBEDDING_MODEL
 from embedded.choice import missing_packages
 from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import conversation
@@ -92,6 +94,38 @@ def test_built_in_classifier_replaces_no_result_of_a_model(run: Run, database: D
         assert run(server=fake) == 0
     assert run("--only", "stale") == 0  # nobody answers there any more
     assert models(database) == {"llama3.2:latest": 1}
+
+
+def test_fields_of_the_taxonomy_are_labelled_and_printed(
+    run: Run,
+    database: Database[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Also if there are results with other fields; other labels of the same fields are stale."""
+    database.conversation_set.insert_many([conversation(number) for number in range(3)])
+    assert run("--limit", "2") == 0
+    own = tmp_path / "labels.yaml"
+    fields = "categorization: false\nfields:\n  urgency: [High, Normal]\n  sentiment_of: [{0}, Other]\n"
+    own.write_text(fields.format("Agent"), encoding="utf-8")
+    monkeypatch.setenv("TAXONOMY_FILE", str(own))
+    capsys.readouterr()
+    assert run() == 0
+    shown, told = capsys.readouterr()
+    assert "2 results of the built-in classifier: with the fields of this taxonomy" in told
+    assert [list(row["classification"]) for row in database.sentimental_analysis.find()] == [
+        ["urgency", "sentiment_of"]
+    ] * 3
+    last = shown[shown.rindex("processed in run") :]
+    assert re.search(r"^Urgency\s+(High|Normal)\s+█", last, re.MULTILINE)
+    assert re.search(r"^\s*conversation\s+urgency\s+sentiment_of\s*$", last, re.MULTILINE)
+    assert "Intent" not in last
+    assert run() == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    own.write_text(fields.format("Customer"), encoding="utf-8")
+    assert run("--only", "stale", "--dry-run") == 0
+    assert json.loads(capsys.readouterr().out)["selected"] == 3
 
 
 @pytest.mark.skipif(bool(missing_packages()), reason="requirements-embedding.txt is not installed")

@@ -11,7 +11,7 @@ import pytest
 
 import api
 from config import load_settings
-from embedded.baseline import BASELINE_MODEL, EMBEDDING_MODEL
+from domain.conversation import BASELINE_MODEL, EMBEDDING_MODEL
 from embedded.choice import missing_packages
 from error_handler import RequestError
 from tests.fakes.fake_ollama import FakeOllama
