@@ -17,12 +17,9 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from error_handler import ExitCode, TriadError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer as Buffer
 
 logger = logging.getLogger(__name__)
 N = TypeVar("N", int, float)
@@ -98,7 +95,7 @@ def tell_line(sentence: str) -> None:
 class _UnreadOutput(io.FileIO):
     """The file of a standard stream. It drops what is written after the reader has closed the pipe or the terminal."""
 
-    def write(self, data: Buffer, /) -> int:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as exc:
