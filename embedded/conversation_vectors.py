@@ -30,6 +30,32 @@ class ConversationVectors:
 
 def vectors_of(encoder: Encoder, conversation: Conversation) -> ConversationVectors:
     """Return the vectors of the first READ_TOKENS tokens of *conversation*, links and handles left out."""
+    return vectors_of_each(encoder, [conversation])[0]
+
+
+def vectors_of_each(encoder: Encoder, conversations: Sequence[Conversation]) -> list[ConversationVectors]:
+    """Return what ``vectors_of`` does for each of *conversations*; together, turns of similar length are computed at once."""
+    pieces: list[list[int]] = []
+    owners: list[NDArray[np.bool_]] = []
+    for conversation in conversations:
+        texts, is_customer = _texts(conversation)
+        own, places = _pieces(encoder.token_ids(texts))
+        pieces += own
+        said = np.array(is_customer)[places]
+        said[0] = True  # a conversation without a customer is judged by its first turn
+        owners.append(said)
+    vectors = embedded_ids(encoder, pieces)
+    weights = np.array([len(piece) for piece in pieces], np.float32)
+    found, start = [], 0
+    for said in owners:
+        mine = slice(start, start + len(said))
+        found.append(_joined(vectors[mine], weights[mine], said))
+        start += len(said)
+    return found
+
+
+def _texts(conversation: Conversation) -> tuple[list[str], list[bool]]:
+    """Return the texts to embed, the customer's first turn first, and whether the customer wrote each."""
     first = next((place for place, turn in enumerate(conversation.turns) if turn.sender == "customer"), 0)
     turns = [*conversation.turns[first : first + 1], *conversation.turns[:first], *conversation.turns[first + 1 :]]
     left, texts, is_customer = READ_CHARACTERS, [], []
@@ -40,11 +66,10 @@ def vectors_of(encoder: Encoder, conversation: Conversation) -> ConversationVect
         texts.append(text or NO_WORDS)
         is_customer.append(turn.sender == "customer")
         left -= len(texts[-1])
-    pieces, owners = _pieces(encoder.token_ids(texts))
-    vectors = embedded_ids(encoder, pieces)
-    weights = np.array([len(piece) for piece in pieces], np.float32)
-    said = np.array(is_customer)[owners]
-    said[0] = True  # a conversation without a customer is judged by its first turn
+    return texts, is_customer
+
+
+def _joined(vectors: Numbers, weights: Numbers, said: NDArray[np.bool_]) -> ConversationVectors:
     customer = _mean(vectors[said], weights[said])
     request = _mean(np.stack([vectors[said][0], customer]), np.ones(2, np.float32))
     return ConversationVectors(request, customer, _mean(vectors, weights))
