@@ -1,4 +1,4 @@
-"""A small model that learns the labels of the language model from stored results, and answers in its place where it is sure.
+"""The student: heads that take over conversations from the model under a promise, its certificate and its running audit.
 
-Its method: docs/student.md. Its use: docs/student-use.md.
+``worker``'s callers and ``commands`` import it. It imports ``embedded`` and the layers below it; certificate and audit import none.
 """

@@ -25,6 +25,7 @@ LAYERS = (
     "embedded",
     "database_docs",
     "embedding_index",
+    "student",
     "review",
     "evaluation",
     "service",
@@ -65,7 +66,7 @@ OWNERS = {
     "safetensors": {"embedded.minilm", "embedded.embedding_classifier"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings", "embedded.embedding_classifier"},
     "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review"},  # prompts; the report; the page
-    "scipy": {"evaluation.intervals"},
+    "scipy": {"evaluation.intervals", "student.certificate"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
