@@ -33,7 +33,8 @@ from worker.progress import Reporter
 from worker.run import BatchRun
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
-if TYPE_CHECKING:  # only an estimate records its calls
+if TYPE_CHECKING:  # only an estimate records its calls, and few runs have a student
+    from student.first_answer import FirstAnswer
     from worker.timing import SampleRecorder
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class BatchProcessor:
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
         self._plan = plan_of(classifier, client.target)
+        student = await self._open_student(stack, taxonomy, self._plan)
         asked_ctx = self.settings.ollama_num_ctx
         if await has_work(self.store, self.files, self.options, self._kinds()):
             sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
@@ -136,7 +138,20 @@ class BatchProcessor:
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
         window = SharedWindow(client, asked_ctx)  # it loads the model for documents that come later
         stack.push_async_callback(window.close)
-        return partial(window.classify, classifier)
+        ask = partial(window.classify, classifier)
+        return student.before(ask) if student else ask
+
+    async def _open_student(self, stack: AsyncExitStack, taxonomy: Taxonomy, plan: Plan) -> FirstAnswer | None:
+        """Return the student that answers before the model; None if it is off or has withdrawn."""
+        promise = self.settings.student
+        if promise is None or self.options.only == "student":  # the model redoes what it did
+            return None
+        from student.choice import open_first_answer  # noqa: PLC0415 - its packages are optional
+
+        directory = self.settings.batch_files_dir
+        student, log = await asyncio.to_thread(open_first_answer, directory, promise, plan, taxonomy, self._tell)
+        stack.callback(log.close)
+        return student
 
     def _kinds(self) -> StalenessChecker | None:
         return StalenessChecker(self.store, self.files.directory, self._plan) if self.options.only else None

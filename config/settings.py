@@ -120,6 +120,7 @@ class Settings(PartSettings):
     taxonomy_file: Path | None = None
     prompt_examples_file: Path | None = None
     review_below: float | None = Field(None, ge=0, le=1)
+    student: float | None = Field(None, ge=0.5, lt=1)
     store_original_conversation: bool = False
     log_level: LogLevel = "INFO"
 

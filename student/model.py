@@ -92,7 +92,9 @@ class Student:
     def judge(self, features: Numbers) -> list[Judgement]:
         """Return what it says about each row of *features*; see ``features_of``."""
         by_field = {name: head.probabilities(features) for name, head in self.heads.items()}
-        return [self._judgement({name: rows[place] for name, rows in by_field.items()}) for place in range(len(features))]
+        return [
+            self._judgement({name: rows[place] for name, rows in by_field.items()}) for place in range(len(features))
+        ]
 
     def answer(self, encoder: Encoder, conversation: Conversation) -> Judgement:
         """Return what it says about *conversation*."""
@@ -106,7 +108,7 @@ class Student:
         """Return the outcome of *conversation* with the labels of *judgement*."""
         plan = student_plan(self.provenance.plan, self.name)
         return Outcome(
-            Classification(**judgement.labels),
+            Classification(categorization=None, **judgement.labels),
             model_used=self.name,
             model_digest=None,
             input_sha256=conversation.transcript_sha256,
@@ -135,7 +137,8 @@ class Student:
                 probability[name] = float(np.prod([p if place in chosen else 1 - p for place, p in enumerate(row)]))
             else:
                 labels[name], probability[name] = head.names[best], float(row[best])
-        return Judgement(labels, probability, float(np.prod(list(probability.values()))))
+        # In the precision of the certificate's sample: a threshold is one of its scores.
+        return Judgement(labels, probability, float(np.float32(np.prod(list(probability.values())))))
 
 
 def agree(one: str | Sequence[str], other: str | Sequence[str] | None) -> bool:

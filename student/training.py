@@ -88,8 +88,9 @@ def train(
     )
     others = [one for one, is_held_out in zip(examples, held_out, strict=True) if is_held_out]
     sample = _sample(heads, provenance, others, features[held_out])
-    is_right = sample.agreed.all(axis=1)
-    certificates = tuple(certify(sample.scores, is_right, promise) for promise in PROMISES)
+    scores: list[float] = sample.scores.tolist()
+    is_right = [bool(row.all()) for row in sample.agreed]
+    certificates = tuple(certify(scores, is_right, promise) for promise in PROMISES)
     return Student(replace(provenance, certificates=certificates), heads, sample)
 
 

