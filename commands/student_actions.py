@@ -19,31 +19,28 @@ from embedded.minilm import open_encoder
 from error_handler import ConfigurationError, ExitCode
 from evaluation.intervals import proportion
 from mongo_client import DocumentStore
-from storage.files import explained
 from student.certificate import Certificate
 from student.first_answer import open_log
-from student.model import FOLDER, TRAIN, Student, load_student, save_student, student_path
+from student.model import TRAIN, Student, load_student, save_student
+from student.places import create_folder, student_path, vectors_path
 from student.training import train
 from student.vector_cache import VectorCache
 from utils.process import tell_line
 from worker.plan import ask_plan
 
-VECTORS = "vectors.sqlite"
 BINS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 async def train_student(settings: Settings, limit: int) -> int:
     """Train a student on the *limit* newest results, store it in the state directory, and print its report."""
     taxonomy = load_prompt_taxonomy(settings)
-    folder = settings.batch_files_dir / FOLDER
-    with explained(f"{folder} cannot be created"):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    create_folder(settings.batch_files_dir)
     store = DocumentStore(settings)
     try:
         await store.check()
         plan = await ask_plan(settings)
         start_s = time.monotonic()
-        with threadpool_limits(1, user_api="blas"), VectorCache(folder / VECTORS) as cache:
+        with threadpool_limits(1, user_api="blas"), VectorCache(vectors_path(settings.batch_files_dir)) as cache:
             encoder = await asyncio.to_thread(open_encoder)
             lessons = await LessonReader(store, settings, taxonomy, plan, tell_line).read(limit, encoder, cache)
             read_s = time.monotonic() - start_s

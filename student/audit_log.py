@@ -10,7 +10,6 @@ from typing import Self
 from storage.state_file import Schema, StateFile
 from student.audit import Audit
 
-FILE_NAME = "audit.sqlite"
 SCHEMA = Schema(
     what="the audit of the student",
     tables="""CREATE TABLE comparisons (

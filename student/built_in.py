@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from config import Taxonomy
-from domain.conversation import Conversation
+from domain.conversation import Conversation, student_plan
 from embedded.baseline import Answer
 from embedded.choice import BuiltInClassifier
-from embedded.minilm import Encoder, open_encoder
+from embedded.minilm import open_encoder
 from error_handler import ConfigurationError
-from student.model import TRAIN, Judgement, Student, load_student, student_path
+from student.model import TRAIN, Judgement, Student, load_student
+from student.places import student_path
+
+Judge = Callable[[Conversation], Judgement]
 
 SURE = 0.5  # joint probability from which the labels of the student are more likely right than not
 
@@ -20,24 +25,18 @@ SURE = 0.5  # joint probability from which the labels of the student are more li
 class StudentClassifier:
     """Labels a conversation with the student where it is sure, otherwise with *other*. Safe for several threads."""
 
-    def __init__(self, student: Student, encoder: Encoder, other: BuiltInClassifier) -> None:
+    def __init__(self, student: Student, judge: Judge, other: BuiltInClassifier) -> None:
         self.model = student.name
-        self.student = student
-        self._encoder = encoder
-        self._other = other
-        self._limits = threadpool_limits(1, user_api="blas")
+        self._student, self._judge, self._other = student, judge, other
 
     def answer(self, conversation: Conversation) -> Answer:
         """Return the labels, and whose they are: the student's if all of them are right with a probability of SURE."""
-        judgement = self.judge(conversation)
+        judgement = self._judge(conversation)
         if judgement.joint < SURE:
             return self._other.answer(conversation)
-        outcome = self.student.outcome(judgement, conversation, 0)
-        return Answer(outcome.classification, self.model, outcome.confidence)
-
-    def judge(self, conversation: Conversation) -> Judgement:
-        """Return what the student says about *conversation*, sure or not."""
-        return self.student.answer(self._encoder, conversation)
+        outcome = self._student.outcome(judgement, conversation, 0)
+        plan = student_plan(self._student.provenance.plan, self.model)
+        return Answer(outcome.classification, self.model, outcome.confidence, plan)
 
 
 def open_student_classifier(directory: Path, taxonomy: Taxonomy, other: BuiltInClassifier) -> StudentClassifier:
@@ -46,8 +45,27 @@ def open_student_classifier(directory: Path, taxonomy: Taxonomy, other: BuiltInC
     Raises:
         ConfigurationError: There is no student, it is damaged, or it does not fit *taxonomy*.
     """
+    student = _loaded(directory, taxonomy)
+    return StudentClassifier(student, judge_of(student), other)
+
+
+def open_judge(directory: Path, taxonomy: Taxonomy) -> Judge:
+    """Return what the student in the state directory *directory* says about a conversation; raises as above."""
+    return judge_of(_loaded(directory, taxonomy))
+
+
+def judge_of(student: Student) -> Judge:
+    """Return what *student* says about a conversation; raise ConfigurationError if the encoder is missing or damaged.
+
+    From now on, each matrix product of numpy in this process uses one thread: several wait for each other by spinning.
+    """
+    threadpool_limits(1, user_api="blas")
+    return partial(student.answer, open_encoder())
+
+
+def _loaded(directory: Path, taxonomy: Taxonomy) -> Student:
     student = load_student(directory)
     if student is None:
         raise ConfigurationError(f"There is no trained student at {student_path(directory)}; {TRAIN}")
     student.require_fields(taxonomy)
-    return StudentClassifier(student, open_encoder(), other)
+    return student

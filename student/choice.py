@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import Taxonomy
+from domain.conversation import Conversation
 from embedded.choice import BuiltInClassifier
 from embedded.choice import missing_packages as missing_for_vectors
 from error_handler import ConfigurationError
+from student.places import student_path
 from worker.staleness import Plan
 
 if TYPE_CHECKING:
     from student.audit_log import AuditLog
     from student.built_in import StudentClassifier
     from student.first_answer import FirstAnswer
+    from student.model import Judgement
 
 INSTALL = "run pip install -r requirements-student.txt, then pip install --no-deps -r requirements-local-embedding.txt"
 
@@ -40,6 +43,21 @@ def open_first_answer(
     from student import first_answer  # noqa: PLC0415 - its packages are optional
 
     return first_answer.open_first_answer(directory, promise, plan, taxonomy, tell)
+
+
+def open_judge(directory: Path, taxonomy: Taxonomy) -> Callable[[Conversation], Judgement] | None:
+    """Return what the student of the state directory *directory* says about a conversation; None if there is no student.
+
+    Raises:
+        ConfigurationError: A package is missing, the student is damaged, or it does not fit *taxonomy*.
+        StateDirectoryError: Its file cannot be read.
+    """
+    if not student_path(directory).is_file():
+        return None
+    require_packages()
+    from student import built_in  # noqa: PLC0415 - its packages are optional
+
+    return built_in.open_judge(directory, taxonomy)
 
 
 def open_built_in(directory: Path, taxonomy: Taxonomy, other: BuiltInClassifier) -> StudentClassifier:

@@ -8,15 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
 from config import Taxonomy
 from domain.conversation import Conversation, Outcome
-from embedded.minilm import Encoder, open_encoder
 from error_handler import ConfigurationError
-from student.audit_log import FILE_NAME, AuditLog
+from student.audit_log import AuditLog
+from student.built_in import Judge, judge_of
 from student.certificate import Certificate
-from student.model import FOLDER, TRAIN, Student, load_student, student_path
+from student.model import TRAIN, Student, load_student
+from student.places import audit_path, student_path
 from worker.intake import Classify
 from worker.staleness import Plan
 
@@ -34,14 +33,12 @@ class FirstAnswer:
     """
 
     def __init__(
-        self, student: Student, encoder: Encoder, certificate: Certificate, log: AuditLog, tell: Callable[[str], None]
+        self, student: Student, judge: Judge, certificate: Certificate, log: AuditLog, tell: Callable[[str], None]
     ) -> None:
         if certificate.threshold is None:
             raise ValueError("nothing is certified")
-        self._student, self._encoder, self._threshold = student, encoder, certificate.threshold
+        self._student, self._judge, self._threshold = student, judge, certificate.threshold
         self._log, self._tell = log, tell
-        # Several threads that each compute with all cores wait for each other by spinning.
-        self._limits = threadpool_limits(1, user_api="blas")
 
     def before(self, model: Classify) -> Classify:
         """Return the classify step."""
@@ -50,7 +47,7 @@ class FirstAnswer:
             if self._log.audit.is_broken:
                 return await model(conversation, rounds)
             start_s = time.monotonic()
-            judgement = await asyncio.to_thread(self._student.answer, self._encoder, conversation)
+            judgement = await asyncio.to_thread(self._judge, conversation)
             if judgement.joint < self._threshold:
                 return await model(conversation, rounds)
             key = conversation.transcript_sha256
@@ -81,7 +78,7 @@ def withdrawn(student: Student, log: AuditLog) -> str:
 
 def open_log(directory: Path, student: Student, promise: float) -> AuditLog:
     """Return the audit of *student* in the state directory *directory*; raise StateDirectoryError if it cannot be used."""
-    return AuditLog(directory / FOLDER / FILE_NAME, student.name, promise)
+    return AuditLog(audit_path(directory), student.name, promise)
 
 
 def open_first_answer(
@@ -104,7 +101,7 @@ def open_first_answer(
     student.require_fields(taxonomy)
     require_plan(student, plan)
     certificate = require_certificate(student, promise)
-    encoder = open_encoder()
+    judge = judge_of(student)
     log = open_log(directory, student, promise)
     if log.audit.is_broken:
         tell(withdrawn(student, log))
@@ -113,7 +110,7 @@ def open_first_answer(
         f"{student.name} answers where it is sure: {certificate.share:.0%} of the held-out conversations, of which it agrees "
         f"with the model on at least {certificate.lower_bound:.1%}. {log.audit.sentence()}"
     )
-    return FirstAnswer(student, encoder, certificate, log, tell), log
+    return FirstAnswer(student, judge, certificate, log, tell), log
 
 
 def require_certificate(student: Student, promise: float) -> Certificate:

@@ -24,9 +24,8 @@ from storage.files import explained, replace_file
 from student.certificate import Certificate
 from student.features import FEATURES, KIND, Numbers, features_of
 from student.heads import Head
+from student.places import create_folder, student_path
 
-FOLDER = "student"
-FILE_NAME = "student.safetensors"
 TRAIN = "train one: python cli.py student train"
 FORMAT = 1
 NAME_DIGITS = 12
@@ -153,11 +152,6 @@ def fields_of(taxonomy: Taxonomy) -> tuple[dict[str, tuple[str, ...]], tuple[str
     return fields, tuple(one.name for one in taxonomy.fields if one.is_multiple)
 
 
-def student_path(directory: Path) -> Path:
-    """Return the file of the student in the state directory *directory*."""
-    return directory / FOLDER / FILE_NAME
-
-
 def save_student(directory: Path, student: Student) -> Student:
     """Store *student* durably in the state directory in place of an earlier one; return it with its name.
 
@@ -170,8 +164,7 @@ def save_student(directory: Path, student: Student) -> Student:
     about = json.dumps({"format": FORMAT, "features": KIND, **asdict(student.provenance)})
     content = save(tensors, {"student": about})
     path = student_path(directory)
-    with explained(f"{path.parent} cannot be created"):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    create_folder(directory)
     replace_file(path, content)
     return Student(student.provenance, student.heads, student.sample, _name(content))
 

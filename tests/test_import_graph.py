@@ -66,7 +66,7 @@ OWNERS = {
     "safetensors": {"embedded.minilm", "embedded.embedding_classifier", "student.model"},
     "threadpoolctl": {
         *("embedding_index.providers.local_embeddings", "embedded.embedding_classifier", "student.built_in"),
-        *("student.first_answer", "commands.student_actions"),
+        "commands.student_actions",
     },
     "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review"},  # prompts; the report; the page
     "scipy": {"evaluation.intervals", "student.certificate", "student.heads"},
