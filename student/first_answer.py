@@ -70,9 +70,8 @@ class FirstAnswer:
 def withdrawn(student: Student, log: AuditLog) -> str:
     """Return the sentence about a student that has withdrawn."""
     return (
-        f"{student.name} has withdrawn, and the model labels all conversations: {log.audit.sentence()} Results of the student "
-        "can be redone with --only student. When the model has labelled enough of the new conversations, train again: "
-        "python cli.py student train"
+        f"{student.name} has withdrawn, and the model labels all conversations: {log.audit.sentence()}. --only student lets "
+        "the model redo its results."
     )
 
 
@@ -108,7 +107,7 @@ def open_first_answer(
         return None, log
     tell(
         f"{student.name} answers where it is sure: {certificate.share:.0%} of the held-out conversations, of which it agrees "
-        f"with the model on at least {certificate.lower_bound:.1%}. {log.audit.sentence()}"
+        f"with the model on at least {certificate.lower_bound:.1%}. Audit: {log.audit.sentence()}."
     )
     return FirstAnswer(student, judge, certificate, log, tell), log
 
@@ -122,13 +121,12 @@ def require_certificate(student: Student, promise: float) -> Certificate:
     certificate = student.certificate(promise)
     if certificate is not None and certificate.threshold is not None:
         return certificate
-    known = [f"{one.promise:g}" for one in student.provenance.certificates]
-    held = [f"{one.promise:g}" for one in student.provenance.certificates if one.threshold is not None]
-    reason = (
-        certificate.reason if certificate is not None else f"The promises that are certified are {', '.join(known)}."
-    )
-    other = f"use --student {held[-1]}, or leave it out" if held else "leave out --student"
-    raise ConfigurationError(f"--student {promise:g} is refused. {reason} {other[0].upper()}{other[1:]}.")
+    certificates = student.provenance.certificates
+    held = [f"{one.promise:g}" for one in certificates if one.threshold is not None]
+    known = ", ".join(f"{one.promise:g}" for one in certificates)
+    reason = certificate.reason if certificate is not None else f"training certifies only {known}"
+    other = f"Use --student {held[-1]}, or leave it out" if held else "Leave out --student"
+    raise ConfigurationError(f"--student {promise:g} is refused: {reason}. {other}.")
 
 
 def require_plan(student: Student, plan: Plan) -> None:

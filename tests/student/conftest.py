@@ -13,7 +13,7 @@ from embedded.mongod import EmbeddedMongod
 from tests.student.student_site import ConsistentModel, fill, student_site
 from tests.worker.site import Site
 
-LEARNED = 150
+LEARNED = 130
 
 
 @pytest.fixture(scope="session")
