@@ -104,12 +104,13 @@ class ReviewQueue:
         self._is_open = False
 
     async def open(self) -> None:
-        """Connect, create the indexes of the corrections, and load the embedded classifier and the student, if there is one."""
+        """Connect, create the indexes of the corrections, and load the student, or without one the embedded classifier."""
         async with self._filling:
             if not self._is_open:
                 await self._store.check()
-                self._second_opinion = await asyncio.to_thread(_second_opinion, self.taxonomy)
                 self._ask_student = await asyncio.to_thread(open_student_opinion, self._directory, self.taxonomy)
+                if self._ask_student is None:
+                    self._second_opinion = await asyncio.to_thread(_second_opinion, self.taxonomy)
                 await self.corrections.ensure_indexes()
                 self._is_open = True
 
@@ -297,14 +298,16 @@ class ReviewQueue:
         return candidates
 
     def _opinions(self, documents: list[Document]) -> list[tuple[dict[str, Any] | None, StudentOpinion | None]]:
-        """Return the labels of the embedded classifier and of the student for each of *documents*; None without text."""
+        """Return the labels of the embedded classifier, or the opinion of the student, on each of *documents* with text."""
         opinions: list[tuple[dict[str, Any] | None, StudentOpinion | None]] = []
         for document in documents:
             second = student = None
             with contextlib.suppress(SkippedDocumentError):
                 conversation = aggregate_conversation(document)
-                second = self._second_opinion(conversation).as_dict() if self._second_opinion else None
-                student = self._ask_student(conversation) if self._ask_student else None
+                if self._ask_student is not None:
+                    student = self._ask_student(conversation)
+                elif self._second_opinion is not None:
+                    second = self._second_opinion(conversation).as_dict()
             opinions.append((second, student))
         return opinions
 

@@ -137,9 +137,10 @@ def test_conversation_that_is_asked_again_counts_once(school: School) -> None:
     assert audited(site) == before
 
 
+@pytest.mark.thorough
 def test_killed_run_loses_nothing_and_counts_nothing_twice(school: School) -> None:
     """``kill -9`` in the middle; the next run finishes, and each conversation has one result."""
-    site, model = school
+    site, _ = school
     fill(site, NEW, COUNT)
     with site.start(*PROMISE) as worker:
         until(lambda: site.results.count_documents({}) >= 5)
