@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+NEW_SHARE, NEW = (
+    0.1,
+    500,
+)  # of a student with fewer comparisons: little is taken yet, so few wrong labels break its promise
 AUDIT_SHARE = 0.05
 LIMIT = 10_000.0  # evidence at which the student withdraws
 # A bet expects disagreement of (1 - promise) ** power: 0.22 and 0.11 for a promise of 0.95. The first finds collapses, the second
@@ -41,10 +45,12 @@ class Audit:
     def share(self) -> float:
         """The share of what the student could take that goes to the model.
 
-        It is ``AUDIT_SHARE``, and 1 under suspicion: a single disagreement suspends the student for about a dozen conversations,
-        which either clear it or break the promise.
+        It is ``AUDIT_SHARE``, more for a new student, and 1 under suspicion: a single disagreement suspends the student for about a
+        dozen conversations, which either clear it or add to the evidence.
         """
-        return 1.0 if self.is_broken or self.is_suspicious else AUDIT_SHARE
+        if self.is_broken or self.is_suspicious:
+            return 1.0
+        return NEW_SHARE if self.audited < NEW else AUDIT_SHARE
 
     def record(self, agreed: bool) -> None:
         """Record one comparison: whether all labels of a drawn conversation are the model's."""

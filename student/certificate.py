@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtrc, betaincinv
 
 ERROR = 0.05
-SHARES = 5  # of the sample are tried: 0.2, 0.4, 0.6, 0.8 and 1
+SHARES = 10  # of the sample are tried: 0.1, 0.2 ... 1
 MOST_LABELS = 20_000  # larger samples are not suggested
 
 
@@ -56,12 +56,11 @@ class Feasibility:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """The surest *taken* conversations, of which *agreed* agree; tested at *level*."""
+    """The surest *taken* conversations, down to *threshold*; *agreed* of them agree."""
 
     threshold: float
     taken: int
     agreed: int
-    level: float
 
     @property
     def rate(self) -> float:
@@ -91,17 +90,17 @@ def certify(scores: Sequence[float], agreed: Sequence[bool], promise: float, *, 
     ranked = np.asarray(scores, float)
     if np.isnan(ranked).any():
         raise ValueError("a score is no number")
-    trials = _trials(ranked, np.asarray(agreed, bool), labels_needed(promise, error=error) or MOST_LABELS, error)
+    trials = _trials(ranked, np.asarray(agreed, bool))
     passed, level = None, 0.0
     for trial in trials:
-        level += trial.level
+        level += error / SHARES
         if _p_value(trial.agreed, trial.taken, promise) <= level:
             passed = trial, level
         else:
             level = 0.0
     sample = len(ranked)
     if passed is None:
-        return Certificate(promise, None, 0, 0, sample, 0.0, None, _refusal(trials, sample, promise, error))
+        return Certificate(promise, None, 0, 0, sample, 0.0, None, _refusal(trials, sample, promise, error / SHARES))
     best, level = passed
     bound = float(betaincinv(best.agreed, best.taken - best.agreed + 1, level))
     reason = (
@@ -127,7 +126,7 @@ def feasibility(risk: float, sample: int, promise: float, *, error: float = ERRO
     most = min(1.0, (1 - risk) / promise)
     # The student may use up half of what is tolerated; the other half is room for the bound.
     usual = _sample_needed(labels_needed(promise, (1 + promise) / 2, error=error / SHARES), most)
-    least = _sample_needed(labels_needed(promise, error=error), most)
+    least = _sample_needed(labels_needed(promise, error=error / SHARES), most)
     possible = least is not None and sample >= least
     start = f"with a promise of {promise:g}, the student can take at most {100 * most:.0f} % of the conversations"
     if possible and usual is not None:
@@ -145,9 +144,14 @@ def majority_risk(counts: Sequence[int]) -> float:
 
 
 @functools.cache
-def labels_needed(promise: float, rate: float = 1.0, *, error: float = ERROR) -> int | None:
-    """Return how many labels certify *promise* in one test if *rate* of them agree; None if more than ``MOST_LABELS``."""
-    taken = np.arange(1, MOST_LABELS + 1)
+def labels_needed(promise: float, rate: float = 1.0, *, error: float = ERROR / SHARES) -> int | None:
+    """Return how many labels certify *promise* in one test if *rate* of them agree; None if more than ``MOST_LABELS``.
+
+    *error* is that of the one test.
+    """
+    if rate <= promise:
+        return None
+    taken = np.concatenate([np.arange(1, 1000), np.arange(1000, MOST_LABELS + 1, 10)])
     enough = np.flatnonzero(_p_value(np.floor(rate * taken + 1e-9), taken, promise) <= error)
     return int(taken[enough[0]]) if len(enough) else None
 
@@ -157,20 +161,15 @@ def _sample_needed(taken: int | None, share: float) -> int | None:
     return None if taken is None or taken > share * MOST_LABELS else int(np.ceil(taken / share))
 
 
-def _trials(scores: NDArray[np.float64], agreed: NDArray[np.bool_], least: int, error: float) -> list[_Trial]:
-    """Return the shares with at least *least* conversations, the surest first.
-
-    Only the size of the sample decides which are tried, so the choice cannot bias the test.
-    """
-    sample = len(scores)
-    places = [place for step in range(1, SHARES + 1) if (place := -(-sample * step // SHARES)) >= least]
+def _trials(scores: NDArray[np.float64], agreed: NDArray[np.bool_]) -> list[_Trial]:
+    """Return the shares of a sample, the surest first; none of an empty one."""
     order = np.argsort(-scores, kind="stable")
     ranked, hits = scores[order], np.cumsum(agreed[order])
     found = []
-    for place in places:
-        threshold = ranked[place - 1]
+    for step in range(1, SHARES + 1) if len(scores) else ():
+        threshold = ranked[-(-len(scores) * step // SHARES) - 1]
         taken = int(np.searchsorted(-ranked, -threshold, side="right"))
-        found.append(_Trial(float(threshold), taken, int(hits[taken - 1]), error / len(places)))
+        found.append(_Trial(float(threshold), taken, int(hits[taken - 1])))
     return found
 
 
@@ -179,28 +178,23 @@ def _p_value(agreed: ArrayLike, taken: ArrayLike, promise: float) -> NDArray[np.
     return np.asarray(bdtrc(np.subtract(agreed, 1), taken, promise), float)
 
 
-def _refusal(trials: Sequence[_Trial], sample: int, promise: float, error: float) -> str:
-    """Return why nothing is certified and what to do about it."""
-    if not trials:
-        least = labels_needed(promise, error=error)
+def _refusal(trials: Sequence[_Trial], sample: int, promise: float, level: float) -> str:
+    """Return why nothing is certified and what to do about it; *level* is that of one test."""
+    least = labels_needed(promise, error=level)
+    if least is None or sample < least:
         return (
-            f"the sample has {sample} conversations, and a promise of {promise:g} needs at least {least} that all agree: "
-            "collect more results of the model, or use a lower promise"
+            f"the sample has {sample} conversations, and a promise of {promise:g} needs at least {least or MOST_LABELS} that all "
+            "agree: collect more results of the model, or use a lower promise"
         )
-    best = max(trials, key=lambda trial: (trial.rate, trial.taken))
+    best = min(trials, key=lambda trial: float(_p_value(trial.agreed, trial.taken, promise)))
     found = f"{best.agreed} of the surest {best.taken} of {sample} conversations agree with the model"
-    needed = [
-        size
-        for trial in trials
-        if trial.rate > promise
-        and (size := _sample_needed(labels_needed(promise, trial.rate, error=trial.level), trial.taken / sample))
-    ]
-    if not needed:
+    needed = _sample_needed(labels_needed(promise, best.rate, error=level), best.taken / sample)
+    if needed is None:
         return (
             f"{found} ({100 * best.rate:.1f} %), which is no evidence for a promise of {promise:g}: "
             "train with more results, or use a lower promise"
         )
     return (
         f"{found} ({100 * best.rate:.1f} %), too few to certify a promise of {promise:g}: "
-        f"about {min(needed)} conversations are needed for the certificate instead of {sample}"
+        f"about {needed} conversations are needed for the certificate instead of {sample}"
     )
