@@ -19,7 +19,7 @@ from tests.worker.site import Site, check_directory, until
 School = tuple[Site, ConsistentModel]
 COUNT = 40
 NEW = 1000  # the number of the first conversation that the student has not seen
-PROMISE = ("--student", "0.95")
+PROMISE = ("--student", "0.9")
 
 
 def audited(site: Site) -> list[tuple[Any, ...]]:
@@ -30,13 +30,15 @@ def audited(site: Site) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def audit_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw every conversation for the audit."""
-    monkeypatch.setattr(student.audit, "AUDIT_SHARE", 1.0)
+    for name in ("AUDIT_SHARE", "NEW_SHARE"):
+        monkeypatch.setattr(student.audit, name, 1.0)
 
 
 @pytest.fixture
 def audit_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no conversation for the audit."""
-    monkeypatch.setattr(student.audit, "AUDIT_SHARE", 0.0)
+    for name in ("AUDIT_SHARE", "NEW_SHARE"):
+        monkeypatch.setattr(student.audit, name, 0.0)
 
 
 def test_training_certifies_a_repetitive_corpus(trained_directory: Path) -> None:
@@ -45,7 +47,7 @@ def test_training_certifies_a_repetitive_corpus(trained_directory: Path) -> None
     assert "imitates llama3.2" in out
     assert "65 conversations learned (0 with corrections), 65 held out" in out
     assert out.index("Can it pay?") < out.index("Agreement with the model") < out.index("Certificates")
-    assert "--student 0.95: takes" in out
+    assert "--student 0.9: takes" in out
     assert "--student 0.98: refused, because" in out
     for name in ("student.safetensors", "vectors.sqlite"):
         assert stat.S_IMODE((trained_directory / "batch_files/student" / name).stat().st_mode) == 0o600
@@ -78,7 +80,7 @@ def test_only_student_lets_the_model_redo_them(school: School) -> None:
     """``plan`` counts them; afterwards all results are the model's, also if STUDENT is set."""
     site, model = school
     fill(site, NEW, 12)
-    site.settings["STUDENT"] = "0.95"
+    site.settings["STUDENT"] = "0.9"
     assert site.run().code == 0
     taken = by_student(site)
     assert taken
@@ -122,7 +124,7 @@ def test_drift_withdraws_the_student_for_good(school: School) -> None:
     assert "has withdrawn" in again.err
     assert by_student(site) == []
     assert len(audited(site)) == seen
-    assert "take no more" in site.run("student", "report").out or "takes no more" in site.run("student", "report").out
+    assert "takes no more conversations" in site.run("student", "report").out
 
 
 @pytest.mark.usefixtures("audit_all")
@@ -162,7 +164,7 @@ def test_no_student_or_no_certificate_is_refused_at_the_start(school: School, pl
         ended = site.run("--student", promise)
         assert ended.code == 2
         assert words in ended.err
-        assert "Use --student 0.95" in ended.err
+        assert "Use --student 0.9, or leave it out" in ended.err
     empty = site.sibling("elsewhere").run(*PROMISE)
     assert empty.code == 2
     assert "train one: python cli.py student train" in empty.err
