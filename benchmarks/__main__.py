@@ -2,7 +2,7 @@
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
 ``search``, ``walk`` or ``injection`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without
-targets. See docs/performance.md.
+targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student on labelled files (docs/student.md).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks import (
     memory,
     search_quality,
     service,
+    student,
     throughput,
     walk,
 )
@@ -45,6 +46,8 @@ MEASURES = {
 
 def main() -> int:
     """Run the benchmarks in *argv* and return the exit code."""
+    if sys.argv[1:2] == ["student"]:
+        return student.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure the batch worker, the service, document jobs and the embedding index.",

@@ -72,7 +72,8 @@ def drifted(before: Traffic, rng: np.random.Generator) -> Traffic:
 def simulate(kind: str, promise: float, rng: np.random.Generator, conversations: int = CONVERSATIONS) -> Outcome:
     """Certify a student and run it; a drift comes between 30 and 70 % of the run."""
     before = traffic(kind, rng)
-    certificate = certify(*(part.tolist() for part in before.drawn(CERTIFIED, rng)), promise)
+    sample, agreement = before.drawn(CERTIFIED, rng)
+    certificate = certify(sample.tolist(), agreement.tolist(), promise)
     drift = int(rng.uniform(0.3, 0.7) * conversations) if kind == "drifting" else conversations
     first, second = before.drawn(drift, rng), drifted(before, rng).drawn(conversations - drift, rng)
     if certificate.threshold is None:
