@@ -22,6 +22,7 @@ from evaluation.sources import Collections
 from mongo_client import DocumentStore
 from review.corrections import CorrectionStore
 from review.labels import read_labels
+from review.ranking import confidence_of
 from storage.extended_json import Document, id_key
 from student.features import Numbers, features_of
 from student.training import Example
@@ -130,7 +131,7 @@ class LessonReader:
                     found.left_out[UNKNOWN] += 1
                     continue
                 seen.add(conversation.transcript_sha256)
-                found.models[metadata["model_used"]] += 1
+                found.models[str(metadata.get("model_used"))] += 1
                 new.append((_example(result, conversation, corrected), conversation))
         start_s = time.monotonic()
         vectors = await embedding.of([conversation for _, conversation in new])
@@ -141,7 +142,8 @@ class LessonReader:
 
     def _is_candidate(self, result: Document, found: Lessons) -> bool:
         metadata = result.get("processing_metadata")
-        if not isinstance(metadata, Mapping) or not isinstance(result.get("classification"), Mapping):
+        is_ours = "source_conversation_id" in result and isinstance(result.get("classification"), Mapping)
+        if not is_ours or not isinstance(metadata, Mapping):
             found.left_out[OTHER] += 1
         elif is_student(metadata.get("model_used")):
             found.left_out[BY_STUDENT] += 1
@@ -156,7 +158,7 @@ class LessonReader:
         for one in self._taxonomy.fields:
             label = labels.get(one.name)
             given = label if isinstance(label, list) else [label]
-            if isinstance(label, list) is not one.is_multiple or not set(given) <= set(one.names):
+            if isinstance(label, list) is not one.is_multiple or not all(each in one.names for each in given):
                 return False
         return True
 
@@ -199,6 +201,4 @@ def _conversations(documents: list[Document]) -> dict[bytes, Conversation]:
 
 
 def _example(result: Document, conversation: Conversation, corrected: Mapping[str, Any]) -> Example:
-    given = result["processing_metadata"].get("confidence")
-    confidence = {name: float(value) for name, value in given.items()} if isinstance(given, Mapping) else {}
-    return Example(conversation.transcript_sha256, result["classification"], confidence, corrected)
+    return Example(conversation.transcript_sha256, result["classification"], confidence_of(result), corrected)
