@@ -70,6 +70,7 @@ def test_embedded_classifier_uses_the_student_where_it_is_sure(trained_directory
     assert classifier.answer(aggregate_conversation(other)).model == "baseline-vader-1"
 
 
+@pytest.mark.thorough  # it starts a second mongod
 def test_embedded_run_with_the_student(
     trained_directory: Path, tmp_path: Path, place: School, monkeypatch: pytest.MonkeyPatch
 ) -> None:
