@@ -35,9 +35,11 @@ CHUNK = 32  # conversations of one thread at a time
 THREADS = 4
 LINE_EVERY_S = 5.0
 FIELDS = (
-    *("source_conversation_id", "classification", "processing_metadata.copied_from"),
-    *(f"processing_metadata.{name}" for name in ("confidence", "model_used", "model_digest", "fingerprint")),
-    "processing_metadata.input_sha256",
+    *("source_conversation_id", "classification"),
+    *(
+        f"processing_metadata.{name}"
+        for name in ("confidence", "model_used", "model_digest", "fingerprint", "input_sha256")
+    ),
 )
 OTHER, BY_STUDENT, GONE, TWICE, UNKNOWN = (
     "of another model, prompt or taxonomy",
@@ -147,8 +149,6 @@ class LessonReader:
             found.left_out[OTHER] += 1
         elif is_student(metadata.get("model_used")):
             found.left_out[BY_STUDENT] += 1
-        elif "copied_from" in metadata:
-            found.left_out[TWICE] += 1
         else:
             return True
         return False

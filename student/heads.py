@@ -17,7 +17,7 @@ Doubles = NDArray[np.float64]
 
 STRENGTH = 10.0  # the inverse of the L2 penalty, C of scikit-learn
 ITERATIONS = 200
-TOLERANCE = 1e-7  # of the loss, between two iterations
+TOLERANCE = 1e-6  # of the loss, between two iterations
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "taxonomy_file": ("own.yaml", Path("own.yaml")),
     "prompt_examples_file": ("own.json", Path("own.json")),
     "review_below": ("0.6", 0.6),
+    "student": ("0.95", 0.95),
     "store_original_conversation": ("true", True),
     "log_level": ("debug", "DEBUG"),
 }
