@@ -1,7 +1,8 @@
 """Try a student on simulated corpora and on labelled conversations: ``python -m benchmarks student [DIR]``.
 
-The simulated corpora are those of the tests. In DIR, the gold labels stand in for the model's. Each corpus is split at random many
-times: one part is learned, one is for the certificate, and the rest shows what the certificate is worth. DIR holds JSONL files as for ``benchmarks.baseline_accuracy``.
+The simulated corpora are those of the tests. DIR holds JSONL files as for ``benchmarks.baseline_accuracy``, whose gold labels stand
+in for the model's. Each corpus is split at random many times: one part is learned, one is for the certificate, and the rest shows
+what the certificate is worth.
 """
 
 from __future__ import annotations
