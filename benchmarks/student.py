@@ -1,7 +1,8 @@
 """Try a student on simulated corpora and on labelled conversations: ``python -m benchmarks student [DIR]``.
 
-The simulated corpora are those of the tests. In DIR, the gold labels stand in for the model's. Each corpus is split at random many
-times: one part is learned, one is for the certificate, and the rest shows what the certificate is worth. DIR holds JSONL files as for ``benchmarks.baseline_accuracy``.
+The simulated corpora are those of the tests. DIR holds JSONL files as for ``benchmarks.baseline_accuracy``, whose gold labels stand
+in for the model's. Each corpus is split at random many times: one part is learned, one is for the certificate, and the rest shows
+what the certificate is worth.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ CORPORA = (
     ("bitext", ("bitext",), ("intent", "topic"), 100, 120),
     ("multidogo", ("multidogo",), ("intent", "topic"), 100, 120),
     ("airline, three fields", ("airline",), ("intent", "topic", "sentiment"), 150, 250),
-    ("mixed", ("bitext", "multidogo", "star", "cfpb", "queries_c"), ("intent", "topic"), 400, 500),
+    ("mixed", ("bitext", "multidogo", "star", "queries_c"), ("intent", "topic"), 400, 400),
 )
 # Students of one corpus that meet another one.
 DRIFTS = (("airline", ("airline",), ("sentiment",), ("xlmt", "queries_c")),)
+FILES = {name for _, files, *_ in CORPORA for name in files} | {name for *_, others in DRIFTS for name in others}
 
 Numbers = NDArray[np.float32]
 
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     with threadpool_limits(1):
         try:
-            read = embedded(list(directory_examples(directory)))
+            read = embedded([each for each in directory_examples(directory) if each[0] in FILES])
         except ConfigurationError as exc:
             print(exc, file=sys.stderr)
             return 2
@@ -113,8 +115,12 @@ def judged(corpus: Corpus, learned: NDArray[np.int64], other: Corpus) -> Judged:
 
     scores, agreed = np.ones(len(other.labels)), np.ones(len(other.labels), bool)
     for field in range(corpus.labels.shape[1]):
+        labels = corpus.labels[learned, field]
+        if len(set(labels)) == 1:
+            agreed &= other.labels[:, field] == labels[0]
+            continue
         head = LogisticRegression(C=10, max_iter=300)
-        head.fit(corpus.features[learned], corpus.labels[learned, field])
+        head.fit(corpus.features[learned], labels)
         probabilities = head.predict_proba(other.features)
         scores *= probabilities.max(axis=1)
         agreed &= head.classes_[probabilities.argmax(axis=1)] == other.labels[:, field]
