@@ -25,7 +25,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
-    require_packages()
+    require_packages("scipy")
     from commands import student_actions  # noqa: PLC0415 - other commands must not wait for numpy and scipy
 
     if arguments.action == "train":

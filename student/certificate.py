@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtrc, betaincinv
 
 ERROR = 0.05
 SHARES = 10  # of the sample are tried: 0.1, 0.2 ... 1
@@ -102,6 +101,8 @@ def certify(scores: Sequence[float], agreed: Sequence[bool], promise: float, *, 
     if passed is None:
         return Certificate(promise, None, 0, 0, sample, 0.0, None, _refusal(trials, sample, promise, error / SHARES))
     best, level = passed
+    from scipy.special import betaincinv  # noqa: PLC0415 - a run with a student does without scipy
+
     bound = float(betaincinv(best.agreed, best.taken - best.agreed + 1, level))
     reason = (
         f"{best.agreed} of the surest {best.taken} of {sample} conversations agree with the model, "
@@ -175,6 +176,8 @@ def _trials(scores: NDArray[np.float64], agreed: NDArray[np.bool_]) -> list[_Tri
 
 def _p_value(agreed: ArrayLike, taken: ArrayLike, promise: float) -> NDArray[np.float64]:
     """Return the probability of at least *agreed* of *taken* if each agrees with the probability *promise*."""
+    from scipy.special import bdtrc  # noqa: PLC0415 - as above
+
     return np.asarray(bdtrc(np.subtract(agreed, 1), taken, promise), float)
 
 

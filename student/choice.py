@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 INSTALL = "run pip install -r requirements-student.txt, then pip install --no-deps -r requirements-local-embedding.txt"
 
 
-def require_packages() -> None:
-    """Raise ConfigurationError if a package of the student is not installed."""
-    missing = missing_for_vectors()
-    if importlib.util.find_spec("scipy") is None:
-        missing.append("scipy")
+def require_packages(*more: str) -> None:
+    """Raise ConfigurationError if a package that a student needs to answer, or one of *more*, is not installed."""
+    missing = [*missing_for_vectors(), *(name for name in more if importlib.util.find_spec(name) is None)]
     if missing:
         raise ConfigurationError(
             f"The student needs packages that are not installed ({', '.join(missing)}): {INSTALL}."

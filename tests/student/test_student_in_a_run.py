@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sqlite3
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +212,17 @@ def test_too_few_results_train_no_student(place: School) -> None:
     assert "there are 3" in ended.err
     assert site.run("student", "report").code == 2
     assert conversation(NEW)["status"] == "pending"
+
+
+def test_missing_packages_are_named_with_their_file(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To train needs scipy; to answer does not."""
+    site, _ = school
+    found: Callable[[str], Any] = importlib.util.find_spec
+    for name, code in (("scipy", 0), ("tokenizers", 2)):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda wanted, name=name: None if wanted == name else found(wanted)
+        )
+        ended = site.run("student", "report")
+        assert ended.code == 2
+        assert f"not installed ({name}): run pip install -r requirements-student.txt" in ended.err
+        assert site.run(*PROMISE).code == code
