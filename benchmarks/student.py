@@ -173,15 +173,18 @@ def cell_of(runs: Sequence[tuple[Judged, Judged]], promise: float) -> str:
 
 
 def table_of_drifts(read: Sequence[tuple[str, Example, Numbers]]) -> list[str]:
-    """Return a Markdown table: how soon the audit withdraws students that meet another corpus."""
-    lines = ["| student of | meets | taken/agreed | withdrawn | after conversations |", "|---|---|---|---:|---|"]
+    """Return a Markdown table: what the audit does with students that meet STREAM conversations of another corpus."""
+    lines = [
+        f"| student of | meets | sure/agreed | withdrawn within {STREAM} conversations | median | taken until then | wrong |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
     for title, files, fields, others in DRIFTS:
         corpus = corpus_of(read, files, fields)
         for name in others:
             other = corpus_of(read, (name,), fields)
             if corpus is None or other is None:
                 continue
-            delays, shares, agreement = [], [], []
+            runs, shares, agreement = [], [], []
             for seed, (part, held_out, _) in enumerate(splits(len(corpus.labels), 300, 400)):
                 known = judged(corpus, part, Corpus(corpus.features[held_out], corpus.labels[held_out]))
                 threshold = known.certified(PROMISES[0])
@@ -191,23 +194,32 @@ def table_of_drifts(read: Sequence[tuple[str, Example, Numbers]]) -> list[str]:
                 sure = met.scores >= threshold
                 shares.append(sure.mean())
                 agreement += met.agreed[sure].tolist()
-                delays.append(withdrawal(sure, met.agreed, np.random.default_rng(seed)))
-            found = sorted(delay for delay in delays if delay is not None)
-            if delays:
+                runs.append(met_by(sure, met.agreed, np.random.default_rng(seed)))
+            found = [count for count, *_ in runs if count is not None]
+            if runs:
                 lines.append(
                     f"| {title} ({', '.join(fields)}), promise {PROMISES[0]:.2f} | {name} "
-                    f"| {np.mean(shares):.2f}/{np.mean(agreement):.3f} | {len(found)} of {len(delays)} "
-                    f"| median {np.median(found):.0f}, last {found[-1]} |"
+                    f"| {np.mean(shares):.2f}/{np.mean(agreement):.3f} | {len(found)} of {len(runs)} "
+                    f"| {np.median(found):.0f} | {np.mean([taken for _, taken, _ in runs]):.0f} "
+                    f"| {np.mean([wrong for *_, wrong in runs]):.0f} |"
                 )
     return lines
 
 
-def withdrawal(sure: NDArray[np.bool_], agreed: NDArray[np.bool_], rng: np.random.Generator) -> int | None:
-    """Return after how many conversations, drawn at random, the audit withdraws the student; None after STREAM."""
-    audit = Audit(PROMISES[0])
+def met_by(sure: NDArray[np.bool_], agreed: NDArray[np.bool_], rng: np.random.Generator) -> tuple[int | None, int, int]:
+    """Return after how many conversations, drawn at random, the student withdraws, what it took and how much of that is wrong.
+
+    The first is None if it does not withdraw within STREAM conversations.
+    """
+    audit, taken, wrong = Audit(PROMISES[0]), 0, 0
     for count, place in enumerate(rng.integers(len(sure), size=STREAM), 1):
-        if sure[place] and rng.random() < audit.share:
+        if not sure[place]:
+            continue
+        if rng.random() < audit.share:
             audit.record(bool(agreed[place]))
+        else:
+            taken += 1
+            wrong += not agreed[place]
         if audit.is_broken:
-            return count
-    return None
+            return count, taken, wrong
+    return None, taken, wrong
