@@ -28,6 +28,7 @@ RUN if [ -n "$STUDENT" ]; then \
 COPY *.py LICENSE ./
 COPY config/ config/
 COPY storage/ storage/
+COPY network/ network/
 COPY utils/ utils/
 COPY domain/ domain/
 COPY model_server/ model_server/

@@ -18,7 +18,7 @@ import aiohttp
 from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import LLMError, LLMTimeoutError, LLMUnavailableError
+from error_handler import LLMError, LLMFormError, LLMTimeoutError, LLMUnavailableError
 from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol
@@ -27,7 +27,7 @@ from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, choose_window, warm_up
-from utils.outgoing import aiohttp_session, route_to
+from network.outgoing import aiohttp_session, route_to
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ CHECK_EVERY_S = 10.0  # the longest time that a reload by another client goes un
 
 
 def open_session(max_concurrent: int) -> aiohttp.ClientSession:
-    """Return a session for one model server; see utils.outgoing. The caller closes it."""
+    """Return a session for one model server; see network.outgoing. The caller closes it."""
     return aiohttp_session(aiohttp.TCPConnector(limit=max_concurrent + 2, keepalive_timeout=60))
 
 
@@ -196,14 +196,24 @@ async def ollama_classify_async(
 ) -> Outcome:
     """Return the labels of *conversation*; an unusable answer is followed by one repair turn.
 
+    If the server refuses the reply style of *classifier*, the question is repeated in the next longer one.
+
     *attempt* counts earlier attempts of this document (from 0) and varies the seed.
 
     Raises:
         LLMError: The server gave no answer, or no usable one.
         SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
     """
-    flow, calls = classification_flow(conversation, client, classifier), itertools.count(2 * attempt)
-    return await drive(flow, lambda messages: client.chat(messages, classifier.schema_json, next(calls)))
+    calls = itertools.count(2 * attempt)
+
+    async def classify(used: Classifier) -> Outcome:
+        flow = classification_flow(conversation, client, used)
+        return await drive(flow, lambda messages: client.chat(messages, used.schema_json, next(calls)))
+
+    try:
+        return await classify(classifier.for_target(client.target))
+    except LLMFormError:
+        return await classify(classifier.for_target(client.target))
 
 
 async def drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R:
@@ -231,6 +241,11 @@ class SharedWindow:
         self._loading: asyncio.Task[None] | None = None
         self._was_listed = False
         self.is_loaded = False
+
+    @property
+    def target(self) -> ChatTarget:
+        """The target of the client, with what it has learned."""
+        return self._client.target
 
     async def load(self) -> None:
         """Load the model if it is not loaded yet, however long that takes. Raises LLMError if it does not load."""

@@ -16,21 +16,24 @@ from typing import TYPE_CHECKING, Any
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
-from classifier import Classifier
 from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
 from embedded.choice import BuiltInClassifier
-from error_handler import LLMUnavailableError
+from error_handler import ConfigurationError, LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
 from mongo_client import DocumentStore
 from storage.extended_json import Document
+from storage.service_lease import server_name
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
+from worker.describe import DescriptionPass, describing_classifier
 from worker.intake import Classify, RunOptions, RunParts, has_work
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
+from worker.reply_choice import classifier_for
 from worker.run import BatchRun
+from worker.service_first import ServiceFirst
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
 if TYPE_CHECKING:  # only an estimate records its calls, and few runs have a student
@@ -83,6 +86,7 @@ class BatchProcessor:
         self._stack = AsyncExitStack()
         self._connected = False
         self._limit: ConcurrencyLimit | None = None
+        self._window: SharedWindow | None = None  # None without a model server
         self.stop = asyncio.Event()  # set it to end the run: no new documents, a grace period for calls in flight
 
     async def __aenter__(self) -> BatchProcessor:
@@ -114,7 +118,6 @@ class BatchProcessor:
         self._connected = True
 
     async def _connect_model(self, stack: AsyncExitStack, taxonomy: Taxonomy) -> Classify:
-        classifier = Classifier(taxonomy, self.settings.on_long)
         session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
         if self.settings.max_concurrent == "auto":
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
@@ -124,6 +127,7 @@ class BatchProcessor:
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
+        classifier = classifier_for(self.settings, client.target, taxonomy)
         self._plan = plan_of(classifier, client.target)
         student = await self._open_student(stack, taxonomy, self._plan)
         asked_ctx = self.settings.ollama_num_ctx
@@ -136,7 +140,7 @@ class BatchProcessor:
                 recorder.note_load(time.monotonic() - start_s)
         target = client.target
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
-        window = SharedWindow(client, asked_ctx)  # it loads the model for documents that come later
+        window = self._window = SharedWindow(client, asked_ctx)  # it loads the model for documents that come later
         stack.push_async_callback(window.close)
         ask = partial(window.classify, classifier)
         return student.before(ask) if student else ask
@@ -201,12 +205,36 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, review_below. After a
+        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s, review_below. After a
         TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
         """
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
         return await run.execute(sources, to_the_end=True)
+
+    async def describe(self) -> dict[str, Any]:
+        """Write the sentence (``categorization``) into the results that lack it; the labels do not change.
+
+        Return the counts: described, failed, left (changed since, or gone), and the reasons of failures. Raise
+        ConfigurationError if there is no model server or the taxonomy has no sentence, else as ``run`` does.
+        """
+        await self.connect()
+        if self._window is None:
+            raise ConfigurationError(
+                "--describe needs a model server; a built-in classifier writes the sentence itself."
+            )
+        taxonomy = load_prompt_taxonomy(self.settings)
+        describe = partial(self._window.classify, describing_classifier(taxonomy, self.settings))
+        at_once = self.settings.most_concurrent if self._limit is None else self._limit.current
+        made = DescriptionPass(self.settings, self.store, describe, self.stop, at_once, self._observers.reporters)
+        stats = await made.execute()
+        return {
+            "described": stats.successful,
+            "failed": stats.failed,
+            "left": stats.skipped,
+            "reasons": stats.reasons,
+            "interrupted": self.stop.is_set(),
+        }
 
     async def _new_run(self) -> BatchRun:
         await self.connect()
@@ -227,8 +255,15 @@ class BatchProcessor:
             kinds=self._kinds(),
             reporters=self._observers.reporters,
             limit=self._limit,
+            service_first=self._service_first(),
         )
         return BatchRun(parts)
+
+    def _service_first(self) -> ServiceFirst | None:
+        settings = self.settings
+        if not settings.service_lease or self._given_classify is not None:
+            return None
+        return ServiceFirst(self.store.database, server_name(settings.server_url), settings.worker_floor)
 
     def _worker_id(self) -> str:
         """Return the id under which the worker of this directory holds leases, the same after a crash."""

@@ -18,6 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
+from network.addresses import require_keys_outside_this_machine
 from service.middleware import ServiceMiddleware, add_error_handlers
 from service.openapi import openapi_document
 from service.review_routes import review, review_page
@@ -25,7 +26,6 @@ from service.routes import add_classification, documentation, operations, simila
 from service.similar import OpenIndex, open_index
 from service.slow_clients import server_config
 from service.startup import start
-from utils.network import require_keys_outside_this_machine
 from utils.process import tune_garbage_collection
 
 VERSION = "1.0.0"
@@ -73,7 +73,10 @@ def create_app(
             except TriadError as exc:
                 app.problem = str(exc)
                 raise
-            document = orjson.dumps(openapi_document(app, service_settings, service.model.taxonomy))
+            has_sentence = settings.reply_style == "full"
+            document = orjson.dumps(
+                openapi_document(app, service_settings, service.model.taxonomy, has_sentence=has_sentence)
+            )
             gc.collect()  # before the rest is exempted, or its garbage would stay
             tune_garbage_collection()
             yield {"service": service, "openapi": document}

@@ -1,8 +1,9 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk`` or ``injection`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without
-targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student on labelled files (docs/student.md).
+``search``, ``walk``, ``injection`` or ``two_users`` runs only that benchmark. ``--quick`` uses few documents to check that the
+benchmarks run, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student on
+labelled files (docs/student.md).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks import (
     service,
     student,
     throughput,
+    two_users,
     walk,
 )
 from benchmarks.table import text
@@ -41,6 +43,7 @@ MEASURES = {
     "search": search_quality.measure,
     "walk": walk.measure,
     "injection": injection.measure,
+    "two_users": two_users.measure,
 }
 
 

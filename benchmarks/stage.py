@@ -63,6 +63,11 @@ class Stage:
         self._runs = 0
 
     @property
+    def mongodb_uri(self) -> str:
+        """The address of MongoDB."""
+        return self._mongod.uri
+
+    @property
     def results_count(self) -> int:
         """The number of stored results."""
         return int(self._client[DATABASE][RESULTS].estimated_document_count())

@@ -77,9 +77,16 @@ def add_place_flags(group: argparse._ActionsContainer) -> None:
 
 
 def add_model_flags(group: argparse._ActionsContainer) -> None:
-    """Add the flags that name the model and its server."""
+    """Add the flags that name the model, its server and its reply."""
     group.add_argument("--model", help="model name (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
     group.add_argument("--ollama-endpoint", help="URL of Ollama (OLLAMA_ENDPOINT; http://localhost:11434)")
+    group.add_argument(
+        "--reply",
+        dest="reply_style",
+        choices=["full", "labels", "list", "auto"],
+        help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), or auto "
+        "(REPLY_STYLE; full)",
+    )
 
 
 def add_log_flags(group: argparse._ActionsContainer) -> None:
@@ -122,6 +129,11 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
         dest="dedupe",
         action="store_false",
         help="classify every conversation, even if an identical one has a result",
+    )
+    what.add_argument(
+        "--describe",
+        action="store_true",
+        help="after the run, write the one-line sentence into results that lack it (--reply labels and list)",
     )
     what.add_argument("--dry-run", action="store_true", help="report what a run would do; change nothing")
     what.add_argument(

@@ -27,14 +27,15 @@ MEANINGS: dict[Kind, str] = {
     "changed": "conversation changed since it was labelled",
     "stale": "labelled by another prompt, taxonomy, model or options",
     "student": "labelled by a student of the current model; --only student asks the model",
+    "style": "labelled in another reply style, else up to date; only --only style takes them",
     "failed": "failed, or in the retry queue or quarantine",
     "elsewhere": "marked processed, no result in this collection; only --only elsewhere takes them",
     "skipped": "nothing to classify",
     "done": "up to date",
-    "unjudged": "done, stale or of a student; unknown without the model server (--offline)",
+    "unjudged": "done, stale, or of another style or a student; unknown without the model server (--offline)",
     "foreign": "unrecognised status; not selected",
 }
-OFFLINE_KINDS = ("stale", "done", "student", "unjudged")  # --offline cannot distinguish the first three
+OFFLINE_KINDS = ("stale", "style", "student", "done", "unjudged")  # --offline cannot distinguish the first four
 LINE_EVERY_S = 5.0
 
 
@@ -56,7 +57,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
-    if arguments.offline and arguments.ids in OFFLINE_KINDS[:3]:
+    if arguments.offline and arguments.ids in OFFLINE_KINDS[:-1]:
         raise ConfigurationError(f"--offline cannot find documents that are {arguments.ids}; remove --offline.")
     store = DocumentStore(settings)
     try:
@@ -101,7 +102,7 @@ async def _judged(
 
 def _shown(plan: Plan | None) -> list[Kind]:
     """Return the kinds that can be distinguished, in the order of the report."""
-    left_out = OFFLINE_KINDS[:3] if plan is None else OFFLINE_KINDS[3:]
+    left_out = OFFLINE_KINDS[:-1] if plan is None else OFFLINE_KINDS[-1:]
     return [kind for kind in MEANINGS if kind not in left_out]
 
 

@@ -47,6 +47,10 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
     if stats["leased_elsewhere"]:
         leased = counted(stats["leased_elsewhere"], "document is", "documents are")
         console.print(f"{leased} leased by another worker (leases expire after {settings.lease_s:g} s)")
+    if stats.get("held_back_s"):
+        console.print(
+            f"Held back for {stats['held_back_s']:.0f} s while the service had requests (SERVICE_LEASE=false disables this)"
+        )
     _print_review(console, stats)
     for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")

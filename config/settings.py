@@ -116,9 +116,12 @@ class Settings(PartSettings):
     outage_limit_s: float = Field(3600.0, gt=0)
     shutdown_grace_s: float = Field(30.0, ge=0, le=600)
     lease_s: float = Field(300.0, ge=1, le=86_400)
+    service_lease: bool = True
+    worker_floor: int = Field(1, ge=1, le=256)
     batch_files_dir: Path = Path("batch_files")
     taxonomy_file: Path | None = None
     prompt_examples_file: Path | None = None
+    reply_style: Literal["full", "labels", "list", "auto"] = "full"
     review_below: float | None = Field(None, ge=0, le=1)
     student: float | None = Field(None, ge=0.5, lt=1)
     store_original_conversation: bool = False

@@ -20,7 +20,7 @@ from error_handler import ConfigurationError
 BASELINE_MODEL = "baseline-vader-1"
 EMBEDDING_MODEL = "embedded-minilm-1"
 BUILT_IN_MODELS = (BASELINE_MODEL, EMBEDDING_MODEL)
-"""What ``model_used`` names in results of the built-in classifiers. Any language model replaces such results."""
+"""``model_used`` of results of the built-in classifiers. Any language model replaces such results."""
 
 SENTIMENTS = ("positive", "neutral", "negative")  # folded; the ones that the built-in classifiers can tell
 

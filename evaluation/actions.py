@@ -1,4 +1,4 @@
-"""What ``cli.py evaluate`` does, from its arguments to the report and the exit code."""
+"""Carries out ``cli.py evaluate``, from its arguments to the report and the exit code."""
 
 from __future__ import annotations
 

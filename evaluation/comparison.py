@@ -27,7 +27,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class FieldComparison:
-    """How A and B differ in one field; the last seven need gold labels and are None without them.
+    """The difference of A and B in one field. The last seven need gold labels and are None without them.
 
     *accuracy_change* and *macro_f1_change* are B minus A. *only_a* conversations are right in A alone, *only_b* in B
     alone; *p_value* is McNemar's exact test of these two.
@@ -51,7 +51,7 @@ class FieldComparison:
 
 @dataclass(slots=True)
 class Provenance:
-    """What made the labels of one source: *models* counts the conversations by model."""
+    """The origin of the labels of one source. *models* counts its conversations by model."""
 
     source: str
     models: Counter[str] = field(default_factory=Counter)

@@ -51,7 +51,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How confidence relates to accuracy; *ece* is the expected calibration error, 0 to 1."""
+    """Confidence compared with accuracy; *ece* is the expected calibration error, 0 to 1."""
 
     n: int
     ece: float
@@ -60,7 +60,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class OtherShare:
-    """How often gold and model use the label that stands for no other."""
+    """The shares of *label*, the one for everything that fits no other, in gold and in the model's labels."""
 
     label: str
     gold: Estimate

@@ -52,7 +52,7 @@ class Report:
 
     @property
     def models(self) -> Counter[str]:
-        """How many of the conversations each model has labelled."""
+        """The number of conversations that each model has labelled."""
         return Counter(row.labelled.model or "unknown model" for row in self.rows)
 
     @property

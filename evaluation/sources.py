@@ -1,4 +1,4 @@
-"""Where labels come from: a results collection, or the JSON report of an earlier ``evaluate``."""
+"""Reads labels from a results collection, or from the JSON report of an earlier ``evaluate``."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ _least_of_system_prompt = functools.lru_cache(maxsize=2)(least_tokens)
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """How the parts of one text are counted.
+    """The token counts of the parts of one text.
 
     *room* is what they may have in all by *tokens_of*, which is additive and includes the margin for a part like the whole
     text. *estimate* returns the expected tokens of one part and the margin that the whole prompt with it needs.

@@ -73,7 +73,7 @@ class Handling(ABC):
     """Makes requests of documents and updates of answers.
 
     The other methods serve collections that the batch worker also uses: leases, and documents that are done.
-    *is_reasoning* becomes True if a line shows that the model is a reasoning model behind a name of its own.
+    *is_reasoning* becomes True if a line shows that the model is a reasoning model with a name that does not tell it.
     """
 
     is_reasoning = False

@@ -37,10 +37,10 @@ from pydantic import SecretStr
 
 from domain.text import one_line
 from error_handler import ConfigurationError, JobConnectionError, JobError, JobValidationError
+from network.addresses import is_this_machine
+from network.outgoing import aiohttp_session, problem_of, route_to, trusted_certificates
 from openai_batch.job_config import NotificationConfig
 from openai_batch.ledger import ItemState, Shard
-from utils.network import is_this_machine
-from utils.outgoing import aiohttp_session, problem_of, route_to, trusted_certificates
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from error_handler import (
     JobProcessingError,
     JobValidationError,
 )
+from network.outgoing import certificate_problem, httpx2_client, problem_of
 from openai_batch.batch_protocol import BatchState, load_json, parse_batch, request_texts
 from openai_batch.job_config import BatchConfig, OpenAIConfig
 from storage.files import SPACE, explained, open_private, publish
-from utils.outgoing import certificate_problem, httpx2_client, problem_of
 
 TIMEOUT_S = 120.0
 UPLOAD_TIMEOUT_S = 900.0

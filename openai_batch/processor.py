@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from config import Settings, load_settings
 from error_handler import ConfigurationError, JobValidationError
+from network.addresses import is_this_machine
 from openai_batch.documents import TemplateHandling
 from openai_batch.job_config import AppConfig, SchemaConfig
 from openai_batch.job_context import JobContext, JobResult, Times
@@ -29,7 +30,6 @@ from openai_batch.planning import JobSender
 from openai_batch.schema_file import ResponseProcessor, SchemaFile, explain
 from openai_batch.triad import TriadHandling, result_store, worker_schema
 from storage.files import DirectoryLock
-from utils.network import is_this_machine
 
 __all__ = ["DocumentBatchProcessor", "JobResult", "job_slug"]
 

@@ -1,4 +1,4 @@
-"""How much a look at a result is worth, and which results belong to which share. Pure."""
+"""Ranks results by the worth of a review, and assigns them to shares. Pure."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Reviewed:
 
     @property
     def corrected(self) -> list[tuple[str, Any, Any]]:
-        """What was wrong: field, label of the model, right label (see ``label_key``)."""
+        """The wrong labels: field, label of the model, right label (see ``label_key``)."""
         return [
             (name, label_key(self.was.get(name)), label_key(label))
             for name, label in self.labels.items()
@@ -49,7 +49,7 @@ class Reviewed:
 
 @dataclass(slots=True)
 class Gain:
-    """What examples change on *conversations* that took no part in their choice, with *labels* labels.
+    """The effect of examples on *conversations* that took no part in their choice, with *labels* labels.
 
     *right_before* and *right_after* count labels; *fixed* and *broken* count those that became right and wrong.
     *interval* is the 95 % interval of the change of the share of right labels, by a paired bootstrap of conversations.

@@ -30,6 +30,7 @@ class AdmissionQueue:
     def __init__(self, slots: int, queue_size: int) -> None:
         self.size = slots
         self.running = self.waiting = 0
+        self.entered = asyncio.Event()  # set by each request that gets a place
         self._queue_size = queue_size
         self._slots = asyncio.Semaphore(slots)
         self._held_s = INITIAL_HOLD_S
@@ -58,6 +59,7 @@ class AdmissionQueue:
             RequestError: QUEUE_FULL, without waiting.
         """
         self.require_room()
+        self.entered.set()
         self.waiting += 1
         try:
             await self._slots.acquire()

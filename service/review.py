@@ -58,7 +58,7 @@ class ReviewConversation(BaseModel):
 
 
 class ReviewState(BaseModel):
-    """What the caller reviews now."""
+    """The conversation that the caller reviews now."""
 
     reviewer: str = Field(description="the name of the caller's key, which is stored with each decision")
     conversation: ReviewConversation | None = Field(description="null if nothing is left to review")

@@ -14,15 +14,16 @@ import uvicorn
 from config import Settings
 from config.service_settings import ServiceSettings
 from logger import RequestIdFilter, TracebackRedactor, adopt_server_logs, configure_logging
+from network.addresses import require_keys_outside_this_machine
 from service.access import CLASSIFY, SIMILAR, ServiceGate
 from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
+from service.lease import lease_while_busy
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
 from service.review import ReviewService, open_review
 from service.similar import OpenIndex, SimilarConversations
 from service.slow_clients import SlowClientGuard
-from utils.network import require_keys_outside_this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ async def start(
     metrics, gate = ServiceMetrics(), ServiceGate(service_settings)
     model = ModelService(settings, service_settings, metrics)
     await stack.enter_async_context(model.running())
+    if settings.service_lease and not service_settings.embedded:
+        await stack.enter_async_context(lease_while_busy(settings, model.slots))
     similar = SimilarConversations(service_settings, metrics, model.deadlines, open_search, model.taxonomy)
     stack.push_async_callback(similar.close)
 

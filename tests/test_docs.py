@@ -121,7 +121,7 @@ def test_links_and_files_named_in_the_documentation_exist(page: Path) -> None:
     """A page names no module, test or page that does not exist."""
     text = page.read_text(encoding="utf-8")
     for name in re.findall(
-        r"`((?:docs|tests|utils|config|benchmarks|data)/[\w./-]+\.(?:py|md|yaml|jsonl|example))`", text
+        r"`((?:docs|tests|utils|network|config|benchmarks|data)/[\w./-]+\.(?:py|md|yaml|jsonl|example))`", text
     ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 

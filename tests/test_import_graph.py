@@ -14,6 +14,7 @@ LAYERS = (
     "config",
     "logger",
     "storage",
+    "network",
     "utils",
     "domain",
     "model_server",
@@ -40,14 +41,14 @@ PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 OWNERS = {
     "pymongo": {
         *("mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"),
-        "storage.mongo_pages",
+        *("storage.mongo_pages", "storage.service_lease"),
     },
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {"utils.outgoing", "async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
+    "aiohttp": {"network.outgoing", "async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
     # of the model server, for chat and for embeddings
-    "requests": {"llm_wrapper", "utils.outgoing"},
+    "requests": {"llm_wrapper", "network.outgoing"},
     "urllib3": {"llm_wrapper"},
     "mongomock_motor": {"utils.demo_batch_processor"},
     "vaderSentiment": {"embedded.baseline"},
@@ -58,7 +59,7 @@ OWNERS = {
     "croniter": {"commands.flags"},
     "openai": {"openai_batch.openai_client"},
     # the openai package is built on it
-    "httpx2": {"utils.outgoing", "openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
+    "httpx2": {"network.outgoing", "openai_batch.openai_client", "embedding_index.providers.openai_embeddings"},
     "chromadb": {"embedding_index.search_graph"},
     "sqlalchemy": {"database_docs.introspection"},
     "bpe_openai": {"embedding_index.providers.openai_embeddings"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import codecs
+import errno
 import gc
 import io
 import json
@@ -16,9 +17,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from error_handler import ExitCode, TriadError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 logger = logging.getLogger(__name__)
 N = TypeVar("N", int, float)
@@ -79,11 +83,10 @@ def stop_on_signals(stop: asyncio.Event | threading.Event, is_running: Callable[
 
 
 def print_error(program: str, sentence: str, *, verbose: bool) -> None:
-    """Write *sentence* to stderr, if somebody reads it; *verbose* adds the traceback of the current exception."""
-    with suppress(BrokenPipeError):  # the exit code tells that the command failed
-        sys.stderr.write(f"{program}: {sentence}\n")
-        if verbose:
-            traceback.print_exc()
+    """Write *sentence* to stderr; *verbose* adds the traceback of the current exception."""
+    sys.stderr.write(f"{program}: {sentence}\n")
+    if verbose:
+        traceback.print_exc()
 
 
 def tell_line(sentence: str) -> None:
@@ -92,24 +95,42 @@ def tell_line(sentence: str) -> None:
     sys.stderr.flush()
 
 
-def exit_code_of(
-    run: Callable[[], int],
-    program: str,
-    *,
-    verbose: bool,
-    interrupted: str = "Interrupted.",
-    unread: ExitCode = ExitCode.DONE,
-) -> int:
+class _UnreadOutput(io.FileIO):
+    """The file of a standard stream. It drops what is written after the reader has closed the pipe or the terminal."""
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as exc:
+            if exc.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return memoryview(data).nbytes
+
+
+def _protected(stream: TextIO) -> TextIO:
+    """Return *stream* so that it takes every character, and never fails because nobody reads it."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    with suppress(OSError):  # its file descriptor was replaced by a terminal
+        stream.reconfigure(errors=PLAIN)
+    if type(getattr(stream.buffer, "raw", stream.buffer)) is not io.FileIO:  # no raw: python -u
+        return stream
+    stream.flush()
+    raw = _UnreadOutput(stream.fileno(), "wb", closefd=False)
+    buffer = raw if stream.write_through else io.BufferedWriter(raw)
+    return io.TextIOWrapper(
+        buffer, stream.encoding, PLAIN, line_buffering=stream.line_buffering, write_through=stream.write_through
+    )
+
+
+def exit_code_of(run: Callable[[], int], program: str, *, verbose: bool, interrupted: str = "Interrupted.") -> int:
     """Return the exit code of *run*, or that of the TriadError it raised, after printing it.
 
-    From now on stdout and stderr take every character, also if the terminal or the locale is not UTF-8.
-    *interrupted* is the message for Ctrl-C. *unread* is the exit code if the reader of the output has closed it, as
-    ``head`` does. Other exceptions propagate.
+    From now on stdout and stderr take every character, also if the terminal or the locale is not UTF-8. If their reader
+    goes away, as ``head`` does, *run* goes on, and the exit code is that of its work. *interrupted* is the message for
+    Ctrl-C. Other exceptions propagate.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            with suppress(OSError):  # its file descriptor was replaced by a terminal
-                stream.reconfigure(errors=PLAIN)
+    sys.stdout, sys.stderr = _protected(sys.stdout), _protected(sys.stderr)
     try:
         return run()
     except TriadError as exc:
@@ -118,8 +139,6 @@ def exit_code_of(
     except (KeyboardInterrupt, asyncio.CancelledError):
         print_error(program, interrupted, verbose=verbose)
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        return unread
 
 
 def number_between(kind: Callable[[str], N], least: float, most: float = sys.float_info.max) -> Callable[[str], N]:

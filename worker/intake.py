@@ -24,6 +24,7 @@ from worker.checkpoint import Checkpoint
 from worker.left_out import LINE_EVERY_S
 from worker.progress import Reporter
 from worker.quarantine import requeue
+from worker.service_first import ServiceFirst
 from worker.settlement import BatchInWork, Settlement, is_query
 from worker.staleness import REPLACED, Only, StalenessChecker
 
@@ -55,7 +56,7 @@ class RunParts:
     conversation and the number of its earlier retry rounds; it raises LLMError, or SkippedDocumentError for a conversation
     that is too long and shall be skipped. *plan* is the plan_fingerprint of its answers; if it is empty, answers of an
     interrupted run are not reused. *kinds* is needed with ``options.only``. *limit* None means that
-    ``settings.max_concurrent`` is a fixed number.
+    ``settings.max_concurrent`` is a fixed number. *service_first* None does not wait for the service.
     """
 
     settings: Settings
@@ -69,6 +70,7 @@ class RunParts:
     kinds: StalenessChecker | None = None
     reporters: Sequence[Reporter] = ()
     limit: ConcurrencyLimit | None = None
+    service_first: ServiceFirst | None = None
 
 
 class DocumentIntake:

@@ -43,7 +43,7 @@ class Reporter(Protocol):
     """Receives the state of the run at least once a second, and once more with the final status."""
 
     def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
-        """*status* is running, completed, interrupted or failed; *limit* is None if the concurrency is fixed."""
+        """*status* is running, completed, interrupted or failed; *limit* of calls in flight is None if it does not change."""
 
 
 class Throttle:
@@ -229,7 +229,11 @@ class FileProgress:
         gauges("triad_run_status", "1 for the current status of the run", "status", states)
         gauge("triad_run_calls_in_flight", "Documents that wait for the model", in_flight)
         if limit is not None:
-            gauge("triad_run_concurrency_limit", "Limit of concurrent calls, set by auto", limit)
+            gauge(
+                "triad_run_concurrency_limit",
+                "Limit of concurrent calls, set by auto or by the lease of the service",
+                limit,
+            )
         gauge("triad_retry_queue_documents", "Documents in the retry queue", len(failed_keys(self._directory, "retry")))
         gauge("triad_quarantine_documents", "Documents in quarantine", len(failed_keys(self._directory, "quarantine")))
         gauge(LAST_SUCCESS, "Time of the last classified document; 0: never", self._times[LAST_SUCCESS])

@@ -69,7 +69,7 @@ class FailedDocuments:
 def list_failed(directory: Path, kind: FailureKind) -> FailedDocuments:
     """Return the documents in the retry queue, or in quarantine, of *directory*. Needs no lock.
 
-    Those that failed in a batch that is not finished are part of it; the batch's journal says so.
+    Those that failed in a batch that is not finished are part of it; the batch's journal names them.
     """
     if not directory.is_dir():
         raise StateDirectoryError(f"there is no directory {directory}; name the worker's with --batch-files-dir.")
@@ -119,7 +119,7 @@ def failed_places(directory: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """What the journal of the unfinished batch *path* says: *place* is where its document goes, None if it has not failed."""
+    """The journal's verdict in the unfinished batch *path*: *place* is where its document goes, None if it has not failed."""
 
     path: Path
     place: FailureKind | None = None

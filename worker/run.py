@@ -51,6 +51,7 @@ class BatchRun:
         self._store = parts.store
         self._stop = parts.stop
         self._limit = parts.limit
+        self._floor: int | None = None  # of calls, while the service goes first
         self._replace = parts.options.reprocess or parts.options.only in REPLACED
         self._job_id = parts.checkpoint.job_id
         run = f"{self._job_id} {parts.plan or secrets.token_hex(8)}"
@@ -88,6 +89,8 @@ class BatchRun:
                     "indexes": self._prepare_source(count=to_the_end and not self._parts.options.only),
                     **{f"worker-{number}": self._work() for number in range(self._settings.most_concurrent)},
                 }
+                if self._parts.service_first is not None:
+                    jobs["service"] = self._parts.service_first.watch(self._give_way)
                 started = [tasks.create_task(job, name=name) for name, job in jobs.items()]
                 for source in sources:
                     await self._admit_all(source)
@@ -152,6 +155,7 @@ class BatchRun:
         while True:
             async with contextlib.nullcontext() if self._limit is None else self._limit.slot():
                 item = await self._queue.get()
+                await self._until(self._may_start)
                 if self._stop.is_set():
                     continue
                 self._in_flight += 1
@@ -160,6 +164,14 @@ class BatchRun:
                 finally:
                     self._in_flight -= 1
                     self._progress.set()
+
+    def _may_start(self) -> bool:
+        return self._floor is None or self._in_flight < self._floor or self._stop.is_set()
+
+    def _give_way(self, floor: int | None) -> None:
+        """Take no new calls beyond *floor*; None takes as many as before."""
+        self._floor = floor
+        self._progress.set()
 
     async def _process(self, item: WorkItem) -> None:
         """Take one document from the queue to its answer; steps that the journal has recorded are not repeated."""
@@ -332,7 +344,8 @@ class BatchRun:
             self._report(status)
 
     def _report(self, status: str) -> None:
-        limit = None if self._limit is None else self._limit.current
+        limits = (None if self._limit is None else self._limit.current, self._floor)
+        limit = min((one for one in limits if one is not None), default=None)
         for reporter in self._parts.reporters:
             reporter.update(self._job_id, status, self._settlement.stats, self._in_flight, limit)
 
@@ -346,6 +359,7 @@ class BatchRun:
             "in_quarantine": len(self._failed_now("quarantine")),
             "not_selected": None if self._left_out is None else asdict(self._left_out),
             "interrupted": self._stop.is_set(),
+            "held_back_s": 0.0 if self._parts.service_first is None else round(self._parts.service_first.held_s, 1),
             "review_below": self._settings.review_below,
         }
 

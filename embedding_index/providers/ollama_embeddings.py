@@ -34,8 +34,8 @@ from llm_wrapper import exchange, open_session
 from model_server.models import is_cloud_name, parse_show, show_body
 from model_server.protocol import SEE_LOG, ServerRequest, count, json_object
 from model_server.tokens import least_tokens
-from utils.network import is_this_machine
-from utils.outgoing import certificate_problem, problem_of
+from network.addresses import is_this_machine
+from network.outgoing import certificate_problem, problem_of
 
 MOST_INPUTS = 2048  # Ollama has no limit of its own
 UNKNOWN_CONTEXT = 2048  # tokens, if the server does not tell

@@ -35,8 +35,8 @@ from error_handler import (
     ProviderUnavailableError,
     UnusableVectorsError,
 )
-from utils.network import is_this_machine
-from utils.outgoing import certificate_problem, httpx2_client, problem_of
+from network.addresses import is_this_machine
+from network.outgoing import certificate_problem, httpx2_client, problem_of
 
 LIMITS = RequestLimits(inputs=2048, input_tokens=8192, request_tokens=300_000)
 SHORTENED = "text-embedding-3"  # prefix of the models whose vectors can be shortened

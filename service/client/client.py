@@ -17,9 +17,9 @@ import aiohttp
 
 from error_handler import ExitCode, RequestError, RunInterruptedError, TriadError
 from logger import configure_logging
+from network.outgoing import aiohttp_session, problem_of, route_to
 from service.client import protocol
 from service.client.protocol import ServiceRequest, ServiceTarget, service_target
-from utils.outgoing import aiohttp_session, problem_of, route_to
 from utils.process import exit_code_of, number_between
 from utils.retry_utils import RetryPolicy
 
@@ -90,7 +90,7 @@ class Pace:
 
 
 def open_session(concurrency: int) -> aiohttp.ClientSession:
-    """Return a session for one service; see utils.outgoing. The caller closes it."""
+    """Return a session for one service; see network.outgoing. The caller closes it."""
     return aiohttp_session(aiohttp.TCPConnector(limit=concurrency))
 
 

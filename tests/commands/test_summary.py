@@ -56,11 +56,13 @@ def test_summary_of_a_clean_run_is_one_line(console: Console) -> None:
 
 def test_summary_lists_reasons_by_frequency_then_the_queues(console: Console) -> None:
     extras = {"copied": 4, "already_done": 7, "leased_elsewhere": 8, "in_retry_queue": 2, "in_quarantine": 1}
+    extras |= {"held_back_s": 34}
     print_run(console, {**STATS, **extras, "reasons": {"skipped_no_text": 2, "empty": 3}}, load_settings(None))
     assert shown(console).splitlines()[1:] == [
         "4 reused the result of an identical conversation (--no-dedupe disables this)",
         "7 already had a result (--reprocess replaces results)",
         "8 documents are leased by another worker (leases expire after 300 s)",
+        "Held back for 34 s while the service had requests (SERVICE_LEASE=false disables this)",
         "  3 x empty",
         "  2 x skipped_no_text",
         "Retry queue: 2 (retried by the next run). Quarantine: 1 (--retry-failed retries them)",

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from config.service_settings import load_service_settings
 from error_handler import ConfigurationError, RequestError
+from network.addresses import is_loopback
 from service import access as rate_limit
 from service.access import CLASSIFY, WRONG_KEYS_PER_MINUTE, KeyRing, RateLimiter, ServiceGate
 from service.admission import MAX_RETRY_AFTER_S, AdmissionQueue, Deadlines, IdempotencyStore
 from service.body_limits import check_json_object
 from service.errors import KEY_REUSED, QUEUE_FULL, STOPPING, TOO_MANY, TOO_SLOW, UNAUTHENTICATED
-from utils.network import is_loopback
 
 
 class Clock:

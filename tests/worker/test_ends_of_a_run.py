@@ -55,19 +55,39 @@ def test_done(site: Site) -> None:
     check_agreement(site, retry=0, quarantine=0, ended=ended)
 
 
-def test_run_whose_output_nobody_reads_is_not_a_success(site: Site) -> None:
-    """A pipe that is closed ends the run; the next one does the rest."""
+@pytest.mark.parametrize("is_refused", [False, True], ids=["success", "failure"])
+def test_run_goes_on_if_nobody_reads_its_output(site: Site, is_refused: bool) -> None:
+    """Both pipes are closed before the first line. The exit code is that of the work."""
     documents = filled(site, 5)
-    command = [sys.executable, str(ROOT / "cli.py")]
+    model_of(site).configure(faults=[*strike(site, REFUSED, 1)] if is_refused else [])
+    assert unread_exit_code(site, "cli.py") == int(is_refused)
+    model_of(site).configure(faults=[])
+    assert site.run("--retry-failed").code == 0
+    check_exactly_once(site, documents)
+
+
+@pytest.mark.parametrize("least", ["0", "1"])
+def test_evaluation_goes_on_if_nobody_reads_its_output(site: Site, tmp_path: Path, least: str) -> None:
+    """All gold labels but those of one conversation differ from the stored ones."""
+    documents = filled(site, 5)
+    assert site.run().code == 0
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text("".join(f'{{"_id": {document["_id"]}, "intent": "Complaint"}}\n' for document in documents))
+    command = ("cli.py", "evaluate", "--gold", str(gold), "--fail-under", f"intent={least}")
+    assert unread_exit_code(site, *command) == int(least)
+
+
+def unread_exit_code(site: Site, *command: str) -> int:
+    """Run *command* with stdout and stderr as pipes that are closed at once; return its exit code."""
+    script, *flags = command
     with subprocess.Popen(
-        command, env=site.environment(), cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+        [sys.executable, str(ROOT / script), *flags],
+        env=site.environment(), cwd=site.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
         for stream in (process.stdout, process.stderr):
             assert stream is not None
             stream.close()
-        assert process.wait(60) == 130
-    assert site.run().code == 0
-    check_exactly_once(site, documents)
+        return process.wait(60)
 
 
 def test_incomplete(site: Site) -> None:

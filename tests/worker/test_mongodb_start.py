@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pymongo import MongoClient
+from pymongo import AsyncMongoClient, MongoClient
 from pymongo.errors import OperationFailure
 
 from batch_processor import BASELINE_PLAN, BatchProcessor, built_in_classify
@@ -21,6 +21,7 @@ from config import load_settings, load_taxonomy
 from embedded.baseline import BaselineClassifier
 from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
+from storage.service_lease import COLLECTION, lease_renewal, renew_lease
 from tests.fakes.fake_ollama import FakeOllama
 from tests.in_process import run_cli
 from tests.review.review_site import result
@@ -113,6 +114,17 @@ def test_documented_role_is_enough_for_each_command(
     if not command:
         assert client[DB_NAME].sentimental_analysis.count_documents({}) == 3
         assert client[DB_NAME].conversation_set.count_documents({"status": "processed"}) == 3
+
+
+async def test_role_of_the_service_is_enough_for_its_lease(strict: EmbeddedMongod, client: Client) -> None:
+    """The first renewal creates the collection; nothing else can be read."""
+    with user_with_role(strict, client, "triad_service") as uri:
+        async with AsyncMongoClient[dict[str, Any]](uri, serverMonitoringMode="poll") as service:
+            await renew_lease(service[DB_NAME], "one:80")
+            await renew_lease(service[DB_NAME], "one:80")
+            with pytest.raises(StoreForbiddenError):
+                await lease_renewal(service[DB_NAME], "one:80")
+    assert client[DB_NAME][COLLECTION].count_documents({}) == 1
 
 
 def test_role_of_reviewers_is_enough_and_changes_no_result(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from worker.checkpoint import Checkpoint
 from worker.intake import RunOptions, RunParts
 from worker.quarantine import list_failed
 from worker.run import BatchRun
+from worker.service_first import ServiceFirst
 from worker.settlement import BatchInWork
 
 END_S = 20.0
@@ -117,13 +119,33 @@ def document(number: int, text: str) -> Document:
     return {"_id": number, "messages": [{"sender": "customer", "text": text}], "status": "pending"}
 
 
+class Lease(ServiceFirst):
+    """The lease of the service on the model server, held until *is_free* is set."""
+
+    def __init__(self, floor: int) -> None:
+        super().__init__(None, "server:80", floor)
+        self.is_free = asyncio.Event()
+        self.held = floor
+
+    async def watch(self, on_change: Callable[[int | None], None]) -> None:
+        on_change(self.held)
+        await self.is_free.wait()
+        on_change(None)
+
+
 async def run(
-    folder: Path, store: MemoryStore, model: Model, *pages: list[Document], to_the_end: bool = False
+    folder: Path,
+    store: MemoryStore,
+    model: Model,
+    *pages: list[Document],
+    to_the_end: bool = False,
+    lease: ServiceFirst | None = None,
 ) -> dict[str, Any]:
     """Process *pages*, each as a batch, and with *to_the_end* what is in the retry files of *folder*."""
     settings = load_settings(None, lease_s=1.0)
     checkpoint, files = Checkpoint("db.source", "job"), BatchFiles(folder)
     parts = RunParts(settings, RunOptions(), store, files, checkpoint, asyncio.Event(), model.classify, "plan")
+    parts = replace(parts, service_first=lease)
     batch_run = BatchRun(parts)
     sources: list[AsyncGenerator[BatchInWork]] = [batch_run.intake.given(page) for page in pages]
     async with asyncio.timeout(END_S):
@@ -136,6 +158,42 @@ async def test_leases_are_renewed_during_long_calls(tmp_path: Path) -> None:
     model.before = store.renewed.wait
     await run(tmp_path, store, model, [document(1, "where is my parcel")])
     assert store.results.keys() == {1}
+
+
+async def test_calls_keep_to_the_floor_while_the_service_has_the_lease(tmp_path: Path) -> None:
+    """Five calls are allowed; the lease is never released, and every document is done all the same."""
+    store, model, running, most = MemoryStore(), Model(), set[object](), 0
+
+    async def count() -> None:
+        nonlocal most
+        running.add(call := object())
+        most = max(most, len(running))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        running.remove(call)
+
+    model.before = count
+    await run(tmp_path, store, model, [document(number, f"parcel {number}") for number in range(12)], lease=Lease(2))
+    assert most == 2
+    assert len(store.results) == 12
+
+
+async def test_end_of_the_lease_starts_the_calls_that_wait(tmp_path: Path) -> None:
+    """Also if the one call in flight never ends."""
+    store, model, lease, asked = MemoryStore(), Model(), Lease(1), asyncio.Event()
+    running = 0
+
+    async def wait_for_all() -> None:
+        nonlocal running
+        running += 1
+        lease.is_free.set()
+        if running == 4:
+            asked.set()
+        await asked.wait()
+
+    model.before = wait_for_all
+    await run(tmp_path, store, model, [document(number, f"parcel {number}") for number in range(4)], lease=lease)
+    assert len(store.results) == 4
 
 
 async def test_answer_that_could_not_be_written_is_kept_and_not_asked_again(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ _EXPIRED, _WRONG_NAMES = 10, (62, 64)  # X509_V_ERR_* of OpenSSL
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How to reach one server: through *proxy* (None: directly), trusting the certificates of *tls* (None: no TLS)."""
+    """The way to one server: through *proxy* (None: directly), trusting the certificates of *tls* (None: no TLS)."""
 
     proxy: str | None = None
     tls: ssl.SSLContext | None = None

@@ -15,10 +15,10 @@ import pytest
 from pydantic import SecretStr
 
 from error_handler import ConfigurationError, TriadError
+from network import outgoing
+from network.outgoing import is_inside, problem_of, route_to
 from openai_batch.notifications import Mailbox, Webhook
-from tests.utils.outgoing_clients import CLIENTS, Call
-from utils import outgoing
-from utils.outgoing import is_inside, problem_of, route_to
+from tests.network.outgoing_clients import CLIENTS, Call
 
 OURS = {"content-type", "authorization", "idempotency-key", "x-request-id"}
 OF_HTTP = {"host", "connection", "accept", "accept-encoding", "content-length", "transfer-encoding"}

@@ -1,0 +1,59 @@
+"""The lease by which the service goes before the worker on one model server: one document for each server in MongoDB.
+
+Readers compare its value with the one before and never with a clock. A lease that is not renewed ends by itself,
+however the service ended and whatever the clocks of the machines show.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+from pymongo import WriteConcern, timeout
+
+from storage.mongo_errors import translated
+
+COLLECTION = "service_leases"
+RENEW_S = 0.5  # the shortest time between two renewals
+LEASE_S = 2.0  # a reader counts a lease as held this long after it saw a renewal
+CALL_S = 1.0  # the timeout of one call
+
+_PORTS = {"http": 80, "https": 443}
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+
+
+def server_name(url: str) -> str:
+    """Return the name of the model server at *url*, the same for all addresses of one server.
+
+    A local address gets the name of this machine, because it names another server on each.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host in _THIS_MACHINE:
+        host = socket.gethostname().lower()
+    return f"{host}:{parts.port or _PORTS[parts.scheme]}{parts.path}"
+
+
+async def renew_lease(database: Any, server: str) -> None:
+    """Renew the lease on *server*, shared by all services that use it.
+
+    Raises:
+        StoreError: MongoDB did not store it within CALL_S.
+        ConfigurationError: MONGODB_URI cannot be used.
+    """
+    leases = database.get_collection(COLLECTION, write_concern=WriteConcern(1))
+    with translated("renew the lease of the service"), timeout(CALL_S):
+        await leases.update_one({"_id": server}, {"$currentDate": {"renewed_at": True}}, upsert=True)
+
+
+async def lease_renewal(database: Any, server: str) -> Any:
+    """Return a value that changes with each renewal of the lease on *server*; None if there has never been one.
+
+    Raises:
+        StoreError: MongoDB did not answer within CALL_S.
+        ConfigurationError: MONGODB_URI cannot be used.
+    """
+    with translated("read the lease of the service"), timeout(CALL_S):
+        found = await database[COLLECTION].find_one({"_id": server})
+    return None if found is None else found.get("renewed_at")
