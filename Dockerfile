@@ -5,7 +5,8 @@ FROM python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
 RUN python -m venv /opt/venv
-COPY requirements.txt requirements-index.txt requirements-local-embedding.txt requirements-evaluation.txt ./
+COPY requirements.txt requirements-index.txt requirements-local-embedding.txt requirements-evaluation.txt \
+    requirements-student.txt ./
 # Wheels only: no package code runs during the build, and no compiler is needed.
 RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements.txt
 # --build-arg INDEX=yes adds the embedding index and GET /similar; INDEX=local also adds the local embedding model.
@@ -19,6 +20,11 @@ RUN if [ -n "$INDEX" ]; then \
 ARG EVALUATION=
 RUN if [ -n "$EVALUATION" ]; then \
         /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-evaluation.txt; fi
+# --build-arg STUDENT=yes adds those of `python cli.py student` and `--student P`.
+ARG STUDENT=
+RUN if [ -n "$STUDENT" ]; then \
+        /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-student.txt \
+        && /opt/venv/bin/python -m pip install --no-cache-dir --no-deps --requirement requirements-local-embedding.txt; fi
 COPY *.py LICENSE ./
 COPY config/ config/
 COPY storage/ storage/
@@ -27,6 +33,7 @@ COPY utils/ utils/
 COPY domain/ domain/
 COPY model_server/ model_server/
 COPY worker/ worker/
+COPY student/ student/
 COPY review/ review/
 COPY service/ service/
 COPY openai_batch/ openai_batch/

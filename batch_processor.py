@@ -38,7 +38,8 @@ from worker.run import BatchRun
 from worker.service_first import ServiceFirst
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
-if TYPE_CHECKING:  # only an estimate records its calls
+if TYPE_CHECKING:  # only an estimate records its calls, and few runs have a student
+    from student.first_answer import FirstAnswer
     from worker.timing import SampleRecorder
 
 BUILT_IN_AT_ONCE = 16  # conversations; more take no less time for each
@@ -132,6 +133,7 @@ class BatchProcessor:
         await client.prepare(self.settings)
         classifier = classifier_for(self.settings, client.target, taxonomy)
         self._plan = plan_of(classifier, client.target)
+        student = await self._open_student(stack, taxonomy, self._plan)
         asked_ctx = self.settings.ollama_num_ctx
         if await has_work(self.store, self.files, self.options, self._kinds()):
             sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
@@ -144,7 +146,20 @@ class BatchProcessor:
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
         window = self._window = SharedWindow(client, asked_ctx)  # it loads the model for documents that come later
         stack.push_async_callback(window.close)
-        return partial(window.classify, classifier)
+        ask = partial(window.classify, classifier)
+        return student.before(ask) if student else ask
+
+    async def _open_student(self, stack: AsyncExitStack, taxonomy: Taxonomy, plan: Plan) -> FirstAnswer | None:
+        """Return the student that answers before the model; None if it is off or has withdrawn."""
+        promise = self.settings.student
+        if promise is None or self.options.only == "student":  # the model redoes what it did
+            return None
+        from student.choice import open_first_answer  # noqa: PLC0415 - its packages are optional
+
+        directory = self.settings.batch_files_dir
+        student, log = await asyncio.to_thread(open_first_answer, directory, promise, plan, taxonomy, self._tell)
+        stack.callback(log.close)
+        return student
 
     def _kinds(self) -> StalenessChecker | None:
         return StalenessChecker(self.store, self.files.directory, self._plan) if self.options.only else None
@@ -317,7 +332,7 @@ def built_in_classify(classifier: BuiltInClassifier, plan: str = BASELINE_PLAN) 
             model_used=answer.model,
             model_digest=None,
             input_sha256=conversation.transcript_sha256,
-            fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
+            fingerprint=result_fingerprint(answer.plan or plan, conversation.transcript_sha256),
             duration_ms=round((time.monotonic() - start) * 1000),
             confidence=answer.confidence,
         )

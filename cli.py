@@ -55,7 +55,18 @@ from worker.staleness import Plan, StalenessChecker
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
 
 # Modules of commands/. They are imported on demand: some need libraries that a run does not.
-COMMANDS = ("doctor", "estimate", "plan", "quarantine", "evaluate", "review", "prompt", "openai-batch", "index")
+COMMANDS = (
+    "doctor",
+    "estimate",
+    "plan",
+    "quarantine",
+    "evaluate",
+    "review",
+    "student",
+    "prompt",
+    "openai-batch",
+    "index",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +120,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         parts: dict[str, Any] = {}
         by_built_in = 0
         if arguments.embedded:
-            settings, parts, by_built_in = await _embedded(stack, settings)
+            settings, parts, by_built_in = await _embedded(stack, settings, with_student=arguments.embedded_student)
         options = RunOptions(
             settings.batch_size,
             arguments.limit,
@@ -150,10 +161,13 @@ async def _settle_style(settings: Settings, *, has_work: bool) -> None:
     await settle_style(settings, tell_line, has_work=has_work)
 
 
-async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any], int]:
+async def _embedded(
+    stack: contextlib.AsyncExitStack, settings: Settings, *, with_student: bool
+) -> tuple[Settings, dict[str, Any], int]:
     """Start the embedded MongoDB with the samples, and select a built-in classifier if no Ollama answers.
 
-    Also return how many results of built-in classifiers the model, or the fields of another taxonomy, replace.
+    *with_student* lets the trained student label before it. Also return how many results of built-in classifiers the model, or
+    the fields of another taxonomy, replace.
     """
     from domain.conversation import BUILT_IN_MODELS  # noqa: PLC0415
     from domain.document_files import SAMPLES, read_documents  # noqa: PLC0415
@@ -186,9 +200,15 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
     if model is not None:
         server = "a model server" if settings.llm_api_url else "Ollama"
         console.print(f"Found {server} at {settings.server_url}; using {model}.")
+        if with_student:
+            console.print("--embedded-student has no effect beside a model; --student P lets the student answer first.")
         name = "llm_model" if settings.llm_api_url else "ollama_model"
         return settings.model_copy(update={name: model}), {}, by_built_in
     classifier = await asyncio.to_thread(open_classifier, taxonomy)
+    if with_student:
+        from student.choice import open_built_in  # noqa: PLC0415 - only for --embedded-student
+
+        classifier = await asyncio.to_thread(open_built_in, settings.batch_files_dir, taxonomy, classifier)
     console.print(
         f"[yellow]No Ollama with a model that can chat found at {settings.server_url}; using the built-in classifier "
         f"{classifier.model}. Accuracy: docs/baseline.md.[/]"

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
 ``search``, ``walk``, ``injection``, ``examples`` or ``two_users`` runs only that benchmark. ``--quick`` uses few documents,
-without targets. See docs/performance.md.
+without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student on labelled files
+(docs/student.md).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks import (
     prompt_examples,
     search_quality,
     service,
+    student,
     throughput,
     two_users,
     walk,
@@ -49,6 +51,8 @@ MEASURES = {
 
 def main() -> int:
     """Run the benchmarks in *argv* and return the exit code."""
+    if sys.argv[1:2] == ["student"]:
+        return student.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure the batch worker, the service, document jobs and the embedding index.",

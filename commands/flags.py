@@ -136,6 +136,11 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
         help="after the run, write the one-line sentence into results that lack it (--reply labels and list)",
     )
     what.add_argument("--dry-run", action="store_true", help="report what a run would do; change nothing")
+    what.add_argument(
+        "--embedded-student",
+        action="store_true",
+        help="with --embedded and no model server, let the trained student label",
+    )
     what.add_argument("--embedded", action="store_true", help="use the embedded MongoDB and the sample conversations")
     _add_work_flags(parser.add_argument_group("processing"))
     shown = parser.add_argument_group("output")
@@ -167,6 +172,12 @@ def _add_work_flags(group: argparse._ActionsContainer) -> None:
         type=float,
         metavar="P",
         help="mark a result for review if the probability of a label is below P, 0 to 1 (REVIEW_BELOW)",
+    )
+    group.add_argument(
+        "--student",
+        type=float,
+        metavar="P",
+        help="let the trained student answer where at least P of its labels agree with the model's, for example 0.95 (STUDENT)",
     )
     group.add_argument(
         "--mode",
@@ -220,6 +231,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         if not arguments.schedule:
             raise ConfigurationError('--mode scheduled requires --schedule, for example --schedule "0 2 * * *".')
         seconds_until_next(arguments.schedule, datetime.now().astimezone())  # refuses what is not cron
+    if arguments.embedded_student and not arguments.embedded:
+        raise ConfigurationError("--embedded-student requires --embedded; with a model server, use --student P.")
     for flag in ("reprocess", "retry_failed"):
         if arguments.only and getattr(arguments, flag):
             raise ConfigurationError(f"--only and --{flag.replace('_', '-')} both select documents; use one of them.")

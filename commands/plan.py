@@ -26,15 +26,16 @@ MEANINGS: dict[Kind, str] = {
     "new": "no result yet",
     "changed": "conversation changed since it was labelled",
     "stale": "labelled by another prompt, taxonomy, model or options",
+    "student": "labelled by a student of the current model; --only student asks the model",
     "style": "labelled in another reply style, else up to date; only --only style takes them",
     "failed": "failed, or in the retry queue or quarantine",
     "elsewhere": "marked processed, no result in this collection; only --only elsewhere takes them",
     "skipped": "nothing to classify",
     "done": "up to date",
-    "unjudged": "done or stale; unknown without the model server (--offline)",
+    "unjudged": "done, stale, or of another style or a student; unknown without the model server (--offline)",
     "foreign": "unrecognised status; not selected",
 }
-OFFLINE_KINDS = ("stale", "style", "done", "unjudged")  # --offline cannot distinguish the first three
+OFFLINE_KINDS = ("stale", "style", "student", "done", "unjudged")  # --offline cannot distinguish the first four
 LINE_EVERY_S = 5.0
 
 

@@ -37,6 +37,11 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
     )
     if stats["copied"]:
         console.print(f"{stats['copied']} reused the result of an identical conversation (--no-dedupe disables this)")
+    if taken := stats.get("by_student"):
+        asked = stats["successful"] - stats["copied"] - taken
+        console.print(
+            f"The student labelled {taken}, and the model was asked about {asked} ({taken / (taken + asked):.0%} of the calls saved)"
+        )
     if stats["already_done"]:
         console.print(f"{stats['already_done']} already had a result (--reprocess replaces results)")
     if stats["leased_elsewhere"]:

@@ -123,6 +123,7 @@ class Settings(PartSettings):
     prompt_examples_file: Path | None = None
     reply_style: Literal["full", "labels", "list", "auto"] = "full"
     review_below: float | None = Field(None, ge=0, le=1)
+    student: float | None = Field(None, ge=0.5, lt=1)
     store_original_conversation: bool = False
     log_level: LogLevel = "INFO"
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Sender = Literal["customer", "agent", "unknown"]
 Shape = Literal["tweets", "messages", "query"]
 
 PROCESSOR_VERSION = "1.0.0"
+_STUDENT = re.compile(r"student-[0-9a-f]{12}")
 
 Message = dict[str, str]  # a chat message: role and content
 
@@ -154,6 +156,16 @@ def result_fingerprint(plan: str, input_hash: str) -> str:
     return hashlib.sha256(f"{plan}:{input_hash}".encode()).hexdigest()
 
 
+def student_plan(plan: str, student: str) -> str:
+    """Return the plan of a *student* (its ``model_used``) that imitates the answers of *plan*."""
+    return f"{plan}:{student}"
+
+
+def is_student(model_used: object) -> TypeGuard[str]:
+    """Return whether *model_used* names a student, not a model of the server."""
+    return isinstance(model_used, str) and bool(_STUDENT.fullmatch(model_used))
+
+
 def build_result(
     document: Mapping[str, Any],
     conversation: Conversation,
@@ -191,6 +203,8 @@ def build_result(
         "input_sha256": outcome.input_sha256,
         "fingerprint": outcome.fingerprint,
     }
+    if is_student(outcome.model_used):
+        result["processing_metadata"]["label_source"] = "student"
     if not conversation.is_ordered:
         result["processing_metadata"]["turn_order"] = "listed"
     if outcome.confidence is not None:

@@ -65,12 +65,14 @@ _FUNCTION_WORDS = frozenset(
 class Answer:
     """The labels of one conversation and the built-in classifier that gave them.
 
-    *confidence* maps each field to the probability of its label (0 to 1); None if that is unknown.
+    *confidence* maps each field to the probability of its label (0 to 1); None if that is unknown. *plan* identifies how
+    the labels were made if it was not by a built-in classifier, else it is empty.
     """
 
     classification: Classification
     model: str
     confidence: dict[str, float] | None = None
+    plan: str = ""
 
 
 class BaselineClassifier:

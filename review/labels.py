@@ -81,12 +81,12 @@ def correction_of(document: Mapping[str, Any]) -> Correction:
 class ReadLabels:
     """The labels of a conversation, with corrections applied, and where they come from.
 
-    *label_source* is ``human`` if a person decided at least one field. *human_fields* are those fields, and *outdated* is
-    those of them whose decision was about an earlier result of the same conversation.
+    *label_source* is ``human`` if a person decided at least one field, else ``student`` or ``model``. *human_fields* are
+    those fields, and *outdated* is those of them whose decision was about an earlier result of the same conversation.
     """
 
     labels: dict[str, Any]
-    label_source: Literal["model", "human"]
+    label_source: Literal["model", "student", "human"]
     human_fields: tuple[str, ...] = ()
     outdated: tuple[str, ...] = ()
 
@@ -104,7 +104,13 @@ def read_labels(result: Mapping[str, Any], corrections: Iterable[Correction]) ->
     labels = {**result["classification"], **{field: one.label_to for field, one in latest.items()}}
     fingerprint = fingerprint_of(result)
     outdated = tuple(field for field, one in latest.items() if one.result_fingerprint != fingerprint)
-    return ReadLabels(labels, "human" if latest else "model", tuple(latest), outdated)
+    return ReadLabels(labels, "human" if latest else _maker_of(result), tuple(latest), outdated)
+
+
+def _maker_of(result: Mapping[str, Any]) -> Literal["model", "student"]:
+    metadata = result.get("processing_metadata")
+    is_by_student = isinstance(metadata, Mapping) and metadata.get("label_source") == "student"
+    return "student" if is_by_student else "model"
 
 
 def fingerprint_of(result: Mapping[str, Any]) -> str | None:

@@ -26,7 +26,8 @@ from mongo_client import DocumentStore
 from review.corrections import CorrectionStore
 from review.labels import Correction, Label, Source, fingerprint_of
 from review.leases import ReviewLeases
-from review.ranking import is_control_turn, is_double, label_shares, worth_of_a_look
+from review.ranking import StudentOpinion, is_control_turn, is_double, label_shares, worth_of_a_look
+from review.student_opinion import AskStudent, open_student_opinion
 from storage.extended_json import Document, id_key
 
 POOL = 200  # results; the embedded classifier labels each of their conversations
@@ -94,6 +95,8 @@ class ReviewQueue:
         self._results = store.database[settings.results_collection]
         self._options = options
         self._second_opinion: SecondOpinion | None = None  # see open
+        self._ask_student: AskStudent | None = None
+        self._directory = settings.batch_files_dir
         self._pool = _Pool()
         self._served = 0
         self._skipped: dict[str, set[bytes]] = {}
@@ -101,11 +104,13 @@ class ReviewQueue:
         self._is_open = False
 
     async def open(self) -> None:
-        """Connect, create the indexes of the corrections, and load the embedded classifier."""
+        """Connect, create the indexes of the corrections, and load the student, or without one the embedded classifier."""
         async with self._filling:
             if not self._is_open:
                 await self._store.check()
-                self._second_opinion = await asyncio.to_thread(_second_opinion, self.taxonomy)
+                self._ask_student = await asyncio.to_thread(open_student_opinion, self._directory, self.taxonomy)
+                if self._ask_student is None:
+                    self._second_opinion = await asyncio.to_thread(_second_opinion, self.taxonomy)
                 await self.corrections.ensure_indexes()
                 self._is_open = True
 
@@ -285,22 +290,26 @@ class ReviewQueue:
         for start in range(0, len(results), _PAGE):
             ids = [one["source_conversation_id"] for one in results[start : start + _PAGE]]
             documents = await self._store.read_documents("all", ids)
-            labelled = await asyncio.to_thread(self._second_labels, documents)
-            for document, second in zip(documents, labelled, strict=True):
+            labelled = await asyncio.to_thread(self._opinions, documents)
+            for document, (second, student) in zip(documents, labelled, strict=True):
                 result = by_key[id_key(document["_id"])]
-                worth = worth_of_a_look(result, shares, sizes, second)
+                worth = worth_of_a_look(result, shares, sizes, second, student)
                 candidates.append(_Candidate(document["_id"], self._seen(result, worth.source), worth.value))
         return candidates
 
-    def _second_labels(self, documents: list[Document]) -> list[dict[str, Any] | None]:
-        """Return the labels of the embedded classifier for each of *documents*; None for one without text."""
-        labels: list[dict[str, Any] | None] = []
+    def _opinions(self, documents: list[Document]) -> list[tuple[dict[str, Any] | None, StudentOpinion | None]]:
+        """Return the labels of the embedded classifier, or the opinion of the student, on each of *documents* with text."""
+        opinions: list[tuple[dict[str, Any] | None, StudentOpinion | None]] = []
         for document in documents:
-            labels.append(None)
-            if self._second_opinion is not None:
-                with contextlib.suppress(SkippedDocumentError):
-                    labels[-1] = self._second_opinion(aggregate_conversation(document)).as_dict()
-        return labels
+            second = student = None
+            with contextlib.suppress(SkippedDocumentError):
+                conversation = aggregate_conversation(document)
+                if self._ask_student is not None:
+                    student = self._ask_student(conversation)
+                elif self._second_opinion is not None:
+                    second = self._second_opinion(conversation).as_dict()
+            opinions.append((second, student))
+        return opinions
 
     async def _second_candidates(self) -> list[_Candidate]:
         """Return the conversations that one reviewer has decided and another one should."""

@@ -31,25 +31,49 @@ def label_shares(results: Sequence[Mapping[str, Any]], fields: Iterable[str]) ->
     return shares
 
 
+@dataclass(frozen=True, slots=True)
+class StudentOpinion:
+    """What a student says about a conversation: its labels by field, and the probability of each, 0 to 1."""
+
+    labels: Mapping[str, Label]
+    probability: Mapping[str, float]
+
+
 def worth_of_a_look(
-    result: Mapping[str, Any], shares: Shares, sizes: Mapping[str, int], second: Mapping[str, Label] | None
+    result: Mapping[str, Any],
+    shares: Shares,
+    sizes: Mapping[str, int],
+    second: Mapping[str, Label] | None,
+    student: StudentOpinion | None = None,
 ) -> Worth:
     """Return the worth of a look at *result*: the sum of three parts, each from 0 to 1.
 
     * confidence: 1 minus the lowest confidence of a label; 0 if the result has none;
-    * disagreement: the share of the fields on which *second*, the labels of the embedded classifier, differs; 0 if None;
+    * disagreement: the highest probability of a label of *student* that differs; without a student, the share of the fields
+      on which *second*, the labels of the embedded classifier, differs; 0 if both are None;
     * rare: 1 minus the share of the rarest label in *shares* times the number of labels of its field (*sizes*), at
       least 0.
     """
     labels = result["classification"]
-    disagreed = [not same_label(labels.get(field), second[field]) for field in shares if second and field in second]
     rarity = [1 - shares[field].get(label_key(labels.get(field)), 0.0) * sizes[field] for field in shares]
     parts: dict[Source, float] = {
-        "disagreement": sum(disagreed) / len(disagreed) if disagreed else 0.0,
+        "disagreement": _disagreement(labels, shares, second) if student is None else _contradiction(labels, student),
         "confidence": 1 - min(confidence_of(result).values(), default=1.0),
         "rare": max(0.0, *rarity),
     }
     return Worth(sum(parts.values()), max(parts, key=lambda name: parts[name]))
+
+
+def _disagreement(labels: Mapping[str, Any], fields: Iterable[str], second: Mapping[str, Label] | None) -> float:
+    """Return the share of *fields* on which *second* differs from *labels*, 0 to 1."""
+    disagreed = [not same_label(labels.get(field), second[field]) for field in fields if second and field in second]
+    return sum(disagreed) / len(disagreed) if disagreed else 0.0
+
+
+def _contradiction(labels: Mapping[str, Any], student: StudentOpinion) -> float:
+    """Return how sure *student* is of a label that is not among *labels*, 0 to 1."""
+    different = [name for name, label in student.labels.items() if not same_label(labels.get(name), label)]
+    return max((student.probability[name] for name in different), default=0.0)
 
 
 def confidence_of(result: Mapping[str, Any]) -> dict[str, float]:

@@ -27,6 +27,8 @@ NOT_PRODUCT = {"tests", "benchmarks"}
 INDEX_PACKAGES = ("database_docs/", "embedding_index/")
 # loaded only if requirements-evaluation.txt is installed as well: --build-arg EVALUATION=yes
 EVALUATION_PACKAGE = "evaluation/"
+# loaded only if requirements-student.txt is installed as well: --build-arg STUDENT=yes
+STUDENT_PACKAGES = ("student/", "commands/student_")
 # Imported by embedded/choice.py only if requirements-embedding.txt is installed, as requirements-index.txt does.
 OPTIONAL = {
     f"embedded/{name}.py" for name in ("minilm", "conversation_vectors", "label_scores", "embedding_classifier")
@@ -145,7 +147,7 @@ def named_in(requirements: str) -> set[str]:
 
 
 def test_what_is_copied_needs_only_what_is_installed() -> None:
-    """Every imported package is in requirements.txt, or in the file of the index or of the evaluation."""
+    """Every imported package is in requirements.txt, or in the file of the index, of the evaluation or of the student."""
     installed = named_in("requirements.txt")
     own = {Path(path).parts[0].removesuffix(".py") for path in product_modules()}
     providers = packages_distributions()
@@ -160,6 +162,8 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
                 allowed = installed | (named_in("requirements-index.txt") if is_index else set())
                 if path.startswith(EVALUATION_PACKAGE):
                     allowed |= named_in("requirements-evaluation.txt")
+                if path.startswith(STUDENT_PACKAGES):
+                    allowed |= named_in("requirements-student.txt")
                 # Starlette, bson, urllib3 and httpx2 are dependencies of packages that the module uses.
                 if not distributions & (allowed | {"starlette", "urllib3", "httpx2"}):
                     missing[top] = path

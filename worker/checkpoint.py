@@ -21,7 +21,7 @@ class RunStats:
     *skipped* documents have nothing to classify. *already_done* documents had a result, *leased_elsewhere* ones belong
     to another worker; neither counts as processed. *with_confidence* counts results with the model's confidence,
     *needs_review* those of them with a label below REVIEW_BELOW. *copied* is the part of *successful* that reused the
-    result of an identical conversation.
+    result of an identical conversation, *by_student* the part that the student answered.
     """
 
     total: int = 0
@@ -36,6 +36,7 @@ class RunStats:
     with_confidence: int = 0
     needs_review: int = 0
     copied: int = 0
+    by_student: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # field -> label -> documents
 
@@ -58,6 +59,7 @@ class RunStats:
         self.with_confidence += "confidence" in metadata
         self.needs_review += metadata.get("needs_review") is True
         self.copied += "copied_from" in metadata
+        self.by_student += "copied_from" not in metadata and metadata.get("label_source") == "student"
 
     def count_reason(self, reason: str, change: int = 1) -> None:
         """Count one document that failed or was skipped because of *reason*; -1 if a later round ended differently."""

@@ -115,7 +115,7 @@ class ConsoleProgress:
         left = self._rate.time_left(stats)
         about = "" if left is None else f", about {timedelta(seconds=round(left.total_seconds()))} left"
         return (
-            f"{stats.processed}/{stats.expected} done, {stats.successful} ok, {stats.failed} failed, "
+            f"{stats.processed}/{stats.expected} done, {stats.successful} ok, {_by_student(stats)}{stats.failed} failed, "
             f"{stats.skipped} skipped, {self._rate.per_second:.1f}/s, {calls}{about}"
         )
 
@@ -133,7 +133,7 @@ class ConsoleProgress:
             )
             self._bar.add_task("Classifying", counts="")
         counts = (
-            f"[green]{stats.successful} ok[/] [red]{stats.failed} failed[/] {stats.skipped} skipped "
+            f"[green]{stats.successful} ok[/] {_by_student(stats)}[red]{stats.failed} failed[/] {stats.skipped} skipped "
             f"{self._rate.per_second:.1f}/s {calls}"
         )
         task = self._bar.task_ids[0]
@@ -187,6 +187,7 @@ class FileProgress:
             "successful": stats.successful,
             "failed": stats.failed,
             "skipped": stats.skipped,
+            "by_student": stats.by_student,
             "in_flight": in_flight,
             "concurrency_limit": limit,
             "reasons": dict(stats.reasons),
@@ -238,6 +239,10 @@ class FileProgress:
         gauge(LAST_SUCCESS, "Time of the last classified document; 0: never", self._times[LAST_SUCCESS])
         gauge(LAST_COMPLETED, "Time of the last completed run; 0: never", self._times[LAST_COMPLETED])
         return generate_latest(registry)
+
+
+def _by_student(stats: RunStats) -> str:
+    return f"{stats.by_student} of them by the student, " if stats.by_student else ""
 
 
 def _saved_times(path: Path) -> dict[str, float]:

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from aggregator import aggregate_conversation
-from domain.conversation import BUILT_IN_MODELS, result_fingerprint
+from domain.conversation import BUILT_IN_MODELS, is_student, result_fingerprint, student_plan
 from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
 from storage.selection import state_of
 from worker.quarantine import failed_keys
 
-Only = Literal["new", "changed", "stale", "style", "failed", "elsewhere"]
+Only = Literal["new", "changed", "stale", "style", "failed", "elsewhere", "student"]
 Kind = Literal[Only, "skipped", "done", "unjudged", "foreign"]
 
 SELECTABLE: tuple[Only, ...] = get_args(Only)
 _WITHOUT_RESULT: dict[str, Kind] = {"processed": "elsewhere", "skipped": "skipped"}  # by state; new otherwise
 BASELINE_PLAN = "baseline"  # how plans of the built-in classifiers begin
-REPLACED: tuple[Only, ...] = ("changed", "stale", "style")  # a run replaces the results of these
+REPLACED: tuple[Only, ...] = ("changed", "stale", "style", "student")  # a run replaces the results of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,13 @@ class Plan:
     digest: str | None = None
     named: Callable[[str], str] | None = None
     others: tuple[Plan, ...] = ()
+
+    def taught(self, metadata: Document, input_hash: str) -> bool:
+        """Return whether a result with *metadata* is of a student that imitates this plan."""
+        fingerprint, model = metadata.get("fingerprint"), metadata.get("model_used")
+        if not is_student(model):
+            return False
+        return fingerprint == result_fingerprint(student_plan(self.fingerprint, model), input_hash)
 
     def made(self, metadata: Document, input_hash: str) -> bool:
         """Return whether a result with *metadata* would come out of this plan, or of a better one, for the same input."""
@@ -93,7 +100,7 @@ class StalenessChecker:
         return fit or _WITHOUT_RESULT.get(state, "new")
 
     def _fits(self, document: Document, made: Document) -> Kind:
-        """Compare *made* with the current *document*: done, changed, stale, style, unjudged, or skipped (no text)."""
+        """Compare *made* with the current *document*: done, student, changed, stale, style, unjudged, or skipped (no text)."""
         try:
             input_hash = aggregate_conversation(document).transcript_sha256
         except SkippedDocumentError:
@@ -104,6 +111,8 @@ class StalenessChecker:
             return "changed"
         if self.plan is None:
             return "unjudged"
+        if any(one.taught(fields, input_hash) for one in (self.plan, *self.plan.others)):
+            return "student"
         if self.plan.made(fields, input_hash):
             return "done"
         return "style" if any(other.made(fields, input_hash) for other in self.plan.others) else "stale"

@@ -51,6 +51,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "prompt_examples_file": ("own.json", Path("own.json")),
     "reply_style": ("list", "list"),
     "review_below": ("0.6", 0.6),
+    "student": ("0.95", 0.95),
     "store_original_conversation": ("true", True),
     "log_level": ("debug", "DEBUG"),
 }

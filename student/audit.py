@@ -1,0 +1,85 @@
+"""The running test of a student's promise.
+
+A random share of the conversations that the student could take goes to the model as well. Each comparison pays into bets that the
+promise is broken, or out of them; the mean capital is the evidence. This is an e-detector (Shin, Ramdas and Rinaldo,
+arXiv 2203.03532, CUSUM form): with the promise kept, it takes at least ``LIMIT`` comparisons on average until it errs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+NEW_SHARE, NEW = (
+    0.1,
+    500,
+)  # of a student with fewer comparisons: little is taken yet, so few wrong labels break its promise
+AUDIT_SHARE = 0.05
+LIMIT = 10_000.0  # evidence at which the student withdraws
+# A bet expects disagreement of (1 - promise) ** power: 0.22 and 0.11 for a promise of 0.95. The first finds collapses, the second
+# small breaches.
+POWERS = (0.5, 0.75)
+
+
+@dataclass(slots=True)
+class Audit:
+    """Comparisons of a student with the model, and whether they still allow its *promise* (above 0 and below 1).
+
+    Draw each conversation that the student could take with the probability ``share``. Give those that are drawn to the model, store
+    the model's labels, and record whether the student's were the same. Ask for ``share`` anew for each conversation.
+    """
+
+    promise: float
+    audited: int = 0
+    disagreed: int = 0
+    evidence: list[float] = field(default_factory=lambda: [1.0] * len(POWERS))
+    is_broken: bool = False
+    """True for ever as soon as the evidence reaches ``LIMIT``; the student then takes nothing."""
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether the latest comparisons speak against the promise."""
+        return max(self.evidence) > 1
+
+    @property
+    def share(self) -> float:
+        """The share of what the student could take that goes to the model.
+
+        It is ``AUDIT_SHARE``, more for a new student, and 1 under suspicion: a single disagreement suspends the student for about a
+        dozen conversations, which either clear it or add to the evidence.
+        """
+        if self.is_broken or self.is_suspicious:
+            return 1.0
+        return NEW_SHARE if self.audited < NEW else AUDIT_SHARE
+
+    def record(self, agreed: bool) -> None:
+        """Record one comparison: whether all labels of a drawn conversation are the model's."""
+        self.audited += 1
+        self.disagreed += not agreed
+        tolerated = 1 - self.promise
+        for place, power in enumerate(POWERS):
+            expected = tolerated**power
+            factor = (1 - expected) / self.promise if agreed else expected / tolerated
+            self.evidence[place] = min(LIMIT * len(POWERS), max(1.0, self.evidence[place] * factor))
+        self.is_broken = self.is_broken or sum(self.evidence) / len(POWERS) >= LIMIT
+
+    def sentence(self) -> str:
+        """Return the result so far and what follows from it, as one sentence without a full stop."""
+        counts = f"{self.audited - self.disagreed} of {self.audited} audited conversations agree with the model"
+        if self.is_broken:
+            return (
+                f"{counts}, and the latest ones break the promise of {self.promise:g}: the student takes no more conversations; "
+                "train it again on recent results"
+            )
+        if self.is_suspicious:
+            return f"{counts}; after a disagreement, the model gets every conversation until the promise of {self.promise:g} is confirmed"
+        return f"{counts}; the promise of {self.promise:g} holds"
+
+    def state(self) -> dict[str, Any]:
+        """Return what `from_state` needs, as values that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Self:
+        """Return the audit whose *state* was stored."""
+        return cls(**state)

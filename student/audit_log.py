@@ -1,0 +1,70 @@
+"""The audit of a student on disk: each conversation that the model was asked about although the student was sure."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from storage.state_file import Schema, StateFile
+from student.audit import Audit
+
+SCHEMA = Schema(
+    what="the audit of the student",
+    tables="""CREATE TABLE comparisons (
+        number INTEGER PRIMARY KEY, student TEXT, promise REAL, input_sha256 BLOB, agreed INTEGER, at TEXT,
+        UNIQUE (student, promise, input_sha256))""",
+    version=1,
+    if_damaged="remove the file and train the student again, because nobody knows whether its promise holds",
+    if_foreign="remove it and train the student again",
+    application=0x53415544,
+)
+
+
+class AuditLog:
+    """The comparisons of one *student* under one *promise*. Any thread may use it; use it as ``with``, or close it.
+
+    The running test is the replay of the comparisons, so it cannot differ from them. A conversation is recorded once: one
+    that is asked again after a crash does not count twice.
+    """
+
+    def __init__(self, path: Path, student: str, promise: float) -> None:
+        """Open *path*; a missing file is created. Raises StateDirectoryError."""
+        self._student, self._promise = student, promise
+        self._file = StateFile(path, SCHEMA)
+        self.audit = Audit(promise)
+        query = "SELECT agreed FROM comparisons WHERE student = ? AND promise = ? ORDER BY number"
+        with self._file.reading() as db:
+            for (agreed,) in db.execute(query, (student, promise)):
+                self.audit.record(bool(agreed))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was recorded is durable already."""
+        self._file.close()
+
+    def is_drawn(self, input_sha256: str) -> bool:
+        """Return whether the model is asked about the conversation although the student is sure.
+
+        A hash decides, so that a run that was killed draws the same conversations again.
+        """
+        drawn = hashlib.sha256(f"audit {self._student} {input_sha256}".encode()).digest()
+        return int.from_bytes(drawn[:8]) < self.audit.share * 2**64
+
+    def record(self, input_sha256: str, *, agreed: bool) -> None:
+        """Record durably whether the labels of the student were the model's; nothing if this conversation is recorded.
+
+        Raises StateDirectoryError if it cannot be written.
+        """
+        row = (self._student, self._promise, bytes.fromhex(input_sha256), agreed, datetime.now(UTC).isoformat())
+        insert = "INSERT OR IGNORE INTO comparisons (student, promise, input_sha256, agreed, at) VALUES (?, ?, ?, ?, ?)"
+        with self._file.transaction() as db:
+            is_new = db.execute(insert, row).rowcount
+            if is_new:
+                self.audit.record(agreed)

@@ -1,0 +1,81 @@
+"""The running audit of a student."""
+
+from __future__ import annotations
+
+import numpy as np
+import orjson
+import pytest
+
+from student.audit import AUDIT_SHARE, LIMIT, NEW, NEW_SHARE, Audit
+
+
+def test_state_survives_json() -> None:
+    """A stored audit goes on where it was."""
+    audit = Audit(0.95)
+    for agreed in (True, False, False, True):
+        audit.record(agreed)
+    again = Audit.from_state(orjson.loads(orjson.dumps(audit.state())))
+    assert again == audit
+
+
+def test_disagreement_sends_everything_to_the_model_until_it_is_outweighed() -> None:
+    """One disagreement raises the share to 1; a dozen agreements lower it again."""
+    audit = Audit(0.95)
+    audit.record(False)
+    assert audit.share == 1
+    assert "after a disagreement" in audit.sentence()
+    for _ in range(13):
+        audit.record(True)
+    assert audit.share == NEW_SHARE
+    assert audit.sentence() == "13 of 14 audited conversations agree with the model; the promise of 0.95 holds"
+
+
+def test_share_falls_for_a_student_that_has_been_compared_often_and_never_under_2_percent() -> None:
+    """A new student is audited more."""
+    audit = Audit(0.95)
+    for _ in range(NEW):
+        assert audit.share == NEW_SHARE
+        audit.record(True)
+    assert audit.share == AUDIT_SHARE >= 0.02
+
+
+@pytest.mark.parametrize("promise", [0.8, 0.9, 0.95, 0.99])
+def test_disagreements_withdraw_the_student_for_ever(promise: float) -> None:
+    """After a long time without any; agreement afterwards does not bring it back."""
+    audit = Audit(promise)
+    for _ in range(10_000):
+        audit.record(True)
+    disagreements = 0
+    while not audit.is_broken:
+        audit.record(False)
+        disagreements += 1
+    assert 3 <= disagreements <= 13
+    for _ in range(1000):
+        audit.record(True)
+    assert audit.is_broken
+    assert audit.share == 1
+    assert "the student takes no more conversations; train it again on recent results" in audit.sentence()
+
+
+@pytest.mark.parametrize("promise", [0.9, 0.95, 0.98])
+def test_promise_that_is_just_kept_is_not_withdrawn(promise: float) -> None:
+    """Average run length: the evidence errs once in at least LIMIT comparisons, here at the boundary itself."""
+    rng = np.random.default_rng(20261130)
+    broken = 0
+    for _ in range(40):
+        audit = Audit(promise)
+        for agreed in rng.random(500) < promise:
+            audit.record(bool(agreed))
+        broken += audit.is_broken
+    assert broken <= 40 * 500 / LIMIT + 3  # two are expected at most
+
+
+@pytest.mark.parametrize("promise", [0.9, 0.95, 0.98])
+def test_no_bet_has_a_gain_while_the_promise_is_kept(promise: float) -> None:
+    """The expected factor of one comparison is 1 at the promise, less above."""
+    kept, lost = Audit(promise, evidence=[1000.0] * 2), Audit(promise, evidence=[1000.0] * 2)
+    kept.record(True)
+    lost.record(False)
+    for better, worse in zip(kept.evidence, lost.evidence, strict=True):
+        assert promise * better + (1 - promise) * worse == pytest.approx(1000)
+        assert better < 1000 < worse
