@@ -157,7 +157,7 @@ class AsyncLLMClient:
                 request.url,
                 data=request.body,
                 headers=self._headers(),
-                timeout=aiohttp.ClientTimeout(total=request.timeout_s, sock_connect=CONNECT_TIMEOUT_S),
+                timeout=_timeout(request.timeout_s),
                 **self._route_options,
             ) as response:
                 return response.status, await _read_bounded(response)
@@ -178,6 +178,11 @@ class AsyncLLMClient:
     def _headers(self) -> dict[str, str]:
         current = request_id.get()
         return self._target_headers if current is None else {**self._target_headers, REQUEST_ID_HEADER: current}
+
+
+@functools.lru_cache(maxsize=8)
+def _timeout(total_s: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

@@ -52,6 +52,7 @@ FinalStatus = Literal["processed", "failed", "skipped"]
 
 DURABLE = WriteConcern("majority", j=True)
 PATIENCE_S = 86_400.0  # for counts and indexes
+SMALL_BYTES = 20_000  # documents up to this size keep binary values in their turns: no text is read from them
 SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
 SAMPLE_BYTES = 16_000_000  # of a sample
 
@@ -376,12 +377,18 @@ async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], poli
 
 
 async def _bounded(cursor: Any, *, whole: bool) -> list[Document]:
-    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it; if not *whole*, without attachments."""
+    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it.
+
+    If not *whole*, documents of more than SMALL_BYTES come without attachments.
+    """
     page, size = [], 0
     try:
         async for document in cursor:
-            page.append(document if whole else without_attachments(document))
-            size += len(bson_encode(document))
+            encoded = len(bson_encode(document))
+            if encoded > SMALL_BYTES and not whole:
+                encoded = len(bson_encode(without_attachments(document)))
+            page.append(document)
+            size += encoded
             if size >= PAGE_BYTES:
                 break
     finally:
