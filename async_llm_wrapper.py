@@ -8,15 +8,15 @@ import functools
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import replace
 from typing import TypeVar
 
-import aiohttp
-
 from classifier import Classifier, classification_flow
 from config import Settings
+from config.loading import changed_environment
 from domain.conversation import Conversation, Message, Outcome
 from error_handler import LLMError, LLMTimeoutError, LLMUnavailableError
 from logger import REQUEST_ID_HEADER, request_id
@@ -29,6 +29,10 @@ from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, choose_window, warm_up
 from utils.outgoing import aiohttp_session, route_to
 from utils.retry_utils import RetryPolicy, retry_async
+
+# aiohttp reads the certificates of the system twice, for TLS contexts that no Route uses: a tenth of the start of a run.
+with changed_environment(SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull):
+    import aiohttp
 
 logger = logging.getLogger(__name__)
 Q = TypeVar("Q")

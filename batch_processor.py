@@ -19,7 +19,6 @@ from async_llm_wrapper import SharedWindow
 from classifier import Classifier
 from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
-from embedded.choice import BuiltInClassifier
 from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
@@ -33,7 +32,8 @@ from worker.progress import Reporter
 from worker.run import BatchRun
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
-if TYPE_CHECKING:  # only an estimate records its calls
+if TYPE_CHECKING:  # only --embedded has a built-in classifier, and only an estimate records its calls
+    from embedded.choice import BuiltInClassifier
     from worker.timing import SampleRecorder
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from config import Settings
 from config.taxonomy import TRIAD
 from domain.conversation import SOURCE_FIELDS
 from error_handler import StoreRejectedError, StoreUnreadableError
-from storage.extended_json import Document, bson_encode, id_key, is_doubtful, without_attachments
+from storage.extended_json import Document, bson_encode, drop_attachments, id_key, is_doubtful
 from storage.mongo_connection import close_client, identity, open_client
 from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
@@ -52,7 +52,6 @@ FinalStatus = Literal["processed", "failed", "skipped"]
 
 DURABLE = WriteConcern("majority", j=True)
 PATIENCE_S = 86_400.0  # for counts and indexes
-SMALL_BYTES = 20_000  # documents up to this size keep binary values in their turns: no text is read from them
 SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
 SAMPLE_BYTES = 16_000_000  # of a sample
 
@@ -377,18 +376,12 @@ async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], poli
 
 
 async def _bounded(cursor: Any, *, whole: bool) -> list[Document]:
-    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it.
-
-    If not *whole*, documents of more than SMALL_BYTES come without attachments.
-    """
+    """Return the documents of *cursor* up to PAGE_BYTES, at least one, and close it; if not *whole*, without attachments."""
     page, size = [], 0
     try:
         async for document in cursor:
-            encoded = len(bson_encode(document))
-            if encoded > SMALL_BYTES and not whole:
-                encoded = len(bson_encode(without_attachments(document)))
             page.append(document)
-            size += encoded
+            size += len(bson_encode(document)) if whole else drop_attachments(document)
             if size >= PAGE_BYTES:
                 break
     finally:

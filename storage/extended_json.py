@@ -22,6 +22,7 @@ from bson.codec_options import DatetimeConversion
 from bson.errors import BSONError
 
 Document = dict[str, Any]  # of MongoDB
+SMALL_BYTES = 20_000
 
 _CANONICAL = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
@@ -70,14 +71,16 @@ def plain(value: Any) -> Any:
     return id_text(value) if isinstance(value, bytes) else str(value)
 
 
-def without_attachments(document: Document) -> Document:
-    """Remove binary values from the turns of *document*, and return it: no text is read from them."""
+def drop_attachments(document: Document) -> int:
+    """Return the bytes of *document* in BSON. If it is large, first remove binary values from its turns: they have no text."""
+    if (size := len(bson_encode(document))) <= SMALL_BYTES:
+        return size
     for turns in document.values():
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
                 for name in [name for name, value in turn.items() if isinstance(value, bytes)]:
                     del turn[name]
-    return document
+    return len(bson_encode(document))
 
 
 def loads(data: bytes | str) -> Any:
