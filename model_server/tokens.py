@@ -62,6 +62,10 @@ def count_pieces(text: str) -> _Pieces:
     return (0.0, words, letters, digits, ascii_count - letters - digits - min(spaces, words), *others)
 
 
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
+
+
 def _dot(first: Sequence[float], second: Sequence[float]) -> float:
     products: Iterator[float] = map(operator.mul, first, second)
     return sum(products)
@@ -114,7 +118,7 @@ class TokenEstimator:
 
     def __init__(self, system_prompt: str) -> None:
         self._system: _Pieces = (1.0, *count_pieces(system_prompt)[1:])
-        self._system_bytes = len(system_prompt.encode("utf-8", "replace"))
+        self._system_bytes = _bytes(system_prompt)
         self._rates = list(_RATES)
         self._covariance = [
             [spread**2 if row == column else 0.0 for column in range(len(_RATES))]
@@ -128,8 +132,7 @@ class TokenEstimator:
     def fits(self, text: str, most_prompt_tokens: int) -> bool:
         """Return whether a prompt with *text* in it has at most *most_prompt_tokens*, whatever the rates. Cheap."""
         room = most_prompt_tokens - self.system_tokens
-        most_bytes = len(text) if text.isascii() else 4 * len(text)
-        return most_bytes <= room or most_tokens(text) <= room  # a byte is at most one token
+        return _bytes(text) <= room or most_tokens(text) <= room  # a byte is at most one token
 
     def text_tokens(self, text: str) -> float:
         """Return the most tokens that *text*, a part of the user message, is likely to have."""
@@ -146,6 +149,8 @@ class TokenEstimator:
 
         If the result cannot exceed *enough*, it is not worked out and *enough* is returned.
         """
+        if CUT_SHARE * (self.system_tokens + _bytes(text)) <= enough:  # a byte is at most one token
+            return enough
         whole = self._with_system(count_pieces(text))
         if max(CUT_SHARE * _dot(self._rates, whole), _dot(_FLOORS, whole)) <= enough:
             return enough
@@ -208,7 +213,7 @@ class TokenEstimator:
 
     def learn(self, text: str, prompt_tokens: int) -> None:
         """Record that the server counted *prompt_tokens* for the whole prompt with *text* in it."""
-        most = self._system_bytes + len(text.encode("utf-8", "replace")) + TEMPLATE_TOKENS
+        most = self._system_bytes + _bytes(text) + TEMPLATE_TOKENS
         # Long runs say nothing about other texts; more tokens than bytes are not those of this prompt.
         if _RUN.search(text) or prompt_tokens > most:
             return
