@@ -8,7 +8,6 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from config import Settings
 from domain.conversation import stored_labels
@@ -111,6 +110,8 @@ def print_labels(console: Console, counts: dict[str, dict[str, int]]) -> None:
 
 def print_examples(console: Console, results: Sequence[dict[str, Any]]) -> None:
     """Print one row for each of *results*."""
+    from rich.table import Table  # noqa: PLC0415 - only for --embedded
+
     table = Table(title="Examples", title_justify="left", title_style="bold", box=None)
     fields = list(dict.fromkeys(field for result in results for field in stored_labels(result["classification"])))
     has_sentence = any("categorization" in result["classification"] for result in results)

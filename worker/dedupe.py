@@ -9,6 +9,7 @@ import os
 import sqlite3
 import time
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ CREATE TABLE IF NOT EXISTS asked (input_sha256 BLOB PRIMARY KEY, source BLOB, ou
 """
 # The fields of an Outcome in a row, after its labels.
 _KEPT = ("model_used", "model_digest", "fingerprint", "input_complete", "turns_used", "confidence")
+_kept_values = attrgetter(*_KEPT)
 
 Copy = tuple[WorkItem, Outcome]
 
@@ -175,7 +177,7 @@ def _copy(outcome: Outcome, source_id: Any, item: WorkItem) -> Outcome:
 
 
 def _row(outcome: Outcome) -> bytes:
-    return orjson.dumps([outcome.classification.as_dict(), *(getattr(outcome, name) for name in _KEPT)])
+    return orjson.dumps([outcome.classification.as_dict(), *_kept_values(outcome)])
 
 
 def _outcome(row: bytes, input_hash: str) -> Outcome:
