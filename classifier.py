@@ -53,10 +53,7 @@ class Classifier:
         self._lists = tuple(field.name for field in taxonomy.fields if field.is_multiple)
         self._texts = tuple(key for key in taxonomy.keys if key not in self._lists)
         self._names = {field.name: field.names for field in taxonomy.fields}
-        self._labels = {
-            field: {fold_label(name): name for name in names} | dict(zip(names, names, strict=True))
-            for field, names in self._names.items()
-        }
+        self._labels = {field: {fold_label(name): name for name in names} for field, names in self._names.items()}
         self.schema_json = json.dumps(classification_schema(taxonomy), ensure_ascii=False).encode()
 
     def messages(self, transcript: str) -> list[Message]:
@@ -140,8 +137,7 @@ class Classifier:
         ]
 
     def _label(self, field: str, value: str) -> str:
-        labels = self._labels[field]
-        label = labels.get(value) or labels.get(fold_label(value))
+        label = value if value in self._names[field] else self._labels[field].get(fold_label(value))
         if label is None:
             raise LLMReplyError(f"{field} is not a label of the taxonomy", Reason.LABEL_OUTSIDE)
         return label
