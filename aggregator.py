@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from typing import Any
 
 from domain.conversation import Conversation, Sender, Shape, Turn
@@ -104,13 +105,13 @@ def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
         dated = [(turn.at, turn) for turn in turns if turn.at is not None]
         is_ordered = len(dated) == len(turns)
         if is_ordered:
-            turns = [turn for _, turn in sorted(dated, key=lambda pair: pair[0])]
+            turns = [turn for _, turn in sorted(dated, key=itemgetter(0))]
     return Conversation(shape, _number(document), tuple(turns), len(entries), is_ordered)
 
 
 def entry_text(entry: Any) -> str:
     """Return the text of one entry as it is written, or an empty string. Parts of a text are joined."""
-    return _first_text(entry, 0) if isinstance(entry, Mapping) else ""
+    return _first_text(entry, 0) if isinstance(entry, dict) else ""
 
 
 def _first_text(entry: Mapping[str, Any], depth: int) -> str:
@@ -126,9 +127,9 @@ def _first_text(entry: Mapping[str, Any], depth: int) -> str:
 
 def _nested_text(value: Any, depth: int) -> str:
     """Return the text of an object (WhatsApp), or of a list of objects (OpenAI) with texts between them (Telegram)."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return _first_text(value, depth) if depth <= 4 else ""
-    if not isinstance(value, list) or depth > 4 or not any(isinstance(part, Mapping) for part in value):
+    if not isinstance(value, list) or depth > 4 or not any(isinstance(part, dict) for part in value):
         return ""
     is_running = any(isinstance(part, str) for part in value)
     parts = (part if isinstance(part, str) else _nested_text(part, depth + 1) for part in value)
@@ -176,7 +177,7 @@ def _sender(entry: Mapping[str, Any], fields: tuple[str, ...]) -> Sender | None:
         known: Sender | None = None
         if isinstance(value, str):
             known = _SENDERS.get(value) or _SENDERS.get(_NOT_A_LETTER.sub("", value[:80]).casefold())
-        elif isinstance(value, Mapping) and fields is SENDER_FIELDS:
+        elif isinstance(value, dict) and fields is SENDER_FIELDS:
             known = _sender(value, _SENDER_OBJECT_FIELDS)
         if known:
             return known
@@ -197,11 +198,12 @@ def parse_time(value: Any) -> datetime | None:
     four-digit year: RFC 2822, Twitter's ``Tue Oct 31 21:45:10 +0000 2017``, JavaScript's, ``May 1, 2024 10:00 PM``.
     A date such as 05/04/2024 is not readable, because it has two meanings.
     """
-    if isinstance(value, datetime):
-        return value if value.tzinfo else value.replace(tzinfo=UTC)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return _epoch_time(value) if abs(value) < 1e20 else None
-    if not isinstance(value, str) or len(value) > 100:
+    if not isinstance(value, str):
+        if isinstance(value, datetime):
+            return value if value.tzinfo else value.replace(tzinfo=UTC)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return _epoch_time(value) if is_number and abs(value) < 1e20 else None
+    if len(value) > 100:
         return None
     value = value.strip()
     try:

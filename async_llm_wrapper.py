@@ -8,15 +8,15 @@ import functools
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import replace
 from typing import TypeVar
 
-import aiohttp
-
 from classifier import Classifier, classification_flow
 from config import Settings
+from config.loading import changed_environment
 from domain.conversation import Conversation, Message, Outcome
 from error_handler import LLMError, LLMFormError, LLMTimeoutError, LLMUnavailableError
 from logger import REQUEST_ID_HEADER, request_id
@@ -29,6 +29,10 @@ from model_server.protocol import ChatReply, ChatTarget, ServerRequest
 from model_server.window import Say, WindowChoice, choose_window, warm_up
 from network.outgoing import aiohttp_session, route_to
 from utils.retry_utils import RetryPolicy, retry_async
+
+# aiohttp reads the certificates of the system twice, for TLS contexts that no Route uses: a tenth of the start of a run.
+with changed_environment(SSL_CERT_FILE=os.devnull, SSL_CERT_DIR=os.devnull):
+    import aiohttp
 
 logger = logging.getLogger(__name__)
 Q = TypeVar("Q")
@@ -157,7 +161,7 @@ class AsyncLLMClient:
                 request.url,
                 data=request.body,
                 headers=self._headers(),
-                timeout=aiohttp.ClientTimeout(total=request.timeout_s, sock_connect=CONNECT_TIMEOUT_S),
+                timeout=_timeout(request.timeout_s),
                 **self._route_options,
             ) as response:
                 return response.status, await _read_bounded(response)
@@ -178,6 +182,11 @@ class AsyncLLMClient:
     def _headers(self) -> dict[str, str]:
         current = request_id.get()
         return self._target_headers if current is None else {**self._target_headers, REQUEST_ID_HEADER: current}
+
+
+@functools.lru_cache(maxsize=8)
+def _timeout(total_s: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

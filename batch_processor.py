@@ -19,8 +19,6 @@ from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
 from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
-from embedded.baseline import Answer
-from embedded.choice import BuiltInClassifier
 from error_handler import ConfigurationError, LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
@@ -38,7 +36,9 @@ from worker.run import BatchRun
 from worker.service_first import ServiceFirst
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
-if TYPE_CHECKING:  # only an estimate records its calls, and few runs have a student
+if TYPE_CHECKING:  # few runs have a built-in classifier or a student, and only an estimate records its calls
+    from embedded.baseline import Answer
+    from embedded.choice import BuiltInClassifier
     from student.first_answer import FirstAnswer
     from worker.timing import SampleRecorder
 

@@ -316,7 +316,8 @@ async def _report(
 ) -> None:
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
-    console = Console(soft_wrap=True, emoji=False)  # labels are printed literally, and the emoji table is not loaded
+    # Labels are printed literally, and the emoji table is not loaded; without colours, nor are the patterns of numbers.
+    console = Console(soft_wrap=True, emoji=False, highlight=sys.stdout.isatty())
     summary.print_run(console, stats, settings)
     if arguments.embedded:
         results = await processor.store.read_results([], 10_000)

@@ -24,7 +24,7 @@ from config import Settings
 from config.taxonomy import TRIAD
 from domain.conversation import SOURCE_FIELDS
 from error_handler import StoreRejectedError, StoreUnreadableError
-from storage.extended_json import Document, bson_encode, id_key, is_doubtful, without_attachments
+from storage.extended_json import Document, bson_encode, drop_attachments, id_key, is_doubtful
 from storage.mongo_connection import close_client, identity, open_client
 from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
@@ -380,8 +380,8 @@ async def _bounded(cursor: Any, *, whole: bool) -> list[Document]:
     page, size = [], 0
     try:
         async for document in cursor:
-            page.append(document if whole else without_attachments(document))
-            size += len(bson_encode(document))
+            page.append(document)
+            size += len(bson_encode(document)) if whole else drop_attachments(document)
             if size >= PAGE_BYTES:
                 break
     finally:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from config import Settings
 from domain.conversation import stored_labels
@@ -105,22 +105,22 @@ def print_labels(console: Console, counts: dict[str, dict[str, int]]) -> None:
         if not labels:
             continue
         total = sum(labels.values())
-        table = Table(
-            title=field.capitalize().replace("_", " "),
-            box=None,
-            show_header=False,
-            title_justify="left",
-            title_style="bold",
-        )
+        width, digits = max(map(cell_len, labels)), len(str(max(labels.values())))
+        bars = {label: "█" * max(1, round(count / total * BAR_WIDTH)) for label, count in labels.items()}
+        longest = max(map(len, bars.values()))
+        # Not a table of rich, which takes a twentieth of the start of a run.
+        lines = [f"[bold]{field.capitalize().replace('_', ' ')}[/]"]
         for label, count in sorted(labels.items(), key=lambda pair: -pair[1]):
-            share = count / total
-            bar = "█" * max(1, round(share * BAR_WIDTH))
-            table.add_row(escape(label), f"[cyan]{bar}[/]", f"{count}", f"{share:.0%}")
-        console.print(table)
+            bar = f"[cyan]{bars[label]}[/]{' ' * (longest - len(bars[label]))}"
+            name = escape(label + " " * (width - cell_len(label)))
+            lines.append(f" {name}  {bar}  {count:<{digits}}  {count / total:.0%}")
+        console.print("\n".join(lines), highlight=False, emoji=False)
 
 
 def print_examples(console: Console, results: Sequence[dict[str, Any]]) -> None:
     """Print one row for each of *results*."""
+    from rich.table import Table  # noqa: PLC0415 - only for --embedded
+
     table = Table(title="Examples", title_justify="left", title_style="bold", box=None)
     fields = list(dict.fromkeys(field for result in results for field in stored_labels(result["classification"])))
     has_sentence = any("categorization" in result["classification"] for result in results)

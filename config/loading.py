@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
@@ -81,6 +84,21 @@ class PartSettings(BaseSettings):
             if isinstance(value, str) and (quoted := re.fullmatch(r"(?s)(['\"])((?:(?!\1).)+)\1", value)):
                 values[name] = quoted[2]
         return values
+
+
+@contextmanager
+def changed_environment(**variables: str) -> Iterator[None]:
+    """Set *variables* inside the block, for a library that reads them when it is imported."""
+    kept = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def variables_of(settings: type[BaseSettings], field: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ _SQUARE_TOKEN = re.compile(
 )
 # Full-width and small brackets are the same signs to a model. A tag that is never closed could still be our fence.
 _ANGLES = re.compile("[<＜﹤]{1,2}[^<>＜＞﹤﹥]+[>＞﹥]{0,2}")
+_BRACKET = re.compile(r"[<＜﹤◁\[\]]")  # what every one of these begins with, or has
 _NOT_A_TO_Z = re.compile("[^a-z]+")
 _FENCE = "conversation"
 _LOOKALIKE = str.maketrans("<>＜＞﹤﹥◁▷[]", "‹›‹›‹›‹›⁅⁆")
@@ -50,7 +51,7 @@ def escaped(text: str) -> str:
 def prompt_text(text: str) -> str:
     """Return *text* for a prompt: visible, stripped, with look-alikes instead of control tokens and of our fence."""
     text = visible_text(text).strip()
-    if text.isascii() and "<" not in text and "[" not in text and "]" not in text:
+    if not _BRACKET.search(text):
         return text
     text = _SQUARE_TOKEN.sub(lambda match: match.group().translate(_LOOKALIKE), text)
     return _ANGLES.sub(_harmless, text)

@@ -220,7 +220,7 @@ def error_in_body(fields: dict[str, Any]) -> str | dict[str, Any] | None:
     """Return the error in the body of an answer, whatever its status: of the answer, or of its first choice."""
     if fields.get("object") == "error":
         return fields
-    found = fields.get("error") or first_choice(fields).get("error")
+    found = fields.get("error") or ("choices" in fields and first_choice(fields).get("error"))
     return found if isinstance(found, str | dict) else None
 
 

@@ -32,11 +32,17 @@ CUT_SHARE, CUT_DEVIATIONS = 0.75, 3.0  # a count below this share of the lowest 
 
 _WORD_PART = re.compile(r"[^\W_]{1,16}")
 _RUN = re.compile(r"(.)\1{15,}", re.DOTALL)
-_NOT_LETTERS = bytes(byte for byte in range(256) if byte >= 128 or not chr(byte).isalpha())
-_NOT_DIGITS = bytes(byte for byte in range(256) if not 48 <= byte <= 57)
-_NOT_SPACES = bytes(byte for byte in range(256) if byte not in b" \t\r\n")
-_LEADS = ((0xC0, 0xE0), (0xE0, 0xF0), (0xF0, 0xF8))
-_NOT_LEADS = [bytes(byte for byte in range(256) if not first <= byte < end) for first, end in _LEADS]
+
+
+def _kind(byte: int) -> bytes:
+    """Return the kind of a *byte* of UTF-8: a letter, digit, white space or other sign, or the first of 2, 3 or 4."""
+    character = bytes([byte])
+    if byte < 128:
+        return b"a" if character.isalpha() else b"0" if character.isdigit() else b" " if character.isspace() else b"."
+    return b"2" if 0xC0 <= byte < 0xE0 else b"3" if 0xE0 <= byte < 0xF0 else b"4" if 0xF0 <= byte < 0xF8 else b"-"
+
+
+_KINDS = b"".join(map(_kind, range(256)))
 
 Count = Callable[[str], float]
 _Pieces = tuple[float, ...]  # how many of each kind
@@ -45,12 +51,19 @@ _Pieces = tuple[float, ...]  # how many of each kind
 def count_pieces(text: str) -> _Pieces:
     """Return how many pieces of each kind *text* has, without a template."""
     raw = text.encode("utf-8", "replace")
-    letters, digits = len(raw.translate(None, _NOT_LETTERS)), len(raw.translate(None, _NOT_DIGITS))
-    words, spaces = len(raw.split()), len(raw.translate(None, _NOT_SPACES))
-    others = [len(raw.translate(None, delete)) for delete in _NOT_LEADS] if not raw.isascii() else [0, 0, 0]
-    ascii_count = len(raw) - sum(count * size for count, size in zip(others, (2, 3, 4), strict=True))
+    kinds = raw.translate(_KINDS)
+    letters, digits, spaces = kinds.count(b"a"), kinds.count(b"0"), kinds.count(b" ")
+    words = spaces + 1 - kinds.startswith(b" ") - kinds.endswith(b" ")
+    if b"  " in kinds or not kinds:  # otherwise not needed, which is much faster
+        words = len(raw.split())
+    others = [0, 0, 0] if raw.isascii() else [kinds.count(lead) for lead in (b"2", b"3", b"4")]
+    ascii_count = len(raw) - 2 * others[0] - 3 * others[1] - 4 * others[2]
     # The space before a word is part of its token.
     return (0.0, words, letters, digits, ascii_count - letters - digits - min(spaces, words), *others)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 def _dot(first: Sequence[float], second: Sequence[float]) -> float:
@@ -105,7 +118,7 @@ class TokenEstimator:
 
     def __init__(self, system_prompt: str) -> None:
         self._system: _Pieces = (1.0, *count_pieces(system_prompt)[1:])
-        self._system_bytes = len(system_prompt.encode("utf-8", "replace"))
+        self._system_bytes = _bytes(system_prompt)
         self._rates = list(_RATES)
         self._covariance = [
             [spread**2 if row == column else 0.0 for column in range(len(_RATES))]
@@ -119,7 +132,7 @@ class TokenEstimator:
     def fits(self, text: str, most_prompt_tokens: int) -> bool:
         """Return whether a prompt with *text* in it has at most *most_prompt_tokens*, whatever the rates. Cheap."""
         room = most_prompt_tokens - self.system_tokens
-        return 4 * len(text) <= room or most_tokens(text) <= room  # a character has at most four bytes
+        return _bytes(text) <= room or most_tokens(text) <= room  # a byte is at most one token
 
     def text_tokens(self, text: str) -> float:
         """Return the most tokens that *text*, a part of the user message, is likely to have."""
@@ -136,6 +149,8 @@ class TokenEstimator:
 
         If the result cannot exceed *enough*, it is not worked out and *enough* is returned.
         """
+        if CUT_SHARE * (self.system_tokens + _bytes(text)) <= enough:  # a byte is at most one token
+            return enough
         whole = self._with_system(count_pieces(text))
         if max(CUT_SHARE * _dot(self._rates, whole), _dot(_FLOORS, whole)) <= enough:
             return enough
@@ -198,7 +213,7 @@ class TokenEstimator:
 
     def learn(self, text: str, prompt_tokens: int) -> None:
         """Record that the server counted *prompt_tokens* for the whole prompt with *text* in it."""
-        most = self._system_bytes + len(text.encode("utf-8", "replace")) + TEMPLATE_TOKENS
+        most = self._system_bytes + _bytes(text) + TEMPLATE_TOKENS
         # Long runs say nothing about other texts; more tokens than bytes are not those of this prompt.
         if _RUN.search(text) or prompt_tokens > most:
             return

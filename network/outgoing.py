@@ -13,7 +13,6 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -195,6 +194,8 @@ def aiohttp_session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
 
 def requests_session(adapter: HTTPAdapter) -> requests.Session:
     """Return a session over *adapter*, which sends each request on its ``Route``; the caller closes it."""
+    from http.cookiejar import DefaultCookiePolicy  # noqa: PLC0415
+
     import requests  # noqa: PLC0415
 
     session = requests.Session()

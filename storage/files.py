@@ -221,8 +221,10 @@ def open_for_append(path: Path) -> int:
 
 def append_line(handle: int, path: Path, line: bytes) -> None:
     """Append *line* to the file *path*, open as *handle*, in one ``write``."""
-    with explained(f"{path} cannot be written", SPACE):
+    try:  # without ``explained``, because each document has several lines
         written = os.write(handle, line)
+    except OSError as exc:
+        raise StateDirectoryError(f"{path} cannot be written ({exc.strerror}); {SPACE}, then run again.") from exc
     if written != len(line):
         raise StateDirectoryError(f"{path} could only be written in part (disk full?); free space, then run again.")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 
+import certifi
 import pytest
 
 from tests.worker.site import ROOT, Ended, Site, WorkerProcess, conversation
@@ -24,6 +27,7 @@ OF_OTHERS = {
         "openai",
     ),
     *("phonenumbers", "requests", "sqlalchemy", "starlette", "statistics", "stdnum", "urllib3"),
+    *("http.cookiejar", "embedded.baseline"),
     *("uvicorn", "vaderSentiment", "api", "main", "llm_wrapper", "openai_batch", "rich.progress"),
     *(
         "config.openai_settings",
@@ -46,6 +50,20 @@ def test_a_plain_run_loads_no_library_of_others(site: Site, script: str) -> None
     assert (ended.code, site.results.count_documents({})) == (0, 3)
     assert {"aiohttp", "pymongo", "rich.console", "worker.run"} <= loaded  # they are listed at all
     assert not loaded & OF_OTHERS
+
+
+def test_certificates_of_the_system_are_not_read_for_a_run() -> None:
+    """aiohttp loads them twice for contexts that no request uses; requests to https have those of their route."""
+    told = (
+        "import os, async_llm_wrapper\n"
+        "from aiohttp import connector\n"
+        "contexts = connector._SSL_CONTEXT_VERIFIED, connector._SSL_CONTEXT_UNVERIFIED\n"
+        "print([context.cert_store_stats()['x509'] for context in contexts])\n"
+        "print(os.environ.get('SSL_CERT_FILE'), os.environ.get('SSL_CERT_DIR'))"
+    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "SSL_CERT_FILE": certifi.where()}
+    run = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["[0, 0]", f"{certifi.where()} None"]
 
 
 def run_watched(site: Site, told: str, *arguments: str) -> Ended:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import sqlite3
 import time
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ _SIBLINGS = ("", "-wal", "-shm", "-journal")  # SQLite files beside the cache fi
 _SET_UP = """
 PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF; PRAGMA cache_size=-1024;
 CREATE TABLE IF NOT EXISTS run (name TEXT);
-CREATE TABLE IF NOT EXISTS asked (input_sha256 BLOB PRIMARY KEY, source BLOB, outcome BLOB) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS asked (input_sha256 BLOB PRIMARY KEY, source BLOB, outcome BLOB);
 """
 # The fields of an Outcome in a row, after its labels.
 _KEPT = ("model_used", "model_digest", "fingerprint", "input_complete", "turns_used", "confidence")
+_kept_values = attrgetter(*_KEPT)
 
 Copy = tuple[WorkItem, Outcome]
 
@@ -57,7 +60,7 @@ class Deduplicator:
         if not self._is_on or item.rounds > 0:
             return []
         item.input_hash = item.conversation.transcript_sha256
-        row = self._execute("SELECT source, outcome FROM asked WHERE input_sha256 = ?", item.input_hash)
+        row = self._execute("SELECT source, outcome FROM asked WHERE input_sha256 = ?", bytes.fromhex(item.input_hash))
         source_id = extended_json.loads(row[0])[0] if row else item.document_id
         if not row or source_id == item.document_id:
             return []
@@ -81,7 +84,8 @@ class Deduplicator:
         if item.input_hash:
             del self._leaders[item.input_hash]
             values = extended_json.dumps([item.document_id]), _row(outcome)
-            self._execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", item.input_hash, *values)
+            self._begin()
+            self._execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", bytes.fromhex(item.input_hash), *values)
         followers, item.followers = item.followers, []
         return [(one, _copy(outcome, item.document_id, one)) for one in followers]
 
@@ -99,10 +103,11 @@ class Deduplicator:
         """Forget *result*, which cannot be stored: no copy may refer to its document."""
         made = result["processing_metadata"]
         if "copied_from" not in made and "input_sha256" in made:
-            self._execute("DELETE FROM asked WHERE input_sha256 = ?", made["input_sha256"])
+            self._execute("DELETE FROM asked WHERE input_sha256 = ?", bytes.fromhex(made["input_sha256"]))
 
     def close(self, *, is_finished: bool) -> None:
         """Close the file; remove it if the run is finished, keep it for a run that resumes."""
+        self._commit()
         if self._database is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._database.close()
@@ -110,19 +115,29 @@ class Deduplicator:
         if self._is_on and is_finished:
             self._remove()
 
+    def _begin(self) -> None:
+        """Begin the transaction of the answers that come in this turn of the loop: if the process is killed, they are lost."""
+        if self._database is not None and not self._database.in_transaction:
+            self._execute("BEGIN")
+            asyncio.get_running_loop().call_soon(self._commit)
+
+    def _commit(self) -> None:
+        if self._database is not None and self._database.in_transaction:
+            self._execute("COMMIT")
+
     def _remove(self) -> None:
         for sibling in _SIBLINGS:
             with contextlib.suppress(OSError):
                 os.unlink(f"{self._path}{sibling}")
 
-    def _execute(self, statement: str, input_hash: str, *values: bytes) -> Any:
+    def _execute(self, statement: str, *values: bytes) -> Any:
         """Return the first row of *statement*; None if there is none, or the file cannot be used."""
         if not self._is_usable:
             return None
         try:
             if self._database is None:
                 self._database = self._open()
-            return self._database.execute(statement, (bytes.fromhex(input_hash), *values)).fetchone()
+            return self._database.execute(statement, values).fetchone()
         except (sqlite3.Error, OSError) as exc:
             logger.warning("%s cannot be used (%s): identical conversations may be asked again", self._path, exc)
             self._is_usable = False
@@ -162,7 +177,7 @@ def _copy(outcome: Outcome, source_id: Any, item: WorkItem) -> Outcome:
 
 
 def _row(outcome: Outcome) -> bytes:
-    return orjson.dumps([outcome.classification.as_dict(), *(getattr(outcome, name) for name in _KEPT)])
+    return orjson.dumps([outcome.classification.as_dict(), *_kept_values(outcome)])
 
 
 def _outcome(row: bytes, input_hash: str) -> Outcome:

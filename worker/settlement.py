@@ -354,7 +354,7 @@ class Settlement:
                 await self._store.release(batch.document_ids)
             self.mark.advance(self._checkpoint)
             self._checkpoint.counts = asdict(self.stats)
-            content = asdict(self._checkpoint)
+            content = {name: getattr(self._checkpoint, name) for name in Checkpoint.__slots__}
             if content != self._saved:
                 await asyncio.to_thread(
                     self._files.write_state, "checkpoint.json", content | {"updated_at": datetime.now(UTC)}

@@ -114,7 +114,7 @@ def test_count_of_a_whole_prompt_is_judged_alike_without_the_exact_estimate(text
 @pytest.mark.parametrize("text", ["short", "the parcel is late. " * 40, "订单" * 300, "\U0001f4e6" * 300])
 def test_text_that_fits_for_certain_has_a_token_for_each_byte_or_the_highest_rates(text: str) -> None:
     estimator = TokenEstimator(build_system_prompt(load_taxonomy()))
-    most = min(4 * len(text), most_tokens(text)) + estimator.system_tokens
+    most = min(len(text.encode()), most_tokens(text)) + estimator.system_tokens
     assert estimator.fits(text, int(most) + 1)
     assert not estimator.fits(text, int(most) - 1)
 

@@ -15,6 +15,7 @@ from aggregator import aggregate_conversation
 from config import load_settings
 from domain.conversation import SOURCE_FIELDS
 from mongo_client import SAMPLE_BYTES, DocumentStore
+from storage.extended_json import SMALL_BYTES
 from storage.mongo_pages import PAGE_BYTES
 from storage.selection import UNREADABLE
 from tests.worker.site import ROOT, Site, conversation, documents_of_all_shapes, filled
@@ -65,7 +66,7 @@ def test_fields_that_are_read_are_asked_for() -> None:
 async def test_pages_hold_what_is_used(mongodb_uri: str, database: Database[dict[str, Any]], keeps: bool) -> None:
     """Beside the fields and within the turns; with STORE_ORIGINAL_CONVERSATION, results need the whole document."""
     document = conversation(1, attachment=b"x")
-    document["messages"][0]["file"] = b"x"
+    document["messages"][0]["file"] = bytes(SMALL_BYTES)
     database["conversation_set"].insert_one(document)
     settings = load_settings(mongodb_uri=mongodb_uri, db_name=database.name, store_original_conversation=keeps)
     store = DocumentStore(settings)
