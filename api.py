@@ -11,7 +11,6 @@ from typing import Any
 
 import llm_wrapper
 from aggregator import aggregate_conversation
-from classifier import Classifier
 from config import Settings, load_prompt_taxonomy, load_settings
 from error_handler import RequestError, SkippedDocumentError
 from model_server.models import chat_target
@@ -26,6 +25,7 @@ from service.contract import (
     Labels,
     Message,
 )
+from worker.reply_choice import classifier_for
 
 __all__ = [
     "ClassificationRequest",
@@ -68,10 +68,10 @@ def classify_conversation(
         conversation = aggregate_conversation(request.model_dump())
     except SkippedDocumentError as exc:
         raise RequestError(errors.INVALID) from exc
-    classifier = Classifier(load_prompt_taxonomy(settings), settings.on_long)
+    taxonomy = load_prompt_taxonomy(settings)
     with llm_wrapper.open_session() as session:
         client = llm_wrapper.LLMClient(settings, chat_target(settings, settings.model or ""), session)
-        client.prepare(settings)
+        classifier = classifier_for(settings, client.prepare(settings), taxonomy)
         client.warm_up(choose_window(None, client.target.context_limit, settings.ollama_num_ctx), logger.info)
         try:
             outcome = llm_wrapper.ollama_classify(conversation, client, classifier)

@@ -18,7 +18,7 @@ import aiohttp
 from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import LLMError, LLMTimeoutError, LLMUnavailableError
+from error_handler import LLMError, LLMFormError, LLMTimeoutError, LLMUnavailableError
 from logger import REQUEST_ID_HEADER, request_id
 from model_server import models as served_models
 from model_server import protocol
@@ -196,14 +196,24 @@ async def ollama_classify_async(
 ) -> Outcome:
     """Return the labels of *conversation*; an unusable answer is followed by one repair turn.
 
+    If the server refuses the reply style of *classifier*, the question is repeated in the next longer one.
+
     *attempt* counts earlier attempts of this document (from 0) and varies the seed.
 
     Raises:
         LLMError: The server gave no answer, or no usable one.
         SkippedDocumentError: The conversation is longer than the window, and ON_LONG is skip.
     """
-    flow, calls = classification_flow(conversation, client, classifier), itertools.count(2 * attempt)
-    return await drive(flow, lambda messages: client.chat(messages, classifier.schema_json, next(calls)))
+    calls = itertools.count(2 * attempt)
+
+    async def classify(used: Classifier) -> Outcome:
+        flow = classification_flow(conversation, client, used)
+        return await drive(flow, lambda messages: client.chat(messages, used.schema_json, next(calls)))
+
+    try:
+        return await classify(classifier.for_target(client.target))
+    except LLMFormError:
+        return await classify(classifier.for_target(client.target))
 
 
 async def drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
-from classifier import Classifier
 from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
 from embedded.choice import BuiltInClassifier
@@ -30,6 +29,7 @@ from worker.checkpoint import Checkpoint
 from worker.intake import Classify, RunOptions, RunParts, has_work
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
+from worker.reply_choice import classifier_for
 from worker.run import BatchRun
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
@@ -113,7 +113,6 @@ class BatchProcessor:
         self._connected = True
 
     async def _connect_model(self, stack: AsyncExitStack, taxonomy: Taxonomy) -> Classify:
-        classifier = Classifier(taxonomy, self.settings.on_long)
         session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
         if self.settings.max_concurrent == "auto":
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
@@ -123,6 +122,7 @@ class BatchProcessor:
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
+        classifier = classifier_for(self.settings, client.target, taxonomy)
         self._plan = plan_of(classifier, client.target)
         asked_ctx = self.settings.ollama_num_ctx
         if await has_work(self.store, self.files, self.options, self._kinds()):

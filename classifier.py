@@ -9,9 +9,16 @@ from collections.abc import Generator
 from typing import Any, Protocol
 
 from config import Taxonomy
-from config.taxonomy import Field, fold_label
+from config.taxonomy import fold_label
 from domain.confidence import label_confidence
 from domain.conversation import Classification, Conversation, Message, Outcome, chat_messages, result_fingerprint
+from domain.reply_style import (
+    MAX_CATEGORIZATION_CHARACTERS,
+    ReplyStyle,
+    answer_schema,
+    answered,
+    required_form,
+)
 from domain.text import one_line, prompt_text
 from error_handler import LLMContextError, LLMError, LLMReplyError, Reason
 from model_server.protocol import ChatReply, ChatTarget, plan_fingerprint
@@ -20,7 +27,6 @@ from prompt_builder import build_system_prompt
 
 MAX_REPLY_CHARACTERS = 65_536  # an answer has a few thousand (num_predict is 700)
 MAX_BROKEN_OBJECTS = 200
-MAX_CATEGORIZATION_CHARACTERS = 200
 MAX_TRUNCATIONS = 2  # after a refusal; the second one helps if the kept part has more tokens than the rest
 
 # The tags of reasoning that servers leave in the text: <think> (most), [THINK] (Magistral), <|channel|>
@@ -32,29 +38,43 @@ _REASONING_TAG = re.compile(
     re.IGNORECASE,
 )
 
+_OPENING = re.compile(r"[\[{]")
 _TAG_SIGNS = ("<", "[/", "[t", "[T", "\N{WHITE LEFT-POINTING TRIANGLE}")  # how the tags begin
 
 _REPAIR = (
-    "Your answer could not be used: {problem}. Answer again for the same conversation with one JSON object with "
-    "exactly the {keys}, and labels from the lists only."
+    "Your answer could not be used: {problem}. Answer again for the same conversation with {form} and labels from the "
+    "lists only."
 )
 
 
 class Classifier:
-    """The parts that follow from one taxonomy: prompt, JSON Schema of a reply, and parser. Keep one for each model.
+    """The parts that follow from a taxonomy and a reply style: prompt, JSON Schema of a reply, and parser.
 
-    *truncator* fits long conversations into the window as *on_long* says, and learns from the answers of the model.
+    Keep one for each model. *truncator* fits long conversations into the window as *on_long* says, and learns from the
+    answers of the model.
     """
 
-    def __init__(self, taxonomy: Taxonomy, on_long: OnLong = "fit") -> None:
-        self.system_prompt = build_system_prompt(taxonomy)
+    def __init__(self, taxonomy: Taxonomy, on_long: OnLong = "fit", reply_style: ReplyStyle = "full") -> None:
+        self.reply_style = reply_style
+        self._taxonomy, self._on_long = taxonomy, on_long
+        self.system_prompt = build_system_prompt(taxonomy, reply_style)
         self.truncator = TranscriptTruncator(self.system_prompt, on_long)
-        self._keys = taxonomy.keys
+        self._without_arrays = self.restyled("labels") if reply_style == "list" else self
+        self._form = required_form(taxonomy, reply_style)
+        self._fields = taxonomy.field_names
         self._lists = tuple(field.name for field in taxonomy.fields if field.is_multiple)
-        self._texts = tuple(key for key in taxonomy.keys if key not in self._lists)
+        self._texts = tuple(key for key in answered(taxonomy, reply_style).keys if key not in self._lists)
         self._names = {field.name: field.names for field in taxonomy.fields}
         self._labels = {field: {fold_label(name): name for name in names} for field, names in self._names.items()}
-        self.schema_json = json.dumps(classification_schema(taxonomy), ensure_ascii=False).encode()
+        self.schema_json = json.dumps(classification_schema(taxonomy, reply_style), ensure_ascii=False).encode()
+
+    def restyled(self, reply_style: ReplyStyle) -> Classifier:
+        """Return the classifier of the same taxonomy for another style."""
+        return Classifier(self._taxonomy, self._on_long, reply_style)
+
+    def for_target(self, target: ChatTarget) -> Classifier:
+        """Return the classifier for *target*: this one, or that of the style ``labels`` if it takes no arrays."""
+        return self._without_arrays if target.refuses_arrays else self
 
     def messages(self, transcript: str) -> list[Message]:
         """Return the messages that ask for the labels of *transcript*."""
@@ -67,9 +87,9 @@ class Classifier:
     def parse(self, reply: str) -> Classification:
         """Return the classification in *reply*.
 
-        Accepts plain JSON, or JSON inside a code fence or prose. Reasoning is removed first; of several objects, the
-        last complete and valid one counts. Labels match without regard to case, spacing and Unicode form, and are
-        returned as the taxonomy spells them.
+        Accepts plain JSON, or JSON inside a code fence or prose. Reasoning is removed first; of several objects (arrays
+        in the style ``list``), the last complete and valid one counts. Labels match without regard to case, spacing and
+        Unicode form, and are returned as the taxonomy spells them.
 
         Raises:
             LLMReplyError: empty, not_json, wrong_shape or label_outside. The message never quotes the reply.
@@ -77,21 +97,38 @@ class Classifier:
         text = _without_reasoning(reply)
         found: Classification | None = None
         problem: LLMReplyError | None = None
-        start, failures = text.find("{"), 0
+        start, failures = self._next_value(text, 0), 0
         # The limit keeps a reply of opening braces from costing a scan for each of them.
         while start >= 0 and failures <= MAX_BROKEN_OBJECTS:
             end = start + 1
             try:
-                fields, end = _DECODER.raw_decode(text, start)
-                found = self._classification(fields)
+                value, end = _DECODER.raw_decode(text, start)
+                found = self._classification(self._keyed(value))
             except LLMReplyError as exc:
                 problem = exc
             except (ValueError, RecursionError):
                 failures += 1
-            start = text.find("{", end)
+            start = self._next_value(text, end)
         if found is None or failures > MAX_BROKEN_OBJECTS:  # beyond the limit a later object could correct this one
-            raise problem or LLMReplyError("the answer holds no complete JSON object", Reason.NOT_JSON)
+            kind = "array" if self.reply_style == "list" else "object"
+            raise problem or LLMReplyError(f"the answer holds no complete JSON {kind}", Reason.NOT_JSON)
         return found
+
+    def _next_value(self, text: str, place: int) -> int:
+        """Return where the next object or, in the style ``list``, array or object begins in *text*; -1 if none does."""
+        if self.reply_style != "list":
+            return text.find("{", place)
+        opening = _OPENING.search(text, place)
+        return -1 if opening is None else opening.start()
+
+    def _keyed(self, value: Any) -> dict[str, Any]:
+        """Return the fields of a decoded answer."""
+        if self.reply_style != "list":
+            fields: dict[str, Any] = value
+            return fields
+        if not isinstance(value, list) or len(value) != len(self._fields):
+            raise LLMReplyError(f"not an array of {len(self._fields)} values", Reason.WRONG_SHAPE)
+        return dict(zip(self._fields, value, strict=True))
 
     def _classification(self, fields: dict[str, Any]) -> Classification:
         missing = [key for key in self._texts if not isinstance(fields.get(key), str)]
@@ -119,7 +156,8 @@ class Classifier:
         """Return the probability of each label that was parsed from *reply*; None if it has no log probabilities."""
         if not reply.tokens:
             return None
-        return label_confidence(reply.tokens, _without_reasoning(reply.text), classification, self._names)
+        text = _without_reasoning(reply.text)
+        return label_confidence(reply.tokens, text, classification, self._names, is_array=self.reply_style == "list")
 
     def repair_messages(self, messages: list[Message], reply: ChatReply | None, problem: LLMError) -> list[Message]:
         """Return *messages* with the unusable *reply* and a turn that explains the error.
@@ -128,12 +166,10 @@ class Classifier:
         """
         if reply is None:
             return messages
-        *others, last = self._keys
-        keys = f"keys {', '.join(others)} and {last}" if others else f"key {last}"
         return [
             *messages,
             {"role": "assistant", "content": one_line(prompt_text(reply.text), 500)},
-            {"role": "user", "content": _REPAIR.format(problem=problem, keys=keys)},
+            {"role": "user", "content": _REPAIR.format(problem=problem, form=self._form)},
         ]
 
     def _label(self, field: str, value: str) -> str:
@@ -148,30 +184,13 @@ def parse_classification(reply: str, taxonomy: Taxonomy) -> Classification:
     return Classifier(taxonomy).parse(reply)
 
 
-def classification_schema(taxonomy: Taxonomy) -> dict[str, Any]:
+def classification_schema(taxonomy: Taxonomy, reply_style: ReplyStyle = "full") -> dict[str, Any]:
     """Return the JSON Schema of an answer.
 
     It is flat and uses only enums and lists of enums, because grammar compilers fail on patterns, formats, unions and,
     some of them, uniqueItems. The order of the keys makes the model describe the conversation before it labels it.
     """
-    text = {"type": "string", "minLength": 1, "maxLength": MAX_CATEGORIZATION_CHARACTERS}
-    return {
-        "type": "object",
-        "properties": {
-            **({"categorization": text} if taxonomy.has_categorization else {}),
-            **{field.name: _field_schema(field) for field in taxonomy.fields},
-        },
-        "required": list(taxonomy.keys),
-        "additionalProperties": False,
-    }
-
-
-def _field_schema(field: Field) -> dict[str, Any]:
-    one = {"type": "string", "enum": list(field.names)}
-    if not field.is_multiple:
-        return one
-    # The limit ends the list of a model that repeats a label for ever.
-    return {"type": "array", "items": one, "minItems": 1, "maxItems": len(field.labels)}
+    return answer_schema(taxonomy, reply_style)
 
 
 class ModelClient(Protocol):
@@ -189,12 +208,12 @@ def classification_flow(
 
     The driver, synchronous or not, sends what is yielded, and throws in each LLMError of its client. One repair turn
     follows an unusable reply. If the prompt was too long, or was cut by the server, the conversation is truncated again,
-    at most twice with the token counts of the failure, or once for each usual window if the server names no size. A trial
-    (see TranscriptTruncator.fit) that fails in any way is followed by a fitted prompt.
+    at most twice with the token counts of the failure, or once for each usual window if the server names no size. A failed
+    trial (see TranscriptTruncator.fit) is followed by a fitted prompt.
 
     Raises:
         LLMContextError, SkippedDocumentError: The conversation does not fit, and ON_LONG forbids truncation.
-        LLMError: The second attempt failed as well.
+        LLMError: The second attempt failed as well; LLMFormError: ``for_target`` returns the classifier to use instead.
     """
     start_s = time.monotonic()
     truncator = classifier.truncator

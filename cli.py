@@ -225,7 +225,7 @@ async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: R
     store = DocumentStore(settings)
     try:
         await store.check()
-        if options.only in ("stale", "failed") and plan is None:
+        if options.only in ("stale", "stale-style", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
         report = await preview(store, options, kinds, tell_line)

@@ -154,6 +154,10 @@ class LLMRejectedError(LLMError):
     """The server will never accept this request."""
 
 
+class LLMFormError(LLMRejectedError):
+    """The server cannot bind answers to the form of the request; the same question in a longer reply style may do."""
+
+
 class LLMContextError(LLMRejectedError):
     """The prompt does not fit into the context window; the counts are those of the server, None if unknown."""
 

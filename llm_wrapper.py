@@ -21,7 +21,14 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 from classifier import Classifier, classification_flow
 from config import Settings
 from domain.conversation import Conversation, Message, Outcome
-from error_handler import LLMAbsentError, LLMConnectionError, LLMError, LLMTimeoutError, LLMUnavailableError
+from error_handler import (
+    LLMAbsentError,
+    LLMConnectionError,
+    LLMError,
+    LLMFormError,
+    LLMTimeoutError,
+    LLMUnavailableError,
+)
 from model_server import protocol
 from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.models import find_target
@@ -212,8 +219,16 @@ class LLMClient:
 
 def ollama_classify(conversation: Conversation, client: LLMClient, classifier: Classifier, attempt: int = 0) -> Outcome:
     """Return the labels of *conversation*, as ``async_llm_wrapper.ollama_classify_async`` does."""
-    flow, calls = classification_flow(conversation, client, classifier), itertools.count(2 * attempt)
-    return _drive(flow, lambda messages: client.chat(messages, classifier.schema_json, next(calls)))
+    calls = itertools.count(2 * attempt)
+
+    def classify(used: Classifier) -> Outcome:
+        flow = classification_flow(conversation, client, used)
+        return _drive(flow, lambda messages: client.chat(messages, used.schema_json, next(calls)))
+
+    try:
+        return classify(classifier.for_target(client.target))
+    except LLMFormError:
+        return classify(classifier.for_target(client.target))
 
 
 def _drive(flow: Generator[Q, A, R], ask: Callable[[Q], A]) -> R:

@@ -13,9 +13,10 @@ from typing import Any
 from config import Taxonomy
 from config.taxonomy import Field
 from domain.conversation import Conversation, Message, chat_messages
+from domain.reply_style import ReplyStyle, answer_form, answer_name, answered, example_answer
 
 _TASK = """\
-You label customer-support conversations. Read the whole conversation and answer with one JSON object and nothing else:
+You label customer-support conversations. Read the whole conversation and answer with one {} and nothing else:
 """
 
 # The rules of the shipped fields; the others follow from the taxonomy.
@@ -63,41 +64,38 @@ Customer: ok
 """
 
 
-def build_prompt(conversation: Conversation, taxonomy: Taxonomy) -> list[Message]:
+def build_prompt(conversation: Conversation, taxonomy: Taxonomy, reply_style: ReplyStyle = "full") -> list[Message]:
     """Return the chat messages that ask for the labels of *conversation*. For many conversations, keep a Classifier."""
-    return chat_messages(build_system_prompt(taxonomy), conversation.transcript)
+    return chat_messages(build_system_prompt(taxonomy, reply_style), conversation.transcript)
 
 
-def build_system_prompt(taxonomy: Taxonomy) -> str:
-    """Return the constant part of the prompt: instructions, taxonomy and examples."""
-    parts = [_instructions(taxonomy)]
+def build_system_prompt(taxonomy: Taxonomy, reply_style: ReplyStyle = "full") -> str:
+    """Return the constant part of the prompt: instructions, taxonomy and examples, for answers in *reply_style*."""
+    parts = [_instructions(taxonomy, reply_style)]
     for field in taxonomy.fields:
         lines = (f"{label.name}: {label.definition}" if label.definition else label.name for label in field.labels)
         parts.append(f"{_heading(field)}:\n" + "".join(f"- {line}\n" for line in lines))
-    examples = _examples(taxonomy)
+    examples = _examples(taxonomy, reply_style)
     if examples:
         others = [field.name for field in taxonomy.fields if field.name not in _FIELD_RULES]
         without = f" (without {', '.join(others)})" if others else ""
         parts.append(f"EXAMPLES{without}:\n" + "\n".join(examples))
-    if added := _added_examples(taxonomy):
+    if added := _added_examples(taxonomy, reply_style):
         parts.append("MORE EXAMPLES:\n" + "\n".join(added))
     return "\n".join(parts)
 
 
-def _instructions(taxonomy: Taxonomy) -> str:
+def _instructions(taxonomy: Taxonomy, style: ReplyStyle) -> str:
     """Return the task with the form of the answer, and the numbered rules."""
-    multiple = {field.name for field in taxonomy.fields if field.is_multiple}
-    values = {True: '["..."]', False: '"..."'}
-    form = ", ".join(f'"{key}": {values[key in multiple]}' for key in taxonomy.keys)
     rules = [_FIELD_RULES.get(field.name) or _field_rule(field) for field in taxonomy.fields]
-    if taxonomy.has_categorization:
+    if answered(taxonomy, style).has_categorization:
         rules.append(_CATEGORIZATION_RULE)
     has_other = all("Other" in field.names for field in taxonomy.fields if field.name not in _FIELD_RULES)
-    one = " where one is allowed" if multiple else ""
+    one = " where one is allowed" if any(field.is_multiple for field in taxonomy.fields) else ""
     closest = "" if has_other else ", or the closest label of a list without Other"
     rules += [_LABEL_RULE.format(one, closest), *_DATA_RULES]
     numbered = "".join(f"{number}. {rule}\n" for number, rule in enumerate(rules, 1))
-    return f"{_TASK}{{{form}}}\n\nRules:\n{numbered}"
+    return f"{_TASK.format(answer_name(taxonomy, style))}{answer_form(taxonomy, style)}\n\nRules:\n{numbered}"
 
 
 def _field_rule(field: Field) -> str:
@@ -113,27 +111,27 @@ def _heading(field: Field) -> str:
     return field.name.upper() + ("S" if field.name in _FIELD_RULES else "")
 
 
-def _examples(taxonomy: Taxonomy) -> list[str]:
-    """Return the examples whose labels are in *taxonomy*, with the keys that it has."""
+def _examples(taxonomy: Taxonomy, style: ReplyStyle) -> list[str]:
+    """Return the examples whose labels are in *taxonomy*, with the keys that it has, as answers in *style*."""
     fields = [name for name in taxonomy.field_names if name in _FIELD_RULES]
+    if style == "list" and len(fields) < len(taxonomy.fields):  # an array without keys cannot leave a field out
+        return []
     shown = []
     for example in _EXAMPLES.strip().split("\n\n") if fields else ():
         *lines, last = example.splitlines()
         answer = json.loads(last)
         if all(answer[field] in taxonomy.names(field) for field in fields):
-            kept = {key: label for key, label in answer.items() if key in taxonomy.keys}
-            shown.append("\n".join([*lines, json.dumps(kept, ensure_ascii=False)]) + "\n")
+            shown.append("\n".join([*lines, example_answer(answer, taxonomy, style)]) + "\n")
     return shown
 
 
-def _added_examples(taxonomy: Taxonomy) -> list[str]:
+def _added_examples(taxonomy: Taxonomy, style: ReplyStyle) -> list[str]:
     """Return the examples of the user; those with a label that is not in *taxonomy* are left out."""
     shown = []
     for example in taxonomy.examples:
         labels = {field: example.answer.get(field) for field in taxonomy.field_names}
         if all(_is_known(label, taxonomy.names(field)) for field, label in labels.items()):
-            kept = {key: label for key, label in example.answer.items() if key in taxonomy.keys}
-            answer = json.dumps(kept, ensure_ascii=False)
+            answer = example_answer(example.answer, taxonomy, style)
             shown.append(f"<conversation>\n{example.transcript}\n</conversation>\n{answer}\n")
     return shown
 

@@ -140,6 +140,13 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
 
 def _add_work_flags(group: argparse._ActionsContainer) -> None:
     add_model_flags(group)
+    group.add_argument(
+        "--reply",
+        dest="reply_style",
+        choices=["full", "labels", "list", "auto"],
+        help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), or auto "
+        "(REPLY_STYLE; full)",
+    )
     group.add_argument("--batch-size", type=int, metavar="N", help="documents per batch (BATCH_SIZE; 100)")
     group.add_argument(
         "--max-concurrent",

@@ -26,6 +26,7 @@ MEANINGS: dict[Kind, str] = {
     "new": "no result yet",
     "changed": "conversation changed since it was labelled",
     "stale": "labelled by another prompt, taxonomy, model or options",
+    "stale-style": "labelled in another reply style, else up to date; only --only stale-style takes them",
     "failed": "failed, or in the retry queue or quarantine",
     "elsewhere": "marked processed, no result in this collection; only --only elsewhere takes them",
     "skipped": "nothing to classify",
@@ -33,7 +34,7 @@ MEANINGS: dict[Kind, str] = {
     "unjudged": "done or stale; unknown without the model server (--offline)",
     "foreign": "unrecognised status; not selected",
 }
-OFFLINE_KINDS = ("stale", "done", "unjudged")  # --offline cannot distinguish the first two
+OFFLINE_KINDS = ("stale", "stale-style", "done", "unjudged")  # --offline cannot distinguish the first three
 LINE_EVERY_S = 5.0
 
 
@@ -55,7 +56,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
-    if arguments.offline and arguments.ids in OFFLINE_KINDS[:2]:
+    if arguments.offline and arguments.ids in OFFLINE_KINDS[:-1]:
         raise ConfigurationError(f"--offline cannot find documents that are {arguments.ids}; remove --offline.")
     store = DocumentStore(settings)
     try:
@@ -100,7 +101,7 @@ async def _judged(
 
 def _shown(plan: Plan | None) -> list[Kind]:
     """Return the kinds that can be distinguished, in the order of the report."""
-    left_out = OFFLINE_KINDS[:2] if plan is None else OFFLINE_KINDS[2:]
+    left_out = OFFLINE_KINDS[:-1] if plan is None else OFFLINE_KINDS[-1:]
     return [kind for kind in MEANINGS if kind not in left_out]
 
 
@@ -118,7 +119,7 @@ def _as_json(counts: Counter[str], statuses: Counter[str], settings: Settings, p
 def _as_text(counts: Counter[str], statuses: Counter[str], settings: Settings, plan: Plan | None) -> str:
     place = f"{settings.db_name}.{settings.source_collection} -> {settings.results_collection}"
     width = max(len(f"{counts.total():,}"), 5)
-    lines = [f"{kind:<9} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
+    lines = [f"{kind:<11} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
     if statuses:
         names = [f"{name} ({count:,})" for name, count in statuses.most_common(NAMED_STATUSES)]
         lines.append(f"statuses of other programs: {', '.join(names)}")

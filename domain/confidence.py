@@ -38,12 +38,18 @@ _DECODER = json.JSONDecoder()
 
 
 def label_confidence(
-    tokens: Iterable[Any], reply: str, classification: Classification, labels: Mapping[str, Iterable[str]]
+    tokens: Iterable[Any],
+    reply: str,
+    classification: Classification,
+    labels: Mapping[str, Iterable[str]],
+    *,
+    is_array: bool = False,
 ) -> dict[str, float] | None:
     """Return the probability of each label of *classification*: field -> 0 to 1, 4 digits.
 
     *tokens* are the entries of Ollama's ``logprobs`` or OpenAI's ``choices[0].logprobs.content``. *classification* was
-    parsed from *reply*. *labels* maps each of its fields to the allowed labels.
+    parsed from *reply*: an object or, if *is_array*, an array of the labels in the order of the fields. *labels* maps each
+    field to the allowed labels.
 
     Returns None if there are no entries, or if they are unclear: they do not spell *reply*, a label is not spelled as
     in the taxonomy or occurs twice, or a token of a label has no alternatives.
@@ -53,7 +59,7 @@ def label_confidence(
         contents = [_content(entry) for entry in entries]
         starts = itertools.accumulate(map(len, contents), initial=0)
         read, joined = list(zip(starts, contents, entries, strict=False)), b"".join(contents)
-        spans = _label_spans(reply, classification, joined)
+        spans = _in_tokens(reply, (_array_spans if is_array else _object_spans)(reply, classification), joined)
         return {field: round(_product(read, spans[field], labels[field], joined), 4) for field in labels}
     except (AttributeError, LookupError, TypeError, ValueError):  # an entry is malformed or unclear
         return None
@@ -76,12 +82,10 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _label_spans(reply: str, classification: Classification, joined: bytes) -> dict[str, list[_Span]]:
-    """Return the spans in *joined* of the labels of each field.
+def _object_spans(reply: str, classification: Classification) -> dict[str, list[_Span]]:
+    """Return the spans in *reply*, a JSON object, of the labels of each field.
 
-    Text inside a JSON string of *reply* cannot match, because its quotes are escaped. Reasoning comes before an answer,
-    so the last occurrence of *reply* counts. Some servers strip fences and white space; then the part with the labels
-    must occur exactly once.
+    Text inside a JSON string of *reply* cannot match, because its quotes are escaped.
     """
     spans: dict[str, list[_Span]] = {}
     for field, label in classification.labels.items():
@@ -92,6 +96,43 @@ def _label_spans(reply: str, classification: Classification, joined: bytes) -> d
         else:
             (found,) = re.finditer(rf'"{field}"\s*:\s*\[', reply)
             spans[field] = _spans_of_list(reply, found.end())
+    return spans
+
+
+def _array_spans(reply: str, classification: Classification) -> dict[str, list[_Span]]:
+    """Return the spans in *reply* of the labels of each field, if exactly one array in it has these labels."""
+    ways = [_spans_from(reply, found.end(), classification) for found in re.finditer(r"\[", reply)]
+    (spans,) = [way for way in ways if way is not None]
+    return spans
+
+
+def _spans_from(reply: str, place: int, classification: Classification) -> dict[str, list[_Span]] | None:
+    """Return the spans of the labels in the array whose values begin at *place*; None if it has other values."""
+    spans: dict[str, list[_Span]] = {}
+    try:
+        for field, label in classification.labels.items():
+            place += len(reply[place:]) - len(reply[place:].lstrip(" \t\r\n,"))
+            value, end = _DECODER.raw_decode(reply, place)
+            if isinstance(label, str):
+                spans[field] = [(label, place + 1, end)]
+                same = value == label
+            else:
+                spans[field] = _spans_of_list(reply, place + 1)
+                same = {*value} == {*label}
+            if not same:
+                return None
+            place = end
+    except (LookupError, TypeError, ValueError):
+        return None
+    return spans
+
+
+def _in_tokens(reply: str, spans: dict[str, list[_Span]], joined: bytes) -> dict[str, list[_Span]]:
+    """Return *spans*, which are of *reply*, as spans in *joined*.
+
+    Reasoning comes before an answer, so the last occurrence of *reply* counts. Some servers strip fences and white space;
+    then the part with the labels must occur exactly once.
+    """
     place = joined.rfind(_encoded(reply))
     if place < 0:
         first = min(start for found in spans.values() for _, start, _ in found)

@@ -11,8 +11,7 @@ from functools import partial
 
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
-from classifier import Classifier
-from config import Settings, load_prompt_taxonomy
+from config import Settings
 from domain.conversation import SOURCE_FIELDS, Conversation, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import (
@@ -34,6 +33,7 @@ from worker.checkpoint import RunStats
 from worker.intake import Classify
 from worker.plan import run_window
 from worker.progress import Reporter
+from worker.reply_choice import classifier_for
 
 JOB = "evaluation"
 
@@ -86,8 +86,7 @@ class FreshRun:
         await self._store.ensure_result_indexes()
         known = await self._store.result_provenance([document["_id"] for document, _ in conversations])
         async with AsyncExitStack() as stack:
-            classifier = Classifier(load_prompt_taxonomy(self._settings), self._settings.on_long)
-            classify, plan = await self._connect(stack, classifier, [one for _, one in conversations])
+            classify, plan = await self._connect(stack, [one for _, one in conversations])
             queue: list[tuple[Document, Conversation]] = []
             for document, conversation in conversations:
                 metadata = known.get(id_key(document["_id"]), {}).get("processing_metadata") or {}
@@ -105,15 +104,14 @@ class FreshRun:
         except SkippedDocumentError as exc:
             self._note("skipped", document, str(exc.reason))
 
-    async def _connect(
-        self, stack: AsyncExitStack, classifier: Classifier, conversations: Sequence[Conversation]
-    ) -> tuple[Classify, str]:
+    async def _connect(self, stack: AsyncExitStack, conversations: Sequence[Conversation]) -> tuple[Classify, str]:
         settings = self._settings
         session = await stack.enter_async_context(llm.open_session(settings.most_concurrent))
         asked = replace(chat_target(settings, settings.model or ""), logprobs=True)
         client = llm.AsyncLLMClient(settings, asked, session)
         stack.push_async_callback(client.breaker.close)
         await client.prepare(settings)
+        classifier = classifier_for(settings, client.target)
         sample = partial(_needs, conversations, classifier.truncator.estimator)
         choice = await run_window(client, settings.ollama_num_ctx, sample)
         num_ctx = (await client.warm_up(choice, lambda _: None)).num_ctx

@@ -9,7 +9,14 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from domain.conversation import Message
-from error_handler import LLMAbsentError, LLMConnectionError, LLMError, LLMOutdatedError, LLMUnavailableError
+from error_handler import (
+    LLMAbsentError,
+    LLMConnectionError,
+    LLMError,
+    LLMFormError,
+    LLMOutdatedError,
+    LLMUnavailableError,
+)
 from model_server.protocol import (
     ChatReply,
     ChatTarget,
@@ -23,7 +30,7 @@ from model_server.protocol import (
     reasoning,
     refuses_logprobs,
 )
-from model_server.refusals import refused_fields, refused_options, refuses_system_role
+from model_server.refusals import refused_fields, refused_options, refuses_schema, refuses_system_role
 from utils.outgoing import problem_of
 
 logger = logging.getLogger(__name__)
@@ -84,6 +91,7 @@ def chat_flow(
 
     Raises:
         LLMOutdatedError: The server takes no JSON schema.
+        LLMFormError: It takes no JSON schema of an array. The target notes that.
         LLMError: See model_server.protocol.parse_chat_response.
     """
     while True:
@@ -100,10 +108,24 @@ def chat_flow(
             reply = parse_chat_response(target, *answer, messages)
         except LLMError:
             if not changes:
+                learn_form(client, schema_json, *answer)
                 raise
         else:
             client.reloads.note(target, reply, was_warm=was_warm)
             return reply
+
+
+def learn_form(client: TargetOwner, schema_json: bytes, status: int, body: bytes) -> None:
+    """Raise LLMFormError, and note it in the target of *client*, if a response refuses the schema of an array."""
+    target = client.target
+    is_array = json_object(schema_json).get("type") == "array"
+    if status not in (400, 422, 500, 501) or not is_array or not refuses_schema(body[:4000].decode("utf-8", "replace")):
+        return
+    problem = f"{target.model} at {target.server_url} takes no array as answer; the reply style is now labels"
+    if not target.refuses_arrays:
+        client.target = replace(target, refuses_arrays=True)
+        logger.warning("%s. To avoid the first refusal, set REPLY_STYLE=labels", problem)
+    raise LLMFormError(problem)
 
 
 def lesson(target: ChatTarget, status: int, body: bytes) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class ChatTarget:
     is sent instead of ``think: false`` to models that cannot be kept from thinking. *logprobs* requests the
     probabilities of the answer's tokens, which adds about 100 kB to an answer. *merges_system*: the model has no system
     role. *refused* names the optional fields, and ``max_tokens``, that an OpenAI-compatible server does not take.
+    *refuses_arrays*: the server takes no JSON schema of an array.
     """
 
     protocol: Protocol
@@ -76,6 +77,7 @@ class ChatTarget:
     context_limit: int | None = None
     merges_system: bool = False
     refused: frozenset[str] = frozenset()
+    refuses_arrays: bool = False
 
     @property
     def thinking_switches(self) -> dict[str, Any]:
@@ -168,16 +170,12 @@ def refuses_logprobs(target: ChatTarget, status: int, body: bytes) -> bool:
 
 
 def _options(target: ChatTarget, attempt: int) -> dict[str, Any]:
+    most = NUM_PREDICT + target.thinking_tokens
     if target.protocol == "openai_chat":
         limit = "max_completion_tokens" if "max_tokens" in target.refused else "max_tokens"
-        options = {"temperature": 0, "seed": SEED + attempt, limit: NUM_PREDICT + target.thinking_tokens}
+        options = {"temperature": 0, "seed": SEED + attempt, limit: most}
         return {name: value for name, value in options.items() if name not in target.refused}
-    return {
-        "temperature": 0,
-        "seed": SEED + attempt,
-        "num_ctx": target.num_ctx,
-        "num_predict": NUM_PREDICT + target.thinking_tokens,
-    }
+    return {"temperature": 0, "seed": SEED + attempt, "num_ctx": target.num_ctx, "num_predict": most}
 
 
 def parse_load_response(target: ChatTarget, status: int, body: bytes) -> None:
@@ -269,7 +267,7 @@ def _parse_openai(fields: dict[str, Any]) -> ChatReply:
 
 
 def answer_text(message: dict[str, Any], name: str) -> Any:
-    """Return the answer in the field *name*, or in a field for reasoning if that holds one JSON object and nothing else.
+    """Return the answer in the field *name*, or in a field for reasoning if that holds one JSON value and nothing else.
 
     Some servers with a schema and a parser for reasoning file the whole answer there.
     """
@@ -280,7 +278,7 @@ def answer_text(message: dict[str, Any], name: str) -> Any:
     if isinstance(text, str) and text.strip():
         return text
     thoughts = reasoning(message).strip()
-    return thoughts if thoughts.startswith("{") and thoughts.endswith("}") else text
+    return thoughts if thoughts[:1] + thoughts[-1:] in ("{}", "[]") else text
 
 
 def reasoning(message: dict[str, Any]) -> str:

@@ -43,6 +43,14 @@ _REASONING_SIGNS = {
     "temperature": re.compile(r"unsupported (?:parameter|value)\W{1,6}temperature|temperature\W{1,4}does not support"),
 }
 
+# OpenAI: "schema must be a JSON Schema of 'type: "object"', got 'type: "array"'"; llama.cpp: "failed to parse grammar",
+# "Unrecognized schema"; vLLM: "The provided JSON schema contains features not supported by xgrammar", "Failed to
+# convert the grammar"; Ollama up to 0.24: "invalid JSON schema in format".
+_SCHEMA_SIGNS = re.compile(
+    r"schema must be|(?:invalid|unrecognized|unsupported|provided|supported) (?:json )?schema|schema (?:is )?not supported"
+    r"|prefixitems|(?:parse|compile|convert|initialize|unsupported|invalid)[^.]{0,30}\b(?:grammar|samplers?)\b"
+)
+
 
 def context_refusal(text: str, answer_tokens: int) -> LLMContextError | None:
     """Return the error if *text* refuses a prompt for its length: it says so, or names two token counts.
@@ -89,6 +97,11 @@ def _value(digits: str) -> int:
 def refuses_system_role(text: str) -> bool:
     """Return whether *text* says that the model's chat template has no system role."""
     return _SYSTEM_ROLE.search(text.lower()) is not None
+
+
+def refuses_schema(text: str) -> bool:
+    """Return whether *text* refuses the JSON schema of the request, whatever its reason."""
+    return _SCHEMA_SIGNS.search(text.lower()) is not None
 
 
 def refused_fields(text: str, sent: set[str]) -> set[str]:

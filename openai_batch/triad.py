@@ -14,9 +14,10 @@ from typing import Any
 import orjson
 
 from aggregator import aggregate_conversation, document_shape
-from classifier import MAX_CATEGORIZATION_CHARACTERS, Classifier
+from classifier import Classifier
 from config import Settings, load_prompt_taxonomy
 from domain.conversation import Classification, Outcome, build_result, result_fingerprint
+from domain.reply_style import MAX_CATEGORIZATION_CHARACTERS
 from domain.text import one_line
 from error_handler import (
     JobProcessingError,

@@ -31,6 +31,7 @@ from model_server.models import chat_target
 from service import errors
 from service.admission import AdmissionQueue, Deadlines
 from service.metrics import ServiceMetrics
+from worker.reply_choice import classifier_for
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class ModelService:
             }
         )
         self.taxonomy = taxonomy = load_prompt_taxonomy(settings)
-        self._classifier = Classifier(taxonomy, settings.on_long)
+        self._classifier = Classifier(taxonomy, settings.on_long)  # until the model is found
         self._built_in = open_classifier(taxonomy) if service_settings.embedded else None
         self._target = chat_target(settings, settings.model or "")
         self._metrics = metrics
@@ -143,6 +144,8 @@ class ModelService:
             return errors.MODEL_MISSING, str(exc)
         except (LLMError, TimeoutError) as exc:
             return errors.MODEL_AWAY, str(exc) or f"no answer within {CHECK_TIMEOUT_S:.0f} s"
+        if not self._found:
+            self._classifier = classifier_for(self._settings, target, self.taxonomy)
         if self._window is not None and not self._window.is_loaded:
             return errors.MODEL_LOADING, f"{target.model} at {target.server_url} is available and not loaded yet"
         return None, f"{target.model} at {target.server_url} is ready"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from aggregator import aggregate_conversation
 from classifier import (
-    MAX_CATEGORIZATION_CHARACTERS,
     MAX_REPLY_CHARACTERS,
     Classifier,
     classification_flow,
@@ -24,6 +23,7 @@ from classifier import (
 from config import load_taxonomy
 from config.taxonomy import Field, Label, Taxonomy
 from domain.conversation import Classification, Conversation, Outcome, result_fingerprint
+from domain.reply_style import MAX_CATEGORIZATION_CHARACTERS
 from error_handler import (
     LLMContextError,
     LLMError,

@@ -11,12 +11,14 @@ import async_llm_wrapper as llm
 from aggregator import TEXT_FIELDS, entry_text
 from classifier import Classifier
 from config import Settings, load_prompt_taxonomy
+from domain.reply_style import STYLES
 from error_handler import LLMUnavailableError, StoreError
 from model_server.models import chat_target
 from model_server.protocol import ChatTarget
 from model_server.tokens import TokenEstimator
 from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore
+from worker.reply_choice import classifier_for
 from worker.staleness import Plan
 
 logger = logging.getLogger(__name__)
@@ -30,19 +32,24 @@ Sample = Callable[[], Awaitable[list[int]]]
 
 def plan_of(classifier: Classifier, target: ChatTarget) -> Plan:
     """Return the plan of a run with *target*."""
+    others = (classifier.restyled(style) for style in STYLES if style != classifier.reply_style)
+    return replace(_plan(classifier, target), others=tuple(_plan(other, target) for other in others))
+
+
+def _plan(classifier: Classifier, target: ChatTarget) -> Plan:
     return Plan(classifier.plan(target), target.digest, lambda name: classifier.plan(replace(target, model=name)))
 
 
 async def ask_plan(settings: Settings) -> Plan:
     """Return the plan of a run with *settings* now; the server is only asked for its models."""
-    classifier = Classifier(load_prompt_taxonomy(settings))
+    taxonomy = load_prompt_taxonomy(settings)
     async with llm.open_session(1) as session:
         client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
         try:
             target = await client.prepare(settings)
         except LLMUnavailableError as exc:
             raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
-    return plan_of(classifier, target)
+    return plan_of(classifier_for(settings, target, taxonomy), target)
 
 
 async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:

@@ -15,25 +15,27 @@ from storage.extended_json import Document, id_key
 from storage.selection import state_of
 from worker.quarantine import failed_keys
 
-Only = Literal["new", "changed", "stale", "failed", "elsewhere"]
+Only = Literal["new", "changed", "stale", "stale-style", "failed", "elsewhere"]
 Kind = Literal[Only, "skipped", "done", "unjudged", "foreign"]
 
 SELECTABLE: tuple[Only, ...] = get_args(Only)
 _WITHOUT_RESULT: dict[str, Kind] = {"processed": "elsewhere", "skipped": "skipped"}  # by state; new otherwise
 BASELINE_PLAN = "baseline"  # of the built-in classifiers, which replace no result
-REPLACED: tuple[Only, ...] = ("changed", "stale")  # a run replaces the results of these
+REPLACED: tuple[Only, ...] = ("changed", "stale", "stale-style")  # a run replaces the results of these
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a run labels now. *named* returns the fingerprint of the same plan with its model under another name.
 
-    Ollama lists one model under several names; the *digest* identifies it, None if it is unknown.
+    Ollama lists one model under several names; the *digest* identifies it, None if it is unknown. *others* are the same
+    plan in the other reply styles.
     """
 
     fingerprint: str
     digest: str | None = None
     named: Callable[[str], str] | None = None
+    others: tuple[Plan, ...] = ()
 
     def made(self, metadata: Document, input_hash: str) -> bool:
         """Return whether a result with *metadata* would come out of this plan, or of a better one, for the same input."""
@@ -84,14 +86,14 @@ class StalenessChecker:
         if state == "foreign":
             return "foreign"
         fit = None if made is None else self._fits(document, made)
-        if fit in ("done", "skipped"):
+        if fit in ("done", "stale-style", "skipped"):
             return fit
         if is_queued or state == "failed":
             return "failed"
         return fit or _WITHOUT_RESULT.get(state, "new")
 
     def _fits(self, document: Document, made: Document) -> Kind:
-        """Compare *made* with the current *document*: done, changed, stale, unjudged, or skipped (nothing to classify)."""
+        """Compare *made* with the current *document*: done, changed, stale(-style), unjudged, or skipped (no text)."""
         try:
             input_hash = aggregate_conversation(document).transcript_sha256
         except SkippedDocumentError:
@@ -102,4 +104,6 @@ class StalenessChecker:
             return "changed"
         if self.plan is None:
             return "unjudged"
-        return "done" if self.plan.made(fields, input_hash) else "stale"
+        if self.plan.made(fields, input_hash):
+            return "done"
+        return "stale-style" if any(other.made(fields, input_hash) for other in self.plan.others) else "stale"

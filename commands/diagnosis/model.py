@@ -10,11 +10,10 @@ from urllib.parse import urlsplit
 
 from aggregator import aggregate_conversation
 from async_llm_wrapper import AsyncLLMClient, ollama_classify_async, open_session
-from classifier import Classifier
 from commands.diagnosis.findings import Finding, error, ok, warning
 from commands.diagnosis.prefix import check_prefix
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
-from config import Settings, load_prompt_taxonomy
+from config import Settings
 from domain.conversation import stored_labels
 from domain.text import counted
 from error_handler import (
@@ -45,6 +44,7 @@ from model_server.protocol import ChatTarget
 from model_server.window import SHARE, WindowChoice, choose_window
 from utils.network import is_loopback
 from worker.plan import Sample, run_window
+from worker.reply_choice import classifier_for
 
 LOAD_TIMEOUT_S = 600.0  # Ollama gives up after 5 minutes without progress; an earlier timeout here would abort the load
 ROUNDS = 2
@@ -313,7 +313,7 @@ def _gpu_share(size_bytes: int, vram_bytes: int) -> Finding:
 async def _classify(tested: ModelUnderTest) -> Finding:
     """Classify a test conversation exactly as a run does: taxonomy, prompt, schema, request, validation."""
     try:
-        classifier = Classifier(load_prompt_taxonomy(tested.settings), tested.settings.on_long)
+        classifier = classifier_for(tested.settings, tested.client.target)
     except ConfigurationError:
         sentence = "The test conversation was not classified because the labels do not load."
         return warning(sentence, "See the section Labels below.")

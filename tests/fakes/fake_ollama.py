@@ -50,6 +50,8 @@ Knobs (constructor and `FakeOllama.configure`)
     logprobs None            None: requests for log probabilities are answered without; "refuse": they get a 400;
                              {"Negative": 0.4, "*": 0.95}: the answer has some, each label with the given
                              probability among the allowed ones ("*": those not named; streams have none)
+    array_noise 0.0          share of the answers that are arrays, by their text, whose first label is another one
+    refuses_arrays False     True: the schema of an array gets the 400 of a grammar that does not compile
     check_host True          foreign Host headers get the empty 403
     record True              keep a record per request, at most record_limit (10000); False for benchmarks
     faults []                see below

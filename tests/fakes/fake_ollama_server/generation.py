@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import orjson
 
 from .faults import ARRIVAL_KINDS, STATUS_KINDS, STREAM_KINDS, WIRE_KINDS, Fault
-from .labels import answer_from_schema, estimate_tokens, fake_embedding, lognormal_latency, text_digest
+from .labels import (
+    answer_from_schema,
+    array_properties,
+    estimate_tokens,
+    fake_embedding,
+    lognormal_latency,
+    text_digest,
+)
 from .logprobs import logprobs_of
 from .models import ModelSpec
 from .payloads import ApiError, Call, check_options
@@ -153,6 +160,8 @@ class Generation(TimedJob):
         """Part of `TimedJob`: the format must be usable and the prompt must fit."""
         call = self.call
         call.check_format()
+        if self.server.knobs.refuses_arrays and call.schema is not None and array_properties(call.schema):
+            raise ApiError(400, "Failed to initialize samplers: failed to parse grammar")
         if call.logprobs and self.server.knobs.logprobs == "refuse":
             raise ApiError(400, _NO_LOGPROBS)
         self.num_ctx = self.runner.num_ctx if self.runner is not None else 0
@@ -207,7 +216,9 @@ class Generation(TimedJob):
         thinks = "thinking" in self.spec.capabilities and call.think is not False
         thinking = _THINKING if thinks else ""
         layout = call.digest[16] if call.schema is not None else 0
-        reply = Reply(answer_from_schema(call.schema, call.digest), thinking, self.prompt_tokens, layout)
+        fields = answer_from_schema(call.schema, call.digest, self.server.knobs.array_noise)
+        is_array = call.schema is not None and bool(array_properties(call.schema))
+        reply = Reply(fields, thinking, self.prompt_tokens, layout, is_array=is_array)
         num_predict = num_predict_of(call.options)
         room = self.num_ctx - self.prompt_tokens if call.shift is False else None
         reply.limit(num_predict, room)

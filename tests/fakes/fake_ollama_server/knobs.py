@@ -43,6 +43,8 @@ class Knobs:
     ignore_truncate: bool = False
     user_message: str | int = "longest"
     logprobs: Mapping[str, float] | str | None = None
+    array_noise: float = 0.0
+    refuses_arrays: bool = False
     check_host: bool = True
     record: bool = True
     record_limit: int = 10_000

@@ -91,8 +91,18 @@ def expected_labels(
     return labels_from_digest(text_digest(text), intents, topics, sentiments)
 
 
-def answer_from_schema(schema: Mapping[str, Any] | None, digest: bytes) -> dict[str, Any]:
-    """An object that fits *schema*, keys in the order of ``properties``; None means the built-in taxonomy."""
+def answer_from_schema(schema: Mapping[str, Any] | None, digest: bytes, array_noise: float = 0.0) -> dict[str, Any]:
+    """An object that fits *schema*, keys in the order of ``properties``; None means the built-in taxonomy.
+
+    The keys of an array with ``prefixItems`` are the first three fields, then ``value 4`` and so on. In a share of
+    *array_noise* of the arrays, which depends on the text alone, the first label is another one.
+    """
+    if schema is not None and (properties := array_properties(schema)):
+        answer = answer_from_schema({**schema, "properties": properties, "prefixItems": None}, digest)
+        first, names = next(iter(properties.items()))
+        if "enum" in names and probability_hit(7, digest, array_noise):
+            answer[first] = names["enum"][(names["enum"].index(answer[first]) + 1) % len(names["enum"])]
+        return answer
     properties = schema.get("properties") if schema else None
     if not isinstance(properties, dict) or not properties or schema is None:
         return labels_from_digest(digest, INTENTS, TOPICS, SENTIMENTS)
@@ -106,6 +116,13 @@ def answer_from_schema(schema: Mapping[str, Any] | None, digest: bytes) -> dict[
         name: labels[name] if name in labels else _sample(name, _resolved(prop, schema), schema, digest)
         for name, prop in properties.items()
     }
+
+
+def array_properties(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an array with ``prefixItems`` by name, empty for other schemas."""
+    items = schema.get("prefixItems") if schema.get("type") == "array" else None
+    names = ("intent", "topic", "sentiment", *(f"value {number}" for number in range(4, len(items or ()) + 1)))
+    return dict(zip(names, items or (), strict=False))
 
 
 def _resolved(prop: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,10 +6,13 @@ a word that no schema allows.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .labels import array_properties
+
 _LABEL = re.compile(r'"(\w+)"\s*:\s*"([^"\\]*)"')
+_VALUE = re.compile(r'"([^"\\]*)"')  # of an array
 _OUTSIDE = "The"
 _OUTSIDE_SHARE = 0.5
 _PIECE = 4  # characters of a token outside of the labels
@@ -28,19 +31,28 @@ def logprobs_of(
     """
     entries: list[dict[str, Any]] = []
     at = 0
-    properties = (schema or {}).get("properties", {})
-    for match in _LABEL.finditer(content):
-        if "enum" not in properties.get(match.group(1), {}):
-            continue
-        start, end = match.span(2)
+    for start, end, names in _label_places(content, schema or {}):
         entries += _plain(content[at:start], top)
-        label = match.group(2)
-        others = [name for name in properties.get(match.group(1), {}).get("enum", []) if name != label]
+        label = content[start:end]
+        others = [name for name in names if name != label]
         chosen = probabilities.get(label, probabilities.get("*", 1.0))
         shares = {label: chosen, **{name: (1 - chosen) / len(others) for name in others}}
         entries.append(_entry(label, {name: share * (1 - _OUTSIDE_SHARE) for name, share in shares.items()}, top))
         at = end
     return entries + _plain(content[at:], top) + [{"token": "", "logprob": -0.01, "bytes": [], "top_logprobs": []}]
+
+
+def _label_places(content: str, schema: Mapping[str, Any]) -> Iterator[tuple[int, int, list[str]]]:
+    """Start and end of each label in *content* and the labels of its field; labels in lists are left out."""
+    if listed := list(array_properties(schema).values()):
+        if all("enum" in one for one in listed):
+            for match, one in zip(_VALUE.finditer(content), listed, strict=True):
+                yield *match.span(1), one["enum"]
+        return
+    properties = schema.get("properties", {})
+    for match in _LABEL.finditer(content):
+        if "enum" in properties.get(match.group(1), {}):
+            yield *match.span(2), properties[match.group(1)]["enum"]
 
 
 def _plain(text: str, top: int) -> list[dict[str, Any]]:

@@ -80,9 +80,11 @@ class Reply:
         "total_ns",
     )
 
-    def __init__(self, fields: dict[str, Any], thinking: str, prompt_tokens: int, layout: int = 0) -> None:
+    def __init__(
+        self, fields: dict[str, Any], thinking: str, prompt_tokens: int, layout: int = 0, *, is_array: bool = False
+    ) -> None:
         self.fields = fields
-        self.content = _spread(fields, layout)
+        self.content = _spread_array(fields, layout) if is_array else _spread(fields, layout)
         self.thinking = thinking
         self.done: bool | None = True
         self.done_reason: str | None = "stop"
@@ -130,6 +132,13 @@ def _spread(fields: dict[str, Any], layout: int) -> str:
     start, comma, colon, end = _LAYOUTS[layout % len(_LAYOUTS)]
     pairs = (f"{orjson.dumps(name).decode()}{colon}{orjson.dumps(value).decode()}" for name, value in fields.items())
     return start + comma.join(pairs) + end
+
+
+def _spread_array(fields: dict[str, Any], layout: int) -> str:
+    """The JSON array of the values of *fields*, spaced likewise."""
+    start, comma, _, end = _LAYOUTS[layout % len(_LAYOUTS)]
+    values = comma.join(orjson.dumps(value).decode() for value in fields.values())
+    return start.replace("{", "[") + values + end.replace("}", "]")
 
 
 def error_body(message: str) -> bytes:
