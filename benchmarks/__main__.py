@@ -1,8 +1,8 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk`` or ``injection`` runs only that benchmark. ``--quick`` uses few documents to check that the benchmarks run, without
-targets. See docs/performance.md.
+``search``, ``walk``, ``injection``, ``prompt`` or ``model`` runs only that benchmark. ``--quick`` uses few documents to check
+that the benchmarks run, without targets. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from benchmarks import (
     injection,
     latency,
     memory,
+    model,
+    prompt,
     search_quality,
     service,
     throughput,
@@ -40,6 +42,8 @@ MEASURES = {
     "search": search_quality.measure,
     "walk": walk.measure,
     "injection": injection.measure,
+    "prompt": prompt.measure,
+    "model": model.measure,
 }
 
 

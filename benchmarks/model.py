@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from aggregator import aggregate_conversation
@@ -82,7 +82,7 @@ def collect(count: int) -> dict[str, StyleRun]:
     """
     taxonomy = load_taxonomy()
     first, *counted = [aggregate_conversation(document) for document in conversations(count + 1)]
-    runs = {style: StyleRun() for style in STYLES}
+    runs: dict[str, StyleRun] = {style: StyleRun() for style in STYLES}
     with open_client(slots=len(STYLES)) as client:
         classifiers = {style: Classifier(taxonomy, reply_style=style) for style in STYLES}
         for classifier in classifiers.values():
@@ -91,7 +91,7 @@ def collect(count: int) -> dict[str, StyleRun]:
             for style, classifier in classifiers.items():
                 _label(conversation, client, classifier, runs[style])
             print(f"model: {number} of {count} conversations", file=sys.stderr)
-    return dict(runs)
+    return runs
 
 
 def _label(conversation: Conversation, client: RecordingClient, classifier: Classifier, run: StyleRun) -> None:
@@ -134,5 +134,5 @@ def rows_of(runs: Mapping[str, StyleRun]) -> list[Row]:
     return rows
 
 
-def _figures(value: float, reference: float) -> Sequence[str]:
+def _figures(value: float, reference: float) -> tuple[str, str, str]:
     return figure(value), figure(reference), f"{value / reference:.2f}"

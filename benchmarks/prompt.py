@@ -124,22 +124,22 @@ def collect(count: int) -> list[Measured]:
 @contextlib.contextmanager
 def _open_client() -> Iterator[tuple[LLMClient, ReplyStyle]]:
     settings = load_settings(None)
+    style: ReplyStyle = "full" if settings.reply_style == "auto" else settings.reply_style
     if not settings.model:
         with open_client(slots=1) as client:
-            yield client, settings.reply_style
+            yield client, style
         return
     with open_session() as session:
         own = LLMClient(settings, chat_target(settings, settings.model), session)
         own.prepare(settings)
-        yield own, settings.reply_style
+        yield own, style
 
 
 def labelled_samples() -> Iterator[Labelled]:
     """Yield the sample conversations with their expected labels."""
-    lines = EXPECTED.read_text(encoding="utf-8").splitlines()
-    expected = {entry["conversation_number"]: entry["expected"] for entry in map(json.loads, lines)}
-    for document in read_documents(SAMPLES):
-        yield aggregate_conversation(document), expected[document["conversation_number"]]
+    lines = EXPECTED.read_text(encoding="utf-8").splitlines()  # in the order of the samples
+    for document, line in zip(read_documents(SAMPLES), lines, strict=True):
+        yield aggregate_conversation(document), json.loads(line)["expected"]
 
 
 def _ask(client: LLMClient, classifier: Classifier, prompt: str, sample: Labelled, measured: Measured) -> None:
@@ -164,11 +164,18 @@ def rows_of(found: Sequence[Measured]) -> list[Row]:
     for one in found:
         ratio = one.prompt_tokens / first.prompt_tokens if first.prompt_tokens else 0.0
         rows += [
-            Row(f"{one.variant}: tokens of prompt; constant, fake's count; reply", _tokens(one), _tokens(first), f"{ratio:.2f}"),
+            Row(
+                f"{one.variant}: tokens of prompt; constant, fake's count; reply",
+                _tokens(one),
+                _tokens(first),
+                f"{ratio:.2f}",
+            ),
             Row(f"  {', '.join(FIELDS)} right, of {one.conversations}; unusable", _right(one), _right(first)),
         ]
     low_high = [proportion(first.right[name], first.conversations) for name in FIELDS]
-    shown = "; ".join(f"{each.value:.3f} ({each.low:.3f}-{each.high:.3f})" for each in low_high if each.value is not None)
+    shown = "; ".join(
+        f"{each.value:.3f} ({each.low:.3f}-{each.high:.3f})" for each in low_high if each.value is not None
+    )
     return [*rows, Row(f"accuracy of {first.variant}, 95 % intervals: {', '.join(FIELDS)}", shown)]
 
 

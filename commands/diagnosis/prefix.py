@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from async_llm_wrapper import AsyncLLMClient, drive
-from classifier import Classifier
 from commands.diagnosis.findings import Finding, ok, warning
-from config import Settings, load_prompt_taxonomy
+from config import Settings
 from domain.conversation import chat_messages
 from error_handler import ConfigurationError, LLMReplyError
 from model_server.chat import chat_flow
 from model_server.protocol import NANOSECONDS, ServerRequest, count, json_object, part
+from worker.reply_choice import classifier_for
 
 REUSED = 0.5  # least share of the second prompt that must be cached, or of the time that must be saved
 LEAST_S = 0.02  # a first prompt that is read faster shows nothing, and costs nothing
@@ -62,10 +62,10 @@ async def check_prefix(client: AsyncLLMClient, settings: Settings) -> Finding | 
         LLMError: The server gave no answer.
     """
     try:
-        classifier = Classifier(load_prompt_taxonomy(settings), settings.on_long)
+        prompt = classifier_for(settings, client.target).system_prompt
     except ConfigurationError:
         return None  # the section Labels reports it
-    constant = f"{secrets.token_hex(16)}\n{classifier.system_prompt}"
+    constant = f"{secrets.token_hex(16)}\n{prompt}"
     first, second = [await _call(client, constant, transcript, settings.llm_timeout_s) for transcript in TRANSCRIPTS]
     return judge(first, second, client.target.protocol != "openai_chat")
 
