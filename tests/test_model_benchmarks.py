@@ -12,6 +12,7 @@ from benchmarks.table import Row, text
 from config import load_taxonomy
 from domain.reply_style import STYLES, ReplyStyle
 from prompt_builder import build_system_prompt
+from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.trained_model import MISSING, model_path
 
 needs_model = pytest.mark.skipif(model_path() is None, reason=MISSING)
@@ -70,6 +71,21 @@ def test_every_sample_has_its_expected_labels() -> None:
     assert len(samples) == prompt.CONVERSATIONS
     names = {field.name: field.names for field in load_taxonomy().fields}
     assert all(labels[field] in names[field] for _, labels in samples for field in prompt.FIELDS)
+
+
+def test_named_model_is_asked_with_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not SmolLM2: its accuracy says nothing about a prompt."""
+    with FakeOllama() as fake:
+        for name, value in {"OLLAMA_ENDPOINT": fake.url, "OLLAMA_MODEL": "llama3.2", "REPLY_STYLE": "list"}.items():
+            monkeypatch.setenv(name, value)
+        rows = prompt.measure(quick=True)
+        assert fake.stats()["chat_requests"] == len(VARIANTS)
+    for variant in VARIANTS:
+        tokens, fake_count, reply = the_row(rows, f"{variant}:").product.split("; ")
+        assert int(tokens) > int(fake_count)
+        assert float(reply) > 0
+    assert the_row(rows, "0 examples:").ratio < the_row(rows, "4 examples:").ratio == "1.00"
+    assert all(row.product.endswith("; 0") for row in rows if "unusable" in row.measure)
 
 
 @needs_model

@@ -104,11 +104,10 @@ def judge(first: PromptWork, second: PromptWork, is_ollama: bool) -> Finding | N
 
 
 def _remedy(is_ollama: bool) -> str:
+    busy = "If other clients use the server, run the diagnosis again when it is idle. Otherwise"
     if is_ollama:
-        return (
-            "Use a model without sliding-window or hybrid attention, in GGUF format instead of MLX; or update Ollama."
-        )
+        return f"{busy} use a model without sliding-window or hybrid attention, in GGUF format instead of MLX."
     return (
-        "Enable prefix caching (vLLM: --enable-prefix-caching; llama.cpp: without --no-cache-prompt), or use a model without "
-        "sliding-window or hybrid attention (llama.cpp also has --swa-full)."
+        f"{busy} enable prefix caching (vLLM: --enable-prefix-caching; llama.cpp: without --no-cache-prompt), or use a model "
+        "without sliding-window or hybrid attention (llama.cpp also has --swa-full)."
     )
