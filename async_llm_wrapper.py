@@ -242,6 +242,11 @@ class SharedWindow:
         self._was_listed = False
         self.is_loaded = False
 
+    @property
+    def target(self) -> ChatTarget:
+        """The target of the client, with what it has learned."""
+        return self._client.target
+
     async def load(self) -> None:
         """Load the model if it is not loaded yet, however long that takes. Raises LLMError if it does not load."""
         await self._client.warm_up(self._choice(), logger.info)

@@ -19,13 +19,14 @@ from async_llm_wrapper import SharedWindow
 from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
 from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
 from embedded.choice import BuiltInClassifier
-from error_handler import LLMUnavailableError
+from error_handler import ConfigurationError, LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
 from mongo_client import DocumentStore
 from storage.extended_json import Document
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
+from worker.describe import DescriptionPass, describing_classifier
 from worker.intake import Classify, RunOptions, RunParts, has_work
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
@@ -82,6 +83,7 @@ class BatchProcessor:
         self._stack = AsyncExitStack()
         self._connected = False
         self._limit: ConcurrencyLimit | None = None
+        self._window: SharedWindow | None = None  # None without a model server
         self.stop = asyncio.Event()  # set it to end the run: no new documents, a grace period for calls in flight
 
     async def __aenter__(self) -> BatchProcessor:
@@ -134,7 +136,7 @@ class BatchProcessor:
                 recorder.note_load(time.monotonic() - start_s)
         target = client.target
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
-        window = SharedWindow(client, asked_ctx)  # it loads the model for documents that come later
+        window = self._window = SharedWindow(client, asked_ctx)  # it loads the model for documents that come later
         stack.push_async_callback(window.close)
         return partial(window.classify, classifier)
 
@@ -192,6 +194,30 @@ class BatchProcessor:
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
         return await run.execute(sources, to_the_end=True)
+
+    async def describe(self) -> dict[str, Any]:
+        """Write the sentence (``categorization``) into the results that lack it; the labels do not change.
+
+        Return the counts: described, failed, left (changed since, or gone), and the reasons of failures. Raise
+        ConfigurationError if there is no model server or the taxonomy has no sentence, else as ``run`` does.
+        """
+        await self.connect()
+        if self._window is None:
+            raise ConfigurationError(
+                "--describe needs a model server; a built-in classifier writes the sentence itself."
+            )
+        taxonomy = load_prompt_taxonomy(self.settings)
+        describe = partial(self._window.classify, describing_classifier(taxonomy, self.settings))
+        at_once = self.settings.most_concurrent if self._limit is None else self._limit.current
+        made = DescriptionPass(self.settings, self.store, describe, self.stop, at_once, self._observers.reporters)
+        stats = await made.execute()
+        return {
+            "described": stats.successful,
+            "failed": stats.failed,
+            "left": stats.skipped,
+            "reasons": stats.reasons,
+            "interrupted": self.stop.is_set(),
+        }
 
     async def _new_run(self) -> BatchRun:
         await self.connect()

@@ -44,6 +44,7 @@ from storage.files import replace_file, require_replaceable
 from storage.mongo_errors import translated
 from utils.process import exit_code_of, print_error, stop_on_signals, tell_line, tune_garbage_collection
 from worker.checkpoint import RunStats
+from worker.describe import require_sentence
 from worker.intake import RunOptions, preview
 from worker.left_out import LeftOut, count_in_time, count_left_out, is_fruitless
 from worker.plan import ask_plan
@@ -104,6 +105,8 @@ def load_command(name: str) -> flags.Command:
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.output:
         require_replaceable(arguments.output, "--output")
+    if arguments.describe:
+        require_sentence(load_taxonomy(settings.taxonomy_file))
     async with contextlib.AsyncExitStack() as stack:
         parts: dict[str, Any] = {}
         by_built_in = 0
@@ -124,6 +127,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
                 "(--only new leaves them).\n"
             )
             options, after = replace(options, only="stale"), options
+        if settings.reply_style == "auto" and not parts and not arguments.dry_run:
+            await _settle_style(settings, has_work=bool(options.only or options.reprocess or options.retry_failed))
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
         processor = BatchProcessor(settings, options=options, observers=_observers(arguments, settings), **parts)
@@ -132,6 +137,16 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             await stack.enter_async_context(processor)
             connected.set()
             return await _passes(arguments, settings, processor, after)
+
+
+async def _settle_style(settings: Settings, *, has_work: bool) -> None:
+    """Measure which style ``--reply auto`` stands for, unless it is known."""
+    from commands.evaluate import require_packages  # noqa: PLC0415
+
+    require_packages("--reply auto")
+    from evaluation.style_choice import settle_style  # noqa: PLC0415 - only for --reply auto
+
+    await settle_style(settings, tell_line, has_work=has_work)
 
 
 async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tuple[Settings, dict[str, Any], int]:
@@ -196,6 +211,7 @@ async def _passes(
             logger.warning("this pass failed; waiting for the next one: %s", exc)
         else:
             await _report(arguments, settings, processor, stats)
+            undescribed = await _describe(arguments, processor, stats) if arguments.describe else 0
             if stats["interrupted"]:
                 raise RunInterruptedError("Stopped; run the same command again to resume.")
             if after is not None:
@@ -203,7 +219,7 @@ async def _passes(
                 if arguments.limit is None and await processor.store.count("sweep"):
                     continue
             if settings.mode == "batch":
-                has_failures = stats["failed"] or stats["in_retry_queue"] or stats["in_quarantine"]
+                has_failures = stats["failed"] or stats["in_retry_queue"] or stats["in_quarantine"] or undescribed
                 return ExitCode.INCOMPLETE if has_failures or is_fruitless(stats) else ExitCode.DONE
         wait_s = float(arguments.poll_interval)
         if settings.mode == "scheduled":
@@ -212,6 +228,22 @@ async def _passes(
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(processor.stop.wait(), wait_s)
             raise RunInterruptedError("Stopped between two passes; no call was in flight.")
+
+
+async def _describe(arguments: argparse.Namespace, processor: BatchProcessor, stats: dict[str, Any]) -> int:
+    """Describe results after a run with *stats*, and add the counts to them; return how many failed."""
+    if stats["interrupted"]:
+        return 0
+    counts = stats["descriptions"] = await processor.describe()
+    stats["interrupted"] = counts["interrupted"]
+    if arguments.output:
+        replace_file(arguments.output, json.dumps(stats, indent=2).encode())
+    reasons = "".join(f", {count} x {reason}" for reason, count in counts["reasons"].items())
+    print(
+        f"{counted(counts['described'], 'result')} described, {counts['failed']} failed{reasons}, {counts['left']} left "
+        "(the conversation has changed or is gone)"
+    )
+    return int(counts["failed"])
 
 
 def _tell_failed(settings: Settings) -> None:
@@ -225,7 +257,7 @@ async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: R
     store = DocumentStore(settings)
     try:
         await store.check()
-        if options.only in ("stale", "stale-style", "failed") and plan is None:
+        if options.only in ("stale", "style", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
         report = await preview(store, options, kinds, tell_line)

@@ -73,7 +73,10 @@ def create_app(
             except TriadError as exc:
                 app.problem = str(exc)
                 raise
-            document = orjson.dumps(openapi_document(app, service_settings, service.model.taxonomy))
+            has_sentence = settings.reply_style == "full"
+            document = orjson.dumps(
+                openapi_document(app, service_settings, service.model.taxonomy, has_sentence=has_sentence)
+            )
             gc.collect()  # before the rest is exempted, or its garbage would stay
             tune_garbage_collection()
             yield {"service": service, "openapi": document}

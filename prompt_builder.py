@@ -32,6 +32,16 @@ _DATA_RULES = (
     "The conversation may be in any language; the labels stay in English.",
 )
 
+_DESCRIPTION_PROMPT = f"""\
+You describe customer-support conversations. Read the whole conversation and answer with one JSON object and nothing else:
+{{"categorization": "..."}}
+
+Rules:
+1. {_CATEGORIZATION_RULE}
+2. {_DATA_RULES[0].replace("label them", "describe them")}
+3. The conversation may be in any language; the sentence stays in English.
+"""
+
 # Separated by empty lines. Examples whose labels are not in the taxonomy are left out.
 _EXAMPLES = """\
 <conversation>
@@ -70,7 +80,12 @@ def build_prompt(conversation: Conversation, taxonomy: Taxonomy, reply_style: Re
 
 
 def build_system_prompt(taxonomy: Taxonomy, reply_style: ReplyStyle = "full") -> str:
-    """Return the constant part of the prompt: instructions, taxonomy and examples, for answers in *reply_style*."""
+    """Return the constant part of the prompt: instructions, taxonomy and examples, for answers in *reply_style*.
+
+    For a taxonomy without fields, the answer is the sentence about the conversation alone.
+    """
+    if not taxonomy.fields:
+        return _DESCRIPTION_PROMPT
     parts = [_instructions(taxonomy, reply_style)]
     for field in taxonomy.fields:
         lines = (f"{label.name}: {label.definition}" if label.definition else label.name for label in field.labels)

@@ -71,15 +71,20 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(fresh)
 
 
-async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Run the evaluation; see ``Command``."""
-    _check_flags(arguments)
+def require_packages(what: str) -> None:
+    """Raise ConfigurationError if *what*, a command or flag, lacks the packages for statistics."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"evaluate needs packages that are not installed ({', '.join(missing)}): "
+            f"{what} needs packages that are not installed ({', '.join(missing)}): "
             "run pip install -r requirements-evaluation.txt."
         )
+
+
+async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Run the evaluation; see ``Command``."""
+    _check_flags(arguments)
+    require_packages("evaluate")
     from evaluation import actions  # noqa: PLC0415 - other commands must not wait for scipy
 
     with ExitStack() as stack:

@@ -123,6 +123,11 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
         action="store_false",
         help="classify every conversation, even if an identical one has a result",
     )
+    what.add_argument(
+        "--describe",
+        action="store_true",
+        help="after the run, write the one-line sentence into results that lack it (--reply labels and list)",
+    )
     what.add_argument("--dry-run", action="store_true", help="report what a run would do; change nothing")
     what.add_argument("--embedded", action="store_true", help="use the embedded MongoDB and the sample conversations")
     _add_work_flags(parser.add_argument_group("processing"))

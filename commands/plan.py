@@ -26,7 +26,7 @@ MEANINGS: dict[Kind, str] = {
     "new": "no result yet",
     "changed": "conversation changed since it was labelled",
     "stale": "labelled by another prompt, taxonomy, model or options",
-    "stale-style": "labelled in another reply style, else up to date; only --only stale-style takes them",
+    "style": "labelled in another reply style, else up to date; only --only style takes them",
     "failed": "failed, or in the retry queue or quarantine",
     "elsewhere": "marked processed, no result in this collection; only --only elsewhere takes them",
     "skipped": "nothing to classify",
@@ -34,7 +34,7 @@ MEANINGS: dict[Kind, str] = {
     "unjudged": "done or stale; unknown without the model server (--offline)",
     "foreign": "unrecognised status; not selected",
 }
-OFFLINE_KINDS = ("stale", "stale-style", "done", "unjudged")  # --offline cannot distinguish the first three
+OFFLINE_KINDS = ("stale", "style", "done", "unjudged")  # --offline cannot distinguish the first three
 LINE_EVERY_S = 5.0
 
 
@@ -119,7 +119,7 @@ def _as_json(counts: Counter[str], statuses: Counter[str], settings: Settings, p
 def _as_text(counts: Counter[str], statuses: Counter[str], settings: Settings, plan: Plan | None) -> str:
     place = f"{settings.db_name}.{settings.source_collection} -> {settings.results_collection}"
     width = max(len(f"{counts.total():,}"), 5)
-    lines = [f"{kind:<11} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
+    lines = [f"{kind:<9} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
     if statuses:
         names = [f"{name} ({count:,})" for name, count in statuses.most_common(NAMED_STATUSES)]
         lines.append(f"statuses of other programs: {', '.join(names)}")

@@ -119,8 +119,9 @@ async def conversation_pages(
     """
     await _require_collections(store, options.settings)
     taxonomy = load_taxonomy(options.settings.taxonomy_file)
-    # Not the other fields: results from before such a field was added stay in the index.
-    needed = [key for key in (*TRIAD.values(), "categorization") if key in taxonomy.keys]
+    # Not the other fields: results from before such a field was added stay in the index. Not the categorization: the short
+    # reply styles have none.
+    needed = [key for key in TRIAD.values() if key in taxonomy.keys]
     counts.expected = await store.count("all")
     bound = await store.upper_bound()
     after: list[Any] = []

@@ -25,6 +25,11 @@ def proportion(hits: int, n: int) -> Estimate:
     return Estimate(hits / n, float(interval.low), float(interval.high), n)
 
 
+def lower_bound(hits: int, n: int) -> float:
+    """Return the exact (Clopper-Pearson) lower bound of *hits* / *n*, one-sided at LEVEL; *n* is at least 1."""
+    return float(binomtest(hits, n, alternative="greater").proportion_ci(LEVEL, method="exact").low)
+
+
 def f1_score(true_positive: int, false_positive: int, false_negative: int, n: int) -> Estimate:
     """Return the F1 of one label, whose interval is Wilson's for J = TP / (TP + FP + FN), as F1 = 2 J / (1 + J).
 

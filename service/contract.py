@@ -101,8 +101,8 @@ _DESCRIPTIONS = {
 }
 
 
-def labels_schema(taxonomy: Taxonomy, *, is_closed: bool = True) -> dict[str, Any]:
-    """Return the JSON Schema of Labels.
+def labels_schema(taxonomy: Taxonomy, *, is_closed: bool = True, has_sentence: bool = True) -> dict[str, Any]:
+    """Return the JSON Schema of Labels; without *has_sentence*, an answer may lack the categorization.
 
     The labels of the fields beside intent, topic and sentiment are listed if *is_closed*; otherwise such a field may
     have any label or none, as in a conversation that was labelled before the field existed.
@@ -127,7 +127,7 @@ def labels_schema(taxonomy: Taxonomy, *, is_closed: bool = True) -> dict[str, An
     return {
         "properties": properties,
         "type": "object",
-        "required": list(properties),
+        "required": [name for name in properties if has_sentence or name != "categorization"],
         "title": "Labels" if is_closed else "PastLabels",
         "description": "The classification of the conversation; the labels are those of the taxonomy.",
     }

@@ -77,15 +77,18 @@ def documented_errors(*kinds: ErrorKind) -> dict[int | str, dict[str, Any]]:
     return responses
 
 
-def openapi_document(app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy) -> dict[str, Any]:
+def openapi_document(
+    app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy, *, has_sentence: bool = True
+) -> dict[str, Any]:
     """Return FastAPI's document of *app*, with what is known after the start.
 
-    That is the limits and keys of *settings*, and the fields of *taxonomy*.
+    That is the limits and keys of *settings*, and the fields of *taxonomy*. *has_sentence* is False for the short reply
+    styles, whose answers lack the categorization.
     """
     document = copy.deepcopy(app.openapi())
     schemas, paths = document["components"]["schemas"], document["paths"]
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
-    _describe_labels(document, taxonomy)
+    _describe_labels(document, taxonomy, has_sentence=has_sentence)
     longest = settings.max_text_characters
     schemas["Message"]["properties"]["text"]["maxLength"] = longest
     schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] = settings.max_messages
@@ -107,8 +110,23 @@ def openapi_document(app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy
     return document
 
 
-def _describe_labels(document: dict[str, Any], taxonomy: Taxonomy) -> None:
+def _leave_out_sentence(schemas: dict[str, Any], taxonomy: Taxonomy) -> None:
+    schemas["Labels"] = labels_schema(taxonomy, has_sentence=False)
+    answer, found = (schemas[name]["examples"][0] for name in ("ClassificationResponse", "SimilarResponse"))
+    for shown in (answer, *found["hits"]):
+        shown["classification"] = {
+            name: label for name, label in shown["classification"].items() if name != "categorization"
+        }
+
+
+def _describe_labels(document: dict[str, Any], taxonomy: Taxonomy, *, has_sentence: bool) -> None:
     """Fill in the labels of *taxonomy*; for the shipped fields, the document is that of the code."""
+    _describe_fields(document, taxonomy)
+    if taxonomy.has_categorization and not has_sentence:
+        _leave_out_sentence(document["components"]["schemas"], taxonomy)
+
+
+def _describe_fields(document: dict[str, Any], taxonomy: Taxonomy) -> None:
     schemas = document["components"]["schemas"]
     schemas["Labels"] = labels_schema(taxonomy)
     if taxonomy.field_names == tuple(TRIAD.values()) and taxonomy.has_categorization:

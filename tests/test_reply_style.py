@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+import api
 import async_llm_wrapper
 import llm_wrapper
+import main
 from aggregator import aggregate_conversation
 from classifier import Classifier, classification_schema
 from config import Settings, load_settings, load_taxonomy
@@ -24,6 +26,9 @@ from model_server.models import chat_target
 from prompt_builder import build_system_prompt
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.scripted_server import answer, chat_reply, scripted_server
+from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
+from tests.fakes.trained_model import FEW_LABELS, NAME
+from tests.service.service_process import serve
 
 TAXONOMY = load_taxonomy()
 FIELDS = """
@@ -220,3 +225,54 @@ def test_confidence_is_the_probability_of_the_labels_in_each_style(model: FakeOl
         client = llm_wrapper.LLMClient(settings, replace(target, logprobs=True), session)
         outcome = llm_wrapper.ollama_classify(CONVERSATION, client, Classifier(TAXONOMY, "fit", style))
     assert outcome.confidence == pytest.approx({"intent": 0.9, "topic": 0.9, "sentiment": 0.4}, abs=0.01)
+
+
+def test_service_answers_without_sentence_and_its_document_allows_that(model: FakeOllama, tmp_path: Path) -> None:
+    with serve(tmp_path, OLLAMA_ENDPOINT=model.url, OLLAMA_MODEL="llama3.2", REPLY_STYLE="list") as service:
+        given = service.classify()
+        document = service.request("GET", "/openapi.json").json
+    assert given.status == 200, given.body
+    assert list(given.json["classification"]) == ["intent", "topic", "sentiment"]
+    schemas = document["components"]["schemas"]
+    assert schemas["Labels"]["required"] == ["intent", "topic", "sentiment"]
+    assert "categorization" not in schemas["ClassificationResponse"]["examples"][0]["classification"]
+    assert main.app.openapi()["components"]["schemas"]["ClassificationResponse"]["examples"][0][
+        "classification"
+    ].keys() > {"categorization"}, "the document of other services in this process is unchanged"
+
+
+def test_script_answers_without_sentence(model: FakeOllama) -> None:
+    settings = load_settings(None, ollama_endpoint=model.url, ollama_model="llama3.2", reply_style="labels")
+    found = api.classify_conversation(
+        {"conversation_number": "1", "messages": [{"sender": "customer", "text": "where is it?"}]}, settings
+    )
+    assert list(found.model_dump()["classification"]) == ["intent", "topic", "sentiment"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_engine_writes_an_answer_of_each_style(engine: TinyEngine, style: ReplyStyle, tmp_path: Path) -> None:
+    """llama.cpp compiles the schema and its grammar leads random weights to an answer that the parser takes."""
+    settings = load_settings(None, llm_api_url=f"{engine.url}/v1/chat/completions", llm_model=MODEL_NAME)
+    taxonomy = of_fields(tmp_path)
+    with llm_wrapper.open_session() as session:
+        target = replace(chat_target(settings, MODEL_NAME), logprobs=True)
+        client = llm_wrapper.LLMClient(settings, target, session)
+        outcome = llm_wrapper.ollama_classify(CONVERSATION, client, Classifier(taxonomy, "fit", style))
+        assert not client.target.refuses_arrays
+    assert outcome.attempts == 1
+    assert set(outcome.classification.labels) == set(taxonomy.field_names)
+    assert outcome.confidence is not None
+    assert set(outcome.confidence) == set(taxonomy.field_names)
+
+
+def test_engine_with_examples_without_white_space_writes_none(trained: TinyEngine, tmp_path: Path) -> None:
+    """A trained model copies the form of the examples; its grammar would permit white space after each token."""
+    path = tmp_path / "taxonomy.yaml"
+    path.write_text(FEW_LABELS, encoding="utf-8")
+    classifier = Classifier(load_taxonomy(path), "fit", "list")
+    settings = load_settings(None, llm_api_url=f"{trained.url}/v1/chat/completions", llm_model=NAME, llm_timeout_s=300)
+    with llm_wrapper.open_session() as session:
+        client = llm_wrapper.LLMClient(settings, chat_target(settings, NAME), session)
+        reply = client.chat(classifier.messages("Customer: where is my parcel?"), classifier.schema_json)
+    classifier.parse(reply.text)
+    assert reply.text == json.dumps(json.loads(reply.text), separators=(",", ":"))

@@ -15,13 +15,13 @@ from storage.extended_json import Document, id_key
 from storage.selection import state_of
 from worker.quarantine import failed_keys
 
-Only = Literal["new", "changed", "stale", "stale-style", "failed", "elsewhere"]
+Only = Literal["new", "changed", "stale", "style", "failed", "elsewhere"]
 Kind = Literal[Only, "skipped", "done", "unjudged", "foreign"]
 
 SELECTABLE: tuple[Only, ...] = get_args(Only)
 _WITHOUT_RESULT: dict[str, Kind] = {"processed": "elsewhere", "skipped": "skipped"}  # by state; new otherwise
 BASELINE_PLAN = "baseline"  # of the built-in classifiers, which replace no result
-REPLACED: tuple[Only, ...] = ("changed", "stale", "stale-style")  # a run replaces the results of these
+REPLACED: tuple[Only, ...] = ("changed", "stale", "style")  # a run replaces the results of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,14 @@ class StalenessChecker:
         if state == "foreign":
             return "foreign"
         fit = None if made is None else self._fits(document, made)
-        if fit in ("done", "stale-style", "skipped"):
+        if fit in ("done", "style", "skipped"):
             return fit
         if is_queued or state == "failed":
             return "failed"
         return fit or _WITHOUT_RESULT.get(state, "new")
 
     def _fits(self, document: Document, made: Document) -> Kind:
-        """Compare *made* with the current *document*: done, changed, stale(-style), unjudged, or skipped (no text)."""
+        """Compare *made* with the current *document*: done, changed, stale, style, unjudged, or skipped (no text)."""
         try:
             input_hash = aggregate_conversation(document).transcript_sha256
         except SkippedDocumentError:
@@ -106,4 +106,4 @@ class StalenessChecker:
             return "unjudged"
         if self.plan.made(fields, input_hash):
             return "done"
-        return "stale-style" if any(other.made(fields, input_hash) for other in self.plan.others) else "stale"
+        return "style" if any(other.made(fields, input_hash) for other in self.plan.others) else "stale"

@@ -47,6 +47,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "batch_files_dir": ("elsewhere/files", Path("elsewhere/files")),
     "taxonomy_file": ("own.yaml", Path("own.yaml")),
     "prompt_examples_file": ("own.json", Path("own.json")),
+    "reply_style": ("list", "list"),
     "review_below": ("0.6", 0.6),
     "store_original_conversation": ("true", True),
     "log_level": ("debug", "DEBUG"),
