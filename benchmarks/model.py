@@ -24,7 +24,7 @@ from llm_wrapper import ollama_classify
 
 CONVERSATIONS, QUICK_CONVERSATIONS = 100, 1
 REFERENCE = "full"
-MOST_GENERATION = {"list": 0.30, "score": 0.15}  # share of the generation time of full
+MOST_GENERATION = {"list": 0.30}  # share of the generation time of full
 LEAST_SPEEDUP = {"list": 2.0}  # documents per minute, compared with full
 
 

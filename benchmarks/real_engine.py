@@ -60,4 +60,8 @@ def open_client(slots: int) -> Iterator[RecordingClient]:
         settings = load_settings(
             None, llm_api_url=f"{engine.url}/v1/chat/completions", llm_model=NAME, llm_timeout_s=1200
         )
-        yield RecordingClient(settings, chat_target(settings, NAME), session)
+        client = RecordingClient(settings, chat_target(settings, NAME), session)
+        client.prepare(
+            settings
+        )  # as a run does: it recognises llama.cpp, which then gets a grammar without white space
+        yield client

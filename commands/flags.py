@@ -77,9 +77,16 @@ def add_place_flags(group: argparse._ActionsContainer) -> None:
 
 
 def add_model_flags(group: argparse._ActionsContainer) -> None:
-    """Add the flags that name the model and its server."""
+    """Add the flags that name the model, its server and its reply."""
     group.add_argument("--model", help="model name (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
     group.add_argument("--ollama-endpoint", help="URL of Ollama (OLLAMA_ENDPOINT; http://localhost:11434)")
+    group.add_argument(
+        "--reply",
+        dest="reply_style",
+        choices=["full", "labels", "list", "auto"],
+        help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), or auto "
+        "(REPLY_STYLE; full)",
+    )
 
 
 def add_log_flags(group: argparse._ActionsContainer) -> None:
@@ -145,13 +152,6 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
 
 def _add_work_flags(group: argparse._ActionsContainer) -> None:
     add_model_flags(group)
-    group.add_argument(
-        "--reply",
-        dest="reply_style",
-        choices=["full", "labels", "list", "auto"],
-        help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), or auto "
-        "(REPLY_STYLE; full)",
-    )
     group.add_argument("--batch-size", type=int, metavar="N", help="documents per batch (BATCH_SIZE; 100)")
     group.add_argument(
         "--max-concurrent",

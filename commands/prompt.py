@@ -47,6 +47,7 @@ from review.suggestion import (
 from storage.extended_json import canonical, id_key
 from storage.files import replace_file, require_replaceable
 from utils.process import number_between
+from worker.reply_choice import style_of
 
 DEFAULT_LIMIT = 80
 PAGE = 50
@@ -129,7 +130,9 @@ class _Examples:
 
     def of(self, one: Reviewed, said: Classification | None) -> Example:
         """Return the example of *one*; *said* gives what people do not decide, such as the categorization."""
-        answer: dict[str, Any] = {"categorization": NO_SUMMARY} if said is None else dict(said.as_dict())
+        answer: dict[str, Any] = {} if said is None else dict(said.as_dict())
+        if self._taxonomy.has_categorization:  # the short reply styles have no sentence
+            answer.setdefault("categorization", NO_SUMMARY)
         texts = [one.conversation.transcript, *([answer["categorization"]] if "categorization" in answer else [])]
         source = canonical(one.source_id)
         mask = self._masking.of(texts, source)
@@ -147,6 +150,7 @@ class _Asker:
         self._taxonomy = taxonomy
         self._window = window
         self._on_long = settings.on_long
+        self._style = style_of(settings, window.target, taxonomy)
         self._slots = asyncio.Semaphore(settings.most_concurrent)
         self._most = most
         self._done = 0
@@ -172,7 +176,7 @@ class _Asker:
     ) -> list[Classification | None]:
         """Return what the model says about *conversations*; None for one without a usable answer."""
         added = replace(self._taxonomy, examples=(*self._taxonomy.examples, *examples))
-        classifier = Classifier(added, self._on_long)
+        classifier = Classifier(added, self._on_long, self._style)
         tasks = [asyncio.create_task(self._answer(classifier, one)) for one in conversations]
         try:
             return await asyncio.gather(*tasks)

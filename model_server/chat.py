@@ -152,6 +152,8 @@ def _refusal_lesson(target: ChatTarget, text: str) -> dict[str, Any]:
         return {}
     switches = target.thinking_switches
     refused = refused_options(text) - target.refused or refused_fields(text, set(switches))
+    if target.takes_grammar and "grammar" in text.lower():
+        refused |= {"grammar"} - target.refused
     if switches.get("reasoning_effort") == "low":
         refused = {"low" if name == "reasoning_effort" else name for name in refused}
     return {"refused": target.refused | refused} if refused else {}

@@ -23,6 +23,7 @@ BEHIND_V1 = (
     "this is an Ollama: on /v1 it cuts long prompts without a word, and nobody can set its window; "
     "set OLLAMA_ENDPOINT and OLLAMA_MODEL instead of LLM_API_URL and LLM_MODEL"
 )
+LLAMA_CPP = "llamacpp"  # owned_by of the models that its own server lists
 NO_ROUTE = (404, 405, 501)
 NO_LIST = (200, *NO_ROUTE)  # a server or proxy without the route, or with another body
 # Lists of OpenAI's protocol have names only, and old ones of Ollama as well.
@@ -33,13 +34,14 @@ _EMBEDDING_NAME = re.compile(r"embed|minilm|rerank|(^|[/_-])(bge|gte|e5)[-_:]", 
 class ServedModel:
     """A model on the server; a *remote* one would send the text to another machine.
 
-    *chats* is False if the list shows that it makes embeddings only.
+    *chats* is False if the list shows that it makes embeddings only. *owner* is OpenAI's ``owned_by``, empty if unknown.
     """
 
     name: str
     digest: str | None = None
     remote: bool = False
     chats: bool = True
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,8 @@ def find_target(target: ChatTarget, settings: Settings) -> TargetFlow:
     models = listed_models(target, *(yield models_request(target, settings.llm_timeout_s)))
     model = choose_model(settings, models)
     if target.protocol == "openai_chat":
-        return replace(target, digest=model.digest)  # its answers show what the model can do
+        # Its answers show what the model can do.
+        return replace(target, digest=model.digest, takes_grammar=model.owner == LLAMA_CPP)
     facts = parse_show(*(yield show_request(target.server_url, model.name, settings.llm_timeout_s)))
     if not facts.can_chat:
         raise ConfigurationError(
@@ -140,7 +143,8 @@ def parse_models(protocol: Protocol, status: int, body: bytes) -> list[ServedMod
         digest, name = entry.get("digest"), entry[named]
         is_remote = bool(entry.get("remote_host") or entry.get("remote_model")) or is_cloud_name(name)
         chats = not _embeds(name, entry)
-        models.append(ServedModel(name, digest if isinstance(digest, str) else None, is_remote, chats))
+        owner = part(entry, "owned_by", str)
+        models.append(ServedModel(name, digest if isinstance(digest, str) else None, is_remote, chats, owner))
     return models
 
 

@@ -25,6 +25,7 @@ from error_handler import (
     LLMUnavailableError,
     Reason,
 )
+from model_server.grammar import bound_answer
 from model_server.refusals import context_refusal
 from model_server.tokens import least_prompt_tokens
 
@@ -60,7 +61,7 @@ class ChatTarget:
     is sent instead of ``think: false`` to models that cannot be kept from thinking. *logprobs* requests the
     probabilities of the answer's tokens, which adds about 100 kB to an answer. *merges_system*: the model has no system
     role. *refused* names the optional fields, and ``max_tokens``, that an OpenAI-compatible server does not take.
-    *refuses_arrays*: the server takes no JSON schema of an array.
+    *refuses_arrays*: the server takes no JSON schema of an array. *takes_grammar*: it is llama.cpp's own.
     """
 
     protocol: Protocol
@@ -78,6 +79,7 @@ class ChatTarget:
     merges_system: bool = False
     refused: frozenset[str] = frozenset()
     refuses_arrays: bool = False
+    takes_grammar: bool = False
 
     @property
     def thinking_switches(self) -> dict[str, Any]:
@@ -136,9 +138,8 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
     if target.merges_system and len(messages) > 1:
         messages = _without_system(messages)
     if target.protocol == "openai_chat":
-        answer_format = {"type": "json_schema", "json_schema": {"name": "triad", "strict": True, "schema": schema}}
-        body |= {"messages": messages, "response_format": answer_format, **_options(target, attempt)}
-        body |= target.thinking_switches
+        body |= bound_answer(schema_json, takes_grammar=target.takes_grammar and "grammar" not in target.refused)
+        body |= {"messages": messages, **_options(target, attempt), **target.thinking_switches}
         return orjson.dumps(body)
     if target.protocol == "ollama_chat":
         body["messages"] = messages

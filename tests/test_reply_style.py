@@ -22,12 +22,12 @@ from config.taxonomy import Taxonomy
 from domain.conversation import Outcome
 from domain.reply_style import STYLES, ReplyStyle
 from error_handler import LLMReplyError, Reason
+from model_server.grammar import compact_grammar
 from model_server.models import chat_target
 from prompt_builder import build_system_prompt
 from tests.fakes.fake_ollama import FakeOllama
 from tests.fakes.scripted_server import answer, chat_reply, scripted_server
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
-from tests.fakes.trained_model import FEW_LABELS, NAME
 from tests.service.service_process import serve
 
 TAXONOMY = load_taxonomy()
@@ -48,17 +48,25 @@ def of_fields(tmp_path: Path) -> Taxonomy:
     return load_taxonomy(path)
 
 
-def classify_sync(settings: Settings, classifier: Classifier, times: int = 1) -> list[Outcome]:
+def classify_sync(
+    settings: Settings, classifier: Classifier, times: int = 1, *, prepares: bool = False
+) -> list[Outcome]:
     with llm_wrapper.open_session() as session:
         client = llm_wrapper.LLMClient(settings, chat_target(settings, settings.model or ""), session)
+        if prepares:
+            client.prepare(settings)
         return [llm_wrapper.ollama_classify(CONVERSATION, client, classifier) for _ in range(times)]
 
 
-def classify_async(settings: Settings, classifier: Classifier, times: int = 1) -> list[Outcome]:
+def classify_async(
+    settings: Settings, classifier: Classifier, times: int = 1, *, prepares: bool = False
+) -> list[Outcome]:
     async def run() -> list[Outcome]:
         async with async_llm_wrapper.open_session(2) as session:
             client = async_llm_wrapper.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
             try:
+                if prepares:
+                    await client.prepare(settings)
                 return [
                     await async_llm_wrapper.ollama_classify_async(CONVERSATION, client, classifier)
                     for _ in range(times)
@@ -252,27 +260,58 @@ def test_script_answers_without_sentence(model: FakeOllama) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_engine_writes_an_answer_of_each_style(engine: TinyEngine, style: ReplyStyle, tmp_path: Path) -> None:
     """llama.cpp compiles the schema and its grammar leads random weights to an answer that the parser takes."""
+    outcome, _, client = asked_of_engine(engine, Classifier(of_fields(tmp_path), "fit", style), prepares=False)
+    assert not client.target.refuses_arrays
+    assert outcome.attempts == 1
+    assert outcome.confidence is not None
+    assert set(outcome.classification.labels) == set(outcome.confidence) == {*TAXONOMY.field_names, "channels"}
+
+
+@pytest.mark.parametrize("style", ["labels", "list"])
+def test_engine_that_takes_grammars_writes_no_white_space(
+    engine: TinyEngine, style: ReplyStyle, tmp_path: Path
+) -> None:
+    """llama.cpp is known by its list of models. The grammar of a schema would permit white space after each token."""
+    outcome, reply, client = asked_of_engine(engine, Classifier(of_fields(tmp_path), "fit", style))
+    assert client.target.takes_grammar
+    assert "grammar" not in client.target.refused
+    assert reply == json.dumps(json.loads(reply), separators=(",", ":"))
+    assert outcome.attempts == 1
+    assert outcome.confidence is not None
+
+
+def asked_of_engine(
+    engine: TinyEngine, classifier: Classifier, *, prepares: bool = True
+) -> tuple[Outcome, str, llm_wrapper.LLMClient]:
+    """Return the outcome, the text of the reply and the client, which knows the engine if it *prepares*."""
     settings = load_settings(None, llm_api_url=f"{engine.url}/v1/chat/completions", llm_model=MODEL_NAME)
-    taxonomy = of_fields(tmp_path)
     with llm_wrapper.open_session() as session:
         target = replace(chat_target(settings, MODEL_NAME), logprobs=True)
         client = llm_wrapper.LLMClient(settings, target, session)
-        outcome = llm_wrapper.ollama_classify(CONVERSATION, client, Classifier(taxonomy, "fit", style))
-        assert not client.target.refuses_arrays
-    assert outcome.attempts == 1
-    assert set(outcome.classification.labels) == set(taxonomy.field_names)
-    assert outcome.confidence is not None
-    assert set(outcome.confidence) == set(taxonomy.field_names)
+        if prepares:
+            client.prepare(settings)
+        outcome = llm_wrapper.ollama_classify(CONVERSATION, client, classifier)
+        reply = client.chat(classifier.messages(CONVERSATION.transcript), classifier.schema_json)
+    return outcome, reply.text, client
 
 
-def test_engine_with_examples_without_white_space_writes_none(trained: TinyEngine, tmp_path: Path) -> None:
-    """A trained model copies the form of the examples; its grammar would permit white space after each token."""
-    path = tmp_path / "taxonomy.yaml"
-    path.write_text(FEW_LABELS, encoding="utf-8")
-    classifier = Classifier(load_taxonomy(path), "fit", "list")
-    settings = load_settings(None, llm_api_url=f"{trained.url}/v1/chat/completions", llm_model=NAME, llm_timeout_s=300)
-    with llm_wrapper.open_session() as session:
-        client = llm_wrapper.LLMClient(settings, chat_target(settings, NAME), session)
-        reply = client.chat(classifier.messages("Customer: where is my parcel?"), classifier.schema_json)
-    classifier.parse(reply.text)
-    assert reply.text == json.dumps(json.loads(reply.text), separators=(",", ":"))
+@BOTH
+def test_server_that_refuses_grammars_gets_the_schema(classify: Classify) -> None:
+    refusal = answer({"error": {"message": "grammar is not supported with this build"}}, 400)
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": json.dumps(LABELS)}}
+    good = answer({"choices": [choice]})
+    with scripted_server(refusal, good, good) as server:
+        server.models = answer({"data": [{"id": "llama3.2", "owned_by": "llamacpp"}]})
+        settings = settings_for(server.url, "/v1/chat/completions")
+        outcomes = classify(settings, Classifier(TAXONOMY, "fit", "list"), times=2, prepares=True)
+        forms = [[name for name in ("grammar", "response_format") if name in sent.json] for sent in server.chats]
+    assert forms == [["grammar"], ["response_format"], ["response_format"]]
+    assert all(list(outcome.classification.labels.values()) == LABELS for outcome in outcomes)
+
+
+def test_grammar_of_odd_labels_is_escaped() -> None:
+    schema = {"type": "array", "prefixItems": [{"type": "string", "enum": ['say "hi"', "back\\slash", "naïve"]}]}
+    grammar = compact_grammar(json.dumps(schema).encode())
+    assert grammar == ('root ::= "[" ("\\"say \\\\\\"hi\\\\\\"\\"" | "\\"back\\\\\\\\slash\\"" | "\\"naïve\\"") "]"\n')
+    assert compact_grammar(b'{"type": "object", "properties": {"text": {"type": "string"}}}') is None
+    assert compact_grammar(b"{}") is None
