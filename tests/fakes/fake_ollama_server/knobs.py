@@ -28,6 +28,7 @@ class Knobs:
     seed: int = 0
     latency_key: str = "index"
     prompt_eval_share: float = 0.3
+    prefix_cache: bool = True
     stream_chunks: int = 8
     load_delay_s: float = 0.0
     load_error: str | None = None
