@@ -53,6 +53,8 @@ OF_THE_INDEX = (
     *("sqlalchemy.dialects.sqlite", "anyio._backends._asyncio", "httpcore2", "genai_prices.data"),
     *("rich._emoji_codes", "bpe_openai"),
 )
+# The same for services with API_EMBEDDED.
+OF_THE_BUILT_IN_CLASSIFIER = ("embedded.embedding_classifier", "vaderSentiment.vaderSentiment")
 
 _nursery: tuple[int, socket.socket] | None = None
 _one_start_at_a_time = threading.Lock()

@@ -24,6 +24,7 @@ from tests.worker.site import ROOT, Site, open_site
 
 Data = Database[dict[str, Any]]
 ALL = ("--reviewer", "anna", "--control", "0", "--double", "0")
+pytestmark = pytest.mark.usefixtures("built_in_classifier")
 STEERING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 

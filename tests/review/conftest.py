@@ -11,6 +11,11 @@ from mongo_client import DocumentStore
 from tests.review.review_site import settings_of
 
 
+@pytest.fixture(autouse=True)
+def _one_classifier(built_in_classifier: None) -> None:
+    """Use the same built-in classifier in every test."""
+
+
 @pytest.fixture
 def settings(mongodb_uri: str, db_name: str) -> Settings:
     return settings_of(mongodb_uri, db_name)

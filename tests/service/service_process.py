@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.forked_process import ForkedProcess, run_forked
+from tests.forked_process import OF_THE_BUILT_IN_CLASSIFIER, ForkedProcess, run_forked
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
@@ -149,7 +149,9 @@ def serve(folder: Path, *flags: str, app: str = "main:app", **variables: str) ->
     command = ["-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port), *flags]
     log_path = folder / f"service-{port}.log"
     log_path.touch()
-    process = ForkedProcess(command, service_environment(**variables), folder, (log_path, log_path))
+    preload = OF_THE_BUILT_IN_CLASSIFIER if variables.get("API_EMBEDDED") == "true" else ()
+    files = (log_path, log_path)
+    process = ForkedProcess(command, service_environment(**variables), folder, files, preload=preload)
     service = ServiceProcess(process, port, log_path)
     try:
         wait_until_it_answers(service)
