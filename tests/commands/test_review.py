@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from pymongo.database import Database
 
-from tests.forked_process import ForkedProcess
+from tests.forked_process import OF_THE_BUILT_IN_CLASSIFIER, ForkedProcess
 from tests.in_process import run_cli
 from tests.review.review_site import AGREED, fill, result
 from tests.worker.site import ROOT, Site, open_site
@@ -173,8 +173,9 @@ def on_terminal(place: Site, answers: list[tuple[str, str]]) -> tuple[str, int, 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environment = place.environment() | {"TERM": "xterm"}
+    command = [str(ROOT / "cli.py"), "review", *ALL]
     process = ForkedProcess(
-        [str(ROOT / "cli.py"), "review", *ALL], environment, place.folder, None, streams=[theirs] * 3
+        command, environment, place.folder, None, streams=[theirs] * 3, preload=OF_THE_BUILT_IN_CLASSIFIER
     )
     shown, waiting, end = b"", list(answers), time.monotonic() + 60
     with process:

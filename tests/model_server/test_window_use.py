@@ -86,7 +86,7 @@ MIXED = ["digits+chinese", "english+chinese", "english+digits", "english+digits+
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("kind", ["english", "salad", "digits", "chinese", *MIXED])
+@pytest.mark.parametrize("kind", ["english", "salad", "digits", "chinese", *mostly_thorough(MIXED, 4)])
 @pytest.mark.parametrize("num_ctx", [4096, pytest.param(8192, marks=pytest.mark.thorough)])
 def test_window_is_used_in_a_run_of_one_kind(tokenizer: str, kind: str, num_ctx: int) -> None:
     """After one short English answer, whatever the kind: at most one refusal in the run, and none after it."""
