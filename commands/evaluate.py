@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from commands.flags import Command, add_model_flags, positive
+from commands.flags import Command, add_model_flags, positive, require_packages
 from config import Settings
 from error_handler import ConfigurationError
 from storage.files import require_replaceable
@@ -74,12 +73,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run the evaluation; see ``Command``."""
     _check_flags(arguments)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"evaluate needs packages that are not installed ({', '.join(missing)}): "
-            "run pip install -r requirements-evaluation.txt."
-        )
+    require_packages("evaluate", NEEDED, "pip install -r requirements-evaluation.txt")
     from evaluation import actions  # noqa: PLC0415 - other commands must not wait for scipy
 
     with ExitStack() as stack:
