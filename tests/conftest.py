@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def log_level() -> Iterator[None]:
-    """What one test sets up for its own log lines hides none of another's."""
+    """Restore the log level, so that no test hides the log lines of another."""
     root = logging.getLogger()
     before = root.level
     yield

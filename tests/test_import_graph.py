@@ -138,7 +138,7 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_imports_point_to_lower_layers() -> None:
-    """No package imports a package of its own layer or above, not even inside a function; scripts import anything."""
+    """No package imports a package of the same layer or above, not even inside a function; scripts import anything."""
     wrong = []
     for path in product_files():
         module = module_name(path)

@@ -257,7 +257,7 @@ def test_fail_under_without_gold_of_the_field_fails(judged: Site) -> None:
 
 
 def test_compare_two_collections_with_gold(judged: Site) -> None:
-    """B corrects the five errors of A and makes one of its own: 5 against 1, p = 14 / 64."""
+    """B corrects the five errors of A and makes a new one: 5 against 1, p = 14 / 64."""
     better = [result(number, gold_lines()[number]["sentiment"], model="m2") for number in range(30)]
     better[1]["classification"]["sentiment"] = "Positive"
     judged.database["second"].insert_many(better[:29])

@@ -1,4 +1,4 @@
-"""A document store on a database of its own."""
+"""A document store on a separate database, and one built-in classifier for all tests."""
 
 from __future__ import annotations
 

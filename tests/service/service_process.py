@@ -1,4 +1,4 @@
-"""The REST service as its users run it: a uvicorn process of its own, and plain HTTP to it."""
+"""The REST service as its users run it: a separate uvicorn process, and plain HTTP to it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ServiceProcess:
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout_s: float = 20
     ) -> Answer:
-        """Send one request on a connection of its own; a dict goes as JSON."""
+        """Send one request on a new connection; a dict is sent as JSON."""
         sent = dict(headers or {})
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()

@@ -1,4 +1,4 @@
-"""Who may ask: keys, rates, host names, exposure, and where the service agrees to listen."""
+"""Access to the service: keys, rates, host names, exposure, and the addresses on which it listens."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_document_requires_keys_if_keys_are_set() -> None:
 
 
 def test_example_of_a_search_answer_matches_the_schema() -> None:
-    """What /docs shows of /similar has the fields of the real answers."""
+    """The example of /similar in /docs has the fields of the real answers."""
     assert SimilarResponse.model_validate(EXAMPLE_HITS).model_dump() == EXAMPLE_HITS
 
 

@@ -317,7 +317,7 @@ def test_keys_and_rate_limits_apply_to_searches(tmp_path: Path) -> None:
 
 
 def test_searches_run_one_at_a_time_with_a_bounded_queue(tmp_path: Path) -> None:
-    """Two at once would take both cores from /classify; who finds the queue full is told at once."""
+    """Two at once would take both cores from /classify; a caller that finds the queue full gets an error at once."""
     write_index(tmp_path, search_s=0.1)
     with serve(tmp_path, app=APP, API_EMBEDDED="true", API_QUEUE_SIZE="3") as service:
         site = Site(service, tmp_path)

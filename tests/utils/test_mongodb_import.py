@@ -35,7 +35,7 @@ def source(mongodb_uri: str, db_name: str) -> Iterator[Collection[dict[str, Any]
 
 @pytest.fixture
 def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Run:
-    """Run the script in a folder without .env; with *streams* in a process of its own, whose descriptors they are."""
+    """Run the script in a folder without .env; with *streams*, in a separate process with these descriptors."""
 
     def start(
         *arguments: str | Path, env: dict[str, str] | None = None, streams: Sequence[int] = ()

@@ -230,7 +230,7 @@ def test_rejected_result_of_an_unfinished_batch(site: Site) -> None:
 
 
 def test_limit(site: Site) -> None:
-    """What the limit left out is new, and neither failed nor waiting; the next run takes it."""
+    """Documents beyond the limit are new, neither failed nor waiting; the next run takes them."""
     documents = filled(site, 30)
     faults = [*strike(site, REFUSED, 1), *strike(site, UNLABELLED, 2), *strike(site, REFUSED, 20)]
     model_of(site).configure(faults=faults)

@@ -93,7 +93,7 @@ def test_what_becomes_of_them_is_the_operators_choice(site: Site, mode: str) -> 
 
 
 def test_a_skip_survives_a_crash(site: Site) -> None:
-    """What the journal notes as skipped is skipped by the next run too, and not failed."""
+    """A conversation that the journal notes as skipped is skipped by the next run too, and does not fail."""
     documents = [*(long_conversation(number, 600) for number in range(4)), *(conversation(9 + n) for n in range(4))]
     site.source.insert_many(documents)
     flags = ("--on-long", "skip", "--max-concurrent", "1")
