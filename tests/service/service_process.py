@@ -19,6 +19,8 @@ from tests.forked_process import OF_THE_BUILT_IN_CLASSIFIER, ForkedProcess, run_
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
+# For a service that classifies nothing: loading the built-in classifier takes most of the start.
+NO_MODEL = {"OLLAMA_ENDPOINT": "http://127.0.0.1:1"}
 
 CONVERSATION = {
     "conversation_number": "123",

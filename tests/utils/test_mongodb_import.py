@@ -7,13 +7,13 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pymongo import MongoClient
 from pymongo.collection import Collection
+from pymongo.database import Database
 
 from tests.environment import clean_environment
 from tests.forked_process import run_forked
@@ -28,9 +28,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def source(mongodb_uri: str, db_name: str) -> Iterator[Collection[dict[str, Any]]]:
-    with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        yield client[db_name][COLLECTION]
+def source(database: Database[dict[str, Any]]) -> Collection[dict[str, Any]]:
+    return database[COLLECTION]
 
 
 @pytest.fixture
