@@ -57,7 +57,9 @@ def lines_of(path: Path, documents: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [["utils/mongodb_import.py"], ["-m", "utils.mongodb_import"]], ids=["as a file", "as a module"]
+    "command",
+    [pytest.param(["utils/mongodb_import.py"], marks=pytest.mark.thorough), ["-m", "utils.mongodb_import"]],
+    ids=["as a file", "as a module"],
 )
 def test_it_starts_from_the_repository(
     command: list[str], mongodb_uri: str, db_name: str, source: Collection[dict[str, Any]]
