@@ -1,4 +1,4 @@
-"""What the doctor says about a model server, against the fake Ollama and a real llama.cpp."""
+"""The doctor's findings about a model server, with the fake Ollama and a real llama.cpp."""
 
 from __future__ import annotations
 
@@ -397,7 +397,7 @@ async def test_ollama_behind_v1_is_a_warning(fake: FakeOllama) -> None:
 
 
 async def test_thinking_server_without_a_model_list_passes() -> None:
-    """The model that is named is tried; its reasoning is switched off, and doctor says so."""
+    """doctor tries the named model, with reasoning switched off, and reports it."""
 
     def step(handler: Handler) -> None:
         thinks = "chat_template_kwargs" not in handler.server_state.requests[-1].json

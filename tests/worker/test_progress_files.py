@@ -82,7 +82,7 @@ def test_written_every_five_seconds_and_at_the_end(files: BatchFiles, clock: Clo
 
 
 def test_last_success_and_last_completion_survive_a_restart(files: BatchFiles, clock: Clock) -> None:
-    """They stand still while nothing succeeds, in the next process as well."""
+    """They do not change while nothing succeeds, in the next process as well."""
     start = clock.time()
     metrics = FileProgress(files.directory)
     metrics.update("job_1", "running", RunStats(successful=1), 0)

@@ -52,7 +52,7 @@ class Knobs:
 
     @property
     def reported_version(self) -> str:
-        """What ``/api/version`` answers."""
+        """The answer of ``/api/version``."""
         return self.version or ("0.33.0" if self.era == "new" else "0.24.0")
 
     def updated(self, changes: Mapping[str, Any]) -> "Knobs":
