@@ -28,6 +28,8 @@ def proportion(hits: int, n: int) -> Estimate:
 
 def lower_bound(hits: int, n: int) -> float:
     """Return the exact (Clopper-Pearson) lower bound of *hits* / *n*, one-sided at LEVEL; *n* is at least 1."""
+    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
+
     return float(binomtest(hits, n, alternative="greater").proportion_ci(LEVEL, method="exact").low)
 
 
