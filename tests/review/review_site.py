@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pymongo.database import Database
@@ -64,6 +64,9 @@ class RememberingClassifier:
         if key not in self._answers:
             self._answers[key] = self._classifier.answer(conversation)
         return self._answers[key]
+
+    def answers(self, conversations: Sequence[Conversation]) -> list[Answer]:
+        return [self.answer(conversation) for conversation in conversations]
 
 
 @functools.cache

@@ -188,6 +188,7 @@ def test_json_file_has_the_documented_fields(clock: Clock, tmp_path: Path) -> No
         "successful": 47,
         "failed": 2,
         "skipped": 1,
+        "by_student": 0,
         "in_flight": 3,
         "concurrency_limit": 8,
         "reasons": {"empty": 2},
