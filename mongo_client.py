@@ -22,7 +22,7 @@ from pymongo.errors import BulkWriteError
 
 from config import Settings
 from config.taxonomy import TRIAD
-from domain.conversation import SOURCE_FIELDS
+from domain.conversation import source_paths
 from error_handler import StoreRejectedError, StoreUnreadableError
 from storage.extended_json import Document, bson_encode, id_key, is_doubtful, without_attachments
 from storage.mongo_connection import close_client, identity, open_client
@@ -86,7 +86,7 @@ class DocumentStore:
         self.unusable: set[bytes] = set()  # the id_key of documents that were read, and no query can name
         self.unmarked: set[bytes] = set()  # of those whose status MongoDB refuses
         self._warned: set[Any] = set()
-        self._fields = None if settings.store_original_conversation else dict.fromkeys(SOURCE_FIELDS, 1)
+        self._fields = None if settings.store_original_conversation else source_paths(settings.result_metadata)
         self.database = database = self._client[settings.db_name]  # its errors are the driver's: see translated
         options = self._client.codec_options.with_options(tz_aware=True)
         self._source = database.get_collection(settings.source_collection, codec_options=options)
@@ -142,7 +142,7 @@ class DocumentStore:
     ) -> list[Document]:
         """Return up to *limit* documents of *selection* in the order of ``_id``; see range_filter.
 
-        They have the SOURCE_FIELDS, and together PAGE_BYTES. A document that is not valid BSON is UNREADABLE; one whose
+        They have what ``source_paths`` names, and together PAGE_BYTES. A document that is not valid BSON is UNREADABLE; one whose
         ``_id`` no query can name is left out.
         """
         query = {**QUERIES[selection], **range_filter(after, bound)}

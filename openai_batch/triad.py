@@ -16,7 +16,7 @@ import orjson
 from aggregator import aggregate_conversation, document_shape
 from classifier import MAX_CATEGORIZATION_CHARACTERS, Classifier
 from config import Settings, load_prompt_taxonomy
-from domain.conversation import Classification, Outcome, build_result, result_fingerprint
+from domain.conversation import Classification, Outcome, ResultOptions, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import (
     JobProcessingError,
@@ -67,7 +67,7 @@ class TriadHandling(Handling):
         self._plan = self._classifier.plan(self._target)
         self._store = store
         self._job_id = job_id
-        self._keep_original = settings.store_original_conversation
+        self._result_options = ResultOptions.of(settings)
         self._variables = Variables(config)
 
     def request(self, document: Document) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class TriadHandling(Handling):
             prompt_tokens=answer.line.prompt_tokens,
             reply_tokens=answer.line.reply_tokens,
         )
-        return build_result(answer.document, conversation, outcome, self._job_id, keep_original=self._keep_original)
+        return build_result(answer.document, conversation, outcome, self._job_id, self._result_options)
 
 
 def _final_update(document: Document) -> dict[str, Any]:
