@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from domain.conversation import DOCUMENT_TIMES, Conversation, Sender, Shape, Turn
+from domain.plain_text import plain_text
 from domain.text import prompt_text
 from error_handler import Reason, SkippedDocumentError, UnreadableDocumentError
 from storage.selection import UNREADABLE
@@ -136,7 +137,7 @@ def _nested_text(value: Any, depth: int) -> str:
 
 
 def _turn(shape: Shape, entry: Any) -> Turn | None:
-    text = prompt_text(entry_text(entry))
+    text = prompt_text(plain_text(entry_text(entry)))
     if not text:
         return None
     if shape == "query":
