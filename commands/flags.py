@@ -64,6 +64,11 @@ def add_database_flags(group: argparse._ActionsContainer) -> None:
         help="collection of the conversations (MONGODB_SOURCE_COLLECTION; conversation_set)",
     )
     group.add_argument(
+        "--status-field",
+        metavar="NAME",
+        help="field of a document with the state of this product, if another program uses status (STATUS_FIELD; status)",
+    )
+    group.add_argument(
         "--results-collection", help="collection of the results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)"
     )
 

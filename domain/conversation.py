@@ -13,6 +13,7 @@ from domain.text import one_line
 
 if TYPE_CHECKING:
     from config import Settings
+    from storage.selection import StateFields
 
 Sender = Literal["customer", "agent", "unknown"]
 Shape = Literal["tweets", "messages", "query"]
@@ -30,22 +31,18 @@ def chat_messages(system_prompt: str, transcript: str) -> list[Message]:
     ]
 
 
-# The fields of a source document that aggregator, StalenessChecker and is_query use. The others, such as attachments,
-# are not read.
-SOURCE_FIELDS = (
-    *("tweets", "messages", "text", "conversation_number"),
-    *("status", "status_reason", "processed", "processing_attempts"),
-)
+# The fields of a source document that the aggregator uses. Those that nobody uses, such as attachments, are not read.
+SOURCE_FIELDS = ("tweets", "messages", "text", "conversation_number")
 # The times of a document, at its top level or in its metadata; the first readable one counts.
 DOCUMENT_TIMES = ("created_at", "createdAt", "timestamp", "date", "time")
 MAX_METADATA_CHARACTERS = 100  # a longer value is text
 MAX_METADATA_VALUES = 20  # of one field
 
 
-def source_paths(metadata: Iterable[str]) -> dict[str, int]:
+def source_paths(states: StateFields, metadata: Iterable[str]) -> dict[str, int]:
     """Return the projection of what a run reads of a source document; *metadata* are the fields that results copy."""
     facts = dict.fromkeys((*DOCUMENT_TIMES, *metadata))
-    return dict.fromkeys((*SOURCE_FIELDS, *(name for name in facts), *(f"metadata.{name}" for name in facts)), 1)
+    return dict.fromkeys((*SOURCE_FIELDS, *states.names, *facts, *(f"metadata.{name}" for name in facts)), 1)
 
 
 SPEAKER = {"customer": "Customer", "agent": "Agent", "unknown": "Unknown"}

@@ -30,6 +30,7 @@ from model_server.tokens import TokenEstimator
 from model_server.window import tokens_needed
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
+from storage.selection import StateFields
 from worker.checkpoint import RunStats
 from worker.intake import Classify
 from worker.plan import run_window
@@ -175,7 +176,7 @@ async def _needs(conversations: Sequence[Conversation], estimator: TokenEstimato
 async def read_sources(collections: Collections, settings: Settings, chosen: Sequence[Labelled]) -> list[Document]:
     """Return the source documents of the conversations *chosen*, in their order."""
     found: dict[bytes, Document] = {}
-    fields = tuple(source_paths(settings.result_metadata))
+    fields = tuple(source_paths(StateFields(settings.status_field), settings.result_metadata))
     for start in range(0, len(chosen), 100):
         ids = [one.document_id for one in chosen[start : start + 100]]
         documents = await collections.find(settings.source_collection, {"_id": {"$in": ids}}, fields)
