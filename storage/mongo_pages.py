@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence, Set
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,12 @@ async def replace_each(collection: Any, documents: list[Document], key: Sequence
         ReplaceOne({name: {"$eq": document[name]} for name in key}, document, upsert=True) for document in documents
     ]
     await collection.bulk_write(operations)
+
+
+async def set_each(collection: Any, field: str, values: Mapping[Any, Any]) -> None:
+    """Set *field* of documents to *values*, by their ``_id``."""
+    operations = [UpdateOne({"_id": {"$eq": key}}, {"$set": {field: value}}) for key, value in values.items()]
+    await collection.bulk_write(operations, ordered=False)
 
 
 async def update_each(collection: Any, document_ids: Sequence[Any], change: Document) -> list[Refused]:

@@ -89,7 +89,10 @@ def test_documents_of_a_help_desk_are_classified_and_keep_their_status(site: Sit
     assert requests(site) == asked
     plan = json.loads(site.run("plan", "--status-field", OWN, "--json").out)
     assert {name: count for name, count in plan.items() if isinstance(count, int) and count} == {
-        **{"documents": 5, "done": 4, "skipped": 1, "model_asked": True}
+        "documents": 5,
+        "done": 4,
+        "skipped": 1,
+        "model_asked": True,
     }
     assert {index["key"][0][0] for index in site.source.index_information().values()} >= {OWN, f"{OWN}_processed_at"}
 
