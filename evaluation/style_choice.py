@@ -256,5 +256,5 @@ async def _gold(settings: Settings, store: DocumentStore, taxonomy: Taxonomy) ->
     labels: dict[bytes, dict[str, Labels]] = {}
     for entry, found in pairs:
         labels.setdefault(found.key, {}).update(entry.labels)
-    documents = await read_sources(collections, settings.source_collection, choose(pairs, GOLD))
+    documents = await read_sources(collections, settings, choose(pairs, GOLD))
     return [(one, labels[id_key(document["_id"])]) for document in documents for one in _readable(document)]

@@ -41,7 +41,7 @@ from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.extended_json import Document, dumps, id_key, id_text
 from storage.mongo_errors import translated
-from storage.selection import state_of
+from storage.selection import StateFields
 from utils.process import exit_code_of, is_confirmed
 from worker.left_out import NAMED_STATUSES, status_name
 
@@ -111,7 +111,7 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
             with translated("drop the collection"):
                 await store.database.drop_collection(settings.source_collection)
         unselected: Counter[str] = Counter()
-        pages = _counting(itertools.chain([first], pages), unselected)
+        pages = _counting(itertools.chain([first], pages), store.states, unselected)
         read, new = await _insert(store, pages, arguments.file or SAMPLES, console, notes)
     finally:
         await store.close()
@@ -176,13 +176,15 @@ def _text_of(document: Document) -> str | None:
         return None
 
 
-def _counting(pages: Iterable[list[Document]], unselected: Counter[str]) -> Iterator[list[Document]]:
+def _counting(
+    pages: Iterable[list[Document]], states: StateFields, unselected: Counter[str]
+) -> Iterator[list[Document]]:
     """Yield *pages*; count in *unselected*, by status, the documents that a run does not select."""
     for page in pages:
         for document in page:
-            state = state_of(document)
+            state = states.state_of(document)
             if state not in ("pending", "processing"):
-                unselected[status_name(document["status"]) if state == "foreign" else state] += 1
+                unselected[status_name(document[states.status]) if state == "foreign" else state] += 1
         yield page
 
 

@@ -12,7 +12,6 @@ from domain.conversation import BUILT_IN_MODELS, is_student, result_fingerprint,
 from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
-from storage.selection import state_of
 from worker.quarantine import failed_keys
 
 Only = Literal["new", "changed", "stale", "style", "failed", "elsewhere", "student"]
@@ -89,7 +88,7 @@ class StalenessChecker:
 
     def _kind(self, document: Document, made: Document | None, *, is_queued: bool) -> Kind:
         """Return what *document* needs; *made* has the provenance of its result, None if it has none."""
-        state = state_of(document)
+        state = self.store.states.state_of(document)
         if state == "foreign":
             return "foreign"
         fit = None if made is None else self._fits(document, made)
