@@ -138,7 +138,9 @@ def _nested_text(value: Any, depth: int) -> str:
 
 
 def _turn(shape: Shape, entry: Any) -> Turn | None:
-    text = prompt_text(plain_text(entry_text(entry)))
+    written = entry_text(entry)
+    may_have_history = "<" in written or "\n" in written  # or markup
+    text = prompt_text(plain_text(written) if may_have_history else written)
     if not text:
         return None
     if shape == "query":

@@ -224,7 +224,13 @@ class DocumentStore:
 
     async def mark(self, document_ids: list[Any], status: FinalStatus, reason: str | None, *, queries: bool) -> None:
         """Set the final status of conversations, or of single queries, and its *reason* if any."""
-        await self._update(self._marks, document_ids, self.states.final(status, reason, is_query=queries))
+        states, ended = self.states, {} if status == "failed" else {"processed": True}
+        fields: Document = ended if queries else {states.status: status, states.processed_at: datetime.now(UTC)}
+        fields |= {states.reason: reason} if reason else {}
+        change: Document = {"$inc": {"processing_attempts": 1}} if queries else {}
+        change |= {"$set": fields} if fields else {}
+        change |= {} if reason else {"$unset": {states.reason: ""}}
+        await self._update(self._marks, document_ids, change)
 
     async def _update(self, collection: Any, document_ids: list[Any], change: Document) -> None:
         """Update *document_ids*; those that MongoDB refuses keep their status, with a warning, and are ``unmarked``."""

@@ -8,7 +8,6 @@ state of this product to fields of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 from config.settings import DEFAULT_STATUS_FIELD
@@ -41,7 +40,7 @@ class StateFields:
         self.reason = f"{status}_reason"
         self.processed_at = "last_processed_at" if self.is_default else f"{status}_processed_at"
         queries = ("processed", "processing_attempts") if self.is_default else ()
-        self.names = (status, self.reason, *queries)  # what ``state_of`` and ``is_query`` read
+        self.names = (status, self.reason, *queries)  # what a run reads of the state
         self.indexed = (status, "conversation_number", self.processed_at)
         selections: tuple[Selection, ...] = get_args(Selection)
         self.queries: dict[Selection, dict[str, Any]] = {name: self._query(name) for name in selections}
@@ -104,22 +103,3 @@ class StateFields:
             has_reason = document.get(self.reason) is not None
             return ("skipped" if has_reason else "processed") if ended else ("failed" if has_reason else "pending")
         return next((known for known in STATUSES if known == status), "foreign")
-
-    def is_query(self, document: Mapping[str, Any]) -> bool:
-        """Return whether *document* has the state fields of a single query."""
-        has_turns = bool(document.keys() & {"tweets", "messages", self.status})
-        return self.is_default and not has_turns and bool(document.keys() & {"text", "processed"})
-
-    def final(self, status: str, reason: str | None, *, is_query: bool) -> dict[str, Any]:
-        """Return the update that ends a document with *status* and its *reason*, if any."""
-        fields: dict[str, Any] = {self.reason: reason} if reason else {}
-        if not is_query:
-            fields |= {self.status: status, self.processed_at: datetime.now(UTC)}
-        elif status != "failed":
-            fields["processed"] = True
-        change: dict[str, Any] = {"$set": fields} if fields else {}
-        if is_query:
-            change["$inc"] = {"processing_attempts": 1}
-        if not reason:
-            change["$unset"] = {self.reason: ""}
-        return change

@@ -26,6 +26,7 @@ from error_handler import (
 from mongo_client import DocumentStore, FinalStatus
 from storage.extended_json import Document, id_key, id_text
 from storage.files import Event, JournalEntry, Verdict
+from storage.selection import StateFields
 from utils.batch_file_manager import BatchFile, BatchFiles
 from utils.failed_documents import FailedDocument
 from worker.checkpoint import CHECKPOINT_EVERY, Checkpoint, LowWaterMark, RunStats
@@ -152,6 +153,12 @@ class GroupCommit(Generic[T]):
     async def drained(self) -> None:
         """Wait until every submitted item is settled, while ``run`` runs."""
         await self._queue.join()
+
+
+def is_query(states: StateFields, document: Document) -> bool:
+    """Return whether *document* has the state fields of a single query."""
+    has_turns = bool(document.keys() & {"tweets", "messages", states.status})
+    return states.is_default and not has_turns and bool(document.keys() & {"text", "processed"})
 
 
 class Settlement:
@@ -319,7 +326,7 @@ class Settlement:
         self.drop(item)
 
     def _add_status(self, document: Document, status: FinalStatus, reason: str | None) -> None:
-        self._statuses.setdefault((status, reason, self._store.states.is_query(document)), []).append(
+        self._statuses.setdefault((status, reason, is_query(self._store.states, document)), []).append(
             document.get("_id")
         )
 

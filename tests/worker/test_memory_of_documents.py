@@ -20,6 +20,7 @@ from storage.mongo_pages import PAGE_BYTES
 from storage.selection import UNREADABLE, StateFields
 from tests.worker.site import ROOT, Site, conversation, documents_of_all_shapes, filled
 from worker.plan import SAMPLE_FIELDS, SAMPLE_SIZE
+from worker.settlement import is_query
 
 MOST_KB = 200_000
 ATTACHMENT = 8_000_000
@@ -58,7 +59,7 @@ def test_fields_that_are_read_are_asked_for() -> None:
         aggregate_conversation(Recorded(document, seen))
         kept = {name: value for name, value in document.items() if name in paths}
         assert aggregate_conversation(kept) == aggregate_conversation(document)
-        assert StateFields().is_query(kept) is StateFields().is_query(document)
+        assert is_query(StateFields(), kept) is is_query(StateFields(), document)
     assert seen <= {*paths, "metadata", "_id", UNREADABLE}
 
 

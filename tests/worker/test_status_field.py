@@ -14,6 +14,7 @@ from error_handler import ConfigurationError
 from mongo_client import DocumentStore
 from storage.selection import STATUSES, Selection, State, StateFields
 from tests.worker.site import Site, conversation, requests
+from worker.settlement import is_query
 
 OWN = "triad_status"
 FIELDS = (OWN, f"{OWN}_reason", f"{OWN}_processed_at")
@@ -66,7 +67,7 @@ async def test_queries_aggregation_and_python_agree(mongodb_uri: str, database: 
     found = [row["state"] if row["state"] in STATUSES else "foreign" for row in rows[:-1]]
     assert found == [state for _, state in STATE_OF[:-1]]
     assert [states.state_of(document) for document, _ in STATE_OF] == [state for _, state in STATE_OF]
-    assert not any(states.is_query(document) for document, _ in STATE_OF)
+    assert not any(is_query(states, document) for document, _ in STATE_OF)
 
 
 def test_documents_of_a_help_desk_are_classified_and_keep_their_status(site: Site) -> None:
