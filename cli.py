@@ -137,10 +137,10 @@ async def _embedded(stack: contextlib.AsyncExitStack, settings: Settings) -> tup
 
     Also return how many results of built-in classifiers a model could replace.
     """
-    from domain.document_files import SAMPLES, read_documents  # noqa: PLC0415
     from embedded.baseline import BUILT_IN_MODELS  # noqa: PLC0415 - only for --embedded
     from embedded.choice import missing_packages, open_classifier  # noqa: PLC0415
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
+    from help_desks.reader import SAMPLES, read_documents  # noqa: PLC0415
 
     console = Console(stderr=True, soft_wrap=True)
     console.print("Starting the embedded MongoDB with its data under data/embedded/ ...")

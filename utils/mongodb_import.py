@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from aggregator import SENDER_FIELDS, TEXT_FIELDS, TIME_FIELDS, aggregate_conversation, document_entries
 from commands.flags import command_settings, positive
 from config import Settings
-from domain.document_files import SAMPLES, read_documents
+from help_desks.reader import SAMPLES, read_documents
 from domain.text import counted
 from error_handler import (
     ConfigurationError,
