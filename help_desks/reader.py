@@ -134,7 +134,7 @@ class Export:
         keys = list(dict.fromkeys(key for _, value, _ in first if isinstance(value, dict) for key in value))
         if (desk == "chatwoot" and "messages" in keys) or desk in ("zendesk", "intercom", "freshdesk"):
             return self._of_desk(desk, records)
-        return self._of_rows(file, desk_of(keys) if desk == "table" else desk, keys, records)
+        return self._of_rows(file, desk_of(keys) if desk == "table" else desk, keys, first[0][0], records)
 
     def _of_desk(self, desk: str, records: Iterable[tuple[str, Any, dict[Any, str]]]) -> Iterator[Document]:
         self.findings.layout = desk
@@ -152,9 +152,14 @@ class Export:
                 self.findings.note("conversation", "left out: it has neither a message nor a subject", place)
 
     def _of_rows(
-        self, file: TextFile, desk: str, keys: list[str], records: Iterable[tuple[str, Any, dict[Any, str]]]
+        self,
+        file: TextFile,
+        desk: str,
+        keys: list[str],
+        first_place: str,
+        records: Iterable[tuple[str, Any, dict[Any, str]]],
     ) -> Iterator[Document]:
-        layout = layout_with(keys, self._options, desk, f"{self._path}, {_SHAPES} was not found")
+        layout = layout_with(keys, self._options, desk, f"{self._path}, {first_place}: expected {_SHAPES}")
         values = ((place, value) for place, value, _ in records if isinstance(value, dict))
 
         def column(name: str) -> Iterator[Any]:

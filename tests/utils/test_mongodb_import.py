@@ -123,12 +123,28 @@ def test_more_samples_than_there_are_repeat_under_new_ids_and_numbers(
 
 
 def test_statuses_that_no_run_selects_are_named(run: Run, tmp_path: Path) -> None:
-    """Those of another program, and those of documents that are done."""
-    statuses = [*["closed"] * 3, "", "processed", "pending", None]
+    """Those of documents that are done."""
+    statuses = ["processed", "skipped", "processed", "pending", None]
     documents = [{"_id": number, "text": "hi", "status": status} for number, status in enumerate(statuses)]
     done = run("--file", lines_of(tmp_path / "a.jsonl", [*documents, {"_id": 9, "text": "hi", "processed": True}]))
     assert done.returncode == 0
-    assert "6 documents have a status that a run does not select: closed (3), processed (2), '' (1)." in done.stderr
+    assert "4 documents have a status that a run does not select: processed (3), skipped (1)." in done.stderr
+
+
+def test_status_of_another_program_hides_no_document(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    statuses = [*["closed"] * 3, "", "pending"]
+    documents: list[dict[str, Any]] = [
+        {"_id": number, "messages": [{"sender": "customer", "text": "hi"}], "status": status, "metadata": {"region": "EU"}}
+        for number, status in enumerate(statuses)
+    ]
+    documents.append({"_id": 9, "text": "hi", "status": "solved"})
+    done = run("--file", lines_of(tmp_path / "a.jsonl", documents))
+    assert "5 documents had a status of another program: closed (3), '' (1), solved (1)." in done.stderr
+    assert source.count_documents({"status": "pending"}) == 5
+    assert source.find_one({"_id": 0})["metadata"] == {"region": "EU", "status": "closed"}  # type: ignore[index]
+    assert source.find_one({"_id": 9}) == {"_id": 9, "text": "hi", "metadata": {"status": "solved"}}
 
 
 def test_documents_without_id_are_recognised_by_their_content(
@@ -238,9 +254,9 @@ def test_a_wrong_file_is_found_before_anything_is_dropped(
     run: Run, source: Collection[dict[str, Any]], tmp_path: Path
 ) -> None:
     source.insert_one({"_id": "old"})
-    done = run("--drop", "--yes", "--file", lines_of(tmp_path / "a.jsonl", [{"body": "no shape"}]))
+    done = run("--drop", "--yes", "--file", lines_of(tmp_path / "a.jsonl", [{"colour": "no shape"}]))
     assert done.returncode == 2
-    assert "a.jsonl, line 1: expected" in done.stderr
+    assert "a.jsonl, line 1: expected an object with tweets" in done.stderr
     assert source.count_documents({}) == 1
 
 
