@@ -37,9 +37,6 @@ class Fields:
     prefix: str = ""
     rest_target: str = "metadata"
 
-    def __post_init__(self) -> None:
-        self.findings.totals[self.prefix] += 1
-
     def take(self, path: str, target: str) -> Any:
         value = take(self.record, path)
         self.findings.became(self.prefix + path, target, value not in (None, "", [], {}))
@@ -56,6 +53,8 @@ class Fields:
         return found
 
     def rest(self) -> Document:
+        """Return what is left, and count the record as one that is read."""
+        self.findings.totals[self.prefix] += 1
         for name, value in self.record.items():
             self.findings.became(self.prefix + name, f"{self.rest_target}.{name}", value not in (None, "", [], {}))
         return without_empty(self.record)
@@ -83,7 +82,9 @@ class Reader:
         requester = ticket.record.get("requester")
         asked = ticket.record.get("requester_id", requester.get("id") if isinstance(requester, dict) else None)
         part.fields = _top(ticket, channel="via.channel", subject="subject", created_at="created_at")
-        comments = ticket.take("comments", "messages") or _audit_comments(ticket.take("audits", "messages"))
+        comments = ticket.take("comments", "messages")
+        if not comments and "audits" in ticket.record:
+            comments = self._audit_comments(ticket.take("audits", "messages"), place)
         for comment in self._messages(comments, "comments."):
             if self._is_note(comment, "public", place):
                 continue
@@ -101,6 +102,16 @@ class Reader:
                 part.messages.append(message("customer", at, text))
         part.metadata = ticket.rest()
         return part
+
+    def _audit_comments(self, audits: Any, place: str) -> list[Document]:
+        found = []
+        for audit in audits if isinstance(audits, list) else ():
+            for event in audit.get("events") or () if isinstance(audit, dict) else ():
+                if isinstance(event, dict) and event.get("type") in ("Comment", "VoiceComment"):
+                    found.append({"author_id": audit.get("author_id"), "created_at": audit.get("created_at"), **event})
+                else:
+                    self.judge.findings.note("audit event", "left out: it is no comment", place)
+        return found
 
     def _role(self, comment: Fields, requester: Any) -> str:
         """Return the side of a comment: that of its author's role, else the requester is the customer."""
@@ -166,13 +177,14 @@ class Reader:
         created = "created_at" if talk.record.get("created_at") else "timestamp"
         part.fields = _top(talk, channel=channel, subject="additional_attributes.mail_subject", created_at=created)
         for each in self._messages(talk.take("messages", "messages"), "messages."):
-            kind = each.take("message_type", "messages.sender")
-            sender = self.judge.sender(each.record.get("sender_type") if kind is None else kind, place)
+            kind = each.record.get("message_type", each.record.get("sender_type"))
+            sender = self.judge.sender(kind, place)
             if sender == "event":
                 self.judge.findings.note("activity message", "left out: Chatwoot wrote it, not a person", place)
                 continue
             if self._is_note(each, "private", place):
                 continue
+            each.take("message_type", "messages.sender")
             at = self.judge.time(each.take("created_at", "messages.timestamp"), place)
             text = each.text(("content", "processed_message_content"), "messages.text")
             part.messages.append(message(sender, at, text, each.rest()))
@@ -231,15 +243,6 @@ def unwrapped(value: Any, place: str) -> Iterator[tuple[str, Any, dict[Any, str]
                 value = {**value.pop(name), **value}
                 break
     yield place, value, {}
-
-
-def _audit_comments(audits: Any) -> list[Document]:
-    found = []
-    for audit in audits if isinstance(audits, list) else ():
-        for event in audit.get("events") or () if isinstance(audit, dict) else ():
-            if isinstance(event, dict) and event.get("type") in ("Comment", "VoiceComment"):
-                found.append({"author_id": audit.get("author_id"), "created_at": audit.get("created_at"), **event})
-    return found
 
 
 def _top(record: Fields, **paths: str) -> Document:

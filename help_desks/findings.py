@@ -15,7 +15,7 @@ _WIDTH = 40
 class Findings:
     """The report of one file.
 
-    *rows* counts rows or records. *fields* maps a column to the field that it became, in the order of the file; *filled*
+    *rows* counts rows or records. *fields* maps a column to the fields that it became, in the order of the file; *filled*
     counts its values that are not empty, and *totals* the rows, or the messages inside records (by the prefix of their
     columns). *notes* maps a sentence to its places (``line 4``): the number of all, and the
     first ones.
@@ -23,7 +23,7 @@ class Findings:
 
     rows: int = 0
     layout: str = ""
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, dict[str, None]] = field(default_factory=dict)
     filled: Counter[str] = field(default_factory=Counter)
     totals: Counter[str] = field(default_factory=Counter)
     notes: dict[tuple[str, str], tuple[int, list[str]]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Findings:
 
     def became(self, column: str, target: str, is_filled: bool) -> None:
         """Record that a value of *column* became *target*."""
-        self.fields.setdefault(column, target)
+        self.fields.setdefault(column, {})[target] = None
         if is_filled:
             self.filled[column] += 1
 
@@ -52,9 +52,9 @@ class Findings:
         if not self.fields:
             return []
         rows = [("column", "field", "empty")]
-        for column, target in self.fields.items():
+        for column, targets in self.fields.items():
             prefix = max((each for each in self.totals if column.startswith(each)), key=len, default="")
             empty = max(0, self.totals[prefix] - self.filled[column])
-            rows.append((one_line(column, _WIDTH), one_line(target, _WIDTH), f"{empty:,}"))
+            rows.append((one_line(column, _WIDTH), one_line("; ".join(targets), 2 * _WIDTH), f"{empty:,}"))
         widths = [max(len(row[place]) for row in rows) for place in range(3)]
         return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]

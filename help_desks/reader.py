@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator import known_sender
+from domain.text import one_line
 from error_handler import ConfigurationError
 from help_desks import desks, rows, twcs
 from help_desks.columns import Layout, Options, desk_of, drop, layout_with, named, require_columns
@@ -54,6 +55,7 @@ class Export:
     ) -> None:
         self.findings = Findings()
         self.is_table = False
+        self._missing: set[str] = set()  # columns to drop that no record had so far
         self._path, self._options, self._on_rows = path, options or Options(), on_rows
 
     def documents(self) -> Iterator[Document]:
@@ -71,7 +73,9 @@ class Export:
         self.is_table = not file.is_json
         if file.is_detected:
             self.findings.note("file", f"read as {file.encoding}, which was guessed; --encoding NAME changes it", "")
-        return self._of_json(file) if file.is_json else self._of_table(file)
+        yield from self._of_json(file) if file.is_json else self._of_table(file)
+        for name in sorted(self._missing):
+            self.findings.note("--drop-column", f"found no {one_line(name, 40)}", "")
 
     def _of_table(self, file: TextFile) -> Iterator[Document]:
         source = table_rows(file)
@@ -119,6 +123,7 @@ class Export:
         return rows.RowReader(self._path, layout, Judge(self._options, self.findings, layout.name, order), dropped)
 
     def _of_json(self, file: TextFile) -> Iterator[Document]:
+        self._missing = set(self._options.dropped)
         source = self._counted(self._records(file))
         first = list(itertools.islice(source, 1))
         options = self._options
@@ -143,8 +148,7 @@ class Export:
             if not isinstance(value, dict):
                 self.findings.note("record", f"left out: it is not a conversation of {desk}", place)
                 continue
-            for name in self._options.dropped:
-                drop(value, name)
+            self._drop(value)
             part = desks.Reader(judge, users).read(value, place)
             if part.messages or part.fields.get("subject"):
                 yield document_of(part, desk, self.findings, place)
@@ -160,12 +164,19 @@ class Export:
         records: Iterable[tuple[str, Any, dict[Any, str]]],
     ) -> Iterator[Document]:
         layout = layout_with(keys, self._options, desk, f"{self._path}, {first_place}: expected {_SHAPES}")
-        values = ((place, value) for place, value, _ in records if isinstance(value, dict))
+
+        def values() -> Iterator[tuple[str, Document]]:
+            for place, value, _ in records:
+                if isinstance(value, dict):
+                    self._drop(value)
+                    yield place, value
+                else:
+                    self.findings.note("record", "left out: it is no object", place)
 
         def column(name: str) -> Iterator[Any]:
             return (value[name] for _, value, _ in self._records(file) if isinstance(value, dict) and value.get(name))
 
-        return self._reader(layout, column, tuple(self._options.dropped)).documents(values)
+        return self._reader(layout, column, ()).documents(values())
 
     def _records(self, file: TextFile) -> Iterator[tuple[str, Any, dict[Any, str]]]:
         for place, value in _json_values(file):
@@ -186,14 +197,18 @@ class Export:
             raise ConfigurationError(f"{place}: expected {_SHAPES}; the fields are {named(list(fields)) or 'none'}.")
         if "gold" in fields or {"source", "license"} <= fields.keys():
             kept = _CONVERSATION_FIELDS | turns | {"text"} if turns else _QUERY_FIELDS
+            what = "of a labelled data set; only the fields of its shape are imported"
+            self.findings.note("document", what, place.rpartition(", ")[2])
             fields = {name: value for name, value in fields.items() if name in kept}
-        for name in self._options.dropped:
-            drop(fields, name)
+        self._drop(fields)
         if self._options.customer_roles:
             fields |= {name: [self._with_side(entry) for entry in fields[name]] for name in turns}
         if "status" in fields or "processed" in fields:
             return fields
         return fields | ({"status": "pending"} if turns else {"processed": False, "processing_attempts": 0})
+
+    def _drop(self, record: Document) -> None:
+        self._missing -= {name for name in self._missing | set(self._options.dropped) if drop(record, name)}
 
     def _with_side(self, entry: Any) -> Any:
         sender = entry.get("sender") or entry.get("role") or entry.get("author") if isinstance(entry, dict) else None

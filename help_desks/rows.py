@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,6 @@ _FIELDS = {
     "created_at": "messages.timestamp, created_at",
     "private": "marks private notes",
 }
-_GROUPS = """
-    SELECT name, entry, entries.place FROM entries
-    JOIN (SELECT name, MIN(place) AS first FROM entries GROUP BY name) USING (name) ORDER BY first, entries.place
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +45,30 @@ class RowReader:
     def documents(self, rows: Iterable[tuple[str, Record]]) -> Iterator[Document]:
         """Yield the documents of *rows* (place, row): conversations if there is a number or a sender, else queries."""
         columns = self.layout.columns
+        rows = itertools.chain.from_iterable(self._expanded(row, place) for place, row in rows)
         if not {"conversation_number", "sender"} & columns.keys():
             return self._queries(rows)
         return self._grouped(rows) if "conversation_number" in columns else self._single(rows)
 
+    def _expanded(self, row: Record, place: str) -> Iterator[tuple[str, Record]]:
+        """Yield *row*, or one row for each message if the path of the text goes through a list of objects."""
+        name = self.layout.columns.get("text", "").partition(".")[0]
+        if name in self.layout.columns.values() or not isinstance(row.get(name), list):
+            yield place, row
+            return
+        if "conversation_number" not in self.layout.columns:
+            raise ConfigurationError(f"{self.path}: {name} is a list of messages; add --map conversation_number=FIELD.")
+        for each in row[name]:
+            yield place, {**copy.deepcopy(row), name: each}
+
     def _grouped(self, rows: Iterable[tuple[str, Record]]) -> Iterator[Document]:
         with temporary_table(self.path) as table:
             table.executemany("INSERT INTO entries (name, entry) VALUES (?, ?)", self._entries(rows))
-            for _, group in itertools.groupby(table.execute(_GROUPS), key=lambda found: found[0]):
-                loaded = [extended_json.loads(entry) for _, entry, _ in group]
-                parts = [Part(each["number"], each["messages"], each["fields"], each["metadata"]) for each in loaded]
+            table.execute("CREATE INDEX names ON entries (name)")
+            for (name,) in table.execute("SELECT name FROM entries GROUP BY name ORDER BY MIN(place)"):
+                found = table.execute("SELECT entry FROM entries WHERE name = ? ORDER BY place", (name,))
+                loaded = [extended_json.loads(entry) for (entry,) in found]
+                parts = [Part(name, each["messages"], each["fields"], each["metadata"]) for each in loaded]
                 yield self._document(joined(parts), loaded[0]["place"])
 
     def _entries(self, rows: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, bytes]]:
@@ -74,7 +85,8 @@ class RowReader:
                     "conversations could have it; export the column as text."
                 )
             else:
-                yield part.number, extended_json.dumps({**asdict(part), "place": place})
+                entry = {"messages": part.messages, "fields": part.fields, "metadata": part.metadata, "place": place}
+                yield part.number, extended_json.dumps(entry)
 
     def _single(self, rows: Iterable[tuple[str, Record]]) -> Iterator[Document]:
         for place, row in rows:
@@ -90,7 +102,7 @@ class RowReader:
 
     def _part(self, row: Record, place: str) -> Part | None:
         """Return the part of a conversation in *row*; None if it is left out, with a note."""
-        taken = self._taken(row)
+        taken, rest = self._taken(row), self._rest(row)
         columns = self.layout.columns
         if "private" in columns and self.judge.is_note(
             taken["private"], "public" in plain_name(columns["private"]), place
@@ -110,7 +122,7 @@ class RowReader:
         at = self.judge.time(taken.get("created_at"), place)
         part.messages = [message(sender, at, taken.get("text"))]
         part.fields = {name: taken[name] for name in ("subject", "channel") if taken.get(name) not in (None, "")}
-        part.metadata = self._rest(row)
+        part.metadata = rest
         return part
 
     def _queries(self, rows: Iterable[tuple[str, Record]]) -> Iterator[Document]:

@@ -152,11 +152,10 @@ def _counted(pages: Iterable[list[Document]], on_read: Callable[[int], None]) ->
 
 
 def _print_mapping(export: Export) -> None:
-    lines = export.findings.table_lines()
-    if lines:
-        layout = export.findings.layout
-        named = "a table" if layout == "table" else layout
-        print(f"{counted(export.findings.rows, 'record')}, read as {named}:", *lines, sep="\n")
+    findings = export.findings
+    if findings.layout:
+        named = "a table" if findings.layout == "table" else findings.layout
+        print(f"{counted(findings.rows, 'record')}, read as {named}:", *findings.table_lines(), sep="\n")
 
 
 def _show_statuses(console: Console, unselected: Counter[str], moved: Counter[str]) -> None:
