@@ -26,6 +26,7 @@ DELIMITERS = ",;\t|"
 MOST_CHARACTERS = 16 * 1024 * 1024
 
 _SAMPLE = 256 * 1024  # bytes
+_CHUNK = 64 * 1024
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -68,7 +69,25 @@ class TextFile:
             if self.encoding.startswith(("utf-16", "utf-32")):
                 yield self._transcoded(file)
             else:
-                yield iter(file)
+                yield file
+
+    @contextmanager
+    def chunks(self) -> Iterator[Iterator[str]]:
+        """Open the file as text in chunks of about 64 KB, without a byte order mark."""
+        with self.lines() as lines:
+            yield self._chunks(lines)
+
+    def _chunks(self, lines: Iterator[bytes]) -> Iterator[str]:
+        decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+        while data := lines.read(_CHUNK) if isinstance(lines, io.BufferedIOBase) else next(lines, b""):
+            try:
+                yield decoder.decode(data)
+            except UnicodeDecodeError as exc:
+                line += data[: exc.start].count(b"\n")
+                raise ConfigurationError(
+                    f"{self.path}, line {line}: expected UTF-8; save the file in that encoding."
+                ) from exc
+            line += data.count(b"\n")
 
     def decoded(self, data: bytes, line: int) -> str:
         """Return *data*, which begins on *line*, as text."""

@@ -1,7 +1,8 @@
 """Source documents from files: tables, JSON and JSONL (Extended JSON), in any layout, also compressed with gzip.
 
-Tables and JSONL are streamed. The rows of one conversation can be anywhere in a file, so they are grouped in a temporary
-SQLite table, which moves to disk when it exceeds a few megabytes. Only a JSON array is read into memory as a whole.
+Tables, JSONL and the elements of a JSON array are streamed; a page of an API, one JSON object, is read as a whole. The
+rows of one conversation can be anywhere in a file, so they are grouped in a temporary SQLite table, which moves to disk
+when it exceeds a few megabytes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from help_desks import desks, rows, twcs
 from help_desks.columns import Layout, Options, desk_of, drop, layout_with, named, require_columns
 from help_desks.files import Row, TextFile, table_rows, text_file
 from help_desks.findings import Findings
+from help_desks.json_files import json_values
 from help_desks.parts import Judge, document_of
 from help_desks.times import DateOrder, date_order
-from storage import extended_json
 from storage.extended_json import Document
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class Export:
         return self._reader(layout, column, ()).documents(values())
 
     def _records(self, file: TextFile) -> Iterator[tuple[str, Any, dict[Any, str]]]:
-        for place, value in _json_values(file):
+        for place, value in json_values(file):
             yield from desks.unwrapped(value, place)
 
     def _counted(self, source: Iterable[Any]) -> Iterator[Any]:
@@ -215,43 +216,6 @@ class Export:
         if isinstance(sender, str) and known_sender(sender) is None and sender.lower() in self._options.customer_roles:
             return {**entry, "sender": "customer"}
         return entry
-
-
-def _json_values(file: TextFile) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a JSON or JSONL file with their places."""
-    with file.lines() as lines:
-        numbered = enumerate(lines, 1)
-        start, first = next(((number, line) for number, line in numbered if line.strip()), (1, b""))
-        if _is_object(first):
-            for number, line in itertools.chain([(start, first)], numbered):
-                if line.strip():
-                    yield f"line {number}", _loads(file, line.strip(), number)
-            return
-        value = _loads(file, first + b"".join(lines), start)
-    if not isinstance(value, list):
-        yield "line 1", value
-        return
-    for number, each in enumerate(value, 1):
-        yield f"element {number}", each
-
-
-def _loads(file: TextFile, data: bytes, line: int = 1) -> Any:
-    """Return the value of *data*, which begins on *line* of the file."""
-    try:
-        return extended_json.loads(file.decoded(data, line))
-    except ValueError as exc:
-        line += getattr(exc, "lineno", 1) - 1
-        raise ConfigurationError(
-            f"{file.path}, line {line}: expected (Extended) JSON: one array, one object, or one object per line."
-        ) from exc
-
-
-def _is_object(line: bytes) -> bool:
-    """Return whether *line* is a complete JSON object, so the file is JSONL."""
-    try:
-        return line.lstrip().startswith(b"{") and isinstance(extended_json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def _unique(header: list[str]) -> list[str]:
