@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ def plain_name(name: str) -> str:
     return _NOT_PLAIN.sub("", name).casefold()
 
 
+@functools.lru_cache(10_000)
 def key_name(name: str) -> str:
     """Return *name* as a key of ``metadata``: ``Ticket form`` becomes ``ticket_form``."""
     return _NOT_PLAIN.sub("_", name).strip("_").lower() or "column"

@@ -15,8 +15,7 @@ from help_desks.columns import Layout, drop, key_name, plain_name, take, without
 from help_desks.findings import Findings
 from help_desks.parts import Judge, Part, document_of, joined, message, top_level
 from help_desks.table import ROUNDED, temporary_table
-from storage import extended_json
-from storage.extended_json import Document
+from storage.extended_json import Document, bson_decode, bson_encode
 
 Record = dict[str, Any]
 
@@ -67,7 +66,7 @@ class RowReader:
             table.execute("CREATE INDEX names ON entries (name)")
             for (name,) in table.execute("SELECT name FROM entries GROUP BY name ORDER BY MIN(place)"):
                 found = table.execute("SELECT entry FROM entries WHERE name = ? ORDER BY place", (name,))
-                loaded = [extended_json.loads(entry) for (entry,) in found]
+                loaded = [bson_decode(entry) for (entry,) in found]
                 parts = [Part(name, each["messages"], each["fields"], each["metadata"]) for each in loaded]
                 yield self._document(joined(parts), loaded[0]["place"])
 
@@ -86,7 +85,12 @@ class RowReader:
                 )
             else:
                 entry = {"messages": part.messages, "fields": part.fields, "metadata": part.metadata, "place": place}
-                yield part.number, extended_json.dumps(entry)
+                try:
+                    yield part.number, bson_encode(entry)
+                except ValueError as exc:
+                    raise ConfigurationError(
+                        f"{self.path}, {place}: the row contains a value that MongoDB cannot store; correct or remove it."
+                    ) from exc
 
     def _single(self, rows: Iterable[tuple[str, Record]]) -> Iterator[Document]:
         for place, row in rows:
