@@ -131,7 +131,7 @@ def layout_with(columns: Sequence[str], options: Options, desk: str, place: str)
     chosen: dict[str, str] = {}
     for name, column in options.maps.items():
         if column:
-            chosen[name] = column if "." in column and column not in columns else _existing(column, by_name, place)
+            chosen[name] = column if "." in column and column not in columns else _existing(column, columns, place)
     taken = set(chosen.values())
     of_desk = _OF_DESKS.get(desk, {})
     for name in FIELDS:
@@ -162,19 +162,14 @@ def named(columns: Sequence[str]) -> str:
 
 def require_columns(dropped: Iterable[str], columns: Sequence[str], place: str) -> list[str]:
     """Return the columns that ``--drop-column`` names, as the file spells them."""
-    by_name = {plain_name(name): name for name in reversed(columns)}
-    return [_existing(name, by_name, place) for name in dropped]
+    return [_existing(name, columns, place) for name in dropped]
 
 
-def _existing(column: str, by_name: dict[str, str], place: str) -> str:
-    if column in by_name.values():
-        return column
-    found = by_name.get(plain_name(column))
-    if found is None:
-        raise ConfigurationError(
-            f"{place}: there is no column {one_line(column, 40)}; there are {named([*by_name.values()])}."
-        )
-    return found
+def _existing(column: str, columns: Sequence[str], place: str) -> str:
+    for name in columns:
+        if name == column or plain_name(name) == plain_name(column):
+            return name
+    raise ConfigurationError(f"{place}: there is no column {one_line(column, 40)}; there are {named(columns)}.")
 
 
 def take(record: dict[str, Any], path: str) -> Any:

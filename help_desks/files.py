@@ -102,12 +102,17 @@ class TextFile:
             ) from exc
 
     def _transcoded(self, file: io.BufferedReader) -> Iterator[bytes]:
-        text = io.TextIOWrapper(file, self.encoding, errors="strict", newline="\n")
+        decoder, rest = codecs.getincrementaldecoder(self.encoding)(), ""
         try:
-            for line in text:
-                yield line.encode("utf-8", "surrogatepass")
+            while data := file.read(_CHUNK):
+                *whole, rest = (rest + decoder.decode(data)).split("\n")
+                for line in whole:
+                    yield f"{line}\n".encode("utf-8", "surrogatepass")
+            rest += decoder.decode(b"", final=True)
         except UnicodeDecodeError as exc:
             raise ConfigurationError(f"{self.path}: expected {self.encoding}; save the file as UTF-8.") from exc
+        if rest:
+            yield rest.encode("utf-8", "surrogatepass")
 
 
 def text_file(path: Path, encoding: str | None = None) -> TextFile:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aggregator import DIRECTION_FIELDS
+from aggregator import DIRECTION_FIELDS, parse_time
 from error_handler import ConfigurationError
 from help_desks.columns import Layout, drop, key_name, plain_name, take, without_empty
 from help_desks.findings import Findings
@@ -126,6 +126,8 @@ class RowReader:
         at = self.judge.time(taken.get("created_at"), place)
         part.messages = [message(sender, at, taken.get("text"))]
         part.fields = {name: taken[name] for name in ("subject", "channel") if taken.get(name) not in (None, "")}
+        if at not in (None, "") and parse_time(at) is None:
+            part.fields["created_at"] = at
         part.metadata = rest
         return part
 
