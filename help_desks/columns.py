@@ -121,6 +121,12 @@ def desk_of(columns: Iterable[str]) -> str:
     return next((desk for desk, signs in _SIGNS if signs <= names), "table")
 
 
+def is_message(columns: Iterable[str]) -> bool:
+    """Return whether a record with these *columns* is one message of a conversation: it has a number and a sender."""
+    names = {plain_name(name) for name in columns}
+    return all(names.intersection(_NAMES[name]) for name in ("conversation_number", "sender"))
+
+
 def layout_with(columns: Sequence[str], options: Options, desk: str, place: str) -> Layout:
     """Return the layout of a file of *desk* with these *columns*; *place* names it in errors.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aggregator import document_shape
-from help_desks.columns import take, without_empty
+from help_desks.columns import is_message, take, without_empty
 from help_desks.findings import Findings
 from help_desks.parts import Judge, Part, message
 from storage.extended_json import Document
@@ -97,7 +97,7 @@ class Reader:
         if first is None or not isinstance(description, str) or description.strip() == first:
             target = "messages.text" if first is None else "left out: repeats the first comment"
             text = ticket.take("description", target)
-            if first is None:
+            if first is None and text:
                 at = self.judge.time(part.fields.get("created_at"), place)
                 part.messages.append(message("customer", at, text))
         part.metadata = ticket.rest()
@@ -219,7 +219,9 @@ def desk_of_record(record: Mapping[str, Any]) -> str:
     if _has_items(record.get("comments"), "body") or "audits" in record or {"requester_id", "via"} <= record.keys():
         return "zendesk"
     shape = document_shape(record)
-    return "own" if shape in ("tweets", "messages") or isinstance(record.get("text"), str) else "table"
+    if shape in ("tweets", "messages"):
+        return "own"
+    return "own" if isinstance(record.get("text"), str) and not is_message(record) else "table"
 
 
 def unwrapped(value: Any, place: str) -> Iterator[tuple[str, Any, dict[Any, str]]]:

@@ -127,20 +127,23 @@ class Export:
         self._missing = set(self._options.dropped)
         source = self._counted(self._records(file))
         first = list(itertools.islice(source, 1))
-        options = self._options
-        desk = options.layout
-        if options.maps and desk == "auto":
-            desk = "table"
-        elif desk == "auto":
+        desk = self._options.layout
+        if desk == "twcs":
+            raise ConfigurationError(f"{self._path}: --format twcs is a table, and this is JSON; leave the flag out.")
+        if desk == "auto":
             desk = desks.desk_of_record(first[0][1]) if first and isinstance(first[0][1], dict) else "own"
+        is_mapped = bool(self._options.maps)
         records = itertools.chain(first, source)  # what is added to first is in it, too
-        if desk == "own":
+        if desk == "own" and not is_mapped:
             return (self._own(value, f"{self._path}, {place}") for place, value, _ in records)
         first += itertools.islice(source, _LOOKED_AT)
         keys = list(dict.fromkeys(key for _, value, _ in first if isinstance(value, dict) for key in value))
-        if (desk == "chatwoot" and "messages" in keys) or desk in ("zendesk", "intercom", "freshdesk"):
+        if not is_mapped and (
+            desk in ("zendesk", "intercom", "freshdesk") or (desk == "chatwoot" and "messages" in keys)
+        ):
             return self._of_desk(desk, records)
-        return self._of_rows(file, desk_of(keys) if desk == "table" else desk, keys, first[0][0], records)
+        desk = desk_of(keys) if desk in ("table", "own") else desk
+        return self._of_rows(file, desk, keys, first[0][0] if first else "line 1", records)
 
     def _of_desk(self, desk: str, records: Iterable[tuple[str, Any, dict[Any, str]]]) -> Iterator[Document]:
         self.findings.layout = desk

@@ -299,3 +299,31 @@ def test_an_empty_map_leaves_a_field_out(tmp_path: Path) -> None:
     (document,), _ = read(path, maps=["channel="])
     assert "channel" not in document
     assert document["metadata"] == {"via": "phone"}
+
+
+def test_json_messages_of_one_conversation_are_joined(tmp_path: Path) -> None:
+    rows = [{"conversation_id": 1, "role": role, "text": text} for role, text in (("user", "hi"), ("assistant", "ho"))]
+    (document,), _ = read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert transcript(document) == ["Customer: hi", "Agent: ho"]
+
+
+def test_map_wins_over_the_shape_of_a_help_desk() -> None:
+    documents, _ = read(
+        EXPORTS / "zendesk.jsonl", maps=["text=raw_subject", "conversation_number=id"], layout="zendesk"
+    )
+    assert [document["messages"][0]["text"] for document in documents] == ["Parcel is late", "Charged twice", "Address"]
+
+
+def test_table_format_does_not_fit_json() -> None:
+    with pytest.raises(ConfigurationError, match="--format twcs is a table, and this is JSON"):
+        read(EXPORTS / "zendesk.jsonl", layout="twcs")
+
+
+def test_record_of_another_shape_is_named(tmp_path: Path) -> None:
+    lines = (EXPORTS / "zendesk.jsonl").read_text().splitlines()
+    documents, notes = read(write(tmp_path / "a.jsonl", "\n".join([lines[2], "[1]", '{"id": 5}'])))
+    assert len(documents) == 1
+    assert notes == [
+        "1 record left out: it is not a conversation of zendesk (line 2)",
+        "1 conversation left out: it has neither a message nor a subject (line 3)",
+    ]
