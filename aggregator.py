@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from domain.conversation import Conversation, Sender, Shape, Turn
+from domain.conversation import DOCUMENT_TIMES, Conversation, Sender, Shape, Turn
+from domain.plain_text import plain_text
 from domain.text import prompt_text
 from error_handler import Reason, SkippedDocumentError, UnreadableDocumentError
 from storage.selection import UNREADABLE
@@ -105,7 +106,7 @@ def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
         is_ordered = len(dated) == len(turns)
         if is_ordered:
             turns = [turn for _, turn in sorted(dated, key=lambda pair: pair[0])]
-    return Conversation(shape, _number(document), tuple(turns), len(entries), is_ordered)
+    return Conversation(shape, _number(document), tuple(turns), len(entries), is_ordered, _document_time(document))
 
 
 def entry_text(entry: Any) -> str:
@@ -136,16 +137,22 @@ def _nested_text(value: Any, depth: int) -> str:
 
 
 def _turn(shape: Shape, entry: Any) -> Turn | None:
-    text = prompt_text(entry_text(entry))
+    text = prompt_text(plain_text(entry_text(entry)))
     if not text:
         return None
     if shape == "query":
         return Turn("customer", text)
-    return Turn(_inbound(entry) or _sender(entry, SENDER_FIELDS) or "unknown", text, _time(entry))
+    return Turn(_inbound(entry) or _sender(entry, SENDER_FIELDS) or "unknown", text, _time(entry, TIME_FIELDS))
 
 
-def _time(entry: Mapping[str, Any]) -> datetime | None:
-    for name in TIME_FIELDS:
+def _document_time(document: Mapping[str, Any]) -> datetime | None:
+    metadata = document.get("metadata")
+    at = _time(document, DOCUMENT_TIMES)
+    return _time(metadata, DOCUMENT_TIMES) if at is None and isinstance(metadata, Mapping) else at
+
+
+def _time(entry: Mapping[str, Any], names: tuple[str, ...]) -> datetime | None:
+    for name in names:
         if (value := entry.get(name)) is None:
             continue
         if name == "date" and isinstance(value, str) and isinstance(clock := entry.get("time"), str):

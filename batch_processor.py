@@ -18,7 +18,7 @@ from aggregator import aggregate_conversation
 from async_llm_wrapper import SharedWindow
 from classifier import Classifier
 from config import Settings, Taxonomy, load_prompt_taxonomy, load_settings
-from domain.conversation import Conversation, Outcome, build_result, result_fingerprint
+from domain.conversation import Conversation, Outcome, ResultOptions, build_result, result_fingerprint
 from embedded.choice import BuiltInClassifier
 from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
@@ -167,14 +167,7 @@ class BatchProcessor:
         await self.connect()
         conversation = aggregate_conversation(document)
         outcome = await self._classify(conversation, 0)
-        result = build_result(
-            document,
-            conversation,
-            outcome,
-            "single",
-            keep_original=self.settings.store_original_conversation,
-            review_below=self.settings.review_below,
-        )
+        result = build_result(document, conversation, outcome, "single", ResultOptions.of(self.settings))
         for problem in (await self.store.write_results([result])).values():
             raise problem
         return result

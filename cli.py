@@ -102,6 +102,8 @@ def load_command(name: str) -> flags.Command:
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.output:
         require_replaceable(arguments.output, "--output")
+    if arguments.only == "facts":
+        return await _fill_facts(arguments, settings)
     async with contextlib.AsyncExitStack() as stack:
         parts: dict[str, Any] = {}
         by_built_in = 0
@@ -234,6 +236,22 @@ async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: R
     report["not_selected"] = None if left_out is None else asdict(left_out)
     for problem in left_out.problems(settings.results_collection) if left_out else ():
         tell_line(" ".join(problem))
+    text = json.dumps(report, indent=2)
+    if arguments.output:
+        replace_file(arguments.output, text.encode())
+    print(text)
+    return ExitCode.DONE
+
+
+async def _fill_facts(arguments: argparse.Namespace, settings: Settings) -> int:
+    from worker.facts import fill_facts  # noqa: PLC0415 - only for --only facts
+
+    store = DocumentStore(settings)
+    try:
+        await store.check()
+        report = await fill_facts(store, settings, arguments.limit, tell_line, dry_run=arguments.dry_run)
+    finally:
+        await store.close()
     text = json.dumps(report, indent=2)
     if arguments.output:
         replace_file(arguments.output, text.encode())

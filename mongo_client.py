@@ -22,7 +22,7 @@ from pymongo.errors import BulkWriteError
 
 from config import Settings
 from config.taxonomy import TRIAD
-from domain.conversation import SOURCE_FIELDS
+from domain.conversation import source_paths
 from error_handler import StoreRejectedError, StoreUnreadableError
 from storage.extended_json import Document, bson_encode, id_key, is_doubtful, without_attachments
 from storage.mongo_connection import close_client, identity, open_client
@@ -42,7 +42,7 @@ from storage.mongo_pages import (
     warn_of,
     warn_of_unusable,
 )
-from storage.selection import QUERIES, Selection
+from storage.selection import Selection, StateFields
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,10 @@ class DocumentStore:
         self.unusable: set[bytes] = set()  # the id_key of documents that were read, and no query can name
         self.unmarked: set[bytes] = set()  # of those whose status MongoDB refuses
         self._warned: set[Any] = set()
-        self._fields = None if settings.store_original_conversation else dict.fromkeys(SOURCE_FIELDS, 1)
+        self.states = StateFields(settings.status_field)
+        self._fields = (
+            None if settings.store_original_conversation else source_paths(self.states, settings.result_metadata)
+        )
         self.database = database = self._client[settings.db_name]  # its errors are the driver's: see translated
         options = self._client.codec_options.with_options(tz_aware=True)
         self._source = database.get_collection(settings.source_collection, codec_options=options)
@@ -118,13 +121,13 @@ class DocumentStore:
 
     async def ensure_source_indexes(self) -> None:
         """Create the indexes of the source and of the leases; takes as long as the collection is large."""
-        await create_indexes(self._source, source_indexes(), self._patiently)
+        await create_indexes(self._source, source_indexes(self.states), self._patiently)
         await create_indexes(self._leases, lease_indexes(), self._patiently)
 
     async def try_writes(self) -> None:
         """Send each collection an update that matches nothing, to see whether the server takes the writes of a run."""
         for collection in (self._marks, self._results, self._leases):
-            update = partial(collection.update_one, {"_id": {"$in": []}}, {"$set": {"status": "processing"}})
+            update = partial(collection.update_one, {"_id": {"$in": []}}, {"$set": {self.states.status: "processing"}})
             await self._call(f"write to {collection.name}", update)
 
     async def upper_bound(self) -> list[Any]:
@@ -142,10 +145,10 @@ class DocumentStore:
     ) -> list[Document]:
         """Return up to *limit* documents of *selection* in the order of ``_id``; see range_filter.
 
-        They have the SOURCE_FIELDS, and together PAGE_BYTES. A document that is not valid BSON is UNREADABLE; one whose
+        They have what ``source_paths`` names, and together PAGE_BYTES. A document that is not valid BSON is UNREADABLE; one whose
         ``_id`` no query can name is left out.
         """
-        query = {**QUERIES[selection], **range_filter(after, bound)}
+        query = {**self.states.queries[selection], **range_filter(after, bound)}
         source, fields, skipped = self._source, self._fields, 0
 
         def found(collection: Any, names: Document | None) -> Any:
@@ -177,7 +180,7 @@ class DocumentStore:
         """Return how many documents *selection* has now."""
         if selection == "all":
             return await self._patiently("count", self._source.estimated_document_count)  # of the metadata
-        query = QUERIES[selection]
+        query = self.states.queries[selection]
         return await self._patiently("count", lambda: self._source.count_documents(query))
 
     async def count_results(self) -> int:
@@ -217,21 +220,11 @@ class DocumentStore:
 
     async def mark_processing(self, document_ids: list[Any]) -> None:
         """Set the status of conversations to processing; single queries have none."""
-        await self._update(self._source, document_ids, {"$set": {"status": "processing"}})
+        await self._update(self._source, document_ids, {"$set": {self.states.status: "processing"}})
 
     async def mark(self, document_ids: list[Any], status: FinalStatus, reason: str | None, *, queries: bool) -> None:
         """Set the final status of conversations, or of single queries, and its *reason* if any."""
-        fields: Document = {"status_reason": reason} if reason else {}
-        if not queries:
-            fields |= {"status": status, "last_processed_at": datetime.now(UTC)}
-        elif status != "failed":
-            fields["processed"] = True
-        change: Document = {"$set": fields} if fields else {}
-        if queries:
-            change["$inc"] = {"processing_attempts": 1}
-        if not reason:
-            change["$unset"] = {"status_reason": ""}
-        await self._update(self._marks, document_ids, change)
+        await self._update(self._marks, document_ids, self.states.final(status, reason, is_query=queries))
 
     async def _update(self, collection: Any, document_ids: list[Any], change: Document) -> None:
         """Update *document_ids*; those that MongoDB refuses keep their status, with a warning, and are ``unmarked``."""
@@ -303,19 +296,19 @@ class DocumentStore:
 
     async def sample_ids(self, selection: Selection, size: int) -> list[Any]:
         """Return the ids of up to *size* random documents of *selection*."""
-        stages = [{"$match": QUERIES[selection]}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
+        stages = [{"$match": self.states.queries[selection]}, {"$sample": {"size": size}}, {"$project": {"_id": 1}}]
         return [document["_id"] for document in await self.aggregate("draw a sample", stages)]
 
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
         """Return those *document_ids* that *selection* has; one that is not valid BSON is UNREADABLE."""
-        query = {"_id": {"$in": document_ids}, **QUERIES[selection]}
+        query = {"_id": {"$in": document_ids}, **self.states.queries[selection]}
         try:
             return await self._find("read documents", self._source, query, projection=self._fields)
         except StoreUnreadableError:
-            return await self._read_alone(document_ids, QUERIES[selection])
+            return await self._read_alone(document_ids, self.states.queries[selection])
 
     async def _read_alone(self, document_ids: list[Any], query: Document | None = None) -> list[Document]:
-        read = partial(read_alone, self._source, document_ids, self._fields, query)
+        read = partial(read_alone, self._source, document_ids, self._fields, self.states, query)
         return await self._call("read documents one by one", read)
 
     async def insert_documents(self, documents: list[Document]) -> int:

@@ -64,6 +64,11 @@ def add_database_flags(group: argparse._ActionsContainer) -> None:
         help="collection of the conversations (MONGODB_SOURCE_COLLECTION; conversation_set)",
     )
     group.add_argument(
+        "--status-field",
+        metavar="NAME",
+        help="field of a document with the state of this product, if another program uses status (STATUS_FIELD; status)",
+    )
+    group.add_argument(
         "--results-collection", help="collection of the results (MONGODB_RESULTS_COLLECTION; sentimental_analysis)"
     )
 
@@ -116,7 +121,12 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     what.add_argument(
         "--retry-failed", action="store_true", help="retry failed and quarantined documents with a full set of attempts"
     )
-    what.add_argument("--only", choices=SELECTABLE, help="process only these documents; python cli.py plan counts them")
+    what.add_argument(
+        "--only",
+        choices=(*SELECTABLE, "facts"),
+        help="process only these documents (python cli.py plan counts them); facts: add the times, turns and channel of their "
+        "conversations to results that lack them, without a model",
+    )
     what.add_argument(
         "--no-dedupe",
         dest="dedupe",

@@ -18,7 +18,7 @@ from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import Document
-from worker.left_out import NAMED_STATUSES, status_name
+from worker.left_out import FOREIGN_REMEDY, NAMED_STATUSES, status_name
 from worker.plan import ask_plan
 from worker.staleness import Kind, Plan, StalenessChecker
 
@@ -68,7 +68,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         async for document, kind in _judged(store, kinds, settings.batch_size):
             counts[kind] += 1
             if kind == "foreign":
-                statuses[status_name(document["status"])] += 1
+                statuses[status_name(document[settings.status_field])] += 1
             if time.monotonic() - shown_s >= LINE_EVERY_S:
                 shown_s = time.monotonic()
                 sys.stderr.write(f"plan: {counts.total():,} of {max(total, counts.total()):,} documents read\n")
@@ -121,7 +121,7 @@ def _as_text(counts: Counter[str], statuses: Counter[str], settings: Settings, p
     lines = [f"{kind:<9} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
     if statuses:
         names = [f"{name} ({count:,})" for name, count in statuses.most_common(NAMED_STATUSES)]
-        lines.append(f"statuses of other programs: {', '.join(names)}")
+        lines += [f"statuses of other programs: {', '.join(names)}", FOREIGN_REMEDY]
     return "\n".join([f"{counted(counts.total(), 'document')}, {place}", *lines])
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from error_handler import ConfigurationError
 
@@ -59,6 +59,12 @@ def _complete_ollama_address(value: Any) -> Any:
         value = f"http://{host or '127.0.0.1'}{port or ':11434'}{path or ''}"
     return _OLLAMA_PATH.sub("", value)
 
+
+def _split(value: Any) -> Any:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+NameList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]  # names with commas between them
 
 # An address without credentials or query, and a secret that is sent in an HTTP header.
 HttpAddress = Annotated[str, AfterValidator(_plain_http_url)]

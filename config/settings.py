@@ -17,6 +17,7 @@ from config.loading import (
     DOTENV,
     HeaderSecret,
     HttpAddress,
+    NameList,
     OllamaAddress,
     PartSettings,
     load_part,
@@ -28,6 +29,13 @@ from error_handler import ConfigurationError
 
 DEFAULT_DATABASE = "customer_support"
 MAX_AUTO = 64  # the highest limit of MAX_CONCURRENT=auto
+DEFAULT_STATUS_FIELD = "status"
+MAX_METADATA_FIELDS = 20  # of RESULT_METADATA
+_FIELD_NAME = re.compile(r"[^$.,\x00][^.,\x00]{0,59}")
+_STATE_FIELDS = frozenset(
+    "_id conversation_number processed processing_attempts status_reason last_processed_at".split()
+)
+_TEXT_FIELDS = frozenset("tweets messages text content body message description metadata".split())
 
 Protocol = Literal["ollama_chat", "ollama_generate", "openai_chat"]
 OriginKind = Literal["argument", "environment", "dotenv"]
@@ -91,6 +99,7 @@ class Settings(PartSettings):
     source_collection: CollectionName = Field(
         "conversation_set", validation_alias=AliasChoices("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION")
     )
+    status_field: str = DEFAULT_STATUS_FIELD
     results_collection: CollectionName = Field("sentimental_analysis", validation_alias="MONGODB_RESULTS_COLLECTION")
     batch_size: int = Field(100, ge=1, le=1000, validation_alias=AliasChoices("BATCH_SIZE", "MONGODB_BATCH_SIZE"))
     max_concurrent: int | Literal["auto"] = 5
@@ -123,6 +132,7 @@ class Settings(PartSettings):
     prompt_examples_file: Path | None = None
     review_below: float | None = Field(None, ge=0, le=1)
     store_original_conversation: bool = False
+    result_metadata: NameList = ("channel",)
     log_level: LogLevel = "INFO"
 
     @field_validator("max_concurrent", mode="before")
@@ -140,6 +150,24 @@ class Settings(PartSettings):
     def _not_the_source(cls, value: str, info: ValidationInfo) -> str:
         if value == info.data.get("source_collection"):
             raise ValueError("must differ from the source collection")
+        return value
+
+    @field_validator("status_field")
+    @classmethod
+    def _field_of_its_own(cls, value: str) -> str:
+        if not _FIELD_NAME.fullmatch(value) or value in _TEXT_FIELDS | _STATE_FIELDS:
+            raise ValueError("must be the name of a field without dots that holds neither text nor other state")
+        return value
+
+    @field_validator("result_metadata")
+    @classmethod
+    def _fields_without_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) > MAX_METADATA_FIELDS or any(not _FIELD_NAME.fullmatch(name) for name in value):
+            raise ValueError(
+                f"must be at most {MAX_METADATA_FIELDS} names of fields without dots, with commas between them"
+            )
+        if has_text := _TEXT_FIELDS.intersection(value):
+            raise ValueError(f"must not name fields with the text of conversations: {', '.join(sorted(has_text))}")
         return value
 
     @property

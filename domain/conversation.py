@@ -7,7 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from domain.text import one_line
+
+if TYPE_CHECKING:
+    from config import Settings
+    from storage.selection import StateFields
 
 Sender = Literal["customer", "agent", "unknown"]
 Shape = Literal["tweets", "messages", "query"]
@@ -25,12 +31,19 @@ def chat_messages(system_prompt: str, transcript: str) -> list[Message]:
     ]
 
 
-# The fields of a source document that aggregator, StalenessChecker and is_query use. The others, such as attachments,
-# are not read.
-SOURCE_FIELDS = (
-    *("tweets", "messages", "text", "conversation_number"),
-    *("status", "status_reason", "processed", "processing_attempts"),
-)
+# The fields of a source document that the aggregator uses. Those that nobody uses, such as attachments, are not read.
+SOURCE_FIELDS = ("tweets", "messages", "text", "conversation_number")
+# The times of a document, at its top level or in its metadata; the first readable one counts.
+DOCUMENT_TIMES = ("created_at", "createdAt", "timestamp", "date", "time")
+MAX_METADATA_CHARACTERS = 100  # a longer value is text
+MAX_METADATA_VALUES = 20  # of one field
+
+
+def source_paths(states: StateFields, metadata: Iterable[str]) -> dict[str, int]:
+    """Return the projection of what a run reads of a source document; *metadata* are the fields that results copy."""
+    facts = dict.fromkeys((*DOCUMENT_TIMES, *metadata))
+    return dict.fromkeys((*SOURCE_FIELDS, *states.names, *facts, *(f"metadata.{name}" for name in facts)), 1)
+
 
 SPEAKER = {"customer": "Customer", "agent": "Agent", "unknown": "Unknown"}
 
@@ -54,6 +67,7 @@ class Conversation:
     """A conversation in order, with at least one customer turn; *turns_total* includes turns without usable text.
 
     *is_ordered* is False if the times of the turns are missing or unreadable, so they are in the order of the document.
+    *created_at* is the time of the document itself, aware; None if it has no readable time.
     """
 
     shape: Shape
@@ -61,6 +75,7 @@ class Conversation:
     turns: tuple[Turn, ...]
     turns_total: int
     is_ordered: bool = True
+    created_at: datetime | None = None
 
     @cached_property
     def transcript(self) -> str:
@@ -76,6 +91,75 @@ class Conversation:
     def customer_texts(self) -> list[str]:
         """The texts of the customer's turns, in order."""
         return [turn.text for turn in self.turns if turn.sender == "customer"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationFacts:
+    """What a result says about its conversation beside the labels; no text.
+
+    *started_at* and *last_message_at* (UTC) come from the turns, else from the document; None without a readable time.
+    *turns* counts those with text. *metadata* holds short values of the document by the names of its fields.
+    """
+
+    started_at: datetime | None
+    last_message_at: datetime | None
+    turns: int
+    channel: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any], conversation: Conversation, fields: Iterable[str]) -> ConversationFacts:
+        """Return the facts of *conversation*, which comes from *document*; *fields* are the metadata to copy."""
+        times = [utc for turn in conversation.turns if turn.at and (utc := _in_utc(turn.at))]
+        created = [utc for at in (conversation.created_at,) if at and (utc := _in_utc(at))]
+        times = times or created
+        copied = {name: value for name in fields if (value := _metadata_value(document, name)) is not None}
+        channel = copied.pop("channel", None)
+        return cls(
+            min(times, default=None),
+            max(times, default=None),
+            len(conversation.turns),
+            channel if isinstance(channel, str) else None,
+            copied,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as results store them; what is not known is left out."""
+        facts = {
+            "started_at": self.started_at,
+            "last_message_at": self.last_message_at,
+            "turns": self.turns,
+            "channel": self.channel,
+            "metadata": dict(self.metadata) or None,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+def _in_utc(at: datetime) -> datetime | None:
+    try:
+        return at.astimezone(UTC)
+    except OverflowError:  # the first and the last day of the calendar
+        return None
+
+
+def _metadata_value(document: Mapping[str, Any], name: str) -> Any:
+    """Return the value of the field *name*, at the top level or in the metadata; None if it is missing, or text."""
+    metadata = document.get("metadata")
+    for fields in (document, metadata if isinstance(metadata, Mapping) else {}):
+        value = fields.get(name)
+        if isinstance(value, list):
+            kept = [short for one in value[:MAX_METADATA_VALUES] if (short := _short_value(one)) is not None]
+            if kept:
+                return kept
+        elif (short := _short_value(value)) is not None:
+            return short
+    return None
+
+
+def _short_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return one_line(value, len(value)) or None if len(value) <= MAX_METADATA_CHARACTERS else None
+    return value if isinstance(value, bool | int | float | datetime) else None
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -149,19 +233,28 @@ def result_fingerprint(plan: str, input_hash: str) -> str:
     return hashlib.sha256(f"{plan}:{input_hash}".encode()).hexdigest()
 
 
-def build_result(
-    document: Mapping[str, Any],
-    conversation: Conversation,
-    outcome: Outcome,
-    job_id: str,
-    *,
-    keep_original: bool,
-    review_below: float | None = None,
-) -> dict[str, Any]:
-    """Return the result of *document*, without an ``_id``; *keep_original* adds a copy of the document.
+@dataclass(frozen=True, slots=True)
+class ResultOptions:
+    """What results hold beside the labels.
 
-    With *review_below* (0 to 1), a result with confidence says whether one of its labels is below that.
+    *keep_original* adds a copy of the document. With *review_below* (0 to 1), a result with confidence says whether one
+    of its labels is below that. *metadata* names the fields of the document to copy; see ConversationFacts.
     """
+
+    keep_original: bool = False
+    review_below: float | None = None
+    metadata: tuple[str, ...] = ("channel",)
+
+    @classmethod
+    def of(cls, settings: Settings) -> ResultOptions:
+        """Return the options in *settings*."""
+        return cls(settings.store_original_conversation, settings.review_below, settings.result_metadata)
+
+
+def build_result(
+    document: Mapping[str, Any], conversation: Conversation, outcome: Outcome, job_id: str, options: ResultOptions
+) -> dict[str, Any]:
+    """Return the result of *document*, without an ``_id``."""
     now = datetime.now(UTC)
     result: dict[str, Any] = {
         "conversation_number": conversation.conversation_number,
@@ -169,6 +262,7 @@ def build_result(
     }
     if conversation.shape == "query":
         result["query_id"] = document.get("_id")
+    result["conversation"] = ConversationFacts.of(document, conversation, options.metadata).as_dict()
     result["classification"] = outcome.classification.as_dict()
     result["processing_metadata"] = {
         "processed_at": now,
@@ -190,11 +284,11 @@ def build_result(
         result["processing_metadata"]["turn_order"] = "listed"
     if outcome.confidence is not None:
         result["processing_metadata"]["confidence"] = outcome.confidence
-        if review_below is not None:
-            result["processing_metadata"]["needs_review"] = min(outcome.confidence.values()) < review_below
+        if options.review_below is not None:
+            result["processing_metadata"]["needs_review"] = min(outcome.confidence.values()) < options.review_below
     for origin in outcome.copied_from:
         result["processing_metadata"]["copied_from"] = origin
     result["created_at"] = now
-    if keep_original:
+    if options.keep_original:
         result["original_conversation"] = dict(document)
     return result

@@ -152,7 +152,7 @@ class Evaluation:
         pairs, examples = self._without_examples(pairs)
         gold.problems += [*problems, *examples]
         chosen = choose(pairs, self._arguments.run)
-        documents = await read_sources(self._collections, self._settings.source_collection, chosen)
+        documents = await read_sources(self._collections, self._settings, chosen)
         fresh = FreshRun(self._settings, self._store, name, ConsoleProgress(sys.stderr))
         failed = await fresh.execute(documents) if documents else []
         gold.problems += failed

@@ -13,7 +13,7 @@ import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from classifier import Classifier
 from config import Settings, load_prompt_taxonomy
-from domain.conversation import SOURCE_FIELDS, Conversation, build_result, result_fingerprint
+from domain.conversation import Conversation, ResultOptions, build_result, result_fingerprint, source_paths
 from domain.text import one_line
 from error_handler import (
     ConfigurationError,
@@ -30,6 +30,7 @@ from model_server.tokens import TokenEstimator
 from model_server.window import tokens_needed
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
+from storage.selection import StateFields
 from worker.checkpoint import RunStats
 from worker.intake import Classify
 from worker.plan import run_window
@@ -67,6 +68,7 @@ class FreshRun:
         if settings.max_concurrent == "auto":
             raise ConfigurationError("--run requires a fixed concurrency; set --max-concurrent to a number.")
         self._settings, self._reporter = settings, reporter
+        self._result_options = replace(ResultOptions.of(settings), keep_original=False)
         self._store = DocumentStore(
             settings.model_copy(update={"results_collection": into}), client=store.database.client
         )
@@ -144,9 +146,7 @@ class FreshRun:
         self._report("running")
         try:
             outcome = await classify(conversation, 0)
-            result = build_result(
-                document, conversation, outcome, JOB, keep_original=False, review_below=self._settings.review_below
-            )
+            result = build_result(document, conversation, outcome, JOB, self._result_options)
             for rejected in (await self._store.write_results([result], replace=True)).values():
                 raise rejected
         except (LLMOutageError, LLMModelError):
@@ -173,11 +173,12 @@ async def _needs(conversations: Sequence[Conversation], estimator: TokenEstimato
     return [tokens_needed(estimator.prompt_tokens(one.transcript)) for one in conversations]
 
 
-async def read_sources(collections: Collections, name: str, chosen: Sequence[Labelled]) -> list[Document]:
+async def read_sources(collections: Collections, settings: Settings, chosen: Sequence[Labelled]) -> list[Document]:
     """Return the source documents of the conversations *chosen*, in their order."""
     found: dict[bytes, Document] = {}
+    fields = tuple(source_paths(StateFields(settings.status_field), settings.result_metadata))
     for start in range(0, len(chosen), 100):
         ids = [one.document_id for one in chosen[start : start + 100]]
-        documents = await collections.find(name, {"_id": {"$in": ids}}, SOURCE_FIELDS)
+        documents = await collections.find(settings.source_collection, {"_id": {"$in": ids}}, fields)
         found |= {id_key(document["_id"]): document for document in documents}
     return [found[one.key] for one in chosen if one.key in found]

@@ -30,6 +30,7 @@ from openai_batch.planning import JobSender
 from openai_batch.schema_file import ResponseProcessor, SchemaFile, explain
 from openai_batch.triad import TriadHandling, result_store, worker_schema
 from storage.files import DirectoryLock
+from storage.selection import StateFields
 
 __all__ = ["DocumentBatchProcessor", "JobResult", "job_slug"]
 
@@ -76,7 +77,8 @@ class DocumentBatchProcessor:
         self._processor: ResponseProcessor | None = file.response_processor
         self._labels_conversations = file.results_of_conversations
         if self._labels_conversations:
-            config = config.model_copy(update={"schema_config": worker_schema(config.schema_config)})
+            schema = worker_schema(config.schema_config, StateFields(self._settings.status_field))
+            config = config.model_copy(update={"schema_config": schema})
         self.config: AppConfig = config
         times = times or Times()
         self._times = times if times.poll_s else replace(times, poll_s=config.batch.poll_interval)

@@ -16,7 +16,8 @@ import orjson
 from aggregator import aggregate_conversation, document_shape
 from classifier import MAX_CATEGORIZATION_CHARACTERS, Classifier
 from config import Settings, load_prompt_taxonomy
-from domain.conversation import Classification, Outcome, build_result, result_fingerprint
+from config.settings import DEFAULT_STATUS_FIELD
+from domain.conversation import Classification, Outcome, ResultOptions, build_result, result_fingerprint
 from domain.text import one_line
 from error_handler import (
     JobProcessingError,
@@ -31,16 +32,19 @@ from openai_batch.documents import Variables, request_body
 from openai_batch.job_config import AppConfig, Document, SchemaConfig
 from openai_batch.job_store import Answer, Handling
 from storage.extended_json import canonical, id_key, loads
-from storage.selection import selection_filter
+from storage.selection import StateFields
 
 LEASE_S = 30 * 86_400.0  # renewed by each start; a batch takes a day and may wait several days for tokens
 
 
-def worker_schema(schema: SchemaConfig) -> SchemaConfig:
-    """Return *schema* narrowed to what the worker selects; single queries have ``processed`` and no status."""
-    own = selection_filter("pending")
+def worker_schema(schema: SchemaConfig, states: StateFields) -> SchemaConfig:
+    """Return *schema* narrowed to what the worker selects; its status is in the field of *states* if it was in ``status``."""
+    own = states.queries["pending"]
     given = [schema.query_template] if schema.query_template else []
-    return schema.model_copy(update={"query_template": {"$and": [own, *given]}})
+    changes: dict[str, Any] = {"query_template": {"$and": [own, *given]}}
+    if schema.status.field_name == DEFAULT_STATUS_FIELD:
+        changes["status"] = schema.status.model_copy(update={"field_name": states.status})
+    return schema.model_copy(update=changes)
 
 
 def result_store(config: AppConfig, settings: Settings, job_id: str) -> DocumentStore:
@@ -65,9 +69,9 @@ class TriadHandling(Handling):
             "openai_chat", config.openai.base_url, config.openai.base_url, config.openai.model, None, 0, "0"
         )
         self._plan = self._classifier.plan(self._target)
-        self._store = store
+        self._store, self._states = store, store.states
         self._job_id = job_id
-        self._keep_original = settings.store_original_conversation
+        self._result_options = ResultOptions.of(settings)
         self._variables = Variables(config)
 
     def request(self, document: Document) -> dict[str, Any]:
@@ -94,7 +98,7 @@ class TriadHandling(Handling):
         """Return the updates of those of *documents* that have a result already, by canonical id."""
         keys = await self._store.result_keys([document["_id"] for document in documents])
         return {
-            canonical(document["_id"]): _final_update(document)
+            canonical(document["_id"]): self._final_update(document)
             for document in documents
             if id_key(document["_id"]) in keys
         }
@@ -103,7 +107,7 @@ class TriadHandling(Handling):
         """Return the fields that the worker sets, beside the status, on a document that ends with *error*."""
         reason = error.partition(":")[0]
         known = reason if reason in set(Reason) else Reason.REFUSED
-        return {"status_reason": str(known), "last_processed_at": datetime.now(UTC)}
+        return {self._states.reason: str(known), self._states.processed_at: datetime.now(UTC)}
 
     async def deliver(self, answers: Sequence[Answer], _batch_id: str) -> list[Mapping[str, Any] | JobProcessingError]:
         """Store a result for each usable answer; a result that exists already is kept."""
@@ -116,7 +120,7 @@ class TriadHandling(Handling):
             if isinstance(result, JobProcessingError)
             else JobProcessingError("MongoDB cannot store the result", is_final=True)
             if id(result) in unstored
-            else _final_update(answer.document)
+            else self._final_update(answer.document)
             for answer, result in zip(answers, made, strict=True)
         ]
 
@@ -144,13 +148,13 @@ class TriadHandling(Handling):
             prompt_tokens=answer.line.prompt_tokens,
             reply_tokens=answer.line.reply_tokens,
         )
-        return build_result(answer.document, conversation, outcome, self._job_id, keep_original=self._keep_original)
+        return build_result(answer.document, conversation, outcome, self._job_id, self._result_options)
 
-
-def _final_update(document: Document) -> dict[str, Any]:
-    """Return the update with which the worker completes a document."""
-    update: dict[str, Any] = {"$set": {"last_processed_at": datetime.now(UTC)}, "$unset": {"status_reason": ""}}
-    if document_shape(document) == "query":  # the worker sets no status on these
-        update["$set"]["processed"] = True
-        update["$inc"] = {"processing_attempts": 1}
-    return update
+    def _final_update(self, document: Document) -> dict[str, Any]:
+        """Return the update with which the worker completes *document*; the job sets the status itself."""
+        states = self._states
+        update: dict[str, Any] = {"$set": {states.processed_at: datetime.now(UTC)}, "$unset": {states.reason: ""}}
+        if states.is_default and document_shape(document) == "query":  # the worker sets no status on these
+            update["$set"]["processed"] = True
+            update["$inc"] = {"processing_attempts": 1}
+        return update

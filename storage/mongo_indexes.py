@@ -11,13 +11,13 @@ from pymongo import IndexModel
 
 from error_handler import IndexBlockedError, StoreError, StoreForbiddenError, StoreUnavailableError
 from storage.mongo_errors import DUPLICATE_KEY
+from storage.selection import StateFields
 
 logger = logging.getLogger(__name__)
 
 INDEX_CODES = frozenset({85, 86})  # an index of this name or of these fields exists already
 UNIQUE_FIELD = "source_conversation_id"
 CORRECTION_KEY = (UNIQUE_FIELD, "field", "reviewer")  # one decision of a reviewer on a field of a conversation
-SOURCE_INDEXES = ("status", "conversation_number", "last_processed_at")
 RESULT_INDEXES = (
     "conversation_number",
     "processing_metadata.batch_job_id",
@@ -44,9 +44,9 @@ def correction_indexes() -> list[IndexModel]:
     return [unique, IndexModel([("reviewer", 1), ("at", -1)])]
 
 
-def source_indexes() -> list[IndexModel]:
-    """Return the indexes of the source."""
-    return [IndexModel([(field, 1)]) for field in SOURCE_INDEXES]
+def source_indexes(states: StateFields) -> list[IndexModel]:
+    """Return the indexes of a source with *states*."""
+    return [IndexModel([(field, 1)]) for field in states.indexed]
 
 
 def lease_indexes() -> list[IndexModel]:

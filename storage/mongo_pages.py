@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence, Set
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,12 @@ from pymongo.errors import BulkWriteError
 
 from storage.extended_json import Document, bson_encode, id_key, id_text, is_doubtful
 from storage.mongo_errors import VALIDATOR_CODE, refusal, refused_documents, require_only_duplicates
-from storage.selection import UNREADABLE
+from storage.selection import UNREADABLE, StateFields
 
 logger = logging.getLogger(__name__)
 
 END_OF_IDS = bson.MaxKey()
 PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
-STATE_FIELDS = ("status", "status_reason", "processed", "processing_attempts")
 
 
 async def unusable_ids(collection: Any, doubtful: Sequence[Any]) -> dict[bytes, Any]:
@@ -70,17 +69,21 @@ async def read_ids(cursor: Any, options: bson.CodecOptions[Document]) -> tuple[l
 
 
 async def read_alone(
-    collection: Any, document_ids: Iterable[Any], fields: Iterable[str] | None, query: Document | None = None
+    collection: Any,
+    document_ids: Iterable[Any],
+    fields: Iterable[str] | None,
+    states: StateFields,
+    query: Document | None = None,
 ) -> list[Document]:
     """Return those *document_ids* that *query* finds, up to PAGE_BYTES, each read alone.
 
-    One that is not valid BSON has UNREADABLE, and of its fields only the STATE_FIELDS.
+    One that is not valid BSON has UNREADABLE, and of its fields only those of its state (*states*).
     """
     page: list[Document] = []
     size = 0
     for document_id in document_ids:
         wanted = {**(query or {}), "_id": {"$eq": document_id}}
-        for projection in (fields, STATE_FIELDS, ("_id",)):
+        for projection in (fields, states.names, ("_id",)):
             try:
                 found = await collection.find(wanted, projection and dict.fromkeys(projection, 1)).to_list(None)
             except InvalidBSON:
@@ -139,6 +142,12 @@ async def replace_each(collection: Any, documents: list[Document], key: Sequence
         ReplaceOne({name: {"$eq": document[name]} for name in key}, document, upsert=True) for document in documents
     ]
     await collection.bulk_write(operations)
+
+
+async def set_each(collection: Any, field: str, values: Mapping[Any, Any]) -> None:
+    """Set *field* of documents to *values*, by their ``_id``."""
+    operations = [UpdateOne({"_id": {"$eq": key}}, {"$set": {field: value}}) for key, value in values.items()]
+    await collection.bulk_write(operations, ordered=False)
 
 
 async def update_each(collection: Any, document_ids: Sequence[Any], change: Document) -> list[Refused]:

@@ -1,13 +1,17 @@
 """Which source documents a run selects: one rule, as a query, as an aggregation expression and in Python.
 
 Conversations have a ``status``. Single queries have none but ``processed`` and ``status_reason``. A status that this
-product does not know belongs to another program: such a document is foreign and is never selected.
+product does not know belongs to another program: such a document is foreign and is never selected. STATUS_FIELD moves the
+state of this product to fields of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any, Literal, get_args
+
+from config.settings import DEFAULT_STATUS_FIELD
 
 State = Literal["pending", "processing", "processed", "failed", "skipped", "foreign"]
 Selection = Literal["pending", "sweep", "failed", "processed", "skipped", "known", "foreign", "all"]
@@ -17,58 +21,105 @@ STATUSES = STATES[:-1]
 # The field in place of those of a document that is not valid BSON. It is never written to MongoDB.
 UNREADABLE = "$unreadable"
 
-_OPEN, _DONE = {"status": None, "processed": {"$ne": True}}, {"status": None, "processed": True}
-_WITHOUT_STATUS: dict[str, dict[str, Any]] = {
-    "pending": {**_OPEN, "status_reason": None},
-    "failed": {**_OPEN, "status_reason": {"$ne": None}},
-    "processed": {**_DONE, "status_reason": None},
-    "skipped": {**_DONE, "status_reason": {"$ne": None}},
-}
-_HAS_REASON, _IS_DONE = {"$gt": ["$status_reason", None]}, {"$eq": ["$processed", True]}
-
 
 def switch(default: str, *cases: tuple[dict[str, Any], Any]) -> dict[str, Any]:
     """Return the aggregation expression for the value of the first case that holds."""
     return {"$switch": {"branches": [{"case": case, "then": then} for case, then in cases], "default": default}}
 
 
-# A status of another program may be binary data that the driver cannot read.
-STATUS_EXPRESSION = {"$cond": [{"$eq": [{"$type": "$status"}, "binData"]}, "binary data", "$status"]}
-# The status itself if there is one, also that of another program.
-STATE_EXPRESSION = switch(
-    "pending",
-    ({"$gt": ["$status", None]}, STATUS_EXPRESSION),
-    ({"$and": [_IS_DONE, _HAS_REASON]}, "skipped"),
-    (_IS_DONE, "processed"),
-    (_HAS_REASON, "failed"),
-)
+class StateFields:
+    """The fields of a source document that hold its state, and what they say; *status* is the name of the first one.
 
-
-def selection_filter(selection: Selection) -> dict[str, Any]:
-    """Return the query for the documents of *selection*; a missing status counts as pending.
-
-    ``sweep`` adds documents with the status processing: their worker died, unless a lease says otherwise. ``known`` is
-    all but ``foreign``.
+    By default, a conversation has ``status``, ``status_reason`` and ``last_processed_at``, and a single query has
+    ``processed``, ``status_reason`` and ``processing_attempts``. With another name, the state of each document is in
+    fields of that name, and those of other programs are neither read nor changed.
     """
-    if selection == "all":
-        return {}
-    if selection in ("known", "foreign"):
-        return {"status": {"$in" if selection == "known" else "$nin": [None, *STATUSES]}}
-    statuses = ["pending", "processing"] if selection == "sweep" else [selection]
-    without = _WITHOUT_STATUS["pending" if selection == "sweep" else selection]
-    return {"$or": [{"status": {"$in": statuses}}, without]}
 
+    def __init__(self, status: str = DEFAULT_STATUS_FIELD) -> None:
+        self.status = status
+        self.is_default = status == DEFAULT_STATUS_FIELD
+        self.reason = f"{status}_reason"
+        self.processed_at = "last_processed_at" if self.is_default else f"{status}_processed_at"
+        queries = ("processed", "processing_attempts") if self.is_default else ()
+        self.names = (status, self.reason, *queries)  # what ``state_of`` and ``is_query`` read
+        self.indexed = (status, "conversation_number", self.processed_at)
+        selections: tuple[Selection, ...] = get_args(Selection)
+        self.queries: dict[Selection, dict[str, Any]] = {name: self._query(name) for name in selections}
 
-QUERIES: dict[Selection, dict[str, Any]] = {name: selection_filter(name) for name in get_args(Selection)}
+    @property
+    def status_expression(self) -> dict[str, Any]:
+        """The aggregation expression for the status, also that of another program, which may be unreadable binary data."""
+        path = f"${self.status}"
+        return {"$cond": [{"$eq": [{"$type": path}, "binData"]}, "binary data", path]}
 
+    @property
+    def state_expression(self) -> dict[str, Any]:
+        """The aggregation expression for the state; for a foreign document, its status."""
+        given = ({"$gt": [f"${self.status}", None]}, self.status_expression)
+        if not self.is_default:
+            return switch("pending", given)
+        has_reason, is_done = {"$gt": [f"${self.reason}", None]}, {"$eq": ["$processed", True]}
+        return switch(
+            "pending",
+            given,
+            ({"$and": [is_done, has_reason]}, "skipped"),
+            (is_done, "processed"),
+            (has_reason, "failed"),
+        )
 
-def state_of(document: Mapping[str, Any]) -> State:
-    """Return the state of *document*."""
-    status = document.get("status")
-    if isinstance(status, list):  # a query matches a list that contains its value
-        status = next((known for known in (None, *STATUSES) if known in status), status)
-    if status is None:
-        ended = document.get("processed") is True
-        has_reason = document.get("status_reason") is not None
-        return ("skipped" if has_reason else "processed") if ended else ("failed" if has_reason else "pending")
-    return next((known for known in STATUSES if known == status), "foreign")
+    def _query(self, selection: Selection) -> dict[str, Any]:
+        """Return the query for the documents of *selection*; a missing status counts as pending.
+
+        ``sweep`` adds documents with the status processing: their worker died, unless a lease says otherwise. ``known``
+        is all but ``foreign``.
+        """
+        if selection == "all":
+            return {}
+        if selection in ("known", "foreign"):
+            return {self.status: {"$in" if selection == "known" else "$nin": [None, *STATUSES]}}
+        statuses: list[str | None] = ["pending", "processing"] if selection == "sweep" else [selection]
+        if not self.is_default:
+            return {self.status: {"$in": [None, *statuses] if "pending" in statuses else statuses}}
+        return {"$or": [{self.status: {"$in": statuses}}, self._without_status(selection)]}
+
+    def _without_status(self, selection: Selection) -> dict[str, Any]:
+        """Return the query for documents of *selection* that are single queries, or have no status yet."""
+        is_done = selection in ("processed", "skipped")
+        has_reason = selection in ("failed", "skipped")
+        return {
+            self.status: None,
+            "processed": True if is_done else {"$ne": True},
+            self.reason: {"$ne": None} if has_reason else None,
+        }
+
+    def state_of(self, document: Mapping[str, Any]) -> State:
+        """Return the state of *document*."""
+        status = document.get(self.status)
+        if isinstance(status, list):  # a query matches a list that contains its value
+            status = next((known for known in (None, *STATUSES) if known in status), status)
+        if status is None and not self.is_default:
+            return "pending"
+        if status is None:
+            ended = document.get("processed") is True
+            has_reason = document.get(self.reason) is not None
+            return ("skipped" if has_reason else "processed") if ended else ("failed" if has_reason else "pending")
+        return next((known for known in STATUSES if known == status), "foreign")
+
+    def is_query(self, document: Mapping[str, Any]) -> bool:
+        """Return whether *document* has the state fields of a single query."""
+        has_turns = bool(document.keys() & {"tweets", "messages", self.status})
+        return self.is_default and not has_turns and bool(document.keys() & {"text", "processed"})
+
+    def final(self, status: str, reason: str | None, *, is_query: bool) -> dict[str, Any]:
+        """Return the update that ends a document with *status* and its *reason*, if any."""
+        fields: dict[str, Any] = {self.reason: reason} if reason else {}
+        if not is_query:
+            fields |= {self.status: status, self.processed_at: datetime.now(UTC)}
+        elif status != "failed":
+            fields["processed"] = True
+        change: dict[str, Any] = {"$set": fields} if fields else {}
+        if is_query:
+            change["$inc"] = {"processing_attempts": 1}
+        if not reason:
+            change["$unset"] = {self.reason: ""}
+        return change

@@ -74,6 +74,8 @@ def test_the_example_holds_the_defaults() -> None:
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
         if value == "":
             assert default is None, name
+        elif isinstance(default, tuple):
+            assert value == ",".join(default), name
         elif isinstance(default, bool):
             assert value == str(default).lower(), name
         elif isinstance(default, int | float):

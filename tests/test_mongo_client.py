@@ -22,7 +22,7 @@ from error_handler import ConfigurationError, IndexBlockedError, StoreRejectedEr
 from mongo_client import DocumentStore, range_filter
 from storage.extended_json import id_key
 from storage.mongo_indexes import serves_as_unique
-from storage.selection import STATE_EXPRESSION, STATUSES, Selection, State, selection_filter, state_of
+from storage.selection import STATUSES, Selection, State, StateFields
 from tests.embedding_index.stores import DRIVERS, open_store
 from worker.left_out import count_left_out
 
@@ -158,13 +158,15 @@ async def assert_selections(store: DocumentStore) -> None:
         assert await all_ids(store, selection, 4, await store.upper_bound()) == expected, selection
         assert await store.count(selection) == len(expected)
     for document, state in STATE_OF:
-        assert state_of(document) == state, document
+        assert StateFields().state_of(document) == state, document
 
 
 async def test_selections(store: DocumentStore) -> None:
     """What is done, or not ours, is never selected. The queries, the aggregation and Python agree on each state."""
     await assert_selections(store)
-    rows = await store.aggregate("read states", [{"$sort": {"_id": 1}}, {"$project": {"state": STATE_EXPRESSION}}])
+    rows = await store.aggregate(
+        "read states", [{"$sort": {"_id": 1}}, {"$project": {"state": StateFields().state_expression}}]
+    )
     found = [row["state"] if row["state"] in STATUSES else "foreign" for row in rows]
     assert found == [state for _, state in STATE_OF]
 
@@ -173,7 +175,10 @@ async def test_status_that_is_a_list(store: DocumentStore) -> None:
     """Queries match a list that holds the value, so the plan does as well."""
     await store.insert_documents([{"_id": 1, "status": ["vip", "pending"]}, {"_id": 2, "status": ["vip"]}])
     assert await all_ids(store, "pending", 4, await store.upper_bound()) == [1]
-    assert [state_of({"status": status}) for status in (["vip", "pending"], ["vip"])] == ["pending", "foreign"]
+    assert [StateFields().state_of({"status": status}) for status in (["vip", "pending"], ["vip"])] == [
+        "pending",
+        "foreign",
+    ]
     assert (await count_left_out(store, queued=0)).statuses == {"['vip']": 1}
 
 
@@ -191,7 +196,7 @@ def test_open_sides_of_a_range_are_no_condition() -> None:
     """Null is an id, so the absence of a limit is said otherwise."""
     assert range_filter([], []) == {}
     assert range_filter([None], []) == {"$expr": {"$and": [{"$gt": ["$_id", {"$literal": None}]}]}}
-    assert selection_filter("all") == {}
+    assert StateFields().queries["all"] == {}
 
 
 async def test_an_id_that_looks_like_an_expression(store: DocumentStore, database: Database[dict[str, Any]]) -> None:

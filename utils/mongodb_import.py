@@ -43,7 +43,7 @@ from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.extended_json import Document, dumps, id_key, id_text
 from storage.mongo_errors import translated
-from storage.selection import state_of
+from storage.selection import StateFields
 from utils.process import exit_code_of, is_confirmed
 from worker.left_out import NAMED_STATUSES, status_name
 
@@ -105,6 +105,7 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         if not await is_confirmed(question):
             raise RunInterruptedError("Nothing was deleted or imported.")
     notes, unselected, moved = _Notes(), Counter[str](), Counter[str]()
+    states = StateFields(settings.status_field)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -116,10 +117,10 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         export = export_of(arguments, lambda row: progress.update(task, description=f"Reading row {row:,}"))
         documents = export.documents() if export else _samples(arguments.count, console)
         with_ids = _with_ids(documents, lambda: export is not None and export.is_table)
-        chosen = _judged(itertools.islice(_with_own_status(with_ids, moved), arguments.count), notes)
+        chosen = _judged(itertools.islice(_with_own_status(with_ids, states, moved), arguments.count), notes)
         pages = iter(lambda: list(itertools.islice(chosen, PAGE_SIZE)), [])
         first = next(pages, [])  # before the collection is dropped: the file may be invalid
-        pages = _counting(itertools.chain([first], pages), unselected)
+        pages = _counting(itertools.chain([first], pages), states, unselected)
 
         def on_read(number: int) -> None:
             progress.update(task, completed=number, description="Reading" if arguments.dry_run else "Importing")
@@ -191,17 +192,19 @@ async def _stored(
         await store.close()
 
 
-def _with_own_status(documents: Iterable[Document], moved: Counter[str]) -> Iterator[Document]:
+def _with_own_status(documents: Iterable[Document], states: StateFields, moved: Counter[str]) -> Iterator[Document]:
     """Yield *documents*; a status of another program moves to metadata, where it hides no document from a run."""
     for document in documents:
-        if state_of(document) == "foreign":
-            moved[status_name(document["status"])] += 1
-            status = document.pop("status")
+        if states.state_of(document) == "foreign":
+            moved[status_name(document[states.status])] += 1
+            status = document.pop(states.status)
             metadata = document.get("metadata")
             kept = metadata if isinstance(metadata, dict) else {} if metadata is None else {"metadata": metadata}
             document["metadata"] = {**kept, "document_status" if "status" in kept else "status": status}
             if "tweets" in document or "messages" in document:
-                document["status"] = "pending"
+                document[states.status] = "pending"
+        elif not states.is_default and document.get("status") == "pending":
+            del document["status"]  # the field is another program's; a missing state counts as pending
         yield document
 
 
@@ -252,13 +255,15 @@ def _text_of(document: Document) -> str | None:
         return None
 
 
-def _counting(pages: Iterable[list[Document]], unselected: Counter[str]) -> Iterator[list[Document]]:
+def _counting(
+    pages: Iterable[list[Document]], states: StateFields, unselected: Counter[str]
+) -> Iterator[list[Document]]:
     """Yield *pages*; count in *unselected*, by status, the documents that a run does not select."""
     for page in pages:
         for document in page:
-            state = state_of(document)
+            state = states.state_of(document)
             if state not in ("pending", "processing"):
-                unselected[status_name(document["status"]) if state == "foreign" else state] += 1
+                unselected[status_name(document[states.status]) if state == "foreign" else state] += 1
         yield page
 
 

@@ -25,7 +25,7 @@ from worker.left_out import LINE_EVERY_S
 from worker.progress import Reporter
 from worker.quarantine import requeue
 from worker.service_first import ServiceFirst
-from worker.settlement import BatchInWork, Settlement, is_query
+from worker.settlement import BatchInWork, Settlement
 from worker.staleness import REPLACED, Only, StalenessChecker
 
 logger = logging.getLogger(__name__)
@@ -176,6 +176,7 @@ class DocumentIntake:
             if only:  # their number is only known after the last page
                 self._settlement.stats.total += len(documents)
             file = await asyncio.to_thread(self._files.save_pending, documents)
+            is_query = self._store.states.is_query
             await self._store.mark_processing([document["_id"] for document in documents if not is_query(document)])
             in_order = selection in ("pending", "known", "all")
             # Not the time of now: this process may have been suspended since it claimed them.

@@ -11,13 +11,16 @@ from typing import Any, TypeVar
 from domain.text import counted, one_line
 from error_handler import StoreUnavailableError
 from mongo_client import DocumentStore
-from storage.selection import STATUS_EXPRESSION, selection_filter
 
 T = TypeVar("T")
 
 COUNT_LIMIT_S = 120.0  # for the counts of a report
 LINE_EVERY_S = 5.0  # while they last
 NAMED_STATUSES = 10
+FOREIGN_REMEDY = (
+    "If another program sets it, use --status-field triad_status (STATUS_FIELD=triad_status): the state of this product is then "
+    "in fields of that name, and theirs stays as it is. Otherwise set it to pending."
+)
 EXACT_MARKS = 10_000  # documents marked processed whose results are looked up; 30 us each
 
 
@@ -50,7 +53,7 @@ class LeftOut:
             (
                 self.foreign,
                 f"{_have(self.foreign)} an unrecognised status and {_are(self.foreign)} not selected: {names}.",
-                "Set their status to pending to classify them.",
+                FOREIGN_REMEDY,
             ),
             (
                 self.elsewhere,
@@ -124,8 +127,8 @@ async def count_left_out(store: DocumentStore, *, queued: int, skipped_now: int 
 
 async def _statuses(store: DocumentStore) -> dict[str, int]:
     stages: list[dict[str, Any]] = [
-        {"$match": selection_filter("foreign")},
-        {"$group": {"_id": STATUS_EXPRESSION, "count": {"$sum": 1}}},
+        {"$match": store.states.queries["foreign"]},
+        {"$group": {"_id": store.states.status_expression, "count": {"$sum": 1}}},
         {"$sort": {"count": -1, "_id": 1}},
         {"$limit": NAMED_STATUSES},
     ]
@@ -144,7 +147,7 @@ async def _without_result(store: DocumentStore, marked: int) -> int:
         return max(0, marked - results)
     found = {"from": store.results_name, "localField": "_id", "foreignField": "source_conversation_id", "as": "found"}
     stages: list[dict[str, Any]] = [
-        {"$match": selection_filter("processed")},
+        {"$match": store.states.queries["processed"]},
         {"$project": {"_id": 1}},
         {"$lookup": found},
         {"$match": {"found": []}},

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from aggregator import aggregate_conversation
-from domain.conversation import Outcome, build_result
+from domain.conversation import Outcome, ResultOptions, build_result
 from error_handler import (
     FailureThresholdError,
     LLMError,
@@ -54,6 +54,7 @@ class BatchRun:
         self._floor: int | None = None  # of calls, while the service goes first
         self._replace = parts.options.reprocess or parts.options.only in REPLACED
         self._job_id = parts.checkpoint.job_id
+        self._result_options = ResultOptions.of(parts.settings)
         run = f"{self._job_id} {parts.plan or secrets.token_hex(8)}"
         self._dedupe = Deduplicator(parts.files.directory / FILE_NAME, run, is_on=parts.options.dedupe)
         self._settlement = Settlement(
@@ -225,8 +226,7 @@ class BatchRun:
                 item.conversation,
                 outcome,
                 self._job_id,
-                keep_original=self._settings.store_original_conversation,
-                review_below=self._settings.review_below,
+                self._result_options,
             )
             item.note("answered", result=result)
             self._settlement.writes.submit((item, result))

@@ -124,11 +124,6 @@ class BatchInWork:
         return [document.get("_id") for document in self.file.documents]
 
 
-def is_query(document: Document) -> bool:
-    """Return whether *document* has the shape of a single query, whose status fields differ."""
-    return not document.keys() & {"tweets", "messages", "status"} and bool(document.keys() & {"text", "processed"})
-
-
 class GroupCommit(Generic[T]):
     """Passes submitted items to *write* in groups of at most *max_group*, one group at a time.
 
@@ -324,7 +319,9 @@ class Settlement:
         self.drop(item)
 
     def _add_status(self, document: Document, status: FinalStatus, reason: str | None) -> None:
-        self._statuses.setdefault((status, reason, is_query(document)), []).append(document.get("_id"))
+        self._statuses.setdefault((status, reason, self._store.states.is_query(document)), []).append(
+            document.get("_id")
+        )
 
     def drop(self, item: WorkItem) -> None:
         """Give up responsibility for *item*: it is settled, or another worker has it."""

@@ -12,7 +12,6 @@ from domain.conversation import result_fingerprint
 from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key
-from storage.selection import state_of
 from worker.quarantine import failed_keys
 
 Only = Literal["new", "changed", "stale", "failed", "elsewhere"]
@@ -80,7 +79,7 @@ class StalenessChecker:
 
     def _kind(self, document: Document, made: Document | None, *, is_queued: bool) -> Kind:
         """Return what *document* needs; *made* has the provenance of its result, None if it has none."""
-        state = state_of(document)
+        state = self.store.states.state_of(document)
         if state == "foreign":
             return "foreign"
         fit = None if made is None else self._fits(document, made)

@@ -24,8 +24,8 @@ from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import id_text
 from storage.mongo_errors import connection_problem, has_no_server, translated
-from storage.mongo_indexes import RESULT_INDEXES, SOURCE_INDEXES, UNIQUE_FIELD, label_indexes, serves_as_unique
-from storage.selection import STATE_EXPRESSION, selection_filter, switch
+from storage.mongo_indexes import RESULT_INDEXES, UNIQUE_FIELD, label_indexes, serves_as_unique
+from storage.selection import switch
 from utils.process import tell_line
 from worker.left_out import count_in_time, count_left_out, status_name
 
@@ -45,7 +45,6 @@ DUPLICATES: list[dict[str, Any]] = [
     {"$match": {"count": {"$gt": 1}}},
     {"$limit": 1},
 ]
-COUNTS = [{"$group": {"_id": {"shape": _SHAPE, "state": STATE_EXPRESSION}, "count": {"$sum": 1}}}]
 
 Check = Callable[[DocumentStore, Settings], AsyncGenerator[Finding]]
 Clock = Callable[[], datetime]
@@ -170,7 +169,9 @@ def allowed_actions(privileges: Sequence[Mapping[str, Any]], db_name: str, colle
 async def _documents(tell: Tell, store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
     place = f"{settings.db_name}.{settings.source_collection}"
     with translated("count the documents"):
-        groups = await _aggregate(store.database[settings.source_collection], COUNTS)
+        kinds = {"shape": _SHAPE, "state": store.states.state_expression}
+        counts_of_kinds = [{"$group": {"_id": kinds, "count": {"$sum": 1}}}]
+        groups = await _aggregate(store.database[settings.source_collection], counts_of_kinds)
     by_shape: dict[str, dict[str, int]] = {}
     for group in groups:
         state = status_name(group["_id"]["state"])
@@ -212,7 +213,7 @@ def _is_numbered(object_id: str) -> bool:
 async def _oldest_pending(store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
     """Report the age of the oldest pending document; only an ObjectId that a driver made holds a time."""
     source = store.database[settings.source_collection]
-    pending = selection_filter("pending")
+    pending = store.states.queries["pending"]
     first, last = (_object_id(moment) for moment in (OBJECT_IDS_SINCE, datetime.now(UTC) + timedelta(days=1)))
     with translated("find the oldest pending document"):
         dated = await source.find_one({**pending, "_id": {"$gte": first, "$lt": last}}, {"_id": 1}, sort=[("_id", 1)])
@@ -244,7 +245,7 @@ async def _indexes(store: DocumentStore, settings: Settings) -> AsyncGenerator[F
         yield warning("The indexes were not checked: the user may not list them.", "Grant listIndexes.")
         return
     on_results, is_unique = _first_fields(indexes), serves_as_unique(indexes)
-    missing = [f"{settings.source_collection}.{field}" for field in SOURCE_INDEXES if field not in on_source]
+    missing = [f"{settings.source_collection}.{field}" for field in store.states.indexed if field not in on_source]
     wanted = (*RESULT_INDEXES, *label_indexes(_field_names(settings)))
     missing += [f"{settings.results_collection}.{field}" for field in wanted if field not in on_results]
     with translated("find several results of one document"):

@@ -15,7 +15,7 @@ from aggregator import aggregate_conversation
 from classifier import Classifier, classification_flow
 from config import load_taxonomy
 from domain.confidence import label_confidence
-from domain.conversation import Classification, Outcome, build_result
+from domain.conversation import Classification, Outcome, ResultOptions, build_result
 from model_server.protocol import ChatReply, ChatTarget
 
 TAXONOMY = load_taxonomy()
@@ -302,9 +302,8 @@ def test_least_certain_label_decides_about_review(review_below: float | None, ex
     document = {"_id": 1, "text": "Where is my parcel?"}
     confidence = {"intent": 0.9, "topic": 0.6, "sentiment": 0.99}
     outcome = Outcome(LABELLED, "model", None, "", "", confidence=confidence)
-    result = build_result(
-        document, aggregate_conversation(document), outcome, "job", keep_original=False, review_below=review_below
-    )
+    options = ResultOptions(review_below=review_below)
+    result = build_result(document, aggregate_conversation(document), outcome, "job", options)
     assert result["processing_metadata"].get("needs_review") is expected
 
 
@@ -312,7 +311,7 @@ def test_least_certain_label_decides_about_review(review_below: float | None, ex
 def test_result_says_if_the_order_of_turns_is_unknown(second: str | None, expected: str | None) -> None:
     messages = [{"sender": "customer", "text": "a", "timestamp": time} for time in ("2024-05-01", second)]
     conversation = aggregate_conversation({"messages": messages})
-    result = build_result({}, conversation, Outcome(LABELLED, "model", None, "", ""), "job", keep_original=False)
+    result = build_result({}, conversation, Outcome(LABELLED, "model", None, "", ""), "job", ResultOptions())
     assert result["processing_metadata"].get("turn_order") == expected
 
 

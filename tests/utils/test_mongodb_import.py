@@ -154,6 +154,17 @@ def test_status_of_another_program_hides_no_document(
     assert source.find_one({"_id": 9}) == {"_id": 9, "text": "hi", "metadata": {"status": "solved"}}
 
 
+def test_status_stays_where_the_state_has_a_field_of_its_own(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = lines_of(tmp_path / "a.jsonl", [{"_id": 1, "text": "hi", "status": "closed"}])
+    own = clean_environment() | {"STATUS_FIELD": "triad"}
+    assert run("--file", path, env=own).stderr == ""
+    assert run("--file", EXPORTS / "freshdesk.json", env=own).returncode == 0
+    assert [document.get("status") for document in source.find(sort=[("_id", 1)])] == ["closed", None, None]
+    assert source.count_documents({"triad": {"$exists": True}}) == 0
+
+
 def test_documents_without_id_are_recognised_by_their_content(
     run: Run, source: Collection[dict[str, Any]], tmp_path: Path
 ) -> None:

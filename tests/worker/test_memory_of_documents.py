@@ -13,13 +13,12 @@ from pymongo.database import Database
 
 from aggregator import aggregate_conversation
 from config import load_settings
-from domain.conversation import SOURCE_FIELDS
+from domain.conversation import source_paths
 from mongo_client import SAMPLE_BYTES, DocumentStore
 from storage.mongo_pages import PAGE_BYTES
-from storage.selection import UNREADABLE
+from storage.selection import UNREADABLE, StateFields
 from tests.worker.site import ROOT, Site, conversation, documents_of_all_shapes, filled
 from worker.plan import SAMPLE_FIELDS, SAMPLE_SIZE
-from worker.settlement import is_query
 
 MOST_KB = 200_000
 ATTACHMENT = 8_000_000
@@ -51,14 +50,15 @@ class Recorded(Mapping[str, Any]):
 
 
 def test_fields_that_are_read_are_asked_for() -> None:
-    """A shape with another field needs it in SOURCE_FIELDS, or its documents would look empty."""
+    """A shape with another field needs it in ``source_paths``, or its documents would look empty."""
     seen: set[str] = set()
+    paths = source_paths(StateFields(), ["channel"])
     for document in documents_of_all_shapes(6):
         aggregate_conversation(Recorded(document, seen))
-        kept = {name: value for name, value in document.items() if name in SOURCE_FIELDS}
+        kept = {name: value for name, value in document.items() if name in paths}
         assert aggregate_conversation(kept) == aggregate_conversation(document)
-        assert is_query(kept) is is_query(document)
-    assert seen <= {*SOURCE_FIELDS, "_id", UNREADABLE}
+        assert StateFields().is_query(kept) is StateFields().is_query(document)
+    assert seen <= {*paths, "metadata", "_id", UNREADABLE}
 
 
 @pytest.mark.parametrize("keeps", [False, True])
