@@ -65,7 +65,7 @@ class Reader:
     """Reads the records of one file. *users* maps ids to roles, as far as the file lists its users."""
 
     judge: Judge
-    users: Mapping[Any, str] = field(default_factory=dict)
+    users: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, record: Document, place: str) -> Part:
         """Return the conversation of *record*."""
@@ -106,7 +106,8 @@ class Reader:
     def _audit_comments(self, audits: Any, place: str) -> list[Document]:
         found = []
         for audit in audits if isinstance(audits, list) else ():
-            for event in audit.get("events") or () if isinstance(audit, dict) else ():
+            events = audit.get("events") if isinstance(audit, dict) else None
+            for event in events if isinstance(events, list) else ():
                 if isinstance(event, dict) and event.get("type") in ("Comment", "VoiceComment"):
                     found.append({"author_id": audit.get("author_id"), "created_at": audit.get("created_at"), **event})
                 else:
@@ -117,10 +118,10 @@ class Reader:
         """Return the side of a comment: that of its author's role, else the requester is the customer."""
         author = comment.take("author_id", "messages.sender")
         named = comment.record.get("author")
-        role = self.users.get(author) or (named.get("role") if isinstance(named, dict) else None)
+        role = self.users.get(str(author)) or (named.get("role") if isinstance(named, dict) else None)
         if role:
             return "customer" if role == "end-user" else "agent"
-        return "customer" if author is None or author == requester else "agent"
+        return "customer" if author is None or str(author) == str(requester) else "agent"
 
     def _intercom(self, talk: Fields, place: str) -> Part:
         part = Part(_number(talk.take("id", "conversation_number")))
@@ -224,12 +225,14 @@ def desk_of_record(record: Mapping[str, Any]) -> str:
     return "own" if isinstance(record.get("text"), str) and not is_message(record) else "table"
 
 
-def unwrapped(value: Any, place: str) -> Iterator[tuple[str, Any, dict[Any, str]]]:
+def unwrapped(value: Any, place: str) -> Iterator[tuple[str, Any, dict[str, str]]]:
     """Yield the records in *value*, a page of an API or one record, with their places and the roles of listed users."""
     if isinstance(value, dict) and "id" not in value and "_id" not in value and not document_shape(value):
         users = value.get("users")
         roles = (
-            {u.get("id"): u.get("role", "") for u in users if isinstance(u, dict)} if isinstance(users, list) else {}
+            {str(u.get("id")): str(u.get("role", "")) for u in users if isinstance(u, dict)}
+            if isinstance(users, list)
+            else {}
         )
         for name in _LISTS:
             inner = value.get(name)

@@ -145,7 +145,7 @@ class Export:
         desk = desk_of(keys) if desk in ("table", "own") else desk
         return self._of_rows(file, desk, keys, first[0][0] if first else "line 1", records)
 
-    def _of_desk(self, desk: str, records: Iterable[tuple[str, Any, dict[Any, str]]]) -> Iterator[Document]:
+    def _of_desk(self, desk: str, records: Iterable[tuple[str, Any, dict[str, str]]]) -> Iterator[Document]:
         self.findings.layout = desk
         judge = Judge(self._options, self.findings, desk, DateOrder(self._options.is_day_first))
         for place, value, users in records:
@@ -165,7 +165,7 @@ class Export:
         desk: str,
         keys: list[str],
         first_place: str,
-        records: Iterable[tuple[str, Any, dict[Any, str]]],
+        records: Iterable[tuple[str, Any, dict[str, str]]],
     ) -> Iterator[Document]:
         layout = layout_with(keys, self._options, desk, f"{self._path}, {first_place}: expected {_SHAPES}")
 
@@ -182,7 +182,7 @@ class Export:
 
         return self._reader(layout, column, ()).documents(values())
 
-    def _records(self, file: TextFile) -> Iterator[tuple[str, Any, dict[Any, str]]]:
+    def _records(self, file: TextFile) -> Iterator[tuple[str, Any, dict[str, str]]]:
         for place, value in json_values(file):
             yield from desks.unwrapped(value, place)
 
