@@ -55,7 +55,7 @@ class Export:
         self, path: Path, options: Options | None = None, on_rows: Callable[[int], None] = lambda _: None
     ) -> None:
         self.findings = Findings()
-        self.is_table = False
+        self.has_rows = False  # a row, or a record like one, is part of a conversation
         self._missing: set[str] = set()  # columns to drop that no record had so far
         self._path, self._options, self._on_rows = path, options or Options(), on_rows
 
@@ -71,7 +71,6 @@ class Export:
                 Documents already yielded stay valid.
         """
         file = text_file(self._path, self._options.encoding)
-        self.is_table = not file.is_json
         if file.is_detected:
             self.findings.note("file", f"read as {file.encoding}, which was guessed; --encoding NAME changes it", "")
         yield from self._of_json(file) if file.is_json else self._of_table(file)
@@ -120,7 +119,7 @@ class Export:
         if name and order.is_day_first is None:
             with contextlib.suppress(ConfigurationError):  # of damage further down: the rows before it are read first
                 order = date_order(column(name))
-        self.findings.layout = layout.name
+        self.findings.layout, self.has_rows = layout.name, True
         return rows.RowReader(self._path, layout, Judge(self._options, self.findings, layout.name, order), dropped)
 
     def _of_json(self, file: TextFile) -> Iterator[Document]:

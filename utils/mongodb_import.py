@@ -116,7 +116,7 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
         task = progress.add_task("Importing", total=None)
         export = export_of(arguments, lambda row: progress.update(task, description=f"Reading row {row:,}"))
         documents = export.documents() if export else _samples(arguments.count, console)
-        with_ids = _with_ids(documents, lambda: export is not None and export.is_table)
+        with_ids = _with_ids(documents, lambda: export is not None and export.has_rows)
         chosen = _judged(itertools.islice(_with_own_status(with_ids, states, moved), arguments.count), notes)
         pages = iter(lambda: list(itertools.islice(chosen, PAGE_SIZE)), [])
         first = next(pages, [])  # before the collection is dropped: the file may be invalid
@@ -322,10 +322,10 @@ def _samples(count: int | None, console: Console) -> Iterator[Document]:
             yield repeat
 
 
-def _with_ids(documents: Iterable[Document], is_table: Callable[[], bool]) -> Iterator[Document]:
+def _with_ids(documents: Iterable[Document], has_rows: Callable[[], bool]) -> Iterator[Document]:
     """Yield *documents*; one without ``_id`` gets an ``_id`` derived from its content.
 
-    Of a conversation from a table, number and messages count, so that a later export with another status adds nothing.
+    Of a conversation made of rows, number and messages count, so that a later export with another status adds nothing.
     Documents without a conversation_number may repeat: each repetition gets its own ``_id``.
     """
     seen: Counter[str] = Counter()
@@ -334,7 +334,7 @@ def _with_ids(documents: Iterable[Document], is_table: Callable[[], bool]) -> It
             yield document
             continue
         try:
-            ignored = _STATUS_FIELDS | (_ROW_FIELDS if is_table() and "messages" in document else frozenset())
+            ignored = _STATUS_FIELDS | (_ROW_FIELDS if has_rows() and "messages" in document else frozenset())
             content = dumps({name: value for name, value in document.items() if name not in ignored})
         except ValueError as exc:
             raise ConfigurationError(

@@ -274,10 +274,14 @@ def test_export_goes_in_once_and_a_ticket_that_has_grown_is_named(
     assert (stored["status"], stored["metadata"]["status"]) == ("pending", "Open")
 
 
-def test_later_export_of_a_table_with_another_status_adds_nothing(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_later_export_of_a_table_with_another_status_adds_nothing(run: Run, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     for status, expected in (("open", "2 new"), ("closed", "0 new")):
-        path.write_text(f"Case number,Role,Body,Status\n1,user,hi,{status}\n2,user,hi,{status}\n1,agent,ho,{status}\n")
+        rows = [["1", "user", "hi", status], ["2", "user", "hi", status], ["1", "agent", "ho", status]]
+        header = ["Case number", "Role", "Body", "Status"]
+        as_json = [json.dumps(dict(zip(header, row, strict=True))) for row in rows]
+        path.write_text("\n".join(as_json if name == "a.jsonl" else [",".join(row) for row in [header, *rows]]))
         assert f"Read 2 documents: {expected}" in run("--file", path).stdout
 
 
@@ -302,7 +306,7 @@ def test_flags_about_a_file_need_one(capsys: pytest.CaptureFixture[str], flag: t
 
 def test_preview_hides_control_characters(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("ticket_id,message,\x1b[31mtag\n1,\x1b[31mred,\x1b]0;title\x07\n")
+    path.write_text("ticket_id,message,subject,\x1b[31mtag\n1,\x1b[31mred,\x1b[31mred,\x1b]0;title\x07\n")
     assert "\x1b" not in run("--file", path, "--dry-run").stdout
 
 
