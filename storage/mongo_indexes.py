@@ -22,6 +22,7 @@ RESULT_INDEXES = (
     "conversation_number",
     "processing_metadata.batch_job_id",
     "processing_metadata.processed_at",
+    "conversation.last_message_at",  # four weeks of two years: a quarter of the time
 )
 
 Call = Callable[[str, Callable[[], Awaitable[Any]]], Awaitable[Any]]  # names an operation, and repeats it if needed

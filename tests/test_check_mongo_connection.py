@@ -328,7 +328,7 @@ async def test_slow_check_is_a_warning(
     # Limited to 2 s, because MongoDB does not stop a function and other tests use the same mongod.
     body = "function() { const end = Date.now() + 2000; while (Date.now() < end) {} }"
     slow = [{"$match": {"$expr": {"$function": {"body": body, "args": [], "lang": "js"}}}}]
-    monkeypatch.setattr(mongo_diagnosis, "COUNTS", slow)
+    monkeypatch.setattr(mongo_diagnosis, "count_stages", lambda _: slow)
     found = await findings(mongodb_uri, db_name, mongodb_timeout_ms=500)
     (warning,) = [finding for finding in found if "count the documents" in finding.sentence]
     assert warning.level == "warning"

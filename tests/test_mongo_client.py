@@ -335,6 +335,7 @@ async def test_indexes(store: DocumentStore, database: Database[dict[str, Any]])
         "conversation_number",
         "processing_metadata.batch_job_id",
         "processing_metadata.processed_at",
+        "conversation.last_message_at",
         "classification.intent",
         "classification.topic",
         "classification.sentiment",

@@ -25,7 +25,7 @@ from storage import extended_json
 from storage.extended_json import id_text
 from storage.mongo_errors import connection_problem, has_no_server, translated
 from storage.mongo_indexes import RESULT_INDEXES, UNIQUE_FIELD, label_indexes, serves_as_unique
-from storage.selection import switch
+from storage.selection import StateFields, switch
 from utils.process import tell_line
 from worker.left_out import count_in_time, count_left_out, status_name
 
@@ -166,12 +166,15 @@ def allowed_actions(privileges: Sequence[Mapping[str, Any]], db_name: str, colle
     return actions
 
 
+def count_stages(states: StateFields) -> list[dict[str, Any]]:
+    """Return the stages that count the documents by shape and state."""
+    return [{"$group": {"_id": {"shape": _SHAPE, "state": states.state_expression}, "count": {"$sum": 1}}}]
+
+
 async def _documents(tell: Tell, store: DocumentStore, settings: Settings) -> AsyncGenerator[Finding]:
     place = f"{settings.db_name}.{settings.source_collection}"
     with translated("count the documents"):
-        kinds = {"shape": _SHAPE, "state": store.states.state_expression}
-        counts_of_kinds = [{"$group": {"_id": kinds, "count": {"$sum": 1}}}]
-        groups = await _aggregate(store.database[settings.source_collection], counts_of_kinds)
+        groups = await _aggregate(store.database[settings.source_collection], count_stages(store.states))
     by_shape: dict[str, dict[str, int]] = {}
     for group in groups:
         state = status_name(group["_id"]["state"])

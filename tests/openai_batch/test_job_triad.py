@@ -95,6 +95,21 @@ def test_results_match_those_of_the_worker(lane: Lane, monkeypatch: pytest.Monke
             assert result["processing_metadata"][field] == sent[name]["processing_metadata"][field]
 
 
+def test_a_status_of_another_program_is_left_alone(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With STATUS_FIELD, the job keeps its state where the worker does; the worker then has nothing to do."""
+    monkeypatch.setenv("STATUS_FIELD", "triad_status")
+    documents = [conversation(1, status="closed"), {"_id": 2, "text": "where is it", "status": "open", "processed": 5}]
+    lane.site.source.insert_many(documents)
+    lane.processor(monkeypatch).process_pending_documents()
+    assert lane.site.results.count_documents({"conversation.turns": 1}) >= 1
+    for before, after in zip(documents, lane.site.source.find().sort("_id", 1), strict=True):
+        assert after["triad_status"] == "processed"
+        assert {name: after[name] for name in before} == before
+        assert after.keys() - before.keys() <= {"triad_status", "triad_status_processed_at", "processing_info"}
+    report = json.loads(lane.site.run("--dry-run", STATUS_FIELD="triad_status").out)
+    assert (report["selected"], report["not_selected"]["foreign"]) == (0, 0)
+
+
 def test_fields_of_the_taxonomy_are_labelled(lane: Lane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With masking: a taxonomy without categorization has no text in which personal data is put back."""
     own = tmp_path / "own.yaml"
