@@ -31,6 +31,7 @@ COPY storage/ storage/
 COPY network/ network/
 COPY utils/ utils/
 COPY domain/ domain/
+COPY help_desks/ help_desks/
 COPY model_server/ model_server/
 COPY worker/ worker/
 COPY student/ student/

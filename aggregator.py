@@ -278,3 +278,8 @@ def _written_time(value: str) -> datetime | None:
         hour = str(int(hour) % 12 + (12 if noon == "pm" else 0))
     zone = found.get("offset") or found.get("zone", "")
     return datetime.fromisoformat(f"{year}-{int(month):02}-{int(day):02}T{int(hour):02}:{rest}{zone}")
+
+
+def known_sender(value: Any) -> Sender | None:
+    """Return the side that *value* names, a role or an object such as an author; None if it is unknown."""
+    return _sender({"sender": value}, SENDER_FIELDS)

@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from domain.conversation import stored_labels
-from domain.document_files import SAMPLES, read_documents
 from domain.text import one_line
 from error_handler import ExitCode, RequestError
+from help_desks.reader import SAMPLES, read_documents
 from service.client.client import (
     Pace,
     ServiceClient,

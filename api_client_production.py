@@ -18,9 +18,9 @@ from pathlib import Path
 from rich.console import Console
 
 from commands.summary import print_labels
-from domain.document_files import read_documents
 from domain.text import counted
 from error_handler import ExitCode, RunInterruptedError, StateDirectoryError, TriadError
+from help_desks.reader import read_documents
 from service.client.client import Pace, ServiceClient, add_service_arguments, open_session, run_client
 from service.client.protocol import ServiceTarget
 from service.client.run import AnswerJournal, ClientRun, percentile

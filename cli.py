@@ -172,9 +172,9 @@ async def _embedded(
     the fields of another taxonomy, replace.
     """
     from domain.conversation import BUILT_IN_MODELS  # noqa: PLC0415
-    from domain.document_files import SAMPLES, read_documents  # noqa: PLC0415
     from embedded.choice import missing_packages, open_classifier  # noqa: PLC0415
     from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
+    from help_desks.reader import SAMPLES, read_documents  # noqa: PLC0415
 
     console = Console(stderr=True, soft_wrap=True)
     console.print("Starting the embedded MongoDB with its data under data/embedded/ ...")

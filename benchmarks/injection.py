@@ -23,9 +23,9 @@ from classifier import Classifier, classification_schema
 from config import Taxonomy, load_settings, load_taxonomy
 from config.taxonomy import TRIAD
 from domain.conversation import Conversation, Message, Sender, Turn
-from domain.document_files import read_documents
 from domain.text import prompt_text
 from error_handler import LLMReplyError, SkippedDocumentError
+from help_desks.reader import read_documents
 from llm_wrapper import LLMClient, open_session
 from model_server.models import chat_target
 from tests.fakes.trained_model import FEW_LABELS, MISSING, NAME, model_path, trained_engine

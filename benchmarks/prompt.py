@@ -23,10 +23,10 @@ from classifier import Classifier
 from config import Taxonomy, load_settings, load_taxonomy
 from config.taxonomy import TRIAD
 from domain.conversation import Conversation, chat_messages
-from domain.document_files import read_documents
 from domain.reply_style import ReplyStyle
 from error_handler import LLMReplyError
 from evaluation.intervals import proportion
+from help_desks.reader import read_documents
 from llm_wrapper import LLMClient, open_session
 from model_server.models import chat_target
 from prompt_builder import build_system_prompt

@@ -22,8 +22,8 @@ from classifier import Classifier
 from config import Taxonomy, load_settings, load_taxonomy
 from config.taxonomy import Example
 from domain.conversation import Classification, Conversation
-from domain.document_files import SAMPLES, read_documents
 from error_handler import LLMReplyError
+from help_desks.reader import SAMPLES, read_documents
 from llm_wrapper import LLMClient, open_session
 from model_server.models import chat_target
 from review.suggestion import Reviewed, Suggestion, candidates_of, halves, suggest

@@ -19,6 +19,7 @@ LAYERS = (
     "domain",
     "model_server",
     "aggregator prompt_builder",
+    "help_desks",
     "classifier",
     "mongo_client llm_wrapper async_llm_wrapper",
     "worker",
@@ -86,6 +87,7 @@ OWNERS = {
     "uvicorn": {"main", "service.slow_clients", "service.startup"},
     "prometheus_client": {"service.metrics", "worker.progress"},  # of the service; of the worker
     "genai_prices": {"domain.prices"},
+    "charset_normalizer": {"help_desks.files"},
 }
 
 

@@ -32,7 +32,7 @@ OF_OTHERS = {
     *(
         "config.openai_settings",
         "config.service_settings",
-        "domain.document_files",
+        "help_desks.reader",
     ),
     *("embedded.mongod", "worker.timing"),
 }

@@ -18,15 +18,15 @@ import asyncio
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from aggregator import SENDER_FIELDS, TEXT_FIELDS, TIME_FIELDS, aggregate_conversation, document_entries
 from commands.flags import command_settings, positive
+from commands.import_flags import add_file_flags, export_of
 from config import Settings
-from domain.document_files import SAMPLES, read_documents
 from domain.text import counted
 from error_handler import (
     ConfigurationError,
@@ -37,6 +37,8 @@ from error_handler import (
     StoreRejectedError,
     TriadError,
 )
+from help_desks.preview import preview_lines
+from help_desks.reader import SAMPLES, Export, read_documents
 from logger import configure_logging
 from mongo_client import DocumentStore
 from storage.extended_json import Document, dumps, id_key, id_text
@@ -56,6 +58,8 @@ _SKIPPED = {
 }
 _UNORDERED = "with times that cannot be read, so the turns keep the listed order; ISO 8601 can always be read"
 _OTHER_TEXT = "with the _id of a stored document that has another text; not imported"
+# Of a row: the same conversation in a later export has another status, but the same messages.
+_ROW_FIELDS = frozenset({"metadata", "channel", "subject", "created_at"})
 _STATUS_FIELDS = frozenset({"status", "status_reason", "last_processed_at", "processed", "processing_attempts"})
 
 
@@ -68,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--count", type=positive, metavar="N", help="import N samples, or the first N of --file (all)")
-    parser.add_argument("--file", type=Path, help="JSON, JSONL or CSV (TWCS included) instead of the samples")
+    parser.add_argument("--file", type=Path, help="CSV, TSV, JSON or JSONL, also as .gz, instead of the samples")
+    add_file_flags(parser.add_argument_group("how --file is read (docs/import.md)"))
     parser.add_argument("--mongodb-uri", help="MongoDB address (MONGODB_URI; mongodb://localhost:27017)")
     parser.add_argument("--db-name", help="database (MONGODB_DB; customer_support)")
     parser.add_argument(
@@ -93,40 +98,114 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _import(arguments: argparse.Namespace, settings: Settings, console: Console) -> int:
-    if arguments.drop and not arguments.yes:
+    if arguments.drop and not arguments.yes and not arguments.dry_run:
         if not sys.stdin.isatty():
             raise ConfigurationError("--drop deletes the collection; add --yes to confirm without a terminal.")
         question = f"Delete the collection {settings.source_collection} of the database {settings.db_name}?"
         if not await is_confirmed(question):
             raise RunInterruptedError("Nothing was deleted or imported.")
-    documents = read_documents(arguments.file) if arguments.file else _samples(arguments.count, console)
-    notes = _Notes()
-    chosen = _judged(itertools.islice(_with_ids(documents), arguments.count), notes)
-    pages = iter(lambda: list(itertools.islice(chosen, PAGE_SIZE)), [])
-    first = next(pages, [])  # before the collection is dropped: the file may be invalid
+    notes, unselected, moved = _Notes(), Counter[str](), Counter[str]()
+    states = StateFields(settings.status_field)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed} documents"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Importing", total=None)
+        export = export_of(arguments, lambda row: progress.update(task, description=f"Reading row {row:,}"))
+        documents = export.documents() if export else _samples(arguments.count, console)
+        with_ids = _with_ids(documents, lambda: export is not None and export.has_rows)
+        chosen = _judged(itertools.islice(_with_own_status(with_ids, states, moved), arguments.count), notes)
+        pages = iter(lambda: list(itertools.islice(chosen, PAGE_SIZE)), [])
+        first = next(pages, [])  # before the collection is dropped: the file may be invalid
+        pages = _counting(itertools.chain([first], pages), states, unselected)
+
+        def on_read(number: int) -> None:
+            progress.update(task, completed=number, description="Reading" if arguments.dry_run else "Importing")
+
+        if arguments.dry_run:
+            read, new = _counted(pages, on_read)
+        else:
+            read, new = await _stored(arguments, settings, pages, notes, on_read)
+    if export:
+        _print_mapping(export)
+    if arguments.dry_run:
+        print("Preview:" if first else "There is no conversation in the file.")
+        print(*(line for document in first[:2] for line in preview_lines(document)), sep="\n")
+    done = f"{new} new, {read - new} already there, in {settings.db_name}.{settings.source_collection}."
+    print(f"Read {read} documents: {'nothing is written (--dry-run).' if arguments.dry_run else done}")
+    for line in export.findings.note_lines() if export else ():
+        console.print(f"{line}.", markup=False, highlight=False, soft_wrap=True)
+    notes.show(console)
+    _show_statuses(console, unselected, moved)
+    return ExitCode.DONE
+
+
+def _counted(pages: Iterable[list[Document]], on_read: Callable[[int], None]) -> tuple[int, int]:
+    """Read every page and store nothing; return the number of documents, and 0 new ones."""
+    read = 0
+    for page in pages:
+        read += len(page)
+        on_read(read)
+    return read, 0
+
+
+def _print_mapping(export: Export) -> None:
+    findings = export.findings
+    if findings.layout:
+        named = "a table" if findings.layout == "table" else findings.layout
+        print(f"{counted(findings.rows, 'record')}, read as {named}:", *findings.table_lines(), sep="\n")
+
+
+def _show_statuses(console: Console, unselected: Counter[str], moved: Counter[str]) -> None:
+    def names(counts: Counter[str]) -> str:
+        return ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(NAMED_STATUSES))
+
+    if moved:
+        number = counted(moved.total(), "document had", "documents had")
+        text = f"{number} a status of another program: {names(moved)}. It is kept in metadata.status, and a run selects them."
+        console.print(text, markup=False, soft_wrap=True)
+    if unselected:
+        number = counted(unselected.total(), "document has", "documents have")
+        text = f"{number} a status that a run does not select: {names(unselected)}."
+        console.print(f"{text} Set it to pending, or remove it, to classify them.", markup=False, soft_wrap=True)
+
+
+async def _stored(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    pages: Iterable[list[Document]],
+    notes: _Notes,
+    on_read: Callable[[int], None],
+) -> tuple[int, int]:
+    """Store every page, in an emptied collection with ``--drop``; return how many documents were read, and were new."""
     store = DocumentStore(settings)
     try:
         await store.check()
         if arguments.drop:
             with translated("drop the collection"):
                 await store.database.drop_collection(settings.source_collection)
-        unselected: Counter[str] = Counter()
-        pages = _counting(itertools.chain([first], pages), store.states, unselected)
-        read, new = await _insert(store, pages, arguments.file or SAMPLES, console, notes)
+        return await _insert(store, pages, arguments.file or SAMPLES, notes, on_read)
     finally:
         await store.close()
-    place = f"{settings.db_name}.{settings.source_collection}"
-    print(f"Read {read} documents: {new} new, {read - new} already there, in {place}.")
-    notes.show(console)
-    if unselected:
-        names = ", ".join(f"{name} ({count:,})" for name, count in unselected.most_common(NAMED_STATUSES))
-        number = counted(unselected.total(), "document has", "documents have")
-        console.print(
-            f"{number} a status that a run does not select: {names}. Set it to pending, or remove it, to classify them.",
-            markup=False,
-            soft_wrap=True,
-        )
-    return ExitCode.DONE
+
+
+def _with_own_status(documents: Iterable[Document], states: StateFields, moved: Counter[str]) -> Iterator[Document]:
+    """Yield *documents*; a status of another program moves to metadata, where it hides no document from a run."""
+    for document in documents:
+        if states.state_of(document) == "foreign":
+            moved[status_name(document[states.status])] += 1
+            status = document.pop(states.status)
+            metadata = document.get("metadata")
+            kept = metadata if isinstance(metadata, dict) else {} if metadata is None else {"metadata": metadata}
+            document["metadata"] = {**kept, "document_status" if "status" in kept else "status": status}
+            if "tweets" in document or "messages" in document:
+                document[states.status] = "pending"
+        elif not states.is_default and document.get("status") == "pending":
+            del document["status"]  # the field is another program's; a missing state counts as pending
+        yield document
 
 
 class _Notes:
@@ -189,24 +268,21 @@ def _counting(
 
 
 async def _insert(
-    store: DocumentStore, pages: Iterable[list[Document]], path: Path, console: Console, notes: _Notes
+    store: DocumentStore, pages: Iterable[list[Document]], path: Path, notes: _Notes, on_read: Callable[[int], None]
 ) -> tuple[int, int]:
     """Store every page; return how many documents were read and how many were new."""
     read = new = 0
-    columns = (TextColumn("Importing"), BarColumn(), TextColumn("{task.completed} documents"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        try:
-            for page in pages:
-                added = await _insert_page(store, page, path, read)
-                if added < len(page):
-                    await _note_other_texts(store, page, read, notes)
-                new += added
-                read += len(page)
-                progress.update(task, completed=read)
-        except TriadError:
-            console.print(f"{read} documents were imported before the error; the same command imports the rest.")
-            raise
+    try:
+        for page in pages:
+            added = await _insert_page(store, page, path, read)
+            if added < len(page):
+                await _note_other_texts(store, page, read, notes)
+            new += added
+            read += len(page)
+            on_read(read)
+    except TriadError:
+        sys.stderr.write(f"{read} documents were imported before the error; the same command imports the rest.\n")
+        raise
     return read, new
 
 
@@ -246,9 +322,10 @@ def _samples(count: int | None, console: Console) -> Iterator[Document]:
             yield repeat
 
 
-def _with_ids(documents: Iterable[Document]) -> Iterator[Document]:
+def _with_ids(documents: Iterable[Document], has_rows: Callable[[], bool]) -> Iterator[Document]:
     """Yield *documents*; one without ``_id`` gets an ``_id`` derived from its content.
 
+    Of a conversation made of rows, number and messages count, so that a later export with another status adds nothing.
     Documents without a conversation_number may repeat: each repetition gets its own ``_id``.
     """
     seen: Counter[str] = Counter()
@@ -257,7 +334,8 @@ def _with_ids(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
             continue
         try:
-            content = dumps({name: value for name, value in document.items() if name not in _STATUS_FIELDS})
+            ignored = _STATUS_FIELDS | (_ROW_FIELDS if has_rows() and "messages" in document else frozenset())
+            content = dumps({name: value for name, value in document.items() if name not in ignored})
         except ValueError as exc:
             raise ConfigurationError(
                 f"Document {number} contains a value that MongoDB cannot store; correct or remove it."

@@ -24,8 +24,8 @@ import pytest
 
 import api_client
 import api_client_production
-from domain.document_files import read_documents
 from error_handler import ConfigurationError, ExitCode, RequestError, RunInterruptedError, SkippedDocumentError
+from help_desks.reader import read_documents
 from service.client.client import Pace
 from service.client.protocol import build_request, parse_answer, parse_retry_after, request_for, service_target
 from service.client.run import percentile

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from utils import mongodb_import
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "utils" / "mongodb_import.py"
 COLLECTION = "conversation_set"
+EXPORTS = ROOT / "tests" / "help_desks" / "exports"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -124,12 +126,44 @@ def test_more_samples_than_there_are_repeat_under_new_ids_and_numbers(
 
 
 def test_statuses_that_no_run_selects_are_named(run: Run, tmp_path: Path) -> None:
-    """Those of another program, and those of documents that are done."""
-    statuses = [*["closed"] * 3, "", "processed", "pending", None]
+    """Those of documents that are done."""
+    statuses = ["processed", "skipped", "processed", "pending", None]
     documents = [{"_id": number, "text": "hi", "status": status} for number, status in enumerate(statuses)]
     done = run("--file", lines_of(tmp_path / "a.jsonl", [*documents, {"_id": 9, "text": "hi", "processed": True}]))
     assert done.returncode == 0
-    assert "6 documents have a status that a run does not select: closed (3), processed (2), '' (1)." in done.stderr
+    assert "4 documents have a status that a run does not select: processed (3), skipped (1)." in done.stderr
+
+
+def test_status_of_another_program_hides_no_document(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    statuses = [*["closed"] * 3, "", "pending"]
+    documents: list[dict[str, Any]] = [
+        {
+            "_id": number,
+            "messages": [{"sender": "customer", "text": "hi"}],
+            "status": status,
+            "metadata": {"region": "EU"},
+        }
+        for number, status in enumerate(statuses)
+    ]
+    documents.append({"_id": 9, "text": "hi", "status": "solved"})
+    done = run("--file", lines_of(tmp_path / "a.jsonl", documents))
+    assert "5 documents had a status of another program: closed (3), '' (1), solved (1)." in done.stderr
+    assert source.count_documents({"status": "pending"}) == 5
+    assert source.find_one({"_id": 0})["metadata"] == {"region": "EU", "status": "closed"}  # type: ignore[index]
+    assert source.find_one({"_id": 9}) == {"_id": 9, "text": "hi", "metadata": {"status": "solved"}}
+
+
+def test_status_stays_where_the_state_has_a_field_of_its_own(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = lines_of(tmp_path / "a.jsonl", [{"_id": 1, "text": "hi", "status": "closed"}])
+    own = clean_environment() | {"STATUS_FIELD": "triad"}
+    assert run("--file", path, env=own).stderr == ""
+    assert run("--file", EXPORTS / "freshdesk.json", env=own).returncode == 0
+    assert [document.get("status") for document in source.find(sort=[("_id", 1)])] == ["closed", None, None]
+    assert source.count_documents({"triad": {"$exists": True}}) == 0
 
 
 def test_documents_without_id_are_recognised_by_their_content(
@@ -199,6 +233,111 @@ def test_stored_document_with_another_text_is_named(
     assert [document["text"] for document in source.find(sort=[("_id", 1)])] == ["a", "c"]
 
 
+# Exports of help desks
+
+
+def test_dry_run_needs_no_server_and_shows_mapping_and_two_conversations(run: Run) -> None:
+    done = run(
+        "--mongodb-uri", "mongodb://127.0.0.1:1", "--file", EXPORTS / "zendesk_tickets.csv", "--dry-run", "--drop"
+    )
+    assert (done.returncode, done.stderr) == (0, "1 conversation without a text; its subject is the text (line 6).\n")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "3 records, read as zendesk:"
+    assert [line.split() for line in lines[1:4]] == [
+        ["column", "field", "empty"],
+        ["Description", "messages.text", "1"],
+        ["Created", "at", "messages.timestamp,", "created_at", "0"],
+    ]
+    assert ["Status", "metadata.status", "0"] in [line.split() for line in lines]
+    assert "    2026-03-09 11:02  Customer: You charged my card twice, please refund one payment." in lines
+    assert "zendesk-1003" not in done.stdout
+    assert lines[-1] == "Read 3 documents: nothing is written (--dry-run)."
+
+
+def test_dry_run_writes_nothing(run: Run, source: Collection[dict[str, Any]]) -> None:
+    source.insert_one({"_id": "old"})
+    assert run("--file", EXPORTS / "intercom.json", "--dry-run", "--drop", "--yes").returncode == 0
+    assert [document["_id"] for document in source.find()] == ["old"]
+
+
+def test_export_goes_in_once_and_a_ticket_that_has_grown_is_named(
+    run: Run, source: Collection[dict[str, Any]], tmp_path: Path
+) -> None:
+    export = EXPORTS / "zendesk_tickets.csv"
+    assert "Read 3 documents: 3 new" in run("--file", export).stdout
+    later = tmp_path / "later.csv"
+    later.write_text(export.read_text().replace("Open", "Solved").replace("one payment", "both payments"))
+    done = run("--file", later)
+    assert "Read 3 documents: 0 new, 3 already there" in done.stdout
+    assert "1 document with the _id of a stored document that has another text; not imported" in done.stderr
+    stored = source.find_one({"_id": "zendesk-1002"})
+    assert stored is not None
+    assert (stored["status"], stored["metadata"]["status"]) == ("pending", "Open")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_later_export_of_a_table_with_another_status_adds_nothing(run: Run, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for status, expected in (("open", "2 new"), ("closed", "0 new")):
+        rows = [["1", "user", "hi", status], ["2", "user", "hi", status], ["1", "agent", "ho", status]]
+        header = ["Case number", "Role", "Body", "Status"]
+        as_json = [json.dumps(dict(zip(header, row, strict=True))) for row in rows]
+        path.write_text("\n".join(as_json if name == "a.jsonl" else [",".join(row) for row in [header, *rows]]))
+        assert f"Read 2 documents: {expected}" in run("--file", path).stdout
+
+
+def test_flags_reach_the_reader(run: Run, source: Collection[dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("Nr;Wer;Was;Am;E-Mail\n1;Käufer;Größe?;03/04/2026;ann@example.com\n".encode("cp1252"))
+    maps = ("--map", "text=was", "--map", "sender=Wer", "--map", "conversation_number=Nr", "--map", "created_at=Am")
+    more = ("--customer-role", "käufer", "--dates", "day-first", "--drop-column", "E-Mail", "--encoding", "cp1252")
+    done = run("--file", path, *maps, *more)
+    assert (done.returncode, done.stderr) == (0, "")
+    document = source.find_one()
+    assert document is not None
+    assert document["messages"] == [{"sender": "customer", "timestamp": datetime(2026, 4, 3), "text": "Größe?"}]
+    assert "metadata" not in document
+
+
+@pytest.mark.parametrize("flag", [("--map", "text=a"), ("--format", "zendesk"), ("--drop-column", "a")])
+def test_flags_about_a_file_need_one(capsys: pytest.CaptureFixture[str], flag: tuple[str, str]) -> None:
+    assert mongodb_import.main([*flag]) == 2
+    assert f"{flag[0]} is about the file to import; add --file FILE." in capsys.readouterr().err
+
+
+def test_preview_hides_control_characters(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("ticket_id,message,subject,\x1b[31mtag\n1,\x1b[31mred,\x1b[31mred,\x1b]0;title\x07\n")
+    assert "\x1b" not in run("--file", path, "--dry-run").stdout
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["big.csv", "big.json", "big.jsonl"])
+def test_import_of_60_mb_needs_little_memory(name: str, tmp_path: Path) -> None:
+    """Without streaming, the array alone needs several times its size."""
+    path = tmp_path / name
+    rows = [
+        {"ticket_id": n // 4, "body": f"My parcel {n} is late. " + "word " * 600, "at": 1772442845 + n}
+        for n in range(20_000)
+    ]
+    with path.open("w") as file:
+        if path.suffix == ".csv":
+            file.write("ticket_id,body,at\n" + "".join(f"{r['ticket_id']},{r['body']},{r['at']}\n" for r in rows))
+        elif path.suffix == ".json":
+            file.write("[" + ",\n".join(map(json.dumps, rows)) + "]")
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    command = f"import sys; sys.argv = ['x', '--file', {str(path)!r}, '--dry-run']\n"
+    command += "from utils import mongodb_import\ncode = mongodb_import.main()\n"
+    command += "print('PEAK', code, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=110, cwd=ROOT
+    )
+    code, peak = done.stdout.split("PEAK")[1].split()
+    assert "Read 5000 documents" in done.stdout
+    assert (int(code), int(peak) < 120_000) == (0, True), peak
+
+
 # Emptying first
 
 
@@ -239,9 +378,9 @@ def test_a_wrong_file_is_found_before_anything_is_dropped(
     run: Run, source: Collection[dict[str, Any]], tmp_path: Path
 ) -> None:
     source.insert_one({"_id": "old"})
-    done = run("--drop", "--yes", "--file", lines_of(tmp_path / "a.jsonl", [{"body": "no shape"}]))
+    done = run("--drop", "--yes", "--file", lines_of(tmp_path / "a.jsonl", [{"colour": "no shape"}]))
     assert done.returncode == 2
-    assert "a.jsonl, line 1: expected" in done.stderr
+    assert "a.jsonl, line 1: expected an object with tweets" in done.stderr
     assert source.count_documents({}) == 1
 
 

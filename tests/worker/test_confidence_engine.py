@@ -17,7 +17,7 @@ from classifier import Classifier
 from config import load_taxonomy
 from domain.confidence import label_confidence
 from domain.conversation import Classification
-from domain.document_files import read_documents
+from help_desks.reader import read_documents
 from model_server.protocol import TOP_LOGPROBS
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 from tests.worker.engine_run import SAMPLES, run_worker

@@ -9,7 +9,7 @@ from typing import Any
 from pymongo import MongoClient
 
 from config import load_taxonomy
-from domain.document_files import read_documents
+from help_desks.reader import read_documents
 from tests.worker.engine_run import SAMPLES, run_worker
 
 OLLAMA = os.environ.get("OLLAMA_TEST_ENDPOINT")  # the report's header says whether it is set

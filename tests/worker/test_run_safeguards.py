@@ -15,7 +15,7 @@ from domain.conversation import Classification, Conversation, Outcome
 from error_handler import LLMReplyError, Reason, SkippedDocumentError, StoreRejectedError, StoreUnavailableError
 from mongo_client import FinalStatus
 from storage.extended_json import Document, id_key
-from storage.selection import Selection
+from storage.selection import Selection, StateFields
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.intake import RunOptions, RunParts
@@ -44,6 +44,7 @@ class MemoryStore:
         self.on_mark: Callable[[], None] = lambda: None
         self.unusable: set[bytes] = set()
         self.unmarked: set[bytes] = set()
+        self.states = StateFields()
 
     async def ensure_source_indexes(self) -> None:
         """Nothing to index."""

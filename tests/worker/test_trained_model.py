@@ -16,8 +16,8 @@ from pymongo import MongoClient
 from aggregator import aggregate_conversation
 from config import Taxonomy, load_taxonomy
 from domain.conversation import chat_messages
-from domain.document_files import read_documents
 from domain.text import visible_text
+from help_desks.reader import read_documents
 from model_server.protocol import NUM_PREDICT
 from model_server.window import REPAIR_ROOM
 from prompt_builder import build_prompt, build_system_prompt

@@ -1,0 +1,263 @@
+"""JSON as Zendesk, Intercom, Freshdesk and Chatwoot export it: one record is one conversation.
+
+Written from the documentation that docs/import.md lists. What no function here reads becomes metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aggregator import document_shape
+from help_desks.columns import is_message, take, without_empty
+from help_desks.findings import Findings
+from help_desks.parts import Judge, Part, message
+from storage.extended_json import Document
+
+_FORM = "left out: another form of the text"
+_FRESHDESK_CHANNELS = {
+    1: "Email",
+    2: "Portal",
+    3: "Phone",
+    7: "Chat",
+    9: "Feedback Widget",
+    10: "Outbound Email",
+}
+_FRESHDESK_STATUSES = {2: "Open", 3: "Pending", 4: "Resolved", 5: "Closed"}
+_LISTS = ("tickets", "conversations", "results", "payload", "data", "items", "records")
+
+
+@dataclass(slots=True)
+class Fields:
+    """A record whose fields are taken one by one, and counted as ``prefix`` + name; the rest becomes metadata."""
+
+    record: Document
+    findings: Findings
+    prefix: str = ""
+    rest_target: str = "metadata"
+
+    def take(self, path: str, target: str) -> Any:
+        value = take(self.record, path)
+        self.findings.became(self.prefix + path, target, value not in (None, "", [], {}))
+        return value
+
+    def text(self, names: tuple[str, ...], target: str) -> str:
+        """Take all forms of one text and return the first one that is there."""
+        found = ""
+        for name in names:
+            if name in self.record:
+                form = self.take(name, _FORM if found else target)
+                if not found and isinstance(form, str) and form.strip():
+                    found = form
+        return found
+
+    def rest(self) -> Document:
+        """Return what is left, and count the record as one that is read."""
+        self.findings.totals[self.prefix] += 1
+        for name, value in self.record.items():
+            self.findings.became(self.prefix + name, f"{self.rest_target}.{name}", value not in (None, "", [], {}))
+        return without_empty(self.record)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads the records of one file. *users* maps ids to roles, as far as the file lists its users."""
+
+    judge: Judge
+    users: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, record: Document, place: str) -> Part:
+        """Return the conversation of *record*."""
+        ticket = Fields(record, self.judge.findings)
+        return _READERS[self.judge.desk](self, ticket, place)
+
+    def _messages(self, value: Any, prefix: str) -> Iterator[Fields]:
+        for each in value if isinstance(value, list) else ():
+            if isinstance(each, dict):
+                yield Fields(dict(each), self.judge.findings, prefix, "messages.metadata")
+
+    def _zendesk(self, ticket: Fields, place: str) -> Part:
+        part = Part(_number(ticket.take("id", "conversation_number")))
+        requester = ticket.record.get("requester")
+        asked = ticket.record.get("requester_id", requester.get("id") if isinstance(requester, dict) else None)
+        part.fields = _top(ticket, channel="via.channel", subject="subject", created_at="created_at")
+        comments = ticket.take("comments", "messages")
+        if not comments and "audits" in ticket.record:
+            comments = self._audit_comments(ticket.take("audits", "messages"), place)
+        for comment in self._messages(comments, "comments."):
+            if self._is_note(comment, "public", place):
+                continue
+            role = self._role(comment, asked)
+            at = self.judge.time(comment.take("created_at", "messages.timestamp"), place)
+            text = comment.text(("plain_body", "body", "html_body"), "messages.text")
+            part.messages.append(message(role, at, text, comment.rest()))
+        first = str(part.messages[0]["text"]).strip() if part.messages else None
+        description = ticket.record.get("description")
+        if first is None or not isinstance(description, str) or description.strip() == first:
+            target = "messages.text" if first is None else "left out: repeats the first comment"
+            text = ticket.take("description", target)
+            if first is None and text:
+                at = self.judge.time(part.fields.get("created_at"), place)
+                part.messages.append(message("customer", at, text))
+        part.metadata = ticket.rest()
+        return part
+
+    def _audit_comments(self, audits: Any, place: str) -> list[Document]:
+        found = []
+        for audit in audits if isinstance(audits, list) else ():
+            events = audit.get("events") if isinstance(audit, dict) else None
+            for event in events if isinstance(events, list) else ():
+                if isinstance(event, dict) and event.get("type") in ("Comment", "VoiceComment"):
+                    found.append({"author_id": audit.get("author_id"), "created_at": audit.get("created_at"), **event})
+                else:
+                    self.judge.findings.note("audit event", "left out: it is no comment", place)
+        return found
+
+    def _role(self, comment: Fields, requester: Any) -> str:
+        """Return the side of a comment: that of its author's role, else the requester is the customer."""
+        author = comment.take("author_id", "messages.sender")
+        named = comment.record.get("author")
+        role = self.users.get(str(author)) or (named.get("role") if isinstance(named, dict) else None)
+        if role:
+            return "customer" if role == "end-user" else "agent"
+        return "customer" if author is None or str(author) == str(requester) else "agent"
+
+    def _intercom(self, talk: Fields, place: str) -> Part:
+        part = Part(_number(talk.take("id", "conversation_number")))
+        part.fields = _top(talk, channel="source.type", subject="source.subject", created_at="created_at")
+        source, inner = talk.take("source", "messages"), talk.take("conversation_parts", "messages")
+        parts = inner.get("conversation_parts") if isinstance(inner, dict) else inner
+        total = inner.get("total_count") if isinstance(inner, dict) else None
+        if isinstance(total, int) and isinstance(parts, list) and total > len(parts):
+            self.judge.findings.note(
+                "conversation", "with fewer parts than its total_count; Intercom exports 500", place
+            )
+        started = part.fields.get("created_at")
+        first = [{"created_at": started, **source}] if isinstance(source, dict) else []
+        for prefix, values in (("source.", first), ("conversation_parts.", parts)):
+            for each in self._messages(values, prefix):
+                if self._is_note(each, "part_type", place):
+                    continue
+                text = each.text(("body",), "messages.text")
+                if not text:
+                    self.judge.findings.note("event", "left out: it has no text, such as an assignment", place)
+                    continue
+                sender = self.judge.sender(each.take("author.type", "messages.sender"), place)
+                at = self.judge.time(each.take("created_at", "messages.timestamp"), place)
+                part.messages.append(message(sender, at, text, each.rest()))
+        part.metadata = talk.rest()
+        return part
+
+    def _freshdesk(self, ticket: Fields, place: str) -> Part:
+        part = Part(_number(ticket.take("id", "conversation_number")))
+        source = ticket.record.get("source")
+        part.fields = _top(ticket, channel="source", subject="subject", created_at="created_at")
+        if isinstance(source, int):
+            part.fields["channel"] = _FRESHDESK_CHANNELS.get(source, str(source))
+        status = ticket.record.get("status")
+        if isinstance(status, int):
+            ticket.record["status"] = _FRESHDESK_STATUSES.get(status, status)
+        text = ticket.text(("description_text", "description"), "messages.text")
+        if text:
+            at = self.judge.time(part.fields.get("created_at"), place)
+            part.messages.append(message("agent" if source == 10 else "customer", at, text))  # 10: outbound e-mail
+        for each in self._messages(ticket.take("conversations", "messages"), "conversations."):
+            if self._is_note(each, "private", place):
+                continue
+            incoming = each.take("incoming", "messages.sender")
+            at = self.judge.time(each.take("created_at", "messages.timestamp"), place)
+            text = each.text(("body_text", "body"), "messages.text")
+            part.messages.append(message("customer" if incoming else "agent", at, text, each.rest()))
+        part.metadata = ticket.rest()
+        return part
+
+    def _chatwoot(self, talk: Fields, place: str) -> Part:
+        part = Part(_number(talk.take("id", "conversation_number")))
+        channel = "channel" if talk.record.get("channel") else "meta.channel"
+        created = "created_at" if talk.record.get("created_at") else "timestamp"
+        part.fields = _top(talk, channel=channel, subject="additional_attributes.mail_subject", created_at=created)
+        for each in self._messages(talk.take("messages", "messages"), "messages."):
+            kind = each.record.get("message_type", each.record.get("sender_type"))
+            sender = self.judge.sender(kind, place)
+            if sender == "event":
+                self.judge.findings.note("activity message", "left out: Chatwoot wrote it, not a person", place)
+                continue
+            if self._is_note(each, "private", place):
+                continue
+            each.take("message_type", "messages.sender")
+            at = self.judge.time(each.take("created_at", "messages.timestamp"), place)
+            text = each.text(("content", "processed_message_content"), "messages.text")
+            part.messages.append(message(sender, at, text, each.rest()))
+        part.metadata = talk.rest()
+        return part
+
+    def _is_note(self, each: Fields, name: str, place: str) -> bool:
+        value = each.record.get(name)
+        if name == "public":
+            return self.judge.is_note(True if value is None else value, True, place)
+        return self.judge.is_note(value, False, place)
+
+
+_READERS: dict[str, Callable[[Reader, Fields, str], Part]] = {
+    "zendesk": Reader._zendesk,
+    "intercom": Reader._intercom,
+    "freshdesk": Reader._freshdesk,
+    "chatwoot": Reader._chatwoot,
+}
+
+
+def desk_of_record(record: Mapping[str, Any]) -> str:
+    """Return the help desk that writes conversations such as *record*; ``own`` or ``table`` if none does."""
+    messages = record.get("messages")
+    is_chatwoot = isinstance(messages, list) and any(isinstance(e, dict) and "message_type" in e for e in messages)
+    if "conversation_parts" in record or (record.get("type") == "conversation" and "source" in record):
+        return "intercom"
+    if is_chatwoot:
+        return "chatwoot"
+    if "description_text" in record or _has_items(record.get("conversations"), "body_text"):
+        return "freshdesk"
+    if _has_items(record.get("comments"), "body") or "audits" in record or {"requester_id", "via"} <= record.keys():
+        return "zendesk"
+    shape = document_shape(record)
+    if shape in ("tweets", "messages"):
+        return "own"
+    return "own" if isinstance(record.get("text"), str) and not is_message(record) else "table"
+
+
+def unwrapped(value: Any, place: str) -> Iterator[tuple[str, Any, dict[str, str]]]:
+    """Yield the records in *value*, a page of an API or one record, with their places and the roles of listed users."""
+    if isinstance(value, dict) and "id" not in value and "_id" not in value and not document_shape(value):
+        users = value.get("users")
+        roles = (
+            {str(u.get("id")): str(u.get("role", "")) for u in users if isinstance(u, dict)}
+            if isinstance(users, list)
+            else {}
+        )
+        for name in _LISTS:
+            inner = value.get(name)
+            if isinstance(inner, dict):  # Chatwoot: data.payload
+                yield from unwrapped(inner, place)
+                return
+            if isinstance(inner, list) and all(isinstance(each, dict) for each in inner):
+                for number, each in enumerate(inner, 1):
+                    yield f"{place}, {name} {number}", each, roles
+                return
+        for name in ("ticket", "conversation"):
+            if isinstance(value.get(name), dict):
+                value = {**value.pop(name), **value}
+                break
+    yield place, value, {}
+
+
+def _top(record: Fields, **paths: str) -> Document:
+    values = {name: record.take(path, name) for name, path in paths.items()}
+    return {name: value for name, value in values.items() if value not in (None, "")}
+
+
+def _number(value: Any) -> str | None:
+    return None if value in (None, "") else str(value)
+
+
+def _has_items(value: Any, name: str) -> bool:
+    return isinstance(value, list) and any(isinstance(each, dict) and name in each for each in value)
