@@ -23,7 +23,6 @@ from embedded.choice import BuiltInClassifier
 from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
-from model_server.protocol import ChatReply
 from mongo_client import DocumentStore
 from storage.extended_json import Document
 from storage.service_lease import server_name
@@ -128,12 +127,8 @@ class BatchProcessor:
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
         recorder = self._observers.recorder
-        listeners = [one.note_answer for one in (recorder, self._heartbeat) if one is not None]
-
-        def on_answer(reply: ChatReply) -> None:
-            for listen in listeners:
-                listen(reply)
-
+        observer = recorder or self._heartbeat
+        on_answer = observer.note_answer if observer else None
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         if self._heartbeat is not None:
             self._heartbeat.breaker = client.breaker
@@ -234,7 +229,7 @@ class BatchProcessor:
         return BatchRun(parts)
 
     def _new_heartbeat(self) -> Heartbeat | None:
-        """Return the heartbeat; None for a client that was passed in, which may know no pipelines (mongomock)."""
+        """Return the heartbeat; None for an estimate, and for a client that was passed in: mongomock knows no pipelines."""
         settings = self.settings
         if not settings.worker_heartbeat or self._client is not None or self._observers.recorder is not None:
             return None
