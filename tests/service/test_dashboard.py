@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pymongo import AsyncMongoClient
 from pymongo.database import Database
 
 from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
+from service import runs
 from tests.service.service_process import ServiceProcess, serve
 from tests.service.test_schema import document
 
@@ -177,6 +180,24 @@ def test_events_send_the_new_state_and_end_when_the_service_stops(service: Servi
     assert service.terminate(20) == -15
     stream.read()
     connection.close()
+
+
+async def test_open_pages_share_one_read_of_mongodb(
+    mongodb_uri: str, database: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that nobody opens reads nothing; an order is visible at once."""
+    monkeypatch.setattr(runs, "FRESH_S", 3600.0)
+    database.command("profile", 2)
+    async with AsyncMongoClient[dict[str, Any]](mongodb_uri) as client:
+        shared = runs.Runs(client[database.name], "sentimental_analysis")
+        await asyncio.gather(*(shared.view() for _ in range(50)))
+        database[WORKERS].insert_one(worker(1))
+        assert await shared.order("w1", "pause", "anna")
+        views = await asyncio.gather(*(shared.view() for _ in range(50)))
+    database.command("profile", 0)
+    assert {view.active[0]["order"]["action"] for view in views} == {"pause"}
+    reads = {"ns": f"{database.name}.{WORKERS}", "command.aggregate": WORKERS}
+    assert database["system.profile"].count_documents(reads) == 2
 
 
 def read_event(stream: http.client.HTTPResponse) -> str:
