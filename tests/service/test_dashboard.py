@@ -136,28 +136,18 @@ def test_order_is_stored_with_the_name_of_the_key(service: ServiceProcess, datab
     assert service.request("POST", "/dashboard/runs/w1/erase", headers=KEY).status == 422
 
 
-@pytest.mark.parametrize(
-    ("headers", "is_own"),
-    [
-        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, False),
-        ({"Sec-Fetch-Site": "same-site"}, False),
-        ({"Origin": "http://evil.example"}, False),
-        ({"Origin": "null"}, False),
-        ({"Sec-Fetch-Site": "same-origin"}, True),
-        ({"Origin": "http://127.0.0.1:{port}"}, True),
-    ],
-)
-def test_order_from_a_page_of_another_site_is_refused(
-    service: ServiceProcess, database: Data, headers: dict[str, str], is_own: bool
-) -> None:
+def test_order_from_a_page_of_another_site_is_refused(service: ServiceProcess, database: Data) -> None:
     """The browser would add the key of Basic to it. Over plain http it sends only Origin."""
     database[WORKERS].insert_one(worker(1))
-    sent = {name: value.format(port=service.port) for name, value in headers.items()}
-    answer = service.request("POST", "/dashboard/runs/w1/stop", headers={**KEY, **sent})
-    assert answer.status == (303 if is_own else 403)
+    foreign = [{"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, {"Sec-Fetch-Site": "same-site"}]
+    foreign += [{"Origin": "http://evil.example"}, {"Origin": "null"}]
+    own = [{"Sec-Fetch-Site": "same-origin"}, {"Origin": service.url}]
+    for headers in (*foreign, *own):
+        answer = service.request("POST", "/dashboard/runs/w1/stop", headers={**KEY, **headers})
+        assert answer.status == (303 if headers in own else 403), headers
     stored = database[WORKERS].find_one({"_id": "w1"})
     assert stored is not None
-    assert ("orders" in stored) is is_own
+    assert len(stored["orders"]) == len(own)
 
 
 def test_page_names_the_problem_while_mongodb_is_away(tmp_path: Path) -> None:
