@@ -123,6 +123,8 @@ class Settings(PartSettings):
     prompt_examples_file: Path | None = None
     review_below: float | None = Field(None, ge=0, le=1)
     store_original_conversation: bool = False
+    metrics_port: int | None = Field(None, ge=1, le=65_535)
+    metrics_address: str = "127.0.0.1"
     log_level: LogLevel = "INFO"
 
     @field_validator("max_concurrent", mode="before")

@@ -51,6 +51,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "prompt_examples_file": ("own.json", Path("own.json")),
     "review_below": ("0.6", 0.6),
     "store_original_conversation": ("true", True),
+    "metrics_port": ("9464", 9464),
+    "metrics_address": ("0.0.0.0", "0.0.0.0"),
     "log_level": ("debug", "DEBUG"),
 }
 ALIASES = [(field, name) for field in VALUES for name in variables_of(Settings, field)]
