@@ -14,7 +14,7 @@ from domain.text import counted
 from error_handler import ExitCode
 from mongo_client import DocumentStore
 from service.runs import duration
-from storage.heartbeats import LOST_AFTER_S, forget, heartbeats, read_all
+from storage.heartbeats import LOST_AFTER_S, heartbeats, mark_died, read_all
 
 SHOWN_ENDED = 5
 LEFT_OUT_OF_JSON = ("_id", "orders", "status")
@@ -38,7 +38,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         workers = [_with_state(found) for found in await read_all(collection)]
         if arguments.forget_lost:
             lost = [worker for worker in workers if worker["state"] == "lost"]
-            await forget(collection, [worker["_id"] for worker in lost])
+            await mark_died(collection, [worker["_id"] for worker in lost])
             for worker in lost:
                 worker["state"] = "died"
     finally:
