@@ -47,6 +47,7 @@ from worker.checkpoint import RunStats
 from worker.intake import RunOptions, preview
 from worker.left_out import LeftOut, count_in_time, count_left_out, is_fruitless
 from worker.metrics import serve_metrics
+from worker.model_use import ModelUse
 from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
 from worker.quarantine import failed_keys, failed_places
@@ -287,17 +288,18 @@ async def _report(
 def _observers(arguments: argparse.Namespace, settings: Settings, stack: contextlib.AsyncExitStack) -> Observers:
     """Return the observers that *arguments* ask for; *stack* ends the HTTP server of the metrics."""
     console, _, files = flags.monitoring(arguments)
+    model = ModelUse()
     reporters: list[Reporter] = []
     if console:
         reporters.append(ConsoleProgress(sys.stderr))
     if files or settings.metrics_port is not None:
-        progress = FileProgress(settings.batch_files_dir)
+        progress = FileProgress(settings.batch_files_dir, model)
         reporters.append(progress)
         if settings.metrics_port is not None:
             served = serve_metrics(progress.metrics.registry, settings.metrics_address, settings.metrics_port)
             stack.enter_context(served)
     announce = partial(print, file=sys.stderr, flush=True) if console else None
-    return Observers(reporters, announce=announce)
+    return Observers(reporters, announce=announce, model=model)
 
 
 if __name__ == "__main__":

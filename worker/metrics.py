@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from error_handler import ConfigurationError, Reason
 from worker.checkpoint import RunStats
+from worker.model_use import ModelUse
 
 STATUSES = ("running", "completed", "interrupted", "failed")
 OUTCOMES = ("successful", "failed", "skipped", "already_done", "leased_elsewhere")
@@ -21,13 +22,14 @@ class RunMetrics:
     ``set`` replaces all of them at once, so that a scrape from another thread sees one state.
     """
 
-    def __init__(self, worker: str) -> None:
+    def __init__(self, worker: str, model: ModelUse) -> None:
         self._worker = worker
-        self._families: list[GaugeMetricFamily] = []
+        self._model = model
+        self._families: list[Metric] = []
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def collect(self) -> list[GaugeMetricFamily]:
+    def collect(self) -> list[Metric]:
         """Return the last state; a collector of prometheus_client."""
         return self._families
 
@@ -44,15 +46,29 @@ class RunMetrics:
             self._gauges("triad_run_failures", "Documents of this run without a result, by reason", "reason", reasons),
             self._gauges("triad_run_status", "1 for the current status of the run", "status", states),
             self._gauge("triad_run_calls_in_flight", "Documents that wait for the model", in_flight),
+            self._tokens(),
             *(self._gauge(name, documentation, value) for name, (documentation, value) in others.items()),
         ]
         if limit is not None:
             documentation = "Limit of concurrent calls, set by auto or by the lease of the service"
             self._families.append(self._gauge("triad_run_concurrency_limit", documentation, limit))
+        if (state := self._model.breaker_state) is not None:
+            documentation = "1 while the model server is away and calls wait"
+            self._families.append(self._gauge("triad_run_breaker_open", documentation, state == "open"))
+        if (wait_s := self._model.queue_wait_s) is not None:
+            documentation = "Mean time of the last answers in the queue of the model server"
+            self._families.append(self._gauge("triad_run_queue_wait_seconds", documentation, wait_s))
 
     def render(self) -> bytes:
         """Return all series in text format 0.0.4."""
         return generate_latest(self.registry)
+
+    def _tokens(self) -> CounterMetricFamily:
+        labels = ["worker", "kind"]
+        family = CounterMetricFamily("triad_run_tokens", "Tokens counted by the model server", labels=labels)
+        for kind, count in self._model.tokens.items():
+            family.add_metric([self._worker, kind], count)
+        return family
 
     def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, documentation, labels=["worker"])

@@ -19,6 +19,7 @@ from error_handler import Reason
 from storage.files import replace_file
 from worker.checkpoint import RunStats
 from worker.metrics import RunMetrics
+from worker.model_use import ModelUse
 from worker.quarantine import failed_keys
 
 if TYPE_CHECKING:
@@ -148,15 +149,16 @@ class FileProgress:
     its two times survive a restart, because they are read from the existing file.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model: ModelUse | None = None) -> None:
         self._directory = directory
-        self.metrics = RunMetrics(directory.resolve().name)
+        self.metrics = RunMetrics(directory.resolve().name, model or ModelUse())
         self._folder = directory / "progress"
         self._rate = Rate()
         self._throttle = Throttle(FILE_EVERY_S)
         self._history: list[dict[str, Any]] = []
         self._successful = 0
         self._times: dict[str, float] = {}
+        self._started: tuple[str, float] = ("", 0.0)  # the run, and when it did
 
     def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
         """Write at most every FILE_EVERY_S while running, and always at the end."""
@@ -165,6 +167,8 @@ class FileProgress:
         if stats.successful > self._successful:
             self._times[LAST_SUCCESS] = time.time()
         self._successful = stats.successful if status == "running" else 0
+        if self._started[0] != job_id:
+            self._started = job_id, time.time()
         if not self._throttle.is_due(status):
             return
         if status == "completed":
@@ -210,6 +214,7 @@ class FileProgress:
         others = {
             "triad_retry_queue_documents": ("Documents in the retry queue", queued),
             "triad_quarantine_documents": ("Documents in quarantine", quarantined),
+            "triad_run_started_timestamp_seconds": ("Time of the start of the run", self._started[1]),
             LAST_SUCCESS: ("Time of the last classified document; 0: never", self._times[LAST_SUCCESS]),
             LAST_COMPLETED: ("Time of the last completed run; 0: never", self._times[LAST_COMPLETED]),
         }

@@ -43,7 +43,12 @@ def test_metrics_are_served_between_the_passes_of_a_continuous_run(site: Site) -
         until(lambda: answers(worker, port) and scraped(port).get("triad_run_status completed"))
         found = scraped(port)
         assert found["triad_run_documents successful"] == 5
-        assert found["triad_last_completed_timestamp_seconds"] > 0
+        assert found["triad_run_started_timestamp_seconds"] <= found["triad_last_success_timestamp_seconds"]
+        assert found["triad_last_success_timestamp_seconds"] <= found["triad_last_completed_timestamp_seconds"]
+        assert found["triad_run_tokens_total prompt"] > 100
+        assert found["triad_run_tokens_total reply"] > 5
+        assert found["triad_run_breaker_open"] == 0
+        assert found["triad_run_queue_wait_seconds"] >= 0
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             assert answer.read() == (site.directory / "progress/metrics.prom").read_bytes()
         worker.send(signal.SIGTERM)
