@@ -23,7 +23,6 @@ from embedded.choice import BuiltInClassifier
 from error_handler import LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
-from model_server.protocol import ChatReply
 from mongo_client import DocumentStore
 from storage.extended_json import Document
 from storage.service_lease import server_name
@@ -131,13 +130,7 @@ class BatchProcessor:
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
         recorder = self._observers.recorder
         model = self._observers.model
-        on_answer: Callable[[ChatReply], None] = model.note_answer
-        if recorder is not None:
-
-            def on_answer(reply: ChatReply) -> None:
-                recorder.note_answer(reply)
-                model.note_answer(reply)
-
+        on_answer = (recorder or model).note_answer
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
         model.breaker = client.breaker
         stack.push_async_callback(client.breaker.close)
@@ -237,7 +230,7 @@ class BatchProcessor:
         return BatchRun(parts)
 
     def _new_heartbeat(self) -> Heartbeat | None:
-        """Return the heartbeat; None for a client that was passed in, which may know no pipelines (mongomock)."""
+        """Return the heartbeat; None for an estimate, and for a client that was passed in: mongomock knows no pipelines."""
         settings = self.settings
         if not settings.worker_heartbeat or self._client is not None or self._observers.recorder is not None:
             return None
