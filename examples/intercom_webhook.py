@@ -70,9 +70,7 @@ def conversation_of(payload: dict[str, Any]) -> dict[str, Any] | None:
 def labels_request(number: str, labels: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the request that sets the custom attributes ``triad_<field>``."""
     attributes = {
-        f"triad_{field}": value if isinstance(value, str) else ", ".join(value)
-        for field, value in labels.items()
-        if field != "categorization"
+        f"triad_{field}": value if isinstance(value, str) else ", ".join(value) for field, value in labels.items()
     }
     return f"/conversations/{number}", {"custom_attributes": attributes}
 

@@ -106,6 +106,7 @@ def label(
         answer = session.post(f"{arguments.service}/classify", json=conversation, headers=headers, timeout=TIMEOUT_S)
         answer.raise_for_status()
         labels = answer.json()["classification"]
+        labels.pop("categorization", None)  # a sentence of the model, which may repeat what the customer wrote
         print(f"{desk.name} {number}: {json.dumps(labels)}", flush=True)
         path, change = desk.labels_request(number, labels)
         url = f"{arguments.vendor_url}{path}"

@@ -53,13 +53,8 @@ def conversation_of(payload: dict[str, Any]) -> dict[str, Any] | None:
 
 def labels_request(number: str, labels: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the request that adds tags such as ``intent_order_status``; other tags of the ticket stay."""
-    pairs = [
-        (field, value)
-        for field, found in labels.items()
-        if field != "categorization"
-        for value in ([found] if isinstance(found, str) else found)
-    ]
-    tags = [re.sub(r"\W+", "_", f"{field}_{value}".lower()) for field, value in pairs]
+    pairs = [(field, one) for field, value in labels.items() for one in ([value] if isinstance(value, str) else value)]
+    tags = [re.sub(r"\W+", "_", f"{field}_{one}".lower()) for field, one in pairs]
     return f"/api/v2/tickets/{number}/tags", {"tags": tags}
 
 

@@ -227,6 +227,7 @@ def test_zendesk_ticket_is_labelled_once(service: ServiceProcess, fake: FakeOlla
     assert 'zendesk 5158: {"intent": ' in example.said
     assert "PUT https://SUBDOMAIN.zendesk.com/api/v2/tickets/5158/tags" in example.said
     assert "parcel" not in example.said
+    assert "categorization" not in example.said
     assert asked(fake, "Customer: My parcel is three weeks late.", "Agent: We will look for it.") == 1
 
 
