@@ -17,7 +17,15 @@ from pymongo.database import Database
 from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
 from service import runs
-from tests.service.service_process import ServiceProcess, serve
+from tests.forked_process import ForkedProcess
+from tests.service.service_process import (
+    ROOT,
+    ServiceProcess,
+    free_port,
+    serve,
+    service_environment,
+    wait_until_it_answers,
+)
 from tests.service.test_schema import document
 
 Data = Database[dict[str, Any]]
@@ -62,6 +70,31 @@ def test_dashboard_is_off_unless_it_is_switched_on(tmp_path: Path) -> None:
 def test_dashboard_without_keys_is_not_open_to_other_machines() -> None:
     with pytest.raises(ConfigurationError, match=r"API_EXPOSE_DASHBOARD: stops workers, so set API_KEYS"):
         load_service_settings(None, expose_dashboard="key", allow_unauthenticated=True)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "Dashboard: off. API_EXPOSE_DASHBOARD=key switches it on (docs/dashboard.md)."),
+        ({"API_EXPOSE_DASHBOARD": "key"}, "Dashboard: http://127.0.0.1:{port}/dashboard\n"),
+        (
+            {"API_EXPOSE_DASHBOARD": "key", "API_KEYS": f"anna:{ANNA}"},
+            "/dashboard (the browser asks for a password: the",
+        ),
+    ],
+    ids=["off", "no key", "key"],
+)
+def test_start_prints_the_address(tmp_path: Path, settings: dict[str, str], sentence: str) -> None:
+    port, log = free_port(), tmp_path / "main.log"
+    command = [str(ROOT / "main.py"), "--embedded", "--port", str(port)]
+    process = ForkedProcess(command, service_environment(**settings), tmp_path, (log, log))
+    try:
+        wait_until_it_answers(ServiceProcess(process, port, log))
+    finally:
+        process.kill()
+        process.wait()
+    assert sentence.format(port=port) in log.read_text()
 
 
 def test_dashboard_routes_are_not_in_the_openapi_document() -> None:
