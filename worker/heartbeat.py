@@ -98,13 +98,10 @@ class Heartbeat:
                 if not is_tidy:
                     await tidy(self._collection, self.id, self._worker)
                 is_tidy, self._is_told = True, False
-            except StoreForbiddenError as exc:
-                logger.info(
-                    "no heartbeat for the dashboard (docs/operations.md has the right on %s): %s", self._name, exc
-                )
-                return
             except (StoreError, ConfigurationError) as exc:
                 self._warn(exc)
+                if isinstance(exc, StoreForbiddenError):  # it stays so
+                    return
             await asyncio.sleep(BEAT_S)
 
     def _obey(self, order: Order | None) -> None:

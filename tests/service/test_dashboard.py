@@ -135,7 +135,7 @@ def test_page_shows_workers_lost_workers_and_ended_runs(service: ServiceProcess,
     assert "<b>host" not in page
     assert page.count('class="card running"') == 2
     assert page.count('class="card lost"') == 1
-    assert "No sign of life since 1 min" in page
+    assert "No sign of life for 1 min" in page
     assert 'action="dashboard/runs/w1/stop"' in page
     assert "dashboard/runs/w2/" not in page
     assert "2026-11-01 12:00:00" in page

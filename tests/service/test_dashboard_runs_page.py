@@ -87,6 +87,8 @@ async def test_hidden_page_holds_no_connection(service: ServiceProcess) -> None:
                 "Object.defineProperty(document, 'hidden', {value: true, configurable: true});"
                 "document.dispatchEvent(new Event('visibilitychange'))"
             )
+        await page.evaluate("fetch('dashboard/dashboard.css')")  # what was requested before is known now
+        assert sum(address.endswith("/events") for address in seen.addresses) == 1
         async with page.expect_request("**/dashboard/events"):
             await page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
 
