@@ -123,7 +123,7 @@ async def test_orders_pause_resume_and_stop(mongodb_uri: str, db_name: str, monk
 async def test_empty_pass_does_not_replace_the_last_one(mongodb_uri: str, db_name: str) -> None:
     """A continuous worker ends between two passes, and most of them have no documents."""
     async with AsyncMongoClient[Document](mongodb_uri) as client:
-        beating = heartbeat.Heartbeat(client[db_name], "results", "worker", asyncio.Event(), 5)
+        beating = heartbeat.Heartbeat(client[db_name], "results", "worker", asyncio.Event(), 5, ModelUse())
         beating.start()
         beating.update("job_1", "running", RunStats(total=3), 3)
         beating.update("job_1", "completed", RunStats(total=3, processed=3, successful=3), 0)
