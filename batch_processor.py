@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from worker.checkpoint import Checkpoint
 from worker.describe import DescriptionPass, describing_classifier
 from worker.heartbeat import Heartbeat
 from worker.intake import Classify, RunOptions, RunParts, has_work
+from worker.model_use import ModelUse
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
 from worker.reply_choice import classifier_for
@@ -53,12 +54,13 @@ class Observers:
     """The observers of a run.
 
     *reporters* get its progress, *recorder* each document that is asked and each reply of the model server, *announce*
-    the sentences that an operator should see while the run starts.
+    the sentences that an operator should see while the run starts, *model* what the model server reports.
     """
 
     reporters: Sequence[Reporter] = ()
     recorder: SampleRecorder | None = None
     announce: Callable[[str], None] | None = None
+    model: ModelUse = field(default_factory=ModelUse)
 
 
 class BatchProcessor:
@@ -133,11 +135,10 @@ class BatchProcessor:
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
         recorder = self._observers.recorder
-        observer = recorder or self._heartbeat
-        on_answer = observer.note_answer if observer else None
+        model = self._observers.model
+        on_answer = (recorder or model).note_answer
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
-        if self._heartbeat is not None:
-            self._heartbeat.breaker = client.breaker
+        model.breaker = client.breaker
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
         classifier = classifier_for(self.settings, client.target, taxonomy)
@@ -272,7 +273,8 @@ class BatchProcessor:
         if not settings.worker_heartbeat or self._client is not None or self._observers.recorder is not None:
             return None
         worker, results = self._worker_id(), settings.results_collection
-        return Heartbeat(self.store.database, results, worker, self.stop, settings.most_concurrent)
+        model, most = self._observers.model, settings.most_concurrent
+        return Heartbeat(self.store.database, results, worker, self.stop, most, model)
 
     def _service_first(self) -> ServiceFirst | None:
         settings = self.settings

@@ -47,6 +47,8 @@ from worker.checkpoint import RunStats
 from worker.describe import require_sentence
 from worker.intake import RunOptions, preview
 from worker.left_out import LeftOut, count_in_time, count_left_out, is_fruitless
+from worker.metrics import serve_metrics
+from worker.model_use import ModelUse
 from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
 from worker.quarantine import failed_keys, failed_places
@@ -64,6 +66,7 @@ COMMANDS = (
     "review",
     "student",
     "prompt",
+    "status",
     "openai-batch",
     "index",
 )
@@ -145,7 +148,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             await _settle_style(settings, has_work=bool(options.only or options.reprocess or options.retry_failed))
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
-        processor = BatchProcessor(settings, options=options, observers=_observers(arguments, settings), **parts)
+        observers = _observers(arguments, settings, stack)
+        processor = BatchProcessor(settings, options=options, observers=observers, **parts)
         connected = asyncio.Event()
         with stop_on_signals(processor.stop, connected.is_set):
             await stack.enter_async_context(processor)
@@ -350,15 +354,21 @@ async def _report(
         console.print(f"Results: collection {settings.results_collection} in database {settings.db_name}")
 
 
-def _observers(arguments: argparse.Namespace, settings: Settings) -> Observers:
+def _observers(arguments: argparse.Namespace, settings: Settings, stack: contextlib.AsyncExitStack) -> Observers:
+    """Return the observers that *arguments* ask for; *stack* ends the HTTP server of the metrics."""
     console, _, files = flags.monitoring(arguments)
+    model = ModelUse()
     reporters: list[Reporter] = []
     if console:
         reporters.append(ConsoleProgress(sys.stderr))
-    if files:
-        reporters.append(FileProgress(settings.batch_files_dir))
+    if files or settings.metrics_port is not None:
+        progress = FileProgress(settings.batch_files_dir, model)
+        reporters.append(progress)
+        if settings.metrics_port is not None:
+            served = serve_metrics(progress.metrics.registry, settings.metrics_address, settings.metrics_port)
+            stack.enter_context(served)
     announce = partial(print, file=sys.stderr, flush=True) if console else None
-    return Observers(reporters, announce=announce)
+    return Observers(reporters, announce=announce, model=model)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
+from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError, ExitCode, TriadError
 from network.addresses import require_keys_outside_this_machine
 from service.access import DASHBOARD
@@ -31,7 +32,6 @@ from service.slow_clients import server_config
 from service.startup import start
 from utils.process import tune_garbage_collection
 
-VERSION = "1.0.0"
 # FastAPI's own traces contain paths, and its records contain exception messages: text that callers sent.
 NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
@@ -86,7 +86,7 @@ def create_app(
 
     app = ServiceApp(
         title="Customer Support Triad",
-        version=VERSION,
+        version=PROCESSOR_VERSION,
         description="Classifies one support conversation at a time: intent, topic and sentiment. Durations are in seconds.",
         lifespan=lifespan,
         openapi_url=None,
@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="main.py", description="Run the REST service. See docs/service.md.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"customer-support-triad {PROCESSOR_VERSION}")
     parser.add_argument("--host", help="address to listen on (API_HOST; 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port (API_PORT; 8000)")
     parser.add_argument(

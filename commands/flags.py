@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Settings, load_settings
+from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError
 from utils.process import number_between
 from worker.staleness import SELECTABLE
@@ -120,6 +121,7 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"customer-support-triad {PROCESSOR_VERSION}")
     what = parser.add_argument_group("documents")
     add_place_flags(what)
     what.add_argument("--limit", type=positive, metavar="N", help="process at most N documents")
@@ -160,6 +162,15 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     shown.add_argument("--logs", action="store_true", help="write log lines to stderr")
     shown.add_argument(
         "--progress-files", action="store_true", help="write progress as JSON and CSV to batch_files/progress/"
+    )
+    shown.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="serve Prometheus metrics over HTTP; implies --progress-files (METRICS_PORT; off)",
+    )
+    shown.add_argument(
+        "--metrics-address", metavar="HOST", help="address to serve them on (METRICS_ADDRESS; 127.0.0.1)"
     )
     add_log_flags(shown)
     shown.add_argument("--output", type=Path, metavar="FILE", help="write the statistics of the run to FILE as JSON")

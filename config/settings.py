@@ -136,6 +136,8 @@ class Settings(PartSettings):
     student: float | None = Field(None, ge=0.5, lt=1)
     store_original_conversation: bool = False
     result_metadata: NameList = ("channel",)
+    metrics_port: int | None = Field(None, ge=1, le=65_535)
+    metrics_address: str = "127.0.0.1"
     log_level: LogLevel = "INFO"
 
     @field_validator("max_concurrent", mode="before")

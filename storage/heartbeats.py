@@ -134,6 +134,18 @@ async def read_all(collection: Any) -> list[dict[str, Any]]:
     return found
 
 
+async def mark_died(collection: Any, heartbeat_ids: list[str]) -> None:
+    """End the documents *heartbeat_ids* of workers that died, unless they have reported again.
+
+    Raises:
+        StoreError: MongoDB does not store it.
+    """
+    since = {"$dateSubtract": {"startDate": "$$NOW", "unit": "second", "amount": int(LOST_AFTER_S)}}
+    lost = {"_id": {"$in": heartbeat_ids}, "ended_at": None, "$expr": {"$lt": ["$beat_at", since]}}
+    with translated("end the heartbeats of lost workers"):
+        await collection.update_many(lost, [{"$set": {"status": "died", "ended_at": "$beat_at"}}])
+
+
 def _fields(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return *state* with its times for a pipeline, which would read a text with ``$`` as the name of a field."""
     literal = {name: {"$literal": value} for name, value in state.items()}

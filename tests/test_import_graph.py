@@ -89,7 +89,7 @@ OWNERS = {
         "service.routes",
     },
     "uvicorn": {"main", "service.slow_clients", "service.startup"},
-    "prometheus_client": {"service.metrics", "worker.progress"},  # of the service; of the worker
+    "prometheus_client": {"service.metrics", "worker.metrics"},  # of the service; of the worker
     "genai_prices": {"domain.prices"},
     "charset_normalizer": {"help_desks.files"},
 }

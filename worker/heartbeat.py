@@ -7,21 +7,18 @@ import logging
 import os
 import secrets
 import socket
-from collections import deque
 from typing import Any
 
 from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError, StoreError, StoreForbiddenError
-from model_server.breaker import CircuitBreaker
-from model_server.protocol import ChatReply
 from storage.heartbeats import BEAT_S, Order, beat, collection_name, end, forget, heartbeats, tidy
 from worker.checkpoint import RunStats
+from worker.model_use import ModelUse
 from worker.progress import Rate
 
 logger = logging.getLogger(__name__)
 
 COUNTS = ("processed", "expected", "successful", "failed", "skipped", "already_done", "leased_elsewhere", "copied")
-RECENT = 50  # answers, for the mean time in the server's queue
 
 
 class Heartbeat:
@@ -32,12 +29,17 @@ class Heartbeat:
     """
 
     def __init__(
-        self, database: Any, results_collection: str, worker: str, stop: asyncio.Event, most_concurrent: int
+        self,
+        database: Any,
+        results_collection: str,
+        worker: str,
+        stop: asyncio.Event,
+        most_concurrent: int,
+        model: ModelUse,
     ) -> None:
         self.id = secrets.token_hex(8)
         self.go = asyncio.Event()
         self.go.set()
-        self.breaker: CircuitBreaker | None = None  # of the model server; the built-in classifier has none
         self._collection = heartbeats(database, results_collection)
         self._name = collection_name(results_collection)
         self._worker = worker
@@ -46,8 +48,7 @@ class Heartbeat:
         self._rate = Rate()
         self._status = "running"
         self._run: dict[str, Any] = {}
-        self._waits_s: deque[float] = deque(maxlen=RECENT)
-        self._tokens = {"prompt": 0, "reply": 0}
+        self._model = model
         self._obeyed: Order | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_told = self._is_closing = False
@@ -68,13 +69,6 @@ class Heartbeat:
             "in_flight": in_flight,
             "limit": limit or self._most_concurrent,
         }
-
-    def note_answer(self, reply: ChatReply) -> None:
-        """Count the tokens and the queue wait of one answer of the model server."""
-        self._tokens["prompt"] += reply.prompt_tokens or 0
-        self._tokens["reply"] += reply.reply_tokens or 0
-        if reply.queue_wait_s is not None:
-            self._waits_s.append(reply.queue_wait_s)
 
     def start(self) -> None:
         """Begin to write, in a task."""
@@ -130,16 +124,15 @@ class Heartbeat:
             status = "paused"
         elif status != "running":
             status = "waiting"  # for the next pass
-        breaker = None if self.breaker is None else "open" if self.breaker.is_open else "closed"
         return {
             "worker": self._worker,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "version": PROCESSOR_VERSION,
             "status": status,
-            "breaker": breaker,
-            "queue_wait_s": round(sum(self._waits_s) / len(self._waits_s), 3) if self._waits_s else None,
-            "tokens": dict(self._tokens),
+            "breaker": self._model.breaker_state,
+            "queue_wait_s": self._model.queue_wait_s,
+            "tokens": dict(self._model.tokens),
             **self._run,
         }
 

@@ -8,18 +8,18 @@ import json
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from rich.console import Console
 
 from error_handler import Reason
 from storage.files import replace_file
 from worker.checkpoint import RunStats
+from worker.metrics import RunMetrics
+from worker.model_use import ModelUse
 from worker.quarantine import failed_keys
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ CSV_FIELDS = (
     *map(str, Reason),
 )
 METRICS = "metrics.prom"
-STATUSES = ("running", "completed", "interrupted", "failed")
-OUTCOMES = ("successful", "failed", "skipped", "already_done", "leased_elsewhere")
 LAST_SUCCESS = "triad_last_success_timestamp_seconds"
 LAST_COMPLETED = "triad_last_completed_timestamp_seconds"
 
@@ -151,14 +149,16 @@ class FileProgress:
     its two times survive a restart, because they are read from the existing file.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model: ModelUse | None = None) -> None:
         self._directory = directory
+        self.metrics = RunMetrics(directory.resolve().name, model or ModelUse())
         self._folder = directory / "progress"
         self._rate = Rate()
         self._throttle = Throttle(FILE_EVERY_S)
         self._history: list[dict[str, Any]] = []
         self._successful = 0
         self._times: dict[str, float] = {}
+        self._started: tuple[str, float] = ("", 0.0)  # the run, and when it did
 
     def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
         """Write at most every FILE_EVERY_S while running, and always at the end."""
@@ -167,12 +167,15 @@ class FileProgress:
         if stats.successful > self._successful:
             self._times[LAST_SUCCESS] = time.time()
         self._successful = stats.successful if status == "running" else 0
+        if self._started[0] != job_id:
+            self._started = job_id, time.time()
         if not self._throttle.is_due(status):
             return
         if status == "completed":
             self._times[LAST_COMPLETED] = time.time()
         self._write_state(job_id, status, stats, in_flight, limit)
-        replace_file(self._folder / METRICS, self._metrics(status, stats, in_flight, limit))
+        self._set_metrics(status, stats, in_flight, limit)
+        replace_file(self._folder / METRICS, self.metrics.render())
 
     def _write_state(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None) -> None:
         now = datetime.now(UTC)
@@ -207,38 +210,16 @@ class FileProgress:
         if status != "running":
             self._history = []
 
-    def _metrics(self, status: str, stats: RunStats, in_flight: int, limit: int | None) -> bytes:
-        """Return the state as Prometheus text; values of labels are closed lists."""
-        registry = CollectorRegistry()
-        worker = self._directory.resolve().name
-
-        def gauge(name: str, documentation: str, value: float) -> None:
-            Gauge(name, documentation, ["worker"], registry=registry).labels(worker).set(value)
-
-        def gauges(name: str, documentation: str, label: str, values: Mapping[str, float]) -> None:
-            made = Gauge(name, documentation, ["worker", label], registry=registry)
-            for value, number in values.items():
-                made.labels(worker, value).set(number)
-
-        outcomes = {name: getattr(stats, name) for name in OUTCOMES}
-        reasons = {str(reason): stats.reasons.get(reason, 0) for reason in Reason}
-        gauges("triad_run_documents", "Documents of this run by outcome", "outcome", outcomes)
-        gauge("triad_run_documents_expected", "Documents that this run has to process", stats.expected)
-        gauges("triad_run_failures", "Documents of this run without a result, by reason", "reason", reasons)
-        states = {name: name == status for name in STATUSES}
-        gauges("triad_run_status", "1 for the current status of the run", "status", states)
-        gauge("triad_run_calls_in_flight", "Documents that wait for the model", in_flight)
-        if limit is not None:
-            gauge(
-                "triad_run_concurrency_limit",
-                "Limit of concurrent calls, set by auto or by the lease of the service",
-                limit,
-            )
-        gauge("triad_retry_queue_documents", "Documents in the retry queue", len(failed_keys(self._directory, "retry")))
-        gauge("triad_quarantine_documents", "Documents in quarantine", len(failed_keys(self._directory, "quarantine")))
-        gauge(LAST_SUCCESS, "Time of the last classified document; 0: never", self._times[LAST_SUCCESS])
-        gauge(LAST_COMPLETED, "Time of the last completed run; 0: never", self._times[LAST_COMPLETED])
-        return generate_latest(registry)
+    def _set_metrics(self, status: str, stats: RunStats, in_flight: int, limit: int | None) -> None:
+        queued, quarantined = (len(failed_keys(self._directory, kind)) for kind in ("retry", "quarantine"))
+        others = {
+            "triad_retry_queue_documents": ("Documents in the retry queue", queued),
+            "triad_quarantine_documents": ("Documents in quarantine", quarantined),
+            "triad_run_started_timestamp_seconds": ("Time of the start of the run", self._started[1]),
+            LAST_SUCCESS: ("Time of the last classified document; 0: never", self._times[LAST_SUCCESS]),
+            LAST_COMPLETED: ("Time of the last completed run; 0: never", self._times[LAST_COMPLETED]),
+        }
+        self.metrics.set(status, stats, in_flight, limit, others)
 
 
 def _by_student(stats: RunStats) -> str:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+import cli
+import main as service_main
 from commands.flags import create_parser, monitoring, settings_from
 from config.settings import Settings
+from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError
 
 
@@ -188,3 +191,13 @@ def test_flags_of_a_single_run_are_not_settings() -> None:
     assert arguments.retry_failed
     assert arguments.embedded
     assert create_parser().parse_args([]).poll_interval == 30
+
+
+def test_version_of_worker_and_service_is_that_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    """One version, also in processing_metadata.processor_version and in /openapi.json."""
+    for main in (cli.main, service_main.main):
+        with pytest.raises(SystemExit) as ended:
+            main(["--version"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out == f"customer-support-triad {PROCESSOR_VERSION}\n"
+    assert service_main.app.version == PROCESSOR_VERSION

@@ -25,6 +25,7 @@ from tests.service.service_process import ServiceProcess, serve
 from tests.worker.site import Site, check_exactly_once, conversation, filled, model_of, open_site, requests, until
 from worker import heartbeat
 from worker.checkpoint import RunStats
+from worker.model_use import ModelUse
 
 Document = dict[str, Any]
 NO_RIGHT = "no heartbeat for the dashboard"
@@ -95,8 +96,9 @@ async def test_orders_pause_resume_and_stop(mongodb_uri: str, db_name: str, monk
     async with AsyncMongoClient[Document](mongodb_uri) as client:
         collection = heartbeats.heartbeats(client[db_name], "results")
         stop = asyncio.Event()
-        beating = heartbeat.Heartbeat(client[db_name], "results", "$worker", stop, 5)
-        beating.note_answer(ChatReply("", 10, 2, queue_wait_s=0.5))
+        model = ModelUse()
+        beating = heartbeat.Heartbeat(client[db_name], "results", "$worker", stop, 5, model)
+        model.note_answer(ChatReply("", 10, 2, queue_wait_s=0.5))
         beating.update("job_1", "running", RunStats(total=9), 3)
         beating.start()
 
@@ -121,7 +123,7 @@ async def test_orders_pause_resume_and_stop(mongodb_uri: str, db_name: str, monk
 async def test_empty_pass_does_not_replace_the_last_one(mongodb_uri: str, db_name: str) -> None:
     """A continuous worker ends between two passes, and most of them have no documents."""
     async with AsyncMongoClient[Document](mongodb_uri) as client:
-        beating = heartbeat.Heartbeat(client[db_name], "results", "worker", asyncio.Event(), 5)
+        beating = heartbeat.Heartbeat(client[db_name], "results", "worker", asyncio.Event(), 5, ModelUse())
         beating.start()
         beating.update("job_1", "running", RunStats(total=3), 3)
         beating.update("job_1", "completed", RunStats(total=3, processed=3, successful=3), 0)
