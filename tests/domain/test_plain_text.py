@@ -107,6 +107,7 @@ def test_what_the_customer_says_is_kept(text: str) -> None:
         "<p>" + '<a "x' * 20_000 + "</p>",
         "<p " + '"' * 100_000,
         "<" * 100_000,
+        "<p>" + "<a " + "x" * 100_000,
         "<blockquote>" * 8_000 + "x<br>y</blockquote>",
         "On a b c d e f " * 8_000 + "wrote:\n> x",
         "From: a\n" * 6_000,
