@@ -66,9 +66,9 @@ OWNERS = {
     "tokenizers": {"embedded.minilm"},
     "safetensors": {"embedded.minilm", "embedded.embedding_classifier"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings", "embedded.embedding_classifier"},
-    "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review"},  # prompts; the report; the page
+    "jinja2": {"openai_batch.documents", "evaluation.html_report", "analytics.report_page", "service.review"},
     "scipy": {"evaluation.intervals"},
-    "markupsafe": {"analytics.charts", "analytics.svg"},  # comes with Jinja2
+    "markupsafe": {"analytics.charts", "analytics.report_page", "analytics.svg"},  # comes with Jinja2
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
