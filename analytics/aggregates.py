@@ -1,6 +1,6 @@
 """Counts of the labels in a results collection, corrections applied. MongoDB computes them; no result is read one by one.
 
-Each method is one pass over the results of a ``Slice``: some seconds for a million results.
+Each method is one pass over the results of a ``Slice``; docs/report.md has the time of each.
 """
 
 from __future__ import annotations
