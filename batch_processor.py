@@ -346,6 +346,7 @@ def built_in_classify(classifier: BuiltInClassifier, plan: str = BASELINE_PLAN) 
             model_digest=None,
             input_sha256=conversation.transcript_sha256,
             fingerprint=result_fingerprint(answer.plan or plan, conversation.transcript_sha256),
+            plan=answer.plan or plan,
             duration_ms=round((time.monotonic() - start) * 1000),
             confidence=answer.confidence,
         )

@@ -216,10 +216,9 @@ def classification_flow(
         LLMError: The second attempt failed as well; LLMFormError: ``for_target`` returns the classifier to use instead.
     """
     start_s = time.monotonic()
-    truncator = classifier.truncator
+    truncator, calls, is_repair, truncations = classifier.truncator, 0, False, 0
     fitted = truncator.fit(conversation, client.target)
     messages = classifier.messages(fitted.transcript)
-    calls, is_repair, truncations = 0, False, 0
     while True:
         calls += 1
         reply: ChatReply | None = None
@@ -253,6 +252,7 @@ def classification_flow(
         model_digest=target.digest,
         input_sha256=conversation.transcript_sha256,
         fingerprint=result_fingerprint(classifier.plan(target), conversation.transcript_sha256),
+        plan=classifier.plan(target),
         attempts=calls,
         duration_ms=round((time.monotonic() - start_s) * 1000),
         prompt_tokens=reply.prompt_tokens,

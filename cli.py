@@ -63,6 +63,7 @@ COMMANDS = (
     "plan",
     "quarantine",
     "evaluate",
+    "report",
     "review",
     "student",
     "prompt",

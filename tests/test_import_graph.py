@@ -30,6 +30,7 @@ LAYERS = (
     "student",
     "review",
     "evaluation",
+    "analytics",
     "service",
     "batch_processor api",
     "commands",
@@ -42,7 +43,7 @@ PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 OWNERS = {
     "pymongo": {
         *("mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"),
-        *("storage.mongo_pages", "storage.service_lease", "storage.heartbeats"),
+        *("storage.mongo_pages", "storage.service_lease", "storage.heartbeats", "storage.aggregation"),
     },
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},
@@ -71,8 +72,12 @@ OWNERS = {
         "commands.student_actions",
     },
     # prompts; the report; the pages
-    "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review", "service.dashboard"},
+    "jinja2": {
+        *("openai_batch.documents", "evaluation.html_report", "analytics.report_page"),
+        *("service.review", "service.dashboard"),
+    },
     "scipy": {"evaluation.intervals", "student.certificate", "student.heads"},
+    "markupsafe": {"analytics.charts", "analytics.report_page", "analytics.svg"},  # comes with Jinja2
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
