@@ -20,7 +20,7 @@ async function call(method, path, body) {
     options.headers["Content-Type"] = "application/json";
     options.body = JSON.stringify(body);
   }
-  const response = await fetch("review/" + path, options);
+  const response = await fetch(find("#review").dataset.routes + path, options);
   const answer = await response.json();
   if (!response.ok) throw Object.assign(new Error(answer.error.message), { status: response.status });
   return answer;
