@@ -19,6 +19,9 @@ from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
 from network.addresses import require_keys_outside_this_machine
+from service.access import DASHBOARD
+from service.dashboard_routes import dashboard
+from service.dashboard_runs import dashboard_runs
 from service.middleware import ServiceMiddleware, add_error_handlers
 from service.openapi import openapi_document
 from service.review_routes import review, review_page
@@ -91,7 +94,7 @@ def create_app(
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    for router in (similarity, review, review_page, operations, documentation):
+    for router in (similarity, review, review_page, dashboard, dashboard_runs, operations, documentation):
         app.include_router(router)
     return app
 
@@ -115,8 +118,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"main.py: {exc}\n")
         return exc.exit_code
     application = create_app((settings, service_settings))
+    sys.stderr.write(f"{_dashboard_address(service_settings)}\n")
     uvicorn.run(application, host=service_settings.host, port=service_settings.port, log_config=None, access_log=False)
     return ExitCode.DONE
+
+
+def _dashboard_address(settings: ServiceSettings) -> str:
+    if settings.expose_dashboard == "off":
+        return "Dashboard: off. API_EXPOSE_DASHBOARD=key switches it on (docs/dashboard.md)."
+    shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 - as a browser calls it
+    address = f"http://{f'[{shown}]' if ':' in shown else shown}:{settings.port or 'PORT'}{DASHBOARD}"
+    login = " (the browser asks for a password: the API key, with any user name)" if settings.keys else ""
+    return f"Dashboard: {address}{login}"
 
 
 app = create_app()

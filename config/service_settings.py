@@ -38,6 +38,8 @@ class ServiceSettings(PartSettings):
     expose_docs: Exposure = "key"
     expose_metrics: Exposure = "key"
     expose_review: Literal["key", "off"] = "off"
+    expose_dashboard: Literal["key", "off"] = "off"
+    dashboard_show_text: bool = Field(False, validation_alias="DASHBOARD_SHOW_TEXT")
     embedded: bool = False
 
     @field_validator("keys")
@@ -54,11 +56,12 @@ class ServiceSettings(PartSettings):
             raise ValueError("contains a key twice; give each caller its own")
         return value
 
-    @field_validator("expose_review")
+    @field_validator("expose_review", "expose_dashboard")
     @classmethod
-    def _review_needs_a_key(cls, value: str, info: ValidationInfo) -> str:
+    def _pages_need_a_key(cls, value: str, info: ValidationInfo) -> str:
         if value != "off" and info.data.get("allow_unauthenticated") and not info.data.get("keys"):
-            raise ValueError("shows conversations, so set API_KEYS or remove API_ALLOW_UNAUTHENTICATED")
+            does = "shows conversations" if info.field_name == "expose_review" else "stops workers"
+            raise ValueError(f"{does}, so set API_KEYS or remove API_ALLOW_UNAUTHENTICATED")
         return value
 
     @property

@@ -21,6 +21,8 @@ from service.errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG
 CLASSIFY, SIMILAR, HEALTH, READY = "/classify", "/similar", "/health", "/ready"
 METRICS, DOCS, OPENAPI = "/metrics", "/docs", "/openapi.json"
 REVIEW, REVIEW_DECISIONS, REVIEW_SKIP = "/review", "/review/decisions", "/review/skip"
+DASHBOARD = "/dashboard"
+DASHBOARD_EVENTS = f"{DASHBOARD}/events"  # a stream: its duration says nothing about the page
 ASKED = (CLASSIFY, SIMILAR)  # for callers; the other routes are for operators
 WITH_BODY = (*ASKED, REVIEW_DECISIONS, REVIEW_SKIP)  # if the method is POST
 ANONYMOUS = "anonymous"
@@ -31,10 +33,12 @@ _THIS_MACHINE = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?",
 
 def route_of(path: str) -> str:
     """Return the route of *path*, or ``other``: a closed list, safe for metrics and logs."""
-    for page in (DOCS, REVIEW):
+    if path == DASHBOARD_EVENTS:
+        return path
+    for page in (DOCS, REVIEW, DASHBOARD):
         if path.startswith(f"{page}/"):
             return page
-    return path if path in (*ASKED, HEALTH, READY, METRICS, DOCS, OPENAPI, REVIEW) else "other"
+    return path if path in (*ASKED, HEALTH, READY, METRICS, DOCS, OPENAPI, REVIEW, DASHBOARD) else "other"
 
 
 class ServiceGate:
@@ -50,6 +54,8 @@ class ServiceGate:
             OPENAPI: settings.expose_docs,
             METRICS: settings.expose_metrics,
             REVIEW: settings.expose_review,
+            DASHBOARD: settings.expose_dashboard,
+            DASHBOARD_EVENTS: settings.expose_dashboard,
         }
         self._rates = RateLimiter(settings.rate_limit_per_minute)
         self._wrong_keys = RateLimiter(WRONG_KEYS_PER_MINUTE)

@@ -29,13 +29,14 @@ BAD_HEADER = ErrorKind("HeaderError", 400, "The Idempotency-Key must be 1 to 255
 UNAUTHENTICATED = ErrorKind(
     "AuthenticationError", 401, "The key is missing or wrong; send it as Authorization: Bearer KEY or X-API-Key: KEY."
 )
-CROSS_SITE = ErrorKind("CrossSiteError", 403, "A page of another site sent this request; open /review itself.")
+CROSS_SITE = ErrorKind("CrossSiteError", 403, "A page of another site sent this request; open the page of the service.")
 NOT_FOUND = ErrorKind("NotFoundError", 404, "Not found. Use POST /classify.")
 METHOD_NOT_ALLOWED = ErrorKind("MethodNotAllowedError", 405, "Method not allowed; use one of the Allow header.")
 BODY_TOO_SLOW = ErrorKind("RequestTimeoutError", 408, "The body did not arrive in time; send it without pauses.")
 NOT_HELD = ErrorKind(
     "ReviewConflictError", 409, "You do not hold this conversation any more; get the next one from /review/next."
 )
+NO_WORKER = ErrorKind("WorkerEndedError", 409, "This worker has ended or is not known; reload the page.")
 TOO_LARGE = ErrorKind("PayloadTooLargeError", 413, "The body is too large; send less text.")
 NOT_JSON = ErrorKind(
     "UnsupportedMediaTypeError", 415, "Send Content-Type: application/json in UTF-8, without Content-Encoding."

@@ -113,9 +113,10 @@ async def _no_such_route(request: Request, exc: HTTPException) -> Response:
     kind = errors.METHOD_NOT_ALLOWED if exc.status_code == 405 else errors.NOT_FOUND
     response = error_response(RequestError(kind))
     if kind is errors.METHOD_NOT_ALLOWED:
-        # Starlette names the methods of the first route of the path only; the document has all.
-        operations = request.app.openapi()["paths"].get(request.url.path, {"get": {}})
-        response.headers["Allow"] = ", ".join(method.upper() for method in operations)
+        # Starlette names the methods of the first route of the path only; the document has all, if it has the path.
+        operations = request.app.openapi()["paths"].get(request.url.path)
+        methods = (exc.headers or {}).get("Allow", "GET") if operations is None else ", ".join(operations).upper()
+        response.headers["Allow"] = methods
     return response
 
 

@@ -32,7 +32,6 @@ Label = str | list[str]
 PAGE_FOLDER = Path(__file__).with_name("review_page")
 MAX_NOTE_CHARACTERS = 2000
 MAX_ID_CHARACTERS = 4000
-# A person is waiting.
 MONGODB_ATTEMPTS, MONGODB_TIMEOUT_MS = 2, 5000
 
 _EXAMPLE_LABELS = {"intent": "Order Status", "topic": "Shipping/Delivery", "sentiment": "Negative"}
@@ -147,6 +146,15 @@ class ReviewService:
             raise errors.unavailable(errors.STORE_AWAY) from exc
 
 
+def with_little_patience(settings: Settings) -> Settings:
+    """Return *settings* with limits on retries and timeouts of MongoDB, for pages: a person is waiting."""
+    limits = {
+        "mongodb_max_retries": min(settings.mongodb_max_retries, MONGODB_ATTEMPTS),
+        "mongodb_timeout_ms": min(settings.mongodb_timeout_ms, MONGODB_TIMEOUT_MS),
+    }
+    return settings.model_copy(update=limits)
+
+
 async def open_review(settings: Settings, deadlines: Deadlines, stack: AsyncExitStack) -> ReviewService:
     """Return the review service, which connects at its first request; *stack* closes it.
 
@@ -155,11 +163,7 @@ async def open_review(settings: Settings, deadlines: Deadlines, stack: AsyncExit
     """
     options = Options.of(load_review_settings())
     taxonomy = load_taxonomy(settings.taxonomy_file)
-    patience = {
-        "mongodb_max_retries": min(settings.mongodb_max_retries, MONGODB_ATTEMPTS),
-        "mongodb_timeout_ms": min(settings.mongodb_timeout_ms, MONGODB_TIMEOUT_MS),
-    }
-    impatient = settings.model_copy(update=patience)
+    impatient = with_little_patience(settings)
     store = DocumentStore(impatient)
     stack.push_async_callback(store.close)
     page = await asyncio.to_thread(render_page, taxonomy)

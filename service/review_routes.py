@@ -10,32 +10,13 @@ from error_handler import RequestError
 from service import errors
 from service.access import REVIEW, REVIEW_DECISIONS, REVIEW_SKIP
 from service.openapi import KEY_REQUIRED, documented_errors
+from service.pages import page_headers, require_own_page
 from service.review import ReviewDecision, ReviewSaved, ReviewService, ReviewSkip, ReviewState, ReviewUndone
 
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
-)
-_PAGE_HEADERS = {
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-_OWN_SITES = (b"same-origin", b"none")  # none: a person typed the address
+_PAGE_HEADERS = page_headers()
 
-
-async def _require_own_page(request: Request) -> None:
-    """Refuse what a page of another site sends: a browser adds the key of Basic to it as well.
-
-    POST and DELETE could not come from there in any case, because JSON and DELETE need a preflight request, and there is
-    no CORS. Programs send no Sec-Fetch-Site.
-    """
-    if request.state.headers.get(b"sec-fetch-site", b"none") not in _OWN_SITES:
-        raise RequestError(errors.CROSS_SITE)
-
-
-review = APIRouter(tags=["review"], dependencies=[Depends(_require_own_page)])
+# POST and DELETE could not come from a page of another site in any case, because JSON and DELETE need a preflight request.
+review = APIRouter(tags=["review"], dependencies=[Depends(require_own_page)])
 review_page = APIRouter(include_in_schema=False)  # has no conversation; a page of another site may link to it
 _GET_ERRORS: dict[int | str, dict[str, Any]] = documented_errors(*errors.REVIEW_ERRORS)
 _POST_ERRORS = documented_errors(

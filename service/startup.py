@@ -18,6 +18,7 @@ from network.addresses import require_keys_outside_this_machine
 from service.access import CLASSIFY, SIMILAR, ServiceGate
 from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
+from service.dashboard import Dashboard, open_dashboard
 from service.lease import lease_while_busy
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
@@ -43,6 +44,7 @@ class Service:
     answers: IdempotencyStore[Verdict]
     similar: SimilarConversations
     review: ReviewService | None
+    dashboard: Dashboard | None
 
 
 async def start(
@@ -84,8 +86,9 @@ async def start(
         await stack.enter_async_context(guard.run())
     bodies = BodyLimits(service_settings, {CLASSIFY: model.require_room, SIMILAR: similar.slots.require_room})
     review = None if service_settings.expose_review == "off" else await open_review(settings, model.deadlines, stack)
+    dashboard = open_dashboard(settings, service_settings, model.deadlines, stack)
     answers = IdempotencyStore[Verdict](service_settings.idempotency_retention_s, service_settings.idempotency_max_keys)
-    return Service(service_settings, metrics, gate, bodies, model, answers, similar, review)
+    return Service(service_settings, metrics, gate, bodies, model, answers, similar, review, dashboard)
 
 
 def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> None:

@@ -40,7 +40,7 @@ PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 OWNERS = {
     "pymongo": {
         *("mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"),
-        *("storage.mongo_pages", "storage.service_lease"),
+        *("storage.mongo_pages", "storage.service_lease", "storage.heartbeats"),
     },
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},
@@ -65,12 +65,16 @@ OWNERS = {
     "tokenizers": {"embedded.minilm"},
     "safetensors": {"embedded.minilm", "embedded.embedding_classifier"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings", "embedded.embedding_classifier"},
-    "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review"},  # prompts; the report; the page
+    # prompts; the report; the pages
+    "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review", "service.dashboard"},
     "scipy": {"evaluation.intervals"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
-    "fastapi": {"main", "service.middleware", "service.openapi", "service.review_routes", "service.routes"},
+    "fastapi": {
+        *("main", "service.middleware", "service.openapi", "service.pages", "service.review_routes", "service.routes"),
+        *("service.dashboard_routes", "service.dashboard_runs"),
+    },
     # below FastAPI: ASGI types for middleware
     "starlette": {
         "main",

@@ -1,0 +1,88 @@
+"""The page ``/dashboard``: its tabs, its templates, and the parts that the tabs share.
+
+A tab is an entry in TABS, a template that extends ``frame.html``, and a module with its routes that answers with
+``page_response``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from config import Settings
+from config.service_settings import ServiceSettings
+from mongo_client import DocumentStore
+from service.access import DASHBOARD
+from service.admission import Deadlines
+from service.review import with_little_patience
+from service.runs import Runs, age, duration
+
+T = TypeVar("T")
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+@dataclass(frozen=True, slots=True)
+class Tab:
+    """*name* is that of its template, *path* comes after ``/dashboard``."""
+
+    name: str
+    title: str
+    path: str
+
+
+TABS = (Tab("runs", "Runs", ""),)
+
+
+class Dashboard:
+    """What the tabs of the page share. *store* connects at its first use."""
+
+    def __init__(self, settings: Settings, service_settings: ServiceSettings, deadlines: Deadlines) -> None:
+        """Read the templates; connect to nothing."""
+        self.store = DocumentStore(with_little_patience(settings))
+        self.settings = settings
+        self.shows_text = service_settings.dashboard_show_text
+        self.runs = Runs(self.store.database, settings.results_collection)
+        self._deadlines = deadlines
+        self._templates = Environment(
+            autoescape=True,
+            undefined=StrictUndefined,
+            loader=FileSystemLoader(TEMPLATES),
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters |= {"duration": duration, "age": age}
+        self.files = {name: (TEMPLATES / name).read_bytes() for name in ("dashboard.css", "dashboard.js")}
+
+    def render(self, template: str, path: str, **values: Any) -> str:
+        """Return the HTML of ``<template>.html``.
+
+        *path* is that of the page. The template gets ``root``, the relative address of ``/dashboard`` on it, because a
+        proxy may add a prefix.
+        """
+        root = "../" * (path.count("/") - 1) + DASHBOARD.lstrip("/")
+        return self._templates.get_template(f"{template}.html").render(root=root, tabs=TABS, **values)
+
+    async def within(self, deadline: float, work: Awaitable[T]) -> T:
+        """Return the result of *work* within the *deadline* of a request. Raises RequestError."""
+        return await self._deadlines.until(deadline, work)
+
+
+def open_dashboard(
+    settings: Settings, service_settings: ServiceSettings, deadlines: Deadlines, stack: AsyncExitStack
+) -> Dashboard | None:
+    """Return the parts of the page, which *stack* closes; None if API_EXPOSE_DASHBOARD is ``off``.
+
+    Raises:
+        ConfigurationError: MONGODB_URI is wrong.
+    """
+    if service_settings.expose_dashboard == "off":
+        return None
+    dashboard = Dashboard(settings, service_settings, deadlines)
+    stack.push_async_callback(dashboard.store.close)
+    return dashboard

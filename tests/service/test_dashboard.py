@@ -1,0 +1,188 @@
+"""/dashboard over HTTP: access, the state of workers, orders, and what a page costs."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo.database import Database
+
+from config.service_settings import load_service_settings
+from error_handler import ConfigurationError
+from tests.service.service_process import ServiceProcess, serve
+from tests.service.test_schema import document
+
+Data = Database[dict[str, Any]]
+ANNA = "anna-key-0123456789abcd"
+KEY = {"X-API-Key": ANNA}
+WORKERS = "sentimental_analysis_workers"
+
+
+@pytest.fixture
+def service(tmp_path: Path, mongodb_uri: str, db_name: str) -> Iterator[ServiceProcess]:
+    """A service with the page and one caller."""
+    settings = {"API_KEYS": f"anna:{ANNA}", "API_EMBEDDED": "true", "API_EXPOSE_DASHBOARD": "key"}
+    with serve(tmp_path, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
+        yield process
+
+
+def worker(number: int, silent_s: float = 0.0, **fields: Any) -> dict[str, Any]:
+    """Return the document of a worker, last written *silent_s* ago."""
+    beat_at = datetime.now(UTC) - timedelta(seconds=silent_s)
+    return {
+        "_id": f"w{number}",
+        "worker": f"worker-{number}",
+        "host": f"host-{number}",
+        "version": "1.0.0",
+        "job_id": f"job_{number}",
+        "status": "running",
+        "counts": {"processed": 40, "expected": 100, "successful": 30, "failed": 7, "skipped": 3},
+        "reasons": {"timeout": 7},
+        "started_at": beat_at - timedelta(minutes=5),
+        "beat_at": beat_at,
+        **fields,
+    }
+
+
+def test_dashboard_is_off_unless_it_is_switched_on(tmp_path: Path) -> None:
+    with serve(tmp_path, API_EMBEDDED="true") as process:
+        for path in ("/dashboard", "/dashboard/events", "/dashboard/dashboard.js"):
+            assert (process.get(path).status, process.get(path).error) == (404, "NotFoundError")
+        assert process.request("POST", "/dashboard/runs/w1/stop").status == 404
+
+
+def test_dashboard_without_keys_is_not_open_to_other_machines() -> None:
+    with pytest.raises(ConfigurationError, match=r"API_EXPOSE_DASHBOARD: stops workers, so set API_KEYS"):
+        load_service_settings(None, expose_dashboard="key", allow_unauthenticated=True)
+
+
+def test_dashboard_routes_are_not_in_the_openapi_document() -> None:
+    """They answer people, and their HTML may change."""
+    assert not [path for path in document(expose_dashboard="key")["paths"] if "dashboard" in path]
+
+
+def test_every_dashboard_route_requires_a_key(service: ServiceProcess) -> None:
+    requests = [("GET", "/dashboard"), ("GET", "/dashboard/events"), ("GET", "/dashboard/dashboard.css")]
+    for method, path in [*requests, ("POST", "/dashboard/runs/w1/pause")]:
+        for headers in ({}, {"X-API-Key": "wrong-key-0123456789"}):
+            answer = service.request(method, path, None, headers)
+            assert (answer.status, answer.error) == (401, "AuthenticationError"), path
+    basic = base64.b64encode(f"any:{ANNA}".encode()).decode()
+    page = service.get("/dashboard", {"Authorization": f"Basic {basic}"})
+    assert page.status == 200
+    assert b"No worker is running" in page.body
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert b"<script>" not in page.body
+    assert b"style=" not in page.body
+
+
+def test_page_shows_workers_lost_workers_and_ended_runs(service: ServiceProcess, database: Data) -> None:
+    """Values are escaped; a worker of which nothing was heard for longer than 15 s is lost."""
+    ended = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
+    database[WORKERS].insert_many(
+        [
+            worker(1, host="<b>host</b>"),
+            worker(2, silent_s=60),
+            worker(3, status="completed", ended_at=ended, started_at=ended, beat_at=ended),
+            {"_id": "old"},
+        ]
+    )
+    page = service.get("/dashboard", KEY).body.decode()
+    assert "&lt;b&gt;host&lt;/b&gt;" in page
+    assert "<b>host" not in page
+    assert page.count('class="card running"') == 2
+    assert page.count('class="card lost"') == 1
+    assert "No sign of life since 1 min" in page
+    assert 'action="dashboard/runs/w1/stop"' in page
+    assert "dashboard/runs/w2/" not in page
+    assert "2026-11-01 12:00:00" in page
+    assert '<span class="badge completed">completed</span>' in page
+
+
+def test_page_is_small_with_many_workers(service: ServiceProcess, database: Data) -> None:
+    """50 KB, whatever the collection holds; the page says how many workers it leaves out."""
+    database[WORKERS].insert_many([worker(number) for number in range(60)])
+    ended = {"ended_at": datetime.now(UTC), "status": "completed"}
+    database[WORKERS].insert_many([worker(number, **ended) for number in range(60, 99)])
+    answer = service.get("/dashboard", KEY)
+    assert len(answer.body) < 50_000
+    assert b"40 more are not shown" in answer.body
+
+
+def test_order_is_stored_with_the_name_of_the_key(service: ServiceProcess, database: Data) -> None:
+    database[WORKERS].insert_one(worker(1))
+    for action in ("pause", "resume"):
+        answer = service.request("POST", f"/dashboard/runs/w1/{action}", headers=KEY)
+        assert (answer.status, answer.headers["location"]) == (303, "../../../dashboard")
+    stored = database[WORKERS].find_one({"_id": "w1"})
+    assert stored is not None
+    assert [(one["action"], one["by"]) for one in stored["orders"]] == [("pause", "anna"), ("resume", "anna")]
+    assert "Last order: resume, by anna" in service.get("/dashboard", KEY).body.decode()
+    assert "anna ordered worker w1 to pause" in service.log
+    database[WORKERS].update_one({"_id": "w1"}, {"$set": {"ended_at": datetime.now(UTC)}})
+    for path in ("/dashboard/runs/w1/stop", "/dashboard/runs/none/stop"):
+        answer = service.request("POST", path, headers=KEY)
+        assert (answer.status, answer.error) == (409, "WorkerEndedError")
+    assert service.request("POST", "/dashboard/runs/w1/erase", headers=KEY).status == 422
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_own"),
+    [
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, False),
+        ({"Sec-Fetch-Site": "same-site"}, False),
+        ({"Origin": "http://evil.example"}, False),
+        ({"Origin": "null"}, False),
+        ({"Sec-Fetch-Site": "same-origin"}, True),
+        ({"Origin": "http://127.0.0.1:{port}"}, True),
+    ],
+)
+def test_order_from_a_page_of_another_site_is_refused(
+    service: ServiceProcess, database: Data, headers: dict[str, str], is_own: bool
+) -> None:
+    """The browser would add the key of Basic to it. Over plain http it sends only Origin."""
+    database[WORKERS].insert_one(worker(1))
+    sent = {name: value.format(port=service.port) for name, value in headers.items()}
+    answer = service.request("POST", "/dashboard/runs/w1/stop", headers={**KEY, **sent})
+    assert answer.status == (303 if is_own else 403)
+    stored = database[WORKERS].find_one({"_id": "w1"})
+    assert stored is not None
+    assert ("orders" in stored) is is_own
+
+
+def test_page_names_the_problem_while_mongodb_is_away(tmp_path: Path) -> None:
+    away = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
+    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_DASHBOARD="key", **away) as process:
+        page = process.get("/dashboard")
+        assert (page.status, page.headers["content-type"]) == (503, "text/html; charset=utf-8")
+        assert b"MongoDB does not answer" in page.body
+        assert process.request("POST", "/dashboard/runs/w1/stop").error == "StoreUnavailableError"
+
+
+def test_events_send_the_new_state_and_end_when_the_service_stops(service: ServiceProcess, database: Data) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+    connection.request("GET", "/dashboard/events", headers=KEY)
+    stream = connection.getresponse()
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert read_event(stream).count("card running") == 0
+    database[WORKERS].insert_one(worker(1))
+    assert read_event(stream).count("card running") == 1
+    assert service.terminate(20) == -15
+    stream.read()
+    connection.close()
+
+
+def read_event(stream: http.client.HTTPResponse) -> str:
+    """Return the data of the next event."""
+    lines = []
+    while (line := stream.readline().decode().rstrip("\n")) or not lines:
+        lines.append(line)
+    assert lines[0] == "event: runs"
+    return "\n".join(line.removeprefix("data: ") for line in lines[1:])
