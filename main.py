@@ -20,6 +20,8 @@ from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
 from network.addresses import require_keys_outside_this_machine
 from service.access import DASHBOARD
+from service.dashboard_quarantine import dashboard_quarantine
+from service.dashboard_review import dashboard_review
 from service.dashboard_routes import dashboard
 from service.dashboard_runs import dashboard_runs
 from service.middleware import ServiceMiddleware, add_error_handlers
@@ -94,7 +96,8 @@ def create_app(
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    for router in (similarity, review, review_page, dashboard, dashboard_runs, operations, documentation):
+    tabs = (dashboard, dashboard_runs, dashboard_review, dashboard_quarantine)
+    for router in (similarity, review, review_page, *tabs, operations, documentation):
         app.include_router(router)
     return app
 

@@ -16,11 +16,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from config import Settings
 from config.service_settings import ServiceSettings
-from mongo_client import DocumentStore
+from mongo_client import DURABLE, DocumentStore
 from service.access import DASHBOARD
 from service.admission import Deadlines
+from service.quarantine import open_quarantine
 from service.review import with_little_patience
 from service.runs import Runs, age, duration
+from storage import order_log
 
 T = TypeVar("T")
 
@@ -36,7 +38,11 @@ class Tab:
     path: str
 
 
-TABS = (Tab("runs", "Runs", ""),)
+TABS = (
+    Tab("runs", "Runs", ""),
+    Tab("review", "Review", "/review"),
+    Tab("quarantine", "Quarantine", "/quarantine"),
+)
 
 
 class Dashboard:
@@ -44,10 +50,15 @@ class Dashboard:
 
     def __init__(self, settings: Settings, service_settings: ServiceSettings, deadlines: Deadlines) -> None:
         """Read the templates; connect to nothing."""
-        self.store = DocumentStore(with_little_patience(settings))
+        settings = with_little_patience(settings)
+        self.store = DocumentStore(settings)
         self.settings = settings
         self.shows_text = service_settings.dashboard_show_text
         self.runs = Runs(self.store.database, settings.results_collection)
+        self.quarantine = open_quarantine(self.store, settings, service_settings.dashboard_batch_files_dir)
+        self.orders = self.store.database.get_collection(
+            order_log.collection_name(settings.results_collection), write_concern=DURABLE
+        )
         self._deadlines = deadlines
         self._templates = Environment(
             autoescape=True,

@@ -71,6 +71,14 @@ class Selected:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How many documents were *done*, and how many *stayed* because their batch is not finished."""
+
+    done: int
+    stayed: int = 0
+
+
 class Quarantine(Protocol):
     """What the page can do with failed documents. Errors are TriadErrors with a remedy."""
 
@@ -83,11 +91,11 @@ class Quarantine(Protocol):
     async def detail(self, id_json: str) -> FailedDetail | None:
         """Return one failed document; None if it is not there any more."""
 
-    async def replay(self, selected: Selected) -> str:
-        """Give *selected* documents a full set of attempts; return a sentence about the outcome."""
+    async def replay(self, selected: Selected) -> Outcome:
+        """Give *selected* documents a full set of attempts."""
 
-    async def drop(self, selected: Selected, /) -> str:
-        """Remove *selected* documents from quarantine for good; return a sentence about the outcome."""
+    async def drop(self, selected: Selected, /) -> Outcome:
+        """Remove *selected* documents from quarantine for good."""
 
 
 class QuarantineFiles:
@@ -115,28 +123,23 @@ class QuarantineFiles:
         labels = (entry.classification_result or {}).get("classification") or {}
         return FailedDetail(_row(entry), labels, _turns(entry.conversation_data))
 
-    async def replay(self, selected: Selected) -> str:
+    async def replay(self, selected: Selected) -> Outcome:
         """Move documents to ``pending/``; the next run retries them.
 
         Raises:
             DirectoryLockedError: A worker uses the directory.
         """
-        done, stayed = await asyncio.to_thread(self._move, selected, is_replay=True)
-        return (
-            f"{counted(done, 'document')} moved to pending: the next run of the worker retries them.{_stayed(stayed)}"
-        )
+        return await asyncio.to_thread(self._move, selected, is_replay=True)
 
-    async def drop(self, selected: Selected) -> str:
+    async def drop(self, selected: Selected) -> Outcome:
         """Remove documents from quarantine. Their status in MongoDB stays failed.
 
         Raises:
             DirectoryLockedError: A worker uses the directory.
         """
-        done, stayed = await asyncio.to_thread(self._move, selected, is_replay=False)
-        return f"{counted(done, 'document')} dropped; the status in MongoDB stays failed.{_stayed(stayed)}"
+        return await asyncio.to_thread(self._move, selected, is_replay=False)
 
-    def _move(self, selected: Selected, *, is_replay: bool) -> tuple[int, int]:
-        """Return how many documents were moved, and how many were not because their batch is not finished."""
+    def _move(self, selected: Selected, *, is_replay: bool) -> Outcome:
         list_failed(self._directory, "quarantine")  # BatchFiles would create a directory that is missing
         files = BatchFiles(self._directory)
         files.acquire()
@@ -148,7 +151,7 @@ class QuarantineFiles:
                 and (selected.reason is None or str(entry.reason) == selected.reason)
             }
             done = (requeue if is_replay else discard)(files, keys) if keys else 0
-            return done, len(keys) - done
+            return Outcome(done, len(keys) - done)
         finally:
             files.release()
 
@@ -177,13 +180,12 @@ class QuarantineInMongoDB:
         row = FailedRow(id_json, id_text(document_id), one_line(str(found[0].get("status_reason")), ERROR_CHARACTERS))
         return FailedDetail(row, {}, _turns(found[0]))
 
-    async def replay(self, selected: Selected) -> str:
+    async def replay(self, selected: Selected) -> Outcome:
         """Make documents pending again, if they are still failed."""
         ids = None if selected.ids is None else [_id_of(text) for text in selected.ids]
-        done = await self._failed.retry(ids, selected.reason)
-        return f"{counted(done, 'document')} set back to pending: the run in progress or the next one retries them."
+        return Outcome(await self._failed.retry(ids, selected.reason))
 
-    async def drop(self, _selected: Selected, /) -> str:
+    async def drop(self, _selected: Selected, /) -> Outcome:
         """Raise ConfigurationError: only a worker's files have a quarantine."""
         raise ConfigurationError(
             "Nothing can be dropped without the files of a worker; set DASHBOARD_BATCH_FILES_DIR, or use cli.py quarantine."
@@ -231,9 +233,3 @@ def _turns(document: dict[str, Any] | None) -> Sequence[Turn] | None:
     with suppress(SkippedDocumentError):
         return aggregate_conversation(document).turns if document is not None else None
     return None
-
-
-def _stayed(number: int) -> str:
-    if not number:
-        return ""
-    return f" {counted(number, 'document')} stayed because the batch is not finished; run the worker first."

@@ -180,8 +180,8 @@ def render_page(taxonomy: Taxonomy) -> ReviewPage:
         fields.append((name, labels))
     actions = {"note": NOTE, "skip": SKIP, "undo": UNDO}
     shown = {"fields": fields, "actions": actions, "note_limit": MAX_NOTE_CHARACTERS}
-    html = environment.get_template("page.html").render(shown, routes="review/")
-    tab = environment.get_template("review.html").render(shown, routes="../review/")
+    html = environment.get_template("page.html").render(shown, routes="review/", heading="h1")
+    tab = environment.get_template("review.html").render(shown, routes="../review/", heading="h2")
     script, style = ((PAGE_FOLDER / name).read_bytes() for name in ("page.js", "page.css"))
     return ReviewPage(html.encode(), tab, script, style)
 

@@ -73,7 +73,8 @@ OWNERS = {
     "smtplib": {"openai_batch.notifications"},
     "fastapi": {
         *("main", "service.middleware", "service.openapi", "service.pages", "service.review_routes", "service.routes"),
-        *("service.dashboard_routes", "service.dashboard_runs"),
+        *("service.dashboard_routes", "service.dashboard_runs", "service.dashboard_review"),
+        *("service.dashboard_quarantine", "service.dashboard_labels"),
     },
     # below FastAPI: ASGI types for middleware
     "starlette": {

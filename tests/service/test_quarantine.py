@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from error_handler import DirectoryLockedError, Reason, StateDirectoryError
-from service.quarantine import QuarantineFiles, Selected
+from service.quarantine import Outcome, QuarantineFiles, Selected
 from storage.extended_json import canonical
 from tests.commands.test_quarantine import LABELS, failed
 from utils.batch_file_manager import BatchFiles
@@ -59,10 +59,10 @@ async def test_replay_and_drop_move_the_selected_documents(
     directory: Path, selected: Selected, moved: list[Any]
 ) -> None:
     quarantine = QuarantineFiles(directory)
-    assert (await quarantine.replay(selected)).startswith(f"{len(moved)} document")
+    assert await quarantine.replay(selected) == Outcome(len(moved))
     waiting = [document["_id"] for batch in BatchFiles(directory).load_pending() for document in batch.documents]
     assert sorted(map(str, waiting)) == [str(one) for one in moved]
-    assert (await quarantine.drop(Selected())).startswith(f"{3 - len(moved)} document")
+    assert await quarantine.drop(Selected()) == Outcome(3 - len(moved))
     assert (await quarantine.listed(None)).total == 0
 
 
