@@ -33,6 +33,7 @@ COPY openai_batch/ openai_batch/
 COPY database_docs/ database_docs/
 COPY embedding_index/ embedding_index/
 COPY evaluation/ evaluation/
+COPY analytics/ analytics/
 COPY embedded/ embedded/
 COPY commands/ commands/
 COPY schema_examples/ schema_examples/

@@ -28,6 +28,7 @@ LAYERS = (
     "embedding_index",
     "review",
     "evaluation",
+    "analytics",
     "service",
     "batch_processor api",
     "commands",
@@ -40,7 +41,7 @@ PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 OWNERS = {
     "pymongo": {
         *("mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"),
-        *("storage.mongo_pages", "storage.service_lease", "storage.heartbeats"),
+        *("storage.mongo_pages", "storage.service_lease", "storage.heartbeats", "storage.aggregation"),
     },
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},
@@ -68,6 +69,7 @@ OWNERS = {
     # prompts; the report; the pages
     "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review", "service.dashboard"},
     "scipy": {"evaluation.intervals"},
+    "markupsafe": {"analytics.charts", "analytics.svg"},  # comes with Jinja2
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},

@@ -1,0 +1,349 @@
+"""Counts of the labels in a results collection, corrections applied. MongoDB computes them; no result is read one by one.
+
+Each method is one pass over the results of a ``Slice``: about two seconds for a million results.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from analytics.slices import (
+    CHANNEL,
+    EARLIEST,
+    MODEL,
+    TIME,
+    Period,
+    Slice,
+    corrected_results,
+    lowest_confidence,
+    period_of,
+)
+from config import Settings, Taxonomy
+from domain.text import one_line
+from error_handler import Reason
+from mongo_client import DocumentStore, call_repeatedly
+from storage.aggregation import aggregated
+from storage.extended_json import Document, id_text
+from storage.selection import QUERIES
+from utils.retry_utils import RetryPolicy
+
+LIMIT_S = 600.0  # for one pass
+MAX_GROUPS = 20_000  # that one pass returns, the largest first; real taxonomies have some hundreds
+MAX_CHARACTERS = 80  # of a label, channel or model
+BINS = 20  # of confidence
+REVIEWED_AMONG_EXAMPLES = 500  # results that examples may pass over because a person has decided them
+
+Order = Literal["confidence", "newest"]
+Labels = tuple[str, ...]  # of one field of a result, sorted
+ALL = Slice()
+
+
+@dataclass(slots=True)
+class Counts:
+    """How often each label occurs, and in how many results: *n* have a label of the field.
+
+    With a field of several labels, the labels of a result are counted each, so their shares can add up to more than 1.
+    """
+
+    n: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+
+    def add(self, labels: Sequence[str], n: int) -> None:
+        """Count *n* results with *labels*."""
+        self.n += n
+        for label in labels:
+            self.labels[label] += n
+
+
+@dataclass(slots=True)
+class FieldCounts:
+    """The labels of the field *name*: in *total*, by period in order of time, and by channel, the most frequent first.
+
+    Results without a readable time are in no period. Those without a channel are under NO_CHANNEL. *is_cut* is True if
+    there are more than MAX_GROUPS combinations, of which the rarest are not counted.
+    """
+
+    name: str
+    total: Counts = field(default_factory=Counts)
+    periods: dict[str, Counts] = field(default_factory=dict)
+    channels: dict[str, Counts] = field(default_factory=dict)
+    is_cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Confidences:
+    """How confident the model was: *bins* are counts of the lowest confidence in a result, from 0 to 1 in BINS steps.
+
+    *means* has the mean confidence of each field that has any. *without* counts results without confidence.
+    """
+
+    bins: tuple[int, ...]
+    means: Mapping[str, float]
+    without: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUse:
+    """*n* results of one *model* with one prompt. Times are of the conversations, None if they have none."""
+
+    model: str
+    digest: str
+    prompt: str
+    n: int
+    first: datetime | None
+    last: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A result to look at: ids, labels with corrections, and no text. *confidence* is its lowest, None if it has none."""
+
+    document_id: Any
+    conversation_number: str
+    labels: Mapping[str, tuple[str, ...]]
+    confidence: float | None
+    model: str
+    at: datetime | None
+    label_source: Literal["model", "human"]
+
+    @property
+    def name(self) -> str:
+        """The id for people."""
+        return id_text(self.document_id)
+
+
+class LabelAnalytics:
+    """Counts the results of *store* with the fields of *taxonomy*.
+
+    Every method raises StoreError if MongoDB fails. *time_zone* is an Olson name, in which days and weeks begin.
+    """
+
+    def __init__(
+        self,
+        store: DocumentStore,
+        settings: Settings,
+        taxonomy: Taxonomy,
+        time_zone: str = "UTC",
+        limit_s: float = LIMIT_S,
+    ) -> None:
+        self.taxonomy, self.time_zone = taxonomy, time_zone
+        self.fields = taxonomy.field_names
+        self._limit_s = limit_s
+        options = store.database.codec_options.with_options(tz_aware=True)
+        self._database = store.database.client.get_database(store.database.name, codec_options=options)
+        self._results_name = settings.results_collection
+        self._corrections_name = f"{settings.results_collection}_corrections"
+        self._source_name = settings.source_collection
+        self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
+
+    async def field_counts(
+        self, name: str, by: Period = "week", view: Slice = ALL, *, is_corrected: bool = True
+    ) -> FieldCounts:
+        """Return the labels of the field *name* in *view*, by period and by channel; those of the model, unless *is_corrected*."""
+        key = {"period": period_of(by, self.time_zone), "channel": f"${CHANNEL}", "labels": f"$classification.{name}"}
+        groups = await self._grouped(view, key, is_corrected=is_corrected)
+        found = FieldCounts(name, is_cut=len(groups) == MAX_GROUPS)
+        for group in groups:
+            key, n = group["_id"], group["n"]
+            labels = labels_of(key.get("labels"))
+            if labels is None:
+                continue
+            found.total.add(labels, n)
+            if period := key.get("period"):
+                found.periods.setdefault(period, Counts()).add(labels, n)
+            found.channels.setdefault(text_of(key.get("channel")), Counts()).add(labels, n)
+        found.periods = dict(sorted(found.periods.items()))
+        found.channels = dict(sorted(found.channels.items(), key=lambda item: (-item[1].n, item[0])))
+        return found
+
+    async def crossed(self, first: str, second: str, view: Slice = ALL) -> Counter[tuple[str, str]]:
+        """Return how many results of *view* have each label of the field *first* with each of *second*."""
+        key = {"first": f"$classification.{first}", "second": f"$classification.{second}"}
+        counts: Counter[tuple[str, str]] = Counter()
+        for group in await self._grouped(view, key):
+            for one in labels_of(group["_id"].get("first")) or ():
+                for other in labels_of(group["_id"].get("second")) or ():
+                    counts[one, other] += group["n"]
+        return counts
+
+    async def confidences(self, view: Slice = ALL) -> Confidences:
+        """Return the confidence of the model in the results of *view*."""
+        lowest = lowest_confidence(self.fields)
+        place = {"$cond": [_is_share(lowest), {"$min": [BINS - 1, {"$floor": {"$multiply": [BINS, lowest]}}]}, None]}
+        sums: Document = {}
+        for number, name in enumerate(self.fields):
+            path = f"$processing_metadata.confidence.{name}"
+            sums[f"sum_{number}"] = {"$cond": [_is_share(path), path, 0]}
+            sums[f"n_{number}"] = {"$cond": [_is_share(path), 1, 0]}
+        bins, without, totals = [0] * BINS, 0, Counter[str]()
+        for group in await self._grouped(view, place, sums, is_corrected=bool(view.labels)):
+            if group["_id"] is None:
+                without += group["n"]
+            else:
+                bins[int(group["_id"])] += group["n"]
+            totals.update({name: group[name] for name in sums})
+        means = {
+            name: totals[f"sum_{number}"] / totals[f"n_{number}"]
+            for number, name in enumerate(self.fields)
+            if totals[f"n_{number}"] > 0
+        }
+        return Confidences(tuple(bins), means, without)
+
+    async def models(self, view: Slice = ALL) -> list[ModelUse]:
+        """Return which models labelled the results of *view*, with which prompts; the most frequent first."""
+        metadata = "$processing_metadata"
+        key = {"model": f"${MODEL}", "digest": f"{metadata}.model_digest", "prompt": f"{metadata}.plan"}
+        return [
+            ModelUse(
+                model=text_of(one["_id"].get("model")),
+                digest=text_of(one["_id"].get("digest")),
+                prompt=text_of(one["_id"].get("prompt")),
+                n=one["n"],
+                first=time_of(one["first"]),
+                last=time_of(one["last"]),
+            )
+            for one in await self._grouped(view, key, is_corrected=bool(view.labels))
+        ]
+
+    async def failures(self) -> dict[str, Counter[str]]:
+        """Return the reasons of the source documents that are ``failed`` and ``skipped`` now, whatever their time."""
+        reason = {"$cond": [{"$eq": [{"$type": "$status_reason"}, "string"]}, "$status_reason", ""]}
+        group = {"$group": {"_id": {"$arrayElemAt": [{"$split": [reason, ":"]}, 0]}, "n": {"$sum": 1}}}
+        found: dict[str, Counter[str]] = {}
+        for state in ("failed", "skipped"):
+            counts = found[state] = Counter[str]()
+            for one in await self._read(self._source_name, [{"$match": QUERIES[state]}, group, *_LARGEST]):
+                counts[one["_id"] if one["_id"] in _REASONS else "other"] += one["n"]
+        return found
+
+    async def gold_pairs(self, name: str, view: Slice = ALL) -> Counter[tuple[Labels, Labels]]:
+        """Return how often the field *name* has each pair of a gold label and a label of the model in the control sample.
+
+        It is a random sample of the results of *view* only if *view* has no labels.
+        """
+        stages: list[Document] = [
+            {"$match": {"field": name, "sampling_probability": {"$ne": None}}},
+            *corrected_results(self._results_name, [name], with_gold=True),
+            {"$match": view.match(self.fields)},
+            {"$group": {"_id": {"gold": f"$gold.{name}", "model": f"$classification.{name}"}, "n": {"$sum": 1}}},
+            *_LARGEST,
+        ]
+        pairs: Counter[tuple[Labels, Labels]] = Counter()
+        for one in await self._read(self._corrections_name, stages):
+            gold, model = labels_of(one["_id"].get("gold")), labels_of(one["_id"].get("model"))
+            if gold is not None and model is not None:
+                pairs[gold, model] += one["n"]
+        return pairs
+
+    async def corrected(self, view: Slice = ALL) -> int:
+        """Return how many results of *view* have a decision of a person."""
+        stages = [*self._corrections(), {"$match": {"$and": [{"sign": 1}, view.match(self.fields)]}}, {"$count": "n"}]
+        return sum(one["n"] for one in await self._read(self._corrections_name, stages))
+
+    async def examples(self, view: Slice = ALL, order: Order = "confidence", limit: int = 20) -> list[Example]:
+        """Return up to *limit* results of *view*: those with the lowest confidence, not corrected; or the newest."""
+        lowest = lowest_confidence(self.fields)
+        sort = {"confidence": 1} if order == "confidence" else {"at": -1}
+        shown = {"source_conversation_id": 1, "conversation_number": 1, "classification": 1, MODEL: 1}
+        project = {"$project": {**shown, "at": TIME, "confidence": {"$cond": [_is_share(lowest), lowest, None]}}}
+        known: Document = {"confidence": {"$ne": None}} if order == "confidence" else {}
+        decisions = {
+            "from": self._corrections_name,
+            "localField": "source_conversation_id",
+            "foreignField": "source_conversation_id",
+            "as": "decisions",
+        }
+        stages: list[Document] = [
+            {"$match": view.match(self.fields)},
+            project,
+            {"$match": known},
+            {"$sort": sort},
+            {"$limit": limit + REVIEWED_AMONG_EXAMPLES},
+            {"$lookup": decisions},
+            {"$match": {"decisions": []}},
+            {"$limit": limit},
+        ]
+        found = [self._example(one, "model") for one in await self._read(self._results_name, stages)]
+        if order == "newest":
+            human = [*self._corrections(), {"$match": {"$and": [{"sign": 1}, view.match(self.fields)]}}, project]
+            corrected = await self._read(self._corrections_name, [*human, {"$sort": sort}, {"$limit": limit}])
+            found += [self._example(one, "human") for one in corrected]
+            found.sort(key=lambda one: one.at or EARLIEST, reverse=True)
+        return found[:limit]
+
+    def _example(self, result: Document, source: Literal["model", "human"]) -> Example:
+        stored = result.get("classification")
+        stored = stored if isinstance(stored, dict) else {}
+        labels = {name: labels_of(stored.get(name)) for name in self.fields}
+        number, metadata = result.get("conversation_number"), result.get("processing_metadata")
+        return Example(
+            result.get("source_conversation_id"),
+            "" if number is None else text_of(str(number)),
+            {name: found for name, found in labels.items() if found is not None},
+            result.get("confidence"),
+            text_of(metadata.get("model_used") if isinstance(metadata, dict) else None),
+            time_of(result.get("at")),
+            source,
+        )
+
+    def _corrections(self) -> list[Document]:
+        return corrected_results(self._results_name, self.fields)
+
+    async def _grouped(
+        self, view: Slice, key: Document, sums: Document | None = None, *, is_corrected: bool = True
+    ) -> list[Document]:
+        """Return ``{_id, n, first, last}`` and *sums* for each value of *key* in *view*, the largest first.
+
+        *sums* are expressions that are added up by name. *first* and *last* are the range of times.
+        """
+        match, expressions = {"$match": view.match(self.fields)}, {"n": 1, **(sums or {})}
+        times = {"first": {"$min": TIME}, "last": {"$max": TIME}}
+        stages = [match, {"$group": {"_id": key, **{n: {"$sum": one} for n, one in expressions.items()}, **times}}]
+        if is_corrected:
+            signed = {name: {"$sum": {"$multiply": ["$sign", one]}} for name, one in expressions.items()}
+            pipeline = [*self._corrections(), match, {"$group": {"_id": key, **signed, **times}}]
+            merged = {name: {"$sum": f"${name}"} for name in expressions}
+            merged |= {"first": {"$min": "$first"}, "last": {"$max": "$last"}}
+            stages += [
+                {"$unionWith": {"coll": self._corrections_name, "pipeline": pipeline}},
+                {"$group": {"_id": "$_id", **merged}},
+                {"$match": {"n": {"$gt": 0}}},
+            ]
+        return await self._read(self._results_name, [*stages, *_LARGEST])
+
+    async def _read(self, name: str, stages: list[Document]) -> list[Document]:
+        collection = self._database[name]
+        return await call_repeatedly(
+            f"count in {name}", lambda: aggregated(collection, stages, self._limit_s), self._policy
+        )
+
+
+_LARGEST: tuple[Document, ...] = ({"$sort": {"n": -1}}, {"$limit": MAX_GROUPS})
+_REASONS = frozenset(Reason)
+
+
+def _is_share(expression: Any) -> Document:
+    return {"$and": [{"$gte": [expression, 0]}, {"$lte": [expression, 1]}]}
+
+
+def labels_of(value: Any) -> Labels | None:
+    """Return the labels in *value*, a text or a list of texts, each as one short line; None if it is neither."""
+    if isinstance(value, str):
+        return (text_of(value),)
+    if isinstance(value, list) and all(isinstance(label, str) for label in value):
+        return tuple(sorted({text_of(label) for label in value}))
+    return None
+
+
+def text_of(value: Any) -> str:
+    """Return *value* as one short line; empty if it is no text."""
+    return one_line(value, MAX_CHARACTERS) if isinstance(value, str) else ""
+
+
+def time_of(value: Any) -> datetime | None:
+    """Return *value* if it is a date, aware."""
+    return value if isinstance(value, datetime) else None

@@ -1,0 +1,259 @@
+"""Charts as inline SVG, each with the same figures as a table. Pure: no script, no request, no style attribute.
+
+A page with charts has ``STYLE`` in its style sheet and ``svg.patterns()`` once in its body. Labels may be hostile: every
+text is escaped, and shortened in the drawing; the table has it whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from analytics.svg import SERIES, element, fill, table
+from domain.text import one_line
+
+WIDTH, ROW, LEFT, RIGHT = 520.0, 24.0, 150.0, 92.0
+PLOT = WIDTH - LEFT - RIGHT
+LINE_HEIGHT, LINE_LEFT = 220.0, 40.0
+NAME_CHARACTERS, LEGEND_CHARACTERS = 20, 28
+NONE = "–"
+
+STYLE = """
+:root { --ink: #1b1f24; --paper: #fff; --rule: #c9d0d8; --soft: #eef2f7; --s0: #2f6fbe; --s1: #f0a35c; --s2: #74b39a;
+  --s3: #d9d36a; --s4: #b59ad0; --s5: #e58f92; --s6: #8fc6e8; --s7: #c8c8c8; --heat: 47 111 190; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --paper: #14181d; --rule: #47515e; --soft: #20262e;
+  --s0: #5d97e0; --s1: #b4692a; --s2: #3d7d64; --s3: #8b8530; --s4: #75589a; --s5: #a4565a; --s6: #3f7899; --s7: #6b6b6b;
+  --heat: 93 151 224; } }
+@media print { :root { --ink: #000; --paper: #fff; --rule: #888; --soft: #fff; --s0: #7ba3d6; --s1: #f4c08f; --s2: #a9d3c2;
+  --s3: #ece8a8; --s4: #d3c3e4; --s5: #f0bbbd; --s6: #bfdff3; --s7: #e0e0e0; --heat: 47 111 190; } }
+figure.chart { margin: 1rem 0; max-width: 44rem; break-inside: avoid; }
+figure.chart > svg { display: block; width: 100%; height: auto; }
+figure.chart figcaption { font-weight: 600; }
+figure.chart text { fill: var(--ink); font: 13px system-ui, sans-serif; }
+figure.chart text.small { font-size: 11px; }
+figure.chart .axis { stroke: var(--rule); }
+figure.chart .outline { stroke: var(--ink); stroke-width: .75; }
+figure.chart .whisker { stroke: var(--ink); stroke-width: 1.5; fill: none; }
+figure.chart .line { fill: none; stroke-width: 2; }
+figure.chart .dot { stroke: var(--paper); stroke-width: .5; }
+svg.defs { position: absolute; }
+.ink { stroke: var(--ink); stroke-width: 1; fill: none; }
+.s0 { fill: var(--s0); } .s1 { fill: var(--s1); } .s2 { fill: var(--s2); } .s3 { fill: var(--s3); }
+.s4 { fill: var(--s4); } .s5 { fill: var(--s5); } .s6 { fill: var(--s6); } .s7 { fill: var(--s7); }
+.heat { fill: rgb(var(--heat)); stroke: var(--rule); }
+figure.chart summary { cursor: pointer; }
+div.scroll { overflow-x: auto; }
+figure.chart table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+figure.chart caption { text-align: left; }
+figure.chart th, figure.chart td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--rule); text-align: left; }
+figure.chart td { text-align: right; white-space: nowrap; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A share (0 to 1) with its 95 % interval, if there is one; *detail* is shown beside it in the table."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A share (0 to 1) at each place of an axis; None if there is nothing to divide by."""
+
+    name: str
+    values: Sequence[float | None]
+
+
+def percent(share: float | None) -> str:
+    """Return *share* as a percentage, a dash for None."""
+    return NONE if share is None else f"{100 * share:.1f} %"
+
+
+def bars(title: str, rows: Sequence[Bar], *, detail: str = "") -> Markup:
+    """Return horizontal bars with intervals; *detail* is the heading of the column of details."""
+    top = scale_top([one.high or one.value for one in rows])
+    drawn: list[Markup] = []
+    for place, one in enumerate(rows):
+        y = place * ROW
+        drawn += [
+            _text(LEFT - 6, y + 16, one_line(one.name, NAME_CHARACTERS), anchor="end"),
+            element(
+                "rect", x=LEFT, y=y + 4, width=PLOT * one.value / top, height=ROW - 8, fill=fill(0), class_="outline"
+            ),
+        ]
+        end = one.value
+        if one.low is not None and one.high is not None:
+            low, end, middle = LEFT + PLOT * one.low / top, one.high, y + ROW / 2
+            high = LEFT + PLOT * end / top
+            path = f"M{low:.1f} {middle - 4}v8M{low:.1f} {middle}H{high:.1f}M{high:.1f} {middle - 4}v8"
+            drawn.append(element("path", d=path, class_="whisker"))
+        drawn.append(_text(LEFT + PLOT * end / top + 6, y + 16, percent(one.value)))
+    has_interval = any(one.low is not None for one in rows)
+    head = ["", "share", *(["95 % interval"] if has_interval else []), *([detail] if detail else [])]
+    cells = []
+    for one in rows:
+        interval = NONE if one.low is None else f"{percent(one.low)} to {percent(one.high)}"
+        cells.append(
+            [one.name, percent(one.value), *([interval] if has_interval else []), *([one.detail] if detail else [])]
+        )
+    return _figure(title, drawn, ROW * len(rows) + 4, table(title, head, cells))
+
+
+def lines(title: str, places: Sequence[str], series: Sequence[Series]) -> Markup:
+    """Return a line for each of *series* over *places*, in order; only the first SERIES are drawn, the table has all."""
+    drawn_series = series[:SERIES]
+    top = scale_top([value for one in drawn_series for value in one.values if value is not None])
+    bottom = LINE_HEIGHT - 20
+    step = (WIDTH - LINE_LEFT - 12) / max(1, len(places) - 1)
+
+    def x(place: int) -> float:
+        return LINE_LEFT + step * place if len(places) > 1 else (LINE_LEFT + WIDTH) / 2
+
+    drawn: list[Markup] = []
+    for part in range(5):
+        y = bottom - (bottom - 10) * part / 4
+        drawn += [
+            element("line", x1=LINE_LEFT, x2=WIDTH, y1=y, y2=y, class_="axis"),
+            _text(LINE_LEFT - 4, y + 4, f"{100 * top * part / 4:.3g} %", anchor="end", small=True),
+        ]
+    every = math.ceil(len(places) / 6)
+    drawn += [
+        _text(x(place), bottom + 15, one_line(places[place], 12), anchor="middle" if place else "start", small=True)
+        for place in range(0, len(places), max(1, every))
+        if place + every <= len(places)
+    ]
+    for number, one in enumerate(drawn_series):
+        points = [
+            None if value is None else (x(place), bottom - (bottom - 10) * value / top)
+            for place, value in enumerate(one.values)
+        ]
+        drawn += _line(points, number)
+    rows = [[name, *(percent(one.values[place]) for one in series)] for place, name in enumerate(places)]
+    drawn += _legend([one.name for one in drawn_series], LINE_HEIGHT, is_line=True)
+    height = LINE_HEIGHT + _legend_height(len(drawn_series))
+    return _figure(title, drawn, height, table(title, ["", *(one.name for one in series)], rows))
+
+
+def stacked(title: str, places: Sequence[str], series: Sequence[Series]) -> Markup:
+    """Return a bar of shares for each of *places*; shares of the series after the first SERIES are left blank."""
+    drawn: list[Markup] = []
+    width = WIDTH - LEFT - 4
+    for place, name in enumerate(places):
+        y, at = place * ROW, LEFT
+        drawn.append(_text(LEFT - 6, y + 16, one_line(name, NAME_CHARACTERS), anchor="end"))
+        drawn.append(element("rect", x=LEFT, y=y + 3, width=width, height=ROW - 6, class_="outline", fill="none"))
+        total = sum(one.values[place] or 0.0 for one in series)
+        for number, one in enumerate(series[:SERIES]):
+            part = width * (one.values[place] or 0.0) / max(1.0, total)
+            drawn.append(
+                element("rect", x=at, y=y + 3, width=part, height=ROW - 6, fill=fill(number), class_="outline")
+            )
+            at += part
+    top = ROW * len(places) + 4
+    drawn += _legend([one.name for one in series[:SERIES]], top)
+    rows = [[name, *(percent(one.values[place]) for one in series)] for place, name in enumerate(places)]
+    head = ["", *(one.name for one in series)]
+    return _figure(title, drawn, top + _legend_height(min(SERIES, len(series))), table(title, head, rows))
+
+
+def heat_map(
+    title: str, rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]
+) -> Markup:
+    """Return a grid of shares (0 to 1) of *rows* by *columns*, each written into its cell; absent ones are 0."""
+    width, top = (WIDTH - LEFT) / max(1, len(columns)), 24.0
+    most = max(values.values(), default=0.0) or 1.0
+    drawn = [
+        _text(LEFT + width * (place + 0.5), 15, one_line(name, max(4, int(width / 7))), anchor="middle", small=True)
+        for place, name in enumerate(columns)
+    ]
+    for down, row in enumerate(rows):
+        y = top + down * ROW
+        drawn.append(_text(LEFT - 6, y + 16, one_line(row, NAME_CHARACTERS), anchor="end"))
+        for across, column in enumerate(columns):
+            value, x = values.get((row, column), 0.0), LEFT + across * width
+            shade = f"{0.6 * value / most:.2f}"  # never so dark that the ink is not readable
+            drawn.append(element("rect", x=x, y=y, width=width, height=ROW, class_="heat", fill_opacity=shade))
+            drawn.append(_text(x + width / 2, y + 16, f"{100 * value:.0f}", anchor="middle", small=True))
+    cells = [[row, *(percent(values.get((row, column), 0.0)) for column in columns)] for row in rows]
+    return _figure(title, drawn, top + ROW * len(rows) + 4, table(title, ["", *columns], cells))
+
+
+def scale_top(values: Sequence[float]) -> float:
+    """Return the end of an axis for *values*: a round number not below the largest; 1 at most, unless one is larger."""
+    largest = max(values, default=0.0)
+    rounds = (0.01, 0.02, 0.04, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+    return next((one for one in rounds if one >= largest), largest)
+
+
+def _figure(title: str, drawn: Sequence[Markup], height: float, twin: Markup) -> Markup:
+    title = one_line(title, 160)
+    drawing = element(
+        "svg",
+        element("title", title),
+        element("desc", "The table below the chart has the same figures."),
+        *drawn,
+        viewBox=f"0 0 {WIDTH:.0f} {height:.0f}",
+        role="img",
+        aria_label=title,
+    )
+    details = element("details", element("summary", f"Table: {title}"), twin)
+    return element("figure", element("figcaption", title), drawing, details, class_="chart")
+
+
+def _text(x: float, y: float, text: str, *, anchor: str | None = None, small: bool = False) -> Markup:
+    return element("text", text, x=float(x), y=float(y), text_anchor=anchor, class_="small" if small else None)
+
+
+def _line(points: Sequence[tuple[float, float] | None], number: int) -> list[Markup]:
+    """Return the line through *points*, with a gap at None, in the dashes and with the marks of the series *number*."""
+    path, is_open = "", False
+    for point in points:
+        if point is not None:
+            path += f"{'L' if is_open else 'M'}{point[0]:.1f} {point[1]:.1f}"
+        is_open = point is not None
+    marks = [_mark(*point, number) for point in points if point is not None] if len(points) <= 60 else []
+    return [
+        element("path", d=path or "M0 0", class_="line", stroke=f"var(--s{number})", stroke_dasharray=_DASHES[number]),
+        *marks,
+    ]
+
+
+_DASHES = ("none", "7 3", "2 3", "9 3 2 3", "none", "7 3", "2 3", "9 3 2 3")
+_MARKS = (
+    "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0",
+    "m-3 -3h6v6h-6z",
+    "m0 -4l4 7h-8z",
+    "m0 -4l4 4l-4 4l-4 -4z",
+    "m0 4l4 -7h-8z",
+    "m-4 -1h3v-3h2v3h3v2h-3v3h-2v-3h-3z",
+    "m-1 -4h2v8h-2z",
+    "m-4 -1h8v2h-8z",
+)
+
+
+def _mark(x: float, y: float, number: int) -> Markup:
+    return element("path", d=f"M{x:.1f} {y:.1f}{_MARKS[number]}", class_=f"dot s{number}")
+
+
+def _legend_height(count: int) -> float:
+    return 20.0 * math.ceil(count / 2) + 8
+
+
+def _legend(names: Sequence[str], top: float, *, is_line: bool = False) -> list[Markup]:
+    drawn: list[Markup] = []
+    for place, name in enumerate(names):
+        x, y = 4 + WIDTH / 2 * (place % 2), top + 6 + 20 * (place // 2)
+        if is_line:
+            drawn += _line([(x, y + 7), (x + 12, y + 7), (x + 24, y + 7)], place)
+        else:
+            drawn.append(element("rect", x=x, y=float(y), width=24, height=14, fill=fill(place), class_="outline"))
+        drawn.append(_text(x + 30, y + 12, one_line(name, LEGEND_CHARACTERS)))
+    return drawn

@@ -1,0 +1,104 @@
+"""Which results are counted: a ``Slice``, and the stages of MongoDB's aggregation that read times, channels and labels. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from storage.extended_json import Document
+
+Period = Literal["day", "week"]
+
+# Years that MongoDB and Python can format, in any time zone. A date outside of them counts as missing.
+EARLIEST, LATEST = datetime(1, 1, 3, tzinfo=UTC), datetime(9999, 12, 28, tzinfo=UTC)
+FORMATS: dict[Period, str] = {"day": "%Y-%m-%d", "week": "%G-W%V"}  # an ISO week begins on Monday
+NO_CHANNEL = ""
+
+LAST, CREATED = "conversation.last_message_at", "created_at"
+CHANNEL, MODEL = "conversation.channel", "processing_metadata.model_used"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A filter of results; the default takes all. It is hashable, so that counts can be cached by it.
+
+    *since* (inclusive) and *until* (exclusive) are aware; a result without a readable time is in no such range.
+    *channel* is None for all and NO_CHANNEL for results without one. *labels* are pairs of a field and a label, corrections
+    applied. *confidence* is the range, both ends included, of the lowest confidence in a result, 0 to 1; a result without
+    confidence is in no range.
+    """
+
+    since: datetime | None = None
+    until: datetime | None = None
+    channel: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+    confidence: tuple[float, float] | None = None
+    model: str | None = None
+
+    def match(self, fields: Sequence[str]) -> Document:
+        """Return the query for these results; *fields* are those of the taxonomy."""
+        parts: list[Document] = []
+        if self.since is not None or self.until is not None:
+            wanted = {"$gte": self.since or EARLIEST, "$lt": self.until or LATEST}
+            no_last = {LAST: {"$not": {"$gte": EARLIEST, "$lt": LATEST}}}
+            parts.append({"$or": [{LAST: wanted}, {**no_last, CREATED: wanted}]})
+        if self.channel is not None:
+            parts.append(
+                {CHANNEL: {"$not": {"$type": "string"}} if self.channel == NO_CHANNEL else {"$eq": self.channel}}
+            )
+        parts += [{f"classification.{field}": {"$eq": label}} for field, label in self.labels]
+        if self.confidence is not None:
+            lowest = lowest_confidence(fields)
+            limits = [{"$gte": [lowest, self.confidence[0]]}, {"$lte": [lowest, self.confidence[1]]}]
+            parts.append({"$expr": {"$and": limits}})
+        if self.model is not None:
+            parts.append({MODEL: {"$eq": self.model}})
+        return {"$and": parts} if parts else {}
+
+
+def _if_time(path: str, otherwise: Any) -> Document:
+    # Comparisons go by type first, so only dates are between two dates.
+    return {"$cond": [{"$and": [{"$gte": [path, EARLIEST]}, {"$lt": [path, LATEST]}]}, path, otherwise]}
+
+
+# The time of the conversation: of its last message, else of the result; null if neither is a date.
+TIME = _if_time(f"${LAST}", _if_time(f"${CREATED}", None))
+
+
+def period_of(by: Period, time_zone: str) -> Document:
+    """Return the expression for the day or ISO week of a result in *time_zone*, such as 2026-11-30 or 2026-W49."""
+    return {"$dateToString": {"date": TIME, "format": FORMATS[by], "timezone": time_zone}}
+
+
+def lowest_confidence(fields: Sequence[str]) -> Document:
+    """Return the expression for the lowest confidence in a result, null if it has none."""
+    return {"$min": [f"$processing_metadata.confidence.{field}" for field in fields]}
+
+
+def corrected_results(results: str, fields: Sequence[str], *, with_gold: bool = False) -> list[Document]:
+    """Return the stages that make, of corrections, the corrected *results*, each twice.
+
+    Once as the model labelled it, with ``sign`` -1, and once with the latest correction of each field, with ``sign`` 1. So
+    sums of signs, added to counts of all results, give counts of the corrected labels. *with_gold* makes each only once, as
+    the model labelled it, with the corrections by field as ``gold``.
+    """
+    labels = {"$mergeObjects": ["$result.classification", {"$arrayToObject": "$labels"}]}
+    chosen = {"$cond": [{"$eq": ["$sign", 1]}, labels, "$result.classification"]}
+    newest = {"field": "$field", "id": "$source_conversation_id"}
+    both: list[Document] = [
+        {"$set": {"sign": [-1, 1]}},
+        {"$unwind": "$sign"},
+        {"$replaceRoot": {"newRoot": {"$mergeObjects": ["$result", {"sign": "$sign", "classification": chosen}]}}},
+    ]
+    gold = {"$mergeObjects": ["$result", {"gold": {"$arrayToObject": "$labels"}}]}
+    return [
+        {"$match": {"field": {"$in": list(fields)}}},
+        {"$sort": {"at": 1}},
+        {"$group": {"_id": newest, "to": {"$last": "$to"}}},
+        {"$group": {"_id": "$_id.id", "labels": {"$push": {"k": "$_id.field", "v": "$to"}}}},
+        {"$lookup": {"from": results, "localField": "_id", "foreignField": "source_conversation_id", "as": "result"}},
+        {"$unwind": "$result"},
+        *([{"$replaceRoot": {"newRoot": gold}}] if with_gold else both),
+    ]
