@@ -20,6 +20,7 @@ from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
 from network.addresses import require_keys_outside_this_machine
 from service.access import DASHBOARD
+from service.dashboard_labels import dashboard_labels
 from service.dashboard_quarantine import dashboard_quarantine
 from service.dashboard_review import dashboard_review
 from service.dashboard_routes import dashboard
@@ -96,7 +97,7 @@ def create_app(
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    tabs = (dashboard, dashboard_runs, dashboard_review, dashboard_quarantine)
+    tabs = (dashboard, dashboard_runs, dashboard_labels, dashboard_review, dashboard_quarantine)
     for router in (similarity, review, review_page, *tabs, operations, documentation):
         app.include_router(router)
     return app

@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from analytics.slices import NO_CHANNEL, Period, Slice
 from config import Taxonomy
 from error_handler import RequestError
 from service import errors
 
-Step = Literal["week", "day"]
-
 PREFIX = "label."  # of the parameter of a field, which may have the name of another filter
+NAMES = ("since", "until", "channel", "no_channel", "model", "min", "max", "by")
 MAX_CHARACTERS = 200  # of a value
 MAX_PARAMETERS = 32
 
@@ -25,7 +25,8 @@ class LabelsQuery:
     """The filters of one view; hashable, so that figures are kept by it.
 
     *since* (inclusive) and *until* (exclusive) are midnights in UTC, *labels* are (field, label) pairs, *least* and *most*
-    bound the lowest confidence of a result (0 to 1). None does not filter. *by* is the step of the charts over time.
+    bound the lowest confidence of a result (0 to 1). *channel* is NO_CHANNEL for results without one. None does not filter.
+    *by* is the step of the charts over time.
     """
 
     since: datetime | None = None
@@ -35,7 +36,12 @@ class LabelsQuery:
     labels: tuple[tuple[str, str], ...] = ()
     least: float | None = None
     most: float | None = None
-    by: Step = "week"
+    by: Period = "week"
+
+    @property
+    def last_day(self) -> datetime | None:
+        """The last day of the view, which *until* excludes."""
+        return self.until and self.until - timedelta(days=1)
 
     @property
     def is_filtered(self) -> bool:
@@ -51,8 +57,9 @@ class LabelsQuery:
         view = replace(self, **changes)
         values = {
             "since": view.since and f"{view.since:%Y-%m-%d}",
-            "until": view.until and f"{view.until - timedelta(days=1):%Y-%m-%d}",
-            "channel": view.channel,
+            "until": view.last_day and f"{view.last_day:%Y-%m-%d}",
+            "channel": view.channel or None,
+            "no_channel": "1" if view.channel == NO_CHANNEL else None,
             "model": view.model,
             "min": view.least,
             "max": view.most,
@@ -61,6 +68,13 @@ class LabelsQuery:
         pairs = [(name, f"{value:g}" if isinstance(value, float) else value) for name, value in values.items()]
         pairs += [(PREFIX + field, label) for field, label in view.labels]
         return "?" + urlencode([(name, value) for name, value in pairs if value is not None])
+
+    @property
+    def slice(self) -> Slice:
+        """The filter of ``analytics``."""
+        is_bounded = self.least is not None or self.most is not None
+        confidence = (self.least or 0.0, 1.0 if self.most is None else self.most) if is_bounded else None
+        return Slice(self.since, self.until, self.channel, self.labels, confidence, self.model)
 
     def with_label(self, field: str, label: str) -> str:
         """Return the query string of this view with one label more; another label of *field* is replaced."""
@@ -85,7 +99,7 @@ def labels_query(query_string: bytes, taxonomy: Taxonomy) -> LabelsQuery:
     if len(values) != len(pairs):
         raise RequestError(errors.INVALID, "The query names a parameter twice; name each once.")
     fields = {PREFIX + name: name for name in taxonomy.field_names}
-    if values.keys() - {"since", "until", "channel", "model", "min", "max", "by", *fields}:
+    if values.keys() - {*NAMES, *fields}:
         raise RequestError(errors.INVALID, "The query has an unknown parameter; docs/dashboard.md lists them.")
     for name, value in values.items():
         if len(value) > MAX_CHARACTERS:
@@ -94,7 +108,7 @@ def labels_query(query_string: bytes, taxonomy: Taxonomy) -> LabelsQuery:
     view = LabelsQuery(
         since=since,
         until=until and until + timedelta(days=1),  # people mean the whole day
-        channel=values.get("channel"),
+        channel=NO_CHANNEL if "no_channel" in values else values.get("channel"),
         model=values.get("model"),
         labels=tuple((field, values[name]) for name, field in fields.items() if name in values),
         least=_share(values, "min"),
@@ -130,7 +144,7 @@ def _share(values: Mapping[str, str], name: str) -> float | None:
     return share
 
 
-def _step(values: Mapping[str, str]) -> Step:
+def _step(values: Mapping[str, str]) -> Period:
     step = values.get("by", "week")
     if step not in ("week", "day"):
         raise RequestError(errors.INVALID, "by: must be week or day.")

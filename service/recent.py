@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
-from error_handler import RequestError, TriadError
+from error_handler import TriadError
 from service import errors
 
 logger = logging.getLogger(__name__)
@@ -42,40 +42,32 @@ class Recent(Generic[K, V]):
         self._clock = clock
         self._kept: OrderedDict[K, tuple[Figures[V], float]] = OrderedDict()  # with the time of the clock
         self._running: dict[K, asyncio.Task[Figures[V]]] = {}
+        self._problems: dict[K, TriadError] = {}
         self._one = asyncio.Lock()
 
     def last(self, key: K) -> Figures[V] | None:
         """Return the last figures, which may be old; None if there are none yet.
 
-        Old or missing ones are computed in the background.
+        Old or missing ones are computed in the background: ask again.
 
         Raises:
             RequestError: QUEUE_FULL if MAX_WAITING other computations wait.
+            TriadError: The first computation failed; the next call tries again.
         """
-        kept = self._kept.get(key)
-        if kept is not None:
+        if key in self._problems:
+            raise self._problems.pop(key)
+        figures, at = self._kept.get(key, (None, 0.0))
+        if figures is not None:
             self._kept.move_to_end(key)
-            figures, at = kept
             if self._clock() - at < max(FRESH_S, PAUSE * figures.duration_s):
                 return figures
         if key not in self._running:
-            if len(self._running) >= MAX_WAITING and kept is None:
-                raise errors.unavailable(errors.QUEUE_FULL)
             if len(self._running) < MAX_WAITING:
                 task = self._running[key] = asyncio.create_task(self._computed(key))
                 task.add_done_callback(lambda done: self._ended(key, done))
-        return kept[0] if kept else None
-
-    async def get(self, key: K) -> Figures[V]:
-        """Return the last figures, or wait for the first ones.
-
-        Raises:
-            RequestError: QUEUE_FULL.
-            TriadError: What the computation raises.
-        """
-        figures = self.last(key)
-        # Another viewer may wait for the same task.
-        return figures if figures is not None else await asyncio.shield(self._running[key])
+            elif figures is None:
+                raise errors.unavailable(errors.QUEUE_FULL)
+        return figures
 
     async def close(self) -> None:
         """Cancel what is being computed."""
@@ -91,7 +83,7 @@ class Recent(Generic[K, V]):
             return Figures(value, datetime.now(UTC), time.monotonic() - start_s)
 
     def _ended(self, key: K, task: asyncio.Task[Figures[V]]) -> None:
-        self._running.pop(key, None)
+        del self._running[key]
         if task.cancelled():
             return
         problem = task.exception()
@@ -100,5 +92,7 @@ class Recent(Generic[K, V]):
             self._kept.move_to_end(key)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-        elif isinstance(problem, TriadError) and not isinstance(problem, RequestError):
+        elif isinstance(problem, TriadError):  # of others, asyncio logs the traceback
             logger.warning("dashboard: %s", problem)
+            if key not in self._kept and len(self._problems) < MAX_KEPT:
+                self._problems[key] = problem

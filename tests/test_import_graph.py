@@ -69,7 +69,7 @@ OWNERS = {
     # prompts; the report; the pages
     "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review", "service.dashboard"},
     "scipy": {"evaluation.intervals"},
-    "markupsafe": {"analytics.charts", "analytics.svg"},  # comes with Jinja2
+    "markupsafe": {"analytics.charts", "analytics.svg", "service.labels_charts"},  # comes with Jinja2
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},

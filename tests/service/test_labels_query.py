@@ -41,6 +41,14 @@ def test_links_add_replace_and_remove_a_filter() -> None:
     assert parsed(view.with_label("topic", "A & B")[1:]).labels == (("topic", "A & B"),)
     assert parsed(view.without_label("topic")[1:]) == LabelsQuery(channel="chat")
     assert parsed(view.address(channel=None)[1:]).channel is None
+    assert parsed(view.address(channel="")[1:]).channel == ""
+
+
+def test_bounds_of_the_confidence_may_be_open() -> None:
+    """A result without confidence is in no range, so no bound must not become one."""
+    assert parsed("").slice.confidence is None
+    assert parsed("min=0.5").slice.confidence == (0.5, 1.0)
+    assert parsed("max=0").slice.confidence == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
