@@ -28,6 +28,7 @@ from storage.extended_json import Document
 from storage.service_lease import server_name
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
+from worker.heartbeat import Heartbeat
 from worker.intake import Classify, RunOptions, RunParts, has_work
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
@@ -84,6 +85,7 @@ class BatchProcessor:
         self._stack = AsyncExitStack()
         self._connected = False
         self._limit: ConcurrencyLimit | None = None
+        self._heartbeat: Heartbeat | None = None
         self.stop = asyncio.Event()  # set it to end the run: no new documents, a grace period for calls in flight
 
     async def __aenter__(self) -> BatchProcessor:
@@ -106,11 +108,15 @@ class BatchProcessor:
             await self.store.check()
             self._source = await self.store.identity()
             self.files.require_source(self._source)
+            self._heartbeat = self._new_heartbeat()
             taxonomy = load_prompt_taxonomy(self.settings)
             classify = self._given_classify or await self._connect_model(stack, taxonomy)
             recorder = self._observers.recorder
             self._classify = recorder.recorded(classify) if recorder else classify
             await self.store.ensure_result_indexes(taxonomy.field_names)
+            if self._heartbeat is not None:
+                self._heartbeat.start()
+                stack.push_async_callback(self._heartbeat.close)
             self._stack = stack.pop_all()
         self._connected = True
 
@@ -121,8 +127,11 @@ class BatchProcessor:
             self._limit = ConcurrencyLimit(self.settings.most_concurrent)
         asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
         recorder = self._observers.recorder
-        on_answer = recorder.note_answer if recorder else None
+        observer = recorder or self._heartbeat
+        on_answer = observer.note_answer if observer else None
         client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
+        if self._heartbeat is not None:
+            self._heartbeat.breaker = client.breaker
         stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
         self._plan = plan_of(classifier, client.target)
@@ -212,11 +221,20 @@ class BatchProcessor:
             self._classify,
             plan=self._plan.fingerprint if self._plan else "",
             kinds=self._kinds(),
-            reporters=self._observers.reporters,
+            reporters=[*self._observers.reporters, *([] if self._heartbeat is None else [self._heartbeat])],
             limit=self._limit,
             service_first=self._service_first(),
+            go=None if self._heartbeat is None else self._heartbeat.go,
         )
         return BatchRun(parts)
+
+    def _new_heartbeat(self) -> Heartbeat | None:
+        """Return the heartbeat; None for an estimate, and for a client that was passed in: mongomock knows no pipelines."""
+        settings = self.settings
+        if not settings.worker_heartbeat or self._client is not None or self._observers.recorder is not None:
+            return None
+        worker, results = self._worker_id(), settings.results_collection
+        return Heartbeat(self.store.database, results, worker, self.stop, settings.most_concurrent)
 
     def _service_first(self) -> ServiceFirst | None:
         settings = self.settings

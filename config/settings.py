@@ -118,6 +118,7 @@ class Settings(PartSettings):
     lease_s: float = Field(300.0, ge=1, le=86_400)
     service_lease: bool = True
     worker_floor: int = Field(1, ge=1, le=256)
+    worker_heartbeat: bool = True
     batch_files_dir: Path = Path("batch_files")
     taxonomy_file: Path | None = None
     prompt_examples_file: Path | None = None

@@ -48,12 +48,10 @@ async def beat(collection: Any, heartbeat_id: str, state: Mapping[str, Any]) -> 
     Raises:
         StoreError: MongoDB did not store it within CALL_S.
     """
-    started_at = {"$ifNull": ["$started_at", "$$NOW"]}
-    fields = {**_literal(state), "beat_at": "$$NOW", "started_at": started_at}
     with translated("write the heartbeat of the worker"), timeout(CALL_S):
         stored = await collection.find_one_and_update(
             {"_id": heartbeat_id},
-            [{"$set": fields}],
+            [{"$set": _fields(state)}],
             projection={"orders": {"$slice": -1}},
             upsert=True,
             return_document=ReturnDocument.AFTER,
@@ -69,9 +67,19 @@ async def end(collection: Any, heartbeat_id: str, state: Mapping[str, Any]) -> N
     Raises:
         StoreError: MongoDB did not store it within CALL_S.
     """
-    fields = {**_literal(state), "beat_at": "$$NOW", "ended_at": "$$NOW"}
+    fields = {**_fields(state), "ended_at": "$$NOW"}
     with translated("write the end of the worker"), timeout(CALL_S):
-        await collection.update_one({"_id": heartbeat_id}, [{"$set": fields}])
+        await collection.update_one({"_id": heartbeat_id}, [{"$set": fields}], upsert=True)
+
+
+async def forget(collection: Any, heartbeat_id: str) -> None:
+    """Remove the document.
+
+    Raises:
+        StoreError: MongoDB did not do it within CALL_S.
+    """
+    with translated("remove the heartbeat of the worker"), timeout(CALL_S):
+        await collection.delete_one({"_id": heartbeat_id})
 
 
 async def tidy(collection: Any, heartbeat_id: str, worker: str) -> None:
@@ -126,6 +134,7 @@ async def read_all(collection: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _literal(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of *state* for a pipeline, which would read a text with ``$`` as the name of a field."""
-    return {name: {"$literal": value} for name, value in state.items()}
+def _fields(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *state* with its times for a pipeline, which would read a text with ``$`` as the name of a field."""
+    literal = {name: {"$literal": value} for name, value in state.items()}
+    return {**literal, "beat_at": "$$NOW", "started_at": {"$ifNull": ["$started_at", "$$NOW"]}}

@@ -56,7 +56,8 @@ class RunParts:
     conversation and the number of its earlier retry rounds; it raises LLMError, or SkippedDocumentError for a conversation
     that is too long and shall be skipped. *plan* is the plan_fingerprint of its answers; if it is empty, answers of an
     interrupted run are not reused. *kinds* is needed with ``options.only``. *limit* None means that
-    ``settings.max_concurrent`` is a fixed number. *service_first* None does not wait for the service.
+    ``settings.max_concurrent`` is a fixed number. *service_first* None does not wait for the service. While *go* is not
+    set, no document is taken to the model; None takes them always.
     """
 
     settings: Settings
@@ -71,6 +72,7 @@ class RunParts:
     reporters: Sequence[Reporter] = ()
     limit: ConcurrencyLimit | None = None
     service_first: ServiceFirst | None = None
+    go: asyncio.Event | None = None
 
 
 class DocumentIntake:

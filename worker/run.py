@@ -155,6 +155,8 @@ class BatchRun:
         while True:
             async with contextlib.nullcontext() if self._limit is None else self._limit.slot():
                 item = await self._queue.get()
+                if self._parts.go is not None:
+                    await self._parts.go.wait()
                 await self._until(self._may_start)
                 if self._stop.is_set():
                     continue

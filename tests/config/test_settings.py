@@ -46,6 +46,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "lease_s": ("60", 60.0),
     "service_lease": ("off", False),
     "worker_floor": ("2", 2),
+    "worker_heartbeat": ("off", False),
     "batch_files_dir": ("elsewhere/files", Path("elsewhere/files")),
     "taxonomy_file": ("own.yaml", Path("own.yaml")),
     "prompt_examples_file": ("own.json", Path("own.json")),
