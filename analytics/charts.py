@@ -23,12 +23,15 @@ NONE = "–"
 
 STYLE = """
 :root { --ink: #1b1f24; --paper: #fff; --rule: #c9d0d8; --soft: #eef2f7; --s0: #2f6fbe; --s1: #f0a35c; --s2: #74b39a;
-  --s3: #d9d36a; --s4: #b59ad0; --s5: #e58f92; --s6: #8fc6e8; --s7: #c8c8c8; --heat: 47 111 190; }
+  --s3: #d9d36a; --s4: #b59ad0; --s5: #e58f92; --s6: #8fc6e8; --s7: #c8c8c8; --heat: 47 111 190;
+  --l0: #1f5fae; --l1: #b45309; --l2: #1a7a5a; --l3: #7d6b00; --l4: #7a4fb0; --l5: #b8323a; --l6: #1d7fa6; --l7: #5f6670; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --paper: #14181d; --rule: #47515e; --soft: #20262e;
   --s0: #5d97e0; --s1: #b4692a; --s2: #3d7d64; --s3: #8b8530; --s4: #75589a; --s5: #a4565a; --s6: #3f7899; --s7: #6b6b6b;
-  --heat: 93 151 224; } }
+  --heat: 93 151 224;
+  --l0: #7fb2f5; --l1: #f0a35c; --l2: #74c7a5; --l3: #d9d36a; --l4: #c3a6e6; --l5: #f29498; --l6: #8fd0f0; --l7: #b9c0c8; } }
 @media print { :root { --ink: #000; --paper: #fff; --rule: #888; --soft: #fff; --s0: #7ba3d6; --s1: #f4c08f; --s2: #a9d3c2;
-  --s3: #ece8a8; --s4: #d3c3e4; --s5: #f0bbbd; --s6: #bfdff3; --s7: #e0e0e0; --heat: 47 111 190; } }
+  --s3: #ece8a8; --s4: #d3c3e4; --s5: #f0bbbd; --s6: #bfdff3; --s7: #e0e0e0; --heat: 47 111 190;
+  --l0: #1f5fae; --l1: #b45309; --l2: #1a7a5a; --l3: #7d6b00; --l4: #7a4fb0; --l5: #b8323a; --l6: #1d7fa6; --l7: #5f6670; } }
 figure.chart { margin: 1rem 0; max-width: 44rem; break-inside: avoid; }
 figure.chart > svg { display: block; width: 100%; height: auto; }
 figure.chart figcaption { font-weight: 600; }
@@ -43,6 +46,10 @@ svg.defs { position: absolute; }
 .ink { stroke: var(--ink); stroke-width: 1; fill: none; }
 .s0 { fill: var(--s0); } .s1 { fill: var(--s1); } .s2 { fill: var(--s2); } .s3 { fill: var(--s3); }
 .s4 { fill: var(--s4); } .s5 { fill: var(--s5); } .s6 { fill: var(--s6); } .s7 { fill: var(--s7); }
+.l0 { stroke: var(--l0); } .l1 { stroke: var(--l1); } .l2 { stroke: var(--l2); } .l3 { stroke: var(--l3); }
+.l4 { stroke: var(--l4); } .l5 { stroke: var(--l5); } .l6 { stroke: var(--l6); } .l7 { stroke: var(--l7); }
+.m0 { fill: var(--l0); } .m1 { fill: var(--l1); } .m2 { fill: var(--l2); } .m3 { fill: var(--l3); }
+.m4 { fill: var(--l4); } .m5 { fill: var(--l5); } .m6 { fill: var(--l6); } .m7 { fill: var(--l7); }
 .heat { fill: rgb(var(--heat)); stroke: var(--rule); }
 figure.chart summary { cursor: pointer; }
 div.scroll { overflow-x: auto; }
@@ -107,8 +114,11 @@ def bars(title: str, rows: Sequence[Bar], *, detail: str = "") -> Markup:
     return _figure(title, drawn, ROW * len(rows) + 4, table(title, head, cells))
 
 
-def lines(title: str, places: Sequence[str], series: Sequence[Series]) -> Markup:
-    """Return a line for each of *series* over *places*, in order; only the first SERIES are drawn, the table has all."""
+def lines(title: str, places: Sequence[str], series: Sequence[Series], totals: Sequence[int] = ()) -> Markup:
+    """Return a line for each of *series* over *places*, in order; only the first SERIES are drawn, the table has all.
+
+    *totals* are the numbers of results at the places, for the table.
+    """
     drawn_series = series[:SERIES]
     top = scale_top([value for one in drawn_series for value in one.values if value is not None])
     bottom = LINE_HEIGHT - 20
@@ -136,10 +146,13 @@ def lines(title: str, places: Sequence[str], series: Sequence[Series]) -> Markup
             for place, value in enumerate(one.values)
         ]
         drawn += _line(points, number)
-    rows = [[name, *(percent(one.values[place]) for one in series)] for place, name in enumerate(places)]
+    rows = [
+        [name, *([f"{totals[place]:,}"] if totals else []), *(percent(one.values[place]) for one in series)]
+        for place, name in enumerate(places)
+    ]
+    head = ["", *(["results"] if totals else []), *(one.name for one in series)]
     drawn += _legend([one.name for one in drawn_series], LINE_HEIGHT, is_line=True)
-    height = LINE_HEIGHT + _legend_height(len(drawn_series))
-    return _figure(title, drawn, height, table(title, ["", *(one.name for one in series)], rows))
+    return _figure(title, drawn, LINE_HEIGHT + _legend_height(len(drawn_series)), table(title, head, rows))
 
 
 def stacked(title: str, places: Sequence[str], series: Sequence[Series]) -> Markup:
@@ -189,7 +202,7 @@ def heat_map(
 def scale_top(values: Sequence[float]) -> float:
     """Return the end of an axis for *values*: a round number not below the largest; 1 at most, unless one is larger."""
     largest = max(values, default=0.0)
-    rounds = (0.01, 0.02, 0.04, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+    rounds = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.6, 0.8, 1.0)
     return next((one for one in rounds if one >= largest), largest)
 
 
@@ -221,7 +234,7 @@ def _line(points: Sequence[tuple[float, float] | None], number: int) -> list[Mar
         is_open = point is not None
     marks = [_mark(*point, number) for point in points if point is not None] if len(points) <= 60 else []
     return [
-        element("path", d=path or "M0 0", class_="line", stroke=f"var(--s{number})", stroke_dasharray=_DASHES[number]),
+        element("path", d=path or "M0 0", class_=f"line l{number}", stroke_dasharray=_DASHES[number]),
         *marks,
     ]
 
@@ -240,7 +253,7 @@ _MARKS = (
 
 
 def _mark(x: float, y: float, number: int) -> Markup:
-    return element("path", d=f"M{x:.1f} {y:.1f}{_MARKS[number]}", class_=f"dot s{number}")
+    return element("path", d=f"M{x:.1f} {y:.1f}{_MARKS[number]}", class_=f"dot m{number}")
 
 
 def _legend_height(count: int) -> float:

@@ -177,10 +177,19 @@ def known_environment_names() -> frozenset[str]:
     from config.index_settings import IndexSettings  # noqa: PLC0415
     from config.network_settings import NetworkSettings  # noqa: PLC0415
     from config.openai_settings import OpenAISettings  # noqa: PLC0415
+    from config.report_settings import ReportSettings  # noqa: PLC0415
     from config.review_settings import ReviewSettings  # noqa: PLC0415
     from config.service_settings import ServiceSettings  # noqa: PLC0415
 
-    classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings, NetworkSettings, ReviewSettings)
+    classes = (
+        Settings,
+        ServiceSettings,
+        OpenAISettings,
+        IndexSettings,
+        NetworkSettings,
+        ReviewSettings,
+        ReportSettings,
+    )
     return frozenset(name for one in classes for field in one.model_fields for name in variables_of(one, field))
 
 

@@ -13,6 +13,7 @@ from config.index_settings import IndexSettings
 from config.loading import variables_of
 from config.network_settings import NetworkSettings
 from config.openai_settings import OpenAISettings
+from config.report_settings import ReportSettings
 from config.review_settings import ReviewSettings
 from config.service_settings import ServiceSettings
 from config.settings import Settings, known_environment_names
@@ -68,7 +69,15 @@ def test_the_example_holds_the_defaults() -> None:
         if not line or line.startswith("#"):
             continue
         name, _, value = line.partition("=")
-        classes = (Settings, ServiceSettings, OpenAISettings, IndexSettings, NetworkSettings, ReviewSettings)
+        classes = (
+            Settings,
+            ServiceSettings,
+            OpenAISettings,
+            IndexSettings,
+            NetworkSettings,
+            ReviewSettings,
+            ReportSettings,
+        )
         fields = {n: f for one in classes for key, f in one.model_fields.items() for n in variables_of(one, key)}
         default = None if fields[name].default_factory else fields[name].default
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default

@@ -66,10 +66,14 @@ OWNERS = {
     "tokenizers": {"embedded.minilm"},
     "safetensors": {"embedded.minilm", "embedded.embedding_classifier"},
     "threadpoolctl": {"embedding_index.providers.local_embeddings", "embedded.embedding_classifier"},
-    # prompts; the report; the pages
-    "jinja2": {"openai_batch.documents", "evaluation.html_report", "service.review", "service.dashboard"},
+    # prompts; the reports; the pages
+    "jinja2": {
+        *("openai_batch.documents", "evaluation.html_report", "analytics.report_page"),
+        *("service.review", "service.dashboard"),
+    },
     "scipy": {"evaluation.intervals"},
-    "markupsafe": {"analytics.charts", "analytics.svg", "service.labels_charts"},  # comes with Jinja2
+    # comes with Jinja2
+    "markupsafe": {"analytics.charts", "analytics.report_page", "analytics.svg", "service.labels_charts"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},

@@ -86,12 +86,47 @@ async def test_quarantine_is_replayed_and_dropped_by_keyboard(service: ServicePr
         check(seen, service)
 
 
-@pytest.mark.parametrize("tab", ["review", "quarantine"])
+async def test_charts_come_by_themselves_and_lead_to_examples_by_keyboard(service: ServiceProcess) -> None:
+    """The first page has no chart; the script asks for them. Each chart has a table, and links work behind a prefix."""
+    async with visit(ANNA) as seen:
+        page = seen.page
+        await page.goto(f"{service.url}/dashboard/labels")
+        await page.get_by_text("2 results, counted").wait_for()
+        assert not await seen.axe()
+        drawings = await page.get_by_role("img").count()
+        tables = page.get_by_text(re.compile("^Table: "))
+        assert await tables.count() == drawings >= 4
+        await tables.first.press("Enter")
+        await page.get_by_role("cell", name="100.0 %").first.wait_for()
+        await page.get_by_role("link", name="Show only intent Complaint").press("Enter")
+        await page.get_by_label("Remove the filter intent: Complaint").wait_for()
+        await page.get_by_role("link", name="Examples of intent Complaint").press("Enter")
+        await page.get_by_role("row", name=re.compile("Complaint")).first.wait_for()
+        assert page.url == f"{service.url}/dashboard/examples/confidence?label.intent=Complaint"
+        assert not await seen.axe()
+        await page.get_by_text("Filter", exact=True).press("Enter")
+        await page.get_by_label("Channel").fill("nowhere")
+        await page.get_by_role("button", name="Show").press("Enter")
+        await page.get_by_text("No result is in this view").wait_for()
+        assert "channel=nowhere" in page.url
+        check(seen, service)
+
+
+async def test_charts_are_shown_without_a_script(service: ServiceProcess) -> None:
+    async with visit(ANNA, java_script_enabled=False) as seen:
+        await seen.page.goto(f"{service.url}/dashboard/labels")
+        await seen.page.get_by_text("2 results, counted").wait_for()
+        assert await seen.page.get_by_role("img").count() >= 4
+
+
+@pytest.mark.parametrize("tab", ["charts", "review", "quarantine"])
 async def test_tabs_fit_a_phone_and_the_dark(service: ServiceProcess, tab: str) -> None:
     """No sideways scrolling at 375 pixels, and enough contrast in the dark."""
     async with visit(ANNA, color_scheme="dark", **PHONE) as seen:
-        await seen.page.goto(f"{service.url}/dashboard/{tab}")
-        await seen.page.get_by_role("heading", level=2).first.wait_for()
+        await seen.page.goto(f"{service.url}/dashboard/{'labels' if tab == 'charts' else tab}")
+        await seen.page.get_by_text(
+            {"charts": "2 results", "review": "Conversation 1 ("}.get(tab, "Failed")
+        ).first.wait_for()
         assert not await seen.is_too_wide()
         assert not await seen.axe()
         check(seen, service)
