@@ -122,7 +122,7 @@ async def make_report(
     notes: list[str] = []
     for name in analytics.fields:
         tell(f"labels of {name}")
-        fields.append(await _field_report(analytics, name, by, view, notes))
+        fields.append(await field_report(analytics, name, by, view, notes))
         if fields[-1].counts.is_cut:
             notes.append(f"{name} has too many labels, channels and periods; the rarest combinations are not counted.")
     crossings = []
@@ -151,7 +151,8 @@ async def make_report(
     )
 
 
-async def _field_report(analytics: LabelAnalytics, name: str, by: Period, view: Slice, notes: list[str]) -> FieldReport:
+async def field_report(analytics: LabelAnalytics, name: str, by: Period, view: Slice, notes: list[str]) -> FieldReport:
+    """Return the shares of the field *name* in *view*; *notes* gets a sentence if gold labels could not be used."""
     counts = await analytics.field_counts(name, by, view)
     gold = Counter[tuple[Labels, Labels]]() if view.labels else await analytics.gold_pairs(name, view)
     n_gold = gold.total()

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from config import Settings, Taxonomy, load_taxonomy
+from config.report_settings import load_report_settings
 from config.service_settings import ServiceSettings
 from mongo_client import DURABLE, DocumentStore
 from service.access import DASHBOARD
@@ -63,7 +64,7 @@ class Dashboard:
         self.orders = self.store.database.get_collection(
             order_log.collection_name(settings.results_collection), write_concern=DURABLE
         )
-        self.labels = LabelsTab(self.store, settings, taxonomy)
+        self.labels = LabelsTab(self.store, settings, taxonomy, load_report_settings())
         self._deadlines = deadlines
         self._templates = Environment(
             autoescape=True,
@@ -95,7 +96,7 @@ def open_dashboard(
     """Return the parts of the page, which *stack* closes; None if API_EXPOSE_DASHBOARD is ``off``.
 
     Raises:
-        ConfigurationError: MONGODB_URI or the taxonomy is wrong.
+        ConfigurationError: MONGODB_URI, the taxonomy or a REPORT_* setting is wrong.
     """
     if service_settings.expose_dashboard == "off":
         return None

@@ -16,9 +16,10 @@ from service import errors
 from service.access import DASHBOARD
 from service.dashboard import Dashboard
 from service.dashboard_routes import PAGE_HEADERS, dashboard_of, page_response
-from service.labels_charts import channel_name, field_charts, shared_charts
 from service.labels_query import LabelsQuery, labels_query
 from storage.extended_json import id_key
+
+FACETS = 30  # labels of a field, and channels, with links
 
 dashboard_labels = APIRouter(prefix=DASHBOARD, include_in_schema=False)
 
@@ -38,19 +39,15 @@ async def charts_page(request: Request) -> Response:
     except TriadError as exc:
         return _problem(request, query, exc)
     if last is None:
-        done, of = dashboard.labels.progress(query)
-        return _page(request, query, 202, charts={"done": done, "of": of})
+        return _page(request, query, 202, charts={"done": dashboard.labels.passes(query)})
     figures = last.value
     charts = {
         "at": last.at,
         "duration_s": last.duration_s,
-        "n": figures.n,
-        "fields": [field_charts(one, query.by) for one in figures.fields],
-        "shared": shared_charts(figures),
-        "channels": figures.fields[0].counts.channels if figures.fields else {},
-        "without_confidence": figures.confidences.without,
+        "figures": figures,
+        "channels": list(figures.fields[0][0].counts.channels.items())[:FACETS] if figures.fields else [],
     }
-    return _page(request, query, charts=charts, patterns=patterns(), channel_name=channel_name)
+    return _page(request, query, charts=charts, patterns=patterns(), facets=FACETS)
 
 
 @dashboard_labels.get("/examples/{order}")
@@ -93,13 +90,14 @@ async def _texts(dashboard: Dashboard, examples: list[Example]) -> dict[bytes, t
 
 
 def _query(request: Request) -> LabelsQuery:
-    return labels_query(request.scope["query_string"], dashboard_of(request).labels.taxonomy)
+    labels = dashboard_of(request).labels
+    return labels_query(request.scope["query_string"], labels.taxonomy, labels.zone)
 
 
 def _page(request: Request, query: LabelsQuery, status: int = 200, **values: Any) -> Response:
     dashboard = dashboard_of(request)
     shown = {"problem": "", "order": None, "shows_text": dashboard.shows_text, "id_key": id_key, **values}
-    return page_response(request, "labels", status, view=query, taxonomy=dashboard.labels.taxonomy, **shown)
+    return page_response(request, "labels", status, view=query, labels=dashboard.labels, **shown)
 
 
 def _problem(request: Request, query: LabelsQuery, problem: TriadError) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -24,7 +24,7 @@ MAX_PARAMETERS = 32
 class LabelsQuery:
     """The filters of one view; hashable, so that figures are kept by it.
 
-    *since* (inclusive) and *until* (exclusive) are midnights in UTC, *labels* are (field, label) pairs, *least* and *most*
+    *since* (inclusive) and *until* (exclusive) are midnights, *labels* are (field, label) pairs, *least* and *most*
     bound the lowest confidence of a result (0 to 1). *channel* is NO_CHANNEL for results without one. None does not filter.
     *by* is the step of the charts over time.
     """
@@ -85,8 +85,8 @@ class LabelsQuery:
         return self.address(labels=tuple(pair for pair in self.labels if pair[0] != field))
 
 
-def labels_query(query_string: bytes, taxonomy: Taxonomy) -> LabelsQuery:
-    """Return the view in *query_string*. Empty values are no filters: a form sends all of its fields.
+def labels_query(query_string: bytes, taxonomy: Taxonomy, zone: tzinfo = UTC) -> LabelsQuery:
+    """Return the view in *query_string*, whose days begin in *zone*. Empty values are no filters: a form sends all fields.
 
     Raises:
         RequestError: INVALID; the message names the parameter and never quotes the query.
@@ -104,7 +104,7 @@ def labels_query(query_string: bytes, taxonomy: Taxonomy) -> LabelsQuery:
     for name, value in values.items():
         if len(value) > MAX_CHARACTERS:
             raise RequestError(errors.INVALID, f"{name}: at most {MAX_CHARACTERS} characters.")
-    since, until = _day(values, "since"), _day(values, "until")
+    since, until = _day(values, "since", zone), _day(values, "until", zone)
     view = LabelsQuery(
         since=since,
         until=until and until + timedelta(days=1),  # people mean the whole day
@@ -120,11 +120,11 @@ def labels_query(query_string: bytes, taxonomy: Taxonomy) -> LabelsQuery:
     return view
 
 
-def _day(values: Mapping[str, str], name: str) -> datetime | None:
+def _day(values: Mapping[str, str], name: str, zone: tzinfo) -> datetime | None:
     if name not in values:
         return None
     try:
-        day = datetime.strptime(values[name], "%Y-%m-%d").replace(tzinfo=UTC)
+        day = datetime.strptime(values[name], "%Y-%m-%d").replace(tzinfo=zone)
     except ValueError as exc:
         raise RequestError(errors.INVALID, f"{name}: must be a day such as 2026-11-30.") from exc
     if not 1970 <= day.year < 9999:  # room for one more day

@@ -73,7 +73,7 @@ OWNERS = {
     },
     "scipy": {"evaluation.intervals"},
     # comes with Jinja2
-    "markupsafe": {"analytics.charts", "analytics.report_page", "analytics.svg", "service.labels_charts"},
+    "markupsafe": {"analytics.charts", "analytics.report_page", "analytics.svg"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
