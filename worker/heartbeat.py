@@ -50,13 +50,15 @@ class Heartbeat:
         self._tokens = {"prompt": 0, "reply": 0}
         self._obeyed: Order | None = None
         self._task: asyncio.Task[None] | None = None
-        self._is_told = False
+        self._is_told = self._is_closing = False
 
     def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
-        """Keep the state of the run for the next write."""
+        """Keep the state of the run for the next write; a pass without documents does not replace one with documents."""
         self._rate.add(stats.processed)
         left = self._rate.time_left(stats)
         self._status = status
+        if self._run and not stats.processed and self._run["job_id"] != job_id:
+            return
         self._run = {
             "job_id": job_id,
             "counts": {name: getattr(stats, name) for name in COUNTS},
@@ -82,6 +84,7 @@ class Heartbeat:
         """Write the end. The document of a worker that found no work is removed: it would only fill the list of runs."""
         if self._task is None or self._task.done():  # it has no right to write
             return
+        self._is_closing = True
         self._task.cancel()
         await asyncio.wait([self._task])
         try:
@@ -95,7 +98,7 @@ class Heartbeat:
 
     async def _beat_regularly(self) -> None:
         is_tidy = False
-        while True:
+        while not self._is_closing:  # on Python 3.11 a call can swallow the cancellation; see mongo_client
             try:
                 self._obey(await beat(self._collection, self.id, self._state()))
                 if not is_tidy:

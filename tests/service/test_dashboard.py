@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 from collections.abc import Iterator
@@ -10,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pymongo import AsyncMongoClient
 from pymongo.database import Database
 
 from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
-from tests.service.service_process import ServiceProcess, serve
+from service import runs
+from tests.forked_process import ForkedProcess
+from tests.service.service_process import (
+    ROOT,
+    ServiceProcess,
+    free_port,
+    serve,
+    service_environment,
+    wait_until_it_answers,
+)
 from tests.service.test_schema import document
 
 Data = Database[dict[str, Any]]
@@ -59,6 +70,31 @@ def test_dashboard_is_off_unless_it_is_switched_on(tmp_path: Path) -> None:
 def test_dashboard_without_keys_is_not_open_to_other_machines() -> None:
     with pytest.raises(ConfigurationError, match=r"API_EXPOSE_DASHBOARD: stops workers, so set API_KEYS"):
         load_service_settings(None, expose_dashboard="key", allow_unauthenticated=True)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "Dashboard: off. API_EXPOSE_DASHBOARD=key switches it on (docs/dashboard.md)."),
+        ({"API_EXPOSE_DASHBOARD": "key"}, "Dashboard: http://127.0.0.1:{port}/dashboard\n"),
+        (
+            {"API_EXPOSE_DASHBOARD": "key", "API_KEYS": f"anna:{ANNA}"},
+            "/dashboard (the browser asks for a password: the",
+        ),
+    ],
+    ids=["off", "no key", "key"],
+)
+def test_start_prints_the_address(tmp_path: Path, settings: dict[str, str], sentence: str) -> None:
+    port, log = free_port(), tmp_path / "main.log"
+    command = [str(ROOT / "main.py"), "--embedded", "--port", str(port)]
+    process = ForkedProcess(command, service_environment(**settings), tmp_path, (log, log))
+    try:
+        wait_until_it_answers(ServiceProcess(process, port, log))
+    finally:
+        process.kill()
+        process.wait()
+    assert sentence.format(port=port) in log.read_text()
 
 
 def test_dashboard_routes_are_not_in_the_openapi_document() -> None:
@@ -133,28 +169,18 @@ def test_order_is_stored_with_the_name_of_the_key(service: ServiceProcess, datab
     assert service.request("POST", "/dashboard/runs/w1/erase", headers=KEY).status == 422
 
 
-@pytest.mark.parametrize(
-    ("headers", "is_own"),
-    [
-        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, False),
-        ({"Sec-Fetch-Site": "same-site"}, False),
-        ({"Origin": "http://evil.example"}, False),
-        ({"Origin": "null"}, False),
-        ({"Sec-Fetch-Site": "same-origin"}, True),
-        ({"Origin": "http://127.0.0.1:{port}"}, True),
-    ],
-)
-def test_order_from_a_page_of_another_site_is_refused(
-    service: ServiceProcess, database: Data, headers: dict[str, str], is_own: bool
-) -> None:
+def test_order_from_a_page_of_another_site_is_refused(service: ServiceProcess, database: Data) -> None:
     """The browser would add the key of Basic to it. Over plain http it sends only Origin."""
     database[WORKERS].insert_one(worker(1))
-    sent = {name: value.format(port=service.port) for name, value in headers.items()}
-    answer = service.request("POST", "/dashboard/runs/w1/stop", headers={**KEY, **sent})
-    assert answer.status == (303 if is_own else 403)
+    foreign = [{"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"}, {"Sec-Fetch-Site": "same-site"}]
+    foreign += [{"Origin": "http://evil.example"}, {"Origin": "null"}]
+    own = [{"Sec-Fetch-Site": "same-origin"}, {"Origin": service.url}]
+    for headers in (*foreign, *own):
+        answer = service.request("POST", "/dashboard/runs/w1/stop", headers={**KEY, **headers})
+        assert answer.status == (303 if headers in own else 403), headers
     stored = database[WORKERS].find_one({"_id": "w1"})
     assert stored is not None
-    assert ("orders" in stored) is is_own
+    assert len(stored["orders"]) == len(own)
 
 
 def test_page_names_the_problem_while_mongodb_is_away(tmp_path: Path) -> None:
@@ -177,6 +203,24 @@ def test_events_send_the_new_state_and_end_when_the_service_stops(service: Servi
     assert service.terminate(20) == -15
     stream.read()
     connection.close()
+
+
+async def test_open_pages_share_one_read_of_mongodb(
+    mongodb_uri: str, database: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that nobody opens reads nothing; an order is visible at once."""
+    monkeypatch.setattr(runs, "FRESH_S", 3600.0)
+    database.command("profile", 2)
+    async with AsyncMongoClient[dict[str, Any]](mongodb_uri) as client:
+        shared = runs.Runs(client[database.name], "sentimental_analysis")
+        await asyncio.gather(*(shared.view() for _ in range(50)))
+        database[WORKERS].insert_one(worker(1))
+        assert await shared.order("w1", "pause", "anna")
+        views = await asyncio.gather(*(shared.view() for _ in range(50)))
+    database.command("profile", 0)
+    assert {view.active[0]["order"]["action"] for view in views} == {"pause"}
+    reads = {"ns": f"{database.name}.{WORKERS}", "command.aggregate": WORKERS}
+    assert database["system.profile"].count_documents(reads) == 2
 
 
 def read_event(stream: http.client.HTTPResponse) -> str:

@@ -118,6 +118,20 @@ async def test_orders_pause_resume_and_stop(mongodb_uri: str, db_name: str, monk
         assert not await give_order(collection, beating.id, Order("pause", "anna"))
 
 
+async def test_empty_pass_does_not_replace_the_last_one(mongodb_uri: str, db_name: str) -> None:
+    """A continuous worker ends between two passes, and most of them have no documents."""
+    async with AsyncMongoClient[Document](mongodb_uri) as client:
+        beating = heartbeat.Heartbeat(client[db_name], "results", "worker", asyncio.Event(), 5)
+        beating.start()
+        beating.update("job_1", "running", RunStats(total=3), 3)
+        beating.update("job_1", "completed", RunStats(total=3, processed=3, successful=3), 0)
+        for status in ("running", "completed"):
+            beating.update("job_2", status, RunStats(), 0)
+        await beating.close()
+        (found,) = await read_all(heartbeats.heartbeats(client[db_name], "results"))
+    assert (found["status"], found["job_id"], found["counts"]["successful"]) == ("completed", "job_1", 3)
+
+
 async def test_history_is_bounded(mongodb_uri: str, database: Database[Document]) -> None:
     """The newest documents are kept, and a worker that starts again ends what its earlier start left."""
     many = [{"_id": str(number), "worker": "w", "beat_at": 1, "started_at": 1} for number in range(KEPT + 20)]
