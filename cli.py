@@ -54,7 +54,18 @@ from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
 
 # Modules of commands/. They are imported on demand: some need libraries that a run does not.
-COMMANDS = ("doctor", "estimate", "plan", "quarantine", "evaluate", "report", "review", "prompt", "openai-batch", "index")
+COMMANDS = (
+    "doctor",
+    "estimate",
+    "plan",
+    "quarantine",
+    "evaluate",
+    "report",
+    "review",
+    "prompt",
+    "openai-batch",
+    "index",
+)
 
 logger = logging.getLogger(__name__)
 

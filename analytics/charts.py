@@ -104,7 +104,7 @@ def bars(title: str, rows: Sequence[Bar], *, detail: str = "") -> Markup:
             drawn.append(element("path", d=path, class_="whisker"))
         drawn.append(_text(LEFT + PLOT * end / top + 6, y + 16, percent(one.value)))
     has_interval = any(one.low is not None for one in rows)
-    head = ["", "share", *(["95 % interval"] if has_interval else []), *([detail] if detail else [])]
+    head = ["label", "share", *(["95 % interval"] if has_interval else []), *([detail] if detail else [])]
     cells = []
     for one in rows:
         interval = NONE if one.low is None else f"{percent(one.low)} to {percent(one.high)}"
@@ -150,7 +150,7 @@ def lines(title: str, places: Sequence[str], series: Sequence[Series], totals: S
         [name, *([f"{totals[place]:,}"] if totals else []), *(percent(one.values[place]) for one in series)]
         for place, name in enumerate(places)
     ]
-    head = ["", *(["results"] if totals else []), *(one.name for one in series)]
+    head = ["period", *(["results"] if totals else []), *(one.name for one in series)]
     drawn += _legend([one.name for one in drawn_series], LINE_HEIGHT, is_line=True)
     return _figure(title, drawn, LINE_HEIGHT + _legend_height(len(drawn_series)), table(title, head, rows))
 
@@ -173,7 +173,7 @@ def stacked(title: str, places: Sequence[str], series: Sequence[Series]) -> Mark
     top = ROW * len(places) + 4
     drawn += _legend([one.name for one in series[:SERIES]], top)
     rows = [[name, *(percent(one.values[place]) for one in series)] for place, name in enumerate(places)]
-    head = ["", *(one.name for one in series)]
+    head = ["place", *(one.name for one in series)]
     return _figure(title, drawn, top + _legend_height(min(SERIES, len(series))), table(title, head, rows))
 
 
@@ -196,7 +196,7 @@ def heat_map(
             drawn.append(element("rect", x=x, y=y, width=width, height=ROW, class_="heat", fill_opacity=shade))
             drawn.append(_text(x + width / 2, y + 16, f"{100 * value:.0f}", anchor="middle", small=True))
     cells = [[row, *(percent(values.get((row, column), 0.0)) for column in columns)] for row in rows]
-    return _figure(title, drawn, top + ROW * len(rows) + 4, table(title, ["", *columns], cells))
+    return _figure(title, drawn, top + ROW * len(rows) + 4, table(title, ["row", *columns], cells))
 
 
 def scale_top(values: Sequence[float]) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from analytics.aggregates import (
     Confidences,
@@ -20,6 +22,9 @@ from analytics.aggregates import (
 from analytics.significance import holm, two_proportions, wilson
 from analytics.slices import Period, Slice
 
+T = TypeVar("T")
+
+PASSES = 2  # over the results at a time; each keeps a core of MongoDB busy
 LAST_DAYS = timedelta(days=7)  # compared if no period is given
 LEAST_GOLD = 30  # labels of the control sample; with fewer, the intervals are Wilson's
 SIGNIFICANT = 0.05
@@ -115,45 +120,57 @@ async def make_report(
     analytics: LabelAnalytics, results: str, view: Slice, by: Period, tell: Callable[[str], None]
 ) -> LabelReport:
     """Return the report on *view*; *results* names the collection, and *tell* gets each step before it begins."""
-    tell("models")
-    models = await analytics.models(view)
-    times = [one.last for one in models if one.last is not None]
-    fields: list[FieldReport] = []
     notes: list[str] = []
-    for name in analytics.fields:
-        tell(f"labels of {name}")
-        fields.append(await field_report(analytics, name, by, view, notes))
-        if fields[-1].counts.is_cut:
-            notes.append(f"{name} has too many labels, channels and periods; the rarest combinations are not counted.")
-    crossings = []
-    for rows, columns in crossed_fields(fields):
-        tell(f"{columns} by {rows}")
-        crossings.append(Crossing(rows, columns, await analytics.crossed(rows, columns, view)))
-    tell("changes")
-    comparison = await _compared(analytics, view, max(times, default=None))
-    tell("confidence, failures and examples")
+    gate = asyncio.Semaphore(PASSES)
+
+    async def step(name: str, figures: Awaitable[T]) -> T:
+        async with gate:
+            tell(name)
+            return await figures
+
+    models = await step("models", analytics.models(view))
+    newest = max((one.last for one in models if one.last is not None), default=None)
+    async with asyncio.TaskGroup() as group:
+        fields = [
+            group.create_task(step(f"labels of {name}", field_report(analytics, name, by, view, notes)))
+            for name in analytics.fields
+        ]
+        comparison = group.create_task(step("changes", _compared(analytics, view, newest)))
+        confidences = group.create_task(step("confidence", analytics.confidences(view)))
+        failures = group.create_task(step("failures", analytics.failures()))
+        corrected = group.create_task(step("corrections", analytics.corrected(view)))
+        lowest = group.create_task(step("examples", analytics.examples(view, "confidence", EXAMPLES)))
+        latest = group.create_task(step("examples", analytics.examples(view, "newest", EXAMPLES)))
+    pairs = crossed_fields([one.result() for one in fields])
+    async with asyncio.TaskGroup() as group:
+        crossings = [
+            group.create_task(step(f"{columns} by {rows}", analytics.crossed(rows, columns, view)))
+            for rows, columns in pairs
+        ]
     return LabelReport(
         results=results,
         view=view,
         by=by,
         time_zone=analytics.time_zone,
         n=sum(one.n for one in models),
-        n_corrected=await analytics.corrected(view),
-        fields=fields,
-        crossings=crossings,
-        comparison=comparison,
-        confidences=await analytics.confidences(view),
+        n_corrected=corrected.result(),
+        fields=[one.result() for one in fields],
+        crossings=[Crossing(*pair, one.result()) for pair, one in zip(pairs, crossings, strict=True)],
+        comparison=comparison.result(),
+        confidences=confidences.result(),
         models=models,
-        failures=await analytics.failures(),
-        lowest=await analytics.examples(view, "confidence", EXAMPLES),
-        newest=await analytics.examples(view, "newest", EXAMPLES),
-        notes=notes,
+        failures=failures.result(),
+        lowest=lowest.result(),
+        newest=latest.result(),
+        notes=sorted(notes),
     )
 
 
 async def field_report(analytics: LabelAnalytics, name: str, by: Period, view: Slice, notes: list[str]) -> FieldReport:
     """Return the shares of the field *name* in *view*; *notes* gets a sentence if gold labels could not be used."""
     counts = await analytics.field_counts(name, by, view)
+    if counts.is_cut:
+        notes.append(f"{name} has too many labels, channels and periods; the rarest combinations are not counted.")
     gold = Counter[tuple[Labels, Labels]]() if view.labels else await analytics.gold_pairs(name, view)
     n_gold = gold.total()
     problem = ""

@@ -45,9 +45,8 @@ class Slice:
             no_last = {LAST: {"$not": {"$gte": EARLIEST, "$lt": LATEST}}}
             parts.append({"$or": [{LAST: wanted}, {**no_last, CREATED: wanted}]})
         if self.channel is not None:
-            parts.append(
-                {CHANNEL: {"$not": {"$type": "string"}} if self.channel == NO_CHANNEL else {"$eq": self.channel}}
-            )
+            without = {"$expr": {"$ne": [{"$type": f"${CHANNEL}"}, "string"]}}
+            parts.append(without if self.channel == NO_CHANNEL else {CHANNEL: {"$eq": self.channel}})
         parts += [{f"classification.{field}": {"$eq": label}} for field, label in self.labels]
         if self.confidence is not None:
             lowest = lowest_confidence(fields)
