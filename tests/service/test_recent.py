@@ -36,8 +36,9 @@ class Source:
 
     async def get(self, key: str) -> Figures[int]:
         """Ask until there are figures."""
-        while (figures := self.recent.last(key)) is None:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(2):
+            while (figures := self.recent.last(key)) is None:
+                await asyncio.sleep(0)
         return figures
 
 
@@ -75,6 +76,7 @@ async def test_one_computation_runs_at_a_time_and_their_number_is_bounded() -> N
     with pytest.raises(RequestError) as refused:
         source.recent.last("another")
     assert refused.value.kind.name == "QueueFullError"
+    await asyncio.sleep(0.01)  # all of them could have begun
     source.go.set()
     await asyncio.gather(*(source.get(str(key)) for key in range(MAX_WAITING)))
     assert source.most == 1
