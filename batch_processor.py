@@ -280,6 +280,7 @@ def built_in_classify(classifier: BuiltInClassifier) -> Classify:
             model_digest=None,
             input_sha256=conversation.transcript_sha256,
             fingerprint=result_fingerprint(BASELINE_PLAN, conversation.transcript_sha256),
+            plan=BASELINE_PLAN,
             duration_ms=round((time.monotonic() - start) * 1000),
             confidence=answer.confidence,
         )

@@ -228,12 +228,14 @@ def classification_flow(
                 is_repair = True
                 messages = classifier.repair_messages(messages, reply, problem)
     target = client.target
+    plan = classifier.plan(target)
     return Outcome(
         classification,
         model_used=target.model,
         model_digest=target.digest,
         input_sha256=conversation.transcript_sha256,
-        fingerprint=result_fingerprint(classifier.plan(target), conversation.transcript_sha256),
+        fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
+        plan=plan,
         attempts=calls,
         duration_ms=round((time.monotonic() - start_s) * 1000),
         prompt_tokens=reply.prompt_tokens,

@@ -121,7 +121,8 @@ def stored_labels(classification: Mapping[str, Any]) -> dict[str, list[str]]:
 class Outcome:
     """A classification and how it was made.
 
-    *input_sha256* covers the whole transcript; *fingerprint* covers transcript, prompt, schema, model and options.
+    *input_sha256* covers the whole transcript; *fingerprint* covers transcript, prompt, schema, model and options; *plan* is
+    its part without the transcript, the same for all results of a prompt (empty: unknown).
     *attempts* counts model calls, repair turns included (0: none, the labels were copied). *duration_ms* spans from the
     first call to the last answer. Token counts and digest are None if the server does not report them.
     *input_complete* is False if the model saw only *turns_used* of the turns, or a part of one (None: all of them).
@@ -142,6 +143,7 @@ class Outcome:
     turns_used: int | None = None
     confidence: dict[str, float] | None = None
     copied_from: tuple[Any, ...] = ()
+    plan: str = ""
 
 
 def result_fingerprint(plan: str, input_hash: str) -> str:
@@ -186,6 +188,8 @@ def build_result(
         "input_sha256": outcome.input_sha256,
         "fingerprint": outcome.fingerprint,
     }
+    if outcome.plan:
+        result["processing_metadata"]["plan"] = outcome.plan
     if not conversation.is_ordered:
         result["processing_metadata"]["turn_order"] = "listed"
     if outcome.confidence is not None:

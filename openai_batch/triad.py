@@ -140,6 +140,7 @@ class TriadHandling(Handling):
             model_digest=self._target.digest,
             input_sha256=conversation.transcript_sha256,
             fingerprint=result_fingerprint(self._plan, conversation.transcript_sha256),
+            plan=self._plan,
             attempts=answer.attempt,
             prompt_tokens=answer.line.prompt_tokens,
             reply_tokens=answer.line.reply_tokens,

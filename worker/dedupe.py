@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS run (name TEXT);
 CREATE TABLE IF NOT EXISTS asked (input_sha256 BLOB PRIMARY KEY, source BLOB, outcome BLOB) WITHOUT ROWID;
 """
 # The fields of an Outcome in a row, after its labels.
-_KEPT = ("model_used", "model_digest", "fingerprint", "input_complete", "turns_used", "confidence")
+_KEPT = ("model_used", "model_digest", "fingerprint", "input_complete", "turns_used", "confidence", "plan")
 
 Copy = tuple[WorkItem, Outcome]
 
@@ -167,4 +167,5 @@ def _row(outcome: Outcome) -> bytes:
 
 def _outcome(row: bytes, input_hash: str) -> Outcome:
     labels, *values = orjson.loads(row)
-    return Outcome(Classification(**labels), input_sha256=input_hash, **dict(zip(_KEPT, values, strict=True)))
+    kept = dict(zip(_KEPT, values, strict=False))  # rows of the version before have no plan
+    return Outcome(Classification(**labels), input_sha256=input_hash, **kept)

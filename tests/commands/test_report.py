@@ -171,9 +171,8 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def seen(browser: Any, address: str, rules: list[str], **settings: Any) -> tuple[list[str], list[Any], list[str]]:
-    """Return problems of scripts, what axe objects to (by *rules*, [] for all), and the addresses of requests."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+def seen(browser: Any, address: str, **settings: Any) -> tuple[Any, list[str], list[str]]:
+    """Return the page, the problems of scripts and widths, and the addresses of requests."""
     page = browser.new_page(**settings)
     problems: list[str] = []
     addresses: list[str] = []
@@ -184,32 +183,39 @@ def seen(browser: Any, address: str, rules: list[str], **settings: Any) -> tuple
     page.evaluate("document.querySelectorAll('details').forEach((one, place) => { one.open = place < 2 })")
     if not page.evaluate(IS_NARROW):
         problems.append("wider than the screen")
-    found = axe.run(page, options={"runOnly": rules} if rules else None).response["violations"]
-    return problems, [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found], addresses
+    return page, problems, addresses
 
 
-def test_page_in_a_browser(place: Site, database: Place) -> None:
-    """No script error, no request, and nothing that axe objects to; in the dark, the contrast."""
+def objections(page: Any, *rules: str) -> list[tuple[str, list[str]]]:
+    """Return what axe objects to, by *rules* or by all."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(page, options={"runOnly": list(rules)} if rules else None).response["violations"]
+    return [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found]
+
+
+def test_page_in_a_browser_and_on_paper(place: Site, database: Place) -> None:
+    """No script error and no request, no wider than a phone; on paper dark ink on white, and no closed tables."""
     results = random_results(40)
     results[0]["classification"]["topic"] = results[1]["conversation"]["channel"] = HOSTILE
     fill(database, results)
     report(place)
     address = (place.folder / "report.html").as_uri()
     with chromium() as browser:
-        assert seen(browser, address, []) == ([], [], [address])
-        assert seen(browser, address, ["color-contrast"], color_scheme="dark") == ([], [], [address])
-        assert seen(browser, address, ["scrollable-region-focusable"], viewport=PHONE) == ([], [], [address])
-
-
-def test_page_prints(place: Site, database: Place) -> None:
-    """On paper: dark ink on white, also from a dark screen, and no table that nobody has opened."""
-    fill(database, random_results(60))
-    report(place)
-    with chromium() as browser:
-        page = browser.new_page(color_scheme="dark")
+        page, problems, addresses = seen(browser, address, viewport=PHONE, color_scheme="dark")
+        assert (problems, addresses) == ([], [address])
         page.emulate_media(media="print")
-        page.goto((place.folder / "report.html").as_uri())
         style = "getComputedStyle(document.body)"
         assert page.evaluate(f"[{style}.color, {style}.backgroundColor]") == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
-        assert page.locator("figure.chart details").first.is_hidden()
+        assert page.locator("figure.chart details").last.is_hidden()
         assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.thorough
+def test_page_is_accessible(place: Site, database: Place) -> None:
+    """All rules of axe in the light, the contrast in the dark."""
+    fill(database, random_results(200))
+    report(place)
+    address = (place.folder / "report.html").as_uri()
+    with chromium() as browser:
+        assert objections(seen(browser, address)[0]) == []
+        assert objections(seen(browser, address, color_scheme="dark")[0], "color-contrast") == []
