@@ -197,10 +197,9 @@ def classification_flow(
         LLMError: The second attempt failed as well.
     """
     start_s = time.monotonic()
-    truncator = classifier.truncator
+    truncator, calls, is_repair, truncations = classifier.truncator, 0, False, 0
     fitted = truncator.fit(conversation, client.target)
     messages = classifier.messages(fitted.transcript)
-    calls, is_repair, truncations = 0, False, 0
     while True:
         calls += 1
         reply: ChatReply | None = None
@@ -228,14 +227,13 @@ def classification_flow(
                 is_repair = True
                 messages = classifier.repair_messages(messages, reply, problem)
     target = client.target
-    plan = classifier.plan(target)
     return Outcome(
         classification,
         model_used=target.model,
         model_digest=target.digest,
         input_sha256=conversation.transcript_sha256,
-        fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
-        plan=plan,
+        fingerprint=result_fingerprint(classifier.plan(target), conversation.transcript_sha256),
+        plan=classifier.plan(target),
         attempts=calls,
         duration_ms=round((time.monotonic() - start_s) * 1000),
         prompt_tokens=reply.prompt_tokens,

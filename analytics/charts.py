@@ -15,7 +15,7 @@ from markupsafe import Markup
 from analytics.svg import SERIES, element, fill, table
 from domain.text import one_line
 
-WIDTH, ROW, LEFT, RIGHT = 520.0, 24.0, 150.0, 92.0
+WIDTH, ROW, LEFT, RIGHT = 520.0, 24.0, 170.0, 84.0
 PLOT = WIDTH - LEFT - RIGHT
 LINE_HEIGHT, LINE_LEFT = 220.0, 40.0
 NAME_CHARACTERS, LEGEND_CHARACTERS = 20, 28
@@ -178,9 +178,16 @@ def stacked(title: str, places: Sequence[str], series: Sequence[Series]) -> Mark
 
 
 def heat_map(
-    title: str, rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Mapping[tuple[str, str], float],
+    totals: Sequence[int] = (),
 ) -> Markup:
-    """Return a grid of shares (0 to 1) of *rows* by *columns*, each written into its cell; absent ones are 0."""
+    """Return a grid of shares (0 to 1) of *rows* by *columns*, each written into its cell; absent ones are 0.
+
+    *totals* are the numbers of results of the rows, for the table.
+    """
     width, top = (WIDTH - LEFT) / max(1, len(columns)), 24.0
     most = max(values.values(), default=0.0) or 1.0
     drawn = [
@@ -195,8 +202,16 @@ def heat_map(
             shade = f"{0.6 * value / most:.2f}"  # never so dark that the ink is not readable
             drawn.append(element("rect", x=x, y=y, width=width, height=ROW, class_="heat", fill_opacity=shade))
             drawn.append(_text(x + width / 2, y + 16, f"{100 * value:.0f}", anchor="middle", small=True))
-    cells = [[row, *(percent(values.get((row, column), 0.0)) for column in columns)] for row in rows]
-    return _figure(title, drawn, top + ROW * len(rows) + 4, table(title, ["row", *columns], cells))
+    cells = [
+        [
+            row,
+            *([f"{totals[down]:,}"] if totals else []),
+            *(percent(values.get((row, column), 0.0)) for column in columns),
+        ]
+        for down, row in enumerate(rows)
+    ]
+    head = ["row", *(["results"] if totals else []), *columns]
+    return _figure(title, drawn, top + ROW * len(rows) + 4, table(title, head, cells))
 
 
 def scale_top(values: Sequence[float]) -> float:

@@ -103,16 +103,17 @@ def channel_chart(one: FieldReport, labels: Sequence[str]) -> Markup:
 def crossing_chart(crossing: Crossing) -> Markup:
     """Return the heat map of the shares within each row."""
     rows, columns = (_most_frequent(crossing, side) for side in (0, 1))
-    totals = {row: sum(crossing.counts[row, column] for column in columns) for row in rows}
+    rows, totals = (
+        rows[:MOST_ROWS],
+        [sum(crossing.counts[row, column] for column in columns) for row in rows[:MOST_ROWS]],
+    )
     values = {
-        (f"{row} ({totals[row]:,})", column): crossing.counts[row, column] / totals[row]
-        for row in rows[:MOST_ROWS]
+        (row, column): crossing.counts[row, column] / total
+        for row, total in zip(rows, totals, strict=True)
         for column in columns
     }
     title = f"{crossing.columns} by {crossing.rows}, % of each row"
-    return charts.heat_map(
-        title, [f"{row} ({totals[row]:,})" for row in rows[:MOST_ROWS]], columns[:MOST_CHANNELS], values
-    )
+    return charts.heat_map(title, rows, columns[:MOST_CHANNELS], values, totals)
 
 
 def confidence_chart(confidences: Confidences) -> Markup | None:

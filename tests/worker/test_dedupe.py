@@ -46,7 +46,8 @@ def check_origins(site: Site, documents: list[Document]) -> None:
         assert texts[origin] == texts[document_id]
         assert "copied_from" not in metadata[origin], "a copy of a copy"
         assert how["input_sha256"] == metadata[origin]["input_sha256"]
-        assert how["fingerprint"] == metadata[origin]["fingerprint"]
+        assert (how["fingerprint"], how["plan"]) == (metadata[origin]["fingerprint"], metadata[origin]["plan"])
+        assert how["plan"] != how["fingerprint"]
         is_copy = "copied_from" in how
         assert (how["attempts"] == 0) is is_copy
         assert (how["prompt_tokens"] is None) is is_copy
