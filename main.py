@@ -21,6 +21,9 @@ from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError, ExitCode, TriadError
 from network.addresses import require_keys_outside_this_machine
 from service.access import DASHBOARD
+from service.dashboard_labels import dashboard_labels
+from service.dashboard_quarantine import dashboard_quarantine
+from service.dashboard_review import dashboard_review
 from service.dashboard_routes import dashboard
 from service.dashboard_runs import dashboard_runs
 from service.middleware import ServiceMiddleware, add_error_handlers
@@ -97,7 +100,8 @@ def create_app(
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    for router in (similarity, review, review_page, dashboard, dashboard_runs, operations, documentation):
+    tabs = (dashboard, dashboard_runs, dashboard_labels, dashboard_review, dashboard_quarantine)
+    for router in (similarity, review, review_page, *tabs, operations, documentation):
         app.include_router(router)
     return app
 

@@ -132,7 +132,7 @@ async def make_report(
     newest = max((one.last for one in models if one.last is not None), default=None)
     async with asyncio.TaskGroup() as group:
         fields = [
-            group.create_task(step(f"labels of {name}", _field_report(analytics, name, by, view, notes)))
+            group.create_task(step(f"labels of {name}", field_report(analytics, name, by, view, notes)))
             for name in analytics.fields
         ]
         comparison = group.create_task(step("changes", _compared(analytics, view, newest)))
@@ -166,7 +166,8 @@ async def make_report(
     )
 
 
-async def _field_report(analytics: LabelAnalytics, name: str, by: Period, view: Slice, notes: list[str]) -> FieldReport:
+async def field_report(analytics: LabelAnalytics, name: str, by: Period, view: Slice, notes: list[str]) -> FieldReport:
+    """Return the shares of the field *name* in *view*; *notes* gets a sentence if gold labels could not be used."""
     counts = await analytics.field_counts(name, by, view)
     if counts.is_cut:
         notes.append(f"{name} has too many labels, channels and periods; the rarest combinations are not counted.")

@@ -10,10 +10,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from analytics import charts
-from analytics.aggregates import BINS, Counts
+from analytics.aggregates import BINS, Confidences, Counts
 from analytics.charts import Bar, Series, percent
 from analytics.label_report import Crossing, FieldReport, LabelReport
 from analytics.periods import shown_periods
+from analytics.slices import Period
 from analytics.svg import SERIES, patterns
 from domain.text import counted
 
@@ -37,9 +38,9 @@ def render_report(report: LabelReport, zone: tzinfo) -> str:
         style=Markup(charts.STYLE),  # noqa: S704 - a constant
         patterns=patterns(),
         summary=summary(report),
-        sections=[(one.counts.name, field_charts(report, one)) for one in report.fields],
+        sections=[(one.counts.name, field_charts(one, report.by)) for one in report.fields],
         crossings=[crossing_chart(one) for one in report.crossings],
-        confidence=confidence_chart(report),
+        confidence=confidence_chart(report.confidences),
         shown_changes=SHOWN_CHANGES,
     )
 
@@ -62,19 +63,19 @@ def summary(report: LabelReport) -> list[str]:
     return sentences
 
 
-def field_charts(report: LabelReport, one: FieldReport) -> list[Markup]:
+def field_charts(one: FieldReport, by: Period) -> list[Markup]:
     """Return the charts of a field: shares, by period, by channel."""
     name, counts = one.counts.name, one.counts
     if not one.shares:
         return []
     rows = [Bar(share.label, share.value, share.low, share.high, f"{share.hits:,}") for share in one.shares[:MOST_ROWS]]
     drawn = [charts.bars(f"Shares of {name}", rows, detail="results")]
-    periods = shown_periods(counts.periods, report.by)
+    periods = shown_periods(counts.periods, by)
     labels = [share.label for share in one.shares]
     if periods:
         by_period = [counts.periods.get(period, Counts()) for period in periods]
         series = [Series(label, [_share(each, label) for each in by_period]) for label in labels[:MOST_ROWS]]
-        drawn.append(charts.lines(f"{name} by {report.by}", periods, series, [each.n for each in by_period]))
+        drawn.append(charts.lines(f"{name} by {by}", periods, series, [each.n for each in by_period]))
     drawn.append(channel_chart(one, labels))
     return drawn
 
@@ -115,9 +116,9 @@ def crossing_chart(crossing: Crossing) -> Markup:
     return charts.heat_map(title, rows, columns[:MOST_CHANNELS], values, totals)
 
 
-def confidence_chart(report: LabelReport) -> Markup | None:
+def confidence_chart(confidences: Confidences) -> Markup | None:
     """Return how often each range of confidence occurs; None if no result has confidence."""
-    bins, total = report.confidences.bins, sum(report.confidences.bins)
+    bins, total = confidences.bins, sum(confidences.bins)
     if not total:
         return None
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
@@ -40,6 +41,7 @@ class ServiceSettings(PartSettings):
     expose_review: Literal["key", "off"] = "off"
     expose_dashboard: Literal["key", "off"] = "off"
     dashboard_show_text: bool = Field(False, validation_alias="DASHBOARD_SHOW_TEXT")
+    dashboard_batch_files_dir: Path | None = Field(None, validation_alias="DASHBOARD_BATCH_FILES_DIR")
     embedded: bool = False
 
     @field_validator("keys")

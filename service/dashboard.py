@@ -14,13 +14,17 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from config import Settings
+from config import Settings, Taxonomy, load_taxonomy
+from config.report_settings import load_report_settings
 from config.service_settings import ServiceSettings
-from mongo_client import DocumentStore
+from mongo_client import DURABLE, DocumentStore
 from service.access import DASHBOARD
 from service.admission import Deadlines
+from service.labels import LabelsTab
+from service.quarantine import open_quarantine
 from service.review import with_little_patience
 from service.runs import Runs, age, duration
+from storage import order_log
 
 T = TypeVar("T")
 
@@ -36,18 +40,31 @@ class Tab:
     path: str
 
 
-TABS = (Tab("runs", "Runs", ""),)
+TABS = (
+    Tab("runs", "Runs", ""),
+    Tab("labels", "Labels", "/labels"),
+    Tab("review", "Review", "/review"),
+    Tab("quarantine", "Quarantine", "/quarantine"),
+)
 
 
 class Dashboard:
     """What the tabs of the page share. *store* connects at its first use."""
 
-    def __init__(self, settings: Settings, service_settings: ServiceSettings, deadlines: Deadlines) -> None:
+    def __init__(
+        self, settings: Settings, service_settings: ServiceSettings, deadlines: Deadlines, taxonomy: Taxonomy
+    ) -> None:
         """Read the templates; connect to nothing."""
-        self.store = DocumentStore(with_little_patience(settings))
+        settings = with_little_patience(settings)
+        self.store = DocumentStore(settings)
         self.settings = settings
         self.shows_text = service_settings.dashboard_show_text
         self.runs = Runs(self.store.database, settings.results_collection)
+        self.quarantine = open_quarantine(self.store, settings, service_settings.dashboard_batch_files_dir)
+        self.orders = self.store.database.get_collection(
+            order_log.collection_name(settings.results_collection), write_concern=DURABLE
+        )
+        self.labels = LabelsTab(self.store, settings, taxonomy, load_report_settings())
         self._deadlines = deadlines
         self._templates = Environment(
             autoescape=True,
@@ -57,7 +74,7 @@ class Dashboard:
             lstrip_blocks=True,
         )
         self._templates.filters |= {"duration": duration, "age": age}
-        self.files = {name: (TEMPLATES / name).read_bytes() for name in ("dashboard.css", "dashboard.js")}
+        self.files = {name: (TEMPLATES / name).read_bytes() for name in ("dashboard.css", "dashboard.js", "labels.js")}
 
     def render(self, template: str, path: str, **values: Any) -> str:
         """Return the HTML of ``<template>.html``.
@@ -79,10 +96,11 @@ def open_dashboard(
     """Return the parts of the page, which *stack* closes; None if API_EXPOSE_DASHBOARD is ``off``.
 
     Raises:
-        ConfigurationError: MONGODB_URI is wrong.
+        ConfigurationError: MONGODB_URI, the taxonomy or a REPORT_* setting is wrong.
     """
     if service_settings.expose_dashboard == "off":
         return None
-    dashboard = Dashboard(settings, service_settings, deadlines)
+    dashboard = Dashboard(settings, service_settings, deadlines, load_taxonomy(settings.taxonomy_file))
     stack.push_async_callback(dashboard.store.close)
+    stack.push_async_callback(dashboard.labels.close)
     return dashboard

@@ -37,6 +37,11 @@ NOT_HELD = ErrorKind(
     "ReviewConflictError", 409, "You do not hold this conversation any more; get the next one from /review/next."
 )
 NO_WORKER = ErrorKind("WorkerEndedError", 409, "This worker has ended or is not known; reload the page.")
+FILES_IN_USE = ErrorKind(
+    "QuarantineInUseError",
+    409,
+    "A worker uses these files now; stop its run on the page Runs, or wait until it has ended.",
+)
 TOO_LARGE = ErrorKind("PayloadTooLargeError", 413, "The body is too large; send less text.")
 NOT_JSON = ErrorKind(
     "UnsupportedMediaTypeError", 415, "Send Content-Type: application/json in UTF-8, without Content-Encoding."
@@ -87,6 +92,9 @@ TEXT_STAYS = ErrorKind(
 EMBEDDING_AWAY = ErrorKind("EmbeddingUnavailableError", 503, f"The embedding provider does not answer; {_RETRY}")
 STORE_AWAY = ErrorKind(
     "StoreUnavailableError", 503, "MongoDB does not answer or refuses the operation; see the log of the service."
+)
+FILES_UNUSABLE = ErrorKind(
+    "StateDirectoryError", 503, "The files of the worker cannot be read or written; see the log of the service."
 )
 TOO_SLOW = ErrorKind("DeadlineError", 504, "The model did not answer within API_REQUEST_TIMEOUT_S; retry later.")
 

@@ -92,9 +92,10 @@ class ReviewSaved(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ReviewPage:
-    """The files of the page."""
+    """The files of the page. *tab* is its content for the dashboard, as HTML."""
 
     html: bytes
+    tab: str
     script: bytes
     style: bytes
 
@@ -178,9 +179,11 @@ def render_page(taxonomy: Taxonomy) -> ReviewPage:
         labels = [(label.name, label.definition, keys.get(label.name, "")) for label in taxonomy.labels(name)]
         fields.append((name, labels))
     actions = {"note": NOTE, "skip": SKIP, "undo": UNDO}
-    html = environment.get_template("page.html").render(fields=fields, actions=actions, note_limit=MAX_NOTE_CHARACTERS)
+    shown = {"fields": fields, "actions": actions, "note_limit": MAX_NOTE_CHARACTERS}
+    html = environment.get_template("page.html").render(shown, routes="review/", heading="h1")
+    tab = environment.get_template("review.html").render(shown, routes="../review/", heading="h2")
     script, style = ((PAGE_FOLDER / name).read_bytes() for name in ("page.js", "page.css"))
-    return ReviewPage(html.encode(), script, style)
+    return ReviewPage(html.encode(), tab, script, style)
 
 
 def _shown(item: ReviewItem | None) -> ReviewConversation | None:

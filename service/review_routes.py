@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from error_handler import RequestError
 from service import errors
-from service.access import REVIEW, REVIEW_DECISIONS, REVIEW_SKIP
+from service.access import DASHBOARD, REVIEW, REVIEW_DECISIONS, REVIEW_SKIP
 from service.openapi import KEY_REQUIRED, documented_errors
 from service.pages import page_headers, require_own_page
 from service.review import ReviewDecision, ReviewSaved, ReviewService, ReviewSkip, ReviewState, ReviewUndone
@@ -52,7 +52,9 @@ async def undo(request: Request) -> ReviewUndone:
 
 @review_page.get(REVIEW)
 async def page(request: Request) -> Response:
-    """Return the page. Its links are relative, so it works behind a proxy that adds a prefix."""
+    """Return the page, or the way to its tab if there is a dashboard. Links are relative: a proxy may add a prefix."""
+    if request.state.service.dashboard is not None:
+        return Response(status_code=303, headers={"Location": f"{DASHBOARD.lstrip('/')}{REVIEW}", **_PAGE_HEADERS})
     return Response(_service(request).page.html, media_type="text/html", headers=_PAGE_HEADERS)
 
 

@@ -112,6 +112,7 @@ class Student:
             model_digest=None,
             input_sha256=conversation.transcript_sha256,
             fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
+            plan=plan,
             attempts=0,
             duration_ms=duration_ms,
             confidence={name: round(value, 4) for name, value in judgement.probability.items()},

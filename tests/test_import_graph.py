@@ -71,19 +71,21 @@ OWNERS = {
         *("embedding_index.providers.local_embeddings", "embedded.embedding_classifier", "student.built_in"),
         "commands.student_actions",
     },
-    # prompts; the report; the pages
+    # prompts; the reports; the pages
     "jinja2": {
         *("openai_batch.documents", "evaluation.html_report", "analytics.report_page"),
         *("service.review", "service.dashboard"),
     },
     "scipy": {"evaluation.intervals", "student.certificate", "student.heads"},
-    "markupsafe": {"analytics.charts", "analytics.report_page", "analytics.svg"},  # comes with Jinja2
+    # comes with Jinja2
+    "markupsafe": {"analytics.charts", "analytics.report_page", "analytics.svg"},
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
     "fastapi": {
         *("main", "service.middleware", "service.openapi", "service.pages", "service.review_routes", "service.routes"),
-        *("service.dashboard_routes", "service.dashboard_runs"),
+        *("service.dashboard_routes", "service.dashboard_runs", "service.dashboard_review"),
+        *("service.dashboard_quarantine", "service.dashboard_labels"),
     },
     # below FastAPI: ASGI types for middleware
     "starlette": {

@@ -20,7 +20,7 @@ async function call(method, path, body) {
     options.headers["Content-Type"] = "application/json";
     options.body = JSON.stringify(body);
   }
-  const response = await fetch("review/" + path, options);
+  const response = await fetch(find("#review").dataset.routes + path, options);
   const answer = await response.json();
   if (!response.ok) throw Object.assign(new Error(answer.error.message), { status: response.status });
   return answer;
@@ -32,11 +32,11 @@ async function run(step) {
   busy = true;
   for (const button of document.querySelectorAll("#actions button")) button.disabled = true;
   try {
-    find("#problem").hidden = true;
+    find("#review-problem").hidden = true;
     await step();
   } catch (error) {
-    find("#problem").textContent = error.status ? error.message : "The service does not answer; try again.";
-    find("#problem").hidden = false;
+    find("#review-problem").textContent = error.status ? error.message : "The service does not answer; try again.";
+    find("#review-problem").hidden = false;
     if (error.status === 409) show(await call("GET", "next").catch(() => ({ conversation })));
   } finally {
     busy = false;
@@ -53,11 +53,11 @@ function show(state) {
   find("#review").hidden = conversation === null;
   const who = state.reviewer ? `${state.reviewer}, ${count} decided` : `${count} decided`;
   if (conversation === null) {
-    find("#status").textContent = `No conversation is left to review (${who}).`;
+    find("#review-status").textContent = `No conversation is left to review (${who}).`;
     return;
   }
   const number = conversation.conversation_number;
-  find("#status").textContent = `${number === null ? "Conversation" : "Conversation " + number} (${who})`;
+  find("#review-status").textContent = `${number === null ? "Conversation" : "Conversation " + number} (${who})`;
   const turns = conversation.turns.map((turn) => {
     const item = document.createElement("li");
     const speaker = document.createElement("b");
@@ -125,7 +125,7 @@ const undo = () =>
     const state = await call("DELETE", "decisions/last");
     if (state.undone) count = Math.max(0, count - 1);
     show(state);
-    if (!state.undone) find("#status").textContent += ": nothing to undo";
+    if (!state.undone) find("#review-status").textContent += ": nothing to undo";
   });
 
 function openNote() {
@@ -150,7 +150,7 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (event.key === "Enter") {
-    if (event.target.closest("#actions")) return; // the focused button acts
+    if (event.target.closest("#actions, a")) return; // the focused button or link acts
     event.preventDefault();
     if (!event.repeat) accept();
   } else if (event.key === "ArrowDown" || event.key === "ArrowUp") {

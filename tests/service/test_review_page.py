@@ -163,7 +163,7 @@ def test_schemathesis_finds_no_deviation_of_the_review_routes(
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 TURNS = "[...document.querySelectorAll('#turns li')].map(one => one.innerText)"
-NUMBER = "(document.querySelector('#status')?.textContent.match(/Conversation (\\d+)/) ?? [])[1]"
+NUMBER = "(document.querySelector('#review-status')?.textContent.match(/Conversation (\\d+)/) ?? [])[1]"
 
 
 async def test_page_works_with_the_keyboard_in_a_browser(
@@ -200,7 +200,7 @@ async def test_page_works_with_the_keyboard_in_a_browser(
         await tab.until(NUMBER, lambda number: number == "3")
         await tab.press("Enter")
         assert "No conversation is left" in await tab.until(
-            "document.querySelector('#status').textContent", lambda text: "left" in text
+            "document.querySelector('#review-status').textContent", lambda text: "left" in text
         )
         assert await tab.value("document.title") == "Review labels"
         assert not tab.problems

@@ -1,0 +1,132 @@
+"""The tabs Review, Labels and Quarantine of /dashboard in a real browser: keyboard, a phone, axe, and no script from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.async_api import Dialog
+from pymongo.database import Database
+
+from tests.commands.test_quarantine import failed
+from tests.review.review_site import fill, result
+from tests.service.chromium import Visit, visit
+from tests.service.service_process import ServiceProcess, serve
+from utils.batch_file_manager import BatchFiles
+
+Data = Database[dict[str, Any]]
+ANNA = "anna-key-0123456789abcd"
+PHONE = {"viewport": {"width": 375, "height": 700}, "has_touch": True}
+
+
+@pytest.fixture
+def service(tmp_path: Path, mongodb_uri: str, db_name: str, database: Data) -> Iterator[ServiceProcess]:
+    """A service with all tabs, two results to review, and three documents in quarantine."""
+    files = BatchFiles(tmp_path / "batch_files")
+    files.save_failed("quarantine", 1, [failed("a", 1), failed("b", 3), failed("<script>alert(1)</script>", 4)])
+    fill(database, [result(1, 0.2), result(2, 0.9)])
+    settings = {"API_KEYS": f"anna:{ANNA}", "API_EMBEDDED": "true", "REVIEW_CONTROL_SHARE": "0"}
+    pages = {"API_EXPOSE_DASHBOARD": "key", "API_EXPOSE_REVIEW": "key"}
+    place = {"MONGODB_URI": mongodb_uri, "MONGODB_DB": db_name, "DASHBOARD_BATCH_FILES_DIR": str(files.directory)}
+    with serve(tmp_path, **settings, **pages, **place) as process:
+        yield process
+
+
+def check(seen: Visit, service: ServiceProcess) -> None:
+    """No script failed, nothing broke the policy, and nothing was requested from elsewhere."""
+    assert not seen.problems
+    assert {re.sub(r"^(https?://[^/]+|data:).*", r"\1", one) for one in seen.addresses} <= {service.url, "data:"}
+
+
+async def test_review_works_inside_the_frame_by_keyboard(service: ServiceProcess, database: Data) -> None:
+    """The old address leads to the tab. Keys decide, and Enter on a link of the frame follows the link."""
+    async with visit(ANNA) as seen:
+        page = seen.page
+        await page.goto(f"{service.url}/review")
+        assert page.url == f"{service.url}/dashboard/review"
+        await page.get_by_text("Conversation 1 (anna").wait_for()
+        assert not await seen.axe()
+        await page.keyboard.press("Enter")
+        await page.get_by_text("Conversation 2 (anna").wait_for()
+        assert database["sentimental_analysis_corrections"].count_documents({"reviewer": "anna"}) == 3
+        await page.get_by_role("link", name="Quarantine").focus()
+        await page.keyboard.press("Enter")
+        await page.get_by_role("heading", name="Failed documents").wait_for()
+        assert database["sentimental_analysis_corrections"].count_documents({}) == 3
+        check(seen, service)
+
+
+async def test_quarantine_is_replayed_and_dropped_by_keyboard(service: ServiceProcess) -> None:
+    """A change of many, and a drop, ask first."""
+    asked: list[str] = []
+
+    async def agree(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        await dialog.accept()
+
+    async with visit(ANNA) as seen:
+        page = seen.page
+        page.on("dialog", agree)
+        await page.goto(f"{service.url}/dashboard/quarantine")
+        assert not await seen.axe()
+        await page.get_by_role("button", name="Replay document a", exact=True).press("Enter")
+        await page.get_by_text("1 document released").wait_for()
+        assert not asked
+        await page.get_by_role("link", name="b", exact=True).press("Enter")
+        await page.get_by_role("heading", name="Failed document b").wait_for()
+        assert not await seen.axe()
+        await page.get_by_role("button", name="Drop document b").press("Enter")
+        await page.get_by_text("1 document dropped").wait_for()
+        await page.get_by_role("button", name="Replay all failed documents").press("Enter")
+        await page.get_by_text("1 document released").wait_for()
+        assert asked == ["Drop document b from quarantine for good?", "Replay all failed documents?"]
+        check(seen, service)
+
+
+async def test_charts_come_by_themselves_and_lead_to_examples_by_keyboard(service: ServiceProcess) -> None:
+    """The first page has no chart; the script asks for them. Each chart has a table, and links work behind a prefix."""
+    async with visit(ANNA) as seen:
+        page = seen.page
+        await page.goto(f"{service.url}/dashboard/labels")
+        await page.get_by_text("2 results, counted").wait_for()
+        assert not await seen.axe()
+        drawings = await page.get_by_role("img").count()
+        tables = page.get_by_text(re.compile("^Table: "))
+        assert await tables.count() == drawings >= 4
+        await tables.first.press("Enter")
+        await page.get_by_role("cell", name="100.0 %").first.wait_for()
+        await page.get_by_role("link", name="Show only intent Complaint").press("Enter")
+        await page.get_by_label("Remove the filter intent: Complaint").wait_for()
+        await page.get_by_role("link", name="Examples of intent Complaint").press("Enter")
+        await page.get_by_role("row", name=re.compile("Complaint")).first.wait_for()
+        assert page.url == f"{service.url}/dashboard/examples/confidence?label.intent=Complaint"
+        assert not await seen.axe()
+        await page.get_by_text("Filter", exact=True).press("Enter")
+        await page.get_by_label("Channel").fill("nowhere")
+        await page.get_by_role("button", name="Show").press("Enter")
+        await page.get_by_text("No result is in this view").wait_for()
+        assert "channel=nowhere" in page.url
+        check(seen, service)
+
+
+async def test_charts_are_shown_without_a_script(service: ServiceProcess) -> None:
+    async with visit(ANNA, java_script_enabled=False) as seen:
+        await seen.page.goto(f"{service.url}/dashboard/labels")
+        await seen.page.get_by_text("2 results, counted").wait_for()
+        assert await seen.page.get_by_role("img").count() >= 4
+
+
+@pytest.mark.parametrize("tab", ["charts", "review", "quarantine"])
+async def test_tabs_fit_a_phone_and_the_dark(service: ServiceProcess, tab: str) -> None:
+    """No sideways scrolling at 375 pixels, and enough contrast in the dark."""
+    async with visit(ANNA, color_scheme="dark", **PHONE) as seen:
+        await seen.page.goto(f"{service.url}/dashboard/{'labels' if tab == 'charts' else tab}")
+        await seen.page.get_by_text(
+            {"charts": "2 results", "review": "Conversation 1 ("}.get(tab, "Failed")
+        ).first.wait_for()
+        assert not await seen.is_too_wide()
+        assert not await seen.axe()
+        check(seen, service)

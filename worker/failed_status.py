@@ -1,0 +1,99 @@
+"""Failed documents as MongoDB knows them, for programs that do not share the files of a worker.
+
+A run that is in progress may go on meanwhile: a document is only set back if it is still failed, its lease and its result
+are looked at again before the model is asked, and the results have a unique index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from config import Settings
+from mongo_client import DURABLE, DocumentStore, call_repeatedly
+from storage.extended_json import Document
+from storage.selection import QUERIES
+from utils.retry_utils import RetryPolicy
+
+# A single query has no status, and none is added.
+_SET_BACK: list[Document] = [
+    {"$set": {"status": {"$cond": [{"$eq": ["$status", "failed"]}, "pending", "$status"]}}},
+    {"$unset": "status_reason"},
+]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedStatus:
+    """A source document that failed. *attempts* is None for conversations, *failed_at* for single queries."""
+
+    document_id: Any
+    reason: str
+    failed_at: datetime | None
+    attempts: int | None
+
+
+class FailedInMongoDB:
+    """The failed documents of the source collection. Every method raises StoreError if MongoDB fails."""
+
+    def __init__(self, store: DocumentStore, settings: Settings) -> None:
+        self._store = store
+        self._source = store.database.get_collection(settings.source_collection, write_concern=DURABLE)
+        self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
+
+    async def counts(self) -> dict[str, int]:
+        """Return the number of failed documents by reason, the most frequent first."""
+        stages: list[Document] = [
+            {"$match": QUERIES["failed"]},
+            {"$group": {"_id": "$status_reason", "n": {"$sum": 1}}},
+            {"$sort": {"n": -1, "_id": 1}},
+        ]
+        found = await self._store.aggregate("count the failed documents", stages)
+        return {str(row["_id"]): row["n"] for row in found}
+
+    async def newest(self, reason: str | None, limit: int) -> list[FailedStatus]:
+        """Return up to *limit* failed documents, those that failed last first; *reason* None returns all reasons."""
+        stages: list[Document] = [
+            {"$match": _query(None, reason)},
+            {"$project": {"status_reason": 1, "last_processed_at": 1, "processing_attempts": 1}},
+            {"$sort": {"last_processed_at": -1, "_id": 1}},
+            {"$limit": limit},
+        ]
+        return [_failed(row) for row in await self._store.aggregate("list the failed documents", stages)]
+
+    async def retry(self, document_ids: Sequence[Any] | None = None, reason: str | None = None) -> int:
+        """Make failed documents pending again, as the next run with ``--retry-failed`` would select them.
+
+        Args:
+            document_ids: None means all.
+            reason: None means all.
+
+        Returns:
+            How many there were. Documents that are no longer failed are left alone.
+        """
+        query = _query(document_ids, reason)
+        changed = await call_repeatedly(
+            "set failed documents back", lambda: self._source.update_many(query, _SET_BACK), self._policy
+        )
+        return int(changed.modified_count)
+
+
+def _query(document_ids: Sequence[Any] | None, reason: str | None) -> Document:
+    query = dict(QUERIES["failed"])
+    if document_ids is not None:
+        query["_id"] = {"$in": list(document_ids)}
+    if reason is not None:
+        query["status_reason"] = {"$eq": reason}
+    return query
+
+
+def _failed(row: Document) -> FailedStatus:
+    at, attempts = row.get("last_processed_at"), row.get("processing_attempts")
+    failed_at = at.replace(tzinfo=at.tzinfo or UTC) if isinstance(at, datetime) else None
+    return FailedStatus(
+        row["_id"],
+        str(row.get("status_reason")),
+        failed_at,
+        attempts if isinstance(attempts, int) and not isinstance(attempts, bool) else None,
+    )
