@@ -26,6 +26,7 @@ from service.routes import add_classification, documentation, operations, simila
 from service.similar import OpenIndex, open_index
 from service.slow_clients import server_config
 from service.startup import start
+from service.taxonomy_routes import labels
 from utils.process import tune_garbage_collection
 
 VERSION = "1.0.0"
@@ -91,7 +92,7 @@ def create_app(
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    for router in (similarity, review, review_page, operations, documentation):
+    for router in (labels, similarity, review, review_page, operations, documentation):
         app.include_router(router)
     return app
 

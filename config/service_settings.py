@@ -31,12 +31,14 @@ class ServiceSettings(PartSettings):
     body_timeout_s: float = Field(10.0, gt=0, le=300)
     rate_limit_per_minute: int = Field(0, ge=0, le=1_000_000)
     max_body_bytes: int = Field(262_144, ge=1024, le=16_777_216)
+    max_batch_bytes: int = Field(2_097_152, ge=1024, le=16_777_216)
     max_messages: int = Field(500, ge=1, le=100_000)
     max_text_characters: int = Field(50_000, ge=1, le=4_194_304)
     idempotency_retention_s: float = Field(86_400.0, ge=0, le=604_800)
     idempotency_max_keys: int = Field(10_000, ge=1, le=1_000_000)
     expose_docs: Exposure = "key"
     expose_metrics: Exposure = "key"
+    expose_jobs: Literal["key", "off"] = "key"
     expose_review: Literal["key", "off"] = "off"
     embedded: bool = False
 

@@ -36,6 +36,9 @@ BODY_TOO_SLOW = ErrorKind("RequestTimeoutError", 408, "The body did not arrive i
 NOT_HELD = ErrorKind(
     "ReviewConflictError", 409, "You do not hold this conversation any more; get the next one from /review/next."
 )
+DUPLICATE_ID = ErrorKind(
+    "DuplicateIdError", 409, "Two conversations of the request have the same id; give each its own, or none."
+)
 TOO_LARGE = ErrorKind("PayloadTooLargeError", 413, "The body is too large; send less text.")
 NOT_JSON = ErrorKind(
     "UnsupportedMediaTypeError", 415, "Send Content-Type: application/json in UTF-8, without Content-Encoding."
@@ -93,6 +96,11 @@ BODY_ERRORS = (INVALID_JSON, BODY_TOO_SLOW, TOO_LARGE, NOT_JSON)
 SIMILAR_ERRORS = (INDEX_NOT_INSTALLED, INDEX_EMPTY, INDEX_UNUSABLE, TEXT_STAYS, EMBEDDING_AWAY)
 # Those of /review, apart from those of the body.
 REVIEW_ERRORS = (UNAUTHENTICATED, WRONG_HOST, CROSS_SITE, TOO_MANY, INTERNAL, STOPPING, STORE_AWAY, TOO_SLOW)
+# Those of /classify/batch; what happens to a conversation is in its result.
+BATCH_ERRORS = (
+    *(UNAUTHENTICATED, WRONG_HOST, INVALID, DUPLICATE_ID, TOO_MANY, INTERNAL, QUEUE_FULL, STOPPING),
+    *(MODEL_AWAY, *BODY_ERRORS),
+)
 # The errors that /classify and /similar have in common, apart from those of the body.
 COMMON_ERRORS = (
     *(UNAUTHENTICATED, WRONG_HOST, INVALID, TOO_MANY, INTERNAL, UNUSABLE_ANSWER),

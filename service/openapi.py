@@ -111,20 +111,21 @@ def _describe_labels(document: dict[str, Any], taxonomy: Taxonomy) -> None:
     """Fill in the labels of *taxonomy*; for the shipped fields, the document is that of the code."""
     schemas = document["components"]["schemas"]
     schemas["Labels"] = labels_schema(taxonomy)
+    schemas["PastLabels"] = labels_schema(taxonomy, is_closed=False)
+    reference = {"$ref": "#/components/schemas/PastLabels"}
+    schemas["SimilarConversation"]["properties"]["classification"] = reference
     if taxonomy.field_names == tuple(TRIAD.values()) and taxonomy.has_categorization:
         return
     document["info"]["description"] = (
         f"Classifies one support conversation at a time: {', '.join(taxonomy.field_names)}. Durations are in seconds."
     )
-    schemas["PastLabels"] = labels_schema(taxonomy, is_closed=False)
-    reference = {"$ref": "#/components/schemas/PastLabels"}
-    schemas["SimilarConversation"]["properties"]["classification"] = reference
     example = {
         field.name: [field.names[0]] if field.is_multiple else EXAMPLE_LABELS.get(field.name, field.names[0])
         for field in taxonomy.fields
     }
     if taxonomy.has_categorization:
         example["categorization"] = EXAMPLE_LABELS["categorization"]
-    answer, found = (schemas[name]["examples"][0] for name in ("ClassificationResponse", "SimilarResponse"))
-    for shown in (answer, *found["hits"]):
+    names = ("ClassificationResponse", "BatchResponse", "SimilarResponse")
+    answer, batch, found = (schemas[name]["examples"][0] for name in names)
+    for shown in (answer, batch["results"][0], *found["hits"]):
         shown["classification"] = example

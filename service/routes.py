@@ -14,8 +14,9 @@ from starlette.staticfiles import StaticFiles
 
 from error_handler import RequestError
 from service import errors, openapi
-from service.access import CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, SIMILAR
+from service.access import BATCH, CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, SIMILAR
 from service.admission import cancel_on_disconnect
+from service.batch import BatchRequest, BatchResponse, classify_batch, require_distinct_ids
 from service.contract import ClassificationRequest, ClassificationResponse, Labels, conversation_of
 from service.metrics import CONTENT_TYPE
 from service.model import ModelService, Verdict
@@ -107,8 +108,22 @@ async def classify(conversation: ClassificationRequest, request: Request) -> Res
     return Response(answer.model_dump_json(exclude_unset=True), headers=headers, media_type="application/json")
 
 
+async def batch(wanted: BatchRequest, request: Request) -> Response:
+    """Return a result for each conversation: labels, or the error that POST /classify would answer.
+
+    The status is 200 also if conversations failed. The deadline is that of one request.
+    """
+    service: Service = request.state.service
+    require_distinct_ids(wanted.conversations)
+    service.gate.charge(request.state.caller, request.client, len(wanted.conversations) - 1)
+    work = classify_batch(wanted.conversations, service, request.state.deadline)
+    answer = await cancel_on_disconnect(work, request.receive)
+    request.state.note = f", {answer.succeeded} of {len(answer.results)} conversations labelled"
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
 def add_classification(app: FastAPI) -> None:
-    """Add POST /classify to *app* itself: the path of an included router is matched twice."""
+    """Add POST /classify and its batch to *app* itself: the path of an included router is matched twice."""
     app.post(
         CLASSIFY,
         tags=["classification"],
@@ -118,6 +133,16 @@ def add_classification(app: FastAPI) -> None:
         responses=_classify_responses,
         openapi_extra={**KEY_REQUIRED, "parameters": [_IDEMPOTENCY_KEY, REQUEST_ID_PARAMETER]},
     )(classify)
+    app.post(
+        BATCH,
+        tags=["classification"],
+        operation_id="classifyBatch",
+        summary="Classify up to 100 conversations",
+        response_model=BatchResponse,
+        response_model_exclude_none=True,
+        responses=documented_errors(*errors.BATCH_ERRORS),
+        openapi_extra={**KEY_REQUIRED, "parameters": [REQUEST_ID_PARAMETER]},
+    )(batch)
 
 
 async def _require_plain_query(request: Request) -> None:

@@ -15,7 +15,7 @@ from config import Settings
 from config.service_settings import ServiceSettings
 from logger import RequestIdFilter, TracebackRedactor, adopt_server_logs, configure_logging
 from network.addresses import require_keys_outside_this_machine
-from service.access import CLASSIFY, SIMILAR, ServiceGate
+from service.access import BATCH, CLASSIFY, SIMILAR, ServiceGate
 from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
 from service.lease import lease_while_busy
@@ -82,7 +82,10 @@ async def start(
         max_connections = max(16, _raise_open_files() - RESERVED_FILES - service_settings.max_concurrent)
         guard = SlowClientGuard(config, service_settings, settings.shutdown_grace_s, max_connections, stop)
         await stack.enter_async_context(guard.run())
-    bodies = BodyLimits(service_settings, {CLASSIFY: model.require_room, SIMILAR: similar.slots.require_room})
+    bodies = BodyLimits(
+        service_settings,
+        {CLASSIFY: model.require_room, BATCH: model.require_room, SIMILAR: similar.slots.require_room},
+    )
     review = None if service_settings.expose_review == "off" else await open_review(settings, model.deadlines, stack)
     answers = IdempotencyStore[Verdict](service_settings.idempotency_retention_s, service_settings.idempotency_max_keys)
     return Service(service_settings, metrics, gate, bodies, model, answers, similar, review)

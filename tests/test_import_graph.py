@@ -70,7 +70,14 @@ OWNERS = {
     "phonenumbers": {"openai_batch.masking"},
     "stdnum": {"openai_batch.masking"},
     "smtplib": {"openai_batch.notifications"},
-    "fastapi": {"main", "service.middleware", "service.openapi", "service.review_routes", "service.routes"},
+    "fastapi": {
+        "main",
+        "service.middleware",
+        "service.openapi",
+        "service.review_routes",
+        "service.routes",
+        "service.taxonomy_routes",
+    },
     # below FastAPI: ASGI types for middleware
     "starlette": {
         "main",
