@@ -19,6 +19,7 @@ from config import Settings, load_settings
 from config.service_settings import ServiceSettings, load_service_settings
 from error_handler import ConfigurationError, ExitCode, TriadError
 from network.addresses import require_keys_outside_this_machine
+from service.job_routes import jobs
 from service.middleware import ServiceMiddleware, add_error_handlers
 from service.openapi import openapi_document
 from service.review_routes import review, review_page
@@ -92,7 +93,7 @@ def create_app(
     app.add_middleware(ServiceMiddleware)
     add_error_handlers(app)
     add_classification(app)
-    for router in (labels, similarity, review, review_page, operations, documentation):
+    for router in (labels, jobs, similarity, review, review_page, operations, documentation):
         app.include_router(router)
     return app
 

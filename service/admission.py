@@ -7,8 +7,7 @@ import math
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -87,21 +86,20 @@ class AdmissionQueue:
             self._freed.set()
         self.running += 1
 
-    @asynccontextmanager
-    async def background(self) -> AsyncIterator[None]:
-        """Hold a slot for the block. Waits until no request waits, and less than ``background_slots`` are in use."""
+    async def acquire_in_background(self) -> None:
+        """Wait until no request waits and less than ``background_slots`` are in use; the caller releases the slot."""
         while self.waiting or self.running >= self.background_slots:
             await self._wait_for_release()
         await self._slots.acquire()  # one is free
         self.running += 1
         self._background += 1
-        try:
-            yield
-        finally:
-            self._background -= 1
-            self.running -= 1
-            self._slots.release()
-            self._freed.set()
+
+    def release_in_background(self) -> None:
+        """Release a slot of ``acquire_in_background``."""
+        self._background -= 1
+        self.running -= 1
+        self._slots.release()
+        self._freed.set()
 
     async def _wait_for_release(self) -> None:
         self._freed.clear()

@@ -182,7 +182,7 @@ class ModelService:
         return await self.deadlines.until(deadline, self._classify(conversation, deadline, patiently))
 
     async def classify_in_background(self, conversation: Conversation, deadline: float) -> Verdict:
-        """Do the same in a slot that the caller holds: ``slots.background``."""
+        """Do the same in a slot that the caller holds (``slots.acquire_in_background``)."""
         self.require_model()
         return await self.deadlines.until(deadline, self._ask(conversation, deadline, 0.0))
 

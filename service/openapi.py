@@ -12,9 +12,10 @@ from config.service_settings import ServiceSettings
 from config.taxonomy import TRIAD
 from error_handler import ErrorKind, RequestError
 from logger import REQUEST_ID_HEADER
-from service.access import METRICS, REVIEW
+from service.access import JOBS, METRICS, REVIEW
 from service.contract import EXAMPLE_LABELS, ErrorResponse, labels_schema
 from service.similar import MAX_QUERY_CHARACTERS, MAX_SEARCH_CHARACTERS
+from service.webhooks import MAX_URL_CHARACTERS, url_pattern
 
 # ServiceGate checks keys before the body is read, which a dependency cannot do. A route only describes them, and the
 # request id of the middleware: dependencies without a purpose would cost each request 0.1 ms.
@@ -90,6 +91,12 @@ def openapi_document(app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy
     schemas["Message"]["properties"]["text"]["maxLength"] = longest
     schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] = settings.max_messages
     schemas["SimilarRequest"]["properties"]["text"]["maxLength"] = min(MAX_SEARCH_CHARACTERS, longest)
+    schemas["JobRequest"]["properties"]["conversations"]["maxItems"] = settings.job_max_conversations
+    if settings.allowed_origins:
+        url = {"type": "string", "pattern": url_pattern(settings.allowed_origins), "maxLength": MAX_URL_CHARACTERS}
+        schemas["JobRequest"]["properties"]["webhook"] |= {"anyOf": [url, {"type": "null"}]}
+    else:
+        del schemas["JobRequest"]["properties"]["webhook"]
     for parameter in paths["/similar"]["get"]["parameters"]:
         if parameter["name"] == "text":
             parameter["schema"]["maxLength"] = min(MAX_QUERY_CHARACTERS, longest)
@@ -97,9 +104,10 @@ def openapi_document(app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy
         del paths[METRICS]
     elif settings.expose_metrics == "public":
         paths[METRICS]["get"]["security"] = []
-    if settings.expose_review == "off":
-        for path in [path for path in paths if path.startswith(f"{REVIEW}/")]:
-            del paths[path]
+    switches = {REVIEW: settings.expose_review, JOBS: settings.expose_jobs}
+    hidden = tuple(page for page, exposure in switches.items() if exposure == "off")
+    for path in [path for path in paths if path.startswith(hidden)]:
+        del paths[path]
     if settings.keys is None:
         for operations in paths.values():
             for operation in operations.values():

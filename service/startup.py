@@ -18,6 +18,7 @@ from network.addresses import require_keys_outside_this_machine
 from service.access import BATCH, CLASSIFY, SIMILAR, ServiceGate
 from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
+from service.jobs import JobService, open_jobs
 from service.lease import lease_while_busy
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
@@ -43,6 +44,7 @@ class Service:
     answers: IdempotencyStore[Verdict]
     similar: SimilarConversations
     review: ReviewService | None
+    jobs: JobService | None
 
 
 async def start(
@@ -87,8 +89,11 @@ async def start(
         {CLASSIFY: model.require_room, BATCH: model.require_room, SIMILAR: similar.slots.require_room},
     )
     review = None if service_settings.expose_review == "off" else await open_review(settings, model.deadlines, stack)
+    jobs = None
+    if service_settings.expose_jobs != "off":
+        jobs = await open_jobs(settings, service_settings, model, metrics, lambda: gate.stopping, stack)
     answers = IdempotencyStore[Verdict](service_settings.idempotency_retention_s, service_settings.idempotency_max_keys)
-    return Service(service_settings, metrics, gate, bodies, model, answers, similar, review)
+    return Service(service_settings, metrics, gate, bodies, model, answers, similar, review, jobs)
 
 
 def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> None:

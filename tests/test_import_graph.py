@@ -45,7 +45,13 @@ OWNERS = {
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {"network.outgoing", "async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
+    "aiohttp": {
+        "network.outgoing",
+        "async_llm_wrapper",
+        "service.client.client",
+        "openai_batch.notifications",
+        "service.webhooks",
+    },
     # of the model server, for chat and for embeddings
     "requests": {"llm_wrapper", "network.outgoing"},
     "urllib3": {"llm_wrapper"},
@@ -72,6 +78,7 @@ OWNERS = {
     "smtplib": {"openai_batch.notifications"},
     "fastapi": {
         "main",
+        "service.job_routes",
         "service.middleware",
         "service.openapi",
         "service.review_routes",
@@ -83,6 +90,7 @@ OWNERS = {
         "main",
         "service.admission",
         "service.body_limits",
+        "service.idempotency",
         "service.middleware",
         "service.routes",
     },
