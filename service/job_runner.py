@@ -32,7 +32,7 @@ POLL_S = 5.0  # for jobs of other processes, and what they left
 AFTER_OUTAGE_S = 5.0  # of the model server
 AFTER_STORE_FAILURE_S = 30.0
 GIVE_BACK_S = 2.0  # at the end of the process
-WEBHOOK_ATTEMPTS = 14  # within about three hours; the waits double up to one hour
+WEBHOOK_ATTEMPTS = 14  # within about two hours; the waits double up to one hour
 WEBHOOK_POLL_S = 1.0
 
 

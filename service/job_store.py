@@ -72,7 +72,8 @@ class JobStore:
 
         The conversations are stored first, because a job exists as soon as its own document does.
         """
-        job, now = uuid.uuid4().hex, self._store.server_time()
+        now = self._store.server_time()
+        job, now = uuid.uuid4().hex, now.replace(microsecond=now.microsecond // 1000 * 1000)  # as MongoDB keeps it
         times = {"created_at": now, "expires_at": now + self._retention}
         document = {"_id": job, **head, "state": OPEN, "total": len(requests), **times}
         items = [

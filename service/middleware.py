@@ -115,8 +115,9 @@ async def _no_such_route(request: Request, exc: HTTPException) -> Response:
     kind = errors.METHOD_NOT_ALLOWED if exc.status_code == 405 else errors.NOT_FOUND
     response = error_response(RequestError(kind))
     if kind is errors.METHOD_NOT_ALLOWED:
+        path = getattr(request.scope.get("route"), "path", request.url.path)
         # Starlette names the methods of the first route of the path only; the document has all.
-        operations = request.app.openapi()["paths"].get(request.url.path, {"get": {}})
+        operations = request.app.openapi()["paths"].get(path, {"get": {}})
         response.headers["Allow"] = ", ".join(method.upper() for method in operations)
     return response
 
