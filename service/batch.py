@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from config.service_settings import ServiceSettings
 from error_handler import RequestError
 from service import errors
 from service.contract import (
@@ -18,10 +19,8 @@ from service.contract import (
     Labels,
     conversation_of,
 )
-from service.model import Verdict
-
-if TYPE_CHECKING:
-    from service.startup import Service
+from service.metrics import ServiceMetrics
+from service.model import ModelService, Verdict
 
 MAX_CONVERSATIONS = 100
 MAX_ID_CHARACTERS = 200
@@ -106,7 +105,9 @@ def require_distinct_ids(items: Sequence[BatchItem]) -> None:
         raise RequestError(errors.DUPLICATE_ID)
 
 
-async def classify_batch(items: Sequence[BatchItem], service: Service, deadline: float) -> BatchResponse:
+async def classify_batch(
+    items: Sequence[BatchItem], model: ModelService, settings: ServiceSettings, metrics: ServiceMetrics, deadline: float
+) -> BatchResponse:
     """Return a result for each of *items*; those that are not done at *deadline* (of the loop's clock) have an error.
 
     The batch has as many places in the queue as there are slots, so that other callers find room. It waits while the
@@ -117,23 +118,19 @@ async def classify_batch(items: Sequence[BatchItem], service: Service, deadline:
 
     async def work() -> None:
         for place, item in waiting:
-            results[place] = await _result(item, service, deadline)
+            try:
+                verdict = await model.classify(conversation_of(item, settings), deadline, patiently=True)
+                results[place] = labelled(item, verdict)
+            except RequestError as problem:
+                metrics.rejections.labels(problem.kind.name).inc()
+                results[place] = failed(item, problem)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(min(len(items), service.model.slots.size)):
+        for _ in range(min(len(items), model.slots.size)):
             group.create_task(work())
     done = [result for result in results if result is not None]
     succeeded = sum(result.status == DONE for result in done)
     return BatchResponse(succeeded=succeeded, failed=len(done) - succeeded, results=done)
-
-
-async def _result(item: BatchItem, service: Service, deadline: float) -> ItemResult:
-    try:
-        conversation = conversation_of(item, service.settings)
-        return labelled(item, await service.model.classify(conversation, deadline, patiently=True))
-    except RequestError as problem:
-        service.metrics.rejections.labels(problem.kind.name).inc()
-        return failed(item, problem)
 
 
 def labelled(item: BatchItem, verdict: Verdict) -> ItemResult:

@@ -96,7 +96,7 @@ class Labels(BaseModel):
         def __getattr__(self, field: str) -> Any: ...
 
 
-_DESCRIPTIONS = {
+FIELD_DESCRIPTIONS = {  # of the shipped fields, which have no definition in a file
     "intent": "what the customer wants",
     "topic": "what it is about",
     "sentiment": "how the customer feels",
@@ -118,7 +118,7 @@ def labels_schema(taxonomy: Taxonomy, *, is_closed: bool = True) -> dict[str, An
         if field.is_multiple:
             shown = {"type": "array", "items": shown, **({"minItems": 1} if is_closed else {}), "uniqueItems": True}
         title = {"title": name.replace("_", " ").title()}
-        description = _DESCRIPTIONS.get(name) or field.definition
+        description = FIELD_DESCRIPTIONS.get(name) or field.definition
         properties[name] = {**shown, **title, **({"description": description} if description else {})}
     if taxonomy.has_categorization:
         properties["categorization"] = {

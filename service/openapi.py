@@ -87,6 +87,7 @@ def openapi_document(app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy
     schemas, paths = document["components"]["schemas"], document["paths"]
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
     _describe_labels(document, taxonomy)
+    _loosen_items(schemas)
     longest = settings.max_text_characters
     schemas["Message"]["properties"]["text"]["maxLength"] = longest
     schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] = settings.max_messages
@@ -113,6 +114,14 @@ def openapi_document(app: FastAPI, settings: ServiceSettings, taxonomy: Taxonomy
             for operation in operations.values():
                 operation["security"] = []
     return document
+
+
+def _loosen_items(schemas: dict[str, Any]) -> None:
+    """Leave out of a conversation of many what makes only that conversation fail, not the whole request."""
+    schemas["ItemMessage"] = {**copy.deepcopy(schemas["Message"]), "title": "ItemMessage"}
+    messages = schemas["BatchItem"]["properties"]["messages"]
+    del messages["contains"]
+    messages["items"] = {"$ref": "#/components/schemas/ItemMessage"}
 
 
 def _describe_labels(document: dict[str, Any], taxonomy: Taxonomy) -> None:

@@ -100,7 +100,9 @@ async def batch(wanted: BatchRequest, request: Request) -> Response:
     service: Service = request.state.service
     require_distinct_ids(wanted.conversations)
     service.gate.charge(request.state.caller, request.client, len(wanted.conversations) - 1)
-    work = classify_batch(wanted.conversations, service, request.state.deadline)
+    work = classify_batch(
+        wanted.conversations, service.model, service.settings, service.metrics, request.state.deadline
+    )
     answer = await cancel_on_disconnect(work, request.receive)
     request.state.note = f", {answer.succeeded} of {len(answer.results)} conversations labelled"
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

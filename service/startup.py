@@ -98,6 +98,8 @@ async def start(
 
 def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> None:
     secrets = [key for _, key in service_settings.named_keys]
+    if service_settings.webhook_secret:
+        secrets.append(service_settings.webhook_secret.get_secret_value())
     if settings.llm_api_key:
         secrets.append(settings.llm_api_key.get_secret_value())
     configure_logging(settings.log_level, secrets=secrets)

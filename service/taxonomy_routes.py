@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from config import Taxonomy
 from service import errors
 from service.access import LABELS
+from service.contract import FIELD_DESCRIPTIONS
 from service.openapi import KEY_REQUIRED, documented_errors
 
 
@@ -99,7 +100,7 @@ def described(taxonomy: Taxonomy) -> LabelsResponse:
         fields=[
             FieldDescription(
                 name=field.name,
-                definition=field.definition,
+                definition=field.definition or FIELD_DESCRIPTIONS.get(field.name, ""),
                 multiple=field.is_multiple,
                 labels=[LabelDescription(name=label.name, definition=label.definition) for label in field.labels],
             )

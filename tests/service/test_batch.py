@@ -129,6 +129,7 @@ def test_labels_are_the_taxonomy_and_have_an_etag(service: ServiceProcess) -> No
     assert [field["name"] for field in fields] == list(taxonomy.field_names)
     assert [label["name"] for label in fields[0]["labels"]] == list(taxonomy.names("intent"))
     assert fields[0]["labels"][0]["definition"] == taxonomy.labels("intent")[0].definition
+    assert fields[0]["definition"] == "what the customer wants"
     assert (fields[0]["multiple"], answer.json["categorization"]) == (False, True)
     assert answer.headers["cache-control"] == "no-cache"
     etag = answer.headers["etag"]

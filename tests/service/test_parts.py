@@ -73,17 +73,16 @@ async def test_background_work_waits_for_requests_and_leaves_them_a_slot() -> No
     await settle()
     assert (started, queue.running, queue.requests) == ([0, 1], 2, 0)
     order: list[int] = []
-    requests = [asyncio.create_task(hold(queue, order, number, asyncio.Event())) for number in range(2)]
+    answered = asyncio.Event()
+    requests = [asyncio.create_task(hold(queue, order, number, answered)) for number in range(2)]
     await settle()
     assert (order, queue.waiting, queue.requests) == ([0], 1, 2)
     release.set()
     await asyncio.gather(*background[:2])
     await settle()
     assert (order, started) == ([0, 1], [0, 1])  # the waiting request goes first
-    for request in requests:
-        request.cancel()
-        await asyncio.wait([request])
-    await background[2]
+    answered.set()
+    await asyncio.gather(*requests, background[2])
     assert queue.running == 0
 
 
