@@ -68,6 +68,8 @@ class JobRunner:
         tasks = [asyncio.create_task(self._work_off(is_stopping), name="jobs")]
         if self._settings.allowed_origins:
             tasks.append(asyncio.create_task(self._send_webhooks(), name="webhooks"))
+        for task in tasks:
+            task.add_done_callback(_log_failure)
         try:
             yield
         finally:
@@ -120,9 +122,7 @@ class JobRunner:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._working.discard(task)
         self._model.slots.release_in_background()
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            # Its lease expires, and after ATTEMPTS it fails.
-            logger.error("a conversation of a job could not be worked off", exc_info=exc)
+        _log_failure(task)  # the lease expires, and after ATTEMPTS the conversation fails
 
     async def _work(self, item: ClaimedItem) -> None:
         try:
@@ -179,7 +179,7 @@ class JobRunner:
                 raise JobValidationError("its origin is not in API_WEBHOOK_ORIGINS any more")
             await send_webhook(due.url, self._settings.signing_key, f"job_{job}", await self._payload(due))
             state = DELIVERED
-        except (JobConnectionError, JobValidationError) as exc:
+        except (JobConnectionError, JobValidationError, ConfigurationError) as exc:
             is_final = isinstance(exc, JobValidationError) or due.attempts >= WEBHOOK_ATTEMPTS
             what = "given up" if is_final else "tried again later"
             logger.warning(
@@ -200,3 +200,8 @@ class JobRunner:
             "failed": due.job["total"] - succeeded,
         }
         return orjson.dumps({"type": "job.done", "timestamp": due.job["finished_at"], "data": data})
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (exc := task.exception()) is not None:
+        logger.error("the task %s ended", task.get_name(), exc_info=exc)
