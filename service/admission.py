@@ -87,8 +87,11 @@ class AdmissionQueue:
         self.running += 1
 
     async def acquire_in_background(self) -> None:
-        """Wait until no request waits and less than ``background_slots`` are in use; the caller releases the slot."""
-        while self.waiting or self.running >= self.background_slots:
+        """Wait until less than ``background_slots`` are in use; the caller releases the slot.
+
+        Requests go first: while one waits, all slots are in use, and a free one is handed to it.
+        """
+        while self.running >= self.background_slots:
             await self._wait_for_release()
         await self._slots.acquire()  # one is free
         self.running += 1

@@ -43,7 +43,7 @@ def site(mongodb_uri: str, db_name: str, tmp_path: Path) -> Callable[..., Any]:
 
 def test_webhook_is_signed_and_repeated_until_it_is_received(site: Callable[..., Any], database: Data) -> None:
     """An independent library accepts the signature; each attempt has the same id; the log has no path of the URL."""
-    with receiving(status(500), status(302, Location="/elsewhere"), status(204)) as receiver:
+    with receiving(status(500), status(307, Location="/elsewhere"), status(204)) as receiver:
         url = f"{receiver.url}/secret-path?token=1"
         with site(receiver.url.removesuffix("/hook")) as service:
             silent = {"conversation_number": "2", "messages": [{"sender": "agent", "text": "Hello?"}]}
@@ -65,6 +65,7 @@ def test_webhook_is_signed_and_repeated_until_it_is_received(site: Callable[...,
             datetime.fromisoformat(message["timestamp"])
             assert b"parcel" not in body
         assert len(receiver.received) == 3
+        assert _due(database)["attempts"] == 3  # a redirect is a failed attempt
 
 
 def _due(database: Data) -> dict[str, Any]:
