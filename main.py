@@ -26,6 +26,7 @@ from service.dashboard_quarantine import dashboard_quarantine
 from service.dashboard_review import dashboard_review
 from service.dashboard_routes import dashboard
 from service.dashboard_runs import dashboard_runs
+from service.job_routes import jobs
 from service.middleware import ServiceMiddleware, add_error_handlers
 from service.openapi import openapi_document
 from service.review_routes import review, review_page
@@ -33,6 +34,7 @@ from service.routes import add_classification, documentation, operations, simila
 from service.similar import OpenIndex, open_index
 from service.slow_clients import server_config
 from service.startup import start
+from service.taxonomy_routes import labels
 from utils.process import tune_garbage_collection
 
 # FastAPI's own traces contain paths, and its records contain exception messages: text that callers sent.
@@ -101,7 +103,7 @@ def create_app(
     add_error_handlers(app)
     add_classification(app)
     tabs = (dashboard, dashboard_runs, dashboard_labels, dashboard_review, dashboard_quarantine)
-    for router in (similarity, review, review_page, *tabs, operations, documentation):
+    for router in (labels, jobs, similarity, review, review_page, *tabs, operations, documentation):
         app.include_router(router)
     return app
 

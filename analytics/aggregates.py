@@ -28,7 +28,7 @@ from error_handler import Reason
 from mongo_client import DocumentStore, call_repeatedly
 from storage.aggregation import aggregated
 from storage.extended_json import Document, id_text
-from storage.selection import QUERIES
+from storage.selection import Selection
 from utils.retry_utils import RetryPolicy
 
 LIMIT_S = 600.0  # for one pass
@@ -57,6 +57,9 @@ class Counts:
         self.n += n
         for label in labels:
             self.labels[label] += n
+
+
+LEFT: tuple[Selection, ...] = ("failed", "skipped")  # the states of documents without labels
 
 
 @dataclass(slots=True)
@@ -137,7 +140,7 @@ class LabelAnalytics:
         self._database = store.database.client.get_database(store.database.name, codec_options=options)
         self._results_name = settings.results_collection
         self._corrections_name = f"{settings.results_collection}_corrections"
-        self._source_name = settings.source_collection
+        self._source_name, self._states = settings.source_collection, store.states
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
 
     async def field_counts(
@@ -212,12 +215,13 @@ class LabelAnalytics:
 
     async def failures(self) -> dict[str, Counter[str]]:
         """Return the reasons of the source documents that are ``failed`` and ``skipped`` now, whatever their time."""
-        reason = {"$cond": [{"$eq": [{"$type": "$status_reason"}, "string"]}, "$status_reason", ""]}
+        path = f"${self._states.reason}"
+        reason = {"$cond": [{"$eq": [{"$type": path}, "string"]}, path, ""]}
         group = {"$group": {"_id": {"$arrayElemAt": [{"$split": [reason, ":"]}, 0]}, "n": {"$sum": 1}}}
         found: dict[str, Counter[str]] = {}
-        for state in ("failed", "skipped"):
+        for state in LEFT:
             counts = found[state] = Counter[str]()
-            for one in await self._read(self._source_name, [{"$match": QUERIES[state]}, group, *LARGEST]):
+            for one in await self._read(self._source_name, [{"$match": self._states.queries[state]}, group, *LARGEST]):
                 counts[one["_id"] if one["_id"] in _REASONS else "other"] += one["n"]
         return found
 

@@ -19,11 +19,13 @@ from error_handler import RequestError
 from service.errors import NOT_FOUND, STOPPING, TOO_MANY, UNAUTHENTICATED, WRONG_HOST, unavailable
 
 CLASSIFY, SIMILAR, HEALTH, READY = "/classify", "/similar", "/health", "/ready"
+BATCH, JOBS, LABELS = "/classify/batch", "/jobs", "/labels"
 METRICS, DOCS, OPENAPI = "/metrics", "/docs", "/openapi.json"
 REVIEW, REVIEW_DECISIONS, REVIEW_SKIP = "/review", "/review/decisions", "/review/skip"
 DASHBOARD = "/dashboard"
 DASHBOARD_EVENTS = f"{DASHBOARD}/events"  # a stream: its duration says nothing about the page
-ASKED = (CLASSIFY, SIMILAR)  # for callers; the other routes are for operators
+ASKED = (CLASSIFY, BATCH, JOBS, SIMILAR)  # for callers, within their rate limit
+OF_MANY = (BATCH, JOBS)  # conversations in one body
 WITH_BODY = (*ASKED, REVIEW_DECISIONS, REVIEW_SKIP)  # if the method is POST
 ANONYMOUS = "anonymous"
 WRONG_KEYS_PER_MINUTE = 60  # per address; too few to guess 16 characters
@@ -35,10 +37,10 @@ def route_of(path: str) -> str:
     """Return the route of *path*, or ``other``: a closed list, safe for metrics and logs."""
     if path == DASHBOARD_EVENTS:
         return path
-    for page in (DOCS, REVIEW, DASHBOARD):
+    for page in (DOCS, JOBS, REVIEW, DASHBOARD):
         if path.startswith(f"{page}/"):
             return page
-    return path if path in (*ASKED, HEALTH, READY, METRICS, DOCS, OPENAPI, REVIEW, DASHBOARD) else "other"
+    return path if path in (*ASKED, LABELS, HEALTH, READY, METRICS, DOCS, OPENAPI, REVIEW, DASHBOARD) else "other"
 
 
 class ServiceGate:
@@ -48,7 +50,8 @@ class ServiceGate:
         self._keys = KeyRing(settings.named_keys)
         self._is_local_only = not self._keys and not settings.allow_unauthenticated
         self._exposure: dict[str, Exposure] = {
-            CLASSIFY: "key",
+            **dict.fromkeys((CLASSIFY, BATCH, LABELS), "key"),
+            JOBS: settings.expose_jobs,
             SIMILAR: "key",
             DOCS: settings.expose_docs,
             OPENAPI: settings.expose_docs,
@@ -87,10 +90,18 @@ class ServiceGate:
                 raise RequestError(UNAUTHENTICATED)
             caller = known
         if route in ASKED:
-            self._rates.require(caller if self._keys else address)
+            self._rates.require(self._rated(caller, client))
             if self.stopping:
                 raise unavailable(STOPPING)
         return caller
+
+    def charge(self, caller: str, client: Any, requests: int) -> None:
+        """Count *requests* more of *caller* at *client*; see ``admit``. They are not refused, but those that follow are."""
+        self._rates.charge(self._rated(caller, client), requests)
+
+    def _rated(self, caller: str, client: Any) -> str:
+        """Return whose rate counts: that of the key, or of the address if there are no keys."""
+        return caller if self._keys else str(client[0]) if client else ""
 
 
 Headers = Mapping[bytes, bytes]
@@ -162,6 +173,12 @@ class RateLimiter:
         if len(self._buckets) > MAX_CALLERS:
             self._buckets.popitem(last=False)
         return 0.0 if allowed else (1.0 - tokens) / self._per_s
+
+    def charge(self, caller: str, tokens: int) -> None:
+        """Take *tokens* of *caller*, also those that it does not have yet."""
+        if self._capacity:
+            held, at = self._buckets.pop(caller, (self._capacity, self._clock()))
+            self._buckets[caller] = (held - tokens, at)
 
     def require(self, caller: str) -> None:
         """Take a token of *caller*.

@@ -33,12 +33,28 @@ class AdmissionQueue:
         self.entered = asyncio.Event()  # set by each request that gets a place
         self._queue_size = queue_size
         self._slots = asyncio.Semaphore(slots)
+        self._background = 0
+        self._freed = asyncio.Event()  # wakes those that wait outside the queue
         self._held_s = INITIAL_HOLD_S
         self._turned_away = 0  # since the queue was last empty, minus those served since then
 
+    @property
+    def requests(self) -> int:
+        """The number of requests that have a slot or wait for one; background work does not count."""
+        return self.running - self._background + self.waiting
+
+    @property
+    def background_slots(self) -> int:
+        """The most slots that background work may have: all but one, which a request finds free."""
+        return max(1, self.size - 1)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._slots.locked() and self.waiting >= self._queue_size
+
     def require_room(self) -> None:
         """Raise RequestError (QUEUE_FULL) if ``acquire`` would, so that the body need not be read."""
-        if self._slots.locked() and self.waiting >= self._queue_size:
+        if self._is_full:
             self._turned_away += 1
             raise RequestError(QUEUE_FULL, retry_after_s=self._retry_after_s())
 
@@ -52,12 +68,14 @@ class AdmissionQueue:
         last_s = self._held_s * (self.waiting + self._turned_away) / self.size
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(random.uniform(first_s, max(first_s, last_s)))))
 
-    async def acquire(self) -> None:
-        """Wait for a slot; the caller releases it.
+    async def acquire(self, *, patiently: bool = False) -> None:
+        """Wait for a slot; the caller releases it. *patiently* also waits while the queue is full.
 
         Raises:
             RequestError: QUEUE_FULL, without waiting.
         """
+        while patiently and self._is_full:
+            await self._wait_for_release()
         self.require_room()
         self.entered.set()
         self.waiting += 1
@@ -65,7 +83,30 @@ class AdmissionQueue:
             await self._slots.acquire()
         finally:
             self.waiting -= 1
+            self._freed.set()
         self.running += 1
+
+    async def acquire_in_background(self) -> None:
+        """Wait until less than ``background_slots`` are in use; the caller releases the slot.
+
+        Requests go first: while one waits, all slots are in use, and a free one is handed to it.
+        """
+        while self.running >= self.background_slots:
+            await self._wait_for_release()
+        await self._slots.acquire()  # one is free
+        self.running += 1
+        self._background += 1
+
+    def release_in_background(self) -> None:
+        """Release a slot of ``acquire_in_background``."""
+        self._background -= 1
+        self.running -= 1
+        self._slots.release()
+        self._freed.set()
+
+    async def _wait_for_release(self) -> None:
+        self._freed.clear()
+        await self._freed.wait()
 
     def release(self, held_s: float) -> None:
         """Release a slot that was held for *held_s*."""
@@ -73,6 +114,7 @@ class AdmissionQueue:
         self._turned_away = max(0, self._turned_away - 1) if self.waiting else 0
         self.running -= 1
         self._slots.release()
+        self._freed.set()
 
 
 class Deadlines:

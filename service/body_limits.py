@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from config.service_settings import ServiceSettings
 from error_handler import RequestError
-from service.access import Headers
+from service.access import OF_MANY, Headers
 from service.errors import BODY_TOO_SLOW, INVALID_JSON, NOT_JSON, QUEUE_FULL, TOO_LARGE, CallerLeftError
 
 BUDGET_BYTES = 16 * 1024 * 1024  # for all bodies in memory
@@ -28,6 +28,7 @@ class BodyLimits:
     def __init__(self, settings: ServiceSettings, admission_checks: Mapping[str, Callable[[], None]]) -> None:
         """*admission_checks*, by path, raise RequestError if a request would be rejected with any body."""
         self._max_bytes = settings.max_body_bytes
+        self._max_of_many_bytes = settings.max_batch_bytes
         self._timeout_s = settings.body_timeout_s
         self._admission_checks = admission_checks
         self._used_bytes = 0
@@ -44,12 +45,13 @@ class BodyLimits:
         if check is not None and b"idempotency-key" not in headers:  # a stored answer needs no slot
             check()
         _require_json(headers)
+        most = self._max_of_many_bytes if scope["path"] in OF_MANY else self._max_bytes
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_bytes:
+        if not length.isdigit() or int(length) > most:
             raise RequestError(TOO_LARGE)
         body = bytearray()
         try:
-            await self._read(body, receive)
+            await self._read(body, receive, most)
             check_json_object(body)
             first: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
 
@@ -62,7 +64,7 @@ class BodyLimits:
         finally:
             self._used_bytes -= len(body)
 
-    async def _read(self, body: bytearray, receive: Receive) -> None:
+    async def _read(self, body: bytearray, receive: Receive, most: int) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
                 more = True
@@ -73,7 +75,7 @@ class BodyLimits:
                     chunk = message.get("body", b"")
                     body += chunk
                     self._used_bytes += len(chunk)
-                    if len(body) > self._max_bytes:
+                    if len(body) > most:
                         raise RequestError(TOO_LARGE)
                     if self._used_bytes > BUDGET_BYTES:
                         raise RequestError(QUEUE_FULL, retry_after_s=RETRY_AFTER_S)

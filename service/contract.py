@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from service import errors
 MAX_NUMBER_CHARACTERS = 200
 MAX_TIMESTAMP_CHARACTERS = 64
 
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z_]{0,39}[0-9]?")
 # A character that ``prompt_text`` keeps and that is not white space.
 VISIBLE = r"[^\s\x00-\x1f\x7f-\xa0\u1680\u2000-\u200b\u2028-\u202f\u205f\u2060\u2066-\u2069\u3000\ufeff]"
 
@@ -94,7 +96,7 @@ class Labels(BaseModel):
         def __getattr__(self, field: str) -> Any: ...
 
 
-_DESCRIPTIONS = {
+FIELD_DESCRIPTIONS = {  # of the shipped fields, which have no definition in a file
     "intent": "what the customer wants",
     "topic": "what it is about",
     "sentiment": "how the customer feels",
@@ -104,19 +106,19 @@ _DESCRIPTIONS = {
 def labels_schema(taxonomy: Taxonomy, *, is_closed: bool = True, has_sentence: bool = True) -> dict[str, Any]:
     """Return the JSON Schema of Labels; without *has_sentence*, an answer may lack the categorization.
 
-    The labels of the fields beside intent, topic and sentiment are listed if *is_closed*; otherwise such a field may
-    have any label or none, as in a conversation that was labelled before the field existed.
+    Its labels are listed if *is_closed*. Otherwise a field may have any label or none, as in a conversation that was
+    labelled with an earlier taxonomy.
     """
     properties: dict[str, Any] = {}
     for field in taxonomy.fields:
         name = field.name
         shown: dict[str, Any] = {"type": "string"}
-        if is_closed and name not in _DESCRIPTIONS:
+        if is_closed:
             shown["enum"] = list(field.names)
         if field.is_multiple:
             shown = {"type": "array", "items": shown, **({"minItems": 1} if is_closed else {}), "uniqueItems": True}
         title = {"title": name.replace("_", " ").title()}
-        description = _DESCRIPTIONS.get(name) or field.definition
+        description = FIELD_DESCRIPTIONS.get(name) or field.definition
         properties[name] = {**shown, **title, **({"description": description} if description else {})}
     if taxonomy.has_categorization:
         properties["categorization"] = {
@@ -185,13 +187,17 @@ def conversation_of(request: ClassificationRequest, settings: ServiceSettings) -
 def invalid_request(problems: Iterable[Mapping[str, Any]]) -> RequestError:
     """Return the INVALID error for the first three validation *problems*.
 
-    It names the fields and never quotes the request. The name of an unknown field is part of the request as well.
+    It names the fields and never quotes the request. The name of an unknown field is part of the request as well, so it is
+    shown only if it is a plain name.
     """
     sentences = []
     for problem in list(problems)[:3]:
         unknown = problem["type"] == "extra_forbidden"
+        name = str(problem["loc"][-1])
         source, *path = problem["loc"][: -1 if unknown else None]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-        fault = "unknown field" if unknown else problem["msg"].removeprefix("Input ")
+        fault = problem["msg"].removeprefix("Input ")
+        if unknown:
+            fault = f"unknown field {name}" if _PLAIN_NAME.fullmatch(name) else "unknown field"
         sentences.append(f"{place or source}: {fault}")
     return RequestError(errors.INVALID, "; ".join(sentences) + ".")

@@ -31,6 +31,9 @@ UNAUTHENTICATED = ErrorKind(
 )
 CROSS_SITE = ErrorKind("CrossSiteError", 403, "A page of another site sent this request; open the page of the service.")
 NOT_FOUND = ErrorKind("NotFoundError", 404, "Not found. Use POST /classify.")
+JOB_NOT_FOUND = ErrorKind(
+    "JobNotFoundError", 404, "This key has no such job, or it was removed (API_JOB_RETENTION_S); POST /jobs again."
+)
 METHOD_NOT_ALLOWED = ErrorKind("MethodNotAllowedError", 405, "Method not allowed; use one of the Allow header.")
 BODY_TOO_SLOW = ErrorKind("RequestTimeoutError", 408, "The body did not arrive in time; send it without pauses.")
 NOT_HELD = ErrorKind(
@@ -41,6 +44,9 @@ FILES_IN_USE = ErrorKind(
     "QuarantineInUseError",
     409,
     "A worker uses these files now; stop its run on the page Runs, or wait until it has ended.",
+)
+DUPLICATE_ID = ErrorKind(
+    "DuplicateIdError", 409, "Two conversations of the request have the same id; give each its own, or none."
 )
 TOO_LARGE = ErrorKind("PayloadTooLargeError", 413, "The body is too large; send less text.")
 NOT_JSON = ErrorKind(
@@ -57,6 +63,7 @@ KEY_REUSED = ErrorKind(
     "IdempotencyError", 422, "This Idempotency-Key was used with another body; use a new key for a new request."
 )
 TOO_MANY = ErrorKind("RateLimitError", 429, f"Too many requests from this caller; {_RETRY}")
+TOO_MANY_JOBS = ErrorKind("JobLimitError", 429, f"Too many jobs are not done yet (API_MAX_OPEN_JOBS); {_RETRY}")
 HEAD_TOO_LARGE = ErrorKind("HeadTooLargeError", 431, "Path and headers exceed 64 KiB; shorten them.")
 INTERNAL = ErrorKind("InternalError", 500, "Internal error; look up the request id in the log of the service.")
 UNUSABLE_ANSWER = ErrorKind(
@@ -102,6 +109,13 @@ BODY_ERRORS = (INVALID_JSON, BODY_TOO_SLOW, TOO_LARGE, NOT_JSON)
 SIMILAR_ERRORS = (INDEX_NOT_INSTALLED, INDEX_EMPTY, INDEX_UNUSABLE, TEXT_STAYS, EMBEDDING_AWAY)
 # Those of /review, apart from those of the body.
 REVIEW_ERRORS = (UNAUTHENTICATED, WRONG_HOST, CROSS_SITE, TOO_MANY, INTERNAL, STOPPING, STORE_AWAY, TOO_SLOW)
+# Those of /classify/batch; what happens to a conversation is in its result.
+BATCH_ERRORS = (
+    *(UNAUTHENTICATED, WRONG_HOST, INVALID, DUPLICATE_ID, TOO_MANY, INTERNAL, QUEUE_FULL, STOPPING),
+    *(MODEL_AWAY, *BODY_ERRORS),
+)
+# Those of /jobs, apart from those of the body.
+JOB_ERRORS = (*(UNAUTHENTICATED, WRONG_HOST, INVALID, TOO_MANY, INTERNAL, STOPPING, STORE_AWAY, TOO_SLOW),)
 # The errors that /classify and /similar have in common, apart from those of the body.
 COMMON_ERRORS = (
     *(UNAUTHENTICATED, WRONG_HOST, INVALID, TOO_MANY, INTERNAL, UNUSABLE_ANSWER),

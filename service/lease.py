@@ -41,7 +41,7 @@ async def _renew(settings: Settings, queue: AdmissionQueue) -> None:
         return
     try:
         while True:
-            if not queue.running and not queue.waiting:
+            if not queue.requests:
                 await queue.entered.wait()
             queue.entered.clear()
             try:

@@ -44,6 +44,12 @@ class ServiceMetrics:
         self.model_failures = counter(
             "triad_model_failures", "Classifications that failed after a call to the model", ("reason",)
         )
+        self.job_conversations = counter("triad_job_conversations", "Conversations of jobs that are done", ("outcome",))
+        self.webhooks = counter("triad_webhooks", "Webhooks that are done", ("outcome",))
+        for outcome in ("succeeded", "failed"):
+            self.job_conversations.labels(outcome)
+        for outcome in ("delivered", "failed"):
+            self.webhooks.labels(outcome)
         for reason in Reason:
             self.model_failures.labels(str(reason))
         for kind in ("prompt", "reply"):

@@ -15,14 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from error_handler import RequestError
 from logger import REQUEST_ID_HEADER, begin_request, request_id
 from service import errors
-from service.access import ASKED, WITH_BODY, route_of
+from service.access import ASKED, LABELS, WITH_BODY, route_of
 from service.contract import invalid_request
 from service.metrics import ServiceMetrics
 from service.startup import Service
 
 logger = logging.getLogger(__name__)
 
-_EVERY_ANSWER = [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+_NOT_STORED = (b"cache-control", b"no-store")
+_EVERY_ANSWER = [(b"x-content-type-options", b"nosniff")]
 _ID_NAME = REQUEST_ID_HEADER.lower().encode()
 
 
@@ -46,8 +47,9 @@ class ServiceMiddleware:
         metrics, started_at = service.metrics, time.monotonic()
         state["deadline"] = asyncio.get_running_loop().time() + service.settings.request_timeout_s
         headers = state["headers"] = dict(scope["headers"])
-        added = [*_EVERY_ANSWER, (_ID_NAME, begin_request(headers.get(_ID_NAME)).encode())]
         route = route_of(scope["path"])
+        stored = () if route == LABELS else (_NOT_STORED,)
+        added = [*stored, *_EVERY_ANSWER, (_ID_NAME, begin_request(headers.get(_ID_NAME)).encode())]
         status = 500
 
         async def send_with_headers(message: Message) -> None:
@@ -113,8 +115,9 @@ async def _no_such_route(request: Request, exc: HTTPException) -> Response:
     kind = errors.METHOD_NOT_ALLOWED if exc.status_code == 405 else errors.NOT_FOUND
     response = error_response(RequestError(kind))
     if kind is errors.METHOD_NOT_ALLOWED:
+        path = getattr(request.scope.get("route"), "path", request.url.path)
         # Starlette names the methods of the first route of the path only; the document has all, if it has the path.
-        operations = request.app.openapi()["paths"].get(request.url.path)
+        operations = request.app.openapi()["paths"].get(path)
         methods = (exc.headers or {}).get("Allow", "GET") if operations is None else ", ".join(operations).upper()
         response.headers["Allow"] = methods
     return response

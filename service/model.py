@@ -163,29 +163,45 @@ class ModelService:
 
     def require_room(self) -> None:
         """Raise the RequestError that ``classify`` would raise at once, before the body is read."""
+        self.require_model()
+        self.slots.require_room()
+
+    def require_model(self) -> None:
+        """Raise RequestError (MODEL_AWAY, MODEL_MISSING, MODEL_LOADING) if the model cannot be asked now."""
         if not self._found:
             raise errors.unavailable(self._problem or errors.MODEL_AWAY)
         if self.is_breaker_open:
             raise errors.unavailable(errors.MODEL_AWAY)
-        self.slots.require_room()
 
-    async def classify(self, conversation: Conversation, deadline: float) -> Verdict:
+    async def classify(self, conversation: Conversation, deadline: float, *, patiently: bool = False) -> Verdict:
         """Return the labels of *conversation* before *deadline* (of the running loop's clock).
 
-        Cancelling it ends the model call and frees the slot.
+        Cancelling it ends the model call and frees the slot. *patiently* also waits while the queue is full.
 
         Raises:
             RequestError: Listed in docs/service.md.
         """
-        self.require_room()
-        return await self.deadlines.until(deadline, self._classify(conversation, deadline))
+        self.require_model()
+        return await self.deadlines.until(deadline, self._classify(conversation, deadline, patiently))
 
-    async def _classify(self, conversation: Conversation, deadline: float) -> Verdict:
+    async def classify_in_background(self, conversation: Conversation, deadline: float) -> Verdict:
+        """Do the same in a slot that the caller holds (``slots.acquire_in_background``)."""
+        self.require_model()
+        return await self.deadlines.until(deadline, self._ask(conversation, deadline, 0.0))
+
+    async def _classify(self, conversation: Conversation, deadline: float, patiently: bool) -> Verdict:
         asked_at = time.monotonic()
-        await self.slots.acquire()
+        await self.slots.acquire(patiently=patiently)
         started_at = time.monotonic()
         queue_s = started_at - asked_at
         self._metrics.queue_time.observe(queue_s)
+        try:
+            return await self._ask(conversation, deadline, queue_s)
+        finally:
+            self.slots.release(time.monotonic() - started_at)
+
+    async def _ask(self, conversation: Conversation, deadline: float, queue_s: float) -> Verdict:
+        started_at = time.monotonic()
         try:
             labels, is_complete, model = await self._labels(conversation)
         except asyncio.CancelledError:
@@ -194,7 +210,6 @@ class ModelService:
             raise
         finally:
             model_s = time.monotonic() - started_at
-            self.slots.release(model_s)
             self._metrics.model_time.observe(model_s)
         return Verdict(labels, model, queue_s, model_s, is_complete)
 

@@ -12,9 +12,10 @@ from config.service_settings import ServiceSettings
 from config.taxonomy import TRIAD
 from error_handler import ErrorKind, RequestError
 from logger import REQUEST_ID_HEADER
-from service.access import METRICS, REVIEW
+from service.access import JOBS, METRICS, REVIEW
 from service.contract import EXAMPLE_LABELS, ErrorResponse, labels_schema
 from service.similar import MAX_QUERY_CHARACTERS, MAX_SEARCH_CHARACTERS
+from service.webhooks import MAX_URL_CHARACTERS, url_pattern
 
 # ServiceGate checks keys before the body is read, which a dependency cannot do. A route only describes them, and the
 # request id of the middleware: dependencies without a purpose would cost each request 0.1 ms.
@@ -89,10 +90,17 @@ def openapi_document(
     schemas, paths = document["components"]["schemas"], document["paths"]
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
     _describe_labels(document, taxonomy, has_sentence=has_sentence)
+    _loosen_items(schemas)
     longest = settings.max_text_characters
     schemas["Message"]["properties"]["text"]["maxLength"] = longest
     schemas["ClassificationRequest"]["properties"]["messages"]["maxItems"] = settings.max_messages
     schemas["SimilarRequest"]["properties"]["text"]["maxLength"] = min(MAX_SEARCH_CHARACTERS, longest)
+    schemas["JobRequest"]["properties"]["conversations"]["maxItems"] = settings.job_max_conversations
+    if settings.allowed_origins:
+        url = {"type": "string", "pattern": url_pattern(settings.allowed_origins), "maxLength": MAX_URL_CHARACTERS}
+        schemas["JobRequest"]["properties"]["webhook"] |= {"anyOf": [url, {"type": "null"}]}
+    else:
+        del schemas["JobRequest"]["properties"]["webhook"]
     for parameter in paths["/similar"]["get"]["parameters"]:
         if parameter["name"] == "text":
             parameter["schema"]["maxLength"] = min(MAX_QUERY_CHARACTERS, longest)
@@ -100,14 +108,23 @@ def openapi_document(
         del paths[METRICS]
     elif settings.expose_metrics == "public":
         paths[METRICS]["get"]["security"] = []
-    if settings.expose_review == "off":
-        for path in [path for path in paths if path.startswith(f"{REVIEW}/")]:
-            del paths[path]
+    switches = {REVIEW: settings.expose_review, JOBS: settings.expose_jobs}
+    hidden = tuple(page for page, exposure in switches.items() if exposure == "off")
+    for path in [path for path in paths if path.startswith(hidden)]:
+        del paths[path]
     if settings.keys is None:
         for operations in paths.values():
             for operation in operations.values():
                 operation["security"] = []
     return document
+
+
+def _loosen_items(schemas: dict[str, Any]) -> None:
+    """Leave out of a conversation of many what makes only that conversation fail, not the whole request."""
+    schemas["ItemMessage"] = {**copy.deepcopy(schemas["Message"]), "title": "ItemMessage"}
+    messages = schemas["BatchItem"]["properties"]["messages"]
+    del messages["contains"]
+    messages["items"] = {"$ref": "#/components/schemas/ItemMessage"}
 
 
 def _leave_out_sentence(schemas: dict[str, Any], taxonomy: Taxonomy) -> None:
@@ -129,20 +146,21 @@ def _describe_labels(document: dict[str, Any], taxonomy: Taxonomy, *, has_senten
 def _describe_fields(document: dict[str, Any], taxonomy: Taxonomy) -> None:
     schemas = document["components"]["schemas"]
     schemas["Labels"] = labels_schema(taxonomy)
+    schemas["PastLabels"] = labels_schema(taxonomy, is_closed=False)
+    reference = {"$ref": "#/components/schemas/PastLabels"}
+    schemas["SimilarConversation"]["properties"]["classification"] = reference
     if taxonomy.field_names == tuple(TRIAD.values()) and taxonomy.has_categorization:
         return
     document["info"]["description"] = (
         f"Classifies one support conversation at a time: {', '.join(taxonomy.field_names)}. Durations are in seconds."
     )
-    schemas["PastLabels"] = labels_schema(taxonomy, is_closed=False)
-    reference = {"$ref": "#/components/schemas/PastLabels"}
-    schemas["SimilarConversation"]["properties"]["classification"] = reference
     example = {
         field.name: [field.names[0]] if field.is_multiple else EXAMPLE_LABELS.get(field.name, field.names[0])
         for field in taxonomy.fields
     }
     if taxonomy.has_categorization:
         example["categorization"] = EXAMPLE_LABELS["categorization"]
-    answer, found = (schemas[name]["examples"][0] for name in ("ClassificationResponse", "SimilarResponse"))
-    for shown in (answer, *found["hits"]):
+    names = ("ClassificationResponse", "BatchResponse", "SimilarResponse")
+    answer, batch, found = (schemas[name]["examples"][0] for name in names)
+    for shown in (answer, batch["results"][0], *found["hits"]):
         shown["classification"] = example

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Annotated, Literal
 from urllib.parse import parse_qsl
 
-import orjson
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.staticfiles import StaticFiles
 
 from error_handler import RequestError
 from service import errors, openapi
-from service.access import CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, SIMILAR
+from service.access import BATCH, CLASSIFY, DOCS, HEALTH, METRICS, OPENAPI, READY, SIMILAR
 from service.admission import cancel_on_disconnect
+from service.batch import BatchRequest, BatchResponse, classify_batch, require_distinct_ids
 from service.contract import ClassificationRequest, ClassificationResponse, Labels, conversation_of
+from service.idempotency import KEY_PARAMETER, REPLAYED, fingerprint, idempotency_key
 from service.metrics import CONTENT_TYPE
 from service.model import ModelService, Verdict
 from service.openapi import KEY_REQUIRED, REQUEST_ID_PARAMETER, documented_errors
@@ -31,15 +31,6 @@ from service.similar import (
 from service.startup import Service
 
 _HEADER_SAFE = re.compile(r"[^!-~]")
-_KEY_PATTERN, _MAX_KEY_CHARACTERS = r"^[!-~]([ -~]*[!-~])?$", 255
-# The route reads it from the headers, because a parameter of FastAPI takes much longer.
-_IDEMPOTENCY_KEY = {
-    "name": "Idempotency-Key",
-    "in": "header",
-    "required": False,
-    "schema": {"type": "string", "minLength": 1, "maxLength": _MAX_KEY_CHARACTERS, "pattern": _KEY_PATTERN},
-    "description": "the same key with the same body asks the model once and gets the same answer",
-}
 _CLASSIFY_ERRORS = (errors.BAD_HEADER, errors.TOO_LONG, errors.KEY_REUSED, errors.MODEL_AWAY)
 _ANSWER_HEADERS = {
     "X-Model": {"schema": {"type": "string"}, "description": "the model that gave the labels"},
@@ -47,10 +38,7 @@ _ANSWER_HEADERS = {
         "schema": {"const": "false"},
         "description": "present if the conversation was too long and the model saw only a part of it",
     },
-    "Idempotency-Replayed": {
-        "schema": {"const": "true"},
-        "description": "present if the answer is that of an earlier request with this Idempotency-Key",
-    },
+    **REPLAYED,
 }
 _classify_responses = documented_errors(*errors.COMMON_ERRORS, *errors.BODY_ERRORS, *_CLASSIFY_ERRORS)
 _classify_responses[200]["headers"] = {**_classify_responses[200]["headers"], **_ANSWER_HEADERS}
@@ -77,9 +65,7 @@ documentation = APIRouter(include_in_schema=False)
 async def classify(conversation: ClassificationRequest, request: Request) -> Response:
     """Return the conversation as it was sent, and its labels."""
     service: Service = request.state.service
-    key = request.headers.get("idempotency-key")
-    if key is not None and not (len(key) <= _MAX_KEY_CHARACTERS and re.fullmatch(_KEY_PATTERN, key)):
-        raise RequestError(errors.BAD_HEADER)
+    key = idempotency_key(request)
     parsed = conversation_of(conversation, service.settings)
 
     async def ask() -> Verdict:
@@ -88,8 +74,7 @@ async def classify(conversation: ClassificationRequest, request: Request) -> Res
     if key is None:
         verdict, replayed = await cancel_on_disconnect(ask(), request.receive), False
     else:
-        sent = orjson.dumps(conversation.model_dump(exclude_unset=True), option=orjson.OPT_SORT_KEYS)
-        shared = service.answers.answer((request.state.caller, key), hashlib.sha256(sent).digest(), ask)
+        shared = service.answers.answer((request.state.caller, key), fingerprint(conversation), ask)
         verdict, replayed = await cancel_on_disconnect(shared, request.receive)
     times = f"waited {verdict.queue_s * 1000:.0f} ms, model {verdict.model_s * 1000:.0f} ms"
     request.state.note = ", replayed" if replayed else f", {times}"
@@ -107,8 +92,24 @@ async def classify(conversation: ClassificationRequest, request: Request) -> Res
     return Response(answer.model_dump_json(exclude_unset=True), headers=headers, media_type="application/json")
 
 
+async def batch(wanted: BatchRequest, request: Request) -> Response:
+    """Return a result for each conversation: labels, or the error that POST /classify would answer.
+
+    The status is 200 also if conversations failed. The deadline is that of one request.
+    """
+    service: Service = request.state.service
+    require_distinct_ids(wanted.conversations)
+    service.gate.charge(request.state.caller, request.client, len(wanted.conversations) - 1)
+    work = classify_batch(
+        wanted.conversations, service.model, service.settings, service.metrics, request.state.deadline
+    )
+    answer = await cancel_on_disconnect(work, request.receive)
+    request.state.note = f", {answer.succeeded} of {len(answer.results)} conversations labelled"
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
 def add_classification(app: FastAPI) -> None:
-    """Add POST /classify to *app* itself: the path of an included router is matched twice."""
+    """Add POST /classify and its batch to *app* itself: the path of an included router is matched twice."""
     app.post(
         CLASSIFY,
         tags=["classification"],
@@ -116,11 +117,21 @@ def add_classification(app: FastAPI) -> None:
         summary="Classify one conversation",
         response_model=ClassificationResponse,
         responses=_classify_responses,
-        openapi_extra={**KEY_REQUIRED, "parameters": [_IDEMPOTENCY_KEY, REQUEST_ID_PARAMETER]},
+        openapi_extra={**KEY_REQUIRED, "parameters": [KEY_PARAMETER, REQUEST_ID_PARAMETER]},
     )(classify)
+    app.post(
+        BATCH,
+        tags=["classification"],
+        operation_id="classifyBatch",
+        summary="Classify up to 100 conversations",
+        response_model=BatchResponse,
+        response_model_exclude_none=True,
+        responses=documented_errors(*errors.BATCH_ERRORS),
+        openapi_extra={**KEY_REQUIRED, "parameters": [REQUEST_ID_PARAMETER]},
+    )(batch)
 
 
-async def _require_plain_query(request: Request) -> None:
+async def require_plain_query(request: Request) -> None:
     """FastAPI replaces what is not UTF-8, and takes the last of two values."""
     try:
         pairs = parse_qsl(
@@ -129,7 +140,7 @@ async def _require_plain_query(request: Request) -> None:
     except ValueError as exc:  # UnicodeDecodeError is one
         raise RequestError(errors.INVALID, "The query is not percent-encoded UTF-8; encode the text.") from exc
     if len(dict(pairs)) != len(pairs):
-        raise RequestError(errors.INVALID, "The query names a parameter twice; name text and limit once.")
+        raise RequestError(errors.INVALID, "The query names a parameter twice; name each once.")
 
 
 @similarity.get(
@@ -138,7 +149,7 @@ async def _require_plain_query(request: Request) -> None:
     summary="Find past conversations similar to a text",
     openapi_extra=KEY_REQUIRED,
     responses=documented_errors(*errors.COMMON_ERRORS, *errors.SIMILAR_ERRORS),
-    dependencies=[Depends(_require_plain_query)],
+    dependencies=[Depends(require_plain_query)],
 )
 async def similar_by_url(query: Annotated[SimilarQuery, Query()], request: Request) -> SimilarResponse:
     """Prefer POST /similar: proxies log URLs, and the text in them."""

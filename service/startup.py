@@ -15,10 +15,11 @@ from config import Settings
 from config.service_settings import ServiceSettings
 from logger import RequestIdFilter, TracebackRedactor, adopt_server_logs, configure_logging
 from network.addresses import require_keys_outside_this_machine
-from service.access import CLASSIFY, SIMILAR, ServiceGate
+from service.access import BATCH, CLASSIFY, SIMILAR, ServiceGate
 from service.admission import IdempotencyStore
 from service.body_limits import BodyLimits
 from service.dashboard import Dashboard, open_dashboard
+from service.jobs import JobService, open_jobs
 from service.lease import lease_while_busy
 from service.metrics import ServiceMetrics
 from service.model import ModelService, Verdict
@@ -45,6 +46,7 @@ class Service:
     similar: SimilarConversations
     review: ReviewService | None
     dashboard: Dashboard | None
+    jobs: JobService | None
 
 
 async def start(
@@ -84,15 +86,23 @@ async def start(
         max_connections = max(16, _raise_open_files() - RESERVED_FILES - service_settings.max_concurrent)
         guard = SlowClientGuard(config, service_settings, settings.shutdown_grace_s, max_connections, stop)
         await stack.enter_async_context(guard.run())
-    bodies = BodyLimits(service_settings, {CLASSIFY: model.require_room, SIMILAR: similar.slots.require_room})
+    bodies = BodyLimits(
+        service_settings,
+        {CLASSIFY: model.require_room, BATCH: model.require_room, SIMILAR: similar.slots.require_room},
+    )
     review = None if service_settings.expose_review == "off" else await open_review(settings, model.deadlines, stack)
     dashboard = open_dashboard(settings, service_settings, model.deadlines, stack)
+    jobs = None
+    if service_settings.expose_jobs != "off":
+        jobs = await open_jobs(settings, service_settings, model, metrics, lambda: gate.stopping, stack)
     answers = IdempotencyStore[Verdict](service_settings.idempotency_retention_s, service_settings.idempotency_max_keys)
-    return Service(service_settings, metrics, gate, bodies, model, answers, similar, review, dashboard)
+    return Service(service_settings, metrics, gate, bodies, model, answers, similar, review, dashboard, jobs)
 
 
 def _configure_logs(settings: Settings, service_settings: ServiceSettings) -> None:
     secrets = [key for _, key in service_settings.named_keys]
+    if service_settings.webhook_secret:
+        secrets.append(service_settings.webhook_secret.get_secret_value())
     if settings.llm_api_key:
         secrets.append(settings.llm_api_key.get_secret_value())
     configure_logging(settings.log_level, secrets=secrets)

@@ -55,6 +55,22 @@ def lease_indexes() -> list[IndexModel]:
     return [IndexModel([("expires_at", 1)], expireAfterSeconds=0)]
 
 
+def job_indexes() -> list[IndexModel]:
+    """Return the indexes of the jobs of the service, the required one first: one job for a key of a caller."""
+    has_key = {"key": {"$exists": True}}
+    return [
+        IndexModel([("caller", 1), ("key", 1)], unique=True, partialFilterExpression=has_key),
+        IndexModel([("state", 1), ("webhook.state", 1)]),
+        *lease_indexes(),
+    ]
+
+
+def job_item_indexes() -> list[IndexModel]:
+    """Return the indexes of the conversations of jobs: to claim one, to read a page, to count results, to expire."""
+    fields = (("state", "position", "created_at"), ("job", "position"), ("job", "state", "result.status"))
+    return [*(IndexModel([(field, 1) for field in names]) for names in fields), *lease_indexes()]
+
+
 async def create_indexes(collection: Any, models: list[IndexModel], call: Call) -> None:
     """Create *models* through *call*. A time-out is a warning: the run goes on, and the next one tries again.
 

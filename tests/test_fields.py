@@ -98,9 +98,10 @@ def test_plan_fingerprint_of_the_shipped_file_is_that_of_version_1() -> None:
     assert plan == "648d33bc728da921bf2bc8b7007dc0d9f62e69b7f6f4afaad1220c268060e3cf"
 
 
-def test_openapi_of_the_shipped_file_is_that_of_version_1() -> None:
-    """The labels of a classification and of a similar conversation: one schema, without lists of labels."""
-    document = openapi_document(create_app(), load_service_settings(None), load_taxonomy())
+def test_openapi_lists_the_labels_of_the_shipped_file() -> None:
+    """Those of a classification. A similar conversation may have labels of an earlier taxonomy."""
+    taxonomy = load_taxonomy()
+    document = openapi_document(create_app(), load_service_settings(None), taxonomy)
     described = {
         "intent": "what the customer wants",
         "topic": "what it is about",
@@ -111,7 +112,12 @@ def test_openapi_of_the_shipped_file_is_that_of_version_1() -> None:
     assert json.dumps(schemas["Labels"]) == json.dumps(
         {
             "properties": {
-                name: {"type": "string", "title": name.capitalize(), "description": text}
+                name: {
+                    "type": "string",
+                    **({"enum": list(taxonomy.names(name))} if name in taxonomy.field_names else {}),
+                    "title": name.capitalize(),
+                    "description": text,
+                }
                 for name, text in described.items()
             },
             "type": "object",
@@ -121,9 +127,9 @@ def test_openapi_of_the_shipped_file_is_that_of_version_1() -> None:
         }
     )
     reference = {"$ref": "#/components/schemas/Labels"}
-    assert schemas["SimilarConversation"]["properties"]["classification"] == reference
     assert schemas["ClassificationResponse"]["properties"]["classification"] == reference
-    assert "PastLabels" not in schemas
+    assert schemas["SimilarConversation"]["properties"]["classification"]["$ref"].endswith("/PastLabels")
+    assert "enum" not in json.dumps(schemas["PastLabels"])
     assert document["info"]["description"].startswith(
         "Classifies one support conversation at a time: intent, topic and"
     )

@@ -48,7 +48,13 @@ OWNERS = {
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},
     # of the model server; of our own service, by its clients; of webhooks
-    "aiohttp": {"network.outgoing", "async_llm_wrapper", "service.client.client", "openai_batch.notifications"},
+    "aiohttp": {
+        "network.outgoing",
+        "async_llm_wrapper",
+        "service.client.client",
+        "openai_batch.notifications",
+        "service.webhooks",
+    },
     # of the model server, for chat and for embeddings
     "requests": {"llm_wrapper", "network.outgoing"},
     "urllib3": {"llm_wrapper"},
@@ -85,13 +91,14 @@ OWNERS = {
     "fastapi": {
         *("main", "service.middleware", "service.openapi", "service.pages", "service.review_routes", "service.routes"),
         *("service.dashboard_routes", "service.dashboard_runs", "service.dashboard_review"),
-        *("service.dashboard_quarantine", "service.dashboard_labels"),
+        *("service.dashboard_quarantine", "service.dashboard_labels", "service.job_routes", "service.taxonomy_routes"),
     },
     # below FastAPI: ASGI types for middleware
     "starlette": {
         "main",
         "service.admission",
         "service.body_limits",
+        "service.idempotency",
         "service.middleware",
         "service.routes",
     },

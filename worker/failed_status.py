@@ -14,14 +14,8 @@ from typing import Any
 from config import Settings
 from mongo_client import DURABLE, DocumentStore, call_repeatedly
 from storage.extended_json import Document
-from storage.selection import QUERIES
+from storage.selection import StateFields
 from utils.retry_utils import RetryPolicy
-
-# A single query has no status, and none is added.
-_SET_BACK: list[Document] = [
-    {"$set": {"status": {"$cond": [{"$eq": ["$status", "failed"]}, "pending", "$status"]}}},
-    {"$unset": "status_reason"},
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +32,15 @@ class FailedInMongoDB:
     """The failed documents of the source collection. Every method raises StoreError if MongoDB fails."""
 
     def __init__(self, store: DocumentStore, settings: Settings) -> None:
-        self._store = store
+        self._store, self._states = store, store.states
         self._source = store.database.get_collection(settings.source_collection, write_concern=DURABLE)
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
 
     async def counts(self) -> dict[str, int]:
         """Return the number of failed documents by reason, the most frequent first."""
         stages: list[Document] = [
-            {"$match": QUERIES["failed"]},
-            {"$group": {"_id": "$status_reason", "n": {"$sum": 1}}},
+            {"$match": self._states.queries["failed"]},
+            {"$group": {"_id": f"${self._states.reason}", "n": {"$sum": 1}}},
             {"$sort": {"n": -1, "_id": 1}},
         ]
         found = await self._store.aggregate("count the failed documents", stages)
@@ -55,12 +49,12 @@ class FailedInMongoDB:
     async def newest(self, reason: str | None, limit: int) -> list[FailedStatus]:
         """Return up to *limit* failed documents, those that failed last first; *reason* None returns all reasons."""
         stages: list[Document] = [
-            {"$match": _query(None, reason)},
-            {"$project": {"status_reason": 1, "last_processed_at": 1, "processing_attempts": 1}},
-            {"$sort": {"last_processed_at": -1, "_id": 1}},
+            {"$match": _query(self._states, None, reason)},
+            {"$project": dict.fromkeys((self._states.reason, self._states.processed_at, "processing_attempts"), 1)},
+            {"$sort": {self._states.processed_at: -1, "_id": 1}},
             {"$limit": limit},
         ]
-        return [_failed(row) for row in await self._store.aggregate("list the failed documents", stages)]
+        return [_failed(self._states, row) for row in await self._store.aggregate("list the failed documents", stages)]
 
     async def retry(self, document_ids: Sequence[Any] | None = None, reason: str | None = None) -> int:
         """Make failed documents pending again, as the next run with ``--retry-failed`` would select them.
@@ -72,28 +66,35 @@ class FailedInMongoDB:
         Returns:
             How many there were. Documents that are no longer failed are left alone.
         """
-        query = _query(document_ids, reason)
+        query = _query(self._states, document_ids, reason)
         changed = await call_repeatedly(
-            "set failed documents back", lambda: self._source.update_many(query, _SET_BACK), self._policy
+            "set failed documents back", lambda: self._source.update_many(query, _set_back(self._states)), self._policy
         )
         return int(changed.modified_count)
 
 
-def _query(document_ids: Sequence[Any] | None, reason: str | None) -> Document:
-    query = dict(QUERIES["failed"])
+def _set_back(states: StateFields) -> list[Document]:
+    """Return the update that makes a document pending. A single query has no status, and none is added."""
+    path = f"${states.status}"
+    pending = {"$cond": [{"$eq": [path, "failed"]}, "pending", path]}
+    return [{"$set": {states.status: pending}}, {"$unset": states.reason}]
+
+
+def _query(states: StateFields, document_ids: Sequence[Any] | None, reason: str | None) -> Document:
+    query = dict(states.queries["failed"])
     if document_ids is not None:
         query["_id"] = {"$in": list(document_ids)}
     if reason is not None:
-        query["status_reason"] = {"$eq": reason}
+        query[states.reason] = {"$eq": reason}
     return query
 
 
-def _failed(row: Document) -> FailedStatus:
-    at, attempts = row.get("last_processed_at"), row.get("processing_attempts")
+def _failed(states: StateFields, row: Document) -> FailedStatus:
+    at, attempts = row.get(states.processed_at), row.get("processing_attempts")
     failed_at = at.replace(tzinfo=at.tzinfo or UTC) if isinstance(at, datetime) else None
     return FailedStatus(
         row["_id"],
-        str(row.get("status_reason")),
+        str(row.get(states.reason)),
         failed_at,
         attempts if isinstance(attempts, int) and not isinstance(attempts, bool) else None,
     )

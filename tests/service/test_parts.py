@@ -59,6 +59,61 @@ async def test_slots_are_granted_first_come_first_served() -> None:
     assert (queue.running, queue.waiting) == (0, 0)
 
 
+async def test_background_work_waits_for_requests_and_leaves_them_a_slot() -> None:
+    """It has all slots but one, starts only if no request waits, and does not count as a request."""
+    queue, release, started = AdmissionQueue(3, 2), asyncio.Event(), []
+
+    async def work(number: int) -> None:
+        await queue.acquire_in_background()
+        started.append(number)
+        await release.wait()
+        queue.release_in_background()
+
+    background = [asyncio.create_task(work(number)) for number in range(3)]
+    await settle()
+    assert (started, queue.running, queue.requests) == ([0, 1], 2, 0)
+    order: list[int] = []
+    answered = asyncio.Event()
+    requests = [asyncio.create_task(hold(queue, order, number, answered)) for number in range(2)]
+    await settle()
+    assert (order, queue.waiting, queue.requests) == ([0], 1, 2)
+    release.set()
+    await asyncio.gather(*background[:2])
+    await settle()
+    assert (order, started) == ([0, 1], [0, 1])  # the waiting request goes first
+    answered.set()
+    await asyncio.gather(*requests, background[2])
+    assert queue.running == 0
+
+
+async def test_single_slot_is_lent_to_background_work_while_no_request_has_it() -> None:
+    queue = AdmissionQueue(1, 1)
+    await queue.acquire_in_background()
+    waiting = asyncio.create_task(queue.acquire())
+    await settle()
+    assert (queue.running, queue.waiting) == (1, 1)
+    queue.release_in_background()
+    await waiting
+    other = asyncio.create_task(queue.acquire_in_background())
+    await settle()
+    assert not other.done()
+    queue.release(0.0)
+    await other
+
+
+async def test_patient_request_waits_while_the_queue_is_full() -> None:
+    """It is a conversation of a batch, which was admitted as a whole."""
+    queue = AdmissionQueue(1, 0)
+    await queue.acquire()
+    patient = asyncio.create_task(queue.acquire(patiently=True))
+    await settle()
+    with pytest.raises(RequestError):
+        await queue.acquire()
+    queue.release(0.0)
+    await patient
+    assert queue.running == 1
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_slots_survive_random_cancellations(seed: int) -> None:
     """Random cancellations, also in the moment in which a place is handed over."""

@@ -23,6 +23,7 @@ from tests.fakes.fake_ollama import FakeOllama
 from tests.service.service_process import serve
 from tests.service.test_similar_service import APP, write_index
 
+SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 FIELDS = """
 sentiments: [Positive, Negative]
 fields:
@@ -45,10 +46,14 @@ def document(**settings: Any) -> dict[str, Any]:
         pytest.param("examples,coverage,fuzzing", FIELDS, id="fields", marks=pytest.mark.thorough),
     ],
 )
-def test_schemathesis_finds_no_deviation_from_the_document(tmp_path: Path, phases: str, taxonomy: str | None) -> None:
+def test_schemathesis_finds_no_deviation_from_the_document(
+    tmp_path: Path, mongodb_uri: str, db_name: str, phases: str, taxonomy: str | None
+) -> None:
     """Statuses, headers, content types, bodies and methods: wrong requests are refused, right ones are answered."""
     # Answers are not kept, because a key that comes twice with two bodies is refused, and rightly.
     limits = {"API_MAX_MESSAGES": "20", "API_MAX_TEXT_CHARACTERS": "20000", "API_IDEMPOTENCY_RETENTION_S": "0"}
+    limits |= {"API_MAX_OPEN_JOBS": "10000", "MONGODB_URI": mongodb_uri, "MONGODB_DB": db_name}
+    limits |= {"API_WEBHOOK_ORIGINS": "http://127.0.0.1:9", "API_WEBHOOK_SECRET": SECRET}
     if taxonomy is not None:
         limits["TAXONOMY_FILE"] = str(tmp_path / "own.yaml")
         (tmp_path / "own.yaml").write_text(taxonomy)
@@ -108,6 +113,7 @@ def test_every_error_is_documented(kind: ErrorKind) -> None:
     if kind.name not in ELSEWHERE:
         paths = document(expose_review="key")["paths"]
         operations = [paths["/classify"]["post"], paths["/similar"]["get"], paths["/similar"]["post"]]
+        operations += [paths["/classify/batch"]["post"], paths["/jobs"]["post"], paths["/jobs/{job}"]["get"]]
         operations += [paths["/review/next"]["get"], paths["/review/decisions"]["post"]]
         answers = [operation["responses"].get(str(kind.status)) for operation in operations]
         examples = [answer["content"]["application/json"]["examples"] for answer in answers if answer]
