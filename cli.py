@@ -61,6 +61,7 @@ COMMANDS = (
     "plan",
     "quarantine",
     "evaluate",
+    "export",
     "review",
     "student",
     "prompt",

@@ -29,6 +29,7 @@ LAYERS = (
     "student",
     "review",
     "evaluation",
+    "exporting",
     "service",
     "batch_processor api",
     "commands",
@@ -86,6 +87,8 @@ OWNERS = {
     "uvicorn": {"main", "service.slow_clients", "service.startup"},
     "prometheus_client": {"service.metrics", "worker.progress"},  # of the service; of the worker
     "genai_prices": {"domain.prices"},
+    "pyarrow": {"exporting.parquet_file"},
+    "openpyxl": {"exporting.xlsx_file"},
 }
 
 
