@@ -192,11 +192,11 @@ class Export:
 
     def _note_losses(self, target: TableFile) -> None:
         for name, what in (
-            ("cut", "longer than a cell of XLSX can be and end in [cut]"),
-            ("replaced", "with characters that XLSX cannot hold, which became U+FFFD"),
+            ("cut", "cut to 32,767 characters, the limit of a cell of XLSX"),
+            ("replaced", "with characters that XLSX cannot hold; each became U+FFFD"),
         ):
             if count := getattr(target, name, 0):
-                self._notes.append(f"{counted(count, 'text')} {what}; the other formats have them whole.")
+                self._notes.append(f"{counted(count, 'text')} {what}. The other formats keep them.")
 
     def tell(self, place: str, settings: Settings) -> None:
         """Print on stderr what was written, and what was not."""
