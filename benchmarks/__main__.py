@@ -1,8 +1,8 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk``, ``injection``, ``examples`` or ``two_users`` runs only that benchmark. ``--quick`` uses few documents,
-without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student on labelled files
+``search``, ``walk``, ``injection``, ``examples``, ``export`` or ``two_users`` runs only that benchmark. ``--quick`` uses few
+documents, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student on labelled files
 (docs/student.md).
 """
 
@@ -19,6 +19,7 @@ from benchmarks import (
     concurrency,
     document_jobs,
     embedding,
+    export,
     injection,
     latency,
     memory,
@@ -45,6 +46,7 @@ MEASURES = {
     "walk": walk.measure,
     "injection": injection.measure,
     "examples": prompt_examples.measure,
+    "export": export.measure,
     "two_users": two_users.measure,
 }
 

@@ -16,37 +16,46 @@ from storage.extended_json import Document, whole_id_text
 
 Kind = Literal["text", "labels", "integer", "number", "flag", "time", "object"]
 
-# The fixed columns before and after those of the fields: name, kind, path in the result.
-_CONVERSATION: tuple[tuple[str, Kind, str], ...] = (
-    ("started_at", "time", "conversation.started_at"),
-    ("last_message_at", "time", "conversation.last_message_at"),
-    ("turns", "integer", "conversation.turns"),
-    ("channel", "text", "conversation.channel"),
-    ("metadata", "object", "conversation.metadata"),
+# Fixed columns: name, kind, key in the part of a result that holds them.
+_Group = tuple[tuple[str, Kind, str], ...]
+_CONVERSATION: _Group = (
+    ("started_at", "time", "started_at"),
+    ("last_message_at", "time", "last_message_at"),
+    ("turns", "integer", "turns"),
+    ("channel", "text", "channel"),
+    ("metadata", "object", "metadata"),
 )
-_PROCESSING: tuple[tuple[str, Kind, str], ...] = (
-    ("needs_review", "flag", "processing_metadata.needs_review"),
-    ("model", "text", "processing_metadata.model_used"),
-    ("fingerprint", "text", "processing_metadata.fingerprint"),
-    ("processed_at", "time", "processing_metadata.processed_at"),
-    ("created_at", "time", "created_at"),
-    ("model_digest", "text", "processing_metadata.model_digest"),
-    ("processor_version", "text", "processing_metadata.processor_version"),
-    ("batch_job_id", "text", "processing_metadata.batch_job_id"),
-    ("processing_duration_ms", "integer", "processing_metadata.processing_duration_ms"),
-    ("attempts", "integer", "processing_metadata.attempts"),
-    ("prompt_tokens", "integer", "processing_metadata.prompt_tokens"),
-    ("reply_tokens", "integer", "processing_metadata.reply_tokens"),
-    ("input_complete", "flag", "processing_metadata.input_complete"),
-    ("turns_used", "integer", "processing_metadata.turns_used"),
-    ("turns_total", "integer", "processing_metadata.turns_total"),
-    ("turn_order", "text", "processing_metadata.turn_order"),
-    ("input_sha256", "text", "processing_metadata.input_sha256"),
+_CATEGORIZATION: _Group = (("categorization", "text", "categorization"),)
+_PROCESSING: _Group = (
+    ("needs_review", "flag", "needs_review"),
+    ("model", "text", "model_used"),
+    ("fingerprint", "text", "fingerprint"),
+    ("processed_at", "time", "processed_at"),
+    ("model_digest", "text", "model_digest"),
+    ("processor_version", "text", "processor_version"),
+    ("batch_job_id", "text", "batch_job_id"),
+    ("processing_duration_ms", "integer", "processing_duration_ms"),
+    ("attempts", "integer", "attempts"),
+    ("prompt_tokens", "integer", "prompt_tokens"),
+    ("reply_tokens", "integer", "reply_tokens"),
+    ("input_complete", "flag", "input_complete"),
+    ("turns_used", "integer", "turns_used"),
+    ("turns_total", "integer", "turns_total"),
+    ("turn_order", "text", "turn_order"),
+    ("input_sha256", "text", "input_sha256"),
 )
+_CREATED: _Group = (("created_at", "time", "created_at"),)
 _IDS = ("result_id", "source_conversation_id", "conversation_number", "query_id")
 _LAST = ("copied_from", "other_fields")
+_TYPES: dict[Kind, Any] = {
+    "text": str,
+    "integer": int,
+    "number": (int, float),
+    "flag": bool,
+    "time": datetime,
+    "object": dict,
+}
 ORIGINAL = "original_conversation"  # the field of a result that holds customer text
-_MISSING = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +92,9 @@ class Table:
         self._with_text = with_text
         label_kinds: list[Kind] = ["labels" if field.is_multiple else "text" for field in taxonomy.fields]
         self._label_kinds = dict(zip(self._fields, label_kinds, strict=True))
-        fixed = {*_IDS, *_LAST, "categorization", "label_source", "outdated_fields", "transcript"}
-        self._taken = {*fixed, *(name for name, _, _ in (*_CONVERSATION, *_PROCESSING))}
+        self._confidences: _Group = tuple((name, "number", name) for name in self._fields)
+        fixed = (*_CONVERSATION, *_CATEGORIZATION, *_PROCESSING, *_CREATED)
+        self._taken = {*_IDS, *_LAST, "label_source", "outdated_fields", "transcript", *(name for name, _, _ in fixed)}
         labels = [Column(self._free(name), self._label_kinds[name]) for name in self._fields]
         self.columns = (
             *(Column(name, "text") for name in _IDS),
@@ -97,7 +107,7 @@ class Table:
             *(Column(self._free(f"reviewer_{name}"), "text") for name in self._fields),
             *(Column(self._free(f"reviewed_at_{name}"), "time") for name in self._fields),
             Column("outdated_fields", "labels"),
-            *(Column(name, kind) for name, kind, _ in _PROCESSING),
+            *(Column(name, kind) for name, kind, _ in (*_PROCESSING, *_CREATED)),
             Column("copied_from", "text"),
             Column("other_fields", "object"),
             *([Column("transcript", "text")] if with_text else []),
@@ -116,13 +126,16 @@ class Table:
         own = rest.get("classification")
         own = own if isinstance(own, dict) else {}
         rest["classification"] = labels = {**own, **read.labels}
+        metadata = _part(rest, "processing_metadata")
+        if metadata.get("label_source") == read.label_source:
+            del metadata["label_source"]
         counting = [read.decisions.get(name) for name in self._fields]
         cells = [
-            *(self._id(rest, name) for name in ("_id", *_IDS[1:])),
-            *(self._take(rest, path, kind) for _, kind, path in _CONVERSATION),
+            *(_id(rest, name) for name in ("_id", *_IDS[1:])),
+            *_taken(_part(rest, "conversation"), _CONVERSATION),
             *(self._label(labels, name) for name in self._fields),
-            self._take(rest, "classification.categorization", "text"),
-            *(self._take(rest, f"processing_metadata.confidence.{name}", "number") for name in self._fields),
+            *_taken(labels, _CATEGORIZATION),
+            *_taken(_part(metadata, "confidence"), self._confidences),
             read.label_source,
             *(
                 _fitted(own.get(name), self._label_kinds[name]) if decision else None
@@ -131,26 +144,12 @@ class Table:
             *(decision.reviewer if decision else None for decision in counting),
             *(decision.at if decision else None for decision in counting),
             [name for name in read.outdated if name in self._fields] or None,
-            *(self._take(rest, path, kind) for _, kind, path in _PROCESSING),
-            self._id(rest, "processing_metadata.copied_from"),
+            *_taken(metadata, _PROCESSING),
+            *_taken(rest, _CREATED),
+            _id(metadata, "copied_from"),
+            self._other(rest, read),
         ]
-        _drop(rest, "processing_metadata.label_source", read.label_source)
-        cells.append(self._other(rest, read))
         return [*cells, entry.transcript] if self._with_text else cells
-
-    def _take(self, rest: Document, path: str, kind: Kind) -> Any:
-        """Remove the value at *path* from *rest* and return it if it is of *kind*; otherwise leave it there."""
-        holder, name = _holder(rest, path)
-        value = holder.get(name, _MISSING)
-        if value is None or (value is not _MISSING and _is(value, kind)):
-            del holder[name]
-            return extended_json.plain(value) if kind == "object" else value
-        return None
-
-    def _id(self, rest: Document, path: str) -> str | None:
-        holder, name = _holder(rest, path)
-        value = holder.pop(name, None)
-        return None if value is None else whole_id_text(value)
 
     def _label(self, labels: Document, name: str) -> Any:
         if labels.get(name) is None:
@@ -179,36 +178,27 @@ def _copy(document: Mapping[str, Any]) -> Document:
     return {name: _copy(value) if isinstance(value, dict) else value for name, value in document.items()}
 
 
-def _holder(rest: Document, path: str) -> tuple[Document, str]:
-    *parents, name = path.split(".")
-    for parent in parents:
-        inner = rest.get(parent)
-        if not isinstance(inner, dict):
-            return {}, name
-        rest = inner
-    return rest, name
+def _part(document: Document, name: str) -> Document:
+    """Return the document in the field *name*; an empty one if there is none."""
+    part = document.get(name)
+    return part if isinstance(part, dict) else {}
 
 
-def _drop(rest: Document, path: str, value: object) -> None:
-    holder, name = _holder(rest, path)
-    if holder.get(name) == value:
-        del holder[name]
+def _taken(holder: Document, group: _Group) -> list[Any]:
+    """Remove the values of *group* from *holder* and return them; one of another type stays there, and its cell is None."""
+    cells: list[Any] = []
+    for _, kind, name in group:
+        value = holder.get(name)
+        fits = isinstance(value, _TYPES[kind]) and (kind == "flag" or not isinstance(value, bool))
+        cells.append(extended_json.plain(value) if kind == "object" and fits else value if fits else None)
+        if fits or value is None:
+            holder.pop(name, None)
+    return cells
 
 
-def _is(value: Any, kind: Kind) -> bool:
-    match kind:
-        case "text":
-            return isinstance(value, str)
-        case "integer":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool)
-        case "flag":
-            return isinstance(value, bool)
-        case "time":
-            return isinstance(value, datetime)
-        case _:
-            return isinstance(value, dict)
+def _id(holder: Document, name: str) -> str | None:
+    value = holder.pop(name, None)
+    return None if value is None else whole_id_text(value)
 
 
 def _fitted(value: Any, kind: Kind) -> Any:

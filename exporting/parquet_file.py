@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from exporting.columns import Column, Kind
 from exporting.text_files import json_text
 
-ROW_GROUP_BYTES, ROW_GROUP_ROWS = 16_000_000, 100_000
+ROW_GROUP_BYTES = 4_000_000  # of Arrow data, before compression
 
 _TYPES: dict[Kind, Any] = {
     "text": pa.string(),
@@ -42,8 +42,7 @@ class ParquetFile:
             for kind, values in zip(self._kinds, zip(*rows, strict=True), strict=True)
         ]
         self._batches.append(pa.record_batch(columns, schema=self._schema))
-        size, number = (sum(getattr(batch, name) for batch in self._batches) for name in ("nbytes", "num_rows"))
-        if size >= ROW_GROUP_BYTES or number >= ROW_GROUP_ROWS:
+        if sum(batch.nbytes for batch in self._batches) >= ROW_GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
