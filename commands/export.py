@@ -127,9 +127,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             reader = ResultReader(store, settings, condition, taxonomy.field_names)
             export = Export(reader, Table(taxonomy, with_text=arguments.text), await store.count_results())
             if arguments.text:
-                tell_line(
-                    "export: --text: the file will hold customer text; keep it where only those may read it who may."
-                )
+                tell_line("export: with --text the file holds customer text; store it as you store the conversations.")
             target = replacement(Path(arguments.output)) if arguments.output != STDOUT else _stdout()
             with target as file:
                 await export.write(form, file, arguments.limit, with_text=arguments.text)

@@ -43,6 +43,8 @@ _PROCESSING: _Group = (
     ("turns_total", "integer", "turns_total"),
     ("turn_order", "text", "turn_order"),
     ("input_sha256", "text", "input_sha256"),
+    ("described_by", "text", "described_by"),
+    ("described_at", "time", "described_at"),
 )
 _CREATED: _Group = (("created_at", "time", "created_at"),)
 _IDS = ("result_id", "source_conversation_id", "conversation_number", "query_id")

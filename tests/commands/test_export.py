@@ -378,9 +378,11 @@ def test_text_is_exported_only_if_asked_for(place: Site, monkeypatch: pytest.Mon
     ended = export(place, "out.jsonl")
     assert SECRET not in (place.folder / "out.jsonl").read_text()
     assert "5 results with original_conversation: it is not exported; --text adds transcripts." in ended.err
-    assert "transcript" not in rows_of(place.folder / "out.jsonl")[0]
+    row = rows_of(place.folder / "out.jsonl")[0]
+    assert "transcript" not in row
+    assert row["other_fields"] is None
     ended = export(place, "out.jsonl", "--text")
-    assert "the file will hold customer text" in ended.err
+    assert "with --text the file holds customer text" in ended.err
     assert "1 result without a transcript: no text, or no longer in conversation_set." in ended.err
     texts = [row["transcript"] for row in rows_of(place.folder / "out.jsonl")]
     assert texts[3] == f"Customer: Case 00003: {SECRET}\nAgent: We are sorry!"
