@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from exporting.columns import Column, Kind
 from exporting.text_files import json_text
 
-ROW_GROUP_BYTES = 4_000_000  # of Arrow data, before compression
+ROW_GROUP_BYTES = 2_000_000  # of Arrow data, before compression
 
 _TYPES: dict[Kind, Any] = {
     "text": pa.string(),

@@ -16,7 +16,7 @@ from review.labels import read_labels
 from storage.extended_json import Document, id_key
 from utils.retry_utils import RetryPolicy
 
-PAGE, TEXT_PAGE = 1000, 100
+PAGE, TEXT_PAGE = 500, 100
 # Results that one query looks through at most, so that it stays within MONGODB_TIMEOUT_MS if few of them match.
 WINDOW = 20_000
 
