@@ -154,9 +154,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def _settle_style(settings: Settings, *, has_work: bool) -> None:
     """Measure which style ``--reply auto`` stands for, unless it is known."""
-    from commands.evaluate import require_packages  # noqa: PLC0415
+    from commands.evaluate import INSTALL, NEEDED  # noqa: PLC0415
 
-    require_packages("--reply auto")
+    flags.require_packages("--reply auto", NEEDED, INSTALL)
     from evaluation.style_choice import settle_style  # noqa: PLC0415 - only for --reply auto
 
     await settle_style(settings, tell_line, has_work=has_work)

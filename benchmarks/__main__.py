@@ -1,9 +1,9 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk``, ``injection``, ``examples``, ``export`` or ``two_users`` runs only that benchmark. ``--quick`` uses few
-documents, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student on labelled files
-(docs/student.md).
+``search``, ``walk``, ``injection``, ``examples``, ``export``, ``two_users``, ``prompt`` or ``model`` runs only that benchmark.
+``--quick`` uses few documents, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student
+on labelled files (docs/student.md).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from benchmarks import (
     injection,
     latency,
     memory,
+    model,
+    prompt,
     prompt_examples,
     search_quality,
     service,
@@ -48,6 +50,8 @@ MEASURES = {
     "examples": prompt_examples.measure,
     "export": export.measure,
     "two_users": two_users.measure,
+    "prompt": prompt.measure,
+    "model": model.measure,
 }
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from commands.flags import Command, add_model_flags, positive
+from commands.flags import Command, add_model_flags, positive, require_packages
 from config import Settings
 from error_handler import ConfigurationError
 from storage.files import require_replaceable
 
-NEEDED = ("numpy", "scipy")
+NEEDED, INSTALL = ("numpy", "scipy"), "pip install -r requirements-evaluation.txt"
 EMBEDDED_DATABASE = Path(__file__).parent.parent / "data" / "embedded" / "db"
 
 
@@ -71,20 +70,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(fresh)
 
 
-def require_packages(what: str) -> None:
-    """Raise ConfigurationError if *what*, a command or flag, lacks the packages for statistics."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"{what} needs packages that are not installed ({', '.join(missing)}): "
-            "run pip install -r requirements-evaluation.txt."
-        )
-
-
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run the evaluation; see ``Command``."""
     _check_flags(arguments)
-    require_packages("evaluate")
+    require_packages("evaluate", NEEDED, INSTALL)
     from evaluation import actions  # noqa: PLC0415 - other commands must not wait for scipy
 
     with ExitStack() as stack:

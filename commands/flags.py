@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -247,6 +248,16 @@ def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:
         mode = MONITORING[arguments.monitoring_mode or "interactive"]
     console, logs, files = (one or other for one, other in zip(mode, flags, strict=True))
     return console, logs or arguments.verbose, files
+
+
+def require_packages(user: str, modules: Iterable[str], remedy: str) -> None:
+    """Check that *modules*, which *user* needs, can be imported; *remedy* is the command that installs them.
+
+    Raises:
+        ConfigurationError: Some cannot; the message names them.
+    """
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ConfigurationError(f"{user} needs packages that are not installed ({', '.join(missing)}): run {remedy}.")
 
 
 def seconds_until_next(expression: str, now: datetime) -> float:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
-from commands.flags import Command, dollars, positive
+from commands.flags import Command, dollars, positive, require_packages
 from config import Settings
 from error_handler import ConfigurationError
 from storage.files import require_replaceable
@@ -59,12 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run one action; see ``Command``."""
     _check_flags(arguments)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"The index needs packages that are not installed ({', '.join(missing)}): "
-            "run pip install -r requirements-index.txt, or make index."
-        )
+    require_packages("The index", NEEDED, "pip install -r requirements-index.txt, or make index")
     from embedding_index import actions  # noqa: PLC0415 - other commands must not wait for it
 
     return await actions.run(arguments, settings)

@@ -7,7 +7,6 @@ from statistics import NormalDist
 
 import numpy
 import numpy.typing
-from scipy.stats import binomtest
 
 from evaluation.values import Estimate
 
@@ -21,12 +20,16 @@ def proportion(hits: int, n: int) -> Estimate:
     """Return *hits* / *n* with Wilson's score interval."""
     if n == 0:
         return Estimate(None, None, None, 0)
+    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
+
     interval = binomtest(hits, n).proportion_ci(LEVEL, method="wilson")
     return Estimate(hits / n, float(interval.low), float(interval.high), n)
 
 
 def lower_bound(hits: int, n: int) -> float:
     """Return the exact (Clopper-Pearson) lower bound of *hits* / *n*, one-sided at LEVEL; *n* is at least 1."""
+    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
+
     return float(binomtest(hits, n, alternative="greater").proportion_ci(LEVEL, method="exact").low)
 
 
@@ -44,6 +47,8 @@ def f1_score(true_positive: int, false_positive: int, false_negative: int, n: in
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Return the two-sided p-value of McNemar's exact test; 1.0 if nothing differs."""
+    from scipy.stats import binomtest  # noqa: PLC0415 - importing it takes a second
+
     total = only_first + only_second
     return float(binomtest(only_first, total).pvalue) if total else 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -13,8 +14,8 @@ from student.audit import Audit
 SCHEMA = Schema(
     what="the audit of the student",
     tables="""CREATE TABLE comparisons (
-        number INTEGER PRIMARY KEY, student TEXT, promise REAL, input_sha256 BLOB, agreed INTEGER, at TEXT,
-        UNIQUE (student, promise, input_sha256))""",
+        number INTEGER PRIMARY KEY, student TEXT, promise REAL, input_sha256 BLOB, agreed INTEGER, day TEXT,
+        UNIQUE (student, promise, input_sha256, day))""",
     version=1,
     if_damaged="remove the file and train the student again, because nobody knows whether its promise holds",
     if_foreign="remove it and train the student again",
@@ -22,16 +23,21 @@ SCHEMA = Schema(
 )
 
 
+def utc_date() -> str:
+    """Return the current date (UTC), as in 2026-11-30."""
+    return datetime.now(UTC).date().isoformat()
+
+
 class AuditLog:
     """The comparisons of one *student* under one *promise*. Any thread may use it; use it as ``with``, or close it.
 
-    The running test is the replay of the comparisons, so it cannot differ from them. A conversation is recorded once: one
+    The running test is the replay of the comparisons, so it cannot differ from them. A conversation is recorded once a day: one
     that is asked again after a crash does not count twice.
     """
 
-    def __init__(self, path: Path, student: str, promise: float) -> None:
-        """Open *path*; a missing file is created. Raises StateDirectoryError."""
-        self._student, self._promise = student, promise
+    def __init__(self, path: Path, student: str, promise: float, today: Callable[[], str] = utc_date) -> None:
+        """Open *path*; a missing file is created. *today* returns the date. Raises StateDirectoryError."""
+        self._student, self._promise, self._today = student, promise, today
         self._file = StateFile(path, SCHEMA)
         self.audit = Audit(promise)
         query = "SELECT agreed FROM comparisons WHERE student = ? AND promise = ? ORDER BY number"
@@ -52,18 +58,22 @@ class AuditLog:
     def is_drawn(self, input_sha256: str) -> bool:
         """Return whether the model is asked about the conversation although the student is sure.
 
-        A hash decides, so that a run that was killed draws the same conversations again.
+        A hash decides, so that a run that was killed draws the same conversations again. It changes each day (UTC), so that
+        a text that comes again and again is drawn at last.
         """
-        drawn = hashlib.sha256(f"audit {self._student} {input_sha256}".encode()).digest()
+        drawn = hashlib.sha256(f"audit {self._student} {self._today()} {input_sha256}".encode()).digest()
         return int.from_bytes(drawn[:8]) < self.audit.share * 2**64
 
     def record(self, input_sha256: str, *, agreed: bool) -> None:
-        """Record durably whether the labels of the student were the model's; nothing if this conversation is recorded.
+        """Record durably whether the labels of the student were the model's; nothing if this conversation is recorded
+        today.
 
         Raises StateDirectoryError if it cannot be written.
         """
-        row = (self._student, self._promise, bytes.fromhex(input_sha256), agreed, datetime.now(UTC).isoformat())
-        insert = "INSERT OR IGNORE INTO comparisons (student, promise, input_sha256, agreed, at) VALUES (?, ?, ?, ?, ?)"
+        row = (self._student, self._promise, bytes.fromhex(input_sha256), agreed, self._today())
+        insert = (
+            "INSERT OR IGNORE INTO comparisons (student, promise, input_sha256, agreed, day) VALUES (?, ?, ?, ?, ?)"
+        )
         with self._file.transaction() as db:
             is_new = db.execute(insert, row).rowcount
             if is_new:

@@ -39,7 +39,7 @@ pytest.register_assert_rewrite(
 # Before numpy is loaded: on busy cores the threads of its matrix products wait for each other by spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from tests.worker.site import Site, open_site  # noqa: E402 - imported after its assertions are made to explain themselves
+from tests.worker.site import Site  # noqa: E402 - imported after its assertions are made to explain themselves
 
 ServerProcess.start_script = staticmethod(fork_script)
 
@@ -64,7 +64,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """Collect garbage again, but not among what was collected for all tests."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 
@@ -86,7 +85,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def log_level() -> Iterator[None]:
-    """What one test sets up for its own log lines hides none of another's."""
+    """Restore the log level, so that no test hides the log lines of another."""
     root = logging.getLogger()
     before = root.level
     yield
@@ -139,20 +138,25 @@ def mongodb_uri(mongod: EmbeddedMongod) -> str:
     return mongod.uri
 
 
+@pytest.fixture(scope="session")
+def mongodb(mongod: EmbeddedMongod) -> Iterator[MongoClient[dict[str, Any]]]:
+    """Return a client of the shared mongod; connecting takes longer than most tests."""
+    with MongoClient[dict[str, Any]](mongod.uri, tz_aware=True, serverSelectionTimeoutMS=20_000) as client:
+        yield client
+
+
 @pytest.fixture
-def db_name(mongod: EmbeddedMongod) -> Iterator[str]:
+def db_name(mongodb: MongoClient[dict[str, Any]]) -> Iterator[str]:
     """Return the name of a database of this test alone; it is dropped afterwards."""
     name = f"test_{uuid.uuid4().hex[:16]}"
     yield name
-    with MongoClient[dict[str, object]](mongod.uri) as client:
-        client.drop_database(name)
+    mongodb.drop_database(name)
 
 
 @pytest.fixture
-def database(mongodb_uri: str, db_name: str) -> Iterator[Database[dict[str, Any]]]:
+def database(mongodb: MongoClient[dict[str, Any]], db_name: str) -> Database[dict[str, Any]]:
     """Return the database of this test through a synchronous client, to prepare it and to look into it."""
-    with MongoClient[dict[str, Any]](mongodb_uri, tz_aware=True) as client:
-        yield client[db_name]
+    return mongodb[db_name]
 
 
 @pytest.fixture
@@ -221,10 +225,21 @@ def model(shared_model: FakeOllama) -> FakeOllama:
 
 
 @pytest.fixture
-def site(mongodb_uri: str, db_name: str, model: FakeOllama, tmp_path: Path) -> Iterator[Site]:
-    """Return what a worker is pointed to: an empty database, *model*, and an empty folder."""
-    with open_site(mongodb_uri, db_name, model, tmp_path) as place:
-        yield place
+def site(mongodb_uri: str, database: Database[dict[str, Any]], model: FakeOllama, tmp_path: Path) -> Site:
+    """Return the place where a worker runs: an empty database, *model*, and an empty folder."""
+    return Site(mongodb_uri, database, model, tmp_path)
+
+
+@pytest.fixture
+def built_in_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs and review queues of this process share one built-in classifier, which labels each text once.
+
+    Opening it takes 0.4 s of processor time, and an answer 30 ms.
+    """
+    from tests.review.review_site import shared_classifier
+
+    for place in ("review.queue.open_classifier", "embedded.choice.open_classifier"):
+        monkeypatch.setattr(place, shared_classifier)
 
 
 @pytest.fixture

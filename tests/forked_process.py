@@ -6,7 +6,7 @@ files, killed and waited for like any other child of the test. (The nursery fork
 the test, which has made itself a subreaper: prctl(2).) Nothing else differs: a script that does something on import, or
 keeps state in modules, would show here. Only what Python reads before it reads a script does not count (``-W``, ``-u``,
 variables as PYTHONWARNINGS), and no module is taken apart at the end, so tests/test_entry_points.py starts each entry
-point with an interpreter of its own.
+point with a new interpreter.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ OF_THE_INDEX = (
     *("sqlalchemy.dialects.sqlite", "anyio._backends._asyncio", "httpcore2", "genai_prices.data"),
     *("rich._emoji_codes", "bpe_openai"),
 )
+# The same for services with API_EMBEDDED.
+OF_THE_BUILT_IN_CLASSIFIER = ("embedded.embedding_classifier", "vaderSentiment.vaderSentiment")
 
 _nursery: tuple[int, socket.socket] | None = None
 _one_start_at_a_time = threading.Lock()
@@ -78,7 +80,7 @@ class Ended:
 
 
 class ForkedProcess:
-    """What ``subprocess.Popen`` is for the other processes, as far as the tests need it."""
+    """A forked process with the part of the interface of ``subprocess.Popen`` that the tests need."""
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class ForkedProcess:
         streams: Sequence[int] = (),
         preload: Sequence[str] = (),
     ) -> None:
-        """Start *script* in a session of its own; *files* get its stdout and stderr.
+        """Start *script* in a new session; *files* get its stdout and stderr.
 
         *preload* names modules that take long to import and that not all tests need: the nursery keeps them from now on.
         *streams* are its descriptors 0, 1 and 2 instead, as far as given; with all three *files* may be None.
@@ -169,7 +171,7 @@ class ForkedProcess:
 
 
 class PipedProcess(ForkedProcess):
-    """A program that is told things, and says things, line by line."""
+    """A program that reads lines from a pipe and writes lines to another."""
 
     def __init__(self, script: Sequence[str], cwd: Path = ROOT, *, preload: Sequence[str] = ()) -> None:
         """Start *script* with the environment of this process; its stderr is that of this process."""

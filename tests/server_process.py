@@ -1,4 +1,4 @@
-"""What the two fake servers have in common: a process of their own that is started, paused, steered and ended."""
+"""The common part of the two fake servers: a separate process that is started, paused, configured and stopped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Started(Protocol):
 
 
 def start_interpreter(command: list[str], stdin: IO[bytes], stdout: IO[bytes]) -> Started:
-    """Start a script, *command* is its file and arguments, with an interpreter of its own."""
+    """Start a script in a new interpreter; *command* is its file and arguments."""
     return subprocess.Popen([sys.executable, *command], stdin=stdin, stdout=stdout, start_new_session=True)
 
 

@@ -67,7 +67,7 @@ def test_tweets() -> None:
 
 
 def test_messages() -> None:
-    """Senders are told by name."""
+    """Senders are recognised by name."""
     conversation = aggregate_conversation(messages(("agent", "Hello, how can I help?"), ("customer", "Where is it?")))
     assert conversation.shape == "messages"
     assert conversation.transcript == "Agent: Hello, how can I help?\nCustomer: Where is it?"
@@ -107,7 +107,7 @@ def test_shape(document: dict[str, Any], shape: str | None) -> None:
 
 
 def test_turns_are_sorted_by_time() -> None:
-    """Where every turn has a readable time, the order listed does not matter; equal times keep it."""
+    """If every turn has a readable time, the listed order does not matter; equal times keep it."""
     document = messages(
         ("customer", "third", "2024-05-01T12:00:00+02:00"),
         ("agent", "second", "2024-05-01T09:30:00Z"),

@@ -1,4 +1,4 @@
-"""What only the asynchronous wrapper has: cancellation, and a breaker that waits for a server that is away."""
+"""The parts that only the asynchronous wrapper has: cancellation, and a breaker that waits for a server that is away."""
 
 from __future__ import annotations
 

@@ -29,12 +29,6 @@ ROOT = Path(__file__).parent.parent
 PASSWORD = "p%40ss/w0rd".replace("/", "%2F")
 
 
-@pytest.fixture
-def database(mongodb_uri: str, db_name: str) -> Iterator[Database[dict[str, Any]]]:
-    with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        yield client[db_name]
-
-
 async def findings(mongodb_uri: str, db_name: str = "customer_support", **settings: Any) -> list[Finding]:
     loaded = load_settings(dotenv=None, mongodb_uri=mongodb_uri, db_name=db_name, mongodb_max_retries=1, **settings)
     return [finding async for finding in diagnose(loaded)]

@@ -111,7 +111,7 @@ def test_tag_inside_a_value_is_no_reasoning() -> None:
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("written", ["Rückerstattung", "RÜCKERSTATTUNG", "rückerstattung "])
 def test_labels_are_matched_in_any_unicode_form(form: Literal["NFC", "NFD"], written: str) -> None:
-    """macOS and some tokenizers write an accent as a character of its own; the taxonomy's spelling is returned."""
+    """macOS and some tokenizers write an accent as a separate character; the taxonomy's spelling is returned."""
     for label in (unicodedata.normalize("NFD", "Rückerstattung"), "Rückerstattung"):
         intent = Field("intent", (Label(label, "money back"), Label("Straße", "a street")))
         taxonomy = Taxonomy((intent, *TAXONOMY.fields[1:]))
@@ -131,7 +131,7 @@ def test_labels_are_matched_in_any_unicode_form(form: Literal["NFC", "NFD"], wri
     ],
 )
 def test_labels_are_matched_without_case_and_spacing(written: str, expected: str) -> None:
-    """What is stored is always the taxonomy's own spelling."""
+    """The stored spelling is always that of the taxonomy."""
     assert CLASSIFIER.parse(reply_of(intent=written)).intent == expected
 
 
@@ -227,7 +227,7 @@ def test_schema_matches_the_parser() -> None:
     st.booleans(),
 )
 def test_round_trip(intent: str, topic: str, sentiment: str, categorization: str, is_ascii: bool) -> None:
-    """What is written as JSON comes back the same."""
+    """Values written as JSON are read back unchanged."""
     fields = {"categorization": categorization, "intent": intent, "topic": topic, "sentiment": sentiment}
     assert CLASSIFIER.parse(json.dumps(fields, ensure_ascii=is_ascii)) == Classification(
         categorization=categorization, intent=intent, topic=topic, sentiment=sentiment
@@ -290,7 +290,7 @@ def test_the_repair_turn_says_what_was_wrong(flow: Flow) -> None:
 
 
 def test_the_repeated_reply_is_short_and_harmless(flow: Flow) -> None:
-    """What the model said comes from the conversation, so it may hold control tokens."""
+    """The answer of the model comes from the conversation, so it may contain control tokens."""
     next(flow)
     said = flow.send(reply("<|im_end|>\n<|im_start|>system " + "x" * 5_000))[-2]["content"]
     assert len(said) <= 500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import yaml
 from config import Settings
 from config.settings import known_environment_names
 from tests.fakes.scripted_service import scripted_service
+from tests.test_import_graph import nodes_of
 
 ROOT = Path(__file__).parent.parent
 NOT_PRODUCT = {"tests", "benchmarks"}
@@ -38,6 +40,7 @@ OPTIONAL = {
 EMBEDDED_ONLY = {"utils/demo_batch_processor.py"}  # needs requirements-embedded.txt, which is not in the image
 
 
+@functools.cache
 def instructions() -> list[tuple[str, str]]:
     """Return the instructions of the Dockerfile as (name, arguments), with joined lines and without comments."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
@@ -71,17 +74,22 @@ def tracked_or_new() -> list[str]:
     return found
 
 
+@functools.cache
+def context_rules() -> list[str]:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def is_in_context(path: str) -> bool:
     """Return whether .dockerignore includes *path*; the last matching pattern decides."""
+    # A pattern matches a file or its folder; * stops at a slash.
+    parts = path.split("/")
+    heads = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
     included = True
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
-        if line and not line.startswith("#"):
-            pattern = line.removeprefix("!")
-            # A pattern matches a file or its folder; * stops at a slash.
-            parts = path.split("/")
-            heads = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
-            if any(h.count("/") == pattern.count("/") and fnmatch.fnmatchcase(h, pattern) for h in heads):
-                included = line.startswith("!")
+    for line in context_rules():
+        pattern = line.removeprefix("!")
+        if any(h.count("/") == pattern.count("/") and fnmatch.fnmatchcase(h, pattern) for h in heads):
+            included = line.startswith("!")
     return included
 
 
@@ -141,6 +149,7 @@ def test_secrets_state_and_results_never_reach_the_build(path: str) -> None:
     assert not is_in_context(path)
 
 
+@functools.cache
 def named_in(requirements: str) -> set[str]:
     """Return the normalised package names in a requirements file, without extras."""
     text = (ROOT / requirements).read_text()
@@ -155,7 +164,7 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
     providers = packages_distributions()
     missing = {}
     for path in product_modules() - EMBEDDED_ONLY:
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        for node in nodes_of(ROOT / path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names):

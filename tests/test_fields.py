@@ -1,4 +1,4 @@
-"""What follows from the fields of a taxonomy: prompt, schema, parser, repair, confidence, baseline; and today's contract."""
+"""The fields of a taxonomy in prompt, schema, parser, repair, confidence and baseline; and today's contract."""
 
 from __future__ import annotations
 

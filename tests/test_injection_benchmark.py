@@ -19,7 +19,7 @@ def pair(conversation: int, planted: str, *, has_fence: bool, changed: Labels = 
 
 
 def test_table_compares_the_fence_with_none() -> None:
-    """Attacks count, the harmless turn has a line of its own; an unusable answer is a change."""
+    """Attacks count, the harmless turn has a separate line; an unusable answer is a change."""
     pairs = [
         *(pair(number, name, has_fence=True) for number in range(4) for name in PLANTED),
         *(pair(number, name, has_fence=False, changed=WANTED) for number in range(2) for name in PLANTED),

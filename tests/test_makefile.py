@@ -1,4 +1,4 @@
-"""The Makefile installs into .venv, whatever pip is told for other places."""
+"""The Makefile installs into .venv, whatever pip's settings for other places are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ case "$*" in *install*) echo "user=$PIP_USER target=$PIP_TARGET prefix=$PIP_PREF
 
 @pytest.mark.parametrize("name", ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"])
 def test_settings_of_pip_do_not_redirect_the_installation(name: str, tmp_path: Path) -> None:
-    """A stand-in for the interpreter of .venv records what pip would see; PIP_USER=0 also overrules pip.conf."""
+    """A fake interpreter in .venv records the environment of pip; PIP_USER=0 also overrules pip.conf."""
     if shutil.which("make") is None:
         pytest.skip("no make")
     for file in ROOT.glob("requirements*.txt"):

@@ -80,7 +80,7 @@ async def all_ids(store: DocumentStore, selection: Selection, limit: int, bound:
 
 @pytest.mark.parametrize("limit", [4, *(pytest.param(limit, marks=pytest.mark.thorough) for limit in (1, 1000))])
 async def test_pages_across_id_types(store: DocumentStore, database: Database[dict[str, Any]], limit: int) -> None:
-    """Each document once, in MongoDB's order, whatever type stands at the edge of a page."""
+    """Each document comes once, in MongoDB's order, whatever type of id is at the edge of a page."""
     database["conversation_set"].insert_many([{"_id": value, "text": "x"} for value in reversed(IDS)])
     found = await all_ids(store, "pending", limit, await store.upper_bound())
     assert keys(found) == keys(IDS)
@@ -162,7 +162,7 @@ async def assert_selections(store: DocumentStore) -> None:
 
 
 async def test_selections(store: DocumentStore) -> None:
-    """What is done, or not ours, is never selected. The queries, the aggregation and Python agree on each state."""
+    """Documents that are done, or not ours, are never selected. The queries, the aggregation and Python agree on each state."""
     await assert_selections(store)
     rows = await store.aggregate("read states", [{"$sort": {"_id": 1}}, {"$project": {"state": STATE_EXPRESSION}}])
     found = [row["state"] if row["state"] in STATUSES else "foreign" for row in rows]
@@ -419,7 +419,7 @@ async def test_index_that_the_server_refuses_is_a_warning(
 
 
 async def test_identity_of_a_view_is_refused(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
-    """A status cannot be stored in a view; the run says so before it asks the model."""
+    """A status cannot be stored in a view; the run ends with a message before it asks the model."""
     database.create_collection("conversation_set", viewOn="conversations", pipeline=[])
     with pytest.raises(ConfigurationError, match=r"is a view.*MONGODB_SOURCE_COLLECTION"):
         await store.identity()

@@ -1,4 +1,4 @@
-"""What the store changes in source documents, and how workers share them: statuses and leases, on a real mongod."""
+"""Statuses and leases on a real mongod: the store's changes to source documents, and sharing them among workers."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def long_conversation(turns: int) -> Conversation:
 
 
 def test_ollama_behind_v1_is_recognised_and_its_cuts_are_seen(caplog: pytest.LogCaptureFixture) -> None:
-    """It keeps half of its window without a word; the conversation is fitted to that window, and says so."""
+    """The server uses half of its window without an error; the conversation is truncated to that window, and marked."""
     with FakeOllama(default_num_ctx=4096) as fake:
         settings = load_settings(None, llm_api_url=f"{fake.url}/v1/chat/completions", llm_model="llama3.2:latest")
         classifier = Classifier(load_taxonomy())

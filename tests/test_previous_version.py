@@ -1,6 +1,6 @@
 """Files that the version before the move into packages left behind are picked up: nothing is lost, asked or paid for twice.
 
-previous_version/README.md says what the files are and how they were made. The folder stands beside this file; the variable
+previous_version/README.md describes the files and how they were made. The folder is beside this file; the variable
 PREVIOUS_VERSION names another place.
 """
 

@@ -46,7 +46,7 @@ def test_exactly_two_messages_and_one_of_them_from_the_user(taxonomy: Taxonomy) 
 
 
 def test_the_conversation_is_fenced(taxonomy: Taxonomy) -> None:
-    """Nothing stands outside the fence."""
+    """Nothing is outside the fence."""
     text = build_prompt(conversation("hello"), taxonomy)[1]["content"]
     assert text == "<conversation>\nCustomer: hello\n</conversation>"
 

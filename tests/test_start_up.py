@@ -1,4 +1,4 @@
-"""What a run does without: libraries that only another command needs, the garbage collector while it starts, garbage."""
+"""A run loads no library that only another command needs, starts without the garbage collector, and leaves no garbage."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run_watched(site: Site, told: str, *arguments: str) -> Ended:
 
 @pytest.mark.thorough
 def test_a_document_leaves_no_garbage(site: Site) -> None:
-    """What refers to itself in a circle keeps its prompt or its document until the collector looks, which is rarely."""
+    """A reference cycle keeps its prompt or document until the garbage collector runs, which is rarely."""
     count = 1000
     site.source.insert_many([conversation(number) for number in range(count)])
     told = (

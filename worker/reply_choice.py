@@ -1,6 +1,6 @@
 """The reply style of a run: that of the setting or, for ``auto``, the one that was measured and stored.
 
-``commands.reply_choice`` measures. The choice is in the state directory, by the plan of the style ``full``. So it holds
+``evaluation.style_choice`` measures. The choice is in the state directory, by the plan of the style ``full``. So it holds
 until the model, the prompt or the taxonomy changes.
 """
 

@@ -1,4 +1,4 @@
-"""Checks of the model server for ``cli.py doctor``: model, window, memory, a test conversation, slots."""
+"""Checks of the model server for ``cli.py doctor``: model, window, memory, a test conversation, prefix cache, slots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from aggregator import aggregate_conversation
 from async_llm_wrapper import AsyncLLMClient, ollama_classify_async, open_session
 from commands.diagnosis.findings import Finding, error, ok, warning
+from commands.diagnosis.prefix import check_prefix
 from commands.diagnosis.slots import MESSAGES, SCHEMA_JSON, Measurement, measure, without_second_attempts
 from config import Settings
 from domain.conversation import stored_labels
@@ -209,7 +210,7 @@ def _chosen(choice: WindowChoice) -> Finding:
 
 
 async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
-    """Yield the findings about load time, memory, a classification and the slots; memory only if at_most is 0."""
+    """Yield the findings about load, memory, a classification, prefix and slots; memory only if at_most is 0."""
     settings = tested.settings
     if tested.at_most:
         tested.tell(f"Loading {tested.client.target.model} ...")
@@ -223,10 +224,8 @@ async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
             yield finding
     if not tested.at_most:
         return
-    tested.tell("Classifying a test conversation ...")
-    yield await _classify(tested)
-    if switches := tested.client.target.thinking_switches:
-        yield ok(f"The model reasons; requests ask for none ({', '.join(switches)}).")
+    async for finding in _answers(tested):
+        yield finding
     tested.tell("Probing for slots ...")
     # Another window would make the server reload the model.
     once = without_second_attempts(settings).model_copy(update={"ollama_num_ctx": tested.client.target.num_ctx})
@@ -238,6 +237,20 @@ async def _probe(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
     if measured.stopped:
         yield warning(f"The probe stopped {measured.stopped}.", "Check the log of the model server.")
     yield _slots(measured, settings.max_concurrent)
+
+
+async def _answers(tested: ModelUnderTest) -> AsyncGenerator[Finding]:
+    """Yield the findings about a classification, reasoning and the prefix cache."""
+    tested.tell("Classifying a test conversation ...")
+    yield await _classify(tested)
+    if switches := tested.client.target.thinking_switches:
+        yield ok(f"The model reasons; requests ask for none ({', '.join(switches)}).")
+    tested.tell("Testing the prefix cache ...")
+    try:
+        if (reuse := await check_prefix(tested.client, tested.settings)) is not None:
+            yield reuse
+    except LLMError as exc:
+        yield error(f"The prefix cache was not tested: {exc}.", _remedy(exc, tested.settings))
 
 
 async def _load(tested: ModelUnderTest) -> Finding:

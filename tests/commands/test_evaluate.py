@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
+from pymongo.database import Database
 
 from aggregator import aggregate_conversation
 from config import load_taxonomy
@@ -21,7 +22,7 @@ from storage.extended_json import canonical
 from tests.fakes.fake_ollama import expected_labels
 from tests.forked_process import Ended
 from tests.in_process import run_cli
-from tests.worker.site import Site, conversation, model_of, open_site, requests, until
+from tests.worker.site import Site, conversation, model_of, requests, until
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("numpy", "scipy")),
@@ -34,10 +35,9 @@ SENTIMENTS = ("Positive", "Neutral", "Negative")
 
 
 @pytest.fixture
-def place(mongodb_uri: str, db_name: str, tmp_path: Path) -> Any:
+def place(mongodb_uri: str, database: Database[dict[str, Any]], tmp_path: Path) -> Site:
     """Return a site without a model server."""
-    with open_site(mongodb_uri, db_name, None, tmp_path) as opened:
-        yield opened
+    return Site(mongodb_uri, database, None, tmp_path)
 
 
 def evaluate(site: Site, *flags: str, **settings: str) -> Ended:
@@ -257,7 +257,7 @@ def test_fail_under_without_gold_of_the_field_fails(judged: Site) -> None:
 
 
 def test_compare_two_collections_with_gold(judged: Site) -> None:
-    """B corrects the five errors of A and makes one of its own: 5 against 1, p = 14 / 64."""
+    """B corrects the five errors of A and makes a new one: 5 against 1, p = 14 / 64."""
     better = [result(number, gold_lines()[number]["sentiment"], model="m2") for number in range(30)]
     better[1]["classification"]["sentiment"] = "Positive"
     judged.database["second"].insert_many(better[:29])

@@ -1,4 +1,4 @@
-"""What the doctor says about a model server, against the fake Ollama and a real llama.cpp."""
+"""The doctor's findings about a model server, with the fake Ollama and a real llama.cpp."""
 
 from __future__ import annotations
 
@@ -311,10 +311,10 @@ async def test_more_slots_than_were_tried_are_a_minimum(fake: FakeOllama) -> Non
 
 
 async def test_probe_ends_at_the_first_call_that_waits(fake: FakeOllama) -> None:
-    """With one slot: load, test conversation, warm-up, and two rounds each of 1 and 2."""
+    """With one slot: load, test conversation, two for the prefix cache, warm-up, and two rounds each of 1 and 2."""
     fake.configure(slots=1)
     await findings(settings_for(fake), at_most=8)
-    assert fake.stats()["chat_requests"] == 3 + 2 * (1 + 2)
+    assert fake.stats()["chat_requests"] == 5 + 2 * (1 + 2)
 
 
 async def test_busy_server_is_reported(fake: FakeOllama) -> None:
@@ -339,7 +339,7 @@ async def test_busy_server_is_reported(fake: FakeOllama) -> None:
 
 
 async def test_server_that_fails_under_the_probe_is_a_warning(fake: FakeOllama) -> None:
-    fake.configure(faults=[{"kind": "busy_503", "when": {"indexes": [6]}}])
+    fake.configure(faults=[{"kind": "busy_503", "when": {"indexes": [8]}}])
     found = await findings(settings_for(fake), at_most=8)
     assert the_one(found, "The probe stopped with 2 at once").level == "warning"
 
@@ -397,7 +397,7 @@ async def test_ollama_behind_v1_is_a_warning(fake: FakeOllama) -> None:
 
 
 async def test_thinking_server_without_a_model_list_passes() -> None:
-    """The model that is named is tried; its reasoning is switched off, and doctor says so."""
+    """doctor tries the named model, with reasoning switched off, and reports it."""
 
     def step(handler: Handler) -> None:
         thinks = "chat_template_kwargs" not in handler.server_state.requests[-1].json

@@ -10,29 +10,29 @@ import select
 import struct
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pymongo.database import Database
 
-from tests.forked_process import ForkedProcess
+from tests.forked_process import OF_THE_BUILT_IN_CLASSIFIER, ForkedProcess
 from tests.in_process import run_cli
 from tests.review.review_site import AGREED, fill, result
-from tests.worker.site import ROOT, Site, open_site
+from tests.worker.site import ROOT, Site
 
 Data = Database[dict[str, Any]]
 ALL = ("--reviewer", "anna", "--control", "0", "--double", "0")
+pytestmark = pytest.mark.usefixtures("built_in_classifier")
 STEERING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture
-def place(mongodb_uri: str, db_name: str, tmp_path: Path) -> Iterator[Site]:
-    """Three conversations with results, the most doubtful one with the number 1; no model server."""
-    with open_site(mongodb_uri, db_name, None, tmp_path) as opened:
-        fill(opened.database, [result(1, 0.2), result(2, 0.5), result(3, 0.8)])
-        yield opened
+def place(mongodb_uri: str, database: Data, tmp_path: Path) -> Site:
+    """Return a site without a model server and with three results; the most doubtful one has the number 1."""
+    fill(database, [result(1, 0.2), result(2, 0.5), result(3, 0.8)])
+    return Site(mongodb_uri, database, None, tmp_path)
 
 
 @pytest.fixture
@@ -172,8 +172,9 @@ def on_terminal(place: Site, answers: list[tuple[str, str]]) -> tuple[str, int, 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environment = place.environment() | {"TERM": "xterm"}
+    command = [str(ROOT / "cli.py"), "review", *ALL]
     process = ForkedProcess(
-        [str(ROOT / "cli.py"), "review", *ALL], environment, place.folder, None, streams=[theirs] * 3
+        command, environment, place.folder, None, streams=[theirs] * 3, preload=OF_THE_BUILT_IN_CLASSIFIER
     )
     shown, waiting, end = b"", list(answers), time.monotonic() + 60
     with process:

@@ -21,7 +21,7 @@ def test_accepted(expression: str) -> None:
     ["", "2:00", "@daily", "* * * *", "0 2 * * * *", "60 2 * * *", "0 25 * * *", "a b c d e", "0 0 31 2 *"],
 )
 def test_refused(expression: str) -> None:
-    """What is no cron expression, or names a day that never comes; the message shows how one looks."""
+    """An invalid cron expression, or a day that never comes, is refused with an example of a valid one."""
     with pytest.raises(ConfigurationError, match="0 2"):
         seconds_until_next(expression, datetime.now(UTC))
 

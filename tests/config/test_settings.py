@@ -118,7 +118,7 @@ def test_precedence_is_argument_environment_file_default(
 
 
 def test_the_main_name_wins_over_the_alias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where both are set."""
+    """This holds if both are set."""
     monkeypatch.setenv("MONGODB_BATCH_SIZE", "7")
     monkeypatch.setenv("BATCH_SIZE", "8")
     assert load_settings(None).batch_size == 8

@@ -51,7 +51,7 @@ def test_the_shipped_taxonomy() -> None:
 
 
 def test_names_are_those_of_the_file_in_its_order(own: Path) -> None:
-    """A definition may be a text alone, or stand beside phrases."""
+    """A definition may be only a text, or a text with phrases."""
     taxonomy = load_taxonomy(own)
     assert taxonomy == Taxonomy(
         (

@@ -1,4 +1,4 @@
-"""A job in a process of its own that is killed (SIGKILL) at a named point: `run_killed`.
+"""A job in a separate process that is killed (SIGKILL) at a named point: `run_killed`.
 
 A point is ``MODULE.CLASS.METHOD:before`` or ``:after``, with ``[STATE]`` for a step of the ledger, such as
 ``ledger.Ledger.advance[created]:before``; the process is killed when the point is reached for the N-th time (from 1).

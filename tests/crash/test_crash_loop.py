@@ -121,7 +121,7 @@ def test_a_chain_of_kills_at_all_points(site: Site) -> None:
 
 
 def test_answers_in_the_journal_are_not_asked_for_again(site: Site) -> None:
-    """What was answered and not yet written when the process died is written from the journal."""
+    """Answers that were not yet written when the process died are written from the journal."""
     documents = [document for document in documents_of_all_shapes(40) if user_message(document) is not None]
     site.source.insert_many(documents)
     assert site.run(plan={"seam": "before_write", "passage": 3}).code == -signal.SIGKILL

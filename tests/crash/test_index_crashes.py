@@ -376,7 +376,7 @@ def spoil(path: Path, how: str) -> None:
         os.truncate(path, path.stat().st_size // 3)
 
 
-# What the user is told: nothing, or why not; and then the file is removed, as told.
+# The message: none, or the reason and the remedy, which is then applied.
 RESTORED = "vectors.sqlite3 was missing; it is restored from vectors.copy.sqlite3"
 DAMAGE = {
     ("index.sqlite3", "deleted"): None,

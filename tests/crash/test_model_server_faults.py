@@ -188,7 +188,7 @@ def test_a_model_that_is_removed_in_the_middle(site: Site) -> None:
 
 
 def test_hopeless_documents_end_in_quarantine(site: Site) -> None:
-    """Three rounds after the first, each with a repair turn; then the reason stands in quarantine and in the source."""
+    """Three rounds after the first, each with a repair turn; then quarantine and source have the reason."""
     documents = documents_of_all_shapes(60)
     site.source.insert_many(documents)
     hopeless = [documents[0], documents[1], documents[2]]

@@ -111,7 +111,7 @@ def test_a_second_signal_ends_the_worker_at_once(site: Site) -> None:
 
 
 def test_a_second_signal_wins_over_a_hanging_database(tmp_path: Path, model: FakeOllama) -> None:
-    """Where even the last writes hang, the process ends all the same, and the journal has the answers."""
+    """If even the last writes hang, the process still ends, and the journal has the answers."""
     with EmbeddedMongod(tmp_path / "mongod") as server, open_site(server.uri, "hanging", model, tmp_path) as site:
         documents = filled_with_all_shapes(site, 60)
         model.configure(latency_s=0.3)

@@ -102,9 +102,9 @@ def test_other_brackets_stay(text: str) -> None:
     ["<", "<_", "<|", "<a", "<a_", "< ", "</", "[", "]~", "＜", "<conversatio", "<\u200d", "_", " ", "|", "con", "/"],
 )
 def test_many_signs_are_fast(sign: str) -> None:
-    """The search is linear: a quadratic one takes minutes for this."""
-    prompt_text(sign * 30_000)
-    prompt_text("<" + sign * 30_000)
+    """The search is linear: a quadratic one takes minutes."""
+    prompt_text(sign * 10_000)
+    prompt_text("<" + sign * 10_000)
 
 
 PIECES = st.sampled_from(

@@ -206,7 +206,7 @@ class TestMatching:
     "text",
     [
         pytest.param("a" * 1_000_000, id="one-word", marks=pytest.mark.thorough),
-        pytest.param("cancel my where is my status of " * 10_000, id="near-matches"),
+        pytest.param("cancel my where is my status of " * 3_000, id="near-matches"),
         pytest.param("cancel" * 170_000, id="phrase-without-spaces", marks=pytest.mark.thorough),
         pytest.param("\N{FACE WITH TEARS OF JOY}" * 1_000_000, id="emoji", marks=pytest.mark.thorough),
         pytest.param("horrible " * 110_000, id="feelings", marks=pytest.mark.thorough),

@@ -84,7 +84,7 @@ def test_standalone_takes_writes_on_loopback_only(tmp_path: Path) -> None:
     assert stat.S_IMODE((data_dir / "mongod.log").stat().st_mode) == 0o600
 
 
-@pytest.mark.thorough  # of the replica set that other tests use; the standalone server has tests of its own
+@pytest.mark.thorough  # of the replica set that other tests use; the standalone server has separate tests
 def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path: Path) -> None:
     with ReplicaSetMongod(tmp_path / "data") as mongod:
         insert(mongod)

@@ -76,6 +76,7 @@ def test_model_replaces_the_results_of_a_built_in_classifier(
         assert fake.stats()["load_requests"] == asked["load_requests"] == 1
 
 
+@pytest.mark.usefixtures("built_in_classifier")
 @pytest.mark.parametrize("flags", [("--only", "new"), ("--dry-run",)])
 def test_results_of_a_built_in_classifier_can_stay(
     run: Run, database: Database[dict[str, Any]], flags: tuple[str, ...]
@@ -88,6 +89,7 @@ def test_results_of_a_built_in_classifier_can_stay(
     assert models(database) == {BUILT_IN: 2}
 
 
+@pytest.mark.usefixtures("built_in_classifier")
 def test_built_in_classifier_replaces_no_result_of_a_model(run: Run, database: Database[dict[str, Any]]) -> None:
     database.conversation_set.insert_one(conversation(1))
     with FakeOllama() as fake:

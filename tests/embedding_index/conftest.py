@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def fake(running: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    """Return the fake OpenAI after the calls of the test before have ended; it must have met no error of its own."""
+    """Return the fake OpenAI after the calls of the previous test have ended; the fake itself must not have failed."""
     running.renew()
     yield running
     assert running.stats()["internal_errors"] == 0

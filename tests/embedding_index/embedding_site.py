@@ -1,6 +1,6 @@
 """A provider over the official OpenAI package, a ledger and a run, for tests and benchmarks against the fake OpenAI.
 
-As a script it is one run in a process of its own, that a test can kill:
+As a script it is one run in a separate process that a test can kill:
 ``python tests/embedding_index/embedding_site.py URL LEDGER COUNT CONCURRENCY BATCH_SIZE``.
 """
 

@@ -1,4 +1,4 @@
-"""What ``cli.py index`` is pointed to in tests: a database, a folder, an environment, and real processes that work on them."""
+"""The place where tests run ``cli.py index``: a database, a folder, an environment, and real processes that work on them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class IndexSite:
 
     @property
     def calls(self) -> int:
-        """How often the provider was asked."""
+        """The number of calls to the provider."""
         return int(self.fake.stats().get(CALLS, 0))
 
     @contextmanager
@@ -98,11 +98,11 @@ class IndexSite:
             yield process
 
     def run(self, *flags: str, **changes: str) -> Ended:
-        """Run ``cli.py index`` in this process; *changes* are variables of its own."""
+        """Run ``cli.py index`` in this process; *changes* are additional variables."""
         return Ended(*run_cli(["index", *flags], self.environment | changes, self.folder))
 
     def on_terminal(self, *flags: str, answer: str | None = None, columns: int = 80, **changes: str) -> Ended:
-        """Run it on a terminal; *answer* is typed when a question stands there, and "^C" is Ctrl-C."""
+        """Run it on a terminal; *answer* is typed when a question appears, and "^C" is Ctrl-C."""
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         environment = self.environment | {"TERM": "xterm"} | changes

@@ -1,4 +1,4 @@
-"""What ``cli.py index`` is pointed to in tests of crashes: a database, conversations, the fake OpenAI, an empty INDEX_DIR.
+"""The place where crash tests run ``cli.py index``: a database, conversations, the fake OpenAI, an empty INDEX_DIR.
 
 The judge (`IndexSite.check`) knows from the sources alone what must be in the index, and reads the files of the index by
 other means than the product.
@@ -42,7 +42,7 @@ END_TIMEOUT_S = 100.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (negative: the signal) and what it printed."""
+    """The end of a process: its exit code (negative: the signal) and its output."""
 
     code: int
     out: str
@@ -65,7 +65,7 @@ class IndexSite:
 
     @property
     def identity(self) -> ModelIdentity:
-        """What makes the vectors."""
+        """The provider that makes the vectors."""
         return ModelIdentity("openai", self.settings.get("EMBEDDING_MODEL", MODEL))
 
     @property
@@ -167,7 +167,7 @@ class IndexSite:
         }
 
     def files_with(self, content: bytes) -> list[str]:
-        """Return the names of the files below INDEX_DIR in which *content* stands, used or not."""
+        """Return the names of the files below INDEX_DIR that contain *content*, used or not."""
         paths = sorted(path for path in self.index.rglob("*") if path.is_file())
         return [path.name for path in paths if content in path.read_bytes()]
 
@@ -249,5 +249,5 @@ class IndexSite:
 
 
 def said(number: int) -> str:
-    """What the customer of conversation *number* says."""
+    """The text of the customer in conversation *number*."""
     return f"Case {number:04d}: my parcel with number {number * 7919} is late"

@@ -13,7 +13,7 @@ FIRST, SECOND = (Call((Piece(name, name, 1),)) for name in ("first", "second"))
 
 
 def test_the_run_is_not_over_while_a_call_is_worked_on() -> None:
-    """What becomes of it may be another call."""
+    """The end of a call may put another call at the front of the queue."""
     queue = CallQueue([FIRST], 2, threading.Event())
     assert queue.take() is FIRST
     with ThreadPoolExecutor(1) as thread:

@@ -1,4 +1,4 @@
-"""What a provider is asked while it is away: how often is counted, nothing is timed."""
+"""Calls to a provider that is away are counted, not timed."""
 
 from __future__ import annotations
 

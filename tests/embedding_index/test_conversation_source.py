@@ -71,7 +71,7 @@ def result(document_id: Any, **labels: Any) -> dict[str, Any]:
 
 @dataclass
 class States:
-    """What DocumentationStore does, in dictionaries."""
+    """The behaviour of DocumentationStore, in dictionaries."""
 
     items: dict[str, tuple[str, dict[str, Any], str]] = field(default_factory=dict)  # hash, metadata, state
     outdated: set[str] = field(default_factory=set)
@@ -125,7 +125,7 @@ class States:
 
 @dataclass
 class Vectors:
-    """What SQLVectorStore does, in dictionaries."""
+    """The behaviour of SQLVectorStore, in dictionaries."""
 
     is_external: bool = False
     found: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -50,7 +50,7 @@ def ledger(tmp_path: Path) -> Iterator[VectorLedger]:
 
 @dataclass(frozen=True)
 class End:
-    """How a text ended, and its stored vector, None if it has none."""
+    """The outcome of a text, and its stored vector, or None."""
 
     problem: str | None
     vector: Vector | None
@@ -75,7 +75,7 @@ class Runs:
     def embed(
         self, texts: list[str], provider: Any = None, watch: Any = None, **options: Any
     ) -> tuple[dict[str, End], RunCounts]:
-        """How each text ended, by the text; *watch* is shown the counts at each of them."""
+        """Return the outcome of each text, by text; *watch* gets the counts after each."""
         run = self.prepare(provider, **options)
         by_hash = keyed(texts)
         ends = []

@@ -119,7 +119,7 @@ def test_a_long_text_is_not_counted_again_and_again(unit: str) -> None:
 
 
 def test_the_length_of_a_piece_is_learnt_from_the_last_one() -> None:
-    """Where characters have as many tokens as nowhere else, each piece would be tried four times too long."""
+    """If characters have more tokens than elsewhere, each piece would be tried four times too long."""
     text, counted = "x" * 100_000, 0
 
     def count(stretch: str) -> int:

@@ -1,4 +1,4 @@
-"""What is no vector is not taken for one, and long texts have the mean of their pieces."""
+"""Invalid vectors are refused, and a long text gets the mean of the vectors of its pieces."""
 
 from __future__ import annotations
 

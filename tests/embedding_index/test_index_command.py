@@ -219,7 +219,7 @@ def test_search_as_json_and_as_a_table(site: IndexSite) -> None:
 
 @pytest.mark.thorough
 def test_the_local_model_finds_refunds_first(site: IndexSite) -> None:
-    """The sample database has an index of its own, and needs no server."""
+    """The sample database has a separate index and needs no server."""
     local = {"EMBEDDING_PROVIDER": "local"}
     ended = site.run("--batch", "--sample", "--json", **local)
     assert (ended.code, ended.json["failed"], ended.json["cost_usd"]) == (0, 0, 0.0), ended.err

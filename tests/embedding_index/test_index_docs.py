@@ -102,7 +102,7 @@ def _stable(line: str) -> str:
 
 @pytest.mark.thorough
 def test_first_steps(tmp_path: Path) -> None:
-    """What ``make index`` runs, behind the installation."""
+    """The commands that ``make index`` runs after the installation."""
     reader = Reader(tmp_path)
     ((command, lines),) = console(section("First steps"))
     assert command == "make index"

@@ -24,7 +24,7 @@ from tests.fakes.fake_ollama import FakeOllama
 from tests.forked_process import ForkedProcess
 
 ITEMS = TABLES + RELATIONSHIPS
-# A finder before all others stands for packages that are not installed.
+# A finder before all others makes packages look as if they were not installed.
 WITHOUT = """
 import importlib.abc, runpy, sys
 class Absent(importlib.abc.MetaPathFinder):

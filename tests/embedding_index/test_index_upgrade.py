@@ -34,7 +34,7 @@ def settings(tmp_path: Path) -> IndexSettings:
 
 
 def search(settings: IndexSettings, text: str, kind: Kind) -> list[Hit]:
-    """What a reader finds, without a writer having been there."""
+    """Return the hits of a reader; no writer has opened the index."""
     with VectorLedger(settings.index_dir / LEDGER_FILE, create=False) as ledger:
         return VectorSearch(settings.index_dir).search(ledger, query_vector(Words(), text), [kind], 5)
 

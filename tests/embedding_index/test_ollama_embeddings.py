@@ -140,7 +140,7 @@ def test_two_calls_at_once_unless_it_is_set(fake: FakeOllama, provider: OllamaPr
 
 
 def inside(text: str) -> dict[str, Any]:
-    """What EmbedHandler makes of any error: HTTP 400."""
+    """EmbedHandler answers every error with HTTP 400."""
     return {"kind": "status", "status": 400, "body": f'{{"error": "{text}"}}'}
 
 

@@ -269,7 +269,7 @@ def test_a_long_header_does_not_cost_the_answer() -> None:
 
 
 def test_connection_is_closed_after_a_too_large_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left of it would be sent all the same."""
+    """The connection is closed, because the server would send the rest of the answer."""
     monkeypatch.setattr(openai_embeddings, "MAX_ANSWER_BYTES", 10)
     with scripted_server(drip(0.05)) as server, closing(open_openai(f"{server.url}/v1")) as provider:
         with pytest.raises(ProviderUnavailableError, match="larger than 10 bytes"):

@@ -41,7 +41,7 @@ def test_ollama_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     mostly_thorough([("openai", "httpx2"), ("ollama", "requests"), ("local", "tokenizers"), ("ollama", "numpy")], 4),
 )
 def test_a_missing_package_is_one_sentence(name: str, package: str) -> None:
-    """In a process of its own, where nothing is loaded yet."""
+    """The check runs in a new process, because nothing is loaded there."""
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "from config.index_settings import load_index_settings\n"

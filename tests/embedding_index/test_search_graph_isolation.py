@@ -1,4 +1,4 @@
-"""ChromaDB in a process of its own: it sends nothing, says nothing, and puts nothing anywhere else."""
+"""ChromaDB in a separate process: it sends nothing, prints nothing, and writes nothing elsewhere."""
 
 from __future__ import annotations
 

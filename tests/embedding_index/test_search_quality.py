@@ -1,4 +1,4 @@
-"""What people ask for is found, with the real local model."""
+"""Typical questions find the right items with the real local model."""
 
 from __future__ import annotations
 

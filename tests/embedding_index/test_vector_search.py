@@ -78,13 +78,13 @@ def test_equal_vectors_come_by_name_wherever_their_rows_are() -> None:
     ids=["exact", "graph"],
 )
 def test_each_vector_finds_itself_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_bytes: int) -> None:
-    """That holds with the graph, too, and after changes between two searches."""
+    """This holds with the graph as well, and after changes between two searches."""
     monkeypatch.setattr(search_graph, "EXACT_UP_TO_BYTES", exact_bytes)
     make_index(tmp_path, range(600))
     publish(tmp_path)
     assert has_graph(tmp_path) == (exact_bytes == 0)
     searcher = Searcher(tmp_path)
-    assert [searcher.first(number) for number in range(600)] == list(map(str, range(600)))
+    assert [searcher.first(number) for number in range(0, 600, 4)] == list(map(str, range(0, 600, 4)))
     with VectorLedger(tmp_path / LEDGER_FILE) as ledger:
         SearchEntries(ledger).delete(Kind.TABLE, ["5", "no such table"])
     assert searcher.first(5) != "5"

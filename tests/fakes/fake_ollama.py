@@ -32,6 +32,7 @@ Knobs (constructor and `FakeOllama.configure`)
     latency_key "index"      key = sequence number of the request; "text": key = selected user message
     prompt_eval_share 0.3    part of the time in the slot that is reported as prompt_eval_duration, if no message at
                              the beginning is that of the model's prompt before; else less, down to a twentieth
+    prefix_cache True        False: each prompt is read as a whole, as by models with sliding-window attention
     stream_chunks 8          content lines per stream, spread over the latency
     load_delay_s 0.0         seconds a load takes; a client that leaves aborts the load it triggered
     load_error None          text of the 500 that every load ends in

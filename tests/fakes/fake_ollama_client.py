@@ -69,7 +69,7 @@ def send(
     headers: dict[str, str] | None = None,
     timeout_s: float = _TIMEOUT_S,
 ) -> Answer:
-    """One request on a connection of its own; *body* is encoded unless it is bytes already."""
+    """Send one request on a new connection; *body* is encoded unless it is bytes already."""
     raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(fake.host, fake.port, timeout=timeout_s)
     try:

@@ -250,7 +250,7 @@ class FakeOpenAI(ServerProcess):
         return self._call("files")  # type: ignore[no-any-return]
 
     def path_of(self, file_id: str) -> Path:
-        """Where the bytes of a file lie on this machine."""
+        """Return the path of the bytes of a file on this machine."""
         assert self._directory is not None
         return self._directory / "files" / file_id
 

@@ -1,4 +1,4 @@
-"""What the tests of the fake OpenAI send, with the official client."""
+"""The requests that the tests of the fake OpenAI send, with the official client."""
 
 import json
 from collections.abc import Iterable

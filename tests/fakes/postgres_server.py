@@ -38,7 +38,7 @@ def find_binaries() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Postgres:
-    """How to reach the server. Everyone on loopback needs the password."""
+    """The address of the server. Everyone on loopback needs the password."""
 
     port: int
     password: str
@@ -48,14 +48,14 @@ class Postgres:
         return f"postgresql://{user}:{quote(password or self.password)}@127.0.0.1:{self.port}/{quote(database)}"
 
     def run(self, *statements: str, database: str = "postgres") -> None:
-        """Execute *statements*, each in a transaction of its own."""
+        """Execute *statements*, each in a separate transaction."""
         with psycopg.connect(self.uri(database), autocommit=True) as connection:
             for statement in statements:
                 connection.execute(statement.encode())
 
 
 class PostgresServer:
-    """One server in a folder of its own, which goes when it stops; use in ``with``."""
+    """One server in a temporary folder, which is removed when it stops; use in ``with``."""
 
     def __init__(self) -> None:
         self._binaries = find_binaries()

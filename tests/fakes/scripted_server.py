@@ -37,7 +37,7 @@ MODELS = {"models": [{"name": "llama3.2:latest", "digest": "sha256:1"}, {"name":
 
 @dataclass(frozen=True)
 class Request:
-    """What the server got."""
+    """One request that the server received."""
 
     method: str
     path: str
@@ -81,7 +81,7 @@ def answer(content: Any = None, status: int = 200, **headers: str) -> Step:
 
 
 def chunked(size: int) -> Step:
-    """Send a good reply and *size* bytes of white space, in a body whose length is not told."""
+    """Send a good reply and *size* bytes of white space, in a body without a length."""
     body = json.dumps(chat_reply()).encode()
 
     def step(handler: Handler) -> None:
@@ -173,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def server_state(self) -> ScriptedServer:
-        """What the test holds."""
+        """The server as a test sees it."""
         return self.server.state
 
     def do_GET(self) -> None:

@@ -18,7 +18,7 @@ LABELS = {"intent": "Order Status", "topic": "Shipping/Delivery", "sentiment": "
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes back; *body* None is the right answer to the request."""
+    """A reply; if *body* is None, it is the right answer to the request."""
 
     status: int = 200
     body: Any = None

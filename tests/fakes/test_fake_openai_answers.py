@@ -1,4 +1,4 @@
-"""What the fake OpenAI answers to chat and embeddings requests, as the official client sees it."""
+"""The answers of the fake OpenAI to chat and embeddings requests, as the official client sees them."""
 
 import base64
 import json

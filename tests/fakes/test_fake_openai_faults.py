@@ -76,7 +76,7 @@ def test_a_batch_is_created_but_nobody_is_told(fake: FakeOpenAI, how: str) -> No
 
 
 def test_the_clients_own_repetition_makes_a_second_batch(fake: FakeOpenAI) -> None:
-    """Why create calls must be sent with max_retries=0."""
+    """A lost answer makes the client create the batch twice, so create calls need max_retries=0."""
     strike(fake, "answer_lost", when={"route": "batches.create"}, times=1)
     with client_of(fake, max_retries=2) as client:
         submit(client, jsonl(documents(1)))

@@ -1,4 +1,4 @@
-"""What the real engine answers: the shapes that the OpenAI-style path of the product relies on."""
+"""The answers of the real engine: the shapes that the OpenAI-style path of the product relies on."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def _output_bias(token: str) -> float:
 
 
 def _byte_characters() -> dict[int, str]:
-    """The printable stand-in of each byte value that byte-level BPE vocabularies are written in."""
+    """Return the printable character for each byte value, as byte-level BPE vocabularies write it."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)}
@@ -217,7 +217,7 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 class TinyEngine:
-    """Context manager of one engine in a process of its own.
+    """Context manager of one engine in a separate process.
 
     Args:
         model_path: File that ``build_tiny_model`` wrote, or of any other model.

@@ -53,7 +53,7 @@ def trained_engine(model: Path, context_tokens: int, slots: int = 1) -> TinyEngi
 def prompt_tokens(engine: TinyEngine, messages: Sequence[dict[str, str]]) -> list[int]:
     """Return the ids of the tokens that *engine* reads for *messages*, before its answer."""
     prompt = _post(engine, "/apply-template", {"messages": messages})["prompt"]
-    # As the engine tokenizes the prompt of a chat: with the control tokens that stand in it.
+    # As the engine tokenizes the prompt of a chat: with the control tokens that it contains.
     content = {"content": prompt, "add_special": True, "parse_special": True}
     tokens: list[int] = _post(engine, "/tokenize", content)["tokens"]
     return tokens

@@ -31,7 +31,7 @@ class Receiver(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where to post."""
+        """The address to post to."""
         return f"http://127.0.0.1:{self.server_address[1]}/hook"
 
     @property
@@ -123,7 +123,7 @@ class Canary:
                 self._sockets.append(socket.create_server(("::1", self.port), family=socket.AF_INET6))
 
     def visits(self) -> int:
-        """How many connections there were."""
+        """The number of connections so far."""
         count = 0
         for listener in self._sockets:
             listener.setblocking(False)

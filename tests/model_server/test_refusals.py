@@ -1,4 +1,4 @@
-"""What the error texts of model servers mean."""
+"""The meaning of the error texts of model servers."""
 
 from __future__ import annotations
 

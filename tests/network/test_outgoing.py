@@ -206,7 +206,7 @@ def server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recor
 
 
 def test_untrusted_certificate_is_named_with_the_variable(client: Call, server: Recorder, tmp_path: Path) -> None:
-    """Nothing is sent, and nobody is told to start a server that runs."""
+    """Nothing is sent, and the message does not ask to start a server that runs."""
     with pytest.raises(TriadError) as caught:
         client(server.url, tmp_path)
     if client.__name__ in ("jobs", "openai_embeddings", "ollama_embeddings"):

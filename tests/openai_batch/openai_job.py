@@ -66,7 +66,7 @@ Document = dict[str, Any]
 
 @dataclass
 class Place:
-    """What a job works on; picklable, so that another process can be given it."""
+    """The place where a job works; picklable, so that it can be passed to another process."""
 
     uri: str
     database: str
@@ -169,14 +169,14 @@ class Job(Place):
 
     @contextmanager
     def started(self, action: str, *flags: str, **settings: str) -> Iterator[ForkedProcess]:
-        """Start one action in a process of its own; it is killed at the end."""
+        """Start one action in a separate process; it is killed at the end."""
         files = (self.folder / f"{time.monotonic_ns()}.out", self.folder / f"{time.monotonic_ns()}.err")
         command = self.command(action, *flags)
         with ForkedProcess(command, self.environment(**settings), self.folder, files) as process:
             yield process
 
     def script(self, *command: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        """Run a Python program in a process of its own, to its end."""
+        """Run a Python program in a separate process, to its end."""
         return run_forked(command, self.environment(**settings), self.folder, END_S)
 
     # What is left behind
@@ -261,7 +261,7 @@ def in_process(environment: dict[str, str], folder: Path) -> Iterator[tuple[io.S
 
 @contextmanager
 def replying_job(uri: str, database: str, folder: Path, reply: str) -> Iterator[tuple[Job, FakeOpenAI]]:
-    """Yield a job and a fake of its own whose answers are those of the function *reply* of job_replies."""
+    """Yield a job with a separate fake whose answers are those of the function *reply* of job_replies."""
     with mock.patch.dict(os.environ, {"TEST_SENT_FILE": str(folder / SENT)}):
         fake = FakeOpenAI(polls_until_done=1, reply=f"@tests.openai_batch.job_replies:{reply}")
         with fake, Job(uri, database, fake.url, folder) as job:

@@ -95,7 +95,7 @@ def test_run_is_exclusive_and_resumes_after_sigterm(job: Job, openai: FakeOpenAI
 def test_sigterm_before_mongodb_answers_ends_at_once(job: Job) -> None:
     """There is nothing to finish yet."""
     with FakeOpenAI() as silent:
-        # A server that accepts and says nothing stands for a MongoDB that hangs.
+        # A server that accepts connections and sends nothing acts as a MongoDB that hangs.
         silent.pause()
         # The driver's own time-out of a connection is 20 s, and closing must not wait for it.
         uri = f"mongodb://127.0.0.1:{silent.port}/"

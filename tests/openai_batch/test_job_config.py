@@ -112,7 +112,7 @@ def test_update_with_forbidden_operator_or_field_is_refused(update: Any, path: s
     ids=str,
 )
 def test_conflicting_fields_are_refused(fields: dict[str, Any]) -> None:
-    """When the schema is loaded, not when the first answer has been paid for."""
+    """The error comes when the schema is loaded, not after the first answer has been paid for."""
     refusal(SchemaConfig, **fields)
 
 

@@ -238,7 +238,7 @@ def test_run_ends_while_webhook_or_mail_server_hangs(
 
 
 async def test_hanging_webhook_does_not_delay_mail() -> None:
-    """Each channel has a queue of its own."""
+    """Each channel has a separate queue."""
     async with letterbox() as (box, server):
         with receiving(hang) as receiver:
             ways = [webhook_of(receiver.url), Mailbox("ops@example.com", server, None, None)]
@@ -299,7 +299,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("form", REFUSED)
 def test_forbidden_webhook_urls_are_refused(form: str, canary: Canary) -> None:
-    """When they are read, without a connection and without being shown."""
+    """The settings are refused when they are read. No connection is made, and the message does not show the address."""
     url = form.format(port=canary.port)
     with pytest.raises(ConfigurationError) as caught:
         channels_of(NotificationConfig(webhook_url=SecretStr(url)))

@@ -1,4 +1,4 @@
-"""The reasons of the Batch API, without what stands in the request file."""
+"""The reasons of the Batch API, without the texts of the request file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A document store on a database of its own."""
+"""A document store on a separate database, and one built-in classifier for all tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import pytest
 from config import Settings
 from mongo_client import DocumentStore
 from tests.review.review_site import settings_of
+
+
+@pytest.fixture(autouse=True)
+def _one_classifier(built_in_classifier: None) -> None:
+    """Use the same built-in classifier in every test."""
 
 
 @pytest.fixture

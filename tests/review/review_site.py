@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pymongo.database import Database
 
-from config import Settings, load_settings, load_taxonomy
+from config import Settings, Taxonomy, load_settings, load_taxonomy
+from domain.conversation import Conversation
+from embedded.baseline import Answer
+from embedded.choice import BuiltInClassifier, open_classifier
 from mongo_client import DocumentStore
 from review.queue import Options, ReviewQueue
 from tests.worker.site import conversation
@@ -45,3 +49,27 @@ def settings_of(uri: str, db_name: str) -> Settings:
 
 def open_queue(store: DocumentStore, settings: Settings, options: Options = DEFAULTS) -> ReviewQueue:
     return ReviewQueue(store, settings, load_taxonomy(), options)
+
+
+class RememberingClassifier:
+    """A built-in classifier that labels each text once."""
+
+    def __init__(self, classifier: BuiltInClassifier) -> None:
+        self.model = classifier.model
+        self._classifier = classifier
+        self._answers: dict[str, Answer] = {}
+
+    def answer(self, conversation: Conversation) -> Answer:
+        key = conversation.transcript_sha256
+        if key not in self._answers:
+            self._answers[key] = self._classifier.answer(conversation)
+        return self._answers[key]
+
+    def answers(self, conversations: Sequence[Conversation]) -> list[Answer]:
+        return [self.answer(conversation) for conversation in conversations]
+
+
+@functools.cache
+def shared_classifier(taxonomy: Taxonomy) -> BuiltInClassifier:
+    """Return the built-in classifier of this process for *taxonomy*."""
+    return RememberingClassifier(open_classifier(taxonomy))

@@ -1,4 +1,4 @@
-"""The REST service as its users run it: a uvicorn process of its own, and plain HTTP to it."""
+"""The REST service as its users run it: a separate uvicorn process, and plain HTTP to it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.forked_process import ForkedProcess, run_forked
+from tests.forked_process import OF_THE_BUILT_IN_CLASSIFIER, ForkedProcess, run_forked
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
+# For a service that classifies nothing: loading the built-in classifier takes most of the start.
+NO_MODEL = {"OLLAMA_ENDPOINT": "http://127.0.0.1:1"}
 
 CONVERSATION = {
     "conversation_number": "123",
@@ -69,7 +71,7 @@ class ServiceProcess:
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout_s: float = 20
     ) -> Answer:
-        """Send one request on a connection of its own; a dict goes as JSON."""
+        """Send one request on a new connection; a dict is sent as JSON."""
         sent = dict(headers or {})
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
@@ -149,7 +151,9 @@ def serve(folder: Path, *flags: str, app: str = "main:app", **variables: str) ->
     command = ["-m", "uvicorn", app, "--host", "127.0.0.1", "--port", str(port), *flags]
     log_path = folder / f"service-{port}.log"
     log_path.touch()
-    process = ForkedProcess(command, service_environment(**variables), folder, (log_path, log_path))
+    preload = OF_THE_BUILT_IN_CLASSIFIER if variables.get("API_EMBEDDED") == "true" else ()
+    files = (log_path, log_path)
+    process = ForkedProcess(command, service_environment(**variables), folder, files, preload=preload)
     service = ServiceProcess(process, port, log_path)
     try:
         wait_until_it_answers(service)

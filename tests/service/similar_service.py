@@ -1,4 +1,4 @@
-"""The service with a small index of its own: bags of words, from ``index.json`` in the working directory.
+"""The service with a small index: bags of words, from ``index.json`` in the working directory.
 
 ``{"items": [{"name", "text", "metadata"}], "is_external": false, "opening": KIND, "search": KIND, "search_s": 0,
 "busy_s": null}``; the file is read again for each search. A KIND is one of FAULTS: it is raised there.

@@ -1,4 +1,4 @@
-"""Who may ask: keys, rates, host names, exposure, and where the service agrees to listen."""
+"""Access to the service: keys, rates, host names, exposure, and the addresses on which it listens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.service_process import ServiceProcess, free_port, run_to_the_end, serve
+from tests.service.service_process import NO_MODEL, ServiceProcess, free_port, run_to_the_end, serve
 
 KEY, NEW_KEY, OTHER = "helpdesk-key-0123456789", "helpdesk-key-9876543210", "crm-key-0123456789abcdef"
 KEYS = f"helpdesk:{KEY},helpdesk:{NEW_KEY},crm:{OTHER}"
@@ -131,7 +131,7 @@ def test_start_fails_on_an_outside_address_without_keys(tmp_path: Path, start: t
 @pytest.mark.parametrize("settings", [{"API_KEYS": KEYS}, {"API_ALLOW_UNAUTHENTICATED": "true"}], ids=["keys", "said"])
 def test_service_listens_outside_with_keys_or_explicit_permission(tmp_path: Path, settings: dict[str, str]) -> None:
     """And then any host name is answered."""
-    with serve(tmp_path, "--host", OUTSIDE, API_EMBEDDED="true", **settings) as service:
+    with serve(tmp_path, "--host", OUTSIDE, **NO_MODEL, **settings) as service:
         assert service.request("GET", "/health", headers={"Host": "triad.example"}).status == 200
 
 

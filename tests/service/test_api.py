@@ -238,7 +238,7 @@ def test_repeated_idempotency_key_asks_the_model_once(service: ServiceProcess, f
 def test_concurrent_requests_with_one_idempotency_key_ask_the_model_once(
     service: ServiceProcess, fake: FakeOllama
 ) -> None:
-    """Who comes while the first is asked waits for its answer."""
+    """A request that comes while the first one is in flight waits for its answer."""
     asked = fake.stats()["chat_requests"]
     fake.configure(faults=[{"kind": "latency", "set_s": 0.3}])
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

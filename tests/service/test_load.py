@@ -84,7 +84,7 @@ def test_disconnected_caller_frees_its_slot_and_cancels_its_call(tmp_path: Path)
 
 
 def test_deadline_covers_queue_and_call(tmp_path: Path) -> None:
-    """Who waited too long for a place gets 504, and the place; the breaker stays closed, for the server is there."""
+    """A caller that waited too long for a slot gets 504 and frees the slot; the breaker stays closed, because the server works."""
     with FakeOllama(slots=4, latency_s=1, user_message=0) as fake:
         settings = {"API_MAX_CONCURRENT": "1", "API_QUEUE_SIZE": "5", "API_REQUEST_TIMEOUT_S": "1.6"}
         with serve(tmp_path, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2", **settings) as service:
@@ -119,7 +119,7 @@ def test_stop_finishes_running_requests_and_ignores_slow_clients(tmp_path: Path)
 
 
 def test_stop_answers_503_after_the_grace_period(tmp_path: Path) -> None:
-    """What does not finish in time is told to come back; uvicorn alone would break it off with a 500, or wait."""
+    """A request that does not finish in time gets 503; uvicorn alone would answer 500, or wait."""
     with FakeOllama(slots=4, latency_s=60, user_message=0) as fake:
         settings = {"SHUTDOWN_GRACE_S": "1"}
         with serve(tmp_path, OLLAMA_ENDPOINT=fake.url, OLLAMA_MODEL="llama3.2", **settings) as service:

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 import pytest
 
 from tests.cases import mostly_thorough
-from tests.service.service_process import Answer, ServiceProcess, conversation, serve, service_environment
+from tests.service.service_process import NO_MODEL, Answer, ServiceProcess, conversation, serve, service_environment
 
 CANARY = "CANARY-4929-1234"
 KEY = "helpdesk-key-0123456789"
@@ -275,7 +275,7 @@ def test_service_without_usable_index_returns_503_and_still_classifies(
 def test_external_provider_is_used_with_permission(tmp_path: Path) -> None:
     """ALLOW_EXTERNAL_LLM, as for document jobs."""
     write_index(tmp_path, is_external=True)
-    with serve(tmp_path, app=APP, API_EMBEDDED="true", ALLOW_EXTERNAL_LLM="true") as service:
+    with serve(tmp_path, app=APP, ALLOW_EXTERNAL_LLM="true", **NO_MODEL) as service:
         assert Site(service, tmp_path).get("parcel").status == 200
 
 
@@ -317,9 +317,9 @@ def test_keys_and_rate_limits_apply_to_searches(tmp_path: Path) -> None:
 
 
 def test_searches_run_one_at_a_time_with_a_bounded_queue(tmp_path: Path) -> None:
-    """Two at once would take both cores from /classify; who finds the queue full is told at once."""
+    """Two at once would take both cores from /classify; a caller that finds the queue full gets an error at once."""
     write_index(tmp_path, search_s=0.1)
-    with serve(tmp_path, app=APP, API_EMBEDDED="true", API_QUEUE_SIZE="3") as service:
+    with serve(tmp_path, app=APP, API_QUEUE_SIZE="3", **NO_MODEL) as service:
         site = Site(service, tmp_path)
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(site.get, ["parcel"] * 12))
@@ -333,7 +333,7 @@ def test_searches_run_one_at_a_time_with_a_bounded_queue(tmp_path: Path) -> None
 def test_search_ends_at_the_request_deadline(tmp_path: Path) -> None:
     """504; the thread ends what it has begun, and the next search is answered."""
     write_index(tmp_path, search_s=1.5)
-    with serve(tmp_path, app=APP, API_EMBEDDED="true", API_REQUEST_TIMEOUT_S="1") as service:
+    with serve(tmp_path, app=APP, API_REQUEST_TIMEOUT_S="1", **NO_MODEL) as service:
         site = Site(service, tmp_path)
         late = site.get("parcel")
         assert (late.status, late.error) == (504, "DeadlineError")
@@ -345,7 +345,7 @@ def test_search_ends_at_the_request_deadline(tmp_path: Path) -> None:
 def test_disconnected_search_frees_its_slot(tmp_path: Path) -> None:
     """Counted as 499; a search that had not begun is not made."""
     write_index(tmp_path, search_s=0.5)
-    with serve(tmp_path, app=APP, API_EMBEDDED="true") as service:
+    with serve(tmp_path, app=APP, **NO_MODEL) as service:
         site = Site(service, tmp_path)
         head = b"GET /similar?text=parcel HTTP/1.1\r\nHost: localhost\r\n\r\n"
         for sock in [service.connect(head) for _ in range(4)]:

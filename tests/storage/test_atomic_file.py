@@ -162,7 +162,7 @@ def test_path_that_is_a_folder_raises(folder: Path) -> None:
 
 
 def test_link_is_replaced_and_not_followed(folder: Path) -> None:
-    """What it points to stays as it is."""
+    """The target of the link is not changed."""
     target = folder / "precious"
     target.write_bytes(b"precious")
     (folder / "state.json").symlink_to(target)

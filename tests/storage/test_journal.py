@@ -121,7 +121,7 @@ def test_answered_document_is_never_poison(path: Path) -> None:
 
 
 def test_a_crash_at_any_byte_loses_at_most_the_event_being_written(journal: BatchJournal, path: Path) -> None:
-    """Everything before it is still known, and the next event is written on a line of its own."""
+    """Everything before it is still known, and the next event is written on a new line."""
     journal.add("started", "a")
     journal.add("asked", "a")
     journal.add("answered", "a", result=RESULT)

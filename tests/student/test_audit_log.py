@@ -41,6 +41,21 @@ def test_hash_draws_about_the_share_and_the_same_ones_again(tmp_path: Path) -> N
         assert [key for key in HASHES if other.is_drawn(key)] != drawn
 
 
+def test_text_that_comes_each_day_is_drawn_at_last(tmp_path: Path) -> None:
+    """And its comparison counts once a day."""
+    days = [f"day {number}" for number in range(120)]
+    current = [""]
+    with AuditLog(tmp_path / "audit.sqlite", "student-0", 0.9, today=lambda: current[0]) as log:
+        drawn = 0
+        for current[0] in days:
+            drawn += log.is_drawn(HASHES[0])
+        assert 0 < drawn < 40
+        for current[0] in days[:2]:
+            log.record(HASHES[0], agreed=True)
+            log.record(HASHES[0], agreed=True)
+        assert log.audit.audited == 2
+
+
 def test_damaged_audit_is_refused(tmp_path: Path) -> None:
     """Without it nobody knows whether the promise holds."""
     path = tmp_path / "audit.sqlite"

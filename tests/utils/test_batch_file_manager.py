@@ -203,7 +203,7 @@ def test_state(files: BatchFiles, directory: Path) -> None:
 
 
 def test_one_worker_per_directory(files: BatchFiles, directory: Path) -> None:
-    """The second is told what to do; giving back what was never taken is harmless."""
+    """The second worker gets a message with the remedy; releasing a lock that was never taken is harmless."""
     files.acquire()
     other = BatchFiles(directory)
     with pytest.raises(DirectoryLockedError, match="--batch-files-dir"):

@@ -204,7 +204,7 @@ def test_levels(at_most: int, levels: list[int]) -> None:
 
 
 def test_progress_is_shown_without_a_terminal(fake: FakeOllama) -> None:
-    """On a CPU a measurement takes many minutes, and is told once that it is one."""
+    """On a CPU a measurement takes many minutes, and the user gets one hint about this."""
     fake.configure(vram_share=0.0, latency_s=0.0)
     environment = clean_environment() | {"OLLAMA_ENDPOINT": fake.url, "OLLAMA_MODEL": "llama3.2"}
     done = run_script(concurrency_check.main, SCRIPT, ["--max", "2", "--rounds", "2"], environment, ROOT)

@@ -51,7 +51,7 @@ def test_a_failed_document_round_trips(document_id: Any) -> None:
 
 
 def test_missing_fields_of_an_entry_get_defaults() -> None:
-    """What is missing gets a sensible value."""
+    """Missing fields get a sensible value."""
     read = FailedDocument.from_dict({"conversation_id": "a", "status": "?", "conversation_data": None})
     assert (read.status, read.retry_count, read.reason) == ("llm_failed", 0, Reason.TRANSPORT)
 
@@ -72,7 +72,7 @@ def test_entries_for_one_document_replace_each_other(files: BatchFiles, director
 
 
 def test_a_retry_round(files: BatchFiles, directory: Path) -> None:
-    """What fails again stays with its count; each round has a journal of its own; in the end the file goes."""
+    """A document that fails again stays with its count; each round has a separate journal; in the end the file is removed."""
     files.save_failed("retry", 1, [failed("a"), failed("b")])
     (batch,) = files.load_retry()
     batch.journal.add("failed", "a", reason=Reason.EMPTY, problem="x", is_final=False)
@@ -138,7 +138,7 @@ def test_requeue_moves_quarantined_documents_to_pending(files: BatchFiles, direc
 
 
 def test_requeue_does_not_overwrite_a_batch_in_work(files: BatchFiles, directory: Path) -> None:
-    """Each release has a file of its own, whatever batch its documents were in."""
+    """Each release has a separate file, whatever batch its documents were in."""
     files.save_failed("quarantine", 1, [failed("a")])
     assert requeue(files) == 1
     files.save_failed("quarantine", 1, [failed("b")])

@@ -7,13 +7,13 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pymongo import MongoClient
 from pymongo.collection import Collection
+from pymongo.database import Database
 
 from tests.environment import clean_environment
 from tests.forked_process import run_forked
@@ -28,14 +28,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def source(mongodb_uri: str, db_name: str) -> Iterator[Collection[dict[str, Any]]]:
-    with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        yield client[db_name][COLLECTION]
+def source(database: Database[dict[str, Any]]) -> Collection[dict[str, Any]]:
+    return database[COLLECTION]
 
 
 @pytest.fixture
 def run(mongodb_uri: str, db_name: str, tmp_path: Path) -> Run:
-    """Run the script in a folder without .env; with *streams* in a process of its own, whose descriptors they are."""
+    """Run the script in a folder without .env; with *streams*, in a separate process with these descriptors."""
 
     def start(
         *arguments: str | Path, env: dict[str, str] | None = None, streams: Sequence[int] = ()
@@ -58,7 +57,9 @@ def lines_of(path: Path, documents: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [["utils/mongodb_import.py"], ["-m", "utils.mongodb_import"]], ids=["as a file", "as a module"]
+    "command",
+    [pytest.param(["utils/mongodb_import.py"], marks=pytest.mark.thorough), ["-m", "utils.mongodb_import"]],
+    ids=["as a file", "as a module"],
 )
 def test_it_starts_from_the_repository(
     command: list[str], mongodb_uri: str, db_name: str, source: Collection[dict[str, Any]]

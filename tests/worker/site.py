@@ -55,7 +55,7 @@ Document = dict[str, Any]
 
 
 class WorkerProcess:
-    """A running worker in a process group of its own; use it in ``with``, which kills what is left of it."""
+    """A running worker in a separate process group; ``with`` kills it at the end."""
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path, **popen: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class WorkerProcess:
 
 @dataclass
 class Site:
-    """What a worker is pointed to: a database, a model server, a state directory, and settings."""
+    """The place where a worker runs: a database, a model server, a state directory, and settings."""
 
     uri: str
     database: Database[Document]

@@ -98,7 +98,7 @@ def test_interrupted_run_is_resumed() -> None:
     ],
 )
 def test_unusable_checkpoint_starts_a_new_run(content: dict[str, Any] | None) -> None:
-    """From the beginning, under a job id of its own."""
+    """It starts from the beginning, with a new job id."""
     first, second = (Checkpoint.resume_or_new(content, SOURCE, WORKER, reprocess=False) for _ in range(2))
     assert re.fullmatch(r"job_\d{8}_\d{6}_[0-9a-f]{6}", first.job_id)
     assert first.job_id != second.job_id

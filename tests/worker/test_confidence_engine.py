@@ -117,7 +117,7 @@ def test_confidence_with_all_alternatives_equals_the_engines_probability(engine:
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.thorough
 def test_confidence_with_20_alternatives_is_no_higher_than_the_engines(engine: TinyEngine, number: int) -> None:
-    """What is not listed counts against a label: this model's random words crowd the labels out of the 20."""
+    """Unlisted tokens count against a label: this model's random words crowd the labels out of the 20."""
     asked = Asked(engine, number)
     entries, text, classification = asked.answer()
     found = label_confidence(entries, text, classification, LABELS)

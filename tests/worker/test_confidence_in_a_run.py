@@ -122,7 +122,7 @@ def test_server_that_refuses_log_probabilities_is_asked_without_them(
     ["before_write", *(pytest.param(seam, marks=pytest.mark.thorough) for seam in ("answered", "results_written"))],
 )
 def test_confidence_survives_a_crash(site: Site, documents: list[Document], seam: str) -> None:
-    """What the journal holds is stored as it was; the rest is asked with the same care."""
+    """Answers in the journal are stored unchanged; the others are asked for with log probabilities as well."""
     killed = site.run("--review-below", "0.6", plan={"seam": seam, "passage": 2})
     assert killed.code == -signal.SIGKILL, killed.err
     configure(site, None)  # so that only what was kept can have a confidence

@@ -142,7 +142,7 @@ def test_duplicates_that_all_fail_get_their_own_rounds(site: Site) -> None:
 
 
 def test_resumed_run_reuses_earlier_answers(site: Site) -> None:
-    """What was asked before the crash is not asked after it, although its batch is long settled."""
+    """Conversations asked before the crash are not asked again after it, although their batch was settled long ago."""
     documents = filled(site, 400, distinct=8)
     killed = site.run("--batch-size", "20", plan={"seam": "completed", "passage": 5})
     assert killed.code == -signal.SIGKILL, killed.err

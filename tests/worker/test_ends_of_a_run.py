@@ -14,7 +14,7 @@ import pytest
 
 from embedded.mongod import EmbeddedMongod
 from tests.forked_process import Ended
-from tests.worker.site import ROOT, Site, check_exactly_once, conversation, filled, model_of, open_site, until
+from tests.worker.site import ROOT, Document, Site, check_exactly_once, conversation, filled, model_of, open_site, until
 
 REFUSED: dict[str, Any] = {"kind": "status", "status": 400, "body": '{"error": "bad request"}'}
 UNLABELLED: dict[str, Any] = {"kind": "wrong_label"}
@@ -176,7 +176,7 @@ def test_interrupted(site: Site) -> None:
 
 
 def test_interrupted_in_a_retry_round(site: Site) -> None:
-    """What has an answer now has not failed any more; what failed for good has left the retry queue."""
+    """A document with an answer has not failed any more; one that failed for good has left the retry queue."""
     filled(site, 3)
     faults = [*strike(site, UNLABELLED, 0, 1, 2)]
     model_of(site).configure(faults=faults)
@@ -207,14 +207,19 @@ def test_locked(site: Site) -> None:
     check_agreement(site, retry=0, quarantine=1, ended=ended)
 
 
-def test_killed_and_resumed(site: Site) -> None:
-    """Before the resumption the journal knows what failed; after it the files do."""
+def killed_after_three_failures(site: Site) -> list[Document]:
+    """Kill a run when the journal has two documents for quarantine and one to retry; return all documents."""
     documents = filled(site, 30)
     model_of(site).configure(faults=[*strike(site, REFUSED, 1, 2), *strike(site, UNLABELLED, 3)])
-    killed = site.run(plan={"seam": "failure_noted", "passage": 3})
-    assert killed.code == -signal.SIGKILL
-    check_agreement(site, retry=1, quarantine=2)
+    assert site.run(plan={"seam": "failure_noted", "passage": 3}).code == -signal.SIGKILL
     model_of(site).configure(faults=[])
+    return documents
+
+
+def test_killed_and_resumed(site: Site) -> None:
+    """Before the run is resumed the journal has the failures, afterwards the files have them."""
+    documents = killed_after_three_failures(site)
+    check_agreement(site, retry=1, quarantine=2)
     ended = site.run()
     assert ended.code == 1
     check_agreement(site, retry=0, quarantine=2, ended=ended)
@@ -223,11 +228,8 @@ def test_killed_and_resumed(site: Site) -> None:
 
 
 def test_killed_run_is_resumed_with_fresh_attempts(site: Site) -> None:
-    """--retry-failed asks again for what failed before the kill, in the same run."""
-    documents = filled(site, 30)
-    model_of(site).configure(faults=[*strike(site, REFUSED, 1, 2), *strike(site, UNLABELLED, 3)])
-    assert site.run(plan={"seam": "failure_noted", "passage": 3}).code == -signal.SIGKILL
-    model_of(site).configure(faults=[])
+    """--retry-failed repeats in the same run what failed before the kill."""
+    documents = killed_after_three_failures(site)
     assert site.run("--retry-failed").code == 0
     check_agreement(site, retry=0, quarantine=0)
     check_exactly_once(site, documents)
@@ -248,7 +250,7 @@ def test_rejected_result_of_an_unfinished_batch(site: Site) -> None:
 
 
 def test_limit(site: Site) -> None:
-    """What the limit left out is new, and neither failed nor waiting; the next run takes it."""
+    """Documents beyond the limit are new, neither failed nor waiting; the next run takes them."""
     documents = filled(site, 30)
     faults = [*strike(site, REFUSED, 1), *strike(site, UNLABELLED, 2), *strike(site, REFUSED, 20)]
     model_of(site).configure(faults=faults)

@@ -62,7 +62,7 @@ def break_bson(site: Site) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """How to provoke one reason for document BAD; *rounds* that it has had when it is given up."""
+    """A way to provoke one reason for document BAD; *rounds* is their number when it is given up."""
 
     reason: Reason
     kind: str | None = None

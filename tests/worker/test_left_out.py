@@ -80,7 +80,7 @@ def test_second_results_collection(site: Site) -> None:
 
 
 def test_new_documents_beside_foreign_ones_end_with_0(site: Site) -> None:
-    """What is left out is named; --reprocess leaves it alone as well."""
+    """The run names the documents that it leaves out; --reprocess leaves them out as well."""
     documents = filled(site, 4)
     foreign = conversation(9, status="archived")
     site.source.insert_one(foreign)

@@ -148,7 +148,7 @@ def test_role_of_reviewers_is_enough_and_changes_no_result(
 
 
 def test_documented_role_is_enough_to_index_conversations(worker_uri: str, model: FakeOllama, tmp_path: Path) -> None:
-    """The names of the collections are listed without a right of its own."""
+    """The names of the collections are listed without an additional right."""
     with open_site(worker_uri, DB_NAME, model, tmp_path) as site:
         assert run_cli([], site.environment(), tmp_path)[0] == 0
         environment = site.environment(INDEX_DIR=str(tmp_path / "index"))

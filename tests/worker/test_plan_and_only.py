@@ -221,7 +221,7 @@ def test_conflicting_selections_are_refused(site: Site, flag: str) -> None:
     ],
 )
 def test_only_stale_resumes_after_a_crash(site: Site, seam: str) -> None:
-    """What was replaced is not asked again; in the end each document has one result, of the new model."""
+    """Replaced results are not asked for again; in the end each document has one result, of the new model."""
     documents = filled(site, 60)
     assert site.run().code == 0
     asked = requests(site)
@@ -317,7 +317,7 @@ def test_edit_during_a_run_is_changed_in_the_next_plan(site: Site) -> None:
 
 @pytest.mark.thorough
 def test_only_stale_ignores_the_mark_of_a_plain_run(site: Site) -> None:
-    """The low-water mark of an interrupted run is of its own selection."""
+    """The low-water mark of an interrupted run applies to the selection of that run."""
     stale = filled(site, 10)
     assert site.run().code == 0
     later = filled(site, 150, first=100)

@@ -1,4 +1,4 @@
-"""How a run is shown on the console: plain lines, or a bar."""
+"""The progress of a run on the console: plain lines, or a bar."""
 
 from __future__ import annotations
 

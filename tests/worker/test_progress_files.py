@@ -82,7 +82,7 @@ def test_written_every_five_seconds_and_at_the_end(files: BatchFiles, clock: Clo
 
 
 def test_last_success_and_last_completion_survive_a_restart(files: BatchFiles, clock: Clock) -> None:
-    """They stand still while nothing succeeds, in the next process as well."""
+    """They do not change while nothing succeeds, in the next process as well."""
     start = clock.time()
     metrics = FileProgress(files.directory)
     metrics.update("job_1", "running", RunStats(successful=1), 0)
@@ -188,6 +188,7 @@ def test_json_file_has_the_documented_fields(clock: Clock, tmp_path: Path) -> No
         "successful": 47,
         "failed": 2,
         "skipped": 1,
+        "by_student": 0,
         "in_flight": 3,
         "concurrency_limit": 8,
         "reasons": {"empty": 2},

@@ -99,7 +99,7 @@ def test_document_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
 
 @pytest.mark.parametrize("place", ["text", "status", "attachment"])
 def test_broken_field_of_a_query(site: Site, place: str) -> None:
-    """What is not read does not matter, and a status of binary data is that of another program; reports go on."""
+    """Fields that are not read do not matter, and a binary status belongs to another program; reports go on."""
     store_raw(site.source, {"_id": 1, "text": "Where is my parcel?", "processed": False, place: BROKEN})
     filled(site, 1)
     shown = site.run("--dry-run")
@@ -114,7 +114,7 @@ def test_broken_field_of_a_query(site: Site, place: str) -> None:
 
 @pytest.mark.parametrize("batch_size", ["1", "20"])
 def test_id_that_is_not_valid_bson(site: Site, batch_size: str) -> None:
-    """No query can name it: skipped with a warning, wherever it stands."""
+    """No query can name it, so it is skipped with a warning at any place of the page."""
     for number in range(2):
         store_raw(site.source, {**conversation(number), "_id": bson.Binary(b"%d23" % number)})
     shown = site.run("doctor", "--no-probe").out

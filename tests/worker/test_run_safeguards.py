@@ -28,7 +28,7 @@ END_S = 20.0
 
 
 class MemoryStore:
-    """A store without a database that fails as it is told.
+    """A store without a database, with scripted failures.
 
     *rejects* holds the source ids whose results it rejects for good; *is_away* fails every write of results, and
     *failing_marks* the next writes of statuses. *on_mark* is called before each of those.

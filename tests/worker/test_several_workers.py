@@ -65,7 +65,7 @@ def test_other_workers_take_over_after_a_death(site: Site) -> None:
 
 
 def test_valid_lease_is_respected(site: Site) -> None:
-    """What a dead worker had claimed stays its own until the lease ends, and it takes it up again at once."""
+    """The claims of a dead worker remain until the lease ends; the same worker takes them up again at once."""
     documents = documents_of_all_shapes(60)
     site.source.insert_many(documents)
     killed = site.run("--batch-size", "30", plan={"seam": "answered", "passage": 5})

@@ -302,7 +302,7 @@ def test_corrupt_checkpoint_starts_a_new_run(site: Site, content: bytes) -> None
 
 
 def test_foreign_files_are_ignored(site: Site) -> None:
-    """What is not a batch file by its name is neither read nor removed."""
+    """A file without the name of a batch file is neither read nor removed."""
     documents = filled(site, 30)
     killed_in_the_middle(site)
     (site.directory / "pending/notes.txt").write_text("call Anna")
@@ -383,7 +383,7 @@ def test_documents_that_fail_again_are_queued_once(site: Site) -> None:
 
 
 def test_worker_without_worker_json_keeps_its_leases(site: Site) -> None:
-    """Its id stands in the checkpoint too; else its own leases would lock it out until they expire."""
+    """The checkpoint has its id as well; otherwise its own leases would lock it out until they expire."""
     documents = documents_of_all_shapes(60)
     site.source.insert_many(documents)
     assert site.model is not None

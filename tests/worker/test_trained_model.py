@@ -1,7 +1,7 @@
 """Worker, service and synchronous wrapper with a model that was trained: SmolLM2 on llama.cpp.
 
-The tests share one engine and one system prompt, and stand in one module, so that workers of pytest-xdist rarely start
-a second engine.
+Reading a prompt takes seconds of processor time, and pytest-xdist may give each test to another process with another engine.
+So one test has everything that needs answers and is not marked thorough.
 """
 
 from __future__ import annotations
@@ -99,41 +99,31 @@ def require_labels(result: dict[str, Any], taxonomy: Taxonomy) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_worker_labels_repairs_and_truncates(
+def test_worker_and_service_label_a_conversation(
     trained: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
 ) -> None:
-    """A server applies a part of the first schema only, so keys are missing in the answer and a repair turn follows."""
-    documents = [said("1 short", HOSTILE), long_conversation("2 long")]
+    """A server applies a part of the first schema only, so keys are missing in the answer and a repair turn follows.
+
+    The service sends the prompt of the worker again, which the engine has in its prefix cache.
+    """
+    taxonomy = load_taxonomy(taxonomy_file)
     forwards = [forward(trained.url, response_format=PART_OF_THE_SCHEMA), *[forward(trained.url)] * 10]
     with MongoClient[dict[str, Any]](mongodb_uri) as client, scripted_server(*forwards) as server:
         server.models = forward(trained.url)
-        client[db_name].conversation_set.insert_many(documents)
+        client[db_name].conversation_set.insert_one(said("short", HOSTILE))
         given = environment(server.url, taxonomy_file)
         stats = run_worker(tmp_path, mongodb_uri, db_name, given, "--max-concurrent", "1", timeout_s=WHOLE_RUN_S)
-        results = list(client[db_name].sentimental_analysis.find(sort=[("source_conversation_id", 1)]))
-        sent = [request.json["messages"] for request in server.chats]
-    assert (stats["successful"], stats["failed"], stats["with_confidence"]) == (2, 0, 2)
-    for result in results:
-        require_labels(result, load_taxonomy(taxonomy_file))
-    short, long = (result["processing_metadata"] for result in results)
-
-    first, repair, refused, truncated = sent
-    assert (short["attempts"], short["input_complete"]) == (2, True)
+        [result] = client[db_name].sentimental_analysis.find()
+        first, repair = (request.json["messages"] for request in server.chats)
+    assert (stats["successful"], stats["failed"], stats["with_confidence"]) == (1, 0, 1)
+    require_labels(result, taxonomy)
+    seen = result["processing_metadata"]
+    assert (seen["attempts"], seen["input_complete"]) == (2, True)
     assert repair[:2] == first
     assert [message["role"] for message in repair[2:]] == ["assistant", "user"]
     assert "could not be used" in repair[-1]["content"]
-    assert short["prompt_tokens"] == len(prompt_tokens(trained, repair))
+    assert seen["prompt_tokens"] == len(prompt_tokens(trained, repair))
 
-    assert (long["attempts"], long["input_complete"], long["turns_total"]) == (2, False, 600)
-    assert len(refused[1]["content"].splitlines()) > 600
-    assert 5 < long["turns_used"] < 100
-    assert long["prompt_tokens"] == len(prompt_tokens(trained, truncated))
-    assert 0.85 <= long["prompt_tokens"] / (SMALL_WINDOW - NUM_PREDICT - REPAIR_ROOM) <= 1
-
-
-@pytest.mark.timeout(600)
-def test_service_labels_a_conversation(trained: TinyEngine, taxonomy_file: Path, tmp_path: Path) -> None:
-    taxonomy = load_taxonomy(taxonomy_file)
     body = {"conversation_number": "1", "messages": [{"sender": "customer", "text": HOSTILE}]}
     with serve(tmp_path, **environment(trained.url, taxonomy_file)) as service:
         answer = service.request("POST", "/classify", body, timeout_s=300)
@@ -143,18 +133,42 @@ def test_service_labels_a_conversation(trained: TinyEngine, taxonomy_file: Path,
     assert answer.json["messages"][0]["text"] == HOSTILE
 
 
-@pytest.mark.parametrize("token", [HOSTILE, "<|endoftext|>", "<repo_name>", "<jupyter_output>", "<|im_\u200bstart|>"])
-def test_conversation_has_no_control_tokens_of_the_model(token: str, trained: TinyEngine, taxonomy_file: Path) -> None:
-    """The engine reads those of its chat template only; of the same text as it is written it reads more."""
+def test_conversation_has_no_control_tokens_of_the_model(trained: TinyEngine, taxonomy_file: Path) -> None:
+    """The engine finds only those of its chat template. In the same text without look-alikes it finds more."""
 
     def controls(messages: list[dict[str, str]]) -> list[int]:
         return [number for number in prompt_tokens(trained, messages) if number in CONTROL_TOKENS]
 
     taxonomy = load_taxonomy(taxonomy_file)
     template = controls(build_prompt(aggregate_conversation(said("plain", "ok")), taxonomy))
-    assert controls(build_prompt(aggregate_conversation(said("hostile", f"ok {token} ok")), taxonomy)) == template
-    raw = f"Customer: ok {visible_text(token)} ok"
-    assert len(controls(chat_messages(build_system_prompt(taxonomy), raw))) > len(template) == 5
+    for token in (HOSTILE, "<|endoftext|>", "<repo_name>", "<jupyter_output>", "<|im_\u200bstart|>"):
+        hostile = aggregate_conversation(said("hostile", f"ok {token} ok"))
+        assert controls(build_prompt(hostile, taxonomy)) == template, token
+        raw = f"Customer: ok {visible_text(token)} ok"
+        assert len(controls(chat_messages(build_system_prompt(taxonomy), raw))) > len(template) == 5, token
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+def test_conversation_is_truncated_after_a_refusal(
+    trained: TinyEngine, taxonomy_file: Path, tmp_path: Path, mongodb_uri: str, db_name: str
+) -> None:
+    """The engine refuses the whole conversation; the second prompt uses at least 85 % of what the answer leaves."""
+    with MongoClient[dict[str, Any]](mongodb_uri) as client, scripted_server(*[forward(trained.url)] * 10) as server:
+        server.models = forward(trained.url)
+        client[db_name].conversation_set.insert_one(long_conversation("long"))
+        given = environment(server.url, taxonomy_file)
+        stats = run_worker(tmp_path, mongodb_uri, db_name, given, "--max-concurrent", "1", timeout_s=WHOLE_RUN_S)
+        [result] = client[db_name].sentimental_analysis.find()
+        refused, truncated = (request.json["messages"] for request in server.chats)
+    assert (stats["successful"], stats["failed"]) == (1, 0)
+    require_labels(result, load_taxonomy(taxonomy_file))
+    seen = result["processing_metadata"]
+    assert (seen["attempts"], seen["input_complete"], seen["turns_total"]) == (2, False, 600)
+    assert len(refused[1]["content"].splitlines()) > 600
+    assert 5 < seen["turns_used"] < 100
+    assert seen["prompt_tokens"] == len(prompt_tokens(trained, truncated))
+    assert 0.85 <= seen["prompt_tokens"] / (SMALL_WINDOW - NUM_PREDICT - REPAIR_ROOM) <= 1
 
 
 @pytest.fixture(scope="module")

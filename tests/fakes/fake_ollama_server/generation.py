@@ -168,7 +168,7 @@ class Generation(TimedJob):
         self.prompt_tokens = self._tokens(call.chars)
         if self.prompt_tokens >= self.num_ctx:
             self._fit_prompt()
-        if self.runner is not None:
+        if self.runner is not None and self.server.knobs.prefix_cache:
             self.uncached_share = max(_LEAST_UNCACHED, self.runner.see_prompt(call.messages))
         if self.server.knobs.prompt_eval_count is not None:
             self.prompt_tokens = self.server.knobs.prompt_eval_count

@@ -28,6 +28,7 @@ class Knobs:
     seed: int = 0
     latency_key: str = "index"
     prompt_eval_share: float = 0.3
+    prefix_cache: bool = True
     stream_chunks: int = 8
     load_delay_s: float = 0.0
     load_error: str | None = None
@@ -51,7 +52,7 @@ class Knobs:
 
     @property
     def reported_version(self) -> str:
-        """What ``/api/version`` answers."""
+        """The answer of ``/api/version``."""
         return self.version or ("0.33.0" if self.era == "new" else "0.24.0")
 
     def updated(self, changes: Mapping[str, Any]) -> "Knobs":

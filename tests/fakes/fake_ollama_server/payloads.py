@@ -142,7 +142,7 @@ def load_json(body: bytes, go_type: str) -> dict[str, Any]:
 
 
 def _load_leniently(body: bytes) -> Any:
-    """What Go accepts and orjson does not: lone surrogates, invalid UTF-8, text after the first value."""
+    """Parse JSON that Go accepts and orjson does not: lone surrogates, invalid UTF-8, text after the first value."""
     text = body.decode("utf-8", "replace").lstrip(" \t\r\n")
     if not text:
         raise ApiError(400, "missing request body")

@@ -1,4 +1,4 @@
-"""What the fake remembers: totals, and one record per inference request."""
+"""The records of the fake: totals, and one record per inference request."""
 
 import time
 from collections import Counter, deque

@@ -1,4 +1,4 @@
-"""What the model answered, and how each API spells it."""
+"""The answer of the model, and its form in each API."""
 
 import time
 from collections.abc import Callable

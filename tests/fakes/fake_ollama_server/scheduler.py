@@ -17,7 +17,7 @@ LoadKey = tuple[Any, ...]
 
 
 def load_key(call: Call, spec: ModelSpec) -> LoadKey:
-    """What a runner is started with: num_ctx, num_batch, num_gpu, main_gpu, use_mmap, num_thread, shift."""
+    """The options of a runner: num_ctx, num_batch, num_gpu, main_gpu, use_mmap, num_thread, shift."""
     options = call.options
     num_ctx = options.get("num_ctx", _ANY)
     if num_ctx is not _ANY:

@@ -340,7 +340,7 @@ class FakeServer:
 
 
 def _is_local_host(value: str) -> bool:
-    """What Ollama's allowedHostsMiddleware lets through on a server bound to loopback."""
+    """Return whether the allowedHostsMiddleware of Ollama lets *value* through on a server bound to loopback."""
     host = re.sub(r":\d*$", "", value).strip("[]").lower()
     try:
         address = ipaddress.ip_address(host)

@@ -96,7 +96,7 @@ class Batches:
             await asyncio.wait(list(self._tasks.values()))
 
     async def poll(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What ``GET /v1/batches/{id}`` shows; counts as a poll."""
+        """Return the answer of ``GET /v1/batches/{id}``; counts as a poll."""
         row["polls"] += 1
         knobs = self._server.knobs
         if knobs.polls_until_done:
@@ -180,7 +180,7 @@ class Batches:
         return self.status(row) in ("completed", "expired", "cancelled")
 
     def _run_count(self, row: Mapping[str, Any]) -> int:
-        """How many lines had run when the batch ended."""
+        """Return the number of lines that had run when the batch ended."""
         status, began = self._phase(row)
         total: int = row["verdict"]["total"]
         for kind, ended in (("expire", "expired"), ("cancel", "cancelled")):

@@ -24,7 +24,7 @@ _LINE_ERRORS = {400: ("invalid_request_error", "invalid_value"), 429: ("requests
 
 @dataclass
 class Built:
-    """What was written, and who was billed for it."""
+    """The lines that were written, and which of them were billed."""
 
     completed: int = 0
     failed: int = 0

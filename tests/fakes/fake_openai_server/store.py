@@ -1,4 +1,4 @@
-"""What outlives a restart: files on disk, and their rows, the batches and all counts in SQLite."""
+"""State that survives a restart: files on disk, and their rows, the batches and all counts in SQLite."""
 
 import json
 import sqlite3
@@ -37,7 +37,7 @@ class Store:
             self.objects[kind][row["id"]] = row
 
     def path(self, file_id: str) -> Path:
-        """Where the bytes of a file lie."""
+        """Return the path of the bytes of a file."""
         return self.files / file_id
 
     def save(self, kind: str, row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the service finds out about a batch's input file before it runs anything."""
+"""The checks of a batch's input file before anything runs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ def validate_file(path: Path, purpose: str, endpoint: str, knobs: Knobs, custom_
 
 
 class _LineCheck:
-    """What each line is checked against, the lines before it included."""
+    """The conditions for each line, which include the lines before it."""
 
     def __init__(self, endpoint: str, knobs: Knobs, custom_ids: list[str], verdict: Verdict) -> None:
         self._endpoint = endpoint

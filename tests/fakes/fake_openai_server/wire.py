@@ -1,4 +1,4 @@
-"""How an answer leaves: whole, or spoiled as a fault says."""
+"""Sends an answer whole, or damaged by a fault."""
 
 import asyncio
 import socket
