@@ -18,7 +18,6 @@ from bson import Decimal128, ObjectId
 
 from commands import export as command
 from config import load_taxonomy
-from exporting import formats
 from exporting import results as reading
 from exporting.columns import Table
 from exporting.formula_text import restored
@@ -275,7 +274,7 @@ def test_wrong_flags_end_before_mongodb_is_asked(place: Site, flags: list[str], 
 def test_missing_package_is_named_with_its_file(
     place: Site, form: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     ended = export(place, "out.x", "--format", form)
     assert ended.code == 2
     assert f"not installed ({package}): run pip install -r requirements-export.txt" in ended.err
