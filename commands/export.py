@@ -26,7 +26,7 @@ from exporting.formats import FORMATS, STREAMED, Format, TableFile, open_table, 
 from exporting.results import ResultReader
 from mongo_client import DocumentStore
 from storage.files import SPACE, explained, replacement, require_replaceable
-from utils.process import number_between, tell_line
+from utils.process import number_between, stop_on_signals, tell_line
 
 STDOUT = "-"
 LINE_EVERY_S = 5.0
@@ -129,7 +129,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             if arguments.text:
                 tell_line("export: with --text the file holds customer text; store it as you store the conversations.")
             target = replacement(Path(arguments.output)) if arguments.output != STDOUT else _stdout()
-            with target as file:
+            # SIGTERM would otherwise leave the unfinished file behind.
+            with stop_on_signals(asyncio.Event(), lambda: False), target as file:
                 await export.write(form, file, arguments.limit, with_text=arguments.text)
         finally:
             await store.close()

@@ -477,6 +477,27 @@ def test_export_ends_if_nobody_reads_stdout(place: Site) -> None:
     assert err == "export: the reader of stdout ended before the last result.\n"
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.xlsx"])
+def test_sigterm_leaves_the_old_file_and_nothing_else(place: Site, name: str) -> None:
+    """It comes between two pages."""
+    place.results.insert_many([result(number) for number in range(3)])
+    (place.folder / name).write_text("old")
+    program = (
+        "import os, signal, sys, cli\n"
+        "from commands import export\nfrom exporting import results\n"
+        "results.PAGE, export.LINE_EVERY_S = 1, 0.0\n"
+        "export.tell_line = lambda sentence: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.exit(cli.main(['export', '--output', {name!r}]))"
+    )
+    environment = place.environment(PYTHONPATH=str(ROOT), TMPDIR=str(place.folder))
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=place.folder, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (130, "cli.py export: Interrupted.\n")
+    assert [path.name for path in place.folder.iterdir()] == [name]
+    assert (place.folder / name).read_text() == "old"
+
+
 def test_fields_named_like_columns_get_columns_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "taxonomy.yaml"
     path.write_text("fields: {channel: [A], Model: [B], confidence_channel: [C], label_source: [D]}")
