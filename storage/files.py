@@ -54,16 +54,26 @@ def replace_file(path: Path, content: bytes) -> None:
     Write a temporary file in the same folder, fsync it, rename it over *path*, then fsync the folder, without which
     a power cut may undo the rename.
     """
+    with replacement(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file for the new content of *path*, which replaces the old one at the end, as ``replace_file`` does.
+
+    After an error inside, the old content is unchanged and the new file is removed. An OSError inside becomes a
+    StateDirectoryError about *path*.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with explained(f"{path} cannot be written", SPACE):
         try:
             with open_private(temporary) as file:
-                file.write(content)
+                yield file
                 publish(file, path)
-        except OSError:
+        finally:
             with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+                temporary.unlink(missing_ok=True)  # after an error; else it has the name of *path* by now
 
 
 def open_private(path: Path, buffering: int = -1) -> BinaryIO:

@@ -31,6 +31,7 @@ LAYERS = (
     "review",
     "evaluation",
     "analytics",
+    "exporting",
     "service",
     "batch_processor api",
     "commands",
@@ -106,6 +107,8 @@ OWNERS = {
     "prometheus_client": {"service.metrics", "worker.metrics"},  # of the service; of the worker
     "genai_prices": {"domain.prices"},
     "charset_normalizer": {"help_desks.files"},
+    "pyarrow": {"exporting.parquet_file"},
+    "openpyxl": {"exporting.xlsx_file"},
 }
 
 

@@ -1,0 +1,31 @@
+"""Texts that a spreadsheet would take for a formula, and how a CSV file holds them. Pure.
+
+A program for spreadsheets skips spaces and quotation marks before it looks for a formula. If it expects another separator
+than the comma, as many European settings do, a semicolon, a tab or a line break inside a text begins a cell as well. So
+an apostrophe is put in front of each place that could be read as the start of a formula. A text with an apostrophe at such
+a place gets a second one, so ``restored`` is exact.
+"""
+
+from __future__ import annotations
+
+import re
+
+_STARTS = r"([=+\-@\uFF1D\uFF0B\uFF0D\uFF20'])"  # full-width forms count, too
+_DANGEROUS = re.compile(rf'(?:\A|(?<=[;\t\r\n]))(?=[\s"]*{_STARTS})|\A(?=[\t\r\n])')
+_DEFUSED = re.compile(r"(\A|[;\t\r\n])'")
+_MAY_BE_DANGEROUS = re.compile(r"[=+\-@\uFF1D\uFF0B\uFF0D\uFF20'\t\r\n]")
+
+
+def is_dangerous(text: str) -> bool:
+    """Return whether ``defused`` changes *text*."""
+    return _MAY_BE_DANGEROUS.search(text) is not None and _DANGEROUS.search(text) is not None
+
+
+def defused(text: str) -> str:
+    """Return *text* with an apostrophe at each place where a spreadsheet could read a formula."""
+    return _DANGEROUS.sub("'", text) if _MAY_BE_DANGEROUS.search(text) else text
+
+
+def restored(text: str) -> str:
+    """Return the original of a ``defused`` text."""
+    return _DEFUSED.sub(r"\1", text)
