@@ -30,6 +30,7 @@ _PROCESSING: _Group = (
     ("needs_review", "flag", "needs_review"),
     ("model", "text", "model_used"),
     ("fingerprint", "text", "fingerprint"),
+    ("plan", "text", "plan"),
     ("processed_at", "time", "processed_at"),
     ("model_digest", "text", "model_digest"),
     ("processor_version", "text", "processor_version"),
