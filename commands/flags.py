@@ -156,7 +156,11 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     )
     what.add_argument("--embedded", action="store_true", help="use the embedded MongoDB and the sample conversations")
     _add_work_flags(parser.add_argument_group("processing"))
-    shown = parser.add_argument_group("output")
+    _add_output_flags(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_output_flags(shown: argparse._ActionsContainer) -> None:
     shown.add_argument("--monitoring-mode", choices=MONITORING, help="preset for the next three flags")
     shown.add_argument("--console", action="store_true", help="show progress on the terminal")
     shown.add_argument("--logs", action="store_true", help="write log lines to stderr")
@@ -174,7 +178,6 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     )
     add_log_flags(shown)
     shown.add_argument("--output", type=Path, metavar="FILE", help="write the statistics of the run to FILE as JSON")
-    return parser
 
 
 def _add_work_flags(group: argparse._ActionsContainer) -> None:

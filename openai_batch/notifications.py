@@ -15,7 +15,6 @@ import concurrent.futures
 import functools
 import hashlib
 import hmac
-import ipaddress
 import logging
 import re
 import smtplib
@@ -32,12 +31,12 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
-from aiohttp.abc import ResolveResult
 from pydantic import SecretStr
 
 from domain.text import one_line
 from error_handler import ConfigurationError, JobConnectionError, JobError, JobValidationError
 from network.addresses import is_this_machine
+from network.guarded_resolver import GuardedResolver, is_allowed, literal_address
 from network.outgoing import aiohttp_session, problem_of, route_to, trusted_certificates
 from openai_batch.job_config import NotificationConfig
 from openai_batch.ledger import ItemState, Shard
@@ -54,13 +53,9 @@ TLS_PORT = 465  # encrypted from the first byte (RFC 8314)
 
 _SERVER = re.compile(r"([A-Za-z0-9.-]{1,253}):(\d{1,5})")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")  # libraries disagree on other characters
-# Addresses of cloud credentials, in addition to the link-local 169.254.169.254.
-_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "192.0.0.192")))
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _MAY_CHANGE = frozenset({408, 425, 429})
 
 Payload = dict[str, Any]
-IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def payload_of(shard: Shard, counts: Mapping[ItemState, int], retried: int) -> Payload:
@@ -239,19 +234,6 @@ class Webhook:
             raise JobConnectionError(f"the webhook failed (HTTP {status})")
 
 
-class GuardedResolver(aiohttp.ThreadedResolver):
-    """Resolves names and refuses addresses that are not allowed; see ``is_allowed``."""
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """Return the addresses of *host*; raise JobValidationError if one is not allowed."""
-        found = await super().resolve(host, port, family)
-        if not all(is_allowed(host, ipaddress.ip_address(entry["host"])) for entry in found):
-            raise JobValidationError("the webhook's name resolves to an address that is not allowed")
-        return found
-
-
 def require_webhook(url: str) -> None:
     """Raise ConfigurationError if *url* is not a plain http(s) URL, or its address is not allowed."""
     try:
@@ -263,34 +245,12 @@ def require_webhook(url: str) -> None:
         raise ConfigurationError(
             "NOTIFICATION_WEBHOOK must be http(s)://host[:port][/path], without user and password."
         )
-    literal = _literal(host)
+    literal = literal_address(host)
     if literal is not None:
         if not is_allowed(host, literal):
             raise ConfigurationError("NOTIFICATION_WEBHOOK has an address that is not allowed; use the receiver's own.")
     elif not _HOST.fullmatch(host) or _is_disguised(host):
         raise ConfigurationError("NOTIFICATION_WEBHOOK: write the host as a name, as 192.0.2.1 or as [2001:db8::1].")
-
-
-def is_allowed(host: str, address: IPAddress) -> bool:
-    """Return whether a webhook with the name *host* may have *address*.
-
-    Private networks are allowed, because the operator chose the webhook. This machine is allowed under its own name
-    (localhost, 127.0.0.1) only: another name that resolves to it is an attack.
-    """
-    meant = address
-    if isinstance(address, ipaddress.IPv6Address):  # it may embed an IPv4 address
-        nat64 = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
-        meant = nat64 or address.ipv4_mapped or address.sixtofour or address
-    if meant.is_link_local or meant.is_multicast or meant.is_unspecified or meant in _METADATA:
-        return False
-    return not meant.is_loopback or host == "localhost" or (_literal(host) is not None and meant == address)
-
-
-def _literal(host: str) -> IPAddress | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
 
 
 def _is_disguised(host: str) -> bool:

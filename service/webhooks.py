@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from error_handler import JobConnectionError, JobValidationError
+from network.guarded_resolver import GuardedResolver
 from network.outgoing import aiohttp_session, problem_of, route_to
-from openai_batch.notifications import GuardedResolver
 
 TIMEOUT_S = 10.0  # from the lookup of the name to the status
 GONE = 410  # the receiver wants no more

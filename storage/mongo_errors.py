@@ -5,6 +5,7 @@ Driver messages are left out: they may contain the address with its password, or
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,11 +90,28 @@ _CONNECTION_PROBLEMS = (
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise errors of the driver as those of this product; *what* names the operation."""
+    """Raise errors of the driver as those of this product, and a cancellation that the driver swallowed.
+
+    *what* names the operation. ``asyncio.wait_for`` of Python 3.11 swallows a cancellation that comes as its future is done
+    (python/cpython#86296), and PyMongo sends with it. A run that has ended would wait for such a task forever.
+    """
+    task = _current_task()
+    cancellations = task.cancelling() if task is not None else 0
     try:
         yield
     except DRIVER_ERRORS as exc:
+        if task is not None and task.cancelling() > cancellations:
+            raise asyncio.CancelledError from exc
         raise store_error(what, exc) from exc
+    if task is not None and task.cancelling() > cancellations:
+        raise asyncio.CancelledError
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None
 
 
 def store_error(what: str, exc: Exception) -> TriadError:

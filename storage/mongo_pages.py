@@ -72,18 +72,18 @@ async def read_alone(
     collection: Any,
     document_ids: Iterable[Any],
     fields: Iterable[str] | None,
-    states: StateFields,
+    states: StateFields | None = None,
     query: Document | None = None,
 ) -> list[Document]:
     """Return those *document_ids* that *query* finds, up to PAGE_BYTES, each read alone.
 
-    One that is not valid BSON has UNREADABLE, and of its fields only those of its state (*states*).
+    One that is not valid BSON has UNREADABLE, and of its fields only those of its state (*states*; None: the default ones).
     """
     page: list[Document] = []
     size = 0
     for document_id in document_ids:
         wanted = {**(query or {}), "_id": {"$eq": document_id}}
-        for projection in (fields, states.names, ("_id",)):
+        for projection in (fields, (states or StateFields()).names, ("_id",)):
             try:
                 found = await collection.find(wanted, projection and dict.fromkeys(projection, 1)).to_list(None)
             except InvalidBSON:

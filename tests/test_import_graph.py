@@ -51,6 +51,7 @@ OWNERS = {
     # of the model server; of our own service, by its clients; of webhooks
     "aiohttp": {
         "network.outgoing",
+        "network.guarded_resolver",
         "async_llm_wrapper",
         "service.client.client",
         "openai_batch.notifications",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -254,3 +255,24 @@ def test_refused_operation_has_a_sentence_of_its_kind(
 ) -> None:
     with pytest.raises(expected, match=words), translated("claim documents"):
         raise errors.OperationFailure(text, code)
+
+
+@pytest.mark.parametrize("problem", [None, errors.NetworkTimeout("late")], ids=["success", "failure"])
+async def test_swallowed_cancellation_is_raised_again(problem: Exception | None) -> None:
+    """A loop that catches StoreError, such as that of a heartbeat, would go on for ever after the end of its run."""
+    is_waiting = asyncio.Event()
+
+    async def call() -> None:
+        with translated("beat"):
+            try:
+                is_waiting.set()
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:  # as asyncio.wait_for of Python 3.11 in PyMongo
+                if problem is not None:
+                    raise problem from None
+
+    task = asyncio.create_task(call())
+    await is_waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

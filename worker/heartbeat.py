@@ -51,7 +51,7 @@ class Heartbeat:
         self._model = model
         self._obeyed: Order | None = None
         self._task: asyncio.Task[None] | None = None
-        self._is_told = self._is_closing = False
+        self._is_told = False
 
     def update(self, job_id: str, status: str, stats: RunStats, in_flight: int, limit: int | None = None) -> None:
         """Keep the state of the run for the next write; a pass without documents does not replace one with documents."""
@@ -78,7 +78,6 @@ class Heartbeat:
         """Write the end. The document of a worker that found no work is removed: it would only fill the list of runs."""
         if self._task is None or self._task.done():  # it has no right to write
             return
-        self._is_closing = True
         self._task.cancel()
         await asyncio.wait([self._task])
         try:
@@ -92,7 +91,7 @@ class Heartbeat:
 
     async def _beat_regularly(self) -> None:
         is_tidy = False
-        while not self._is_closing:  # on Python 3.11 a call can swallow the cancellation; see mongo_client
+        while True:
             try:
                 self._obey(await beat(self._collection, self.id, self._state()))
                 if not is_tidy:

@@ -54,6 +54,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "review_below": ("0.6", 0.6),
     "student": ("0.95", 0.95),
     "store_original_conversation": ("true", True),
+    "result_metadata": ("channel,tier", ("channel", "tier")),
+    "status_field": ("triad_status", "triad_status"),
     "metrics_port": ("9464", 9464),
     "metrics_address": ("0.0.0.0", "0.0.0.0"),
     "log_level": ("debug", "DEBUG"),

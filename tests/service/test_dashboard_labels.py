@@ -150,11 +150,11 @@ def test_text_of_examples_is_shown_if_the_setting_allows_it(
     tmp_path: Path, mongodb_uri: str, db_name: str, database: Data
 ) -> None:
     fill(database, RESULTS[:1])
-    database["conversation_set"].update_one({"_id": 1}, {"$set": {"messages.0.text": "<b>hostile</b>"}})
+    database["conversation_set"].update_one({"_id": 1}, {"$set": {"messages.0.text": "1 < 2 & <b>hostile"}})
     place = {"MONGODB_URI": mongodb_uri, "MONGODB_DB": db_name, "DASHBOARD_SHOW_TEXT": "true"}
     with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_DASHBOARD="key", **place) as service:
         html = page(service, "/examples/newest")
-        assert "&lt;b&gt;hostile&lt;/b&gt;" in html
+        assert "1 &lt; 2 &amp; &lt;b&gt;hostile" in html
         assert "hostile" not in page(service, "/charts")
         assert "hostile" not in service.log
 

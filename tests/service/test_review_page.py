@@ -161,7 +161,7 @@ def test_schemathesis_finds_no_deviation_of_the_review_routes(
         assert "Traceback" not in open_service.log
 
 
-HOSTILE = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
+HOSTILE = "1 < 2 <img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
 TURNS = "[...document.querySelectorAll('#turns li')].map(one => one.innerText)"
 NUMBER = "(document.querySelector('#review-status')?.textContent.match(/Conversation (\\d+)/) ?? [])[1]"
 

@@ -8,7 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +295,9 @@ def test_flags_reach_the_reader(run: Run, source: Collection[dict[str, Any]], tm
     assert (done.returncode, done.stderr) == (0, "")
     document = source.find_one()
     assert document is not None
-    assert document["messages"] == [{"sender": "customer", "timestamp": datetime(2026, 4, 3), "text": "Größe?"}]
+    assert document["messages"] == [
+        {"sender": "customer", "timestamp": datetime(2026, 4, 3, tzinfo=UTC), "text": "Größe?"}
+    ]
     assert "metadata" not in document
 
 
