@@ -8,6 +8,7 @@ that was cancelled or lost its connection may be stored, so writes are repeated 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from domain.conversation import source_paths
 from error_handler import StoreRejectedError, StoreUnreadableError
 from storage.extended_json import Document, bson_encode, drop_attachments, id_key, is_doubtful
 from storage.mongo_connection import close_client, identity, open_client
-from storage.mongo_errors import require_only_duplicates, translated
+from storage.mongo_errors import DRIVER_ERRORS, require_only_duplicates, store_error, translated
 from storage.mongo_indexes import create_indexes, lease_indexes, result_indexes, source_indexes
 from storage.mongo_pages import (
     END_OF_IDS,
@@ -357,9 +358,17 @@ class DocumentStore:
 async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], policy: RetryPolicy) -> T:
     """Return the result of *operation* on MongoDB, repeated as *policy* says; raise errors of the driver as our own."""
 
-    async def attempt() -> T:
-        with translated(what):
-            return await operation()
+    task = asyncio.current_task()
+
+    async def attempt() -> T:  # does what ``translated`` does, without a step into another module for each call
+        cancellations = task.cancelling() if task is not None else 0
+        try:
+            result = await operation()
+        except DRIVER_ERRORS as exc:
+            raise store_error(what, exc) from exc
+        if task is not None and task.cancelling() > cancellations:
+            raise asyncio.CancelledError
+        return result
 
     return await retry_async(attempt, policy, what)
 
