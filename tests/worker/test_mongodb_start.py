@@ -21,6 +21,7 @@ from config import load_settings, load_taxonomy
 from embedded.baseline import BaselineClassifier
 from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
+from mongo_client import DocumentStore
 from storage.service_lease import COLLECTION, lease_renewal, renew_lease
 from tests.fakes.fake_ollama import FakeOllama
 from tests.in_process import run_cli
@@ -197,7 +198,11 @@ async def test_index_of_the_application_does_not_stop_a_run(
     client[DB_NAME].conversation_set.create_index(**index)
     uri = uri_of(strict, "root", "r")
     assert (await run(uri, tmp_path))["successful"] == 3
-    found = [finding async for finding in diagnose(load_settings(None, mongodb_uri=uri))]
+    settings = load_settings(None, mongodb_uri=uri)
+    store = DocumentStore(settings)
+    await store.ensure_source_indexes()  # a run that has ended before does not wait for them
+    await store.close()
+    found = [finding async for finding in diagnose(settings)]
     assert "error" not in {finding.level for finding in found}
     assert "All indexes exist." in [finding.sentence for finding in found]
 
