@@ -44,7 +44,7 @@ ALL = Slice()
 
 @dataclass(slots=True)
 class Counts:
-    """How often each label occurs, and in how many results: *n* have a label of the field.
+    """The count of each label, and of the results: *n* have a label of the field.
 
     With a field of several labels, the labels of a result are counted each, so their shares can add up to more than 1.
     """
@@ -79,7 +79,7 @@ class FieldCounts:
 
 @dataclass(frozen=True, slots=True)
 class Confidences:
-    """How confident the model was: *bins* are counts of the lowest confidence in a result, from 0 to 1 in BINS steps.
+    """The confidence of the model: *bins* are counts of the lowest confidence in a result, from 0 to 1 in BINS steps.
 
     *means* has the mean confidence of each field that has any. *without* counts results without confidence.
     """

@@ -87,7 +87,7 @@ class FieldReport:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """How often each label of the field *rows* occurs with each label of the field *columns*."""
+    """The count of each label of the field *rows* with each label of the field *columns*."""
 
     rows: str
     columns: str

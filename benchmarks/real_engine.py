@@ -21,7 +21,7 @@ CONTEXT_TOKENS = 3072  # the shipped prompt, a conversation, and the longest ans
 
 @dataclass(frozen=True)
 class EngineCall:
-    """What llama.cpp reports of one call: tokens of the prompt and of the answer, and the milliseconds that each took."""
+    """The report of llama.cpp on one call: tokens of the prompt and of the answer, and the milliseconds that each took."""
 
     cached_tokens: int
     evaluated_tokens: int

@@ -30,7 +30,7 @@ PROMISES = (0.90, 0.95)
 SPLITS = 20
 STREAM = 500  # conversations of a drift
 
-# What is tried: the files, the fields that must all agree, the conversations that are learned and those of the certificate.
+# The trials: the files, the fields that must all agree, the conversations that are learned and those of the certificate.
 CORPORA = (
     ("airline", ("airline",), ("sentiment",), 250, 250),
     ("airline", ("airline",), ("sentiment",), 300, 400),

@@ -1,4 +1,4 @@
-"""What ``cli.py student`` does: train and store a student, and print its report."""
+"""Carries out ``cli.py student``: trains and stores a student, and prints its report."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class ConversationFacts:
-    """What a result says about its conversation beside the labels; no text.
+    """The facts about a conversation in its result, beside the labels; no text.
 
     *started_at* and *last_message_at* (UTC) come from the turns, else from the document; None without a readable time.
     *turns* counts those with text. *metadata* holds short values of the document by the names of its fields.
@@ -254,7 +254,7 @@ def is_student(model_used: object) -> TypeGuard[str]:
 
 @dataclass(frozen=True, slots=True)
 class ResultOptions:
-    """What results hold beside the labels.
+    """The parts of results beside the labels.
 
     *keep_original* adds a copy of the document. With *review_below* (0 to 1), a result with confidence says whether one
     of its labels is below that. *metadata* names the fields of the document to copy; see ConversationFacts.

@@ -26,7 +26,7 @@ class Audit:
     """Comparisons of a student with the model, and whether they still allow its *promise* (above 0 and below 1).
 
     Draw each conversation that the student could take with the probability ``share``. Give those that are drawn to the model, store
-    the model's labels, and record whether the student's were the same. Ask for ``share`` anew for each conversation.
+    the model's labels, and record whether the student's were the same. Read ``share`` again for each conversation.
     """
 
     promise: float

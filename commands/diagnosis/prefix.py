@@ -38,7 +38,7 @@ SCHEMA_JSON = json.dumps(
 
 @dataclass(frozen=True, slots=True)
 class PromptWork:
-    """What the server reports about reading one prompt: tokens, tokens from the cache, seconds. None if not reported."""
+    """The server's report on reading one prompt: tokens, tokens from the cache, seconds. None if not reported."""
 
     prompt_tokens: int | None
     cached_tokens: int | None

@@ -10,7 +10,7 @@ from student.audit import AUDIT_SHARE, LIMIT, NEW, NEW_SHARE, Audit
 
 
 def test_state_survives_json() -> None:
-    """A stored audit goes on where it was."""
+    """A stored audit continues from its state."""
     audit = Audit(0.95)
     for agreed in (True, False, False, True):
         audit.record(agreed)

@@ -111,7 +111,7 @@ def test_audited_conversations_have_the_labels_of_the_model(school: School) -> N
 
 @pytest.mark.usefixtures("audit_all")
 def test_drift_withdraws_the_student_for_good(school: School) -> None:
-    """The run ends well, a sentence says so, and the next run asks the model only and says why."""
+    """The run ends with exit code 0 and prints a sentence; the next run asks only the model and prints the reason."""
     site, model = school
     model.has_drifted = True
     fill(site, NEW, 30)
