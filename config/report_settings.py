@@ -12,7 +12,7 @@ from config.loading import PartSettings, load_part
 
 
 class ReportSettings(PartSettings):
-    """The time zone and periods of reports; ``.env.example`` explains each."""
+    """The time zone of reports; ``.env.example`` explains it."""
 
     model_config = PartSettings.model_config | {"env_prefix": "REPORT_"}
 
