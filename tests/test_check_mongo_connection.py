@@ -315,6 +315,7 @@ async def test_diagnosis_changes_nothing(mongodb_uri: str, db_name: str, databas
     assert database.list_collection_names() == ["conversation_set"]
 
 
+@pytest.mark.thorough
 async def test_slow_check_is_a_warning(
     mongodb_uri: str, db_name: str, database: Database[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_unexpected_answer_exits_with_1(reply: Reply, sign: str) -> None:
     assert sign in run.stdout
 
 
+@pytest.mark.thorough
 def test_timeout_counts_as_no_answer() -> None:
     with scripted_service() as service:
         service.close()

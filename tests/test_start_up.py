@@ -94,6 +94,7 @@ def test_a_document_leaves_no_garbage(site: Site) -> None:
     assert int(re.findall(r"in circles: (\d+)", ended.out)[0]) < count  # of the run's own parts there are a few hundred
 
 
+@pytest.mark.thorough
 def test_garbage_is_looked_for_again_once_a_run_is_under_way(site: Site) -> None:
     """A process that never looks grows with each cycle; only the imports are free of it."""
     site.source.insert_many([conversation(number) for number in range(3)])

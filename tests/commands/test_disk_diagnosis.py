@@ -201,6 +201,7 @@ def test_low_open_file_limit_is_a_warning(directory: Path) -> None:
     assert "ulimit -n 1024" in found.remedy
 
 
+@pytest.mark.thorough
 def test_required_open_files_exceed_those_of_a_worker() -> None:
     """In addition to its connections, a worker has its libraries and journals open."""
     done = subprocess.run(

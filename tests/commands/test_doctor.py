@@ -150,6 +150,7 @@ def test_max_probe_limits_concurrent_requests(site: Site) -> None:
     assert site.model.stats()["max_in_flight"] == 3
 
 
+@pytest.mark.thorough
 def test_replica_set_and_standalone_server_are_distinguished(site: Site, tmp_path: Path) -> None:
     with ReplicaSetMongod(tmp_path / "db") as server:
         found = report(site, "--no-probe", MONGODB_URI=server.uri)

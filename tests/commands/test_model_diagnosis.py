@@ -347,6 +347,7 @@ async def test_server_that_fails_under_the_probe_is_a_warning(fake: FakeOllama) 
 # OpenAI's protocol
 
 
+@pytest.mark.thorough
 async def test_openai_server_is_judged_by_latency(tiny_model: Path) -> None:
     with TinyEngine(tiny_model, slots=2) as engine:
         url = f"{engine.url}/v1/chat/completions"

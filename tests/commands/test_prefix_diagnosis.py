@@ -76,6 +76,7 @@ async def test_prefix_is_tested_without_text_of_customers(fake: FakeOllama) -> N
     assert seen == {text_sha256(f"<conversation>\n{text}\n</conversation>") for text in TRANSCRIPTS}
 
 
+@pytest.mark.thorough
 async def test_llama_cpp_reports_cached_tokens(tiny_model: Path) -> None:
     with TinyEngine(tiny_model, slots=1) as engine, scripted_server() as server:
         server.models = forward(engine.url)

@@ -24,7 +24,7 @@ from tests.analytics.made_results import (
 )
 from tests.forked_process import Ended
 from tests.in_process import run_cli
-from tests.service.browser import NAMES
+from tests.service.chromium import NAMES
 from tests.worker.site import Site, open_site
 
 Place = Database[dict[str, Any]]

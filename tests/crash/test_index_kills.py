@@ -57,6 +57,7 @@ def test_killed_writer_loses_nothing_and_leaves_no_wrong_graph(tmp_path: Path, l
         assert len(list((tmp_path / "chroma").iterdir())) == 1
 
 
+@pytest.mark.thorough
 def test_readers_follow_a_writer_in_another_process(tmp_path: Path) -> None:
     """Readers see entries in their order and every search is right while graphs are replaced."""
     make_index(tmp_path, range(100))

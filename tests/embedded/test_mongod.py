@@ -159,6 +159,7 @@ def test_start_waits_for_a_server_that_is_ending(tmp_path: Path) -> None:
             assert count(second) == 1
 
 
+@pytest.mark.thorough
 def test_port_lost_between_choice_and_start_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         first, choose = iter([other.getsockname()[1]]), random.choice

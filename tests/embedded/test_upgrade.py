@@ -98,6 +98,7 @@ def test_built_in_classifier_replaces_no_result_of_a_model(run: Run, database: D
     assert models(database) == {"llama3.2:latest": 1}
 
 
+@pytest.mark.thorough
 def test_fields_of_the_taxonomy_are_labelled_and_printed(
     run: Run,
     database: Database[dict[str, Any]],

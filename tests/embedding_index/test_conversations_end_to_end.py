@@ -125,6 +125,7 @@ def test_no_text_of_a_conversation_is_on_disk(place: Place, tmp_path: Path) -> N
     assert b"About late." in content
 
 
+@pytest.mark.thorough
 def test_an_index_of_another_model_is_not_searched(place: Place, tmp_path: Path) -> None:
     """The log names both models and the remedy; the provider is not asked."""
     place.index()

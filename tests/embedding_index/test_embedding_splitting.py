@@ -85,6 +85,7 @@ def test_the_cut_is_where_people_would_cut(text: str, pieces: list[str]) -> None
     assert split_text(text, 20, len) == pieces
 
 
+@pytest.mark.thorough
 def test_pieces_of_real_tokens_are_full() -> None:
     rng = random.Random(3)
     vocabulary = ["refund", "card", "I", "was", "charged", "twice", "naïve", "Zürich", "ありがとう", "4711-AB", "é"]

@@ -200,6 +200,7 @@ def test_index_that_was_replaced_on_disk_is_followed(tmp_path: Path) -> None:
     assert searcher.first(4) == "4"
 
 
+@pytest.mark.thorough
 def test_searches_go_on_in_threads_while_the_index_is_written(tmp_path: Path, large: None) -> None:
     make_index(tmp_path, range(100))
     publish(tmp_path)

@@ -39,6 +39,7 @@ def uploaded_lines(fake: FakeOpenAI) -> list[bytes]:
     return [line for file in files for line in fake.path_of(file["id"]).read_bytes().splitlines()]
 
 
+@pytest.mark.thorough
 def test_steps_run_one_by_one(job: Job, openai: FakeOpenAI) -> None:
     """submit, status and poll resume from the ledger, also after a restart of OpenAI."""
     submitted = job.cli("submit", "--json")
@@ -285,6 +286,7 @@ def test_unusable_schema_file_is_exit_code_2(text: str, named: str, job: Job) ->
     assert "Traceback" not in refused.err
 
 
+@pytest.mark.thorough
 def test_openai_away_is_exit_code_3_and_resumes(job: Job, openai: FakeOpenAI, mongodb_uri: str, db_name: str) -> None:
     """For a run and for a single step."""
     openai.kill()

@@ -284,6 +284,7 @@ def test_scenario(case: Case, job: Job, openai: FakeOpenAI) -> None:
     assert max(sent.values()) <= MAX_ATTEMPTS
 
 
+@pytest.mark.thorough
 def test_withdrawn_key_ends_run_and_new_key_resumes(job: Job, openai: FakeOpenAI) -> None:
     """The answers that were paid for are applied."""
     job.fill(DOCUMENTS)

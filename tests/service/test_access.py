@@ -119,7 +119,7 @@ def test_pages_switched_off_return_404_and_foreign_hosts_421(tmp_path: Path) -> 
 def test_start_fails_on_an_outside_address_without_keys(tmp_path: Path, start: tuple[str, ...]) -> None:
     """One sentence that names the settings, and no listening socket."""
     command = (*start[:-1], str(Path(__file__).parents[2] / "main.py")) if start == ("main.py",) else start
-    ended = run_to_the_end(tmp_path, *command, "--host", OUTSIDE, "--port", str(free_port()), API_EMBEDDED="true")
+    ended = run_to_the_end(tmp_path, *command, "--host", OUTSIDE, "--port", str(free_port()), **NO_MODEL)
     assert ended.returncode == (2 if start == ("main.py",) else 3)  # 3 is uvicorn's
     assert (
         "API_KEYS is empty: set API_KEYS, listen on 127.0.0.1, or set API_ALLOW_UNAUTHENTICATED=true." in ended.stderr
@@ -154,6 +154,7 @@ def test_invalid_setting_fails_the_start_with_one_sentence(
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.thorough
 def test_env_file_may_hold_settings_of_worker_and_service(tmp_path: Path) -> None:
     """One .env for the worker and the service; an unknown name in it is an error."""
     (tmp_path / ".env").write_text("API_EMBEDDED=true\nAPI_MAX_MESSAGES=1\nBATCH_SIZE=7\n", encoding="utf-8")

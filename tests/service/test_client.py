@@ -679,6 +679,7 @@ def test_real_service_accepts_every_sample(real_service: str, tmp_path: Path) ->
     assert [row["messages"] for row in results(tmp_path)] == [row["messages"] for row in sent]
 
 
+@pytest.mark.thorough
 def test_real_service_rejects_a_wrong_key(real_service: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert api_client.main(["--url", real_service, "--api-key", "0123456789abcdeX"]) == ExitCode.CONFIGURATION
     assert "--api-key-file" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from error_handler import ConfigurationError
 from service import runs
 from tests.forked_process import ForkedProcess
 from tests.service.service_process import (
+    NO_MODEL,
     ROOT,
     ServiceProcess,
     free_port,
@@ -37,7 +38,7 @@ WORKERS = "sentimental_analysis_workers"
 @pytest.fixture
 def service(tmp_path: Path, mongodb_uri: str, db_name: str) -> Iterator[ServiceProcess]:
     """A service with the page and one caller."""
-    settings = {"API_KEYS": f"anna:{ANNA}", "API_EMBEDDED": "true", "API_EXPOSE_DASHBOARD": "key"}
+    settings = {"API_KEYS": f"anna:{ANNA}", **NO_MODEL, "API_EXPOSE_DASHBOARD": "key"}
     with serve(tmp_path, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
         yield process
 
@@ -61,7 +62,7 @@ def worker(number: int, silent_s: float = 0.0, **fields: Any) -> dict[str, Any]:
 
 
 def test_dashboard_is_off_unless_it_is_switched_on(tmp_path: Path) -> None:
-    with serve(tmp_path, API_EMBEDDED="true") as process:
+    with serve(tmp_path, **NO_MODEL) as process:
         for path in ("/dashboard", "/dashboard/events", "/dashboard/dashboard.js"):
             assert (process.get(path).status, process.get(path).error) == (404, "NotFoundError")
         assert process.request("POST", "/dashboard/runs/w1/stop").status == 404
@@ -142,6 +143,7 @@ def test_page_shows_workers_lost_workers_and_ended_runs(service: ServiceProcess,
     assert '<span class="badge completed">completed</span>' in page
 
 
+@pytest.mark.thorough
 def test_page_is_small_with_many_workers(service: ServiceProcess, database: Data) -> None:
     """50 KB, whatever the collection holds; the page says how many workers it leaves out."""
     database[WORKERS].insert_many([worker(number) for number in range(60)])
@@ -185,7 +187,7 @@ def test_order_from_a_page_of_another_site_is_refused(service: ServiceProcess, d
 
 def test_page_names_the_problem_while_mongodb_is_away(tmp_path: Path) -> None:
     away = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
-    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_DASHBOARD="key", **away) as process:
+    with serve(tmp_path, **NO_MODEL, API_EXPOSE_DASHBOARD="key", **away) as process:
         page = process.get("/dashboard")
         assert (page.status, page.headers["content-type"]) == (503, "text/html; charset=utf-8")
         assert b"MongoDB does not answer" in page.body

@@ -13,7 +13,7 @@ import pytest
 from pymongo.database import Database
 
 from tests.review.review_site import TEXT, fill, result
-from tests.service.service_process import ServiceProcess, serve
+from tests.service.service_process import NO_MODEL, ServiceProcess, serve
 
 Data = Database[dict[str, Any]]
 ANNA = "anna-key-0123456789abcd"
@@ -40,7 +40,7 @@ RESULTS = [
 def service(tmp_path: Path, mongodb_uri: str, db_name: str, database: Data) -> Iterator[ServiceProcess]:
     """A service with four results of two weeks."""
     fill(database, RESULTS)
-    settings = {"API_KEYS": f"anna:{ANNA}", "API_EMBEDDED": "true", "API_EXPOSE_DASHBOARD": "key"}
+    settings = {"API_KEYS": f"anna:{ANNA}", **NO_MODEL, "API_EXPOSE_DASHBOARD": "key"}
     with serve(tmp_path, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
         yield process
 
@@ -70,7 +70,7 @@ def correct(number: int, field: str, was: str, to: str, probability: float | Non
 
 def test_first_page_has_filters_and_asks_mongodb_for_nothing(tmp_path: Path) -> None:
     away = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "200", "MONGODB_BACKOFF_S": "0"}
-    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_DASHBOARD="key", **away) as service:
+    with serve(tmp_path, **NO_MODEL, API_EXPOSE_DASHBOARD="key", **away) as service:
         answer = service.get("/dashboard/labels?channel=email&label.topic=Other")
         assert answer.status == 200
         assert b'data-source="../dashboard/charts?channel=email&amp;label.topic=Other"' in answer.body
@@ -152,7 +152,7 @@ def test_text_of_examples_is_shown_if_the_setting_allows_it(
     fill(database, RESULTS[:1])
     database["conversation_set"].update_one({"_id": 1}, {"$set": {"messages.0.text": "1 < 2 & <b>hostile"}})
     place = {"MONGODB_URI": mongodb_uri, "MONGODB_DB": db_name, "DASHBOARD_SHOW_TEXT": "true"}
-    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_DASHBOARD="key", **place) as service:
+    with serve(tmp_path, **NO_MODEL, API_EXPOSE_DASHBOARD="key", **place) as service:
         html = page(service, "/examples/newest")
         assert "1 &lt; 2 &amp; &lt;b&gt;hostile" in html
         assert "hostile" not in page(service, "/charts")

@@ -14,7 +14,7 @@ from playwright.async_api import Dialog
 from pymongo.database import Database
 
 from tests.service.chromium import visit
-from tests.service.service_process import ServiceProcess, serve
+from tests.service.service_process import NO_MODEL, ServiceProcess, serve
 from tests.service.test_dashboard import ANNA, WORKERS, worker
 
 Data = Database[dict[str, Any]]
@@ -34,7 +34,7 @@ def service(tmp_path: Path, mongodb_uri: str, db_name: str, database: Data) -> I
             worker(4) | ended,
         ]
     )
-    settings = {"API_KEYS": f"anna:{ANNA}", "API_EMBEDDED": "true", "API_EXPOSE_DASHBOARD": "key"}
+    settings = {"API_KEYS": f"anna:{ANNA}", **NO_MODEL, "API_EXPOSE_DASHBOARD": "key"}
     with serve(tmp_path, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
         yield process
 

@@ -120,6 +120,7 @@ def test_kill_in_the_middle_of_a_job_loses_nothing_and_labels_nothing_twice(
         assert fake.stats()["chat_requests"] <= 40 + held + 2  # each process warms the model up
 
 
+@pytest.mark.thorough
 def test_two_services_share_a_job_without_labelling_twice(
     site: Callable[..., Any], fake: FakeOllama, database: Data
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import subprocess
 import sys
@@ -17,8 +16,8 @@ from pymongo.database import Database
 from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
 from tests.review.review_site import AGREED, fill, result
-from tests.service.browser import open_tab
-from tests.service.service_process import ServiceProcess, serve
+from tests.service.chromium import Visit, visit
+from tests.service.service_process import NO_MODEL, ServiceProcess, serve
 from tests.service.test_schema import document
 
 Data = Database[dict[str, Any]]
@@ -34,7 +33,7 @@ def key(value: str) -> dict[str, str]:
 @pytest.fixture
 def service(tmp_path: Path, mongodb_uri: str, db_name: str) -> Iterator[ServiceProcess]:
     """A service with the page, and two callers."""
-    settings = {"API_KEYS": f"anna:{ANNA},ben:{BEN}", "API_EMBEDDED": "true", "API_EXPOSE_REVIEW": "key", **SHARES}
+    settings = {"API_KEYS": f"anna:{ANNA},ben:{BEN}", **NO_MODEL, "API_EXPOSE_REVIEW": "key", **SHARES}
     with serve(tmp_path, **settings, MONGODB_URI=mongodb_uri, MONGODB_DB=db_name) as process:
         yield process
 
@@ -45,7 +44,7 @@ def corrections(database: Data) -> list[dict[str, Any]]:
 
 def test_review_is_off_unless_it_is_switched_on(tmp_path: Path) -> None:
     """No page, no route, no operation in the document."""
-    with serve(tmp_path, API_EMBEDDED="true") as process:
+    with serve(tmp_path, **NO_MODEL) as process:
         for path in ("/review", "/review/next", "/review/page.js"):
             assert (process.get(path).status, process.get(path).error) == (404, "NotFoundError")
         assert process.request("POST", "/review/decisions", {}).status == 404
@@ -151,7 +150,7 @@ def test_schemathesis_finds_no_deviation_of_the_review_routes(
 ) -> None:
     fill(database, [result(number) for number in range(5)])
     place = {"MONGODB_URI": mongodb_uri, "MONGODB_DB": database.name}
-    with serve(tmp_path, API_EMBEDDED="true", API_EXPOSE_REVIEW="key", **place) as open_service:
+    with serve(tmp_path, **NO_MODEL, API_EXPOSE_REVIEW="key", **place) as open_service:
         command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{open_service.url}/openapi.json"]
         command += ["--include-path-regex", "^/review", "--checks", "all", "--max-examples", str(examples)]
         # The labels are those of the taxonomy, which the document does not name.
@@ -162,74 +161,72 @@ def test_schemathesis_finds_no_deviation_of_the_review_routes(
 
 
 HOSTILE = "1 < 2 <img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
-TURNS = "[...document.querySelectorAll('#turns li')].map(one => one.innerText)"
-NUMBER = "(document.querySelector('#review-status')?.textContent.match(/Conversation (\\d+)/) ?? [])[1]"
 
 
-async def test_page_works_with_the_keyboard_in_a_browser(
-    service: ServiceProcess, database: Data, tmp_path: Path
-) -> None:
+async def shown(seen: Visit, number: int) -> None:
+    """Return as soon as the page asks for conversation *number*."""
+    await seen.page.locator("#review-status").get_by_text(f"Conversation {number} ").wait_for()
+
+
+async def test_page_works_with_the_keyboard_in_a_browser(service: ServiceProcess, database: Data) -> None:
     """The browser asks for the key. Accept, correct, note and undo; a hostile text is only text; nothing is requested from elsewhere."""
     fill(database, [result(1, 0.2), result(2, 0.5), result(3, 0.8)])
     hostile = {"$set": {"messages.0.text": HOSTILE, "conversation_number": "1"}}
     database["conversation_set"].update_one({"_id": 1}, hostile)
-    async with open_tab(tmp_path, ANNA) as tab:
-        await tab.send("Page.navigate", url=f"{service.url}/review")
-        assert await tab.until(NUMBER) == "1"
-        assert HOSTILE in (await tab.value(TURNS))[0]
-        pressed = "[...document.querySelectorAll('[aria-pressed=true]')].map(one => one.dataset.label)"
-        assert await tab.value(pressed) == list(AGREED.values())
-        await tab.press("3")  # the third intent of the taxonomy
-        await tab.press("n")
-        await tab.write("asks n, s and u")
-        await tab.press("Enter")
-        await tab.press("Enter")
-        assert await tab.until(NUMBER, lambda number: number == "2") == "2"
+    async with visit(ANNA) as seen:
+        page, keys = seen.page, seen.page.keyboard
+        await page.goto(f"{service.url}/review")
+        await shown(seen, 1)
+        assert HOSTILE in await page.locator("#turns li").first.inner_text()
+        pressed = await page.locator("[aria-pressed=true]").evaluate_all("all => all.map(one => one.dataset.label)")
+        assert pressed == list(AGREED.values())
+        await keys.press("3")  # the third intent of the taxonomy
+        await keys.press("n")
+        await keys.insert_text("asks n, s and u")
+        await keys.press("Enter")
+        await keys.press("Enter")
+        await shown(seen, 2)
         first = [one for one in corrections(database) if one["source_conversation_id"] == 1]
         assert [(one["field"], one["from"] == one["to"], one["note"]) for one in first] == [
             ("intent", False, "asks n, s and u"),
             ("sentiment", True, "asks n, s and u"),
             ("topic", True, "asks n, s and u"),
         ]
-        await tab.press("u")
-        assert await tab.until(NUMBER, lambda number: number == "1") == "1"
+        await keys.press("u")
+        await shown(seen, 1)
         assert not corrections(database)
-        await tab.value("document.querySelector('#accept').click()")  # a finger
-        await tab.until(NUMBER, lambda number: number == "2")
-        await tab.press("s")
-        await tab.until(NUMBER, lambda number: number == "3")
-        await tab.press("Enter")
-        assert "No conversation is left" in await tab.until(
-            "document.querySelector('#review-status').textContent", lambda text: "left" in text
-        )
-        assert await tab.value("document.title") == "Review labels"
-        assert not tab.problems
-        assert {re.sub(r"^(https?://[^/]+|data:).*", r"\1", one) for one in tab.addresses} <= {service.url, "data:"}
+        await page.locator("#accept").click()  # a finger
+        await shown(seen, 2)
+        await keys.press("s")
+        await shown(seen, 3)
+        await keys.press("Enter")
+        await page.locator("#review-status").get_by_text("No conversation is left").wait_for()
+        assert await page.title() == "Review labels"
+        assert not seen.problems
+        assert {re.sub(r"^(https?://[^/]+|data:).*", r"\1", one) for one in seen.addresses} <= {service.url, "data:"}
     assert {one["reviewer"] for one in corrections(database)} == {"anna"}
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_page_fits_a_phone_in_light_and_dark(
-    service: ServiceProcess, database: Data, tmp_path: Path, scheme: str
-) -> None:
+async def test_page_fits_a_phone_in_light_and_dark(service: ServiceProcess, database: Data, scheme: str) -> None:
     """No horizontal scrolling at 360 pixels, buttons of at least 40 pixels, readable contrast."""
     fill(database, [result(1, 0.2)])
     database["conversation_set"].update_one({"_id": 1}, {"$set": {"messages.0.text": "x" * 400}})
-    async with open_tab(tmp_path, ANNA) as tab:
-        await tab.send("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
-        await tab.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        await tab.send("Page.navigate", url=f"{service.url}/review")
-        await tab.until(NUMBER)
-        assert await tab.value("document.documentElement.scrollWidth") <= 360
-        assert await tab.value("Math.min(...[...document.querySelectorAll('button')].map(b => b.offsetHeight))") >= 40
-        colours = await tab.value(
-            "JSON.stringify([getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor])"
+    async with visit(ANNA, color_scheme=scheme, viewport={"width": 360, "height": 740}, is_mobile=True) as seen:
+        page = seen.page
+        await page.goto(f"{service.url}/review")
+        await shown(seen, 1)
+        assert not await seen.is_too_wide()
+        heights = await page.locator("button:visible").evaluate_all("all => all.map(one => one.offsetHeight)")
+        assert min(heights) >= 40
+        colours = await page.evaluate(
+            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
         )
-        text, ground = (luminance(colour) for colour in json.loads(colours))
+        text, ground = (luminance(colour) for colour in colours)
         assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 7
         assert (text < ground) is (scheme == "light")
-        assert not tab.problems
+        assert not seen.problems
 
 
 def luminance(colour: str) -> float:

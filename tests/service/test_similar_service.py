@@ -287,6 +287,7 @@ def test_service_classifies_without_the_index_packages(tmp_path: Path) -> None:
         assert (answer.status, answer.error) == (503, "IndexNotInstalledError")
 
 
+@pytest.mark.thorough
 def test_main_does_not_import_the_index_packages(tmp_path: Path) -> None:
     """They take a second and a hundred MiB, and most services never search."""
     program = "import sys, main; print(sorted({'numpy', 'chromadb', 'sqlalchemy', 'tokenizers', 'openai'} & set(sys.modules)))"
@@ -342,6 +343,7 @@ def test_search_ends_at_the_request_deadline(tmp_path: Path) -> None:
         assert site.events.count("begin") == site.events.count("end") == 2
 
 
+@pytest.mark.thorough
 def test_disconnected_search_frees_its_slot(tmp_path: Path) -> None:
     """Counted as 499; a search that had not begun is not made."""
     write_index(tmp_path, search_s=0.5)

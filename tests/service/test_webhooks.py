@@ -72,6 +72,7 @@ def _due(database: Data) -> dict[str, Any]:
     return dict((database[HEADS].find_one() or {})["webhook"])
 
 
+@pytest.mark.thorough
 def test_receiver_that_is_gone_gets_no_other_attempt(site: Callable[..., Any]) -> None:
     with receiving(status(410)) as receiver, site(receiver.url.removesuffix("/hook")) as service:
         job = post(service, item(1), webhook=receiver.url).json["job"]

@@ -27,6 +27,7 @@ School = tuple[Site, ConsistentModel]
 LEARNED = 44
 
 
+@pytest.mark.thorough
 def test_training_leaves_out_what_it_must_not_learn(place: School) -> None:
     """Copies, changed conversations, labels of others and of students, and vectors are not computed twice."""
     site, _ = place

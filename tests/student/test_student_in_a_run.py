@@ -95,6 +95,7 @@ def test_only_student_lets_the_model_redo_them(school: School) -> None:
     assert (report["student"], report["done"]) == (0, 12)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("audit_all")
 def test_audited_conversations_have_the_labels_of_the_model(school: School) -> None:
     site, model = school

@@ -291,8 +291,9 @@ def foreign_fields(document: Document) -> Document:
 def check_statuses(site: Site, documents: Iterable[Document], failed: Iterable[Any] = ()) -> None:
     """Assert that each of *documents* says how it ended, and that nothing else in it has changed."""
     failures = {key(document_id) for document_id in failed}
+    stored = {key(document["_id"]): document for document in site.source.find()}
     for before in documents:
-        after = site.source.find_one({"_id": {"$eq": before["_id"]}})
+        after = stored[key(before["_id"])]
         assert key(foreign_fields(after)) == key(foreign_fields(before)), after["_id"]
         is_query = "processed" in before
         wanted = (

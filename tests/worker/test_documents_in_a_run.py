@@ -301,6 +301,7 @@ def test_unrecognised_status_is_ignored(site: Site) -> None:
     assert key(99) not in {key(value) for value in site.results.distinct("source_conversation_id")}
 
 
+@pytest.mark.thorough
 def test_document_too_large_for_a_status_does_not_stop_the_run(site: Site) -> None:
     """16 MiB but for a few bytes: it cannot take a status, the others can, and the run comes to its end."""
     others = documents_of_all_shapes(12)

@@ -66,6 +66,7 @@ def test_run_goes_on_if_nobody_reads_its_output(site: Site, is_refused: bool) ->
     check_exactly_once(site, documents)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("least", ["0", "1"])
 def test_evaluation_goes_on_if_nobody_reads_its_output(site: Site, tmp_path: Path, least: str) -> None:
     """All gold labels but those of one conversation differ from the stored ones."""
@@ -123,6 +124,7 @@ def test_threshold(site: Site, batch_size: str) -> None:
     check_exactly_once(site, documents)
 
 
+@pytest.mark.thorough
 def test_threshold_with_documents_in_the_retry_queue(site: Site) -> None:
     """The same command retries them, and no flag is named."""
     documents = filled(site, 80)
@@ -175,6 +177,7 @@ def test_interrupted(site: Site) -> None:
     check_exactly_once(site, documents)
 
 
+@pytest.mark.thorough
 def test_interrupted_in_a_retry_round(site: Site) -> None:
     """A document with an answer has not failed any more; one that failed for good has left the retry queue."""
     filled(site, 3)

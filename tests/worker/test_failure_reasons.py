@@ -261,6 +261,7 @@ def test_metrics_of_a_run_ended_by_a_mongodb_outage(model: FakeOllama, tmp_path:
 SERVICE_WAYS = [way for way in WAYS if way.kind]
 
 
+@pytest.mark.thorough
 def test_service_counts_failures_by_reason(model: FakeOllama, tmp_path: Path) -> None:
     """From 0 for each reason of the list; one failure is one more of one reason."""
     settings = {"OLLAMA_ENDPOINT": model.url, "OLLAMA_MODEL": "llama3.2", "LLM_TIMEOUT_S": "1"}

@@ -116,6 +116,7 @@ def test_attachments_are_not_held(site: Site, place: str) -> None:
     assert site.results.count_documents({}) == 100
 
 
+@pytest.mark.thorough
 def test_few_attachments_are_not_held(site: Site) -> None:
     """Ten of them alone would exceed the bound."""
     filled(site, 30)

@@ -275,6 +275,7 @@ def test_report_whose_counts_take_long_shows_it_and_ends(
     assert "counting the documents: 0 s of at most 0 s" in err or command in ("doctor --no-probe", "")
 
 
+@pytest.mark.thorough
 def test_stop_waits_for_no_count(strict: EmbeddedMongod, client: Client, model: FakeOllama, tmp_path: Path) -> None:
     """Counts have no time limit, so one at the end of a run must not delay its stop."""
     with (

@@ -90,6 +90,7 @@ def test_server_without_arrays_is_asked_for_labels(site: Site) -> None:
     assert chosen(site)["style"] == "labels"
 
 
+@pytest.mark.thorough
 def test_style_that_is_right_more_often_is_used(site: Site) -> None:
     """It differs from full, and reviewers agree with it."""
     assert site.model is not None

@@ -63,6 +63,7 @@ def test_old_state_directory_costs_no_call(site: Site, old_directory: Path) -> N
     assert requests(site) == calls
 
 
+@pytest.mark.thorough
 def test_old_results_and_old_state_directory(site: Site, old_directory: Path) -> None:
     """The run names the documents whose results are gone, and --only elsewhere labels them; no other is asked again."""
     documents = killed_run(site)
