@@ -6,7 +6,7 @@ EMBEDDED =
 PYTHON =
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help venv run serve index test test-fakes check torture bench clean
+.PHONY: help venv run serve index test test-fakes test-flow check torture bench clean
 
 # Settings of pip for other places (also in pip.conf) would break the installation into .venv.
 export PIP_USER = 0
@@ -66,6 +66,9 @@ test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
 test-fakes: .venv/dev.stamp ## run the tests of the fake servers that the other tests use; ARGS is for pytest
 	$(venv_python) -m pytest -n 4 --dist worksteal tests/fakes $(ARGS)
 
+test-flow: .venv/dev.stamp .venv-prefect/run.stamp ## run the Prefect flow of examples/ once; ARGS is for pytest
+	$(venv_python) -m pytest -m '' tests/deploy/test_scheduling.py $(ARGS)
+
 check: .venv/dev.stamp ## check style, formatting and types
 	$(venv_python) -m ruff check .
 	$(venv_python) -m ruff format --check .
@@ -78,8 +81,8 @@ torture: .venv/dev.stamp ## kill the worker 200 times and a document job at each
 bench: .venv/dev.stamp ## run the benchmarks; ARGS is for python -m benchmarks
 	$(venv_python) -m benchmarks $(ARGS)
 
-clean: ## remove .venv and caches; keep data/ and batch_files/
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-prefect and caches; keep data/ and batch_files/
+	rm -rf .venv .venv-prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/run.stamp: requirements.txt requirements-embedded.txt requirements-embedding.txt requirements-local-embedding.txt
@@ -124,4 +127,11 @@ clean: ## remove .venv and caches; keep data/ and batch_files/
 	@$(venv_python) -c 'import xllamacpp' || { \
 		echo 'The tests require the library named above: for libgomp.so.1 on Debian and Ubuntu run' \
 			'apt-get install libgomp1 as root, then make $(MAKECMDGOALS) again.' >&2; exit 1; }
+	@touch $@
+
+# Prefect requires an older FastAPI than the product.
+.venv-prefect/run.stamp: .venv/run.stamp examples/requirements-prefect.txt
+	@echo 'Installing Prefect into .venv-prefect: 60 MB, about a minute, only once ...'
+	@$(venv_python) -m venv --clear .venv-prefect
+	@.venv-prefect/bin/python -m pip install --quiet --disable-pip-version-check --no-input -r examples/requirements-prefect.txt
 	@touch $@
