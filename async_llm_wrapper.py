@@ -241,11 +241,15 @@ async def drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R
 
 
 class SharedWindow:
-    """Keeps the target of *client* in step with the window of the loaded model; *asked* is the window setting or None."""
+    """Keeps the target of *client* in step with the window of the loaded model; *asked* is the window setting or None.
 
-    def __init__(self, client: AsyncLLMClient, asked: int | None) -> None:
+    *chosen* is the window of the run, None if its documents are not known. A larger one that another program loads is used.
+    """
+
+    def __init__(self, client: AsyncLLMClient, asked: int | None, chosen: WindowChoice | None = None) -> None:
         self._client = client
         self._asked = asked
+        self._chosen = chosen
         self._checked_at_s = -math.inf
         self._loading: asyncio.Task[None] | None = None
         self._was_listed = False
@@ -256,11 +260,20 @@ class SharedWindow:
         """The target of the client, with what it has learned."""
         return self._client.target
 
-    async def load(self) -> None:
+    async def load(self, say: Say = logger.info) -> None:
         """Load the model if it is not loaded yet, however long that takes. Raises LLMError if it does not load."""
-        await self._client.warm_up(self._choice(), logger.info)
+        given = (await self._client.warm_up(self._choice(), say)).num_ctx
+        if self._chosen is not None:
+            self._chosen = self._chosen.given(given)
         self._checked_at_s = time.monotonic()
         self.is_loaded = True
+
+    def adopt(self, num_ctx: int) -> None:
+        """Use the larger window *num_ctx* from the next call on, unless the operator set one; that call loads the model."""
+        if self._asked is None and self._chosen is not None and num_ctx > self._client.target.num_ctx:
+            logger.info("another worker needs a window of %d tokens; using that from now on", num_ctx)
+            self._chosen = replace(self._chosen, num_ctx=num_ctx)
+            self._client.target = replace(self._client.target, num_ctx=num_ctx)
 
     async def renew(self) -> None:
         """Check, at most every CHECK_EVERY_S, that the model is still loaded and with which window. Await before a call.
@@ -291,7 +304,7 @@ class SharedWindow:
             await asyncio.wait([self._loading])
 
     def _choice(self) -> WindowChoice:
-        return choose_window(None, self._client.target.context_limit, self._asked)
+        return self._chosen or choose_window(None, self._client.target.context_limit, self._asked)
 
     async def _check(self) -> None:
         target = self._client.target

@@ -36,6 +36,7 @@ from worker.progress import Reporter
 from worker.reply_choice import classifier_for
 from worker.run import BatchRun
 from worker.service_first import ServiceFirst
+from worker.shared_window import agreed_window
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
 if TYPE_CHECKING:  # few runs have a built-in classifier or a student, and only an estimate records its calls
@@ -144,18 +145,22 @@ class BatchProcessor:
         classifier = classifier_for(self.settings, client.target, taxonomy)
         self._plan = plan_of(classifier, client.target)
         student = await self._open_student(stack, taxonomy, self._plan)
-        asked_ctx = self.settings.ollama_num_ctx
         if await has_work(self.store, self.files, self.options, self._kinds()):
             sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
-            choice = await run_window(client, asked_ctx, sample)
+            choice = await run_window(client, self.settings.ollama_num_ctx, sample)
+            window = await agreed_window(stack, self.store.database, client, choice, self._tell)
             start_s = time.monotonic()
-            asked_ctx = (await client.warm_up(choice, self._tell)).num_ctx
+            await window.load(self._tell)
             if recorder is not None:
                 recorder.note_load(time.monotonic() - start_s)
+        else:
+            window = SharedWindow(
+                client, self.settings.ollama_num_ctx
+            )  # it loads the model for documents that come later
+        self._window = window
+        stack.push_async_callback(window.close)
         target = client.target
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
-        window = self._window = SharedWindow(client, asked_ctx)  # it loads the model for documents that come later
-        stack.push_async_callback(window.close)
         ask = partial(window.classify, classifier)
         return student.before(ask) if student else ask
 

@@ -35,6 +35,7 @@ from worker.intake import Classify
 from worker.plan import run_window
 from worker.progress import Reporter
 from worker.reply_choice import classifier_for
+from worker.shared_window import agreed_window
 
 JOB = "evaluation"
 
@@ -116,8 +117,8 @@ class FreshRun:
         classifier = classifier_for(settings, client.target)
         sample = partial(_needs, conversations, classifier.truncator.estimator)
         choice = await run_window(client, settings.ollama_num_ctx, sample)
-        num_ctx = (await client.warm_up(choice, lambda _: None)).num_ctx
-        window = llm.SharedWindow(client, num_ctx)
+        window = await agreed_window(stack, self._store.database, client, choice, lambda _: None)
+        await window.load(lambda _: None)
         stack.push_async_callback(window.close)
         return partial(window.classify, classifier), classifier.plan(client.target)
 

@@ -39,6 +39,7 @@ from storage.extended_json import Document, canonical, id_key
 from utils.retry_utils import RetryPolicy
 from worker.plan import run_window
 from worker.reply_choice import store_choice, stored_choice
+from worker.shared_window import agreed_window
 
 CANDIDATES: tuple[ReplyStyle, ...] = ("list", "labels")  # the shortest first
 SAMPLE, GOLD = 200, 200  # conversations
@@ -104,7 +105,8 @@ async def settle_style(settings: Settings, tell: Tell, *, has_work: bool = False
         full = Classifier(taxonomy, settings.on_long)
         needs = [tokens_needed(full.truncator.estimator.prompt_tokens(one.transcript)) for one in sample]
         choice = await run_window(client, settings.ollama_num_ctx, partial(_given, needs))
-        window = llm.SharedWindow(client, (await client.warm_up(choice, tell)).num_ctx)
+        window = await agreed_window(stack, store.database, client, choice, tell)
+        await window.load(tell)
         stack.push_async_callback(window.close)
         gold = await _gold(settings, store, taxonomy)
         trial = _Trial(window, full, settings, tell)

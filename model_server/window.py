@@ -39,6 +39,7 @@ from model_server.truncation import Fitted, fit_conversation
 
 SIZES = (4096, 8192, 16_384, 32_768)
 SHARE = 0.99  # of the documents that the window should hold whole
+SHARE_BESIDE = 0.95  # the same for the window of other workers, which costs no load
 MARGIN = 0.15
 REPAIR_TOKENS = 400  # the one repair turn: 500 characters of the answer, and the reason
 REPAIR_ROOM = 200  # tokens that a repair turn takes of the window of a long conversation
@@ -64,11 +65,13 @@ def tokens_needed(prompt_tokens: int) -> int:
 class WindowChoice:
     """A window of *num_ctx* tokens, which holds the share *held* of *sample* documents whole; *asked* is the setting.
 
-    *least* is the smallest window of a loaded model that is used instead.
+    *least* is the smallest window of a loaded model that is used instead, and *least_beside_others* that of a model which other
+    workers use.
     """
 
     num_ctx: int
     least: int
+    least_beside_others: int
     held: float = 1.0
     sample: int = 0
     asked: int | None = None
@@ -81,6 +84,10 @@ class WindowChoice:
             return f"{size} (default; no conversations to sample)"
         return f"{size}, holds {self.held:.1%} of a sample of {self.sample} conversations"
 
+    def given(self, num_ctx: int) -> WindowChoice:
+        """Return the choice after the server gave *num_ctx* tokens."""
+        return replace(self, num_ctx=num_ctx, least=min(self.least, num_ctx))
+
     def beside(self, loaded: LoadedModel | None) -> int:
         """Return the window to use if *loaded* is in memory: its own, if no window was set and it is large enough."""
         has = loaded.context_length if loaded else None
@@ -90,19 +97,25 @@ class WindowChoice:
 def choose_window(needs: Sequence[int] | None, limit: int | None, asked: int | None = None) -> WindowChoice:
     """Return the window for documents that need *needs* tokens (``tokens_needed``).
 
-    None means that the documents are not known; then the window of a loaded model is used if a conversation fits into
-    it. *limit* is the model's own limit, None if unknown; no window exceeds it. *asked* is what the operator set.
+    None or empty means that the documents are not known; then the window of a loaded model is used if a conversation fits
+    into it. *limit* is the model's own limit, None if unknown; no window exceeds it. *asked* is what the operator set.
     """
     most = limit or SIZES[-1]
     if asked is not None:
         num_ctx = min(asked, limit or asked)
-        return WindowChoice(num_ctx, num_ctx, asked=asked)
+        return WindowChoice(num_ctx, num_ctx, num_ctx, asked=asked)
     if not needs:
         num_ctx = min(DEFAULT_NUM_CTX, most)  # no documents to measure
-        return WindowChoice(num_ctx, num_ctx if needs is not None else min(num_ctx, SIZES[0]))
-    enough = sorted(needs)[math.ceil(SHARE * len(needs)) - 1]
-    num_ctx = min(most, next((size for size in SIZES if size >= enough), SIZES[-1]))
-    return WindowChoice(num_ctx, num_ctx, sum(need <= num_ctx for need in needs) / len(needs), len(needs))
+        least = min(num_ctx, SIZES[0])
+        return WindowChoice(num_ctx, least, least)
+
+    def holding(share: float) -> int:
+        enough = sorted(needs)[math.ceil(share * len(needs)) - 1]
+        return min(most, next((size for size in SIZES if size >= enough), SIZES[-1]))
+
+    num_ctx = holding(SHARE)
+    held = sum(need <= num_ctx for need in needs) / len(needs)
+    return WindowChoice(num_ctx, num_ctx, holding(SHARE_BESIDE), held, len(needs))
 
 
 def warm_up(target: ChatTarget, settings: Settings, choice: WindowChoice, say: Say) -> TargetFlow:

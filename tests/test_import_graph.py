@@ -44,7 +44,13 @@ PACKAGES = [name for name in RANKS if (ROOT / name).is_dir()]
 OWNERS = {
     "pymongo": {
         *("mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"),
-        *("storage.mongo_pages", "storage.service_lease", "storage.heartbeats", "storage.aggregation"),
+        *(
+            "storage.mongo_pages",
+            "storage.service_lease",
+            "storage.heartbeats",
+            "storage.aggregation",
+            "storage.window_agreement",
+        ),
     },
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},

@@ -421,7 +421,7 @@ def test_run_classifies_gold_conversations_into_a_collection_of_its_own(to_class
     assert report["models"] == [{"model": "llama3.2", "n": 8}]
     assert list(site.source.find()) == before
     collections = set(site.database.list_collection_names())
-    assert collections == {"conversation_set", "sentimental_analysis_evaluation"}
+    assert collections == {"conversation_set", "sentimental_analysis_evaluation", "model_windows"}
     assert site.database["sentimental_analysis_evaluation"].count_documents({}) == 8
     assert site.files() == []
 

@@ -35,12 +35,12 @@ def test_load_may_take_longer_than_a_call(site: Site) -> None:
 
 
 def test_model_that_does_not_load_ends_the_run(site: Site) -> None:
-    """One message and exit code 3; nothing was changed."""
+    """One message and exit code 3; nothing but the agreement on the window was stored."""
     site.source.insert_one(document(1))
     model_of(site).configure(load_error="llama-server process has terminated: exit status 1")
     ended = site.run()
     assert ended.code == 3, ended.err
-    assert site.database.list_collection_names() == ["conversation_set"]
+    assert sorted(site.database.list_collection_names()) == ["conversation_set", "model_windows"]
     assert model_of(site).stats()["chat_requests"] == 0
 
 
