@@ -11,24 +11,21 @@ import itertools
 import json
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aggregator import aggregate_conversation
 from benchmarks.table import Row
-from benchmarks.worker_process import WorkerFailedError
+from benchmarks.trained_client import trained_client
 from classifier import Classifier, classification_schema
-from config import Taxonomy, load_settings, load_taxonomy
+from config import Taxonomy
 from config.taxonomy import TRIAD
 from domain.conversation import Conversation, Message, Sender, Turn
 from domain.text import prompt_text
 from error_handler import LLMReplyError, SkippedDocumentError
 from help_desks.reader import read_documents
-from llm_wrapper import LLMClient, open_session
-from model_server.models import chat_target
-from tests.fakes.trained_model import FEW_LABELS, MISSING, NAME, model_path, trained_engine
+from tests.fakes.trained_model import FEW_LABELS
 
 SAMPLES = Path(__file__).parents[1] / "data/sample_conversations.jsonl"
 CONVERSATIONS, QUICK_CONVERSATIONS = 60, 1
@@ -76,18 +73,9 @@ def collect(count: int) -> Iterator[Pair]:
     Raises:
         WorkerFailedError: The model is not installed.
     """
-    model = model_path()
-    if model is None:
-        raise WorkerFailedError(MISSING)
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        own = Path(folder) / "taxonomy.yaml"
-        own.write_text(FEW_LABELS, encoding="utf-8")
-        taxonomy = load_taxonomy(own)
     # A slot for each of the two system prompts, so that both stay in the prefix cache.
-    with trained_engine(model, context_tokens=2048, slots=2) as engine, open_session() as session:
-        address = f"{engine.url}/v1/chat/completions"
-        settings = load_settings(None, llm_api_url=address, llm_model=NAME, llm_timeout_s=300)
-        client, classifier = LLMClient(settings, chat_target(settings, NAME), session), Classifier(taxonomy)
+    with trained_client(FEW_LABELS, context_tokens=2048, slots=2) as (client, taxonomy):
+        classifier = Classifier(taxonomy)
         schema = classification_schema(taxonomy)
         schema["properties"]["categorization"]["maxLength"] = CATEGORIZATION_CHARACTERS
         schema_json = json.dumps(schema).encode()

@@ -9,26 +9,22 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from aggregator import aggregate_conversation
 from benchmarks.table import Row
-from benchmarks.worker_process import WorkerFailedError
+from benchmarks.trained_client import trained_client
 from classifier import Classifier
-from config import Taxonomy, load_settings, load_taxonomy
+from config import Taxonomy
 from config.taxonomy import Example
 from domain.conversation import Classification, Conversation
 from error_handler import LLMReplyError
 from help_desks.reader import SAMPLES, read_documents
-from llm_wrapper import LLMClient, open_session
-from model_server.models import chat_target
+from llm_wrapper import LLMClient
 from review.suggestion import Reviewed, Suggestion, candidates_of, halves, suggest
 from storage.extended_json import canonical, loads
-from tests.fakes.trained_model import MISSING, NAME, model_path, trained_engine
 
 EXPECTED = SAMPLES.with_name("sample_expected.jsonl")
 FIELD, EXPECTED_FIELD = "feeling", "sentiment"
@@ -53,18 +49,8 @@ def measure(*, quick: bool) -> list[Row]:
     Raises:
         WorkerFailedError: The model is not installed.
     """
-    model = model_path()
-    if model is None:
-        raise WorkerFailedError(MISSING)
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        own = Path(folder) / "taxonomy.yaml"
-        own.write_text(TAXONOMY, encoding="utf-8")
-        taxonomy = load_taxonomy(own)
-    with trained_engine(model, context_tokens=4096) as engine, open_session() as session:
-        address = f"{engine.url}/v1/chat/completions"
-        settings = load_settings(None, llm_api_url=address, llm_model=NAME, llm_timeout_s=300)
-        asker = Asker(LLMClient(settings, chat_target(settings, NAME), session), taxonomy)
-        return rows_of(asyncio.run(found_by(asker, quick=quick)))
+    with trained_client(TAXONOMY, context_tokens=4096) as (client, taxonomy):
+        return rows_of(asyncio.run(found_by(Asker(client, taxonomy), quick=quick)))
 
 
 class Asker:

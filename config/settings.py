@@ -202,9 +202,8 @@ class Settings(PartSettings):
         return self.llm_model if self.llm_api_url else self.ollama_model
 
 
-@cache
-def known_environment_names() -> frozenset[str]:
-    """Return every environment variable that this product reads."""
+def settings_classes() -> tuple[type[PartSettings], ...]:
+    """Return the class of each part of the settings."""
     # Imported late, because creating a settings class takes milliseconds of each start; only a .env needs all names.
     from config.index_settings import IndexSettings  # noqa: PLC0415
     from config.network_settings import NetworkSettings  # noqa: PLC0415
@@ -213,16 +212,18 @@ def known_environment_names() -> frozenset[str]:
     from config.review_settings import ReviewSettings  # noqa: PLC0415
     from config.service_settings import ServiceSettings  # noqa: PLC0415
 
-    classes = (
-        Settings,
-        ServiceSettings,
-        OpenAISettings,
-        IndexSettings,
-        NetworkSettings,
-        ReviewSettings,
-        ReportSettings,
+    return (
+        *(Settings, ServiceSettings, OpenAISettings, IndexSettings, NetworkSettings),
+        *(ReviewSettings, ReportSettings),
     )
-    return frozenset(name for one in classes for field in one.model_fields for name in variables_of(one, field))
+
+
+@cache
+def known_environment_names() -> frozenset[str]:
+    """Return every environment variable that this product reads."""
+    return frozenset(
+        name for one in settings_classes() for field in one.model_fields for name in variables_of(one, field)
+    )
 
 
 def forget_settings() -> None:

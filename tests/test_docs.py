@@ -9,14 +9,8 @@ import pytest
 
 from cli import COMMANDS, load_command
 from commands.flags import MONITORING, PRESETS, create_command_parser, create_parser
-from config.index_settings import IndexSettings
 from config.loading import variables_of
-from config.network_settings import NetworkSettings
-from config.openai_settings import OpenAISettings
-from config.report_settings import ReportSettings
-from config.review_settings import ReviewSettings
-from config.service_settings import ServiceSettings
-from config.settings import Settings, known_environment_names
+from config.settings import known_environment_names, settings_classes
 from error_handler import ExitCode, Reason, TriadError
 from utils.batch_file_manager import FOLDERS
 
@@ -69,16 +63,9 @@ def test_the_example_holds_the_defaults() -> None:
         if not line or line.startswith("#"):
             continue
         name, _, value = line.partition("=")
-        classes = (
-            Settings,
-            ServiceSettings,
-            OpenAISettings,
-            IndexSettings,
-            NetworkSettings,
-            ReviewSettings,
-            ReportSettings,
-        )
-        fields = {n: f for one in classes for key, f in one.model_fields.items() for n in variables_of(one, key)}
+        fields = {
+            n: f for one in settings_classes() for key, f in one.model_fields.items() for n in variables_of(one, key)
+        }
         default = None if fields[name].default_factory else fields[name].default
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
         if value == "":
