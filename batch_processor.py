@@ -298,7 +298,8 @@ class BatchProcessor:
         settings = self.settings
         if not settings.service_lease or self._given_classify is not None:
             return None
-        return ServiceFirst(self.store.database, server_name(settings.server_url), settings.worker_floor)
+        servers = [server_name(one.server_url) for one in settings.for_each_server()]
+        return ServiceFirst(self.store.database, servers, settings.worker_floor)
 
     def _worker_id(self) -> str:
         """Return the id under which the worker of this directory holds leases, the same after a crash."""

@@ -80,10 +80,12 @@ class RunMetrics:
             "in_flight": GaugeMetricFamily("triad_run_server_calls_in_flight", "Calls in flight", labels=labels),
             "limit": GaugeMetricFamily("triad_run_server_concurrency_limit", "Most calls in flight", labels=labels),
             "seconds": GaugeMetricFamily("triad_run_server_seconds", "Mean time of a conversation", labels=labels),
-            "ready": GaugeMetricFamily("triad_run_server_ready", "1 while the model server takes calls", labels=labels),
+            "is_ready": GaugeMetricFamily(
+                "triad_run_server_ready", "1 while the model server takes calls", labels=labels
+            ),
         }
         for state in servers:
-            values = {**state, "ready": state["state"] == "ready", "seconds": state["seconds"] or 0.0}
+            values = {**state, "seconds": state["seconds"] or 0.0}
             for name, family in families.items():
                 family.add_metric([self._worker, state["server"]], values[name])
         return list(families.values())

@@ -126,6 +126,10 @@ class Server:
         self.in_flight += 1
         try:
             outcome = await self.window.classify(classifier, conversation, attempt)
+        except asyncio.CancelledError:  # a caller of the service gave up, perhaps because the server hangs
+            if time.monotonic() - start_s > (self._seconds or 0.0):
+                self.measure(time.monotonic() - start_s, time.monotonic())
+            raise
         except LLMUnavailableError:
             self.failures += 1
             self.measure(time.monotonic() - start_s, time.monotonic())
@@ -146,6 +150,7 @@ class Server:
         return {
             "server": self.name,
             "state": state,
+            "is_ready": self.is_ready,
             "in_flight": self.in_flight,
             "limit": self.most,
             "answered": self.answered,

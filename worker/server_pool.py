@@ -38,7 +38,7 @@ from worker.pool_server import Server, Traits
 
 MOVES = 5  # servers that one conversation may lose; after that it may be the cause, and the attempt counts
 FAILURES = 5  # conversations in a row that fail on one server, which then takes no calls until its probe succeeds
-POLICY = BreakerPolicy(outage_limit_s=math.inf, has_others=True)
+POLICY = BreakerPolicy(probe_cap_s=5.0, outage_limit_s=math.inf, has_others=True)
 TAKEN_OUT = "model server %s takes no calls until that changes: %s"
 
 logger = logging.getLogger(__name__)

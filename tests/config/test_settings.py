@@ -31,6 +31,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "mode": ("continuous", "continuous"),
     "ollama_model": ("llama3.2", "llama3.2"),
     "ollama_endpoint": ("http://gpu:1", "http://gpu:1"),
+    "allow_mixed_models": ("true", True),
     "ollama_num_ctx": ("16384", 16384),
     "on_long": ("skip", "skip"),
     "llm_load_timeout_s": ("900", 900.0),
