@@ -12,8 +12,8 @@ from benchmarks.worker_process import WorkerProcess
 from tests.fakes.fake_ollama import FakeOllama
 
 SLOTS = 4
-ANSWER_S = (0.8, 0.4, 0.2)
-SETTLED_S, MEASURED_S = 15.0, 30.0
+ANSWER_S = (1.6, 0.8, 0.4)
+SETTLED_S, MEASURED_S = 20.0, 40.0
 MIN_SHARE = 0.95
 
 

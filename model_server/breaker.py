@@ -135,8 +135,9 @@ class CircuitBreaker:
         self._failures += 1
         if self._failures >= self._policy.threshold and not self.is_open:
             logger.warning(
-                "circuit breaker: open after %d connection failures in a row; intake pauses (%s)",
+                "circuit breaker: open after %d connection failures in a row; %s (%s)",
                 self._failures,
+                "other servers are asked" if self._policy.has_others else "intake pauses",
                 self._problem,
             )
             self.open(self._problem)
