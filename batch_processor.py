@@ -38,9 +38,7 @@ from worker.run import BatchRun
 from worker.service_first import ServiceFirst
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
-if (
-    TYPE_CHECKING
-):  # few runs have a built-in classifier, a student or several servers, and only an estimate records its calls
+if TYPE_CHECKING:  # few runs have a built-in classifier, a student, several servers or, for an estimate, a recorder
     from embedded.baseline import Answer
     from embedded.choice import BuiltInClassifier
     from student.first_answer import FirstAnswer
@@ -228,9 +226,9 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s, review_below;
-        with several model servers also servers. After a
-        TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
+        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s,
+        review_below; with several model servers also servers. After a TriadError (too many documents failed, or MongoDB, the
+        model server or the directory), the next run resumes.
         """
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]

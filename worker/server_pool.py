@@ -113,7 +113,7 @@ class ServerPool:
 
         Raises:
             LLMUnavailableError: No server answers.
-            ConfigurationError: No server has the model, or at the start no other is like the first.
+            ConfigurationError: No server has the model, or at the start of a run no other is like the first.
         """
         asked = self.ready
         checks = await asyncio.gather(*(server.check() for server in asked), return_exceptions=True)
@@ -133,9 +133,10 @@ class ServerPool:
         if self._traits not in found.values():
             self._first, self._traits = next(iter(found.items()))
         for server, traits in found.items():
-            if problem := self._difference(server, traits):
+            if problem := self._difference(traits):
                 self._leave_out(server, problem)
-        if is_start and len(self.ready) == 1 and sum(server.is_reachable for server in asked) > 1:
+        is_alone = len(self.ready) == 1 and sum(server.is_reachable for server in asked) > 1
+        if is_start and is_alone and not self._fails_fast:  # a service answers with what there is
             raise _none_alike(self.servers)
         return self.target
 
@@ -163,7 +164,7 @@ class ServerPool:
         for server, found in zip(others, problems, strict=True):
             if found is not None:
                 self._leave_out(server, found)
-        if others and all(isinstance(found, ConfigurationError) for found in problems):
+        if not self._fails_fast and others and all(isinstance(found, ConfigurationError) for found in problems):
             raise _none_alike(self.servers)
         return self.target
 
@@ -262,7 +263,7 @@ class ServerPool:
         is_back = not server.is_ready
         try:
             problem: LLMError | ConfigurationError | None
-            problem = self._difference(server, await server.check())
+            problem = self._difference(await server.check())
             if problem is None and is_back and self._window is not None:
                 problem = await self._load(server, logger.info)
         except (LLMError, ConfigurationError) as exc:
@@ -284,17 +285,12 @@ class ServerPool:
             return None
         return ConfigurationError(f"it gives a window of {target.num_ctx} tokens instead of {self._window}")
 
-    def _difference(self, server: Server, traits: Traits) -> ConfigurationError | None:
-        """Return how *server* differs from the first, None if that is accepted."""
+    def _difference(self, traits: Traits) -> ConfigurationError | None:
+        """Return how a server with *traits* differs from the first, None if that is accepted."""
         differences = [] if self._traits is None else traits.differences(self._traits)
         if not differences:
             return None
-        sentence = f"it has {' and '.join(differences)}"
-        if not self._settings.allow_mixed_models:
-            return ConfigurationError(sentence)
-        if server.problem != sentence:
-            logger.warning("model server %s differs, and mixed models are allowed: %s", server.name, sentence)
-        return None
+        return None if self._settings.allow_mixed_models else ConfigurationError(f"it has {' and '.join(differences)}")
 
     def _leave_out(self, server: Server, problem: LLMError | ConfigurationError) -> None:
         """Send *server* no calls until its probe succeeds."""
