@@ -14,7 +14,7 @@ from async_llm_wrapper import AsyncLLMClient
 from config import load_settings
 from error_handler import LLMOutageError, LLMUnavailableError
 from tests.fakes.fake_ollama import FakeOllama
-from tests.worker.site import Site, check_exactly_once, filled, model_of
+from tests.worker.site import Site, check_exactly_once, filled, model_of, until
 from worker.pool_server import FORGET_S, Server, Traits, host_and_port
 from worker.server_pool import open_pool
 
@@ -181,6 +181,7 @@ def test_mixed_models_are_told_apart_in_the_results(site: Site, second: FakeOlla
     assert '"stale": 0' in plan.out, plan.out
 
 
+@pytest.mark.thorough
 def test_server_away_at_the_start_joins_later(site: Site, second: FakeOllama) -> None:
     """A sentence tells that it is left out; it takes calls once its probe succeeds."""
     model_of(site).configure(latency_s=0.05)
@@ -197,32 +198,38 @@ def test_server_away_at_the_start_joins_later(site: Site, second: FakeOllama) ->
 
 
 def test_killed_server_costs_its_calls_in_flight_and_no_attempt(site: Site, second: FakeOllama) -> None:
-    """One attempt for each call: a lost call that cost an attempt would fail its document. It comes back by its probe."""
-    for one in (model_of(site), second):
-        one.configure(latency_s=0.05)
-    address = both(site, second)
+    """Exactly the calls that it has not answered are asked elsewhere, while it is dead. It comes back by its probe."""
+    model_of(site).configure(latency_s=0.05)
+    second.configure(latency_s=0.05, faults=[{"kind": "hang", "when": {"from": 5}}])
     documents = filled(site, 150)
-    with site.start("--progress-files", **address, MAX_CONCURRENT="3", LLM_MAX_ATTEMPTS="1") as worker:
-        second.wait_for("answered", 5)
+    flags = ("--output", str(site.folder / "out.json"))
+    with site.start(*flags, **both(site, second), MAX_CONCURRENT="3", LLM_MAX_ATTEMPTS="1") as worker:
+        second.wait_for("chat_requests", 8)
+        second.configure(faults=[])
+        asked = second.stats()["calls_by_sha"].keys()
         second.kill()
-        worker.await_text(f"{host_and_port(second.url)} takes no calls until that changes")
+        until(lambda: len(asked & model_of(site).stats()["calls_by_sha"].keys()) == 3)
         second.start()
         second.wait_for("answered", 1)
         ended = worker.ended()
     assert ended.code == 0, ended.said
     check_exactly_once(site, documents)
-    assert not site.results.count_documents({"processing_metadata.attempts": {"$gt": 1}})
-    assert "attempt 1 failed" not in ended.err
+    stats = json.loads((site.folder / "out.json").read_text())
+    assert (stats["successful"], stats["failed"], stats["retried"]) == (150, 0, 0)
+    assert model_of(site).stats()["chat_requests"] + second.stats()["chat_requests"] == 150 - 5
+    assert f"{host_and_port(second.url)} takes no calls until that changes" in ended.err
 
 
 def test_server_that_only_fails_is_taken_out(site: Site, second: FakeOllama) -> None:
-    """It answers its checks, but no conversation; without the breaker, each document that it gets would lose an attempt."""
+    """It answers its checks and loads the model, but fails each conversation at once."""
     model_of(site).configure(latency_s=0.02)
-    second.configure(faults=[{"kind": "runner_stopped_500"}], load_error="llama runner process has terminated")
+    second.configure(faults=[{"kind": "runner_stopped_500"}])
     documents = filled(site, 40)
     ended = site.run(**both(site, second), LLM_MAX_ATTEMPTS="1")
     assert ended.code == 0, ended.said
     check_exactly_once(site, documents)
+    assert "5 conversations in a row failed, the last one" in ended.err
+    assert second.stats()["chat_requests"] < 20
 
 
 def test_run_ends_if_no_server_answers(site: Site) -> None:
