@@ -29,20 +29,21 @@ from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.describe import DescriptionPass, describing_classifier
 from worker.heartbeat import Heartbeat
-from worker.intake import Classify, RunOptions, RunParts, has_work
+from worker.intake import Classify, RunOptions, RunParts, Slots, has_work
 from worker.model_use import ModelUse
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
 from worker.reply_choice import classifier_for
 from worker.run import BatchRun
 from worker.service_first import ServiceFirst
-from worker.shared_window import agreed_window
+from worker.shared_window import loaded_window, window_of
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 
-if TYPE_CHECKING:  # few runs have a built-in classifier or a student, and only an estimate records its calls
+if TYPE_CHECKING:  # few runs have a built-in classifier, a student, several servers or, for an estimate, a recorder
     from embedded.baseline import Answer
     from embedded.choice import BuiltInClassifier
     from student.first_answer import FirstAnswer
+    from worker.server_pool import ServerPool
     from worker.timing import SampleRecorder
 
 BUILT_IN_AT_ONCE = 16  # conversations; more take no less time for each
@@ -93,8 +94,9 @@ class BatchProcessor:
         self._observers = observers or Observers()
         self._stack = AsyncExitStack()
         self._connected = False
-        self._limit: ConcurrencyLimit | None = None
-        self._window: SharedWindow | None = None  # None without a model server
+        self._limit: Slots | None = None
+        self._pool: ServerPool | None = None  # None with one model server
+        self._window: SharedWindow | ServerPool | None = None  # None without a model server
         self._heartbeat: Heartbeat | None = None
         self.stop = asyncio.Event()  # set it to end the run: no new documents, a grace period for calls in flight
 
@@ -131,38 +133,44 @@ class BatchProcessor:
         self._connected = True
 
     async def _connect_model(self, stack: AsyncExitStack, taxonomy: Taxonomy) -> Classify:
-        session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
-        if self.settings.max_concurrent == "auto":
-            self._limit = ConcurrencyLimit(self.settings.most_concurrent)
-        asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
+        client = await self._open_client(stack)
         recorder = self._observers.recorder
-        model = self._observers.model
-        on_answer = (recorder or model).note_answer
-        client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
-        model.breaker = client.breaker
-        stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
         classifier = classifier_for(self.settings, client.target, taxonomy)
-        self._plan = plan_of(classifier, client.target)
+        self._plan = plan_of(classifier, client.target, () if self._pool is None else self._pool.other_targets)
         student = await self._open_student(stack, taxonomy, self._plan)
         if await has_work(self.store, self.files, self.options, self._kinds()):
             sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
             choice = await run_window(client, self.settings.ollama_num_ctx, sample)
-            window = await agreed_window(stack, self.store.database, client, choice, self._tell)
-            start_s = time.monotonic()
-            await window.load(self._tell)
-            if recorder is not None:
-                recorder.note_load(time.monotonic() - start_s)
-        else:
-            window = SharedWindow(
-                client, self.settings.ollama_num_ctx
-            )  # it loads the model for documents that come later
+            on_load = recorder.note_load if recorder else None
+            window = await loaded_window(stack, self.store.database, client, choice, self._tell, on_load)
+        else:  # it loads the model for documents that come later
+            window = window_of(client, self.settings.ollama_num_ctx)
+            stack.push_async_callback(window.close)
         self._window = window
-        stack.push_async_callback(window.close)
         target = client.target
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
         ask = partial(window.classify, classifier)
         return student.before(ask) if student else ask
+
+    async def _open_client(self, stack: AsyncExitStack) -> llm.AsyncLLMClient | ServerPool:
+        """Return the client of the model server, or the pool of several."""
+        settings, model = self.settings, self._observers.model
+        on_answer = (self._observers.recorder or model).note_answer
+        if len(settings.ollama_endpoints) > 1:
+            from worker.server_pool import open_pool  # noqa: PLC0415 - few runs have several servers
+
+            opened = open_pool(settings, settings.most_concurrent, logprobs=True, on_answer=on_answer)
+            pool = model.breaker = model.pool = self._pool = self._limit = await stack.enter_async_context(opened)
+            return pool
+        session = await stack.enter_async_context(llm.open_session(settings.most_concurrent))
+        limit = ConcurrencyLimit(settings.most_concurrent) if settings.max_concurrent == "auto" else None
+        self._limit = limit
+        asked = replace(chat_target(settings, settings.model or ""), logprobs=True)
+        client = llm.AsyncLLMClient(settings, asked, session, limit=limit, on_answer=on_answer)
+        model.breaker = client.breaker
+        stack.push_async_callback(client.breaker.close)
+        return client
 
     async def _open_student(self, stack: AsyncExitStack, taxonomy: Taxonomy, plan: Plan) -> FirstAnswer | None:
         """Return the student that answers before the model; None if it is off or has withdrawn."""
@@ -217,12 +225,14 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s, review_below. After a
-        TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
+        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s,
+        review_below; with several model servers also servers. After a TriadError (too many documents failed, or MongoDB, the
+        model server or the directory), the next run resumes.
         """
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
-        return await run.execute(sources, to_the_end=True)
+        stats = await run.execute(sources, to_the_end=True)
+        return stats if self._pool is None else {**stats, "servers": self._pool.states()}
 
     async def describe(self) -> dict[str, Any]:
         """Write the sentence (``categorization``) into the results that lack it; the labels do not change.
@@ -237,7 +247,7 @@ class BatchProcessor:
             )
         taxonomy = load_prompt_taxonomy(self.settings)
         describe = partial(self._window.classify, describing_classifier(taxonomy, self.settings))
-        at_once = self.settings.most_concurrent if self._limit is None else self._limit.current
+        at_once = self.settings.most_in_flight if self._limit is None else self._limit.current
         made = DescriptionPass(self.settings, self.store, describe, self.stop, at_once, self._observers.reporters)
         stats = await made.execute()
         return {
@@ -278,14 +288,15 @@ class BatchProcessor:
         if not settings.worker_heartbeat or self._client is not None or self._observers.recorder is not None:
             return None
         worker, results = self._worker_id(), settings.results_collection
-        model, most = self._observers.model, settings.most_concurrent
+        model, most = self._observers.model, settings.most_in_flight
         return Heartbeat(self.store.database, results, worker, self.stop, most, model)
 
     def _service_first(self) -> ServiceFirst | None:
         settings = self.settings
         if not settings.service_lease or self._given_classify is not None:
             return None
-        return ServiceFirst(self.store.database, server_name(settings.server_url), settings.worker_floor)
+        servers = [server_name(one.server_url) for one in settings.for_each_server()]
+        return ServiceFirst(self.store.database, servers, settings.worker_floor)
 
     def _worker_id(self) -> str:
         """Return the id under which the worker of this directory holds leases, the same after a crash."""

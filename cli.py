@@ -362,7 +362,7 @@ def _observers(arguments: argparse.Namespace, settings: Settings, stack: context
     model = ModelUse()
     reporters: list[Reporter] = []
     if console:
-        reporters.append(ConsoleProgress(sys.stderr))
+        reporters.append(ConsoleProgress(sys.stderr, model))
     if files or settings.metrics_port is not None:
         progress = FileProgress(settings.batch_files_dir, model)
         reporters.append(progress)

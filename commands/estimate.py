@@ -115,7 +115,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         "seconds": seconds,
         "load_s": recorder.load_s,
         # Few documents beyond the first of each call, which are slower on most servers.
-        "is_rough": classified + failed < 3 * settings.most_concurrent,
+        "is_rough": classified + failed < 3 * settings.most_in_flight,
     }
     report = make_report(settings, recorder.timings, remaining, facts)
     if arguments.json:
@@ -199,7 +199,7 @@ def make_report(
     *remaining* counts the documents after the sample: *left* without a result (extrapolated unless *is_left_exact*),
     *to_classify* of them with text, and *in_retry_queue*. *sample* holds the counts and times of the sample.
     """
-    calls, to_classify = settings.most_concurrent, remaining["to_classify"]
+    calls, to_classify = settings.most_in_flight, remaining["to_classify"]
     pace = measure_pace(timings, calls)
     paces = [(factor * calls, pace.with_calls(factor * calls)) for factor in FACTORS]
     means = mean_tokens(timings)

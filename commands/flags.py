@@ -86,7 +86,17 @@ def add_place_flags(group: argparse._ActionsContainer) -> None:
 def add_model_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags that name the model, its server and its reply."""
     group.add_argument("--model", help="model name (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
-    group.add_argument("--ollama-endpoint", help="URL of Ollama (OLLAMA_ENDPOINT; http://localhost:11434)")
+    group.add_argument(
+        "--ollama-endpoint",
+        action="append",
+        help="URL of Ollama; several servers share a run if the flag is repeated (OLLAMA_ENDPOINT; http://localhost:11434)",
+    )
+    group.add_argument(
+        "--allow-mixed-models",
+        action="store_true",
+        default=None,
+        help="several servers may differ in model, window or version; each result names its model (ALLOW_MIXED_MODELS)",
+    )
     group.add_argument(
         "--reply",
         dest="reply_style",

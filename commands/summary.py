@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -51,6 +51,8 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
         console.print(
             f"Held back for {stats['held_back_s']:.0f} s while the service had requests (SERVICE_LEASE=false disables this)"
         )
+    for state in stats.get("servers", ()):
+        console.print(server_line(state))
     _print_review(console, stats)
     for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
@@ -61,6 +63,13 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
         )
     _print_left_out(console, stats, settings)
     _print_queues(console, stats)
+
+
+def server_line(state: Mapping[str, Any]) -> str:
+    """Return what one of several model servers did, and its state."""
+    mean = "" if state["seconds"] is None else f", {state['seconds']:.2f} s each"
+    problem = "" if state["state"] == "ready" else f", {state['state'].replace('_', ' ')}: {state['problem']}"
+    return f"{state['server']}: {counted(state['answered'], 'conversation')}{mean}{problem}"
 
 
 def _print_left_out(console: Console, stats: dict[str, Any], settings: Settings) -> None:

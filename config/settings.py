@@ -18,7 +18,7 @@ from config.loading import (
     HeaderSecret,
     HttpAddress,
     NameList,
-    OllamaAddress,
+    OllamaAddresses,
     PartSettings,
     load_part,
     read_dotenv,
@@ -108,9 +108,10 @@ class Settings(PartSettings):
     mongodb_backoff_s: float = Field(1.0, ge=0, le=60)
     mode: Literal["batch", "continuous", "scheduled"] = Field("batch", validation_alias="BATCH_PROCESSOR_MODE")
     ollama_model: str | None = None
-    ollama_endpoint: OllamaAddress = Field(
+    ollama_endpoint: OllamaAddresses = Field(
         "http://localhost:11434", validation_alias=AliasChoices("OLLAMA_ENDPOINT", "OLLAMA_HOST")
     )
+    allow_mixed_models: bool = False
     # A smaller window cannot hold instructions and answer.
     ollama_num_ctx: int | None = Field(None, ge=2048, le=1_048_576)
     on_long: Literal["fit", "skip", "fail"] = "fit"
@@ -177,13 +178,28 @@ class Settings(PartSettings):
 
     @property
     def most_concurrent(self) -> int:
-        """The highest number of concurrent model calls."""
+        """The highest number of concurrent calls of one model server."""
         return MAX_AUTO if self.max_concurrent == "auto" else self.max_concurrent
 
     @property
+    def most_in_flight(self) -> int:
+        """The highest number of concurrent calls of a run on all its model servers."""
+        return self.most_concurrent * len(self.ollama_endpoints)
+
+    @property
+    def ollama_endpoints(self) -> tuple[str, ...]:
+        """The addresses of the model servers of a run; the first one alone if LLM_API_URL names the server."""
+        addresses = tuple(self.ollama_endpoint.split(","))
+        return addresses[:1] if self.llm_api_url else addresses
+
+    def for_each_server(self) -> tuple[Settings, ...]:
+        """Return these settings for each model server alone."""
+        return tuple(self.model_copy(update={"ollama_endpoint": one}) for one in self.ollama_endpoints)
+
+    @property
     def chat_url(self) -> str:
-        """The address for chat requests."""
-        return self.llm_api_url or f"{self.ollama_endpoint}/api/chat"
+        """The address for chat requests to the first model server."""
+        return self.llm_api_url or f"{self.ollama_endpoints[0]}/api/chat"
 
     @property
     def protocol(self) -> Protocol:

@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import TYPE_CHECKING
 
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
@@ -39,7 +40,10 @@ from storage.extended_json import Document, canonical, id_key
 from utils.retry_utils import RetryPolicy
 from worker.plan import run_window
 from worker.reply_choice import store_choice, stored_choice
-from worker.shared_window import agreed_window
+from worker.shared_window import loaded_window
+
+if TYPE_CHECKING:
+    from worker.shared_window import Window
 
 CANDIDATES: tuple[ReplyStyle, ...] = ("list", "labels")  # the shortest first
 SAMPLE, GOLD = 200, 200  # conversations
@@ -105,9 +109,7 @@ async def settle_style(settings: Settings, tell: Tell, *, has_work: bool = False
         full = Classifier(taxonomy, settings.on_long)
         needs = [tokens_needed(full.truncator.estimator.prompt_tokens(one.transcript)) for one in sample]
         choice = await run_window(client, settings.ollama_num_ctx, partial(_given, needs))
-        window = await agreed_window(stack, store.database, client, choice, tell)
-        await window.load(tell)
-        stack.push_async_callback(window.close)
+        window = await loaded_window(stack, store.database, client, choice, tell)
         gold = await _gold(settings, store, taxonomy)
         trial = _Trial(window, full, settings, tell)
         found = await trial.choice(sample, gold)
@@ -118,7 +120,7 @@ async def settle_style(settings: Settings, tell: Tell, *, has_work: bool = False
 class _Trial:
     """Asks for the same conversations in several styles."""
 
-    def __init__(self, window: llm.SharedWindow, full: Classifier, settings: Settings, tell: Tell) -> None:
+    def __init__(self, window: Window, full: Classifier, settings: Settings, tell: Tell) -> None:
         self._window, self._full, self._tell = window, full, tell
         # The limit of ``auto`` follows a run; a trial is too short for that.
         self._at_once = 4 if settings.max_concurrent == "auto" else settings.max_concurrent

@@ -132,6 +132,7 @@ class Heartbeat:
             "breaker": self._model.breaker_state,
             "queue_wait_s": self._model.queue_wait_s,
             "tokens": dict(self._model.tokens),
+            "servers": self._model.servers,
             **self._run,
         }
 

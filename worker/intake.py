@@ -7,14 +7,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from aggregator import aggregate_conversation
 from config import Settings
 from domain.conversation import Conversation, Outcome
 from error_handler import SkippedDocumentError
-from model_server.concurrency import ConcurrencyLimit
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
 from storage.files import JournalEntry
@@ -48,6 +48,17 @@ class RunOptions:
     dedupe: bool = True
 
 
+class Slots(Protocol):
+    """The slots for calls; a worker holds one while it works on a document."""
+
+    @property
+    def current(self) -> int:
+        """The number of slots now."""
+
+    def slot(self) -> AbstractAsyncContextManager[None]:
+        """Wait for a slot, and hold it inside the block."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunParts:
     """Settings, stores, the classify step and observers of one run.
@@ -70,7 +81,7 @@ class RunParts:
     plan: str = ""
     kinds: StalenessChecker | None = None
     reporters: Sequence[Reporter] = ()
-    limit: ConcurrencyLimit | None = None
+    limit: Slots | None = None
     service_first: ServiceFirst | None = None
     go: asyncio.Event | None = None
 

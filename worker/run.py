@@ -88,7 +88,7 @@ class BatchRun:
                     "leases": self._renew_leases(),
                     "stop": self._watch_stop(),
                     "indexes": self._prepare_source(count=to_the_end and not self._parts.options.only),
-                    **{f"worker-{number}": self._work() for number in range(self._settings.most_concurrent)},
+                    **{f"worker-{number}": self._work() for number in range(self._settings.most_in_flight)},
                 }
                 if self._parts.service_first is not None:
                     jobs["service"] = self._parts.service_first.watch(self._give_way)
@@ -130,7 +130,7 @@ class BatchRun:
         The next batch is read and saved while a whole batch, or twice the slots, is still in work, if both fit in memory.
         """
         await self._settlement.flush()
-        backlog = max(self._settings.batch_size, 2 * self._settings.most_concurrent)
+        backlog = max(self._settings.batch_size, 2 * self._settings.most_in_flight)
         admitted = 0
         async with contextlib.aclosing(source):
             async for batch in source:

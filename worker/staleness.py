@@ -28,13 +28,14 @@ class Plan:
     """Model, prompt and options of a run. *named* returns the fingerprint of the same plan with its model under another name.
 
     Ollama lists one model under several names; the *digest* identifies it, None if it is unknown. *others* are the same
-    plan in the other reply styles.
+    plan in the other reply styles, *mixed* the plans of the other models if the servers of the run have different ones.
     """
 
     fingerprint: str
     digest: str | None = None
     named: Callable[[str], str] | None = None
     others: tuple[Plan, ...] = ()
+    mixed: tuple[Plan, ...] = ()
 
     def taught(self, metadata: Document, input_hash: str) -> bool:
         """Return whether a result with *metadata* is of a student that imitates this plan."""
@@ -47,6 +48,8 @@ class Plan:
         """Return whether a result with *metadata* would come out of this plan, or of a better one, for the same input."""
         fingerprint, model = metadata.get("fingerprint"), metadata.get("model_used")
         if fingerprint == result_fingerprint(self.fingerprint, input_hash):
+            return True
+        if any(one.made(metadata, input_hash) for one in self.mixed):
             return True
         if self.fingerprint.startswith(BASELINE_PLAN):  # they replace only their own results, with another taxonomy
             return model not in BUILT_IN_MODELS
