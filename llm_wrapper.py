@@ -193,9 +193,7 @@ class LLMClient:
         self.reloads = ReloadWatch()
         self.label_tokens: dict[bytes, LabelTokens] = {}
 
-    def chat(
-        self, messages: list[Message], schema_json: bytes, attempt: int = 0, *, scores: bool = False
-    ) -> ChatReply:
+    def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0, *, scores: bool = False) -> ChatReply:
         """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. *scores*: see ``score_flow``.
 
         Raises:

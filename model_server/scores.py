@@ -14,7 +14,6 @@ import heapq
 import itertools
 import json
 import logging
-import os.path
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -92,13 +91,15 @@ def score_flow(client: ScoreClient, messages: list[Message], schema_json: bytes,
     if (known := client.label_tokens.get(schema_json)) is None:
         known = client.label_tokens[schema_json] = yield from reading.label_tokens([field["enum"] for field in fields])
     found: dict[int, tuple[str, float]] = {}
-    before = [prompt, *_numbers(known.opening)]
+    before: list[str | int] = [prompt, *_numbers(known.opening)]
     for number, labels in enumerate(known.fields):
         try:
             found[number] = label, _ = yield from reading.best(before, labels)
         except LookupError:
             client.label_tokens.pop(schema_json, None)
-            raise LLMUnavailableError("the model server has another model than before; its tokens are read again") from None
+            raise LLMUnavailableError(
+                "the model server has another model than before; its tokens are read again"
+            ) from None
         before += _numbers(labels[label])
     text = json.dumps([label for label, _ in found.values()], ensure_ascii=False, separators=(",", ":"))
     scores = tuple(score for _, score in found.values()) if client.target.logprobs else ()
@@ -118,9 +119,13 @@ class _Reading:
         while True:
             target = self._client.target
             messages = without_system(self._messages) if target.merges_system else self._messages
-            body = {"messages": messages, "chat_template_kwargs": WITHOUT_THINKING}
+            body = {"model": target.model, "messages": messages, "chat_template_kwargs": WITHOUT_THINKING}
             status, answer = yield self._request("/apply-template", body)
-            if status == 200 or target.merges_system or not refuses_system_role(answer[:4000].decode("utf-8", "replace")):
+            if (
+                status == 200
+                or target.merges_system
+                or not refuses_system_role(answer[:4000].decode("utf-8", "replace"))
+            ):
                 return part(self._checked(status, answer), "prompt", str)
             self._client.target = replace(target, merges_system=True)
 
@@ -131,17 +136,21 @@ class _Reading:
             separator = BETWEEN if number < len(fields) else AFTER_LAST
             quoted = [json.dumps(name, ensure_ascii=False)[1:-1] for name in names]
             text = OPENING + separator.join([*quoted, quoted[0]])
-            body = {"content": text, "add_special": False, "parse_special": False, "with_pieces": True}
+            body = {"model": self._client.target.model, "content": text, "add_special": False, "with_pieces": True}
             answer = self._checked(*(yield self._request("/tokenize", body)))
             try:
                 tokens = [(int(entry["id"]), _bytes(entry["piece"])) for entry in answer["tokens"]]
-                starts = itertools.accumulate((len(f"{one}{separator}".encode()) for one in quoted), initial=len(OPENING))
+                starts = itertools.accumulate(
+                    (len(f"{one}{separator}".encode()) for one in quoted), initial=len(OPENING)
+                )
                 read.append(_slices(tokens, text.encode(), list(starts)))
             except (LookupError, TypeError, ValueError):
                 raise self.refusal("a label does not begin with a token of its own") from None
-        return LabelTokens(read[0][0], tuple(dict(zip(names, one[1:], strict=True)) for names, one in zip(fields, read, strict=True)))
+        return LabelTokens(
+            read[0][0], tuple(dict(zip(names, one[1:], strict=True)) for names, one in zip(fields, read, strict=True))
+        )
 
-    def best(self, before: Sequence[str | int], labels: Mapping[str, Tokens]) -> Asked[tuple[str, float]]:
+    def best(self, before: list[str | int], labels: Mapping[str, Tokens]) -> Asked[tuple[str, float]]:
         """Return the most probable of *labels*, the next ones after *before*, and its probability among them (0 to 1).
 
         Raises:
@@ -153,7 +162,7 @@ class _Reading:
             probability, names = heapq.heappop(open_groups)
             if len(names) == 1:
                 return names[0], round(-probability, 4)
-            shared = os.path.commonprefix([labels[name] for name in names])
+            shared = _shared([labels[name] for name in names])
             groups: dict[Token, list[str]] = {}
             for name in names:
                 groups.setdefault(labels[name][len(shared)], []).append(name)
@@ -184,11 +193,12 @@ class _Reading:
         except (LookupError, TypeError, ValueError):
             raise self.refusal("its answer has no probabilities") from None
         shares = {token: listed.get(token, 0.0) for token in tokens}
-        if (known := sum(shares.values())) >= LEAST_KNOWN:
-            return {token: share / known for token, share in shares.items()}
-        if {number for number, _ in listed} <= {number for number, _ in tokens}:
-            raise LookupError("the same numbers are other tokens")
-        raise self.refusal("it ignores the bias of tokens")
+        pieces = dict([*tokens])
+        if any(pieces.get(number, piece) != piece for number, piece in listed):
+            raise LookupError("the same number is another token")
+        if (known := sum(shares.values())) < LEAST_KNOWN:
+            raise self.refusal("it ignores the bias of tokens")
+        return {token: share / known for token, share in shares.items()}
 
     def refusal(self, why: str) -> LLMFormError:
         """Return the error for a server that cannot be asked this way, and note it in the target."""
@@ -223,6 +233,12 @@ def _slices(tokens: list[Token], text: bytes, starts: list[int]) -> list[Tokens]
     edges = list(itertools.accumulate(lengths, initial=len(text) - len(joined)))
     cuts = [0, *(edges.index(start) for start in starts)]
     return [tuple(tokens[one:other]) for one, other in itertools.pairwise(cuts)]
+
+
+def _shared(sequences: Sequence[Tokens]) -> Tokens:
+    """Return the tokens with which all *sequences* begin."""
+    columns = zip(*sequences, strict=False)
+    return tuple(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _bytes(piece: str | list[int]) -> bytes:
