@@ -26,7 +26,7 @@ from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
-from model_server.scores import LabelTokens, score_flow
+from model_server.scores import LabelTokens, score_flow, slots_flow
 from model_server.window import Say, WindowChoice, choose_window, warm_up
 from network.outgoing import aiohttp_session, route_to
 from utils.retry_utils import RetryPolicy, retry_async
@@ -79,6 +79,7 @@ class AsyncLLMClient:
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
         self.reloads = ReloadWatch()
         self.label_tokens: dict[bytes, LabelTokens] = {}
+        self._slots: asyncio.LifoQueue[int] | None = None  # those of the server that no conversation has
 
     async def chat(
         self, messages: list[Message], schema_json: bytes, attempt: int = 0, *, scores: bool = False
@@ -182,8 +183,22 @@ class AsyncLLMClient:
     async def _ask(self, messages: list[Message], schema_json: bytes, attempt: int | None) -> ChatReply:
         timeout_s = self._settings.llm_timeout_s
         if attempt is None:
-            return await drive(score_flow(self, messages, schema_json, timeout_s), self.send)
+            return await self._score(messages, schema_json, timeout_s)
         return await drive(chat_flow(self, messages, schema_json, attempt, timeout_s), self.send)
+
+    async def _score(self, messages: list[Message], schema_json: bytes, timeout_s: float) -> ChatReply:
+        """Read the labels in a slot of the server that no other conversation of this client has; wait for one."""
+        if self._slots is None:
+            free: asyncio.LifoQueue[int] = asyncio.LifoQueue()
+            for slot in range(await drive(slots_flow(self, timeout_s), self.send)):
+                free.put_nowait(slot)
+            self._slots = self._slots or free  # another call may have been faster
+        slots = self._slots
+        slot = await slots.get()
+        try:
+            return await drive(score_flow(self, messages, schema_json, timeout_s, slot), self.send)
+        finally:
+            slots.put_nowait(slot)
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()

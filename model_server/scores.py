@@ -71,22 +71,42 @@ def takes_scores(target: ChatTarget) -> bool:
     return target.takes_grammar and "scores" not in target.refused
 
 
-def score_flow(client: ScoreClient, messages: list[Message], schema_json: bytes, timeout_s: float) -> Asked[ChatReply]:
+def slots_flow(client: ScoreClient, timeout_s: float) -> Asked[int]:
+    """Return how many slots the server has, at least 1: yield the request, receive status and body.
+
+    Two conversations in one slot would take the cache from each other, and each call would read a conversation again. The
+    server's own choice does that: among slots that hold the same constant prompt it takes the first one.
+
+    Raises:
+        LLMFormError, LLMError: See ``score_flow``.
+    """
+    reading = _Reading(client, [], timeout_s)
+    reading.require_offer()
+    url = f"{client.target.server_url}/props"
+    found = count(reading.checked(*(yield ServerRequest("GET", url, None, timeout_s))).get("total_slots"))
+    if not found:
+        raise reading.refusal("it does not report its slots")
+    return found
+
+
+def score_flow(
+    client: ScoreClient, messages: list[Message], schema_json: bytes, timeout_s: float, slot: int | None = None
+) -> Asked[ChatReply]:
     """Ask for the probabilities of the labels: yield each request, receive status and body, return the answer.
 
-    *schema_json* is that of the style ``score``. The answer has ``scores`` if the target asks for log probabilities. Its
+    *schema_json* is that of the style ``score``. *slot* is where the server shall work, from 0; None lets it choose, which
+    is right for one conversation at a time. The answer has ``scores`` if the target asks for log probabilities. Its
     ``reply_tokens`` are the calls, each of which generates one token.
 
     Raises:
         LLMFormError: The server does not offer it, or a field may have several labels. The target notes that.
         LLMError: See model_server.protocol.parse_chat_response.
     """
-    reading = _Reading(client, messages, timeout_s)
+    reading = _Reading(client, messages, timeout_s, slot)
     fields = orjson.loads(schema_json)["prefixItems"]
     if not all("enum" in field for field in fields):
         raise reading.refusal("a field may have several labels")
-    if not takes_scores(client.target):
-        raise reading.refusal("only llama.cpp's own server gives them")
+    reading.require_offer()
     prompt = yield from reading.prompt()
     if (known := client.label_tokens.get(schema_json)) is None:
         known = client.label_tokens[schema_json] = yield from reading.label_tokens([field["enum"] for field in fields])
@@ -109,10 +129,15 @@ def score_flow(client: ScoreClient, messages: list[Message], schema_json: bytes,
 class _Reading:
     """The requests about one conversation. *calls* counts those that the model worked on."""
 
-    def __init__(self, client: ScoreClient, messages: list[Message], timeout_s: float) -> None:
-        self._client, self._messages, self._timeout_s = client, messages, timeout_s
+    def __init__(self, client: ScoreClient, messages: list[Message], timeout_s: float, slot: int | None = None) -> None:
+        self._client, self._messages, self._timeout_s, self._slot = client, messages, timeout_s, slot
         self.calls = 0
         self.prompt_tokens: int | None = None
+
+    def require_offer(self) -> None:
+        """Raise LLMFormError if the server is known not to give the probabilities of labels."""
+        if not takes_scores(self._client.target):
+            raise self.refusal("only llama.cpp's own server gives them")
 
     def prompt(self) -> Asked[str]:
         """Return the prompt that the server makes of the messages, up to where the answer begins."""
@@ -126,7 +151,7 @@ class _Reading:
                 or target.merges_system
                 or not refuses_system_role(answer[:4000].decode("utf-8", "replace"))
             ):
-                return part(self._checked(status, answer), "prompt", str)
+                return part(self.checked(status, answer), "prompt", str)
             self._client.target = replace(target, merges_system=True)
 
     def label_tokens(self, fields: Sequence[Sequence[str]]) -> Asked[LabelTokens]:
@@ -137,7 +162,7 @@ class _Reading:
             quoted = [json.dumps(name, ensure_ascii=False)[1:-1] for name in names]
             text = OPENING + separator.join([*quoted, quoted[0]])
             body = {"model": self._client.target.model, "content": text, "add_special": False, "with_pieces": True}
-            answer = self._checked(*(yield self._request("/tokenize", body)))
+            answer = self.checked(*(yield self._request("/tokenize", body)))
             try:
                 tokens = [(int(entry["id"]), _bytes(entry["piece"])) for entry in answer["tokens"]]
                 starts = itertools.accumulate(
@@ -183,7 +208,9 @@ class _Reading:
             "temperature": 1.0,
             "cache_prompt": True,
         }
-        answer = self._checked(*(yield self._request("/completion", body)))
+        if self._slot is not None:
+            body["id_slot"] = self._slot
+        answer = self.checked(*(yield self._request("/completion", body)))
         self.calls += 1
         if self.prompt_tokens is None and (read := count(answer.get("tokens_evaluated"))) is not None:
             self.prompt_tokens = read - len(before) + 1
@@ -212,7 +239,8 @@ class _Reading:
     def _request(self, path: str, body: dict[str, Any]) -> ServerRequest:
         return ServerRequest("POST", f"{self._client.target.server_url}{path}", orjson.dumps(body), self._timeout_s)
 
-    def _checked(self, status: int, body: bytes) -> dict[str, Any]:
+    def checked(self, status: int, body: bytes) -> dict[str, Any]:
+        """Return the fields of a response; raise LLMError if it is not an answer."""
         if status in NOT_OFFERED:
             raise self.refusal(f"HTTP {status}")
         if status != 200:

@@ -25,7 +25,7 @@ from domain.conversation import Message, Outcome
 from error_handler import LLMContextError, LLMError, LLMFormError, LLMUnavailableError
 from model_server.models import chat_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
-from model_server.scores import LabelTokens, score_flow
+from model_server.scores import LabelTokens, score_flow, slots_flow
 from tests.fakes.tiny_engine import MODEL_NAME, TinyEngine
 from worker.reply_choice import classifier_for
 
@@ -178,14 +178,16 @@ def test_a_label_costs_few_tokens_and_the_prompt_is_read_once(
     assert [path for path, _, _ in calls].count("/tokenize") == len(taxonomy.fields)
 
 
-@pytest.mark.thorough
-def test_conversations_at_once_get_the_same_labels_as_one_after_the_other(tiny_model: Path) -> None:
-    """Calls about one conversation may meet different slots. Their labels are read once for each of the first callers."""
-    classifier = Classifier(load_taxonomy(), "fit", "score")
+def test_each_conversation_keeps_a_slot_until_its_last_label(tiny_model: Path, taxonomy: Taxonomy) -> None:
+    """More conversations at once than slots: none takes the cache from another, and the labels are those of a lone one."""
+    classifier, calls = Classifier(taxonomy, "fit", "score"), Calls()
     with TinyEngine(tiny_model, slots=2) as engine:
-        alone = classify_sync(engine, classifier, 8, [])
-        together = classify_async(engine, classifier, 8, [])
+        alone = classify_sync(engine, classifier, 6, [])
+        together = classify_async(engine, classifier, 6, calls)
     assert [one.classification for one in alone] == [one.classification for one in together]
+    answers = [answer for path, _, answer in calls if path == "/completion"]
+    assert {answer["id_slot"] for answer in answers} == {0, 1}
+    assert sum(answer["timings"]["prompt_n"] > 20 for answer in answers) <= 6, "each is read once"
 
 
 # A server without HTTP
@@ -241,6 +243,19 @@ class Llama:
             for number, one in allowed.items()
         ]
         return {"completion_probabilities": [{"top_probs": probs}], "tokens_evaluated": 98 + len(body["prompt"])}
+
+
+def test_slots_of_the_server_are_counted() -> None:
+    flow = slots_flow(Client(), 5.0)
+    assert next(flow).url == "http://m:1/props"
+    with pytest.raises(StopIteration) as ended:
+        flow.send((200, b'{"total_slots": 4}'))
+    assert ended.value.value == 4
+    flow = slots_flow(client := Client(), 5.0)
+    next(flow)
+    with pytest.raises(LLMFormError, match="slots"):
+        flow.send((200, b"{}"))
+    assert "scores" in client.target.refused
 
 
 def ask(client: Client, llama: Llama, taxonomy: Taxonomy) -> ChatReply:
