@@ -108,9 +108,8 @@ class ChatTarget:
 class ChatReply:
     """A complete answer. Fields are None if the server does not report them.
 
-    *queue_wait_s* is the time in the server's queue, *load_s* the time to load the model, *total_s* the time from the
-    request's arrival at the server to its answer. *tokens* are the server's log probabilities, for domain.confidence;
-    *scores* are the probabilities of the labels themselves (0 to 1), one for each field, of the style ``score``.
+    *queue_wait_s* is the time in the server's queue, *load_s* that to load the model, *total_s* that from arrival to answer.
+    *tokens* are log probabilities, for domain.confidence; *scores* those of the labels (0 to 1, by field) in the style score.
     """
 
     text: str
