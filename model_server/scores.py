@@ -110,19 +110,19 @@ def score_flow(
     prompt = yield from reading.prompt()
     if (known := client.label_tokens.get(schema_json)) is None:
         known = client.label_tokens[schema_json] = yield from reading.label_tokens([field["enum"] for field in fields])
-    found: dict[int, tuple[str, float]] = {}
+    found: list[tuple[str, float]] = []
     before: list[str | int] = [prompt, *_numbers(known.opening)]
-    for number, labels in enumerate(known.fields):
+    for labels in known.fields:
         try:
-            found[number] = label, _ = yield from reading.best(before, labels)
+            found.append((yield from reading.best(before, labels)))
         except LookupError:
             client.label_tokens.pop(schema_json, None)
             raise LLMUnavailableError(
                 "the model server has another model than before; its tokens are read again"
             ) from None
-        before += _numbers(labels[label])
-    text = json.dumps([label for label, _ in found.values()], ensure_ascii=False, separators=(",", ":"))
-    scores = tuple(score for _, score in found.values()) if client.target.logprobs else ()
+        before += _numbers(labels[found[-1][0]])
+    text = json.dumps([label for label, _ in found], ensure_ascii=False, separators=(",", ":"))
+    scores = tuple(score for _, score in found) if client.target.logprobs else ()
     return ChatReply(text, reading.prompt_tokens, reading.calls, scores=scores)
 
 
@@ -147,12 +147,15 @@ class _Reading:
             body = {"model": target.model, "messages": messages, "chat_template_kwargs": WITHOUT_THINKING}
             status, answer = yield self._request("/apply-template", body)
             if (
-                status == 200
-                or target.merges_system
-                or not refuses_system_role(answer[:4000].decode("utf-8", "replace"))
+                status != 200
+                and not target.merges_system
+                and refuses_system_role(answer[:4000].decode("utf-8", "replace"))
             ):
-                return part(self.checked(status, answer), "prompt", str)
-            self._client.target = replace(target, merges_system=True)
+                self._client.target = replace(target, merges_system=True)
+            elif prompt := part(self.checked(status, answer), "prompt", str):
+                return prompt
+            else:
+                raise self.refusal("it makes no prompt of messages")
 
     def label_tokens(self, fields: Sequence[Sequence[str]]) -> Asked[LabelTokens]:
         """Return the tokens of the labels of each of *fields*, as the server cuts an array of them."""

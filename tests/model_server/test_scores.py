@@ -356,6 +356,7 @@ UNBIASED = b'{"completion_probabilities": [{"top_probs": [{"id": 9999, "bytes": 
     ("faults", "pattern"),
     [
         ({"/apply-template": (404, b"{}")}, None),
+        ({"/apply-template": (200, b"{}")}, None),
         ({"/tokenize": (501, b"{}")}, None),
         ({"/completion": (404, b"{}")}, None),
         ({"/completion": (200, NO_PROBS)}, None),
