@@ -100,9 +100,9 @@ def add_model_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--reply",
         dest="reply_style",
-        choices=["full", "labels", "list", "auto"],
-        help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), or auto "
-        "(REPLY_STYLE; full)",
+        choices=["full", "labels", "list", "score", "auto"],
+        help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), score "
+        "(probabilities of labels; llama.cpp), or auto (REPLY_STYLE; full)",
     )
 
 
@@ -156,7 +156,7 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     what.add_argument(
         "--describe",
         action="store_true",
-        help="after the run, write the one-line sentence into results that lack it (--reply labels and list)",
+        help="after the run, write the one-line sentence into results that lack it (all values of --reply but full)",
     )
     what.add_argument("--dry-run", action="store_true", help="report what a run would do; change nothing")
     what.add_argument(

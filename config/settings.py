@@ -132,7 +132,7 @@ class Settings(PartSettings):
     batch_files_dir: Path = Path("batch_files")
     taxonomy_file: Path | None = None
     prompt_examples_file: Path | None = None
-    reply_style: Literal["full", "labels", "list", "auto"] = "full"
+    reply_style: Literal["full", "labels", "list", "score", "auto"] = "full"
     review_below: float | None = Field(None, ge=0, le=1)
     student: float | None = Field(None, ge=0.5, lt=1)
     store_original_conversation: bool = False
