@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
+import orjson
+
 from domain.conversation import Conversation
 from error_handler import (
     FailureThresholdError,
@@ -55,7 +57,7 @@ def verdict_of(error: TriadError) -> Verdict:
 class WorkItem:
     """One document in work.
 
-    *past* is what an interrupted run, or an earlier round, left of it. *rounds* counts its earlier retry rounds; *ticket*
+    *written_id* is its id as the journal has it. *past* is what an interrupted run, or an earlier round, left of it. *rounds* counts its earlier retry rounds; *ticket*
     is its place in the reading order. *conversation* is set by aggregation. *input_hash* is empty if the document must be
     asked itself; *followers* are documents with the same text that wait for its answer.
     """
@@ -63,6 +65,7 @@ class WorkItem:
     document: Document
     batch: BatchInWork
     key: bytes
+    written_id: orjson.Fragment
     past: JournalEntry
     ticket: int | None = None
     rounds: int = 0
@@ -83,7 +86,7 @@ class WorkItem:
 
     def note(self, event: Event, **details: Any) -> None:
         """Record *event* in the journal of its batch; see ``BatchJournal.add``."""
-        self.batch.file.journal.add(event, self.document_id, **details)
+        self.batch.file.journal.add(event, self.written_id, **details)
 
 
 class BatchInWork:
@@ -108,8 +111,8 @@ class BatchInWork:
         self.to_retry: list[FailedDocument] = []
         self.to_quarantine: list[FailedDocument] = []
         self.items: list[WorkItem] = []
-        for key, document in file.keyed:
-            item = WorkItem(document, self, key, file.replay.get(key) or JournalEntry())
+        for key, written_id, document in file.keyed:
+            item = WorkItem(document, self, key, written_id, file.replay.get(key) or JournalEntry())
             failure = file.failures.get(key)
             if failure is not None:
                 item.rounds = failure.retry_count + 1 if is_retry else 0
@@ -157,8 +160,8 @@ class GroupCommit(Generic[T]):
 
 def is_query(states: StateFields, document: Document) -> bool:
     """Return whether *document* has the state fields of a single query."""
-    has_turns = bool(document.keys() & {"tweets", "messages", states.status})
-    return states.is_default and not has_turns and bool(document.keys() & {"text", "processed"})
+    has_turns = "tweets" in document or "messages" in document or states.status in document
+    return states.is_default and not has_turns and ("text" in document or "processed" in document)
 
 
 class Settlement:
