@@ -117,8 +117,10 @@ class ConversationFacts:
     @classmethod
     def of(cls, document: Mapping[str, Any], conversation: Conversation, fields: Iterable[str]) -> ConversationFacts:
         """Return the facts of *conversation*, which comes from *document*; *fields* are the metadata to copy."""
-        given = [turn.at for turn in conversation.turns if turn.at] or [conversation.created_at]
-        times = [utc for at in given if at and (utc := at if at.tzinfo is UTC else _in_utc(at))]
+        given = [at for turn in conversation.turns if (at := turn.at)] or [
+            at for at in (conversation.created_at,) if at
+        ]
+        times = [utc for at in given if (utc := at if at.tzinfo is UTC else _in_utc(at))]
         copied = {name: value for name in fields if (value := _metadata_value(document, name)) is not None}
         channel = copied.pop("channel", None)
         return cls(
@@ -131,8 +133,10 @@ class ConversationFacts:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as results store them; what is not known is left out."""
-        times = () if self.started_at is None else (("started_at", self.started_at), ("last_message_at", self.last_message_at))
-        facts: dict[str, Any] = {**dict(times), "turns": self.turns}
+        facts: dict[str, Any] = {}
+        if self.started_at is not None:
+            facts |= {"started_at": self.started_at, "last_message_at": self.last_message_at}
+        facts["turns"] = self.turns
         if self.channel is not None:
             facts["channel"] = self.channel
         if self.metadata:

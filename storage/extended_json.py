@@ -32,13 +32,14 @@ _BSON_OPTIONS: bson.CodecOptions[dict[str, Any]] = bson.CodecOptions(
     tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
+_MARK = b"\0"  # JSON escapes it, so no text has it
 _DOLLAR_KEY = re.compile(rb'[{,]"\$(?:[^"\\]|\\.)*":')  # a quotation mark inside a text is escaped, so this is a key
 _ORJSON_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_NON_STR_KEYS
 
 
 def dumps(value: Any) -> bytes:
     """Return *value* as one line of Extended JSON, UTF-8."""
-    return _marked(value).replace(b'{ "$', b'{"$')
+    return _marked(value).replace(_MARK, b"$")
 
 
 def written(value: Any) -> orjson.Fragment:
@@ -47,10 +48,10 @@ def written(value: Any) -> orjson.Fragment:
 
 
 def _marked(value: Any) -> bytes:
-    """Return *value* as Extended JSON. A space tells the keys of types from those of a document with ``$``."""
+    """Return *value* as Extended JSON, with _MARK in place of the ``$`` of types: a document may have keys with ``$``."""
     try:
         data = orjson.dumps(value, default=_default, option=_ORJSON_OPTIONS)
-        if (b'{"$' in data or b',"$' in data) and _DOLLAR_KEY.search(data):
+        if b"$" in data and (b'{"$' in data or b',"$' in data) and _DOLLAR_KEY.search(data):
             data = orjson.dumps(value := _escaped(value), default=_default, option=_ORJSON_OPTIONS)
         if b"null" in data:  # orjson also writes NaN and the infinities as null
             data = orjson.dumps(_typed_doubles(value), default=_default, option=_ORJSON_OPTIONS)
@@ -190,13 +191,13 @@ def _typed_doubles(value: Any) -> Any:
 def _default(value: Any) -> Any:
     """Return *value*, which orjson does not know, as Extended JSON; see ``_marked``."""
     if type(value) is bson.ObjectId:  # these two are in each document, and json_util takes 20 µs for a date
-        return orjson.Fragment(b'{ "$oid":"%b"}' % hexlify(value.binary))
+        return orjson.Fragment(b'{"\0oid":"%b"}' % hexlify(value.binary))
     if type(value) is datetime:
         aware = value if value.tzinfo else value.replace(tzinfo=UTC)
-        return orjson.Fragment(b'{ "$date":{ "$numberLong":"%d"}}' % ((aware - _EPOCH) // _MILLISECOND))
+        return orjson.Fragment(b'{"\0date":{"\0numberLong":"%d"}}' % ((aware - _EPOCH) // _MILLISECOND))
     if isinstance(value, dict):  # SON and other mappings that are subclasses
         return dict(value)
     fields = json_util.default(value, _CANONICAL)
     if isinstance(value, bson.Code | bson.DBRef):  # they may hold keys of a document
         return fields
-    return orjson.Fragment(orjson.dumps(fields).replace(b'{"$', b'{ "$'))
+    return orjson.Fragment(orjson.dumps(fields).replace(b'{"$', b'{"' + _MARK))
