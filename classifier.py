@@ -41,7 +41,7 @@ _REASONING_TAG = re.compile(
 )
 
 _OPENING = re.compile(r"[\[{]")
-_TAG_SIGNS = ("<", "[/", "[t", "[T", "\N{WHITE LEFT-POINTING TRIANGLE}")  # how the tags begin
+_TAG_SIGN = re.compile("<|\\[[/tT]|\N{WHITE LEFT-POINTING TRIANGLE}")  # how the tags begin
 
 _REPAIR = (
     "Your answer could not be used: {problem}. Answer again for the same conversation with {form} and labels from the "
@@ -139,8 +139,7 @@ class Classifier:
         missing = [key for key in self._texts if not isinstance(fields.get(key), str)]
         if missing:
             raise LLMReplyError(f"missing or not a text: {', '.join(missing)}", Reason.WRONG_SHAPE)
-        missing = [key for key in self._lists if not _is_list_of_texts(fields.get(key))]
-        if missing:
+        if self._lists and (missing := [key for key in self._lists if not _is_list_of_texts(fields.get(key))]):
             raise LLMReplyError(f"missing or not a list of labels: {', '.join(missing)}", Reason.WRONG_SHAPE)
         categorization = None
         if "categorization" in self._texts:
@@ -252,14 +251,14 @@ def classification_flow(
             else:
                 is_repair = True
                 messages = classifier.repair_messages(messages, reply, problem)
-    target = client.target
+    target, plan = client.target, classifier.plan(client.target)
     return Outcome(
         classification,
         model_used=target.model,
         model_digest=target.digest,
         input_sha256=conversation.transcript_sha256,
-        fingerprint=result_fingerprint(classifier.plan(target), conversation.transcript_sha256),
-        plan=classifier.plan(target),
+        fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
+        plan=plan,
         attempts=calls,
         duration_ms=round((time.monotonic() - start_s) * 1000),
         prompt_tokens=reply.prompt_tokens,
@@ -286,7 +285,7 @@ def _without_reasoning(reply: str) -> str:
         raise LLMReplyError("the answer is too long", Reason.NOT_JSON)
     kept: list[str] = []
     place, is_reasoning = 0, False
-    tags = list(_REASONING_TAG.finditer(text)) if any(sign in text for sign in _TAG_SIGNS) else []
+    tags = list(_REASONING_TAG.finditer(text)) if _TAG_SIGN.search(text) else []
     for tag in () if tags and _is_json(text) else tags:
         if tag["close"]:
             kept = [] if not is_reasoning else kept

@@ -310,10 +310,9 @@ def _require_whole_prompt(target: ChatTarget, prompt_tokens: int, messages: Sequ
     Ollama cuts to the whole window (up to 0.24) or to half of it (from 0.30 on) and answers 200. A whole prompt that
     leaves no room for the answer is refused as well: its beginning was shifted out during generation.
     """
-    characters = sum(len(message["content"]) for message in messages)
-    is_too_short = characters > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
     if prompt_tokens + NUM_PREDICT + target.thinking_tokens > target.num_ctx or (
-        is_half_window(target, prompt_tokens) and is_too_short
+        is_half_window(target, prompt_tokens)
+        and sum(len(message["content"]) for message in messages) > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
     ):
         raise LLMReplyError(
             f"the server counted {prompt_tokens} prompt tokens for a window of {target.num_ctx}: the prompt was cut, or it "
@@ -397,4 +396,4 @@ def part(fields: dict[str, Any], name: str, kind: type[T]) -> T:
 
 def count(value: Any) -> int | None:
     """Return *value* if it is a whole number of at least 0, else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if type(value) is int and value >= 0 else None

@@ -154,19 +154,25 @@ class BatchRun:
 
     async def _work(self) -> None:
         while True:
-            async with contextlib.nullcontext() if self._limit is None else self._limit.slot():
-                item = await self._queue.get()
-                if self._parts.go is not None:
-                    await self._parts.go.wait()
-                await self._until(self._may_start)
-                if self._stop.is_set():
-                    continue
-                self._in_flight += 1
-                try:
-                    await self._process(item)
-                finally:
-                    self._in_flight -= 1
-                    self._progress.set()
+            if self._limit is None:
+                await self._work_on_next()
+            else:
+                async with self._limit.slot():
+                    await self._work_on_next()
+
+    async def _work_on_next(self) -> None:
+        item = await self._queue.get()
+        if self._parts.go is not None:
+            await self._parts.go.wait()
+        await self._until(self._may_start)
+        if self._stop.is_set():
+            return
+        self._in_flight += 1
+        try:
+            await self._process(item)
+        finally:
+            self._in_flight -= 1
+            self._progress.set()
 
     def _may_start(self) -> bool:
         return self._floor is None or self._in_flight < self._floor or self._stop.is_set()
