@@ -129,18 +129,14 @@ class BatchInWork:
 
 
 class GroupCommit(Generic[T]):
-    """Passes submitted items to *write* in groups of at most *max_group*, one at a time.
+    """Passes submitted items to *write* in groups of at most *max_group*, one group at a time.
 
-    Unless a full group waits, a write begins at least *every_s* seconds after the one before: a durable write costs as
-    much for one item as for fifty. *write* settles each item itself, and raises only errors that end the run.
+    *write* settles each item itself, and raises only errors that end the run.
     """
 
-    def __init__(
-        self, write: Callable[[list[T]], Awaitable[None]], max_group: int = 200, every_s: float = 0.05
-    ) -> None:
+    def __init__(self, write: Callable[[list[T]], Awaitable[None]], max_group: int = 200) -> None:
         self._write = write
         self._max_group = max_group
-        self._every_s = every_s
         self._queue: asyncio.Queue[T] = asyncio.Queue()
 
     def submit(self, item: T) -> None:
@@ -149,12 +145,8 @@ class GroupCommit(Generic[T]):
 
     async def run(self) -> None:
         """Write submitted items until cancelled; raise what *write* raises."""
-        earliest_s = 0.0
         while True:
             group = [await self._queue.get()]
-            if self._queue.qsize() < self._max_group - 1:
-                await asyncio.sleep(max(0.0, earliest_s - time.monotonic()))
-            earliest_s = time.monotonic() + self._every_s
             while len(group) < self._max_group and not self._queue.empty():
                 group.append(self._queue.get_nowait())
             await self._write(group)

@@ -1,4 +1,4 @@
-"""An item is written at once if nothing is being written and the last write began long enough ago, else with the next group."""
+"""Items are written at once when nothing is being written, else together with the next group."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ async def until_begun(store: Store, groups: int) -> None:
 
 
 async def test_single_item_is_written_at_once(store: Store) -> None:
-    """No timer delays it, if the last write began long enough ago."""
-    commit: GroupCommit[int] = GroupCommit(store.write, every_s=0.0)
+    """No timer delays it."""
+    commit: GroupCommit[int] = GroupCommit(store.write)
     async with asyncio.TaskGroup() as tasks:
         writer = tasks.create_task(commit.run())
         for item in range(3):
@@ -54,32 +54,6 @@ async def test_single_item_is_written_at_once(store: Store) -> None:
             await commit.drained()
         writer.cancel()
     assert store.groups == [[0], [1], [2]]
-
-
-async def test_items_shortly_after_a_write_form_one_group(store: Store) -> None:
-    """Each write is durable, which costs as much for one item as for many; a whole group does not wait."""
-    commit: GroupCommit[int] = GroupCommit(store.write, max_group=3, every_s=3600.0)
-    async with asyncio.TaskGroup() as tasks:
-        writer = tasks.create_task(commit.run())
-        commit.submit(0)
-        await commit.drained()
-        commit.submit(1)
-        for _ in range(5):  # turns of the loop
-            await asyncio.sleep(0)
-        begun_early = list(store.begun)
-        writer.cancel()
-    assert begun_early == [[0]]
-    store.groups.clear()
-    commit = GroupCommit(store.write, max_group=3, every_s=3600.0)
-    async with asyncio.TaskGroup() as tasks:
-        writer = tasks.create_task(commit.run())
-        commit.submit(0)
-        await commit.drained()
-        for item in (1, 2, 3):
-            commit.submit(item)
-        await commit.drained()
-        writer.cancel()
-    assert store.groups == [[0], [1, 2, 3]]
 
 
 async def test_items_submitted_during_a_write_form_the_next_group(store: Store) -> None:
