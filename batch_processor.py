@@ -37,6 +37,7 @@ from worker.reply_choice import classifier_for
 from worker.run import BatchRun
 from worker.service_first import ServiceFirst
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
+from worker.subset import require_query
 
 if TYPE_CHECKING:  # few runs have a built-in classifier or a student, and only an estimate records its calls
     from embedded.baseline import Answer
@@ -112,9 +113,11 @@ class BatchProcessor:
             self.files = BatchFiles(self.settings.batch_files_dir)
             self.files.acquire()
             stack.callback(self.files.release)
-            self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client)
+            subset = self.options.subset
+            self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client, subset=subset)
             stack.push_async_callback(self.store.close)
             await self.store.check()
+            await require_query(self.store, subset.condition, "--filter")
             self._source = await self.store.identity()
             self.files.require_source(self._source)
             self._heartbeat = self._new_heartbeat()
@@ -248,7 +251,12 @@ class BatchProcessor:
         options = self.options
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
-            saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
+            saved,
+            self._source,
+            self._worker_id(),
+            reprocess=options.reprocess,
+            only=options.only,
+            subset=options.subset.name,
         )
         parts = RunParts(
             self.settings,
@@ -264,6 +272,7 @@ class BatchProcessor:
             limit=self._limit,
             service_first=self._service_first(),
             go=None if self._heartbeat is None else self._heartbeat.go,
+            urgent_first=self._client is None,  # mongomock has no hints
         )
         return BatchRun(parts)
 

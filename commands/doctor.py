@@ -19,6 +19,7 @@ from commands.diagnosis.model import diagnose_model
 from commands.diagnosis.mongo import diagnose
 from commands.diagnosis.settings import diagnose_labels, diagnose_settings
 from commands.flags import Command, add_model_flags, positive
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings, load_prompt_taxonomy
 from error_handler import TriadError
 from model_server.tokens import TokenEstimator
@@ -30,6 +31,7 @@ SAMPLE_TIMEOUT_MS = 5000
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    add_subset_flags(parser.add_argument_group("subset"))
     add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
@@ -77,7 +79,7 @@ def _areas(
     once = settings.model_copy(update={"mongodb_max_retries": 1})
     at_most = 0 if arguments.no_probe else arguments.max_probe
     return [
-        ("mongodb", "MongoDB", diagnose(once, tell=tell)),
+        ("mongodb", "MongoDB", diagnose(once, tell=tell, subset=subset_of(arguments, settings))),
         ("model", "Model server", diagnose_model(settings, partial(_sample, once), at_most, tell)),
         ("disk", "Disk and process", _in_turn(diagnose_disk(settings))),
         ("labels", "Labels", _in_turn(diagnose_labels(settings))),

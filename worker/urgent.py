@@ -1,0 +1,237 @@
+"""Urgent documents go first: a look for them every half second, and the order in which worker tasks take documents.
+
+A document is urgent if its priority field (PRIORITY_FIELD) is a number above 0, or if it has no number there and the first of
+PRIORITY_RULES that finds it has one. Urgent documents pass the same steps as all others (lease, pending file, journal, result).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import logging
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from error_handler import StoreForbiddenError, StoreRejectedError, StoreUnavailableError
+from mongo_client import call_repeatedly
+from storage import extended_json
+from storage.extended_json import Document, id_key, is_doubtful
+from storage.mongo_indexes import urgent_key
+from storage.mongo_pages import PAGE_BYTES, decoded, undecoded
+from storage.subset import parsed_query
+from utils.batch_file_manager import batch_paths
+from utils.failed_documents import content_of
+from utils.retry_utils import RetryPolicy
+from worker.intake import DocumentIntake, RunParts
+from worker.quarantine import failed_keys
+from worker.settlement import BatchInWork, Settlement, WorkItem
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.5
+MOST_IN_A_ROW = 3  # urgent documents while others wait: each fourth place is theirs
+BEYOND = 200  # ids to read beyond those that are wanted, because other workers may hold the first ones
+RULE_SHARE = 0.05  # of the time, at most, that looks for rules take: their fields may have no index
+
+Found = list[tuple[float, Any, int]]  # priority, id, bytes
+
+
+class UrgentSource:
+    """Finds the pending urgent documents of *store*, the most urgent first."""
+
+    def __init__(self, parts: RunParts) -> None:
+        settings, self._store = parts.settings, parts.store
+        self._field = field = settings.priority_field
+        self._collection = parts.store.database[settings.source_collection]
+        self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
+        self._has_index = True
+        self._rules_from = 0.0  # the time.monotonic() of the next look for rules
+        self._rules: list[tuple[float, Document]] = []
+        earlier: list[Document] = []
+        for rule in settings.priority_rules or ():
+            query = parsed_query(rule.query, "PRIORITY_RULES")
+            if rule.priority > 0:
+                others = [{"$nor": list(earlier)}] if earlier else []
+                without = {field: {"$not": {"$type": "number"}}}
+                self._rules.append((rule.priority, {"$and": [self._pending, without, query, *others]}))
+            earlier.append(query)
+        self._rules.sort(key=lambda pair: -pair[0])
+
+    @property
+    def _pending(self) -> Document:
+        return self._store.states.queries["pending"]
+
+    async def above(self, floor: float, limit: int) -> Found:
+        """Return up to *limit* documents with a priority above *floor*, 0 or more, and BEYOND more."""
+        found = await self._with_field(floor, limit + BEYOND) if self._has_index else []
+        started_at = time.monotonic()
+        if self._rules and started_at >= self._rules_from:
+            for priority, query in self._rules:
+                if priority > floor:
+                    found += [(priority, *row) for _, *row in await self._read(query, limit + BEYOND, sort=None)]
+            self._rules_from = started_at + (time.monotonic() - started_at) / RULE_SHARE
+        return sorted(found, key=lambda row: -row[0])
+
+    async def _with_field(self, floor: float, limit: int) -> Found:
+        try:
+            query = {"$and": [{self._field: {"$gt": floor}}, self._pending]}
+            return await self._read(query, limit, sort=[(self._field, -1)])
+        except StoreRejectedError as exc:
+            self._has_index = False
+            logger.warning("the field %s does not order documents in this run: %s", self._field, exc)
+            return []
+
+    async def _read(self, query: Document, limit: int, sort: list[tuple[str, int]] | None) -> Found:
+        collection = undecoded(self._collection)
+        fields = {"_id": 1, "priority": f"${self._field}", "size": {"$bsonSize": "$$ROOT"}}
+        # Without the index, each look would read the whole collection.
+        hint = urgent_key(self._store.states, self._field) if sort else None
+
+        async def read() -> Found:
+            cursor = collection.find(query, fields, sort=sort, limit=limit, hint=hint)
+            rows = (decoded(raw, self._collection.codec_options) for raw in await cursor.to_list(None))
+            # An id that no query can name is left to the pages, which say so.
+            usable = (row for row in rows if row is not None and not is_doubtful(row["_id"]))
+            return [(_number(row.get("priority")), row["_id"], row["size"]) for row in usable]
+
+        return await call_repeatedly("look for urgent documents", read, self._policy)
+
+
+def _number(value: Any) -> float:
+    with contextlib.suppress(ValueError):
+        return float(str(value))
+    return 0.0  # a list with a number in it
+
+
+def keys_in_files(directory: Path) -> set[bytes]:
+    """Return the ``id_key`` of each document in the pending, retry and quarantine files of *directory*."""
+    keys = failed_keys(directory)
+    for path in batch_paths(directory / "pending"):
+        with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):  # a corrupt file, which is set aside
+            content = extended_json.loads(content_of(path) or b"[]")
+            entries = content if isinstance(content, list) else content["conversations"]
+            keys |= {id_key(entry.get("_id", entry.get("conversation_id"))) for entry in entries}
+    return keys
+
+
+class UrgentLane:
+    """Puts urgent documents before the *queue* of a run.
+
+    *queue* has one entry for each document that waits: the document, or None for one that waits here. ``waiting`` is the number
+    of those, ``taken`` that of the urgent documents of this run.
+    """
+
+    def __init__(
+        self,
+        parts: RunParts,
+        intake: DocumentIntake,
+        settlement: Settlement,
+        queue: asyncio.Queue[WorkItem | None],
+    ) -> None:
+        self._parts, self._intake, self._settlement, self._queue = parts, intake, settlement, queue
+        self._least = parts.settings.most_concurrent
+        self._most = max(parts.settings.batch_size // 2, 2 * self._least)  # urgent documents that wait here
+        self._urgent: list[tuple[float, int, WorkItem]] = []  # a heap: the most urgent, then the oldest
+        self._others: deque[WorkItem] = deque()  # that gave way
+        self._in_row = 0
+        self._numbers = itertools.count()
+        self._batches: list[BatchInWork] = []
+        self._left_alone: set[bytes] | None = None  # the documents of local files: this run takes them from there
+        self._held: set[bytes] = set()  # the documents of the last looks
+        self._looking = asyncio.Lock()
+        self._has_ended = self._has_more = False
+        self._is_low = asyncio.Event()
+        self.ready = asyncio.Event()  # set when the indexes exist
+        self.waiting = self.taken = 0
+
+    @property
+    def unsettled(self) -> int:
+        """The number of urgent documents in work."""
+        return sum(batch.unsettled for batch in self._batches)
+
+    async def run(self) -> None:
+        """Look for urgent documents until the run stops, or ``end`` is called; idle looks log nothing."""
+        await self.ready.wait()
+        source = UrgentSource(self._parts)
+        while not self._parts.stop.is_set():
+            async with self._looking:
+                if self._has_ended:
+                    return
+                await self._look(source)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._is_low.wait()
+
+    async def end(self) -> None:
+        """Look no more; what was found is in the queue."""
+        async with self._looking:
+            self._has_ended = True
+
+    async def _look(self, source: UrgentSource) -> None:
+        self._is_low.clear()
+        room = self._most - len(self._urgent)
+        floor = 0.0 if room > 0 else -self._urgent[0][0]  # a full lane takes only what is more urgent than all in it
+        number = max(room, self._least)
+        try:
+            found = await source.above(floor, number)
+        except (StoreUnavailableError, StoreForbiddenError) as exc:
+            logger.warning("could not look for urgent documents: %s", exc)
+            return
+        if not found:
+            return
+        if self._left_alone is None:
+            self._left_alone = await asyncio.to_thread(keys_in_files, self._parts.files.directory)
+        keys = {id_key(row[1]): row for row in found}
+        new = [keys[key] for key in self._intake.free(keys, self._left_alone | self._held)]
+        sizes = list(itertools.accumulate(size for *_, size in new))
+        chosen = [row for row, size in zip(new, sizes, strict=True) if size <= PAGE_BYTES][:number] or new[:1]
+        self._has_more = len(new) > len(chosen)
+        if not chosen:
+            self._held.clear()
+            return
+        priorities = {id_key(document_id): priority for priority, document_id, _ in chosen}
+        self._held |= priorities.keys()  # if another worker has them, the next look tries those behind them
+        batch = await self._intake.urgent([document_id for _, document_id, _ in chosen])
+        if batch is not None:
+            self._add(batch, priorities)
+
+    def _add(self, batch: BatchInWork, priorities: dict[bytes, float]) -> None:
+        logger.info("%d urgent documents go first", len(batch.items))
+        self._batches = [one for one in self._batches if one.unsettled] + [batch]
+        self._settlement.admit(batch)
+        self.taken += len(batch.items)
+        self.waiting += len(batch.items)
+        for item in batch.items:
+            heapq.heappush(self._urgent, (-priorities[item.key], next(self._numbers), item))
+            self._queue.put_nowait(None)
+
+    def exchange(self, entry: WorkItem | None) -> WorkItem:
+        """Return the document to process now, in place of the *entry* of the queue."""
+        if entry is not None:
+            self._others.append(entry)
+            self.waiting += 1
+        if self._urgent and self._in_row >= MOST_IN_A_ROW and not self._others:
+            self._find_other()
+        self.waiting -= 1
+        if not self._urgent or (self._others and self._in_row >= MOST_IN_A_ROW):
+            self._in_row = 0
+            return self._others.popleft()
+        self._in_row += 1
+        item = heapq.heappop(self._urgent)[-1]
+        if self._has_more and len(self._urgent) < self._least:
+            self._is_low.set()
+        return item
+
+    def _find_other(self) -> None:
+        """Move the first document of the queue that is not urgent to those here, if there is one."""
+        for _ in range(self._queue.qsize()):
+            entry = self._queue.get_nowait()
+            self._queue.put_nowait(None)
+            if entry is not None:
+                self._others.append(entry)
+                self.waiting += 1
+                return
