@@ -25,6 +25,7 @@ from tests.worker.site import (
     documents_of_all_shapes,
     model_of,
     requests,
+    sha,
     until,
 )
 from worker.urgent import MOST_IN_A_ROW, UrgentLane
@@ -86,11 +87,11 @@ def test_share_is_kept_for_documents_behind_urgent_ones() -> None:
     assert (lane.waiting, lane.entries.empty()) == (0, True)
 
 
-def asked(site: Site) -> list[int]:
-    """Return the numbers of the conversations in the order in which the model was asked."""
-    bodies = [str(request["body"]) for request in model_of(site).requests() if request["path"] == "/api/chat"]
-    found = [body.partition("Case ")[2] for body in bodies]
-    return [int(text[:5]) for text in found if text]
+def asked(site: Site, documents: Iterable[Document]) -> list[int]:
+    """Return the ids of *documents* in the order in which the model was asked about them."""
+    ids = {sha(document): document["_id"] for document in documents}
+    found = (ids.get(str(request.get("user_sha256"))) for request in model_of(site).requests())
+    return [number for number in found if number is not None]
 
 
 @contextmanager
@@ -135,7 +136,7 @@ def test_urgent_documents_pass_those_that_wait(site: Site) -> None:
         ended = site.run("--logs")
     assert ended.code == 0, ended.err
     check_exactly_once(site, [*waiting, *early, *late])
-    order = asked(site)
+    order = asked(site, [*waiting, *early, *late])
     urgent = {document["_id"] for document in late} | {500, 501}
     assert max(order.index(number) for number in urgent) < 100 < order.index(502)
     assert (
@@ -155,7 +156,7 @@ def test_limit_counts_urgent_documents(site: Site) -> None:
     site.source.insert_many([conversation(500 + number, priority=1) for number in range(40)])
     ended = site.run("--limit", "60", "--batch-size", "10", MAX_CONCURRENT=str(CONCURRENCY))
     assert ended.code == 0, ended.err
-    assert (site.results.count_documents({}), len(asked(site))) == (60, 60)
+    assert (site.results.count_documents({}), requests(site)) == (60, 60)
     assert site.source.count_documents({"status": "pending"}) == 60
     assert site.database["conversation_set_leases"].count_documents({}) == 0
 
