@@ -25,6 +25,7 @@ from model_server.models import chat_target
 from mongo_client import DocumentStore
 from storage.extended_json import Document
 from storage.service_lease import server_name
+from storage.subset import parsed_query
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.describe import DescriptionPass, describing_classifier
@@ -118,6 +119,8 @@ class BatchProcessor:
             stack.push_async_callback(self.store.close)
             await self.store.check()
             await require_query(self.store, subset.condition, "--filter")
+            for rule in self.settings.priority_rules or ():
+                await require_query(self.store, parsed_query(rule.query, "PRIORITY_RULES"), "PRIORITY_RULES")
             self._source = await self.store.identity()
             self.files.require_source(self._source)
             self._heartbeat = self._new_heartbeat()

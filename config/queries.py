@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
-from pydantic_settings import NoDecode
+
+from config.loading import OWN_FORM
 
 FORBIDDEN = ("$where", "$function", "$accumulator")  # they run JavaScript on the server
 MAX_RULES = 20  # each is a query of its own
@@ -64,4 +65,4 @@ def _rule(entry: Any) -> PriorityRule:
         raise ValueError(f"the query of each rule {exc}") from exc
 
 
-PriorityRules = Annotated[tuple[PriorityRule, ...] | None, NoDecode, BeforeValidator(_rules)]
+PriorityRules = Annotated[tuple[PriorityRule, ...] | None, OWN_FORM, BeforeValidator(_rules)]

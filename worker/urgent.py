@@ -13,6 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,18 @@ BEYOND = 200  # ids to read beyond those that are wanted, because other workers 
 RULE_SHARE = 0.05  # of the time, at most, that looks for rules take: their fields may have no index
 
 Found = list[tuple[float, Any, int]]  # priority, id, bytes
+Finder = Callable[[float, int], Awaitable[Found]]
 
 
 class UrgentSource:
-    """Finds the pending urgent documents of *store*, the most urgent first."""
+    """Finds the pending urgent documents of a source, the most urgent first."""
 
     def __init__(self, parts: RunParts) -> None:
         settings, self._store = parts.settings, parts.store
         self._field = field = settings.priority_field
         self._collection = parts.store.database[settings.source_collection]
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
-        self._has_index = True
-        self._rules_from = 0.0  # the time.monotonic() of the next look for rules
+        self._pending: Document = parts.store.states.queries["pending"]
         self._rules: list[tuple[float, Document]] = []
         earlier: list[Document] = []
         for rule in settings.priority_rules or ():
@@ -62,37 +63,29 @@ class UrgentSource:
         self._rules.sort(key=lambda pair: -pair[0])
 
     @property
-    def _pending(self) -> Document:
-        return self._store.states.queries["pending"]
+    def finders(self) -> list[tuple[Finder, float]]:
+        """The ways to find urgent documents, each with the share of the time that it may take.
 
-    async def above(self, floor: float, limit: int) -> Found:
-        """Return up to *limit* documents with a priority above *floor*, 0 or more, and BEYOND more."""
-        found = await self._with_field(floor, limit + BEYOND) if self._has_index else []
-        started_at = time.monotonic()
-        if self._rules and started_at >= self._rules_from:
-            for priority, query in self._rules:
-                if priority > floor:
-                    found += [(priority, *row) for _, *row in await self._read(query, limit + BEYOND, sort=None)]
-            self._rules_from = started_at + (time.monotonic() - started_at) / RULE_SHARE
-        return sorted(found, key=lambda row: -row[0])
+        A finder returns the documents above a priority, 0 or more, up to a number and BEYOND more.
+        """
+        return [(self._by_field, 1.0), *([(self._by_rules, RULE_SHARE)] if self._rules else [])]
 
-    async def _with_field(self, floor: float, limit: int) -> Found:
-        try:
-            query = {"$and": [{self._field: {"$gt": floor}}, self._pending]}
-            return await self._read(query, limit, sort=[(self._field, -1)])
-        except StoreRejectedError as exc:
-            self._has_index = False
-            logger.warning("the field %s does not order documents in this run: %s", self._field, exc)
-            return []
+    async def _by_field(self, floor: float, number: int) -> Found:
+        query = {"$and": [{self._field: {"$gt": floor}}, self._pending]}
+        return await self._read(query, number, sort=[(self._field, -1)])
 
-    async def _read(self, query: Document, limit: int, sort: list[tuple[str, int]] | None) -> Found:
+    async def _by_rules(self, floor: float, number: int) -> Found:
+        rules = [pair for pair in self._rules if pair[0] > floor]
+        return [(priority, *row) for priority, query in rules for _, *row in await self._read(query, number, sort=None)]
+
+    async def _read(self, query: Document, number: int, sort: list[tuple[str, int]] | None) -> Found:
         collection = undecoded(self._collection)
         fields = {"_id": 1, "priority": f"${self._field}", "size": {"$bsonSize": "$$ROOT"}}
         # Without the index, each look would read the whole collection.
         hint = urgent_key(self._store.states, self._field) if sort else None
 
         async def read() -> Found:
-            cursor = collection.find(query, fields, sort=sort, limit=limit, hint=hint)
+            cursor = collection.find(query, fields, sort=sort, limit=number + BEYOND, hint=hint)
             rows = (decoded(raw, self._collection.codec_options) for raw in await cursor.to_list(None))
             # An id that no query can name is left to the pages, which say so.
             usable = (row for row in rows if row is not None and not is_doubtful(row["_id"]))
@@ -142,7 +135,7 @@ class UrgentLane:
         self._batches: list[BatchInWork] = []
         self._left_alone: set[bytes] | None = None  # the documents of local files: this run takes them from there
         self._held: set[bytes] = set()  # the documents of the last looks
-        self._looking = asyncio.Lock()
+        self._taking = asyncio.Lock()
         self._has_ended = self._has_more = False
         self._is_low = asyncio.Event()
         self.ready = asyncio.Event()  # set when the indexes exist
@@ -156,43 +149,53 @@ class UrgentLane:
     async def run(self) -> None:
         """Look for urgent documents until the run stops, or ``end`` is called; idle looks log nothing."""
         await self.ready.wait()
-        source = UrgentSource(self._parts)
-        while not self._parts.stop.is_set():
-            async with self._looking:
-                if self._has_ended:
-                    return
-                await self._look(source)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY_S):
-                    await self._is_low.wait()
+        async with asyncio.TaskGroup() as tasks:
+            for finder, share in UrgentSource(self._parts).finders:
+                tasks.create_task(self._look_regularly(finder, share))
 
     async def end(self) -> None:
-        """Look no more; what was found is in the queue."""
-        async with self._looking:
+        """Take no more; what was taken is in the queue."""
+        async with self._taking:
             self._has_ended = True
 
-    async def _look(self, source: UrgentSource) -> None:
-        self._is_low.clear()
-        room = self._most - len(self._urgent)
-        floor = 0.0 if room > 0 else -self._urgent[0][0]  # a full lane takes only what is more urgent than all in it
-        number = max(room, self._least)
-        try:
-            found = await source.above(floor, number)
-        except (StoreUnavailableError, StoreForbiddenError) as exc:
-            logger.warning("could not look for urgent documents: %s", exc)
-            return
+    async def _look_regularly(self, finder: Finder, share: float) -> None:
+        while not self._parts.stop.is_set():
+            self._is_low.clear()
+            started_at = time.monotonic()
+            found: Found = []
+            # A full lane takes only what is more urgent than all in it.
+            floor = 0.0 if len(self._urgent) < self._most else -self._urgent[0][0]
+            try:
+                found = await finder(floor, self._most)
+            except StoreRejectedError as exc:
+                logger.warning("the rest of the run does not look for urgent documents: %s", exc)
+                return
+            except (StoreUnavailableError, StoreForbiddenError) as exc:
+                logger.warning("could not look for urgent documents: %s", exc)
+            pause_s = max(LOOK_EVERY_S, (time.monotonic() - started_at) / share)
+            async with self._taking:
+                if self._has_ended:
+                    return
+                await self._take(found)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._is_low.wait()
+
+    async def _take(self, found: Found) -> None:
+        """Take the most urgent documents of *found* for which there is room, and that nobody else has."""
         if not found:
             return
         if self._left_alone is None:
             self._left_alone = await asyncio.to_thread(keys_in_files, self._parts.files.directory)
         keys = {id_key(row[1]): row for row in found}
         new = [keys[key] for key in self._intake.free(keys, self._left_alone | self._held)]
-        sizes = list(itertools.accumulate(size for *_, size in new))
-        chosen = [row for row, size in zip(new, sizes, strict=True) if size <= PAGE_BYTES][:number] or new[:1]
-        self._has_more = len(new) > len(chosen)
-        if not chosen:
+        if not new:
             self._held.clear()
             return
+        number = max(self._most - len(self._urgent), self._least)
+        sizes = itertools.accumulate(size for *_, size in new)
+        chosen = [row for row, size in zip(new, sizes, strict=True) if size <= PAGE_BYTES][:number] or new[:1]
+        self._has_more = len(new) > len(chosen)
         priorities = {id_key(document_id): priority for priority, document_id, _ in chosen}
         self._held |= priorities.keys()  # if another worker has them, the next look tries those behind them
         batch = await self._intake.urgent([document_id for _, document_id, _ in chosen])
