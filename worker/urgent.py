@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.5
 MOST_IN_A_ROW = 3  # urgent documents while others wait: each fourth place is theirs
 BEYOND = 200  # ids to read beyond those that are wanted, because other workers may hold the first ones
-RULE_SHARE = 0.05  # of the time, at most, that looks for rules take: their fields may have no index
+NEWEST = 2000  # documents, by their ids, that are looked through for rules at each look
+RULE_SHARE = 0.05  # of the time, at most, that looks for rules in all documents take: their fields may have no index
 
 Found = list[tuple[float, Any, int]]  # priority, id, bytes
 Finder = Callable[[float, int], Awaitable[Found]]
@@ -46,19 +47,19 @@ class UrgentSource:
     """Finds the pending urgent documents of a source, the most urgent first."""
 
     def __init__(self, parts: RunParts) -> None:
-        settings, self._store = parts.settings, parts.store
-        self._field = field = settings.priority_field
-        self._collection = parts.store.database[settings.source_collection]
+        settings, states = parts.settings, parts.store.states
+        self._field = settings.priority_field
+        self._options = parts.store.database.codec_options
+        self._collection = undecoded(parts.store.database[settings.source_collection])
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
-        self._pending: Document = parts.store.states.queries["pending"]
-        self._rules: list[tuple[float, Document]] = []
-        earlier: list[Document] = []
+        self._pending: Document = states.queries["pending"]
+        self._key = urgent_key(states, self._field)
+        self._rules: list[tuple[float, Document]] = []  # conditions that exclude each other
+        earlier: list[Document] = [{self._field: {"$type": "number"}}]
         for rule in settings.priority_rules or ():
             query = parsed_query(rule.query, "PRIORITY_RULES")
             if rule.priority > 0:
-                others = [{"$nor": list(earlier)}] if earlier else []
-                without = {field: {"$not": {"$type": "number"}}}
-                self._rules.append((rule.priority, {"$and": [self._pending, without, query, *others]}))
+                self._rules.append((rule.priority, {"$and": [query, {"$nor": list(earlier)}]}))
             earlier.append(query)
         self._rules.sort(key=lambda pair: -pair[0])
 
@@ -68,28 +69,43 @@ class UrgentSource:
 
         A finder returns the documents above a priority, 0 or more, up to a number and BEYOND more.
         """
-        return [(self._by_field, 1.0), *([(self._by_rules, RULE_SHARE)] if self._rules else [])]
+        by_rules = [(self._newest_by_rules, 1.0), (self._by_rules, RULE_SHARE)] if self._rules else []
+        return [(self._by_field, 1.0), *by_rules]
 
     async def _by_field(self, floor: float, number: int) -> Found:
-        query = {"$and": [{self._field: {"$gt": floor}}, self._pending]}
-        return await self._read(query, number, sort=[(self._field, -1)])
+        match = {"$match": {"$and": [{self._field: {"$gt": floor}}, self._pending]}}
+        # Without the index, each look would read the whole collection.
+        rows = await self._read([match, {"$sort": {self._field: -1}}], number, hint=dict(self._key))
+        return [(_number(row.get("priority")), row["_id"], row["size"]) for row in rows]
 
     async def _by_rules(self, floor: float, number: int) -> Found:
+        return await self._ruled([], floor, number)
+
+    async def _newest_by_rules(self, floor: float, number: int) -> Found:
+        return await self._ruled([{"$sort": {"_id": -1}}, {"$limit": NEWEST}], floor, number)
+
+    async def _ruled(self, stages: list[Document], floor: float, number: int) -> Found:
         rules = [pair for pair in self._rules if pair[0] > floor]
-        return [(priority, *row) for priority, query in rules for _, *row in await self._read(query, number, sort=None)]
+        if not rules:
+            return []
+        match = {"$match": {"$and": [self._pending, {"$or": [condition for _, condition in rules]}]}}
+        rows = {id_key(row["_id"]): row for row in await self._read([*stages, match], number)}
+        found: Found = []
+        ids = [row["_id"] for row in rows.values()]
+        for priority, condition in rules if rows else ():
+            chosen = [{"$match": {"$and": [{"_id": {"$in": ids}}, condition]}}]
+            found += [(priority, row["_id"], row["size"]) for row in await self._read(chosen, number)]
+        return found
 
-    async def _read(self, query: Document, number: int, sort: list[tuple[str, int]] | None) -> Found:
-        collection = undecoded(self._collection)
+    async def _read(self, stages: list[Document], number: int, hint: Document | None = None) -> list[Document]:
         fields = {"_id": 1, "priority": f"${self._field}", "size": {"$bsonSize": "$$ROOT"}}
-        # Without the index, each look would read the whole collection.
-        hint = urgent_key(self._store.states, self._field) if sort else None
+        limited = [*stages, {"$limit": number + BEYOND}, {"$project": fields}]
 
-        async def read() -> Found:
-            cursor = collection.find(query, fields, sort=sort, limit=number + BEYOND, hint=hint)
-            rows = (decoded(raw, self._collection.codec_options) for raw in await cursor.to_list(None))
+        async def read() -> list[Document]:
+            cursor = await self._collection.aggregate(limited, **({"hint": hint} if hint else {}))
+            rows = [decoded(raw, self._options) async for raw in cursor]
             # An id that no query can name is left to the pages, which say so.
-            usable = (row for row in rows if row is not None and not is_doubtful(row["_id"]))
-            return [(_number(row.get("priority")), row["_id"], row["size"]) for row in usable]
+            return [row for row in rows if row is not None and not is_doubtful(row["_id"])]
 
         return await call_repeatedly("look for urgent documents", read, self._policy)
 
@@ -151,7 +167,7 @@ class UrgentLane:
         await self.ready.wait()
         async with asyncio.TaskGroup() as tasks:
             for finder, share in UrgentSource(self._parts).finders:
-                tasks.create_task(self._look_regularly(finder, share))
+                tasks.create_task(self._look_regularly(finder, share), name="urgent")
 
     async def end(self) -> None:
         """Take no more; what was taken is in the queue."""
