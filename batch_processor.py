@@ -218,8 +218,8 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s, review_below. After a
-        TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
+        in_retry_queue, in_quarantine, not_selected, reasons, urgent, interrupted, with_confidence, needs_review, held_back_s,
+        review_below. After a TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
         """
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]

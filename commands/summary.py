@@ -42,6 +42,8 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
         console.print(
             f"The student labelled {taken}, and the model was asked about {asked} ({taken / (taken + asked):.0%} of the calls saved)"
         )
+    if urgent := stats.get("urgent"):
+        console.print(f"{counted(urgent, 'urgent document')} went first (docs/order.md)")
     if stats["already_done"]:
         console.print(f"{stats['already_done']} already had a result (--reprocess replaces results)")
     if stats["leased_elsewhere"]:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from domain.text import counted
 from error_handler import StoreForbiddenError, StoreRejectedError, StoreUnavailableError
 from mongo_client import call_repeatedly
 from storage import extended_json
@@ -219,7 +220,7 @@ class UrgentLane:
             self._add(batch, priorities)
 
     def _add(self, batch: BatchInWork, priorities: dict[bytes, float]) -> None:
-        logger.info("%d urgent documents go first", len(batch.items))
+        logger.info("%s first", counted(len(batch.items), "urgent document goes", "urgent documents go"))
         self._batches = [one for one in self._batches if one.unsettled] + [batch]
         self._settlement.admit(batch)
         self.taken += len(batch.items)

@@ -28,6 +28,7 @@ from tests.worker.site import (
     sha,
     until,
 )
+from utils.batch_file_manager import BatchFiles
 from worker.urgent import MOST_IN_A_ROW, UrgentLane
 
 CONCURRENCY = 2
@@ -159,6 +160,20 @@ def test_limit_counts_urgent_documents(site: Site) -> None:
     assert (site.results.count_documents({}), requests(site)) == (60, 60)
     assert site.source.count_documents({"status": "pending"}) == 60
     assert site.database["conversation_set_leases"].count_documents({}) == 0
+
+
+def test_documents_of_an_interrupted_batch_are_not_asked_twice(site: Site) -> None:
+    """Their leases have expired, and their statuses are still pending; the files are read one after the other."""
+    documents = [conversation(number, priority=1) for number in range(16)]
+    site.source.insert_many(documents)
+    files = BatchFiles(site.directory)
+    for start in range(0, 16, 4):
+        files.save_pending(documents[start : start + 4])
+    model_of(site).configure(latency_s=0.1)
+    ended = site.run("--logs", "--batch-size", "4", MAX_CONCURRENT="1")
+    assert ended.code == 0, ended.err
+    check_exactly_once(site, documents)
+    assert requests(site) == len(documents)
 
 
 def test_a_kill_with_urgent_documents_in_work(site: Site) -> None:
