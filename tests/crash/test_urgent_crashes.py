@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.crash.faulty_worker import SEAMS
+from tests.crash.faulty_worker import SEAMS, URGENT_SEAMS
 from tests.crash.test_crash_loop import CONCURRENCY, faults_of
 from tests.worker.site import Document, Site, check_calls, check_exactly_once, documents_of_all_shapes, model_of
 
@@ -58,7 +58,7 @@ def test_random_kills_with_priorities(site: Site, request: pytest.FixtureRequest
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize("seam", [*SEAMS, *URGENT_SEAMS])
 @pytest.mark.parametrize("passage", [1, 3])
 def test_a_kill_at_each_point_with_priorities(site: Site, seam: str, passage: int) -> None:
     """The same command finishes the work, whichever step of either lane was the last."""

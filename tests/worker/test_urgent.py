@@ -8,12 +8,18 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from pydantic import SecretStr
 from pymongo import MongoClient
+from pymongo.database import Database
 
+from config import load_settings
+from mongo_client import DocumentStore
+from storage.extended_json import id_key
 from storage.mongo_indexes import urgent_key
 from storage.selection import StateFields
 from tests.worker.site import (
@@ -29,7 +35,11 @@ from tests.worker.site import (
     until,
 )
 from utils.batch_file_manager import BatchFiles
-from worker.urgent import MOST_IN_A_ROW, UrgentLane
+from utils.failed_documents import FailedDocument
+from worker.checkpoint import Checkpoint
+from worker.intake import DocumentIntake, RunOptions, RunParts
+from worker.settlement import Settlement
+from worker.urgent import MOST_IN_A_ROW, UrgentLane, keys_in_files
 
 CONCURRENCY = 2
 
@@ -162,29 +172,62 @@ def test_limit_counts_urgent_documents(site: Site) -> None:
     assert site.database["conversation_set_leases"].count_documents({}) == 0
 
 
-def test_documents_of_an_interrupted_batch_are_not_asked_twice(site: Site) -> None:
-    """Their leases have expired, and their statuses are still pending; the files are read one after the other."""
-    documents = [conversation(number, priority=1) for number in range(16)]
-    site.source.insert_many(documents)
-    files = BatchFiles(site.directory)
-    for start in range(0, 16, 4):
-        files.save_pending(documents[start : start + 4])
-    model_of(site).configure(latency_s=0.1)
-    ended = site.run("--logs", "--batch-size", "4", MAX_CONCURRENT="1")
-    assert ended.code == 0, ended.err
-    check_exactly_once(site, documents)
-    assert requests(site) == len(documents)
+async def test_documents_of_local_files_are_left_to_these_files(tmp_path: Path) -> None:
+    """After a crash, their leases may have expired and their statuses may be pending."""
+    files = BatchFiles(tmp_path)
+    files.save_pending([conversation(1)])
+    failure = FailedDocument(2, "llm_failed", conversation(2), 0, "timeout", "late")
+    files.save_failed("retry", 7, [failure])
+    (tmp_path / "pending/batch_009_pending.json").write_text("{}")  # corrupt; a run sets it aside
+    assert keys_in_files(tmp_path) == {id_key(1), id_key(2)}
+    lane, taken = Lane(), []
+
+    class Intake:
+        def free(self, keys: Iterable[bytes], left_alone: set[bytes]) -> list[bytes]:
+            return [key for key in keys if key not in left_alone]
+
+        async def urgent(self, document_ids: list[Any]) -> None:
+            taken.extend(document_ids)
+
+    lane._intake = cast("Any", Intake())
+    lane._parts = cast("Any", SimpleNamespace(files=files))
+    await lane._take([(1.0, number, 10) for number in (1, 2, 3)])
+    assert taken == [3]
+
+
+async def test_neither_lane_takes_what_the_other_has_in_work(
+    mongodb_uri: str, database: Database[Document], tmp_path: Path
+) -> None:
+    """Single queries look pending while they are in work."""
+    queries = [{"_id": number, "text": f"Case {number}", "processed": False} for number in range(6)]
+    database["conversation_set"].insert_many(queries)
+    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
+    store, files, checkpoint = DocumentStore(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
+    parts = RunParts(settings, RunOptions(batch_size=3), store, files, checkpoint, asyncio.Event(), cast("Any", None))
+    settlement = Settlement(store, files, checkpoint, replaces=False, on_rejected=lambda _: None)
+    intake = DocumentIntake(parts, settlement)
+    try:
+        pages = intake.fresh()
+        first = await anext(pages)
+        assert first.document_ids == [0, 1, 2]
+        urgent = await intake.urgent([4, 1])
+        assert urgent is not None
+        assert urgent.document_ids == [4]
+        assert await intake.urgent([0, 4]) is None
+        assert [batch.document_ids async for batch in pages] == [[3, 5]]
+    finally:
+        await store.close()
 
 
 def test_a_kill_with_urgent_documents_in_work(site: Site) -> None:
     """The next run finishes what both lanes had in work; nothing is lost, nothing twice."""
     documents = documents_of_all_shapes(60)
-    for document in documents[::4]:
+    for document in documents[3::4]:
         document["priority"] = 1 + document["_id"] % 3
     site.source.insert_many(documents)
-    model_of(site).configure(latency_s=0.03)
-    killed = site.run("--batch-size", "10", plan={"seam": "answered", "passage": 25})
-    assert killed.code == -signal.SIGKILL
+    model_of(site).configure(latency_s=0.05)
+    killed = site.run("--batch-size", "10", plan={"seam": "urgent_taken"})
+    assert killed.code == -signal.SIGKILL, killed.err
     ended = site.run("--logs", "--batch-size", "10")
     assert ended.code == 0, ended.err
     check_exactly_once(site, documents)
