@@ -12,16 +12,21 @@ from pydantic import BeforeValidator
 from config.loading import OWN_FORM
 
 FORBIDDEN = ("$where", "$function", "$accumulator")  # they run JavaScript on the server
+RANKING = ("$text", "$near", "$nearSphere")  # MongoDB does not combine them with the order of ids
 MAX_RULES = 20  # each is a query of its own
 _RULE_FORM = 'must be a JSON list such as [{"query": {"channel": "phone"}, "priority": 5}]'
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PriorityRule:
     """Documents that *query* (Extended JSON, checked) finds have *priority*; 0 or less is normal."""
 
     query: str
     priority: float
+
+    def __repr__(self) -> str:
+        """Return the rule as an operator writes it; ``doctor`` shows this."""
+        return f'{{"query": {self.query}, "priority": {self.priority:g}}}'
 
 
 def checked_query(query: Any) -> dict[str, Any]:
@@ -32,6 +37,8 @@ def checked_query(query: Any) -> dict[str, Any]:
         raise ValueError("selects all documents if it is empty; leave it out, or name a field")
     if used := [name for name in FORBIDDEN if _uses(query, name)]:
         raise ValueError(f"must not use {used[0]}, which runs JavaScript on the server; compare fields instead")
+    if used := [name for name in RANKING if _uses(query, name)]:
+        raise ValueError(f"must not use {used[0]}, which has an order of its own; use $regex or $geoWithin instead")
     return query
 
 

@@ -70,7 +70,6 @@ class WorkItem:
     input_hash: str = ""
     followers: list[WorkItem] = field(default_factory=list)
     since_s: float = 0.0
-    priority: float = 0.0  # above 0 is urgent
 
     @property
     def document_id(self) -> Any:

@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class UrgentSource:
     async def _by_field(self, floor: float, number: int) -> Found:
         match = {"$match": {"$and": [{self._field: {"$gt": floor}}, self._pending]}}
         # Without the index, each look would read the whole collection.
-        rows = await self._read([match, {"$sort": {self._field: -1}}], number, hint=dict(self._key))
+        rows = await self._read([match], number, sort=[{"$sort": {"priority": -1}}], hint=dict(self._key))
         return [(_number(row.get("priority")), row["_id"], row["size"]) for row in rows]
 
     async def _by_rules(self, floor: float, number: int) -> Found:
@@ -98,12 +98,15 @@ class UrgentSource:
             found += [(priority, row["_id"], row["size"]) for row in await self._read(chosen, number)]
         return found
 
-    async def _read(self, stages: list[Document], number: int, hint: Document | None = None) -> list[Document]:
+    async def _read(
+        self, stages: list[Document], number: int, sort: Sequence[Document] = (), hint: Document | None = None
+    ) -> list[Document]:
+        # Only these fields are sorted: whole documents could be more than MongoDB sorts in memory.
         fields = {"_id": 1, "priority": f"${self._field}", "size": {"$bsonSize": "$$ROOT"}}
-        limited = [*stages, {"$limit": number + BEYOND}, {"$project": fields}]
+        pipeline = [*stages, {"$project": fields}, *sort, {"$limit": number + BEYOND}]
 
         async def read() -> list[Document]:
-            cursor = await self._collection.aggregate(limited, **({"hint": hint} if hint else {}))
+            cursor = await self._collection.aggregate(pipeline, **({"hint": hint} if hint else {}))
             rows = [decoded(raw, self._options) async for raw in cursor]
             # An id that no query can name is left to the pages, which say so.
             return [row for row in rows if row is not None and not is_doubtful(row["_id"])]

@@ -95,6 +95,7 @@ def test_retry_files_outside_the_subset_are_left_alone(site: Site) -> None:
         ('{"$where": "sleep(1000)"}', "$where"),
         ('{"$or": [{"a": 1}, {"$expr": {"$function": {"body": "", "args": [], "lang": "js"}}}]}', "$function"),
         ('{"$expr": {"a": {"$accumulator": {}}}}', "$accumulator"),
+        ('{"$text": {"$search": "late"}}', "$text"),
         ('{"at": {"$date": "yesterday"}}', "not Extended JSON"),
         ('{"a":' * 100_000, "nested too deeply"),
     ],
