@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import signal
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,8 +16,11 @@ from pymongo.database import Database
 from config import load_settings
 from error_handler import ConfigurationError
 from mongo_client import DocumentStore
+from storage import extended_json
 from storage.subset import Subset, parsed_query
-from tests.worker.site import Document, Site, check_results, conversation, model_of, requests
+from tests.worker.site import Document, Site, check_results, conversation, requests
+from utils.batch_file_manager import BatchFiles
+from utils.failed_documents import FailedDocument
 
 EMAIL = ("--filter", '{"channel": "email"}')
 NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC)
@@ -59,29 +61,26 @@ def test_run_plan_estimate_and_doctor_see_the_subset(site: Site) -> None:
 
 def test_mark_of_a_subset_hides_nothing_from_a_whole_run(site: Site) -> None:
     """An interrupted run of a part has passed documents that it did not look at."""
-    emails, calls = by_channel(site, 24)
-    assert site.run().code == 0
-    killed = site.run("--reprocess", *EMAIL, "--batch-size", "4", plan={"seam": "completed", "passage": 2})
-    assert killed.code == -signal.SIGKILL, killed.err
-    before = set(site.results.distinct("processing_metadata.batch_job_id"))
+    emails, calls = by_channel(site, 12)
+    assert site.run("--reprocess", *EMAIL).code == 0
+    path = site.directory / "checkpoint.json"
+    saved = extended_json.loads(path.read_bytes())
+    assert (saved["finished"], saved["low_water_mark"]) == (True, 11)
+    path.write_bytes(extended_json.dumps(saved | {"finished": False}))
+    site.source.update_many({"channel": "phone"}, {"$set": {"status": "processed"}})  # as in a second run of everything
     assert site.run("--reprocess").code == 0
-    of_calls = {"source_conversation_id": {"$in": [document["_id"] for document in calls]}}
-    made_by = site.results.distinct("processing_metadata.batch_job_id", of_calls)
-    assert (len(made_by), before.isdisjoint(made_by)) == (1, True)
     check_results(site, [*emails, *calls])
 
 
 def test_retry_files_outside_the_subset_are_left_alone(site: Site) -> None:
     """A run of a part asks the model about no other document, not even one that failed before."""
     emails, calls = by_channel(site, 6)
-    model_of(site).configure(faults=[{"kind": "wrong_label", "when": {"text": "Case 00002"}}])
-    killed = site.run("--filter", '{"channel": "phone"}', plan={"seam": "released"})
-    assert killed.code == -signal.SIGKILL, killed.err
-    model_of(site).configure(faults=[])
-    before = requests(site)
+    failure = FailedDocument(2, "llm_failed", calls[1], 0, "timeout", "late")
+    BatchFiles(site.directory).save_failed("retry", 1, [failure])
+    site.source.update_one({"_id": 2}, {"$set": {"status": "failed", "status_reason": "timeout"}})
     assert site.run(*EMAIL).code == 1  # the other one is still in the retry queue
     assert [entry["conversation_id"] for entry in site.entries("retry")] == [2]
-    assert requests(site) == before + len(emails)
+    assert requests(site) == len(emails)
     assert site.run("--filter", '{"channel": "phone"}').code == 0
     check_results(site, [*emails, *calls])
 
@@ -141,21 +140,27 @@ async def test_time_is_a_date_a_text_or_that_of_an_object_id(mongodb_uri: str, d
     assert len(await found()) == len(times) + len(made)
 
 
-def test_export_and_evaluate_follow_the_source(site: Site) -> None:
-    """Both judge the conversation of a result by its document, and say how many they left out."""
-    if any(importlib.util.find_spec(name) is None for name in ("numpy", "scipy")):
-        pytest.skip("requirements-evaluation.txt is not installed")
-    emails, _ = by_channel(site, 12)
+def test_export_follows_the_source(site: Site) -> None:
+    """It judges the conversation of a result by its document, and says how many it left out."""
+    emails, _ = by_channel(site, 6)
     assert site.run().code == 0
     output = site.folder / "emails.csv"
     ended = site.run("export", "--output", str(output), *EMAIL)
     with output.open(encoding="utf-8-sig", newline="") as rows:
         assert {row["conversation_number"] for row in csv.DictReader(rows)} == {str(one["_id"]) for one in emails}
-    assert "6 results left out by --filter" in ended.err
+    assert "3 results left out by --filter" in ended.err
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="requirements-evaluation.txt is not installed")
+def test_evaluate_follows_the_source(site: Site) -> None:
+    """Gold conversations outside the part are counted, and not judged."""
+    by_channel(site, 6)
+    assert site.run().code == 0
     gold = site.folder / "gold.jsonl"
-    gold.write_text("".join(json.dumps({"_id": number, "sentiment": "Negative"}) + "\n" for number in range(12)))
+    gold.write_text("".join(json.dumps({"_id": number, "sentiment": "Negative"}) + "\n" for number in range(6)))
     ended = site.run("evaluate", "--gold", str(gold), *EMAIL)
-    assert ended.out.startswith("6 conversations with gold labels"), ended.said
-    assert "6 conversations are outside --filter" in " ".join(ended.out.split())
+    assert ended.out.startswith("3 conversations with gold labels"), ended.said
+    assert "3 conversations are outside --filter" in " ".join(ended.out.split())
     ended = site.run("evaluate", "--gold", "control", "--shares", *EMAIL)
     assert (ended.code, "--shares reads all results" in ended.err) == (2, True)

@@ -131,7 +131,7 @@ def longest_row(order: Iterable[int], urgent: set[int]) -> int:
 def test_urgent_documents_pass_those_that_wait(site: Site) -> None:
     """Those with a priority and those of a rule, whether they are there at the start or come later; nothing twice."""
     model_of(site).configure(latency_s=0.02, slots=CONCURRENCY)
-    waiting = [conversation(number) for number in range(120)]
+    waiting = [conversation(number) for number in range(80)]
     early = [conversation(500, priority=1), conversation(501, tier="vip"), conversation(502, priority=0, tier="vip")]
     late = [conversation(900 + number, priority=7) for number in range(6)]
     late.append(
@@ -149,7 +149,7 @@ def test_urgent_documents_pass_those_that_wait(site: Site) -> None:
     check_exactly_once(site, [*waiting, *early, *late])
     order = asked(site, [*waiting, *early, *late])
     urgent = {document["_id"] for document in late} | {500, 501}
-    assert max(order.index(number) for number in urgent) < 100 < order.index(502)
+    assert max(order.index(number) for number in urgent) < 70 < order.index(502)
     assert (
         longest_row(order, urgent) <= MOST_IN_A_ROW + CONCURRENCY
     )  # calls that start together may arrive in any order
@@ -163,12 +163,12 @@ def test_urgent_documents_pass_those_that_wait(site: Site) -> None:
 def test_limit_counts_urgent_documents(site: Site) -> None:
     """--limit N takes N documents in all."""
     model_of(site).configure(latency_s=0.02, slots=CONCURRENCY)
-    site.source.insert_many([conversation(number) for number in range(80)])
-    site.source.insert_many([conversation(500 + number, priority=1) for number in range(40)])
-    ended = site.run("--limit", "60", "--batch-size", "10", MAX_CONCURRENT=str(CONCURRENCY))
+    site.source.insert_many([conversation(number) for number in range(40)])
+    site.source.insert_many([conversation(500 + number, priority=1) for number in range(20)])
+    ended = site.run("--limit", "30", "--batch-size", "10", MAX_CONCURRENT=str(CONCURRENCY))
     assert ended.code == 0, ended.err
-    assert (site.results.count_documents({}), requests(site)) == (60, 60)
-    assert site.source.count_documents({"status": "pending"}) == 60
+    assert (site.results.count_documents({}), requests(site)) == (30, 30)
+    assert site.source.count_documents({"status": "pending"}) == 30
     assert site.database["conversation_set_leases"].count_documents({}) == 0
 
 
