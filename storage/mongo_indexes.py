@@ -52,8 +52,8 @@ def source_indexes(states: StateFields, priority: str) -> list[IndexModel]:
 
 
 def urgent_key(states: StateFields, priority: str) -> list[tuple[str, int]]:
-    """Return the key of the index of urgent documents: a look for pending ones reads no others."""
-    return [(states.status, 1), *([("processed", 1)] if states.is_default else []), (priority, -1)]
+    """Return the key of the index of urgent documents: it has the pending ones in their order, so a look reads no others."""
+    return [(states.status, 1), (priority, -1), *([("processed", 1)] if states.is_default else [])]
 
 
 def lease_indexes() -> list[IndexModel]:

@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class UrgentSource:
         self._collection = undecoded(parts.store.database[settings.source_collection])
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
         self._pending: Document = states.queries["pending"]
+        pending = states.whole["pending"]
+        self._kinds: list[Document] = pending.get("$or", [pending])
+        self._subset = [states.subset] if states.subset else []
         self._key = urgent_key(states, self._field)
         self._rules: list[tuple[float, Document]] = []  # conditions that exclude each other
         earlier: list[Document] = [{self._field: {"$type": "number"}}]
@@ -74,9 +77,10 @@ class UrgentSource:
         return [(self._by_field, 1.0), *by_rules]
 
     async def _by_field(self, floor: float, number: int) -> Found:
-        match = {"$match": {"$and": [{self._field: {"$gt": floor}}, self._pending]}}
-        # Without the index, each look would read the whole collection.
-        rows = await self._read([match], number, sort=[{"$sort": {"priority": -1}}], hint=dict(self._key))
+        branches = [{"$and": [one, {self._field: {"$gt": floor}}, *self._subset]} for one in self._kinds]
+        # Without the index, each look would read the whole collection; with it, each branch is in this order already.
+        stages: list[Document] = [{"$match": {"$or": branches}}, {"$sort": {self._field: -1}}]
+        rows = await self._read(stages, number, hint=dict(self._key))
         return [(_number(row.get("priority")), row["_id"], row["size"]) for row in rows]
 
     async def _by_rules(self, floor: float, number: int) -> Found:
@@ -98,12 +102,9 @@ class UrgentSource:
             found += [(priority, row["_id"], row["size"]) for row in await self._read(chosen, number)]
         return found
 
-    async def _read(
-        self, stages: list[Document], number: int, sort: Sequence[Document] = (), hint: Document | None = None
-    ) -> list[Document]:
-        # Only these fields are sorted: whole documents could be more than MongoDB sorts in memory.
+    async def _read(self, stages: list[Document], number: int, hint: Document | None = None) -> list[Document]:
         fields = {"_id": 1, "priority": f"${self._field}", "size": {"$bsonSize": "$$ROOT"}}
-        pipeline = [*stages, {"$project": fields}, *sort, {"$limit": number + BEYOND}]
+        pipeline = [*stages, {"$limit": number + BEYOND}, {"$project": fields}]
 
         async def read() -> list[Document]:
             cursor = await self._collection.aggregate(pipeline, **({"hint": hint} if hint else {}))
