@@ -25,6 +25,7 @@ from model_server.models import chat_target
 from mongo_client import DocumentStore
 from storage.extended_json import Document
 from storage.service_lease import server_name
+from storage.subset import parsed_query
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.describe import DescriptionPass, describing_classifier
@@ -38,6 +39,7 @@ from worker.run import BatchRun
 from worker.service_first import ServiceFirst
 from worker.shared_window import loaded_window, window_of
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
+from worker.subset import require_query
 
 if TYPE_CHECKING:  # few runs have a built-in classifier, a student, several servers or, for an estimate, a recorder
     from embedded.baseline import Answer
@@ -115,9 +117,13 @@ class BatchProcessor:
             self.files = BatchFiles(self.settings.batch_files_dir)
             self.files.acquire()
             stack.callback(self.files.release)
-            self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client)
+            subset = self.options.subset
+            self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client, subset=subset)
             stack.push_async_callback(self.store.close)
             await self.store.check()
+            await require_query(self.store, subset.condition, "--filter")
+            for rule in self.settings.priority_rules or ():
+                await require_query(self.store, parsed_query(rule.query, "PRIORITY_RULES"), "PRIORITY_RULES")
             self._source = await self.store.identity()
             self.files.require_source(self._source)
             self._heartbeat = self._new_heartbeat()
@@ -225,7 +231,7 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s,
+        in_retry_queue, in_quarantine, not_selected, reasons, urgent, interrupted, with_confidence, needs_review, held_back_s,
         review_below; with several model servers also servers. After a TriadError (too many documents failed, or MongoDB, the
         model server or the directory), the next run resumes.
         """
@@ -263,7 +269,12 @@ class BatchProcessor:
         options = self.options
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
-            saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
+            saved,
+            self._source,
+            self._worker_id(),
+            reprocess=options.reprocess,
+            only=options.only,
+            subset=options.subset.name,
         )
         parts = RunParts(
             self.settings,
@@ -279,6 +290,7 @@ class BatchProcessor:
             limit=self._limit,
             service_first=self._service_first(),
             go=None if self._heartbeat is None else self._heartbeat.go,
+            urgent_first=self._client is None,  # mongomock has no hints
         )
         return BatchRun(parts)
 

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from batch_processor import BatchProcessor, Observers, built_in_classify, built_in_plan, find_model
 from commands import flags, summary
+from commands.subset_flags import subset_of
 from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import (
@@ -53,6 +54,7 @@ from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, Reporter
 from worker.quarantine import failed_keys, failed_places
 from worker.staleness import Plan, StalenessChecker
+from worker.subset import require_query
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
 
@@ -135,6 +137,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             arguments.retry_failed,
             only=arguments.only,
             dedupe=arguments.dedupe,
+            subset=subset_of(arguments, settings),
         )
         after: RunOptions | None = None
         if by_built_in and not (options.only or options.reprocess or options.retry_failed):
@@ -288,9 +291,10 @@ def _tell_failed(settings: Settings) -> None:
 
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, given: str | None) -> int:
     plan = Plan(given) if given else None
-    store = DocumentStore(settings)
+    store = DocumentStore(settings, subset=options.subset)
     try:
         await store.check()
+        await require_query(store, options.subset.condition, "--filter")
         if options.only in ("stale", "style", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None

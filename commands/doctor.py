@@ -20,6 +20,7 @@ from commands.diagnosis.mongo import diagnose
 from commands.diagnosis.servers import diagnose_servers
 from commands.diagnosis.settings import diagnose_labels, diagnose_settings
 from commands.flags import Command, add_model_flags, positive
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings, load_prompt_taxonomy
 from error_handler import TriadError
 from model_server.tokens import TokenEstimator
@@ -31,6 +32,7 @@ SAMPLE_TIMEOUT_MS = 5000
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    add_subset_flags(parser.add_argument_group("subset"))
     add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
@@ -80,7 +82,7 @@ def _areas(
     each = settings.for_each_server()
     titles = ["Model server"] if len(each) == 1 else [f"Model server {one.server_url}" for one in each]
     return [
-        ("mongodb", "MongoDB", diagnose(once, tell=tell)),
+        ("mongodb", "MongoDB", diagnose(once, tell=tell, subset=subset_of(arguments, settings))),
         *(
             ("model", title, diagnose_model(one, partial(_sample, once), at_most, tell))
             for title, one in zip(titles, each, strict=True)

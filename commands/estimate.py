@@ -18,6 +18,7 @@ from rich.table import Table
 from aggregator import aggregate_conversation
 from batch_processor import BatchProcessor, Observers
 from commands.flags import Command, add_model_flags, positive
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings
 from domain.prices import batch_prices, price_source
 from domain.text import counted
@@ -63,6 +64,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-concurrent", "--concurrent", type=int, metavar="N", help="concurrent model calls (MAX_CONCURRENT; 5)"
     )
+    add_subset_flags(group)
     add_model_flags(group)
     group.add_argument("--json", action="store_true", help="print the estimate as JSON")
 
@@ -73,8 +75,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         raise ConfigurationError("an estimate requires a fixed concurrency; set --max-concurrent to a number.")
     recorder = SampleRecorder()
     # Copies take no model time, which is what the sample measures.
+    options = RunOptions(dedupe=False, subset=subset_of(arguments, settings))
     observers = Observers([ConsoleProgress(sys.stderr)], recorder)
-    processor = BatchProcessor(settings, options=RunOptions(dedupe=False), observers=observers)
+    processor = BatchProcessor(settings, options=options, observers=observers)
     connected = asyncio.Event()
     with stop_on_signals(processor.stop, connected.is_set):
         async with processor:

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings, load_settings
 from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError
@@ -135,6 +136,7 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     what = parser.add_argument_group("documents")
     add_place_flags(what)
     what.add_argument("--limit", type=positive, metavar="N", help="process at most N documents")
+    add_subset_flags(what)
     what.add_argument(
         "--reprocess", action="store_true", help="reclassify documents that already have a result, and replace it"
     )
@@ -268,6 +270,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         seconds_until_next(arguments.schedule, datetime.now().astimezone())  # refuses what is not cron
     if arguments.embedded_student and not arguments.embedded:
         raise ConfigurationError("--embedded-student requires --embedded; with a model server, use --student P.")
+    if subset_of(arguments, settings).name and arguments.only == "facts":
+        raise ConfigurationError("--only facts fills all results; leave out --filter, --since and --until.")
     for flag in ("reprocess", "retry_failed"):
         if arguments.only and getattr(arguments, flag):
             raise ConfigurationError(f"--only and --{flag.replace('_', '-')} both select documents; use one of them.")

@@ -35,6 +35,21 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
         f"[bold]{counted(stats['documents_processed'], 'document')}[/] processed in run {stats['job_id']}: "
         f"[green]{stats['successful']} classified[/], [red]{stats['failed']} failed[/], {stats['skipped']} skipped"
     )
+    _print_details(console, stats, settings)
+    _print_review(console, stats)
+    for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
+        console.print(f"  {count} x {reason}")
+    if is_fruitless(stats):
+        console.print(
+            "[bold red]All documents were skipped for their shape[/]: nothing was classified. data/README.md lists the "
+            "accepted shapes and senders; python cli.py doctor counts the shapes."
+        )
+    _print_left_out(console, stats, settings)
+    _print_queues(console, stats)
+
+
+def _print_details(console: Console, stats: dict[str, Any], settings: Settings) -> None:
+    """Print where results came from, and what delayed the run."""
     if stats["copied"]:
         console.print(f"{stats['copied']} reused the result of an identical conversation (--no-dedupe disables this)")
     if taken := stats.get("by_student"):
@@ -42,6 +57,8 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
         console.print(
             f"The student labelled {taken}, and the model was asked about {asked} ({taken / (taken + asked):.0%} of the calls saved)"
         )
+    if urgent := stats.get("urgent"):
+        console.print(f"{counted(urgent, 'urgent document')} went first (docs/order.md)")
     if stats["already_done"]:
         console.print(f"{stats['already_done']} already had a result (--reprocess replaces results)")
     if stats["leased_elsewhere"]:
@@ -53,16 +70,6 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
         )
     for state in stats.get("servers", ()):
         console.print(server_line(state))
-    _print_review(console, stats)
-    for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
-        console.print(f"  {count} x {reason}")
-    if is_fruitless(stats):
-        console.print(
-            "[bold red]All documents were skipped for their shape[/]: nothing was classified. data/README.md lists the "
-            "accepted shapes and senders; python cli.py doctor counts the shapes."
-        )
-    _print_left_out(console, stats, settings)
-    _print_queues(console, stats)
 
 
 def server_line(state: Mapping[str, Any]) -> str:

@@ -73,11 +73,14 @@ def _ollama_addresses(value: Any) -> Any:
     return ",".join(dict.fromkeys(_plain_http_url(_complete_ollama_address(one)) for one in named))
 
 
+OWN_FORM = NoDecode  # a validator reads the text, which need not be JSON
+
+
 def _split(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
-NameList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]  # names with commas between them
+NameList = Annotated[tuple[str, ...], OWN_FORM, BeforeValidator(_split)]  # names with commas between them
 
 # An address without credentials or query, and a secret that is sent in an HTTP header.
 HttpAddress = Annotated[str, AfterValidator(_plain_http_url)]

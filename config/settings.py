@@ -25,6 +25,7 @@ from config.loading import (
     shaped,
     variables_of,
 )
+from config.queries import PriorityRules
 from error_handler import ConfigurationError
 
 DEFAULT_DATABASE = "customer_support"
@@ -50,6 +51,7 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
 # Names that MongoDB and its driver accept.
 CollectionName = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00]+(\.[^$.\x00]+)*$")]
 DatabaseName = Annotated[str, Field(min_length=1, max_length=63, pattern=r'^[^/\\. "$*<>:|?\x00]+$')]
+FieldPath = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00][^.\x00]*(\.[^$.\x00][^.\x00]*)*$")]
 MongoAddress = Annotated[SecretStr, shaped(r"(?s)mongodb(\+srv)?://.*", "must start with mongodb:// or mongodb+srv://")]
 
 
@@ -100,6 +102,9 @@ class Settings(PartSettings):
         "conversation_set", validation_alias=AliasChoices("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION")
     )
     status_field: str = DEFAULT_STATUS_FIELD
+    priority_field: FieldPath = "priority"
+    priority_rules: PriorityRules = None
+    time_field: FieldPath = "created_at"
     results_collection: CollectionName = Field("sentimental_analysis", validation_alias="MONGODB_RESULTS_COLLECTION")
     batch_size: int = Field(100, ge=1, le=1000, validation_alias=AliasChoices("BATCH_SIZE", "MONGODB_BATCH_SIZE"))
     max_concurrent: int | Literal["auto"] = 5

@@ -45,9 +45,15 @@ def correction_indexes() -> list[IndexModel]:
     return [unique, IndexModel([("reviewer", 1), ("at", -1)])]
 
 
-def source_indexes(states: StateFields) -> list[IndexModel]:
-    """Return the indexes of a source with *states*."""
-    return [IndexModel([(field, 1)]) for field in states.indexed]
+def source_indexes(states: StateFields, priority: str) -> list[IndexModel]:
+    """Return the indexes of a source with *states*; the last one has only documents with a *priority* above 0."""
+    urgent = IndexModel(urgent_key(states, priority), partialFilterExpression={priority: {"$gt": 0}})
+    return [*(IndexModel([(field, 1)]) for field in states.indexed), urgent]
+
+
+def urgent_key(states: StateFields, priority: str) -> list[tuple[str, int]]:
+    """Return the key of the index of urgent documents: it has the pending ones in their order, so a look reads no others."""
+    return [(states.status, 1), (priority, -1), *([("processed", 1)] if states.is_default else [])]
 
 
 def lease_indexes() -> list[IndexModel]:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 END_OF_IDS = bson.MaxKey()
 PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
+SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
+SAMPLE_BYTES = 16_000_000  # of a sample
 
 
 async def unusable_ids(collection: Any, doubtful: Sequence[Any]) -> dict[bytes, Any]:
@@ -54,6 +56,15 @@ async def valid_documents(
         size += len(document.raw)
         if size >= most_bytes:
             return
+
+
+async def random_documents(collection: Any, size: int, fields: Sequence[str]) -> AsyncIterator[Document]:
+    """Yield *fields* of up to *size* random documents of *collection*: at most SAMPLE_BYTES, and only valid BSON."""
+    # Without a filter before it, $sample uses a random cursor and reads no more than it returns.
+    stages = [{"$sample": {"size": size}}, {"$project": dict.fromkeys(fields, 1)}]
+    async with await undecoded(collection).aggregate(stages, batchSize=SAMPLE_PAGE, allowDiskUse=True) as cursor:
+        async for document in valid_documents(cursor, collection.codec_options, SAMPLE_BYTES):
+            yield document
 
 
 async def read_ids(cursor: Any, options: bson.CodecOptions[Document]) -> tuple[list[Any], dict[bytes, Any]]:

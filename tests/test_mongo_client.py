@@ -328,7 +328,8 @@ async def test_indexes(store: DocumentStore, database: Database[dict[str, Any]])
     def fields(collection: str) -> set[str]:
         return {name for index in database[collection].index_information().values() for name, _ in index["key"]}
 
-    assert fields("conversation_set") == {"_id", "status", "conversation_number", "last_processed_at"}
+    of_urgent = {"processed", "priority"}
+    assert fields("conversation_set") == {"_id", "status", "conversation_number", "last_processed_at"} | of_urgent
     assert fields("sentimental_analysis") == {
         "_id",
         "source_conversation_id",

@@ -85,17 +85,26 @@ class Checkpoint:
     counts: dict[str, Any] = field(default_factory=dict)
     only: str | None = None  # RunOptions.only
     worker_id: str | None = None  # if worker.json is lost: leases belong to this id
+    subset: str | None = None  # Subset.name; the mark of a part says nothing about the others
 
     @classmethod
     def resume_or_new(
-        cls, saved: dict[str, Any] | None, source: str, worker_id: str, *, reprocess: bool, only: str | None = None
+        cls,
+        saved: dict[str, Any] | None,
+        source: str,
+        worker_id: str,
+        *,
+        reprocess: bool,
+        only: str | None = None,
+        subset: str | None = None,
     ) -> Checkpoint:
         """Return the interrupted run in *saved*, or a new run for *source*."""
         job_id = f"job_{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
-        checkpoint = cls(source, job_id, reprocess, only=only, worker_id=worker_id)
+        checkpoint = cls(source, job_id, reprocess, only=only, worker_id=worker_id, subset=subset)
         saved = saved or {}
         is_same = all(
-            saved.get(name) == getattr(checkpoint, name) for name in ("source", "reprocess", "only", "finished")
+            saved.get(name) == getattr(checkpoint, name)
+            for name in ("source", "reprocess", "only", "subset", "finished")
         )
         if is_same and isinstance(saved.get("job_id"), str):
             checkpoint.job_id = saved["job_id"]

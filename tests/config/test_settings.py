@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from config import Settings, load_settings
 from config.loading import DOTENV, variables_of
 from config.openai_settings import load_openai_settings
+from config.queries import PriorityRule
 from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
 from tests.config.values import read
@@ -60,6 +61,12 @@ VALUES: dict[str, tuple[str, Any]] = {
     "metrics_port": ("9464", 9464),
     "metrics_address": ("0.0.0.0", "0.0.0.0"),
     "log_level": ("debug", "DEBUG"),
+    "priority_field": ("metadata.priority", "metadata.priority"),
+    "priority_rules": (
+        '[{"query": {"tier": "vip"}, "priority": 5}]',
+        (PriorityRule('{"tier": "vip"}', 5.0),),
+    ),
+    "time_field": ("_id", "_id"),
 }
 ALIASES = [(field, name) for field in VALUES for name in variables_of(Settings, field)]
 
