@@ -23,6 +23,7 @@ from error_handler import ConfigurationError, LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
 from mongo_client import DocumentStore
+from storage.change_stream import ChangeWatch
 from storage.extended_json import Document
 from storage.service_lease import server_name
 from utils.batch_file_manager import BatchFiles
@@ -37,6 +38,7 @@ from worker.reply_choice import classifier_for
 from worker.run import BatchRun
 from worker.service_first import ServiceFirst
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
+from worker.stream import StreamIntake, StreamState
 
 if TYPE_CHECKING:  # few runs have a built-in classifier or a student, and only an estimate records its calls
     from embedded.baseline import Answer
@@ -95,6 +97,7 @@ class BatchProcessor:
         self._limit: ConcurrencyLimit | None = None
         self._window: SharedWindow | None = None  # None without a model server
         self._heartbeat: Heartbeat | None = None
+        self._stream: StreamState | None = None
         self.stop = asyncio.Event()  # set it to end the run: no new documents, a grace period for calls in flight
 
     async def __aenter__(self) -> BatchProcessor:
@@ -123,6 +126,8 @@ class BatchProcessor:
             recorder = self._observers.recorder
             self._classify = recorder.recorded(classify) if recorder else classify
             await self.store.ensure_result_indexes(taxonomy.field_names)
+            if self.settings.mode == "stream":
+                self._stream = await self._open_stream()
             if self._heartbeat is not None:
                 self._heartbeat.start()
                 stack.push_async_callback(self._heartbeat.close)
@@ -145,7 +150,7 @@ class BatchProcessor:
         self._plan = plan_of(classifier, client.target)
         student = await self._open_student(stack, taxonomy, self._plan)
         asked_ctx = self.settings.ollama_num_ctx
-        if await has_work(self.store, self.files, self.options, self._kinds()):
+        if await has_work(self.store, self.files, self.options, self._kinds(self.options)):
             sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
             choice = await run_window(client, asked_ctx, sample)
             start_s = time.monotonic()
@@ -159,6 +164,16 @@ class BatchProcessor:
         ask = partial(window.classify, classifier)
         return student.before(ask) if student else ask
 
+    async def _open_stream(self) -> StreamState:
+        settings = self.settings
+        database = self.store.database
+        options = database.codec_options.with_options(tz_aware=True)  # as the store reads ids
+        source = database.get_collection(settings.source_collection, codec_options=options)
+        watch = ChangeWatch(source, self.store.states)
+        state = StreamState(self.files, self._source, watch, settings.settle_s)
+        await watch.locate()  # before the first run, so that what grows meanwhile is not missed
+        return state
+
     async def _open_student(self, stack: AsyncExitStack, taxonomy: Taxonomy, plan: Plan) -> FirstAnswer | None:
         """Return the student that answers before the model; None if it is off or has withdrawn."""
         promise = self.settings.student
@@ -171,8 +186,8 @@ class BatchProcessor:
         stack.callback(log.close)
         return student
 
-    def _kinds(self) -> StalenessChecker | None:
-        return StalenessChecker(self.store, self.files.directory, self._plan) if self.options.only else None
+    def _kinds(self, options: RunOptions) -> StalenessChecker | None:
+        return StalenessChecker(self.store, self.files.directory, self._plan) if options.only else None
 
     def _tell(self, sentence: str) -> None:
         logger.info(sentence)
@@ -219,6 +234,16 @@ class BatchProcessor:
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
         return await run.execute(sources, to_the_end=True)
 
+    async def follow(self, sweep_every_s: float) -> dict[str, Any]:
+        """Classify conversations as they come or grow, until ``stop`` is set; return the statistics as ``run`` does.
+
+        Each *sweep_every_s*, look at all pending documents. For settings with the mode ``stream``; ``run`` comes first.
+        """
+        await self.connect()
+        run = await self._new_run(replace(self.options, only="changed", retry_failed=False))
+        intake = StreamIntake(run.intake, self._stream or await self._open_stream())
+        return await run.execute([intake.live(sweep_every_s)], to_the_end=False)
+
     async def describe(self) -> dict[str, Any]:
         """Write the sentence (``categorization``) into the results that lack it; the labels do not change.
 
@@ -243,9 +268,9 @@ class BatchProcessor:
             "interrupted": self.stop.is_set(),
         }
 
-    async def _new_run(self) -> BatchRun:
+    async def _new_run(self, options: RunOptions | None = None) -> BatchRun:
         await self.connect()
-        options = self.options
+        options = options or self.options
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
             saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
@@ -259,7 +284,7 @@ class BatchProcessor:
             self.stop,
             self._classify,
             plan=self._plan.fingerprint if self._plan else "",
-            kinds=self._kinds(),
+            kinds=self._kinds(options),
             reporters=[*self._observers.reporters, *([] if self._heartbeat is None else [self._heartbeat])],
             limit=self._limit,
             service_first=self._service_first(),
@@ -274,7 +299,9 @@ class BatchProcessor:
             return None
         worker, results = self._worker_id(), settings.results_collection
         model, most = self._observers.model, settings.most_concurrent
-        return Heartbeat(self.store.database, results, worker, self.stop, most, model)
+        heartbeat = Heartbeat(self.store.database, results, worker, self.stop, most, model)
+        heartbeat.mode = settings.mode
+        return heartbeat
 
     def _service_first(self) -> ServiceFirst | None:
         settings = self.settings

@@ -206,8 +206,9 @@ def _add_work_flags(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--mode",
-        choices=["batch", "continuous", "scheduled"],
-        help="run once, poll for new documents, or start at the times of --schedule (BATCH_PROCESSOR_MODE; batch)",
+        choices=["batch", "continuous", "scheduled", "stream"],
+        help="run once, poll for new documents, start at the times of --schedule, or label conversations within a second of their "
+        "insertion (BATCH_PROCESSOR_MODE; batch)",
     )
     group.add_argument(
         "--on-long",
@@ -219,7 +220,13 @@ def _add_work_flags(group: argparse._ActionsContainer) -> None:
         type=positive,
         default=30,
         metavar="S",
-        help="seconds between polls with --mode continuous (30)",
+        help="seconds between polls with --mode continuous, and between two looks at all pending documents with stream (30)",
+    )
+    group.add_argument(
+        "--settle-s",
+        type=float,
+        metavar="S",
+        help="with --mode stream, label a conversation again if it grew and was quiet for S seconds (SETTLE_S; 30)",
     )
     group.add_argument("--schedule", metavar="CRON", help='start times with --mode scheduled, for example "0 2 * * *"')
 
@@ -256,6 +263,12 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         if not arguments.schedule:
             raise ConfigurationError('--mode scheduled requires --schedule, for example --schedule "0 2 * * *".')
         seconds_until_next(arguments.schedule, datetime.now().astimezone())  # refuses what is not cron
+    if settings.mode == "stream":
+        for flag in ("limit", "reprocess", "only", "describe"):
+            if getattr(arguments, flag):
+                raise ConfigurationError(
+                    f"--mode stream labels each new conversation, so it does not go with --{flag}; remove one of them."
+                )
     if arguments.embedded_student and not arguments.embedded:
         raise ConfigurationError("--embedded-student requires --embedded; with a model server, use --student P.")
     for flag in ("reprocess", "retry_failed"):

@@ -45,6 +45,7 @@ OWNERS = {
     "pymongo": {
         *("mongo_client", "storage.mongo_connection", "storage.mongo_errors", "storage.mongo_indexes"),
         *("storage.mongo_pages", "storage.service_lease", "storage.heartbeats", "storage.aggregation"),
+        "embedded.replica_set",
     },
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},

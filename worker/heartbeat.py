@@ -25,7 +25,7 @@ class Heartbeat:
     """A Reporter that writes its state each BEAT_S from ``start`` to ``close``; a failure never touches the run.
 
     *stop* is set by the order to stop. ``go`` is cleared while the worker is paused: it takes no new documents then.
-    *most_concurrent* is the limit of calls in flight while no other limit is in force.
+    *most_concurrent* is the limit of calls in flight while no other limit is in force. ``mode`` is that of the worker.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Heartbeat:
         most_concurrent: int,
         model: ModelUse,
     ) -> None:
+        self.mode = "batch"
         self.id = secrets.token_hex(8)
         self.go = asyncio.Event()
         self.go.set()
@@ -129,6 +130,7 @@ class Heartbeat:
             "pid": os.getpid(),
             "version": PROCESSOR_VERSION,
             "status": status,
+            "mode": self.mode,
             "breaker": self._model.breaker_state,
             "queue_wait_s": self._model.queue_wait_s,
             "tokens": dict(self._model.tokens),

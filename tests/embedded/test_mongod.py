@@ -20,8 +20,8 @@ import pytest
 
 from embedded import mongod as embedded_mongod
 from embedded.mongod import PORTS, EmbeddedMongod, find_mongod
+from embedded.replica_set import ReplicaSetMongod
 from error_handler import ConfigurationError
-from tests.replica_set import ReplicaSetMongod
 
 ROOT = Path(__file__).parents[2]
 LOADER_ERROR = "mongod: error while loading shared libraries: {}: cannot open shared object file: No such file"
