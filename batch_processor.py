@@ -120,14 +120,14 @@ class BatchProcessor:
             await self.store.check()
             self._source = await self.store.identity()
             self.files.require_source(self._source)
+            if self.settings.mode == "stream":
+                self._stream = await self._open_stream()
             self._heartbeat = self._new_heartbeat()
             taxonomy = load_prompt_taxonomy(self.settings)
             classify = self._given_classify or await self._connect_model(stack, taxonomy)
             recorder = self._observers.recorder
             self._classify = recorder.recorded(classify) if recorder else classify
             await self.store.ensure_result_indexes(taxonomy.field_names)
-            if self.settings.mode == "stream":
-                self._stream = await self._open_stream()
             if self._heartbeat is not None:
                 self._heartbeat.start()
                 stack.push_async_callback(self._heartbeat.close)
@@ -170,8 +170,9 @@ class BatchProcessor:
         options = database.codec_options.with_options(tz_aware=True)  # as the store reads ids
         source = database.get_collection(settings.source_collection, codec_options=options)
         watch = ChangeWatch(source, self.store.states)
+        await self.store.ensure_source_indexes(for_stream=True)
         state = StreamState(self.files, self._source, watch, settings.settle_s)
-        await watch.locate()  # before the first run, so that what grows meanwhile is not missed
+        await state.locate()  # before the first run, so that what grows meanwhile is not missed
         return state
 
     async def _open_student(self, stack: AsyncExitStack, taxonomy: Taxonomy, plan: Plan) -> FirstAnswer | None:

@@ -119,9 +119,9 @@ class DocumentStore:
         """
         await create_indexes(self._results, result_indexes(fields), self._patiently)
 
-    async def ensure_source_indexes(self) -> None:
+    async def ensure_source_indexes(self, *, for_stream: bool = False) -> None:
         """Create the indexes of the source and of the leases; takes as long as the collection is large."""
-        await create_indexes(self._source, source_indexes(self.states), self._patiently)
+        await create_indexes(self._source, source_indexes(self.states, for_stream=for_stream), self._patiently)
         await create_indexes(self._leases, lease_indexes(), self._patiently)
 
     async def try_writes(self) -> None:

@@ -23,6 +23,7 @@ NO_CHANGE_STREAMS = 40573  # a standalone server
 LOST_TOKEN_CODES = frozenset({222, 260, 280, 286, 40585, 40615})
 FATAL_LABEL = "NonResumableChangeStreamError"
 
+FOLLOW = "follow the changes"
 _TEXT = r"^(tweets|messages|text)(\.|$)"
 
 
@@ -85,7 +86,7 @@ class ChangeWatch:
         while self.is_supported:
             opened_s = time.monotonic()
             try:
-                with translated("follow the changes"):
+                with translated(FOLLOW):
                     await self._follow(positions)
                 await self._lose(positions, "the collection was dropped or renamed")
             except StoreError as exc:
@@ -100,7 +101,8 @@ class ChangeWatch:
         async with await self._open() as stream:
             while stream.alive:
                 self.token = stream.resume_token or self.token
-                found = await stream.try_next()
+                with translated(FOLLOW):  # each time: the driver may swallow the cancellation that ends this loop
+                    found = await stream.try_next()
                 if self._is_told:
                     logger.info("the change stream is resumed")
                     self._is_told = False

@@ -45,9 +45,14 @@ def correction_indexes() -> list[IndexModel]:
     return [unique, IndexModel([("reviewer", 1), ("at", -1)])]
 
 
-def source_indexes(states: StateFields) -> list[IndexModel]:
-    """Return the indexes of a source with *states*."""
-    return [IndexModel([(field, 1)]) for field in states.indexed]
+def source_indexes(states: StateFields, *, for_stream: bool = False) -> list[IndexModel]:
+    """Return the indexes of a source with *states*.
+
+    *for_stream* adds the one that finds a pending single query among millions of finished ones; none of them has a status.
+    """
+    indexes = [IndexModel([(field, 1)]) for field in states.indexed]
+    pending = IndexModel([(field, 1) for field in (states.status, "processed", states.reason)])
+    return [*indexes, pending] if for_stream and states.is_default else indexes
 
 
 def lease_indexes() -> list[IndexModel]:

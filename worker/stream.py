@@ -42,14 +42,19 @@ class StreamState:
         saved = files.read_state(FILE_NAME) or {}
         if saved.get("source") != source:
             saved = {}
-        watch.token = saved.get("token")
-        self.token = watch.token
+        self.token = watch.token = saved.get("token")
         self.is_comparing = saved.get("is_comparing") is True
         self.waiting: dict[bytes, tuple[float, Any]] = {}  # by id_key: when it is due (monotonic), and the _id
         for document_id in saved.get("waiting") or []:
             self.wait_for(document_id)
         self._content = saved
         self._next_s = 0.0
+
+    async def locate(self) -> None:
+        """Begin at now if no token is stored, and store it. Raises StoreError if MongoDB does not answer."""
+        await self.watch.locate()
+        self.token = self.watch.token
+        self.save(at_once=True)
 
     def wait_for(self, document_id: Any) -> None:
         """Look at the document when it has been quiet for the settling time from now."""
