@@ -135,7 +135,7 @@ async def test_lost_token_is_dropped_and_all_documents_are_compared(there: Site)
     assert requests(there) == 5
 
 
-async def test_collection_of_another_identity_starts_at_now(there: Site, tmp_path: Path) -> None:
+async def test_token_of_another_collection_is_not_used(there: Site, tmp_path: Path) -> None:
     """A token is only used for the collection from which it comes."""
     files = BatchFiles(tmp_path / "state")
     state = StreamState(files, "one", ChangeWatch(there.source, StateFields()), 0.0)

@@ -159,6 +159,16 @@ async def test_two_workers_share_the_stream(there: Site) -> None:
     assert requests(there) == 31
 
 
+async def test_document_in_work_is_not_taken_again(there: Site) -> None:
+    """Each sweep sees it, because it has no result and its lease is this worker's own."""
+    assert there.model is not None
+    there.model.configure(latency_s=0.5)
+    async with following(there, sweep_every_s=0.05):
+        filled(there, 1)
+        await until(lambda: has_result(there, 0))
+    assert requests(there) == 1
+
+
 def test_sweep_finds_what_no_change_announced(there: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost change costs the time until the next sweep."""
 
