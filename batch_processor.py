@@ -23,7 +23,6 @@ from error_handler import ConfigurationError, LLMUnavailableError
 from model_server.concurrency import ConcurrencyLimit
 from model_server.models import chat_target
 from mongo_client import DocumentStore
-from storage.change_stream import ChangeWatch
 from storage.extended_json import Document
 from storage.service_lease import server_name
 from utils.batch_file_manager import BatchFiles
@@ -38,12 +37,12 @@ from worker.reply_choice import classifier_for
 from worker.run import BatchRun
 from worker.service_first import ServiceFirst
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
-from worker.stream import StreamIntake, StreamState
 
-if TYPE_CHECKING:  # few runs have a built-in classifier or a student, and only an estimate records its calls
+if TYPE_CHECKING:  # few runs have a built-in classifier, a student or a stream, and only an estimate records its calls
     from embedded.baseline import Answer
     from embedded.choice import BuiltInClassifier
     from student.first_answer import FirstAnswer
+    from worker.stream import StreamState
     from worker.timing import SampleRecorder
 
 BUILT_IN_AT_ONCE = 16  # conversations; more take no less time for each
@@ -165,6 +164,9 @@ class BatchProcessor:
         return student.before(ask) if student else ask
 
     async def _open_stream(self) -> StreamState:
+        from storage.change_stream import ChangeWatch  # noqa: PLC0415 - only for the mode stream
+        from worker.stream import StreamState  # noqa: PLC0415
+
         settings = self.settings
         database = self.store.database
         options = database.codec_options.with_options(tz_aware=True)  # as the store reads ids
@@ -240,6 +242,8 @@ class BatchProcessor:
 
         Each *sweep_every_s*, look at all pending documents. For settings with the mode ``stream``; ``run`` comes first.
         """
+        from worker.stream import StreamIntake  # noqa: PLC0415 - only for the mode stream
+
         await self.connect()
         run = await self._new_run(replace(self.options, only="changed", retry_failed=False))
         intake = StreamIntake(run.intake, self._stream or await self._open_stream())

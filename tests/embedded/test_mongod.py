@@ -107,6 +107,20 @@ def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path
 
 
 @pytest.mark.thorough
+def test_data_of_a_killed_standalone_server_becomes_a_replica_set(tmp_path: Path) -> None:
+    """Earlier versions ran the embedded MongoDB as a standalone server."""
+    with EmbeddedMongod(tmp_path / "data") as earlier:
+        insert(earlier)
+        earlier.kill()
+    with ReplicaSetMongod(tmp_path / "data") as mongod:
+        assert count(mongod) == 1
+        insert(mongod)
+        mongod.kill()
+    with ReplicaSetMongod(tmp_path / "data") as again:
+        assert count(again) == 2
+
+
+@pytest.mark.thorough
 def test_ends_with_its_parent_and_the_folder_is_free_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from embedded.mongod import EmbeddedMongod\n"
