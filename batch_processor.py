@@ -120,7 +120,9 @@ class BatchProcessor:
             self._source = await self.store.identity()
             self.files.require_source(self._source)
             if self.settings.mode == "stream":
-                self._stream = await self._open_stream()
+                from worker.stream import open_stream  # noqa: PLC0415 - only for this mode
+
+                self._stream = await open_stream(self.store, self.files, self._source, self.settings)
             self._heartbeat = self._new_heartbeat()
             taxonomy = load_prompt_taxonomy(self.settings)
             classify = self._given_classify or await self._connect_model(stack, taxonomy)
@@ -162,20 +164,6 @@ class BatchProcessor:
         stack.push_async_callback(window.close)
         ask = partial(window.classify, classifier)
         return student.before(ask) if student else ask
-
-    async def _open_stream(self) -> StreamState:
-        from storage.change_stream import ChangeWatch  # noqa: PLC0415 - only for the mode stream
-        from worker.stream import StreamState  # noqa: PLC0415
-
-        settings = self.settings
-        database = self.store.database
-        options = database.codec_options.with_options(tz_aware=True)  # as the store reads ids
-        source = database.get_collection(settings.source_collection, codec_options=options)
-        watch = ChangeWatch(source, self.store.states)
-        await self.store.ensure_source_indexes(for_stream=True)
-        state = StreamState(self.files, self._source, watch, settings.settle_s)
-        await state.locate()  # before the first run, so that what grows meanwhile is not missed
-        return state
 
     async def _open_student(self, stack: AsyncExitStack, taxonomy: Taxonomy, plan: Plan) -> FirstAnswer | None:
         """Return the student that answers before the model; None if it is off or has withdrawn."""
@@ -242,11 +230,13 @@ class BatchProcessor:
 
         Each *sweep_every_s*, look at all pending documents. For settings with the mode ``stream``; ``run`` comes first.
         """
-        from worker.stream import StreamIntake  # noqa: PLC0415 - only for the mode stream
+        from worker.stream import StreamIntake  # noqa: PLC0415 - only for this mode
 
         await self.connect()
+        if self._stream is None:
+            raise ConfigurationError("follow needs the mode stream: BatchProcessor(mode='stream').")
         run = await self._new_run(replace(self.options, only="changed", retry_failed=False))
-        intake = StreamIntake(run.intake, self._stream or await self._open_stream())
+        intake = StreamIntake(run.intake, self._stream)
         return await run.execute([intake.live(sweep_every_s)], to_the_end=False)
 
     async def describe(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from error_handler import StoreError, StoreForbiddenError
+from error_handler import StoreError, StoreForbiddenError, StoreRejectedError
 from storage.extended_json import Document
 from storage.mongo_errors import translated
 from storage.selection import StateFields
@@ -19,10 +19,8 @@ WAIT_MS = 500  # how long the server holds a request for changes
 REOPEN_S = 1.0  # between two attempts to open the stream
 BATCH = 1000  # changes in one response
 NO_CHANGE_STREAMS = 40573  # a standalone server
-# Of resume tokens that will never be usable again.
+# Of resume tokens that will never be usable again, beside any refusal that is not transient.
 LOST_TOKEN_CODES = frozenset({222, 260, 280, 286, 40585, 40615})
-FATAL_LABEL = "NonResumableChangeStreamError"
-
 FOLLOW = "follow the changes"
 _TEXT = r"^(tweets|messages|text)(\.|$)"
 
@@ -60,6 +58,7 @@ class ChangeWatch:
         self.token = token
         self.is_supported = True
         self._is_told = False
+        self._is_lost = False
 
     async def locate(self) -> None:
         """Set ``token`` to now if there is none, so that nothing is missed before ``run``.
@@ -88,10 +87,10 @@ class ChangeWatch:
             try:
                 with translated(FOLLOW):
                     await self._follow(positions)
-                await self._lose(positions, "the collection was dropped or renamed")
+                self._lose("the collection was dropped or renamed")
             except StoreError as exc:
-                if _is_lost(exc.__cause__):
-                    await self._lose(positions, "the server no longer has the changes after it")
+                if self.token is not None and _is_final(exc) and not self._is_refused(exc):
+                    self._lose("the server cannot resume after it")
                 elif not self._is_refused(exc) and not self._is_told:
                     logger.warning("the change stream is interrupted and will be resumed: %s", exc)
                     self._is_told = True
@@ -99,6 +98,9 @@ class ChangeWatch:
 
     async def _follow(self, positions: asyncio.Queue[Position]) -> None:
         async with await self._open() as stream:
+            if self._is_lost:  # told when the stream is open again, so that nothing is missed between the two
+                await positions.put(Position(stream.resume_token, is_lost=True))
+                self._is_lost = False
             while stream.alive:
                 self.token = stream.resume_token or self.token
                 with translated(FOLLOW):  # each time: the driver may swallow the cancellation that ends this loop
@@ -109,10 +111,9 @@ class ChangeWatch:
                 if found is None or found["operationType"] != "invalidate":
                     await positions.put(Position(stream.resume_token, _change(found)))
 
-    async def _lose(self, positions: asyncio.Queue[Position], why: str) -> None:
+    def _lose(self, why: str) -> None:
         logger.warning("the resume token is dropped: %s; all documents are compared with their results", why)
-        self.token = None
-        await positions.put(Position(None, is_lost=True))
+        self.token, self._is_lost = None, True
 
     def _is_refused(self, exc: StoreError) -> bool:
         if getattr(exc.__cause__, "code", None) == NO_CHANGE_STREAMS:
@@ -169,6 +170,6 @@ def _change(found: Document | None) -> Change | None:
     return Change(found["documentKey"]["_id"], found["is_new"], found["has_grown"])
 
 
-def _is_lost(cause: Any) -> bool:
-    has_label = getattr(cause, "has_error_label", None)
-    return getattr(cause, "code", None) in LOST_TOKEN_CODES or bool(has_label and has_label(FATAL_LABEL))
+def _is_final(exc: StoreError) -> bool:
+    """Return whether the server will never take the token again."""
+    return isinstance(exc, StoreRejectedError) or getattr(exc.__cause__, "code", None) in LOST_TOKEN_CODES

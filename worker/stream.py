@@ -12,6 +12,8 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from config import Settings
+from mongo_client import DocumentStore
 from storage.change_stream import ChangeWatch, Position
 from storage.extended_json import Document, id_key
 from utils.batch_file_manager import BatchFiles
@@ -80,6 +82,19 @@ class StreamState:
             self._content, self._next_s = content, now + SAVE_EVERY_S
 
 
+async def open_stream(store: DocumentStore, files: BatchFiles, source: str, settings: Settings) -> StreamState:
+    """Return the state of the stream of *source*, the identity of the collection; create the index that its looks need.
+
+    The stream begins before the first run, so that what grows meanwhile is not missed.
+    """
+    options = store.database.codec_options.with_options(tz_aware=True)  # as the store reads ids
+    collection = store.database.get_collection(settings.source_collection, codec_options=options)
+    await store.ensure_source_indexes(for_stream=True)
+    state = StreamState(files, source, ChangeWatch(collection, store.states), settings.settle_s)
+    await state.locate()
+    return state
+
+
 class StreamIntake(DocumentIntake):
     """The intake of a run that lasts until it is stopped, in place of the one of that run; its ``only`` is ``changed``."""
 
@@ -90,22 +105,22 @@ class StreamIntake(DocumentIntake):
         self._elsewhere: set[bytes] = set()  # leased by others, or done, since the last sweep
         self._compared: list[Any] = []  # the last id
         self._poll_s = POLL_MIN_S
+        self._next_sweep_s = 0.0
 
     async def live(self, sweep_every_s: float) -> AsyncGenerator[BatchInWork]:
         """Yield new and grown conversations as they come, and each *sweep_every_s* those that no change announced."""
         state = self._state
         positions: asyncio.Queue[Position] = asyncio.Queue(MOST_POSITIONS)
         reader = asyncio.create_task(state.watch.run(positions), name="changes")
-        next_sweep_s = 0.0
         try:
             while not self._parts.stop.is_set():
                 if reader.done():
                     reader.result()  # it returns if there are no change streams
-                if time.monotonic() >= next_sweep_s:
+                if time.monotonic() >= self._next_sweep_s:
                     self._elsewhere.clear()
                     async for batch in self._pending():
                         yield batch
-                    next_sweep_s = time.monotonic() + sweep_every_s
+                    self._next_sweep_s = time.monotonic() + sweep_every_s
                 async for batch in self._announced(positions) if state.watch.is_supported else self._polled():
                     yield batch
                 async for batch in self._grown():
@@ -128,7 +143,7 @@ class StreamIntake(DocumentIntake):
             found.append(positions.get_nowait())
         state = self._state
         if any(position.is_lost for position in found):
-            state.is_comparing, self._compared = True, []
+            state.is_comparing, self._compared, self._next_sweep_s = True, [], 0.0
         changes = [position.change for position in found if position.change is not None]
         for change in changes:
             if change.has_grown:

@@ -114,18 +114,22 @@ async def test_what_happened_during_the_absence_is_found_through_the_stored_toke
     assert requests(there) == 4
 
 
-def forget(token: dict[str, Any]) -> dict[str, Any]:
-    """Return *token* with a time in 1970, which no server has kept."""
-    return {"_data": f"82{1:08X}{token['_data'][10:]}"}
+def elsewhere(site: Site) -> str:
+    """Return a token of another collection, which the stream of the source does not contain."""
+    with site.database["other"].watch() as stream:
+        site.database["other"].insert_one({})
+        return str(stream.next()["_id"]["_data"])
 
 
-async def test_lost_token_is_dropped_and_all_documents_are_compared(there: Site) -> None:
+@pytest.mark.parametrize("lost", ["00", pytest.param("another", marks=pytest.mark.thorough)])
+async def test_lost_token_is_dropped_and_all_documents_are_compared(there: Site, lost: str) -> None:
+    """The server refuses what is no token, and a token of a place that it has not."""
     filled(there, 3)
     async with following(there):
         await until(lambda: has_result(there, 2))
     path = there.directory / "stream.json"
     saved = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**saved, "token": forget(saved["token"])}))
+    path.write_text(json.dumps({**saved, "token": {"_data": lost if lost != "another" else elsewhere(there)}}))
     grow(there, 1)
     async with following(there):
         await until(lambda: has_result(there, 1, earlier=1))
