@@ -59,7 +59,7 @@ def kill_while_it_follows(site: Site, seam: str) -> None:
     assert requests(site) in (3, 4, 5)  # each of the two calls in flight may be repeated
 
 
-@pytest.mark.parametrize("seam", ["answered", "results_written"])
+@pytest.mark.parametrize("seam", [pytest.param("answered", marks=pytest.mark.thorough), "results_written"])
 def test_killed_worker_loses_nothing_and_does_nothing_twice(there: Site, seam: str) -> None:
     kill_while_it_follows(there, seam)
 
