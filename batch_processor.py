@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import runpy
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -27,7 +26,7 @@ from storage.extended_json import Document
 from storage.service_lease import server_name
 from storage.subset import parsed_query
 from utils.batch_file_manager import BatchFiles
-from worker.checkpoint import Checkpoint
+from worker.checkpoint import Checkpoint, worker_id
 from worker.describe import DescriptionPass, describing_classifier
 from worker.heartbeat import Heartbeat
 from worker.intake import Classify, RunOptions, RunParts, Slots, has_work
@@ -41,11 +40,14 @@ from worker.shared_window import loaded_window, window_of
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 from worker.subset import require_query
 
-if TYPE_CHECKING:  # few runs have a built-in classifier, a student, several servers or, for an estimate, a recorder
+if (
+    TYPE_CHECKING
+):  # few runs have a built-in classifier, a student, several servers, a stream or, for an estimate, a recorder
     from embedded.baseline import Answer
     from embedded.choice import BuiltInClassifier
     from student.first_answer import FirstAnswer
     from worker.server_pool import ServerPool
+    from worker.stream import StreamState
     from worker.timing import SampleRecorder
 
 BUILT_IN_AT_ONCE = 16  # conversations; more take no less time for each
@@ -100,6 +102,7 @@ class BatchProcessor:
         self._pool: ServerPool | None = None  # None with one model server
         self._window: SharedWindow | ServerPool | None = None  # None without a model server
         self._heartbeat: Heartbeat | None = None
+        self._stream: StreamState | None = None
         self.stop = asyncio.Event()  # set it to end the run: no new documents, a grace period for calls in flight
 
     async def __aenter__(self) -> BatchProcessor:
@@ -118,7 +121,9 @@ class BatchProcessor:
             self.files.acquire()
             stack.callback(self.files.release)
             subset = self.options.subset
-            self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client, subset=subset)
+            self.store = DocumentStore(
+                self.settings, worker_id=worker_id(self.files), client=self._client, subset=subset
+            )
             stack.push_async_callback(self.store.close)
             await self.store.check()
             await require_query(self.store, subset.condition, "--filter")
@@ -126,6 +131,10 @@ class BatchProcessor:
                 await require_query(self.store, parsed_query(rule.query, "PRIORITY_RULES"), "PRIORITY_RULES")
             self._source = await self.store.identity()
             self.files.require_source(self._source)
+            if self.settings.mode == "stream":
+                from worker.stream import open_stream  # noqa: PLC0415 - only for this mode
+
+                self._stream = await open_stream(self.store, self.files, self._source, self.settings)
             self._heartbeat = self._new_heartbeat()
             taxonomy = load_prompt_taxonomy(self.settings)
             classify = self._given_classify or await self._connect_model(stack, taxonomy)
@@ -145,7 +154,7 @@ class BatchProcessor:
         classifier = classifier_for(self.settings, client.target, taxonomy)
         self._plan = plan_of(classifier, client.target, () if self._pool is None else self._pool.other_targets)
         student = await self._open_student(stack, taxonomy, self._plan)
-        if await has_work(self.store, self.files, self.options, self._kinds()):
+        if await has_work(self.store, self.files, self.options, self._kinds(self.options)):
             sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
             choice = await run_window(client, self.settings.ollama_num_ctx, sample)
             on_load = recorder.note_load if recorder else None
@@ -190,8 +199,8 @@ class BatchProcessor:
         stack.callback(log.close)
         return student
 
-    def _kinds(self) -> StalenessChecker | None:
-        return StalenessChecker(self.store, self.files.directory, self._plan) if self.options.only else None
+    def _kinds(self, options: RunOptions) -> StalenessChecker | None:
+        return StalenessChecker(self.store, self.files.directory, self._plan) if options.only else None
 
     def _tell(self, sentence: str) -> None:
         logger.info(sentence)
@@ -240,6 +249,20 @@ class BatchProcessor:
         stats = await run.execute(sources, to_the_end=True)
         return stats if self._pool is None else {**stats, "servers": self._pool.states()}
 
+    async def follow(self, sweep_every_s: float) -> dict[str, Any]:
+        """Classify conversations as they come or grow, until ``stop`` is set; return the statistics as ``run`` does.
+
+        Each *sweep_every_s*, look at all pending documents. For settings with the mode ``stream``; ``run`` comes first.
+        """
+        from worker.stream import StreamIntake  # noqa: PLC0415 - only for this mode
+
+        await self.connect()
+        if self._stream is None:
+            raise ConfigurationError("follow needs the mode stream: BatchProcessor(mode='stream').")
+        run = await self._new_run(replace(self.options, only="changed", retry_failed=False))
+        intake = StreamIntake(run.intake, self._stream)
+        return await run.execute([intake.live(sweep_every_s)], to_the_end=False)
+
     async def describe(self) -> dict[str, Any]:
         """Write the sentence (``categorization``) into the results that lack it; the labels do not change.
 
@@ -264,14 +287,14 @@ class BatchProcessor:
             "interrupted": self.stop.is_set(),
         }
 
-    async def _new_run(self) -> BatchRun:
+    async def _new_run(self, options: RunOptions | None = None) -> BatchRun:
         await self.connect()
-        options = self.options
+        options = options or self.options
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
             saved,
             self._source,
-            self._worker_id(),
+            worker_id(self.files),
             reprocess=options.reprocess,
             only=options.only,
             subset=options.subset.name,
@@ -285,7 +308,7 @@ class BatchProcessor:
             self.stop,
             self._classify,
             plan=self._plan.fingerprint if self._plan else "",
-            kinds=self._kinds(),
+            kinds=self._kinds(options),
             reporters=[*self._observers.reporters, *([] if self._heartbeat is None else [self._heartbeat])],
             limit=self._limit,
             service_first=self._service_first(),
@@ -299,9 +322,7 @@ class BatchProcessor:
         settings = self.settings
         if not settings.worker_heartbeat or self._client is not None or self._observers.recorder is not None:
             return None
-        worker, results = self._worker_id(), settings.results_collection
-        model, most = self._observers.model, settings.most_in_flight
-        return Heartbeat(self.store.database, results, worker, self.stop, most, model)
+        return Heartbeat(self.store.database, settings, worker_id(self.files), self.stop, self._observers.model)
 
     def _service_first(self) -> ServiceFirst | None:
         settings = self.settings
@@ -309,16 +330,6 @@ class BatchProcessor:
             return None
         servers = [server_name(one.server_url) for one in settings.for_each_server()]
         return ServiceFirst(self.store.database, servers, settings.worker_floor)
-
-    def _worker_id(self) -> str:
-        """Return the id under which the worker of this directory holds leases, the same after a crash."""
-        for name in ("worker.json", "checkpoint.json"):
-            worker_id = (self.files.read_state(name) or {}).get("worker_id")
-            if isinstance(worker_id, str):
-                return worker_id
-        worker_id = f"worker-{secrets.token_hex(8)}"
-        self.files.write_state("worker.json", {"worker_id": worker_id})
-        return worker_id
 
 
 async def find_model(settings: Settings) -> str | None:

@@ -115,15 +115,13 @@ class DocumentStore:
         return await identity(self._source, self._results.name, partial(self._command, "identify the collection"))
 
     async def ensure_result_indexes(self, fields: Iterable[str] = TRIAD.values()) -> None:
-        """Create the indexes of results with labels of *fields*.
-
-        Raise IndexBlockedError if stored results share a source id.
-        """
+        """Create the indexes of results with labels of *fields*. Raise IndexBlockedError if stored results share a source id."""
         await create_indexes(self._results, result_indexes(fields), self._patiently)
 
-    async def ensure_source_indexes(self) -> None:
+    async def ensure_source_indexes(self, *, for_stream: bool = False) -> None:
         """Create the indexes of the source and of the leases; takes as long as the collection is large."""
-        await create_indexes(self._source, source_indexes(self.states, self._priority), self._patiently)
+        indexes = source_indexes(self.states, self._priority, for_stream=for_stream)
+        await create_indexes(self._source, indexes, self._patiently)
         await create_indexes(self._leases, lease_indexes(), self._patiently)
 
     async def try_writes(self) -> None:

@@ -110,9 +110,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     )
     with ExitStack() as stack:
         if arguments.embedded:
-            from embedded.mongod import EmbeddedMongod  # noqa: PLC0415 - only for --embedded
+            from embedded.replica_set import ReplicaSetMongod  # noqa: PLC0415 - only for --embedded
 
-            mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATABASE))
+            mongod = await asyncio.to_thread(stack.enter_context, ReplicaSetMongod(EMBEDDED_DATABASE))
             settings = settings.model_copy(update={"mongodb_uri": SecretStr(mongod.uri)})
         store = DocumentStore(settings, subset=filter_of(arguments))
         try:

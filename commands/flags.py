@@ -218,8 +218,9 @@ def _add_work_flags(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--mode",
-        choices=["batch", "continuous", "scheduled"],
-        help="run once, poll for new documents, or start at the times of --schedule (BATCH_PROCESSOR_MODE; batch)",
+        choices=["batch", "continuous", "scheduled", "stream"],
+        help="run once, poll for new documents, start at the times of --schedule, or label conversations within a second of their "
+        "insertion (BATCH_PROCESSOR_MODE; batch)",
     )
     group.add_argument(
         "--on-long",
@@ -231,7 +232,13 @@ def _add_work_flags(group: argparse._ActionsContainer) -> None:
         type=positive,
         default=30,
         metavar="S",
-        help="seconds between polls with --mode continuous (30)",
+        help="seconds between polls with --mode continuous, and between two looks at all pending documents with stream (30)",
+    )
+    group.add_argument(
+        "--settle-s",
+        type=float,
+        metavar="S",
+        help="with --mode stream, label a conversation again if it grew and was quiet for S seconds (SETTLE_S; 30)",
     )
     group.add_argument("--schedule", metavar="CRON", help='start times with --mode scheduled, for example "0 2 * * *"')
 
@@ -262,12 +269,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         ConfigurationError: A value is invalid, or two flags contradict each other.
     """
     settings = command_settings(arguments)
-    if arguments.schedule and settings.mode != "scheduled":
-        raise ConfigurationError("--schedule requires --mode scheduled.")
-    if settings.mode == "scheduled":
-        if not arguments.schedule:
-            raise ConfigurationError('--mode scheduled requires --schedule, for example --schedule "0 2 * * *".')
-        seconds_until_next(arguments.schedule, datetime.now().astimezone())  # refuses what is not cron
+    _require_flags_of_mode(arguments, settings.mode)
     if arguments.embedded_student and not arguments.embedded:
         raise ConfigurationError("--embedded-student requires --embedded; with a model server, use --student P.")
     if subset_of(arguments, settings).name and arguments.only == "facts":
@@ -276,6 +278,22 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         if arguments.only and getattr(arguments, flag):
             raise ConfigurationError(f"--only and --{flag.replace('_', '-')} both select documents; use one of them.")
     return settings
+
+
+def _require_flags_of_mode(arguments: argparse.Namespace, mode: str) -> None:
+    """Raise ConfigurationError if a flag does not go with *mode*, or one is missing."""
+    if arguments.schedule and mode != "scheduled":
+        raise ConfigurationError("--schedule requires --mode scheduled.")
+    if mode == "scheduled":
+        if not arguments.schedule:
+            raise ConfigurationError('--mode scheduled requires --schedule, for example --schedule "0 2 * * *".')
+        seconds_until_next(arguments.schedule, datetime.now().astimezone())  # refuses what is not cron
+    if mode == "stream":
+        for flag in ("limit", "reprocess", "only", "describe"):
+            if getattr(arguments, flag):
+                raise ConfigurationError(
+                    f"--mode stream labels each new conversation, so it does not go with --{flag}; remove one of them."
+                )
 
 
 def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:

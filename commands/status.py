@@ -90,6 +90,8 @@ def _running_lines(worker: Mapping[str, Any]) -> list[str]:
         progress += f", about {duration(worker['eta_s'])} left"
     calls = f"{worker.get('in_flight', 0)} calls in flight" + (f", limit {limit}" if limit else "")
     more = [_counts(worker), calls]
+    if worker.get("mode", "batch") != "batch":
+        more.insert(0, f"mode {worker['mode']}")
     if worker.get("breaker") in BREAKER:
         more.append(BREAKER[worker["breaker"]])
     told = [_line(worker, progress), " " * 12 + "; ".join([*more, f"for {duration(worker.get('ran_s'))}"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -13,7 +14,9 @@ from config import Settings
 from domain.conversation import stored_labels
 from domain.text import counted, one_line
 from storage.extended_json import id_text
+from utils.process import tell_line
 from worker.left_out import LeftOut, is_fruitless
+from worker.quarantine import failed_places
 
 BAR_WIDTH = 28
 
@@ -113,6 +116,12 @@ def _print_review(console: Console, stats: dict[str, Any]) -> None:
     if judged < stored:
         without = counted(stored - judged, "result has", "results have")
         console.print(f"{without} no confidence and no review mark: the server returned no log probabilities")
+
+
+def tell_failed(directory: Path) -> None:
+    """Print where the documents are that failed before a run ended with an error, which is printed last."""
+    if places := failed_places(directory):
+        tell_line(places)
 
 
 def print_labels(console: Console, counts: dict[str, dict[str, int]]) -> None:

@@ -111,7 +111,10 @@ class Settings(PartSettings):
     mongodb_max_retries: int = Field(3, ge=1, le=10)
     mongodb_timeout_ms: int = Field(20_000, ge=100, le=600_000)
     mongodb_backoff_s: float = Field(1.0, ge=0, le=60)
-    mode: Literal["batch", "continuous", "scheduled"] = Field("batch", validation_alias="BATCH_PROCESSOR_MODE")
+    mode: Literal["batch", "continuous", "scheduled", "stream"] = Field(
+        "batch", validation_alias="BATCH_PROCESSOR_MODE"
+    )
+    settle_s: float = Field(30.0, ge=0, le=86_400)
     ollama_model: str | None = None
     ollama_endpoint: OllamaAddresses = Field(
         "http://localhost:11434", validation_alias=AliasChoices("OLLAMA_ENDPOINT", "OLLAMA_HOST")

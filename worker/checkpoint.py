@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from domain.conversation import stored_labels
+from utils.batch_file_manager import BatchFiles
 
 CHECKPOINT_EVERY = 50  # documents
 
@@ -138,3 +139,14 @@ class LowWaterMark:
             ticket, document_id = self._waiting.popleft()
             self._settled.discard(ticket)
             checkpoint.low_water_mark, checkpoint.has_mark = document_id, True
+
+
+def worker_id(files: BatchFiles) -> str:
+    """Return the id under which the worker of the directory of *files* holds leases, the same after a crash."""
+    for name in ("worker.json", "checkpoint.json"):
+        known = (files.read_state(name) or {}).get("worker_id")
+        if isinstance(known, str):
+            return known
+    new = f"worker-{secrets.token_hex(8)}"
+    files.write_state("worker.json", {"worker_id": new})
+    return new

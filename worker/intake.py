@@ -157,8 +157,8 @@ class DocumentIntake:
 
     async def given(self, documents: list[Document]) -> AsyncGenerator[BatchInWork]:
         """Yield *documents* as one batch, without those that have a result or belong to another worker."""
-        self._settlement.stats.total += len(documents)
         own = await self._claimed(documents)
+        self._settlement.stats.total += len(own)
         if own:
             yield BatchInWork(await asyncio.to_thread(self._files.save_pending, own))
 

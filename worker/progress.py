@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console
 
+from domain.text import counted
 from error_handler import Reason
 from storage.files import replace_file
 from worker.checkpoint import RunStats
@@ -143,6 +144,28 @@ class ConsoleProgress:
         if status != "running":
             self._bar.stop()
             self._bar = None
+
+
+class GroupLines:
+    """Writes a line to *stream* when the documents that came are done, each PLAIN_LINE_EVERY_S while they are not, else none."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._written = 0  # processed documents in the last line
+        self._throttle = Throttle(PLAIN_LINE_EVERY_S)
+
+    def update(self, _job: str, status: str, stats: RunStats, in_flight: int, _limit: int | None = None) -> None:
+        """Write a line if it is time."""
+        self._written = min(self._written, stats.processed)  # smaller in a new run
+        new = stats.processed - self._written
+        if not new or (in_flight and not self._throttle.is_due(status)):
+            return
+        self._written = stats.processed
+        self._stream.write(
+            f"{datetime.now().astimezone():%H:%M:%S} {counted(new, 'conversation')} done; since the start {stats.successful} ok, "
+            f"{_by_student(stats)}{stats.failed} failed, {stats.skipped} skipped\n"
+        )
+        self._stream.flush()
 
 
 class FileProgress:

@@ -16,9 +16,9 @@ from commands.diagnosis.findings import Finding
 from commands.diagnosis.mongo import MAX_CLOCK_DIFFERENCE_S, diagnose
 from config import load_settings
 from config.settings import Settings
+from embedded.replica_set import ReplicaSetMongod
 from tests.fakes.fake_ollama import FakeOllama
 from tests.forked_process import ForkedProcess
-from tests.replica_set import ReplicaSetMongod
 from tests.worker.long_conversations import long_conversation
 from tests.worker.site import ROOT, Site, conversation
 

@@ -30,6 +30,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "mongodb_timeout_ms": ("5000", 5000),
     "mongodb_backoff_s": ("0.5", 0.5),
     "mode": ("continuous", "continuous"),
+    "settle_s": ("5", 5.0),
     "ollama_model": ("llama3.2", "llama3.2"),
     "ollama_endpoint": ("http://gpu:1", "http://gpu:1"),
     "allow_mixed_models": ("true", True),
