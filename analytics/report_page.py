@@ -10,11 +10,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from analytics import charts
-from analytics.aggregates import BINS, Confidences, Counts
+from analytics.aggregates import Confidences, Counts
 from analytics.charts import Bar, Series, percent
 from analytics.label_report import Crossing, FieldReport, LabelReport
 from analytics.periods import shown_periods
-from analytics.slices import Period
+from analytics.slices import BINS, Period
 from analytics.svg import SERIES, patterns
 from domain.text import counted
 

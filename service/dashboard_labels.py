@@ -39,7 +39,7 @@ async def charts_page(request: Request) -> Response:
     except TriadError as exc:
         return _problem(request, query, exc)
     if last is None:
-        return _page(request, query, 202, charts={"done": dashboard.labels.passes(query)})
+        return _page(request, query, 202, charts={"progress": dashboard.labels.progress(query)})
     figures = last.value
     charts = {
         "at": last.at,

@@ -13,6 +13,7 @@ from analytics.report_page import confidence_chart, crossing_chart, field_charts
 from analytics.slices import Period
 from config import Settings, Taxonomy
 from config.report_settings import ReportSettings
+from domain.text import counted
 from mongo_client import DocumentStore
 from service.labels_query import LabelsQuery
 from service.recent import Figures, Recent
@@ -50,7 +51,7 @@ class LabelsTab:
         self._examples = Recent[tuple[LabelsQuery, Order], list[Example]](self._find)
         self._store = store
         self._analytics = LabelAnalytics(store, settings, taxonomy, charts.time_zone, LIMIT_S)
-        self._passes: dict[LabelsQuery, int] = {}  # that are done
+        self._progress: dict[LabelsQuery, str] = {}
 
     def last(self, query: LabelsQuery) -> Figures[LabelsFigures] | None:
         """Return the figures of *query*; None while the first ones are computed. See ``Recent.last``."""
@@ -60,9 +61,9 @@ class LabelsTab:
         """Return up to EXAMPLES results of *query*; None while the first ones are looked up. See ``Recent.last``."""
         return self._examples.last((replace(query, by="week"), order))  # the step does not matter
 
-    def passes(self, query: LabelsQuery) -> int:
-        """Return how many passes over the results are done for the first figures of *query*."""
-        return self._passes.get(query, 0)
+    def progress(self, query: LabelsQuery) -> str:
+        """Return how far the first figures of *query* are, such as ``3 counts are done``; empty before they begin."""
+        return self._progress.get(query, "")
 
     async def close(self) -> None:
         """Cancel what is being computed."""
@@ -72,18 +73,24 @@ class LabelsTab:
     async def _compute(self, query: LabelsQuery) -> LabelsFigures:
         await self._store.check()  # a pass has much time, so it would notice late that MongoDB is away
         view, fields, crossings, notes = query.slice, list[FieldReport](), list[Crossing](), list[str]()
+
+        def tell(done: int, total: int) -> None:
+            self._progress[query] = f"{done:,} of {total:,} days are done"
+
         try:
+            if note := await self._analytics.refresh(view, tell):
+                notes.append(note)
             for name in self.taxonomy.field_names:
                 fields.append(await field_report(self._analytics, name, query.by, view, notes))
-                self._passes[query] = len(fields)
+                self._progress[query] = f"{counted(len(fields), 'field')} done"
             for rows, columns in crossed_fields(fields):
                 crossings.append(Crossing(rows, columns, await self._analytics.crossed(rows, columns, view)))
-                self._passes[query] = len(fields) + len(crossings)
+                self._progress[query] = f"all fields and {counted(len(crossings), 'pair')} of fields done"
             confidences = await self._analytics.confidences(view)
             charts = await asyncio.to_thread(_drawn, fields, crossings, confidences, query.by)
             return LabelsFigures(*charts, confidences, notes)
         finally:
-            self._passes.pop(query, None)
+            self._progress.pop(query, None)
 
     async def _find(self, key: tuple[LabelsQuery, Order]) -> list[Example]:
         query, order = key
