@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import tzinfo
 
 from analytics.aggregates import Confidences, Example, LabelAnalytics, Order
+from analytics.charts import Chart
 from analytics.label_report import Crossing, FieldReport, crossed_fields, field_report
 from analytics.report_page import confidence_chart, crossing_chart, field_charts
 from analytics.slices import Period
@@ -29,8 +30,8 @@ class LabelsFigures:
     *notes* are sentences about what could not be computed. Charts are drawn once, because that takes longer than a page.
     """
 
-    fields: Sequence[tuple[FieldReport, Sequence[str]]]
-    together: Sequence[str]
+    fields: Sequence[tuple[FieldReport, Sequence[Chart]]]
+    together: Sequence[Chart]
     confidences: Confidences
     notes: Sequence[str]
 
@@ -38,6 +39,11 @@ class LabelsFigures:
     def n(self) -> int:
         """The number of results in the view."""
         return max((one.counts.total.n for one, _ in self.fields), default=0)
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All charts in the order of the page."""
+        return [*(chart for _, drawn in self.fields for chart in drawn), *self.together]
 
 
 class LabelsTab:
@@ -100,6 +106,6 @@ class LabelsTab:
 
 def _drawn(
     fields: Sequence[FieldReport], crossings: Sequence[Crossing], confidences: Confidences, by: Period
-) -> tuple[list[tuple[FieldReport, Sequence[str]]], list[str]]:
+) -> tuple[list[tuple[FieldReport, Sequence[Chart]]], list[Chart]]:
     together = [*map(crossing_chart, crossings), confidence_chart(confidences)]
     return [(one, field_charts(one, by)) for one in fields], [chart for chart in together if chart is not None]

@@ -11,12 +11,12 @@ import pytest
 from markupsafe import Markup
 
 from analytics import charts
-from analytics.charts import Bar, Series
+from analytics.charts import Bar, Chart, Series
 from analytics.periods import MOST, first_day, period_named, shown_periods
 from analytics.svg import SERIES, patterns
 
 HOSTILE = "<script>alert(1)</script>\" onload='x' ]]> \x00\u202e& </svg>" + "x" * 500
-Draw = Callable[[str], Markup]
+Draw = Callable[[str], Chart]
 KINDS: dict[str, Draw] = {
     "bars": lambda name: charts.bars(name, [Bar(name, 0.4, 0.3, 0.5, name), Bar("B", 0.1)], detail=name),
     "lines": lambda name: charts.lines(
@@ -27,7 +27,7 @@ KINDS: dict[str, Draw] = {
 }
 
 
-def parsed(chart: Markup) -> ElementTree.Element:
+def parsed(chart: Markup | Chart) -> ElementTree.Element:
     return ElementTree.fromstring(f"<div>{chart}</div>")
 
 
@@ -80,11 +80,11 @@ def test_series_differ_without_colour() -> None:
         for each in parsed(patterns()).iter("pattern")
     ]  # type: ignore[union-attr]
     assert len(set(drawings)) == len(drawings) == SERIES
+    marks = {each.get("id"): each.find("path").get("d") for each in parsed(patterns()).iter("marker")}  # type: ignore[union-attr]
+    assert len(set(marks.values())) == SERIES
     chart = parsed(charts.lines("t", ["1"], [Series(str(number), [0.1]) for number in range(SERIES)]))
-    marks = {
-        (each.get("d") or "").split("m", 1)[-1] for each in chart.iter("path") if "dot" in (each.get("class") or "")
-    }
-    assert len(marks) == SERIES
+    used = {each.get("marker-mid") for each in chart.iter("path") if "line" in (each.get("class") or "")}
+    assert used == {f"url(#{name})" for name in marks}
 
 
 def test_line_has_a_gap_where_there_are_no_results() -> None:
