@@ -5,13 +5,15 @@ Each method is one pass over the results of a ``Slice``; docs/report.md has the 
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
 from analytics.daily_counts import OF_CONFIDENCE, OF_MODELS, DailyCounts, Figures, Kept, answers, of_field, of_pair
+from analytics.figures import Confidences, Counts, Example, FieldCounts, Labels, ModelUse
 from analytics.slices import (
     BINS,
     CHANNEL,
@@ -34,7 +36,7 @@ from domain.text import one_line
 from error_handler import Reason, StoreForbiddenError, StoreRejectedError
 from mongo_client import DocumentStore, call_repeatedly
 from storage.aggregation import aggregated
-from storage.extended_json import Document, id_text
+from storage.extended_json import Document, id_key
 from storage.selection import Selection
 from utils.retry_utils import RetryPolicy
 
@@ -44,85 +46,10 @@ MAX_CHARACTERS = 80  # of a label, channel or model
 REVIEWED_AMONG_EXAMPLES = 500  # results that examples may pass over because a person has decided them
 
 Order = Literal["confidence", "newest"]
-Labels = tuple[str, ...]  # of one field of a result, sorted
 ALL = Slice()
 
 
-@dataclass(slots=True)
-class Counts:
-    """The count of each label, and of the results: *n* have a label of the field.
-
-    With a field of several labels, the labels of a result are counted each, so their shares can add up to more than 1.
-    """
-
-    n: int = 0
-    labels: Counter[str] = field(default_factory=Counter)
-
-    def add(self, labels: Sequence[str], n: int) -> None:
-        """Count *n* results with *labels*."""
-        self.n += n
-        for label in labels:
-            self.labels[label] += n
-
-
 LEFT: tuple[Selection, ...] = ("failed", "skipped")  # the states of documents without labels
-
-
-@dataclass(slots=True)
-class FieldCounts:
-    """The labels of the field *name*: in *total*, by period in order of time, and by channel, the most frequent first.
-
-    Results without a readable time are in no period. Those without a channel are under NO_CHANNEL. *is_cut* is True if
-    there are more than MAX_GROUPS combinations, of which the rarest are not counted.
-    """
-
-    name: str
-    total: Counts = field(default_factory=Counts)
-    periods: dict[str, Counts] = field(default_factory=dict)
-    channels: dict[str, Counts] = field(default_factory=dict)
-    is_cut: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Confidences:
-    """The confidence of the model: *bins* are counts of the lowest confidence in a result, from 0 to 1 in BINS steps.
-
-    *means* has the mean confidence of each field that has any. *without* counts results without confidence.
-    """
-
-    bins: tuple[int, ...]
-    means: Mapping[str, float]
-    without: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelUse:
-    """*n* results of one *model* with one prompt. Times are of the conversations, None if they have none."""
-
-    model: str
-    digest: str
-    prompt: str
-    n: int
-    first: datetime | None
-    last: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A result to look at: ids, labels with corrections, and no text. *confidence* is its lowest, None if it has none."""
-
-    document_id: Any
-    conversation_number: str
-    labels: Mapping[str, tuple[str, ...]]
-    confidence: float | None
-    model: str
-    at: datetime | None
-    label_source: Literal["model", "human"]
-
-    @property
-    def name(self) -> str:
-        """The id for people."""
-        return id_text(self.document_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +88,8 @@ class LabelAnalytics:
             self._database, settings.results_collection, self.fields, time_zone, limit_s, self._policy
         )
         self._has_counts = False
+        self._corrected_cells: dict[Slice, list[Document]] = {}  # until the next refresh
+        self._one = asyncio.Lock()
 
     async def refresh(self, view: Slice, tell: Callable[[int, int], None]) -> str:
         """Bring the counts of days up to date, which then answer; *tell* gets how many of how many days are done.
@@ -168,6 +97,7 @@ class LabelAnalytics:
         Return a sentence if *view* is counted from the results all the same, which takes longer; empty if not.
         """
         self._has_counts = False
+        self._corrected_cells.clear()
         if not answers(view):
             return "A view of one label or of a range of confidence is counted from the results, which takes longer."
         try:
@@ -293,17 +223,23 @@ class LabelAnalytics:
             "foreignField": "source_conversation_id",
             "as": "decisions",
         }
+        most = limit + REVIEWED_AMONG_EXAMPLES
         stages: list[Document] = [
-            {"$match": view.match(self.fields)},
             project,
             {"$match": known},
             {"$sort": sort},
-            {"$limit": limit + REVIEWED_AMONG_EXAMPLES},
+            {"$limit": most},
             {"$lookup": decisions},
             {"$match": {"decisions": []}},
             {"$limit": limit},
         ]
-        found = [self._example(one, "model") for one in await self._read(self._results_name, stages)]
+        of_model: list[Document] = []
+        parts = [await self._days.since_newest(view, most), view] if order == "newest" else [view]
+        for part in dict.fromkeys(parts):
+            if len(of_model) < limit:  # fewer only if results were deleted after they were counted
+                match = {"$match": part.match(self.fields)}
+                of_model = await self._read(self._results_name, [match, *stages])
+        found = [self._example(one, "model") for one in of_model]
         if order == "newest":
             human = [*self._corrections(), {"$match": {"$and": [{"sign": 1}, view.match(self.fields)]}}, project]
             corrected = await self._read(self._corrections_name, [*human, {"$sort": sort}, {"$limit": limit}])
@@ -333,6 +269,8 @@ class LabelAnalytics:
         """Return ``{_id, n}`` and the further figures for each key of *question* in *view*, the largest first."""
         figures = {"n": ("$sum", 1), **question.more}
         reads = self._reads(view, question, figures)
+        if is_corrected and self._has_counts and answers(view) and not question.more:
+            return with_changes(await self._united(reads, figures), await self._changes(view), question.kept)
         if is_corrected and await self._has_corrections():
             signed = {
                 name: {do: {"$multiply": ["$sign", one]} if do == "$sum" else one}
@@ -342,12 +280,23 @@ class LabelAnalytics:
             reads.append(
                 (self._corrections_name, [*self._corrections(), match, {"$group": {"_id": question.key, **signed}}])
             )
-        (name, stages), *others = reads
+        return await self._united(reads, figures)
+
+    async def _united(self, reads: Sequence[tuple[str, list[Document]]], figures: Figures) -> list[Document]:
+        (first, stages), *others = reads
         if others:
-            stages += [{"$unionWith": {"coll": other, "pipeline": pipeline}} for other, pipeline in others]
+            stages = [*stages, *({"$unionWith": {"coll": name, "pipeline": part}} for name, part in others)]
             totals = {name: {do: f"${name}"} for name, (do, _) in figures.items()}
             stages += [{"$group": {"_id": "$_id", **totals}}, {"$match": {"n": {"$gt": 0}}}]
-        return await self._read(name, [*stages, *LARGEST])
+        return await self._read(first, [*stages, *LARGEST])
+
+    async def _changes(self, view: Slice) -> list[Document]:
+        """Return what corrections change in the counts of *view*: read once for all questions."""
+        async with self._one:
+            if view not in self._corrected_cells:
+                stages = self._days.corrected(self._corrections(), view)
+                self._corrected_cells[view] = await self._read(self._corrections_name, stages)
+            return self._corrected_cells[view]
 
     def _reads(self, view: Slice, question: Question, figures: Figures) -> list[tuple[str, list[Document]]]:
         """Return what to read for *figures* as the model labelled the results: names of collections with stages."""
@@ -374,6 +323,16 @@ class LabelAnalytics:
 
 LARGEST: tuple[Document, ...] = ({"$sort": {"n": -1}}, {"$limit": MAX_GROUPS})
 _REASONS = frozenset(Reason)
+
+
+def with_changes(groups: Sequence[Document], changes: Sequence[Document], kept: Kept) -> list[Document]:
+    """Return *groups* with the counts of the cells *changes* added, as *kept* groups them."""
+    found = {id_key(one["_id"]): one for one in groups}
+    for change in changes:
+        if change["_id"]["kind"] == kept.kind:
+            key = kept.of(change["_id"])
+            found.setdefault(id_key(key), {"_id": key, "n": 0})["n"] += change["n"]
+    return [one for one in found.values() if one["n"] > 0]
 
 
 def labels_of(value: Any) -> Labels | None:

@@ -62,6 +62,11 @@ class Kept:
     kind: str
     key: Any
 
+    def of(self, cell: Document) -> Document:
+        """Return the key that *cell* counts for; fields that are missing in one are missing in the other."""
+        places = {name: path.removeprefix("$").removeprefix("cell.") for name, path in self.key.items()}
+        return {name: cell[place] for name, place in places.items() if place in cell}
+
 
 def of_field(place: int, by: Period) -> Kept:
     """Return the labels of the field at *place* of the taxonomy, by period and channel."""
@@ -90,7 +95,7 @@ class DailyCounts:
         self.name = f"{results}_counts"
         self._results, self._counts = database[results], database[self.name]
         self._fields = tuple(fields)
-        self._day = period_of("day", time_zone)
+        self._day, self._week = period_of("day", time_zone), period_of("week", time_zone)
         self._zone: tzinfo = UTC if time_zone == "UTC" else ZoneInfo(time_zone)
         self._prefix = f"{LAYOUT} {time_zone} {','.join(fields)} "
         self._limit_s, self._policy = limit_s, policy
@@ -217,13 +222,47 @@ class DailyCounts:
             },
         ]
 
-    def _parts(self, figures: Figures) -> list[Document]:
-        """Return what one result counts for: one element for each cell."""
+    def corrected(self, corrections: Sequence[Document], view: Slice) -> list[Document]:
+        """Return the stages that count what *corrections* change in *view*: ``_id`` is a cell, ``n`` below 0 takes away.
+
+        *corrections* are the stages of ``corrected_results``.
+        """
+        names = {"channel": f"${CHANNEL}", "day": self._day, "week": self._week, "parts": self._label_parts()}
+        key = {name: f"${name}" for name in ("channel", "day", "week")}
+        key |= {name: f"$parts.{name}" for name in ("kind", "key", "other")}
+        return [
+            *corrections,
+            {"$match": view.match(self._fields)},
+            {"$project": {"_id": 0, "sign": 1, **names}},
+            {"$unwind": "$parts"},
+            {"$group": {"_id": key, "n": {"$sum": "$sign"}}},
+            {"$match": {"n": {"$ne": 0}}},
+        ]
+
+    async def since_newest(self, view: Slice, count: int) -> Slice:
+        """Return the last days of *view* that had *count* results or more when they were counted; *view* if none had."""
+        sums = self.stages(view, Kept(MODELS, "$day"), {"n": ("$sum", 1)})
+        if sums is None:
+            return view
+        for one in sorted(await self._read(self._counts, sums[0]), key=lambda one: one["_id"] or "", reverse=True):
+            count -= one["n"]
+            if count <= 0 and one["_id"]:
+                start = _start(date.fromisoformat(one["_id"]), self._zone)
+                return replace(view, since=max(start, view.since or start))
+        return view
+
+    def _label_parts(self) -> list[Document]:
         paths = [f"$classification.{name}" for name in self._fields]
         pairs = combinations(range(len(paths)), 2)
         return [
             *({"kind": f"f{place}", "key": path} for place, path in enumerate(paths)),
             *({"kind": f"f{one}f{two}", "key": paths[one], "other": paths[two]} for one, two in pairs),
+        ]
+
+    def _parts(self, figures: Figures) -> list[Document]:
+        """Return what one result counts for: one element for each cell."""
+        return [
+            *self._label_parts(),
             {
                 "kind": CONFIDENCE,
                 "key": confidence_place(self._fields),

@@ -10,8 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from analytics import charts
-from analytics.aggregates import Confidences, Counts
 from analytics.charts import Bar, Chart, Series, percent
+from analytics.figures import Confidences, Counts
 from analytics.label_report import Crossing, FieldReport, LabelReport
 from analytics.periods import shown_periods
 from analytics.slices import BINS, Period

@@ -7,8 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from aggregator import aggregate_conversation
-from analytics.aggregates import Example, Order
+from analytics.aggregates import Order
 from analytics.charts import STYLE
+from analytics.figures import Example
 from analytics.svg import patterns
 from domain.conversation import Turn
 from error_handler import RequestError, SkippedDocumentError, StoreError, TriadError

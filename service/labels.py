@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import tzinfo
 
-from analytics.aggregates import Confidences, Example, LabelAnalytics, Order
+from analytics.aggregates import LabelAnalytics, Order
 from analytics.charts import Chart
+from analytics.figures import Confidences, Example
 from analytics.label_report import Crossing, FieldReport, crossed_fields, field_report
 from analytics.report_page import confidence_chart, crossing_chart, field_charts
 from analytics.slices import Period
