@@ -39,7 +39,7 @@ figure.chart { margin: 1rem 0; max-width: 44rem; break-inside: avoid; }
 figure.chart > svg { display: block; width: 100%; height: auto; }
 figure.chart figcaption { font-weight: 600; }
 figure.chart text { fill: var(--ink); font: 13px system-ui, sans-serif; }
-figure.chart text.small { font-size: 11px; }
+figure.chart .small, figure.chart .small text { font-size: 11px; }
 figure.chart .axis { stroke: var(--rule); }
 figure.chart .outline { stroke: var(--ink); stroke-width: .75; }
 figure.chart .whisker { stroke: var(--ink); stroke-width: 1.5; fill: none; }
@@ -221,7 +221,7 @@ def heat_map(
     width, top = (WIDTH - LEFT) / max(1, len(columns)), 24.0
     most = max(values.values(), default=0.0) or 1.0
     heads = [
-        _text(LEFT + width * (place + 0.5), 15, one_line(name, max(4, int(width / 7))), small=True)
+        _text(LEFT + width * (place + 0.5), 15, one_line(name, max(4, int(width / 7))))
         for place, name in enumerate(columns)
     ]
     names, figures, shapes = [], [], [""] * (SHADES + 1)
@@ -231,13 +231,16 @@ def heat_map(
         for across, column in enumerate(columns):
             value, x = values.get((row, column), 0.0), LEFT + across * width
             shapes[round(SHADES * value / most)] += _rectangle(x, y, width, ROW)
-            figures.append(_text(x + width / 2, y + 16, f"{100 * value:.0f}", small=True))
+            figures.append(_text(x + width / 2, y + 16, f"{100 * value:.0f}"))
     drawn = [
         element("path", d=shape, class_="heat", fill_opacity=f"{0.6 * shade / SHADES:.2f}")  # the ink stays readable
         for shade, shape in enumerate(shapes)
         if shape
     ]
-    drawn += [element("g", *names, text_anchor="end"), element("g", *heads, *figures, text_anchor="middle")]
+    drawn += [
+        element("g", *names, text_anchor="end"),
+        element("g", *heads, *figures, text_anchor="middle", class_="small"),
+    ]
     cells = [
         [
             row,
@@ -275,11 +278,14 @@ def _text(x: float, y: float, text: str, *, anchor: str | None = None, small: bo
 
 def _line(points: Sequence[tuple[float, float] | None], place: int) -> Markup:
     """Return the line through *points*, with a gap at None, in the dashes and with the marks of the series at *place*."""
-    path, is_open = "", False
-    for point in points:
-        if point is not None:
-            path += f"{'L' if is_open else 'M'}{number(point[0])} {number(point[1])}"
-        is_open = point is not None
+    path, last = "", None
+    for point in points:  # whole and relative numbers: a year of weeks is a third as long
+        now = None if point is None else (round(point[0]), round(point[1]))
+        if now is not None:
+            path += (
+                f"M{now[0]} {now[1]}" if last is None else f"l{now[0] - last[0]} {now[1] - last[1]}".replace(" -", "-")
+            )
+        last = now
     marks = mark(place) if path and len(points) <= MOST_MARKED else {}
     return element("path", d=path or "M0 0", class_=f"line l{place}", stroke_dasharray=_DASHES[place], **marks)
 

@@ -90,7 +90,7 @@ def test_series_differ_without_colour() -> None:
 def test_line_has_a_gap_where_there_are_no_results() -> None:
     chart = parsed(charts.lines("t", ["1", "2", "3"], [Series("A", [0.1, None, 0.2])]))
     path = next(each.get("d") or "" for each in chart.iter("path") if "line" in (each.get("class") or ""))
-    assert (path.count("M"), path.count("L")) == (2, 0)
+    assert (path.count("M"), path.count("l")) == (2, 0)
 
 
 def test_charts_of_nothing_are_drawn() -> None:
