@@ -123,7 +123,9 @@ class DailyCounts:
         done = 0
         for days in _windows(stale):
             tell(done, len(stale))
-            await self._read(self._results, [*self._counted(days), {"$merge": {"into": self.name}}])
+            await self._read(
+                self._results, [*self._counted(days), {"$merge": {"into": self.name, "whenMatched": "replace"}}]
+            )
             done += len(days)
 
     def stages(self, view: Slice, kept: Kept, figures: Figures) -> tuple[list[Document], list[Slice]] | None:

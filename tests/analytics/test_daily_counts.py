@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from bson import ObjectId
+from pymongo import MongoClient
 from pymongo.database import Database
 
+from analytics import daily_counts
 from analytics.aggregates import LabelAnalytics
 from analytics.slices import NO_CHANNEL, Slice
 from config import Taxonomy, load_settings
 from config.taxonomy import Field, Label
+from embedded.mongod import EmbeddedMongod
 from mongo_client import DocumentStore
 from tests.analytics.made_results import START, correction, result
 
@@ -118,11 +121,9 @@ class Changes:
         if self._known:
             name = self._drawn.choice(tuple(LABELS))
             label = ["Y"] if name == "products" else self._drawn.choice(LABELS[name])
-            decision = correction(self._drawn.choice(self._known), name, label, _id=ObjectId())
+            decision = correction(self._drawn.choice(self._known), name, label)
             key = {name: decision[name] for name in ("source_conversation_id", "field")}
-            self._corrections.replace_one(key, {**decision, "_id": decision["_id"]}, upsert=True) if not (
-                self._corrections.find_one(key)
-            ) else self._corrections.update_one(key, {"$set": {"to": label}})
+            self._corrections.replace_one(key, decision, upsert=True)
 
     def _delete(self) -> None:
         if self._known:
@@ -130,12 +131,14 @@ class Changes:
             self._results.delete_one({"_id": gone["_id"]})
 
 
-async def same_figures(database: Place, open_analytics: Callable[..., LabelAnalytics], seed: int, rounds: int) -> None:
+async def same_figures(
+    database: Place, open_analytics: Callable[..., LabelAnalytics], seed: int, rounds: int, zones: tuple[str, ...]
+) -> None:
     """Compare the figures of counts that were kept over several changes with those of the results."""
     changes = Changes(database, seed)
     for number in range(rounds):
         changes.some(40 if number == 0 else 6)
-        for zone in ("UTC", NEW_YORK):
+        for zone in zones:
             of_counts, of_results = open_analytics(zone), open_analytics(zone)
             for view in VIEWS:
                 note = await of_counts.refresh(view, silent)
@@ -144,7 +147,7 @@ async def same_figures(database: Place, open_analytics: Callable[..., LabelAnaly
 
 
 async def test_figures_are_those_of_the_results_after_any_change(database: Place, open_analytics: Any) -> None:
-    await same_figures(database, open_analytics, seed=1, rounds=2)
+    await same_figures(database, open_analytics, 1, 2, (NEW_YORK,))
 
 
 @pytest.mark.thorough
@@ -152,4 +155,67 @@ async def test_figures_are_those_of_the_results_after_any_change(database: Place
 async def test_figures_are_those_of_the_results_after_many_changes(
     database: Place, open_analytics: Any, seed: int
 ) -> None:
-    await same_figures(database, open_analytics, seed, rounds=8)
+    await same_figures(database, open_analytics, seed, 8, ("UTC", NEW_YORK))
+
+
+async def test_counts_answer_without_a_look_at_the_results(database: Place, open_analytics: Any) -> None:
+    analytics = open_analytics()
+    one, other = result({"topic": "A"}, FIRST), result({"topic": "B"}, FIRST + DAY)
+    database.sentimental_analysis.insert_many([one, other])
+    seen: list[tuple[int, int]] = []
+    assert await analytics.refresh(Slice(), lambda *done: seen.append(done)) == ""
+    assert seen == [(0, 2)]
+    database.sentimental_analysis.delete_many({})
+    assert (await analytics.field_counts("topic")).total.labels == {"A": 1, "B": 1}
+    await analytics.refresh(Slice(), silent)
+    assert (await analytics.field_counts("topic")).total.n == 0
+    assert database[COUNTS].count_documents({}) == 0
+
+
+async def test_only_days_that_changed_are_counted_again(database: Place, open_analytics: Any) -> None:
+    analytics = open_analytics()
+    results = [result({"topic": "A"}, FIRST + number * DAY) for number in range(3)]
+    database.sentimental_analysis.insert_many(results)
+    await analytics.refresh(Slice(), silent)
+    database[COUNTS].update_many({}, {"$set": {"old": True}})
+    labelled_again = {"processing_metadata.processed_at": START + HOUR, "classification.topic": "B"}
+    database.sentimental_analysis.update_one({"_id": results[1]["_id"]}, {"$set": labelled_again})
+    await analytics.refresh(Slice(), silent)
+    assert [one["day"] for one in database[COUNTS].find({"old": None})] == ["2026-10-29"]
+    assert (await analytics.field_counts("topic")).total.labels == {"A": 2, "B": 1}
+
+
+async def test_counts_need_no_index(database: Place, open_analytics: Any) -> None:
+    """The first report after an upgrade may come before a worker has made the index."""
+    database.sentimental_analysis.drop_indexes()
+    database.sentimental_analysis.insert_one(result({"topic": "A"}, FIRST))
+    analytics = open_analytics()
+    assert await analytics.refresh(Slice(), silent) == ""
+    assert (await analytics.field_counts("topic")).total.n == 1
+
+
+async def test_too_many_days_are_counted_from_the_results(
+    database: Place, open_analytics: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daily_counts, "MAX_DAYS", 1)
+    database.sentimental_analysis.insert_many([result({"topic": "A"}, FIRST + number * DAY) for number in range(2)])
+    analytics = open_analytics()
+    assert "of more than 1 days" in await analytics.refresh(Slice(), silent)
+    assert (await analytics.field_counts("topic")).total.n == 2
+    assert database[COUNTS].count_documents({}) == 0
+
+
+@pytest.mark.thorough
+async def test_without_the_right_to_write_counts_the_results_are_counted(tmp_path: Path) -> None:
+    name, password = "customer_support", "secret-of-a-test"
+    with EmbeddedMongod(tmp_path / "db") as mongod, MongoClient[dict[str, Any]](mongod.uri) as client:
+        client.admin.command("createUser", "reader", pwd=password, roles=[{"role": "read", "db": name}])
+        client[name].sentimental_analysis.insert_one(result({"topic": "A"}, FIRST))
+    with EmbeddedMongod(tmp_path / "db", extra_arguments=["--auth"]) as mongod:
+        uri = mongod.uri.replace("//", f"//reader:{password}@")
+        settings = load_settings(None, mongodb_uri=uri, db_name=name)
+        store = DocumentStore(settings)
+        analytics = LabelAnalytics(store, settings, TAXONOMY)
+        assert "no right to write sentimental_analysis_counts" in await analytics.refresh(Slice(), silent)
+        assert (await analytics.field_counts("topic")).total.n == 1
+        await store.close()
