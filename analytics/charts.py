@@ -44,6 +44,7 @@ figure.chart .axis { stroke: var(--rule); }
 figure.chart .outline { stroke: var(--ink); stroke-width: .75; }
 figure.chart .whisker { stroke: var(--ink); stroke-width: 1.5; fill: none; }
 figure.chart .line { fill: none; stroke-width: 2; }
+.l1, .l5 { stroke-dasharray: 7 3; } .l2, .l6 { stroke-dasharray: 2 3; } .l3, .l7 { stroke-dasharray: 9 3 2 3; }
 figure.chart .dot { stroke: var(--paper); stroke-width: .5; }
 svg.defs { position: absolute; }
 .ink { stroke: var(--ink); stroke-width: 1; fill: none; }
@@ -262,8 +263,7 @@ def scale_top(values: Sequence[float]) -> float:
 
 def _chart(title: str, drawn: Sequence[Markup], height: float, twin: Markup) -> Chart:
     title = one_line(title, 160)
-    names = (element("title", title), element("desc", "The table below the chart has the same figures."))
-    drawing = element("svg", *names, *drawn, viewBox=f"0 0 {WIDTH:.0f} {height:.0f}", role="img")
+    drawing = element("svg", element("title", title), *drawn, viewBox=f"0 0 {WIDTH:.0f} {height:.0f}", role="img")
     return Chart(title, drawing, twin)
 
 
@@ -286,11 +286,8 @@ def _line(points: Sequence[tuple[float, float] | None], place: int) -> Markup:
                 f"M{now[0]} {now[1]}" if last is None else f"l{now[0] - last[0]} {now[1] - last[1]}".replace(" -", "-")
             )
         last = now
-    marks = mark(place) if path and len(points) <= MOST_MARKED else {}
-    return element("path", d=path or "M0 0", class_=f"line l{place}", stroke_dasharray=_DASHES[place], **marks)
-
-
-_DASHES = ("none", "7 3", "2 3", "9 3 2 3", "none", "7 3", "2 3", "9 3 2 3")
+    marks = mark(place, "start", "mid", "end") if path and len(points) <= MOST_MARKED else {}
+    return element("path", d=path or "M0 0", class_=f"line l{place}", **marks)
 
 
 def _legend_height(count: int) -> float:
@@ -302,7 +299,8 @@ def _legend(names: Sequence[str], top: float, *, is_line: bool = False) -> list[
     for place, name in enumerate(names):
         x, y = 4 + WIDTH / 2 * (place % 2), top + 6 + 20 * (place // 2)
         if is_line:
-            drawn.append(_line([(x, y + 7), (x + 12, y + 7), (x + 24, y + 7)], place))
+            sample = f"M{x:.0f} {y + 7:.0f}h12h12"
+            drawn.append(element("path", d=sample, class_=f"line l{place}", **mark(place, "mid")))
         else:
             drawn.append(element("rect", x=x, y=float(y), width=24, height=14, fill=fill(place), class_="outline"))
         drawn.append(_text(x + 30, y + 12, one_line(name, LEGEND_CHARACTERS)))

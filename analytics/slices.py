@@ -44,8 +44,9 @@ class Slice:
         parts: list[Document] = []
         if self.since is not None or self.until is not None:
             wanted = {"$gte": self.since or EARLIEST, "$lt": self.until or LATEST}
-            no_last = {LAST: {"$not": {"$gte": EARLIEST, "$lt": LATEST}}}
-            parts.append({"$or": [{LAST: wanted}, {**no_last, CREATED: wanted}]})
+            # Two parts for results without a last message: MongoDB can look up each in an index, but not both in one $not.
+            others = ({LAST: {"$not": limit}, CREATED: wanted} for limit in ({"$gte": EARLIEST}, {"$lt": LATEST}))
+            parts.append({"$or": [{LAST: wanted}, *others]})
         parts += self.facts(CHANNEL, MODEL)
         parts += [{f"classification.{field}": {"$eq": label}} for field, label in self.labels]
         if self.confidence is not None:

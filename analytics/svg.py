@@ -58,7 +58,7 @@ def patterns() -> Markup:
             "pattern",
             element("rect", width=8, height=8, class_=f"s{place}"),
             *([element("path", d=drawing, class_="ink")] if drawing else []),
-            id=f"pattern-{place}",
+            id=f"p{place}",
             width=8,
             height=8,
             patternUnits="userSpaceOnUse",
@@ -69,7 +69,7 @@ def patterns() -> Markup:
         element(
             "marker",
             element("path", d=f"M0 0{drawing}", class_=f"dot m{place}"),
-            id=f"mark-{place}",
+            id=f"m{place}",
             viewBox="-5 -5 10 10",
             markerWidth=10,
             markerHeight=10,
@@ -84,12 +84,12 @@ def patterns() -> Markup:
 
 def fill(place: int) -> str:
     """Return the fill of the series at *place*, from 0."""
-    return f"url(#pattern-{place % SERIES})"
+    return f"url(#p{place % SERIES})"
 
 
-def mark(place: int) -> dict[str, str]:
-    """Return the attributes that put the mark of the series at *place* on each point of a line."""
-    return {f"marker_{where}": f"url(#mark-{place % SERIES})" for where in ("start", "mid", "end")}
+def mark(place: int, *where: str) -> dict[str, str]:
+    """Return the attributes that put the mark of the series at *place* on points of a line: its start, mid or end."""
+    return {f"marker_{one}": f"url(#m{place % SERIES})" for one in where}
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:

@@ -14,7 +14,7 @@ from analytics.report_page import confidence_chart, crossing_chart, field_charts
 from analytics.slices import BINS, Period
 from config import load_taxonomy
 
-MAX_CHARTS = 40_000  # bytes, of the 50 KB of a page
+MAX_CHARTS = 38_000  # bytes, of the 50 KB of a page
 
 
 def counts(labels: tuple[str, ...], seed: int) -> Counts:
