@@ -173,7 +173,6 @@ class DailyCounts:
                 "default": {},
             }
         }
-        day = {"$dateFromString": {"dateString": "$_id", "onNull": None}}
         return [
             {"$match": self._in_window(days)},
             {
@@ -213,16 +212,20 @@ class DailyCounts:
                     "cells": {"$push": {"k": kind, "v": "$cells"}},
                 }
             },
-            {
-                "$project": {
-                    "_id": {"$concat": [self._prefix, {"$ifNull": ["$_id", ""]}]},
-                    "day": "$_id",
-                    "week": {"$dateToString": {"date": day, "format": "%G-W%V"}},
-                    "stamp": {"n": "$n", "labelled": "$labelled"},
-                    "cells": {"$arrayToObject": "$cells"},
-                }
-            },
+            self._document(),
         ]
+
+    def _document(self) -> Document:
+        day = {"$dateFromString": {"dateString": "$_id", "onNull": None}}
+        return {
+            "$project": {
+                "_id": {"$concat": [self._prefix, {"$ifNull": ["$_id", ""]}]},
+                "day": "$_id",
+                "week": {"$dateToString": {"date": day, "format": "%G-W%V"}},
+                "stamp": {"n": "$n", "labelled": "$labelled"},
+                "cells": {"$arrayToObject": "$cells"},
+            }
+        }
 
     def corrected(self, corrections: Sequence[Document], view: Slice) -> list[Document]:
         """Return the stages that count what *corrections* change in *view*: ``_id`` is a cell, ``n`` below 0 takes away.
