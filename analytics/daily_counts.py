@@ -77,9 +77,10 @@ def of_pair(first: int, second: int) -> Kept:
     """Return the labels of two fields together."""
     if first == second:
         return Kept(f"f{first}", {"first": "$cell.key", "second": "$cell.key"})
-    names = ("first", "second") if first < second else ("second", "first")
     low, high = sorted((first, second))
-    return Kept(f"f{low}f{high}", dict(zip(names, ("$cell.key", "$cell.other"), strict=True)))
+    one, other = ("key", "other") if first < second else ("other", "key")
+    # The order of the names is that of direct counts: MongoDB and BSON tell documents of another order apart.
+    return Kept(f"f{low}f{high}", {"first": f"$cell.{one}", "second": f"$cell.{other}"})
 
 
 OF_CONFIDENCE = Kept(CONFIDENCE, "$cell.key")
