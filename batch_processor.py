@@ -40,9 +40,7 @@ from worker.shared_window import loaded_window, window_of
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 from worker.subset import require_query
 
-if (
-    TYPE_CHECKING
-):  # few runs have a built-in classifier, a student, several servers, a stream or, for an estimate, a recorder
+if TYPE_CHECKING:  # few runs have a built-in classifier, a student, several servers, a stream, or a recorder
     from embedded.baseline import Answer
     from embedded.choice import BuiltInClassifier
     from student.first_answer import FirstAnswer
@@ -134,7 +132,7 @@ class BatchProcessor:
             if self.settings.mode == "stream":
                 from worker.stream import open_stream  # noqa: PLC0415 - only for this mode
 
-                self._stream = await open_stream(self.store, self.files, self._source, self.settings)
+                self._stream = await open_stream(self.store, self.files, self._source, self.settings, subset.name)
             self._heartbeat = self._new_heartbeat()
             taxonomy = load_prompt_taxonomy(self.settings)
             classify = self._given_classify or await self._connect_model(stack, taxonomy)
@@ -246,7 +244,9 @@ class BatchProcessor:
         """
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
-        stats = await run.execute(sources, to_the_end=True)
+        return self._with_servers(await run.execute(sources, to_the_end=True))
+
+    def _with_servers(self, stats: dict[str, Any]) -> dict[str, Any]:
         return stats if self._pool is None else {**stats, "servers": self._pool.states()}
 
     async def follow(self, sweep_every_s: float) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class BatchProcessor:
             raise ConfigurationError("follow needs the mode stream: BatchProcessor(mode='stream').")
         run = await self._new_run(replace(self.options, only="changed", retry_failed=False))
         intake = StreamIntake(run.intake, self._stream)
-        return await run.execute([intake.live(sweep_every_s)], to_the_end=False)
+        return self._with_servers(await run.execute([intake.live(sweep_every_s)], to_the_end=False))
 
     async def describe(self) -> dict[str, Any]:
         """Write the sentence (``categorization``) into the results that lack it; the labels do not change.

@@ -157,10 +157,11 @@ class DocumentIntake:
 
     async def given(self, documents: list[Document]) -> AsyncGenerator[BatchInWork]:
         """Yield *documents* as one batch, without those that have a result or belong to another worker."""
+        claimed_at = time.monotonic()
         own = await self._claimed(documents)
         self._settlement.stats.total += len(own)
         if own:
-            yield BatchInWork(await asyncio.to_thread(self._files.save_pending, own))
+            yield BatchInWork(await asyncio.to_thread(self._files.save_pending, own), claimed_at=claimed_at)
 
     async def retry_round(self) -> AsyncGenerator[BatchInWork]:
         """Yield each retry file once as a batch."""
@@ -203,13 +204,13 @@ class DocumentIntake:
     async def _saved(self, documents: list[Document]) -> BatchFile | None:
         """Save the leased *documents* as the next batch, up to the limit of the run; None if none are left."""
         limit = self._options.limit
-        if limit is not None and len(documents) > limit - self._taken:
-            surplus = documents[limit - self._taken :]
-            documents = documents[: limit - self._taken]
+        room = len(documents) if limit is None else max(0, limit - self._taken)
+        documents, surplus = documents[:room], documents[room:]
+        self._taken += len(documents)  # before the next step of the other tasks that take documents
+        if surplus:
             await self._store.release([document["_id"] for document in surplus])
         if not documents:
             return None
-        self._taken += len(documents)
         if self._options.only:  # their number is only known after the last page
             self._settlement.stats.total += len(documents)
         file = await asyncio.to_thread(self._files.save_pending, documents)

@@ -28,7 +28,8 @@ COMPARE_S = 0.25  # the longest time for pages between two looks at the changes
 POLL_MIN_S, POLL_MAX_S = 0.5, 2.0
 POLL_LOAD = 20.0  # a poll waits this many times as long as it took
 MOST_POSITIONS = 1000  # read ahead
-MOST_WAITING = 10_000  # conversations that wait until they are quiet; with more, the first ones are not waited for
+MOST_WAITING = 10_000  # conversations that wait until they are quiet; with more, the first ones are not waited for, and
+# no changes are read: they stay in MongoDB
 
 
 class StreamState:
@@ -37,16 +38,20 @@ class StreamState:
     The file may be older than the truth: changes that are read again find that there is nothing to do.
     """
 
-    def __init__(self, files: BatchFiles, source: str, watch: ChangeWatch, settle_s: float) -> None:
+    def __init__(
+        self, files: BatchFiles, source: str, watch: ChangeWatch, settle_s: float, subset: str | None = None
+    ) -> None:
         self._files = files
         self._source = source
+        self._subset = subset
         self.watch = watch
         self.settle_s = settle_s
         saved = files.read_state(FILE_NAME) or {}
         if saved.get("source") != source:
             saved = {}
         self.token = watch.token = saved.get("token")
-        self.is_comparing = saved.get("is_comparing") is True
+        # A stream of another part did not keep the conversations of this one that grew.
+        self.is_comparing = saved.get("is_comparing") is True or saved.get("subset") not in (None, subset)
         self.waiting: dict[bytes, tuple[float, Any]] = {}  # by id_key: when it is due (monotonic), and the _id
         for document_id in saved.get("waiting") or []:
             self.wait_for(document_id)
@@ -58,6 +63,11 @@ class StreamState:
         await self.watch.locate()
         self.token = self.watch.token
         self.save(at_once=True)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more conversations may wait."""
+        return len(self.waiting) <= MOST_WAITING
 
     def wait_for(self, document_id: Any) -> None:
         """Look at the document when it has been quiet for the settling time from now."""
@@ -77,21 +87,31 @@ class StreamState:
         if now < self._next_s and not at_once:
             return
         ids = [document_id for _, document_id in self.waiting.values()]
-        content = {"source": self._source, "token": self.token, "is_comparing": self.is_comparing, "waiting": ids}
+        content = {
+            "source": self._source,
+            "subset": self._subset,
+            "token": self.token,
+            "is_comparing": self.is_comparing,
+            "waiting": ids,
+        }
         if content != self._content:
             self._files.write_state(FILE_NAME, content)
             self._content, self._next_s = content, now + SAVE_EVERY_S
 
 
-async def open_stream(store: DocumentStore, files: BatchFiles, source: str, settings: Settings) -> StreamState:
+async def open_stream(
+    store: DocumentStore, files: BatchFiles, source: str, settings: Settings, subset: str | None
+) -> StreamState:
     """Return the state of the stream of *source*, the identity of the collection; create the index that its looks need.
+
+    *subset* is the ``Subset.name`` of *store*.
 
     The stream begins before the first run, so that what grows meanwhile is not missed.
     """
     options = store.database.codec_options.with_options(tz_aware=True)  # as the store reads ids
     collection = store.database.get_collection(settings.source_collection, codec_options=options)
     await store.ensure_source_indexes(for_stream=True)
-    state = StreamState(files, source, ChangeWatch(collection, store.states), settings.settle_s)
+    state = StreamState(files, source, ChangeWatch(collection, store.states), settings.settle_s, subset)
     await state.locate()
     return state
 
@@ -111,6 +131,7 @@ class StreamIntake(DocumentIntake):
     async def live(self, sweep_every_s: float) -> AsyncGenerator[BatchInWork]:
         """Yield new and grown conversations as they come, and each *sweep_every_s* those that no change announced."""
         state = self._state
+        state.watch.token = state.token  # an outage has discarded what was read beyond it
         positions: asyncio.Queue[Position] = asyncio.Queue(MOST_POSITIONS)
         reader = asyncio.create_task(state.watch.run(positions), name="changes")
         try:
@@ -122,7 +143,8 @@ class StreamIntake(DocumentIntake):
                     async for batch in self._pending():
                         yield batch
                     self._next_sweep_s = time.monotonic() + sweep_every_s
-                async for batch in self._announced(positions) if state.watch.is_supported else self._polled():
+                is_read = state.watch.is_supported and state.has_room
+                async for batch in self._announced(positions) if is_read else self._polled():
                     yield batch
                 async for batch in self._grown():
                     yield batch
@@ -157,7 +179,7 @@ class StreamIntake(DocumentIntake):
         if found:  # the batches are on disk
             state.token = found[-1].token
         until_s = time.monotonic() + COMPARE_S
-        while state.is_comparing and time.monotonic() < until_s:
+        while state.is_comparing and state.has_room and time.monotonic() < until_s:
             state.is_comparing = await self._compare_page()
 
     async def _polled(self) -> AsyncGenerator[BatchInWork]:
@@ -168,7 +190,8 @@ class StreamIntake(DocumentIntake):
         start_s = time.monotonic()
         async for batch in self._pending():
             yield batch
-        await self._compare_page()
+        if self._state.has_room:
+            await self._compare_page()
         self._poll_s = min(POLL_MAX_S, max(POLL_MIN_S, POLL_LOAD * (time.monotonic() - start_s)))
 
     async def _pending(self) -> AsyncGenerator[BatchInWork]:

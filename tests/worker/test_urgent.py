@@ -219,6 +219,30 @@ async def test_neither_lane_takes_what_the_other_has_in_work(
         await store.close()
 
 
+async def test_limit_holds_while_a_page_gives_back_its_surplus(
+    mongodb_uri: str, database: Database[Document], tmp_path: Path
+) -> None:
+    """Urgent documents are taken at the same time."""
+
+    class Store(DocumentStore):
+        async def release(self, document_ids: list[Any]) -> None:
+            await super().release(document_ids)
+            urgent.append(await intake.urgent([9]))
+
+    urgent: list[Any] = []
+    database["conversation_set"].insert_many([conversation(number) for number in range(10)])
+    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
+    store, files, checkpoint = Store(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
+    options = RunOptions(batch_size=9, limit=4)
+    parts = RunParts(settings, options, store, files, checkpoint, asyncio.Event(), cast("Any", None))
+    intake = DocumentIntake(parts, Settlement(store, files, checkpoint, replaces=False, on_rejected=lambda _: None))
+    try:
+        assert [batch.document_ids async for batch in intake.fresh()] == [[0, 1, 2, 3]]
+        assert urgent == [None]
+    finally:
+        await store.close()
+
+
 def test_a_kill_with_urgent_documents_in_work(site: Site) -> None:
     """The next run finishes what both lanes had in work; nothing is lost, nothing twice."""
     documents = documents_of_all_shapes(60)
