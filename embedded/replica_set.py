@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pymongo import MongoClient
-from pymongo.errors import OperationFailure
+from pymongo.errors import OperationFailure, PyMongoError
 
 from embedded.mongod import POLL_S, START_TIMEOUT_S, EmbeddedMongod
 from error_handler import ConfigurationError
@@ -40,7 +40,13 @@ class ReplicaSetMongod(EmbeddedMongod):
         super().start()
         with contextlib.ExitStack() as undo:
             undo.callback(self.kill)
-            self._become_primary()
+            try:
+                self._become_primary()
+            except PyMongoError as exc:
+                raise ConfigurationError(
+                    f"The embedded MongoDB cannot become the replica set {NAME} in its folder; see mongod.log there, or move the "
+                    "folder away."
+                ) from exc
             undo.pop_all()
 
     def _become_primary(self) -> None:

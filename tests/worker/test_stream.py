@@ -39,6 +39,7 @@ from tests.worker.site import until as wait_until
 from tests.worker.stream_site import NEVER_S, following, grow, has_result, stream_processor, until
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import RunStats
+from worker.intake import RunOptions
 from worker.progress import GroupLines
 from worker.stream import StreamState
 
@@ -71,7 +72,7 @@ async def test_only_the_subset_is_labelled_new_or_grown(there: Site) -> None:
     there.source.insert_one(conversation(1, channel="chat"))
     async with following(there):
         await until(lambda: has_result(there, 1))
-    async with following(there, subset=Subset({"channel": "email"})):
+    async with following(there, options=RunOptions(subset=Subset({"channel": "email"}))):
         grow(there, 1)
         there.source.insert_many([conversation(2, channel="chat"), conversation(3, channel="email")])
         await until(lambda: has_result(there, 3))
@@ -159,7 +160,7 @@ async def test_conversations_that_grew_during_a_stream_of_another_part_are_found
     there.source.insert_many([conversation(1, channel="chat"), conversation(2, channel="email")])
     async with following(there):
         await until(lambda: has_result(there, 2))
-    async with following(there, subset=Subset({"channel": "email"})):
+    async with following(there, options=RunOptions(subset=Subset({"channel": "email"}))):
         grow(there, 1)
         grow(there, 2)
         await until(lambda: has_result(there, 2, earlier=1))
