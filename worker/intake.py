@@ -113,6 +113,11 @@ class DocumentIntake:
         self._taken = 0
         self._retries_failed = self._options.retry_failed or self._options.only == "failed"
 
+    @property
+    def takes_new(self) -> bool:
+        """Whether documents without a result are taken."""
+        return self._options.only in (None, "new")
+
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches that an earlier run left in ``pending/``, with their journals replayed."""
         if self._retries_failed:
@@ -146,7 +151,7 @@ class DocumentIntake:
 
     async def sweep(self) -> AsyncGenerator[BatchInWork]:
         """Yield documents without a result that are pending or were left processing: late small ids, lost files."""
-        if self._options.only not in (None, "new"):
+        if not self.takes_new:
             return
         # A failed document whose status could not be written still looks pending.
         self._recovered |= self._settlement.failed_keys | self._store.unmarked

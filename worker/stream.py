@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from config import Settings
@@ -17,8 +17,8 @@ from mongo_client import DocumentStore
 from storage.change_stream import ChangeWatch, Position
 from storage.extended_json import Document, id_key
 from utils.batch_file_manager import BatchFiles
-from worker.intake import DocumentIntake
-from worker.settlement import BatchInWork
+from worker.intake import DocumentIntake, RunParts
+from worker.settlement import BatchInWork, Settlement
 from worker.subset import in_subset
 
 FILE_NAME = "stream.json"
@@ -117,12 +117,15 @@ async def open_stream(
 
 
 class StreamIntake(DocumentIntake):
-    """The intake of a run that lasts until it is stopped, in place of the one of that run; its ``only`` is ``changed``."""
+    """The intake of a run that lasts until it is stopped; its ``only`` is ``changed``."""
 
-    def __init__(self, intake: DocumentIntake, state: StreamState) -> None:
-        super().__init__(intake._parts, intake._settlement)
+    takes_new = True
+
+    def __init__(self, state: StreamState, parts: RunParts, settlement: Settlement) -> None:
+        super().__init__(parts, settlement)
         self._state = state
         self._in_work: list[BatchInWork] = []
+        self._taking = asyncio.Lock()  # new and urgent documents are taken in turn, so that none is taken twice
         self._elsewhere: set[bytes] = set()  # leased by others, or done, since the last sweep
         self._compared: list[Any] = []  # the last id
         self._poll_s = POLL_MIN_S
@@ -204,16 +207,27 @@ class StreamIntake(DocumentIntake):
 
     async def _new(self, documents: list[Document]) -> AsyncGenerator[BatchInWork]:
         """Yield those of *documents* that nobody works on, as one batch."""
-        mine = self._busy() | self._settlement.failed_keys | self._store.unmarked
-        free = [document for document in documents if id_key(document["_id"]) not in mine]
-        if not free:
-            return
-        self._elsewhere |= {id_key(document["_id"]) for document in free}
-        self._recovered.clear()  # a document may come again
-        async for batch in self.given(free):
+        async with self._taking:
+            mine = self._busy() | self._settlement.failed_keys | self._store.unmarked
+            free = [document for document in documents if id_key(document["_id"]) not in mine]
+            self._elsewhere |= {id_key(document["_id"]) for document in free}
+            self._recovered.clear()  # a document may come again
+            batches = [batch async for batch in self.given(free)] if free else []
+            self._in_work += batches
+        for batch in batches:
             self._elsewhere -= {item.key for item in batch.items}
-            self._in_work.append(batch)
             yield batch
+
+    def free(self, keys: Iterable[bytes], left_alone: set[bytes]) -> list[bytes]:
+        """Return what the intake of each run does, without the documents in work: they look pending."""
+        return super().free(keys, left_alone | self._busy())
+
+    async def urgent(self, document_ids: list[Any]) -> BatchInWork | None:
+        """Return what the intake of each run does, and remember what is in work."""
+        async with self._taking:
+            batch = await super().urgent(document_ids)
+            self._in_work += [] if batch is None else [batch]
+        return batch
 
     async def _grown(self) -> AsyncGenerator[BatchInWork]:
         """Yield the conversations that have been quiet since they grew, if their text is not that of their result."""

@@ -32,6 +32,7 @@ from tests.worker.site import (
     conversation,
     filled,
     filled_with_all_shapes,
+    model_of,
     requests,
     store_raw,
 )
@@ -292,6 +293,22 @@ async def test_standalone_server_is_polled(site: Site) -> None:
         await until(lambda: has_result(site, 0, earlier=1))
     check_results(site, site.source.find())
     assert requests(site) == 3
+
+
+async def test_urgent_conversations_go_first_among_new_ones(there: Site) -> None:
+    """Those with a priority and those of a rule pass what has been announced before them; nothing twice."""
+    model_of(there).configure(latency_s=0.03)
+    rules = '[{"query": {"tier": "vip"}, "priority": 3}]'
+    async with following(there, max_concurrent=1, batch_size=30, priority_rules=rules):
+        waiting = filled(there, 80)
+        await until(lambda: requests(there) >= 3)
+        urgent = [conversation(500, priority=1), conversation(501, tier="vip")]
+        there.source.insert_many(urgent)
+        await until(lambda: has_result(there, 500) and has_result(there, 501))
+        assert requests(there) < 60
+        await until(lambda: there.results.count_documents({}) == 82)
+    check_exactly_once(there, [*waiting, *urgent])
+    assert requests(there) == 82
 
 
 async def test_failed_conversation_is_retried_while_the_stream_goes_on(there: Site) -> None:

@@ -98,6 +98,16 @@ def test_share_is_kept_for_documents_behind_urgent_ones() -> None:
     assert (lane.waiting, lane.entries.empty()) == (0, True)
 
 
+def test_document_of_the_queue_that_turns_out_urgent_is_put_first() -> None:
+    lane = Lane()
+    lane.normal("a", "b", "c")
+    for entry in lane.entries._queue:  # type: ignore[attr-defined]
+        entry.key = entry.priority.encode()
+    lane._promote({b"c": 2.0, b"elsewhere": 1.0})
+    assert lane.taken_in_order(3) == ["c", "a", "b"]
+    assert (lane.waiting, lane.taken, lane.entries.empty()) == (0, 1, True)
+
+
 def asked(site: Site, documents: Iterable[Document]) -> list[int]:
     """Return the ids of *documents* in the order in which the model was asked about them."""
     ids = {sha(document): document["_id"] for document in documents}
