@@ -151,12 +151,28 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         if arguments.dry_run:
             return await _dry_run(arguments, settings, options, parts.get("plan"))
         observers = _observers(arguments, settings, stack)
+        if arguments.engine == "ray":
+            return await _on_ray(arguments, settings, options, observers)
         processor = BatchProcessor(settings, options=options, observers=observers, **parts)
         connected = asyncio.Event()
         with stop_on_signals(processor.stop, connected.is_set):
             await stack.enter_async_context(processor)
             connected.set()
             return await _passes(arguments, settings, processor, after)
+
+
+async def _on_ray(arguments: argparse.Namespace, settings: Settings, options: RunOptions, observers: Observers) -> int:
+    """Run the workers on a Ray cluster, and report them as one run."""
+    flags.require_packages("--engine ray", ["ray"], "pip install -r requirements-ray.txt")
+    from cluster.engine import run_workers  # noqa: PLC0415 - only for --engine ray
+
+    stats = await run_workers(settings, options, observers, arguments.workers, arguments.ray_address)
+    await _report(arguments, settings, None, stats)
+    for problem in stats["problems"]:
+        tell_line(problem)
+    if stats["interrupted"]:
+        raise RunInterruptedError("Stopped; run the same command again to resume.")
+    return ExitCode.INCOMPLETE if is_fruitless(stats) and not stats["exit_code"] else ExitCode(stats["exit_code"])
 
 
 async def _settle_style(settings: Settings, *, has_work: bool) -> None:
@@ -336,14 +352,14 @@ async def _left_out(store: DocumentStore, settings: Settings) -> LeftOut | None:
 
 
 async def _report(
-    arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor, stats: dict[str, Any]
+    arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor | None, stats: dict[str, Any]
 ) -> None:
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
     # Labels are printed literally, and the emoji table is not loaded; without colours, nor are the patterns of numbers.
     console = Console(soft_wrap=True, emoji=False, highlight=sys.stdout.isatty())
     summary.print_run(console, stats, settings)
-    if arguments.embedded:
+    if arguments.embedded and processor is not None:
         results = await processor.store.read_results([], 10_000)
         stored = RunStats()
         for result in results:
