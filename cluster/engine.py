@@ -45,6 +45,7 @@ class View:
     starts: int = 0
     asked: asyncio.Task[Snapshot] | None = None
     moving: asyncio.Task[Snapshot] | None = None
+    moved: str = ""  # the start that was told to move
     heard_s: float = field(default_factory=time.monotonic)
     ended: Ended | None = None
 
@@ -181,11 +182,12 @@ class ClusterRun:
         draining = draining_nodes()
         for view in self._running():
             self._hear(view)
-            if view.last is not None and view.last.node in draining and view.moving is None and not self._stopped:
+            last = view.last
+            if last is not None and last.node in draining and last.start != view.moved and not self._stopped:
                 self._tell(
                     f"The node of worker {view.number} is being removed: it finishes its calls and goes to another node."
                 )
-                view.moving = self._background(view.remote.move())
+                view.moving, view.moved = self._background(view.remote.move()), last.start
         if time.monotonic() > self._waiting_s and self._running():
             self._waiting_s = time.monotonic() + WAITING_EVERY_S
             silent = [str(view.number) for view in self._running() if view.is_silent]
