@@ -1,7 +1,7 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk``, ``injection``, ``examples``, ``export``, ``two_users``, ``prompt`` or ``model`` runs only that benchmark.
+``search``, ``walk``, ``injection``, ``examples``, ``export``, ``two_users``, ``prompt``, ``model`` or ``ray`` runs only that benchmark.
 ``--quick`` uses few documents, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student
 on labelled files (docs/student.md).
 """
@@ -26,6 +26,7 @@ from benchmarks import (
     model,
     prompt,
     prompt_examples,
+    ray_scaling,
     search_quality,
     service,
     student,
@@ -52,6 +53,7 @@ MEASURES = {
     "two_users": two_users.measure,
     "prompt": prompt.measure,
     "model": model.measure,
+    "ray": ray_scaling.measure,
 }
 
 

@@ -91,7 +91,7 @@ async def run_workers(
         with open_cluster(address, count, shows_logs=shows_logs), stop_on_signals(run.stop, lambda: True):
             await run.execute(_jobs(settings, options, count or places()))
         stats = run.statistics(settings)
-        if not stats["interrupted"] and not stats["problems"] and options.only in (None, "new"):
+        if stats["exit_code"] in (ExitCode.DONE, ExitCode.INCOMPLETE) and options.only in (None, "new"):
             with suppress(StoreError):
                 queued = stats["in_retry_queue"] + stats["in_quarantine"]
                 left_out = count_left_out(store, queued=queued, skipped_now=stats["skipped"])

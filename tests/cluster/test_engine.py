@@ -18,6 +18,7 @@ from config import load_settings
 from error_handler import WorkerLostError
 from tests.worker.site import Ended as Run
 from tests.worker.site import Site, check_exactly_once, check_results, check_statuses, filled, model_of
+from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import RunStats
 
 
@@ -245,6 +246,16 @@ def test_cluster_without_places_is_an_error(site: Site, nodes: Nodes) -> None:
     ended, _ = run(site)
     assert ended.code == 2
     assert "model_server" in ended.err
+
+
+def test_second_command_with_the_directory_is_refused(site: Site, nodes: Nodes) -> None:
+    """Their progress files would replace each other."""
+    first = BatchFiles(site.directory)
+    first.acquire()
+    try:
+        assert run(site)[0].code == 5
+    finally:
+        first.release()
 
 
 @pytest.mark.parametrize(
