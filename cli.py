@@ -29,6 +29,7 @@ from rich.console import Console
 from batch_processor import BatchProcessor, Observers, built_in_classify, built_in_plan, find_model
 from commands import flags, summary
 from config import Settings, load_taxonomy
+from config.loading import changed_environment
 from domain.text import counted
 from error_handler import (
     ExitCode,
@@ -164,8 +165,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
 async def _on_ray(arguments: argparse.Namespace, settings: Settings, options: RunOptions, observers: Observers) -> int:
     """Run the workers on a Ray cluster, and report them as one run."""
     flags.require_packages("--engine ray", ["ray"], "pip install -r requirements-ray.txt")
-    from cluster.engine import run_workers  # noqa: PLC0415 - only for --engine ray
-
+    # Ray reads it when it is imported; with its default, a wrong address takes minutes.
+    with changed_environment(RAY_NUM_REDIS_GET_RETRIES="1"):
+        from cluster.engine import run_workers  # noqa: PLC0415 - only for --engine ray
     stats = await run_workers(settings, options, observers, arguments.workers, arguments.ray_address)
     await _report(arguments, settings, None, stats)
     for problem in stats["problems"]:

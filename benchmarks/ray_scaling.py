@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.documents import short_conversations
@@ -53,7 +54,7 @@ def _run(stage: Stage, workers: int, duration_s: float) -> Measured:
     stage.fill(short_conversations(count))
     place = ["--mongodb-uri", stage.mongodb_uri, "--db-name", DATABASE, "--model", MODEL]
     work = ["--ollama-endpoint", stage.fake.url, "--max-concurrent", str(SLOTS), "--batch-size", str(BATCH_SIZE)]
-    command = [ROOT / "cli.py", "--engine", "ray", "--workers", str(workers), *place, *work]
+    command: list[str | Path] = [ROOT / "cli.py", "--engine", "ray", "--workers", str(workers), *place, *work]
     with WorkerProcess(command, stage.new_folder()) as worker:
         stage.await_gauge(worker, "answered", count, START_LIMIT_S + 3 * duration_s)
         while stage.results_count < count and not worker.has_ended:

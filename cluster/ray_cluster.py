@@ -101,8 +101,8 @@ def open_cluster(address: str | None, workers: int | None, *, shows_logs: bool) 
             )
     except (ConnectionError, RuntimeError, ValueError, RayError) as exc:
         raise ClusterUnavailableError(
-            f"Ray does not connect to {address or 'a cluster of its own'} ({type(exc).__name__}). Check with ray status that the "
-            "cluster runs, and that this machine has its token and the same versions of Ray and Python (docs/scaling.md)."
+            f"Ray does not connect to {address or 'a cluster of its own'} ({type(exc).__name__}). Check with ray status that it "
+            "runs, and that this machine has its token and the same versions of Ray and Python (docs/scaling.md)."
         ) from exc
     try:
         yield
