@@ -190,11 +190,17 @@ class ClusterRun:
                 view.moving, view.moved = self._background(view.remote.move()), last.start
         if time.monotonic() > self._waiting_s and self._running():
             self._waiting_s = time.monotonic() + WAITING_EVERY_S
-            silent = [str(view.number) for view in self._running() if view.is_silent]
-            if silent:
-                self._tell(
-                    f"Ray has no node for worker {', '.join(silent)} now; it starts there as soon as one is free."
-                )
+            self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        silent = [str(view.number) for view in self._running() if view.is_silent]
+        if silent:
+            self._tell(f"Ray has no node for worker {', '.join(silent)} now; it starts as soon as one is free.")
+        answering = [view.last for view in self._running() if view.last is not None and not view.is_silent]
+        if answering and not any(one.in_flight for one in answering):
+            self._tell(
+                "No call is in flight: a worker that died may hold the rest, for LEASE_S at most, or the model loads."
+            )
 
     def _end(self, view: View) -> None:
         try:
@@ -207,13 +213,14 @@ class ClusterRun:
 
     def _hear(self, view: View) -> None:
         """Take the answers of *view*, and ask it again."""
-        for task in (view.moving, view.asked):  # the state before a move comes first
-            if task is not None and task.done() and not task.cancelled():
-                with suppress(WorkerLostError):
-                    self._note(view, task.result())
         if view.moving is not None and view.moving.done():
+            with suppress(WorkerLostError):
+                self._note(view, view.moving.result())
             view.moving = None
         if view.asked is None or view.asked.done():
+            with suppress(WorkerLostError):
+                if view.asked is not None and view.asked.result().start != view.moved:  # that would be older
+                    self._note(view, view.asked.result())
             view.asked = self._background(view.remote.progress())
 
     def _note(self, view: View, snapshot: Snapshot) -> None:
@@ -224,7 +231,7 @@ class ClusterRun:
                 self._background(_unless_lost(view.remote.stop()))
 
     def _report(self, status: str) -> None:
-        now = [view.last for view in self._running() if view.last is not None]
+        now = [view.last for view in self._running() if view.last is not None and not view.is_silent]
         limits = [one.limit for one in now if one.limit is not None]
         stats = added(view.stats for view in self._views)
         for reporter in self._observers.reporters:

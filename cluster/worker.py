@@ -101,7 +101,10 @@ class ClusterWorker:
             )
         processor = await self._connected(settings, job)
         try:
-            return await self._passes_of(processor, job)
+            ended = await self._passes_of(processor, job)
+            if ended.interrupted:
+                await _release(processor)
+            return ended
         finally:
             self._processor = None
             await processor.close()
@@ -133,6 +136,12 @@ class ClusterWorker:
             held_back_s=stats["held_back_s"],
             exit_code=ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE,
         )
+
+
+async def _release(processor: BatchProcessor) -> None:
+    """Give up the leases on documents that were not asked: the next worker with this directory may be late, or never come."""
+    for file in processor.files.load_pending():
+        await processor.store.release([document.get("_id") for document in file.documents])
 
 
 def on_this_node(settings: Settings) -> Settings:

@@ -27,6 +27,7 @@ class Nodes:
     """The cluster of a test. *starts* counts the starts of all workers; each has a node of its own."""
 
     places: int = 2
+    has_room: bool = True  # for a worker that moves
     draining: set[str] = field(default_factory=set)
     workers: list[NearWorker] = field(default_factory=list)
     starts: int = 0
@@ -49,7 +50,7 @@ class NearWorker:
         self.here = self._started()
         self._task: asyncio.Task[Ended] | None = None
         self._job: Job | None = None
-        self._is_lost = False
+        self._is_lost = self._is_waiting = False
 
     def _started(self) -> ClusterWorker:
         self.nodes.starts += 1
@@ -63,10 +64,14 @@ class NearWorker:
             await asyncio.wait([self._task])
             if self._is_lost:
                 raise WorkerLostError("Ray has lost the worker.")
+            if self._is_waiting:
+                await asyncio.Event().wait()
             if here is self.here:
                 return self._task.result()
 
     async def progress(self) -> Snapshot:
+        if self._is_waiting:
+            await asyncio.Event().wait()
         return await self.here.progress()
 
     async def stop(self) -> None:
@@ -74,7 +79,9 @@ class NearWorker:
 
     async def move(self) -> Snapshot:
         last = await self.here.leave()
-        self.here = self._started()
+        self._is_waiting = not self.nodes.has_room
+        if not self._is_waiting:
+            self.here = self._started()
         assert self._task is not None
         self._task.cancel()
         return last
@@ -101,6 +108,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
     monkeypatch.setattr(engine, "start_workers", made.start)
     monkeypatch.setattr(engine, "draining_nodes", made.drained)
     monkeypatch.setattr(engine, "POLL_S", 0.05)
+    monkeypatch.setattr(engine, "SILENT_AFTER_S", 1.0)
     monkeypatch.setattr("cluster.worker.LOOK_AGAIN_S", 0.05)
     return made
 
@@ -147,6 +155,25 @@ def test_worker_of_a_node_that_is_removed_continues_elsewhere(site: Site, nodes:
     assert "worker 1 is being removed" in ended.err
     assert stats["workers"][0]["starts"] == 2
     check_exactly_once(site, documents)
+    assert model_of(site).stats()["chat_requests"] == stats["successful"] == 120
+
+
+def test_documents_of_a_worker_without_a_node_are_free_at_once(site: Site, nodes: Nodes) -> None:
+    """The other worker does them all; it does not wait until leases of 300 s expire."""
+    documents = filled(site, 120)
+    nodes.has_room = False
+
+    def drain() -> None:
+        if model_of(site).stats()["answered"] > 20:
+            nodes.draining = {"node-1"}
+
+    nodes.when_polled = drain
+    ended, stats = run(site)
+    assert ended.code == 0, ended.err
+    assert "worker 1: Ray had no node for it; the other workers did its work." in ended.err
+    assert site.files("worker-1/pending/*"), "all that it had leased was done: this proves nothing"
+    check_results(site, documents)
+    check_statuses(site, documents)
     assert model_of(site).stats()["chat_requests"] == stats["successful"] == 120
 
 
