@@ -10,6 +10,7 @@ from benchmarks.documents import short_conversations
 from benchmarks.stage import DATABASE, MODEL, ROOT, START_LIMIT_S, Stage, open_stage
 from benchmarks.table import Row, figure
 from benchmarks.worker_process import WorkerFailedError, WorkerProcess
+from domain.text import counted
 
 WORKERS = (1, 2, 4)
 SLOTS = 4  # of each worker
@@ -35,7 +36,7 @@ def measure(*, quick: bool) -> list[Row]:
     one = runs[1].documents_per_s
     return [
         Row(
-            f"{workers} workers on Ray, {SLOTS} slots each, {ANSWER_S:g} s an answer: documents/s (first call after "
+            f"{counted(workers, 'worker')} on Ray, {SLOTS} slots each, {ANSWER_S:g} s an answer: documents/s (first call after "
             f"{run.first_call_s:.0f} s)",
             figure(run.documents_per_s),
             figure(workers * one),

@@ -99,7 +99,7 @@ def open_cluster(address: str | None, workers: int | None, *, shows_logs: bool) 
                 job_config=JobConfig(code_search_path=[str(ROOT)]),
                 **ours,
             )
-    except (ConnectionError, RuntimeError, ValueError, RayError) as exc:
+    except (OSError, RuntimeError, ValueError, RayError) as exc:
         raise ClusterUnavailableError(
             f"Ray does not connect to {address or 'a cluster of its own'} ({type(exc).__name__}). Check with ray status that it "
             "runs, and that this machine has its token and the same versions of Ray and Python (docs/scaling.md)."

@@ -49,7 +49,7 @@ def test_run_on_a_cluster_of_its_own(site: Site) -> None:
     """Ray is started and ended by the command, and nothing of it remains."""
     documents = filled(site, 40)
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
-        with site.start("--engine", "ray", "--workers", "2", TMPDIR=folder, LLM_API_KEY=SECRET) as running:
+        with site.start("--engine", "ray", "--workers", "2", TMPDIR=folder, HOME=folder, LLM_API_KEY=SECRET) as running:
             ended = running.ended(120)
         assert ended.code == 0, ended.err
         logs = [path for path in Path(folder).rglob("*") if path.is_file()]
