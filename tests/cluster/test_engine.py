@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from cluster import engine
 from cluster.tally import Ended, Job, Snapshot, added
 from cluster.worker import ClusterWorker
 from config import load_settings
@@ -96,6 +95,9 @@ class NearWorker:
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
     """Return two nodes in place of Ray, which are looked at often."""
+    pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
+    from cluster import engine
+
     made = Nodes()
 
     @contextmanager
@@ -202,6 +204,8 @@ def test_stop_ends_all_workers_and_the_next_run_resumes(site: Site, nodes: Nodes
         if model_of(site).stats()["answered"] > 20:
             running.stop.set()
 
+    from cluster import engine
+
     running: Any = None
     make = engine.ClusterRun
 
@@ -252,7 +256,7 @@ def test_limit_is_shared_by_the_workers(site: Site, nodes: Nodes) -> None:
 def test_node_with_another_taxonomy_is_refused(site: Site, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels of two taxonomies in one run would be noticed much later."""
     filled(site, 10)
-    monkeypatch.setattr(engine, "code_of", lambda settings: "another")
+    monkeypatch.setattr("cluster.engine.code_of", lambda settings: "another")
     ended, _ = run(site)
     assert ended.code == 2
     assert "install the same files on all nodes" in ended.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,12 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytest.importorskip("ray")
-
 from tests.cluster.ray_nodes import RayNodes, processes_of, ray_nodes, working
 from tests.worker.site import Site, check_calls, check_results, check_statuses, filled, model_of, until
 
-pytestmark = pytest.mark.timeout(300)
+# Importing it would take each process that runs tests half a second.
+MISSING = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="requirements-ray.txt is not installed")
+pytestmark = [MISSING, pytest.mark.timeout(300)]
 CONCURRENCY = 6
 SECRET = "sk-not-in-any-log"
 
