@@ -172,7 +172,7 @@ async def _on_ray(arguments: argparse.Namespace, settings: Settings, options: Ru
     await _report(arguments, settings, None, stats)
     for problem in stats["problems"]:
         tell_line(problem)
-    if stats["interrupted"]:
+    if stats["exit_code"] == ExitCode.INTERRUPTED:
         raise RunInterruptedError("Stopped; run the same command again to resume.")
     return ExitCode.INCOMPLETE if is_fruitless(stats) and not stats["exit_code"] else ExitCode(stats["exit_code"])
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
 from ray.job_config import JobConfig
 
 from cluster.tally import Ended, Job, Snapshot
@@ -21,6 +28,7 @@ from error_handler import ClusterUnavailableError, WorkerLostError
 ROOT = Path(__file__).parent.parent
 MODEL_SERVER = "model_server"  # the custom resource of nodes with model servers
 MAX_RESTARTS = 20  # of a worker; a document that kills it twice is quarantined
+LOST = (RayActorError, ActorUnschedulableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 LOCAL_OBJECTS_BYTES = 80_000_000  # the least that Ray takes for objects, of which there are none
 
 
@@ -142,7 +150,7 @@ def _resources() -> list[dict[str, float]]:
 async def _answer(reference: Any) -> Any:
     try:
         return await asyncio.wrap_future(reference.future())
-    except RayActorError as exc:
+    except LOST as exc:
         raise WorkerLostError(
             "Ray has lost the worker; its logs are in the folder logs of the session of Ray on its node."
         ) from exc

@@ -134,7 +134,9 @@ class ClusterWorker:
             stats["in_quarantine"],
             interrupted=stats["interrupted"],
             held_back_s=stats["held_back_s"],
-            exit_code=ExitCode.INCOMPLETE if stats["in_retry_queue"] or stats["in_quarantine"] else ExitCode.DONE,
+            exit_code=ExitCode.INCOMPLETE
+            if stats["failed"] or stats["in_retry_queue"] or stats["in_quarantine"]
+            else ExitCode.DONE,
         )
 
 

@@ -237,6 +237,16 @@ def test_failures_are_summed_and_give_the_exit_code(site: Site, nodes: Nodes) ->
     assert (stats["failed"], stats["successful"], stats["in_quarantine"]) == (1, 59, 1)
 
 
+def test_too_many_failures_of_one_worker_stop_all(site: Site, nodes: Nodes) -> None:
+    """The exit code is 4, as for one worker, and not that of an interruption."""
+    filled(site, 300)
+    model_of(site).configure(faults=[{"kind": "status", "status": 400, "body": "no"}])
+    ended, stats = run(site)
+    assert ended.code == 4, ended.err
+    assert "mostly because of" in ended.err
+    assert stats["documents_processed"] < 300
+
+
 def test_error_of_all_workers_is_printed_once(site: Site, nodes: Nodes) -> None:
     """A missing model ends each worker with the same sentence and exit code 2."""
     filled(site, 10)
