@@ -1,4 +1,4 @@
-"""A replica set with one member: the embedded MongoDB has change streams, as those of production do."""
+"""A replica set with one member, so that the embedded MongoDB has change streams."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ReplicaSetMongod(EmbeddedMongod):
         return f"{super().uri}?replicaSet={NAME}"
 
     def start(self) -> None:
-        """Start it and wait until it takes writes; a data folder of a standalone server or of another port is converted.
+        """Start it and wait until it accepts writes; convert a data folder of a standalone server or of another port.
 
         Raises:
             ConfigurationError: It cannot run on this machine, or not with this folder. Nothing is left running.

@@ -1,4 +1,4 @@
-"""The change stream of the source: which documents are new, pending again, or have another text."""
+"""The change stream of the source: the documents that are new, pending again, or have another text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Change:
 class Position:
     """A place in the stream: the *change* there, if any, and the *token* to resume after it.
 
-    *is_lost* says that changes before it may be missing, because the server no longer knew the token.
+    *is_lost*: changes before it may be missing, because the stream could not resume.
     """
 
     token: Document | None

@@ -1,7 +1,7 @@
 """The documents of ``--mode stream``: new conversations as they come, and those that grew after they were labelled.
 
-A change of the source only says where to look. Whether a document needs a label is decided by its state, its lease and
-its result, as in every run, so a lost or repeated change costs time and nothing else (docs/stream.md).
+A change of the source only names a document. Its state, its lease and its result decide whether it needs a label, as in every
+run, so a lost or repeated change only costs time (docs/stream.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_WAITING = 10_000  # conversations that wait until they are quiet; with more
 class StreamState:
     """What must survive a restart: the resume token, and the conversations that have grown. Kept in FILE_NAME.
 
-    The file may be older than the truth: changes that are read again find that there is nothing to do.
+    The file may be old: changes that are read again lead to documents that are up to date.
     """
 
     def __init__(
