@@ -39,6 +39,8 @@ from utils.failed_documents import FailedDocument
 from worker.checkpoint import Checkpoint
 from worker.intake import DocumentIntake, RunOptions, RunParts
 from worker.settlement import Settlement
+from worker.staleness import StalenessChecker
+from worker.stream import StreamIntake
 from worker.urgent import MOST_IN_A_ROW, UrgentLane, keys_in_files
 
 CONCURRENCY = 2
@@ -225,6 +227,36 @@ async def test_neither_lane_takes_what_the_other_has_in_work(
         assert urgent.document_ids == [4]
         assert await intake.urgent([0, 4]) is None
         assert [batch.document_ids async for batch in pages] == [[3, 5]]
+    finally:
+        await store.close()
+
+
+async def test_stream_and_urgent_lane_take_nothing_twice(
+    mongodb_uri: str, database: Database[Document], tmp_path: Path
+) -> None:
+    """Documents in work look pending in a stream, and their leases are those of this worker."""
+    queries = [{"_id": number, "text": f"Case {number}", "processed": False} for number in range(4)]
+    database["conversation_set"].insert_many(queries)
+    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
+    store, files, checkpoint = DocumentStore(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
+    kinds = StalenessChecker(store, tmp_path, None)
+    options = RunOptions(only="changed")
+    stop = asyncio.Event()
+    parts = RunParts(settings, options, store, files, checkpoint, stop, cast("Any", None), kinds=kinds)
+    settlement = Settlement(store, files, checkpoint, replaces=True, on_rejected=lambda _: None)
+    intake = StreamIntake(cast("Any", None), parts, settlement)
+
+    async def announced(*document_ids: int) -> list[list[int]]:
+        documents = await store.read_documents("sweep", list(document_ids))
+        return [batch.document_ids async for batch in intake._new(documents)]
+
+    try:
+        assert await announced(0, 1) == [[0, 1]]
+        urgent = await intake.urgent([1, 2])
+        assert urgent is not None
+        assert urgent.document_ids == [2]
+        assert intake.free([id_key(number) for number in range(4)], set()) == [id_key(3)]
+        assert await announced(0, 1, 2, 3) == [[3]]
     finally:
         await store.close()
 
