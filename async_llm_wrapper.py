@@ -295,6 +295,7 @@ class SharedWindow:
             logger.info("another worker needs a window of %d tokens; using that from now on", num_ctx)
             self._chosen = replace(self._chosen, num_ctx=num_ctx)
             self._client.target = replace(self._client.target, num_ctx=num_ctx)
+            self._checked_at_s = time.monotonic()  # until the model is loaded again, a check would take the old window back
 
     async def renew(self) -> None:
         """Check, at most every CHECK_EVERY_S, that the model is still loaded and with which window. Await before a call.
@@ -309,8 +310,10 @@ class SharedWindow:
         if self._loading is None and time.monotonic() - self._checked_at_s >= CHECK_EVERY_S:
             self._checked_at_s = time.monotonic()
             await self._check()
-        if self._loading is not None:
-            await asyncio.shield(self._loading)
+        if (loading := self._loading) is not None:
+            await asyncio.wait([loading])  # awaiting the task itself would cancel this caller with it
+            if not loading.cancelled():
+                loading.result()
 
     async def classify(self, classifier: Classifier, conversation: Conversation, attempt: int) -> Outcome:
         """Renew the window, then return what ``ollama_classify_async`` returns."""

@@ -16,7 +16,7 @@ from domain.conversation import Conversation, Outcome
 from error_handler import ConfigurationError, LLMError, LLMTimeoutError, LLMUnavailableError
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.concurrency import ConcurrencyLimit
-from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget
+from model_server.protocol import ChatTarget
 from model_server.window import Say, WindowChoice
 
 CHECK_S = 4.0  # the longest time for a check of one server
@@ -55,7 +55,7 @@ class Server:
         self.name = host_and_port(settings.server_url)
         self._settings = settings
         self.client = client
-        self.window = SharedWindow(client, settings.ollama_num_ctx or DEFAULT_NUM_CTX)
+        self.window = SharedWindow(client, settings.ollama_num_ctx)
         self.in_flight = self.answered = 0
         self.problem = ""
         self.is_reachable = True

@@ -37,6 +37,7 @@ from model_server.window import Say, WindowChoice, choose_window
 from worker.pool_server import Server, Traits
 
 MOVES = 5  # servers that one conversation may lose; after that it may be the cause, and the attempt counts
+FREE = 2  # connections of each server for its checks, which must not wait for those of one that hangs
 FAILURES = 5  # conversations in a row that fail on one server, which then takes no calls until its probe succeeds
 POLICY = BreakerPolicy(probe_cap_s=5.0, outage_limit_s=math.inf, has_others=True)
 TAKEN_OUT = "model server %s takes no calls until that changes: %s"
@@ -320,7 +321,8 @@ class ServerPool:
     def _leave_out(self, server: Server, problem: LLMError | ConfigurationError) -> None:
         """Send *server* no calls until its probe succeeds."""
         server.note(problem)
-        logger.warning(TAKEN_OUT, server.name, problem)
+        if server.is_ready:  # each call in flight may find the same problem
+            logger.warning(TAKEN_OUT, server.name, problem)
         server.client.breaker.open(str(problem))
 
 
@@ -346,7 +348,7 @@ async def open_pool(
     *logprobs* and *on_answer* are those of ChatTarget and AsyncLLMClient. Nothing is sent before ``prepare``.
     """
     each = settings.for_each_server()
-    async with open_session(most * len(each)) as session:
+    async with open_session((most + FREE) * len(each)) as session:
         servers = []
         for one in each:
             limit = ConcurrencyLimit(most) if settings.max_concurrent == "auto" and not fails_fast else None
