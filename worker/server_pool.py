@@ -155,6 +155,7 @@ class ServerPool:
             ConfigurationError: All others give another window than the first.
         """
         problem: LLMError | None = None
+        self._choice = choice
         for server in self.ready:
             try:
                 self._window = (await server.load(choice, say)).num_ctx
@@ -307,9 +308,8 @@ class ServerPool:
 
     def _choice_like_others(self, server: Server) -> WindowChoice:
         """Return the choice that gives *server* the window of the others."""
-        asked = self._settings.ollama_num_ctx
-        choice = choose_window(None, server.client.target.context_limit, self._window)
-        return choice if asked is not None else replace(choice, asked=None)
+        window = choose_window(None, server.client.target.context_limit, self._window)
+        return replace(self._choice or window, num_ctx=window.num_ctx, least=window.least)
 
     def _difference(self, traits: Traits) -> ConfigurationError | None:
         """Return how a server with *traits* differs from the first, None if that is accepted."""

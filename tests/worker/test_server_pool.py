@@ -10,11 +10,15 @@ from typing import Any, cast
 
 import pytest
 
-from async_llm_wrapper import AsyncLLMClient
+from async_llm_wrapper import AsyncLLMClient, open_session
 from config import load_settings
 from error_handler import LLMOutageError, LLMUnavailableError
+from model_server.models import chat_target
+from model_server.window import choose_window
 from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import Site, check_exactly_once, filled, model_of, until
+from tests.worker.stream_site import following
+from tests.worker.stream_site import until as until_async
 from worker.pool_server import FORGET_S, Server, Traits, host_and_port
 from worker.server_pool import open_pool
 
@@ -236,6 +240,32 @@ def test_run_ends_if_no_server_answers(site: Site) -> None:
     ended = site.run(OLLAMA_ENDPOINT="http://127.0.0.1:1,http://127.0.0.1:2")
     assert ended.code == 3
     assert "no connection to the model server at http://127.0.0.1:1" in ended.err
+
+
+def test_style_is_measured_with_a_server_that_answers(site: Site, second: FakeOllama) -> None:
+    filled(site, 3)
+    servers = f"http://127.0.0.1:1,{second.url}"
+    ended = site.run("--reply", "auto", OLLAMA_ENDPOINT=servers)
+    assert ended.code == 0, ended.said
+    assert "3 conversations are too few to compare styles" in ended.err
+
+
+async def test_stream_reports_its_servers_and_keeps_their_windows(site: Site, second: FakeOllama) -> None:
+    """It has found no documents at its start, so it uses the window that is loaded."""
+    servers = both(site, second)["OLLAMA_ENDPOINT"]
+    async with open_session(2) as session:
+        for one in (model_of(site), second):
+            settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=one.url)
+            client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
+            await client.warm_up(choose_window(None, None, 4096), print)
+    async with following(site, ollama_endpoint=servers) as stats:
+        documents = filled(site, 12)
+        await until_async(lambda: site.results.count_documents({}) == 12)
+    check_exactly_once(site, documents)
+    answered = [one["answered"] for one in stats["servers"]]
+    assert sum(answered) == 12
+    assert min(answered) > 0
+    assert sum(one.stats()["reloads"] for one in (model_of(site), second)) == 0
 
 
 async def test_calls_wait_while_no_server_takes_any() -> None:

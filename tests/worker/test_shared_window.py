@@ -190,3 +190,18 @@ async def test_calls_that_wait_for_a_load_outlive_its_end(model: FakeOllama) -> 
                 await asyncio.sleep(0.01)
         await window.close()
         await waiting
+
+
+async def test_first_calls_wait_for_the_check_of_the_window(model: FakeOllama) -> None:
+    """A call that did not wait would load the model again, with the window that nobody has checked."""
+    settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=model.url)
+    async with open_session(4) as session:
+        client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
+        await client.warm_up(choose_window(None, None, 4096), print)
+        window = SharedWindow(AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session), None)
+
+        async def used_at_once() -> int:
+            await window.renew()
+            return window.target.num_ctx
+
+        assert await asyncio.gather(*(used_at_once() for _ in range(4))) == [4096] * 4
