@@ -47,8 +47,8 @@ class Traits:
 class Server:
     """One server. *settings* name it alone, *most* are its calls in flight while there is no *limit*.
 
-    *in_flight* and *answered* count conversations, *failures* those in a row that it failed although it is there. *problem*
-    says why it takes no calls, empty if it does; *is_reachable* is False if it did not answer the last check.
+    *in_flight* and *answered* count conversations, *failures* those in a row that it failed although it is there. *error*
+    is why it takes no calls, None if it does.
     """
 
     def __init__(self, settings: Settings, client: AsyncLLMClient, most: int, limit: ConcurrencyLimit | None) -> None:
@@ -57,8 +57,7 @@ class Server:
         self.client = client
         self.window = SharedWindow(client, settings.ollama_num_ctx)
         self.in_flight = self.answered = 0
-        self.problem = ""
-        self.is_reachable = True
+        self.error: LLMError | ConfigurationError | None = None
         self._most, self._limit = most, limit
         self._seconds: float | None = None
         self._measured_at = 0.0
@@ -74,6 +73,16 @@ class Server:
         return not self.client.breaker.is_open
 
     @property
+    def problem(self) -> str:
+        """Why the server takes no calls, empty if it does."""
+        return "" if self.error is None else str(self.error)
+
+    @property
+    def is_reachable(self) -> bool:
+        """False if the server did not answer the last check."""
+        return not isinstance(self.error, LLMUnavailableError)
+
+    @property
     def most(self) -> int:
         """The calls that it may have in flight now."""
         return self._most if self._limit is None else self._limit.current
@@ -87,11 +96,6 @@ class Server:
         calls = (self.in_flight + 1) / self.most
         is_known = self._seconds is not None and now_s - self._measured_at < FORGET_S
         return self.in_flight >= self.most, calls * (self._seconds or 0.0) if is_known else 0.0, calls
-
-    def note(self, problem: LLMError | ConfigurationError | None) -> None:
-        """Keep why the server takes no calls; None: it does."""
-        self.problem = "" if problem is None else str(problem)
-        self.is_reachable = not isinstance(problem, LLMUnavailableError)
 
     async def check(self) -> Traits:
         """Find the model again, and return the traits.

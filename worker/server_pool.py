@@ -125,17 +125,15 @@ class ServerPool:
         asked = self.ready
         checks = await asyncio.gather(*(server.check() for server in asked), return_exceptions=True)
         found: dict[Server, Traits] = {}
-        problem: LLMError | ConfigurationError | None = None
         for server, traits in zip(asked, checks, strict=True):
             if isinstance(traits, Traits):
                 found[server] = traits
             elif isinstance(traits, LLMError | ConfigurationError):
-                problem = problem or traits
                 self._leave_out(server, traits)
             else:
                 raise traits
         if not found:
-            raise problem or LLMUnavailableError("no model server answers: " + self.servers[0].problem)
+            raise self._first_error()
         is_start = self._traits is None
         if self._traits not in found.values():
             self._first, self._traits = next(iter(found.items()))
@@ -154,19 +152,17 @@ class ServerPool:
             LLMError: It does not load on any.
             ConfigurationError: All others give another window than the first.
         """
-        problem: LLMError | None = None
         self._choice = choice
         for server in self.ready:
             try:
                 self._window = (await server.load(choice, say)).num_ctx
             except LLMError as exc:
-                problem = exc
                 self._leave_out(server, exc)
             else:
                 self._first = server
                 break
         if self._window is None:
-            raise problem or LLMUnavailableError("no model server answers: " + self.servers[0].problem)
+            raise self._first_error()
         others = [server for server in self.ready if server is not self._first]
         problems = await asyncio.gather(*(self._load(server, say) for server in others))
         for server, found in zip(others, problems, strict=True):
@@ -293,7 +289,7 @@ class ServerPool:
             logger.info("model server %s takes calls", server.name)
         elif problem is not None and str(problem) != server.problem:
             logger.warning(TAKEN_OUT, server.name, problem)
-        server.note(problem)
+        server.error = problem
         return problem is None
 
     async def _load(self, server: Server, say: Say) -> LLMError | ConfigurationError | None:
@@ -318,9 +314,14 @@ class ServerPool:
             return None
         return None if self._settings.allow_mixed_models else ConfigurationError(f"it has {' and '.join(differences)}")
 
+    def _first_error(self) -> LLMError | ConfigurationError:
+        """Return why the first server that takes no calls does not; without the traceback, which would grow each time."""
+        error = next((server.error for server in self.servers if server.error is not None), None)
+        return LLMUnavailableError("no model server takes calls") if error is None else error.with_traceback(None)
+
     def _leave_out(self, server: Server, problem: LLMError | ConfigurationError) -> None:
         """Send *server* no calls until its probe succeeds."""
-        server.note(problem)
+        server.error = problem
         if server.is_ready:  # each call in flight may find the same problem
             logger.warning(TAKEN_OUT, server.name, problem)
         server.client.breaker.open(str(problem))
