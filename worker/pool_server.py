@@ -75,6 +75,8 @@ class Server:
     @property
     def problem(self) -> str:
         """Why the server takes no calls, empty if it does."""
+        if self.error is None and not self.is_ready:  # the breaker opens before the first probe
+            return self.client.breaker.problem
         return "" if self.error is None else str(self.error)
 
     @property

@@ -320,3 +320,10 @@ async def test_calls_wait_while_no_server_takes_any() -> None:
         assert pool.current == 1
         with pytest.raises(LLMOutageError, match=r"127\.0\.0\.1:2: no connection"):
             await pool.classify(cast("Any", None), cast("Any", None), 0)
+
+
+async def test_state_has_the_lost_connection_until_the_first_probe() -> None:
+    settings = load_settings(None, ollama_endpoint="http://127.0.0.1:1,http://127.0.0.1:2", ollama_model="m")
+    async with open_pool(settings, 1) as pool:
+        pool.servers[0].client.breaker.open("the connection was reset")
+        assert [one["problem"] for one in pool.states()] == ["the connection was reset", ""]
