@@ -74,10 +74,11 @@ class Server:
 
     @property
     def problem(self) -> str:
-        """Why the server takes no calls, empty if it does."""
-        if self.error is None and not self.is_ready:  # the breaker opens before the first probe
-            return self.client.breaker.problem
-        return "" if self.error is None else str(self.error)
+        """Why the server takes no calls, empty if it does. The server has its name there, because a path may hold a key."""
+        told = "" if self.error is None else str(self.error)
+        if not told and not self.is_ready:  # the breaker opens before the first probe
+            told = self.client.breaker.problem
+        return told.replace(self._settings.server_url, self.name)
 
     @property
     def is_reachable(self) -> bool:

@@ -287,7 +287,7 @@ class ServerPool:
             problem = exc
         if problem is None and is_back:
             logger.info("model server %s takes calls", server.name)
-        elif problem is not None and str(problem) != server.problem:
+        elif problem is not None and str(problem) != str(server.error):
             logger.warning(TAKEN_OUT, server.name, problem)
         server.error = problem
         return problem is None

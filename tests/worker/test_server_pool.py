@@ -308,6 +308,16 @@ async def test_stream_reports_its_servers_and_keeps_their_windows(site: Site, se
     assert sum(one.stats()["reloads"] for one in (model_of(site), second)) == 0
 
 
+async def test_states_hold_no_path() -> None:
+    """They are stored in MongoDB and shown on a page, and the path of a gateway may be a key."""
+    settings = load_settings(None, ollama_endpoint="http://127.0.0.1:1/key,http://127.0.0.1:2", ollama_model="m")
+    async with open_pool(settings, 1) as pool:
+        with pytest.raises(LLMUnavailableError):
+            await pool.prepare()
+        assert "127.0.0.1:1;" in pool.states()[0]["problem"]
+        assert "key" not in str(pool.states())
+
+
 async def test_calls_wait_while_no_server_takes_any() -> None:
     """At most for the outage limit."""
     settings = load_settings(
