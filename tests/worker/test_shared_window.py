@@ -1,4 +1,4 @@
-"""Workers on one model server agree on the context window, so that none makes it load the model again for another's sake."""
+"""Workers on one model server agree on the context window, so that none makes the server load the model again."""
 
 from __future__ import annotations
 
