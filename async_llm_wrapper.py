@@ -311,8 +311,11 @@ class SharedWindow:
         if self._client.target.protocol == "openai_chat":
             return
         if self._is_due:
-            async with self._checking:  # a call that did not wait would load the model again with the old window
+            async with self._checking:
                 if self._is_due:
+                    # Calls wait for the first check: the default window could load the model again. Later ones use the last answer.
+                    if self._checked_at_s > -math.inf:
+                        self._checked_at_s = time.monotonic()
                     await self._check()
                     self._checked_at_s = time.monotonic()
         if (loading := self._loading) is not None:
