@@ -29,7 +29,7 @@ from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import Checkpoint, worker_id
 from worker.describe import DescriptionPass, describing_classifier
 from worker.heartbeat import Heartbeat
-from worker.intake import Classify, RunOptions, RunParts, Slots, has_work
+from worker.intake import Classify, DocumentIntake, RunOptions, RunParts, Slots, has_work
 from worker.model_use import ModelUse
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
@@ -40,9 +40,7 @@ from worker.shared_window import loaded_window, window_of
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
 from worker.subset import require_query
 
-if (
-    TYPE_CHECKING
-):  # few runs have a built-in classifier, a student, several servers, a stream or, for an estimate, a recorder
+if TYPE_CHECKING:  # few runs have a built-in classifier, a student, several servers, a stream, or a recorder
     from embedded.baseline import Answer
     from embedded.choice import BuiltInClassifier
     from student.first_answer import FirstAnswer
@@ -134,7 +132,7 @@ class BatchProcessor:
             if self.settings.mode == "stream":
                 from worker.stream import open_stream  # noqa: PLC0415 - only for this mode
 
-                self._stream = await open_stream(self.store, self.files, self._source, self.settings)
+                self._stream = await open_stream(self.store, self.files, self._source, self.settings, subset.name)
             self._heartbeat = self._new_heartbeat()
             taxonomy = load_prompt_taxonomy(self.settings)
             classify = self._given_classify or await self._connect_model(stack, taxonomy)
@@ -233,7 +231,7 @@ class BatchProcessor:
 
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
         """Classify only *documents*; failed ones are in the retry queue or quarantine afterwards. Return statistics as ``run`` does."""
-        run = await self._new_run()
+        run = await self._new_run(urgent_first=False)
         return self._with_servers(await run.execute([run.intake.given(documents)], to_the_end=False))
 
     async def run(self) -> dict[str, Any]:
@@ -258,9 +256,9 @@ class BatchProcessor:
         await self.connect()
         if self._stream is None:
             raise ConfigurationError("follow needs the mode stream: BatchProcessor(mode='stream').")
-        run = await self._new_run(replace(self.options, only="changed", retry_failed=False))
-        intake = StreamIntake(run.intake, self._stream)
-        return self._with_servers(await run.execute([intake.live(sweep_every_s)], to_the_end=False))
+        options = replace(self.options, only="changed", retry_failed=False)
+        run: Any = await self._new_run(options, partial(StreamIntake, self._stream))
+        return self._with_servers(await run.execute([run.intake.live(sweep_every_s)], to_the_end=False))
 
     def _with_servers(self, stats: dict[str, Any]) -> dict[str, Any]:
         return stats if self._pool is None else {**stats, "servers": self._pool.states()}
@@ -289,7 +287,9 @@ class BatchProcessor:
             "interrupted": self.stop.is_set(),
         }
 
-    async def _new_run(self, options: RunOptions | None = None) -> BatchRun:
+    async def _new_run(
+        self, options: RunOptions | None = None, make_intake: Any = DocumentIntake, *, urgent_first: bool = True
+    ) -> BatchRun:
         await self.connect()
         options = options or self.options
         saved = self.files.read_state("checkpoint.json")
@@ -315,9 +315,9 @@ class BatchProcessor:
             limit=self._limit,
             service_first=self._service_first(),
             go=None if self._heartbeat is None else self._heartbeat.go,
-            urgent_first=self._client is None,  # mongomock has no hints
+            urgent_first=urgent_first and self._client is None,  # mongomock has no hints
         )
-        return BatchRun(parts)
+        return BatchRun(parts, make_intake)
 
     def _new_heartbeat(self) -> Heartbeat | None:
         """Return the heartbeat; None for an estimate, and for a client that was passed in: mongomock knows no pipelines."""

@@ -42,6 +42,8 @@ async def follow(
             if after is not None:
                 processor.options, after = after, None
                 continue
+            if processor.stop.is_set():
+                break
             tell_line(f"Waiting for conversations in {collection}; Ctrl-C ends the wait.")
             stats = await processor.follow(sweep_every_s)
             if stats["documents_processed"]:

@@ -30,7 +30,7 @@ class PriorityRule:
 
 
 def checked_query(query: Any) -> dict[str, Any]:
-    """Return *query*, decoded JSON, if it is a usable query; raise ValueError, which says what is wrong, if it is not."""
+    """Return *query*, decoded JSON, if it is a usable query; raise ValueError with the reason if it is not."""
     if not isinstance(query, dict):
         raise ValueError('must be a JSON object such as {"channel": "email"}')  # noqa: TRY004 - pydantic wants it
     if not query:

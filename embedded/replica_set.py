@@ -1,4 +1,4 @@
-"""A replica set with one member: the embedded MongoDB has change streams, as those of production do."""
+"""A replica set with one member, so that the embedded MongoDB has change streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pymongo import MongoClient
-from pymongo.errors import OperationFailure
+from pymongo.errors import OperationFailure, PyMongoError
 
 from embedded.mongod import POLL_S, START_TIMEOUT_S, EmbeddedMongod
 from error_handler import ConfigurationError
@@ -30,7 +30,7 @@ class ReplicaSetMongod(EmbeddedMongod):
         return f"{super().uri}?replicaSet={NAME}"
 
     def start(self) -> None:
-        """Start it and wait until it takes writes; a data folder of a standalone server or of another port is converted.
+        """Start it and wait until it accepts writes; convert a data folder of a standalone server or of another port.
 
         Raises:
             ConfigurationError: It cannot run on this machine, or not with this folder. Nothing is left running.
@@ -40,7 +40,13 @@ class ReplicaSetMongod(EmbeddedMongod):
         super().start()
         with contextlib.ExitStack() as undo:
             undo.callback(self.kill)
-            self._become_primary()
+            try:
+                self._become_primary()
+            except PyMongoError as exc:
+                raise ConfigurationError(
+                    f"The embedded MongoDB cannot become the replica set {NAME} in its folder; see mongod.log there, or move the "
+                    "folder away."
+                ) from exc
             undo.pop_all()
 
     def _become_primary(self) -> None:

@@ -1,4 +1,4 @@
-"""The change stream of the source: which documents are new, pending again, or have another text."""
+"""The change stream of the source: the documents that are new, pending again, or have another text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from error_handler import StoreError, StoreForbiddenError, StoreRejectedError
+from error_handler import StoreError, StoreForbiddenError, StoreRejectedError, StoreUnreadableError
 from storage.extended_json import Document
 from storage.mongo_errors import translated
 from storage.selection import StateFields
@@ -38,7 +38,7 @@ class Change:
 class Position:
     """A place in the stream: the *change* there, if any, and the *token* to resume after it.
 
-    *is_lost* says that changes before it may be missing, because the server no longer knew the token.
+    *is_lost*: changes before it may be missing, because the stream could not resume.
     """
 
     token: Document | None
@@ -89,21 +89,30 @@ class ChangeWatch:
                     await self._follow(positions)
                 self._lose("the collection was dropped or renamed")
             except StoreError as exc:
-                if self.token is not None and _is_final(exc) and not self._is_refused(exc):
-                    self._lose("the server cannot resume after it")
-                elif not self._is_refused(exc) and not self._is_told:
+                if self._is_refused(exc):
+                    return
+                if self.token is not None and _is_final(exc):
+                    is_unreadable = isinstance(exc, StoreUnreadableError)
+                    self._lose(
+                        "a changed document has an _id that is not valid BSON"
+                        if is_unreadable
+                        else "the server cannot resume after it"
+                    )
+                elif not self._is_told:
                     logger.warning("the change stream is interrupted and will be resumed: %s", exc)
                     self._is_told = True
             await asyncio.sleep(max(0.0, opened_s + REOPEN_S - time.monotonic()))
 
     async def _follow(self, positions: asyncio.Queue[Position]) -> None:
-        async with await self._open() as stream:
+        with translated(FOLLOW):  # each call alone: the driver may swallow the cancellation that ends this loop
+            opened = await self._open()
+        async with opened as stream:
             if self._is_lost:  # told when the stream is open again, so that nothing is missed between the two
                 await positions.put(Position(stream.resume_token, is_lost=True))
                 self._is_lost = False
             while stream.alive:
                 self.token = stream.resume_token or self.token
-                with translated(FOLLOW):  # each time: the driver may swallow the cancellation that ends this loop
+                with translated(FOLLOW):
                     found = await stream.try_next()
                 if self._is_told:
                     logger.info("the change stream is resumed")
@@ -171,5 +180,8 @@ def _change(found: Document | None) -> Change | None:
 
 
 def _is_final(exc: StoreError) -> bool:
-    """Return whether the server will never take the token again."""
-    return isinstance(exc, StoreRejectedError) or getattr(exc.__cause__, "code", None) in LOST_TOKEN_CODES
+    """Return whether no attempt from the token can succeed: the server refuses it, or the driver cannot read what follows."""
+    return (
+        isinstance(exc, StoreRejectedError | StoreUnreadableError)
+        or getattr(exc.__cause__, "code", None) in LOST_TOKEN_CODES
+    )

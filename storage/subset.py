@@ -1,4 +1,4 @@
-"""Which part of the source documents a command reads: a query of the operator, and a span of time."""
+"""The part of the source documents that a command reads: a query of the operator, and a span of time."""
 
 from __future__ import annotations
 

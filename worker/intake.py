@@ -113,6 +113,11 @@ class DocumentIntake:
         self._taken = 0
         self._retries_failed = self._options.retry_failed or self._options.only == "failed"
 
+    @property
+    def takes_new(self) -> bool:
+        """Whether documents without a result are taken."""
+        return self._options.only in (None, "new")
+
     async def recovered(self) -> AsyncGenerator[BatchInWork]:
         """Yield the batches that an earlier run left in ``pending/``, with their journals replayed."""
         if self._retries_failed:
@@ -146,7 +151,7 @@ class DocumentIntake:
 
     async def sweep(self) -> AsyncGenerator[BatchInWork]:
         """Yield documents without a result that are pending or were left processing: late small ids, lost files."""
-        if self._options.only not in (None, "new"):
+        if not self.takes_new:
             return
         # A failed document whose status could not be written still looks pending.
         self._recovered |= self._settlement.failed_keys | self._store.unmarked
@@ -157,10 +162,11 @@ class DocumentIntake:
 
     async def given(self, documents: list[Document]) -> AsyncGenerator[BatchInWork]:
         """Yield *documents* as one batch, without those that have a result or belong to another worker."""
+        claimed_at = time.monotonic()
         own = await self._claimed(documents)
         self._settlement.stats.total += len(own)
         if own:
-            yield BatchInWork(await asyncio.to_thread(self._files.save_pending, own))
+            yield BatchInWork(await asyncio.to_thread(self._files.save_pending, own), claimed_at=claimed_at)
 
     async def retry_round(self) -> AsyncGenerator[BatchInWork]:
         """Yield each retry file once as a batch."""
@@ -203,13 +209,13 @@ class DocumentIntake:
     async def _saved(self, documents: list[Document]) -> BatchFile | None:
         """Save the leased *documents* as the next batch, up to the limit of the run; None if none are left."""
         limit = self._options.limit
-        if limit is not None and len(documents) > limit - self._taken:
-            surplus = documents[limit - self._taken :]
-            documents = documents[: limit - self._taken]
+        room = len(documents) if limit is None else max(0, limit - self._taken)
+        documents, surplus = documents[:room], documents[room:]
+        self._taken += len(documents)  # before the next step of the other tasks that take documents
+        if surplus:
             await self._store.release([document["_id"] for document in surplus])
         if not documents:
             return None
-        self._taken += len(documents)
         if self._options.only:  # their number is only known after the last page
             self._settlement.stats.total += len(documents)
         file = await asyncio.to_thread(self._files.save_pending, documents)

@@ -46,7 +46,9 @@ class BatchRun:
     With ``parts.limit``, a worker acquires a concurrency slot before it takes a document.
     """
 
-    def __init__(self, parts: RunParts) -> None:
+    def __init__(
+        self, parts: RunParts, make_intake: Callable[[RunParts, Settlement], DocumentIntake] = DocumentIntake
+    ) -> None:
         self._parts = parts
         self._settings = parts.settings
         self._store = parts.store
@@ -62,7 +64,7 @@ class BatchRun:
             parts.store, parts.files, parts.checkpoint, replaces=self._replace, on_rejected=self._dedupe.rejected
         )
         self._progress = self._settlement.progress
-        self.intake = DocumentIntake(parts, self._settlement)
+        self.intake = make_intake(parts, self._settlement)
         self._queue: asyncio.Queue[WorkItem | None] = asyncio.Queue()  # None: one that waits in the lane
         self._lane = UrgentLane(parts, self.intake, self._settlement, self._queue)
         self._in_flight = 0
@@ -94,7 +96,7 @@ class BatchRun:
                 }
                 if self._parts.service_first is not None:
                     jobs["service"] = self._parts.service_first.watch(self._give_way)
-                if to_the_end and self._parts.urgent_first and self._parts.options.only in (None, "new"):
+                if self._parts.urgent_first and self.intake.takes_new:
                     jobs["urgent"] = self._lane.run()
                 started = [tasks.create_task(job, name=name) for name, job in jobs.items()]
                 for source in sources:

@@ -1,7 +1,7 @@
 """The documents of ``--mode stream``: new conversations as they come, and those that grew after they were labelled.
 
-A change of the source only says where to look. Whether a document needs a label is decided by its state, its lease and
-its result, as in every run, so a lost or repeated change costs time and nothing else (docs/stream.md).
+A change of the source only names a document. Its state, its lease and its result decide whether it needs a label, as in every
+run, so a lost or repeated change only costs time (docs/stream.md).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from config import Settings
@@ -17,8 +17,8 @@ from mongo_client import DocumentStore
 from storage.change_stream import ChangeWatch, Position
 from storage.extended_json import Document, id_key
 from utils.batch_file_manager import BatchFiles
-from worker.intake import DocumentIntake
-from worker.settlement import BatchInWork
+from worker.intake import DocumentIntake, RunParts
+from worker.settlement import BatchInWork, Settlement
 from worker.subset import in_subset
 
 FILE_NAME = "stream.json"
@@ -28,25 +28,30 @@ COMPARE_S = 0.25  # the longest time for pages between two looks at the changes
 POLL_MIN_S, POLL_MAX_S = 0.5, 2.0
 POLL_LOAD = 20.0  # a poll waits this many times as long as it took
 MOST_POSITIONS = 1000  # read ahead
-MOST_WAITING = 10_000  # conversations that wait until they are quiet; with more, the first ones are not waited for
+MOST_WAITING = 10_000  # conversations that wait until they are quiet; with more, the first ones are not waited for, and
+# no changes are read: they stay in MongoDB
 
 
 class StreamState:
     """What must survive a restart: the resume token, and the conversations that have grown. Kept in FILE_NAME.
 
-    The file may be older than the truth: changes that are read again find that there is nothing to do.
+    The file may be old: changes that are read again lead to documents that are up to date.
     """
 
-    def __init__(self, files: BatchFiles, source: str, watch: ChangeWatch, settle_s: float) -> None:
+    def __init__(
+        self, files: BatchFiles, source: str, watch: ChangeWatch, settle_s: float, subset: str | None = None
+    ) -> None:
         self._files = files
         self._source = source
+        self._subset = subset
         self.watch = watch
         self.settle_s = settle_s
         saved = files.read_state(FILE_NAME) or {}
         if saved.get("source") != source:
             saved = {}
         self.token = watch.token = saved.get("token")
-        self.is_comparing = saved.get("is_comparing") is True
+        # A stream of another part did not keep the conversations of this one that grew.
+        self.is_comparing = saved.get("is_comparing") is True or saved.get("subset") not in (None, subset)
         self.waiting: dict[bytes, tuple[float, Any]] = {}  # by id_key: when it is due (monotonic), and the _id
         for document_id in saved.get("waiting") or []:
             self.wait_for(document_id)
@@ -58,6 +63,11 @@ class StreamState:
         await self.watch.locate()
         self.token = self.watch.token
         self.save(at_once=True)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more conversations may wait."""
+        return len(self.waiting) <= MOST_WAITING
 
     def wait_for(self, document_id: Any) -> None:
         """Look at the document when it has been quiet for the settling time from now."""
@@ -77,32 +87,45 @@ class StreamState:
         if now < self._next_s and not at_once:
             return
         ids = [document_id for _, document_id in self.waiting.values()]
-        content = {"source": self._source, "token": self.token, "is_comparing": self.is_comparing, "waiting": ids}
+        content = {
+            "source": self._source,
+            "subset": self._subset,
+            "token": self.token,
+            "is_comparing": self.is_comparing,
+            "waiting": ids,
+        }
         if content != self._content:
             self._files.write_state(FILE_NAME, content)
             self._content, self._next_s = content, now + SAVE_EVERY_S
 
 
-async def open_stream(store: DocumentStore, files: BatchFiles, source: str, settings: Settings) -> StreamState:
+async def open_stream(
+    store: DocumentStore, files: BatchFiles, source: str, settings: Settings, subset: str | None
+) -> StreamState:
     """Return the state of the stream of *source*, the identity of the collection; create the index that its looks need.
+
+    *subset* is the ``Subset.name`` of *store*.
 
     The stream begins before the first run, so that what grows meanwhile is not missed.
     """
     options = store.database.codec_options.with_options(tz_aware=True)  # as the store reads ids
     collection = store.database.get_collection(settings.source_collection, codec_options=options)
     await store.ensure_source_indexes(for_stream=True)
-    state = StreamState(files, source, ChangeWatch(collection, store.states), settings.settle_s)
+    state = StreamState(files, source, ChangeWatch(collection, store.states), settings.settle_s, subset)
     await state.locate()
     return state
 
 
 class StreamIntake(DocumentIntake):
-    """The intake of a run that lasts until it is stopped, in place of the one of that run; its ``only`` is ``changed``."""
+    """The intake of a run that lasts until it is stopped; its ``only`` is ``changed``."""
 
-    def __init__(self, intake: DocumentIntake, state: StreamState) -> None:
-        super().__init__(intake._parts, intake._settlement)
+    takes_new = True
+
+    def __init__(self, state: StreamState, parts: RunParts, settlement: Settlement) -> None:
+        super().__init__(parts, settlement)
         self._state = state
         self._in_work: list[BatchInWork] = []
+        self._taking = asyncio.Lock()  # new and urgent documents are taken in turn, so that none is taken twice
         self._elsewhere: set[bytes] = set()  # leased by others, or done, since the last sweep
         self._compared: list[Any] = []  # the last id
         self._poll_s = POLL_MIN_S
@@ -111,6 +134,7 @@ class StreamIntake(DocumentIntake):
     async def live(self, sweep_every_s: float) -> AsyncGenerator[BatchInWork]:
         """Yield new and grown conversations as they come, and each *sweep_every_s* those that no change announced."""
         state = self._state
+        state.watch.token = state.token  # an outage has discarded what was read beyond it
         positions: asyncio.Queue[Position] = asyncio.Queue(MOST_POSITIONS)
         reader = asyncio.create_task(state.watch.run(positions), name="changes")
         try:
@@ -122,7 +146,8 @@ class StreamIntake(DocumentIntake):
                     async for batch in self._pending():
                         yield batch
                     self._next_sweep_s = time.monotonic() + sweep_every_s
-                async for batch in self._announced(positions) if state.watch.is_supported else self._polled():
+                is_read = state.watch.is_supported and state.has_room
+                async for batch in self._announced(positions) if is_read else self._polled():
                     yield batch
                 async for batch in self._grown():
                     yield batch
@@ -157,7 +182,7 @@ class StreamIntake(DocumentIntake):
         if found:  # the batches are on disk
             state.token = found[-1].token
         until_s = time.monotonic() + COMPARE_S
-        while state.is_comparing and time.monotonic() < until_s:
+        while state.is_comparing and state.has_room and time.monotonic() < until_s:
             state.is_comparing = await self._compare_page()
 
     async def _polled(self) -> AsyncGenerator[BatchInWork]:
@@ -168,7 +193,8 @@ class StreamIntake(DocumentIntake):
         start_s = time.monotonic()
         async for batch in self._pending():
             yield batch
-        await self._compare_page()
+        if self._state.has_room:
+            await self._compare_page()
         self._poll_s = min(POLL_MAX_S, max(POLL_MIN_S, POLL_LOAD * (time.monotonic() - start_s)))
 
     async def _pending(self) -> AsyncGenerator[BatchInWork]:
@@ -181,16 +207,27 @@ class StreamIntake(DocumentIntake):
 
     async def _new(self, documents: list[Document]) -> AsyncGenerator[BatchInWork]:
         """Yield those of *documents* that nobody works on, as one batch."""
-        mine = self._busy() | self._settlement.failed_keys | self._store.unmarked
-        free = [document for document in documents if id_key(document["_id"]) not in mine]
-        if not free:
-            return
-        self._elsewhere |= {id_key(document["_id"]) for document in free}
-        self._recovered.clear()  # a document may come again
-        async for batch in self.given(free):
+        async with self._taking:
+            mine = self._busy() | self._settlement.failed_keys | self._store.unmarked
+            free = [document for document in documents if id_key(document["_id"]) not in mine]
+            self._elsewhere |= {id_key(document["_id"]) for document in free}
+            self._recovered.clear()  # a document may come again
+            batches = [batch async for batch in self.given(free)] if free else []
+            self._in_work += batches
+        for batch in batches:
             self._elsewhere -= {item.key for item in batch.items}
-            self._in_work.append(batch)
             yield batch
+
+    def free(self, keys: Iterable[bytes], left_alone: set[bytes]) -> list[bytes]:
+        """Return what the intake of each run does, without the documents in work: they look pending."""
+        return super().free(keys, left_alone | self._busy())
+
+    async def urgent(self, document_ids: list[Any]) -> BatchInWork | None:
+        """Return what the intake of each run does, and remember what is in work."""
+        async with self._taking:
+            batch = await super().urgent(document_ids)
+            self._in_work += [] if batch is None else [batch]
+        return batch
 
     async def _grown(self) -> AsyncGenerator[BatchInWork]:
         """Yield the conversations that have been quiet since they grew, if their text is not that of their result."""

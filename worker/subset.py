@@ -1,4 +1,4 @@
-"""A subset of the source documents as a command uses it: is its query understood, and which documents are in it."""
+"""Checks the query of a subset with MongoDB, and finds the documents that are in it."""
 
 from __future__ import annotations
 

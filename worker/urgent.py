@@ -209,6 +209,7 @@ class UrgentLane:
         if self._left_alone is None:
             self._left_alone = await asyncio.to_thread(keys_in_files, self._parts.files.directory)
         keys = {id_key(row[1]): row for row in found}
+        self._promote({key: row[0] for key, row in keys.items()})
         new = [keys[key] for key in self._intake.free(keys, self._left_alone | self._held)]
         if not new:
             self._held.clear()
@@ -232,6 +233,17 @@ class UrgentLane:
         for item in batch.items:
             heapq.heappush(self._urgent, (-priorities[item.key], next(self._numbers), item))
             self._queue.put_nowait(None)
+
+    def _promote(self, priorities: dict[bytes, float]) -> None:
+        """Put the documents of *priorities* first that the queue has already: a change of the source announced them."""
+        for _ in range(self._queue.qsize()):
+            entry = self._queue.get_nowait()
+            if entry is not None and entry.key in priorities:
+                heapq.heappush(self._urgent, (-priorities[entry.key], next(self._numbers), entry))
+                self.taken += 1
+                self.waiting += 1
+                entry = None
+            self._queue.put_nowait(entry)
 
     def exchange(self, entry: WorkItem | None) -> WorkItem:
         """Return the document to process now, in place of the *entry* of the queue."""

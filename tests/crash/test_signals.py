@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from pymongo.errors import AutoReconnect
 
 from embedded.mongod import EmbeddedMongod
 from tests.embedding_index.stores import open_store
@@ -194,12 +195,17 @@ def test_pause_longer_than_the_lease_repeats_no_document_of_others(site: Site) -
     check_calls(site, documents, repeated=2 * CONCURRENCY)
 
 
-async def test_call_whose_library_swallows_a_cancellation_still_ends(mongodb_uri: str, db_name: str) -> None:
+@pytest.mark.parametrize("error", [None, AutoReconnect("lost")])
+async def test_call_whose_library_swallows_a_cancellation_still_ends(
+    mongodb_uri: str, db_name: str, error: AutoReconnect | None
+) -> None:
     """``asyncio.wait_for`` of Python 3.11 swallows one inside PyMongo; a task of a stopped run would never end."""
 
     async def swallows() -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
+        if error is not None:
+            raise error
 
     async with open_store(mongodb_uri, db_name) as store:
         task = asyncio.create_task(store._call("wait", swallows))

@@ -108,6 +108,19 @@ def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path
 
 
 @pytest.mark.thorough
+def test_folder_of_another_replica_set_is_refused(tmp_path: Path) -> None:
+    """No server stays behind, and the message says what to do."""
+    with EmbeddedMongod(tmp_path, extra_arguments=("--replSet", "other")) as other:
+        members = [{"_id": 0, "host": f"127.0.0.1:{other.port}"}]
+        with pymongo.MongoClient[dict[str, object]](other.uri, directConnection=True) as client:
+            client.admin.command("replSetInitiate", {"_id": "other", "members": members})
+    server = ReplicaSetMongod(tmp_path)
+    with pytest.raises(ConfigurationError, match="move the folder away"):
+        server.start()
+    assert server.pid is None
+
+
+@pytest.mark.thorough
 def test_data_of_a_killed_standalone_server_becomes_a_replica_set(tmp_path: Path) -> None:
     """Earlier versions ran the embedded MongoDB as a standalone server."""
     with EmbeddedMongod(tmp_path / "data") as earlier:

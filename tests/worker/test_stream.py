@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import signal
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bson
 import pytest
-from pymongo import MongoClient
+from bson.raw_bson import RawBSONDocument
+from pymongo import AsyncMongoClient, MongoClient
 from pymongo.database import Database
 
 from embedded.replica_set import ReplicaSetMongod
-from storage.change_stream import ChangeWatch
+from storage.change_stream import ChangeWatch, Position
 from storage.selection import StateFields
 from storage.subset import Subset
 from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import (
+    BROKEN,
     Site,
     check_exactly_once,
     check_results,
     conversation,
     filled,
     filled_with_all_shapes,
+    model_of,
     requests,
+    store_raw,
 )
 from tests.worker.site import until as wait_until
-from tests.worker.stream_site import NEVER_S, following, grow, has_result, until
+from tests.worker.stream_site import NEVER_S, following, grow, has_result, stream_processor, until
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import RunStats
 from worker.intake import RunOptions
@@ -131,6 +138,98 @@ async def test_what_happened_during_the_absence_is_found_through_the_stored_toke
     assert requests(there) == 4
 
 
+async def test_changes_that_an_ended_run_had_read_are_read_again(there: Site) -> None:
+    """After an outage, the next run follows in the same process; only changes announce that a conversation has grown."""
+    filled(there, 1)
+    async with stream_processor(there) as processor:
+        await processor.run()
+        assert processor._stream is not None
+        positions: asyncio.Queue[Position] = asyncio.Queue()
+        reader = asyncio.create_task(processor._stream.watch.run(positions))
+        grow(there, 0)
+        while (await positions.get()).change is None:
+            pass
+        reader.cancel()
+        following_again = asyncio.create_task(processor.follow(NEVER_S))
+        await until(lambda: has_result(there, 0, earlier=1))
+        processor.stop.set()
+        await following_again
+
+
+async def test_conversations_that_grew_during_a_stream_of_another_part_are_found(there: Site) -> None:
+    """That stream has read their changes, and did not keep them."""
+    there.source.insert_many([conversation(1, channel="chat"), conversation(2, channel="email")])
+    async with following(there):
+        await until(lambda: has_result(there, 2))
+    async with following(there, options=RunOptions(subset=Subset({"channel": "email"}))):
+        grow(there, 1)
+        grow(there, 2)
+        await until(lambda: has_result(there, 2, earlier=1))
+    async with following(there):
+        await until(lambda: has_result(there, 1, earlier=1))
+    assert requests(there) == 4
+
+
+@pytest.mark.thorough
+async def test_changes_stay_in_mongodb_while_too_many_conversations_wait(
+    there: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New conversations are found by polling meanwhile, and nothing is lost."""
+    for name, value in {"MOST_WAITING": 2, "MOST_POSITIONS": 2, "POLL_MIN_S": 0.01, "POLL_MAX_S": 0.01}.items():
+        monkeypatch.setattr(f"worker.stream.{name}", value)
+    sizes = set()
+    filled(there, 12)
+    async with stream_processor(there, settle_s=NEVER_S, batch_size=1) as processor:
+        await processor.run()
+        for number in range(12):
+            grow(there, number)
+        filled(there, 1, first=12)
+        task = asyncio.create_task(processor.follow(NEVER_S))
+        assert processor._stream is not None
+        while there.results.count_documents({"history": {"$exists": True}}) < 10 or not has_result(there, 12):
+            sizes.add(len(processor._stream.waiting))
+            await asyncio.sleep(0)
+        processor.stop.set()
+        await task
+    assert max(sizes) <= 6  # those that may wait, and what one look reads
+
+
+async def test_watch_ends_if_the_driver_swallows_its_cancellation(there: Site) -> None:
+    """Python 3.11 swallows one inside PyMongo, also while the stream is opened."""
+    client = AsyncMongoClient[dict[str, Any]](there.uri)
+    collection = client[there.database.name]["conversation_set"]
+    is_opening = asyncio.Event()
+
+    async def watch(*arguments: Any, **options: Any) -> Any:
+        is_opening.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return await collection.watch(*arguments, **options)
+
+    reader = asyncio.create_task(ChangeWatch(SimpleNamespace(watch=watch), StateFields()).run(asyncio.Queue()))
+    await is_opening.wait()
+    reader.cancel()
+    ended, _ = await asyncio.wait([reader], timeout=5)
+    assert ended
+    await client.close()
+
+
+@pytest.mark.parametrize("hostile", [pytest.param("not UTF-8", marks=pytest.mark.thorough), "not BSON"])
+async def test_id_that_the_driver_cannot_read_does_not_hold_up_the_stream(there: Site, hostile: str) -> None:
+    async with following(there):
+        if hostile == "not UTF-8":
+            raw = bson.encode({"_id": "ABCD", "text": "Case 1: late", "processed": False}).replace(
+                b"ABCD", b"AB\xff\xff"
+            )
+            there.source.insert_one(RawBSONDocument(raw))
+        else:
+            store_raw(there.source, {"_id": BROKEN, "text": "Case 1: late", "processed": False})
+        filled(there, 1, first=2)
+        await until(lambda: has_result(there, 2))
+        grow(there, 2)
+        await until(lambda: has_result(there, 2, earlier=1))
+
+
 def elsewhere(site: Site) -> str:
     """Return a token of another collection, which the stream of the source does not contain."""
     with site.database["other"].watch() as stream:
@@ -165,6 +264,8 @@ async def test_token_of_another_collection_is_not_used(there: Site, tmp_path: Pa
     state.save(at_once=True)
     again = StreamState(files, "one", ChangeWatch(there.source, StateFields()), 0.0)
     assert (again.token, again.is_comparing, list(again.waiting)) == ({"_data": "00"}, True, list(state.waiting))
+    part = StreamState(files, "one", ChangeWatch(there.source, StateFields()), 0.0, "part")
+    assert (part.token, list(part.waiting)) == ({"_data": "00"}, list(state.waiting))
     other = StreamState(files, "two", ChangeWatch(there.source, StateFields()), 0.0)
     assert (other.token, other.is_comparing, other.waiting) == (None, False, {})
 
@@ -192,6 +293,22 @@ async def test_standalone_server_is_polled(site: Site) -> None:
         await until(lambda: has_result(site, 0, earlier=1))
     check_results(site, site.source.find())
     assert requests(site) == 3
+
+
+async def test_urgent_conversations_go_first_among_new_ones(there: Site) -> None:
+    """Those with a priority and those of a rule pass what has been announced before them; nothing twice."""
+    model_of(there).configure(latency_s=0.02)
+    rules = '[{"query": {"tier": "vip"}, "priority": 3}]'
+    async with following(there, max_concurrent=1, batch_size=30, priority_rules=rules):
+        waiting = filled(there, 60)
+        await until(lambda: requests(there) >= 3)
+        urgent = [conversation(500, priority=1), conversation(501, tier="vip")]
+        there.source.insert_many(urgent)
+        await until(lambda: has_result(there, 500) and has_result(there, 501))
+        assert requests(there) < 50
+        await until(lambda: there.results.count_documents({}) == 62)
+    check_exactly_once(there, [*waiting, *urgent])
+    assert requests(there) == 62
 
 
 async def test_failed_conversation_is_retried_while_the_stream_goes_on(there: Site) -> None:

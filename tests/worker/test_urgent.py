@@ -39,6 +39,8 @@ from utils.failed_documents import FailedDocument
 from worker.checkpoint import Checkpoint
 from worker.intake import DocumentIntake, RunOptions, RunParts
 from worker.settlement import Settlement
+from worker.staleness import StalenessChecker
+from worker.stream import StreamIntake
 from worker.urgent import MOST_IN_A_ROW, UrgentLane, keys_in_files
 
 CONCURRENCY = 2
@@ -96,6 +98,16 @@ def test_share_is_kept_for_documents_behind_urgent_ones() -> None:
     assert places.count(True) == 4
     assert all(any(places[start : start + MOST_IN_A_ROW + 1]) for start in range(12))
     assert (lane.waiting, lane.entries.empty()) == (0, True)
+
+
+def test_document_of_the_queue_that_turns_out_urgent_is_put_first() -> None:
+    lane = Lane()
+    lane.normal("a", "b", "c")
+    for entry in lane.entries._queue:  # type: ignore[attr-defined]
+        entry.key = entry.priority.encode()
+    lane._promote({b"c": 2.0, b"elsewhere": 1.0})
+    assert lane.taken_in_order(3) == ["c", "a", "b"]
+    assert (lane.waiting, lane.taken, lane.entries.empty()) == (0, 1, True)
 
 
 def asked(site: Site, documents: Iterable[Document]) -> list[int]:
@@ -215,6 +227,60 @@ async def test_neither_lane_takes_what_the_other_has_in_work(
         assert urgent.document_ids == [4]
         assert await intake.urgent([0, 4]) is None
         assert [batch.document_ids async for batch in pages] == [[3, 5]]
+    finally:
+        await store.close()
+
+
+async def test_stream_and_urgent_lane_take_nothing_twice(
+    mongodb_uri: str, database: Database[Document], tmp_path: Path
+) -> None:
+    """Documents in work look pending in a stream, and their leases are those of this worker."""
+    queries = [{"_id": number, "text": f"Case {number}", "processed": False} for number in range(4)]
+    database["conversation_set"].insert_many(queries)
+    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
+    store, files, checkpoint = DocumentStore(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
+    kinds = StalenessChecker(store, tmp_path, None)
+    options = RunOptions(only="changed")
+    stop = asyncio.Event()
+    parts = RunParts(settings, options, store, files, checkpoint, stop, cast("Any", None), kinds=kinds)
+    settlement = Settlement(store, files, checkpoint, replaces=True, on_rejected=lambda _: None)
+    intake = StreamIntake(cast("Any", None), parts, settlement)
+
+    async def announced(*document_ids: int) -> list[list[int]]:
+        documents = await store.read_documents("sweep", list(document_ids))
+        return [batch.document_ids async for batch in intake._new(documents)]
+
+    try:
+        assert await announced(0, 1) == [[0, 1]]
+        urgent = await intake.urgent([1, 2])
+        assert urgent is not None
+        assert urgent.document_ids == [2]
+        assert intake.free([id_key(number) for number in range(4)], set()) == [id_key(3)]
+        assert await announced(0, 1, 2, 3) == [[3]]
+    finally:
+        await store.close()
+
+
+async def test_limit_holds_while_a_page_gives_back_its_surplus(
+    mongodb_uri: str, database: Database[Document], tmp_path: Path
+) -> None:
+    """Urgent documents are taken at the same time."""
+
+    class Store(DocumentStore):
+        async def release(self, document_ids: list[Any]) -> None:
+            await super().release(document_ids)
+            urgent.append(await intake.urgent([9]))
+
+    urgent: list[Any] = []
+    database["conversation_set"].insert_many([conversation(number) for number in range(10)])
+    settings = load_settings(None, mongodb_uri=SecretStr(mongodb_uri), db_name=database.name)
+    store, files, checkpoint = Store(settings), BatchFiles(tmp_path), Checkpoint("source", "job")
+    options = RunOptions(batch_size=9, limit=4)
+    parts = RunParts(settings, options, store, files, checkpoint, asyncio.Event(), cast("Any", None))
+    intake = DocumentIntake(parts, Settlement(store, files, checkpoint, replaces=False, on_rejected=lambda _: None))
+    try:
+        assert [batch.document_ids async for batch in intake.fresh()] == [[0, 1, 2, 3]]
+        assert urgent == [None]
     finally:
         await store.close()
 
