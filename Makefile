@@ -67,7 +67,7 @@ test-fakes: .venv/dev.stamp ## run the tests of the fake servers that the other 
 	$(venv_python) -m pytest -n 4 --dist worksteal tests/fakes $(ARGS)
 
 test-flow: .venv/dev.stamp .venv-prefect/run.stamp ## run the Prefect flow of examples/ once; ARGS is for pytest
-	$(venv_python) -m pytest -m '' tests/deploy/test_scheduling.py $(ARGS)
+	$(venv_python) -m pytest -m thorough tests/deploy/test_scheduling.py $(ARGS)
 
 check: .venv/dev.stamp ## check style, formatting and types
 	$(venv_python) -m ruff check .

@@ -61,6 +61,7 @@ def test_unit_starts_a_valid_command_and_waits_for_calls_in_flight(name: str) ->
     assert (program, script) == ("/srv/triad/.venv/bin/python", "cli.py")
     create_parser().parse_args(flags)
     assert float(service["TimeoutStopSec"]) > GRACE_S
+    assert "EnvironmentFile" not in service  # the program reads .env itself; systemd would keep comments in values
     assert codes(service["SuccessExitStatus"]) == {ExitCode.INTERRUPTED}
 
 
