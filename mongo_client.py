@@ -366,6 +366,8 @@ async def call_repeatedly(what: str, operation: Callable[[], Awaitable[T]], poli
         try:
             result = await operation()
         except DRIVER_ERRORS as exc:
+            if task is not None and task.cancelling() > cancellations:
+                raise asyncio.CancelledError from exc
             raise store_error(what, exc) from exc
         if task is not None and task.cancelling() > cancellations:
             raise asyncio.CancelledError

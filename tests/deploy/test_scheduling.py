@@ -64,6 +64,16 @@ def test_unit_starts_a_valid_command_and_waits_for_calls_in_flight(name: str) ->
     assert codes(service["SuccessExitStatus"]) == {ExitCode.INTERRUPTED}
 
 
+def test_units_leave_the_settings_to_the_program() -> None:
+    """It reads .env itself. systemd would keep a comment after a value, and the environment wins over .env."""
+    services = [path.name for path in UNITS if path.suffix == ".service"]
+    assert len(services) == 3
+    for name in services:
+        service = unit(name)["Service"]
+        assert "EnvironmentFile" not in service
+        assert service["WorkingDirectory"] == "/srv/triad"
+
+
 def test_units_restart_only_if_another_try_can_help() -> None:
     """MongoDB or the model server that does not answer (3) is such a case; the daemon also comes back after too many failures."""
     never = codes(unit("triad-batch.service")["Service"]["RestartPreventExitStatus"])
@@ -116,7 +126,7 @@ def run_flow(site: Site, **settings: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.thorough
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not PREFECT.exists(), reason="Prefect is not installed: make test-flow")
+@pytest.mark.skipif(not PREFECT.exists(), reason="Prefect is not installed: make test-platforms")
 def test_flow_labels_and_writes_its_files_and_fails_with_the_command(site: Site) -> None:
     """A wrong setting (exit code 2) ends the flow with the sentence of the command, and nothing is reported."""
     filled(site, 3)
