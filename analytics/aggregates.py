@@ -104,7 +104,7 @@ class LabelAnalytics:
         try:
             await self._days.refresh(tell)
         except StoreForbiddenError:
-            return f"The figures are counted from the results, which takes longer: no right to write {self._days.name}."
+            return f"The figures are counted from the results, which takes longer: no right to read and write {self._days.name}."
         except StoreRejectedError as exc:
             return f"The figures are counted from the results, which takes longer: {exc}."
         self._has_counts = True

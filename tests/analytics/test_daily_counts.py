@@ -243,16 +243,21 @@ async def test_too_many_days_are_counted_from_the_results(
 
 
 @pytest.mark.thorough
-async def test_without_the_right_to_write_counts_the_results_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("roles", [[{"role": "read", "db": "customer_support"}], []], ids=["read", "no-counts"])
+async def test_without_the_right_to_write_counts_the_results_are_counted(tmp_path: Path, roles: list[Any]) -> None:
     name, password = "customer_support", "secret-of-a-test"
     with EmbeddedMongod(tmp_path / "db") as mongod, MongoClient[dict[str, Any]](mongod.uri) as client:
-        client.admin.command("createUser", "reader", pwd=password, roles=[{"role": "read", "db": name}])
+        names = ("sentimental_analysis", "sentimental_analysis_corrections")
+        rights = [{"resource": {"db": name, "collection": one}, "actions": ["find"]} for one in names]
+        client.admin.command("createRole", "results", privileges=rights, roles=[])
+        client.admin.command("createUser", "reader", pwd=password, roles=roles or ["results"])
         client[name].sentimental_analysis.insert_one(result({"topic": "A"}, FIRST))
     with EmbeddedMongod(tmp_path / "db", extra_arguments=["--auth"]) as mongod:
         uri = mongod.uri.replace("//", f"//reader:{password}@")
         settings = load_settings(None, mongodb_uri=uri, db_name=name)
         store = DocumentStore(settings)
         analytics = LabelAnalytics(store, settings, TAXONOMY)
-        assert "no right to write sentimental_analysis_counts" in await analytics.refresh(Slice(), silent)
+        assert "no right to read and write sentimental_analysis_counts" in await analytics.refresh(Slice(), silent)
         assert (await analytics.field_counts("topic")).total.n == 1
+        assert len(await analytics.examples(order="newest")) == 1
         await store.close()
