@@ -67,7 +67,7 @@ test-fakes: .venv/dev.stamp ## run the tests of the fake servers that the other 
 	$(venv_python) -m pytest -n 4 --dist worksteal tests/fakes $(ARGS)
 
 test-platforms: .venv/dev.stamp .venv-prefect/run.stamp ## run the worker once on Prefect and once on Ray; ARGS is for pytest
-	$(venv_python) -m pytest -m '' tests/deploy/test_scheduling.py \
+	$(venv_python) -m pytest -m thorough tests/deploy/test_scheduling.py \
 		tests/cluster/test_ray.py::test_run_on_a_cluster_of_its_own $(ARGS)
 
 check: .venv/dev.stamp ## check style, formatting and types

@@ -1,6 +1,7 @@
 """Counts of the labels in a results collection, corrections applied. MongoDB computes them; no result is read one by one.
 
-Each method is one pass over the results of a ``Slice``; docs/report.md has the time of each.
+After ``refresh``, the counts of days answer what they can; the rest is a pass over the results of a ``Slice``. docs/report.md
+has the time of each.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ LEFT: tuple[Selection, ...] = ("failed", "skipped")  # the states of documents w
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is counted: *key* and *more* are expressions over a result, and *kept* is where the counts have the same."""
+    """What is counted: *key* and *more* are expressions over a result; *kept* names the same in the counts of days."""
 
     key: Any
     kept: Kept
@@ -103,7 +104,7 @@ class LabelAnalytics:
         try:
             await self._days.refresh(tell)
         except StoreForbiddenError:
-            return f"The figures are counted from the results, which takes longer: no right to write {self._days.name}."
+            return f"The figures are counted from the results, which takes longer: no right to read and write {self._days.name}."
         except StoreRejectedError as exc:
             return f"The figures are counted from the results, which takes longer: {exc}."
         self._has_counts = True

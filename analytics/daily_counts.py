@@ -1,14 +1,14 @@
 """The counts of each day, kept in ``<results>_counts``, so that figures over many results read no result.
 
 A document has the counts of one day in one time zone. It also has a stamp: how many results the day had, and the sum of
-their labelling times. ``refresh`` compares the stamps with the results, of which it reads an index only, and counts the
-days anew that differ. So nothing has to be counted when a result is written, replaced or deleted, and counts cannot drift.
+their times. ``refresh`` compares the stamps with the results, of which it reads only an index, and counts the days that
+differ again. So nothing has to be counted when a result is written, replaced or deleted, and counts cannot drift.
 Corrections are not part of the counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from itertools import combinations
@@ -31,7 +31,7 @@ from analytics.slices import (
     confidence_place,
     period_of,
 )
-from error_handler import StoreRejectedError
+from error_handler import StoreForbiddenError, StoreRejectedError
 from mongo_client import call_repeatedly
 from storage.aggregation import aggregated
 from storage.extended_json import Document
@@ -39,25 +39,28 @@ from storage.mongo_indexes import TIMES_INDEX
 from utils.retry_utils import RetryPolicy
 
 LAYOUT = 1  # of the documents; documents of another layout are not read
-WINDOW = timedelta(days=7)  # counted in one pass
+WINDOW = timedelta(days=7)  # counted in one pass, which has a time limit: a week, or fewer days with WINDOW_RESULTS
+WINDOW_RESULTS = 100_000
 MARGIN = timedelta(hours=3)  # MongoDB and Python may know different rules of a time zone
 MAX_DAYS = 4000  # with results
 CONFIDENCE, MODELS = "confidence", "models"
 Figures = Mapping[str, tuple[str, Any]]  # by name: an operator ($sum, $min, $max) and its expression
 Stamps = dict[str | None, Document]  # by day; None for the results without a readable time
 
-# A sum of times since 2020 fits into 64 bits for more results than a collection has.
-_LABELLED = {
-    "$subtract": [
-        {"$convert": {"input": "$processing_metadata.processed_at", "to": "long", "onError": 0, "onNull": 0}},
-        1_577_836_800_000,
-    ]
-}
+
+def _milliseconds(path: str) -> Document:
+    # Since 2020, so that the sum fits into 64 bits for more results than a collection has.
+    number = {"$convert": {"input": path, "to": "long", "onError": 0, "onNull": 0}}
+    return {"$subtract": [number, 1_577_836_800_000]}
+
+
+# A result that is labelled again has another time of labelling. ``--only facts`` adds the time of the last message.
+_TIMES = {"$add": [_milliseconds("$processing_metadata.processed_at"), _milliseconds(f"${LAST}")]}
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What answers a question: the cells of one *kind*, grouped by *key*, whose paths begin with ``$cell``."""
+    """The part of the counts that answers a question: the cells of one *kind*, grouped by *key*, with paths in ``$cell``."""
 
     kind: str
     key: Any
@@ -102,7 +105,7 @@ class DailyCounts:
         self._limit_s, self._policy = limit_s, policy
 
     async def refresh(self, tell: Callable[[int, int], None]) -> None:
-        """Count the days anew whose results have changed; *tell* gets how many of how many days are done.
+        """Count the days again whose results have changed; *tell* gets how many of how many days are done.
 
         Raises:
             StoreForbiddenError: The user may not write the collection.
@@ -120,7 +123,7 @@ class DailyCounts:
             await call_repeatedly(
                 "remove counts", lambda: self._counts.delete_many({"_id": {"$in": gone}}), self._policy
             )
-        stale = [day for day, stamp in now.items() if kept.get(day) != stamp]
+        stale = {day: stamp["n"] for day, stamp in now.items() if kept.get(day) != stamp}
         done = 0
         for days in _windows(stale):
             tell(done, len(stale))
@@ -150,18 +153,18 @@ class DailyCounts:
 
     async def _stamps(self) -> Stamps:
         """Return the stamp of each day as the results are now."""
-        group = {"$group": {"_id": self._day, "n": {"$sum": 1}, "labelled": {"$sum": _LABELLED}}}
+        group = {"$group": {"_id": self._day, "n": {"$sum": 1}, "times": {"$sum": _TIMES}}}
         try:
             found = await self._read(self._results, [group], hint=TIMES_INDEX)
         except StoreRejectedError:  # no worker of this version has made the index yet
             found = await self._read(self._results, [group])
-        return {one["_id"]: {"n": one["n"], "labelled": one["labelled"]} for one in found}
+        return {one["_id"]: {"n": one["n"], "times": one["times"]} for one in found}
 
     def _counted(self, days: Sequence[str | None]) -> list[Document]:
         """Return the stages that make the documents of *days*, which are one window."""
         figures = confidence_figures(self._fields)
         times = {"first": ("$min", "$parts.at"), "last": ("$max", "$parts.at")}
-        sums = {name: ("$sum", f"$parts.{name}") for name in ("labelled", *figures)}
+        sums = {name: ("$sum", f"$parts.{name}") for name in ("times", *figures)}
         names = ("day", "channel", "model")
         cell = {name: f"$_id.{name}" for name in ("channel", "model", "key", "other")} | {"n": "$n"}
         kind = "$_id.kind"
@@ -201,7 +204,7 @@ class DailyCounts:
                 "$group": {
                     "_id": {"day": "$_id.day", "kind": kind},
                     "n": {"$sum": "$n"},
-                    "labelled": {"$sum": "$labelled"},
+                    "times": {"$sum": "$times"},
                     "cells": {"$push": {"$mergeObjects": [cell, more]}},
                 }
             },
@@ -209,7 +212,7 @@ class DailyCounts:
                 "$group": {
                     "_id": "$_id.day",
                     "n": {"$max": "$n"},  # the same for each kind
-                    "labelled": {"$sum": "$labelled"},  # only models have it
+                    "times": {"$sum": "$times"},  # only models have it
                     "cells": {"$push": {"k": kind, "v": "$cells"}},
                 }
             },
@@ -223,7 +226,7 @@ class DailyCounts:
                 "_id": {"$concat": [self._prefix, {"$ifNull": ["$_id", ""]}]},
                 "day": "$_id",
                 "week": {"$dateToString": {"date": day, "format": "%G-W%V"}},
-                "stamp": {"n": "$n", "labelled": "$labelled"},
+                "stamp": {"n": "$n", "times": "$times"},
                 "cells": {"$arrayToObject": "$cells"},
             }
         }
@@ -246,11 +249,18 @@ class DailyCounts:
         ]
 
     async def since_newest(self, view: Slice, count: int) -> Slice:
-        """Return the last days of *view* that had *count* results or more when they were counted; *view* if none had."""
+        """Return the last days of *view* that had *count* results or more when they were counted; *view* if none had.
+
+        Also *view* if the user may not read the counts.
+        """
         sums = self.stages(view, Kept(MODELS, "$day"), {"n": ("$sum", 1)})
         if sums is None:
             return view
-        for one in sorted(await self._read(self._counts, sums[0]), key=lambda one: one["_id"] or "", reverse=True):
+        try:
+            days = await self._read(self._counts, sums[0])
+        except StoreForbiddenError:
+            return view
+        for one in sorted(days, key=lambda one: one["_id"] or "", reverse=True):
             count -= one["n"]
             if count <= 0 and one["_id"]:
                 start = _start(date.fromisoformat(one["_id"]), self._zone)
@@ -274,7 +284,7 @@ class DailyCounts:
                 "key": confidence_place(self._fields),
                 **{name: expression for name, (_, expression) in figures.items()},
             },
-            {"kind": MODELS, "key": f"${DIGEST}", "other": f"${PROMPT}", "at": TIME, "labelled": _LABELLED},
+            {"kind": MODELS, "key": f"${DIGEST}", "other": f"${PROMPT}", "at": TIME, "times": _TIMES},
         ]
 
     def _in_window(self, days: Sequence[str | None]) -> Document:
@@ -324,16 +334,18 @@ def answers(view: Slice) -> bool:
     return not view.labels and view.confidence is None
 
 
-def _windows(days: Iterable[str | None]) -> list[list[str | None]]:
-    """Return *days* in windows, in order of time; the results without a time are one."""
+def _windows(days: Mapping[str | None, int]) -> list[list[str | None]]:
+    """Return *days*, with their numbers of results, in windows in order of time; the results without a time are one."""
     found: list[list[str | None]] = []
-    start = date.min
+    start, count = date.min, 0
     for day in sorted(days, key=lambda one: one or ""):
-        if day is not None and found and found[-1][0] is not None and date.fromisoformat(day) < start + WINDOW:
+        count += days[day]
+        is_near = day is not None and found and found[-1][0] is not None and date.fromisoformat(day) < start + WINDOW
+        if is_near and count <= WINDOW_RESULTS:
             found[-1].append(day)
         else:
             found.append([day])
-            start = date.fromisoformat(day) if day else date.min
+            start, count = date.fromisoformat(day) if day else date.min, days[day]
     return found
 
 

@@ -50,21 +50,31 @@ class ReplicaSetMongod(EmbeddedMongod):
             undo.pop_all()
 
     def _become_primary(self) -> None:
-        members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
-        config: dict[str, Any] = {"_id": NAME, "version": 1, "members": members}
-        deadline = time.monotonic() + START_TIMEOUT_S
-        with MongoClient[dict[str, Any]](f"{super().uri}?directConnection=true") as client:
-            while not client.admin.command("hello")["isWritablePrimary"]:
+        deadline, problem = time.monotonic() + START_TIMEOUT_S, ""
+        address, patience_ms = f"{super().uri}?directConnection=true", int(1000 * START_TIMEOUT_S)
+        with MongoClient[dict[str, Any]](address, serverSelectionTimeoutMS=patience_ms) as client:
+            while True:
+                try:
+                    if client.admin.command("hello")["isWritablePrimary"]:
+                        return
+                    self._configure(client)
+                except PyMongoError as exc:  # also those of an election
+                    problem = f" ({type(exc).__name__})"
                 if time.monotonic() > deadline:
                     raise ConfigurationError(
-                        f"The embedded MongoDB took no writes after {START_TIMEOUT_S:.0f} s; see mongod.log in its folder."
+                        f"The embedded MongoDB took no writes after {START_TIMEOUT_S:.0f} s{problem}; "
+                        "see mongod.log in its folder."
                     )
-                try:
-                    client.admin.command("replSetGetStatus")
-                except OperationFailure as exc:
-                    name = (exc.details or {}).get("codeName")
-                    if name == "NotYetInitialized":
-                        client.admin.command("replSetInitiate", config)
-                    elif name == "InvalidReplicaSetConfig":  # it had another port
-                        client.admin.command("replSetReconfig", config, force=True)
                 time.sleep(POLL_S)
+
+    def _configure(self, client: MongoClient[dict[str, Any]]) -> None:
+        members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
+        config: dict[str, Any] = {"_id": NAME, "version": 1, "members": members}
+        try:
+            client.admin.command("replSetGetStatus")
+        except OperationFailure as exc:
+            name = (exc.details or {}).get("codeName")
+            if name == "NotYetInitialized":
+                client.admin.command("replSetInitiate", config)
+            elif name == "InvalidReplicaSetConfig":  # it had another port
+                client.admin.command("replSetReconfig", config, force=True)

@@ -14,7 +14,7 @@ Format = Literal["csv", "xlsx", "parquet", "jsonl"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 STREAMED: tuple[Format, ...] = ("csv", "jsonl")  # those that can go to stdout
 
-_NEEDED: dict[Format, str] = {"xlsx": "openpyxl", "parquet": "pyarrow"}
+_NEEDED: dict[Format, str] = {"xlsx": "xlsxwriter", "parquet": "pyarrow"}
 
 
 class TableFile(Protocol):

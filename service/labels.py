@@ -69,7 +69,7 @@ class LabelsTab:
         return self._examples.last((replace(query, by="week"), order))  # the step does not matter
 
     def progress(self, query: LabelsQuery) -> str:
-        """Return how far the first figures of *query* are, such as ``3 counts are done``; empty before they begin."""
+        """Return how far the first figures of *query* are, such as ``3 fields done``; empty before they begin."""
         return self._progress.get(query, "")
 
     async def close(self) -> None:

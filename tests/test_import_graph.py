@@ -117,7 +117,7 @@ OWNERS = {
     "genai_prices": {"domain.prices"},
     "charset_normalizer": {"help_desks.files"},
     "pyarrow": {"exporting.parquet_file"},
-    "openpyxl": {"exporting.xlsx_file"},
+    "xlsxwriter": {"exporting.xlsx_file"},
     "ray": {"cluster.ray_cluster"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from error_handler import (
     StoreUnreadableError,
     TriadError,
 )
-from mongo_client import DocumentStore
+from mongo_client import DocumentStore, call_repeatedly
 from storage.mongo_connection import open_client
 from storage.mongo_errors import FORBIDDEN_CODES, TRANSIENT_CODES, has_no_server, translated
 from tests.embedding_index.stores import open_store
+from utils.retry_utils import RetryPolicy
 
 SECRET = "mongodb://user:hunter2@host"
 
@@ -257,21 +259,36 @@ def test_refused_operation_has_a_sentence_of_its_kind(
         raise errors.OperationFailure(text, code)
 
 
+async def in_context(call: Callable[[], Awaitable[None]]) -> None:
+    with translated("beat"):
+        await call()
+
+
+async def repeatedly(call: Callable[[], Awaitable[None]]) -> None:
+    await call_repeatedly("beat", call, RetryPolicy(3, 0.0))
+
+
+@pytest.mark.parametrize("way", [in_context, repeatedly])
 @pytest.mark.parametrize("problem", [None, errors.NetworkTimeout("late")], ids=["success", "failure"])
-async def test_swallowed_cancellation_is_raised_again(problem: Exception | None) -> None:
+async def test_swallowed_cancellation_is_raised_again(
+    problem: Exception | None, way: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
+) -> None:
     """A loop that catches StoreError, such as that of a heartbeat, would go on for ever after the end of its run."""
     is_waiting = asyncio.Event()
+    calls = 0
 
     async def call() -> None:
-        with translated("beat"):
-            try:
-                is_waiting.set()
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:  # as asyncio.wait_for of Python 3.11 in PyMongo
-                if problem is not None:
-                    raise problem from None
+        nonlocal calls
+        calls += 1
+        assert calls == 1, "repeated after a cancellation"
+        try:
+            is_waiting.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:  # as asyncio.wait_for of Python 3.11 in PyMongo
+            if problem is not None:
+                raise problem from None
 
-    task = asyncio.create_task(call())
+    task = asyncio.ensure_future(way(call))
     await is_waiting.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

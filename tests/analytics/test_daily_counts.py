@@ -185,6 +185,43 @@ async def test_only_days_that_changed_are_counted_again(database: Place, open_an
     assert (await analytics.field_counts("topic")).total.labels == {"A": 2, "B": 1}
 
 
+async def test_facts_that_are_added_to_a_result_change_its_day(database: Place, open_analytics: Any) -> None:
+    """``--only facts`` adds channel and time to results of earlier versions, and labels nothing."""
+    analytics = open_analytics()
+    old = {name: value for name, value in result({"topic": "A"}, None).items() if name != "conversation"}
+    database.sentimental_analysis.insert_one(old | {"created_at": FIRST})
+    await analytics.refresh(Slice(), silent)
+    facts = {"started_at": FIRST, "last_message_at": FIRST, "turns": 2, "channel": "chat"}
+    database.sentimental_analysis.update_one({}, {"$set": {"conversation": facts}})
+    await analytics.refresh(Slice(), silent)
+    assert list((await analytics.field_counts("topic")).channels) == ["chat"]
+
+
+async def test_a_pass_counts_a_week_or_fewer_days_with_many_results(
+    database: Place, open_analytics: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass has a time limit. Many results of a week would never be counted."""
+    monkeypatch.setattr(daily_counts, "WINDOW_RESULTS", 4)
+    results = [result({"topic": "A"}, FIRST + number // 2 * DAY) for number in range(10)]
+    database.sentimental_analysis.insert_many([*results, result({"topic": "A"}, None, created_at=None)])
+    seen: list[tuple[int, int]] = []
+    await open_analytics().refresh(Slice(), lambda *done: seen.append(done))
+    assert seen == [(0, 6), (1, 6), (3, 6), (5, 6)]
+    assert database[COUNTS].count_documents({}) == 6
+
+
+async def test_unchanged_days_are_compared_without_reading_a_result(database: Place, open_analytics: Any) -> None:
+    """An index has the times. With a million results, this is the difference between seconds and a minute."""
+    analytics = open_analytics(NEW_YORK)
+    database.sentimental_analysis.insert_many([result({"topic": "A"}, FIRST + number * DAY) for number in range(3)])
+    await analytics.refresh(Slice(), silent)
+    database.command("profile", 2)
+    await analytics.refresh(Slice(), silent)
+    database.command("profile", 0)
+    seen = list(database["system.profile"].find({"command.aggregate": "sentimental_analysis"}))
+    assert [(one["keysExamined"], one["docsExamined"]) for one in seen] == [(3, 0)]
+
+
 async def test_counts_need_no_index(database: Place, open_analytics: Any) -> None:
     """The first report after an upgrade may come before a worker has made the index."""
     database.sentimental_analysis.drop_indexes()
@@ -206,16 +243,21 @@ async def test_too_many_days_are_counted_from_the_results(
 
 
 @pytest.mark.thorough
-async def test_without_the_right_to_write_counts_the_results_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("roles", [[{"role": "read", "db": "customer_support"}], []], ids=["read", "no-counts"])
+async def test_without_the_right_to_write_counts_the_results_are_counted(tmp_path: Path, roles: list[Any]) -> None:
     name, password = "customer_support", "secret-of-a-test"
     with EmbeddedMongod(tmp_path / "db") as mongod, MongoClient[dict[str, Any]](mongod.uri) as client:
-        client.admin.command("createUser", "reader", pwd=password, roles=[{"role": "read", "db": name}])
+        names = ("sentimental_analysis", "sentimental_analysis_corrections")
+        rights = [{"resource": {"db": name, "collection": one}, "actions": ["find"]} for one in names]
+        client.admin.command("createRole", "results", privileges=rights, roles=[])
+        client.admin.command("createUser", "reader", pwd=password, roles=roles or ["results"])
         client[name].sentimental_analysis.insert_one(result({"topic": "A"}, FIRST))
     with EmbeddedMongod(tmp_path / "db", extra_arguments=["--auth"]) as mongod:
         uri = mongod.uri.replace("//", f"//reader:{password}@")
         settings = load_settings(None, mongodb_uri=uri, db_name=name)
         store = DocumentStore(settings)
         analytics = LabelAnalytics(store, settings, TAXONOMY)
-        assert "no right to write sentimental_analysis_counts" in await analytics.refresh(Slice(), silent)
+        assert "no right to read and write sentimental_analysis_counts" in await analytics.refresh(Slice(), silent)
         assert (await analytics.field_counts("topic")).total.n == 1
+        assert len(await analytics.examples(order="newest")) == 1
         await store.close()

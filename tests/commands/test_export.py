@@ -25,7 +25,7 @@ from tests.forked_process import Ended
 from tests.in_process import run_cli
 from tests.worker.site import ROOT, Site, conversation, open_site, store_raw
 
-if any(importlib.util.find_spec(name) is None for name in ("pyarrow", "openpyxl")):
+if any(importlib.util.find_spec(name) is None for name in ("pyarrow", "openpyxl", "xlsxwriter")):
     pytest.skip("requirements-export.txt is not installed", allow_module_level=True)
 
 import openpyxl
@@ -270,7 +270,7 @@ def test_wrong_flags_end_before_mongodb_is_asked(place: Site, flags: list[str], 
     assert not list(place.folder.glob("*out.csv*"))
 
 
-@pytest.mark.parametrize(("form", "package"), [("xlsx", "openpyxl"), ("parquet", "pyarrow")])
+@pytest.mark.parametrize(("form", "package"), [("xlsx", "xlsxwriter"), ("parquet", "pyarrow")])
 def test_missing_package_is_named_with_its_file(
     place: Site, form: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,6 +411,13 @@ def test_xlsx_formulas_are_texts_with_the_prefix_style(place: Site) -> None:
     assert [cell.value for cell in cells] == texts
     assert {cell.data_type for cell in cells} == {"s"}
     assert [bool(cell.quotePrefix) for cell in cells] == [True] * 5 + [False]
+
+
+def test_xlsx_text_that_looks_like_markup_is_a_text(place: Site) -> None:
+    """The writer takes a text in <r> for finished XML: a customer could break the file, or put a formula into it."""
+    texts = ["<r><t>1</t></r>", "<r></c></r>", "a & b < c"]
+    place.results.insert_many([result(number, categorization=text) for number, text in enumerate(texts)])
+    assert [row["categorization"] for row in exported(place, name="out.xlsx")] == texts
 
 
 def test_xlsx_goes_on_in_another_sheet(place: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,16 @@ def test_unit_starts_a_valid_command_and_waits_for_calls_in_flight(name: str) ->
     assert codes(service["SuccessExitStatus"]) == {ExitCode.INTERRUPTED}
 
 
+def test_units_leave_the_settings_to_the_program() -> None:
+    """It reads .env itself. systemd would keep a comment after a value, and the environment wins over .env."""
+    services = [path.name for path in UNITS if path.suffix == ".service"]
+    assert len(services) == 3
+    for name in services:
+        service = unit(name)["Service"]
+        assert "EnvironmentFile" not in service
+        assert service["WorkingDirectory"] == "/srv/triad"
+
+
 def test_units_restart_only_if_another_try_can_help() -> None:
     """MongoDB or the model server that does not answer (3) is such a case; the daemon also comes back after too many failures."""
     never = codes(unit("triad-batch.service")["Service"]["RestartPreventExitStatus"])

@@ -19,6 +19,7 @@ import pymongo
 import pytest
 
 from embedded import mongod as embedded_mongod
+from embedded import replica_set
 from embedded.mongod import PORTS, EmbeddedMongod, find_mongod
 from embedded.replica_set import ReplicaSetMongod
 from error_handler import ConfigurationError
@@ -105,6 +106,18 @@ def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path
         assert moved.port != port
         assert count(moved) == 3
         insert(moved)
+
+
+def test_replica_set_whose_server_dies_at_the_start_is_an_error_with_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the driver would end the run without a word on what to do."""
+    monkeypatch.setattr(replica_set, "START_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(EmbeddedMongod, "start", lambda mongod: None)  # ends before it is asked
+    mongod = ReplicaSetMongod(tmp_path / "data")
+    mongod.port = 1
+    with pytest.raises(ConfigurationError, match=r"took no writes .*ServerSelectionTimeoutError.*mongod\.log"):
+        mongod.start()
 
 
 @pytest.mark.thorough
