@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from aggregator import aggregate_conversation
@@ -78,7 +79,8 @@ class RunParts:
 class DocumentIntake:
     """Reads, claims and saves documents; yields batches whose documents are all leased to this worker.
 
-    Documents that already have a result only get their status; documents of another worker are counted and skipped.
+    Documents that already have a result of their text only get their status; documents of another worker are counted and
+    skipped.
     Batches that an interrupted run left in work are finished first, whatever ``options.only`` says: their answers may
     be in its journal.
     """
@@ -222,7 +224,12 @@ class DocumentIntake:
         if kinds is not None and only in REPLACED:
             return await kinds.settled(documents, only)
         job_id = self._parts.checkpoint.job_id if self._options.reprocess else None
-        return await self._store.result_keys([document["_id"] for document in documents], job_id)
+        done = await self._store.result_keys([document["_id"] for document in documents], job_id)
+        if done and only is None and job_id is None:
+            grown = await _grown(self._store, documents, done)
+            self._settlement.replaced |= grown
+            done -= grown
+        return done
 
     async def _is_selected(self, batch: BatchInWork) -> bool:
         """Return whether this run retries *batch*: with ``options.only``, it leaves the retry files of other runs alone."""
@@ -240,8 +247,8 @@ async def has_work(
 ) -> bool:
     """Return whether a run with *options* finds a document that needs a result; reads no further than the first one.
 
-    Documents without text count as well: the aggregator is not used, because a document that crashes it must do so in a
-    run, which has a journal to notice it. *kinds* is required with ``options.only``.
+    Documents without text count as well: the aggregator is only used for those with a result, because a document that
+    crashes it must do so in a run, which has a journal to notice it. *kinds* is required with ``options.only``.
     """
     retries = options.retry_failed or options.only == "failed"
     folders = ("pending", "retry", *(("quarantine",) if retries else ()))
@@ -260,9 +267,17 @@ async def has_work(
             if selection == "all" and kinds is not None:
                 if any(kind == options.only for _, kind in await kinds.of(page, set())):
                     return True
-            elif len(await store.result_keys([document["_id"] for document in page])) < len(page):
-                return True
+            else:
+                done = await store.result_keys([document["_id"] for document in page])
+                if len(done) < len(page) or (options.only is None and await _grown(store, page, done)):
+                    return True
     return False
+
+
+async def _grown(store: DocumentStore, documents: list[Document], done: set[bytes]) -> set[bytes]:
+    """Return the keys of those *documents* that are *done* and have another text since: an import added turns."""
+    labelled = [document for document in documents if id_key(document["_id"]) in done]
+    return await StalenessChecker(store, Path(), None).grown(labelled) if labelled else set()
 
 
 async def _one_by_one(files: Iterator[BatchFile]) -> AsyncGenerator[BatchFile]:
@@ -306,6 +321,7 @@ async def preview(
             page = [document for document, kind in await kinds.of(page, queued) if kind == options.only][:left]
         replaces = options.reprocess or options.only in REPLACED
         done = set() if replaces else await store.result_keys([document["_id"] for document in page])
+        done -= await _grown(store, page, done) if options.only is None else set()
         report.update(selected=len(page), already_done=len(done))
         if time.monotonic() - shown_s >= LINE_EVERY_S:
             shown_s = time.monotonic()

@@ -77,6 +77,12 @@ class StalenessChecker:
         keyed = [(id_key(document["_id"]), document) for document in documents]
         return [(document, self._kind(document, made.get(key), is_queued=key in queued)) for key, document in keyed]
 
+    async def grown(self, documents: list[Document]) -> set[bytes]:
+        """Return the ``id_key`` of those *documents* that have a result of another text than theirs."""
+        made = await self.store.result_provenance([document["_id"] for document in documents])
+        keyed = [(id_key(document["_id"]), document) for document in documents]
+        return {key for key, document in keyed if key in made and self._fits(document, made[key]) == "changed"}
+
     async def settled(self, documents: list[Document], only: Only) -> set[bytes]:
         """Return the ``id_key`` of those *documents* that have a result and are not of the kind *only*.
 
