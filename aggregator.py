@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
 
 from domain.conversation import DOCUMENT_TIMES, Conversation, Sender, Shape, Turn
@@ -101,13 +101,12 @@ def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
         raise SkippedDocumentError("no turn with usable text", Reason.SKIPPED_NO_TEXT)
     if not any(turn.sender == "customer" for turn in turns):
         raise SkippedDocumentError("no turn of the customer", Reason.SKIPPED_NO_CUSTOMER)
-    is_ordered = True
-    if len(turns) > 1:
-        dated = [(turn.at, turn) for turn in turns if turn.at is not None]
-        is_ordered = len(dated) == len(turns)
-        if is_ordered:
-            turns = [turn for _, turn in sorted(dated, key=itemgetter(0))]
-    return Conversation(shape, _number(document), tuple(turns), len(entries), is_ordered, _document_time(document))
+    dated = [turn for turn in turns if turn.at is not None]
+    is_ordered = len(turns) in (1, len(dated))
+    if is_ordered:
+        turns.sort(key=attrgetter("at"))
+    created_at = None if dated else _document_time(document)
+    return Conversation(shape, _number(document), tuple(turns), len(entries), is_ordered, created_at)
 
 
 def entry_text(entry: Any) -> str:
@@ -138,7 +137,7 @@ def _nested_text(value: Any, depth: int) -> str:
 
 
 def _turn(shape: Shape, entry: Any) -> Turn | None:
-    written = entry_text(entry)
+    written = _first_text(entry, 0) if isinstance(entry, dict) else ""
     may_have_history = "<" in written or "\n" in written  # or markup
     text = prompt_text(plain_text(written) if may_have_history else written)
     if not text:
@@ -170,11 +169,10 @@ def _inbound(entry: Mapping[str, Any]) -> Sender | None:
     for name in DIRECTION_FIELDS:
         if name in entry:
             value = entry[name]
-            value = value.strip().lower() if isinstance(value, str) else value
-            if value is True or value == "true":
-                return "customer"
-            if value is False or value == "false":
-                return "agent"
+            if isinstance(value, str):
+                value = {"true": True, "false": False}.get(value.strip().lower())
+            if isinstance(value, bool):
+                return "customer" if value else "agent"
     return None
 
 
@@ -195,9 +193,11 @@ def _sender(entry: Mapping[str, Any], fields: tuple[str, ...]) -> Sender | None:
 
 def _number(document: Mapping[str, Any]) -> str | None:
     number = document.get("conversation_number")
+    if isinstance(number, str):
+        return prompt_text(number)[:200]
     if isinstance(number, float) and number.is_integer():  # older MongoDB shells store every number as a double
         number = int(number)
-    return prompt_text(str(number))[:200] if isinstance(number, str | int) and not isinstance(number, bool) else None
+    return str(number)[:200] if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def parse_time(value: Any) -> datetime | None:

@@ -26,6 +26,7 @@ from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.concurrency import ConcurrencyLimit
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
+from model_server.scores import LabelTokens, score_flow, slots_flow
 from model_server.window import Say, WindowChoice, choose_window, warm_up
 from network.outgoing import aiohttp_session, route_to
 from utils.retry_utils import RetryPolicy, retry_async
@@ -77,15 +78,19 @@ class AsyncLLMClient:
         self._on_answer = on_answer
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
         self.reloads = ReloadWatch()
+        self.label_tokens: dict[bytes, LabelTokens] = {}
+        self._slots: asyncio.LifoQueue[int] | None = None  # those of the server that no conversation has
 
-    async def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
-        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed.
+    async def chat(
+        self, messages: list[Message], schema_json: bytes, attempt: int = 0, *, scores: bool = False
+    ) -> ChatReply:
+        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. *scores*: see ``score_flow``.
 
         Raises:
             LLMError: After the last attempt; see model_server.protocol.parse_chat_response.
         """
         # Partials, no recursive closure: a closure that refers to itself keeps its prompt until the garbage collector runs.
-        ask = functools.partial(self._ask, messages, schema_json, attempt)
+        ask = functools.partial(self._ask, messages, schema_json, None if scores else attempt)
         observed = ask if self._limit is None else functools.partial(self._limit.observed, ask)
         guarded = functools.partial(self.breaker.call, observed)
         answer = await retry_async(guarded, self._policy, "model call")
@@ -175,9 +180,25 @@ class AsyncLLMClient:
         except aiohttp.ClientError as exc:
             raise LLMUnavailableError("the model server does not speak HTTP as expected") from exc
 
-    async def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
+    async def _ask(self, messages: list[Message], schema_json: bytes, attempt: int | None) -> ChatReply:
         timeout_s = self._settings.llm_timeout_s
+        if attempt is None:
+            return await self._score(messages, schema_json, timeout_s)
         return await drive(chat_flow(self, messages, schema_json, attempt, timeout_s), self.send)
+
+    async def _score(self, messages: list[Message], schema_json: bytes, timeout_s: float) -> ChatReply:
+        """Read the labels in a slot of the server that no other conversation of this client has; wait for one."""
+        if self._slots is None:
+            free: asyncio.LifoQueue[int] = asyncio.LifoQueue()
+            for slot in range(await drive(slots_flow(self, timeout_s), self.send)):
+                free.put_nowait(slot)
+            self._slots = self._slots or free  # another call may have been faster
+        slots = self._slots
+        slot = await slots.get()
+        try:
+            return await drive(score_flow(self, messages, schema_json, timeout_s, slot), self.send)
+        finally:
+            slots.put_nowait(slot)
 
     def _headers(self) -> dict[str, str]:
         current = request_id.get()
@@ -217,12 +238,12 @@ async def ollama_classify_async(
 
     async def classify(used: Classifier) -> Outcome:
         flow = classification_flow(conversation, client, used)
-        return await drive(flow, lambda messages: client.chat(messages, used.schema_json, next(calls)))
+        scores = used.reply_style == "score"
+        return await drive(flow, lambda messages: client.chat(messages, used.schema_json, next(calls), scores=scores))
 
-    try:
-        return await classify(classifier.for_target(client.target))
-    except LLMFormError:
-        return await classify(classifier.for_target(client.target))
+    while True:  # each LLMFormError leaves a style less
+        with contextlib.suppress(LLMFormError):
+            return await classify(classifier.for_target(client.target))
 
 
 async def drive(flow: Generator[Q, A, R], ask: Callable[[Q], Awaitable[A]]) -> R:

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import runpy
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -25,24 +24,30 @@ from model_server.models import chat_target
 from mongo_client import DocumentStore
 from storage.extended_json import Document
 from storage.service_lease import server_name
+from storage.subset import parsed_query
 from utils.batch_file_manager import BatchFiles
-from worker.checkpoint import Checkpoint
+from worker.checkpoint import Checkpoint, worker_id
 from worker.describe import DescriptionPass, describing_classifier
 from worker.heartbeat import Heartbeat
-from worker.intake import Classify, RunOptions, RunParts, has_work
+from worker.intake import Classify, RunOptions, RunParts, Slots, has_work
 from worker.model_use import ModelUse
 from worker.plan import plan_of, run_window, sample_if_in_time
 from worker.progress import Reporter
 from worker.reply_choice import classifier_for
 from worker.run import BatchRun
 from worker.service_first import ServiceFirst
-from worker.shared_window import agreed_window
+from worker.shared_window import loaded_window, window_of
 from worker.staleness import BASELINE_PLAN, Plan, StalenessChecker
+from worker.subset import require_query
 
-if TYPE_CHECKING:  # few runs have a built-in classifier or a student, and only an estimate records its calls
+if (
+    TYPE_CHECKING
+):  # few runs have a built-in classifier, a student, several servers, a stream or, for an estimate, a recorder
     from embedded.baseline import Answer
     from embedded.choice import BuiltInClassifier
     from student.first_answer import FirstAnswer
+    from worker.server_pool import ServerPool
+    from worker.stream import StreamState
     from worker.timing import SampleRecorder
 
 BUILT_IN_AT_ONCE = 16  # conversations; more take no less time for each
@@ -93,9 +98,11 @@ class BatchProcessor:
         self._observers = observers or Observers()
         self._stack = AsyncExitStack()
         self._connected = False
-        self._limit: ConcurrencyLimit | None = None
-        self._window: SharedWindow | None = None  # None without a model server
+        self._limit: Slots | None = None
+        self._pool: ServerPool | None = None  # None with one model server
+        self._window: SharedWindow | ServerPool | None = None  # None without a model server
         self._heartbeat: Heartbeat | None = None
+        self._stream: StreamState | None = None
         self.stop = asyncio.Event()  # set it to end the run: no new documents, a grace period for calls in flight
 
     async def __aenter__(self) -> BatchProcessor:
@@ -113,11 +120,21 @@ class BatchProcessor:
             self.files = BatchFiles(self.settings.batch_files_dir)
             self.files.acquire()
             stack.callback(self.files.release)
-            self.store = DocumentStore(self.settings, worker_id=self._worker_id(), client=self._client)
+            subset = self.options.subset
+            self.store = DocumentStore(
+                self.settings, worker_id=worker_id(self.files), client=self._client, subset=subset
+            )
             stack.push_async_callback(self.store.close)
             await self.store.check()
+            await require_query(self.store, subset.condition, "--filter")
+            for rule in self.settings.priority_rules or ():
+                await require_query(self.store, parsed_query(rule.query, "PRIORITY_RULES"), "PRIORITY_RULES")
             self._source = await self.store.identity()
             self.files.require_source(self._source)
+            if self.settings.mode == "stream":
+                from worker.stream import open_stream  # noqa: PLC0415 - only for this mode
+
+                self._stream = await open_stream(self.store, self.files, self._source, self.settings)
             self._heartbeat = self._new_heartbeat()
             taxonomy = load_prompt_taxonomy(self.settings)
             classify = self._given_classify or await self._connect_model(stack, taxonomy)
@@ -131,38 +148,44 @@ class BatchProcessor:
         self._connected = True
 
     async def _connect_model(self, stack: AsyncExitStack, taxonomy: Taxonomy) -> Classify:
-        session = await stack.enter_async_context(llm.open_session(self.settings.most_concurrent))
-        if self.settings.max_concurrent == "auto":
-            self._limit = ConcurrencyLimit(self.settings.most_concurrent)
-        asked = replace(chat_target(self.settings, self.settings.model or ""), logprobs=True)
+        client = await self._open_client(stack)
         recorder = self._observers.recorder
-        model = self._observers.model
-        on_answer = (recorder or model).note_answer
-        client = llm.AsyncLLMClient(self.settings, asked, session, limit=self._limit, on_answer=on_answer)
-        model.breaker = client.breaker
-        stack.push_async_callback(client.breaker.close)
         await client.prepare(self.settings)
         classifier = classifier_for(self.settings, client.target, taxonomy)
-        self._plan = plan_of(classifier, client.target)
+        self._plan = plan_of(classifier, client.target, () if self._pool is None else self._pool.other_targets)
         student = await self._open_student(stack, taxonomy, self._plan)
-        if await has_work(self.store, self.files, self.options, self._kinds()):
+        if await has_work(self.store, self.files, self.options, self._kinds(self.options)):
             sample = partial(sample_if_in_time, self.store, classifier.truncator.estimator)
             choice = await run_window(client, self.settings.ollama_num_ctx, sample)
-            window = await agreed_window(stack, self.store.database, client, choice, self._tell)
-            start_s = time.monotonic()
-            await window.load(self._tell)
-            if recorder is not None:
-                recorder.note_load(time.monotonic() - start_s)
-        else:
-            window = SharedWindow(
-                client, self.settings.ollama_num_ctx
-            )  # it loads the model for documents that come later
+            on_load = recorder.note_load if recorder else None
+            window = await loaded_window(stack, self.store.database, client, choice, self._tell, on_load)
+        else:  # it loads the model for documents that come later
+            window = window_of(client, self.settings.ollama_num_ctx)
+            stack.push_async_callback(window.close)
         self._window = window
-        stack.push_async_callback(window.close)
         target = client.target
         logger.info("model %s at %s, window %d tokens", target.model, target.server_url, target.num_ctx)
         ask = partial(window.classify, classifier)
         return student.before(ask) if student else ask
+
+    async def _open_client(self, stack: AsyncExitStack) -> llm.AsyncLLMClient | ServerPool:
+        """Return the client of the model server, or the pool of several."""
+        settings, model = self.settings, self._observers.model
+        on_answer = (self._observers.recorder or model).note_answer
+        if len(settings.ollama_endpoints) > 1:
+            from worker.server_pool import open_pool  # noqa: PLC0415 - few runs have several servers
+
+            opened = open_pool(settings, settings.most_concurrent, logprobs=True, on_answer=on_answer)
+            pool = model.breaker = model.pool = self._pool = self._limit = await stack.enter_async_context(opened)
+            return pool
+        session = await stack.enter_async_context(llm.open_session(settings.most_concurrent))
+        limit = ConcurrencyLimit(settings.most_concurrent) if settings.max_concurrent == "auto" else None
+        self._limit = limit
+        asked = replace(chat_target(settings, settings.model or ""), logprobs=True)
+        client = llm.AsyncLLMClient(settings, asked, session, limit=limit, on_answer=on_answer)
+        model.breaker = client.breaker
+        stack.push_async_callback(client.breaker.close)
+        return client
 
     async def _open_student(self, stack: AsyncExitStack, taxonomy: Taxonomy, plan: Plan) -> FirstAnswer | None:
         """Return the student that answers before the model; None if it is off or has withdrawn."""
@@ -176,8 +199,8 @@ class BatchProcessor:
         stack.callback(log.close)
         return student
 
-    def _kinds(self) -> StalenessChecker | None:
-        return StalenessChecker(self.store, self.files.directory, self._plan) if self.options.only else None
+    def _kinds(self, options: RunOptions) -> StalenessChecker | None:
+        return StalenessChecker(self.store, self.files.directory, self._plan) if options.only else None
 
     def _tell(self, sentence: str) -> None:
         logger.info(sentence)
@@ -217,12 +240,28 @@ class BatchProcessor:
         """Classify all selected documents; return the statistics.
 
         Keys: job_id, documents_processed, successful, failed, skipped, already_done, leased_elsewhere, retried, copied,
-        in_retry_queue, in_quarantine, not_selected, reasons, interrupted, with_confidence, needs_review, held_back_s, review_below. After a
-        TriadError (too many documents failed, or MongoDB, the model server or the directory), the next run resumes.
+        in_retry_queue, in_quarantine, not_selected, reasons, urgent, interrupted, with_confidence, needs_review, held_back_s,
+        review_below; with several model servers also servers. After a TriadError (too many documents failed, or MongoDB, the
+        model server or the directory), the next run resumes.
         """
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
-        return await run.execute(sources, to_the_end=True)
+        stats = await run.execute(sources, to_the_end=True)
+        return stats if self._pool is None else {**stats, "servers": self._pool.states()}
+
+    async def follow(self, sweep_every_s: float) -> dict[str, Any]:
+        """Classify conversations as they come or grow, until ``stop`` is set; return the statistics as ``run`` does.
+
+        Each *sweep_every_s*, look at all pending documents. For settings with the mode ``stream``; ``run`` comes first.
+        """
+        from worker.stream import StreamIntake  # noqa: PLC0415 - only for this mode
+
+        await self.connect()
+        if self._stream is None:
+            raise ConfigurationError("follow needs the mode stream: BatchProcessor(mode='stream').")
+        run = await self._new_run(replace(self.options, only="changed", retry_failed=False))
+        intake = StreamIntake(run.intake, self._stream)
+        return await run.execute([intake.live(sweep_every_s)], to_the_end=False)
 
     async def describe(self) -> dict[str, Any]:
         """Write the sentence (``categorization``) into the results that lack it; the labels do not change.
@@ -237,7 +276,7 @@ class BatchProcessor:
             )
         taxonomy = load_prompt_taxonomy(self.settings)
         describe = partial(self._window.classify, describing_classifier(taxonomy, self.settings))
-        at_once = self.settings.most_concurrent if self._limit is None else self._limit.current
+        at_once = self.settings.most_in_flight if self._limit is None else self._limit.current
         made = DescriptionPass(self.settings, self.store, describe, self.stop, at_once, self._observers.reporters)
         stats = await made.execute()
         return {
@@ -248,12 +287,17 @@ class BatchProcessor:
             "interrupted": self.stop.is_set(),
         }
 
-    async def _new_run(self) -> BatchRun:
+    async def _new_run(self, options: RunOptions | None = None) -> BatchRun:
         await self.connect()
-        options = self.options
+        options = options or self.options
         saved = self.files.read_state("checkpoint.json")
         checkpoint = Checkpoint.resume_or_new(
-            saved, self._source, self._worker_id(), reprocess=options.reprocess, only=options.only
+            saved,
+            self._source,
+            worker_id(self.files),
+            reprocess=options.reprocess,
+            only=options.only,
+            subset=options.subset.name,
         )
         parts = RunParts(
             self.settings,
@@ -264,11 +308,12 @@ class BatchProcessor:
             self.stop,
             self._classify,
             plan=self._plan.fingerprint if self._plan else "",
-            kinds=self._kinds(),
+            kinds=self._kinds(options),
             reporters=[*self._observers.reporters, *([] if self._heartbeat is None else [self._heartbeat])],
             limit=self._limit,
             service_first=self._service_first(),
             go=None if self._heartbeat is None else self._heartbeat.go,
+            urgent_first=self._client is None,  # mongomock has no hints
         )
         return BatchRun(parts)
 
@@ -277,25 +322,14 @@ class BatchProcessor:
         settings = self.settings
         if not settings.worker_heartbeat or self._client is not None or self._observers.recorder is not None:
             return None
-        worker, results = self._worker_id(), settings.results_collection
-        model, most = self._observers.model, settings.most_concurrent
-        return Heartbeat(self.store.database, results, worker, self.stop, most, model)
+        return Heartbeat(self.store.database, settings, worker_id(self.files), self.stop, self._observers.model)
 
     def _service_first(self) -> ServiceFirst | None:
         settings = self.settings
         if not settings.service_lease or self._given_classify is not None:
             return None
-        return ServiceFirst(self.store.database, server_name(settings.server_url), settings.worker_floor)
-
-    def _worker_id(self) -> str:
-        """Return the id under which the worker of this directory holds leases, the same after a crash."""
-        for name in ("worker.json", "checkpoint.json"):
-            worker_id = (self.files.read_state(name) or {}).get("worker_id")
-            if isinstance(worker_id, str):
-                return worker_id
-        worker_id = f"worker-{secrets.token_hex(8)}"
-        self.files.write_state("worker.json", {"worker_id": worker_id})
-        return worker_id
+        servers = [server_name(one.server_url) for one in settings.for_each_server()]
+        return ServiceFirst(self.store.database, servers, settings.worker_floor)
 
 
 async def find_model(settings: Settings) -> str | None:

@@ -13,10 +13,12 @@ from config.taxonomy import fold_label
 from domain.confidence import label_confidence
 from domain.conversation import Classification, Conversation, Message, Outcome, chat_messages, result_fingerprint
 from domain.reply_style import (
+    LONGER,
     MAX_CATEGORIZATION_CHARACTERS,
     ReplyStyle,
     answer_schema,
     answered,
+    is_array,
     required_form,
 )
 from domain.text import one_line, prompt_text
@@ -39,7 +41,7 @@ _REASONING_TAG = re.compile(
 )
 
 _OPENING = re.compile(r"[\[{]")
-_TAG_SIGNS = ("<", "[/", "[t", "[T", "\N{WHITE LEFT-POINTING TRIANGLE}")  # how the tags begin
+_TAG_SIGN = re.compile("<|\\[[/tT]|\N{WHITE LEFT-POINTING TRIANGLE}")  # how the tags begin
 
 _REPAIR = (
     "Your answer could not be used: {problem}. Answer again for the same conversation with {form} and labels from the "
@@ -59,7 +61,9 @@ class Classifier:
         self._taxonomy, self._on_long = taxonomy, on_long
         self.system_prompt = build_system_prompt(taxonomy, reply_style)
         self.truncator = TranscriptTruncator(self.system_prompt, on_long)
-        self._without_arrays = self.restyled("labels") if reply_style == "list" else self
+        self._is_array = is_array(reply_style)
+        longer = LONGER.get(reply_style)
+        self._longer = self if longer is None else self.restyled(longer)
         self._form = required_form(taxonomy, reply_style)
         self._fields = taxonomy.field_names
         self._lists = tuple(field.name for field in taxonomy.fields if field.is_multiple)
@@ -73,8 +77,9 @@ class Classifier:
         return Classifier(self._taxonomy, self._on_long, reply_style)
 
     def for_target(self, target: ChatTarget) -> Classifier:
-        """Return the classifier for *target*: this one, or that of the style ``labels`` if it takes no arrays."""
-        return self._without_arrays if target.refuses_arrays else self
+        """Return the classifier for *target*: this one, or that of the next longer style that the server offers."""
+        offered = {"score": "scores" not in target.refused, "list": not target.refuses_arrays}
+        return self if offered.get(self.reply_style, True) else self._longer.for_target(target)
 
     def messages(self, transcript: str) -> list[Message]:
         """Return the messages that ask for the labels of *transcript*."""
@@ -87,9 +92,9 @@ class Classifier:
     def parse(self, reply: str) -> Classification:
         """Return the classification in *reply*.
 
-        Accepts plain JSON, or JSON inside a code fence or prose. Reasoning is removed first; of several objects (arrays
-        in the style ``list``), the last complete and valid one counts. Labels match without regard to case, spacing and
-        Unicode form, and are returned as the taxonomy spells them.
+        Accepts plain JSON, or JSON inside a code fence or prose. Reasoning is removed first; of several objects (or
+        arrays, see ``is_array``), the last complete and valid one counts. Labels match without regard to case, spacing
+        and Unicode form, and are returned as the taxonomy spells them.
 
         Raises:
             LLMReplyError: empty, not_json, wrong_shape or label_outside. The message never quotes the reply.
@@ -110,20 +115,20 @@ class Classifier:
                 failures += 1
             start = self._next_value(text, end)
         if found is None or failures > MAX_BROKEN_OBJECTS:  # beyond the limit a later object could correct this one
-            kind = "array" if self.reply_style == "list" else "object"
+            kind = "array" if self._is_array else "object"
             raise problem or LLMReplyError(f"the answer holds no complete JSON {kind}", Reason.NOT_JSON)
         return found
 
     def _next_value(self, text: str, place: int) -> int:
-        """Return where the next object or, in the style ``list``, array or object begins in *text*; -1 if none does."""
-        if self.reply_style != "list":
+        """Return where the next object or, if answers are arrays, array or object begins in *text*; -1 if none does."""
+        if not self._is_array:
             return text.find("{", place)
         opening = _OPENING.search(text, place)
         return -1 if opening is None else opening.start()
 
     def _keyed(self, value: Any) -> dict[str, Any]:
         """Return the fields of a decoded answer."""
-        if self.reply_style != "list":
+        if not self._is_array:
             fields: dict[str, Any] = value
             return fields
         if not isinstance(value, list) or len(value) != len(self._fields):
@@ -134,8 +139,7 @@ class Classifier:
         missing = [key for key in self._texts if not isinstance(fields.get(key), str)]
         if missing:
             raise LLMReplyError(f"missing or not a text: {', '.join(missing)}", Reason.WRONG_SHAPE)
-        missing = [key for key in self._lists if not _is_list_of_texts(fields.get(key))]
-        if missing:
+        if self._lists and (missing := [key for key in self._lists if not _is_list_of_texts(fields.get(key))]):
             raise LLMReplyError(f"missing or not a list of labels: {', '.join(missing)}", Reason.WRONG_SHAPE)
         categorization = None
         if "categorization" in self._texts:
@@ -154,10 +158,12 @@ class Classifier:
 
     def confidence(self, reply: ChatReply, classification: Classification) -> dict[str, float] | None:
         """Return the probability of each label that was parsed from *reply*; None if it has no log probabilities."""
+        if reply.scores:
+            return dict(zip(self._fields, reply.scores, strict=True))
         if not reply.tokens:
             return None
         text = _without_reasoning(reply.text)
-        return label_confidence(reply.tokens, text, classification, self._names, is_array=self.reply_style == "list")
+        return label_confidence(reply.tokens, text, classification, self._names, is_array=self._is_array)
 
     def repair_messages(self, messages: list[Message], reply: ChatReply | None, problem: LLMError) -> list[Message]:
         """Return *messages* with the unusable *reply* and a turn that explains the error.
@@ -245,14 +251,14 @@ def classification_flow(
             else:
                 is_repair = True
                 messages = classifier.repair_messages(messages, reply, problem)
-    target = client.target
+    target, plan = client.target, classifier.plan(client.target)
     return Outcome(
         classification,
         model_used=target.model,
         model_digest=target.digest,
         input_sha256=conversation.transcript_sha256,
-        fingerprint=result_fingerprint(classifier.plan(target), conversation.transcript_sha256),
-        plan=classifier.plan(target),
+        fingerprint=result_fingerprint(plan, conversation.transcript_sha256),
+        plan=plan,
         attempts=calls,
         duration_ms=round((time.monotonic() - start_s) * 1000),
         prompt_tokens=reply.prompt_tokens,
@@ -279,7 +285,7 @@ def _without_reasoning(reply: str) -> str:
         raise LLMReplyError("the answer is too long", Reason.NOT_JSON)
     kept: list[str] = []
     place, is_reasoning = 0, False
-    tags = list(_REASONING_TAG.finditer(text)) if any(sign in text for sign in _TAG_SIGNS) else []
+    tags = list(_REASONING_TAG.finditer(text)) if _TAG_SIGN.search(text) else []
     for tag in () if tags and _is_json(text) else tags:
         if tag["close"]:
             kept = [] if not is_reasoning else kept

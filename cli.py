@@ -28,6 +28,7 @@ from rich.console import Console
 
 from batch_processor import BatchProcessor, Observers, built_in_classify, built_in_plan, find_model
 from commands import flags, summary
+from commands.subset_flags import subset_of
 from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import (
@@ -50,9 +51,10 @@ from worker.left_out import LeftOut, count_in_time, count_left_out, is_fruitless
 from worker.metrics import serve_metrics
 from worker.model_use import ModelUse
 from worker.plan import ask_plan
-from worker.progress import ConsoleProgress, FileProgress, Reporter
-from worker.quarantine import failed_keys, failed_places
+from worker.progress import ConsoleProgress, FileProgress, GroupLines, Reporter
+from worker.quarantine import failed_keys
 from worker.staleness import Plan, StalenessChecker
+from worker.subset import require_query
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
 
@@ -135,6 +137,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             arguments.retry_failed,
             only=arguments.only,
             dedupe=arguments.dedupe,
+            subset=subset_of(arguments, settings),
         )
         after: RunOptions | None = None
         if by_built_in and not (options.only or options.reprocess or options.retry_failed):
@@ -156,7 +159,8 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         with stop_on_signals(processor.stop, connected.is_set):
             await stack.enter_async_context(processor)
             connected.set()
-            return await _passes(arguments, settings, processor, after)
+            passes = _stream if settings.mode == "stream" else _passes
+            return await passes(arguments, settings, processor, after)
 
 
 async def _settle_style(settings: Settings, *, has_work: bool) -> None:
@@ -179,12 +183,12 @@ async def _embedded(
     """
     from domain.conversation import BUILT_IN_MODELS  # noqa: PLC0415
     from embedded.choice import missing_packages, open_classifier  # noqa: PLC0415
-    from embedded.mongod import EmbeddedMongod  # noqa: PLC0415
+    from embedded.replica_set import ReplicaSetMongod  # noqa: PLC0415
     from help_desks.reader import SAMPLES, read_documents  # noqa: PLC0415
 
     console = Console(stderr=True, soft_wrap=True)
     console.print("Starting the embedded MongoDB with its data under data/embedded/ ...")
-    mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATA / "db"))
+    mongod = await asyncio.to_thread(stack.enter_context, ReplicaSetMongod(EMBEDDED_DATA / "db"))
     changes: dict[str, Any] = {"mongodb_uri": SecretStr(mongod.uri)}
     if "batch_files_dir" not in settings.model_fields_set:
         changes["batch_files_dir"] = EMBEDDED_DATA / "batch_files"
@@ -227,6 +231,15 @@ async def _embedded(
     return settings, {"classify": built_in_classify(classifier, plan), "plan": plan}, by_built_in
 
 
+async def _stream(
+    arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor, after: RunOptions | None
+) -> int:
+    from commands.stream import follow  # noqa: PLC0415 - only for this mode
+
+    report = partial(_report, arguments, settings, processor)
+    return await follow(processor, report, after, float(arguments.poll_interval))
+
+
 async def _passes(
     arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor, after: RunOptions | None
 ) -> int:
@@ -240,7 +253,7 @@ async def _passes(
             stats = await processor.run()
         except (LLMError, StoreError) as exc:
             if settings.mode == "batch" or not isinstance(exc, StoreUnavailableError | LLMUnavailableError):
-                _tell_failed(settings)
+                summary.tell_failed(settings.batch_files_dir)
                 raise
             logger.warning("this pass failed; waiting for the next one: %s", exc)
         else:
@@ -280,17 +293,12 @@ async def _describe(arguments: argparse.Namespace, processor: BatchProcessor, st
     return int(counts["failed"])
 
 
-def _tell_failed(settings: Settings) -> None:
-    """Print where the documents are that failed before the run ended; the error itself is printed last."""
-    if places := failed_places(settings.batch_files_dir):
-        sys.stderr.write(f"{places}\n")
-
-
 async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, given: str | None) -> int:
     plan = Plan(given) if given else None
-    store = DocumentStore(settings)
+    store = DocumentStore(settings, subset=options.subset)
     try:
         await store.check()
+        await require_query(store, options.subset.condition, "--filter")
         if options.only in ("stale", "style", "failed") and plan is None:
             plan = await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
@@ -362,7 +370,7 @@ def _observers(arguments: argparse.Namespace, settings: Settings, stack: context
     model = ModelUse()
     reporters: list[Reporter] = []
     if console:
-        reporters.append(ConsoleProgress(sys.stderr))
+        reporters.append(GroupLines(sys.stderr) if settings.mode == "stream" else ConsoleProgress(sys.stderr, model))
     if files or settings.metrics_port is not None:
         progress = FileProgress(settings.batch_files_dir, model)
         reporters.append(progress)

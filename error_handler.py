@@ -143,6 +143,12 @@ class LLMOutageError(LLMError):
     reason = Reason.TRANSPORT
 
 
+class LLMElsewhereError(LLMError):
+    """One of several servers is away. The same question goes to another one, and the document keeps its attempts."""
+
+    reason = Reason.TRANSPORT
+
+
 class LLMOutdatedError(LLMOutageError):
     """The server lacks what every request needs. The run ends; its documents stay pending."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import itertools
@@ -33,6 +34,7 @@ from model_server import protocol
 from model_server.chat import ReloadWatch, chat_flow, connection_error
 from model_server.models import find_target
 from model_server.protocol import ChatReply, ChatTarget, ServerRequest
+from model_server.scores import LabelTokens, score_flow
 from model_server.window import Say, WindowChoice, warm_up
 from network.outgoing import Route, problem_of, requests_session, route_to
 from utils.retry_utils import RetryPolicy, tenacity_options
@@ -189,11 +191,16 @@ class LLMClient:
         self._policy = RetryPolicy(settings.llm_max_attempts, settings.llm_backoff_s)
         self._settings = settings
         self.reloads = ReloadWatch()
+        self.label_tokens: dict[bytes, LabelTokens] = {}
 
-    def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0) -> ChatReply:
-        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. Raises LLMError after the last one."""
+    def chat(self, messages: list[Message], schema_json: bytes, attempt: int = 0, *, scores: bool = False) -> ChatReply:
+        """Return the model's answer to *messages*; *attempt* (from 0) varies the seed. *scores*: see ``score_flow``.
+
+        Raises:
+            LLMError: After the last attempt.
+        """
         retrying = tenacity.Retrying(**tenacity_options(self._policy, "model call"))
-        return retrying(self._ask, messages, schema_json, attempt)
+        return retrying(self._ask, messages, schema_json, None if scores else attempt)
 
     def prepare(self, settings: Settings) -> ChatTarget:
         """Find the model that *settings* name on the server, and return the target; see ``find_target``."""
@@ -213,8 +220,11 @@ class LLMClient:
         except LLMConnectionError as exc:
             raise connection_error(self.target, exc, was_made=not isinstance(exc, LLMAbsentError)) from exc
 
-    def _ask(self, messages: list[Message], schema_json: bytes, attempt: int) -> ChatReply:
-        return _drive(chat_flow(self, messages, schema_json, attempt, self._settings.llm_timeout_s), self.send)
+    def _ask(self, messages: list[Message], schema_json: bytes, attempt: int | None) -> ChatReply:
+        timeout_s = self._settings.llm_timeout_s
+        if attempt is None:
+            return _drive(score_flow(self, messages, schema_json, timeout_s), self.send)
+        return _drive(chat_flow(self, messages, schema_json, attempt, timeout_s), self.send)
 
 
 def ollama_classify(conversation: Conversation, client: LLMClient, classifier: Classifier, attempt: int = 0) -> Outcome:
@@ -223,12 +233,12 @@ def ollama_classify(conversation: Conversation, client: LLMClient, classifier: C
 
     def classify(used: Classifier) -> Outcome:
         flow = classification_flow(conversation, client, used)
-        return _drive(flow, lambda messages: client.chat(messages, used.schema_json, next(calls)))
+        scores = used.reply_style == "score"
+        return _drive(flow, lambda messages: client.chat(messages, used.schema_json, next(calls), scores=scores))
 
-    try:
-        return classify(classifier.for_target(client.target))
-    except LLMFormError:
-        return classify(classifier.for_target(client.target))
+    while True:  # each LLMFormError leaves a style less
+        with contextlib.suppress(LLMFormError):
+            return classify(classifier.for_target(client.target))
 
 
 def _drive(flow: Generator[Q, A, R], ask: Callable[[Q], A]) -> R:

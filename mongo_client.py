@@ -32,17 +32,18 @@ from storage.mongo_pages import (
     END_OF_IDS,
     PAGE_BYTES,
     end_of_ids,
+    random_documents,
     read_alone,
     read_ids,
     replace_all,
     undecoded,
     unusable_ids,
     update_each,
-    valid_documents,
     warn_of,
     warn_of_unusable,
 )
 from storage.selection import Selection, StateFields
+from storage.subset import Subset
 from utils.retry_utils import RetryPolicy, retry_async
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,6 @@ FinalStatus = Literal["processed", "failed", "skipped"]
 
 DURABLE = WriteConcern("majority", j=True)
 PATIENCE_S = 86_400.0  # for counts and indexes
-SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
-SAMPLE_BYTES = 16_000_000  # of a sample
 
 _PROVENANCE = [f"processing_metadata.{name}" for name in ("input_sha256", "fingerprint", "model_used", "model_digest")]
 _LABELS = ("classification", "processing_metadata.processed_at", "processing_metadata.model_used")
@@ -73,10 +72,12 @@ class DocumentStore:
     """The source documents, the results and the leases of one database.
 
     It opens a client in the running event loop unless *client* is given, and closes only the one that it opened. Every
-    call is retried as *settings* say before it raises a StoreError.
+    call is retried as *settings* say before it raises a StoreError. Selections are limited to *subset*; None is all.
     """
 
-    def __init__(self, settings: Settings, *, worker_id: str = "worker", client: Any = None) -> None:
+    def __init__(
+        self, settings: Settings, *, worker_id: str = "worker", client: Any = None, subset: Subset | None = None
+    ) -> None:
         self._opened_here = client is None
         self._client = client or open_client(settings)
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
@@ -86,7 +87,8 @@ class DocumentStore:
         self.unusable: set[bytes] = set()  # the id_key of documents that were read, and no query can name
         self.unmarked: set[bytes] = set()  # of those whose status MongoDB refuses
         self._warned: set[Any] = set()
-        self.states = StateFields(settings.status_field)
+        self.states = StateFields(settings.status_field, subset.condition if subset else None)
+        self._priority = settings.priority_field
         self._fields = (
             None if settings.store_original_conversation else source_paths(self.states, settings.result_metadata)
         )
@@ -113,15 +115,13 @@ class DocumentStore:
         return await identity(self._source, self._results.name, partial(self._command, "identify the collection"))
 
     async def ensure_result_indexes(self, fields: Iterable[str] = TRIAD.values()) -> None:
-        """Create the indexes of results with labels of *fields*.
-
-        Raise IndexBlockedError if stored results share a source id.
-        """
+        """Create the indexes of results with labels of *fields*. Raise IndexBlockedError if stored results share a source id."""
         await create_indexes(self._results, result_indexes(fields), self._patiently)
 
-    async def ensure_source_indexes(self) -> None:
+    async def ensure_source_indexes(self, *, for_stream: bool = False) -> None:
         """Create the indexes of the source and of the leases; takes as long as the collection is large."""
-        await create_indexes(self._source, source_indexes(self.states), self._patiently)
+        indexes = source_indexes(self.states, self._priority, for_stream=for_stream)
+        await create_indexes(self._source, indexes, self._patiently)
         await create_indexes(self._leases, lease_indexes(), self._patiently)
 
     async def try_writes(self) -> None:
@@ -176,12 +176,11 @@ class DocumentStore:
                 return page
             skipped += number
 
-    async def count(self, selection: Selection) -> int:
-        """Return how many documents *selection* has now."""
-        if selection == "all":
-            return await self._patiently("count", self._source.estimated_document_count)  # of the metadata
-        query = self.states.queries[selection]
-        return await self._patiently("count", lambda: self._source.count_documents(query))
+    async def count(self, selection: Selection, *, whole: bool = False) -> int:
+        """Return how many documents *selection* has now; if *whole*, also those outside the subset."""
+        query = (self.states.whole if whole else self.states.queries)[selection]
+        all_of_it = self._source.estimated_document_count  # of the metadata
+        return await self._patiently("count", lambda: self._source.count_documents(query) if query else all_of_it())
 
     async def count_results(self) -> int:
         """Return about how many results there are, also of documents that are gone."""
@@ -246,13 +245,19 @@ class DocumentStore:
         self._warned |= warn_of(collection.name, refused, self._warned, is_all=len(refused) == len(document_ids) > 1)
         self.unmarked |= {id_key(one.document_id) for one in refused}
 
-    async def claim(self, document_ids: list[Any]) -> set[bytes]:
-        """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now."""
+    async def claim(self, document_ids: list[Any], *, only_free: bool = False) -> set[bytes]:
+        """Lease *document_ids* that are free, or whose lease has expired; return the ``id_key`` of those held now.
+
+        *only_free* leaves those that have a lease, even one of this worker, and returns only what it has leased.
+        """
         expires_at = self.server_time() + self._lease
         leases = [{"_id": value, "worker": self._worker_id, "expires_at": expires_at} for value in document_ids]
         taken = await self._call("claim documents", lambda: insert_new(self._leases, leases))
         if not taken:
             return set(map(id_key, document_ids))
+        new = {id_key(value) for index, value in enumerate(document_ids) if index not in taken}
+        if only_free:
+            return new
         contested = [document_ids[index] for index in taken]
         free = {"$or": [{"worker": self._worker_id}, {"expires_at": {"$lt": self.server_time()}}]}
         change = {"$set": {"worker": self._worker_id, "expires_at": expires_at}}
@@ -260,9 +265,8 @@ class DocumentStore:
             "take over leases", lambda: self._leases.update_many({"_id": {"$in": contested}, **free}, change)
         )
         query = {"_id": {"$in": contested}, "worker": self._worker_id}
-        own = [lease["_id"] for lease in await self._find("read leases", self._leases, query, projection={"_id": 1})]
-        new = [value for index, value in enumerate(document_ids) if index not in taken]
-        return set(map(id_key, own + new))
+        own = await self._find("read leases", self._leases, query, projection={"_id": 1})
+        return new | {id_key(lease["_id"]) for lease in own}
 
     async def renew_leases(self) -> None:
         """Move the expiry of every lease of this worker."""
@@ -291,14 +295,10 @@ class DocumentStore:
         return {id_key(result["source_conversation_id"]): result for result in found}
 
     async def sample(self, size: int, fields: Sequence[str]) -> AsyncIterator[Document]:
-        """Yield *fields* of up to *size* random source documents of any status: at most SAMPLE_BYTES, and only valid BSON."""
-        # Without a filter before it, $sample uses a random cursor and reads no more than it returns.
-        stages = [{"$sample": {"size": size}}, {"$project": dict.fromkeys(fields, 1)}]
+        """Yield what ``random_documents`` does, of the source."""
         with translated("read a sample"):
-            cursor = await undecoded(self._source).aggregate(stages, batchSize=SAMPLE_PAGE, allowDiskUse=True)
-            async with cursor:
-                async for document in valid_documents(cursor, self._source.codec_options, SAMPLE_BYTES):
-                    yield document
+            async for document in random_documents(self._source, size, fields):
+                yield document
 
     async def sample_ids(self, selection: Selection, size: int) -> list[Any]:
         """Return the ids of up to *size* random documents of *selection*."""
@@ -306,12 +306,13 @@ class DocumentStore:
         return [document["_id"] for document in await self.aggregate("draw a sample", stages)]
 
     async def read_documents(self, selection: Selection, document_ids: list[Any]) -> list[Document]:
-        """Return those *document_ids* that *selection* has; one that is not valid BSON is UNREADABLE."""
-        query = {"_id": {"$in": document_ids}, **self.states.queries[selection]}
+        """Return those *document_ids* that *selection* has; one that is not valid BSON is UNREADABLE. "all" has no subset."""
+        selected = {} if selection == "all" else self.states.queries[selection]
         try:
+            query = {"_id": {"$in": document_ids}, **selected}
             return await self._find("read documents", self._source, query, projection=self._fields)
         except StoreUnreadableError:
-            return await self._read_alone(document_ids, self.states.queries[selection])
+            return await self._read_alone(document_ids, selected)
 
     async def _read_alone(self, document_ids: list[Any], query: Document | None = None) -> list[Document]:
         read = partial(read_alone, self._source, document_ids, self._fields, self.states, query)

@@ -13,7 +13,7 @@ from typing import Any
 from config import Taxonomy
 from config.taxonomy import Field
 from domain.conversation import Conversation, Message, chat_messages
-from domain.reply_style import ReplyStyle, answer_form, answer_name, answered, example_answer
+from domain.reply_style import ReplyStyle, answer_form, answer_name, answered, example_answer, is_array
 
 _TASK = """\
 You label customer-support conversations. Read the whole conversation and answer with one {} and nothing else:
@@ -129,7 +129,7 @@ def _heading(field: Field) -> str:
 def _examples(taxonomy: Taxonomy, style: ReplyStyle) -> list[str]:
     """Return the examples whose labels are in *taxonomy*, with the keys that it has, as answers in *style*."""
     fields = [name for name in taxonomy.field_names if name in _FIELD_RULES]
-    if style == "list" and len(fields) < len(taxonomy.fields):  # an array without keys cannot leave a field out
+    if is_array(style) and len(fields) < len(taxonomy.fields):  # an array without keys cannot leave a field out
         return []
     shown = []
     for example in _EXAMPLES.strip().split("\n\n") if fields else ():

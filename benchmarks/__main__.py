@@ -1,7 +1,7 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk``, ``injection``, ``examples``, ``export``, ``two_users``, ``prompt`` or ``model`` runs only that benchmark.
+``search``, ``walk``, ``injection``, ``examples``, ``export``, ``two_users``, ``prompt``, ``model`` or ``servers`` runs only that benchmark.
 ``--quick`` uses few documents, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student
 on labelled files (docs/student.md).
 """
@@ -27,6 +27,7 @@ from benchmarks import (
     prompt,
     prompt_examples,
     search_quality,
+    servers,
     service,
     student,
     throughput,
@@ -52,6 +53,7 @@ MEASURES = {
     "two_users": two_users.measure,
     "prompt": prompt.measure,
     "model": model.measure,
+    "servers": servers.measure,
 }
 
 

@@ -1,7 +1,8 @@
 """The model's time with each reply style: the same conversations through SmolLM2 on llama.cpp, one call after the other.
 
-The engine has a slot for each style, so each keeps its prompt in the prefix cache. Every conversation is labelled in all
-styles before the next one, so a load on the machine meets all styles alike.
+The engine has a slot for each style, so each keeps its prompt in the prefix cache; ``score`` has an engine for itself,
+because it would find the whole prompt of ``list``. Every conversation is labelled in all styles before the next one, so a
+load on the machine meets all styles alike. The conversations are as long as real ones; see REAL_TWEETS.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aggregator import aggregate_conversation
-from benchmarks.documents import conversations
+from benchmarks.documents import REAL_TWEETS, conversations
 from benchmarks.real_engine import EngineCall, RecordingClient, open_client
 from benchmarks.table import Row, figure
 from classifier import Classifier
@@ -24,7 +25,7 @@ from llm_wrapper import ollama_classify
 
 CONVERSATIONS, QUICK_CONVERSATIONS = 100, 1
 REFERENCE = "full"
-MOST_GENERATION = {"list": 0.30}  # share of the generation time of full
+MOST_GENERATION = {"list": 0.30, "score": 0.15}  # share of the generation time of full
 LEAST_SPEEDUP = {"list": 2.0}  # documents per minute, compared with full
 
 
@@ -81,15 +82,17 @@ def collect(count: int) -> dict[str, StyleRun]:
         WorkerFailedError: The model is not installed.
     """
     taxonomy = load_taxonomy()
-    first, *counted = [aggregate_conversation(document) for document in conversations(count + 1)]
+    first, *counted = [aggregate_conversation(document) for document in conversations(count + 1, REAL_TWEETS)]
     runs: dict[str, StyleRun] = {style: StyleRun() for style in STYLES}
-    with open_client(slots=len(STYLES)) as client:
-        classifiers = {style: Classifier(taxonomy, reply_style=style) for style in STYLES}
-        for classifier in classifiers.values():
-            _label(first, client, classifier, StyleRun())
+    with open_client(slots=len(STYLES) - 1) as client, open_client(slots=1) as client_of_score:
+        classifiers = [Classifier(taxonomy, reply_style=style) for style in STYLES]
+        clients = {style: client_of_score if style == "score" else client for style in STYLES}
+        for classifier in classifiers:
+            _label(first, clients[classifier.reply_style], classifier, StyleRun())
         for number, conversation in enumerate(counted, 1):
-            for style, classifier in classifiers.items():
-                _label(conversation, client, classifier, runs[style])
+            for classifier in classifiers:
+                style = classifier.reply_style
+                _label(conversation, clients[style], classifier, runs[style])
             print(f"model: {number} of {count} conversations", file=sys.stderr)
     return runs
 
@@ -102,7 +105,13 @@ def _label(conversation: Conversation, client: RecordingClient, classifier: Clas
         run.unusable += 1
     run.seconds += time.monotonic() - start_s
     run.documents += 1
-    run.calls += client.calls[before:]
+    calls = client.calls[before:]
+    run.calls += calls if classifier.reply_style != "score" else [calls[0], *map(_as_generation, calls[1:])]
+
+
+def _as_generation(call: EngineCall) -> EngineCall:
+    """Return a further call of ``score`` about a conversation: what it reads, the other styles have written."""
+    return replace(call, cached_tokens=0, evaluated_tokens=0, prompt_ms=0.0, reply_ms=call.prompt_ms + call.reply_ms)
 
 
 def rows_of(runs: Mapping[str, StyleRun]) -> list[Row]:

@@ -1,7 +1,7 @@
 """Fit the weights of the embedded classifier: ``python -m benchmarks.train_embedded DIR``.
 
 DIR holds the labelled files of docs/baseline.md. Only the lines of ``baseline_accuracy.FITTED`` are used: their licence
-permits it, and the phrases were not tuned on them. Without DIR, only the sentiment and the phrases are made.
+permits it, and the phrases were not tuned on them. Without DIR, only the sentiment, the phrases and the messages are made.
 Writes embedded/weights.safetensors and embedded/phrases.safetensors, the same bytes each time on one machine.
 """
 
@@ -28,8 +28,11 @@ from embedded.conversation_vectors import embedded_texts, vectors_of_each
 from embedded.embedding_classifier import (
     PHRASES,
     WEIGHTS,
+    known_messages,
+    known_phrases,
     label_vectors,
     quantized,
+    read_for,
     restored,
     sentiment_inputs,
 )
@@ -37,10 +40,11 @@ from embedded.label_scores import FEATURES, LabelScorer, label_texts, sentiment_
 from embedded.minilm import Encoder, open_encoder
 
 SENTENCES = Path(__file__).with_name("sentiment_sentences.tsv")
+MESSAGES = Path(__file__).with_name("messages.tsv")
 FIELDS = ("intent", "topic")
 BACKGROUND = 50  # conversations of each source
 CONVERSATIONS = 500.0  # that all sources together weigh, each source the same
-SHRINKAGE = 0.02
+SHRINKAGE = 10.0
 SENTIMENT_C = 4.0
 
 Numbers = NDArray[np.float64]
@@ -101,10 +105,20 @@ def fit_field(lines: Fitted) -> tuple[Numbers, float]:
     return fit_shared(lines) / found, found
 
 
-def read_sentences(path: Path = SENTENCES) -> list[dict[str, str]]:
-    """Return the sentences with their ``label``, ``register`` and ``text``."""
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of *path* by the names in its first line."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def read_sentences() -> list[dict[str, str]]:
+    """Return ``label``, ``register`` and ``text`` of each sentence, and of each message that has a sentiment."""
+    messages = [
+        {"label": row["sentiment"], "register": "message", "text": row["text"]}
+        for row in read_table(MESSAGES)
+        if row["sentiment"]
+    ]
+    return read_table(SENTENCES) + messages
 
 
 def fit_sentiment(
@@ -142,14 +156,29 @@ def taxonomy_texts(taxonomy: Taxonomy) -> list[str]:
     return sorted({text for definition, phrases in pairs for text in (definition, *phrases)})
 
 
+def message_tensors(taxonomy: Taxonomy, texts: list[str], encoder: Encoder) -> dict[str, NDArray[Any]]:
+    """Return the vectors of the messages, and the places in *texts* of their labels' definitions, for ``known_messages``.
+
+    Raises:
+        KeyError: A message has a label that *taxonomy* lacks.
+    """
+    rows = read_table(MESSAGES)
+    tensors = quantized("messages", embedded_texts(encoder, [row["text"] for row in rows]))
+    for field in FIELDS:
+        places = {label.name: texts.index(label_texts(label)[0]) for label in taxonomy.labels(field)}
+        tensors[f"messages.{field}"] = np.array([places[row[field]] for row in rows], np.int16)
+    return tensors
+
+
 def fit_fields(
-    directory: Path, taxonomy: Taxonomy, encoder: Encoder, known: dict[str, Vectors], sentiment: Vectors
+    directory: Path, taxonomy: Taxonomy, encoder: Encoder, texts: dict[str, NDArray[Any]], sentiment: Vectors
 ) -> dict[str, NDArray[Any]]:
     """Return background and weights of intent and topic, fitted on the lines of *directory*; print the weights.
 
-    *known* has the vectors of the taxonomy's texts, *sentiment* the weights of ``fit_sentiment``.
+    *texts* has the vectors of phrases, definitions and messages, *sentiment* the weights of ``fit_sentiment``.
     """
     baseline = BaselineClassifier(taxonomy)
+    known, messages = known_phrases(texts), known_messages(texts)
     examples = [example for _, example in directory_examples(directory) if example.part == "fitted"]
     found = vectors_of_each(encoder, [example.conversation for example in examples])
     felt = [
@@ -160,17 +189,17 @@ def fit_fields(
     background = np.concatenate([np.flatnonzero(sources == source)[:BACKGROUND] for source in np.unique(sources)])
     tensors: dict[str, NDArray[Any]] = {}
     for field in FIELDS:
-        vectors = np.stack([each.request if field == "intent" else each.all_turns for each in found])
+        vectors, replies = read_for(field, found)
         tensors |= quantized(f"background.{field}", vectors[background])
         labels = taxonomy.labels(field)
         scorer = LabelScorer(
-            labels, label_vectors(encoder, labels, known), restored(tensors, f"background.{field}"), sentiment
+            labels, label_vectors(encoder, labels, known, messages), restored(tensors, f"background.{field}"), sentiment
         )
         has_gold = np.array([example.gold.get(field) is not None for example in examples])
         chosen = [example for example in examples if example.gold.get(field) is not None]
         phrase_scores = [baseline.phrase_scores(example.conversation)[field] for example in chosen]
         lines = Fitted(
-            scorer.features(vectors[has_gold], phrase_scores, np.stack(felt)[has_gold]),
+            scorer.features(vectors[has_gold], replies[has_gold], phrase_scores, np.stack(felt)[has_gold]),
             np.array([scorer.names.index(str(example.gold[field])) for example in chosen]),
             sources[has_gold],
         )
@@ -193,8 +222,10 @@ def main(arguments: list[str] | None = None) -> int:
         encoder = open_encoder()
         texts = taxonomy_texts(taxonomy)
         print(f"Embedding {len(texts)} phrases and definitions ...", file=sys.stderr)
-        phrases = quantized("vectors", embedded_texts(encoder, texts))
-        save_file({"texts": np.frombuffer("\n".join(texts).encode(), np.uint8), **phrases}, PHRASES)
+        tensors_of_texts = quantized("vectors", embedded_texts(encoder, texts))
+        tensors_of_texts["texts"] = np.frombuffer("\n".join(texts).encode(), np.uint8)
+        tensors_of_texts |= message_tensors(taxonomy, texts, encoder)
+        save_file(tensors_of_texts, PHRASES)
         tensors = dict(load_file(WEIGHTS)) if WEIGHTS.exists() else {}
         sentences = read_sentences()
         print(f"Embedding {len(sentences)} sentences ...", file=sys.stderr)
@@ -202,8 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sentiment: {len(sentences)} sentences, temperature {cooled:.2f}")
         if options.directory is not None:
             print("Embedding the labelled lines ...", file=sys.stderr)
-            known = dict(zip(texts, restored(phrases, "vectors"), strict=True))
-            tensors |= fit_fields(options.directory, taxonomy, encoder, known, tensors["sentiment"])
+            tensors |= fit_fields(options.directory, taxonomy, encoder, tensors_of_texts, tensors["sentiment"])
         save_file({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}, WEIGHTS)
     return 0
 

@@ -5,8 +5,8 @@ connection, look up the loaded model) comes before, in a first run over another 
 
 What counts. The walk begins when ``DocumentStore.read_page`` is called and ends when ``DocumentStore.release`` returns.
 A profiler sees each call of a function of the product meanwhile, in every task and thread that handles the document.
-Left out are the background tasks that no document waits for (leases, stop, indexes, lease of the service, progress
-report, heartbeat, window), and code that ``dataclasses`` generates.
+Left out are the background tasks that no document waits for (leases, stop, indexes, look for urgent ones, lease of the service,
+progress report, heartbeat, window), and code that ``dataclasses`` generates.
 
 - modules: the modules that the walk enters.
 - arrows: the pairs (caller's module, called module) that differ. Each pair counts once, as in a drawing; coming back by
@@ -41,7 +41,7 @@ from tests.fakes.fake_ollama import FakeOllama
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_MODULES, MAX_FOLDER_ARROWS = 20, 25
-BACKGROUND = {"leases", "stop", "indexes", "service", "window", "heartbeat"}  # tasks
+BACKGROUND = {"leases", "stop", "indexes", "urgent", "service", "window", "heartbeat"}  # tasks
 REPORTS = {"_report", "note_answer"}  # functions
 NOT_PRODUCT = ("tests", "benchmarks", ".venv")
 DATABASE, SOURCE = "walk", "conversation_set"

@@ -17,8 +17,10 @@ from commands.diagnosis.disk import diagnose_disk
 from commands.diagnosis.findings import Finding, count_levels, error, exit_code, print_finding, print_totals
 from commands.diagnosis.model import diagnose_model
 from commands.diagnosis.mongo import diagnose
+from commands.diagnosis.servers import diagnose_servers
 from commands.diagnosis.settings import diagnose_labels, diagnose_settings
 from commands.flags import Command, add_model_flags, positive
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings, load_prompt_taxonomy
 from error_handler import TriadError
 from model_server.tokens import TokenEstimator
@@ -30,6 +32,7 @@ SAMPLE_TIMEOUT_MS = 5000
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    add_subset_flags(parser.add_argument_group("subset"))
     add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
@@ -76,9 +79,15 @@ def _areas(
     """Return name, title and checks of each area; *tell* gets the progress."""
     once = settings.model_copy(update={"mongodb_max_retries": 1})
     at_most = 0 if arguments.no_probe else arguments.max_probe
+    each = settings.for_each_server()
+    titles = ["Model server"] if len(each) == 1 else [f"Model server {one.server_url}" for one in each]
     return [
-        ("mongodb", "MongoDB", diagnose(once, tell=tell)),
-        ("model", "Model server", diagnose_model(settings, partial(_sample, once), at_most, tell)),
+        ("mongodb", "MongoDB", diagnose(once, tell=tell, subset=subset_of(arguments, settings))),
+        *(
+            ("model", title, diagnose_model(one, partial(_sample, once), at_most, tell))
+            for title, one in zip(titles, each, strict=True)
+        ),
+        *([("servers", "All model servers", diagnose_servers(settings))] if len(each) > 1 else []),
         ("disk", "Disk and process", _in_turn(diagnose_disk(settings))),
         ("labels", "Labels", _in_turn(diagnose_labels(settings))),
         ("settings", "Settings", _in_turn(diagnose_settings(settings, _given_flags(arguments, settings)))),

@@ -18,6 +18,7 @@ from rich.table import Table
 from aggregator import aggregate_conversation
 from batch_processor import BatchProcessor, Observers
 from commands.flags import Command, add_model_flags, positive
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings
 from domain.prices import batch_prices, price_source
 from domain.text import counted
@@ -63,6 +64,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-concurrent", "--concurrent", type=int, metavar="N", help="concurrent model calls (MAX_CONCURRENT; 5)"
     )
+    add_subset_flags(group)
     add_model_flags(group)
     group.add_argument("--json", action="store_true", help="print the estimate as JSON")
 
@@ -73,8 +75,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         raise ConfigurationError("an estimate requires a fixed concurrency; set --max-concurrent to a number.")
     recorder = SampleRecorder()
     # Copies take no model time, which is what the sample measures.
+    options = RunOptions(dedupe=False, subset=subset_of(arguments, settings))
     observers = Observers([ConsoleProgress(sys.stderr)], recorder)
-    processor = BatchProcessor(settings, options=RunOptions(dedupe=False), observers=observers)
+    processor = BatchProcessor(settings, options=options, observers=observers)
     connected = asyncio.Event()
     with stop_on_signals(processor.stop, connected.is_set):
         async with processor:
@@ -115,7 +118,7 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         "seconds": seconds,
         "load_s": recorder.load_s,
         # Few documents beyond the first of each call, which are slower on most servers.
-        "is_rough": classified + failed < 3 * settings.most_concurrent,
+        "is_rough": classified + failed < 3 * settings.most_in_flight,
     }
     report = make_report(settings, recorder.timings, remaining, facts)
     if arguments.json:
@@ -199,7 +202,7 @@ def make_report(
     *remaining* counts the documents after the sample: *left* without a result (extrapolated unless *is_left_exact*),
     *to_classify* of them with text, and *in_retry_queue*. *sample* holds the counts and times of the sample.
     """
-    calls, to_classify = settings.most_concurrent, remaining["to_classify"]
+    calls, to_classify = settings.most_in_flight, remaining["to_classify"]
     pace = measure_pace(timings, calls)
     paces = [(factor * calls, pace.with_calls(factor * calls)) for factor in FACTORS]
     means = mean_tokens(timings)

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from commands.flags import Command, add_model_flags, positive, require_packages
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings
 from error_handler import ConfigurationError
 from storage.files import require_replaceable
@@ -57,6 +58,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--html", type=Path, metavar="FILE", help="write the report to FILE as one HTML page")
     what.add_argument("--output", type=Path, metavar="FILE", help="write the report to FILE as JSON")
     what.add_argument("--embedded", action="store_true", help="use the embedded MongoDB, with the results of make run")
+    add_subset_flags(parser.add_argument_group("subset"))
     fresh = parser.add_argument_group("fresh results")
     fresh.add_argument(
         "--run", type=positive, metavar="N", help="classify N gold conversations first; the source is not changed"
@@ -73,14 +75,17 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run the evaluation; see ``Command``."""
     _check_flags(arguments)
+    arguments.subset = subset_of(arguments, settings)
+    if arguments.shares and arguments.subset.name:
+        raise ConfigurationError("--shares reads all results: leave out --filter, --since and --until.")
     require_packages("evaluate", NEEDED, INSTALL)
     from evaluation import actions  # noqa: PLC0415 - other commands must not wait for scipy
 
     with ExitStack() as stack:
         if arguments.embedded:
-            from embedded.mongod import EmbeddedMongod  # noqa: PLC0415 - only for --embedded
+            from embedded.replica_set import ReplicaSetMongod  # noqa: PLC0415 - only for --embedded
 
-            mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATABASE))
+            mongod = await asyncio.to_thread(stack.enter_context, ReplicaSetMongod(EMBEDDED_DATABASE))
             settings = settings.model_copy(update={"mongodb_uri": SecretStr(mongod.uri)})
         return await actions.run(arguments, settings)
 

@@ -7,9 +7,8 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +16,7 @@ from pydantic import SecretStr
 
 from commands.evaluate import EMBEDDED_DATABASE
 from commands.flags import Command, positive
+from commands.subset_flags import add_filter_flag, filter_of, time_flag
 from config import Settings, load_taxonomy
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode
@@ -27,6 +27,7 @@ from exporting.results import ResultReader
 from mongo_client import DocumentStore
 from storage.files import SPACE, explained, replacement, require_replaceable
 from utils.process import number_between, stop_on_signals, tell_line
+from worker.subset import require_query
 
 STDOUT = "-"
 LINE_EVERY_S = 5.0
@@ -40,15 +41,6 @@ def _field_and_label(text: str) -> tuple[str, str]:
     if not separator or not name or not label.strip():
         raise argparse.ArgumentTypeError("must be FIELD=LABEL, for example intent=Complaint")
     return name, label
-
-
-def _time(parse: Callable[[str], datetime]) -> Callable[[str], datetime]:
-    def parsed(text: str) -> datetime:
-        with suppress(ValueError, OverflowError):
-            return parse(text)
-        raise argparse.ArgumentTypeError("must be a date or a time, for example 2026-11-01 or 2026-11-01T08:00+01:00")
-
-    return parsed
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +62,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument(
         "--since",
-        type=_time(start_of),
+        type=time_flag(start_of),
         metavar="TIME",
         help="only conversations whose last message is at TIME or later",
     )
     which.add_argument(
-        "--until", type=_time(end_of), metavar="TIME", help="only those before TIME; a date includes the whole day"
+        "--until", type=time_flag(end_of), metavar="TIME", help="only those before TIME; a date includes the whole day"
     )
+    add_filter_flag(which)
     # Not the name of a setting: it is the model of results, not of a server.
     which.add_argument("--model", dest="model_used", metavar="NAME", help="only results of this model")
     which.add_argument(
@@ -117,13 +110,14 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     )
     with ExitStack() as stack:
         if arguments.embedded:
-            from embedded.mongod import EmbeddedMongod  # noqa: PLC0415 - only for --embedded
+            from embedded.replica_set import ReplicaSetMongod  # noqa: PLC0415 - only for --embedded
 
-            mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATABASE))
+            mongod = await asyncio.to_thread(stack.enter_context, ReplicaSetMongod(EMBEDDED_DATABASE))
             settings = settings.model_copy(update={"mongodb_uri": SecretStr(mongod.uri)})
-        store = DocumentStore(settings)
+        store = DocumentStore(settings, subset=filter_of(arguments))
         try:
             await store.check()
+            await require_query(store, store.states.subset, "--filter")
             reader = ResultReader(store, settings, condition, taxonomy.field_names)
             export = Export(reader, Table(taxonomy, with_text=arguments.text), await store.count_results())
             if arguments.text:
@@ -213,6 +207,11 @@ class Export:
             names = ", ".join(f"{path} ({count:,})" for path, count in other[:NAMED_PATHS])
             more = f" and {len(other) - NAMED_PATHS} more" if len(other) > NAMED_PATHS else ""
             notes.append(f"fields without a column are in other_fields: {names}{more}.")
+        if self._reader.outside:
+            notes.append(
+                f"{counted(self._reader.outside, 'result')} left out by --filter: the conversation is not found by it, or no "
+                f"longer in {settings.source_collection}."
+            )
         if self._reader.originals:
             notes.append(
                 f"{counted(self._reader.originals, 'result')} with original_conversation: it is not exported; "

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings, load_settings
 from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError
@@ -86,13 +87,23 @@ def add_place_flags(group: argparse._ActionsContainer) -> None:
 def add_model_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags that name the model, its server and its reply."""
     group.add_argument("--model", help="model name (OLLAMA_MODEL, or LLM_MODEL with LLM_API_URL)")
-    group.add_argument("--ollama-endpoint", help="URL of Ollama (OLLAMA_ENDPOINT; http://localhost:11434)")
+    group.add_argument(
+        "--ollama-endpoint",
+        action="append",
+        help="URL of Ollama; several servers share a run if the flag is repeated (OLLAMA_ENDPOINT; http://localhost:11434)",
+    )
+    group.add_argument(
+        "--allow-mixed-models",
+        action="store_true",
+        default=None,
+        help="several servers may differ in model, window or version; each result names its model (ALLOW_MIXED_MODELS)",
+    )
     group.add_argument(
         "--reply",
         dest="reply_style",
-        choices=["full", "labels", "list", "auto"],
-        help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), or auto "
-        "(REPLY_STYLE; full)",
+        choices=["full", "labels", "list", "score", "auto"],
+        help="reply of the model: full (a sentence, then the labels), labels, list (an array of labels), score "
+        "(probabilities of labels; llama.cpp), or auto (REPLY_STYLE; full)",
     )
 
 
@@ -125,6 +136,7 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     what = parser.add_argument_group("documents")
     add_place_flags(what)
     what.add_argument("--limit", type=positive, metavar="N", help="process at most N documents")
+    add_subset_flags(what)
     what.add_argument(
         "--reprocess", action="store_true", help="reclassify documents that already have a result, and replace it"
     )
@@ -146,7 +158,7 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     what.add_argument(
         "--describe",
         action="store_true",
-        help="after the run, write the one-line sentence into results that lack it (--reply labels and list)",
+        help="after the run, write the one-line sentence into results that lack it (all values of --reply but full)",
     )
     what.add_argument("--dry-run", action="store_true", help="report what a run would do; change nothing")
     what.add_argument(
@@ -206,8 +218,9 @@ def _add_work_flags(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--mode",
-        choices=["batch", "continuous", "scheduled"],
-        help="run once, poll for new documents, or start at the times of --schedule (BATCH_PROCESSOR_MODE; batch)",
+        choices=["batch", "continuous", "scheduled", "stream"],
+        help="run once, poll for new documents, start at the times of --schedule, or label conversations within a second of their "
+        "insertion (BATCH_PROCESSOR_MODE; batch)",
     )
     group.add_argument(
         "--on-long",
@@ -219,7 +232,13 @@ def _add_work_flags(group: argparse._ActionsContainer) -> None:
         type=positive,
         default=30,
         metavar="S",
-        help="seconds between polls with --mode continuous (30)",
+        help="seconds between polls with --mode continuous, and between two looks at all pending documents with stream (30)",
+    )
+    group.add_argument(
+        "--settle-s",
+        type=float,
+        metavar="S",
+        help="with --mode stream, label a conversation again if it grew and was quiet for S seconds (SETTLE_S; 30)",
     )
     group.add_argument("--schedule", metavar="CRON", help='start times with --mode scheduled, for example "0 2 * * *"')
 
@@ -250,18 +269,31 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         ConfigurationError: A value is invalid, or two flags contradict each other.
     """
     settings = command_settings(arguments)
-    if arguments.schedule and settings.mode != "scheduled":
-        raise ConfigurationError("--schedule requires --mode scheduled.")
-    if settings.mode == "scheduled":
-        if not arguments.schedule:
-            raise ConfigurationError('--mode scheduled requires --schedule, for example --schedule "0 2 * * *".')
-        seconds_until_next(arguments.schedule, datetime.now().astimezone())  # refuses what is not cron
+    _require_flags_of_mode(arguments, settings.mode)
     if arguments.embedded_student and not arguments.embedded:
         raise ConfigurationError("--embedded-student requires --embedded; with a model server, use --student P.")
+    if subset_of(arguments, settings).name and arguments.only == "facts":
+        raise ConfigurationError("--only facts fills all results; leave out --filter, --since and --until.")
     for flag in ("reprocess", "retry_failed"):
         if arguments.only and getattr(arguments, flag):
             raise ConfigurationError(f"--only and --{flag.replace('_', '-')} both select documents; use one of them.")
     return settings
+
+
+def _require_flags_of_mode(arguments: argparse.Namespace, mode: str) -> None:
+    """Raise ConfigurationError if a flag does not go with *mode*, or one is missing."""
+    if arguments.schedule and mode != "scheduled":
+        raise ConfigurationError("--schedule requires --mode scheduled.")
+    if mode == "scheduled":
+        if not arguments.schedule:
+            raise ConfigurationError('--mode scheduled requires --schedule, for example --schedule "0 2 * * *".')
+        seconds_until_next(arguments.schedule, datetime.now().astimezone())  # refuses what is not cron
+    if mode == "stream":
+        for flag in ("limit", "reprocess", "only", "describe"):
+            if getattr(arguments, flag):
+                raise ConfigurationError(
+                    f"--mode stream labels each new conversation, so it does not go with --{flag}; remove one of them."
+                )
 
 
 def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:

@@ -12,15 +12,18 @@ from collections.abc import AsyncGenerator
 from typing import Any, get_args
 
 from commands.flags import Command, add_model_flags
+from commands.subset_flags import add_subset_flags, subset_of
 from config import Settings
 from domain.text import counted
 from error_handler import ConfigurationError, ExitCode
 from mongo_client import DocumentStore
 from storage import extended_json
 from storage.extended_json import Document
-from worker.left_out import FOREIGN_REMEDY, NAMED_STATUSES, status_name
+from utils.process import tell_line
+from worker.left_out import FOREIGN_REMEDY, NAMED_STATUSES, count_in_time, status_name
 from worker.plan import ask_plan
 from worker.staleness import Kind, Plan, StalenessChecker
+from worker.subset import require_query
 
 MEANINGS: dict[Kind, str] = {
     "new": "no result yet",
@@ -40,6 +43,7 @@ LINE_EVERY_S = 5.0
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    add_subset_flags(parser.add_argument_group("subset"))
     add_model_flags(parser.add_argument_group("model"))
     shown = parser.add_argument_group("report")
     shown.add_argument("--json", action="store_true", help="print the counts, or with --ids the ids, as JSON")
@@ -59,12 +63,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.offline and arguments.ids in OFFLINE_KINDS[:-1]:
         raise ConfigurationError(f"--offline cannot find documents that are {arguments.ids}; remove --offline.")
-    store = DocumentStore(settings)
+    store = DocumentStore(settings, subset=subset_of(arguments, settings))
     try:
         await store.check()
+        await require_query(store, store.states.subset, "--filter")
         plan = None if arguments.offline else await ask_plan(settings)
         kinds = StalenessChecker(store, settings.batch_files_dir, plan)
-        total, shown_s = await store.count("all"), time.monotonic()
+        total, shown_s = await count_in_time(store.count("all"), tell_line), time.monotonic()
         counts: Counter[str] = Counter()
         statuses: Counter[str] = Counter()
         async for document, kind in _judged(store, kinds, settings.batch_size):
@@ -77,9 +82,11 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             if kind == arguments.ids:
                 value = document["_id"]
                 print(extended_json.dumps(value).decode() if arguments.json else extended_json.id_text(value))
+        outside = await store.count("all", whole=True) - counts.total() if store.states.subset else 0
     finally:
         await store.close()
     if arguments.ids is None:
+        counts["outside"] = max(0, outside)
         print((_as_json if arguments.json else _as_text)(counts, statuses, settings, plan))
     return ExitCode.DONE
 
@@ -107,23 +114,27 @@ def _shown(plan: Plan | None) -> list[Kind]:
 
 
 def _as_json(counts: Counter[str], statuses: Counter[str], settings: Settings, plan: Plan | None) -> str:
+    outside = counts.pop("outside")
     report: dict[str, Any] = {
         "source": f"{settings.db_name}.{settings.source_collection}",
         "results": f"{settings.db_name}.{settings.results_collection}",
         "documents": counts.total(),
         "model_asked": plan is not None,
     }
-    report |= {str(kind): counts[kind] for kind in _shown(plan)}
+    report |= {str(kind): counts[kind] for kind in _shown(plan)} | {"outside": outside}
     return json.dumps(report | {"foreign_statuses": dict(statuses.most_common(NAMED_STATUSES))}, indent=2)
 
 
 def _as_text(counts: Counter[str], statuses: Counter[str], settings: Settings, plan: Plan | None) -> str:
+    outside = counts.pop("outside")
     place = f"{settings.db_name}.{settings.source_collection} -> {settings.results_collection}"
     width = max(len(f"{counts.total():,}"), 5)
     lines = [f"{kind:<9} {counts[kind]:>{width},}  {MEANINGS[kind]}" for kind in _shown(plan)]
     if statuses:
         names = [f"{name} ({count:,})" for name, count in statuses.most_common(NAMED_STATUSES)]
         lines += [f"statuses of other programs: {', '.join(names)}", FOREIGN_REMEDY]
+    if outside:
+        lines.append(f"{counted(outside, 'document is', 'documents are')} outside --filter, --since and --until.")
     return "\n".join([f"{counted(counts.total(), 'document')}, {place}", *lines])
 
 

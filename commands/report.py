@@ -76,9 +76,9 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     view = _view(arguments, zone.zone)
     with ExitStack() as stack:
         if arguments.embedded:
-            from embedded.mongod import EmbeddedMongod  # noqa: PLC0415 - only for --embedded
+            from embedded.replica_set import ReplicaSetMongod  # noqa: PLC0415 - only for --embedded
 
-            mongod = await asyncio.to_thread(stack.enter_context, EmbeddedMongod(EMBEDDED_DATABASE))
+            mongod = await asyncio.to_thread(stack.enter_context, ReplicaSetMongod(EMBEDDED_DATABASE))
             settings = settings.model_copy(update={"mongodb_uri": SecretStr(mongod.uri)})
         report = await _report(arguments, settings, view, zone.time_zone)
     replace_file(arguments.output, render_report(report, zone.zone).encode())

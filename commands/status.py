@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from commands.flags import Command
+from commands.summary import server_line
 from config import Settings
 from domain.text import counted
 from error_handler import ExitCode
@@ -89,9 +90,14 @@ def _running_lines(worker: Mapping[str, Any]) -> list[str]:
         progress += f", about {duration(worker['eta_s'])} left"
     calls = f"{worker.get('in_flight', 0)} calls in flight" + (f", limit {limit}" if limit else "")
     more = [_counts(worker), calls]
+    if worker.get("mode", "batch") != "batch":
+        more.insert(0, f"mode {worker['mode']}")
     if worker.get("breaker") in BREAKER:
         more.append(BREAKER[worker["breaker"]])
-    return [_line(worker, progress), " " * 12 + "; ".join([*more, f"for {duration(worker.get('ran_s'))}"])]
+    told = [_line(worker, progress), " " * 12 + "; ".join([*more, f"for {duration(worker.get('ran_s'))}"])]
+    for state in worker.get("servers") or ():
+        told.append(f"{' ' * 12}{server_line(state)}; {state['in_flight']} in flight, limit {state['limit']}")
+    return told
 
 
 def _lost_lines(worker: Mapping[str, Any]) -> list[str]:

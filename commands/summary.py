@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -13,7 +14,9 @@ from config import Settings
 from domain.conversation import stored_labels
 from domain.text import counted, one_line
 from storage.extended_json import id_text
+from utils.process import tell_line
 from worker.left_out import LeftOut, is_fruitless
+from worker.quarantine import failed_places
 
 BAR_WIDTH = 28
 
@@ -35,22 +38,7 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
         f"[bold]{counted(stats['documents_processed'], 'document')}[/] processed in run {stats['job_id']}: "
         f"[green]{stats['successful']} classified[/], [red]{stats['failed']} failed[/], {stats['skipped']} skipped"
     )
-    if stats["copied"]:
-        console.print(f"{stats['copied']} reused the result of an identical conversation (--no-dedupe disables this)")
-    if taken := stats.get("by_student"):
-        asked = stats["successful"] - stats["copied"] - taken
-        console.print(
-            f"The student labelled {taken}, and the model was asked about {asked} ({taken / (taken + asked):.0%} of the calls saved)"
-        )
-    if stats["already_done"]:
-        console.print(f"{stats['already_done']} already had a result (--reprocess replaces results)")
-    if stats["leased_elsewhere"]:
-        leased = counted(stats["leased_elsewhere"], "document is", "documents are")
-        console.print(f"{leased} leased by another worker (leases expire after {settings.lease_s:g} s)")
-    if stats.get("held_back_s"):
-        console.print(
-            f"Held back for {stats['held_back_s']:.0f} s while the service had requests (SERVICE_LEASE=false disables this)"
-        )
+    _print_details(console, stats, settings)
     _print_review(console, stats)
     for reason, count in sorted(stats["reasons"].items(), key=lambda pair: -pair[1]):
         console.print(f"  {count} x {reason}")
@@ -61,6 +49,37 @@ def print_run(console: Console, stats: dict[str, Any], settings: Settings) -> No
         )
     _print_left_out(console, stats, settings)
     _print_queues(console, stats)
+
+
+def _print_details(console: Console, stats: dict[str, Any], settings: Settings) -> None:
+    """Print where results came from, and what delayed the run."""
+    if stats["copied"]:
+        console.print(f"{stats['copied']} reused the result of an identical conversation (--no-dedupe disables this)")
+    if taken := stats.get("by_student"):
+        asked = stats["successful"] - stats["copied"] - taken
+        console.print(
+            f"The student labelled {taken}, and the model was asked about {asked} ({taken / (taken + asked):.0%} of the calls saved)"
+        )
+    if urgent := stats.get("urgent"):
+        console.print(f"{counted(urgent, 'urgent document')} went first (docs/order.md)")
+    if stats["already_done"]:
+        console.print(f"{stats['already_done']} already had a result (--reprocess replaces results)")
+    if stats["leased_elsewhere"]:
+        leased = counted(stats["leased_elsewhere"], "document is", "documents are")
+        console.print(f"{leased} leased by another worker (leases expire after {settings.lease_s:g} s)")
+    if stats.get("held_back_s"):
+        console.print(
+            f"Held back for {stats['held_back_s']:.0f} s while the service had requests (SERVICE_LEASE=false disables this)"
+        )
+    for state in stats.get("servers", ()):
+        console.print(server_line(state))
+
+
+def server_line(state: Mapping[str, Any]) -> str:
+    """Return what one of several model servers did, and its state."""
+    mean = "" if state["seconds"] is None else f", {state['seconds']:.2f} s each"
+    problem = "" if state["state"] == "ready" else f", {state['state'].replace('_', ' ')}: {state['problem']}"
+    return f"{state['server']}: {counted(state['answered'], 'conversation')}{mean}{problem}"
 
 
 def _print_left_out(console: Console, stats: dict[str, Any], settings: Settings) -> None:
@@ -97,6 +116,12 @@ def _print_review(console: Console, stats: dict[str, Any]) -> None:
     if judged < stored:
         without = counted(stored - judged, "result has", "results have")
         console.print(f"{without} no confidence and no review mark: the server returned no log probabilities")
+
+
+def tell_failed(directory: Path) -> None:
+    """Print where the documents are that failed before a run ended with an error, which is printed last."""
+    if places := failed_places(directory):
+        tell_line(places)
 
 
 def print_labels(console: Console, counts: dict[str, dict[str, int]]) -> None:

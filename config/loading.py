@@ -63,15 +63,28 @@ def _complete_ollama_address(value: Any) -> Any:
     return _OLLAMA_PATH.sub("", value)
 
 
+def _ollama_addresses(value: Any) -> Any:
+    """Return the addresses in *value*, a list or a text with commas, as ``_ollama_address`` returns each, with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    listed = [one for part in parts for one in str(part).split(",")]
+    named = [one.strip() for one in listed if one.strip()] or listed[:1]
+    return ",".join(dict.fromkeys(_plain_http_url(_complete_ollama_address(one)) for one in named))
+
+
+OWN_FORM = NoDecode  # a validator reads the text, which need not be JSON
+
+
 def _split(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
-NameList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]  # names with commas between them
+NameList = Annotated[tuple[str, ...], OWN_FORM, BeforeValidator(_split)]  # names with commas between them
 
 # An address without credentials or query, and a secret that is sent in an HTTP header.
 HttpAddress = Annotated[str, AfterValidator(_plain_http_url)]
-OllamaAddress = Annotated[HttpAddress, BeforeValidator(_complete_ollama_address)]
+OllamaAddresses = Annotated[str, BeforeValidator(_ollama_addresses)]  # one or more, with commas between them
 HeaderSecret = Annotated[SecretStr, shaped("[!-~]*", "must be printable ASCII without spaces and line ends")]
 
 

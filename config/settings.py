@@ -18,13 +18,14 @@ from config.loading import (
     HeaderSecret,
     HttpAddress,
     NameList,
-    OllamaAddress,
+    OllamaAddresses,
     PartSettings,
     load_part,
     read_dotenv,
     shaped,
     variables_of,
 )
+from config.queries import PriorityRules
 from error_handler import ConfigurationError
 
 DEFAULT_DATABASE = "customer_support"
@@ -50,6 +51,7 @@ PROTOCOL_PATHS: dict[str, Protocol] = {
 # Names that MongoDB and its driver accept.
 CollectionName = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00]+(\.[^$.\x00]+)*$")]
 DatabaseName = Annotated[str, Field(min_length=1, max_length=63, pattern=r'^[^/\\. "$*<>:|?\x00]+$')]
+FieldPath = Annotated[str, Field(max_length=120, pattern=r"^[^$.\x00][^.\x00]*(\.[^$.\x00][^.\x00]*)*$")]
 MongoAddress = Annotated[SecretStr, shaped(r"(?s)mongodb(\+srv)?://.*", "must start with mongodb:// or mongodb+srv://")]
 
 
@@ -100,17 +102,24 @@ class Settings(PartSettings):
         "conversation_set", validation_alias=AliasChoices("MONGODB_SOURCE_COLLECTION", "MONGODB_QUERIES_COLLECTION")
     )
     status_field: str = DEFAULT_STATUS_FIELD
+    priority_field: FieldPath = "priority"
+    priority_rules: PriorityRules = None
+    time_field: FieldPath = "created_at"
     results_collection: CollectionName = Field("sentimental_analysis", validation_alias="MONGODB_RESULTS_COLLECTION")
     batch_size: int = Field(100, ge=1, le=1000, validation_alias=AliasChoices("BATCH_SIZE", "MONGODB_BATCH_SIZE"))
     max_concurrent: int | Literal["auto"] = 5
     mongodb_max_retries: int = Field(3, ge=1, le=10)
     mongodb_timeout_ms: int = Field(20_000, ge=100, le=600_000)
     mongodb_backoff_s: float = Field(1.0, ge=0, le=60)
-    mode: Literal["batch", "continuous", "scheduled"] = Field("batch", validation_alias="BATCH_PROCESSOR_MODE")
+    mode: Literal["batch", "continuous", "scheduled", "stream"] = Field(
+        "batch", validation_alias="BATCH_PROCESSOR_MODE"
+    )
+    settle_s: float = Field(30.0, ge=0, le=86_400)
     ollama_model: str | None = None
-    ollama_endpoint: OllamaAddress = Field(
+    ollama_endpoint: OllamaAddresses = Field(
         "http://localhost:11434", validation_alias=AliasChoices("OLLAMA_ENDPOINT", "OLLAMA_HOST")
     )
+    allow_mixed_models: bool = False
     # A smaller window cannot hold instructions and answer.
     ollama_num_ctx: int | None = Field(None, ge=2048, le=1_048_576)
     on_long: Literal["fit", "skip", "fail"] = "fit"
@@ -131,7 +140,7 @@ class Settings(PartSettings):
     batch_files_dir: Path = Path("batch_files")
     taxonomy_file: Path | None = None
     prompt_examples_file: Path | None = None
-    reply_style: Literal["full", "labels", "list", "auto"] = "full"
+    reply_style: Literal["full", "labels", "list", "score", "auto"] = "full"
     review_below: float | None = Field(None, ge=0, le=1)
     student: float | None = Field(None, ge=0.5, lt=1)
     store_original_conversation: bool = False
@@ -177,13 +186,28 @@ class Settings(PartSettings):
 
     @property
     def most_concurrent(self) -> int:
-        """The highest number of concurrent model calls."""
+        """The highest number of concurrent calls of one model server."""
         return MAX_AUTO if self.max_concurrent == "auto" else self.max_concurrent
 
     @property
+    def most_in_flight(self) -> int:
+        """The highest number of concurrent calls of a run on all its model servers."""
+        return self.most_concurrent * len(self.ollama_endpoints)
+
+    @property
+    def ollama_endpoints(self) -> tuple[str, ...]:
+        """The addresses of the model servers of a run; the first one alone if LLM_API_URL names the server."""
+        addresses = tuple(self.ollama_endpoint.split(","))
+        return addresses[:1] if self.llm_api_url else addresses
+
+    def for_each_server(self) -> tuple[Settings, ...]:
+        """Return these settings for each model server alone."""
+        return tuple(self.model_copy(update={"ollama_endpoint": one}) for one in self.ollama_endpoints)
+
+    @property
     def chat_url(self) -> str:
-        """The address for chat requests."""
-        return self.llm_api_url or f"{self.ollama_endpoint}/api/chat"
+        """The address for chat requests to the first model server."""
+        return self.llm_api_url or f"{self.ollama_endpoints[0]}/api/chat"
 
     @property
     def protocol(self) -> Protocol:

@@ -74,7 +74,7 @@ class Conversation:
     """A conversation in order, with at least one customer turn; *turns_total* includes turns without usable text.
 
     *is_ordered* is False if the times of the turns are missing or unreadable, so they are in the order of the document.
-    *created_at* is the time of the document itself, aware; None if it has no readable time.
+    *created_at* is the time of the document itself, aware; None if a turn has a time, or the document has no readable one.
     """
 
     shape: Shape
@@ -87,7 +87,7 @@ class Conversation:
     @cached_property
     def transcript(self) -> str:
         """The turns with their speakers, in order."""
-        return "\n".join(turn.line for turn in self.turns)
+        return "\n".join([turn.line for turn in self.turns])
 
     @cached_property
     def transcript_sha256(self) -> str:
@@ -117,9 +117,10 @@ class ConversationFacts:
     @classmethod
     def of(cls, document: Mapping[str, Any], conversation: Conversation, fields: Iterable[str]) -> ConversationFacts:
         """Return the facts of *conversation*, which comes from *document*; *fields* are the metadata to copy."""
-        times = [utc for turn in conversation.turns if turn.at and (utc := _in_utc(turn.at))]
-        created = [utc for at in (conversation.created_at,) if at and (utc := _in_utc(at))]
-        times = times or created
+        given = [at for turn in conversation.turns if (at := turn.at)] or [
+            at for at in (conversation.created_at,) if at
+        ]
+        times = [utc for at in given if (utc := at if at.tzinfo is UTC else _in_utc(at))]
         copied = {name: value for name in fields if (value := _metadata_value(document, name)) is not None}
         channel = copied.pop("channel", None)
         return cls(
@@ -132,14 +133,15 @@ class ConversationFacts:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as results store them; what is not known is left out."""
-        facts = {
-            "started_at": self.started_at,
-            "last_message_at": self.last_message_at,
-            "turns": self.turns,
-            "channel": self.channel,
-            "metadata": dict(self.metadata) or None,
-        }
-        return {name: value for name, value in facts.items() if value is not None}
+        facts: dict[str, Any] = {}
+        if self.started_at is not None:
+            facts |= {"started_at": self.started_at, "last_message_at": self.last_message_at}
+        facts["turns"] = self.turns
+        if self.channel is not None:
+            facts["channel"] = self.channel
+        if self.metadata:
+            facts["metadata"] = dict(self.metadata)
+        return facts
 
 
 def _in_utc(at: datetime) -> datetime | None:
@@ -151,9 +153,9 @@ def _in_utc(at: datetime) -> datetime | None:
 
 def _metadata_value(document: Mapping[str, Any], name: str) -> Any:
     """Return the value of the field *name*, at the top level or in the metadata; None if it is missing, or text."""
-    metadata = document.get("metadata")
-    for fields in (document, metadata if isinstance(metadata, Mapping) else {}):
-        value = fields.get(name)
+    for fields in (document, document.get("metadata")):
+        if (value := fields.get(name) if isinstance(fields, dict) else None) is None:
+            continue
         if isinstance(value, list):
             kept = [short for one in value[:MAX_METADATA_VALUES] if (short := _short_value(one)) is not None]
             if kept:

@@ -2,9 +2,10 @@
 
 * ``full``: an object with a sentence about the conversation, then the labels;
 * ``labels``: the object without the sentence;
-* ``list``: an array of the labels, in the order of the fields. A multi-valued field is an array inside it.
+* ``list``: an array of the labels, in the order of the fields. A multi-valued field is an array inside it;
+* ``score``: the same array, which the client makes of the most probable labels; see model_server.scores.
 
-Every style gives the same Classification, ``labels`` and ``list`` one without a categorization.
+Every style gives the same Classification, all but ``full`` one without a categorization.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from config import Taxonomy
 from config.taxonomy import Field
 from domain.text import counted
 
-ReplyStyle = Literal["full", "labels", "list"]
+ReplyStyle = Literal["full", "labels", "list", "score"]
 
 STYLES: tuple[ReplyStyle, ...] = get_args(ReplyStyle)
+# What a server that does not offer a style gets instead.
+LONGER: dict[ReplyStyle, ReplyStyle] = {"score": "list", "list": "labels"}
 MAX_CATEGORIZATION_CHARACTERS = 200
+
+
+def is_array(style: ReplyStyle) -> bool:
+    """Return whether an answer in *style* is an array of labels."""
+    return style in ("list", "score")
 
 
 def answered(taxonomy: Taxonomy, style: ReplyStyle) -> Taxonomy:
@@ -31,7 +39,7 @@ def answered(taxonomy: Taxonomy, style: ReplyStyle) -> Taxonomy:
 
 def answer_form(taxonomy: Taxonomy, style: ReplyStyle) -> str:
     """Return the form of an answer, as the prompt shows it."""
-    if style == "list":
+    if is_array(style):
         values = (f'["<{field.name}>"]' if field.is_multiple else f'"<{field.name}>"' for field in taxonomy.fields)
         return f"[{','.join(values)}]"
     multiple = {field.name for field in taxonomy.fields if field.is_multiple}
@@ -42,14 +50,14 @@ def answer_form(taxonomy: Taxonomy, style: ReplyStyle) -> str:
 
 def answer_name(taxonomy: Taxonomy, style: ReplyStyle) -> str:
     """Return what an answer in *style* is, for the prompt and for repair turns: "JSON object" and the like."""
-    if style == "list":
+    if is_array(style):
         return f"JSON array of {counted(len(taxonomy.fields), 'value')} ({_enumeration(taxonomy.field_names)})"
     return "JSON object"
 
 
 def required_form(taxonomy: Taxonomy, style: ReplyStyle) -> str:
     """Return the form of an answer in words, for a repair turn."""
-    if style == "list":
+    if is_array(style):
         return f"one {answer_name(taxonomy, style)}, without keys,"
     *others, last = answered(taxonomy, style).keys
     keys = f"keys {', '.join(others)} and {last}" if others else f"key {last}"
@@ -64,16 +72,18 @@ def example_answer(answer: Mapping[str, Any], taxonomy: Taxonomy, style: ReplySt
     kept = {key: value for key, value in answer.items() if key in answered(taxonomy, style).keys}
     if style == "full":
         return json.dumps(kept, ensure_ascii=False)
-    value = [kept[name] for name in taxonomy.field_names if name in kept] if style == "list" else kept
+    value = [kept[name] for name in taxonomy.field_names if name in kept] if is_array(style) else kept
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def answer_schema(taxonomy: Taxonomy, style: ReplyStyle) -> dict[str, Any]:
     """Return the JSON Schema of an answer; see ``classifier.classification_schema``."""
     fields = [_field_schema(field) for field in taxonomy.fields]
-    if style == "list":
+    if is_array(style):
         # No ``items`` beside prefixItems: llama.cpp would read that alone. Its grammar takes exactly these values.
-        return {"type": "array", "prefixItems": fields, "minItems": len(fields), "maxItems": len(fields)}
+        schema = {"type": "array", "prefixItems": fields, "minItems": len(fields), "maxItems": len(fields)}
+        # Nobody gets it, but the fingerprint shows how the labels were found.
+        return schema | {"title": "score"} if style == "score" else schema
     text = {"type": "string", "minLength": 1, "maxLength": MAX_CATEGORIZATION_CHARACTERS}
     shown = answered(taxonomy, style)
     return {

@@ -50,7 +50,7 @@ def escaped(text: str) -> str:
 
 def prompt_text(text: str) -> str:
     """Return *text* for a prompt: visible, stripped, with look-alikes instead of control tokens and of our fence."""
-    text = visible_text(text).strip()
+    text = (text if text.isprintable() else visible_text(text)).strip()  # most are, and each turn comes here
     if not _BRACKET.search(text):
         return text
     text = _SQUARE_TOKEN.sub(lambda match: match.group().translate(_LOOKALIKE), text)

@@ -21,11 +21,15 @@ Numbers = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class ConversationVectors:
-    """Vectors of length 1: *request* weighs the customer's first turn more, *customer* has their turns, *all_turns* all."""
+    """Vectors of length 1: *request* weighs the customer's first turn more, *customer* has their turns, *all_turns* all.
+
+    *replies* has the turns of others; it is 0 without any.
+    """
 
     request: Numbers
     customer: Numbers
     all_turns: Numbers
+    replies: Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ def _pooled(vectors: Numbers, read: _Read) -> ConversationVectors:
     said = read.is_customer
     customer = _mean(vectors[said], weights[said])
     request = _mean(np.stack([vectors[said][0], customer]), np.ones(2, np.float32))
-    return ConversationVectors(request, customer, _mean(vectors, weights))
+    replies = np.zeros_like(customer) if said.all() else _mean(vectors[~said], weights[~said])
+    return ConversationVectors(request, customer, _mean(vectors, weights), replies)
 
 
 def _pieces(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], NDArray[np.int64]]:

@@ -17,8 +17,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from config.taxonomy import Label, Taxonomy, fold_label
 from domain.conversation import EMBEDDING_MODEL, Conversation
 from embedded.baseline import SENTIMENTS, Answer, BaselineClassifier, classification, mean_feeling, prose_of
-from embedded.conversation_vectors import embedded_texts, vectors_of_each
-from embedded.label_scores import LabelScorer, LabelVectors, label_texts, sentiment_of, softmax
+from embedded.conversation_vectors import ConversationVectors, embedded_texts, vectors_of_each
+from embedded.label_scores import MESSAGE_WEIGHT, LabelScorer, LabelVectors, label_texts, sentiment_of, softmax
 from embedded.language import is_english
 from embedded.minilm import Encoder, open_encoder
 from error_handler import ConfigurationError
@@ -59,12 +59,13 @@ class EmbeddingClassifier:
         try:
             weights = load_file(WEIGHTS)
             self._sentiment_weights = weights["sentiment"]
-            known = known_phrases(load_file(PHRASES))
+            texts = load_file(PHRASES)
+            known, messages = known_phrases(texts), known_messages(texts)
             self._scorers = {
                 field: (
                     LabelScorer(
                         taxonomy.labels(field),
-                        label_vectors(self._encoder, taxonomy.labels(field), known),
+                        label_vectors(self._encoder, taxonomy.labels(field), known, messages),
                         restored(weights, f"background.{'intent' if field == 'intent' else 'topic'}"),
                         self._sentiment_weights,
                     ),
@@ -143,8 +144,8 @@ class EmbeddingClassifier:
                 own[field] = dict(zip(names, row, strict=True))
 
         for field, (scorer, weights) in self._scorers.items():
-            read = np.stack([each.request if field == "intent" else each.all_turns for each in vectors])
-            add(field, scorer.names, softmax(scorer.features(read, [each[field] for each in found], felt) @ weights))
+            features = scorer.features(*read_for(field, vectors), [each[field] for each in found], felt)
+            add(field, scorer.names, softmax(features @ weights))
         if sentiments := self._baseline.sentiments:
             add("sentiment", [sentiments[name] for name in SENTIMENTS], felt)
         return result
@@ -156,16 +157,34 @@ def sentiment_inputs(vector: Numbers, feelings: list[dict[str, float]]) -> Numbe
     return np.concatenate([vector, [mean_feeling(feelings), *means]]).astype(np.float32)
 
 
-def label_vectors(encoder: Encoder, labels: tuple[Label, ...], known: dict[str, Numbers]) -> LabelVectors:
-    """Return the vectors of *labels*; *known* has those of some texts already."""
+def read_for(field: str, vectors: Sequence[ConversationVectors]) -> tuple[Numbers, Numbers]:
+    """Return the vectors that *field* is judged by: those of conversations, and those of the replies (0 if not apart)."""
+    if field == "intent":
+        return np.stack([each.request for each in vectors]), np.stack([each.replies for each in vectors])
+    all_turns = np.stack([each.all_turns for each in vectors])
+    return all_turns, np.zeros_like(all_turns)
+
+
+def label_vectors(
+    encoder: Encoder, labels: tuple[Label, ...], known: dict[str, Numbers], messages: Mapping[str, Numbers]
+) -> LabelVectors:
+    """Return the vectors of *labels*; *known* has those of some texts already, *messages* those of whole messages.
+
+    Messages were written for the labels of the shipped taxonomy. Any other label, or one with another definition, has none.
+    """
     pairs = [label_texts(label) for label in labels]
     texts = {text for definition, phrases in pairs for text in (definition, *phrases)}
     missing = sorted(texts - known.keys())
     vectors = {**known, **dict(zip(missing, embedded_texts(encoder, missing), strict=True))}
+    phrases = np.stack([vectors[phrase] for _, phrases in pairs for phrase in phrases])
+    places = [place for place, (_, phrases) in enumerate(pairs) for _ in phrases]
+    written = [messages.get(definition, phrases[:0]) for definition, _ in pairs]
+    further = [place for place, own in enumerate(written) for _ in own]
     return LabelVectors(
         np.stack([vectors[definition] for definition, _ in pairs]),
-        np.stack([vectors[phrase] for _, phrases in pairs for phrase in phrases]),
-        np.array([place for place, (_, phrases) in enumerate(pairs) for _ in phrases]),
+        np.concatenate([phrases, *written]),
+        np.array(places + further),
+        np.array([1.0] * len(places) + [MESSAGE_WEIGHT] * len(further)),
     )
 
 
@@ -173,6 +192,13 @@ def known_phrases(tensors: Tensors) -> dict[str, Numbers]:
     """Return the vectors of the shipped taxonomy's texts, so that a start need not embed 2,500 of them."""
     texts = tensors["texts"].tobytes().decode().split("\n")
     return dict(zip(texts, restored(tensors, "vectors"), strict=True))
+
+
+def known_messages(tensors: Tensors) -> dict[str, Numbers]:
+    """Return the vectors of the messages of ``benchmarks/messages.tsv``, by the definition of their intent and topic."""
+    vectors, texts = restored(tensors, "messages"), tensors["texts"].tobytes().decode().split("\n")
+    definitions = [tensors[f"messages.{field}"] for field in ("intent", "topic")]
+    return {texts[each]: vectors[own == each] for own in definitions for each in np.unique(own)}
 
 
 def quantized(name: str, vectors: Numbers) -> Tensors:

@@ -25,10 +25,12 @@ FEATURES = (
     "is Other",
     "is Other, and no phrase found",
     "probability of the same sentiment",
+    "score of the regression for the replies",
 )
 
 RIDGE = 5.0
 DEFINITION_WEIGHT = 5.0  # of one definition among phrases, in the regression
+MESSAGE_WEIGHT = 3.0  # of one message
 LEAST_DEVIATION = 1e-3
 
 Numbers = NDArray[np.float32]
@@ -36,11 +38,12 @@ Numbers = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class LabelVectors:
-    """The vectors of one field: a definition for each label, its phrases, and the label's place for each phrase."""
+    """The vectors of one field: a definition for each label; its phrases and messages, with label's place and weight of each."""
 
     definitions: Numbers
     phrases: Numbers
     places: NDArray[np.int64]
+    weights: NDArray[np.float64]
 
 
 def label_texts(label: Label) -> tuple[str, tuple[str, ...]]:
@@ -82,12 +85,17 @@ class LabelScorer:
         self._deviation = np.maximum(raw.std(axis=0), LEAST_DEVIATION)
 
     def features(
-        self, vectors: Numbers, phrase_weights: Sequence[Mapping[str, float]], sentiments: NDArray[np.float64]
+        self,
+        vectors: Numbers,
+        replies: Numbers,
+        phrase_weights: Sequence[Mapping[str, float]],
+        sentiments: NDArray[np.float64],
     ) -> NDArray[np.float64]:
         """Return the features of each label: shape (conversations, labels, len(FEATURES)).
 
-        *vectors* are of conversations, *phrase_weights* those of ``BaselineClassifier.phrase_scores`` for the field,
-        *sentiments* the probabilities of each conversation's sentiments.
+        *vectors* are of conversations, *replies* of the turns of agents in them (a row of zeros does not count),
+        *phrase_weights* those of ``BaselineClassifier.phrase_scores`` for the field, *sentiments* the probabilities of
+        each conversation's sentiments.
         """
         found = np.array([[weights.get(name, 0.0) for name in self.names] for weights in phrase_weights])
         total = found.sum(axis=1, keepdims=True)
@@ -95,6 +103,8 @@ class LabelScorer:
         columns = [np.log1p(found), found / np.where(total, total, 1.0), *np.moveaxis(similar, 2, 0)]
         is_other = np.broadcast_to(self._is_other, found.shape)
         columns += [is_other, is_other & (total == 0), sentiments @ self._sentiments.T]
+        of_replies = (replies @ self._weights - self._mean[:, 2]) / self._deviation[:, 2]
+        columns.append(np.where(replies.any(axis=1, keepdims=True), of_replies, 0.0))
         return np.stack([np.asarray(column, np.float64) for column in columns], axis=2)
 
     def _similarities(self, vectors: Numbers) -> Numbers:
@@ -118,7 +128,7 @@ def _regression(vectors: LabelVectors, count: int) -> Numbers:
     """
     x = np.concatenate([vectors.phrases, vectors.definitions]).astype(np.float64)
     places = np.concatenate([vectors.places, np.arange(count)])
-    weights = np.concatenate([np.ones(len(vectors.places)), np.full(count, DEFINITION_WEIGHT)])
+    weights = np.concatenate([vectors.weights, np.full(count, DEFINITION_WEIGHT)])
     sums = np.bincount(places, weights, minlength=count)
     weights *= (sums.mean() / sums)[places]
     y = np.eye(count)[places]

@@ -30,16 +30,21 @@ from storage.extended_json import canonical, id_text
 from storage.files import replace_file
 from utils.retry_utils import RetryPolicy
 from worker.progress import ConsoleProgress
+from worker.subset import in_subset, require_query
 
 LINE_EVERY_S = 5.0
 COLLECTION, CORRECTIONS, CONTROL = "collection:", "corrections", "control"
 
 
 async def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """Evaluate as *arguments* say; print and write the report, and return the exit code."""
-    store = DocumentStore(settings)
+    """Evaluate as *arguments* say; print and write the report, and return the exit code.
+
+    Only conversations whose source documents are in ``arguments.subset`` count.
+    """
+    store = DocumentStore(settings, subset=arguments.subset)
     try:
         await store.check()
+        await require_query(store, store.states.subset, "--filter")
         report = await Evaluation(arguments, settings, store).report()
         report.problems.sort(key=lambda problem: (len(problem.place), problem.place))  # line 9 before line 10
     finally:
@@ -76,6 +81,7 @@ class Evaluation:
         self._spelling = Spelling(self._taxonomy)
         policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
         self._collections = Collections(store, policy)
+        self._outside: set[bytes] = set()  # the keys of conversations outside the subset
         for name, _ in arguments.fail_under:
             if name not in self._fields:
                 raise ConfigurationError(f"--fail-under {name}: the fields are {', '.join(self._fields)}.")
@@ -83,8 +89,14 @@ class Evaluation:
     async def report(self) -> Report:
         """Return the report that the arguments ask for."""
         gold = await self._gold() if self._arguments.gold else Gold("")
-        if self._arguments.compare:
-            return await self._compared(gold)
+        report = await (self._compared(gold) if self._arguments.compare else self._judged(gold))
+        if self._outside:
+            left = counted(len(self._outside), "conversation is", "conversations are")
+            note = f"{left} outside --filter, --since and --until."
+            report.gold_note = f"{report.gold_note} {note}".strip()
+        return report
+
+    async def _judged(self, gold: Gold) -> Report:
         entries, name = gold.entries, self._settings.results_collection
         if self._arguments.run:
             name = self._arguments.run_into or evaluation_name(name)
@@ -131,7 +143,8 @@ class Evaluation:
                 Problem("no_result", one.place, one.detail) if one.place in known else one for one in unmatched
             ]
         pairs, examples = self._without_examples(pairs)
-        rows, problems = merge(pairs)
+        inside = await self._inside([found for _, found in pairs])
+        rows, problems = merge([pair for pair in pairs if pair[1].key in inside])
         report.problems += [*unmatched, *examples, *problems]
         return rows
 
@@ -143,6 +156,18 @@ class Evaluation:
         shown = [Problem("example", entry.place) for entry, one in pairs if canonical(one.document_id) in examples]
         return [pair for pair in pairs if canonical(pair[1].document_id) not in examples], shown
 
+    async def _inside(self, conversations: list[Labelled]) -> set[bytes]:
+        """Return the keys of those *conversations* that are in the subset; without one, of all."""
+        keys = {one.key: one.document_id for one in conversations}
+        if not self._store.states.subset:
+            return set(keys)
+        inside: set[bytes] = set()
+        ids = list(keys.values())
+        for start in range(0, len(ids), PAGE):
+            inside |= await in_subset(self._store, ids[start : start + PAGE])
+        self._outside |= keys.keys() - inside
+        return inside
+
     async def _find_source(self, ids: list[object], numbers: list[str]) -> list[Labelled]:
         return await self._collections.conversations(self._settings.source_collection, ids, numbers)
 
@@ -151,6 +176,8 @@ class Evaluation:
         pairs, problems = await match(gold.entries, self._find_source)
         pairs, examples = self._without_examples(pairs)
         gold.problems += [*problems, *examples]
+        inside = await self._inside([found for _, found in pairs])
+        pairs = [pair for pair in pairs if pair[1].key in inside]
         chosen = choose(pairs, self._arguments.run)
         documents = await read_sources(self._collections, self._settings, chosen)
         fresh = FreshRun(self._settings, self._store, name, ConsoleProgress(sys.stderr))
@@ -187,7 +214,8 @@ class Evaluation:
             report.gold_source, report.lines = (a.name, len(own_gold)) if own_gold else ("", 0)
             done, shown_s = 0, time.monotonic()
             async for page in a.pages():
-                await comparer.add([Row(own_gold.get(one.key, {}), one) for one in page])
+                inside = await self._inside(page)
+                await comparer.add([Row(own_gold.get(one.key, {}), one) for one in page if one.key in inside])
                 done += len(page)
                 if time.monotonic() - shown_s >= LINE_EVERY_S:
                     shown_s = time.monotonic()

@@ -35,7 +35,7 @@ from worker.intake import Classify
 from worker.plan import run_window
 from worker.progress import Reporter
 from worker.reply_choice import classifier_for
-from worker.shared_window import agreed_window
+from worker.shared_window import loaded_window
 
 JOB = "evaluation"
 
@@ -117,9 +117,7 @@ class FreshRun:
         classifier = classifier_for(settings, client.target)
         sample = partial(_needs, conversations, classifier.truncator.estimator)
         choice = await run_window(client, settings.ollama_num_ctx, sample)
-        window = await agreed_window(stack, self._store.database, client, choice, lambda _: None)
-        await window.load(lambda _: None)
-        stack.push_async_callback(window.close)
+        window = await loaded_window(stack, self._store.database, client, choice, lambda _: None)
         return partial(window.classify, classifier), classifier.plan(client.target)
 
     async def _work_off(self, classify: Classify, queue: list[tuple[Document, Conversation]]) -> None:

@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import TYPE_CHECKING
 
 import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
@@ -38,10 +39,13 @@ from mongo_client import DocumentStore
 from storage.extended_json import Document, canonical, id_key
 from utils.retry_utils import RetryPolicy
 from worker.plan import run_window
-from worker.reply_choice import store_choice, stored_choice
-from worker.shared_window import agreed_window
+from worker.reply_choice import can_score, store_choice, stored_choice
+from worker.shared_window import loaded_window
 
-CANDIDATES: tuple[ReplyStyle, ...] = ("list", "labels")  # the shortest first
+if TYPE_CHECKING:
+    from worker.shared_window import Window
+
+CANDIDATES: tuple[ReplyStyle, ...] = ("score", "list", "labels")  # the shortest first
 SAMPLE, GOLD = 200, 200  # conversations
 LEAST_AGREEMENT, MOST_LOSS = 0.95, 0.05
 LEAST_SAMPLE = 59  # the bound cannot reach LEAST_AGREEMENT with fewer
@@ -105,11 +109,9 @@ async def settle_style(settings: Settings, tell: Tell, *, has_work: bool = False
         full = Classifier(taxonomy, settings.on_long)
         needs = [tokens_needed(full.truncator.estimator.prompt_tokens(one.transcript)) for one in sample]
         choice = await run_window(client, settings.ollama_num_ctx, partial(_given, needs))
-        window = await agreed_window(stack, store.database, client, choice, tell)
-        await window.load(tell)
-        stack.push_async_callback(window.close)
+        window = await loaded_window(stack, store.database, client, choice, tell)
         gold = await _gold(settings, store, taxonomy)
-        trial = _Trial(window, full, settings, tell)
+        trial = _Trial(window, full, settings, tell, can_score=can_score(client.target, taxonomy))
         found = await trial.choice(sample, gold)
     settings.batch_files_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     store_choice(settings.batch_files_dir, plan, found)
@@ -118,8 +120,8 @@ async def settle_style(settings: Settings, tell: Tell, *, has_work: bool = False
 class _Trial:
     """Asks for the same conversations in several styles."""
 
-    def __init__(self, window: llm.SharedWindow, full: Classifier, settings: Settings, tell: Tell) -> None:
-        self._window, self._full, self._tell = window, full, tell
+    def __init__(self, window: Window, full: Classifier, settings: Settings, tell: Tell, *, can_score: bool) -> None:
+        self._window, self._full, self._tell, self._can_score = window, full, tell, can_score
         # The limit of ``auto`` follows a run; a trial is too short for that.
         self._at_once = 4 if settings.max_concurrent == "auto" else settings.max_concurrent
         self._shown_s = time.monotonic()
@@ -128,7 +130,7 @@ class _Trial:
         """Return the style to use, and what was found about each that was tried."""
         reference = await self._ask("full", sample)
         found: dict[str, object] = {"measured_at": datetime.now(UTC).isoformat(), "style": "full"}
-        for style in CANDIDATES:
+        for style in CANDIDATES if self._can_score else CANDIDATES[1:]:
             sentences, is_good = await self._judged(style, sample, reference, gold)
             found[style] = sentences
             self._tell(f"reply style {style}: {'; '.join(sentences)}.")
@@ -146,8 +148,8 @@ class _Trial:
         gold: Sequence[Judged],
     ) -> tuple[list[str], bool]:
         answers = await self._ask(style, sample, reference)
-        if style == "list" and self._window.target.refuses_arrays:
-            return ["the server takes no arrays"], False
+        if self._full.restyled(style).for_target(self._window.target).reply_style != style:
+            return ["the server takes no arrays" if style == "list" else "the server gives no probabilities"], False
         pairs = [(one, other) for one, other in zip(reference, answers, strict=True) if one is not None]
         agreement = Agreement(sum(_same(one, other) for one, other in pairs), len(pairs))
         tokens = [_mean_tokens([one for one, _ in pairs]), _mean_tokens([other for _, other in pairs])]

@@ -15,6 +15,7 @@ from review.corrections import CorrectionStore
 from review.labels import read_labels
 from storage.extended_json import Document, id_key
 from utils.retry_utils import RetryPolicy
+from worker.subset import in_subset
 
 PAGE, TEXT_PAGE = 500, 100
 # Results that one query looks through at most, so that it stays within MONGODB_TIMEOUT_MS if few of them match.
@@ -29,6 +30,8 @@ _WITHOUT_ORIGINAL: Document = {
 class ResultReader:
     """The results that *condition* selects, in the order of their ``_id``; *fields* are those of the taxonomy.
 
+    If *store* has a subset, only those whose conversation is in it; ``outside`` counts the others.
+
     ``looked_at`` counts results, whether they are selected or not, in steps of up to WINDOW. ``originals`` counts selected results that
     hold a copy of their conversation, and ``without_source`` those whose conversation has no transcript any more.
     """
@@ -39,13 +42,13 @@ class ResultReader:
         self._results = store.database.get_collection(settings.results_collection, codec_options=options)
         self._corrections = CorrectionStore(store, settings)
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
-        self.looked_at = self.originals = self.without_source = 0
+        self.looked_at = self.originals = self.without_source = self.outside = 0
 
     async def pages(self, *, with_text: bool = False) -> AsyncIterator[list[Entry]]:
         """Yield pages of entries, at most PAGE, or TEXT_PAGE with transcripts; a page may be empty."""
         size = TEXT_PAGE if with_text else PAGE
         async for page in self._result_pages(size):
-            entries = await self._with_labels(page)
+            entries = await self._with_labels(await self._inside(page))
             yield await self._with_transcripts(entries) if with_text else entries
 
     async def _result_pages(self, size: int) -> AsyncIterator[list[Document]]:
@@ -83,6 +86,14 @@ class ResultReader:
             return [document async for document in cursor]
 
         return await call_repeatedly("read results", read, self._policy)
+
+    async def _inside(self, results: list[Document]) -> list[Document]:
+        if not results or not self._store.states.subset:
+            return results
+        known = await in_subset(self._store, [result.get("source_conversation_id") for result in results])
+        inside = [result for result in results if id_key(result.get("source_conversation_id")) in known]
+        self.outside += len(results) - len(inside)
+        return inside
 
     async def _with_labels(self, results: list[Document]) -> list[Entry]:
         made = await self._corrections.of(result.get("source_conversation_id") for result in results)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from error_handler import LLMConnectionError, LLMError, LLMOutageError, LLMTimeoutError
+from error_handler import LLMConnectionError, LLMElsewhereError, LLMError, LLMOutageError, LLMTimeoutError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,7 +25,9 @@ class BreakerPolicy:
     """*threshold* connection failures in a row open the breaker.
 
     Probes start after *first_probe_s* and slow down to one every *probe_cap_s*. An outage longer than *outage_limit_s*
-    is final. With *fails_fast*, an open breaker raises LLMOutageError at once.
+    is final. With *fails_fast*, an open breaker raises LLMOutageError at once. With *has_others*, there are further
+    servers: a server that is dead after a lost connection or a timeout opens the breaker at once, and an open breaker raises
+    LLMElsewhereError.
     """
 
     threshold: int = 5
@@ -33,6 +35,7 @@ class BreakerPolicy:
     probe_cap_s: float = 30.0
     outage_limit_s: float = 3600.0
     fails_fast: bool = False
+    has_others: bool = False
 
 
 class CircuitBreaker:
@@ -59,28 +62,34 @@ class CircuitBreaker:
 
         Raises:
             LLMOutageError: The server stayed away for longer than the limit.
+            LLMElsewhereError: The server is away, and there are others.
             LLMError: Any other error of *send*.
         """
         while True:
             await self._wait_until_closed()
             try:
                 result = await send()
-            except LLMConnectionError as exc:
-                self._problem = str(exc)
-                self._count_failure()
-                if self._policy.fails_fast:
+            except (LLMConnectionError, LLMTimeoutError) as exc:
+                if not await self._is_to_blame(exc):
                     raise
-                if not self.is_open:
-                    if await self._probe():
-                        raise
-                    await asyncio.sleep(self._policy.first_probe_s * random.uniform(0.5, 1.5))
-            except LLMError as exc:
-                if not isinstance(exc, LLMTimeoutError):  # any answer shows that the server is alive
-                    self._failures = 0
+            except LLMError:  # any answer shows that the server is alive
+                self._failures = 0
                 raise
             else:
                 self._failures = 0
                 return result
+
+    def open(self, problem: str) -> None:
+        """Send no further calls until a probe finds the server alive; *problem* is named in errors."""
+        self._problem = problem
+        if not self.is_open:
+            self.openings += 1
+            self._outage = asyncio.create_task(self._probe_until_alive(), name="breaker-probe")
+
+    async def until_closed(self) -> None:
+        """Return as soon as the breaker is closed."""
+        if self._outage is not None:
+            await asyncio.shield(self._outage)
 
     async def close(self) -> None:
         """Stop probing. Cancel waiting calls before."""
@@ -95,22 +104,43 @@ class CircuitBreaker:
             raise LLMOutageError(
                 f"the model server is away, and the service continues when it is back ({self._problem})"
             )
+        if self.is_open and self._policy.has_others:
+            raise LLMElsewhereError(self._problem)
         if not await asyncio.shield(self._outage):
             raise LLMOutageError(
                 f"the model server was away for more than {self._policy.outage_limit_s:.0f} s ({self._problem}); "
                 "run the same command again when it is back"
             )
 
+    async def _is_to_blame(self, exc: LLMConnectionError | LLMTimeoutError) -> bool:
+        """Return whether the server is at fault for *exc*, and not the request, which is then worth repeating."""
+        if isinstance(exc, LLMConnectionError):
+            self._problem = str(exc)
+            self._count_failure()
+        elif not self._policy.has_others:
+            return False
+        if self._policy.fails_fast:
+            return False
+        if self.is_open:
+            return True
+        if await self._probe():
+            return False
+        if self._policy.has_others:
+            self.open(str(exc))
+        else:
+            await asyncio.sleep(self._policy.first_probe_s * random.uniform(0.5, 1.5))
+        return True
+
     def _count_failure(self) -> None:
         self._failures += 1
         if self._failures >= self._policy.threshold and not self.is_open:
-            self.openings += 1
             logger.warning(
-                "circuit breaker: open after %d connection failures in a row; intake pauses (%s)",
+                "circuit breaker: open after %d connection failures in a row; %s (%s)",
                 self._failures,
+                "other servers are asked" if self._policy.has_others else "intake pauses",
                 self._problem,
             )
-            self._outage = asyncio.create_task(self._probe_until_alive(), name="breaker-probe")
+            self.open(self._problem)
 
     async def _probe_until_alive(self) -> bool:
         start = time.monotonic()

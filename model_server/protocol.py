@@ -60,7 +60,7 @@ class ChatTarget:
     *digest*, *disable_thinking* and *context_limit* (the model's own limit, tokens) come from the server. *think_level*
     is sent instead of ``think: false`` to models that cannot be kept from thinking. *logprobs* requests the
     probabilities of the answer's tokens, which adds about 100 kB to an answer. *merges_system*: the model has no system
-    role. *refused* names the optional fields, and ``max_tokens``, that an OpenAI-compatible server does not take.
+    role. *refused* names the optional fields, ``max_tokens`` and ``scores`` that an OpenAI-compatible server does not take.
     *refuses_arrays*: the server takes no JSON schema of an array. *takes_grammar*: it is llama.cpp's own.
     """
 
@@ -108,8 +108,8 @@ class ChatTarget:
 class ChatReply:
     """A complete answer. Fields are None if the server does not report them.
 
-    *queue_wait_s* is the time in the server's queue, *load_s* the time to load the model, *total_s* the time from the
-    request's arrival at the server to its answer. *tokens* are the server's log probabilities, for domain.confidence.
+    *queue_wait_s* is the time in the server's queue, *load_s* that to load the model, *total_s* that from arrival to answer.
+    *tokens* are log probabilities, for domain.confidence; *scores* those of the labels (0 to 1, by field) in the style score.
     """
 
     text: str
@@ -119,6 +119,7 @@ class ChatReply:
     load_s: float | None = None
     tokens: tuple[Any, ...] = field(default=(), repr=False)
     total_s: float | None = None
+    scores: tuple[float, ...] = ()
 
 
 def build_load_body(target: ChatTarget) -> bytes:
@@ -136,7 +137,7 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
     if target.logprobs:  # the same fields in each protocol, ignored by older servers
         body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
     if target.merges_system and len(messages) > 1:
-        messages = _without_system(messages)
+        messages = without_system(messages)
     if target.protocol == "openai_chat":
         body |= bound_answer(schema_json, takes_grammar=target.takes_grammar and "grammar" not in target.refused)
         body |= {"messages": messages, **_options(target, attempt), **target.thinking_switches}
@@ -159,7 +160,7 @@ def build_chat_body(target: ChatTarget, messages: list[Message], schema_json: by
     return orjson.dumps(body)
 
 
-def _without_system(messages: list[Message]) -> list[Message]:
+def without_system(messages: list[Message]) -> list[Message]:
     """Return *messages* with the rules at the beginning of the first user turn, for models without a system role."""
     rules, first = messages[0]["content"], messages[1]["content"]
     return [{"role": "user", "content": f"{rules}\n\n{first}"}, *messages[2:]]
@@ -309,10 +310,9 @@ def _require_whole_prompt(target: ChatTarget, prompt_tokens: int, messages: Sequ
     Ollama cuts to the whole window (up to 0.24) or to half of it (from 0.30 on) and answers 200. A whole prompt that
     leaves no room for the answer is refused as well: its beginning was shifted out during generation.
     """
-    characters = sum(len(message["content"]) for message in messages)
-    is_too_short = characters > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
     if prompt_tokens + NUM_PREDICT + target.thinking_tokens > target.num_ctx or (
-        is_half_window(target, prompt_tokens) and is_too_short
+        is_half_window(target, prompt_tokens)
+        and sum(len(message["content"]) for message in messages) > MAX_CHARACTERS_PER_TOKEN * prompt_tokens
     ):
         raise LLMReplyError(
             f"the server counted {prompt_tokens} prompt tokens for a window of {target.num_ctx}: the prompt was cut, or it "
@@ -396,4 +396,4 @@ def part(fields: dict[str, Any], name: str, kind: type[T]) -> T:
 
 def count(value: Any) -> int | None:
     """Return *value* if it is a whole number of at least 0, else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if type(value) is int and value >= 0 else None

@@ -33,7 +33,7 @@ async def lease_while_busy(settings: Settings, queue: AdmissionQueue) -> AsyncIt
 
 
 async def _renew(settings: Settings, queue: AdmissionQueue) -> None:
-    server, is_told = server_name(settings.server_url), False
+    servers, is_told = [server_name(one.server_url) for one in settings.for_each_server()], False
     try:
         client = open_client(settings)
     except ConfigurationError as exc:
@@ -45,7 +45,7 @@ async def _renew(settings: Settings, queue: AdmissionQueue) -> None:
                 await queue.entered.wait()
             queue.entered.clear()
             try:
-                await renew_lease(client[settings.db_name], server)
+                await renew_lease(client[settings.db_name], *servers)
                 is_told = False
                 await asyncio.sleep(RENEW_S)
             except (StoreError, ConfigurationError) as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -58,6 +59,19 @@ class ServiceMetrics:
     def watch(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """Add a gauge that calls *read* at each scrape."""
         Gauge(name, documentation, registry=self._registry).set_function(read)
+
+    def watch_servers(self, states: Callable[[], list[dict[str, Any]]]) -> None:
+        """Add gauges of each of several model servers; *states* is called at each scrape."""
+
+        def read(place: int, name: str) -> float:
+            return float(states()[place][name])
+
+        gauge = partial(Gauge, labelnames=("server",), registry=self._registry)
+        calls = gauge("triad_server_calls_in_flight", "Model calls in flight")
+        ready = gauge("triad_server_ready", "1 while the model server takes calls")
+        for place, server in enumerate(states()):
+            calls.labels(server["server"]).set_function(partial(read, place, "in_flight"))
+            ready.labels(server["server"]).set_function(partial(read, place, "is_ready"))
 
     def render(self) -> bytes:
         """Return all metrics in text format 0.0.4."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import async_llm_wrapper
 from async_llm_wrapper import SharedWindow
@@ -32,6 +33,9 @@ from service import errors
 from service.admission import AdmissionQueue, Deadlines
 from service.metrics import ServiceMetrics
 from worker.reply_choice import classifier_for
+
+if TYPE_CHECKING:
+    from worker.server_pool import ServerPool
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +80,15 @@ class ModelService:
         self._built_in = open_classifier(taxonomy) if service_settings.embedded else None
         self._target = chat_target(settings, settings.model or "")
         self._metrics = metrics
-        self._client: async_llm_wrapper.AsyncLLMClient | None = None
-        self._window: SharedWindow | None = None
+        self._client: async_llm_wrapper.AsyncLLMClient | ServerPool | None = None
+        self._window: SharedWindow | ServerPool | None = None
+        self._most = service_settings.max_concurrent
         self._checking = asyncio.Lock()
         self._checked_at = -math.inf
         self._found = self._built_in is not None
         self._problem: ErrorKind | None = None if self._found else errors.MODEL_AWAY
-        self.slots = AdmissionQueue(service_settings.max_concurrent, service_settings.queue_size)
+        servers = 1 if service_settings.embedded else len(settings.ollama_endpoints)
+        self.slots = AdmissionQueue(servers * self._most, service_settings.queue_size)
         self.deadlines = Deadlines()
         watch = metrics.watch
         watch("triad_model_calls_in_flight", "Model calls in flight", lambda: self.slots.running)
@@ -106,10 +112,8 @@ class ModelService:
         if self._built_in is not None:
             yield
             return
-        async with async_llm_wrapper.open_session(self.slots.size) as session:
-            policy = BreakerPolicy(probe_cap_s=SERVICE_PROBE_CAP_S, outage_limit_s=math.inf, fails_fast=True)
-            client = self._client = async_llm_wrapper.AsyncLLMClient(self._settings, self._target, session, policy)
-            window = self._window = SharedWindow(client, self._settings.ollama_num_ctx)
+        async with self._open_client() as (client, window):
+            self._client, self._window = client, window
             await self.check()
             finder = asyncio.create_task(self._find_model(window), name="find-model")
             try:
@@ -121,6 +125,23 @@ class ModelService:
                 await asyncio.wait([finder])
                 await window.close()
                 await client.breaker.close()
+
+    @asynccontextmanager
+    async def _open_client(
+        self,
+    ) -> AsyncIterator[tuple[async_llm_wrapper.AsyncLLMClient | ServerPool, SharedWindow | ServerPool]]:
+        """Open the client of the model server and its window, or the pool of several, which is both."""
+        if len(self._settings.ollama_endpoints) > 1:
+            from worker.server_pool import open_pool  # noqa: PLC0415 - few services have several servers
+
+            async with open_pool(self._settings, self._most, fails_fast=True) as pool:
+                self._metrics.watch_servers(pool.states)
+                yield pool, pool
+            return
+        async with async_llm_wrapper.open_session(self.slots.size) as session:
+            policy = BreakerPolicy(probe_cap_s=SERVICE_PROBE_CAP_S, outage_limit_s=math.inf, fails_fast=True)
+            client = async_llm_wrapper.AsyncLLMClient(self._settings, self._target, session, policy)
+            yield client, SharedWindow(client, self._settings.ollama_num_ctx)
 
     async def check(self) -> ErrorKind | None:
         """Return what keeps the model from answering, or None. Asks the server at most once per CHECK_AGAIN_S."""
@@ -136,7 +157,7 @@ class ModelService:
             self._found = self._found or problem is None
             return problem
 
-    async def _probe(self, client: async_llm_wrapper.AsyncLLMClient) -> tuple[ErrorKind | None, str]:
+    async def _probe(self, client: async_llm_wrapper.AsyncLLMClient | ServerPool) -> tuple[ErrorKind | None, str]:
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 target = await client.prepare(self._settings)
@@ -150,7 +171,7 @@ class ModelService:
             return errors.MODEL_LOADING, f"{target.model} at {target.server_url} is available and not loaded yet"
         return None, f"{target.model} at {target.server_url} is ready"
 
-    async def _find_model(self, window: SharedWindow) -> None:
+    async def _find_model(self, window: SharedWindow | ServerPool) -> None:
         while await self.check() is not None:
             if self._problem is errors.MODEL_LOADING:
                 try:
@@ -222,7 +243,7 @@ class ModelService:
             raise errors.unavailable(errors.MODEL_AWAY)
         try:
             await self._window.renew()
-            outcome = await async_llm_wrapper.ollama_classify_async(conversation, self._client, self._classifier)
+            outcome = await self._window.classify(self._classifier, conversation, 0)
         except LLMError as exc:
             self._metrics.model_failures.labels(str(exc.reason)).inc()
             problem = errors.request_error(exc)

@@ -83,7 +83,7 @@ async def start(
         model.deadlines.stop(grace_s)
 
     if config is not None:
-        max_connections = max(16, _raise_open_files() - RESERVED_FILES - service_settings.max_concurrent)
+        max_connections = max(16, _raise_open_files() - RESERVED_FILES - model.slots.size)
         guard = SlowClientGuard(config, service_settings, settings.shutdown_grace_s, max_connections, stop)
         await stack.enter_async_context(guard.run())
     bodies = BodyLimits(

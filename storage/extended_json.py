@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import re
+from binascii import hexlify
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -31,19 +32,30 @@ _BSON_OPTIONS: bson.CodecOptions[dict[str, Any]] = bson.CodecOptions(
     tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
+_MARK = b"\0"  # JSON escapes it, so no text has it
 _DOLLAR_KEY = re.compile(rb'[{,]"\$(?:[^"\\]|\\.)*":')  # a quotation mark inside a text is escaped, so this is a key
 _ORJSON_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_NON_STR_KEYS
 
 
 def dumps(value: Any) -> bytes:
     """Return *value* as one line of Extended JSON, UTF-8."""
+    return _marked(value).replace(_MARK, b"$")
+
+
+def written(value: Any) -> orjson.Fragment:
+    """Return *value* in a form that ``dumps`` copies, for a value that is written several times."""
+    return orjson.Fragment(_marked(value))
+
+
+def _marked(value: Any) -> bytes:
+    """Return *value* as Extended JSON, with _MARK in place of the ``$`` of types: a document may have keys with ``$``."""
     try:
         data = orjson.dumps(value, default=_default, option=_ORJSON_OPTIONS)
-        if (b'{"$' in data or b',"$' in data) and _DOLLAR_KEY.search(data):
+        if b"$" in data and (b'{"$' in data or b',"$' in data) and _DOLLAR_KEY.search(data):
             data = orjson.dumps(value := _escaped(value), default=_default, option=_ORJSON_OPTIONS)
         if b"null" in data:  # orjson also writes NaN and the infinities as null
             data = orjson.dumps(_typed_doubles(value), default=_default, option=_ORJSON_OPTIONS)
-        return data.replace(b'{ "$', b'{"$')
+        return data
     except (orjson.JSONEncodeError, TypeError) as exc:
         raise ValueError("not representable as Extended JSON") from exc
 
@@ -177,15 +189,15 @@ def _typed_doubles(value: Any) -> Any:
 
 
 def _default(value: Any) -> Any:
-    """Return *value* as Extended JSON. Until the end of ``dumps``, a space tells its keys from those of a document with ``$``."""
+    """Return *value*, which orjson does not know, as Extended JSON; see ``_marked``."""
     if type(value) is bson.ObjectId:  # these two are in each document, and json_util takes 20 µs for a date
-        return orjson.Fragment(b'{ "$oid":"%b"}' % value.binary.hex().encode())
+        return orjson.Fragment(b'{"\0oid":"%b"}' % hexlify(value.binary))
     if type(value) is datetime:
         aware = value if value.tzinfo else value.replace(tzinfo=UTC)
-        return orjson.Fragment(b'{ "$date":{ "$numberLong":"%d"}}' % ((aware - _EPOCH) // _MILLISECOND))
+        return orjson.Fragment(b'{"\0date":{"\0numberLong":"%d"}}' % ((aware - _EPOCH) // _MILLISECOND))
     if isinstance(value, dict):  # SON and other mappings that are subclasses
         return dict(value)
     fields = json_util.default(value, _CANONICAL)
     if isinstance(value, bson.Code | bson.DBRef):  # they may hold keys of a document
         return fields
-    return orjson.Fragment(orjson.dumps(fields).replace(b'{"$', b'{ "$'))
+    return orjson.Fragment(orjson.dumps(fields).replace(b'{"$', b'{"' + _MARK))

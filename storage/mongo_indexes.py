@@ -45,9 +45,21 @@ def correction_indexes() -> list[IndexModel]:
     return [unique, IndexModel([("reviewer", 1), ("at", -1)])]
 
 
-def source_indexes(states: StateFields) -> list[IndexModel]:
-    """Return the indexes of a source with *states*."""
-    return [IndexModel([(field, 1)]) for field in states.indexed]
+def source_indexes(states: StateFields, priority: str, *, for_stream: bool = False) -> list[IndexModel]:
+    """Return the indexes of a source with *states*; one has only documents with a *priority* above 0.
+
+    *for_stream* adds the one that finds a pending single query among millions of finished ones; none of them has a status.
+    """
+    indexes = [IndexModel([(field, 1)]) for field in states.indexed]
+    indexes.append(IndexModel(urgent_key(states, priority), partialFilterExpression={priority: {"$gt": 0}}))
+    if for_stream and states.is_default:
+        indexes.append(IndexModel([(field, 1) for field in (states.status, "processed", states.reason)]))
+    return indexes
+
+
+def urgent_key(states: StateFields, priority: str) -> list[tuple[str, int]]:
+    """Return the key of the index of urgent documents: it has the pending ones in their order, so a look reads no others."""
+    return [(states.status, 1), (priority, -1), *([("processed", 1)] if states.is_default else [])]
 
 
 def lease_indexes() -> list[IndexModel]:

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 END_OF_IDS = bson.MaxKey()
 PAGE_BYTES = 4_000_000  # of BSON; one document may be larger
+SAMPLE_PAGE = 100  # documents of a sample in memory at once, at most 16 MB
+SAMPLE_BYTES = 16_000_000  # of a sample
+HISTORY_KEPT = 20  # earlier labels of a result
 
 
 async def unusable_ids(collection: Any, doubtful: Sequence[Any]) -> dict[bytes, Any]:
@@ -54,6 +57,15 @@ async def valid_documents(
         size += len(document.raw)
         if size >= most_bytes:
             return
+
+
+async def random_documents(collection: Any, size: int, fields: Sequence[str]) -> AsyncIterator[Document]:
+    """Yield *fields* of up to *size* random documents of *collection*: at most SAMPLE_BYTES, and only valid BSON."""
+    # Without a filter before it, $sample uses a random cursor and reads no more than it returns.
+    stages = [{"$sample": {"size": size}}, {"$project": dict.fromkeys(fields, 1)}]
+    async with await undecoded(collection).aggregate(stages, batchSize=SAMPLE_PAGE, allowDiskUse=True) as cursor:
+        async for document in valid_documents(cursor, collection.codec_options, SAMPLE_BYTES):
+            yield document
 
 
 async def read_ids(cursor: Any, options: bson.CodecOptions[Document]) -> tuple[list[Any], dict[bytes, Any]]:
@@ -121,12 +133,13 @@ class Refused:
 
 
 async def replace_all(collection: Any, results: list[Document]) -> None:
-    """Store *results*, each in place of an earlier one of the same document."""
+    """Store *results*, each in place of an earlier one of the same document.
+
+    If the text of the conversation was another one, the earlier labels go into ``history``, of which HISTORY_KEPT stay.
+    """
     operations = [
-        ReplaceOne(
-            {"source_conversation_id": {"$eq": result["source_conversation_id"]}},
-            {name: value for name, value in result.items() if name != "_id"},
-            upsert=True,
+        UpdateOne(
+            {"source_conversation_id": {"$eq": result["source_conversation_id"]}}, _replacement(result), upsert=True
         )
         for result in results
     ]
@@ -134,6 +147,25 @@ async def replace_all(collection: Any, results: list[Document]) -> None:
         await collection.bulk_write(operations, ordered=False)
     except BulkWriteError as exc:
         require_only_duplicates(exc)
+
+
+def _replacement(result: Document) -> list[Document]:
+    """Return the update that replaces a stored document by *result*; it changes nothing more if it is repeated."""
+    made = "$processing_metadata"
+    earlier = {
+        "classification": "$classification",
+        **{name: f"{made}.{name}" for name in ("processed_at", "model_used", "input_sha256", "turns_used")},
+    }
+    has_changed = {
+        "$and": [
+            {"$eq": [{"$type": f"{made}.input_sha256"}, "string"]},
+            {"$ne": [f"{made}.input_sha256", {"$literal": result.get("processing_metadata", {}).get("input_sha256")}]},
+        ]
+    }
+    known = {"$ifNull": ["$history", []]}
+    history = {"$cond": [has_changed, {"$slice": [{"$concatArrays": [known, [earlier]]}, -HISTORY_KEPT]}, "$history"]}
+    new = {name: value for name, value in result.items() if name != "_id"}
+    return [{"$replaceWith": {"$mergeObjects": [{"_id": "$_id"}, {"$literal": new}, {"history": history}]}}]
 
 
 async def replace_each(collection: Any, documents: list[Document], key: Sequence[str]) -> None:

@@ -29,12 +29,14 @@ def switch(default: str, *cases: tuple[dict[str, Any], Any]) -> dict[str, Any]:
 class StateFields:
     """The fields of a source document that hold its state, and what they say; *status* is the name of the first one.
 
+    The queries are limited to *subset*, a query; those in ``whole`` are not.
+
     By default, a conversation has ``status``, ``status_reason`` and ``last_processed_at``, and a single query has
     ``processed``, ``status_reason`` and ``processing_attempts``. With another name, the state of each document is in
     fields of that name, and those of other programs are neither read nor changed.
     """
 
-    def __init__(self, status: str = DEFAULT_STATUS_FIELD) -> None:
+    def __init__(self, status: str = DEFAULT_STATUS_FIELD, subset: Mapping[str, Any] | None = None) -> None:
         self.status = status
         self.is_default = status == DEFAULT_STATUS_FIELD
         self.reason = f"{status}_reason"
@@ -43,7 +45,12 @@ class StateFields:
         self.names = (status, self.reason, *queries)  # what a run reads of the state
         self.indexed = (status, "conversation_number", self.processed_at)
         selections: tuple[Selection, ...] = get_args(Selection)
-        self.queries: dict[Selection, dict[str, Any]] = {name: self._query(name) for name in selections}
+        self.whole: dict[Selection, dict[str, Any]] = {name: self._query(name) for name in selections}
+        self.subset = dict(subset or {})
+        self.queries: dict[Selection, dict[str, Any]] = {
+            name: {"$and": [part for part in (query, self.subset) if part]} if self.subset else query
+            for name, query in self.whole.items()
+        }
 
     @property
     def status_expression(self) -> dict[str, Any]:

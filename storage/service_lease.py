@@ -35,8 +35,8 @@ def server_name(url: str) -> str:
     return f"{host}:{parts.port or _PORTS[parts.scheme]}{parts.path}"
 
 
-async def renew_lease(database: Any, server: str) -> None:
-    """Renew the lease on *server*, shared by all services that use it.
+async def renew_lease(database: Any, *servers: str) -> None:
+    """Renew the lease on each of *servers*, shared by all services that use it.
 
     Raises:
         StoreError: MongoDB did not store it within CALL_S.
@@ -44,16 +44,20 @@ async def renew_lease(database: Any, server: str) -> None:
     """
     leases = database.get_collection(COLLECTION, write_concern=WriteConcern(1))
     with translated("renew the lease of the service"), timeout(CALL_S):
-        await leases.update_one({"_id": server}, {"$currentDate": {"renewed_at": True}}, upsert=True)
+        for server in servers:
+            await leases.update_one({"_id": server}, {"$currentDate": {"renewed_at": True}}, upsert=True)
 
 
-async def lease_renewal(database: Any, server: str) -> Any:
-    """Return a value that changes with each renewal of the lease on *server*; None if there has never been one.
+async def lease_renewal(database: Any, *servers: str) -> Any:
+    """Return a value that changes with each renewal of the lease on one of *servers*; None if there has never been one.
 
     Raises:
         StoreError: MongoDB did not answer within CALL_S.
         ConfigurationError: MONGODB_URI cannot be used.
     """
     with translated("read the lease of the service"), timeout(CALL_S):
-        found = await database[COLLECTION].find_one({"_id": server})
-    return None if found is None else found.get("renewed_at")
+        if len(servers) == 1:
+            found = await database[COLLECTION].find_one({"_id": servers[0]})
+            return None if found is None else found.get("renewed_at")
+        several = await database[COLLECTION].find({"_id": {"$in": servers}}).sort("_id").to_list(None)
+    return [one.get("renewed_at") for one in several] or None

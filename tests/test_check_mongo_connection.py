@@ -20,10 +20,10 @@ from commands.diagnosis.findings import Finding
 from commands.diagnosis.mongo import allowed_actions, diagnose
 from config import load_settings
 from embedded.mongod import EmbeddedMongod
+from embedded.replica_set import ReplicaSetMongod
 from mongo_client import DocumentStore
 from tests.environment import clean_environment
 from tests.forked_process import run_forked
-from tests.replica_set import ReplicaSetMongod
 
 ROOT = Path(__file__).parent.parent
 PASSWORD = "p%40ss/w0rd".replace("/", "%2F")

@@ -51,6 +51,7 @@ OWNERS = {
             "storage.aggregation",
             "storage.window_agreement",
         ),
+        "embedded.replica_set",
     },
     "motor": {"mongo_client"},
     "bson": {"storage.mongo_errors", "storage.mongo_pages", "storage.extended_json"},

@@ -274,6 +274,24 @@ async def test_replace(store: DocumentStore, database: Database[dict[str, Any]])
     assert "old" not in found[id_key(None)]
 
 
+async def test_replaced_result_keeps_the_labels_of_an_earlier_text(
+    store: DocumentStore, database: Database[dict[str, Any]]
+) -> None:
+    """A repeated write, and another label of the same text, add nothing to the history."""
+
+    def labelled(label: str, text: str) -> dict[str, Any]:
+        return result(7, classification={"intent": label}, processing_metadata={"input_sha256": text})
+
+    for label, text in (("A", "one"), ("B", "two"), ("B", "two"), ("C", "two"), ("D", "three")):
+        assert await store.write_results([labelled(label, text)], replace=True) == {}
+    (stored,) = database["sentimental_analysis"].find()
+    assert stored["classification"] == {"intent": "D"}
+    assert [(one["classification"]["intent"], one["input_sha256"]) for one in stored["history"]] == [
+        ("A", "one"),
+        ("C", "two"),
+    ]
+
+
 @pytest.mark.parametrize("replace", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["insert", "replace"])
 @pytest.mark.parametrize(
     "bad",
@@ -328,7 +346,8 @@ async def test_indexes(store: DocumentStore, database: Database[dict[str, Any]])
     def fields(collection: str) -> set[str]:
         return {name for index in database[collection].index_information().values() for name, _ in index["key"]}
 
-    assert fields("conversation_set") == {"_id", "status", "conversation_number", "last_processed_at"}
+    of_urgent = {"processed", "priority"}
+    assert fields("conversation_set") == {"_id", "status", "conversation_number", "last_processed_at"} | of_urgent
     assert fields("sentimental_analysis") == {
         "_id",
         "source_conversation_id",

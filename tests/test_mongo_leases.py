@@ -135,6 +135,15 @@ async def test_a_document_belongs_to_who_claims_it_first(stores: tuple[DocumentS
     assert await first.claim([2, 3]) == keys(3)
 
 
+async def test_only_free_documents_are_claimed_for_their_priority(stores: tuple[DocumentStore, DocumentStore]) -> None:
+    """A page of the same worker, or another worker, may have the others in work."""
+    first, second = stores
+    await first.claim([1])
+    await second.claim([2])
+    assert await first.claim([1, 2, 3], only_free=True) == keys(3)
+    assert await first.claim([1, 2, 3]) == keys(1, 3)
+
+
 async def test_claiming_again_is_harmless(store: DocumentStore, database: Database[dict[str, Any]]) -> None:
     """A repeated call, or the same worker after a crash, keeps its own; the expiry moves."""
     await store.claim([1, 2])

@@ -25,6 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+import orjson
+
 from error_handler import ConfigurationError, StateDirectoryError
 from storage import extended_json
 from storage.files import (
@@ -62,9 +64,10 @@ class BatchFile:
     replay: dict[bytes, JournalEntry] = field(default_factory=dict)  # by extended_json.id_key
 
     @property
-    def keyed(self) -> list[tuple[bytes, dict[str, Any]]]:
-        """The documents with their ``id_key``."""
-        return [(extended_json.id_key(document.get("_id")), document) for document in self.documents]
+    def keyed(self) -> list[tuple[bytes, orjson.Fragment, dict[str, Any]]]:
+        """The documents, each with the ``id_key`` of its id, and the id as ``extended_json.written``."""
+        ids = [document.get("_id") for document in self.documents]
+        return list(zip(map(extended_json.id_key, ids), map(extended_json.written, ids), self.documents, strict=True))
 
     @property
     def name(self) -> str:

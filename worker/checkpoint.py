@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from domain.conversation import stored_labels
+from utils.batch_file_manager import BatchFiles
 
 CHECKPOINT_EVERY = 50  # documents
 
@@ -85,17 +86,26 @@ class Checkpoint:
     counts: dict[str, Any] = field(default_factory=dict)
     only: str | None = None  # RunOptions.only
     worker_id: str | None = None  # if worker.json is lost: leases belong to this id
+    subset: str | None = None  # Subset.name; the mark of a part says nothing about the others
 
     @classmethod
     def resume_or_new(
-        cls, saved: dict[str, Any] | None, source: str, worker_id: str, *, reprocess: bool, only: str | None = None
+        cls,
+        saved: dict[str, Any] | None,
+        source: str,
+        worker_id: str,
+        *,
+        reprocess: bool,
+        only: str | None = None,
+        subset: str | None = None,
     ) -> Checkpoint:
         """Return the interrupted run in *saved*, or a new run for *source*."""
         job_id = f"job_{datetime.now(UTC):%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
-        checkpoint = cls(source, job_id, reprocess, only=only, worker_id=worker_id)
+        checkpoint = cls(source, job_id, reprocess, only=only, worker_id=worker_id, subset=subset)
         saved = saved or {}
         is_same = all(
-            saved.get(name) == getattr(checkpoint, name) for name in ("source", "reprocess", "only", "finished")
+            saved.get(name) == getattr(checkpoint, name)
+            for name in ("source", "reprocess", "only", "subset", "finished")
         )
         if is_same and isinstance(saved.get("job_id"), str):
             checkpoint.job_id = saved["job_id"]
@@ -129,3 +139,14 @@ class LowWaterMark:
             ticket, document_id = self._waiting.popleft()
             self._settled.discard(ticket)
             checkpoint.low_water_mark, checkpoint.has_mark = document_id, True
+
+
+def worker_id(files: BatchFiles) -> str:
+    """Return the id under which the worker of the directory of *files* holds leases, the same after a crash."""
+    for name in ("worker.json", "checkpoint.json"):
+        known = (files.read_state(name) or {}).get("worker_id")
+        if isinstance(known, str):
+            return known
+    new = f"worker-{secrets.token_hex(8)}"
+    files.write_state("worker.json", {"worker_id": new})
+    return new

@@ -83,7 +83,7 @@ class Deduplicator:
         """Keep the *outcome* of *item*; return its followers, each with a copy."""
         if item.input_hash:
             del self._leaders[item.input_hash]
-            values = extended_json.dumps([item.document_id]), _row(outcome)
+            values = extended_json.dumps([item.written_id]), _row(outcome)
             self._begin()
             self._execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", bytes.fromhex(item.input_hash), *values)
         followers, item.followers = item.followers, []

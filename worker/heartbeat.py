@@ -9,6 +9,7 @@ import secrets
 import socket
 from typing import Any
 
+from config import Settings
 from domain.conversation import PROCESSOR_VERSION
 from error_handler import ConfigurationError, StoreError, StoreForbiddenError
 from storage.heartbeats import BEAT_S, Order, beat, collection_name, end, forget, heartbeats, tidy
@@ -25,26 +26,26 @@ class Heartbeat:
     """A Reporter that writes its state each BEAT_S from ``start`` to ``close``; a failure never touches the run.
 
     *stop* is set by the order to stop. ``go`` is cleared while the worker is paused: it takes no new documents then.
-    *most_concurrent* is the limit of calls in flight while no other limit is in force.
     """
 
     def __init__(
         self,
         database: Any,
-        results_collection: str,
+        settings: Settings,
         worker: str,
         stop: asyncio.Event,
-        most_concurrent: int,
         model: ModelUse,
     ) -> None:
+        results = settings.results_collection
+        self._mode = settings.mode
         self.id = secrets.token_hex(8)
         self.go = asyncio.Event()
         self.go.set()
-        self._collection = heartbeats(database, results_collection)
-        self._name = collection_name(results_collection)
+        self._collection = heartbeats(database, results)
+        self._name = collection_name(results)
         self._worker = worker
         self._stop = stop
-        self._most_concurrent = most_concurrent
+        self._most_concurrent = settings.most_in_flight
         self._rate = Rate()
         self._status = "running"
         self._run: dict[str, Any] = {}
@@ -129,9 +130,11 @@ class Heartbeat:
             "pid": os.getpid(),
             "version": PROCESSOR_VERSION,
             "status": status,
+            "mode": self._mode,
             "breaker": self._model.breaker_state,
             "queue_wait_s": self._model.queue_wait_s,
             "tokens": dict(self._model.tokens),
+            "servers": self._model.servers,
             **self._run,
         }
 

@@ -6,20 +6,20 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aggregator import aggregate_conversation
 from config import Settings
 from domain.conversation import Conversation, Outcome
 from error_handler import SkippedDocumentError
-from model_server.concurrency import ConcurrencyLimit
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
 from storage.files import JournalEntry
 from storage.selection import UNREADABLE, Selection
+from storage.subset import ALL, Subset
 from utils.batch_file_manager import BatchFile, BatchFiles
 from worker.checkpoint import Checkpoint
 from worker.left_out import LINE_EVERY_S
@@ -27,7 +27,8 @@ from worker.progress import Reporter
 from worker.quarantine import requeue
 from worker.service_first import ServiceFirst
 from worker.settlement import BatchInWork, Settlement, is_query
-from worker.staleness import REPLACED, Only, StalenessChecker
+from worker.staleness import REPLACED, Only, StalenessChecker, grown_keys
+from worker.subset import in_subset
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,10 @@ Classify = Callable[[Conversation, int], Awaitable[Outcome]]
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """The options of one run. *limit* None takes all documents, *only* None all kinds (see worker.staleness)."""
+    """The options of one run. *limit* None takes all documents, *only* None all kinds (see worker.staleness).
+
+    *subset* is that of the store.
+    """
 
     batch_size: int = 100
     limit: int | None = None
@@ -47,6 +51,18 @@ class RunOptions:
     retry_failed: bool = False
     only: Only | None = None
     dedupe: bool = True
+    subset: Subset = ALL
+
+
+class Slots(Protocol):
+    """The slots for calls; a worker holds one while it works on a document."""
+
+    @property
+    def current(self) -> int:
+        """The number of slots now."""
+
+    def slot(self) -> AbstractAsyncContextManager[None]:
+        """Wait for a slot, and hold it inside the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +74,7 @@ class RunParts:
     that is too long and shall be skipped. *plan* is the plan_fingerprint of its answers; if it is empty, answers of an
     interrupted run are not reused. *kinds* is needed with ``options.only``. *limit* None means that
     ``settings.max_concurrent`` is a fixed number. *service_first* None does not wait for the service. While *go* is not
-    set, no document is taken to the model; None takes them always.
+    set, no document is taken to the model; None takes them always. *urgent_first* looks for urgent documents (worker.urgent).
     """
 
     settings: Settings
@@ -71,9 +87,10 @@ class RunParts:
     plan: str = ""
     kinds: StalenessChecker | None = None
     reporters: Sequence[Reporter] = ()
-    limit: ConcurrencyLimit | None = None
+    limit: Slots | None = None
     service_first: ServiceFirst | None = None
     go: asyncio.Event | None = None
+    urgent_first: bool = False
 
 
 class DocumentIntake:
@@ -91,7 +108,8 @@ class DocumentIntake:
         self._files = parts.files
         self._options = parts.options
         self._settlement = settlement
-        self._recovered: set[bytes] = set()
+        self._recovered: set[bytes] = set()  # what this run takes, or has taken, by another way than its pages
+        self._claiming = asyncio.Lock()  # pages and urgent documents are claimed in turn, so that none is taken twice
         self._queued: set[bytes] = set()  # in local failure files when reading began, with ``options.only``
         self._taken = 0
         self._retries_failed = self._options.retry_failed or self._options.only == "failed"
@@ -140,8 +158,8 @@ class DocumentIntake:
 
     async def given(self, documents: list[Document]) -> AsyncGenerator[BatchInWork]:
         """Yield *documents* as one batch, without those that have a result or belong to another worker."""
-        self._settlement.stats.total += len(documents)
         own = await self._claimed(documents)
+        self._settlement.stats.total += len(own)
         if own:
             yield BatchInWork(await asyncio.to_thread(self._files.save_pending, own))
 
@@ -169,28 +187,59 @@ class DocumentIntake:
             if kinds is not None and only and selection == "all":
                 found = await kinds.of(page, self._queued | self._settlement.failed_keys)
                 page = [document for document, kind in found if kind == only]
-            documents = await self._claimed(page)
-            if limit is not None and len(documents) > limit - self._taken:
-                surplus = documents[limit - self._taken :]
-                documents = documents[: limit - self._taken]
-                await self._store.release([document["_id"] for document in surplus])
-            if not documents:
+            file = await self._saved(await self._claimed(page))
+            if file is None:
                 continue
-            self._taken += len(documents)
-            if only:  # their number is only known after the last page
-                self._settlement.stats.total += len(documents)
-            file = await asyncio.to_thread(self._files.save_pending, documents)
-            states = self._store.states
-            await self._store.mark_processing([one["_id"] for one in documents if not is_query(states, one)])
             in_order = selection in ("pending", "known", "all")
             # Not the time of now: this process may have been suspended since it claimed them.
             yield BatchInWork(file, mark=self._settlement.mark if in_order else None, claimed_at=claimed_at)
 
     async def _claimed(self, page: list[Document]) -> list[Document]:
         """Lease the documents of *page* and return those that need a result."""
-        page = [document for document in page if id_key(document["_id"]) not in self._recovered]
-        needed = await self.needed(page)
+        async with self._claiming:
+            page = [document for document in page if id_key(document["_id"]) not in self._recovered]
+            needed = await self.needed(page)
         return [document for document in page if id_key(document["_id"]) in needed]
+
+    async def _saved(self, documents: list[Document]) -> BatchFile | None:
+        """Save the leased *documents* as the next batch, up to the limit of the run; None if none are left."""
+        limit = self._options.limit
+        if limit is not None and len(documents) > limit - self._taken:
+            surplus = documents[limit - self._taken :]
+            documents = documents[: limit - self._taken]
+            await self._store.release([document["_id"] for document in surplus])
+        if not documents:
+            return None
+        self._taken += len(documents)
+        if self._options.only:  # their number is only known after the last page
+            self._settlement.stats.total += len(documents)
+        file = await asyncio.to_thread(self._files.save_pending, documents)
+        states = self._store.states
+        await self._store.mark_processing([one["_id"] for one in documents if not is_query(states, one)])
+        return file
+
+    def free(self, keys: Iterable[bytes], left_alone: set[bytes]) -> list[bytes]:
+        """Return those ``id_key`` of urgent documents that this run has not taken in another way, nor are in *left_alone*."""
+        # A failed document whose status could not be written still looks pending.
+        taken = (self._recovered, left_alone, self._settlement.failed_keys, self._store.unmarked)
+        return [key for key in keys if not any(key in one for one in taken)]
+
+    async def urgent(self, document_ids: list[Any]) -> BatchInWork | None:
+        """Return those pending *document_ids* that nobody has leased, in this order, as one batch; None if there are none."""
+        if self._options.limit is not None and self._taken >= self._options.limit:
+            return None
+        claimed_at = time.monotonic()
+        async with self._claiming:
+            own = await self._store.claim(document_ids, only_free=True)
+            self._recovered |= own
+        ids = [value for value in document_ids if id_key(value) in own]
+        found = {id_key(one["_id"]): one for one in await self._store.read_documents("pending", ids)} if ids else {}
+        if gone := [value for value in ids if id_key(value) not in found]:
+            await self._store.release(gone)
+        ended = await self._ended(list(found.values()))
+        in_order = (id_key(value) for value in ids)
+        file = await self._saved([found[key] for key in in_order if key in found.keys() - ended])
+        return None if file is None else BatchInWork(file, claimed_at=claimed_at)
 
     async def _keep_own(self, batch: BatchInWork) -> None:
         """Remove documents from a recovered *batch* that other workers hold, or have finished since."""
@@ -211,13 +260,17 @@ class DocumentIntake:
         own = await self._store.claim([document["_id"] for document in documents]) if documents else set()
         held = [document for document in documents if id_key(document["_id"]) in own]
         self._settlement.stats.leased_elsewhere += len(documents) - len(held)
+        return own - await self._ended(held)
+
+    async def _ended(self, held: list[Document]) -> set[bytes]:
+        """End the lease of each of *held* that needs no result, and return their ``id_key``."""
         # After the lease: the worker that held it before may have stored the result.
         done = await self._done(held) if held else set()
         finished = [document for document in held if id_key(document["_id"]) in done]
         if finished:
             self._settlement.found_done(finished)
             await self._store.release([document["_id"] for document in finished])
-        return own - done
+        return done
 
     async def _done(self, documents: list[Document]) -> set[bytes]:
         kinds, only = self._parts.kinds, self._options.only
@@ -226,15 +279,19 @@ class DocumentIntake:
         job_id = self._parts.checkpoint.job_id if self._options.reprocess else None
         done = await self._store.result_keys([document["_id"] for document in documents], job_id)
         if done and only is None and job_id is None:
-            grown = await _grown(self._store, documents, done)
+            grown = await grown_keys(self._store, documents, done)
             self._settlement.replaced |= grown
             done -= grown
         return done
 
     async def _is_selected(self, batch: BatchInWork) -> bool:
-        """Return whether this run retries *batch*: with ``options.only``, it leaves the retry files of other runs alone."""
+        """Return whether this run retries *batch*: with ``options.only`` or a subset, it leaves those of other runs alone."""
         kinds, only = self._parts.kinds, self._options.only
-        if only in (None, "failed") or self._settlement.failed_keys & {item.key for item in batch.items}:
+        if self._settlement.failed_keys & {item.key for item in batch.items}:
+            return True
+        if self._options.subset.name and not await in_subset(self._store, [item.document_id for item in batch.items]):
+            return False
+        if only in (None, "failed"):
             return True
         if kinds is None or only not in REPLACED:
             return False
@@ -269,15 +326,9 @@ async def has_work(
                     return True
             else:
                 done = await store.result_keys([document["_id"] for document in page])
-                if len(done) < len(page) or (options.only is None and await _grown(store, page, done)):
+                if len(done) < len(page) or (options.only is None and await grown_keys(store, page, done)):
                     return True
     return False
-
-
-async def _grown(store: DocumentStore, documents: list[Document], done: set[bytes]) -> set[bytes]:
-    """Return the keys of those *documents* that are *done* and have another text since: an import added turns."""
-    labelled = [document for document in documents if id_key(document["_id"]) in done]
-    return await StalenessChecker(store, Path(), None).grown(labelled) if labelled else set()
 
 
 async def _one_by_one(files: Iterator[BatchFile]) -> AsyncGenerator[BatchFile]:
@@ -321,7 +372,7 @@ async def preview(
             page = [document for document, kind in await kinds.of(page, queued) if kind == options.only][:left]
         replaces = options.reprocess or options.only in REPLACED
         done = set() if replaces else await store.result_keys([document["_id"] for document in page])
-        done -= await _grown(store, page, done) if options.only is None else set()
+        done -= await grown_keys(store, page, done) if options.only is None else set()
         report.update(selected=len(page), already_done=len(done))
         if time.monotonic() - shown_s >= LINE_EVERY_S:
             shown_s = time.monotonic()

@@ -30,7 +30,8 @@ class LeftOut:
 
     *foreign* documents have a status of another program; *statuses* holds the most frequent of these. *elsewhere*
     documents are marked processed and have no result in the results collection; *done* ones have one. *failed* documents
-    are in no local queue. *skipped* documents had nothing to classify in an earlier run.
+    are in no local queue. *skipped* documents had nothing to classify in an earlier run. *filtered* documents wait for a result
+    and are outside the subset (``--filter``, ``--since``, ``--until``); the other counts are of documents inside.
     """
 
     foreign: int = 0
@@ -39,6 +40,7 @@ class LeftOut:
     failed: int = 0
     skipped: int = 0
     done: int = 0
+    filtered: int = 0
 
     @property
     def is_all(self) -> bool:
@@ -70,6 +72,11 @@ class LeftOut:
                 self.skipped,
                 f"{counted(self.skipped, 'document was', 'documents were')} skipped by an earlier run: nothing to classify.",
                 "Set their status to pending after a correction; data/README.md lists the accepted shapes.",
+            ),
+            (
+                self.filtered,
+                f"{counted(self.filtered, 'document waits', 'documents wait')} outside --filter, --since and --until.",
+                "A run without these flags takes them.",
             ),
         ]
         return [(sentence, remedy) for count, sentence, remedy in rows if count]
@@ -122,7 +129,14 @@ async def count_left_out(store: DocumentStore, *, queued: int, skipped_now: int 
         max(0, await store.count("failed") - queued),
         max(0, await store.count("skipped") - skipped_now),
         marked - elsewhere,
+        await _filtered(store),
     )
+
+
+async def _filtered(store: DocumentStore) -> int:
+    if not store.states.subset:
+        return 0
+    return max(0, await store.count("sweep", whole=True) - await store.count("sweep"))
 
 
 async def _statuses(store: DocumentStore) -> dict[str, int]:

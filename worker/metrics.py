@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -58,6 +59,8 @@ class RunMetrics:
         if (wait_s := self._model.queue_wait_s) is not None:
             documentation = "Mean time of the last answers in the queue of the model server"
             self._families.append(self._gauge("triad_run_queue_wait_seconds", documentation, wait_s))
+        if servers := self._model.servers:
+            self._families += self._of_servers(servers)
 
     def render(self) -> bytes:
         """Return all series in text format 0.0.4."""
@@ -69,6 +72,23 @@ class RunMetrics:
         for kind, count in self._model.tokens.items():
             family.add_metric([self._worker, kind], count)
         return family
+
+    def _of_servers(self, servers: list[dict[str, Any]]) -> list[Metric]:
+        labels = ["worker", "server"]
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
+            "answered": CounterMetricFamily("triad_run_server_answers", "Conversations by model server", labels=labels),
+            "in_flight": GaugeMetricFamily("triad_run_server_calls_in_flight", "Calls in flight", labels=labels),
+            "limit": GaugeMetricFamily("triad_run_server_concurrency_limit", "Most calls in flight", labels=labels),
+            "seconds": GaugeMetricFamily("triad_run_server_seconds", "Mean time of a conversation", labels=labels),
+            "is_ready": GaugeMetricFamily(
+                "triad_run_server_ready", "1 while the model server takes calls", labels=labels
+            ),
+        }
+        for state in servers:
+            values = {**state, "seconds": state["seconds"] or 0.0}
+            for name, family in families.items():
+                family.add_metric([self._worker, state["server"]], values[name])
+        return list(families.values())
 
     def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, documentation, labels=["worker"])

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from model_server.breaker import CircuitBreaker
 from model_server.protocol import ChatReply
 
 RECENT = 50  # answers, for the mean time in the server's queue
 
 
+class Breaker(Protocol):
+    """A breaker, of one server or of several."""
+
+    @property
+    def is_open(self) -> bool:
+        """True if calls wait."""
+
+
+class Pool(Protocol):
+    """Several servers."""
+
+    def states(self) -> list[dict[str, Any]]:
+        """Return the state of each; see worker.pool_server."""
+
+
 class ModelUse:
-    """Counts since the start of the process. *breaker* is None until the model server is known; a built-in classifier has none."""
+    """Counts since the start of the process. *breaker* is None until the model server is known; a built-in classifier has none.
+
+    *pool* is None with one server.
+    """
 
     def __init__(self) -> None:
-        self.breaker: CircuitBreaker | None = None
+        self.breaker: Breaker | None = None
+        self.pool: Pool | None = None
         self.tokens = {"prompt": 0, "reply": 0}
         self._waits_s: deque[float] = deque(maxlen=RECENT)
 
@@ -30,6 +48,11 @@ class ModelUse:
     def queue_wait_s(self) -> float | None:
         """The mean time that the last RECENT answers waited in the server's queue; None if the server does not report it."""
         return round(sum(self._waits_s) / len(self._waits_s), 3) if self._waits_s else None
+
+    @property
+    def servers(self) -> list[dict[str, Any]]:
+        """The state of each of several servers; empty with one."""
+        return [] if self.pool is None else self.pool.states()
 
     @property
     def breaker_state(self) -> Literal["open", "closed"] | None:

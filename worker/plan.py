@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import async_llm_wrapper as llm
 from aggregator import TEXT_FIELDS, entry_text
-from classifier import Classifier
+from classifier import Classifier, ModelClient
 from config import Settings, load_prompt_taxonomy
 from domain.reply_style import STYLES
 from error_handler import LLMUnavailableError, StoreError
@@ -30,10 +30,14 @@ SAMPLE_FIELDS = ("text", *(f"{turns}.{name}" for turns in ("tweets", "messages")
 Sample = Callable[[], Awaitable[list[int]]]
 
 
-def plan_of(classifier: Classifier, target: ChatTarget) -> Plan:
-    """Return the plan of a run with *target*."""
+def plan_of(classifier: Classifier, target: ChatTarget, mixed: Sequence[ChatTarget] = ()) -> Plan:
+    """Return the plan of a run with *target*; *mixed* are those of servers with another model, if that is allowed."""
     others = (classifier.restyled(style) for style in STYLES if style != classifier.reply_style)
-    return replace(_plan(classifier, target), others=tuple(_plan(other, target) for other in others))
+    return replace(
+        _plan(classifier, target),
+        others=tuple(_plan(other, target) for other in others),
+        mixed=tuple(_plan(classifier, other) for other in mixed),
+    )
 
 
 def _plan(classifier: Classifier, target: ChatTarget) -> Plan:
@@ -43,16 +47,23 @@ def _plan(classifier: Classifier, target: ChatTarget) -> Plan:
 async def ask_plan(settings: Settings) -> Plan:
     """Return the plan of a run with *settings* now; the server is only asked for its models."""
     taxonomy = load_prompt_taxonomy(settings)
-    async with llm.open_session(1) as session:
-        client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
-        try:
-            target = await client.prepare(settings)
-        except LLMUnavailableError as exc:
-            raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
-    return plan_of(classifier_for(settings, target, taxonomy), target)
+    mixed: list[ChatTarget] = []
+    try:
+        if len(settings.ollama_endpoints) > 1:
+            from worker.server_pool import open_pool  # noqa: PLC0415 - few runs have several servers
+
+            async with open_pool(settings, 1) as pool:
+                target, mixed = await pool.prepare(), pool.other_targets
+        else:
+            async with llm.open_session(1) as session:
+                client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
+                target = await client.prepare(settings)
+    except LLMUnavailableError as exc:
+        raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
+    return plan_of(classifier_for(settings, target, taxonomy), target, mixed)
 
 
-async def run_window(client: llm.AsyncLLMClient, asked: int | None, sample: Sample) -> WindowChoice:
+async def run_window(client: ModelClient, asked: int | None, sample: Sample) -> WindowChoice:
     """Return the context window for a run with the model of *client*, which is prepared.
 
     It is *asked* if the operator set that, else the choice for the tokens that *sample* returns, as ``sample_needs`` does.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console
 
+from domain.text import counted
 from error_handler import Reason
 from storage.files import replace_file
 from worker.checkpoint import RunStats
@@ -92,8 +93,9 @@ class Rate:
 class ConsoleProgress:
     """A progress bar if *stream* is a terminal, otherwise a plain line every PLAIN_LINE_EVERY_S."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, model: ModelUse | None = None) -> None:
         self._stream = stream
+        self._model = model or ModelUse()
         self._rate = Rate()
         self._bar: Progress | None = None
         self._throttle = Throttle(PLAIN_LINE_EVERY_S)
@@ -103,6 +105,8 @@ class ConsoleProgress:
         """Draw the state; the final status ends the bar."""
         self._rate.add(stats.processed)
         calls = f"{in_flight} in flight" if limit is None else f"{in_flight} in flight, limit {limit}"
+        if servers := self._model.servers:
+            calls += f" ({', '.join(map(_server, servers))})"
         if self._console is not None:
             self._draw(status, stats, calls)
         elif self._throttle.is_due(status):
@@ -142,6 +146,28 @@ class ConsoleProgress:
             self._bar = None
 
 
+class GroupLines:
+    """Writes a line to *stream* when the documents that came are done, each PLAIN_LINE_EVERY_S while they are not, else none."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._written = 0  # processed documents in the last line
+        self._throttle = Throttle(PLAIN_LINE_EVERY_S)
+
+    def update(self, _job: str, status: str, stats: RunStats, in_flight: int, _limit: int | None = None) -> None:
+        """Write a line if it is time."""
+        self._written = min(self._written, stats.processed)  # smaller in a new run
+        new = stats.processed - self._written
+        if not new or (in_flight and not self._throttle.is_due(status)):
+            return
+        self._written = stats.processed
+        self._stream.write(
+            f"{datetime.now().astimezone():%H:%M:%S} {counted(new, 'conversation')} done; since the start {stats.successful} ok, "
+            f"{_by_student(stats)}{stats.failed} failed, {stats.skipped} skipped\n"
+        )
+        self._stream.flush()
+
+
 class FileProgress:
     """Writes ``<job>.json``, ``<job>.csv`` and ``metrics.prom`` in ``progress/`` of *directory*, each atomically.
 
@@ -151,7 +177,8 @@ class FileProgress:
 
     def __init__(self, directory: Path, model: ModelUse | None = None) -> None:
         self._directory = directory
-        self.metrics = RunMetrics(directory.resolve().name, model or ModelUse())
+        self._model = model or ModelUse()
+        self.metrics = RunMetrics(directory.resolve().name, self._model)
         self._folder = directory / "progress"
         self._rate = Rate()
         self._throttle = Throttle(FILE_EVERY_S)
@@ -193,6 +220,7 @@ class FileProgress:
             "by_student": stats.by_student,
             "in_flight": in_flight,
             "concurrency_limit": limit,
+            **({"servers": servers} if (servers := self._model.servers) else {}),
             "reasons": dict(stats.reasons),
             "current_rate": round(self._rate.per_second, 2),
             "estimated_completion": (now + left).isoformat(timespec="seconds") if left is not None else None,
@@ -224,6 +252,12 @@ class FileProgress:
 
 def _by_student(stats: RunStats) -> str:
     return f"{stats.by_student} of them by the student, " if stats.by_student else ""
+
+
+def _server(state: dict[str, Any]) -> str:
+    """Return the server and its calls in flight, or why it has none."""
+    shown = state["in_flight"] if state["state"] == "ready" else state["state"].replace("_", " ")
+    return f"{state['server']} {shown}"
 
 
 def _saved_times(path: Path) -> dict[str, float]:

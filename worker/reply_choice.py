@@ -6,6 +6,7 @@ until the model, the prompt or the taxonomy changes.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import orjson
 
 from classifier import Classifier
 from config import Settings, Taxonomy, load_prompt_taxonomy
-from domain.reply_style import STYLES, ReplyStyle
+from domain.reply_style import LONGER, STYLES, ReplyStyle
 from model_server.protocol import ChatTarget
+from model_server.scores import takes_scores
 from storage.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 FILE = "reply_style.json"
 MOST_KEPT = 20  # choices in the file, of as many models and prompts
@@ -27,15 +31,26 @@ def classifier_for(settings: Settings, target: ChatTarget, taxonomy: Taxonomy | 
     *taxonomy* None reads the one that *settings* name, with its examples.
     """
     taxonomy = taxonomy or load_prompt_taxonomy(settings)
-    return Classifier(taxonomy, settings.on_long, style_of(settings, target, taxonomy))
+    style = style_of(settings, target, taxonomy)
+    if settings.reply_style == "score" != style:
+        logger.warning(
+            "the reply style is %s and not score, which needs llama.cpp's own server and fields with one label each",
+            style,
+        )
+    return Classifier(taxonomy, settings.on_long, style)
 
 
 def style_of(settings: Settings, target: ChatTarget, taxonomy: Taxonomy) -> ReplyStyle:
-    """Return the reply style of a run; for ``auto`` without a stored choice, ``full``."""
-    if settings.reply_style != "auto":
-        return settings.reply_style
-    stored = stored_choice(settings.batch_files_dir, Classifier(taxonomy).plan(target))
-    return "full" if stored is None else stored
+    """Return the reply style of a run: for ``auto`` without a stored choice ``full``, for ``score`` where it fails ``list``."""
+    style = settings.reply_style
+    if style == "auto":
+        style = stored_choice(settings.batch_files_dir, Classifier(taxonomy).plan(target)) or "full"
+    return LONGER[style] if style == "score" and not can_score(target, taxonomy) else style
+
+
+def can_score(target: ChatTarget, taxonomy: Taxonomy) -> bool:
+    """Return whether the style ``score`` works with the server of *target*, as far as is known, and with *taxonomy*."""
+    return takes_scores(target) and not any(field.is_multiple for field in taxonomy.fields)
 
 
 def stored_choice(directory: Path, plan: str) -> ReplyStyle | None:

@@ -31,6 +31,7 @@ from worker.left_out import LeftOut, count_in_time, count_left_out
 from worker.quarantine import failed_keys
 from worker.settlement import BatchInWork, Settlement, WorkItem, verdict_of
 from worker.staleness import REPLACED
+from worker.urgent import UrgentLane
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class BatchRun:
         )
         self._progress = self._settlement.progress
         self.intake = DocumentIntake(parts, self._settlement)
-        self._queue: asyncio.Queue[WorkItem] = asyncio.Queue()
+        self._queue: asyncio.Queue[WorkItem | None] = asyncio.Queue()  # None: one that waits in the lane
+        self._lane = UrgentLane(parts, self.intake, self._settlement, self._queue)
         self._in_flight = 0
         self._model_errors = 0
         self._leases_sure_at = self._doubted_before = time.monotonic()
@@ -88,10 +90,12 @@ class BatchRun:
                     "leases": self._renew_leases(),
                     "stop": self._watch_stop(),
                     "indexes": self._prepare_source(count=to_the_end and not self._parts.options.only),
-                    **{f"worker-{number}": self._work() for number in range(self._settings.most_concurrent)},
+                    **{f"worker-{number}": self._work() for number in range(self._settings.most_in_flight)},
                 }
                 if self._parts.service_first is not None:
                     jobs["service"] = self._parts.service_first.watch(self._give_way)
+                if to_the_end and self._parts.urgent_first and self._parts.options.only in (None, "new"):
+                    jobs["urgent"] = self._lane.run()
                 started = [tasks.create_task(job, name=name) for name, job in jobs.items()]
                 for source in sources:
                     await self._admit_all(source)
@@ -121,6 +125,12 @@ class BatchRun:
         for _ in range(MAX_SWEEPS):
             if self._stop.is_set() or not await self._admit_all(self.intake.sweep()):
                 break
+        await self._retry()
+        await self._lane.end()
+        await self._until(lambda: self._settlement.unsettled == 0 or self._stop.is_set())
+        await self._retry()
+
+    async def _retry(self) -> None:
         while not self._stop.is_set() and await self._admit_all(self.intake.retry_round()):
             pass
 
@@ -130,7 +140,7 @@ class BatchRun:
         The next batch is read and saved while a whole batch, or twice the slots, is still in work, if both fit in memory.
         """
         await self._settlement.flush()
-        backlog = max(self._settings.batch_size, 2 * self._settings.most_concurrent)
+        backlog = max(self._settings.batch_size, 2 * self._settings.most_in_flight)
         admitted = 0
         async with contextlib.aclosing(source):
             async for batch in source:
@@ -141,11 +151,13 @@ class BatchRun:
                     self._queue.put_nowait(item)
                 admitted += len(batch.items)
                 await self._until(lambda: self._has_room(backlog) or self._stop.is_set())
-        await self._until(lambda: self._settlement.unsettled == 0 or self._stop.is_set())
+        await self._until(lambda: self._has_room(0) or self._stop.is_set())
         return admitted
 
     def _has_room(self, backlog: int) -> bool:
-        return self._settlement.unsettled <= backlog and self._settlement.bytes_in_work <= BYTES_IN_WORK
+        """Return whether at most *backlog* documents are in work; urgent ones keep none out, or the others could starve."""
+        unsettled = self._settlement.unsettled - (self._lane.unsettled if self._lane.taken else 0)
+        return unsettled <= backlog and (not backlog or self._settlement.bytes_in_work <= BYTES_IN_WORK)
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
         while not is_true():
@@ -154,19 +166,26 @@ class BatchRun:
 
     async def _work(self) -> None:
         while True:
-            async with contextlib.nullcontext() if self._limit is None else self._limit.slot():
-                item = await self._queue.get()
-                if self._parts.go is not None:
-                    await self._parts.go.wait()
-                await self._until(self._may_start)
-                if self._stop.is_set():
-                    continue
-                self._in_flight += 1
-                try:
-                    await self._process(item)
-                finally:
-                    self._in_flight -= 1
-                    self._progress.set()
+            if self._limit is None:
+                await self._work_on_next()
+            else:
+                async with self._limit.slot():
+                    await self._work_on_next()
+
+    async def _work_on_next(self) -> None:
+        entry = await self._queue.get()
+        if self._parts.go is not None:
+            await self._parts.go.wait()
+        await self._until(self._may_start)
+        if self._stop.is_set():
+            return
+        item = self._lane.exchange(entry) if self._lane.waiting or entry is None else entry
+        self._in_flight += 1
+        try:
+            await self._process(item)
+        finally:
+            self._in_flight -= 1
+            self._progress.set()
 
     def _may_start(self) -> bool:
         return self._floor is None or self._in_flight < self._floor or self._stop.is_set()
@@ -309,6 +328,7 @@ class BatchRun:
             logger.warning("the run goes on without the number of documents: %s", exc)
         try:
             await self._store.ensure_source_indexes()
+            self._lane.ready.set()
         except StoreError as exc:
             logger.warning("the run goes on without the indexes of the source: %s", exc)
 
@@ -360,6 +380,7 @@ class BatchRun:
             "in_retry_queue": len(self._failed_now("retry")),
             "in_quarantine": len(self._failed_now("quarantine")),
             "not_selected": None if self._left_out is None else asdict(self._left_out),
+            "urgent": self._lane.taken,
             "interrupted": self._stop.is_set(),
             "held_back_s": 0.0 if self._parts.service_first is None else round(self._parts.service_first.held_s, 1),
             "review_below": self._settings.review_below,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from error_handler import ConfigurationError, StoreError
@@ -25,10 +25,12 @@ class ServiceFirst:
     ``watch`` reads the lease in the background. While MongoDB does not answer, no renewal is seen, so the lease ends.
     """
 
-    def __init__(self, database: Any, server: str, floor: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """*server* is the ``server_name`` of the model server; *floor*, from 1, is the limit while the lease is held."""
+    def __init__(
+        self, database: Any, servers: Sequence[str], floor: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """*servers* have the ``server_name`` of each model server; *floor*, from 1, is the limit while one lease is held."""
         self._database = database
-        self._server = server
+        self._servers = servers
         self._floor = floor
         self._clock = clock
         self._seen: Any = _UNREAD  # the last renewal; the first one that is read may be old
@@ -53,7 +55,7 @@ class ServiceFirst:
         while True:
             before = self.limit
             try:
-                self.note(await lease_renewal(self._database, self._server))
+                self.note(await lease_renewal(self._database, *self._servers))
             except (StoreError, ConfigurationError) as exc:
                 self.note(self._seen)
                 if not self._is_told:

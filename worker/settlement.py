@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
+import orjson
+
 from domain.conversation import Conversation
 from error_handler import (
     FailureThresholdError,
@@ -55,14 +57,15 @@ def verdict_of(error: TriadError) -> Verdict:
 class WorkItem:
     """One document in work.
 
-    *past* is what an interrupted run, or an earlier round, left of it. *rounds* counts its earlier retry rounds; *ticket*
-    is its place in the reading order. *conversation* is set by aggregation. *input_hash* is empty if the document must be
-    asked itself; *followers* are documents with the same text that wait for its answer.
+    *written_id* is its id for the journal. *past* is what an interrupted run, or an earlier round, left of it. *rounds*
+    counts its earlier retry rounds; *ticket* is its place in the reading order. *conversation* is set by aggregation.
+    *input_hash* is empty if the document must be asked itself; *followers* have the same text and wait for its answer.
     """
 
     document: Document
     batch: BatchInWork
     key: bytes
+    written_id: orjson.Fragment
     past: JournalEntry
     ticket: int | None = None
     rounds: int = 0
@@ -83,7 +86,7 @@ class WorkItem:
 
     def note(self, event: Event, **details: Any) -> None:
         """Record *event* in the journal of its batch; see ``BatchJournal.add``."""
-        self.batch.file.journal.add(event, self.document_id, **details)
+        self.batch.file.journal.add(event, self.written_id, **details)
 
 
 class BatchInWork:
@@ -108,8 +111,8 @@ class BatchInWork:
         self.to_retry: list[FailedDocument] = []
         self.to_quarantine: list[FailedDocument] = []
         self.items: list[WorkItem] = []
-        for key, document in file.keyed:
-            item = WorkItem(document, self, key, file.replay.get(key) or JournalEntry())
+        for key, written_id, document in file.keyed:
+            item = WorkItem(document, self, key, written_id, file.replay.get(key) or JournalEntry())
             failure = file.failures.get(key)
             if failure is not None:
                 item.rounds = failure.retry_count + 1 if is_retry else 0
@@ -157,8 +160,8 @@ class GroupCommit(Generic[T]):
 
 def is_query(states: StateFields, document: Document) -> bool:
     """Return whether *document* has the state fields of a single query."""
-    has_turns = bool(document.keys() & {"tweets", "messages", states.status})
-    return states.is_default and not has_turns and bool(document.keys() & {"text", "processed"})
+    has_turns = "tweets" in document or "messages" in document or states.status in document
+    return states.is_default and not has_turns and ("text" in document or "processed" in document)
 
 
 class Settlement:
@@ -328,9 +331,8 @@ class Settlement:
         self.drop(item)
 
     def _add_status(self, document: Document, status: FinalStatus, reason: str | None) -> None:
-        self._statuses.setdefault((status, reason, is_query(self._store.states, document)), []).append(
-            document.get("_id")
-        )
+        group = (status, reason, is_query(self._store.states, document))
+        self._statuses.setdefault(group, []).append(document.get("_id"))
 
     def drop(self, item: WorkItem) -> None:
         """Give up responsibility for *item*: it is settled, or another worker has it."""

@@ -28,13 +28,14 @@ class Plan:
     """Model, prompt and options of a run. *named* returns the fingerprint of the same plan with its model under another name.
 
     Ollama lists one model under several names; the *digest* identifies it, None if it is unknown. *others* are the same
-    plan in the other reply styles.
+    plan in the other reply styles, *mixed* the plans of the other models if the servers of the run have different ones.
     """
 
     fingerprint: str
     digest: str | None = None
     named: Callable[[str], str] | None = None
     others: tuple[Plan, ...] = ()
+    mixed: tuple[Plan, ...] = ()
 
     def taught(self, metadata: Document, input_hash: str) -> bool:
         """Return whether a result with *metadata* is of a student that imitates this plan."""
@@ -47,6 +48,8 @@ class Plan:
         """Return whether a result with *metadata* would come out of this plan, or of a better one, for the same input."""
         fingerprint, model = metadata.get("fingerprint"), metadata.get("model_used")
         if fingerprint == result_fingerprint(self.fingerprint, input_hash):
+            return True
+        if any(one.made(metadata, input_hash) for one in self.mixed):
             return True
         if self.fingerprint.startswith(BASELINE_PLAN):  # they replace only their own results, with another taxonomy
             return model not in BUILT_IN_MODELS
@@ -76,12 +79,6 @@ class StalenessChecker:
         made = await self.store.result_provenance([document["_id"] for document in documents])
         keyed = [(id_key(document["_id"]), document) for document in documents]
         return [(document, self._kind(document, made.get(key), is_queued=key in queued)) for key, document in keyed]
-
-    async def grown(self, documents: list[Document]) -> set[bytes]:
-        """Return the ``id_key`` of those *documents* that have a result of another text than theirs."""
-        made = await self.store.result_provenance([document["_id"] for document in documents])
-        keyed = [(id_key(document["_id"]), document) for document in documents]
-        return {key for key, document in keyed if key in made and self._fits(document, made[key]) == "changed"}
 
     async def settled(self, documents: list[Document], only: Only) -> set[bytes]:
         """Return the ``id_key`` of those *documents* that have a result and are not of the kind *only*.
@@ -121,3 +118,12 @@ class StalenessChecker:
         if self.plan.made(fields, input_hash):
             return "done"
         return "style" if any(other.made(fields, input_hash) for other in self.plan.others) else "stale"
+
+
+async def grown_keys(store: DocumentStore, documents: list[Document], done: set[bytes]) -> set[bytes]:
+    """Return the ``id_key`` of those *documents* that are *done*, but whose result is of another text than theirs."""
+    labelled = [document for document in documents if id_key(document["_id"]) in done]
+    if not labelled:
+        return set()
+    settled = await StalenessChecker(store, Path(), None).settled(labelled, "changed")
+    return {id_key(document["_id"]) for document in labelled} - settled

@@ -140,7 +140,7 @@ def _documents_in(path: Path) -> int | None:
 
 def _open_files(settings: Settings) -> Iterator[Finding]:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = FILES_OF_A_RUN + MAX_POOL_SIZE + settings.most_concurrent
+    needed = FILES_OF_A_RUN + MAX_POOL_SIZE + settings.most_in_flight
     if limit == resource.RLIM_INFINITY or limit >= needed:
         yield ok("This process can open as many files as a run needs.", limit=limit, needed=needed)
     else:

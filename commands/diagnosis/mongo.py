@@ -26,8 +26,10 @@ from storage.extended_json import id_text
 from storage.mongo_errors import connection_problem, has_no_server, translated
 from storage.mongo_indexes import RESULT_INDEXES, UNIQUE_FIELD, label_indexes, serves_as_unique
 from storage.selection import StateFields, switch
+from storage.subset import Subset
 from utils.process import tell_line
 from worker.left_out import count_in_time, count_left_out, status_name
+from worker.subset import require_query
 
 LOOPBACK = ("127.", "localhost", "[::1]")
 MAX_CLOCK_DIFFERENCE_S = 5.0
@@ -52,18 +54,28 @@ Tell = Callable[[str], None]
 
 
 async def diagnose(
-    settings: Settings, now: Clock = lambda: datetime.now(UTC), tell: Tell = tell_line
+    settings: Settings, now: Clock = lambda: datetime.now(UTC), tell: Tell = tell_line, subset: Subset | None = None
 ) -> AsyncGenerator[Finding]:
     """Yield the findings about MongoDB, the connection first; a failed connection ends the diagnosis.
 
-    *now* is this machine's clock; *tell* gets the progress of counts that take long.
+    *now* is this machine's clock; *tell* gets the progress of counts that take long. With a *subset*, what a run of it does not
+    select is counted.
 
     Raises:
         ConfigurationError: MONGODB_URI is not a usable address.
     """
     documents = partial(_documents, tell)
-    checks: list[Check] = [_topology, _rights, documents, _oldest_pending, _results, _indexes, partial(_clock, now)]
-    store = DocumentStore(settings)
+    checks: list[Check] = [
+        _topology,
+        _rights,
+        _subset,
+        documents,
+        _oldest_pending,
+        _results,
+        _indexes,
+        partial(_clock, now),
+    ]
+    store = DocumentStore(settings, subset=subset)
     try:
         try:
             await store.check()
@@ -166,6 +178,16 @@ def allowed_actions(privileges: Sequence[Mapping[str, Any]], db_name: str, colle
     return actions
 
 
+async def _subset(store: DocumentStore, _settings: Settings) -> AsyncGenerator[Finding]:
+    """Report how many documents a run takes of the subset, and how many wait outside of it."""
+    if store.states.subset:
+        await require_query(store, store.states.subset, "--filter")
+        inside, pending = await store.count("sweep"), await store.count("sweep", whole=True)
+        yield ok(
+            f"Of {counted(pending, 'pending document')}, {inside:,} are in the subset.", pending=pending, inside=inside
+        )
+
+
 def count_stages(states: StateFields) -> list[dict[str, Any]]:
     """Return the stages that count the documents by shape and state."""
     return [{"$group": {"_id": {"shape": _SHAPE, "state": states.state_expression}, "count": {"$sum": 1}}}]
@@ -195,8 +217,10 @@ async def _documents(tell: Tell, store: DocumentStore, settings: Settings) -> As
     except StoreUnavailableError as exc:
         yield warning("The documents that a run does not select were not counted.", f"{exc}.")
     else:
-        for sentence, remedy in replace(left_out, failed=0, skipped=0).problems(settings.results_collection):
-            yield warning(sentence, remedy)  # those two are counted above
+        for sentence, remedy in replace(left_out, failed=0, skipped=0, filtered=0).problems(
+            settings.results_collection
+        ):
+            yield warning(sentence, remedy)  # the other three are counted above
     if "processing" in found:
         yield ok(
             "Documents in processing belong to a running worker or to one that died; the next run takes the latter."

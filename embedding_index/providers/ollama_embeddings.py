@@ -71,7 +71,7 @@ class OllamaProvider:
         """
         if index.dimensions is not None:
             raise ConfigurationError("EMBEDDING_DIMENSIONS works with models of OpenAI only; remove it.")
-        self._url = settings.ollama_endpoint
+        self._url = settings.ollama_endpoints[0]
         self._model = index.model
         self._timeout_s = index.timeout_s
         # The default of EMBEDDING_CONCURRENCY is meant for OpenAI.

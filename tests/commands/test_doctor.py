@@ -16,8 +16,9 @@ from commands.diagnosis.findings import Finding
 from commands.diagnosis.mongo import MAX_CLOCK_DIFFERENCE_S, diagnose
 from config import load_settings
 from config.settings import Settings
+from embedded.replica_set import ReplicaSetMongod
+from tests.fakes.fake_ollama import FakeOllama
 from tests.forked_process import ForkedProcess
-from tests.replica_set import ReplicaSetMongod
 from tests.worker.long_conversations import long_conversation
 from tests.worker.site import ROOT, Site, conversation
 
@@ -235,3 +236,22 @@ def test_model_is_checked_without_mongodb(site: Site) -> None:
     asked = next(finding for finding in found if "Could not measure the documents" in finding["sentence"])
     assert (asked["level"], asked["area"]) == ("warning", "model")
     assert any("gives the whole window of 8192" in finding["sentence"] for finding in found)
+
+
+def test_several_model_servers_are_checked_one_by_one_and_compared(site: Site) -> None:
+    """One that differs would be left out."""
+    assert site.model is not None
+    with (
+        FakeOllama() as second,
+        FakeOllama(models=[{"name": "llama3.2:latest", "copy_of": "another"}]) as third,
+    ):
+        address = ",".join(one.url for one in (site.model, second, third))
+        found = report(site, "--no-probe", OLLAMA_ENDPOINT=address)
+        names = [one.url.removeprefix("http://") for one in (site.model, second, third)]
+        levels = {
+            finding["sentence"][: len(names[0])]: finding["level"] for finding in found if finding["area"] == "servers"
+        }
+        assert levels == dict(zip(names, ("ok", "ok", "warning"), strict=True))
+        assert sum("answers at http" in finding["sentence"] for finding in found) == 3
+        found = report(site, "--no-probe", OLLAMA_ENDPOINT=f"{second.url},{third.url}", code=3)
+        assert "No two servers are alike" in of_level(found, "error")["servers"]

@@ -50,6 +50,8 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--mode", "continuous"], "mode", "continuous"),
         (["--batch-files-dir", "x/y"], "batch_files_dir", Path("x/y")),
         (["--ollama-endpoint", "http://gpu:1"], "ollama_endpoint", "http://gpu:1"),
+        (["--ollama-endpoint", "gpu", "--ollama-endpoint", "b:1"], "ollama_endpoint", "http://gpu:11434,http://b:1"),
+        (["--allow-mixed-models"], "allow_mixed_models", True),
         (["--model", "phi4"], "ollama_model", "phi4"),
         (["--preset", "conservative"], "max_concurrent", 3),
         (["--preset", "conservative"], "batch_size", 50),

@@ -47,7 +47,13 @@ async def mark_all_died(site: Site) -> None:
 def test_status_shows_running_lost_and_ended_workers(site: Site) -> None:
     """One line that counts them, then each; exit code 1 because one is lost."""
     now = datetime.now(UTC)
-    documents = [heartbeat("a"), heartbeat("b", silent_s=90), heartbeat("c", status="completed", ended_at=now)]
+    server = {"server": "gpu:1", "state": "away", "problem": "no connection", "answered": 9, "seconds": 0.5}
+    servers = [server | {"in_flight": 0, "limit": 4, "is_ready": False}]
+    documents = [
+        heartbeat("a", servers=servers),
+        heartbeat("b", silent_s=90),
+        heartbeat("c", status="completed", ended_at=now),
+    ]
     site.database[WORKERS].insert_many([*documents, {"_id": "unknown"}])
     ended = site.run("status")
     assert ended.code == ExitCode.INCOMPLETE
@@ -56,6 +62,7 @@ def test_status_shows_running_lost_and_ended_workers(site: Site) -> None:
     assert "running     worker-a on host-a: 1,040 of 2,000 documents, 0.5/s, about 32 min left" in text
     assert "1,030 classified, 7 failed, 3 skipped (5 x timeout, 2 x busy); 3 calls in flight, limit 5" in text
     assert "model server answers; for 5 min" in text
+    assert "gpu:1: 9 conversations, 0.50 s each, away: no connection; 0 in flight, limit 4\n" in text
     assert "lost        worker-b on host-b: no sign of life for 1 min; 1,030 classified" in text
     assert "last 1 run that ended:\ncompleted   worker-c on host-c: 1,030 classified" in text
     shown = site.run("status", "--json").json["workers"]

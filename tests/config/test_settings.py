@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from config import Settings, load_settings
 from config.loading import DOTENV, variables_of
 from config.openai_settings import load_openai_settings
+from config.queries import PriorityRule
 from config.service_settings import load_service_settings
 from error_handler import ConfigurationError
 from tests.config.values import read
@@ -29,8 +30,10 @@ VALUES: dict[str, tuple[str, Any]] = {
     "mongodb_timeout_ms": ("5000", 5000),
     "mongodb_backoff_s": ("0.5", 0.5),
     "mode": ("continuous", "continuous"),
+    "settle_s": ("5", 5.0),
     "ollama_model": ("llama3.2", "llama3.2"),
     "ollama_endpoint": ("http://gpu:1", "http://gpu:1"),
+    "allow_mixed_models": ("true", True),
     "ollama_num_ctx": ("16384", 16384),
     "on_long": ("skip", "skip"),
     "llm_load_timeout_s": ("900", 900.0),
@@ -59,6 +62,12 @@ VALUES: dict[str, tuple[str, Any]] = {
     "metrics_port": ("9464", 9464),
     "metrics_address": ("0.0.0.0", "0.0.0.0"),
     "log_level": ("debug", "DEBUG"),
+    "priority_field": ("metadata.priority", "metadata.priority"),
+    "priority_rules": (
+        '[{"query": {"tier": "vip"}, "priority": 5}]',
+        (PriorityRule('{"tier": "vip"}', 5.0),),
+    ),
+    "time_field": ("_id", "_id"),
 }
 ALIASES = [(field, name) for field in VALUES for name in variables_of(Settings, field)]
 
@@ -358,6 +367,22 @@ def test_address_of_ollama_is_read_as_ollama_reads_it(
     settings = load_settings(None)
     assert settings.ollama_endpoint == expected
     assert settings.chat_url == f"{expected}/api/chat"
+
+
+def test_several_addresses_of_ollama_are_read_one_by_one() -> None:
+    """Each once, from a text with commas or from a flag that is repeated."""
+    expected = ("http://gpu:11434", "http://b:1")
+    for value in ("gpu, http://b:1/api,http://gpu:11434,", ["gpu", "http://b:1"], ["gpu,b:1"]):
+        settings = load_settings(None, ollama_endpoint=value, max_concurrent=4)
+        assert settings.ollama_endpoints == expected
+        assert settings.chat_url == "http://gpu:11434/api/chat"
+        assert [one.server_url for one in settings.for_each_server()] == list(expected)
+        assert settings.most_in_flight == 8
+    assert (
+        load_settings(None, ollama_endpoint=["a", "b"], llm_api_url="http://c/v1").for_each_server()[0].server_url
+        == "http://c"
+    )
+    assert "without user name" in refusal(None, ollama_endpoint=f"http://a,http://user:{SECRET}@b")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     python tests/crash/faulty_worker.py '{"seam": "answered", "passage": 3}' --batch-size 10
 
-Keys of the plan: *seam*, one of SEAMS or QUARANTINE_SEAMS; *passage*, from 1 (default 1); *poison*, the number of the
+Keys of the plan: *seam*, one of SEAMS, QUARANTINE_SEAMS or URGENT_SEAMS; *passage*, from 1 (default 1); *poison*, the number of the
 conversation that aborts the process when it is aggregated; *file_limit*, the largest size of a file in bytes. The
 process ends by SIGKILL, so nothing is cleaned up.
 """
@@ -31,6 +31,7 @@ from storage import files as storage_files
 from storage.files import BatchJournal
 from utils import batch_file_manager
 from utils.batch_file_manager import BatchFiles
+from worker.intake import DocumentIntake
 
 Matches = Callable[[tuple[Any, ...]], bool]
 
@@ -103,6 +104,11 @@ QUARANTINE_SEAMS = {
     "removed": Seam(batch_file_manager, "remove_file", False, _in_folder("quarantine", ".json")),
 }
 
+# Only urgent documents pass these.
+URGENT_SEAMS = {
+    "urgent_taken": Seam(DocumentIntake, "urgent"),
+}
+
 
 def die() -> None:
     """End this process as ``kill -9`` does."""
@@ -111,7 +117,7 @@ def die() -> None:
 
 def arm(name: str, passage: int) -> None:
     """Kill the process when it passes the seam *name* for the *passage*-th time."""
-    seam = {**SEAMS, **QUARANTINE_SEAMS}[name]
+    seam = {**SEAMS, **QUARANTINE_SEAMS, **URGENT_SEAMS}[name]
     original = getattr(seam.owner, seam.name)
     passages = itertools.count(1)
 

@@ -12,8 +12,8 @@ import pytest
 from pymongo import MongoClient
 
 from embedded.mongod import EmbeddedMongod
+from embedded.replica_set import ReplicaSetMongod
 from tests.fakes.fake_ollama import FakeOllama
-from tests.replica_set import ReplicaSetMongod
 from tests.worker.site import (
     Document,
     Site,

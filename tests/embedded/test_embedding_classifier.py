@@ -22,7 +22,8 @@ if not missing_packages():
     from threadpoolctl import threadpool_info, threadpool_limits
 
     from embedded import embedding_classifier, minilm
-    from embedded.embedding_classifier import EmbeddingClassifier, known_phrases
+    from embedded.embedding_classifier import EmbeddingClassifier, known_messages, known_phrases, label_vectors
+    from embedded.label_scores import label_texts
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = load_taxonomy()
@@ -248,7 +249,25 @@ class TestShippedFiles:
 
     def test_weights_are_kilobytes(self) -> None:
         assert embedding_classifier.WEIGHTS.stat().st_size < 300_000
-        assert embedding_classifier.PHRASES.stat().st_size < 1_000_000
+        assert embedding_classifier.PHRASES.stat().st_size < 1_200_000
+
+    def test_messages_belong_to_the_labels_of_the_shipped_taxonomy(self) -> None:
+        """A label with another definition has none: they were not written for it."""
+        messages = known_messages(load_file(embedding_classifier.PHRASES))
+        definitions = {label_texts(label)[0] for field in ("intent", "topic") for label in SHIPPED.labels(field)}
+        assert messages.keys() == definitions
+        with (ROOT / "benchmarks/messages.tsv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        assert sum(map(len, messages.values())) == 2 * len({row["text"] for row in rows}) == 2 * len(rows)
+        other = (Label("Complaint", "The customer talks about a complaint."),)
+        assert len(label_vectors(minilm.open_encoder(), other, {}, messages).phrases) == 1
+
+    def test_a_reply_that_tells_what_was_done_counts_for_the_intent(self, classifier: EmbeddingClassifier) -> None:
+        asked = conversation(("customer", "Hello, it is about order 4411."))
+        replied = conversation(*((t.sender, t.text) for t in asked.turns), ("agent", "I have cancelled it for you."))
+        alone, beside = classifier.answers([asked, replied])
+        assert alone.classification.intent != "Cancellation"
+        assert beside.classification.intent == "Cancellation"
 
     def test_sentences_are_about_a_thousand_and_no_two_are_the_same(self) -> None:
         with (ROOT / "benchmarks/sentiment_sentences.tsv").open(encoding="utf-8", newline="") as file:

@@ -20,8 +20,8 @@ import pytest
 
 from embedded import mongod as embedded_mongod
 from embedded.mongod import PORTS, EmbeddedMongod, find_mongod
+from embedded.replica_set import ReplicaSetMongod
 from error_handler import ConfigurationError
-from tests.replica_set import ReplicaSetMongod
 
 ROOT = Path(__file__).parents[2]
 LOADER_ERROR = "mongod: error while loading shared libraries: {}: cannot open shared object file: No such file"
@@ -104,6 +104,20 @@ def test_replica_set_keeps_its_data_over_restart_crash_and_another_port(tmp_path
         assert moved.port != port
         assert count(moved) == 3
         insert(moved)
+
+
+@pytest.mark.thorough
+def test_data_of_a_killed_standalone_server_becomes_a_replica_set(tmp_path: Path) -> None:
+    """Earlier versions ran the embedded MongoDB as a standalone server."""
+    with EmbeddedMongod(tmp_path / "data") as earlier:
+        insert(earlier)
+        earlier.kill()
+    with ReplicaSetMongod(tmp_path / "data") as mongod:
+        assert count(mongod) == 1
+        insert(mongod)
+        mongod.kill()
+    with ReplicaSetMongod(tmp_path / "data") as again:
+        assert count(again) == 2
 
 
 @pytest.mark.thorough

@@ -31,7 +31,7 @@ def run(mongodb_uri: str, db_name: str, nothing_is_set: None, tmp_path: Path, mo
     def shared_mongod(_folder: Path) -> Iterator[Any]:
         yield SimpleNamespace(uri=mongodb_uri)
 
-    monkeypatch.setattr("embedded.mongod.EmbeddedMongod", shared_mongod)
+    monkeypatch.setattr("embedded.replica_set.ReplicaSetMongod", shared_mongod)
     monkeypatch.setattr(cli, "EMBEDDED_DATA", tmp_path)
     monkeypatch.setenv("MONGODB_DB", db_name)
     monkeypatch.setenv("OLLAMA_ENDPOINT", "http://127.0.0.1:1")

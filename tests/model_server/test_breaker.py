@@ -10,6 +10,7 @@ import pytest
 from error_handler import (
     LLMBusyError,
     LLMConnectionError,
+    LLMElsewhereError,
     LLMError,
     LLMModelError,
     LLMOutageError,
@@ -233,3 +234,41 @@ async def test_close_stops_the_probes() -> None:
         await asyncio.sleep(0)
     assert server.probes == probes
     assert [task for task in asyncio.all_tasks() if task.get_name() == "breaker-probe"] == []
+
+
+ONE_OF_SEVERAL = BreakerPolicy(first_probe_s=0.0, probe_cap_s=0.0, has_others=True)
+
+
+@pytest.mark.parametrize("problem", [LLMConnectionError("reset"), LLMTimeoutError("hangs")], ids=["lost", "timeout"])
+async def test_call_of_a_dead_server_goes_elsewhere_at_once_if_there_are_others(problem: LLMError) -> None:
+    """It does not wait for the server, and the next one sends nothing."""
+    server = Server(alive=False)
+    server.failing = [problem]
+    breaker = CircuitBreaker(server.probe, ONE_OF_SEVERAL)
+    for _ in range(2):
+        with pytest.raises(LLMElsewhereError):
+            await breaker.call(server.send)
+    assert (server.sent, breaker.openings) == (1, 1)
+    server.alive = True
+    await breaker.until_closed()
+    assert await breaker.call(server.send) == "answer"
+
+
+@pytest.mark.parametrize("problem", [LLMConnectionError("reset"), LLMTimeoutError("slow")], ids=["lost", "timeout"])
+async def test_call_of_a_live_server_fails_although_there_are_others(problem: LLMError) -> None:
+    """The request may be at fault."""
+    server = Server()
+    server.failing = [problem]
+    breaker = CircuitBreaker(server.probe, ONE_OF_SEVERAL)
+    with pytest.raises(type(problem)):
+        await breaker.call(server.send)
+    assert not breaker.is_open
+
+
+async def test_opened_breaker_closes_by_its_probe() -> None:
+    server = Server()
+    breaker = CircuitBreaker(server.probe, ONE_OF_SEVERAL)
+    breaker.open("another model")
+    assert breaker.is_open
+    await breaker.until_closed()
+    assert await breaker.call(server.send) == "answer"

@@ -43,6 +43,18 @@ def service(tmp_path: Path, mongodb_uri: str, db_name: str) -> Iterator[ServiceP
         yield process
 
 
+SERVER = {
+    "server": "gpu-a:11434",
+    "state": "left_out",
+    "problem": "<i>",
+    "is_ready": False,
+    "in_flight": 3,
+    "limit": 4,
+    "answered": 1200,
+    "seconds": 0.812,
+}
+
+
 def worker(number: int, silent_s: float = 0.0, **fields: Any) -> dict[str, Any]:
     """Return the document of a worker, last written *silent_s* ago."""
     beat_at = datetime.now(UTC) - timedelta(seconds=silent_s)
@@ -125,7 +137,11 @@ def test_page_shows_workers_lost_workers_and_ended_runs(service: ServiceProcess,
     ended = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
     database[WORKERS].insert_many(
         [
-            worker(1, host="<b>host</b>"),
+            worker(
+                1,
+                host="<b>host</b>",
+                servers=[SERVER, {**SERVER, "server": "gpu-b:11434", "state": "ready", "problem": ""}],
+            ),
             worker(2, silent_s=60),
             worker(3, status="completed", ended_at=ended, started_at=ended, beat_at=ended),
             {"_id": "old"},
@@ -137,6 +153,11 @@ def test_page_shows_workers_lost_workers_and_ended_runs(service: ServiceProcess,
     assert page.count('class="card running"') == 2
     assert page.count('class="card lost"') == 1
     assert "No sign of life for 1 min" in page
+    assert (
+        '<tr><th scope="row">gpu-a:11434</th><td>left out: &lt;i&gt;</td><td>3 of 4</td><td>1,200</td><td>0.81</td></tr>'
+        in page
+    )
+    assert '<tr><th scope="row">gpu-b:11434</th><td>ready</td>' in page
     assert 'action="dashboard/runs/w1/stop"' in page
     assert "dashboard/runs/w2/" not in page
     assert "2026-11-01 12:00:00" in page

@@ -16,6 +16,7 @@ import pytest
 from pymongo import AsyncMongoClient, MongoClient
 from pymongo.database import Database
 
+from config import load_settings
 from embedded.mongod import EmbeddedMongod
 from model_server.protocol import ChatReply
 from storage import heartbeats
@@ -28,6 +29,7 @@ from worker.checkpoint import RunStats
 from worker.model_use import ModelUse
 
 Document = dict[str, Any]
+SETTINGS = load_settings(None, results_collection="results", max_concurrent=5)
 NO_RIGHT = "no heartbeat for the dashboard"
 OPERATIONS = Path(__file__).parents[2] / "docs/operations.md"
 
@@ -97,7 +99,7 @@ async def test_orders_pause_resume_and_stop(mongodb_uri: str, db_name: str, monk
         collection = heartbeats.heartbeats(client[db_name], "results")
         stop = asyncio.Event()
         model = ModelUse()
-        beating = heartbeat.Heartbeat(client[db_name], "results", "$worker", stop, 5, model)
+        beating = heartbeat.Heartbeat(client[db_name], SETTINGS, "$worker", stop, model)
         model.note_answer(ChatReply("", 10, 2, queue_wait_s=0.5))
         beating.update("job_1", "running", RunStats(total=9), 3)
         beating.start()
@@ -123,7 +125,7 @@ async def test_orders_pause_resume_and_stop(mongodb_uri: str, db_name: str, monk
 async def test_empty_pass_does_not_replace_the_last_one(mongodb_uri: str, db_name: str) -> None:
     """A continuous worker ends between two passes, and most of them have no documents."""
     async with AsyncMongoClient[Document](mongodb_uri) as client:
-        beating = heartbeat.Heartbeat(client[db_name], "results", "worker", asyncio.Event(), 5, ModelUse())
+        beating = heartbeat.Heartbeat(client[db_name], SETTINGS, "worker", asyncio.Event(), ModelUse())
         beating.start()
         beating.update("job_1", "running", RunStats(total=3), 3)
         beating.update("job_1", "completed", RunStats(total=3, processed=3, successful=3), 0)

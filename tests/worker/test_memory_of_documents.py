@@ -14,9 +14,9 @@ from pymongo.database import Database
 from aggregator import aggregate_conversation
 from config import load_settings
 from domain.conversation import source_paths
-from mongo_client import SAMPLE_BYTES, DocumentStore
+from mongo_client import DocumentStore
 from storage.extended_json import SMALL_BYTES
-from storage.mongo_pages import PAGE_BYTES
+from storage.mongo_pages import PAGE_BYTES, SAMPLE_BYTES
 from storage.selection import UNREADABLE, StateFields
 from tests.worker.site import ROOT, Site, conversation, documents_of_all_shapes, filled
 from worker.plan import SAMPLE_FIELDS, SAMPLE_SIZE

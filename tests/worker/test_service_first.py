@@ -34,7 +34,7 @@ class Clock:
 
 def reader(floor: int = 1) -> tuple[ServiceFirst, Clock]:
     clock = Clock()
-    return ServiceFirst(None, "server:80", floor, clock), clock
+    return ServiceFirst(None, ["server:80"], floor, clock), clock
 
 
 def test_lease_of_an_earlier_service_holds_no_worker() -> None:
@@ -102,7 +102,7 @@ def test_mongodb_away_is_one_warning_and_no_lease(
         client = AsyncMongoClient[dict[str, Any]]("mongodb://127.0.0.1:1")
         await client.close()  # each call fails
         looks = iter(range(3))
-        lease = ServiceFirst(client["absent"], "one:80", 1, clock=lambda: next(looks))
+        lease = ServiceFirst(client["absent"], ["one:80"], 1, clock=lambda: next(looks))
         with pytest.raises(RuntimeError, match="StopIteration"):
             await lease.watch(lambda _: None)
         assert lease.limit is None

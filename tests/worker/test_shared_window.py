@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,16 +11,17 @@ import pytest
 from pymongo import AsyncMongoClient
 
 from async_llm_wrapper import AsyncLLMClient, SharedWindow, open_session
-from config import Settings
+from config import load_settings
 from error_handler import StoreForbiddenError
 from model_server.models import chat_target
 from model_server.window import choose_window
 from storage import window_agreement
 from storage.service_lease import server_name
 from storage.window_agreement import COLLECTION, UsedWindow
+from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.long_conversations import long_conversation
 from tests.worker.site import Site, conversation, model_of, until
-from worker.shared_window import agreed_window
+from worker.shared_window import loaded_window
 
 
 def used_by(client: Any, db_name: str, worker: str, server: str = "host:1", model: str = "m") -> UsedWindow:
@@ -97,21 +97,21 @@ def test_larger_window_is_announced_before_the_model_is_loaded_with_it(site: Sit
 
 
 async def test_running_worker_adopts_a_larger_window(
-    mongodb_uri: str, db_name: str, monkeypatch: pytest.MonkeyPatch
+    mongodb_uri: str, db_name: str, model: FakeOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its next call has it, unless the operator set the window."""
     monkeypatch.setattr("worker.shared_window.RENEW_S", 0.01)
-    settings = Settings(ollama_model="m", ollama_endpoint="http://127.0.0.1:1")
-    target = chat_target(settings, "m")
+    settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=model.url)
+    target = chat_target(settings, "llama3.2")
     async with (
         AsyncMongoClient[dict[str, Any]](mongodb_uri) as client,
         open_session(1) as session,
         AsyncExitStack() as stack,
     ):
         asked = AsyncLLMClient(settings, target, session)
-        window = await agreed_window(stack, client[db_name], asked, choose_window([3000], None), print)
-        asked.target = replace(target, num_ctx=4096)
-        await used_by(client, db_name, "other", server_name(target.server_url)).renew(16_384)
+        window = await loaded_window(stack, client[db_name], asked, choose_window([3000], None), print)
+        assert window.target.num_ctx == 4096
+        await used_by(client, db_name, "other", server_name(target.server_url), "llama3.2").renew(16_384)
         async with asyncio.timeout(20):
             while window.target.num_ctx == 4096:
                 await asyncio.sleep(0.01)

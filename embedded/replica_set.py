@@ -1,7 +1,8 @@
-"""A replica set with one member, for tests."""
+"""A replica set with one member: the embedded MongoDB has change streams, as those of production do."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 
 from embedded.mongod import POLL_S, START_TIMEOUT_S, EmbeddedMongod
+from error_handler import ConfigurationError
 
 NAME = "rs0"
 
@@ -28,16 +30,29 @@ class ReplicaSetMongod(EmbeddedMongod):
         return f"{super().uri}?replicaSet={NAME}"
 
     def start(self) -> None:
-        """Start it and wait until it is primary; a data folder of another port is reconfigured."""
+        """Start it and wait until it takes writes; a data folder of a standalone server or of another port is converted.
+
+        Raises:
+            ConfigurationError: It cannot run on this machine, or not with this folder. Nothing is left running.
+        """
         if self.pid is not None:
             return
         super().start()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.kill)
+            self._become_primary()
+            undo.pop_all()
+
+    def _become_primary(self) -> None:
         members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
         config: dict[str, Any] = {"_id": NAME, "version": 1, "members": members}
         deadline = time.monotonic() + START_TIMEOUT_S
         with MongoClient[dict[str, Any]](f"{super().uri}?directConnection=true") as client:
             while not client.admin.command("hello")["isWritablePrimary"]:
-                assert time.monotonic() < deadline, "no primary in time"
+                if time.monotonic() > deadline:
+                    raise ConfigurationError(
+                        f"The embedded MongoDB took no writes after {START_TIMEOUT_S:.0f} s; see mongod.log in its folder."
+                    )
                 try:
                     client.admin.command("replSetGetStatus")
                 except OperationFailure as exc:

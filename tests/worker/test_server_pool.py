@@ -1,0 +1,252 @@
+"""Several model servers: which one is asked, which one is left out, and what a server costs that fails in mid-run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from async_llm_wrapper import AsyncLLMClient
+from config import load_settings
+from error_handler import LLMOutageError, LLMUnavailableError
+from tests.fakes.fake_ollama import FakeOllama
+from tests.worker.site import Site, check_exactly_once, filled, model_of, until
+from worker.pool_server import FORGET_S, Server, Traits, host_and_port
+from worker.server_pool import open_pool
+
+OTHER = {"models": [{"name": "llama3.2:latest", "copy_of": "another"}]}
+DIGEST = hashlib.sha256(b"fake-model:another").hexdigest()
+
+
+@pytest.fixture(scope="module")
+def shared_second() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        yield server
+
+
+@pytest.fixture
+def second(shared_second: FakeOllama) -> FakeOllama:
+    """A second model server, as if it had just started."""
+    shared_second.renew()
+    return shared_second
+
+
+def both(site: Site, *others: FakeOllama) -> dict[str, str]:
+    return {"OLLAMA_ENDPOINT": ",".join([model_of(site).url, *(other.url for other in others)])}
+
+
+def server(name: str, seconds: float | None, slots: int = 4, in_flight: int = 0) -> Server:
+    """A server that has answered in *seconds*, None: not yet."""
+    settings = load_settings(None, ollama_endpoint=f"http://{name}:11434", ollama_model="m")
+    made = Server(settings, cast("AsyncLLMClient", None), slots, None)
+    made.in_flight = in_flight
+    if seconds is not None:
+        made.measure(seconds, 0.0)
+    return made
+
+
+def spread(servers: list[Server], calls: int) -> list[int]:
+    """Return how many of *calls* each server gets if none is answered."""
+    for _ in range(calls):
+        min(servers, key=lambda one: one.wait(1.0)).in_flight += 1
+    return [one.in_flight for one in servers]
+
+
+def test_work_is_weighted_by_speed_and_no_slot_stays_idle() -> None:
+    """Four, two and one second for a call, four slots each: the faster one gets more, and in the end all are full."""
+    speeds = (4.0, 2.0, 1.0)
+    assert spread([server("a", seconds) for seconds in speeds], 3) == [0, 1, 2]
+    assert spread([server("a", seconds) for seconds in speeds], 7) == [1, 2, 4]
+    assert spread([server("a", seconds) for seconds in speeds], 12) == [4, 4, 4]
+    # Beyond the slots, the queues hold the same time.
+    assert spread([server("a", seconds) for seconds in speeds], 21) == [4, 6, 11]
+
+
+def test_slots_count_as_speed() -> None:
+    assert spread([server("a", 1.0, slots=2), server("b", 1.0, slots=6)], 4) == [1, 3]
+
+
+def test_server_that_was_not_measured_lately_is_tried() -> None:
+    """A server that was slow once is not avoided for ever."""
+    slow, fast = server("a", 60.0), server("b", 0.1)
+    assert slow.wait(1.0) > fast.wait(1.0)
+    fast.measure(0.1, FORGET_S)
+    assert slow.wait(FORGET_S + 1) < fast.wait(FORGET_S + 1)
+    assert server("c", None).wait(1.0) < fast.wait(1.0)
+
+
+def test_shown_names_hold_no_path() -> None:
+    assert [host_and_port(url) for url in ("http://gpu:1234/key", "https://gpu", "http://[::1]:80")] == [
+        "gpu:1234",
+        "gpu:443",
+        "[::1]:80",
+    ]
+
+
+def test_differences_are_told_in_words() -> None:
+    first = Traits("sha256:" + "a" * 64, "0.33.0")
+    assert Traits(first.digest, "0.33.0").differences(first) == []
+    assert Traits("b" * 64, None).differences(first) == [
+        "model digest bbbbbbbbbbbb instead of aaaaaaaaaaaa",
+        "version unknown instead of 0.33.0",
+    ]
+
+
+def test_two_servers_share_a_run(site: Site, second: FakeOllama) -> None:
+    """Each document is asked once, and all views show both servers."""
+    model_of(site).configure(latency_s=0.01)
+    second.configure(latency_s=0.01)
+    documents = filled(site, 60)
+    ended = site.run("--output", "out.json", "--progress-files", "--console", **both(site, second))
+    assert ended.code == 0, ended.said
+    check_exactly_once(site, documents)
+    calls = [one.stats()["chat_requests"] for one in (model_of(site), second)]
+    assert sum(calls) == 60
+    assert min(calls) > 10
+    stats = json.loads((site.folder / "out.json").read_text())
+    assert [(one["state"], one["answered"]) for one in stats["servers"]] == [("ready", count) for count in calls]
+    names = [host_and_port(one.url) for one in (model_of(site), second)]
+    assert all(f"{name}: {count} " in ended.out for name, count in zip(names, calls, strict=True))
+    assert f"{names[1]} 0" in ended.err
+    metrics = site.files("progress/metrics.prom")[0].read_text()
+    assert f'triad_run_server_answers_total{{server="{names[1]}",worker="batch_files"}} {calls[1]}.0' in metrics
+    beat = site.database.get_collection("sentimental_analysis_workers").find_one()
+    assert beat is not None
+    assert [one["server"] for one in beat["servers"]] == names
+
+
+def test_repair_turn_goes_to_the_server_of_the_first_call(site: Site, second: FakeOllama) -> None:
+    """Its prompt is in the cache there."""
+    for one in (model_of(site), second):
+        one.configure(user_message=0, faults=[{"kind": "invalid_json", "times": 4}])
+    documents = filled(site, 20)
+    assert site.run(**both(site, second)).code == 0
+    check_exactly_once(site, documents)
+    mine, theirs = (set(one.stats()["calls_by_sha"]) for one in (model_of(site), second))
+    assert not mine & theirs
+    assert max(model_of(site).stats()["calls_by_sha"].values()) == 2
+
+
+def test_server_with_another_model_is_left_out_with_a_sentence(site: Site, second: FakeOllama) -> None:
+    """If there is a third one, like the first."""
+    second.configure(**OTHER)
+    filled(site, 6)
+    with FakeOllama() as third:
+        ended = site.run(**both(site, second, third))
+    assert ended.code == 0
+    assert (
+        f"{host_and_port(second.url)} takes no calls until that changes: it has model digest {DIGEST[:12]}" in ended.err
+    )
+    assert second.stats()["chat_requests"] == 0
+
+
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        (OTHER, f"model digest {DIGEST[:12]} instead of"),
+        ({"version": "0.1.0"}, "version 0.1.0 instead of"),
+        ({"most_ctx": 2048}, "a window of 2048 tokens instead of 4096"),
+        ({"models": ["qwen3:8b"]}, "has no model llama3.2"),
+    ],
+    ids=["digest", "version", "window", "no model"],
+)
+def test_run_ends_if_no_server_is_like_the_first(
+    site: Site, second: FakeOllama, difference: dict[str, Any], told: str
+) -> None:
+    second.configure(**difference)
+    filled(site, 1)
+    ended = site.run(**both(site, second))
+    assert ended.code == 2
+    assert told in ended.err
+    assert "--allow-mixed-models" in ended.err
+    assert site.results.count_documents({}) == 0
+
+
+def test_mixed_models_are_told_apart_in_the_results(site: Site, second: FakeOllama) -> None:
+    """Each result names the model that gave it, and is current for the next run."""
+    second.configure(**OTHER, latency_s=0.01)
+    model_of(site).configure(latency_s=0.01)
+    filled(site, 30)
+    assert site.run("--allow-mixed-models", **both(site, second)).code == 0
+    digests = Counter(result["processing_metadata"]["model_digest"] for result in site.results.find())
+    assert digests[DIGEST] == second.stats()["chat_requests"] > 0
+    assert len(digests) == 2
+    prints = site.results.distinct("processing_metadata.fingerprint")
+    assert len(prints) == 30
+    plan = site.run("plan", "--json", "--allow-mixed-models", **both(site, second))
+    assert '"stale": 0' in plan.out, plan.out
+
+
+@pytest.mark.thorough
+def test_server_away_at_the_start_joins_later(site: Site, second: FakeOllama) -> None:
+    """A sentence tells that it is left out; it takes calls once its probe succeeds."""
+    model_of(site).configure(latency_s=0.05)
+    address = both(site, second)
+    second.stop()
+    documents = filled(site, 150)
+    with site.start("--limit", "150", "--batch-size", "150", **address, MAX_CONCURRENT="2") as worker:
+        worker.await_text(f"{host_and_port(second.url)} takes no calls until that changes")
+        second.start()
+        second.wait_for("chat_requests", 1)
+        ended = worker.ended()
+    assert ended.code == 0
+    check_exactly_once(site, documents)
+
+
+def test_killed_server_costs_its_calls_in_flight_and_no_attempt(site: Site, second: FakeOllama) -> None:
+    """Exactly the calls that it has not answered are asked elsewhere, while it is dead. It comes back by its probe."""
+    model_of(site).configure(latency_s=0.05)
+    second.configure(latency_s=0.05, faults=[{"kind": "hang", "when": {"from": 5}}])
+    documents = filled(site, 150)
+    flags = ("--output", str(site.folder / "out.json"))
+    with site.start(*flags, **both(site, second), MAX_CONCURRENT="3", LLM_MAX_ATTEMPTS="1") as worker:
+        second.wait_for("chat_requests", 8)
+        second.configure(faults=[])
+        asked = second.stats()["calls_by_sha"].keys()
+        second.kill()
+        until(lambda: len(asked & model_of(site).stats()["calls_by_sha"].keys()) == 3)
+        second.start()
+        second.wait_for("answered", 1)
+        ended = worker.ended()
+    assert ended.code == 0, ended.said
+    check_exactly_once(site, documents)
+    stats = json.loads((site.folder / "out.json").read_text())
+    assert (stats["successful"], stats["failed"], stats["retried"]) == (150, 0, 0)
+    assert model_of(site).stats()["chat_requests"] + second.stats()["chat_requests"] == 150 - 5
+    assert f"{host_and_port(second.url)} takes no calls until that changes" in ended.err
+
+
+def test_server_that_only_fails_is_taken_out(site: Site, second: FakeOllama) -> None:
+    """It answers its checks and loads the model, but fails each conversation at once."""
+    model_of(site).configure(latency_s=0.02)
+    second.configure(faults=[{"kind": "runner_stopped_500"}])
+    documents = filled(site, 40)
+    ended = site.run(**both(site, second), LLM_MAX_ATTEMPTS="1")
+    assert ended.code == 0, ended.said
+    check_exactly_once(site, documents)
+    assert "5 conversations in a row failed, the last one" in ended.err
+    assert second.stats()["chat_requests"] < 20
+
+
+def test_run_ends_if_no_server_answers(site: Site) -> None:
+    ended = site.run(OLLAMA_ENDPOINT="http://127.0.0.1:1,http://127.0.0.1:2")
+    assert ended.code == 3
+    assert "no connection to the model server at http://127.0.0.1:1" in ended.err
+
+
+async def test_calls_wait_while_no_server_takes_any() -> None:
+    """At most for the outage limit."""
+    settings = load_settings(
+        None, ollama_endpoint="http://127.0.0.1:1,http://127.0.0.1:2", ollama_model="m", outage_limit_s=0.01
+    )
+    async with open_pool(settings, 1) as pool:
+        with pytest.raises(LLMUnavailableError):
+            await pool.prepare()
+        assert pool.is_open
+        assert pool.current == 1
+        with pytest.raises(LLMOutageError, match=r"127\.0\.0\.1:2: no connection"):
+            await pool.classify(cast("Any", None), cast("Any", None), 0)

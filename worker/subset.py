@@ -1,0 +1,26 @@
+"""A subset of the source documents as a command uses it: is its query understood, and which documents are in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from error_handler import ConfigurationError, StoreRejectedError
+from mongo_client import DocumentStore
+from storage.extended_json import Document, id_key
+
+
+async def require_query(store: DocumentStore, query: Document, name: str) -> None:
+    """Raise ConfigurationError if MongoDB does not understand *query*, which is that of *name*."""
+    if not query:
+        return
+    try:  # it reads no document: MongoDB parses the whole query first
+        await store.aggregate(f"check {name}", [{"$match": {"$and": [{"_id": {"$in": []}}, query]}}])
+    except StoreRejectedError as exc:
+        raise ConfigurationError(f"{name} is not a query for MongoDB: {exc}. Check its operators.") from exc
+
+
+async def in_subset(store: DocumentStore, document_ids: list[Any]) -> set[bytes]:
+    """Return the ``id_key`` of those *document_ids* that are in the source and in the subset of *store*."""
+    match = {"_id": {"$in": document_ids}, **store.states.queries["all"]}
+    found = await store.aggregate("look for documents", [{"$match": match}, {"$project": {"_id": 1}}])
+    return {id_key(document["_id"]) for document in found}
