@@ -5,118 +5,60 @@ Each method is one pass over the results of a ``Slice``; docs/report.md has the 
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+from analytics.daily_counts import OF_CONFIDENCE, OF_MODELS, DailyCounts, Figures, Kept, answers, of_field, of_pair
+from analytics.figures import Confidences, Counts, Example, FieldCounts, Labels, ModelUse
 from analytics.slices import (
+    BINS,
     CHANNEL,
+    DIGEST,
     EARLIEST,
     MODEL,
+    PROMPT,
     TIME,
     Period,
     Slice,
+    confidence_figures,
+    confidence_place,
     corrected_results,
+    is_share,
     lowest_confidence,
     period_of,
 )
 from config import Settings, Taxonomy
 from domain.text import one_line
-from error_handler import Reason
+from error_handler import Reason, StoreForbiddenError, StoreRejectedError
 from mongo_client import DocumentStore, call_repeatedly
 from storage.aggregation import aggregated
-from storage.extended_json import Document, id_text
+from storage.extended_json import Document, id_key
 from storage.selection import Selection
 from utils.retry_utils import RetryPolicy
 
 LIMIT_S = 600.0  # for one pass
 MAX_GROUPS = 20_000  # that one pass returns, the largest first; real taxonomies have some hundreds
 MAX_CHARACTERS = 80  # of a label, channel or model
-BINS = 20  # of confidence
 REVIEWED_AMONG_EXAMPLES = 500  # results that examples may pass over because a person has decided them
 
 Order = Literal["confidence", "newest"]
-Labels = tuple[str, ...]  # of one field of a result, sorted
 ALL = Slice()
-
-
-@dataclass(slots=True)
-class Counts:
-    """The count of each label, and of the results: *n* have a label of the field.
-
-    With a field of several labels, the labels of a result are counted each, so their shares can add up to more than 1.
-    """
-
-    n: int = 0
-    labels: Counter[str] = field(default_factory=Counter)
-
-    def add(self, labels: Sequence[str], n: int) -> None:
-        """Count *n* results with *labels*."""
-        self.n += n
-        for label in labels:
-            self.labels[label] += n
 
 
 LEFT: tuple[Selection, ...] = ("failed", "skipped")  # the states of documents without labels
 
 
-@dataclass(slots=True)
-class FieldCounts:
-    """The labels of the field *name*: in *total*, by period in order of time, and by channel, the most frequent first.
-
-    Results without a readable time are in no period. Those without a channel are under NO_CHANNEL. *is_cut* is True if
-    there are more than MAX_GROUPS combinations, of which the rarest are not counted.
-    """
-
-    name: str
-    total: Counts = field(default_factory=Counts)
-    periods: dict[str, Counts] = field(default_factory=dict)
-    channels: dict[str, Counts] = field(default_factory=dict)
-    is_cut: bool = False
-
-
 @dataclass(frozen=True, slots=True)
-class Confidences:
-    """The confidence of the model: *bins* are counts of the lowest confidence in a result, from 0 to 1 in BINS steps.
+class Question:
+    """What is counted: *key* and *more* are expressions over a result, and *kept* is where the counts have the same."""
 
-    *means* has the mean confidence of each field that has any. *without* counts results without confidence.
-    """
-
-    bins: tuple[int, ...]
-    means: Mapping[str, float]
-    without: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelUse:
-    """*n* results of one *model* with one prompt. Times are of the conversations, None if they have none."""
-
-    model: str
-    digest: str
-    prompt: str
-    n: int
-    first: datetime | None
-    last: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A result to look at: ids, labels with corrections, and no text. *confidence* is its lowest, None if it has none."""
-
-    document_id: Any
-    conversation_number: str
-    labels: Mapping[str, tuple[str, ...]]
-    confidence: float | None
-    model: str
-    at: datetime | None
-    label_source: Literal["model", "human"]
-
-    @property
-    def name(self) -> str:
-        """The id for people."""
-        return id_text(self.document_id)
+    key: Any
+    kept: Kept
+    more: Figures = field(default_factory=dict)
 
 
 class LabelAnalytics:
@@ -142,13 +84,38 @@ class LabelAnalytics:
         self._corrections_name = f"{settings.results_collection}_corrections"
         self._source_name, self._states = settings.source_collection, store.states
         self._policy = RetryPolicy(settings.mongodb_max_retries, settings.mongodb_backoff_s)
+        self._days = DailyCounts(
+            self._database, settings.results_collection, self.fields, time_zone, limit_s, self._policy
+        )
+        self._has_counts = False
+        self._corrected_cells: dict[Slice, list[Document]] = {}  # until the next refresh
+        self._one = asyncio.Lock()
+
+    async def refresh(self, view: Slice, tell: Callable[[int, int], None]) -> str:
+        """Bring the counts of days up to date, which then answer; *tell* gets how many of how many days are done.
+
+        Return a sentence if *view* is counted from the results all the same, which takes longer; empty if not.
+        """
+        self._has_counts = False
+        self._corrected_cells.clear()
+        if not answers(view):
+            return "A view of one label or of a range of confidence is counted from the results, which takes longer."
+        try:
+            await self._days.refresh(tell)
+        except StoreForbiddenError:
+            return f"The figures are counted from the results, which takes longer: no right to write {self._days.name}."
+        except StoreRejectedError as exc:
+            return f"The figures are counted from the results, which takes longer: {exc}."
+        self._has_counts = True
+        return ""
 
     async def field_counts(
         self, name: str, by: Period = "week", view: Slice = ALL, *, is_corrected: bool = True
     ) -> FieldCounts:
         """Return the labels of the field *name* in *view*, by period and by channel; those of the model, unless *is_corrected*."""
         key = {"period": period_of(by, self.time_zone), "channel": f"${CHANNEL}", "labels": f"$classification.{name}"}
-        groups = await self._grouped(view, key, is_corrected=is_corrected)
+        question = Question(key, of_field(self.fields.index(name), by))
+        groups = await self._grouped(view, question, is_corrected=is_corrected)
         found = FieldCounts(name, is_cut=len(groups) == MAX_GROUPS)
         for group in groups:
             key, n = group["_id"], group["n"]
@@ -166,8 +133,9 @@ class LabelAnalytics:
     async def crossed(self, first: str, second: str, view: Slice = ALL) -> Counter[tuple[str, str]]:
         """Return how many results of *view* have each label of the field *first* with each of *second*."""
         key = {"first": f"$classification.{first}", "second": f"$classification.{second}"}
+        question = Question(key, of_pair(self.fields.index(first), self.fields.index(second)))
         counts: Counter[tuple[str, str]] = Counter()
-        for group in await self._grouped(view, key):
+        for group in await self._grouped(view, question):
             for one in labels_of(group["_id"].get("first")) or ():
                 for other in labels_of(group["_id"].get("second")) or ():
                     counts[one, other] += group["n"]
@@ -175,15 +143,9 @@ class LabelAnalytics:
 
     async def confidences(self, view: Slice = ALL) -> Confidences:
         """Return the confidence of the model in the results of *view*."""
-        lowest = lowest_confidence(self.fields)
-        place = {"$cond": [_is_share(lowest), {"$min": [BINS - 1, {"$floor": {"$multiply": [BINS, lowest]}}]}, None]}
-        sums: dict[str, tuple[str, Any]] = {}
-        for number, name in enumerate(self.fields):
-            path = f"$processing_metadata.confidence.{name}"
-            sums[f"sum_{number}"] = ("$sum", {"$cond": [_is_share(path), path, 0]})
-            sums[f"n_{number}"] = ("$sum", {"$cond": [_is_share(path), 1, 0]})
-        bins, without, totals = [0] * BINS, 0, Counter[str]()
-        for group in await self._grouped(view, place, sums, is_corrected=bool(view.labels)):
+        sums, bins, without, totals = confidence_figures(self.fields), [0] * BINS, 0, Counter[str]()
+        question = Question(confidence_place(self.fields), OF_CONFIDENCE, sums)
+        for group in await self._grouped(view, question, is_corrected=bool(view.labels)):
             if group["_id"] is None:
                 without += group["n"]
             else:
@@ -198,9 +160,8 @@ class LabelAnalytics:
 
     async def models(self, view: Slice = ALL) -> list[ModelUse]:
         """Return which models labelled the results of *view*, with which prompts; the most frequent first."""
-        metadata = "$processing_metadata"
-        key = {"model": f"${MODEL}", "digest": f"{metadata}.model_digest", "prompt": f"{metadata}.plan"}
-        times = {"first": ("$min", TIME), "last": ("$max", TIME)}
+        key = {"model": f"${MODEL}", "digest": f"${DIGEST}", "prompt": f"${PROMPT}"}
+        question = Question(key, OF_MODELS, {"first": ("$min", TIME), "last": ("$max", TIME)})
         return [
             ModelUse(
                 model=text_of(one["_id"].get("model")),
@@ -210,7 +171,7 @@ class LabelAnalytics:
                 first=time_of(one["first"]),
                 last=time_of(one["last"]),
             )
-            for one in await self._grouped(view, key, times, is_corrected=bool(view.labels))
+            for one in await self._grouped(view, question, is_corrected=bool(view.labels))
         ]
 
     async def failures(self) -> dict[str, Counter[str]]:
@@ -254,7 +215,7 @@ class LabelAnalytics:
         lowest = lowest_confidence(self.fields)
         sort = {"confidence": 1} if order == "confidence" else {"at": -1}
         shown = {"source_conversation_id": 1, "conversation_number": 1, "classification": 1, MODEL: 1}
-        project = {"$project": {**shown, "at": TIME, "confidence": {"$cond": [_is_share(lowest), lowest, None]}}}
+        project = {"$project": {**shown, "at": TIME, "confidence": {"$cond": [is_share(lowest), lowest, None]}}}
         known: Document = {"confidence": {"$ne": None}} if order == "confidence" else {}
         decisions = {
             "from": self._corrections_name,
@@ -262,17 +223,23 @@ class LabelAnalytics:
             "foreignField": "source_conversation_id",
             "as": "decisions",
         }
+        most = limit + REVIEWED_AMONG_EXAMPLES
         stages: list[Document] = [
-            {"$match": view.match(self.fields)},
             project,
             {"$match": known},
             {"$sort": sort},
-            {"$limit": limit + REVIEWED_AMONG_EXAMPLES},
+            {"$limit": most},
             {"$lookup": decisions},
             {"$match": {"decisions": []}},
             {"$limit": limit},
         ]
-        found = [self._example(one, "model") for one in await self._read(self._results_name, stages)]
+        of_model: list[Document] = []
+        parts = [await self._days.since_newest(view, most), view] if order == "newest" else [view]
+        for part in dict.fromkeys(parts):
+            if len(of_model) < limit:  # fewer only if results were deleted after they were counted
+                match = {"$match": part.match(self.fields)}
+                of_model = await self._read(self._results_name, [match, *stages])
+        found = [self._example(one, "model") for one in of_model]
         if order == "newest":
             human = [*self._corrections(), {"$match": {"$and": [{"sign": 1}, view.match(self.fields)]}}, project]
             corrected = await self._read(self._corrections_name, [*human, {"$sort": sort}, {"$limit": limit}])
@@ -298,32 +265,51 @@ class LabelAnalytics:
     def _corrections(self) -> list[Document]:
         return corrected_results(self._results_name, self.fields)
 
-    async def _grouped(
-        self,
-        view: Slice,
-        key: Document,
-        more: Mapping[str, tuple[str, Any]] | None = None,
-        *,
-        is_corrected: bool = True,
-    ) -> list[Document]:
-        """Return ``{_id, n}`` for each value of *key* in *view*, the largest first.
-
-        *more* are further figures by name: an operator ($sum, $min, $max) and its expression.
-        """
-        match, figures = {"$match": view.match(self.fields)}, {"n": ("$sum", 1), **(more or {})}
-        stages: list[Document] = [match, {"$group": {"_id": key, **{n: {do: one} for n, (do, one) in figures.items()}}}]
+    async def _grouped(self, view: Slice, question: Question, *, is_corrected: bool = True) -> list[Document]:
+        """Return ``{_id, n}`` and the further figures for each key of *question* in *view*, the largest first."""
+        figures = {"n": ("$sum", 1), **question.more}
+        reads = self._reads(view, question, figures)
+        if is_corrected and self._has_counts and answers(view) and not question.more:
+            return with_changes(await self._united(reads, figures), await self._changes(view), question.kept)
         if is_corrected and await self._has_corrections():
             signed = {
                 name: {do: {"$multiply": ["$sign", one]} if do == "$sum" else one}
                 for name, (do, one) in figures.items()
             }
-            pipeline = [*self._corrections(), match, {"$group": {"_id": key, **signed}}]
-            stages += [
-                {"$unionWith": {"coll": self._corrections_name, "pipeline": pipeline}},
-                {"$group": {"_id": "$_id", **{name: {do: f"${name}"} for name, (do, _) in figures.items()}}},
-                {"$match": {"n": {"$gt": 0}}},
-            ]
-        return await self._read(self._results_name, [*stages, *LARGEST])
+            match = {"$match": view.match(self.fields)}
+            reads.append(
+                (self._corrections_name, [*self._corrections(), match, {"$group": {"_id": question.key, **signed}}])
+            )
+        return await self._united(reads, figures)
+
+    async def _united(self, reads: Sequence[tuple[str, list[Document]]], figures: Figures) -> list[Document]:
+        (first, stages), *others = reads
+        if others:
+            stages = [*stages, *({"$unionWith": {"coll": name, "pipeline": part}} for name, part in others)]
+            totals = {name: {do: f"${name}"} for name, (do, _) in figures.items()}
+            stages += [{"$group": {"_id": "$_id", **totals}}, {"$match": {"n": {"$gt": 0}}}]
+        return await self._read(first, [*stages, *LARGEST])
+
+    async def _changes(self, view: Slice) -> list[Document]:
+        """Return what corrections change in the counts of *view*: read once for all questions."""
+        async with self._one:
+            if view not in self._corrected_cells:
+                stages = self._days.corrected(self._corrections(), view)
+                self._corrected_cells[view] = await self._read(self._corrections_name, stages)
+            return self._corrected_cells[view]
+
+    def _reads(self, view: Slice, question: Question, figures: Figures) -> list[tuple[str, list[Document]]]:
+        """Return what to read for *figures* as the model labelled the results: names of collections with stages."""
+
+        def of_results(part: Slice) -> tuple[str, list[Document]]:
+            group = {"_id": question.key, **{name: {do: one} for name, (do, one) in figures.items()}}
+            return self._results_name, [{"$match": part.match(self.fields)}, {"$group": group}]
+
+        kept = self._days.stages(view, question.kept, figures) if self._has_counts else None
+        if kept is None:
+            return [of_results(view)]
+        stages, edges = kept
+        return [(self._days.name, stages), *map(of_results, edges)]
 
     async def _has_corrections(self) -> bool:
         return bool(await self._read(self._corrections_name, [{"$limit": 1}, {"$project": {"_id": 1}}]))
@@ -339,8 +325,14 @@ LARGEST: tuple[Document, ...] = ({"$sort": {"n": -1}}, {"$limit": MAX_GROUPS})
 _REASONS = frozenset(Reason)
 
 
-def _is_share(expression: Any) -> Document:
-    return {"$and": [{"$gte": [expression, 0]}, {"$lte": [expression, 1]}]}
+def with_changes(groups: Sequence[Document], changes: Sequence[Document], kept: Kept) -> list[Document]:
+    """Return *groups* with the counts of the cells *changes* added, as *kept* groups them."""
+    found = {id_key(one["_id"]): one for one in groups}
+    for change in changes:
+        if change["_id"]["kind"] == kept.kind:
+            key = kept.of(change["_id"])
+            found.setdefault(id_key(key), {"_id": key, "n": 0})["n"] += change["n"]
+    return [one for one in found.values() if one["n"] > 0]
 
 
 def labels_of(value: Any) -> Labels | None:

@@ -7,17 +7,20 @@ text is escaped, and shortened in the drawing; the table has it whole.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from analytics.svg import SERIES, element, fill, table
+from analytics.svg import SERIES, element, fill, mark, number, table
 from domain.text import one_line
 
 WIDTH, ROW, LEFT, RIGHT = 520.0, 24.0, 170.0, 84.0
 PLOT = WIDTH - LEFT - RIGHT
 LINE_HEIGHT, LINE_LEFT = 220.0, 40.0
+SHADES = 12  # of a heat map
+MOST_MARKED = 60  # points of a line with marks
 NAME_CHARACTERS, LEGEND_CHARACTERS = 20, 28
 NONE = "–"
 
@@ -36,11 +39,12 @@ figure.chart { margin: 1rem 0; max-width: 44rem; break-inside: avoid; }
 figure.chart > svg { display: block; width: 100%; height: auto; }
 figure.chart figcaption { font-weight: 600; }
 figure.chart text { fill: var(--ink); font: 13px system-ui, sans-serif; }
-figure.chart text.small { font-size: 11px; }
+figure.chart .small, figure.chart .small text { font-size: 11px; }
 figure.chart .axis { stroke: var(--rule); }
 figure.chart .outline { stroke: var(--ink); stroke-width: .75; }
 figure.chart .whisker { stroke: var(--ink); stroke-width: 1.5; fill: none; }
 figure.chart .line { fill: none; stroke-width: 2; }
+.l1, .l5 { stroke-dasharray: 7 3; } .l2, .l6 { stroke-dasharray: 2 3; } .l3, .l7 { stroke-dasharray: 9 3 2 3; }
 figure.chart .dot { stroke: var(--paper); stroke-width: .5; }
 svg.defs { position: absolute; }
 .ink { stroke: var(--ink); stroke-width: 1; fill: none; }
@@ -79,30 +83,59 @@ class Series:
     values: Sequence[float | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A *drawing* and its table. As text and in a template, it is the whole figure."""
+
+    title: str
+    drawing: Markup
+    table: Markup
+
+    @property
+    def anchor(self) -> str:
+        """The id of its table, in a page with the tables of several charts."""
+        return f"table-{zlib.crc32(self.title.encode()):08x}"
+
+    def with_link(self, address: str) -> Markup:
+        """Return the figure with a link instead of its table, which is on the page at *address*."""
+        link = element("a", "Open the tables", href=f"{address}#{self.anchor}", data_table=self.anchor)
+        return self._figure(element("p", link))
+
+    def __html__(self) -> str:
+        return self._figure(self.table)
+
+    __str__ = __html__
+
+    def _figure(self, below: Markup) -> Markup:
+        details = element("details", element("summary", f"Table: {self.title}"), below)
+        return element("figure", element("figcaption", self.title), self.drawing, details, class_="chart")
+
+
 def percent(share: float | None) -> str:
     """Return *share* as a percentage, a dash for None."""
     return NONE if share is None else f"{100 * share:.1f} %"
 
 
-def bars(title: str, rows: Sequence[Bar], *, detail: str = "") -> Markup:
+def bars(title: str, rows: Sequence[Bar], *, detail: str = "") -> Chart:
     """Return horizontal bars with intervals; *detail* is the heading of the column of details."""
     top = scale_top([one.high or one.value for one in rows])
-    drawn: list[Markup] = []
+    shapes, whiskers, names, values = "", "", [], []
     for place, one in enumerate(rows):
         y = place * ROW
-        drawn += [
-            _text(LEFT - 6, y + 16, one_line(one.name, NAME_CHARACTERS), anchor="end"),
-            element(
-                "rect", x=LEFT, y=y + 4, width=PLOT * one.value / top, height=ROW - 8, fill=fill(0), class_="outline"
-            ),
-        ]
+        names.append(_text(LEFT - 6, y + 16, one_line(one.name, NAME_CHARACTERS)))
+        shapes += _rectangle(LEFT, y + 4, PLOT * one.value / top, ROW - 8)
         end = one.value
         if one.low is not None and one.high is not None:
             low, end, middle = LEFT + PLOT * one.low / top, one.high, y + ROW / 2
             high = LEFT + PLOT * end / top
-            path = f"M{low:.1f} {middle - 4}v8M{low:.1f} {middle}H{high:.1f}M{high:.1f} {middle - 4}v8"
-            drawn.append(element("path", d=path, class_="whisker"))
-        drawn.append(_text(LEFT + PLOT * end / top + 6, y + 16, percent(one.value)))
+            whiskers += f"M{low:.1f} {middle - 4:.0f}v8m0 -4H{high:.1f}m0 -4v8"
+        values.append(_text(LEFT + PLOT * end / top + 6, y + 16, percent(one.value)))
+    drawn = [
+        element("g", *names, text_anchor="end"),
+        element("path", d=shapes, fill=fill(0), class_="outline"),
+        element("path", d=whiskers, class_="whisker"),
+        *values,
+    ]
     has_interval = any(one.low is not None for one in rows)
     head = ["label", "share", *(["95 % interval"] if has_interval else []), *([detail] if detail else [])]
     cells = []
@@ -111,10 +144,10 @@ def bars(title: str, rows: Sequence[Bar], *, detail: str = "") -> Markup:
         cells.append(
             [one.name, percent(one.value), *([interval] if has_interval else []), *([one.detail] if detail else [])]
         )
-    return _figure(title, drawn, ROW * len(rows) + 4, table(title, head, cells))
+    return _chart(title, drawn, ROW * len(rows) + 4, table(title, head, cells))
 
 
-def lines(title: str, places: Sequence[str], series: Sequence[Series], totals: Sequence[int] = ()) -> Markup:
+def lines(title: str, places: Sequence[str], series: Sequence[Series], totals: Sequence[int] = ()) -> Chart:
     """Return a line for each of *series* over *places*, in order; only the first SERIES are drawn, the table has all.
 
     *totals* are the numbers of results at the places, for the table.
@@ -127,54 +160,52 @@ def lines(title: str, places: Sequence[str], series: Sequence[Series], totals: S
     def x(place: int) -> float:
         return LINE_LEFT + step * place if len(places) > 1 else (LINE_LEFT + WIDTH) / 2
 
-    drawn: list[Markup] = []
-    for part in range(5):
-        y = bottom - (bottom - 10) * part / 4
-        drawn += [
-            element("line", x1=LINE_LEFT, x2=WIDTH, y1=y, y2=y, class_="axis"),
-            _text(LINE_LEFT - 4, y + 4, f"{100 * top * part / 4:.3g} %", anchor="end", small=True),
-        ]
+    heights = [bottom - (bottom - 10) * part / 4 for part in range(5)]
+    scale = [_text(LINE_LEFT - 4, y + 4, f"{100 * top * part / 4:.3g} %", small=True) for part, y in enumerate(heights)]
+    grid = "".join(f"M{LINE_LEFT:.0f} {number(y)}H{WIDTH:.0f}" for y in heights)
+    drawn = [element("path", d=grid, class_="axis"), element("g", *scale, text_anchor="end")]
     every = math.ceil(len(places) / 6)
     drawn += [
         _text(x(place), bottom + 15, one_line(places[place], 12), anchor="middle" if place else "start", small=True)
         for place in range(0, len(places), max(1, every))
         if place + every <= len(places)
     ]
-    for number, one in enumerate(drawn_series):
+    for place, one in enumerate(drawn_series):
         points = [
-            None if value is None else (x(place), bottom - (bottom - 10) * value / top)
-            for place, value in enumerate(one.values)
+            None if value is None else (x(across), bottom - (bottom - 10) * value / top)
+            for across, value in enumerate(one.values)
         ]
-        drawn += _line(points, number)
+        drawn.append(_line(points, place))
     rows = [
         [name, *([f"{totals[place]:,}"] if totals else []), *(percent(one.values[place]) for one in series)]
         for place, name in enumerate(places)
     ]
     head = ["period", *(["results"] if totals else []), *(one.name for one in series)]
     drawn += _legend([one.name for one in drawn_series], LINE_HEIGHT, is_line=True)
-    return _figure(title, drawn, LINE_HEIGHT + _legend_height(len(drawn_series)), table(title, head, rows))
+    return _chart(title, drawn, LINE_HEIGHT + _legend_height(len(drawn_series)), table(title, head, rows))
 
 
-def stacked(title: str, places: Sequence[str], series: Sequence[Series]) -> Markup:
+def stacked(title: str, places: Sequence[str], series: Sequence[Series]) -> Chart:
     """Return a bar of shares for each of *places*; shares of the series after the first SERIES are left blank."""
-    drawn: list[Markup] = []
-    width = WIDTH - LEFT - 4
+    width, names, frames, shapes = WIDTH - LEFT - 4, [], "", [""] * SERIES
     for place, name in enumerate(places):
         y, at = place * ROW, LEFT
-        drawn.append(_text(LEFT - 6, y + 16, one_line(name, NAME_CHARACTERS), anchor="end"))
-        drawn.append(element("rect", x=LEFT, y=y + 3, width=width, height=ROW - 6, class_="outline", fill="none"))
+        names.append(_text(LEFT - 6, y + 16, one_line(name, NAME_CHARACTERS)))
+        frames += _rectangle(LEFT, y + 3, width, ROW - 6)
         total = sum(one.values[place] or 0.0 for one in series)
-        for number, one in enumerate(series[:SERIES]):
+        for across, one in enumerate(series[:SERIES]):
             part = width * (one.values[place] or 0.0) / max(1.0, total)
-            drawn.append(
-                element("rect", x=at, y=y + 3, width=part, height=ROW - 6, fill=fill(number), class_="outline")
-            )
+            shapes[across] += _rectangle(at, y + 3, part, ROW - 6)
             at += part
+    drawn = [element("g", *names, text_anchor="end"), element("path", d=frames, class_="outline", fill="none")]
+    drawn += [
+        element("path", d=shape, fill=fill(place), class_="outline") for place, shape in enumerate(shapes) if shape
+    ]
     top = ROW * len(places) + 4
     drawn += _legend([one.name for one in series[:SERIES]], top)
     rows = [[name, *(percent(one.values[place]) for one in series)] for place, name in enumerate(places)]
     head = ["place", *(one.name for one in series)]
-    return _figure(title, drawn, top + _legend_height(min(SERIES, len(series))), table(title, head, rows))
+    return _chart(title, drawn, top + _legend_height(min(SERIES, len(series))), table(title, head, rows))
 
 
 def heat_map(
@@ -183,25 +214,34 @@ def heat_map(
     columns: Sequence[str],
     values: Mapping[tuple[str, str], float],
     totals: Sequence[int] = (),
-) -> Markup:
+) -> Chart:
     """Return a grid of shares (0 to 1) of *rows* by *columns*, each written into its cell; absent ones are 0.
 
     *totals* are the numbers of results of the rows, for the table.
     """
     width, top = (WIDTH - LEFT) / max(1, len(columns)), 24.0
     most = max(values.values(), default=0.0) or 1.0
-    drawn = [
-        _text(LEFT + width * (place + 0.5), 15, one_line(name, max(4, int(width / 7))), anchor="middle", small=True)
+    heads = [
+        _text(LEFT + width * (place + 0.5), 15, one_line(name, max(4, int(width / 7))))
         for place, name in enumerate(columns)
     ]
+    names, figures, shapes = [], [], [""] * (SHADES + 1)
     for down, row in enumerate(rows):
         y = top + down * ROW
-        drawn.append(_text(LEFT - 6, y + 16, one_line(row, NAME_CHARACTERS), anchor="end"))
+        names.append(_text(LEFT - 6, y + 16, one_line(row, NAME_CHARACTERS)))
         for across, column in enumerate(columns):
             value, x = values.get((row, column), 0.0), LEFT + across * width
-            shade = f"{0.6 * value / most:.2f}"  # never so dark that the ink is not readable
-            drawn.append(element("rect", x=x, y=y, width=width, height=ROW, class_="heat", fill_opacity=shade))
-            drawn.append(_text(x + width / 2, y + 16, f"{100 * value:.0f}", anchor="middle", small=True))
+            shapes[round(SHADES * value / most)] += _rectangle(x, y, width, ROW)
+            figures.append(_text(x + width / 2, y + 16, f"{100 * value:.0f}"))
+    drawn = [
+        element("path", d=shape, class_="heat", fill_opacity=f"{0.6 * shade / SHADES:.2f}")  # the ink stays readable
+        for shade, shape in enumerate(shapes)
+        if shape
+    ]
+    drawn += [
+        element("g", *names, text_anchor="end"),
+        element("g", *heads, *figures, text_anchor="middle", class_="small"),
+    ]
     cells = [
         [
             row,
@@ -211,7 +251,7 @@ def heat_map(
         for down, row in enumerate(rows)
     ]
     head = ["row", *(["results"] if totals else []), *columns]
-    return _figure(title, drawn, top + ROW * len(rows) + 4, table(title, head, cells))
+    return _chart(title, drawn, top + ROW * len(rows) + 4, table(title, head, cells))
 
 
 def scale_top(values: Sequence[float]) -> float:
@@ -221,54 +261,33 @@ def scale_top(values: Sequence[float]) -> float:
     return next((one for one in rounds if one >= largest), largest)
 
 
-def _figure(title: str, drawn: Sequence[Markup], height: float, twin: Markup) -> Markup:
+def _chart(title: str, drawn: Sequence[Markup], height: float, twin: Markup) -> Chart:
     title = one_line(title, 160)
-    drawing = element(
-        "svg",
-        element("title", title),
-        element("desc", "The table below the chart has the same figures."),
-        *drawn,
-        viewBox=f"0 0 {WIDTH:.0f} {height:.0f}",
-        role="img",
-        aria_label=title,
-    )
-    details = element("details", element("summary", f"Table: {title}"), twin)
-    return element("figure", element("figcaption", title), drawing, details, class_="chart")
+    drawing = element("svg", element("title", title), *drawn, viewBox=f"0 0 {WIDTH:.0f} {height:.0f}", role="img")
+    return Chart(title, drawing, twin)
+
+
+def _rectangle(x: float, y: float, width: float, height: float) -> str:
+    """Return a part of a path."""
+    return f"M{number(x)} {number(y)}h{number(width)}v{number(height)}h{number(-width)}z"
 
 
 def _text(x: float, y: float, text: str, *, anchor: str | None = None, small: bool = False) -> Markup:
     return element("text", text, x=float(x), y=float(y), text_anchor=anchor, class_="small" if small else None)
 
 
-def _line(points: Sequence[tuple[float, float] | None], number: int) -> list[Markup]:
-    """Return the line through *points*, with a gap at None, in the dashes and with the marks of the series *number*."""
-    path, is_open = "", False
-    for point in points:
-        if point is not None:
-            path += f"{'L' if is_open else 'M'}{point[0]:.1f} {point[1]:.1f}"
-        is_open = point is not None
-    marks = [_mark(*point, number) for point in points if point is not None] if len(points) <= 60 else []
-    return [
-        element("path", d=path or "M0 0", class_=f"line l{number}", stroke_dasharray=_DASHES[number]),
-        *marks,
-    ]
-
-
-_DASHES = ("none", "7 3", "2 3", "9 3 2 3", "none", "7 3", "2 3", "9 3 2 3")
-_MARKS = (
-    "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0",
-    "m-3 -3h6v6h-6z",
-    "m0 -4l4 7h-8z",
-    "m0 -4l4 4l-4 4l-4 -4z",
-    "m0 4l4 -7h-8z",
-    "m-4 -1h3v-3h2v3h3v2h-3v3h-2v-3h-3z",
-    "m-1 -4h2v8h-2z",
-    "m-4 -1h8v2h-8z",
-)
-
-
-def _mark(x: float, y: float, number: int) -> Markup:
-    return element("path", d=f"M{x:.1f} {y:.1f}{_MARKS[number]}", class_=f"dot m{number}")
+def _line(points: Sequence[tuple[float, float] | None], place: int) -> Markup:
+    """Return the line through *points*, with a gap at None, in the dashes and with the marks of the series at *place*."""
+    path, last = "", None
+    for point in points:  # whole and relative numbers: a year of weeks is a third as long
+        now = None if point is None else (round(point[0]), round(point[1]))
+        if now is not None:
+            path += (
+                f"M{now[0]} {now[1]}" if last is None else f"l{now[0] - last[0]} {now[1] - last[1]}".replace(" -", "-")
+            )
+        last = now
+    marks = mark(place, "start", "mid", "end") if path and len(points) <= MOST_MARKED else {}
+    return element("path", d=path or "M0 0", class_=f"line l{place}", **marks)
 
 
 def _legend_height(count: int) -> float:
@@ -280,7 +299,8 @@ def _legend(names: Sequence[str], top: float, *, is_line: bool = False) -> list[
     for place, name in enumerate(names):
         x, y = 4 + WIDTH / 2 * (place % 2), top + 6 + 20 * (place // 2)
         if is_line:
-            drawn += _line([(x, y + 7), (x + 12, y + 7), (x + 24, y + 7)], place)
+            sample = f"M{x:.0f} {y + 7:.0f}h12h12"
+            drawn.append(element("path", d=sample, class_=f"line l{place}", **mark(place, "mid")))
         else:
             drawn.append(element("rect", x=x, y=float(y), width=24, height=14, fill=fill(place), class_="outline"))
         drawn.append(_text(x + 30, y + 12, one_line(name, LEGEND_CHARACTERS)))

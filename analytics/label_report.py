@@ -10,15 +10,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
-from analytics.aggregates import (
-    Confidences,
-    Counts,
-    Example,
-    FieldCounts,
-    LabelAnalytics,
-    Labels,
-    ModelUse,
-)
+from analytics.aggregates import LabelAnalytics
+from analytics.figures import Confidences, Counts, Example, FieldCounts, Labels, ModelUse
 from analytics.significance import holm, two_proportions, wilson
 from analytics.slices import Period, Slice
 

@@ -10,11 +10,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from analytics import charts
-from analytics.aggregates import BINS, Confidences, Counts
-from analytics.charts import Bar, Series, percent
+from analytics.charts import Bar, Chart, Series, percent
+from analytics.figures import Confidences, Counts
 from analytics.label_report import Crossing, FieldReport, LabelReport
 from analytics.periods import shown_periods
-from analytics.slices import Period
+from analytics.slices import BINS, Period
 from analytics.svg import SERIES, patterns
 from domain.text import counted
 
@@ -63,7 +63,7 @@ def summary(report: LabelReport) -> list[str]:
     return sentences
 
 
-def field_charts(one: FieldReport, by: Period) -> list[Markup]:
+def field_charts(one: FieldReport, by: Period) -> list[Chart]:
     """Return the charts of a field: shares, by period, by channel."""
     name, counts = one.counts.name, one.counts
     if not one.shares:
@@ -80,7 +80,7 @@ def field_charts(one: FieldReport, by: Period) -> list[Markup]:
     return drawn
 
 
-def channel_chart(one: FieldReport, labels: Sequence[str]) -> Markup:
+def channel_chart(one: FieldReport, labels: Sequence[str]) -> Chart:
     """Return the shares of *labels* in each channel: stacked, or as a heat map if a result can have several labels."""
     channels = list(one.counts.channels.items())[:MOST_CHANNELS]
     names = [f"{channel or WITHOUT_CHANNEL} ({counts.n:,})" for channel, counts in channels]
@@ -100,7 +100,7 @@ def channel_chart(one: FieldReport, labels: Sequence[str]) -> Markup:
     return charts.stacked(title, names, series)
 
 
-def crossing_chart(crossing: Crossing) -> Markup:
+def crossing_chart(crossing: Crossing) -> Chart:
     """Return the heat map of the shares within each row."""
     rows, columns = (_most_frequent(crossing, side) for side in (0, 1))
     rows, totals = (
@@ -116,7 +116,7 @@ def crossing_chart(crossing: Crossing) -> Markup:
     return charts.heat_map(title, rows, columns[:MOST_CHANNELS], values, totals)
 
 
-def confidence_chart(confidences: Confidences) -> Markup | None:
+def confidence_chart(confidences: Confidences) -> Chart | None:
     """Return how often each range of confidence occurs; None if no result has confidence."""
     bins, total = confidences.bins, sum(confidences.bins)
     if not total:

@@ -18,6 +18,8 @@ NO_CHANNEL = ""
 
 LAST, CREATED = "conversation.last_message_at", "created_at"
 CHANNEL, MODEL = "conversation.channel", "processing_metadata.model_used"
+DIGEST, PROMPT = "processing_metadata.model_digest", "processing_metadata.plan"
+BINS = 20  # of confidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +44,26 @@ class Slice:
         parts: list[Document] = []
         if self.since is not None or self.until is not None:
             wanted = {"$gte": self.since or EARLIEST, "$lt": self.until or LATEST}
-            no_last = {LAST: {"$not": {"$gte": EARLIEST, "$lt": LATEST}}}
-            parts.append({"$or": [{LAST: wanted}, {**no_last, CREATED: wanted}]})
-        if self.channel is not None:
-            without = {"$expr": {"$ne": [{"$type": f"${CHANNEL}"}, "string"]}}
-            parts.append(without if self.channel == NO_CHANNEL else {CHANNEL: {"$eq": self.channel}})
+            # Two parts for results without a last message: MongoDB can look up each in an index, but not both in one $not.
+            others = ({LAST: {"$not": limit}, CREATED: wanted} for limit in ({"$gte": EARLIEST}, {"$lt": LATEST}))
+            parts.append({"$or": [{LAST: wanted}, *others]})
+        parts += self.facts(CHANNEL, MODEL)
         parts += [{f"classification.{field}": {"$eq": label}} for field, label in self.labels]
         if self.confidence is not None:
             lowest = lowest_confidence(fields)
             limits = [{"$gte": [lowest, self.confidence[0]]}, {"$lte": [lowest, self.confidence[1]]}]
             parts.append({"$expr": {"$and": limits}})
-        if self.model is not None:
-            parts.append({MODEL: {"$eq": self.model}})
         return {"$and": parts} if parts else {}
+
+    def facts(self, channel: str, model: str) -> list[Document]:
+        """Return the parts of the query on channel and model, which are at these paths."""
+        parts: list[Document] = []
+        if self.channel is not None:
+            without = {"$expr": {"$ne": [{"$type": f"${channel}"}, "string"]}}
+            parts.append(without if self.channel == NO_CHANNEL else {channel: {"$eq": self.channel}})
+        if self.model is not None:
+            parts.append({model: {"$eq": self.model}})
+        return parts
 
 
 def _if_time(path: str, otherwise: Any) -> Document:
@@ -74,6 +83,27 @@ def period_of(by: Period, time_zone: str) -> Document:
 def lowest_confidence(fields: Sequence[str]) -> Document:
     """Return the expression for the lowest confidence in a result, null if it has none."""
     return {"$min": [f"$processing_metadata.confidence.{field}" for field in fields]}
+
+
+def is_share(expression: Any) -> Document:
+    """Return the expression that is true if *expression* is a number from 0 to 1."""
+    return {"$and": [{"$gte": [expression, 0]}, {"$lte": [expression, 1]}]}
+
+
+def confidence_place(fields: Sequence[str]) -> Document:
+    """Return the expression for the range of the lowest confidence, from 0 to BINS - 1; null if there is none."""
+    lowest = lowest_confidence(fields)
+    return {"$cond": [is_share(lowest), {"$min": [BINS - 1, {"$floor": {"$multiply": [BINS, lowest]}}]}, None]}
+
+
+def confidence_figures(fields: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """Return, for each field, the sum of its confidences and their number: an operator and its expression by name."""
+    figures: dict[str, tuple[str, Any]] = {}
+    for number, name in enumerate(fields):
+        path = f"$processing_metadata.confidence.{name}"
+        figures[f"sum_{number}"] = ("$sum", {"$cond": [is_share(path), path, 0]})
+        figures[f"n_{number}"] = ("$sum", {"$cond": [is_share(path), 1, 0]})
+    return figures
 
 
 def corrected_results(results: str, fields: Sequence[str], *, with_gold: bool = False) -> list[Document]:

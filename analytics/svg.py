@@ -18,6 +18,17 @@ _DRAWINGS = (
     "M0 0L8 8M0 8L8 0",
 )
 SERIES = len(_DRAWINGS)  # series that can be told apart; a chart puts the others together
+_MARKS = (
+    "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0",
+    "m-3 -3h6v6h-6z",
+    "m0 -4l4 7h-8z",
+    "m0 -4l4 4l-4 4l-4 -4z",
+    "m0 4l4 -7h-8z",
+    "m-4 -1h3v-3h2v3h3v2h-3v3h-2v-3h-3z",
+    "m-1 -4h2v8h-2z",
+    "m-4 -1h8v2h-8z",
+)
+_SHAPES = frozenset({"path", "rect", "line"})  # elements of SVG without content
 
 
 def element(tag: str, *children: Markup | str, **attributes: str | float | None) -> Markup:
@@ -29,6 +40,8 @@ def element(tag: str, *children: Markup | str, **attributes: str | float | None)
         for name, value in attributes.items()
         if value is not None
     )
+    if tag in _SHAPES and not children:
+        return Markup("<{0}{1}/>").format(tag, written)
     inside = Markup("").join(escape(child) for child in children)
     return Markup("<{0}{1}>{2}</{0}>").format(tag, written, inside)
 
@@ -39,27 +52,44 @@ def number(value: float) -> str:
 
 
 def patterns() -> Markup:
-    """Return the definitions that charts fill their shapes with: once in each page, before the first chart."""
+    """Return what charts refer to, the patterns of shapes and the marks of lines: once in each page, before the charts."""
     made = [
         element(
             "pattern",
             element("rect", width=8, height=8, class_=f"s{place}"),
             *([element("path", d=drawing, class_="ink")] if drawing else []),
-            id=f"pattern-{place}",
+            id=f"p{place}",
             width=8,
             height=8,
             patternUnits="userSpaceOnUse",
         )
         for place, drawing in enumerate(_DRAWINGS)
     ]
+    marks = [
+        element(
+            "marker",
+            element("path", d=f"M0 0{drawing}", class_=f"dot m{place}"),
+            id=f"m{place}",
+            viewBox="-5 -5 10 10",
+            markerWidth=10,
+            markerHeight=10,
+            markerUnits="userSpaceOnUse",
+        )
+        for place, drawing in enumerate(_MARKS)
+    ]
     return element(
-        "svg", element("defs", *made), width=0, height=0, aria_hidden="true", focusable="false", class_="defs"
+        "svg", element("defs", *made, *marks), width=0, height=0, aria_hidden="true", focusable="false", class_="defs"
     )
 
 
 def fill(place: int) -> str:
     """Return the fill of the series at *place*, from 0."""
-    return f"url(#pattern-{place % SERIES})"
+    return f"url(#p{place % SERIES})"
+
+
+def mark(place: int, *where: str) -> dict[str, str]:
+    """Return the attributes that put the mark of the series at *place* on points of a line: its start, mid or end."""
+    return {f"marker_{one}": f"url(#m{place % SERIES})" for one in where}
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:

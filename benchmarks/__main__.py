@@ -1,9 +1,9 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk``, ``injection``, ``examples``, ``export``, ``two_users``, ``prompt``, ``model`` or ``servers`` runs only that benchmark.
-``--quick`` uses few documents, without targets. See docs/performance.md. ``python -m benchmarks student DIR`` tries a student
-on labelled files (docs/student.md).
+``search``, ``walk``, ``injection``, ``examples``, ``export``, ``counts``, ``two_users``, ``prompt``, ``model`` or ``servers``
+runs only that benchmark. ``--quick`` uses few documents, without targets. See docs/performance.md.
+``python -m benchmarks student DIR`` tries a student on labelled files (docs/student.md).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from benchmarks import (
     concurrency,
+    counts,
     document_jobs,
     embedding,
     export,
@@ -50,6 +51,7 @@ MEASURES = {
     "injection": injection.measure,
     "examples": prompt_examples.measure,
     "export": export.measure,
+    "counts": counts.measure,
     "two_users": two_users.measure,
     "prompt": prompt.measure,
     "model": model.measure,

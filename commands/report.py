@@ -106,9 +106,11 @@ async def _report(arguments: argparse.Namespace, settings: Settings, view: Slice
     try:
         await store.check()
         analytics = LabelAnalytics(store, settings, load_taxonomy(settings.taxonomy_file), time_zone)
-        return await make_report(
-            analytics, f"{settings.db_name}.{settings.results_collection}", view, arguments.by, tell
-        )
+        note = await analytics.refresh(view, lambda done, total: tell(f"days, {done:,} of {total:,} are done"))
+        if note:
+            tell_line(f"report: {note}")
+        results = f"{settings.db_name}.{settings.results_collection}"
+        return await make_report(analytics, results, view, arguments.by, tell)
     finally:
         await store.close()
 

@@ -74,6 +74,8 @@ class Dashboard:
             lstrip_blocks=True,
         )
         self._templates.filters |= {"duration": duration, "age": age}
+        for template in TEMPLATES.glob("*.html"):  # compiled now, so that the first page takes no longer than the next
+            self._templates.get_template(template.name)
         self.files = {name: (TEMPLATES / name).read_bytes() for name in ("dashboard.css", "dashboard.js", "labels.js")}
 
     def render(self, template: str, path: str, **values: Any) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from aggregator import aggregate_conversation
-from analytics.aggregates import Example, Order
+from analytics.aggregates import Order
 from analytics.charts import STYLE
+from analytics.figures import Example
 from analytics.svg import patterns
 from domain.conversation import Turn
 from error_handler import RequestError, SkippedDocumentError, StoreError, TriadError
@@ -33,13 +34,24 @@ async def labels_page(request: Request) -> Response:
 @dashboard_labels.get("/charts")  # as deep as /labels, whose script takes the charts with their relative links
 async def charts_page(request: Request) -> Response:
     """Return the page with the charts of a view; 202 while they are computed for the first time."""
+    return _counted(request, "charts")
+
+
+@dashboard_labels.get("/tables")
+async def tables_page(request: Request) -> Response:
+    """Return the page with the tables of all charts of a view, as ``charts_page`` does."""
+    return _counted(request, "tables")
+
+
+def _counted(request: Request, shown: str) -> Response:
     dashboard, query = dashboard_of(request), _query(request)
     try:
         last = dashboard.labels.last(query)
     except TriadError as exc:
         return _problem(request, query, exc)
     if last is None:
-        return _page(request, query, 202, charts={"done": dashboard.labels.passes(query)})
+        progress = dashboard.labels.progress(query)
+        return _page(request, query, 202, charts={"progress": progress}, shown=shown)
     figures = last.value
     charts = {
         "at": last.at,
@@ -47,7 +59,7 @@ async def charts_page(request: Request) -> Response:
         "figures": figures,
         "channels": list(figures.fields[0][0].counts.channels.items())[:FACETS] if figures.fields else [],
     }
-    return _page(request, query, charts=charts, patterns=patterns(), facets=FACETS)
+    return _page(request, query, charts=charts, shown=shown, patterns=patterns(), facets=FACETS)
 
 
 @dashboard_labels.get("/examples/{order}")
@@ -96,8 +108,11 @@ def _query(request: Request) -> LabelsQuery:
 
 def _page(request: Request, query: LabelsQuery, status: int = 200, **values: Any) -> Response:
     dashboard = dashboard_of(request)
-    shown = {"problem": "", "order": None, "shows_text": dashboard.shows_text, "id_key": id_key, **values}
-    return page_response(request, "labels", status, view=query, labels=dashboard.labels, **shown)
+    values = {"problem": "", "order": None, "shown": "charts", "id_key": id_key, **values}
+    shows_text = dashboard.shows_text
+    return page_response(
+        request, "labels", status, view=query, labels=dashboard.labels, shows_text=shows_text, **values
+    )
 
 
 def _problem(request: Request, query: LabelsQuery, problem: TriadError) -> Response:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import tzinfo
 
-from analytics.aggregates import Confidences, Example, LabelAnalytics, Order
+from analytics.aggregates import LabelAnalytics, Order
+from analytics.charts import Chart
+from analytics.figures import Confidences, Example
 from analytics.label_report import Crossing, FieldReport, crossed_fields, field_report
 from analytics.report_page import confidence_chart, crossing_chart, field_charts
 from analytics.slices import Period
 from config import Settings, Taxonomy
 from config.report_settings import ReportSettings
+from domain.text import counted
 from mongo_client import DocumentStore
 from service.labels_query import LabelsQuery
 from service.recent import Figures, Recent
@@ -28,8 +31,8 @@ class LabelsFigures:
     *notes* are sentences about what could not be computed. Charts are drawn once, because that takes longer than a page.
     """
 
-    fields: Sequence[tuple[FieldReport, Sequence[str]]]
-    together: Sequence[str]
+    fields: Sequence[tuple[FieldReport, Sequence[Chart]]]
+    together: Sequence[Chart]
     confidences: Confidences
     notes: Sequence[str]
 
@@ -37,6 +40,11 @@ class LabelsFigures:
     def n(self) -> int:
         """The number of results in the view."""
         return max((one.counts.total.n for one, _ in self.fields), default=0)
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All charts in the order of the page."""
+        return [*(chart for _, drawn in self.fields for chart in drawn), *self.together]
 
 
 class LabelsTab:
@@ -50,7 +58,7 @@ class LabelsTab:
         self._examples = Recent[tuple[LabelsQuery, Order], list[Example]](self._find)
         self._store = store
         self._analytics = LabelAnalytics(store, settings, taxonomy, charts.time_zone, LIMIT_S)
-        self._passes: dict[LabelsQuery, int] = {}  # that are done
+        self._progress: dict[LabelsQuery, str] = {}
 
     def last(self, query: LabelsQuery) -> Figures[LabelsFigures] | None:
         """Return the figures of *query*; None while the first ones are computed. See ``Recent.last``."""
@@ -60,9 +68,9 @@ class LabelsTab:
         """Return up to EXAMPLES results of *query*; None while the first ones are looked up. See ``Recent.last``."""
         return self._examples.last((replace(query, by="week"), order))  # the step does not matter
 
-    def passes(self, query: LabelsQuery) -> int:
-        """Return how many passes over the results are done for the first figures of *query*."""
-        return self._passes.get(query, 0)
+    def progress(self, query: LabelsQuery) -> str:
+        """Return how far the first figures of *query* are, such as ``3 counts are done``; empty before they begin."""
+        return self._progress.get(query, "")
 
     async def close(self) -> None:
         """Cancel what is being computed."""
@@ -72,18 +80,24 @@ class LabelsTab:
     async def _compute(self, query: LabelsQuery) -> LabelsFigures:
         await self._store.check()  # a pass has much time, so it would notice late that MongoDB is away
         view, fields, crossings, notes = query.slice, list[FieldReport](), list[Crossing](), list[str]()
+
+        def tell(done: int, total: int) -> None:
+            self._progress[query] = f"{done:,} of {total:,} days are done"
+
         try:
+            if note := await self._analytics.refresh(view, tell):
+                notes.append(note)
             for name in self.taxonomy.field_names:
                 fields.append(await field_report(self._analytics, name, query.by, view, notes))
-                self._passes[query] = len(fields)
+                self._progress[query] = f"{counted(len(fields), 'field')} done"
             for rows, columns in crossed_fields(fields):
                 crossings.append(Crossing(rows, columns, await self._analytics.crossed(rows, columns, view)))
-                self._passes[query] = len(fields) + len(crossings)
+                self._progress[query] = f"all fields and {counted(len(crossings), 'pair')} of fields done"
             confidences = await self._analytics.confidences(view)
             charts = await asyncio.to_thread(_drawn, fields, crossings, confidences, query.by)
             return LabelsFigures(*charts, confidences, notes)
         finally:
-            self._passes.pop(query, None)
+            self._progress.pop(query, None)
 
     async def _find(self, key: tuple[LabelsQuery, Order]) -> list[Example]:
         query, order = key
@@ -93,6 +107,6 @@ class LabelsTab:
 
 def _drawn(
     fields: Sequence[FieldReport], crossings: Sequence[Crossing], confidences: Confidences, by: Period
-) -> tuple[list[tuple[FieldReport, Sequence[str]]], list[str]]:
+) -> tuple[list[tuple[FieldReport, Sequence[Chart]]], list[Chart]]:
     together = [*map(crossing_chart, crossings), confidence_chart(confidences)]
     return [(one, field_charts(one, by)) for one in fields], [chart for chart in together if chart is not None]

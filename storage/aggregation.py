@@ -9,8 +9,14 @@ from pymongo import timeout
 from storage.extended_json import Document
 
 
-async def aggregated(collection: Any, stages: list[Document], limit_s: float) -> list[Document]:
-    """Return what *stages* make of *collection*; *limit_s* replaces the time limit of the client. Errors are the driver's."""
+async def aggregated(
+    collection: Any, stages: list[Document], limit_s: float, hint: str | None = None
+) -> list[Document]:
+    """Return what *stages* make of *collection*, through the index *hint* if given. Errors are the driver's.
+
+    *limit_s* replaces the time limit of the client.
+    """
+    options = {} if hint is None else {"hint": hint}
     with timeout(limit_s):
-        cursor = await collection.aggregate(stages, allowDiskUse=True)
+        cursor = await collection.aggregate(stages, allowDiskUse=True, **options)
         return [document async for document in cursor]

@@ -355,6 +355,7 @@ async def test_indexes(store: DocumentStore, database: Database[dict[str, Any]])
         "processing_metadata.batch_job_id",
         "processing_metadata.processed_at",
         "conversation.last_message_at",
+        "created_at",
         "classification.intent",
         "classification.topic",
         "classification.sentiment",

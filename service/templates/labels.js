@@ -22,4 +22,26 @@ async function load() {
   }
 }
 
+let tables = null; // the page with the tables, once it was asked for
+
+async function tablesAt(address) {
+  const answer = await fetch(address);
+  if (answer.status === 202) {
+    await new Promise((done) => setTimeout(done, 1000));
+    return tablesAt(address);
+  }
+  return new DOMParser().parseFromString(await answer.text(), "text/html");
+}
+
+charts.addEventListener("toggle", async (event) => {
+  const link = event.target.querySelector("a[data-table]");
+  if (!link) return;
+  try {
+    tables ??= tablesAt(link.href);
+    link.parentElement.replaceWith((await tables).getElementById(link.dataset.table).querySelector(".scroll"));
+  } catch {
+    tables = null; // the link stays
+  }
+}, true);
+
 if (charts.hasAttribute("aria-busy")) load();

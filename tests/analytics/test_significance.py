@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analytics.aggregates import Counts
+from analytics.figures import Counts
 from analytics.label_report import changes_between, counted_shares, gold_shares
 from analytics.significance import LEAST, holm, two_proportions, wilson
 

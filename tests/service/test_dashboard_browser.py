@@ -100,9 +100,9 @@ async def test_charts_come_by_themselves_and_lead_to_examples_by_keyboard(servic
         assert await tables.count() == drawings >= 4
         await tables.first.press("Enter")
         await page.get_by_role("cell", name="100.0 %").first.wait_for()
-        await page.get_by_role("link", name="Show only intent Complaint").press("Enter")
+        await page.get_by_role("link", name="Complaint", exact=True).press("Enter")
         await page.get_by_label("Remove the filter intent: Complaint").wait_for()
-        await page.get_by_role("link", name="Examples of intent Complaint").press("Enter")
+        await page.get_by_role("link", name="least confident").press("Enter")
         await page.get_by_role("row", name=re.compile("Complaint")).first.wait_for()
         assert page.url == f"{service.url}/dashboard/examples/confidence?label.intent=Complaint"
         assert not await seen.axe()

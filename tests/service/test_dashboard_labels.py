@@ -83,15 +83,17 @@ def test_first_page_has_filters_and_asks_mongodb_for_nothing(tmp_path: Path) -> 
 
 
 def test_charts_show_labels_by_week_and_channel_with_tables(service: ServiceProcess) -> None:
-    html = page(service, "/charts")
+    html, tables = page(service, "/charts"), page(service, "/tables")
     assert "4 results, counted at" in html
-    assert [row(html, "Complaint")[place] for place in (0, -1)] == ["50.0 %", "2"]
-    assert row(html, "2026-W23") == ["2", "100.0 %", "0.0 %"]
-    assert row(html, "2026-W24") == ["2", "0.0 %", "100.0 %"]
-    assert row(html, "email (2)") == ["100.0 %", "0.0 %"]
+    assert [row(tables, "Complaint")[place] for place in (0, -1)] == ["50.0 %", "2"]
+    assert row(tables, "2026-W23") == ["2", "100.0 %", "0.0 %"]
+    assert row(tables, "2026-W24") == ["2", "0.0 %", "100.0 %"]
+    assert row(tables, "email (2)") == ["100.0 %", "0.0 %"]
     assert "no channel" in html
-    assert html.count('role="img"') == html.count("<details><summary>Table:") == 12
-    assert "style=" not in html
+    assert html.count('role="img"') == tables.count("<table>") == 12
+    links = re.findall(r'href="tables\?#(table-\w+)" data-table="\1"', html)
+    assert links == re.findall(r'<figure class="chart" id="(table-\w+)">', tables)
+    assert "style=" not in html + tables
 
 
 def test_filters_are_applied_and_kept_in_the_links(service: ServiceProcess) -> None:
@@ -102,7 +104,7 @@ def test_filters_are_applied_and_kept_in_the_links(service: ServiceProcess) -> N
     assert "0 results, counted" in page(service, "/charts?model=another")
     html = page(service, "/charts?label.intent=Refund+Request&by=day")
     assert "2 results, counted" in html
-    assert row(html, "2026-06-10") == ["1", "100.0 %"]
+    assert row(page(service, "/tables?label.intent=Refund+Request&by=day"), "2026-06-10") == ["1", "100.0 %"]
     assert "labels?by=day&amp;label.intent=Refund+Request&amp;label.topic=Shipping%2FDelivery" in html
     assert 'aria-label="Remove the filter intent: Refund Request"' in html
     wrong = service.get("/dashboard/charts?min=2", KEY)
@@ -111,7 +113,7 @@ def test_filters_are_applied_and_kept_in_the_links(service: ServiceProcess) -> N
 
 def test_corrections_win(service: ServiceProcess, database: Data) -> None:
     database[CORRECTIONS].insert_one(correct(1, "intent", "Complaint", "Account Access"))
-    html = page(service, "/charts")
+    html = page(service, "/tables")
     for label in ("Complaint", "Account Access"):
         assert [row(html, label)[place] for place in (0, -1)] == ["25.0 %", "1"]
 
@@ -125,7 +127,7 @@ def test_shares_have_intervals_where_the_control_sample_has_gold(service: Servic
     )
     html = page(service, "/charts")
     assert "and 30 labels of the random control sample" in html
-    share, interval, results = row(html, "Complaint")
+    share, interval, results = row(page(service, "/tables"), "Complaint")
     low, high = (float(part.split()[0]) for part in interval.split(" to "))
     assert low <= float(share.split()[0]) <= high
     assert high - low > 10
@@ -171,6 +173,6 @@ def test_hostile_labels_and_channels_are_only_text(service: ServiceProcess, data
 
 
 def test_labels_require_a_key(service: ServiceProcess) -> None:
-    for path in ("labels", "charts", "examples/newest", "charts.css", "labels.js"):
+    for path in ("labels", "charts", "tables", "examples/newest", "charts.css", "labels.js"):
         assert service.get(f"/dashboard/{path}").error == "AuthenticationError"
         assert service.get(f"/dashboard/{path}", KEY).status in (200, 202)
