@@ -96,6 +96,8 @@ def test_new_turns_are_added_and_only_grown_tickets_are_labelled_again(site: Sit
     assert now[grown["_id"]] != labelled[grown["_id"]]
     assert now[other["_id"]] == labelled[other["_id"]]
     check_exactly_once(site, stored(site))
+    (earlier,) = site.results.find_one({"source_conversation_id": grown["_id"]})["history"]
+    assert earlier["input_sha256"] == labelled[grown["_id"]]
     assert "0 new, 0 grown (0 turns added), 3 unchanged" in imported(site, later, "--update").stdout
     assert site.run().code == 0
     assert requests(site) == asked + 2
