@@ -29,10 +29,11 @@ from mongo_client import DocumentStore
 from storage.extended_json import canonical
 from storage.service_lease import COLLECTION, lease_renewal, renew_lease
 from tests.fakes.fake_ollama import FakeOllama
-from tests.in_process import run_cli
+from tests.in_process import run_cli, run_script
 from tests.review.review_site import result
 from tests.service.service_process import NO_MODEL, Answer, serve
 from tests.worker.site import ROOT, conversation, open_site, until
+from utils import mongodb_import
 from utils.batch_file_manager import is_same_source
 from worker import left_out
 
@@ -157,6 +158,28 @@ def test_role_of_reviewers_is_enough_and_changes_no_result(
             with pytest.raises(OperationFailure, match="not authorized"):
                 site.database[name].update_one({}, {"$set": {"status": "x"}})
     assert client[DB_NAME].sentimental_analysis_corrections.count_documents({}) == 3
+
+
+def test_few_rights_are_enough_to_import_and_to_update(strict: EmbeddedMongod, client: Client, tmp_path: Path) -> None:
+    """Rights on the results, or to create an index, are not needed."""
+    source = {"db": DB_NAME, "collection": "conversation_set"}
+    leases = {"db": DB_NAME, "collection": "conversation_set_leases"}
+    rights = [{"resource": source, "actions": ["find", "insert", "update"]}, {"resource": leases, "actions": ["find"]}]
+    client[DB_NAME].command("createRole", "importer", roles=[], privileges=rights)
+    client.admin.command("createUser", "importer", pwd="i", roles=[{"role": "importer", "db": DB_NAME}])
+    path = tmp_path / "a.csv"
+    rows = ["ticket_id,role,body", "1,user,hi"]
+    with open_site(uri_of(strict, "importer", "i"), DB_NAME, None, tmp_path) as site:
+        for expected in ("1 new, 0 grown", "0 new, 1 grown (1 turn added)"):
+            path.write_text("\n".join(rows))
+            command = ["--file", str(path), "--update"]
+            done = run_script(
+                mongodb_import.main, ROOT / "utils/mongodb_import.py", command, site.environment(), tmp_path
+            )
+            assert expected in done.stdout, done.stderr
+            rows.append("1,agent,ho")
+    client.admin.command("dropUser", "importer")
+    client[DB_NAME].command("dropRole", "importer")
 
 
 @contextmanager
