@@ -31,7 +31,7 @@ def turn(text: str, turn_id: Any = None, at: str | None = None, sender: str = "c
         pytest.param([turn("ok", 1)], [turn("ok", 1), turn("ok", 2)], ["ok"], id="the same words, other ids"),
         pytest.param([turn("a")], [turn("a", 1), turn("b", 2)], ["b"], id="ids in the newer export only"),
         pytest.param([turn("a", 1)], [turn("a"), turn("b")], ["b"], id="ids in the stored one only"),
-        pytest.param([turn("a", 7)], [turn("b", 7), turn("a", 7)], ["b"], id="an id that is not of the turn"),
+        pytest.param([turn("a", 7)], [turn("b", 7), turn("c", 7)], ["b", "c"], id="an id that is not of the turn"),
         pytest.param(["a"], ["a", "b"], ["b"], id="turns that are no objects"),
     ],
 )

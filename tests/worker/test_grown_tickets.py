@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -101,6 +102,21 @@ def test_new_turns_are_added_and_only_grown_tickets_are_labelled_again(site: Sit
     assert "0 new, 0 grown (0 turns added), 3 unchanged" in imported(site, later, "--update").stdout
     assert site.run().code == 0
     assert requests(site) == asked + 2
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seam", ["answered", "before_write", "after_write"])
+def test_killed_run_labels_a_grown_ticket_once(site: Site, seam: str) -> None:
+    """The answer is in the journal, or already in MongoDB."""
+    imported(site, table(site, ROWS))
+    assert site.run().code == 0
+    imported(site, table(site, ROWS + LATER[:1]), "--update")
+    asked = requests(site)
+    assert site.run(plan={"seam": seam}).code == -signal.SIGKILL
+    assert site.run().code == 0
+    assert requests(site) == asked + 1
+    check_exactly_once(site, stored(site))
+    assert [len(one.get("history", [])) for one in site.results.find(sort=[("conversation_number", 1)])] == [1, 0]
 
 
 def test_without_the_flag_the_summary_names_it_and_nothing_changes(site: Site) -> None:
