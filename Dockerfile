@@ -6,7 +6,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
 RUN python -m venv /opt/venv
 COPY requirements.txt requirements-index.txt requirements-local-embedding.txt requirements-evaluation.txt \
-    requirements-student.txt requirements-export.txt ./
+    requirements-student.txt requirements-export.txt requirements-ray.txt ./
 # Wheels only: no package code runs during the build, and no compiler is needed.
 RUN /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements.txt
 # --build-arg INDEX=yes adds the embedding index and GET /similar; INDEX=local also adds the local embedding model.
@@ -29,6 +29,10 @@ RUN if [ -n "$STUDENT" ]; then \
 ARG EXPORT=
 RUN if [ -n "$EXPORT" ]; then \
         /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-export.txt; fi
+# --build-arg RAY=yes adds those of `python cli.py --engine ray`.
+ARG RAY=
+RUN if [ -n "$RAY" ]; then \
+        /opt/venv/bin/python -m pip install --no-cache-dir --only-binary :all: --requirement requirements-ray.txt; fi
 COPY *.py LICENSE ./
 COPY config/ config/
 COPY storage/ storage/
@@ -48,6 +52,7 @@ COPY evaluation/ evaluation/
 COPY analytics/ analytics/
 COPY exporting/ exporting/
 COPY embedded/ embedded/
+COPY cluster/ cluster/
 COPY commands/ commands/
 COPY schema_examples/ schema_examples/
 COPY data/*.jsonl data/

@@ -16,7 +16,7 @@ unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_DRY_RUN
 venv_python = .venv/bin/python
 # Test files with more scenarios: tests marked thorough, and random examples.
 thorough = $(shell grep -lE 'mark\.thorough|mostly_thorough|^@given' $(wildcard tests/test_*.py tests/*/test_*.py))
-packages = config storage network utils domain help_desks model_server worker openai_batch embedded database_docs embedding_index student review evaluation analytics exporting service commands
+packages = config storage network utils domain help_desks model_server worker openai_batch embedded database_docs embedding_index student review evaluation analytics exporting service cluster commands
 modules = $(wildcard *.py) $(packages)
 
 comma := ,

@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from batch_processor import BatchProcessor, Observers, built_in_classify, built_
 from commands import flags, summary
 from commands.subset_flags import subset_of
 from config import Settings, load_taxonomy
+from config.loading import changed_environment
 from domain.text import counted
 from error_handler import (
     ExitCode,
@@ -46,15 +47,11 @@ from storage.mongo_errors import translated
 from utils.process import exit_code_of, print_error, stop_on_signals, tell_line, tune_garbage_collection
 from worker.checkpoint import RunStats
 from worker.describe import require_sentence
-from worker.intake import RunOptions, preview
-from worker.left_out import LeftOut, count_in_time, count_left_out, is_fruitless
+from worker.intake import RunOptions
+from worker.left_out import is_fruitless
 from worker.metrics import serve_metrics
 from worker.model_use import ModelUse
-from worker.plan import ask_plan
 from worker.progress import ConsoleProgress, FileProgress, GroupLines, Reporter
-from worker.quarantine import failed_keys
-from worker.staleness import Plan, StalenessChecker
-from worker.subset import require_query
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "embedded"
 
@@ -152,8 +149,12 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         if settings.reply_style == "auto" and not parts and not arguments.dry_run:
             await _settle_style(settings, has_work=bool(options.only or options.reprocess or options.retry_failed))
         if arguments.dry_run:
-            return await _dry_run(arguments, settings, options, parts.get("plan"))
+            from commands.dry_run import dry_run  # noqa: PLC0415 - only for this flag
+
+            return await dry_run(arguments, settings, options, parts.get("plan"))
         observers = _observers(arguments, settings, stack)
+        if arguments.engine == "ray":
+            return await _on_ray(arguments, settings, options, observers)
         processor = BatchProcessor(settings, options=options, observers=observers, **parts)
         connected = asyncio.Event()
         with stop_on_signals(processor.stop, connected.is_set):
@@ -161,6 +162,21 @@ async def _run(arguments: argparse.Namespace, settings: Settings) -> int:
             connected.set()
             passes = _stream if settings.mode == "stream" else _passes
             return await passes(arguments, settings, processor, after)
+
+
+async def _on_ray(arguments: argparse.Namespace, settings: Settings, options: RunOptions, observers: Observers) -> int:
+    """Run the workers on a Ray cluster, and report them as one run."""
+    flags.require_packages("--engine ray", ["ray"], "pip install -r requirements-ray.txt")
+    # Ray reads it when it is imported; with its default, a wrong address takes minutes.
+    with changed_environment(RAY_NUM_REDIS_GET_RETRIES="1"):
+        from cluster.engine import run_workers  # noqa: PLC0415 - only for --engine ray
+    stats = await run_workers(settings, options, observers, arguments.workers, arguments.ray_address)
+    await _report(arguments, settings, None, stats)
+    for problem in stats["problems"]:
+        tell_line(problem)
+    if stats["exit_code"] == ExitCode.INTERRUPTED:
+        raise RunInterruptedError("Stopped; run the same command again to resume.")
+    return ExitCode.INCOMPLETE if is_fruitless(stats) and not stats["exit_code"] else ExitCode(stats["exit_code"])
 
 
 async def _settle_style(settings: Settings, *, has_work: bool) -> None:
@@ -293,30 +309,6 @@ async def _describe(arguments: argparse.Namespace, processor: BatchProcessor, st
     return int(counts["failed"])
 
 
-async def _dry_run(arguments: argparse.Namespace, settings: Settings, options: RunOptions, given: str | None) -> int:
-    plan = Plan(given) if given else None
-    store = DocumentStore(settings, subset=options.subset)
-    try:
-        await store.check()
-        await require_query(store, options.subset.condition, "--filter")
-        if options.only in ("stale", "style", "failed") and plan is None:
-            plan = await ask_plan(settings)
-        kinds = StalenessChecker(store, settings.batch_files_dir, plan) if options.only else None
-        report = await preview(store, options, kinds, tell_line)
-        left_out = await _left_out(store, settings)
-    finally:
-        await store.close()
-    report["in_retry_queue"] = len(failed_keys(settings.batch_files_dir, "retry"))
-    report["not_selected"] = None if left_out is None else asdict(left_out)
-    for problem in left_out.problems(settings.results_collection) if left_out else ():
-        tell_line(" ".join(problem))
-    text = json.dumps(report, indent=2)
-    if arguments.output:
-        replace_file(arguments.output, text.encode())
-    print(text)
-    return ExitCode.DONE
-
-
 async def _fill_facts(arguments: argparse.Namespace, settings: Settings) -> int:
     from worker.facts import fill_facts  # noqa: PLC0415 - only for --only facts
 
@@ -333,25 +325,15 @@ async def _fill_facts(arguments: argparse.Namespace, settings: Settings) -> int:
     return ExitCode.DONE
 
 
-async def _left_out(store: DocumentStore, settings: Settings) -> LeftOut | None:
-    """Return what a run leaves out; None, with a line, if MongoDB does not count it in time."""
-    queued = len(failed_keys(settings.batch_files_dir))
-    try:
-        return await count_in_time(count_left_out(store, queued=queued), tell_line)
-    except StoreUnavailableError as exc:
-        tell_line(f"The documents that are not selected were not counted: {exc}.")
-        return None
-
-
 async def _report(
-    arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor, stats: dict[str, Any]
+    arguments: argparse.Namespace, settings: Settings, processor: BatchProcessor | None, stats: dict[str, Any]
 ) -> None:
     if arguments.output:
         replace_file(arguments.output, json.dumps(stats, indent=2).encode())
     # Labels are printed literally, and the emoji table is not loaded; without colours, nor are the patterns of numbers.
     console = Console(soft_wrap=True, emoji=False, highlight=sys.stdout.isatty())
     summary.print_run(console, stats, settings)
-    if arguments.embedded:
+    if arguments.embedded and processor is not None:
         results = await processor.store.read_results([], 10_000)
         stored = RunStats()
         for result in results:

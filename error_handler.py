@@ -348,6 +348,20 @@ class FailureThresholdError(TriadError):
     exit_code = ExitCode.FAILURE_THRESHOLD
 
 
+class ClusterUnavailableError(TriadError):
+    """There is no Ray cluster at the address, or it does not accept this machine."""
+
+    exit_code = ExitCode.UNREACHABLE
+    error_class = ErrorClass.TRANSIENT
+
+
+class WorkerLostError(TriadError):
+    """A worker on a Ray cluster died; other workers take over its documents when its leases have expired."""
+
+    exit_code = ExitCode.INCOMPLETE
+    error_class = ErrorClass.TRANSIENT
+
+
 class RunInterruptedError(TriadError):
     """A signal stopped the run; everything is saved."""
 

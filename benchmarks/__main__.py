@@ -1,8 +1,8 @@
 """``python -m benchmarks``: measure, print one table, and exit with 1 if a target is missed.
 
 ``python -m benchmarks throughput``, ``latency``, ``memory``, ``service``, ``concurrency``, ``openai``, ``index``,
-``search``, ``walk``, ``injection``, ``examples``, ``export``, ``counts``, ``two_users``, ``prompt``, ``model`` or ``servers``
-runs only that benchmark. ``--quick`` uses few documents, without targets. See docs/performance.md.
+``search``, ``walk``, ``injection``, ``examples``, ``export``, ``counts``, ``two_users``, ``prompt``, ``model``, ``servers``
+or ``ray`` runs only that benchmark. ``--quick`` uses few documents, without targets. See docs/performance.md.
 ``python -m benchmarks student DIR`` tries a student on labelled files (docs/student.md).
 """
 
@@ -27,6 +27,7 @@ from benchmarks import (
     model,
     prompt,
     prompt_examples,
+    ray_scaling,
     search_quality,
     servers,
     service,
@@ -56,6 +57,7 @@ MEASURES = {
     "prompt": prompt.measure,
     "model": model.measure,
     "servers": servers.measure,
+    "ray": ray_scaling.measure,
 }
 
 

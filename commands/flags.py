@@ -168,8 +168,26 @@ def create_parser(commands: Iterable[Command] = ()) -> argparse.ArgumentParser:
     )
     what.add_argument("--embedded", action="store_true", help="use the embedded MongoDB and the sample conversations")
     _add_work_flags(parser.add_argument_group("processing"))
+    _add_engine_flags(parser.add_argument_group("several machines"))
     _add_output_flags(parser.add_argument_group("output"))
     return parser
+
+
+def _add_engine_flags(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--engine", choices=["ray"], help="run workers on a Ray cluster (docs/scaling.md); one worker in this process"
+    )
+    group.add_argument(
+        "--workers",
+        type=number_between(int, 1, 256),
+        metavar="N",
+        help="with --engine ray: number of workers; one for each model_server or node of the cluster",
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="with --engine ray: the running cluster, or auto to find it; a cluster on this machine for this run",
+    )
 
 
 def _add_output_flags(shown: argparse._ActionsContainer) -> None:
@@ -274,6 +292,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         raise ConfigurationError("--embedded-student requires --embedded; with a model server, use --student P.")
     if subset_of(arguments, settings).name and arguments.only == "facts":
         raise ConfigurationError("--only facts fills all results; leave out --filter, --since and --until.")
+    _check_engine(arguments, settings)
     for flag in ("reprocess", "retry_failed"):
         if arguments.only and getattr(arguments, flag):
             raise ConfigurationError(f"--only and --{flag.replace('_', '-')} both select documents; use one of them.")
@@ -294,6 +313,27 @@ def _require_flags_of_mode(arguments: argparse.Namespace, mode: str) -> None:
                 raise ConfigurationError(
                     f"--mode stream labels each new conversation, so it does not go with --{flag}; remove one of them."
                 )
+
+
+def _check_engine(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Refuse flags that need ``--engine ray``, and those that workers on a cluster do not have."""
+    if not arguments.engine:
+        for flag in ("workers", "ray_address"):
+            if getattr(arguments, flag) is not None:
+                raise ConfigurationError(f"--{flag.replace('_', '-')} requires --engine ray.")
+        return
+    not_there = {
+        "--embedded: start MongoDB where all nodes reach it": arguments.embedded,
+        "--reprocess, because each worker would replace the results of the others: use --only stale": arguments.reprocess,
+        "--describe: run it without --engine ray afterwards": arguments.describe,
+        f"--mode {settings.mode}: start the command again, for example from cron": settings.mode != "batch",
+        "--student (STUDENT): it is trained and used by one worker": settings.student is not None,
+        "--reply auto: python cli.py --reply auto without --engine ray finds the style; name it": settings.reply_style
+        == "auto",
+    }
+    for what, is_given in not_there.items():
+        if is_given:
+            raise ConfigurationError(f"--engine ray does not work with {what}.")
 
 
 def monitoring(arguments: argparse.Namespace) -> tuple[bool, bool, bool]:

@@ -33,6 +33,8 @@ EVALUATION_PACKAGE = "evaluation/"
 STUDENT_PACKAGES = ("student/", "commands/student_")
 # loaded only if requirements-export.txt is installed as well: --build-arg EXPORT=yes
 EXPORT_PACKAGE = "exporting/"
+# loaded only if requirements-ray.txt is installed as well: --build-arg RAY=yes
+RAY_PACKAGE = "cluster/"
 # Imported by embedded/choice.py only if requirements-embedding.txt is installed, as requirements-index.txt does.
 OPTIONAL = {
     f"embedded/{name}.py" for name in ("minilm", "conversation_vectors", "label_scores", "embedding_classifier")
@@ -158,7 +160,7 @@ def named_in(requirements: str) -> set[str]:
 
 
 def test_what_is_copied_needs_only_what_is_installed() -> None:
-    """Every imported package is in requirements.txt, or in the file of the index, of the evaluation, the student or the export."""
+    """Every imported package is in requirements.txt, or in the file of the index, of the evaluation, the student, the export or Ray."""
     installed = named_in("requirements.txt")
     own = {Path(path).parts[0].removesuffix(".py") for path in product_modules()}
     providers = packages_distributions()
@@ -177,6 +179,8 @@ def test_what_is_copied_needs_only_what_is_installed() -> None:
                     allowed |= named_in("requirements-student.txt")
                 if path.startswith(EXPORT_PACKAGE):
                     allowed |= named_in("requirements-export.txt")
+                if path.startswith(RAY_PACKAGE):
+                    allowed |= named_in("requirements-ray.txt")
                 # Starlette, bson, urllib3, httpx2 and MarkupSafe are dependencies of packages that the module uses.
                 if not distributions & (allowed | {"starlette", "urllib3", "httpx2", "markupsafe"}):
                     missing[top] = path

@@ -34,6 +34,7 @@ LAYERS = (
     "exporting",
     "service",
     "batch_processor api",
+    "cluster",
     "commands",
     "cli",
     "main run_batch_processor check_mongo_connection api_client api_client_production",
@@ -117,6 +118,7 @@ OWNERS = {
     "charset_normalizer": {"help_desks.files"},
     "pyarrow": {"exporting.parquet_file"},
     "openpyxl": {"exporting.xlsx_file"},
+    "ray": {"cluster.ray_cluster"},
 }
 
 

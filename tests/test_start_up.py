@@ -34,7 +34,7 @@ OF_OTHERS = {
         "config.service_settings",
         "help_desks.reader",
     ),
-    *("embedded.mongod", "worker.timing", "worker.server_pool"),
+    *("embedded.mongod", "worker.timing", "worker.server_pool", "ray", "cluster"),
 }
 LOADED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
 
