@@ -105,7 +105,7 @@ def test_new_turns_are_added_and_only_grown_tickets_are_labelled_again(site: Sit
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("seam", ["answered", "before_write", "after_write"])
+@pytest.mark.parametrize("seam", ["asked", "answered", "before_write", "results_written", "marked"])
 def test_killed_run_labels_a_grown_ticket_once(site: Site, seam: str) -> None:
     """The answer is in the journal, or already in MongoDB."""
     imported(site, table(site, ROWS))
