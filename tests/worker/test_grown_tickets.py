@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from storage.selection import StateFields
 from tests.in_process import run_script
 from tests.worker.site import ROOT, Document, Site, check_exactly_once, requests
+from tests.worker.stream_site import following, has_result, until
 from utils import mongodb_import
 
 HEADER = "Case number,Role,Body,Created\n"
@@ -117,6 +119,22 @@ def test_killed_run_labels_a_grown_ticket_once(site: Site, seam: str) -> None:
     assert requests(site) == asked + 1
     check_exactly_once(site, stored(site))
     assert [len(one.get("history", [])) for one in site.results.find(sort=[("conversation_number", 1)])] == [1, 0]
+
+
+@pytest.mark.thorough
+def test_stream_labels_a_grown_ticket_again(site: Site) -> None:
+    imported(site, table(site, ROWS))
+    assert site.run().code == 0
+    imported(site, table(site, ROWS + LATER[:1]), "--update")
+    asked, grown = requests(site), stored(site)[0]["_id"]
+
+    async def follow() -> None:
+        async with following(site, run=False):
+            await until(lambda: has_result(site, grown, earlier=1))
+
+    asyncio.run(follow())
+    assert requests(site) == asked + 1
+    check_exactly_once(site, stored(site))
 
 
 def test_without_the_flag_the_summary_names_it_and_nothing_changes(site: Site) -> None:
