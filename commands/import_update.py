@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,17 +22,17 @@ ATTEMPTS = 5  # another program may change a document between its comparison and
 
 @dataclass(slots=True)
 class Growth:
-    """What an import found about stored conversations.
+    """Counts of the documents of an import whose conversations are stored already.
 
-    *grown* are the ``id_key`` of those that lack *turns* (with an update: lacked). *documents* are the numbers of the documents
-    of the import that have them, *others* of those whose stored form has another text. *in_work* counts the grown ones that a
-    worker had leased, *foreign* those with a status of another program, *missed* those that were changed during each attempt.
+    *grown* have *turns* that the stored ones lack (with an update: lacked); of these, *in_work* were leased by a worker, and
+    *foreign* have a status of another program. The stored form of *others* has another text; *first_other* is the number of
+    the first one. *missed* were changed by other programs during each attempt.
     """
 
-    grown: set[bytes] = field(default_factory=set)
-    documents: set[int] = field(default_factory=set)
+    grown: int = 0
     turns: int = 0
-    others: set[int] = field(default_factory=set)
+    others: int = 0
+    first_other: int = 0
     in_work: int = 0
     foreign: int = 0
     missed: int = 0
@@ -95,8 +95,8 @@ class StoredConversations:
             known = [(pair, stored[key]) for pair in pairs if (key := id_key(pair.stored_id)) in stored]
             grown = [(pair, document, found) for pair, document in known if (found := self._judged(pair, document))]
             if not self._updates:
-                for pair, _document, found in grown:
-                    self._count(pair, found)
+                for _pair, _document, found in grown:
+                    self._count(found)
                 return
             pairs = await self._add(grown) if grown else []
         self.growth.missed += len(pairs)
@@ -110,12 +110,12 @@ class StoredConversations:
         if found is not None and found.added and (found.shared or not found.only_stored):
             return found
         if text != stored_text and (found is None or found.added):
-            self.growth.others.add(pair.number)
+            self.growth.others += 1
+            self.growth.first_other = self.growth.first_other or pair.number
         return None
 
-    def _count(self, pair: Pair, found: Comparison) -> None:
-        self.growth.grown.add(id_key(pair.stored_id))
-        self.growth.documents.add(pair.number)
+    def _count(self, found: Comparison) -> None:
+        self.growth.grown += 1
         self.growth.turns += len(found.added)
 
     async def _add(self, grown: list[tuple[Pair, Document, Comparison]]) -> list[Pair]:
@@ -139,10 +139,9 @@ class StoredConversations:
             if not done.matched_count:
                 again.append(pair)
                 continue
-            if id_key(pair.stored_id) not in self.growth.grown:
-                self.growth.in_work += id_key(pair.stored_id) in leased
-                self.growth.foreign += is_foreign
-            self._count(pair, found)
+            self.growth.in_work += id_key(pair.stored_id) in leased
+            self.growth.foreign += is_foreign
+            self._count(found)
         return again
 
     async def _by_number(self, numbers: set[Any]) -> dict[Any, list[Document]]:

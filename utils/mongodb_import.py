@@ -163,10 +163,10 @@ def _counted(pages: Iterable[list[Document]], on_read: Callable[[int], None]) ->
 
 
 def _outcome(read: int, new: int, growth: Growth, updates: bool) -> str:
-    grown = len(growth.grown)
+    grown = growth.grown
     if updates:
-        unchanged = read - new - len(growth.documents)
-        return f"{new} new, {grown} grown ({counted(growth.turns, 'turn')} added), {unchanged} unchanged"
+        turns = counted(growth.turns, "turn")
+        return f"{new} new, {grown} grown ({turns} added), {read - new - grown} unchanged"
     have = "has" if grown == 1 else "have"
     more = f", of which {grown} {have} grown (--update adds {counted(growth.turns, 'new turn')})" if grown else ""
     return f"{new} new, {read - new} already there{more}"
@@ -174,13 +174,13 @@ def _outcome(read: int, new: int, growth: Growth, updates: bool) -> str:
 
 def _show_growth(console: Console, growth: Growth) -> None:
     lines = {
-        _OTHER_TEXT: len(growth.others),
+        _OTHER_TEXT: growth.others,
         _IN_WORK: growth.in_work,
         _FOREIGN: growth.foreign,
         _MISSED: growth.missed,
     }
     for what, count in lines.items():
-        first = f" (first: document {min(growth.others)})" if what == _OTHER_TEXT and growth.others else ""
+        first = f" (first: document {growth.first_other})" if what == _OTHER_TEXT else ""
         if count:
             text = f"{counted(count, 'document')} {what}{first}."
             console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -168,7 +168,7 @@ def test_newer_lines_of_one_file_are_added_in_turn(site: Site) -> None:
     for texts in (["Where is it?", "We look."], ["Where is it?", "We look.", "It is here."]):
         lines.append(tickets(site, texts).read_text())
     path.write_text("\n".join(lines))
-    assert "Read 3 documents: 1 new, 1 grown (2 turns added), 0 unchanged" in imported(site, path, "--update").stdout
+    assert "Read 3 documents: 1 new, 2 grown (2 turns added), 0 unchanged" in imported(site, path, "--update").stdout
     assert [one["text"] for one in stored(site)[0]["messages"]] == ["Where is it?", "We look.", "It is here."]
 
 

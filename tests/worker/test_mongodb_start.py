@@ -219,6 +219,7 @@ def fail_all(client: Client, day: int = 1) -> None:
     client[DB_NAME].conversation_set.update_many({}, {"$set": {"status": "failed", "status_reason": "timeout"}})
 
 
+@pytest.mark.thorough
 def test_documented_role_is_enough_for_the_tabs_labels_and_quarantine(
     strict: EmbeddedMongod, client: Client, tmp_path: Path
 ) -> None:
