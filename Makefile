@@ -6,7 +6,7 @@ EMBEDDED =
 PYTHON =
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help venv run serve index test test-fakes test-flow check torture bench clean
+.PHONY: help venv run serve index test test-fakes test-platforms check torture bench clean
 
 # Settings of pip for other places (also in pip.conf) would break the installation into .venv.
 export PIP_USER = 0
@@ -32,7 +32,7 @@ endef
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
-		printf '  make %-11s %s\n' "$$target" "$$text"; done
+		printf '  make %-14s %s\n' "$$target" "$$text"; done
 
 venv: .venv/run.stamp ## create .venv with the packages of the product (again only if requirements*.txt change)
 	@echo '.venv is ready: make run, or . .venv/bin/activate'
@@ -66,8 +66,9 @@ test: .venv/dev.stamp ## run the tests of the product; ARGS is for pytest
 test-fakes: .venv/dev.stamp ## run the tests of the fake servers that the other tests use; ARGS is for pytest
 	$(venv_python) -m pytest -n 4 --dist worksteal tests/fakes $(ARGS)
 
-test-flow: .venv/dev.stamp .venv-prefect/run.stamp ## run the Prefect flow of examples/ once; ARGS is for pytest
-	$(venv_python) -m pytest -m '' tests/deploy/test_scheduling.py $(ARGS)
+test-platforms: .venv/dev.stamp .venv-prefect/run.stamp ## run the worker once on Prefect and once on Ray; ARGS is for pytest
+	$(venv_python) -m pytest -m '' tests/deploy/test_scheduling.py \
+		tests/cluster/test_ray.py::test_run_on_a_cluster_of_its_own $(ARGS)
 
 check: .venv/dev.stamp ## check style, formatting and types
 	$(venv_python) -m ruff check .

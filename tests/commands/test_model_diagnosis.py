@@ -178,7 +178,7 @@ async def test_smaller_window_of_the_server_is_a_warning(fake: FakeOllama) -> No
     assert given.level == "warning"
     assert given.numbers == {"asked": 8192, "given": 5000, "limit": 131_072}
     assert "OLLAMA_NUM_CTX=5000" in given.remedy
-    assert the_one(await findings(settings_for(fake)), "loaded with 5000 tokens; a window of 8192 loads it again")
+    assert the_one(await findings(settings_for(fake)), "loaded with a window of 5000 tokens; a run uses that")
 
 
 async def test_larger_loaded_window_is_reused_as_in_a_run(fake: FakeOllama) -> None:

@@ -193,6 +193,7 @@ def objections(page: Any, *rules: str) -> list[tuple[str, list[str]]]:
     return [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found]
 
 
+@pytest.mark.thorough
 def test_page_in_a_browser_and_on_paper(place: Site, database: Place) -> None:
     """No script error and no request, no wider than a phone; on paper dark ink on white, and no closed tables."""
     results = random_results(40)

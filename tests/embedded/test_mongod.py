@@ -67,6 +67,7 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_standalone_takes_writes_on_loopback_only(tmp_path: Path) -> None:
     data_dir = tmp_path / "deep" / "data of mine"
     with EmbeddedMongod(data_dir) as mongod:

@@ -153,6 +153,7 @@ def test_smaller_window_of_the_server_is_used(site: Site) -> None:
     assert model_of(site).stats()["loads"] == 1
 
 
+@pytest.mark.thorough
 def test_model_unloaded_during_a_run_is_loaded_by_one_request(site: Site) -> None:
     """No call starts a load that its own short time-out would abort."""
     site.source.insert_many([document(number) for number in range(20)])

@@ -347,6 +347,7 @@ def test_output_has_no_secret_and_no_document_text(job: Job, openai: FakeOpenAI)
     assert "CANARY" not in out + err + refused.out + refused.err + own
 
 
+@pytest.mark.thorough
 def test_cli_import_loads_no_library_of_document_jobs() -> None:
     """A run of the batch worker must not wait for them."""
     code = (

@@ -185,6 +185,7 @@ def test_child_inherits_no_setting_and_no_file(monkeypatch: pytest.MonkeyPatch, 
         assert "lock" not in str(own.call("open", {}))
 
 
+@pytest.mark.thorough
 def test_child_dies_with_its_killed_parent() -> None:
     """In the middle of an endless document as well."""
     script = (

@@ -41,6 +41,7 @@ def check(seen: Visit, service: ServiceProcess) -> None:
     assert {re.sub(r"^(https?://[^/]+|data:).*", r"\1", one) for one in seen.addresses} <= {service.url, "data:"}
 
 
+@pytest.mark.thorough
 async def test_review_works_inside_the_frame_by_keyboard(service: ServiceProcess, database: Data) -> None:
     """The old address leads to the tab. Keys decide, and Enter on a link of the frame follows the link."""
     async with visit(ANNA) as seen:
@@ -122,6 +123,7 @@ async def test_charts_are_shown_without_a_script(service: ServiceProcess) -> Non
         assert await seen.page.get_by_role("img").count() >= 4
 
 
+@pytest.mark.thorough
 async def test_tabs_fit_a_phone_and_the_dark(service: ServiceProcess) -> None:
     """No sideways scrolling at 375 pixels, and enough contrast in the dark."""
     tabs = {"labels": "2 results, counted", "review": "Conversation 1 (", "quarantine": "Failed documents"}

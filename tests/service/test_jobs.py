@@ -264,6 +264,7 @@ def test_requests_go_before_jobs(site: Callable[..., Any], database: Data) -> No
         assert service.get(path).json["status"] == "open"
 
 
+@pytest.mark.thorough
 def test_without_mongodb_jobs_get_503_and_requests_their_labels(tmp_path: Path) -> None:
     """And API_EXPOSE_JOBS=off removes the routes."""
     address = {"MONGODB_URI": "mongodb://127.0.0.1:1", "MONGODB_TIMEOUT_MS": "300", "API_EMBEDDED": "true"}

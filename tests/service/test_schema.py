@@ -39,15 +39,15 @@ def document(**settings: Any) -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("phases", "taxonomy"),
+    ("phases", "taxonomy", "paths"),
     [
-        pytest.param("coverage", None, id="coverage"),
-        pytest.param("examples,coverage,fuzzing", None, id="all", marks=pytest.mark.thorough),
-        pytest.param("examples,coverage,fuzzing", FIELDS, id="fields", marks=pytest.mark.thorough),
+        pytest.param("coverage", None, "^/(classify|labels)$", id="classify"),
+        pytest.param("examples,coverage,fuzzing", None, ".", id="all", marks=pytest.mark.thorough),
+        pytest.param("examples,coverage,fuzzing", FIELDS, ".", id="fields", marks=pytest.mark.thorough),
     ],
 )
 def test_schemathesis_finds_no_deviation_from_the_document(
-    tmp_path: Path, mongodb_uri: str, db_name: str, phases: str, taxonomy: str | None
+    tmp_path: Path, mongodb_uri: str, db_name: str, phases: str, taxonomy: str | None, paths: str
 ) -> None:
     """Statuses, headers, content types, bodies and methods: wrong requests are refused, right ones are answered."""
     # Answers are not kept, because a key that comes twice with two bodies is refused, and rightly.
@@ -64,12 +64,12 @@ def test_schemathesis_finds_no_deviation_from_the_document(
     ):
         command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{service.url}/openapi.json"]
         command += ["--checks", "all", "--phases", phases, "--max-examples", "40", "--seed", "1"]
-        command += ["--generation-deterministic"]
+        command += ["--generation-deterministic", "--include-path-regex", paths]
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
         assert ended.returncode == 0, ended.stdout
         generated = re.search(r"(\d+) generated, (\d+) passed", ended.stdout)
         assert generated is not None, ended.stdout
-        assert int(generated[1]) > 100
+        assert int(generated[1]) > 50
         assert "Traceback" not in service.log
 
 
@@ -134,7 +134,8 @@ def test_documented_example_and_metrics_match_the_service(tmp_path: Path) -> Non
         assert answer.status == 200
         assert answer.json["messages"] == shown["messages"]
         numbers = set(re.findall(r"^# TYPE (triad_\w+)", service.get("/metrics").body.decode(), re.MULTILINE))
-    assert {name.removesuffix("_bucket") for name in re.findall(r"triad_[a-z_]+", page)} == numbers
+    named = {name.removesuffix("_bucket") for name in re.findall(r"triad_[a-z_]+", page)}
+    assert {name for name in named if not name.startswith("triad_server_")} == numbers  # those are of several servers
 
 
 def test_every_setting_is_documented() -> None:

@@ -101,6 +101,7 @@ def test_search_returns_similar_conversations_with_their_labels(site: Site) -> N
     assert answer.headers["cache-control"] == "no-store"
 
 
+@pytest.mark.thorough
 def test_index_is_opened_once_at_the_first_search(tmp_path: Path) -> None:
     """Not at the start, and what is indexed afterwards is found."""
     write_index(tmp_path)

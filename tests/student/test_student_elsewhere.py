@@ -59,6 +59,7 @@ def test_training_leaves_out_what_it_must_not_learn(place: School) -> None:
     assert "embed 0 conversations" in again.err
 
 
+@pytest.mark.thorough
 def test_embedded_classifier_uses_the_student_where_it_is_sure(trained_directory: Path) -> None:
     """Its results name it; a conversation of another kind gets the labels of the built-in classifier."""
     taxonomy = load_taxonomy()

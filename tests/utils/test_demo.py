@@ -75,6 +75,7 @@ def test_the_script_has_a_part_for_each_document_that_reaches_the_model() -> Non
     assert len(starts) == len(SCRIPT)
 
 
+@pytest.mark.thorough
 def test_closed_stdout_is_not_an_error(tmp_path: Path) -> None:
     """As in ``demo_batch_processor.py | head -1``."""
     process = subprocess.Popen(

@@ -9,20 +9,17 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from batch_processor import BatchProcessor
-from storage.subset import ALL, Subset
 from tests.worker.site import POLL_S, Site
-from worker.intake import RunOptions
 
 NEVER_S = 86_400.0
 MORE = {"sender": "customer", "text": "The parcel came, but it is broken and I want my money back"}
 
 
-def stream_processor(site: Site, subset: Subset = ALL, **settings: Any) -> BatchProcessor:
+def stream_processor(site: Site, **settings: Any) -> BatchProcessor:
     """Return a worker of *site* that labels grown conversations at once."""
     assert site.model is not None
     fast = {"settle_s": 0.0, "mongodb_backoff_s": 0.1, "mongodb_timeout_ms": 5000, "worker_heartbeat": False}
     return BatchProcessor(
-        options=RunOptions(subset=subset),
         mongodb_uri=site.uri,
         db_name=site.database.name,
         ollama_endpoint=site.model.url,

@@ -33,6 +33,7 @@ from tests.worker.site import until as wait_until
 from tests.worker.stream_site import NEVER_S, following, grow, has_result, until
 from utils.batch_file_manager import BatchFiles
 from worker.checkpoint import RunStats
+from worker.intake import RunOptions
 from worker.progress import GroupLines
 from worker.stream import StreamState
 
@@ -65,7 +66,7 @@ async def test_only_the_subset_is_labelled_new_or_grown(there: Site) -> None:
     there.source.insert_one(conversation(1, channel="chat"))
     async with following(there):
         await until(lambda: has_result(there, 1))
-    async with following(there, subset=Subset({"channel": "email"})):
+    async with following(there, options=RunOptions(subset=Subset({"channel": "email"}))):
         grow(there, 1)
         there.source.insert_many([conversation(2, channel="chat"), conversation(3, channel="email")])
         await until(lambda: has_result(there, 3))
