@@ -14,6 +14,7 @@ from error_handler import ConfigurationError, SkippedDocumentError, StoreError, 
 from help_desks.grown import Comparison, compared
 from mongo_client import DURABLE, DocumentStore, call_repeatedly
 from storage.extended_json import Document, id_key
+from storage.mongo_pages import update_matching
 from utils.retry_utils import RetryPolicy
 
 DERIVED_ID = "sha256-"  # how an _id begins that the import has made of the content
@@ -121,28 +122,36 @@ class StoredConversations:
     async def _add(self, grown: list[tuple[Pair, Document, Comparison]]) -> list[Pair]:
         """Add the turns; return the pairs whose stored documents were changed meanwhile."""
         leased = await self._leased([pair.stored_id for pair, _, _ in grown])
+        updates = [self._update(document, found) for _, document, found in grown]
+        try:
+            matched = await self._call("add turns", partial(update_matching, self._source, updates))
+        except StoreRejectedError as exc:
+            if len(grown) > 1:  # one by one, so that the document can be named
+                return [pair for each in grown for pair in await self._add([each])]
+            raise ConfigurationError(
+                f"The new turns of document {grown[0][0].number} cannot be stored in MongoDB (too large, or an unsupported "
+                "value); correct or remove it."
+            ) from exc
+        now = {} if matched == len(grown) else await self._read([pair.stored_id for pair, _, _ in grown])
         again = []
         for pair, document, found in grown:
-            is_foreign = self._states.state_of(document) == "foreign"
-            change: Document = {"$push": {found.field: {"$each": found.added}}}
-            if not is_foreign:
-                change |= {"$set": {self._states.status: "pending"}, "$unset": {self._states.reason: ""}}
-            # The list must be as it was compared, or a turn that another import added meanwhile would be there twice.
-            query = {"_id": {"$eq": pair.stored_id}, found.field: {"$size": len(document[found.field])}}
-            try:
-                done = await self._call("add turns", partial(self._source.update_one, query, change))
-            except StoreRejectedError as exc:
-                raise ConfigurationError(
-                    f"The new turns of document {pair.number} cannot be stored in MongoDB (too large, or an unsupported "
-                    "value); correct or remove it."
-                ) from exc
-            if not done.matched_count:
+            key = id_key(pair.stored_id)
+            rest = compared(now.get(key, {}), pair.newer) if now else None
+            if rest is not None and rest.added:
                 again.append(pair)
                 continue
-            self.growth.in_work += id_key(pair.stored_id) in leased
-            self.growth.foreign += is_foreign
+            self.growth.in_work += key in leased
+            self.growth.foreign += self._states.state_of(document) == "foreign"
             self._count(found)
         return again
+
+    def _update(self, document: Document, found: Comparison) -> tuple[Document, Document]:
+        """Return the query and the change that add what was *found* to the stored *document*."""
+        change: Document = {"$push": {found.field: {"$each": found.added}}}
+        if self._states.state_of(document) != "foreign":
+            change |= {"$set": {self._states.status: "pending"}, "$unset": {self._states.reason: ""}}
+        # The list must be as it was compared, or a turn that another import added meanwhile would be there twice.
+        return {"_id": {"$eq": document["_id"]}, found.field: {"$size": len(document[found.field])}}, change
 
     async def _by_number(self, numbers: set[Any]) -> dict[Any, list[Document]]:
         if not self._is_indexed:

@@ -172,6 +172,21 @@ def test_newer_lines_of_one_file_are_added_in_turn(site: Site) -> None:
     assert [one["text"] for one in stored(site)[0]["messages"]] == ["Where is it?", "We look.", "It is here."]
 
 
+@pytest.mark.thorough
+def test_turns_that_do_not_fit_into_a_document_are_named(site: Site) -> None:
+    """Those of other documents are added all the same."""
+    long = "word " * 1_800_000
+    imported(site, tickets(site, ["hi"], ["hi"], ["hi"]))
+    site.source.update_one({"_id": "zendesk-2"}, {"$push": {"messages": {"sender": "customer", "text": long}}})
+    path = tickets(site, ["hi", "ho"], ["hi", f"{long} again"], ["hi", "ho"])
+    script, command = ROOT / "utils/mongodb_import.py", ["--file", str(path), "--update"]
+    done = run_script(mongodb_import.main, script, command, site.environment(), site.folder)
+    assert done.returncode == 2
+    assert "The new turns of document 2 cannot be stored in MongoDB (too large," in done.stderr
+    assert [len(one["messages"]) for one in stored(site)] == [2, 2, 2]
+    assert "word" not in done.stderr
+
+
 def test_ticket_of_another_shop_with_the_same_number_is_a_new_one(site: Site) -> None:
     imported(site, table(site, ROWS))
     other = [row.replace("parcel", "order") for row in ROWS]
