@@ -11,6 +11,7 @@ from typing import Any
 from aggregator import aggregate_conversation
 from config import Settings
 from error_handler import ConfigurationError, SkippedDocumentError, StoreError, StoreRejectedError
+from help_desks.columns import FORMATS
 from help_desks.grown import Comparison, compared
 from mongo_client import DURABLE, DocumentStore, call_repeatedly
 from storage.extended_json import Document, id_key
@@ -51,8 +52,8 @@ class Pair:
 class StoredConversations:
     """Finds the conversations of an import among the stored ones; with *updates*, adds the turns that they lack.
 
-    A conversation is found by its ``_id``. If the import has made that of its content, which has grown, by its
-    conversation_number: one of the two must have all turns of the other.
+    A conversation is found by its ``_id``. If that is new and the import has made it, of the content or of the name of the
+    help desk, by its conversation_number: one of the two must have all turns of the other.
     """
 
     def __init__(self, store: DocumentStore, settings: Settings, *, updates: bool) -> None:
@@ -76,11 +77,11 @@ class StoredConversations:
         if self._was_empty is None:
             found = await self._call("look for documents", partial(self._source.find_one, {}, projection={"_id": 1}))
             self._was_empty = found is None
-        derived = [one for _, one in page if not self._was_empty and _is_derived(one)]
-        if not derived:
+        made = [one for _, one in page if not self._was_empty and _is_made_here(one)]
+        if not made:
             return page, []
-        known = await self._read([one["_id"] for one in derived])
-        asked = {id_key(one["_id"]): one["conversation_number"] for one in derived if id_key(one["_id"]) not in known}
+        known = await self._read([one["_id"] for one in made])
+        asked = {id_key(one["_id"]): one["conversation_number"] for one in made if id_key(one["_id"]) not in known}
         by_number = await self._by_number(set(asked.values())) if asked else {}
         pairs = {}
         for number, one in page:
@@ -178,10 +179,13 @@ class StoredConversations:
         return await call_repeatedly(what, operation, self._policy)
 
 
-def _is_derived(document: Document) -> bool:
+def _is_made_here(document: Document) -> bool:
+    """Return whether the import has made the ``_id`` of a conversation, so that its number can say more."""
     has_turns = isinstance(document.get("messages"), list) or isinstance(document.get("tweets"), list)
-    has_number = isinstance(document.get("conversation_number"), str | int)
-    return has_turns and has_number and str(document["_id"]).startswith(DERIVED_ID)
+    number, document_id = document.get("conversation_number"), str(document["_id"])
+    if not has_turns or not isinstance(number, str | int):
+        return False
+    return document_id.startswith(DERIVED_ID) or any(document_id == f"{desk}-{number}" for desk in FORMATS)
 
 
 def _same_conversation(newer: Document, candidates: list[Document]) -> Document | None:

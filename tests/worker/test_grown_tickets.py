@@ -161,6 +161,16 @@ def test_state_of_the_product_is_set_where_it_is(site: Site) -> None:
     assert StateFields("triad").state_of(document) == "pending"
 
 
+def test_ticket_of_a_table_is_found_in_an_export_as_json(site: Site) -> None:
+    imported(site, table(site, ["1,user,Where is it?,2026-03-01", "1,agent,We look.,2026-03-02"]))
+    path = tickets(site, ["Where is it?", "We look.", "It is here."])
+    assert "0 new, 1 grown (1 turn added), 0 unchanged" in imported(site, path, "--update").stdout
+    assert "0 new, 0 grown (0 turns added), 1 unchanged" in imported(site, path, "--update").stdout
+    (ticket,) = stored(site)
+    assert str(ticket["_id"]).startswith("sha256-")
+    assert [one["text"] for one in ticket["messages"]] == ["Where is it?", "We look.", "It is here."]
+
+
 def test_newer_lines_of_one_file_are_added_in_turn(site: Site) -> None:
     """An incremental export holds a ticket once for each time it changed."""
     path = tickets(site, ["Where is it?"])
