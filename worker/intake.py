@@ -18,10 +18,11 @@ from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
 from storage.files import JournalEntry
-from storage.selection import UNREADABLE, Selection
+from storage.selection import Selection
 from storage.subset import ALL, Subset
 from utils.batch_file_manager import BatchFile, BatchFiles
 from worker.checkpoint import Checkpoint
+from worker.current_text import bring_up_to_date
 from worker.left_out import LINE_EVERY_S
 from worker.progress import Reporter
 from worker.quarantine import requeue
@@ -247,10 +248,7 @@ class DocumentIntake:
         for item in batch.items:
             if self._retries_failed and item.past.verdict is not None and not item.past.verdict.is_skipped:
                 item.past = JournalEntry(result=item.past.result)  # it failed before the run was interrupted
-        if broken := {item.key: item for item in batch.items if UNREADABLE in item.document}:
-            # Their files do not have their text, which may be readable by now.
-            for document in await self._store.read_documents("all", [item.document_id for item in broken.values()]):
-                broken[id_key(document["_id"])].document = document
+        await bring_up_to_date(self._store, batch.items)
         needed = await self.needed([item.document for item in batch.items])
         batch.items = [item for item in batch.items if item.key in needed]
         batch.unsettled = len(batch.items)

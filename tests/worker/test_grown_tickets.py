@@ -14,7 +14,7 @@ import pytest
 
 from storage.selection import StateFields
 from tests.in_process import run_script
-from tests.worker.site import ROOT, Document, Site, check_exactly_once, requests
+from tests.worker.site import ROOT, Document, Site, check_exactly_once, model_of, requests
 from tests.worker.stream_site import following, has_result, until
 from utils import mongodb_import
 
@@ -119,6 +119,29 @@ def test_killed_run_labels_a_grown_ticket_once(site: Site, seam: str) -> None:
     assert requests(site) == asked + 1
     check_exactly_once(site, stored(site))
     assert [len(one.get("history", [])) for one in site.results.find(sort=[("conversation_number", 1)])] == [1, 0]
+
+
+def test_ticket_that_grew_in_the_retry_queue_is_labelled_as_it_is_now(site: Site) -> None:
+    """The file of the queue has the text that it had when it failed."""
+    imported(site, table(site, ROWS))
+    model_of(site).configure(faults=[{"kind": "invalid_json", "when": {"text": "parcel 1"}}])
+    assert site.run("--limit", "2").code == 1
+    assert len(site.entries("quarantine") + site.entries("retry")) == 1
+    model_of(site).configure(faults=[])
+    imported(site, table(site, ROWS + LATER[:1]), "--update")
+    assert site.run("--retry-failed").code == 0
+    check_exactly_once(site, stored(site))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seam", ["answered", "results_written"])
+def test_ticket_that_grew_after_a_kill_is_labelled_as_it_is_now(site: Site, seam: str) -> None:
+    """The saved batch has the text, and the journal the answer, of before."""
+    imported(site, table(site, ROWS))
+    assert site.run(plan={"seam": seam, "passage": 2 if seam == "answered" else 1}).code == -signal.SIGKILL
+    imported(site, table(site, ROWS + LATER[:1]), "--update")
+    assert site.run().code == 0
+    check_exactly_once(site, stored(site))
 
 
 @pytest.mark.thorough
