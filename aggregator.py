@@ -101,11 +101,13 @@ def aggregate_conversation(document: Mapping[str, Any]) -> Conversation:
         raise SkippedDocumentError("no turn with usable text", Reason.SKIPPED_NO_TEXT)
     if not any(turn.sender == "customer" for turn in turns):
         raise SkippedDocumentError("no turn of the customer", Reason.SKIPPED_NO_CUSTOMER)
-    dated = [turn for turn in turns if turn.at is not None]
+    dated = [turn.at for turn in turns if turn.at is not None]
     is_ordered = len(turns) in (1, len(dated))
     if is_ordered:
         turns.sort(key=attrgetter("at"))
-    created_at = None if dated else _document_time(document)
+    # Programs without a time write year 1 or 9999, which may not exist in UTC.
+    is_dated = bool(dated) and dated[0].year not in (1, 9999)
+    created_at = None if is_dated else _document_time(document)
     return Conversation(shape, _number(document), tuple(turns), len(entries), is_ordered, created_at)
 
 

@@ -272,6 +272,7 @@ class SharedWindow:
         self._asked = asked
         self._chosen = chosen
         self._checked_at_s = -math.inf
+        self._checking = asyncio.Lock()
         self._loading: asyncio.Task[None] | None = None
         self._was_listed = False
         self.is_loaded = False
@@ -295,6 +296,9 @@ class SharedWindow:
             logger.info("another worker needs a window of %d tokens; using that from now on", num_ctx)
             self._chosen = replace(self._chosen, num_ctx=num_ctx)
             self._client.target = replace(self._client.target, num_ctx=num_ctx)
+            self._checked_at_s = (
+                time.monotonic()
+            )  # until the model is loaded again, a check would take the old window back
 
     async def renew(self) -> None:
         """Check, at most every CHECK_EVERY_S, that the model is still loaded and with which window. Await before a call.
@@ -306,11 +310,18 @@ class SharedWindow:
         """
         if self._client.target.protocol == "openai_chat":
             return
-        if self._loading is None and time.monotonic() - self._checked_at_s >= CHECK_EVERY_S:
-            self._checked_at_s = time.monotonic()
-            await self._check()
-        if self._loading is not None:
-            await asyncio.shield(self._loading)
+        if self._is_due:
+            async with self._checking:
+                if self._is_due:
+                    # Calls wait for the first check: the default window could load the model again. Later ones use the last answer.
+                    if self._checked_at_s > -math.inf:
+                        self._checked_at_s = time.monotonic()
+                    await self._check()
+                    self._checked_at_s = time.monotonic()
+        if (loading := self._loading) is not None:
+            await asyncio.wait([loading])  # awaiting the task itself would cancel this caller with it
+            if not loading.cancelled():
+                loading.result()
 
     async def classify(self, classifier: Classifier, conversation: Conversation, attempt: int) -> Outcome:
         """Renew the window, then return what ``ollama_classify_async`` returns."""
@@ -323,6 +334,10 @@ class SharedWindow:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.wait([self._loading])
+
+    @property
+    def _is_due(self) -> bool:
+        return self._loading is None and time.monotonic() - self._checked_at_s >= CHECK_EVERY_S
 
     def _choice(self) -> WindowChoice:
         return self._chosen or choose_window(None, self._client.target.context_limit, self._asked)

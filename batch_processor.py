@@ -234,7 +234,7 @@ class BatchProcessor:
     async def process_batch(self, documents: list[Document]) -> dict[str, Any]:
         """Classify only *documents*; failed ones are in the retry queue or quarantine afterwards. Return statistics as ``run`` does."""
         run = await self._new_run()
-        return await run.execute([run.intake.given(documents)], to_the_end=False)
+        return self._with_servers(await run.execute([run.intake.given(documents)], to_the_end=False))
 
     async def run(self) -> dict[str, Any]:
         """Classify all selected documents; return the statistics.
@@ -246,8 +246,7 @@ class BatchProcessor:
         """
         run = await self._new_run()
         sources = [run.intake.recovered(), run.intake.retry_round(), run.intake.fresh()]
-        stats = await run.execute(sources, to_the_end=True)
-        return stats if self._pool is None else {**stats, "servers": self._pool.states()}
+        return self._with_servers(await run.execute(sources, to_the_end=True))
 
     async def follow(self, sweep_every_s: float) -> dict[str, Any]:
         """Classify conversations as they come or grow, until ``stop`` is set; return the statistics as ``run`` does.
@@ -261,7 +260,10 @@ class BatchProcessor:
             raise ConfigurationError("follow needs the mode stream: BatchProcessor(mode='stream').")
         run = await self._new_run(replace(self.options, only="changed", retry_failed=False))
         intake = StreamIntake(run.intake, self._stream)
-        return await run.execute([intake.live(sweep_every_s)], to_the_end=False)
+        return self._with_servers(await run.execute([intake.live(sweep_every_s)], to_the_end=False))
+
+    def _with_servers(self, stats: dict[str, Any]) -> dict[str, Any]:
+        return stats if self._pool is None else {**stats, "servers": self._pool.states()}
 
     async def describe(self) -> dict[str, Any]:
         """Write the sentence (``categorization``) into the results that lack it; the labels do not change.

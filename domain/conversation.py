@@ -74,7 +74,8 @@ class Conversation:
     """A conversation in order, with at least one customer turn; *turns_total* includes turns without usable text.
 
     *is_ordered* is False if the times of the turns are missing or unreadable, so they are in the order of the document.
-    *created_at* is the time of the document itself, aware; None if a turn has a time, or the document has no readable one.
+    *created_at* is the time of the document itself, aware; None if the first turn with a time has a usable one, or the document
+    has none that can be read.
     """
 
     shape: Shape
@@ -117,10 +118,10 @@ class ConversationFacts:
     @classmethod
     def of(cls, document: Mapping[str, Any], conversation: Conversation, fields: Iterable[str]) -> ConversationFacts:
         """Return the facts of *conversation*, which comes from *document*; *fields* are the metadata to copy."""
-        given = [at for turn in conversation.turns if (at := turn.at)] or [
-            at for at in (conversation.created_at,) if at
-        ]
+        given = [at for turn in conversation.turns if (at := turn.at)]
         times = [utc for at in given if (utc := at if at.tzinfo is UTC else _in_utc(at))]
+        if not times and (at := conversation.created_at) and (utc := _in_utc(at)):
+            times = [utc]
         copied = {name: value for name in fields if (value := _metadata_value(document, name)) is not None}
         channel = copied.pop("channel", None)
         return cls(

@@ -82,7 +82,7 @@ def answer_schema(taxonomy: Taxonomy, style: ReplyStyle) -> dict[str, Any]:
     if is_array(style):
         # No ``items`` beside prefixItems: llama.cpp would read that alone. Its grammar takes exactly these values.
         schema = {"type": "array", "prefixItems": fields, "minItems": len(fields), "maxItems": len(fields)}
-        # Nobody gets it, but the fingerprint shows how the labels were found.
+        # The schema of ``score`` is sent to no server; its title gives it another fingerprint than ``list``.
         return schema | {"title": "score"} if style == "score" else schema
     text = {"type": "string", "minLength": 1, "maxLength": MAX_CATEGORIZATION_CHARACTERS}
     shown = answered(taxonomy, style)

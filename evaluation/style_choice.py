@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-import async_llm_wrapper as llm
 from aggregator import aggregate_conversation
 from classifier import Classifier
 from config import Settings, Taxonomy, load_prompt_taxonomy
@@ -33,12 +32,11 @@ from evaluation.gold import match
 from evaluation.intervals import bootstrap, lower_bound, share_of
 from evaluation.sources import Collections
 from evaluation.values import Estimate, Labels, Spelling
-from model_server.models import chat_target
 from model_server.window import tokens_needed
 from mongo_client import DocumentStore
 from storage.extended_json import Document, canonical, id_key
 from utils.retry_utils import RetryPolicy
-from worker.plan import run_window
+from worker.plan import open_client, run_window
 from worker.reply_choice import can_score, store_choice, stored_choice
 from worker.shared_window import loaded_window
 
@@ -92,9 +90,7 @@ async def settle_style(settings: Settings, tell: Tell, *, has_work: bool = False
         await store.check()
         if not has_work and not await store.count("sweep"):
             return
-        session = await stack.enter_async_context(llm.open_session(settings.most_concurrent))
-        client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
-        stack.push_async_callback(client.breaker.close)
+        client = await open_client(stack, settings, settings.most_concurrent)
         plan = Classifier(taxonomy).plan(await client.prepare(settings))
         if (known := stored_choice(settings.batch_files_dir, plan)) is not None:
             tell(f"reply style auto: {known}, as measured before.")

@@ -45,7 +45,7 @@ class CircuitBreaker:
         self._probe = probe
         self._policy = policy
         self._failures = 0
-        self._problem = ""  # the last lost connection
+        self.problem = ""  # the last lost connection
         self._outage: asyncio.Task[bool] | None = None  # of the last outage; its result: the server came back in time
         self.openings = 0
 
@@ -81,7 +81,7 @@ class CircuitBreaker:
 
     def open(self, problem: str) -> None:
         """Send no further calls until a probe finds the server alive; *problem* is named in errors."""
-        self._problem = problem
+        self.problem = problem
         if not self.is_open:
             self.openings += 1
             self._outage = asyncio.create_task(self._probe_until_alive(), name="breaker-probe")
@@ -102,20 +102,20 @@ class CircuitBreaker:
             return
         if self.is_open and self._policy.fails_fast:
             raise LLMOutageError(
-                f"the model server is away, and the service continues when it is back ({self._problem})"
+                f"the model server is away, and the service continues when it is back ({self.problem})"
             )
         if self.is_open and self._policy.has_others:
-            raise LLMElsewhereError(self._problem)
+            raise LLMElsewhereError(self.problem)
         if not await asyncio.shield(self._outage):
             raise LLMOutageError(
-                f"the model server was away for more than {self._policy.outage_limit_s:.0f} s ({self._problem}); "
+                f"the model server was away for more than {self._policy.outage_limit_s:.0f} s ({self.problem}); "
                 "run the same command again when it is back"
             )
 
     async def _is_to_blame(self, exc: LLMConnectionError | LLMTimeoutError) -> bool:
         """Return whether the server is at fault for *exc*, and not the request, which is then worth repeating."""
         if isinstance(exc, LLMConnectionError):
-            self._problem = str(exc)
+            self.problem = str(exc)
             self._count_failure()
         elif not self._policy.has_others:
             return False
@@ -138,9 +138,9 @@ class CircuitBreaker:
                 "circuit breaker: open after %d connection failures in a row; %s (%s)",
                 self._failures,
                 "other servers are asked" if self._policy.has_others else "intake pauses",
-                self._problem,
+                self.problem,
             )
-            self.open(self._problem)
+            self.open(self.problem)
 
     async def _probe_until_alive(self) -> bool:
         start = time.monotonic()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import async_llm_wrapper as llm
 from aggregator import TEXT_FIELDS, entry_text
@@ -20,6 +21,9 @@ from model_server.window import WindowChoice, choose_window, tokens_needed
 from mongo_client import DocumentStore
 from worker.reply_choice import classifier_for
 from worker.staleness import Plan
+
+if TYPE_CHECKING:  # few runs have several servers
+    from worker.server_pool import ServerPool
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +53,26 @@ async def ask_plan(settings: Settings) -> Plan:
     taxonomy = load_prompt_taxonomy(settings)
     mixed: list[ChatTarget] = []
     try:
-        if len(settings.ollama_endpoints) > 1:
-            from worker.server_pool import open_pool  # noqa: PLC0415 - few runs have several servers
-
-            async with open_pool(settings, 1) as pool:
-                target, mixed = await pool.prepare(), pool.other_targets
-        else:
-            async with llm.open_session(1) as session:
-                client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
-                target = await client.prepare(settings)
+        async with AsyncExitStack() as stack:
+            client = await open_client(stack, settings, 1)
+            target = await client.prepare(settings)
+            if not isinstance(client, llm.AsyncLLMClient):
+                mixed = client.other_targets
     except LLMUnavailableError as exc:
         raise LLMUnavailableError(f"{exc}; for what works without it: python cli.py plan --offline") from exc
     return plan_of(classifier_for(settings, target, taxonomy), target, mixed)
+
+
+async def open_client(stack: AsyncExitStack, settings: Settings, most: int) -> llm.AsyncLLMClient | ServerPool:
+    """Return the client of the model server, or the pool of several, for at most *most* calls on each; *stack* closes it."""
+    if len(settings.ollama_endpoints) > 1:
+        from worker.server_pool import open_pool  # noqa: PLC0415 - few runs have several servers
+
+        return await stack.enter_async_context(open_pool(settings, most))
+    session = await stack.enter_async_context(llm.open_session(most))
+    client = llm.AsyncLLMClient(settings, chat_target(settings, settings.model or ""), session)
+    stack.push_async_callback(client.breaker.close)
+    return client
 
 
 async def run_window(client: ModelClient, asked: int | None, sample: Sample) -> WindowChoice:

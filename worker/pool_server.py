@@ -16,7 +16,7 @@ from domain.conversation import Conversation, Outcome
 from error_handler import ConfigurationError, LLMError, LLMTimeoutError, LLMUnavailableError
 from model_server.breaker import BreakerPolicy, CircuitBreaker
 from model_server.concurrency import ConcurrencyLimit
-from model_server.protocol import DEFAULT_NUM_CTX, ChatTarget
+from model_server.protocol import ChatTarget
 from model_server.window import Say, WindowChoice
 
 CHECK_S = 4.0  # the longest time for a check of one server
@@ -47,18 +47,17 @@ class Traits:
 class Server:
     """One server. *settings* name it alone, *most* are its calls in flight while there is no *limit*.
 
-    *in_flight* and *answered* count conversations, *failures* those in a row that it failed although it is there. *problem*
-    says why it takes no calls, empty if it does; *is_reachable* is False if it did not answer the last check.
+    *in_flight* and *answered* count conversations, *failures* those in a row that it failed although it is there. *error*
+    is why it takes no calls, None if it does.
     """
 
     def __init__(self, settings: Settings, client: AsyncLLMClient, most: int, limit: ConcurrencyLimit | None) -> None:
         self.name = host_and_port(settings.server_url)
         self._settings = settings
         self.client = client
-        self.window = SharedWindow(client, settings.ollama_num_ctx or DEFAULT_NUM_CTX)
+        self.window = SharedWindow(client, settings.ollama_num_ctx)
         self.in_flight = self.answered = 0
-        self.problem = ""
-        self.is_reachable = True
+        self.error: LLMError | ConfigurationError | None = None
         self._most, self._limit = most, limit
         self._seconds: float | None = None
         self._measured_at = 0.0
@@ -74,6 +73,19 @@ class Server:
         return not self.client.breaker.is_open
 
     @property
+    def problem(self) -> str:
+        """Why the server takes no calls, empty if it does. The server has its name there, because a path may hold a key."""
+        told = "" if self.error is None else str(self.error)
+        if not told and not self.is_ready:  # the breaker opens before the first probe
+            told = self.client.breaker.problem
+        return told.replace(self._settings.server_url, self.name)
+
+    @property
+    def is_reachable(self) -> bool:
+        """False if the server did not answer the last check."""
+        return not isinstance(self.error, LLMUnavailableError)
+
+    @property
     def most(self) -> int:
         """The calls that it may have in flight now."""
         return self._most if self._limit is None else self._limit.current
@@ -87,11 +99,6 @@ class Server:
         calls = (self.in_flight + 1) / self.most
         is_known = self._seconds is not None and now_s - self._measured_at < FORGET_S
         return self.in_flight >= self.most, calls * (self._seconds or 0.0) if is_known else 0.0, calls
-
-    def note(self, problem: LLMError | ConfigurationError | None) -> None:
-        """Keep why the server takes no calls; None: it does."""
-        self.problem = "" if problem is None else str(problem)
-        self.is_reachable = not isinstance(problem, LLMUnavailableError)
 
     async def check(self) -> Traits:
         """Find the model again, and return the traits.

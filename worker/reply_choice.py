@@ -41,7 +41,7 @@ def classifier_for(settings: Settings, target: ChatTarget, taxonomy: Taxonomy | 
 
 
 def style_of(settings: Settings, target: ChatTarget, taxonomy: Taxonomy) -> ReplyStyle:
-    """Return the reply style of a run: for ``auto`` without a stored choice ``full``, for ``score`` where it fails ``list``."""
+    """Return the reply style of a run: ``auto`` is ``full`` if no choice is stored, and ``score`` is ``list`` if it cannot be used."""
     style = settings.reply_style
     if style == "auto":
         style = stored_choice(settings.batch_files_dir, Classifier(taxonomy).plan(target)) or "full"

@@ -37,6 +37,7 @@ from model_server.window import Say, WindowChoice, choose_window
 from worker.pool_server import Server, Traits
 
 MOVES = 5  # servers that one conversation may lose; after that it may be the cause, and the attempt counts
+FREE = 2  # connections of each server for its checks, which must not wait for those of one that hangs
 FAILURES = 5  # conversations in a row that fail on one server, which then takes no calls until its probe succeeds
 POLICY = BreakerPolicy(probe_cap_s=5.0, outage_limit_s=math.inf, has_others=True)
 TAKEN_OUT = "model server %s takes no calls until that changes: %s"
@@ -124,17 +125,15 @@ class ServerPool:
         asked = self.ready
         checks = await asyncio.gather(*(server.check() for server in asked), return_exceptions=True)
         found: dict[Server, Traits] = {}
-        problem: LLMError | ConfigurationError | None = None
         for server, traits in zip(asked, checks, strict=True):
             if isinstance(traits, Traits):
                 found[server] = traits
             elif isinstance(traits, LLMError | ConfigurationError):
-                problem = problem or traits
                 self._leave_out(server, traits)
             else:
                 raise traits
         if not found:
-            raise problem or LLMUnavailableError("no model server answers: " + self.servers[0].problem)
+            raise self._first_error()
         is_start = self._traits is None
         if self._traits not in found.values():
             self._first, self._traits = next(iter(found.items()))
@@ -153,18 +152,17 @@ class ServerPool:
             LLMError: It does not load on any.
             ConfigurationError: All others give another window than the first.
         """
-        problem: LLMError | None = None
+        self._choice = choice
         for server in self.ready:
             try:
                 self._window = (await server.load(choice, say)).num_ctx
             except LLMError as exc:
-                problem = exc
                 self._leave_out(server, exc)
             else:
                 self._first = server
                 break
         if self._window is None:
-            raise problem or LLMUnavailableError("no model server answers: " + self.servers[0].problem)
+            raise self._first_error()
         others = [server for server in self.ready if server is not self._first]
         problems = await asyncio.gather(*(self._load(server, say) for server in others))
         for server, found in zip(others, problems, strict=True):
@@ -289,9 +287,9 @@ class ServerPool:
             problem = exc
         if problem is None and is_back:
             logger.info("model server %s takes calls", server.name)
-        elif problem is not None and str(problem) != server.problem:
+        elif problem is not None and str(problem) != str(server.error):
             logger.warning(TAKEN_OUT, server.name, problem)
-        server.note(problem)
+        server.error = problem
         return problem is None
 
     async def _load(self, server: Server, say: Say) -> LLMError | ConfigurationError | None:
@@ -306,9 +304,8 @@ class ServerPool:
 
     def _choice_like_others(self, server: Server) -> WindowChoice:
         """Return the choice that gives *server* the window of the others."""
-        asked = self._settings.ollama_num_ctx
-        choice = choose_window(None, server.client.target.context_limit, self._window)
-        return choice if asked is not None else replace(choice, asked=None)
+        window = choose_window(None, server.client.target.context_limit, self._window)
+        return replace(self._choice or window, num_ctx=window.num_ctx, least=window.least)
 
     def _difference(self, traits: Traits) -> ConfigurationError | None:
         """Return how a server with *traits* differs from the first, None if that is accepted."""
@@ -317,10 +314,16 @@ class ServerPool:
             return None
         return None if self._settings.allow_mixed_models else ConfigurationError(f"it has {' and '.join(differences)}")
 
+    def _first_error(self) -> LLMError | ConfigurationError:
+        """Return why the first server that takes no calls does not; without the traceback, which would grow each time."""
+        error = next((server.error for server in self.servers if server.error is not None), None)
+        return LLMUnavailableError("no model server takes calls") if error is None else error.with_traceback(None)
+
     def _leave_out(self, server: Server, problem: LLMError | ConfigurationError) -> None:
         """Send *server* no calls until its probe succeeds."""
-        server.note(problem)
-        logger.warning(TAKEN_OUT, server.name, problem)
+        server.error = problem
+        if server.is_ready:  # each call in flight may find the same problem
+            logger.warning(TAKEN_OUT, server.name, problem)
         server.client.breaker.open(str(problem))
 
 
@@ -346,7 +349,7 @@ async def open_pool(
     *logprobs* and *on_answer* are those of ChatTarget and AsyncLLMClient. Nothing is sent before ``prepare``.
     """
     each = settings.for_each_server()
-    async with open_session(most * len(each)) as session:
+    async with open_session((most + FREE) * len(each)) as session:
         servers = []
         for one in each:
             limit = ConcurrencyLimit(most) if settings.max_concurrent == "auto" and not fails_fast else None

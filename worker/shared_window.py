@@ -55,7 +55,7 @@ async def loaded_window(
         used = []
     window = window_of(client, choice.asked, choice)
     stack.push_async_callback(window.close)
-    task = asyncio.create_task(_keep(used, window, choice.num_ctx), name="window")
+    task = asyncio.create_task(_keep(used, window, choice), name="window")
     stack.push_async_callback(_end, used, task)
     start_s = time.monotonic()
     await window.load(say)
@@ -106,13 +106,19 @@ async def _settled(used: list[UsedWindow], choice: WindowChoice, limit: int | No
     return choice
 
 
-async def _keep(used: list[UsedWindow], window: Window, num_ctx: int) -> None:
-    """Renew the agreement each RENEW_S for ever; *window* adopts a larger one of others."""
+async def _keep(used: list[UsedWindow], window: Window, choice: WindowChoice) -> None:
+    """Renew the agreement each RENEW_S for ever; once the model is loaded, *window* adopts a larger one of others.
+
+    It adopts each size once, because the server may give a smaller window than anybody asks for.
+    """
+    num_ctx = choice.num_ctx
     while True:
         await asyncio.sleep(RENEW_S)
         with contextlib.suppress(StoreError, ConfigurationError):  # the next call of the run reports it
-            num_ctx = max(num_ctx, await _of_others(used))
-            window.adopt(num_ctx)
+            others = 0 if choice.asked is not None else await _of_others(used)
+            if others > num_ctx and window.is_loaded:
+                num_ctx = others
+                window.adopt(num_ctx)
             await _renew(used, num_ctx)
 
 

@@ -147,7 +147,7 @@ class UrgentLane:
         queue: asyncio.Queue[WorkItem | None],
     ) -> None:
         self._parts, self._intake, self._settlement, self._queue = parts, intake, settlement, queue
-        self._least = parts.settings.most_concurrent
+        self._least = parts.settings.most_in_flight
         self._most = max(parts.settings.batch_size // 2, 2 * self._least)  # urgent documents that wait here
         self._urgent: list[tuple[float, int, WorkItem]] = []  # a heap: the most urgent, then the oldest
         self._others: deque[WorkItem] = deque()  # that gave way

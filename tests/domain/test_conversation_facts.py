@@ -35,6 +35,7 @@ def at(day: int, hour: int = 0) -> datetime:
         ({"text": "a", "created_at": "soon", "metadata": {"created_at": "2026-03-02"}}, (at(2), at(2), 1)),
         ({"text": "a"}, (None, None, 1)),
         ({"messages": turns("0001-01-01T00:00:00+05:00", "2026-03-01")}, (at(1), at(1), 2)),
+        ({"messages": turns("0001-01-01T00:00:00+01:00"), "created_at": "2026-03-02"}, (at(2), at(2), 1)),
     ],
 )
 def test_times_come_from_the_turns_or_the_document(document: dict[str, Any], expected: tuple[Any, ...]) -> None:

@@ -18,11 +18,16 @@ MORE = {"sender": "customer", "text": "The parcel came, but it is broken and I w
 def stream_processor(site: Site, **settings: Any) -> BatchProcessor:
     """Return a worker of *site* that labels grown conversations at once."""
     assert site.model is not None
-    fast = {"settle_s": 0.0, "mongodb_backoff_s": 0.1, "mongodb_timeout_ms": 5000, "worker_heartbeat": False}
+    fast = {
+        "ollama_endpoint": site.model.url,
+        "settle_s": 0.0,
+        "mongodb_backoff_s": 0.1,
+        "mongodb_timeout_ms": 5000,
+        "worker_heartbeat": False,
+    }
     return BatchProcessor(
         mongodb_uri=site.uri,
         db_name=site.database.name,
-        ollama_endpoint=site.model.url,
         ollama_model="llama3.2",
         batch_files_dir=site.directory,
         mode="stream",

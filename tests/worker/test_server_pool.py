@@ -10,11 +10,15 @@ from typing import Any, cast
 
 import pytest
 
-from async_llm_wrapper import AsyncLLMClient
+from async_llm_wrapper import AsyncLLMClient, open_session
 from config import load_settings
-from error_handler import LLMOutageError, LLMUnavailableError
+from error_handler import ConfigurationError, LLMOutageError, LLMUnavailableError
+from model_server.models import chat_target
+from model_server.window import choose_window
 from tests.fakes.fake_ollama import FakeOllama
 from tests.worker.site import Site, check_exactly_once, filled, model_of, until
+from tests.worker.stream_site import following
+from tests.worker.stream_site import until as until_async
 from worker.pool_server import FORGET_S, Server, Traits, host_and_port
 from worker.server_pool import open_pool
 
@@ -195,6 +199,7 @@ def test_server_away_at_the_start_joins_later(site: Site, second: FakeOllama) ->
         ended = worker.ended()
     assert ended.code == 0
     check_exactly_once(site, documents)
+    assert {record["options"]["num_ctx"] for record in second.requests()} == {4096}, "the window of the others"
 
 
 def test_killed_server_costs_its_calls_in_flight_and_no_attempt(site: Site, second: FakeOllama) -> None:
@@ -232,10 +237,85 @@ def test_server_that_only_fails_is_taken_out(site: Site, second: FakeOllama) -> 
     assert second.stats()["chat_requests"] < 20
 
 
+def test_run_ends_if_all_servers_have_lost_the_model(site: Site, second: FakeOllama) -> None:
+    """Waiting would not bring it back."""
+    for one in (model_of(site), second):
+        one.configure(faults=[{"kind": "model_not_found_404"}])
+    filled(site, 20)
+    ended = site.run(**both(site, second))
+    assert ended.code == 3, ended.said
+    assert "has no model llama3.2" in ended.err
+    assert site.results.count_documents({}) == 0
+
+
+def test_mixed_models_do_not_mix_their_tokens(site: Site, second: FakeOllama) -> None:
+    """A count of one model would look like a truncated prompt to the other."""
+    second.configure(**OTHER, latency_s=0.01, chars_per_token=5)
+    model_of(site).configure(latency_s=0.01, chars_per_token=2.5)
+    documents = filled(site, 60)
+    ended = site.run("--allow-mixed-models", **both(site, second))
+    assert ended.code == 0, ended.said
+    check_exactly_once(site, documents)
+    assert sum(one.stats()["chat_requests"] for one in (model_of(site), second)) == 60
+
+
 def test_run_ends_if_no_server_answers(site: Site) -> None:
     ended = site.run(OLLAMA_ENDPOINT="http://127.0.0.1:1,http://127.0.0.1:2")
     assert ended.code == 3
     assert "no connection to the model server at http://127.0.0.1:1" in ended.err
+
+
+async def test_missing_model_is_no_outage(site: Site, second: FakeOllama) -> None:
+    """Also when the servers have been left out already, so that the service tells its callers the same each time."""
+    settings = load_settings(None, ollama_endpoint=both(site, second)["OLLAMA_ENDPOINT"], ollama_model="missing")
+    async with open_pool(settings, 1, fails_fast=True) as pool:
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="no model missing"):
+                await pool.prepare()
+
+
+async def test_service_answers_with_the_first_server_if_no_two_are_alike(site: Site, second: FakeOllama) -> None:
+    second.configure(**OTHER)
+    settings = load_settings(None, ollama_endpoint=both(site, second)["OLLAMA_ENDPOINT"], ollama_model="llama3.2")
+    async with open_pool(settings, 1, fails_fast=True) as pool:
+        assert (await pool.prepare()).server_url == model_of(site).url
+        assert pool.ready == [pool.servers[0]]
+
+
+def test_style_is_measured_with_a_server_that_answers(site: Site, second: FakeOllama) -> None:
+    filled(site, 3)
+    servers = f"http://127.0.0.1:1,{second.url}"
+    ended = site.run("--reply", "auto", OLLAMA_ENDPOINT=servers)
+    assert ended.code == 0, ended.said
+    assert "3 conversations are too few to compare styles" in ended.err
+
+
+async def test_stream_reports_its_servers_and_keeps_their_windows(site: Site, second: FakeOllama) -> None:
+    """It has found no documents at its start, so it uses the window that is loaded."""
+    servers = both(site, second)["OLLAMA_ENDPOINT"]
+    async with open_session(2) as session:
+        for one in (model_of(site), second):
+            settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=one.url)
+            client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
+            await client.warm_up(choose_window(None, None, 4096), print)
+    async with following(site, ollama_endpoint=servers) as stats:
+        documents = filled(site, 12)
+        await until_async(lambda: site.results.count_documents({}) == 12)
+    check_exactly_once(site, documents)
+    answered = [one["answered"] for one in stats["servers"]]
+    assert sum(answered) == 12
+    assert min(answered) > 0
+    assert sum(one.stats()["reloads"] for one in (model_of(site), second)) == 0
+
+
+async def test_states_hold_no_path() -> None:
+    """They are stored in MongoDB and shown on a page, and the path of a gateway may be a key."""
+    settings = load_settings(None, ollama_endpoint="http://127.0.0.1:1/key,http://127.0.0.1:2", ollama_model="m")
+    async with open_pool(settings, 1) as pool:
+        with pytest.raises(LLMUnavailableError):
+            await pool.prepare()
+        assert "127.0.0.1:1;" in pool.states()[0]["problem"]
+        assert "key" not in str(pool.states())
 
 
 async def test_calls_wait_while_no_server_takes_any() -> None:
@@ -250,3 +330,10 @@ async def test_calls_wait_while_no_server_takes_any() -> None:
         assert pool.current == 1
         with pytest.raises(LLMOutageError, match=r"127\.0\.0\.1:2: no connection"):
             await pool.classify(cast("Any", None), cast("Any", None), 0)
+
+
+async def test_state_has_the_lost_connection_until_the_first_probe() -> None:
+    settings = load_settings(None, ollama_endpoint="http://127.0.0.1:1,http://127.0.0.1:2", ollama_model="m")
+    async with open_pool(settings, 1) as pool:
+        pool.servers[0].client.breaker.open("the connection was reset")
+        assert [one["problem"] for one in pool.states()] == ["the connection was reset", ""]

@@ -1,4 +1,4 @@
-"""Workers on one model server agree on the context window, so that none makes it load the model again for another's sake."""
+"""Workers on one model server agree on the context window, so that none makes the server load the model again."""
 
 from __future__ import annotations
 
@@ -151,3 +151,57 @@ def agreement_of(site: Site, num_ctx: int) -> dict[str, Any]:
     """Return what another worker that is running has stored."""
     place = {"worker": "other", "server": server_name(model_of(site).url), "model": "llama3.2"}
     return {**place, "num_ctx": num_ctx, "renewed_at": datetime.now(UTC) + timedelta(hours=1)}
+
+
+async def test_smaller_window_that_the_server_gives_stays(
+    mongodb_uri: str, db_name: str, model: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agreement holds what the worker asked for, and its calls use what it got."""
+    monkeypatch.setattr("worker.shared_window.RENEW_S", 0.01)
+    model.configure(most_ctx=5000)
+    settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=model.url)
+    async with (
+        AsyncMongoClient[dict[str, Any]](mongodb_uri) as client,
+        open_session(1) as session,
+        AsyncExitStack() as stack,
+    ):
+        agreed = client[db_name][COLLECTION]
+        asked = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
+        window = await loaded_window(stack, client[db_name], asked, choose_window([7000], None), print)
+        for _ in range(2):  # renewed twice after the load, so others were looked for
+            before = await agreed.find_one()
+            assert before is not None
+            async with asyncio.timeout(20):
+                while await agreed.find_one() == before:
+                    await asyncio.sleep(0.01)
+        assert before["num_ctx"] == 8192
+        assert window.target.num_ctx == 5000
+
+
+async def test_calls_that_wait_for_a_load_outlive_its_end(model: FakeOllama) -> None:
+    """A server of several that is checked again gets a new window, and the load of the old one is stopped."""
+    model.configure(load_delay_s=30.0)
+    settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=model.url)
+    async with open_session(4) as session:
+        window = SharedWindow(AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session), None)
+        waiting = asyncio.create_task(window.renew())
+        async with asyncio.timeout(20):
+            while not model.stats()["load_requests"]:
+                await asyncio.sleep(0.01)
+        await window.close()
+        await waiting
+
+
+async def test_first_calls_wait_for_the_check_of_the_window(model: FakeOllama) -> None:
+    """A call that did not wait would load the model again, with the window that nobody has checked."""
+    settings = load_settings(None, ollama_model="llama3.2", ollama_endpoint=model.url)
+    async with open_session(4) as session:
+        client = AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session)
+        await client.warm_up(choose_window(None, None, 4096), print)
+        window = SharedWindow(AsyncLLMClient(settings, chat_target(settings, "llama3.2"), session), None)
+
+        async def used_at_once() -> int:
+            await window.renew()
+            return window.target.num_ctx
+
+        assert await asyncio.gather(*(used_at_once() for _ in range(4))) == [4096] * 4

@@ -48,7 +48,7 @@ class Lane(UrgentLane):
     """A lane without a run, which a test fills."""
 
     def __init__(self) -> None:
-        options = SimpleNamespace(most_concurrent=CONCURRENCY, batch_size=100)
+        options = SimpleNamespace(most_in_flight=CONCURRENCY, batch_size=100)
         self.entries: asyncio.Queue[Any] = asyncio.Queue()
         parts = cast("Any", SimpleNamespace(settings=options))
         super().__init__(parts, cast("Any", None), cast("Any", SimpleNamespace(admit=lambda _: None)), self.entries)
