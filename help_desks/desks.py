@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aggregator import document_shape
+from aggregator import document_shape, known_sender
 from help_desks.columns import is_message, take, without_empty
 from help_desks.findings import Findings
-from help_desks.parts import Judge, Part, message
+from help_desks.parts import Judge, Part, is_deleted, message
 from storage.extended_json import Document
 
 _FORM = "left out: another form of the text"
@@ -26,6 +26,9 @@ _FRESHDESK_CHANNELS = {
 }
 _FRESHDESK_STATUSES = {2: "Open", 3: "Pending", 4: "Resolved", 5: "Closed"}
 _LISTS = ("tickets", "conversations", "results", "payload", "data", "items", "records")
+_WRAPPERS = ("ticket", "conversation", "helpdesk_ticket")  # of one record; the last one is that of Freshdesk's exports
+_BY_CUSTOMERS = ("comment", "open", "quick_reply")  # parts of Intercom; the other ones are events
+_BY_PROGRAMS = ("rule", "system")  # channels of Zendesk
 
 
 @dataclass(slots=True)
@@ -79,22 +82,27 @@ class Reader:
 
     def _zendesk(self, ticket: Fields, place: str) -> Part:
         part = Part(_number(ticket.take("id", "conversation_number")))
-        requester = ticket.record.get("requester")
-        asked = ticket.record.get("requester_id", requester.get("id") if isinstance(requester, dict) else None)
+        roles, asked = _people(ticket.record)
         part.fields = _top(ticket, channel="via.channel", subject="subject", created_at="created_at")
         comments = ticket.take("comments", "messages")
         if not comments and "audits" in ticket.record:
             comments = self._audit_comments(ticket.take("audits", "messages"), place)
+        private: set[str] = set()
         for comment in self._messages(comments, "comments."):
             if self._is_note(comment, "public", place):
+                private |= {
+                    str(comment.record[name]).strip() for name in ("plain_body", "body") if name in comment.record
+                }
                 continue
-            role = self._role(comment, asked)
+            role = self._role(comment, asked, roles)
             at = self.judge.time(comment.take("created_at", "messages.timestamp"), place)
             text = comment.text(("plain_body", "body", "html_body"), "messages.text")
             part.messages.append(message(role, at, text, comment.rest()))
         first = str(part.messages[0]["text"]).strip() if part.messages else None
         description = ticket.record.get("description")
-        if first is None or not isinstance(description, str) or description.strip() == first:
+        if isinstance(description, str) and description.strip() in private:
+            ticket.take("description", "left out: repeats a private comment")
+        elif first is None or not isinstance(description, str) or description.strip() == first:
             target = "messages.text" if first is None else "left out: repeats the first comment"
             text = ticket.take("description", target)
             if first is None and text:
@@ -114,19 +122,28 @@ class Reader:
                     self.judge.findings.note("audit event", "left out: it is no comment", place)
         return found
 
-    def _role(self, comment: Fields, requester: Any) -> str:
-        """Return the side of a comment: that of its author's role, else the requester is the customer."""
-        author = comment.take("author_id", "messages.sender")
+    def _role(self, comment: Fields, requester: Any, roles: Mapping[str, str]) -> str:
+        """Return the side of a comment: that of its author's role, else the requester is the customer.
+
+        A comment without an author is the customer's unless a program wrote it.
+        """
+        author, via = comment.take("author_id", "messages.sender"), comment.record.get("via")
         named = comment.record.get("author")
-        role = self.users.get(str(author)) or (named.get("role") if isinstance(named, dict) else None)
+        if author is None and named is not None:
+            author = named.get("id") if isinstance(named, dict) else named
+        role = self.users.get(str(author)) or roles.get(str(author))
+        role = role or (named.get("role") if isinstance(named, dict) else None)
         if role:
             return "customer" if role == "end-user" else "agent"
-        return "customer" if author is None or str(author) == str(requester) else "agent"
+        if author is None:
+            return "agent" if isinstance(via, dict) and via.get("channel") in _BY_PROGRAMS else "customer"
+        return "customer" if str(author) == str(requester) else "agent"
 
     def _intercom(self, talk: Fields, place: str) -> Part:
         part = Part(_number(talk.take("id", "conversation_number")))
         part.fields = _top(talk, channel="source.type", subject="source.subject", created_at="created_at")
-        source, inner = talk.take("source", "messages"), talk.take("conversation_parts", "messages")
+        name = "conversation_message" if "conversation_message" in talk.record else "source"  # of API 1.x
+        source, inner = talk.take(name, "messages"), talk.take("conversation_parts", "messages")
         parts = inner.get("conversation_parts") if isinstance(inner, dict) else inner
         total = inner.get("total_count") if isinstance(inner, dict) else None
         if isinstance(total, int) and isinstance(parts, list) and total > len(parts):
@@ -135,7 +152,7 @@ class Reader:
             )
         started = part.fields.get("created_at")
         first = [{"created_at": started, **source}] if isinstance(source, dict) else []
-        for prefix, values in (("source.", first), ("conversation_parts.", parts)):
+        for prefix, values in ((f"{name}.", first), ("conversation_parts.", parts)):
             for each in self._messages(values, prefix):
                 if self._is_note(each, "part_type", place):
                     continue
@@ -144,30 +161,41 @@ class Reader:
                     self.judge.findings.note("event", "left out: it has no text, such as an assignment", place)
                     continue
                 sender = self.judge.sender(each.take("author.type", "messages.sender"), place)
+                if each.record.get("part_type", "comment") not in _BY_CUSTOMERS and known_sender(sender) != "agent":
+                    self.judge.findings.note("event", "left out: it is no message of the customer", place)
+                    continue
                 at = self.judge.time(each.take("created_at", "messages.timestamp"), place)
                 part.messages.append(message(sender, at, text, each.rest()))
         part.metadata = talk.rest()
         return part
 
     def _freshdesk(self, ticket: Fields, place: str) -> Part:
-        part = Part(_number(ticket.take("id", "conversation_number")))
-        source = ticket.record.get("source")
+        """Read a ticket of the API v2, or of an account export, whose number is ``display_id`` and whose replies are ``notes``."""
+        is_export = "display_id" in ticket.record
+        part = Part(_number(ticket.take("display_id" if is_export else "id", "conversation_number")))
+        source, requester = ticket.record.get("source"), ticket.record.get("requester_id")
         part.fields = _top(ticket, channel="source", subject="subject", created_at="created_at")
         if isinstance(source, int):
             part.fields["channel"] = _FRESHDESK_CHANNELS.get(source, str(source))
         status = ticket.record.get("status")
         if isinstance(status, int):
             ticket.record["status"] = _FRESHDESK_STATUSES.get(status, status)
-        text = ticket.text(("description_text", "description"), "messages.text")
+        text = ticket.text(("description_text", "description", "description_html"), "messages.text")
         if text:
             at = self.judge.time(part.fields.get("created_at"), place)
             part.messages.append(message("agent" if source == 10 else "customer", at, text))  # 10: outbound e-mail
-        for each in self._messages(ticket.take("conversations", "messages"), "conversations."):
+        name = "notes" if is_export and "conversations" not in ticket.record else "conversations"
+        for each in self._messages(_unwrapped_notes(ticket.take(name, "messages")), f"{name}."):
             if self._is_note(each, "private", place):
                 continue
+            if each.record.get("deleted") is True:
+                self.judge.findings.note("message", "left out: it was deleted", place)
+                continue
             incoming = each.take("incoming", "messages.sender")
+            if incoming is None and is_export:
+                incoming = requester is not None and each.record.get("user_id") == requester
             at = self.judge.time(each.take("created_at", "messages.timestamp"), place)
-            text = each.text(("body_text", "body"), "messages.text")
+            text = each.text(("body_text", "body", "body_html"), "messages.text")
             part.messages.append(message("customer" if incoming else "agent", at, text, each.rest()))
         part.metadata = ticket.rest()
         return part
@@ -184,6 +212,9 @@ class Reader:
                 self.judge.findings.note("activity message", "left out: Chatwoot wrote it, not a person", place)
                 continue
             if self._is_note(each, "private", place):
+                continue
+            if is_deleted(each.record):
+                self.judge.findings.note("message", "left out: it was deleted", place)
                 continue
             each.take("message_type", "messages.sender")
             at = self.judge.time(each.take("created_at", "messages.timestamp"), place)
@@ -209,15 +240,16 @@ _READERS: dict[str, Callable[[Reader, Fields, str], Part]] = {
 
 def desk_of_record(record: Mapping[str, Any]) -> str:
     """Return the help desk that writes conversations such as *record*; ``own`` or ``table`` if none does."""
-    messages = record.get("messages")
-    is_chatwoot = isinstance(messages, list) and any(isinstance(e, dict) and "message_type" in e for e in messages)
+    keys = record.keys()
     if "conversation_parts" in record or (record.get("type") == "conversation" and "source" in record):
         return "intercom"
-    if is_chatwoot:
+    if _has_items(record.get("messages"), "message_type"):
         return "chatwoot"
-    if "description_text" in record or _has_items(record.get("conversations"), "body_text"):
+    is_export = "display_id" in record and bool(keys & {"notes", "description_html"})
+    if is_export or "description_text" in record or _has_items(record.get("conversations"), "body_text"):
         return "freshdesk"
-    if _has_items(record.get("comments"), "body") or "audits" in record or {"requester_id", "via"} <= record.keys():
+    has_comments = _has_items(record.get("comments"), "body", "plain_body", "html_body")
+    if has_comments or "audits" in record or ("via" in record and keys & {"requester_id", "requester"}):
         return "zendesk"
     shape = document_shape(record)
     if shape in ("tweets", "messages"):
@@ -243,11 +275,27 @@ def unwrapped(value: Any, place: str) -> Iterator[tuple[str, Any, dict[str, str]
                 for number, each in enumerate(inner, 1):
                     yield f"{place}, {name} {number}", each, roles
                 return
-        for name in ("ticket", "conversation"):
+        for name in _WRAPPERS:
             if isinstance(value.get(name), dict):
                 value = {**value.pop(name), **value}
                 break
     yield place, value, {}
+
+
+def _people(ticket: Mapping[str, Any]) -> tuple[dict[str, str], Any]:
+    """Return the roles by id of the people whom a ticket of Zendesk holds as objects, and the id of its requester."""
+    people = [person for name in ("requester", "submitter", "assignee") if isinstance(person := ticket.get(name), dict)]
+    roles = {str(person.get("id")): str(person["role"]) for person in people if person.get("role")}
+    requester = ticket.get("requester")
+    inner = requester.get("id") if isinstance(requester, dict) else requester
+    return roles, ticket.get("requester_id", inner)
+
+
+def _unwrapped_notes(notes: Any) -> Any:
+    """Return the notes of Freshdesk, of which API 1 gives each one as ``{"note": {...}}``."""
+    if not isinstance(notes, list):
+        return notes
+    return [each["note"] if isinstance(each, dict) and isinstance(each.get("note"), dict) else each for each in notes]
 
 
 def _top(record: Fields, **paths: str) -> Document:
@@ -259,5 +307,8 @@ def _number(value: Any) -> str | None:
     return None if value in (None, "") else str(value)
 
 
-def _has_items(value: Any, name: str) -> bool:
-    return isinstance(value, list) and any(isinstance(each, dict) and name in each for each in value)
+def _has_items(value: Any, *names: str) -> bool:
+    """Return whether *value* is a list with an object that has one of the fields *names*."""
+    return isinstance(value, list) and any(
+        isinstance(each, dict) and not each.keys().isdisjoint(names) for each in value
+    )

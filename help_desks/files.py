@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import charset_normalizer
 
+from domain.text import one_line
 from error_handler import ConfigurationError
 
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
@@ -25,6 +27,7 @@ DELIMITERS = ",;\t|"
 # Of a cell. MongoDB stores no more, and a missing quote must not fill the memory.
 MOST_CHARACTERS = 16 * 1024 * 1024
 
+_NAMED_FILES = 5
 _SAMPLE = 256 * 1024  # bytes
 _CHUNK = 64 * 1024
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
@@ -222,9 +225,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
             start = file.read(4)
             file.seek(0)
             if start.startswith(_ZIP):
-                raise ConfigurationError(
-                    f"{path} is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV in UTF-8."
-                )
+                raise ConfigurationError(_zip_problem(path))
             if start.startswith(_GZIP):
                 with io.BufferedReader(cast("Any", gzip.GzipFile(fileobj=file)), _SAMPLE) as unpacked:
                     yield unpacked
@@ -234,6 +235,26 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise ConfigurationError(f"{path} is damaged or cut off (gzip); export or copy it again.") from exc
     except OSError as exc:
         raise ConfigurationError(f"{path} cannot be read ({exc.strerror}); name a file of documents.") from exc
+
+
+def _zip_problem(path: Path) -> str:
+    """Return what to do with a zip archive: which of its files to import, after it is unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+    except (zipfile.BadZipFile, NotImplementedError):
+        return f"{path} is a zip archive that is damaged or cut off; export or copy it again."
+    if "[Content_Types].xml" in names:
+        return f"{path} is an Excel workbook; save the sheet as CSV in UTF-8."
+    readable = [name for name in names if Path(name).suffix.lower() in JSON_SUFFIXES | TABLE_SUFFIXES]
+    # An account export has a file for each kind of record: Tickets0.json, Users0.json.
+    named = [name for name in readable if re.search("ticket|conversation|message", name, re.IGNORECASE)] or readable
+    shown = ", ".join(one_line(name, 60) for name in named[:_NAMED_FILES]) + (
+        ", ..." if len(named) > _NAMED_FILES else ""
+    )
+    if not named:
+        return f"{path} is a zip archive without JSON, JSONL or CSV; export the tickets in one of these formats."
+    return f"{path} is a zip archive; unpack it, and import from it, each with --file: {shown}."
 
 
 def _not_utf8(path: Path) -> bytes:

@@ -76,11 +76,18 @@ class Judge:
     def is_note(self, value: Any, is_public: bool, place: str) -> bool:
         """Return whether *value* marks a private note that is left out; *is_public*: it is true for a public message."""
         name = str(value).strip().lower()
-        private = name in FALSE if is_public else name in TRUE or name in ("note", "private", "internal")
+        is_note = name in ("note", "private", "internal") or name.startswith("note_and_")  # Intercom: note_and_reopen
+        private = name in FALSE if is_public else name in TRUE or is_note
         if private and not self.options.private_notes:
             self.findings.note("private note", "left out; --private-notes makes them turns of the agent", place)
             return True
         return False
+
+
+def is_deleted(record: Mapping[str, Any]) -> bool:
+    """Return whether *record* is a message of Chatwoot whose text was replaced by a sentence that says it was deleted."""
+    attributes = record.get("content_attributes")
+    return isinstance(attributes, dict) and attributes.get("deleted") is True
 
 
 def message(sender: Any, at: Any, text: Any, metadata: Mapping[str, Any] | None = None) -> Document:

@@ -13,7 +13,7 @@ from aggregator import DIRECTION_FIELDS, parse_time
 from error_handler import ConfigurationError
 from help_desks.columns import Layout, drop, key_name, plain_name, take, without_empty
 from help_desks.findings import Findings
-from help_desks.parts import Judge, Part, document_of, joined, message, top_level
+from help_desks.parts import Judge, Part, document_of, is_deleted, joined, message, top_level
 from help_desks.table import ROUNDED, temporary_table
 from storage.extended_json import Document, bson_decode, bson_encode
 
@@ -106,6 +106,7 @@ class RowReader:
 
     def _part(self, row: Record, place: str) -> Part | None:
         """Return the part of a conversation in *row*; None if it is left out, with a note."""
+        is_gone = is_deleted(row)
         taken, rest = self._taken(row), self._rest(row)
         columns = self.layout.columns
         if "private" in columns and self.judge.is_note(
@@ -120,6 +121,9 @@ class RowReader:
             )
         if sender == "event":
             self.findings.note("activity message", "left out: the help desk wrote it, not a person", place)
+            return None
+        if is_gone:
+            self.findings.note("message", "left out: it was deleted", place)
             return None
         number = taken.get("conversation_number")
         part = Part(None if number in (None, "") else str(number).strip())

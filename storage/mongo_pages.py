@@ -194,6 +194,20 @@ async def update_each(collection: Any, document_ids: Sequence[Any], change: Docu
     return []
 
 
+async def update_matching(collection: Any, updates: Sequence[tuple[Document, Document]]) -> int:
+    """Make each of *updates*, a query for one document and its change, in one request; return how many found a document.
+
+    Raises:
+        StoreRejectedError: MongoDB refuses one of them for good; others may have been made.
+    """
+    operations = [UpdateOne(query, change) for query, change in updates]
+    try:
+        return int((await collection.bulk_write(operations, ordered=False)).matched_count)
+    except BulkWriteError as exc:
+        require_only_duplicates(exc)
+    return 0
+
+
 def warn_of(collection: str, refused: Sequence[Refused], warned: Set[Any], *, is_all: bool) -> set[Any]:
     """Warn that the documents *refused* keep their status; return what is told now, and is not again.
 

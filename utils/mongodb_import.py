@@ -1,7 +1,7 @@
 """Import conversations into MongoDB: the shipped samples, or a file in any accepted shape.
 
 The import is idempotent: documents with an existing ``_id`` are skipped, and a document without one gets an ``_id``
-derived from its content.
+derived from its content. With ``--update``, stored conversations get the turns that they lack.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from aggregator import SENDER_FIELDS, TEXT_FIELDS, TIME_FIELDS, aggregate_conversation, document_entries
 from commands.flags import command_settings, positive
 from commands.import_flags import add_file_flags, export_of
+from commands.import_update import DERIVED_ID, Growth, Pair, StoredConversations
 from config import Settings
 from domain.text import counted
 from error_handler import (
@@ -41,7 +42,7 @@ from help_desks.preview import preview_lines
 from help_desks.reader import SAMPLES, Export, read_documents
 from logger import configure_logging
 from mongo_client import DocumentStore
-from storage.extended_json import Document, dumps, id_key, id_text
+from storage.extended_json import Document, dumps, id_text
 from storage.mongo_errors import translated
 from storage.selection import StateFields
 from utils.process import exit_code_of, is_confirmed
@@ -58,6 +59,11 @@ _SKIPPED = {
 }
 _UNORDERED = "with times that cannot be read, so the turns keep the listed order; ISO 8601 can always be read"
 _OTHER_TEXT = "with the _id of a stored document that has another text; not imported"
+_IN_WORK = (
+    "that a worker had in work: it may label the text that it has read, so run python cli.py --only changed afterwards"
+)
+_FOREIGN = "with new turns and a status of another program, so no run selects it; with STATUS_FIELD, the product has a status of its own"
+_MISSED = "that other programs changed at the same time, without all of their new turns; the same command adds them"
 # Of a row: the same conversation in a later export has another status, but the same messages.
 _ROW_FIELDS = frozenset({"metadata", "channel", "subject", "created_at"})
 _STATUS_FIELDS = frozenset({"status", "status_reason", "last_processed_at", "processed", "processing_attempts"})
@@ -81,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--collection",
         "--queries-collection",
         help="collection to fill (MONGODB_SOURCE_COLLECTION; conversation_set)",
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="add the new turns of conversations that have grown since their import"
     )
     parser.add_argument(
         "--drop", action="store_true", help="delete the collection first; asks for confirmation unless --yes is given"
@@ -126,30 +135,55 @@ async def _import(arguments: argparse.Namespace, settings: Settings, console: Co
             progress.update(task, completed=number, description="Reading" if arguments.dry_run else "Importing")
 
         if arguments.dry_run:
-            read, new = _counted(pages, on_read)
+            read, new, growth = _counted(pages, on_read), 0, Growth()
         else:
-            read, new = await _stored(arguments, settings, pages, notes, on_read)
+            read, new, growth = await _stored(arguments, settings, pages, on_read)
     if export:
         _print_mapping(export)
     if arguments.dry_run:
         print("Preview:" if first else "There is no conversation in the file.")
         print(*(line for document in first[:2] for line in preview_lines(document)), sep="\n")
-    done = f"{new} new, {read - new} already there, in {settings.db_name}.{settings.source_collection}."
+    done = f"{_outcome(read, new, growth, arguments.update)}, in {settings.db_name}.{settings.source_collection}."
     print(f"Read {read} documents: {'nothing is written (--dry-run).' if arguments.dry_run else done}")
     for line in export.findings.note_lines() if export else ():
         console.print(f"{line}.", markup=False, highlight=False, soft_wrap=True)
     notes.show(console)
+    _show_growth(console, growth)
     _show_statuses(console, unselected, moved)
     return ExitCode.DONE
 
 
-def _counted(pages: Iterable[list[Document]], on_read: Callable[[int], None]) -> tuple[int, int]:
-    """Read every page and store nothing; return the number of documents, and 0 new ones."""
+def _counted(pages: Iterable[list[Document]], on_read: Callable[[int], None]) -> int:
+    """Read every page and store nothing; return the number of documents."""
     read = 0
     for page in pages:
         read += len(page)
         on_read(read)
-    return read, 0
+    return read
+
+
+def _outcome(read: int, new: int, growth: Growth, updates: bool) -> str:
+    grown = growth.grown
+    if updates:
+        turns = counted(growth.turns, "turn")
+        return f"{new} new, {grown} grown ({turns} added), {read - new - grown} unchanged"
+    have = "has" if grown == 1 else "have"
+    more = f", of which {grown} {have} grown (--update adds {counted(growth.turns, 'new turn')})" if grown else ""
+    return f"{new} new, {read - new} already there{more}"
+
+
+def _show_growth(console: Console, growth: Growth) -> None:
+    lines = {
+        _OTHER_TEXT: growth.others,
+        _IN_WORK: growth.in_work,
+        _FOREIGN: growth.foreign,
+        _MISSED: growth.missed,
+    }
+    for what, count in lines.items():
+        first = f" (first: document {growth.first_other})" if what == _OTHER_TEXT else ""
+        if count:
+            text = f"{counted(count, 'document')} {what}{first}."
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_mapping(export: Export) -> None:
@@ -177,17 +211,18 @@ async def _stored(
     arguments: argparse.Namespace,
     settings: Settings,
     pages: Iterable[list[Document]],
-    notes: _Notes,
     on_read: Callable[[int], None],
-) -> tuple[int, int]:
-    """Store every page, in an emptied collection with ``--drop``; return how many documents were read, and were new."""
+) -> tuple[int, int, Growth]:
+    """Store every page, in an emptied collection with ``--drop``; return how many documents were read, were new, had grown."""
     store = DocumentStore(settings)
     try:
         await store.check()
         if arguments.drop:
             with translated("drop the collection"):
                 await store.database.drop_collection(settings.source_collection)
-        return await _insert(store, pages, arguments.file or SAMPLES, notes, on_read)
+        stored = StoredConversations(store, settings, updates=arguments.update)
+        read, new = await _insert(store, stored, pages, arguments.file or SAMPLES, on_read)
+        return read, new, stored.growth
     finally:
         await store.close()
 
@@ -238,23 +273,6 @@ def _judged(documents: Iterable[Document], notes: _Notes) -> Iterator[Document]:
         yield document
 
 
-async def _note_other_texts(store: DocumentStore, page: list[Document], before: int, notes: _Notes) -> None:
-    """Note the documents of *page* whose stored form has another text."""
-    found = await store.read_documents("all", [document["_id"] for document in page])
-    stored = {id_key(document["_id"]): _text_of(document) for document in found}
-    for number, document in enumerate(page, before + 1):
-        text = _text_of(document)
-        if stored.get(id_key(document["_id"]), text) != text:
-            notes.add(_OTHER_TEXT, number)
-
-
-def _text_of(document: Document) -> str | None:
-    try:
-        return aggregate_conversation(document).transcript_sha256
-    except SkippedDocumentError:
-        return None
-
-
 def _counting(
     pages: Iterable[list[Document]], states: StateFields, unselected: Counter[str]
 ) -> Iterator[list[Document]]:
@@ -268,15 +286,21 @@ def _counting(
 
 
 async def _insert(
-    store: DocumentStore, pages: Iterable[list[Document]], path: Path, notes: _Notes, on_read: Callable[[int], None]
+    store: DocumentStore,
+    stored: StoredConversations,
+    pages: Iterable[list[Document]],
+    path: Path,
+    on_read: Callable[[int], None],
 ) -> tuple[int, int]:
     """Store every page; return how many documents were read and how many were new."""
     read = new = 0
     try:
         for page in pages:
-            added = await _insert_page(store, page, path, read)
-            if added < len(page):
-                await _note_other_texts(store, page, read, notes)
+            to_insert, pairs = await stored.split(list(enumerate(page, read + 1)))
+            added = await _insert_page(store, to_insert, path)
+            if added < len(to_insert):
+                pairs += [Pair(number, document, document["_id"]) for number, document in to_insert]
+            await stored.take(pairs)
             new += added
             read += len(page)
             on_read(read)
@@ -286,15 +310,15 @@ async def _insert(
     return read, new
 
 
-async def _insert_page(store: DocumentStore, page: list[Document], path: Path, before: int) -> int:
-    """Store *page*; return how many were new. *before* counts the documents ahead of it."""
+async def _insert_page(store: DocumentStore, page: list[tuple[int, Document]], path: Path) -> int:
+    """Store *page*, documents with their numbers; return how many were new."""
     if not page:
         return 0
     try:
-        return await store.insert_documents(page)
+        return await store.insert_documents([document for _, document in page])
     except StoreRejectedError:
         # One invalid document fails the whole page; inserted alone, it can be named.
-        for number, document in enumerate(page, before + 1):
+        for number, document in page:
             try:
                 await store.insert_documents([document])
             except StoreRejectedError as exc:
@@ -340,7 +364,7 @@ def _with_ids(documents: Iterable[Document], has_rows: Callable[[], bool]) -> It
             raise ConfigurationError(
                 f"Document {number} contains a value that MongoDB cannot store; correct or remove it."
             ) from exc
-        document_id = f"sha256-{hashlib.sha256(content).hexdigest()[:32]}"
+        document_id = f"{DERIVED_ID}{hashlib.sha256(content).hexdigest()[:32]}"
         if document.get("conversation_number") is None:
             seen[document_id] += 1
             if seen[document_id] > 1:

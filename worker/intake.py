@@ -18,16 +18,17 @@ from error_handler import SkippedDocumentError
 from mongo_client import DocumentStore
 from storage.extended_json import Document, id_key, id_text
 from storage.files import JournalEntry
-from storage.selection import UNREADABLE, Selection
+from storage.selection import Selection
 from storage.subset import ALL, Subset
 from utils.batch_file_manager import BatchFile, BatchFiles
 from worker.checkpoint import Checkpoint
+from worker.current_text import bring_up_to_date
 from worker.left_out import LINE_EVERY_S
 from worker.progress import Reporter
 from worker.quarantine import requeue
 from worker.service_first import ServiceFirst
 from worker.settlement import BatchInWork, Settlement, is_query
-from worker.staleness import REPLACED, Only, StalenessChecker
+from worker.staleness import REPLACED, Only, StalenessChecker, grown_keys
 from worker.subset import in_subset
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ class RunParts:
 class DocumentIntake:
     """Reads, claims and saves documents; yields batches whose documents are all leased to this worker.
 
-    Documents that already have a result only get their status; documents of another worker are counted and skipped.
+    Documents that already have a result of their text only get their status; documents of another worker are counted and
+    skipped.
     Batches that an interrupted run left in work are finished first, whatever ``options.only`` says: their answers may
     be in its journal.
     """
@@ -252,10 +254,7 @@ class DocumentIntake:
         for item in batch.items:
             if self._retries_failed and item.past.verdict is not None and not item.past.verdict.is_skipped:
                 item.past = JournalEntry(result=item.past.result)  # it failed before the run was interrupted
-        if broken := {item.key: item for item in batch.items if UNREADABLE in item.document}:
-            # Their files do not have their text, which may be readable by now.
-            for document in await self._store.read_documents("all", [item.document_id for item in broken.values()]):
-                broken[id_key(document["_id"])].document = document
+        await bring_up_to_date(self._store, batch.items)
         needed = await self.needed([item.document for item in batch.items])
         batch.items = [item for item in batch.items if item.key in needed]
         batch.unsettled = len(batch.items)
@@ -282,7 +281,12 @@ class DocumentIntake:
         if kinds is not None and only in REPLACED:
             return await kinds.settled(documents, only)
         job_id = self._parts.checkpoint.job_id if self._options.reprocess else None
-        return await self._store.result_keys([document["_id"] for document in documents], job_id)
+        done = await self._store.result_keys([document["_id"] for document in documents], job_id)
+        if done and only is None and job_id is None:
+            grown = await grown_keys(self._store, documents, done)
+            self._settlement.replaced |= grown
+            done -= grown
+        return done
 
     async def _is_selected(self, batch: BatchInWork) -> bool:
         """Return whether this run retries *batch*: with ``options.only`` or a subset, it leaves those of other runs alone."""
@@ -304,8 +308,8 @@ async def has_work(
 ) -> bool:
     """Return whether a run with *options* finds a document that needs a result; reads no further than the first one.
 
-    Documents without text count as well: the aggregator is not used, because a document that crashes it must do so in a
-    run, which has a journal to notice it. *kinds* is required with ``options.only``.
+    Documents without text count as well: the aggregator is only used for those with a result, because a document that
+    crashes it must do so in a run, which has a journal to notice it. *kinds* is required with ``options.only``.
     """
     retries = options.retry_failed or options.only == "failed"
     folders = ("pending", "retry", *(("quarantine",) if retries else ()))
@@ -324,8 +328,10 @@ async def has_work(
             if selection == "all" and kinds is not None:
                 if any(kind == options.only for _, kind in await kinds.of(page, set())):
                     return True
-            elif len(await store.result_keys([document["_id"] for document in page])) < len(page):
-                return True
+            else:
+                done = await store.result_keys([document["_id"] for document in page])
+                if len(done) < len(page) or (options.only is None and await grown_keys(store, page, done)):
+                    return True
     return False
 
 
@@ -370,6 +376,7 @@ async def preview(
             page = [document for document, kind in await kinds.of(page, queued) if kind == options.only][:left]
         replaces = options.reprocess or options.only in REPLACED
         done = set() if replaces else await store.result_keys([document["_id"] for document in page])
+        done -= await grown_keys(store, page, done) if options.only is None else set()
         report.update(selected=len(page), already_done=len(done))
         if time.monotonic() - shown_s >= LINE_EVERY_S:
             shown_s = time.monotonic()

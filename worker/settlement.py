@@ -185,6 +185,7 @@ class Settlement:
         self._files = files
         self._checkpoint = checkpoint
         self._replaces = replaces
+        self.replaced: set[bytes] = set()  # documents with a result of an earlier text
         self._on_rejected = on_rejected
         self.writes: GroupCommit[tuple[WorkItem, Document]] = GroupCommit(self._write)
         self.progress = asyncio.Event()  # set when documents were settled
@@ -216,7 +217,8 @@ class Settlement:
 
     async def _write(self, group: list[tuple[WorkItem, Document]]) -> None:
         try:
-            rejected = await self._store.write_results([result for _, result in group], replace=self._replaces)
+            replaces = self._replaces or any(item.key in self.replaced for item, _ in group)
+            rejected = await self._store.write_results([result for _, result in group], replace=replaces)
         except StoreUnavailableError as exc:
             for item, result in group:
                 self._end_unwritten(item, exc, result)

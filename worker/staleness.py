@@ -118,3 +118,12 @@ class StalenessChecker:
         if self.plan.made(fields, input_hash):
             return "done"
         return "style" if any(other.made(fields, input_hash) for other in self.plan.others) else "stale"
+
+
+async def grown_keys(store: DocumentStore, documents: list[Document], done: set[bytes]) -> set[bytes]:
+    """Return the ``id_key`` of those *documents* that are *done*, but whose result is of another text than theirs."""
+    labelled = [document for document in documents if id_key(document["_id"]) in done]
+    if not labelled:
+        return set()
+    settled = await StalenessChecker(store, Path(), None).settled(labelled, "changed")
+    return {id_key(document["_id"]) for document in labelled} - settled

@@ -50,6 +50,50 @@ EXPECTED: dict[str, list[Any]] = {
             ],
         )
     ],
+    "zendesk_account.jsonl": [
+        (
+            *("zendesk-501", "email", "closed"),
+            [
+                "Customer: My parcel should have arrived on Monday.",
+                "Agent: Your request was received.",
+                "Agent: It arrives tomorrow.",
+            ],
+        ),
+        (
+            *("zendesk-502", "web", "open"),
+            ["Customer: Please refund me.", "Agent: This ticket was merged.", "Agent: We refund one payment."],
+        ),
+        ("zendesk-503", "web", "open", ["Customer: When do you call?"]),
+    ],
+    "intercom_parts.jsonl": [
+        (
+            *("intercom-301", "conversation", None),
+            [
+                "Customer: Where is my parcel?",
+                "Agent: We look.",
+                "    Best, Kim",
+                "Customer: Thanks",
+                "Agent: It is there, I close this.",
+            ],
+        ),
+        ("intercom-302", None, None, ["Customer: I want my money back."]),
+    ],
+    "freshdesk_account.json": [
+        (
+            *("freshdesk-31", "Email", "Closed"),
+            ["Customer: My parcel is late.", "Agent: Please send the number.", "Customer: It is 4711."],
+        ),
+        (
+            *("freshdesk-32", "Portal", "Open"),
+            ["Customer: Please refund me.", "Agent: We do.", "Customer: Thank you."],
+        ),
+    ],
+    "chatwoot_account.json": [
+        (
+            *("chatwoot-40", "Channel::Email", "resolved"),
+            ["Customer: Where is my parcel?", "Agent: We look.", "Agent: Please rate us"],
+        )
+    ],
     "intercom.csv": [
         (
             *("intercom-147", None, None),
@@ -91,6 +135,34 @@ def test_export_becomes_conversations_with_channel_and_status(name: str) -> None
         assert document["status"] == "pending"
         assert transcript(document) == turns
         assert isinstance(document["created_at"], datetime)
+
+
+ACCOUNTS = ["zendesk_account.jsonl", "freshdesk_account.json", "intercom_parts.jsonl", "chatwoot_account.json"]
+
+
+@pytest.mark.parametrize("name", ACCOUNTS)
+def test_private_notes_deleted_messages_and_events_are_nowhere_in_the_document(name: str) -> None:
+    """Neither as a turn nor in the metadata; the description of a ticket can repeat a private note."""
+    documents, notes = read(EXPORTS / name)
+    assert "SECRET" in (EXPORTS / name).read_text()
+    assert "SECRET" not in str(documents)
+    assert "This message was deleted" not in str(documents)
+    assert any("private note" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ACCOUNTS)
+def test_private_notes_of_an_account_export_are_the_agents(name: str) -> None:
+    for document in read(EXPORTS / name, private_notes=True)[0]:
+        for turn in aggregate_conversation(document).turns:
+            assert turn.sender == "agent" or "SECRET" not in turn.text
+
+
+def test_deleted_message_of_chatwoot_is_left_out_of_lists_of_messages(tmp_path: Path) -> None:
+    row = {"conversation_id": 10, "message_type": 0, "content": "hi"}
+    gone = {**row, "content": "This message was deleted", "content_attributes": {"deleted": True}}
+    (document,), notes = read(write(tmp_path / "a.jsonl", f"{json.dumps(row)}\n{json.dumps(gone)}"))
+    assert transcript(document) == ["Customer: hi"]
+    assert notes == ["1 message left out: it was deleted (line 2)"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -100,13 +101,35 @@ def test_compressed_files_are_read_by_their_content(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         (gzip.compress(SECRET.encode() * 100_000, mtime=0)[:60], "damaged or cut off"),
-        (b"PK\x03\x04" + SECRET.encode(), "zip archive or an Excel workbook; unpack it, or save the sheet as CSV"),
+        (b"PK\x03\x04" + SECRET.encode(), "a zip archive that is damaged or cut off; export or copy it again"),
     ],
     ids=["cut", "zip"],
 )
 def test_file_that_cannot_be_unpacked_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=expected):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["Agents0.json", "Tickets0.json", "Tickets1.json"],
+            r"unpack it, and import from it, each with --file: Tickets0.json, T",
+        ),
+        ([f"{number}.csv" for number in range(7)], r"--file: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, \.\.\.\."),
+        (["[Content_Types].xml", "xl/workbook.xml"], "is an Excel workbook; save the sheet as CSV in UTF-8"),
+        (["Tickets0.xml"], "without JSON, JSONL or CSV; export the tickets in one of these formats"),
+    ],
+    ids=["account", "many", "workbook", "xml"],
+)
+def test_zip_archive_is_refused_with_the_files_to_import(tmp_path: Path, names: list[str], expected: str) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, SECRET)
     with pytest.raises(ConfigurationError, match=expected):
         texts(path)
 

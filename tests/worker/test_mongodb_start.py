@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -22,11 +26,14 @@ from embedded.baseline import BaselineClassifier
 from embedded.mongod import EmbeddedMongod
 from error_handler import ConfigurationError, StoreForbiddenError
 from mongo_client import DocumentStore
+from storage.extended_json import canonical
 from storage.service_lease import COLLECTION, lease_renewal, renew_lease
 from tests.fakes.fake_ollama import FakeOllama
-from tests.in_process import run_cli
+from tests.in_process import run_cli, run_script
 from tests.review.review_site import result
-from tests.worker.site import ROOT, conversation, open_site
+from tests.service.service_process import NO_MODEL, Answer, serve
+from tests.worker.site import ROOT, conversation, open_site, until
+from utils import mongodb_import
 from utils.batch_file_manager import is_same_source
 from worker import left_out
 
@@ -57,12 +64,17 @@ def uri_of(server: EmbeddedMongod, user: str, password: str) -> str:
     return f"mongodb://{user}:{password}@127.0.0.1:{server.port}/?authSource=admin"
 
 
+def documented_role(name: str) -> dict[str, Any]:
+    """Return the role *name* as docs/operations.md shows it."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    shown = map(yaml.safe_load, re.findall(r"db\.createRole\((\{.*?\})\)\n", text, re.DOTALL))
+    return next(role for role in shown if role["role"] == name)
+
+
 @contextmanager
 def user_with_role(server: EmbeddedMongod, client: Client, name: str) -> Iterator[str]:
     """Yield the address for a user who has exactly the role *name* that docs/operations.md shows."""
-    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-    shown = map(yaml.safe_load, re.findall(r"db\.createRole\((\{.*?\})\)\n", text, re.DOTALL))
-    role = next(role for role in shown if role["role"] == name)
+    role = documented_role(name)
     client[DB_NAME].command("createRole", name, roles=role["roles"], privileges=role["privileges"])
     client.admin.command("createUser", "worker", pwd="w", roles=[{"role": name, "db": DB_NAME}])
     yield uri_of(server, "worker", "w")
@@ -146,6 +158,115 @@ def test_role_of_reviewers_is_enough_and_changes_no_result(
             with pytest.raises(OperationFailure, match="not authorized"):
                 site.database[name].update_one({}, {"$set": {"status": "x"}})
     assert client[DB_NAME].sentimental_analysis_corrections.count_documents({}) == 3
+
+
+def test_few_rights_are_enough_to_import_and_to_update(strict: EmbeddedMongod, client: Client, tmp_path: Path) -> None:
+    """Rights on the results, or to create an index, are not needed."""
+    source = {"db": DB_NAME, "collection": "conversation_set"}
+    leases = {"db": DB_NAME, "collection": "conversation_set_leases"}
+    rights = [{"resource": source, "actions": ["find", "insert", "update"]}, {"resource": leases, "actions": ["find"]}]
+    client[DB_NAME].command("createRole", "importer", roles=[], privileges=rights)
+    client.admin.command("createUser", "importer", pwd="i", roles=[{"role": "importer", "db": DB_NAME}])
+    path = tmp_path / "a.csv"
+    rows = ["ticket_id,role,body", "1,user,hi"]
+    with open_site(uri_of(strict, "importer", "i"), DB_NAME, None, tmp_path) as site:
+        for expected in ("1 new, 0 grown", "0 new, 1 grown (1 turn added)"):
+            path.write_text("\n".join(rows))
+            command = ["--file", str(path), "--update"]
+            done = run_script(
+                mongodb_import.main, ROOT / "utils/mongodb_import.py", command, site.environment(), tmp_path
+            )
+            assert expected in done.stdout, done.stderr
+            rows.append("1,agent,ho")
+    client.admin.command("dropUser", "importer")
+    client[DB_NAME].command("dropRole", "importer")
+
+
+@contextmanager
+def tabs(uri: str, folder: Path, **settings: str) -> Iterator[Callable[[], dict[str, bool]]]:
+    """Yield a function that uses the tabs Labels and Quarantine of a service; it returns what worked."""
+    place = {"MONGODB_URI": uri, "MONGODB_DB": DB_NAME, "MONGODB_BACKOFF_S": "0", "DASHBOARD_SHOW_TEXT": "true"}
+    others = {"API_EXPOSE_DASHBOARD": "key", "API_EXPOSE_JOBS": "off", "SERVICE_LEASE": "false"}
+    with serve(folder, **NO_MODEL, **others, **place, **settings) as service:
+        days = itertools.count(1)
+
+        def computed(path: str) -> Answer:
+            answers: list[Answer] = []
+            until(lambda: answers.append(service.get(path)) or answers[-1].status != 202)
+            return answers[-1]
+
+        def use() -> dict[str, bool]:
+            view = f"?since=1970-01-{next(days):02}"  # figures of a view are kept for some seconds
+            one, page = f"?id={quote(canonical(1))}", "/dashboard/quarantine"
+            examples = computed(f"/dashboard/examples/newest{view}")
+            return {
+                "charts": computed(f"/dashboard/charts{view}").status == 200,
+                "examples": examples.status == 200,
+                "texts": b"Case 00001" in examples.body,
+                "list": service.get(page).status == 200,
+                "text": b"Case 00001" in service.get(f"{page}/show{one}").body,
+                "replay": service.request("POST", f"{page}/replay{one}").status == 303,
+            }
+
+        yield use
+
+
+def fail_all(client: Client, day: int = 1) -> None:
+    """Let the three conversations have results, of a *day* in 2026, and a status as if they had failed later."""
+    facts = {"conversation": {"last_message_at": datetime(2026, 1, day, 12, tzinfo=UTC)}}
+    client[DB_NAME].drop_collection("sentimental_analysis")
+    client[DB_NAME].sentimental_analysis.insert_many([result(number) | facts for number in range(3)])
+    client[DB_NAME].conversation_set.update_many({}, {"$set": {"status": "failed", "status_reason": "timeout"}})
+
+
+@pytest.mark.thorough
+def test_documented_role_is_enough_for_the_tabs_labels_and_quarantine(
+    strict: EmbeddedMongod, client: Client, tmp_path: Path
+) -> None:
+    fail_all(client)
+    with user_with_role(strict, client, "triad_dashboard") as uri, tabs(uri, tmp_path) as use:
+        assert all(use().values())
+    assert client[DB_NAME].conversation_set.count_documents({"status": "pending"}) == 1
+    assert client[DB_NAME].sentimental_analysis_orders.count_documents({"action": "replay", "done": 1}) == 1
+    assert client[DB_NAME].sentimental_analysis_counts.count_documents({}) == 1
+
+
+@pytest.mark.thorough
+def test_each_right_of_the_role_for_the_tabs_is_needed(strict: EmbeddedMongod, client: Client, tmp_path: Path) -> None:
+    """Without one, what docs/operations.md says does not work, and everything else does."""
+    of_labels = {"charts", "examples", "texts"}
+    lost: dict[tuple[str, str], set[str]] = {
+        ("conversation_set", "find"): {"list", "text", "texts", "examples"},
+        ("conversation_set", "update"): {"replay"},
+        ("sentimental_analysis", "find"): of_labels | {"counts"},
+        ("sentimental_analysis_corrections", "find"): of_labels,
+        **{("sentimental_analysis_counts", action): {"counts"} for action in ("find", "insert", "update", "remove")},
+        ("sentimental_analysis_orders", "find"): {"list"},
+        ("sentimental_analysis_orders", "insert"): {"replay"},
+        ("sentimental_analysis_orders", "update"): {"replay"},
+    }
+    role = documented_role("triad_dashboard")
+    rights = {(one["resource"]["collection"], action) for one in role["privileges"] for action in one["actions"]}
+    assert rights == lost.keys()
+    counts = client[DB_NAME].sentimental_analysis_counts
+    with user_with_role(strict, client, "triad_dashboard") as uri, tabs(uri, tmp_path) as use:
+        for (collection, action), expected in lost.items():
+            counts.drop()
+            left = copy.deepcopy(role["privileges"])
+            for one in left:
+                if one["resource"]["collection"] == collection:
+                    one["actions"].remove(action)
+            client[DB_NAME].command(
+                "updateRole", role["role"], roles=[], privileges=[one for one in left if one["actions"]]
+            )
+            for day in (1, 2):
+                fail_all(client, day)
+                worked = use()
+            worked["counts"] = [one["day"] for one in counts.find()] == [
+                "2026-01-02"
+            ]  # and no more those of the first day
+            missing = {name for name, is_there in worked.items() if not is_there}
+            assert missing == expected, (collection, action)
 
 
 def test_documented_role_is_enough_to_index_conversations(worker_uri: str, model: FakeOllama, tmp_path: Path) -> None:

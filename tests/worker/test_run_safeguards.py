@@ -66,6 +66,16 @@ class MemoryStore:
     async def result_keys(self, document_ids: list[Any], _job_id: str | None = None) -> set[bytes]:
         return {id_key(document_id) for document_id in document_ids if document_id in self.results}
 
+    async def result_provenance(self, document_ids: list[Any]) -> dict[bytes, Document]:
+        return {
+            id_key(document_id): self.results[document_id]
+            for document_id in document_ids
+            if document_id in self.results
+        }
+
+    async def read_documents(self, _selection: Selection, _document_ids: list[Any]) -> list[Document]:
+        return []
+
     async def write_results(self, results: list[Document], *, replace: bool) -> dict[int, StoreRejectedError]:
         if self.is_away:
             raise StoreUnavailableError("MongoDB is unavailable")
