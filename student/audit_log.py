@@ -29,20 +29,22 @@ def utc_date() -> str:
 
 
 class AuditLog:
-    """The comparisons of one *student* under one *promise*. Any thread may use it; use it as ``with``, or close it.
+    """The comparisons of one *student* under the promise of *audit*. Any thread may use it; use it as ``with``, or close it.
 
     The running test is the replay of the comparisons, so it cannot differ from them. A conversation is recorded once a day: one
     that is asked again after a crash does not count twice.
     """
 
-    def __init__(self, path: Path, student: str, promise: float, today: Callable[[], str] = utc_date) -> None:
-        """Open *path*; a missing file is created. *today* returns the date. Raises StateDirectoryError."""
-        self._student, self._promise, self._today = student, promise, today
+    def __init__(self, path: Path, student: str, audit: Audit, today: Callable[[], str] = utc_date) -> None:
+        """Open *path*; a missing file is created. *audit* has no comparisons yet, *today* returns the date. Raises
+        StateDirectoryError.
+        """
+        self._student, self._promise, self._today = student, audit.promise, today
         self._file = StateFile(path, SCHEMA)
-        self.audit = Audit(promise)
+        self.audit = audit
         query = "SELECT agreed FROM comparisons WHERE student = ? AND promise = ? ORDER BY number"
         with self._file.reading() as db:
-            for (agreed,) in db.execute(query, (student, promise)):
+            for (agreed,) in db.execute(query, (student, audit.promise)):
                 self.audit.record(bool(agreed))
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ from pathlib import Path
 from config import Taxonomy
 from domain.conversation import Conversation, Outcome
 from error_handler import ConfigurationError
+from student.audit import Audit
 from student.audit_log import AuditLog
 from student.built_in import Judge, judge_of
 from student.certificate import Certificate
@@ -77,7 +78,9 @@ def withdrawn(student: Student, log: AuditLog) -> str:
 
 def open_log(directory: Path, student: Student, promise: float) -> AuditLog:
     """Return the audit of *student* in the state directory *directory*; raise StateDirectoryError if it cannot be used."""
-    return AuditLog(audit_path(directory), student.name, promise)
+    found = student.certificate(promise)
+    sample = (found.taken, found.taken - found.agreed) if found is not None else (0, 0)
+    return AuditLog(audit_path(directory), student.name, Audit(promise, *sample))
 
 
 def open_first_answer(

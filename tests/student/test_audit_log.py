@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from error_handler import StateDirectoryError
+from student.audit import Audit
 from student.audit_log import AuditLog
 
 HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(2000)]
@@ -15,21 +16,21 @@ HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(2
 
 def test_comparison_counts_once_in_the_file_and_in_the_running_test(tmp_path: Path) -> None:
     path = tmp_path / "audit.sqlite"
-    with AuditLog(path, "student-0", 0.9) as log:
+    with AuditLog(path, "student-0", Audit(0.9)) as log:
         for number, key in enumerate(HASHES[:6]):
             log.record(key, agreed=number != 3)
             log.record(key, agreed=True)  # the same conversation again
         state = log.audit.state()
     assert (state["audited"], state["disagreed"]) == (6, 1)
-    with AuditLog(path, "student-0", 0.9) as log:
+    with AuditLog(path, "student-0", Audit(0.9)) as log:
         assert log.audit.state() == state
     for student, promise in (("student-1", 0.9), ("student-0", 0.95)):
-        with AuditLog(path, student, promise) as log:
+        with AuditLog(path, student, Audit(promise)) as log:
             assert log.audit.audited == 0
 
 
 def test_hash_draws_about_the_share_and_the_same_ones_again(tmp_path: Path) -> None:
-    with AuditLog(tmp_path / "audit.sqlite", "student-0", 0.9) as log:
+    with AuditLog(tmp_path / "audit.sqlite", "student-0", Audit(0.9)) as log:
         drawn = [key for key in HASHES if log.is_drawn(key)]
         assert drawn == [key for key in HASHES if log.is_drawn(key)]
         assert abs(len(drawn) / len(HASHES) - log.audit.share) < 0.03
@@ -37,7 +38,7 @@ def test_hash_draws_about_the_share_and_the_same_ones_again(tmp_path: Path) -> N
             log.record(key, agreed=False)
         assert log.audit.is_broken
         assert all(map(log.is_drawn, HASHES))
-    with AuditLog(tmp_path / "audit.sqlite", "student-1", 0.9) as other:
+    with AuditLog(tmp_path / "audit.sqlite", "student-1", Audit(0.9)) as other:
         assert [key for key in HASHES if other.is_drawn(key)] != drawn
 
 
@@ -45,7 +46,7 @@ def test_text_that_comes_each_day_is_drawn_at_last(tmp_path: Path) -> None:
     """And its comparison counts once a day."""
     days = [f"day {number}" for number in range(120)]
     current = [""]
-    with AuditLog(tmp_path / "audit.sqlite", "student-0", 0.9, today=lambda: current[0]) as log:
+    with AuditLog(tmp_path / "audit.sqlite", "student-0", Audit(0.9), today=lambda: current[0]) as log:
         drawn = 0
         for current[0] in days:
             drawn += log.is_drawn(HASHES[0])
@@ -61,4 +62,4 @@ def test_damaged_audit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "audit.sqlite"
     path.write_bytes(b"x" * 5000)
     with pytest.raises(StateDirectoryError, match="train the student again"):
-        AuditLog(path, "student-0", 0.9)
+        AuditLog(path, "student-0", Audit(0.9))
