@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-LEAST_SHARE, MOST_SHARE = 0.02, 0.2
+LEAST_SHARE, MOST_SHARE = 0.04, 0.2  # less than 0.04 finds fewer than 98 % of the drifts within 500 conversations
 DRIFT_ERROR = 0.01  # the probability that a sudden drift uses up the room
 LIMIT = 10_000.0  # evidence at which the student withdraws
 # A bet expects disagreement of (1 - promise) ** power: 0.22 and 0.11 for a promise of 0.95. The first finds collapses, the second

@@ -30,7 +30,7 @@ def test_disagreement_sends_everything_to_the_model_until_it_is_outweighed() -> 
     assert audit.sentence() == "13 of 14 audited conversations agree with the model; the promise of 0.95 holds"
 
 
-def test_share_falls_to_2_percent_with_the_room_that_the_promise_has() -> None:
+def test_share_falls_to_the_least_with_the_room_that_the_promise_has() -> None:
     """A drift uses up the room with a probability of DRIFT_ERROR, unless the least or the most share applies."""
     audit = Audit(0.95, sampled=1000, sampled_wrong=20)
     shares = []
