@@ -97,7 +97,7 @@ def certify(scores: Sequence[float], agreed: Sequence[bool], promise: float, *, 
         level += error / SHARES
         if _p_value(trial.agreed, trial.taken, promise) > level:
             level = 0.0
-        elif 1 - trial.rate <= (1 - promise) * (1 - ROOM) + 1e-9:
+        elif 1 - trial.rate <= _most_wrong(promise):
             passed = trial, level
         else:
             without_room = trial
@@ -189,10 +189,15 @@ def _p_value(agreed: ArrayLike, taken: ArrayLike, promise: float) -> NDArray[np.
 
 def _no_room(trial: _Trial, sample: int, promise: float) -> str:
     return (
-        f"{trial.agreed} of the surest {trial.taken} of {sample} conversations agree with the model ({100 * trial.rate:.1f} %), which "
-        f"keeps a promise of {promise:g} but leaves no room for a drift, and {100 * (1 - (1 - promise) * (1 - ROOM)):.1f} % would: "
+        f"{trial.agreed} of the surest {trial.taken} of {sample} conversations agree with the model ({100 * trial.rate:.1f} %), and a "
+        f"promise of {promise:g} needs {100 * (1 - _most_wrong(promise)):.1f} % in the sample, because a drift adds wrong labels: "
         "train with more results, or use a lower promise"
     )
+
+
+def _most_wrong(promise: float) -> float:
+    """Return the share of the sample that may disagree: what *promise* tolerates, less the room for a drift."""
+    return (1 - promise) * (1 - ROOM) + 1e-9
 
 
 def _refusal(trials: Sequence[_Trial], sample: int, promise: float, level: float) -> str:
@@ -211,6 +216,8 @@ def _refusal(trials: Sequence[_Trial], sample: int, promise: float, level: float
             f"{found} ({100 * best.rate:.1f} %), which is no evidence for a promise of {promise:g}: "
             "train with more results, or use a lower promise"
         )
+    if 1 - best.rate > _most_wrong(promise):
+        return _no_room(best, sample, promise)
     return (
         f"{found} ({100 * best.rate:.1f} %), too few to certify a promise of {promise:g}: "
         f"about {needed} conversations are needed for the certificate instead of {sample}"
