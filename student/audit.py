@@ -69,9 +69,9 @@ class Audit:
         needed: float = 1 - DRIFT_ERROR ** (1 / self.room)
         return min(MOST_SHARE, max(LEAST_SHARE, needed))
 
-    def record(self, agreed: bool) -> None:
-        """Record one comparison: whether all labels of a drawn conversation are the model's."""
-        beside = 1 / self.share - 1
+    def record(self, agreed: bool, share: float | None = None) -> None:
+        """Record one comparison: whether all labels of a conversation that was drawn with *share* (now, if None) are the model's."""
+        beside = 1 / (self.share if share is None else share) - 1
         self.taken += beside
         self.taken_wrong += 0 if agreed else beside
         self.audited += 1

@@ -52,17 +52,18 @@ class FirstAnswer:
             if judgement.joint < self._threshold:
                 return await model(conversation, rounds)
             key = conversation.transcript_sha256
-            if not self._log.is_drawn(key):
+            share = self._log.drawn(key)
+            if share is None:
                 return self._student.outcome(judgement, conversation, round((time.monotonic() - start_s) * 1000))
             outcome = await model(conversation, rounds)
-            await self._compare(key, agreed=judgement.agrees_with(outcome.classification))
+            await self._compare(key, share, agreed=judgement.agrees_with(outcome.classification))
             return outcome
 
         return classify
 
-    async def _compare(self, key: str, *, agreed: bool) -> None:
+    async def _compare(self, key: str, share: float, *, agreed: bool) -> None:
         was_broken = self._log.audit.is_broken
-        await asyncio.to_thread(self._log.record, key, agreed=agreed)
+        await asyncio.to_thread(self._log.record, key, share, agreed=agreed)
         if self._log.audit.is_broken and not was_broken:
             logger.warning("%s withdraws: %s", self._student.name, self._log.audit.sentence())
             self._tell(withdrawn(self._student, self._log))
