@@ -64,10 +64,12 @@ class Audit:
         """
         if self.is_broken or self.is_suspicious:
             return 1.0
+        # A promise stricter than 0.95 gains room more slowly by as much.
+        most = MOST_SHARE * min(2.5, max(1.0, 0.05 / (1 - self.promise)))
         if self.room <= 1:
-            return MOST_SHARE
+            return most
         needed: float = 1 - DRIFT_ERROR ** (1 / self.room)
-        return min(MOST_SHARE, max(LEAST_SHARE, needed))
+        return min(most, max(LEAST_SHARE, needed))
 
     def record(self, agreed: bool, share: float | None = None) -> None:
         """Record one comparison: whether all labels of a conversation that was drawn with *share* (now, if None) are the model's."""

@@ -53,6 +53,12 @@ def test_student_whose_promise_is_nearly_used_up_is_audited_most() -> None:
         assert audit.share == MOST_SHARE
 
 
+def test_stricter_promise_is_audited_more_at_first() -> None:
+    """It gains room more slowly, and some conversations are always taken."""
+    shares = [Audit(promise).share for promise in (0.9, 0.95, 0.98, 0.99)]
+    assert shares == pytest.approx([0.2, 0.2, 0.5, 0.5])
+
+
 def test_comparison_stands_for_the_conversations_taken_beside_it() -> None:
     """One that was drawn with 20 % stands for 4 others; one under suspicion for none."""
     audit = Audit(0.95, sampled=1000)
