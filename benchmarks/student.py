@@ -24,7 +24,7 @@ from embedded.conversation_vectors import vectors_of
 from embedded.minilm import open_encoder
 from error_handler import ConfigurationError
 from student.audit import Audit
-from student.certificate import certify
+from student.certificate import Certificate, certify
 
 PROMISES = (0.90, 0.95)
 SPLITS = 20
@@ -61,9 +61,9 @@ class Judged:
     scores: NDArray[np.float64]
     agreed: NDArray[np.bool_]
 
-    def certified(self, promise: float) -> float | None:
-        """The threshold that these conversations certify."""
-        return certify(self.scores.tolist(), self.agreed.tolist(), promise).threshold
+    def certified(self, promise: float) -> Certificate:
+        """What these conversations certify."""
+        return certify(self.scores.tolist(), self.agreed.tolist(), promise)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -163,7 +163,7 @@ def cell_of(runs: Sequence[tuple[Judged, Judged]], promise: float) -> str:
     taken = [
         unseen.agreed[unseen.scores >= threshold]
         for known, unseen in runs
-        if (threshold := known.certified(promise)) is not None
+        if (threshold := known.certified(promise).threshold) is not None
     ]
     if not taken:
         return f" 0 of {len(runs)} | – | – |"
@@ -187,31 +187,34 @@ def table_of_drifts(read: Sequence[tuple[str, Example, Numbers]]) -> list[str]:
             runs, shares, agreement = [], [], []
             for seed, (part, held_out, _) in enumerate(splits(len(corpus.labels), 300, 400)):
                 known = judged(corpus, part, Corpus(corpus.features[held_out], corpus.labels[held_out]))
-                threshold = known.certified(PROMISES[0])
-                if threshold is None:
+                found = known.certified(PROMISES[0])
+                if found.threshold is None:
                     continue
                 met = judged(corpus, part, other)
-                sure = met.scores >= threshold
+                sure = met.scores >= found.threshold
                 shares.append(sure.mean())
                 agreement += met.agreed[sure].tolist()
-                runs.append(met_by(sure, met.agreed, np.random.default_rng(seed)))
-            found = [count for count, *_ in runs if count is not None]
+                audit = Audit(PROMISES[0], found.taken, found.taken - found.agreed)
+                runs.append(met_by(audit, sure, met.agreed, np.random.default_rng(seed)))
+            delays = [count for count, *_ in runs if count is not None]
             if runs:
                 lines.append(
                     f"| {title} ({', '.join(fields)}), promise {PROMISES[0]:.2f} | {name} "
-                    f"| {np.mean(shares):.2f}/{np.mean(agreement):.3f} | {len(found)} of {len(runs)} "
-                    f"| {np.median(found):.0f} | {np.mean([taken for _, taken, _ in runs]):.0f} "
+                    f"| {np.mean(shares):.2f}/{np.mean(agreement):.3f} | {len(delays)} of {len(runs)} "
+                    f"| {np.median(delays):.0f} | {np.mean([taken for _, taken, _ in runs]):.0f} "
                     f"| {np.mean([wrong for *_, wrong in runs]):.0f} |"
                 )
     return lines
 
 
-def met_by(sure: NDArray[np.bool_], agreed: NDArray[np.bool_], rng: np.random.Generator) -> tuple[int | None, int, int]:
+def met_by(
+    audit: Audit, sure: NDArray[np.bool_], agreed: NDArray[np.bool_], rng: np.random.Generator
+) -> tuple[int | None, int, int]:
     """Return after how many conversations, drawn at random, the student withdraws, what it took and how much of that is wrong.
 
     The first is None if it does not withdraw within STREAM conversations.
     """
-    audit, taken, wrong = Audit(PROMISES[0]), 0, 0
+    taken = wrong = 0
     for count, place in enumerate(rng.integers(len(sure), size=STREAM), 1):
         if not sure[place]:
             continue

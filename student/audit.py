@@ -10,11 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-NEW_SHARE, NEW = (
-    0.1,
-    500,
-)  # of a student with fewer comparisons: little is taken yet, so few wrong labels break its promise
-AUDIT_SHARE = 0.05
+LEAST_SHARE, MOST_SHARE = 0.04, 0.2  # less than 0.04 finds fewer than 98 % of the drifts within 500 conversations
+DRIFT_ERROR = 0.01  # the probability that a sudden drift uses up the room
 LIMIT = 10_000.0  # evidence at which the student withdraws
 # A bet expects disagreement of (1 - promise) ** power: 0.22 and 0.11 for a promise of 0.95. The first finds collapses, the second
 # small breaches.
@@ -26,15 +23,31 @@ class Audit:
     """Comparisons of a student with the model, and whether they still allow its *promise* (above 0 and below 1).
 
     Draw each conversation that the student could take with the probability ``share``. Give those that are drawn to the model, store
-    the model's labels, and record whether the student's were the same. Read ``share`` again for each conversation.
+    the model's labels, and record whether the student's were the same. Read ``share`` again for each conversation. *sampled* is the
+    number of conversations that the certificate would take of its sample, *sampled_wrong* those of them that disagree.
     """
 
     promise: float
+    sampled: int = 0
+    sampled_wrong: int = 0
     audited: int = 0
     disagreed: int = 0
+    taken: float = 0.0
+    """Estimate: one that was drawn with the probability s is one of 1 / s, so it stands for (1 - s) / s that were taken."""
+    taken_wrong: float = 0.0
+    """The same for those that disagree."""
     evidence: list[float] = field(default_factory=lambda: [1.0] * len(POWERS))
     is_broken: bool = False
     """True for ever as soon as the evidence reaches ``LIMIT``; the student then takes nothing."""
+
+    @property
+    def room(self) -> float:
+        """How many more wrong labels the promise tolerates among those taken so far; below 0 if it is exceeded.
+
+        The share of wrong labels is estimated from the sample of the certificate and the audits, with one disagreement more.
+        """
+        wrong = (self.sampled_wrong + self.taken_wrong + 1) / (self.sampled + self.taken + 1)
+        return (1 - self.promise - wrong) * self.taken
 
     @property
     def is_suspicious(self) -> bool:
@@ -45,15 +58,24 @@ class Audit:
     def share(self) -> float:
         """The share of what the student could take that goes to the model.
 
-        It is ``AUDIT_SHARE``, more for a new student, and 1 under suspicion: a single disagreement suspends the student for about a
-        dozen conversations, which either clear it or add to the evidence.
+        After a drift, k wrong labels are taken before the first that is audited with the probability (1 - share) ** k. The share
+        makes this DRIFT_ERROR for all of ``room``. It is 1 under suspicion: a single disagreement suspends the student for
+        about a dozen conversations, which either clear it or add to the evidence.
         """
         if self.is_broken or self.is_suspicious:
             return 1.0
-        return NEW_SHARE if self.audited < NEW else AUDIT_SHARE
+        # A promise stricter than 0.95 gains room more slowly by as much.
+        most = MOST_SHARE * min(2.5, max(1.0, 0.05 / (1 - self.promise)))
+        if self.room <= 1:
+            return most
+        needed: float = 1 - DRIFT_ERROR ** (1 / self.room)
+        return min(most, max(LEAST_SHARE, needed))
 
-    def record(self, agreed: bool) -> None:
-        """Record one comparison: whether all labels of a drawn conversation are the model's."""
+    def record(self, agreed: bool, share: float | None = None) -> None:
+        """Record one comparison: whether all labels of a conversation that was drawn with *share* (now, if None) are the model's."""
+        beside = 1 / (self.share if share is None else share) - 1
+        self.taken += beside
+        self.taken_wrong += 0 if agreed else beside
         self.audited += 1
         self.disagreed += not agreed
         tolerated = 1 - self.promise

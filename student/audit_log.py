@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,15 +12,22 @@ from typing import Self
 from storage.state_file import Schema, StateFile
 from student.audit import Audit
 
+
+def _add_share(db: sqlite3.Connection, _: Path) -> None:
+    # A share that is not known counts as 1: such a comparison stands for no conversation that was taken.
+    db.execute("ALTER TABLE comparisons ADD COLUMN share REAL NOT NULL DEFAULT 1")
+
+
 SCHEMA = Schema(
     what="the audit of the student",
     tables="""CREATE TABLE comparisons (
         number INTEGER PRIMARY KEY, student TEXT, promise REAL, input_sha256 BLOB, agreed INTEGER, day TEXT,
-        UNIQUE (student, promise, input_sha256, day))""",
-    version=1,
+        share REAL NOT NULL DEFAULT 1, UNIQUE (student, promise, input_sha256, day))""",
+    version=2,
     if_damaged="remove the file and train the student again, because nobody knows whether its promise holds",
     if_foreign="remove it and train the student again",
     application=0x53415544,
+    migrate=_add_share,
 )
 
 
@@ -29,21 +37,23 @@ def utc_date() -> str:
 
 
 class AuditLog:
-    """The comparisons of one *student* under one *promise*. Any thread may use it; use it as ``with``, or close it.
+    """The comparisons of one *student* under the promise of *audit*. Any thread may use it; use it as ``with``, or close it.
 
     The running test is the replay of the comparisons, so it cannot differ from them. A conversation is recorded once a day: one
     that is asked again after a crash does not count twice.
     """
 
-    def __init__(self, path: Path, student: str, promise: float, today: Callable[[], str] = utc_date) -> None:
-        """Open *path*; a missing file is created. *today* returns the date. Raises StateDirectoryError."""
-        self._student, self._promise, self._today = student, promise, today
+    def __init__(self, path: Path, student: str, audit: Audit, today: Callable[[], str] = utc_date) -> None:
+        """Open *path*; a missing file is created. *audit* has no comparisons yet, *today* returns the date. Raises
+        StateDirectoryError.
+        """
+        self._student, self._promise, self._today = student, audit.promise, today
         self._file = StateFile(path, SCHEMA)
-        self.audit = Audit(promise)
-        query = "SELECT agreed FROM comparisons WHERE student = ? AND promise = ? ORDER BY number"
+        self.audit = audit
+        query = "SELECT agreed, share FROM comparisons WHERE student = ? AND promise = ? ORDER BY number"
         with self._file.reading() as db:
-            for (agreed,) in db.execute(query, (student, promise)):
-                self.audit.record(bool(agreed))
+            for agreed, share in db.execute(query, (student, audit.promise)):
+                self.audit.record(bool(agreed), share)
 
     def __enter__(self) -> Self:
         return self
@@ -55,26 +65,25 @@ class AuditLog:
         """Close the file; what was recorded is durable already."""
         self._file.close()
 
-    def is_drawn(self, input_sha256: str) -> bool:
-        """Return whether the model is asked about the conversation although the student is sure.
+    def drawn(self, input_sha256: str) -> float | None:
+        """Return the share with which the conversation is drawn: the model is asked although the student is sure. None if it is not.
 
         A hash decides, so that a run that was killed draws the same conversations again. It changes each day (UTC), so that
         a text that comes again and again is drawn at last.
         """
         drawn = hashlib.sha256(f"audit {self._student} {self._today()} {input_sha256}".encode()).digest()
-        return int.from_bytes(drawn[:8]) < self.audit.share * 2**64
+        share = self.audit.share
+        return share if int.from_bytes(drawn[:8]) < share * 2**64 else None
 
-    def record(self, input_sha256: str, *, agreed: bool) -> None:
-        """Record durably whether the labels of the student were the model's; nothing if this conversation is recorded
-        today.
+    def record(self, input_sha256: str, share: float, *, agreed: bool) -> None:
+        """Record durably whether the labels of the student were the model's, with the *share* of ``drawn``; nothing if this
+        conversation is recorded today.
 
         Raises StateDirectoryError if it cannot be written.
         """
-        row = (self._student, self._promise, bytes.fromhex(input_sha256), agreed, self._today())
-        insert = (
-            "INSERT OR IGNORE INTO comparisons (student, promise, input_sha256, agreed, day) VALUES (?, ?, ?, ?, ?)"
-        )
+        row = (self._student, self._promise, bytes.fromhex(input_sha256), agreed, self._today(), share)
+        insert = "INSERT OR IGNORE INTO comparisons (student, promise, input_sha256, agreed, day, share) VALUES (?, ?, ?, ?, ?, ?)"
         with self._file.transaction() as db:
             is_new = db.execute(insert, row).rowcount
             if is_new:
-                self.audit.record(agreed)
+                self.audit.record(agreed, share)

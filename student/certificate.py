@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 ERROR = 0.05
 SHARES = 10  # of the sample are tried: 0.1, 0.2 ... 1
+ROOM = 0.3  # of the disagreements that the promise tolerates are left for those that a drift adds
 MOST_LABELS = 20_000  # larger samples are not suggested
 
 
@@ -70,7 +71,8 @@ def certify(scores: Sequence[float], agreed: Sequence[bool], promise: float, *, 
     """Return the lowest threshold whose labels agree with the model's at least *promise* of the time.
 
     With a probability of at least 1 - *error*, the labels of other conversations of the same traffic with at least that score
-    keep the promise. This presupposes that conversations with a higher score do not agree less often than others.
+    keep the promise. This presupposes that conversations with a higher score do not agree less often than others. In the sample, they
+    leave ROOM of what the promise tolerates, because a run also takes wrong labels before the audit finds a drift.
 
     Args:
         scores: The student's confidence that all of its labels are the model's, 0 to 1, for a random sample of conversations
@@ -90,16 +92,20 @@ def certify(scores: Sequence[float], agreed: Sequence[bool], promise: float, *, 
     if np.isnan(ranked).any():
         raise ValueError("a score is no number")
     trials = _trials(ranked, np.asarray(agreed, bool))
-    passed, level = None, 0.0
+    passed, level, without_room = None, 0.0, None
     for trial in trials:
         level += error / SHARES
-        if _p_value(trial.agreed, trial.taken, promise) <= level:
+        if _p_value(trial.agreed, trial.taken, promise) > level:
+            level = 0.0
+        elif 1 - trial.rate <= _most_wrong(promise):
             passed = trial, level
         else:
-            level = 0.0
+            without_room = trial
     sample = len(ranked)
     if passed is None:
-        return Certificate(promise, None, 0, 0, sample, 0.0, None, _refusal(trials, sample, promise, error / SHARES))
+        reason = _no_room(without_room, sample, promise) if without_room else ""
+        reason = reason or _refusal(trials, sample, promise, error / SHARES)
+        return Certificate(promise, None, 0, 0, sample, 0.0, None, reason)
     best, level = passed
     from scipy.special import betaincinv  # noqa: PLC0415 - a run with a student does without scipy
 
@@ -181,6 +187,19 @@ def _p_value(agreed: ArrayLike, taken: ArrayLike, promise: float) -> NDArray[np.
     return np.asarray(bdtrc(np.subtract(agreed, 1), taken, promise), float)
 
 
+def _no_room(trial: _Trial, sample: int, promise: float) -> str:
+    return (
+        f"{trial.agreed} of the surest {trial.taken} of {sample} conversations agree with the model ({100 * trial.rate:.1f} %), and a "
+        f"promise of {promise:g} needs {100 * (1 - _most_wrong(promise)):.1f} % in the sample, because a drift adds wrong labels: "
+        "train with more results, or use a lower promise"
+    )
+
+
+def _most_wrong(promise: float) -> float:
+    """Return the share of the sample that may disagree: what *promise* tolerates, less the room for a drift."""
+    return (1 - promise) * (1 - ROOM) + 1e-9
+
+
 def _refusal(trials: Sequence[_Trial], sample: int, promise: float, level: float) -> str:
     """Return why nothing is certified and what to do about it; *level* is that of one test."""
     least = labels_needed(promise, error=level)
@@ -197,6 +216,8 @@ def _refusal(trials: Sequence[_Trial], sample: int, promise: float, level: float
             f"{found} ({100 * best.rate:.1f} %), which is no evidence for a promise of {promise:g}: "
             "train with more results, or use a lower promise"
         )
+    if 1 - best.rate > _most_wrong(promise):
+        return _no_room(best, sample, promise)
     return (
         f"{found} ({100 * best.rate:.1f} %), too few to certify a promise of {promise:g}: "
         f"about {needed} conversations are needed for the certificate instead of {sample}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from config import Taxonomy
 from domain.conversation import Conversation, Outcome
 from error_handler import ConfigurationError
+from student.audit import Audit
 from student.audit_log import AuditLog
 from student.built_in import Judge, judge_of
 from student.certificate import Certificate
@@ -51,17 +52,18 @@ class FirstAnswer:
             if judgement.joint < self._threshold:
                 return await model(conversation, rounds)
             key = conversation.transcript_sha256
-            if not self._log.is_drawn(key):
+            share = self._log.drawn(key)
+            if share is None:
                 return self._student.outcome(judgement, conversation, round((time.monotonic() - start_s) * 1000))
             outcome = await model(conversation, rounds)
-            await self._compare(key, agreed=judgement.agrees_with(outcome.classification))
+            await self._compare(key, share, agreed=judgement.agrees_with(outcome.classification))
             return outcome
 
         return classify
 
-    async def _compare(self, key: str, *, agreed: bool) -> None:
+    async def _compare(self, key: str, share: float, *, agreed: bool) -> None:
         was_broken = self._log.audit.is_broken
-        await asyncio.to_thread(self._log.record, key, agreed=agreed)
+        await asyncio.to_thread(self._log.record, key, share, agreed=agreed)
         if self._log.audit.is_broken and not was_broken:
             logger.warning("%s withdraws: %s", self._student.name, self._log.audit.sentence())
             self._tell(withdrawn(self._student, self._log))
@@ -77,7 +79,9 @@ def withdrawn(student: Student, log: AuditLog) -> str:
 
 def open_log(directory: Path, student: Student, promise: float) -> AuditLog:
     """Return the audit of *student* in the state directory *directory*; raise StateDirectoryError if it cannot be used."""
-    return AuditLog(audit_path(directory), student.name, promise)
+    found = student.certificate(promise)
+    sample = (found.taken, found.taken - found.agreed) if found is not None else (0, 0)
+    return AuditLog(audit_path(directory), student.name, Audit(promise, *sample))
 
 
 def open_first_answer(

@@ -6,13 +6,12 @@ to corpus, around the figures that were measured on labelled files (docs/student
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from student.audit import AUDIT_SHARE, NEW_SHARE, Audit
+from student.audit import Audit
 from student.certificate import certify
 
 CERTIFIED, CONVERSATIONS = 2000, 20_000
@@ -45,6 +44,8 @@ class Outcome:
     wrong: int
     drift: int
     withdrawal: int | None
+    audit_share: float = 1.0
+    """At the end of the run."""
 
     def is_broken(self, promise: float) -> bool:
         """Whether fewer of the taken labels agreed than promised, drift included."""
@@ -80,20 +81,19 @@ def simulate(kind: str, promise: float, rng: np.random.Generator, conversations:
         return Outcome(kind, conversations, False, 0, 0, drift, None)
     scores, agreed = (np.concatenate(pair) for pair in zip(first, second, strict=True))
     sure = np.flatnonzero(scores >= certificate.threshold)
-    taken, wrong, withdrawn = run(Audit(promise), agreed[sure], rng)
-    return Outcome(kind, conversations, True, taken, wrong, drift, None if withdrawn is None else int(sure[withdrawn]))
+    audit = Audit(promise, certificate.taken, certificate.taken - certificate.agreed)
+    taken, wrong, withdrawn = run(audit, agreed[sure], rng)
+    withdrawal = None if withdrawn is None else int(sure[withdrawn])
+    return Outcome(kind, conversations, True, taken, wrong, drift, withdrawal, audit.share)
 
 
 def run(audit: Audit, agreed: NDArray[np.bool_], rng: np.random.Generator) -> tuple[int, int, int | None]:
     """Pass sure conversations through *audit*: how many were taken and wrong, and the place at which the student withdrew."""
-    chance = rng.random(len(agreed))
-    drawn_at = {share: np.flatnonzero(chance < share).tolist() for share in (NEW_SHARE, AUDIT_SHARE, 1.0)}
     wrong_before = np.concatenate([[0], np.cumsum(~agreed)])
     taken = wrong = place = 0
     while place < len(agreed):
-        candidates = drawn_at[audit.share]
-        index = bisect_left(candidates, place)
-        drawn = candidates[index] if index < len(candidates) else len(agreed)
+        # The share changes only with a comparison, so the number of conversations until the next one is geometric.
+        drawn = min(place + int(rng.geometric(audit.share)) - 1, len(agreed))
         taken += drawn - place
         wrong += int(wrong_before[drawn] - wrong_before[place])
         if drawn == len(agreed):

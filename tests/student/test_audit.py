@@ -6,7 +6,7 @@ import numpy as np
 import orjson
 import pytest
 
-from student.audit import AUDIT_SHARE, LIMIT, NEW, NEW_SHARE, Audit
+from student.audit import DRIFT_ERROR, LEAST_SHARE, LIMIT, MOST_SHARE, Audit
 
 
 def test_state_survives_json() -> None:
@@ -26,17 +26,46 @@ def test_disagreement_sends_everything_to_the_model_until_it_is_outweighed() -> 
     assert "after a disagreement" in audit.sentence()
     for _ in range(13):
         audit.record(True)
-    assert audit.share == NEW_SHARE
+    assert audit.share == MOST_SHARE
     assert audit.sentence() == "13 of 14 audited conversations agree with the model; the promise of 0.95 holds"
 
 
-def test_share_falls_for_a_student_that_has_been_compared_often_and_never_under_2_percent() -> None:
-    """A new student is audited more."""
-    audit = Audit(0.95)
-    for _ in range(NEW):
-        assert audit.share == NEW_SHARE
+def test_share_falls_to_the_least_with_the_room_that_the_promise_has() -> None:
+    """A drift uses up the room with a probability of DRIFT_ERROR, unless the least or the most share applies."""
+    audit = Audit(0.95, sampled=1000, sampled_wrong=20)
+    shares = []
+    while audit.share > LEAST_SHARE:
+        shares.append(audit.share)
+        if audit.share < MOST_SHARE:
+            assert (1 - audit.share) ** audit.room == pytest.approx(DRIFT_ERROR)
         audit.record(True)
-    assert audit.share == AUDIT_SHARE >= 0.02
+    assert shares[0] == MOST_SHARE
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) < 1000
+    assert LEAST_SHARE >= 0.02
+
+
+def test_student_whose_promise_is_nearly_used_up_is_audited_most() -> None:
+    """4.9 % of the sample disagree, so there is hardly any room however many are taken."""
+    audit = Audit(0.95, sampled=1000, sampled_wrong=49)
+    for _ in range(100):
+        audit.record(True)
+        assert audit.share == MOST_SHARE
+
+
+def test_stricter_promise_is_audited_more_at_first() -> None:
+    """It gains room more slowly, and some conversations are always taken."""
+    shares = [Audit(promise).share for promise in (0.9, 0.95, 0.98, 0.99)]
+    assert shares == pytest.approx([0.2, 0.2, 0.5, 0.5])
+
+
+def test_comparison_stands_for_the_conversations_taken_beside_it() -> None:
+    """One that was drawn with 20 % stands for 4 others; one under suspicion for none."""
+    audit = Audit(0.95, sampled=1000)
+    audit.record(False)
+    assert audit.taken == audit.taken_wrong == pytest.approx(1 / MOST_SHARE - 1)
+    audit.record(False)
+    assert audit.taken == audit.taken_wrong == pytest.approx(1 / MOST_SHARE - 1)
 
 
 @pytest.mark.parametrize("promise", [0.8, 0.9, 0.95, 0.99])

@@ -58,6 +58,20 @@ def test_student_that_agrees_too_rarely_is_refused_without_a_number() -> None:
     assert "no evidence for a promise of 0.95: train with more results, or use a lower promise" in reason
 
 
+def test_certificate_leaves_room_for_a_drift() -> None:
+    """Of 5,000 conversations, 96 % pass the test of 95 %, but 4 of the 5 that are tolerated in 100 would be used up already.
+
+    Of 500 they do not pass, and more of them would not help.
+    """
+    for size in (5000, 500):
+        refused = certify([0.5] * size, [place % 25 != 0 for place in range(size)], 0.95)
+        assert refused.threshold is None
+        assert (
+            "needs 96.5 % in the sample, because a drift adds wrong labels: train with more results" in refused.reason
+        )
+    assert certify([0.5] * 5000, [place % 30 != 0 for place in range(5000)], 0.95).threshold == 0.5
+
+
 def test_student_that_agrees_often_enough_learns_the_size_of_the_sample_that_certifies_it() -> None:
     """97 % of 200 are too few for 95 %; with the named number and the same rate, the promise is certified."""
     agreed = [place % 33 != 0 for place in range(200)]

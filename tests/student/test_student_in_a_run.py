@@ -32,14 +32,14 @@ def audited(site: Site) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def audit_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw every conversation for the audit."""
-    for name in ("AUDIT_SHARE", "NEW_SHARE"):
+    for name in ("LEAST_SHARE", "MOST_SHARE"):
         monkeypatch.setattr(student.audit, name, 1.0)
 
 
 @pytest.fixture
 def audit_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no conversation for the audit."""
-    for name in ("AUDIT_SHARE", "NEW_SHARE"):
+    for name in ("LEAST_SHARE", "MOST_SHARE"):
         monkeypatch.setattr(student.audit, name, 0.0)
 
 
