@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 OPENING, BETWEEN = '["', '","'
 AFTER_LAST = '"] ["'  # a label before it has the end of an answer, and the next label begins with a token of its own
 BIAS = 200.0  # more than the logits of two tokens ever differ by
+SEEDS = 5  # llama.cpp gives no probabilities if the token that it draws is a part of a character; another seed draws another
 LEAST_KNOWN = 0.5  # of the probability must be that of labels, or the server has ignored the bias
 NOT_OFFERED = (404, 405, 501)
 WITHOUT_THINKING = {"enable_thinking": False, "thinking": False}
@@ -213,8 +214,11 @@ class _Reading:
         }
         if self._slot is not None:
             body["id_slot"] = self._slot
-        answer = self.checked(*(yield self._request("/completion", body)))
-        self.calls += 1
+        for seed in range(SEEDS):
+            answer = self.checked(*(yield self._request("/completion", {**body, "seed": seed})))
+            self.calls += 1
+            if answer.get("completion_probabilities"):
+                break
         if self.prompt_tokens is None and (read := count(answer.get("tokens_evaluated"))) is not None:
             self.prompt_tokens = read - len(before) + 1
         try:

@@ -223,11 +223,13 @@ class Llama:
     """Answers as llama.cpp does. A token is a word, a space and a word, or signs.
 
     *weights*: the end of the text before -> token -> its weight, 1 if it is not there. *faults*: path -> status and body.
+    With a seed below *unread*, it draws a part of a character.
     """
 
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     faults: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     vocabulary: list[str] = field(default_factory=list)
+    unread: int = 0
     pattern: str = r" ?[^\W_]+|[^\w]+?(?= ?\w|$)|."
     calls: list[str] = field(default_factory=list)
 
@@ -259,7 +261,8 @@ class Llama:
             }
             for number, one in allowed.items()
         ]
-        return {"completion_probabilities": [{"top_probs": probs}], "tokens_evaluated": 98 + len(body["prompt"])}
+        places = [] if body["seed"] < self.unread else [{"top_probs": probs}]
+        return {"completion_probabilities": places, "tokens_evaluated": 98 + len(body["prompt"])}
 
 
 def test_slots_of_the_server_are_counted() -> None:
@@ -294,6 +297,14 @@ def test_most_probable_label_wins_over_the_most_probable_first_token(taxonomy: T
     assert reply.scores[0] == 0.3
     assert reply.prompt_tokens == 99
     assert llama.calls.count("/completion") == reply.reply_tokens == 5  # Account and Negative are taken apart
+
+
+def test_part_of_a_character_is_drawn_again(taxonomy: Taxonomy) -> None:
+    """The answer has no probabilities then; after five of them the server counts as one that has none."""
+    likely = {'<answer>["': {"Other": 3}}
+    assert json.loads(ask(Client(), Llama(likely, unread=4), taxonomy).text)[0] == "Other"
+    with pytest.raises(LLMFormError, match="no probabilities"):
+        ask(Client(), Llama(likely, unread=5), taxonomy)
 
 
 def test_label_that_begins_another_one_ends_with_the_quote(taxonomy: Taxonomy) -> None:
