@@ -124,9 +124,9 @@ def test_two_servers_share_a_run(site: Site, second: FakeOllama) -> None:
 
 
 def test_repair_turn_goes_to_the_server_of_the_first_call(site: Site, second: FakeOllama) -> None:
-    """Its prompt is in the cache there."""
+    """Its prompt is in the cache there. One fault for each server, so that no repair turn meets another one."""
     for one in (model_of(site), second):
-        one.configure(user_message=0, faults=[{"kind": "invalid_json", "times": 4}])
+        one.configure(user_message=0, faults=[{"kind": "invalid_json", "times": 1}])
     documents = filled(site, 20)
     assert site.run(**both(site, second)).code == 0
     check_exactly_once(site, documents)
